@@ -1,0 +1,214 @@
+"""What router and workers say to each other, one frame each: commands go down, reports come up.
+
+    router --Prefill(spec, target)--> P      P --StepReport(first token), LegEnded--> router
+    router --Reserve(spec)---------> D      D --StepReport(tokens 2..n), LegEnded--> router
+    router --Serve(spec)-----------> any    (both phases on one worker)
+    router --Abort(transfer)-------> both
+
+Every report names the (worker_id, incarnation) it comes from, so that those of a replaced worker are recognisably old.
+"""
+
+import enum
+
+import msgspec
+
+from .request import FinishReason, SequenceSpec, TransferId
+
+
+class Role(enum.Enum):
+    """Which phases a worker is asked for. Every worker can do both; the role says what the router sends it."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def prefills(self) -> bool:
+        return self is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self is not Role.PREFILL
+
+
+class Leg(enum.Enum):
+    """The part of a dispatch that one worker carries out."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class KVLayout(msgspec.Struct, frozen=True):
+    """The shape of one token's KV. Two workers can exchange KV when all but `block_size` agree."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # "float32", "bfloat16", "float16"
+    block_size: int  # tokens a block; may differ between workers
+    model_fingerprint: str  # tells weights apart that have the same shape
+
+    @property
+    def bytes_per_token(self) -> int:
+        item = 4 if self.dtype == "float32" else 2
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * item
+
+    def mismatch(self, other: "KVLayout") -> str | None:
+        """The first field in which two layouts cannot exchange KV, in words; None when they can."""
+        for name in ("num_layers", "num_kv_heads", "head_dim", "dtype", "model_fingerprint"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name}: {mine!r} here, {theirs!r} there"
+        return None
+
+
+class TransferAddress(msgspec.Struct, frozen=True):
+    """Where a worker accepts KV. Comes from the registry of workers, never from a client."""
+
+    worker_id: str
+    incarnation: int
+    host_id: str  # equal on workers that can share memory
+    unix_name: str  # abstract Unix socket name, for peers on the same host
+    tcp_host: str
+    tcp_port: int
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker says of itself when it is ready."""
+
+    worker_id: str
+    incarnation: int
+    role: Role
+    layout: KVLayout
+    num_blocks: int
+    max_model_len: int
+    max_batch_tokens: int
+    max_batch_size: int
+    address: TransferAddress
+    devices: tuple[str, ...]  # "cpu:3" or "cuda:0"
+    node: str
+    pid: int
+    kernels: str  # the implementation chosen at start
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's state after a step."""
+
+    num_running: int = 0  # sequences that take part in steps
+    num_waiting: int = 0  # sequences that wait for blocks, for KV or for their first step
+    num_queued_tokens: int = 0  # prompt tokens accepted and not yet computed
+    num_context_tokens: int = 0  # sum of the contexts of the running sequences
+    num_free_blocks: int = 0  # free now, or cached and evictable
+    num_preemptions: int = 0  # since the start
+
+
+class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """Shape and duration of one step, for the latency model."""
+
+    num_prefill_tokens: int
+    sum_prefill_squares: int  # sum over chunks of new_tokens * (context + new_tokens)
+    num_decode_sequences: int
+    num_context_tokens: int  # of the decoding sequences
+    duration_s: float
+
+
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
+    """One token of one choice. `index` counts the choice's output tokens from 0, across attempts."""
+
+    transfer: TransferId
+    choice: int
+    index: int
+    token_id: int
+    finish_reason: FinishReason | None = None  # set on the last token of the choice
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
+
+
+class TransferStats(msgspec.Struct, frozen=True):
+    """What moving one request's KV cost. Hidden bytes had been acknowledged before the prefill's last layer was done."""
+
+    num_bytes: int
+    num_chunks: int
+    duration_s: float  # first chunk gathered to COMMITTED
+    exposed_s: float  # prefill done to COMMITTED
+    hidden_bytes: int
+
+
+class LegEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A worker is done with its leg of a dispatch and holds nothing for it any more. `error` is None on success."""
+
+    worker_id: str
+    incarnation: int
+    transfer: TransferId
+    leg: Leg
+    error: str | None = None
+    num_cached_tokens: int = 0
+    queue_s: float = 0.0  # accepted to first step
+    compute_s: float = 0.0  # first step to last token of this leg
+    stats: TransferStats | None = None
+
+
+class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Everything one step brought. Sent without tokens every 0.5 s as a heartbeat."""
+
+    worker_id: str
+    incarnation: int
+    load: WorkerLoad
+    outputs: tuple[TokenOutput, ...] = ()
+    timing: StepTiming | None = None
+    blocks_added: tuple[bytes, ...] = ()  # hashes that entered the prefix cache
+    blocks_evicted: tuple[bytes, ...] = ()
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A worker's first frame: who it is, and the cluster's token."""
+
+    worker_id: str
+    incarnation: int
+    token: str
+
+
+class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """How far a worker's start is."""
+
+    worker_id: str
+    incarnation: int
+    phase: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The worker serves from now on."""
+
+    info: WorkerInfo
+
+
+class Prefill(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Compute the prompt, sample the first token and push the KV to `target`; without one the request ends here."""
+
+    spec: SequenceSpec
+    target: TransferAddress | None
+
+
+class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Reserve blocks for KV that `source` will push, then decode from token 1 on."""
+
+    spec: SequenceSpec
+    source_worker_id: str
+    source_incarnation: int
+
+
+class Serve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Prefill and decode on this worker."""
+
+    spec: SequenceSpec
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Stop both legs of a dispatch on this worker and free what it holds. Unknown transfers are ignored."""
+
+    transfer: TransferId
+
+
+WorkerCommand = Prefill | Reserve | Serve | Abort
+WorkerMessage = Hello | LoadProgress | Ready | StepReport | LegEnded

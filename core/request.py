@@ -1,0 +1,87 @@
+"""What a client asked for. Made once by a gateway, immutable from there on, carried to the workers as it is."""
+
+import enum
+
+import msgspec
+
+
+class FinishReason(enum.Enum):
+    """Why a choice ended; every choice has exactly one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are drawn. Defaults are those of the OpenAI and vLLM interfaces; `core.validation` checks the ranges."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # unsigned 64 bits; a gateway draws one when the client gave none
+    n: int = 1
+    stop: tuple[str, ...] = ()  # looked for in the text, by the gateway
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # how many alternatives to report beside each token; None: no logprobs at all
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One validated request: prompt tokens and how to continue them."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""  # requests share cached prefixes only within one salt
+    deadline_s: float | None = None  # on the router's monotonic clock
+
+
+class TransferId(msgspec.Struct, frozen=True, array_like=True):
+    """One dispatch of a request (or of one of its choices) to workers. `attempt` counts dispatches within a request, so
+    a late message of an earlier attempt never fits a later one."""
+
+    request_id: str
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"{self.request_id}#{self.attempt}"
+
+
+class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What one dispatch asks of a worker: continue `prompt + output_token_ids` for each of `choices`.
+
+    A fresh request lists all its choices and no output. After a failure each unfinished choice is dispatched by itself, with
+    the tokens its client already has in `output_token_ids`.
+    """
+
+    transfer: TransferId
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    choices: tuple[int, ...] = (0,)
+    output_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens whose KV must exist before the next token can be sampled."""
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """How many tokens each choice may still produce."""
+        return self.sampling.max_tokens - len(self.output_token_ids)

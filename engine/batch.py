@@ -1,0 +1,60 @@
+"""What one step computes and what comes out of it: the values that pass between a scheduler and the model runner."""
+
+from dataclasses import dataclass
+
+from ..core.messages import StepTiming
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """The next `num_tokens` uncomputed tokens of a sequence. Its blocks cover them already.
+
+    `choices` lists the choices for which a token is sampled from the chunk's last position; empty when the chunk stops short
+    of the sequence's end. Several choices are sampled from one row when a prompt is prefilled once for n > 1.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    choices: tuple[int, ...]
+
+    @property
+    def start(self) -> int:
+        return self.sequence.num_computed_tokens
+
+    @property
+    def end(self) -> int:
+        return self.sequence.num_computed_tokens + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's chunks, and the block copies (source, destination) to be made before it (copy-on-write)."""
+
+    chunks: tuple[ScheduledChunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    def timing(self, duration_s: float) -> StepTiming:
+        """The batch's shape beside how long it took, for the latency model."""
+        decodes = [chunk for chunk in self.chunks if chunk.num_tokens == 1]
+        prefills = [chunk for chunk in self.chunks if chunk.num_tokens > 1]
+        return StepTiming(
+            num_prefill_tokens=sum(chunk.num_tokens for chunk in prefills),
+            sum_prefill_squares=sum(chunk.num_tokens * chunk.end for chunk in prefills),
+            num_decode_sequences=len(decodes),
+            num_context_tokens=sum(chunk.end for chunk in decodes),
+            duration_s=duration_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One drawn token. Logprobs are of the model's own distribution, before temperature, penalties and filters."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()

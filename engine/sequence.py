@@ -1,0 +1,82 @@
+"""One worker's mutable view of one choice of a dispatch: its tokens, how many of them have KV, and where that lies."""
+
+import msgspec
+
+from ..core.hashing import block_hashes
+from ..core.request import FinishReason, SequenceSpec, TransferId
+
+
+class Sequence:
+    """Tokens `[0, num_computed_tokens)` have KV in `block_ids`; the last token has none until a step computes it.
+
+    Owned by the engine thread. Its state is which holder has it: a scheduler's queue, or a transfer.
+    """
+
+    def __init__(self, spec: SequenceSpec, choice: int, max_model_len: int) -> None:
+        self.spec = spec
+        self.choice = choice
+        self.token_ids: list[int] = list(spec.token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # of these, how many came from the prefix cache when it was admitted
+        self.block_ids: list[int] = []
+        self._block_hashes: list[bytes] = []
+        self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)
+        self._stop_token_ids = frozenset(spec.sampling.stop_token_ids)
+        if not spec.sampling.ignore_eos:
+            self._stop_token_ids |= frozenset(spec.eos_token_ids)
+
+    @property
+    def transfer(self) -> TransferId:
+        return self.spec.transfer
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.spec.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, by this and by earlier attempts: the index of the next one."""
+        return len(self.token_ids) - len(self.spec.prompt_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Token ids that end this sequence: EOS, unless it is ignored, and the request's own."""
+        return self._stop_token_ids
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take one sampled token; says why the sequence ends with it, if it does."""
+        self.token_ids.append(token_id)
+        if token_id in self._stop_token_ids and self.num_output_tokens > self.spec.sampling.min_tokens:
+            return FinishReason.STOP
+        if self.num_tokens >= self._max_num_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def block_hashes(self, block_size: int) -> list[bytes]:
+        """Hashes of the full blocks of `token_ids`, extended as tokens come."""
+        done = len(self._block_hashes)
+        if (done + 1) * block_size <= len(self.token_ids):
+            parent = self._block_hashes[-1] if done else None
+            tail = self.token_ids[done * block_size :]
+            self._block_hashes += block_hashes(tail, block_size, self.spec.cache_salt, parent)
+        return self._block_hashes
+
+    def fork(self, choice: int) -> "Sequence":
+        """Another choice with the same tokens; its blocks are shared by whoever owns the pool."""
+        twin = Sequence(msgspec.structs.replace(self.spec, choices=(choice,)), choice, self._max_num_tokens)
+        twin.token_ids = list(self.token_ids)
+        twin.num_computed_tokens = self.num_computed_tokens
+        twin.num_cached_tokens = self.num_cached_tokens
+        twin._block_hashes = list(self._block_hashes)
+        return twin
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.transfer}/{self.choice}, {self.num_computed_tokens}/{self.num_tokens} tokens)"

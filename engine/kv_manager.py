@@ -1,0 +1,108 @@
+"""Gives sequences their blocks: cached prefixes at admission, room as they grow, sharing between choices. Pure; both
+schedulers use it, and so does the simulator.
+
+A sequence's `block_ids` list only grows at its end; any other change replaces the list by a new one, so that whoever mirrors
+it (the model runner's block table) sees by identity and length what is new.
+"""
+
+from .block_pool import BlockPool
+from .sequence import Sequence
+
+
+class KVManager:
+    """The only writer of sequences' `block_ids`, `num_computed_tokens` and `num_cached_tokens`."""
+
+    def __init__(self, pool: BlockPool, max_model_len: int) -> None:
+        self.pool = pool
+        self.max_model_len = max_model_len
+        self._copies: dict[int, int] = {}  # destination -> source, in the order they were recorded
+
+    @property
+    def max_num_tokens(self) -> int:
+        """The longest sequence that can be held when it is alone."""
+        return min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.block_size)
+
+    def admit(self, seq: Sequence, use_cache: bool = True) -> int:
+        """Acquire the cached prefix of a sequence that holds nothing; returns its number of tokens.
+
+        At least the last token stays uncomputed, and cached blocks are never written: a prompt that is cached as a whole
+        gives up its last block.
+        """
+        assert not seq.block_ids and seq.num_computed_tokens == 0, f"{seq} was admitted before"
+        if use_cache:
+            size = self.pool.block_size
+            hashes = seq.block_hashes(size)[: (seq.num_tokens - 1) // size]
+            seq.block_ids = self.pool.match_prefix(hashes)
+            self.pool.acquire(seq.block_ids)
+            seq.num_computed_tokens = len(seq.block_ids) * size
+        seq.num_cached_tokens = seq.num_computed_tokens
+        return seq.num_computed_tokens
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Make tokens `[num_computed_tokens, num_tokens)` writable: blocks for all, and none of them shared.
+
+        False, and no change, when the pool has too few blocks. A shared block is replaced by a copy, see `take_copies`.
+        """
+        assert num_tokens <= self.max_model_len, f"{seq} would exceed {self.max_model_len} tokens"
+        first = seq.num_computed_tokens // self.pool.block_size
+        num_missing = self.num_blocks_for(num_tokens) - len(seq.block_ids)
+        shared = first < len(seq.block_ids) and self.pool.ref_count(seq.block_ids[first]) > 1
+        if num_missing <= 0 and not shared:
+            return True
+        new = self.pool.allocate(max(num_missing, 0) + shared)
+        if new is None:
+            return False
+        if shared:
+            self._copy_on_write(seq, first, new.pop())
+        seq.block_ids += new
+        return True
+
+    def _copy_on_write(self, seq: Sequence, index: int, copy: int) -> None:
+        shared = seq.block_ids[index]
+        self._copies[copy] = shared
+        self.pool.free([shared])
+        seq.block_ids = [*seq.block_ids[:index], copy, *seq.block_ids[index + 1 :]]
+
+    def take_copies(self) -> tuple[tuple[int, int], ...]:
+        """Block copies (source, destination) since the last call, to be made in this order before the next step writes."""
+        copies = tuple((source, copy) for copy, source in self._copies.items())
+        self._copies.clear()
+        return copies
+
+    def computed(self, seq: Sequence, num_tokens: int) -> None:
+        """The next `num_tokens` tokens have KV now; blocks they filled enter the prefix cache."""
+        self.received(seq, seq.num_computed_tokens + num_tokens)
+
+    def received(self, seq: Sequence, num_tokens: int) -> None:
+        """Tokens `[0, num_tokens)` have KV now, however it came; blocks that became full enter the prefix cache."""
+        size = self.pool.block_size
+        assert seq.num_computed_tokens <= num_tokens <= min(seq.num_tokens, len(seq.block_ids) * size), f"{seq}: {num_tokens}"
+        first, end = seq.num_computed_tokens // size, num_tokens // size
+        seq.num_computed_tokens = num_tokens
+        if first < end:
+            hashes = seq.block_hashes(size)
+            for index in range(first, end):
+                self.pool.cache(seq.block_ids[index], hashes[index])
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let `child`, made by `parent.fork`, share the blocks that hold KV; the first to write a shared block copies it."""
+        assert not child.block_ids and child.num_computed_tokens == parent.num_computed_tokens, f"{child}, {parent}"
+        child.block_ids = parent.block_ids[: self.num_blocks_for(parent.num_computed_tokens)]
+        self.pool.acquire(child.block_ids)
+
+    def release(self, seq: Sequence) -> None:
+        """Give the sequence's blocks back; it must not take part in a step any more."""
+        for block_id in seq.block_ids if self._copies else ():
+            if self.pool.ref_count(block_id) == 1:
+                self._copies.pop(block_id, None)  # nobody will read it; its next owner's content must stay
+        self.pool.free(seq.block_ids)
+        seq.block_ids = []
+
+    def reset(self, seq: Sequence) -> None:
+        """Preempt: give the blocks back and forget what was computed. The tokens stay; `admit` starts it again."""
+        self.release(seq)
+        seq.num_computed_tokens = 0
+        seq.num_cached_tokens = 0

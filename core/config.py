@@ -1,0 +1,183 @@
+"""The cluster as its operator describes it: the `metadata.pdserve` part of cluster.yaml, parsed once and never changed.
+
+`core.config_file` reads it from a file; `engine.plan` says whether a machine can hold it. The docstring under a field
+is also its description in the JSON schema.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, HostPort, expected, parse_host_port
+from .messages import Role
+
+CPU_BLOCK_SIZE = 16
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelSection(_Part):
+    """The model that is served."""
+
+    path: str = Field(default="embedded", min_length=1)
+    """A Hugging Face checkpoint directory, or `embedded` for the small model that comes with pdserve."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The type that weights and KV are held in; auto: that of the checkpoint."""
+    max_model_len: AutoPositiveInt = "auto"
+    """Tokens of prompt and output together, at most; auto: as many positions as the model was made for."""
+    served_name: str | None = Field(default=None, min_length=1)
+    """The name by which clients ask for the model; by default the last part of `path`."""
+
+    @property
+    def name(self) -> str:
+        return self.served_name or self.path.rstrip("/").rpartition("/")[2] or self.path
+
+
+class PoolSection(_Part):
+    """All instances of one role. An instance is one replica of the model."""
+
+    instances: NotNegative = 1
+    """How many instances; may be changed while the cluster runs."""
+    devices_per_instance: Positive = 1
+    """CPU cores (on GPU machines: GPUs) of one instance."""
+    cpus_per_instance: PositiveFloat | None = None
+    """Cores to reserve for one instance; a fraction such as 0.5 lets instances share a core. By default
+    `devices_per_instance`."""
+    threads: AutoPositiveInt = "auto"
+    """Compute threads of one instance; auto: `devices_per_instance`."""
+    max_batch_size: Positive = 256
+    """Sequences in one step, at most."""
+    max_batch_tokens: Positive = Field(default=2048, validate_default=True)
+    """Tokens in one step, at most; longer prompts are prefilled in chunks of this size."""
+    kv_cache_bytes: AutoSize = "auto"
+    """Memory for the KV cache of one instance, as bytes or a size such as 512MiB; auto: by free memory."""
+
+    @field_validator("max_batch_tokens")
+    @classmethod
+    def _holds_a_batch(cls, value: int, info: Any) -> int:
+        max_batch_size = info.data.get("max_batch_size", 0)
+        if value < max_batch_size:
+            raise expected(f"at least max_batch_size ({max_batch_size}), as every sequence of a batch takes a token")
+        return value
+
+    @property
+    def num_cpus(self) -> float:
+        """Cores that one instance reserves."""
+        return self.devices_per_instance if self.cpus_per_instance is None else self.cpus_per_instance
+
+    @property
+    def num_threads(self) -> int:
+        return self.devices_per_instance if self.threads == "auto" else self.threads
+
+
+class PoolsSection(_Part):
+    """The two pools; the ratio of their instances is the prefill:decode ratio."""
+
+    prefill: PoolSection = PoolSection()
+    decode: PoolSection = PoolSection()
+
+    @model_validator(mode="after")
+    def _some_instance(self) -> "PoolsSection":
+        if self.prefill.instances + self.decode.instances == 0:
+            raise expected("at least one instance in prefill or decode", got="0 in each")
+        return self
+
+    def items(self) -> tuple[tuple[Role, PoolSection], ...]:
+        return ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode))
+
+
+class SloSection(_Part):
+    """What latency counts as good: placement keeps to it, goodput is measured against it."""
+
+    ttft_ms: PositiveFloat = 200.0
+    """Time to the first token."""
+    itl_ms: PositiveFloat = 50.0
+    """Time between tokens."""
+
+
+class KvSection(_Part):
+    """The paged KV cache and its way from prefill to decode."""
+
+    block_size: AutoBlockSize = "auto"
+    """Tokens a block, a multiple of 8; auto: 16 on CPU."""
+    transport: Literal["auto", "shm", "gloo"] = "auto"
+    """auto: shared memory between workers of one host, gloo between hosts."""
+
+    @property
+    def num_tokens_per_block(self) -> int:
+        return CPU_BLOCK_SIZE if self.block_size == "auto" else self.block_size
+
+
+class LimitsSection(_Part):
+    """What one client, or all of them together, may ask for."""
+
+    max_queued_requests: Positive = 1024
+    """Requests that wait for a worker; more are refused with a retry delay."""
+    max_prompt_tokens: Positive | None = None
+    """Tokens of one prompt; by default only `max_model_len` limits it."""
+    max_tokens: Positive = 4096
+    """Output tokens of one choice."""
+    max_n: Positive = 16
+    """Choices of one request."""
+    max_logprobs: NotNegative = 20
+    """Alternatives reported beside each token."""
+    max_stop_strings: NotNegative = 16
+    """Stop strings of one request."""
+    max_message_bytes: Positive = 16 << 20
+    """Bytes of one gRPC message; fixed while the cluster runs."""
+
+
+class ListenSection(_Part):
+    """Where clients connect."""
+
+    grpc: HostPort = "127.0.0.1:50051"
+    """HOST:PORT of the gRPC server; port 0 takes a free one."""
+
+    @property
+    def grpc_host_port(self) -> tuple[str, int]:
+        host_port = parse_host_port(self.grpc)
+        assert host_port is not None, self.grpc
+        return host_port
+
+
+class ClusterConfig(_Part):
+    """One pdserve cluster. Every key has a default that works on a laptop with two cores."""
+
+    model: ModelSection = ModelSection()
+    pools: PoolsSection = PoolsSection()
+    slo: SloSection = SloSection()
+    kv: KvSection = KvSection()
+    limits: LimitsSection = LimitsSection()
+    listen: ListenSection = ListenSection()
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """Compute kernels: the compiled ones, or torch only; auto: the compiled ones where they are there."""
+    device: Literal["auto", "cpu"] = "auto"
+    """What instances compute on."""
+    drain_timeout_s: PositiveFloat = 120.0
+    """How long running requests may take to end when an instance is removed or the cluster stops."""
+
+    def changes_needing_restart(self, new: "ClusterConfig") -> list[str]:
+        """The keys in which `new` differs and that a running cluster cannot take over."""
+        mine, theirs = dict(_leaves(self.model_dump())), dict(_leaves(new.model_dump()))
+        return [key for key in mine if mine[key] != theirs[key] and not _changes_while_running(key)]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _changes_while_running(key: str) -> bool:
+    if key == "limits.max_message_bytes":  # gRPC fixes it when the server starts
+        return False
+    return key in ("pools.prefill.instances", "pools.decode.instances") or key.startswith(("slo.", "limits."))

@@ -1,0 +1,79 @@
+"""Field types of cluster.yaml that pydantic does not have: `auto` or a number, sizes such as 512MiB, host:port."""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+Auto = Literal["auto"]
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)")
+_UNIT_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?P<port>\d{1,5})")
+
+
+def expected(what: str, got: str | None = None) -> PydanticCustomError:
+    """The error of a field whose value is not `what`. `got` tells what was there where the value itself would not."""
+    return PydanticCustomError("expected", "expected {expected}", {"expected": what, "got": got})
+
+
+def parse_size(value: object) -> int | None:
+    """Bytes from a positive integer or a string such as 512MiB; None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value if value > 0 else None
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return None
+    return int(float(match[1]) * _UNIT_BYTES[match[2]]) or None
+
+
+def parse_host_port(value: object) -> tuple[str, int] | None:
+    """Host and port from `127.0.0.1:50051` or `[::1]:50051`; None for anything else."""
+    match = _HOST_PORT.fullmatch(value) if isinstance(value, str) else None
+    if match is None or int(match["port"]) > 65535:
+        return None
+    return match["host"].strip("[]"), int(match["port"])
+
+
+def _auto_size(value: object) -> int | Auto:
+    size = parse_size(value)
+    if size is None and value != "auto":
+        raise expected("auto, a number of bytes, or a size such as 512MiB or 4GiB")
+    return size or "auto"
+
+
+def _auto_int(accept: Callable[[int], bool], what: str) -> Callable[[object], int | Auto]:
+    def validate(value: object) -> int | Auto:
+        if value == "auto":
+            return "auto"
+        if isinstance(value, bool) or not isinstance(value, int) or not accept(value):
+            raise expected(f"auto or {what}")
+        return value
+
+    return validate
+
+
+def _host_port(value: object) -> str:
+    if parse_host_port(value) is None:
+        raise expected("HOST:PORT such as 127.0.0.1:50051, with a port of 0 to 65535")
+    return str(value)
+
+
+def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"const": "auto"}, *kinds]})
+
+
+_positive = _auto_int(lambda value: value > 0, "a positive integer")
+_block_size = _auto_int(lambda value: value > 0 and value % 8 == 0, "a multiple of 8")
+
+AutoSize = Annotated[
+    int | Auto,
+    PlainValidator(_auto_size),
+    _schema({"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^{_SIZE.pattern}$"}),
+]
+AutoPositiveInt = Annotated[int | Auto, PlainValidator(_positive), _schema({"type": "integer", "minimum": 1})]
+AutoBlockSize = Annotated[
+    int | Auto, PlainValidator(_block_size), _schema({"type": "integer", "minimum": 8, "multipleOf": 8})
+]
+HostPort = Annotated[str, PlainValidator(_host_port), WithJsonSchema({"type": "string", "pattern": r"^.+:\d{1,5}$"})]

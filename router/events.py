@@ -1,0 +1,155 @@
+"""What goes into the router and what comes out. Values only: the shell carries them.
+
+`Router.handle(event, now_s)` takes a `RouterEvent` and returns `RouterCommand`s, in the order in which to carry them out.
+Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire.
+"""
+
+import msgspec
+
+from ..core.messages import LegEnded, Role, StepReport, TokenOutput, WorkerCommand, WorkerInfo
+from ..core.request import FinishReason, Request
+
+
+class Submit(msgspec.Struct, frozen=True):
+    """A client's request. `handle` raises QueueFull, DuplicateRequest or NoWorkerAvailable when it is not admitted."""
+
+    request: Request
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    """End a request, or one `choice` of it (a stop string was found: reason STOP). Unknown or ended ones are ignored."""
+
+    request_id: str
+    reason: FinishReason = FinishReason.CANCELLED
+    choice: int | None = None
+
+
+class WorkerReady(msgspec.Struct, frozen=True):
+    """A worker serves from now on. A higher incarnation of a known worker means that the one before is lost."""
+
+    info: WorkerInfo
+
+
+class WorkerLost(msgspec.Struct, frozen=True):
+    """A worker died, froze or was stopped: nothing more comes from this incarnation. Unknown ones are ignored."""
+
+    worker_id: str
+    incarnation: int
+    reason: str = "lost"
+
+
+class WorkerDraining(msgspec.Struct, frozen=True):
+    """The worker gets no new work; `WorkerIdle` follows when its last leg has ended. Unknown ones are ignored."""
+
+    worker_id: str
+
+
+class WorkerRole(msgspec.Struct, frozen=True):
+    """The worker serves as `role` from now on, also when it was draining. Its streams go on undisturbed."""
+
+    worker_id: str
+    role: Role
+
+
+class WorkersExpected(msgspec.Struct, frozen=True):
+    """How many workers are starting or being replaced: while there are some, requests may wait for them."""
+
+    num_workers: int
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """Time has passed: deadlines and delayed retries are looked at. Due by `Router.next_tick_s()`."""
+
+
+RouterEvent = (
+    Submit
+    | Cancel
+    | WorkerReady
+    | WorkerLost
+    | WorkerDraining
+    | WorkerRole
+    | WorkersExpected
+    | StepReport
+    | LegEnded
+    | Tick
+)
+
+
+class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """One dispatch of a request in its timeline. `*_s` instants are on the router's clock."""
+
+    attempt: int
+    choices: tuple[int, ...]
+    prefill_worker: str
+    decode_worker: str | None  # None: nothing to decode; equal to `prefill_worker`: one worker served both phases
+    num_tokens: int  # prompt, and output of earlier attempts
+    expected_cached_tokens: int  # on the prefill worker, by the prefix index
+    expected_ttft_s: float  # from dispatch to first token, by the latency model
+    queued_s: float
+    dispatched_s: float
+    first_token_s: float | None = None
+    prefill: LegEnded | None = None  # the workers' own account (queue, compute, cached tokens, transfer), once it came
+    decode: LegEnded | None = None
+
+
+class Timeline(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request's time went."""
+
+    submitted_s: float
+    first_token_s: float | None
+    ended_s: float
+    dispatches: tuple[DispatchTimes, ...]
+
+
+class SendCommand(msgspec.Struct, frozen=True):
+    """Send `command` to this incarnation of the worker; if that fails, the shell reports `WorkerLost`."""
+
+    worker_id: str
+    incarnation: int
+    command: WorkerCommand
+
+
+class EmitTokens(msgspec.Struct, frozen=True):
+    """The next tokens of one choice: indices are contiguous over all the choice's EmitTokens."""
+
+    request_id: str
+    choice: int
+    tokens: tuple[TokenOutput, ...]
+
+
+class EmitChoiceEnd(msgspec.Struct, frozen=True):
+    """A choice's only ending, after its last token."""
+
+    request_id: str
+    choice: int
+    finish_reason: FinishReason
+
+
+class EmitEnd(msgspec.Struct, frozen=True):
+    """A request's only ending, after those of all its choices.
+
+    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE or ERROR (with `error`, UNAVAILABLE
+    to clients). The timeline holds what is known now; workers' accounts of the last legs may come after it.
+    """
+
+    request_id: str
+    finish_reason: FinishReason | None
+    error: str | None
+    timeline: Timeline
+
+
+class RequestClosed(msgspec.Struct, frozen=True):
+    """No worker holds anything for the request any more; the timeline is complete. For traces and metrics."""
+
+    request_id: str
+    timeline: Timeline
+
+
+class WorkerIdle(msgspec.Struct, frozen=True):
+    """A draining worker holds no leg any more and may be stopped."""
+
+    worker_id: str
+    incarnation: int
+
+
+RouterCommand = SendCommand | EmitTokens | EmitChoiceEnd | EmitEnd | RequestClosed | WorkerIdle

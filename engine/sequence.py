@@ -51,14 +51,20 @@ class Sequence:
         """Token ids that end this sequence: EOS, unless it is ignored, and the request's own."""
         return self._stop_token_ids
 
-    def append(self, token_id: int) -> FinishReason | None:
-        """Take one sampled token; says why the sequence ends with it, if it does."""
-        self.token_ids.append(token_id)
-        if token_id in self._stop_token_ids and self.num_output_tokens > self.spec.sampling.min_tokens:
+    def finish_reason_with(self, token_id: int) -> FinishReason | None:
+        """Why the sequence would end if `token_id` came next; None when it would go on."""
+        num_output_tokens = self.num_output_tokens + 1
+        if token_id in self._stop_token_ids and num_output_tokens > self.spec.sampling.min_tokens:
             return FinishReason.STOP
-        if self.num_tokens >= self._max_num_tokens:
+        if self.num_tokens + 1 >= self._max_num_tokens:
             return FinishReason.LENGTH
         return None
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take one sampled token; says why the sequence ends with it, if it does."""
+        reason = self.finish_reason_with(token_id)
+        self.token_ids.append(token_id)
+        return reason
 
     def block_hashes(self, block_size: int) -> list[bytes]:
         """Hashes of the full blocks of `token_ids`, extended as tokens come."""

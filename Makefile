@@ -1,0 +1,26 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes .venv first if it is missing.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check install clean
+
+demo: $(READY)
+	@$(BIN)/pdserve demo
+
+test: $(READY)
+	@PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard kernels/native/*)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pdserve and its dependencies into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,210 @@
+"""Continuous batching: who takes part in the next step, who waits for blocks, who gives them up. Pure.
+
+add -----> waiting --schedule--> running --complete--> finished (released)
+reserve -> waiting --schedule--> receiving --received--> running
+              ^---------- preempted (youngest first) ------'
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from ..core.request import FinishReason, TransferId
+from ..engine.batch import Batch, SampledToken, ScheduledChunk
+from ..engine.kv_manager import KVManager
+from ..engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A step to run, if any, and the sequences that got their blocks reserved and now wait for KV."""
+
+    batch: Batch | None
+    granted: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """A token that a sequence gained in a step; `reason` is set when the sequence ended with it."""
+
+    sequence: Sequence
+    choice: int
+    index: int
+    token: SampledToken
+    reason: FinishReason | None
+
+
+class DecodeScheduler:
+    """Every step admits and retires. A running sequence that finds no block preempts the youngest, which recomputes later.
+
+    Waiting sequences are admitted in order, preempted ones first, while the batch has room and a block per running sequence
+    stays free, so that admission does not cause the next preemption. Prompt tokens share the step with decodes, at most
+    `max_batch_tokens` tokens together.
+    """
+
+    def __init__(self, kv: KVManager, *, max_batch_size: int, max_batch_tokens: int) -> None:
+        self._kv = kv
+        self._max_batch_size = max_batch_size
+        self._max_batch_tokens = max(max_batch_tokens, max_batch_size)
+        self._waiting: deque[Sequence] = deque()
+        self._reservations: set[TransferId] = set()  # of the waiting: those whose KV will be sent
+        self._receiving: dict[TransferId, Sequence] = {}
+        self._running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._receiving)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens accepted for this worker to compute and not yet computed."""
+        waiting = (seq for seq in self._waiting if seq.transfer not in self._reservations)
+        return sum(seq.num_uncomputed_tokens for queue in (waiting, self._running) for seq in queue)
+
+    @property
+    def num_context_tokens(self) -> int:
+        return sum(seq.num_tokens for seq in self._running)
+
+    def add(self, seq: Sequence) -> None:
+        """A sequence whose prompt is computed here."""
+        self._waiting.append(seq)
+
+    def reserve(self, seq: Sequence) -> None:
+        """A sequence whose KV will arrive."""
+        self._reservations.add(seq.transfer)
+        self._waiting.append(seq)
+
+    def received(self, transfer: TransferId, first_tokens: tuple[tuple[int, int], ...]) -> None:
+        """All KV of a granted reservation is in its blocks: decode from the given (choice, token) pairs on."""
+        seq = self._receiving.pop(transfer)
+        self._kv.received(seq, seq.num_tokens)
+        twins = [seq]
+        for choice, _ in first_tokens[1:]:
+            twins.append(seq.fork(choice))
+            self._kv.fork(seq, twins[-1])
+        seq.choice = first_tokens[0][0]
+        for twin, (_, token_id) in zip(twins, first_tokens, strict=True):
+            twin.append(token_id)
+        self._running.extend(twins)
+
+    def schedule(self) -> StepPlan:
+        """Blocks for everyone who runs, then for those who wait."""
+        chunks, budget = self._schedule_running()
+        granted: list[Sequence] = []
+        while self._waiting and self._has_room_for(self._waiting[0]):
+            seq = self._waiting[0]
+            reserved = seq.transfer in self._reservations
+            if (not reserved and budget <= 0) or not self._admit(seq):
+                break
+            self._waiting.popleft()
+            if reserved:
+                self._reservations.remove(seq.transfer)
+                self._receiving[seq.transfer] = seq
+                granted.append(seq)
+            else:
+                self._running.append(seq)
+                chunks.append(self._chunk(seq, budget))
+                budget -= chunks[-1].num_tokens
+        batch = Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
+        return StepPlan(batch, tuple(granted))
+
+    def complete(self, batch: Batch, sampled: list[list[SampledToken]]) -> list[Emission]:
+        """Account for a computed batch: append what was sampled, fork fresh choices, retire who ended."""
+        emissions: list[Emission] = []
+        for chunk, tokens in zip(batch.chunks, sampled, strict=True):
+            self._kv.computed(chunk.sequence, chunk.num_tokens)
+            if chunk.choices:
+                emissions += self._emit(chunk, tokens)
+        ended = {id(emission.sequence) for emission in emissions if emission.reason is not None}
+        if ended:
+            self._running = [seq for seq in self._running if id(seq) not in ended]
+        return emissions
+
+    def remove(self, transfer: TransferId) -> bool:
+        """Drop all of a dispatch that waits or runs, between two steps. False when it is receiving or not here."""
+        dropped = [seq for queue in (self._waiting, self._running) for seq in queue if seq.transfer == transfer]
+        for seq in dropped:
+            self._kv.release(seq)
+        self._reservations.discard(transfer)
+        self._waiting = deque(seq for seq in self._waiting if seq.transfer != transfer)
+        self._running = [seq for seq in self._running if seq.transfer != transfer]
+        return bool(dropped)
+
+    def is_receiving(self, transfer: TransferId) -> bool:
+        return transfer in self._receiving
+
+    def receive_failed(self, transfer: TransferId) -> None:
+        """The transfer is over without success and writes no more: give its blocks back."""
+        self._kv.release(self._receiving.pop(transfer))
+
+    def has_sequences(self, transfer: TransferId) -> bool:
+        """Whether any choice of the dispatch still runs or waits here."""
+        return any(seq.transfer == transfer for queue in (self._running, self._waiting) for seq in queue)
+
+    def _schedule_running(self) -> tuple[list[ScheduledChunk], int]:
+        """A chunk for each running sequence that has or finds blocks, oldest first, and the tokens left over.
+
+        Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the rest.
+        """
+        chunks: list[ScheduledChunk] = []
+        spare = max(self._max_batch_tokens - len(self._running), 0)
+        index = 0
+        while index < len(self._running):
+            seq = self._running[index]
+            num_tokens = min(1 + spare, seq.num_uncomputed_tokens)
+            if self._grow(seq, seq.num_computed_tokens + num_tokens):
+                chunks.append(self._chunk(seq, num_tokens))
+                spare -= num_tokens - 1
+                index += 1
+        return chunks, spare
+
+    def _grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Find blocks, preempting from the young end; False when `seq` itself had to go."""
+        while not self._kv.grow(seq, num_tokens):
+            victim = self._running.pop()
+            self._kv.reset(victim)
+            self._waiting.appendleft(victim)
+            self.num_preemptions += 1
+            if victim is seq:
+                return False
+        return True
+
+    def _has_room_for(self, seq: Sequence) -> bool:
+        num_sequences = len(self._running) + sum(len(other.spec.choices) for other in self._receiving.values())
+        return num_sequences == 0 or num_sequences + len(seq.spec.choices) <= self._max_batch_size
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Blocks for all tokens of `seq`, leaving one for each running sequence."""
+        self._kv.admit(seq)
+        if self._kv.grow(seq, seq.num_tokens) and self._kv.pool.num_free_blocks >= len(self._running):
+            return True
+        self._kv.reset(seq)
+        return False
+
+    def _chunk(self, seq: Sequence, budget: int) -> ScheduledChunk:
+        num_tokens = min(budget, seq.num_uncomputed_tokens)
+        if num_tokens < seq.num_uncomputed_tokens:
+            return ScheduledChunk(seq, num_tokens, ())
+        fresh = len(seq.spec.choices) > 1 and seq.num_output_tokens == len(seq.spec.output_token_ids)
+        return ScheduledChunk(seq, num_tokens, seq.spec.choices if fresh else (seq.choice,))
+
+    def _emit(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[Emission]:
+        parent = chunk.sequence
+        twins = [parent, *(parent.fork(choice) for choice in chunk.choices[1:])]
+        for twin in twins[1:]:
+            self._kv.fork(parent, twin)
+        if len(twins) > 1:
+            self._running.extend(twins[1:])
+        emissions = []
+        for twin, choice, token in zip(twins, chunk.choices, tokens, strict=True):
+            twin.choice = choice
+            index = twin.num_output_tokens
+            reason = twin.append(token.token_id)
+            if reason is not None:
+                self._kv.release(twin)
+            emissions.append(Emission(twin, choice, index, token, reason))
+        return emissions

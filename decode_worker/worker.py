@@ -1,0 +1,164 @@
+"""The decode role of a worker: reserves blocks for KV that others compute, then produces tokens until each choice ends.
+
+Runs on the engine thread. Serves whole requests as well (both phases on one worker), which is also how a preempted sequence
+comes back. What it has to say goes into the outbox.
+"""
+
+import time
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from ..core.handoff import HandOff
+from ..core.messages import Leg, Reserve, Serve
+from ..core.request import SequenceSpec, TransferId
+from ..engine.batch import Batch, SampledToken
+from ..engine.kv_manager import KVManager
+from ..engine.outbox import LegClock, Outbox
+from ..engine.sequence import Sequence
+from .scheduler import DecodeScheduler, Emission
+
+
+class Runner(Protocol):
+    """Computes a batch: one list of sampled tokens per chunk, one token per choice of the chunk."""
+
+    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]: ...
+
+
+class ReceivePort(Protocol):
+    """The receiving side of a transfer endpoint; every call returns at once."""
+
+    def expect(
+        self,
+        transfer: TransferId,
+        source: tuple[str, int],
+        block_ids: Seq[int],
+        num_tokens: int,
+        num_cached_tokens: int,
+    ) -> None: ...
+    def cancel(self, transfer: TransferId) -> None: ...
+
+
+@dataclass(slots=True)
+class _Leg:
+    """One dispatch in this worker's hands; `source` is who sends its KV, None when it is computed here."""
+
+    clock: LegClock
+    source: tuple[str, int] | None
+    num_cached_tokens: int = 0
+    aborted: bool = False
+
+
+class DecodeWorker:
+    """Scheduler, model and reservations of the decode role, tied together step by step."""
+
+    def __init__(
+        self,
+        kv: KVManager,
+        runner: Runner,
+        port: ReceivePort,
+        outbox: Outbox,
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+    ) -> None:
+        self._kv = kv
+        self._runner = runner
+        self._port = port
+        self._outbox = outbox
+        self.scheduler = DecodeScheduler(kv, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
+        self._legs: dict[TransferId, _Leg] = {}
+
+    @property
+    def num_legs(self) -> int:
+        return len(self._legs)
+
+    def reserve(self, command: Reserve) -> None:
+        """Accept a dispatch whose KV another worker computes."""
+        seq = self._accept(command.spec, (command.source_worker_id, command.source_incarnation))
+        self.scheduler.reserve(seq)
+
+    def serve(self, command: Serve) -> None:
+        """Accept a dispatch to be computed from its first token on."""
+        self.scheduler.add(self._accept(command.spec, None))
+
+    def step(self) -> bool:
+        """Grant reservations and compute one batch, if there is work."""
+        plan = self.scheduler.schedule()
+        for seq in plan.granted:
+            self._grant(seq)
+        if plan.batch is None:
+            return bool(plan.granted)
+        started_s = time.monotonic()
+        for chunk in plan.batch.chunks:
+            leg = self._legs[chunk.sequence.transfer]
+            if leg.clock.started_s is None:
+                leg.clock.start(started_s)
+                leg.num_cached_tokens = max(leg.num_cached_tokens, chunk.sequence.num_cached_tokens)
+        sampled = self._runner.run(plan.batch)
+        self._outbox.timings.append(plan.batch.timing(time.monotonic() - started_s))
+        self._emit(self.scheduler.complete(plan.batch, sampled))
+        return True
+
+    def received(self, transfer: TransferId, payload: bytes) -> None:
+        """The KV of a reservation is complete; `payload` is the prefill worker's hand-off."""
+        leg = self._legs[transfer]
+        if leg.aborted:  # the KV had arrived before the endpoint heard of the abort
+            self.receive_failed(transfer, "aborted")
+            return
+        try:
+            first_tokens = HandOff.decode(payload).first_tokens
+        except msgspec.MsgspecError as error:
+            self.receive_failed(transfer, f"malformed hand-off: {error}")
+            return
+        leg.clock.start(time.monotonic())
+        self.scheduler.received(transfer, first_tokens)
+
+    def receive_failed(self, transfer: TransferId, error: str) -> None:
+        """The transfer is over and writes no more."""
+        self.scheduler.receive_failed(transfer)
+        self._end(transfer, error=error)
+
+    def abort(self, transfer: TransferId) -> None:
+        """Stop a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when it has ended."""
+        leg = self._legs.get(transfer)
+        if leg is None:
+            return
+        leg.aborted = True
+        if self.scheduler.is_receiving(transfer):
+            self._port.cancel(transfer)
+        else:
+            self.scheduler.remove(transfer)
+            self._end(transfer, error="aborted")
+
+    def _accept(self, spec: SequenceSpec, source: tuple[str, int] | None) -> Sequence:
+        assert spec.transfer not in self._legs, f"{spec.transfer} was dispatched twice"
+        self._legs[spec.transfer] = _Leg(LegClock(time.monotonic()), source)
+        return Sequence(spec, spec.choices[0], self._kv.max_model_len)
+
+    def _grant(self, seq: Sequence) -> None:
+        leg = self._legs[seq.transfer]
+        assert leg.source is not None
+        leg.num_cached_tokens = seq.num_cached_tokens
+        self._port.expect(seq.transfer, leg.source, tuple(seq.block_ids), seq.num_tokens, seq.num_cached_tokens)
+
+    def _emit(self, emissions: list[Emission]) -> None:
+        for emission in emissions:
+            seq = emission.sequence
+            self._outbox.token(seq, emission.choice, emission.index, emission.token, emission.reason)
+        for transfer in {emission.sequence.transfer for emission in emissions if emission.reason is not None}:
+            if not self.scheduler.has_sequences(transfer):
+                self._end(transfer)
+
+    def _end(self, transfer: TransferId, *, error: str | None = None) -> None:
+        leg = self._legs.pop(transfer)
+        self._outbox.leg_ended(
+            transfer,
+            Leg.DECODE,
+            leg.clock,
+            time.monotonic(),
+            error=error,
+            num_cached_tokens=leg.num_cached_tokens,
+        )

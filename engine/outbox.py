@@ -1,0 +1,69 @@
+"""What a worker's roles have to tell the router, gathered until the end of a step and then sent as one frame."""
+
+from dataclasses import dataclass, field
+
+from ..core.messages import Leg, LegEnded, StepTiming, TokenOutput, TransferStats
+from ..core.request import FinishReason, TransferId
+from .batch import SampledToken
+from .sequence import Sequence
+
+
+@dataclass(slots=True)
+class LegClock:
+    """When one leg of a dispatch was accepted and first took part in a step."""
+
+    accepted_s: float
+    started_s: float | None = None
+
+    def start(self, now_s: float) -> None:
+        if self.started_s is None:
+            self.started_s = now_s
+
+    def durations(self, now_s: float) -> tuple[float, float]:
+        """(waiting, working) seconds until now."""
+        started_s = now_s if self.started_s is None else self.started_s
+        return started_s - self.accepted_s, now_s - started_s
+
+
+@dataclass
+class Outbox:
+    """Filled on the engine thread by both roles, emptied by the process that hosts them."""
+
+    worker_id: str
+    incarnation: int
+    outputs: list[TokenOutput] = field(default_factory=list)
+    ended: list[LegEnded] = field(default_factory=list)
+    timings: list[StepTiming] = field(default_factory=list)
+
+    def token(self, seq: Sequence, choice: int, index: int, token: SampledToken, reason: FinishReason | None) -> None:
+        """One token of a choice, the last one when `reason` is given."""
+        self.outputs.append(
+            TokenOutput(seq.transfer, choice, index, token.token_id, reason, token.logprob, token.top_logprobs)
+        )
+
+    def leg_ended(
+        self,
+        transfer: TransferId,
+        leg: Leg,
+        clock: LegClock,
+        now_s: float,
+        *,
+        error: str | None = None,
+        num_cached_tokens: int = 0,
+        stats: TransferStats | None = None,
+    ) -> None:
+        """The worker holds nothing for this leg any more."""
+        queue_s, compute_s = clock.durations(now_s)
+        self.ended.append(
+            LegEnded(
+                worker_id=self.worker_id,
+                incarnation=self.incarnation,
+                transfer=transfer,
+                leg=leg,
+                error=error,
+                num_cached_tokens=num_cached_tokens,
+                queue_s=queue_s,
+                compute_s=compute_s,
+                stats=stats,
+            )
+        )

@@ -1,0 +1,175 @@
+"""The prefill role of a worker: computes a prompt, emits its first token at once and pushes the KV while still computing.
+
+Runs on the engine thread. Commands come from the router, endings of transfers from the transfer endpoint; what it has to say
+goes into the outbox.
+"""
+
+import time
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core.handoff import HandOff
+from ..core.messages import Leg, Prefill, TransferAddress, TransferStats
+from ..core.request import TransferId
+from ..engine.batch import Batch, SampledToken
+from ..engine.kv_manager import KVManager
+from ..engine.outbox import LegClock, Outbox
+from ..engine.sequence import Sequence
+from .scheduler import PrefillScheduler
+
+
+class Runner(Protocol):
+    """Computes a batch: one list of sampled tokens per chunk, one token per choice of the chunk."""
+
+    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]: ...
+
+
+class SendPort(Protocol):
+    """The sending side of a transfer endpoint; every call returns at once."""
+
+    def send(self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int) -> None: ...
+    def computed(
+        self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int
+    ) -> None: ...
+    def prefill_done(self, transfer: TransferId) -> None: ...
+    def commit(self, transfer: TransferId, payload: bytes) -> None: ...
+    def cancel(self, transfer: TransferId) -> None: ...
+
+
+@dataclass(slots=True)
+class _Leg:
+    """One dispatch in this worker's hands. Blocks are held until `sending` is over: the transfer reads them."""
+
+    sequence: Sequence
+    target: TransferAddress | None
+    clock: LegClock
+    sending: bool = False
+    queued: bool = True  # the scheduler has it
+
+
+class PrefillWorker:
+    """Scheduler, model and transfers of the prefill role, tied together step by step."""
+
+    def __init__(
+        self, kv: KVManager, runner: Runner, port: SendPort, outbox: Outbox, *, num_layers: int, max_batch_tokens: int
+    ) -> None:
+        self._kv = kv
+        self._runner = runner
+        self._port = port
+        self._outbox = outbox
+        self._num_layers = num_layers
+        self.scheduler = PrefillScheduler(kv, max_batch_tokens)
+        self._legs: dict[TransferId, _Leg] = {}
+
+    @property
+    def num_legs(self) -> int:
+        return len(self._legs)
+
+    def prefill(self, command: Prefill) -> None:
+        """Accept one dispatch."""
+        spec = command.spec
+        assert spec.transfer not in self._legs, f"{spec.transfer} was dispatched twice"
+        seq = Sequence(spec, spec.choices[0], self._kv.max_model_len)
+        self._legs[spec.transfer] = _Leg(seq, command.target, LegClock(time.monotonic()))
+        self.scheduler.add(seq)
+
+    def step(self) -> bool:
+        """Compute one batch, if there is work. Chunks of KV leave as soon as a layer has written them."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return False
+        started_s = time.monotonic()
+        legs = [self._legs[chunk.sequence.transfer] for chunk in batch.chunks]
+        for leg in legs:
+            leg.clock.start(started_s)
+            if leg.target is not None and not leg.sending:
+                self._open(leg, leg.target)
+        sampled = self._runner.run(batch, self._layer_hook(batch, legs))
+        self._outbox.timings.append(batch.timing(time.monotonic() - started_s))
+        self.scheduler.complete(batch)
+        for chunk, leg, tokens in zip(batch.chunks, legs, sampled, strict=True):
+            if chunk.choices:
+                self._finish(leg, tokens)
+        return True
+
+    def abort(self, transfer: TransferId) -> None:
+        """Stop a dispatch; an unknown one is ignored. The current chunk of its transfer still goes out."""
+        leg = self._legs.get(transfer)
+        if leg is None:
+            return
+        self._unqueue(leg)
+        if leg.sending:
+            self._port.cancel(transfer)  # ends in send_failed, or in sent when the peer had committed already
+        else:
+            self._end(leg, error="aborted")
+
+    def sent(self, transfer: TransferId, stats: TransferStats) -> None:
+        """The peer has it all: the blocks may go back to the cache."""
+        self._end(self._legs[transfer], stats=stats)
+
+    def send_failed(self, transfer: TransferId, error: str) -> None:
+        """The transfer is over and reads the blocks no more."""
+        leg = self._legs[transfer]
+        self._unqueue(leg)
+        self._end(leg, error=error)
+
+    def _open(self, leg: _Leg, target: TransferAddress) -> None:
+        seq = leg.sequence
+        leg.sending = True
+        self._port.send(seq.transfer, target, tuple(seq.block_ids), seq.num_tokens)
+        if seq.num_cached_tokens:
+            self._port.computed(seq.transfer, 0, self._num_layers, 0, seq.num_cached_tokens)
+
+    def _layer_hook(self, batch: Batch, legs: list[_Leg]) -> Callable[[int], None] | None:
+        spans = [
+            (leg.sequence.transfer, chunk.start, chunk.end)
+            for chunk, leg in zip(batch.chunks, legs, strict=True)
+            if leg.sending
+        ]
+        if not spans:
+            return None
+
+        def on_layer(layer: int) -> None:
+            for transfer, start, end in spans:
+                self._port.computed(transfer, layer, layer + 1, start, end)
+
+        return on_layer
+
+    def _finish(self, leg: _Leg, tokens: list[SampledToken]) -> None:
+        """The prompt is computed: emit each choice's first token and hand over the choices that go on."""
+        seq = leg.sequence
+        leg.queued = False
+        going_on: list[tuple[int, int]] = []
+        for choice, token in zip(seq.spec.choices, tokens, strict=True):
+            index = seq.num_output_tokens
+            reason = seq.finish_reason_with(token.token_id)
+            self._outbox.token(seq, choice, index, token, reason)
+            if reason is None:
+                going_on.append((choice, token.token_id))
+        if not leg.sending:
+            self._end(leg)
+        elif going_on:
+            self._port.prefill_done(seq.transfer)
+            self._port.commit(seq.transfer, HandOff(tuple(going_on)).encode())
+        else:
+            self._port.cancel(seq.transfer)
+
+    def _unqueue(self, leg: _Leg) -> None:
+        if leg.queued:
+            self.scheduler.remove(leg.sequence.transfer)
+            leg.queued = False
+
+    def _end(self, leg: _Leg, *, error: str | None = None, stats: TransferStats | None = None) -> None:
+        seq = leg.sequence
+        del self._legs[seq.transfer]
+        self._kv.release(seq)
+        self._outbox.leg_ended(
+            seq.transfer,
+            Leg.PREFILL,
+            leg.clock,
+            time.monotonic(),
+            error=error,
+            num_cached_tokens=seq.num_cached_tokens,
+            stats=stats,
+        )

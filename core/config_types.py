@@ -73,7 +73,5 @@ AutoSize = Annotated[
     _schema({"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^{_SIZE.pattern}$"}),
 ]
 AutoPositiveInt = Annotated[int | Auto, PlainValidator(_positive), _schema({"type": "integer", "minimum": 1})]
-AutoBlockSize = Annotated[
-    int | Auto, PlainValidator(_block_size), _schema({"type": "integer", "minimum": 8, "multipleOf": 8})
-]
+AutoBlockSize = Annotated[int | Auto, PlainValidator(_block_size), _schema({"type": "integer", "minimum": 8, "multipleOf": 8})]
 HostPort = Annotated[str, PlainValidator(_host_port), WithJsonSchema({"type": "string", "pattern": r"^.+:\d{1,5}$"})]

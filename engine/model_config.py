@@ -53,9 +53,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over each head of q and k, before the rotation
-    sliding_windows: tuple[
-        int | None, ...
-    ]  # per layer: a query sees itself and the window - 1 keys before it; None: all
+    sliding_windows: tuple[int | None, ...]  # per layer: a query sees itself and the window - 1 keys before it; None: all
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str | None  # what config.json says the weights are; None: it does not say
@@ -186,7 +184,5 @@ def _dtype(fields: JsonFields) -> str | None:
         return None
     name = name.removeprefix("torch.")
     if name not in SUPPORTED_DTYPES:
-        raise CheckpointError(
-            f"{fields.source}: dtype {name!r} is not supported; supported are {', '.join(SUPPORTED_DTYPES)}"
-        )
+        raise CheckpointError(f"{fields.source}: dtype {name!r} is not supported; supported are {', '.join(SUPPORTED_DTYPES)}")
     return name

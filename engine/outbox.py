@@ -37,9 +37,7 @@ class Outbox:
 
     def token(self, seq: Sequence, choice: int, index: int, token: SampledToken, reason: FinishReason | None) -> None:
         """One token of a choice, the last one when `reason` is given."""
-        self.outputs.append(
-            TokenOutput(seq.transfer, choice, index, token.token_id, reason, token.logprob, token.top_logprobs)
-        )
+        self.outputs.append(TokenOutput(seq.transfer, choice, index, token.token_id, reason, token.logprob, token.top_logprobs))
 
     def leg_ended(
         self,

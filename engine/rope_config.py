@@ -48,11 +48,7 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int, source: 
     # A value beside the rope's own fields wins over one among them, as in transformers.
     original = JsonFields(config, source).optional_int("original_max_position_embeddings")
     original = original or fields.optional_int("original_max_position_embeddings") or max_position_embeddings
-    return (
-        _llama3(fields, theta, original)
-        if kind == "llama3"
-        else _yarn(fields, theta, original, max_position_embeddings)
-    )
+    return _llama3(fields, theta, original) if kind == "llama3" else _yarn(fields, theta, original, max_position_embeddings)
 
 
 def _scaling_fields(config: Mapping[str, Any], source: str) -> JsonFields:

@@ -1,0 +1,198 @@
+"""How long prefills, decode steps and transfers take. One model for placement, admission, `explain` and the planner.
+
+The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token counts, in token products (attention) and in
+bytes. Seeded with priors, refined by recursive least squares from every step and transfer that workers report.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .messages import StepTiming, TransferStats
+
+NOISE = 0.02  # variance of a measurement relative to its size
+MAX_SPREAD = 4.0  # forgetting stops where the weights' variance (in units of the priors) is above this
+MAX_DROPPED = 8  # this many outliers in a row are no outliers but a change
+OUTLIER_RATIO = 4.0  # slower than predicted by this ratio
+WARM_UP = 8  # measurements taken before any can be an outlier
+FLOOR_S = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyPriors:
+    """Coefficients before anything was measured, in seconds; all positive."""
+
+    prefill_step_s: float = 2e-3
+    prefill_token_s: float = 1e-4
+    prefill_square_s: float = 1e-9  # per new_token * context
+    decode_step_s: float = 2e-3
+    decode_context_token_s: float = 1e-8
+    decode_sequence_s: float = 1e-4
+    transfer_s: float = 1e-3
+    transfer_byte_s: float = 1e-9
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name}: {value!r} is not valid, expected a positive number of seconds")
+
+    @classmethod
+    def roofline(
+        cls,
+        *,
+        num_parameters: int,
+        weight_bytes: int,
+        kv_bytes_per_token: int,
+        attention_flops_per_square: float,
+        flops_per_s: float,
+        memory_bytes_per_s: float,
+        link_bytes_per_s: float,
+        step_overhead_s: float = 1e-3,
+    ) -> "LatencyPriors":
+        """Priors from a machine's peak rates: prefill is bound by arithmetic, decode by reading weights and KV."""
+        token_s = 2 * num_parameters / flops_per_s
+        return cls(
+            prefill_step_s=step_overhead_s,
+            prefill_token_s=token_s,
+            prefill_square_s=attention_flops_per_square / flops_per_s,
+            decode_step_s=step_overhead_s + weight_bytes / memory_bytes_per_s,
+            decode_context_token_s=kv_bytes_per_token / memory_bytes_per_s,
+            decode_sequence_s=token_s,
+            transfer_s=step_overhead_s,
+            transfer_byte_s=1 / link_bytes_per_s,
+        )
+
+
+class RecursiveLeastSquares:
+    """Three non-negative coefficients of `seconds = w . (x0, x1, x2)`, fitted online with forgetting.
+
+    Works in units of the priors (each weight starts at 1) and on relative errors, so that short and long steps count alike.
+    """
+
+    def __init__(self, priors: Sequence[float], forgetting: float) -> None:
+        self._priors = tuple(priors)
+        self._forgetting = forgetting
+        self._weights = [1.0] * len(priors)
+        self._size = range(len(priors))
+        self._num_seen = 0
+        self._num_dropped_in_row = 0
+        self.num_dropped = 0
+        self._covariance = self._initial_covariance()
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """Seconds per unit of each feature; never negative."""
+        return tuple(weight * prior for weight, prior in zip(self._weights, self._priors, strict=True))
+
+    def observe(self, features: Sequence[float], seconds: float) -> bool:
+        """Refine by one measurement; False when it was dropped as an outlier."""
+        scaled = [x * prior for x, prior in zip(features, self._priors, strict=True)]
+        predicted = max(sum(x * w for x, w in zip(scaled, self._weights, strict=True)), FLOOR_S)
+        if self._is_outlier(seconds / predicted):
+            return False
+        self._update([x / predicted for x in scaled], seconds / predicted)
+        self._num_seen += 1
+        return True
+
+    def _is_outlier(self, ratio: float) -> bool:
+        """Only slow measurements are suspect: nothing computes faster by accident."""
+        if self._num_seen < WARM_UP or ratio < OUTLIER_RATIO:
+            self._num_dropped_in_row = 0
+            return False
+        self._num_dropped_in_row += 1
+        if self._num_dropped_in_row > MAX_DROPPED:
+            self._num_dropped_in_row = self._num_seen = 0
+            self._covariance = self._initial_covariance()
+            return False
+        self.num_dropped += 1
+        return True
+
+    def _initial_covariance(self) -> list[list[float]]:
+        """As uncertain as each weight is large, at least as its prior."""
+        return [[max(1.0, w) ** 2 if i == j else 0.0 for j in self._size] for i, w in enumerate(self._weights)]
+
+    def _update(self, row: list[float], target: float) -> None:
+        """One step of recursive least squares (Haykin, Adaptive Filter Theory, 10.3), projected to weights >= 0."""
+        covariance, size = self._covariance, self._size
+        spread = [sum(covariance[i][j] * row[j] for j in size) for i in size]
+        variance = NOISE + sum(row[i] * spread[i] for i in size)
+        error = target - sum(row[i] * self._weights[i] for i in size)
+        for i in size:
+            self._weights[i] = max(0.0, self._weights[i] + spread[i] / variance * error)
+            for j in size:
+                covariance[i][j] -= spread[i] * spread[j] / variance
+        self._forget()
+
+    def _forget(self) -> None:
+        """Old measurements lose weight, but a direction that no measurement touches must not grow without bound."""
+        limit = [MAX_SPREAD * max(1.0, w) ** 2 for w in self._weights]
+        if all(self._covariance[i][i] < limit[i] for i in self._size):
+            for row in self._covariance:
+                for j in self._size:
+                    row[j] /= self._forgetting
+
+
+class LatencyModel:
+    """Predicts from what it was seeded with and what it has seen. Every prediction is positive and finite."""
+
+    def __init__(self, priors: LatencyPriors | None = None, *, forgetting: float = 0.995, large_batch: int = 32) -> None:
+        """Decode is fitted in two ranges, batches below `large_batch` and the rest: kernels change regime in between."""
+        p = priors or LatencyPriors()
+        decode = (p.decode_step_s, p.decode_context_token_s, p.decode_sequence_s)
+        self._prefill = RecursiveLeastSquares((p.prefill_step_s, p.prefill_token_s, p.prefill_square_s), forgetting)
+        self._decode_small = RecursiveLeastSquares(decode, forgetting)
+        self._decode_large = RecursiveLeastSquares(decode, forgetting)
+        self._transfer = RecursiveLeastSquares((p.transfer_s, p.transfer_byte_s), forgetting)
+        self._large_batch = large_batch
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._a, self._b, self._c = self._prefill.coefficients
+        self._small, self._large = self._decode_small.coefficients, self._decode_large.coefficients
+        self._alpha, self._byte_s = self._transfer.coefficients
+
+    def prefill_s(self, num_tokens: float, sum_squares: float, num_steps: int = 1) -> float:
+        """Seconds of prefill steps over `num_tokens` new ones; `sum_squares` as in `StepTiming`."""
+        return self._a * num_steps + self._b * num_tokens + self._c * sum_squares + FLOOR_S
+
+    def prompt_s(self, num_new: int, num_context: int, chunk_tokens: int) -> float:
+        """Seconds to prefill `num_new` tokens behind `num_context` cached ones, in chunks of `chunk_tokens`."""
+        full, rest = divmod(num_new, chunk_tokens)
+        squares = chunk_tokens * full * num_context + chunk_tokens * chunk_tokens * full * (full + 1) // 2
+        squares += rest * (num_context + num_new)
+        return self._a * (full + (rest > 0)) + self._b * num_new + self._c * squares + FLOOR_S
+
+    def decode_s(self, num_sequences: int, num_context_tokens: int) -> float:
+        """Seconds of one decode step."""
+        a, b, c = self._small if num_sequences < self._large_batch else self._large
+        return a + b * num_context_tokens + c * num_sequences + FLOOR_S
+
+    def transfer_s(self, num_bytes: float) -> float:
+        """Seconds to move `num_bytes` once they are computed."""
+        return self._alpha + self._byte_s * num_bytes + FLOOR_S
+
+    def exposed_transfer_s(self, num_bytes: float, compute_s: float) -> float:
+        """Seconds between the end of a prefill of `compute_s` and the moment its KV has arrived: chunks leave while
+        later ones are being computed, so only what does not fit beside the compute is left."""
+        return self._alpha + max(0.0, self._byte_s * num_bytes - compute_s) + FLOOR_S
+
+    def observe_step(self, timing: StepTiming) -> None:
+        """Learn from a step. Of a mixed one the prefill's share is learnt: what the decode rows do not explain."""
+        seconds = timing.duration_s
+        context, sequences = timing.num_context_tokens, timing.num_decode_sequences
+        if timing.num_prefill_tokens:
+            if sequences:
+                a, b, c = self._small if sequences < self._large_batch else self._large
+                seconds -= b * context + c * sequences
+            if seconds > 0:
+                self._prefill.observe((1.0, timing.num_prefill_tokens, timing.sum_prefill_squares), seconds)
+        elif sequences and seconds > 0:
+            fit = self._decode_small if sequences < self._large_batch else self._decode_large
+            fit.observe((1.0, context, sequences), seconds)
+        self._refresh()
+
+    def observe_transfer(self, stats: TransferStats) -> None:
+        """Learn from a transfer: what was hidden behind compute says nothing of the link, the rest does."""
+        if stats.exposed_s > 0:
+            self._transfer.observe((1.0, stats.num_bytes - stats.hidden_bytes), stats.exposed_s)
+            self._refresh()

@@ -1,7 +1,7 @@
 """How long prefills, decode steps and transfers take. One model for placement, admission, `explain` and the planner.
 
-The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token counts, in token products (attention) and in
-bytes. Seeded with priors, refined by recursive least squares from every step and transfer that workers report.
+The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token counts, in token products (attention) and
+in bytes. Seeded with priors, refined by recursive least squares from every step and transfer that workers report.
 """
 
 from collections.abc import Sequence
@@ -64,9 +64,10 @@ class LatencyPriors:
 
 
 class RecursiveLeastSquares:
-    """Three non-negative coefficients of `seconds = w . (x0, x1, x2)`, fitted online with forgetting.
+    """Non-negative coefficients of `seconds = w . features`, fitted online with forgetting.
 
-    Works in units of the priors (each weight starts at 1) and on relative errors, so that short and long steps count alike.
+    Works in units of the priors (each weight starts at 1) and on relative errors, so that short and long steps count
+    alike.
     """
 
     def __init__(self, priors: Sequence[float], forgetting: float) -> None:
@@ -136,7 +137,7 @@ class LatencyModel:
     """Predicts from what it was seeded with and what it has seen. Every prediction is positive and finite."""
 
     def __init__(self, priors: LatencyPriors | None = None, *, forgetting: float = 0.995, large_batch: int = 32) -> None:
-        """Decode is fitted in two ranges, batches below `large_batch` and the rest: kernels change regime in between."""
+        """Decode is fitted in two ranges, below and from `large_batch` on: kernels change regime in between."""
         p = priors or LatencyPriors()
         decode = (p.decode_step_s, p.decode_context_token_s, p.decode_sequence_s)
         self._prefill = RecursiveLeastSquares((p.prefill_step_s, p.prefill_token_s, p.prefill_square_s), forgetting)
@@ -182,7 +183,7 @@ class LatencyModel:
         context, sequences = timing.num_context_tokens, timing.num_decode_sequences
         if timing.num_prefill_tokens:
             if sequences:
-                a, b, c = self._small if sequences < self._large_batch else self._large
+                _, b, c = self._small if sequences < self._large_batch else self._large
                 seconds -= b * context + c * sequences
             if seconds > 0:
                 self._prefill.observe((1.0, timing.num_prefill_tokens, timing.sum_prefill_squares), seconds)

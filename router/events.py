@@ -1,6 +1,6 @@
 """What goes into the router and what comes out. Values only: the shell carries them.
 
-`Router.handle(event, now_s)` takes a `RouterEvent` and returns `RouterCommand`s, in the order in which to carry them out.
+`Router.handle(event, now_s)` takes a `RouterEvent` and returns `RouterCommand`s, in the order to carry them out.
 Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire.
 """
 
@@ -17,7 +17,7 @@ class Submit(msgspec.Struct, frozen=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """End a request, or one `choice` of it (a stop string was found: reason STOP). Unknown or ended ones are ignored."""
+    """End a request, or one `choice` of it (a stop string was found: reason STOP). Unknown ones are ignored."""
 
     request_id: str
     reason: FinishReason = FinishReason.CANCELLED
@@ -128,8 +128,8 @@ class EmitChoiceEnd(msgspec.Struct, frozen=True):
 class EmitEnd(msgspec.Struct, frozen=True):
     """A request's only ending, after those of all its choices.
 
-    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE or ERROR (with `error`, UNAVAILABLE
-    to clients). The timeline holds what is known now; workers' accounts of the last legs may come after it.
+    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE or ERROR (with `error`,
+    UNAVAILABLE to clients). The timeline holds what is known now; workers' accounts of the last legs may come after it.
     """
 
     request_id: str

@@ -1,0 +1,101 @@
+"""The one check of a request, for every door: what passes here can be carried out by any worker.
+
+A gateway calls it after tokenising and before the router hears of the request. The ranges are those of the OpenAI and
+vLLM interfaces where these have one, and otherwise wide enough for any use but inside what float32 can compute.
+"""
+
+from collections.abc import Sequence
+
+from .config import LimitsSection
+from .errors import InvalidRequest
+from .request import SamplingParams
+
+MAX_SEED = 2**64 - 1
+MAX_TOP_K = 2**31 - 1
+MAX_TEMPERATURE = 100.0
+REPETITION_PENALTY_RANGE = (0.01, 100.0)
+
+
+def validate_request(
+    prompt_token_ids: Sequence[int],
+    sampling: SamplingParams,
+    limits: LimitsSection,
+    max_model_len: int,
+    vocab_size: int,
+) -> None:
+    """Raises InvalidRequest for the first thing that cannot be served."""
+    _check_prompt(prompt_token_ids, limits, max_model_len, vocab_size)
+    _check_lengths(len(prompt_token_ids), sampling, limits, max_model_len)
+    _check_distribution(sampling)
+    _check_penalties(sampling)
+    _check_outputs(sampling, limits)
+    _check_stops(sampling, limits, vocab_size)
+
+
+def _check_range(field: str, value: float, low: float, high: float, note: str = "") -> None:
+    if not low <= value <= high:  # NaN is in no range
+        raise InvalidRequest(field, value, f"{low:g} to {high:g}{note}")
+
+
+def _check_prompt(token_ids: Sequence[int], limits: LimitsSection, max_model_len: int, vocab_size: int) -> None:
+    if not token_ids:
+        raise InvalidRequest("prompt", "", "at least one token")
+    num_tokens = len(token_ids)
+    if limits.max_prompt_tokens is not None and num_tokens > limits.max_prompt_tokens:
+        raise InvalidRequest("prompt", f"{num_tokens} tokens", f"at most {limits.max_prompt_tokens} tokens")
+    if num_tokens >= max_model_len:
+        expected = f"at most {max_model_len - 1} tokens: the model takes {max_model_len}, one of them for output"
+        raise InvalidRequest("prompt", f"{num_tokens} tokens", expected)
+    _check_token_ids("prompt_token_ids", token_ids, vocab_size)
+
+
+def _check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        index, value = next((i, v) for i, v in enumerate(token_ids) if not 0 <= v < vocab_size)
+        raise InvalidRequest(f"{field}[{index}]", value, f"0 to {vocab_size - 1}")
+
+
+def _check_lengths(num_prompt_tokens: int, sampling: SamplingParams, limits: LimitsSection, max_model_len: int) -> None:
+    max_tokens, room = sampling.max_tokens, max_model_len - num_prompt_tokens
+    if not 1 <= max_tokens <= limits.max_tokens:
+        raise InvalidRequest("max_tokens", max_tokens, f"1 to {limits.max_tokens}")
+    if max_tokens > room:
+        expected = f"at most {room}: the model takes {max_model_len} tokens and the prompt has {num_prompt_tokens}"
+        raise InvalidRequest("max_tokens", max_tokens, expected)
+    if not 0 <= sampling.min_tokens <= max_tokens:
+        raise InvalidRequest("min_tokens", sampling.min_tokens, f"0 to max_tokens ({max_tokens})")
+
+
+def _check_distribution(sampling: SamplingParams) -> None:
+    _check_range("temperature", sampling.temperature, 0, MAX_TEMPERATURE, ", where 0 is greedy")
+    if not 0 <= sampling.top_k <= MAX_TOP_K:
+        raise InvalidRequest("top_k", sampling.top_k, f"0 to {MAX_TOP_K}, where 0 is off")
+    if not 0 < sampling.top_p <= 1:
+        raise InvalidRequest("top_p", sampling.top_p, "more than 0 and at most 1, where 1 is off")
+    _check_range("min_p", sampling.min_p, 0, 1, ", where 0 is off")
+    if not 0 <= sampling.seed <= MAX_SEED:
+        raise InvalidRequest("seed", sampling.seed, "an unsigned integer of 64 bits")
+
+
+def _check_penalties(sampling: SamplingParams) -> None:
+    low, high = REPETITION_PENALTY_RANGE
+    _check_range("repetition_penalty", sampling.repetition_penalty, low, high, ", where 1 is off")
+    _check_range("presence_penalty", sampling.presence_penalty, -2, 2, ", where 0 is off")
+    _check_range("frequency_penalty", sampling.frequency_penalty, -2, 2, ", where 0 is off")
+
+
+def _check_outputs(sampling: SamplingParams, limits: LimitsSection) -> None:
+    if not 1 <= sampling.n <= limits.max_n:
+        raise InvalidRequest("n", sampling.n, f"1 to {limits.max_n}")
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= limits.max_logprobs:
+        raise InvalidRequest("logprobs", sampling.logprobs, f"0 to {limits.max_logprobs}")
+
+
+def _check_stops(sampling: SamplingParams, limits: LimitsSection, vocab_size: int) -> None:
+    if len(sampling.stop) > limits.max_stop_strings:
+        raise InvalidRequest("stop", f"{len(sampling.stop)} strings", f"at most {limits.max_stop_strings} strings")
+    for index, text in enumerate(sampling.stop):
+        if not text:
+            raise InvalidRequest(f"stop[{index}]", text, "a text that is not empty")
+    if sampling.stop_token_ids:
+        _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)

@@ -1,0 +1,107 @@
+import pytest
+from pydantic import ValidationError
+
+from pdserve.core.config import ClusterConfig, PoolSection
+from pdserve.core.config_types import parse_host_port, parse_size
+
+
+def config(**parts: object) -> ClusterConfig:
+    return ClusterConfig.model_validate(parts)
+
+
+def test_every_key_has_a_default_for_a_laptop_with_two_cores() -> None:
+    default = ClusterConfig()
+    assert default.model.path == "embedded"
+    assert sum(pool.instances * pool.num_cpus for _, pool in default.pools.items()) == 2
+    assert default.kv.num_tokens_per_block == 16
+    assert default.listen.grpc_host_port == ("127.0.0.1", 50051)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        ClusterConfig().pools.prefill.instances = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("prefill", [0, 1])
+@pytest.mark.parametrize("decode", [0, 1])
+def test_one_pool_may_be_empty_but_not_both(prefill: int, decode: int) -> None:
+    pools = {"prefill": {"instances": prefill}, "decode": {"instances": decode}}
+    if prefill + decode:
+        assert config(pools=pools).pools.prefill.instances == prefill
+    else:
+        with pytest.raises(ValidationError, match="at least one instance"):
+            config(pools=pools)
+
+
+def test_instances_may_share_a_core() -> None:
+    assert PoolSection(cpus_per_instance=0.5).num_cpus == 0.5
+    assert PoolSection(cpus_per_instance=0.5).num_threads == 1
+    assert PoolSection(devices_per_instance=3).num_cpus == 3
+    assert PoolSection(devices_per_instance=3).num_threads == 3
+    assert PoolSection(devices_per_instance=3, threads=2).num_threads == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("64KiB", 65536), ("7B", 7), (4096, 4096), ("2TiB", 2 << 40)],
+)
+def test_sizes_are_numbers_or_carry_a_binary_unit(text: str | int, num_bytes: int) -> None:
+    assert PoolSection.model_validate({"kv_cache_bytes": text}).kv_cache_bytes == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "12", "5MB", "-5MiB", "0B", 0, -1, 1.5, True, None, "MiB", "5 mib"])
+def test_other_sizes_are_refused(text: object) -> None:
+    assert parse_size(text) is None
+    with pytest.raises(ValidationError, match="512MiB"):
+        PoolSection.model_validate({"kv_cache_bytes": text})
+
+
+@pytest.mark.parametrize(
+    ("text", "host_port"),
+    [
+        ("127.0.0.1:50051", ("127.0.0.1", 50051)),
+        ("[::1]:0", ("::1", 0)),
+        ("gpu-host.example:65535", ("gpu-host.example", 65535)),
+        ("localhost", None),
+        ("localhost:", None),
+        (":80", None),
+        ("a:65536", None),
+        ("a:b:80", None),
+        ("::1:80", None),
+        (80, None),
+    ],
+)
+def test_addresses_are_host_and_port(text: object, host_port: tuple[str, int] | None) -> None:
+    assert parse_host_port(text) == host_port
+
+
+@pytest.mark.parametrize(
+    ("path", "served", "name"),
+    [("/models/llama-3/", None, "llama-3"), ("embedded", None, "embedded"), ("/m/x", "y", "y"), ("/", None, "/")],
+)
+def test_a_model_is_served_under_the_last_part_of_its_path(path: str, served: str | None, name: str) -> None:
+    assert config(model={"path": path, "served_name": served}).model.name == name
+
+
+def test_instances_slo_and_limits_change_without_a_restart() -> None:
+    new = config(pools={"prefill": {"instances": 3}, "decode": {"instances": 2}}, slo={"ttft_ms": 1}, limits={"max_tokens": 7})
+    assert ClusterConfig().changes_needing_restart(new) == []
+
+
+def test_other_changes_are_named_by_their_keys() -> None:
+    new = config(
+        model={"path": "/m"},
+        pools={"decode": {"instances": 2, "threads": 2}},
+        limits={"max_message_bytes": 1},
+        listen={"grpc": "0.0.0.0:1"},
+        kernels="torch",
+    )
+    keys = ["model.path", "pools.decode.threads", "limits.max_message_bytes", "listen.grpc", "kernels"]
+    assert ClusterConfig().changes_needing_restart(new) == keys
+    assert new.changes_needing_restart(ClusterConfig()) == keys
+
+
+def test_a_configuration_survives_serialisation() -> None:
+    original = config(pools={"decode": {"kv_cache_bytes": "1GiB", "cpus_per_instance": 0.5}}, kv={"block_size": 32})
+    assert ClusterConfig.model_validate(original.model_dump()) == original
+    assert ClusterConfig.model_validate_json(original.model_dump_json()) == original

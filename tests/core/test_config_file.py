@@ -1,0 +1,230 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import example, given, strategies as st
+
+from pdserve.core.config import ClusterConfig
+from pdserve.core.config_file import load_cluster_config, parse_cluster_config
+from pdserve.core.config_schema import cluster_schema, cluster_schema_text
+from pdserve.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "cluster.yaml"
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_cluster_config(text, "c.yaml")
+    return str(caught.value)
+
+
+def ours(lines: str) -> str:
+    """A file whose part of ours starts on line 4."""
+    return "cluster_name: x\nmetadata:\n  pdserve:\n" + "".join(f"    {line}\n" for line in lines.splitlines())
+
+
+def test_the_sample_file_spells_out_the_defaults() -> None:
+    assert load_cluster_config(SAMPLE) == ClusterConfig()
+
+
+def test_an_empty_part_means_the_defaults() -> None:
+    assert parse_cluster_config("metadata: {pdserve: {}}") == ClusterConfig()
+
+
+def test_all_mistakes_are_told_at_once_in_line_order() -> None:
+    text = ours(
+        """\
+listen: {grpc: localhost, http: "127.0.0.1:8000"}
+pools:
+  prefil: {instances: 1}
+  decode:
+    instances: -1
+    threads: 1.5
+model: {dtype: int8, path: ""}
+device: cuda
+slo:
+1: 2"""
+    )
+    at = "metadata.pdserve"
+    assert refusal(text).splitlines() == [
+        f"c.yaml:4: {at}.listen.grpc: got 'localhost', expected HOST:PORT such as 127.0.0.1:50051, with a port of 0 to 65535",
+        f"c.yaml:4: {at}.listen.http: unknown key, expected one of grpc",
+        f"c.yaml:6: {at}.pools.prefil: unknown key, did you mean 'prefill'?",
+        f"c.yaml:8: {at}.pools.decode.instances: got -1, expected at least 0",
+        f"c.yaml:9: {at}.pools.decode.threads: got 1.5, expected auto or a positive integer",
+        f"c.yaml:10: {at}.model.dtype: got 'int8', expected one of 'auto', 'float32', 'bfloat16' or 'float16'",
+        f"c.yaml:10: {at}.model.path: got '', expected a text that is not empty",
+        f"c.yaml:11: {at}.device: got 'cuda', expected one of 'auto' or 'cpu'",
+        f"c.yaml:12: {at}.slo: got nothing, expected a mapping with keys of ttft_ms, itl_ms",
+        f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, limits, listen, kernels, device, "
+        "drain_timeout_s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("kernels: cuda", "kernels: got 'cuda', expected one of 'auto', 'native' or 'torch'"),
+        ("kernels: null", "kernels: got nothing, expected one of 'auto', 'native' or 'torch'"),
+        ("kv: {transport: nccl}", "kv.transport: got 'nccl', expected one of 'auto', 'shm' or 'gloo'"),
+        ("kv: {block_size: 12}", "kv.block_size: got 12, expected auto or a multiple of 8"),
+        ("limits: {max_n: '2'}", "limits.max_n: got '2', expected an integer"),
+        ("limits: {max_n: true}", "limits.max_n: got true, expected an integer"),
+        ("limits: {max_n: 0}", "limits.max_n: got 0, expected more than 0"),
+        ("limits: {max_prompt_tokens: 0}", "limits.max_prompt_tokens: got 0, expected more than 0"),
+        ("drain_timeout_s: .inf", "drain_timeout_s: got inf, expected a number"),
+        ("drain_timeout_s: soon", "drain_timeout_s: got 'soon', expected a number"),
+        ("slo: {itl_ms: -1}", "slo.itl_ms: got -1, expected more than 0"),
+        ("model: [embedded]", "model: got ['embedded'], expected a mapping with keys of path, dtype, "),
+        ("model: {path: 7}", "model.path: got 7, expected a text that is not empty"),
+        ("model: {max_model_len: 0}", "model.max_model_len: got 0, expected auto or a positive integer"),
+        ("pools: {prefill: {kv_cache_bytes: 5MB}}", "pools.prefill.kv_cache_bytes: got '5MB', expected auto, a number"),
+        (
+            "pools: {prefill: {max_batch_tokens: 12}}",
+            "pools.prefill.max_batch_tokens: got 12, expected at least max_batch_size (256)",
+        ),
+        (
+            "pools: {prefill: {max_batch_size: 4096}}",
+            "pools.prefill.max_batch_tokens: got 2048, expected at least max_batch_size (4096)",
+        ),
+        (
+            "pools: {prefill: {instances: 0}, decode: {instances: 0}}",
+            "pools: got 0 in each, expected at least one instance in prefill or decode",
+        ),
+    ],
+)
+def test_a_bad_value_is_told_with_what_was_expected(line: str, problem: str) -> None:
+    assert refusal(ours(line)).startswith(f"c.yaml:4: metadata.pdserve.{problem}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "c.yaml:1: file: got nothing, expected a mapping with metadata"),
+        ("- 1", "c.yaml:1: file: got [1], expected a mapping with metadata"),
+        ("cluster_name: x", "c.yaml:1: metadata: missing, expected metadata.pdserve in this file"),
+        ("metdata: {}", "c.yaml:1: metadata: missing, found 'metdata', expected metadata.pdserve in this file"),
+        ("a: 1\nmetadata: {other: 1}", "c.yaml:2: metadata.pdserve: missing, expected metadata.pdserve in this file"),
+        ("a: 1\nmetadata:", "c.yaml:2: metadata: got nothing, expected a mapping with pdserve"),
+        ("metadata: {pdserve: }", "c.yaml:1: metadata.pdserve: got nothing, expected a mapping with keys of model"),
+        ("a: [1", "c.yaml:1: not valid YAML: expected ',' or ']'"),
+        ("a: 1\nb: 1\na: 2", 'c.yaml:3: not valid YAML: found duplicate key "a"'),
+        ("a: 1\n---\nb: 1", "c.yaml:2: not valid YAML:"),
+        ("a: 1\nb: \x01", "c.yaml:2: not valid YAML: special characters are not allowed"),
+        ("a: 1\n\tb: 1", "c.yaml:2: not valid YAML:"),
+        ("[" * 5000, "c.yaml:1: more than 16 levels"),
+        ("a: " + "[" * 20 + "]" * 20, "c.yaml:1: more than 16 levels"),
+        (f"a: &a [{'1,' * 200}]\nb: &b [{'*a ,' * 200}]", "c.yaml:1: more than 16 levels or 10000 values"),
+        (f"a: {'9' * 5000}", "c.yaml:1: not valid YAML:"),
+    ],
+)
+def test_what_is_not_a_configuration_is_told_so(text: str, message: str) -> None:
+    assert refusal(text).startswith(message)
+
+
+def test_keys_merged_from_an_anchor_are_read() -> None:
+    text = ours("pools:\n  prefill: &one {instances: 2}\n  decode: {<<: *one, threads: 1}")
+    assert parse_cluster_config(text).pools.decode.instances == 2
+    assert refusal(text.replace("instances: 2", "instances: two")).count("got 'two', expected an integer") == 2
+
+
+def test_a_file_that_cannot_be_read_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml: no such file"):
+        load_cluster_config(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_cluster_config(tmp_path)
+    bad = tmp_path / "latin1.yaml"
+    bad.write_bytes(b"a: 1\nb: \xe9\n")
+    with pytest.raises(ConfigError, match=r"latin1\.yaml:2: byte 0xe9 is not UTF-8"):
+        load_cluster_config(bad)
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-1, 10**25) | st.floats() | st.text(max_size=5) | st.just("auto")
+PATHS = [
+    ("model",),
+    ("model", "path"),
+    ("model", "max_model_len"),
+    ("model", "typo"),
+    ("pools",),
+    ("pools", "prefill"),
+    ("pools", "prefill", "instances"),
+    ("pools", "decode", "cpus_per_instance"),
+    ("pools", "decode", "kv_cache_bytes"),
+    ("slo", "ttft_ms"),
+    ("kv", "block_size"),
+    ("limits", "max_prompt_tokens"),
+    ("listen", "grpc"),
+    ("kernels",),
+    ("drain_timeout_s",),
+]
+
+
+@given(path=st.sampled_from(PATHS), value=SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(), SCALARS))
+def test_any_value_at_any_key_is_taken_or_refused_by_the_key(path: tuple[str, ...], value: Any) -> None:
+    tree: Any = value
+    for key in reversed(path):
+        tree = {key: tree}
+    text = yaml.safe_dump({"metadata": {"pdserve": tree}}, allow_unicode=False)
+    message = ""
+    try:
+        parse_cluster_config(text)
+    except ConfigError as error:
+        message = str(error)
+    assert not message or f"metadata.pdserve.{'.'.join(path)}" in message
+
+
+@given(text=st.text() | st.text(alphabet="[]{}:,&*!|>-'\"?#%@`\n\t abc<~"))
+@example("a: &x [*x ]")
+@example("%YAML 9.9\n---\na")
+@example("! a")
+@example("&a")
+def test_no_text_breaks_the_parser(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_cluster_config(text)
+
+
+def test_the_committed_schema_is_the_generated_one() -> None:
+    committed = (ROOT / "docs" / "cluster.schema.json").read_text()
+    assert committed == cluster_schema_text(), "run: python -m pdserve.core.config_schema > docs/cluster.schema.json"
+
+
+def test_the_schema_accepts_the_sample_and_refuses_what_the_parser_refuses() -> None:
+    validator = jsonschema.Draft202012Validator(cluster_schema())
+    validator.check_schema(cluster_schema())
+    sample = yaml.safe_load(SAMPLE.read_text())
+    validator.validate(sample)
+    for part, bad in [
+        ({"pools": {"prefill": {"instances": -1}}}, True),
+        ({"kv": {"block_size": 12}}, True),
+        ({"kv": {"block_size": 24}}, False),
+        ({"pools": {"prefill": {"kv_cache_bytes": "5MB"}}}, True),
+        ({"pools": {"prefill": {"kv_cache_bytes": "5MiB"}}}, False),
+        ({"http": 1}, True),
+    ]:
+        changed = copy.deepcopy(sample)
+        changed["metadata"]["pdserve"] = part
+        assert (not validator.is_valid(changed)) == bad, part
+
+
+def test_rays_own_validator_accepts_the_sample() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(yaml.safe_load(SAMPLE.read_text()))
+    validate_config(prepared)
+    assert prepared["metadata"]["pdserve"]["pools"]["prefill"]["instances"] == 1
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config({**prepared, "pdserve": {}})
+
+
+def test_the_file_that_ray_up_writes_on_the_head_is_read_too(tmp_path: Path) -> None:
+    import json
+
+    from ray.autoscaler._private.util import prepare_config
+
+    bootstrap = tmp_path / "ray_bootstrap_config.yaml"
+    bootstrap.write_text(json.dumps(prepare_config(yaml.safe_load(SAMPLE.read_text()))))
+    assert load_cluster_config(bootstrap) == ClusterConfig()

@@ -163,9 +163,7 @@ def _wire_view(cache: torch.Tensor, num_layers: int, num_tokens: int, buffer: to
     return buffer.view(cache.dtype).view(num_layers, 2, cache.shape[3], num_tokens, cache.shape[5])
 
 
-def _token_slots(
-    cache: torch.Tensor, block_ids: Sequence[int], start: int, end: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _token_slots(cache: torch.Tensor, block_ids: Sequence[int], start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(block, offset) of each token in [start, end)."""
     block_size = cache.shape[4]
     tokens = torch.arange(start, end)

@@ -1,0 +1,290 @@
+"""The native library behind the `Kernels` interface: checks what it is given, then hands raw pointers to C++.
+
+ctypes releases the GIL for the length of every call.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .build import LIBRARY_NAME
+from .interface import AttentionBatch, KernelRequirements, PackedLinear, check_block_pairs, check_token_range
+
+LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME
+
+_MAX_HEAD_DIM = 256
+_NO_WINDOW = 1 << 62
+_CPU_LEVEL_NEEDED = {torch.float32: 1, torch.bfloat16: 2}
+
+_P, _N, _F, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {
+    "pd_set_num_threads": [_I],
+    "pd_pack_linear": [_P, _P, _N, _N, _P],
+    "pd_linear": [_I, _I, _I, _P, _P, _P, _P, _N, _N, _N],
+    "pd_rms_norm": [_I, _P, _P, _P, _P, _N, _N, _F],
+    "pd_rope_and_cache": [_I, _P, _P, _P, _P, _P, _F, _P, _P, _P, _P, _N, _N, _N, _N, _N],
+    "pd_paged_attention": [_I, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _F],
+    "pd_argmax": [_P, _P, _N, _N],
+    "pd_gather_tokens": [_P, _P, _N, _N, _N, _N, _N, _P, _N, _N],
+    "pd_scatter_tokens": [_P, _P, _N, _N, _N, _N, _N, _P, _N, _N],
+    "pd_copy_blocks": [_P, _N, _N, _N, _P, _N],
+}
+
+
+def why_unavailable(requirements: KernelRequirements) -> str | None:
+    """Why the native kernels cannot serve these requirements on this machine; None where they can."""
+    if requirements.dtype not in _CPU_LEVEL_NEEDED:
+        return f"{requirements.dtype} has no native kernels"  # float16 is not worth its own: CPUs multiply it by widening
+    if requirements.head_dim > _MAX_HEAD_DIM:
+        return f"head_dim {requirements.head_dim} is above {_MAX_HEAD_DIM}"
+    if not LIBRARY_PATH.exists():
+        return f"{LIBRARY_NAME} was not built with this package"
+    if _load().pd_cpu_level() < _CPU_LEVEL_NEEDED[requirements.dtype]:
+        return f"this CPU lacks the AVX-512 instructions that {requirements.dtype} needs"
+    return None
+
+
+def _load() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY_PATH))
+    for name, argument_types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = argument_types, None
+    return library
+
+
+class NativeKernels:
+    """AVX-512 kernels for one model dtype, float32 or bfloat16."""
+
+    name = "native"
+
+    def __init__(self, requirements: KernelRequirements) -> None:
+        reason = why_unavailable(requirements)
+        if reason is not None:
+            raise ValueError(f"kernels: 'native' cannot run here: {reason}")
+        self._dtype = requirements.dtype
+        self._bf16 = int(self._dtype == torch.bfloat16)
+        self._per_dword = 2 if self._bf16 else 1
+        self._c = _load()
+
+    def set_num_threads(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self._c.pd_set_num_threads(num_threads)
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+        num_out, num_in = weight.shape
+        packed = self._pack(weight, None, 32)
+        if bias is None:
+            return PackedLinear(num_in, num_out, weight.dtype, packed, None)
+        wide = torch.zeros(-(-num_out // 32) * 32)
+        wide[:num_out] = bias
+        return PackedLinear(num_in, num_out, weight.dtype, packed, wide)
+
+    def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
+        num_out, num_in = gate.shape
+        if up.shape != gate.shape:
+            raise ValueError(f"up: shape {tuple(up.shape)} is not gate's {tuple(gate.shape)}")
+        return PackedLinear(num_in, num_out, gate.dtype, self._pack(gate, up, 16), None)
+
+    def _pack(self, weight: torch.Tensor, up: torch.Tensor | None, outputs_per_panel: int) -> torch.Tensor:
+        num_out, num_in = weight.shape
+        if num_in % self._per_dword:
+            raise ValueError(f"weight: {num_in} input features, expected a multiple of {self._per_dword}")
+        depth = num_in // self._per_dword
+        packed = torch.empty(-(-num_out // outputs_per_panel) * depth * 32, dtype=torch.int32)
+        weight = self._check("weight", weight.contiguous())
+        up = None if up is None else self._check("up", up.contiguous())
+        self._c.pd_pack_linear(_pointer(weight), _pointer(up), num_out, depth, _pointer(packed))
+        return packed
+
+    def linear(self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._linear(x, packed, out_dtype or self._dtype, 0)
+
+    def gated_linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        return self._linear(x, packed, self._dtype, 1)
+
+    def _linear(self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype, gated: int) -> torch.Tensor:
+        num_tokens, num_in = self._check("x", x).shape
+        if num_in != packed.in_features:
+            raise ValueError(f"x: {num_in} features, expected {packed.in_features}")
+        if out_dtype not in (self._dtype, torch.float32):
+            raise ValueError(f"out_dtype: {out_dtype} is not valid, expected {self._dtype} or torch.float32")
+        out = torch.empty((num_tokens, packed.out_features), dtype=out_dtype)
+        self._c.pd_linear(
+            self._bf16,
+            int(out_dtype == torch.bfloat16),
+            gated,
+            x.data_ptr(),
+            packed.weight.data_ptr(),
+            _pointer(packed.bias),
+            out.data_ptr(),
+            num_tokens,
+            num_in // self._per_dword,
+            packed.out_features,
+        )
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x, None, weight, eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: shape {tuple(residual.shape)} is not x's {tuple(x.shape)}")
+        return self._norm(x, self._check("residual", residual), weight, eps)
+
+    def _norm(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        num_tokens, width = self._check("x", x).shape
+        if self._check("weight", weight).numel() != width:
+            raise ValueError(f"weight: {weight.numel()} elements, expected {width}")
+        out = torch.empty_like(x)
+        self._c.pd_rms_norm(
+            self._bf16,
+            x.data_ptr(),
+            _pointer(residual),
+            weight.data_ptr(),
+            out.data_ptr(),
+            num_tokens,
+            width,
+            eps,
+        )
+        return out
+
+    def rope_and_cache(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        _, num_kv_heads, block_size, head_dim = self._check("k_cache", k_cache).shape
+        num_tokens, width = self._check("qkv", qkv).shape
+        num_heads = width // head_dim - 2 * num_kv_heads
+        _check_index("positions", positions, torch.int64)
+        _check_index("slot_mapping", slot_mapping, torch.int64)
+        _check_index("cos_sin", cos_sin, torch.float32)
+        q = torch.empty((num_tokens, num_heads, head_dim), dtype=self._dtype)
+        self._c.pd_rope_and_cache(
+            self._bf16,
+            qkv.data_ptr(),
+            positions.data_ptr(),
+            cos_sin.data_ptr(),
+            _pointer(q_norm),
+            _pointer(k_norm),
+            eps,
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            q.data_ptr(),
+            num_tokens,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+        )
+        return q
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor:
+        num_tokens, num_heads, head_dim = self._check("q", q).shape
+        _, num_kv_heads, block_size, _ = self._check("k_cache", k_cache).shape
+        _check_index("query_start_loc", batch.query_start_loc, torch.int32)
+        _check_index("context_lens", batch.context_lens, torch.int32)
+        num_seqs, max_blocks = _check_index("block_tables", batch.block_tables, torch.int32).shape
+        out = torch.empty((num_tokens, num_heads * head_dim), dtype=self._dtype)
+        self._c.pd_paged_attention(
+            self._bf16,
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            out.data_ptr(),
+            batch.query_start_loc.data_ptr(),
+            batch.context_lens.data_ptr(),
+            batch.block_tables.data_ptr(),
+            num_seqs,
+            max_blocks,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            block_size,
+            _NO_WINDOW if sliding_window is None else sliding_window,
+            scale,
+        )
+        return out
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        num_rows, width = _check_index("logits", logits, torch.float32).shape
+        out = torch.empty(num_rows, dtype=torch.int64)
+        self._c.pd_argmax(logits.data_ptr(), out.data_ptr(), num_rows, width)
+        return out
+
+    def gather_tokens(
+        self,
+        cache: torch.Tensor,
+        layer_start: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_start: int,
+        token_end: int,
+        buffer: torch.Tensor,
+    ) -> None:
+        check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
+        layout = _plane_layout(cache, layer_start, layer_end)
+        ids = (ctypes.c_int64 * len(block_ids))(*block_ids)
+        start = cache.data_ptr() + layer_start * cache.stride(0) * cache.element_size()
+        self._c.pd_gather_tokens(start, buffer.data_ptr(), *layout, ids, token_start, token_end)
+
+    def scatter_tokens(
+        self,
+        cache: torch.Tensor,
+        layer_start: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_start: int,
+        token_end: int,
+        buffer: torch.Tensor,
+    ) -> None:
+        check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
+        layout = _plane_layout(cache, layer_start, layer_end)
+        ids = (ctypes.c_int64 * len(block_ids))(*block_ids)
+        start = cache.data_ptr() + layer_start * cache.stride(0) * cache.element_size()
+        self._c.pd_scatter_tokens(start, buffer.data_ptr(), *layout, ids, token_start, token_end)
+
+    def copy_blocks(self, cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        check_block_pairs(cache, pairs)
+        num_layers, _, num_blocks, _, _, _ = cache.shape
+        flat = (ctypes.c_int64 * (2 * len(pairs)))(*(block for pair in pairs for block in pair))
+        block_bytes = cache.stride(2) * cache.element_size()
+        self._c.pd_copy_blocks(cache.data_ptr(), 2 * num_layers, num_blocks, block_bytes, flat, len(pairs))
+
+    def _check(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return _check_index(name, tensor, self._dtype)
+
+
+def _check_index(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        layout = "contiguous" if tensor.is_contiguous() else "strided"
+        raise ValueError(f"{name}: {layout} {tensor.dtype} given, expected contiguous {dtype}")
+    return tensor
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _plane_layout(cache: torch.Tensor, layer_start: int, layer_end: int) -> tuple[int, int, int, int, int]:
+    """(planes, blocks, heads, block_size, bytes of a token's row): a plane is the keys or the values of a layer."""
+    _, _, num_blocks, num_kv_heads, block_size, head_dim = cache.shape
+    return 2 * (layer_end - layer_start), num_blocks, num_kv_heads, block_size, head_dim * cache.element_size()

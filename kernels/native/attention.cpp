@@ -1,0 +1,94 @@
+// Cuts paged attention into tasks: a stretch of tokens of one sequence and kv head each, so that the query heads of a group
+// read their keys once. Where that gives too few tasks (long contexts, small batches), single segments of keys are tasks
+// too, merged afterwards in their order.
+#include "attention.h"
+
+#include <memory>
+#include <vector>
+
+#include "pool.h"
+
+namespace pd {
+namespace {
+
+constexpr int64_t kMaxRows = 12 * kTileRows;  // of one task: enough that packing its keys is cheap
+
+std::vector<Rows> cut_rows(const Attention& a) {
+  const int64_t tokens_per_task = std::max<int64_t>(1, kMaxRows / a.group());
+  std::vector<Rows> cut;
+  for (int64_t s = 0; s < a.num_seqs; ++s) {
+    const int64_t begin = a.query_start[s], end = a.query_start[s + 1];
+    const int64_t stretches = ceil_div(end - begin, tokens_per_task);
+    for (int64_t i = stretches - 1; i >= 0; --i) {  // the last tokens see the most keys: longest first
+      const int64_t token = begin + (end - begin) * i / stretches, next = begin + (end - begin) * (i + 1) / stretches;
+      for (int64_t h = 0; h < a.kv_heads; ++h)
+        cut.push_back({s, h, token, next - token, a.context_lens[s] - (end - token)});
+    }
+  }
+  return cut;
+}
+
+template <class E>
+void attend_whole(const Attention& a, const std::vector<Rows>& cut) {
+  parallel_for(cut.size(), [&](int64_t i) {
+    RowAttention<E>(a, cut[i], scratch(RowAttention<E>::bytes(a, cut[i].num_tokens * a.group()))).attend_all();
+  });
+}
+
+template <class E>
+void attend_in_segments(const Attention& a, const std::vector<Rows>& cut) {
+  struct Segment {
+    const Rows* rows;
+    int64_t index, partial;
+  };
+  std::vector<Segment> segments;
+  std::vector<size_t> first;  // of each element of `cut`
+  int64_t floats = 0;
+  for (const Rows& rows : cut) {
+    first.push_back(segments.size());
+    for (int64_t s = rows.key_begin(a.window) / kSegment; s < ceil_div(rows.key_end(), kSegment); ++s) {
+      segments.push_back({&rows, s, floats});
+      floats += Partial::floats(rows.num_tokens * a.group(), a.padded_dim());
+    }
+  }
+  first.push_back(segments.size());
+  const std::unique_ptr<float[]> partials(new float[floats]);
+  auto attention = [&](const Rows& rows) {
+    return RowAttention<E>(a, rows, scratch(RowAttention<E>::bytes(a, rows.num_tokens * a.group())));
+  };
+  parallel_for(segments.size(), [&](int64_t i) {
+    const Segment& segment = segments[i];
+    auto rows = attention(*segment.rows);
+    Partial to(&partials[segment.partial], rows.num_rows());
+    rows.attend_segment(segment.index, to);
+  });
+  parallel_for(cut.size(), [&](int64_t i) {
+    auto rows = attention(cut[i]);
+    Partial total(rows.total());
+    total.clear(rows.num_rows(), a.padded_dim());
+    for (size_t s = first[i]; s < first[i + 1]; ++s)
+      merge(total, Partial(&partials[segments[s].partial], rows.num_rows()), rows.num_rows(), a.padded_dim());
+    rows.write(total);
+  });
+}
+
+template <class E>
+void attend(const Attention& a) {
+  const std::vector<Rows> cut = cut_rows(a);
+  const bool few = num_threads() > 1 && static_cast<int64_t>(cut.size()) < 4 * num_threads();
+  const bool long_context = std::any_of(cut.begin(), cut.end(), [](const Rows& r) { return r.key_end() > kSegment; });
+  few && long_context ? attend_in_segments<E>(a, cut) : attend_whole<E>(a, cut);
+}
+
+}  // namespace
+}  // namespace pd
+
+extern "C" void pd_paged_attention(int bf16, const void* q, const void* k_cache, const void* v_cache, void* out,
+                                   const int32_t* query_start, const int32_t* context_lens, const int32_t* block_tables,
+                                   int64_t num_seqs, int64_t max_blocks, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                                   int64_t block_size, int64_t window, float scale) {
+  using namespace pd;
+  const Attention a{q,        k_cache,    v_cache, out,      query_start, context_lens, block_tables,
+                    num_seqs, max_blocks, heads,   kv_heads, head_dim,    block_size,   window, scale * 1.44269504f};
+  bf16 ? attend<BF16>(a) : attend<F32>(a);
+}

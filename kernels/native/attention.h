@@ -1,0 +1,273 @@
+// Flash attention over one stretch of keys: what the scheduling in attention.cpp is made of.
+//
+// A row is one (token, query head) pair of a sequence and a kv head. Keys are taken in blocks of 64 at multiples of 64 from
+// the start of the sequence, and the running softmax starts anew at every segment of 512 keys; segments are merged in
+// order. All this is fixed by key positions alone, and masked keys add exact zeros, so a row's bits depend neither on the batch,
+// nor on how the prompt was cut into chunks, nor on which thread took which segment.
+// (Online softmax: Milakov and Gimelshein 2018; blocking: FlashAttention, Dao et al. 2022.)
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "tile.h"
+
+namespace pd {
+
+constexpr int kKeys = 64;          // of one key block
+constexpr int64_t kSegment = 512;  // keys, a multiple of kKeys
+
+struct Attention {
+  const void *q, *k_cache, *v_cache;
+  void* out;  // [tokens, heads * head_dim], as q
+  const int32_t *query_start, *context_lens, *block_tables;
+  int64_t num_seqs, max_blocks, heads, kv_heads, head_dim, block_size;
+  int64_t window;  // keys a query may see, its own included
+  float scale_log2;
+  int64_t group() const { return heads / kv_heads; }
+  int64_t padded_dim() const { return ceil_div(head_dim, kLanes) * kLanes; }
+};
+
+// Rows of consecutive tokens of one sequence and kv head.
+struct Rows {
+  int64_t seq, kv_head;
+  int64_t token, num_tokens;  // in the batch
+  int64_t position;           // of the first token in its sequence
+  int64_t key_begin(int64_t window) const { return std::max<int64_t>(0, position - window + 1); }
+  int64_t key_end() const { return position + num_tokens; }
+};
+
+// The softmax of some rows over some keys, not yet divided: for each row a maximum, 16 partial sums, padded_dim outputs.
+struct Partial {
+  float *max, *sum, *out;
+  static int64_t floats(int64_t rows, int64_t padded_dim) { return ceil_div(rows, kLanes) * kLanes + rows * (kLanes + padded_dim); }
+  Partial(float* memory, int64_t rows) : max(memory), sum(max + ceil_div(rows, kLanes) * kLanes), out(sum + rows * kLanes) {}
+  void clear(int64_t rows, int64_t padded_dim) {
+    std::fill_n(max, rows, -INFINITY);
+    std::fill_n(sum, rows * (kLanes + padded_dim), 0.0f);
+  }
+};
+
+inline void scale_row(float* x, int64_t n, float factor) {
+  const __m512 f = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < n; i += kLanes) _mm512_storeu_ps(x + i, _mm512_mul_ps(f, _mm512_loadu_ps(x + i)));
+}
+
+inline float exp2_scalar(float x) { return _mm512_cvtss_f32(exp2(_mm512_set1_ps(x))); }
+
+// total += segment, row by row.
+inline void merge(Partial& total, const Partial& segment, int64_t rows, int64_t padded_dim) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (segment.max[r] == -INFINITY) continue;
+    const float max = std::max(total.max[r], segment.max[r]);
+    const __m512 a = _mm512_set1_ps(exp2_scalar(total.max[r] - max)), b = _mm512_set1_ps(exp2_scalar(segment.max[r] - max));
+    auto add = [&](float* x, const float* y, int64_t n) {
+      for (int64_t i = 0; i < n; i += kLanes)
+        _mm512_storeu_ps(x + i, _mm512_fmadd_ps(b, _mm512_loadu_ps(y + i), _mm512_mul_ps(a, _mm512_loadu_ps(x + i))));
+    };
+    add(total.sum + r * kLanes, segment.sum + r * kLanes, kLanes);
+    add(total.out + r * padded_dim, segment.out + r * padded_dim, padded_dim);
+    total.max[r] = max;
+  }
+}
+
+// One thread's working memory for rows of one (sequence, kv head).
+template <class E>
+class RowAttention {
+  using T = typename E::T;
+  static constexpr int kPer = E::kPerDword;
+
+ public:
+  static size_t bytes(const Attention& a, int64_t rows) {
+    const int64_t dim = a.padded_dim();
+    return 4 * (rows * dim + 2 * dim * kKeys + kTileRows * kKeys * 2 + 2 * Partial::floats(rows, dim)) + kKeys * 8 + 1024;
+  }
+
+  RowAttention(const Attention& a, const Rows& rows, void* memory)
+      : a_(a),
+        rows_(rows),
+        num_rows_(rows.num_tokens * a.group()),
+        dim_(a.padded_dim()),
+        depth_(a.head_dim / kPer),
+        keys_(static_cast<uint32_t*>(memory)),
+        values_(keys_ + dim_ * kKeys),
+        scores_(reinterpret_cast<float*>(values_ + dim_ * kKeys)),
+        weights_(reinterpret_cast<uint32_t*>(scores_ + kTileRows * kKeys)),
+        queries_(weights_ + kTileRows * kKeys),
+        offsets_(reinterpret_cast<int64_t*>(queries_ + num_rows_ * dim_)),
+        total_(reinterpret_cast<float*>(offsets_ + kKeys), num_rows_),
+        segment_(total_.max + Partial::floats(num_rows_, dim_), num_rows_) {
+    const T* q = static_cast<const T*>(a.q) + (rows.token * a.heads + rows.kv_head * a.group()) * a.head_dim;
+    for (int64_t t = 0; t < rows.num_tokens; ++t)
+      std::memcpy(queries_ + t * a.group() * depth_, q + t * a.heads * a.head_dim, a.group() * depth_ * 4);
+  }
+
+  int64_t num_rows() const { return num_rows_; }
+  const Partial& total() const { return total_; }
+
+  // The keys of segment `index` that any of the rows sees.
+  void attend_segment(int64_t index, Partial& to) {
+    to.clear(num_rows_, dim_);
+    const int64_t begin = std::max(rows_.key_begin(a_.window), index * kSegment) / kKeys * kKeys;
+    const int64_t end = std::min(rows_.key_end(), (index + 1) * kSegment);
+    for (int64_t key = begin; key < end; key += kKeys) attend_keys(key, std::min<int64_t>(kKeys, rows_.key_end() - key), to);
+  }
+
+  void attend_all() {
+    total_.clear(num_rows_, dim_);
+    for (int64_t s = rows_.key_begin(a_.window) / kSegment; s < ceil_div(rows_.key_end(), kSegment); ++s) {
+      attend_segment(s, segment_);
+      merge(total_, segment_, num_rows_, dim_);
+    }
+    write(total_);
+  }
+
+  void write(const Partial& total) {
+    for (int64_t r = 0; r < num_rows_; ++r) {
+      const int64_t token = rows_.token + r / a_.group(), head = rows_.kv_head * a_.group() + r % a_.group();
+      T* out = static_cast<T*>(a_.out) + (token * a_.heads + head) * a_.head_dim;
+      const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_loadu_ps(total.sum + r * kLanes)));
+      for (int64_t d = 0; d < a_.head_dim; d += kLanes)
+        E::store(out + d, _mm512_mul_ps(scale, _mm512_loadu_ps(total.out + r * dim_ + d)), lanes(a_.head_dim - d));
+    }
+  }
+
+ private:
+  void attend_keys(int64_t key, int64_t num_keys, Partial& to) {
+    find(key, num_keys);
+    pack_keys(num_keys);
+    pack_values(num_keys);
+    const int64_t tiles = ceil_div(num_rows_, kTileRows);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = num_rows_ * tile / tiles, next = num_rows_ * (tile + 1) / tiles;
+      const int64_t first = rows_.position + row / a_.group(), last = rows_.position + (next - 1) / a_.group();
+      if (key > last || key + num_keys <= first - a_.window + 1) continue;  // no row of the tile sees a key of the block
+      with_rows(static_cast<int>(next - row), [&](auto rows) { attend_tile<rows.value>(row, key, num_keys, to); });
+    }
+  }
+
+  // Offsets of the keys [key, key + num_keys) in the caches of this kv head; asks for the block after it.
+  void find(int64_t key, int64_t num_keys) {
+    const int32_t* table = a_.block_tables + rows_.seq * a_.max_blocks;
+    auto offset = [&](int64_t k) {
+      return ((table[k / a_.block_size] * a_.kv_heads + rows_.kv_head) * a_.block_size + k % a_.block_size) * a_.head_dim;
+    };
+    for (int64_t k = 0; k < num_keys; k += 8) {
+      const int64_t base = offset(key + k);  // a cache block holds a multiple of 8 tokens
+      for (int64_t i = 0; i < 8; ++i) offsets_[k + i] = base + i * a_.head_dim;
+    }
+    const int64_t next_end = std::min(key + 2 * kKeys, rows_.key_end());
+    for (int64_t k = key + kKeys; k < next_end; k += 8) {
+      const int64_t base = offset(k), bytes = 8 * a_.head_dim * static_cast<int64_t>(sizeof(T));
+      const char* keys = reinterpret_cast<const char*>(static_cast<const T*>(a_.k_cache) + base);
+      const char* values = reinterpret_cast<const char*>(static_cast<const T*>(a_.v_cache) + base);
+      for (int64_t i = 0; i < bytes; i += 64) {
+        _mm_prefetch(keys + i, _MM_HINT_T0);
+        _mm_prefetch(values + i, _MM_HINT_T0);
+      }
+    }
+  }
+
+  // keys_ = [depth, 64 keys] dwords; absent keys are zero.
+  void pack_keys(int64_t num_keys) {
+    const T* cache = static_cast<const T*>(a_.k_cache);
+    for (int64_t k = 0; k < kKeys; k += kLanes)
+      for (int64_t d = 0; d < depth_; d += kLanes) {
+        const __mmask16 mask = lanes(depth_ - d);
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i)
+          r[i] = k + i < num_keys ? _mm512_maskz_loadu_epi32(mask, cache + offsets_[k + i] + d * kPer) : _mm512_setzero_si512();
+        transpose16(r);
+        for (int i = 0; i < std::min<int64_t>(kLanes, depth_ - d); ++i) _mm512_storeu_si512(keys_ + (d + i) * kKeys + k, r[i]);
+      }
+  }
+
+  // values_ = [64 / per, dim] dwords, each lane holding the values of `per` neighbouring keys; absent ones are zero.
+  void pack_values(int64_t num_keys) {
+    const T* cache = static_cast<const T*>(a_.v_cache);
+    for (int64_t k = 0; k < kKeys; k += kPer)
+      for (int64_t d = 0; d < dim_; d += kLanes) {
+        const __mmask16 mask = lanes(a_.head_dim - d);
+        __m512i lane = _mm512_setzero_si512();
+        if constexpr (kPer == 1) {
+          if (k < num_keys) lane = _mm512_maskz_loadu_epi32(mask, cache + offsets_[k] + d);
+        } else {
+          if (k < num_keys) lane = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, cache + offsets_[k] + d));
+          if (k + 1 < num_keys) {
+            __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, cache + offsets_[k + 1] + d));
+            lane = _mm512_or_si512(lane, _mm512_slli_epi32(odd, 16));
+          }
+        }
+        _mm512_storeu_si512(values_ + k / kPer * dim_ + d, lane);
+      }
+  }
+
+  template <int ROWS>
+  void attend_tile(int64_t row, int64_t key, int64_t num_keys, Partial& to) {
+    for (int64_t k = 0; k < kKeys; k += 2 * kLanes) {
+      __m512 acc[ROWS][2];
+      for (auto& r : acc) r[0] = r[1] = _mm512_setzero_ps();
+      multiply<E>(Tile{queries_ + row * depth_, depth_, keys_ + k, kKeys, depth_}, acc);
+      for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < 2; ++j) _mm512_storeu_ps(scores_ + i * kKeys + k + j * kLanes, acc[i][j]);
+    }
+    for (int i = 0; i < ROWS; ++i) softmax_row(i, row + i, key, num_keys, to);
+    int64_t d = 0;
+    for (; d + 2 * kLanes <= dim_; d += 2 * kLanes) add_values<ROWS, 2>(row, d, to);
+    if (d < dim_) add_values<ROWS, 1>(row, d, to);
+  }
+
+  // Turns row i of scores_ into weights under the row's running maximum, rescaling what was summed before.
+  void softmax_row(int i, int64_t row, int64_t key, int64_t num_keys, Partial& to) {
+    const int64_t position = rows_.position + row / a_.group();
+    const int64_t begin = std::max<int64_t>(0, position - a_.window + 1 - key), end = std::min(num_keys, position + 1 - key);
+    const __m512 scale = _mm512_set1_ps(a_.scale_log2), none = _mm512_set1_ps(-INFINITY);
+    __m512 s[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __mmask16 seen = lanes(end - j * kLanes) & ~lanes(begin - j * kLanes);
+      s[j] = _mm512_mask_mul_ps(none, seen, scale, _mm512_loadu_ps(scores_ + i * kKeys + j * kLanes));
+    }
+    const float block_max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3])));
+    const float old_max = to.max[row], max = std::max(old_max, block_max);
+    if (max > old_max) {
+      const float factor = exp2_scalar(old_max - max);
+      scale_row(to.sum + row * kLanes, kLanes, factor);
+      scale_row(to.out + row * dim_, dim_, factor);
+      to.max[row] = max;
+    }
+    const __m512 top = _mm512_set1_ps(max == -INFINITY ? 0.0f : max);
+    T* weights = reinterpret_cast<T*>(weights_ + i * (kKeys / kPer));
+    __m512 sum = _mm512_loadu_ps(to.sum + row * kLanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const __m512 p = exp2(_mm512_sub_ps(s[j], top));
+      E::store(weights + j * kLanes, p, 0xffff);
+      sum = _mm512_add_ps(sum, p);
+    }
+    _mm512_storeu_ps(to.sum + row * kLanes, sum);
+  }
+
+  template <int ROWS, int VECS>
+  void add_values(int64_t row, int64_t d, Partial& to) {
+    float* out = to.out + row * dim_ + d;
+    __m512 acc[ROWS][VECS];
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < VECS; ++j) acc[i][j] = _mm512_loadu_ps(out + i * dim_ + j * kLanes);
+    multiply<E>(Tile{weights_, kKeys / kPer, values_ + d, dim_, kKeys / kPer}, acc);
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < VECS; ++j) _mm512_storeu_ps(out + i * dim_ + j * kLanes, acc[i][j]);
+  }
+
+  const Attention& a_;
+  const Rows& rows_;
+  const int64_t num_rows_, dim_, depth_;
+  uint32_t *keys_, *values_;
+  float* scores_;
+  uint32_t *weights_, *queries_;
+  int64_t* offsets_;
+  Partial total_, segment_;
+};
+
+}  // namespace pd

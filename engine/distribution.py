@@ -1,0 +1,94 @@
+"""Filters and draws on one row of logits. A row's result depends on that row alone, bit for bit: never on its batch.
+
+numpy on one row is faster than batched tensors here: candidates are found by a threshold, so that hardly anything is sorted.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.request import SamplingParams
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.intp]
+
+_FIRST_FLOOR = 2.0**-13  # share of the mass; at most 8,192 tokens have it, in trained models they hold nearly everything
+_BLOCK = 512  # tokens whose weights are summed before the draw looks inside
+
+
+def draw(logits: Floats, sampling: SamplingParams, uniforms: Iterable[float]) -> list[int]:
+    """A token id for each uniform number, from the distribution after temperature, top-k, top-p and min-p, in this order.
+
+    Tokens are ordered by id on the line that a uniform number falls on, so that rounding noise in the logits moves tokens'
+    borders a little but never swaps their places.
+    """
+    candidates = _top_k(logits, sampling.top_k)
+    kept = logits if candidates is None else logits[candidates]
+    weights = np.exp((kept - logits.max()) * np.float32(1.0 / sampling.temperature))  # the largest is 1
+    if sampling.top_p < 1.0:
+        nucleus = _top_p(weights, sampling.top_p)
+        candidates, weights = _narrow(candidates, nucleus), weights[nucleus]
+    if sampling.min_p > 0.0:
+        likely = np.flatnonzero(weights >= sampling.min_p)
+        candidates, weights = _narrow(candidates, likely), weights[likely]
+    drawn = _inverse_cdf(weights, uniforms)
+    return drawn if candidates is None else [int(candidates[index]) for index in drawn]
+
+
+def best_tokens(logits: Floats, count: int) -> Indices:
+    """The ids of the `count` largest logits, best first; of equal ones the lower id."""
+    ids = _top_k(logits, count)
+    if ids is None:
+        ids = np.arange(len(logits))
+    return ids[np.argsort(-logits[ids], kind="stable")][:count]
+
+
+def log_sum_exp(logits: Floats) -> float:
+    largest = logits.max()
+    return float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
+
+
+def _narrow(candidates: Indices | None, kept: Indices) -> Indices:
+    return kept if candidates is None else candidates[kept]
+
+
+def _top_k(logits: Floats, k: int) -> Indices | None:
+    """Ascending ids of all logits not below the k-th largest; None for all of them."""
+    if not 0 < k < len(logits):
+        return None
+    edge = len(logits) - k
+    return np.flatnonzero(logits >= np.partition(logits, edge)[edge])
+
+
+def _top_p(weights: Floats, top_p: float) -> Indices:
+    """Ascending indices of the fewest weights that hold `top_p` of the mass; of equal ones at the border the first."""
+    total = float(weights.sum(dtype=np.float64))
+    target = top_p * total
+    indices = np.flatnonzero(weights >= _FIRST_FLOOR * total)
+    if float(weights[indices].sum(dtype=np.float64)) < target:
+        # What lies below this floor holds less than 1 - top_p of the mass, whatever the weights are.
+        indices = np.flatnonzero(weights >= min(_FIRST_FLOOR, (1.0 - top_p) / len(weights)) * total)
+    top = weights[indices]
+    ordered = np.sort(top)[::-1]
+    count = int(np.searchsorted(np.cumsum(ordered, dtype=np.float64), target)) + 1
+    border = ordered[min(count, len(ordered)) - 1]
+    kept = top > border
+    kept[np.flatnonzero(top == border)[: count - int(np.count_nonzero(kept))]] = True
+    return indices[kept]
+
+
+def _inverse_cdf(weights: Floats, uniforms: Iterable[float]) -> list[int]:
+    """For each uniform number the first index whose cumulative weight exceeds that share of the total."""
+    starts = np.arange(0, len(weights), _BLOCK)
+    cumulative = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    drawn = []
+    for uniform in uniforms:
+        target = uniform * cumulative[-1]
+        block = int(np.searchsorted(cumulative, target, side="right"))
+        before = cumulative[block - 1] if block > 0 else 0.0
+        inside = weights[block * _BLOCK : (block + 1) * _BLOCK]
+        index = int(np.searchsorted(np.cumsum(inside, dtype=np.float64), target - before, side="right"))
+        # Rounding may point just behind the block's last weight; never at a token of weight 0.
+        drawn.append(block * _BLOCK + min(index, int(np.flatnonzero(inside)[-1])))
+    return drawn

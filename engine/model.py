@@ -1,0 +1,100 @@
+"""The decoder: flattened tokens of many sequences in, logits of the sampled ones out; their KV goes into the paged cache.
+
+One definition for Llama, Mistral, Qwen2 and Qwen3: `ModelConfig` says which biases, norms and windows a checkpoint has.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels import AttentionBatch, Kernels
+from .kv_cache import KVCache
+from .model_config import ModelConfig
+from .rope import rope_table
+from .weights import LayerWeights, ModelWeights
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """The rows of a batch that need logits, each the last one of its sequence, and their attention by themselves."""
+
+    rows: torch.Tensor  # int64 [R]
+    attention: AttentionBatch | None  # None: R is 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """One step's tokens, sequence after sequence."""
+
+    token_ids: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T]
+    attention: AttentionBatch
+    sampled: SampledRows | None  # None: every row is sampled
+
+
+class Model:
+    """Packed weights, and the forward pass over them."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, kernels: Kernels, max_model_len: int) -> None:
+        self.config = config
+        self._weights = weights
+        self._kernels = kernels
+        self._cos_sin = rope_table(config.rope, config.head_dim, max_model_len)
+        layers = weights.layers
+        # After layer i comes the input norm of layer i + 1, after the last one the final norm.
+        self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
+
+    def forward(self, inputs: ModelInput, cache: KVCache, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+        """float32 logits [R, V] of the sampled rows; the KV of all tokens is in `cache` afterwards.
+
+        `on_layer(i)` is called as soon as layer i's KV is final. The last layer computes beyond its KV for sampled rows only.
+        """
+        kernels, weights, eps = self._kernels, self._weights, self.config.rms_norm_eps
+        residual = weights.embedding[inputs.token_ids]  # [T, H]
+        hidden = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
+        attention = inputs.attention
+        last = len(weights.layers) - 1
+        for index, layer in enumerate(weights.layers):
+            queries = self._write_kv(index, layer, hidden, inputs, cache)  # [T, Hq, D]
+            if on_layer is not None:
+                on_layer(index)
+            if index == last and inputs.sampled is not None:
+                if inputs.sampled.attention is None:
+                    return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+                queries, residual = queries[inputs.sampled.rows], residual[inputs.sampled.rows]
+                attention = inputs.sampled.attention
+            hidden = self._attend(index, layer, queries, attention, cache)
+            hidden = kernels.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
+            hidden = kernels.add_rms_norm(self._mlp(layer, hidden), residual, self._next_norms[index], eps)
+        return kernels.linear(hidden, weights.head, torch.float32)
+
+    def _write_kv(
+        self, index: int, layer: LayerWeights, hidden: torch.Tensor, inputs: ModelInput, cache: KVCache
+    ) -> torch.Tensor:
+        return self._kernels.rope_and_cache(
+            self._kernels.linear(hidden, layer.qkv),
+            inputs.positions,
+            self._cos_sin,
+            layer.q_norm,
+            layer.k_norm,
+            self.config.rms_norm_eps,
+            *cache.layer(index),
+            inputs.attention.slot_mapping,
+        )
+
+    def _attend(
+        self, index: int, layer: LayerWeights, queries: torch.Tensor, attention: AttentionBatch, cache: KVCache
+    ) -> torch.Tensor:
+        config = self.config
+        out = self._kernels.paged_attention(
+            queries, *cache.layer(index), attention, config.head_dim**-0.5, config.sliding_windows[index]
+        )
+        return self._kernels.linear(out, layer.output)
+
+    def _mlp(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        if self.config.mlp_bias:
+            gate, up = self._kernels.linear(hidden, layer.gate_up).chunk(2, dim=-1)
+            return self._kernels.linear(F.silu(gate) * up, layer.down)
+        return self._kernels.linear(self._kernels.gated_linear(hidden, layer.gate_up), layer.down)

@@ -1,0 +1,68 @@
+"""Logits in, tokens out: the last thing a step does. Follows vLLM in what parameters mean and in which order they apply:
+penalties, min_tokens, temperature, top-k, top-p, min-p."""
+
+import torch
+
+from ..core.request import SamplingParams
+from ..kernels import Kernels
+from .batch import SampledToken, ScheduledChunk
+from .distribution import Floats, best_tokens, draw, log_sum_exp
+from .penalties import Penalties, has_penalties, must_go_on
+from .random_numbers import uniform
+
+_LOWEST_TEMPERATURE = 1e-5  # below it, greedy
+
+
+class Sampler:
+    """Draws the next token of every choice of every sampled row."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._penalties = Penalties()
+
+    def sample(self, logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[list[SampledToken]]:
+        """Row i of float32 logits [R, V] is of `chunks[i]`; returns a token for each of its choices. Spoils `logits`."""
+        if all(_is_plain(chunk) for chunk in chunks):
+            best = self._kernels.argmax(logits).tolist()
+            return [[SampledToken(token_id)] * len(chunk.choices) for token_id, chunk in zip(best, chunks, strict=True)]
+        rows = logits.numpy()
+        raw = [row.copy() if chunk.sequence.spec.sampling.logprobs is not None else None for row, chunk in zip(rows, chunks)]
+        for row, chunk in zip(rows, chunks, strict=True):
+            self._penalties.apply(chunk.sequence, row)
+        best = self._kernels.argmax(logits).tolist() if any(_is_greedy(_sampling(chunk)) for chunk in chunks) else None
+        sampled = []
+        for index, chunk in enumerate(chunks):
+            greedy = best is not None and _is_greedy(_sampling(chunk))
+            token_ids = [best[index]] * len(chunk.choices) if greedy else _draw(rows[index], chunk)
+            sampled.append(_report(token_ids, raw[index], _sampling(chunk)))
+        return sampled
+
+
+def _sampling(chunk: ScheduledChunk) -> SamplingParams:
+    return chunk.sequence.spec.sampling
+
+
+def _is_greedy(sampling: SamplingParams) -> bool:
+    return sampling.temperature < _LOWEST_TEMPERATURE
+
+
+def _is_plain(chunk: ScheduledChunk) -> bool:
+    """Whether the largest logit is the token, and all that is asked for."""
+    sampling = _sampling(chunk)
+    adjusted = has_penalties(sampling) or must_go_on(chunk.sequence)
+    return _is_greedy(sampling) and sampling.logprobs is None and not adjusted
+
+
+def _draw(logits: Floats, chunk: ScheduledChunk) -> list[int]:
+    sampling, index = _sampling(chunk), chunk.sequence.num_output_tokens
+    return draw(logits, sampling, [uniform(sampling.seed, choice, index) for choice in chunk.choices])
+
+
+def _report(token_ids: list[int], raw: Floats | None, sampling: SamplingParams) -> list[SampledToken]:
+    """`raw` is the row as the model gave it, where logprobs are asked for."""
+    if raw is None or sampling.logprobs is None:
+        return [SampledToken(token_id) for token_id in token_ids]
+    normaliser = log_sum_exp(raw)
+    best = best_tokens(raw, sampling.logprobs) if sampling.logprobs > 0 else ()
+    top = tuple((int(token_id), float(raw[token_id]) - normaliser) for token_id in best)
+    return [SampledToken(token_id, float(raw[token_id]) - normaliser, top) for token_id in token_ids]

@@ -1,0 +1,222 @@
+"""The two roles over a modelled engine and wire: every stream carries exactly the tokens its KV stands for."""
+
+import random
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from pdserve.core.messages import Leg, Prefill, Reserve, Serve
+from pdserve.core.request import FinishReason, SequenceSpec, TransferId
+from pdserve.decode_worker.worker import DecodeWorker
+from pdserve.engine.outbox import Outbox
+from pdserve.prefill_worker.worker import PrefillWorker
+
+from .chain_model import ChainEngine, Wire, expected_tokens, spec
+
+
+class Pair:
+    """A prefill worker and a decode worker, driven step by step in an order drawn by the seed."""
+
+    def __init__(self, seed: int = 0, *, prefill_blocks: int = 64, decode_blocks: int = 64, budget: int = 16) -> None:
+        self.rng = random.Random(seed)
+        self.p, self.d = ChainEngine(prefill_blocks), ChainEngine(decode_blocks)
+        self.wire = Wire(self.p, self.d, self.rng)
+        self.p_box, self.d_box = Outbox("prefill-0", 1), Outbox("decode-0", 1)
+        self.prefill = PrefillWorker(self.p.kv, self.p, self.wire, self.p_box, num_layers=1, max_batch_tokens=budget)
+        self.decode = DecodeWorker(self.d.kv, self.d, self.wire, self.d_box, max_batch_size=8, max_batch_tokens=budget)
+
+    def submit(self, spec: SequenceSpec) -> None:
+        self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
+        self.prefill.prefill(Prefill(spec=spec, target=self.wire.address))
+
+    def tick(self) -> bool:
+        actions = [self.prefill.step, self.decode.step, lambda: self.wire.deliver(self.prefill, self.decode)]
+        self.rng.shuffle(actions)
+        return any([action() for action in actions])
+
+    def run(self) -> None:
+        for _ in range(10_000):
+            if not self.tick():
+                return
+        raise AssertionError("the workers never came to rest")
+
+    def tokens(self, spec: SequenceSpec, choice: int = 0) -> list[int]:
+        """The choice's tokens by index; each index must have been emitted once."""
+        outputs = [
+            output
+            for output in (*self.p_box.outputs, *self.d_box.outputs)
+            if output.transfer == spec.transfer and output.choice == choice
+        ]
+        outputs.sort(key=lambda output: output.index)
+        first = len(spec.output_token_ids)
+        assert [output.index for output in outputs] == list(range(first, first + len(outputs)))
+        assert all(output.finish_reason is None for output in outputs[:-1])
+        return [output.token_id for output in outputs]
+
+    def check_at_rest(self) -> None:
+        assert self.prefill.num_legs == self.decode.num_legs == 0
+        for engine in (self.p, self.d):
+            engine.pool.check_integrity()
+            assert engine.pool.num_free_blocks == engine.num_blocks
+
+
+def test_a_request_is_prefilled_on_one_worker_and_decoded_on_the_other() -> None:
+    pair, request = Pair(), spec("a", range(10), max_tokens=6)
+    pair.submit(request)
+    pair.run()
+    assert pair.tokens(request) == expected_tokens(range(10), 0, 6)
+    assert [output.index for output in pair.p_box.outputs] == [0]
+    assert [output.index for output in pair.d_box.outputs] == [1, 2, 3, 4, 5]
+    assert pair.d_box.outputs[-1].finish_reason is FinishReason.LENGTH
+    pair.check_at_rest()
+
+
+def test_each_leg_ends_once_and_without_an_error() -> None:
+    pair = Pair()
+    pair.submit(spec("a", range(10)))
+    pair.run()
+    ended = [*pair.p_box.ended, *pair.d_box.ended]
+    assert [(leg.leg, leg.error) for leg in ended] == [(Leg.PREFILL, None), (Leg.DECODE, None)]
+    assert ended[0].stats is not None
+
+
+def test_a_prompt_longer_than_the_token_budget_is_prefilled_in_chunks() -> None:
+    pair, request = Pair(budget=5), spec("a", range(33), max_tokens=4)
+    pair.submit(request)
+    pair.run()
+    assert [timing.num_prefill_tokens for timing in pair.p_box.timings] == [5] * 6 + [3]
+    assert pair.tokens(request) == expected_tokens(range(33), 0, 4)
+
+
+def test_a_cached_prefix_is_neither_computed_nor_sent_again() -> None:
+    pair, first, second = Pair(), spec("a", range(20), 2), spec("b", [*range(17), 90, 91], 2)
+    for request in (first, second):
+        pair.submit(request)
+        pair.run()
+    assert pair.p_box.ended[1].num_cached_tokens == pair.d_box.ended[1].num_cached_tokens == 16
+    assert pair.tokens(second) == expected_tokens([*range(17), 90, 91], 0, 2)
+
+
+def test_several_choices_share_one_prefill_and_one_transfer() -> None:
+    pair, request = Pair(), spec("a", range(10), 6, n=3)
+    pair.submit(request)
+    pair.run()
+    for choice in range(3):
+        assert pair.tokens(request, choice) == expected_tokens(range(10), choice, 6)
+    assert len(pair.p_box.timings) == 1
+    pair.check_at_rest()
+
+
+def test_a_request_that_ends_with_its_first_token_leaves_nothing_on_either_worker() -> None:
+    eos = expected_tokens(range(10), 0, 1)[0]
+    pair, request = Pair(), spec("a", range(10), 6, eos=eos)
+    pair.submit(request)
+    for _ in range(5):
+        pair.tick()
+    pair.decode.abort(request.transfer)
+    pair.run()
+    assert pair.tokens(request) == [eos]
+    pair.check_at_rest()
+
+
+def test_one_worker_serves_both_phases() -> None:
+    pair, request = Pair(), spec("a", range(30), 6, n=2)
+    pair.decode.serve(Serve(spec=request))
+    pair.run()
+    for choice in range(2):
+        assert pair.tokens(request, choice) == expected_tokens(range(30), choice, 6)
+    pair.check_at_rest()
+
+
+def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
+    pair = Pair(budget=8)
+    pair.decode.serve(Serve(spec=spec("short", range(4), 20)))
+    pair.decode.step()
+    pair.decode.serve(Serve(spec=spec("long", range(40, 80), 2)))
+    for _ in range(5):
+        before = len(pair.d_box.outputs)
+        pair.decode.step()
+        assert len(pair.d_box.outputs) == before + 1
+
+
+def test_a_resumed_request_goes_on_where_its_client_is() -> None:
+    whole = expected_tokens(range(10), 0, 8)
+    pair, request = Pair(), spec("a", range(10), 8, output=whole[:3], attempt=2)
+    pair.submit(request)
+    pair.run()
+    assert pair.tokens(request) == whole[3:]
+
+
+def test_preempted_sequences_lose_no_token() -> None:
+    pair = Pair(decode_blocks=17)
+    requests = [spec(f"r{i}", range(i, i + 8), 40) for i in range(4)]
+    for request in requests:
+        pair.decode.serve(Serve(spec=request))
+    pair.run()
+    assert pair.decode.scheduler.num_preemptions > 0
+    for request in requests:
+        assert pair.tokens(request) == expected_tokens(request.prompt_token_ids, 0, 40)
+    pair.check_at_rest()
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> None:
+    pair, request = Pair(seed=steps, budget=4), spec("a", range(14), 6, n=2)
+    pair.submit(request)
+    for _ in range(steps):
+        pair.tick()
+    pair.prefill.abort(request.transfer)
+    pair.decode.abort(request.transfer)
+    pair.run()
+    pair.check_at_rest()
+    assert len(pair.p_box.ended) == len(pair.d_box.ended) == 1
+
+
+def test_aborting_what_nobody_knows_is_ignored() -> None:
+    pair = Pair()
+    pair.prefill.abort(TransferId("nobody", 0))
+    pair.decode.abort(TransferId("nobody", 0))
+    assert not pair.tick()
+
+
+requests = st.lists(
+    st.tuples(
+        st.integers(0, 3),  # how the prompt starts: few kinds, so that prefixes are shared
+        st.integers(1, 40),  # its length
+        st.integers(2, 20),  # max_tokens
+        st.integers(1, 3),  # n
+        st.booleans(),  # both phases on one worker
+        st.integers(0, 60),  # when it arrives
+        st.one_of(st.none(), st.integers(0, 60)),  # when it is aborted
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests, st.integers(0, 2**32), st.integers(3, 20))
+def test_any_mix_of_requests_keeps_every_stream_exact(mix: list[tuple], seed: int, budget: int) -> None:  # type: ignore[type-arg]
+    pair = Pair(seed, prefill_blocks=20, decode_blocks=20, budget=budget)
+    specs = {}
+    for number, (kind, length, max_tokens, n, both, *_) in enumerate(mix):
+        prompt = [(kind * 7 + i) % 50 for i in range(length)]
+        specs[number] = (spec(f"r{number}", prompt, max_tokens, n=n), both)
+    for now in range(61):
+        for number, (*_, arrival, abort) in enumerate(mix):
+            request, both = specs[number]
+            if arrival == now:
+                pair.decode.serve(Serve(spec=request)) if both else pair.submit(request)
+            if abort == now and abort > arrival:
+                pair.prefill.abort(request.transfer)
+                pair.decode.abort(request.transfer)
+        pair.tick()
+    pair.run()
+    for number, (*_, arrival, abort) in enumerate(mix):
+        request, _both = specs[number]
+        for choice in request.choices:
+            tokens = pair.tokens(request, choice)
+            expected = expected_tokens(request.prompt_token_ids, choice, request.sampling.max_tokens)
+            whole = abort is None or abort <= arrival
+            assert tokens == (expected if whole else expected[: len(tokens)])
+    pair.check_at_rest()

@@ -3,63 +3,17 @@
 The only way from here to the router and the workers. The cluster implements it; tests put a small one of their own here.
 """
 
-import enum
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.config import ClusterConfig
-from ..core.messages import Role
 from ..core.request import Request
+from ..core.status import ClusterStatus, WorkerState, WorkerStatus
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens
 
+__all__ = ["ClusterStatus", "Frontend", "StreamEvent", "WorkerState", "WorkerStatus"]
+
 StreamEvent = EmitTokens | EmitChoiceEnd | EmitEnd
-
-
-class WorkerState(enum.Enum):
-    """Where a worker is in its life."""
-
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPING = "stopping"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerStatus:
-    """One worker's row. Counts are those of its last report."""
-
-    worker_id: str
-    role: Role
-    state: WorkerState
-    phase: str = ""  # what a starting worker is doing
-    fraction: float = 0.0  # how much of it is done
-    message: str = ""  # the last failure
-    node: str = ""
-    pid: int = 0
-    devices: tuple[str, ...] = ()
-    num_running: int = 0
-    num_waiting: int = 0
-    num_free_blocks: int = 0
-    num_blocks: int = 0
-    tokens_per_s: float = 0.0
-    age_s: float = 0.0
-    num_restarts: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterStatus:
-    """The whole cluster at one instant."""
-
-    serving: bool  # requests are accepted
-    shutting_down: bool
-    num_queued_requests: int
-    num_running_requests: int
-    instances: dict[Role, int]  # as configured
-    workers: tuple[WorkerStatus, ...]
-    uptime_s: float
-    degraded: str | None = None  # what is served otherwise than configured, in words
 
 
 class Frontend(Protocol):

@@ -1,0 +1,168 @@
+"""D's front door: strangers connect, prove that they belong to the cluster, and are handed to their pair."""
+
+import asyncio
+import hmac
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from functools import partial
+
+from .channel import Channel
+from .gloo import RECEIVER_RANK, GlooLink, listening_socket
+from .inbound import InboundPair
+from .link import Link
+from .pair import Local, retire
+from .protocol import PROTOCOL_VERSION, Connect, Connected, Prepare, Refused, SenderMessage
+from .shm import ShmLink
+
+logger = logging.getLogger(__name__)
+_PAGE_BYTES = 4096
+
+
+def refusal(connect: Connect, local: Local) -> str | None:
+    """Why `connect` must not be served, in words; the token comes first, so that a stranger learns nothing else."""
+    if not hmac.compare_digest(connect.token.encode(), local.token.encode()):
+        return "the token is wrong"
+    if connect.version != PROTOCOL_VERSION:
+        return f"protocol version {connect.version}, expected {PROTOCOL_VERSION}"
+    if (connect.target_worker_id, connect.target_incarnation) != (local.worker_id, local.incarnation):
+        wanted = f"{connect.target_worker_id} (incarnation {connect.target_incarnation})"
+        return f"this is {local.name}, not {wanted}"
+    if connect.link not in ("shm", "gloo"):
+        return f"link {connect.link!r}, expected 'shm' or 'gloo'"
+    mismatch = local.layout.mismatch(connect.layout)
+    if mismatch is not None:
+        return f"the KV layouts differ in {mismatch}"
+    return None
+
+
+class Acceptor:
+    """Listens on an abstract Unix socket and on TCP; a connection that does not greet in time is closed."""
+
+    def __init__(self, local: Local, pair_of: Callable[[str, int], InboundPair | None]) -> None:
+        self._local = local
+        self._pair_of = pair_of  # None: the worker is known to be gone
+        self.unix_name = f"pdserve-kv-{secrets.token_hex(8)}"
+        self._unix = socket.socket(socket.AF_UNIX)
+        try:
+            self._unix.bind("\0" + self.unix_name)
+            self._unix.listen(128)
+            self._tcp = listening_socket(local.host)
+        except BaseException:
+            self._unix.close()
+            raise
+        self.tcp_port: int = self._tcp.getsockname()[1]
+        self._strangers: set[Channel[SenderMessage]] = set()
+        self._preparing: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """On the endpoint's loop."""
+        for sock in (self._unix, self._tcp):
+            sock.setblocking(False)
+            asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+
+    async def close(self) -> None:
+        for sock in (self._unix, self._tcp):
+            asyncio.get_running_loop().remove_reader(sock)
+            sock.close()
+        for task in list(self._preparing):
+            task.cancel()
+        await asyncio.gather(*self._preparing, return_exceptions=True)
+        for channel in list(self._strangers):
+            self._dismiss(channel)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError as error:  # the peer was gone again, or we are out of descriptors: others may still connect
+            logger.warning("accepting a connection failed: %s", error)
+            return
+        channel: Channel[SenderMessage] = Channel(sock, SenderMessage, lambda _: None, lambda _: None)
+        self._strangers.add(channel)
+        channel.on_message = partial(self._on_greeting, channel)
+        channel.on_lost = lambda _: self._strangers.discard(channel)
+        timeout_s = self._local.config.connect_timeout_s
+        asyncio.get_running_loop().call_later(timeout_s, self._on_timeout, channel)
+
+    def _on_timeout(self, channel: Channel[SenderMessage]) -> None:
+        if channel in self._strangers:
+            self._dismiss(channel)
+
+    def _dismiss(self, channel: Channel[SenderMessage]) -> None:
+        self._strangers.discard(channel)
+        channel.close()
+
+    def _on_greeting(self, channel: Channel[SenderMessage], message: SenderMessage) -> None:
+        if not isinstance(message, Connect):
+            self._refuse(channel, f"the first message was {type(message).__name__}, expected Connect")
+            return
+        error = refusal(message, self._local)
+        if error is not None:
+            self._refuse(channel, error)
+            return
+        source = f"{message.source_worker_id} (incarnation {message.source_incarnation})"
+        pair = self._pair_of(message.source_worker_id, message.source_incarnation)
+        if pair is None:
+            self._refuse(channel, f"{source} is known to be gone")
+        elif message.epoch <= pair.last_epoch:
+            self._refuse(channel, f"epoch {message.epoch} of {source} is over, the newest is {pair.last_epoch}")
+        else:
+            pair.last_epoch = message.epoch
+            task = asyncio.get_running_loop().create_task(self._prepare(channel, pair, message))
+            self._preparing.add(task)
+            task.add_done_callback(self._preparing.discard)
+
+    def _refuse(self, channel: Channel[SenderMessage], error: str) -> None:
+        logger.warning("refused a connection: %s", error)
+        self._local.counters.num_connects_refused += 1
+        channel.send(Refused(error))
+        self._dismiss(channel)
+
+    async def _prepare(self, channel: Channel[SenderMessage], pair: InboundPair, connect: Connect) -> None:
+        """Set the ring up and hand the connection over."""
+        pair.is_preparing = True
+        try:
+            if connect.link == "shm":
+                link = self._prepare_shm(channel, connect.epoch)
+            else:
+                link = await self._prepare_gloo(channel, connect.epoch)
+        except Exception as error:  # memory, descriptors, sockets: this connection fails, the door stays open
+            self._refuse(channel, f"preparing the link failed: {error}")
+            return
+        finally:
+            pair.is_preparing = False
+        if connect.epoch != pair.last_epoch or channel not in self._strangers:
+            self._dismiss(channel)
+            retire(self._local, link)
+            return
+        self._strangers.discard(channel)
+        channel.send(Connected(connect.epoch))
+        pair.attach(channel, link, connect.epoch)
+
+    def _ring(self) -> tuple[int, int]:
+        layout, config = self._local.layout, self._local.config
+        slot_bytes = max(config.chunk_bytes, layout.bytes_per_token // layout.num_layers)
+        return config.ring_slots, -(-slot_bytes // _PAGE_BYTES) * _PAGE_BYTES
+
+    def _prepare_shm(self, channel: Channel[SenderMessage], epoch: int) -> Link:
+        num_slots, slot_bytes = self._ring()
+        link, fd = ShmLink.create(num_slots, slot_bytes)
+        try:
+            channel.send(Prepare(epoch, num_slots, slot_bytes), fd)
+        finally:
+            os.close(fd)
+        return link
+
+    async def _prepare_gloo(self, channel: Channel[SenderMessage], epoch: int) -> Link:
+        num_slots, slot_bytes = self._ring()
+        link = GlooLink(RECEIVER_RANK, self._local.host, num_slots, slot_bytes, self._local.config.connect_timeout_s)
+        listener = listening_socket(self._local.host)
+        channel.send(Prepare(epoch, num_slots, slot_bytes, self._local.host, listener.getsockname()[1]))
+        try:
+            await asyncio.get_running_loop().run_in_executor(link.executor, link.serve, listener)
+        except BaseException:
+            retire(self._local, link)
+            raise
+        return link

@@ -1,0 +1,30 @@
+"""The transfer's limits, fixed when an endpoint is made."""
+
+from dataclasses import dataclass
+
+MAX_PAYLOAD_BYTES = 4 << 20
+MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Sizes of the staging ring and every deadline of the protocol."""
+
+    chunk_bytes: int = 2 << 20  # of one ring slot, and of a chunk at most
+    ring_slots: int = 4  # chunks under way per pair, shared by its transfers
+    connect_timeout_s: float = 5.0
+    heartbeat_s: float = 0.5
+    dead_after_s: float = 3.0  # without a sign of life
+    chunk_timeout_s: float = 5.0  # chunk to ACK, COMMIT to COMMITTED
+    lease_s: float = 30.0  # a reservation without a live source, an offer without a reservation
+    max_idle_s: float = 300.0  # a link without transfers is closed after this
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise ValueError(f"TransferConfig.{name}: {value!r} is not valid, expected a positive number")
+        if self.dead_after_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"TransferConfig.dead_after_s: {self.dead_after_s!r} is not valid, expected at least two heartbeats "
+                f"of {self.heartbeat_s} s"
+            )

@@ -1,0 +1,191 @@
+"""What the two machines of a pair are told, and what they ask for. Messages of the peer are events as they are."""
+
+import msgspec
+
+from ..core.messages import TransferStats
+from ..core.request import TransferId
+from .protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
+from .span import Span
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Base of what the shell tells a machine."""
+
+
+class Tick(Event, frozen=True):
+    """Time has passed."""
+
+
+class LinkUp(Event, frozen=True):
+    epoch: int
+    num_slots: int
+    slot_bytes: int
+
+
+class LinkDown(Event, frozen=True):
+    """The link of `epoch` is gone (None: it never came up)."""
+
+    epoch: int | None
+    error: str
+
+
+class PeerGone(Event, frozen=True):
+    """The peer will not come back, or we are closing."""
+
+    error: str
+
+
+class Cancel(Event, frozen=True):
+    transfer: TransferId
+    error: str
+
+
+class Open(Event, frozen=True):
+    """P: a transfer begins; nothing of it need be computed."""
+
+    transfer: TransferId
+    block_ids: tuple[int, ...]
+    num_tokens: int
+
+
+class Extend(Event, frozen=True):
+    """P: more blocks of the transfer's table."""
+
+    transfer: TransferId
+    block_ids: tuple[int, ...]
+
+
+class Computed(Event, frozen=True):
+    transfer: TransferId
+    span: Span
+
+
+class PrefillDone(Event, frozen=True):
+    transfer: TransferId
+
+
+class CommitReady(Event, frozen=True):
+    transfer: TransferId
+    payload: bytes
+
+
+class GatherFailed(Event, frozen=True):
+    """The chunk was not sent."""
+
+    epoch: int
+    transfer: TransferId
+    seq: int
+    error: str
+
+
+class Expect(Event, frozen=True):
+    """D: blocks are reserved; the first `num_cached_tokens` are in them already."""
+
+    transfer: TransferId
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    num_cached_tokens: int
+
+
+class Arrived(Event, frozen=True):
+    """All bytes of the chunk are in its slot."""
+
+    epoch: int
+    seq: int
+
+
+class Stored(Event, frozen=True):
+    """The chunk is verified and in the blocks."""
+
+    epoch: int
+    seq: int
+
+
+class Corrupt(Event, frozen=True):
+    """The chunk's bytes are not those that were announced; the blocks are untouched by what was wrong."""
+
+    epoch: int
+    seq: int
+    error: str
+
+
+class StoreFailed(Event, frozen=True):
+    """The chunk was sound but could not be written."""
+
+    epoch: int
+    seq: int
+    error: str
+
+
+class Command(msgspec.Struct, frozen=True):
+    """Base of what a machine asks of the shell."""
+
+
+class OpenLink(Command, frozen=True):
+    """P: connect; answered by LinkUp or LinkDown."""
+
+
+class CloseLink(Command, frozen=True):
+    """Kill the link and close the control stream, behind what was sent before; not answered."""
+
+    error: str
+
+
+class Send(Command, frozen=True):
+    message: Offer | Accept | Ack | Commit | Committed | Nack | Abort | Heartbeat
+
+
+class SendChunk(Command, frozen=True):
+    """P: gather into the slot, announce, send."""
+
+    transfer: TransferId
+    seq: int
+    slot: int
+    span: Span
+    num_bytes: int
+    block_ids: list[int]
+
+
+class Receive(Command, frozen=True):
+    """D: take the chunk's bytes into its slot; answered by Arrived or LinkDown."""
+
+    chunk: Chunk
+
+
+class Store(Command, frozen=True):
+    """D: verify and scatter; answered by Stored, Corrupt or StoreFailed."""
+
+    chunk: Chunk
+    block_ids: tuple[int, ...]
+
+
+class Sent(Command, frozen=True):
+    transfer: TransferId
+    stats: TransferStats
+
+
+class SendFailed(Command, frozen=True):
+    transfer: TransferId
+    error: str
+
+
+class Received(Command, frozen=True):
+    transfer: TransferId
+    payload: bytes
+
+
+class ReceiveFailed(Command, frozen=True):
+    transfer: TransferId
+    error: str
+
+
+SenderEvent = (
+    Tick | LinkUp | LinkDown | PeerGone | Cancel | Open | Extend | Computed | PrefillDone | CommitReady | GatherFailed
+    | Accept | Ack | Committed | Nack | Abort | Heartbeat
+)  # fmt: skip
+ReceiverEvent = (
+    Tick | LinkUp | LinkDown | PeerGone | Cancel | Expect | Arrived | Stored | Corrupt | StoreFailed
+    | Offer | Chunk | Commit | Abort | Heartbeat
+)  # fmt: skip
+SenderCommand = OpenLink | CloseLink | Send | SendChunk | Sent | SendFailed
+ReceiverCommand = CloseLink | Send | Receive | Store | Received | ReceiveFailed

@@ -1,0 +1,100 @@
+"""D's shell of one pair: takes chunks out of the ring into the blocks, carries the receiver's commands out."""
+
+import logging
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from .channel import Channel
+from .events import (
+    Arrived,
+    CloseLink,
+    Corrupt,
+    Receive,
+    Received,
+    ReceiveFailed,
+    ReceiverCommand,
+    ReceiverEvent,
+    Send,
+    Store,
+    Stored,
+    StoreFailed,
+)
+from .link import Link
+from .pair import Local, Pair
+from .protocol import Chunk, Connect, SenderMessage
+from .receiver import TransferReceiver
+
+logger = logging.getLogger(__name__)
+
+
+class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
+    """All transfers from one worker."""
+
+    def __init__(self, local: Local, source_worker_id: str) -> None:
+        super().__init__(local)
+        self.last_epoch = 0  # the newest that asked; those before it are fenced
+        self.is_preparing = False  # the acceptor is about to call `attach`
+        self._receiver = TransferReceiver(local.layout, local.config, local.counters, source_worker_id)
+
+    @property
+    def is_idle(self) -> bool:
+        return self._receiver.is_idle and not self.is_preparing
+
+    def attach(self, channel: Channel[SenderMessage], link: Link, epoch: int) -> None:
+        """A new link; one that still stands is of an older epoch and falls."""
+        if self._epoch is not None:
+            self._link_failed(self._epoch, f"the source connected anew (epoch {epoch})")
+        self._adopt(channel, link, epoch)
+
+    def _on_message(self, message: SenderMessage) -> None:
+        if not isinstance(message, Connect):
+            self.feed(message)
+
+    def _handle(self, event: ReceiverEvent, now_s: float) -> list[ReceiverCommand]:
+        return self._receiver.handle(event, now_s)
+
+    def _execute(self, command: ReceiverCommand) -> None:
+        local = self.local
+        match command:
+            case Receive():
+                self._receive(command.chunk)
+            case Store():
+                self._store(command)
+            case Send():
+                if self._channel is not None:
+                    self._channel.send(command.message)
+            case Received():
+                local.notify(local.listener.on_received, command.transfer, command.payload)
+            case ReceiveFailed():
+                local.notify(local.listener.on_receive_failed, command.transfer, command.error)
+            case CloseLink():
+                self._drop_link()
+
+    def _receive(self, chunk: Chunk) -> None:
+        if self._link is None:
+            return
+        ticket: Any = self._link.recv(chunk.slot, chunk.num_bytes, chunk.seq)
+        arrived = Arrived(chunk.epoch, chunk.seq)
+        if ticket is None:
+            self.feed(arrived)
+        else:
+            self._when_done(ticket, lambda: self.feed(arrived))
+
+    def _store(self, command: Store) -> None:
+        chunk, span = command.chunk, command.chunk.span
+        if self._link is None or self._epoch != chunk.epoch:
+            return  # it broke while the commands before this one were carried out; LinkDown is on its way
+        data = self._link.slot(chunk.slot, chunk.num_bytes)
+        if xxh3_64_intdigest(data) != chunk.checksum:
+            self.feed(Corrupt(chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum"))
+            return
+        try:
+            self.local.store.scatter(
+                span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data
+            )
+        except Exception as error:  # whatever the store could not do ends this transfer, not the pair
+            logger.exception("scattering %s of %s failed", span, chunk.transfer)
+            self.feed(StoreFailed(chunk.epoch, chunk.seq, f"scattering failed: {error!r}"))
+            return
+        self.feed(Stored(chunk.epoch, chunk.seq))

@@ -1,0 +1,53 @@
+"""One transfer as its receiver sees it: which blocks are reserved for how long, and what of it has come."""
+
+from ..core.request import TransferId
+from .events import Expect
+from .span import Coverage, Span
+from .states import INBOUND_TRANSITIONS, InboundState, Machine
+
+
+class InboundTransfer:
+    """D's view of one transfer: begun by an offer or by a reservation, under way once it has both."""
+
+    def __init__(self, transfer: TransferId, initial: InboundState, now_s: float) -> None:
+        self.id = transfer
+        self.machine = Machine(f"inbound {transfer}", INBOUND_TRANSITIONS, initial)
+        self.lease_from_s = now_s
+        self.reservation: Expect | None = None
+        self.num_offered_tokens = 0
+        self.payload: bytes | None = None
+        self.num_unstored = 0  # chunks announced and not yet in the blocks
+        self._coverage: Coverage | None = None
+
+    @property
+    def state(self) -> InboundState:
+        return self.machine.state
+
+    @property
+    def block_ids(self) -> tuple[int, ...]:
+        assert self.reservation is not None
+        return self.reservation.block_ids
+
+    def begin(self, num_layers: int) -> None:
+        """Offer and reservation are both here. Raises ValueError when they do not fit."""
+        reserved = self.reservation
+        assert reserved is not None
+        if reserved.num_tokens != self.num_offered_tokens:
+            raise ValueError(f"{self.num_offered_tokens} tokens were offered, {reserved.num_tokens} are expected")
+        self._coverage = Coverage(Span(0, num_layers, reserved.num_cached_tokens, reserved.num_tokens))
+        self.machine.transition(InboundState.RECEIVING)
+
+    def announced(self, span: Span) -> None:
+        """Raises ValueError when part of `span` has come before or was not asked for."""
+        assert self._coverage is not None
+        self._coverage.add(span)
+        self.num_unstored += 1
+
+    @property
+    def num_missing(self) -> int:
+        assert self._coverage is not None
+        return self._coverage.num_missing
+
+    @property
+    def is_complete(self) -> bool:
+        return self.state is InboundState.COMMITTING and self.num_unstored == 0

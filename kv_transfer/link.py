@@ -1,0 +1,55 @@
+"""What moves a chunk's bytes: one direction, one pair, one epoch. Slots number the staging ring on either side."""
+
+from concurrent.futures import Executor
+from typing import Any, Protocol
+
+from ..core.errors import PdserveError
+
+
+class LinkError(PdserveError):
+    """The link is of no use any more."""
+
+
+class PeerLost(LinkError):
+    """The other side is gone."""
+
+
+class TransferTimeout(LinkError):
+    """The other side did not keep up."""
+
+
+class Link(Protocol):
+    """A ticket is what `wait` waits for; None says that the operation is done already."""
+
+    num_slots: int
+    slot_bytes: int
+
+    @property
+    def executor(self) -> Executor | None:
+        """Where `wait` belongs; None for links that never return a ticket."""
+        ...
+
+    def slot(self, slot: int, num_bytes: int) -> memoryview:
+        """The first `num_bytes` of this side's memory of `slot`."""
+        ...
+
+    def send(self, slot: int, num_bytes: int, seq: int) -> Any | None: ...
+
+    def recv(self, slot: int, num_bytes: int, seq: int) -> Any | None: ...
+
+    def wait(self, ticket: Any, timeout_s: float) -> None:
+        """Blocks. Raises PeerLost or TransferTimeout; the link must be killed then."""
+        ...
+
+    def kill(self) -> None:
+        """Idempotent, never blocks."""
+        ...
+
+    @property
+    def is_gone(self) -> bool:
+        """Killed, and nothing of it is left."""
+        ...
+
+    def join(self) -> None:
+        """After `kill`: blocks until nothing of the link is left, at most a wait's timeout."""
+        ...

@@ -1,0 +1,140 @@
+"""What the two directions' shells have in common: the endpoint around them, and the loop of events and commands."""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+from ..core.messages import KVLayout
+from .channel import Channel
+from .config import TransferConfig
+from .counters import TransferCounters
+from .events import LinkDown, LinkUp
+from .interfaces import KVStore, TransferListener
+from .link import Link, LinkError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Local:
+    """This side of every pair: who we are, our blocks, whom to tell."""
+
+    worker_id: str
+    incarnation: int
+    token: str
+    host: str
+    host_id: str
+    transport: str
+    store: KVStore
+    layout: KVLayout
+    listener: TransferListener
+    config: TransferConfig
+    epochs: Iterator[int] = field(default_factory=lambda: count(1))  # one for each link that we open
+    counters: TransferCounters = field(default_factory=TransferCounters)
+    retired: list[Link] = field(default_factory=list)  # killed, and not gone yet
+
+    @property
+    def name(self) -> str:
+        return f"{self.worker_id} (incarnation {self.incarnation})"
+
+    def notify(self, method: Callable[..., None], *args: object) -> None:
+        """The worker's mistakes are logged; they must not take other transfers with them."""
+        try:
+            method(*args)
+        except Exception:
+            logger.exception("%s failed", method.__qualname__)
+
+
+E = TypeVar("E")
+C = TypeVar("C")
+
+
+class Pair(ABC, Generic[E, C]):
+    """Feeds a machine and carries out what it asks for, on the endpoint's thread."""
+
+    def __init__(self, local: Local) -> None:
+        self.local = local
+        self._events: deque[E | LinkUp | LinkDown] = deque()
+        self._is_feeding = False
+        self._channel: Channel[Any] | None = None
+        self._link: Link | None = None
+        self._epoch: int | None = None
+
+    @abstractmethod
+    def _handle(self, event: E | LinkUp | LinkDown, now_s: float) -> list[C]:
+        """Ask the machine."""
+
+    @abstractmethod
+    def _execute(self, command: C) -> None:
+        """Do what the machine asked for."""
+
+    def feed(self, event: E | LinkUp | LinkDown) -> None:
+        """Handle `event` and what follows from it; events that come meanwhile queue up behind."""
+        self._events.append(event)
+        if self._is_feeding:
+            return
+        self._is_feeding = True
+        try:
+            while self._events:
+                for command in self._handle(self._events.popleft(), monotonic()):
+                    self._execute(command)
+        finally:
+            self._is_feeding = False
+
+    def _adopt(self, channel: Channel[Any], link: Link, epoch: int) -> None:
+        """The link of `epoch` stands; from now on the stream's messages are the machine's events."""
+        self._channel, self._link, self._epoch = channel, link, epoch
+        channel.on_message = self._on_message
+        channel.on_lost = partial(self._link_failed, epoch)
+        self.feed(LinkUp(epoch, link.num_slots, link.slot_bytes))
+
+    @abstractmethod
+    def _on_message(self, message: Any) -> None:
+        """A frame of the peer."""
+
+    def _link_failed(self, epoch: int, error: str) -> None:
+        """The stream or the link broke; the machine hears of it once, of an old epoch not at all."""
+        if epoch == self._epoch:
+            self._drop_link()
+            self.feed(LinkDown(epoch, error))
+
+    def _drop_link(self) -> None:
+        self._epoch = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._link is not None:
+            retire(self.local, self._link)
+            self._link = None
+
+    def _when_done(self, ticket: Any, then: Callable[[], None]) -> None:
+        """Call `then` when the link's operation is done, unless the link has gone by then."""
+        link, epoch = self._link, self._epoch
+        assert link is not None and epoch is not None
+        loop = asyncio.get_running_loop()
+        waiting = loop.run_in_executor(link.executor, link.wait, ticket, self.local.config.chunk_timeout_s)
+        waiting.add_done_callback(partial(self._on_waited, epoch, then))
+
+    def _on_waited(self, epoch: int, then: Callable[[], None], waited: "asyncio.Future[None]") -> None:
+        error = None if waited.cancelled() else waited.exception()
+        if error is not None and not isinstance(error, LinkError):
+            logger.error("waiting for a chunk failed", exc_info=error)
+        if epoch != self._epoch:
+            return
+        if error is not None:
+            self._link_failed(epoch, str(error))
+        else:
+            then()
+
+
+def retire(local: Local, link: Link) -> None:
+    """Kill the link, and remember it until nothing of it is left."""
+    link.kill()
+    local.retired = [other for other in (*local.retired, link) if not other.is_gone]

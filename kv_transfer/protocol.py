@@ -1,0 +1,130 @@
+"""The control stream of one (P, D) pair, frame by frame.
+
+    P --CONNECT(epoch, layout)--------> D     D --PREPARE(ring), CONNECTED--> P      or REFUSED
+    P --OFFER(num_tokens)-------------> D     D --ACCEPT(token_start, credits)--> P
+    P --CHUNK(seq, slot, span, sum)---> D     D --ACK(seq)--> P                       or NACK, and the link is closed
+    P --COMMIT(payload)---------------> D     D --COMMITTED--> P
+    P <--------------ABORT, HEARTBEAT-------------> D
+
+Every message carries its epoch, those of a transfer its id (request, attempt); what does not fit is dropped as stale.
+"""
+
+import msgspec
+
+from ..core.messages import KVLayout
+from ..core.request import TransferId
+from .span import Span
+
+PROTOCOL_VERSION = 1
+
+
+class Connect(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """P's first frame: who asks for whom, and what its KV looks like."""
+
+    version: int
+    token: str
+    source_worker_id: str
+    source_incarnation: int
+    target_worker_id: str
+    target_incarnation: int
+    epoch: int
+    link: str  # "shm" or "gloo"
+    layout: KVLayout
+
+
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """D's staging ring, and where to meet for it: `shm` sends its memory with this frame, `gloo` names a store."""
+
+    epoch: int
+    num_slots: int
+    slot_bytes: int
+    store_host: str = ""
+    store_port: int = 0
+
+
+class Connected(msgspec.Struct, frozen=True, tag=True):
+    """D's side of the link stands."""
+
+    epoch: int
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """D will not talk to this peer."""
+
+    error: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    epoch: int
+
+
+class Offer(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """P is about to have the KV of `num_tokens` tokens; layers, heads and dtype are the pair's layout."""
+
+    epoch: int
+    transfer: TransferId
+    num_tokens: int
+
+
+class Accept(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """D has blocks; it wants tokens from `token_start` on, at most `credits` chunks under way."""
+
+    epoch: int
+    transfer: TransferId
+    token_start: int
+    credits: int
+
+
+class Chunk(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A chunk's announcement; its bytes are in, or on their way to, the ring slot."""
+
+    epoch: int
+    transfer: TransferId
+    seq: int  # of the link, increasing
+    slot: int
+    span: Span
+    num_bytes: int
+    checksum: int  # XXH3, 64 bits
+
+
+class Ack(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The chunk is dealt with; its slot is free again."""
+
+    epoch: int
+    transfer: TransferId
+    seq: int
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Every chunk has been announced."""
+
+    epoch: int
+    transfer: TransferId
+    payload: bytes
+
+
+class Committed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Every byte is verified and in D's blocks."""
+
+    epoch: int
+    transfer: TransferId
+
+
+class Nack(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """D will not take this chunk (or this commit); the link is closed behind this frame."""
+
+    epoch: int
+    transfer: TransferId
+    error: str
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """One side has given this transfer up; the link stays."""
+
+    epoch: int
+    transfer: TransferId
+    error: str
+
+
+SenderMessage = Connect | Offer | Chunk | Commit | Abort | Heartbeat
+ReceiverMessage = Prepare | Connected | Refused | Accept | Ack | Committed | Nack | Abort | Heartbeat

@@ -1,0 +1,304 @@
+"""D's half of a pair, without I/O: reservations and the peer's messages come in; receives, writes and endings go out.
+
+Expect + OFFER (either first) -> ACCEPT -> CHUNK: size checked -> Receive -> Arrived -> Store -> Stored -> ACK
+COMMIT, when every (layer, token) was announced exactly once and all is stored -> COMMITTED, Received
+"""
+
+from typing import NamedTuple
+
+from ..core.messages import KVLayout
+from ..core.request import TransferId
+from .config import TransferConfig
+from .counters import TransferCounters
+from .events import (
+    Arrived,
+    Cancel,
+    CloseLink,
+    Corrupt,
+    Expect,
+    LinkDown,
+    LinkUp,
+    PeerGone,
+    Receive,
+    Received,
+    ReceiveFailed,
+    ReceiverCommand,
+    ReceiverEvent,
+    Send,
+    Store,
+    Stored,
+    StoreFailed,
+    Tick,
+)
+from .inbound_transfer import InboundTransfer
+from .protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
+from .states import LINK_TRANSITIONS, InboundState, LinkState, Machine
+
+
+class _UnderWay(NamedTuple):
+    chunk: Chunk
+    transfer: InboundTransfer | None  # None: it had ended already, the bytes are taken and dropped
+
+
+class TransferReceiver:
+    """All transfers from one peer. A transfer that has ended is in no table, so that nothing can be written for it."""
+
+    def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
+        self._layout = layout
+        self._bytes_per_cell = layout.bytes_per_token // layout.num_layers
+        self._config = config
+        self._counters = counters
+        self._link = Machine(f"link from {peer}", LINK_TRANSITIONS, LinkState.DOWN)
+        self._epoch: int | None = None
+        self._num_slots = 0
+        self._slot_bytes = 0
+        self._last_seq = -1
+        self._under_way: dict[int, _UnderWay] = {}  # by seq
+        self._transfers: dict[TransferId, InboundTransfer] = {}
+        self._refused_until_s: dict[TransferId, float] = {}  # cancelled before their offer came
+        self._now_s = 0.0
+        self._heard_s = float("-inf")
+        self._beat_s = 0.0
+        self._out: list[ReceiverCommand] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing would be lost with this object."""
+        return self._link.state is LinkState.DOWN and not self._transfers and not self._refused_until_s
+
+    def handle(self, event: ReceiverEvent, now_s: float) -> list[ReceiverCommand]:
+        """What to do about `event`, in this order."""
+        self._now_s = now_s
+        self._out = []
+        match event:
+            case Chunk() | Offer() | Commit() | Abort() | Heartbeat():
+                self._on_message(event)
+            case Arrived() | Stored() | Corrupt() | StoreFailed():
+                if event.epoch == self._epoch:
+                    self._on_chunk_progress(event)
+            case Expect():
+                self._on_expect(event)
+            case Cancel():
+                self._on_cancel(event)
+            case LinkUp():
+                self._on_link_up(event)
+            case LinkDown():
+                if event.epoch == self._epoch and self._link.state is LinkState.UP:
+                    self._link_lost(event.error)
+            case PeerGone():
+                self._close_link(event.error)
+                for transfer in list(self._transfers.values()):
+                    self._fail(transfer, event.error)
+            case Tick():
+                self._on_tick()
+        return self._out
+
+    # from the worker
+
+    def _on_expect(self, event: Expect) -> None:
+        transfer = self._transfers.get(event.transfer)
+        if transfer is None:
+            transfer = InboundTransfer(event.transfer, InboundState.EXPECTED, self._now_s)
+            self._transfers[event.transfer] = transfer
+        assert transfer.reservation is None, f"{event.transfer} is expected already"
+        transfer.reservation = event
+        if transfer.state is InboundState.OFFERED:
+            self._accept(transfer)
+
+    def _on_cancel(self, event: Cancel) -> None:
+        transfer = self._transfers.get(event.transfer)
+        if transfer is None:
+            return
+        if transfer.state is InboundState.EXPECTED:
+            self._refused_until_s[transfer.id] = self._now_s + self._config.lease_s
+        self._fail(transfer, event.error)
+
+    # from the link and the peer
+
+    def _on_link_up(self, event: LinkUp) -> None:
+        self._link.transition(LinkState.UP)
+        self._epoch = event.epoch
+        self._num_slots, self._slot_bytes = event.num_slots, event.slot_bytes
+        self._last_seq = -1
+        self._heard_s = self._beat_s = self._now_s
+        self._counters.num_links_opened += 1
+
+    def _on_message(self, message: Chunk | Offer | Commit | Abort | Heartbeat) -> None:
+        if message.epoch != self._epoch:
+            self._counters.num_stale_messages += 1
+            return
+        self._heard_s = self._now_s
+        if isinstance(message, Chunk):
+            self._on_chunk(message)
+        elif isinstance(message, Offer):
+            self._on_offer(message)
+        elif not isinstance(message, Heartbeat):
+            transfer = self._transfers.get(message.transfer)
+            if transfer is None or transfer.state is InboundState.EXPECTED:
+                self._counters.num_stale_messages += 1
+            elif isinstance(message, Abort):
+                self._end(transfer, InboundState.FAILED)
+                self._report_failure(transfer, message.error)
+            else:
+                self._on_commit(transfer, message)
+
+    def _on_offer(self, offer: Offer) -> None:
+        refused = self._refused_until_s.pop(offer.transfer, None) is not None
+        if refused:
+            self._send(Abort(offer.epoch, offer.transfer, "cancelled by the receiver"))
+            return
+        transfer = self._transfers.get(offer.transfer)
+        if transfer is None:
+            transfer = InboundTransfer(offer.transfer, InboundState.OFFERED, self._now_s)
+            self._transfers[offer.transfer] = transfer
+        elif transfer.state is not InboundState.EXPECTED:
+            self._nack(offer.transfer, "it was offered before")
+            return
+        transfer.num_offered_tokens = offer.num_tokens
+        if transfer.state is InboundState.EXPECTED:
+            self._accept(transfer)
+
+    def _accept(self, transfer: InboundTransfer) -> None:
+        try:
+            transfer.begin(self._layout.num_layers)
+        except ValueError as error:
+            self._fail(transfer, str(error))
+            return
+        reserved = transfer.reservation
+        assert reserved is not None
+        self._send(Accept(self._epoch or 0, transfer.id, reserved.num_cached_tokens, self._num_slots))
+
+    def _on_chunk(self, chunk: Chunk) -> None:
+        transfer = self._transfers.get(chunk.transfer)
+        error = self._refusal(chunk, transfer)
+        if error is not None:
+            self._nack(chunk.transfer, error)
+            return
+        if transfer is None:
+            self._counters.num_stale_messages += 1
+        self._last_seq = chunk.seq
+        self._under_way[chunk.seq] = _UnderWay(chunk, transfer)
+        self._out.append(Receive(chunk))
+
+    def _refusal(self, chunk: Chunk, transfer: InboundTransfer | None) -> str | None:
+        """Why the bytes of `chunk` must not even be received, in words."""
+        expected_bytes = chunk.span.num_cells * self._bytes_per_cell
+        if chunk.seq <= self._last_seq:
+            return f"chunk {chunk.seq} came after chunk {self._last_seq}"
+        if not 0 <= chunk.slot < self._num_slots or any(chunk.slot == c.chunk.slot for c in self._under_way.values()):
+            return f"chunk {chunk.seq}: slot {chunk.slot} of {self._num_slots} is not free"
+        if chunk.num_bytes != expected_bytes or not 0 < chunk.num_bytes <= self._slot_bytes:
+            return f"chunk {chunk.seq}: {chunk.num_bytes} bytes, expected {expected_bytes}, at most {self._slot_bytes}"
+        if transfer is None:
+            return None
+        if transfer.state is not InboundState.RECEIVING:
+            return f"chunk {chunk.seq}: the transfer is {transfer.state.value}"
+        try:
+            transfer.announced(chunk.span)
+        except ValueError as error:
+            return f"chunk {chunk.seq}: {error}"
+        return None
+
+    def _on_chunk_progress(self, event: Arrived | Stored | Corrupt | StoreFailed) -> None:
+        chunk, transfer = self._under_way[event.seq]
+        if transfer is not None and transfer.state in (InboundState.FAILED, InboundState.RECEIVED):
+            transfer = None  # it ended while its bytes were under way
+        match event:
+            case Arrived() if transfer is not None:
+                self._out.append(Store(chunk, transfer.block_ids))
+                return
+            case Corrupt():
+                self._nack(chunk.transfer, event.error)
+                return
+            case StoreFailed() if transfer is not None:
+                self._fail(transfer, event.error)
+            case Stored() if transfer is not None:
+                transfer.num_unstored -= 1
+        del self._under_way[event.seq]
+        self._send(Ack(event.epoch, chunk.transfer, event.seq))
+        if transfer is not None and transfer.is_complete:
+            self._finish(transfer)
+
+    def _on_commit(self, transfer: InboundTransfer, commit: Commit) -> None:
+        if transfer.state is not InboundState.RECEIVING:
+            self._nack(transfer.id, f"COMMIT came while the transfer is {transfer.state.value}")
+        elif transfer.num_missing:
+            self._nack(transfer.id, f"COMMIT came with {transfer.num_missing} (layer, token) cells missing")
+        else:
+            transfer.machine.transition(InboundState.COMMITTING)
+            transfer.payload = commit.payload
+            if transfer.is_complete:
+                self._finish(transfer)
+
+    def _on_tick(self) -> None:
+        config = self._config
+        for transfer in list(self._transfers.values()):
+            lease_from_s = transfer.lease_from_s
+            if transfer.reservation is not None:
+                lease_from_s = max(lease_from_s, self._heard_s)  # a live source renews it
+            if self._now_s - lease_from_s > config.lease_s:
+                wanted = "an offer" if transfer.reservation is not None else "a reservation"
+                self._fail(transfer, f"the lease ended after {config.lease_s} s without {wanted}")
+        for transfer_id, until_s in list(self._refused_until_s.items()):
+            if self._now_s > until_s:
+                del self._refused_until_s[transfer_id]
+        if self._link.state is not LinkState.UP:
+            return
+        if self._now_s - self._heard_s > config.dead_after_s:
+            self._close_link(f"no sign of life for {config.dead_after_s} s")
+        elif self._now_s - self._beat_s >= config.heartbeat_s:
+            self._beat_s = self._now_s
+            self._send(Heartbeat(self._epoch or 0))
+
+    # what follows
+
+    def _send(self, message: Accept | Ack | Committed | Nack | Abort | Heartbeat) -> None:
+        self._out.append(Send(message))
+
+    def _finish(self, transfer: InboundTransfer) -> None:
+        self._end(transfer, InboundState.RECEIVED)
+        self._counters.num_received += 1
+        self._send(Committed(self._epoch or 0, transfer.id))
+        self._out.append(Received(transfer.id, transfer.payload or b""))
+
+    def _end(self, transfer: InboundTransfer, state: InboundState) -> None:
+        transfer.machine.transition(state)
+        del self._transfers[transfer.id]
+
+    def _report_failure(self, transfer: InboundTransfer, error: str) -> None:
+        if transfer.reservation is not None:
+            self._counters.num_receive_failures += 1
+            self._out.append(ReceiveFailed(transfer.id, error))
+
+    def _fail(self, transfer: InboundTransfer, error: str) -> None:
+        """Give up: its chunks under way are taken and dropped, the link stays."""
+        if transfer.state is not InboundState.EXPECTED and self._link.state is LinkState.UP:
+            self._send(Abort(self._epoch or 0, transfer.id, error))
+        self._end(transfer, InboundState.FAILED)
+        self._report_failure(transfer, error)
+
+    def _nack(self, transfer_id: TransferId, error: str) -> None:
+        """The peer does not keep to the protocol, or memory between us is not what it should be: end this link."""
+        self._counters.num_nacks += 1
+        self._send(Nack(self._epoch or 0, transfer_id, error))
+        transfer = self._transfers.get(transfer_id)
+        if transfer is not None and transfer.state is not InboundState.EXPECTED:
+            self._end(transfer, InboundState.FAILED)
+            self._report_failure(transfer, error)
+        self._close_link(f"the link was closed: {error}")
+
+    def _close_link(self, error: str) -> None:
+        if self._link.state is LinkState.UP:
+            self._out.append(CloseLink(error))
+            self._link_lost(error)
+
+    def _link_lost(self, error: str) -> None:
+        """Transfers that were under way fail; reservations wait for their source to come back, as long as their lease."""
+        self._link.transition(LinkState.DOWN)
+        self._counters.num_links_closed += 1
+        self._epoch = None
+        self._under_way.clear()
+        for transfer in list(self._transfers.values()):
+            if transfer.state is not InboundState.EXPECTED:
+                self._end(transfer, InboundState.FAILED)
+                self._report_failure(transfer, error)

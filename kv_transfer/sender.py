@@ -1,0 +1,289 @@
+"""P's half of a pair, without I/O: offers, readiness, credits and acknowledgements come in; chunks and endings go out.
+
+Open -> OFFER -> ACCEPT -> CHUNK... (while later layers and tokens are still computed) -> COMMIT -> COMMITTED -> Sent
+"""
+
+from typing import NamedTuple
+
+from ..core.messages import KVLayout
+from ..core.request import TransferId
+from .config import TransferConfig
+from .counters import TransferCounters
+from .events import (
+    Cancel,
+    CloseLink,
+    CommitReady,
+    Computed,
+    Extend,
+    GatherFailed,
+    LinkDown,
+    LinkUp,
+    Open,
+    OpenLink,
+    PeerGone,
+    PrefillDone,
+    Send,
+    SendChunk,
+    SenderCommand,
+    SenderEvent,
+    SendFailed,
+    Sent,
+    Tick,
+)
+from .outbound_transfer import OutboundTransfer
+from .protocol import Abort, Accept, Ack, Commit, Committed, Heartbeat, Nack, Offer
+from .span import Span
+from .states import LINK_TRANSITIONS, LinkState, Machine, OutboundState
+
+
+class _InFlight(NamedTuple):
+    transfer: OutboundTransfer
+    slot: int
+    num_bytes: int
+    sent_s: float
+
+
+class TransferSender:
+    """All transfers to one peer. Slots of the peer's ring are shared by them, the oldest transfer first."""
+
+    def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
+        self._layout = layout
+        self._bytes_per_cell = layout.bytes_per_token // layout.num_layers
+        self._config = config
+        self._counters = counters
+        self._link = Machine(f"link to {peer}", LINK_TRANSITIONS, LinkState.DOWN)
+        self._epoch: int | None = None
+        self._chunk_bytes = 0
+        self._next_seq = 0
+        self._free_slots: list[int] = []
+        self._in_flight: dict[int, _InFlight] = {}  # by seq, oldest first
+        self._transfers: dict[TransferId, OutboundTransfer] = {}  # oldest first
+        self._now_s = 0.0
+        self._heard_s = 0.0
+        self._beat_s = 0.0
+        self._used_s = 0.0
+        self._out: list[SenderCommand] = []
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing would be lost with this object."""
+        return self._link.state is LinkState.DOWN and not self._transfers
+
+    def handle(self, event: SenderEvent, now_s: float) -> list[SenderCommand]:
+        """What to do about `event`, in this order."""
+        self._now_s = now_s
+        self._out = []
+        match event:
+            case Accept() | Ack() | Committed() | Nack() | Abort() | Heartbeat():
+                self._on_message(event)
+            case Open():
+                self._on_open(event)
+            case Extend() | Computed() | PrefillDone() | CommitReady() | Cancel():
+                transfer = self._transfers.get(event.transfer)
+                if transfer is not None:
+                    self._on_worker(transfer, event)
+            case GatherFailed():
+                self._on_gather_failed(event)
+            case LinkUp():
+                self._on_link_up(event)
+            case LinkDown():
+                if event.epoch == self._epoch and self._link.state is not LinkState.DOWN:
+                    self._link_lost(event.error)
+            case PeerGone():
+                self._close_link(event.error)
+            case Tick():
+                self._on_tick()
+        self._pump()
+        return self._out
+
+    # from the worker
+
+    def _on_open(self, event: Open) -> None:
+        assert event.transfer not in self._transfers, f"{event.transfer} is being sent already"
+        transfer = self._transfers[event.transfer] = OutboundTransfer(event, self._layout, self._now_s)
+        if self._link.state is LinkState.UP:
+            self._offer(transfer)
+        elif self._link.state is LinkState.DOWN:
+            self._link.transition(LinkState.CONNECTING)
+            self._out.append(OpenLink())
+
+    def _on_worker(self, transfer: OutboundTransfer, event: Extend | Computed | PrefillDone | CommitReady | Cancel) -> None:
+        match event:
+            case Computed():
+                try:
+                    transfer.computed(event.span)
+                except ValueError as error:
+                    self._fail(transfer, str(error))
+            case Extend():
+                transfer.block_ids.extend(event.block_ids)
+            case PrefillDone():
+                transfer.prefill_done(self._now_s)
+            case CommitReady():
+                transfer.prefill_done(self._now_s)
+                transfer.payload = event.payload
+            case Cancel():
+                self._fail(transfer, event.error)
+
+    def _on_gather_failed(self, event: GatherFailed) -> None:
+        if event.epoch != self._epoch:
+            return
+        lost = self._in_flight.pop(event.seq)
+        self._free_slots.append(lost.slot)
+        if event.transfer in self._transfers:
+            self._fail(lost.transfer, event.error)
+
+    # from the link and the peer
+
+    def _on_link_up(self, event: LinkUp) -> None:
+        self._link.transition(LinkState.UP)
+        self._epoch = event.epoch
+        self._chunk_bytes = min(event.slot_bytes, max(self._config.chunk_bytes, self._bytes_per_cell))
+        self._next_seq = 0
+        self._free_slots = list(range(event.num_slots))
+        self._heard_s = self._beat_s = self._used_s = self._now_s
+        self._counters.num_links_opened += 1
+        for transfer in self._transfers.values():
+            self._offer(transfer)
+
+    def _on_message(self, message: Accept | Ack | Committed | Nack | Abort | Heartbeat) -> None:
+        if message.epoch != self._epoch:
+            self._counters.num_stale_messages += 1
+            return
+        self._heard_s = self._now_s
+        if isinstance(message, Heartbeat):
+            return
+        if isinstance(message, Ack):
+            self._on_ack(message)
+            return
+        transfer = self._transfers.get(message.transfer)
+        if transfer is None:
+            self._counters.num_stale_messages += 1
+            return
+        match message:
+            case Accept() if transfer.state is OutboundState.OFFERED:
+                self._on_accept(transfer, message)
+            case Committed() if transfer.state is OutboundState.COMMITTING:
+                self._on_committed(transfer)
+            case Abort():
+                self._end(transfer, OutboundState.FAILED)
+                self._out.append(SendFailed(transfer.id, message.error))
+            case Nack():
+                self._counters.num_nacks += 1
+                self._end(transfer, OutboundState.FAILED)
+                self._out.append(SendFailed(transfer.id, f"refused by the receiver: {message.error}"))
+            case _:
+                self._counters.num_stale_messages += 1
+
+    def _on_ack(self, message: Ack) -> None:
+        acked = self._in_flight.pop(message.seq, None)
+        if acked is None:
+            self._counters.num_stale_messages += 1
+            return
+        self._free_slots.append(acked.slot)
+        acked.transfer.chunk_acked(acked.num_bytes)
+
+    def _on_accept(self, transfer: OutboundTransfer, message: Accept) -> None:
+        transfer.machine.transition(OutboundState.SENDING)
+        try:
+            transfer.accept(message.token_start, message.credits, self._chunk_bytes)
+        except ValueError as error:
+            self._fail(transfer, str(error))
+
+    def _on_committed(self, transfer: OutboundTransfer) -> None:
+        self._end(transfer, OutboundState.SENT)
+        self._counters.num_sent += 1
+        self._out.append(Sent(transfer.id, transfer.stats(self._now_s)))
+
+    def _on_tick(self) -> None:
+        if self._link.state is not LinkState.UP:
+            return
+        error = self._overdue()
+        if error is not None:
+            self._close_link(error)
+        elif not self._transfers and not self._in_flight and self._now_s - self._used_s > self._config.max_idle_s:
+            self._close_link("idle")
+        elif self._now_s - self._beat_s >= self._config.heartbeat_s:
+            self._beat_s = self._now_s
+            self._send(Heartbeat(self._epoch or 0))
+
+    def _overdue(self) -> str | None:
+        config = self._config
+        if self._now_s - self._heard_s > config.dead_after_s:
+            return f"no sign of life for {config.dead_after_s} s"
+        for seq, chunk in self._in_flight.items():
+            if self._now_s - chunk.sent_s > config.chunk_timeout_s:
+                return f"chunk {seq} was not acknowledged within {config.chunk_timeout_s} s"
+            break
+        for transfer in list(self._transfers.values()):
+            waited_s = self._now_s - transfer.waiting_since_s
+            if transfer.state is OutboundState.COMMITTING and waited_s > config.chunk_timeout_s:
+                return f"{transfer.id} was not committed within {config.chunk_timeout_s} s"
+            if transfer.state is OutboundState.OFFERED and waited_s > config.lease_s + config.chunk_timeout_s:
+                self._fail(transfer, f"the offer was not answered within {config.lease_s + config.chunk_timeout_s} s")
+        return None
+
+    # what follows
+
+    def _offer(self, transfer: OutboundTransfer) -> None:
+        transfer.machine.transition(OutboundState.OFFERED)
+        transfer.waiting_since_s = self._now_s
+        self._send(Offer(self._epoch or 0, transfer.id, transfer.num_tokens))
+
+    def _pump(self) -> None:
+        """Send what is ready as far as slots reach, and commit what is complete."""
+        for transfer in list(self._transfers.values()):
+            if transfer.state is not OutboundState.SENDING:
+                continue
+            while self._free_slots and (span := transfer.next_chunk()) is not None:
+                self._send_chunk(transfer, span)
+            if transfer.is_announced:
+                self._commit(transfer)
+
+    def _send_chunk(self, transfer: OutboundTransfer, span: Span) -> None:
+        num_bytes = span.num_cells * self._bytes_per_cell
+        slot, seq = self._free_slots.pop(), self._next_seq
+        self._next_seq += 1
+        self._in_flight[seq] = _InFlight(transfer, slot, num_bytes, self._now_s)
+        transfer.chunk_sent(num_bytes, self._now_s)
+        self._out.append(SendChunk(transfer.id, seq, slot, span, num_bytes, transfer.block_ids))
+
+    def _commit(self, transfer: OutboundTransfer) -> None:
+        if transfer.num_missing:
+            self._fail(transfer, f"committed with {transfer.num_missing} (layer, token) cells not computed")
+            return
+        transfer.machine.transition(OutboundState.COMMITTING)
+        transfer.waiting_since_s = self._now_s
+        self._send(Commit(self._epoch or 0, transfer.id, transfer.payload or b""))
+
+    def _send(self, message: Offer | Commit | Abort | Heartbeat) -> None:
+        self._out.append(Send(message))
+
+    def _end(self, transfer: OutboundTransfer, state: OutboundState) -> None:
+        transfer.machine.transition(state)
+        del self._transfers[transfer.id]
+        self._used_s = self._now_s
+        if state is OutboundState.FAILED:
+            self._counters.num_send_failures += 1
+
+    def _fail(self, transfer: OutboundTransfer, error: str) -> None:
+        """Give up: chunks under way come back by their ACK, nothing else of it leaves, the link stays."""
+        if transfer.state is not OutboundState.WAITING and self._link.state is LinkState.UP:
+            self._send(Abort(self._epoch or 0, transfer.id, error))
+        self._end(transfer, OutboundState.FAILED)
+        self._out.append(SendFailed(transfer.id, error))
+
+    def _close_link(self, error: str) -> None:
+        self._out.append(CloseLink(error))
+        self._link_lost(error)
+
+    def _link_lost(self, error: str) -> None:
+        if self._link.state is LinkState.UP:
+            self._counters.num_links_closed += 1
+        if self._link.state is not LinkState.DOWN:
+            self._link.transition(LinkState.DOWN)
+        self._epoch = None
+        self._in_flight.clear()
+        self._free_slots.clear()
+        for transfer in list(self._transfers.values()):
+            self._end(transfer, OutboundState.FAILED)
+            self._out.append(SendFailed(transfer.id, error))

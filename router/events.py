@@ -62,16 +62,7 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 RouterEvent = (
-    Submit
-    | Cancel
-    | WorkerReady
-    | WorkerLost
-    | WorkerDraining
-    | WorkerRole
-    | WorkersExpected
-    | StepReport
-    | LegEnded
-    | Tick
+    Submit | Cancel | WorkerReady | WorkerLost | WorkerDraining | WorkerRole | WorkersExpected | StepReport | LegEnded | Tick
 )
 
 

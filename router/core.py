@@ -1,0 +1,253 @@
+"""The router: (event, now_s) -> commands. Everything between a client's request and the workers' tokens is decided here.
+
+    Submit -> JobQueue -> Placer -> Dispatch on P and D -> tokens -> ChoiceStream -> EmitTokens .. EmitEnd
+                 ^                      | LegEnded(error), WorkerLost
+                 +--- unfinished choices, with the tokens their clients have
+
+No clock, no I/O: the shell carries commands out in order and feeds events in.
+"""
+
+from ..core.errors import NoWorkerAvailable, QueueFull
+from ..core.latency import LatencyModel
+from ..core.messages import LegEnded, Prefill, Reserve, Serve, StepReport, TokenOutput
+from ..core.request import FinishReason
+from .admission import JobQueue
+from .config import RouterConfig
+from .dispatch import Dispatch, DispatchState, Job
+from .events import (
+    Cancel,
+    EmitTokens,
+    RouterCommand,
+    RouterEvent,
+    Submit,
+    Tick,
+    WorkerDraining,
+    WorkerIdle,
+    WorkerLost,
+    WorkerReady,
+    WorkerRole,
+    WorkersExpected,
+)
+from .ledger import Ledger
+from .live_requests import LiveRequests
+from .placement import Placement, Placer
+from .prefix_index import PrefixIndex
+from .registry import Registry, Worker, WorkerState
+from .status import Counters, RouterStatus, snapshot
+
+
+class Router:
+    """Feed it events in order of arrival; `now_s` never goes back."""
+
+    def __init__(self, config: RouterConfig | None = None, model: LatencyModel | None = None) -> None:
+        config = config or RouterConfig()
+        self.model = model or LatencyModel()
+        self._out: list[RouterCommand] = []  # of the event being handled
+        self._registry = Registry()
+        self._index = PrefixIndex()
+        self._ledger = Ledger(self._registry)
+        self._placer = Placer(self._registry, self._index, self.model, config)
+        self._queue = JobQueue()
+        self._requests = LiveRequests(self._queue, self._ledger, config, self._out)
+        self._num_expected = 0
+
+    @property
+    def config(self) -> RouterConfig:
+        return self._requests.config
+
+    def configure(self, config: RouterConfig) -> None:
+        """Limits and SLO for what comes from now on."""
+        self._requests.config = self._placer.config = config
+
+    @property
+    def counters(self) -> Counters:
+        return self._requests.counters
+
+    def handle(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
+        """What to do about `event`. Raises QueueFull, DuplicateRequest or NoWorkerAvailable for a Submit; nothing has
+        changed then."""
+        match event:
+            case StepReport():
+                self._on_report(event, now_s)
+            case LegEnded():
+                self._on_leg_ended(event, now_s)
+            case Submit():
+                self._on_submit(event, now_s)
+            case Cancel():
+                self._requests.cancel(event, now_s)
+            case WorkerReady():
+                self._on_worker_ready(event, now_s)
+            case WorkerLost():
+                self._on_worker_lost(event, now_s)
+            case WorkerDraining():
+                self._on_worker_draining(event)
+            case WorkerRole():
+                self._on_worker_role(event)
+            case WorkersExpected():
+                self._num_expected = event.num_workers
+                self._queue.unstrand()
+            case Tick():
+                pass
+        self._requests.expire(now_s)
+        self._queue.wake(now_s)
+        self._dispatch(now_s)
+        commands = self._out.copy()
+        self._out.clear()
+        return commands
+
+    def next_tick_s(self) -> float | None:
+        """When the next deadline or paused retry is due; None when only events can change anything."""
+        due = [at_s for at_s in (self._requests.deadlines.next_s(), self._queue.next_wake_s()) if at_s is not None]
+        return min(due, default=None)
+
+    def status(self, now_s: float) -> RouterStatus:
+        return snapshot(
+            self._registry,
+            self.counters,
+            num_requests=self._requests.num_live,
+            num_queued=len(self._queue),
+            num_expected=self._num_expected,
+            now_s=now_s,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when an account or a queue disagrees with the live requests."""
+        self._ledger.check_integrity()
+        self._requests.check_integrity()
+
+    def _on_submit(self, event: Submit, now_s: float) -> None:
+        request = event.request
+        self._requests.check_new(request.request_id)
+        num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
+        if not (self._num_expected or self._registry.can_hold(num_tokens)):
+            raise NoWorkerAvailable(f"no worker is ready that can hold the {num_tokens} tokens of the request")
+        try:
+            self._queue.check_room(self.config.max_queued_requests)
+        except QueueFull:
+            self.counters.rejected += 1
+            raise
+        self._requests.add(request, now_s)
+
+    def _dispatch(self, now_s: float) -> None:
+        """Place jobs in order until the first that has to wait."""
+        while (job := self._queue.head()) is not None:
+            placement = self._placer.place(job)
+            if placement is not None:
+                self._start(self._queue.pop(now_s), placement, now_s)
+            elif self._registry.can_hold(job.num_total_tokens):
+                return
+            elif self._num_expected:
+                self._queue.strand_head()
+            else:
+                self._requests.end(job.live, FinishReason.ERROR, "no worker is left that can serve the request", now_s)
+
+    def _start(self, job: Job, placement: Placement, now_s: float) -> None:
+        live = job.live
+        spec = job.spec(live.next_attempt)
+        live.next_attempt += 1
+        dispatch = Dispatch(job, spec, placement.prefill, placement.decode, now_s)
+        live.dispatches.append(dispatch)
+        self._ledger.open(dispatch, placement)
+        self.counters.dispatched += 1
+        prefill, decode = placement.prefill, placement.decode
+        if decode is prefill:
+            self.counters.served_on_one += 1
+            self._requests.send(prefill, Serve(spec=spec))
+            return
+        if decode is not None:
+            self._requests.send(
+                decode, Reserve(spec=spec, source_worker_id=prefill.worker_id, source_incarnation=prefill.incarnation)
+            )
+        self._requests.send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))
+
+    def _on_report(self, report: StepReport, now_s: float) -> None:
+        worker = self._registry.current(report.worker_id, report.incarnation)
+        if worker is None:
+            self.counters.stale += 1
+            return
+        worker.load = report.load
+        timing = report.timing
+        if timing is not None:
+            self.model.observe_step(timing)
+            if timing.num_prefill_tokens:
+                worker.progress(timing.duration_s)
+        for output in report.outputs:
+            self._on_token(worker, output, now_s)
+        worker.count_tokens(len(report.outputs), now_s)
+        if report.blocks_added or report.blocks_evicted:
+            self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
+
+    def _on_token(self, worker: Worker, output: TokenOutput, now_s: float) -> None:
+        dispatch = self._ledger.get(output.transfer)
+        if dispatch is None or dispatch.state is not DispatchState.RUNNING:
+            return
+        stream = dispatch.streams.get(output.choice)
+        if stream is None or (worker is not dispatch.decode and worker is not dispatch.prefill):
+            return
+        self._ledger.count_token(dispatch, worker)
+        tokens = stream.accept(output)
+        if not tokens:
+            return
+        live = dispatch.live
+        if dispatch.first_token_s is None:
+            dispatch.first_token_s = now_s
+            if live.first_token_s is None:
+                live.first_token_s = now_s
+        self.counters.tokens += len(tokens)
+        self._out.append(EmitTokens(live.request_id, output.choice, tokens))
+        if stream.finish_reason is not None:
+            self._requests.choice_ended(live, stream, dispatch, now_s)
+
+    def _on_leg_ended(self, event: LegEnded, now_s: float) -> None:
+        worker = self._registry.current(event.worker_id, event.incarnation)
+        if worker is None:
+            self.counters.stale += 1
+            return
+        dispatch = self._ledger.get(event.transfer)
+        if dispatch is None or event.transfer not in worker.open_legs:
+            return
+        if event.stats is not None:
+            self.model.observe_transfer(event.stats)
+        dispatch.record(event)
+        leg = dispatch.leg_at(worker)
+        if event.leg is not leg and event.error is None:
+            return  # the prefill of a worker that serves both phases: its leg goes on
+        error = None if event.error is None else f"{worker.worker_id}: {event.error}"
+        self._requests.leg_ended(dispatch, leg, error, now_s)
+
+    def _on_worker_ready(self, event: WorkerReady, now_s: float) -> None:
+        if not self._registry.is_news(event.info):
+            self.counters.stale += 1
+            return
+        if (replaced := self._registry.get(event.info.worker_id)) is not None:
+            self._lose(replaced, "replaced", now_s)
+        self._registry.add(event.info)
+        self._num_expected = max(0, self._num_expected - 1)
+        self._queue.unstrand()
+
+    def _on_worker_lost(self, event: WorkerLost, now_s: float) -> None:
+        worker = self._registry.current(event.worker_id, event.incarnation)
+        if worker is None:
+            return
+        if worker.state is WorkerState.READY:
+            self._num_expected += 1  # until the shell says otherwise
+        self._lose(worker, event.reason, now_s)
+
+    def _lose(self, worker: Worker, reason: str, now_s: float) -> None:
+        self._registry.lose(worker)
+        self._index.remove_worker(worker.worker_id)
+        self._requests.worker_lost(worker, reason, now_s)
+
+    def _on_worker_draining(self, event: WorkerDraining) -> None:
+        worker = self._registry.get(event.worker_id)
+        if worker is None or worker.state is WorkerState.DRAINING:
+            return
+        self._registry.drain(worker)
+        if not worker.open_legs:
+            self._out.append(WorkerIdle(worker.worker_id, worker.incarnation))
+
+    def _on_worker_role(self, event: WorkerRole) -> None:
+        worker = self._registry.get(event.worker_id)
+        if worker is not None:
+            self._registry.assign(worker, event.role)
+            self._queue.unstrand()

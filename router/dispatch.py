@@ -1,0 +1,215 @@
+"""What the router knows of a live request: its choices' streams, and the dispatches that legs at workers are open for.
+
+LiveRequest --has--> ChoiceStream per choice        (what the client sees)
+            --has--> Job, queued                     (choices that wait for workers)
+            --has--> Dispatch per attempt            (choices at workers; legs open until LegEnded or WorkerLost)
+"""
+
+import enum
+
+from ..core.errors import InvalidTransition
+from ..core.messages import Leg, LegEnded
+from ..core.request import Request, SequenceSpec, TransferId
+from .events import DispatchTimes, Timeline
+from .prefix_index import PrefixChain
+from .registry import Worker
+from .stream import ChoiceStream
+
+
+class DispatchState(enum.Enum):
+    """Whether a dispatch's tokens are wanted. Legs may be open in each state."""
+
+    RUNNING = "running"
+    FINISHED = "finished"  # each of its choices has ended, for whatever reason
+    FAILED = "failed"  # its unfinished choices are in other hands
+
+
+TRANSITIONS = {
+    DispatchState.RUNNING: {DispatchState.FINISHED, DispatchState.FAILED},
+    DispatchState.FINISHED: set[DispatchState](),
+    DispatchState.FAILED: set[DispatchState](),
+}
+
+
+class LiveRequest:
+    """A request between admission and the end of its last leg."""
+
+    __slots__ = ("dispatches", "ended_s", "first_token_s", "is_closed", "jobs", "next_attempt", "num_open_choices",
+                 "num_open_legs", "request", "streams", "submitted_s")  # fmt: skip
+
+    def __init__(self, request: Request, now_s: float, first_attempt: int) -> None:
+        self.request = request
+        self.streams = [ChoiceStream(choice) for choice in range(request.sampling.n)]
+        self.num_open_choices = request.sampling.n
+        self.submitted_s = now_s
+        self.first_token_s: float | None = None
+        self.ended_s: float | None = None
+        self.next_attempt = first_attempt
+        self.dispatches: list[Dispatch] = []
+        self.jobs: list[Job] = []
+        self.num_open_legs = 0
+        self.is_closed = False
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def is_ended(self) -> bool:
+        return self.ended_s is not None
+
+    def timeline(self, now_s: float) -> Timeline:
+        return Timeline(
+            submitted_s=self.submitted_s,
+            first_token_s=self.first_token_s,
+            ended_s=now_s if self.ended_s is None else self.ended_s,
+            dispatches=tuple(dispatch.times() for dispatch in self.dispatches),
+        )
+
+
+class Job:
+    """Choices of one request that wait for workers together."""
+
+    __slots__ = ("_chains", "choices", "failed_pairs", "live", "num_failures", "output_token_ids", "queued_s", "ready_s")
+
+    def __init__(self, live: LiveRequest, choices: tuple[int, ...], output: tuple[int, ...], now_s: float) -> None:
+        self.live = live
+        self.choices = choices
+        self.output_token_ids = output
+        self.queued_s = now_s
+        self.ready_s = now_s
+        self.num_failures = 0
+        self.failed_pairs: frozenset[tuple[str, str | None]] = frozenset()
+        self._chains: dict[int, PrefixChain] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.live.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def needs_decode(self) -> bool:
+        """False when the token sampled by the prefill is the last one: no reservation and no transfer then."""
+        return self.live.request.sampling.max_tokens - len(self.output_token_ids) > 1
+
+    @property
+    def num_total_tokens(self) -> int:
+        """What a worker's KV cache must be able to hold to finish one choice."""
+        return len(self.live.request.prompt_token_ids) + self.live.request.sampling.max_tokens
+
+    def chain(self, block_size: int) -> PrefixChain:
+        if block_size not in self._chains:
+            tokens = self.live.request.prompt_token_ids + self.output_token_ids
+            self._chains[block_size] = PrefixChain(tokens, block_size, self.live.request.cache_salt)
+        return self._chains[block_size]
+
+    def spec(self, attempt: int) -> SequenceSpec:
+        request = self.live.request
+        return SequenceSpec(
+            transfer=TransferId(request.request_id, attempt),
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+            choices=self.choices,
+            output_token_ids=self.output_token_ids,
+            eos_token_ids=request.eos_token_ids,
+            cache_salt=request.cache_salt,
+        )
+
+
+class Dispatch:
+    """One attempt of a job at one worker or a pair of them, and what it is accounted with there."""
+
+    __slots__ = ("cancelled", "decode", "decode_ended", "decode_started", "dispatched_s", "expected_cached_tokens",
+                 "expected_ttft_s", "first_token_s", "is_prefilling", "job", "live", "num_grown_tokens",
+                 "num_new_tokens", "num_reserved_blocks", "num_unfinished", "open_legs", "prefill", "prefill_ended",
+                 "prefill_s", "spec", "state", "streams")  # fmt: skip
+
+    def __init__(self, job: Job, spec: SequenceSpec, prefill: Worker, decode: Worker | None, now_s: float) -> None:
+        self.job = job
+        self.live = job.live
+        self.spec = spec
+        self.prefill = prefill
+        self.decode = decode
+        self.state = DispatchState.RUNNING
+        self.open_legs = {leg for leg in Leg if self.worker_of(leg) is not None}
+        self.streams = {choice: self.live.streams[choice] for choice in job.choices}
+        self.num_unfinished = len(job.choices)
+        self.cancelled = False  # a choice ended by decision: workers do not know
+        self.decode_started = False  # a token came from the decode worker: it has all the KV
+        self.is_prefilling = True
+        self.num_grown_tokens = 0
+        self.num_reserved_blocks = 0
+        self.num_new_tokens = 0
+        self.prefill_s = 0.0
+        self.expected_cached_tokens = 0
+        self.expected_ttft_s = 0.0
+        self.dispatched_s = now_s
+        self.first_token_s: float | None = None
+        self.prefill_ended: LegEnded | None = None
+        self.decode_ended: LegEnded | None = None
+
+    @property
+    def transfer(self) -> TransferId:
+        return self.spec.transfer
+
+    @property
+    def is_served_by_one(self) -> bool:
+        """One worker does both phases, as one leg (DECODE)."""
+        return self.prefill is self.decode
+
+    @property
+    def pair(self) -> tuple[str, str | None]:
+        return self.prefill.worker_id, self.decode.worker_id if self.decode else None
+
+    def worker_of(self, leg: Leg) -> Worker | None:
+        """Who carries out `leg`; None when this dispatch has no such leg."""
+        if leg is Leg.DECODE:
+            return self.decode
+        return None if self.is_served_by_one else self.prefill
+
+    def leg_at(self, worker: Worker) -> Leg:
+        """The leg that `worker` carries out."""
+        return Leg.DECODE if worker is self.decode else Leg.PREFILL
+
+    def has_all_first_tokens(self) -> bool:
+        """Every choice has the token that its prefill samples."""
+        return all(len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values())
+
+    def record(self, ended: LegEnded) -> None:
+        """A worker's own account of its leg, for the timeline and the worker's hit rate."""
+        if ended.leg is Leg.PREFILL:
+            self.prefill_ended = ended
+        else:
+            self.decode_ended = ended
+        if ended.error is None and ended.leg is self.leg_at(self.prefill):
+            self.prefill.num_prompt_tokens += self.spec.num_tokens
+            self.prefill.num_cached_tokens += ended.num_cached_tokens
+
+    def unfinished_jobs(self, now_s: float) -> list[Job]:
+        """What is left to do: choices without a token together, each other one by itself from where its client is."""
+        unfinished = [stream for stream in self.streams.values() if stream.finish_reason is None]
+        for stream in unfinished:
+            stream.forget_held()
+        fresh = tuple(stream.choice for stream in unfinished if not stream.token_ids)
+        jobs = [Job(self.live, fresh, (), now_s)] if fresh else []
+        return jobs + [Job(self.live, (s.choice,), tuple(s.token_ids), now_s) for s in unfinished if s.token_ids]
+
+    def transition(self, target: DispatchState) -> None:
+        if target not in TRANSITIONS[self.state]:
+            raise InvalidTransition(f"dispatch {self.transfer}", self.state, target, self.times())
+        self.state = target
+
+    def times(self) -> DispatchTimes:
+        return DispatchTimes(
+            attempt=self.transfer.attempt,
+            choices=self.spec.choices,
+            prefill_worker=self.prefill.worker_id,
+            decode_worker=self.decode.worker_id if self.decode else None,
+            num_tokens=self.spec.num_tokens,
+            expected_cached_tokens=self.expected_cached_tokens,
+            expected_ttft_s=self.expected_ttft_s,
+            queued_s=self.job.queued_s,
+            dispatched_s=self.dispatched_s,
+            first_token_s=self.first_token_s,
+            prefill=self.prefill_ended,
+            decode=self.decode_ended,
+        )

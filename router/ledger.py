@@ -1,0 +1,109 @@
+"""Who has what open: every dispatch with an open leg, and its account at its workers. Only this file writes accounts."""
+
+from ..core.messages import Leg
+from ..core.request import TransferId
+from .dispatch import Dispatch
+from .placement import Placement
+from .registry import Registry, Worker
+
+
+class Ledger:
+    """Books dispatches on their workers when they start and off when their legs close: all is zero when all is idle."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._dispatches: dict[TransferId, Dispatch] = {}
+
+    def __len__(self) -> int:
+        return len(self._dispatches)
+
+    def get(self, transfer: TransferId) -> Dispatch | None:
+        return self._dispatches.get(transfer)
+
+    def at(self, worker: Worker) -> list[Dispatch]:
+        """The dispatches with an open leg at the worker, oldest first."""
+        return [self._dispatches[transfer] for transfer in worker.open_legs]
+
+    def open(self, dispatch: Dispatch, placement: Placement) -> None:
+        """Book a dispatch on its workers."""
+        dispatch.num_new_tokens = placement.num_new_tokens
+        dispatch.prefill_s = placement.prefill_s
+        dispatch.expected_cached_tokens = placement.num_cached_tokens
+        dispatch.expected_ttft_s = placement.ttft_s
+        self._dispatches[dispatch.transfer] = dispatch
+        dispatch.live.num_open_legs += len(dispatch.open_legs)
+        dispatch.prefill.start_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
+        dispatch.prefill.open_legs[dispatch.transfer] = None
+        if dispatch.decode is not None:
+            self._open_decode(dispatch, dispatch.decode)
+        self._registry.rank(dispatch.prefill)
+
+    def _open_decode(self, dispatch: Dispatch, worker: Worker) -> None:
+        spec = dispatch.spec
+        dispatch.num_reserved_blocks = worker.blocks_for(spec.num_tokens, len(spec.choices))
+        worker.open_legs[dispatch.transfer] = None
+        worker.num_sequences += len(spec.choices)
+        worker.num_context_tokens += len(spec.choices) * spec.num_tokens
+        worker.num_reserved_blocks += dispatch.num_reserved_blocks
+        worker.num_pending_blocks += dispatch.num_reserved_blocks
+        self._registry.rank(worker)
+
+    def count_token(self, dispatch: Dispatch, worker: Worker) -> None:
+        """A token of a running dispatch came from one of its workers."""
+        if dispatch.is_prefilling:
+            self._end_prefill(dispatch)
+        if worker is dispatch.decode:
+            if not dispatch.decode_started:
+                dispatch.decode_started = True
+                worker.num_pending_blocks -= dispatch.num_reserved_blocks
+            dispatch.num_grown_tokens += 1
+            worker.num_grown_tokens += 1
+            worker.num_context_tokens += 1
+
+    def _end_prefill(self, dispatch: Dispatch) -> None:
+        dispatch.is_prefilling = False
+        dispatch.prefill.end_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
+        self._registry.rank(dispatch.prefill)
+
+    def close(self, dispatch: Dispatch, leg: Leg) -> Worker:
+        """The worker holds nothing for this leg any more: take it off its account."""
+        worker = dispatch.worker_of(leg)
+        assert worker is not None and leg in dispatch.open_legs, f"{dispatch.transfer} has no open {leg} leg"
+        dispatch.open_legs.remove(leg)
+        dispatch.live.num_open_legs -= 1
+        del worker.open_legs[dispatch.transfer]
+        if dispatch.is_prefilling and worker is dispatch.prefill:
+            self._end_prefill(dispatch)
+        if leg is Leg.DECODE:
+            self._close_decode(dispatch, worker)
+        if not dispatch.open_legs:
+            del self._dispatches[dispatch.transfer]
+        return worker
+
+    def _close_decode(self, dispatch: Dispatch, worker: Worker) -> None:
+        spec = dispatch.spec
+        if not dispatch.decode_started:
+            worker.num_pending_blocks -= dispatch.num_reserved_blocks
+        worker.num_sequences -= len(spec.choices)
+        worker.num_context_tokens -= len(spec.choices) * spec.num_tokens + dispatch.num_grown_tokens
+        worker.num_reserved_blocks -= dispatch.num_reserved_blocks
+        worker.num_grown_tokens -= dispatch.num_grown_tokens
+        self._registry.rank(worker)
+
+    def check_integrity(self) -> None:
+        """Every account equals the sum over the open legs. For tests, and for status when all is idle."""
+        for worker in self._registry:
+            decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
+            prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]
+            expected = {
+                "prefilling": len(prefilling),
+                "num_queued_tokens": sum(d.num_new_tokens for d in prefilling),
+                "num_sequences": sum(len(d.spec.choices) for d in decoding),
+                "num_context_tokens": sum(len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in decoding),
+                "num_reserved_blocks": sum(d.num_reserved_blocks for d in decoding),
+                "num_grown_tokens": sum(d.num_grown_tokens for d in decoding),
+                "num_pending_blocks": sum(d.num_reserved_blocks for d in decoding if not d.decode_started),
+            }
+            actual = {name: getattr(worker, name) for name in expected}
+            assert actual == expected, f"{worker.worker_id}: {actual}, its open legs say {expected}"
+            assert worker.prefilling or worker.queued_prefill_s == 0.0, f"{worker.worker_id}: queue without prefills"

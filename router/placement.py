@@ -1,0 +1,172 @@
+"""Where a job runs: the (prefill, decode) pair, or the one worker, with the least predicted cost.
+
+Cost is predicted TTFT (queue and uncached prompt tokens on P) plus what of the transfer stays visible behind the compute.
+Workers on which a token would take longer than the SLO come last, the least excess first. A decision looks at the few least
+loaded workers of each role and at those that hold most of the prefix, never at all pairs.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from operator import itemgetter
+
+from ..core.latency import LatencyModel
+from .config import RouterConfig
+from .dispatch import Job
+from .prefix_index import PrefixIndex
+from .registry import Registry, Worker, WorkerState, decode_load
+
+
+@dataclass(slots=True)
+class PrefillOption:
+    """A worker seen as the one that prefills the job."""
+
+    worker: Worker
+    num_cached_tokens: int
+    num_new_tokens: int
+    queue_s: float
+    compute_s: float
+    stall_s: float  # gap that this prefill makes in streams which the worker decodes; 0 when there are none
+
+    @property
+    def ttft_s(self) -> float:
+        return self.queue_s + self.compute_s
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A decision. `decode` is None when the prefill's token is the last; equal to `prefill`: one worker serves."""
+
+    prefill: Worker
+    decode: Worker | None
+    num_cached_tokens: int
+    num_new_tokens: int
+    prefill_s: float
+    ttft_s: float
+
+
+Score = tuple[bool, float, float, float, str, str]  # failed before, ITL above the SLO, cost, load, names
+Candidate = tuple[Score, PrefillOption, Worker | None]
+
+
+class Placer:
+    """Decides; changes nothing."""
+
+    def __init__(self, registry: Registry, index: PrefixIndex, model: LatencyModel, config: RouterConfig) -> None:
+        self.config = config
+        self._registry = registry
+        self._index = index
+        self._model = model
+
+    def place(self, job: Job) -> Placement | None:
+        """The best place that has room now; None when the job has to wait."""
+        prefills, decodes, depths = self._workers(job)
+        options = [self._prefill_option(job, worker, depths) for worker in prefills]
+        with_room = [option for option in options if self._has_prefill_room(option.worker)]
+        if not job.needs_decode:
+            candidates = self._prefill_only(job, with_room or options)
+            candidates += self._on_one(job, decodes, depths, bool(prefills))
+        elif _can_pair(prefills, decodes):
+            candidates = self._pairs(job, with_room or options, decodes, depths)
+            candidates += self._on_one(job, decodes, depths, True)
+        else:
+            candidates = self._on_one(job, decodes or prefills, depths, False)
+        if not candidates:
+            return None
+        (_, option, decode) = min(candidates, key=itemgetter(0))
+        if not self._has_prefill_room(option.worker):
+            return None
+        return Placement(
+            option.worker, decode, option.num_cached_tokens, option.num_new_tokens, option.compute_s, option.ttft_s
+        )
+
+    def _has_prefill_room(self, worker: Worker) -> bool:
+        return worker.has_prefill_room(self.config.max_prefill_backlog_tokens)
+
+    def _workers(self, job: Job) -> tuple[list[Worker], list[Worker], dict[int, int]]:
+        """Prefill and decode workers to look at, and the longest cached prefix anywhere, in blocks by block size."""
+        count = self.config.num_candidates
+        num_decode_tokens = job.num_total_tokens
+        decodes = self._registry.best_decode(num_decode_tokens, count)
+        num_prefill_tokens = job.num_tokens + 1 if decodes else num_decode_tokens
+        prefills = self._registry.best_prefill(num_prefill_tokens, count)
+        depths: dict[int, int] = {}
+        for block_size in dict.fromkeys(worker.info.layout.block_size for worker in (*prefills, *decodes)):
+            depths[block_size], holders = self._index.longest(job.chain(block_size))
+            for name in islice(holders, count):
+                worker = self._registry.get(name)
+                if worker is None or worker.state is not WorkerState.READY:
+                    continue
+                if worker.role.prefills and worker.capacity_tokens >= num_prefill_tokens and worker not in prefills:
+                    prefills.append(worker)
+                if worker.role.decodes and worker.capacity_tokens >= num_decode_tokens and worker not in decodes:
+                    decodes.append(worker)
+        return prefills, decodes, depths
+
+    def _cached_tokens(self, job: Job, worker: Worker, depths: dict[int, int]) -> int:
+        """By the index; one token at least is always computed."""
+        block_size = worker.info.layout.block_size
+        depth = depths.get(block_size, 0)
+        if not depth:
+            return 0
+        num_blocks = self._index.cached_blocks(worker.worker_id, job.chain(block_size), depth)
+        return min(num_blocks * block_size, job.num_tokens - 1)
+
+    def _prefill_option(self, job: Job, worker: Worker, depths: dict[int, int]) -> PrefillOption:
+        cached = self._cached_tokens(job, worker, depths)
+        new, chunk = job.num_tokens - cached, worker.info.max_batch_tokens
+        compute_s, stall_s = self._model.prompt_s(new, cached, chunk), 0.0
+        if worker.num_sequences:
+            step_s = self._model.decode_s(worker.num_sequences, worker.num_context_tokens)
+            stall_s = step_s + self._model.prompt_s(min(new, chunk), cached, chunk)
+            compute_s += step_s * -(-new // chunk)
+        return PrefillOption(worker, cached, new, worker.queue_s, compute_s, stall_s)
+
+    def _decode_itl_s(self, job: Job, worker: Worker) -> float:
+        num_choices = len(job.choices)
+        num_context_tokens = worker.num_context_tokens + num_choices * job.num_tokens
+        return self._model.decode_s(worker.num_sequences + num_choices, num_context_tokens)
+
+    def _score(self, job: Job, option: PrefillOption, decode: Worker | None, itl_s: float, cost_s: float, load: float) -> Score:
+        prefill_id, decode_id = option.worker.worker_id, decode.worker_id if decode else None
+        excess_s = max(0.0, itl_s - self.config.itl_slo_s, option.stall_s - self.config.itl_slo_s)
+        failed = (prefill_id, decode_id) in job.failed_pairs
+        return failed, excess_s, cost_s, load, prefill_id, decode_id or ""
+
+    def _prefill_only(self, job: Job, options: list[PrefillOption]) -> list[Candidate]:
+        return [(self._score(job, option, None, 0.0, option.ttft_s, 0.0), option, None) for option in options]
+
+    def _pairs(self, job: Job, options: list[PrefillOption], decodes: list[Worker], depths: dict[int, int]) -> list[Candidate]:
+        candidates: list[Candidate] = []
+        for decode in decodes:
+            if not decode.has_decode_room(job.num_tokens, len(job.choices)):
+                continue
+            held = self._cached_tokens(job, decode, depths)
+            num_bytes = (job.num_tokens - held) * decode.info.layout.bytes_per_token
+            itl_s, load = self._decode_itl_s(job, decode), decode_load(decode)
+            for option in options:
+                if option.worker is not decode and option.worker.layout == decode.layout:
+                    cost_s = option.ttft_s + self._model.exposed_transfer_s(num_bytes, option.compute_s)
+                    candidates.append((self._score(job, option, decode, itl_s, cost_s, load), option, decode))
+        return candidates
+
+    def _on_one(self, job: Job, workers: list[Worker], depths: dict[int, int], others_prefill: bool) -> list[Candidate]:
+        """Both phases on one worker. Where others prefill, a decode worker's time is dear: it must keep its streams
+        inside the SLO, and its prefill counts `prefill_on_decode_factor` times, as it delays those that come next."""
+        candidates: list[Candidate] = []
+        for worker in workers:
+            if not (worker.has_decode_room(job.num_tokens, len(job.choices)) and self._has_prefill_room(worker)):
+                continue
+            is_dear = others_prefill and not worker.role.prefills
+            factor = self.config.prefill_on_decode_factor if is_dear else 1.0
+            if factor is None:
+                continue
+            option = self._prefill_option(job, worker, depths)
+            cost_s = option.queue_s + factor * option.compute_s
+            score = self._score(job, option, worker, self._decode_itl_s(job, worker), cost_s, decode_load(worker))
+            if not is_dear or score[1] == 0.0:
+                candidates.append((score, option, worker))
+        return candidates
+
+
+def _can_pair(prefills: list[Worker], decodes: list[Worker]) -> bool:
+    return any(p is not d and p.layout == d.layout for p in prefills for d in decodes)

@@ -1,0 +1,41 @@
+"""Items in the order of a key that changes often: reading the best few is free, a change costs two bisections."""
+
+from bisect import bisect_left, insort
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Ranking(Generic[T]):
+    """Named items, smallest key first, ties by name."""
+
+    def __init__(self) -> None:
+        self._order: list[tuple[float, str]] = []
+        self._keys: dict[str, float] = {}
+        self._items: dict[str, T] = {}
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def put(self, name: str, key: float, item: T) -> None:
+        """Add an item, or move it to where `key` puts it."""
+        old = self._keys.get(name)
+        if old == key:
+            self._items[name] = item
+            return
+        if old is not None:
+            del self._order[bisect_left(self._order, (old, name))]
+        insort(self._order, (key, name))
+        self._keys[name] = key
+        self._items[name] = item
+
+    def discard(self, name: str) -> None:
+        """Remove an item if it is there."""
+        key = self._keys.pop(name, None)
+        if key is not None:
+            del self._order[bisect_left(self._order, (key, name))]
+            del self._items[name]
+
+    def best(self, count: int) -> list[T]:
+        """The first `count` items."""
+        return [self._items[name] for _, name in self._order[:count]]

@@ -1,0 +1,216 @@
+"""The workers that are there, what they were given and have not finished, and who comes first for the next request."""
+
+import enum
+from collections.abc import Hashable, Iterator
+
+from ..core.errors import InvalidTransition
+from ..core.messages import Role, WorkerInfo, WorkerLoad
+from ..core.request import TransferId
+from .ranking import Ranking
+
+
+class WorkerState(enum.Enum):
+    """A worker as the router sees it."""
+
+    READY = "ready"
+    DRAINING = "draining"  # no new dispatch; streams finish
+    LOST = "lost"
+
+
+TRANSITIONS = {
+    WorkerState.READY: {WorkerState.DRAINING, WorkerState.LOST},
+    WorkerState.DRAINING: {WorkerState.READY, WorkerState.LOST},
+    WorkerState.LOST: set[WorkerState](),
+}
+
+
+class Worker:
+    """One incarnation of a worker, with the account of what is open there. The router's own account leads the reported
+    load: it knows what is on its way."""
+
+    __slots__ = ("_progress_s", "_window_start_s", "_window_tokens", "capacity_tokens", "info", "layout", "load",
+                 "num_cached_tokens", "num_context_tokens", "num_grown_tokens", "num_pending_blocks",
+                 "num_prompt_tokens", "num_queued_tokens", "num_reserved_blocks", "num_sequences", "open_legs",
+                 "prefilling", "queued_prefill_s", "role", "state", "tokens_per_s", "worker_id")  # fmt: skip
+
+    def __init__(self, info: WorkerInfo, layout: int) -> None:
+        self.info = info
+        self.worker_id = info.worker_id
+        self.role = info.role
+        self.state = WorkerState.READY
+        self.layout = layout  # equal for workers that can exchange KV
+        self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
+        self.load = WorkerLoad(num_free_blocks=info.num_blocks)
+        self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
+        self.prefilling = 0  # dispatches that have not brought their first token
+        self.num_queued_tokens = 0  # uncached prompt tokens of those
+        self.queued_prefill_s = 0.0  # predicted compute of those
+        self._progress_s = 0.0  # computed already of those
+        self.num_sequences = 0  # choices of open decode legs
+        self.num_context_tokens = 0  # of those, prompt and output
+        self.num_reserved_blocks = 0  # that those took at dispatch
+        self.num_grown_tokens = 0  # that they have brought since
+        self.num_pending_blocks = 0  # reserved by legs that have not begun to decode: reports may not show them yet
+        self.num_prompt_tokens = 0  # of all ended prefills, for the hit rate
+        self.num_cached_tokens = 0
+        self.tokens_per_s = 0.0
+        self._window_start_s = 0.0
+        self._window_tokens = 0
+
+    @property
+    def incarnation(self) -> int:
+        return self.info.incarnation
+
+    @property
+    def queue_s(self) -> float:
+        """Predicted seconds of prefill ahead of a new prompt."""
+        return max(0.0, self.queued_prefill_s - self._progress_s)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Two cautious views, the less cautious of them: ours counts shared prefixes twice, the reported one counts
+        reservations twice while they are pending."""
+        ours = self.num_reserved_blocks + self.num_grown_tokens // self.info.layout.block_size
+        return max(self.info.num_blocks - ours, self.load.num_free_blocks - self.num_pending_blocks)
+
+    def blocks_for(self, num_tokens: int, num_choices: int) -> int:
+        """Blocks of a prompt whose choices share it and grow by a block each."""
+        return -(-num_tokens // self.info.layout.block_size) + num_choices
+
+    def has_prefill_room(self, limit_tokens: int | None) -> bool:
+        limit = 2 * self.info.max_batch_tokens if limit_tokens is None else limit_tokens
+        return not self.prefilling or (self.num_queued_tokens < limit and self.prefilling < max(1, self.info.max_batch_size))
+
+    def has_decode_room(self, num_tokens: int, num_choices: int) -> bool:
+        """A worker without work has room for whatever fits it at all."""
+        if not self.open_legs:
+            return True
+        if self.num_sequences + num_choices > self.info.max_batch_size:
+            return False
+        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks
+
+    def start_prefill(self, num_tokens: int, seconds: float) -> None:
+        self.prefilling += 1
+        self.num_queued_tokens += num_tokens
+        self.queued_prefill_s += seconds
+
+    def end_prefill(self, num_tokens: int, seconds: float) -> None:
+        self.prefilling -= 1
+        self.num_queued_tokens -= num_tokens
+        self.queued_prefill_s -= seconds
+        self._progress_s = max(0.0, self._progress_s - seconds)
+        if not self.prefilling:
+            self.queued_prefill_s = self._progress_s = 0.0
+
+    def progress(self, seconds: float) -> None:
+        """A step of `seconds` computed some of the queued prefill."""
+        if self.prefilling:
+            self._progress_s += seconds
+
+    def count_tokens(self, num_tokens: int, now_s: float) -> None:
+        """For `tokens_per_s`, over windows of at least a second."""
+        self._window_tokens += num_tokens
+        elapsed_s = now_s - self._window_start_s
+        if elapsed_s >= 1.0:
+            self.tokens_per_s = self._window_tokens / elapsed_s if elapsed_s < 5.0 else 0.0
+            self._window_start_s, self._window_tokens = now_s, 0
+
+    def transition(self, target: WorkerState) -> None:
+        if target not in TRANSITIONS[self.state]:
+            raise InvalidTransition(f"worker {self.worker_id}", self.state, target, f"incarnation {self.incarnation}")
+        self.state = target
+
+
+class Registry:
+    """Current incarnations by name, and two rankings per capacity: by queued prefill, and by decode load."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Worker] = {}
+        self._fenced: dict[str, int] = {}  # the highest incarnation of each id that is known to be lost
+        self._layouts: dict[Hashable, int] = {}
+        self._by_prefill: dict[int, Ranking[Worker]] = {}
+        self._by_decode: dict[int, Ranking[Worker]] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def get(self, worker_id: str) -> Worker | None:
+        return self._workers.get(worker_id)
+
+    def current(self, worker_id: str, incarnation: int) -> Worker | None:
+        """The worker if this incarnation is the living one; None for messages of the dead."""
+        worker = self._workers.get(worker_id)
+        return worker if worker is not None and worker.info.incarnation == incarnation else None
+
+    def is_news(self, info: WorkerInfo) -> bool:
+        """Whether this incarnation is neither known nor lost."""
+        known = self._workers.get(info.worker_id)
+        return info.incarnation > max(self._fenced.get(info.worker_id, -1), known.incarnation if known else -1)
+
+    def add(self, info: WorkerInfo) -> Worker:
+        layout = info.layout
+        key = (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype, layout.model_fingerprint)
+        worker = Worker(info, self._layouts.setdefault(key, len(self._layouts)))
+        self._workers[info.worker_id] = worker
+        self.rank(worker)
+        return worker
+
+    def lose(self, worker: Worker) -> None:
+        worker.transition(WorkerState.LOST)
+        self._unrank(worker)
+        del self._workers[worker.worker_id]
+        self._fenced[worker.worker_id] = worker.incarnation
+
+    def drain(self, worker: Worker) -> None:
+        worker.transition(WorkerState.DRAINING)
+        self._unrank(worker)
+
+    def assign(self, worker: Worker, role: Role) -> None:
+        """The worker is ready, as `role`."""
+        if worker.state is WorkerState.DRAINING:
+            worker.transition(WorkerState.READY)
+        self._unrank(worker)
+        worker.role = role
+        self.rank(worker)
+
+    def rank(self, worker: Worker) -> None:
+        """Put the worker where its present account belongs."""
+        if worker.state is not WorkerState.READY:
+            return
+        if worker.role.prefills:
+            ranking = self._by_prefill.setdefault(worker.capacity_tokens, Ranking())
+            ranking.put(worker.worker_id, worker.queued_prefill_s, worker)
+        if worker.role.decodes:
+            ranking = self._by_decode.setdefault(worker.capacity_tokens, Ranking())
+            ranking.put(worker.worker_id, decode_load(worker), worker)
+
+    def _unrank(self, worker: Worker) -> None:
+        for rankings in (self._by_prefill, self._by_decode):
+            if ranking := rankings.get(worker.capacity_tokens):
+                ranking.discard(worker.worker_id)
+
+    def best_prefill(self, num_tokens: int, count: int) -> list[Worker]:
+        """The ready prefill workers with the shortest queues that can hold `num_tokens`: `count` of each capacity."""
+        return _best(self._by_prefill, num_tokens, count)
+
+    def best_decode(self, num_tokens: int, count: int) -> list[Worker]:
+        """The least loaded ready decode workers that can hold `num_tokens`: `count` of each capacity."""
+        return _best(self._by_decode, num_tokens, count)
+
+    def can_hold(self, num_tokens: int) -> bool:
+        """Whether any ready worker could ever serve that many tokens."""
+        return bool(self.best_decode(num_tokens, 1) or self.best_prefill(num_tokens, 1))
+
+    def num_ready(self, *, prefills: bool) -> int:
+        rankings = self._by_prefill if prefills else self._by_decode
+        return sum(len(ranking) for ranking in rankings.values())
+
+
+def _best(rankings: dict[int, Ranking[Worker]], num_tokens: int, count: int) -> list[Worker]:
+    return [worker for capacity, ranking in rankings.items() if capacity >= num_tokens for worker in ranking.best(count)]
+
+
+def decode_load(worker: Worker) -> float:
+    """Fraction of the batch, and of the blocks, that open decode legs take."""
+    info = worker.info
+    return worker.num_sequences / info.max_batch_size + worker.num_reserved_blocks / info.num_blocks

@@ -1,0 +1,109 @@
+"""The router as `pdserve status` and metrics see it: frozen snapshots and counters."""
+
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ..core.messages import Role, WorkerLoad
+from ..core.request import FinishReason
+from .registry import Registry, Worker, WorkerState
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the router's start."""
+
+    submitted: int = 0  # admitted requests
+    finished: int = 0  # ended by themselves
+    cancelled: int = 0
+    expired: int = 0  # deadline passed
+    failed: int = 0  # ended with an error
+    rejected: int = 0  # refused because the queue was full
+    dispatched: int = 0
+    served_on_one: int = 0  # of those, both phases on one worker
+    retried: int = 0  # dispatches that failed and were repeated
+    resumed: int = 0  # streams that went on at another attempt
+    tokens: int = 0  # forwarded to clients
+    stale: int = 0  # messages of lost incarnations, dropped
+
+    def count_end(self, reason: FinishReason | None) -> None:
+        """A request ended; None or a normal reason: by itself."""
+        if reason is FinishReason.CANCELLED:
+            self.cancelled += 1
+        elif reason is FinishReason.DEADLINE:
+            self.expired += 1
+        elif reason is FinishReason.ERROR:
+            self.failed += 1
+        else:
+            self.finished += 1
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker's row."""
+
+    worker_id: str
+    incarnation: int
+    role: Role
+    state: WorkerState
+    node: str
+    devices: tuple[str, ...]
+    num_legs: int  # dispatches open there
+    num_queued_tokens: int  # prompt tokens given to it and not yet prefilled
+    num_blocks: int
+    load: WorkerLoad  # as last reported
+    tokens_per_s: float
+    prefix_hit_rate: float  # cached fraction of the prompt tokens prefilled there
+
+
+class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything at one instant."""
+
+    workers: tuple[WorkerStatus, ...]
+    num_requests: int  # live
+    num_queued: int
+    num_workers_expected: int
+    counters: Counters
+    degraded: str | None  # what is served otherwise than configured, in words
+
+
+def worker_status(worker: Worker, now_s: float) -> WorkerStatus:
+    worker.count_tokens(0, now_s)
+    return WorkerStatus(
+        worker_id=worker.worker_id,
+        incarnation=worker.incarnation,
+        role=worker.role,
+        state=worker.state,
+        node=worker.info.node,
+        devices=worker.info.devices,
+        num_legs=len(worker.open_legs),
+        num_queued_tokens=worker.num_queued_tokens,
+        num_blocks=worker.info.num_blocks,
+        load=worker.load,
+        tokens_per_s=worker.tokens_per_s,
+        prefix_hit_rate=worker.num_cached_tokens / worker.num_prompt_tokens if worker.num_prompt_tokens else 0.0,
+    )
+
+
+def degradation(registry: Registry) -> str | None:
+    """In words, when one pool stands in for another."""
+    num_prefill, num_decode = registry.num_ready(prefills=True), registry.num_ready(prefills=False)
+    if num_prefill and num_decode:
+        return None
+    if num_decode:
+        return "no prefill worker is ready: decode workers serve both phases"
+    if num_prefill:
+        return "no decode worker is ready: prefill workers serve both phases"
+    return "no worker is ready"
+
+
+def snapshot(
+    registry: Registry, counters: Counters, *, num_requests: int, num_queued: int, num_expected: int, now_s: float
+) -> RouterStatus:
+    return RouterStatus(
+        workers=tuple(worker_status(worker, now_s) for worker in sorted(registry, key=lambda w: w.worker_id)),
+        num_requests=num_requests,
+        num_queued=num_queued,
+        num_workers_expected=num_expected,
+        counters=replace(counters),
+        degraded=degradation(registry),
+    )

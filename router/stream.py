@@ -1,0 +1,52 @@
+"""One choice of a request as its client sees it: tokens 0, 1, 2, ... exactly once and in order, then one ending."""
+
+from ..core.messages import TokenOutput
+from ..core.request import FinishReason
+
+
+class ChoiceStream:
+    """Puts tokens from any worker in order. Those that come early are held, those that came before are dropped."""
+
+    __slots__ = ("_held", "choice", "finish_reason", "token_ids")
+
+    def __init__(self, choice: int) -> None:
+        self.choice = choice
+        self.token_ids: list[int] = []  # what the client has; a later attempt starts from here
+        self.finish_reason: FinishReason | None = None
+        self._held: dict[int, TokenOutput] = {}
+
+    def accept(self, output: TokenOutput) -> tuple[TokenOutput, ...]:
+        """The tokens that are due now that `output` is here; sets `finish_reason` with the last one."""
+        due = len(self.token_ids)
+        if self.finish_reason is not None or output.index < due:
+            return ()
+        if output.index > due:
+            self._held.setdefault(output.index, output)
+            return ()
+        if not self._held:
+            self._take(output)
+            return (output,)
+        return self._take_run(output)
+
+    def _take_run(self, output: TokenOutput) -> tuple[TokenOutput, ...]:
+        run: list[TokenOutput] = []
+        following: TokenOutput | None = output
+        while following is not None and self.finish_reason is None:
+            self._take(following)
+            run.append(following)
+            following = self._held.pop(len(self.token_ids), None)
+        return tuple(run)
+
+    def _take(self, output: TokenOutput) -> None:
+        self.token_ids.append(output.token_id)
+        self.finish_reason = output.finish_reason
+
+    def end(self, reason: FinishReason) -> None:
+        """The choice is over by decision, not by its last token."""
+        assert self.finish_reason is None, f"choice {self.choice} ended already: {self.finish_reason}"
+        self.finish_reason = reason
+        self._held.clear()
+
+    def forget_held(self) -> None:
+        """The attempt that the held tokens belong to has failed."""
+        self._held.clear()

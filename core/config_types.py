@@ -28,6 +28,14 @@ def parse_size(value: object) -> int | None:
     return int(float(match[1]) * _UNIT_BYTES[match[2]]) or None
 
 
+def format_size(num_bytes: int) -> str:
+    """Bytes in the largest unit that keeps them at 1 or above: 1.5 GiB."""
+    for unit, unit_bytes in reversed(_UNIT_BYTES.items()):
+        if num_bytes >= unit_bytes:
+            return f"{num_bytes / unit_bytes:.3g} {unit}"
+    return f"{num_bytes} B"
+
+
 def parse_host_port(value: object) -> tuple[str, int] | None:
     """Host and port from `127.0.0.1:50051` or `[::1]:50051`; None for anything else."""
     match = _HOST_PORT.fullmatch(value) if isinstance(value, str) else None

@@ -1,0 +1,160 @@
+"""Says before anything starts what a configuration needs, what fits, and what does not fit and why. No torch.
+
+`pdserve plan` prints it, `validate` and `up` call `check()`, and the workers are started with the sizes it chose.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..core.config import ClusterConfig, PoolSection
+from ..core.config_types import format_size
+from ..core.errors import CapacityError, ConfigError
+from ..core.messages import KVLayout, Role
+from .checkpoint import Checkpoint, open_checkpoint, resolve_model_path
+from .gpu import Node, probe_node
+from .packing import Demand, Finding, Packing
+
+AUTO_KV_MAX_BYTES = 4 << 30
+AUTO_MEMORY_FRACTION = 0.8  # of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
+RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
+TYPICAL_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """One pool. Sequence counts are per instance."""
+
+    role: Role
+    instances: int
+    num_cpus: float
+    num_threads: int
+    instance_bytes: int  # weights, activations, runtime and KV
+    kv_cache_bytes: int
+    num_blocks: int
+    num_max_len_sequences: int
+    num_typical_sequences: int  # of TYPICAL_TOKENS tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration comes to on given machines."""
+
+    model: str
+    architecture: str
+    num_parameters: int
+    dtype: str
+    max_model_len: int
+    block_size: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    pools: tuple[PoolPlan, ...]
+    findings: tuple[Finding, ...]
+
+    def check(self) -> None:
+        """Raises ConfigError or CapacityError with all findings, a line each; returns where there are none."""
+        if self.findings:
+            kinds = {finding.error for finding in self.findings}
+            error = ConfigError if ConfigError in kinds else CapacityError
+            raise error("\n".join(finding.message for finding in self.findings))
+
+
+def plan(config: ClusterConfig, nodes: Sequence[Node] | None = None) -> Plan:
+    """The plan for `nodes`, or for this machine. Raises CheckpointError for a model that cannot be served at all."""
+    checkpoint = open_checkpoint(resolve_model_path(config.model.path))
+    return make_plan(config, checkpoint, (probe_node(),) if nodes is None else nodes)
+
+
+def make_plan(config: ClusterConfig, checkpoint: Checkpoint, nodes: Sequence[Node]) -> Plan:
+    """The arithmetic of `plan`, from values alone."""
+    sizes = _Sizes(config, checkpoint)
+    demands = [
+        Demand(role, pool.num_cpus, pool.devices_per_instance, sizes.fixed_bytes(pool), sizes.explicit_kv_bytes(pool))
+        for role, pool in config.pools.items()
+        for _ in range(pool.instances)
+    ]
+    packing = Packing(demands, nodes)
+    auto_kv_bytes = packing.auto_kv_bytes(AUTO_MEMORY_FRACTION)
+    pools = tuple(sizes.pool_plan(role, pool, auto_kv_bytes) for role, pool in config.pools.items())
+    kv_bytes = {pool.role: pool.kv_cache_bytes for pool in pools}
+    return Plan(
+        model=config.model.name,
+        architecture=checkpoint.config.architecture,
+        num_parameters=checkpoint.num_parameters,
+        dtype=sizes.layout.dtype,
+        max_model_len=sizes.max_model_len,
+        block_size=sizes.layout.block_size,
+        weights_bytes=sizes.weights_bytes,
+        kv_bytes_per_token=sizes.layout.bytes_per_token,
+        pools=pools,
+        findings=(*sizes.findings(), *packing.core_findings(), *packing.memory_findings(kv_bytes)),
+    )
+
+
+class _Sizes:
+    """Bytes and blocks of one model under one configuration, whatever the machine."""
+
+    def __init__(self, config: ClusterConfig, checkpoint: Checkpoint) -> None:
+        self._config = config
+        self._model = model = checkpoint.config
+        dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
+        block_size = config.kv.num_tokens_per_block
+        self.layout = KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, dtype, block_size, "")
+        self._item_bytes = 4 if dtype == "float32" else 2
+        self.weights_bytes = checkpoint.num_parameters * self._item_bytes
+        asked = config.model.max_model_len
+        self.max_model_len = model.max_position_embeddings if asked == "auto" else asked
+        self._block_bytes = block_size * self.layout.bytes_per_token
+        self._max_len_bytes = self._blocks(self.max_model_len) * self._block_bytes
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.layout.block_size)
+
+    def fixed_bytes(self, pool: PoolSection) -> int:
+        """Memory of one instance beside its KV cache; the widest activations, and logits with room to sort them."""
+        model = self._model
+        packed_head = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
+        per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
+        activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes
+        return self.weights_bytes + activations + pool.max_batch_size * model.vocab_size * 12 + RUNTIME_BYTES
+
+    def explicit_kv_bytes(self, pool: PoolSection) -> int | None:
+        return None if pool.kv_cache_bytes == "auto" else pool.kv_cache_bytes
+
+    def _kv_bytes(self, pool: PoolSection, auto_kv_bytes: int | None) -> int:
+        """What is asked for, or else a share of memory: one sequence at least, two full batches at most."""
+        if pool.kv_cache_bytes != "auto":
+            return pool.kv_cache_bytes
+        enough = 2 * pool.max_batch_size * self._max_len_bytes
+        share = AUTO_KV_MAX_BYTES if auto_kv_bytes is None else min(auto_kv_bytes, AUTO_KV_MAX_BYTES)
+        return max(self._max_len_bytes, min(share, enough))
+
+    def pool_plan(self, role: Role, pool: PoolSection, auto_kv_bytes: int | None) -> PoolPlan:
+        num_blocks = self._kv_bytes(pool, auto_kv_bytes) // self._block_bytes
+        kv_cache_bytes = num_blocks * self._block_bytes
+        return PoolPlan(
+            role=role,
+            instances=pool.instances,
+            num_cpus=pool.num_cpus,
+            num_threads=pool.num_threads,
+            instance_bytes=self.fixed_bytes(pool) + kv_cache_bytes,
+            kv_cache_bytes=kv_cache_bytes,
+            num_blocks=num_blocks,
+            num_max_len_sequences=num_blocks // self._blocks(self.max_model_len),
+            num_typical_sequences=num_blocks // self._blocks(TYPICAL_TOKENS),
+        )
+
+    def findings(self) -> Iterator[Finding]:
+        limit = self._model.max_position_embeddings
+        if self.max_model_len > limit:
+            message = f"model.max_model_len: got {self.max_model_len}, expected at most {limit}, as the model was made for"
+            yield Finding(ConfigError, message)
+        for role, pool in self._config.pools.items():
+            num_bytes = self.explicit_kv_bytes(pool)
+            if num_bytes is not None and num_bytes < self._max_len_bytes:
+                num_tokens = num_bytes // self._block_bytes * self.layout.block_size
+                yield Finding(
+                    ConfigError,
+                    f"pools.{role.value}.kv_cache_bytes: {format_size(num_bytes)} holds {num_tokens} tokens, expected at "
+                    f"least {self._max_len_bytes} bytes ({format_size(self._max_len_bytes)}) for one sequence of "
+                    f"model.max_model_len ({self.max_model_len}); raise it, or lower model.max_model_len",
+                )

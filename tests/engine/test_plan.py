@@ -1,0 +1,211 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from pdserve.core.config import ClusterConfig
+from pdserve.core.errors import CapacityError, CheckpointError, ConfigError
+from pdserve.core.messages import Role
+from pdserve.engine.checkpoint import Checkpoint
+from pdserve.engine.gpu import Node
+from pdserve.engine.model_config import parse_model_config
+from pdserve.engine.packing import Demand, Packing
+from pdserve.engine.plan import AUTO_KV_MAX_BYTES, RUNTIME_BYTES, Plan, make_plan, plan
+from pdserve.engine.safetensors_header import TensorInfo
+from pdserve.engine.tensor_names import expected_tensors
+
+GIB = 1 << 30
+LLAMA_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+
+
+def checkpoint(**changes: Any) -> Checkpoint:
+    config = parse_model_config(LLAMA_8B | changes)
+    infos = {name: TensorInfo(Path("f"), "BF16", shape) for name, shape in expected_tensors(config).items()}
+    return Checkpoint(Path("llama"), config, infos)
+
+
+def node(cores: int = 2, available_gib: float = 64, name: str = "here") -> Node:
+    return Node(name, tuple(range(cores)), 2 * int(available_gib * GIB), int(available_gib * GIB))
+
+
+def planned(*nodes: Node, model: Checkpoint | None = None, config: dict[str, Any] | None = None) -> Plan:
+    return make_plan(ClusterConfig.model_validate(config or {}), model or checkpoint(), nodes or (node(),))
+
+
+def messages(result: Plan) -> list[str]:
+    return [finding.message for finding in result.findings]
+
+
+def test_the_arithmetic_of_a_known_model() -> None:
+    result = planned()
+    assert result.num_parameters == 8_030_261_248
+    assert result.weights_bytes == 16_060_522_496
+    assert result.kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
+    assert (result.dtype, result.block_size, result.max_model_len) == ("bfloat16", 16, 8192)
+    prefill, decode = result.pools
+    assert (prefill.role, decode.role) == (Role.PREFILL, Role.DECODE)
+    assert decode.kv_cache_bytes == AUTO_KV_MAX_BYTES
+    assert decode.num_blocks == AUTO_KV_MAX_BYTES // (16 * result.kv_bytes_per_token) == 2048
+    assert decode.num_max_len_sequences == 4
+    assert decode.num_typical_sequences == 16
+    assert decode.instance_bytes > result.weights_bytes + AUTO_KV_MAX_BYTES + RUNTIME_BYTES
+    assert result.findings == ()
+    result.check()
+
+
+def test_a_wider_dtype_doubles_weights_and_kv() -> None:
+    half, full = planned(), planned(node(available_gib=200), config={"model": {"dtype": "float32"}})
+    assert full.weights_bytes == 2 * half.weights_bytes
+    assert full.kv_bytes_per_token == 2 * half.kv_bytes_per_token
+
+
+def test_automatic_kv_shares_what_memory_is_left() -> None:
+    one, two = (
+        planned(node(4, 40), config={"pools": {"decode": {"instances": n}, "prefill": {"instances": 0}}}) for n in (1, 2)
+    )
+    assert one.pools[1].kv_cache_bytes == AUTO_KV_MAX_BYTES > two.pools[1].kv_cache_bytes
+    assert two.findings == ()
+    assert 2 * two.pools[1].instance_bytes <= 40 * GIB
+
+
+def test_automatic_kv_holds_one_longest_sequence_even_where_memory_is_short() -> None:
+    result = planned(node(2, 8))
+    assert [pool.num_max_len_sequences for pool in result.pools] == [1, 1]
+    with pytest.raises(CapacityError, match="memory: 1 prefill instance and 1 decode instance need"):
+        result.check()
+
+
+def test_automatic_kv_of_a_small_model_is_no_more_than_it_can_use() -> None:
+    small = checkpoint(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
+    result = planned(model=small, config={"model": {"max_model_len": 256}, "pools": {"decode": {"max_batch_size": 8}}})
+    assert result.pools[1].num_max_len_sequences == 16
+
+
+def test_each_machine_fills_within_its_own_memory() -> None:
+    pools = {"prefill": {"instances": 1}, "decode": {"instances": 1}}
+    result = planned(node(1, 64, "a"), node(1, 22, "b"), config={"pools": pools})
+    assert result.findings == ()
+    assert all(pool.instance_bytes <= 22 * GIB for pool in result.pools)
+    assert messages(planned(node(1, 64, "a"), node(1, 12, "b"), config={"pools": pools}))[0].endswith(
+        "but 12 GiB are available on b; lower instances, model.max_model_len, max_batch_tokens or kv_cache_bytes"
+    )
+
+
+def test_too_few_cores_are_counted_out() -> None:
+    result = planned(config={"pools": {"decode": {"instances": 2}}})
+    assert messages(result) == [
+        "pools: 1 prefill instance and 2 decode instances need 3 cores, but there are 2 on this machine, "
+        "where 1 decode instance found no room; lower instances, or set cpus_per_instance to a fraction so that "
+        "instances share a core"
+    ]
+    with pytest.raises(CapacityError, match="need 3 cores, but there are 2"):
+        result.check()
+
+
+def test_fractions_let_instances_share_cores() -> None:
+    half = {"instances": 2, "cpus_per_instance": 0.5}
+    assert planned(node(2, 100), config={"pools": {"prefill": half, "decode": half}}).findings == ()
+    tenth = {"instances": 10, "cpus_per_instance": 0.1}
+    assert planned(node(1, 500), config={"pools": {"prefill": {"instances": 0}, "decode": tenth}}).findings == ()
+
+
+def test_an_instance_does_not_span_machines() -> None:
+    pools = {"prefill": {"instances": 0}, "decode": {"devices_per_instance": 3}}
+    assert messages(planned(node(2, name="a"), node(2, name="b"), config={"pools": pools})) == [
+        "pools.decode.devices_per_instance: 3 cores for one instance, but there are 2 on the largest machine"
+    ]
+    shared = {"prefill": {"instances": 0}, "decode": {"devices_per_instance": 3, "cpus_per_instance": 0.5}}
+    assert "devices_per_instance: 3 cores" in messages(planned(config={"pools": shared}))[0]
+
+
+def test_a_model_is_not_stretched_beyond_its_positions() -> None:
+    result = planned(config={"model": {"max_model_len": 10000}})
+    assert messages(result) == ["model.max_model_len: got 10000, expected at most 8192, as the model was made for"]
+    with pytest.raises(ConfigError, match="expected at most 8192"):
+        result.check()
+
+
+def test_a_cache_for_less_than_one_longest_sequence_is_refused_with_the_least() -> None:
+    config = {"pools": {"decode": {"kv_cache_bytes": "512MiB"}}}
+    assert messages(planned(config=config)) == [
+        "pools.decode.kv_cache_bytes: 512 MiB holds 4096 tokens, expected at least 1073741824 bytes (1 GiB) for one "
+        "sequence of model.max_model_len (8192); raise it, or lower model.max_model_len"
+    ]
+    assert planned(config=config | {"model": {"max_model_len": 4096}}).findings == ()
+
+
+def test_all_findings_are_told_at_once() -> None:
+    config = {"model": {"max_model_len": 10000}, "pools": {"decode": {"instances": 3, "kv_cache_bytes": "1MiB"}}}
+    with pytest.raises(ConfigError) as caught:
+        planned(node(2, 4), config=config).check()
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "model.max_model_len",
+        "pools.decode.kv_cache_bytes",
+        "pools",
+        "memory",
+    ]
+
+
+NODES = st.lists(st.builds(node, cores=st.integers(1, 8), available_gib=st.floats(0.1, 200)), min_size=1, max_size=4)
+DEMANDS = st.lists(
+    st.builds(
+        Demand,
+        role=st.sampled_from([Role.PREFILL, Role.DECODE]),
+        num_cpus=st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0]),
+        num_devices=st.just(1),
+        fixed_bytes=st.integers(0, 20 * GIB),
+        kv_bytes=st.none() | st.integers(1, GIB),
+    ),
+    max_size=10,
+)
+
+
+@given(nodes=NODES, demands=DEMANDS)
+def test_instances_that_are_said_to_fit_do_fit(nodes: list[Node], demands: list[Demand]) -> None:
+    packing = Packing(demands, nodes)
+    needed, present = sum(demand.num_cpus for demand in demands), sum(len(node.cores) for node in nodes)
+    if not list(packing.core_findings()):
+        assert needed <= present
+    elif all(demand.num_cpus <= 1 for demand in demands):
+        assert needed > present - len(nodes)  # less than a core is left over on each machine
+
+
+@given(nodes=NODES, demands=DEMANDS)
+def test_automatic_kv_never_overfills_a_machine(nodes: list[Node], demands: list[Demand]) -> None:
+    demands = [dataclasses.replace(demand, kv_bytes=None) for demand in demands]
+    packing = Packing(demands, nodes)
+    auto = packing.auto_kv_bytes(0.8)
+    if auto is not None and auto > 0:
+        assert list(packing.memory_findings({Role.PREFILL: auto, Role.DECODE: auto})) == []
+
+
+def test_the_default_configuration_is_planned_for_this_machine() -> None:
+    result = plan(ClusterConfig(), [node(2, 4)])
+    result.check()
+    assert result.model == "embedded"
+    assert all(pool.num_max_len_sequences >= 1 for pool in result.pools)
+    assert {pool.role for pool in plan(ClusterConfig()).pools} == {Role.PREFILL, Role.DECODE}
+
+
+def test_a_missing_checkpoint_is_an_error_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        plan(ClusterConfig.model_validate({"model": {"path": str(tmp_path / "nothing")}}))
+
+
+def test_planning_does_not_import_torch() -> None:
+    code = "import sys, pdserve.engine.plan; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -182,7 +182,7 @@ class Router:
         if dispatch is None or dispatch.state is not DispatchState.RUNNING:
             return
         stream = dispatch.streams.get(output.choice)
-        if stream is None or (worker is not dispatch.decode and worker is not dispatch.prefill):
+        if stream is None or output.transfer not in worker.open_legs:
             return
         self._ledger.count_token(dispatch, worker)
         tokens = stream.accept(output)

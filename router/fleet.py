@@ -1,0 +1,294 @@
+"""The reconcile loop: desired pool sizes and what happens to workers in, what to start, drain, flip and stop out.
+
+STARTING -> READY -> DRAINING -> STOPPING -> gone
+    |  ^      |                      +-----> DRAINED   (by hand: stays out until the next Apply)
+    v  |      v
+   BACKOFF <--+  lost: the same name comes back as a new incarnation, later after each failure in a row
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..core.errors import InvalidTransition
+from ..core.messages import Role
+from .events import Tick, WorkerIdle, WorkerLost, WorkerReady
+from .fleet_events import (
+    Apply,
+    AssignRole,
+    Drain,
+    DrainWorker,
+    FleetAction,
+    FleetEvent,
+    Shutdown,
+    StartWorker,
+    StopWorker,
+    WorkerStartFailed,
+    WorkerStopped,
+)
+
+
+class MemberState(enum.Enum):
+    """Where a member of the fleet is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    DRAINED = "drained"
+    GONE = "gone"
+
+
+TRANSITIONS = {
+    MemberState.STARTING: {MemberState.READY, MemberState.BACKOFF, MemberState.STOPPING},
+    MemberState.READY: {MemberState.DRAINING, MemberState.BACKOFF},
+    MemberState.DRAINING: {MemberState.READY, MemberState.STOPPING, MemberState.DRAINED, MemberState.GONE},
+    MemberState.STOPPING: {MemberState.DRAINED, MemberState.GONE},
+    MemberState.BACKOFF: {MemberState.STARTING, MemberState.DRAINED, MemberState.GONE},
+    MemberState.DRAINED: {MemberState.GONE},
+    MemberState.GONE: set[MemberState](),
+}
+REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING, MemberState.READY]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetConfig:
+    drain_timeout_s: float = 120.0
+    start_timeout_s: float = 600.0
+    backoff_s: float = 1.0  # after the first failure in a row; doubles with each
+    max_backoff_s: float = 60.0
+    stable_s: float = 30.0  # a worker that was ready for so long has not failed to start
+    can_flip: bool = True  # pools are alike enough that a worker of one can serve in another
+
+
+@dataclass(slots=True)
+class Member:
+    """One name in the fleet, through all its incarnations."""
+
+    worker_id: str
+    role: Role
+    incarnation: int
+    since_s: float  # when it entered its state
+    state: MemberState = MemberState.STARTING
+    num_failures: int = 0  # in a row
+    last_error: str | None = None
+    due_s: float | None = None  # BACKOFF: next start; STARTING, DRAINING: patience ends
+    by_hand: bool = False  # drained by an operator
+    history: list[MemberState] = field(default_factory=list)
+
+    def transition(self, target: MemberState, now_s: float, due_s: float | None = None) -> None:
+        if target not in TRANSITIONS[self.state]:
+            raise InvalidTransition(f"member {self.worker_id}", self.state, target, self.history)
+        self.history = [*self.history[-15:], self.state]
+        self.state, self.since_s, self.due_s = target, now_s, due_s
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStatus:
+    """One member's row in `pdserve status`."""
+
+    worker_id: str
+    role: Role
+    state: MemberState
+    incarnation: int
+    since_s: float
+    num_failures: int
+    last_error: str | None
+    due_s: float | None
+
+
+class Fleet:
+    """Keeps the observed workers on their way to the desired pools."""
+
+    def __init__(self, config: FleetConfig | None = None, first_incarnation: int = 1) -> None:
+        """`first_incarnation` is above every incarnation that an earlier controller has started."""
+        self.config = config or FleetConfig()
+        self.is_shutting_down = False
+        self._desired: dict[Role, int] = {}
+        self._num_legs: Mapping[str, int] = {}
+        self._members: dict[str, Member] = {}
+        self._next_incarnation = first_incarnation
+        self._out: list[FleetAction] = []
+
+    @property
+    def is_stopped(self) -> bool:
+        """Shut down, and no process is left."""
+        return self.is_shutting_down and not self._members
+
+    @property
+    def num_expected(self) -> int:
+        """Workers that are starting or will be: the router's WorkersExpected."""
+        return sum(m.state in (MemberState.STARTING, MemberState.BACKOFF) for m in self._members.values())
+
+    def status(self) -> tuple[MemberStatus, ...]:
+        return tuple(
+            MemberStatus(m.worker_id, m.role, m.state, m.incarnation, m.since_s, m.num_failures, m.last_error, m.due_s)
+            for m in sorted(self._members.values(), key=lambda m: m.worker_id)
+        )
+
+    def next_tick_s(self) -> float | None:
+        return min((m.due_s for m in self._members.values() if m.due_s is not None), default=None)
+
+    def handle(self, event: FleetEvent, now_s: float) -> list[FleetAction]:
+        self._out = []
+        match event:
+            case Apply():
+                self._apply(event, now_s)
+            case Drain():
+                self._drain_by_hand(event, now_s)
+            case Shutdown():
+                self.is_shutting_down, self._desired = True, {}
+                for member in self._members.values():
+                    member.by_hand = False
+            case WorkerReady():
+                member = self._current(event.info.worker_id, event.info.incarnation)
+                if member is not None and member.state is MemberState.STARTING:
+                    member.transition(MemberState.READY, now_s)
+            case WorkerLost() | WorkerStartFailed():
+                self._ended(event.worker_id, event.incarnation, event.reason, now_s)
+            case WorkerStopped():
+                self._ended(event.worker_id, event.incarnation, "stopped", now_s)
+            case WorkerIdle():
+                member = self._current(event.worker_id, event.incarnation)
+                if member is not None and member.state is MemberState.DRAINING:
+                    self._stop(member, now_s)
+            case Tick():
+                pass
+        self._lose_patience(now_s)
+        self._reconcile(now_s)
+        return self._out
+
+    def _current(self, worker_id: str, incarnation: int) -> Member | None:
+        member = self._members.get(worker_id)
+        return member if member is not None and member.incarnation == incarnation else None
+
+    def _apply(self, event: Apply, now_s: float) -> None:
+        if self.is_shutting_down:
+            return
+        self._desired = dict(event.pools)
+        self._num_legs = event.num_legs
+        for member in list(self._members.values()):
+            member.by_hand = False
+            if member.state is MemberState.DRAINED:
+                self._remove(member, now_s)
+
+    def _drain_by_hand(self, event: Drain, now_s: float) -> None:
+        member = self._members.get(event.worker_id)
+        if member is not None and member.state in (MemberState.STARTING, MemberState.READY, MemberState.BACKOFF):
+            member.by_hand = True
+            self._retire(member, now_s)
+
+    def _ended(self, worker_id: str, incarnation: int, reason: str, now_s: float) -> None:
+        """A process is gone, whoever wanted it."""
+        member = self._current(worker_id, incarnation)
+        if member is None:
+            return
+        match member.state:
+            case MemberState.STARTING:
+                self._back_off(member, reason, member.num_failures + 1, now_s)
+            case MemberState.READY:
+                was_stable = now_s - member.since_s >= self.config.stable_s
+                self._back_off(member, reason, 0 if was_stable else member.num_failures + 1, now_s)
+            case MemberState.DRAINING | MemberState.STOPPING:
+                self._remove(member, now_s)
+            case _:
+                pass
+
+    def _back_off(self, member: Member, reason: str, num_failures: int, now_s: float) -> None:
+        member.last_error, member.num_failures = reason, num_failures
+        delay_s = self.config.backoff_s * 2.0 ** min(num_failures - 1, 32) if num_failures else 0.0
+        member.transition(MemberState.BACKOFF, now_s, now_s + min(delay_s, self.config.max_backoff_s))
+
+    def _remove(self, member: Member, now_s: float) -> None:
+        """Its process is gone: out of the fleet, or out of service until the next Apply."""
+        if member.by_hand:
+            member.transition(MemberState.DRAINED, now_s)
+        else:
+            member.transition(MemberState.GONE, now_s)
+            del self._members[member.worker_id]
+
+    def _stop(self, member: Member, now_s: float) -> None:
+        member.transition(MemberState.STOPPING, now_s)
+        self._out.append(StopWorker(member.worker_id, member.incarnation))
+
+    def _retire(self, member: Member, now_s: float) -> None:
+        """Out of service, gently where there are streams."""
+        match member.state:
+            case MemberState.READY:
+                member.transition(MemberState.DRAINING, now_s, now_s + self.config.drain_timeout_s)
+                self._out.append(DrainWorker(member.worker_id))
+            case MemberState.STARTING:
+                self._stop(member, now_s)
+            case _:
+                self._remove(member, now_s)
+
+    def _lose_patience(self, now_s: float) -> None:
+        for member in list(self._members.values()):
+            if member.due_s is None or member.due_s > now_s:
+                continue
+            if member.state is MemberState.DRAINING:
+                self._stop(member, now_s)
+            elif member.state is MemberState.STARTING:
+                self._out.append(StopWorker(member.worker_id, member.incarnation))
+                reason = f"not ready after {self.config.start_timeout_s:.0f} s"
+                self._back_off(member, reason, member.num_failures + 1, now_s)
+
+    def _reconcile(self, now_s: float) -> None:
+        roles = {*self._desired, *(member.role for member in self._members.values())}
+        missing: list[Role] = []
+        surplus: list[Member] = []
+        for role in sorted(roles, key=lambda role: role.value):
+            present = [m for m in self._members.values() if m.role is role and (m.by_hand or m.state in REMOVAL_ORDER)]
+            excess = len(present) - self._desired.get(role, 0)
+            missing += [role] * -excess
+            surplus += self._first_to_go(present)[: max(0, excess)]
+        for role in missing:
+            donor = self._donor(role, surplus)
+            if donor is None:
+                self._start_new(role, now_s)
+                continue
+            surplus = [member for member in surplus if member is not donor]
+            self._assign(donor, role, now_s)
+        for member in surplus:
+            self._retire(member, now_s)
+        self._restart_due(now_s)
+
+    def _first_to_go(self, members: list[Member]) -> list[Member]:
+        """Those that serve nobody, then the least loaded, of those the newest."""
+        going = [member for member in members if member.state in REMOVAL_ORDER]
+        return sorted(
+            going,
+            key=lambda m: (REMOVAL_ORDER.index(m.state), self._num_legs.get(m.worker_id, 0), -m.incarnation),
+        )
+
+    def _donor(self, role: Role, surplus: list[Member]) -> Member | None:
+        """A running worker that would otherwise go: no weights are loaded for nothing."""
+        draining = [m for m in self._members.values() if m.state is MemberState.DRAINING and not m.by_hand]
+        candidates = draining + [m for m in surplus if m.state is MemberState.READY and not m.by_hand]
+        alike = [m for m in candidates if m.role is role]
+        return next(iter(alike or (candidates if self.config.can_flip else [])), None)
+
+    def _assign(self, member: Member, role: Role, now_s: float) -> None:
+        if member.state is MemberState.DRAINING:
+            member.transition(MemberState.READY, now_s)
+        member.role = role
+        self._out.append(AssignRole(member.worker_id, role))
+
+    def _start_new(self, role: Role, now_s: float) -> None:
+        index = next(i for i in range(len(self._members) + 1) if f"{role.value}-{i}" not in self._members)
+        member = Member(f"{role.value}-{index}", role, 0, now_s)
+        self._members[member.worker_id] = member
+        self._start(member, now_s)
+
+    def _restart_due(self, now_s: float) -> None:
+        for member in self._members.values():
+            if member.state is MemberState.BACKOFF and member.due_s is not None and member.due_s <= now_s:
+                member.transition(MemberState.STARTING, now_s)
+                self._start(member, now_s)
+
+    def _start(self, member: Member, now_s: float) -> None:
+        member.incarnation = self._next_incarnation
+        self._next_incarnation += 1
+        member.due_s = now_s + self.config.start_timeout_s
+        self._out.append(StartWorker(member.role, member.worker_id, member.incarnation))

@@ -1,0 +1,83 @@
+"""What goes into the fleet's reconcile loop and what comes out; beside these it takes the router's WorkerReady, WorkerLost,
+WorkerIdle and Tick."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..core.messages import Role
+from .events import Tick, WorkerIdle, WorkerLost, WorkerReady
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Make the pools have these sizes. Takes back earlier drains by hand."""
+
+    pools: Mapping[Role, int]
+    num_legs: Mapping[str, int] = field(default_factory=dict)  # open at each worker: the least loaded are removed first
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take a worker out of service until the next Apply; it is not replaced. Unknown ones are ignored."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Drain and stop everything; `Fleet.is_stopped` tells when it is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStartFailed:
+    """A worker did not come up; `reason` is shown in the status."""
+
+    worker_id: str
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStopped:
+    """A worker's process is gone, as StopWorker asked."""
+
+    worker_id: str
+    incarnation: int
+
+
+FleetEvent = Apply | Drain | Shutdown | WorkerReady | WorkerLost | WorkerStartFailed | WorkerStopped | WorkerIdle | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    """Start a process; answered by WorkerReady, WorkerStartFailed or WorkerLost."""
+
+    role: Role
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWorker:
+    """Give the worker nothing new (the router's WorkerDraining); answered by WorkerIdle."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AssignRole:
+    """Let the worker serve as `role` from now on, also if it was draining (the router's WorkerRole)."""
+
+    worker_id: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class StopWorker:
+    """End the process; answered by WorkerStopped or WorkerLost."""
+
+    worker_id: str
+    incarnation: int
+
+
+FleetAction = StartWorker | DrainWorker | AssignRole | StopWorker

@@ -17,6 +17,7 @@ namespace pd {
 
 constexpr int kKeys = 64;          // of one key block
 constexpr int64_t kSegment = 512;  // keys, a multiple of kKeys
+constexpr int64_t kMaxHeadDim = 256;
 
 struct Attention {
   const void *q, *k_cache, *v_cache;
@@ -26,7 +27,7 @@ struct Attention {
   int64_t window;  // keys a query may see, its own included
   float scale_log2;
   int64_t group() const { return heads / kv_heads; }
-  int64_t padded_dim() const { return ceil_div(head_dim, kLanes) * kLanes; }
+  int64_t padded_dim() const { return ceil_div(head_dim, 2 * kLanes) * 2 * kLanes; }
 };
 
 // Rows of consecutive tokens of one sequence and kv head.
@@ -72,6 +73,53 @@ inline void merge(Partial& total, const Partial& segment, int64_t rows, int64_t 
   }
 }
 
+// out = [depth, 64 keys] dwords from 64 rows of `depth` dwords.
+template <class T>
+inline void pack_keys(const T* const* rows, int64_t depth, uint32_t* out) {
+  constexpr int64_t kPer = 4 / sizeof(T);
+  for (int64_t d = 0; d < depth; d += kLanes) {
+    const __mmask16 mask = lanes(depth - d);
+    const int64_t count = std::min<int64_t>(kLanes, depth - d);
+    for (int64_t k = 0; k < kKeys; k += kLanes) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, rows[k + i] + d * kPer);
+      transpose16(r);
+      uint32_t* to = out + d * kKeys + k;
+      if (count == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * kKeys, r[i]);
+      } else {
+        for (int i = 0; i < count; ++i) _mm512_store_si512(to + i * kKeys, r[i]);
+      }
+    }
+  }
+}
+
+// out = [64, dim] dwords from 64 rows of head_dim floats; lanes past head_dim are zero.
+inline void pack_values(const float* const* rows, int64_t head_dim, int64_t dim, uint32_t* out) {
+  for (int64_t d = 0; d < dim; d += kLanes)
+    for (int64_t k = 0; k < kKeys; ++k)
+      _mm512_store_si512(out + k * dim + d, _mm512_maskz_loadu_epi32(lanes(head_dim - d), rows[k] + d));
+}
+
+// out = [32, dim] dwords from 64 rows of head_dim bf16; each dword holds the values of two neighbouring keys.
+inline void pack_values(const uint16_t* const* rows, int64_t head_dim, int64_t dim, uint32_t* out) {
+  alignas(64) uint16_t index[64];
+  for (int i = 0; i < 64; ++i) index[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+  const __m512i low = _mm512_load_si512(index), high = _mm512_load_si512(index + 32);
+  for (int64_t d = 0; d < dim; d += 2 * kLanes) {
+    const __mmask32 mask = lanes(head_dim - d) | static_cast<__mmask32>(lanes(head_dim - d - kLanes)) << kLanes;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < kKeys; k += 2) {
+      const __m512i even = _mm512_maskz_loadu_epi16(mask, rows[k] + d), odd = _mm512_maskz_loadu_epi16(mask, rows[k + 1] + d);
+      uint32_t* to = out + k / 2 * dim + d;
+      _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_store_si512(to + kLanes, _mm512_permutex2var_epi16(even, high, odd));
+    }
+  }
+}
+
 // One thread's working memory for rows of one (sequence, kv head).
 template <class E>
 class RowAttention {
@@ -81,7 +129,7 @@ class RowAttention {
  public:
   static size_t bytes(const Attention& a, int64_t rows) {
     const int64_t dim = a.padded_dim();
-    return 4 * (rows * dim + 2 * dim * kKeys + kTileRows * kKeys * 2 + 2 * Partial::floats(rows, dim)) + kKeys * 8 + 1024;
+    return 4 * (rows * dim + 2 * dim * kKeys + kTileRows * kKeys * 2 + 2 * Partial::floats(rows, dim)) + 1024;
   }
 
   RowAttention(const Attention& a, const Rows& rows, void* memory)
@@ -95,8 +143,7 @@ class RowAttention {
         scores_(reinterpret_cast<float*>(values_ + dim_ * kKeys)),
         weights_(reinterpret_cast<uint32_t*>(scores_ + kTileRows * kKeys)),
         queries_(weights_ + kTileRows * kKeys),
-        offsets_(reinterpret_cast<int64_t*>(queries_ + num_rows_ * dim_)),
-        total_(reinterpret_cast<float*>(offsets_ + kKeys), num_rows_),
+        total_(reinterpret_cast<float*>(queries_ + num_rows_ * dim_), num_rows_),
         segment_(total_.max + Partial::floats(num_rows_, dim_), num_rows_) {
     const T* q = static_cast<const T*>(a.q) + (rows.token * a.heads + rows.kv_head * a.group()) * a.head_dim;
     for (int64_t t = 0; t < rows.num_tokens; ++t)
@@ -136,8 +183,8 @@ class RowAttention {
  private:
   void attend_keys(int64_t key, int64_t num_keys, Partial& to) {
     find(key, num_keys);
-    pack_keys(num_keys);
-    pack_values(num_keys);
+    pack_keys<T>(key_rows_, depth_, keys_);
+    pack_values(value_rows_, a_.head_dim, dim_, values_);
     const int64_t tiles = ceil_div(num_rows_, kTileRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = num_rows_ * tile / tiles, next = num_rows_ * (tile + 1) / tiles;
@@ -147,75 +194,51 @@ class RowAttention {
     }
   }
 
-  // Offsets of the keys [key, key + num_keys) in the caches of this kv head; asks for the block after it.
+  // Where the keys [key, key + num_keys) of this kv head lie; absent ones are rows of zeros. Asks for the block after it.
   void find(int64_t key, int64_t num_keys) {
-    const int32_t* table = a_.block_tables + rows_.seq * a_.max_blocks;
-    auto offset = [&](int64_t k) {
-      return ((table[k / a_.block_size] * a_.kv_heads + rows_.kv_head) * a_.block_size + k % a_.block_size) * a_.head_dim;
-    };
-    for (int64_t k = 0; k < num_keys; k += 8) {
-      const int64_t base = offset(key + k);  // a cache block holds a multiple of 8 tokens
-      for (int64_t i = 0; i < 8; ++i) offsets_[k + i] = base + i * a_.head_dim;
+    alignas(64) static const T zeros[kMaxHeadDim] = {};
+    const T *k_cache = static_cast<const T*>(a_.k_cache), *v_cache = static_cast<const T*>(a_.v_cache);
+    for (int64_t k = 0; k < kKeys; k += 8) {
+      const bool present = k < num_keys;
+      const int64_t base = present ? offset(key + k) : 0;  // a cache block holds a multiple of 8 tokens
+      for (int64_t i = 0; i < 8; ++i) {
+        key_rows_[k + i] = k + i < num_keys ? k_cache + base + i * a_.head_dim : zeros;
+        value_rows_[k + i] = k + i < num_keys ? v_cache + base + i * a_.head_dim : zeros;
+      }
     }
     const int64_t next_end = std::min(key + 2 * kKeys, rows_.key_end());
     for (int64_t k = key + kKeys; k < next_end; k += 8) {
       const int64_t base = offset(k), bytes = 8 * a_.head_dim * static_cast<int64_t>(sizeof(T));
-      const char* keys = reinterpret_cast<const char*>(static_cast<const T*>(a_.k_cache) + base);
-      const char* values = reinterpret_cast<const char*>(static_cast<const T*>(a_.v_cache) + base);
       for (int64_t i = 0; i < bytes; i += 64) {
-        _mm_prefetch(keys + i, _MM_HINT_T0);
-        _mm_prefetch(values + i, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(k_cache + base) + i, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(v_cache + base) + i, _MM_HINT_T0);
       }
     }
   }
 
-  // keys_ = [depth, 64 keys] dwords; absent keys are zero.
-  void pack_keys(int64_t num_keys) {
-    const T* cache = static_cast<const T*>(a_.k_cache);
-    for (int64_t k = 0; k < kKeys; k += kLanes)
-      for (int64_t d = 0; d < depth_; d += kLanes) {
-        const __mmask16 mask = lanes(depth_ - d);
-        __m512i r[16];
-        for (int i = 0; i < 16; ++i)
-          r[i] = k + i < num_keys ? _mm512_maskz_loadu_epi32(mask, cache + offsets_[k + i] + d * kPer) : _mm512_setzero_si512();
-        transpose16(r);
-        for (int i = 0; i < std::min<int64_t>(kLanes, depth_ - d); ++i) _mm512_storeu_si512(keys_ + (d + i) * kKeys + k, r[i]);
-      }
-  }
-
-  // values_ = [64 / per, dim] dwords, each lane holding the values of `per` neighbouring keys; absent ones are zero.
-  void pack_values(int64_t num_keys) {
-    const T* cache = static_cast<const T*>(a_.v_cache);
-    for (int64_t k = 0; k < kKeys; k += kPer)
-      for (int64_t d = 0; d < dim_; d += kLanes) {
-        const __mmask16 mask = lanes(a_.head_dim - d);
-        __m512i lane = _mm512_setzero_si512();
-        if constexpr (kPer == 1) {
-          if (k < num_keys) lane = _mm512_maskz_loadu_epi32(mask, cache + offsets_[k] + d);
-        } else {
-          if (k < num_keys) lane = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, cache + offsets_[k] + d));
-          if (k + 1 < num_keys) {
-            __m512i odd = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, cache + offsets_[k + 1] + d));
-            lane = _mm512_or_si512(lane, _mm512_slli_epi32(odd, 16));
-          }
-        }
-        _mm512_storeu_si512(values_ + k / kPer * dim_ + d, lane);
-      }
+  int64_t offset(int64_t key) const {
+    const int64_t block = a_.block_tables[rows_.seq * a_.max_blocks + key / a_.block_size];
+    return ((block * a_.kv_heads + rows_.kv_head) * a_.block_size + key % a_.block_size) * a_.head_dim;
   }
 
   template <int ROWS>
   void attend_tile(int64_t row, int64_t key, int64_t num_keys, Partial& to) {
-    for (int64_t k = 0; k < kKeys; k += 2 * kLanes) {
-      __m512 acc[ROWS][2];
-      for (auto& r : acc) r[0] = r[1] = _mm512_setzero_ps();
-      multiply<E>(Tile{queries_ + row * depth_, depth_, keys_ + k, kKeys, depth_}, acc);
-      for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < 2; ++j) _mm512_storeu_ps(scores_ + i * kKeys + k + j * kLanes, acc[i][j]);
-    }
+    constexpr int kVecs = ROWS <= 6 ? 4 : 2;  // few rows need more columns to hide the multiplier's latency
+    for (int64_t k = 0; k < kKeys; k += kVecs * kLanes) score<ROWS, kVecs>(row, k);
     for (int i = 0; i < ROWS; ++i) softmax_row(i, row + i, key, num_keys, to);
     int64_t d = 0;
-    for (; d + 2 * kLanes <= dim_; d += 2 * kLanes) add_values<ROWS, 2>(row, d, to);
-    if (d < dim_) add_values<ROWS, 1>(row, d, to);
+    for (; d + kVecs * kLanes <= dim_; d += kVecs * kLanes) add_values<ROWS, kVecs>(row, d, to);
+    if (d < dim_) add_values<ROWS, 2>(row, d, to);
+  }
+
+  template <int ROWS, int VECS>
+  void score(int64_t row, int64_t k) {
+    __m512 acc[ROWS][VECS];
+    for (auto& r : acc)
+      for (auto& v : r) v = _mm512_setzero_ps();
+    multiply<E>(Tile{queries_ + row * depth_, depth_, keys_ + k, kKeys, depth_}, acc);
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < VECS; ++j) _mm512_store_ps(scores_ + i * kKeys + k + j * kLanes, acc[i][j]);
   }
 
   // Turns row i of scores_ into weights under the row's running maximum, rescaling what was summed before.
@@ -266,8 +289,8 @@ class RowAttention {
   uint32_t *keys_, *values_;
   float* scores_;
   uint32_t *weights_, *queries_;
-  int64_t* offsets_;
   Partial total_, segment_;
+  const T *key_rows_[kKeys], *value_rows_[kKeys];
 };
 
 }  // namespace pd

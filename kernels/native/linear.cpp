@@ -64,7 +64,7 @@ void panel_times_rows(const Linear& l, int64_t row_begin, int64_t row_end, int64
     with_rows(static_cast<int>(next - row), [&](auto rows) {
       __m512 acc[rows.value][2];
       for (auto& r : acc) r[0] = r[1] = _mm512_setzero_ps();
-      multiply<E>(Tile{x + row * l.depth, l.depth, weight, kPanel, l.depth}, acc);
+      multiply<E, true>(Tile{x + row * l.depth, l.depth, weight, kPanel, l.depth}, acc);
       Epilogue::template store<rows.value>(l, row, panel, acc);
     });
   }

@@ -20,8 +20,10 @@ struct Tile {
   int64_t depth;  // inner dimension in dwords
 };
 
+constexpr int64_t kAhead = 16;  // rows of b to ask for in advance where it streams from memory
+
 // acc[i][j] += sum over d of a[i][d] * b[d][16 j ..]
-template <class E, int ROWS, int VECS>
+template <class E, bool STREAM = false, int ROWS, int VECS>
 inline __attribute__((always_inline)) void multiply(const Tile& t, __m512 (&acc)[ROWS][VECS]) {
   constexpr int kGroups = (ROWS + 3) / 4;
   const uint32_t* group[kGroups];  // four rows share a pointer: the rest is addressing modes
@@ -32,7 +34,10 @@ inline __attribute__((always_inline)) void multiply(const Tile& t, __m512 (&acc)
     __m512i bv[VECS];
 #pragma GCC unroll 4
     for (int j = 0; j < VECS; ++j) bv[j] = _mm512_loadu_si512(b + kLanes * j);
-    _mm_prefetch(reinterpret_cast<const char*>(b + 16 * t.ldb), _MM_HINT_T0);
+    if (STREAM) {
+      _mm_prefetch(reinterpret_cast<const char*>(b + kAhead * t.ldb), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(b + kAhead * t.ldb + 16), _MM_HINT_T0);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       __m512i av = _mm512_set1_epi32(static_cast<int>(group[i / 4][(i % 4) * lda + d]));

@@ -116,7 +116,7 @@ def test_a_bad_value_is_told_with_what_was_expected(line: str, problem: str) -> 
         ("a: 1\n---\nb: 1", "c.yaml:2: not valid YAML:"),
         ("a: 1\nb: \x01", "c.yaml:2: not valid YAML: special characters are not allowed"),
         ("a: 1\n\tb: 1", "c.yaml:2: not valid YAML:"),
-        ("[" * 5000, "c.yaml:1: more than 16 levels"),
+        ("[" * 500, "c.yaml:1: more than 16 levels"),
         ("a: " + "[" * 20 + "]" * 20, "c.yaml:1: more than 16 levels"),
         (f"a: &a [{'1,' * 200}]\nb: &b [{'*a ,' * 200}]", "c.yaml:1: more than 16 levels or 10000 values"),
         (f"a: {'9' * 5000}", "c.yaml:1: not valid YAML:"),

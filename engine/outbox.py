@@ -65,3 +65,9 @@ class Outbox:
                 stats=stats,
             )
         )
+
+    def take(self) -> tuple[tuple[TokenOutput, ...], tuple[LegEnded, ...], tuple[StepTiming, ...]]:
+        """What has been gathered since the last call."""
+        taken = tuple(self.outputs), tuple(self.ended), tuple(self.timings)
+        self.outputs, self.ended, self.timings = [], [], []
+        return taken

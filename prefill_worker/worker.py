@@ -29,6 +29,7 @@ class SendPort(Protocol):
     """The sending side of a transfer endpoint; every call returns at once."""
 
     def send(self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int) -> None: ...
+    def extend(self, transfer: TransferId, block_ids: Seq[int]) -> None: ...
     def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None: ...
     def prefill_done(self, transfer: TransferId) -> None: ...
     def commit(self, transfer: TransferId, payload: bytes) -> None: ...
@@ -40,10 +41,10 @@ class _Leg:
     """One dispatch in this worker's hands. Blocks are held until `sending` is over: the transfer reads them."""
 
     sequence: Sequence
-    target: TransferAddress | None
+    sending: bool
     clock: LegClock
-    sending: bool = False
     queued: bool = True  # the scheduler has it
+    started: bool = False  # its blocks are allocated and known to the transfer
 
 
 class PrefillWorker:
@@ -65,11 +66,13 @@ class PrefillWorker:
         return len(self._legs)
 
     def prefill(self, command: Prefill) -> None:
-        """Accept one dispatch."""
+        """Accept one dispatch. The transfer opens at once, so that the peer is connected and ready when there is KV."""
         spec = command.spec
         assert spec.transfer not in self._legs, f"{spec.transfer} was dispatched twice"
         seq = Sequence(spec, spec.choices[0], self._kv.max_model_len)
-        self._legs[spec.transfer] = _Leg(seq, command.target, LegClock(time.monotonic()))
+        self._legs[spec.transfer] = _Leg(seq, command.target is not None, LegClock(time.monotonic()))
+        if command.target is not None:
+            self._port.send(spec.transfer, command.target, (), seq.num_tokens)
         self.scheduler.add(seq)
 
     def step(self) -> bool:
@@ -81,8 +84,8 @@ class PrefillWorker:
         legs = [self._legs[chunk.sequence.transfer] for chunk in batch.chunks]
         for leg in legs:
             leg.clock.start(started_s)
-            if leg.target is not None and not leg.sending:
-                self._open(leg, leg.target)
+            if leg.sending and not leg.started:
+                self._start_sending(leg)
         sampled = self._runner.run(batch, self._layer_hook(batch, legs))
         self._outbox.timings.append(batch.timing(time.monotonic() - started_s))
         self.scheduler.complete(batch)
@@ -112,10 +115,10 @@ class PrefillWorker:
         self._unqueue(leg)
         self._end(leg, error=error)
 
-    def _open(self, leg: _Leg, target: TransferAddress) -> None:
+    def _start_sending(self, leg: _Leg) -> None:
         seq = leg.sequence
-        leg.sending = True
-        self._port.send(seq.transfer, target, tuple(seq.block_ids), seq.num_tokens)
+        leg.started = True
+        self._port.extend(seq.transfer, tuple(seq.block_ids))
         if seq.num_cached_tokens:
             self._port.computed(seq.transfer, 0, self._num_layers, 0, seq.num_cached_tokens)
 

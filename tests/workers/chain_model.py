@@ -112,14 +112,18 @@ class Wire:
         assert target == self.address
         self._sends[transfer] = {"blocks": tuple(block_ids), "ready": set(), "num": num_tokens, "payload": None}
 
+    def extend(self, transfer: TransferId, block_ids: Seq[int]) -> None:
+        if self._sends.get(transfer) is not None:
+            self._sends[transfer]["blocks"] += tuple(block_ids)
+
     def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        if transfer in self._sends:
+        if self._sends.get(transfer) is not None:
             self._sends[transfer]["ready"] |= set(range(token_start, token_end))
 
     def prefill_done(self, transfer: TransferId) -> None: ...
 
     def commit(self, transfer: TransferId, payload: bytes) -> None:
-        if transfer in self._sends:
+        if self._sends.get(transfer) is not None:
             assert self._sends[transfer]["ready"] == set(range(self._sends[transfer]["num"]))
             self._sends[transfer]["payload"] = payload
 

@@ -1,0 +1,236 @@
+"""The router's shell: clients' streams on one side, workers' connections on the other, the pure router in between.
+
+Runs on one asyncio loop. Every event goes through `RouterService.handle`, which carries out the commands at once.
+"""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from ..core.codec import FrameDecoder, FrameError, encode_frame
+from ..core.errors import DuplicateRequest
+from ..core.messages import Hello, LegEnded, LoadProgress, Ready, StepReport, WorkerInfo, WorkerMessage
+from ..core.request import FinishReason, Request
+from .core import Router
+from .events import (
+    Cancel,
+    EmitChoiceEnd,
+    EmitEnd,
+    EmitTokens,
+    RouterCommand,
+    RouterEvent,
+    SendCommand,
+    Submit,
+    Tick,
+    WorkerIdle,
+    WorkerLost,
+    WorkerReady,
+)
+
+log = logging.getLogger(__name__)
+
+StreamEvent = EmitTokens | EmitChoiceEnd | EmitEnd
+
+DEAD_AFTER_S = 3.0  # a worker that says nothing for so long is lost; it speaks every 0.5 s
+
+
+class WorkerObserver(Protocol):
+    """Who wants to know how workers fare: the fleet's controller."""
+
+    def worker_progress(self, worker_id: str, incarnation: int, phase: str, fraction: float) -> None: ...
+    def worker_ready(self, info: WorkerInfo) -> None: ...
+    def worker_lost(self, worker_id: str, incarnation: int, reason: str) -> None: ...
+    def worker_idle(self, worker_id: str, incarnation: int) -> None: ...
+    def expects(self, worker_id: str, incarnation: int) -> bool: ...
+
+
+class RouterService:
+    """Carries events to the router and its commands to streams and workers."""
+
+    def __init__(self, router: Router, observer: WorkerObserver, token: str) -> None:
+        self.router = router
+        self._observer = observer
+        self._token = token
+        self._streams: dict[str, asyncio.Queue[StreamEvent]] = {}
+        self._workers: dict[tuple[str, int], _WorkerConnection] = {}
+        self._server: asyncio.Server | None = None
+        self._tick: asyncio.TimerHandle | None = None
+
+    async def start(self, host: str) -> int:
+        """Accept workers on a free port of `host`; returns the port."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _WorkerConnection(self), host, 0)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Close every connection; streams still open end with an error."""
+        if self._tick is not None:
+            self._tick.cancel()
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._workers.values()):
+            connection.close()
+
+    async def generate(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """The request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator cancels.
+
+        Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event.
+        """
+        if request.request_id in self._streams:
+            raise DuplicateRequest(request.request_id)
+        queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
+        self._streams[request.request_id] = queue
+        ended = False
+        try:
+            self.handle(Submit(request))
+            while not ended:
+                event = await queue.get()
+                ended = isinstance(event, EmitEnd)
+                yield event
+        finally:
+            del self._streams[request.request_id]
+            if not ended:
+                self.handle(Cancel(request.request_id))
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """End a request, or one choice of it because its stop string was found."""
+        reason = FinishReason.CANCELLED if choice is None else FinishReason.STOP
+        self.handle(Cancel(request_id, reason, choice))
+
+    def handle(self, event: RouterEvent) -> None:
+        """One event through the router, its commands carried out."""
+        loop = asyncio.get_running_loop()
+        for command in self.router.handle(event, loop.time()):
+            self._carry_out(command)
+        self._schedule_tick(loop)
+
+    def close_worker(self, worker_id: str, incarnation: int) -> None:
+        """Hang up on a worker that is to stop."""
+        connection = self._workers.get((worker_id, incarnation))
+        if connection is not None:
+            connection.close()
+
+    def _carry_out(self, command: RouterCommand) -> None:
+        match command:
+            case SendCommand(worker_id, incarnation, message):
+                connection = self._workers.get((worker_id, incarnation))
+                if connection is not None:  # else its loss is being reported already
+                    connection.send(message)
+            case EmitTokens() | EmitChoiceEnd() | EmitEnd():
+                queue = self._streams.get(command.request_id)
+                if queue is not None:
+                    queue.put_nowait(command)
+            case WorkerIdle(worker_id, incarnation):
+                self._observer.worker_idle(worker_id, incarnation)
+
+    def _schedule_tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        due_s = self.router.next_tick_s()
+        if self._tick is not None:
+            if due_s is not None and self._tick.when() <= due_s:
+                return
+            self._tick.cancel()
+            self._tick = None
+        if due_s is not None:
+            self._tick = loop.call_at(due_s, self._on_tick)
+
+    def _on_tick(self) -> None:
+        self._tick = None
+        self.handle(Tick())
+
+    # what a worker's connection reports
+
+    def admit(self, connection: "_WorkerConnection", hello: Hello) -> bool:
+        """Whether the peer is a worker that we are waiting for."""
+        known = self._observer.expects(hello.worker_id, hello.incarnation)
+        if not known or not hmac.compare_digest(hello.token, self._token):
+            log.warning("refused a worker that calls itself %s/%d", hello.worker_id, hello.incarnation)
+            return False
+        self._workers[hello.worker_id, hello.incarnation] = connection
+        return True
+
+    def receive(self, message: LoadProgress | Ready | StepReport | LegEnded) -> None:
+        """One message of an admitted worker."""
+        match message:
+            case LoadProgress():
+                self._observer.worker_progress(message.worker_id, message.incarnation, message.phase, message.fraction)
+            case Ready():
+                self.handle(WorkerReady(message.info))
+                self._observer.worker_ready(message.info)
+            case _:
+                self.handle(message)
+
+    def lost(self, worker_id: str, incarnation: int, reason: str) -> None:
+        """The connection to an admitted worker is gone."""
+        del self._workers[worker_id, incarnation]
+        self.handle(WorkerLost(worker_id, incarnation, reason))
+        self._observer.worker_lost(worker_id, incarnation, reason)
+
+
+class _WorkerConnection(asyncio.Protocol):
+    """One worker's control connection: Hello first, then reports up and commands down."""
+
+    def __init__(self, service: RouterService) -> None:
+        self._service = service
+        self._decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._hello: Hello | None = None
+        self._ready = False
+        self._heard_s = self._loop.time()
+        self._reason = "connection closed"
+        self._watchdog: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._watchdog = self._loop.call_later(DEAD_AFTER_S, self._watch)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = self._loop.time()
+        try:
+            for message in self._decoder.feed(data):
+                self._on_message(message)
+        except FrameError as error:
+            self._abort(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._hello is not None:
+            self._service.lost(self._hello.worker_id, self._hello.incarnation, str(exc) if exc else self._reason)
+
+    def send(self, message: object) -> None:
+        assert self._transport is not None
+        self._transport.write(encode_frame(message))
+
+    def close(self) -> None:
+        self._reason = "stopped"
+        if self._transport is not None:
+            self._transport.close()
+
+    def _on_message(self, message: WorkerMessage) -> None:
+        if isinstance(message, Hello):
+            if self._hello is None and self._service.admit(self, message):
+                self._hello = message
+            else:
+                self._abort("not a worker of this cluster")
+        elif self._hello is None:
+            self._abort("the first frame was not Hello")
+        elif self._transport is not None and not self._transport.is_closing():
+            self._ready = self._ready or isinstance(message, Ready)
+            self._service.receive(message)
+
+    def _abort(self, reason: str) -> None:
+        self._reason = reason
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _watch(self) -> None:
+        """Hang up on a peer that is silent: not introduced in time, or ready once and frozen now."""
+        silent_s = self._loop.time() - self._heard_s
+        if silent_s >= DEAD_AFTER_S and (self._hello is None or self._ready):
+            self._abort(f"silent for {silent_s:.1f} s")
+            return
+        self._watchdog = self._loop.call_later(max(DEAD_AFTER_S - silent_s, 0.1), self._watch)

@@ -1,0 +1,136 @@
+"""A prefill engine and a decode engine in one process, joined by a real link: what a cluster does, without the cluster."""
+
+import queue
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pdserve.core.messages import Prefill, Reserve, TokenOutput, TransferStats
+from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
+from pdserve.decode_worker.worker import DecodeWorker
+from pdserve.engine.engine import Engine, EngineOptions
+from pdserve.engine.outbox import Outbox
+from pdserve.kv_transfer.config import TransferConfig
+from pdserve.kv_transfer.endpoint import TransferEndpoint
+from pdserve.prefill_worker.worker import PrefillWorker
+
+TOKEN = "a secret of this test"
+
+
+class Listener:
+    """Carries a transfer's ending from the endpoint's thread to the test's."""
+
+    def __init__(self, inbox: "queue.SimpleQueue[Callable[[], None]]", joined: "JoinedEngines") -> None:
+        self._inbox, self._joined = inbox, joined
+
+    def on_received(self, transfer: TransferId, payload: bytes) -> None:
+        self._inbox.put(lambda: self._joined.decode.received(transfer, payload))
+
+    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+        self._inbox.put(lambda: self._joined.decode.receive_failed(transfer, error))
+
+    def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
+        self._inbox.put(lambda: self._joined.prefill.sent(transfer, stats))
+
+    def on_send_failed(self, transfer: TransferId, error: str) -> None:
+        self._inbox.put(lambda: self._joined.prefill.send_failed(transfer, error))
+
+
+class JoinedEngines:
+    """Both workers' roles on the calling thread; the transfers on threads of their own."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        transport: str = "shm",
+        block_sizes: tuple[int, int] = (16, 16),
+        budget: int = 4096,
+        num_tokens: int = 8192,
+        max_batch_size: int = 64,
+        kernels: str = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        self.engines = [
+            Engine.open(
+                checkpoint,
+                EngineOptions(
+                    dtype=dtype,  # type: ignore[arg-type]
+                    block_size=size,
+                    num_blocks=num_tokens // size,
+                    max_model_len=4096,
+                    kernels=kernels,  # type: ignore[arg-type]
+                ),
+            )
+            for size in block_sizes
+        ]
+        p, d = self.engines
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        listener = Listener(self._inbox, self)
+        config = TransferConfig(chunk_bytes=1 << 16)  # small, so that small models send many chunks
+        self._ends = [
+            TransferEndpoint(
+                engine.cache,
+                listener,
+                worker_id=name,
+                incarnation=1,
+                token=TOKEN,
+                host="127.0.0.1",
+                transport=transport,
+                config=config,
+            )
+            for engine, name in ((p, "prefill-0"), (d, "decode-0"))
+        ]
+        _, self._address = [end.start() for end in self._ends]
+        self.p_box, self.d_box = Outbox("prefill-0", 1), Outbox("decode-0", 1)
+        self.prefill = PrefillWorker(
+            p.kv, p.runner, self._ends[0], self.p_box, num_layers=p.layout.num_layers, max_batch_tokens=budget
+        )
+        self.decode = DecodeWorker(
+            d.kv, d.runner, self._ends[1], self.d_box, max_batch_size=max_batch_size, max_batch_tokens=max(budget, 64)
+        )
+        self._num_requests = 0
+
+    def close(self) -> None:
+        """Both pools are whole again, then everything ends."""
+        try:
+            for engine in self.engines:
+                engine.pool.check_integrity()
+                assert engine.pool.num_free_blocks == engine.pool.num_blocks
+        finally:
+            for end in self._ends:
+                end.close()
+
+    def submit(self, prompt: Iterable[int], sampling: SamplingParams) -> SequenceSpec:
+        self._num_requests += 1
+        spec = SequenceSpec(
+            transfer=TransferId(f"r{self._num_requests}", 0),
+            prompt_token_ids=tuple(prompt),
+            sampling=sampling,
+            choices=tuple(range(sampling.n)),
+            eos_token_ids=self.engines[0].config.eos_token_ids,
+        )
+        self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
+        self.prefill.prefill(Prefill(spec=spec, target=self._address if sampling.max_tokens > 1 else None))
+        return spec
+
+    def run(self) -> None:
+        """Until both legs of every request have ended."""
+        while self.prefill.num_legs or self.decode.num_legs:
+            worked = self.prefill.step()
+            worked = self.decode.step() or worked
+            if not worked:
+                self._inbox.get(timeout=60.0)()
+            while not self._inbox.empty():
+                self._inbox.get()()
+        errors = [leg.error for leg in (*self.p_box.ended, *self.d_box.ended) if leg.error is not None]
+        assert not errors, errors
+
+    def generate(self, prompts: Iterable[Iterable[int]], sampling: SamplingParams) -> list[list[TokenOutput]]:
+        """Every request at once; the tokens of all choices of each, by (choice, index)."""
+        specs = [self.submit(prompt, sampling) for prompt in prompts]
+        self.run()
+        outputs: dict[TransferId, list[TokenOutput]] = {spec.transfer: [] for spec in specs}
+        for output in (*self.p_box.outputs, *self.d_box.outputs):
+            if output.transfer in outputs:
+                outputs[output.transfer].append(output)
+        return [sorted(outputs[spec.transfer], key=lambda out: (out.choice, out.index)) for spec in specs]

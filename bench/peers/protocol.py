@@ -89,9 +89,7 @@ def parse_options(argv: Sequence[str] | None = None) -> PeerOptions:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--shape", help="the shape's name in the results; by default the checkpoint folder's name")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--cases", help="a JSON list of cases; by default one case per line is read from standard input"
-    )
+    parser.add_argument("--cases", help="a JSON list of cases; by default one case per line is read from standard input")
     args = parser.parse_args(argv)
     return PeerOptions(
         checkpoint=args.checkpoint.resolve(),

@@ -121,10 +121,10 @@ class _Sizes:
         return None if pool.kv_cache_bytes == "auto" else pool.kv_cache_bytes
 
     def _kv_bytes(self, pool: PoolSection, auto_kv_bytes: int | None) -> int:
-        """What is asked for, or else a share of memory: one sequence at least, two full batches at most."""
+        """What is asked for, or else a share of memory: one sequence at least, a full batch of longest ones at most."""
         if pool.kv_cache_bytes != "auto":
             return pool.kv_cache_bytes
-        enough = 2 * pool.max_batch_size * self._max_len_bytes
+        enough = pool.max_batch_size * self._max_len_bytes
         share = AUTO_KV_MAX_BYTES if auto_kv_bytes is None else min(auto_kv_bytes, AUTO_KV_MAX_BYTES)
         return max(self._max_len_bytes, min(share, enough))
 

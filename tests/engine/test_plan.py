@@ -92,7 +92,7 @@ def test_automatic_kv_holds_one_longest_sequence_even_where_memory_is_short() ->
 def test_automatic_kv_of_a_small_model_is_no_more_than_it_can_use() -> None:
     small = checkpoint(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
     result = planned(model=small, config={"model": {"max_model_len": 256}, "pools": {"decode": {"max_batch_size": 8}}})
-    assert result.pools[1].num_max_len_sequences == 16
+    assert result.pools[1].num_max_len_sequences == 8
 
 
 def test_each_machine_fills_within_its_own_memory() -> None:

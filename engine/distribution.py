@@ -13,7 +13,7 @@ from ..core.request import SamplingParams
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 
-_FIRST_FLOOR = 2.0**-13  # share of the mass; at most 8,192 tokens have it, in trained models they hold nearly everything
+_FLOORS = (2.0**-13, 2.0**-16)  # shares of the mass; few tokens have as much, and in trained models they hold nearly all of it
 _BLOCK = 512  # tokens whose weights are summed before the draw looks inside
 
 
@@ -41,7 +41,8 @@ def best_tokens(logits: Floats, count: int) -> Indices:
     ids = _top_k(logits, count)
     if ids is None:
         ids = np.arange(len(logits))
-    return ids[np.argsort(-logits[ids], kind="stable")][:count]
+    order: Indices = np.argsort(-logits[ids], kind="stable")[:count]
+    return ids[order]
 
 
 def log_sum_exp(logits: Floats) -> float:
@@ -65,17 +66,19 @@ def _top_p(weights: Floats, top_p: float) -> Indices:
     """Ascending indices of the fewest weights that hold `top_p` of the mass; of equal ones at the border the first."""
     total = float(weights.sum(dtype=np.float64))
     target = top_p * total
-    indices = np.flatnonzero(weights >= _FIRST_FLOOR * total)
-    if float(weights[indices].sum(dtype=np.float64)) < target:
-        # What lies below this floor holds less than 1 - top_p of the mass, whatever the weights are.
-        indices = np.flatnonzero(weights >= min(_FIRST_FLOOR, (1.0 - top_p) / len(weights)) * total)
-    top = weights[indices]
+    # What lies below the last floor holds less than 1 - top_p of the mass, whatever the weights are.
+    for floor in (*_FLOORS, min(_FLOORS[-1], (1.0 - top_p) / len(weights))):
+        indices = np.flatnonzero(weights >= floor * total)
+        top = weights[indices]
+        if float(top.sum(dtype=np.float64)) >= target:
+            break
     ordered = np.sort(top)[::-1]
-    count = int(np.searchsorted(np.cumsum(ordered, dtype=np.float64), target)) + 1
+    count = int(np.searchsorted(np.cumsum(ordered.astype(np.float64)), target)) + 1
     border = ordered[min(count, len(ordered)) - 1]
     kept = top > border
     kept[np.flatnonzero(top == border)[: count - int(np.count_nonzero(kept))]] = True
-    return indices[kept]
+    nucleus: Indices = indices[kept]
+    return nucleus
 
 
 def _inverse_cdf(weights: Floats, uniforms: Iterable[float]) -> list[int]:

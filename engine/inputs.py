@@ -28,11 +28,11 @@ class BlockTables:
         """int32 [len(block_lists), max_blocks]; valid until the next call."""
         self._reserve(len(block_lists))
         for row, block_ids in enumerate(block_lists):
-            known, length = self._lengths[row], len(block_ids)
             if self._mirrored[row] is not block_ids:
-                known = 0
                 self._mirrored[row] = block_ids
-            if known != length:
+                self._lengths[row] = 0
+            known, length = self._lengths[row], len(block_ids)
+            if known < length:
                 self._tables[row, known:length] = block_ids[known:]
                 self._lengths[row] = length
         return torch.from_numpy(self._tables[: len(block_lists)])

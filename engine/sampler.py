@@ -26,13 +26,14 @@ class Sampler:
             best = self._kernels.argmax(logits).tolist()
             return [[SampledToken(token_id)] * len(chunk.choices) for token_id, chunk in zip(best, chunks, strict=True)]
         rows = logits.numpy()
-        raw = [row.copy() if chunk.sequence.spec.sampling.logprobs is not None else None for row, chunk in zip(rows, chunks)]
+        raw = [None if _sampling(chunk).logprobs is None else row.copy() for row, chunk in zip(rows, chunks, strict=True)]
         for row, chunk in zip(rows, chunks, strict=True):
             self._penalties.apply(chunk.sequence, row)
-        best = self._kernels.argmax(logits).tolist() if any(_is_greedy(_sampling(chunk)) for chunk in chunks) else None
+        any_greedy = any(_is_greedy(_sampling(chunk)) for chunk in chunks)
+        best = self._kernels.argmax(logits).tolist() if any_greedy else []
         sampled = []
         for index, chunk in enumerate(chunks):
-            greedy = best is not None and _is_greedy(_sampling(chunk))
+            greedy = _is_greedy(_sampling(chunk))
             token_ids = [best[index]] * len(chunk.choices) if greedy else _draw(rows[index], chunk)
             sampled.append(_report(token_ids, raw[index], _sampling(chunk)))
         return sampled

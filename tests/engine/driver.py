@@ -4,24 +4,34 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.engine.batch import Batch, SampledToken, ScheduledChunk
 from pdserve.engine.engine import Engine
 from pdserve.engine.sequence import Sequence
 
 
-def make_sequence(engine: Engine, prompt: Iterable[int], name: str = "r", *, cache_salt: str = "", **sampling: Any) -> Sequence:
-    options = {"temperature": 0.0, "logprobs": 0, "ignore_eos": True} | sampling
-    params = SamplingParams(**options)
+def make_sequence(
+    engine: Engine,
+    prompt: Iterable[int],
+    *,
+    choices: tuple[int, ...] | None = None,
+    output: Iterable[int] = (),
+    cache_salt: str = "",
+    **sampling: Any,
+) -> Sequence:
+    """A dispatch of `choices` (by default all), greedy and with logprobs unless `sampling` says otherwise."""
+    params = SamplingParams(**({"temperature": 0.0, "logprobs": 0, "ignore_eos": True} | sampling))
     spec = SequenceSpec(
-        transfer=TransferId(name, 0),
+        transfer=TransferId("r", 0),
         prompt_token_ids=tuple(prompt),
         sampling=params,
-        choices=tuple(range(params.n)),
+        choices=tuple(range(params.n)) if choices is None else choices,
+        output_token_ids=tuple(output),
         eos_token_ids=engine.config.eos_token_ids,
         cache_salt=cache_salt,
     )
-    return Sequence(spec, 0, engine.kv.max_model_len)
+    return Sequence(spec, spec.choices[0], engine.kv.max_model_len)
 
 
 def run_to_end(
@@ -63,7 +73,7 @@ def run_to_end(
                 still.append((seq, root))
         running = still
     engine.pool.check_integrity()
-    return [sum(outputs[id(seq)].values(), []) for seq in sequences]
+    return [[token for choice in outputs[id(seq)].values() for token in choice] for seq in sequences]
 
 
 def random_prompt(vocab_size: int, length: int, seed: int) -> list[int]:

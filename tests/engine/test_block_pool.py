@@ -1,9 +1,9 @@
 """BlockPool: a model that tracks every block, driven by random operations."""
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from pdserve.engine.block_pool import BlockPool
 
 NUM_BLOCKS = 8

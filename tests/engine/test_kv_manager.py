@@ -3,9 +3,9 @@
 import itertools
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.kv_manager import KVManager

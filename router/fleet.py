@@ -142,17 +142,17 @@ class Fleet:
                 for member in self._members.values():
                     member.by_hand = False
             case WorkerReady():
-                member = self._current(event.info.worker_id, event.info.incarnation)
-                if member is not None and member.state is MemberState.STARTING:
-                    member.transition(MemberState.READY, now_s)
+                ready = self._current(event.info.worker_id, event.info.incarnation)
+                if ready is not None and ready.state is MemberState.STARTING:
+                    ready.transition(MemberState.READY, now_s)
             case WorkerLost() | WorkerStartFailed():
                 self._ended(event.worker_id, event.incarnation, event.reason, now_s)
             case WorkerStopped():
                 self._ended(event.worker_id, event.incarnation, "stopped", now_s)
             case WorkerIdle():
-                member = self._current(event.worker_id, event.incarnation)
-                if member is not None and member.state is MemberState.DRAINING:
-                    self._stop(member, now_s)
+                idle = self._current(event.worker_id, event.incarnation)
+                if idle is not None and idle.state is MemberState.DRAINING:
+                    self._stop(idle, now_s)
             case Tick():
                 pass
         self._lose_patience(now_s)

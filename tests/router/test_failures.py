@@ -1,0 +1,247 @@
+"""Any worker may die at any moment: streams go on elsewhere from where their clients are."""
+
+from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve
+from pdserve.core.request import FinishReason, TransferId
+from pdserve.router.config import RouterConfig
+from pdserve.router.events import Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
+
+from .cluster import Cluster, make_request, worker_info
+
+PAIRS_ONLY = RouterConfig(prefill_on_decode_factor=None)
+ERROR, LENGTH, STOP = FinishReason.ERROR, FinishReason.LENGTH, FinishReason.STOP
+
+
+def test_a_stream_goes_on_at_the_next_index_when_d_dies() -> None:
+    cluster = Cluster("prefill-0", "decode-0", "decode-1")
+    cluster.submit(make_request(max_tokens=5))
+    cluster.token("prefill-0", 0)
+    cluster.leg_ended("prefill-0", Leg.PREFILL)
+    cluster.token("decode-0", 1)
+    cluster.lose("decode-0")
+    spec = cluster.spec("decode-1")
+    assert spec.transfer == TransferId("r", 1)
+    assert spec.output_token_ids == (100, 101)
+    cluster.token("prefill-0", 2)
+    cluster.token("decode-1", 3)
+    cluster.token("decode-1", 4, LENGTH)
+    assert cluster.tokens["r", 0] == [0, 1, 2, 3, 4]
+    counters = cluster.router.status(0.0).counters
+    assert (counters.retried, counters.resumed) == (1, 1)
+
+
+def test_the_other_leg_is_aborted_and_its_late_tokens_are_dropped_when_p_dies() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0")
+    cluster.submit(make_request())
+    cluster.lose("prefill-0")
+    assert cluster.aborts("decode-0") == [TransferId("r", 0)]
+    assert isinstance(cluster.last("prefill-1"), Prefill)
+    cluster.token("decode-0", 0, attempt=0)
+    assert not cluster.tokens["r", 0]
+    cluster.token("prefill-1", 0)
+    assert cluster.tokens["r", 0] == [0]
+
+
+def test_losing_p_after_d_has_begun_to_decode_disturbs_nothing() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0")
+    cluster.submit(make_request(max_tokens=3))
+    cluster.token("prefill-0", 0)
+    cluster.token("decode-0", 1)
+    cluster.lose("prefill-0")
+    assert not cluster.aborts("decode-0")
+    assert not cluster.sent["prefill-1"]
+    cluster.token("decode-0", 2, LENGTH)
+    assert len(cluster.ends["r"]) == 1
+
+
+def test_losing_p_before_its_first_token_came_repeats_the_prompt_though_d_has_tokens() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0")
+    cluster.submit(make_request(max_tokens=3))
+    cluster.token("decode-0", 1)
+    cluster.lose("prefill-0")
+    assert cluster.spec("prefill-1").output_token_ids == ()
+    cluster.token("prefill-1", 0)
+    assert cluster.tokens["r", 0] == [0]
+
+
+def test_a_failed_transfer_is_repeated_on_another_pair() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0", config=PAIRS_ONLY)
+    cluster.submit(make_request())
+    cluster.token("prefill-0", 0)
+    cluster.leg_ended("prefill-0", Leg.PREFILL, "transfer timed out")
+    assert cluster.spec("prefill-1").output_token_ids == (100,)
+    assert isinstance(cluster.last("decode-0"), Reserve)
+
+
+def test_choices_without_a_token_are_repeated_together_and_the_others_each_by_itself() -> None:
+    cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
+    cluster.submit(make_request(n=3, max_tokens=5))
+    cluster.add(worker_info("decode-1"))
+    cluster.lose("decode-0")
+    assert cluster.spec("decode-1").choices == (0, 1, 2)
+    for choice in range(3):
+        cluster.token("prefill-0", 0, choice=choice)
+    cluster.token("decode-1", 1, STOP, choice=2)
+    cluster.token("decode-1", 1, choice=1)
+    cluster.add(worker_info("decode-2"))
+    cluster.lose("decode-1")
+    specs = [c.spec for c in cluster.sent["decode-2"] if isinstance(c, Reserve)]
+    assert [(s.transfer.attempt, s.choices, s.output_token_ids) for s in specs] == [
+        (2, (0,), (100,)),
+        (3, (1,), (100, 101)),
+    ]
+
+
+def test_a_resumed_choice_with_one_token_left_needs_no_decode_worker() -> None:
+    cluster = Cluster("prefill-0", "decode-0")
+    cluster.submit(make_request(max_tokens=2))
+    cluster.token("prefill-0", 0)
+    cluster.lose("decode-0")
+    assert cluster.last("prefill-0") == Prefill(spec=cluster.spec("prefill-0"), target=None)
+
+
+def test_after_max_attempts_the_request_ends_with_the_last_error() -> None:
+    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(max_attempts=3, prefill_on_decode_factor=None))
+    cluster.submit(make_request())
+    for _ in range(3):
+        transfer = cluster.spec("prefill-0").transfer
+        cluster.leg_ended("prefill-0", Leg.PREFILL, "no link", transfer=transfer)
+        cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=transfer)
+        cluster.now_s += 10.0
+        cluster.handle(Tick())
+    (end,) = cluster.ends["r"]
+    assert end.finish_reason is ERROR
+    assert end.error == "gave up after 3 attempts, the last failed: prefill-0: no link"
+    assert cluster.choice_ends["r", 0] == [ERROR]
+    assert cluster.num_legs() == {"prefill-0": 0, "decode-0": 0}
+    assert len(cluster.closed["r"]) == 1
+
+
+def test_repeated_errors_pause_longer_and_longer_but_the_first_retry_is_at_once() -> None:
+    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(retry_delay_s=0.02, prefill_on_decode_factor=None))
+    cluster.submit(make_request())
+    pauses = []
+    for attempt in range(4):
+        cluster.leg_ended("prefill-0", Leg.PREFILL, "no link", transfer=TransferId("r", attempt))
+        due_s = cluster.router.next_tick_s() or cluster.now_s
+        pauses.append(round(due_s - cluster.now_s, 3))
+        cluster.now_s = due_s
+        cluster.handle(Tick())
+    assert pauses == [0.0, 0.02, 0.08, 0.32]
+
+
+def test_retries_go_before_the_queue_in_their_order_and_are_not_refused_by_its_bound() -> None:
+    small = worker_info("both-0", max_batch_size=2)
+    cluster = Cluster(small, config=RouterConfig(max_queued_requests=1))
+    for name in ("a", "b", "c"):
+        cluster.submit(make_request(name))
+    cluster.lose("both-0")
+    assert cluster.router.status(0.0).num_queued == 3
+    cluster.add(worker_info("both-0", incarnation=2, max_batch_size=2))
+    served = [c.spec.transfer.request_id for c in cluster.sent["both-0"] if isinstance(c, Serve)]
+    assert served == ["a", "b", "a", "b"]
+
+
+def test_legs_that_end_without_the_last_tokens_are_a_failure() -> None:
+    cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
+    cluster.submit(make_request())
+    cluster.token("prefill-0", 0)
+    cluster.leg_ended("prefill-0", Leg.PREFILL)
+    cluster.leg_ended("decode-0", Leg.DECODE)
+    assert cluster.spec("prefill-0").transfer == TransferId("r", 1)
+
+
+def test_tokens_held_when_ds_leg_ended_are_delivered_once_ps_first_token_comes() -> None:
+    cluster = Cluster("prefill-0", "decode-0")
+    cluster.submit(make_request(max_tokens=2))
+    cluster.token("decode-0", 1, LENGTH)
+    cluster.leg_ended("decode-0", Leg.DECODE)
+    cluster.token("prefill-0", 0)
+    assert cluster.tokens["r", 0] == [0, 1]
+    assert len(cluster.ends["r"]) == 1
+
+
+def test_reports_of_an_old_incarnation_are_dropped() -> None:
+    cluster = Cluster("prefill-0", "decode-0")
+    cluster.submit(make_request())
+    cluster.lose("prefill-0")
+    cluster.add(worker_info("prefill-0", incarnation=2))
+    assert cluster.report("prefill-0", incarnation=1) == []
+    assert cluster.handle(WorkerReady(worker_info("prefill-0", incarnation=1))) == []
+    assert cluster.router.status(0.0).counters.stale == 2
+    assert cluster.handle(WorkerLost("prefill-0", 1)) == []
+    assert [w.incarnation for w in cluster.router.status(0.0).workers] == [1, 2]
+
+
+def test_a_new_incarnation_means_that_the_one_before_is_lost() -> None:
+    cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
+    cluster.submit(make_request())
+    cluster.add(worker_info("prefill-0", incarnation=2))
+    assert cluster.aborts("decode-0") == [TransferId("r", 0)]
+    assert cluster.spec("prefill-0").transfer.attempt == 1
+
+
+def test_decode_workers_serve_alone_when_no_prefill_worker_is_left_and_status_says_so() -> None:
+    cluster = Cluster("prefill-0", "decode-0")
+    cluster.submit(make_request("a"))
+    assert cluster.router.status(0.0).degraded is None
+    cluster.lose("prefill-0")
+    assert isinstance(cluster.last("decode-0"), Serve)
+    assert cluster.router.status(0.0).degraded == "no prefill worker is ready: decode workers serve both phases"
+    assert not cluster.sent["prefill-0"][1:]
+
+
+def test_prefill_workers_serve_alone_when_no_decode_worker_is_left() -> None:
+    cluster = Cluster("prefill-0", "decode-0")
+    cluster.lose("decode-0")
+    cluster.submit(make_request())
+    assert isinstance(cluster.last("prefill-0"), Serve)
+    assert cluster.router.status(0.0).degraded == "no decode worker is ready: prefill workers serve both phases"
+
+
+def test_requests_wait_for_the_replacement_of_the_only_worker() -> None:
+    cluster = Cluster("both-0")
+    cluster.submit(make_request())
+    cluster.lose("both-0")
+    assert not cluster.ends["r"]
+    cluster.add(worker_info("both-0", incarnation=2))
+    assert cluster.spec("both-0").transfer.attempt == 1
+
+
+def test_requests_end_with_an_error_when_no_worker_is_expected_any_more() -> None:
+    cluster = Cluster("both-0")
+    cluster.submit(make_request())
+    cluster.lose("both-0")
+    cluster.handle(WorkersExpected(0))
+    (end,) = cluster.ends["r"]
+    assert (end.finish_reason, end.error) == (ERROR, "no worker is left that can serve the request")
+
+
+def test_a_draining_worker_finishes_its_streams_gets_no_new_ones_and_then_is_idle() -> None:
+    cluster = Cluster("prefill-0", "decode-0", "decode-1")
+    cluster.submit(make_request("a", max_tokens=2))
+    assert cluster.handle(WorkerDraining("decode-0")) == []
+    cluster.submit(make_request("b"))
+    assert cluster.spec("decode-1").transfer.request_id == "b"
+    cluster.token("prefill-0", 0, request_id="a")
+    cluster.leg_ended("prefill-0", Leg.PREFILL, transfer=TransferId("a", 0))
+    cluster.token("decode-0", 1, LENGTH)
+    assert WorkerIdle("decode-0", 1) in cluster.leg_ended("decode-0", Leg.DECODE)
+
+
+def test_draining_a_worker_without_work_reports_it_idle_at_once() -> None:
+    cluster = Cluster("prefill-0", "decode-0")
+    assert cluster.handle(WorkerDraining("decode-0")) == [WorkerIdle("decode-0", 1)]
+    assert cluster.handle(WorkerDraining("decode-0")) == []
+
+
+def test_a_worker_takes_another_role_while_its_streams_go_on() -> None:
+    cluster = Cluster("prefill-0", "decode-0", "decode-1")
+    cluster.submit(make_request("a", max_tokens=3))
+    cluster.token("prefill-0", 0)
+    cluster.handle(WorkerDraining("decode-0"))
+    cluster.handle(WorkerRole("decode-0", Role.PREFILL))
+    cluster.token("decode-0", 1)
+    assert cluster.tokens["a", 0] == [0, 1]
+    cluster.lose("prefill-0")
+    cluster.submit(make_request("b"))
+    assert isinstance(cluster.last("decode-0"), Prefill)

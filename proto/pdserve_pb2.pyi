@@ -243,7 +243,7 @@ class SamplingParams(_message.Message):
     """Report the log probability of each token, and of this many most probable alternatives. Default: none are reported."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """A choice ends where its text would contain one of these; the text ends before the stop string."""
+        """A choice ends where its text would contain one of these, of at most 1024 characters each; the text ends before it."""
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -651,7 +651,7 @@ class Attempt(_message.Message):
 
     @_builtins.property
     def transfer(self) -> Global___TransferLeg:
-        """Moving the KV blocks; unset when one worker did it all, or when the first token was the last."""
+        """Moving the KV blocks; unset when one worker did it all, when the first token was the last, or while it is not known."""
 
     @_builtins.property
     def decode(self) -> Global___DecodeLeg:
@@ -682,6 +682,8 @@ Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 
 @_typing.final
 class PrefillLeg(_message.Message):
+    """The optional fields are the worker's own account, which may be missing at the end of a short request."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_FIELD_NUMBER: _builtins.int
@@ -703,15 +705,26 @@ class PrefillLeg(_message.Message):
         *,
         worker: _builtins.str = ...,
         num_tokens: _builtins.int = ...,
-        num_cached_tokens: _builtins.int = ...,
-        queue_s: _builtins.float = ...,
-        compute_s: _builtins.float = ...,
+        num_cached_tokens: _builtins.int | None = ...,
+        queue_s: _builtins.float | None = ...,
+        compute_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_compute_s", b"_compute_s", "_num_cached_tokens", b"_num_cached_tokens", "_queue_s", b"_queue_s", "compute_s", b"compute_s", "num_cached_tokens", b"num_cached_tokens", "queue_s", b"queue_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "queue_s", b"queue_s", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_compute_s", b"_compute_s", "_num_cached_tokens", b"_num_cached_tokens", "_queue_s", b"_queue_s", "compute_s", b"compute_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "queue_s", b"queue_s", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__compute_s: _TypeAlias = _typing.Literal["compute_s"]  # noqa: Y015
+    _WhichOneofArgType__compute_s: _TypeAlias = _typing.Literal["_compute_s", b"_compute_s"]  # noqa: Y015
+    _WhichOneofReturnType__num_cached_tokens: _TypeAlias = _typing.Literal["num_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__num_cached_tokens: _TypeAlias = _typing.Literal["_num_cached_tokens", b"_num_cached_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__queue_s: _TypeAlias = _typing.Literal["queue_s"]  # noqa: Y015
+    _WhichOneofArgType__queue_s: _TypeAlias = _typing.Literal["_queue_s", b"_queue_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compute_s) -> _WhichOneofReturnType__compute_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_cached_tokens) -> _WhichOneofReturnType__num_cached_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_s) -> _WhichOneofReturnType__queue_s | None: ...
 
 Global___PrefillLeg: _TypeAlias = PrefillLeg  # noqa: Y015
 

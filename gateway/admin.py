@@ -1,0 +1,182 @@
+"""The Cluster service: status, apply and drain for operators."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from ..core.config import ClusterConfig
+from ..core.config_file import parse_cluster_config
+from ..core.errors import InvalidRequest
+from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
+from .generation import InForce
+from .intake import refuse_unknown_fields
+from .translate import ClientGone, NeedsRestart, translated
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ClusterService(pdserve_pb2_grpc.ClusterServicer):
+    """The operator's door."""
+
+    def __init__(self, frontend: Frontend, in_force: InForce) -> None:
+        self._frontend = frontend
+        self._in_force = in_force
+        self._applying = asyncio.Lock()
+        self._drains: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Give up on drains that are still going on."""
+        for drain in self._drains:
+            drain.cancel()
+        await asyncio.gather(*self._drains, return_exceptions=True)
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.ClusterStatus:
+        async with translated(context):
+            return self._message(self._frontend.status())
+        raise AssertionError("translated() ends the call")
+
+    async def WatchStatus(self, request: pb.WatchStatusRequest, context: Context) -> None:  # type: ignore[override]
+        async with translated(context), aclosing(self._frontend.watch()) as states:
+            async for status in states:
+                await _write(context, self._message(status))
+
+    async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:
+        async with translated(context), self._applying:
+            refuse_unknown_fields(request)
+            old = self._in_force.config
+            new = parse_cluster_config(request.config_yaml, request.filename or "cluster.yaml")
+            if old.changes_needing_restart(new):
+                raise NeedsRestart(old, new)
+            actions: Sequence[str] = ()
+            if not request.dry_run:
+                actions = await self._frontend.apply(new)
+                self._in_force.config = new
+            return pb.ApplyResponse(changes=_changes(old, new), actions=actions)
+        raise AssertionError("translated() ends the call")
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> None:  # type: ignore[override]
+        async with translated(context):
+            refuse_unknown_fields(request)
+            if request.shutdown and request.workers:
+                raise InvalidRequest("workers", list(request.workers), "no names together with shutdown")
+            drain = asyncio.create_task(self._frontend.drain(tuple(request.workers), request.shutdown))
+            self._drains.add(drain)
+            drain.add_done_callback(self._drained)
+            async with aclosing(self._until(drain)) as states:
+                async for status in states:
+                    await _write(context, _progress(status, request.workers))
+            await asyncio.shield(drain)  # it goes on when the client leaves
+            last = _progress(self._frontend.status(), request.workers)
+            last.done = True
+            await _write(context, last)
+
+    def _drained(self, drain: "asyncio.Task[None]") -> None:
+        self._drains.discard(drain)
+        if not drain.cancelled() and (error := drain.exception()) is not None:
+            log.warning("drain: %s", error)
+
+    async def _until(self, drain: "asyncio.Task[None]") -> AsyncGenerator[ClusterStatus, None]:
+        """The states of the cluster until a drain is over."""
+        async with aclosing(self._frontend.watch()) as states:
+            while True:
+                following = asyncio.ensure_future(anext(states, None))
+                try:
+                    await asyncio.wait((following, drain), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not following.done():
+                        following.cancel()
+                        await asyncio.wait((following,))
+                status = None if following.cancelled() else following.result()
+                if status is None:
+                    return
+                yield status
+
+    def _message(self, status: ClusterStatus) -> pb.ClusterStatus:
+        return pb.ClusterStatus(
+            model=self._in_force.config.model.name,
+            serving=status.serving,
+            shutting_down=status.shutting_down,
+            num_queued_requests=status.num_queued_requests,
+            num_running_requests=status.num_running_requests,
+            pools=[
+                pb.PoolStatus(role=role.value, instances=instances, ready=_num_ready(status.workers, role.value))
+                for role, instances in status.instances.items()
+            ],
+            workers=[_worker(worker) for worker in status.workers],
+            uptime_s=status.uptime_s,
+            degraded=status.degraded or "",
+        )
+
+
+_STATES = {
+    WorkerState.STARTING: pb.WORKER_STATE_STARTING,
+    WorkerState.READY: pb.WORKER_STATE_READY,
+    WorkerState.DRAINING: pb.WORKER_STATE_DRAINING,
+    WorkerState.STOPPING: pb.WORKER_STATE_STOPPING,
+    WorkerState.FAILED: pb.WORKER_STATE_FAILED,
+}
+
+
+def _num_ready(workers: Sequence[WorkerStatus], role: str) -> int:
+    return sum(worker.state is WorkerState.READY and worker.role.value == role for worker in workers)
+
+
+def _worker(worker: WorkerStatus) -> pb.WorkerStatus:
+    return pb.WorkerStatus(
+        name=worker.worker_id,
+        role=worker.role.value,
+        state=_STATES[worker.state],
+        phase=worker.phase,
+        fraction=worker.fraction,
+        message=worker.message,
+        node=worker.node,
+        pid=worker.pid,
+        devices=worker.devices,
+        num_running=worker.num_running,
+        num_waiting=worker.num_waiting,
+        num_free_blocks=worker.num_free_blocks,
+        num_blocks=worker.num_blocks,
+        tokens_per_s=worker.tokens_per_s,
+        age_s=worker.age_s,
+        num_restarts=worker.num_restarts,
+    )
+
+
+def _progress(status: ClusterStatus, names: Sequence[str]) -> pb.DrainProgress:
+    busy = [
+        worker.worker_id
+        for worker in status.workers
+        if worker.num_running + worker.num_waiting and (not names or worker.worker_id in names)
+    ]
+    return pb.DrainProgress(num_running_requests=status.num_running_requests, workers=busy)
+
+
+def _changes(old: ClusterConfig, new: ClusterConfig) -> list[pb.ConfigChange]:
+    after = dict(_leaves(new.model_dump()))
+    return [
+        pb.ConfigChange(key=key, before=before, after=after[key])
+        for key, before in _leaves(old.model_dump())
+        if before != after[key]
+    ]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, str(value)
+
+
+async def _write(context: Context, message: Any) -> None:
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
+        raise ClientGone from None

@@ -1,0 +1,142 @@
+"""From the router's events to the messages of one stream: text, stop strings, endings, the account of where time went.
+
+Pure: one `Answer` per request, events in, messages out.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+from ..core.messages import TokenOutput
+from ..core.request import FinishReason, Request
+from ..proto import pdserve_pb2 as pb
+from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
+from .detokenizer import Detokenizer
+from .frontend import StreamEvent
+from .stop_strings import Pattern, StopMatcher
+from .timeline import num_cached_tokens, timeline_message
+from .tokenizer import Tokenizer
+from .translate import RequestFailed
+
+FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+class Answer:
+    """The messages of one request. `stop_choice` is called for a choice whose stop string was found."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, stop_choice: Callable[[int], None]) -> None:
+        self._request = request
+        self._stop_choice = stop_choice
+        patterns = [Pattern.compile(text) for text in request.sampling.stop]
+        self._choices = [_Choice(request, tokenizer, patterns) for _ in range(request.sampling.n)]
+
+    def handle(self, event: StreamEvent) -> Iterator[pb.GenerateEvent]:
+        """The messages that an event brings. Raises RequestFailed when the request ended before its choices did."""
+        match event:
+            case EmitTokens(choice=choice, tokens=tokens):
+                yield from self._tokens(choice, tokens)
+            case EmitChoiceEnd(choice=choice, finish_reason=reason):
+                if reason in FINISH_REASONS and not self._choices[choice].ended:
+                    yield from self._end_choice(choice, reason)
+            case EmitEnd(finish_reason=None, timeline=timeline):
+                yield pb.GenerateEvent(end=self._end(timeline))
+            case EmitEnd(finish_reason=reason, error=error):
+                assert reason is not None
+                raise RequestFailed(reason, error)
+
+    def _tokens(self, index: int, tokens: tuple[TokenOutput, ...]) -> Iterator[pb.GenerateEvent]:
+        choice = self._choices[index]
+        if choice.ended:
+            return
+        delta = pb.TokenDelta(choice=index, index=tokens[0].index)
+        for token in tokens:
+            delta.text += choice.push(token)
+            delta.token_ids.append(token.token_id)
+            if token.logprob is not None:
+                delta.logprobs.append(_logprobs(token.logprob, token.top_logprobs))
+            if choice.stops.found is not None:
+                break
+        yield pb.GenerateEvent(tokens=delta)
+        if choice.stops.found is not None:
+            self._stop_choice(index)
+            yield from self._end_choice(index, FinishReason.STOP)
+
+    def _end_choice(self, index: int, reason: FinishReason) -> Iterator[pb.GenerateEvent]:
+        choice = self._choices[index]
+        if text := choice.flush():
+            yield pb.GenerateEvent(tokens=pb.TokenDelta(choice=index, index=choice.num_tokens, text=text))
+        choice.ended = True
+        found = choice.stops.found
+        finish_reason = FINISH_REASONS[reason if found is None else FinishReason.STOP]
+        yield pb.GenerateEvent(choice_end=pb.ChoiceEnd(choice=index, finish_reason=finish_reason, stop_string=found))
+
+    def _end(self, timeline: Timeline) -> pb.RequestEnd:
+        usage = pb.Usage(
+            prompt_tokens=len(self._request.prompt_token_ids),
+            cached_tokens=num_cached_tokens(timeline),
+            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+        )
+        return pb.RequestEnd(request_id=self._request.request_id, usage=usage, timeline=timeline_message(timeline))
+
+
+class _Choice:
+    """The text of one choice as far as it has come."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, patterns: list[Pattern]) -> None:
+        self._min_tokens = request.sampling.min_tokens
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids)
+        self.stops = StopMatcher(patterns)
+        self.num_tokens = 0
+        self.ended = False
+
+    def push(self, token: TokenOutput) -> str:
+        """The text that may go out with this token. A token that ends the choice by its id has none."""
+        self.num_tokens += 1
+        if token.finish_reason is FinishReason.STOP:
+            return ""
+        text = self._detokenizer.push(token.token_id)
+        return text if token.index < self._min_tokens else self.stops.push(text)
+
+    def flush(self) -> str:
+        """The rest of the text. It may still complete a stop string."""
+        return self.stops.push(self._detokenizer.flush()) + self.stops.flush() if self.stops.found is None else ""
+
+
+def _logprobs(logprob: float, top: tuple[tuple[int, float], ...]) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(logprob=logprob, top=[pb.TokenLogprob(token_id=t, logprob=value) for t, value in top])
+
+
+class Collector:
+    """Puts a stream's messages together to the answer of the unary call."""
+
+    def __init__(self) -> None:
+        self._texts: defaultdict[int, list[str]] = defaultdict(list)
+        self._choices: defaultdict[int, pb.Choice] = defaultdict(pb.Choice)
+        self._end = pb.RequestEnd()
+
+    def add(self, event: pb.GenerateEvent) -> None:
+        match event.WhichOneof("event"):
+            case "tokens":
+                delta = event.tokens
+                choice = self._choices[delta.choice]
+                self._texts[delta.choice].append(delta.text)
+                choice.token_ids.extend(delta.token_ids)
+                choice.logprobs.extend(delta.logprobs)
+            case "choice_end":
+                end, choice = event.choice_end, self._choices[event.choice_end.choice]
+                choice.text = "".join(self._texts[end.choice])
+                choice.finish_reason = end.finish_reason
+                if end.HasField("stop_string"):
+                    choice.stop_string = end.stop_string
+            case "end":
+                self._end = event.end
+
+    def response(self) -> pb.GenerateResponse:
+        return pb.GenerateResponse(
+            request_id=self._end.request_id,
+            choices=[self._choices[index] for index in sorted(self._choices)],
+            usage=self._end.usage,
+            timeline=self._end.timeline,
+        )

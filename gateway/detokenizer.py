@@ -1,0 +1,92 @@
+"""From a choice's tokens to its text, token by token: never half a character, at a cost that does not grow with the text.
+
+A token's text depends on its neighbours: characters may be spread over tokens, and some decoders drop a space at the
+beginning. So tokens are decoded in a window that starts where the text before is complete; what the window's text has
+more than before is new.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+_REPLACEMENT = "\ufffd"
+_MAX_TAIL = 3  # bytes, hence replacement characters, that an incomplete character can have
+_NUM_CONTEXT = 6  # tokens of the prompt that the first window begins with
+_MAX_WINDOW = 64  # tokens; reached only in output that is no UTF-8
+
+
+class TokenDecoder(Protocol):
+    """What detokenising needs of a tokenizer."""
+
+    def has_text(self, token_id: int) -> bool: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class Detokenizer:
+    """The text of one choice, as a continuation of its prompt. Special tokens have no text."""
+
+    def __init__(self, tokenizer: TokenDecoder, prompt_token_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._window, text = _context(tokenizer, prompt_token_ids)
+        self._emitted = text[: _complete(text)]  # the window's text that is out
+        self._num_settled = len(self._window)  # tokens of the window up to which all text is out
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now that the choice has this token too."""
+        if not self._tokenizer.has_text(token_id):
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        complete = _complete(text)
+        if complete == len(text):
+            delta = text[len(self._emitted) :]
+            self._shift()
+            return delta
+        if len(self._window) > _MAX_WINDOW:
+            return self._cut(text, complete)
+        if not text.startswith(self._emitted):
+            return ""  # byte tokens decode as replacement characters until all of a run is there
+        delta = text[len(self._emitted) : complete]
+        self._emitted += delta
+        return delta
+
+    def flush(self) -> str:
+        """What is left at the end: the replacement characters of an incomplete character."""
+        text = self._tokenizer.decode(self._window) if self._window else ""
+        delta = text[len(self._emitted) :]
+        self._emitted = text
+        return delta
+
+    def _shift(self) -> None:
+        """All text is out: the next window begins with the tokens that brought the last of it."""
+        if self._num_settled < len(self._window):
+            del self._window[: self._num_settled]
+        self._num_settled = len(self._window)
+        self._emitted = self._tokenizer.decode(self._window)
+
+    def _cut(self, text: str, complete: int) -> str:
+        """Give up on finding a place where the text is complete: go on from the last tokens."""
+        delta = text[len(self._emitted) : complete]
+        del self._window[:-_NUM_CONTEXT]
+        self._num_settled = 0
+        text = self._tokenizer.decode(self._window)
+        self._emitted = text[: _complete(text)]
+        return delta
+
+
+def _complete(text: str) -> int:
+    """How much of `text` no further token can change: all but an incomplete character at the end."""
+    end = len(text)
+    while end and len(text) - end < _MAX_TAIL and text[end - 1] == _REPLACEMENT:
+        end -= 1
+    return end
+
+
+def _context(tokenizer: TokenDecoder, prompt_token_ids: Sequence[int]) -> tuple[list[int], str]:
+    """The last tokens of a prompt, from a place where a character begins, and their text."""
+    tail = [token_id for token_id in prompt_token_ids[-4 * _NUM_CONTEXT :] if tokenizer.has_text(token_id)]
+    for count in range(_NUM_CONTEXT, _NUM_CONTEXT + _MAX_TAIL + 1):
+        window = tail[-count:]
+        text = tokenizer.decode(window) if window else ""
+        if not text.startswith(_REPLACEMENT):
+            break
+    return window, text

@@ -1,0 +1,133 @@
+"""The Generation service: one handler per call, from the client's message to the router and back.
+
+Whatever ends a call (its end, an error, a cancelled call, a deadline, a client that stopped reading), leaving the handler
+closes the router's stream, and that frees all that workers hold for the request.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from .. import __version__
+from ..core.config import ClusterConfig
+from ..core.errors import InvalidRequest
+from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from .answer import Answer, Collector
+from .frontend import Frontend
+from .intake import Intake, ModelInfo, refuse_unknown_fields
+from .tokenizer import Tokenizer
+from .translate import ClientGone, ClientStalled, translated
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+STALL_S = 60.0  # how long a client may leave its stream unread while more is there than the connection holds
+
+
+class InForce:
+    """The configuration that holds now; `Apply` replaces it."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+
+
+class GenerationService(pdserve_pb2_grpc.GenerationServicer):
+    """Text in, text out."""
+
+    def __init__(
+        self, frontend: Frontend, in_force: InForce, tokenizer: Tokenizer, model: ModelInfo, stall_s: float = STALL_S
+    ) -> None:
+        self._frontend = frontend
+        self._in_force = in_force
+        self._tokenizer = tokenizer
+        self._model = model
+        self._intake = Intake(tokenizer, model)
+        self._stall_s = stall_s
+
+    # grpc.aio takes coroutines that write as well as generators; writing lets us see when a client does not read
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        async with translated(context), aclosing(self._events(request, context)) as events:
+            async for event in events:
+                await self._write(context, event)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        async with translated(context), aclosing(self._events(request, context)) as events:
+            collector = Collector()
+            async for event in events:
+                collector.add(event)
+            return collector.response()
+        raise AssertionError("translated() ends the call")
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        async with translated(context):
+            refuse_unknown_fields(request)
+            self._intake.check_model(request.model)
+            token_ids = await self._intake.token_ids(request.prompt)
+            self._check_ids("prompt.token_ids", token_ids)
+            pieces = [self._tokenizer.decode([token_id]) for token_id in token_ids]
+            return pb.TokenizeResponse(token_ids=token_ids, pieces=pieces, max_model_len=self._model.max_model_len)
+        raise AssertionError("translated() ends the call")
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        async with translated(context):
+            refuse_unknown_fields(request)
+            self._intake.check_model(request.model)
+            self._check_ids("token_ids", request.token_ids)
+            skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+            return pb.DetokenizeResponse(text=self._tokenizer.decode(request.token_ids, skip_special_tokens=skip))
+        raise AssertionError("translated() ends the call")
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
+        async with translated(context):
+            refuse_unknown_fields(request)
+            self._intake.check_model(request.model)
+            return self._model_info()
+        raise AssertionError("translated() ends the call")
+
+    async def _events(self, message: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
+        loop = asyncio.get_running_loop()
+        remaining_s = context.time_remaining()
+        deadline_s = None if remaining_s is None else loop.time() + remaining_s
+        request = await self._intake.request(message, self._in_force.config.limits, deadline_s)
+        answer = Answer(request, self._tokenizer, lambda choice: self._frontend.cancel(request.request_id, choice))
+        async with aclosing(self._frontend.generate(request)) as events:
+            async for event in events:
+                for out in answer.handle(event):
+                    yield out
+
+    async def _write(self, context: Context, event: pb.GenerateEvent) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await context.write(event)
+        except TimeoutError:
+            raise ClientStalled(self._stall_s) from None
+        except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
+            raise ClientGone from None
+
+    def _check_ids(self, field: str, token_ids: Any) -> None:
+        for index, token_id in enumerate(token_ids):
+            if token_id >= self._model.vocab_size:
+                raise InvalidRequest(f"{field}[{index}]", token_id, f"0 to {self._model.vocab_size - 1}")
+
+    def _model_info(self) -> pb.ModelInfo:
+        model, limits = self._model, self._in_force.config.limits
+        return pb.ModelInfo(
+            name=model.name,
+            architecture=model.architecture,
+            dtype=model.dtype,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            has_chat_template=self._tokenizer.has_chat_template,
+            limits=pb.Limits(
+                max_prompt_tokens=limits.max_prompt_tokens or model.max_model_len - 1,
+                max_tokens=limits.max_tokens,
+                max_n=limits.max_n,
+                max_logprobs=limits.max_logprobs,
+                max_stop_strings=limits.max_stop_strings,
+                max_message_bytes=limits.max_message_bytes,
+            ),
+            version=__version__,
+        )

@@ -1,0 +1,130 @@
+"""From a client's message to a validated `Request`: nothing goes on to the router that a worker could not carry out."""
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from ..core.config import LimitsSection
+from ..core.errors import InvalidRequest
+from ..core.request import Request, SamplingParams
+from ..core.validation import validate_request
+from ..proto import pdserve_pb2 as pb
+from .tokenizer import Tokenizer
+from .translate import UnknownModel
+
+MAX_NAME_CHARS = 128
+MAX_STOP_CHARS = 1024
+INLINE_CHARS = 4096  # longer prompts are encoded on a thread, so that other streams go on
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What clients may know of the model."""
+
+    name: str
+    architecture: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Intake:
+    """Reads requests for one model."""
+
+    def __init__(self, tokenizer: Tokenizer, model: ModelInfo) -> None:
+        self._tokenizer = tokenizer
+        self._model = model
+
+    async def request(self, message: pb.GenerateRequest, limits: LimitsSection, deadline_s: float | None) -> Request:
+        """The request that `message` asks for. Raises InvalidRequest or UnknownModel."""
+        refuse_unknown_fields(message)
+        self.check_model(message.model)
+        _check_name("request_id", message.request_id)
+        _check_name("cache_salt", message.cache_salt)
+        sampling = sampling_params(message.sampling)
+        token_ids = await self.token_ids(message.prompt)
+        validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
+        return Request(
+            request_id=message.request_id or uuid.uuid4().hex,
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            eos_token_ids=self._model.eos_token_ids,
+            cache_salt=message.cache_salt,
+            deadline_s=deadline_s,
+        )
+
+    def check_model(self, name: str) -> None:
+        if name and name != self._model.name:
+            raise UnknownModel(name, self._model.name)
+
+    async def token_ids(self, prompt: pb.Prompt) -> tuple[int, ...]:
+        """The tokens of a prompt of any kind."""
+        match prompt.WhichOneof("kind"):
+            case "text":
+                if not prompt.text:
+                    raise InvalidRequest("prompt.text", prompt.text, "a text that is not empty")
+                add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
+                return await self._encode(prompt.text, add)
+            case "chat":
+                return await self._encode(self._render(prompt.chat), add_special_tokens=False)
+            case "token_ids":
+                return tuple(prompt.token_ids.ids)
+        raise InvalidRequest("prompt", "", "one of text, chat or token_ids")
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        if len(text) <= INLINE_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+
+    def _render(self, chat: pb.Chat) -> str:
+        if not chat.messages:
+            raise InvalidRequest("prompt.chat.messages", [], "at least one message")
+        for index, message in enumerate(chat.messages):
+            if not message.role:
+                raise InvalidRequest(f"prompt.chat.messages[{index}].role", "", "a role such as user")
+        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+        return self._tokenizer.render_chat(messages, add)
+
+
+def sampling_params(message: pb.SamplingParams) -> SamplingParams:
+    """The parameters as set, with defaults for the rest. Ranges are for `validate_request`."""
+    values = {descriptor.name: value for descriptor, value in message.ListFields()}
+    for name in ("stop", "stop_token_ids"):
+        values[name] = tuple(values.get(name, ()))
+    for index, text in enumerate(values["stop"]):
+        if len(text) > MAX_STOP_CHARS:
+            raise InvalidRequest(f"stop[{index}]", text, f"at most {MAX_STOP_CHARS} characters")
+    values.setdefault("seed", secrets.randbits(64))
+    return SamplingParams(**values)
+
+
+def refuse_unknown_fields(message: Message, path: str = "") -> None:
+    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be ignored."""
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        field = f"field {unknown[0].field_number}"
+        raise InvalidRequest(path or message.DESCRIPTOR.name, field, f"only the fields of {message.DESCRIPTOR.full_name}")
+    for name, child in _children(message):
+        refuse_unknown_fields(child, f"{path}.{name}" if path else name)
+
+
+def _children(message: Message) -> Iterator[tuple[str, Message]]:
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        if isinstance(value, Message):
+            yield descriptor.name, value
+        else:
+            yield from ((f"{descriptor.name}[{index}]", item) for index, item in enumerate(value))
+
+
+def _check_name(field: str, value: str) -> None:
+    if len(value) > MAX_NAME_CHARS:
+        raise InvalidRequest(field, value, f"at most {MAX_NAME_CHARS} characters")

@@ -1,0 +1,70 @@
+"""Between text and token ids, as the checkpoint defines it: its tokenizer and its chat template, by way of transformers.
+
+Prompts come in as text or conversations and go on as token ids; `gateway.detokenizer` uses it for the way back.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import CheckpointError, InvalidRequest
+
+
+class Tokenizer:
+    """One checkpoint's tokenizer. Encoding and decoding may run on several threads at once."""
+
+    def __init__(self, pretrained: Any) -> None:
+        """`pretrained` is a transformers tokenizer that is backed by the tokenizers library."""
+        self._pretrained = pretrained
+        self._backend = pretrained.backend_tokenizer
+        self._backend.no_truncation()  # what tokenizer.json says about these is for training
+        self._backend.no_padding()
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @staticmethod
+    def load(path: Path) -> "Tokenizer":
+        """The tokenizer of the checkpoint in the directory `path`. Raises CheckpointError. Takes seconds: it imports transformers."""
+        from transformers import AutoTokenizer
+
+        try:
+            pretrained = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers and tokenizers raise all kinds for a file that is missing or malformed
+            reason = str(error).strip().partition("\n")[0]
+            raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {reason}") from error
+        if not getattr(pretrained, "is_fast", False):
+            kind = type(pretrained).__name__
+            raise CheckpointError(f"{path}: {kind} is not supported, expected a tokenizer.json of the tokenizers library")
+        return Tokenizer(pretrained)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._pretrained.chat_template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The token ids of `text`; names of special tokens in it become these tokens."""
+        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text, by the checkpoint's template in the sandbox of transformers. Raises InvalidRequest."""
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise InvalidRequest(
+                "prompt.chat", f"{len(messages)} messages", "text or token_ids: the model has no chat template"
+            )
+        try:
+            text = self._pretrained.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:  # the template refuses, for example an order of roles
+            raise InvalidRequest("prompt.chat", [message["role"] for message in messages], str(error)) from error
+        return str(text)
+
+    def has_text(self, token_id: int) -> bool:
+        """Whether a token stands for text: it is in the vocabulary and not special."""
+        return token_id not in self._special_ids and self._backend.id_to_token(token_id) is not None
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))

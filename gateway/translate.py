@@ -1,0 +1,157 @@
+"""Errors of the world as gRPC statuses: the code, one line for people, and google.rpc details for programs.
+
+The only place where that is decided; docs/protocol.md has the table.
+"""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from ..core.config import ClusterConfig
+from ..core.errors import (
+    CapacityError,
+    ConfigError,
+    DuplicateRequest,
+    InvalidRequest,
+    NoWorkerAvailable,
+    PdserveError,
+    QueueFull,
+)
+from ..core.request import FinishReason
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "pdserve"
+DETAILS_KEY = "grpc-status-details-bin"
+MAX_MESSAGE_CHARS = 1500  # message and details travel as HTTP/2 headers, which peers limit to 8 KiB
+RETRY_UNAVAILABLE_S = 1.0  # about what replacing a worker takes at least
+
+
+class UnknownModel(PdserveError):
+    """A client asked for a model that is not the one served."""
+
+    def __init__(self, asked: str, served: str) -> None:
+        super().__init__(f"model: {asked!r} is not served here, expected {served!r}")
+        self.served = served
+
+
+class NeedsRestart(PdserveError):
+    """A configuration differs in keys that a running cluster cannot take over."""
+
+    def __init__(self, old: ClusterConfig, new: ClusterConfig) -> None:
+        self.keys = old.changes_needing_restart(new)
+        super().__init__(f"{', '.join(self.keys)}: cannot change while the cluster runs; nothing was changed")
+
+
+class RequestFailed(PdserveError):
+    """A request ended before its choices did."""
+
+    def __init__(self, reason: FinishReason, message: str | None) -> None:
+        super().__init__(message or _ENDINGS[reason][1])
+        self.reason = reason
+
+
+class ClientStalled(PdserveError):
+    """A client does not read its stream."""
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__(f"the stream was not read for {after_s:g} s")
+
+
+class ClientGone(Exception):
+    """Nobody is left to answer."""
+
+
+_ENDINGS = {
+    FinishReason.CANCELLED: (grpc.StatusCode.CANCELLED, "the request was cancelled"),
+    FinishReason.DEADLINE: (grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was done"),
+    FinishReason.ERROR: (grpc.StatusCode.UNAVAILABLE, "no worker could finish the request"),
+}
+
+
+def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
+    """The code and the details of an error."""
+    match error:
+        case InvalidRequest():
+            return grpc.StatusCode.INVALID_ARGUMENT, [_bad_request([(error.field, f"expected {error.expected}")])]
+        case ConfigError():
+            problems = [("config_yaml", line) for line in _shortened(str(error)).splitlines()]
+            return grpc.StatusCode.INVALID_ARGUMENT, [_bad_request(problems)]
+        case UnknownModel():
+            return grpc.StatusCode.NOT_FOUND, [_info("UNKNOWN_MODEL", served=error.served)]
+        case DuplicateRequest():
+            return grpc.StatusCode.ALREADY_EXISTS, [_info("DUPLICATE_REQUEST", request_id=error.request_id)]
+        case QueueFull():
+            details = [_retry(error.retry_after_s), _info("QUEUE_FULL", max_queued_requests=str(error.limit))]
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, details
+        case NoWorkerAvailable():
+            return grpc.StatusCode.UNAVAILABLE, [_retry(RETRY_UNAVAILABLE_S), _info("NO_WORKER_AVAILABLE")]
+        case NeedsRestart():
+            return grpc.StatusCode.FAILED_PRECONDITION, [_precondition("NEEDS_RESTART", error.keys), _info("NEEDS_RESTART")]
+        case CapacityError():
+            return grpc.StatusCode.FAILED_PRECONDITION, [_info("CAPACITY")]
+        case ClientStalled():
+            return grpc.StatusCode.ABORTED, [_info("CLIENT_STALLED")]
+        case RequestFailed():
+            retry = [_retry(RETRY_UNAVAILABLE_S)] if error.reason is FinishReason.ERROR else []
+            return _ENDINGS[error.reason][0], [*retry, _info(f"REQUEST_{error.reason.name}")]
+    return grpc.StatusCode.INTERNAL, [_info(type(error).__name__)]
+
+
+@asynccontextmanager
+async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Around a handler's body: ends the call with the status of the error that comes out of it."""
+    try:
+        yield
+    except PdserveError as error:
+        code, details = to_status(error)
+        message = _shortened(str(error))
+    except ClientGone:
+        return
+    except grpc.aio.AbortError:
+        raise
+    except Exception:  # a bug of ours: its story is for the log, not for the client
+        log.exception("a call failed")
+        code, details, message = grpc.StatusCode.INTERNAL, [_info("INTERNAL")], "internal error, see the server's log"
+    else:
+        return
+    packed = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed.details.add().Pack(detail)
+    await context.abort(code, message, ((DETAILS_KEY, packed.SerializeToString()),))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 3] + "..."
+
+
+def _bad_request(problems: list[tuple[str, str]]) -> Message:
+    violation = error_details_pb2.BadRequest.FieldViolation
+    violations = [violation(field=field, description=description) for field, description in problems]
+    detail: Message = error_details_pb2.BadRequest(field_violations=violations)
+    return detail
+
+
+def _precondition(kind: str, subjects: list[str]) -> Message:
+    violation = error_details_pb2.PreconditionFailure.Violation
+    violations = [violation(type=kind, subject=subject) for subject in subjects]
+    detail: Message = error_details_pb2.PreconditionFailure(violations=violations)
+    return detail
+
+
+def _retry(delay_s: float) -> Message:
+    delay = Duration()
+    delay.FromNanoseconds(int(delay_s * 1e9))
+    detail: Message = error_details_pb2.RetryInfo(retry_delay=delay)
+    return detail
+
+
+def _info(reason: str, **metadata: str) -> Message:
+    detail: Message = error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata)
+    return detail

@@ -26,7 +26,7 @@ class GatewayServer:
         self.port = port
         self._server = server
         self._admin = admin
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
 
     async def _start(self) -> None:

@@ -28,7 +28,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._window, text = _context(tokenizer, prompt_token_ids)
         self._emitted = text[: _complete(text)]  # the window's text that is out
-        self._num_settled = len(self._window)  # tokens of the window up to which all text is out
+        # tokens of the window up to which all text is out
+        self._num_settled = len(self._window) if self._emitted == text else 0
 
     def push(self, token_id: int) -> str:
         """The text that is certain now that the choice has this token too."""
@@ -36,16 +37,14 @@ class Detokenizer:
             return ""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        complete = _complete(text)
-        if complete == len(text):
+        if not text.endswith(_REPLACEMENT):
             delta = text[len(self._emitted) :]
             self._shift()
             return delta
         if len(self._window) > _MAX_WINDOW:
-            return self._cut(text, complete)
-        if not text.startswith(self._emitted):
-            return ""  # byte tokens decode as replacement characters until all of a run is there
-        delta = text[len(self._emitted) : complete]
+            return self._cut(text)
+        certain = text.rstrip(_REPLACEMENT)  # a run of byte tokens decodes as such until its last character is complete
+        delta = certain[len(self._emitted) :] if certain.startswith(self._emitted) else ""
         self._emitted += delta
         return delta
 
@@ -63,9 +62,9 @@ class Detokenizer:
         self._num_settled = len(self._window)
         self._emitted = self._tokenizer.decode(self._window)
 
-    def _cut(self, text: str, complete: int) -> str:
+    def _cut(self, text: str) -> str:
         """Give up on finding a place where the text is complete: go on from the last tokens."""
-        delta = text[len(self._emitted) : complete]
+        delta = text[len(self._emitted) : _complete(text)]
         del self._window[:-_NUM_CONTEXT]
         self._num_settled = 0
         text = self._tokenizer.decode(self._window)
@@ -74,7 +73,7 @@ class Detokenizer:
 
 
 def _complete(text: str) -> int:
-    """How much of `text` no further token can change: all but an incomplete character at the end."""
+    """How much of `text` there is before an incomplete character at its end."""
     end = len(text)
     while end and len(text) - end < _MAX_TAIL and text[end - 1] == _REPLACEMENT:
         end -= 1

@@ -50,9 +50,8 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         if not self.has_chat_template:
-            raise InvalidRequest(
-                "prompt.chat", f"{len(messages)} messages", "text or token_ids: the model has no chat template"
-            )
+            expected = "text or token_ids, as the model has no chat template"
+            raise InvalidRequest("prompt.chat", f"{len(messages)} message(s)", expected)
         try:
             text = self._pretrained.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt

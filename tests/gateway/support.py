@@ -1,0 +1,225 @@
+"""Tokenizers built on the spot, and a cluster of the gateway's tests: it says what it is told to say."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from functools import cache
+
+from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pdserve.core.config import ClusterConfig
+from pdserve.core.errors import InvalidRequest, PdserveError
+from pdserve.core.messages import Leg, LegEnded, Role, TokenOutput, TransferStats
+from pdserve.core.request import FinishReason, Request, TransferId
+from pdserve.gateway.frontend import ClusterStatus, StreamEvent, WorkerState, WorkerStatus
+from pdserve.gateway.intake import ModelInfo
+from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.router.events import DispatchTimes, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog and then the dog sleeps",
+    "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n",
+    "Grüße aus Köln, ça va très bien, 你好世界 и привет 🙂",
+] * 4
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+EOS = "<|im_end|>"
+
+
+@cache
+def byte_level() -> Tokenizer:
+    """GPT-2's kind: every byte is a letter of the vocabulary. With a chat template."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|im_start|>", EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_tokens([AddedToken("<tool>", special=False)])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, chat_template=TEMPLATE))
+
+
+@cache
+def sentencepiece_like() -> Tokenizer:
+    """Llama 2's kind: spaces are letters, what is not in the vocabulary is spelled in bytes, a text begins with a space."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += sorted({char for text in CORPUS for char in text if char.isascii() and char.isalpha()})
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "d"), ("▁d", "o"), ("▁do", "g"), ("a", "n"), ("▁", "an")]
+    pieces += ["".join(merge) for merge in merges]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+
+
+def model_info(tokenizer: Tokenizer) -> ModelInfo:
+    return ModelInfo(
+        name="tiny",
+        architecture="LlamaForCausalLM",
+        dtype="float32",
+        max_model_len=256,
+        vocab_size=500,
+        eos_token_ids=tokenizer.encode(EOS, add_special_tokens=False),
+    )
+
+
+def timeline(request: Request) -> Timeline:
+    """One request that took 100 ms: 10 in the queue, first token at 40, its KV 75 % hidden."""
+    transfer = TransferId(request.request_id, 0)
+    stats = TransferStats(num_bytes=4 << 20, num_chunks=4, duration_s=0.02, exposed_s=0.005, hidden_bytes=3 << 20)
+    prefill = LegEnded(
+        worker_id="prefill-0",
+        incarnation=1,
+        transfer=transfer,
+        leg=Leg.PREFILL,
+        num_cached_tokens=1,
+        queue_s=0.001,
+        compute_s=0.025,
+        stats=stats,
+    )
+    dispatch = DispatchTimes(
+        attempt=0,
+        choices=tuple(range(request.sampling.n)),
+        prefill_worker="prefill-0",
+        decode_worker="decode-0",
+        num_tokens=len(request.prompt_token_ids),
+        expected_cached_tokens=0,
+        expected_ttft_s=0.03,
+        queued_s=100.0,
+        dispatched_s=100.01,
+        first_token_s=100.04,
+        prefill=prefill,
+    )
+    return Timeline(submitted_s=100.0, first_token_s=100.04, ended_s=100.1, dispatches=(dispatch,))
+
+
+class ScriptedCluster:
+    """Answers every request with the tokens of `says`, one at a time; `hold_after` tokens it waits for `go_on`."""
+
+    def __init__(self, tokenizer: Tokenizer, says: str = "the quick brown fox jumps over the lazy dog") -> None:
+        self.tokenizer = tokenizer
+        self.token_ids = tokenizer.encode(says, add_special_tokens=False)
+        self.eos_after: int | None = None
+        self.refusal: PdserveError | None = None
+        self.ending: tuple[FinishReason, str | None] | None = None
+        self.hold_after: int | None = None
+        self.go_on = asyncio.Event()
+        self.requests: list[Request] = []
+        self.closed: list[str] = []
+        self.all_closed = asyncio.Event()
+        self.stopped: list[tuple[str, int | None]] = []
+        self.applied: list[ClusterConfig] = []
+        self.drained: list[tuple[tuple[str, ...], bool]] = []
+        self.state = ClusterStatus(
+            serving=True,
+            shutting_down=False,
+            num_queued_requests=2,
+            num_running_requests=3,
+            instances={Role.PREFILL: 1, Role.DECODE: 1},
+            workers=(
+                WorkerStatus(
+                    worker_id="prefill-0",
+                    role=Role.PREFILL,
+                    state=WorkerState.READY,
+                    node="host",
+                    devices=("cpu:0",),
+                    num_running=1,
+                    num_free_blocks=90,
+                    num_blocks=100,
+                    tokens_per_s=1234.5,
+                    age_s=3700.0,
+                ),
+                WorkerStatus(
+                    worker_id="decode-0", role=Role.DECODE, state=WorkerState.STARTING, phase="loading weights", fraction=0.5
+                ),
+            ),
+            uptime_s=3700.0,
+        )
+        self._changed = asyncio.Event()
+
+    async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
+        try:
+            if self.refusal is not None:
+                raise self.refusal
+            self.requests.append(request)
+            for index in range(request.sampling.max_tokens):
+                if index == self.hold_after:
+                    await self.go_on.wait()
+                for event in self._step(request, index):
+                    yield event
+            reason, error = self.ending or (None, None)
+            yield EmitEnd(request.request_id, reason, error, timeline(request))
+        finally:
+            self.closed.append(request.request_id)
+            self.all_closed.set()
+
+    def _step(self, request: Request, index: int) -> list[StreamEvent]:
+        """Token `index` of each choice."""
+        events: list[StreamEvent] = []
+        for choice in range(request.sampling.n):
+            reason = FinishReason.LENGTH if index + 1 == request.sampling.max_tokens else None
+            token_id = self.token_ids[index % len(self.token_ids)]
+            if self.eos_after is not None and index >= self.eos_after:
+                if index > self.eos_after:
+                    continue
+                token_id, reason = request.eos_token_ids[0], FinishReason.STOP
+            wanted = request.sampling.logprobs
+            output = TokenOutput(
+                transfer=TransferId(request.request_id, 0),
+                choice=choice,
+                index=index,
+                token_id=token_id,
+                finish_reason=reason,
+                logprob=None if wanted is None else -0.5,
+                top_logprobs=tuple((rank, -0.5 - rank) for rank in range(wanted or 0)),
+            )
+            events.append(EmitTokens(request.request_id, choice, (output,)))
+            if reason is not None:
+                events.append(EmitChoiceEnd(request.request_id, choice, reason))
+        return events
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        self.stopped.append((request_id, choice))
+
+    def status(self) -> ClusterStatus:
+        return self.state
+
+    def change(self, **changes: object) -> None:
+        self.state = replace(self.state, **changes)  # type: ignore[arg-type]
+        self._changed.set()
+
+    async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
+        yield self.state
+        while not self.state.shutting_down:
+            await self._changed.wait()
+            self._changed.clear()
+            yield self.state
+
+    async def apply(self, config: ClusterConfig) -> Sequence[str]:
+        if self.refusal is not None:
+            raise self.refusal
+        self.applied.append(config)
+        return ("start decode-1",)
+
+    async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
+        known = {worker.worker_id for worker in self.state.workers}
+        for name in worker_ids:
+            if name not in known:
+                raise InvalidRequest("workers", name, f"one of {', '.join(sorted(known))}")
+        await self.go_on.wait()
+        self.drained.append((tuple(worker_ids), shutdown))
+        idle = tuple(replace(worker, num_running=0, num_waiting=0) for worker in self.state.workers)
+        self.change(workers=idle, num_running_requests=0, shutting_down=shutdown)
+
+
+TokenizerMaker = Callable[[], Tokenizer]

@@ -48,7 +48,7 @@ class Pool {
     }
     take_tasks();
     open_.store(0);
-    while (active_.load() != 0) _mm_pause();
+    for (int i = 0; active_.load() != 0; ++i) i < 4096 ? _mm_pause() : std::this_thread::yield();
   }
 
  private:

@@ -1,0 +1,51 @@
+"""Kernels under test, and random paged batches to run them on."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pdserve.kernels import AttentionBatch, KernelRequirements, Kernels, load_kernels
+from pdserve.kernels.native import why_unavailable
+
+MakeKernels = Callable[..., Kernels]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def native() -> MakeKernels:
+    """native(dtype, num_threads=1): the native kernels, or a skipped test where this machine has none."""
+
+    def make(dtype: torch.dtype, num_threads: int = 1) -> Kernels:
+        requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
+        reason = why_unavailable(requirements)
+        if reason is not None:
+            pytest.skip(reason)
+        return load_kernels("cpu", requirements, "native", num_threads)
+
+    return make
+
+
+def paged_batch(query_lens: list[int], context_lens: list[int], block_size: int) -> tuple[AttentionBatch, int]:
+    """Sequences over shuffled blocks; returns the batch and how many blocks its cache must have."""
+    counts = [-(-length // block_size) for length in context_lens]
+    free = torch.randperm(sum(counts) + 2).tolist()
+    tables = torch.full((len(counts), max(counts)), 10**6, dtype=torch.int32)
+    slots = []
+    for s, (query_len, context_len, count) in enumerate(zip(query_lens, context_lens, counts, strict=True)):
+        tables[s, :count] = torch.tensor([free.pop() for _ in range(count)])
+        positions = torch.arange(context_len - query_len, context_len)
+        slots.append(tables[s, positions // block_size].long() * block_size + positions % block_size)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    return AttentionBatch(starts, torch.tensor(context_lens, dtype=torch.int32), tables, torch.cat(slots)), sum(counts) + 2
+
+
+def assert_close(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    """`actual` in its dtype against the float64 result: errors in units of that dtype's precision."""
+    tolerance = {torch.float32: 5e-6, torch.bfloat16: 1e-2}[actual.dtype]
+    error = (actual.double() - exact).abs().max().item()
+    assert error <= tolerance * max(1.0, exact.abs().max().item()), error

@@ -1,0 +1,90 @@
+"""Tokens leave one paged cache and arrive in another, whatever the block sizes of the two."""
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from pdserve.kernels import KernelRequirements, Kernels, load_kernels, token_range_bytes
+from pdserve.kernels.native import why_unavailable
+
+NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, NUM_BLOCKS = 3, 2, 8, 12
+
+
+def _kernels(name: str, dtype: torch.dtype) -> Kernels:
+    requirements = KernelRequirements(dtype, HEAD_DIM, 8)
+    if name == "native" and (reason := why_unavailable(requirements)):
+        pytest.skip(reason)
+    return load_kernels("cpu", requirements, "native" if name == "native" else "torch", 1)
+
+
+def _random_cache(block_size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, NUM_KV_HEADS, block_size, HEAD_DIM).to(dtype)
+
+
+def _tokens(cache: torch.Tensor, block_ids: list[int]) -> torch.Tensor:
+    """The sequence in `block_ids`: [layers, 2, Hkv, tokens, D]."""
+    return cache[:, :, block_ids].transpose(2, 3).flatten(3, 4)
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    kernels = _kernels(name, dtype)
+    sizes = [data.draw(st.sampled_from([8, 16, 24, 32])) for _ in range(2)]
+    token_end = data.draw(st.integers(1, 6 * min(sizes)))
+    token_start = data.draw(st.integers(0, token_end - 1))
+    layer_end = data.draw(st.integers(1, NUM_LAYERS))
+    layer_start = data.draw(st.integers(0, layer_end - 1))
+    blocks = [data.draw(st.permutations(range(NUM_BLOCKS)))[: -(-token_end // size)] for size in sizes]
+    source, target = (_random_cache(size, dtype) for size in sizes)
+
+    buffer = torch.empty(token_range_bytes(source, layer_end - layer_start, token_end - token_start), dtype=torch.uint8)
+    kernels.gather_tokens(source, layer_start, layer_end, blocks[0], token_start, token_end, buffer)
+    expected = target.clone()
+    kernels.scatter_tokens(target, layer_start, layer_end, blocks[1], token_start, token_end, buffer)
+
+    moved = _tokens(source, blocks[0])[layer_start:layer_end, :, :, token_start:token_end]
+    assert torch.equal(buffer.view(dtype), moved.flatten())
+    for token in range(token_start, token_end):
+        block, offset = blocks[1][token // sizes[1]], token % sizes[1]
+        expected[layer_start:layer_end, :, block, :, offset] = moved[:, :, :, token - token_start]
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+def test_copy_blocks_copies_every_layer_in_order(name: str) -> None:
+    kernels = _kernels(name, torch.bfloat16)
+    cache = _random_cache(16, torch.bfloat16)
+    expected = cache.clone()
+    expected[:, :, 5] = cache[:, :, 3]
+    expected[:, :, 7] = cache[:, :, 3]
+    kernels.copy_blocks(cache, [(3, 5), (5, 7)])
+    assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"layer_end": 4}, "layers"),
+        ({"layer_start": 2, "layer_end": 2}, "layers"),
+        ({"token_end": 33}, "tokens"),
+        ({"token_start": 20}, "tokens"),
+        ({"block_ids": [1, NUM_BLOCKS]}, "block_ids"),
+        ({"block_ids": [1, -1]}, "block_ids"),
+        ({"buffer": torch.empty(5, dtype=torch.uint8)}, "buffer"),
+    ],
+)
+def test_a_transfer_outside_the_cache_or_buffer_is_refused(name: str, changed: dict, complaint: str) -> None:
+    kernels = _kernels(name, torch.float32)
+    cache = _random_cache(16, torch.float32)
+    buffer = torch.empty(token_range_bytes(cache, 2, 20), dtype=torch.uint8)
+    good = {"layer_start": 0, "layer_end": 2, "block_ids": [1, 2], "token_start": 0, "token_end": 20, "buffer": buffer}
+    for call in (kernels.gather_tokens, kernels.scatter_tokens):
+        call(cache, **good)
+        with pytest.raises(ValueError, match=complaint):
+            call(cache, **(good | changed))
+    with pytest.raises(ValueError, match="pairs"):
+        kernels.copy_blocks(cache, [(0, NUM_BLOCKS)])

@@ -1,0 +1,256 @@
+"""The reconcile loop: from desired pools and what happens to workers to what is started, drained, flipped and stopped."""
+
+import random
+from collections.abc import Mapping
+
+import pytest
+
+from pdserve.core.errors import InvalidTransition
+from pdserve.core.messages import Role
+from pdserve.router.events import Tick, WorkerIdle, WorkerLost, WorkerReady
+from pdserve.router.fleet import TRANSITIONS, Fleet, FleetConfig, Member, MemberState
+from pdserve.router.fleet_events import (
+    Apply,
+    AssignRole,
+    Drain,
+    DrainWorker,
+    FleetAction,
+    FleetEvent,
+    Shutdown,
+    StartWorker,
+    StopWorker,
+    WorkerStartFailed,
+    WorkerStopped,
+)
+
+from .cluster import worker_info
+
+P, D = Role.PREFILL, Role.DECODE
+
+
+class FleetAt:
+    """A fleet and the time; workers become ready when told so."""
+
+    def __init__(self, *ready: str, config: FleetConfig | None = None) -> None:
+        self.fleet = Fleet(config)
+        self.now_s = 0.0
+        if ready:
+            self.apply({role: sum(name.startswith(role.value) for name in ready) for role in (P, D)})
+            for name in ready:
+                self.ready(name)
+
+    def handle(self, event: FleetEvent, after_s: float = 0.0) -> list[FleetAction]:
+        self.now_s += after_s
+        return self.fleet.handle(event, self.now_s)
+
+    def apply(self, pools: dict[Role, int], num_legs: Mapping[str, int] | None = None) -> list[FleetAction]:
+        return self.handle(Apply(pools, num_legs or {}))
+
+    def incarnation(self, worker_id: str) -> int:
+        return next(m.incarnation for m in self.fleet.status() if m.worker_id == worker_id)
+
+    def ready(self, worker_id: str) -> list[FleetAction]:
+        return self.handle(WorkerReady(worker_info(worker_id, P, incarnation=self.incarnation(worker_id))))
+
+    def lost(self, worker_id: str, after_s: float = 0.0) -> list[FleetAction]:
+        return self.handle(WorkerLost(worker_id, self.incarnation(worker_id), "killed"), after_s)
+
+    def states(self) -> dict[str, tuple[Role, MemberState]]:
+        return {m.worker_id: (m.role, m.state) for m in self.fleet.status()}
+
+
+def test_apply_starts_what_is_missing_under_stable_names() -> None:
+    fleet = FleetAt()
+    assert fleet.apply({P: 1, D: 2}) == [
+        StartWorker(D, "decode-0", 1),
+        StartWorker(D, "decode-1", 2),
+        StartWorker(P, "prefill-0", 3),
+    ]
+    assert fleet.fleet.num_expected == 3
+    assert fleet.apply({P: 1, D: 2}) == []
+
+
+def test_a_lost_worker_is_replaced_at_once_under_its_name_and_a_new_incarnation() -> None:
+    fleet = FleetAt("prefill-0", "decode-0")
+    assert fleet.lost("decode-0", after_s=100.0) == [StartWorker(D, "decode-0", 3)]
+    assert fleet.handle(WorkerLost("decode-0", 1, "late")) == []
+
+
+def test_repeated_start_failures_back_off_exponentially_and_keep_their_message() -> None:
+    fleet = FleetAt(config=FleetConfig(backoff_s=1.0, max_backoff_s=4.0))
+    fleet.apply({D: 1})
+    pauses = []
+    for _ in range(4):
+        assert fleet.handle(WorkerStartFailed("decode-0", fleet.incarnation("decode-0"), "no checkpoint")) == []
+        (status,) = fleet.fleet.status()
+        assert (status.state, status.last_error) == (MemberState.BACKOFF, "no checkpoint")
+        due_s = fleet.fleet.next_tick_s()
+        assert due_s is not None
+        pauses.append(due_s - fleet.now_s)
+        (action,) = fleet.handle(Tick(), after_s=due_s - fleet.now_s)
+        assert isinstance(action, StartWorker)
+    assert pauses == [1.0, 2.0, 4.0, 4.0]
+
+
+def test_a_worker_that_dies_soon_after_each_start_backs_off_and_a_stable_one_does_not() -> None:
+    fleet = FleetAt("decode-0", config=FleetConfig(stable_s=30.0))
+    assert fleet.lost("decode-0", after_s=1.0) == []
+    fleet.handle(Tick(), after_s=1.0)
+    fleet.ready("decode-0")
+    assert fleet.lost("decode-0", after_s=31.0) == [StartWorker(D, "decode-0", 3)]
+
+
+def test_a_start_that_never_ends_is_given_up_and_repeated() -> None:
+    fleet = FleetAt(config=FleetConfig(start_timeout_s=10.0))
+    fleet.apply({D: 1})
+    assert fleet.handle(Tick(), after_s=10.0) == [StopWorker("decode-0", 1)]
+    assert fleet.fleet.status()[0].last_error == "not ready after 10 s"
+    assert fleet.handle(WorkerStopped("decode-0", 1)) == []
+    assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "decode-0", 2)]
+
+
+def test_scaling_down_drains_the_least_loaded_and_of_equals_the_newest() -> None:
+    fleet = FleetAt("decode-0", "decode-1", "decode-2")
+    assert fleet.apply({D: 2}, {"decode-0": 5, "decode-1": 1, "decode-2": 1}) == [DrainWorker("decode-2")]
+    assert fleet.apply({D: 1}, {"decode-0": 0, "decode-1": 1}) == [DrainWorker("decode-0")]
+
+
+def test_a_drained_worker_stops_when_idle_and_leaves_the_fleet() -> None:
+    fleet = FleetAt("decode-0", "decode-1")
+    fleet.apply({D: 1})
+    assert fleet.handle(WorkerIdle("decode-1", 2)) == [StopWorker("decode-1", 2)]
+    assert fleet.handle(WorkerStopped("decode-1", 2)) == []
+    assert set(fleet.states()) == {"decode-0"}
+
+
+def test_a_worker_that_does_not_become_idle_stops_after_the_drain_timeout() -> None:
+    fleet = FleetAt("decode-0", "decode-1", config=FleetConfig(drain_timeout_s=60.0))
+    fleet.apply({D: 1})
+    assert fleet.handle(Tick(), after_s=59.0) == []
+    assert fleet.handle(Tick(), after_s=1.0) == [StopWorker("decode-1", 2)]
+
+
+def test_a_worker_lost_while_draining_is_not_replaced() -> None:
+    fleet = FleetAt("decode-0", "decode-1")
+    fleet.apply({D: 1})
+    assert fleet.lost("decode-1") == []
+    assert set(fleet.states()) == {"decode-0"}
+
+
+def test_scaling_down_takes_workers_that_serve_nobody_first() -> None:
+    fleet = FleetAt("decode-0")
+    fleet.apply({D: 3})
+    assert fleet.handle(WorkerStartFailed("decode-1", 2, "out of memory")) == []
+    assert fleet.apply({D: 2}) == []
+    assert set(fleet.states()) == {"decode-0", "decode-2"}
+    assert fleet.apply({D: 1}) == [StopWorker("decode-2", 3)]
+
+
+def test_a_pool_that_grows_takes_the_worker_of_one_that_shrinks() -> None:
+    fleet = FleetAt("prefill-0", "prefill-1", "decode-0")
+    assert fleet.apply({P: 1, D: 2}) == [AssignRole("prefill-1", D)]
+    assert fleet.states()["prefill-1"] == (D, MemberState.READY)
+    assert fleet.apply({P: 2, D: 2}) == [StartWorker(P, "prefill-2", 4)]
+
+
+def test_roles_do_not_flip_between_pools_that_are_not_alike() -> None:
+    fleet = FleetAt("prefill-0", "prefill-1", "decode-0", config=FleetConfig(can_flip=False))
+    assert fleet.apply({P: 1, D: 2}) == [StartWorker(D, "decode-1", 4), DrainWorker("prefill-1")]
+
+
+def test_a_worker_still_draining_is_taken_back_when_the_pool_grows_again() -> None:
+    fleet = FleetAt("decode-0", "decode-1")
+    fleet.apply({D: 1})
+    assert fleet.apply({D: 2}) == [AssignRole("decode-1", D)]
+    assert fleet.states()["decode-1"] == (D, MemberState.READY)
+
+
+def test_a_worker_drained_by_hand_stays_out_until_the_next_apply() -> None:
+    fleet = FleetAt("decode-0", "decode-1")
+    assert fleet.handle(Drain("decode-0")) == [DrainWorker("decode-0")]
+    assert fleet.handle(WorkerIdle("decode-0", 1)) == [StopWorker("decode-0", 1)]
+    assert fleet.handle(WorkerStopped("decode-0", 1)) == []
+    assert fleet.states()["decode-0"] == (D, MemberState.DRAINED)
+    assert fleet.fleet.num_expected == 0
+    assert fleet.apply({D: 2}) == [StartWorker(D, "decode-0", 3)]
+
+
+@pytest.mark.parametrize("worker_id", ["unknown", "decode-1"])
+def test_draining_what_is_unknown_or_going_already_changes_nothing(worker_id: str) -> None:
+    fleet = FleetAt("decode-0", "decode-1")
+    fleet.apply({D: 1})
+    assert fleet.handle(Drain(worker_id)) == []
+
+
+def test_shutdown_drains_all_and_is_done_when_the_last_process_is_gone() -> None:
+    fleet = FleetAt("prefill-0", "decode-0")
+    fleet.apply({P: 2, D: 1})
+    actions = fleet.handle(Shutdown())
+    assert set(actions) == {DrainWorker("decode-0"), DrainWorker("prefill-0"), StopWorker("prefill-1", 3)}
+    fleet.handle(WorkerIdle("prefill-0", fleet.incarnation("prefill-0")))
+    fleet.handle(WorkerStopped("prefill-0", fleet.incarnation("prefill-0")))
+    fleet.handle(WorkerStopped("prefill-1", 3))
+    assert not fleet.fleet.is_stopped
+    fleet.lost("decode-0")
+    assert fleet.fleet.is_stopped
+    assert fleet.apply({D: 5}) == []
+
+
+def test_an_illegal_transition_raises_with_the_members_history() -> None:
+    member = Member("decode-0", D, 1, 0.0)
+    member.transition(MemberState.READY, 0.0)
+    with pytest.raises(InvalidTransition, match=r"decode-0.*READY -> .*STARTING"):
+        member.transition(MemberState.STARTING, 0.0)
+    assert set(TRANSITIONS) == set(MemberState)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_the_pools_become_what_was_applied_last(seed: int) -> None:
+    rng = random.Random(seed)
+    fleet = FleetAt(config=FleetConfig(can_flip=rng.random() < 0.5))
+    processes: dict[str, int] = {}
+    draining: set[str] = set()
+
+    def carry_out(actions: list[FleetAction]) -> None:
+        for action in actions:
+            match action:
+                case StartWorker(_, worker_id, incarnation):
+                    assert incarnation > processes.get(worker_id, 0)
+                    processes[worker_id] = incarnation
+                case DrainWorker(worker_id):
+                    draining.add(worker_id)
+                case AssignRole(worker_id, _):
+                    draining.discard(worker_id)
+                case StopWorker():
+                    pass
+
+    def report(what: str, worker_id: str) -> None:
+        state, incarnation = fleet.states().get(worker_id, (None, None))[1], processes[worker_id]
+        if what == "ready" and state is MemberState.STARTING:
+            carry_out(fleet.handle(WorkerReady(worker_info(worker_id, P, incarnation=incarnation))))
+        elif what == "idle" and state is MemberState.DRAINING:
+            carry_out(fleet.handle(WorkerIdle(worker_id, incarnation)))
+        elif what == "stopped" and state is MemberState.STOPPING:
+            carry_out(fleet.handle(WorkerStopped(worker_id, incarnation)))
+        elif what == "lost":
+            carry_out(fleet.handle(WorkerLost(worker_id, incarnation, "killed")))
+
+    for _ in range(300):
+        what = rng.choice(["apply", "drain", "tick", "ready", "ready", "ready", "idle", "stopped", "lost"])
+        if what == "apply":
+            carry_out(fleet.apply({P: rng.randint(0, 3), D: rng.randint(0, 3)}))
+        elif what == "tick":
+            carry_out(fleet.handle(Tick(), after_s=rng.uniform(0.0, 100.0)))
+        elif processes:
+            worker_id = rng.choice(sorted(processes))
+            carry_out(fleet.handle(Drain(worker_id))) if what == "drain" else report(what, worker_id)
+    desired = {P: rng.randint(0, 3), D: rng.randint(0, 3)}
+    carry_out(fleet.apply(desired))
+    for _ in range(20):
+        carry_out(fleet.handle(Tick(), after_s=61.0))
+        for worker_id in sorted(processes):
+            for what in ("ready", "idle", "stopped"):
+                report(what, worker_id)
+    states = list(fleet.states().values())
+    assert {role: states.count((role, MemberState.READY)) for role in (P, D)} == desired
+    assert len(states) == sum(desired.values())

@@ -12,6 +12,7 @@ class WorkerState(enum.Enum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
+    DRAINED = "drained"
     STOPPING = "stopping"
     FAILED = "failed"
 

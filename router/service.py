@@ -6,7 +6,7 @@ Runs on one asyncio loop. Every event goes through `RouterService.handle`, which
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameError, encode_frame
@@ -73,7 +73,7 @@ class RouterService:
         for connection in list(self._workers.values()):
             connection.close()
 
-    async def generate(self, request: Request) -> AsyncIterator[StreamEvent]:
+    async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator cancels.
 
         Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event.

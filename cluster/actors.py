@@ -1,0 +1,48 @@
+"""The Ray actors: thin hosts of a worker process and of the head. Everything inside is loaded in the actor's own process."""
+
+import importlib
+from typing import Any
+
+import ray
+
+HEAD_NAME = "pdserve-head"
+NAMESPACE = "pdserve"
+
+
+def load_entry_point(name: str) -> Any:
+    """The object that `package.module:name` means."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@ray.remote(max_restarts=0, max_concurrency=2)
+class WorkerActor:
+    """Hosts one worker. `run` occupies one of the actor's threads for as long as the worker lives, `stop` needs the other."""
+
+    def __init__(self, entry_point: str, spec: Any) -> None:
+        self._worker = load_entry_point(entry_point)(spec)
+
+    def run(self) -> None:
+        self._worker.run()
+
+    def stop(self) -> None:
+        self._worker.stop()
+
+
+@ray.remote(num_cpus=0)
+class HeadActor:
+    """Hosts the head: router, controller and the doors that clients come in by."""
+
+    def __init__(self, entry_point: str, spec: Any) -> None:
+        self._head = load_entry_point(entry_point)(spec)
+
+    async def start(self) -> str:
+        """Open the doors; returns the gRPC address."""
+        return str(await self._head.start())
+
+    async def wait(self) -> None:
+        """Returns when the cluster has been shut down."""
+        await self._head.wait()
+
+    async def stop(self) -> None:
+        await self._head.stop()

@@ -1,0 +1,242 @@
+"""The head: router, controller and door in one process, on one asyncio loop. What it is to clients is `gateway.Frontend`."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from ..core.config import ClusterConfig
+from ..core.errors import InvalidRequest
+from ..core.request import Request
+from ..core.status import ClusterStatus, WorkerState, WorkerStatus
+from ..engine.gpu import Node, probe_node
+from ..engine.plan import plan
+from ..router.config import RouterConfig
+from ..router.core import Router
+from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens
+from ..router.fleet import Fleet, FleetConfig, MemberState, MemberStatus
+from ..router.fleet_events import Apply, Drain, Shutdown, StartWorker
+from ..router.service import RouterService
+from ..router.status import WorkerStatus as RoutedWorker
+from .actors import load_entry_point
+from .controller import Controller, pool_sizes
+from .cores import CoreAllocator
+from .worker_spec import WorkerSpec
+
+STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
+STATES = {
+    MemberState.STARTING: WorkerState.STARTING,
+    MemberState.READY: WorkerState.READY,
+    MemberState.DRAINING: WorkerState.DRAINING,
+    MemberState.STOPPING: WorkerState.STOPPING,
+    MemberState.BACKOFF: WorkerState.FAILED,
+    MemberState.DRAINED: WorkerState.DRAINED,
+}
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a head needs to know. `door` is the entry point of the clients' server, as `package.module:name`."""
+
+    config: ClusterConfig
+    door: str
+    token: str
+    host: str
+
+
+class Head:
+    """Lives from `start` to `stop`; also the frontend that the door talks to."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        self._spec = spec
+        self._config = spec.config
+        self._plan = plan(spec.config, ray_nodes())
+        self._door: Any = None
+        self._serving = False
+        self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    async def start(self) -> str:
+        """Open the door, then start the workers; returns the address of the gRPC server."""
+        spec, config = self._spec, self._config
+        self._started_s = asyncio.get_running_loop().time()
+        fleet = Fleet(FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=_pools_are_alike(config)))
+        self._controller = Controller(
+            fleet, CoreAllocator({node.name: len(node.cores) for node in ray_nodes()}), self._worker_spec, self._on_change
+        )
+        self._service = RouterService(Router(_router_config(config)), self._controller, spec.token)
+        self._controller.attach(self._service)
+        self._control_port = await self._service.start(spec.host)
+        self._door = await load_entry_point(spec.door)(self, config)
+        self._controller.handle(Apply(pool_sizes(config)))
+        host, _ = config.listen.grpc_host_port
+        return f"{host}:{self._door.port}"
+
+    async def wait(self) -> None:
+        """Returns when the cluster has been shut down."""
+        await self._ended.wait()
+
+    async def stop(self) -> None:
+        """End everything now."""
+        self._end()
+        if self._door is not None:
+            await self._door.stop(0.0)
+        await self._controller.close()
+        await self._service.stop()
+
+    # Frontend
+
+    def generate(self, request: Request) -> AsyncGenerator[EmitTokens | EmitChoiceEnd | EmitEnd, None]:
+        return self._service.generate(request)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        self._service.cancel(request_id, choice)
+
+    def status(self) -> ClusterStatus:
+        now_s = asyncio.get_running_loop().time()
+        routed = self._service.router.status(now_s)
+        rows = {(worker.worker_id, worker.incarnation): worker for worker in routed.workers}
+        members = self._controller.fleet.status()
+        return ClusterStatus(
+            serving=any(member.state is MemberState.READY for member in members),
+            shutting_down=self._controller.fleet.is_shutting_down,
+            num_queued_requests=routed.num_queued,
+            num_running_requests=routed.num_requests - routed.num_queued,
+            instances=dict(pool_sizes(self._config)),
+            workers=tuple(self._row(member, rows.get((member.worker_id, member.incarnation)), now_s) for member in members),
+            uptime_s=now_s - self._started_s,
+            degraded=routed.degraded if routed.workers else None,
+        )
+
+    async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
+        """The state now, and again whenever it may have changed."""
+        while not self._ended.is_set():
+            self._changed.clear()
+            yield self.status()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
+            await asyncio.sleep(STATUS_INTERVAL_S)
+
+    async def apply(self, config: ClusterConfig, dry_run: bool) -> Sequence[str]:
+        changes = _changes(self._config, config)
+        plan(config, ray_nodes()).check()
+        if not dry_run:
+            self._config = config
+            self._service.router.configure(_router_config(config))
+            routed = self._service.router.status(asyncio.get_running_loop().time())
+            num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}
+            self._controller.handle(Apply(pool_sizes(config), num_legs))
+        return changes
+
+    async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
+        fleet = self._controller.fleet
+        known = {member.worker_id for member in fleet.status()}
+        for worker_id in worker_ids:
+            if worker_id not in known:
+                raise InvalidRequest("worker_ids", worker_id, f"one of {', '.join(sorted(known)) or 'none'}")
+        if shutdown:
+            self._controller.handle(Shutdown())
+        else:
+            for worker_id in worker_ids or sorted(known):
+                self._controller.handle(Drain(worker_id))
+        async for _ in self._states():
+            if shutdown and fleet.is_stopped:
+                self._end()
+                return
+            waiting = {MemberState.DRAINING, MemberState.STOPPING}
+            if not shutdown and not any(m.state in waiting for m in fleet.status() if m.worker_id in (worker_ids or known)):
+                return
+
+    async def _states(self) -> AsyncIterator[None]:
+        """Once now, and after each change."""
+        while True:
+            self._changed.clear()
+            yield
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
+
+    # inside
+
+    def _worker_spec(self, action: StartWorker, cores: tuple[int, ...]) -> WorkerSpec:
+        (num_blocks,) = (pool.num_blocks for pool in self._plan.pools if pool.role is action.role)
+        return WorkerSpec(
+            worker_id=action.worker_id,
+            incarnation=action.incarnation,
+            role=action.role,
+            config=self._config,
+            num_blocks=num_blocks,
+            cores=cores,
+            router_address=(self._spec.host, self._control_port),
+            token=self._spec.token,
+            host=self._spec.host,
+        )
+
+    def _on_change(self) -> None:
+        self._changed.set()
+        fleet = self._controller.fleet
+        serving = not fleet.is_shutting_down and any(m.state is MemberState.READY for m in fleet.status())
+        if self._door is not None and serving is not self._serving:
+            self._serving = serving
+            self._door.set_serving(serving)
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._changed.set()
+
+    def _row(self, member: MemberStatus, routed: RoutedWorker | None, now_s: float) -> WorkerStatus:
+        process = self._controller.processes.get((member.worker_id, member.incarnation))
+        info = process.info if process is not None else None
+        return WorkerStatus(
+            worker_id=member.worker_id,
+            role=member.role,
+            state=STATES[member.state],
+            phase=process.phase if process is not None else "",
+            fraction=process.fraction if process is not None else 0.0,
+            message=(member.last_error or "") if member.state is MemberState.BACKOFF else "",
+            node=info.node if info else "",
+            pid=info.pid if info else 0,
+            devices=info.devices if info else (),
+            num_running=routed.load.num_running if routed else 0,
+            num_waiting=routed.load.num_waiting if routed else 0,
+            num_free_blocks=routed.load.num_free_blocks if routed else 0,
+            num_blocks=routed.num_blocks if routed else 0,
+            tokens_per_s=routed.tokens_per_s if routed else 0.0,
+            age_s=now_s - process.started_s if process else 0.0,
+            num_restarts=member.num_failures,
+        )
+
+
+def ray_nodes() -> tuple[Node, ...]:
+    """The machines of the Ray cluster, as the planner counts them; their names are Ray's node ids."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if len(alive) == 1:
+        return (replace(probe_node(), name=alive[0]["NodeID"]),)
+    return tuple(_ray_node(node["NodeID"], node["Resources"]) for node in alive)
+
+
+def _ray_node(name: str, resources: Mapping[str, float]) -> Node:
+    memory = int(resources.get("memory", 0))
+    return Node(name, tuple(range(int(resources.get("CPU", 0)))), memory, memory)
+
+
+def _pools_are_alike(config: ClusterConfig) -> bool:
+    """Whether a worker of one pool could serve in the other."""
+    same = {"instances": 0}
+    return config.pools.prefill.model_copy(update=same) == config.pools.decode.model_copy(update=same)
+
+
+def _router_config(config: ClusterConfig) -> RouterConfig:
+    return RouterConfig(max_queued_requests=config.limits.max_queued_requests, itl_slo_s=config.slo.itl_ms / 1e3)
+
+
+def _changes(old: ClusterConfig, new: ClusterConfig) -> list[str]:
+    """What `apply` is about to do, a line each."""
+    lines = []
+    for (role, before), (_, after) in zip(old.pools.items(), new.pools.items(), strict=True):
+        if before.instances != after.instances:
+            lines.append(f"pools.{role.value}.instances: {before.instances} -> {after.instances}")
+    lines += [f"{name}: changed" for name in ("slo", "limits") if getattr(old, name) != getattr(new, name)]
+    return lines

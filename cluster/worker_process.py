@@ -1,0 +1,221 @@
+"""One worker: an engine, the two roles on its thread, a transfer endpoint and the connection to the router.
+
+    router-reader --commands--> inbox --> engine thread: prefill.step(), decode.step() --> outbox --> router
+    transfer thread --endings--> inbox
+
+Knows no Ray; an actor runs it (`cluster.actors`), and so can a test.
+"""
+
+import logging
+import os
+import queue
+import socket
+from collections.abc import Callable
+
+import msgspec
+
+from ..core.messages import (
+    Abort,
+    Hello,
+    LoadProgress,
+    Prefill,
+    Ready,
+    Reserve,
+    Serve,
+    StepReport,
+    StepTiming,
+    TransferStats,
+    WorkerCommand,
+    WorkerInfo,
+    WorkerLoad,
+)
+from ..core.request import TransferId
+from ..decode_worker.worker import DecodeWorker
+from ..engine.checkpoint import resolve_model_path
+from ..engine.engine import Engine, EngineOptions
+from ..engine.outbox import Outbox
+from ..kv_transfer.endpoint import TransferEndpoint
+from ..prefill_worker.worker import PrefillWorker
+from .worker_link import RouterLink
+from .worker_spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+
+def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
+    """Bind this process, and every thread it will start, to cores given by position; returns their numbers."""
+    available = sorted(os.sched_getaffinity(0))
+    cores = tuple(available[position] for position in positions)
+    os.sched_setaffinity(0, cores)
+    return cores
+
+
+class WorkerProcess:
+    """Lives from `run` to `stop`. The calling thread of `run` becomes the engine thread."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._load = WorkerLoad()
+
+    def run(self) -> None:
+        """Load, serve until stopped or until the router is gone, and leave nothing behind."""
+        spec = self._spec
+        cores = bind_to_cores(spec.cores)
+        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation, token=spec.token)
+        self._link = RouterLink(spec.router_address, hello, self._on_command, self.stop)
+        self._link.start()
+        endpoint: TransferEndpoint | None = None
+        try:
+            self._progress("loading weights", 0.0)
+            engine = self._load_engine()
+            endpoint = TransferEndpoint(
+                engine.cache,
+                self,
+                worker_id=spec.worker_id,
+                incarnation=spec.incarnation,
+                token=spec.token,
+                host=spec.host,
+                transport=spec.config.kv.transport,
+            )
+            self._serve(engine, endpoint, cores)
+        finally:
+            if endpoint is not None:
+                endpoint.close()
+            self._link.close()
+
+    def stop(self) -> None:
+        """End `run` after the current step; from any thread."""
+
+        def stop() -> None:
+            self._stopping = True
+
+        self._inbox.put(stop)
+
+    # endings of transfers, called on the transfer thread
+
+    def on_received(self, transfer: TransferId, payload: bytes) -> None:
+        self._inbox.put(lambda: self._decode.received(transfer, payload))
+
+    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+        self._inbox.put(lambda: self._decode.receive_failed(transfer, error))
+
+    def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
+        self._inbox.put(lambda: self._prefill.sent(transfer, stats))
+
+    def on_send_failed(self, transfer: TransferId, error: str) -> None:
+        self._inbox.put(lambda: self._prefill.send_failed(transfer, error))
+
+    def _load_engine(self) -> Engine:
+        spec, config = self._spec, self._spec.config
+        options = EngineOptions(
+            dtype=config.model.dtype,
+            block_size=config.kv.num_tokens_per_block,
+            num_blocks=spec.num_blocks,
+            max_model_len=None if config.model.max_model_len == "auto" else config.model.max_model_len,
+            kernels=config.kernels,
+            num_threads=spec.pool.num_threads,
+        )
+        path = resolve_model_path(config.model.path)
+        return Engine.open(path, options, lambda fraction: self._progress("loading weights", fraction))
+
+    def _serve(self, engine: Engine, endpoint: TransferEndpoint, cores: tuple[int, ...]) -> None:
+        spec, pool = self._spec, self._spec.pool
+        self._engine = engine
+        self._outbox = Outbox(spec.worker_id, spec.incarnation)
+        self._prefill = PrefillWorker(
+            engine.kv,
+            engine.runner,
+            endpoint,
+            self._outbox,
+            num_layers=engine.layout.num_layers,
+            max_batch_tokens=pool.max_batch_tokens,
+        )
+        self._decode = DecodeWorker(
+            engine.kv,
+            engine.runner,
+            endpoint,
+            self._outbox,
+            max_batch_size=pool.max_batch_size,
+            max_batch_tokens=pool.max_batch_tokens,
+        )
+        info = WorkerInfo(
+            worker_id=spec.worker_id,
+            incarnation=spec.incarnation,
+            role=spec.role,
+            layout=engine.layout,
+            num_blocks=engine.pool.num_blocks,
+            max_model_len=engine.kv.max_model_len,
+            max_batch_tokens=pool.max_batch_tokens,
+            max_batch_size=pool.max_batch_size,
+            address=endpoint.start(),
+            devices=tuple(f"cpu:{core}" for core in cores),
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            kernels=engine.kernels.name,
+        )
+        self._load = self._measure_load()
+        self._link.send(Ready(info=info))
+        self._link.start_heartbeat(self._report)
+        self._loop()
+
+    def _loop(self) -> None:
+        worked = False
+        while not self._stopping:
+            self._take_events(wait=not worked)
+            worked = self._prefill.step()
+            worked = self._decode.step() or worked
+            self._flush()
+
+    def _take_events(self, wait: bool) -> None:
+        if wait:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _on_command(self, command: WorkerCommand) -> None:
+        """Called on the reader thread."""
+        self._inbox.put(lambda: self._dispatch(command))
+
+    def _dispatch(self, command: WorkerCommand) -> None:
+        match command:
+            case Prefill():
+                self._prefill.prefill(command)
+            case Reserve():
+                self._decode.reserve(command)
+            case Serve():
+                self._decode.serve(command)
+            case Abort():
+                self._prefill.abort(command.transfer)
+                self._decode.abort(command.transfer)
+
+    def _flush(self) -> None:
+        """One write with everything that the last events and steps brought; tokens first, then the legs that ended."""
+        outputs, ended, timings = self._outbox.take()
+        added, evicted = self._engine.pool.take_events()
+        self._load = self._measure_load()
+        reports = [self._report(timing) for timing in timings] or [self._report()]
+        reports[0] = msgspec.structs.replace(
+            reports[0], outputs=outputs, blocks_added=tuple(added), blocks_evicted=tuple(evicted)
+        )
+        self._link.send(*reports, *ended)
+
+    def _report(self, timing: StepTiming | None = None) -> StepReport:
+        spec = self._spec
+        return StepReport(worker_id=spec.worker_id, incarnation=spec.incarnation, load=self._load, timing=timing)
+
+    def _measure_load(self) -> WorkerLoad:
+        prefill, decode = self._prefill.scheduler, self._decode.scheduler
+        return WorkerLoad(
+            num_running=prefill.num_running + decode.num_running,
+            num_waiting=prefill.num_waiting + decode.num_waiting,
+            num_queued_tokens=prefill.num_queued_tokens + decode.num_queued_tokens,
+            num_context_tokens=decode.num_context_tokens,
+            num_free_blocks=self._engine.pool.num_free_blocks,
+            num_preemptions=decode.num_preemptions,
+        )
+
+    def _progress(self, phase: str, fraction: float) -> None:
+        spec = self._spec
+        self._link.send(LoadProgress(worker_id=spec.worker_id, incarnation=spec.incarnation, phase=phase, fraction=fraction))

@@ -1,0 +1,26 @@
+"""What a worker process is told at its start. Apart from the process itself, so that the head needs none of its imports."""
+
+from dataclasses import dataclass
+
+from ..core.config import ClusterConfig, PoolSection
+from ..core.messages import Role
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker process is to be. `cores` are positions in the list of cores that its node lets it use."""
+
+    worker_id: str
+    incarnation: int
+    role: Role
+    config: ClusterConfig
+    num_blocks: int
+    cores: tuple[int, ...]
+    router_address: tuple[str, int]
+    token: str
+    host: str  # the address that peers reach this node by
+
+    @property
+    def pool(self) -> PoolSection:
+        """The pool whose limits hold for this worker."""
+        return self.config.pools.decode if self.role is Role.DECODE else self.config.pools.prefill

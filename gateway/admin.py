@@ -54,26 +54,25 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             new = parse_cluster_config(request.config_yaml, request.filename or "cluster.yaml")
             if old.changes_needing_restart(new):
                 raise NeedsRestart(old, new)
-            actions: Sequence[str] = ()
+            await self._frontend.apply(new, request.dry_run)
             if not request.dry_run:
-                actions = await self._frontend.apply(new)
                 self._in_force.config = new
-            return pb.ApplyResponse(changes=_changes(old, new), actions=actions)
+            return pb.ApplyResponse(changes=_changes(old, new))
         raise AssertionError("translated() ends the call")
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> None:  # type: ignore[override]
         async with translated(context):
             refuse_unknown_fields(request)
-            if request.shutdown and request.workers:
-                raise InvalidRequest("workers", list(request.workers), "no names together with shutdown")
-            drain = asyncio.create_task(self._frontend.drain(tuple(request.workers), request.shutdown))
+            if request.shutdown and request.worker_ids:
+                raise InvalidRequest("worker_ids", list(request.worker_ids), "no names together with shutdown")
+            drain = asyncio.create_task(self._frontend.drain(tuple(request.worker_ids), request.shutdown))
             self._drains.add(drain)
             drain.add_done_callback(self._drained)
             async with aclosing(self._until(drain)) as states:
                 async for status in states:
-                    await _write(context, _progress(status, request.workers))
+                    await _write(context, _progress(status, request.worker_ids))
             await asyncio.shield(drain)  # it goes on when the client leaves
-            last = _progress(self._frontend.status(), request.workers)
+            last = _progress(self._frontend.status(), request.worker_ids)
             last.done = True
             await _write(context, last)
 
@@ -119,6 +118,7 @@ _STATES = {
     WorkerState.STARTING: pb.WORKER_STATE_STARTING,
     WorkerState.READY: pb.WORKER_STATE_READY,
     WorkerState.DRAINING: pb.WORKER_STATE_DRAINING,
+    WorkerState.DRAINED: pb.WORKER_STATE_DRAINED,
     WorkerState.STOPPING: pb.WORKER_STATE_STOPPING,
     WorkerState.FAILED: pb.WORKER_STATE_FAILED,
 }
@@ -130,7 +130,7 @@ def _num_ready(workers: Sequence[WorkerStatus], role: str) -> int:
 
 def _worker(worker: WorkerStatus) -> pb.WorkerStatus:
     return pb.WorkerStatus(
-        name=worker.worker_id,
+        worker_id=worker.worker_id,
         role=worker.role.value,
         state=_STATES[worker.state],
         phase=worker.phase,
@@ -155,7 +155,7 @@ def _progress(status: ClusterStatus, names: Sequence[str]) -> pb.DrainProgress:
         for worker in status.workers
         if worker.num_running + worker.num_waiting and (not names or worker.worker_id in names)
     ]
-    return pb.DrainProgress(num_running_requests=status.num_running_requests, workers=busy)
+    return pb.DrainProgress(num_running_requests=status.num_running_requests, worker_ids=busy)
 
 
 def _changes(old: ClusterConfig, new: ClusterConfig) -> list[pb.ConfigChange]:

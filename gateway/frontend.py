@@ -36,8 +36,8 @@ class Frontend(Protocol):
         """The state now and after each change, a few times a second at most; ends when the cluster shuts down."""
         ...
 
-    async def apply(self, config: ClusterConfig) -> Sequence[str]:
-        """Make the cluster match `config`; returns what is being done about it, a line each, such as "start decode-1".
+    async def apply(self, config: ClusterConfig, dry_run: bool) -> object:
+        """Start to make the cluster match `config`; with `dry_run`, only check that it could.
 
         `config` differs from the one in force only in keys that may change while it runs. Raises CapacityError.
         """

@@ -24,7 +24,7 @@ class Tokenizer:
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":
-        """The tokenizer of the checkpoint in the directory `path`. Raises CheckpointError. Takes seconds: it imports transformers."""
+        """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes seconds: it imports transformers."""
         from transformers import AutoTokenizer
 
         try:

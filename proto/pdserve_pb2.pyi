@@ -57,10 +57,12 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     WORKER_STATE_READY: _WorkerState.ValueType  # 2
     WORKER_STATE_DRAINING: _WorkerState.ValueType  # 3
     """Finishing what it has; no new work."""
-    WORKER_STATE_STOPPING: _WorkerState.ValueType  # 4
-    """Drained or being ended."""
-    WORKER_STATE_FAILED: _WorkerState.ValueType  # 5
-    """It could not start, or died too often; `message` says why."""
+    WORKER_STATE_DRAINED: _WorkerState.ValueType  # 4
+    """Idle after draining, and kept."""
+    WORKER_STATE_STOPPING: _WorkerState.ValueType  # 5
+    """Being ended."""
+    WORKER_STATE_FAILED: _WorkerState.ValueType  # 6
+    """It could not start, or it died; `message` says why. It is replaced after a while."""
 
 class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper): ...
 
@@ -70,10 +72,12 @@ WORKER_STATE_STARTING: WorkerState.ValueType  # 1
 WORKER_STATE_READY: WorkerState.ValueType  # 2
 WORKER_STATE_DRAINING: WorkerState.ValueType  # 3
 """Finishing what it has; no new work."""
-WORKER_STATE_STOPPING: WorkerState.ValueType  # 4
-"""Drained or being ended."""
-WORKER_STATE_FAILED: WorkerState.ValueType  # 5
-"""It could not start, or died too often; `message` says why."""
+WORKER_STATE_DRAINED: WorkerState.ValueType  # 4
+"""Idle after draining, and kept."""
+WORKER_STATE_STOPPING: WorkerState.ValueType  # 5
+"""Being ended."""
+WORKER_STATE_FAILED: WorkerState.ValueType  # 6
+"""It could not start, or it died; `message` says why. It is replaced after a while."""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 @_typing.final
@@ -1182,7 +1186,7 @@ Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
 class WorkerStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    NAME_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     PHASE_FIELD_NUMBER: _builtins.int
@@ -1198,7 +1202,7 @@ class WorkerStatus(_message.Message):
     TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
+    worker_id: _builtins.str
     role: _builtins.str
     """"prefill", "decode" or "both"."""
     state: Global___WorkerState.ValueType
@@ -1231,7 +1235,7 @@ class WorkerStatus(_message.Message):
     def __init__(
         self,
         *,
-        name: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
         role: _builtins.str = ...,
         state: Global___WorkerState.ValueType = ...,
         phase: _builtins.str = ...,
@@ -1250,7 +1254,7 @@ class WorkerStatus(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "devices", b"devices", "fraction", b"fraction", "message", b"message", "name", b"name", "node", b"node", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_restarts", b"num_restarts", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "pid", b"pid", "role", b"role", "state", b"state", "tokens_per_s", b"tokens_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "devices", b"devices", "fraction", b"fraction", "message", b"message", "node", b"node", "num_blocks", b"num_blocks", "num_free_blocks", b"num_free_blocks", "num_restarts", b"num_restarts", "num_running", b"num_running", "num_waiting", b"num_waiting", "phase", b"phase", "pid", b"pid", "role", b"role", "state", b"state", "tokens_per_s", b"tokens_per_s", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1289,24 +1293,20 @@ class ApplyResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHANGES_FIELD_NUMBER: _builtins.int
-    ACTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConfigChange]:
-        """The keys that differ from what held before; empty when nothing does."""
-
-    @_builtins.property
-    def actions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the cluster does about it, a line each, such as "start decode-1". Work may go on after the answer."""
+        """The keys that differ from what held before; empty when nothing does. Workers may still be starting or draining after the
+        answer; WatchStatus shows how far they are.
+        """
 
     def __init__(
         self,
         *,
         changes: _abc.Iterable[Global___ConfigChange] | None = ...,
-        actions: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "changes", b"changes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1342,23 +1342,23 @@ Global___ConfigChange: _TypeAlias = ConfigChange  # noqa: Y015
 class DrainRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    WORKERS_FIELD_NUMBER: _builtins.int
+    WORKER_IDS_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     shutdown: _builtins.bool
-    """End the cluster once everything is drained. Only without `workers`."""
+    """End the cluster once everything is drained. Only without `worker_ids`."""
     @_builtins.property
-    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of workers; none: all of them."""
 
     def __init__(
         self,
         *,
-        workers: _abc.Iterable[_builtins.str] | None = ...,
+        worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         shutdown: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["shutdown", b"shutdown", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shutdown", b"shutdown", "worker_ids", b"worker_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1369,26 +1369,26 @@ class DrainProgress(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
-    WORKERS_FIELD_NUMBER: _builtins.int
+    WORKER_IDS_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     num_running_requests: _builtins.int
     """Requests that are still being served by workers that drain."""
     done: _builtins.bool
     """The last message: everything asked for is drained, or the time is up."""
     @_builtins.property
-    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workers that still have work."""
 
     def __init__(
         self,
         *,
         num_running_requests: _builtins.int = ...,
-        workers: _abc.Iterable[_builtins.str] | None = ...,
+        worker_ids: _abc.Iterable[_builtins.str] | None = ...,
         done: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "num_running_requests", b"num_running_requests", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "num_running_requests", b"num_running_requests", "worker_ids", b"worker_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,8 @@ from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import InvalidRequest, PdserveError
 from pdserve.core.messages import Leg, LegEnded, Role, TokenOutput, TransferStats
 from pdserve.core.request import FinishReason, Request, TransferId
-from pdserve.gateway.frontend import ClusterStatus, StreamEvent, WorkerState, WorkerStatus
+from pdserve.core.status import ClusterStatus, WorkerState, WorkerStatus
+from pdserve.gateway.frontend import StreamEvent
 from pdserve.gateway.intake import ModelInfo
 from pdserve.gateway.tokenizer import Tokenizer
 from pdserve.router.events import DispatchTimes, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
@@ -23,7 +24,8 @@ CORPUS = [
     "Grüße aus Köln, ça va très bien, 你好世界 и привет 🙂",
 ] * 4
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}{% endif %}"
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -110,6 +112,7 @@ class ScriptedCluster:
         self.tokenizer = tokenizer
         self.token_ids = tokenizer.encode(says, add_special_tokens=False)
         self.eos_after: int | None = None
+        self.num_extra_logprobs = 0  # makes messages big
         self.refusal: PdserveError | None = None
         self.ending: tuple[FinishReason, str | None] | None = None
         self.hold_after: int | None = None
@@ -181,7 +184,7 @@ class ScriptedCluster:
                 token_id=token_id,
                 finish_reason=reason,
                 logprob=None if wanted is None else -0.5,
-                top_logprobs=tuple((rank, -0.5 - rank) for rank in range(wanted or 0)),
+                top_logprobs=tuple((rank, -0.5 - rank) for rank in range((wanted or 0) + self.num_extra_logprobs)),
             )
             events.append(EmitTokens(request.request_id, choice, (output,)))
             if reason is not None:
@@ -199,23 +202,26 @@ class ScriptedCluster:
         self._changed.set()
 
     async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
-        yield self.state
-        while not self.state.shutting_down:
-            await self._changed.wait()
-            self._changed.clear()
-            yield self.state
+        seen = self.state
+        yield seen
+        while not seen.shutting_down:
+            while self.state is seen:
+                self._changed.clear()
+                await self._changed.wait()
+            seen = self.state
+            yield seen
 
-    async def apply(self, config: ClusterConfig) -> Sequence[str]:
+    async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
         if self.refusal is not None:
             raise self.refusal
-        self.applied.append(config)
-        return ("start decode-1",)
+        if not dry_run:
+            self.applied.append(config)
 
     async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
         known = {worker.worker_id for worker in self.state.workers}
         for name in worker_ids:
             if name not in known:
-                raise InvalidRequest("workers", name, f"one of {', '.join(sorted(known))}")
+                raise InvalidRequest("worker_ids", name, f"one of {', '.join(sorted(known))}")
         await self.go_on.wait()
         self.drained.append((tuple(worker_ids), shutdown))
         idle = tuple(replace(worker, num_running=0, num_waiting=0) for worker in self.state.workers)

@@ -1,0 +1,69 @@
+"""A real server on a free port, in front of a cluster that says what it is told to say."""
+
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+
+from pdserve.core.config import ClusterConfig
+from pdserve.gateway.app import GatewayServer, serve
+from pdserve.proto import pdserve_pb2_grpc
+from tests.gateway.support import ScriptedCluster, byte_level, model_info
+
+CONFIG = ClusterConfig.model_validate(
+    {
+        "listen": {"grpc": "127.0.0.1:0"},
+        "limits": {"max_message_bytes": 100_000, "max_tokens": 100, "max_n": 4},
+        "model": {"path": "tiny"},
+    }
+)
+
+
+@pytest.fixture
+def cluster() -> ScriptedCluster:
+    return ScriptedCluster(byte_level())
+
+
+@pytest.fixture
+async def server(cluster: ScriptedCluster) -> AsyncIterator[GatewayServer]:
+    gateway = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer), stall_s=0.05)
+    yield gateway
+    await gateway.stop(0)
+
+
+@pytest.fixture
+async def channel(server: GatewayServer) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield channel
+
+
+@pytest.fixture
+def generation(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.GenerationAsyncStub":
+    return pdserve_pb2_grpc.GenerationStub(channel)
+
+
+@pytest.fixture
+def admin(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
+    return pdserve_pb2_grpc.ClusterStub(channel)
+
+
+@pytest.fixture
+def details() -> Callable[[grpc.aio.AioRpcError], dict[str, object]]:
+    """The google.rpc details of an error, by the name of their type."""
+
+    def unpack(error: grpc.aio.AioRpcError) -> dict[str, object]:
+        packed = dict(error.trailing_metadata())["grpc-status-details-bin"]
+        status = status_pb2.Status.FromString(packed)
+        assert status.code == error.code().value[0]
+        assert status.message == error.details()
+        return {item.TypeName().rpartition(".")[2]: _unpacked(item) for item in status.details}
+
+    return unpack
+
+
+def _unpacked(item: AnyMessage) -> object:
+    message = getattr(error_details_pb2, item.TypeName().rpartition(".")[2])()
+    item.Unpack(message)
+    return message

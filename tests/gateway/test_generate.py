@@ -1,0 +1,206 @@
+"""What clients get for a good request: text, tokens, endings and the account of where the time went."""
+
+from typing import TypeAlias
+
+import grpc
+import pytest
+
+from pdserve.core.request import FinishReason
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from tests.gateway.support import EOS, ScriptedCluster
+
+Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
+
+
+def ask(text: str = "hello", **sampling: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(prompt=pb.Prompt(text=text), sampling=pb.SamplingParams(**sampling))
+
+
+async def stream(stub: Stub, request: pb.GenerateRequest) -> list[pb.GenerateEvent]:
+    return [event async for event in stub.GenerateStream(request)]
+
+
+def text_of(events: list[pb.GenerateEvent], choice: int = 0) -> str:
+    return "".join(event.tokens.text for event in events if event.HasField("tokens") and event.tokens.choice == choice)
+
+
+async def test_tokens_stream_with_contiguous_indices_then_one_end_each(generation: Stub, cluster: ScriptedCluster) -> None:
+    events = await stream(generation, ask(max_tokens=7))
+    deltas = [event.tokens for event in events if event.HasField("tokens")]
+    assert [delta.index for delta in deltas] == list(range(7))
+    assert [token_id for delta in deltas for token_id in delta.token_ids] == list(cluster.token_ids[:7])
+    assert text_of(events) == cluster.tokenizer.decode(cluster.token_ids[:7])
+    assert [event.WhichOneof("event") for event in events[-2:]] == ["choice_end", "end"]
+    assert events[-2].choice_end.finish_reason == pb.FINISH_REASON_LENGTH
+    usage = events[-1].end.usage
+    assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (
+        len(cluster.requests[0].prompt_token_ids),
+        1,
+        7,
+    )
+
+
+async def test_the_unary_answer_is_the_stream_put_together(generation: Stub) -> None:
+    request = ask(max_tokens=9, n=2, logprobs=1, seed=1)
+    events = await stream(generation, request)
+    response = await generation.Generate(request)
+    for index, choice in enumerate(response.choices):
+        assert choice.text == text_of(events, index)
+        assert len(choice.token_ids) == len(choice.logprobs) == 9
+        assert choice.finish_reason == pb.FINISH_REASON_LENGTH
+    assert len(response.choices) == 2
+    assert response.usage == events[-1].end.usage
+    assert response.timeline == events[-1].end.timeline
+
+
+async def test_the_timeline_tells_each_leg(generation: Stub) -> None:
+    timeline = (await stream(generation, ask(max_tokens=2)))[-1].end.timeline
+    assert timeline.first_token_s == pytest.approx(0.04)
+    assert timeline.ended_s == pytest.approx(0.1)
+    (attempt,) = timeline.attempts
+    assert attempt.dispatched_s == pytest.approx(0.01)
+    assert (attempt.prefill.worker, attempt.decode.worker) == ("prefill-0", "decode-0")
+    assert attempt.prefill.compute_s == pytest.approx(0.025)
+    assert attempt.transfer.num_bytes == 4 << 20
+    assert attempt.transfer.hidden_share == pytest.approx(0.75)
+    assert attempt.decode.duration_s == pytest.approx(0.06)
+
+
+async def test_unset_parameters_have_their_defaults_and_a_drawn_seed(generation: Stub, cluster: ScriptedCluster) -> None:
+    await stream(generation, pb.GenerateRequest(prompt=pb.Prompt(text="hello")))
+    await stream(generation, ask(temperature=0.0, top_k=5, stop_token_ids=[7], ignore_eos=True, seed=2**64 - 1))
+    drawn, asked = (request.sampling for request in cluster.requests)
+    assert (drawn.max_tokens, drawn.temperature, drawn.n, drawn.logprobs, drawn.stop) == (16, 1.0, 1, None, ())
+    assert (asked.temperature, asked.top_k, asked.stop_token_ids, asked.ignore_eos) == (0.0, 5, (7,), True)
+    assert asked.seed == 2**64 - 1
+    assert len({request.request_id for request in cluster.requests}) == 2
+
+
+async def test_an_end_of_text_token_ends_a_choice_without_text(generation: Stub, cluster: ScriptedCluster) -> None:
+    cluster.eos_after = 3
+    events = await stream(generation, ask(max_tokens=9))
+    end = next(event.choice_end for event in events if event.HasField("choice_end"))
+    assert end.finish_reason == pb.FINISH_REASON_STOP
+    assert not end.HasField("stop_string")
+    assert EOS not in text_of(events)
+    assert events[-1].end.usage.completion_tokens == 4
+
+
+async def test_a_stop_string_across_tokens_ends_only_its_choice(generation: Stub, cluster: ScriptedCluster) -> None:
+    events = await stream(generation, ask(max_tokens=40, n=2, stop=["fox jumps", "no such"]))
+    ends = [event.choice_end for event in events if event.HasField("choice_end")]
+    assert [(end.choice, end.finish_reason, end.stop_string) for end in ends] == [
+        (0, pb.FINISH_REASON_STOP, "fox jumps"),
+        (1, pb.FINISH_REASON_STOP, "fox jumps"),
+    ]
+    assert text_of(events) == "the quick brown "
+    request_id = cluster.requests[0].request_id
+    assert cluster.stopped == [(request_id, 0), (request_id, 1)]
+    assert events[-1].HasField("end")
+
+
+async def test_stop_strings_do_not_count_before_min_tokens(generation: Stub, cluster: ScriptedCluster) -> None:
+    num_tokens = len(cluster.token_ids)
+    events = await stream(generation, ask(max_tokens=2 * num_tokens, min_tokens=num_tokens, stop=["quick"]))
+    assert text_of(events).count("quick") == 1
+    assert events[-2].choice_end.stop_string == "quick"
+
+
+async def test_text_held_back_comes_at_the_end(generation: Stub, cluster: ScriptedCluster) -> None:
+    num_tokens = len(cluster.token_ids)
+    events = await stream(generation, ask(max_tokens=num_tokens, stop=["lazy dog and more"]))
+    assert text_of(events) == "the quick brown fox jumps over the lazy dog"
+    assert events[-2].choice_end.finish_reason == pb.FINISH_REASON_LENGTH
+
+
+async def test_logprobs_come_with_their_tokens(generation: Stub) -> None:
+    events = await stream(generation, ask(max_tokens=2, logprobs=2))
+    (first,) = events[0].tokens.logprobs
+    assert first.logprob == -0.5
+    assert [(top.token_id, top.logprob) for top in first.top] == [(0, -0.5), (1, -1.5)]
+
+
+async def test_a_conversation_goes_through_the_template_of_the_checkpoint(generation: Stub, cluster: ScriptedCluster) -> None:
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hello")])
+    await stream(generation, pb.GenerateRequest(prompt=pb.Prompt(chat=chat)))
+    prompt = cluster.tokenizer.decode(cluster.requests[0].prompt_token_ids)
+    assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_token_ids_are_used_as_they_are(generation: Stub, cluster: ScriptedCluster) -> None:
+    await stream(generation, pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[5, 6, 7]))))
+    assert cluster.requests[0].prompt_token_ids == (5, 6, 7)
+
+
+async def test_tokenize_and_detokenize_are_each_others_way_back(generation: Stub) -> None:
+    text = "the dog 🙂 sleeps"
+    tokens = await generation.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text=text)))
+    assert len(tokens.pieces) == len(tokens.token_ids)
+    assert tokens.max_model_len == 256
+    assert (await generation.Detokenize(pb.DetokenizeRequest(token_ids=tokens.token_ids))).text == text
+    special = pb.DetokenizeRequest(token_ids=[1], skip_special_tokens=False)
+    assert (await generation.Detokenize(special)).text == EOS
+
+
+async def test_model_info_tells_name_and_limits(generation: Stub) -> None:
+    info = await generation.GetModelInfo(pb.GetModelInfoRequest())
+    assert (info.name, info.max_model_len, info.has_chat_template) == ("tiny", 256, True)
+    assert (info.limits.max_tokens, info.limits.max_n, info.limits.max_prompt_tokens) == (100, 4, 255)
+
+
+async def test_long_prompts_and_short_ones_are_encoded_alike(generation: Stub, cluster: ScriptedCluster) -> None:
+    text = "the quick brown fox " * 300
+    tokens = await generation.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text=text)))
+    assert tuple(tokens.token_ids) == cluster.tokenizer.encode(text)
+
+
+async def test_leaving_a_stream_frees_what_it_holds(generation: Stub, cluster: ScriptedCluster) -> None:
+    cluster.hold_after = 1
+    call = generation.GenerateStream(ask(max_tokens=9))
+    await call.read()
+    assert cluster.closed == []
+    call.cancel()
+    await cluster.all_closed.wait()
+
+
+async def test_a_deadline_travels_with_the_request_and_ends_it(generation: Stub, cluster: ScriptedCluster) -> None:
+    cluster.hold_after = 0
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generation.Generate(ask(), timeout=0.2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await cluster.all_closed.wait()
+    assert cluster.requests[0].deadline_s is not None
+
+
+async def test_without_a_deadline_a_request_has_none(generation: Stub, cluster: ScriptedCluster) -> None:
+    await generation.Generate(ask())
+    assert cluster.requests[0].deadline_s is None
+
+
+async def test_a_client_that_stops_reading_frees_what_it_holds(generation: Stub, cluster: ScriptedCluster) -> None:
+    cluster.num_extra_logprobs = 50_000
+    call = generation.GenerateStream(ask(max_tokens=90, logprobs=0))
+    await call.read()
+    await cluster.all_closed.wait()
+    call.cancel()
+    assert cluster.closed == [cluster.requests[0].request_id]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (FinishReason.DEADLINE, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (FinishReason.CANCELLED, grpc.StatusCode.CANCELLED),
+        (FinishReason.ERROR, grpc.StatusCode.UNAVAILABLE),
+    ],
+)
+async def test_a_request_that_cannot_go_on_ends_with_its_status(
+    generation: Stub, cluster: ScriptedCluster, reason: FinishReason, code: grpc.StatusCode
+) -> None:
+    cluster.ending = (reason, None)
+    call = generation.GenerateStream(ask(max_tokens=3))
+    for _ in range(4):
+        assert not (await call.read()).HasField("end")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is code

@@ -18,7 +18,7 @@ from .span import Span
 PROTOCOL_VERSION = 1
 
 
-class Connect(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
     """P's first frame: who asks for whom, and what its KV looks like."""
 
     version: int
@@ -32,7 +32,7 @@ class Connect(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     layout: KVLayout
 
 
-class Prepare(msgspec.Struct, frozen=True, tag=True):
+class Prepare(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """D's staging ring, and where to meet for it: `shm` sends its memory with this frame, `gloo` names a store."""
 
     epoch: int
@@ -42,13 +42,13 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     store_port: int = 0
 
 
-class Connected(msgspec.Struct, frozen=True, tag=True):
+class Connected(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """D's side of the link stands."""
 
     epoch: int
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True):
+class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """D will not talk to this peer."""
 
     error: str

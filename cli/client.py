@@ -1,0 +1,66 @@
+"""A connection to a running server, and its errors in words."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import grpc
+
+from ..core.errors import PdserveError
+from ..proto import pdserve_pb2_grpc
+
+DETAILS_KEY = "grpc-status-details-bin"
+OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
+class CommandFailed(PdserveError):
+    """A command could not do what it was asked; the message is for its user."""
+
+
+class Client:
+    """Both services at one address."""
+
+    def __init__(self, address: str, channel: grpc.Channel) -> None:
+        self.address = address
+        self.generation: pdserve_pb2_grpc.GenerationStub = pdserve_pb2_grpc.GenerationStub(channel)
+        self.cluster: pdserve_pb2_grpc.ClusterStub = pdserve_pb2_grpc.ClusterStub(channel)
+
+
+@contextmanager
+def connect(address: str) -> Iterator[Client]:
+    """A client of the server at `address`; its errors become CommandFailed."""
+    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+        try:
+            yield Client(address, channel)
+        except grpc.RpcError as error:
+            raise CommandFailed(describe(error, address)) from error
+
+
+def describe(error: grpc.RpcError, address: str) -> str:
+    """What went wrong in a call, in one line where the server said no more."""
+    call = as_call(error)
+    if is_unreachable(error):
+        return f"no pdserve server answers at {address}; start one with `pdserve up`, or name another with --address"
+    if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not _is_from_pdserve(call):
+        return f"the request is too large: {call.details()}"
+    return call.details() or call.code().name.lower().replace("_", " ")
+
+
+def is_unreachable(error: grpc.RpcError) -> bool:
+    """Whether there is no server, or it went away during the call."""
+    call = as_call(error)
+    return call.code() is grpc.StatusCode.UNAVAILABLE and not _is_from_pdserve(call)
+
+
+def is_gone(error: grpc.RpcError) -> bool:
+    """Whether a call failed because its server ended."""
+    return is_unreachable(error) or as_call(error).code() is grpc.StatusCode.CANCELLED
+
+
+def as_call(error: grpc.RpcError) -> grpc.Call:
+    """The same object: errors of calls are calls."""
+    return cast(grpc.Call, error)
+
+
+def _is_from_pdserve(error: grpc.Call) -> bool:
+    return any(key == DETAILS_KEY for key, _ in error.trailing_metadata() or ())

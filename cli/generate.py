@@ -1,0 +1,95 @@
+"""`pdserve generate` and `pdserve chat`: prompts in, text on stdout as it comes."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+from google.protobuf.json_format import MessageToJson
+
+from ..proto import pdserve_pb2 as pb
+from .client import Client, CommandFailed
+from .timeline import timeline_lines
+
+Write = Callable[[str], None]
+
+
+def write_out(text: str) -> None:
+    """To stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def text_prompt(text: str) -> pb.Prompt:
+    return pb.Prompt(text=text)
+
+
+def chat_prompt(text: str, system: str | None) -> pb.Prompt:
+    messages = [pb.ChatMessage(role="system", content=system)] if system else []
+    return pb.Prompt(chat=pb.Chat(messages=[*messages, pb.ChatMessage(role="user", content=text)]))
+
+
+def token_ids_prompt(text: str) -> pb.Prompt:
+    """From numbers separated by commas or spaces."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() and int(word) < 2**32 for word in words):
+        raise CommandFailed(f"--token-ids: {text!r} is not valid, expected numbers such as 1,15,27")
+    return pb.Prompt(token_ids=pb.TokenIds(ids=map(int, words)))
+
+
+def stream_text(events: Iterable[pb.GenerateEvent], write: Write) -> tuple[str, pb.RequestEnd]:
+    """Write the text of a stream of one choice as it comes; returns it with the end of the stream."""
+    pieces, end = [], pb.RequestEnd()
+    for event in events:
+        if event.HasField("tokens"):
+            pieces.append(event.tokens.text)
+            write(event.tokens.text)
+        elif event.HasField("end"):
+            end = event.end
+    write("\n")
+    return "".join(pieces), end
+
+
+def generate(client: Client, request: pb.GenerateRequest, timeline: bool, as_json: bool, timeout: float | None) -> None:
+    """Print the answer, and where its time went."""
+    if as_json:
+        response = client.generation.Generate(request, timeout=timeout)
+        print(MessageToJson(response, preserving_proto_field_name=True, ensure_ascii=False))
+        return
+    if request.sampling.n > 1:
+        end = _print_choices(client.generation.Generate(request, timeout=timeout))
+    else:
+        _, end = stream_text(client.generation.GenerateStream(request, timeout=timeout), write_out)
+    if timeline:
+        print_timeline(end)
+
+
+def _print_choices(response: pb.GenerateResponse) -> pb.RequestEnd:
+    for index, choice in enumerate(response.choices):
+        print(f"--- {index}\n{choice.text}")
+    return pb.RequestEnd(request_id=response.request_id, usage=response.usage, timeline=response.timeline)
+
+
+def print_timeline(end: pb.RequestEnd) -> None:
+    """On stderr, so that stdout is the answer alone."""
+    print("", *timeline_lines(end), sep="\n", file=sys.stderr)
+
+
+def chat(client: Client, lines: Iterator[str], system: str | None, sampling: pb.SamplingParams, write: Write) -> None:
+    """A conversation: each line of `lines` is answered with all that was said before."""
+    messages = [pb.ChatMessage(role="system", content=system)] if system else []
+    for line in lines:
+        messages.append(pb.ChatMessage(role="user", content=line))
+        request = pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat(messages=messages)), sampling=sampling)
+        text, _ = stream_text(client.generation.GenerateStream(request), write)
+        messages.append(pb.ChatMessage(role="assistant", content=text))
+
+
+def typed_lines(prompt: str) -> Iterator[str]:
+    """What is typed, or piped in, until its end or an empty line; `prompt` is shown on a terminal only."""
+    while True:
+        try:
+            line = input(prompt if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line

@@ -1,0 +1,260 @@
+"""The `pdserve` command: options and their help. What a command does stands in a module of its own, imported when it runs."""
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..core.errors import PdserveError
+
+
+class _Commands(TyperGroup):
+    """Errors of the world end a command with one message on stderr and status 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PdserveError as error:
+            print(f"pdserve: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise typer.Exit(130) from None
+        raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve large language models with prefill and decode on separate devices.",
+)
+
+
+class Output(str, Enum):
+    """How `status` prints."""
+
+    TABLE = "table"
+    WIDE = "wide"
+    JSON = "json"
+
+
+class PlanOutput(str, Enum):
+    """How `plan` prints."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Address = Annotated[str, typer.Option(envvar="PDSERVE_ADDRESS", help="HOST:PORT of the server.")]
+File = Annotated[Path | None, typer.Argument(help="The file; by default ./cluster.yaml, or else the defaults.")]
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+Temperature = Annotated[float | None, typer.Option(help="0 takes the most probable token each time.")]
+TopP = Annotated[float | None, typer.Option(help="Draw among the tokens that make up this probability.")]
+TopK = Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same output.")]
+MaxTokens = Annotated[int, typer.Option(help="Output tokens, at most.")]
+System = Annotated[str | None, typer.Option(help="The system message of a conversation.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pdserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def pdserve(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Holds the options of all commands."""
+
+
+@app.command()
+def up(file: File = None) -> None:
+    """Start a cluster on this machine, or in the Ray cluster it belongs to, and serve until Ctrl-C or `pdserve down`."""
+    from .plan import read_config
+    from .up import up
+
+    up(read_config(file))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from stdin.")],
+    max_tokens: MaxTokens = 128,
+    min_tokens: Annotated[int | None, typer.Option(help="Do not end before so many tokens.")] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw among tokens at least this fraction as probable as the best.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: avoid tokens of prompt and output.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Above 0: avoid tokens of the output.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="Above 0: avoid tokens, more so frequent ones.")] = None,
+    seed: Seed = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="How many choices.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End where the text would contain this; may be repeated.")] = None,
+    stop_token_id: Annotated[list[int] | None, typer.Option(min=0, help="End with this token; may be repeated.")] = None,
+    ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Report so many alternatives a token; seen with --json.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message to answer.")] = False,
+    system: System = None,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is a list of token ids.")] = False,
+    model: Annotated[str, typer.Option(help="The name of the model; by default the one that is served.")] = "",
+    request_id: Annotated[str, typer.Option(help="A name for the request.")] = "",
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up.")] = None,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Show on stderr where the time went.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Continue a prompt; the text comes as it is made."""
+    from ..proto import pdserve_pb2 as pb
+    from . import generate as command
+    from .client import connect
+
+    if chat and token_ids:
+        raise typer.BadParameter("--chat and --token-ids exclude each other")
+    if system is not None and not chat:
+        raise typer.BadParameter("--system needs --chat")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = pb.SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        n=n,
+        stop=stop,
+        stop_token_ids=stop_token_id,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    message = (
+        command.chat_prompt(text, system)
+        if chat
+        else command.token_ids_prompt(text)
+        if token_ids
+        else command.text_prompt(text)
+    )
+    request = pb.GenerateRequest(model=model, prompt=message, sampling=sampling, request_id=request_id)
+    with connect(address) as client:
+        command.generate(client, request, timeline=timeline, as_json=as_json, timeout=timeout)
+
+
+@app.command()
+def chat(
+    system: System = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Talk with the model; an empty line or Ctrl-D ends."""
+    from ..proto import pdserve_pb2 as pb
+    from . import generate as command
+    from .client import connect
+
+    sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    with connect(address) as client:
+        command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)
+
+
+@app.command()
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the state until interrupted.")] = False,
+    output: Annotated[Output, typer.Option("--output", "-o", help="How to print.")] = Output.TABLE,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Show the cluster and its workers."""
+    from .admin import show_status
+    from .client import connect
+
+    with connect(address) as client:
+        show_status(client, watch, output.value)
+
+
+@app.command()
+def apply(
+    file: Annotated[Path, typer.Argument(help="The file that the cluster is to match.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would change.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Make the running cluster match a file: instances are added, or drained and removed; no request fails."""
+    from .admin import apply
+    from .client import connect
+
+    with connect(address) as client:
+        apply(client, file, dry_run)
+
+
+@app.command()
+def drain(
+    workers: Annotated[list[str] | None, typer.Argument(help="Names of workers, as `status` shows them.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All workers.")] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Give no more work to workers and wait until they are idle."""
+    from .admin import drain
+    from .client import connect
+
+    if bool(workers) == all_:
+        raise typer.BadParameter("name workers, or give --all")
+    with connect(address) as client:
+        drain(client, workers or [])
+
+
+@app.command()
+def down(address: Address = DEFAULT_ADDRESS) -> None:
+    """Drain all workers and end the cluster."""
+    from .admin import shut_down
+    from .client import connect
+
+    with connect(address) as client:
+        shut_down(client)
+    print("stopped")
+
+
+@app.command()
+def validate(file: File = None) -> None:
+    """Check a cluster.yaml and the model it names."""
+    from .plan import validate
+
+    validate(file)
+
+
+@app.command()
+def plan(
+    file: File = None,
+    output: Annotated[PlanOutput, typer.Option("--output", "-o", help="How to print.")] = PlanOutput.TEXT,
+) -> None:
+    """Show what a cluster.yaml needs on this machine, what fits, and what does not and why."""
+    from .plan import show_plan
+
+    show_plan(file, output.value)
+
+
+@app.command()
+def demo() -> None:
+    """Serve the embedded model through one prefill and one decode worker and ask it something."""
+    from .demo import demo
+
+    demo()
+
+
+def main() -> None:
+    """The entry point of the `pdserve` command."""
+    app()

@@ -1,0 +1,71 @@
+"""`pdserve validate` and `pdserve plan`: what a cluster.yaml asks for, before anything starts."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ..core.config import ClusterConfig
+from ..core.config_file import load_cluster_config
+from ..core.config_types import format_size
+from ..core.errors import CapacityError
+from ..engine.plan import TYPICAL_TOKENS, Plan, PoolPlan, plan
+
+DEFAULT_FILE = Path("cluster.yaml")
+
+
+def read_config(file: Path | None) -> ClusterConfig:
+    """The configuration in `file`; without one that of ./cluster.yaml, or else the defaults."""
+    if file is None and not DEFAULT_FILE.exists():
+        return ClusterConfig()
+    return load_cluster_config(file or DEFAULT_FILE)
+
+
+def validate(file: Path | None) -> None:
+    """Raises for what is wrong on any machine; tells what this one is too small for."""
+    config = read_config(file)
+    planned = plan(config)
+    if all(finding.error is CapacityError for finding in planned.findings):
+        for finding in planned.findings:
+            print(f"on this machine: {finding.message}", file=sys.stderr)
+        print(f"{file or (DEFAULT_FILE if DEFAULT_FILE.exists() else 'defaults')}: valid")
+        return
+    planned.check()
+
+
+def show_plan(file: Path | None, output: str) -> None:
+    """Print the plan; raises when something does not fit."""
+    planned = plan(read_config(file))
+    print(plan_json(planned) if output == "json" else plan_text(planned))
+    planned.check()
+
+
+def plan_json(planned: Plan) -> str:
+    values = asdict(planned)
+    values["pools"] = [asdict(pool) | {"role": pool.role.value} for pool in planned.pools]
+    values["findings"] = [finding.message for finding in planned.findings]
+    return json.dumps(values, indent=2)
+
+
+def plan_text(planned: Plan) -> str:
+    lines = [
+        f"model     {planned.model}: {planned.architecture}, {planned.num_parameters / 1e6:.4g} M parameters, {planned.dtype}",
+        f"weights   {format_size(planned.weights_bytes)} an instance",
+        f"KV cache  {format_size(planned.kv_bytes_per_token)} a token, blocks of {planned.block_size} tokens",
+        f"length    {planned.max_model_len} tokens of prompt and output",
+    ]
+    return "\n".join([*lines, *(line for pool in planned.pools for line in _pool_lines(pool, planned.max_model_len))])
+
+
+def _pool_lines(pool: PoolPlan, max_model_len: int) -> list[str]:
+    instances = f"{pool.instances} instance{'s' * (pool.instances != 1)}"
+    sequences = f"{pool.num_max_len_sequences} of {max_model_len} tokens"
+    if max_model_len > TYPICAL_TOKENS:
+        sequences += f", or {pool.num_typical_sequences} of {TYPICAL_TOKENS}"
+    return [
+        "",
+        f"{pool.role.value}: {instances} of {pool.num_cpus:g} core{'s' * (pool.num_cpus != 1)}, {pool.num_threads} thread"
+        f"{'s' * (pool.num_threads != 1)}",
+        f"  memory     {format_size(pool.instance_bytes)} an instance, {format_size(pool.kv_cache_bytes)} of it KV cache",
+        f"  sequences  {sequences} fit into {pool.num_blocks} blocks",
+    ]

@@ -1,0 +1,73 @@
+"""`pdserve status`: reads like `kubectl get`."""
+
+from collections.abc import Iterable, Sequence
+
+from google.protobuf.json_format import MessageToJson
+
+from ..proto import pdserve_pb2 as pb
+
+STATES = {
+    pb.WORKER_STATE_STARTING: "Starting",
+    pb.WORKER_STATE_READY: "Ready",
+    pb.WORKER_STATE_DRAINING: "Draining",
+    pb.WORKER_STATE_DRAINED: "Drained",
+    pb.WORKER_STATE_STOPPING: "Stopping",
+    pb.WORKER_STATE_FAILED: "Failed",
+}
+COLUMNS = ("NAME", "ROLE", "STATE", "RUNNING", "WAITING", "BLOCKS", "TOKENS/S", "AGE", "RESTARTS")
+WIDE_COLUMNS = (*COLUMNS, "NODE", "PID", "DEVICES")
+
+
+def as_json(status: pb.ClusterStatus, indent: int | None = 2) -> str:
+    return MessageToJson(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=indent)
+
+
+def as_table(status: pb.ClusterStatus, wide: bool = False) -> str:
+    """A line on the cluster, a row for each worker, and what went wrong."""
+    rows = [WIDE_COLUMNS if wide else COLUMNS, *(_row(worker, wide) for worker in status.workers)]
+    lines = [summary(status), "", *_aligned(rows)]
+    if status.degraded:
+        lines += ["", status.degraded]
+    messages = [f"{worker.worker_id}: {worker.message}" for worker in status.workers if worker.message]
+    return "\n".join([*lines, *([""] if messages else []), *messages])
+
+
+def summary(status: pb.ClusterStatus) -> str:
+    state = "shutting down" if status.shutting_down else "serving" if status.serving else "not serving"
+    pools = ", ".join(f"{pool.role} {pool.ready}/{pool.instances} ready" for pool in status.pools)
+    requests = f"{status.num_running_requests} running, {status.num_queued_requests} queued"
+    return f"{status.model}: {state} for {age(status.uptime_s)}; {pools}; {requests}"
+
+
+def age(seconds: float) -> str:
+    """As kubectl shows it: 12s, 5m, 3h, 2d."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length or (unit == "m" and seconds >= length):
+            return f"{int(seconds // length)}{unit}"
+    return f"{int(seconds)}s"
+
+
+def state_of(worker: pb.WorkerStatus) -> str:
+    name = STATES.get(worker.state, "Unknown")
+    return f"{name}({worker.fraction:.0%})" if worker.state == pb.WORKER_STATE_STARTING else name
+
+
+def _row(worker: pb.WorkerStatus, wide: bool) -> Sequence[str]:
+    row = (
+        worker.worker_id,
+        worker.role,
+        state_of(worker),
+        str(worker.num_running),
+        str(worker.num_waiting),
+        f"{worker.num_free_blocks}/{worker.num_blocks}",
+        f"{worker.tokens_per_s:.0f}",
+        age(worker.age_s),
+        str(worker.num_restarts),
+    )
+    return (*row, worker.node or "-", str(worker.pid or "-"), ",".join(worker.devices) or "-") if wide else row
+
+
+def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

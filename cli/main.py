@@ -1,11 +1,10 @@
 """The `pdserve` command: options and their help. What a command does stands in a module of its own, imported when it runs."""
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -16,7 +15,7 @@ from ..core.errors import PdserveError
 class _Commands(TyperGroup):
     """Errors of the world end a command with one message on stderr and status 1."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PdserveError as error:
@@ -36,7 +35,7 @@ app = typer.Typer(
 )
 
 
-class Output(str, Enum):
+class Output(StrEnum):
     """How `status` prints."""
 
     TABLE = "table"
@@ -44,7 +43,7 @@ class Output(str, Enum):
     JSON = "json"
 
 
-class PlanOutput(str, Enum):
+class PlanOutput(StrEnum):
     """How `plan` prints."""
 
     TEXT = "text"
@@ -141,13 +140,8 @@ def generate(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    message = (
-        command.chat_prompt(text, system)
-        if chat
-        else command.token_ids_prompt(text)
-        if token_ids
-        else command.text_prompt(text)
-    )
+    make_prompt = command.token_ids_prompt if token_ids else command.text_prompt
+    message = command.chat_prompt(text, system) if chat else make_prompt(text)
     request = pb.GenerateRequest(model=model, prompt=message, sampling=sampling, request_id=request_id)
     with connect(address) as client:
         command.generate(client, request, timeline=timeline, as_json=as_json, timeout=timeout)

@@ -61,12 +61,14 @@ class Placer:
         """The best place that has room now; None when the job has to wait."""
         prefills, decodes, depths = self._workers(job)
         options = [self._prefill_option(job, worker, depths) for worker in prefills]
-        with_room = [option for option in options if self._has_prefill_room(option.worker)]
+        options = [option for option in options if self._has_prefill_room(option.worker)] or options
+        if not job.failed_pairs:  # a retry looks at all, as it may have to go elsewhere than to the best
+            options = sorted(options, key=_by_ttft)[: self.config.num_candidates]
         if not job.needs_decode:
-            candidates = self._prefill_only(job, with_room or options)
+            candidates = self._prefill_only(job, options)
             candidates += self._on_one(job, decodes, depths, bool(prefills))
         elif _can_pair(prefills, decodes):
-            candidates = self._pairs(job, with_room or options, decodes, depths)
+            candidates = self._pairs(job, options, decodes, depths)
             candidates += self._on_one(job, decodes, depths, True)
         else:
             candidates = self._on_one(job, decodes or prefills, depths, False)
@@ -166,6 +168,10 @@ class Placer:
             if not is_dear or score[1] == 0.0:
                 candidates.append((score, option, worker))
         return candidates
+
+
+def _by_ttft(option: PrefillOption) -> tuple[float, str]:
+    return option.ttft_s, option.worker.worker_id
 
 
 def _can_pair(prefills: list[Worker], decodes: list[Worker]) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from ..core.hashing import block_hashes
 
+HASHED_AT_ONCE = 16  # blocks by which the search for the longest prefix goes forward
+
 
 class PrefixChain:
     """The block hashes of one token sequence, computed as far as somebody asks: an unknown prompt costs one hash."""
@@ -56,22 +58,23 @@ class PrefixIndex:
 
     def longest(self, chain: PrefixChain) -> tuple[int, Iterable[str]]:
         """The most blocks of `chain` that any worker holds, and which workers those are."""
-        low, step = 0, 1  # `low` blocks are held by somebody; galloping hashes no more than twice what is held
-        while low + step <= chain.num_blocks and chain[low + step - 1] in self._holders:
-            low += step
-            step *= 2
-        while step > 1:
-            step //= 2
-            if low + step <= chain.num_blocks and chain[low + step - 1] in self._holders:
-                low += step
+        low, high, step = 0, chain.num_blocks, 1  # `low` blocks are held by somebody; `high`: nobody holds more
+        while low < high:  # an unknown prompt costs one hash, a known one few more than its cached blocks
+            middle = min(low + step, high)
+            if chain[middle - 1] in self._holders:
+                low, step = middle, HASHED_AT_ONCE
+            else:
+                high, step = middle - 1, max(1, (middle - 1 - low) // 2)
         return low, self._holders[chain[low - 1]] if low else ()
 
     def cached_blocks(self, worker_id: str, chain: PrefixChain, limit: int) -> int:
         """How many of the first `limit` blocks of `chain` the worker holds."""
         blocks = self._blocks.get(worker_id)
-        if not blocks or not limit:
+        if not blocks or not limit or chain[0] not in blocks:
             return 0
-        low, high = 0, limit
+        if chain[limit - 1] in blocks:
+            return limit
+        low, high = 1, limit - 1
         while low < high:
             middle = (low + high + 1) // 2
             if chain[middle - 1] in blocks:

@@ -116,6 +116,31 @@ def test_after_max_attempts_the_request_ends_with_the_last_error() -> None:
     assert len(cluster.closed["r"]) == 1
 
 
+def test_giving_up_on_one_choice_takes_back_the_retry_of_another_that_failed_with_it() -> None:
+    cluster = Cluster("both-0", config=RouterConfig(max_attempts=3))
+    cluster.submit(make_request(n=2, max_tokens=9))
+    for choice in (0, 1):
+        cluster.token("both-0", 0, choice=choice)
+    cluster.lose("both-0")
+    cluster.add(worker_info("both-0", incarnation=2))
+    cluster.leg_ended("both-0", Leg.DECODE, "broken", transfer=TransferId("r", 1))
+    cluster.now_s = 1.0
+    cluster.handle(Tick())
+    assert cluster.spec("both-0").transfer.attempt == 3
+    cluster.lose("both-0")
+    assert [end.finish_reason for end in cluster.ends["r"]] == [ERROR]
+    assert len(cluster.closed["r"]) == 1
+    assert cluster.router.status(1.0).num_queued == 0
+
+
+def test_legs_that_end_badly_for_the_last_time_close_the_request_once() -> None:
+    cluster = Cluster("both-0", config=RouterConfig(max_attempts=1))
+    cluster.submit(make_request())
+    cluster.leg_ended("both-0", Leg.DECODE)
+    assert [end.finish_reason for end in cluster.ends["r"]] == [ERROR]
+    assert len(cluster.closed["r"]) == 1
+
+
 def test_repeated_errors_pause_longer_and_longer_but_the_first_retry_is_at_once() -> None:
     cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(retry_delay_s=0.02, prefill_on_decode_factor=None))
     cluster.submit(make_request())

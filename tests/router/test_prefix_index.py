@@ -1,0 +1,67 @@
+"""The prefix index finds the longest cached prefix and who holds it, and hashes no more of a prompt than it has to."""
+
+from hypothesis import given, strategies as st
+
+from pdserve.core.hashing import block_hashes
+from pdserve.router.prefix_index import PrefixChain, PrefixIndex
+from pdserve.router.ranking import Ranking
+
+TOKENS = tuple(range(1000))
+
+
+@given(
+    held=st.dictionaries(st.sampled_from("abcd"), st.integers(0, 70)),
+    num_tokens=st.integers(1, 600),
+    evicted=st.integers(0, 70),
+)
+def test_prefixes_are_found_to_the_block_and_forgotten_when_evicted(
+    held: dict[str, int], num_tokens: int, evicted: int
+) -> None:
+    index = PrefixIndex()
+    for name, num_blocks in held.items():
+        index.update(name, block_hashes(TOKENS[: num_blocks * 8], 8, "salt"), ())
+    if "a" in held:
+        index.update("a", (), block_hashes(TOKENS, 8, "salt")[evicted:])
+        held["a"] = min(held["a"], evicted)
+    index.remove_worker("d")
+    held.pop("d", None)
+    chain = PrefixChain(TOKENS[:num_tokens], 8, "salt")
+    usable = {name: min(num_blocks, num_tokens // 8) for name, num_blocks in held.items()}
+    longest, holders = index.longest(chain)
+    assert longest == max(usable.values(), default=0)
+    assert set(holders) == {name for name, n in usable.items() if n == longest and longest}
+    for name, num_blocks in usable.items():
+        assert index.cached_blocks(name, chain, longest) == num_blocks
+    assert index.cached_blocks("unknown", chain, longest) == 0
+
+
+def test_an_index_without_workers_is_empty() -> None:
+    index = PrefixIndex()
+    index.update("a", block_hashes(TOKENS, 8), ())
+    index.update("b", block_hashes(TOKENS, 8), ())
+    index.remove_worker("a")
+    index.remove_worker("b")
+    assert index.longest(PrefixChain(TOKENS, 8, "")) == (0, ())
+    assert (index._holders, index._blocks) == ({}, {})
+
+
+def test_an_unknown_prompt_costs_one_hash() -> None:
+    chain = PrefixChain(TOKENS, 8, "")
+    PrefixIndex().longest(chain)
+    assert len(chain._hashes) == 1
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.none() | st.integers(0, 3)), max_size=40))
+def test_a_ranking_is_always_sorted_by_key_then_name(changes: list[tuple[str, int | None]]) -> None:
+    ranking: Ranking[str] = Ranking()
+    expected: dict[str, float] = {}
+    for name, key in changes:
+        if key is None:
+            ranking.discard(name)
+            expected.pop(name, None)
+        else:
+            ranking.put(name, key, name)
+            expected[name] = key
+    assert ranking.best(10) == sorted(expected, key=lambda name: (expected[name], name))
+    assert ranking.best(2) == ranking.best(10)[:2]
+    assert len(ranking) == len(expected)

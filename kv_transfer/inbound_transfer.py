@@ -12,7 +12,7 @@ class InboundTransfer:
     def __init__(self, transfer: TransferId, initial: InboundState, now_s: float) -> None:
         self.id = transfer
         self.machine = Machine(f"inbound {transfer}", INBOUND_TRANSITIONS, initial)
-        self.lease_from_s = now_s
+        self.since_s = now_s
         self.reservation: Expect | None = None
         self.num_offered_tokens = 0
         self.payload: bytes | None = None

@@ -41,7 +41,10 @@ class _UnderWay(NamedTuple):
 
 
 class TransferReceiver:
-    """All transfers from one peer. A transfer that has ended is in no table, so that nothing can be written for it."""
+    """All transfers from one peer. A transfer that has ended is in no table, so that nothing can be written for it.
+
+    Its lease runs until offer and reservation have met; from then on it is the link's life that holds the blocks, renewed
+    by every message and heartbeat."""
 
     def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
         self._layout = layout
@@ -57,7 +60,7 @@ class TransferReceiver:
         self._transfers: dict[TransferId, InboundTransfer] = {}
         self._refused_until_s: dict[TransferId, float] = {}  # cancelled before their offer came
         self._now_s = 0.0
-        self._heard_s = float("-inf")
+        self._heard_s = 0.0
         self._beat_s = 0.0
         self._out: list[ReceiverCommand] = []
 
@@ -233,11 +236,9 @@ class TransferReceiver:
     def _on_tick(self) -> None:
         config = self._config
         for transfer in list(self._transfers.values()):
-            lease_from_s = transfer.lease_from_s
-            if transfer.reservation is not None:
-                lease_from_s = max(lease_from_s, self._heard_s)  # a live source renews it
-            if self._now_s - lease_from_s > config.lease_s:
-                wanted = "an offer" if transfer.reservation is not None else "a reservation"
+            is_waiting = transfer.state in (InboundState.EXPECTED, InboundState.OFFERED)
+            if is_waiting and self._now_s - transfer.since_s > config.lease_s:
+                wanted = "an offer" if transfer.state is InboundState.EXPECTED else "a reservation"
                 self._fail(transfer, f"the lease ended after {config.lease_s} s without {wanted}")
         for transfer_id, until_s in list(self._refused_until_s.items()):
             if self._now_s > until_s:

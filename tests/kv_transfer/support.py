@@ -6,13 +6,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
+import torch.distributed  # noqa: F401  (its import alone would take most of the time to connect)
 
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint
 
 WAIT_S = 60.0  # far more than anything here takes
-FAST = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=0.4, lease_s=5.0)
+FAST = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=0.4, lease_s=30.0)
 
 
 def layout(block_size: int = 8, dtype: str = "float32", num_layers: int = 3, num_kv_heads: int = 2) -> KVLayout:

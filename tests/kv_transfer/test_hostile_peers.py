@@ -1,0 +1,264 @@
+"""Peers that die, freeze, or do not keep to the protocol: D's blocks stay whole and every transfer ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from xxhash import xxh3_64_intdigest
+
+from pdserve.core.codec import FrameDecoder, encode_frame
+from pdserve.core.messages import TransferAddress
+from pdserve.core.request import TransferId
+from pdserve.kv_transfer.protocol import (
+    PROTOCOL_VERSION,
+    Accept,
+    Ack,
+    Chunk,
+    Commit,
+    Connect,
+    Connected,
+    Heartbeat,
+    Nack,
+    Offer,
+    Prepare,
+    ReceiverMessage,
+)
+from pdserve.kv_transfer.shm import ShmLink
+from pdserve.kv_transfer.span import Span
+
+from .support import WAIT_S, Worker, layout
+
+T = TransferId("request", 0)
+CELL_BYTES = layout().bytes_per_token // layout().num_layers
+
+
+class RawPeer:
+    """A sender that says exactly what a test tells it to."""
+
+    def __init__(self, target: TransferAddress, epoch: int = 1) -> None:
+        self.epoch = epoch
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.settimeout(WAIT_S)
+        self._sock.connect("\0" + target.unix_name)
+        self._decoder: FrameDecoder[Any] = FrameDecoder(ReceiverMessage)
+        self._inbox: list[Any] = []
+        self.say(
+            Connect(
+                version=PROTOCOL_VERSION,
+                token="secret",
+                source_worker_id="p",
+                source_incarnation=1,
+                target_worker_id=target.worker_id,
+                target_incarnation=target.incarnation,
+                epoch=epoch,
+                link="shm",
+                layout=layout(),
+            )
+        )
+        data, fds, _, _ = socket.recv_fds(self._sock, 65536, 1)
+        self._inbox += self._decoder.feed(data)
+        prepare = self.hear(Prepare)
+        self.link = ShmLink.attach(fds[0], prepare.num_slots, prepare.slot_bytes)
+        os.close(fds[0])
+        self.hear(Connected)
+
+    def say(self, message: object) -> None:
+        self._sock.sendall(encode_frame(message))
+
+    def hear(self, kind: type[Any]) -> Any:
+        """The next message of `kind`; heartbeats in between are passed over."""
+        while True:
+            while self._inbox:
+                message = self._inbox.pop(0)
+                if not isinstance(message, Heartbeat):
+                    assert isinstance(message, kind), message
+                    return message
+            data = self._sock.recv(65536)
+            assert data, f"closed while waiting for {kind.__name__}"
+            self._inbox += self._decoder.feed(data)
+
+    def chunk(self, seq: int, span: Span, slot: int = 0, fill: int = 9, transfer: TransferId = T) -> Chunk:
+        """A correct chunk, its bytes in the ring."""
+        num_bytes = span.num_cells * CELL_BYTES
+        data = self.link.slot(slot, num_bytes)
+        data[:] = bytes([fill]) * num_bytes
+        return Chunk(self.epoch, transfer, seq, slot, span, num_bytes, xxh3_64_intdigest(data))
+
+    def is_closed(self) -> bool:
+        while True:
+            data = self._sock.recv(65536)
+            if not data:
+                return True
+
+    def close(self) -> None:
+        self._sock.close()
+        self.link.kill()
+
+
+@contextmanager
+def raw_pair() -> Iterator[tuple[RawPeer, Worker]]:
+    """An accepted transfer of 16 tokens into blocks 1 and 2."""
+    receiver = Worker("d", layout())
+    try:
+        receiver.expect(T, ("p", 1), [1, 2], 16)
+        peer = RawPeer(receiver.address)
+        try:
+            peer.say(Offer(peer.epoch, T, 16))
+            assert peer.hear(Accept).token_start == 0
+            yield peer, receiver
+        finally:
+            peer.close()
+    finally:
+        receiver.endpoint.close()
+
+
+WHOLE = Span(0, 3, 0, 16)
+HALF = Span(0, 3, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"checksum": 1}, "do not have the announced checksum"),
+        ({"num_bytes": 8}, "8 bytes, expected"),
+        ({"num_bytes": -8}, "-8 bytes, expected"),
+        ({"slot": 99}, "slot 99 of 4 is not free"),
+        ({"slot": -1}, "slot -1 of 4 is not free"),
+        ({"span": Span(0, 3, 9, 17)}, "outside of"),
+        ({"span": Span(1, 4, 0, 8)}, "outside of"),
+    ],
+)
+def test_a_wrong_chunk_is_refused_before_it_reaches_the_blocks(change: dict[str, Any], error: str) -> None:
+    with raw_pair() as (peer, receiver):
+        peer.say(msgspec.structs.replace(peer.chunk(0, HALF), **change))
+        assert error in peer.hear(Nack).error
+        assert peer.is_closed()
+        assert error in receiver.ends.receive_error(T)
+        assert receiver.store.num_scattered == 0
+        assert receiver.endpoint.counters.num_nacks == 1
+
+
+def test_a_chunk_that_comes_twice_is_refused() -> None:
+    with raw_pair() as (peer, receiver):
+        peer.say(peer.chunk(0, HALF))
+        peer.hear(Ack)
+        peer.say(peer.chunk(1, HALF, fill=1))
+        assert "has come before" in peer.hear(Nack).error
+        receiver.ends.receive_error(T)
+        assert (receiver.store.read([1, 2], 0, 8) == 9).all()
+
+
+def test_a_commit_with_cells_missing_is_refused() -> None:
+    with raw_pair() as (peer, receiver):
+        peer.say(peer.chunk(0, HALF))
+        peer.say(Commit(peer.epoch, T, b""))
+        peer.hear(Ack)
+        assert "24 (layer, token) cells missing" in peer.hear(Nack).error
+        receiver.ends.receive_error(T)
+
+
+def test_messages_of_another_epoch_or_attempt_are_dropped() -> None:
+    with raw_pair() as (peer, receiver):
+        peer.say(msgspec.structs.replace(peer.chunk(0, WHOLE, fill=1), epoch=99))
+        peer.say(Commit(99, T, b"old"))
+        peer.say(peer.chunk(0, WHOLE, fill=2, transfer=TransferId("request", 7)))
+        peer.hear(Ack)
+        peer.say(Commit(peer.epoch, TransferId("request", 7), b"older"))
+        peer.say(peer.chunk(1, WHOLE, fill=3))
+        peer.say(Commit(peer.epoch, T, b"mine"))
+        assert receiver.ends.received(T) == b"mine"
+        assert (receiver.store.read([1, 2], 0, 16) == 3).all()
+        assert receiver.endpoint.counters.num_stale_messages == 4
+        peer.say(Commit(peer.epoch, T, b"again"))
+        peer.say(peer.chunk(2, WHOLE, fill=4))
+        peer.hear(Ack)
+        assert receiver.ends.received(T) == b"mine"
+        assert (receiver.store.read([1, 2], 0, 16) == 3).all()
+
+
+def test_a_new_epoch_fences_the_old_one() -> None:
+    with raw_pair() as (old, receiver):
+        new = RawPeer(receiver.address, epoch=2)
+        try:
+            assert old.is_closed()
+            assert "connected anew" in receiver.ends.receive_error(T)
+            with pytest.raises(AssertionError, match="epoch 1 of p .incarnation 1. is over"):
+                RawPeer(receiver.address, epoch=1)
+        finally:
+            new.close()
+
+
+@pytest.mark.parametrize("first", [b"\xff" * 64, encode_frame(Offer(1, T, 3)), b"GET / HTTP/1.1\r\n\r\n"])
+def test_strangers_are_shown_the_door_and_others_are_served(first: bytes) -> None:
+    receiver = Worker("d", layout())
+    try:
+        with socket.create_connection((receiver.address.tcp_host, receiver.address.tcp_port), WAIT_S) as sock:
+            sock.sendall(first)
+            while sock.recv(4096):
+                pass
+        peer = RawPeer(receiver.address)
+        peer.close()
+    finally:
+        receiver.endpoint.close()
+
+
+CHILD = """
+import sys
+from pdserve.core.request import TransferId
+from tests.kv_transfer.support import Worker, layout
+import msgspec
+from pdserve.core.messages import TransferAddress
+target = msgspec.json.decode(sys.argv[1], type=TransferAddress)
+worker = Worker("p", layout(), seed=1, transport=sys.argv[2])
+transfer = TransferId("request", 0)
+worker.endpoint.send(transfer, target, [1, 2], 16)
+worker.endpoint.computed(transfer, 0, 3, 0, 8)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+@pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(transport: str, what: signal.Signals) -> None:
+    receiver = Worker("d", layout(), transport=transport)
+    offered = Offered(receiver)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, msgspec.json.encode(receiver.address).decode(), transport],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(["."] + sys.path)},
+    )
+    try:
+        receiver.expect(T, ("p", 1), [1, 2], 16)
+        offered.wait_until_accepted()
+        child.send_signal(what)
+        error = receiver.ends.receive_error(T)
+        assert ("no sign of life" in error) == (what == signal.SIGSTOP)
+        assert receiver.endpoint.counters.num_links_closed == 1
+    finally:
+        child.kill()
+        child.communicate()
+        receiver.endpoint.close()
+
+
+class Offered:
+    """Waits for the link by its counter: the child may take a while to start."""
+
+    def __init__(self, receiver: Worker) -> None:
+        self._receiver = receiver
+
+    def wait_until_accepted(self) -> None:
+        import threading
+
+        tick = threading.Event()
+        for _ in range(int(WAIT_S / 0.02)):
+            if self._receiver.endpoint.counters.num_links_opened:
+                return
+            tick.wait(0.02)
+        raise AssertionError("the child never connected")

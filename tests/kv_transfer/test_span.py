@@ -1,0 +1,92 @@
+"""Spans, coverage and the chunk plan: every cell exactly once, in chunks of the right size."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from pdserve.kv_transfer.planner import ChunkPlanner
+from pdserve.kv_transfer.span import Coverage, Span
+
+
+def cells(span: Span) -> set[tuple[int, int]]:
+    return {(i, t) for i in range(span.layer_start, span.layer_end) for t in range(span.token_start, span.token_end)}
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> Span:
+    layer = draw(st.integers(0, 4))
+    token = draw(st.integers(0, 20))
+    return Span(layer, draw(st.integers(layer, 5)), token, draw(st.integers(token, 22)))
+
+
+@given(st.lists(spans(), max_size=30))
+def test_coverage_takes_each_cell_once_and_none_from_outside(added: list[Span]) -> None:
+    whole = Span(0, 4, 2, 20)
+    coverage, seen = Coverage(whole), set[tuple[int, int]]()
+    for span in added:
+        new = cells(span)
+        if new and new <= cells(whole) and not new & seen:
+            coverage.add(span)
+            seen |= new
+        else:
+            with pytest.raises(ValueError):
+                coverage.add(span)
+    assert coverage.num_missing == len(cells(whole)) - len(seen)
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 60), st.integers(1, 40), st.integers(0, 30))
+def test_the_plan_sends_every_computed_cell_once_in_chunks_that_fit(
+    data: st.DataObject, num_layers: int, num_tokens: int, max_cells: int, num_cached: int
+) -> None:
+    num_cached = min(num_cached, num_tokens)
+    planner = ChunkPlanner(Span(0, num_layers, num_cached, num_tokens), 100, max_cells * 100 + 50)
+    cuts = sorted(data.draw(st.sets(st.integers(1, num_tokens), max_size=4)) | {0, num_tokens})
+    sent: list[tuple[int, int]] = []
+
+    def drain(flush: bool) -> None:
+        while (chunk := planner.take(flush)) is not None:
+            assert 0 < chunk.num_cells <= max_cells
+            sent.extend(cells(chunk))
+
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        for layer in range(num_layers):
+            planner.add(Span(layer, layer + 1, start, end))
+            if data.draw(st.booleans()):
+                drain(flush=False)
+    assert planner.num_missing == 0
+    drain(flush=True)
+    assert planner.is_empty
+    assert sorted(sent) == sorted(cells(Span(0, num_layers, num_cached, num_tokens)))
+
+
+def test_small_layers_leave_together_once_they_fill_a_chunk() -> None:
+    planner = ChunkPlanner(Span(0, 8, 0, 4), bytes_per_cell=1, chunk_bytes=12)
+    taken = []
+    for layer in range(8):
+        planner.add(Span(layer, layer + 1, 0, 4))
+        taken.append(planner.take(flush=False))
+    full = [None, None, Span(0, 3, 0, 4), None, None, Span(3, 6, 0, 4), None, None]
+    assert taken == full
+    assert planner.take(flush=True) == Span(6, 8, 0, 4)
+
+
+def test_tails_of_token_chunks_grow_together_across_layers() -> None:
+    planner = ChunkPlanner(Span(0, 4, 0, 40), bytes_per_cell=1, chunk_bytes=32)
+    chunks = []
+    for layer in range(4):
+        planner.add(Span(layer, layer + 1, 0, 40))
+        while (chunk := planner.take(flush=False)) is not None:
+            chunks.append(chunk)
+    assert any(chunk.num_layers > 1 for chunk in chunks)
+    assert sum(chunk.num_cells for chunk in chunks) == 160
+
+
+def test_a_cell_computed_twice_is_an_error() -> None:
+    planner = ChunkPlanner(Span(0, 2, 0, 8), 1, 4)
+    planner.add(Span(0, 1, 0, 8))
+    with pytest.raises(ValueError, match="has come before"):
+        planner.add(Span(0, 2, 4, 8))
+
+
+def test_a_token_larger_than_a_chunk_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one layer of one token has 5 bytes"):
+        ChunkPlanner(Span(0, 1, 0, 1), 5, 4)

@@ -1,9 +1,12 @@
 """The Ray actors: thin hosts of a worker process and of the head. Everything inside is loaded in the actor's own process."""
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import ray
+
+from .worker_spec import WorkerSpec
 
 HEAD_NAME = "pdserve-head"
 NAMESPACE = "pdserve"
@@ -19,7 +22,9 @@ def load_entry_point(name: str) -> Any:
 class WorkerActor:
     """Hosts one worker. `run` occupies one of the actor's threads for as long as the worker lives, `stop` needs the other."""
 
-    def __init__(self, entry_point: str, spec: Any) -> None:
+    def __init__(self, entry_point: str, spec: WorkerSpec) -> None:
+        if spec.host is None:
+            spec = replace(spec, host=ray.util.get_node_ip_address())
         self._worker = load_entry_point(entry_point)(spec)
 
     def run(self) -> None:

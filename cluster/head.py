@@ -44,7 +44,7 @@ class HeadSpec:
     config: ClusterConfig
     door: str
     token: str
-    host: str
+    host: str | None  # where workers reach the head; None: the node's address as Ray knows it
 
 
 class Head:
@@ -69,7 +69,8 @@ class Head:
         )
         self._service = RouterService(Router(_router_config(config)), self._controller, spec.token)
         self._controller.attach(self._service)
-        self._control_port = await self._service.start(spec.host)
+        self._host = spec.host or ray.util.get_node_ip_address()
+        self._control_port = await self._service.start(self._host)
         self._door = await load_entry_point(spec.door)(self, config)
         self._controller.handle(Apply(pool_sizes(config)))
         host, _ = config.listen.grpc_host_port
@@ -169,7 +170,7 @@ class Head:
             config=self._config,
             num_blocks=num_blocks,
             cores=cores,
-            router_address=(self._spec.host, self._control_port),
+            router_address=(self._host, self._control_port),
             token=self._spec.token,
             host=self._spec.host,
         )
@@ -229,7 +230,13 @@ def _pools_are_alike(config: ClusterConfig) -> bool:
 
 
 def _router_config(config: ClusterConfig) -> RouterConfig:
-    return RouterConfig(max_queued_requests=config.limits.max_queued_requests, itl_slo_s=config.slo.itl_ms / 1e3)
+    defaults = RouterConfig()
+    return replace(
+        defaults,
+        max_queued_requests=config.limits.max_queued_requests,
+        itl_slo_s=config.slo.itl_ms / 1e3,
+        prefill_on_decode_factor=None if config.routing.prefill_on_decode == "never" else defaults.prefill_on_decode_factor,
+    )
 
 
 def _changes(old: ClusterConfig, new: ClusterConfig) -> list[str]:
@@ -238,5 +245,5 @@ def _changes(old: ClusterConfig, new: ClusterConfig) -> list[str]:
     for (role, before), (_, after) in zip(old.pools.items(), new.pools.items(), strict=True):
         if before.instances != after.instances:
             lines.append(f"pools.{role.value}.instances: {before.instances} -> {after.instances}")
-    lines += [f"{name}: changed" for name in ("slo", "limits") if getattr(old, name) != getattr(new, name)]
+    lines += [f"{name}: changed" for name in ("slo", "routing", "limits") if getattr(old, name) != getattr(new, name)]
     return lines

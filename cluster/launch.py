@@ -33,13 +33,16 @@ class LaunchError(PdserveError):
 
 @dataclass(frozen=True)
 class _Ray:
-    """A Ray cluster we are connected to; `temp_dir` is set when we started it."""
+    """A Ray cluster we are connected to. `temp_dir` is set when we started it, `ours` when we connected to it."""
 
     temp_dir: Path | None
+    ours: bool = True
 
     @staticmethod
     def connect() -> "_Ray":
-        """Adopt the cluster that runs on this machine or that RAY_ADDRESS names, else start one of our own."""
+        """Adopt the cluster that this process, this machine or RAY_ADDRESS knows, else start one of our own."""
+        if ray.is_initialized():
+            return _Ray(None, ours=False)
         options = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         if os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").exists():
             try:
@@ -59,7 +62,8 @@ class _Ray:
         return _Ray(temp_dir)
 
     def disconnect(self) -> None:
-        ray.shutdown()
+        if self.ours:
+            ray.shutdown()
         if self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
 
@@ -79,13 +83,8 @@ class LaunchedCluster:
             raise
 
     def _start_head(self, config: ClusterConfig) -> "ray.actor.ActorHandle":
-        ours = self._ray.temp_dir is not None
-        spec = HeadSpec(
-            config=config,
-            door=DOOR,
-            token=secrets.token_hex(32),
-            host="127.0.0.1" if ours else ray.util.get_node_ip_address(),
-        )
+        host = None if self._ray.temp_dir is None else "127.0.0.1"
+        spec = HeadSpec(config=config, door=DOOR, token=secrets.token_hex(32), host=host)
         try:
             return HeadActor.options(  # type: ignore[attr-defined]
                 name=HEAD_NAME, max_concurrency=1000

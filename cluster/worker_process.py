@@ -76,7 +76,7 @@ class WorkerProcess:
                 worker_id=spec.worker_id,
                 incarnation=spec.incarnation,
                 token=spec.token,
-                host=spec.host,
+                host=spec.host or "127.0.0.1",
                 transport=spec.config.kv.transport,
             )
             self._serve(engine, endpoint, cores)

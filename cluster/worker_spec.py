@@ -18,7 +18,7 @@ class WorkerSpec:
     cores: tuple[int, ...]
     router_address: tuple[str, int]
     token: str
-    host: str  # the address that peers reach this node by
+    host: str | None  # the address that peers reach this node by; None: as Ray knows it
 
     @property
     def pool(self) -> PoolSection:

@@ -115,6 +115,13 @@ class KvSection(_Part):
         return CPU_BLOCK_SIZE if self.block_size == "auto" else self.block_size
 
 
+class RoutingSection(_Part):
+    """How requests are given to workers."""
+
+    prefill_on_decode: Literal["auto", "never"] = "auto"
+    """auto: a decode worker computes a prompt itself when that is predicted to be sooner, as for short or cached prompts."""
+
+
 class LimitsSection(_Part):
     """What one client, or all of them together, may ask for."""
 
@@ -154,6 +161,7 @@ class ClusterConfig(_Part):
     pools: PoolsSection = PoolsSection()
     slo: SloSection = SloSection()
     kv: KvSection = KvSection()
+    routing: RoutingSection = RoutingSection()
     limits: LimitsSection = LimitsSection()
     listen: ListenSection = ListenSection()
     kernels: Literal["auto", "native", "torch"] = "auto"
@@ -180,4 +188,4 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _changes_while_running(key: str) -> bool:
     if key == "limits.max_message_bytes":  # gRPC fixes it when the server starts
         return False
-    return key in ("pools.prefill.instances", "pools.decode.instances") or key.startswith(("slo.", "limits."))
+    return key in ("pools.prefill.instances", "pools.decode.instances") or key.startswith(("slo.", "routing.", "limits."))

@@ -1,0 +1,56 @@
+"""Real clusters: Ray actors, sockets, shared memory. One Ray for the whole session, one cluster per test module or test."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from pdserve.embedded import MODEL_DIR
+
+from ..checkpoints import small_checkpoint
+from .harness import SESSION_MARK, surviving_processes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_session() -> Iterator[None]:
+    """Ray as `pdserve up` would start it, kept for all tests; gone without a trace at the end."""
+    temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")
+    os.environ[SESSION_MARK] = temp_dir
+    shared_memory = set(os.listdir("/dev/shm"))
+    ray.init(
+        num_cpus=len(os.sched_getaffinity(0)),
+        include_dashboard=False,
+        namespace="pdserve",
+        object_store_memory=80 << 20,
+        log_to_driver=False,
+        _temp_dir=temp_dir,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(temp_dir, ignore_errors=True)
+    assert surviving_processes() == []
+    assert not [name for name in set(os.listdir("/dev/shm")) - shared_memory if name.startswith(("plasma", "psm", "pdserve"))]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> "Checkpoints":
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+class Checkpoints:
+    """Random checkpoints by name, each with the embedded model's tokenizer beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __getitem__(self, name: str) -> Path:
+        path = self._directory / name
+        if not path.exists():
+            small_checkpoint(self._directory, name)
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(MODEL_DIR / file, path)
+        return path

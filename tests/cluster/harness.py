@@ -1,0 +1,121 @@
+"""A launched cluster and its gRPC stubs, with what the tests ask of it again and again."""
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import yaml
+
+from pdserve.cluster.launch import LaunchedCluster, launch
+from pdserve.core.config import ClusterConfig
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
+
+READY = pb.WORKER_STATE_READY
+
+
+SESSION_MARK = "PDSERVE_TEST_SESSION"  # an environment variable that every process of this test session inherits
+
+
+def surviving_processes() -> list[str]:
+    """Processes other than this one that descend from the test session."""
+    mark = f"{SESSION_MARK}={os.environ[SESSION_MARK]}".encode()
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:100])
+    return found
+
+
+class Cluster:
+    """Up when made; `close` checks that every block is free before it ends."""
+
+    def __init__(self, path: str | Path, prefill: int = 1, decode: int = 1, **settings: Any) -> None:
+        self.settings: dict[str, Any] = {
+            "model": {"path": str(path), "max_model_len": 2048},
+            "pools": {
+                "prefill": {"instances": prefill, "cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64},
+                "decode": {"instances": decode, "cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64},
+            },
+            "routing": {"prefill_on_decode": "never"},
+            "listen": {"grpc": "127.0.0.1:0"},
+            "drain_timeout_s": 60.0,
+        } | settings
+        self._launched: LaunchedCluster = launch(ClusterConfig.model_validate(self.settings))
+        self.channel = grpc.insecure_channel(self._launched.grpc_address)
+        self.generation = rpc.GenerationStub(self.channel)
+        self.admin = rpc.ClusterStub(self.channel)
+        self.wait_for(prefill=prefill, decode=decode)
+
+    def wait_for(self, **ready: int) -> pb.ClusterStatus:
+        """Until the pools have exactly so many ready workers and no others."""
+        for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=120):
+            counts = {role: sum(w.role == role for w in status.workers) for role in ready}
+            if counts == ready and all(worker.state == READY for worker in status.workers):
+                return status
+        raise AssertionError("the status stream ended")
+
+    def apply(self, **instances: int) -> list[str]:
+        """Change the pools' sizes; returns what the cluster says about it."""
+        for pool, count in instances.items():
+            self.settings["pools"][pool]["instances"] = count
+        text = yaml.safe_dump({"metadata": {"pdserve": self.settings}})
+        return list(self.admin.Apply(pb.ApplyRequest(config_yaml=text)).changes)
+
+    def request(self, prompt: Sequence[int] | str, salt: str = "", **sampling: Any) -> pb.GenerateRequest:
+        kind = {"text": prompt} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
+        options = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | sampling
+        return pb.GenerateRequest(prompt=pb.Prompt(**kind), sampling=pb.SamplingParams(**options), cache_salt=salt)
+
+    def stream(self, request: pb.GenerateRequest) -> list[pb.GenerateEvent]:
+        return list(self.generation.GenerateStream(request, timeout=120))
+
+    def generate_all(self, requests: Iterable[pb.GenerateRequest]) -> list[list[pb.GenerateEvent]]:
+        """All at once; each stream's events."""
+        with ThreadPoolExecutor(max_workers=32) as pool:
+            return list(pool.map(self.stream, requests))
+
+    def check_all_blocks_free(self) -> None:
+        """Every worker reports, within a few heartbeats, that nothing is held any more."""
+        for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=30):
+            if all(w.num_free_blocks == w.num_blocks and not w.num_running + w.num_waiting for w in status.workers):
+                return
+        raise AssertionError("the status stream ended")
+
+    def close(self) -> None:
+        try:
+            self.check_all_blocks_free()
+        finally:
+            self.channel.close()
+            self._launched.stop()
+
+
+def tokens_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> list[int]:
+    """The choice's tokens; their indices must be contiguous, with exactly one ending after them and one of the request."""
+    tokens: list[int] = []
+    ended = False
+    events = list(events)
+    for event in events:
+        kind = event.WhichOneof("event")
+        if kind == "tokens" and event.tokens.choice == choice:
+            assert not ended
+            assert event.tokens.index == len(tokens)
+            tokens += event.tokens.token_ids
+        elif kind == "choice_end" and event.choice_end.choice == choice:
+            assert not ended
+            ended = True
+    assert ended
+    assert [event.WhichOneof("event") for event in events].count("end") == 1
+    assert events[-1].WhichOneof("event") == "end"
+    return tokens
+
+
+def workers_of(events: list[pb.GenerateEvent]) -> tuple[str, str]:
+    """Who prefilled and who decoded, by the last attempt of the timeline."""
+    attempt = events[-1].end.timeline.attempts[-1]
+    return attempt.prefill.worker, attempt.decode.worker

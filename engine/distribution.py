@@ -23,9 +23,11 @@ def draw(logits: Floats, sampling: SamplingParams, uniforms: Iterable[float]) ->
     Tokens are ordered by id on the line that a uniform number falls on, so that rounding noise in the logits moves tokens'
     borders a little but never swaps their places.
     """
+    largest = logits.max()
+    if not np.isfinite(largest):  # the model overflowed; that must not stop the other rows
+        return [int(logits.argmax()) for _ in uniforms]
     candidates = _top_k(logits, sampling.top_k)
-    kept = logits if candidates is None else logits[candidates]
-    weights = np.exp((kept - logits.max()) * np.float32(1.0 / sampling.temperature))  # the largest is 1
+    weights = _weights(logits if candidates is None else logits[candidates], largest, 1.0 / sampling.temperature)
     if sampling.top_p < 1.0:
         nucleus = _top_p(weights, sampling.top_p)
         candidates, weights = _narrow(candidates, nucleus), weights[nucleus]
@@ -46,8 +48,18 @@ def best_tokens(logits: Floats, count: int) -> Indices:
 
 
 def log_sum_exp(logits: Floats) -> float:
+    """NaN when the model overflowed."""
     largest = logits.max()
-    return float(largest) + float(np.log(np.exp(logits - largest).sum(dtype=np.float64)))
+    if not np.isfinite(largest):
+        return float("nan")
+    return float(largest) + float(np.log(_weights(logits, largest, 1.0).sum(dtype=np.float64)))
+
+
+def _weights(logits: Floats, largest: np.float32, scale: float) -> Floats:
+    """exp((logits - largest) * scale): the largest is 1. One allocation, as a row's pages cost more than its arithmetic."""
+    weights: Floats = np.subtract(logits, largest)
+    weights *= np.float32(scale)
+    return np.exp(weights, out=weights)
 
 
 def _narrow(candidates: Indices | None, kept: Indices) -> Indices:

@@ -1,6 +1,8 @@
 """KVManager: whatever is admitted, grown, forked, preempted or evicted, a sequence reads back its own tokens."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 from hypothesis import settings, strategies as st
@@ -195,6 +197,13 @@ def test_growth_beyond_the_pool_is_refused_and_changes_nothing() -> None:
     assert not manager.grow(seq, 12)
     assert seq.block_ids == [] and manager.pool.num_free_blocks == 2
     assert manager.max_num_tokens == 8
+
+
+def test_the_bookkeeping_needs_no_torch() -> None:
+    modules = "block_pool", "kv_manager", "sequence", "batch", "random_numbers"
+    imports = "; ".join(f"import pdserve.engine.{module}" for module in modules)
+    check = f"import sys; {imports}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_a_changed_block_list_is_another_object_unless_it_only_grew() -> None:

@@ -143,6 +143,16 @@ def test_a_masked_token_is_never_drawn_whatever_the_number() -> None:
     assert draw(logits.numpy(), SamplingParams(), [0.0, 0.4, 1 - 2.0**-53]) == [0, 700, 1500]
 
 
+@pytest.mark.parametrize("overflow", [float("inf"), float("nan")])
+def test_a_row_that_overflowed_does_not_stop_the_others(overflow: float) -> None:
+    logits = random_logits(12, num_rows=2)
+    logits[0, 17] = overflow
+    chunks = [make_chunk(top_p=0.9, min_p=0.1, top_k=9, logprobs=2), make_chunk(seed=3, logprobs=2)]
+    broken, other = sample(logits, *chunks)
+    assert broken[0].token_id == 17
+    assert other == sample(logits[1], chunks[1])[0]
+
+
 def test_a_tiny_temperature_is_greedy_and_a_small_one_nearly() -> None:
     logits = random_logits(5)
     best = int(logits.argmax())

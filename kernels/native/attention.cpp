@@ -29,9 +29,17 @@ std::vector<Rows> cut_rows(const Attention& a) {
 }
 
 template <class E>
+RowAttention<E> attention_of(const Attention& a, const Rows& rows, const Rows& next) {
+  return RowAttention<E>(a, rows, next, scratch(RowAttention<E>::bytes(a, rows.num_tokens * a.group())));
+}
+
+template <class E>
 void attend_whole(const Attention& a, const std::vector<Rows>& cut) {
-  parallel_for(cut.size(), [&](int64_t i) {
-    RowAttention<E>(a, cut[i], scratch(RowAttention<E>::bytes(a, cut[i].num_tokens * a.group()))).attend_all();
+  const int64_t count = cut.size();
+  const int64_t run = std::clamp<int64_t>(count / (8 * num_threads()), 1, a.kv_heads);
+  parallel_for(ceil_div(count, run), [&](int64_t task) {
+    const int64_t end = std::min(count, (task + 1) * run);
+    for (int64_t i = task * run; i < end; ++i) attention_of<E>(a, cut[i], cut[std::min(i + 1, end - 1)]).attend_all();
   });
 }
 
@@ -53,17 +61,14 @@ void attend_in_segments(const Attention& a, const std::vector<Rows>& cut) {
   }
   first.push_back(segments.size());
   const std::unique_ptr<float[]> partials(new float[floats]);
-  auto attention = [&](const Rows& rows) {
-    return RowAttention<E>(a, rows, scratch(RowAttention<E>::bytes(a, rows.num_tokens * a.group())));
-  };
   parallel_for(segments.size(), [&](int64_t i) {
     const Segment& segment = segments[i];
-    auto rows = attention(*segment.rows);
+    auto rows = attention_of<E>(a, *segment.rows, *segment.rows);
     Partial to(&partials[segment.partial], rows.num_rows());
     rows.attend_segment(segment.index, to);
   });
   parallel_for(cut.size(), [&](int64_t i) {
-    auto rows = attention(cut[i]);
+    auto rows = attention_of<E>(a, cut[i], cut[i]);
     Partial total(rows.total());
     total.clear(rows.num_rows(), a.padded_dim());
     for (size_t s = first[i]; s < first[i + 1]; ++s)

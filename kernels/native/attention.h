@@ -17,7 +17,6 @@ namespace pd {
 
 constexpr int kKeys = 64;          // of one key block
 constexpr int64_t kSegment = 512;  // keys, a multiple of kKeys
-constexpr int64_t kMaxHeadDim = 256;
 
 struct Attention {
   const void *q, *k_cache, *v_cache;
@@ -73,17 +72,33 @@ inline void merge(Partial& total, const Partial& segment, int64_t rows, int64_t 
   }
 }
 
-// out = [depth, 64 keys] dwords from 64 rows of `depth` dwords.
+// Where up to 64 keys of a kv head lie, eight by eight: a cache block holds a multiple of 8 tokens.
 template <class T>
-inline void pack_keys(const T* const* rows, int64_t depth, uint32_t* out) {
+struct KeyBlock {
+  int64_t key = -1;  // the first one
+  int64_t count = 0;
+  const T *keys[kKeys / 8], *values[kKeys / 8];  // of groups without a key: any readable memory
+};
+
+// The packers copy one key block into the layout that `multiply` wants, and ask for the same places of the next one as they
+// go, so that memory is busy all the time.
+
+// out = [depth, 64 keys] dwords from rows of `depth` dwords. What comes of absent keys has no meaning.
+template <class T>
+inline void pack_keys(const KeyBlock<T>& block, const KeyBlock<T>& next, int64_t head_dim, uint32_t* out) {
   constexpr int64_t kPer = 4 / sizeof(T);
+  const int64_t depth = head_dim / kPer;
   for (int64_t d = 0; d < depth; d += kLanes) {
     const __mmask16 mask = lanes(depth - d);
     const int64_t count = std::min<int64_t>(kLanes, depth - d);
     for (int64_t k = 0; k < kKeys; k += kLanes) {
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi32(mask, rows[k + i] + d * kPer);
+      for (int i = 0; i < 16; ++i) {
+        const int64_t at = i % 8 * head_dim + d * kPer;
+        r[i] = _mm512_maskz_loadu_epi32(mask, block.keys[k / 8 + i / 8] + at);
+        _mm_prefetch(next.keys[k / 8 + i / 8] + at, _MM_HINT_T0);
+      }
       transpose16(r);
       uint32_t* to = out + d * kKeys + k;
       if (count == kLanes) {
@@ -96,15 +111,21 @@ inline void pack_keys(const T* const* rows, int64_t depth, uint32_t* out) {
   }
 }
 
-// out = [64, dim] dwords from 64 rows of head_dim floats; lanes past head_dim are zero.
-inline void pack_values(const float* const* rows, int64_t head_dim, int64_t dim, uint32_t* out) {
+// out = [64, dim] dwords from rows of head_dim floats; absent keys and lanes are zero.
+inline void pack_values(const KeyBlock<float>& block, const KeyBlock<float>& next, int64_t head_dim, int64_t dim,
+                        uint32_t* out) {
   for (int64_t d = 0; d < dim; d += kLanes)
-    for (int64_t k = 0; k < kKeys; ++k)
-      _mm512_store_si512(out + k * dim + d, _mm512_maskz_loadu_epi32(lanes(head_dim - d), rows[k] + d));
+    for (int64_t k = 0; k < kKeys; ++k) {
+      const __mmask16 mask = k < block.count ? lanes(head_dim - d) : 0;
+      const int64_t at = k % 8 * head_dim + d;
+      _mm512_store_si512(out + k * dim + d, _mm512_maskz_loadu_epi32(mask, block.values[k / 8] + at));
+      _mm_prefetch(next.values[k / 8] + at, _MM_HINT_T0);
+    }
 }
 
-// out = [32, dim] dwords from 64 rows of head_dim bf16; each dword holds the values of two neighbouring keys.
-inline void pack_values(const uint16_t* const* rows, int64_t head_dim, int64_t dim, uint32_t* out) {
+// out = [32, dim] dwords from rows of head_dim bf16; each dword holds the values of two neighbouring keys.
+inline void pack_values(const KeyBlock<uint16_t>& block, const KeyBlock<uint16_t>& next, int64_t head_dim, int64_t dim,
+                        uint32_t* out) {
   alignas(64) uint16_t index[64];
   for (int i = 0; i < 64; ++i) index[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
   const __m512i low = _mm512_load_si512(index), high = _mm512_load_si512(index + 32);
@@ -112,7 +133,12 @@ inline void pack_values(const uint16_t* const* rows, int64_t head_dim, int64_t d
     const __mmask32 mask = lanes(head_dim - d) | static_cast<__mmask32>(lanes(head_dim - d - kLanes)) << kLanes;
 #pragma GCC unroll 4
     for (int64_t k = 0; k < kKeys; k += 2) {
-      const __m512i even = _mm512_maskz_loadu_epi16(mask, rows[k] + d), odd = _mm512_maskz_loadu_epi16(mask, rows[k + 1] + d);
+      const int64_t at = k % 8 * head_dim + d;
+      const uint16_t* row = block.values[k / 8] + at;
+      const __m512i even = _mm512_maskz_loadu_epi16(k < block.count ? mask : 0, row);
+      const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < block.count ? mask : 0, row + head_dim);
+      _mm_prefetch(next.values[k / 8] + at, _MM_HINT_T0);
+      _mm_prefetch(next.values[k / 8] + at + head_dim, _MM_HINT_T0);
       uint32_t* to = out + k / 2 * dim + d;
       _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
       _mm512_store_si512(to + kLanes, _mm512_permutex2var_epi16(even, high, odd));
@@ -132,9 +158,11 @@ class RowAttention {
     return 4 * (rows * dim + 2 * dim * kKeys + kTileRows * kKeys * 2 + 2 * Partial::floats(rows, dim)) + 1024;
   }
 
-  RowAttention(const Attention& a, const Rows& rows, void* memory)
+  // `next` are the rows this thread will probably do next: their first keys are asked for at the end of these.
+  RowAttention(const Attention& a, const Rows& rows, const Rows& next, void* memory)
       : a_(a),
         rows_(rows),
+        next_(next),
         num_rows_(rows.num_tokens * a.group()),
         dim_(a.padded_dim()),
         depth_(a.head_dim / kPer),
@@ -182,9 +210,11 @@ class RowAttention {
 
  private:
   void attend_keys(int64_t key, int64_t num_keys, Partial& to) {
-    find(key, num_keys);
-    pack_keys<T>(key_rows_, depth_, keys_);
-    pack_values(value_rows_, a_.head_dim, dim_, values_);
+    const KeyBlock<T> here = ahead_.key == key ? ahead_ : find(rows_, key);
+    const bool last = key + kKeys >= rows_.key_end();
+    ahead_ = last ? find(next_, next_.key_begin(a_.window) / kKeys * kKeys) : find(rows_, key + kKeys);
+    pack_keys(here, ahead_, a_.head_dim, keys_);
+    pack_values(here, ahead_, a_.head_dim, dim_, values_);
     const int64_t tiles = ceil_div(num_rows_, kTileRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = num_rows_ * tile / tiles, next = num_rows_ * (tile + 1) / tiles;
@@ -194,31 +224,19 @@ class RowAttention {
     }
   }
 
-  // Where the keys [key, key + num_keys) of this kv head lie; absent ones are rows of zeros. Asks for the block after it.
-  void find(int64_t key, int64_t num_keys) {
-    alignas(64) static const T zeros[kMaxHeadDim] = {};
+  KeyBlock<T> find(const Rows& rows, int64_t key) const {
     const T *k_cache = static_cast<const T*>(a_.k_cache), *v_cache = static_cast<const T*>(a_.v_cache);
+    const int32_t* table = a_.block_tables + rows.seq * a_.max_blocks;
+    KeyBlock<T> found;
+    found.key = key;
+    found.count = std::min<int64_t>(kKeys, rows.key_end() - key);
     for (int64_t k = 0; k < kKeys; k += 8) {
-      const bool present = k < num_keys;
-      const int64_t base = present ? offset(key + k) : 0;  // a cache block holds a multiple of 8 tokens
-      for (int64_t i = 0; i < 8; ++i) {
-        key_rows_[k + i] = k + i < num_keys ? k_cache + base + i * a_.head_dim : zeros;
-        value_rows_[k + i] = k + i < num_keys ? v_cache + base + i * a_.head_dim : zeros;
-      }
+      const int64_t at = k < found.count ? key + k : key;
+      const int64_t row = (table[at / a_.block_size] * a_.kv_heads + rows.kv_head) * a_.block_size + at % a_.block_size;
+      found.keys[k / 8] = k_cache + row * a_.head_dim;
+      found.values[k / 8] = v_cache + row * a_.head_dim;
     }
-    const int64_t next_end = std::min(key + 2 * kKeys, rows_.key_end());
-    for (int64_t k = key + kKeys; k < next_end; k += 8) {
-      const int64_t base = offset(k), bytes = 8 * a_.head_dim * static_cast<int64_t>(sizeof(T));
-      for (int64_t i = 0; i < bytes; i += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(k_cache + base) + i, _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(v_cache + base) + i, _MM_HINT_T0);
-      }
-    }
-  }
-
-  int64_t offset(int64_t key) const {
-    const int64_t block = a_.block_tables[rows_.seq * a_.max_blocks + key / a_.block_size];
-    return ((block * a_.kv_heads + rows_.kv_head) * a_.block_size + key % a_.block_size) * a_.head_dim;
+    return found;
   }
 
   template <int ROWS>
@@ -284,13 +302,13 @@ class RowAttention {
   }
 
   const Attention& a_;
-  const Rows& rows_;
+  const Rows &rows_, &next_;
   const int64_t num_rows_, dim_, depth_;
   uint32_t *keys_, *values_;
   float* scores_;
   uint32_t *weights_, *queries_;
   Partial total_, segment_;
-  const T *key_rows_[kKeys], *value_rows_[kKeys];
+  KeyBlock<T> ahead_;
 };
 
 }  // namespace pd

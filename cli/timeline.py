@@ -1,7 +1,7 @@
 """Draws where a request's time went: one line a leg, to scale.
 
 queue                 █                                         0.4 ms
-prefill   prefill-0    ███████                                   41 ms  18 tokens, 0 cached
+prefill   prefill-0    ███████                                   41 ms  18 tokens
 transfer                   ░░░▓                                  12 ms  1.2 MiB in 3 chunks, 75 % hidden
 decode    decode-0             █████████████████████████████    760 ms  64 tokens, 11.9 ms each
 """
@@ -18,7 +18,8 @@ def timeline_lines(end: pb.RequestEnd) -> Iterator[str]:
     """The picture of one request, line by line."""
     timeline, usage = end.timeline, end.usage
     first = f", first token after {_ms(timeline.first_token_s)}" if timeline.HasField("first_token_s") else ""
-    yield f"{usage.prompt_tokens} + {usage.completion_tokens} tokens in {_ms(timeline.ended_s)}{first}"
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    yield f"{usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens in {_ms(timeline.ended_s)}{first}"
     scale = WIDTH / timeline.ended_s if timeline.ended_s > 0 else 0.0
     for attempt in timeline.attempts:
         if len(timeline.attempts) > 1:
@@ -32,23 +33,28 @@ def _attempt_lines(attempt: pb.Attempt, num_tokens: int, scale: float) -> Iterat
     yield _line("queue", "", _bar(attempt.queued_s, dispatched_s, scale), dispatched_s - attempt.queued_s)
     first_s = attempt.first_token_s if attempt.HasField("first_token_s") else dispatched_s
     compute_s = prefill.compute_s if prefill.HasField("compute_s") else first_s - dispatched_s
-    note = f"{prefill.num_tokens} tokens, {prefill.num_cached_tokens} cached"
-    yield _line("prefill", prefill.worker, _bar(max(first_s - compute_s, 0.0), first_s, scale), compute_s, note)
+    note = f"{prefill.num_tokens} tokens"
+    yield _line("prefill", prefill.worker, _bar(max(first_s - compute_s, dispatched_s), first_s, scale), compute_s, note)
     if attempt.HasField("transfer"):
         note = f"{format_size(transfer.num_bytes)} in {_chunks(transfer.num_chunks)}, {transfer.hidden_share:.0%} hidden"
-        end_s = first_s + transfer.exposed_s
-        bar = _bar(end_s - transfer.duration_s, first_s, scale, "░", minimum=0)
-        exposed = _bar(first_s, end_s, scale, "▓", minimum=0).strip()
-        yield _line("transfer", "", (bar + exposed) or _bar(first_s, first_s, scale, "▓"), transfer.duration_s, note)
+        yield _line("transfer", "", _transfer_bar(transfer, first_s, scale), transfer.duration_s, note)
     if attempt.HasField("decode"):
         note = f"{num_tokens} tokens, {_ms(decode.duration_s / (num_tokens - 1))} each" if num_tokens > 1 else ""
         yield _line("decode", decode.worker, _bar(first_s, first_s + decode.duration_s, scale), decode.duration_s, note)
 
 
-def _bar(start_s: float, end_s: float, scale: float, fill: str = "█", minimum: int = 1) -> str:
-    start = min(round(max(start_s, 0.0) * scale), WIDTH - 1)
-    length = max(minimum, min(round(end_s * scale), WIDTH) - start)
-    return " " * start + fill * length
+def _bar(start_s: float, end_s: float, scale: float) -> str:
+    start = min(round(start_s * scale), WIDTH - 1)
+    return " " * start + "█" * max(1, min(round(end_s * scale), WIDTH) - start)
+
+
+def _transfer_bar(transfer: pb.TransferLeg, first_s: float, scale: float) -> str:
+    """Light while the prefill was computing, dark after it."""
+    end_s = first_s + transfer.exposed_s
+    end = min(max(round(end_s * scale), 1), WIDTH)
+    start = min(max(round((end_s - transfer.duration_s) * scale), 0), end - 1)
+    prefilled = min(max(round(first_s * scale), start), end)
+    return " " * start + "░" * (prefilled - start) + "▓" * (end - prefilled)
 
 
 def _line(leg: str, worker: str, bar: str, duration_s: float, note: str = "") -> str:

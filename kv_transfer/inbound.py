@@ -20,7 +20,7 @@ from .events import (
     Stored,
     StoreFailed,
 )
-from .link import Link
+from .link import Link, release
 from .pair import Local, Pair
 from .protocol import Chunk, Connect, SenderMessage
 from .receiver import TransferReceiver
@@ -82,19 +82,22 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
             self._when_done(ticket, lambda: self.feed(arrived))
 
     def _store(self, command: Store) -> None:
-        chunk, span = command.chunk, command.chunk.span
+        chunk = command.chunk
         if self._link is None or self._epoch != chunk.epoch:
             return  # it broke while the commands before this one were carried out; LinkDown is on its way
-        data = self._link.slot(chunk.slot, chunk.num_bytes)
-        if xxh3_64_intdigest(data) != chunk.checksum:
-            self.feed(Corrupt(chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum"))
-            return
+        self.feed(self._write(command, self._link.slot(chunk.slot, chunk.num_bytes)))
+
+    def _write(self, command: Store, data: memoryview) -> Stored | Corrupt | StoreFailed:
+        chunk, span = command.chunk, command.chunk.span
         try:
+            if xxh3_64_intdigest(data) != chunk.checksum:
+                return Corrupt(chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum")
             self.local.store.scatter(
                 span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data
             )
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
             logger.exception("scattering %s of %s failed", span, chunk.transfer)
-            self.feed(StoreFailed(chunk.epoch, chunk.seq, f"scattering failed: {error!r}"))
-            return
-        self.feed(Stored(chunk.epoch, chunk.seq))
+            return StoreFailed(chunk.epoch, chunk.seq, f"scattering failed: {error!r}")
+        finally:
+            release(data)
+        return Stored(chunk.epoch, chunk.seq)

@@ -1,6 +1,7 @@
 """What moves a chunk's bytes: one direction, one pair, one epoch. Slots number the staging ring on either side."""
 
 from concurrent.futures import Executor
+from contextlib import suppress
 from typing import Any, Protocol
 
 from ..core.errors import PdserveError
@@ -53,3 +54,9 @@ class Link(Protocol):
     def join(self) -> None:
         """After `kill`: blocks until nothing of the link is left, at most a wait's timeout."""
         ...
+
+
+def release(view: memoryview) -> None:
+    """Take a slot's view back from whoever kept it, so that the ring's memory can go with its link."""
+    with suppress(BufferError):  # somebody built on it; then it goes when they do
+        view.release()

@@ -25,7 +25,7 @@ from .events import (
     Sent,
 )
 from .gloo import SENDER_RANK, GlooLink, address_family
-from .link import Link, LinkError
+from .link import Link, LinkError, release
 from .pair import Local, Pair, retire
 from .protocol import PROTOCOL_VERSION, Chunk, Connect, Connected, Prepare, ReceiverMessage, Refused
 from .sender import TransferSender
@@ -81,11 +81,13 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         data = link.slot(command.slot, command.num_bytes)
         try:
             self.local.store.gather(span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data)
+            checksum = xxh3_64_intdigest(data)
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
             logger.exception("gathering %s of %s failed", span, command.transfer)
             self.feed(GatherFailed(epoch, command.transfer, command.seq, f"gathering failed: {error!r}"))
             return
-        checksum = xxh3_64_intdigest(data)
+        finally:
+            release(data)
         channel.send(Chunk(epoch, command.transfer, command.seq, command.slot, span, command.num_bytes, checksum))
         ticket = link.send(command.slot, command.num_bytes, command.seq)
         if ticket is not None:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed  # noqa: F401  (its import alone would take most of the time to connect)
 
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import TransferId

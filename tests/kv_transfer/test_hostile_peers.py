@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,12 +63,21 @@ class RawPeer:
                 layout=layout(),
             )
         )
+        try:
+            self.link = self._attach()
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def _attach(self) -> ShmLink:
         data, fds, _, _ = socket.recv_fds(self._sock, 65536, 1)
         self._inbox += self._decoder.feed(data)
         prepare = self.hear(Prepare)
-        self.link = ShmLink.attach(fds[0], prepare.num_slots, prepare.slot_bytes)
-        os.close(fds[0])
         self.hear(Connected)
+        try:
+            return ShmLink.attach(fds[0], prepare.num_slots, prepare.slot_bytes)
+        finally:
+            os.close(fds[0])
 
     def say(self, message: object) -> None:
         self._sock.sendall(encode_frame(message))
@@ -216,10 +226,12 @@ from tests.kv_transfer.support import Worker, layout
 import msgspec
 from pdserve.core.messages import TransferAddress
 target = msgspec.json.decode(sys.argv[1], type=TransferAddress)
+if sys.argv[2] == "gloo":
+    import torch.distributed
 worker = Worker("p", layout(), seed=1, transport=sys.argv[2])
 transfer = TransferId("request", 0)
-worker.endpoint.send(transfer, target, [1, 2], 16)
-worker.endpoint.computed(transfer, 0, 3, 0, 8)
+worker.endpoint.send(transfer, target, list(range(8)), 64)
+worker.endpoint.computed(transfer, 0, 3, 0, 56)
 sys.stdin.read()
 """
 
@@ -228,15 +240,16 @@ sys.stdin.read()
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(transport: str, what: signal.Signals) -> None:
     receiver = Worker("d", layout(), transport=transport)
-    offered = Offered(receiver)
+    arrived = threading.Semaphore(0)
+    receiver.store.on_scatter = arrived.release
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, msgspec.json.encode(receiver.address).decode(), transport],
         stdin=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(["."] + sys.path)},
     )
     try:
-        receiver.expect(T, ("p", 1), [1, 2], 16)
-        offered.wait_until_accepted()
+        receiver.expect(T, ("p", 1), list(range(8)), 64)
+        assert arrived.acquire(timeout=WAIT_S), "the child never sent anything"
         child.send_signal(what)
         error = receiver.ends.receive_error(T)
         assert ("no sign of life" in error) == (what == signal.SIGSTOP)
@@ -245,20 +258,3 @@ def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(transport: str, wha
         child.kill()
         child.communicate()
         receiver.endpoint.close()
-
-
-class Offered:
-    """Waits for the link by its counter: the child may take a while to start."""
-
-    def __init__(self, receiver: Worker) -> None:
-        self._receiver = receiver
-
-    def wait_until_accepted(self) -> None:
-        import threading
-
-        tick = threading.Event()
-        for _ in range(int(WAIT_S / 0.02)):
-            if self._receiver.endpoint.counters.num_links_opened:
-                return
-            tick.wait(0.02)
-        raise AssertionError("the child never connected")

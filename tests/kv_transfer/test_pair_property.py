@@ -93,9 +93,7 @@ class World:
                     assert not self.transfers[command.transfer].sent, "gathered from blocks that may be freed"
                     cells = cells_of(command.span)
                     self.to_receiver.append(
-                        Chunk(
-                            self.epoch, command.transfer, command.seq, command.slot, command.span, command.num_bytes, 0
-                        )
+                        Chunk(self.epoch, command.transfer, command.seq, command.slot, command.span, command.num_bytes, 0)
                     )
                     self.ring[command.slot] = (
                         self.to_receiver[-1],

@@ -1,5 +1,7 @@
 """Spans, coverage and the chunk plan: every cell exactly once, in chunks of the right size."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -47,7 +49,7 @@ def test_the_plan_sends_every_computed_cell_once_in_chunks_that_fit(
             assert 0 < chunk.num_cells <= max_cells
             sent.extend(cells(chunk))
 
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         for layer in range(num_layers):
             planner.add(Span(layer, layer + 1, start, end))
             if data.draw(st.booleans()):

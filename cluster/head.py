@@ -10,10 +10,12 @@ import ray
 
 from ..core.config import ClusterConfig
 from ..core.errors import InvalidRequest
+from ..core.latency import LatencyModel, LatencyPriors
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
+from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..engine.gpu import Node, probe_node
-from ..engine.plan import plan
+from ..engine.plan import Plan, plan
 from ..router.config import RouterConfig
 from ..router.core import Router
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens
@@ -27,6 +29,10 @@ from .cores import CoreAllocator
 from .worker_spec import WorkerSpec
 
 STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
+# what a core and a link of an ordinary machine do; only the first placements depend on it
+CORE_FLOPS_PER_S = 1e11
+MEMORY_BYTES_PER_S = 2e10
+LINK_BYTES_PER_S = 5e9
 STATES = {
     MemberState.STARTING: WorkerState.STARTING,
     MemberState.READY: WorkerState.READY,
@@ -67,7 +73,9 @@ class Head:
         self._controller = Controller(
             fleet, CoreAllocator({node.name: len(node.cores) for node in ray_nodes()}), self._worker_spec, self._on_change
         )
-        self._service = RouterService(Router(_router_config(config)), self._controller, spec.token)
+        self._service = RouterService(
+            Router(_router_config(config), LatencyModel(_priors(config, self._plan))), self._controller, spec.token
+        )
         self._controller.attach(self._service)
         self._host = spec.host or ray.util.get_node_ip_address()
         self._control_port = await self._service.start(self._host)
@@ -236,6 +244,21 @@ def _router_config(config: ClusterConfig) -> RouterConfig:
         max_queued_requests=config.limits.max_queued_requests,
         itl_slo_s=config.slo.itl_ms / 1e3,
         prefill_on_decode_factor=None if config.routing.prefill_on_decode == "never" else defaults.prefill_on_decode_factor,
+    )
+
+
+def _priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
+    """What steps should take, by arithmetic on an ordinary core; the model learns the rest from the first steps on."""
+    num_threads = max(pool.num_threads for pool in plan.pools)
+    checkpoint = open_checkpoint(resolve_model_path(config.model.path)).config
+    return LatencyPriors.roofline(
+        num_parameters=plan.num_parameters,
+        weight_bytes=plan.weights_bytes,
+        kv_bytes_per_token=plan.kv_bytes_per_token,
+        attention_flops_per_square=4.0 * checkpoint.num_layers * checkpoint.q_size,
+        flops_per_s=CORE_FLOPS_PER_S * num_threads,
+        memory_bytes_per_s=MEMORY_BYTES_PER_S,
+        link_bytes_per_s=LINK_BYTES_PER_S,
     )
 
 

@@ -42,7 +42,7 @@ def follow(client: Client, until_ready: bool = False) -> None:
     """Say what changes, until the cluster ends or, with `until_ready`, until it serves."""
     lines, was_ready = StatusLines(), False
     try:
-        for status in client.cluster.WatchStatus(pb.WatchStatusRequest(), wait_for_ready=True):
+        for status in client.cluster.WatchStatus(pb.WatchStatusRequest()):
             for line in lines.changes(status):
                 say(line)
             if is_ready(status) and not was_ready:

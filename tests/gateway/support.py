@@ -148,6 +148,7 @@ class ScriptedCluster:
             ),
             uptime_s=3700.0,
         )
+        self.on_shutdown: Callable[[], None] = lambda: None
         self._changed = asyncio.Event()
 
     async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
@@ -226,6 +227,5 @@ class ScriptedCluster:
         self.drained.append((tuple(worker_ids), shutdown))
         idle = tuple(replace(worker, num_running=0, num_waiting=0) for worker in self.state.workers)
         self.change(workers=idle, num_running_requests=0, shutting_down=shutdown)
-
-
-TokenizerMaker = Callable[[], Tokenizer]
+        if shutdown:
+            self.on_shutdown()

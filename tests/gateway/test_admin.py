@@ -23,7 +23,7 @@ def config_yaml(**lines: str) -> str:
     values = {
         "model": "{path: tiny}",
         "listen": '{grpc: "127.0.0.1:0"}',
-        "limits": "{max_message_bytes: 100000, max_tokens: 100, max_n: 4}",
+        "limits": "{max_message_bytes: 100000, max_tokens: 200, max_n: 4}",
     } | lines
     return "metadata:\n  pdserve:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
 
@@ -59,7 +59,7 @@ async def test_apply_tells_what_changed_and_it_holds_from_then_on(
     response = await admin.Apply(pb.ApplyRequest(config_yaml=new))
     assert [(change.key, change.before, change.after) for change in response.changes] == [
         ("pools.decode.instances", "1", "2"),
-        ("limits.max_tokens", "100", "7"),
+        ("limits.max_tokens", "200", "7"),
     ]
     assert cluster.applied[0].pools.decode.instances == 2
     assert (await generation.GetModelInfo(pb.GetModelInfoRequest())).limits.max_tokens == 7

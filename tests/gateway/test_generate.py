@@ -145,7 +145,7 @@ async def test_tokenize_and_detokenize_are_each_others_way_back(generation: Stub
 async def test_model_info_tells_name_and_limits(generation: Stub) -> None:
     info = await generation.GetModelInfo(pb.GetModelInfoRequest())
     assert (info.name, info.max_model_len, info.has_chat_template) == ("tiny", 256, True)
-    assert (info.limits.max_tokens, info.limits.max_n, info.limits.max_prompt_tokens) == (100, 4, 255)
+    assert (info.limits.max_tokens, info.limits.max_n, info.limits.max_prompt_tokens) == (200, 4, 255)
 
 
 async def test_long_prompts_and_short_ones_are_encoded_alike(generation: Stub, cluster: ScriptedCluster) -> None:

@@ -1,0 +1,77 @@
+"""A server on a loop of its own, so that commands can be run as a person runs them."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pdserve.cli.main import app
+from pdserve.gateway.app import GatewayServer, serve
+from tests.gateway.conftest import CONFIG
+from tests.gateway.support import ScriptedCluster, byte_level, model_info
+
+Run = Callable[..., Result]
+
+
+class ServerThread:
+    """A server in front of a scripted cluster; `call` runs something on its loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self.cluster: ScriptedCluster = self.call(lambda: ScriptedCluster(byte_level()))
+        self.gateway: GatewayServer = asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
+
+    async def _serve(self) -> GatewayServer:
+        return await serve(self.cluster, CONFIG, self.cluster.tokenizer, model_info(self.cluster.tokenizer))
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.gateway.port}"
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        async def run() -> Any:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    def stop_when_shut_down(self) -> None:
+        """End the server once the cluster is told to shut down, as the head does."""
+        tasks = []
+        self.cluster.on_shutdown = lambda: tasks.append(self._loop.create_task(self.gateway.stop(1.0)))
+
+    def stop_soon(self) -> None:
+        """End the server while a client waits for it."""
+        asyncio.run_coroutine_threadsafe(self.gateway.stop(0), self._loop)
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.gateway.stop(0), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@pytest.fixture
+def server() -> Iterator[ServerThread]:
+    server = ServerThread()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def cluster(server: ServerThread) -> ScriptedCluster:
+    return server.cluster
+
+
+@pytest.fixture
+def run(server: ServerThread) -> Run:
+    """Runs a command against the server."""
+
+    def invoke(*arguments: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, arguments, input=stdin, env={"PDSERVE_ADDRESS": server.address, "COLUMNS": "200"})
+
+    return invoke

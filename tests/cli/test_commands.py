@@ -1,0 +1,227 @@
+"""What a person sees: text on stdout, one clear line on stderr and status 1 for errors, 2 for wrong usage."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pdserve import __version__
+from pdserve.cli.main import app
+from pdserve.core.errors import QueueFull
+from tests.cli.conftest import Run, ServerThread
+from tests.gateway.support import ScriptedCluster
+from tests.gateway.test_admin import config_yaml
+
+
+def test_generate_streams_the_text_to_stdout(run: Run, cluster: ScriptedCluster) -> None:
+    result = run("generate", "hello", "--max-tokens", str(len(cluster.token_ids)))
+    assert (result.exit_code, result.stdout) == (0, "the quick brown fox jumps over the lazy dog\n")
+    assert result.stderr == ""
+
+
+def test_every_sampling_option_arrives(run: Run, cluster: ScriptedCluster) -> None:
+    options = (
+        "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 "
+        "--presence-penalty 0.2 --frequency-penalty 0.3 --seed 42 -n 2 --stop one --stop two --stop-token-id 5 "
+        "--ignore-eos --logprobs 1 --request-id mine --timeout 60"
+    )
+    assert run("generate", "hello", *options.split()).exit_code == 0
+    (request,) = cluster.requests
+    sampling = request.sampling
+    assert (sampling.max_tokens, sampling.min_tokens, sampling.temperature, sampling.top_k) == (9, 2, 0.5, 7)
+    assert (sampling.top_p, sampling.min_p, sampling.repetition_penalty) == (0.9, 0.1, 1.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.seed, sampling.n) == (0.2, 0.3, 42, 2)
+    assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == (("one", "two"), (5,), True, 1)
+    assert request.request_id == "mine"
+    assert request.deadline_s is not None
+
+
+def test_options_that_are_not_given_are_left_to_the_server(run: Run, cluster: ScriptedCluster) -> None:
+    run("generate", "hello")
+    sampling = cluster.requests[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.n, sampling.ignore_eos) == (1.0, 1.0, 1, False)
+
+
+def test_several_choices_are_printed_one_after_the_other(run: Run) -> None:
+    result = run("generate", "hello", "-n", "2", "--stop", " brown")
+    assert result.stdout == "--- 0\nthe quick\n--- 1\nthe quick\n"
+
+
+def test_generate_as_json_has_the_whole_answer(run: Run) -> None:
+    answer = json.loads(run("generate", "hello", "--max-tokens", "3", "--logprobs", "1", "--json").stdout)
+    assert answer["choices"][0]["finish_reason"] == "FINISH_REASON_LENGTH"
+    assert len(answer["choices"][0]["logprobs"]) == 3
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_the_timeline_draws_each_leg_on_stderr(run: Run) -> None:
+    result = run("generate", "hello", "--max-tokens", "3", "--timeline")
+    assert "█" not in result.stdout
+    lines = result.stderr.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["queue", "prefill", "transfer", "decode"]
+    assert "first token after 40 ms" in lines[1]
+    assert "4 MiB in 4 chunks, 75% hidden" in lines[4]
+    assert "░" in lines[4]
+    assert "▓" in lines[4]
+
+
+def test_prompts_come_from_stdin_as_chat_or_as_token_ids(run: Run, cluster: ScriptedCluster) -> None:
+    assert run("generate", "-", stdin="hello").exit_code == 0
+    assert run("generate", "hello", "--chat", "--system", "be brief").exit_code == 0
+    assert run("generate", "5, 6 7", "--token-ids").exit_code == 0
+    text, chat, ids = (request.prompt_token_ids for request in cluster.requests)
+    assert cluster.tokenizer.decode(text) == "hello"
+    assert cluster.tokenizer.decode(chat).startswith(
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello<|im_end|>"
+    )
+    assert ids == (5, 6, 7)
+
+
+def test_chat_remembers_what_was_said(run: Run, cluster: ScriptedCluster) -> None:
+    result = run("chat", "--max-tokens", "4", stdin="hi\nand then?\n")
+    assert result.exit_code == 0
+    answer = cluster.tokenizer.decode(cluster.token_ids[:4])
+    assert result.stdout == f"{answer}\n{answer}\n"
+    prompt = cluster.tokenizer.decode(cluster.requests[1].prompt_token_ids)
+    assert f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\nand then?" in prompt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "hello", "--temperature", "-1"], "temperature: -1.0 is not valid, expected 0 to 100"),
+        (["generate", ""], "prompt.text: '' is not valid"),
+        (["generate", "hello", "--model", "gpt"], "model: 'gpt' is not served here, expected 'tiny'"),
+        (["generate", "x,y", "--token-ids"], "--token-ids: 'x,y' is not valid"),
+        (["drain", "nobody"], "worker_ids: 'nobody' is not valid"),
+        (["apply", "no-such-file.yaml"], "no-such-file.yaml: cannot be read"),
+        (["validate", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
+        (["plan", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
+        (["up", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
+    ],
+)
+def test_errors_are_one_clear_line_and_status_1(run: Run, arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"pdserve: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_full_queue_says_when_to_come_back(run: Run, cluster: ScriptedCluster) -> None:
+    cluster.refusal = QueueFull(1024, 2.5)
+    result = run("generate", "hello")
+    assert (result.exit_code, result.stderr) == (1, "pdserve: 1024 requests are queued already, retry in 2.5 s\n")
+
+
+def test_without_a_server_it_says_how_to_start_one() -> None:
+    result = CliRunner().invoke(app, ["status", "--address", "127.0.0.1:1"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("pdserve: no pdserve server answers at 127.0.0.1:1; start one with `pdserve up`")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "hello", "--heat", "3"],
+        ["generate"],
+        ["drain"],
+        ["drain", "a", "--all"],
+        ["generate", "1", "--chat", "--token-ids"],
+    ],
+)
+def test_wrong_usage_is_status_2(run: Run, cluster: ScriptedCluster, arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+    assert cluster.requests == []
+
+
+def test_status_reads_like_kubectl(run: Run) -> None:
+    lines = run("status").stdout.splitlines()
+    assert lines[0] == "tiny: serving for 61m; prefill 1/1 ready, decode 0/1 ready; 3 running, 2 queued"
+    assert lines[2].split() == ["NAME", "ROLE", "STATE", "RUNNING", "WAITING", "BLOCKS", "TOKENS/S", "AGE", "RESTARTS"]
+    assert lines[3].split() == ["prefill-0", "prefill", "Ready", "1", "0", "90/100", "1234", "61m", "0"]
+    assert lines[4].split() == ["decode-0", "decode", "Starting(50%)", "0", "0", "0/0", "0", "0s", "0"]
+    assert "NODE" in run("status", "-o", "wide").stdout
+
+
+def test_status_as_json_has_every_field(run: Run) -> None:
+    status = json.loads(run("status", "-o", "json").stdout)
+    assert status["workers"][1]["phase"] == "loading weights"
+    assert status["workers"][0]["num_restarts"] == 0
+
+
+def test_status_watch_follows_until_the_cluster_ends(run: Run, server: ServerThread) -> None:
+    server.call(lambda: server.cluster.change(shutting_down=True))
+    (line,) = run("status", "--watch", "-o", "json").stdout.splitlines()
+    assert json.loads(line)["shutting_down"] is True
+
+
+def test_apply_prints_each_change(run: Run, cluster: ScriptedCluster, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(config_yaml(pools="{decode: {instances: 2}}"))
+    assert run("apply", str(file), "--dry-run").stdout == "pools.decode.instances: 1 -> 2\n"
+    assert cluster.applied == []
+    assert run("apply", str(file)).stdout == "pools.decode.instances: 1 -> 2\n"
+    assert run("apply", str(file)).stdout == "nothing to change\n"
+    file.write_text(config_yaml(kv="{block_size: 32}"))
+    result = run("apply", str(file))
+    assert result.exit_code == 1
+    assert "kv.block_size" in result.stderr
+
+
+def test_drain_waits_until_workers_are_idle(run: Run, server: ServerThread, cluster: ScriptedCluster) -> None:
+    server.call(cluster.go_on.set)
+    result = run("drain", "prefill-0")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "drained"
+    assert cluster.drained == [(("prefill-0",), False)]
+
+
+def test_down_returns_when_nothing_answers_any_more(run: Run, server: ServerThread, cluster: ScriptedCluster) -> None:
+    server.stop_when_shut_down()
+    server.call(cluster.go_on.set)
+    result = run("down")
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "stopped")
+    assert cluster.drained == [((), True)]
+
+
+def test_version_and_help() -> None:
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"pdserve {__version__}\n"
+    assert CliRunner().invoke(app, ["--help"]).exit_code == 0
+
+
+def test_a_client_command_loads_neither_torch_nor_ray_nor_transformers() -> None:
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['pdserve', 'status', '--address', '127.0.0.1:1']\n"
+        "try:\n    from pdserve.cli.main import main; main()\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'ray', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_validate_and_plan_tell_what_a_file_asks_for(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("metadata: {pdserve: {pools: {decode: {instances: 9000}}}}\n")
+    result = run("validate", str(file))
+    assert (result.exit_code, result.stdout) == (0, f"{file}: valid\n")
+    assert result.stderr.startswith("on this machine: ")
+    planned = run("plan", str(file))
+    assert planned.exit_code == 1
+    assert "KV cache" in planned.stdout
+    assert "cores" in planned.stderr
+    as_json = json.loads(run("plan", str(file), "-o", "json").stdout)
+    assert [pool["role"] for pool in as_json["pools"]] == ["prefill", "decode"]
+    assert as_json["findings"]
+
+
+def test_validate_refuses_what_no_machine_can_serve(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("metadata:\n  pdserve:\n    pools: {decode: {instances: many}}\n")
+    result = run("validate", str(file))
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"pdserve: {file}:3: metadata.pdserve.pools.decode.instances: got 'many'")

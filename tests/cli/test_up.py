@@ -1,0 +1,71 @@
+"""What `pdserve up` says while a cluster starts, serves and ends."""
+
+from dataclasses import replace
+
+import pytest
+
+from pdserve.cli.client import connect
+from pdserve.cli.progress import StatusLines, is_ready
+from pdserve.cli.up import follow
+from pdserve.core.status import WorkerState
+from pdserve.proto import pdserve_pb2 as pb
+from tests.cli.conftest import ServerThread
+
+
+def status(*workers: pb.WorkerStatus) -> pb.ClusterStatus:
+    return pb.ClusterStatus(workers=workers)
+
+
+def starting(phase: str, fraction: float) -> pb.WorkerStatus:
+    return pb.WorkerStatus(worker_id="decode-0", state=pb.WORKER_STATE_STARTING, phase=phase, fraction=fraction)
+
+
+def test_only_what_is_new_makes_a_line() -> None:
+    lines = StatusLines()
+    assert list(lines.changes(status(starting("loading weights", 0.0)))) == ["decode-0: starting, loading weights 0%"]
+    assert list(lines.changes(status(starting("loading weights", 0.1)))) == []
+    assert list(lines.changes(status(starting("loading weights", 0.5)))) == ["decode-0: starting, loading weights 50%"]
+    ready = pb.WorkerStatus(worker_id="decode-0", state=pb.WORKER_STATE_READY)
+    assert list(lines.changes(status(ready))) == ["decode-0: ready"]
+    assert list(lines.changes(status(ready))) == []
+    failed = pb.WorkerStatus(worker_id="decode-0", state=pb.WORKER_STATE_FAILED, message="the process died")
+    assert list(lines.changes(status(failed))) == ["decode-0: failed, the process died"]
+    assert list(lines.changes(status())) == ["decode-0: gone"]
+
+
+def test_a_cluster_is_ready_when_every_configured_instance_is() -> None:
+    pools = [pb.PoolStatus(role="prefill", instances=2, ready=2), pb.PoolStatus(role="decode", instances=1, ready=0)]
+    assert not is_ready(pb.ClusterStatus(pools=pools))
+    pools[1].ready = 1
+    assert is_ready(pb.ClusterStatus(pools=pools))
+
+
+def test_following_says_when_it_serves_and_ends_with_the_cluster(
+    server: ServerThread, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers = tuple(replace(worker, state=WorkerState.READY) for worker in server.cluster.state.workers)
+    server.call(lambda: server.cluster.change(workers=workers, shutting_down=True))
+    with connect(server.address) as client:
+        follow(client)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "prefill-0: ready",
+        "decode-0: ready",
+        f"ready: tiny at {server.address}, 1 prefill and 1 decode instances",
+    ]
+
+
+def test_following_until_ready_returns_while_the_cluster_serves(server: ServerThread) -> None:
+    workers = tuple(replace(worker, state=WorkerState.READY) for worker in server.cluster.state.workers)
+    server.call(lambda: server.cluster.change(workers=workers))
+    with connect(server.address) as client:
+        follow(client, until_ready=True)
+    assert not server.cluster.state.shutting_down
+
+
+def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
+    server.call(lambda: server.cluster.change(shutting_down=False))
+    with connect(server.address) as client:
+        client.cluster.GetStatus(pb.GetStatusRequest())
+        server.stop_soon()
+        follow(client)

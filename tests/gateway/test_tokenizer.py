@@ -1,0 +1,66 @@
+"""Texts and conversations become the very tokens that transformers makes of them."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from pdserve.core.errors import CheckpointError, InvalidRequest
+from pdserve.embedded import MODEL_DIR
+from pdserve.gateway.tokenizer import Tokenizer
+from tests.gateway.support import byte_level, sentencepiece_like
+
+TEXTS = ["the dog", " two  spaces ", "Grüße, 你好 🙂\n", "<|im_start|>user", "def f(x):\n\treturn x\n", "<s>"]
+CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "and?"}]
+
+
+@pytest.fixture(scope="module", params=["byte-level", "sentencepiece-like", "embedded"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory with a tokenizer."""
+    if request.param == "embedded":
+        return MODEL_DIR
+    path = tmp_path_factory.mktemp(request.param)
+    tokenizer = byte_level() if request.param == "byte-level" else sentencepiece_like()
+    tokenizer._pretrained.save_pretrained(path)
+    return path
+
+
+def test_texts_become_the_tokens_of_transformers(directory: Path) -> None:
+    ours, reference = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
+    for text in TEXTS:
+        for add in (True, False):
+            expected = reference(text, add_special_tokens=add)["input_ids"]
+            assert list(ours.encode(text, add)) == expected
+            for skip in (True, False):
+                assert ours.decode(expected, skip) == reference.decode(
+                    expected, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+                )
+
+
+def test_conversations_become_the_tokens_of_transformers(directory: Path) -> None:
+    ours, reference = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
+    if not ours.has_chat_template:
+        with pytest.raises(InvalidRequest, match="no chat template"):
+            ours.render_chat(CHAT)
+        return
+    for add in (True, False):
+        expected = reference.apply_chat_template(CHAT, add_generation_prompt=add)["input_ids"]
+        assert list(ours.encode(ours.render_chat(CHAT, add), add_special_tokens=False)) == expected
+
+
+def test_truncation_and_padding_of_training_do_not_reach_prompts(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer._backend.enable_truncation(2)
+    tokenizer._backend.enable_padding(length=50)
+    tokenizer._pretrained.save_pretrained(tmp_path)
+    tokenizer._backend.no_truncation()
+    tokenizer._backend.no_padding()
+    assert Tokenizer.load(tmp_path).encode("the quick dog") == tokenizer.encode("the quick dog")
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_missing_or_corrupt_tokenizer_is_named_with_its_directory(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        Tokenizer.load(tmp_path)

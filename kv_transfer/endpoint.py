@@ -188,11 +188,7 @@ class TransferEndpoint:
         with self._lock:
             self._is_woken = False
         while self._inbox:
-            call = self._inbox.popleft()
-            try:
-                call()
-            except Exception:  # a bug in one call must not lose the others'
-                logger.exception("%s failed", call)
+            _guarded(self._inbox.popleft())
 
     async def _main(self, acceptor: Acceptor, started: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
@@ -208,9 +204,9 @@ class TransferEndpoint:
 
     def _tick(self) -> None:
         for outbound in list(self._outbound.values()):
-            outbound.feed(Tick())
+            _guarded(partial(outbound.feed, Tick()))
         for inbound in list(self._inbound.values()):
-            inbound.feed(Tick())
+            _guarded(partial(inbound.feed, Tick()))
         self._outbound = {key: pair for key, pair in self._outbound.items() if not pair.is_idle}
         self._inbound = {key: pair for key, pair in self._inbound.items() if not pair.is_idle}
 
@@ -226,9 +222,9 @@ class TransferEndpoint:
 
     def _end_pairs(self, key: tuple[str, int], error: str) -> None:
         if key in self._outbound:
-            self._outbound.pop(key).feed(PeerGone(error))
+            _guarded(partial(self._outbound.pop(key).feed, PeerGone(error)))
         if key in self._inbound:
-            self._inbound.pop(key).feed(PeerGone(error))
+            _guarded(partial(self._inbound.pop(key).feed, PeerGone(error)))
 
     def _is_gone(self, worker_id: str, incarnation: int) -> bool:
         return incarnation <= self._gone.get(worker_id, -1)
@@ -280,3 +276,11 @@ class TransferEndpoint:
         for key in {*self._outbound, *self._inbound}:
             if key[0] == worker_id and self._is_gone(*key):
                 self._end_pairs(key, f"{worker_id} (incarnation {key[1]}) is gone")
+
+
+def _guarded(call: Callable[[], None]) -> None:
+    """A bug that shows in one call must not end the thread and with it every other transfer."""
+    try:
+        call()
+    except Exception:
+        logger.exception("%s failed", call)

@@ -28,14 +28,19 @@ class InboundTransfer:
         assert self.reservation is not None
         return self.reservation.block_ids
 
+    @property
+    def num_cached_tokens(self) -> int:
+        assert self.reservation is not None
+        return self.reservation.num_cached_tokens
+
     def begin(self, num_layers: int) -> None:
         """Offer and reservation are both here. Raises ValueError when they do not fit."""
         reserved = self.reservation
         assert reserved is not None
+        self.machine.transition(InboundState.RECEIVING)
         if reserved.num_tokens != self.num_offered_tokens:
             raise ValueError(f"{self.num_offered_tokens} tokens were offered, {reserved.num_tokens} are expected")
         self._coverage = Coverage(Span(0, num_layers, reserved.num_cached_tokens, reserved.num_tokens))
-        self.machine.transition(InboundState.RECEIVING)
 
     def announced(self, span: Span) -> None:
         """Raises ValueError when part of `span` has come before or was not asked for."""

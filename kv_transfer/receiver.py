@@ -146,8 +146,7 @@ class TransferReceiver:
                 self._on_commit(transfer, message)
 
     def _on_offer(self, offer: Offer) -> None:
-        refused = self._refused_until_s.pop(offer.transfer, None) is not None
-        if refused:
+        if self._refused_until_s.pop(offer.transfer, None) is not None:
             self._send(Abort(offer.epoch, offer.transfer, "cancelled by the receiver"))
             return
         transfer = self._transfers.get(offer.transfer)
@@ -167,9 +166,7 @@ class TransferReceiver:
         except ValueError as error:
             self._fail(transfer, str(error))
             return
-        reserved = transfer.reservation
-        assert reserved is not None
-        self._send(Accept(self._epoch or 0, transfer.id, reserved.num_cached_tokens, self._num_slots))
+        self._send(Accept(self._epoch or 0, transfer.id, transfer.num_cached_tokens, self._num_slots))
 
     def _on_chunk(self, chunk: Chunk) -> None:
         transfer = self._transfers.get(chunk.transfer)
@@ -240,9 +237,7 @@ class TransferReceiver:
             if is_waiting and self._now_s - transfer.since_s > config.lease_s:
                 wanted = "an offer" if transfer.state is InboundState.EXPECTED else "a reservation"
                 self._fail(transfer, f"the lease ended after {config.lease_s} s without {wanted}")
-        for transfer_id, until_s in list(self._refused_until_s.items()):
-            if self._now_s > until_s:
-                del self._refused_until_s[transfer_id]
+        self._refused_until_s = {key: until_s for key, until_s in self._refused_until_s.items() if until_s > self._now_s}
         if self._link.state is not LinkState.UP:
             return
         if self._now_s - self._heard_s > config.dead_after_s:

@@ -199,7 +199,7 @@ def test_a_new_epoch_fences_the_old_one() -> None:
         try:
             assert old.is_closed()
             assert "connected anew" in receiver.ends.receive_error(T)
-            with pytest.raises(AssertionError, match="epoch 1 of p .incarnation 1. is over"):
+            with pytest.raises(AssertionError, match=r"epoch 1 of p \(incarnation 1\) is over"):
                 RawPeer(receiver.address, epoch=1)
         finally:
             new.close()

@@ -1,0 +1,159 @@
+"""The sender and the receiver by example: credits, deadlines, leases, heartbeats, and transitions that do not exist."""
+
+import pytest
+
+from pdserve.core.errors import InvalidTransition
+from pdserve.core.request import TransferId
+from pdserve.kv_transfer.config import TransferConfig
+from pdserve.kv_transfer.counters import TransferCounters
+from pdserve.kv_transfer.events import (
+    Cancel,
+    CloseLink,
+    CommitReady,
+    Computed,
+    Expect,
+    LinkUp,
+    Open,
+    OpenLink,
+    PrefillDone,
+    Receive,
+    ReceiveFailed,
+    Send,
+    SendChunk,
+    SendFailed,
+    Sent,
+    Tick,
+)
+from pdserve.kv_transfer.protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
+from pdserve.kv_transfer.receiver import TransferReceiver
+from pdserve.kv_transfer.sender import TransferSender
+from pdserve.kv_transfer.span import Span
+from pdserve.kv_transfer.states import OUTBOUND_TRANSITIONS, Machine, OutboundState
+
+from .support import layout
+
+LAYOUT = layout(num_layers=2)
+CELL_BYTES = LAYOUT.bytes_per_token // LAYOUT.num_layers
+CONFIG = TransferConfig(chunk_bytes=8 * CELL_BYTES, ring_slots=3)
+T = TransferId("request", 0)
+
+
+def open_sender(num_tokens: int = 64) -> TransferSender:
+    """A link of 3 slots, and an offered transfer."""
+    sender = TransferSender(LAYOUT, CONFIG, TransferCounters(), "d")
+    assert sender.handle(Open(T, tuple(range(8)), num_tokens), 0.0) == [OpenLink()]
+    assert sender.handle(LinkUp(1, 3, CONFIG.chunk_bytes), 0.0) == [Send(Offer(1, T, num_tokens))]
+    return sender
+
+
+def open_receiver() -> TransferReceiver:
+    receiver = TransferReceiver(LAYOUT, CONFIG, TransferCounters(), "p")
+    receiver.handle(LinkUp(1, 3, CONFIG.chunk_bytes), 0.0)
+    return receiver
+
+
+def chunks(commands: list[object]) -> list[int]:
+    return [command.seq for command in commands if isinstance(command, SendChunk)]
+
+
+def test_no_more_chunks_are_under_way_than_slots_and_an_ack_returns_one() -> None:
+    sender = open_sender()
+    sender.handle(Computed(T, Span(0, 2, 0, 64)), 0.0)
+    commands = sender.handle(Accept(1, T, 0, 3), 0.0)
+    assert chunks(list(commands)) == [0, 1, 2]
+    assert {c.slot for c in commands if isinstance(c, SendChunk)} == {0, 1, 2}
+    (again,) = sender.handle(Ack(1, T, 1), 0.0)
+    assert isinstance(again, SendChunk)
+    assert again.seq == 3
+    assert again.slot == next(c.slot for c in commands if isinstance(c, SendChunk) and c.seq == 1)
+    assert sender.handle(Ack(1, T, 1), 0.0) == []
+
+
+def test_a_transfer_keeps_to_the_credits_it_was_given() -> None:
+    sender = open_sender()
+    sender.handle(Computed(T, Span(0, 2, 0, 64)), 0.0)
+    assert chunks(list(sender.handle(Accept(1, T, 0, 1), 0.0))) == [0]
+
+
+def test_the_figures_tell_hidden_from_exposed() -> None:
+    sender = open_sender(num_tokens=8)
+    sender.handle(Accept(1, T, 0, 3), 0.0)
+    sender.handle(Computed(T, Span(0, 1, 0, 8)), 1.0)
+    sender.handle(Ack(1, T, 0), 2.0)
+    sender.handle(PrefillDone(T), 3.0)
+    sender.handle(Computed(T, Span(1, 2, 0, 8)), 3.0)
+    assert sender.handle(CommitReady(T, b"x"), 3.0) == [Send(Commit(1, T, b"x"))]
+    (sent,) = sender.handle(Committed(1, T), 4.5)
+    assert isinstance(sent, Sent)
+    assert (sent.stats.num_bytes, sent.stats.hidden_bytes) == (16 * CELL_BYTES, 8 * CELL_BYTES)
+    assert (sent.stats.duration_s, sent.stats.exposed_s) == (3.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error"),
+    [
+        ([Accept(1, T, 0, 3), Computed(T, Span(0, 2, 0, 64))], "chunk 0 was not acknowledged within 5.0 s"),
+        ([Accept(1, T, 64, 3), CommitReady(T, b"")], "was not committed within 5.0 s"),
+    ],
+)
+def test_a_receiver_that_is_slow_loses_the_link(prepare: list[Accept | Computed | CommitReady], error: str) -> None:
+    sender = open_sender()
+    for event in prepare:
+        sender.handle(event, 0.0)
+    for tenth in range(0, 50):
+        sender.handle(Heartbeat(1), tenth / 10)
+        assert not any(isinstance(c, CloseLink) for c in sender.handle(Tick(), tenth / 10))
+    sender.handle(Heartbeat(1), 5.1)
+    close, failed = sender.handle(Tick(), 5.1)
+    assert isinstance(close, CloseLink)
+    assert isinstance(failed, SendFailed)
+    assert error in failed.error
+    assert sender.is_idle
+
+
+def test_silence_ends_the_link_on_both_sides_and_heartbeats_go_out_until_then() -> None:
+    sender, receiver = open_sender(), open_receiver()
+    receiver.handle(Expect(T, (0,), 8, 0), 0.0)
+    receiver.handle(Offer(1, T, 8), 0.0)
+    for machine in (sender, receiver):
+        assert machine.handle(Tick(), 0.6) == [Send(Heartbeat(1))]
+        assert machine.handle(Tick(), 0.7) == []
+        close, failed = machine.handle(Tick(), 3.1)
+        assert close == CloseLink("no sign of life for 3.0 s")
+        assert isinstance(failed, (SendFailed, ReceiveFailed))
+
+
+def test_a_refused_chunk_fails_its_transfer_with_the_receivers_words() -> None:
+    sender = open_sender()
+    assert sender.handle(Nack(1, T, "wrong size"), 0.0) == [SendFailed(T, "refused by the receiver: wrong size")]
+
+
+def test_late_words_about_an_ended_transfer_are_ignored() -> None:
+    sender = open_sender()
+    assert sender.handle(Cancel(T, "cancelled"), 0.0) == [Send(Abort(1, T, "cancelled")), SendFailed(T, "cancelled")]
+    for message in (Accept(1, T, 0, 3), Committed(1, T), Abort(1, T, "x"), Nack(1, T, "x"), Accept(7, T, 0, 3)):
+        assert sender.handle(message, 0.0) == []
+
+
+def test_an_offer_of_another_length_than_expected_is_aborted() -> None:
+    receiver = open_receiver()
+    receiver.handle(Expect(T, (0, 1), 9, 0), 0.0)
+    error = "8 tokens were offered, 9 are expected"
+    assert receiver.handle(Offer(1, T, 8), 0.0) == [Send(Abort(1, T, error)), ReceiveFailed(T, error)]
+
+
+def test_chunks_of_a_cancelled_transfer_are_taken_and_dropped() -> None:
+    receiver = open_receiver()
+    receiver.handle(Expect(T, (0,), 8, 0), 0.0)
+    receiver.handle(Offer(1, T, 8), 0.0)
+    receiver.handle(Cancel(T, "cancelled"), 0.0)
+    chunk = Chunk(1, T, 0, 0, Span(0, 1, 0, 8), 8 * CELL_BYTES, 0)
+    assert receiver.handle(chunk, 0.0) == [Receive(chunk)]
+
+
+def test_a_transition_that_the_table_does_not_have_is_a_bug_and_says_what_happened_before() -> None:
+    machine = Machine("outbound x", OUTBOUND_TRANSITIONS, OutboundState.WAITING)
+    machine.transition(OutboundState.OFFERED)
+    with pytest.raises(InvalidTransition, match=r"outbound x.*COMMITTING.*'waiting', 'offered'"):
+        machine.transition(OutboundState.COMMITTING)
+    assert machine.state is OutboundState.OFFERED

@@ -11,11 +11,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "tile.h"
+#include "keys.h"
 
 namespace pd {
 
-constexpr int kKeys = 64;          // of one key block
+constexpr int kFewRows = 4;        // up to here a key block is multiplied as it is read, without being packed
 constexpr int64_t kSegment = 512;  // keys, a multiple of kKeys
 
 struct Attention {
@@ -72,80 +72,6 @@ inline void merge(Partial& total, const Partial& segment, int64_t rows, int64_t 
   }
 }
 
-// Where up to 64 keys of a kv head lie, eight by eight: a cache block holds a multiple of 8 tokens.
-template <class T>
-struct KeyBlock {
-  int64_t key = -1;  // the first one
-  int64_t count = 0;
-  const T *keys[kKeys / 8], *values[kKeys / 8];  // of groups without a key: any readable memory
-};
-
-// The packers copy one key block into the layout that `multiply` wants, and ask for the same places of the next one as they
-// go, so that memory is busy all the time.
-
-// out = [depth, 64 keys] dwords from rows of `depth` dwords. What comes of absent keys has no meaning.
-template <class T>
-inline void pack_keys(const KeyBlock<T>& block, const KeyBlock<T>& next, int64_t head_dim, uint32_t* out) {
-  constexpr int64_t kPer = 4 / sizeof(T);
-  const int64_t depth = head_dim / kPer;
-  for (int64_t d = 0; d < depth; d += kLanes) {
-    const __mmask16 mask = lanes(depth - d);
-    const int64_t count = std::min<int64_t>(kLanes, depth - d);
-    for (int64_t k = 0; k < kKeys; k += kLanes) {
-      __m512i r[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const int64_t at = i % 8 * head_dim + d * kPer;
-        r[i] = _mm512_maskz_loadu_epi32(mask, block.keys[k / 8 + i / 8] + at);
-        _mm_prefetch(next.keys[k / 8 + i / 8] + at, _MM_HINT_T0);
-      }
-      transpose16(r);
-      uint32_t* to = out + d * kKeys + k;
-      if (count == kLanes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * kKeys, r[i]);
-      } else {
-        for (int i = 0; i < count; ++i) _mm512_store_si512(to + i * kKeys, r[i]);
-      }
-    }
-  }
-}
-
-// out = [64, dim] dwords from rows of head_dim floats; absent keys and lanes are zero.
-inline void pack_values(const KeyBlock<float>& block, const KeyBlock<float>& next, int64_t head_dim, int64_t dim,
-                        uint32_t* out) {
-  for (int64_t d = 0; d < dim; d += kLanes)
-    for (int64_t k = 0; k < kKeys; ++k) {
-      const __mmask16 mask = k < block.count ? lanes(head_dim - d) : 0;
-      const int64_t at = k % 8 * head_dim + d;
-      _mm512_store_si512(out + k * dim + d, _mm512_maskz_loadu_epi32(mask, block.values[k / 8] + at));
-      _mm_prefetch(next.values[k / 8] + at, _MM_HINT_T0);
-    }
-}
-
-// out = [32, dim] dwords from rows of head_dim bf16; each dword holds the values of two neighbouring keys.
-inline void pack_values(const KeyBlock<uint16_t>& block, const KeyBlock<uint16_t>& next, int64_t head_dim, int64_t dim,
-                        uint32_t* out) {
-  alignas(64) uint16_t index[64];
-  for (int i = 0; i < 64; ++i) index[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-  const __m512i low = _mm512_load_si512(index), high = _mm512_load_si512(index + 32);
-  for (int64_t d = 0; d < dim; d += 2 * kLanes) {
-    const __mmask32 mask = lanes(head_dim - d) | static_cast<__mmask32>(lanes(head_dim - d - kLanes)) << kLanes;
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < kKeys; k += 2) {
-      const int64_t at = k % 8 * head_dim + d;
-      const uint16_t* row = block.values[k / 8] + at;
-      const __m512i even = _mm512_maskz_loadu_epi16(k < block.count ? mask : 0, row);
-      const __m512i odd = _mm512_maskz_loadu_epi16(k + 1 < block.count ? mask : 0, row + head_dim);
-      _mm_prefetch(next.values[k / 8] + at, _MM_HINT_T0);
-      _mm_prefetch(next.values[k / 8] + at + head_dim, _MM_HINT_T0);
-      uint32_t* to = out + k / 2 * dim + d;
-      _mm512_store_si512(to, _mm512_permutex2var_epi16(even, low, odd));
-      _mm512_store_si512(to + kLanes, _mm512_permutex2var_epi16(even, high, odd));
-    }
-  }
-}
-
 // One thread's working memory for rows of one (sequence, kv head).
 template <class E>
 class RowAttention {
@@ -166,6 +92,7 @@ class RowAttention {
         num_rows_(rows.num_tokens * a.group()),
         dim_(a.padded_dim()),
         depth_(a.head_dim / kPer),
+        stride_(ceil_div(depth_, kLanes) * kLanes),
         keys_(static_cast<uint32_t*>(memory)),
         values_(keys_ + dim_ * kKeys),
         scores_(reinterpret_cast<float*>(values_ + dim_ * kKeys)),
@@ -174,8 +101,10 @@ class RowAttention {
         total_(reinterpret_cast<float*>(queries_ + num_rows_ * dim_), num_rows_),
         segment_(total_.max + Partial::floats(num_rows_, dim_), num_rows_) {
     const T* q = static_cast<const T*>(a.q) + (rows.token * a.heads + rows.kv_head * a.group()) * a.head_dim;
-    for (int64_t t = 0; t < rows.num_tokens; ++t)
-      std::memcpy(queries_ + t * a.group() * depth_, q + t * a.heads * a.head_dim, a.group() * depth_ * 4);
+    for (int64_t r = 0; r < num_rows_; ++r) {
+      std::memset(queries_ + r * stride_, 0, stride_ * 4);
+      std::memcpy(queries_ + r * stride_, q + (r / a.group() * a.heads + r % a.group()) * a.head_dim, depth_ * 4);
+    }
   }
 
   int64_t num_rows() const { return num_rows_; }
@@ -213,6 +142,10 @@ class RowAttention {
     const KeyBlock<T> here = ahead_.key == key ? ahead_ : find(rows_, key);
     const bool last = key + kKeys >= rows_.key_end();
     ahead_ = last ? find(next_, next_.key_begin(a_.window) / kKeys * kKeys) : find(rows_, key + kKeys);
+    if (num_rows_ <= kFewRows) {
+      with_rows<kFewRows>(num_rows_, [&](auto rows) { attend_few<rows.value>(here, num_keys, to); });
+      return;
+    }
     pack_keys(here, ahead_, a_.head_dim, keys_);
     pack_values(here, ahead_, a_.head_dim, dim_, values_);
     const int64_t tiles = ceil_div(num_rows_, kTileRows);
@@ -220,7 +153,7 @@ class RowAttention {
       const int64_t row = num_rows_ * tile / tiles, next = num_rows_ * (tile + 1) / tiles;
       const int64_t first = rows_.position + row / a_.group(), last = rows_.position + (next - 1) / a_.group();
       if (key > last || key + num_keys <= first - a_.window + 1) continue;  // no row of the tile sees a key of the block
-      with_rows(static_cast<int>(next - row), [&](auto rows) { attend_tile<rows.value>(row, key, num_keys, to); });
+      with_rows<kTileRows>(next - row, [&](auto rows) { attend_tile<rows.value>(row, key, num_keys, to); });
     }
   }
 
@@ -240,6 +173,16 @@ class RowAttention {
   }
 
   template <int ROWS>
+  void attend_few(const KeyBlock<T>& here, int64_t num_keys, Partial& to) {
+    score_unpacked<E, ROWS>(here, ahead_, a_.head_dim, queries_, stride_, scores_);
+    for (int i = 0; i < ROWS; ++i) softmax_row(i, i, here.key, num_keys, to);
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= dim_; d += 4 * kLanes)
+      add_values_unpacked<E, ROWS, 4>(here, ahead_, a_.head_dim, d, weights_, to.out + d, dim_);
+    if (d < dim_) add_values_unpacked<E, ROWS, 2>(here, ahead_, a_.head_dim, d, weights_, to.out + d, dim_);
+  }
+
+  template <int ROWS>
   void attend_tile(int64_t row, int64_t key, int64_t num_keys, Partial& to) {
     constexpr int kVecs = ROWS <= 6 ? 4 : 2;  // few rows need more columns to hide the multiplier's latency
     for (int64_t k = 0; k < kKeys; k += kVecs * kLanes) score<ROWS, kVecs>(row, k);
@@ -254,7 +197,7 @@ class RowAttention {
     __m512 acc[ROWS][VECS];
     for (auto& r : acc)
       for (auto& v : r) v = _mm512_setzero_ps();
-    multiply<E>(Tile{queries_ + row * depth_, depth_, keys_ + k, kKeys, depth_}, acc);
+    multiply<E>(Tile{queries_ + row * stride_, stride_, keys_ + k, kKeys, depth_}, acc);
     for (int i = 0; i < ROWS; ++i)
       for (int j = 0; j < VECS; ++j) _mm512_store_ps(scores_ + i * kKeys + k + j * kLanes, acc[i][j]);
   }
@@ -303,7 +246,7 @@ class RowAttention {
 
   const Attention& a_;
   const Rows &rows_, &next_;
-  const int64_t num_rows_, dim_, depth_;
+  const int64_t num_rows_, dim_, depth_, stride_;
   uint32_t *keys_, *values_;
   float* scores_;
   uint32_t *weights_, *queries_;

@@ -61,7 +61,7 @@ void panel_times_rows(const Linear& l, int64_t row_begin, int64_t row_end, int64
   for (int64_t tile = 0; tile < num_tiles; ++tile) {  // of nearly equal heights
     const int64_t row = row_begin + (row_end - row_begin) * tile / num_tiles;
     const int64_t next = row_begin + (row_end - row_begin) * (tile + 1) / num_tiles;
-    with_rows(static_cast<int>(next - row), [&](auto rows) {
+    with_rows<kTileRows>(next - row, [&](auto rows) {
       __m512 acc[rows.value][2];
       for (auto& r : acc) r[0] = r[1] = _mm512_setzero_ps();
       multiply<E, true>(Tile{x + row * l.depth, l.depth, weight, kPanel, l.depth}, acc);

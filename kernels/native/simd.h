@@ -65,7 +65,7 @@ inline __m512 silu(__m512 x) {
 }
 
 // Transposes a 16 x 16 square of dwords held in 16 registers.
-inline void transpose16(__m512i r[16]) {
+inline __attribute__((always_inline)) void transpose16(__m512i r[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {

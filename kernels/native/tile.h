@@ -4,7 +4,7 @@
 // the tile's height nor on where the rows were cut into tiles: a token's result is the same alone and in any batch.
 #pragma once
 
-#include <utility>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -47,14 +47,15 @@ inline __attribute__((always_inline)) void multiply(const Tile& t, __m512 (&acc)
   }
 }
 
-// Calls f(std::integral_constant<int, rows>) for a run-time 1 <= rows <= kTileRows.
-template <class F, int... I>
-inline void with_rows(int rows, F&& f, std::integer_sequence<int, I...>) {
-  (void)((rows == I + 1 ? (f(std::integral_constant<int, I + 1>{}), true) : false) || ...);
-}
-template <class F>
-inline void with_rows(int rows, F&& f) {
-  with_rows(rows, std::forward<F>(f), std::make_integer_sequence<int, kTileRows>{});
+// Calls f(std::integral_constant<int, rows>) for a run-time 1 <= rows <= MAX.
+template <int MAX, class F>
+inline void with_rows(int64_t rows, F&& f) {
+  if constexpr (MAX > 0) {
+    if (rows == MAX)
+      f(std::integral_constant<int, MAX>{});
+    else
+      with_rows<MAX - 1>(rows, f);
+  }
 }
 
 }  // namespace pd

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -41,14 +42,14 @@ def apply(client: Client, file: Path, dry_run: bool) -> None:
 
 def drain(client: Client, worker_ids: list[str]) -> None:
     """Drain workers, or all; print how many requests are left."""
-    _follow(client, pb.DrainRequest(worker_ids=worker_ids))
+    follow_drain(client, pb.DrainRequest(worker_ids=worker_ids), print)
     print("drained")
 
 
 def shut_down(client: Client) -> None:
     """Drain all workers and end the cluster; returns when nothing answers any more."""
     try:
-        _follow(client, pb.DrainRequest(shutdown=True))
+        follow_drain(client, pb.DrainRequest(shutdown=True), print)
     except grpc.RpcError as error:
         if not is_gone(error):
             raise
@@ -63,10 +64,11 @@ def shut_down(client: Client) -> None:
     raise CommandFailed(f"the cluster is drained, but its server at {client.address} still answers")
 
 
-def _follow(client: Client, request: pb.DrainRequest) -> None:
-    last = None
+def follow_drain(client: Client, request: pb.DrainRequest, say: Callable[[str], None]) -> None:
+    """Drain, and say how many requests are left whenever that changes."""
+    last = 0
     for progress in client.cluster.Drain(request):
         left = progress.num_running_requests
         if left != last and not progress.done:
-            print(f"draining: {left} request{'s' * (left != 1)} running", flush=True)
+            say(f"draining: {left} request{'s' * (left != 1)} running")
         last = left

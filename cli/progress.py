@@ -1,6 +1,10 @@
-"""How far workers' start is, in lines that say only what is new."""
+"""How far workers' start is: bars on a terminal, else lines that say only what is new."""
 
+import sys
 from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from ..proto import pdserve_pb2 as pb
 from .status import STATES
@@ -25,6 +29,32 @@ class StatusLines:
         for name in [name for name in self._shown if name not in names]:
             del self._shown[name]
             yield f"{name}: gone"
+
+
+class StartBars:
+    """A bar for each starting worker, as long as it is used as a context; nothing at all where there is no terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[phase]}"))
+        console = Console(file=sys.stderr)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+        self.are_shown = console.is_terminal
+
+    def __enter__(self) -> "StartBars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, status: pb.ClusterStatus) -> None:
+        for worker in status.workers:
+            task = self._tasks.get(worker.worker_id)
+            if task is None:
+                task = self._tasks[worker.worker_id] = self._progress.add_task(worker.worker_id, total=1.0, phase="")
+            done = 1.0 if worker.state == pb.WORKER_STATE_READY else worker.fraction
+            self._progress.update(task, completed=done, phase=worker.message or worker.phase)
 
 
 def is_ready(status: pb.ClusterStatus) -> bool:

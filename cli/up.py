@@ -6,7 +6,7 @@ The first signal drains, the second stops at once.
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -15,8 +15,9 @@ import grpc
 
 from ..core.config import ClusterConfig
 from ..proto import pdserve_pb2 as pb
+from .admin import follow_drain
 from .client import Client, CommandFailed, connect, is_gone
-from .progress import StatusLines, is_ready, ready_line
+from .progress import StartBars, StatusLines, is_ready, ready_line
 
 if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
@@ -40,19 +41,36 @@ def up(config: ClusterConfig) -> None:
 
 def follow(client: Client, until_ready: bool = False) -> None:
     """Say what changes, until the cluster ends or, with `until_ready`, until it serves."""
-    lines, was_ready = StatusLines(), False
+    lines = StatusLines()
+    states = client.cluster.WatchStatus(pb.WatchStatusRequest())
     try:
-        for status in client.cluster.WatchStatus(pb.WatchStatusRequest()):
-            for line in lines.changes(status):
-                say(line)
-            if is_ready(status) and not was_ready:
-                was_ready = True
-                say(ready_line(status, client.address))
-                if until_ready:
-                    return
+        if _until_ready(client, states, lines) and not until_ready:
+            for status in states:
+                _say_changes(lines, status)
     except grpc.RpcError as error:
         if not is_gone(error):
             raise
+
+
+def _until_ready(client: Client, states: Iterable[pb.ClusterStatus], lines: StatusLines) -> bool:
+    """Show how the start goes; whether it came to its end."""
+    with StartBars() as bars:
+        for status in states:
+            if bars.are_shown:
+                bars.update(status)
+            else:
+                _say_changes(lines, status)
+            if is_ready(status):
+                break
+        else:
+            return False
+    say(ready_line(status, client.address))
+    return True
+
+
+def _say_changes(lines: StatusLines, status: pb.ClusterStatus) -> None:
+    for line in lines.changes(status):
+        say(line)
 
 
 def _check_end(cluster: "LaunchedCluster") -> None:
@@ -69,9 +87,8 @@ def _check_end(cluster: "LaunchedCluster") -> None:
 def _drain_and_stop(client: Client) -> None:
     say("draining; interrupt again to stop at once")
     try:
-        for progress in client.cluster.Drain(pb.DrainRequest(shutdown=True)):
-            if not progress.done and progress.num_running_requests:
-                say(f"draining: {progress.num_running_requests} running")
+        follow_drain(client, pb.DrainRequest(shutdown=True), say)
+        say("stopped")
     except KeyboardInterrupt:
         say("stopping at once")
     except grpc.RpcError as error:

@@ -13,7 +13,7 @@ from ..core.config_file import parse_cluster_config
 from ..core.errors import InvalidRequest
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
-from .generation import InForce
+from .generation import Shared
 from .intake import refuse_unknown_fields
 from .translate import ClientGone, NeedsRestart, translated
 
@@ -25,9 +25,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ClusterService(pdserve_pb2_grpc.ClusterServicer):
     """The operator's door."""
 
-    def __init__(self, frontend: Frontend, in_force: InForce) -> None:
+    def __init__(self, frontend: Frontend, shared: Shared) -> None:
         self._frontend = frontend
-        self._in_force = in_force
+        self._shared = shared
         self._applying = asyncio.Lock()
         self._drains: set[asyncio.Task[None]] = set()
 
@@ -46,17 +46,18 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
         async with translated(context), aclosing(self._frontend.watch()) as states:
             async for status in states:
                 await _write(context, self._message(status))
+            await self._shared.answered()
 
     async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:
         async with translated(context), self._applying:
             refuse_unknown_fields(request)
-            old = self._in_force.config
+            old = self._shared.config
             new = parse_cluster_config(request.config_yaml, request.filename or "cluster.yaml")
             if old.changes_needing_restart(new):
                 raise NeedsRestart(old, new)
             await self._frontend.apply(new, request.dry_run)
             if not request.dry_run:
-                self._in_force.config = new
+                self._shared.config = new
             return pb.ApplyResponse(changes=_changes(old, new))
         raise AssertionError("translated() ends the call")
 
@@ -72,6 +73,8 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
                 async for status in states:
                     await _write(context, _progress(status, request.worker_ids))
             await asyncio.shield(drain)  # it goes on when the client leaves
+            if request.shutdown:
+                await self._shared.answered()
             last = _progress(self._frontend.status(), request.worker_ids)
             last.done = True
             await _write(context, last)
@@ -99,7 +102,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
 
     def _message(self, status: ClusterStatus) -> pb.ClusterStatus:
         return pb.ClusterStatus(
-            model=self._in_force.config.model.name,
+            model=self._shared.config.model.name,
             serving=status.serving,
             shutting_down=status.shutting_down,
             num_queued_requests=status.num_queued_requests,

@@ -12,7 +12,7 @@ from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .admin import ClusterService
 from .frontend import Frontend
-from .generation import STALL_S, GenerationService, InForce
+from .generation import STALL_S, GenerationService, Shared
 from .intake import ModelInfo
 from .tokenizer import Tokenizer
 
@@ -65,9 +65,9 @@ async def serve(
             ("grpc.so_reuseport", 0),  # else two servers could share a port without knowing
         )
     )
-    in_force = InForce(config)
-    admin = ClusterService(frontend, in_force)
-    pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(frontend, in_force, tokenizer, model, stall_s), server)
+    shared = Shared(config)
+    admin = ClusterService(frontend, shared)
+    pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(frontend, shared, tokenizer, model, stall_s), server)
     pdserve_pb2_grpc.add_ClusterServicer_to_server(admin, server)
     try:
         port = server.add_insecure_port(config.listen.grpc)

@@ -5,8 +5,8 @@ closes the router's stream, and that frees all that workers hold for the request
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -23,24 +23,45 @@ from .translate import ClientGone, ClientStalled, translated
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+FLUSH_S = 5.0  # how long clients may take to read the rest of their answers when the cluster ends
 STALL_S = 60.0  # how long a client may leave its stream unread while more is there than the connection holds
 
 
-class InForce:
-    """The configuration that holds now; `Apply` replaces it."""
+class Shared:
+    """What the two services have in common: the configuration in force, and how many answers are being given."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
+        self._num_answers = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """Around giving an answer."""
+        self._num_answers += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_answers -= 1
+            if not self._num_answers:
+                self._idle.set()
+
+    async def answered(self) -> None:
+        """Returns when all answers are out, or after a while: the router may be done with a request before its client."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), FLUSH_S)
 
 
 class GenerationService(pdserve_pb2_grpc.GenerationServicer):
     """Text in, text out."""
 
     def __init__(
-        self, frontend: Frontend, in_force: InForce, tokenizer: Tokenizer, model: ModelInfo, stall_s: float = STALL_S
+        self, frontend: Frontend, shared: Shared, tokenizer: Tokenizer, model: ModelInfo, stall_s: float = STALL_S
     ) -> None:
         self._frontend = frontend
-        self._in_force = in_force
+        self._shared = shared
         self._tokenizer = tokenizer
         self._model = model
         self._intake = Intake(tokenizer, model)
@@ -48,16 +69,18 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
 
     # grpc.aio takes coroutines that write as well as generators; writing lets us see when a client does not read
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        async with translated(context), aclosing(self._events(request, context)) as events:
-            async for event in events:
-                await self._write(context, event)
+        with self._shared.answer():
+            async with translated(context), aclosing(self._events(request, context)) as events:
+                async for event in events:
+                    await self._write(context, event)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        async with translated(context), aclosing(self._events(request, context)) as events:
-            collector = Collector()
-            async for event in events:
-                collector.add(event)
-            return collector.response()
+        with self._shared.answer():
+            async with translated(context), aclosing(self._events(request, context)) as events:
+                collector = Collector()
+                async for event in events:
+                    collector.add(event)
+                return collector.response()
         raise AssertionError("translated() ends the call")
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -90,7 +113,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         loop = asyncio.get_running_loop()
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else loop.time() + remaining_s
-        request = await self._intake.request(message, self._in_force.config.limits, deadline_s)
+        request = await self._intake.request(message, self._shared.config.limits, deadline_s)
         answer = Answer(request, self._tokenizer, lambda choice: self._frontend.cancel(request.request_id, choice))
         async with aclosing(self._frontend.generate(request)) as events:
             async for event in events:
@@ -112,7 +135,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
                 raise InvalidRequest(f"{field}[{index}]", token_id, f"0 to {self._model.vocab_size - 1}")
 
     def _model_info(self) -> pb.ModelInfo:
-        model, limits = self._model, self._in_force.config.limits
+        model, limits = self._model, self._shared.config.limits
         return pb.ModelInfo(
             name=model.name,
             architecture=model.architecture,

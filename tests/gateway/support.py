@@ -106,7 +106,7 @@ def timeline(request: Request) -> Timeline:
 
 
 class ScriptedCluster:
-    """Answers every request with the tokens of `says`, one at a time; `hold_after` tokens it waits for `go_on`."""
+    """Answers every request with the tokens of `says`, one at a time; `hold_after` tokens it waits for `say_on`."""
 
     def __init__(self, tokenizer: Tokenizer, says: str = "the quick brown fox jumps over the lazy dog") -> None:
         self.tokenizer = tokenizer
@@ -116,7 +116,8 @@ class ScriptedCluster:
         self.refusal: PdserveError | None = None
         self.ending: tuple[FinishReason, str | None] | None = None
         self.hold_after: int | None = None
-        self.go_on = asyncio.Event()
+        self.say_on = asyncio.Event()
+        self.go_on = asyncio.Event()  # with a drain
         self.requests: list[Request] = []
         self.closed: list[str] = []
         self.all_closed = asyncio.Event()
@@ -158,7 +159,7 @@ class ScriptedCluster:
             self.requests.append(request)
             for index in range(request.sampling.max_tokens):
                 if index == self.hold_after:
-                    await self.go_on.wait()
+                    await self.say_on.wait()
                 for event in self._step(request, index):
                     yield event
             reason, error = self.ending or (None, None)

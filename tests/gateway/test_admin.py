@@ -1,6 +1,8 @@
 """Operators see the state, change the configuration and drain; health checks and reflection work."""
 
-from typing import TypeAlias
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
 
 import grpc
 import pytest
@@ -129,6 +131,33 @@ async def test_draining_for_shutdown_ends_with_done(admin: Admin, cluster: Scrip
     progress = [item async for item in admin.Drain(pb.DrainRequest(shutdown=True))]
     assert progress[-1].done
     assert cluster.drained == [((), True)]
+
+
+async def test_a_shutdown_is_done_only_when_all_answers_are_out(
+    admin: Admin, generation: "pdserve_pb2_grpc.GenerationAsyncStub", cluster: ScriptedCluster
+) -> None:
+    cluster.hold_after = 1
+    answer = aiter(generation.GenerateStream(pb.GenerateRequest(prompt=pb.Prompt(text="hello"))))
+    await anext(answer)
+    drain, watch = aiter(admin.Drain(pb.DrainRequest(shutdown=True))), aiter(admin.WatchStatus(pb.WatchStatusRequest()))
+    await anext(drain)
+    cluster.go_on.set()
+    while not (await anext(watch)).shutting_down:
+        pass
+    ends = asyncio.ensure_future(_last(drain)), asyncio.ensure_future(_last(watch))
+    await admin.GetStatus(pb.GetStatusRequest())
+    assert not any(end.done() for end in ends)
+    cluster.say_on.set()
+    assert [event async for event in answer][-1].HasField("end")
+    progress, _ = await asyncio.gather(*ends)
+    assert progress.done
+
+
+async def _last(stream: AsyncIterator[Any]) -> Any:
+    last = None
+    async for item in stream:
+        last = item
+    return last
 
 
 @pytest.mark.parametrize(

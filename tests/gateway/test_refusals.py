@@ -152,7 +152,7 @@ async def test_a_refused_request_does_not_disturb_a_running_one(generation: Stub
     call = aiter(generation.GenerateStream(ask(max_tokens=4)))
     await anext(call)
     await refusal(generation, ask(temperature=-1))
-    cluster.go_on.set()
+    cluster.say_on.set()
     assert [event async for event in call][-1].HasField("end")
 
 

@@ -141,13 +141,13 @@ class Acceptor:
         channel.send(Connected(connect.epoch))
         pair.attach(channel, link, connect.epoch)
 
-    def _ring(self) -> tuple[int, int]:
+    def _ring(self, link: str) -> tuple[int, int]:
         layout, config = self._local.layout, self._local.config
-        slot_bytes = max(config.chunk_bytes, layout.bytes_per_token // layout.num_layers)
+        slot_bytes = max(config.chunk_bytes_of(link), layout.bytes_per_token // layout.num_layers)
         return config.ring_slots, -(-slot_bytes // _PAGE_BYTES) * _PAGE_BYTES
 
     def _prepare_shm(self, channel: Channel[SenderMessage], epoch: int) -> Link:
-        num_slots, slot_bytes = self._ring()
+        num_slots, slot_bytes = self._ring("shm")
         link, fd = ShmLink.create(num_slots, slot_bytes)
         try:
             channel.send(Prepare(epoch, num_slots, slot_bytes), fd)
@@ -156,7 +156,7 @@ class Acceptor:
         return link
 
     async def _prepare_gloo(self, channel: Channel[SenderMessage], epoch: int) -> Link:
-        num_slots, slot_bytes = self._ring()
+        num_slots, slot_bytes = self._ring("gloo")
         link = GlooLink(RECEIVER_RANK, self._local.host, num_slots, slot_bytes, self._local.config.connect_timeout_s)
         listener = listening_socket(self._local.host)
         channel.send(Prepare(epoch, num_slots, slot_bytes, self._local.host, listener.getsockname()[1]))

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from ..core.codec import FrameDecoder, FrameError, encode_frame
 from .config import MAX_FRAME_BYTES
 
-_READ_BYTES = 256 << 10
+_READ_BYTES = 16 << 10  # frames are small; a larger buffer would be mapped anew for every read
 T = TypeVar("T")
 
 
@@ -22,7 +22,7 @@ class Channel(Generic[T]):
         kind: Any,
         on_message: Callable[[T], None],
         on_lost: Callable[[str], None],
-        takes_fds: bool = False,
+        takes_fd: bool = False,
     ) -> None:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
@@ -30,7 +30,7 @@ class Channel(Generic[T]):
         self.on_message = on_message
         self.on_lost = on_lost
         self.fds: list[int] = []  # file descriptors that came and were not taken yet
-        self._takes_fds = takes_fds and sock.family == socket.AF_UNIX
+        self._takes_fd = takes_fd and sock.family == socket.AF_UNIX
         self._sock = sock
         self._decoder: FrameDecoder[T] = FrameDecoder(kind, MAX_FRAME_BYTES)
         self._unsent = bytearray()
@@ -98,10 +98,11 @@ class Channel(Generic[T]):
             self._lose(f"the peer does not speak this protocol: {error}")
 
     def _read(self) -> bytes:
-        if not self._takes_fds:
+        if not self._takes_fd:
             return self._sock.recv(_READ_BYTES)
         data, fds, _, _ = socket.recv_fds(self._sock, _READ_BYTES, 1)
         self.fds += fds
+        self._takes_fd = not fds
         return data
 
     def _on_writable(self) -> None:

@@ -10,7 +10,7 @@ MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
 class TransferConfig:
     """Sizes of the staging ring and every deadline of the protocol."""
 
-    chunk_bytes: int = 2 << 20  # of one ring slot, and of a chunk at most
+    chunk_bytes: int | None = None  # of one ring slot of ours, and of a chunk at most; None: what suits the link
     ring_slots: int = 4  # chunks under way per pair, shared by its transfers
     connect_timeout_s: float = 5.0
     heartbeat_s: float = 0.5
@@ -21,10 +21,16 @@ class TransferConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise ValueError(f"TransferConfig.{name}: {value!r} is not valid, expected a positive number")
         if self.dead_after_s < 2 * self.heartbeat_s:
             raise ValueError(
                 f"TransferConfig.dead_after_s: {self.dead_after_s!r} is not valid, expected at least two heartbeats "
                 f"of {self.heartbeat_s} s"
             )
+
+    def chunk_bytes_of(self, link: str) -> int:
+        """A shared-memory ring should stay in the processors' caches; gloo pays for every message."""
+        if self.chunk_bytes is not None:
+            return self.chunk_bytes
+        return 1 << 20 if link == "shm" else 4 << 20

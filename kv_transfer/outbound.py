@@ -119,7 +119,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             ReceiverMessage,
             answers.put_nowait,
             lambda error: answers.put_nowait(LinkError(error)),
-            takes_fds=kind == "shm",
+            takes_fd=kind == "shm",
         )
         link: Link | None = None
         try:

@@ -137,7 +137,7 @@ class TransferSender:
     def _on_link_up(self, event: LinkUp) -> None:
         self._link.transition(LinkState.UP)
         self._epoch = event.epoch
-        self._chunk_bytes = min(event.slot_bytes, max(self._config.chunk_bytes, self._bytes_per_cell))
+        self._chunk_bytes = event.slot_bytes
         self._next_seq = 0
         self._free_slots = list(range(event.num_slots))
         self._heard_s = self._beat_s = self._used_s = self._now_s

@@ -34,7 +34,8 @@ from .support import layout
 
 LAYOUT = layout(num_layers=2)
 CELL_BYTES = LAYOUT.bytes_per_token // LAYOUT.num_layers
-CONFIG = TransferConfig(chunk_bytes=8 * CELL_BYTES, ring_slots=3)
+SLOT_BYTES = 8 * CELL_BYTES
+CONFIG = TransferConfig(ring_slots=3)
 T = TransferId("request", 0)
 
 
@@ -42,13 +43,13 @@ def open_sender(num_tokens: int = 64) -> TransferSender:
     """A link of 3 slots, and an offered transfer."""
     sender = TransferSender(LAYOUT, CONFIG, TransferCounters(), "d")
     assert sender.handle(Open(T, tuple(range(8)), num_tokens), 0.0) == [OpenLink()]
-    assert sender.handle(LinkUp(1, 3, CONFIG.chunk_bytes), 0.0) == [Send(Offer(1, T, num_tokens))]
+    assert sender.handle(LinkUp(1, 3, SLOT_BYTES), 0.0) == [Send(Offer(1, T, num_tokens))]
     return sender
 
 
 def open_receiver() -> TransferReceiver:
     receiver = TransferReceiver(LAYOUT, CONFIG, TransferCounters(), "p")
-    receiver.handle(LinkUp(1, 3, CONFIG.chunk_bytes), 0.0)
+    receiver.handle(LinkUp(1, 3, SLOT_BYTES), 0.0)
     return receiver
 
 

@@ -44,7 +44,8 @@ from .support import layout
 
 LAYOUT = layout(block_size=4, num_layers=2)
 BYTES_PER_CELL = LAYOUT.bytes_per_token // LAYOUT.num_layers
-CONFIG = TransferConfig(chunk_bytes=4 * BYTES_PER_CELL, ring_slots=2, lease_s=10.0)
+SLOT_BYTES = 4 * BYTES_PER_CELL
+CONFIG = TransferConfig(ring_slots=2, lease_s=10.0)
 Cell = tuple[int, int]
 
 
@@ -136,8 +137,8 @@ class World:
     def link_up(self) -> None:
         self.epoch += 1
         self.dialling = False
-        self.feed_receiver(LinkUp(self.epoch, CONFIG.ring_slots, CONFIG.chunk_bytes))
-        self.feed_sender(LinkUp(self.epoch, CONFIG.ring_slots, CONFIG.chunk_bytes))
+        self.feed_receiver(LinkUp(self.epoch, CONFIG.ring_slots, SLOT_BYTES))
+        self.feed_sender(LinkUp(self.epoch, CONFIG.ring_slots, SLOT_BYTES))
 
     def break_link(self) -> None:
         """What was under way may still turn up, long after."""

@@ -109,8 +109,7 @@ class TransferReceiver:
             self._accept(transfer)
 
     def _on_cancel(self, event: Cancel) -> None:
-        transfer = self._transfers.get(event.transfer)
-        if transfer is None:
+        if (transfer := self._transfers.get(event.transfer)) is None:
             return
         if transfer.state is InboundState.EXPECTED:
             self._refused_until_s[transfer.id] = self._now_s + self._config.lease_s

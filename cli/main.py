@@ -1,5 +1,6 @@
 """The `pdserve` command: options and their help. What a command does stands in a module of its own, imported when it runs."""
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -251,4 +252,5 @@ def demo() -> None:
 
 def main() -> None:
     """The entry point of the `pdserve` command."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # connections that end are no news
     app()

@@ -23,14 +23,17 @@ def read_config(file: Path | None) -> ClusterConfig:
 
 def validate(file: Path | None) -> None:
     """Raises for what is wrong on any machine; tells what this one is too small for."""
-    config = read_config(file)
+    for finding in check(read_config(file)).findings:
+        print(f"on this machine: {finding.message}", file=sys.stderr)
+    print(f"{file or (DEFAULT_FILE if DEFAULT_FILE.exists() else 'defaults')}: valid")
+
+
+def check(config: ClusterConfig) -> Plan:
+    """The plan for this machine. Raises for what no machine could serve, and leaves what needs a larger one in it."""
     planned = plan(config)
-    if all(finding.error is CapacityError for finding in planned.findings):
-        for finding in planned.findings:
-            print(f"on this machine: {finding.message}", file=sys.stderr)
-        print(f"{file or (DEFAULT_FILE if DEFAULT_FILE.exists() else 'defaults')}: valid")
-        return
-    planned.check()
+    if any(finding.error is not CapacityError for finding in planned.findings):
+        planned.check()
+    return planned
 
 
 def show_plan(file: Path | None, output: str) -> None:

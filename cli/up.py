@@ -22,12 +22,16 @@ from .progress import StartBars, StatusLines, is_ready, ready_line
 if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
 
+MAX_RESTARTS = 2  # of a worker, before somebody who waits for its start gives up
 END_TIMEOUT_S = 10.0  # from the last status to the end of the head
 
 
 def up(config: ClusterConfig) -> None:
     """Serve until told to end."""
-    from ..cluster.launch import launch
+    from .plan import check
+
+    check(config)
+    from ..cluster.launch import launch  # takes a second: it imports Ray
 
     say(f"starting {config.model.name}")
     with launch(config) as cluster, sigterm_as_interrupt(), connect(cluster.grpc_address) as client:
@@ -44,7 +48,7 @@ def follow(client: Client, until_ready: bool = False) -> None:
     lines = StatusLines()
     states = client.cluster.WatchStatus(pb.WatchStatusRequest())
     try:
-        if _until_ready(client, states, lines) and not until_ready:
+        if _until_ready(client, states, lines, max_restarts=MAX_RESTARTS if until_ready else None) and not until_ready:
             for status in states:
                 _say_changes(lines, status)
     except grpc.RpcError as error:
@@ -52,8 +56,8 @@ def follow(client: Client, until_ready: bool = False) -> None:
             raise
 
 
-def _until_ready(client: Client, states: Iterable[pb.ClusterStatus], lines: StatusLines) -> bool:
-    """Show how the start goes; whether it came to its end."""
+def _until_ready(client: Client, states: Iterable[pb.ClusterStatus], lines: StatusLines, max_restarts: int | None) -> bool:
+    """Show how the start goes; whether it came to its end. Raises CommandFailed after `max_restarts` of a worker."""
     with StartBars() as bars:
         for status in states:
             if bars.are_shown:
@@ -62,6 +66,9 @@ def _until_ready(client: Client, states: Iterable[pb.ClusterStatus], lines: Stat
                 _say_changes(lines, status)
             if is_ready(status):
                 break
+            for worker in status.workers:
+                if max_restarts is not None and worker.num_restarts > max_restarts and worker.message:
+                    raise CommandFailed(f"{worker.worker_id} does not start: {worker.message}")
         else:
             return False
     say(ready_line(status, client.address))

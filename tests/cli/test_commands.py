@@ -101,10 +101,14 @@ def test_chat_remembers_what_was_said(run: Run, cluster: ScriptedCluster) -> Non
         (["validate", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
         (["plan", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
         (["up", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
+        (["up", "{no_model}"], "/no/such/model: no such directory"),
+        (["plan", "{no_model}"], "/no/such/model: no such directory"),
     ],
 )
-def test_errors_are_one_clear_line_and_status_1(run: Run, arguments: list[str], message: str) -> None:
-    result = run(*arguments)
+def test_errors_are_one_clear_line_and_status_1(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+    no_model = tmp_path / "no_model.yaml"
+    no_model.write_text("metadata: {pdserve: {model: {path: /no/such/model}}}")
+    result = run(*(argument.format(no_model=no_model) for argument in arguments))
     assert result.exit_code == 1
     assert result.stderr.startswith(f"pdserve: {message}")
     assert result.stderr.count("\n") == 1

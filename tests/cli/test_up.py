@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pdserve.cli.client import connect
+from pdserve.cli.client import CommandFailed, connect
 from pdserve.cli.progress import StatusLines, is_ready
 from pdserve.cli.up import follow
 from pdserve.core.status import WorkerState
@@ -61,6 +61,13 @@ def test_following_until_ready_returns_while_the_cluster_serves(server: ServerTh
     with connect(server.address) as client:
         follow(client, until_ready=True)
     assert not server.cluster.state.shutting_down
+
+
+def test_waiting_for_a_start_gives_up_on_a_worker_that_keeps_failing(server: ServerThread) -> None:
+    worker = replace(server.cluster.state.workers[1], state=WorkerState.FAILED, message="no memory", num_restarts=3)
+    server.call(lambda: server.cluster.change(workers=(worker,)))
+    with connect(server.address) as client, pytest.raises(CommandFailed, match="decode-0 does not start: no memory"):
+        follow(client, until_ready=True)
 
 
 def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:

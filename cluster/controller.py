@@ -4,34 +4,24 @@ Runs on the head's asyncio loop. Events come from workers' connections (through 
 """
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..core.config import ClusterConfig
 from ..core.errors import CapacityError
-from ..core.messages import Role, WorkerInfo
+from ..core.messages import WorkerInfo
 from ..router.events import Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
 from ..router.fleet import Fleet
-from ..router.fleet_events import (
-    AssignRole,
-    DrainWorker,
-    FleetAction,
-    FleetEvent,
-    StartWorker,
-    StopWorker,
-    WorkerStartFailed,
-    WorkerStopped,
-)
+from ..router.fleet_events import AssignRole, DrainWorker, FleetAction, FleetEvent, StartWorker, StopWorker
 from ..router.service import RouterService
 from .actors import WorkerActor
-from .cores import CoreAllocator
+from .cores import CoreAllocator, Placement
 from .worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -39,35 +29,43 @@ log = logging.getLogger(__name__)
 WORKER = "pdserve.cluster.worker_process:WorkerProcess"
 STOP_TIMEOUT_S = 5.0  # a worker that does not end by itself is killed after this
 
+Key = tuple[str, int]  # (worker_id, incarnation)
+
 
 @dataclass
 class Process:
-    """One incarnation of a worker, as an actor."""
+    """One incarnation of a worker, from StartWorker until its actor is gone."""
 
-    info: WorkerInfo | None = None
+    spec: WorkerSpec
+    started_s: float
     phase: str = "starting a process"
     fraction: float = 0.0
-    started_s: float = 0.0
-    actor: Any = None
+    info: WorkerInfo | None = None  # None until it is ready
+    actor: Any = None  # None until there are cores for it
     watch: "asyncio.Task[None] | None" = None
+    ending: str | None = None  # why it was told to end
 
 
 class Controller:
-    """Observes workers for the fleet, and does what it says."""
+    """Observes workers for the fleet, and does what it says. Each process that was started is reported lost in the end,
+    whoever wanted it, and only then are its cores given to another."""
 
     def __init__(
         self,
         fleet: Fleet,
         cores: CoreAllocator,
-        make_spec: Callable[[StartWorker, tuple[int, ...]], WorkerSpec],
+        make_spec: Callable[[StartWorker], WorkerSpec],
         on_change: Callable[[], None],
     ) -> None:
         self.fleet = fleet
-        self.processes: dict[tuple[str, int], Process] = {}
+        self.processes: dict[Key, Process] = {}  # oldest first
         self._cores = cores
         self._make_spec = make_spec
         self._on_change = on_change
         self._service: RouterService | None = None
+        self._actions: deque[FleetAction] = deque()
+        self._is_busy = False  # with actions
+        self._is_closed = False
         self._tick: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -76,29 +74,41 @@ class Controller:
         self._service = service
 
     def handle(self, event: FleetEvent) -> None:
-        """One event through the fleet, its actions carried out."""
+        """One event through the fleet, its actions carried out. What follows from an action that leads here again is
+        carried out after the actions that were decided before."""
+        if self._is_closed:
+            return
         loop = asyncio.get_running_loop()
-        for action in self.fleet.handle(event, loop.time()):
-            self._carry_out(action, loop.time())
+        self._actions += self.fleet.handle(event, loop.time())
+        if self._is_busy:
+            return
+        self._is_busy = True
+        try:
+            while self._actions:
+                self._carry_out(self._actions.popleft(), loop.time())
+        finally:
+            self._is_busy = False
         self._router(WorkersExpected(self.fleet.num_expected))
         self._schedule_tick(loop)
         self._on_change()
 
     async def close(self) -> None:
-        """Kill whatever still runs."""
+        """Kill whatever still runs, and start nothing more."""
+        self._is_closed = True
         if self._tick is not None:
             self._tick.cancel()
-        watches = [process.watch for process in self.processes.values() if process.watch is not None]
-        for task in (*watches, *self._tasks):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*watches, *self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for process in self.processes.values():
-            ray.kill(process.actor)
+            if process.actor is not None:
+                ray.kill(process.actor)
 
     # what the router's service tells of workers
 
     def expects(self, worker_id: str, incarnation: int) -> bool:
-        return (worker_id, incarnation) in self.processes
+        process = self.processes.get((worker_id, incarnation))
+        return process is not None and process.ending is None
 
     def worker_progress(self, worker_id: str, incarnation: int, phase: str, fraction: float) -> None:
         process = self.processes.get((worker_id, incarnation))
@@ -107,16 +117,16 @@ class Controller:
             self._on_change()
 
     def worker_ready(self, info: WorkerInfo) -> None:
-        process = self.processes.get((info.worker_id, info.incarnation))
-        if process is not None:
-            process.info, process.phase, process.fraction = info, "", 1.0
-            self.handle(WorkerReady(info))
+        process = self.processes[info.worker_id, info.incarnation]
+        process.info, process.phase, process.fraction = info, "", 1.0
+        self.handle(WorkerReady(info))
 
     def worker_lost(self, worker_id: str, incarnation: int, reason: str) -> None:
+        """A connection is gone. One that was to end, or has not begun to serve, tells more by the end of its process."""
         process = self.processes.get((worker_id, incarnation))
-        if process is not None and process.info is not None:
+        if process is not None and process.info is not None and process.ending is None:
             self.handle(WorkerLost(worker_id, incarnation, reason))
-            self._spawn(self._stop(worker_id, incarnation))  # frozen perhaps; a new incarnation needs its cores
+            self._stop((worker_id, incarnation), reason)  # it may be frozen, and a new incarnation needs its cores
 
     def worker_idle(self, worker_id: str, incarnation: int) -> None:
         self.handle(WorkerIdle(worker_id, incarnation))
@@ -125,72 +135,75 @@ class Controller:
 
     def _carry_out(self, action: FleetAction, now_s: float) -> None:
         match action:
-            case StartWorker():
-                self._start(action, now_s)
+            case StartWorker(_, worker_id, incarnation):
+                key = worker_id, incarnation
+                self.processes[key] = Process(self._make_spec(action), now_s)
+                self._place(key)
             case DrainWorker(worker_id):
                 self._router(WorkerDraining(worker_id))
             case AssignRole(worker_id, role):
                 self._router(WorkerRole(worker_id, role))
-            case StopWorker(worker_id, incarnation):
-                self._spawn(self._stop(worker_id, incarnation))
+            case StopWorker(worker_id, incarnation, reason):
+                self._stop((worker_id, incarnation), reason)
 
-    def _start(self, action: StartWorker, now_s: float) -> None:
-        key = (action.worker_id, action.incarnation)
-        spec_of_cores = self._make_spec(action, ())
-        pool = spec_of_cores.pool
+    def _place(self, key: Key) -> None:
+        """Start the actor, or leave it waiting while processes that are about to end hold the cores."""
+        process = self.processes[key]
+        pool = process.spec.pool
         num_cores = pool.devices_per_instance
         try:
             placement = self._cores.take(key, num_cores, min(1.0, pool.num_cpus / num_cores))
         except CapacityError as error:
-            asyncio.get_running_loop().call_soon(self.handle, WorkerStartFailed(*key, str(error)))
+            process.phase = f"waiting: {error}"
             return
-        spec = self._make_spec(action, placement.cores)
-        actor = WorkerActor.options(  # type: ignore[attr-defined]
-            num_cpus=pool.num_cpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(pool.num_threads)}},
-        ).remote(WORKER, spec)
-        process = Process(actor=actor, started_s=now_s)
-        self.processes[key] = process
-        process.watch = asyncio.get_running_loop().create_task(self._watch(key, actor.run.remote()))
+        process.phase = "starting a process"
+        process.actor = _create_actor(process.spec, placement)
+        process.watch = self._spawn(self._watch(key, process.actor.run.remote()))
 
-    async def _watch(self, key: tuple[str, int], run: Any) -> None:
+    async def _watch(self, key: Key, run: Any) -> None:
         """Follow one actor to its end, whatever that is."""
-        reason = "the process ended"
+        process = self.processes[key]
         try:
             await run
-        except RayTaskError as error:
-            reason = _cause(error)
-            log.error("%s/%d failed: %s", *key, error)
-        except RayActorError as error:
-            reason = f"the process died: {str(error).splitlines()[0]}"
+            reason = process.ending or "the process ended"
+        except RayTaskError as error:  # it says itself what went wrong
+            reason = f"{type(error.cause).__name__}: {error.cause}"
+            log.warning("%s/%d: %s", *key, error)
+        except RayError as error:
+            reason = process.ending or _reason(error)
+            log.warning("%s/%d: %s", *key, error)
+        self._gone(key, reason)
+
+    def _gone(self, key: Key, reason: str) -> None:
+        """Nothing is left of a process: tell router and fleet, and give its cores to those who wait."""
         process = self.processes.pop(key)
-        ray.kill(process.actor)
+        if process.actor is not None:
+            ray.kill(process.actor)  # one whose `run` returned lives still
         self._cores.give_back(key)
-        assert self._service is not None
-        self._service.handle(WorkerLost(*key, reason))
-        member = next((m for m in self.fleet.status() if m.worker_id == key[0]), None)
-        stopping = member is not None and member.state.value == "stopping"
-        self.handle(WorkerStopped(*key) if stopping else WorkerLost(*key, reason))
+        self._router(WorkerLost(*key, reason))
+        self.handle(WorkerLost(*key, reason))
+        for waiting in [key for key, process in self.processes.items() if process.actor is None]:
+            self._place(waiting)
 
-    async def _stop(self, worker_id: str, incarnation: int) -> None:
-        process = self.processes.get((worker_id, incarnation))
-        if process is None or process.watch is None:
-            return
-        process.actor.stop.remote()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(process.watch), STOP_TIMEOUT_S)
-            return
-        ray.kill(process.actor)
+    def _stop(self, key: Key, reason: str) -> None:
+        process = self.processes.get(key)
+        if process is None or process.ending is not None:
+            return  # its end was told already, or will be
+        process.ending = reason
+        if process.watch is None:
+            self._gone(key, reason)
+        else:
+            self._spawn(_end(process.actor, process.watch))
 
-    def _router(self, event: WorkersExpected | WorkerDraining | WorkerRole) -> None:
+    def _router(self, event: WorkersExpected | WorkerDraining | WorkerRole | WorkerLost) -> None:
         assert self._service is not None, "attach() comes first"
         self._service.handle(event)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _schedule_tick(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._tick is not None:
@@ -199,11 +212,24 @@ class Controller:
         self._tick = None if due_s is None else loop.call_at(due_s, self.handle, Tick())
 
 
-def _cause(error: RayTaskError) -> str:
-    """The error inside an actor in one line."""
-    cause = getattr(error, "cause", None)
-    return f"{type(cause).__name__}: {cause}" if cause is not None else str(error).strip().splitlines()[-1]
+def _create_actor(spec: WorkerSpec, placement: Placement) -> Any:
+    return WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
+        num_cpus=spec.pool.num_cpus,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.pool.num_threads)}},
+    ).remote(WORKER, replace(spec, cores=placement.cores))
 
 
-def pool_sizes(config: ClusterConfig) -> Mapping[Role, int]:
-    return {role: pool.instances for role, pool in config.pools.items()}
+async def _end(actor: Any, watch: "asyncio.Task[None]") -> None:
+    """Ask the process to end, then make it. `watch` tells of its end."""
+    actor.stop.remote()
+    _, alive = await asyncio.wait((watch,), timeout=STOP_TIMEOUT_S)
+    if alive:
+        ray.kill(actor)
+
+
+def _reason(error: RayError) -> str:
+    """Why an actor ended that could not say it, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    began = not (isinstance(error, RayActorError) and error.actor_init_failed)
+    return f"the process died: {lines[0]}" if began else f"the process did not start: {lines[-1]}"

@@ -11,6 +11,7 @@ import ray
 from ..core.config import ClusterConfig
 from ..core.errors import InvalidRequest
 from ..core.latency import LatencyModel, LatencyPriors
+from ..core.messages import Role
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
@@ -24,7 +25,7 @@ from ..router.fleet_events import Apply, Drain, Shutdown, StartWorker
 from ..router.service import RouterService
 from ..router.status import WorkerStatus as RoutedWorker
 from .actors import load_entry_point
-from .controller import Controller, pool_sizes
+from .controller import Controller
 from .cores import CoreAllocator
 from .worker_spec import WorkerSpec
 
@@ -61,7 +62,7 @@ class Head:
         self._config = spec.config
         self._plan = plan(spec.config, ray_nodes())
         self._door: Any = None
-        self._serving = False
+        self._told_serving = False  # what the door was told last
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -80,7 +81,7 @@ class Head:
         self._host = spec.host or ray.util.get_node_ip_address()
         self._control_port = await self._service.start(self._host)
         self._door = await load_entry_point(spec.door)(self, config)
-        self._controller.handle(Apply(pool_sizes(config)))
+        self._controller.handle(Apply(_pool_sizes(config)))
         host, _ = config.listen.grpc_host_port
         return f"{host}:{self._door.port}"
 
@@ -110,11 +111,11 @@ class Head:
         rows = {(worker.worker_id, worker.incarnation): worker for worker in routed.workers}
         members = self._controller.fleet.status()
         return ClusterStatus(
-            serving=any(member.state is MemberState.READY for member in members),
+            serving=self._is_serving,
             shutting_down=self._controller.fleet.is_shutting_down,
             num_queued_requests=routed.num_queued,
             num_running_requests=routed.num_requests - routed.num_queued,
-            instances=dict(pool_sizes(self._config)),
+            instances=_pool_sizes(self._config),
             workers=tuple(self._row(member, rows.get((member.worker_id, member.incarnation)), now_s) for member in members),
             uptime_s=now_s - self._started_s,
             degraded=routed.degraded if routed.workers else None,
@@ -129,16 +130,14 @@ class Head:
                 await asyncio.wait_for(self._changed.wait(), 1.0)
             await asyncio.sleep(STATUS_INTERVAL_S)
 
-    async def apply(self, config: ClusterConfig, dry_run: bool) -> Sequence[str]:
-        changes = _changes(self._config, config)
+    async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
         plan(config, ray_nodes()).check()
         if not dry_run:
             self._config = config
             self._service.router.configure(_router_config(config))
             routed = self._service.router.status(asyncio.get_running_loop().time())
             num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}
-            self._controller.handle(Apply(pool_sizes(config), num_legs))
-        return changes
+            self._controller.handle(Apply(_pool_sizes(config), num_legs))
 
     async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
         fleet = self._controller.fleet
@@ -169,7 +168,7 @@ class Head:
 
     # inside
 
-    def _worker_spec(self, action: StartWorker, cores: tuple[int, ...]) -> WorkerSpec:
+    def _worker_spec(self, action: StartWorker) -> WorkerSpec:
         (num_blocks,) = (pool.num_blocks for pool in self._plan.pools if pool.role is action.role)
         return WorkerSpec(
             worker_id=action.worker_id,
@@ -177,19 +176,21 @@ class Head:
             role=action.role,
             config=self._config,
             num_blocks=num_blocks,
-            cores=cores,
             router_address=(self._host, self._control_port),
             token=self._spec.token,
             host=self._spec.host,
         )
 
+    @property
+    def _is_serving(self) -> bool:
+        fleet = self._controller.fleet
+        return not fleet.is_shutting_down and any(member.state is MemberState.READY for member in fleet.status())
+
     def _on_change(self) -> None:
         self._changed.set()
-        fleet = self._controller.fleet
-        serving = not fleet.is_shutting_down and any(m.state is MemberState.READY for m in fleet.status())
-        if self._door is not None and serving is not self._serving:
-            self._serving = serving
-            self._door.set_serving(serving)
+        if self._door is not None and self._is_serving is not self._told_serving:
+            self._told_serving = self._is_serving
+            self._door.set_serving(self._told_serving)
 
     def _end(self) -> None:
         self._ended.set()
@@ -214,7 +215,7 @@ class Head:
             num_blocks=routed.num_blocks if routed else 0,
             tokens_per_s=routed.tokens_per_s if routed else 0.0,
             age_s=now_s - process.started_s if process else 0.0,
-            num_restarts=member.num_failures,
+            num_restarts=member.num_restarts,
         )
 
 
@@ -229,6 +230,10 @@ def ray_nodes() -> tuple[Node, ...]:
 def _ray_node(name: str, resources: Mapping[str, float]) -> Node:
     memory = int(resources.get("memory", 0))
     return Node(name, tuple(range(int(resources.get("CPU", 0)))), memory, memory)
+
+
+def _pool_sizes(config: ClusterConfig) -> dict[Role, int]:
+    return {role: pool.instances for role, pool in config.pools.items()}
 
 
 def _pools_are_alike(config: ClusterConfig) -> bool:
@@ -260,13 +265,3 @@ def _priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
         memory_bytes_per_s=MEMORY_BYTES_PER_S,
         link_bytes_per_s=LINK_BYTES_PER_S,
     )
-
-
-def _changes(old: ClusterConfig, new: ClusterConfig) -> list[str]:
-    """What `apply` is about to do, a line each."""
-    lines = []
-    for (role, before), (_, after) in zip(old.pools.items(), new.pools.items(), strict=True):
-        if before.instances != after.instances:
-            lines.append(f"pools.{role.value}.instances: {before.instances} -> {after.instances}")
-    lines += [f"{name}: changed" for name in ("slo", "routing", "limits") if getattr(old, name) != getattr(new, name)]
-    return lines

@@ -15,10 +15,10 @@ class WorkerSpec:
     role: Role
     config: ClusterConfig
     num_blocks: int
-    cores: tuple[int, ...]
     router_address: tuple[str, int]
     token: str
     host: str | None  # the address that peers reach this node by; None: as Ray knows it
+    cores: tuple[int, ...] = ()  # decided when the process is placed
 
     @property
     def pool(self) -> PoolSection:

@@ -23,8 +23,6 @@ from .fleet_events import (
     Shutdown,
     StartWorker,
     StopWorker,
-    WorkerStartFailed,
-    WorkerStopped,
 )
 
 
@@ -72,6 +70,7 @@ class Member:
     since_s: float  # when it entered its state
     state: MemberState = MemberState.STARTING
     num_failures: int = 0  # in a row
+    num_restarts: int = 0  # in all
     last_error: str | None = None
     due_s: float | None = None  # BACKOFF: next start; STARTING, DRAINING: patience ends
     by_hand: bool = False  # drained by an operator
@@ -94,6 +93,7 @@ class MemberStatus:
     incarnation: int
     since_s: float
     num_failures: int
+    num_restarts: int
     last_error: str | None
     due_s: float | None
 
@@ -123,7 +123,9 @@ class Fleet:
 
     def status(self) -> tuple[MemberStatus, ...]:
         return tuple(
-            MemberStatus(m.worker_id, m.role, m.state, m.incarnation, m.since_s, m.num_failures, m.last_error, m.due_s)
+            MemberStatus(
+                m.worker_id, m.role, m.state, m.incarnation, m.since_s, m.num_failures, m.num_restarts, m.last_error, m.due_s
+            )
             for m in sorted(self._members.values(), key=lambda m: m.worker_id)
         )
 
@@ -145,10 +147,8 @@ class Fleet:
                 ready = self._current(event.info.worker_id, event.info.incarnation)
                 if ready is not None and ready.state is MemberState.STARTING:
                     ready.transition(MemberState.READY, now_s)
-            case WorkerLost() | WorkerStartFailed():
+            case WorkerLost():
                 self._ended(event.worker_id, event.incarnation, event.reason, now_s)
-            case WorkerStopped():
-                self._ended(event.worker_id, event.incarnation, "stopped", now_s)
             case WorkerIdle():
                 idle = self._current(event.worker_id, event.incarnation)
                 if idle is not None and idle.state is MemberState.DRAINING:
@@ -192,7 +192,9 @@ class Fleet:
                 self._back_off(member, reason, 0 if was_stable else member.num_failures + 1, now_s)
             case MemberState.DRAINING | MemberState.STOPPING:
                 self._remove(member, now_s)
-            case _:
+            case MemberState.BACKOFF:
+                member.last_error = reason  # its connection was lost before; the end of its process says more
+            case MemberState.DRAINED | MemberState.GONE:
                 pass
 
     def _back_off(self, member: Member, reason: str, num_failures: int, now_s: float) -> None:
@@ -230,8 +232,8 @@ class Fleet:
             if member.state is MemberState.DRAINING:
                 self._stop(member, now_s)
             elif member.state is MemberState.STARTING:
-                self._out.append(StopWorker(member.worker_id, member.incarnation))
                 reason = f"not ready after {self.config.start_timeout_s:.0f} s"
+                self._out.append(StopWorker(member.worker_id, member.incarnation, reason))
                 self._back_off(member, reason, member.num_failures + 1, now_s)
 
     def _reconcile(self, now_s: float) -> None:
@@ -285,6 +287,7 @@ class Fleet:
         for member in self._members.values():
             if member.state is MemberState.BACKOFF and member.due_s is not None and member.due_s <= now_s:
                 member.transition(MemberState.STARTING, now_s)
+                member.num_restarts += 1
                 self._start(member, now_s)
 
     def _start(self, member: Member, now_s: float) -> None:

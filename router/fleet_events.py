@@ -28,29 +28,12 @@ class Shutdown:
     """Drain and stop everything; `Fleet.is_stopped` tells when it is done."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStartFailed:
-    """A worker did not come up; `reason` is shown in the status."""
-
-    worker_id: str
-    incarnation: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStopped:
-    """A worker's process is gone, as StopWorker asked."""
-
-    worker_id: str
-    incarnation: int
-
-
-FleetEvent = Apply | Drain | Shutdown | WorkerReady | WorkerLost | WorkerStartFailed | WorkerStopped | WorkerIdle | Tick
+FleetEvent = Apply | Drain | Shutdown | WorkerReady | WorkerLost | WorkerIdle | Tick
 
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Start a process; answered by WorkerReady, WorkerStartFailed or WorkerLost."""
+    """Start a process; answered by WorkerReady, and by WorkerLost when it ends, whenever and why ever."""
 
     role: Role
     worker_id: str
@@ -74,10 +57,11 @@ class AssignRole:
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """End the process; answered by WorkerStopped or WorkerLost."""
+    """End the process; answered by WorkerLost, with this reason unless the process has one of its own."""
 
     worker_id: str
     incarnation: int
+    reason: str = "stopped"
 
 
 FleetAction = StartWorker | DrainWorker | AssignRole | StopWorker

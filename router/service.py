@@ -1,11 +1,12 @@
 """The router's shell: clients' streams on one side, workers' connections on the other, the pure router in between.
 
-Runs on one asyncio loop. Every event goes through `RouterService.handle`, which carries out the commands at once.
+Runs on one asyncio loop. Every event goes through `RouterService.handle`, which carries out the commands before it returns.
 """
 
 import asyncio
 import hmac
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -39,11 +40,14 @@ DEAD_AFTER_S = 3.0  # a worker that says nothing for so long is lost; it speaks 
 class WorkerObserver(Protocol):
     """Who wants to know how workers fare: the fleet's controller."""
 
+    def expects(self, worker_id: str, incarnation: int) -> bool:
+        """Whether it was started, lives as far as we know, and was not told to stop."""
+        ...
+
     def worker_progress(self, worker_id: str, incarnation: int, phase: str, fraction: float) -> None: ...
     def worker_ready(self, info: WorkerInfo) -> None: ...
     def worker_lost(self, worker_id: str, incarnation: int, reason: str) -> None: ...
     def worker_idle(self, worker_id: str, incarnation: int) -> None: ...
-    def expects(self, worker_id: str, incarnation: int) -> bool: ...
 
 
 class RouterService:
@@ -55,6 +59,8 @@ class RouterService:
         self._token = token
         self._streams: dict[str, asyncio.Queue[StreamEvent]] = {}
         self._workers: dict[tuple[str, int], _WorkerConnection] = {}
+        self._commands: deque[RouterCommand] = deque()
+        self._is_busy = False  # with commands
         self._server: asyncio.Server | None = None
         self._tick: asyncio.TimerHandle | None = None
 
@@ -65,7 +71,7 @@ class RouterService:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
-        """Close every connection; streams still open end with an error."""
+        """Close every connection. Streams have been closed before, by the door that opened them."""
         if self._tick is not None:
             self._tick.cancel()
         if self._server is not None:
@@ -100,17 +106,19 @@ class RouterService:
         self.handle(Cancel(request_id, reason, choice))
 
     def handle(self, event: RouterEvent) -> None:
-        """One event through the router, its commands carried out."""
+        """One event through the router, its commands carried out. An observer may call this from within a command; what
+        follows from that is carried out after the commands that were decided before."""
         loop = asyncio.get_running_loop()
-        for command in self.router.handle(event, loop.time()):
-            self._carry_out(command)
+        self._commands += self.router.handle(event, loop.time())
+        if self._is_busy:
+            return
+        self._is_busy = True
+        try:
+            while self._commands:
+                self._carry_out(self._commands.popleft())
+        finally:
+            self._is_busy = False
         self._schedule_tick(loop)
-
-    def close_worker(self, worker_id: str, incarnation: int) -> None:
-        """Hang up on a worker that is to stop."""
-        connection = self._workers.get((worker_id, incarnation))
-        if connection is not None:
-            connection.close()
 
     def _carry_out(self, command: RouterCommand) -> None:
         match command:
@@ -143,11 +151,12 @@ class RouterService:
 
     def admit(self, connection: "_WorkerConnection", hello: Hello) -> bool:
         """Whether the peer is a worker that we are waiting for."""
-        known = self._observer.expects(hello.worker_id, hello.incarnation)
-        if not known or not hmac.compare_digest(hello.token, self._token):
-            log.warning("refused a worker that calls itself %s/%d", hello.worker_id, hello.incarnation)
+        key = hello.worker_id, hello.incarnation
+        is_new = self._observer.expects(*key) and key not in self._workers
+        if not is_new or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+            log.warning("refused a worker that calls itself %s/%d", *key)
             return False
-        self._workers[hello.worker_id, hello.incarnation] = connection
+        self._workers[key] = connection
         return True
 
     def receive(self, message: LoadProgress | Ready | StepReport | LegEnded) -> None:
@@ -156,8 +165,9 @@ class RouterService:
             case LoadProgress():
                 self._observer.worker_progress(message.worker_id, message.incarnation, message.phase, message.fraction)
             case Ready():
-                self.handle(WorkerReady(message.info))
-                self._observer.worker_ready(message.info)
+                if self._observer.expects(message.info.worker_id, message.info.incarnation):
+                    self.handle(WorkerReady(message.info))
+                    self._observer.worker_ready(message.info)
             case _:
                 self.handle(message)
 

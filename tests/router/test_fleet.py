@@ -19,8 +19,6 @@ from pdserve.router.fleet_events import (
     Shutdown,
     StartWorker,
     StopWorker,
-    WorkerStartFailed,
-    WorkerStopped,
 )
 
 from .cluster import worker_info
@@ -81,7 +79,7 @@ def test_repeated_start_failures_back_off_exponentially_and_keep_their_message()
     fleet.apply({D: 1})
     pauses = []
     for _ in range(4):
-        assert fleet.handle(WorkerStartFailed("decode-0", fleet.incarnation("decode-0"), "no checkpoint")) == []
+        assert fleet.handle(WorkerLost("decode-0", fleet.incarnation("decode-0"), "no checkpoint")) == []
         (status,) = fleet.fleet.status()
         assert (status.state, status.last_error) == (MemberState.BACKOFF, "no checkpoint")
         due_s = fleet.fleet.next_tick_s()
@@ -103,9 +101,9 @@ def test_a_worker_that_dies_soon_after_each_start_backs_off_and_a_stable_one_doe
 def test_a_start_that_never_ends_is_given_up_and_repeated() -> None:
     fleet = FleetAt(config=FleetConfig(start_timeout_s=10.0))
     fleet.apply({D: 1})
-    assert fleet.handle(Tick(), after_s=10.0) == [StopWorker("decode-0", 1)]
+    assert fleet.handle(Tick(), after_s=10.0) == [StopWorker("decode-0", 1, "not ready after 10 s")]
     assert fleet.fleet.status()[0].last_error == "not ready after 10 s"
-    assert fleet.handle(WorkerStopped("decode-0", 1)) == []
+    assert fleet.handle(WorkerLost("decode-0", 1, "stopped")) == []
     assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "decode-0", 2)]
 
 
@@ -119,7 +117,7 @@ def test_a_drained_worker_stops_when_idle_and_leaves_the_fleet() -> None:
     fleet = FleetAt("decode-0", "decode-1")
     fleet.apply({D: 1})
     assert fleet.handle(WorkerIdle("decode-1", 2)) == [StopWorker("decode-1", 2)]
-    assert fleet.handle(WorkerStopped("decode-1", 2)) == []
+    assert fleet.handle(WorkerLost("decode-1", 2, "stopped")) == []
     assert set(fleet.states()) == {"decode-0"}
 
 
@@ -140,7 +138,7 @@ def test_a_worker_lost_while_draining_is_not_replaced() -> None:
 def test_scaling_down_takes_workers_that_serve_nobody_first() -> None:
     fleet = FleetAt("decode-0")
     fleet.apply({D: 3})
-    assert fleet.handle(WorkerStartFailed("decode-1", 2, "out of memory")) == []
+    assert fleet.handle(WorkerLost("decode-1", 2, "out of memory")) == []
     assert fleet.apply({D: 2}) == []
     assert set(fleet.states()) == {"decode-0", "decode-2"}
     assert fleet.apply({D: 1}) == [StopWorker("decode-2", 3)]
@@ -169,7 +167,7 @@ def test_a_worker_drained_by_hand_stays_out_until_the_next_apply() -> None:
     fleet = FleetAt("decode-0", "decode-1")
     assert fleet.handle(Drain("decode-0")) == [DrainWorker("decode-0")]
     assert fleet.handle(WorkerIdle("decode-0", 1)) == [StopWorker("decode-0", 1)]
-    assert fleet.handle(WorkerStopped("decode-0", 1)) == []
+    assert fleet.handle(WorkerLost("decode-0", 1, "stopped")) == []
     assert fleet.states()["decode-0"] == (D, MemberState.DRAINED)
     assert fleet.fleet.num_expected == 0
     assert fleet.apply({D: 2}) == [StartWorker(D, "decode-0", 3)]
@@ -188,8 +186,8 @@ def test_shutdown_drains_all_and_is_done_when_the_last_process_is_gone() -> None
     actions = fleet.handle(Shutdown())
     assert set(actions) == {DrainWorker("decode-0"), DrainWorker("prefill-0"), StopWorker("prefill-1", 3)}
     fleet.handle(WorkerIdle("prefill-0", fleet.incarnation("prefill-0")))
-    fleet.handle(WorkerStopped("prefill-0", fleet.incarnation("prefill-0")))
-    fleet.handle(WorkerStopped("prefill-1", 3))
+    fleet.handle(WorkerLost("prefill-0", fleet.incarnation("prefill-0"), "stopped"))
+    fleet.handle(WorkerLost("prefill-1", 3, "stopped"))
     assert not fleet.fleet.is_stopped
     fleet.lost("decode-0")
     assert fleet.fleet.is_stopped
@@ -231,7 +229,7 @@ def test_whatever_happens_the_pools_become_what_was_applied_last(seed: int) -> N
         elif what == "idle" and state is MemberState.DRAINING:
             carry_out(fleet.handle(WorkerIdle(worker_id, incarnation)))
         elif what == "stopped" and state is MemberState.STOPPING:
-            carry_out(fleet.handle(WorkerStopped(worker_id, incarnation)))
+            carry_out(fleet.handle(WorkerLost(worker_id, incarnation, "stopped")))
         elif what == "lost":
             carry_out(fleet.handle(WorkerLost(worker_id, incarnation, "killed")))
 

@@ -1,0 +1,240 @@
+"""Workers' lives as the controller sees them, over actors that do what a test says."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from pdserve.cluster import controller as controller_module
+from pdserve.cluster.controller import Controller
+from pdserve.cluster.cores import CoreAllocator
+from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.core.config import ClusterConfig
+from pdserve.core.errors import CheckpointError
+from pdserve.core.messages import Hello, Ready, Role
+from pdserve.router.core import Router
+from pdserve.router.events import WorkerLost
+from pdserve.router.fleet import Fleet, FleetConfig, MemberState
+from pdserve.router.fleet_events import Apply, Drain, Shutdown, StartWorker
+from pdserve.router.service import RouterService
+
+from ..router.cluster import worker_info
+
+P, D = Role.PREFILL, Role.DECODE
+
+
+class FakeActor:
+    """An actor whose `run` ends when the test, `stop` or a kill says so."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.is_frozen = False
+        self.num_stops = 0
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.run = SimpleNamespace(remote=lambda: self.ended)
+        self.stop = SimpleNamespace(remote=self._stop)
+
+    def _stop(self) -> None:
+        self.num_stops += 1
+        if not self.is_frozen:
+            self.end()
+
+    def end(self, error: BaseException | None = None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+
+class World:
+    """A controller and a router's service around fake actors, on `num_cores` cores; every instance takes one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_cores: int = 2, **fleet: Any) -> None:
+        self.actors: list[FakeActor] = []
+        self.fleet_events: list[Any] = []
+        monkeypatch.setattr(controller_module, "_create_actor", self._create)
+        monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(controller_module, "ray", SimpleNamespace(kill=lambda actor: actor.end(ActorDiedError())))
+        self.fleet = Fleet(FleetConfig(**fleet))
+        self.controller = Controller(self.fleet, CoreAllocator({"node": num_cores}), _spec, lambda: None)
+        self.service = RouterService(Router(), self.controller, "secret")
+        self.controller.attach(self.service)
+        handle = self.fleet.handle
+        monkeypatch.setattr(
+            self.fleet, "handle", lambda event, now_s: (self.fleet_events.append(event), handle(event, now_s))[1]
+        )
+
+    def _create(self, spec: WorkerSpec, placement: object) -> FakeActor:
+        self.actors.append(FakeActor(spec))
+        return self.actors[-1]
+
+    def actor(self, worker_id: str) -> FakeActor:
+        """The newest of this name."""
+        return next(actor for actor in reversed(self.actors) if actor.spec.worker_id == worker_id)
+
+    def connect(self, worker_id: str) -> None:
+        """The worker says hello and that it is ready."""
+        spec = self.actor(worker_id).spec
+        assert self.service.admit(SimpleNamespace(send=lambda message: None), _hello(spec))  # type: ignore[arg-type]
+        self.service.receive(Ready(info=worker_info(worker_id, spec.role, incarnation=spec.incarnation)))
+
+    def disconnect(self, worker_id: str, reason: str = "connection closed") -> None:
+        spec = self.actor(worker_id).spec
+        self.service.lost(worker_id, spec.incarnation, reason)
+
+    def up(self) -> None:
+        self.controller.handle(Apply({P: 1, D: 1}))
+        self.connect("prefill-0")
+        self.connect("decode-0")
+
+    def state(self, worker_id: str) -> MemberState | None:
+        return next((member.state for member in self.fleet.status() if member.worker_id == worker_id), None)
+
+    def error(self, worker_id: str) -> str | None:
+        return next(member.last_error for member in self.fleet.status() if member.worker_id == worker_id)
+
+    def losses(self, worker_id: str) -> list[WorkerLost]:
+        return [event for event in self.fleet_events if isinstance(event, WorkerLost) and event.worker_id == worker_id]
+
+    async def settle(self) -> None:
+        """Until nobody has anything left to do but to wait for actors."""
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+def _spec(action: StartWorker) -> WorkerSpec:
+    config = ClusterConfig.model_validate({})
+    return WorkerSpec(
+        worker_id=action.worker_id,
+        incarnation=action.incarnation,
+        role=action.role,
+        config=config,
+        num_blocks=8,
+        router_address=("127.0.0.1", 1),
+        token="secret",
+        host=None,
+    )
+
+
+def _hello(spec: WorkerSpec, token: str = "secret") -> Hello:
+    return Hello(worker_id=spec.worker_id, incarnation=spec.incarnation, token=token)
+
+
+async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, stable_s=0.0)
+    world.up()
+    frozen = world.actor("decode-0")
+    frozen.is_frozen = True
+    world.disconnect("decode-0", "silent for 3.1 s")
+    assert world.state("decode-0") is MemberState.STARTING
+    assert world.actor("decode-0") is frozen
+    assert "waiting" in world.controller.processes["decode-0", 3].phase
+    await frozen_is_killed(frozen)
+    await world.settle()
+    assert world.actor("decode-0").spec.incarnation == 3
+    assert [event.incarnation for event in world.losses("decode-0")] == [1, 1]
+    world.connect("decode-0")
+    assert world.state("decode-0") is MemberState.READY
+
+
+async def frozen_is_killed(actor: FakeActor) -> None:
+    with pytest.raises(ActorDiedError):
+        await asyncio.shield(actor.ended)
+
+
+async def test_a_worker_that_was_told_to_stop_is_not_taken_for_gone_before_its_process_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.up()
+    actor = world.actor("decode-0")
+    actor.is_frozen = True
+    world.controller.handle(Drain("decode-0"))  # idle, so that it is stopped at once
+    world.disconnect("decode-0")
+    assert world.state("decode-0") is MemberState.STOPPING
+    assert world.losses("decode-0") == []
+    await frozen_is_killed(actor)
+    await world.settle()
+    assert world.state("decode-0") is MemberState.DRAINED
+    assert len(world.losses("decode-0")) == 1
+    assert actor.num_stops == 1
+
+
+async def test_a_worker_that_failed_says_why_also_when_its_connection_broke_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.up()
+    actor = world.actor("decode-0")
+    actor.is_frozen = True
+    world.disconnect("decode-0")
+    assert world.error("decode-0") == "connection closed"
+    actor.end(RayTaskError("run", "a traceback", CheckpointError("layer 3 is gone")))
+    await world.settle()
+    assert world.state("decode-0") is MemberState.BACKOFF
+    assert world.error("decode-0") == "CheckpointError: layer 3 is gone"
+
+
+@pytest.mark.parametrize("connection_first", [True, False])
+async def test_a_killed_worker_is_lost_to_the_router_once_and_replaced_once(
+    monkeypatch: pytest.MonkeyPatch, connection_first: bool
+) -> None:
+    world = World(monkeypatch, stable_s=0.0)
+    world.up()
+    actor = world.actor("prefill-0")
+    if connection_first:
+        world.disconnect("prefill-0")
+        actor.end(ActorDiedError())
+        await world.settle()
+    else:
+        actor.end(ActorDiedError())
+        await world.settle()
+        world.service.lost("prefill-0", 2, "connection closed")
+    assert [actor.spec.incarnation for actor in world.actors if actor.spec.worker_id == "prefill-0"] == [2, 3]
+    world.connect("prefill-0")
+    assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {"prefill-0", "decode-0"}
+
+
+async def test_a_worker_that_waits_for_cores_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, num_cores=1)
+    world.controller.handle(Apply({P: 1, D: 1}))
+    assert len(world.actors) == 1
+    world.controller.handle(Shutdown())
+    await world.settle()
+    assert world.fleet.is_stopped
+    assert world.controller.processes == {}
+    assert len(world.actors) == 1
+
+
+async def test_a_worker_that_becomes_ready_after_it_was_told_to_stop_is_given_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.controller.handle(Apply({P: 1, D: 1}))
+    spec = world.actor("decode-0").spec
+    assert world.service.admit(SimpleNamespace(), _hello(spec))  # type: ignore[arg-type]
+    world.actor("decode-0").is_frozen = True
+    world.controller.handle(Shutdown())
+    world.service.receive(Ready(info=worker_info("decode-0", D, incarnation=spec.incarnation)))
+    assert world.service.router.status(0.0).workers == ()
+
+
+async def test_nothing_is_started_once_the_controller_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, stable_s=0.0)
+    world.up()
+    await world.controller.close()
+    world.disconnect("decode-0")
+    await world.settle()
+    assert len(world.actors) == 2
+    assert all(actor.ended.done() for actor in world.actors)
+    for actor in world.actors:
+        actor.ended.exception()
+
+
+async def test_a_worker_connects_once_and_with_the_cluster_s_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.controller.handle(Apply({P: 1, D: 1}))
+    spec = world.actor("decode-0").spec
+    assert not world.service.admit(SimpleNamespace(), _hello(spec, "sécret"))  # type: ignore[arg-type]
+    assert world.service.admit(SimpleNamespace(), _hello(spec))  # type: ignore[arg-type]
+    assert not world.service.admit(SimpleNamespace(), _hello(spec))  # type: ignore[arg-type]

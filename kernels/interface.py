@@ -65,7 +65,7 @@ class Kernels(Protocol):
     name: str
 
     def set_num_threads(self, num_threads: int) -> None:
-        """How many threads a call may use from now on, the caller's included; process-wide."""
+        """How many threads a call may use from now on, the caller's included; process-wide, torch's own included."""
         ...
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:

@@ -41,12 +41,14 @@ class ServerThread:
 
     def stop_when_shut_down(self) -> None:
         """End the server once the cluster is told to shut down, as the head does."""
-        tasks = []
-        self.cluster.on_shutdown = lambda: tasks.append(self._loop.create_task(self.gateway.stop(1.0)))
+        self.cluster.on_shutdown = lambda: self._stop_soon(1.0)
 
-    def stop_soon(self) -> None:
-        """End the server while a client waits for it."""
-        asyncio.run_coroutine_threadsafe(self.gateway.stop(0), self._loop)
+    def stop_when_watched(self) -> None:
+        """End the server once a client has seen the first state."""
+        self.cluster.on_watch = lambda: self._stop_soon(0.0)
+
+    def _stop_soon(self, grace_s: float) -> None:
+        self._stopping = self._loop.create_task(self.gateway.stop(grace_s))
 
     def stop(self) -> None:
         asyncio.run_coroutine_threadsafe(self.gateway.stop(0), self._loop).result()

@@ -71,8 +71,6 @@ def test_waiting_for_a_start_gives_up_on_a_worker_that_keeps_failing(server: Ser
 
 
 def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
-    server.call(lambda: server.cluster.change(shutting_down=False))
+    server.stop_when_watched()
     with connect(server.address) as client:
-        client.cluster.GetStatus(pb.GetStatusRequest())
-        server.stop_soon()
         follow(client)

@@ -150,6 +150,7 @@ class ScriptedCluster:
             uptime_s=3700.0,
         )
         self.on_shutdown: Callable[[], None] = lambda: None
+        self.on_watch: Callable[[], None] = lambda: None
         self._changed = asyncio.Event()
 
     async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
@@ -206,6 +207,7 @@ class ScriptedCluster:
     async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
         seen = self.state
         yield seen
+        self.on_watch()
         while not seen.shutting_down:
             while self.state is seen:
                 self._changed.clear()

@@ -2,8 +2,8 @@
 //
 // A row is one (token, query head) pair of a sequence and a kv head. Keys are taken in blocks of 64 at multiples of 64 from
 // the start of the sequence, and the running softmax starts anew at every segment of 512 keys; segments are merged in
-// order. All this is fixed by key positions alone, and masked keys add exact zeros, so a row's bits depend neither on the batch,
-// nor on how the prompt was cut into chunks, nor on which thread took which segment.
+// order. All this is fixed by key positions alone, and masked keys add exact zeros, so a row's bits depend neither on the
+// batch, nor on how the prompt was cut into chunks, nor on which thread took which segment.
 // (Online softmax: Milakov and Gimelshein 2018; blocking: FlashAttention, Dao et al. 2022.)
 #pragma once
 
@@ -41,7 +41,9 @@ struct Rows {
 // The softmax of some rows over some keys, not yet divided: for each row a maximum, 16 partial sums, padded_dim outputs.
 struct Partial {
   float *max, *sum, *out;
-  static int64_t floats(int64_t rows, int64_t padded_dim) { return ceil_div(rows, kLanes) * kLanes + rows * (kLanes + padded_dim); }
+  static int64_t floats(int64_t rows, int64_t padded_dim) {
+    return ceil_div(rows, kLanes) * kLanes + rows * (kLanes + padded_dim);
+  }
   Partial(float* memory, int64_t rows) : max(memory), sum(max + ceil_div(rows, kLanes) * kLanes), out(sum + rows * kLanes) {}
   void clear(int64_t rows, int64_t padded_dim) {
     std::fill_n(max, rows, -INFINITY);

@@ -22,7 +22,8 @@ struct KeyBlock {
   const T *keys[kKeys / 8], *values[kKeys / 8];  // of groups without a key: any readable memory
 };
 
-// r[i] = dwords [d, d + 16) of keys k .. k + 15, one dword of 16 keys in each register. What comes of absent keys has no meaning.
+// r[i] = dwords [d, d + 16) of keys k .. k + 15, one dword of 16 keys in each register. What comes of absent
+// keys has no meaning.
 template <class T>
 PD_INLINE void read_keys(const KeyBlock<T>& block, const KeyBlock<T>& next, int64_t head_dim, int64_t k, int64_t d,
                       __m512i (&r)[16]) {

@@ -131,7 +131,8 @@ extern "C" void pd_rope_and_cache(int bf16, const void* qkv, const int64_t* posi
                                   const int64_t* slots, void* q, int64_t tokens, int64_t heads, int64_t kv_heads,
                                   int64_t head_dim, int64_t block_size) {
   using namespace pd;
-  const Rope r{qkv, q_norm, k_norm, positions, slots, cos_sin, q, k_cache, v_cache, tokens, heads, kv_heads, head_dim, block_size, eps};
+  const Rope r{qkv,     q_norm, k_norm, positions, slots,    cos_sin,    q,  k_cache,
+               v_cache, tokens, heads,  kv_heads,  head_dim, block_size, eps};
   bf16 ? rope_and_cache<BF16>(r) : rope_and_cache<F32>(r);
 }
 

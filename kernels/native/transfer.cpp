@@ -1,4 +1,5 @@
-// Copies between the paged cache and flat memory. These run beside the model on a transfer's own thread, so they use one thread.
+// Copies between the paged cache and flat memory. These run beside the model, on a transfer's own thread, so they
+// use one thread.
 //
 // Cache: [layers, 2, blocks, heads, block_size, row] bytes; wire: [layers, 2, heads, tokens, row] bytes.
 #include <algorithm>

@@ -5,7 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from ..core.errors import PdserveError
 from .worker_spec import WorkerSpec
 
 HEAD_NAME = "pdserve-head"
@@ -16,6 +18,15 @@ def load_entry_point(name: str) -> Any:
     """The object that `package.module:name` means."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def reason_of(error: RayError) -> str:
+    """Why an actor ended, or a call of it failed, in one line unless it is a message of ours."""
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return str(error.cause) if isinstance(error.cause, PdserveError) else f"{type(error.cause).__name__}: {error.cause}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    began = not (isinstance(error, RayActorError) and error.actor_init_failed)
+    return lines[0] if began else f"the process did not start: {lines[-1]}"
 
 
 @ray.remote(max_restarts=0, max_concurrency=2)

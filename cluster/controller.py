@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.errors import CapacityError
@@ -20,7 +20,7 @@ from ..router.events import Tick, WorkerDraining, WorkerIdle, WorkerLost, Worker
 from ..router.fleet import Fleet
 from ..router.fleet_events import AssignRole, DrainWorker, FleetAction, FleetEvent, StartWorker, StopWorker
 from ..router.service import RouterService
-from .actors import WorkerActor
+from .actors import WorkerActor, reason_of
 from .cores import CoreAllocator, Placement
 from .worker_spec import WorkerSpec
 
@@ -162,17 +162,15 @@ class Controller:
 
     async def _watch(self, key: Key, run: Any) -> None:
         """Follow one actor to its end, whatever that is."""
-        process = self.processes[key]
+        reason = "the process ended"
+        knows_why = False
         try:
             await run
-            reason = process.ending or "the process ended"
-        except RayTaskError as error:  # it says itself what went wrong
-            reason = f"{type(error.cause).__name__}: {error.cause}"
-            log.warning("%s/%d: %s", *key, error)
         except RayError as error:
-            reason = process.ending or _reason(error)
+            reason = reason_of(error)
+            knows_why = isinstance(error, RayTaskError)
             log.warning("%s/%d: %s", *key, error)
-        self._gone(key, reason)
+        self._gone(key, reason if knows_why else self.processes[key].ending or reason)
 
     def _gone(self, key: Key, reason: str) -> None:
         """Nothing is left of a process: tell router and fleet, and give its cores to those who wait."""
@@ -226,10 +224,3 @@ async def _end(actor: Any, watch: "asyncio.Task[None]") -> None:
     _, alive = await asyncio.wait((watch,), timeout=STOP_TIMEOUT_S)
     if alive:
         ray.kill(actor)
-
-
-def _reason(error: RayError) -> str:
-    """Why an actor ended that could not say it, in one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    began = not (isinstance(error, RayActorError) and error.actor_init_failed)
-    return f"the process died: {lines[0]}" if began else f"the process did not start: {lines[-1]}"

@@ -60,15 +60,19 @@ class Head:
     def __init__(self, spec: HeadSpec) -> None:
         self._spec = spec
         self._config = spec.config
-        self._plan = plan(spec.config, ray_nodes())
         self._door: Any = None
         self._told_serving = False  # what the door was told last
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
 
     async def start(self) -> str:
-        """Open the door, then start the workers; returns the address of the gRPC server."""
+        """Open the door, then start the workers; returns the address of the gRPC server.
+
+        Raises CheckpointError, or ConfigError or CapacityError for what does not fit.
+        """
         spec, config = self._spec, self._config
+        self._plan = plan(config, ray_nodes())
+        self._plan.check()
         self._started_s = asyncio.get_running_loop().time()
         fleet = Fleet(FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=_pools_are_alike(config)))
         self._controller = Controller(

@@ -13,14 +13,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError, PdserveError
 from ..engine.gpu import probe_node
-from .actors import HEAD_NAME, NAMESPACE, HeadActor
+from .actors import HEAD_NAME, NAMESPACE, HeadActor, reason_of
 from .head import HeadSpec
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: nothing of ours goes through it
@@ -43,7 +44,7 @@ class _Ray:
         """Adopt the cluster that this process, this machine or RAY_ADDRESS knows, else start one of our own."""
         if ray.is_initialized():
             return _Ray(None, ours=False)
-        options = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         if os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").exists():
             try:
                 ray.init(address="auto", **options)
@@ -51,15 +52,23 @@ class _Ray:
             except ConnectionError as error:
                 if os.environ.get("RAY_ADDRESS"):
                     raise LaunchError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
-        temp_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # short: Ray's socket paths lie below it
-        ray.init(
-            num_cpus=len(probe_node().cores),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(temp_dir),
-            **options,
-        )
-        return _Ray(temp_dir)
+        return _Ray._start(options)
+
+    @staticmethod
+    def _start(options: dict[str, Any]) -> "_Ray":
+        started = _Ray(Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")))  # short: Ray's socket paths lie below it
+        try:
+            ray.init(
+                num_cpus=len(probe_node().cores),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(started.temp_dir),
+                **options,
+            )
+        except BaseException:  # Ctrl-C as well
+            started.disconnect()
+            raise
+        return started
 
     def disconnect(self) -> None:
         if self.ours:
@@ -98,8 +107,8 @@ class LaunchedCluster:
             return None
         try:
             ray.get(self._ended)
-        except (RayActorError, RayTaskError) as error:
-            return f"the head process died: {error}"
+        except RayError as error:
+            return f"the head process died: {reason_of(error)}"
         return None
 
     @property
@@ -131,7 +140,8 @@ class LaunchedCluster:
 def launch(config: ClusterConfig) -> LaunchedCluster:
     """Start a cluster; its workers load while this returns.
 
-    Raises ConfigError when the address to listen on is taken, LaunchError when Ray or the head does not start.
+    Raises ConfigError when the address to listen on is taken, LaunchError when Ray or the head does not start, or when
+    the model cannot be read or does not fit.
     """
     _check_port_is_free(*config.listen.grpc_host_port)
     return LaunchedCluster(config)
@@ -150,6 +160,5 @@ def _check_port_is_free(host: str, port: int) -> None:
 def _get(reference: "ray.ObjectRef[str]") -> str:
     try:
         return str(ray.get(reference))
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, PdserveError) else error
-        raise LaunchError(str(cause)) from error
+    except RayError as error:
+        raise LaunchError(reason_of(error)) from error

@@ -174,7 +174,7 @@ async def test_a_worker_that_failed_says_why_also_when_its_connection_broke_firs
     actor.end(RayTaskError("run", "a traceback", CheckpointError("layer 3 is gone")))
     await world.settle()
     assert world.state("decode-0") is MemberState.BACKOFF
-    assert world.error("decode-0") == "CheckpointError: layer 3 is gone"
+    assert world.error("decode-0") == "layer 3 is gone"
 
 
 @pytest.mark.parametrize("connection_first", [True, False])

@@ -15,7 +15,9 @@ class NativeKernels(BuildHookInterface[Any]):
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        if module.build(source.parent):
+        if not module.build(source.parent):
+            self.app.display_warning("no C++ compiler for this platform: the package will compute with torch alone")
+        else:
             # no Python ABI is involved: the library is loaded by ctypes, so one wheel fits every Python of a platform
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["pure_python"] = False

@@ -1,5 +1,8 @@
-"""Launches that come to nothing: they say why in a few words and leave nothing behind."""
+"""Launches and workers that fail: they say why in a few words, and leave nothing behind or come back."""
 
+import os
+import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,10 @@ import ray
 
 from pdserve.cluster.launch import LaunchError, launch
 from pdserve.core.config import ClusterConfig
+from pdserve.embedded import MODEL_DIR
+from pdserve.proto import pdserve_pb2 as pb
+
+from .harness import Cluster, tokens_of
 
 pytestmark = pytest.mark.cluster
 
@@ -40,3 +47,24 @@ def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0"}}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_cannot_load_says_why_until_the_checkpoint_is_mended(tmp_path: Path) -> None:
+    path = shutil.copytree(MODEL_DIR, tmp_path / "model")
+    weights = path / "model.safetensors"
+    whole = weights.read_bytes()
+    cluster = Cluster(path)
+    try:
+        expected = tokens_of(cluster.stream(cluster.request("import this")))
+        weights.write_bytes(whole[:-1000])
+        decode = next(w for w in cluster.admin.GetStatus(pb.GetStatusRequest()).workers if w.role == "decode")
+        os.kill(decode.pid, signal.SIGKILL)
+        for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=120):
+            if "truncated" in status.workers[0].message:
+                break
+        assert status.workers[0].state == pb.WORKER_STATE_FAILED
+        assert tokens_of(cluster.stream(cluster.request("import this"))) == expected  # the prefill worker stands in
+        weights.write_bytes(whole)
+        cluster.wait_for(prefill=1, decode=1)
+    finally:
+        cluster.close()

@@ -124,15 +124,14 @@ class DecodeScheduler:
             self._running = [seq for seq in self._running if id(seq) not in ended]
         return emissions
 
-    def remove(self, transfer: TransferId) -> bool:
-        """Drop all of a dispatch that waits or runs, between two steps. False when it is receiving or not here."""
-        dropped = [seq for queue in (self._waiting, self._running) for seq in queue if seq.transfer == transfer]
-        for seq in dropped:
-            self._kv.release(seq)
+    def remove(self, transfer: TransferId) -> None:
+        """Drop all of a dispatch that waits or runs, between two steps."""
+        for seq in (*self._waiting, *self._running):
+            if seq.transfer == transfer:
+                self._kv.release(seq)
         self._reservations.discard(transfer)
         self._waiting = deque(seq for seq in self._waiting if seq.transfer != transfer)
         self._running = [seq for seq in self._running if seq.transfer != transfer]
-        return bool(dropped)
 
     def is_receiving(self, transfer: TransferId) -> bool:
         return transfer in self._receiving

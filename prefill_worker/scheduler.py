@@ -5,7 +5,6 @@ add -> waiting --schedule--> running (chunk by chunk) --complete--> handed to th
 
 from collections import deque
 
-from ..core.request import TransferId
 from ..engine.batch import Batch, ScheduledChunk
 from ..engine.kv_manager import KVManager
 from ..engine.sequence import Sequence
@@ -56,23 +55,17 @@ class PrefillScheduler:
             budget -= chunks[-1].num_tokens
         return Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
 
-    def complete(self, batch: Batch) -> list[Sequence]:
-        """Account for a computed batch; returns the sequences whose prompt is done. Their blocks stay held."""
+    def complete(self, batch: Batch) -> None:
+        """Account for a computed batch. Sequences whose prompt is done leave; their blocks stay held."""
         for chunk in batch.chunks:
             self._kv.computed(chunk.sequence, chunk.num_tokens)
-        done = [chunk.sequence for chunk in batch.chunks if chunk.sequence.num_uncomputed_tokens == 0]
-        for seq in done:
-            self._running.remove(seq)
-        return done
+            if chunk.sequence.num_uncomputed_tokens == 0:
+                self._running.remove(chunk.sequence)
 
-    def remove(self, transfer: TransferId) -> Sequence | None:
-        """Take a sequence out of the queues, between two steps; the caller releases its blocks."""
-        for queue in (self._waiting, self._running):
-            for seq in queue:
-                if seq.transfer == transfer:
-                    queue.remove(seq)
-                    return seq
-        return None
+    def remove(self, seq: Sequence) -> None:
+        """Take a sequence that waits or runs out, between two steps; the caller releases its blocks."""
+        queue = self._waiting if seq in self._waiting else self._running
+        queue.remove(seq)
 
     def _admit(self, seq: Sequence) -> bool:
         self._kv.admit(seq)

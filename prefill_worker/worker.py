@@ -158,7 +158,7 @@ class PrefillWorker:
 
     def _unqueue(self, leg: _Leg) -> None:
         if leg.queued:
-            self.scheduler.remove(leg.sequence.transfer)
+            self.scheduler.remove(leg.sequence)
             leg.queued = False
 
     def _end(self, leg: _Leg, *, error: str | None = None, stats: TransferStats | None = None) -> None:

@@ -1,6 +1,6 @@
 """Each native kernel beside torch, in turns in one run: time, rate, and share of what the machine can do.
 
-`python bench/kernels.py --dtype bfloat16 --threads 2`. The machine's limits are measured first, by a loop of multiplies that
+`python bench/kernel_ops.py --dtype bfloat16 --threads 2`. The machine's limits are measured first, by a loop of multiplies that
 never leaves the registers and by reading as many bytes as the cases with few tokens read, 96 MiB.
 """
 

@@ -96,8 +96,9 @@ class Head:
     async def stop(self) -> None:
         """End everything now."""
         self._end()
-        if self._door is not None:
-            await self._door.stop(0.0)
+        if self._door is None:
+            return  # `start` has not come so far, or failed: there are no workers
+        await self._door.stop(0.0)
         await self._controller.close()
         await self._service.stop()
 

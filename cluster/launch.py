@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError, PdserveError
@@ -95,8 +96,10 @@ class LaunchedCluster:
         host = None if self._ray.temp_dir is None else "127.0.0.1"
         spec = HeadSpec(config=config, door=DOOR, token=secrets.token_hex(32), host=host)
         try:
-            return HeadActor.options(  # type: ignore[attr-defined]
-                name=HEAD_NAME, max_concurrency=1000
+            return HeadActor.options(  # type: ignore[attr-defined]  # made by ray.remote
+                name=HEAD_NAME,
+                max_concurrency=1000,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(_this_node(), soft=False),  # where clients look for it
             ).remote("pdserve.cluster.head:Head", spec)
         except ValueError as error:  # the name is taken
             raise LaunchError("a pdserve cluster runs in this Ray cluster already; stop it with `pdserve down`") from error
@@ -145,6 +148,10 @@ def launch(config: ClusterConfig) -> LaunchedCluster:
     """
     _check_port_is_free(*config.listen.grpc_host_port)
     return LaunchedCluster(config)
+
+
+def _this_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _check_port_is_free(host: str, port: int) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -44,7 +45,7 @@ class Latencies:
 
     def add(self, start_s: float, arrivals_s: tuple[float, ...]) -> None:
         self.ttft_s.append(arrivals_s[0] - start_s)
-        self.itl_s += [later - earlier for earlier, later in zip(arrivals_s[1:], arrivals_s[2:], strict=False)]
+        self.itl_s += [later - earlier for earlier, later in pairwise(arrivals_s[1:])]  # both by the decode worker
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """The benchmark's end of a peer: a process kept alive with its model loaded, asked for one case after another.
 
-All peers can be alive at once, so that a runner can take turns between them and a busy machine is busy for everyone.
+All peers can be alive at once, so that a runner can take turns between them and a busy machine is busy for everyone. A peer
+is stopped (SIGSTOP) while it is not its turn: some keep polling when they have nothing to do.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from .schema import Case, CellResult
 
@@ -55,23 +57,34 @@ class Peer:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._answer("the start")
+        self._process.send_signal(signal.SIGSTOP)
 
     def measure(self, case: Case) -> Sequence[CellResult]:
-        """One result per variant of the engine. The first call also waits for the model to load."""
+        """One result per variant of the engine."""
         process = self._process
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        process.send_signal(signal.SIGCONT)
         with suppress(BrokenPipeError):  # it has ended; the missing answer says so
             print(json.dumps(asdict(case)), file=process.stdin, flush=True)
-        answer = process.stdout.readline()
-        if not answer:
-            raise PeerError(f"{self._name} ended with status {process.wait()} at case {case.name}")
-        return [CellResult.from_json(value) for value in json.loads(answer)]
+        results = [CellResult.from_json(value) for value in self._answer(f"case {case.name}")]
+        process.send_signal(signal.SIGSTOP)
+        return results
+
+    def _answer(self, to: str) -> list[dict[str, Any]]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerError(f"{self._name} ended with status {self._process.wait()} at {to}")
+        answer: list[dict[str, Any]] = json.loads(line)
+        return answer
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """The end of its input ends a peer; one that is in the middle of a case is killed."""
+        self._process.send_signal(signal.SIGCONT)
         try:
             if kind is None:
                 with suppress(subprocess.TimeoutExpired):

@@ -1,7 +1,8 @@
 """How every engine is measured, ours included: the same prompts, a run as warm-up, then repeats read off one clock.
 
 An engine only says when each token arrived; the rates are computed here, so no engine's own accounting enters.
-A peer's program answers one JSON line (a list of results) to each case it reads, and ends at the end of its input.
+A peer's program writes one JSON line when its model is loaded, and one (a list of results) for each case that it reads; it
+ends at the end of its input.
 """
 
 import argparse
@@ -109,7 +110,9 @@ def claim_stdout() -> TextIO:
 
 
 def serve(name: str, engines: Sequence[MeasuredEngine], options: PeerOptions, results: TextIO) -> None:
-    """Answer each case with one line, until there are no more. The first sight of a case warms up."""
+    """Say with an empty answer that the model is loaded, then answer each case with one line, until there are no more.
+    The first sight of a case warms up."""
+    print("[]", file=results, flush=True)
     lines = (Case(**json.loads(line)) for line in sys.stdin)
     cases: Iterable[Case] = lines if options.cases is None else options.cases
     seen: set[Case] = set()

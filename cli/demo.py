@@ -5,7 +5,7 @@ from ..proto import pdserve_pb2 as pb
 from .client import Client, connect
 from .generate import stream_text, text_prompt, write_out
 from .timeline import timeline_lines
-from .up import follow, say, sigterm_as_interrupt
+from .up import follow, launched, say
 
 QUESTION = 'The "for" statement is used to iterate over the elements of a sequence'
 MAX_PROMPT_CHARS = 4000
@@ -13,10 +13,8 @@ MAX_PROMPT_CHARS = 4000
 
 def demo() -> None:
     """Start, ask, show, stop."""
-    from ..cluster.launch import launch
-
     say("starting the embedded model: one prefill and one decode worker")
-    with launch(demo_config()) as cluster, sigterm_as_interrupt(), connect(cluster.grpc_address) as client:
+    with launched(demo_config()) as cluster, connect(cluster.grpc_address) as client:
         follow(client, until_ready=True)
         end = _ask(client, demo_prompt())
         print("", *timeline_lines(end), "", sep="\n")

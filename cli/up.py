@@ -104,6 +104,23 @@ def _drain_and_stop(client: Client) -> None:
 
 
 @contextmanager
+def launched(config: ClusterConfig) -> Iterator["LaunchedCluster"]:
+    """A cluster for the time of the block. A Ctrl-C while Ray starts, which cannot be interrupted cleanly, counts after it."""
+    from ..cluster.launch import launch
+
+    interrupted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
+    try:
+        cluster = launch(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with cluster, sigterm_as_interrupt():
+        if interrupted:
+            raise KeyboardInterrupt
+        yield cluster
+
+
+@contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM does what Ctrl-C does. Ray sets a handler of its own when it starts, so this comes after."""
 

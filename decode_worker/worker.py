@@ -5,7 +5,7 @@ comes back. What it has to say goes into the outbox.
 """
 
 import time
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,17 +14,11 @@ import msgspec
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Reserve, Serve
 from ..core.request import SequenceSpec, TransferId
-from ..engine.batch import Batch, SampledToken
+from ..engine.batch import Runner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
 from .scheduler import DecodeScheduler, Emission
-
-
-class Runner(Protocol):
-    """Computes a batch: one list of sampled tokens per chunk, one token per choice of the chunk."""
-
-    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]: ...
 
 
 class ReceivePort(Protocol):

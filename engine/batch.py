@@ -1,6 +1,8 @@
 """What one step computes and what comes out of it: the values that pass between a scheduler and the model runner."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..core.messages import StepTiming
 from .sequence import Sequence
@@ -58,3 +60,12 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class Runner(Protocol):
+    """Computes a batch: one list of sampled tokens per chunk, one token per choice of the chunk.
+
+    `on_layer(i)` is called when layer i has written the batch's KV: it is final then, and may leave.
+    """
+
+    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]: ...

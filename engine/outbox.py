@@ -10,19 +10,20 @@ from .sequence import Sequence
 
 @dataclass(slots=True)
 class LegClock:
-    """When one leg of a dispatch was accepted and first took part in a step."""
+    """When one leg of a dispatch was accepted, first took part in a step, and was last computed on."""
 
     accepted_s: float
     started_s: float | None = None
+    computed_s: float | None = None
 
     def start(self, now_s: float) -> None:
         if self.started_s is None:
             self.started_s = now_s
 
     def durations(self, now_s: float) -> tuple[float, float]:
-        """(waiting, working) seconds until now."""
+        """(waiting, working) seconds. A leg that computes to its end has worked until now."""
         started_s = now_s if self.started_s is None else self.started_s
-        return started_s - self.accepted_s, now_s - started_s
+        return started_s - self.accepted_s, (self.computed_s or now_s) - started_s
 
 
 @dataclass

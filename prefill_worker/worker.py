@@ -12,17 +12,11 @@ from typing import Protocol
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Prefill, TransferAddress, TransferStats
 from ..core.request import TransferId
-from ..engine.batch import Batch, SampledToken
+from ..engine.batch import Batch, Runner, SampledToken
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
 from .scheduler import PrefillScheduler
-
-
-class Runner(Protocol):
-    """Computes a batch: one list of sampled tokens per chunk, one token per choice of the chunk."""
-
-    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]: ...
 
 
 class SendPort(Protocol):
@@ -141,6 +135,7 @@ class PrefillWorker:
         """The prompt is computed: emit each choice's first token and hand over the choices that go on."""
         seq = leg.sequence
         leg.queued = False
+        leg.clock.computed_s = time.monotonic()  # what follows is the transfer's time
         going_on: list[tuple[int, int]] = []
         for choice, token in zip(seq.spec.choices, tokens, strict=True):
             index = seq.num_output_tokens

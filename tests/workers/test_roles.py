@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from pdserve.core.messages import Leg, Prefill, Reserve, Serve
 from pdserve.core.request import FinishReason, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
-from pdserve.engine.outbox import Outbox
+from pdserve.engine.outbox import LegClock, Outbox
 from pdserve.prefill_worker.worker import PrefillWorker
 
 from .chain_model import ChainEngine, Wire, expected_tokens, spec
@@ -79,6 +79,14 @@ def test_each_leg_ends_once_and_without_an_error() -> None:
     ended = [*pair.p_box.ended, *pair.d_box.ended]
     assert [(leg.leg, leg.error) for leg in ended] == [(Leg.PREFILL, None), (Leg.DECODE, None)]
     assert ended[0].stats is not None
+
+
+def test_the_transfer_is_not_counted_as_prefill_time() -> None:
+    clock = LegClock(accepted_s=1.0)
+    clock.start(2.0)
+    assert clock.durations(5.0) == (1.0, 3.0)
+    clock.computed_s = 3.5
+    assert clock.durations(9.0) == (1.0, 1.5)
 
 
 def test_a_prompt_longer_than_the_token_budget_is_prefilled_in_chunks() -> None:

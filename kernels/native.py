@@ -6,6 +6,7 @@ ctypes releases the GIL for the length of every call.
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -241,10 +242,9 @@ class NativeKernels:
         buffer: torch.Tensor,
     ) -> None:
         check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
-        layout = _plane_layout(cache, layer_start, layer_end)
-        ids = (ctypes.c_int64 * len(block_ids))(*block_ids)
+        arguments = _token_range(cache, layer_start, layer_end, block_ids, token_start, token_end)
         start = cache.data_ptr() + layer_start * cache.stride(0) * cache.element_size()
-        self._c.pd_gather_tokens(start, buffer.data_ptr(), *layout, ids, token_start, token_end)
+        self._c.pd_gather_tokens(start, buffer.data_ptr(), *arguments)
 
     def scatter_tokens(
         self,
@@ -257,10 +257,9 @@ class NativeKernels:
         buffer: torch.Tensor,
     ) -> None:
         check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
-        layout = _plane_layout(cache, layer_start, layer_end)
-        ids = (ctypes.c_int64 * len(block_ids))(*block_ids)
+        arguments = _token_range(cache, layer_start, layer_end, block_ids, token_start, token_end)
         start = cache.data_ptr() + layer_start * cache.stride(0) * cache.element_size()
-        self._c.pd_scatter_tokens(start, buffer.data_ptr(), *layout, ids, token_start, token_end)
+        self._c.pd_scatter_tokens(start, buffer.data_ptr(), *arguments)
 
     def copy_blocks(self, cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         check_block_pairs(cache, pairs)
@@ -284,7 +283,16 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _plane_layout(cache: torch.Tensor, layer_start: int, layer_end: int) -> tuple[int, int, int, int, int]:
-    """(planes, blocks, heads, block_size, bytes of a token's row): a plane is the keys or the values of a layer."""
+def _token_range(
+    cache: torch.Tensor, layer_start: int, layer_end: int, block_ids: Sequence[int], token_start: int, token_end: int
+) -> tuple[Any, ...]:
+    """(planes, blocks, heads, block_size, bytes of a token's row, ids, start, end) where a plane is a layer's keys or values
+    and the ids are of the blocks that hold the tokens, so that a chunk of a long sequence costs no more than of a short one."""
     _, _, num_blocks, num_kv_heads, block_size, head_dim = cache.shape
-    return 2 * (layer_end - layer_start), num_blocks, num_kv_heads, block_size, head_dim * cache.element_size()
+    first = token_start // block_size
+    touched = block_ids[first : -(-token_end // block_size)]
+    ids = (ctypes.c_int64 * len(touched))(*touched)
+    skipped = first * block_size
+    row_bytes = head_dim * cache.element_size()
+    planes = 2 * (layer_end - layer_start)
+    return planes, num_blocks, num_kv_heads, block_size, row_bytes, ids, token_start - skipped, token_end - skipped

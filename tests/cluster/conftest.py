@@ -12,7 +12,7 @@ import ray
 from pdserve.embedded import MODEL_DIR
 
 from ..checkpoints import small_checkpoint
-from .harness import SESSION_MARK, surviving_processes
+from .harness import SESSION_MARK, session_processes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,7 +32,7 @@ def ray_session() -> Iterator[None]:
     yield
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)
-    assert surviving_processes() == []
+    assert session_processes() == {}
     assert not [name for name in set(os.listdir("/dev/shm")) - shared_memory if name.startswith(("plasma", "psm", "pdserve"))]
 
 

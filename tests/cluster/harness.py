@@ -20,15 +20,16 @@ READY = pb.WORKER_STATE_READY
 SESSION_MARK = "PDSERVE_TEST_SESSION"  # an environment variable that every process of this test session inherits
 
 
-def surviving_processes() -> list[str]:
-    """Processes other than this one that descend from the test session."""
+def session_processes() -> dict[int, str]:
+    """The other processes that descend from this test session, with their commands."""
     mark = f"{SESSION_MARK}={os.environ[SESSION_MARK]}".encode()
-    found = []
+    found = {}
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
             with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or not ours
                 if mark in (process / "environ").read_bytes().split(b"\0"):
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:100])
+                    command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(process.name)] = command.decode(errors="replace")[:100]
     return found
 
 

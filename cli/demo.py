@@ -7,7 +7,7 @@ from .generate import stream_text, text_prompt, write_out
 from .timeline import timeline_lines
 from .up import follow, launched, say
 
-QUESTION = 'The "for" statement is used to iterate over the elements of a sequence'
+QUESTION = 'The "with" statement is used to wrap the execution of a block'
 MAX_PROMPT_CHARS = 4000
 
 
@@ -39,7 +39,7 @@ def demo_prompt() -> str:
 
 def _ask(client: Client, prompt: str) -> pb.RequestEnd:
     say(f"\nthe prompt: {len(prompt)} characters of Python's documentation; its end, and what the model makes of it:\n")
-    sampling = pb.SamplingParams(min_tokens=32, max_tokens=96, temperature=0.6, seed=1)
+    sampling = pb.SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
     request = pb.GenerateRequest(prompt=text_prompt(prompt), sampling=sampling)
     write_out(f"... {QUESTION}")
     _, end = stream_text(client.generation.GenerateStream(request), write_out)

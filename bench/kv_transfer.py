@@ -14,7 +14,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -24,7 +24,8 @@ import torch
 
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import TransferId
-from pdserve.kernels.interface import KernelRequirements, Kernels
+from pdserve.engine.kv_cache import KVCache
+from pdserve.kernels.interface import KernelRequirements
 from pdserve.kernels.load import load_kernels
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint
 
@@ -36,29 +37,21 @@ RING_SLOTS = 4
 BLOCK_IDS = tuple(int(i) for i in np.random.default_rng(0).permutation(NUM_BLOCKS))
 
 
-class PagedStore:
-    """The engine's paged cache, as far as a transfer sees it."""
+def paged_cache(seed: int | None) -> KVCache:
+    """The engine's own, its blocks filled with numbers or empty."""
+    requirements = KernelRequirements(torch.bfloat16, LAYOUT.head_dim, LAYOUT.block_size)
+    cache = KVCache(LAYOUT, NUM_BLOCKS, load_kernels("cpu", requirements, "auto", 1))
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for layer in range(LAYOUT.num_layers):
+            for part in cache.layer(layer):
+                part.copy_(torch.randn(part.shape, generator=generator))
+    return cache
 
-    def __init__(self, seed: int | None) -> None:
-        self.layout = LAYOUT
-        shape = (LAYOUT.num_layers, 2, NUM_BLOCKS, LAYOUT.num_kv_heads, LAYOUT.block_size, LAYOUT.head_dim)
-        self.cache = torch.zeros(shape, dtype=torch.bfloat16)
-        if seed is not None:
-            self.cache.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
-        requirements = KernelRequirements(torch.bfloat16, LAYOUT.head_dim, LAYOUT.block_size)
-        self._kernels: Kernels = load_kernels("cpu", requirements, "auto", 1)
 
-    def gather(
-        self, layer_start: int, layer_end: int, block_ids: Sequence[int], token_start: int, token_end: int, out: memoryview
-    ) -> None:
-        buffer = torch.frombuffer(out, dtype=torch.uint8)
-        self._kernels.gather_tokens(self.cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
-
-    def scatter(
-        self, layer_start: int, layer_end: int, block_ids: Sequence[int], token_start: int, token_end: int, data: memoryview
-    ) -> None:
-        buffer = torch.frombuffer(data, dtype=torch.uint8)
-        self._kernels.scatter_tokens(self.cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
+def digest(cache: KVCache) -> int:
+    parts = [part for layer in range(LAYOUT.num_layers) for part in cache.layer(layer)]
+    return sum(int(part.view(torch.int16).to(torch.int64).sum()) for part in parts)
 
 
 class Endings:
@@ -90,7 +83,7 @@ class Endings:
 
 
 def open_endpoint(
-    name: str, store: PagedStore, endings: Endings, transport: str, chunk_bytes: int
+    name: str, store: KVCache, endings: Endings, transport: str, chunk_bytes: int
 ) -> tuple[TransferEndpoint, TransferAddress]:
     config = TransferConfig(chunk_bytes=chunk_bytes, ring_slots=RING_SLOTS)
     endpoint = TransferEndpoint(
@@ -134,7 +127,7 @@ def decode_process(pipe: Connection, parents_pipe: Connection, plain: Plain, chu
     """D: does what the other process asks for, and says when it is done; ends with it."""
     parents_pipe.close()
     pin(1)
-    store, flat = PagedStore(None), np.zeros(NUM_BYTES, np.uint8)
+    store, flat = paged_cache(None), np.zeros(NUM_BYTES, np.uint8)
     endings = Endings()
     endpoints = {name: open_endpoint(f"d-{name}", store, endings, name, chunk_bytes) for name in ("shm", "gloo")}
     pipe.send({name: address for name, (_, address) in endpoints.items()})
@@ -145,7 +138,7 @@ def decode_process(pipe: Connection, parents_pipe: Connection, plain: Plain, chu
                 pipe.send("ready")
                 plain.copy_out(flat)
             elif what == "digest":
-                pipe.send(int(store.cache.view(torch.int16).to(torch.int64).sum()))
+                pipe.send(digest(store))
                 continue
             else:
                 endpoint, _ = endpoints[what]
@@ -184,8 +177,8 @@ def measure(chunk_bytes: int, repeats: int) -> dict[str, list[float]]:
     child_pipe.close()
     cores = os.sched_getaffinity(0)
     pin(0)
-    store, endings = PagedStore(1), Endings()
-    flat: np.ndarray[Any, np.dtype[np.uint8]] = store.cache.view(torch.uint8).flatten().numpy()
+    store, endings = paged_cache(1), Endings()
+    flat = np.ones(NUM_BYTES, np.uint8)
     copy = np.zeros_like(flat)
     addresses: dict[str, TransferAddress] = pipe.recv()
     endpoints = {name: open_endpoint(f"p-{name}", store, endings, name, chunk_bytes)[0] for name in addresses}
@@ -207,7 +200,7 @@ def measure(chunk_bytes: int, repeats: int) -> dict[str, list[float]]:
         for name in endpoints:
             rates[name].append(timed(pipe, name, number, lambda name=name, number=number: push(name, number)))  # type: ignore[misc]
     pipe.send(("digest", 0))
-    if pipe.recv() != int(store.cache.view(torch.int16).to(torch.int64).sum()):
+    if pipe.recv() != digest(store):
         raise RuntimeError("what arrived is not what was sent")
     for endpoint in endpoints.values():
         endpoint.close()

@@ -140,10 +140,19 @@ class Kernels(Protocol):
         token_start: int,
         token_end: int,
         buffer: torch.Tensor,
-    ) -> None:
+    ) -> int:
         """Copy tokens [token_start, token_end) of the sequence lying in `block_ids`, of layers [layer_start, layer_end),
         to `buffer`, uint8 [exactly the bytes needed], laid out [layers, 2, Hkv, tokens, D]: the wire knows no blocks.
-        Block i of the sequence holds its tokens from i * block_size on.
+        Block i of the sequence holds its tokens from i * block_size on. Returns the buffer's `wire_checksum`.
+        """
+        ...
+
+    def wire_checksum(self, buffer: torch.Tensor) -> int:
+        """64 bits of `buffer`, uint8 [a multiple of 8 bytes], the same from every implementation.
+
+        The sum, modulo 2^64, over the little-endian 64-bit words w_i, of w_i + low32(m_i) * high32(m_i), where m_i is
+        w_i xor (i + 1) * 0x9E3779B185EBCA87: XXH3's accumulation (a word, and the product of its keyed halves: NH, Black et
+        al., "UMAC", 1999), with keys by position, so that it can be taken in any order and while bytes are copied.
         """
         ...
 
@@ -192,6 +201,12 @@ def check_token_range(
     num_bytes = token_range_bytes(cache, layer_end - layer_start, token_end - token_start)
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() != num_bytes or not buffer.is_contiguous():
         raise ValueError(f"buffer: {buffer.dtype} {tuple(buffer.shape)} given, expected contiguous uint8 [{num_bytes}]")
+
+
+def check_wire(buffer: torch.Tensor) -> None:
+    """Refuse what has no checksum."""
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() % 8 or not buffer.is_contiguous():
+        raise ValueError(f"buffer: {buffer.dtype} {tuple(buffer.shape)} given, expected contiguous uint8 [a multiple of 8]")
 
 
 def check_block_pairs(cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .build import LIBRARY_NAME
-from .interface import AttentionBatch, KernelRequirements, PackedLinear, check_block_pairs, check_token_range
+from .interface import AttentionBatch, KernelRequirements, PackedLinear, check_block_pairs, check_token_range, check_wire
 
 LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME
 
@@ -29,9 +29,11 @@ _SIGNATURES = {
     "pd_paged_attention": [_I, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _N, _F],
     "pd_argmax": [_P, _P, _N, _N],
     "pd_gather_tokens": [_P, _P, _N, _N, _N, _N, _N, _P, _N, _N],
+    "pd_wire_checksum": [_P, _N],
     "pd_scatter_tokens": [_P, _P, _N, _N, _N, _N, _N, _P, _N, _N],
     "pd_copy_blocks": [_P, _N, _N, _N, _P, _N],
 }
+_RESULTS = {"pd_gather_tokens": ctypes.c_uint64, "pd_wire_checksum": ctypes.c_uint64}
 
 
 def why_unavailable(requirements: KernelRequirements) -> str | None:
@@ -51,7 +53,7 @@ def _load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY_PATH))
     for name, argument_types in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = argument_types, None
+        function.argtypes, function.restype = argument_types, _RESULTS.get(name)
     return library
 
 
@@ -240,11 +242,13 @@ class NativeKernels:
         token_start: int,
         token_end: int,
         buffer: torch.Tensor,
-    ) -> None:
-        check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
-        arguments = _token_range(cache, layer_start, layer_end, block_ids, token_start, token_end)
-        start = cache.data_ptr() + layer_start * cache.stride(0) * cache.element_size()
-        self._c.pd_gather_tokens(start, buffer.data_ptr(), *arguments)
+    ) -> int:
+        where = _token_range(cache, range(layer_start, layer_end), block_ids, range(token_start, token_end), buffer)
+        return int(self._c.pd_gather_tokens(*where))
+
+    def wire_checksum(self, buffer: torch.Tensor) -> int:
+        check_wire(buffer)
+        return int(self._c.pd_wire_checksum(buffer.data_ptr(), buffer.numel()))
 
     def scatter_tokens(
         self,
@@ -256,10 +260,8 @@ class NativeKernels:
         token_end: int,
         buffer: torch.Tensor,
     ) -> None:
-        check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
-        arguments = _token_range(cache, layer_start, layer_end, block_ids, token_start, token_end)
-        start = cache.data_ptr() + layer_start * cache.stride(0) * cache.element_size()
-        self._c.pd_scatter_tokens(start, buffer.data_ptr(), *arguments)
+        where = _token_range(cache, range(layer_start, layer_end), block_ids, range(token_start, token_end), buffer)
+        self._c.pd_scatter_tokens(*where)
 
     def copy_blocks(self, cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:
         check_block_pairs(cache, pairs)
@@ -284,15 +286,14 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 def _token_range(
-    cache: torch.Tensor, layer_start: int, layer_end: int, block_ids: Sequence[int], token_start: int, token_end: int
+    cache: torch.Tensor, layers: range, block_ids: Sequence[int], tokens: range, buffer: torch.Tensor
 ) -> tuple[Any, ...]:
-    """(planes, blocks, heads, block_size, bytes of a token's row, ids, start, end) where a plane is a layer's keys or values
-    and the ids are of the blocks that hold the tokens, so that a chunk of a long sequence costs no more than of a short one."""
+    """What C++ wants to know; only of the blocks touched, so that a chunk of a long sequence costs no more than of a short."""
+    check_token_range(cache, layers.start, layers.stop, block_ids, tokens.start, tokens.stop, buffer)
     _, _, num_blocks, num_kv_heads, block_size, head_dim = cache.shape
-    first = token_start // block_size
-    touched = block_ids[first : -(-token_end // block_size)]
-    ids = (ctypes.c_int64 * len(touched))(*touched)
-    skipped = first * block_size
-    row_bytes = head_dim * cache.element_size()
-    planes = 2 * (layer_end - layer_start)
-    return planes, num_blocks, num_kv_heads, block_size, row_bytes, ids, token_start - skipped, token_end - skipped
+    start = cache.data_ptr() + layers.start * cache.stride(0) * cache.element_size()
+    planes = (2 * len(layers), num_blocks, num_kv_heads, block_size, head_dim * cache.element_size())
+    first = tokens.start // block_size
+    touched = block_ids[first : -(-tokens.stop // block_size)]
+    ids, skipped = (ctypes.c_int64 * len(touched))(*touched), first * block_size
+    return start, buffer.data_ptr(), *planes, ids, tokens.start - skipped, tokens.stop - skipped

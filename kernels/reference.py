@@ -6,8 +6,9 @@ from math import ceil
 import torch
 import torch.nn.functional as F
 
-from .interface import AttentionBatch, PackedLinear, check_block_pairs, check_token_range
+from .interface import AttentionBatch, PackedLinear, check_block_pairs, check_token_range, check_wire
 
+_KEY_STEP = 0x9E3779B185EBCA87 - 2**64  # torch knows signed integers only
 _MAX_QUERY_ROWS = 512  # of one attention call: bounds the mask of a long prefill
 
 
@@ -99,12 +100,21 @@ class TorchKernels:
         token_start: int,
         token_end: int,
         buffer: torch.Tensor,
-    ) -> None:
+    ) -> int:
         check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
         wire = _wire_view(cache, layer_end - layer_start, token_end - token_start, buffer)
         blocks, offsets = _token_slots(cache, block_ids, token_start, token_end)
         # Advanced indices around a slice put the token axis first: [tokens, layers, 2, Hkv, D].
         wire.copy_(cache[layer_start:layer_end, :, blocks, :, offsets].permute(1, 2, 3, 0, 4))
+        return self.wire_checksum(buffer)
+
+    def wire_checksum(self, buffer: torch.Tensor) -> int:
+        check_wire(buffer)
+        words = buffer.view(torch.int64)
+        keys = torch.arange(1, words.numel() + 1).mul_(_KEY_STEP)
+        mixed = words ^ keys
+        products = (mixed & 0xFFFFFFFF) * (mixed >> 32 & 0xFFFFFFFF)  # int64 wraps around, as the definition does
+        return int((words.sum() + products.sum()).item()) & 0xFFFFFFFFFFFFFFFF
 
     def scatter_tokens(
         self,

@@ -16,7 +16,8 @@ class TransferConfig:
     heartbeat_s: float = 0.5
     dead_after_s: float = 3.0  # without a sign of life
     chunk_timeout_s: float = 5.0  # chunk to ACK, COMMIT to COMMITTED
-    lease_s: float = 30.0  # a reservation without an offer, an offer without a reservation
+    lease_s: float = 30.0  # a reservation without an offer, an offer without a reservation; the peer's every word renews it
+    max_lease_s: float = 600.0  # however often it is renewed
     max_idle_s: float = 300.0  # a link without transfers is closed after this
 
     def __post_init__(self) -> None:

@@ -3,8 +3,6 @@
 import logging
 from typing import Any
 
-from xxhash import xxh3_64_intdigest
-
 from .channel import Channel
 from .events import (
     Arrived,
@@ -88,13 +86,11 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         self.feed(self._write(command, self._link.slot(chunk.slot, chunk.num_bytes)))
 
     def _write(self, command: Store, data: memoryview) -> Stored | Corrupt | StoreFailed:
-        chunk, span = command.chunk, command.chunk.span
+        local, chunk, span = self.local, command.chunk, command.chunk.span
         try:
-            if xxh3_64_intdigest(data) != chunk.checksum:
+            if local.store.checksum(data) != chunk.checksum:
                 return Corrupt(chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum")
-            self.local.store.scatter(
-                span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data
-            )
+            local.store.scatter(span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data)
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
             logger.exception("scattering %s of %s failed", span, chunk.transfer)
             return StoreFailed(chunk.epoch, chunk.seq, f"scattering failed: {error!r}")

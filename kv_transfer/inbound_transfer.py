@@ -1,6 +1,9 @@
 """One transfer as its receiver sees it: which blocks are reserved for how long, and what of it has come."""
 
+import math
+
 from ..core.request import TransferId
+from .config import TransferConfig
 from .events import Expect
 from .span import Coverage, Span
 from .states import INBOUND_TRANSITIONS, InboundState, Machine
@@ -32,6 +35,12 @@ class InboundTransfer:
     def num_cached_tokens(self) -> int:
         assert self.reservation is not None
         return self.reservation.num_cached_tokens
+
+    def lease_ends_s(self, heard_s: float, config: TransferConfig) -> float:
+        """When to give up that offer and reservation meet, if the peer was last heard at `heard_s`; once they have, never."""
+        if self.state not in (InboundState.EXPECTED, InboundState.OFFERED):
+            return math.inf
+        return min(max(self.since_s, heard_s) + config.lease_s, self.since_s + config.max_lease_s)
 
     def begin(self, num_layers: int) -> None:
         """Offer and reservation are both here. Raises ValueError when they do not fit."""

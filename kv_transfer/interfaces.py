@@ -22,8 +22,12 @@ class KVStore(Protocol):
         token_start: int,
         token_end: int,
         out: memoryview,
-    ) -> None:
-        """Copy KV out of the blocks into `out`, whose size is that of the ranges."""
+    ) -> int:
+        """Copy KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of what was copied."""
+        ...
+
+    def checksum(self, data: memoryview) -> int:
+        """64 bits, the same on either side."""
         ...
 
     def scatter(

@@ -7,8 +7,6 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from xxhash import xxh3_64_intdigest
-
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .channel import Channel
@@ -80,8 +78,9 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             return  # it broke while the commands before this one were carried out; LinkDown is on its way
         data = link.slot(command.slot, command.num_bytes)
         try:
-            self.local.store.gather(span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data)
-            checksum = xxh3_64_intdigest(data)
+            checksum = self.local.store.gather(
+                span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data
+            )
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
             logger.exception("gathering %s of %s failed", span, command.transfer)
             self.feed(GatherFailed(epoch, command.transfer, command.seq, f"gathering failed: {error!r}"))

@@ -15,7 +15,7 @@ from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .span import Span
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
@@ -84,7 +84,7 @@ class Chunk(msgspec.Struct, frozen=True, tag=True, array_like=True):
     slot: int
     span: Span
     num_bytes: int
-    checksum: int  # XXH3, 64 bits
+    checksum: int  # `KVStore.checksum`, 64 bits
 
 
 class Ack(msgspec.Struct, frozen=True, tag=True, array_like=True):

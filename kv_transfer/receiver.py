@@ -43,8 +43,8 @@ class _UnderWay(NamedTuple):
 class TransferReceiver:
     """All transfers from one peer. A transfer that has ended is in no table, so that nothing can be written for it.
 
-    Its lease runs until offer and reservation have met; from then on it is the link's life that holds the blocks, renewed
-    by every message and heartbeat."""
+    Its lease runs until offer and reservation have met: short when the peer is silent, long while it lives, since either
+    side may rightly be busy with others. From then on it is the link's life that holds the blocks."""
 
     def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
         self._layout = layout
@@ -112,7 +112,7 @@ class TransferReceiver:
         if (transfer := self._transfers.get(event.transfer)) is None:
             return
         if transfer.state is InboundState.EXPECTED:
-            self._refused_until_s[transfer.id] = self._now_s + self._config.lease_s
+            self._refused_until_s[transfer.id] = self._now_s + self._config.max_lease_s
         self._fail(transfer, event.error)
 
     # from the link and the peer
@@ -232,10 +232,9 @@ class TransferReceiver:
     def _on_tick(self) -> None:
         config = self._config
         for transfer in list(self._transfers.values()):
-            is_waiting = transfer.state in (InboundState.EXPECTED, InboundState.OFFERED)
-            if is_waiting and self._now_s - transfer.since_s > config.lease_s:
+            if transfer.lease_ends_s(self._heard_s, config) < self._now_s:
                 wanted = "an offer" if transfer.state is InboundState.EXPECTED else "a reservation"
-                self._fail(transfer, f"the lease ended after {config.lease_s} s without {wanted}")
+                self._fail(transfer, f"the lease ended after {self._now_s - transfer.since_s:.1f} s without {wanted}")
         self._refused_until_s = {key: until_s for key, until_s in self._refused_until_s.items() if until_s > self._now_s}
         if self._link.state is not LinkState.UP:
             return

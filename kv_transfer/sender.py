@@ -218,8 +218,9 @@ class TransferSender:
             waited_s = self._now_s - transfer.waiting_since_s
             if transfer.state is OutboundState.COMMITTING and waited_s > config.chunk_timeout_s:
                 return f"{transfer.id} was not committed within {config.chunk_timeout_s} s"
-            if transfer.state is OutboundState.OFFERED and waited_s > config.lease_s + config.chunk_timeout_s:
-                self._fail(transfer, f"the offer was not answered within {config.lease_s + config.chunk_timeout_s} s")
+            limit_s = config.max_lease_s + config.chunk_timeout_s
+            if transfer.state is OutboundState.OFFERED and waited_s > limit_s:
+                self._fail(transfer, f"the offer was not answered within {limit_s} s")
         return None
 
     # what follows

@@ -12,7 +12,35 @@
 namespace {
 
 constexpr int64_t kLine = 64;
-constexpr int64_t kLongRun = 4096;  // from here on the C library's copy lets the processor write lines without fetching them
+constexpr int64_t kWord = 8;
+constexpr uint64_t kKeyStep = 0x9E3779B185EBCA87;
+
+// The wire's checksum as `Kernels` defines it, eight words at a time.
+class Checksum {
+ public:
+  // The next words added stand at this offset of the wire.
+  void seek(int64_t offset) {
+    const __m512i lanes = _mm512_set_epi64(8 * kKeyStep, 7 * kKeyStep, 6 * kKeyStep, 5 * kKeyStep, 4 * kKeyStep, 3 * kKeyStep,
+                                           2 * kKeyStep, kKeyStep);
+    keys_ = _mm512_add_epi64(_mm512_set1_epi64(offset / kWord * kKeyStep), lanes);
+  }
+
+  // Lanes outside of `mask` must be zero.
+  void add(__m512i words, __mmask8 mask = 0xff) {
+    const __m512i mixed = _mm512_xor_si512(words, keys_);
+    const __m512i product = _mm512_maskz_mul_epu32(mask, mixed, _mm512_srli_epi64(mixed, 32));
+    sum_ = _mm512_add_epi64(sum_, _mm512_add_epi64(product, words));
+    keys_ = _mm512_add_epi64(keys_, _mm512_set1_epi64(8 * kKeyStep));
+  }
+
+  uint64_t value() const { return _mm512_reduce_add_epi64(sum_); }
+
+ private:
+  __m512i keys_ = _mm512_setzero_si512();
+  __m512i sum_ = _mm512_setzero_si512();
+};
+
+__mmask8 words_mask(int64_t bytes) { return static_cast<__mmask8>((1u << bytes / kWord) - 1); }
 
 // Calls f(cache offset, wire offset, bytes) for every run of tokens that is contiguous on both sides.
 template <class F>
@@ -30,16 +58,21 @@ void for_runs(int64_t planes, int64_t num_blocks, int64_t heads, int64_t block_s
       }
 }
 
-// Copies a run; while a short one is copied, memory is asked for the next, which the hardware cannot foresee.
-void copy_prefetching(char* to, const char* from, int64_t bytes, const char* next) {
+// Copies a run of whole words and sums it up. Memory is asked meanwhile for the run to be copied next: blocks lie anywhere,
+// the hardware cannot foresee them. The checksum goes by value, for it to stay in registers.
+Checksum copy_summing(char* to, const char* from, int64_t bytes, const char* next, Checksum checksum) {
   int64_t i = 0;
-  for (; bytes < kLongRun && i + 4 * kLine <= bytes; i += 4 * kLine) {
-    for (int64_t line = 0; line < 4; ++line) _mm_prefetch(next + i + line * kLine, _MM_HINT_T0);
-    __m512i lines[4];
-    for (int64_t line = 0; line < 4; ++line) lines[line] = _mm512_loadu_si512(from + i + line * kLine);
-    for (int64_t line = 0; line < 4; ++line) _mm512_storeu_si512(to + i + line * kLine, lines[line]);
+  for (; i + kLine <= bytes; i += kLine) {
+    _mm_prefetch(next + i, _MM_HINT_T0);
+    const __m512i words = _mm512_loadu_si512(from + i);
+    _mm512_storeu_si512(to + i, words);
+    checksum.add(words);
   }
-  std::memcpy(to + i, from + i, bytes - i);
+  const __mmask8 mask = words_mask(bytes - i);
+  const __m512i words = _mm512_maskz_loadu_epi64(mask, from + i);
+  _mm512_mask_storeu_epi64(to + i, mask, words);
+  checksum.add(words, mask);
+  return checksum;
 }
 
 // Copies a run past the caches: the cache's blocks are read much later, and whole lines need not be fetched to be written.
@@ -55,18 +88,34 @@ void copy_streaming(char* to, const char* from, int64_t bytes) {
 
 }  // namespace
 
-extern "C" void pd_gather_tokens(const char* cache, char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
-                                 int64_t block_size, int64_t row, const int64_t* block_ids, int64_t token_start,
-                                 int64_t token_end) {
+// Returns the checksum of what it wrote.
+extern "C" uint64_t pd_gather_tokens(const char* cache, char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
+                                     int64_t block_size, int64_t row, const int64_t* block_ids, int64_t token_start,
+                                     int64_t token_end) {
+  Checksum checksum;
   const char* from = cache;
-  char* to = wire;
-  int64_t bytes = 0;
+  int64_t start = 0, bytes = 0;
+  const auto copy = [&](const char* next) {
+    checksum.seek(start);
+    checksum = copy_summing(wire + start, from, bytes, next, checksum);
+  };
   for_runs(planes, num_blocks, heads, block_size, row, block_ids, token_start, token_end,
            [&](int64_t in_cache, int64_t on_wire, int64_t num_bytes) {
-             copy_prefetching(to, from, bytes, cache + in_cache);
-             from = cache + in_cache, to = wire + on_wire, bytes = num_bytes;
+             copy(cache + in_cache);
+             from = cache + in_cache, start = on_wire, bytes = num_bytes;
            });
-  std::memcpy(to, from, bytes);
+  copy(from);
+  return checksum.value();
+}
+
+extern "C" uint64_t pd_wire_checksum(const char* wire, int64_t bytes) {
+  Checksum checksum;
+  checksum.seek(0);
+  int64_t i = 0;
+  for (; i + kLine <= bytes; i += kLine) checksum.add(_mm512_loadu_si512(wire + i));
+  const __mmask8 mask = words_mask(bytes - i);
+  checksum.add(_mm512_maskz_loadu_epi64(mask, wire + i), mask);
+  return checksum.value();
 }
 
 extern "C" void pd_scatter_tokens(char* cache, const char* wire, int64_t planes, int64_t num_blocks, int64_t heads,

@@ -1,5 +1,7 @@
 """Tokens leave one paged cache and arrive in another, whatever the block sizes of the two."""
 
+from array import array
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -26,6 +28,15 @@ def _tokens(cache: torch.Tensor, block_ids: list[int]) -> torch.Tensor:
     return cache[:, :, block_ids].transpose(2, 3).flatten(3, 4)
 
 
+def _wire_checksum(buffer: torch.Tensor) -> int:
+    """As `Kernels` defines it, word by word."""
+    total = 0
+    for index, word in enumerate(array("Q", buffer.numpy().tobytes())):
+        mixed = word ^ (index + 1) * 0x9E3779B185EBCA87 % 2**64
+        total += word + (mixed & 0xFFFFFFFF) * (mixed >> 32)
+    return total % 2**64
+
+
 @pytest.mark.parametrize("name", ["native", "torch"])
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
@@ -41,7 +52,8 @@ def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.Dat
     source, target = (_random_cache(size, dtype) for size in sizes)
 
     buffer = torch.empty(token_range_bytes(source, layer_end - layer_start, token_end - token_start), dtype=torch.uint8)
-    kernels.gather_tokens(source, layer_start, layer_end, blocks[0], token_start, token_end, buffer)
+    checksum = kernels.gather_tokens(source, layer_start, layer_end, blocks[0], token_start, token_end, buffer)
+    assert checksum == kernels.wire_checksum(buffer) == _wire_checksum(buffer)
     expected = target.clone()
     kernels.scatter_tokens(target, layer_start, layer_end, blocks[1], token_start, token_end, buffer)
 
@@ -51,6 +63,22 @@ def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.Dat
         block, offset = blocks[1][token // sizes[1]], token % sizes[1]
         expected[layer_start:layer_end, :, block, :, offset] = moved[:, :, :, token - token_start]
     assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_checksum_tells_flipped_bits_swapped_words_and_zeroed_stretches(name: str, data: st.DataObject) -> None:
+    kernels = _kernels(name, torch.float32)
+    num_words = data.draw(st.integers(2, 100))
+    words = torch.tensor(data.draw(st.lists(st.integers(1, 2**63 - 1), min_size=num_words, max_size=num_words, unique=True)))
+    start, end = sorted(data.draw(st.permutations(range(num_words)))[:2])
+    flipped, swapped, zeroed = words.clone(), words.clone(), words.clone()
+    flipped[start] ^= 1 << data.draw(st.integers(0, 62))
+    swapped[[start, end]] = words[[end, start]]
+    zeroed[start:end] = 0
+    for version in (flipped, swapped, zeroed):
+        assert kernels.wire_checksum(version.view(torch.uint8)) != kernels.wire_checksum(words.view(torch.uint8))
 
 
 @pytest.mark.parametrize("name", ["native", "torch"])

@@ -1,6 +1,7 @@
 """A paged KV store in numpy that knows which blocks may be written, a listener to wait on, and pairs of endpoints."""
 
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -65,11 +66,15 @@ class ArrayStore:
         token_start: int,
         token_end: int,
         out: memoryview,
-    ) -> None:
+    ) -> int:
         if self.gather_error is not None:
             raise self.gather_error
         slots = self._slots(block_ids, token_start, token_end)
         out[:] = self.cache[layer_start:layer_end][:, :, :, slots].tobytes()
+        return self.checksum(out)
+
+    def checksum(self, data: memoryview) -> int:
+        return zlib.crc32(data)
 
     def scatter(
         self,

@@ -12,6 +12,7 @@ from pdserve.kv_transfer.events import (
     CommitReady,
     Computed,
     Expect,
+    LinkDown,
     LinkUp,
     Open,
     OpenLink,
@@ -122,6 +123,41 @@ def test_silence_ends_the_link_on_both_sides_and_heartbeats_go_out_until_then() 
         close, failed = machine.handle(Tick(), 3.1)
         assert close == CloseLink("no sign of life for 3.0 s")
         assert isinstance(failed, (SendFailed, ReceiveFailed))
+
+
+@pytest.mark.parametrize("has_offer", [True, False])
+def test_a_peer_that_lives_may_take_minutes_to_meet_an_offer_or_a_reservation(has_offer: bool) -> None:
+    sender, receiver = open_sender(), open_receiver()
+    receiver.handle(Offer(1, T, 8) if has_offer else Expect(T, (0,), 8, 0), 0.0)
+    for second in range(600):
+        for machine in (sender, receiver):
+            machine.handle(Heartbeat(1), float(second))
+            machine.handle(Tick(), float(second))
+    receiver.handle(Heartbeat(1), 600.5)
+    assert receiver.handle(Expect(T, (0,), 8, 0) if has_offer else Offer(1, T, 8), 600.5) == [Send(Accept(1, T, 0, 3))]
+    assert isinstance(sender.handle(Accept(1, T, 0, 3), 600.5), list)
+    assert not sender.is_idle
+
+
+def test_not_even_a_living_peer_is_waited_for_without_end() -> None:
+    sender, receiver = open_sender(), open_receiver()
+    receiver.handle(Offer(1, T, 8), 0.0)
+    for machine in (sender, receiver):
+        machine.handle(Heartbeat(1), 606.0)
+    abort, beat = receiver.handle(Tick(), 606.0)
+    assert abort == Send(Abort(1, T, "the lease ended after 606.0 s without a reservation"))
+    assert beat == Send(Heartbeat(1))
+    assert SendFailed(T, "the offer was not answered within 605.0 s") in sender.handle(Tick(), 606.0)
+
+
+def test_a_reservation_outlives_its_link_by_one_lease() -> None:
+    receiver = open_receiver()
+    receiver.handle(Expect(T, (0,), 8, 0), 0.0)
+    receiver.handle(Heartbeat(1), 100.0)
+    receiver.handle(LinkDown(1, "reset"), 101.0)
+    assert receiver.handle(Tick(), 129.0) == []
+    (failed,) = receiver.handle(Tick(), 131.0)
+    assert failed == ReceiveFailed(T, "the lease ended after 131.0 s without an offer")
 
 
 def test_a_refused_chunk_fails_its_transfer_with_the_receivers_words() -> None:

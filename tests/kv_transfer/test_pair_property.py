@@ -45,7 +45,7 @@ from .support import layout
 LAYOUT = layout(block_size=4, num_layers=2)
 BYTES_PER_CELL = LAYOUT.bytes_per_token // LAYOUT.num_layers
 SLOT_BYTES = 4 * BYTES_PER_CELL
-CONFIG = TransferConfig(ring_slots=2, lease_s=10.0)
+CONFIG = TransferConfig(ring_slots=2, lease_s=10.0, max_lease_s=20.0)
 Cell = tuple[int, int]
 
 

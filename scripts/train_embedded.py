@@ -184,7 +184,7 @@ def train(model: LlamaForCausalLM, corpus: Corpus, args: argparse.Namespace) -> 
     checkpoint = args.work_dir / "checkpoint.pt"
     progress = Progress()
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

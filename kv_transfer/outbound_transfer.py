@@ -7,6 +7,9 @@ from .planner import ChunkPlanner
 from .span import Span
 from .states import OUTBOUND_TRANSITIONS, Machine, OutboundState
 
+_WANTED_CHUNKS = 8
+_MIN_CHUNK_BYTES = 256 << 10  # smaller ones cost more than they hide
+
 
 class OutboundTransfer:
     """P's view of one transfer. Before ACCEPT only the ready spans are kept: D decides from which token on it needs them."""
@@ -40,7 +43,10 @@ class OutboundTransfer:
             raise ValueError(f"accepted from token {token_start} of {self.num_tokens} with {num_credits} credits")
         layout = self._layout
         whole = Span(0, layout.num_layers, token_start, self.num_tokens)
-        self._planner = ChunkPlanner(whole, layout.bytes_per_token // layout.num_layers, chunk_bytes)
+        bytes_per_cell = layout.bytes_per_token // layout.num_layers
+        # The last chunk cannot hide behind the prefill: of a small transfer it should not be the greater part.
+        wanted_bytes = max(whole.num_cells * bytes_per_cell // _WANTED_CHUNKS, _MIN_CHUNK_BYTES, bytes_per_cell)
+        self._planner = ChunkPlanner(whole, bytes_per_cell, min(chunk_bytes, wanted_bytes))
         self.credits = num_credits
         for span in self._early:
             self._planner.add(span)

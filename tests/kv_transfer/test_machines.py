@@ -3,6 +3,7 @@
 import pytest
 
 from pdserve.core.errors import InvalidTransition
+from pdserve.core.messages import KVLayout
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer.config import TransferConfig
 from pdserve.kv_transfer.counters import TransferCounters
@@ -25,6 +26,7 @@ from pdserve.kv_transfer.events import (
     Sent,
     Tick,
 )
+from pdserve.kv_transfer.outbound_transfer import OutboundTransfer
 from pdserve.kv_transfer.protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
@@ -75,6 +77,15 @@ def test_a_transfer_keeps_to_the_credits_it_was_given() -> None:
     sender = open_sender()
     sender.handle(Computed(T, Span(0, 2, 0, 64)), 0.0)
     assert chunks(list(sender.handle(Accept(1, T, 0, 1), 0.0))) == [0]
+
+
+def test_a_small_transfer_leaves_in_eighths_so_that_most_of_it_hides() -> None:
+    large = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=32, model_fingerprint="m")
+    transfer = OutboundTransfer(Open(T, (0, 1), 64), large, 0.0)
+    transfer.accept(0, 100, 2 << 20)
+    for layer in range(16):
+        transfer.computed(Span(layer, layer + 1, 0, 64))
+        assert transfer.next_chunk() == (Span(layer - 1, layer + 1, 0, 64) if layer % 2 else None)
 
 
 def test_the_figures_tell_hidden_from_exposed() -> None:

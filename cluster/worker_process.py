@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import socket
+import sys
 from collections.abc import Callable
 
 import msgspec
@@ -41,6 +42,8 @@ from .worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)
 
+SWITCH_INTERVAL_S = 0.0005  # at most so long does a busy engine thread hold back the transfer's and the connection's
+
 
 def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
     """Bind this process, and every thread it will start, to cores given by position; returns their numbers."""
@@ -63,6 +66,7 @@ class WorkerProcess:
         """Load, serve until stopped or until the router is gone, and leave nothing behind."""
         spec = self._spec
         cores = bind_to_cores(spec.cores)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation, token=spec.token)
         self._link = RouterLink(spec.router_address, hello, self._on_command, self.stop)
         self._link.start()

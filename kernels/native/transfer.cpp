@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kLine = 64;
 constexpr int64_t kWord = 8;
+constexpr int64_t kAhead = 4096;  // bytes between what is copied and what memory is asked for meanwhile
 constexpr uint64_t kKeyStep = 0x9E3779B185EBCA87;
 
 // The wire's checksum as `Kernels` defines it, eight words at a time.
@@ -42,28 +43,29 @@ class Checksum {
 
 __mmask8 words_mask(int64_t bytes) { return static_cast<__mmask8>((1u << bytes / kWord) - 1); }
 
-// Calls f(cache offset, wire offset, bytes) for every run of tokens that is contiguous on both sides.
+// Calls f(cache offset, wire offset, bytes) for every run of tokens that is contiguous on both sides. A block's heads come one
+// after the other, as they lie in the cache: memory likes one long walk through a block better than many short ones.
 template <class F>
 void for_runs(int64_t planes, int64_t num_blocks, int64_t heads, int64_t block_size, int64_t row, const int64_t* block_ids,
               int64_t token_start, int64_t token_end, F&& f) {
-  int64_t wire = 0;
+  const int64_t tokens = token_end - token_start;
   for (int64_t plane = 0; plane < planes; ++plane)
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t token = token_start; token < token_end;) {
-        const int64_t run = std::min(token_end - token, block_size - token % block_size);
-        const int64_t block = plane * num_blocks + block_ids[token / block_size];
-        f(((block * heads + head) * block_size + token % block_size) * row, wire, run * row);
-        token += run;
-        wire += run * row;
-      }
+    for (int64_t token = token_start; token < token_end;) {
+      const int64_t run = std::min(token_end - token, block_size - token % block_size);
+      const int64_t block = plane * num_blocks + block_ids[token / block_size];
+      for (int64_t head = 0; head < heads; ++head)
+        f(((block * heads + head) * block_size + token % block_size) * row,
+          ((plane * heads + head) * tokens + token - token_start) * row, run * row);
+      token += run;
+    }
 }
 
-// Copies a run of whole words and sums it up. Memory is asked meanwhile for the run to be copied next: blocks lie anywhere,
-// the hardware cannot foresee them. The checksum goes by value, for it to stay in registers.
+// Copies a run of whole words and sums it up. Memory is asked meanwhile for what is copied soon, in this run or the next:
+// blocks lie anywhere, the hardware cannot foresee them. The checksum goes by value, for it to stay in registers.
 Checksum copy_summing(char* to, const char* from, int64_t bytes, const char* next, Checksum checksum) {
   int64_t i = 0;
   for (; i + kLine <= bytes; i += kLine) {
-    _mm_prefetch(next + i, _MM_HINT_T0);
+    _mm_prefetch((i + kAhead < bytes ? from : next - bytes) + i + kAhead, _MM_HINT_NTA);
     const __m512i words = _mm512_loadu_si512(from + i);
     _mm512_storeu_si512(to + i, words);
     checksum.add(words);

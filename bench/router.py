@@ -89,7 +89,7 @@ def decision(num_workers: int, num_tokens: int, holders: int) -> tuple[float, fl
 
     for i in range(2 * num_workers):
         router.handle(Submit(request(f"w{i}", tuple(rng.randrange(50_000) for _ in range(rng.randrange(1, 500))))), 0.0)
-    jobs = [Job(LiveRequest(request(f"d{i}", prompt()), 0.0, 0), (0,), (), 0.0) for i in range(500)]
+    jobs = [Job(LiveRequest(request(f"d{i}", prompt()), 0.0, None), (0,), (), 0.0) for i in range(500)]
     for job in jobs:
         router._placer.place(job)  # hashes the prompt, which is a cost per token and not per decision
     alone_us = median_us(lambda i: router._placer.place(jobs[i]), len(jobs))

@@ -34,17 +34,19 @@ TRANSITIONS = {
 class LiveRequest:
     """A request between admission and the end of its last leg."""
 
-    __slots__ = ("dispatches", "ended_s", "first_token_s", "is_closed", "jobs", "next_attempt", "num_open_choices",
-                 "num_open_legs", "request", "streams", "submitted_s")  # fmt: skip
+    __slots__ = ("_predecessor", "dispatches", "ended_s", "first_token_s", "is_closed", "jobs", "next_attempt",
+                 "num_open_choices", "num_open_legs", "request", "streams", "submitted_s")  # fmt: skip
 
-    def __init__(self, request: Request, now_s: float, first_attempt: int) -> None:
+    def __init__(self, request: Request, now_s: float, predecessor: "LiveRequest | None") -> None:
+        """`predecessor` had the same id; legs of it may be open still."""
         self.request = request
+        self._predecessor = predecessor
         self.streams = [ChoiceStream(choice) for choice in range(request.sampling.n)]
         self.num_open_choices = request.sampling.n
         self.submitted_s = now_s
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
-        self.next_attempt = first_attempt
+        self.next_attempt: int = predecessor.next_attempt if predecessor else 0
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []
         self.num_open_legs = 0
@@ -53,6 +55,12 @@ class LiveRequest:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    def open_predecessor(self) -> "LiveRequest | None":
+        """The last request before this one with the same id that legs are open for still."""
+        while self._predecessor is not None and self._predecessor.is_closed:
+            self._predecessor = self._predecessor._predecessor
+        return self._predecessor
 
     @property
     def is_ended(self) -> bool:

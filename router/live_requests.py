@@ -39,7 +39,7 @@ class LiveRequests:
         """Queue an admitted request."""
         # legs of an ended request with this id may be open still: attempts go on counting, so that theirs stay old
         known = self._requests.get(request.request_id)
-        live = LiveRequest(request, now_s, known.next_attempt if known else 0)
+        live = LiveRequest(request, now_s, known)
         self._requests[request.request_id] = live
         self.num_live += 1
         self.counters.submitted += 1
@@ -116,7 +116,16 @@ class LiveRequests:
             live.is_closed = True
             self._out.append(RequestClosed(live.request_id, live.timeline(now_s)))
             if self._requests.get(live.request_id) is live:
-                del self._requests[live.request_id]
+                self._forget(live)
+
+    def _forget(self, live: LiveRequest) -> None:
+        """Its id is free; an earlier request of this id whose legs are open still is remembered for its attempts."""
+        predecessor = live.open_predecessor()
+        if predecessor is None:
+            del self._requests[live.request_id]
+        else:
+            predecessor.next_attempt = live.next_attempt
+            self._requests[live.request_id] = predecessor
 
     def expire(self, now_s: float) -> None:
         for live in self.deadlines.expired(now_s):

@@ -3,7 +3,7 @@
 from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.events import Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
+from pdserve.router.events import Cancel, Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -270,3 +270,16 @@ def test_a_worker_takes_another_role_while_its_streams_go_on() -> None:
     cluster.lose("prefill-0")
     cluster.submit(make_request("b"))
     assert isinstance(cluster.last("decode-0"), Prefill)
+
+
+def test_an_id_used_again_keeps_its_attempts_apart_from_legs_that_are_open_still() -> None:
+    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(max_prefill_backlog_tokens=1, prefill_on_decode_factor=None))
+    cluster.submit(make_request())
+    cluster.handle(Cancel("r"))  # its legs are open until the workers say so
+    cluster.submit(make_request())
+    cluster.handle(Cancel("r"))  # ends while it waits behind them
+    cluster.submit(make_request())
+    cluster.leg_ended("prefill-0", Leg.PREFILL, "aborted", transfer=TransferId("r", 0))
+    cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=TransferId("r", 0))
+    assert cluster.spec("prefill-0").transfer == TransferId("r", 1)
+    cluster.router.check_integrity()

@@ -243,6 +243,21 @@ def plan(
 
 
 @app.command()
+def simulate(
+    seed: Annotated[int | None, typer.Option(min=0, help="Run this seed alone and print its timeline.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Run so many seeds.")] = 100,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    processes: Annotated[int | None, typer.Option(min=1, help="On so many processes; by default one per core.")] = None,
+) -> None:
+    """Run the cluster's own decisions in virtual time, with faults everywhere; exits with 1 if a promise was broken."""
+    from .simulate import show_range, show_seed
+
+    num_broken = show_range(first_seed, seeds, processes) if seed is None else show_seed(seed)
+    if num_broken:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo() -> None:
     """Serve the embedded model through one prefill and one decode worker and ask it something."""
     from .demo import demo

@@ -5,7 +5,7 @@ import socket
 import threading
 from collections.abc import Callable
 
-from ..core.codec import FrameDecoder, FrameError, encode_frame
+from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.messages import Hello, StepReport, WorkerCommand
 
 HEARTBEAT_S = 0.5
@@ -26,7 +26,8 @@ class RouterLink:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._on_command = on_command
         self._on_lost = on_lost
-        self._write_lock = threading.Lock()
+        self._encoder = FrameEncoder()
+        self._write_lock = threading.Lock()  # of the encoder and the socket
         self._closed = threading.Event()
         self._heartbeat: Callable[[], StepReport] | None = None
         self._threads = [
@@ -45,10 +46,9 @@ class RouterLink:
 
     def send(self, *messages: object) -> None:
         """All messages in one write; dropped when the connection is gone, which `on_lost` tells."""
-        data = b"".join(map(encode_frame, messages))
         try:
             with self._write_lock:
-                self._socket.sendall(data)
+                self._socket.sendall(b"".join(map(self._encoder.encode, messages)))
         except OSError:
             self._closed.set()
 

@@ -1,6 +1,6 @@
 """One worker: an engine, the two roles on its thread, a transfer endpoint and the connection to the router.
 
-    router-reader --commands--> inbox --> engine thread: prefill.step(), decode.step() --> outbox --> router
+    router-reader --commands--> inbox --> engine thread: Worker.step() --> its messages --> router
     transfer thread --endings--> inbox
 
 Knows no Ray; an actor runs it (`cluster.actors`), and so can a test.
@@ -13,30 +13,12 @@ import socket
 import sys
 from collections.abc import Callable
 
-import msgspec
-
-from ..core.messages import (
-    Abort,
-    Hello,
-    LoadProgress,
-    Prefill,
-    Ready,
-    Reserve,
-    Serve,
-    StepReport,
-    StepTiming,
-    TransferStats,
-    WorkerCommand,
-    WorkerInfo,
-    WorkerLoad,
-)
+from ..core.messages import Hello, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
 from ..core.request import TransferId
-from ..decode_worker.worker import DecodeWorker
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine, EngineOptions
-from ..engine.outbox import Outbox
 from ..kv_transfer.endpoint import TransferEndpoint
-from ..prefill_worker.worker import PrefillWorker
+from ..worker.worker import Worker
 from .worker_link import RouterLink
 from .worker_spec import WorkerSpec
 
@@ -60,7 +42,6 @@ class WorkerProcess:
         self._spec = spec
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
-        self._load = WorkerLoad()
 
     def run(self) -> None:
         """Load, serve until stopped or until the router is gone, and leave nothing behind."""
@@ -100,16 +81,16 @@ class WorkerProcess:
     # endings of transfers, called on the transfer thread
 
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
-        self._inbox.put(lambda: self._decode.received(transfer, payload))
+        self._inbox.put(lambda: self._worker.received(transfer, payload))
 
     def on_receive_failed(self, transfer: TransferId, error: str) -> None:
-        self._inbox.put(lambda: self._decode.receive_failed(transfer, error))
+        self._inbox.put(lambda: self._worker.receive_failed(transfer, error))
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
-        self._inbox.put(lambda: self._prefill.sent(transfer, stats))
+        self._inbox.put(lambda: self._worker.sent(transfer, stats))
 
     def on_send_failed(self, transfer: TransferId, error: str) -> None:
-        self._inbox.put(lambda: self._prefill.send_failed(transfer, error))
+        self._inbox.put(lambda: self._worker.send_failed(transfer, error))
 
     def _load_engine(self) -> Engine:
         spec, config = self._spec, self._spec.config
@@ -126,23 +107,15 @@ class WorkerProcess:
 
     def _serve(self, engine: Engine, endpoint: TransferEndpoint, cores: tuple[int, ...]) -> None:
         spec, pool = self._spec, self._spec.pool
-        self._engine = engine
-        self._outbox = Outbox(spec.worker_id, spec.incarnation)
-        self._prefill = PrefillWorker(
+        self._worker = Worker(
+            spec.worker_id,
+            spec.incarnation,
             engine.kv,
             engine.runner,
             endpoint,
-            self._outbox,
             num_layers=engine.layout.num_layers,
             max_batch_tokens=pool.max_batch_tokens,
-        )
-        self._decode = DecodeWorker(
-            engine.kv,
-            engine.runner,
-            endpoint,
-            self._outbox,
             max_batch_size=pool.max_batch_size,
-            max_batch_tokens=pool.max_batch_tokens,
         )
         info = WorkerInfo(
             worker_id=spec.worker_id,
@@ -159,18 +132,16 @@ class WorkerProcess:
             pid=os.getpid(),
             kernels=engine.kernels.name,
         )
-        self._load = self._measure_load()
         self._link.send(Ready(info=info))
-        self._link.start_heartbeat(self._report)
+        self._link.start_heartbeat(self._worker.report)
         self._loop()
 
     def _loop(self) -> None:
         worked = False
         while not self._stopping:
             self._take_events(wait=not worked)
-            worked = self._prefill.step()
-            worked = self._decode.step() or worked
-            self._flush()
+            worked = self._worker.step()
+            self._link.send(*self._worker.take_messages())
 
     def _take_events(self, wait: bool) -> None:
         if wait:
@@ -180,45 +151,7 @@ class WorkerProcess:
 
     def _on_command(self, command: WorkerCommand) -> None:
         """Called on the reader thread."""
-        self._inbox.put(lambda: self._dispatch(command))
-
-    def _dispatch(self, command: WorkerCommand) -> None:
-        match command:
-            case Prefill():
-                self._prefill.prefill(command)
-            case Reserve():
-                self._decode.reserve(command)
-            case Serve():
-                self._decode.serve(command)
-            case Abort():
-                self._prefill.abort(command.transfer)
-                self._decode.abort(command.transfer)
-
-    def _flush(self) -> None:
-        """One write with everything that the last events and steps brought; tokens first, then the legs that ended."""
-        outputs, ended, timings = self._outbox.take()
-        added, evicted = self._engine.pool.take_events()
-        self._load = self._measure_load()
-        reports = [self._report(timing) for timing in timings] or [self._report()]
-        reports[0] = msgspec.structs.replace(
-            reports[0], outputs=outputs, blocks_added=tuple(added), blocks_evicted=tuple(evicted)
-        )
-        self._link.send(*reports, *ended)
-
-    def _report(self, timing: StepTiming | None = None) -> StepReport:
-        spec = self._spec
-        return StepReport(worker_id=spec.worker_id, incarnation=spec.incarnation, load=self._load, timing=timing)
-
-    def _measure_load(self) -> WorkerLoad:
-        prefill, decode = self._prefill.scheduler, self._decode.scheduler
-        return WorkerLoad(
-            num_running=prefill.num_running + decode.num_running,
-            num_waiting=prefill.num_waiting + decode.num_waiting,
-            num_queued_tokens=prefill.num_queued_tokens + decode.num_queued_tokens,
-            num_context_tokens=decode.num_context_tokens,
-            num_free_blocks=self._engine.pool.num_free_blocks,
-            num_preemptions=decode.num_preemptions,
-        )
+        self._inbox.put(lambda: self._worker.handle(command))
 
     def _progress(self, phase: str, fraction: float) -> None:
         spec = self._spec

@@ -1,4 +1,8 @@
-"""Frames on a stream: a 4-byte little-endian length and one msgpack message. Pure: bytes in, messages out."""
+"""Frames on a stream: length and number, four little-endian bytes each, and one msgpack message. Pure: bytes in, messages out.
+
+Numbers count the frames of one direction. A stream that lost, repeated or swapped a frame, by whoever's mistake, is a broken
+stream: its reader says so instead of guessing, and everything above it may rely on having heard all that was said before.
+"""
 
 import struct
 from collections.abc import Iterator
@@ -7,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 T = TypeVar("T")
-_LENGTH = struct.Struct("<I")
+_HEADER = struct.Struct("<II")
 MAX_FRAME_BYTES = 64 << 20
 _encoder = msgspec.msgpack.Encoder()
 
@@ -16,10 +20,18 @@ class FrameError(Exception):
     """The peer sent what is not a frame of this protocol; the stream cannot be trusted any more."""
 
 
-def encode_frame(message: object) -> bytes:
-    """`message` (a msgspec struct) as one frame."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
+class FrameEncoder:
+    """One direction of one stream; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def encode(self, message: object) -> bytes:
+        """`message` (a msgspec struct) as the next frame."""
+        body = _encoder.encode(message)
+        header = _HEADER.pack(len(body), self._number)
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        return header + body
 
 
 class FrameDecoder(Generic[T]):
@@ -28,22 +40,26 @@ class FrameDecoder(Generic[T]):
     def __init__(self, kind: Any, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
+        self._number = 0
         self._max_frame_bytes = max_frame_bytes
 
     def feed(self, data: bytes) -> Iterator[T]:
-        """The messages completed by `data`. Raises FrameError for oversized or malformed frames."""
+        """The messages completed by `data`. Raises FrameError for frames that are oversized, malformed or not the next one."""
         self._buffer += data
         start = 0
         try:
-            while len(self._buffer) - start >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(self._buffer, start)
+            while len(self._buffer) - start >= _HEADER.size:
+                length, number = _HEADER.unpack_from(self._buffer, start)
                 if length > self._max_frame_bytes:
                     raise FrameError(f"frame of {length} bytes, at most {self._max_frame_bytes} are accepted")
-                end = start + _LENGTH.size + length
+                if number != self._number:
+                    raise FrameError(f"frame {number} came, {self._number} was due")
+                end = start + _HEADER.size + length
                 if len(self._buffer) < end:
                     break
-                body = bytes(self._buffer[start + _LENGTH.size : end])
+                body = bytes(self._buffer[start + _HEADER.size : end])
                 start = end
+                self._number = (number + 1) & 0xFFFFFFFF
                 try:
                     message = self._decoder.decode(body)
                 except msgspec.MsgspecError as error:

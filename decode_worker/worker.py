@@ -5,7 +5,7 @@ comes back. What it has to say goes into the outbox.
 """
 
 import time
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,7 +57,9 @@ class DecodeWorker:
         *,
         max_batch_size: int,
         max_batch_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._kv = kv
         self._runner = runner
         self._port = port
@@ -72,11 +74,14 @@ class DecodeWorker:
     def reserve(self, command: Reserve) -> None:
         """Accept a dispatch whose KV another worker computes."""
         seq = self._accept(command.spec, (command.source_worker_id, command.source_incarnation))
-        self.scheduler.reserve(seq)
+        if seq is not None:
+            self.scheduler.reserve(seq)
 
     def serve(self, command: Serve) -> None:
         """Accept a dispatch to be computed from its first token on."""
-        self.scheduler.add(self._accept(command.spec, None))
+        seq = self._accept(command.spec, None)
+        if seq is not None:
+            self.scheduler.add(seq)
 
     def step(self) -> bool:
         """Grant reservations and compute one batch, if there is work."""
@@ -85,14 +90,14 @@ class DecodeWorker:
             self._grant(seq)
         if plan.batch is None:
             return bool(plan.granted)
-        started_s = time.monotonic()
+        started_s = self._clock()
         for chunk in plan.batch.chunks:
             leg = self._legs[chunk.sequence.transfer]
             if leg.clock.started_s is None:
                 leg.clock.start(started_s)
                 leg.num_cached_tokens = max(leg.num_cached_tokens, chunk.sequence.num_cached_tokens)
         sampled = self._runner.run(plan.batch)
-        self._outbox.timings.append(plan.batch.timing(time.monotonic() - started_s))
+        self._outbox.timings.append(plan.batch.timing(self._clock() - started_s))
         self._emit(self.scheduler.complete(plan.batch, sampled))
         return True
 
@@ -107,7 +112,7 @@ class DecodeWorker:
         except msgspec.MsgspecError as error:
             self.receive_failed(transfer, f"malformed hand-off: {error}")
             return
-        leg.clock.start(time.monotonic())
+        leg.clock.start(self._clock())
         self.scheduler.received(transfer, first_tokens)
 
     def receive_failed(self, transfer: TransferId, error: str) -> None:
@@ -127,9 +132,11 @@ class DecodeWorker:
             self.scheduler.remove(transfer)
             self._end(transfer, error="aborted")
 
-    def _accept(self, spec: SequenceSpec, source: tuple[str, int] | None) -> Sequence:
-        assert spec.transfer not in self._legs, f"{spec.transfer} was dispatched twice"
-        self._legs[spec.transfer] = _Leg(LegClock(time.monotonic()), source)
+    def _accept(self, spec: SequenceSpec, source: tuple[str, int] | None) -> Sequence | None:
+        """A new leg's sequence; None when the command came twice."""
+        if spec.transfer in self._legs:
+            return None
+        self._legs[spec.transfer] = _Leg(LegClock(self._clock()), source)
         return Sequence(spec, spec.choices[0], self._kv.max_model_len)
 
     def _grant(self, seq: Sequence) -> None:
@@ -142,7 +149,7 @@ class DecodeWorker:
         for emission in emissions:
             seq = emission.sequence
             self._outbox.token(seq, emission.choice, emission.index, emission.token, emission.reason)
-        for transfer in {emission.sequence.transfer for emission in emissions if emission.reason is not None}:
+        for transfer in dict.fromkeys(emission.sequence.transfer for emission in emissions if emission.reason is not None):
             if not self.scheduler.has_sequences(transfer):
                 self._end(transfer)
 
@@ -152,7 +159,7 @@ class DecodeWorker:
             transfer,
             Leg.DECODE,
             leg.clock,
-            time.monotonic(),
+            self._clock(),
             error=error,
             num_cached_tokens=leg.num_cached_tokens,
         )

@@ -1,7 +1,6 @@
 """D's front door: strangers connect, prove that they belong to the cluster, and are handed to their pair."""
 
 import asyncio
-import hmac
 import logging
 import os
 import secrets
@@ -14,36 +13,19 @@ from .gloo import RECEIVER_RANK, GlooLink, listening_socket
 from .inbound import InboundPair
 from .link import Link
 from .pair import Local, retire
-from .protocol import PROTOCOL_VERSION, Connect, Connected, Prepare, Refused, SenderMessage
+from .protocol import Connect, Connected, Prepare, Refused, SenderMessage
 from .shm import ShmLink
 
 logger = logging.getLogger(__name__)
 _PAGE_BYTES = 4096
 
 
-def refusal(connect: Connect, local: Local) -> str | None:
-    """Why `connect` must not be served, in words; the token comes first, so that a stranger learns nothing else."""
-    if not hmac.compare_digest(connect.token.encode(), local.token.encode()):
-        return "the token is wrong"
-    if connect.version != PROTOCOL_VERSION:
-        return f"protocol version {connect.version}, expected {PROTOCOL_VERSION}"
-    if (connect.target_worker_id, connect.target_incarnation) != (local.worker_id, local.incarnation):
-        wanted = f"{connect.target_worker_id} (incarnation {connect.target_incarnation})"
-        return f"this is {local.name}, not {wanted}"
-    if connect.link not in ("shm", "gloo"):
-        return f"link {connect.link!r}, expected 'shm' or 'gloo'"
-    mismatch = local.layout.mismatch(connect.layout)
-    if mismatch is not None:
-        return f"the KV layouts differ in {mismatch}"
-    return None
-
-
 class Acceptor:
     """Listens on an abstract Unix socket and on TCP; a connection that does not greet in time is closed."""
 
-    def __init__(self, local: Local, pair_of: Callable[[str, int], InboundPair | None]) -> None:
+    def __init__(self, local: Local, admit: Callable[[Connect], InboundPair | str]) -> None:
         self._local = local
-        self._pair_of = pair_of  # None: the worker is known to be gone
+        self._admit = admit  # says to which pair a greeting belongs, or why it is refused
         self.unix_name = f"pdserve-kv-{secrets.token_hex(8)}"
         self._unix = socket.socket(socket.AF_UNIX)
         try:
@@ -98,21 +80,13 @@ class Acceptor:
         if not isinstance(message, Connect):
             self._refuse(channel, f"the first message was {type(message).__name__}, expected Connect")
             return
-        error = refusal(message, self._local)
-        if error is not None:
-            self._refuse(channel, error)
+        pair = self._admit(message)
+        if isinstance(pair, str):
+            self._refuse(channel, pair)
             return
-        source = f"{message.source_worker_id} (incarnation {message.source_incarnation})"
-        pair = self._pair_of(message.source_worker_id, message.source_incarnation)
-        if pair is None:
-            self._refuse(channel, f"{source} is known to be gone")
-        elif message.epoch <= pair.last_epoch:
-            self._refuse(channel, f"epoch {message.epoch} of {source} is over, the newest is {pair.last_epoch}")
-        else:
-            pair.last_epoch = message.epoch
-            task = asyncio.get_running_loop().create_task(self._prepare(channel, pair, message))
-            self._preparing.add(task)
-            task.add_done_callback(self._preparing.discard)
+        task = asyncio.get_running_loop().create_task(self._prepare(channel, pair, message))
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
 
     def _refuse(self, channel: Channel[SenderMessage], error: str) -> None:
         logger.warning("refused a connection: %s", error)

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from ..core.codec import FrameDecoder, FrameError, encode_frame
+from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from .config import MAX_FRAME_BYTES
 
 _READ_BYTES = 16 << 10  # frames are small; a larger buffer would be mapped anew for every read
@@ -32,6 +32,7 @@ class Channel(Generic[T]):
         self.fds: list[int] = []  # file descriptors that came and were not taken yet
         self._takes_fd = takes_fd and sock.family == socket.AF_UNIX
         self._sock = sock
+        self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[T] = FrameDecoder(kind, MAX_FRAME_BYTES)
         self._unsent = bytearray()
         self._is_open = True
@@ -46,7 +47,7 @@ class Channel(Generic[T]):
         """Send now, or as soon as the peer reads again; a closed channel swallows. `fd` is for a stream's first frame."""
         if not self._is_open:
             return
-        frame = encode_frame(message)
+        frame = self._encoder.encode(message)
         if self._unsent:
             self._unsent += frame
             return

@@ -2,7 +2,6 @@
 and hears how each transfer ended through its listener."""
 
 import asyncio
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,15 +13,14 @@ from ..core.request import TransferId
 from .acceptor import Acceptor
 from .config import MAX_PAYLOAD_BYTES, TransferConfig
 from .counters import TransferCounters
-from .events import Cancel, CommitReady, Computed, Expect, Extend, Open, PeerGone, PrefillDone, SenderEvent, Tick
-from .inbound import InboundPair
+from .dialler import Dialler
+from .events import Cancel, CommitReady, Computed, Expect, Extend, Open, PrefillDone
+from .hub import TransferHub, guarded
 from .interfaces import KVStore, TransferListener
-from .outbound import OutboundPair
 from .pair import Local
 from .shm import host_id
 from .span import Span
 
-logger = logging.getLogger(__name__)
 TRANSPORTS = ("auto", "shm", "gloo")
 
 
@@ -57,10 +55,7 @@ class TransferEndpoint:
             listener=listener,
             config=config or TransferConfig(),
         )
-        self._outbound: dict[tuple[str, int], OutboundPair] = {}
-        self._inbound: dict[tuple[str, int], InboundPair] = {}
-        self._pair_of: dict[TransferId, OutboundPair] = {}
-        self._gone: dict[str, int] = {}  # worker_id -> newest incarnation known to be gone
+        self._hub = TransferHub(self._local, Dialler(self._local))
         self._inbox: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()  # of the three below
         self._is_woken = False
@@ -74,7 +69,7 @@ class TransferEndpoint:
     def start(self) -> TransferAddress:
         """Listen, and say where. Raises OSError when `host` cannot be bound."""
         assert self._thread is None, "an endpoint starts once"
-        local, acceptor = self._local, Acceptor(self._local, self._inbound_pair)
+        local, acceptor = self._local, Acceptor(self._local, self._hub.admit)
         started = threading.Event()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._main(acceptor, started)), name="pdserve-kv-transfer", daemon=True
@@ -122,7 +117,7 @@ class TransferEndpoint:
         if not 0 <= num_cached_tokens <= num_tokens:
             raise ValueError(f"num_cached_tokens: {num_cached_tokens} is not valid, expected 0 to {num_tokens}")
         event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens)
-        self._post_or_raise(partial(self._expect, source, event))
+        self._post_or_raise(partial(self._hub.expect, source, event))
 
     # prefill side
 
@@ -131,37 +126,37 @@ class TransferEndpoint:
         as soon as the target is known, so that the pair is connected and the offer accepted when KV is ready."""
         if num_tokens < 1:
             raise ValueError(f"num_tokens: {num_tokens} is not valid, expected at least 1")
-        self._post_or_raise(partial(self._send, target, Open(transfer, tuple(block_ids), num_tokens)))
+        self._post_or_raise(partial(self._hub.send, target, Open(transfer, tuple(block_ids), num_tokens)))
 
     def extend(self, transfer: TransferId, block_ids: Sequence[int]) -> None:
         """Append blocks to the transfer's table; before `computed` of the tokens in them."""
-        self._post(partial(self._feed_sender, transfer, Extend(transfer, tuple(block_ids))))
+        self._post(partial(self._hub.feed_sender, transfer, Extend(transfer, tuple(block_ids))))
 
     def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
         """The KV of these layers and tokens is final and may leave. Every cell is to be reported exactly once, also those
         that the worker's own prefix cache had; what the target has already is not sent."""
         span = Span(layer_start, layer_end, token_start, token_end)
-        self._post(partial(self._feed_sender, transfer, Computed(transfer, span)))
+        self._post(partial(self._hub.feed_sender, transfer, Computed(transfer, span)))
 
     def prefill_done(self, transfer: TransferId) -> None:
         """The last layer is computed: what is acknowledged by now was hidden behind the prefill."""
-        self._post(partial(self._feed_sender, transfer, PrefillDone(transfer)))
+        self._post(partial(self._hub.feed_sender, transfer, PrefillDone(transfer)))
 
     def commit(self, transfer: TransferId, payload: bytes) -> None:
         """All is computed; `payload` reaches the target's listener with the last byte."""
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"payload: {len(payload)} bytes, expected {MAX_PAYLOAD_BYTES} at most")
-        self._post(partial(self._feed_sender, transfer, CommitReady(transfer, payload)))
+        self._post(partial(self._hub.feed_sender, transfer, CommitReady(transfer, payload)))
 
     # either side
 
     def cancel(self, transfer: TransferId) -> None:
         """Give the transfer up, unless it has ended already; unknown ones are ignored."""
-        self._post(partial(self._cancel, Cancel(transfer, "cancelled")))
+        self._post(partial(self._hub.cancel, Cancel(transfer, "cancelled")))
 
     def forget_peer(self, worker_id: str, incarnation: int) -> None:
         """The worker is gone for good: kill its links, fail its transfers, refuse it and its predecessors from now on."""
-        self._post(partial(self._forget_peer, worker_id, incarnation))
+        self._post(partial(self._hub.forget_peer, worker_id, incarnation))
 
     # on the endpoint's thread
 
@@ -188,7 +183,7 @@ class TransferEndpoint:
         with self._lock:
             self._is_woken = False
         while self._inbox:
-            _guarded(self._inbox.popleft())
+            guarded(self._inbox.popleft())
 
     async def _main(self, acceptor: Acceptor, started: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
@@ -199,88 +194,14 @@ class TransferEndpoint:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._local.config.heartbeat_s / 2):
                     await self._stopping.wait()
-            self._tick()
+            self._hub.tick()
         await self._shut_down(acceptor)
-
-    def _tick(self) -> None:
-        for outbound in list(self._outbound.values()):
-            _guarded(partial(outbound.feed, Tick()))
-        for inbound in list(self._inbound.values()):
-            _guarded(partial(inbound.feed, Tick()))
-        self._outbound = {key: pair for key, pair in self._outbound.items() if not pair.is_idle}
-        self._inbound = {key: pair for key, pair in self._inbound.items() if not pair.is_idle}
 
     async def _shut_down(self, acceptor: Acceptor) -> None:
         self._drain()
         await acceptor.close()
-        for key in {*self._outbound, *self._inbound}:
-            self._end_pairs(key, "the endpoint was closed")
+        self._hub.close("the endpoint was closed")
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
         for link in self._local.retired:
             await asyncio.to_thread(link.join)
-
-    def _end_pairs(self, key: tuple[str, int], error: str) -> None:
-        if key in self._outbound:
-            _guarded(partial(self._outbound.pop(key).feed, PeerGone(error)))
-        if key in self._inbound:
-            _guarded(partial(self._inbound.pop(key).feed, PeerGone(error)))
-
-    def _is_gone(self, worker_id: str, incarnation: int) -> bool:
-        return incarnation <= self._gone.get(worker_id, -1)
-
-    def _inbound_pair(self, worker_id: str, incarnation: int) -> InboundPair | None:
-        """The pair with this source; None when it is known to be gone."""
-        if self._is_gone(worker_id, incarnation):
-            return None
-        key = (worker_id, incarnation)
-        if key not in self._inbound:
-            self._inbound[key] = InboundPair(self._local, worker_id)
-        return self._inbound[key]
-
-    def _expect(self, source: tuple[str, int], event: Expect) -> None:
-        pair = self._inbound_pair(*source)
-        if pair is None:
-            error = f"{source[0]} (incarnation {source[1]}) is known to be gone"
-            self._local.notify(self._local.listener.on_receive_failed, event.transfer, error)
-        else:
-            pair.feed(event)
-
-    def _send(self, target: TransferAddress, event: Open) -> None:
-        assert event.transfer not in self._pair_of, f"{event.transfer} is being sent already"
-        key = (target.worker_id, target.incarnation)
-        if self._is_gone(*key):
-            error = f"{target.worker_id} (incarnation {target.incarnation}) is known to be gone"
-            self._local.notify(self._local.listener.on_send_failed, event.transfer, error)
-            return
-        if key not in self._outbound:
-            self._outbound[key] = OutboundPair(self._local, target, self._forget_transfer)
-        self._pair_of[event.transfer] = self._outbound[key]
-        self._outbound[key].feed(event)
-
-    def _forget_transfer(self, transfer: TransferId) -> None:
-        self._pair_of.pop(transfer, None)
-
-    def _feed_sender(self, transfer: TransferId, event: SenderEvent) -> None:
-        pair = self._pair_of.get(transfer)
-        if pair is not None:
-            pair.feed(event)
-
-    def _cancel(self, event: Cancel) -> None:
-        self._feed_sender(event.transfer, event)
-        for pair in self._inbound.values():
-            pair.feed(event)
-
-    def _forget_peer(self, worker_id: str, incarnation: int) -> None:
-        self._gone[worker_id] = max(incarnation, self._gone.get(worker_id, -1))
-        for key in {*self._outbound, *self._inbound}:
-            if key[0] == worker_id and self._is_gone(*key):
-                self._end_pairs(key, f"{worker_id} (incarnation {key[1]}) is gone")
-
-
-def _guarded(call: Callable[[], None]) -> None:
-    """A bug that shows in one call must not end the thread and with it every other transfer."""
-    try:
-        call()
-    except Exception:
-        logger.exception("%s failed", call)

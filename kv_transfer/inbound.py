@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-from .channel import Channel
 from .events import (
     Arrived,
     CloseLink,
@@ -18,6 +17,7 @@ from .events import (
     Stored,
     StoreFailed,
 )
+from .interfaces import Stream
 from .link import Link, release
 from .pair import Local, Pair
 from .protocol import Chunk, Connect, SenderMessage
@@ -39,7 +39,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
     def is_idle(self) -> bool:
         return self._receiver.is_idle and not self.is_preparing
 
-    def attach(self, channel: Channel[SenderMessage], link: Link, epoch: int) -> None:
+    def attach(self, channel: Stream, link: Link, epoch: int) -> None:
         """A new link; one that still stands is of an older epoch and falls."""
         if self._epoch is not None:
             self._link_failed(self._epoch, f"the source connected anew (epoch {epoch})")

@@ -1,7 +1,7 @@
 """What the transfer needs of the worker around it: its KV blocks, and someone to tell how a transfer ended."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
@@ -41,6 +41,16 @@ class KVStore(Protocol):
     ) -> None:
         """Copy `data` into the blocks; touches no other token of them."""
         ...
+
+
+class Stream(Protocol):
+    """A pair's control stream, see `Channel`."""
+
+    on_message: Callable[[Any], None]
+    on_lost: Callable[[str], None]
+
+    def send(self, message: object, fd: int | None = None) -> None: ...
+    def close(self) -> None: ...
 
 
 class TransferListener(Protocol):

@@ -12,11 +12,10 @@ from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from ..core.messages import KVLayout
-from .channel import Channel
 from .config import TransferConfig
 from .counters import TransferCounters
 from .events import LinkDown, LinkUp
-from .interfaces import KVStore, TransferListener
+from .interfaces import KVStore, Stream, TransferListener
 from .link import Link, LinkError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,7 @@ class Local:
     layout: KVLayout
     listener: TransferListener
     config: TransferConfig
+    clock: Callable[[], float] = monotonic
     epochs: Iterator[int] = field(default_factory=lambda: count(1))  # one for each link that we open
     counters: TransferCounters = field(default_factory=TransferCounters)
     retired: list[Link] = field(default_factory=list)  # killed, and not gone yet
@@ -63,7 +63,7 @@ class Pair(ABC, Generic[E, C]):
         self.local = local
         self._events: deque[E | LinkUp | LinkDown] = deque()
         self._is_feeding = False
-        self._channel: Channel[Any] | None = None
+        self._channel: Stream | None = None
         self._link: Link | None = None
         self._epoch: int | None = None
 
@@ -83,12 +83,12 @@ class Pair(ABC, Generic[E, C]):
         self._is_feeding = True
         try:
             while self._events:
-                for command in self._handle(self._events.popleft(), monotonic()):
+                for command in self._handle(self._events.popleft(), self.local.clock()):
                     self._execute(command)
         finally:
             self._is_feeding = False
 
-    def _adopt(self, channel: Channel[Any], link: Link, epoch: int) -> None:
+    def _adopt(self, channel: Stream, link: Link, epoch: int) -> None:
         """The link of `epoch` stands; from now on the stream's messages are the machine's events."""
         self._channel, self._link, self._epoch = channel, link, epoch
         channel.on_message = self._on_message

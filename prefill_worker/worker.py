@@ -45,13 +45,22 @@ class PrefillWorker:
     """Scheduler, model and transfers of the prefill role, tied together step by step."""
 
     def __init__(
-        self, kv: KVManager, runner: Runner, port: SendPort, outbox: Outbox, *, num_layers: int, max_batch_tokens: int
+        self,
+        kv: KVManager,
+        runner: Runner,
+        port: SendPort,
+        outbox: Outbox,
+        *,
+        num_layers: int,
+        max_batch_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._kv = kv
         self._runner = runner
         self._port = port
         self._outbox = outbox
         self._num_layers = num_layers
+        self._clock = clock
         self.scheduler = PrefillScheduler(kv, max_batch_tokens)
         self._legs: dict[TransferId, _Leg] = {}
 
@@ -62,9 +71,10 @@ class PrefillWorker:
     def prefill(self, command: Prefill) -> None:
         """Accept one dispatch. The transfer opens at once, so that the peer is connected and ready when there is KV."""
         spec = command.spec
-        assert spec.transfer not in self._legs, f"{spec.transfer} was dispatched twice"
+        if spec.transfer in self._legs:
+            return  # the command came twice
         seq = Sequence(spec, spec.choices[0], self._kv.max_model_len)
-        self._legs[spec.transfer] = _Leg(seq, command.target is not None, LegClock(time.monotonic()))
+        self._legs[spec.transfer] = _Leg(seq, command.target is not None, LegClock(self._clock()))
         if command.target is not None:
             self._port.send(spec.transfer, command.target, (), seq.num_tokens)
         self.scheduler.add(seq)
@@ -74,14 +84,14 @@ class PrefillWorker:
         batch = self.scheduler.schedule()
         if batch is None:
             return False
-        started_s = time.monotonic()
+        started_s = self._clock()
         legs = [self._legs[chunk.sequence.transfer] for chunk in batch.chunks]
         for leg in legs:
             leg.clock.start(started_s)
             if leg.sending and not leg.started:
                 self._start_sending(leg)
         sampled = self._runner.run(batch, self._layer_hook(batch, legs))
-        self._outbox.timings.append(batch.timing(time.monotonic() - started_s))
+        self._outbox.timings.append(batch.timing(self._clock() - started_s))
         self.scheduler.complete(batch)
         for chunk, leg, tokens in zip(batch.chunks, legs, sampled, strict=True):
             if chunk.choices:
@@ -135,7 +145,7 @@ class PrefillWorker:
         """The prompt is computed: emit each choice's first token and hand over the choices that go on."""
         seq = leg.sequence
         leg.queued = False
-        leg.clock.computed_s = time.monotonic()  # what follows is the transfer's time
+        leg.clock.computed_s = self._clock()  # what follows is the transfer's time
         going_on: list[tuple[int, int]] = []
         for choice, token in zip(seq.spec.choices, tokens, strict=True):
             index = seq.num_output_tokens
@@ -164,7 +174,7 @@ class PrefillWorker:
             seq.transfer,
             Leg.PREFILL,
             leg.clock,
-            time.monotonic(),
+            self._clock(),
             error=error,
             num_cached_tokens=seq.num_cached_tokens,
             stats=stats,

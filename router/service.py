@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from ..core.codec import FrameDecoder, FrameError, encode_frame
+from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.errors import DuplicateRequest
 from ..core.messages import Hello, LegEnded, LoadProgress, Ready, StepReport, WorkerInfo, WorkerMessage
 from ..core.request import FinishReason, Request
@@ -183,6 +183,7 @@ class _WorkerConnection(asyncio.Protocol):
 
     def __init__(self, service: RouterService) -> None:
         self._service = service
+        self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -213,7 +214,7 @@ class _WorkerConnection(asyncio.Protocol):
 
     def send(self, message: object) -> None:
         assert self._transport is not None
-        self._transport.write(encode_frame(message))
+        self._transport.write(self._encoder.encode(message))
 
     def close(self) -> None:
         self._reason = "stopped"

@@ -1,11 +1,12 @@
 """Frames survive any cut of the stream; what is no frame ends it."""
 
 import struct
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, strategies as st
 
-from pdserve.core.codec import FrameDecoder, FrameError, encode_frame
+from pdserve.core.codec import FrameDecoder, FrameEncoder, FrameError
 from pdserve.core.messages import Abort, Hello, LoadProgress, StepReport, TokenOutput, WorkerCommand, WorkerLoad, WorkerMessage
 from pdserve.core.request import FinishReason, TransferId
 
@@ -22,9 +23,13 @@ MESSAGES = [
 ]
 
 
+def frames(messages: Sequence[object]) -> bytes:
+    return b"".join(map(FrameEncoder().encode, messages))
+
+
 @given(st.lists(st.integers(1, 50), max_size=60))
 def test_messages_survive_any_cut_of_the_stream(cuts: list[int]) -> None:
-    data = b"".join(map(encode_frame, MESSAGES))
+    data = frames(MESSAGES)
     decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
     received = []
     for size in [*cuts, len(data)]:
@@ -36,9 +41,9 @@ def test_messages_survive_any_cut_of_the_stream(cuts: list[int]) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (struct.pack("<I", 1 << 30), "at most"),
-        (struct.pack("<I", 3) + b"\xc1\xc1\xc1", "malformed"),
-        (encode_frame(Abort(transfer=TransferId("r", 0))), "malformed"),  # a command is no report
+        (struct.pack("<II", 1 << 30, 0), "at most"),
+        (struct.pack("<II", 3, 0) + b"\xc1\xc1\xc1", "malformed"),
+        (frames([Abort(transfer=TransferId("r", 0))]), "malformed"),  # a command is no report
     ],
 )
 def test_what_is_no_frame_of_the_protocol_is_refused(data: bytes, message: str) -> None:
@@ -50,7 +55,16 @@ def test_what_is_no_frame_of_the_protocol_is_refused(data: bytes, message: str) 
 def test_frames_before_a_broken_one_are_delivered() -> None:
     decoder: FrameDecoder[WorkerCommand] = FrameDecoder(WorkerCommand)
     abort = Abort(transfer=TransferId("r", 0))
-    frames = decoder.feed(encode_frame(abort) + struct.pack("<I", 1) + b"\xc1")
-    assert next(frames) == abort
+    messages = decoder.feed(frames([abort]) + struct.pack("<II", 1, 1) + b"\xc1")
+    assert next(messages) == abort
     with pytest.raises(FrameError):
-        next(frames)
+        next(messages)
+
+
+@pytest.mark.parametrize("order", [[0, 2], [0, 0], [1, 0], [0, 1, 1]])
+def test_a_stream_that_lost_repeated_or_swapped_a_frame_is_broken(order: list[int]) -> None:
+    encoder = FrameEncoder()
+    encoded = [encoder.encode(message) for message in MESSAGES]
+    decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
+    with pytest.raises(FrameError, match="was due"):
+        list(decoder.feed(b"".join(encoded[index] for index in order)))

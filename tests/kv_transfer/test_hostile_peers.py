@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdserve.core.codec import FrameDecoder, encode_frame
+from pdserve.core.codec import FrameDecoder, FrameEncoder
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer.protocol import (
@@ -48,6 +48,7 @@ class RawPeer:
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(WAIT_S)
         self._sock.connect("\0" + target.unix_name)
+        self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[Any] = FrameDecoder(ReceiverMessage)
         self._inbox: list[Any] = []
         self.say(
@@ -80,7 +81,7 @@ class RawPeer:
             os.close(fds[0])
 
     def say(self, message: object) -> None:
-        self._sock.sendall(encode_frame(message))
+        self._sock.sendall(self._encoder.encode(message))
 
     def hear(self, kind: type[Any]) -> Any:
         """The next message of `kind`; heartbeats in between are passed over."""
@@ -205,7 +206,7 @@ def test_a_new_epoch_fences_the_old_one() -> None:
             new.close()
 
 
-@pytest.mark.parametrize("first", [b"\xff" * 64, encode_frame(Offer(1, T, 3)), b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize("first", [b"\xff" * 64, FrameEncoder().encode(Offer(1, T, 3)), b"GET / HTTP/1.1\r\n\r\n"])
 def test_strangers_are_shown_the_door_and_others_are_served(first: bytes) -> None:
     receiver = Worker("d", layout())
     try:

@@ -1,0 +1,119 @@
+"""P's way to D: connect, greet, build the link, and hand both to the pair."""
+
+import asyncio
+import logging
+import os
+import socket
+from typing import Any, TypeVar
+
+from ..core.messages import TransferAddress
+from .channel import Channel
+from .gloo import SENDER_RANK, GlooLink, address_family
+from .link import Link, LinkError
+from .outbound import OutboundPair
+from .pair import Local, retire
+from .protocol import Connected, Prepare, ReceiverMessage, Refused
+from .shm import ShmLink
+
+logger = logging.getLogger(__name__)
+M = TypeVar("M", Prepare, Connected)
+Answers = asyncio.Queue[ReceiverMessage | LinkError]
+
+
+class Dialler:
+    """Implements `outbound.Dial` on the endpoint's loop."""
+
+    def __init__(self, local: Local) -> None:
+        self._local = local
+
+    def __call__(self, pair: OutboundPair, epoch: int, /) -> "asyncio.Task[None]":
+        return asyncio.get_running_loop().create_task(self._dial(pair, epoch))
+
+    async def _dial(self, pair: OutboundPair, epoch: int) -> None:
+        timeout_s = self._local.config.connect_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                channel, link, answers = await self._connect(pair, epoch)
+        except TimeoutError:
+            pair.not_connected(f"no answer within {timeout_s} s")
+        except (OSError, LinkError) as problem:
+            pair.not_connected(str(problem))
+        except Exception as problem:  # a bug; whoever waits for this link must hear of it all the same
+            logger.exception("connecting to %s failed", pair.target)
+            pair.not_connected(repr(problem))
+        else:
+            pair.connected(channel, link, epoch, [answers.get_nowait() for _ in range(answers.qsize())])
+
+    async def _connect(self, pair: OutboundPair, epoch: int) -> tuple[Channel[ReceiverMessage], Link, Answers]:
+        kind = self._link_kind(pair.target)
+        answers: Answers = asyncio.Queue()
+        sock = await _open_socket(pair.target, kind)
+        channel: Channel[ReceiverMessage] = Channel(
+            sock,
+            ReceiverMessage,
+            answers.put_nowait,
+            lambda error: answers.put_nowait(LinkError(error)),
+            takes_fd=kind == "shm",
+        )
+        link: Link | None = None
+        try:
+            channel.send(pair.greeting(kind, epoch))
+            prepare = _expected(await answers.get(), Prepare)
+            if kind == "shm":
+                link = _attach(channel, prepare)
+            else:
+                limit_s = self._local.config.connect_timeout_s
+                gloo = link = GlooLink(SENDER_RANK, self._local.host, prepare.num_slots, prepare.slot_bytes, limit_s)
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(gloo.executor, gloo.connect, prepare.store_host, prepare.store_port)
+            _expected(await answers.get(), Connected)
+        except BaseException:
+            channel.close()
+            if link is not None:
+                retire(self._local, link)
+            raise
+        return channel, link, answers
+
+    def _link_kind(self, target: TransferAddress) -> str:
+        is_near = target.host_id == self._local.host_id
+        if self._local.transport == "auto":
+            return "shm" if is_near else "gloo"
+        if self._local.transport == "shm" and not is_near:
+            raise LinkError("transport is shm, but the two workers cannot share memory")
+        return self._local.transport
+
+
+async def _open_socket(target: TransferAddress, kind: str) -> socket.socket:
+    address: Any
+    if kind == "gloo":
+        family, address = address_family(target.tcp_host), (target.tcp_host, target.tcp_port)
+    else:
+        family, address = socket.AF_UNIX, "\0" + target.unix_name
+    sock = socket.socket(family)
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _expected(answer: ReceiverMessage | LinkError, kind: type[M]) -> M:
+    if isinstance(answer, LinkError):
+        raise answer
+    if isinstance(answer, Refused):
+        raise LinkError(f"refused: {answer.error}")
+    if not isinstance(answer, kind):
+        raise LinkError(f"the peer answered {type(answer).__name__}, expected {kind.__name__}")
+    return answer
+
+
+def _attach(channel: Channel[ReceiverMessage], prepare: Prepare) -> ShmLink:
+    if not channel.fds:
+        raise LinkError("the peer sent no memory with its ring")
+    fd = channel.fds.pop()
+    try:
+        return ShmLink.attach(fd, prepare.num_slots, prepare.slot_bytes)
+    finally:
+        os.close(fd)

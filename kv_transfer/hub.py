@@ -1,0 +1,154 @@
+"""All of a worker's pairs, on one thread: where a call of the worker, or a stranger at the door, finds its pair.
+
+The endpoint owns the thread and the sockets around it; the simulator owns neither.
+"""
+
+import hmac
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from ..core.messages import TransferAddress
+from ..core.request import TransferId
+from .events import Cancel, Expect, Open, PeerGone, SenderEvent, Tick
+from .inbound import InboundPair
+from .outbound import Dial, OutboundPair
+from .pair import Local
+from .protocol import PROTOCOL_VERSION, Connect
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[str, int]  # (worker_id, incarnation) of the peer
+
+
+class TransferHub:
+    """Outbound pairs by target and inbound pairs by source; a pair lives while it has something to do."""
+
+    def __init__(self, local: Local, dial: Dial) -> None:
+        self._local = local
+        self._dial = dial
+        self._outbound: dict[Key, OutboundPair] = {}
+        self._inbound: dict[Key, InboundPair] = {}
+        self._pair_of: dict[TransferId, OutboundPair] = {}
+        self._gone: dict[str, int] = {}  # worker_id -> newest incarnation known to be gone
+
+    # decode side
+
+    def expect(self, source: Key, event: Expect) -> None:
+        pair = self._inbound_pair(source)
+        if pair is None:
+            error = f"{source[0]} (incarnation {source[1]}) is known to be gone"
+            self._local.notify(self._local.listener.on_receive_failed, event.transfer, error)
+        else:
+            pair.feed(event)
+
+    def admit(self, connect: Connect) -> "InboundPair | str":
+        """The pair that a connection belongs to, whose older epochs are fenced from now on; or why it is refused."""
+        error = refusal(connect, self._local)
+        if error is not None:
+            return error
+        key = connect.source_worker_id, connect.source_incarnation
+        source = f"{key[0]} (incarnation {key[1]})"
+        pair = self._inbound_pair(key)
+        if pair is None:
+            return f"{source} is known to be gone"
+        if connect.epoch <= pair.last_epoch:
+            return f"epoch {connect.epoch} of {source} is over, the newest is {pair.last_epoch}"
+        pair.last_epoch = connect.epoch
+        return pair
+
+    # prefill side
+
+    def send(self, target: TransferAddress, event: Open) -> None:
+        assert event.transfer not in self._pair_of, f"{event.transfer} is being sent already"
+        key = (target.worker_id, target.incarnation)
+        if self._is_gone(key):
+            error = f"{target.worker_id} (incarnation {target.incarnation}) is known to be gone"
+            self._local.notify(self._local.listener.on_send_failed, event.transfer, error)
+            return
+        if key not in self._outbound:
+            self._outbound[key] = OutboundPair(self._local, target, self._dial, self._forget_transfer)
+        self._pair_of[event.transfer] = self._outbound[key]
+        self._outbound[key].feed(event)
+
+    def feed_sender(self, transfer: TransferId, event: SenderEvent) -> None:
+        pair = self._pair_of.get(transfer)
+        if pair is not None:
+            pair.feed(event)
+
+    # either side
+
+    def cancel(self, event: Cancel) -> None:
+        self.feed_sender(event.transfer, event)
+        for pair in self._inbound.values():
+            pair.feed(event)
+
+    def forget_peer(self, worker_id: str, incarnation: int) -> None:
+        self._gone[worker_id] = max(incarnation, self._gone.get(worker_id, -1))
+        for key in list(dict.fromkeys([*self._outbound, *self._inbound])):
+            if key[0] == worker_id and self._is_gone(key):
+                self._end_pairs(key, f"{worker_id} (incarnation {key[1]}) is gone")
+
+    def tick(self) -> None:
+        """Time has passed; to be called a few times per heartbeat."""
+        for outbound in list(self._outbound.values()):
+            guarded(partial(outbound.feed, Tick()))
+        for inbound in list(self._inbound.values()):
+            guarded(partial(inbound.feed, Tick()))
+        self._outbound = {key: pair for key, pair in self._outbound.items() if not pair.is_idle}
+        self._inbound = {key: pair for key, pair in self._inbound.items() if not pair.is_idle}
+
+    def close(self, error: str) -> None:
+        """End every pair and fail what is open."""
+        for key in list(dict.fromkeys([*self._outbound, *self._inbound])):
+            self._end_pairs(key, error)
+
+    @property
+    def num_transfers(self) -> int:
+        """Open on the prefill side."""
+        return len(self._pair_of)
+
+    def _end_pairs(self, key: Key, error: str) -> None:
+        if key in self._outbound:
+            guarded(partial(self._outbound.pop(key).feed, PeerGone(error)))
+        if key in self._inbound:
+            guarded(partial(self._inbound.pop(key).feed, PeerGone(error)))
+
+    def _is_gone(self, key: Key) -> bool:
+        return key[1] <= self._gone.get(key[0], -1)
+
+    def _inbound_pair(self, key: Key) -> InboundPair | None:
+        """The pair with this source; None when it is known to be gone."""
+        if self._is_gone(key):
+            return None
+        if key not in self._inbound:
+            self._inbound[key] = InboundPair(self._local, key[0])
+        return self._inbound[key]
+
+    def _forget_transfer(self, transfer: TransferId) -> None:
+        self._pair_of.pop(transfer, None)
+
+
+def refusal(connect: Connect, local: Local) -> str | None:
+    """Why `connect` must not be served, in words; the token comes first, so that a stranger learns nothing else."""
+    if not hmac.compare_digest(connect.token.encode(), local.token.encode()):
+        return "the token is wrong"
+    if connect.version != PROTOCOL_VERSION:
+        return f"protocol version {connect.version}, expected {PROTOCOL_VERSION}"
+    if (connect.target_worker_id, connect.target_incarnation) != (local.worker_id, local.incarnation):
+        wanted = f"{connect.target_worker_id} (incarnation {connect.target_incarnation})"
+        return f"this is {local.name}, not {wanted}"
+    if connect.link not in ("shm", "gloo"):
+        return f"link {connect.link!r}, expected 'shm' or 'gloo'"
+    mismatch = local.layout.mismatch(connect.layout)
+    if mismatch is not None:
+        return f"the KV layouts differ in {mismatch}"
+    return None
+
+
+def guarded(call: Callable[[], None]) -> None:
+    """A bug that shows in one call must not end the thread and with it every other transfer."""
+    try:
+        call()
+    except Exception:
+        logger.exception("%s failed", call)

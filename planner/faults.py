@@ -1,0 +1,86 @@
+"""What goes wrong, drawn by seed: rates for what may happen to any message, chunk or step, and a plan of accidents."""
+
+import enum
+from collections import Counter
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+
+class MessageFault(enum.Enum):
+    """What the network does to one message."""
+
+    LOSE = "message lost"
+    DUPLICATE = "message duplicated"
+    OVERTAKE = "message overtaken"
+
+
+class Accident(enum.Enum):
+    """What happens to a process, a connection, or the cluster, once."""
+
+    KILL = "worker killed"
+    FREEZE = "worker frozen"
+    SLOW = "worker slow"
+    PARTITION_ROUTER = "worker cut off from the router"
+    PARTITION_WORKERS = "two workers cut off from each other"
+    CUT = "connections of a worker reset"
+    DRAIN = "worker drained"
+    SCALE = "pools resized"
+    ROUTER_FREEZE = "router frozen"
+
+
+@dataclass(frozen=True)
+class FaultRates:
+    """Probabilities per message, chunk or request, and accidents per second."""
+
+    lose: float = 0.0
+    duplicate: float = 0.0
+    overtake: float = 0.0
+    corrupt: float = 0.0
+    accidents_per_s: float = 0.0
+    latency_s: float = 0.0002
+    jitter: float = 1.0  # of the latency; larger ones now and then
+
+
+class Faults:
+    """Draws faults until it is told to stop, and counts them by kind."""
+
+    def __init__(self, rng: Random, rates: FaultRates) -> None:
+        self.counts: Counter[str] = Counter()
+        self._rng = rng
+        self._rates = rates
+        self._is_calm = False
+
+    def calm(self) -> None:
+        """No more faults from now on."""
+        self._is_calm = True
+
+    def latency_s(self) -> float:
+        """Of one message: usually short, now and then a hundred times as long."""
+        rates, draw = self._rates, self._rng.random()
+        latency_s = rates.latency_s * (0.5 + rates.jitter * draw)
+        return latency_s * 100 if draw < 0.002 and not self._is_calm else latency_s
+
+    def of_message(self, message: Any) -> MessageFault | None:
+        if self._is_calm:
+            return None
+        draw = self._rng.random()
+        for fault, rate in (
+            (MessageFault.LOSE, self._rates.lose),
+            (MessageFault.DUPLICATE, self._rates.duplicate),
+            (MessageFault.OVERTAKE, self._rates.overtake),
+        ):
+            if draw < rate:
+                self.counts[fault.value] += 1
+                return fault
+            draw -= rate
+        return None
+
+    def corrupts_chunk(self) -> bool:
+        corrupts = not self._is_calm and self._rng.random() < self._rates.corrupt
+        if corrupts:
+            self.counts["chunk corrupted"] += 1
+        return corrupts
+
+    def count(self, kind: str) -> None:
+        self.counts[kind] += 1

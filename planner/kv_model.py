@@ -1,0 +1,186 @@
+"""The model and its KV in the simulator: a token is a pure function of the KV really present in the sequence's blocks.
+
+The KV of the token at position p is the chain value of tokens 0..p, once per layer. A step sums up, per layer, all the KV that
+its block table names; the sums make the token. So a wrong, stale, missing or foreign block shows as a wrong token.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence as Seq
+from typing import Protocol
+
+from ..core.messages import KVLayout
+from ..core.request import TransferId
+from ..engine.batch import Batch, SampledToken
+from ..engine.block_pool import BlockPool
+from ..engine.sequence import Sequence
+
+VOCABULARY = 997
+NUM_LAYERS = 2
+MASK = (1 << 64) - 1
+_MULTIPLIER = 0x9E3779B97F4A7C15
+
+
+def layout(block_size: int) -> KVLayout:
+    """One 64-bit word per layer and token."""
+    return KVLayout(NUM_LAYERS, 1, 1, "float32", block_size, "chain")
+
+
+def chain(state: int, token_id: int) -> int:
+    state = ((state ^ (token_id + 1)) * _MULTIPLIER) & MASK
+    return state ^ (state >> 29)
+
+
+def sample(total: int, seed: int, choice: int, index: int) -> int:
+    """The token that a step draws: by KV, seed, choice and index alone."""
+    return chain(chain(total ^ seed, choice), index) % VOCABULARY
+
+
+def expected_tokens(prompt: Seq[int], seed: int, choice: int, max_tokens: int, eos: int | None) -> list[int]:
+    """What a choice must produce, whoever serves it and whatever happens."""
+    state = total = 0
+    for token_id in prompt:
+        state = chain(state, token_id)
+        total = (total + state) & MASK
+    tokens: list[int] = []
+    while len(tokens) < max_tokens:
+        tokens.append(sample(total, seed, choice, len(tokens)))
+        if tokens[-1] == eos:
+            break
+        state = chain(state, tokens[-1])
+        total = (total + state) & MASK
+    return tokens
+
+
+class ChainStore:
+    """Implements `kv_transfer.interfaces.KVStore`, and checks who reads and writes which block."""
+
+    def __init__(self, pool: BlockPool, violation: Callable[[str], None]) -> None:
+        size = pool.num_blocks * pool.block_size
+        self.layout = layout(pool.block_size)
+        self.leases: dict[TransferId, frozenset[int]] = {}  # blocks that a transfer may write
+        self._pool = pool
+        self._violation = violation
+        self._words = [[0] * size for _ in range(NUM_LAYERS)]
+        self._sums = [[0] * pool.num_blocks for _ in range(NUM_LAYERS)]  # of each block's words
+
+    def write(self, layer: int, block_id: int, offset: int, word: int) -> None:
+        words, index = self._words[layer], block_id * self._pool.block_size + offset
+        self._sums[layer][block_id] += word - words[index]
+        words[index] = word
+
+    def check_writable(self, block_ids: Seq[int], whose: object) -> None:
+        for block_id in block_ids:
+            if self._pool.ref_count(block_id) != 1 or self._pool.is_cached(block_id):
+                state = f"{self._pool.ref_count(block_id)} holders" + ", cached" * self._pool.is_cached(block_id)
+                self._violation(f"{whose} writes block {block_id}: {state}")
+
+    def total(self, layer: int, block_ids: Seq[int], num_tokens: int) -> int:
+        """Of the first `num_tokens` tokens of a block table."""
+        size, sums = self._pool.block_size, self._sums[layer]
+        num_full = num_tokens // size
+        total = sum([sums[block_id] for block_id in block_ids[:num_full]])
+        if num_tokens % size:
+            start = block_ids[num_full] * size
+            total += sum(self._words[layer][start : start + num_tokens % size])
+        return total & MASK
+
+    def word(self, layer: int, block_ids: Seq[int], position: int) -> int:
+        size = self._pool.block_size
+        return self._words[layer][block_ids[position // size] * size + position % size]
+
+    def copy_block(self, source: int, copy: int) -> None:
+        size = self._pool.block_size
+        for layer, words in enumerate(self._words):
+            words[copy * size : (copy + 1) * size] = words[source * size : (source + 1) * size]
+            self._sums[layer][copy] = self._sums[layer][source]
+
+    # KVStore
+
+    def gather(
+        self, layer_start: int, layer_end: int, block_ids: Seq[int], token_start: int, token_end: int, out: memoryview
+    ) -> int:
+        for block_id in block_ids[token_start // self._pool.block_size : -(-token_end // self._pool.block_size)]:
+            if self._pool.ref_count(block_id) == 0:
+                self._violation(f"a transfer reads block {block_id}, which nobody holds")
+        words = out.cast("Q")
+        index = 0
+        for layer in range(layer_start, layer_end):
+            for position in range(token_start, token_end):
+                words[index] = self.word(layer, block_ids, position)
+                index += 1
+        return zlib.crc32(out)
+
+    def checksum(self, data: memoryview) -> int:
+        return zlib.crc32(data)
+
+    def scatter(
+        self, layer_start: int, layer_end: int, block_ids: Seq[int], token_start: int, token_end: int, data: memoryview
+    ) -> None:
+        size = self._pool.block_size
+        touched = block_ids[token_start // size : -(-token_end // size)]
+        if not any(blocks.issuperset(touched) for blocks in self.leases.values()):
+            self._violation(f"a transfer writes blocks {list(touched)} after its lease")
+        self.check_writable(touched, "a transfer")
+        words = data.cast("Q")
+        index = 0
+        for layer in range(layer_start, layer_end):
+            for position in range(token_start, token_end):
+                self.write(layer, block_ids[position // size], position % size, words[index])
+                index += 1
+
+
+class StepCost(Protocol):
+    """How long a step takes; `spend` lets the worker's clock run on."""
+
+    def spend(self, seconds: float) -> None: ...
+    def of(self, num_tokens: int) -> float: ...
+
+
+class ChainRunner:
+    """Implements `engine.batch.Runner`."""
+
+    def __init__(self, store: ChainStore, pool: BlockPool, cost: StepCost) -> None:
+        self._store = store
+        self._size = pool.block_size
+        self._cost = cost
+
+    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]:
+        for source, copy in batch.copies:
+            self._store.copy_block(source, copy)
+        duration_s = self._cost.of(batch.num_tokens)
+        states = [self._states(chunk.sequence, chunk.start, chunk.end) for chunk in batch.chunks]
+        for chunk in batch.chunks:
+            table = chunk.sequence.block_ids[chunk.start // self._size : -(-chunk.end // self._size)]
+            self._store.check_writable(table, chunk.sequence)
+        for layer in range(NUM_LAYERS):
+            for chunk, words in zip(batch.chunks, states, strict=True):
+                block_ids = chunk.sequence.block_ids
+                for position, word in enumerate(words, chunk.start):
+                    self._store.write(layer, block_ids[position // self._size], position % self._size, word)
+            self._cost.spend(duration_s / NUM_LAYERS)
+            if on_layer is not None:
+                on_layer(layer)
+        return [
+            [
+                SampledToken(self._sample(chunk.sequence, chunk.end, choice, chunk.sequence.num_output_tokens))
+                for choice in chunk.choices
+            ]
+            for chunk in batch.chunks
+        ]
+
+    def _states(self, seq: Sequence, start: int, end: int) -> list[int]:
+        state = self._store.word(0, seq.block_ids, start - 1) if start else 0
+        states = []
+        for position in range(start, end):
+            state = chain(state, seq.token_ids[position])
+            states.append(state)
+        return states
+
+    def _sample(self, seq: Sequence, end: int, choice: int, index: int) -> int:
+        totals = [self._store.total(layer, seq.block_ids, end) for layer in range(NUM_LAYERS)]
+        total = totals[0] if all(other == totals[0] for other in totals) else chain(totals[0], totals[-1])
+        return sample(total, seed_of(seq), choice, index)
+
+
+def seed_of(seq: Sequence) -> int:
+    return seq.spec.sampling.seed

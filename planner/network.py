@@ -1,0 +1,114 @@
+"""Connections between processes: ordered streams with latency, which faults delay, cut, and rob of messages."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .faults import Faults, MessageFault
+from .virtual_time import Process, VirtualTime
+
+
+def _ignore(_: Any) -> None: ...
+
+
+class End:
+    """One side of a connection, with the interface of `kv_transfer.channel.Channel`. `on_lost` is called once, unless this
+    side closed."""
+
+    def __init__(self, network: "Network", process: Process) -> None:
+        self.process = process
+        self.on_message: Callable[[Any], None] = _ignore
+        self.on_lost: Callable[[str], None] = _ignore
+        self.peer: End
+        self.is_open = True
+        self._is_cut = False
+        self._num_sent = self._num_received = 0
+        self._network = network
+        self._last_delivery_s = 0.0
+        process.when_it_dies(self.close)
+
+    def send(self, message: object, fd: int | None = None) -> None:
+        """Deliver after the latency, behind what was sent before; a closed end swallows."""
+        if not self.is_open:
+            return
+        number = self._num_sent
+        self._num_sent += 1
+        match self._network.faults.of_message(message):
+            case MessageFault.LOSE:
+                return
+            case MessageFault.DUPLICATE:
+                self._deliver(lambda: self.peer._receive(number, message))
+            case MessageFault.OVERTAKE:  # by what is sent after it
+                self._network.deliver_late(self, lambda: self.peer._receive(number, message))
+                return
+            case None:
+                pass
+        self._deliver(lambda: self.peer._receive(number, message))
+
+    def close(self) -> None:
+        """Idempotent; the other side hears of it behind what was sent before."""
+        if self.is_open:
+            self.is_open = False
+            self._deliver(lambda: self.peer._lose("the peer closed the connection"))
+
+    def cut(self) -> None:
+        """The network breaks the connection: both sides hear of it, what is under way is lost."""
+        for end in (self, self.peer):
+            end._is_cut = True
+            end.process.call_at(self._network.arrival_s(self.process, self.peer.process), end._reset)
+
+    def _deliver(self, call: Callable[[], None]) -> None:
+        at_s = max(self._last_delivery_s + 1e-9, self._network.arrival_s(self.process, self.peer.process))
+        self._last_delivery_s = at_s
+        self.peer.process.call_at(at_s, call)
+
+    def _receive(self, number: int, message: object) -> None:
+        if not self.is_open or self._is_cut:
+            return
+        if number != self._num_received:  # as `core.codec.FrameDecoder` does
+            self.close()
+            self.on_lost(f"frame {number} came, {self._num_received} was due")
+            return
+        self._num_received += 1
+        self.on_message(message)
+
+    def _reset(self) -> None:
+        self._lose("connection reset")
+
+    def _lose(self, error: str) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.on_lost(error)
+
+
+class Network:
+    """Who reaches whom, and how fast."""
+
+    def __init__(self, time: VirtualTime, faults: "Faults") -> None:
+        self.faults = faults
+        self._time = time
+        self._ends: list[End] = []
+        self._healed_s: dict[frozenset[str], float] = {}  # pair of processes -> until when nothing passes
+
+    def connect(self, a: Process, b: Process) -> tuple[End, End]:
+        ends = End(self, a), End(self, b)
+        ends[0].peer, ends[1].peer = ends[1], ends[0]
+        self._ends += ends
+        return ends
+
+    def cut(self, process: Process) -> None:
+        """Break every connection of a process."""
+        self._ends = [end for end in self._ends if end.is_open]
+        for end in self._ends:
+            if end.process is process:
+                end.cut()
+
+    def arrival_s(self, a: Process, b: Process) -> float:
+        """When something sent now arrives; during a partition it is sent again after it."""
+        start_s = max(self._time.now_s, self._healed_s.get(frozenset((a.name, b.name)), 0.0))
+        return start_s + self.faults.latency_s()
+
+    def partition(self, a: str, b: str, duration_s: float) -> None:
+        self._healed_s[frozenset((a, b))] = self._time.now_s + duration_s
+
+    def deliver_late(self, end: End, call: Callable[[], None]) -> None:
+        end.peer.process.call_at(self.arrival_s(end.process, end.peer.process) + 10 * self.faults.latency_s(), call)

@@ -1,0 +1,50 @@
+"""Many seeds, on all cores, and one seed with its timeline."""
+
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from .scenario import draw_scenario
+from .simulation import Outcome, Simulation
+
+
+@dataclass
+class Tally:
+    """Of many seeds."""
+
+    num_seeds: int = 0
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_resumed: int = 0
+    num_events: int = 0
+    virtual_s: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    failures: list[Outcome] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> None:
+        self.num_seeds += 1
+        self.num_requests += outcome.num_requests
+        self.num_tokens += outcome.num_tokens
+        self.num_resumed += outcome.num_resumed
+        self.num_events += outcome.num_events
+        self.virtual_s += outcome.virtual_s
+        self.faults += outcome.faults
+        if outcome.violations:
+            self.failures.append(outcome)
+
+
+def simulate(seed: int, *, keep_timeline: bool = False) -> Outcome:
+    """One seed."""
+    return Simulation(draw_scenario(seed), keep_timeline=keep_timeline).run()
+
+
+def simulate_all(seeds: Iterable[int], num_processes: int | None = None) -> Iterator[Outcome]:
+    """Each seed's outcome, in order of completion, on `num_processes` (default: every core we may use)."""
+    num_processes = num_processes or len(os.sched_getaffinity(0))
+    if num_processes == 1:
+        yield from map(simulate, seeds)
+        return
+    with multiprocessing.get_context("spawn").Pool(num_processes) as pool:
+        yield from pool.imap_unordered(simulate, seeds, chunksize=8)

@@ -1,0 +1,135 @@
+"""What one seed simulates: a cluster, its clients, and what goes wrong. All of it is drawn here, before anything runs."""
+
+from dataclasses import dataclass
+from random import Random
+
+from ..core.messages import Role
+from ..core.request import Request, SamplingParams
+from .faults import Accident, FaultRates
+from .kv_model import VOCABULARY, expected_tokens
+from .simulated_worker import WorkerShape
+
+MAX_MODEL_LEN = 128
+CALM_S = 6.0  # faults end here
+
+
+@dataclass(frozen=True)
+class PlannedRequest:
+    """One client's request, and what the client will do to it."""
+
+    at_s: float
+    request: Request
+    cancel_after_s: float | None = None
+    stop_after_tokens: int | None = None  # of choice 0: its stop string is found then
+
+
+@dataclass(frozen=True)
+class PlannedAccident:
+    at_s: float
+    kind: Accident
+    draw: float  # 0 to 1: whom it hits
+    duration_s: float
+
+
+@dataclass(frozen=True)
+class Scenario:
+    seed: int
+    pools: dict[Role, int]
+    shapes: dict[Role, WorkerShape]
+    chunk_bytes: int
+    ring_slots: int
+    max_queued_requests: int
+    prefill_on_decode: bool
+    start_s: float  # what a worker's start takes
+    rates: FaultRates
+    requests: tuple[PlannedRequest, ...]
+    accidents: tuple[PlannedAccident, ...]
+
+
+def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bool = True) -> Scenario:
+    """The scenario of `seed`; the same in every process."""
+    rng = Random(seed)
+    pools = {Role.PREFILL: rng.choice((1, 1, 2, 3)), Role.DECODE: rng.choice((1, 1, 2, 3))}
+    shapes = _draw_shapes(rng)
+    rates = _draw_rates(rng) if with_faults else FaultRates()
+    num_accidents = int(rates.accidents_per_s * CALM_S)
+    return Scenario(
+        seed=seed,
+        pools=pools,
+        shapes=shapes,
+        chunk_bytes=rng.choice((64, 128, 512)),
+        ring_slots=rng.choice((1, 2, 4)),
+        max_queued_requests=rng.choice((4, 16, 1024)),
+        prefill_on_decode=rng.random() < 0.5,
+        start_s=rng.uniform(0.05, 1.0),
+        rates=rates,
+        requests=_draw_requests(rng, shapes, num_requests or rng.randint(5, 30)),
+        accidents=tuple(
+            PlannedAccident(
+                rng.uniform(0.3, CALM_S), rng.choice(list(Accident)), rng.random(), rng.choice((0.05, 0.5, 2.0, 5.0))
+            )
+            for _ in range(num_accidents)
+        ),
+    )
+
+
+def _draw_shapes(rng: Random) -> dict[Role, WorkerShape]:
+    block_size = rng.choice((4, 4, 8))
+    shapes = {}
+    for role in (Role.PREFILL, Role.DECODE):
+        block_size = rng.choice((block_size, block_size, 4, 8))
+        longest = -(-MAX_MODEL_LEN // block_size)
+        shapes[role] = WorkerShape(
+            num_blocks=rng.choice((longest, 2 * longest, 10 * longest)),
+            block_size=block_size,
+            max_model_len=MAX_MODEL_LEN,
+            max_batch_tokens=rng.choice((8, 32, 256)),
+            max_batch_size=rng.choice((2, 4, 16)),
+        )
+    return shapes
+
+
+def _draw_rates(rng: Random) -> FaultRates:
+    def sometimes(rate: float) -> float:
+        return rate if rng.random() < 0.3 else 0.0
+
+    return FaultRates(
+        lose=sometimes(0.005),
+        duplicate=sometimes(0.01),
+        overtake=sometimes(0.01),
+        corrupt=sometimes(0.02),
+        accidents_per_s=rng.choice((0.0, 0.3, 1.0, 2.0)),
+        latency_s=rng.choice((0.0001, 0.0005, 0.005)),
+    )
+
+
+def _draw_requests(rng: Random, shapes: dict[Role, WorkerShape], num_requests: int) -> tuple[PlannedRequest, ...]:
+    stems = [[rng.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
+    burst_s = rng.choice((0.1, 2.0, CALM_S))
+    max_n = min(3, *(shape.max_batch_size for shape in shapes.values()))
+    return tuple(_draw_request(rng, number, stems, burst_s, max_n) for number in range(num_requests))
+
+
+def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: float, max_n: int) -> PlannedRequest:
+    stem = rng.choice(stems)[: rng.choice((0, 7, 16, 40, 60))]
+    prompt = stem + [rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 2, 9, 20)))]
+    max_tokens = rng.choice((1, 2, 5, 20, 40))
+    sampling = SamplingParams(max_tokens=max_tokens, n=rng.choice((1, 1, 1, max_n)), seed=rng.getrandbits(32))
+    eos: tuple[int, ...] = ()
+    if rng.random() < 0.3:
+        eos = (rng.choice(expected_tokens(prompt, sampling.seed, 0, max_tokens, None)),)
+    at_s = rng.uniform(0.0, burst_s)
+    request = Request(
+        request_id=f"r{number}" if rng.random() < 0.9 else f"again{rng.randrange(3)}",
+        prompt_token_ids=tuple(prompt),
+        sampling=sampling,
+        eos_token_ids=eos,
+        cache_salt=rng.choice(("", "", "salt")),
+        deadline_s=at_s + rng.uniform(0.01, 3.0) if rng.random() < 0.15 else None,
+    )
+    return PlannedRequest(
+        at_s=at_s,
+        request=request,
+        cancel_after_s=rng.uniform(0.0, 1.0) * rng.random() if rng.random() < 0.15 else None,
+        stop_after_tokens=rng.randint(1, max_tokens) if rng.random() < 0.1 else None,
+    )

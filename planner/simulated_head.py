@@ -1,0 +1,229 @@
+"""The head in virtual time: production's `Router` and `Fleet`, around them what `RouterService` and `Controller` do with
+connections and processes."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..core.errors import PdserveError
+from ..core.latency import LatencyModel
+from ..core.messages import LegEnded, Ready, StepReport
+from ..core.request import FinishReason, Request
+from ..router.config import RouterConfig
+from ..router.core import Router
+from ..router.events import (
+    Cancel,
+    EmitChoiceEnd,
+    EmitEnd,
+    EmitTokens,
+    RouterCommand,
+    RouterEvent,
+    SendCommand,
+    Submit,
+    Tick,
+    WorkerDraining,
+    WorkerIdle,
+    WorkerLost,
+    WorkerReady,
+    WorkerRole,
+    WorkersExpected,
+)
+from ..router.fleet import Fleet, FleetConfig
+from ..router.fleet_events import AssignRole, DrainWorker, FleetAction, FleetEvent, StartWorker, StopWorker
+from .network import End
+from .simulated_worker import SimulatedWorker
+from .virtual_time import Process, Timer, VirtualTime
+
+DEAD_AFTER_S = 3.0
+STOP_TIMEOUT_S = 5.0
+
+Key = tuple[str, int]
+
+
+class Client(Protocol):
+    """Who hears of a request."""
+
+    def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None: ...
+
+
+class SimulatedHead:
+    """Streams on one side, workers on the other, decisions in the middle."""
+
+    def __init__(
+        self,
+        time: VirtualTime,
+        process: Process,
+        router: RouterConfig,
+        fleet: FleetConfig,
+        start_worker: Callable[[StartWorker], SimulatedWorker],
+        violation: Callable[[str], None],
+    ) -> None:
+        self.process = process
+        self.router = Router(router, LatencyModel())
+        self.fleet = Fleet(fleet)
+        self.clients: dict[str, Client] = {}
+        self._time = time
+        self._start_worker = start_worker
+        self._violation = violation
+        self._workers: dict[Key, _Connection] = {}
+        self._started: dict[Key, SimulatedWorker] = {}
+        self._ending: set[Key] = set()
+        self._commands: deque[RouterCommand] = deque()
+        self._actions: deque[FleetAction] = deque()
+        self._is_busy = self._is_acting = False
+        self._tick: Timer | None = None
+        self._fleet_tick: Timer | None = None
+
+    # clients
+
+    def submit(self, request: Request, client: Client) -> PdserveError | None:
+        """Why the request is not admitted; None when it is."""
+        if request.request_id in self.clients:
+            raise AssertionError("clients do not use an id twice at a time")
+        self.clients[request.request_id] = client
+        try:
+            self.handle(Submit(request))
+        except PdserveError as error:
+            del self.clients[request.request_id]
+            return error
+        num_queued = self.router.status(self._time.now_s).num_queued
+        if num_queued > self.router.config.max_queued_requests:
+            self._violation(f"{num_queued} requests are queued, {self.router.config.max_queued_requests} are allowed")
+        return None
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        self.handle(Cancel(request_id, FinishReason.CANCELLED if choice is None else FinishReason.STOP, choice))
+
+    # the router
+
+    def handle(self, event: RouterEvent) -> None:
+        try:
+            self._commands += self.router.handle(event, self._time.now_s)
+        except PdserveError:
+            raise
+        except Exception as error:  # what would end the head's process
+            self._violation(f"the router failed at {type(event).__name__}: {error!r}")
+            raise
+        if self._is_busy:
+            return
+        self._is_busy = True
+        while self._commands:
+            self._carry_out(self._commands.popleft())
+        self._is_busy = False
+        if self._tick is not None:
+            self._tick.cancel()
+        due_s = self.router.next_tick_s()
+        self._tick = None if due_s is None else self.process.call_at(due_s, lambda: self.handle(Tick()))
+
+    def _carry_out(self, command: RouterCommand) -> None:
+        match command:
+            case SendCommand(worker_id, incarnation, message):
+                connection = self._workers.get((worker_id, incarnation))
+                if connection is not None:
+                    connection.end.send(message)
+            case EmitTokens() | EmitChoiceEnd() | EmitEnd():
+                client = self.clients.get(command.request_id)
+                if isinstance(command, EmitEnd):
+                    self.clients.pop(command.request_id, None)
+                if client is not None:
+                    client.on_event(command)
+            case WorkerIdle(worker_id, incarnation):
+                self.manage(WorkerIdle(worker_id, incarnation))
+
+    # workers' connections
+
+    def accept(self, worker: SimulatedWorker, end: End) -> None:
+        """The worker is loaded; its first message says so."""
+        key = worker.worker_id, worker.incarnation
+        if key in self._started and key not in self._ending:
+            self._workers[key] = _Connection(self, key, end)
+        else:
+            end.close()
+
+    def receive(self, message: Any) -> None:
+        match message:
+            case Ready(info=info):
+                key = info.worker_id, info.incarnation
+                if key in self._started and key not in self._ending:
+                    self.handle(WorkerReady(info))
+                    self.manage(WorkerReady(info))
+            case StepReport() | LegEnded():
+                self.handle(message)
+
+    def lost(self, key: Key, reason: str) -> None:
+        """A connection is gone: so is the worker, and its process must go."""
+        if self._workers.pop(key, None) is None:
+            return
+        self.handle(WorkerLost(*key, reason))
+        if key not in self._ending:
+            self.manage(WorkerLost(*key, reason))
+            self._stop(key)
+
+    # the fleet
+
+    def manage(self, event: FleetEvent) -> None:
+        self._actions += self.fleet.handle(event, self._time.now_s)
+        if self._is_acting:
+            return
+        self._is_acting = True
+        while self._actions:
+            self._act(self._actions.popleft())
+        self._is_acting = False
+        self.handle(WorkersExpected(self.fleet.num_expected))
+        if self._fleet_tick is not None:
+            self._fleet_tick.cancel()
+        due_s = self.fleet.next_tick_s()
+        self._fleet_tick = None if due_s is None else self.process.call_at(due_s, lambda: self.manage(Tick()))
+
+    def _act(self, action: FleetAction) -> None:
+        match action:
+            case StartWorker(_, worker_id, incarnation):
+                key = worker_id, incarnation
+                worker = self._started[key] = self._start_worker(action)
+                worker.process.when_it_dies(lambda: self.process.call_later(0.005, lambda: self._gone(key)))
+            case DrainWorker(worker_id):
+                self.handle(WorkerDraining(worker_id))
+            case AssignRole(worker_id, role):
+                self.handle(WorkerRole(worker_id, role))
+            case StopWorker(worker_id, incarnation):
+                self._stop((worker_id, incarnation))
+
+    def _stop(self, key: Key) -> None:
+        """Ask the process to end, then make it."""
+        worker = self._started.get(key)
+        if worker is not None and key not in self._ending:
+            self._ending.add(key)
+            worker.process.call_later(0.001, worker.process.kill)
+            self.process.call_later(STOP_TIMEOUT_S, worker.process.kill)
+
+    def _gone(self, key: Key) -> None:
+        del self._started[key]
+        self._ending.discard(key)
+        self.handle(WorkerLost(*key, "the process ended"))
+        self.manage(WorkerLost(*key, "the process ended"))
+
+
+class _Connection:
+    """One worker's connection, with the watchdog that hangs up on the silent."""
+
+    def __init__(self, head: SimulatedHead, key: Key, end: End) -> None:
+        self.end = end
+        self._head, self._key = head, key
+        self._heard_s = head._time.now_s
+        end.on_message = self._on_message
+        end.on_lost = lambda reason: head.lost(key, reason)
+        self._watch()
+
+    def _on_message(self, message: Any) -> None:
+        self._heard_s = self._head._time.now_s
+        self._head.receive(message)
+
+    def _watch(self) -> None:
+        silent_s = self._head._time.now_s - self._heard_s
+        if not self.end.is_open:
+            return
+        if silent_s >= DEAD_AFTER_S:
+            self.end.close()
+            self._head.lost(self._key, f"silent for {silent_s:.1f} s")
+        else:
+            self._head.process.call_later(DEAD_AFTER_S - silent_s + 0.001, self._watch)

@@ -1,0 +1,230 @@
+"""One worker in virtual time: production's `Worker`, block pool and transfer hub; threads, sockets and model are simulated.
+
+router's connection --commands--> inbox --> engine: Worker.step() --> messages --> router's connection
+transfer hub --endings--> inbox; engine --calls--> hub, a moment later, in their order
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+
+from ..core.messages import Role, TransferAddress, TransferStats, WorkerInfo
+from ..core.request import TransferId
+from ..engine.block_pool import BlockPool
+from ..engine.kv_manager import KVManager
+from ..kv_transfer.config import TransferConfig
+from ..kv_transfer.events import Cancel, CommitReady, Computed, Expect, Extend, Open, PrefillDone
+from ..kv_transfer.hub import TransferHub
+from ..kv_transfer.outbound import Dial
+from ..kv_transfer.pair import Local
+from ..kv_transfer.span import Span
+from ..worker.worker import Worker
+from .kv_model import ChainRunner, ChainStore
+from .network import End
+from .virtual_time import Process, VirtualTime
+
+HEARTBEAT_S = 0.5
+HOP_S = 0.00005  # between a worker's two threads
+
+
+@dataclass(frozen=True)
+class WorkerShape:
+    """A worker's limits."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_batch_tokens: int
+    max_batch_size: int
+    step_s: float = 0.002
+    token_s: float = 0.0001
+
+
+@dataclass
+class StepClock:
+    """The engine thread's clock: runs ahead of the events while a step computes."""
+
+    time: VirtualTime
+    shape: WorkerShape
+    ahead_s: float = 0.0
+    factor: float = 1.0  # of a slow worker
+
+    def __call__(self) -> float:
+        return self.time.now_s + self.ahead_s
+
+    def spend(self, seconds: float) -> None:
+        self.ahead_s += seconds
+
+    def of(self, num_tokens: int) -> float:
+        return (self.shape.step_s + num_tokens * self.shape.token_s) * self.factor
+
+
+@dataclass
+class Listener:
+    """Carries a transfer's ending from the transfer thread to the engine; the lease ends at once."""
+
+    worker: "SimulatedWorker"
+    store: ChainStore = field(init=False)
+
+    def on_received(self, transfer: TransferId, payload: bytes) -> None:
+        self.worker.end_lease(transfer)
+        self.worker.post(lambda: self.worker.worker.received(transfer, payload))
+
+    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+        self.worker.end_lease(transfer)
+        self.worker.post(lambda: self.worker.worker.receive_failed(transfer, error))
+
+    def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
+        self.worker.post(lambda: self.worker.worker.sent(transfer, stats))
+
+    def on_send_failed(self, transfer: TransferId, error: str) -> None:
+        self.worker.post(lambda: self.worker.worker.send_failed(transfer, error))
+
+
+class Port:
+    """Implements `worker.TransferPort`: what the engine asks of the hub happens a moment later, in order."""
+
+    def __init__(self, process: Process, clock: StepClock, hub: TransferHub, store: ChainStore, rng: Random) -> None:
+        self._process, self._clock, self._hub, self._store, self._rng = process, clock, hub, store, rng
+        self._last_s = 0.0
+
+    def expect(
+        self, transfer: TransferId, source: tuple[str, int], block_ids: Seq[int], num_tokens: int, num_cached_tokens: int
+    ) -> None:
+        first = num_cached_tokens // self._store.layout.block_size
+        self._store.leases[transfer] = frozenset(block_ids[first:])
+        event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens)
+        self._post(partial(self._hub.expect, source, event))
+
+    def send(self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int) -> None:
+        self._post(partial(self._hub.send, target, Open(transfer, tuple(block_ids), num_tokens)))
+
+    def extend(self, transfer: TransferId, block_ids: Seq[int]) -> None:
+        self._post(partial(self._hub.feed_sender, transfer, Extend(transfer, tuple(block_ids))))
+
+    def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+        span = Span(layer_start, layer_end, token_start, token_end)
+        self._post(partial(self._hub.feed_sender, transfer, Computed(transfer, span)))
+
+    def prefill_done(self, transfer: TransferId) -> None:
+        self._post(partial(self._hub.feed_sender, transfer, PrefillDone(transfer)))
+
+    def commit(self, transfer: TransferId, payload: bytes) -> None:
+        self._post(partial(self._hub.feed_sender, transfer, CommitReady(transfer, payload)))
+
+    def cancel(self, transfer: TransferId) -> None:
+        self._post(partial(self._hub.cancel, Cancel(transfer, "cancelled")))
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._last_s = max(self._last_s + 1e-9, self._clock() + HOP_S * self._rng.random())
+        self._process.call_at(self._last_s, call)
+
+
+class SimulatedWorker:
+    """Alive as long as its process."""
+
+    def __init__(
+        self,
+        time: VirtualTime,
+        rng: Random,
+        process: Process,
+        worker_id: str,
+        incarnation: int,
+        role: Role,
+        shape: WorkerShape,
+        config: TransferConfig,
+        dial: Callable[["SimulatedWorker"], Dial],
+        violation: Callable[[str], None],
+    ) -> None:
+        self.process, self.worker_id, self.incarnation, self.role, self.shape = process, worker_id, incarnation, role, shape
+        self.clock = StepClock(time, shape)
+        self.pool = BlockPool(shape.num_blocks, shape.block_size)
+        self.store = ChainStore(self.pool, lambda text: violation(f"{worker_id}/{incarnation}: {text}"))
+        self.local = Local(
+            worker_id=worker_id,
+            incarnation=incarnation,
+            token="",
+            host="",
+            host_id="here",
+            transport="shm",
+            store=self.store,
+            layout=self.store.layout,
+            listener=Listener(self),
+            config=config,
+            clock=lambda: time.now_s,
+        )
+        self.hub = TransferHub(self.local, dial(self))
+        self.worker = Worker(
+            worker_id,
+            incarnation,
+            KVManager(self.pool, shape.max_model_len),
+            ChainRunner(self.store, self.pool, self.clock),
+            Port(process, self.clock, self.hub, self.store, rng),
+            num_layers=self.store.layout.num_layers,
+            max_batch_tokens=shape.max_batch_tokens,
+            max_batch_size=shape.max_batch_size,
+            clock=self.clock,
+        )
+        self._router: End | None = None
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._is_awake = False
+
+    def serve(self, router: End) -> None:
+        """The worker is loaded and its connection stands."""
+        self._router = router
+        router.on_message = lambda command: self.post(lambda: self.worker.handle(command))
+        router.on_lost = lambda _: self.process.kill()
+        self.process.every(HEARTBEAT_S, lambda: router.send(self.worker.report()))
+        self.process.every(self.local.config.heartbeat_s / 2, self.hub.tick)
+
+    def info(self) -> WorkerInfo:
+        shape = self.shape
+        return WorkerInfo(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            role=self.role,
+            layout=self.store.layout,
+            num_blocks=shape.num_blocks,
+            max_model_len=shape.max_model_len,
+            max_batch_tokens=shape.max_batch_tokens,
+            max_batch_size=shape.max_batch_size,
+            address=TransferAddress(self.worker_id, self.incarnation, "here", "", "", 0),
+            devices=(),
+            node="here",
+            pid=0,
+            kernels="chain",
+        )
+
+    def end_lease(self, transfer: TransferId) -> None:
+        self.store.leases.pop(transfer, None)
+
+    def post(self, event: Callable[[], None]) -> None:
+        """Let the engine thread handle `event` before its next step."""
+        self._inbox.append(event)
+        if not self._is_awake:
+            self._is_awake = True
+            self.process.call_later(HOP_S, self._turn)
+
+    def _turn(self) -> None:
+        """One turn of the engine's loop; what the step brought leaves when it is over."""
+        while self._inbox:
+            self._inbox.popleft()()
+        self.clock.ahead_s = 0.0
+        worked = self.worker.step()
+        ahead_s, self.clock.ahead_s = self.clock.ahead_s, 0.0
+        self.process.call_later(ahead_s, lambda: self._end_turn(worked))
+
+    def _end_turn(self, worked: bool) -> None:
+        assert self._router is not None
+        for message in self.worker.take_messages():
+            self._router.send(message)
+        if worked or self._inbox:
+            self._turn()
+        else:
+            self._is_awake = False
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._is_awake and not self._inbox and not self.worker.num_legs

@@ -1,0 +1,228 @@
+"""One seed from start to idle: builds the cluster, lets accidents happen, then waits until everything has come to rest."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+from ..core.messages import Ready
+from ..kv_transfer.config import TransferConfig
+from ..router.config import RouterConfig
+from ..router.fleet import FleetConfig, MemberState
+from ..router.fleet_events import Apply, Drain, StartWorker
+from .faults import Accident, Faults
+from .network import Network
+from .scenario import CALM_S, PlannedAccident, Scenario
+from .simulated_client import SimulatedClient
+from .simulated_head import SimulatedHead
+from .simulated_link import SimulatedDial
+from .simulated_worker import SimulatedWorker
+from .virtual_time import Process, VirtualTime
+
+PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
+MAX_EVENTS = 5_000_000
+
+
+@dataclass
+class Outcome:
+    """What a simulation showed. `violations` is empty when every promise was kept."""
+
+    seed: int
+    violations: list[str] = field(default_factory=list)
+    timeline: list[str] = field(default_factory=list)  # kept on demand
+    faults: Counter[str] = field(default_factory=Counter)
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_resumed: int = 0
+    num_events: int = 0
+    virtual_s: float = 0.0
+
+
+class TooManyViolations(Exception):
+    """Nothing more is to be learnt from this seed."""
+
+
+class Simulation:
+    """Runs once."""
+
+    def __init__(self, scenario: Scenario, *, keep_timeline: bool = False) -> None:
+        self.outcome = Outcome(scenario.seed)
+        self._scenario = scenario
+        self._keep_timeline = keep_timeline
+        self._rng = Random(scenario.seed + 1)
+        self.time = VirtualTime(self._rng)
+        self.faults = Faults(self._rng, scenario.rates)
+        self.network = Network(self.time, self.faults)
+        self.workers: dict[tuple[str, int], SimulatedWorker] = {}
+        self.head = SimulatedHead(
+            self.time,
+            Process(self.time, "router"),
+            RouterConfig(
+                max_queued_requests=scenario.max_queued_requests,
+                prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
+                max_attempts=50,
+            ),
+            FleetConfig(drain_timeout_s=10.0, start_timeout_s=30.0, backoff_s=0.2, max_backoff_s=2.0),
+            self._start_worker,
+            self.violation,
+        )
+        self.clients = [SimulatedClient(self.time, self.head, plan, self.violation, self.note) for plan in scenario.requests]
+
+    def run(self) -> Outcome:
+        """To the end, or to a violation that leaves nothing to check."""
+        try:
+            self._run()
+        except TooManyViolations:
+            pass
+        except Exception as error:
+            if not self.outcome.violations:
+                self.violation(f"{type(error).__name__}: {error}")
+            if self._keep_timeline:
+                raise
+        outcome = self.outcome
+        outcome.faults = self.faults.counts
+        outcome.num_requests = len(self.clients)
+        outcome.num_tokens = sum(client.num_tokens for client in self.clients)
+        outcome.num_resumed = sum(client.was_resumed for client in self.clients)
+        outcome.num_events, outcome.virtual_s = self.time.num_events, self.time.now_s
+        return outcome
+
+    def violation(self, text: str) -> None:
+        self.note(f"VIOLATION {text}")
+        self.outcome.violations.append(f"{self.time.now_s:.6f}: {text}")
+        if len(self.outcome.violations) >= 20:
+            raise TooManyViolations
+
+    def note(self, text: str) -> None:
+        if self._keep_timeline:
+            self.outcome.timeline.append(f"{self.time.now_s:10.6f}  {text}")
+
+    def _run(self) -> None:
+        self.head.manage(Apply(self._scenario.pools))
+        for accident in self._scenario.accidents:
+            self.time.call_at(accident.at_s, lambda accident=accident: self._strike(accident))  # type: ignore[misc]
+        while self.time.step(CALM_S):
+            pass
+        self.faults.calm()
+        self.head.manage(Apply(self._scenario.pools))  # whoever was drained comes back
+        if not self._wait_for(self._are_clients_done):
+            waiting = [client._id for client in self.clients if not client.is_ended]
+            self.violation(f"still waiting {PATIENCE_S:.0f} s after the last fault: {', '.join(waiting)}")
+        if not self._wait_for(lambda: not self._leftovers()):
+            for leftover in self._leftovers():
+                self.violation(f"left behind: {leftover}")
+        self.head.router.check_integrity()
+        for worker in self._alive():
+            worker.pool.check_integrity()
+
+    def _wait_for(self, condition: Callable[[], bool]) -> bool:
+        limit_s = CALM_S + PATIENCE_S
+        while not condition():
+            for _ in range(20):
+                if not self.time.step(limit_s):
+                    return condition()
+            if self.time.num_events > MAX_EVENTS:
+                self.violation(f"{MAX_EVENTS} events, and no end")
+                return False
+        return True
+
+    def _are_clients_done(self) -> bool:
+        return all(client.is_ended for client in self.clients)
+
+    def _alive(self) -> list[SimulatedWorker]:
+        return [worker for worker in self.workers.values() if worker.process.is_alive]
+
+    def _leftovers(self) -> list[str]:
+        """What somebody holds still; nothing, once all is idle."""
+        left = [f"router: request {request_id}" for request_id in self.head.clients]
+        routed = self.head.router.status(self.time.now_s)
+        left += [f"router: {worker.num_legs} legs at {worker.worker_id}" for worker in routed.workers if worker.num_legs]
+        for worker in self._alive():
+            name = f"{worker.worker_id}/{worker.incarnation}"
+            if worker.worker.num_legs:
+                left.append(f"{name}: {worker.worker.num_legs} legs")
+            if worker.pool.num_free_blocks != worker.pool.num_blocks:
+                left.append(f"{name}: {worker.pool.num_blocks - worker.pool.num_free_blocks} blocks")
+            if worker.store.leases:
+                left.append(f"{name}: leases of {', '.join(map(str, worker.store.leases))}")
+            if worker.hub.num_transfers:
+                left.append(f"{name}: {worker.hub.num_transfers} transfers")
+        members = self.head.fleet.status()
+        left += [f"{m.worker_id} is {m.state.value}" for m in members if m.state is not MemberState.READY]
+        return left
+
+    # workers
+
+    def _start_worker(self, action: StartWorker) -> SimulatedWorker:
+        worker_id, incarnation = action.worker_id, action.incarnation
+        process = Process(self.time, f"{worker_id}/{incarnation}")
+        worker = SimulatedWorker(
+            self.time,
+            self._rng,
+            process,
+            worker_id,
+            incarnation,
+            action.role,
+            self._scenario.shapes[action.role],
+            TransferConfig(chunk_bytes=self._scenario.chunk_bytes, ring_slots=self._scenario.ring_slots),
+            lambda source: (
+                lambda pair, epoch: SimulatedDial(
+                    self.network,
+                    source,
+                    self.workers.get((pair.target.worker_id, pair.target.incarnation)),
+                    pair,
+                    epoch,
+                )
+            ),
+            self.violation,
+        )
+        self.workers[worker_id, incarnation] = worker
+        process.when_it_dies(lambda: self.note(f"{process.name} died"))
+        process.call_later(self._scenario.start_s, lambda: self._connect(worker))
+        return worker
+
+    def _connect(self, worker: SimulatedWorker) -> None:
+        ours, theirs = self.network.connect(worker.process, self.head.process)
+        self.head.process.call_later(self.faults.latency_s(), lambda: self.head.accept(worker, theirs))
+        worker.serve(ours)
+        worker.process.call_later(0.01, lambda: ours.send(Ready(info=worker.info())))
+        self.note(f"{worker.process.name} is ready")
+
+    # accidents
+
+    def _strike(self, accident: PlannedAccident) -> None:
+        workers = self._alive()
+        if not workers:
+            return
+        worker = workers[int(accident.draw * len(workers))]
+        name, seconds = worker.process.name, accident.duration_s
+        self.faults.count(accident.kind.value)
+        self.note(f"ACCIDENT {accident.kind.value}: {name}, {seconds} s")
+        match accident.kind:
+            case Accident.KILL:
+                worker.process.kill()
+            case Accident.FREEZE:
+                self._freeze(worker.process, seconds)
+            case Accident.ROUTER_FREEZE:
+                self._freeze(self.head.process, min(seconds, 2.0))
+            case Accident.SLOW:
+                worker.clock.factor = 20.0
+                self.time.call_later(seconds, lambda: setattr(worker.clock, "factor", 1.0))
+            case Accident.PARTITION_ROUTER:
+                self.network.partition("router", name, seconds)
+            case Accident.PARTITION_WORKERS:
+                other = workers[int(accident.draw * 7919) % len(workers)]
+                self.network.partition(other.process.name, name, seconds)
+            case Accident.CUT:
+                self.network.cut(worker.process)
+            case Accident.DRAIN:
+                members = self.head.fleet.status()
+                if sum(member.state is MemberState.READY for member in members) > 2:  # else nobody might be left to serve
+                    self.head.manage(Drain(worker.worker_id))
+            case Accident.SCALE:
+                sizes = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2))[int(accident.draw * 7)]
+                self.head.manage(Apply(dict(zip(self._scenario.pools, sizes, strict=True))))
+
+    def _freeze(self, process: Process, seconds: float) -> None:
+        process.freeze()
+        self.time.call_later(seconds, process.resume)

@@ -1,0 +1,112 @@
+"""A clock that jumps from event to event, and processes that can be killed or frozen on it."""
+
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import count
+from random import Random
+
+Callback = Callable[[], object]
+
+
+class Timer:
+    """One call to come."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callback) -> None:
+        self.call: Callback | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class VirtualTime:
+    """Runs callbacks in order of their time; those of one instant in an order drawn by `rng`."""
+
+    def __init__(self, rng: Random) -> None:
+        self.now_s = 0.0
+        self.num_events = 0
+        self._rng = rng
+        self._sequence = count()
+        self._heap: list[tuple[float, float, int, Timer]] = []
+
+    def call_at(self, at_s: float, call: Callback) -> Timer:
+        timer = Timer(call)
+        heappush(self._heap, (max(at_s, self.now_s), self._rng.random(), next(self._sequence), timer))
+        return timer
+
+    def call_later(self, delay_s: float, call: Callback) -> Timer:
+        return self.call_at(self.now_s + delay_s, call)
+
+    def step(self, until_s: float) -> bool:
+        """Run the next callback; False when there is none before `until_s`."""
+        while self._heap and self._heap[0][3].call is None:
+            heappop(self._heap)
+        if not self._heap or self._heap[0][0] > until_s:
+            return False
+        at_s, _, _, timer = heappop(self._heap)
+        self.now_s = at_s
+        self.num_events += 1
+        call, timer.call = timer.call, None
+        assert call is not None
+        call()
+        return True
+
+
+class Process:
+    """What an operating system's process is to the others: it may die for good, or stand still for a while."""
+
+    def __init__(self, time: VirtualTime, name: str) -> None:
+        self.name = name
+        self.is_alive = True
+        self.is_frozen = False
+        self._time = time
+        self._waiting: deque[Callback] = deque()  # what came due while it was frozen
+        self._on_death: list[Callback] = []
+
+    def call_at(self, at_s: float, call: Callback) -> Timer:
+        """Run `call` in this process: not when it is dead by then, later when it is frozen by then."""
+        return self._time.call_at(at_s, lambda: self._run(call))
+
+    def call_later(self, delay_s: float, call: Callback) -> Timer:
+        return self.call_at(self._time.now_s + delay_s, call)
+
+    def every(self, interval_s: float, call: Callback) -> None:
+        """Run `call` again and again while the process lives."""
+
+        def again() -> None:
+            call()
+            self.call_later(interval_s, again)
+
+        self.call_later(interval_s, again)
+
+    def when_it_dies(self, call: Callback) -> None:
+        """What its kernel does then: closing connections, telling the parent."""
+        self._on_death.append(call)
+
+    def kill(self) -> None:
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        self._waiting.clear()
+        for call in self._on_death:
+            call()
+
+    def freeze(self) -> None:
+        self.is_frozen = True
+
+    def resume(self) -> None:
+        """Everything that came due meanwhile happens now, in its order."""
+        self.is_frozen = False
+        waiting, self._waiting = self._waiting, deque()
+        for call in waiting:
+            self._run(call)
+
+    def _run(self, call: Callback) -> None:
+        if not self.is_alive:
+            return
+        if self.is_frozen:
+            self._waiting.append(call)
+        else:
+            call()

@@ -1,0 +1,136 @@
+"""The simulator can fail: each of these planted bugs breaks a promise within 2,000 seeds."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from pdserve.core.request import TransferId
+from pdserve.decode_worker.scheduler import DecodeScheduler
+from pdserve.decode_worker.worker import DecodeWorker
+from pdserve.engine.kv_manager import KVManager
+from pdserve.engine.sequence import Sequence
+from pdserve.kv_transfer.inbound_transfer import InboundTransfer
+from pdserve.kv_transfer.protocol import Ack
+from pdserve.kv_transfer.sender import TransferSender
+from pdserve.planner.kv_model import ChainStore
+from pdserve.planner.run import simulate
+from pdserve.router.admission import JobQueue
+from pdserve.router.dispatch import Dispatch, Job
+from pdserve.router.registry import Registry, Worker
+from pdserve.router.stream import ChoiceStream
+
+MAX_SEEDS = 2000
+Planted = AbstractContextManager[Any]
+Mutation = Callable[[], Planted]
+
+
+def free_on_abort_before_the_transfer_has_drained() -> Planted:
+    original = DecodeWorker.abort
+
+    def abort(self: DecodeWorker, transfer: TransferId) -> None:
+        if self.scheduler.is_receiving(transfer):
+            self._kv.release(self.scheduler._receiving[transfer])
+        original(self, transfer)
+
+    return patch.object(DecodeWorker, "abort", abort)
+
+
+def forget_the_incarnation_of_a_message() -> Planted:
+    def current(self: Registry, worker_id: str, incarnation: int) -> Worker | None:
+        return self.get(worker_id)
+
+    return patch.object(Registry, "current", current)
+
+
+def repeat_a_token_after_a_resume() -> Planted:
+    original = Dispatch.unfinished_jobs
+
+    def unfinished_jobs(self: Dispatch, now_s: float) -> list[Job]:
+        jobs = original(self, now_s)
+        for job in jobs:
+            for stream in self.live.streams:
+                if job.output_token_ids and stream.choice in job.choices:
+                    stream.token_ids.pop()
+        return jobs
+
+    return patch.object(Dispatch, "unfinished_jobs", unfinished_jobs)
+
+
+def leak_on_cancel() -> Planted:
+    original = DecodeScheduler.remove
+
+    def remove(self: DecodeScheduler, transfer: TransferId) -> None:
+        with patch.object(KVManager, "release", lambda self, seq: None):
+            original(self, transfer)
+
+    return patch.object(DecodeScheduler, "remove", remove)
+
+
+def free_twice_on_preemption() -> Planted:
+    original = KVManager.reset
+
+    def reset(self: KVManager, seq: Sequence) -> None:
+        self.pool.free(seq.block_ids[-1:])
+        original(self, seq)
+
+    return patch.object(KVManager, "reset", reset)
+
+
+def lose_a_wake_up() -> Planted:
+    return patch.object(JobQueue, "unstrand", lambda self: None)
+
+
+def forget_to_renew_a_lease() -> Planted:
+    original = InboundTransfer.lease_ends_s
+    return patch.object(InboundTransfer, "lease_ends_s", lambda self, heard_s, config: original(self, 0.0, config))
+
+
+def lose_a_credit() -> Planted:
+    def on_ack(self: TransferSender, message: Ack) -> None:
+        acked = self._in_flight.pop(message.seq, None)
+        if acked is not None:
+            acked.transfer.chunk_acked(acked.num_bytes)
+
+    return patch.object(TransferSender, "_on_ack", on_ack)
+
+
+class _Anything:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
+def believe_every_checksum() -> Planted:
+    return patch.object(ChainStore, "checksum", lambda self, data: _Anything())
+
+
+def accept_tokens_out_of_order() -> Planted:
+    def accept(self: ChoiceStream, output):  # type: ignore[no-untyped-def]
+        if self.finish_reason is not None:
+            return ()
+        self._take(output)
+        return (output,)
+
+    return patch.object(ChoiceStream, "accept", accept)
+
+
+MUTATIONS: list[Mutation] = [
+    free_on_abort_before_the_transfer_has_drained,
+    forget_the_incarnation_of_a_message,
+    repeat_a_token_after_a_resume,
+    leak_on_cancel,
+    free_twice_on_preemption,
+    lose_a_wake_up,
+    forget_to_renew_a_lease,
+    lose_a_credit,
+    believe_every_checksum,
+    accept_tokens_out_of_order,
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_a_planted_bug_is_found(mutation: Mutation) -> None:
+    with mutation():
+        assert any(simulate(seed).violations for seed in range(MAX_SEEDS))

@@ -1,0 +1,125 @@
+"""Both roles over one engine, between an inbox and an outbox: what a worker does, without threads, sockets or processes.
+
+    command, or a transfer's ending -> role -> step(): prefill, then decode -> take_messages()
+
+The shell around it (`cluster.worker_process`, and the simulator's) owns the loop and calls from one thread.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from ..core.messages import (
+    Abort,
+    LegEnded,
+    Prefill,
+    Reserve,
+    Serve,
+    StepReport,
+    StepTiming,
+    TransferStats,
+    WorkerCommand,
+    WorkerLoad,
+)
+from ..core.request import TransferId
+from ..decode_worker.worker import DecodeWorker, ReceivePort
+from ..engine.batch import Runner
+from ..engine.kv_manager import KVManager
+from ..engine.outbox import Outbox
+from ..prefill_worker.worker import PrefillWorker, SendPort
+
+
+class TransferPort(SendPort, ReceivePort, Protocol):
+    """Both sides of a transfer endpoint."""
+
+
+class Worker:
+    """Owned by the engine thread."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        incarnation: int,
+        kv: KVManager,
+        runner: Runner,
+        port: TransferPort,
+        *,
+        num_layers: int,
+        max_batch_tokens: int,
+        max_batch_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._worker_id, self._incarnation = worker_id, incarnation
+        self._pool = kv.pool
+        self._outbox = Outbox(worker_id, incarnation)
+        self._prefill = PrefillWorker(
+            kv, runner, port, self._outbox, num_layers=num_layers, max_batch_tokens=max_batch_tokens, clock=clock
+        )
+        self._decode = DecodeWorker(
+            kv, runner, port, self._outbox, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens, clock=clock
+        )
+        self.load = self._measure_load()
+
+    @property
+    def num_legs(self) -> int:
+        return self._prefill.num_legs + self._decode.num_legs
+
+    def handle(self, command: WorkerCommand) -> None:
+        """Take on, or stop, a dispatch. One that is here already, or is not known, is left as it is."""
+        match command:
+            case Prefill():
+                self._prefill.prefill(command)
+            case Reserve():
+                self._decode.reserve(command)
+            case Serve():
+                self._decode.serve(command)
+            case Abort():
+                self._prefill.abort(command.transfer)
+                self._decode.abort(command.transfer)
+
+    # endings of transfers, see `kv_transfer.TransferListener`
+
+    def received(self, transfer: TransferId, payload: bytes) -> None:
+        self._decode.received(transfer, payload)
+
+    def receive_failed(self, transfer: TransferId, error: str) -> None:
+        self._decode.receive_failed(transfer, error)
+
+    def sent(self, transfer: TransferId, stats: TransferStats) -> None:
+        self._prefill.sent(transfer, stats)
+
+    def send_failed(self, transfer: TransferId, error: str) -> None:
+        self._prefill.send_failed(transfer, error)
+
+    def step(self) -> bool:
+        """One batch of each role that has work; False when there was none."""
+        worked = self._prefill.step()
+        return self._decode.step() or worked
+
+    def take_messages(self) -> list[StepReport | LegEnded]:
+        """What the last events and steps brought: tokens first, then the legs that ended. At least one report."""
+        outputs, ended, timings = self._outbox.take()
+        added, evicted = self._pool.take_events()
+        self.load = self._measure_load()
+        reports = [self.report(timing) for timing in timings] or [self.report()]
+        reports[0] = msgspec.structs.replace(
+            reports[0], outputs=outputs, blocks_added=tuple(added), blocks_evicted=tuple(evicted)
+        )
+        return [*reports, *ended]
+
+    def report(self, timing: StepTiming | None = None) -> StepReport:
+        """The load after the last step; from any thread."""
+        return StepReport(worker_id=self._worker_id, incarnation=self._incarnation, load=self.load, timing=timing)
+
+    def _measure_load(self) -> WorkerLoad:
+        prefill, decode = self._prefill.scheduler, self._decode.scheduler
+        return WorkerLoad(
+            num_running=prefill.num_running + decode.num_running,
+            num_waiting=prefill.num_waiting + decode.num_waiting,
+            num_queued_tokens=prefill.num_queued_tokens + decode.num_queued_tokens,
+            num_context_tokens=decode.num_context_tokens,
+            num_free_blocks=self._pool.num_free_blocks,
+            num_preemptions=decode.num_preemptions,
+        )

@@ -3,12 +3,14 @@
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
-from ..core.messages import Hello, StepReport, WorkerCommand
+from ..core.messages import Heartbeat, Hello, StepReport, WorkerCommand
 
 HEARTBEAT_S = 0.5
+DEAD_AFTER_S = 10.0  # a router that says nothing for so long is lost; it speaks every 0.5 s
 
 
 class RouterLink:
@@ -29,6 +31,7 @@ class RouterLink:
         self._encoder = FrameEncoder()
         self._write_lock = threading.Lock()  # of the encoder and the socket
         self._closed = threading.Event()
+        self._heard_s = time.monotonic()
         self._heartbeat: Callable[[], StepReport] | None = None
         self._threads = [
             threading.Thread(target=self._read, name="router-reader", daemon=True),
@@ -66,8 +69,10 @@ class RouterLink:
         decoder: FrameDecoder[WorkerCommand] = FrameDecoder(WorkerCommand)
         try:
             while data := self._socket.recv(1 << 18):
+                self._heard_s = time.monotonic()
                 for command in decoder.feed(data):
-                    self._on_command(command)
+                    if not isinstance(command, Heartbeat):
+                        self._on_command(command)
         except (OSError, FrameError):
             pass  # either way the router is lost to us
         self._closed.set()
@@ -75,5 +80,8 @@ class RouterLink:
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
-            if self._heartbeat is not None:
+            if time.monotonic() - self._heard_s > DEAD_AFTER_S:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)  # ends the reader, which tells
+            elif self._heartbeat is not None:
                 self.send(self._heartbeat())

@@ -4,7 +4,7 @@ import msgspec
 
 
 class HandOff(msgspec.Struct, frozen=True):
-    """`first_tokens` holds (choice, token_id) of every choice that did not end with its first token."""
+    """`first_tokens` holds (choice, token_id) of every choice that did not end with its first token; none when all did."""
 
     first_tokens: tuple[tuple[int, int], ...]
 

@@ -4,6 +4,7 @@
     router --Reserve(spec)---------> D      D --StepReport(tokens 2..n), LegEnded--> router
     router --Serve(spec)-----------> any    (both phases on one worker)
     router --Abort(transfer)-------> both
+    router --Heartbeat-------------> all
 
 Every report names the (worker_id, incarnation) it comes from, so that those of a replaced worker are recognisably old.
 """
@@ -210,5 +211,9 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer: TransferId
 
 
-WorkerCommand = Prefill | Reserve | Serve | Abort
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """The router lives. Sent every 0.5 s; a worker that hears nothing for long has lost its router."""
+
+
+WorkerCommand = Prefill | Reserve | Serve | Abort | Heartbeat
 WorkerMessage = Hello | LoadProgress | Ready | StepReport | LegEnded

@@ -113,7 +113,11 @@ class DecodeWorker:
             self.receive_failed(transfer, f"malformed hand-off: {error}")
             return
         leg.clock.start(self._clock())
-        self.scheduler.received(transfer, first_tokens)
+        if first_tokens:
+            self.scheduler.received(transfer, first_tokens)
+        else:  # every choice ended with its first token
+            self.scheduler.receive_failed(transfer)
+            self._end(transfer)
 
     def receive_failed(self, transfer: TransferId, error: str) -> None:
         """The transfer is over and writes no more."""

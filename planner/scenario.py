@@ -38,6 +38,7 @@ class Scenario:
     shapes: dict[Role, WorkerShape]
     chunk_bytes: int
     ring_slots: int
+    lease_s: float
     max_queued_requests: int
     prefill_on_decode: bool
     start_s: float  # what a worker's start takes
@@ -51,7 +52,9 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     rng = Random(seed)
     pools = {Role.PREFILL: rng.choice((1, 1, 2, 3)), Role.DECODE: rng.choice((1, 1, 2, 3))}
     shapes = _draw_shapes(rng)
-    rates = _draw_rates(rng) if with_faults else FaultRates()
+    rates = _draw_rates(rng)
+    if not with_faults or rng.random() < 0.1:
+        rates = FaultRates()
     num_accidents = int(rates.accidents_per_s * CALM_S)
     return Scenario(
         seed=seed,
@@ -59,6 +62,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         shapes=shapes,
         chunk_bytes=rng.choice((64, 128, 512)),
         ring_slots=rng.choice((1, 2, 4)),
+        lease_s=rng.choice((1.0, 30.0)),
         max_queued_requests=rng.choice((4, 16, 1024)),
         prefill_on_decode=rng.random() < 0.5,
         start_s=rng.uniform(0.05, 1.0),
@@ -75,6 +79,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
 
 def _draw_shapes(rng: Random) -> dict[Role, WorkerShape]:
     block_size = rng.choice((4, 4, 8))
+    step_s = rng.choice((0.002, 0.002, 0.03))
     shapes = {}
     for role in (Role.PREFILL, Role.DECODE):
         block_size = rng.choice((block_size, block_size, 4, 8))
@@ -85,6 +90,7 @@ def _draw_shapes(rng: Random) -> dict[Role, WorkerShape]:
             max_model_len=MAX_MODEL_LEN,
             max_batch_tokens=rng.choice((8, 32, 256)),
             max_batch_size=rng.choice((2, 4, 16)),
+            step_s=step_s,
         )
     return shapes
 

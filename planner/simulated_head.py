@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
-from ..core.messages import LegEnded, Ready, StepReport
+from ..core.messages import Heartbeat, LegEnded, Ready, StepReport
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
@@ -34,6 +34,7 @@ from .network import End
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Process, Timer, VirtualTime
 
+HEARTBEAT_S = 0.5
 DEAD_AFTER_S = 3.0
 STOP_TIMEOUT_S = 5.0
 
@@ -212,18 +213,19 @@ class _Connection:
         self._heard_s = head._time.now_s
         end.on_message = self._on_message
         end.on_lost = lambda reason: head.lost(key, reason)
-        self._watch()
+        self._beat()
 
     def _on_message(self, message: Any) -> None:
         self._heard_s = self._head._time.now_s
         self._head.receive(message)
 
-    def _watch(self) -> None:
-        silent_s = self._head._time.now_s - self._heard_s
+    def _beat(self) -> None:
         if not self.end.is_open:
             return
+        silent_s = self._head._time.now_s - self._heard_s
         if silent_s >= DEAD_AFTER_S:
             self.end.close()
             self._head.lost(self._key, f"silent for {silent_s:.1f} s")
         else:
-            self._head.process.call_later(DEAD_AFTER_S - silent_s + 0.001, self._watch)
+            self.end.send(Heartbeat())
+            self._head.process.call_later(HEARTBEAT_S, self._beat)

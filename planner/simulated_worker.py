@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
-from ..core.messages import Role, TransferAddress, TransferStats, WorkerInfo
+from ..core.messages import Heartbeat, Role, TransferAddress, TransferStats, WorkerCommand, WorkerInfo
 from ..core.request import TransferId
 from ..engine.block_pool import BlockPool
 from ..engine.kv_manager import KVManager
@@ -26,6 +26,7 @@ from .network import End
 from .virtual_time import Process, VirtualTime
 
 HEARTBEAT_S = 0.5
+ROUTER_DEAD_AFTER_S = 10.0
 HOP_S = 0.00005  # between a worker's two threads
 
 
@@ -38,7 +39,7 @@ class WorkerShape:
     max_model_len: int
     max_batch_tokens: int
     max_batch_size: int
-    step_s: float = 0.002
+    step_s: float
     token_s: float = 0.0001
 
 
@@ -170,14 +171,27 @@ class SimulatedWorker:
         self._router: End | None = None
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
+        self._heard_s = 0.0
 
     def serve(self, router: End) -> None:
         """The worker is loaded and its connection stands."""
         self._router = router
-        router.on_message = lambda command: self.post(lambda: self.worker.handle(command))
+        self._heard_s = self.clock.time.now_s
+        router.on_message = self._on_command
         router.on_lost = lambda _: self.process.kill()
-        self.process.every(HEARTBEAT_S, lambda: router.send(self.worker.report()))
+        self.process.every(HEARTBEAT_S, lambda: self._beat(router))
         self.process.every(self.local.config.heartbeat_s / 2, self.hub.tick)
+
+    def _on_command(self, command: WorkerCommand) -> None:
+        self._heard_s = self.clock.time.now_s
+        if not isinstance(command, Heartbeat):
+            self.post(lambda: self.worker.handle(command))
+
+    def _beat(self, router: End) -> None:
+        if self.clock.time.now_s - self._heard_s > ROUTER_DEAD_AFTER_S:
+            self.process.kill()
+        else:
+            router.send(self.worker.report())
 
     def info(self) -> WorkerInfo:
         shape = self.shape

@@ -111,6 +111,8 @@ class Simulation:
         if not self._wait_for(lambda: not self._leftovers()):
             for leftover in self._leftovers():
                 self.violation(f"left behind: {leftover}")
+        if not self.faults.counts and self.head.router.counters.retried:
+            self.violation(f"{self.head.router.counters.retried} dispatches failed without a fault")
         self.head.router.check_integrity()
         for worker in self._alive():
             worker.pool.check_integrity()
@@ -147,8 +149,13 @@ class Simulation:
                 left.append(f"{name}: leases of {', '.join(map(str, worker.store.leases))}")
             if worker.hub.num_transfers:
                 left.append(f"{name}: {worker.hub.num_transfers} transfers")
-        members = self.head.fleet.status()
-        left += [f"{m.worker_id} is {m.state.value}" for m in members if m.state is not MemberState.READY]
+        members = {(m.worker_id, m.incarnation) for m in self.head.fleet.status() if m.state is MemberState.READY}
+        for name, known in (
+            ("the router knows", {(worker.worker_id, worker.incarnation) for worker in routed.workers}),
+            ("there are", {(worker.worker_id, worker.incarnation) for worker in self._alive()}),
+        ):
+            left += [f"the fleet has {key}, not what {name}" for key in sorted(members ^ known)]
+        left += [f"{m.worker_id} is {m.state.value}" for m in self.head.fleet.status() if m.state is not MemberState.READY]
         return left
 
     # workers
@@ -164,7 +171,9 @@ class Simulation:
             incarnation,
             action.role,
             self._scenario.shapes[action.role],
-            TransferConfig(chunk_bytes=self._scenario.chunk_bytes, ring_slots=self._scenario.ring_slots),
+            TransferConfig(
+                chunk_bytes=self._scenario.chunk_bytes, ring_slots=self._scenario.ring_slots, lease_s=self._scenario.lease_s
+            ),
             lambda source: (
                 lambda pair, epoch: SimulatedDial(
                     self.network,

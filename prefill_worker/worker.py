@@ -155,11 +155,9 @@ class PrefillWorker:
                 going_on.append((choice, token.token_id))
         if not leg.sending:
             self._end(leg)
-        elif going_on:
-            self._port.prefill_done(seq.transfer)
-            self._port.commit(seq.transfer, HandOff(tuple(going_on)).encode())
-        else:
-            self._port.cancel(seq.transfer)
+            return
+        self._port.prefill_done(seq.transfer)
+        self._port.commit(seq.transfer, HandOff(tuple(going_on)).encode())
 
     def _unqueue(self, leg: _Leg) -> None:
         if leg.queued:

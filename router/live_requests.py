@@ -89,8 +89,7 @@ class LiveRequests:
         """Workers end by themselves when they saw the last tokens; tell those that did not."""
         dispatch.transition(DispatchState.FINISHED)
         if dispatch.cancelled or (Leg.DECODE in dispatch.open_legs and not dispatch.decode_started):
-            legs = dispatch.open_legs if dispatch.cancelled else {Leg.DECODE}
-            self._abort(dispatch, legs)
+            self._abort(dispatch, dispatch.open_legs)
 
     def end(self, live: LiveRequest, reason: FinishReason | None, error: str | None, now_s: float) -> None:
         """The request's only ending. Its legs are aborted and stay accounted until their workers say they are over."""

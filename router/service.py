@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.errors import DuplicateRequest
-from ..core.messages import Hello, LegEnded, LoadProgress, Ready, StepReport, WorkerInfo, WorkerMessage
+from ..core.messages import Heartbeat, Hello, LegEnded, LoadProgress, Ready, StepReport, WorkerInfo, WorkerMessage
 from ..core.request import FinishReason, Request
 from .core import Router
 from .events import (
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 StreamEvent = EmitTokens | EmitChoiceEnd | EmitEnd
 
-DEAD_AFTER_S = 3.0  # a worker that says nothing for so long is lost; it speaks every 0.5 s
+HEARTBEAT_S = 0.5  # so often do both sides speak at least
+DEAD_AFTER_S = 3.0  # a worker that says nothing for so long is lost
 
 
 class WorkerObserver(Protocol):
@@ -196,7 +197,7 @@ class _WorkerConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._watchdog = self._loop.call_later(DEAD_AFTER_S, self._watch)
+        self._watchdog = self._loop.call_later(HEARTBEAT_S, self._beat)
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = self._loop.time()
@@ -238,10 +239,12 @@ class _WorkerConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _watch(self) -> None:
-        """Hang up on a peer that is silent: not introduced in time, or ready once and frozen now."""
+    def _beat(self) -> None:
+        """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and frozen now."""
         silent_s = self._loop.time() - self._heard_s
         if silent_s >= DEAD_AFTER_S and (self._hello is None or self._ready):
             self._abort(f"silent for {silent_s:.1f} s")
             return
-        self._watchdog = self._loop.call_later(max(DEAD_AFTER_S - silent_s, 0.1), self._watch)
+        if self._hello is not None:
+            self.send(Heartbeat())
+        self._watchdog = self._loop.call_later(HEARTBEAT_S, self._beat)

@@ -13,6 +13,7 @@ import msgspec
 
 from ..core.messages import (
     Abort,
+    Heartbeat,
     LegEnded,
     Prefill,
     Reserve,
@@ -78,6 +79,8 @@ class Worker:
             case Abort():
                 self._prefill.abort(command.transfer)
                 self._decode.abort(command.transfer)
+            case Heartbeat():
+                pass
 
     # endings of transfers, see `kv_transfer.TransferListener`
 

@@ -45,6 +45,7 @@ def _summary(tally: Tally, seconds: float) -> str:
         ("requests", tally.num_requests),
         ("  resumed elsewhere", tally.num_resumed),
         ("tokens, each compared", tally.num_tokens),
+        ("sequences preempted", tally.num_preemptions),
         ("events", tally.num_events),
         ("virtual hours", round(tally.virtual_s / 3600, 1)),
         *((f"  {kind}", number) for kind, number in sorted(tally.faults.items())),

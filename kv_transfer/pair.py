@@ -21,6 +21,10 @@ from .link import Link, LinkError
 logger = logging.getLogger(__name__)
 
 
+# (link, ticket, timeout_s, done): calls `done` with the error of the link's operation, or None, when it is over
+Wait = Callable[[Link, Any, float, Callable[[BaseException | None], None]], None]
+
+
 @dataclass
 class Local:
     """This side of every pair: who we are, our blocks, whom to tell."""
@@ -36,6 +40,7 @@ class Local:
     listener: TransferListener
     config: TransferConfig
     clock: Callable[[], float] = monotonic
+    wait: Wait = field(default_factory=lambda: wait_on_executor)
     epochs: Iterator[int] = field(default_factory=lambda: count(1))  # one for each link that we open
     counters: TransferCounters = field(default_factory=TransferCounters)
     retired: list[Link] = field(default_factory=list)  # killed, and not gone yet
@@ -118,12 +123,9 @@ class Pair(ABC, Generic[E, C]):
         """Call `then` when the link's operation is done, unless the link has gone by then."""
         link, epoch = self._link, self._epoch
         assert link is not None and epoch is not None
-        loop = asyncio.get_running_loop()
-        waiting = loop.run_in_executor(link.executor, link.wait, ticket, self.local.config.chunk_timeout_s)
-        waiting.add_done_callback(partial(self._on_waited, epoch, then))
+        self.local.wait(link, ticket, self.local.config.chunk_timeout_s, partial(self._on_waited, epoch, then))
 
-    def _on_waited(self, epoch: int, then: Callable[[], None], waited: "asyncio.Future[None]") -> None:
-        error = None if waited.cancelled() else waited.exception()
+    def _on_waited(self, epoch: int, then: Callable[[], None], error: BaseException | None) -> None:
         if error is not None and not isinstance(error, LinkError):
             logger.error("waiting for a chunk failed", exc_info=error)
         if epoch != self._epoch:
@@ -132,6 +134,12 @@ class Pair(ABC, Generic[E, C]):
             self._link_failed(epoch, str(error))
         else:
             then()
+
+
+def wait_on_executor(link: Link, ticket: Any, timeout_s: float, done: Callable[[BaseException | None], None]) -> None:
+    """Wait on the link's own thread; `done` hears of it on the running loop."""
+    waiting = asyncio.get_running_loop().run_in_executor(link.executor, link.wait, ticket, timeout_s)
+    waiting.add_done_callback(lambda waited: done(None if waited.cancelled() else waited.exception()))
 
 
 def retire(local: Local, link: Link) -> None:

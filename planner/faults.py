@@ -82,5 +82,11 @@ class Faults:
             self.counts["chunk corrupted"] += 1
         return corrupts
 
+    def loses_chunk(self) -> bool:
+        loses = not self._is_calm and self._rng.random() < self._rates.corrupt
+        if loses:
+            self.counts["chunk lost"] += 1
+        return loses
+
     def count(self, kind: str) -> None:
         self.counts[kind] += 1

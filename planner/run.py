@@ -18,6 +18,7 @@ class Tally:
     num_requests: int = 0
     num_tokens: int = 0
     num_resumed: int = 0
+    num_preemptions: int = 0
     num_events: int = 0
     virtual_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
@@ -28,6 +29,7 @@ class Tally:
         self.num_requests += outcome.num_requests
         self.num_tokens += outcome.num_tokens
         self.num_resumed += outcome.num_resumed
+        self.num_preemptions += outcome.num_preemptions
         self.num_events += outcome.num_events
         self.virtual_s += outcome.virtual_s
         self.faults += outcome.faults

@@ -36,6 +36,7 @@ class Scenario:
     seed: int
     pools: dict[Role, int]
     shapes: dict[Role, WorkerShape]
+    transport: str
     chunk_bytes: int
     ring_slots: int
     lease_s: float
@@ -60,6 +61,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         seed=seed,
         pools=pools,
         shapes=shapes,
+        transport=rng.choice(("shm", "gloo")),
         chunk_bytes=rng.choice((64, 128, 512)),
         ring_slots=rng.choice((1, 2, 4)),
         lease_s=rng.choice((1.0, 30.0)),

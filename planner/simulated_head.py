@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
-from ..core.messages import Heartbeat, LegEnded, Ready, StepReport
+from ..core.messages import Abort, Heartbeat, LegEnded, Ready, StepReport, WorkerCommand
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
@@ -58,7 +58,9 @@ class SimulatedHead:
         fleet: FleetConfig,
         start_worker: Callable[[StartWorker], SimulatedWorker],
         violation: Callable[[str], None],
+        note: Callable[[str], None] | None,
     ) -> None:
+        """`note` keeps the timeline; None for none."""
         self.process = process
         self.router = Router(router, LatencyModel())
         self.fleet = Fleet(fleet)
@@ -66,6 +68,7 @@ class SimulatedHead:
         self._time = time
         self._start_worker = start_worker
         self._violation = violation
+        self._note = note
         self._workers: dict[Key, _Connection] = {}
         self._started: dict[Key, SimulatedWorker] = {}
         self._ending: set[Key] = set()
@@ -122,6 +125,8 @@ class SimulatedHead:
                 connection = self._workers.get((worker_id, incarnation))
                 if connection is not None:
                     connection.end.send(message)
+                if self._note is not None:
+                    self._note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
             case EmitTokens() | EmitChoiceEnd() | EmitEnd():
                 client = self.clients.get(command.request_id)
                 if isinstance(command, EmitEnd):
@@ -149,12 +154,19 @@ class SimulatedHead:
                     self.handle(WorkerReady(info))
                     self.manage(WorkerReady(info))
             case StepReport() | LegEnded():
+                if self._note is not None and isinstance(message, LegEnded):
+                    how = message.error or "complete"
+                    self._note(
+                        f"{message.worker_id}/{message.incarnation}: {message.leg.value} of {message.transfer} ended, {how}"
+                    )
                 self.handle(message)
 
     def lost(self, key: Key, reason: str) -> None:
         """A connection is gone: so is the worker, and its process must go."""
         if self._workers.pop(key, None) is None:
             return
+        if self._note is not None:
+            self._note(f"router lost {key[0]}/{key[1]}: {reason}")
         self.handle(WorkerLost(*key, reason))
         if key not in self._ending:
             self.manage(WorkerLost(*key, reason))
@@ -202,6 +214,17 @@ class SimulatedHead:
         self._ending.discard(key)
         self.handle(WorkerLost(*key, "the process ended"))
         self.manage(WorkerLost(*key, "the process ended"))
+
+
+def describe(command: WorkerCommand) -> str:
+    """One line of the timeline."""
+    name = type(command).__name__
+    if isinstance(command, Heartbeat):
+        return name
+    if isinstance(command, Abort):
+        return f"{name} {command.transfer}"
+    spec = command.spec
+    return f"{name} {spec.transfer}, {spec.num_tokens} tokens, choices {', '.join(map(str, spec.choices))}"
 
 
 class _Connection:

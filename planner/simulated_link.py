@@ -1,14 +1,16 @@
 """The wire between two workers: a connection for the control stream, and a staging ring that both see."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ..kv_transfer.inbound import InboundPair
+from ..kv_transfer.link import LinkError, TransferTimeout
 from ..kv_transfer.outbound import OutboundPair
 from ..kv_transfer.protocol import Connect, Connected, Refused
 from .faults import Faults
 from .network import End, Network
 from .simulated_worker import SimulatedWorker
-from .virtual_time import Timer
+from .virtual_time import Process, Timer
 
 PREPARE_S = 0.001  # making a ring
 
@@ -29,18 +31,87 @@ class SharedRing:
         start = slot * self.slot_bytes
         return memoryview(self._memory)[start : start + num_bytes]
 
-    def send(self, slot: int, num_bytes: int, seq: int) -> None:
+    def send(self, slot: int, num_bytes: int, seq: int) -> "Ticket | None":
         if self._faults.corrupts_chunk():
             self._memory[slot * self.slot_bytes + num_bytes // 2] ^= 0x10
+        return None
 
-    def recv(self, slot: int, num_bytes: int, seq: int) -> None: ...
+    def recv(self, slot: int, num_bytes: int, seq: int) -> "Ticket | None":
+        return None
 
     def wait(self, ticket: Any, timeout_s: float) -> None:
-        raise AssertionError("shared memory has no tickets")
+        raise AssertionError("virtual time does not block")
 
     def kill(self) -> None: ...
 
     def join(self) -> None: ...
+
+
+class Ticket:
+    """An operation of a copying link."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self.error: LinkError | None = None
+        self._done: Callable[[BaseException | None], None] | None = None
+
+    def resolve(self, error: LinkError | None = None) -> None:
+        if self.is_done:
+            return
+        self.is_done, self.error = True, error
+        if self._done is not None:
+            self._done(error)
+
+    def when_done(self, process: Process, timeout_s: float, done: Callable[[BaseException | None], None]) -> None:
+        """Implements `kv_transfer.pair.Wait` in virtual time."""
+        self._done = done
+        if self.is_done:
+            process.call_later(0.0, lambda: done(self.error))
+        else:
+            process.call_later(timeout_s, lambda: self.resolve(TransferTimeout(f"nothing within {timeout_s} s")))
+
+
+class CopyingRing(SharedRing):
+    """One side's ring of a link that copies, as gloo does: bytes travel apart from the stream that announces them."""
+
+    def __init__(self, num_slots: int, slot_bytes: int, network: Network, process: Process) -> None:
+        super().__init__(num_slots, slot_bytes, network.faults)
+        self.peer: CopyingRing = self
+        self._network = network
+        self._process = process
+        self._arrived: dict[int, bytes] = {}
+        self._expected: dict[int, tuple[int, Ticket]] = {}
+        self._is_dead = False
+
+    def send(self, slot: int, num_bytes: int, seq: int) -> Ticket:
+        super().send(slot, num_bytes, seq)
+        data, ticket = bytes(self.slot(slot, num_bytes)), Ticket()
+        if not self._faults.loses_chunk():
+            at_s = self._network.arrival_s(self._process, self.peer._process)
+            self.peer._process.call_at(at_s, lambda: self.peer._arrive(seq, data))
+            self._process.call_at(at_s, ticket.resolve)
+        return ticket
+
+    def recv(self, slot: int, num_bytes: int, seq: int) -> Ticket:
+        ticket = Ticket()
+        self._expected[seq] = slot, ticket
+        self._match(seq)
+        return ticket
+
+    def kill(self) -> None:
+        """As gloo does: who waits finds out when the time for it is over."""
+        self._is_dead = True
+
+    def _arrive(self, seq: int, data: bytes) -> None:
+        if not self._is_dead:
+            self._arrived[seq] = data
+            self._match(seq)
+
+    def _match(self, seq: int) -> None:
+        if seq in self._arrived and seq in self._expected:
+            (slot, ticket), data = self._expected.pop(seq), self._arrived.pop(seq)
+            self.slot(slot, len(data))[:] = data
+            ticket.resolve()
 
 
 class SimulatedDial:
@@ -67,7 +138,7 @@ class SimulatedDial:
         door.on_message = lambda message: self._on_greeting(door, message)
         timeout_s = source.local.config.connect_timeout_s
         self._timer = source.process.call_later(timeout_s, lambda: self._fail(f"no answer within {timeout_s} s"))
-        self._end.send(pair.greeting("shm", epoch))
+        self._end.send(pair.greeting(source.local.transport, epoch))
 
     def cancel(self) -> None:
         self._finish()
@@ -95,9 +166,16 @@ class SimulatedDial:
             door.close()
             return
         config = self._target.local.config
-        self._ring = SharedRing(config.ring_slots, config.chunk_bytes_of("shm"), self._network.faults)
+        num_slots, slot_bytes = config.ring_slots, config.chunk_bytes_of("shm")
+        ring: SharedRing
+        if connect.link == "shm":
+            ring = self._ring = SharedRing(num_slots, slot_bytes, self._network.faults)
+        else:
+            ring = theirs = CopyingRing(num_slots, slot_bytes, self._network, self._target.process)
+            self._ring = ours = CopyingRing(num_slots, slot_bytes, self._network, self._source.process)
+            ours.peer, theirs.peer = theirs, ours
         door.send(Connected(connect.epoch))
-        pair.attach(door, self._ring, connect.epoch)
+        pair.attach(door, ring, connect.epoch)
 
     # on the source
 

@@ -135,6 +135,7 @@ class SimulatedWorker:
         incarnation: int,
         role: Role,
         shape: WorkerShape,
+        transport: str,
         config: TransferConfig,
         dial: Callable[["SimulatedWorker"], Dial],
         violation: Callable[[str], None],
@@ -149,12 +150,13 @@ class SimulatedWorker:
             token="",
             host="",
             host_id="here",
-            transport="shm",
+            transport=transport,
             store=self.store,
             layout=self.store.layout,
             listener=Listener(self),
             config=config,
             clock=lambda: time.now_s,
+            wait=lambda link, ticket, timeout_s, done: ticket.when_done(process, timeout_s, done),
         )
         self.hub = TransferHub(self.local, dial(self))
         self.worker = Worker(

@@ -34,6 +34,7 @@ class Outcome:
     num_requests: int = 0
     num_tokens: int = 0
     num_resumed: int = 0
+    num_preemptions: int = 0
     num_events: int = 0
     virtual_s: float = 0.0
 
@@ -52,6 +53,7 @@ class Simulation:
         self._rng = Random(scenario.seed + 1)
         self.time = VirtualTime(self._rng)
         self.faults = Faults(self._rng, scenario.rates)
+        self._client_counts: Counter[str] = Counter()
         self.network = Network(self.time, self.faults)
         self.workers: dict[tuple[str, int], SimulatedWorker] = {}
         self.head = SimulatedHead(
@@ -65,8 +67,11 @@ class Simulation:
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=30.0, backoff_s=0.2, max_backoff_s=2.0),
             self._start_worker,
             self.violation,
+            self.note if keep_timeline else None,
         )
-        self.clients = [SimulatedClient(self.time, self.head, plan, self.violation, self.note) for plan in scenario.requests]
+        self.clients = [
+            SimulatedClient(self.time, self.head, plan, self.violation, self.note, self._count) for plan in scenario.requests
+        ]
 
     def run(self) -> Outcome:
         """To the end, or to a violation that leaves nothing to check."""
@@ -80,10 +85,11 @@ class Simulation:
             if self._keep_timeline:
                 raise
         outcome = self.outcome
-        outcome.faults = self.faults.counts
+        outcome.faults = self.faults.counts + self._client_counts
         outcome.num_requests = len(self.clients)
         outcome.num_tokens = sum(client.num_tokens for client in self.clients)
         outcome.num_resumed = sum(client.was_resumed for client in self.clients)
+        outcome.num_preemptions = sum(worker.worker.load.num_preemptions for worker in self.workers.values())
         outcome.num_events, outcome.virtual_s = self.time.num_events, self.time.now_s
         return outcome
 
@@ -92,6 +98,9 @@ class Simulation:
         self.outcome.violations.append(f"{self.time.now_s:.6f}: {text}")
         if len(self.outcome.violations) >= 20:
             raise TooManyViolations
+
+    def _count(self, kind: str) -> None:
+        self._client_counts[kind] += 1
 
     def note(self, text: str) -> None:
         if self._keep_timeline:
@@ -106,7 +115,7 @@ class Simulation:
         self.faults.calm()
         self.head.manage(Apply(self._scenario.pools))  # whoever was drained comes back
         if not self._wait_for(self._are_clients_done):
-            waiting = [client._id for client in self.clients if not client.is_ended]
+            waiting = [client.request_id for client in self.clients if not client.is_ended]
             self.violation(f"still waiting {PATIENCE_S:.0f} s after the last fault: {', '.join(waiting)}")
         if not self._wait_for(lambda: not self._leftovers()):
             for leftover in self._leftovers():
@@ -171,6 +180,7 @@ class Simulation:
             incarnation,
             action.role,
             self._scenario.shapes[action.role],
+            self._scenario.transport,
             TransferConfig(
                 chunk_bytes=self._scenario.chunk_bytes, ring_slots=self._scenario.ring_slots, lease_s=self._scenario.lease_s
             ),

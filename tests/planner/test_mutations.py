@@ -1,7 +1,7 @@
 """The simulator can fail: each of these planted bugs breaks a promise within 2,000 seeds."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -12,8 +12,11 @@ from pdserve.decode_worker.scheduler import DecodeScheduler
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.sequence import Sequence
+from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent
+from pdserve.kv_transfer.inbound import InboundPair
 from pdserve.kv_transfer.inbound_transfer import InboundTransfer
 from pdserve.kv_transfer.protocol import Ack
+from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.planner.kv_model import ChainStore
 from pdserve.planner.run import simulate
@@ -43,6 +46,23 @@ def forget_the_incarnation_of_a_message() -> Planted:
         return self.get(worker_id)
 
     return patch.object(Registry, "current", current)
+
+
+@contextmanager
+def forget_the_epoch_check() -> Iterator[None]:
+    """Both of them: where a chunk's arrival is waited for, and in the machine."""
+    original = TransferReceiver.handle
+
+    def on_waited(self: InboundPair, epoch: int, then: Callable[[], None], error: BaseException | None) -> None:
+        then()
+
+    def handle(self: TransferReceiver, event: ReceiverEvent, now_s: float) -> list[ReceiverCommand]:
+        if isinstance(event, Arrived) and self._epoch is not None:
+            event = Arrived(self._epoch, event.seq)
+        return original(self, event, now_s)
+
+    with patch.object(InboundPair, "_on_waited", on_waited), patch.object(TransferReceiver, "handle", handle):
+        yield
 
 
 def repeat_a_token_after_a_resume() -> Planted:
@@ -119,6 +139,7 @@ def accept_tokens_out_of_order() -> Planted:
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
     forget_the_incarnation_of_a_message,
+    forget_the_epoch_check,
     repeat_a_token_after_a_resume,
     leak_on_cancel,
     free_twice_on_preemption,

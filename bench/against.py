@@ -1,0 +1,64 @@
+"""This tree beside an earlier revision of itself, in one run: what a client sees at batch 1, taking turns.
+
+    python bench/against.py REVISION [--rounds 5]
+
+Each turn is one run of that tree's own `overhead.py`; a figure is the median of a tree's turns. The earlier tree is checked out
+beside this one for the time of the run, and its kernels are built.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent.parent
+
+
+@contextmanager
+def checked_out(revision: str) -> Iterator[Path]:
+    """A worktree of `revision`, with its kernels."""
+    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", tree, revision], cwd=HERE, check=True)
+        try:
+            subprocess.run([sys.executable, "kernels/build.py"], cwd=tree, check=True, stdout=subprocess.DEVNULL)
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=HERE, check=True)
+
+
+def turn(tree: Path, num_requests: int) -> dict[str, float]:
+    """Medians of one run: TTFT and ITL through the cluster, in ms."""
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    command = [sys.executable, "bench/overhead.py", "--requests", str(num_requests)]
+    output = subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True).stdout
+    rows = [line.split() for line in output.splitlines()]
+    return {row[0]: float(row[2]) for row in rows if row and row[0] in ("TTFT", "ITL")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("revision")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=40)
+    args = parser.parse_args()
+    figures: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with checked_out(args.revision) as earlier:
+        for _ in range(args.rounds):
+            for name, tree in (("earlier", earlier), ("this", HERE)):
+                for figure, milliseconds in turn(tree, args.requests).items():
+                    figures[figure, name].append(milliseconds)
+    print(f"{'ms at batch 1':14} {args.revision[:12]:>12} {'this tree':>12} {'ratio':>8}   (medians of {args.rounds} turns)")
+    for figure in ("TTFT", "ITL"):
+        before, after = (statistics.median(figures[figure, name]) for name in ("earlier", "this"))
+        print(f"{figure:14} {before:12.3f} {after:12.3f} {after / before:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

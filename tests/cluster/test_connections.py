@@ -1,0 +1,98 @@
+"""The connection between router and worker: both ends speak, and each notices when the other has fallen silent."""
+
+import asyncio
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from pdserve.cluster import worker_link
+from pdserve.cluster.worker_link import RouterLink
+from pdserve.core.codec import FrameEncoder
+from pdserve.core.messages import Abort, Heartbeat, Hello, StepReport, WorkerCommand, WorkerLoad
+from pdserve.core.request import TransferId
+from pdserve.router import service
+from pdserve.router.core import Router
+from pdserve.router.service import RouterService
+
+HELLO = Hello(worker_id="decode-0", incarnation=1, token="token")
+WAIT_S = 20.0
+
+
+class Link:
+    """A worker's end, and what it was told."""
+
+    def __init__(self, port: int) -> None:
+        self.commands: list[WorkerCommand] = []
+        self.lost = threading.Event()
+        self.link = RouterLink(("127.0.0.1", port), HELLO, self.commands.append, self.lost.set)
+        self.link.start()
+
+
+def observer(lost: list[str]) -> SimpleNamespace:
+    return SimpleNamespace(
+        expects=lambda worker_id, incarnation: True,
+        worker_lost=lambda worker_id, incarnation, reason: lost.append(reason),
+    )
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is noticed soon."""
+    monkeypatch.setattr(worker_link, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(worker_link, "DEAD_AFTER_S", 0.3)
+    monkeypatch.setattr(service, "HEARTBEAT_S", 0.02)
+
+
+async def test_a_router_that_has_nothing_to_say_says_that_it_lives(hasty: None) -> None:
+    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    beats = 0
+
+    async def count_beats(reader: asyncio.StreamReader) -> None:
+        nonlocal beats
+        while beats < 3:
+            await reader.readexactly(len(FrameEncoder().encode(Heartbeat())))
+            beats += 1
+
+    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    writer.write(FrameEncoder().encode(HELLO))
+    async with asyncio.timeout(WAIT_S):
+        await count_beats(reader)
+    writer.close()
+    await routing.stop()
+
+
+def test_a_worker_that_hears_nothing_has_lost_its_router(hasty: None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        link = Link(silent.getsockname()[1])
+        assert link.lost.wait(WAIT_S)
+        link.link.close()
+
+
+async def test_the_router_hangs_up_when_a_frame_was_lost() -> None:
+    lost: list[str] = []
+    routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
+    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    encoder = FrameEncoder()
+    writer.write(encoder.encode(HELLO))
+    encoder.encode("this frame is lost")
+    writer.write(encoder.encode(StepReport(worker_id="decode-0", incarnation=1, load=WorkerLoad())))
+    async with asyncio.timeout(WAIT_S):
+        assert await reader.read() == b""
+    assert lost == ["frame 2 came, 1 was due"]
+    writer.close()
+    await routing.stop()
+
+
+def test_a_worker_hangs_up_when_a_frame_was_lost() -> None:
+    encoder = FrameEncoder()
+    first, _, third = (encoder.encode(Abort(transfer=TransferId("r", attempt))) for attempt in range(3))
+    with socket.create_server(("127.0.0.1", 0)) as router:
+        link = Link(router.getsockname()[1])
+        connection, _ = router.accept()
+        with connection:
+            connection.sendall(first + third)
+            assert link.lost.wait(WAIT_S)
+        link.link.close()
+    assert link.commands == [Abort(transfer=TransferId("r", 0))]

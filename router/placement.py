@@ -69,7 +69,9 @@ class Placer:
             candidates += self._on_one(job, decodes, depths, bool(prefills))
         elif _can_pair(prefills, decodes):
             candidates = self._pairs(job, options, decodes, depths)
-            candidates += self._on_one(job, decodes, depths, True)
+            # when each of them has failed, the pools may not reach each other: one worker alone needs no transfer
+            has_way = not candidates or any(not score[0] for score, _, _ in candidates)
+            candidates += self._on_one(job, decodes, depths, has_way)
         else:
             candidates = self._on_one(job, decodes or prefills, depths, False)
         if not candidates:

@@ -82,9 +82,9 @@ class World:
         assert self.service.admit(SimpleNamespace(send=lambda message: None), _hello(spec))  # type: ignore[arg-type]
         self.service.receive(Ready(info=worker_info(worker_id, spec.role, incarnation=spec.incarnation)))
 
-    def disconnect(self, worker_id: str, reason: str = "connection closed") -> None:
+    def disconnect(self, worker_id: str, reason: str = "connection closed", is_silent: bool = False) -> None:
         spec = self.actor(worker_id).spec
-        self.service.lost(worker_id, spec.incarnation, reason)
+        self.service.lost(worker_id, spec.incarnation, reason, is_silent)
 
     def up(self) -> None:
         self.controller.handle(Apply({P: 1, D: 1}))
@@ -139,6 +139,19 @@ async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
     assert [event.incarnation for event in world.losses("decode-0")] == [1, 1]
     world.connect("decode-0")
     assert world.state("decode-0") is MemberState.READY
+
+
+async def test_a_worker_that_fell_silent_is_killed_without_being_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, stable_s=0.0)
+    world.up()
+    monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 3600.0)
+    actor = world.actor("decode-0")
+    actor.is_frozen = True
+    world.disconnect("decode-0", "silent for 3.1 s", is_silent=True)
+    await world.settle()
+    assert actor.num_stops == 0
+    assert world.actor("decode-0").spec.incarnation == 3
+    assert world.error("decode-0") == "silent for 3.1 s"
 
 
 async def frozen_is_killed(actor: FakeActor) -> None:

@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
+from pdserve.proto import pdserve_pb2 as pb
+
 from .accidents import Accident
 from .streams import Stream
 from .watch import Watch
@@ -51,12 +53,8 @@ class Account:
             for failed, following in pairwise(attempts):
                 position = following.prefill.num_tokens - len(stream.template.prompt)
                 self.hits["before the first token" if not position else "in transfer" if position == 1 else "in decode"] += 1
-                names = {failed.prefill.worker, failed.decode.worker}
-                failed_s = stream.start_s + following.queued_s + 0.05  # the router's clock began a little later than ours
-                causes = [a for a in accidents if a.at_s is not None and a.at_s <= failed_s and _names(a) & names]
-                if causes:
-                    cause = max(causes, key=lambda accident: accident.at_s or 0.0)
-                    assert cause.at_s is not None
+                cause = _cause(failed, stream.start_s + following.queued_s, accidents)
+                if cause is not None and cause.at_s is not None:
                     kind = f"{cause.kind}, {cause.role}"
                     self.acted_s[kind].append(stream.start_s + following.queued_s - cause.at_s)
                     self.resumed_s[kind].append(choice.arrivals_s[position] - cause.at_s)
@@ -94,8 +92,20 @@ class Account:
         return rows
 
 
-def _names(accident: Accident) -> set[str]:
-    return {victim.worker_id for victim in accident.victims}
+def _cause(failed: pb.Attempt, failed_s: float, accidents: Sequence[Accident]) -> Accident | None:
+    """Which accident ended an attempt: a kill is noticed at once, anything else later. An attempt that had no token yet does
+    not tell which decode worker it had."""
+
+    def concerns(accident: Accident) -> bool:
+        names = {victim.worker_id for victim in accident.victims}
+        may_be_the_target = not failed.HasField("decode") and accident.role == "decode"
+        return may_be_the_target or bool(names & {failed.prefill.worker, failed.decode.worker})
+
+    slack_s = 0.05  # the router's clock began a little later than ours
+    before = [a for a in accidents if a.at_s is not None and a.at_s <= failed_s + slack_s and concerns(a)]
+    kills = [a for a in before if a.kind == "kill" and failed_s - (a.at_s or 0.0) < 1.0]
+    others = [a for a in before if a.kind != "kill"]
+    return max(kills or others, key=lambda accident: accident.at_s or 0.0, default=None)
 
 
 def _row(name: str, values: Sequence[float]) -> str:

@@ -156,11 +156,11 @@ def test_legs_that_end_badly_for_the_last_time_close_the_request_once() -> None:
 
 
 def test_repeated_errors_pause_longer_and_longer_but_the_first_retry_is_at_once() -> None:
-    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(retry_delay_s=0.02, prefill_on_decode_factor=None))
+    cluster = Cluster("both-0", config=RouterConfig(retry_delay_s=0.02))
     cluster.submit(make_request())
     pauses = []
     for attempt in range(4):
-        cluster.leg_ended("prefill-0", Leg.PREFILL, "no link", transfer=TransferId("r", attempt))
+        cluster.leg_ended("both-0", Leg.DECODE, "out of luck", transfer=TransferId("r", attempt))
         due_s = cluster.router.next_tick_s() or cluster.now_s
         pauses.append(round(due_s - cluster.now_s, 3))
         cluster.now_s = due_s

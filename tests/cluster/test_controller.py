@@ -204,7 +204,7 @@ async def test_a_killed_worker_is_lost_to_the_router_once_and_replaced_once(
     else:
         actor.end(ActorDiedError())
         await world.settle()
-        world.service.lost("prefill-0", 2, "connection closed")
+        world.service.lost("prefill-0", 2, "connection closed", is_silent=False)
     assert [actor.spec.incarnation for actor in world.actors if actor.spec.worker_id == "prefill-0"] == [2, 3]
     world.connect("prefill-0")
     assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {"prefill-0", "decode-0"}

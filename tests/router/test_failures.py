@@ -186,7 +186,7 @@ def test_legs_that_end_without_the_last_tokens_are_a_failure() -> None:
     cluster.token("prefill-0", 0)
     cluster.leg_ended("prefill-0", Leg.PREFILL)
     cluster.leg_ended("decode-0", Leg.DECODE)
-    assert cluster.spec("prefill-0").transfer == TransferId("r", 1)
+    assert cluster.spec("decode-0").transfer == TransferId("r", 1)
 
 
 def test_tokens_held_when_ds_leg_ended_are_delivered_once_ps_first_token_comes() -> None:

@@ -28,7 +28,7 @@ import grpc
 import ray
 import torch
 from ordeal.accidents import draw, strike
-from ordeal.account import Account
+from ordeal.account import Account, slowness
 from ordeal.leftovers import descendants, holdings, mark_descendants, traces
 from ordeal.network import enter_namespace
 from ordeal.streams import Stream, Template, make_templates, run_streams
@@ -106,6 +106,7 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, with_partitions: 
     print(
         f"round {number}: {time.monotonic() - start_s:.1f} s; {'; '.join(map(str, accidents))}",
         *problems,
+        *slowness(streams),
         sep="\n  ",
         flush=True,
     )

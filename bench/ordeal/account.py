@@ -11,6 +11,8 @@ from .accidents import Accident
 from .streams import Stream
 from .watch import Watch
 
+LONG_PAUSE_S = 8.0
+
 
 class Account:
     """Filled round by round."""
@@ -115,5 +117,24 @@ def _row(name: str, values: Sequence[float]) -> str:
 
 
 def _story(stream: Stream) -> str:
-    attempts = [f"{a.attempt}: {a.prefill.worker} -> {a.decode.worker or '?'}, {a.prefill.num_tokens}" for a in stream.attempts]
-    return f"prompt {len(stream.template.prompt)}, {stream.num_tokens} tokens, {stream.template.sampling}, attempts {attempts}"
+    """A stream's attempts: who, and when each began to wait, was dispatched and brought its first token."""
+    attempts = [
+        f"{a.attempt}: {a.prefill.worker} -> {a.decode.worker or '?'} with {a.prefill.num_tokens} tokens "
+        f"[{a.queued_s:.2f} {a.dispatched_s:.2f} {a.first_token_s:.2f}]"
+        for a in stream.attempts
+    ]
+    return (
+        f"prompt {len(stream.template.prompt)}, {stream.num_tokens} tokens, {stream.template.sampling}; {'; '.join(attempts)}"
+    )
+
+
+def slowness(streams: Sequence[Stream]) -> list[str]:
+    """Streams that paused for longer than any accident should make them, in words."""
+    slow = []
+    for stream in streams:
+        for choice in stream.choices.values():
+            arrivals_s = [stream.start_s, *choice.arrivals_s]
+            pause_s, since_s = max((later - earlier, earlier) for earlier, later in pairwise(arrivals_s))
+            if pause_s > LONG_PAUSE_S:
+                slow.append(f"a pause of {pause_s:.1f} s from {since_s - stream.start_s:.2f} s on: {_story(stream)}")
+    return slow

@@ -15,6 +15,7 @@ Exit status 1 when a stream was lost or altered, or anything leaked.
 import argparse
 import platform
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -115,10 +116,12 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, with_partitions: 
 
 def settle(ordeal: Ordeal, account: Account) -> None:
     """Whole and idle again, or it is a leak."""
+    start_s = time.monotonic()
     try:
         ordeal.watch.wait_for(ordeal.watch.is_idle, SETTLE_TIMEOUT_S)
     except TimeoutError as error:
         account.leaks.append(f"not whole and idle {error}")
+    print(f"whole and idle after {time.monotonic() - start_s:.1f} s", flush=True)
     num_processes = holdings("WorkerActor")["processes"]
     if num_processes != sum(POOLS.values()):
         account.leaks.append(f"{num_processes} worker processes")
@@ -145,6 +148,7 @@ def main() -> int:
     if args.partitions:
         enter_namespace()
     mark_descendants()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
     rng, account, found = random.Random(args.seed), Account(), traces()
     with running("gloo" if args.partitions else "auto", make_templates(rng, NUM_TEMPLATES)) as ordeal:
         before = {"head": holdings("HeadActor"), "workers": holdings("WorkerActor")}

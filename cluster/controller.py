@@ -121,12 +121,13 @@ class Controller:
         process.info, process.phase, process.fraction = info, "", 1.0
         self.handle(WorkerReady(info))
 
-    def worker_lost(self, worker_id: str, incarnation: int, reason: str) -> None:
-        """A connection is gone. One that was to end, or has not begun to serve, tells more by the end of its process."""
+    def worker_lost(self, worker_id: str, incarnation: int, reason: str, is_silent: bool) -> None:
+        """A connection is gone. One that was to end, or has not begun to serve, tells more by the end of its process. One
+        that fell silent may be frozen, and a new incarnation needs its cores: it is not asked to end, but killed."""
         process = self.processes.get((worker_id, incarnation))
         if process is not None and process.info is not None and process.ending is None:
             self.handle(WorkerLost(worker_id, incarnation, reason))
-            self._stop((worker_id, incarnation), reason)  # it may be frozen, and a new incarnation needs its cores
+            self._stop((worker_id, incarnation), reason, 0.0 if is_silent else STOP_TIMEOUT_S)
 
     def worker_idle(self, worker_id: str, incarnation: int) -> None:
         self.handle(WorkerIdle(worker_id, incarnation))
@@ -144,7 +145,7 @@ class Controller:
             case AssignRole(worker_id, role):
                 self._router(WorkerRole(worker_id, role))
             case StopWorker(worker_id, incarnation, reason):
-                self._stop((worker_id, incarnation), reason)
+                self._stop((worker_id, incarnation), reason, STOP_TIMEOUT_S)
 
     def _place(self, key: Key) -> None:
         """Start the actor, or leave it waiting while processes that are about to end hold the cores."""
@@ -183,7 +184,7 @@ class Controller:
         for waiting in [key for key, process in self.processes.items() if process.actor is None]:
             self._place(waiting)
 
-    def _stop(self, key: Key, reason: str) -> None:
+    def _stop(self, key: Key, reason: str, patience_s: float) -> None:
         process = self.processes.get(key)
         if process is None or process.ending is not None:
             return  # its end was told already, or will be
@@ -191,7 +192,7 @@ class Controller:
         if process.watch is None:
             self._gone(key, reason)
         else:
-            self._spawn(_end(process.actor, process.watch))
+            self._spawn(_end(process.actor, process.watch, patience_s))
 
     def _router(self, event: WorkersExpected | WorkerDraining | WorkerRole | WorkerLost) -> None:
         assert self._service is not None, "attach() comes first"
@@ -218,9 +219,11 @@ def _create_actor(spec: WorkerSpec, placement: Placement) -> Any:
     ).remote(WORKER, replace(spec, cores=placement.cores))
 
 
-async def _end(actor: Any, watch: "asyncio.Task[None]") -> None:
+async def _end(actor: Any, watch: "asyncio.Task[None]", patience_s: float) -> None:
     """Ask the process to end, then make it. `watch` tells of its end."""
-    actor.stop.remote()
-    _, alive = await asyncio.wait((watch,), timeout=STOP_TIMEOUT_S)
-    if alive:
-        ray.kill(actor)
+    if patience_s:
+        actor.stop.remote()
+        _, alive = await asyncio.wait((watch,), timeout=patience_s)
+        if not alive:
+            return
+    ray.kill(actor)

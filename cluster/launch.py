@@ -64,6 +64,7 @@ class _Ray:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(started.temp_dir),
+                _system_config={"worker_niceness": 0},  # Ray would let any other process of the machine starve ours
                 **options,
             )
         except BaseException:  # Ctrl-C as well

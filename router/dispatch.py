@@ -87,7 +87,7 @@ class Job:
         self.queued_s = now_s
         self.ready_s = now_s
         self.num_failures = 0
-        self.failed_pairs: frozenset[tuple[str, str | None]] = frozenset()
+        self.failed_pairs: frozenset[tuple[Worker, Worker | None]] = frozenset()  # these incarnations of them
         self._chains: dict[int, PrefixChain] = {}
 
     @property
@@ -165,8 +165,8 @@ class Dispatch:
         return self.prefill is self.decode
 
     @property
-    def pair(self) -> tuple[str, str | None]:
-        return self.prefill.worker_id, self.decode.worker_id if self.decode else None
+    def pair(self) -> tuple[Worker, Worker | None]:
+        return self.prefill, self.decode
 
     def worker_of(self, leg: Leg) -> Worker | None:
         """Who carries out `leg`; None when this dispatch has no such leg."""

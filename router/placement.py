@@ -69,7 +69,9 @@ class Placer:
             candidates += self._on_one(job, decodes, depths, bool(prefills))
         elif _can_pair(prefills, decodes):
             candidates = self._pairs(job, options, decodes, depths)
-            candidates += self._on_one(job, decodes, depths, True)
+            # when each of them has failed, the pools may not reach each other: one worker alone needs no transfer
+            has_way = not candidates or any(not score[0] for score, _, _ in candidates)
+            candidates += self._on_one(job, decodes, depths, has_way)
         else:
             candidates = self._on_one(job, decodes or prefills, depths, False)
         if not candidates:
@@ -131,7 +133,7 @@ class Placer:
     def _score(self, job: Job, option: PrefillOption, decode: Worker | None, itl_s: float, cost_s: float, load: float) -> Score:
         prefill_id, decode_id = option.worker.worker_id, decode.worker_id if decode else None
         excess_s = max(0.0, itl_s - self.config.itl_slo_s, option.stall_s - self.config.itl_slo_s)
-        failed = (prefill_id, decode_id) in job.failed_pairs
+        failed = (option.worker, decode) in job.failed_pairs
         return failed, excess_s, cost_s, load, prefill_id, decode_id or ""
 
     def _prefill_only(self, job: Job, options: list[PrefillOption]) -> list[Candidate]:

@@ -47,7 +47,7 @@ class WorkerObserver(Protocol):
 
     def worker_progress(self, worker_id: str, incarnation: int, phase: str, fraction: float) -> None: ...
     def worker_ready(self, info: WorkerInfo) -> None: ...
-    def worker_lost(self, worker_id: str, incarnation: int, reason: str) -> None: ...
+    def worker_lost(self, worker_id: str, incarnation: int, reason: str, is_silent: bool) -> None: ...
     def worker_idle(self, worker_id: str, incarnation: int) -> None: ...
 
 
@@ -172,11 +172,11 @@ class RouterService:
             case _:
                 self.handle(message)
 
-    def lost(self, worker_id: str, incarnation: int, reason: str) -> None:
-        """The connection to an admitted worker is gone."""
+    def lost(self, worker_id: str, incarnation: int, reason: str, is_silent: bool) -> None:
+        """The connection to an admitted worker is gone; `is_silent`: by us, because nothing came any more."""
         del self._workers[worker_id, incarnation]
         self.handle(WorkerLost(worker_id, incarnation, reason))
-        self._observer.worker_lost(worker_id, incarnation, reason)
+        self._observer.worker_lost(worker_id, incarnation, reason, is_silent)
 
 
 class _WorkerConnection(asyncio.Protocol):
@@ -192,6 +192,7 @@ class _WorkerConnection(asyncio.Protocol):
         self._ready = False
         self._heard_s = self._loop.time()
         self._reason = "connection closed"
+        self._is_silent = False
         self._watchdog: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -211,7 +212,8 @@ class _WorkerConnection(asyncio.Protocol):
         if self._watchdog is not None:
             self._watchdog.cancel()
         if self._hello is not None:
-            self._service.lost(self._hello.worker_id, self._hello.incarnation, str(exc) if exc else self._reason)
+            reason = str(exc) if exc else self._reason
+            self._service.lost(self._hello.worker_id, self._hello.incarnation, reason, self._is_silent)
 
     def send(self, message: object) -> None:
         assert self._transport is not None
@@ -243,6 +245,7 @@ class _WorkerConnection(asyncio.Protocol):
         """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and frozen now."""
         silent_s = self._loop.time() - self._heard_s
         if silent_s >= DEAD_AFTER_S and (self._hello is None or self._ready):
+            self._is_silent = True
             self._abort(f"silent for {silent_s:.1f} s")
             return
         if self._hello is not None:

@@ -28,6 +28,7 @@ def ray_session() -> Iterator[None]:
         object_store_memory=80 << 20,
         log_to_driver=False,
         _temp_dir=temp_dir,
+        _system_config={"worker_niceness": 0},
     )
     yield
     ray.shutdown()

@@ -82,9 +82,9 @@ class World:
         assert self.service.admit(SimpleNamespace(send=lambda message: None), _hello(spec))  # type: ignore[arg-type]
         self.service.receive(Ready(info=worker_info(worker_id, spec.role, incarnation=spec.incarnation)))
 
-    def disconnect(self, worker_id: str, reason: str = "connection closed") -> None:
+    def disconnect(self, worker_id: str, reason: str = "connection closed", is_silent: bool = False) -> None:
         spec = self.actor(worker_id).spec
-        self.service.lost(worker_id, spec.incarnation, reason)
+        self.service.lost(worker_id, spec.incarnation, reason, is_silent)
 
     def up(self) -> None:
         self.controller.handle(Apply({P: 1, D: 1}))
@@ -141,6 +141,19 @@ async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
     assert world.state("decode-0") is MemberState.READY
 
 
+async def test_a_worker_that_fell_silent_is_killed_without_being_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, stable_s=0.0)
+    world.up()
+    monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 3600.0)
+    actor = world.actor("decode-0")
+    actor.is_frozen = True
+    world.disconnect("decode-0", "silent for 3.1 s", is_silent=True)
+    await world.settle()
+    assert actor.num_stops == 0
+    assert world.actor("decode-0").spec.incarnation == 3
+    assert world.error("decode-0") == "silent for 3.1 s"
+
+
 async def frozen_is_killed(actor: FakeActor) -> None:
     with pytest.raises(ActorDiedError):
         await asyncio.shield(actor.ended)
@@ -191,7 +204,7 @@ async def test_a_killed_worker_is_lost_to_the_router_once_and_replaced_once(
     else:
         actor.end(ActorDiedError())
         await world.settle()
-        world.service.lost("prefill-0", 2, "connection closed")
+        world.service.lost("prefill-0", 2, "connection closed", is_silent=False)
     assert [actor.spec.incarnation for actor in world.actors if actor.spec.worker_id == "prefill-0"] == [2, 3]
     world.connect("prefill-0")
     assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {"prefill-0", "decode-0"}

@@ -2,14 +2,16 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from pdserve.proto import pdserve_pb2 as pb
 
-from .harness import Cluster, tokens_of
+from .harness import READY, Cluster, session_processes, tokens_of
 
 pytestmark = pytest.mark.cluster
 PROMPTS = [
@@ -18,6 +20,8 @@ PROMPTS = [
     "Return a new sorted list from the items in iterable",
     "The import statement combines two operations",
 ]
+LONG_PROMPTS = [[(7 * i + 13 * number) % 1000 + 10 for i in range(1800)] for number in range(8)]
+Events = list[pb.GenerateEvent]
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +33,11 @@ def shared() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(shared: Cluster) -> Iterator[Cluster]:
-    """The module's cluster; every test must leave all workers ready and all blocks free."""
+    """The module's cluster; every test must leave all workers ready, all blocks free and no process over."""
     yield shared
     shared.wait_for(prefill=2, decode=2)
     shared.check_all_blocks_free()
+    assert sum("WorkerActor" in command for command in session_processes().values()) == 4
 
 
 def worker(cluster: Cluster, worker_id: str) -> pb.WorkerStatus:
@@ -40,42 +45,106 @@ def worker(cluster: Cluster, worker_id: str) -> pb.WorkerStatus:
     return found
 
 
-def hit_while_streaming(cluster: Cluster, requests: list[pb.GenerateRequest], worker_id: str, signal_number: int) -> list:  # type: ignore[type-arg]
-    """All streams' events; the worker gets the signal when each stream has begun."""
+def wait_until_lost(cluster: Cluster, workers: Sequence[pb.WorkerStatus]) -> None:
+    """Until the cluster counts on none of these processes any more."""
+    pids = {worker.pid for worker in workers}
+    for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60):
+        if not any(worker.pid in pids and worker.state == READY for worker in status.workers):
+            return
+    raise AssertionError("the status stream ended")
+
+
+def begin(cluster: Cluster, requests: Sequence[pb.GenerateRequest]) -> tuple[list[Any], list[Events]]:
+    """The calls, each of which has brought its first tokens."""
     calls = [cluster.generation.GenerateStream(request, timeout=120) for request in requests]
-    begun = [[next(call)] for call in calls]
-    os.kill(worker(cluster, worker_id).pid, signal_number)
+    return calls, [[next(call)] for call in calls]
+
+
+def finish(calls: Sequence[Any], begun: Sequence[Events]) -> list[Events]:
     with ThreadPoolExecutor(max_workers=len(calls)) as pool:
         return [first + rest for first, rest in zip(begun, pool.map(list, calls), strict=True)]
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
-def test_streams_survive_the_loss_of_their_decode_worker_token_for_token(cluster: Cluster, signal_number: int) -> None:
+def decoding_requests(cluster: Cluster) -> list[pb.GenerateRequest]:
+    """Short prompts, long outputs; greedy, and seeded with two choices."""
     requests = [cluster.request(prompt, max_tokens=800) for prompt in PROMPTS]
-    requests.append(cluster.request(PROMPTS[0], max_tokens=400, n=2, temperature=0.9, seed=5))
-    expected = cluster.generate_all(requests)
-    before = worker(cluster, "decode-0")
-    streams = hit_while_streaming(cluster, requests, "decode-0", signal_number)
-    for events, undisturbed in zip(streams, expected, strict=True):
-        for choice in {event.tokens.choice for event in undisturbed if event.HasField("tokens")}:
-            assert tokens_of(events, choice) == tokens_of(undisturbed, choice)
-    assert any(len(events[-1].end.timeline.attempts) > 1 for events in streams)
+    return [*requests, cluster.request(PROMPTS[0], max_tokens=400, n=2, temperature=0.9, seed=5)]
+
+
+def assert_equal_streams(streams: Sequence[Events], undisturbed: Sequence[Events]) -> None:
+    for events, expected in zip(streams, undisturbed, strict=True):
+        for choice in {event.tokens.choice for event in expected if event.HasField("tokens")}:
+            assert tokens_of(events, choice) == tokens_of(expected, choice)
+
+
+def assert_replaced(cluster: Cluster, before: pb.WorkerStatus) -> None:
     cluster.wait_for(prefill=2, decode=2)
-    after = worker(cluster, "decode-0")
+    after = worker(cluster, before.worker_id)
     assert after.pid != before.pid
     assert after.num_restarts == before.num_restarts + 1
 
 
+def test_streams_survive_the_death_of_their_decode_worker_token_for_token(cluster: Cluster) -> None:
+    requests = decoding_requests(cluster)
+    undisturbed = cluster.generate_all(requests)
+    victim = worker(cluster, "decode-0")
+    calls, begun = begin(cluster, requests)
+    os.kill(victim.pid, signal.SIGKILL)
+    streams = finish(calls, begun)
+    assert_equal_streams(streams, undisturbed)
+    assert any(len(events[-1].end.timeline.attempts) > 1 for events in streams)
+    assert_replaced(cluster, victim)
+
+
 def test_prompts_survive_the_death_of_their_prefill_worker(cluster: Cluster) -> None:
-    prompts = [[(7 * i + 13 * number) % 1000 + 10 for i in range(1800)] for number in range(8)]
-    expected = cluster.generate_all(cluster.request(prompt, salt="undisturbed") for prompt in prompts)
-    before = worker(cluster, "prefill-0")
-    with ThreadPoolExecutor(max_workers=len(prompts)) as pool:
-        running = [pool.submit(cluster.stream, cluster.request(prompt, salt="disturbed")) for prompt in prompts]
+    undisturbed = cluster.generate_all(cluster.request(prompt, salt="undisturbed") for prompt in LONG_PROMPTS)
+    victim = worker(cluster, "prefill-0")
+    with ThreadPoolExecutor(max_workers=len(LONG_PROMPTS)) as pool:
+        running = [pool.submit(cluster.stream, cluster.request(prompt, salt="disturbed")) for prompt in LONG_PROMPTS]
         while not worker(cluster, "prefill-0").num_running:
             assert not all(future.done() for future in running)
-        os.kill(before.pid, signal.SIGKILL)
+        os.kill(victim.pid, signal.SIGKILL)
         streams = [future.result() for future in running]
-    assert [tokens_of(events) for events in streams] == [tokens_of(events) for events in expected]
-    cluster.wait_for(prefill=2, decode=2)
-    assert worker(cluster, "prefill-0").pid != before.pid
+    assert_equal_streams(streams, undisturbed)
+    assert_replaced(cluster, victim)
+
+
+def test_frozen_workers_are_given_up_and_what_they_say_when_they_wake_changes_nothing(cluster: Cluster) -> None:
+    """One of each pool, with streams that decode there and prompts that are sent there while nobody knows yet."""
+    decoding = decoding_requests(cluster)
+    undisturbed = cluster.generate_all([*decoding, *(cluster.request(prompt, salt="awake") for prompt in LONG_PROMPTS)])
+    frozen = [worker(cluster, worker_id) for worker_id in ("prefill-1", "decode-1")]
+    processes = [os.pidfd_open(victim.pid) for victim in frozen]
+    calls, begun = begin(cluster, decoding)
+    for process in processes:
+        signal.pidfd_send_signal(process, signal.SIGSTOP)
+    for prompt in LONG_PROMPTS:
+        calls.append(cluster.generation.GenerateStream(cluster.request(prompt, salt="frozen"), timeout=120))
+        begun.append([])
+    wait_until_lost(cluster, frozen)
+    for process in processes:
+        with suppress(ProcessLookupError):  # killed already
+            signal.pidfd_send_signal(process, signal.SIGCONT)
+        os.close(process)
+    streams = finish(calls, begun)
+    assert_equal_streams(streams, undisturbed)
+    assert any(len(events[-1].end.timeline.attempts) > 1 for events in streams)
+    for victim in frozen:
+        assert_replaced(cluster, victim)
+
+
+def test_prefill_workers_stand_in_while_no_decode_worker_is_left(cluster: Cluster) -> None:
+    requests = decoding_requests(cluster)
+    undisturbed = cluster.generate_all(requests)
+    victims = [worker(cluster, worker_id) for worker_id in ("decode-0", "decode-1")]
+    calls, begun = begin(cluster, requests)
+    for victim in victims:
+        os.kill(victim.pid, signal.SIGKILL)
+    wait_until_lost(cluster, victims)
+    assert "prefill workers serve both phases" in cluster.admin.GetStatus(pb.GetStatusRequest()).degraded
+    streams = finish(calls, begun)
+    assert_equal_streams(streams, undisturbed)
+    stand_ins = {attempt.decode.worker for events in streams for attempt in events[-1].end.timeline.attempts[1:]}
+    assert stand_ins & {"prefill-0", "prefill-1"}
+    for victim in victims:
+        assert_replaced(cluster, victim)

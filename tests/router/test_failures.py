@@ -72,6 +72,22 @@ def test_a_failed_transfer_is_repeated_on_another_pair() -> None:
     assert isinstance(cluster.last("decode-0"), Reserve)
 
 
+def test_when_no_pair_could_transfer_one_worker_does_both_phases_whatever_the_routing_says() -> None:
+    """Two pools that cannot reach each other, while the router reaches both."""
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0", config=PAIRS_ONLY)
+    cluster.submit(make_request())
+    cluster.token("prefill-0", 0)
+    for prefill in ("prefill-0", "prefill-1"):
+        transfer = cluster.spec(prefill).transfer
+        assert cluster.last(prefill) == Prefill(spec=cluster.spec(prefill), target=worker_info("decode-0").address)
+        cluster.leg_ended(prefill, Leg.PREFILL, "no answer within 5 s", transfer=transfer)
+        cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=transfer)
+        cluster.now_s += 10.0
+        cluster.handle(Tick())
+    assert cluster.last("decode-0") == Serve(spec=cluster.spec("decode-0"))
+    assert cluster.spec("decode-0").output_token_ids[0] == 100
+
+
 def test_choices_without_a_token_are_repeated_together_and_the_others_each_by_itself() -> None:
     cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
     cluster.submit(make_request(n=3, max_tokens=5))
@@ -100,19 +116,17 @@ def test_a_resumed_choice_with_one_token_left_needs_no_decode_worker() -> None:
 
 
 def test_after_max_attempts_the_request_ends_with_the_last_error() -> None:
-    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(max_attempts=3, prefill_on_decode_factor=None))
+    cluster = Cluster("both-0", config=RouterConfig(max_attempts=3))
     cluster.submit(make_request())
     for _ in range(3):
-        transfer = cluster.spec("prefill-0").transfer
-        cluster.leg_ended("prefill-0", Leg.PREFILL, "no link", transfer=transfer)
-        cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=transfer)
+        cluster.leg_ended("both-0", Leg.DECODE, "out of luck")
         cluster.now_s += 10.0
         cluster.handle(Tick())
     (end,) = cluster.ends["r"]
     assert end.finish_reason is ERROR
-    assert end.error == "gave up after 3 attempts, the last failed: prefill-0: no link"
+    assert end.error == "gave up after 3 attempts, the last failed: both-0: out of luck"
     assert cluster.choice_ends["r", 0] == [ERROR]
-    assert cluster.num_legs() == {"prefill-0": 0, "decode-0": 0}
+    assert cluster.num_legs() == {"both-0": 0}
     assert len(cluster.closed["r"]) == 1
 
 
@@ -142,11 +156,11 @@ def test_legs_that_end_badly_for_the_last_time_close_the_request_once() -> None:
 
 
 def test_repeated_errors_pause_longer_and_longer_but_the_first_retry_is_at_once() -> None:
-    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(retry_delay_s=0.02, prefill_on_decode_factor=None))
+    cluster = Cluster("both-0", config=RouterConfig(retry_delay_s=0.02))
     cluster.submit(make_request())
     pauses = []
     for attempt in range(4):
-        cluster.leg_ended("prefill-0", Leg.PREFILL, "no link", transfer=TransferId("r", attempt))
+        cluster.leg_ended("both-0", Leg.DECODE, "out of luck", transfer=TransferId("r", attempt))
         due_s = cluster.router.next_tick_s() or cluster.now_s
         pauses.append(round(due_s - cluster.now_s, 3))
         cluster.now_s = due_s
@@ -172,7 +186,7 @@ def test_legs_that_end_without_the_last_tokens_are_a_failure() -> None:
     cluster.token("prefill-0", 0)
     cluster.leg_ended("prefill-0", Leg.PREFILL)
     cluster.leg_ended("decode-0", Leg.DECODE)
-    assert cluster.spec("prefill-0").transfer == TransferId("r", 1)
+    assert cluster.spec("decode-0").transfer == TransferId("r", 1)
 
 
 def test_tokens_held_when_ds_leg_ended_are_delivered_once_ps_first_token_comes() -> None:

@@ -1,0 +1,185 @@
+"""A real cluster under accidents: workers are killed, frozen and cut off while streams run, and nothing may be lost.
+
+    python bench/chaos.py                     200 rounds of kills and freezes, about half an hour on 2 cores
+    python bench/chaos.py --partitions        partitions too, in a network namespace; takes root, `unshare`, `ip` and `tc`
+
+Two prefill and two decode workers of the embedded model, half a core each. First the tokens of an undisturbed run are
+recorded. Then, in each round, six concurrent gRPC streams, greedy and seeded, long prompts and short, are disturbed by one to
+three accidents at drawn moments. Each stream must end by itself with exactly the undisturbed tokens, text and endings. Every
+few rounds the cluster has to become whole and idle, with every block free; at the end no process, socket, shared memory or
+file may be left. The same --seed draws the same accidents; when exactly they fall depends on the machine.
+
+Exit status 1 when a stream was lost or altered, or anything leaked.
+"""
+
+import argparse
+import platform
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+import torch
+from ordeal.accidents import draw, strike
+from ordeal.account import Account, slowness
+from ordeal.leftovers import descendants, holdings, mark_descendants, traces
+from ordeal.network import enter_namespace
+from ordeal.streams import Stream, Template, make_templates, run_streams
+from ordeal.watch import Watch
+
+from pdserve.cluster.launch import launch
+from pdserve.core.config import ClusterConfig
+from pdserve.proto import pdserve_pb2_grpc as rpc
+
+POOLS = {"prefill": 2, "decode": 2}
+NUM_TEMPLATES = 24
+NUM_STREAMS = 6
+ROUNDS_TO_SETTLE = 5
+SETTLE_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class Ordeal:
+    """A running cluster and what its streams are compared with."""
+
+    generation: rpc.GenerationStub
+    watch: Watch
+    head_pid: int
+    templates: Sequence[Template]
+    undisturbed: Sequence[Stream]
+
+
+def config(transport: str) -> ClusterConfig:
+    """KV for some 6,500 tokens a worker, so that memory is short while one stands in for others."""
+    pool: dict[str, Any] = {"cpus_per_instance": 0.5, "kv_cache_bytes": 16 << 20, "max_batch_size": 64}
+    return ClusterConfig.model_validate(
+        {
+            "pools": {role: pool | {"instances": instances} for role, instances in POOLS.items()},
+            "routing": {"prefill_on_decode": "never"},
+            "kv": {"transport": transport},
+            "listen": {"grpc": "127.0.0.1:0"},
+        }
+    )
+
+
+@contextmanager
+def running(transport: str, templates: Sequence[Template]) -> Iterator[Ordeal]:
+    """Up, and with the undisturbed tokens known: each request alone, then all at once."""
+    with launch(config(transport)) as cluster, grpc.insecure_channel(cluster.grpc_address) as channel:
+        watch = Watch(rpc.ClusterStub(channel), POOLS)
+        watch.wait_for(watch.is_whole, SETTLE_TIMEOUT_S)
+        generation = rpc.GenerationStub(channel)
+        undisturbed = [run_streams(generation, [template], "alone")[0] for template in templates]
+        together = run_streams(generation, templates, "together")
+        outcomes = [stream.outcome(alone) for stream, alone in zip(undisturbed + together, undisturbed * 2, strict=True)]
+        assert set(outcomes) == {"whole"}, f"without any accident: {outcomes}"
+        watch.wait_for(watch.is_idle, SETTLE_TIMEOUT_S)
+        (head_pid,) = (pid for pid, command in descendants().items() if "HeadActor" in command)
+        yield Ordeal(generation, watch, head_pid, templates, undisturbed)
+        watch.close()
+
+
+def run_round(ordeal: Ordeal, rng: random.Random, number: int, with_partitions: bool, account: Account) -> list[str]:
+    """One set of streams and its accidents; returns what went wrong."""
+    chosen = rng.sample(range(len(ordeal.templates)), NUM_STREAMS)
+    accidents = [draw(rng, with_partitions) for _ in range(rng.choice((1, 1, 2, 3)))]
+    order = ("before the first token", "during the transfer", "mid decode")
+    accidents.sort(key=lambda accident: (order.index(accident.moment), accident.progress))
+
+    def disturb(streams: list[Stream]) -> None:
+        for accident in accidents:
+            strike(accident, streams, ordeal.watch, ordeal.head_pid, rng)
+
+    start_s = time.monotonic()
+    streams = run_streams(ordeal.generation, [ordeal.templates[index] for index in chosen], f"round {number}", disturb)
+    for accident in accidents:
+        if accident.ended is not None:
+            accident.ended.join()
+    problems = account.add_round(accidents, streams, [ordeal.undisturbed[index] for index in chosen])
+    print(
+        f"round {number}: {time.monotonic() - start_s:.1f} s; {'; '.join(map(str, accidents))}",
+        *problems,
+        *slowness(streams),
+        sep="\n  ",
+        flush=True,
+    )
+    return problems
+
+
+def settle(ordeal: Ordeal, account: Account) -> None:
+    """Whole and idle again, or it is a leak."""
+    start_s = time.monotonic()
+    try:
+        ordeal.watch.wait_for(ordeal.watch.is_idle, SETTLE_TIMEOUT_S)
+    except TimeoutError as error:
+        account.leaks.append(f"not whole and idle {error}")
+    print(f"whole and idle after {time.monotonic() - start_s:.1f} s", flush=True)
+    num_processes = holdings("WorkerActor")["processes"]
+    if num_processes != sum(POOLS.values()):
+        account.leaks.append(f"{num_processes} worker processes")
+
+
+def check_holdings(before: dict[str, dict[str, int]], account: Account) -> None:
+    """The head has no socket or file more than before. Each worker has a ring, or none, with each of the other pool."""
+    head, workers = holdings("HeadActor"), holdings("WorkerActor")
+    print(f"at start: {before}\nat the end: head {head}, workers {workers}")
+    for kind in ("sockets", "files"):
+        if head[kind] > before["head"][kind]:
+            account.leaks.append(f"{head[kind]} {kind} of the head, {before['head'][kind]} at start")
+    if workers["rings"] > 2 * POOLS["prefill"] * POOLS["decode"]:
+        account.leaks.append(f"{workers['rings']} rings of shared memory")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--partitions", action="store_true")
+    parser.add_argument("--output", type=Path, help="write the table there as well")
+    args = parser.parse_args()
+    if args.partitions:
+        enter_namespace()
+    mark_descendants()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
+    rng, account, found = random.Random(args.seed), Account(), traces()
+    with running("gloo" if args.partitions else "auto", make_templates(rng, NUM_TEMPLATES)) as ordeal:
+        before = {"head": holdings("HeadActor"), "workers": holdings("WorkerActor")}
+        try:
+            for number in range(args.rounds):
+                run_round(ordeal, rng, number, args.partitions, account)
+                if (number + 1) % ROUNDS_TO_SETTLE == 0:
+                    settle(ordeal, account)
+        except KeyboardInterrupt:
+            print("interrupted: the table is of the rounds so far")
+        settle(ordeal, account)
+        check_holdings(before, account)
+        table = account.lines(ordeal.watch)
+    account.leaks += [f"process {pid}: {command}" for pid, command in descendants().items()]
+    account.leaks += sorted(traces() - found)
+    report = "\n".join([*_heading(), "", *table, *(f"leaked: {leak}" for leak in account.leaks)])
+    print(report)
+    if args.output is not None:
+        args.output.write_text(report + "\n")
+    return 1 if account.leaks or account.outcomes["lost"] or account.outcomes["altered"] else 0
+
+
+def _heading() -> list[str]:
+    return [
+        f"$ python {' '.join(sys.argv)}",
+        f"{date.today()}, {platform.machine()}, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, ray {ray.__version__}, grpcio {grpc.__version__}",
+        f"embedded model, {POOLS['prefill']} prefill and {POOLS['decode']} decode workers, half a core each; "
+        f"{NUM_STREAMS} concurrent streams a round",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

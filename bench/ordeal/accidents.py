@@ -1,0 +1,121 @@
+"""What befalls workers: killed, frozen for a while, cut off. Drawn by seed, carried out at a moment of the streams' lives."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .network import client_ports, cut, ports_towards
+from .streams import Stream
+from .watch import Watch
+
+KINDS = ("kill", "freeze")
+PARTITIONS = ("cut off from the router", "cut off from the other pool")
+MOMENTS = ("before the first token", "during the transfer", "mid decode")
+
+
+@dataclass(frozen=True)
+class Victim:
+    worker_id: str
+    pid: int
+
+
+@dataclass
+class Accident:
+    """What is to happen; `at_s` and `victims` are known when it has."""
+
+    kind: str
+    role: str
+    moment: str
+    is_whole_pool: bool
+    duration_s: float  # of a freeze or a cut
+    delay_s: float  # after the moment has come
+    progress: float  # of a stream, 0 to 1, that "mid decode" waits for
+    at_s: float | None = None
+    victims: list[Victim] = field(default_factory=list)
+    ended: threading.Timer | None = None  # the end of a freeze or a cut
+
+    def __str__(self) -> str:
+        lasting = "" if self.kind == "kill" else f" {self.duration_s:.1f} s"
+        whom = f"all {self.role} workers" if self.is_whole_pool else ", ".join(victim.worker_id for victim in self.victims)
+        return f"{self.kind} {whom or 'nobody'}{lasting} {self.moment}"
+
+
+def draw(rng: random.Random, with_partitions: bool) -> Accident:
+    kind = rng.choice((*KINDS, *PARTITIONS) if with_partitions else KINDS)
+    return Accident(
+        kind=kind,
+        role=rng.choice(("prefill", "decode")),
+        moment=rng.choice(MOMENTS),
+        is_whole_pool=rng.random() < 0.1,
+        duration_s=rng.uniform(0.1, 5.0) if kind == "freeze" else rng.uniform(3.5, 8.0),
+        delay_s=rng.uniform(0.0, 0.1 if kind == "kill" else 0.02),
+        progress=rng.uniform(0.02, 0.8),
+    )
+
+
+def strike(accident: Accident, streams: list[Stream], watch: Watch, head_pid: int, rng: random.Random) -> None:
+    """Wait for the moment, then do it. A pool without a ready worker is spared."""
+    _wait_for_moment(accident, streams, rng)
+    ready = watch.ready_workers(accident.role)
+    chosen = ready if accident.is_whole_pool else rng.sample(ready, min(1, len(ready)))
+    accident.victims = [Victim(worker.worker_id, worker.pid) for worker in chosen if Path(f"/proc/{worker.pid}").exists()]
+    if not accident.victims:  # killed a moment ago: the status is that much behind
+        return
+    pids = [victim.pid for victim in accident.victims]
+    end = _begin(accident, pids, [w.pid for w in watch.ready_workers(_other(accident.role))], head_pid)
+    if end is not None:
+        accident.ended = threading.Timer(accident.duration_s, end)
+        accident.ended.start()
+
+
+def _begin(accident: Accident, pids: list[int], peers: list[int], head_pid: int) -> Callable[[], None] | None:
+    """Returns what ends it."""
+    if accident.kind in ("kill", "freeze"):
+        processes = [os.pidfd_open(pid) for pid in pids]
+        is_kill = accident.kind == "kill"
+        accident.at_s = time.monotonic()
+        _signal(processes, signal.SIGKILL if is_kill else signal.SIGSTOP)
+        if not is_kill:
+            return lambda: _signal(processes, signal.SIGCONT, close=True)
+        _signal(processes, 0, close=True)
+        return None
+    if accident.kind == PARTITIONS[0]:
+        ports = set().union(*(client_ports(pid, head_pid) for pid in pids))
+    else:
+        ports = set().union(*(ports_towards(pid, peers) for pid in pids))
+    accident.at_s = time.monotonic()
+    return cut(ports)
+
+
+def _signal(processes: list[int], number: int, close: bool = False) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # it was killed meanwhile, as it was frozen for too long
+            signal.pidfd_send_signal(process, number)
+        if close:
+            os.close(process)
+
+
+def _other(role: str) -> str:
+    return "decode" if role == "prefill" else "prefill"
+
+
+def _wait_for_moment(accident: Accident, streams: list[Stream], rng: random.Random) -> None:
+    if accident.moment == "during the transfer":
+        stream = max(streams, key=lambda stream: len(stream.template.prompt))
+        _wait_until(stream, 1)
+    elif accident.moment == "mid decode":
+        stream = rng.choice(streams)
+        _wait_until(stream, int(accident.progress * stream.template.sampling["max_tokens"]))
+    time.sleep(accident.delay_s if accident.moment != "during the transfer" else accident.delay_s / 20)
+
+
+def _wait_until(stream: Stream, num_tokens: int) -> None:
+    """Or until nothing more can come."""
+    while stream.num_tokens < num_tokens and not stream.is_ended and stream.error is None:
+        time.sleep(0.0005)

@@ -1,0 +1,140 @@
+"""What the rounds have shown: outcomes, and how long it took to notice, to resume and to be whole again."""
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+
+from pdserve.proto import pdserve_pb2 as pb
+
+from .accidents import Accident
+from .streams import Stream
+from .watch import Watch
+
+LONG_PAUSE_S = 8.0
+
+
+class Account:
+    """Filled round by round."""
+
+    def __init__(self) -> None:
+        self.num_rounds = 0
+        self.accidents: Counter[str] = Counter()  # workers that were struck
+        self.num_whole_pools = 0
+        self.outcomes: Counter[str] = Counter()
+        self.num_tokens = 0
+        self.hits: Counter[str] = Counter()  # where in its life a stream was when its worker went
+        self.unexplained: Counter[str] = Counter()
+        self.leaks: list[str] = []
+        self.acted_s: defaultdict[str, list[float]] = defaultdict(list)  # the router had taken the choice back
+        self.resumed_s: defaultdict[str, list[float]] = defaultdict(list)
+        self._struck: list[Accident] = []
+
+    def add_round(self, accidents: Sequence[Accident], streams: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
+        """What went wrong, in words."""
+        self.num_rounds += 1
+        struck = [accident for accident in accidents if accident.at_s is not None]
+        self._struck += struck
+        for accident in struck:
+            self.accidents[f"{accident.kind}, {accident.role}"] += len(accident.victims)
+            self.num_whole_pools += accident.is_whole_pool
+        problems = []
+        for stream, expected in zip(streams, undisturbed, strict=True):
+            outcome = stream.outcome(expected)
+            self.outcomes[outcome] += 1
+            self.num_tokens += stream.num_tokens
+            if outcome != "whole":
+                problems.append(f"{outcome}: {stream.error or 'other tokens'} ({_story(stream)})")
+            else:
+                self._count_resumptions(stream, struck)
+        return problems
+
+    def _count_resumptions(self, stream: Stream, accidents: Sequence[Accident]) -> None:
+        for number, choice in stream.choices.items():
+            attempts = [attempt for attempt in stream.attempts if number in attempt.choices]
+            for failed, following in pairwise(attempts):
+                position = following.prefill.num_tokens - len(stream.template.prompt)
+                self.hits["before the first token" if not position else "in transfer" if position == 1 else "in decode"] += 1
+                cause = _cause(failed, stream.start_s + following.queued_s, accidents)
+                if cause is not None and cause.at_s is not None:
+                    kind = f"{cause.kind}, {cause.role}"
+                    self.acted_s[kind].append(stream.start_s + following.queued_s - cause.at_s)
+                    self.resumed_s[kind].append(choice.arrivals_s[position] - cause.at_s)
+                else:
+                    self.unexplained[f"{failed.prefill.worker} -> {failed.decode.worker or '?'}"] += 1
+
+    def lines(self, watch: Watch) -> list[str]:
+        """The table."""
+        noticed: defaultdict[str, list[float]] = defaultdict(list)
+        back: defaultdict[str, list[float]] = defaultdict(list)
+        for accident in self._struck:
+            assert accident.at_s is not None
+            for victim in accident.victims:
+                noticed_s = watch.noticed_after(accident.at_s, victim.worker_id, victim.pid)
+                if noticed_s is None or (accident.kind != "kill" and noticed_s > accident.duration_s + 2.0):
+                    continue  # it was over before anybody had to notice; what ended the process later was something else
+                noticed[accident.kind].append(noticed_s)
+                back_s = watch.first_after(accident.at_s + noticed_s, watch.is_whole)
+                if back_s is not None:
+                    back[accident.kind].append(noticed_s + back_s)
+        rows = [f"{'rounds':44} {self.num_rounds}"]
+        rows += [
+            f"{kind:44} {count}" for kind, count in sorted(self.accidents.items(), key=lambda item: (item[0][0] == "(", item))
+        ]
+        rows += [f"{'streams':44} {sum(self.outcomes.values())}", f"{'tokens':44} {self.num_tokens}"]
+        rows += [f"{outcome:44} {self.outcomes[outcome]}" for outcome in ("lost", "altered")]
+        rows += [f"{'leaked':44} {len(self.leaks)}"]
+        rows += [f"{'choices that went on elsewhere: ' + hit:44} {count}" for hit, count in sorted(self.hits.items())]
+        rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}", ""]
+        rows += [f"{'seconds from the accident to':44} {'count':>6} {'median':>8} {'p95':>8} {'max':>8}"]
+        rows += [_row(f"in the router: {kind}", values) for kind, values in sorted(self.acted_s.items())]
+        rows += [_row(f"in the status: {kind}", values) for kind, values in sorted(noticed.items())]
+        rows += [_row(f"next token: {kind}", values) for kind, values in sorted(self.resumed_s.items())]
+        rows += [_row(f"capacity back: {kind}", values) for kind, values in sorted(back.items())]
+        return rows
+
+
+def _cause(failed: pb.Attempt, failed_s: float, accidents: Sequence[Accident]) -> Accident | None:
+    """Which accident ended an attempt: a kill is noticed at once, anything else later. An attempt that had no token yet does
+    not tell which decode worker it had."""
+
+    def concerns(accident: Accident) -> bool:
+        names = {victim.worker_id for victim in accident.victims}
+        may_be_the_target = not failed.HasField("decode") and accident.role == "decode"
+        return may_be_the_target or bool(names & {failed.prefill.worker, failed.decode.worker})
+
+    slack_s = 0.05  # the router's clock began a little later than ours
+    before = [a for a in accidents if a.at_s is not None and a.at_s <= failed_s + slack_s and concerns(a)]
+    kills = [a for a in before if a.kind == "kill" and failed_s - (a.at_s or 0.0) < 1.0]
+    others = [a for a in before if a.kind != "kill"]
+    return max(kills or others, key=lambda accident: accident.at_s or 0.0, default=None)
+
+
+def _row(name: str, values: Sequence[float]) -> str:
+    ordered = sorted(values)
+    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return f"{name:44} {len(values):6} {statistics.median(values):8.3f} {p95:8.3f} {ordered[-1]:8.3f}"
+
+
+def _story(stream: Stream) -> str:
+    """A stream's attempts: who, and when each began to wait, was dispatched and brought its first token."""
+    attempts = [
+        f"{a.attempt}: {a.prefill.worker} -> {a.decode.worker or '?'} with {a.prefill.num_tokens} tokens "
+        f"[{a.queued_s:.2f} {a.dispatched_s:.2f} {a.first_token_s:.2f}]"
+        for a in stream.attempts
+    ]
+    return (
+        f"prompt {len(stream.template.prompt)}, {stream.num_tokens} tokens, {stream.template.sampling}; {'; '.join(attempts)}"
+    )
+
+
+def slowness(streams: Sequence[Stream]) -> list[str]:
+    """Streams that paused for longer than any accident should make them, in words."""
+    slow = []
+    for stream in streams:
+        for choice in stream.choices.values():
+            arrivals_s = [stream.start_s, *choice.arrivals_s]
+            pause_s, since_s = max((later - earlier, earlier) for earlier, later in pairwise(arrivals_s))
+            if pause_s > LONG_PAUSE_S:
+                slow.append(f"a pause of {pause_s:.1f} s from {since_s - stream.start_s:.2f} s on: {_story(stream)}")
+    return slow

@@ -1,0 +1,56 @@
+"""What a cluster holds of the machine: processes, sockets, shared memory, files. Found by /proc, and a mark in environments."""
+
+import os
+import secrets
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "PDSERVE_ORDEAL"
+TEMP_PREFIXES = ("ray", "plasma", "psm", "torch", "gloo")
+
+
+def mark_descendants() -> None:
+    """Everything that this process starts from now on is recognised by `descendants`."""
+    os.environ[MARK] = secrets.token_hex(8)
+
+
+def descendants() -> dict[int, str]:
+    """The other processes that were started under our mark, with their commands."""
+    mark = f"{MARK}={os.environ[MARK]}".encode()
+    found = {}
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) != os.getpid():
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or not ours
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[int(process.name)] = command.decode(errors="replace")[:100]
+    return found
+
+
+def holdings(actor: str) -> dict[str, int]:
+    """Processes of this actor class among the descendants, and the sockets and rings of shared memory that they hold."""
+    pids = [pid for pid, command in descendants().items() if actor in command]
+    total: Counter[str] = Counter(processes=len(pids))
+    for pid in pids:
+        links = [_target(descriptor) for descriptor in Path(f"/proc/{pid}/fd").iterdir()]
+        total["sockets"] += sum(link.startswith("socket:") for link in links)
+        total["files"] += len(links)
+        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        total["rings"] += sum("memfd:pdserve" in line for line in maps)
+    return dict(total)
+
+
+def _target(descriptor: Path) -> str:
+    try:
+        return os.readlink(descriptor)
+    except FileNotFoundError:  # closed meanwhile
+        return ""
+
+
+def traces() -> set[str]:
+    """Names outside of any process: files in /tmp and /dev/shm, abstract Unix sockets. Not Ray's own directory in /tmp, whose
+    name is for the one who started it to know."""
+    files = {str(path) for room in ("/tmp", "/dev/shm") for path in Path(room).iterdir() if path.name.startswith(TEMP_PREFIXES)}
+    sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@pdserve" in line}
+    return files | sockets

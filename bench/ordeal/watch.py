@@ -1,0 +1,71 @@
+"""The cluster as its status stream tells it, with the time of each message."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import grpc
+
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
+
+READY = pb.WORKER_STATE_READY
+
+
+class Watch:
+    """Follows WatchStatus on a thread of its own until it is closed, and keeps all that it heard."""
+
+    def __init__(self, stub: rpc.ClusterStub, pools: Mapping[str, int]) -> None:
+        self._pools = dict(pools)
+        self._call = stub.WatchStatus(pb.WatchStatusRequest())
+        self._heard: list[tuple[float, pb.ClusterStatus]] = []
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._call.cancel()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        with suppress(grpc.RpcError):  # cancelled, or the cluster has ended
+            for status in self._call:
+                with self._news:
+                    self._heard.append((time.monotonic(), status))
+                    self._news.notify_all()
+
+    def wait_for(self, holds: Callable[[pb.ClusterStatus], bool], timeout_s: float) -> pb.ClusterStatus:
+        """The next status, from now on, for which `holds` is true. Raises TimeoutError with the last one."""
+        start = len(self._heard)
+        with self._news:
+            if not self._news.wait_for(lambda: any(holds(status) for _, status in self._heard[start:]), timeout_s):
+                raise TimeoutError(f"after {timeout_s} s:\n{self._heard[-1][1]}")
+            return next(status for _, status in self._heard[start:] if holds(status))
+
+    def is_whole(self, status: pb.ClusterStatus) -> bool:
+        """Each pool has all its workers, and all are ready."""
+        counts = {role: sum(worker.role == role for worker in status.workers) for role in self._pools}
+        return counts == self._pools and all(worker.state == READY for worker in status.workers)
+
+    def is_idle(self, status: pb.ClusterStatus) -> bool:
+        """Whole, and every block of every worker is free."""
+        return self.is_whole(status) and all(
+            worker.num_free_blocks == worker.num_blocks and not worker.num_running + worker.num_waiting
+            for worker in status.workers
+        )
+
+    def ready_workers(self, role: str) -> list[pb.WorkerStatus]:
+        """By the last message."""
+        return [worker for worker in self._heard[-1][1].workers if worker.role == role and worker.state == READY]
+
+    def first_after(self, at_s: float, holds: Callable[[pb.ClusterStatus], bool]) -> float | None:
+        """Seconds from `at_s` to the first message for which `holds` is true; None when there was none."""
+        return next((heard_s - at_s for heard_s, status in list(self._heard) if heard_s > at_s and holds(status)), None)
+
+    def noticed_after(self, at_s: float, worker_id: str, pid: int) -> float | None:
+        """Seconds until the status no longer shows this process as ready."""
+
+        def is_gone(status: pb.ClusterStatus) -> bool:
+            return not any(w.worker_id == worker_id and w.pid == pid and w.state == READY for w in status.workers)
+
+        return self.first_after(at_s, is_gone)

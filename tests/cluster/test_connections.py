@@ -33,7 +33,7 @@ class Link:
 def observer(lost: list[str]) -> SimpleNamespace:
     return SimpleNamespace(
         expects=lambda worker_id, incarnation: True,
-        worker_lost=lambda worker_id, incarnation, reason: lost.append(reason),
+        worker_lost=lambda worker_id, incarnation, reason, is_silent: lost.append(reason),
     )
 
 

@@ -252,6 +252,7 @@ def _router_config(config: ClusterConfig) -> RouterConfig:
     return replace(
         defaults,
         max_queued_requests=config.limits.max_queued_requests,
+        max_unread_tokens=config.limits.max_unread_tokens,
         itl_slo_s=config.slo.itl_ms / 1e3,
         prefill_on_decode_factor=None if config.routing.prefill_on_decode == "never" else defaults.prefill_on_decode_factor,
     )

@@ -19,7 +19,7 @@ from ..engine.gpu import Node, probe_node
 from ..engine.plan import Plan, plan
 from ..router.config import RouterConfig
 from ..router.core import Router
-from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens
+from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens
 from ..router.fleet import Fleet, FleetConfig, MemberState, MemberStatus
 from ..router.fleet_events import Apply, Drain, Shutdown, StartWorker
 from ..router.service import RouterService
@@ -151,6 +151,8 @@ class Head:
             if worker_id not in known:
                 raise InvalidRequest("worker_ids", worker_id, f"one of {', '.join(sorted(known)) or 'none'}")
         if shutdown:
+            self._tell_serving(False)  # before anything is refused
+            self._service.handle(Closing())
             self._controller.handle(Shutdown())
         else:
             for worker_id in worker_ids or sorted(known):
@@ -193,9 +195,13 @@ class Head:
 
     def _on_change(self) -> None:
         self._changed.set()
-        if self._door is not None and self._is_serving is not self._told_serving:
-            self._told_serving = self._is_serving
-            self._door.set_serving(self._told_serving)
+        if self._door is not None:
+            self._tell_serving(self._is_serving)
+
+    def _tell_serving(self, serving: bool) -> None:
+        if serving is not self._told_serving:
+            self._told_serving = serving
+            self._door.set_serving(serving)
 
     def _end(self) -> None:
         self._ended.set()
@@ -252,6 +258,7 @@ def _router_config(config: ClusterConfig) -> RouterConfig:
     return replace(
         defaults,
         max_queued_requests=config.limits.max_queued_requests,
+        max_unread_tokens=config.limits.max_unread_tokens,
         itl_slo_s=config.slo.itl_ms / 1e3,
         prefill_on_decode_factor=None if config.routing.prefill_on_decode == "never" else defaults.prefill_on_decode_factor,
     )

@@ -126,7 +126,15 @@ class LimitsSection(_Part):
     """What one client, or all of them together, may ask for."""
 
     max_queued_requests: Positive = 1024
-    """Requests that wait for a worker; more are refused with a retry delay."""
+    """Requests that wait for a worker; more are refused with a retry delay. One place in eight is kept for clients that
+    have nothing waiting."""
+    max_unread_tokens: Positive = 1024
+    """Tokens that a client may leave unread beside what its connection holds; then its stream pauses and leaves the workers
+    until the client has read half of them."""
+    max_unread_s: PositiveFloat = 60.0
+    """How long a client may leave its stream unread altogether; then the stream ends."""
+    max_open_calls: Positive = 8192
+    """Calls that the server works on; more are refused. Fixed while the cluster runs."""
     max_prompt_tokens: Positive | None = None
     """Tokens of one prompt; by default only `max_model_len` limits it."""
     max_tokens: Positive = 4096
@@ -186,6 +194,6 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _changes_while_running(key: str) -> bool:
-    if key == "limits.max_message_bytes":  # gRPC fixes it when the server starts
+    if key in ("limits.max_message_bytes", "limits.max_open_calls"):  # gRPC fixes them when the server starts
         return False
     return key in ("pools.prefill.instances", "pools.decode.instances") or key.startswith(("slo.", "routing.", "limits."))

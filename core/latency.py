@@ -85,6 +85,11 @@ class RecursiveLeastSquares:
         """Seconds per unit of each feature; never negative."""
         return tuple(weight * prior for weight, prior in zip(self._weights, self._priors, strict=True))
 
+    @property
+    def is_warm(self) -> bool:
+        """Whether it has seen enough since the start, or since the last change of what it measures."""
+        return self._num_seen >= WARM_UP
+
     def observe(self, features: Sequence[float], seconds: float) -> bool:
         """Refine by one measurement; False when it was dropped as an outlier."""
         scaled = [x * prior for x, prior in zip(features, self._priors, strict=True)]
@@ -97,7 +102,7 @@ class RecursiveLeastSquares:
 
     def _is_outlier(self, ratio: float) -> bool:
         """Only slow measurements are suspect: nothing computes faster by accident."""
-        if self._num_seen < WARM_UP or ratio < OUTLIER_RATIO:
+        if not self.is_warm or ratio < OUTLIER_RATIO:
             self._num_dropped_in_row = 0
             return False
         self._num_dropped_in_row += 1
@@ -151,6 +156,11 @@ class LatencyModel:
         self._a, self._b, self._c = self._prefill.coefficients
         self._small, self._large = self._decode_small.coefficients, self._decode_large.coefficients
         self._alpha, self._byte_s = self._transfer.coefficients
+
+    @property
+    def knows_prefill(self) -> bool:
+        """Whether predictions of prefills rest on measurements, and not on priors or on times that have changed since."""
+        return self._prefill.is_warm
 
     def prefill_s(self, num_tokens: float, sum_squares: float, num_steps: int = 1) -> float:
         """Seconds of prefill steps over `num_tokens` new ones; `sum_squares` as in `StepTiming`."""

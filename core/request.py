@@ -44,6 +44,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     deadline_s: float | None = None  # on the router's monotonic clock
+    client: str = ""  # whom it counts for when clients take turns
 
 
 class TransferId(msgspec.Struct, frozen=True, array_like=True):

@@ -12,7 +12,7 @@ from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .admin import ClusterService
 from .frontend import Frontend
-from .generation import STALL_S, GenerationService, Shared
+from .generation import GenerationService, Shared
 from .intake import ModelInfo
 from .tokenizer import Tokenizer
 
@@ -53,9 +53,7 @@ class GatewayServer:
             await self._health.set(service, kinds.SERVING if serving else kinds.NOT_SERVING)
 
 
-async def serve(
-    frontend: Frontend, config: ClusterConfig, tokenizer: Tokenizer, model: ModelInfo, stall_s: float = STALL_S
-) -> GatewayServer:
+async def serve(frontend: Frontend, config: ClusterConfig, tokenizer: Tokenizer, model: ModelInfo) -> GatewayServer:
     """Open the port of `config.listen.grpc`. Raises ConfigError when it is taken."""
     max_bytes = config.limits.max_message_bytes
     server = grpc.aio.server(
@@ -63,11 +61,12 @@ async def serve(
             ("grpc.max_receive_message_length", max_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own
             ("grpc.so_reuseport", 0),  # else two servers could share a port without knowing
-        )
+        ),
+        maximum_concurrent_rpcs=config.limits.max_open_calls,
     )
     shared = Shared(config)
     admin = ClusterService(frontend, shared)
-    pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(frontend, shared, tokenizer, model, stall_s), server)
+    pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(frontend, shared, tokenizer, model), server)
     pdserve_pb2_grpc.add_ClusterServicer_to_server(admin, server)
     try:
         port = server.add_insecure_port(config.listen.grpc)

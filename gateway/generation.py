@@ -24,7 +24,6 @@ from .translate import ClientGone, ClientStalled, translated
 Context = grpc.aio.ServicerContext[Any, Any]
 
 FLUSH_S = 5.0  # how long clients may take to read the rest of their answers when the cluster ends
-STALL_S = 60.0  # how long a client may leave its stream unread while more is there than the connection holds
 
 
 class Shared:
@@ -57,15 +56,12 @@ class Shared:
 class GenerationService(pdserve_pb2_grpc.GenerationServicer):
     """Text in, text out."""
 
-    def __init__(
-        self, frontend: Frontend, shared: Shared, tokenizer: Tokenizer, model: ModelInfo, stall_s: float = STALL_S
-    ) -> None:
+    def __init__(self, frontend: Frontend, shared: Shared, tokenizer: Tokenizer, model: ModelInfo) -> None:
         self._frontend = frontend
         self._shared = shared
         self._tokenizer = tokenizer
         self._model = model
         self._intake = Intake(tokenizer, model)
-        self._stall_s = stall_s
 
     # grpc.aio takes coroutines that write as well as generators; writing lets us see when a client does not read
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
@@ -113,7 +109,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         loop = asyncio.get_running_loop()
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else loop.time() + remaining_s
-        request = await self._intake.request(message, self._shared.config.limits, deadline_s)
+        request = await self._intake.request(message, self._shared.config.limits, deadline_s, context.peer())
         answer = Answer(request, self._tokenizer, lambda choice: self._frontend.cancel(request.request_id, choice))
         async with aclosing(self._frontend.generate(request)) as events:
             async for event in events:
@@ -121,11 +117,12 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
                     yield out
 
     async def _write(self, context: Context, event: pb.GenerateEvent) -> None:
+        max_unread_s = self._shared.config.limits.max_unread_s
         try:
-            async with asyncio.timeout(self._stall_s):
+            async with asyncio.timeout(max_unread_s):
                 await context.write(event)
         except TimeoutError:
-            raise ClientStalled(self._stall_s) from None
+            raise ClientStalled(max_unread_s) from None
         except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
             raise ClientGone from None
 

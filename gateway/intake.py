@@ -41,12 +41,13 @@ class Intake:
         self._tokenizer = tokenizer
         self._model = model
 
-    async def request(self, message: pb.GenerateRequest, limits: LimitsSection, deadline_s: float | None) -> Request:
-        """The request that `message` asks for. Raises InvalidRequest or UnknownModel."""
+    async def request(self, message: pb.GenerateRequest, limits: LimitsSection, deadline_s: float | None, peer: str) -> Request:
+        """The request that `message` asks for; `peer` is the connection it came by. Raises InvalidRequest or UnknownModel."""
         refuse_unknown_fields(message)
         self.check_model(message.model)
         _check_name("request_id", message.request_id)
         _check_name("cache_salt", message.cache_salt)
+        _check_name("client_id", message.client_id)
         sampling = sampling_params(message.sampling)
         token_ids = await self.token_ids(message.prompt)
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
@@ -57,6 +58,7 @@ class Intake:
             eos_token_ids=self._model.eos_token_ids,
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
+            client=f"id:{message.client_id}" if message.client_id else peer,
         )
 
     def check_model(self, name: str) -> None:

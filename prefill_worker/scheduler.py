@@ -3,7 +3,7 @@
 add -> waiting --schedule--> running (chunk by chunk) --complete--> handed to the caller, blocks still held
 """
 
-from collections import deque
+from collections.abc import Iterable
 
 from ..engine.batch import Batch, ScheduledChunk
 from ..engine.kv_manager import KVManager
@@ -11,21 +11,25 @@ from ..engine.sequence import Sequence
 
 
 class PrefillScheduler:
-    """First come, first served, within a budget of tokens per step.
+    """First come, first served, within a budget of tokens per step; but a long prompt leaves half of it to shorter ones.
 
-    A prompt is admitted when blocks for all of it are free, so that two half-computed prompts never wait for each other.
-    The chunk that fills the budget is cut; its rest goes first in the next step.
+    The oldest prompt gets the budget. While there are prompts shorter than what is left of it, they share the other half,
+    the shortest first: so none waits more than twice as long as it would without those that overtake it, and a short one
+    waits for no long one. A chunk that fills the budget is cut; its rest goes on in the next step.
+
+    A prompt is admitted when blocks for all of it are free, so that two half-computed prompts never wait for each other;
+    nobody is admitted before the oldest, so that the short ones do not take its blocks for ever.
     """
 
     def __init__(self, kv: KVManager, max_batch_tokens: int) -> None:
         self._kv = kv
         self._max_batch_tokens = max_batch_tokens
-        self._waiting: deque[Sequence] = deque()
-        self._running: deque[Sequence] = deque()
+        self._sequences: list[Sequence] = []  # oldest first
+        self._running: set[Sequence] = set()  # those of them that have their blocks
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._sequences) - len(self._running)
 
     @property
     def num_running(self) -> int:
@@ -34,47 +38,67 @@ class PrefillScheduler:
     @property
     def num_queued_tokens(self) -> int:
         """Prompt tokens accepted and not yet computed."""
-        return sum(seq.num_uncomputed_tokens for queue in (self._running, self._waiting) for seq in queue)
+        return sum(seq.num_uncomputed_tokens for seq in self._sequences)
 
     def add(self, seq: Sequence) -> None:
-        self._waiting.append(seq)
+        self._sequences.append(seq)
 
     def schedule(self) -> Batch | None:
         """The next step's chunks, or None when nothing can be computed now."""
-        budget = self._max_batch_tokens
-        chunks: list[ScheduledChunk] = []
-        for seq in self._running:
-            if budget == 0:
-                break
-            chunks.append(self._chunk(seq, budget))
-            budget -= chunks[-1].num_tokens
-        while budget > 0 and self._waiting and self._admit(self._waiting[0]):
-            seq = self._waiting.popleft()
-            self._running.append(seq)
-            chunks.append(self._chunk(seq, budget))
-            budget -= chunks[-1].num_tokens
-        return Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
+        if not self._sequences:
+            return None
+        oldest, *others = self._sequences
+        shares: dict[Sequence, int] = {}
+        if self._is_admitted(oldest):
+            shorter = [seq for seq in others if seq.num_uncomputed_tokens < oldest.num_uncomputed_tokens]
+            shorter.sort(key=lambda seq: seq.num_uncomputed_tokens)
+            self._share([oldest], -(-self._max_batch_tokens // 2) if shorter else self._max_batch_tokens, shares)
+            self._share([*shorter, *self._sequences], self._max_batch_tokens, shares)
+        else:
+            self._share([seq for seq in others if seq in self._running], self._max_batch_tokens, shares)
+        chunks = tuple(self._chunk(seq, num_tokens) for seq, num_tokens in shares.items())
+        return Batch(chunks, self._kv.take_copies()) if chunks else None
 
     def complete(self, batch: Batch) -> None:
         """Account for a computed batch. Sequences whose prompt is done leave; their blocks stay held."""
         for chunk in batch.chunks:
             self._kv.computed(chunk.sequence, chunk.num_tokens)
             if chunk.sequence.num_uncomputed_tokens == 0:
-                self._running.remove(chunk.sequence)
+                self.remove(chunk.sequence)
 
     def remove(self, seq: Sequence) -> None:
         """Take a sequence that waits or runs out, between two steps; the caller releases its blocks."""
-        queue = self._waiting if seq in self._waiting else self._running
-        queue.remove(seq)
+        self._sequences.remove(seq)
+        self._running.discard(seq)
 
-    def _admit(self, seq: Sequence) -> bool:
+    def _share(self, sequences: Iterable[Sequence], limit: int, shares: dict[Sequence, int]) -> None:
+        """Give tokens to one sequence after the other, until all have `limit` together. Nobody is admitted behind one that
+        finds no blocks."""
+        left = limit - sum(shares.values())
+        has_blocks = True
+        for seq in sequences:
+            if left == 0:
+                return
+            has_blocks = has_blocks and self._is_admitted(seq)
+            if seq not in self._running:
+                continue
+            given = shares.get(seq, 0)
+            more = min(left, seq.num_uncomputed_tokens - given)
+            if more:
+                shares[seq] = given + more
+                left -= more
+
+    def _is_admitted(self, seq: Sequence) -> bool:
+        """Whether it has its blocks; it gets them when they are free."""
+        if seq in self._running:
+            return True
         self._kv.admit(seq)
         if self._kv.grow(seq, seq.num_tokens):
+            self._running.add(seq)
             return True
         self._kv.reset(seq)
         return False
 
-    def _chunk(self, seq: Sequence, budget: int) -> ScheduledChunk:
-        num_tokens = min(budget, seq.num_uncomputed_tokens)
+    def _chunk(self, seq: Sequence, num_tokens: int) -> ScheduledChunk:
         last = num_tokens == seq.num_uncomputed_tokens
         return ScheduledChunk(seq, num_tokens, seq.spec.choices if last else ())

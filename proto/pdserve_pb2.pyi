@@ -340,6 +340,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model, as GetModelInfo tells it. Empty: whichever is served. Another name is NOT_FOUND."""
     request_id: _builtins.str
@@ -348,6 +349,10 @@ class GenerateRequest(_message.Message):
     """
     cache_salt: _builtins.str
     """Requests share cached prefixes only with requests of the same salt. At most 128 characters."""
+    client_id: _builtins.str
+    """Whom this request counts for when clients take turns under load, at most 128 characters. Empty: the connection it came
+    by.
+    """
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue."""
@@ -364,10 +369,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         request_id: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
+        client_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "client_id", b"client_id", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

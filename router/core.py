@@ -10,13 +10,16 @@ No clock, no I/O: the shell carries commands out in order and feeds events in.
 from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, Prefill, Reserve, Serve, StepReport, TokenOutput
-from ..core.request import FinishReason
+from ..core.request import FinishReason, Request
 from .admission import JobQueue
 from .config import RouterConfig
 from .dispatch import Dispatch, DispatchState, Job
 from .events import (
     Cancel,
+    Closing,
     EmitTokens,
+    Pause,
+    Resume,
     RouterCommand,
     RouterEvent,
     Submit,
@@ -35,6 +38,10 @@ from .prefix_index import PrefixIndex
 from .registry import Registry, Worker, WorkerState
 from .status import Counters, RouterStatus, snapshot
 
+CLOSING = "the cluster is shutting down"
+CAUTION = 2.0  # so many times longer than it takes may a prefill be predicted, and no request is given up wrongly
+STARTING_S = 1.0  # between dispatches, as told to clients while no worker is ready
+
 
 class Router:
     """Feed it events in order of arrival; `now_s` never goes back."""
@@ -50,6 +57,7 @@ class Router:
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config, self._out)
         self._num_expected = 0
+        self._is_closing = False
 
     @property
     def config(self) -> RouterConfig:
@@ -75,6 +83,12 @@ class Router:
                 self._on_submit(event, now_s)
             case Cancel():
                 self._requests.cancel(event, now_s)
+            case Pause():
+                self._requests.pause(event.request_id, now_s)
+            case Resume():
+                self._requests.resume(event.request_id)
+            case Closing():
+                self._is_closing = True
             case WorkerReady():
                 self._on_worker_ready(event, now_s)
             case WorkerLost():
@@ -118,28 +132,50 @@ class Router:
     def _on_submit(self, event: Submit, now_s: float) -> None:
         request = event.request
         self._requests.check_new(request.request_id)
+        if self._is_closing:
+            raise NoWorkerAvailable(CLOSING)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
         if not (self._num_expected or self._registry.can_hold(num_tokens)):
             raise NoWorkerAvailable(f"no worker is ready that can hold the {num_tokens} tokens of the request")
         try:
-            self._queue.check_room(self.config.max_queued_requests)
+            self._queue.check_room(request.client, self.config.max_queued_requests, now_s, self._job_s(request))
         except QueueFull:
             self.counters.rejected += 1
             raise
         self._requests.add(request, now_s)
 
+    def _job_s(self, request: Request) -> float:
+        """Seconds between dispatches, if all were like this one: what to go by before there were any."""
+        num_workers = max(self._registry.num_ready(prefills=True), self._registry.num_ready(prefills=False))
+        if not num_workers:
+            return STARTING_S
+        return self.model.prefill_s(len(request.prompt_token_ids), len(request.prompt_token_ids) ** 2) / num_workers
+
     def _dispatch(self, now_s: float) -> None:
         """Place jobs in order until the first that has to wait."""
         while (job := self._queue.head()) is not None:
             placement = self._placer.place(job)
-            if placement is not None:
-                self._start(self._queue.pop(now_s), placement, now_s)
+            if placement is not None and self._comes_too_late(job, placement, now_s):
+                self.counters.hopeless += 1
+                self._requests.end(job.live, FinishReason.DEADLINE, None, now_s)
+            elif placement is not None:
+                self._start(self._queue.pop(now_s, placement.num_new_tokens), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):
                 return
             elif self._num_expected:
                 self._queue.strand_head()
             else:
-                self._requests.end(job.live, FinishReason.ERROR, "no worker is left that can serve the request", now_s)
+                error = CLOSING if self._is_closing else "no worker is left that can serve the request"
+                self._requests.end(job.live, FinishReason.ERROR, error, now_s)
+
+    def _comes_too_late(self, job: Job, placement: Placement, now_s: float) -> bool:
+        """Whether the first token would come after the deadline, by a prediction that errs on the client's side: the model
+        has learnt, and half of what it predicts is too long already. A worker without prompts takes any: that holds up
+        nobody, and what it measures corrects a model that has become too dark."""
+        live = job.live
+        if live.request.deadline_s is None or live.first_token_s is not None or not placement.prefill.prefilling:
+            return False
+        return self.model.knows_prefill and now_s + placement.ttft_s / CAUTION > live.request.deadline_s
 
     def _start(self, job: Job, placement: Placement, now_s: float) -> None:
         live = job.live

@@ -34,7 +34,7 @@ TRANSITIONS = {
 class LiveRequest:
     """A request between admission and the end of its last leg."""
 
-    __slots__ = ("_predecessor", "dispatches", "ended_s", "first_token_s", "is_closed", "jobs", "next_attempt",
+    __slots__ = ("_predecessor", "dispatches", "ended_s", "first_token_s", "is_closed", "is_paused", "jobs", "next_attempt",
                  "num_open_choices", "num_open_legs", "request", "streams", "submitted_s")  # fmt: skip
 
     def __init__(self, request: Request, now_s: float, predecessor: "LiveRequest | None") -> None:
@@ -49,6 +49,7 @@ class LiveRequest:
         self.next_attempt: int = predecessor.next_attempt if predecessor else 0
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []
+        self.is_paused = False  # its client does not read
         self.num_open_legs = 0
         self.is_closed = False
 
@@ -89,6 +90,10 @@ class Job:
         self.num_failures = 0
         self.failed_pairs: frozenset[tuple[Worker, Worker | None]] = frozenset()  # these incarnations of them
         self._chains: dict[int, PrefixChain] = {}
+
+    @property
+    def client(self) -> str:
+        return self.live.request.client
 
     @property
     def num_tokens(self) -> int:

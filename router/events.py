@@ -24,6 +24,23 @@ class Cancel(msgspec.Struct, frozen=True):
     choice: int | None = None
 
 
+class Pause(msgspec.Struct, frozen=True):
+    """The request's client does not read: it takes no room at workers and gets no token until `Resume`. Unknown ones are
+    ignored."""
+
+    request_id: str
+
+
+class Resume(msgspec.Struct, frozen=True):
+    """The client of a paused request reads again. Others are ignored."""
+
+    request_id: str
+
+
+class Closing(msgspec.Struct, frozen=True):
+    """The cluster shuts down: nothing is admitted any more, what runs may finish."""
+
+
 class WorkerReady(msgspec.Struct, frozen=True):
     """A worker serves from now on. A higher incarnation of a known worker means that the one before is lost."""
 
@@ -62,7 +79,19 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 RouterEvent = (
-    Submit | Cancel | WorkerReady | WorkerLost | WorkerDraining | WorkerRole | WorkersExpected | StepReport | LegEnded | Tick
+    Submit
+    | Cancel
+    | Pause
+    | Resume
+    | Closing
+    | WorkerReady
+    | WorkerLost
+    | WorkerDraining
+    | WorkerRole
+    | WorkersExpected
+    | StepReport
+    | LegEnded
+    | Tick
 )
 
 

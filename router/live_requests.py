@@ -63,6 +63,36 @@ class LiveRequests:
         elif 0 <= event.choice < len(live.streams) and live.streams[event.choice].finish_reason is None:
             self._cancel_choice(live, live.streams[event.choice], event.reason, now_s)
 
+    def pause(self, request_id: str, now_s: float) -> None:
+        """Take the request from its workers, with the tokens its client has been given; it goes on from there."""
+        live = self._requests.get(request_id)
+        if live is None or live.is_ended or live.is_paused:
+            return
+        live.is_paused = True
+        self.counters.paused += 1
+        jobs = list(live.jobs)
+        for dispatch in live.dispatches:
+            if dispatch.state is DispatchState.RUNNING:
+                jobs += self._take_back(dispatch, dispatch.open_legs, now_s)
+        self._queue.park(jobs)
+
+    def resume(self, request_id: str) -> None:
+        """A paused request's client reads again."""
+        live = self._requests.get(request_id)
+        if live is not None and live.is_paused:
+            live.is_paused = False
+            self._queue.unpark(live)
+
+    def _take_back(self, dispatch: Dispatch, legs: set[Leg], now_s: float) -> list[Job]:
+        """Abort `legs` of a dispatch; what is left to do goes elsewhere."""
+        dispatch.transition(DispatchState.FAILED)
+        self._abort(dispatch, legs)
+        jobs = dispatch.unfinished_jobs(now_s)
+        for job in jobs:
+            job.num_failures = dispatch.job.num_failures
+            job.failed_pairs = dispatch.job.failed_pairs
+        return jobs
+
     def _cancel_choice(self, live: LiveRequest, stream: ChoiceStream, reason: FinishReason, now_s: float) -> None:
         stream.end(reason)
         for job in [job for job in live.jobs if stream.choice in job.choices]:
@@ -169,15 +199,13 @@ class LiveRequests:
 
     def _fail(self, dispatch: Dispatch, leg: Leg, error: str, ready_s: float, now_s: float) -> list[Job]:
         """One leg failed: abort the other, and return what has to be dispatched again, from where its clients are."""
-        dispatch.transition(DispatchState.FAILED)
         self.counters.retried += 1
-        self._abort(dispatch, dispatch.open_legs - {leg})
+        jobs = self._take_back(dispatch, dispatch.open_legs - {leg}, now_s)
         num_failures = dispatch.job.num_failures + 1
         if num_failures >= self.config.max_attempts:
             text = f"gave up after {num_failures} attempts, the last failed: {error}"
             self.end(dispatch.live, FinishReason.ERROR, text, now_s)
             return []
-        jobs = dispatch.unfinished_jobs(now_s)
         for job in jobs:
             job.ready_s = ready_s
             job.num_failures = num_failures

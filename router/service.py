@@ -20,6 +20,8 @@ from .events import (
     EmitChoiceEnd,
     EmitEnd,
     EmitTokens,
+    Pause,
+    Resume,
     RouterCommand,
     RouterEvent,
     SendCommand,
@@ -58,7 +60,7 @@ class RouterService:
         self.router = router
         self._observer = observer
         self._token = token
-        self._streams: dict[str, asyncio.Queue[StreamEvent]] = {}
+        self._streams: dict[str, _Stream] = {}
         self._workers: dict[tuple[str, int], _WorkerConnection] = {}
         self._commands: deque[RouterCommand] = deque()
         self._is_busy = False  # with commands
@@ -87,14 +89,16 @@ class RouterService:
         """
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id)
-        queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
-        self._streams[request.request_id] = queue
+        stream = self._streams[request.request_id] = _Stream()
         ended = False
         try:
             self.handle(Submit(request))
             while not ended:
-                event = await queue.get()
+                event = await stream.get()
                 ended = isinstance(event, EmitEnd)
+                if stream.is_paused and stream.num_unread <= self.router.config.max_unread_tokens // 2:
+                    stream.is_paused = False
+                    self.handle(Resume(request.request_id))
                 yield event
         finally:
             del self._streams[request.request_id]
@@ -128,11 +132,19 @@ class RouterService:
                 if connection is not None:  # else its loss is being reported already
                     connection.send(message)
             case EmitTokens() | EmitChoiceEnd() | EmitEnd():
-                queue = self._streams.get(command.request_id)
-                if queue is not None:
-                    queue.put_nowait(command)
+                stream = self._streams.get(command.request_id)
+                if stream is not None:
+                    self._feed(stream, command)
             case WorkerIdle(worker_id, incarnation):
                 self._observer.worker_idle(worker_id, incarnation)
+
+    def _feed(self, stream: "_Stream", event: StreamEvent) -> None:
+        """More for a client. One that has left too much unread is paused: its request leaves the workers, and comes back
+        when half of that is read."""
+        stream.put(event)
+        if not stream.is_paused and stream.num_unread > self.router.config.max_unread_tokens:
+            stream.is_paused = True
+            self.handle(Pause(event.request_id))
 
     def _schedule_tick(self, loop: asyncio.AbstractEventLoop) -> None:
         due_s = self.router.next_tick_s()
@@ -177,6 +189,28 @@ class RouterService:
         del self._workers[worker_id, incarnation]
         self.handle(WorkerLost(worker_id, incarnation, reason))
         self._observer.worker_lost(worker_id, incarnation, reason, is_silent)
+
+
+class _Stream:
+    """What the router has said to one client and the client has not taken yet."""
+
+    def __init__(self) -> None:
+        self.num_unread = 0  # tokens
+        self.is_paused = False
+        self._queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
+
+    def put(self, event: StreamEvent) -> None:
+        self.num_unread += _num_tokens(event)
+        self._queue.put_nowait(event)
+
+    async def get(self) -> StreamEvent:
+        event = await self._queue.get()
+        self.num_unread -= _num_tokens(event)
+        return event
+
+
+def _num_tokens(event: StreamEvent) -> int:
+    return len(event.tokens) if isinstance(event, EmitTokens) else 0
 
 
 class _WorkerConnection(asyncio.Protocol):

@@ -16,12 +16,14 @@ class Counters:
     submitted: int = 0  # admitted requests
     finished: int = 0  # ended by themselves
     cancelled: int = 0
-    expired: int = 0  # deadline passed
+    expired: int = 0  # deadline passed, or could not be met any more
+    hopeless: int = 0  # of those, ended before they cost a prefill, as their first token would have come too late
     failed: int = 0  # ended with an error
     rejected: int = 0  # refused because the queue was full
     dispatched: int = 0
     served_on_one: int = 0  # of those, both phases on one worker
     retried: int = 0  # dispatches that failed and were repeated
+    paused: int = 0  # streams taken from their workers because their clients did not read
     resumed: int = 0  # streams that went on at another attempt
     tokens: int = 0  # forwarded to clients
     stale: int = 0  # messages of lost incarnations, dropped

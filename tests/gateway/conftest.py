@@ -28,7 +28,7 @@ def cluster() -> ScriptedCluster:
 
 @pytest.fixture
 async def server(cluster: ScriptedCluster) -> AsyncIterator[GatewayServer]:
-    gateway = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer), stall_s=0.05)
+    gateway = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer))
     yield gateway
     await gateway.stop(0)
 

@@ -6,8 +6,10 @@ import grpc
 import pytest
 
 from pdserve.core.request import FinishReason
+from pdserve.gateway.app import GatewayServer
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.support import EOS, ScriptedCluster
+from tests.gateway.test_admin import config_yaml
 
 Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
 
@@ -172,12 +174,31 @@ async def test_a_deadline_travels_with_the_request_and_ends_it(generation: Stub,
     assert cluster.requests[0].deadline_s is not None
 
 
+async def test_a_request_counts_for_the_client_it_names_or_for_its_connection(
+    generation: Stub, server: GatewayServer, cluster: ScriptedCluster
+) -> None:
+    named = ask()
+    named.client_id = "alice"
+    for request in (ask(), ask(), named):
+        await generation.Generate(request)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", (("grpc.use_local_subchannel_pool", 1),)) as other:
+        await pdserve_pb2_grpc.GenerationStub(other).Generate(ask())
+    first, again, alice, elsewhere = (request.client for request in cluster.requests)
+    assert first == again
+    assert alice == "id:alice"
+    assert len({first, alice, elsewhere}) == 3
+
+
 async def test_without_a_deadline_a_request_has_none(generation: Stub, cluster: ScriptedCluster) -> None:
     await generation.Generate(ask())
     assert cluster.requests[0].deadline_s is None
 
 
-async def test_a_client_that_stops_reading_frees_what_it_holds(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_a_client_that_stops_reading_frees_what_it_holds(
+    generation: Stub, admin: "pdserve_pb2_grpc.ClusterAsyncStub", cluster: ScriptedCluster
+) -> None:
+    limits = "{max_message_bytes: 100000, max_tokens: 200, max_n: 4, max_unread_s: 0.05}"
+    await admin.Apply(pb.ApplyRequest(config_yaml=config_yaml(limits=limits)))
     cluster.num_extra_logprobs = 50_000
     call = generation.GenerateStream(ask(max_tokens=90, logprobs=0))
     await call.read()

@@ -1,12 +1,19 @@
 """The router's shell: commands are carried out in the order of their decision, also when one brings the next event."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from pdserve.core.messages import TokenOutput
+import pytest
+
+from pdserve.core.messages import Abort, Leg, LegEnded, Prefill, Serve, StepReport, TokenOutput, WorkerCommand, WorkerLoad
 from pdserve.core.request import Request, SamplingParams, TransferId
-from pdserve.router.events import EmitEnd, EmitTokens, Submit, Timeline, WorkerIdle, WorkersExpected
+from pdserve.router.config import RouterConfig
+from pdserve.router.core import Router
+from pdserve.router.events import EmitEnd, EmitTokens, Submit, Timeline, WorkerIdle, WorkerReady, WorkersExpected
 from pdserve.router.service import RouterService
+
+from .cluster import make_request, worker_info
 
 TOKENS = EmitTokens("r", 0, (TokenOutput(TransferId("r", 0), 0, 0, 7),))
 END = EmitEnd("r", None, None, Timeline(submitted_s=0.0, first_token_s=None, ended_s=0.0, dispatches=()))
@@ -14,6 +21,8 @@ END = EmitEnd("r", None, None, Timeline(submitted_s=0.0, first_token_s=None, end
 
 class ScriptedRouter:
     """A worker becomes idle before a token is out; the stream's end follows from what the observer says about that."""
+
+    config = RouterConfig()
 
     def handle(self, event: object, now_s: float) -> list[Any]:
         match event:
@@ -34,3 +43,96 @@ async def test_what_an_observer_causes_is_carried_out_after_what_was_decided_bef
     service = RouterService(ScriptedRouter(), observer, "token")  # type: ignore[arg-type]
     request = Request(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1), eos_token_ids=())
     assert [event async for event in service.generate(request)] == [TOKENS, END]
+
+
+class TokenMachine:
+    """Stands for the connection to a worker that serves both phases: a token for each of its streams at each step."""
+
+    def __init__(self, service: RouterService) -> None:
+        self._service = service
+        self._next: dict[TransferId, int] = {}  # transfer -> index of its next token
+        self.num_sent = 0
+
+    def send(self, command: WorkerCommand) -> None:
+        match command:
+            case Serve(spec=spec) | Prefill(spec=spec):
+                self._next[spec.transfer] = len(spec.output_token_ids)
+            case Abort(transfer=transfer) if self._next.pop(transfer, None) is not None:
+                ended = LegEnded(worker_id="both-0", incarnation=1, transfer=transfer, leg=Leg.DECODE, error="aborted")
+                asyncio.get_running_loop().call_soon(self._service.receive, ended)
+
+    def step(self) -> None:
+        outputs = tuple(TokenOutput(transfer, 0, index, index, None) for transfer, index in self._next.items())
+        self._next = {transfer: index + 1 for transfer, index in self._next.items()}
+        self.num_sent += len(outputs)
+        self._service.receive(StepReport(worker_id="both-0", incarnation=1, load=WorkerLoad(), outputs=outputs))
+
+
+@pytest.fixture
+def served() -> tuple[RouterService, TokenMachine]:
+    """A service with one worker that has room for two streams, of which 20 tokens may be unread."""
+    service = RouterService(Router(RouterConfig(max_unread_tokens=20)), SimpleNamespace(), "token")  # type: ignore[arg-type]
+    machine = TokenMachine(service)
+    service._workers["both-0", 1] = machine  # type: ignore[assignment]
+    return service, machine
+
+
+async def settle() -> None:
+    """Let everybody do what they can do now."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_others(
+    served: tuple[RouterService, TokenMachine],
+) -> None:
+    service, machine = served
+    service.handle(WorkerReady(worker_info("both-0", max_batch_size=2)))
+    read: dict[str, list[int]] = {"fast": [], "third": []}
+
+    async def reader(name: str) -> None:
+        async for event in service.generate(make_request(name, max_tokens=1000)):
+            if isinstance(event, EmitTokens):
+                read[name] += [token.index for token in event.tokens]
+
+    unread = service.generate(make_request("unread", max_tokens=1000))
+    first = asyncio.ensure_future(anext(unread))
+    readers = [asyncio.ensure_future(reader("fast"))]
+    await settle()
+    for step in range(200):
+        machine.step()
+        await settle()
+        assert read["fast"] == list(range(step + 1))  # a token of each step, at once
+        if step == 100:  # the place of the one that is paused is free
+            readers.append(asyncio.ensure_future(reader("third")))
+            await settle()
+    await first
+    assert service._streams["unread"].num_unread == 21
+    assert service.router.counters.paused == 1
+    assert read["third"] == list(range(99))
+    assert machine.num_sent == 200 + 99 + 22
+    for task in readers:
+        task.cancel()
+    await asyncio.gather(*readers, return_exceptions=True)
+    await unread.aclose()
+    await settle()
+    assert service.router.status(0.0).num_requests == 0
+
+
+async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tuple[RouterService, TokenMachine]) -> None:
+    service, machine = served
+    service.handle(WorkerReady(worker_info("both-0")))
+    stream = service.generate(make_request("slow", max_tokens=1000))
+    first = asyncio.ensure_future(anext(stream))
+    indices: list[int] = []
+    while len(indices) < 300:
+        for _ in range(30):  # faster than the client reads
+            await settle()
+            machine.step()
+        event = await (first if not indices else anext(stream))
+        assert isinstance(event, EmitTokens)
+        indices += [token.index for token in event.tokens]
+        assert service._streams["slow"].num_unread <= 21
+    assert indices == list(range(300))
+    assert service.router.counters.paused > 10
+    await stream.aclose()

@@ -1,0 +1,272 @@
+"""More than the workers can do: who is refused, who waits for whom, who is given up, who is paused."""
+
+import pytest
+
+from pdserve.core.errors import NoWorkerAvailable, QueueFull
+from pdserve.core.messages import Leg, StepReport, StepTiming, WorkerLoad
+from pdserve.core.request import FinishReason, Request, TransferId
+from pdserve.router.config import RouterConfig
+from pdserve.router.events import Cancel, Closing, Pause, Resume, WorkerDraining, WorkerIdle, WorkersExpected
+
+from .cluster import Cluster, make_request, worker_info
+
+PAIRS_ONLY = RouterConfig(prefill_on_decode_factor=None, max_prefill_backlog_tokens=1)
+
+
+def request_of(client: str, request_id: str, num_tokens: int = 20, **values: object) -> Request:
+    request = make_request(request_id, num_tokens, **values)  # type: ignore[arg-type]
+    return Request(**{name: getattr(request, name) for name in request.__struct_fields__} | {"client": client})
+
+
+def one_at_a_time(max_queued_requests: int = 1024) -> Cluster:
+    """A worker with room for one sequence, which it has."""
+    config = RouterConfig(max_queued_requests=max_queued_requests)
+    cluster = Cluster(worker_info("both-0", max_batch_size=1), config=config)
+    cluster.submit(make_request("running", max_tokens=1))
+    return cluster
+
+
+def finish(cluster: Cluster, worker_id: str = "both-0") -> str:
+    """End the request of one token that runs there; returns what runs next."""
+    transfer = cluster.spec(worker_id).transfer
+    cluster.token(worker_id, 0, FinishReason.LENGTH)
+    cluster.leg_ended(worker_id, Leg.PREFILL, transfer=transfer)
+    return cluster.spec(worker_id).transfer.request_id
+
+
+def teach(cluster: Cluster, token_s: float, count: int = 20) -> None:
+    """Prefills of 100 tokens on prefill-0, each of which took so long."""
+    timing = StepTiming(
+        duration_s=100 * token_s,
+        num_prefill_tokens=100,
+        sum_prefill_squares=10_000,
+        num_decode_sequences=0,
+        num_context_tokens=0,
+    )
+    for _ in range(count):
+        cluster.handle(StepReport(worker_id="prefill-0", incarnation=1, load=WorkerLoad(), timing=timing))
+
+
+# fairness
+
+
+def test_a_single_request_waits_for_a_turn_of_another_client_and_not_for_all_of_it() -> None:
+    cluster = one_at_a_time()
+    for number in range(100):
+        cluster.submit(request_of("many", f"m{number}", 256, max_tokens=1))
+    cluster.submit(request_of("one", "single", max_tokens=1))
+    served = [finish(cluster) for _ in range(4)]
+    assert served == ["m0", "m1", "single", "m2"]
+
+
+def test_short_prompts_of_one_client_go_on_between_long_ones_of_another_and_the_long_ones_too() -> None:
+    cluster = one_at_a_time()
+    for number in range(3):
+        cluster.submit(request_of("long", f"long{number}", 2000, max_tokens=1, first_token=5000 * number))
+    for number in range(200):
+        cluster.submit(request_of("short", f"short{number}", 50, max_tokens=1))
+    served = [finish(cluster) for _ in range(150)]
+    first, second, third = (served.index(f"long{number}") for number in range(3))
+    assert 20 <= first <= 50
+    assert 20 <= second - first <= 50
+    assert 20 <= third - second <= 50
+
+
+def test_a_full_queue_keeps_places_for_clients_that_have_nothing_in_it() -> None:
+    cluster = one_at_a_time(max_queued_requests=16)
+    for number in range(14):
+        cluster.submit(request_of("many", f"m{number}"))
+    with pytest.raises(QueueFull):
+        cluster.submit(request_of("many", "m14"))
+    cluster.submit(request_of("a", "a"))
+    cluster.submit(request_of("b", "b"))
+    with pytest.raises(QueueFull):
+        cluster.submit(request_of("c", "c"))
+
+
+def test_what_was_dispatched_before_goes_first_and_is_not_charged_again() -> None:
+    cluster = Cluster("both-0")
+    cluster.submit(request_of("a", "a", 500))
+    cluster.lose("both-0")
+    cluster.submit(request_of("b", "b"))
+    cluster.add(worker_info("both-0", incarnation=2, max_batch_size=1))
+    assert cluster.spec("both-0").transfer == TransferId("a", 1)
+
+
+# the retry delay
+
+
+def retry_after_s(cluster: Cluster) -> float:
+    with pytest.raises(QueueFull) as error:
+        cluster.submit(make_request("refused", 1000))
+    return error.value.retry_after_s
+
+
+def test_before_anything_was_dispatched_the_delay_is_what_the_backlog_takes_by_prediction() -> None:
+    starting = Cluster(config=RouterConfig(max_queued_requests=3))
+    starting.handle(WorkersExpected(1))
+    for name in "abc":
+        starting.submit(make_request(name))
+    assert retry_after_s(starting) == 3 * 1.0
+    cold = one_at_a_time(max_queued_requests=3)
+    for name in "abc":
+        cold.submit(make_request(name))
+    assert retry_after_s(cold) == pytest.approx(3 * cold.router.model.prefill_s(1000, 1000**2))
+
+
+def test_the_delay_grows_while_nothing_is_dispatched() -> None:
+    cluster = one_at_a_time(max_queued_requests=4)
+    for name in "abcd":
+        cluster.submit(make_request(name, max_tokens=1))
+    for _ in range(2):
+        cluster.now_s += 0.5
+        finish(cluster)
+    for name in "ef":
+        cluster.submit(make_request(name))
+    assert retry_after_s(cluster) == pytest.approx(4 * 0.5)
+    cluster.now_s += 10.5
+    assert retry_after_s(cluster) == pytest.approx(4 * 1.5)
+
+
+# deadlines
+
+
+def test_a_deadline_that_has_passed_ends_a_request_at_once() -> None:
+    cluster = Cluster("both-0")
+    cluster.now_s = 5.0
+    cluster.submit(make_request("late", deadline_s=4.0))
+    assert cluster.choice_ends["late", 0] == [FinishReason.DEADLINE]
+    assert not cluster.sent["both-0"]
+
+
+def behind_a_long_prompt(deadline_s: float, *, learnt: bool = True) -> Cluster:
+    """A request with a deadline behind a prefill of 1000 tokens, which takes a second."""
+    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(prefill_on_decode_factor=None))
+    teach(cluster, 1e-3, 40 if learnt else 2)
+    cluster.submit(make_request("long", 1000))
+    cluster.submit(make_request("hurried", first_token=5000, deadline_s=deadline_s))
+    return cluster
+
+
+def test_a_request_whose_first_token_would_come_too_late_never_costs_a_prefill() -> None:
+    cluster = behind_a_long_prompt(deadline_s=0.3)
+    assert cluster.ends["hurried"][0].finish_reason is FinishReason.DEADLINE
+    assert cluster.spec("prefill-0").transfer.request_id == "long"
+    assert cluster.router.counters.hopeless == 1
+
+
+@pytest.mark.parametrize(("deadline_s", "learnt"), [(0.8, True), (0.3, False)])
+def test_a_request_is_not_given_up_on_a_close_prediction_nor_on_a_guess(deadline_s: float, learnt: bool) -> None:
+    cluster = behind_a_long_prompt(deadline_s, learnt=learnt)
+    assert cluster.spec("prefill-0").transfer.request_id == "hurried"
+
+
+def test_a_model_that_is_too_dark_is_put_right_by_a_request_on_an_idle_worker() -> None:
+    cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
+    teach(cluster, 1.0, 40)
+    cluster.submit(make_request("hurried", 100, deadline_s=0.5))
+    assert cluster.spec("prefill-0").transfer.request_id == "hurried"
+
+
+# clients that do not read
+
+
+def decoding(*names: str) -> Cluster:
+    """Requests that are being decoded; each client has two tokens."""
+    cluster = Cluster("prefill-0", worker_info("decode-0", max_batch_size=len(names)), config=PAIRS_ONLY)
+    for name in names:
+        cluster.submit(make_request(name, max_tokens=6))
+        cluster.token("prefill-0", 0, request_id=name, attempt=0)
+        cluster.leg_ended("prefill-0", Leg.PREFILL, transfer=TransferId(name, 0))
+        cluster.token("decode-0", 1, request_id=name, attempt=0)
+    return cluster
+
+
+def test_a_paused_request_leaves_its_room_to_others_and_goes_on_where_its_client_is() -> None:
+    cluster = decoding("slow")
+    cluster.handle(Pause("slow"))
+    assert cluster.aborts("decode-0") == [TransferId("slow", 0)]
+    cluster.token("decode-0", 2, request_id="slow", attempt=0)
+    cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=TransferId("slow", 0))
+    assert cluster.tokens["slow", 0] == [0, 1]
+    cluster.submit(make_request("other"))
+    assert cluster.spec("decode-0").transfer.request_id == "other"
+    cluster.handle(Cancel("other"))
+    for worker_id, leg in (("prefill-0", Leg.PREFILL), ("decode-0", Leg.DECODE)):
+        cluster.leg_ended(worker_id, leg, "aborted", transfer=TransferId("other", 0))
+    cluster.handle(Resume("slow"))
+    spec = cluster.spec("decode-0")
+    assert (spec.transfer, spec.output_token_ids) == (TransferId("slow", 1), (100, 101))
+    cluster.token("prefill-0", 2, request_id="slow", attempt=1)
+    assert cluster.tokens["slow", 0] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("end", [Cancel("slow"), Cancel("slow", FinishReason.STOP, 0)])
+def test_a_paused_request_can_end(end: Cancel) -> None:
+    cluster = decoding("slow", "other")
+    cluster.handle(Pause("slow"))
+    cluster.handle(end)
+    cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=TransferId("slow", 0))
+    assert len(cluster.closed["slow"]) == 1
+    cluster.handle(Resume("slow"))
+    assert cluster.spec("decode-0").transfer.request_id == "other"
+
+
+def test_a_request_paused_before_it_was_dispatched_waits_for_its_client_and_takes_no_place_in_the_queue() -> None:
+    cluster = one_at_a_time(max_queued_requests=1)
+    cluster.submit(make_request("slow"))
+    cluster.handle(Pause("slow"))
+    cluster.submit(make_request("other", max_tokens=1))
+    assert finish(cluster) == "other"
+    cluster.handle(Resume("slow"))
+    assert finish(cluster) == "slow"
+
+
+# the cluster's end
+
+
+def test_a_cluster_that_shuts_down_refuses_what_is_new_and_what_waits_and_finishes_what_runs() -> None:
+    cluster = one_at_a_time()
+    cluster.submit(make_request("waiting"))
+    cluster.handle(Closing())
+    with pytest.raises(NoWorkerAvailable, match="shutting down"):
+        cluster.submit(make_request("new"))
+    cluster.handle(WorkerDraining("both-0"))
+    (end,) = cluster.ends["waiting"]
+    assert (end.finish_reason, end.error) == (FinishReason.ERROR, "the cluster is shutting down")
+    cluster.token("both-0", 0, FinishReason.LENGTH)
+    assert WorkerIdle("both-0", 1) in cluster.leg_ended("both-0", Leg.PREFILL)
+    assert cluster.choice_ends["running", 0] == [FinishReason.LENGTH]
+
+
+def test_a_draining_prefill_worker_is_not_idle_before_its_kv_is_sent() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0", config=PAIRS_ONLY)
+    cluster.submit(make_request("a"))
+    cluster.handle(WorkerDraining("prefill-0"))
+    assert WorkerIdle("prefill-0", 1) not in cluster.token("prefill-0", 0)
+    assert WorkerIdle("prefill-0", 1) in cluster.leg_ended("prefill-0", Leg.PREFILL)
+
+
+def test_streams_of_a_worker_that_is_stopped_when_patience_ends_go_on_elsewhere() -> None:
+    cluster = Cluster("prefill-0", "decode-0", "decode-1", config=PAIRS_ONLY)
+    cluster.submit(make_request("a"))
+    cluster.token("prefill-0", 0)
+    cluster.leg_ended("prefill-0", Leg.PREFILL)
+    cluster.token("decode-0", 1)
+    cluster.handle(WorkerDraining("decode-0"))
+    cluster.lose("decode-0")
+    assert cluster.spec("decode-1").output_token_ids == (100, 101)
+    cluster.token("prefill-0", 2)
+    assert cluster.tokens["a", 0] == [0, 1, 2]
+
+
+def test_streams_that_outlast_a_cluster_end_as_unavailable() -> None:
+    cluster = Cluster("both-0", "both-1")
+    cluster.submit(make_request("a"))
+    cluster.handle(Closing())
+    for worker_id in ("both-0", "both-1"):
+        cluster.handle(WorkerDraining(worker_id))
+    for worker_id in ("both-0", "both-1"):
+        cluster.lose(worker_id)
+    (end,) = cluster.ends["a"]
+    assert (end.finish_reason, end.error) == (FinishReason.ERROR, "the cluster is shutting down")

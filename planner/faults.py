@@ -29,6 +29,9 @@ class Accident(enum.Enum):
     ROUTER_FREEZE = "router frozen"
 
 
+ORDERLY = (Accident.DRAIN, Accident.SCALE)  # nothing may fail for these
+
+
 @dataclass(frozen=True)
 class FaultRates:
     """Probabilities per message, chunk or request, and accidents per second."""
@@ -37,6 +40,7 @@ class FaultRates:
     duplicate: float = 0.0
     overtake: float = 0.0
     corrupt: float = 0.0
+    fail_store: float = 0.0
     accidents_per_s: float = 0.0
     latency_s: float = 0.0002
     jitter: float = 1.0  # of the latency; larger ones now and then
@@ -87,6 +91,18 @@ class Faults:
         if loses:
             self.counts["chunk lost"] += 1
         return loses
+
+    def fails_store(self) -> bool:
+        fails = not self._is_calm and self._rng.random() < self._rates.fail_store
+        if fails:
+            self.counts["block store failed"] += 1
+        return fails
+
+    def breaks_link(self) -> bool:
+        breaks = not self._is_calm and self._rng.random() < self._rates.fail_store
+        if breaks:
+            self.counts["link broken under a chunk"] += 1
+        return breaks
 
     def count(self, kind: str) -> None:
         self.counts[kind] += 1

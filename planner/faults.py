@@ -24,6 +24,7 @@ class Accident(enum.Enum):
     PARTITION_ROUTER = "worker cut off from the router"
     PARTITION_WORKERS = "two workers cut off from each other"
     CUT = "connections of a worker reset"
+    CUT_TRANSFERS = "transfer connections of a worker reset"  # the router's stands, so that nobody dies of it
     DRAIN = "worker drained"
     SCALE = "pools resized"
     ROUTER_FREEZE = "router frozen"
@@ -64,6 +65,10 @@ class Faults:
         rates, draw = self._rates, self._rng.random()
         latency_s = rates.latency_s * (0.5 + rates.jitter * draw)
         return latency_s * 100 if draw < 0.002 and not self._is_calm else latency_s
+
+    def half_open_s(self) -> float:
+        """How much later than the network allows one side of a broken connection hears of it."""
+        return self._rng.choice((0.0, 0.0, 0.1, 2.0))
 
     def of_message(self, message: Any) -> MessageFault | None:
         if self._is_calm:

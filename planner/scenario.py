@@ -21,6 +21,7 @@ class PlannedRequest:
     request: Request
     cancel_after_s: float | None = None
     stop_after_tokens: int | None = None  # of choice 0: its stop string is found then
+    stop_delay_s: float = 0.0  # until the router hears of that
 
 
 @dataclass(frozen=True)
@@ -146,4 +147,5 @@ def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: flo
         request=request,
         cancel_after_s=rng.uniform(0.0, 1.0) * rng.random() if rng.random() < 0.15 else None,
         stop_after_tokens=rng.randint(1, max_tokens) if rng.random() < 0.1 else None,
+        stop_delay_s=rng.choice((0.0, 0.01, 0.5)),
     )

@@ -42,7 +42,7 @@ class SimulatedClient:
         self._received: list[list[int]] = [[] for _ in range(sampling.n)]
         self._reasons: list[FinishReason | None] = [None] * sampling.n
         self._stopped = self._cancelled = False
-        time.call_at(plan.at_s, self._submit)
+        self._later(plan.at_s, self._submit)
 
     @property
     def _may_give_up(self) -> bool:
@@ -52,25 +52,30 @@ class SimulatedClient:
     def num_tokens(self) -> int:
         return sum(map(len, self._received))
 
+    def _later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """`call` reaches the router after `delay_s`, or when it runs again."""
+        head = self._head.process
+        self._time.call_later(delay_s, lambda: head.call_later(0.0, call) if head.is_frozen else call())
+
     def _submit(self) -> None:
         deadline_s = self._plan.request.deadline_s
         if deadline_s is not None and self._time.now_s >= deadline_s:
             self.is_ended = True
             return
         if self.request_id in self._head.clients:  # an id that another client uses now
-            self._time.call_later(0.05, self._submit)
+            self._later(0.05, self._submit)
             return
         error = self._head.submit(self._plan.request, self)
         if error is None:
             if self._plan.cancel_after_s is not None:
-                self._time.call_later(self._plan.cancel_after_s, self._cancel)
+                self._later(self._plan.cancel_after_s, self._cancel)
             if deadline_s is not None:
                 self._head.process.call_at(deadline_s + 0.001, lambda: self._must_have_ended("its deadline"))
         elif isinstance(error, QueueFull):
             self._count("queue full")
-            self._time.call_later(error.retry_after_s, self._submit)
+            self._later(error.retry_after_s, self._submit)
         else:
-            self._time.call_later(0.5, self._submit)
+            self._later(0.5, self._submit)
         self._note(f"{self.request_id}: " + ("submitted" if error is None else f"refused: {error}"))
 
     def _cancel(self) -> None:
@@ -111,7 +116,7 @@ class SimulatedClient:
         if event.choice == 0 and not self._stopped and len(received) == self._plan.stop_after_tokens:
             self._stopped = True
             self._count("stop string found")
-            self._time.call_later(0.0, lambda: None if self.is_ended else self._head.cancel(self.request_id, 0))
+            self._later(self._plan.stop_delay_s, lambda: None if self.is_ended else self._head.cancel(self.request_id, 0))
 
     def _on_choice_end(self, event: EmitChoiceEnd) -> None:
         if self._reasons[event.choice] is not None:

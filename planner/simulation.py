@@ -234,6 +234,8 @@ class Simulation:
                 self.network.partition(other.process.name, name, seconds)
             case Accident.CUT:
                 self.network.cut(worker.process)
+            case Accident.CUT_TRANSFERS:
+                self.network.cut(worker.process, spared=self.head.process)
             case Accident.DRAIN:
                 members = self.head.fleet.status()
                 if sum(member.state is MemberState.READY for member in members) > 2:  # else nobody might be left to serve

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ class RouterLink:
     ) -> None:
         self._socket = socket.create_connection(address, timeout=10.0)
         self._socket.settimeout(None)
+        # A router that stands still stops reading too: a sender that it blocks must find out as the heartbeat would.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(DEAD_AFTER_S))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._on_command = on_command
         self._on_lost = on_lost
@@ -53,13 +56,11 @@ class RouterLink:
             with self._write_lock:
                 self._socket.sendall(b"".join(map(self._encoder.encode, messages)))
         except OSError:
-            self._closed.set()
+            self._hang_up()
 
     def close(self) -> None:
         """Hang up; idempotent."""
-        self._closed.set()
-        with contextlib.suppress(OSError):  # the peer was faster
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
                 thread.join()
@@ -81,7 +82,16 @@ class RouterLink:
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
             if time.monotonic() - self._heard_s > DEAD_AFTER_S:
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)  # ends the reader, which tells
+                self._hang_up()
             elif self._heartbeat is not None:
                 self.send(self._heartbeat())
+
+    def _hang_up(self) -> None:
+        """End the reader, which tells; a frame may have left in part, so that nothing can follow it."""
+        self._closed.set()
+        with contextlib.suppress(OSError):  # the peer was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))

@@ -96,7 +96,7 @@ class Acceptor:
 
     async def _prepare(self, channel: Channel[SenderMessage], pair: InboundPair, connect: Connect) -> None:
         """Set the ring up and hand the connection over."""
-        pair.is_preparing = True
+        pair.num_preparing += 1
         try:
             if connect.link == "shm":
                 link = self._prepare_shm(channel, connect.epoch)
@@ -106,7 +106,7 @@ class Acceptor:
             self._refuse(channel, f"preparing the link failed: {error}")
             return
         finally:
-            pair.is_preparing = False
+            pair.num_preparing -= 1
         if connect.epoch != pair.last_epoch or channel not in self._strangers:
             self._dismiss(channel)
             retire(self._local, link)

@@ -97,10 +97,12 @@ class GlooLink:
         return self._tensor.narrow(0, slot * self.slot_bytes, num_bytes)
 
     def send(self, slot: int, num_bytes: int, seq: int) -> Any:
-        return self._group.send([self._slot_tensor(slot, num_bytes)], RECEIVER_RANK, seq & 0x7FFFFFFF)
+        with _link_errors():
+            return self._group.send([self._slot_tensor(slot, num_bytes)], RECEIVER_RANK, seq & 0x7FFFFFFF)
 
     def recv(self, slot: int, num_bytes: int, seq: int) -> Any:
-        return self._group.recv([self._slot_tensor(slot, num_bytes)], SENDER_RANK, seq & 0x7FFFFFFF)
+        with _link_errors():
+            return self._group.recv([self._slot_tensor(slot, num_bytes)], SENDER_RANK, seq & 0x7FFFFFFF)
 
     def wait(self, ticket: Any, timeout_s: float) -> None:
         with _link_errors():

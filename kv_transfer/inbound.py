@@ -18,7 +18,7 @@ from .events import (
     StoreFailed,
 )
 from .interfaces import Stream
-from .link import Link, release
+from .link import Link, LinkError, release
 from .pair import Local, Pair
 from .protocol import Chunk, Connect, SenderMessage
 from .receiver import TransferReceiver
@@ -32,12 +32,12 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
     def __init__(self, local: Local, source_worker_id: str) -> None:
         super().__init__(local)
         self.last_epoch = 0  # the newest that asked; those before it are fenced
-        self.is_preparing = False  # the acceptor is about to call `attach`
+        self.num_preparing = 0  # connections that the acceptor is about to `attach`
         self._receiver = TransferReceiver(local.layout, local.config, local.counters, source_worker_id)
 
     @property
     def is_idle(self) -> bool:
-        return self._receiver.is_idle and not self.is_preparing
+        return self._receiver.is_idle and not self.num_preparing
 
     def attach(self, channel: Stream, link: Link, epoch: int) -> None:
         """A new link; one that still stands is of an older epoch and falls."""
@@ -72,7 +72,11 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
     def _receive(self, chunk: Chunk) -> None:
         if self._link is None:
             return
-        ticket: Any = self._link.recv(chunk.slot, chunk.num_bytes, chunk.seq)
+        try:
+            ticket: Any = self._link.recv(chunk.slot, chunk.num_bytes, chunk.seq)
+        except LinkError as error:
+            self._link_failed(chunk.epoch, str(error))
+            return
         arrived = Arrived(chunk.epoch, chunk.seq)
         if ticket is None:
             self.feed(arrived)

@@ -21,7 +21,7 @@ from .events import (
 from .interfaces import Stream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
-from .protocol import PROTOCOL_VERSION, Chunk, Connect, Connected, Prepare, ReceiverMessage, Refused
+from .protocol import PROTOCOL_VERSION, Chunk, Commit, Connect, Connected, Prepare, ReceiverMessage, Refused
 from .sender import TransferSender
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         self._on_end = on_end
         self._sender = TransferSender(local.layout, local.config, local.counters, target.worker_id)
         self._dialling: Dialling | None = None
+        self._ungathered: set[TransferId] = set()  # a chunk of theirs could not leave, and the machine has yet to hear of it
 
     @property
     def is_idle(self) -> bool:
@@ -62,6 +63,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         match command:
             case SendChunk():
                 self._send_chunk(command)
+            case Send(Commit(transfer=transfer)) if transfer in self._ungathered:
+                pass  # decided before the machine knew; the peer would take it for a breach of the protocol
             case Send():
                 if self._channel is not None:
                     self._channel.send(command.message)
@@ -69,6 +72,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                 self._on_end(command.transfer)
                 local.notify(local.listener.on_sent, command.transfer, command.stats)
             case SendFailed():
+                self._ungathered.discard(command.transfer)
                 self._on_end(command.transfer)
                 local.notify(local.listener.on_send_failed, command.transfer, command.error)
             case OpenLink():
@@ -90,12 +94,17 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             )
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
             logger.exception("gathering %s of %s failed", span, command.transfer)
+            self._ungathered.add(command.transfer)
             self.feed(GatherFailed(epoch, command.transfer, command.seq, f"gathering failed: {error!r}"))
             return
         finally:
             release(data)
         channel.send(Chunk(epoch, command.transfer, command.seq, command.slot, span, command.num_bytes, checksum))
-        ticket = link.send(command.slot, command.num_bytes, command.seq)
+        try:
+            ticket = link.send(command.slot, command.num_bytes, command.seq)
+        except LinkError as error:
+            self._link_failed(epoch, str(error))
+            return
         if ticket is not None:
             self._when_done(ticket, lambda: None)
 

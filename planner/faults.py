@@ -24,9 +24,13 @@ class Accident(enum.Enum):
     PARTITION_ROUTER = "worker cut off from the router"
     PARTITION_WORKERS = "two workers cut off from each other"
     CUT = "connections of a worker reset"
+    CUT_TRANSFERS = "transfer connections of a worker reset"  # the router's stands, so that nobody dies of it
     DRAIN = "worker drained"
     SCALE = "pools resized"
     ROUTER_FREEZE = "router frozen"
+
+
+ORDERLY = (Accident.DRAIN, Accident.SCALE)  # nothing may fail for these
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class FaultRates:
     duplicate: float = 0.0
     overtake: float = 0.0
     corrupt: float = 0.0
+    fail_store: float = 0.0
     accidents_per_s: float = 0.0
     latency_s: float = 0.0002
     jitter: float = 1.0  # of the latency; larger ones now and then
@@ -60,6 +65,10 @@ class Faults:
         rates, draw = self._rates, self._rng.random()
         latency_s = rates.latency_s * (0.5 + rates.jitter * draw)
         return latency_s * 100 if draw < 0.002 and not self._is_calm else latency_s
+
+    def half_open_s(self) -> float:
+        """How much later than the network allows one side of a broken connection hears of it."""
+        return self._rng.choice((0.0, 0.0, 0.1, 2.0))
 
     def of_message(self, message: Any) -> MessageFault | None:
         if self._is_calm:
@@ -87,6 +96,18 @@ class Faults:
         if loses:
             self.counts["chunk lost"] += 1
         return loses
+
+    def fails_store(self) -> bool:
+        fails = not self._is_calm and self._rng.random() < self._rates.fail_store
+        if fails:
+            self.counts["block store failed"] += 1
+        return fails
+
+    def breaks_link(self) -> bool:
+        breaks = not self._is_calm and self._rng.random() < self._rates.fail_store
+        if breaks:
+            self.counts["link broken under a chunk"] += 1
+        return breaks
 
     def count(self, kind: str) -> None:
         self.counts[kind] += 1

@@ -13,6 +13,7 @@ from ..core.request import TransferId
 from ..engine.batch import Batch, SampledToken
 from ..engine.block_pool import BlockPool
 from ..engine.sequence import Sequence
+from .virtual_time import VirtualTime
 
 VOCABULARY = 997
 NUM_LAYERS = 2
@@ -35,9 +36,16 @@ def sample(total: int, seed: int, choice: int, index: int) -> int:
     return chain(chain(total ^ seed, choice), index) % VOCABULARY
 
 
-def expected_tokens(prompt: Seq[int], seed: int, choice: int, max_tokens: int, eos: int | None) -> list[int]:
+def salted(salt: str) -> int:
+    """Where a chain starts: KV of one cache salt is wrong for every other."""
+    return zlib.crc32(salt.encode())
+
+
+def expected_tokens(
+    prompt: Seq[int], seed: int, choice: int, max_tokens: int, eos: int | None = None, salt: str = ""
+) -> list[int]:
     """What a choice must produce, whoever serves it and whatever happens."""
-    state = total = 0
+    state, total = salted(salt), 0
     for token_id in prompt:
         state = chain(state, token_id)
         total = (total + state) & MASK
@@ -51,28 +59,42 @@ def expected_tokens(prompt: Seq[int], seed: int, choice: int, max_tokens: int, e
     return tokens
 
 
+class StoreFault(Exception):
+    """What a store raises when a fault is drawn."""
+
+
 class ChainStore:
     """Implements `kv_transfer.interfaces.KVStore`, and checks who reads and writes which block."""
 
-    def __init__(self, pool: BlockPool, violation: Callable[[str], None]) -> None:
+    def __init__(self, pool: BlockPool, clock: "Clocks", violation: Callable[[str], None], fails: Callable[[], bool]) -> None:
         size = pool.num_blocks * pool.block_size
         self.layout = layout(pool.block_size)
         self.leases: dict[TransferId, frozenset[int]] = {}  # blocks that a transfer may write
         self._pool = pool
         self._violation = violation
+        self._fails = fails
         self._words = [[0] * size for _ in range(NUM_LAYERS)]
         self._sums = [[0] * pool.num_blocks for _ in range(NUM_LAYERS)]  # of each block's words
+        self._final_s = [[0.0] * size for _ in range(NUM_LAYERS)]  # when a step that runs has computed each word
+        self._clock = clock
 
-    def write(self, layer: int, block_id: int, offset: int, word: int) -> None:
+    def write(self, layer: int, block_id: int, offset: int, word: int, final_s: float = 0.0) -> None:
+        """`final_s`: before then nobody else may read it."""
         words, index = self._words[layer], block_id * self._pool.block_size + offset
         self._sums[layer][block_id] += word - words[index]
         words[index] = word
+        self._final_s[layer][index] = final_s
 
     def check_writable(self, block_ids: Seq[int], whose: object) -> None:
         for block_id in block_ids:
             if self._pool.ref_count(block_id) != 1 or self._pool.is_cached(block_id):
                 state = f"{self._pool.ref_count(block_id)} holders" + ", cached" * self._pool.is_cached(block_id)
                 self._violation(f"{whose} writes block {block_id}: {state}")
+
+    def check_held(self, block_ids: Seq[int], whose: object) -> None:
+        for block_id in block_ids:
+            if self._pool.ref_count(block_id) == 0:
+                self._violation(f"{whose} reads block {block_id}, which nobody holds")
 
     def total(self, layer: int, block_ids: Seq[int], num_tokens: int) -> int:
         """Of the first `num_tokens` tokens of a block table."""
@@ -99,14 +121,18 @@ class ChainStore:
     def gather(
         self, layer_start: int, layer_end: int, block_ids: Seq[int], token_start: int, token_end: int, out: memoryview
     ) -> int:
-        for block_id in block_ids[token_start // self._pool.block_size : -(-token_end // self._pool.block_size)]:
-            if self._pool.ref_count(block_id) == 0:
-                self._violation(f"a transfer reads block {block_id}, which nobody holds")
-        words = out.cast("Q")
+        if self._fails():
+            raise StoreFault
+        size = self._pool.block_size
+        self.check_held(block_ids[token_start // size : -(-token_end // size)], "a transfer")
+        words, now_s = out.cast("Q"), self._clock.time.now_s
         index = 0
         for layer in range(layer_start, layer_end):
             for position in range(token_start, token_end):
-                words[index] = self.word(layer, block_ids, position)
+                cell = block_ids[position // size] * size + position % size
+                words[index] = self._words[layer][cell]
+                if self._final_s[layer][cell] > now_s:
+                    self._violation(f"a transfer reads layer {layer} of token {position} before it is computed")
                 index += 1
         return zlib.crc32(out)
 
@@ -116,6 +142,8 @@ class ChainStore:
     def scatter(
         self, layer_start: int, layer_end: int, block_ids: Seq[int], token_start: int, token_end: int, data: memoryview
     ) -> None:
+        if self._fails():
+            raise StoreFault
         size = self._pool.block_size
         touched = block_ids[token_start // size : -(-token_end // size)]
         if not any(blocks.issuperset(touched) for blocks in self.leases.values()):
@@ -129,9 +157,17 @@ class ChainStore:
                 index += 1
 
 
+class Clocks(Protocol):
+    """What the store must know of time."""
+
+    @property
+    def time(self) -> VirtualTime: ...
+
+
 class StepCost(Protocol):
     """How long a step takes; `spend` lets the worker's clock run on."""
 
+    def __call__(self) -> float: ...
     def spend(self, seconds: float) -> None: ...
     def of(self, num_tokens: int) -> float: ...
 
@@ -152,12 +188,14 @@ class ChainRunner:
         for chunk in batch.chunks:
             table = chunk.sequence.block_ids[chunk.start // self._size : -(-chunk.end // self._size)]
             self._store.check_writable(table, chunk.sequence)
+            self._store.check_held(chunk.sequence.block_ids, chunk.sequence)
         for layer in range(NUM_LAYERS):
+            self._cost.spend(duration_s / NUM_LAYERS)
+            final_s = self._cost()
             for chunk, words in zip(batch.chunks, states, strict=True):
                 block_ids = chunk.sequence.block_ids
                 for position, word in enumerate(words, chunk.start):
-                    self._store.write(layer, block_ids[position // self._size], position % self._size, word)
-            self._cost.spend(duration_s / NUM_LAYERS)
+                    self._store.write(layer, block_ids[position // self._size], position % self._size, word, final_s)
             if on_layer is not None:
                 on_layer(layer)
         return [
@@ -169,7 +207,7 @@ class ChainRunner:
         ]
 
     def _states(self, seq: Sequence, start: int, end: int) -> list[int]:
-        state = self._store.word(0, seq.block_ids, start - 1) if start else 0
+        state = self._store.word(0, seq.block_ids, start - 1) if start else salted(seq.spec.cache_salt)
         states = []
         for position in range(start, end):
             state = chain(state, seq.token_ids[position])

@@ -51,10 +51,11 @@ class End:
             self._deliver(lambda: self.peer._lose("the peer closed the connection"))
 
     def cut(self) -> None:
-        """The network breaks the connection: both sides hear of it, what is under way is lost."""
+        """The network breaks the connection: what is under way is lost, and one side may hear of it long before the other."""
         for end in (self, self.peer):
             end._is_cut = True
-            end.process.call_at(self._network.arrival_s(self.process, self.peer.process), end._reset)
+            heard_s = self._network.arrival_s(self.process, self.peer.process) + self._network.faults.half_open_s()
+            end.process.call_at(heard_s, end._reset)
 
     def _deliver(self, call: Callable[[], None]) -> None:
         at_s = max(self._last_delivery_s + 1e-9, self._network.arrival_s(self.process, self.peer.process))
@@ -95,11 +96,11 @@ class Network:
         self._ends += ends
         return ends
 
-    def cut(self, process: Process) -> None:
-        """Break every connection of a process."""
+    def cut(self, process: Process, spared: Process | None = None) -> None:
+        """Break every connection of a process, but those to `spared`."""
         self._ends = [end for end in self._ends if end.is_open]
         for end in self._ends:
-            if end.process is process:
+            if end.process is process and end.peer.process is not spared:
                 end.cut()
 
     def arrival_s(self, a: Process, b: Process) -> float:

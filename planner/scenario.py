@@ -5,7 +5,7 @@ from random import Random
 
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
-from .faults import Accident, FaultRates
+from .faults import ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
 from .simulated_worker import WorkerShape
 
@@ -21,6 +21,7 @@ class PlannedRequest:
     request: Request
     cancel_after_s: float | None = None
     stop_after_tokens: int | None = None  # of choice 0: its stop string is found then
+    stop_delay_s: float = 0.0  # until the router hears of that
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Scenario:
     ring_slots: int
     lease_s: float
     max_queued_requests: int
+    max_attempts: int
     prefill_on_decode: bool
     start_s: float  # what a worker's start takes
     rates: FaultRates
@@ -54,8 +56,11 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     pools = {Role.PREFILL: rng.choice((1, 1, 2, 3)), Role.DECODE: rng.choice((1, 1, 2, 3))}
     shapes = _draw_shapes(rng)
     rates = _draw_rates(rng)
+    kinds = list(Accident)
     if not with_faults or rng.random() < 0.1:
         rates = FaultRates()
+    elif rng.random() < 0.1:
+        rates, kinds = FaultRates(accidents_per_s=1.0), list(ORDERLY)
     num_accidents = int(rates.accidents_per_s * CALM_S)
     return Scenario(
         seed=seed,
@@ -66,14 +71,13 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         ring_slots=rng.choice((1, 2, 4)),
         lease_s=rng.choice((1.0, 30.0)),
         max_queued_requests=rng.choice((4, 16, 1024)),
+        max_attempts=rng.choice((50, 50, 50, 2)),
         prefill_on_decode=rng.random() < 0.5,
         start_s=rng.uniform(0.05, 1.0),
         rates=rates,
         requests=_draw_requests(rng, shapes, num_requests or rng.randint(5, 30)),
         accidents=tuple(
-            PlannedAccident(
-                rng.uniform(0.3, CALM_S), rng.choice(list(Accident)), rng.random(), rng.choice((0.05, 0.5, 2.0, 5.0))
-            )
+            PlannedAccident(rng.uniform(0.3, CALM_S), rng.choice(kinds), rng.random(), rng.choice((0.05, 0.5, 2.0, 5.0)))
             for _ in range(num_accidents)
         ),
     )
@@ -105,7 +109,8 @@ def _draw_rates(rng: Random) -> FaultRates:
         lose=sometimes(0.005),
         duplicate=sometimes(0.01),
         overtake=sometimes(0.01),
-        corrupt=sometimes(0.02),
+        corrupt=sometimes(rng.choice((0.02, 0.2))),
+        fail_store=sometimes(rng.choice((0.01, 0.1))),
         accidents_per_s=rng.choice((0.0, 0.3, 1.0, 2.0)),
         latency_s=rng.choice((0.0001, 0.0005, 0.005)),
     )
@@ -120,19 +125,21 @@ def _draw_requests(rng: Random, shapes: dict[Role, WorkerShape], num_requests: i
 
 def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: float, max_n: int) -> PlannedRequest:
     stem = rng.choice(stems)[: rng.choice((0, 7, 16, 40, 60))]
-    prompt = stem + [rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 2, 9, 20)))]
+    num_own = rng.choice((0, 1, 2, 9, 20)) if stem else rng.choice((1, 2, 9, 20))  # 0: the very prompt of others
+    prompt = stem + [rng.randrange(VOCABULARY) for _ in range(num_own)]
     max_tokens = rng.choice((1, 2, 5, 20, 40))
+    salt = rng.choice(("", "", "salt"))
     sampling = SamplingParams(max_tokens=max_tokens, n=rng.choice((1, 1, 1, max_n)), seed=rng.getrandbits(32))
     eos: tuple[int, ...] = ()
     if rng.random() < 0.3:
-        eos = (rng.choice(expected_tokens(prompt, sampling.seed, 0, max_tokens, None)),)
+        eos = (rng.choice(expected_tokens(prompt, sampling.seed, 0, max_tokens, salt=salt)),)
     at_s = rng.uniform(0.0, burst_s)
     request = Request(
         request_id=f"r{number}" if rng.random() < 0.9 else f"again{rng.randrange(3)}",
         prompt_token_ids=tuple(prompt),
         sampling=sampling,
         eos_token_ids=eos,
-        cache_salt=rng.choice(("", "", "salt")),
+        cache_salt=salt,
         deadline_s=at_s + rng.uniform(0.01, 3.0) if rng.random() < 0.15 else None,
     )
     return PlannedRequest(
@@ -140,4 +147,5 @@ def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: flo
         request=request,
         cancel_after_s=rng.uniform(0.0, 1.0) * rng.random() if rng.random() < 0.15 else None,
         stop_after_tokens=rng.randint(1, max_tokens) if rng.random() < 0.1 else None,
+        stop_delay_s=rng.choice((0.0, 0.01, 0.5)),
     )

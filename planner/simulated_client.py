@@ -10,6 +10,7 @@ from .scenario import PlannedRequest
 from .simulated_head import SimulatedHead
 from .virtual_time import VirtualTime
 
+FEW_ATTEMPTS = 10  # with so few it may be that all of them fail
 BY_ITSELF = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -33,17 +34,28 @@ class SimulatedClient:
         self.request_id = plan.request.request_id
         eos = plan.request.eos_token_ids[0] if plan.request.eos_token_ids else None
         self._expected = [
-            expected_tokens(plan.request.prompt_token_ids, sampling.seed, choice, sampling.max_tokens, eos)
+            expected_tokens(
+                plan.request.prompt_token_ids, sampling.seed, choice, sampling.max_tokens, eos, plan.request.cache_salt
+            )
             for choice in range(sampling.n)
         ]
         self._received: list[list[int]] = [[] for _ in range(sampling.n)]
         self._reasons: list[FinishReason | None] = [None] * sampling.n
-        self._stopped = False
-        time.call_at(plan.at_s, self._submit)
+        self._stopped = self._cancelled = False
+        self._later(plan.at_s, self._submit)
+
+    @property
+    def _may_give_up(self) -> bool:
+        return self._head.router.config.max_attempts < FEW_ATTEMPTS
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self._received))
+
+    def _later(self, delay_s: float, call: Callable[[], None]) -> None:
+        """`call` reaches the router after `delay_s`, or when it runs again."""
+        head = self._head.process
+        self._time.call_later(delay_s, lambda: head.call_later(0.0, call) if head.is_frozen else call())
 
     def _submit(self) -> None:
         deadline_s = self._plan.request.deadline_s
@@ -51,24 +63,32 @@ class SimulatedClient:
             self.is_ended = True
             return
         if self.request_id in self._head.clients:  # an id that another client uses now
-            self._time.call_later(0.05, self._submit)
+            self._later(0.05, self._submit)
             return
         error = self._head.submit(self._plan.request, self)
         if error is None:
             if self._plan.cancel_after_s is not None:
-                self._time.call_later(self._plan.cancel_after_s, self._cancel)
+                self._later(self._plan.cancel_after_s, self._cancel)
+            if deadline_s is not None:
+                self._head.process.call_at(deadline_s + 0.001, lambda: self._must_have_ended("its deadline"))
         elif isinstance(error, QueueFull):
             self._count("queue full")
-            self._time.call_later(error.retry_after_s, self._submit)
+            self._later(error.retry_after_s, self._submit)
         else:
-            self._time.call_later(0.5, self._submit)
+            self._later(0.5, self._submit)
         self._note(f"{self.request_id}: " + ("submitted" if error is None else f"refused: {error}"))
 
     def _cancel(self) -> None:
         if not self.is_ended:
             self._note(f"{self.request_id}: cancelled by its client")
             self._count("client cancelled")
+            self._cancelled = True
             self._head.cancel(self.request_id)
+            self._must_have_ended("it was cancelled")
+
+    def _must_have_ended(self, when: str) -> None:
+        if not self.is_ended:
+            self._violation(f"{self.request_id}: goes on after {when}")
 
     def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None:
         if self.is_ended:
@@ -96,15 +116,18 @@ class SimulatedClient:
         if event.choice == 0 and not self._stopped and len(received) == self._plan.stop_after_tokens:
             self._stopped = True
             self._count("stop string found")
-            self._time.call_later(0.0, lambda: None if self.is_ended else self._head.cancel(self.request_id, 0))
+            self._later(self._plan.stop_delay_s, lambda: None if self.is_ended else self._head.cancel(self.request_id, 0))
 
     def _on_choice_end(self, event: EmitChoiceEnd) -> None:
         if self._reasons[event.choice] is not None:
             self._violation(f"{self.request_id}/{event.choice}: a second ending")
         self._reasons[event.choice] = event.finish_reason
         by_itself = event.finish_reason in BY_ITSELF and not (event.choice == 0 and self._stopped)
-        if by_itself and self._received[event.choice] != self._expected[event.choice]:
-            num, of = len(self._received[event.choice]), len(self._expected[event.choice])
+        expected = self._expected[event.choice]
+        eos_token_ids = self._plan.request.eos_token_ids
+        right = FinishReason.STOP if expected[-1] in eos_token_ids else FinishReason.LENGTH
+        if by_itself and (self._received[event.choice] != expected or event.finish_reason is not right):
+            num, of = len(self._received[event.choice]), len(expected)
             self._violation(f"{self.request_id}/{event.choice}: ended ({event.finish_reason.value}) after {num} of {of} tokens")
 
     def _on_end(self, event: EmitEnd) -> None:
@@ -112,8 +135,16 @@ class SimulatedClient:
         self.was_resumed = len(event.timeline.dispatches) > 1
         if None in self._reasons:
             self._violation(f"{self.request_id}: ended before its choices")
-        if event.finish_reason is FinishReason.DEADLINE:
-            self._count("deadline missed")
-        if event.finish_reason is FinishReason.ERROR:
-            self._violation(f"{self.request_id}: lost: {event.error}")
+        deadline_s = self._plan.request.deadline_s
+        match event.finish_reason:
+            case None:
+                pass
+            case FinishReason.CANCELLED if self._cancelled:
+                pass
+            case FinishReason.DEADLINE if deadline_s is not None and self._time.now_s >= deadline_s:
+                self._count("deadline missed")
+            case FinishReason.ERROR if self._may_give_up and (event.error or "").startswith("gave up"):
+                self._count("given up")
+            case reason:
+                self._violation(f"{self.request_id}: lost ({reason.value}): {event.error}")
         self._note(f"{self.request_id}: ended, {event.finish_reason or 'complete'}")

@@ -33,6 +33,7 @@ from ..router.fleet_events import AssignRole, DrainWorker, FleetAction, FleetEve
 from .network import End
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Process, Timer, VirtualTime
+from .wanted import WantedLegs, is_our_own_fault
 
 HEARTBEAT_S = 0.5
 DEAD_AFTER_S = 3.0
@@ -70,6 +71,7 @@ class SimulatedHead:
         self._violation = violation
         self._note = note
         self._workers: dict[Key, _Connection] = {}
+        self._wanted = WantedLegs()
         self._started: dict[Key, SimulatedWorker] = {}
         self._ending: set[Key] = set()
         self._commands: deque[RouterCommand] = deque()
@@ -125,13 +127,18 @@ class SimulatedHead:
                 connection = self._workers.get((worker_id, incarnation))
                 if connection is not None:
                     connection.end.send(message)
+                self._wanted.sent((worker_id, incarnation), message)
                 if self._note is not None:
                     self._note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
             case EmitTokens() | EmitChoiceEnd() | EmitEnd():
                 client = self.clients.get(command.request_id)
                 if isinstance(command, EmitEnd):
                     self.clients.pop(command.request_id, None)
-                if client is not None:
+                    for text in self._wanted.ended(command.request_id, self._workers.keys() & self._started.keys()):
+                        self._violation(text)
+                if client is None:
+                    self._violation(f"{command.request_id}: {type(command).__name__} after its end")
+                else:
                     client.on_event(command)
             case WorkerIdle(worker_id, incarnation):
                 self.manage(WorkerIdle(worker_id, incarnation))
@@ -154,6 +161,9 @@ class SimulatedHead:
                     self.handle(WorkerReady(info))
                     self.manage(WorkerReady(info))
             case StepReport() | LegEnded():
+                self._wanted.heard(message)
+                if isinstance(message, LegEnded) and is_our_own_fault(message.error or ""):
+                    self._violation(f"{message.worker_id}: {message.leg.value} of {message.transfer}: {message.error}")
                 if self._note is not None and isinstance(message, LegEnded):
                     how = message.error or "complete"
                     self._note(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..kv_transfer.inbound import InboundPair
-from ..kv_transfer.link import LinkError, TransferTimeout
+from ..kv_transfer.link import LinkError, PeerLost, TransferTimeout
 from ..kv_transfer.outbound import OutboundPair
 from ..kv_transfer.protocol import Connect, Connected, Refused
 from .faults import Faults
@@ -84,6 +84,8 @@ class CopyingRing(SharedRing):
         self._is_dead = False
 
     def send(self, slot: int, num_bytes: int, seq: int) -> Ticket:
+        if self._faults.breaks_link():
+            raise PeerLost("the connection broke")
         super().send(slot, num_bytes, seq)
         data, ticket = bytes(self.slot(slot, num_bytes)), Ticket()
         if not self._faults.loses_chunk():
@@ -93,6 +95,8 @@ class CopyingRing(SharedRing):
         return ticket
 
     def recv(self, slot: int, num_bytes: int, seq: int) -> Ticket:
+        if self._faults.breaks_link():
+            raise PeerLost("the connection broke")
         ticket = Ticket()
         self._expected[seq] = slot, ticket
         self._match(seq)
@@ -156,12 +160,12 @@ class SimulatedDial:
             door.send(Refused(pair))
             door.close()
             return
-        pair.is_preparing = True
+        pair.num_preparing += 1
         self._target.process.call_later(PREPARE_S, lambda: self._attach(door, pair, message))
 
     def _attach(self, door: End, pair: InboundPair, connect: Connect) -> None:
         assert self._target is not None
-        pair.is_preparing = False
+        pair.num_preparing -= 1
         if connect.epoch != pair.last_epoch or not door.is_open:
             door.close()
             return

@@ -10,7 +10,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
-from ..core.messages import Heartbeat, Role, TransferAddress, TransferStats, WorkerCommand, WorkerInfo
+from ..core.messages import (
+    Abort,
+    Heartbeat,
+    Prefill,
+    Reserve,
+    Role,
+    Serve,
+    StepReport,
+    TransferAddress,
+    TransferStats,
+    WorkerCommand,
+    WorkerInfo,
+)
 from ..core.request import TransferId
 from ..engine.block_pool import BlockPool
 from ..engine.kv_manager import KVManager
@@ -139,11 +151,14 @@ class SimulatedWorker:
         config: TransferConfig,
         dial: Callable[["SimulatedWorker"], Dial],
         violation: Callable[[str], None],
+        store_fails: Callable[[], bool],
     ) -> None:
         self.process, self.worker_id, self.incarnation, self.role, self.shape = process, worker_id, incarnation, role, shape
         self.clock = StepClock(time, shape)
         self.pool = BlockPool(shape.num_blocks, shape.block_size)
-        self.store = ChainStore(self.pool, lambda text: violation(f"{worker_id}/{incarnation}: {text}"))
+        self.store = ChainStore(
+            self.pool, self.clock, lambda text: violation(f"{worker_id}/{incarnation}: {text}"), store_fails
+        )
         self.local = Local(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -174,6 +189,8 @@ class SimulatedWorker:
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
         self._heard_s = 0.0
+        self._violation = violation
+        self._aborted: set[TransferId] = set()
 
     def serve(self, router: End) -> None:
         """The worker is loaded and its connection stands."""
@@ -187,7 +204,15 @@ class SimulatedWorker:
     def _on_command(self, command: WorkerCommand) -> None:
         self._heard_s = self.clock.time.now_s
         if not isinstance(command, Heartbeat):
-            self.post(lambda: self.worker.handle(command))
+            self.post(lambda: self._handle(command))
+
+    def _handle(self, command: WorkerCommand) -> None:
+        self.worker.handle(command)
+        match command:
+            case Abort(transfer=transfer):
+                self._aborted.add(transfer)
+            case Prefill(spec=spec) | Reserve(spec=spec) | Serve(spec=spec):
+                self._aborted.discard(spec.transfer)  # an id that was used before
 
     def _beat(self, router: End) -> None:
         if self.clock.time.now_s - self._heard_s > ROUTER_DEAD_AFTER_S:
@@ -235,6 +260,10 @@ class SimulatedWorker:
     def _end_turn(self, worked: bool) -> None:
         assert self._router is not None
         for message in self.worker.take_messages():
+            if isinstance(message, StepReport):
+                for output in message.outputs:
+                    if output.transfer in self._aborted:
+                        self._violation(f"{self.process.name}: computes {output.transfer} after its abort")
             self._router.send(message)
         if worked or self._inbox:
             self._turn()

@@ -10,7 +10,7 @@ from ..kv_transfer.config import TransferConfig
 from ..router.config import RouterConfig
 from ..router.fleet import FleetConfig, MemberState
 from ..router.fleet_events import Apply, Drain, StartWorker
-from .faults import Accident, Faults
+from .faults import ORDERLY, Accident, Faults
 from .network import Network
 from .scenario import CALM_S, PlannedAccident, Scenario
 from .simulated_client import SimulatedClient
@@ -62,7 +62,7 @@ class Simulation:
             RouterConfig(
                 max_queued_requests=scenario.max_queued_requests,
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
-                max_attempts=50,
+                max_attempts=scenario.max_attempts,
             ),
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=30.0, backoff_s=0.2, max_backoff_s=2.0),
             self._start_worker,
@@ -120,7 +120,7 @@ class Simulation:
         if not self._wait_for(lambda: not self._leftovers()):
             for leftover in self._leftovers():
                 self.violation(f"left behind: {leftover}")
-        if not self.faults.counts and self.head.router.counters.retried:
+        if self.head.router.counters.retried and self.faults.counts.keys() <= {accident.value for accident in ORDERLY}:
             self.violation(f"{self.head.router.counters.retried} dispatches failed without a fault")
         self.head.router.check_integrity()
         for worker in self._alive():
@@ -158,12 +158,11 @@ class Simulation:
                 left.append(f"{name}: leases of {', '.join(map(str, worker.store.leases))}")
             if worker.hub.num_transfers:
                 left.append(f"{name}: {worker.hub.num_transfers} transfers")
-        members = {(m.worker_id, m.incarnation) for m in self.head.fleet.status() if m.state is MemberState.READY}
-        for name, known in (
-            ("the router knows", {(worker.worker_id, worker.incarnation) for worker in routed.workers}),
-            ("there are", {(worker.worker_id, worker.incarnation) for worker in self._alive()}),
-        ):
-            left += [f"the fleet has {key}, not what {name}" for key in sorted(members ^ known)]
+        members = {(m.worker_id, m.incarnation): m.role for m in self.head.fleet.status() if m.state is MemberState.READY}
+        if (known := {(worker.worker_id, worker.incarnation): worker.role for worker in routed.workers}) != members:
+            left.append(f"the fleet has {members}, the router knows {known}")
+        if (alive := {(worker.worker_id, worker.incarnation) for worker in self._alive()}) != members.keys():
+            left.append(f"the fleet has {sorted(members)}, there are {sorted(alive)}")
         left += [f"{m.worker_id} is {m.state.value}" for m in self.head.fleet.status() if m.state is not MemberState.READY]
         return left
 
@@ -194,6 +193,7 @@ class Simulation:
                 )
             ),
             self.violation,
+            self.faults.fails_store,
         )
         self.workers[worker_id, incarnation] = worker
         process.when_it_dies(lambda: self.note(f"{process.name} died"))
@@ -234,6 +234,8 @@ class Simulation:
                 self.network.partition(other.process.name, name, seconds)
             case Accident.CUT:
                 self.network.cut(worker.process)
+            case Accident.CUT_TRANSFERS:
+                self.network.cut(worker.process, spared=self.head.process)
             case Accident.DRAIN:
                 members = self.head.fleet.status()
                 if sum(member.state is MemberState.READY for member in members) > 2:  # else nobody might be left to serve

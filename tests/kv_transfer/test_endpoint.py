@@ -259,13 +259,19 @@ def test_a_forgotten_peer_is_fenced() -> None:
 
 def test_what_the_store_cannot_do_ends_one_transfer_alone() -> None:
     with pair() as (sender, receiver):
+        other = TransferId("request", 1)
+        receiver.expect(other, sender.key, [2], 8)
+        sender.endpoint.send(other, receiver.address, [2], 8)
         sender.store.gather_error = OSError("device lost")
         receiver.expect(T, sender.key, [1], 8)
-        sender.endpoint.send(T, receiver.address, [1], 8)
-        sender.endpoint.computed(T, 0, 3, 0, 8)
-        sender.endpoint.commit(T, b"")
+        sender.push(T, receiver.address, [1], 8)  # chunks and COMMIT are decided at once
         assert "device lost" in sender.ends.send_error(T)
-        assert receiver.ends.receive_error(T)
+        assert "device lost" in receiver.ends.receive_error(T)
+        sender.store.gather_error = None
+        sender.endpoint.computed(other, 0, 3, 0, 8)
+        sender.endpoint.commit(other, b"done")
+        assert receiver.ends.received(other) == b"done"
+        assert receiver.endpoint.counters.num_nacks == 0
 
 
 def test_a_commit_before_everything_was_computed_fails_by_name() -> None:

@@ -10,18 +10,24 @@ import pytest
 from pdserve.core.request import TransferId
 from pdserve.decode_worker.scheduler import DecodeScheduler
 from pdserve.decode_worker.worker import DecodeWorker
+from pdserve.engine import sequence
+from pdserve.engine.batch import Batch
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.sequence import Sequence
-from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent
+from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent, SenderCommand
 from pdserve.kv_transfer.inbound import InboundPair
 from pdserve.kv_transfer.inbound_transfer import InboundTransfer
+from pdserve.kv_transfer.outbound import OutboundPair
 from pdserve.kv_transfer.protocol import Ack
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.planner.kv_model import ChainStore
 from pdserve.planner.run import simulate
-from pdserve.router.admission import JobQueue
+from pdserve.prefill_worker.worker import PrefillWorker
+from pdserve.router.admission import Deadlines, JobQueue
 from pdserve.router.dispatch import Dispatch, Job
+from pdserve.router.fleet import Fleet, Member, MemberState
+from pdserve.router.live_requests import LiveRequests
 from pdserve.router.registry import Registry, Worker
 from pdserve.router.stream import ChoiceStream
 
@@ -136,6 +142,67 @@ def accept_tokens_out_of_order() -> Planted:
     return patch.object(ChoiceStream, "accept", accept)
 
 
+def announce_layers_before_they_are_computed() -> Planted:
+    original = PrefillWorker._layer_hook
+
+    def layer_hook(self: PrefillWorker, batch: Batch, legs):  # type: ignore[no-untyped-def]
+        announce = original(self, batch, legs)
+        if announce is None:
+            return None
+
+        def on_layer(layer: int) -> None:
+            for each in range(self._num_layers) if layer == 0 else ():
+                announce(each)
+
+        return on_layer
+
+    return patch.object(PrefillWorker, "_layer_hook", layer_hook)
+
+
+def share_kv_between_salts() -> Planted:
+    original = sequence.block_hashes
+    return patch.object(sequence, "block_hashes", lambda tokens, size, salt, parent: original(tokens, size, "", parent))
+
+
+def leave_workers_at_work_for_a_request_that_has_ended() -> Planted:
+    return patch.object(LiveRequests, "_abort", lambda self, dispatch, legs: None)
+
+
+def decode_what_was_aborted() -> Planted:
+    original = DecodeWorker.received
+
+    def received(self: DecodeWorker, transfer: TransferId, payload: bytes) -> None:
+        self._legs[transfer].aborted = False
+        original(self, transfer, payload)
+
+    return patch.object(DecodeWorker, "received", received)
+
+
+def miss_a_deadline() -> Planted:
+    return patch.object(Deadlines, "next_s", lambda self: None)
+
+
+def stop_a_worker_without_draining_it() -> Planted:
+    original = Fleet._retire
+
+    def retire(self: Fleet, member: Member, now_s: float) -> None:
+        original(self, member, now_s)
+        if member.state is MemberState.DRAINING:
+            self._stop(member, now_s)
+
+    return patch.object(Fleet, "_retire", retire)
+
+
+def commit_a_chunk_that_never_left() -> Planted:
+    original = OutboundPair._execute
+
+    def execute(self: OutboundPair, command: SenderCommand) -> None:
+        self._ungathered.clear()
+        original(self, command)
+
+    return patch.object(OutboundPair, "_execute", execute)
+
+
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
     forget_the_incarnation_of_a_message,
@@ -148,6 +215,13 @@ MUTATIONS: list[Mutation] = [
     lose_a_credit,
     believe_every_checksum,
     accept_tokens_out_of_order,
+    announce_layers_before_they_are_computed,
+    share_kv_between_salts,
+    leave_workers_at_work_for_a_request_that_has_ended,
+    decode_what_was_aborted,
+    miss_a_deadline,
+    stop_a_worker_without_draining_it,
+    commit_a_chunk_that_never_left,
 ]
 
 

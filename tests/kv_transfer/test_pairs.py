@@ -1,0 +1,153 @@
+"""The shells of a pair: a link that breaks under an operation, and connections that are prepared at the same time."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from pdserve.core.messages import TransferAddress
+from pdserve.core.request import TransferId
+from pdserve.kv_transfer.acceptor import Acceptor
+from pdserve.kv_transfer.config import TransferConfig
+from pdserve.kv_transfer.events import CommitReady, Computed, Expect, Open
+from pdserve.kv_transfer.inbound import InboundPair
+from pdserve.kv_transfer.link import Link, PeerLost
+from pdserve.kv_transfer.outbound import OutboundPair
+from pdserve.kv_transfer.pair import Local
+from pdserve.kv_transfer.protocol import PROTOCOL_VERSION, Accept, Chunk, Connect, Offer, SenderMessage
+from pdserve.kv_transfer.span import Span
+
+from .support import ArrayStore, Recorder, layout
+
+T = TransferId("request", 0)
+WHOLE = Span(0, 3, 0, 8)
+NUM_BYTES = 8 * layout().bytes_per_token
+
+
+class WireStub:
+    """A control stream that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.on_message: Callable[[Any], None] = lambda _: None
+        self.on_lost: Callable[[str], None] = lambda _: None
+        self.said: list[object] = []
+        self.is_open = True
+
+    def send(self, message: object, fd: int | None = None) -> None:
+        self.said.append(message)
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+class BrokenLink:
+    """Each operation finds the connection broken."""
+
+    executor = None
+    num_slots, slot_bytes = 1, NUM_BYTES
+    is_gone = False
+
+    def slot(self, slot: int, num_bytes: int) -> memoryview:
+        return memoryview(bytearray(num_bytes))
+
+    def send(self, slot: int, num_bytes: int, seq: int) -> None:
+        raise PeerLost("the connection broke")
+
+    def recv(self, slot: int, num_bytes: int, seq: int) -> None:
+        raise PeerLost("the connection broke")
+
+    def wait(self, ticket: Any, timeout_s: float) -> None:
+        raise AssertionError("there is no ticket")
+
+    def kill(self) -> None:
+        self.is_gone = True
+
+    def join(self) -> None: ...
+
+
+def local() -> tuple[Local, Recorder]:
+    store = ArrayStore(layout(), 4, seed=1)
+    ends = Recorder(store)
+    made = Local(
+        worker_id="d",
+        incarnation=1,
+        token="secret",
+        host="127.0.0.1",
+        host_id="here",
+        transport="gloo",
+        store=store,
+        layout=store.layout,
+        listener=ends,
+        config=TransferConfig(chunk_bytes=NUM_BYTES),
+        clock=lambda: 0.0,
+    )
+    return made, ends
+
+
+def test_a_link_that_breaks_under_a_receive_fails_its_transfer_at_once() -> None:
+    here, ends = local()
+    pair, wire, link = InboundPair(here, "p"), WireStub(), BrokenLink()
+    pair.feed(Expect(T, (0,), 8, 0))
+    pair.attach(wire, link, 1)
+    wire.on_message(Offer(1, T, 8))
+    wire.on_message(Chunk(1, T, 0, 0, WHOLE, NUM_BYTES, 0))
+    assert ends.receive_error(T) == "the connection broke"
+    assert link.is_gone and not wire.is_open
+    assert pair.is_idle
+
+
+def test_a_link_that_breaks_under_a_send_fails_its_transfer_at_once() -> None:
+    here, ends = local()
+    dialling = SimpleNamespace(cancel=lambda: None)
+    target = TransferAddress("d", 1, "here", "", "127.0.0.1", 1)
+    pair, wire, link = OutboundPair(here, target, lambda pair, epoch: dialling, lambda transfer: None), WireStub(), BrokenLink()
+    pair.feed(Open(T, (0,), 8))
+    pair.connected(wire, link, 1, ())
+    pair.feed(Computed(T, WHOLE))
+    pair.feed(CommitReady(T, b""))
+    wire.on_message(Accept(1, T, 0, 1))
+    assert ends.send_error(T) == "the connection broke"
+    assert link.is_gone and not wire.is_open
+    assert pair.is_idle
+
+
+async def test_a_pair_waits_for_each_connection_that_is_being_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, _ = local()
+    pair, fails = InboundPair(here, "p"), [asyncio.Event(), asyncio.Event()]
+
+    async def prepare(channel: object, epoch: int) -> Link:
+        await fails[epoch - 1].wait()
+        raise OSError("no ring")
+
+    acceptor = Acceptor(here, lambda connect: pair)
+    monkeypatch.setattr(acceptor, "_prepare_gloo", prepare)
+    try:
+        for epoch in (1, 2):
+            acceptor._on_greeting(cast(Any, WireStub()), greeting(epoch))
+        first, second = acceptor._preparing
+        await asyncio.sleep(0)
+        fails[0].set()
+        await asyncio.wait((first, second), return_when=asyncio.FIRST_COMPLETED)
+        assert not pair.is_idle
+        fails[1].set()
+        await asyncio.wait((first, second))
+        assert pair.is_idle
+    finally:
+        acceptor._unix.close()
+        acceptor._tcp.close()
+
+
+def greeting(epoch: int) -> SenderMessage:
+    return Connect(
+        version=PROTOCOL_VERSION,
+        token="secret",
+        source_worker_id="p",
+        source_incarnation=1,
+        target_worker_id="d",
+        target_incarnation=1,
+        epoch=epoch,
+        link="gloo",
+        layout=layout(),
+    )

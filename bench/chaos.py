@@ -42,7 +42,7 @@ from pdserve.proto import pdserve_pb2_grpc as rpc
 POOLS = {"prefill": 2, "decode": 2}
 NUM_TEMPLATES = 24
 NUM_STREAMS = 6
-ROUNDS_TO_SETTLE = 5
+ROUNDS_TO_SETTLE = 10
 SETTLE_TIMEOUT_S = 180.0
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from ..core.errors import InvalidTransition
 from ..core.messages import Role
-from .events import Tick, WorkerIdle, WorkerLost, WorkerReady
+from .events import WorkerIdle, WorkerLost, WorkerReady
 from .fleet_events import (
     Apply,
     AssignRole,
@@ -153,8 +153,6 @@ class Fleet:
                 idle = self._current(event.worker_id, event.incarnation)
                 if idle is not None and idle.state is MemberState.DRAINING:
                     self._stop(idle, now_s)
-            case Tick():
-                pass
         self._lose_patience(now_s)
         self._reconcile(now_s)
         return self._out
@@ -188,8 +186,9 @@ class Fleet:
             case MemberState.STARTING:
                 self._back_off(member, reason, member.num_failures + 1, now_s)
             case MemberState.READY:
-                was_stable = now_s - member.since_s >= self.config.stable_s
-                self._back_off(member, reason, 0 if was_stable else member.num_failures + 1, now_s)
+                served_s = now_s - member.since_s
+                num_failures = 0 if served_s >= self.config.stable_s else member.num_failures + 1
+                self._back_off(member, reason, num_failures, now_s, served_s)
             case MemberState.DRAINING | MemberState.STOPPING:
                 self._remove(member, now_s)
             case MemberState.BACKOFF:
@@ -197,10 +196,12 @@ class Fleet:
             case MemberState.DRAINED | MemberState.GONE:
                 pass
 
-    def _back_off(self, member: Member, reason: str, num_failures: int, now_s: float) -> None:
+    def _back_off(self, member: Member, reason: str, num_failures: int, now_s: float, served_s: float = float("inf")) -> None:
+        """A pause spares the machine loading weights for nothing: one that has served pauses no longer than it did."""
         member.last_error, member.num_failures = reason, num_failures
-        delay_s = self.config.backoff_s * 2.0 ** min(num_failures - 1, 32) if num_failures else 0.0
-        member.transition(MemberState.BACKOFF, now_s, now_s + min(delay_s, self.config.max_backoff_s))
+        least_s, most_s = self.config.backoff_s, min(self.config.max_backoff_s, max(self.config.backoff_s, served_s))
+        delay_s = min(least_s * 2.0 ** min(num_failures - 1, 32), most_s) if num_failures else 0.0
+        member.transition(MemberState.BACKOFF, now_s, now_s + delay_s)
 
     def _remove(self, member: Member, now_s: float) -> None:
         """Its process is gone: out of the fleet, or out of service until the next Apply."""

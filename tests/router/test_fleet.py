@@ -98,6 +98,19 @@ def test_a_worker_that_dies_soon_after_each_start_backs_off_and_a_stable_one_doe
     assert fleet.lost("decode-0", after_s=31.0) == [StartWorker(D, "decode-0", 3)]
 
 
+def test_a_worker_that_is_killed_again_and_again_pauses_no_longer_than_it_served() -> None:
+    fleet = FleetAt("decode-0", config=FleetConfig(stable_s=30.0))
+    pauses = []
+    for _ in range(5):
+        assert fleet.lost("decode-0", after_s=3.0) == []
+        due_s = fleet.fleet.next_tick_s()
+        assert due_s is not None
+        pauses.append(due_s - fleet.now_s)
+        fleet.handle(Tick(), after_s=due_s - fleet.now_s)
+        fleet.ready("decode-0")
+    assert pauses == [1.0, 2.0, 3.0, 3.0, 3.0]
+
+
 def test_a_start_that_never_ends_is_given_up_and_repeated() -> None:
     fleet = FleetAt(config=FleetConfig(start_timeout_s=10.0))
     fleet.apply({D: 1})

@@ -143,6 +143,8 @@ class SimulatedClient:
                 pass
             case FinishReason.DEADLINE if deadline_s is not None and self._time.now_s >= deadline_s:
                 self._count("deadline missed")
+            case FinishReason.DEADLINE if deadline_s is not None and not self.num_tokens:
+                self._count("hopeless deadline")
             case FinishReason.ERROR if self._may_give_up and (event.error or "").startswith("gave up"):
                 self._count("given up")
             case reason:

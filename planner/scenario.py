@@ -22,6 +22,8 @@ class PlannedRequest:
     cancel_after_s: float | None = None
     stop_after_tokens: int | None = None  # of choice 0: its stop string is found then
     stop_delay_s: float = 0.0  # until the router hears of that
+    unread_after_tokens: int | None = None  # of choice 0: the client does not read for a while then
+    unread_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: flo
         eos_token_ids=eos,
         cache_salt=salt,
         deadline_s=at_s + rng.uniform(0.01, 3.0) if rng.random() < 0.15 else None,
+        client=f"c{number % rng.choice((1, 2, 5))}",
     )
     return PlannedRequest(
         at_s=at_s,
@@ -148,4 +151,6 @@ def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: flo
         cancel_after_s=rng.uniform(0.0, 1.0) * rng.random() if rng.random() < 0.15 else None,
         stop_after_tokens=rng.randint(1, max_tokens) if rng.random() < 0.1 else None,
         stop_delay_s=rng.choice((0.0, 0.01, 0.5)),
+        unread_after_tokens=rng.randint(1, max_tokens) if rng.random() < 0.15 else None,
+        unread_s=rng.choice((0.0, 0.01, 0.1, 1.0)),
     )

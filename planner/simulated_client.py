@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..core.errors import QueueFull
 from ..core.request import FinishReason
-from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens
+from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Pause, Resume
 from .kv_model import expected_tokens
 from .scenario import PlannedRequest
 from .simulated_head import SimulatedHead
@@ -41,7 +41,7 @@ class SimulatedClient:
         ]
         self._received: list[list[int]] = [[] for _ in range(sampling.n)]
         self._reasons: list[FinishReason | None] = [None] * sampling.n
-        self._stopped = self._cancelled = False
+        self._stopped = self._cancelled = self._is_paused = False
         self._later(plan.at_s, self._submit)
 
     @property
@@ -113,10 +113,26 @@ class SimulatedClient:
                 right = expected[index : index + 1]
                 self._violation(f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is right")
             received.append(token.token_id)
+        if self._is_paused:
+            self._violation(f"{self.request_id}/{event.choice}: a token for a client that does not read")
+        if event.choice == 0 and len(received) == self._plan.unread_after_tokens:
+            self._later(0.0, self._stop_reading)
         if event.choice == 0 and not self._stopped and len(received) == self._plan.stop_after_tokens:
             self._stopped = True
             self._count("stop string found")
             self._later(self._plan.stop_delay_s, lambda: None if self.is_ended else self._head.cancel(self.request_id, 0))
+
+    def _stop_reading(self) -> None:
+        if not self.is_ended:
+            self._note(f"{self.request_id}: its client does not read for {self._plan.unread_s} s")
+            self._is_paused = True
+            self._head.handle(Pause(self.request_id))
+            self._later(self._plan.unread_s, self._read_on)
+
+    def _read_on(self) -> None:
+        self._is_paused = False
+        if not self.is_ended:
+            self._head.handle(Resume(self.request_id))
 
     def _on_choice_end(self, event: EmitChoiceEnd) -> None:
         if self._reasons[event.choice] is not None:

@@ -1,12 +1,18 @@
 """What `pdserve up` says while a cluster starts, serves and ends."""
 
+import os
+import signal
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from pdserve.cli.client import CommandFailed, connect
 from pdserve.cli.progress import StatusLines, is_ready
-from pdserve.cli.up import follow
+from pdserve.cli.up import follow, up
+from pdserve.cluster import launch
+from pdserve.core.config import ClusterConfig
 from pdserve.core.status import WorkerState
 from pdserve.proto import pdserve_pb2 as pb
 from tests.cli.conftest import ServerThread
@@ -74,3 +80,23 @@ def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
     server.stop_when_watched()
     with connect(server.address) as client:
         follow(client)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_the_cluster_and_ends_it(
+    server: ServerThread, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = SimpleNamespace(grpc_address=server.address)
+    monkeypatch.setattr(launch, "launch", lambda config: nullcontext(launched))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def strike() -> None:  # once: draining watches too
+        server.cluster.on_watch = lambda: None
+        os.kill(os.getpid(), number)
+
+    server.cluster.on_watch = strike
+    server.call(server.cluster.go_on.set)
+    up(ClusterConfig())
+    assert server.cluster.drained == [((), True)]
+    assert capsys.readouterr().err.splitlines()[-2:] == ["draining; interrupt again to stop at once", "stopped"]
+    assert signal.getsignal(signal.SIGTERM) is before

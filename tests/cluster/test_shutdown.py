@@ -3,11 +3,17 @@
 import os
 import select
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import grpc
 import pytest
 import ray
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from pdserve.proto import pdserve_pb2 as pb
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
 from .harness import Cluster, session_processes, tokens_of
 
@@ -26,6 +32,36 @@ def test_shutting_down_lets_streams_finish_and_ends_every_worker() -> None:
     finally:
         cluster.channel.close()
         cluster._launched.stop()
+
+
+def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(tmp_path: Path) -> None:
+    pool = {"cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64}
+    settings = {"pools": {"prefill": pool, "decode": pool}, "listen": {"grpc": "127.0.0.1:0"}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"metadata": {"pdserve": settings}}))
+    command = [sys.executable, "-c", "from pdserve.cli.main import main; main()", "up", str(tmp_path / "cluster.yaml")]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stderr is not None
+        address = next(line.split(" at ")[1].split(",")[0] for line in process.stderr if line.startswith("ready: "))
+        request = pb.GenerateRequest(
+            prompt=pb.Prompt(text="import this"), sampling=pb.SamplingParams(max_tokens=300, ignore_eos=True)
+        )
+        with grpc.insecure_channel(address) as channel:
+            generation = rpc.GenerationStub(channel)
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
+            assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+            stream = generation.GenerateStream(request, timeout=60)
+            events = [next(stream)]
+            process.send_signal(signal.SIGTERM)
+            assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.RpcError) as refused:
+                generation.Generate(request, timeout=60)
+            events += list(stream)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert refused.value.details() == "the cluster is shutting down"
+        assert len(tokens_of(events)) == 300
+        assert process.stderr.read().splitlines()[-1] == "stopped"
+        assert process.wait(60) == 0
 
 
 def test_the_death_of_the_head_is_told_and_takes_the_workers_with_it() -> None:

@@ -157,7 +157,7 @@ class Router:
             placement = self._placer.place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
                 self.counters.hopeless += 1
-                self._requests.end(job.live, FinishReason.DEADLINE, None, now_s)
+                self._requests.end(job.live, FinishReason.DEADLINE, "the first token would come after the deadline", now_s)
             elif placement is not None:
                 self._start(self._queue.pop(now_s, placement.num_new_tokens), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):

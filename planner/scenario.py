@@ -56,10 +56,11 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     """The scenario of `seed`; the same in every process."""
     rng = Random(seed)
     pools = {Role.PREFILL: rng.choice((1, 1, 2, 3)), Role.DECODE: rng.choice((1, 1, 2, 3))}
-    shapes = _draw_shapes(rng)
+    is_crowded = rng.random() < 0.15  # nothing goes wrong, but memory is nearly full, steps are slow and leases short
+    shapes = _draw_shapes(rng, is_crowded)
     rates = _draw_rates(rng)
     kinds = list(Accident)
-    if not with_faults or rng.random() < 0.1:
+    if not with_faults or is_crowded or rng.random() < 0.1:
         rates = FaultRates()
     elif rng.random() < 0.1:
         rates, kinds = FaultRates(accidents_per_s=1.0), list(ORDERLY)
@@ -71,7 +72,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         transport=rng.choice(("shm", "gloo")),
         chunk_bytes=rng.choice((64, 128, 512)),
         ring_slots=rng.choice((1, 2, 4)),
-        lease_s=rng.choice((1.0, 30.0)),
+        lease_s=1.0 if is_crowded else rng.choice((1.0, 30.0)),
         max_queued_requests=rng.choice((4, 16, 1024)),
         max_attempts=rng.choice((50, 50, 50, 2)),
         prefill_on_decode=rng.random() < 0.5,
@@ -85,19 +86,19 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     )
 
 
-def _draw_shapes(rng: Random) -> dict[Role, WorkerShape]:
+def _draw_shapes(rng: Random, is_crowded: bool) -> dict[Role, WorkerShape]:
     block_size = rng.choice((4, 4, 8))
-    step_s = rng.choice((0.002, 0.002, 0.03))
+    step_s = 0.03 if is_crowded else rng.choice((0.002, 0.002, 0.03))
     shapes = {}
     for role in (Role.PREFILL, Role.DECODE):
         block_size = rng.choice((block_size, block_size, 4, 8))
         longest = -(-MAX_MODEL_LEN // block_size)
         shapes[role] = WorkerShape(
-            num_blocks=rng.choice((longest, 2 * longest, 10 * longest)),
+            num_blocks=longest if is_crowded else rng.choice((longest, 2 * longest, 10 * longest)),
             block_size=block_size,
             max_model_len=MAX_MODEL_LEN,
             max_batch_tokens=rng.choice((8, 32, 256)),
-            max_batch_size=rng.choice((2, 4, 16)),
+            max_batch_size=16 if is_crowded else rng.choice((2, 4, 16)),
             step_s=step_s,
         )
     return shapes

@@ -212,7 +212,7 @@ class SimulatedHead:
                 self._stop((worker_id, incarnation))
 
     def _stop(self, key: Key) -> None:
-        """Ask the process to end, then make it."""
+        """Ask the process to end, then make it; one that is frozen or out of reach lives on until then."""
         worker = self._started.get(key)
         if worker is not None and key not in self._ending:
             self._ending.add(key)

@@ -1,5 +1,6 @@
 """Many seeds, on all cores, and one seed with its timeline."""
 
+import logging
 import multiprocessing
 import os
 from collections import Counter
@@ -38,8 +39,13 @@ class Tally:
 
 
 def simulate(seed: int, *, keep_timeline: bool = False) -> Outcome:
-    """One seed."""
-    return Simulation(draw_scenario(seed), keep_timeline=keep_timeline).run()
+    """One seed. What production logs of the faults is not shown: they are meant to be there."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        return Simulation(draw_scenario(seed), keep_timeline=keep_timeline).run()
+    finally:
+        logging.disable(level)
 
 
 def simulate_all(seeds: Iterable[int], num_processes: int | None = None) -> Iterator[Outcome]:

@@ -20,8 +20,9 @@ from ..engine.plan import Plan, plan
 from ..router.config import RouterConfig
 from ..router.core import Router
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens
-from ..router.fleet import Fleet, FleetConfig, MemberState, MemberStatus
+from ..router.fleet import Fleet, FleetConfig
 from ..router.fleet_events import Apply, Drain, Shutdown, StartWorker
+from ..router.fleet_member import MemberState, MemberStatus
 from ..router.service import RouterService
 from ..router.status import WorkerStatus as RoutedWorker
 from .actors import load_entry_point

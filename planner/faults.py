@@ -27,6 +27,7 @@ class Accident(enum.Enum):
     DRAIN = "worker drained"
     SCALE = "pools resized"
     ROUTER_FREEZE = "router frozen"
+    ROUTER_RESTART = "router restarted"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from typing import Any
 from .faults import Faults, MessageFault
 from .virtual_time import Process, VirtualTime
 
+GIVE_UP_S = 2.0  # on delivering a message
+
 
 def _ignore(_: Any) -> None: ...
 
@@ -33,7 +35,8 @@ class End:
         number = self._num_sent
         self._num_sent += 1
         match self._network.faults.of_message(message):
-            case MessageFault.LOSE:
+            case MessageFault.LOSE:  # what is sent after it shows that; when nothing is, the network gives up on it
+                self.process.call_later(GIVE_UP_S, self.cut)
                 return
             case MessageFault.DUPLICATE:
                 self._deliver(lambda: self.peer._receive(number, message))

@@ -45,6 +45,13 @@ class Scenario:
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
 
+    @property
+    def is_computed_once(self) -> bool:
+        """Nothing fails but the router: then no token is computed twice."""
+        kinds = {accident.kind for accident in self.accidents}
+        rates = self.rates
+        return kinds <= {Accident.ROUTER_RESTART} and not rates.lose + rates.duplicate + rates.overtake + rates.corrupt
+
 
 def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bool = True) -> Scenario:
     """The scenario of `seed`; the same in every process."""
@@ -52,6 +59,9 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     pools = {Role.PREFILL: rng.choice((1, 1, 2, 3)), Role.DECODE: rng.choice((1, 1, 2, 3))}
     shapes = _draw_shapes(rng)
     rates = _draw_rates(rng) if with_faults else FaultRates()
+    accidents = list(Accident)
+    if with_faults and rng.random() < 0.1:
+        rates, accidents = FaultRates(accidents_per_s=0.5), [Accident.ROUTER_RESTART]
     num_accidents = int(rates.accidents_per_s * CALM_S)
     return Scenario(
         seed=seed,
@@ -65,9 +75,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         rates=rates,
         requests=_draw_requests(rng, shapes, num_requests or rng.randint(5, 30)),
         accidents=tuple(
-            PlannedAccident(
-                rng.uniform(0.3, CALM_S), rng.choice(list(Accident)), rng.random(), rng.choice((0.05, 0.5, 2.0, 5.0))
-            )
+            PlannedAccident(rng.uniform(0.3, CALM_S), rng.choice(accidents), rng.random(), rng.choice((0.05, 0.5, 2.0, 5.0)))
             for _ in range(num_accidents)
         ),
     )

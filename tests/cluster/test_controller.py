@@ -16,8 +16,9 @@ from pdserve.core.errors import CheckpointError
 from pdserve.core.messages import Hello, Ready, Role
 from pdserve.router.core import Router
 from pdserve.router.events import WorkerLost
-from pdserve.router.fleet import Fleet, FleetConfig, MemberState
+from pdserve.router.fleet import Fleet, FleetConfig
 from pdserve.router.fleet_events import Apply, Drain, Shutdown, StartWorker
+from pdserve.router.fleet_member import MemberState
 from pdserve.router.service import RouterService
 
 from ..router.cluster import worker_info

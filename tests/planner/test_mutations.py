@@ -19,8 +19,8 @@ from pdserve.planner.kv_model import ChainStore
 from pdserve.planner.run import simulate
 from pdserve.router.admission import JobQueue
 from pdserve.router.dispatch import Dispatch, Job
-from pdserve.router.registry import Registry, Worker
 from pdserve.router.stream import ChoiceStream
+from pdserve.worker.held_legs import HeldLegs
 
 MAX_SEEDS = 2000
 Planted = AbstractContextManager[Any]
@@ -36,13 +36,6 @@ def free_on_abort_before_the_transfer_has_drained() -> Planted:
         original(self, transfer)
 
     return patch.object(DecodeWorker, "abort", abort)
-
-
-def forget_the_incarnation_of_a_message() -> Planted:
-    def current(self: Registry, worker_id: str, incarnation: int) -> Worker | None:
-        return self.get(worker_id)
-
-    return patch.object(Registry, "current", current)
 
 
 def repeat_a_token_after_a_resume() -> Planted:
@@ -116,9 +109,12 @@ def accept_tokens_out_of_order() -> Planted:
     return patch.object(ChoiceStream, "accept", accept)
 
 
+def forget_what_was_computed_before_the_router_died() -> Planted:
+    return patch.object(HeldLegs, "tell", lambda self: ())
+
+
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
-    forget_the_incarnation_of_a_message,
     repeat_a_token_after_a_resume,
     leak_on_cancel,
     free_twice_on_preemption,
@@ -127,6 +123,7 @@ MUTATIONS: list[Mutation] = [
     lose_a_credit,
     believe_every_checksum,
     accept_tokens_out_of_order,
+    forget_what_was_computed_before_the_router_died,
 ]
 
 

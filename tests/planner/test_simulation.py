@@ -11,6 +11,7 @@ from pdserve.planner.scenario import draw_scenario
 from pdserve.planner.simulation import Simulation
 
 NUM_SEEDS = 2000
+FAULTS = ("worker killed", "worker frozen", "message lost", "chunk corrupted", "router restarted")
 
 
 def test_no_seed_breaks_a_promise() -> None:
@@ -20,7 +21,7 @@ def test_no_seed_breaks_a_promise() -> None:
     assert not tally.failures, [(outcome.seed, outcome.violations[0]) for outcome in tally.failures]
     assert tally.num_seeds == NUM_SEEDS
     assert tally.num_resumed > 100
-    assert all(tally.faults[kind] for kind in ("worker killed", "worker frozen", "message lost", "chunk corrupted"))
+    assert all(tally.faults[kind] for kind in FAULTS)
 
 
 @pytest.mark.parametrize("seed", [3, 42])

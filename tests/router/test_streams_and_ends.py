@@ -72,12 +72,12 @@ def test_a_single_token_costs_no_reservation_and_no_transfer() -> None:
     assert len(cluster.closed["r"]) == 1
 
 
-def test_a_request_that_ends_at_its_first_token_aborts_only_the_reservation() -> None:
+def test_a_request_that_ends_at_its_first_token_aborts_its_transfer_on_both_sides() -> None:
     cluster = pair()
     cluster.submit(make_request())
     cluster.token("prefill-0", 0, STOP)
     assert cluster.aborts("decode-0") == [TransferId("r", 0)]
-    assert not cluster.aborts("prefill-0")
+    assert cluster.aborts("prefill-0") == [TransferId("r", 0)]
     assert len(cluster.ends["r"]) == 1
 
 

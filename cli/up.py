@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
 
 MAX_RESTARTS = 2  # of a worker, before somebody who waits for its start gives up
+RESTART_TIMEOUT_S = 60.0  # for another head to take the place of one that died
 END_TIMEOUT_S = 10.0  # from the last status to the end of the head
 
 
@@ -37,6 +38,9 @@ def up(config: ClusterConfig) -> None:
     with launch(config) as cluster, sigterm_as_interrupt(), connect(cluster.grpc_address) as client:
         try:
             follow(client)
+            while _is_back(cluster, client):
+                say("the head process died; another one has taken over its workers")
+                follow(client)
         except KeyboardInterrupt:
             _drain_and_stop(client)
             return
@@ -78,6 +82,17 @@ def _until_ready(client: Client, states: Iterable[pb.ClusterStatus], lines: Stat
 def _say_changes(lines: StatusLines, status: pb.ClusterStatus) -> None:
     for line in lines.changes(status):
         say(line)
+
+
+def _is_back(cluster: "LaunchedCluster", client: Client) -> bool:
+    """The server is gone: whether another one takes its place, as it does when nobody has ended it."""
+    give_up_s = time.monotonic() + RESTART_TIMEOUT_S
+    while not cluster.ended and time.monotonic() < give_up_s:
+        try:
+            return not client.cluster.GetStatus(pb.GetStatusRequest(), timeout=1.0).shutting_down
+        except grpc.RpcError:
+            time.sleep(0.05)
+    return False
 
 
 def _check_end(cluster: "LaunchedCluster") -> None:

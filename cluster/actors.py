@@ -1,16 +1,26 @@
 """The Ray actors: thin hosts of a worker process and of the head. Everything inside is loaded in the actor's own process."""
 
+import asyncio
 import importlib
-from dataclasses import replace
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
+from .cores import Placement
 from .worker_spec import WorkerSpec
 
-HEAD_NAME = "pdserve-head"
+log = logging.getLogger(__name__)
+
+WORKER = "pdserve.cluster.worker_process:WorkerProcess"
+
+KEEPER_NAME = "pdserve-keeper"
 NAMESPACE = "pdserve"
 
 
@@ -45,6 +55,82 @@ class WorkerActor:
         self._worker.stop()
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a worker's process ended. `is_told`: the worker itself said why."""
+
+    reason: str
+    is_told: bool = False
+
+
+async def outcome_of(run: Awaitable[None]) -> Outcome:
+    """Of a worker's `run`, once it is over."""
+    try:
+        await run
+    except RayError as error:
+        log.warning("a worker ended: %s", error)
+        return Outcome(reason_of(error), isinstance(error, RayTaskError))
+    return Outcome("the process ended")
+
+
+@dataclass
+class _Kept:
+    spec: WorkerSpec
+    placement: Placement
+    actor: Any
+    outcome: "asyncio.Task[Outcome]"
+
+
+@ray.remote(num_cpus=0, max_concurrency=1000)
+class KeeperActor:
+    """What outlives a head: the workers' actors, and the configuration in force. Ray ends actors with the one that made them:
+    workers end with the keeper, and the keeper with the process that launched the cluster."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._kept: dict[tuple[str, int], _Kept] = {}
+
+    async def live(self) -> None:
+        """Never returns; fails when the keeper dies."""
+        await asyncio.Event().wait()
+
+    async def start(self, spec: WorkerSpec, placement: Placement) -> None:
+        actor = WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
+            num_cpus=spec.pool.num_cpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.pool.num_threads)}},
+        ).remote(WORKER, replace(spec, cores=placement.cores))
+        outcome = asyncio.get_running_loop().create_task(outcome_of(actor.run.remote()))
+        self._kept[spec.key] = _Kept(spec, placement, actor, outcome)
+
+    async def ended(self, key: tuple[str, int]) -> Outcome:
+        """Returns when nothing is left of the process."""
+        kept = self._kept[key]
+        outcome = await asyncio.shield(kept.outcome)
+        ray.kill(kept.actor)  # one whose `run` returned lives still
+        self._kept.pop(key, None)
+        return outcome
+
+    async def stop(self, key: tuple[str, int]) -> None:
+        """Ask the process to end."""
+        if key in self._kept:
+            self._kept[key].actor.stop.remote()
+
+    async def kill(self, key: tuple[str, int]) -> None:
+        if key in self._kept:
+            ray.kill(self._kept[key].actor)
+
+    async def living(self) -> list[tuple[WorkerSpec, Placement]]:
+        """Oldest first."""
+        return [(kept.spec, kept.placement) for kept in self._kept.values() if not kept.outcome.done()]
+
+    async def remember(self, config: ClusterConfig) -> None:
+        self._config = config
+
+    async def config(self) -> ClusterConfig:
+        return self._config
+
+
 @ray.remote(num_cpus=0)
 class HeadActor:
     """Hosts the head: router, controller and the doors that clients come in by."""
@@ -52,9 +138,9 @@ class HeadActor:
     def __init__(self, entry_point: str, spec: Any) -> None:
         self._head = load_entry_point(entry_point)(spec)
 
-    async def start(self) -> str:
-        """Open the doors; returns the gRPC address."""
-        return str(await self._head.start())
+    async def start(self) -> Any:
+        """Open the doors; returns their addresses."""
+        return await self._head.start()
 
     async def wait(self) -> None:
         """Returns when the cluster has been shut down."""

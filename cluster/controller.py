@@ -6,43 +6,47 @@ Runs on the head's asyncio loop. Events come from workers' connections (through 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError
 
 from ..core.errors import CapacityError
 from ..core.messages import WorkerInfo
-from ..router.events import Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
+from ..router.events import Adopted, Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
 from ..router.fleet import Fleet
-from ..router.fleet_events import AssignRole, DrainWorker, FleetAction, FleetEvent, StartWorker, StopWorker
+from ..router.fleet_events import (
+    AdoptWorkers,
+    AssignRole,
+    DrainWorker,
+    FleetAction,
+    FleetEvent,
+    StartWorker,
+    StopWorker,
+    WorkerLoading,
+)
 from ..router.service import RouterService
-from .actors import WorkerActor, reason_of
+from .actors import Outcome, reason_of
 from .cores import CoreAllocator, Placement
+from .keeper import Keeper, Key
 from .worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)
 
-WORKER = "pdserve.cluster.worker_process:WorkerProcess"
 STOP_TIMEOUT_S = 5.0  # a worker that does not end by itself is killed after this
-
-Key = tuple[str, int]  # (worker_id, incarnation)
 
 
 @dataclass
 class Process:
-    """One incarnation of a worker, from StartWorker until its actor is gone."""
+    """One incarnation of a worker, from StartWorker, or from when it was taken over, until its process is gone."""
 
     spec: WorkerSpec
     started_s: float
     phase: str = "starting a process"
     fraction: float = 0.0
     info: WorkerInfo | None = None  # None until it is ready
-    actor: Any = None  # None until there are cores for it
-    watch: "asyncio.Task[None] | None" = None
+    watch: "asyncio.Task[None] | None" = None  # None until there are cores for it
     ending: str | None = None  # why it was told to end
 
 
@@ -54,12 +58,15 @@ class Controller:
         self,
         fleet: Fleet,
         cores: CoreAllocator,
+        keeper: Keeper,
         make_spec: Callable[[StartWorker], WorkerSpec],
         on_change: Callable[[], None],
     ) -> None:
         self.fleet = fleet
         self.processes: dict[Key, Process] = {}  # oldest first
+        self.adopted = asyncio.Event()  # whatever an earlier controller has started was heard of, or is given up
         self._cores = cores
+        self._keeper = keeper
         self._make_spec = make_spec
         self._on_change = on_change
         self._service: RouterService | None = None
@@ -72,6 +79,18 @@ class Controller:
     def attach(self, service: RouterService) -> None:
         """The router whose workers these are."""
         self._service = service
+
+    def adopt(self, living: Sequence[tuple[WorkerSpec, Placement]]) -> None:
+        """Take over what an earlier controller has started, oldest first. Of one name only the newest is kept."""
+        loop = asyncio.get_running_loop()
+        newest = {spec.worker_id: spec for spec, _ in living}
+        for spec, placement in living:
+            self._cores.take_back(spec.key, placement, spec.core_share)
+            process = self.processes[spec.key] = Process(spec, loop.time(), phase="reconnecting")
+            process.watch = self._spawn(self._watch(spec.key))
+            if newest[spec.worker_id] is not spec:
+                self._stop(spec.key, "replaced", STOP_TIMEOUT_S)
+        self.handle(AdoptWorkers(tuple(StartWorker(spec.role, *spec.key) for spec in newest.values())))
 
     def handle(self, event: FleetEvent) -> None:
         """One event through the fleet, its actions carried out. What follows from an action that leads here again is
@@ -88,6 +107,9 @@ class Controller:
                 self._carry_out(self._actions.popleft(), loop.time())
         finally:
             self._is_busy = False
+        if self.fleet.is_settled and not self.adopted.is_set():
+            self.adopted.set()
+            self._router(Adopted())
         self._router(WorkersExpected(self.fleet.num_expected))
         self._schedule_tick(loop)
         self._on_change()
@@ -100,9 +122,9 @@ class Controller:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for process in self.processes.values():
-            if process.actor is not None:
-                ray.kill(process.actor)
+        for key, process in self.processes.items():
+            if process.watch is not None:
+                self._keeper.kill(key)
 
     # what the router's service tells of workers
 
@@ -114,6 +136,8 @@ class Controller:
         process = self.processes.get((worker_id, incarnation))
         if process is not None:
             process.phase, process.fraction = phase, fraction
+            if not self.adopted.is_set():
+                self.handle(WorkerLoading(worker_id, incarnation))
             self._on_change()
 
     def worker_ready(self, info: WorkerInfo) -> None:
@@ -151,37 +175,31 @@ class Controller:
         """Start the actor, or leave it waiting while processes that are about to end hold the cores."""
         process = self.processes[key]
         pool = process.spec.pool
-        num_cores = pool.devices_per_instance
         try:
-            placement = self._cores.take(key, num_cores, min(1.0, pool.num_cpus / num_cores))
+            placement = self._cores.take(key, pool.devices_per_instance, process.spec.core_share)
         except CapacityError as error:
             process.phase = f"waiting: {error}"
             return
         process.phase = "starting a process"
-        process.actor = _create_actor(process.spec, placement)
-        process.watch = self._spawn(self._watch(key, process.actor.run.remote()))
+        self._keeper.start(process.spec, placement)
+        process.watch = self._spawn(self._watch(key))
 
-    async def _watch(self, key: Key, run: Any) -> None:
-        """Follow one actor to its end, whatever that is."""
-        reason = "the process ended"
-        knows_why = False
+    async def _watch(self, key: Key) -> None:
+        """Follow one process to its end, whatever that is."""
         try:
-            await run
-        except RayError as error:
-            reason = reason_of(error)
-            knows_why = isinstance(error, RayTaskError)
-            log.warning("%s/%d: %s", *key, error)
-        self._gone(key, reason if knows_why else self.processes[key].ending or reason)
+            outcome = await self._keeper.ended(key)
+        except RayError as error:  # the keeper is gone, and all workers with it
+            outcome = Outcome(reason_of(error))
+        log.warning("%s/%d: %s", *key, outcome.reason)
+        self._gone(key, outcome.reason if outcome.is_told else self.processes[key].ending or outcome.reason)
 
     def _gone(self, key: Key, reason: str) -> None:
         """Nothing is left of a process: tell router and fleet, and give its cores to those who wait."""
-        process = self.processes.pop(key)
-        if process.actor is not None:
-            ray.kill(process.actor)  # one whose `run` returned lives still
+        del self.processes[key]
         self._cores.give_back(key)
         self._router(WorkerLost(*key, reason))
         self.handle(WorkerLost(*key, reason))
-        for waiting in [key for key, process in self.processes.items() if process.actor is None]:
+        for waiting in [key for key, process in self.processes.items() if process.watch is None]:
             self._place(waiting)
 
     def _stop(self, key: Key, reason: str, patience_s: float) -> None:
@@ -192,9 +210,18 @@ class Controller:
         if process.watch is None:
             self._gone(key, reason)
         else:
-            self._spawn(_end(process.actor, process.watch, patience_s))
+            self._spawn(self._end(key, process.watch, patience_s))
 
-    def _router(self, event: WorkersExpected | WorkerDraining | WorkerRole | WorkerLost) -> None:
+    async def _end(self, key: Key, watch: "asyncio.Task[None]", patience_s: float) -> None:
+        """Ask the process to end, then make it. `watch` tells of its end."""
+        if patience_s:
+            self._keeper.stop(key)
+            _, alive = await asyncio.wait((watch,), timeout=patience_s)
+            if not alive:
+                return
+        self._keeper.kill(key)
+
+    def _router(self, event: Adopted | WorkersExpected | WorkerDraining | WorkerRole | WorkerLost) -> None:
         assert self._service is not None, "attach() comes first"
         self._service.handle(event)
 
@@ -209,21 +236,3 @@ class Controller:
             self._tick.cancel()
         due_s = self.fleet.next_tick_s()
         self._tick = None if due_s is None else loop.call_at(due_s, self.handle, Tick())
-
-
-def _create_actor(spec: WorkerSpec, placement: Placement) -> Any:
-    return WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
-        num_cpus=spec.pool.num_cpus,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.pool.num_threads)}},
-    ).remote(WORKER, replace(spec, cores=placement.cores))
-
-
-async def _end(actor: Any, watch: "asyncio.Task[None]", patience_s: float) -> None:
-    """Ask the process to end, then make it. `watch` tells of its end."""
-    if patience_s:
-        actor.stop.remote()
-        _, alive = await asyncio.wait((watch,), timeout=patience_s)
-        if not alive:
-            return
-    ray.kill(actor)

@@ -44,6 +44,12 @@ class CoreAllocator:
             f"{sum(map(len, self._free.values()))} core(s) only {left:g} are free"
         )
 
+    def take_back(self, worker: tuple[str, int], placement: Placement, share: float) -> None:
+        """The instance runs there already."""
+        for core in placement.cores:
+            self._free[placement.node_id][core] -= share
+        self._taken[worker] = (placement, share)
+
     def give_back(self, worker: tuple[str, int]) -> None:
         """Free an instance's cores; one that has none is ignored."""
         taken = self._taken.pop(worker, None)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,15 +20,19 @@ from ..engine.plan import Plan, plan
 from ..router.config import RouterConfig
 from ..router.core import Router
 from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens
-from ..router.fleet import Fleet, FleetConfig, MemberState, MemberStatus
+from ..router.fleet import Fleet, FleetConfig
 from ..router.fleet_events import Apply, Drain, Shutdown, StartWorker
+from ..router.fleet_member import MemberState, MemberStatus
 from ..router.service import RouterService
 from ..router.status import WorkerStatus as RoutedWorker
 from .actors import load_entry_point
 from .controller import Controller
 from .cores import CoreAllocator
+from .head_spec import Doors, HeadSpec
+from .keeper import RayKeeper
 from .worker_spec import WorkerSpec
 
+NUMBERS_OF_A_HEAD = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
 STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
 # what a core and a link of an ordinary machine do; only the first placements depend on it
 CORE_FLOPS_PER_S = 1e11
@@ -44,50 +48,60 @@ STATES = {
 }
 
 
-@dataclass(frozen=True)
-class HeadSpec:
-    """What a head needs to know. `door` is the entry point of the clients' server, as `package.module:name`."""
-
-    config: ClusterConfig
-    door: str
-    token: str
-    host: str | None  # where workers reach the head; None: the node's address as Ray knows it
-
-
 class Head:
     """Lives from `start` to `stop`; also the frontend that the door talks to."""
 
     def __init__(self, spec: HeadSpec) -> None:
         self._spec = spec
-        self._config = spec.config
+        self._config: ClusterConfig  # in force
         self._door: Any = None
+        self._is_listening = False
         self._told_serving = False  # what the door was told last
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
 
-    async def start(self) -> str:
-        """Open the door, then start the workers; returns the address of the gRPC server.
+    async def start(self) -> Doors:
+        """Open the door, then start the workers; or take over those of the head before, then open the door.
 
         Raises CheckpointError, or ConfigError or CapacityError for what does not fit.
         """
-        spec, config = self._spec, self._config
+        spec = self._spec
+        config = self._config = await spec.keeper.config.remote()
         self._plan = plan(config, ray_nodes())
         self._plan.check()
         self._started_s = asyncio.get_running_loop().time()
-        fleet = Fleet(FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=_pools_are_alike(config)))
+        fleet = Fleet(
+            FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=_pools_are_alike(config)),
+            first_incarnation=1 + spec.generation * NUMBERS_OF_A_HEAD,
+        )
         self._controller = Controller(
-            fleet, CoreAllocator({node.name: len(node.cores) for node in ray_nodes()}), self._worker_spec, self._on_change
+            fleet,
+            CoreAllocator({node.name: len(node.cores) for node in ray_nodes()}),
+            RayKeeper(spec.keeper),
+            self._worker_spec,
+            self._on_change,
         )
-        self._service = RouterService(
-            Router(_router_config(config), LatencyModel(_priors(config, self._plan))), self._controller, spec.token
+        router = Router(
+            _router_config(config),
+            LatencyModel(_priors(config, self._plan)),
+            first_attempt=spec.generation * NUMBERS_OF_A_HEAD,
+            adopts=spec.generation > 0,
         )
+        self._service = RouterService(router, self._controller, spec.token)
         self._controller.attach(self._service)
         self._host = spec.host or ray.util.get_node_ip_address()
-        self._control_port = await self._service.start(self._host)
-        self._door = await load_entry_point(spec.door)(self, config)
-        self._controller.handle(Apply(_pool_sizes(config)))
+        self._control_port = await self._service.start(self._host, spec.doors.control_port if spec.doors else 0)
+        self._is_listening = True
+        if spec.generation:
+            self._controller.adopt(await spec.keeper.living.remote())
+            self._controller.handle(Apply(_pool_sizes(config)))
+            await self._controller.adopted.wait()
+        self._door = await load_entry_point(spec.door)(self, config, spec.doors.grpc if spec.doors else None)
+        self._on_change()
+        if not spec.generation:
+            self._controller.handle(Apply(_pool_sizes(config)))
         host, _ = config.listen.grpc_host_port
-        return f"{host}:{self._door.port}"
+        return Doors(f"{host}:{self._door.port}", self._control_port)
 
     async def wait(self) -> None:
         """Returns when the cluster has been shut down."""
@@ -96,11 +110,11 @@ class Head:
     async def stop(self) -> None:
         """End everything now."""
         self._end()
-        if self._door is None:
-            return  # `start` has not come so far, or failed: there are no workers
-        await self._door.stop(0.0)
-        await self._controller.close()
-        await self._service.stop()
+        if self._door is not None:
+            await self._door.stop(0.0)
+        if self._is_listening:
+            await self._controller.close()
+            await self._service.stop()
 
     # Frontend
 
@@ -139,6 +153,7 @@ class Head:
         plan(config, ray_nodes()).check()
         if not dry_run:
             self._config = config
+            self._spec.keeper.remember.remote(config)
             self._service.router.configure(_router_config(config))
             routed = self._service.router.status(asyncio.get_running_loop().time())
             num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}

@@ -10,7 +10,9 @@ import secrets
 import shutil
 import socket
 import tempfile
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,10 +24,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError, PdserveError
 from ..engine.gpu import probe_node
-from .actors import HEAD_NAME, NAMESPACE, HeadActor, reason_of
-from .head import HeadSpec
+from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
+from .head_spec import Doors, HeadSpec
+
+log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: nothing of ours goes through it
+RESTART_PAUSE_S = 1.0  # before a head is started after one that lived no longer than this
 DOOR = "pdserve.gateway.app:open_door"
 
 
@@ -80,58 +85,109 @@ class _Ray:
 
 
 class LaunchedCluster:
-    """A running head. `stop` ends it, and Ray too when we started it."""
+    """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends it all, and Ray too when we
+    started it."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._ray = _Ray.connect()
+        self._lock = threading.Lock()  # of `_stopped` and `_head`
         self._stopped = False
+        self._head: Any = None
+        self._keeper: Any = None
+        self._error: str | None = None
+        self._over = threading.Event()
+        self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
         try:
-            self._head = self._start_head(config)
-            self.grpc_address: str = _get(self._head.start.remote())
-            self._ended = self._head.wait.remote()
+            self._keeper = self._create_keeper(config)
+            host = None if self._ray.temp_dir is None else "127.0.0.1"
+            self._spec = HeadSpec(keeper=self._keeper, door=DOOR, token=secrets.token_hex(32), host=host)
+            self._doors = self._start_first_head()
         except BaseException:
             self.stop()
             raise
+        self._supervisor.start()
 
-    def _start_head(self, config: ClusterConfig) -> "ray.actor.ActorHandle":
-        host = None if self._ray.temp_dir is None else "127.0.0.1"
-        spec = HeadSpec(config=config, door=DOOR, token=secrets.token_hex(32), host=host)
+    @property
+    def grpc_address(self) -> str:
+        return self._doors.grpc
+
+    def _start_first_head(self) -> Doors:
+        self._create_head()
+        return _get(self._head.start.remote())
+
+    def _create_keeper(self, config: ClusterConfig) -> Any:
+        """One to a Ray cluster: its name says that pdserve runs there."""
+        here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)
         try:
-            return HeadActor.options(  # type: ignore[attr-defined]  # made by ray.remote
-                name=HEAD_NAME,
-                max_concurrency=1000,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(_this_node(), soft=False),  # where clients look for it
-            ).remote("pdserve.cluster.head:Head", spec)
+            return KeeperActor.options(name=KEEPER_NAME, scheduling_strategy=here).remote(config)  # type: ignore[attr-defined]
         except ValueError as error:  # the name is taken
             raise LaunchError("a pdserve cluster runs in this Ray cluster already; stop it with `pdserve down`") from error
 
-    def poll(self) -> str | None:
-        """Why the head died, or None while it is alive or has ended as it was told to."""
-        if not self.ended:
-            return None
+    def _create_head(self) -> None:
+        here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)  # where clients look for it
+        self._head = HeadActor.options(  # type: ignore[attr-defined]  # made by ray.remote
+            max_concurrency=1000, scheduling_strategy=here
+        ).remote("pdserve.cluster.head:Head", self._spec)
+
+    def _supervise(self) -> None:
+        """Until the head has ended as it was told to, or none can be started."""
+        keeper = self._keeper.live.remote()
         try:
-            ray.get(self._ended)
-        except RayError as error:
-            return f"the head process died: {reason_of(error)}"
-        return None
+            while not self._stopped:
+                started_s = time.monotonic()
+                ended = self._head.wait.remote()
+                ray.wait([ended, keeper])
+                with contextlib.suppress(GetTimeoutError):  # it lives
+                    ray.get(keeper, timeout=0.0)
+                try:
+                    ray.get(ended)
+                    break
+                except RayActorError as error:
+                    log.warning("the head died: %s", reason_of(error))
+                if time.monotonic() - started_s < RESTART_PAUSE_S:
+                    time.sleep(RESTART_PAUSE_S)
+                self._spec = replace(self._spec, generation=self._spec.generation + 1, doors=self._doors)
+                self._replace_head()
+        except (LaunchError, RayError) as error:
+            if not self._stopped:
+                reason = reason_of(error) if isinstance(error, RayError) else str(error)
+                self._error = f"the cluster's processes died and cannot be replaced: {reason}"
+                ray.kill(self._head)
+        finally:
+            self._over.set()
+
+    def _replace_head(self) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            self._create_head()
+        with contextlib.suppress(RayActorError):  # dead again: `wait` will say so
+            ray.get(self._head.start.remote())
+
+    def poll(self) -> str | None:
+        """Why the cluster is gone, or None while it is there or has ended as it was told to."""
+        return self._error
 
     @property
     def ended(self) -> bool:
-        """Whether the head is gone: shut down, or dead (see `poll`)."""
-        done, _ = ray.wait([self._ended], timeout=0)
-        return bool(done)
+        """Whether the cluster is gone: shut down, or dead (see `poll`)."""
+        return self._over.is_set()
 
     def stop(self) -> None:
         """End the cluster now, without draining; idempotent."""
-        if self._stopped:
-            return
-        self._stopped = True
-        head = getattr(self, "_head", None)
-        if head is not None:
-            # if it does not answer it is dead, or about to be: its workers die with it
+        with self._lock:
+            if self._stopped:
+                return
+            self._stopped = True
+        if self._head is not None:
+            # if it does not answer it is dead, or about to be
             with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
-                ray.get(head.stop.remote(), timeout=10.0)
-            ray.kill(head)
+                ray.get(self._head.stop.remote(), timeout=10.0)
+            ray.kill(self._head)
+        if self._keeper is not None:
+            ray.kill(self._keeper)  # workers that are left die with it
+        if self._supervisor.is_alive():
+            self._supervisor.join(timeout=10.0)
         self._ray.disconnect()
 
     def __enter__(self) -> "LaunchedCluster":
@@ -165,8 +221,9 @@ def _check_port_is_free(host: str, port: int) -> None:
             raise ConfigError(f"listen.grpc: cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-def _get(reference: "ray.ObjectRef[str]") -> str:
+def _get(reference: "ray.ObjectRef[Doors]") -> Doors:
     try:
-        return str(ray.get(reference))
+        doors: Doors = ray.get(reference)
+        return doors
     except RayError as error:
         raise LaunchError(reason_of(error)) from error

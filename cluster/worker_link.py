@@ -22,8 +22,9 @@ class RouterLink:
         address: tuple[str, int],
         hello: Hello,
         on_command: Callable[[WorkerCommand], None],
-        on_lost: Callable[[], None],
+        on_lost: Callable[["RouterLink"], None],
     ) -> None:
+        """Raises OSError when no router answers. `on_lost` is called on the reader thread, once."""
         self._socket = socket.create_connection(address, timeout=10.0)
         self._socket.settimeout(None)
         # A router that stands still stops reading too: a sender that it blocks must find out as the heartbeat would.
@@ -77,7 +78,7 @@ class RouterLink:
         except (OSError, FrameError):
             pass  # either way the router is lost to us
         self._closed.set()
-        self._on_lost()
+        self._on_lost(self)
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):

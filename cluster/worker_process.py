@@ -11,6 +11,8 @@ import os
 import queue
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 
 from ..core.messages import Hello, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
@@ -35,22 +37,37 @@ def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
     return cores
 
 
+RECONNECT_S = 0.1
+BRIEF_S = 1.0  # a connection that lasted less was refused
+ROUTER_LOST_TIMEOUT_S = 30.0  # for so long a worker goes on without a router
+
+
 class WorkerProcess:
-    """Lives from `run` to `stop`. The calling thread of `run` becomes the engine thread."""
+    """Lives from `run` to `stop`. The calling thread of `run` becomes the engine thread.
+
+    When its connection breaks, the worker works on and knocks at the router's address until a router answers, to which it
+    tells what it holds.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._stopping = False
+        self._stopping = threading.Event()
+        self._info: WorkerInfo | None = None  # None until it serves
+        self._greeted: RouterLink | None = None
+        self._loading: LoadProgress | None = None  # the last that was told
+        self._connected_s = self._served_s = time.monotonic()  # when a router was reached, and when one was there last
 
     def run(self) -> None:
-        """Load, serve until stopped or until the router is gone, and leave nothing behind."""
+        """Load, serve until stopped or until no router has been there for a while, and leave nothing behind."""
         spec = self._spec
         cores = bind_to_cores(spec.cores)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation, token=spec.token)
-        self._link = RouterLink(spec.router_address, hello, self._on_command, self.stop)
-        self._link.start()
+        link = self._find_router()
+        if link is None:
+            return
+        self._link = link
+        link.start()
         endpoint: TransferEndpoint | None = None
         try:
             self._progress("loading weights", 0.0)
@@ -73,10 +90,8 @@ class WorkerProcess:
     def stop(self) -> None:
         """End `run` after the current step; from any thread."""
 
-        def stop() -> None:
-            self._stopping = True
-
-        self._inbox.put(stop)
+        self._stopping.set()
+        self._inbox.put(lambda: None)
 
     # endings of transfers, called on the transfer thread
 
@@ -117,7 +132,7 @@ class WorkerProcess:
             max_batch_tokens=pool.max_batch_tokens,
             max_batch_size=pool.max_batch_size,
         )
-        info = WorkerInfo(
+        self._info = WorkerInfo(
             worker_id=spec.worker_id,
             incarnation=spec.incarnation,
             role=spec.role,
@@ -132,13 +147,12 @@ class WorkerProcess:
             pid=os.getpid(),
             kernels=engine.kernels.name,
         )
-        self._link.send(Ready(info=info))
-        self._link.start_heartbeat(self._worker.report)
+        self._greet(self._link)
         self._loop()
 
     def _loop(self) -> None:
         worked = False
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._take_events(wait=not worked)
             worked = self._worker.step()
             self._link.send(*self._worker.take_messages())
@@ -155,4 +169,46 @@ class WorkerProcess:
 
     def _progress(self, phase: str, fraction: float) -> None:
         spec = self._spec
-        self._link.send(LoadProgress(worker_id=spec.worker_id, incarnation=spec.incarnation, phase=phase, fraction=fraction))
+        self._loading = LoadProgress(worker_id=spec.worker_id, incarnation=spec.incarnation, phase=phase, fraction=fraction)
+        self._link.send(self._loading)
+
+    # the router
+
+    def _find_router(self) -> RouterLink | None:
+        """A connection to whoever is the router now; None when there is none for too long."""
+        spec = self._spec
+        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation, token=spec.token)
+        while not self._stopping.is_set() and time.monotonic() - self._served_s < ROUTER_LOST_TIMEOUT_S:
+            try:
+                link = RouterLink(spec.router_address, hello, self._on_command, self._on_lost)
+            except OSError:
+                self._stopping.wait(RECONNECT_S)
+                continue
+            self._connected_s = time.monotonic()
+            return link
+        return None
+
+    def _on_lost(self, link: RouterLink) -> None:
+        """Called on the link's reader thread, which ends here."""
+        link.close()
+        if time.monotonic() - self._connected_s > BRIEF_S:
+            self._served_s = time.monotonic()
+        self._stopping.wait(RECONNECT_S)
+        found = self._find_router()
+        if found is None:
+            self.stop()
+            return
+        found.start()
+        if self._info is None and self._loading is not None:
+            self._link = found
+            found.send(self._loading)
+        self._inbox.put(lambda: self._greet(found))
+
+    def _greet(self, link: RouterLink) -> None:
+        """On the engine thread: what is said from now on follows what is told here."""
+        if link is self._greeted:
+            return
+        assert self._info is not None
+        link.send(Ready(info=self._info, held=self._worker.held_legs()))
+        link.start_heartbeat(self._worker.report)
+        self._link = self._greeted = link

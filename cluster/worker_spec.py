@@ -21,6 +21,15 @@ class WorkerSpec:
     cores: tuple[int, ...] = ()  # decided when the process is placed
 
     @property
+    def key(self) -> tuple[str, int]:
+        return self.worker_id, self.incarnation
+
+    @property
+    def core_share(self) -> float:
+        """Of each of its cores, how much it takes."""
+        return min(1.0, self.pool.num_cpus / self.pool.devices_per_instance)
+
+    @property
     def pool(self) -> PoolSection:
         """The pool whose limits hold for this worker."""
         return self.config.pools.decode if self.role is Role.DECODE else self.config.pools.prefill

@@ -1,12 +1,19 @@
-"""What a prefill worker tells a decode worker on COMMIT, besides the KV: the first token of each choice that goes on."""
+"""What a prefill worker tells a decode worker on COMMIT, besides the KV: the first token of each choice."""
 
 import msgspec
 
+from .messages import TokenOutput
+
 
 class HandOff(msgspec.Struct, frozen=True):
-    """`first_tokens` holds (choice, token_id) of every choice that did not end with its first token; none when all did."""
+    """`first_tokens` are as the prefill worker told them to the router. Choices that ended with theirs do not go on."""
 
-    first_tokens: tuple[tuple[int, int], ...]
+    first_tokens: tuple[TokenOutput, ...]
+
+    @property
+    def going_on(self) -> tuple[tuple[int, int], ...]:
+        """(choice, token_id) of every choice that is to be decoded."""
+        return tuple((token.choice, token.token_id) for token in self.first_tokens if token.finish_reason is None)
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

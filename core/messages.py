@@ -1,11 +1,12 @@
 """What router and workers say to each other, one frame each: commands go down, reports come up.
 
     router --Prefill(spec, target)--> P      P --StepReport(first token), LegEnded--> router
-    router --Reserve(spec)---------> D      D --StepReport(tokens 2..n), LegEnded--> router
+    router --Reserve(spec)---------> D      D --StepReport(all tokens), LegEnded--> router
     router --Serve(spec)-----------> any    (both phases on one worker)
     router --Abort(transfer)-------> both
     router --Heartbeat-------------> all
 
+D repeats the first token, which came with the KV: its leg tells all of the request, also to a router that never heard P.
 Every report names the (worker_id, incarnation) it comes from, so that those of a replaced worker are recognisably old.
 """
 
@@ -178,10 +179,21 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     fraction: float
 
 
+class HeldLeg(msgspec.Struct, frozen=True, kw_only=True):
+    """A leg that a worker was given by an earlier router, and what it has said of it so far."""
+
+    spec: SequenceSpec
+    leg: Leg
+    has_partner: bool  # its KV comes from, or goes to, another worker
+    outputs: tuple[TokenOutput, ...]
+    ended: LegEnded | None  # None while the worker carries it out
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The worker serves from now on."""
+    """The worker serves from now on. `held` is not empty when it served under another router before."""
 
     info: WorkerInfo
+    held: tuple[HeldLeg, ...] = ()
 
 
 class Prefill(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -192,7 +204,7 @@ class Prefill(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Reserve blocks for KV that `source` will push, then decode from token 1 on."""
+    """Reserve blocks for KV that `source` will push, then decode from the token that comes with it on."""
 
     spec: SequenceSpec
     source_worker_id: str

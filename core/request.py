@@ -48,8 +48,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TransferId(msgspec.Struct, frozen=True, array_like=True):
-    """One dispatch of a request (or of one of its choices) to workers. `attempt` counts dispatches within a request, so
-    a late message of an earlier attempt never fits a later one."""
+    """One dispatch of a request (or of one of its choices) to workers. `attempt` counts the dispatches of all requests, so
+    a late message of an earlier one never fits a later one, also when a client uses its id again."""
 
     request_id: str
     attempt: int

@@ -79,9 +79,12 @@ class DecodeScheduler:
         self._waiting.append(seq)
 
     def received(self, transfer: TransferId, first_tokens: tuple[tuple[int, int], ...]) -> None:
-        """All KV of a granted reservation is in its blocks: decode from the given (choice, token) pairs on."""
+        """All KV of a granted reservation is in its blocks: decode from the given (choice, token) pairs on, if any."""
         seq = self._receiving.pop(transfer)
         self._kv.received(seq, seq.num_tokens)
+        if not first_tokens:
+            self._kv.release(seq)
+            return
         twins = [seq]
         for choice, _ in first_tokens[1:]:
             twins.append(seq.fork(choice))

@@ -108,15 +108,14 @@ class DecodeWorker:
             self.receive_failed(transfer, "aborted")
             return
         try:
-            first_tokens = HandOff.decode(payload).first_tokens
+            hand_off = HandOff.decode(payload)
         except msgspec.MsgspecError as error:
             self.receive_failed(transfer, f"malformed hand-off: {error}")
             return
         leg.clock.start(self._clock())
-        if first_tokens:
-            self.scheduler.received(transfer, first_tokens)
-        else:  # every choice ended with its first token
-            self.scheduler.receive_failed(transfer)
+        self._outbox.outputs += hand_off.first_tokens
+        self.scheduler.received(transfer, hand_off.going_on)
+        if not hand_off.going_on:
             self._end(transfer)
 
     def receive_failed(self, transfer: TransferId, error: str) -> None:

@@ -36,9 +36,11 @@ class Outbox:
     ended: list[LegEnded] = field(default_factory=list)
     timings: list[StepTiming] = field(default_factory=list)
 
-    def token(self, seq: Sequence, choice: int, index: int, token: SampledToken, reason: FinishReason | None) -> None:
+    def token(self, seq: Sequence, choice: int, index: int, token: SampledToken, reason: FinishReason | None) -> TokenOutput:
         """One token of a choice, the last one when `reason` is given."""
-        self.outputs.append(TokenOutput(seq.transfer, choice, index, token.token_id, reason, token.logprob, token.top_logprobs))
+        output = TokenOutput(seq.transfer, choice, index, token.token_id, reason, token.logprob, token.top_logprobs)
+        self.outputs.append(output)
+        return output
 
     def leg_ended(
         self,

@@ -4,7 +4,7 @@ Pure: one `Answer` per request, events in, messages out.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ..core.messages import TokenOutput
 from ..core.request import FinishReason, Request
@@ -26,11 +26,15 @@ FINISH_REASONS = {
 class Answer:
     """The messages of one request. `stop_choice` is called for a choice whose stop string was found."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, stop_choice: Callable[[int], None]) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, stop_choice: Callable[[int], None], resume_from: Sequence[int] = ()
+    ) -> None:
+        """`resume_from` is the first index that the client wants of each choice; by default all of it."""
         self._request = request
         self._stop_choice = stop_choice
         patterns = [Pattern.compile(text) for text in request.sampling.stop]
-        self._choices = [_Choice(request, tokenizer, patterns) for _ in range(request.sampling.n)]
+        first = resume_from or [0] * request.sampling.n
+        self._choices = [_Choice(request, tokenizer, patterns, index) for index in first]
 
     def handle(self, event: StreamEvent) -> Iterator[pb.GenerateEvent]:
         """The messages that an event brings. Raises RequestFailed when the request ended before its choices did."""
@@ -50,15 +54,18 @@ class Answer:
         choice = self._choices[index]
         if choice.ended:
             return
-        delta = pb.TokenDelta(choice=index, index=tokens[0].index)
+        delta = pb.TokenDelta(choice=index, index=max(tokens[0].index, choice.first_index))
         for token in tokens:
-            delta.text += choice.push(token)
-            delta.token_ids.append(token.token_id)
-            if token.logprob is not None:
-                delta.logprobs.append(_logprobs(token.logprob, token.top_logprobs))
+            text = choice.push(token)
+            if token.index >= choice.first_index:
+                delta.text += text
+                delta.token_ids.append(token.token_id)
+                if token.logprob is not None:
+                    delta.logprobs.append(_logprobs(token.logprob, token.top_logprobs))
             if choice.stops.found is not None:
                 break
-        yield pb.GenerateEvent(tokens=delta)
+        if delta.token_ids:
+            yield pb.GenerateEvent(tokens=delta)
         if choice.stops.found is not None:
             self._stop_choice(index)
             yield from self._end_choice(index, FinishReason.STOP)
@@ -84,7 +91,8 @@ class Answer:
 class _Choice:
     """The text of one choice as far as it has come."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, patterns: list[Pattern]) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, patterns: list[Pattern], first_index: int) -> None:
+        self.first_index = first_index  # that its client wants
         self._min_tokens = request.sampling.min_tokens
         self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids)
         self.stops = StopMatcher(patterns)

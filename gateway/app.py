@@ -53,8 +53,11 @@ class GatewayServer:
             await self._health.set(service, kinds.SERVING if serving else kinds.NOT_SERVING)
 
 
-async def serve(frontend: Frontend, config: ClusterConfig, tokenizer: Tokenizer, model: ModelInfo) -> GatewayServer:
-    """Open the port of `config.listen.grpc`. Raises ConfigError when it is taken."""
+async def serve(
+    frontend: Frontend, config: ClusterConfig, tokenizer: Tokenizer, model: ModelInfo, address: str | None = None
+) -> GatewayServer:
+    """Open `address`, by default `config.listen.grpc`. Raises ConfigError when it is taken."""
+    address = address or config.listen.grpc
     max_bytes = config.limits.max_message_bytes
     server = grpc.aio.server(
         options=(
@@ -69,18 +72,18 @@ async def serve(frontend: Frontend, config: ClusterConfig, tokenizer: Tokenizer,
     pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(frontend, shared, tokenizer, model), server)
     pdserve_pb2_grpc.add_ClusterServicer_to_server(admin, server)
     try:
-        port = server.add_insecure_port(config.listen.grpc)
+        port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"listen.grpc: cannot listen on {config.listen.grpc}: is the port in use?") from error
+        raise ConfigError(f"listen.grpc: cannot listen on {address}: is the port in use?") from error
     gateway = GatewayServer(server, port, admin)
     await gateway._start()
     return gateway
 
 
-async def open_door(frontend: Frontend, config: ClusterConfig) -> GatewayServer:
+async def open_door(frontend: Frontend, config: ClusterConfig, address: str | None = None) -> GatewayServer:
     """`serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
     tokenizer, model = await asyncio.to_thread(_load, config)
-    return await serve(frontend, config, tokenizer, model)
+    return await serve(frontend, config, tokenizer, model, address=address)
 
 
 def _load(config: ClusterConfig) -> tuple[Tokenizer, ModelInfo]:

@@ -73,6 +73,8 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         with self._shared.answer():
             async with translated(context), aclosing(self._events(request, context)) as events:
+                if request.resume_from:
+                    raise InvalidRequest("resume_from", list(request.resume_from), "nothing: the answer comes as a whole")
                 collector = Collector()
                 async for event in events:
                     collector.add(event)
@@ -110,7 +112,12 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else loop.time() + remaining_s
         request = await self._intake.request(message, self._shared.config.limits, deadline_s, context.peer())
-        answer = Answer(request, self._tokenizer, lambda choice: self._frontend.cancel(request.request_id, choice))
+        answer = Answer(
+            request,
+            self._tokenizer,
+            lambda choice: self._frontend.cancel(request.request_id, choice),
+            message.resume_from,
+        )
         async with aclosing(self._frontend.generate(request)) as events:
             async for event in events:
                 for out in answer.handle(event):

@@ -1,7 +1,7 @@
 """From a client's message to a validated `Request`: nothing goes on to the router that a worker could not carry out."""
 
 import asyncio
-import secrets
+import hashlib
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,11 +48,13 @@ class Intake:
         _check_name("request_id", message.request_id)
         _check_name("cache_salt", message.cache_salt)
         _check_name("client_id", message.client_id)
-        sampling = sampling_params(message.sampling)
+        request_id = message.request_id or uuid.uuid4().hex
+        sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
+        _check_resumption(message, sampling)
         token_ids = await self.token_ids(message.prompt)
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         return Request(
-            request_id=message.request_id or uuid.uuid4().hex,
+            request_id=request_id,
             prompt_token_ids=token_ids,
             sampling=sampling,
             eos_token_ids=self._model.eos_token_ids,
@@ -95,7 +97,7 @@ class Intake:
         return self._tokenizer.render_chat(messages, add)
 
 
-def sampling_params(message: pb.SamplingParams) -> SamplingParams:
+def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:
     """The parameters as set, with defaults for the rest. Ranges are for `validate_request`."""
     values = {descriptor.name: value for descriptor, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
@@ -103,8 +105,25 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
     for index, text in enumerate(values["stop"]):
         if len(text) > MAX_STOP_CHARS:
             raise InvalidRequest(f"stop[{index}]", text, f"at most {MAX_STOP_CHARS} characters")
-    values.setdefault("seed", secrets.randbits(64))
+    values.setdefault("seed", default_seed)
     return SamplingParams(**values)
+
+
+def _seed_of(request_id: str) -> int:
+    """A client that comes back for the rest of its stream needs no more than the name of its request."""
+    return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")
+
+
+def _check_resumption(message: pb.GenerateRequest, sampling: SamplingParams) -> None:
+    if not message.resume_from:
+        return
+    if not message.request_id:
+        raise InvalidRequest("request_id", "", "the name of the request to resume")
+    if len(message.resume_from) != sampling.n:
+        raise InvalidRequest("resume_from", list(message.resume_from), f"one index for each of the {sampling.n} choices")
+    for choice, index in enumerate(message.resume_from):
+        if not 0 <= index <= sampling.max_tokens:
+            raise InvalidRequest(f"resume_from[{choice}]", index, f"0 to {sampling.max_tokens}")
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:

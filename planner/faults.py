@@ -28,6 +28,7 @@ class Accident(enum.Enum):
     DRAIN = "worker drained"
     SCALE = "pools resized"
     ROUTER_FREEZE = "router frozen"
+    ROUTER_RESTART = "router restarted"
 
 
 ORDERLY = (Accident.DRAIN, Accident.SCALE)  # nothing may fail for these

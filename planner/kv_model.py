@@ -172,11 +172,15 @@ class StepCost(Protocol):
     def of(self, num_tokens: int) -> float: ...
 
 
+OnSample = Callable[[Sequence, int, int], None]  # called with (sequence, choice, index) of each token that is computed
+
+
 class ChainRunner:
     """Implements `engine.batch.Runner`."""
 
-    def __init__(self, store: ChainStore, pool: BlockPool, cost: StepCost) -> None:
+    def __init__(self, store: ChainStore, pool: BlockPool, cost: StepCost, on_sample: OnSample) -> None:
         self._store = store
+        self._on_sample = on_sample
         self._size = pool.block_size
         self._cost = cost
 
@@ -216,6 +220,7 @@ class ChainRunner:
 
     def _sample(self, seq: Sequence, end: int, choice: int, index: int) -> int:
         totals = [self._store.total(layer, seq.block_ids, end) for layer in range(NUM_LAYERS)]
+        self._on_sample(seq, choice, index)
         total = totals[0] if all(other == totals[0] for other in totals) else chain(totals[0], totals[-1])
         return sample(total, seed_of(seq), choice, index)
 

@@ -1,6 +1,6 @@
 """What one seed simulates: a cluster, its clients, and what goes wrong. All of it is drawn here, before anything runs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from ..core.messages import Role
@@ -51,6 +51,16 @@ class Scenario:
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
 
+    @property
+    def is_computed_once(self) -> bool:
+        """Nothing fails but the router, and every client reads: then no token is computed twice."""
+        rates = self.rates
+        return (
+            {accident.kind for accident in self.accidents} <= {Accident.ROUTER_RESTART}
+            and not rates.lose + rates.duplicate + rates.overtake + rates.corrupt + rates.fail_store
+            and all(plan.unread_after_tokens is None for plan in self.requests)
+        )
+
 
 def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bool = True) -> Scenario:
     """The scenario of `seed`; the same in every process."""
@@ -64,6 +74,11 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         rates = FaultRates()
     elif rng.random() < 0.1:
         rates, kinds = FaultRates(accidents_per_s=1.0), list(ORDERLY)
+    elif rng.random() < 0.1:
+        rates, kinds = FaultRates(accidents_per_s=0.5), [Accident.ROUTER_RESTART]
+    requests = _draw_requests(rng, shapes, num_requests or rng.randint(5, 30))
+    if kinds == [Accident.ROUTER_RESTART]:  # a stream that waits for its reader is computed again from where it was
+        requests = tuple(replace(plan, unread_after_tokens=None) for plan in requests)
     num_accidents = int(rates.accidents_per_s * CALM_S)
     return Scenario(
         seed=seed,
@@ -78,7 +93,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         prefill_on_decode=rng.random() < 0.5,
         start_s=rng.uniform(0.05, 1.0),
         rates=rates,
-        requests=_draw_requests(rng, shapes, num_requests or rng.randint(5, 30)),
+        requests=requests,
         accidents=tuple(
             PlannedAccident(rng.uniform(0.3, CALM_S), rng.choice(kinds), rng.random(), rng.choice((0.05, 0.5, 2.0, 5.0)))
             for _ in range(num_accidents)

@@ -11,6 +11,7 @@ from .simulated_head import SimulatedHead
 from .virtual_time import VirtualTime
 
 FEW_ATTEMPTS = 10  # with so few it may be that all of them fail
+RECONNECT_S = 0.05
 BY_ITSELF = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -20,15 +21,17 @@ class SimulatedClient:
     def __init__(
         self,
         time: VirtualTime,
-        head: SimulatedHead,
+        head: Callable[[], SimulatedHead],
+        ids: dict[str, "SimulatedClient"],
         plan: PlannedRequest,
         violation: Callable[[str], None],
         note: Callable[[str], None],
         count: Callable[[str], None],
     ) -> None:
+        """`head` is the present one; `ids` are those in use, and by whom."""
         self.is_ended = False
         self.was_resumed = False
-        self._time, self._head, self._plan = time, head, plan
+        self._time, self._get_head, self._ids, self._plan = time, head, ids, plan
         self._violation, self._note, self._count = violation, note, count
         sampling = plan.request.sampling
         self.request_id = plan.request.request_id
@@ -40,9 +43,19 @@ class SimulatedClient:
             for choice in range(sampling.n)
         ]
         self._received: list[list[int]] = [[] for _ in range(sampling.n)]
+        self._positions = [0] * sampling.n  # in the present stream, which repeats what an earlier one has brought
         self._reasons: list[FinishReason | None] = [None] * sampling.n
-        self._stopped = self._cancelled = self._is_paused = False
+        self._stopped = self._cancelled = self._is_paused = self._was_paused = self._comes_back = False
         self._later(plan.at_s, self._submit)
+
+    @property
+    def _head(self) -> SimulatedHead:
+        """The present one; it may be dead."""
+        return self._get_head()
+
+    @property
+    def _is_connected(self) -> bool:
+        return self._head.process.is_alive and self._head.clients.get(self.request_id) is self
 
     @property
     def _may_give_up(self) -> bool:
@@ -53,24 +66,40 @@ class SimulatedClient:
         return sum(map(len, self._received))
 
     def _later(self, delay_s: float, call: Callable[[], None]) -> None:
-        """`call` reaches the router after `delay_s`, or when it runs again."""
-        head = self._head.process
-        self._time.call_later(delay_s, lambda: head.call_later(0.0, call) if head.is_frozen else call())
+        """`call` comes to the router after `delay_s`; one that stands still does not hear it."""
+
+        def arrive() -> None:
+            if self._head.process.is_alive and self._head.process.is_frozen:
+                self._time.call_later(RECONNECT_S, arrive)
+            else:
+                call()
+
+        self._time.call_later(delay_s, arrive)
+
+    def _tell(self, delay_s: float, call: Callable[[SimulatedHead], None]) -> None:
+        """What concerns the present stream; not said when that has ended or broken."""
+        head = self._head
+        self._later(delay_s, lambda: call(head) if self._is_connected and self._head is head else None)
 
     def _submit(self) -> None:
+        if self.is_ended:  # cancelled while there was no router
+            return
         deadline_s = self._plan.request.deadline_s
         if deadline_s is not None and self._time.now_s >= deadline_s:
-            self.is_ended = True
+            self._leave()
             return
-        if self.request_id in self._head.clients:  # an id that another client uses now
-            self._later(0.05, self._submit)
+        head = self._head
+        if not head.process.is_alive or self._ids.setdefault(self.request_id, self) is not self:
+            self._later(RECONNECT_S, self._submit)  # no router, or an id that another client uses now
             return
-        error = self._head.submit(self._plan.request, self)
+        error = head.submit(self._plan.request, self, comes_back=self._comes_back)
+        if error is not None and not self._comes_back:
+            del self._ids[self.request_id]
         if error is None:
-            if self._plan.cancel_after_s is not None:
+            if self._plan.cancel_after_s is not None and not self._comes_back:
                 self._later(self._plan.cancel_after_s, self._cancel)
             if deadline_s is not None:
-                self._head.process.call_at(deadline_s + 0.001, lambda: self._must_have_ended("its deadline"))
+                head.process.call_at(deadline_s + 0.001, lambda: self._must_have_ended("its deadline"))
         elif isinstance(error, QueueFull):
             self._count("queue full")
             self._later(error.retry_after_s, self._submit)
@@ -79,16 +108,34 @@ class SimulatedClient:
         self._note(f"{self.request_id}: " + ("submitted" if error is None else f"refused: {error}"))
 
     def _cancel(self) -> None:
-        if not self.is_ended:
-            self._note(f"{self.request_id}: cancelled by its client")
-            self._count("client cancelled")
-            self._cancelled = True
+        if self.is_ended:
+            return
+        self._note(f"{self.request_id}: cancelled by its client")
+        self._count("client cancelled")
+        self._cancelled = True
+        if self._is_connected:
             self._head.cancel(self.request_id)
             self._must_have_ended("it was cancelled")
+        else:
+            self._leave()
 
     def _must_have_ended(self, when: str) -> None:
         if not self.is_ended:
             self._violation(f"{self.request_id}: goes on after {when}")
+
+    def _leave(self) -> None:
+        self.is_ended = True
+        if self._ids.get(self.request_id) is self:
+            del self._ids[self.request_id]
+
+    def on_lost(self) -> None:
+        """The router died: come back for the rest."""
+        self._note(f"{self.request_id}: lost its connection")
+        self._comes_back = True
+        self._positions = [0] * len(self._positions)
+        self._reasons = [None] * len(self._reasons)
+        self._stopped = self._is_paused = False
+        self._later(RECONNECT_S, self._submit)
 
     def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None:
         if self.is_ended:
@@ -102,37 +149,45 @@ class SimulatedClient:
                 self._on_end(event)
 
     def _on_tokens(self, event: EmitTokens) -> None:
-        received, expected = self._received[event.choice], self._expected[event.choice]
+        choice = event.choice
+        received, expected = self._received[choice], self._expected[choice]
         if self._reasons[event.choice] is not None:
             self._violation(f"{self.request_id}/{event.choice}: a token after its end")
         for token in event.tokens:
-            index = len(received)
+            index = self._positions[choice]
+            self._positions[choice] += 1
             if token.index != index:
                 self._violation(f"{self.request_id}/{event.choice}: token {token.index} came, {index} was due")
             elif index >= len(expected) or token.token_id != expected[index]:
                 right = expected[index : index + 1]
                 self._violation(f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is right")
-            received.append(token.token_id)
+            if index == len(received):
+                received.append(token.token_id)
         if self._is_paused:
             self._violation(f"{self.request_id}/{event.choice}: a token for a client that does not read")
-        if event.choice == 0 and len(received) == self._plan.unread_after_tokens:
-            self._later(0.0, self._stop_reading)
-        if event.choice == 0 and not self._stopped and len(received) == self._plan.stop_after_tokens:
+        if choice == 0:
+            self._look_at_position(self._positions[0])
+
+    def _look_at_position(self, position: int) -> None:
+        """Of choice 0: it may be that a stop string is there, or that the client pauses."""
+        plan = self._plan
+        if not self._was_paused and plan.unread_after_tokens is not None and position >= plan.unread_after_tokens:
+            self._was_paused = True
+            self._tell(0.0, self._stop_reading)
+        if not self._stopped and plan.stop_after_tokens is not None and position >= plan.stop_after_tokens:
             self._stopped = True
             self._count("stop string found")
-            self._later(self._plan.stop_delay_s, lambda: None if self.is_ended else self._head.cancel(self.request_id, 0))
+            self._tell(plan.stop_delay_s, lambda head: head.cancel(self.request_id, 0))
 
-    def _stop_reading(self) -> None:
-        if not self.is_ended:
-            self._note(f"{self.request_id}: its client does not read for {self._plan.unread_s} s")
-            self._is_paused = True
-            self._head.handle(Pause(self.request_id))
-            self._later(self._plan.unread_s, self._read_on)
+    def _stop_reading(self, head: SimulatedHead) -> None:
+        self._note(f"{self.request_id}: its client does not read for {self._plan.unread_s} s")
+        self._is_paused = True
+        head.handle(Pause(self.request_id))
+        self._tell(self._plan.unread_s, self._read_on)
 
-    def _read_on(self) -> None:
+    def _read_on(self, head: SimulatedHead) -> None:
         self._is_paused = False
-        if not self.is_ended:
-            self._head.handle(Resume(self.request_id))
+        head.handle(Resume(self.request_id))
 
     def _on_choice_end(self, event: EmitChoiceEnd) -> None:
         if self._reasons[event.choice] is not None:
@@ -142,12 +197,12 @@ class SimulatedClient:
         expected = self._expected[event.choice]
         eos_token_ids = self._plan.request.eos_token_ids
         right = FinishReason.STOP if expected[-1] in eos_token_ids else FinishReason.LENGTH
-        if by_itself and (self._received[event.choice] != expected or event.finish_reason is not right):
-            num, of = len(self._received[event.choice]), len(expected)
+        if by_itself and (self._positions[event.choice] != len(expected) or event.finish_reason is not right):
+            num, of = self._positions[event.choice], len(expected)
             self._violation(f"{self.request_id}/{event.choice}: ended ({event.finish_reason.value}) after {num} of {of} tokens")
 
     def _on_end(self, event: EmitEnd) -> None:
-        self.is_ended = True
+        self._leave()
         self.was_resumed = len(event.timeline.dispatches) > 1
         if None in self._reasons:
             self._violation(f"{self.request_id}: ended before its choices")
@@ -159,7 +214,7 @@ class SimulatedClient:
                 pass
             case FinishReason.DEADLINE if deadline_s is not None and self._time.now_s >= deadline_s:
                 self._count("deadline missed")
-            case FinishReason.DEADLINE if deadline_s is not None and not self.num_tokens:
+            case FinishReason.DEADLINE if deadline_s is not None and (self._comes_back or not self.num_tokens):
                 self._count("hopeless deadline")
             case FinishReason.ERROR if self._may_give_up and (event.error or "").startswith("gave up"):
                 self._count("given up")

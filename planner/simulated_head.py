@@ -2,16 +2,17 @@
 connections and processes."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
-from ..core.messages import Abort, Heartbeat, LegEnded, Ready, StepReport, WorkerCommand
+from ..core.messages import Abort, Heartbeat, LegEnded, Ready, Role, StepReport, WorkerCommand
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
 from ..router.events import (
+    Adopted,
     Cancel,
     EmitChoiceEnd,
     EmitEnd,
@@ -29,7 +30,7 @@ from ..router.events import (
     WorkersExpected,
 )
 from ..router.fleet import Fleet, FleetConfig
-from ..router.fleet_events import AssignRole, DrainWorker, FleetAction, FleetEvent, StartWorker, StopWorker
+from ..router.fleet_events import AdoptWorkers, Apply, AssignRole, DrainWorker, FleetAction, FleetEvent, StartWorker, StopWorker
 from .network import End
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Process, Timer, VirtualTime
@@ -38,6 +39,7 @@ from .wanted import WantedLegs, is_our_own_fault
 HEARTBEAT_S = 0.5
 DEAD_AFTER_S = 3.0
 STOP_TIMEOUT_S = 5.0
+NUMBERS_OF_A_HEAD = 10**6  # of incarnations and of attempts
 
 Key = tuple[str, int]
 
@@ -46,6 +48,7 @@ class Client(Protocol):
     """Who hears of a request."""
 
     def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None: ...
+    def on_lost(self) -> None: ...
 
 
 class SimulatedHead:
@@ -60,11 +63,14 @@ class SimulatedHead:
         start_worker: Callable[[StartWorker], SimulatedWorker],
         violation: Callable[[str], None],
         note: Callable[[str], None] | None,
+        generation: int = 0,
     ) -> None:
-        """`note` keeps the timeline; None for none."""
+        """`note` keeps the timeline; None for none. `generation` counts the heads before this one, whose workers it takes
+        over."""
         self.process = process
-        self.router = Router(router, LatencyModel())
-        self.fleet = Fleet(fleet)
+        self.router = Router(router, LatencyModel(), first_attempt=generation * NUMBERS_OF_A_HEAD, adopts=generation > 0)
+        self.fleet = Fleet(fleet, first_incarnation=1 + generation * NUMBERS_OF_A_HEAD)
+        self._is_settled = generation == 0
         self.clients: dict[str, Client] = {}
         self._time = time
         self._start_worker = start_worker
@@ -80,10 +86,20 @@ class SimulatedHead:
         self._tick: Timer | None = None
         self._fleet_tick: Timer | None = None
 
+    def start(self, pools: Mapping[Role, int], survivors: Iterable[SimulatedWorker]) -> None:
+        """Match the pools. `survivors` are processes that an earlier head started, oldest first."""
+        newest = {worker.worker_id: worker for worker in survivors}
+        for worker in survivors:
+            self._watch(worker)
+            if newest[worker.worker_id] is not worker:
+                self._stop((worker.worker_id, worker.incarnation))
+        self.manage(AdoptWorkers(tuple(StartWorker(w.role, w.worker_id, w.incarnation) for w in newest.values())))
+        self.manage(Apply(pools))
+
     # clients
 
-    def submit(self, request: Request, client: Client) -> PdserveError | None:
-        """Why the request is not admitted; None when it is."""
+    def submit(self, request: Request, client: Client, *, comes_back: bool) -> PdserveError | None:
+        """Why the request is not admitted; None when it is. A client that comes back has been admitted before."""
         if request.request_id in self.clients:
             raise AssertionError("clients do not use an id twice at a time")
         self.clients[request.request_id] = client
@@ -93,7 +109,7 @@ class SimulatedHead:
             del self.clients[request.request_id]
             return error
         num_queued = self.router.status(self._time.now_s).num_queued
-        if num_queued > self.router.config.max_queued_requests:
+        if num_queued > self.router.config.max_queued_requests and not comes_back:
             self._violation(f"{num_queued} requests are queued, {self.router.config.max_queued_requests} are allowed")
         return None
 
@@ -146,20 +162,22 @@ class SimulatedHead:
     # workers' connections
 
     def accept(self, worker: SimulatedWorker, end: End) -> None:
-        """The worker is loaded; its first message says so."""
+        """The first message that a worker sends says that it is loaded."""
+        end.on_message = lambda message: self._admit(worker, end, message)
+
+    def _admit(self, worker: SimulatedWorker, end: End, message: Any) -> None:
         key = worker.worker_id, worker.incarnation
-        if key in self._started and key not in self._ending:
+        if key in self._started and key not in self._ending and key not in self._workers and isinstance(message, Ready):
             self._workers[key] = _Connection(self, key, end)
+            self.receive(message)
         else:
             end.close()
 
     def receive(self, message: Any) -> None:
         match message:
-            case Ready(info=info):
-                key = info.worker_id, info.incarnation
-                if key in self._started and key not in self._ending:
-                    self.handle(WorkerReady(info))
-                    self.manage(WorkerReady(info))
+            case Ready(info=info, held=held):
+                self.handle(WorkerReady(info, held))
+                self.manage(WorkerReady(info))
             case StepReport() | LegEnded():
                 self._wanted.heard(message)
                 if isinstance(message, LegEnded) and is_our_own_fault(message.error or ""):
@@ -192,6 +210,9 @@ class SimulatedHead:
         while self._actions:
             self._act(self._actions.popleft())
         self._is_acting = False
+        if not self._is_settled and self.fleet.is_settled:
+            self._is_settled = True
+            self.handle(Adopted())
         self.handle(WorkersExpected(self.fleet.num_expected))
         if self._fleet_tick is not None:
             self._fleet_tick.cancel()
@@ -200,16 +221,19 @@ class SimulatedHead:
 
     def _act(self, action: FleetAction) -> None:
         match action:
-            case StartWorker(_, worker_id, incarnation):
-                key = worker_id, incarnation
-                worker = self._started[key] = self._start_worker(action)
-                worker.process.when_it_dies(lambda: self.process.call_later(0.005, lambda: self._gone(key)))
+            case StartWorker():
+                self._watch(self._start_worker(action))
             case DrainWorker(worker_id):
                 self.handle(WorkerDraining(worker_id))
             case AssignRole(worker_id, role):
                 self.handle(WorkerRole(worker_id, role))
             case StopWorker(worker_id, incarnation):
                 self._stop((worker_id, incarnation))
+
+    def _watch(self, worker: SimulatedWorker) -> None:
+        key = worker.worker_id, worker.incarnation
+        self._started[key] = worker
+        worker.process.when_it_dies(lambda: self.process.call_later(0.005, lambda: self._gone(key)))
 
     def _stop(self, key: Key) -> None:
         """Ask the process to end, then make it; one that is frozen or out of reach lives on until then."""

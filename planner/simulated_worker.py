@@ -13,11 +13,8 @@ from random import Random
 from ..core.messages import (
     Abort,
     Heartbeat,
-    Prefill,
-    Reserve,
+    Ready,
     Role,
-    Serve,
-    StepReport,
     TransferAddress,
     TransferStats,
     WorkerCommand,
@@ -26,6 +23,7 @@ from ..core.messages import (
 from ..core.request import TransferId
 from ..engine.block_pool import BlockPool
 from ..engine.kv_manager import KVManager
+from ..engine.sequence import Sequence
 from ..kv_transfer.config import TransferConfig
 from ..kv_transfer.events import Cancel, CommitReady, Computed, Expect, Extend, Open, PrefillDone
 from ..kv_transfer.hub import TransferHub
@@ -33,13 +31,16 @@ from ..kv_transfer.outbound import Dial
 from ..kv_transfer.pair import Local
 from ..kv_transfer.span import Span
 from ..worker.worker import Worker
-from .kv_model import ChainRunner, ChainStore
+from .kv_model import ChainRunner, ChainStore, OnSample
 from .network import End
 from .virtual_time import Process, VirtualTime
 
 HEARTBEAT_S = 0.5
 ROUTER_DEAD_AFTER_S = 10.0
 HOP_S = 0.00005  # between a worker's two threads
+RECONNECT_S = 0.1
+BRIEF_S = 1.0  # a connection that lasted less was refused
+ROUTER_LOST_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,12 @@ class SimulatedWorker:
         transport: str,
         config: TransferConfig,
         dial: Callable[["SimulatedWorker"], Dial],
+        connect: Callable[["SimulatedWorker"], End | None],
         violation: Callable[[str], None],
         store_fails: Callable[[], bool],
+        on_sample: OnSample,
     ) -> None:
+        """`connect` makes a connection to the router, or none while there is no router."""
         self.process, self.worker_id, self.incarnation, self.role, self.shape = process, worker_id, incarnation, role, shape
         self.clock = StepClock(time, shape)
         self.pool = BlockPool(shape.num_blocks, shape.block_size)
@@ -178,47 +182,79 @@ class SimulatedWorker:
             worker_id,
             incarnation,
             KVManager(self.pool, shape.max_model_len),
-            ChainRunner(self.store, self.pool, self.clock),
+            ChainRunner(self.store, self.pool, self.clock, self._on_sample),
             Port(process, self.clock, self.hub, self.store, rng),
             num_layers=self.store.layout.num_layers,
             max_batch_tokens=shape.max_batch_tokens,
             max_batch_size=shape.max_batch_size,
             clock=self.clock,
         )
+        self._time = time
+        self._connect = connect
         self._router: End | None = None
+        self._connected_s = self._served_s = 0.0  # when the router was reached, and when it was last there
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
         self._heard_s = 0.0
         self._violation = violation
         self._aborted: set[TransferId] = set()
+        self._tell_sample = on_sample
 
-    def serve(self, router: End) -> None:
-        """The worker is loaded and its connection stands."""
-        self._router = router
-        self._heard_s = self.clock.time.now_s
-        router.on_message = self._on_command
-        router.on_lost = lambda _: self.process.kill()
-        self.process.every(HEARTBEAT_S, lambda: self._beat(router))
+    def serve(self) -> None:
+        """The worker is loaded."""
+        self._served_s = self._time.now_s
+        self.process.every(HEARTBEAT_S, self._beat)
         self.process.every(self.local.config.heartbeat_s / 2, self.hub.tick)
+        self._meet_router()
+
+    def _beat(self) -> None:
+        if self._router is None:
+            return
+        if self._time.now_s - self._heard_s > ROUTER_DEAD_AFTER_S:
+            self._router.close()
+            self._lose_router()
+        else:
+            self._router.send(self.worker.report())
+
+    def _meet_router(self) -> None:
+        """Connect, again and again; without a router the worker works on for a while, and ends then."""
+        router = self._connect(self)
+        if router is not None:
+            self._connected_s = self._heard_s = self._time.now_s
+            router.on_message = self._on_command
+            router.on_lost = lambda _: self._lose_router()
+            self.post(lambda: self._greet(router))
+        elif self._time.now_s - self._served_s > ROUTER_LOST_TIMEOUT_S:
+            self.process.kill()
+        else:
+            self.process.call_later(RECONNECT_S, self._meet_router)
+
+    def _greet(self, router: End) -> None:
+        """What is said from now on follows what is told here."""
+        if router.is_open:
+            router.send(Ready(info=self.info(), held=self.worker.held_legs()))
+            self._router = router
+
+    def _lose_router(self) -> None:
+        self._router = None
+        if self._time.now_s - self._connected_s > BRIEF_S:
+            self._served_s = self._time.now_s
+        self.process.call_later(RECONNECT_S, self._meet_router)
 
     def _on_command(self, command: WorkerCommand) -> None:
-        self._heard_s = self.clock.time.now_s
+        self._heard_s = self._time.now_s
         if not isinstance(command, Heartbeat):
             self.post(lambda: self._handle(command))
 
     def _handle(self, command: WorkerCommand) -> None:
         self.worker.handle(command)
-        match command:
-            case Abort(transfer=transfer):
-                self._aborted.add(transfer)
-            case Prefill(spec=spec) | Reserve(spec=spec) | Serve(spec=spec):
-                self._aborted.discard(spec.transfer)  # an id that was used before
+        if isinstance(command, Abort):
+            self._aborted.add(command.transfer)
 
-    def _beat(self, router: End) -> None:
-        if self.clock.time.now_s - self._heard_s > ROUTER_DEAD_AFTER_S:
-            self.process.kill()
-        else:
-            router.send(self.worker.report())
+    def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
+        if seq.transfer in self._aborted:
+            self._violation(f"{self.process.name}: computes {seq.transfer} after its abort")
+        self._tell_sample(seq, choice, index)
 
     def info(self) -> WorkerInfo:
         shape = self.shape
@@ -258,13 +294,9 @@ class SimulatedWorker:
         self.process.call_later(ahead_s, lambda: self._end_turn(worked))
 
     def _end_turn(self, worked: bool) -> None:
-        assert self._router is not None
         for message in self.worker.take_messages():
-            if isinstance(message, StepReport):
-                for output in message.outputs:
-                    if output.transfer in self._aborted:
-                        self._violation(f"{self.process.name}: computes {output.transfer} after its abort")
-            self._router.send(message)
+            if self._router is not None:
+                self._router.send(message)
         if worked or self._inbox:
             self._turn()
         else:

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from ..core.messages import Ready
+from ..core.messages import Role
+from ..engine.sequence import Sequence
 from ..kv_transfer.config import TransferConfig
 from ..router.config import RouterConfig
-from ..router.fleet import FleetConfig, MemberState
+from ..router.fleet import FleetConfig
 from ..router.fleet_events import Apply, Drain, StartWorker
+from ..router.fleet_member import MemberState
 from .faults import ORDERLY, Accident, Faults
-from .network import Network
+from .network import End, Network
 from .scenario import CALM_S, PlannedAccident, Scenario
 from .simulated_client import SimulatedClient
 from .simulated_head import SimulatedHead
@@ -56,21 +58,14 @@ class Simulation:
         self._client_counts: Counter[str] = Counter()
         self.network = Network(self.time, self.faults)
         self.workers: dict[tuple[str, int], SimulatedWorker] = {}
-        self.head = SimulatedHead(
-            self.time,
-            Process(self.time, "router"),
-            RouterConfig(
-                max_queued_requests=scenario.max_queued_requests,
-                prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
-                max_attempts=scenario.max_attempts,
-            ),
-            FleetConfig(drain_timeout_s=10.0, start_timeout_s=30.0, backoff_s=0.2, max_backoff_s=2.0),
-            self._start_worker,
-            self.violation,
-            self.note if keep_timeline else None,
-        )
+        self._pools = scenario.pools  # as they are wanted
+        self._computed: set[tuple[str, int, int, int]] = set()  # (request id, seed, choice, index) of tokens
+        self._generation = 0
+        self.head = self._make_head()
+        self._ids: dict[str, SimulatedClient] = {}
         self.clients = [
-            SimulatedClient(self.time, self.head, plan, self.violation, self.note, self._count) for plan in scenario.requests
+            SimulatedClient(self.time, lambda: self.head, self._ids, plan, self.violation, self.note, self._count)
+            for plan in scenario.requests
         ]
 
     def run(self) -> Outcome:
@@ -107,13 +102,13 @@ class Simulation:
             self.outcome.timeline.append(f"{self.time.now_s:10.6f}  {text}")
 
     def _run(self) -> None:
-        self.head.manage(Apply(self._scenario.pools))
+        self.head.start(self._pools, ())
         for accident in self._scenario.accidents:
             self.time.call_at(accident.at_s, lambda accident=accident: self._strike(accident))  # type: ignore[misc]
         while self.time.step(CALM_S):
             pass
         self.faults.calm()
-        self.head.manage(Apply(self._scenario.pools))  # whoever was drained comes back
+        self._apply(self._scenario.pools)  # whoever was drained comes back
         if not self._wait_for(self._are_clients_done):
             waiting = [client.request_id for client in self.clients if not client.is_ended]
             self.violation(f"still waiting {PATIENCE_S:.0f} s after the last fault: {', '.join(waiting)}")
@@ -125,6 +120,35 @@ class Simulation:
         self.head.router.check_integrity()
         for worker in self._alive():
             worker.pool.check_integrity()
+
+    def _make_head(self) -> SimulatedHead:
+        scenario = self._scenario
+        return SimulatedHead(
+            self.time,
+            Process(self.time, "router"),
+            RouterConfig(
+                max_queued_requests=scenario.max_queued_requests,
+                prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
+                max_attempts=scenario.max_attempts,
+                claim_timeout_s=5.0,
+            ),
+            FleetConfig(drain_timeout_s=10.0, start_timeout_s=30.0, backoff_s=0.2, max_backoff_s=2.0),
+            self._start_worker,
+            self.violation,
+            self.note if self._keep_timeline else None,
+            self._generation,
+        )
+
+    def _apply(self, pools: dict[Role, int]) -> None:
+        self._pools = pools
+        if self.head.process.is_alive:
+            self.head.manage(Apply(pools))
+
+    def _restart_head(self) -> None:
+        self._generation += 1
+        self.head = self._make_head()
+        self.note("the router is back")
+        self.head.start(self._pools, self._alive())
 
     def _wait_for(self, condition: Callable[[], bool]) -> bool:
         limit_s = CALM_S + PATIENCE_S
@@ -192,20 +216,29 @@ class Simulation:
                     epoch,
                 )
             ),
+            self._connect,
             self.violation,
             self.faults.fails_store,
+            self._on_sample,
         )
         self.workers[worker_id, incarnation] = worker
         process.when_it_dies(lambda: self.note(f"{process.name} died"))
-        process.call_later(self._scenario.start_s, lambda: self._connect(worker))
+        process.call_later(self._scenario.start_s, worker.serve)
         return worker
 
-    def _connect(self, worker: SimulatedWorker) -> None:
+    def _connect(self, worker: SimulatedWorker) -> End | None:
+        if not self.head.process.is_alive:
+            return None
         ours, theirs = self.network.connect(worker.process, self.head.process)
-        self.head.process.call_later(self.faults.latency_s(), lambda: self.head.accept(worker, theirs))
-        worker.serve(ours)
-        worker.process.call_later(0.01, lambda: ours.send(Ready(info=worker.info())))
-        self.note(f"{worker.process.name} is ready")
+        self.head.accept(worker, theirs)
+        self.note(f"{worker.process.name} connects to the router")
+        return ours
+
+    def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
+        token = seq.transfer.request_id, seq.spec.sampling.seed, choice, index
+        if token in self._computed and self._scenario.is_computed_once:
+            self.violation(f"{token[0]}/{choice}: token {index} is computed a second time")
+        self._computed.add(token)
 
     # accidents
 
@@ -224,6 +257,8 @@ class Simulation:
                 self._freeze(worker.process, seconds)
             case Accident.ROUTER_FREEZE:
                 self._freeze(self.head.process, min(seconds, 2.0))
+            case Accident.ROUTER_RESTART:
+                self._kill_head(min(seconds, 2.0))
             case Accident.SLOW:
                 worker.clock.factor = 20.0
                 self.time.call_later(seconds, lambda: setattr(worker.clock, "factor", 1.0))
@@ -238,11 +273,21 @@ class Simulation:
                 self.network.cut(worker.process, spared=self.head.process)
             case Accident.DRAIN:
                 members = self.head.fleet.status()
-                if sum(member.state is MemberState.READY for member in members) > 2:  # else nobody might be left to serve
+                num_ready = sum(member.state is MemberState.READY for member in members)
+                if num_ready > 2 and self.head.process.is_alive:  # else nobody might be left to serve
                     self.head.manage(Drain(worker.worker_id))
             case Accident.SCALE:
                 sizes = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2))[int(accident.draw * 7)]
-                self.head.manage(Apply(dict(zip(self._scenario.pools, sizes, strict=True))))
+                self._apply(dict(zip(self._scenario.pools, sizes, strict=True)))
+
+    def _kill_head(self, seconds: float) -> None:
+        if not self.head.process.is_alive:
+            return
+        clients = self.head.clients.values()
+        self.head.process.kill()
+        for client in clients:
+            client.on_lost()
+        self.time.call_later(seconds, self._restart_head)
 
     def _freeze(self, process: Process, seconds: float) -> None:
         process.freeze()

@@ -142,22 +142,21 @@ class PrefillWorker:
         return on_layer
 
     def _finish(self, leg: _Leg, tokens: list[SampledToken]) -> None:
-        """The prompt is computed: emit each choice's first token and hand over the choices that go on."""
+        """The prompt is computed: emit each choice's first token and hand over, also when no choice goes on: the peer's word
+        may reach the router before ours, and has to be the same."""
         seq = leg.sequence
         leg.queued = False
         leg.clock.computed_s = self._clock()  # what follows is the transfer's time
-        going_on: list[tuple[int, int]] = []
-        for choice, token in zip(seq.spec.choices, tokens, strict=True):
-            index = seq.num_output_tokens
-            reason = seq.finish_reason_with(token.token_id)
-            self._outbox.token(seq, choice, index, token, reason)
-            if reason is None:
-                going_on.append((choice, token.token_id))
-        if not leg.sending:
+        index = seq.num_output_tokens
+        first_tokens = tuple(
+            self._outbox.token(seq, choice, index, token, seq.finish_reason_with(token.token_id))
+            for choice, token in zip(seq.spec.choices, tokens, strict=True)
+        )
+        if leg.sending:
+            self._port.prefill_done(seq.transfer)
+            self._port.commit(seq.transfer, HandOff(first_tokens).encode())
+        else:
             self._end(leg)
-            return
-        self._port.prefill_done(seq.transfer)
-        self._port.commit(seq.transfer, HandOff(tuple(going_on)).encode())
 
     def _unqueue(self, leg: _Leg) -> None:
         if leg.queued:

@@ -238,7 +238,7 @@ class SamplingParams(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted from a token's logit once for each time that the output contains it. -2 to 2. Default: 0."""
     seed: _builtins.int
-    """The same seed, prompt and parameters give the same output. Default: drawn by the server."""
+    """The same seed, prompt and parameters give the same output. Default: made from the request's `request_id`."""
     n: _builtins.int
     """How many independent choices to produce. Default: 1."""
     ignore_eos: _builtins.bool
@@ -341,6 +341,7 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     CLIENT_ID_FIELD_NUMBER: _builtins.int
+    RESUME_FROM_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model, as GetModelInfo tells it. Empty: whichever is served. Another name is NOT_FOUND."""
     request_id: _builtins.str
@@ -361,6 +362,14 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___SamplingParams:
         """How to draw tokens."""
 
+    @_builtins.property
+    def resume_from(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For a client whose stream broke: the same request with the same `request_id`, and here, for each choice, the index of the
+        next token, which is how many tokens of the choice it has. The stream leaves out those and their text, and goes on to the
+        end of every choice. What workers have computed meanwhile is sent at once; what was lost with a worker is computed again,
+        with the same result. Only for GenerateStream.
+        """
+
     def __init__(
         self,
         *,
@@ -370,10 +379,11 @@ class GenerateRequest(_message.Message):
         request_id: _builtins.str = ...,
         cache_salt: _builtins.str = ...,
         client_id: _builtins.str = ...,
+        resume_from: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "client_id", b"client_id", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "client_id", b"client_id", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "resume_from", b"resume_from", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,3 +16,4 @@ class RouterConfig:
     num_candidates: int = 3  # least loaded workers a decision looks at, per role, beside those that hold the prefix
     retry_delay_s: float = 0.02  # before the second retry after workers' errors; four times longer each time
     max_retry_delay_s: float = 1.0
+    claim_timeout_s: float = 30.0  # how long what an earlier router served waits for its client to come back

@@ -9,15 +9,16 @@ No clock, no I/O: the shell carries commands out in order and feeds events in.
 
 from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.latency import LatencyModel
-from ..core.messages import LegEnded, Prefill, Reserve, Serve, StepReport, TokenOutput
+from ..core.messages import LegEnded, Prefill, Reserve, Serve, StepReport
 from ..core.request import FinishReason, Request
 from .admission import JobQueue
+from .adoption import Adoption
 from .config import RouterConfig
-from .dispatch import Dispatch, DispatchState, Job
+from .dispatch import Dispatch, Job
 from .events import (
+    Adopted,
     Cancel,
     Closing,
-    EmitTokens,
     Pause,
     Resume,
     RouterCommand,
@@ -36,7 +37,9 @@ from .live_requests import LiveRequests
 from .placement import Placement, Placer
 from .prefix_index import PrefixIndex
 from .registry import Registry, Worker, WorkerState
+from .reports import WorkerReports
 from .status import Counters, RouterStatus, snapshot
+from .take_over import TakeOver
 
 CLOSING = "the cluster is shutting down"
 CAUTION = 2.0  # so many times longer than it takes may a prefill be predicted, and no request is given up wrongly
@@ -46,7 +49,16 @@ STARTING_S = 1.0  # between dispatches, as told to clients while no worker is re
 class Router:
     """Feed it events in order of arrival; `now_s` never goes back."""
 
-    def __init__(self, config: RouterConfig | None = None, model: LatencyModel | None = None) -> None:
+    def __init__(
+        self,
+        config: RouterConfig | None = None,
+        model: LatencyModel | None = None,
+        *,
+        first_attempt: int = 0,
+        adopts: bool = False,
+    ) -> None:
+        """A router that `adopts` takes over workers of an earlier one: it decides nothing before `Adopted`. Attempts count
+        from `first_attempt`, which is above those of every earlier router: no two dispatches ever have one transfer id."""
         config = config or RouterConfig()
         self.model = model or LatencyModel()
         self._out: list[RouterCommand] = []  # of the event being handled
@@ -56,6 +68,9 @@ class Router:
         self._placer = Placer(self._registry, self._index, self.model, config)
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config, self._out)
+        self._reports = WorkerReports(self._registry, self._ledger, self._requests, self._index, self.model)
+        self._next_attempt = first_attempt
+        self._adoption = Adoption() if adopts else None
         self._num_expected = 0
         self._is_closing = False
 
@@ -74,11 +89,27 @@ class Router:
     def handle(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
         """What to do about `event`. Raises QueueFull, DuplicateRequest or NoWorkerAvailable for a Submit; nothing has
         changed then."""
+        if self._adoption is None:
+            self._react(event, now_s)
+        elif isinstance(event, Adopted):
+            adoption, self._adoption = self._adoption, None
+            self._adopt(adoption, now_s)
+        else:
+            self._adoption.take(event)
+            return []
+        self._requests.expire(now_s)
+        self._queue.wake(now_s)
+        self._dispatch(now_s)
+        commands = self._out.copy()
+        self._out.clear()
+        return commands
+
+    def _react(self, event: RouterEvent, now_s: float) -> None:
         match event:
             case StepReport():
-                self._on_report(event, now_s)
+                self._reports.on_report(event, now_s)
             case LegEnded():
-                self._on_leg_ended(event, now_s)
+                self._reports.on_leg_ended(event, now_s)
             case Submit():
                 self._on_submit(event, now_s)
             case Cancel():
@@ -100,19 +131,13 @@ class Router:
             case WorkersExpected():
                 self._num_expected = event.num_workers
                 self._queue.unstrand()
-            case Tick():
+            case Tick() | Adopted():
                 pass
-        self._requests.expire(now_s)
-        self._queue.wake(now_s)
-        self._dispatch(now_s)
-        commands = self._out.copy()
-        self._out.clear()
-        return commands
 
     def next_tick_s(self) -> float | None:
         """When the next deadline or paused retry is due; None when only events can change anything."""
-        due = [at_s for at_s in (self._requests.deadlines.next_s(), self._queue.next_wake_s()) if at_s is not None]
-        return min(due, default=None)
+        due = self._requests.deadlines.next_s(), self._queue.next_wake_s(), self._requests.claims_end_s
+        return min((at_s for at_s in due if at_s is not None), default=None)
 
     def status(self, now_s: float) -> RouterStatus:
         return snapshot(
@@ -131,6 +156,8 @@ class Router:
 
     def _on_submit(self, event: Submit, now_s: float) -> None:
         request = event.request
+        if self._requests.claim(request, now_s):
+            return
         self._requests.check_new(request.request_id)
         if self._is_closing:
             raise NoWorkerAvailable(CLOSING)
@@ -179,8 +206,8 @@ class Router:
 
     def _start(self, job: Job, placement: Placement, now_s: float) -> None:
         live = job.live
-        spec = job.spec(live.next_attempt)
-        live.next_attempt += 1
+        spec = job.spec(self._next_attempt)
+        self._next_attempt += 1
         dispatch = Dispatch(job, spec, placement.prefill, placement.decode, now_s)
         live.dispatches.append(dispatch)
         self._ledger.open(dispatch, placement)
@@ -195,61 +222,6 @@ class Router:
                 decode, Reserve(spec=spec, source_worker_id=prefill.worker_id, source_incarnation=prefill.incarnation)
             )
         self._requests.send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))
-
-    def _on_report(self, report: StepReport, now_s: float) -> None:
-        worker = self._registry.current(report.worker_id, report.incarnation)
-        if worker is None:
-            self.counters.stale += 1
-            return
-        worker.load = report.load
-        timing = report.timing
-        if timing is not None:
-            self.model.observe_step(timing)
-            if timing.num_prefill_tokens:
-                worker.progress(timing.duration_s)
-        for output in report.outputs:
-            self._on_token(worker, output, now_s)
-        worker.count_tokens(len(report.outputs), now_s)
-        if report.blocks_added or report.blocks_evicted:
-            self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
-
-    def _on_token(self, worker: Worker, output: TokenOutput, now_s: float) -> None:
-        dispatch = self._ledger.get(output.transfer)
-        if dispatch is None or dispatch.state is not DispatchState.RUNNING:
-            return
-        stream = dispatch.streams.get(output.choice)
-        if stream is None or output.transfer not in worker.open_legs:
-            return
-        self._ledger.count_token(dispatch, worker)
-        tokens = stream.accept(output)
-        if not tokens:
-            return
-        live = dispatch.live
-        if dispatch.first_token_s is None:
-            dispatch.first_token_s = now_s
-            if live.first_token_s is None:
-                live.first_token_s = now_s
-        self.counters.tokens += len(tokens)
-        self._out.append(EmitTokens(live.request_id, output.choice, tokens))
-        if stream.finish_reason is not None:
-            self._requests.choice_ended(live, stream, dispatch, now_s)
-
-    def _on_leg_ended(self, event: LegEnded, now_s: float) -> None:
-        worker = self._registry.current(event.worker_id, event.incarnation)
-        if worker is None:
-            self.counters.stale += 1
-            return
-        dispatch = self._ledger.get(event.transfer)
-        if dispatch is None or event.transfer not in worker.open_legs:
-            return
-        if event.stats is not None:
-            self.model.observe_transfer(event.stats)
-        dispatch.record(event)
-        leg = dispatch.leg_at(worker)
-        if event.leg is not leg and event.error is None:
-            return  # the prefill of a worker that serves both phases: its leg goes on
-        error = None if event.error is None else f"{worker.worker_id}: {event.error}"
-        self._requests.leg_ended(dispatch, leg, error, now_s)
 
     def _on_worker_ready(self, event: WorkerReady, now_s: float) -> None:
         if not self._registry.is_news(event.info):
@@ -268,6 +240,13 @@ class Router:
         if worker.state is WorkerState.READY:
             self._num_expected += 1  # until the shell says otherwise
         self._lose(worker, event.reason, now_s)
+
+    def _adopt(self, adoption: Adoption, now_s: float) -> None:
+        for ready in adoption.ready:
+            self._on_worker_ready(ready, now_s)
+        TakeOver(self._registry, self._ledger, self._requests, self._reports, self._out).carry_out(adoption, now_s)
+        for event in adoption.later:
+            self._react(event, now_s)
 
     def _lose(self, worker: Worker, reason: str, now_s: float) -> None:
         self._registry.lose(worker)

@@ -6,11 +6,12 @@ LiveRequest --has--> ChoiceStream per choice        (what the client sees)
 """
 
 import enum
+from collections.abc import Iterable
 
 from ..core.errors import InvalidTransition
 from ..core.messages import Leg, LegEnded
 from ..core.request import Request, SequenceSpec, TransferId
-from .events import DispatchTimes, Timeline
+from .events import DispatchTimes, StreamCommand, Timeline
 from .prefix_index import PrefixChain
 from .registry import Worker
 from .stream import ChoiceStream
@@ -34,45 +35,60 @@ TRANSITIONS = {
 class LiveRequest:
     """A request between admission and the end of its last leg."""
 
-    __slots__ = ("_predecessor", "dispatches", "ended_s", "first_token_s", "is_closed", "is_paused", "jobs", "next_attempt",
-                 "num_open_choices", "num_open_legs", "request", "streams", "submitted_s")  # fmt: skip
+    __slots__ = ("dispatches", "ended_s", "first_token_s", "is_closed", "is_paused", "jobs", "num_open_choices",
+                 "num_open_legs", "request", "streams", "submitted_s", "unclaimed")  # fmt: skip
 
-    def __init__(self, request: Request, now_s: float, predecessor: "LiveRequest | None") -> None:
-        """`predecessor` had the same id; legs of it may be open still."""
+    def __init__(self, request: Request, now_s: float) -> None:
         self.request = request
-        self._predecessor = predecessor
         self.streams = [ChoiceStream(choice) for choice in range(request.sampling.n)]
         self.num_open_choices = request.sampling.n
         self.submitted_s = now_s
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
-        self.next_attempt: int = predecessor.next_attempt if predecessor else 0
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []
         self.is_paused = False  # its client does not read
         self.num_open_legs = 0
         self.is_closed = False
+        self.unclaimed: list[StreamCommand] | None = None  # what its client will get, while it is not there
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
 
-    def open_predecessor(self) -> "LiveRequest | None":
-        """The last request before this one with the same id that legs are open for still."""
-        while self._predecessor is not None and self._predecessor.is_closed:
-            self._predecessor = self._predecessor._predecessor
-        return self._predecessor
-
     @property
     def is_ended(self) -> bool:
         return self.ended_s is not None
+
+    @property
+    def is_claimed(self) -> bool:
+        return self.unclaimed is None
+
+    @property
+    def is_served(self) -> bool:
+        """Some worker has work to do for it."""
+        return any(dispatch.state is DispatchState.RUNNING for dispatch in self.dispatches)
+
+    def unserved_jobs(self, now_s: float) -> list["Job"]:
+        """What no running dispatch is to produce."""
+        served = {choice for d in self.dispatches if d.state is DispatchState.RUNNING for choice in d.streams}
+        return self.jobs_for((stream for stream in self.streams if stream.choice not in served), now_s)
+
+    def jobs_for(self, streams: Iterable[ChoiceStream], now_s: float) -> list["Job"]:
+        """What is left to do: choices without a token together, each other one by itself from where its client is."""
+        unfinished = [stream for stream in streams if stream.finish_reason is None]
+        for stream in unfinished:
+            stream.forget_held()
+        fresh = tuple(stream.choice for stream in unfinished if not stream.token_ids)
+        jobs = [Job(self, fresh, (), now_s)] if fresh else []
+        return jobs + [Job(self, (s.choice,), tuple(s.token_ids), now_s) for s in unfinished if s.token_ids]
 
     def timeline(self, now_s: float) -> Timeline:
         return Timeline(
             submitted_s=self.submitted_s,
             first_token_s=self.first_token_s,
             ended_s=now_s if self.ended_s is None else self.ended_s,
-            dispatches=tuple(dispatch.times() for dispatch in self.dispatches),
+            dispatches=tuple(dispatch.times(attempt) for attempt, dispatch in enumerate(self.dispatches)),
         )
 
 
@@ -145,7 +161,7 @@ class Dispatch:
         self.state = DispatchState.RUNNING
         self.open_legs = {leg for leg in Leg if self.worker_of(leg) is not None}
         self.streams = {choice: self.live.streams[choice] for choice in job.choices}
-        self.num_unfinished = len(job.choices)
+        self.num_unfinished = sum(stream.finish_reason is None for stream in self.streams.values())
         self.cancelled = False  # a choice ended by decision: workers do not know
         self.decode_started = False  # a token came from the decode worker: it has all the KV
         self.is_prefilling = True
@@ -198,22 +214,18 @@ class Dispatch:
             self.prefill.num_cached_tokens += ended.num_cached_tokens
 
     def unfinished_jobs(self, now_s: float) -> list[Job]:
-        """What is left to do: choices without a token together, each other one by itself from where its client is."""
-        unfinished = [stream for stream in self.streams.values() if stream.finish_reason is None]
-        for stream in unfinished:
-            stream.forget_held()
-        fresh = tuple(stream.choice for stream in unfinished if not stream.token_ids)
-        jobs = [Job(self.live, fresh, (), now_s)] if fresh else []
-        return jobs + [Job(self.live, (s.choice,), tuple(s.token_ids), now_s) for s in unfinished if s.token_ids]
+        """What this dispatch leaves to do."""
+        return self.live.jobs_for(self.streams.values(), now_s)
 
     def transition(self, target: DispatchState) -> None:
         if target not in TRANSITIONS[self.state]:
-            raise InvalidTransition(f"dispatch {self.transfer}", self.state, target, self.times())
+            raise InvalidTransition(f"dispatch {self.transfer}", self.state, target, self.times(self.transfer.attempt))
         self.state = target
 
-    def times(self) -> DispatchTimes:
+    def times(self, attempt: int) -> DispatchTimes:
+        """Its row in the timeline of the request, as number `attempt` of this router's dispatches of it."""
         return DispatchTimes(
-            attempt=self.transfer.attempt,
+            attempt=attempt,
             choices=self.spec.choices,
             prefill_worker=self.prefill.worker_id,
             decode_worker=self.decode.worker_id if self.decode else None,

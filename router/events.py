@@ -6,12 +6,15 @@ Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire
 
 import msgspec
 
-from ..core.messages import LegEnded, Role, StepReport, TokenOutput, WorkerCommand, WorkerInfo
+from ..core.messages import HeldLeg, LegEnded, Role, StepReport, TokenOutput, WorkerCommand, WorkerInfo
 from ..core.request import FinishReason, Request
 
 
 class Submit(msgspec.Struct, frozen=True):
-    """A client's request. `handle` raises QueueFull, DuplicateRequest or NoWorkerAvailable when it is not admitted."""
+    """A client's request. `handle` raises QueueFull, DuplicateRequest or NoWorkerAvailable when it is not admitted.
+
+    When an earlier router served the very same request, with this id, it goes on; its stream begins with token 0 all the same.
+    """
 
     request: Request
 
@@ -42,9 +45,11 @@ class Closing(msgspec.Struct, frozen=True):
 
 
 class WorkerReady(msgspec.Struct, frozen=True):
-    """A worker serves from now on. A higher incarnation of a known worker means that the one before is lost."""
+    """A worker serves from now on. A higher incarnation of a known worker means that the one before is lost.
+    `held` is what it does for an earlier router; only a router that adopts workers hears of it."""
 
     info: WorkerInfo
+    held: tuple[HeldLeg, ...] = ()
 
 
 class WorkerLost(msgspec.Struct, frozen=True):
@@ -74,6 +79,10 @@ class WorkersExpected(msgspec.Struct, frozen=True):
     num_workers: int
 
 
+class Adopted(msgspec.Struct, frozen=True):
+    """Every worker of an earlier router has become ready or is given up: what they hold is all there is to take over."""
+
+
 class Tick(msgspec.Struct, frozen=True):
     """Time has passed: deadlines and delayed retries are looked at. Due by `Router.next_tick_s()`."""
 
@@ -89,6 +98,7 @@ RouterEvent = (
     | WorkerDraining
     | WorkerRole
     | WorkersExpected
+    | Adopted
     | StepReport
     | LegEnded
     | Tick
@@ -158,6 +168,9 @@ class EmitEnd(msgspec.Struct, frozen=True):
     timeline: Timeline
 
 
+StreamCommand = EmitTokens | EmitChoiceEnd | EmitEnd
+
+
 class RequestClosed(msgspec.Struct, frozen=True):
     """No worker holds anything for the request any more; the timeline is complete. For traces and metrics."""
 
@@ -172,4 +185,4 @@ class WorkerIdle(msgspec.Struct, frozen=True):
     incarnation: int
 
 
-RouterCommand = SendCommand | EmitTokens | EmitChoiceEnd | EmitEnd | RequestClosed | WorkerIdle
+RouterCommand = SendCommand | StreamCommand | RequestClosed | WorkerIdle

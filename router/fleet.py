@@ -1,19 +1,12 @@
-"""The reconcile loop: desired pool sizes and what happens to workers in, what to start, drain, flip and stop out.
+"""The reconcile loop: desired pool sizes and what happens to workers in, what to start, drain, flip and stop out."""
 
-STARTING -> READY -> DRAINING -> STOPPING -> gone
-    |  ^      |                      +-----> DRAINED   (by hand: stays out until the next Apply)
-    v  |      v
-   BACKOFF <--+  lost: the same name comes back as a new incarnation, later after each failure in a row
-"""
-
-import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..core.errors import InvalidTransition
 from ..core.messages import Role
 from .events import WorkerIdle, WorkerLost, WorkerReady
 from .fleet_events import (
+    AdoptWorkers,
     Apply,
     AssignRole,
     Drain,
@@ -23,30 +16,10 @@ from .fleet_events import (
     Shutdown,
     StartWorker,
     StopWorker,
+    WorkerLoading,
 )
+from .fleet_member import Member, MemberState, MemberStatus
 
-
-class MemberState(enum.Enum):
-    """Where a member of the fleet is in its life."""
-
-    STARTING = "starting"
-    READY = "ready"
-    DRAINING = "draining"
-    STOPPING = "stopping"
-    BACKOFF = "backoff"
-    DRAINED = "drained"
-    GONE = "gone"
-
-
-TRANSITIONS = {
-    MemberState.STARTING: {MemberState.READY, MemberState.BACKOFF, MemberState.STOPPING},
-    MemberState.READY: {MemberState.DRAINING, MemberState.BACKOFF},
-    MemberState.DRAINING: {MemberState.READY, MemberState.STOPPING, MemberState.DRAINED, MemberState.GONE},
-    MemberState.STOPPING: {MemberState.DRAINED, MemberState.GONE},
-    MemberState.BACKOFF: {MemberState.STARTING, MemberState.DRAINED, MemberState.GONE},
-    MemberState.DRAINED: {MemberState.GONE},
-    MemberState.GONE: set[MemberState](),
-}
 REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING, MemberState.READY]
 
 
@@ -54,48 +27,11 @@ REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING,
 class FleetConfig:
     drain_timeout_s: float = 120.0
     start_timeout_s: float = 600.0
+    adoption_timeout_s: float = 3.0  # for a worker of an earlier controller to be heard of
     backoff_s: float = 1.0  # after the first failure in a row; doubles with each
     max_backoff_s: float = 60.0
     stable_s: float = 30.0  # a worker that was ready for so long has not failed to start
     can_flip: bool = True  # pools are alike enough that a worker of one can serve in another
-
-
-@dataclass(slots=True)
-class Member:
-    """One name in the fleet, through all its incarnations."""
-
-    worker_id: str
-    role: Role
-    incarnation: int
-    since_s: float  # when it entered its state
-    state: MemberState = MemberState.STARTING
-    num_failures: int = 0  # in a row
-    num_restarts: int = 0  # in all
-    last_error: str | None = None
-    due_s: float | None = None  # BACKOFF: next start; STARTING, DRAINING: patience ends
-    by_hand: bool = False  # drained by an operator
-    history: list[MemberState] = field(default_factory=list)
-
-    def transition(self, target: MemberState, now_s: float, due_s: float | None = None) -> None:
-        if target not in TRANSITIONS[self.state]:
-            raise InvalidTransition(f"member {self.worker_id}", self.state, target, self.history)
-        self.history = [*self.history[-15:], self.state]
-        self.state, self.since_s, self.due_s = target, now_s, due_s
-
-
-@dataclass(frozen=True, slots=True)
-class MemberStatus:
-    """One member's row in `pdserve status`."""
-
-    worker_id: str
-    role: Role
-    state: MemberState
-    incarnation: int
-    since_s: float
-    num_failures: int
-    num_restarts: int
-    last_error: str | None
-    due_s: float | None
 
 
 class Fleet:
@@ -117,6 +53,11 @@ class Fleet:
         return self.is_shutting_down and not self._members
 
     @property
+    def is_settled(self) -> bool:
+        """Each adopted worker was heard of, or is given up."""
+        return not any(m.is_awaited and m.state is MemberState.STARTING for m in self._members.values())
+
+    @property
     def num_expected(self) -> int:
         """Workers that are starting or will be: the router's WorkersExpected."""
         return sum(m.state in (MemberState.STARTING, MemberState.BACKOFF) for m in self._members.values())
@@ -130,11 +71,15 @@ class Fleet:
         )
 
     def next_tick_s(self) -> float | None:
-        return min((m.due_s for m in self._members.values() if m.due_s is not None), default=None)
+        settled = self.is_settled  # nothing is started again before
+        due = (m.due_s for m in self._members.values() if settled or m.state is not MemberState.BACKOFF)
+        return min((due_s for due_s in due if due_s is not None), default=None)
 
     def handle(self, event: FleetEvent, now_s: float) -> list[FleetAction]:
         self._out = []
         match event:
+            case AdoptWorkers():
+                self._adopt(event, now_s)
             case Apply():
                 self._apply(event, now_s)
             case Drain():
@@ -147,6 +92,10 @@ class Fleet:
                 ready = self._current(event.info.worker_id, event.info.incarnation)
                 if ready is not None and ready.state is MemberState.STARTING:
                     ready.transition(MemberState.READY, now_s)
+            case WorkerLoading():
+                loading = self._current(event.worker_id, event.incarnation)
+                if loading is not None and loading.is_awaited and loading.state is MemberState.STARTING:
+                    loading.is_awaited, loading.due_s = False, now_s + self.config.start_timeout_s
             case WorkerLost():
                 self._ended(event.worker_id, event.incarnation, event.reason, now_s)
             case WorkerIdle():
@@ -154,12 +103,19 @@ class Fleet:
                 if idle is not None and idle.state is MemberState.DRAINING:
                     self._stop(idle, now_s)
         self._lose_patience(now_s)
-        self._reconcile(now_s)
+        if self.is_settled:
+            self._reconcile(now_s)
         return self._out
 
     def _current(self, worker_id: str, incarnation: int) -> Member | None:
         member = self._members.get(worker_id)
         return member if member is not None and member.incarnation == incarnation else None
+
+    def _adopt(self, event: AdoptWorkers, now_s: float) -> None:
+        for worker in event.workers:
+            member = Member(worker.worker_id, worker.role, worker.incarnation, now_s, is_awaited=True)
+            member.due_s = now_s + self.config.adoption_timeout_s
+            self._members[worker.worker_id] = member
 
     def _apply(self, event: Apply, now_s: float) -> None:
         if self.is_shutting_down:
@@ -233,7 +189,7 @@ class Fleet:
             if member.state is MemberState.DRAINING:
                 self._stop(member, now_s)
             elif member.state is MemberState.STARTING:
-                reason = f"not ready after {self.config.start_timeout_s:.0f} s"
+                reason = f"not {'heard of' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
                 self._out.append(StopWorker(member.worker_id, member.incarnation, reason))
                 self._back_off(member, reason, member.num_failures + 1, now_s)
 
@@ -292,7 +248,7 @@ class Fleet:
                 self._start(member, now_s)
 
     def _start(self, member: Member, now_s: float) -> None:
-        member.incarnation = self._next_incarnation
+        member.incarnation, member.is_awaited = self._next_incarnation, False
         self._next_incarnation += 1
         member.due_s = now_s + self.config.start_timeout_s
         self._out.append(StartWorker(member.role, member.worker_id, member.incarnation))

@@ -28,7 +28,23 @@ class Shutdown:
     """Drain and stop everything; `Fleet.is_stopped` tells when it is done."""
 
 
-FleetEvent = Apply | Drain | Shutdown | WorkerReady | WorkerLost | WorkerIdle | Tick
+@dataclass(frozen=True, slots=True)
+class AdoptWorkers:
+    """These were started by an earlier controller and live. Until each has become ready, or is found to be loading or lost,
+    nothing is started or stopped to match the pools."""
+
+    workers: tuple["StartWorker", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoading:
+    """The worker is not ready, but on its way. Unknown ones are ignored."""
+
+    worker_id: str
+    incarnation: int
+
+
+FleetEvent = AdoptWorkers | Apply | Drain | Shutdown | WorkerReady | WorkerLoading | WorkerLost | WorkerIdle | Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,15 @@
 Between the router's events and its queue, streams and ledger: each method appends commands to the router's outbox.
 """
 
+import msgspec
+
 from ..core.errors import DuplicateRequest
 from ..core.messages import Abort, Leg, WorkerCommand
 from ..core.request import FinishReason, Request
 from .admission import Deadlines, JobQueue
 from .config import RouterConfig
 from .dispatch import Dispatch, DispatchState, Job, LiveRequest
-from .events import Cancel, EmitChoiceEnd, EmitEnd, RequestClosed, RouterCommand, SendCommand, WorkerIdle
+from .events import Cancel, EmitChoiceEnd, EmitEnd, RequestClosed, RouterCommand, SendCommand, StreamCommand, WorkerIdle
 from .ledger import Ledger
 from .registry import Worker, WorkerState
 from .status import Counters
@@ -21,6 +23,7 @@ class LiveRequests:
 
     def __init__(self, queue: JobQueue, ledger: Ledger, config: RouterConfig, out: list[RouterCommand]) -> None:
         self.config = config
+        self.claims_end_s: float | None = None  # when adopted requests that wait for their clients are given up
         self.counters = Counters()
         self.num_live = 0
         self.deadlines = Deadlines()
@@ -37,21 +40,60 @@ class LiveRequests:
 
     def add(self, request: Request, now_s: float) -> None:
         """Queue an admitted request."""
-        # legs of an ended request with this id may be open still: attempts go on counting, so that theirs stay old
-        known = self._requests.get(request.request_id)
-        live = LiveRequest(request, now_s, known)
-        self._requests[request.request_id] = live
-        self.num_live += 1
-        self.counters.submitted += 1
+        live = self._know(LiveRequest(request, now_s))
         self.deadlines.add(live, self.num_live)
         self._queue.push(Job(live, tuple(range(request.sampling.n)), (), now_s))
+
+    def adopt(self, request: Request, now_s: float) -> LiveRequest:
+        """A request of an earlier router; its stream is kept for its client until `claims_end_s`."""
+        live = self._know(LiveRequest(request, now_s))
+        live.unclaimed = []
+        return live
+
+    def claim(self, request: Request, now_s: float) -> bool:
+        """Whether the request was adopted: its client is back, gets all there is, and what nobody serves is queued, in front.
+
+        Raises DuplicateRequest when another request of this id was adopted and is being served.
+        """
+        live = self._requests.get(request.request_id)
+        if live is None or live.unclaimed is None:
+            return False
+        if msgspec.structs.replace(request, deadline_s=None, client="") != live.request:
+            if live.is_served:
+                raise DuplicateRequest(request.request_id)
+            self._abandon(live, now_s)
+            return False
+        live.request = request
+        self._out += live.unclaimed
+        live.unclaimed = None
+        self.deadlines.add(live, self.num_live)
+        self._queue.push_front([] if live.is_ended else live.unserved_jobs(now_s), now_s)
+        self._close_if_done(live, now_s)
+        return True
+
+    def _know(self, live: LiveRequest) -> LiveRequest:
+        self._requests[live.request_id] = live
+        self.num_live += 1
+        self.counters.submitted += 1
+        return live
+
+    def _abandon(self, live: LiveRequest, now_s: float) -> None:
+        """No client has come for an adopted request."""
+        if not live.is_ended:
+            self.end(live, FinishReason.CANCELLED, None, now_s)
+        live.unclaimed = None
+        self._close_if_done(live, now_s)
+
+    def emit(self, live: LiveRequest, command: StreamCommand) -> None:
+        """Something for the request's client, now or when it comes."""
+        (self._out if live.unclaimed is None else live.unclaimed).append(command)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the queue or a count disagrees with the live requests."""
         for job in self._queue:
             assert not job.live.is_ended and job.choices, f"{job.live.request_id}: queued after its end"
         for live in self._requests.values():
-            assert not live.is_ended or live.num_open_legs, f"{live.request_id}: closed and still known"
+            assert not live.is_ended or live.num_open_legs or not live.is_claimed, f"{live.request_id}: closed and still known"
         assert self.num_live == sum(not live.is_ended for live in self._requests.values())
 
     def cancel(self, event: Cancel, now_s: float) -> None:
@@ -106,7 +148,7 @@ class LiveRequests:
 
     def choice_ended(self, live: LiveRequest, stream: ChoiceStream, dispatch: Dispatch | None, now_s: float) -> None:
         assert stream.finish_reason is not None
-        self._out.append(EmitChoiceEnd(live.request_id, stream.choice, stream.finish_reason))
+        self.emit(live, EmitChoiceEnd(live.request_id, stream.choice, stream.finish_reason))
         live.num_open_choices -= 1
         if dispatch is not None:
             dispatch.num_unfinished -= 1
@@ -127,7 +169,7 @@ class LiveRequests:
             if stream.finish_reason is None:
                 assert reason is not None
                 stream.end(reason)
-                self._out.append(EmitChoiceEnd(live.request_id, stream.choice, reason))
+                self.emit(live, EmitChoiceEnd(live.request_id, stream.choice, reason))
         for job in list(live.jobs):
             self._queue.remove(job)
         for dispatch in live.dispatches:
@@ -137,28 +179,23 @@ class LiveRequests:
         live.ended_s = now_s
         self.num_live -= 1
         self.counters.count_end(reason)
-        self._out.append(EmitEnd(live.request_id, reason, error, live.timeline(now_s)))
+        self.emit(live, EmitEnd(live.request_id, reason, error, live.timeline(now_s)))
         self._close_if_done(live, now_s)
 
     def _close_if_done(self, live: LiveRequest, now_s: float) -> None:
-        if live.is_ended and not live.num_open_legs and not live.is_closed:
+        if live.is_ended and live.is_claimed and not live.num_open_legs and not live.is_closed:
             live.is_closed = True
             self._out.append(RequestClosed(live.request_id, live.timeline(now_s)))
             if self._requests.get(live.request_id) is live:
-                self._forget(live)
-
-    def _forget(self, live: LiveRequest) -> None:
-        """Its id is free; an earlier request of this id whose legs are open still is remembered for its attempts."""
-        predecessor = live.open_predecessor()
-        if predecessor is None:
-            del self._requests[live.request_id]
-        else:
-            predecessor.next_attempt = live.next_attempt
-            self._requests[live.request_id] = predecessor
+                del self._requests[live.request_id]
 
     def expire(self, now_s: float) -> None:
         for live in self.deadlines.expired(now_s):
             self.end(live, FinishReason.DEADLINE, None, now_s)
+        if self.claims_end_s is not None and now_s >= self.claims_end_s:
+            self.claims_end_s = None
+            for live in [live for live in self._requests.values() if not live.is_claimed]:
+                self._abandon(live, now_s)
 
     def leg_ended(self, dispatch: Dispatch, leg: Leg, error: str | None, now_s: float) -> None:
         """A worker says that it is done with its leg."""
@@ -201,6 +238,8 @@ class LiveRequests:
         """One leg failed: abort the other, and return what has to be dispatched again, from where its clients are."""
         self.counters.retried += 1
         jobs = self._take_back(dispatch, dispatch.open_legs - {leg}, now_s)
+        if not dispatch.live.is_claimed:
+            return []  # its client decides, when it comes
         num_failures = dispatch.job.num_failures + 1
         if num_failures >= self.config.max_attempts:
             text = f"gave up after {num_failures} attempts, the last failed: {error}"
@@ -212,6 +251,11 @@ class LiveRequests:
             job.failed_pairs = dispatch.job.failed_pairs | {dispatch.pair}
             self.counters.resumed += bool(job.output_token_ids)
         return jobs
+
+    def give_up(self, dispatch: Dispatch) -> None:
+        """An adopted dispatch is of no use: somebody else serves its choices, or half of it is gone."""
+        dispatch.transition(DispatchState.FAILED)
+        self._abort(dispatch, dispatch.open_legs)
 
     def _retry_at_s(self, dispatch: Dispatch, now_s: float) -> float:
         """At once the first time; later there is a pause, as a worker's death is often heard of from its peer first."""

@@ -67,10 +67,10 @@ class RouterService:
         self._server: asyncio.Server | None = None
         self._tick: asyncio.TimerHandle | None = None
 
-    async def start(self, host: str) -> int:
-        """Accept workers on a free port of `host`; returns the port."""
+    async def start(self, host: str, port: int = 0) -> int:
+        """Accept workers on `port` of `host`, or a free one; returns it."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _WorkerConnection(self), host, 0)
+        self._server = await loop.create_server(lambda: _WorkerConnection(self), host, port)
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
@@ -179,7 +179,7 @@ class RouterService:
                 self._observer.worker_progress(message.worker_id, message.incarnation, message.phase, message.fraction)
             case Ready():
                 if self._observer.expects(message.info.worker_id, message.info.incarnation):
-                    self.handle(WorkerReady(message.info))
+                    self.handle(WorkerReady(message.info, message.held))
                     self._observer.worker_ready(message.info)
             case _:
                 self.handle(message)

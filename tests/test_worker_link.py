@@ -18,7 +18,7 @@ def test_a_router_that_reads_no_more_is_lost_also_while_a_sender_waits_for_it(mo
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as door:
         hello = Hello(worker_id="decode-0", incarnation=1, token="secret")
-        link = RouterLink(door.getsockname(), hello, lambda _: None, lost.set)
+        link = RouterLink(door.getsockname(), hello, lambda _: None, lambda _: lost.set())
         frozen, _ = door.accept()
         with frozen:
             link.start()

@@ -14,6 +14,8 @@ import msgspec
 from ..core.messages import (
     Abort,
     Heartbeat,
+    HeldLeg,
+    Leg,
     LegEnded,
     Prefill,
     Reserve,
@@ -30,6 +32,7 @@ from ..engine.batch import Runner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import Outbox
 from ..prefill_worker.worker import PrefillWorker, SendPort
+from .held_legs import HeldLegs
 
 
 class TransferPort(SendPort, ReceivePort, Protocol):
@@ -61,6 +64,7 @@ class Worker:
         self._decode = DecodeWorker(
             kv, runner, port, self._outbox, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens, clock=clock
         )
+        self._held = HeldLegs(clock)
         self.load = self._measure_load()
 
     @property
@@ -71,12 +75,16 @@ class Worker:
         """Take on, or stop, a dispatch. One that is here already, or is not known, is left as it is."""
         match command:
             case Prefill():
+                self._held.accepted(command.spec, Leg.PREFILL, has_partner=command.target is not None)
                 self._prefill.prefill(command)
             case Reserve():
+                self._held.accepted(command.spec, Leg.DECODE, has_partner=True)
                 self._decode.reserve(command)
             case Serve():
+                self._held.accepted(command.spec, Leg.DECODE, has_partner=False)
                 self._decode.serve(command)
             case Abort():
+                self._held.aborted(command.transfer)
                 self._prefill.abort(command.transfer)
                 self._decode.abort(command.transfer)
             case Heartbeat():
@@ -104,6 +112,7 @@ class Worker:
     def take_messages(self) -> list[StepReport | LegEnded]:
         """What the last events and steps brought: tokens first, then the legs that ended. At least one report."""
         outputs, ended, timings = self._outbox.take()
+        self._held.told(outputs, ended)
         added, evicted = self._pool.take_events()
         self.load = self._measure_load()
         reports = [self.report(timing) for timing in timings] or [self.report()]
@@ -111,6 +120,10 @@ class Worker:
             reports[0], outputs=outputs, blocks_added=tuple(added), blocks_evicted=tuple(evicted)
         )
         return [*reports, *ended]
+
+    def held_legs(self) -> tuple[HeldLeg, ...]:
+        """What a router has to know that meets this worker for the first time, up to the last `take_messages`."""
+        return self._held.tell()
 
     def report(self, timing: StepTiming | None = None) -> StepReport:
         """The load after the last step; from any thread."""

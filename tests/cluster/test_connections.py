@@ -26,7 +26,7 @@ class Link:
     def __init__(self, port: int) -> None:
         self.commands: list[WorkerCommand] = []
         self.lost = threading.Event()
-        self.link = RouterLink(("127.0.0.1", port), HELLO, self.commands.append, self.lost.set)
+        self.link = RouterLink(("127.0.0.1", port), HELLO, self.commands.append, lambda _: self.lost.set())
         self.link.start()
 
 

@@ -1,6 +1,7 @@
 """Workers' lives as the controller sees them, over actors that do what a test says."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,16 +9,18 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from pdserve.cluster import controller as controller_module
+from pdserve.cluster.actors import Outcome, outcome_of
 from pdserve.cluster.controller import Controller
-from pdserve.cluster.cores import CoreAllocator
+from pdserve.cluster.cores import CoreAllocator, Placement
 from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CheckpointError
-from pdserve.core.messages import Hello, Ready, Role
+from pdserve.core.messages import Hello, LoadProgress, Ready, Role
 from pdserve.router.core import Router
 from pdserve.router.events import WorkerLost
-from pdserve.router.fleet import Fleet, FleetConfig, MemberState
+from pdserve.router.fleet import Fleet, FleetConfig
 from pdserve.router.fleet_events import Apply, Drain, Shutdown, StartWorker
+from pdserve.router.fleet_member import MemberState
 from pdserve.router.service import RouterService
 
 from ..router.cluster import worker_info
@@ -26,17 +29,15 @@ P, D = Role.PREFILL, Role.DECODE
 
 
 class FakeActor:
-    """An actor whose `run` ends when the test, `stop` or a kill says so."""
+    """A worker's actor, whose `run` ends when the test, `stop` or a kill says so."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self.is_frozen = False
         self.num_stops = 0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.run = SimpleNamespace(remote=lambda: self.ended)
-        self.stop = SimpleNamespace(remote=self._stop)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         self.num_stops += 1
         if not self.is_frozen:
             self.end()
@@ -50,27 +51,53 @@ class FakeActor:
             self.ended.set_exception(error)
 
 
+class FakeKeeper:
+    """Keeps the actors that it made."""
+
+    def __init__(self) -> None:
+        self.actors: list[FakeActor] = []
+
+    def start(self, spec: WorkerSpec, placement: Placement) -> None:
+        self.actors.append(FakeActor(replace(spec, cores=placement.cores)))
+
+    async def ended(self, key: tuple[str, int]) -> Outcome:
+        return await outcome_of(asyncio.shield(self._actor(key).ended))
+
+    def stop(self, key: tuple[str, int]) -> None:
+        self._actor(key).stop()
+
+    def kill(self, key: tuple[str, int]) -> None:
+        self._actor(key).end(ActorDiedError())
+
+    def living(self) -> list[tuple[WorkerSpec, Placement]]:
+        return [(actor.spec, Placement("node", actor.spec.cores)) for actor in self.actors if not actor.ended.done()]
+
+    def _actor(self, key: tuple[str, int]) -> FakeActor:
+        return next(actor for actor in self.actors if actor.spec.key == key)
+
+
 class World:
     """A controller and a router's service around fake actors, on `num_cores` cores; every instance takes one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_cores: int = 2, **fleet: Any) -> None:
-        self.actors: list[FakeActor] = []
+        self.keeper = FakeKeeper()
         self.fleet_events: list[Any] = []
-        monkeypatch.setattr(controller_module, "_create_actor", self._create)
         monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 0.01)
-        monkeypatch.setattr(controller_module, "ray", SimpleNamespace(kill=lambda actor: actor.end(ActorDiedError())))
+        self.start_controller(monkeypatch, Router(), num_cores, **fleet)
+
+    def start_controller(self, monkeypatch: pytest.MonkeyPatch, router: Router, num_cores: int = 2, **fleet: Any) -> None:
         self.fleet = Fleet(FleetConfig(**fleet))
-        self.controller = Controller(self.fleet, CoreAllocator({"node": num_cores}), _spec, lambda: None)
-        self.service = RouterService(Router(), self.controller, "secret")
+        self.controller = Controller(self.fleet, CoreAllocator({"node": num_cores}), self.keeper, _spec, lambda: None)
+        self.service = RouterService(router, self.controller, "secret")
         self.controller.attach(self.service)
         handle = self.fleet.handle
         monkeypatch.setattr(
             self.fleet, "handle", lambda event, now_s: (self.fleet_events.append(event), handle(event, now_s))[1]
         )
 
-    def _create(self, spec: WorkerSpec, placement: object) -> FakeActor:
-        self.actors.append(FakeActor(spec))
-        return self.actors[-1]
+    @property
+    def actors(self) -> list[FakeActor]:
+        return self.keeper.actors
 
     def actor(self, worker_id: str) -> FakeActor:
         """The newest of this name."""
@@ -230,6 +257,46 @@ async def test_a_worker_that_becomes_ready_after_it_was_told_to_stop_is_given_no
     world.controller.handle(Shutdown())
     world.service.receive(Ready(info=worker_info("decode-0", D, incarnation=spec.incarnation)))
     assert world.service.router.status(0.0).workers == ()
+
+
+async def test_a_new_controller_takes_over_the_workers_that_live_and_ends_those_that_were_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch, num_cores=3, stable_s=0.0)
+    world.up()
+    frozen = world.actor("decode-0")
+    frozen.is_frozen = True
+    world.disconnect("decode-0")
+    await world.settle()
+    newest = world.actor("decode-0")
+    assert newest is not frozen
+    frozen.ended = asyncio.get_running_loop().create_future()  # the head died before it had killed it
+    world.start_controller(monkeypatch, Router(adopts=True), num_cores=3)
+    world.controller.adopt(world.keeper.living())
+    world.controller.handle(Apply({P: 1, D: 1}))
+    world.connect("prefill-0")
+    assert not world.controller.adopted.is_set()
+    world.connect("decode-0")
+    assert world.controller.adopted.is_set()
+    assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {"prefill-0", "decode-0"}
+    await world.settle()
+    assert frozen.num_stops == 2
+    assert len(world.actors) == 3
+
+
+async def test_a_worker_that_still_loads_is_taken_over_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.controller.handle(Apply({P: 1, D: 1}))
+    world.connect("prefill-0")
+    spec = world.actor("decode-0").spec
+    world.start_controller(monkeypatch, Router(adopts=True))
+    world.controller.adopt(world.keeper.living())
+    world.controller.handle(Apply({P: 1, D: 1}))
+    world.connect("prefill-0")
+    assert not world.controller.adopted.is_set()
+    world.service.receive(LoadProgress(worker_id="decode-0", incarnation=spec.incarnation, phase="loading", fraction=0.5))
+    assert world.controller.adopted.is_set()
+    assert len(world.actors) == 2
 
 
 async def test_nothing_is_started_once_the_controller_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

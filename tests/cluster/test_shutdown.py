@@ -1,4 +1,4 @@
-"""The end of a cluster: streams finish first, then nothing is left of it; also when its head dies."""
+"""The end of a cluster: streams finish first, then nothing is left of it; also when what holds it together dies."""
 
 import os
 import select
@@ -64,17 +64,18 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(t
         assert process.wait(60) == 0
 
 
-def test_the_death_of_the_head_is_told_and_takes_the_workers_with_it() -> None:
+def test_the_death_of_the_keeper_is_told_and_takes_head_and_workers_with_it() -> None:
     cluster = Cluster("embedded")
     try:
+        (keeper,) = (pid for pid, command in session_processes().items() if "KeeperActor" in command)
         (head,) = (pid for pid, command in session_processes().items() if "HeadActor" in command)
-        processes = [os.pidfd_open(pid) for pid in (head, *_worker_pids(cluster))]
-        os.kill(head, signal.SIGKILL)
+        processes = [os.pidfd_open(pid) for pid in (keeper, head, *_worker_pids(cluster))]
+        os.kill(keeper, signal.SIGKILL)
         for process in processes:
             ended, _, _ = select.select([process], [], [], 60.0)  # readable when the process has ended
             os.close(process)
             assert ended
-        ray.wait([cluster._launched._ended], timeout=60.0)
+        assert cluster._launched._over.wait(60.0)
         assert "died" in str(cluster._launched.poll())
     finally:
         cluster.channel.close()

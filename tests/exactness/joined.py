@@ -129,8 +129,8 @@ class JoinedEngines:
         """Every request at once; the tokens of all choices of each, by (choice, index)."""
         specs = [self.submit(prompt, sampling) for prompt in prompts]
         self.run()
-        outputs: dict[TransferId, list[TokenOutput]] = {spec.transfer: [] for spec in specs}
-        for output in (*self.p_box.outputs, *self.d_box.outputs):
+        outputs: dict[TransferId, dict[tuple[int, int], TokenOutput]] = {spec.transfer: {} for spec in specs}
+        for output in (*self.p_box.outputs, *self.d_box.outputs):  # the decode worker repeats the first token
             if output.transfer in outputs:
-                outputs[output.transfer].append(output)
-        return [sorted(outputs[spec.transfer], key=lambda out: (out.choice, out.index)) for spec in specs]
+                outputs[output.transfer][output.choice, output.index] = output
+        return [[output for _, output in sorted(outputs[spec.transfer].items())] for spec in specs]

@@ -225,3 +225,37 @@ async def test_a_request_that_cannot_go_on_ends_with_its_status(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() is code
+
+
+async def test_a_client_that_comes_back_gets_the_tokens_and_the_text_that_it_lacks(generation: Stub) -> None:
+    request = ask(max_tokens=9, n=2, seed=1)
+    request.request_id = "mine"
+    whole = await stream(generation, request)
+    for num_tokens in range(10):
+        request.resume_from[:] = [num_tokens, 9]
+        rest = await stream(generation, request)
+        deltas = [event.tokens for event in whole if event.HasField("tokens")]
+        before = "".join(delta.text for delta in deltas if delta.choice == 0 and delta.index < num_tokens)
+        assert before + text_of(rest) == text_of(whole)
+        lacking = [event.tokens for event in rest if event.HasField("tokens") and event.tokens.token_ids]
+        assert [(delta.choice, delta.index) for delta in lacking] == [(0, index) for index in range(num_tokens, 9)]
+        assert [event.choice_end.choice for event in rest if event.HasField("choice_end")] == [0, 1]
+        assert rest[-1].end.usage == whole[-1].end.usage
+
+
+async def test_a_stop_string_that_begins_before_the_gap_is_found_after_it(generation: Stub) -> None:
+    request = ask(max_tokens=9, stop=["brown"])
+    request.request_id = "mine"
+    whole = await stream(generation, request)
+    (num_tokens,) = {event.tokens.index + 1 for event in whole[-3:] if event.HasField("tokens")}
+    request.resume_from[:] = [num_tokens - 1]
+    rest = await stream(generation, request)
+    assert [event.choice_end.stop_string for event in rest if event.HasField("choice_end")] == ["brown"]
+
+
+async def test_without_a_seed_the_name_of_a_request_decides_its_output(generation: Stub, cluster: ScriptedCluster) -> None:
+    for name in ("a", "a", "b", "", ""):
+        await stream(generation, pb.GenerateRequest(prompt=pb.Prompt(text="hello"), request_id=name))
+    first, again, *others = [request.sampling.seed for request in cluster.requests]
+    assert first == again
+    assert len({first, *others}) == 4

@@ -56,8 +56,37 @@ INVALID = {
     "logprobs": (ask(logprobs=21), "logprobs", "0 to 20"),
     "empty stop string": (ask(stop=["a", ""]), "stop[1]", "not empty"),
     "long stop string": (ask(stop=["a" * 1025]), "stop[0]", "at most 1024 characters"),
+    "resumption of a whole answer": (
+        pb.GenerateRequest(prompt=TEXT, request_id="x", resume_from=[1]),
+        "resume_from",
+        "the answer comes as a whole",
+    ),
     "long request id": (pb.GenerateRequest(prompt=TEXT, request_id="x" * 129), "request_id", "at most 128 characters"),
 }
+
+
+INVALID_RESUMPTIONS = {
+    "nameless resumption": (pb.GenerateRequest(prompt=TEXT, resume_from=[1]), "request_id", "the request to resume"),
+    "resumption of other choices": (
+        pb.GenerateRequest(prompt=TEXT, request_id="x", resume_from=[1, 1]),
+        "resume_from",
+        "one index for each of the 1 choices",
+    ),
+    "resumption after the end": (
+        pb.GenerateRequest(prompt=TEXT, request_id="x", resume_from=[17]),
+        "resume_from[0]",
+        "0 to 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INVALID_RESUMPTIONS)
+async def test_a_resumption_tells_how_much_there_is_of_each_choice(generation: Stub, name: str) -> None:
+    request, field, expected = INVALID_RESUMPTIONS[name]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await anext(aiter(generation.GenerateStream(request)))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert field in (caught.value.details() or "") and expected in (caught.value.details() or "")
 
 
 @pytest.mark.parametrize("name", INVALID)

@@ -26,10 +26,11 @@ from pdserve.planner.run import simulate
 from pdserve.prefill_worker.worker import PrefillWorker
 from pdserve.router.admission import Deadlines, JobQueue
 from pdserve.router.dispatch import Dispatch, Job
-from pdserve.router.fleet import Fleet, Member, MemberState
+from pdserve.router.fleet import Fleet
+from pdserve.router.fleet_member import Member, MemberState
 from pdserve.router.live_requests import LiveRequests
-from pdserve.router.registry import Registry, Worker
 from pdserve.router.stream import ChoiceStream
+from pdserve.worker.held_legs import HeldLegs
 
 MAX_SEEDS = 2000
 Planted = AbstractContextManager[Any]
@@ -45,13 +46,6 @@ def free_on_abort_before_the_transfer_has_drained() -> Planted:
         original(self, transfer)
 
     return patch.object(DecodeWorker, "abort", abort)
-
-
-def forget_the_incarnation_of_a_message() -> Planted:
-    def current(self: Registry, worker_id: str, incarnation: int) -> Worker | None:
-        return self.get(worker_id)
-
-    return patch.object(Registry, "current", current)
 
 
 @contextmanager
@@ -203,9 +197,12 @@ def commit_a_chunk_that_never_left() -> Planted:
     return patch.object(OutboundPair, "_execute", execute)
 
 
+def forget_what_was_computed_before_the_router_died() -> Planted:
+    return patch.object(HeldLegs, "tell", lambda self: ())
+
+
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
-    forget_the_incarnation_of_a_message,
     forget_the_epoch_check,
     repeat_a_token_after_a_resume,
     leak_on_cancel,
@@ -222,6 +219,7 @@ MUTATIONS: list[Mutation] = [
     miss_a_deadline,
     stop_a_worker_without_draining_it,
     commit_a_chunk_that_never_left,
+    forget_what_was_computed_before_the_router_died,
 ]
 
 

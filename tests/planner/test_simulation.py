@@ -13,6 +13,7 @@ from pdserve.planner.simulation import Simulation
 
 NUM_SEEDS = 2000
 FIGURE = re.compile(r"^(.+?)  +([0-9,]+)$", re.MULTILINE)
+FAULTS = ("worker killed", "worker frozen", "message lost", "chunk corrupted", "router restarted")
 
 
 def test_no_seed_breaks_a_promise() -> None:
@@ -24,7 +25,7 @@ def test_no_seed_breaks_a_promise() -> None:
     figures = {name.strip(): int(number.replace(",", "")) for name, number in FIGURE.findall(run.stdout)}
     assert figures["seeds"] == NUM_SEEDS
     assert figures["resumed elsewhere"] > 100
-    assert all(figures[kind] for kind in ("worker killed", "worker frozen", "message lost", "chunk corrupted"))
+    assert all(figures[kind] for kind in FAULTS)
 
 
 @pytest.mark.parametrize("seed", [3, 42])

@@ -147,9 +147,9 @@ def test_a_worker_that_shares_prefixes_is_believed_when_it_reports_free_blocks()
     cluster = Cluster("prefill-0", worker_info("decode-0", num_blocks=8), config=PAIRS_ONLY)
     for name in ("a", "b", "c"):
         cluster.submit(make_request(name, num_tokens=40))
-    for name in ("a", "b"):
-        cluster.token("prefill-0", 0, request_id=name, attempt=0)
-        cluster.token("decode-0", 1, request_id=name, attempt=0)
+    for attempt, name in enumerate(("a", "b")):
+        cluster.token("prefill-0", 0, request_id=name, attempt=attempt)
+        cluster.token("decode-0", 1, request_id=name, attempt=attempt)
     load = WorkerLoad(num_running=2, num_free_blocks=5)
     cluster.handle(StepReport(worker_id="decode-0", incarnation=1, load=load))
     assert cluster.router.status(0.0).num_queued == 0

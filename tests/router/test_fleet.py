@@ -8,7 +8,7 @@ import pytest
 from pdserve.core.errors import InvalidTransition
 from pdserve.core.messages import Role
 from pdserve.router.events import Tick, WorkerIdle, WorkerLost, WorkerReady
-from pdserve.router.fleet import TRANSITIONS, Fleet, FleetConfig, Member, MemberState
+from pdserve.router.fleet import Fleet, FleetConfig
 from pdserve.router.fleet_events import (
     Apply,
     AssignRole,
@@ -20,6 +20,7 @@ from pdserve.router.fleet_events import (
     StartWorker,
     StopWorker,
 )
+from pdserve.router.fleet_member import TRANSITIONS, Member, MemberState
 
 from .cluster import worker_info
 

@@ -174,11 +174,11 @@ def test_a_model_that_is_too_dark_is_put_right_by_a_request_on_an_idle_worker() 
 def decoding(*names: str) -> Cluster:
     """Requests that are being decoded; each client has two tokens."""
     cluster = Cluster("prefill-0", worker_info("decode-0", max_batch_size=len(names)), config=PAIRS_ONLY)
-    for name in names:
+    for attempt, name in enumerate(names):
         cluster.submit(make_request(name, max_tokens=6))
-        cluster.token("prefill-0", 0, request_id=name, attempt=0)
-        cluster.leg_ended("prefill-0", Leg.PREFILL, transfer=TransferId(name, 0))
-        cluster.token("decode-0", 1, request_id=name, attempt=0)
+        cluster.token("prefill-0", 0, request_id=name, attempt=attempt)
+        cluster.leg_ended("prefill-0", Leg.PREFILL, transfer=TransferId(name, attempt))
+        cluster.token("decode-0", 1, request_id=name, attempt=attempt)
     return cluster
 
 
@@ -193,11 +193,11 @@ def test_a_paused_request_leaves_its_room_to_others_and_goes_on_where_its_client
     assert cluster.spec("decode-0").transfer.request_id == "other"
     cluster.handle(Cancel("other"))
     for worker_id, leg in (("prefill-0", Leg.PREFILL), ("decode-0", Leg.DECODE)):
-        cluster.leg_ended(worker_id, leg, "aborted", transfer=TransferId("other", 0))
+        cluster.leg_ended(worker_id, leg, "aborted", transfer=TransferId("other", 1))
     cluster.handle(Resume("slow"))
     spec = cluster.spec("decode-0")
-    assert (spec.transfer, spec.output_token_ids) == (TransferId("slow", 1), (100, 101))
-    cluster.token("prefill-0", 2, request_id="slow", attempt=1)
+    assert (spec.transfer, spec.output_token_ids) == (TransferId("slow", 2), (100, 101))
+    cluster.token("prefill-0", 2, request_id="slow", attempt=2)
     assert cluster.tokens["slow", 0] == [0, 1, 2]
 
 

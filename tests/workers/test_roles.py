@@ -42,13 +42,14 @@ class Pair:
         raise AssertionError("the workers never came to rest")
 
     def tokens(self, spec: SequenceSpec, choice: int = 0) -> list[int]:
-        """The choice's tokens by index; each index must have been emitted once."""
-        outputs = [
-            output
-            for output in (*self.p_box.outputs, *self.d_box.outputs)
-            if output.transfer == spec.transfer and output.choice == choice
+        """The choice's tokens by index; each worker must have emitted each index once, and both the same first token."""
+        ours = [
+            [output for output in box.outputs if output.transfer == spec.transfer and output.choice == choice]
+            for box in (self.p_box, self.d_box)
         ]
-        outputs.sort(key=lambda output: output.index)
+        prefilled, decoded = (sorted(outputs, key=lambda output: output.index) for outputs in ours)
+        assert not decoded or not prefilled or decoded[0] == prefilled[0]
+        outputs = decoded or prefilled
         first = len(spec.output_token_ids)
         assert [output.index for output in outputs] == list(range(first, first + len(outputs)))
         assert all(output.finish_reason is None for output in outputs[:-1])
@@ -67,7 +68,7 @@ def test_a_request_is_prefilled_on_one_worker_and_decoded_on_the_other() -> None
     pair.run()
     assert pair.tokens(request) == expected_tokens(range(10), 0, 6)
     assert [output.index for output in pair.p_box.outputs] == [0]
-    assert [output.index for output in pair.d_box.outputs] == [1, 2, 3, 4, 5]
+    assert [output.index for output in pair.d_box.outputs] == [0, 1, 2, 3, 4, 5]
     assert pair.d_box.outputs[-1].finish_reason is FinishReason.LENGTH
     pair.check_at_rest()
 

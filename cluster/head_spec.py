@@ -1,0 +1,24 @@
+"""What a head is told at its start."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Doors:
+    """Where a head listens; the next one listens there too."""
+
+    grpc: str
+    control_port: int
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a head needs to know. `door` is the entry point of the clients' server, as `package.module:name`."""
+
+    keeper: Any  # the actor that outlives it
+    door: str
+    token: str
+    host: str | None  # where workers reach the head; None: the node's address as Ray knows it
+    generation: int = 0  # how many heads were before it
+    doors: Doors | None = None  # where those listened

@@ -1,0 +1,36 @@
+"""The keeper as the controller sees it: who holds the workers' processes, which outlive the head."""
+
+from typing import Any, Protocol
+
+from .actors import Outcome
+from .cores import Placement
+from .worker_spec import WorkerSpec
+
+Key = tuple[str, int]  # (worker_id, incarnation)
+
+
+class Keeper(Protocol):
+    def start(self, spec: WorkerSpec, placement: Placement) -> None: ...
+    async def ended(self, key: Key) -> Outcome: ...
+    def stop(self, key: Key) -> None: ...
+    def kill(self, key: Key) -> None: ...
+
+
+class RayKeeper:
+    """`KeeperActor`, by its handle. Calls arrive in their order."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def start(self, spec: WorkerSpec, placement: Placement) -> None:
+        self._actor.start.remote(spec, placement)
+
+    async def ended(self, key: Key) -> Outcome:
+        outcome: Outcome = await self._actor.ended.remote(key)
+        return outcome
+
+    def stop(self, key: Key) -> None:
+        self._actor.stop.remote(key)
+
+    def kill(self, key: Key) -> None:
+        self._actor.kill.remote(key)

@@ -1,0 +1,96 @@
+"""What a new router takes over from the one before: the legs that workers hold, put together to dispatches and requests.
+
+Nothing is decided before every worker has told what it holds (or is given up): one worker's leg is only half the story.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ..core.errors import NoWorkerAvailable
+from ..core.messages import HeldLeg, Leg
+from ..core.request import Request, SequenceSpec, TransferId
+from .events import RouterEvent, Submit, WorkerReady
+
+WorkerKey = tuple[str, int]  # (worker_id, incarnation)
+
+
+@dataclass(slots=True)
+class HeldDispatch:
+    """The legs of one dispatch, by whoever holds them."""
+
+    spec: SequenceSpec
+    legs: dict[Leg, tuple[WorkerKey, HeldLeg]] = field(default_factory=dict)
+
+    @property
+    def is_broken(self) -> bool:
+        """A leg waits for KV, or for a taker of its KV, in vain: its partner's leg is gone."""
+        return self._waits(Leg.PREFILL, Leg.DECODE) or (
+            self._waits(Leg.DECODE, Leg.PREFILL) and not self.legs[Leg.DECODE][1].outputs
+        )
+
+    def _waits(self, leg: Leg, partner: Leg) -> bool:
+        held = self.legs[leg][1] if leg in self.legs else None
+        if held is None or held.ended is not None or not held.has_partner:
+            return False
+        other = self.legs[partner][1] if partner in self.legs else None
+        return other is None or (other.ended is not None and other.ended.error is not None)
+
+
+@dataclass(slots=True)
+class HeldRequest:
+    """What is left of one request. `strangers` are of no use to it, mostly of an earlier one that had
+    its id."""
+
+    request: Request
+    dispatches: list[HeldDispatch]  # newest first
+    strangers: list[HeldDispatch]
+
+
+class Adoption:
+    """Gathers what workers say until all have spoken."""
+
+    def __init__(self) -> None:
+        self.ready: list[WorkerReady] = []
+        self.later: list[RouterEvent] = []  # what came besides, to be handled afterwards
+
+    def take(self, event: RouterEvent) -> None:
+        """Raises NoWorkerAvailable for a Submit: a worker that has not spoken may be serving just this request."""
+        match event:
+            case Submit():
+                raise NoWorkerAvailable("the router has just started and waits for its workers")
+            case WorkerReady():
+                self.ready.append(event)
+            case _:
+                self.later.append(event)
+
+    def requests(self) -> Iterator[HeldRequest]:
+        """In the order in which workers told of them."""
+        dispatches: defaultdict[str, dict[TransferId, HeldDispatch]] = defaultdict(dict)
+        for ready in self.ready:
+            for held in ready.held:
+                transfer = held.spec.transfer
+                dispatch = dispatches[transfer.request_id].setdefault(transfer, HeldDispatch(held.spec))
+                dispatch.legs[held.leg] = (ready.info.worker_id, ready.info.incarnation), held
+        for of_one_id in dispatches.values():
+            newest_first = sorted(of_one_id.values(), key=lambda dispatch: -dispatch.spec.transfer.attempt)
+            request = request_of(newest_first[0].spec)
+            same = [d for d in newest_first if request_of(d.spec) == request and _tells_all(d.spec)]
+            strangers = [d for d in newest_first if d not in same]
+            yield HeldRequest(request, same, strangers)
+
+
+def _tells_all(spec: SequenceSpec) -> bool:
+    """Nobody knows the log probabilities of an earlier attempt's tokens."""
+    return spec.sampling.logprobs is None or not spec.output_token_ids
+
+
+def request_of(spec: SequenceSpec) -> Request:
+    """What the client asked for, but for its deadline and its turn."""
+    return Request(
+        request_id=spec.transfer.request_id,
+        prompt_token_ids=spec.prompt_token_ids,
+        sampling=spec.sampling,
+        eos_token_ids=spec.eos_token_ids,
+        cache_salt=spec.cache_salt,
+    )

@@ -1,0 +1,75 @@
+"""One name in the fleet and its life.
+
+STARTING -> READY -> DRAINING -> STOPPING -> gone
+    |  ^      |                      +-----> DRAINED   (by hand: stays out until the next Apply)
+    v  |      v
+   BACKOFF <--+  lost: the same name comes back as a new incarnation, later after each failure in a row
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from ..core.errors import InvalidTransition
+from ..core.messages import Role
+
+
+class MemberState(enum.Enum):
+    """Where a member of the fleet is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    DRAINED = "drained"
+    GONE = "gone"
+
+
+TRANSITIONS = {
+    MemberState.STARTING: {MemberState.READY, MemberState.BACKOFF, MemberState.STOPPING},
+    MemberState.READY: {MemberState.DRAINING, MemberState.BACKOFF},
+    MemberState.DRAINING: {MemberState.READY, MemberState.STOPPING, MemberState.DRAINED, MemberState.GONE},
+    MemberState.STOPPING: {MemberState.DRAINED, MemberState.GONE},
+    MemberState.BACKOFF: {MemberState.STARTING, MemberState.DRAINED, MemberState.GONE},
+    MemberState.DRAINED: {MemberState.GONE},
+    MemberState.GONE: set[MemberState](),
+}
+
+
+@dataclass(slots=True)
+class Member:
+    """One name in the fleet, through all its incarnations."""
+
+    worker_id: str
+    role: Role
+    incarnation: int
+    since_s: float  # when it entered its state
+    state: MemberState = MemberState.STARTING
+    num_failures: int = 0  # in a row
+    num_restarts: int = 0  # in all
+    last_error: str | None = None
+    due_s: float | None = None  # BACKOFF: next start; STARTING, DRAINING: patience ends
+    by_hand: bool = False  # drained by an operator
+    is_awaited: bool = False  # started by an earlier controller, not heard of yet
+    history: list[MemberState] = field(default_factory=list)
+
+    def transition(self, target: MemberState, now_s: float, due_s: float | None = None) -> None:
+        if target not in TRANSITIONS[self.state]:
+            raise InvalidTransition(f"member {self.worker_id}", self.state, target, self.history)
+        self.history = [*self.history[-15:], self.state]
+        self.state, self.since_s, self.due_s = target, now_s, due_s
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStatus:
+    """One member's row in `pdserve status`."""
+
+    worker_id: str
+    role: Role
+    state: MemberState
+    incarnation: int
+    since_s: float
+    num_failures: int
+    num_restarts: int
+    last_error: str | None
+    due_s: float | None

@@ -1,0 +1,78 @@
+"""What workers say of their legs: tokens go to their streams, loads and times to the accounts, ends close legs."""
+
+from ..core.latency import LatencyModel
+from ..core.messages import LegEnded, StepReport, TokenOutput
+from .dispatch import DispatchState
+from .events import EmitTokens
+from .ledger import Ledger
+from .live_requests import LiveRequests
+from .prefix_index import PrefixIndex
+from .registry import Registry, Worker
+
+
+class WorkerReports:
+    """Drops what comes from incarnations that are lost, and what belongs to no open leg."""
+
+    def __init__(
+        self, registry: Registry, ledger: Ledger, requests: LiveRequests, index: PrefixIndex, model: LatencyModel
+    ) -> None:
+        self._registry = registry
+        self._ledger = ledger
+        self._requests = requests
+        self._index = index
+        self._model = model
+
+    def on_report(self, report: StepReport, now_s: float) -> None:
+        worker = self._registry.current(report.worker_id, report.incarnation)
+        if worker is None:
+            self._requests.counters.stale += 1
+            return
+        worker.load = report.load
+        timing = report.timing
+        if timing is not None:
+            self._model.observe_step(timing)
+            if timing.num_prefill_tokens:
+                worker.progress(timing.duration_s)
+        for output in report.outputs:
+            self.on_token(worker, output, now_s)
+        worker.count_tokens(len(report.outputs), now_s)
+        if report.blocks_added or report.blocks_evicted:
+            self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
+
+    def on_token(self, worker: Worker, output: TokenOutput, now_s: float) -> None:
+        dispatch = self._ledger.get(output.transfer)
+        if dispatch is None or dispatch.state is not DispatchState.RUNNING:
+            return
+        stream = dispatch.streams.get(output.choice)
+        if stream is None or output.transfer not in worker.open_legs:
+            return
+        self._ledger.count_token(dispatch, worker)
+        tokens = stream.accept(output)
+        if not tokens:
+            return
+        live = dispatch.live
+        if dispatch.first_token_s is None:
+            dispatch.first_token_s = now_s
+            if live.first_token_s is None:
+                live.first_token_s = now_s
+        self._requests.counters.tokens += len(tokens)
+        self._requests.emit(live, EmitTokens(live.request_id, output.choice, tokens))
+        if stream.finish_reason is not None:
+            self._requests.choice_ended(live, stream, dispatch, now_s)
+
+    def on_leg_ended(self, event: LegEnded, now_s: float) -> None:
+        worker = self._registry.current(event.worker_id, event.incarnation)
+        if worker is None:
+            self._requests.counters.stale += 1
+            return
+        dispatch = self._ledger.get(event.transfer)
+        if dispatch is None or event.transfer not in worker.open_legs:
+            return
+        if event.stats is not None:
+            self._model.observe_transfer(event.stats)
+        dispatch.record(event)
+        leg = dispatch.leg_at(worker)
+        if event.leg is not leg and event.error is None:
+            return  # the prefill of a worker that serves both phases: its leg goes on
+        error = None if event.error is None else f"{worker.worker_id}: {event.error}"
+        self._requests.leg_ended(dispatch, leg, error, now_s)

@@ -1,0 +1,69 @@
+"""The head dies: workers go on, a new head takes over, and clients that come back get the rest of the very same stream."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from pdserve.proto import pdserve_pb2 as pb
+
+from .harness import Cluster, session_processes, tokens_of
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster("embedded", prefill=1, decode=1)
+    yield cluster
+    cluster.close()
+
+
+def kill_head() -> None:
+    (head,) = (pid for pid, command in session_processes().items() if "HeadActor" in command)
+    os.kill(head, signal.SIGKILL)
+
+
+def pids(cluster: Cluster) -> dict[str, int]:
+    status = cluster.admin.GetStatus(pb.GetStatusRequest(), wait_for_ready=True, timeout=60)
+    return {worker.worker_id: worker.pid for worker in status.workers}
+
+
+def read_until_lost(call: Iterator[pb.GenerateEvent], events: list[pb.GenerateEvent]) -> None:
+    with pytest.raises(grpc.RpcError) as lost:
+        events.extend(call)  # what comes before the error stays
+    assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def come_back(cluster: Cluster, request: pb.GenerateRequest) -> list[pb.GenerateEvent]:
+    """As a client does: again and again while nobody answers."""
+    while True:
+        events: list[pb.GenerateEvent] = []
+        try:
+            events.extend(cluster.generation.GenerateStream(request, wait_for_ready=True, timeout=60))
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or events:
+                raise
+            continue
+        return events
+
+
+def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(cluster: Cluster) -> None:
+    request = cluster.request("A generator is a function", max_tokens=1500, n=2, temperature=0.8, seed=5)
+    request.request_id = "undisturbed"
+    expected = cluster.stream(request)
+    before = pids(cluster)
+    request.request_id = "mine"
+    call = cluster.generation.GenerateStream(request, timeout=120)
+    events = [next(call) for _ in range(20)]
+    kill_head()
+    read_until_lost(call, events)
+    counts = [sum(len(event.tokens.token_ids) for event in events if event.tokens.choice == choice) for choice in range(2)]
+    request.resume_from[:] = counts
+    rest = come_back(cluster, request)
+    for choice in range(2):
+        assert tokens_of(events + rest, choice) == tokens_of(expected, choice)
+    assert len(rest[-1].end.timeline.attempts) == 1
+    assert pids(cluster) == before

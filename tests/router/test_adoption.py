@@ -1,0 +1,175 @@
+"""A router that follows one that died: what workers hold becomes requests again, and clients that come back get all of it."""
+
+import pytest
+
+from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable
+from pdserve.core.messages import HeldLeg, Leg, LegEnded, Prefill, Reserve, Serve, TokenOutput
+from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
+from pdserve.router.core import Router
+from pdserve.router.events import Adopted, Submit, Tick, WorkerLost, WorkerReady
+
+from .cluster import Cluster, make_request, worker_info
+
+FIRST_ATTEMPT = 1000
+
+
+def spec_of(request: Request, attempt: int = 0, output: tuple[int, ...] = ()) -> SequenceSpec:
+    return SequenceSpec(
+        transfer=TransferId(request.request_id, attempt),
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=request.sampling,
+        choices=tuple(range(request.sampling.n)),
+        output_token_ids=output,
+        eos_token_ids=request.eos_token_ids,
+        cache_salt=request.cache_salt,
+    )
+
+
+def held(
+    leg: Leg, spec: SequenceSpec, num_tokens: int = 0, *, partner: bool = True, error: str | None = "", last: bool = False
+) -> HeldLeg:
+    """A leg that has brought tokens; `error` is None, or says why, when it ended."""
+    first = len(spec.output_token_ids)
+    outputs = tuple(
+        TokenOutput(
+            spec.transfer, 0, index, 100 + index, FinishReason.LENGTH if last and index == first + num_tokens - 1 else None
+        )
+        for index in range(first, first + num_tokens)
+    )
+    ended = None if error == "" else LegEnded(worker_id=WHO[leg], incarnation=1, transfer=spec.transfer, leg=leg, error=error)
+    return HeldLeg(spec=spec, leg=leg, has_partner=partner, outputs=outputs, ended=ended)
+
+
+WHO = {Leg.PREFILL: "prefill-0", Leg.DECODE: "decode-0"}
+
+
+class Successor(Cluster):
+    """A cluster whose router takes over workers that hold these legs."""
+
+    def __init__(self, *legs: HeldLeg) -> None:
+        super().__init__()
+        self.router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
+        for leg, worker_id in WHO.items():
+            self.incarnations[worker_id] = 1
+            self.handle(WorkerReady(worker_info(worker_id), tuple(of for of in legs if of.leg is leg)))
+        self.handle(Adopted())
+
+
+def test_a_stream_goes_on_where_its_worker_is_and_its_client_gets_all_of_it() -> None:
+    request = make_request(max_tokens=6)
+    spec = spec_of(request)
+    cluster = Successor(held(Leg.PREFILL, spec, 1, error=None), held(Leg.DECODE, spec, 3))
+    assert not cluster.tokens["r", 0]
+    cluster.report("decode-0", TokenOutput(spec.transfer, 0, 3, 103))
+    cluster.submit(request)
+    assert cluster.tokens["r", 0] == [0, 1, 2, 3]
+    cluster.report(
+        "decode-0", TokenOutput(spec.transfer, 0, 4, 104), TokenOutput(spec.transfer, 0, 5, 105, FinishReason.LENGTH)
+    )
+    cluster.leg_ended("decode-0", Leg.DECODE, transfer=spec.transfer)
+    assert cluster.tokens["r", 0] == [0, 1, 2, 3, 4, 5]
+    assert len(cluster.ends["r"]) == len(cluster.closed["r"]) == 1
+    assert not cluster.sent
+
+
+def test_what_ended_without_a_router_waits_for_its_client() -> None:
+    request = make_request(max_tokens=3)
+    spec = spec_of(request)
+    cluster = Successor(held(Leg.DECODE, spec, 3, partner=False, error=None, last=True))
+    assert not cluster.ends["r"]
+    cluster.submit(request)
+    assert cluster.tokens["r", 0] == [0, 1, 2]
+    assert cluster.choice_ends["r", 0] == [FinishReason.LENGTH]
+    assert len(cluster.ends["r"]) == 1
+
+
+def test_tokens_of_a_leg_that_is_gone_are_not_computed_again() -> None:
+    request = make_request(max_tokens=6)
+    cluster = Successor(held(Leg.DECODE, spec_of(request), 2, error="its pool is gone"))
+    assert not cluster.sent  # nobody asks for the rest yet
+    cluster.submit(request)
+    assert cluster.tokens["r", 0] == [0, 1]
+    assert cluster.spec("decode-0").output_token_ids == (100, 101)
+    assert cluster.spec("decode-0").transfer.attempt >= FIRST_ATTEMPT
+
+
+@pytest.mark.parametrize("leg", Leg)
+def test_a_leg_whose_partner_is_gone_is_ended(leg: Leg) -> None:
+    spec = spec_of(make_request())
+    cluster = Successor(held(leg, spec))
+    assert cluster.aborts(WHO[leg]) == [spec.transfer]
+
+
+def test_a_decode_leg_that_has_its_kv_needs_no_partner() -> None:
+    assert not Successor(held(Leg.DECODE, spec_of(make_request()), 1)).sent
+
+
+def test_of_two_dispatches_that_produce_the_same_choice_the_newer_goes_on() -> None:
+    request = make_request(max_tokens=6)
+    older, newer = spec_of(request, 3), spec_of(request, 5, output=(100,))
+    cluster = Successor(held(Leg.DECODE, older, 2, partner=False), held(Leg.DECODE, newer, 3, partner=False))
+    assert cluster.aborts("decode-0") == [older.transfer]
+    cluster.submit(request)
+    assert cluster.tokens["r", 0] == [0, 1, 2, 3]
+
+
+def test_a_request_whose_client_does_not_come_back_is_ended() -> None:
+    spec = spec_of(make_request())
+    cluster = Successor(held(Leg.DECODE, spec, 1, partner=False))
+    due_s = cluster.router.next_tick_s()
+    assert due_s == cluster.router.config.claim_timeout_s
+    cluster.now_s = due_s
+    cluster.handle(Tick())
+    assert cluster.aborts("decode-0") == [spec.transfer]
+    cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=spec.transfer)
+    assert len(cluster.closed["r"]) == 1
+
+
+def test_another_request_of_the_same_name_is_refused_while_a_worker_serves_the_first() -> None:
+    cluster = Successor(held(Leg.DECODE, spec_of(make_request()), 1, partner=False))
+    with pytest.raises(DuplicateRequest):
+        cluster.submit(make_request(num_tokens=21))
+
+
+def test_another_request_of_the_same_name_takes_the_place_of_what_is_left_of_the_first() -> None:
+    cluster = Successor(held(Leg.DECODE, spec_of(make_request()), 1, error="broken"))
+    cluster.submit(make_request(num_tokens=21))
+    assert not cluster.tokens["r", 0]
+    assert not cluster.ends["r"]
+    assert any(isinstance(command, Prefill | Reserve | Serve) for commands in cluster.sent.values() for command in commands)
+
+
+def test_log_probabilities_that_nobody_knows_are_computed_again() -> None:
+    request = make_request()
+    request = Request(
+        request_id="r",
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=type(request.sampling)(max_tokens=4, logprobs=1),
+    )
+    spec = spec_of(request, 2, output=(100,))
+    cluster = Successor(held(Leg.DECODE, spec, 1, partner=False))
+    assert cluster.aborts("decode-0") == [spec.transfer]
+    cluster.submit(request)
+    assert cluster.tokens["r", 0] == []
+
+
+def test_nothing_is_admitted_before_every_worker_has_spoken() -> None:
+    router = Router(adopts=True)
+    router.handle(WorkerReady(worker_info("both-0")), 0.0)
+    with pytest.raises(NoWorkerAvailable):
+        router.handle(Submit(make_request()), 0.0)
+    router.handle(Adopted(), 0.0)
+    assert router.handle(Submit(make_request()), 0.0)
+
+
+def test_a_worker_that_is_lost_again_before_the_others_have_spoken_takes_only_its_own_legs_with_it() -> None:
+    request = make_request(max_tokens=6)
+    cluster = Successor()
+    cluster.router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
+    cluster.handle(WorkerReady(worker_info("decode-0"), (held(Leg.DECODE, spec_of(request), 2),)))
+    cluster.handle(WorkerLost("decode-0", 1, "killed"))
+    cluster.handle(WorkerReady(worker_info("prefill-0")))
+    cluster.handle(Adopted())
+    cluster.submit(request)
+    assert cluster.tokens["r", 0] == [0, 1]
+    assert cluster.spec("prefill-0").output_token_ids == (100, 101)

@@ -1,0 +1,52 @@
+"""What a worker remembers for a router that has never heard of it."""
+
+from pdserve.core.messages import Leg, LegEnded, TokenOutput
+from pdserve.core.request import TransferId
+from pdserve.worker.held_legs import KEPT_S, MAX_KEPT_TOKENS, HeldLegs
+
+from .chain_model import spec
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def ended(name: str) -> LegEnded:
+    return LegEnded(worker_id="decode-0", incarnation=1, transfer=TransferId(name, 0), leg=Leg.DECODE)
+
+
+def token(name: str, index: int) -> TokenOutput:
+    return TokenOutput(TransferId(name, 0), 0, index, 7)
+
+
+def test_a_leg_is_told_with_all_its_tokens_also_for_a_while_after_its_end() -> None:
+    clock = Clock()
+    legs = HeldLegs(clock)
+    legs.accepted(spec("a", range(4)), Leg.DECODE, has_partner=True)
+    legs.told([token("a", 0)], [])
+    legs.told([token("a", 1)], [ended("a")])
+    (leg,) = legs.tell()
+    assert [output.index for output in leg.outputs] == [0, 1]
+    assert leg.ended == ended("a")
+    clock.now_s = KEPT_S + 1.0
+    assert legs.tell() == ()
+
+
+def test_a_leg_that_was_aborted_is_not_told() -> None:
+    legs = HeldLegs(Clock())
+    legs.accepted(spec("a", range(4)), Leg.DECODE, has_partner=True)
+    legs.aborted(TransferId("a", 0))
+    legs.told([token("a", 0)], [ended("a")])
+    assert legs.tell() == ()
+
+
+def test_what_is_kept_of_ended_legs_is_bounded() -> None:
+    legs = HeldLegs(Clock())
+    for number in range(5):
+        legs.accepted(spec(f"{number}", range(MAX_KEPT_TOKENS // 4)), Leg.DECODE, has_partner=False)
+        legs.told([token(f"{number}", 0)], [ended(f"{number}")])
+    assert [leg.spec.transfer.request_id for leg in legs.tell()] == ["2", "3", "4"]

@@ -1,0 +1,74 @@
+"""What a worker can tell a router that knows nothing of it: the legs it carries out, those that ended lately, and their tokens.
+
+A router that dies takes with it what it knew of its requests. The one that follows learns from here what has been computed, so
+that nothing is computed twice, also of legs whose end the dead one may have heard of without telling its client.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ..core.messages import HeldLeg, Leg, LegEnded, TokenOutput
+from ..core.request import SequenceSpec, TransferId
+
+KEPT_S = 30.0  # after its end
+MAX_KEPT_TOKENS = 1 << 18  # of all ended legs together, prompts included
+
+
+@dataclass(slots=True)
+class _Leg:
+    spec: SequenceSpec
+    leg: Leg
+    has_partner: bool
+    outputs: list[TokenOutput] = field(default_factory=list)
+    ended: LegEnded | None = None
+    ended_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.spec.num_tokens + len(self.outputs)
+
+
+class HeldLegs:
+    """Owned by the engine thread, like the worker whose legs these are."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._open: dict[TransferId, _Leg] = {}
+        self._ended: deque[_Leg] = deque()  # oldest end first
+        self._num_kept_tokens = 0  # of those
+
+    def accepted(self, spec: SequenceSpec, leg: Leg, *, has_partner: bool) -> None:
+        """The worker was given a leg; again, when the command came twice."""
+        self._open.setdefault(spec.transfer, _Leg(spec, leg, has_partner))
+
+    def aborted(self, transfer: TransferId) -> None:
+        """No router wants to hear of it again."""
+        self._open.pop(transfer, None)
+
+    def told(self, outputs: Iterable[TokenOutput], ended: Iterable[LegEnded]) -> None:
+        """What the worker says to whichever router listens."""
+        for output in outputs:
+            if (leg := self._open.get(output.transfer)) is not None:
+                leg.outputs.append(output)
+        for end in ended:
+            if (leg := self._open.pop(end.transfer, None)) is not None:
+                leg.ended, leg.ended_s = end, self._clock()
+                self._ended.append(leg)
+                self._num_kept_tokens += leg.num_tokens
+        if self._ended:
+            self._forget()
+
+    def tell(self) -> tuple[HeldLeg, ...]:
+        """Everything, for a router that has just been met."""
+        self._forget()
+        return tuple(
+            HeldLeg(spec=leg.spec, leg=leg.leg, has_partner=leg.has_partner, outputs=tuple(leg.outputs), ended=leg.ended)
+            for leg in (*self._ended, *self._open.values())
+        )
+
+    def _forget(self) -> None:
+        """Ended legs that are too old or too many."""
+        oldest_s = self._clock() - KEPT_S
+        while self._ended and (self._ended[0].ended_s < oldest_s or self._num_kept_tokens > MAX_KEPT_TOKENS):
+            self._num_kept_tokens -= self._ended.popleft().num_tokens

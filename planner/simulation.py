@@ -274,7 +274,8 @@ class Simulation:
             case Accident.DRAIN:
                 members = self.head.fleet.status()
                 num_ready = sum(member.state is MemberState.READY for member in members)
-                if num_ready > 2 and self.head.process.is_alive:  # else nobody might be left to serve
+                # else nobody might be left to serve
+                if num_ready > 2 and self.head.process.is_alive and self.head.fleet.is_settled:
                     self.head.manage(Drain(worker.worker_id))
             case Accident.SCALE:
                 sizes = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2))[int(accident.draw * 7)]

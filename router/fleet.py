@@ -179,6 +179,9 @@ class Fleet:
                 self._out.append(DrainWorker(member.worker_id))
             case MemberState.STARTING:
                 self._stop(member, now_s)
+            case MemberState.DRAINED:  # by hand, and nobody waits for it to come back
+                member.by_hand = False
+                self._remove(member, now_s)
             case _:
                 self._remove(member, now_s)
 

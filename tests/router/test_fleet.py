@@ -10,6 +10,7 @@ from pdserve.core.messages import Role
 from pdserve.router.events import Tick, WorkerIdle, WorkerLost, WorkerReady
 from pdserve.router.fleet import Fleet, FleetConfig
 from pdserve.router.fleet_events import (
+    AdoptWorkers,
     Apply,
     AssignRole,
     Drain,
@@ -19,6 +20,7 @@ from pdserve.router.fleet_events import (
     Shutdown,
     StartWorker,
     StopWorker,
+    WorkerLoading,
 )
 from pdserve.router.fleet_member import TRANSITIONS, Member, MemberState
 
@@ -206,6 +208,47 @@ def test_shutdown_drains_all_and_is_done_when_the_last_process_is_gone() -> None
     fleet.lost("decode-0")
     assert fleet.fleet.is_stopped
     assert fleet.apply({D: 5}) == []
+
+
+def adopting(*workers: StartWorker) -> FleetAt:
+    """The fleet of a new controller, which knows what the one before has started."""
+    fleet = FleetAt()
+    fleet.fleet = Fleet(FleetConfig(adoption_timeout_s=3.0, start_timeout_s=600.0), first_incarnation=1000)
+    assert fleet.handle(AdoptWorkers(workers)) == []
+    return fleet
+
+
+def test_adopted_workers_serve_on_and_nothing_is_started_before_each_was_heard_of() -> None:
+    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
+    assert fleet.apply({P: 1, D: 2}) == fleet.ready("prefill-0") == []
+    assert fleet.ready("decode-0") == [StartWorker(D, "decode-1", 1000)]
+
+
+def test_an_adopted_worker_that_is_not_heard_of_is_replaced() -> None:
+    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
+    fleet.apply({P: 1, D: 1})
+    fleet.ready("prefill-0")
+    assert fleet.fleet.next_tick_s() == 3.0
+    assert fleet.handle(Tick(), after_s=3.0) == [StopWorker("decode-0", 2, "not heard of after 3 s")]
+    assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "decode-0", 1000)]
+
+
+def test_an_adopted_worker_that_is_loading_has_the_time_of_a_start_and_is_not_waited_for() -> None:
+    fleet = adopting(StartWorker(D, "decode-0", 1))
+    fleet.apply({D: 2})
+    assert fleet.handle(WorkerLoading("decode-0", 1)) == [StartWorker(D, "decode-1", 1000)]
+    assert fleet.handle(Tick(), after_s=500.0) == []
+
+
+def test_a_worker_drained_by_hand_before_all_were_heard_of_does_not_come_back_to_a_pool_that_has_shrunk() -> None:
+    fleet = adopting(StartWorker(D, "decode-0", 1), StartWorker(D, "decode-1", 2), StartWorker(P, "prefill-0", 3))
+    fleet.apply({D: 1, P: 1})
+    fleet.ready("decode-0"), fleet.ready("decode-1")
+    assert fleet.handle(Drain("decode-1")) == [DrainWorker("decode-1")]
+    fleet.handle(WorkerIdle("decode-1", 2))
+    fleet.lost("decode-1")
+    assert fleet.ready("prefill-0") == []
+    assert fleet.states() == {"decode-0": (D, MemberState.READY), "prefill-0": (P, MemberState.READY)}
 
 
 def test_an_illegal_transition_raises_with_the_members_history() -> None:

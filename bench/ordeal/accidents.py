@@ -38,6 +38,7 @@ class Accident:
     is_whole_pool: bool
     duration_s: float  # of a freeze or a cut
     delay_s: float  # after the moment has come
+    aftermath_s: float  # between the death of a router and the next accident, which may strike the new one while it starts
     progress: float  # of a stream, 0 to 1, that "mid decode" waits for
     at_s: float | None = None
     victims: list[Victim] = field(default_factory=list)
@@ -60,6 +61,7 @@ def draw(rng: random.Random, with_partitions: bool) -> Accident:
         is_whole_pool=rng.random() < 0.1 and role != ROUTER,
         duration_s=rng.uniform(0.1, 5.0) if kind == "freeze" else rng.uniform(3.5, 8.0),
         delay_s=rng.uniform(0.0, 0.1 if kind == "kill" else 0.02),
+        aftermath_s=rng.uniform(0.0, 4.0) if role == ROUTER and kind == "kill" else 0.0,
         progress=rng.uniform(0.02, 0.8),
     )
 
@@ -77,6 +79,7 @@ def strike(accident: Accident, streams: list[Stream], watch: Watch, rng: random.
     if end is not None:
         accident.ended = threading.Timer(accident.duration_s, end)
         accident.ended.start()
+    time.sleep(accident.aftermath_s)
 
 
 def _candidates(role: str, watch: Watch) -> list[Victim]:

@@ -19,7 +19,7 @@ from pdserve.proto import pdserve_pb2 as pb
 TEMPLATE = Template((1, 2, 3), {"max_tokens": 3})
 CHOICE_END = pb.GenerateEvent(choice_end=pb.ChoiceEnd(finish_reason=pb.FINISH_REASON_LENGTH))
 END = pb.GenerateEvent(end=pb.RequestEnd())
-KILL = {"is_whole_pool": False, "duration_s": 0.0, "delay_s": 0.0, "progress": 0.5}
+KILL = {"is_whole_pool": False, "duration_s": 0.0, "delay_s": 0.0, "aftermath_s": 0.0, "progress": 0.5}
 
 
 def tokens(index: int, *token_ids: int) -> pb.GenerateEvent:

@@ -111,6 +111,7 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, with_partitions: 
     print(
         f"round {number}: {time.monotonic() - start_s:.1f} s; {'; '.join(map(str, accidents))}",
         *problems,
+        *account.add_replaced(ordeal.watch),
         *slowness(streams),
         sep="\n  ",
         flush=True,

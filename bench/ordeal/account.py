@@ -22,6 +22,7 @@ class Account:
         self.num_rounds = 0
         self.accidents: Counter[str] = Counter()  # workers that were struck
         self._victims: set[int] = set()  # pids
+        self._replaced: dict[int, str] = {}  # workers that were replaced for no accident, by their pids
         self.outcomes: Counter[str] = Counter()
         self.num_tokens = 0
         self.hits: Counter[str] = Counter()  # where in its life a stream was when its worker went
@@ -59,6 +60,13 @@ class Account:
                 self._count_resumptions(stream, struck)
         return problems
 
+    def add_replaced(self, watch: Watch) -> list[str]:
+        """Workers that were replaced for no accident and were not counted before, in words."""
+        replaced = watch.replaced_workers()
+        new = {pid: name for pid, name in replaced.items() if pid not in self._victims and pid not in self._replaced}
+        self._replaced |= new
+        return [f"replaced for no accident: {name}" for name in new.values()]
+
     def _has_reason_to_break(self, stream: Stream) -> bool:
         """Each time its connection broke the router had been killed just before."""
         return all(any(0.0 <= at_s - kill_s < BREAK_S for kill_s in self._router_kills_s) for at_s in stream.breaks_s)
@@ -94,7 +102,7 @@ class Account:
         rows += [f"{'streams':44} {sum(self.outcomes.values())}", f"{'tokens':44} {self.num_tokens}"]
         rows += [f"{outcome:44} {self.outcomes[outcome]}" for outcome in ("lost", "altered")]
         rows += [f"{'leaked':44} {len(self.leaks)}"]
-        rows += [f"{'workers replaced for no accident':44} {len(watch.replaced_workers() - self._victims)}"]
+        rows += [f"{'workers replaced for no accident':44} {len(self._replaced)}"]
         rows += [f"{'streams whose clients came back':44} {self.num_returned}"]
         rows += [f"{'choices that went on elsewhere: ' + hit:44} {count}" for hit, count in sorted(self.hits.items())]
         rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}", ""]

@@ -73,10 +73,11 @@ class Watch:
         """By the last message."""
         return [worker for worker in self._heard[-1][1].workers if worker.role == role and worker.state == READY]
 
-    def replaced_workers(self) -> set[int]:
-        """Process ids of workers that were ready once and are not there any more."""
-        ready = {worker.pid for _, status in list(self._heard) for worker in status.workers if worker.state == READY}
-        return ready - {worker.pid for worker in self._heard[-1][1].workers}
+    def replaced_workers(self) -> dict[int, str]:
+        """Process ids and names of workers that were ready once and are not there any more."""
+        ready = {w.pid: w.worker_id for _, status in list(self._heard) for w in status.workers if w.state == READY}
+        present = {worker.pid for worker in self._heard[-1][1].workers}
+        return {pid: name for pid, name in ready.items() if pid not in present}
 
     def first_after(self, at_s: float, holds: Callable[[pb.ClusterStatus], bool]) -> float | None:
         """Seconds from `at_s` to the first message for which `holds` is true; None when there was none."""

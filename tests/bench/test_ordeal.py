@@ -1,8 +1,11 @@
 """What `bench/chaos.py` counts as lost or altered, over one connection or several, and what it holds to be the cause."""
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 from ordeal.accidents import Accident, Victim
 from ordeal.account import Account
 from ordeal.streams import Stream, Template, run_stream
+from ordeal.watch import Watch
 
 from pdserve.proto import pdserve_pb2 as pb
 
@@ -217,3 +221,44 @@ def test_what_followed_from_accidents_to_workers_is_not_measured_while_the_route
     resumed.attempts = [pb.Attempt(choices=[0]), pb.Attempt(attempt=1, choices=[0])]
     assert account.add_round([killed("decode", 2.0), killed("router", 2.0)], [resumed], [UNDISTURBED]) == []
     assert not account.hits
+
+
+def test_a_worker_that_was_replaced_for_no_accident_is_told_once() -> None:
+    account = Account()
+    account.add_round([killed("decode", 2.0)], [], [])
+    watch: Any = SimpleNamespace(replaced_workers=lambda: {1: "decode-0", 2: "prefill-0"})
+    assert account.add_replaced(watch) == ["replaced for no accident: prefill-0"]
+    assert account.add_replaced(watch) == []
+
+
+class StatusCall:
+    """One status; then the router dies, or says nothing more until the call is cancelled."""
+
+    def __init__(self, pid: int, is_last: bool) -> None:
+        worker = pb.WorkerStatus(worker_id="decode-0", role="decode", pid=pid, state=pb.WORKER_STATE_READY)
+        self._status = pb.ClusterStatus(workers=[worker])
+        self._is_last = is_last
+        self._cancelled = threading.Event()
+        self.was_taken = threading.Event()
+
+    def __iter__(self) -> Iterator[pb.ClusterStatus]:
+        yield self._status
+        self.was_taken.set()
+        if self._is_last:
+            self._cancelled.wait()
+        raise Unavailable
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+def test_the_watch_goes_on_with_the_next_router() -> None:
+    first, second = StatusCall(1, is_last=False), StatusCall(2, is_last=True)
+    calls = iter([first, second, StatusCall(3, is_last=True)])
+    stub: Any = SimpleNamespace(WatchStatus=lambda *_, **__: next(calls))
+    watch = Watch(stub, {"decode": 1})
+    second.was_taken.wait()
+    assert [worker.pid for worker in watch.ready_workers("decode")] == [2]
+    assert watch.replaced_workers() == {1: "decode-0"}
+    assert watch.served_again_after(0.0) is not None
+    watch.close()

@@ -51,7 +51,12 @@ class Cluster:
         self.channel = grpc.insecure_channel(self._launched.grpc_address)
         self.generation = rpc.GenerationStub(self.channel)
         self.admin = rpc.ClusterStub(self.channel)
-        self.wait_for(prefill=prefill, decode=decode)
+        try:
+            self.wait_for(prefill=prefill, decode=decode)
+        except BaseException:  # one cluster fits into Ray at a time: the next test must find room
+            self.channel.close()
+            self._launched.stop()
+            raise
 
     def wait_for(self, **ready: int) -> pb.ClusterStatus:
         """Until the pools have exactly so many ready workers and no others."""

@@ -48,7 +48,8 @@ class Cluster:
             "drain_timeout_s": 60.0,
         } | settings
         self._launched: LaunchedCluster = launch(ClusterConfig.model_validate(self.settings))
-        self.channel = grpc.insecure_channel(self._launched.grpc_address)
+        self.grpc_address = self._launched.grpc_address
+        self.channel = grpc.insecure_channel(self.grpc_address)
         self.generation = rpc.GenerationStub(self.channel)
         self.admin = rpc.ClusterStub(self.channel)
         try:
@@ -119,6 +120,10 @@ def tokens_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> list[int]:
     assert [event.WhichOneof("event") for event in events].count("end") == 1
     assert events[-1].WhichOneof("event") == "end"
     return tokens
+
+
+def text_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> str:
+    return "".join(event.tokens.text for event in events if event.HasField("tokens") and event.tokens.choice == choice)
 
 
 def workers_of(events: list[pb.GenerateEvent]) -> tuple[str, str]:

@@ -2,9 +2,9 @@
 
     python bench/against.py REVISION [--rounds 5]
 
-Each turn is one run of that tree's own `overhead.py`. A figure is the median of a tree's turns, a ratio the median of those between
-the two turns of a round, which stand beside it from the least to the greatest. The earlier tree is checked out beside this one for the
-time of the run, and its kernels are built. Workers of both trees run at the same priority, whatever each asks of Ray.
+Each turn is one run of that tree's own `overhead.py`. A figure is the median of a tree's turns, a ratio the median of those of
+the rounds, which stand beside it from the least to the greatest. The earlier tree is checked out beside this one for the time
+of the run, and its kernels are built. Workers of both trees run at the same priority, whatever each asks of Ray.
 """
 
 import argparse

@@ -94,6 +94,7 @@ class RouterService:
         ended = False
         try:
             self.handle(Submit(request))
+            stream.is_handed_over = True
             while not ended:
                 event = await stream.get()
                 ended = isinstance(event, EmitEnd)
@@ -103,7 +104,7 @@ class RouterService:
                 yield event
         finally:
             del self._streams[request.request_id]
-            if not ended:
+            if stream.is_handed_over and not ended:  # one that was refused may have the name of another's live request
                 self.handle(Cancel(request.request_id))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -141,7 +142,7 @@ class RouterService:
 
     def _feed(self, stream: "_Stream", event: StreamEvent) -> None:
         """More for a client. One that has left too much unread is paused: its request leaves the workers, and comes back
-        when half of that is read."""
+        when half of that is read. What it is handed at once because it comes back does not count."""
         stream.put(event)
         if not stream.is_paused and stream.num_unread > self.router.config.max_unread_tokens:
             stream.is_paused = True
@@ -196,17 +197,19 @@ class _Stream:
     """What the router has said to one client and the client has not taken yet."""
 
     def __init__(self) -> None:
-        self.num_unread = 0  # tokens
+        self.num_unread = 0  # tokens, of those that came after `is_handed_over`
         self.is_paused = False
-        self._queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
+        self.is_handed_over = False  # all that was there before its client
+        self._queue: asyncio.Queue[tuple[StreamEvent, int]] = asyncio.Queue()  # with the tokens that count
 
     def put(self, event: StreamEvent) -> None:
-        self.num_unread += _num_tokens(event)
-        self._queue.put_nowait(event)
+        num_tokens = _num_tokens(event) if self.is_handed_over else 0
+        self.num_unread += num_tokens
+        self._queue.put_nowait((event, num_tokens))
 
     async def get(self) -> StreamEvent:
-        event = await self._queue.get()
-        self.num_unread -= _num_tokens(event)
+        event, num_tokens = await self._queue.get()
+        self.num_unread -= num_tokens
         return event
 
 

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 WORKER = "pdserve.cluster.worker_process:WorkerProcess"
 
+Version = tuple[int, int]  # of a configuration: its head's generation, and which of that head's it is
+
 KEEPER_NAME = "pdserve-keeper"
 NAMESPACE = "pdserve"
 
@@ -88,6 +90,7 @@ class KeeperActor:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
+        self._version = 0, 0
         self._kept: dict[tuple[str, int], _Kept] = {}
 
     async def live(self) -> None:
@@ -126,8 +129,10 @@ class KeeperActor:
         """Oldest first."""
         return [(kept.spec, kept.placement) for kept in self._kept.values() if not kept.outcome.done()]
 
-    async def remember(self, config: ClusterConfig) -> None:
-        self._config = config
+    async def remember(self, config: ClusterConfig, version: Version) -> None:
+        """The newest is kept, in whichever order they come."""
+        if version > self._version:
+            self._config, self._version = config, version
 
     async def config(self) -> ClusterConfig:
         return self._config

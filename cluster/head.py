@@ -54,6 +54,7 @@ class Head:
     def __init__(self, spec: HeadSpec) -> None:
         self._spec = spec
         self._config: ClusterConfig  # in force
+        self._num_applied = 0
         self._door: Any = None
         self._is_listening = False
         self._told_serving = False  # what the door was told last
@@ -153,7 +154,8 @@ class Head:
         plan(config, ray_nodes()).check()
         if not dry_run:
             self._config = config
-            self._spec.keeper.remember.remote(config)
+            self._num_applied += 1  # calls of the keeper may overtake each other
+            self._spec.keeper.remember.remote(config, (self._spec.generation, self._num_applied))
             self._service.router.configure(_router_config(config))
             routed = self._service.router.status(asyncio.get_running_loop().time())
             num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}

@@ -160,6 +160,7 @@ class LaunchedCluster:
         with self._lock:
             if self._stopped:
                 return
+            ray.kill(self._head)  # Ray also takes one for dead that it cannot reach for a while
             self._create_head()
         with contextlib.suppress(RayActorError):  # dead again: `wait` will say so
             ray.get(self._head.start.remote())

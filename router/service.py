@@ -12,8 +12,20 @@ from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.errors import DuplicateRequest
-from ..core.messages import Heartbeat, Hello, LegEnded, LoadProgress, Ready, StepReport, WorkerInfo, WorkerMessage
+from ..core.messages import (
+    Heartbeat,
+    HeldLeg,
+    Hello,
+    Holds,
+    LegEnded,
+    LoadProgress,
+    Ready,
+    StepReport,
+    WorkerInfo,
+    WorkerMessage,
+)
 from ..core.request import FinishReason, Request
+from .client_stream import ClientStream, StreamEvent
 from .core import Router
 from .events import (
     Cancel,
@@ -33,8 +45,6 @@ from .events import (
 )
 
 log = logging.getLogger(__name__)
-
-StreamEvent = EmitTokens | EmitChoiceEnd | EmitEnd
 
 HEARTBEAT_S = 0.5  # so often do both sides speak at least
 # A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
@@ -61,7 +71,7 @@ class RouterService:
         self.router = router
         self._observer = observer
         self._token = token
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, ClientStream] = {}
         self._workers: dict[tuple[str, int], _WorkerConnection] = {}
         self._commands: deque[RouterCommand] = deque()
         self._is_busy = False  # with commands
@@ -90,7 +100,7 @@ class RouterService:
         """
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id)
-        stream = self._streams[request.request_id] = _Stream()
+        stream = self._streams[request.request_id] = ClientStream()
         ended = False
         try:
             self.handle(Submit(request))
@@ -140,7 +150,7 @@ class RouterService:
             case WorkerIdle(worker_id, incarnation):
                 self._observer.worker_idle(worker_id, incarnation)
 
-    def _feed(self, stream: "_Stream", event: StreamEvent) -> None:
+    def _feed(self, stream: ClientStream, event: StreamEvent) -> None:
         """More for a client. One that has left too much unread is paused: its request leaves the workers, and comes back
         when half of that is read. What it is handed at once because it comes back does not count."""
         stream.put(event)
@@ -193,30 +203,6 @@ class RouterService:
         self._observer.worker_lost(worker_id, incarnation, reason, is_silent)
 
 
-class _Stream:
-    """What the router has said to one client and the client has not taken yet."""
-
-    def __init__(self) -> None:
-        self.num_unread = 0  # tokens, of those that came after `is_handed_over`
-        self.is_paused = False
-        self.is_handed_over = False  # all that was there before its client
-        self._queue: asyncio.Queue[tuple[StreamEvent, int]] = asyncio.Queue()  # with the tokens that count
-
-    def put(self, event: StreamEvent) -> None:
-        num_tokens = _num_tokens(event) if self.is_handed_over else 0
-        self.num_unread += num_tokens
-        self._queue.put_nowait((event, num_tokens))
-
-    async def get(self) -> StreamEvent:
-        event, num_tokens = await self._queue.get()
-        self.num_unread -= num_tokens
-        return event
-
-
-def _num_tokens(event: StreamEvent) -> int:
-    return len(event.tokens) if isinstance(event, EmitTokens) else 0
-
-
 class _WorkerConnection(asyncio.Protocol):
     """One worker's control connection: Hello first, then reports up and commands down."""
 
@@ -228,6 +214,7 @@ class _WorkerConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._hello: Hello | None = None
         self._ready = False
+        self._held: tuple[HeldLeg, ...] = ()  # told before Ready
         self._num_silent_beats = 0
         self._reason = "connection closed"
         self._is_silent = False
@@ -271,7 +258,11 @@ class _WorkerConnection(asyncio.Protocol):
         elif self._hello is None:
             self._abort("the first frame was not Hello")
         elif self._transport is not None and not self._transport.is_closing():
-            self._ready = self._ready or isinstance(message, Ready)
+            if isinstance(message, Holds):
+                self._held += message.held
+                return
+            if isinstance(message, Ready):
+                message, self._ready = Ready(info=message.info, held=self._held + message.held), True
             self._service.receive(message)
 
     def _abort(self, reason: str) -> None:

@@ -89,7 +89,7 @@ def decision(num_workers: int, num_tokens: int, holders: int) -> tuple[float, fl
 
     for i in range(2 * num_workers):
         router.handle(Submit(request(f"w{i}", tuple(rng.randrange(50_000) for _ in range(rng.randrange(1, 500))))), 0.0)
-    jobs = [Job(LiveRequest(request(f"d{i}", prompt()), 0.0, None), (0,), (), 0.0) for i in range(500)]
+    jobs = [Job(LiveRequest(request(f"d{i}", prompt()), 0.0), (0,), (), 0.0) for i in range(500)]
     for job in jobs:
         router._placer.place(job)  # hashes the prompt, which is a cost per token and not per decision
     alone_us = median_us(lambda i: router._placer.place(jobs[i]), len(jobs))
@@ -106,7 +106,7 @@ def report_us(num_sequences: int) -> float:
         router.handle(Submit(request(f"r{i}", (1, 2, 3), max_tokens=4096)), 0.0)
 
     def step(worker_id: str, index: int) -> StepReport:
-        outputs = tuple(TokenOutput(TransferId(f"r{i}", 0), 0, index, 7) for i in range(num_sequences))
+        outputs = tuple(TokenOutput(TransferId(f"r{i}", i), 0, index, 7) for i in range(num_sequences))
         timing = StepTiming(
             num_prefill_tokens=0,
             sum_prefill_squares=0,

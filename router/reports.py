@@ -4,6 +4,7 @@ from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, StepReport, TokenOutput
 from .dispatch import DispatchState
 from .events import EmitTokens
+from .histogram import TokenGaps
 from .ledger import Ledger
 from .live_requests import LiveRequests
 from .prefix_index import PrefixIndex
@@ -21,6 +22,7 @@ class WorkerReports:
         self._requests = requests
         self._index = index
         self._model = model
+        self.gaps = TokenGaps()
 
     def on_report(self, report: StepReport, now_s: float) -> None:
         worker = self._registry.current(report.worker_id, report.incarnation)
@@ -35,6 +37,7 @@ class WorkerReports:
                 worker.progress(timing.duration_s)
         for output in report.outputs:
             self.on_token(worker, output, now_s)
+        self._requests.counters.tokens += self.gaps.close(now_s)
         worker.count_tokens(len(report.outputs), now_s)
         if report.blocks_added or report.blocks_evicted:
             self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
@@ -55,7 +58,11 @@ class WorkerReports:
             dispatch.first_token_s = now_s
             if live.first_token_s is None:
                 live.first_token_s = now_s
-        self._requests.counters.tokens += len(tokens)
+                self._requests.counters.prompt_tokens += len(live.request.prompt_token_ids)
+        self.gaps.before.append(stream.last_token_s)
+        if len(tokens) > 1:
+            self.gaps.before.extend([now_s] * (len(tokens) - 1))
+        stream.last_token_s = now_s
         self._requests.emit(live, EmitTokens(live.request_id, output.choice, tokens))
         if stream.finish_reason is not None:
             self._requests.choice_ended(live, stream, dispatch, now_s)

@@ -2,11 +2,11 @@
 
 from ..core.messages import Abort, Leg, TokenOutput
 from .adoption import Adoption, HeldDispatch
+from .candidates import Placement
 from .dispatch import Dispatch, DispatchState, Job, LiveRequest
 from .events import EmitTokens, RouterCommand, SendCommand
 from .ledger import Ledger
 from .live_requests import LiveRequests
-from .placement import Placement
 from .registry import Registry
 from .reports import WorkerReports
 
@@ -56,7 +56,7 @@ class TakeOver:
             return set()
         unfinished = {choice for choice, stream in dispatch.streams.items() if stream.finish_reason is None}
         if held.is_broken or not unfinished or unfinished & served:
-            self._requests.give_up(dispatch)
+            self._requests.give_up(dispatch, now_s)
             return set()
         return unfinished
 

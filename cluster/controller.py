@@ -190,7 +190,8 @@ class Controller:
             outcome = await self._keeper.ended(key)
         except RayError as error:  # the keeper is gone, and all workers with it
             outcome = Outcome(reason_of(error))
-        log.warning("%s/%d: %s", *key, outcome.reason)
+        level = logging.WARNING if self.processes[key].ending is None else logging.INFO
+        log.log(level, "%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})
         self._gone(key, outcome.reason if outcome.is_told else self.processes[key].ending or outcome.reason)
 
     def _gone(self, key: Key, reason: str) -> None:

@@ -178,6 +178,19 @@ class LatencyModel:
         a, b, c = self._small if num_sequences < self._large_batch else self._large
         return a + b * num_context_tokens + c * num_sequences + FLOOR_S
 
+    def step_s(self, timing: StepTiming) -> float:
+        """Seconds of a step of this shape."""
+        if not timing.num_prefill_tokens:
+            return self.decode_s(timing.num_decode_sequences, timing.num_context_tokens)
+        return self.prefill_s(timing.num_prefill_tokens, timing.sum_prefill_squares) + self._rows_s(timing)
+
+    def _rows_s(self, timing: StepTiming) -> float:
+        """What decoding sequences add to a step that prefills too."""
+        if not timing.num_decode_sequences:
+            return 0.0
+        _, b, c = self._small if timing.num_decode_sequences < self._large_batch else self._large
+        return b * timing.num_context_tokens + c * timing.num_decode_sequences
+
     def transfer_s(self, num_bytes: float) -> float:
         """Seconds to move `num_bytes` once they are computed."""
         return self._alpha + self._byte_s * num_bytes + FLOOR_S
@@ -192,9 +205,7 @@ class LatencyModel:
         seconds = timing.duration_s
         context, sequences = timing.num_context_tokens, timing.num_decode_sequences
         if timing.num_prefill_tokens:
-            if sequences:
-                _, b, c = self._small if sequences < self._large_batch else self._large
-                seconds -= b * context + c * sequences
+            seconds -= self._rows_s(timing)
             if seconds > 0:
                 self._prefill.observe((1.0, timing.num_prefill_tokens, timing.sum_prefill_squares), seconds)
         elif sequences and seconds > 0:

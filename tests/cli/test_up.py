@@ -87,7 +87,7 @@ def test_a_signal_drains_the_cluster_and_ends_it(
     server: ServerThread, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launched = SimpleNamespace(grpc_address=server.address)
-    monkeypatch.setattr(launch, "launch", lambda config: nullcontext(launched))
+    monkeypatch.setattr(launch, "launch", lambda config, settings: nullcontext(launched))
     before = signal.getsignal(signal.SIGTERM)
 
     def strike() -> None:  # once: draining watches too
@@ -96,7 +96,7 @@ def test_a_signal_drains_the_cluster_and_ends_it(
 
     server.cluster.on_watch = strike
     server.call(server.cluster.go_on.set)
-    up(ClusterConfig())
+    up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
     assert server.cluster.drained == [((), True)]
     assert capsys.readouterr().err.splitlines()[-2:] == ["draining; interrupt again to stop at once", "stopped"]
     assert signal.getsignal(signal.SIGTERM) is before

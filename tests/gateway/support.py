@@ -91,6 +91,7 @@ def timeline(request: Request) -> Timeline:
     )
     dispatch = DispatchTimes(
         attempt=0,
+        number=7,
         choices=tuple(range(request.sampling.n)),
         prefill_worker="prefill-0",
         decode_worker="decode-0",
@@ -102,7 +103,9 @@ def timeline(request: Request) -> Timeline:
         first_token_s=100.04,
         prefill=prefill,
     )
-    return Timeline(submitted_s=100.0, first_token_s=100.04, ended_s=100.1, dispatches=(dispatch,))
+    return Timeline(
+        request_id=request.request_id, submitted_s=100.0, first_token_s=100.04, ended_s=100.1, dispatches=(dispatch,)
+    )
 
 
 class ScriptedCluster:
@@ -214,6 +217,12 @@ class ScriptedCluster:
                 await self._changed.wait()
             seen = self.state
             yield seen
+
+    def metrics(self) -> bytes:
+        return b"# TYPE pdserve_info gauge\npdserve_info 1.0\n"
+
+    def explain(self, request_id: str) -> Timeline | None:
+        return next((timeline(request) for request in self.requests if request.request_id == request_id), None)
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
         if self.refusal is not None:

@@ -155,3 +155,7 @@ class HeadActor:
 
     async def stop(self) -> None:
         await self._head.stop()
+
+    async def metrics(self) -> bytes:
+        metrics: bytes = self._head.metrics()
+        return metrics

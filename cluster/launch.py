@@ -173,6 +173,11 @@ class LaunchedCluster:
         with contextlib.suppress(RayActorError):  # dead again: `wait` will say so
             ray.get(self._head.start.remote())
 
+    def metrics(self) -> bytes:
+        """The head's metrics in Prometheus' text format. Raises RayActorError when it has just died."""
+        metrics: bytes = ray.get(self._head.metrics.remote())
+        return metrics
+
     def poll(self) -> str | None:
         """Why the cluster is gone, or None while it is there or has ended as it was told to."""
         return self._error

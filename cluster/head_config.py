@@ -8,7 +8,7 @@ from ..core.messages import Role
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..engine.plan import Plan
 from ..router.config import RouterConfig
-from ..telemetry.tally import StepCosts
+from ..telemetry.steps import StepCosts
 
 # what a core and a link of an ordinary machine do; only the first placements depend on it
 CORE_FLOPS_PER_S = 1e11

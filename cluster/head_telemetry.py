@@ -9,7 +9,8 @@ from ..router.events import Timeline
 from ..telemetry.exposition import Exposition, Snapshot
 from ..telemetry.recent import RecentRequests
 from ..telemetry.recorder import Recorder, Traces
-from ..telemetry.tally import StepCosts, Tally
+from ..telemetry.steps import StepCosts, StepTally
+from ..telemetry.tally import Tally
 
 
 class HeadTelemetry:
@@ -25,11 +26,12 @@ class HeadTelemetry:
     ) -> None:
         """`snapshot` is how things stand, given the number of spans that were made."""
         slo = config.slo
-        self._tally = Tally(model, costs, ttft_slo_s=slo.ttft_ms / 1e3, itl_slo_s=slo.itl_ms / 1e3)
+        steps = StepTally()
+        self._tally = Tally(steps, ttft_slo_s=slo.ttft_ms / 1e3, itl_slo_s=slo.itl_ms / 1e3)
         self._recent = RecentRequests()
         self._traces = None if otlp_endpoint is None else _exporter(otlp_endpoint, config.model.name)
-        self._exposition = Exposition(self._tally, lambda: snapshot(self._traces.num_spans if self._traces else 0))
-        self.recorder = Recorder(self._tally, self._recent, self._traces, asyncio.get_running_loop().time)
+        self._exposition = Exposition(self._tally, steps, costs, model, lambda: snapshot(self._num_spans))
+        self.recorder = Recorder(self._tally, steps, self._recent, self._traces, asyncio.get_running_loop().time)
 
     def configure(self, config: ClusterConfig) -> None:
         """Another SLO is in force."""
@@ -40,6 +42,10 @@ class HeadTelemetry:
 
     def recent(self, request_id: str) -> Timeline | None:
         return self._recent.get(request_id)
+
+    @property
+    def _num_spans(self) -> int:
+        return 0 if self._traces is None else self._traces.num_spans
 
     async def close(self) -> None:
         """Spans that wait leave, if they can soon."""

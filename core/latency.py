@@ -4,9 +4,10 @@ The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token c
 in bytes. Seeded with priors, refined by recursive least squares from every step and transfer that workers report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .histogram import RATIOS, Histogram
 from .messages import StepTiming, TransferStats
 
 NOISE = 0.02  # variance of a measurement relative to its size
@@ -78,6 +79,7 @@ class RecursiveLeastSquares:
         self._num_seen = 0
         self._num_dropped_in_row = 0
         self.num_dropped = 0
+        self.ratios = Histogram(RATIOS)  # measured over predicted, of all measurements
         self._covariance = self._initial_covariance()
 
     @property
@@ -94,9 +96,11 @@ class RecursiveLeastSquares:
         """Refine by one measurement; False when it was dropped as an outlier."""
         scaled = [x * prior for x, prior in zip(features, self._priors, strict=True)]
         predicted = max(sum(x * w for x, w in zip(scaled, self._weights, strict=True)), FLOOR_S)
-        if self._is_outlier(seconds / predicted):
+        ratio = seconds / predicted
+        self.ratios.add(ratio)
+        if self._is_outlier(ratio):
             return False
-        self._update([x / predicted for x in scaled], seconds / predicted)
+        self._update([x / predicted for x in scaled], ratio)
         self._num_seen += 1
         return True
 
@@ -150,9 +154,6 @@ class LatencyModel:
         self._decode_large = RecursiveLeastSquares(decode, forgetting)
         self._transfer = RecursiveLeastSquares((p.transfer_s, p.transfer_byte_s), forgetting)
         self._large_batch = large_batch
-        self._refresh()
-
-    def _refresh(self) -> None:
         self._a, self._b, self._c = self._prefill.coefficients
         self._small, self._large = self._decode_small.coefficients, self._decode_large.coefficients
         self._alpha, self._byte_s = self._transfer.coefficients
@@ -178,19 +179,6 @@ class LatencyModel:
         a, b, c = self._small if num_sequences < self._large_batch else self._large
         return a + b * num_context_tokens + c * num_sequences + FLOOR_S
 
-    def step_s(self, timing: StepTiming) -> float:
-        """Seconds of a step of this shape."""
-        if not timing.num_prefill_tokens:
-            return self.decode_s(timing.num_decode_sequences, timing.num_context_tokens)
-        return self.prefill_s(timing.num_prefill_tokens, timing.sum_prefill_squares) + self._rows_s(timing)
-
-    def _rows_s(self, timing: StepTiming) -> float:
-        """What decoding sequences add to a step that prefills too."""
-        if not timing.num_decode_sequences:
-            return 0.0
-        _, b, c = self._small if timing.num_decode_sequences < self._large_batch else self._large
-        return b * timing.num_context_tokens + c * timing.num_decode_sequences
-
     def transfer_s(self, num_bytes: float) -> float:
         """Seconds to move `num_bytes` once they are computed."""
         return self._alpha + self._byte_s * num_bytes + FLOOR_S
@@ -205,16 +193,30 @@ class LatencyModel:
         seconds = timing.duration_s
         context, sequences = timing.num_context_tokens, timing.num_decode_sequences
         if timing.num_prefill_tokens:
-            seconds -= self._rows_s(timing)
+            if sequences:
+                _, b, c = self._small if sequences < self._large_batch else self._large
+                seconds -= b * context + c * sequences
             if seconds > 0:
                 self._prefill.observe((1.0, timing.num_prefill_tokens, timing.sum_prefill_squares), seconds)
+                self._a, self._b, self._c = self._prefill.coefficients
         elif sequences and seconds > 0:
-            fit = self._decode_small if sequences < self._large_batch else self._decode_large
-            fit.observe((1.0, context, sequences), seconds)
-        self._refresh()
+            if sequences < self._large_batch:
+                self._decode_small.observe((1.0, context, sequences), seconds)
+                self._small = self._decode_small.coefficients
+            else:
+                self._decode_large.observe((1.0, context, sequences), seconds)
+                self._large = self._decode_large.coefficients
 
     def observe_transfer(self, stats: TransferStats) -> None:
         """Learn from a transfer: what was hidden behind compute says nothing of the link, the rest does."""
         if stats.exposed_s > 0:
             self._transfer.observe((1.0, stats.num_bytes - stats.hidden_bytes), stats.exposed_s)
-            self._refresh()
+            self._alpha, self._byte_s = self._transfer.coefficients
+
+    def ratios(self) -> Mapping[str, tuple[Histogram, ...]]:
+        """Measured over predicted time since the start, by what was measured."""
+        return {
+            "prefill_step": (self._prefill.ratios,),
+            "decode_step": (self._decode_small.ratios, self._decode_large.ratios),
+            "transfer": (self._transfer.ratios,),
+        }

@@ -8,6 +8,7 @@ No clock, no I/O: the shell carries commands out in order and feeds events in.
 """
 
 from ..core.errors import NoWorkerAvailable, QueueFull
+from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, Prefill, Reserve, Serve, StepReport
 from ..core.request import FinishReason, Request
@@ -34,7 +35,6 @@ from .events import (
     WorkerRole,
     WorkersExpected,
 )
-from .histogram import TokenGaps
 from .ledger import Ledger
 from .live_requests import LiveRequests
 from .placement import Placer

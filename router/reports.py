@@ -1,10 +1,10 @@
 """What workers say of their legs: tokens go to their streams, loads and times to the accounts, ends close legs."""
 
+from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, StepReport, TokenOutput
 from .dispatch import DispatchState
 from .events import EmitTokens
-from .histogram import TokenGaps
 from .ledger import Ledger
 from .live_requests import LiveRequests
 from .prefix_index import PrefixIndex
@@ -23,6 +23,7 @@ class WorkerReports:
         self._index = index
         self._model = model
         self.gaps = TokenGaps()
+        self._tokens_before = self.gaps.before  # one look-up less a token
 
     def on_report(self, report: StepReport, now_s: float) -> None:
         worker = self._registry.current(report.worker_id, report.incarnation)
@@ -59,9 +60,9 @@ class WorkerReports:
             if live.first_token_s is None:
                 live.first_token_s = now_s
                 self._requests.counters.prompt_tokens += len(live.request.prompt_token_ids)
-        self.gaps.before.append(stream.last_token_s)
+        self._tokens_before.append(stream.last_token_s)
         if len(tokens) > 1:
-            self.gaps.before.extend([now_s] * (len(tokens) - 1))
+            self._tokens_before.extend([now_s] * (len(tokens) - 1))
         stream.last_token_s = now_s
         self._requests.emit(live, EmitTokens(live.request_id, output.choice, tokens))
         if stream.finish_reason is not None:

@@ -38,6 +38,7 @@ class TakeOver:
             for stranger in held.strangers:
                 for (worker_id, incarnation), _ in stranger.legs.values():
                     self._out.append(SendCommand(worker_id, incarnation, Abort(transfer=stranger.spec.transfer)))
+        self._reports.gaps.before.clear()  # tokens that are told again have no gaps of their own
         self._requests.claims_end_s = now_s + self._requests.config.claim_timeout_s
 
     def _resume(self, live: LiveRequest, held: HeldDispatch, served: set[int], now_s: float) -> set[int]:

@@ -6,7 +6,7 @@ Names are vLLM's where they mean the same. All have the prefix `pdserve_`; count
 from dataclasses import dataclass
 from typing import Literal
 
-from ..router.histogram import TOKEN_GAPS_S
+from ..core.histogram import RATIOS, TOKEN_GAPS_S
 
 PREFIX = "pdserve_"
 
@@ -17,7 +17,6 @@ REQUEST_S = (
 SHORT_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 1.5e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 SIZES = tuple(float(1 << power) for power in range(14, 36, 2))  # 16 KiB to 16 GiB
 NUM_TOKENS = tuple(float(1 << power) for power in range(18))
-RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +112,8 @@ HISTOGRAMS = (
     _histogram(
         "prediction_ratio",
         RATIOS,
-        "Measured over predicted time, by what was predicted: prefill_step, decode_step, mixed_step, ttft (from dispatch), "
-        "transfer (exposed) or itl (mean gap).",
+        "Measured over predicted time, by what was predicted: prefill_step, decode_step, transfer (what is left of it after "
+        "the prefill), ttft (from dispatch) or itl (mean gap).",
         "of",
     ),
 )

@@ -8,12 +8,14 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from ..core.histogram import Histogram, merged
+from ..core.latency import LatencyModel
 from ..core.messages import Role
 from ..core.request import FinishReason
-from ..router.histogram import Histogram
 from ..router.registry import WorkerState
 from ..router.status import RouterStatus, WorkerStatus
 from .catalogue import COUNTERS, GAUGES, HISTOGRAMS, Metric
+from .steps import StepCosts, StepTally
 from .tally import MET, MISSED, Labels, Tally
 
 POOLS = (Role.PREFILL.value, Role.DECODE.value)
@@ -45,8 +47,13 @@ Rows = Iterable[tuple[Labels, float]]
 class Exposition(Collector):
     """Renders a registry of its own; `snapshot` is asked at each scrape."""
 
-    def __init__(self, tally: Tally, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(
+        self, tally: Tally, steps: StepTally, costs: StepCosts, model: LatencyModel, snapshot: Callable[[], Snapshot]
+    ) -> None:
         self._tally = tally
+        self._steps = steps
+        self._costs = costs
+        self._model = model
         self._snapshot = snapshot
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -70,6 +77,13 @@ class Exposition(Collector):
     def _counted(self, metric: Metric) -> Rows:
         rows = dict.fromkeys(EXPECTED.get(metric.name, ()), 0.0)
         rows |= {labels: value for (name, labels), value in self._tally.counts.items() if name == metric.name}
+        if metric.name == "num_preemptions_total":
+            rows |= {(pool,): count for pool, count in self._steps.num_preemptions.items()}
+        for (pool, _), steps in self._steps.sums.items():
+            if metric.name == "estimated_flops_total":
+                rows[pool,] = rows.get((pool,), 0.0) + self._costs.flops(steps)
+            elif metric.name == "estimated_memory_bytes_total":
+                rows[pool,] = rows.get((pool,), 0.0) + self._costs.memory_bytes(steps)
         return rows.items()
 
     def _histogram(self, metric: Metric, now: Snapshot) -> Family:
@@ -77,6 +91,10 @@ class Exposition(Collector):
         found = {labels: h for (name, labels), h in self._tally.histograms.items() if name == metric.name}
         if metric.name == "inter_token_latency_seconds":
             found = {(): now.token_gaps}
+        elif metric.name == "step_duration_seconds":
+            found = {key: steps.durations for key, steps in self._steps.sums.items()}
+        elif metric.name == "prediction_ratio":
+            found |= {(what,): merged(histograms) for what, histograms in self._model.ratios().items()}
         elif not found and not metric.labels:
             found = {(): Histogram(metric.bounds)}
         for labels, histogram in found.items():

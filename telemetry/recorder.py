@@ -7,6 +7,7 @@ from typing import Protocol
 from ..core.request import FinishReason
 from ..router.events import RouterEvent, Timeline
 from .recent import RecentRequests
+from .steps import StepTally
 from .tally import Tally
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,16 @@ class Traces(Protocol):
 class Recorder:
     """Counts, remembers, exports and logs. A mistake in here is logged and ends no request."""
 
-    def __init__(self, tally: Tally, recent: RecentRequests, traces: Traces | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        tally: Tally,
+        steps: StepTally,
+        recent: RecentRequests,
+        traces: Traces | None,
+        clock: Callable[[], float],
+    ) -> None:
         self.tally = tally
+        self.steps = steps
         self.recent = recent
         self.traces = traces
         self._clock = clock
@@ -35,7 +44,7 @@ class Recorder:
     def observe(self, event: RouterEvent) -> None:
         """Before the router handles it."""
         try:
-            self.tally.observe(event)
+            self.steps.observe(event)
         except Exception:  # telling of requests must not end them
             log.exception("an event could not be counted")
 

@@ -1,78 +1,32 @@
-"""What requests, transfers and steps came to since the head's start. Events and timelines in, numbers out: no clock, no I/O.
+"""What requests and transfers came to since the head's start: timelines in, numbers out, no clock and no I/O.
 
-What the router counts by itself (`router.status.Counters`, `router.histogram.TokenGaps`) is not counted here again.
+What the router counts by itself (`router.status.Counters`, `core.histogram.TokenGaps`) is not counted here again.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
 
-from ..core.latency import LatencyModel
-from ..core.messages import StepReport, StepTiming, TransferStats
+from ..core.histogram import Histogram
+from ..core.messages import TransferStats
 from ..core.request import FinishReason
-from ..router.events import DispatchTimes, RouterEvent, Timeline, WorkerReady, WorkerRole
-from ..router.histogram import Histogram
+from ..router.events import DispatchTimes, Timeline
 from . import legs
 from .catalogue import HISTOGRAMS
+from .steps import StepTally
 
 Labels = tuple[str, ...]
 ANSWERS = (FinishReason.STOP, FinishReason.LENGTH)
 MET, MISSED = "met", "missed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepCosts:
-    """Arithmetic and memory traffic of a model's steps, by their shapes."""
-
-    flops_per_token: float  # of the layers
-    flops_per_sample: float  # of the logits of one token
-    flops_per_pair: float  # of attention: a query and a key, all layers and heads
-    weight_bytes: int
-    kv_bytes_per_token: int
-
-    def flops(self, timing: StepTiming) -> float:
-        """Attention within a prompt counts as if it were not causal, and a prompt's only logits not at all."""
-        num_tokens = timing.num_prefill_tokens + timing.num_decode_sequences
-        num_pairs = timing.sum_prefill_squares + timing.num_context_tokens
-        samples = self.flops_per_sample * timing.num_decode_sequences
-        return self.flops_per_token * num_tokens + self.flops_per_pair * num_pairs + samples
-
-    def memory_bytes(self, timing: StepTiming) -> float:
-        """Weights once, the context of decoding sequences, and what is new."""
-        num_tokens = timing.num_context_tokens + timing.num_prefill_tokens + timing.num_decode_sequences
-        return self.weight_bytes + self.kv_bytes_per_token * num_tokens
-
-
-@dataclass(slots=True)
-class _Worker:
-    pool: str
-    incarnation: int
-    num_preemptions: int | None = None  # as last told; None: it has not said
-
-
 class Tally:
-    """Fed by `observe` with every event before the router handles it, and by `closed` with every timeline that is complete."""
+    """Fed with every timeline that is complete. `steps` is what tells the pools of workers."""
 
-    def __init__(self, model: LatencyModel, costs: StepCosts, *, ttft_slo_s: float, itl_slo_s: float) -> None:
+    def __init__(self, steps: StepTally, *, ttft_slo_s: float, itl_slo_s: float) -> None:
         self.ttft_slo_s, self.itl_slo_s = ttft_slo_s, itl_slo_s  # may change
         self.counts: defaultdict[tuple[str, Labels], float] = defaultdict(float)
         self.histograms: dict[tuple[str, Labels], Histogram] = {}
-        self._model = model
-        self._costs = costs
-        self._workers: dict[str, _Worker] = {}
+        self._steps = steps
         self._bounds = {metric.name: metric.bounds for metric in HISTOGRAMS}
-
-    def observe(self, event: RouterEvent) -> None:
-        """What workers report of their steps."""
-        match event:
-            case StepReport():
-                self._on_report(event)
-            case WorkerReady(info=info):
-                self._workers[info.worker_id] = _Worker(info.role.value, info.incarnation)
-            case WorkerRole(worker_id=worker_id, role=role):
-                if worker_id in self._workers:
-                    self._workers[worker_id].pool = role.value
-            case _:
-                pass
 
     def closed(self, timeline: Timeline) -> None:
         """A request is over, and nobody has anything to add."""
@@ -95,29 +49,6 @@ class Tally:
         if histogram is None:
             histogram = self.histograms[name, labels] = Histogram(self._bounds[name])
         histogram.add(value)
-
-    # steps
-
-    def _on_report(self, report: StepReport) -> None:
-        worker = self._workers.get(report.worker_id)
-        if worker is None or worker.incarnation != report.incarnation:
-            return
-        num_preemptions = report.load.num_preemptions
-        if worker.num_preemptions is not None and num_preemptions > worker.num_preemptions:
-            self.counts["num_preemptions_total", (worker.pool,)] += num_preemptions - worker.num_preemptions
-        worker.num_preemptions = num_preemptions
-        if report.timing is not None:
-            self._step(worker.pool, report.timing)
-
-    def _step(self, pool: str, timing: StepTiming) -> None:
-        is_mixed = timing.num_prefill_tokens and timing.num_decode_sequences
-        phase = "mixed" if is_mixed else "prefill" if timing.num_prefill_tokens else "decode"
-        self._add("step_duration_seconds", timing.duration_s, pool, phase)
-        self._add("prediction_ratio", timing.duration_s / self._model.step_s(timing), f"{phase}_step")
-        self.counts["estimated_flops_total", (pool,)] += self._costs.flops(timing)
-        self.counts["estimated_memory_bytes_total", (pool,)] += self._costs.memory_bytes(timing)
-
-    # requests
 
     def _first_token(self, timeline: Timeline, first_token_s: float) -> None:
         self._add("time_to_first_token_seconds", first_token_s - timeline.submitted_s)
@@ -149,7 +80,7 @@ class Tally:
     def _dispatch(self, dispatch: DispatchTimes) -> None:
         told = legs.account(dispatch)
         if told is not None and dispatch.first_token_s is not None:
-            pool = self._workers[told.worker_id].pool
+            pool = self._steps.pool_of(told.worker_id)
             self.counts["prefix_cache_queries_total", (pool,)] += dispatch.num_tokens
             self.counts["prefix_cache_hits_total", (pool,)] += told.num_cached_tokens
         if dispatch.prefill is not None and dispatch.prefill.stats is not None:
@@ -164,7 +95,5 @@ class Tally:
         self._add("kv_transfer_bytes", stats.num_bytes)
         self._add("kv_transfer_seconds", stats.duration_s)
         self._add("kv_transfer_exposed_seconds", stats.exposed_s)
-        if dispatch.expected_transfer_s > 0:
-            self._add("prediction_ratio", stats.exposed_s / dispatch.expected_transfer_s, "transfer")
         if (wait_s := legs.kv_wait_s(dispatch)) is not None:
             self._add("request_kv_wait_time_seconds", wait_s)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from pdserve.core.latency import LatencyModel
 from pdserve.core.messages import Leg, LegEnded, Role, StepReport, StepTiming, TransferStats, WorkerLoad
 from pdserve.router.events import RequestClosed, RouterCommand, RouterEvent, Timeline
 from pdserve.telemetry.exposition import Exposition, Snapshot
-from pdserve.telemetry.tally import StepCosts, Tally
+from pdserve.telemetry.steps import StepCosts, StepTally
+from pdserve.telemetry.tally import Tally
 
 from ..router.cluster import Cluster
 
@@ -18,13 +18,14 @@ class Watched(Cluster):
     """Everything that happens is tallied; `values` is what a scrape would find."""
 
     def __init__(self, *workers: Any, **options: Any) -> None:
-        self.tally = Tally(LatencyModel(), COSTS, ttft_slo_s=0.2, itl_slo_s=0.05)
+        self.steps = StepTally()
+        self.tally = Tally(self.steps, ttft_slo_s=0.2, itl_slo_s=0.05)
         self.timelines: list[Timeline] = []
         super().__init__(*workers, **options)
-        self.exposition = Exposition(self.tally, self.snapshot)
+        self.exposition = Exposition(self.tally, self.steps, COSTS, self.router.model, self.snapshot)
 
     def handle(self, event: RouterEvent) -> list[RouterCommand]:
-        self.tally.observe(event)
+        self.steps.observe(event)
         commands = super().handle(event)
         for command in commands:
             if isinstance(command, RequestClosed):

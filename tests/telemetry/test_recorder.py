@@ -90,7 +90,8 @@ class Recorded:
     def __init__(self) -> None:
         self.num_spans = 0
         self.exported: list[tuple[str, float]] = []
-        self.recorder = Recorder(Watched("prefill-0").tally, RecentRequests(), self, lambda: 42.0)
+        watched = Watched("prefill-0")
+        self.recorder = Recorder(watched.tally, watched.steps, RecentRequests(), self, lambda: 42.0)
 
     def export(self, timeline: Timeline, now_s: float) -> None:
         self.exported.append((timeline.request_id, now_s))
@@ -112,7 +113,7 @@ def test_a_mistake_in_telling_is_logged_with_the_request_and_goes_no_further(cap
     recorded.recorder.closed(timeline("unfinished", finish_reasons=(None,)))
     (record,) = caplog.records
     assert (record.levelname, record.__dict__["request_id"]) == ("ERROR", "unfinished")
-    recorded.recorder.tally.observe = None  # type: ignore[assignment,method-assign]
+    recorded.recorder.steps.observe = None  # type: ignore[assignment,method-assign]
     recorded.recorder.observe(Tick())
     assert len(caplog.records) == 2
 

@@ -6,7 +6,7 @@ from pdserve.core.errors import QueueFull
 from pdserve.core.messages import Leg, Role, TokenOutput
 from pdserve.core.request import FinishReason
 from pdserve.router.config import RouterConfig
-from pdserve.router.events import Cancel, Pause, Tick, WorkerRole
+from pdserve.router.events import Cancel, Pause, Tick, Timeline, WorkerRole
 
 from ..router.cluster import make_request
 from .support import STATS, Watched, timing
@@ -164,7 +164,7 @@ def test_steps_are_timed_by_pool_and_phase_and_measured_against_their_prediction
     assert values['step_duration_seconds_sum{phase="prefill",pool="prefill"}'] == pytest.approx(0.03)
     assert values['step_duration_seconds_sum{phase="decode",pool="decode"}'] == pytest.approx(0.01)
     assert values['step_duration_seconds_sum{phase="mixed",pool="decode"}'] == pytest.approx(0.02)
-    assert {values[f'prediction_ratio_count{{of="{phase}_step"}}'] for phase in ("prefill", "decode", "mixed")} == {1}
+    assert {values[f'prediction_ratio_count{{of="{phase}_step"}}'] for phase in ("prefill", "decode")} == {2, 1}
 
 
 def test_arithmetic_and_traffic_are_counted_from_the_shapes_of_steps(cluster: Watched) -> None:
@@ -198,3 +198,21 @@ def test_a_worker_that_changes_its_role_counts_for_its_new_pool(cluster: Watched
     cluster.handle(WorkerRole("prefill-0", Role.DECODE))
     cluster.step("prefill-0", timing(sequences=1, context=10))
     assert cluster.values()['step_duration_seconds_count{phase="decode",pool="decode"}'] == 1
+
+
+def test_an_adopted_request_is_counted_but_its_times_are_not() -> None:
+    cluster = Watched("decode-0")
+    ended = Timeline(
+        request_id="r",
+        submitted_s=5.0,
+        first_token_s=5.0,
+        ended_s=6.0,
+        dispatches=(),
+        finish_reasons=(FinishReason.LENGTH,),
+        num_output_tokens=(9,),
+        is_adopted=True,
+    )
+    cluster.tally.closed(ended)
+    values = cluster.values()
+    assert values['request_success_total{finished_reason="length"}'] == 1
+    assert not [name for name in values if name.startswith(("time_to_first", "e2e", "slo_requests"))]

@@ -1,4 +1,4 @@
-"""Counts of measurements by size: what becomes a Prometheus histogram. Plain numbers, cheap enough for every token."""
+"""Counts of measurements by size: what becomes a Prometheus histogram. Plain numbers, cheap enough for every step and token."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ TOKEN_GAPS_S = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0,
     2.5, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
+RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 
 
 class Histogram:
@@ -27,6 +28,16 @@ class Histogram:
         """`count` measurements of the same size."""
         self.counts[bisect_left(self.bounds, value)] += count
         self.total += value * count
+
+
+def merged(histograms: Sequence[Histogram]) -> Histogram:
+    """All measurements of histograms with the same bounds together."""
+    total = Histogram(histograms[0].bounds)
+    for histogram in histograms:
+        assert histogram.bounds == total.bounds, "these cannot be added"
+        total.counts = [mine + theirs for mine, theirs in zip(total.counts, histogram.counts, strict=True)]
+        total.total += histogram.total
+    return total
 
 
 class TokenGaps(Histogram):

@@ -150,6 +150,7 @@ class Controller:
         that fell silent may be frozen, and a new incarnation needs its cores: it is not asked to end, but killed."""
         process = self.processes.get((worker_id, incarnation))
         if process is not None and process.info is not None and process.ending is None:
+            log.warning("%s/%d is lost: %s", worker_id, incarnation, reason, extra={"worker": worker_id})
             self.handle(WorkerLost(worker_id, incarnation, reason))
             self._stop((worker_id, incarnation), reason, 0.0 if is_silent else STOP_TIMEOUT_S)
 

@@ -70,7 +70,7 @@ def _log_end(timeline: Timeline) -> None:
             log.info("an attempt failed: %s", dispatch.failure, extra=where)
     level = LEVELS.get(outcome, logging.DEBUG)
     if log.isEnabledFor(level):
-        text = "%s after %.3f s with %d + %d tokens, %d attempts%s"
+        text = "%s after %.3f s, tokens: %d + %d, attempts: %d%s"
         error = f": {timeline.error}" if timeline.error else ""
         seconds, num_output_tokens = timeline.ended_s - timeline.submitted_s, sum(timeline.num_output_tokens)
         values = outcome.value, seconds, timeline.num_prompt_tokens, num_output_tokens, len(timeline.dispatches), error

@@ -9,6 +9,7 @@ import pytest
 
 from pdserve.proto import pdserve_pb2 as pb
 
+from ..telemetry.support import nonzero
 from .harness import Cluster, session_processes, tokens_of
 
 pytestmark = pytest.mark.cluster
@@ -67,3 +68,4 @@ def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(clus
         assert tokens_of(events + rest, choice) == tokens_of(expected, choice)
     assert len(rest[-1].end.timeline.attempts) == 1
     assert pids(cluster) == before
+    assert nonzero(cluster._launched.metrics())["router_takeovers_total"] == 1

@@ -94,11 +94,12 @@ def test_a_signal_drains_the_cluster_and_ends_it(
     monkeypatch.setattr(launch, "launch", lambda config, settings: nullcontext(launched))
     before = signal.getsignal(signal.SIGTERM)
 
-    def strike() -> None:  # once: draining watches too
-        server.cluster.on_watch = lambda: None
+    def strike(lines: StatusLines, status: pb.ClusterStatus) -> list[str]:
+        """With the first state in hand: gRPC does not survive an interrupt while it begins a call."""
         os.kill(os.getpid(), number)
+        return []
 
-    server.cluster.on_watch = strike
+    monkeypatch.setattr(StatusLines, "changes", strike)
     server.call(server.cluster.go_on.set)
     up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
     assert server.cluster.drained == [((), True)]

@@ -2,8 +2,9 @@
 
     python bench/against.py REVISION [--rounds 5]
 
-Each turn is one run of that tree's own `overhead.py`; a figure is the median of a tree's turns. The earlier tree is checked out
-beside this one for the time of the run, and its kernels are built.
+Each turn is one run of that tree's own `overhead.py`. A figure is the median of a tree's turns, a ratio the median of those of
+the rounds, which stand beside it from the least to the greatest. The earlier tree is checked out beside this one for the time
+of the run, and its kernels are built. Workers of both trees run at the same priority, whatever each asks of Ray.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def checked_out(revision: str) -> Iterator[Path]:
 
 def turn(tree: Path, num_requests: int) -> dict[str, float]:
     """Medians of one run: TTFT and ITL through the cluster, in ms."""
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    environment = {**os.environ, "PYTHONPATH": str(tree), "RAY_worker_niceness": "0"}
     command = [sys.executable, "bench/overhead.py", "--requests", str(num_requests)]
     output = subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True).stdout
     rows = [line.split() for line in output.splitlines()]
@@ -56,8 +57,10 @@ def main() -> None:
                     figures[figure, name].append(milliseconds)
     print(f"{'ms at batch 1':14} {args.revision[:12]:>12} {'this tree':>12} {'ratio':>8}   (medians of {args.rounds} turns)")
     for figure in ("TTFT", "ITL"):
-        before, after = (statistics.median(figures[figure, name]) for name in ("earlier", "this"))
-        print(f"{figure:14} {before:12.3f} {after:12.3f} {after / before:8.3f}")
+        before, after = figures[figure, "earlier"], figures[figure, "this"]
+        ratios = sorted(new / old for old, new in zip(before, after, strict=True))
+        medians = f"{statistics.median(before):12.3f} {statistics.median(after):12.3f} {statistics.median(ratios):8.3f}"
+        print(f"{figure:14} {medians}   {ratios[0]:.3f} to {ratios[-1]:.3f}")
 
 
 if __name__ == "__main__":

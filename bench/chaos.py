@@ -1,13 +1,15 @@
-"""A real cluster under accidents: workers are killed, frozen and cut off while streams run, and nothing may be lost.
+"""A real cluster under accidents: workers and their router are killed, frozen and cut off while streams run, and nothing may
+be lost.
 
     python bench/chaos.py                     200 rounds of kills and freezes, about half an hour on 2 cores
     python bench/chaos.py --partitions        partitions too, in a network namespace; takes root, `unshare`, `ip` and `tc`
 
 Two prefill and two decode workers of the embedded model, half a core each. First the tokens of an undisturbed run are
 recorded. Then, in each round, six concurrent gRPC streams, greedy and seeded, long prompts and short, are disturbed by one to
-three accidents at drawn moments. Each stream must end by itself with exactly the undisturbed tokens, text and endings. Every
-few rounds the cluster has to become whole and idle, with every block free; at the end no process, socket, shared memory or
-file may be left. The same --seed draws the same accidents; when exactly they fall depends on the machine.
+three accidents at drawn moments. A client whose router was killed comes back to the next one for the rest of its stream. Each
+stream must end by itself with exactly the undisturbed tokens, text and endings. Every few rounds the cluster has to become
+whole and idle, with every block free; at the end no process, socket, shared memory or file may be left. The same --seed draws
+the same accidents; when exactly they fall depends on the machine.
 
 Exit status 1 when a stream was lost or altered, or anything leaked.
 """
@@ -44,6 +46,8 @@ NUM_TEMPLATES = 24
 NUM_STREAMS = 6
 ROUNDS_TO_SETTLE = 10
 SETTLE_TIMEOUT_S = 180.0
+# while there is no router clients try again at least so often; gRPC would pause for up to two minutes
+RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,6 @@ class Ordeal:
 
     generation: rpc.GenerationStub
     watch: Watch
-    head_pid: int
     templates: Sequence[Template]
     undisturbed: Sequence[Stream]
 
@@ -73,18 +76,19 @@ def config(transport: str) -> ClusterConfig:
 @contextmanager
 def running(transport: str, templates: Sequence[Template]) -> Iterator[Ordeal]:
     """Up, and with the undisturbed tokens known: each request alone, then all at once."""
-    with launch(config(transport)) as cluster, grpc.insecure_channel(cluster.grpc_address) as channel:
+    with launch(config(transport)) as cluster, grpc.insecure_channel(cluster.grpc_address, RECONNECT) as channel:
         watch = Watch(rpc.ClusterStub(channel), POOLS)
         watch.wait_for(watch.is_whole, SETTLE_TIMEOUT_S)
         generation = rpc.GenerationStub(channel)
-        undisturbed = [run_streams(generation, [template], "alone")[0] for template in templates]
+        undisturbed = [run_streams(generation, [template], f"alone {number}")[0] for number, template in enumerate(templates)]
         together = run_streams(generation, templates, "together")
         outcomes = [stream.outcome(alone) for stream, alone in zip(undisturbed + together, undisturbed * 2, strict=True)]
         assert set(outcomes) == {"whole"}, f"without any accident: {outcomes}"
         watch.wait_for(watch.is_idle, SETTLE_TIMEOUT_S)
-        (head_pid,) = (pid for pid, command in descendants().items() if "HeadActor" in command)
-        yield Ordeal(generation, watch, head_pid, templates, undisturbed)
-        watch.close()
+        try:
+            yield Ordeal(generation, watch, templates, undisturbed)
+        finally:
+            watch.close()
 
 
 def run_round(ordeal: Ordeal, rng: random.Random, number: int, with_partitions: bool, account: Account) -> list[str]:
@@ -96,7 +100,7 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, with_partitions: 
 
     def disturb(streams: list[Stream]) -> None:
         for accident in accidents:
-            strike(accident, streams, ordeal.watch, ordeal.head_pid, rng)
+            strike(accident, streams, ordeal.watch, rng)
 
     start_s = time.monotonic()
     streams = run_streams(ordeal.generation, [ordeal.templates[index] for index in chosen], f"round {number}", disturb)
@@ -107,6 +111,7 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, with_partitions: 
     print(
         f"round {number}: {time.monotonic() - start_s:.1f} s; {'; '.join(map(str, accidents))}",
         *problems,
+        *account.add_replaced(ordeal.watch),
         *slowness(streams),
         sep="\n  ",
         flush=True,
@@ -128,10 +133,11 @@ def settle(ordeal: Ordeal, account: Account) -> None:
 
 
 def check_holdings(before: dict[str, dict[str, int]], account: Account) -> None:
-    """The head has no socket or file more than before. Each worker has a ring, or none, with each of the other pool."""
+    """The present head has no socket or file more than the first one had. Each worker has a ring, or none, with each of the
+    other pool."""
     head, workers = holdings("HeadActor"), holdings("WorkerActor")
-    print(f"at start: {before}\nat the end: head {head}, workers {workers}")
-    for kind in ("sockets", "files"):
+    print(f"at start: {before}\nat the end: head {head}, workers {workers}, keeper {holdings('KeeperActor')}")
+    for kind in ("processes", "sockets", "files"):
         if head[kind] > before["head"][kind]:
             account.leaks.append(f"{head[kind]} {kind} of the head, {before['head'][kind]} at start")
     if workers["rings"] > 2 * POOLS["prefill"] * POOLS["decode"]:

@@ -10,7 +10,11 @@ from ..core.errors import PdserveError
 from ..proto import pdserve_pb2_grpc
 
 DETAILS_KEY = "grpc-status-details-bin"
-OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 500),  # a router that died is back within seconds
+)
 
 
 class CommandFailed(PdserveError):
@@ -22,8 +26,17 @@ class Client:
 
     def __init__(self, address: str, channel: grpc.Channel) -> None:
         self.address = address
+        self._channel = channel
         self.generation: pdserve_pb2_grpc.GenerationStub = pdserve_pb2_grpc.GenerationStub(channel)
         self.cluster: pdserve_pb2_grpc.ClusterStub = pdserve_pb2_grpc.ClusterStub(channel)
+
+    def is_answered(self, timeout: float) -> bool:
+        """Whether a server accepts connections within so many seconds."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout)
+        except grpc.FutureTimeoutError:
+            return False
+        return True
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from google.protobuf.json_format import MessageToJson
 
 from ..proto import pdserve_pb2 as pb
 from .client import Client, CommandFailed
+from .coming_back import resuming_stream
 from .timeline import timeline_lines
 
 Write = Callable[[str], None]
@@ -57,7 +58,7 @@ def generate(client: Client, request: pb.GenerateRequest, timeline: bool, as_jso
     if request.sampling.n > 1:
         end = _print_choices(client.generation.Generate(request, timeout=timeout))
     else:
-        _, end = stream_text(client.generation.GenerateStream(request, timeout=timeout), write_out)
+        _, end = stream_text(resuming_stream(client, request, timeout), write_out)
     if timeline:
         print_timeline(end)
 
@@ -79,7 +80,7 @@ def chat(client: Client, lines: Iterator[str], system: str | None, sampling: pb.
     for line in lines:
         messages.append(pb.ChatMessage(role="user", content=line))
         request = pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat(messages=messages)), sampling=sampling)
-        text, _ = stream_text(client.generation.GenerateStream(request), write)
+        text, _ = stream_text(resuming_stream(client, request), write)
         messages.append(pb.ChatMessage(role="assistant", content=text))
 
 

@@ -99,7 +99,8 @@ class KeeperActor:
         """Never returns; fails when the keeper dies."""
         await asyncio.Event().wait()
 
-    async def start(self, spec: WorkerSpec, placement: Placement) -> None:
+    async def start(self, spec: WorkerSpec, placement: Placement) -> Outcome:
+        """Start a worker's process. Returns when nothing is left of it."""
         actor = WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
             num_cpus=spec.pool.num_cpus,
             scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
@@ -107,6 +108,7 @@ class KeeperActor:
         ).remote(WORKER, replace(spec, cores=placement.cores))
         outcome = asyncio.get_running_loop().create_task(outcome_of(actor.run.remote()))
         self._kept[spec.key] = _Kept(spec, placement, actor, outcome)
+        return await self.ended(spec.key)
 
     async def ended(self, key: tuple[str, int]) -> Outcome:
         """Returns when nothing is left of the process."""

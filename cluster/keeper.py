@@ -17,16 +17,18 @@ class Keeper(Protocol):
 
 
 class RayKeeper:
-    """`KeeperActor`, by its handle. Calls arrive in their order."""
+    """`KeeperActor`, by its handle. Calls of an async actor may overtake each other: one starts a worker and tells its end."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+        self._started: dict[Key, Any] = {}  # calls of `start`, until `ended` waits for them
 
     def start(self, spec: WorkerSpec, placement: Placement) -> None:
-        self._actor.start.remote(spec, placement)
+        self._started[spec.key] = self._actor.start.remote(spec, placement)
 
     async def ended(self, key: Key) -> Outcome:
-        outcome: Outcome = await self._actor.ended.remote(key)
+        started = self._started.pop(key, None)
+        outcome: Outcome = await (self._actor.ended.remote(key) if started is None else started)
         return outcome
 
     def stop(self, key: Key) -> None:

@@ -122,16 +122,29 @@ class RecursiveLeastSquares:
         return [[max(1.0, w) ** 2 if i == j else 0.0 for j in self._size] for i, w in enumerate(self._weights)]
 
     def _update(self, row: list[float], target: float) -> None:
-        """One step of recursive least squares (Haykin, Adaptive Filter Theory, 10.3), projected to weights >= 0."""
+        """One step of recursive least squares (Haykin, Adaptive Filter Theory, 10.3), then to weights >= 0."""
         covariance, size = self._covariance, self._size
         spread = [sum(covariance[i][j] * row[j] for j in size) for i in size]
         variance = NOISE + sum(row[i] * spread[i] for i in size)
         error = target - sum(row[i] * self._weights[i] for i in size)
         for i in size:
-            self._weights[i] = max(0.0, self._weights[i] + spread[i] / variance * error)
+            self._weights[i] += spread[i] / variance * error
             for j in size:
                 covariance[i][j] -= spread[i] * spread[j] / variance
+        self._leave_out_negative()
         self._forget()
+
+    def _leave_out_negative(self) -> None:
+        """The others take over what a negative weight stood for: cut off alone, it would raise every prediction, and grow."""
+        for _ in self._size:
+            least = min(self._size, key=lambda i: self._weights[i])
+            weight, variance = self._weights[least], self._covariance[least][least]
+            if weight >= 0.0 or variance <= 0.0:
+                break
+            for j in self._size:
+                self._weights[j] -= self._covariance[j][least] / variance * weight
+            self._weights[least] = 0.0
+        self._weights = [max(0.0, weight) for weight in self._weights]
 
     def _forget(self) -> None:
         """Old measurements lose weight, but a direction that no measurement touches must not grow without bound."""

@@ -272,8 +272,9 @@ class LiveRequests:
         return jobs
 
     def give_up(self, dispatch: Dispatch, now_s: float) -> None:
-        """An adopted dispatch is of no use: somebody else serves its choices, or half of it is gone."""
-        dispatch.fail("given up when its router was replaced", now_s)
+        """An adopted dispatch is of no use: somebody else serves its choices, they have ended, or half of it is gone."""
+        if dispatch.state is DispatchState.RUNNING:
+            dispatch.fail("given up when its router was replaced", now_s)
         self._abort(dispatch, dispatch.open_legs)
 
     def _retry_at_s(self, dispatch: Dispatch, now_s: float) -> float:

@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 StreamEvent = EmitTokens | EmitChoiceEnd | EmitEnd
 
 HEARTBEAT_S = 0.5  # so often do both sides speak at least
-DEAD_AFTER_S = 3.0  # a worker that says nothing for so long is lost
+# A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
+MAX_SILENT_BEATS = 6
 
 
 class WorkerObserver(Protocol):
@@ -232,7 +233,7 @@ class _WorkerConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._hello: Hello | None = None
         self._ready = False
-        self._heard_s = self._loop.time()
+        self._num_silent_beats = 0
         self._reason = "connection closed"
         self._is_silent = False
         self._watchdog: asyncio.TimerHandle | None = None
@@ -243,7 +244,7 @@ class _WorkerConnection(asyncio.Protocol):
         self._watchdog = self._loop.call_later(HEARTBEAT_S, self._beat)
 
     def data_received(self, data: bytes) -> None:
-        self._heard_s = self._loop.time()
+        self._num_silent_beats = 0
         try:
             for message in self._decoder.feed(data):
                 self._on_message(message)
@@ -285,10 +286,10 @@ class _WorkerConnection(asyncio.Protocol):
 
     def _beat(self) -> None:
         """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and frozen now."""
-        silent_s = self._loop.time() - self._heard_s
-        if silent_s >= DEAD_AFTER_S and (self._hello is None or self._ready):
+        self._num_silent_beats += 1
+        if self._num_silent_beats > MAX_SILENT_BEATS and (self._hello is None or self._ready):
             self._is_silent = True
-            self._abort(f"silent for {silent_s:.1f} s")
+            self._abort(f"silent for {MAX_SILENT_BEATS * HEARTBEAT_S:.1f} s")
             return
         if self._hello is not None:
             self.send(Heartbeat())

@@ -53,13 +53,13 @@ class TakeOver:
         for _, told in held.legs.values():
             if told.ended is not None:
                 self._reports.on_leg_ended(told.ended, now_s)
-        if dispatch.state is not DispatchState.RUNNING:
-            return set()
         unfinished = {choice for choice, stream in dispatch.streams.items() if stream.finish_reason is None}
-        if held.is_broken or not unfinished or unfinished & served:
+        is_running = dispatch.state is DispatchState.RUNNING
+        if is_running and not held.is_broken and unfinished and not unfinished & served:
+            return unfinished
+        if is_running or held.is_broken:  # also one that has brought all its tokens, and waits for a taker of its KV
             self._requests.give_up(dispatch, now_s)
-            return set()
-        return unfinished
+        return set()
 
     def _open(self, live: LiveRequest, held: HeldDispatch, now_s: float) -> Dispatch:
         workers = {leg: self._registry.current(*key) for leg, (key, _) in held.legs.items()}

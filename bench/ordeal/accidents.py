@@ -1,4 +1,5 @@
-"""What befalls workers: killed, frozen for a while, cut off. Drawn by seed, carried out at a moment of the streams' lives."""
+"""What befalls workers and their router: killed, frozen for a while, cut off from each other. Drawn by seed, carried out at a
+moment of the streams' lives."""
 
 import os
 import random
@@ -10,12 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .leftovers import router_pid
 from .network import client_ports, cut, ports_towards
 from .streams import Stream
 from .watch import Watch
 
 KINDS = ("kill", "freeze")
 PARTITIONS = ("cut off from the router", "cut off from the other pool")
+ROUTER = "router"
 MOMENTS = ("before the first token", "during the transfer", "mid decode")
 
 
@@ -35,6 +38,7 @@ class Accident:
     is_whole_pool: bool
     duration_s: float  # of a freeze or a cut
     delay_s: float  # after the moment has come
+    aftermath_s: float  # between the death of a router and the next accident, which may strike the new one while it starts
     progress: float  # of a stream, 0 to 1, that "mid decode" waits for
     at_s: float | None = None
     victims: list[Victim] = field(default_factory=list)
@@ -47,36 +51,48 @@ class Accident:
 
 
 def draw(rng: random.Random, with_partitions: bool) -> Accident:
+    """A router is frozen for less than makes workers give it up; it is the other side of a worker that is cut off from it."""
     kind = rng.choice((*KINDS, *PARTITIONS) if with_partitions else KINDS)
+    role = rng.choice(("prefill", "decode", ROUTER) if kind in KINDS else ("prefill", "decode"))
     return Accident(
         kind=kind,
-        role=rng.choice(("prefill", "decode")),
+        role=role,
         moment=rng.choice(MOMENTS),
-        is_whole_pool=rng.random() < 0.1,
+        is_whole_pool=rng.random() < 0.1 and role != ROUTER,
         duration_s=rng.uniform(0.1, 5.0) if kind == "freeze" else rng.uniform(3.5, 8.0),
         delay_s=rng.uniform(0.0, 0.1 if kind == "kill" else 0.02),
+        aftermath_s=rng.uniform(0.0, 4.0) if role == ROUTER and kind == "kill" else 0.0,
         progress=rng.uniform(0.02, 0.8),
     )
 
 
-def strike(accident: Accident, streams: list[Stream], watch: Watch, head_pid: int, rng: random.Random) -> None:
-    """Wait for the moment, then do it. A pool without a ready worker is spared."""
+def strike(accident: Accident, streams: list[Stream], watch: Watch, rng: random.Random) -> None:
+    """Wait for the moment, then do it. A pool without a ready worker is spared, and so is a router that is not there yet."""
     _wait_for_moment(accident, streams, rng)
-    ready = watch.ready_workers(accident.role)
-    chosen = ready if accident.is_whole_pool else rng.sample(ready, min(1, len(ready)))
-    accident.victims = [Victim(worker.worker_id, worker.pid) for worker in chosen if Path(f"/proc/{worker.pid}").exists()]
-    if not accident.victims:  # killed a moment ago: the status is that much behind
+    chosen = _candidates(accident.role, watch)
+    if not accident.is_whole_pool:
+        chosen = rng.sample(chosen, min(1, len(chosen)))
+    accident.victims = chosen
+    if not chosen:
         return
-    pids = [victim.pid for victim in accident.victims]
-    end = _begin(accident, pids, [w.pid for w in watch.ready_workers(_other(accident.role))], head_pid)
+    end = _begin(accident, [victim.pid for victim in chosen], watch)
     if end is not None:
         accident.ended = threading.Timer(accident.duration_s, end)
         accident.ended.start()
+    time.sleep(accident.aftermath_s)
 
 
-def _begin(accident: Accident, pids: list[int], peers: list[int], head_pid: int) -> Callable[[], None] | None:
+def _candidates(role: str, watch: Watch) -> list[Victim]:
+    if role == ROUTER:
+        pid = router_pid()
+        return [] if pid is None else [Victim(ROUTER, pid)]
+    ready = [Victim(worker.worker_id, worker.pid) for worker in watch.ready_workers(role)]
+    return [victim for victim in ready if Path(f"/proc/{victim.pid}").exists()]  # the status is a little behind
+
+
+def _begin(accident: Accident, pids: list[int], watch: Watch) -> Callable[[], None] | None:
     """Returns what ends it."""
-    if accident.kind in ("kill", "freeze"):
+    if accident.kind in KINDS:
         processes = [os.pidfd_open(pid) for pid in pids]
         is_kill = accident.kind == "kill"
         accident.at_s = time.monotonic()
@@ -85,12 +101,23 @@ def _begin(accident: Accident, pids: list[int], peers: list[int], head_pid: int)
             return lambda: _signal(processes, signal.SIGCONT, close=True)
         _signal(processes, 0, close=True)
         return None
-    if accident.kind == PARTITIONS[0]:
-        ports = set().union(*(client_ports(pid, head_pid) for pid in pids))
-    else:
-        ports = set().union(*(ports_towards(pid, peers) for pid in pids))
+    ports = _ports_to_cut(accident, pids, watch)
+    if not ports:
+        accident.victims = []
+        return None
     accident.at_s = time.monotonic()
     return cut(ports)
+
+
+def _ports_to_cut(accident: Accident, pids: list[int], watch: Watch) -> set[int]:
+    """None when one of the two sides is dead."""
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        if accident.kind == PARTITIONS[1]:
+            peers = [victim.pid for victim in _candidates(_other(accident.role), watch)]
+            return set().union(*(ports_towards(pid, peers) for pid in pids))
+        if (router := router_pid()) is not None:
+            return set().union(*(client_ports(pid, router) for pid in pids))
+    return set()
 
 
 def _signal(processes: list[int], number: int, close: bool = False) -> None:

@@ -7,11 +7,12 @@ from itertools import pairwise
 
 from pdserve.proto import pdserve_pb2 as pb
 
-from .accidents import Accident
+from .accidents import ROUTER, Accident
 from .streams import Stream
 from .watch import Watch
 
 LONG_PAUSE_S = 8.0
+BREAK_S = 5.0  # so soon after its router was killed, at the latest, must a client notice
 
 
 class Account:
@@ -20,7 +21,8 @@ class Account:
     def __init__(self) -> None:
         self.num_rounds = 0
         self.accidents: Counter[str] = Counter()  # workers that were struck
-        self.num_whole_pools = 0
+        self._victims: set[int] = set()  # pids
+        self._replaced: dict[int, str] = {}  # workers that were replaced for no accident, by their pids
         self.outcomes: Counter[str] = Counter()
         self.num_tokens = 0
         self.hits: Counter[str] = Counter()  # where in its life a stream was when its worker went
@@ -28,26 +30,56 @@ class Account:
         self.leaks: list[str] = []
         self.acted_s: defaultdict[str, list[float]] = defaultdict(list)  # the router had taken the choice back
         self.resumed_s: defaultdict[str, list[float]] = defaultdict(list)
-        self._struck: list[Accident] = []
+        self.num_returned = 0  # streams whose clients came back
+        self.returned_s: list[float] = []  # the next token after the router was killed
+        self._timed: list[Accident] = []  # in rounds in which the router was spared
+        self._router_kills_s: list[float] = []
 
     def add_round(self, accidents: Sequence[Accident], streams: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
         """What went wrong, in words."""
         self.num_rounds += 1
         struck = [accident for accident in accidents if accident.at_s is not None]
-        self._struck += struck
         for accident in struck:
             self.accidents[f"{accident.kind}, {accident.role}"] += len(accident.victims)
-            self.num_whole_pools += accident.is_whole_pool
+            self._victims |= {victim.pid for victim in accident.victims}
+            if accident.role == ROUTER and accident.kind == "kill":
+                self._router_kills_s.append(accident.at_s or 0.0)
+        is_timed = not any(accident.role == ROUTER for accident in struck)  # else it is not clear what followed from what
+        if is_timed:
+            self._timed += struck
         problems = []
         for stream, expected in zip(streams, undisturbed, strict=True):
-            outcome = stream.outcome(expected)
+            outcome = stream.outcome(expected) if self._has_reason_to_break(stream) else "lost"
             self.outcomes[outcome] += 1
             self.num_tokens += stream.num_tokens
             if outcome != "whole":
                 problems.append(f"{outcome}: {stream.error or 'other tokens'} ({_story(stream)})")
-            else:
+            elif stream.breaks_s:
+                self._count_return(stream)
+            elif is_timed:
                 self._count_resumptions(stream, struck)
         return problems
+
+    def add_replaced(self, watch: Watch) -> list[str]:
+        """Workers that were replaced for no accident and were not counted before, in words."""
+        replaced = watch.replaced_workers()
+        new = {pid: name for pid, name in replaced.items() if pid not in self._victims and pid not in self._replaced}
+        self._replaced |= new
+        return [f"replaced for no accident: {name}" for name in new.values()]
+
+    def _has_reason_to_break(self, stream: Stream) -> bool:
+        """Each time its connection broke the router had been killed just before."""
+        return all(any(0.0 <= at_s - kill_s < BREAK_S for kill_s in self._router_kills_s) for at_s in stream.breaks_s)
+
+    def _count_return(self, stream: Stream) -> None:
+        """Of a stream that came back: how long after each kill that broke it there was a token again, if one was missing."""
+        self.num_returned += 1
+        causes = {max(kill_s for kill_s in self._router_kills_s if kill_s <= at_s): at_s for at_s in reversed(stream.breaks_s)}
+        arrivals_s = sorted(arrival_s for choice in stream.choices.values() for arrival_s in choice.arrivals_s)
+        for kill_s, broken_s in causes.items():
+            next_s = next((arrival_s for arrival_s in arrivals_s if arrival_s > broken_s), None)
+            if next_s is not None:
+                self.returned_s.append(next_s - kill_s)
 
     def _count_resumptions(self, stream: Stream, accidents: Sequence[Accident]) -> None:
         for number, choice in stream.choices.items():
@@ -65,9 +97,22 @@ class Account:
 
     def lines(self, watch: Watch) -> list[str]:
         """The table."""
+        rows = [f"{'rounds':44} {self.num_rounds}"]
+        rows += [f"{kind:44} {count}" for kind, count in sorted(self.accidents.items())]
+        rows += [f"{'streams':44} {sum(self.outcomes.values())}", f"{'tokens':44} {self.num_tokens}"]
+        rows += [f"{outcome:44} {self.outcomes[outcome]}" for outcome in ("lost", "altered")]
+        rows += [f"{'leaked':44} {len(self.leaks)}"]
+        rows += [f"{'workers replaced for no accident':44} {len(self._replaced)}"]
+        rows += [f"{'streams whose clients came back':44} {self.num_returned}"]
+        rows += [f"{'choices that went on elsewhere: ' + hit:44} {count}" for hit, count in sorted(self.hits.items())]
+        rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}", ""]
+        rows += [f"{'seconds from the accident to':44} {'count':>6} {'median':>8} {'p95':>8} {'max':>8}"]
+        return rows + self._times(watch)
+
+    def _times(self, watch: Watch) -> list[str]:
         noticed: defaultdict[str, list[float]] = defaultdict(list)
         back: defaultdict[str, list[float]] = defaultdict(list)
-        for accident in self._struck:
+        for accident in self._timed:
             assert accident.at_s is not None
             for victim in accident.victims:
                 noticed_s = watch.noticed_after(accident.at_s, victim.worker_id, victim.pid)
@@ -77,19 +122,12 @@ class Account:
                 back_s = watch.first_after(accident.at_s + noticed_s, watch.is_whole)
                 if back_s is not None:
                     back[accident.kind].append(noticed_s + back_s)
-        rows = [f"{'rounds':44} {self.num_rounds}"]
-        rows += [
-            f"{kind:44} {count}" for kind, count in sorted(self.accidents.items(), key=lambda item: (item[0][0] == "(", item))
-        ]
-        rows += [f"{'streams':44} {sum(self.outcomes.values())}", f"{'tokens':44} {self.num_tokens}"]
-        rows += [f"{outcome:44} {self.outcomes[outcome]}" for outcome in ("lost", "altered")]
-        rows += [f"{'leaked':44} {len(self.leaks)}"]
-        rows += [f"{'choices that went on elsewhere: ' + hit:44} {count}" for hit, count in sorted(self.hits.items())]
-        rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}", ""]
-        rows += [f"{'seconds from the accident to':44} {'count':>6} {'median':>8} {'p95':>8} {'max':>8}"]
-        rows += [_row(f"in the router: {kind}", values) for kind, values in sorted(self.acted_s.items())]
+        served_s = [seconds for kill_s in self._router_kills_s if (seconds := watch.served_again_after(kill_s)) is not None]
+        rows = [_row(f"in the router: {kind}", values) for kind, values in sorted(self.acted_s.items())]
         rows += [_row(f"in the status: {kind}", values) for kind, values in sorted(noticed.items())]
+        rows += [_row("status served again: kill, router", served_s)] if served_s else []
         rows += [_row(f"next token: {kind}", values) for kind, values in sorted(self.resumed_s.items())]
+        rows += [_row("next token: kill, router", self.returned_s)] if self.returned_s else []
         rows += [_row(f"capacity back: {kind}", values) for kind, values in sorted(back.items())]
         return rows
 
@@ -123,8 +161,10 @@ def _story(stream: Stream) -> str:
         f"[{a.queued_s:.2f} {a.dispatched_s:.2f} {a.first_token_s:.2f}]"
         for a in stream.attempts
     ]
+    breaks = "".join(f"; came back after {at_s - stream.start_s:.2f} s" for at_s in stream.breaks_s)
     return (
-        f"prompt {len(stream.template.prompt)}, {stream.num_tokens} tokens, {stream.template.sampling}; {'; '.join(attempts)}"
+        f"prompt {len(stream.template.prompt)}, {stream.num_tokens} tokens, {stream.template.sampling}; "
+        f"{'; '.join(attempts)}{breaks}"
     )
 
 

@@ -28,6 +28,11 @@ def descendants() -> dict[int, str]:
     return found
 
 
+def router_pid() -> int | None:
+    """Of the present head; None while there is none."""
+    return next((pid for pid, command in descendants().items() if "HeadActor" in command), None)
+
+
 def holdings(actor: str) -> dict[str, int]:
     """Processes of this actor class among the descendants, and the sockets and rings of shared memory that they hold."""
     pids = [pid for pid, command in descendants().items() if actor in command]

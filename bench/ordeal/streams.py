@@ -1,4 +1,8 @@
-"""Clients' streams: what to ask, what came and when, and whether it is what an undisturbed run brings."""
+"""Clients' streams: what to ask, what came and when, and whether it is what an undisturbed run brings.
+
+A client whose router died comes back under the name of its request for what it does not have yet. What it is held to does not
+change by that: all connections together must bring what one would.
+"""
 
 import random
 import time
@@ -9,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from grpc_status import rpc_status
 
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
@@ -18,27 +23,68 @@ SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
 
 @dataclass(frozen=True)
 class Template:
-    """A request that is made again and again, each time with another salt, so that its prompt is computed and sent anew."""
+    """A request that is made again and again, each time under another name, which is also its salt, so that its prompt is
+    computed and sent anew."""
 
     prompt: tuple[int, ...]
     sampling: dict[str, Any]
 
-    def request(self, salt: str) -> pb.GenerateRequest:
+    @property
+    def num_choices(self) -> int:
+        return int(self.sampling.get("n", 1))
+
+    def request(self, name: str, resume_from: Sequence[int] = ()) -> pb.GenerateRequest:
         return pb.GenerateRequest(
+            request_id=name,
             prompt=pb.Prompt(token_ids=pb.TokenIds(ids=self.prompt)),
             sampling=pb.SamplingParams(**self.sampling),
-            cache_salt=salt,
+            cache_salt=name,
+            resume_from=resume_from,
         )
 
 
 @dataclass
 class Choice:
-    """Tokens of one choice and when each came; its text."""
+    """Tokens of one choice and when each came; its text and its ending."""
 
     token_ids: list[int] = field(default_factory=list)
     arrivals_s: list[float] = field(default_factory=list)
-    text: str = ""
+    token_text: str = ""
+    last_text: str = ""  # that came without tokens: it belongs to the ending
     finish_reason: int | None = None
+    earlier_endings: set[tuple[str, int]] = field(default_factory=set)  # on connections that broke
+
+    @property
+    def text(self) -> str:
+        return self.token_text + self.last_text
+
+    @property
+    def error(self) -> str | None:
+        """Why it has not ended as promised."""
+        if self.finish_reason is None:
+            return "the request ended before its choices"
+        if self.earlier_endings - {(self.last_text, self.finish_reason)}:
+            return f"ended otherwise before its router died: {self.earlier_endings}"
+        return None
+
+    def take(self, delta: pb.TokenDelta) -> str | None:
+        """More of it; returns why that is wrong."""
+        error = None
+        if self.finish_reason is not None or self.last_text or delta.index != len(self.token_ids):
+            error = f"choice {delta.choice}: index {delta.index} after {len(self.token_ids)} tokens"
+        self.token_ids += delta.token_ids
+        self.arrivals_s += [time.monotonic()] * len(delta.token_ids)
+        if delta.token_ids:
+            self.token_text += delta.text
+        else:
+            self.last_text += delta.text
+        return error
+
+    def forget_ending(self) -> None:
+        """It comes again with the next connection, and must be the same."""
+        if self.finish_reason is not None:
+            self.earlier_endings.add((self.last_text, self.finish_reason))
+        self.last_text, self.finish_reason = "", None
 
 
 @dataclass
@@ -51,6 +97,7 @@ class Stream:
     attempts: Sequence[pb.Attempt] = ()
     error: str | None = None
     is_ended: bool = False
+    breaks_s: list[float] = field(default_factory=list)  # when its connection broke, and it came back
 
     @property
     def num_tokens(self) -> int:
@@ -74,12 +121,7 @@ class Stream:
             self.error = "a message after the end"
         match event.WhichOneof("event"):
             case "tokens":
-                delta, choice = event.tokens, self.choices[event.tokens.choice]
-                if choice.finish_reason is not None or (delta.token_ids and delta.index != len(choice.token_ids)):
-                    self.error = f"choice {delta.choice}: index {delta.index} after {len(choice.token_ids)} tokens"
-                choice.token_ids += delta.token_ids
-                choice.arrivals_s += [time.monotonic()] * len(delta.token_ids)
-                choice.text += delta.text
+                self.error = self.choices[event.tokens.choice].take(event.tokens) or self.error
             case "choice_end":
                 choice = self.choices[event.choice_end.choice]
                 if choice.finish_reason is not None:
@@ -88,8 +130,15 @@ class Stream:
             case "end":
                 self.is_ended = True
                 self.attempts = event.end.timeline.attempts
-                if any(choice.finish_reason is None for choice in self.choices.values()):
-                    self.error = "the request ended before its choices"
+                self.error = next(filter(None, (choice.error for choice in self.choices.values())), self.error)
+
+    def break_off(self) -> list[int]:
+        """The connection broke. Returns how many tokens of each choice need not come again."""
+        self.breaks_s.append(time.monotonic())
+        for choice in self.choices.values():
+            choice.forget_ending()
+        have = {number: len(choice.token_ids) for number, choice in self.choices.items()}
+        return [have.get(number, 0) for number in range(self.template.num_choices)]
 
 
 def make_templates(rng: random.Random, count: int) -> list[Template]:
@@ -104,24 +153,40 @@ def make_templates(rng: random.Random, count: int) -> list[Template]:
     return templates
 
 
-def run_stream(stub: rpc.GenerationStub, stream: Stream, salt: str) -> Stream:
-    """To its end, whatever that is."""
+def run_stream(stub: rpc.GenerationStub, stream: Stream, name: str) -> Stream:
+    """To its end, whatever that is, over as many connections as it takes."""
     stream.start_s = time.monotonic()
-    try:
-        for event in stub.GenerateStream(stream.template.request(salt), timeout=STREAM_TIMEOUT_S):
-            stream.take(event)
-    except grpc.RpcError as error:
-        stream.error, stream.is_ended = f"{error.code().name}: {error.details()}", False
+    request = stream.template.request(name)
+    while (error := _run_connection(stub, stream, request)) is not None and not stream.is_ended:
+        if not _is_without_router(error):
+            stream.error = f"{error.code().name}: {error.details()}"
+            break
+        request = stream.template.request(name, resume_from=stream.break_off())
     return stream
 
 
+def _run_connection(stub: rpc.GenerationStub, stream: Stream, request: pb.GenerateRequest) -> grpc.RpcError | None:
+    timeout_s = stream.start_s + STREAM_TIMEOUT_S - time.monotonic()
+    try:
+        for event in stub.GenerateStream(request, timeout=timeout_s, wait_for_ready=True):
+            stream.take(event)
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
+def _is_without_router(error: grpc.RpcError) -> bool:
+    """Whether gRPC lost its peer; every error of pdserve's own has details."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and rpc_status.from_call(error) is None  # type: ignore[arg-type]  # it is a call, too
+
+
 def run_streams(
-    stub: rpc.GenerationStub, templates: Sequence[Template], salt: str, meanwhile: Callable[[list[Stream]], None] | None = None
+    stub: rpc.GenerationStub, templates: Sequence[Template], name: str, meanwhile: Callable[[list[Stream]], None] | None = None
 ) -> list[Stream]:
     """All at once; `meanwhile` runs beside them and may look at them. Returns when each has ended."""
     streams = [Stream(template, time.monotonic()) for template in templates]
     with ThreadPoolExecutor(max_workers=len(streams)) as pool:
-        running = [pool.submit(run_stream, stub, stream, f"{salt}/{number}") for number, stream in enumerate(streams)]
+        running = [pool.submit(run_stream, stub, stream, f"{name}/{number}") for number, stream in enumerate(streams)]
         if meanwhile is not None:
             meanwhile(streams)
         return [future.result() for future in running]

@@ -13,26 +13,41 @@ READY = pb.WORKER_STATE_READY
 
 
 class Watch:
-    """Follows WatchStatus on a thread of its own until it is closed, and keeps all that it heard."""
+    """Follows WatchStatus on a thread of its own until it is closed, whoever the router is, and keeps all that it heard."""
 
     def __init__(self, stub: rpc.ClusterStub, pools: Mapping[str, int]) -> None:
+        self._stub = stub
         self._pools = dict(pools)
-        self._call = stub.WatchStatus(pb.WatchStatusRequest())
         self._heard: list[tuple[float, pb.ClusterStatus]] = []
+        self._connected_s: list[float] = []  # the first message of each connection
         self._news = threading.Condition()
+        self._closed = threading.Event()
+        self._call = self._connect()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        self._call.cancel()
+        self._closed.set()
+        self._call.cancel()  # or the next call, that the thread has just made
         self._thread.join()
 
+    def _connect(self) -> "grpc.CallIterator[pb.ClusterStatus]":
+        return self._stub.WatchStatus(pb.WatchStatusRequest(), wait_for_ready=True)
+
     def _follow(self) -> None:
-        with suppress(grpc.RpcError):  # cancelled, or the cluster has ended
-            for status in self._call:
-                with self._news:
-                    self._heard.append((time.monotonic(), status))
-                    self._news.notify_all()
+        while not self._closed.is_set():
+            with suppress(grpc.RpcError):  # cancelled, or the router is gone
+                self._listen()
+            self._call = self._connect()
+        self._call.cancel()
+
+    def _listen(self) -> None:
+        for number, status in enumerate(self._call):
+            with self._news:
+                self._heard.append((time.monotonic(), status))
+                if not number:
+                    self._connected_s.append(self._heard[-1][0])
+                self._news.notify_all()
 
     def wait_for(self, holds: Callable[[pb.ClusterStatus], bool], timeout_s: float) -> pb.ClusterStatus:
         """The next status, from now on, for which `holds` is true. Raises TimeoutError with the last one."""
@@ -58,9 +73,19 @@ class Watch:
         """By the last message."""
         return [worker for worker in self._heard[-1][1].workers if worker.role == role and worker.state == READY]
 
+    def replaced_workers(self) -> dict[int, str]:
+        """Process ids and names of workers that were ready once and are not there any more."""
+        ready = {w.pid: w.worker_id for _, status in list(self._heard) for w in status.workers if w.state == READY}
+        present = {worker.pid for worker in self._heard[-1][1].workers}
+        return {pid: name for pid, name in ready.items() if pid not in present}
+
     def first_after(self, at_s: float, holds: Callable[[pb.ClusterStatus], bool]) -> float | None:
         """Seconds from `at_s` to the first message for which `holds` is true; None when there was none."""
         return next((heard_s - at_s for heard_s, status in list(self._heard) if heard_s > at_s and holds(status)), None)
+
+    def served_again_after(self, at_s: float) -> float | None:
+        """Seconds from `at_s` to the first message of a new connection; None when there was none."""
+        return next((connected_s - at_s for connected_s in list(self._connected_s) if connected_s > at_s), None)
 
     def noticed_after(self, at_s: float, worker_id: str, pid: int) -> float | None:
         """Seconds until the status no longer shows this process as ready."""

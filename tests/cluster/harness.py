@@ -48,10 +48,16 @@ class Cluster:
             "drain_timeout_s": 60.0,
         } | settings
         self._launched: LaunchedCluster = launch(ClusterConfig.model_validate(self.settings))
-        self.channel = grpc.insecure_channel(self._launched.grpc_address)
+        self.grpc_address = self._launched.grpc_address
+        self.channel = grpc.insecure_channel(self.grpc_address)
         self.generation = rpc.GenerationStub(self.channel)
         self.admin = rpc.ClusterStub(self.channel)
-        self.wait_for(prefill=prefill, decode=decode)
+        try:
+            self.wait_for(prefill=prefill, decode=decode)
+        except BaseException:  # one cluster fits into Ray at a time: the next test must find room
+            self.channel.close()
+            self._launched.stop()
+            raise
 
     def wait_for(self, **ready: int) -> pb.ClusterStatus:
         """Until the pools have exactly so many ready workers and no others."""
@@ -114,6 +120,10 @@ def tokens_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> list[int]:
     assert [event.WhichOneof("event") for event in events].count("end") == 1
     assert events[-1].WhichOneof("event") == "end"
     return tokens
+
+
+def text_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> str:
+    return "".join(event.tokens.text for event in events if event.HasField("tokens") and event.tokens.choice == choice)
 
 
 def workers_of(events: list[pb.GenerateEvent]) -> tuple[str, str]:

@@ -10,11 +10,13 @@ import pytest
 from pdserve.cluster import worker_link
 from pdserve.cluster.worker_link import RouterLink
 from pdserve.core.codec import FrameEncoder
-from pdserve.core.messages import Abort, Heartbeat, Hello, StepReport, WorkerCommand, WorkerLoad
+from pdserve.core.messages import Abort, Heartbeat, Hello, Ready, Role, StepReport, WorkerCommand, WorkerLoad
 from pdserve.core.request import TransferId
 from pdserve.router import service
 from pdserve.router.core import Router
 from pdserve.router.service import RouterService
+
+from ..router.cluster import worker_info
 
 HELLO = Hello(worker_id="decode-0", incarnation=1, token="token")
 WAIT_S = 20.0
@@ -33,6 +35,7 @@ class Link:
 def observer(lost: list[str]) -> SimpleNamespace:
     return SimpleNamespace(
         expects=lambda worker_id, incarnation: True,
+        worker_ready=lambda info: None,
         worker_lost=lambda worker_id, incarnation, reason, is_silent: lost.append(reason),
     )
 
@@ -45,20 +48,50 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "HEARTBEAT_S", 0.02)
 
 
+async def read_beats(reader: asyncio.StreamReader, count: int) -> None:
+    """Raises IncompleteReadError when the router hangs up before."""
+    await reader.readexactly(count * len(FrameEncoder().encode(Heartbeat())))
+
+
 async def test_a_router_that_has_nothing_to_say_says_that_it_lives(hasty: None) -> None:
     routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
-    beats = 0
-
-    async def count_beats(reader: asyncio.StreamReader) -> None:
-        nonlocal beats
-        while beats < 3:
-            await reader.readexactly(len(FrameEncoder().encode(Heartbeat())))
-            beats += 1
-
     reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
     writer.write(FrameEncoder().encode(HELLO))
     async with asyncio.timeout(WAIT_S):
-        await count_beats(reader)
+        await read_beats(reader, 3)
+    writer.close()
+    await routing.stop()
+
+
+async def test_a_worker_that_falls_silent_is_lost(hasty: None) -> None:
+    lost: list[str] = []
+    routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
+    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    encoder = FrameEncoder()
+    writer.write(encoder.encode(HELLO) + encoder.encode(Ready(info=worker_info("decode-0", Role.DECODE))))
+    async with asyncio.timeout(WAIT_S):
+        await reader.read(-1)
+    assert len(lost) == 1 and lost[0].startswith("silent")
+    writer.close()
+    await routing.stop()
+
+
+async def test_a_router_that_stood_still_does_not_take_its_own_pause_for_a_workers_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost: list[str] = []
+    routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
+    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    encoder = FrameEncoder()
+    writer.write(encoder.encode(HELLO) + encoder.encode(Ready(info=worker_info("decode-0", Role.DECODE))))
+    async with asyncio.timeout(WAIT_S):
+        await read_beats(reader, 1)
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    monkeypatch.setattr(loop, "time", lambda: time() + 60.0)
+    async with asyncio.timeout(WAIT_S):
+        await read_beats(reader, 1)
+    assert lost == []
     writer.close()
     await routing.stop()
 

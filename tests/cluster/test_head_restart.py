@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from pdserve.cli.client import connect
+from pdserve.cli.coming_back import resuming_stream
 from pdserve.proto import pdserve_pb2 as pb
 
 from ..telemetry.support import nonzero
-from .harness import Cluster, session_processes, tokens_of
+from .harness import Cluster, session_processes, text_of, tokens_of
 
 pytestmark = pytest.mark.cluster
 
@@ -69,3 +71,16 @@ def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(clus
     assert len(rest[-1].end.timeline.attempts) == 1
     assert pids(cluster) == before
     assert nonzero(cluster._launched.metrics())["router_takeovers_total"] == 1
+
+
+def test_the_command_line_s_stream_survives_the_death_of_the_head(cluster: Cluster) -> None:
+    request = cluster.request("A generator is a function", max_tokens=1500, n=2, temperature=0.8, seed=5)
+    expected = cluster.stream(request)
+    with connect(cluster.grpc_address) as client:
+        stream = resuming_stream(client, request, timeout=120)
+        events = [next(stream) for _ in range(20)]
+        kill_head()
+        events += stream
+    for choice in range(2):
+        assert tokens_of(events, choice) == tokens_of(expected, choice)
+        assert text_of(events, choice) == text_of(expected, choice)

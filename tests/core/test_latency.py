@@ -98,6 +98,22 @@ def test_thousands_of_equal_steps_do_not_spoil_what_was_learnt_of_other_shapes()
         assert predicted == pytest.approx(true_prefill_s(num_tokens, 0), rel=0.3)
 
 
+def test_shapes_that_do_not_tell_coefficients_apart_do_not_drive_them_away() -> None:
+    """Streams of one batch grow together and end one after the other; what a step costs hardly depends on its context."""
+    rng = random.Random(5)
+    model = LatencyModel(LatencyPriors(decode_step_s=2e-3, decode_context_token_s=1e-7, decode_sequence_s=1e-4))
+    for _ in range(40):
+        lengths = [rng.choice((12, 200, 700, 1300)) for _ in range(rng.choice((1, 2, 5, 8)))]
+        ends = [rng.randint(200, 700) for _ in lengths]
+        for step in range(700):
+            running = [length + step for length, end in zip(lengths, ends, strict=True) if step < end]
+            if running:
+                seconds = (3e-4 + 1e-4 * len(running)) * rng.choice((0.9, 1.0, 1.1, 1.1, 3.0))
+                model.observe_step(decode(len(running), sum(running), seconds))
+    for num_sequences in (1, 4, 8):
+        assert model.decode_s(num_sequences, 1000 * num_sequences) < 3 * (3e-4 + 1e-4 * num_sequences)
+
+
 def test_of_a_mixed_step_the_prefill_part_is_learnt() -> None:
     rng = random.Random(4)
     model = LatencyModel(LatencyPriors(decode_sequence_s=1e-3, decode_context_token_s=1e-9))

@@ -116,6 +116,16 @@ def test_a_leg_whose_partner_is_gone_is_ended(leg: Leg) -> None:
     assert cluster.aborts(WHO[leg]) == [spec.transfer]
 
 
+def test_a_prefill_whose_first_token_is_the_last_is_ended_when_nobody_takes_its_kv() -> None:
+    spec = spec_of(make_request(max_tokens=6))
+    cluster = Successor(held(Leg.PREFILL, spec, 1, last=True))
+    assert cluster.aborts("prefill-0") == [spec.transfer]
+    cluster.leg_ended("prefill-0", Leg.PREFILL, "cancelled", transfer=spec.transfer)
+    cluster.submit(make_request(max_tokens=6))
+    assert cluster.tokens["r", 0] == [0]
+    assert len(cluster.ends["r"]) == len(cluster.closed["r"]) == 1
+
+
 def test_a_decode_leg_that_has_its_kv_needs_no_partner() -> None:
     assert not Successor(held(Leg.DECODE, spec_of(make_request()), 1)).sent
 

@@ -72,6 +72,7 @@ class SimulatedHead:
         self.fleet = Fleet(fleet, first_incarnation=1 + generation * NUMBERS_OF_A_HEAD)
         self._is_settled = generation == 0
         self.clients: dict[str, Client] = {}
+        self.on_dispatch: Callable[[], object] = lambda: None
         self._time = time
         self._start_worker = start_worker
         self._violation = violation
@@ -144,6 +145,8 @@ class SimulatedHead:
                 if connection is not None:
                     connection.end.send(message)
                 self._wanted.sent((worker_id, incarnation), message)
+                if not isinstance(message, Abort):
+                    self.on_dispatch()
                 if self._note is not None:
                     self._note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
             case EmitTokens() | EmitChoiceEnd() | EmitEnd():

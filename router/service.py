@@ -6,6 +6,7 @@ Runs on one asyncio loop. Every event goes through `RouterService.handle`, which
 import asyncio
 import hmac
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Protocol
@@ -97,6 +98,7 @@ class RouterService:
         ended = False
         try:
             self.handle(Submit(request))
+            stream.bound(self.router.config.max_unread_tokens)
             while not ended:
                 event = await stream.get()
                 ended = isinstance(event, EmitEnd)
@@ -151,7 +153,7 @@ class RouterService:
         """More for a client. One that has left too much unread is paused: its request leaves the workers, and comes back
         when half of that is read."""
         stream.put(event)
-        if not stream.is_paused and stream.num_unread > self.router.config.max_unread_tokens:
+        if not stream.is_paused and stream.num_unread > stream.max_unread:
             stream.is_paused = True
             self.handle(Pause(event.request_id))
 
@@ -205,8 +207,13 @@ class _Stream:
 
     def __init__(self) -> None:
         self.num_unread = 0  # tokens
+        self._limit = self.max_unread = math.inf  # until the router has answered
         self.is_paused = False
         self._queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
+
+    def bound(self, max_unread: int) -> None:
+        """From now on the client is paused when it leaves more unread. What it came back for waits already, and is let be."""
+        self._limit, self.max_unread = max_unread, self.num_unread + max_unread
 
     def put(self, event: StreamEvent) -> None:
         self.num_unread += _num_tokens(event)
@@ -215,6 +222,7 @@ class _Stream:
     async def get(self) -> StreamEvent:
         event = await self._queue.get()
         self.num_unread -= _num_tokens(event)
+        self.max_unread = min(self.max_unread, self.num_unread + self._limit)
         return event
 
 

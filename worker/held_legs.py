@@ -1,7 +1,8 @@
 """What a worker can tell a router that knows nothing of it: the legs it carries out, those that ended lately, and their tokens.
 
 A router that dies takes with it what it knew of its requests. The one that follows learns from here what has been computed, so
-that nothing is computed twice, also of legs whose end the dead one may have heard of without telling its client.
+that nothing is computed twice: also of legs whose end the dead one may have heard of without telling its client, and of those
+that it aborted to go on elsewhere.
 """
 
 from collections import deque
@@ -41,10 +42,6 @@ class HeldLegs:
     def accepted(self, spec: SequenceSpec, leg: Leg, *, has_partner: bool) -> None:
         """The worker was given a leg; again, when the command came twice."""
         self._open.setdefault(spec.transfer, _Leg(spec, leg, has_partner))
-
-    def aborted(self, transfer: TransferId) -> None:
-        """No router wants to hear of it again."""
-        self._open.pop(transfer, None)
 
     def told(self, outputs: Iterable[TokenOutput], ended: Iterable[LegEnded]) -> None:
         """What the worker says to whichever router listens."""

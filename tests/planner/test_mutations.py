@@ -21,6 +21,7 @@ from pdserve.kv_transfer.outbound import OutboundPair
 from pdserve.kv_transfer.protocol import Ack
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
+from pdserve.planner import simulated_head
 from pdserve.planner.kv_model import ChainStore
 from pdserve.planner.run import simulate
 from pdserve.prefill_worker.worker import PrefillWorker
@@ -201,6 +202,14 @@ def forget_what_was_computed_before_the_router_died() -> Planted:
     return patch.object(HeldLegs, "tell", lambda self: ())
 
 
+def forget_to_end_what_a_dead_router_left_half_done() -> Planted:
+    return patch.object(LiveRequests, "give_up", lambda self, dispatch: None)
+
+
+def count_from_the_beginning_with_each_router() -> Planted:
+    return patch.object(simulated_head, "NUMBERS_OF_A_HEAD", 0)
+
+
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
     forget_the_epoch_check,
@@ -220,6 +229,8 @@ MUTATIONS: list[Mutation] = [
     stop_a_worker_without_draining_it,
     commit_a_chunk_that_never_left,
     forget_what_was_computed_before_the_router_died,
+    forget_to_end_what_a_dead_router_left_half_done,
+    count_from_the_beginning_with_each_router,
 ]
 
 

@@ -6,11 +6,22 @@ from typing import Any
 
 import pytest
 
-from pdserve.core.messages import Abort, Leg, LegEnded, Prefill, Serve, StepReport, TokenOutput, WorkerCommand, WorkerLoad
-from pdserve.core.request import Request, SamplingParams, TransferId
+from pdserve.core.messages import (
+    Abort,
+    HeldLeg,
+    Leg,
+    LegEnded,
+    Prefill,
+    Serve,
+    StepReport,
+    TokenOutput,
+    WorkerCommand,
+    WorkerLoad,
+)
+from pdserve.core.request import Request, SamplingParams, SequenceSpec, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
-from pdserve.router.events import EmitEnd, EmitTokens, Submit, Timeline, WorkerIdle, WorkerReady, WorkersExpected
+from pdserve.router.events import Adopted, EmitEnd, EmitTokens, Submit, Timeline, WorkerIdle, WorkerReady, WorkersExpected
 from pdserve.router.service import RouterService
 
 from .cluster import make_request, worker_info
@@ -117,6 +128,38 @@ async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_othe
     await unread.aclose()
     await settle()
     assert service.router.status(0.0).num_requests == 0
+
+
+async def test_what_a_client_comes_back_for_is_not_held_against_it() -> None:
+    """Its router died; 500 tokens wait for it, of which it needs time to read."""
+    service = RouterService(Router(RouterConfig(max_unread_tokens=20), adopts=True), SimpleNamespace(), "token")  # type: ignore[arg-type]
+    request = make_request("back", max_tokens=1000)
+    spec = SequenceSpec(
+        transfer=TransferId("back", 0),
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=request.sampling,
+        choices=(0,),
+        output_token_ids=(),
+        eos_token_ids=request.eos_token_ids,
+        cache_salt=request.cache_salt,
+    )
+    outputs = tuple(TokenOutput(spec.transfer, 0, index, index, None) for index in range(500))
+    held = HeldLeg(spec=spec, leg=Leg.DECODE, has_partner=False, outputs=outputs, ended=None)
+    service.handle(WorkerReady(worker_info("both-0"), (held,)))
+    service.handle(Adopted())
+
+    def step(index: int) -> None:
+        output = TokenOutput(spec.transfer, 0, index, index, None)
+        service.receive(StepReport(worker_id="both-0", incarnation=1, load=WorkerLoad(), outputs=(output,)))
+
+    stream = service.generate(request)
+    await anext(stream)
+    for index in range(500, 520):
+        step(index)
+    assert service.router.counters.paused == 0
+    step(520)
+    assert service.router.counters.paused == 1
+    await stream.aclose()
 
 
 async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tuple[RouterService, TokenMachine]) -> None:

@@ -36,14 +36,6 @@ def test_a_leg_is_told_with_all_its_tokens_also_for_a_while_after_its_end() -> N
     assert legs.tell() == ()
 
 
-def test_a_leg_that_was_aborted_is_not_told() -> None:
-    legs = HeldLegs(Clock())
-    legs.accepted(spec("a", range(4)), Leg.DECODE, has_partner=True)
-    legs.aborted(TransferId("a", 0))
-    legs.told([token("a", 0)], [ended("a")])
-    assert legs.tell() == ()
-
-
 def test_what_is_kept_of_ended_legs_is_bounded() -> None:
     legs = HeldLegs(Clock())
     for number in range(5):

@@ -1,9 +1,10 @@
-"""What metrics, traces and recent timelines cost the router, against the same router without them.
+"""What metrics, traces and recent timelines cost the router.
 
     python bench/telemetry.py
 
-Tokens: a decode step, from the worker's bytes into the clients' streams, in turns with and without everything that is counted.
-Requests: all that is told of one when it is over. Scrapes: one exposition.
+Steps: a decode step, from the worker's bytes into the clients' streams, in turns with a recorder and without; the gaps between
+its tokens, which the router counts itself, on their own. Requests: all that is told of one when it is over. Scrapes: one
+exposition. What clients see of it against an earlier revision: `bench/against.py`.
 """
 
 import asyncio
@@ -14,14 +15,13 @@ from types import SimpleNamespace
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from pdserve.core.codec import FrameDecoder, FrameEncoder
+from pdserve.core.histogram import TokenGaps
 from pdserve.core.messages import Leg, LegEnded, Role, StepReport, TokenOutput, TransferStats
 from pdserve.core.request import TransferId
 from pdserve.router.core import Router
-from pdserve.router.dispatch import DispatchState
-from pdserve.router.events import Cancel, EmitTokens, RequestClosed, RouterEvent, Submit, Timeline, WorkerReady
-from pdserve.router.registry import Worker
-from pdserve.router.reports import WorkerReports
+from pdserve.router.events import Cancel, RequestClosed, RouterEvent, Submit, Timeline, WorkerReady
 from pdserve.router.service import RouterService, _Stream
+from pdserve.router.stream import ChoiceStream
 from pdserve.telemetry.exposition import Exposition, Snapshot
 from pdserve.telemetry.otlp import TraceExporter
 from pdserve.telemetry.recent import RecentRequests
@@ -36,64 +36,16 @@ COSTS = StepCosts(
 NUM_STEPS = 600
 
 
-class UncountedReports(WorkerReports):
-    """As they would be if nobody asked for the gaps between tokens."""
-
-    def on_report(self, report: StepReport, now_s: float) -> None:
-        worker = self._registry.current(report.worker_id, report.incarnation)
-        if worker is None:
-            self._requests.counters.stale += 1
-            return
-        worker.load = report.load
-        timing = report.timing
-        if timing is not None:
-            self._model.observe_step(timing)
-            if timing.num_prefill_tokens:
-                worker.progress(timing.duration_s)
-        for output in report.outputs:
-            self.on_token(worker, output, now_s)
-        worker.count_tokens(len(report.outputs), now_s)
-        if report.blocks_added or report.blocks_evicted:
-            self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
-
-    def on_token(self, worker: Worker, output: TokenOutput, now_s: float) -> None:
-        dispatch = self._ledger.get(output.transfer)
-        if dispatch is None or dispatch.state is not DispatchState.RUNNING:
-            return
-        stream = dispatch.streams.get(output.choice)
-        if stream is None or output.transfer not in worker.open_legs:
-            return
-        self._ledger.count_token(dispatch, worker)
-        tokens = stream.accept(output)
-        if not tokens:
-            return
-        live = dispatch.live
-        if dispatch.first_token_s is None:
-            dispatch.first_token_s = now_s
-            if live.first_token_s is None:
-                live.first_token_s = now_s
-        self._requests.counters.tokens += len(tokens)
-        self._requests.emit(live, EmitTokens(live.request_id, output.choice, tokens))
-        if stream.finish_reason is not None:
-            self._requests.choice_ended(live, stream, dispatch, now_s)
-
-
 def recorder(traces: Traces | None = None) -> Recorder:
     steps = StepTally()
     return Recorder(Tally(steps, ttft_slo_s=0.2, itl_slo_s=0.05), steps, RecentRequests(), traces, time.monotonic)
 
 
-def uncounted() -> Router:
-    router = Router(DECODE_APART)
-    router._reports = UncountedReports(router._registry, router._ledger, router._requests, router._index, router.model)
-    return router
-
-
 class Side:
     """One router process's way of a step: decode the frame, route, fill the streams."""
 
-    def __init__(self, router: Router, told: Recorder | None, num_sequences: int) -> None:
-        self.service = RouterService(router, SimpleNamespace(), "", told)  # type: ignore[arg-type]
+    def __init__(self, told: Recorder | None, num_sequences: int) -> None:
+        self.service = RouterService(Router(DECODE_APART), SimpleNamespace(), "", told)
         self.streams = [self.service._streams.setdefault(f"r{i}", _Stream()) for i in range(num_sequences)]
         self.decoder: FrameDecoder[StepReport] = FrameDecoder(StepReport)
         self.times: list[float] = []
@@ -114,15 +66,30 @@ class Side:
 
 
 async def step_us(num_sequences: int) -> tuple[float, float]:
-    """Without and with all that is counted."""
-    sides = Side(uncounted(), None, num_sequences), Side(Router(DECODE_APART), recorder(), num_sequences)
+    """Without a recorder and with one."""
+    sides = Side(None, num_sequences), Side(recorder(), num_sequences)
     encoder = FrameEncoder()
     for index in range(1, NUM_STEPS + 1):
         frame = encoder.encode(step(num_sequences, "decode-0", index))
         for side in sides if index % 2 else reversed(sides):
             await side.take(frame)
-    without, counted = sides
-    return without.median_us, counted.median_us
+    without, told = sides
+    return without.median_us, told.median_us
+
+
+def gaps_us(num_sequences: int) -> float:
+    """Of one step: what `WorkerReports` does for each token, and at the end."""
+    gaps = TokenGaps()
+    streams = [ChoiceStream(0) for _ in range(num_sequences)]
+
+    def step_through(index: int) -> None:
+        now_s = 0.01 * index
+        for stream in streams:
+            gaps.before.append(stream.last_token_s)
+            stream.last_token_s = now_s
+        gaps.close(now_s)
+
+    return median_us(step_through, NUM_STEPS)
 
 
 def closed(told: Recorder) -> Timeline:
@@ -190,10 +157,9 @@ def scrape_us(num_workers: int) -> tuple[float, int]:
 async def main() -> None:
     for num_sequences in (1, 8, 32, 256):
         without_us, with_us = await step_us(num_sequences)
-        each_ns = (with_us - without_us) / num_sequences * 1e3
         print(
-            f"step of {num_sequences:3d} tokens: {without_us:6.1f} us without, {with_us:6.1f} us with: "
-            f"{with_us / without_us - 1:+.1%}, {each_ns:+.0f} ns a token"
+            f"step of {num_sequences:3d} tokens: {without_us:6.1f} us without a recorder, {with_us:6.1f} us with: "
+            f"{with_us - without_us:+.1f} us; gaps within: {gaps_us(num_sequences):.1f} us"
         )
     print(f"request told at its end: {closed_us(None):.0f} us")
     exporter = TraceExporter("", "", InMemorySpanExporter())

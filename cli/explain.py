@@ -1,12 +1,4 @@
-"""`pdserve explain`: where one request's time went against what was predicted, and why it was placed where it was.
-
-r7: length after 812 ms, 18 + 64 tokens, first token after 43 ms
-attempt 0: prefill-0 -> decode-0
-  LEG            PREDICTED    ACTUAL
-  queue                  -    0.4 ms
-  ...
-  placed there for the least predicted cost: 43 ms, against 58 ms at prefill-1 -> decode-0
-"""
+"""`pdserve explain`: where one request's time went against what was predicted, and why it was placed where it was."""
 
 from collections.abc import Iterator
 

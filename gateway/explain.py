@@ -30,13 +30,11 @@ def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
     return pb.ExplainedAttempt(
         attempt=dispatch.attempt,
         dispatch=dispatch.number,
-        choices=dispatch.choices,
         prefill_worker=dispatch.prefill_worker,
         decode_worker=dispatch.decode_worker or "",
         num_tokens=dispatch.num_tokens,
         expected_cached_tokens=dispatch.expected_cached_tokens,
         cached_tokens=None if told is None else told.num_cached_tokens,
-        num_steps=dispatch.num_steps,
         legs=_legs(dispatch),
         failure=dispatch.failure or "",
         considered=[_place(place) for place in dispatch.considered],

@@ -1497,13 +1497,11 @@ class ExplainedAttempt(_message.Message):
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
     DISPATCH_FIELD_NUMBER: _builtins.int
-    CHOICES_FIELD_NUMBER: _builtins.int
     PREFILL_WORKER_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
-    NUM_STEPS_FIELD_NUMBER: _builtins.int
     LEGS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     CONSIDERED_FIELD_NUMBER: _builtins.int
@@ -1514,15 +1512,12 @@ class ExplainedAttempt(_message.Message):
     decode_worker: _builtins.str
     """Empty when the first token was the last; equal to `prefill_worker` when one worker did both."""
     num_tokens: _builtins.int
+    """Prompt, and output of earlier attempts."""
     expected_cached_tokens: _builtins.int
     """Of them, in the prefill worker's cache: as the router's index had it, and as it was."""
     cached_tokens: _builtins.int
-    num_steps: _builtins.int
-    """Output tokens, of the choice with most of them."""
     failure: _builtins.str
     """Why it did not produce all that it was to; empty when it did, or is about to."""
-    @_builtins.property
-    def choices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def legs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedLeg]:
         """In order: queue (in the router), worker queue, prefill, first token (from the dispatch), transfer (what of it came after
@@ -1538,20 +1533,18 @@ class ExplainedAttempt(_message.Message):
         *,
         attempt: _builtins.int = ...,
         dispatch: _builtins.int = ...,
-        choices: _abc.Iterable[_builtins.int] | None = ...,
         prefill_worker: _builtins.str = ...,
         decode_worker: _builtins.str = ...,
         num_tokens: _builtins.int = ...,
         expected_cached_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int | None = ...,
-        num_steps: _builtins.int = ...,
         legs: _abc.Iterable[Global___ExplainedLeg] | None = ...,
         failure: _builtins.str = ...,
         considered: _abc.Iterable[Global___ConsideredPlace] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "attempt", b"attempt", "cached_tokens", b"cached_tokens", "choices", b"choices", "considered", b"considered", "decode_worker", b"decode_worker", "dispatch", b"dispatch", "expected_cached_tokens", b"expected_cached_tokens", "failure", b"failure", "legs", b"legs", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "prefill_worker", b"prefill_worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "attempt", b"attempt", "cached_tokens", b"cached_tokens", "considered", b"considered", "decode_worker", b"decode_worker", "dispatch", b"dispatch", "expected_cached_tokens", b"expected_cached_tokens", "failure", b"failure", "legs", b"legs", "num_tokens", b"num_tokens", "prefill_worker", b"prefill_worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015

@@ -141,12 +141,13 @@ def test_explain_tells_every_leg_of_a_request_that_is_over(cluster: Cluster) -> 
     cluster.stream(request)
     cluster.check_all_blocks_free()
     until(cluster, lambda values: cluster.admin.Explain(pb.ExplainRequest(request_id="explained")).outcome == "length")
-    (attempt,) = cluster.admin.Explain(pb.ExplainRequest(request_id="explained")).attempts
+    told = cluster.admin.Explain(pb.ExplainRequest(request_id="explained"))
+    (attempt,) = told.attempts
     legs = {leg.leg: leg for leg in attempt.legs}
     assert list(legs) == ["queue", "worker queue", "prefill", "first token", "transfer", "token gap"]
     assert all(leg.HasField("actual_s") for leg in legs.values())
     assert [name for name, leg in legs.items() if not leg.HasField("predicted_s")] == ["queue"]
-    assert attempt.num_steps == 20
+    assert told.completion_tokens == 20
     assert attempt.considered[0].prefill_worker == attempt.prefill_worker == "prefill-0"
 
 

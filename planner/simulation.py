@@ -256,7 +256,7 @@ class Simulation:
             case Accident.FREEZE:
                 self._freeze(worker.process, seconds)
             case Accident.ROUTER_FREEZE:
-                self._freeze(self.head.process, min(seconds, 2.0))
+                self._freeze(self.head.process, seconds)
             case Accident.ROUTER_RESTART:
                 self._kill_head(self.head, min(seconds, 2.0), amid_dispatch=accident.draw * 1000 % 1 < 0.5)
             case Accident.SLOW:

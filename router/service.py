@@ -6,7 +6,6 @@ Runs on one asyncio loop. Every event goes through `RouterService.handle`, which
 import asyncio
 import hmac
 import logging
-import math
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Protocol
@@ -98,7 +97,7 @@ class RouterService:
         ended = False
         try:
             self.handle(Submit(request))
-            stream.bound(self.router.config.max_unread_tokens)
+            stream.is_handed_over = True
             while not ended:
                 event = await stream.get()
                 ended = isinstance(event, EmitEnd)
@@ -108,7 +107,7 @@ class RouterService:
                 yield event
         finally:
             del self._streams[request.request_id]
-            if not ended:
+            if stream.is_handed_over and not ended:  # one that was refused may have the name of another's live request
                 self.handle(Cancel(request.request_id))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -151,9 +150,9 @@ class RouterService:
 
     def _feed(self, stream: "_Stream", event: StreamEvent) -> None:
         """More for a client. One that has left too much unread is paused: its request leaves the workers, and comes back
-        when half of that is read."""
+        when half of that is read. What it is handed at once because it comes back does not count."""
         stream.put(event)
-        if not stream.is_paused and stream.num_unread > stream.max_unread:
+        if not stream.is_paused and stream.num_unread > self.router.config.max_unread_tokens:
             stream.is_paused = True
             self.handle(Pause(event.request_id))
 
@@ -206,23 +205,19 @@ class _Stream:
     """What the router has said to one client and the client has not taken yet."""
 
     def __init__(self) -> None:
-        self.num_unread = 0  # tokens
-        self._limit = self.max_unread = math.inf  # until the router has answered
+        self.num_unread = 0  # tokens, of those that came after `is_handed_over`
         self.is_paused = False
-        self._queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
-
-    def bound(self, max_unread: int) -> None:
-        """From now on the client is paused when it leaves more unread. What it came back for waits already, and is let be."""
-        self._limit, self.max_unread = max_unread, self.num_unread + max_unread
+        self.is_handed_over = False  # all that was there before its client
+        self._queue: asyncio.Queue[tuple[StreamEvent, int]] = asyncio.Queue()  # with the tokens that count
 
     def put(self, event: StreamEvent) -> None:
-        self.num_unread += _num_tokens(event)
-        self._queue.put_nowait(event)
+        num_tokens = _num_tokens(event) if self.is_handed_over else 0
+        self.num_unread += num_tokens
+        self._queue.put_nowait((event, num_tokens))
 
     async def get(self) -> StreamEvent:
-        event = await self._queue.get()
-        self.num_unread -= _num_tokens(event)
-        self.max_unread = min(self.max_unread, self.num_unread + self._limit)
+        event, num_tokens = await self._queue.get()
+        self.num_unread -= num_tokens
         return event
 
 

@@ -199,3 +199,16 @@ def test_a_worker_that_is_lost_again_before_the_others_have_spoken_takes_only_it
     cluster.submit(request)
     assert cluster.tokens["r", 0] == [0, 1]
     assert cluster.spec("prefill-0").output_token_ids == (100, 101)
+
+
+def test_a_worker_whose_connection_broke_before_it_spoke_is_not_lost_when_it_has_come_again() -> None:
+    spec = spec_of(make_request(max_tokens=6))
+    cluster = Successor()
+    cluster.router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
+    cluster.handle(WorkerLost("decode-0", 1, "connection reset"))
+    cluster.handle(WorkerReady(worker_info("decode-0"), (held(Leg.DECODE, spec, 2, partner=False),)))
+    cluster.handle(Adopted())
+    assert [worker.worker_id for worker in cluster.router.status(0.0).workers] == ["decode-0"]
+    cluster.submit(make_request(max_tokens=6))
+    cluster.report("decode-0", TokenOutput(spec.transfer, 0, 2, 102))
+    assert cluster.tokens["r", 0] == [0, 1, 2]

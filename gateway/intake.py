@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .translate import UnknownModel
 
 MAX_NAME_CHARS = 128
 MAX_STOP_CHARS = 1024
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII)
 INLINE_CHARS = 4096  # longer prompts are encoded on a thread, so that other streams go on
 
 
@@ -41,8 +43,18 @@ class Intake:
         self._tokenizer = tokenizer
         self._model = model
 
-    async def request(self, message: pb.GenerateRequest, limits: LimitsSection, deadline_s: float | None, peer: str) -> Request:
-        """The request that `message` asks for; `peer` is the connection it came by. Raises InvalidRequest or UnknownModel."""
+    async def request(
+        self,
+        message: pb.GenerateRequest,
+        limits: LimitsSection,
+        deadline_s: float | None,
+        peer: str,
+        traceparent: str | None = None,
+    ) -> Request:
+        """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name.
+
+        Raises InvalidRequest or UnknownModel. A `traceparent` that is malformed counts as none, as its standard wants it.
+        """
         refuse_unknown_fields(message)
         self.check_model(message.model)
         _check_name("request_id", message.request_id)
@@ -61,6 +73,7 @@ class Intake:
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
             client=f"id:{message.client_id}" if message.client_id else peer,
+            traceparent=checked_traceparent(traceparent),
         )
 
     def check_model(self, name: str) -> None:
@@ -95,6 +108,12 @@ class Intake:
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
         return self._tokenizer.render_chat(messages, add)
+
+
+def checked_traceparent(header: str | None) -> str:
+    """The header, or "" when it is none that W3C Trace Context allows."""
+    match = _TRACEPARENT.fullmatch(header or "")
+    return "" if match is None or match["trace"] == "0" * 32 or match["span"] == "0" * 16 else match[0]
 
 
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:

@@ -33,6 +33,7 @@ from .events import (
     EmitEnd,
     EmitTokens,
     Pause,
+    RequestClosed,
     Resume,
     RouterCommand,
     RouterEvent,
@@ -43,6 +44,7 @@ from .events import (
     WorkerLost,
     WorkerReady,
 )
+from .recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +69,10 @@ class WorkerObserver(Protocol):
 class RouterService:
     """Carries events to the router and its commands to streams and workers."""
 
-    def __init__(self, router: Router, observer: WorkerObserver, token: str) -> None:
+    def __init__(self, router: Router, observer: WorkerObserver, token: str, recorder: Recorder | None = None) -> None:
         self.router = router
         self._observer = observer
+        self._recorder = recorder
         self._token = token
         self._streams: dict[str, ClientStream] = {}
         self._workers: dict[tuple[str, int], _WorkerConnection] = {}
@@ -126,6 +129,8 @@ class RouterService:
         """One event through the router, its commands carried out. An observer may call this from within a command; what
         follows from that is carried out after the commands that were decided before."""
         loop = asyncio.get_running_loop()
+        if self._recorder is not None:
+            self._recorder.observe(event)
         self._commands += self.router.handle(event, loop.time())
         if self._is_busy:
             return
@@ -149,6 +154,9 @@ class RouterService:
                     self._feed(stream, command)
             case WorkerIdle(worker_id, incarnation):
                 self._observer.worker_idle(worker_id, incarnation)
+            case RequestClosed(_, timeline):
+                if self._recorder is not None:
+                    self._recorder.closed(timeline)
 
     def _feed(self, stream: ClientStream, event: StreamEvent) -> None:
         """More for a client. One that has left too much unread is paused: its request leaves the workers, and comes back
@@ -179,7 +187,7 @@ class RouterService:
         key = hello.worker_id, hello.incarnation
         is_new = self._observer.expects(*key) and key not in self._workers
         if not is_new or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            log.warning("refused a worker that calls itself %s/%d", *key)
+            log.warning("refused a worker that calls itself %s/%d", *key, extra={"worker": hello.worker_id})
             return False
         self._workers[key] = connection
         return True

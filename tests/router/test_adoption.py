@@ -72,6 +72,22 @@ def test_a_stream_goes_on_where_its_worker_is_and_its_client_gets_all_of_it() ->
     assert not cluster.sent
 
 
+def test_tokens_that_are_told_again_make_no_gaps_and_the_timeline_says_who_took_the_request() -> None:
+    request = make_request(max_tokens=5)
+    spec = spec_of(request)
+    cluster = Successor(held(Leg.DECODE, spec, 3, partner=False))
+    cluster.submit(request)
+    cluster.now_s = 2.0
+    cluster.report("decode-0", TokenOutput(spec.transfer, 0, 3, 103))
+    gaps = cluster.router.token_gaps
+    assert (gaps.num_measured, gaps.total) == (1, 2.0)
+    assert cluster.router.counters.tokens == 1
+    timeline = cluster.router.timeline("r", 2.0)
+    assert timeline is not None
+    assert timeline.is_adopted
+    assert timeline.dispatches[0].considered == ()
+
+
 def test_what_ended_without_a_router_waits_for_its_client() -> None:
     request = make_request(max_tokens=3)
     spec = spec_of(request)

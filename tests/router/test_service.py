@@ -37,7 +37,7 @@ from pdserve.router.service import RouterService
 from .cluster import make_request, worker_info
 
 TOKENS = EmitTokens("r", 0, (TokenOutput(TransferId("r", 0), 0, 0, 7),))
-END = EmitEnd("r", None, None, Timeline(submitted_s=0.0, first_token_s=None, ended_s=0.0, dispatches=()))
+END = EmitEnd("r", None, None, Timeline(request_id="r", submitted_s=0.0, first_token_s=None, ended_s=0.0, dispatches=()))
 
 
 class ScriptedRouter:

@@ -30,6 +30,10 @@ def validate(file: Path | None) -> None:
 
 def check(config: ClusterConfig) -> Plan:
     """The plan for this machine. Raises for what no machine could serve, and leaves what needs a larger one in it."""
+    if config.listen.tls.is_on:
+        from ..gateway.tls import ServerTls
+
+        ServerTls(config.listen.tls)
     planned = plan(config)
     if any(finding.error is not CapacityError for finding in planned.findings):
         planned.check()

@@ -16,7 +16,7 @@ import grpc
 from ..core.config import ClusterConfig
 from ..proto import pdserve_pb2 as pb
 from .admin import follow_drain
-from .client import Client, CommandFailed, connect, is_gone
+from .client import Client, CommandFailed, connect_locally, is_gone
 from .progress import StartBars, StatusLines, is_ready, ready_line
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def up(config: ClusterConfig) -> None:
     from ..cluster.launch import launch  # takes a second: it imports Ray
 
     say(f"starting {config.model.name}")
-    with launch(config) as cluster, sigterm_as_interrupt(), connect(cluster.grpc_address) as client:
+    with launch(config) as cluster, sigterm_as_interrupt(), connect_locally(cluster) as client:
         try:
             follow(client)
             while _is_back(cluster, client):

@@ -20,5 +20,6 @@ class HeadSpec:
     door: str
     token: str
     host: str | None  # where workers reach the head; None: the node's address as Ray knows it
+    local: str | None = None  # a Unix socket for the process that launched the cluster, as `unix:PATH`
     generation: int = 0  # how many heads were before it
     doors: Doors | None = None  # where those listened

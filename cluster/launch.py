@@ -90,6 +90,7 @@ class LaunchedCluster:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._ray = _Ray.connect()
+        self._private = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # that nobody else may open
         self._lock = threading.Lock()  # of `_stopped` and `_head`
         self._stopped = False
         self._head: Any = None
@@ -100,7 +101,9 @@ class LaunchedCluster:
         try:
             self._keeper = self._create_keeper(config)
             host = None if self._ray.temp_dir is None else "127.0.0.1"
-            self._spec = HeadSpec(keeper=self._keeper, door=DOOR, token=secrets.token_hex(32), host=host)
+            self._spec = HeadSpec(
+                keeper=self._keeper, door=DOOR, token=secrets.token_hex(32), host=host, local=self.local_address
+            )
             self._doors = self._start_first_head()
         except BaseException:
             self.stop()
@@ -110,6 +113,11 @@ class LaunchedCluster:
     @property
     def grpc_address(self) -> str:
         return self._doors.grpc
+
+    @property
+    def local_address(self) -> str:
+        """The same services for this user's processes alone: without TLS and without a key."""
+        return f"unix:{self._private}/door"
 
     def _start_first_head(self) -> Doors:
         self._create_head()
@@ -189,6 +197,7 @@ class LaunchedCluster:
         if self._supervisor.is_alive():
             self._supervisor.join(timeout=10.0)
         self._ray.disconnect()
+        shutil.rmtree(self._private, ignore_errors=True)
 
     def __enter__(self) -> "LaunchedCluster":
         return self

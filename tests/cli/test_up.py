@@ -86,7 +86,7 @@ def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
 def test_a_signal_drains_the_cluster_and_ends_it(
     server: ServerThread, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched = SimpleNamespace(grpc_address=server.address)
+    launched = SimpleNamespace(grpc_address=server.address, local_address=server.address)
     monkeypatch.setattr(launch, "launch", lambda config: nullcontext(launched))
     before = signal.getsignal(signal.SIGTERM)
 

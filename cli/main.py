@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import PdserveError
+from .key import key_app
 
 
 class _Commands(TyperGroup):
@@ -272,6 +273,9 @@ def demo() -> None:
     from .demo import demo
 
     demo()
+
+
+app.add_typer(key_app, name="key")
 
 
 def main() -> None:

@@ -3,13 +3,15 @@
 import os
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from ..core.errors import PdserveError
 
+API_KEY = "PDSERVE_API_KEY"  # only there: what stands in options is seen by others
 TLS_CA, TLS_CERT, TLS_KEY = "PDSERVE_TLS_CA", "PDSERVE_TLS_CERT", "PDSERVE_TLS_KEY"
 PUBLIC = "public"  # in place of a file: the authorities that gRPC comes with
 
@@ -25,6 +27,7 @@ class Trust:
     tls_ca: str | None = None
     certificate: str | None = None
     key: str | None = None
+    api_key: str | None = field(default_factory=lambda: os.environ.get(API_KEY), repr=False)
 
     @property
     def is_tls(self) -> bool:
@@ -32,6 +35,10 @@ class Trust:
 
     def channel(self, address: str, options: Sequence[tuple[str, object]]) -> grpc.Channel:
         """Raises BadTrust."""
+        channel = self._channel(address, options)
+        return channel if not self.api_key else grpc.intercept_channel(channel, _ShowKey(self.api_key))
+
+    def _channel(self, address: str, options: Sequence[tuple[str, object]]) -> grpc.Channel:
         if not self.is_tls:
             return grpc.insecure_channel(address, options=options)
         if (self.certificate is None) != (self.key is None):
@@ -42,6 +49,22 @@ class Trust:
             certificate_chain=_read("--cert", self.certificate),
         )
         return grpc.secure_channel(address, credentials, options=options)
+
+
+class _ShowKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
+    """Adds the key to every call."""
+
+    def __init__(self, key: str) -> None:
+        self._header = ("authorization", f"Bearer {key}")
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._with_key(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._with_key(client_call_details), request)
+
+    def _with_key(self, details: Any) -> Any:
+        return details._replace(metadata=[*(details.metadata or ()), self._header])
 
 
 _told: ContextVar[Trust | None] = ContextVar("trust", default=None)

@@ -185,19 +185,26 @@ class ListenSection(_Part):
     """Where clients connect, and by what they are let in. Other hosts reach only what is protected by TLS."""
 
     tls: TlsSection = TlsSection()
+    api_keys: AbsolutePath | None = None
+    """The file of the keys that clients must have, a line a key, as `pdserve key new` makes them; without it they need none."""
     allow_insecure: bool = False
-    """Listen to other hosts without TLS: for a network that keeps strangers out by itself."""
+    """Listen to other hosts without TLS, or without knowing clients: for a network that keeps strangers out by itself."""
     grpc: HostPort = "127.0.0.1:50051"
-    """HOST:PORT of the gRPC server; port 0 takes a free one. Hosts other than loopback need `tls` or `allow_insecure`."""
+    """HOST:PORT of the gRPC server; port 0 takes a free one. Addresses other than loopback need `tls`, and `api_keys` or
+    `tls.client_ca`; or `allow_insecure`."""
 
     @field_validator("grpc")
     @classmethod
     def _protected(cls, value: str, info: Any) -> str:
         host, _ = parse_host_port(value) or ("", 0)
-        tls = info.data.get("tls")  # missing when it is wrong itself
-        if is_loopback(host) or info.data.get("allow_insecure", True) or tls is None or tls.is_on:
+        tls, api_keys = info.data.get("tls"), info.data.get("api_keys", "")  # missing when they are wrong themselves
+        if is_loopback(host) or info.data.get("allow_insecure", True) or tls is None:
             return value
-        raise expected("a loopback address such as 127.0.0.1:50051, or listen.tls, or listen.allow_insecure: true")
+        if not tls.is_on:
+            raise expected("a loopback address such as 127.0.0.1:50051, or listen.tls, or listen.allow_insecure: true")
+        if api_keys is None and tls.client_ca is None:
+            raise expected("listen.api_keys or listen.tls.client_ca, to know clients by, or listen.allow_insecure: true")
+        return value
 
     @property
     def grpc_host_port(self) -> tuple[str, int]:

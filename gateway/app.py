@@ -14,9 +14,11 @@ from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from .access import Access
 from .admin import ClusterService
 from .frontend import Frontend
 from .generation import GenerationService, Shared
+from .guard import Guard
 from .intake import ModelInfo
 from .tls import ServerTls
 from .tokenizer import Tokenizer
@@ -68,13 +70,16 @@ async def serve(
     local: str | None = None,
 ) -> GatewayServer:
     """Open `address`, by default `config.listen.grpc`, and the Unix socket `local`, if one is given. Raises ConfigError when
-    an address is taken, or TLS files are wrong."""
+    an address is taken, or files of TLS or keys are wrong."""
     address = address or config.listen.grpc
     tls = ServerTls(config.listen.tls) if config.listen.tls.is_on else None
-    shared = Shared(config)
+    access = Access(config.listen.api_keys) if config.listen.api_keys else None
+    shared = Shared(config, access)
     admin = ClusterService(frontend, shared)
     generation = GenerationService(frontend, shared, tokenizer, model)
-    servers = [_server(config, generation, admin) for _ in range(1 if local is None else 2)]
+    servers = [_server(config, generation, admin, access)]
+    if local is not None:
+        servers.append(_server(config, generation, admin, None))
     try:
         port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
     except RuntimeError as error:
@@ -86,8 +91,11 @@ async def serve(
     return gateway
 
 
-def _server(config: ClusterConfig, generation: GenerationService, admin: ClusterService) -> grpc.aio.Server:
+def _server(
+    config: ClusterConfig, generation: GenerationService, admin: ClusterService, access: Access | None
+) -> grpc.aio.Server:
     server = grpc.aio.server(
+        interceptors=() if access is None else (Guard(access),),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own

@@ -14,6 +14,7 @@ from ..core.errors import InvalidRequest
 from ..core.request import Request, SamplingParams
 from ..core.validation import validate_request
 from ..proto import pdserve_pb2 as pb
+from .access import Caller
 from .tokenizer import Tokenizer
 from .translate import UnknownModel
 
@@ -41,8 +42,18 @@ class Intake:
         self._tokenizer = tokenizer
         self._model = model
 
-    async def request(self, message: pb.GenerateRequest, limits: LimitsSection, deadline_s: float | None, peer: str) -> Request:
-        """The request that `message` asks for; `peer` is the connection it came by. Raises InvalidRequest or UnknownModel."""
+    async def request(
+        self,
+        message: pb.GenerateRequest,
+        limits: LimitsSection,
+        deadline_s: float | None,
+        peer: str,
+        caller: Caller | None = None,
+    ) -> Request:
+        """The request that `message` asks for; `peer` is the connection it came by, `caller` who was let in by a key.
+
+        Raises InvalidRequest or UnknownModel.
+        """
         refuse_unknown_fields(message)
         self.check_model(message.model)
         _check_name("request_id", message.request_id)
@@ -54,13 +65,13 @@ class Intake:
         token_ids = await self.token_ids(message.prompt)
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         return Request(
-            request_id=request_id,
+            request_id=request_id if caller is None else caller.scoped(request_id),
             prompt_token_ids=token_ids,
             sampling=sampling,
             eos_token_ids=self._model.eos_token_ids,
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
-            client=f"id:{message.client_id}" if message.client_id else peer,
+            client=_client(message, peer, caller),
         )
 
     def check_model(self, name: str) -> None:
@@ -95,6 +106,19 @@ class Intake:
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
         return self._tokenizer.render_chat(messages, add)
+
+
+def shown_id(request: Request) -> str:
+    """A request's id as its client knows it."""
+    kind, _, name = request.client.partition(":")
+    return request.request_id.removeprefix(f"{name}/") if kind == "key" else request.request_id
+
+
+def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> str:
+    """Whom a request counts for. Between keys nothing that a message says counts."""
+    if caller is not None:
+        return caller.client
+    return f"id:{message.client_id}" if message.client_id else peer
 
 
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:

@@ -85,7 +85,11 @@ def test_other_hosts_are_let_in_with_tls_or_on_purpose(address: str) -> None:
     with pytest.raises(ValidationError, match=r"listen\.tls, or listen\.allow_insecure: true"):
         config(listen={"grpc": address})
     config(listen={"grpc": address, "allow_insecure": True})
-    config(listen={"grpc": address, "tls": {"certificate": "/c", "key": "/k"}})
+    tls = {"certificate": "/c", "key": "/k"}
+    with pytest.raises(ValidationError, match=r"listen\.api_keys or listen\.tls\.client_ca"):
+        config(listen={"grpc": address, "tls": tls})
+    config(listen={"grpc": address, "tls": tls, "api_keys": "/keys"})
+    config(listen={"grpc": address, "tls": tls | {"client_ca": "/ca"}})
 
 
 @pytest.mark.parametrize("tls", [{"certificate": "/c"}, {"key": "/k"}, {"client_ca": "/a"}])

@@ -52,7 +52,7 @@ slo:
     at = "metadata.pdserve"
     assert refusal(text).splitlines() == [
         f"c.yaml:4: {at}.listen.grpc: got 'localhost', expected HOST:PORT such as 127.0.0.1:50051, with a port of 0 to 65535",
-        f"c.yaml:4: {at}.listen.http: unknown key, expected one of tls, allow_insecure, grpc",
+        f"c.yaml:4: {at}.listen.http: unknown key, expected one of tls, api_keys, allow_insecure, grpc",
         f"c.yaml:6: {at}.pools.prefil: unknown key, did you mean 'prefill'?",
         f"c.yaml:8: {at}.pools.decode.instances: got -1, expected at least 0",
         f"c.yaml:9: {at}.pools.decode.threads: got 1.5, expected auto or a positive integer",

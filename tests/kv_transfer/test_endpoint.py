@@ -199,8 +199,8 @@ def test_a_wrong_token_is_refused_and_counted() -> None:
     sender, receiver = Worker("p", layout(), token="guess"), Worker("d", layout())
     try:
         sender.push(T, receiver.address, [1], 8)
-        assert "the token is wrong" in sender.ends.send_error(T)
-        assert receiver.endpoint.counters.num_connects_refused == 1
+        assert "does not know this cluster's token" in sender.ends.send_error(T)
+        assert receiver.endpoint.counters.num_connects_refused > 0
     finally:
         sender.endpoint.close()
         receiver.endpoint.close()

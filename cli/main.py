@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import PdserveError
+from .key import key_app
 
 
 class _Commands(TyperGroup):
@@ -71,8 +72,17 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def pdserve(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    tls_ca: Annotated[
+        str | None,
+        typer.Option(envvar="PDSERVE_TLS_CA", help="Use TLS; the server's certificate comes from these (PEM), or: public."),
+    ] = None,
+    cert: Annotated[str | None, typer.Option(envvar="PDSERVE_TLS_CERT", help="Our certificate (PEM).")] = None,
+    key: Annotated[str | None, typer.Option(envvar="PDSERVE_TLS_KEY", help="Its private key (PEM).")] = None,
 ) -> None:
     """Holds the options of all commands."""
+    from .trust import Trust, use
+
+    use(Trust(tls_ca, cert, key))
 
 
 @app.command()
@@ -276,6 +286,9 @@ def demo() -> None:
     from .demo import demo
 
     demo()
+
+
+app.add_typer(key_app, name="key")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from ..proto import pdserve_pb2 as pb
 from ..telemetry import logs
 from ..telemetry.relay import LogRelay
 from .admin import follow_drain
-from .client import Client, CommandFailed, connect, is_gone
+from .client import Client, CommandFailed, connect_locally, is_gone
 from .progress import StartBars, StatusLines, is_ready, ready_line
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def up(config: ClusterConfig) -> None:
         logging_here(config) as settings,
         launch(config, settings) as cluster,
         sigterm_as_interrupt(),
-        connect(cluster.grpc_address) as client,
+        connect_locally(cluster) as client,
     ):
         try:
             follow(client)

@@ -97,7 +97,8 @@ class Head:
             self._controller.adopt(await spec.keeper.living.remote())
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
-        self._door = await load_entry_point(spec.door)(self, config, spec.doors.grpc if spec.doors else None)
+        address = spec.doors.grpc if spec.doors else None
+        self._door = await load_entry_point(spec.door)(self, config, address, local=spec.local)
         self._on_change()
         if not spec.generation:
             self._controller.handle(Apply(pool_sizes(config)))

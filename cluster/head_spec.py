@@ -24,5 +24,6 @@ class HeadSpec:
     host: str | None  # where workers reach the head; None: the node's address as Ray knows it
     log: LogSettings | None = None  # None: as Python does by default
     otlp_endpoint: str | None = None  # where traces go
+    local: str | None = None  # a Unix socket for the process that launched the cluster, as `unix:PATH`
     generation: int = 0  # how many heads were before it
     doors: Doors | None = None  # where those listened

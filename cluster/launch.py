@@ -91,6 +91,7 @@ class LaunchedCluster:
 
     def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
         self._ray = _Ray.connect()
+        self._private = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # that nobody else may open
         self._lock = threading.Lock()  # of `_stopped` and `_head`
         self._stopped = False
         self._head: Any = None
@@ -108,6 +109,7 @@ class LaunchedCluster:
                 host=host,
                 log=log_settings,
                 otlp_endpoint=config.observability.otlp_endpoint or _otlp_endpoint(),
+                local=self.local_address,
             )
             self._doors = self._start_first_head()
         except BaseException:
@@ -118,6 +120,11 @@ class LaunchedCluster:
     @property
     def grpc_address(self) -> str:
         return self._doors.grpc
+
+    @property
+    def local_address(self) -> str:
+        """The same services for this user's processes alone: without TLS and without a key."""
+        return f"unix:{self._private}/door"
 
     def _start_first_head(self) -> Doors:
         self._create_head()
@@ -204,6 +211,7 @@ class LaunchedCluster:
         if self._supervisor.is_alive():
             self._supervisor.join(timeout=10.0)
         self._ray.disconnect()
+        shutil.rmtree(self._private, ignore_errors=True)
 
     def __enter__(self) -> "LaunchedCluster":
         return self

@@ -179,10 +179,10 @@ class WorkerProcess:
     def _find_router(self) -> RouterLink | None:
         """A connection to whoever is the router now; None when there is none for too long."""
         spec = self._spec
-        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation, token=spec.token)
+        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation)
         while not self._stopping.is_set() and time.monotonic() - self._served_s < ROUTER_LOST_TIMEOUT_S:
             try:
-                link = RouterLink(spec.router_address, hello, self._on_command, self._on_lost)
+                link = RouterLink(spec.router_address, spec.token, hello, self._on_command, self._on_lost)
             except OSError:
                 self._stopping.wait(RECONNECT_S)
                 continue

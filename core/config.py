@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, HostPort, expected, parse_host_port
+from .config_types import (
+    AbsolutePath,
+    AutoBlockSize,
+    AutoPositiveInt,
+    AutoSize,
+    HostPort,
+    expected,
+    is_loopback,
+    parse_host_port,
+)
 from .messages import Role
 
 CPU_BLOCK_SIZE = 16
@@ -149,11 +158,53 @@ class LimitsSection(_Part):
     """Bytes of one gRPC message; fixed while the cluster runs."""
 
 
-class ListenSection(_Part):
-    """Where clients connect."""
+class TlsSection(_Part):
+    """TLS of what clients connect to; off without a certificate. Files that change are read again, without a restart."""
 
+    certificate: AbsolutePath | None = None
+    """The server's certificate and its intermediate ones (PEM)."""
+    key: AbsolutePath | None = None
+    """The certificate's private key (PEM, without a passphrase)."""
+    client_ca: AbsolutePath | None = None
+    """Certificates of the authorities that clients' certificates must come from (PEM); without it clients need none."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TlsSection":
+        if (self.certificate is None) != (self.key is None):
+            raise expected("certificate and key together", got="one without the other")
+        if self.client_ca is not None and self.certificate is None:
+            raise expected("certificate and key beside client_ca", got="client_ca alone")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        return self.certificate is not None
+
+
+class ListenSection(_Part):
+    """Where clients connect, and by what they are let in. Other hosts reach only what is protected by TLS."""
+
+    tls: TlsSection = TlsSection()
+    api_keys: AbsolutePath | None = None
+    """The file of the keys that clients must have, a line a key, as `pdserve key new` makes them; without it they need none."""
+    allow_insecure: bool = False
+    """Listen to other hosts without TLS, or without knowing clients: for a network that keeps strangers out by itself."""
     grpc: HostPort = "127.0.0.1:50051"
-    """HOST:PORT of the gRPC server; port 0 takes a free one."""
+    """HOST:PORT of the gRPC server; port 0 takes a free one. Addresses other than loopback need `tls`, and `api_keys` or
+    `tls.client_ca`; or `allow_insecure`."""
+
+    @field_validator("grpc")
+    @classmethod
+    def _protected(cls, value: str, info: Any) -> str:
+        host, _ = parse_host_port(value) or ("", 0)
+        tls, api_keys = info.data.get("tls"), info.data.get("api_keys", "")  # missing when they are wrong themselves
+        if is_loopback(host) or info.data.get("allow_insecure", True) or tls is None:
+            return value
+        if not tls.is_on:
+            raise expected("a loopback address such as 127.0.0.1:50051, or listen.tls, or listen.allow_insecure: true")
+        if api_keys is None and tls.client_ca is None:
+            raise expected("listen.api_keys or listen.tls.client_ca, to know clients by, or listen.allow_insecure: true")
+        return value
 
     @property
     def grpc_host_port(self) -> tuple[str, int]:

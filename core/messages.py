@@ -163,11 +163,10 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's first frame: who it is, and the cluster's token."""
+    """A worker's first frame: who it is."""
 
     worker_id: str
     incarnation: int
-    token: str
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -12,6 +12,7 @@ from ..proto import pdserve_pb2 as pb
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
 from .detokenizer import Detokenizer
 from .frontend import StreamEvent
+from .intake import shown_id
 from .stop_strings import Pattern, StopMatcher
 from .timeline import num_cached_tokens, timeline_message
 from .tokenizer import Tokenizer
@@ -35,6 +36,11 @@ class Answer:
         patterns = [Pattern.compile(text) for text in request.sampling.stop]
         first = resume_from or [0] * request.sampling.n
         self._choices = [_Choice(request, tokenizer, patterns, index) for index in first]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(choice.num_tokens for choice in self._choices)
 
     def handle(self, event: StreamEvent) -> Iterator[pb.GenerateEvent]:
         """The messages that an event brings. Raises RequestFailed when the request ended before its choices did."""
@@ -83,9 +89,9 @@ class Answer:
         usage = pb.Usage(
             prompt_tokens=len(self._request.prompt_token_ids),
             cached_tokens=num_cached_tokens(timeline),
-            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            completion_tokens=self.num_tokens,
         )
-        return pb.RequestEnd(request_id=self._request.request_id, usage=usage, timeline=timeline_message(timeline))
+        return pb.RequestEnd(request_id=shown_id(self._request), usage=usage, timeline=timeline_message(timeline))
 
 
 class _Choice:

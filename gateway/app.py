@@ -1,6 +1,10 @@
-"""The gRPC server: both services, health and reflection on one port. The head opens it; everything inside runs on its loop."""
+"""The gRPC server: both services, health and reflection on one port. The head opens it; everything inside runs on its loop.
+
+The same services answer on a Unix socket as well, for the process that launched the cluster: who may open its folder is let in.
+"""
 
 import asyncio
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -10,10 +14,13 @@ from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from .access import Access
 from .admin import ClusterService
 from .frontend import Frontend
 from .generation import GenerationService, Shared
+from .guard import Guard
 from .intake import ModelInfo
+from .tls import ServerTls
 from .tokenizer import Tokenizer
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
@@ -22,18 +29,19 @@ SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name
 class GatewayServer:
     """A running server. It says NOT_SERVING to health checks until told otherwise; calls are answered all the same."""
 
-    def __init__(self, server: grpc.aio.Server, port: int, admin: ClusterService) -> None:
+    def __init__(self, servers: Sequence[grpc.aio.Server], port: int, admin: ClusterService) -> None:
         self.port = port
-        self._server = server
+        self._servers = servers
         self._admin = admin
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
 
     async def _start(self) -> None:
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._set_health(False)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        await self._server.start()
+        for server in self._servers:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+            await server.start()
 
     def set_serving(self, serving: bool) -> None:
         """What health checks are told from now on."""
@@ -45,7 +53,7 @@ class GatewayServer:
         """Take no new calls, give running ones `grace_s` to end, then end them; idempotent."""
         await self._health.enter_graceful_shutdown()
         await self._admin.close()
-        await self._server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
 
     async def _set_health(self, serving: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
@@ -54,36 +62,58 @@ class GatewayServer:
 
 
 async def serve(
-    frontend: Frontend, config: ClusterConfig, tokenizer: Tokenizer, model: ModelInfo, address: str | None = None
+    frontend: Frontend,
+    config: ClusterConfig,
+    tokenizer: Tokenizer,
+    model: ModelInfo,
+    address: str | None = None,
+    local: str | None = None,
 ) -> GatewayServer:
-    """Open `address`, by default `config.listen.grpc`. Raises ConfigError when it is taken."""
+    """Open `address`, by default `config.listen.grpc`, and the Unix socket `local`, if one is given. Raises ConfigError when
+    an address is taken, or files of TLS or keys are wrong."""
     address = address or config.listen.grpc
-    max_bytes = config.limits.max_message_bytes
+    tls = ServerTls(config.listen.tls) if config.listen.tls.is_on else None
+    access = Access(config.listen.api_keys) if config.listen.api_keys else None
+    shared = Shared(config, access)
+    admin = ClusterService(frontend, shared)
+    generation = GenerationService(frontend, shared, tokenizer, model)
+    servers = [_server(config, generation, admin, access)]
+    if local is not None:
+        servers.append(_server(config, generation, admin, None))
+    try:
+        port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"listen.grpc: cannot listen on {address}: is the port in use?") from error
+    if local is not None:
+        servers[1].add_insecure_port(local)
+    gateway = GatewayServer(servers, port, admin)
+    await gateway._start()
+    return gateway
+
+
+def _server(
+    config: ClusterConfig, generation: GenerationService, admin: ClusterService, access: Access | None
+) -> grpc.aio.Server:
     server = grpc.aio.server(
+        interceptors=() if access is None else (Guard(access),),
         options=(
-            ("grpc.max_receive_message_length", max_bytes),
+            ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own
             ("grpc.so_reuseport", 0),  # else two servers could share a port without knowing
         ),
         maximum_concurrent_rpcs=config.limits.max_open_calls,
     )
-    shared = Shared(config)
-    admin = ClusterService(frontend, shared)
-    pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(frontend, shared, tokenizer, model), server)
+    pdserve_pb2_grpc.add_GenerationServicer_to_server(generation, server)
     pdserve_pb2_grpc.add_ClusterServicer_to_server(admin, server)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigError(f"listen.grpc: cannot listen on {address}: is the port in use?") from error
-    gateway = GatewayServer(server, port, admin)
-    await gateway._start()
-    return gateway
+    return server
 
 
-async def open_door(frontend: Frontend, config: ClusterConfig, address: str | None = None) -> GatewayServer:
+async def open_door(
+    frontend: Frontend, config: ClusterConfig, address: str | None = None, local: str | None = None
+) -> GatewayServer:
     """`serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
     tokenizer, model = await asyncio.to_thread(_load, config)
-    return await serve(frontend, config, tokenizer, model, address=address)
+    return await serve(frontend, config, tokenizer, model, address=address, local=local)
 
 
 def _load(config: ClusterConfig) -> tuple[Tokenizer, ModelInfo]:

@@ -5,19 +5,22 @@ closes the router's stream, and that frees all that workers hold for the request
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import grpc
 
 from .. import __version__
 from ..core.config import ClusterConfig
-from ..core.errors import InvalidRequest
+from ..core.errors import DuplicateRequest, InvalidRequest, NoWorkerAvailable, QueueFull
+from ..core.request import Request
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from ..telemetry.logs import REQUEST_ID
+from .access import Access, Caller
 from .answer import Answer, Collector
 from .frontend import Frontend
+from .guard import CALLER
 from .intake import Intake, ModelInfo, refuse_unknown_fields
 from .tokenizer import Tokenizer
 from .translate import ClientGone, ClientStalled, translated
@@ -28,10 +31,11 @@ FLUSH_S = 5.0  # how long clients may take to read the rest of their answers whe
 
 
 class Shared:
-    """What the two services have in common: the configuration in force, and how many answers are being given."""
+    """What the two services have in common: the configuration in force, who is let in, how many answers are being given."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, access: Access | None = None) -> None:
         self.config = config
+        self.access = access
         self._num_answers = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -112,8 +116,8 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         loop = asyncio.get_running_loop()
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else loop.time() + remaining_s
-        limits, traceparent = self._shared.config.limits, _metadata(context, "traceparent")
-        request = await self._intake.request(message, limits, deadline_s, context.peer(), traceparent)
+        limits, traceparent, caller = self._shared.config.limits, _metadata(context, "traceparent"), CALLER.get()
+        request = await self._intake.request(message, limits, deadline_s, context.peer(), traceparent, caller)
         REQUEST_ID.set(request.request_id)
         answer = Answer(
             request,
@@ -121,10 +125,27 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             lambda choice: self._frontend.cancel(request.request_id, choice),
             message.resume_from,
         )
-        async with aclosing(self._frontend.generate(request)) as events:
+        async with self._paid(request, caller, answer), aclosing(self._frontend.generate(request)) as events:
             async for event in events:
                 for out in answer.handle(event):
                     yield out
+
+    @asynccontextmanager
+    async def _paid(self, request: Request, caller: Caller | None, answer: Answer) -> AsyncIterator[None]:
+        """Around carrying a request out: it takes its tokens of its key's rate, and gives back what it did not use."""
+        if self._shared.access is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        charge = self._shared.access.charge(caller, request, loop.time())
+        has_begun = True
+        try:
+            yield
+        except (QueueFull, DuplicateRequest, NoWorkerAvailable):
+            has_begun = False
+            raise
+        finally:
+            charge.settle(answer.num_tokens, loop.time(), has_begun)
 
     async def _write(self, context: Context, event: pb.GenerateEvent) -> None:
         max_unread_s = self._shared.config.limits.max_unread_s

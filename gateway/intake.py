@@ -15,6 +15,7 @@ from ..core.errors import InvalidRequest
 from ..core.request import Request, SamplingParams
 from ..core.validation import validate_request
 from ..proto import pdserve_pb2 as pb
+from .access import Caller
 from .tokenizer import Tokenizer
 from .translate import UnknownModel
 
@@ -50,8 +51,10 @@ class Intake:
         deadline_s: float | None,
         peer: str,
         traceparent: str | None = None,
+        caller: Caller | None = None,
     ) -> Request:
-        """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name.
+        """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name,
+        `caller` who was let in by a key.
 
         Raises InvalidRequest or UnknownModel. A `traceparent` that is malformed counts as none, as its standard wants it.
         """
@@ -66,13 +69,13 @@ class Intake:
         token_ids = await self.token_ids(message.prompt)
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         return Request(
-            request_id=request_id,
+            request_id=request_id if caller is None else caller.scoped(request_id),
             prompt_token_ids=token_ids,
             sampling=sampling,
             eos_token_ids=self._model.eos_token_ids,
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
-            client=f"id:{message.client_id}" if message.client_id else peer,
+            client=_client(message, peer, caller),
             traceparent=checked_traceparent(traceparent),
         )
 
@@ -114,6 +117,19 @@ def checked_traceparent(header: str | None) -> str:
     """The header, or "" when it is none that W3C Trace Context allows."""
     match = _TRACEPARENT.fullmatch(header or "")
     return "" if match is None or match["trace"] == "0" * 32 or match["span"] == "0" * 16 else match[0]
+
+
+def shown_id(request: Request) -> str:
+    """A request's id as its client knows it."""
+    kind, _, name = request.client.partition(":")
+    return request.request_id.removeprefix(f"{name}/") if kind == "key" else request.request_id
+
+
+def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> str:
+    """Whom a request counts for. Between keys nothing that a message says counts."""
+    if caller is not None:
+        return caller.client
+    return f"id:{message.client_id}" if message.client_id else peer
 
 
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:

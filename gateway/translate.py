@@ -24,6 +24,7 @@ from ..core.errors import (
     QueueFull,
 )
 from ..core.request import FinishReason
+from .access import NotPermitted, RateLimited, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,12 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
         case QueueFull():
             details = [_retry(error.retry_after_s), _info("QUEUE_FULL", max_queued_requests=str(error.limit))]
             return grpc.StatusCode.RESOURCE_EXHAUSTED, details
+        case RateLimited():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("RATE_LIMITED", limit=error.limit)]
+        case Unauthenticated():
+            return grpc.StatusCode.UNAUTHENTICATED, [_info("UNAUTHENTICATED")]
+        case NotPermitted():
+            return grpc.StatusCode.PERMISSION_DENIED, [_info("NOT_PERMITTED")]
         case NoWorkerAvailable():
             return grpc.StatusCode.UNAVAILABLE, [_retry(RETRY_UNAVAILABLE_S), _info("NO_WORKER_AVAILABLE")]
         case NeedsRestart():

@@ -115,7 +115,6 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         local, target = self.local, self.target
         return Connect(
             version=PROTOCOL_VERSION,
-            token=local.token,
             source_worker_id=local.worker_id,
             source_incarnation=local.incarnation,
             target_worker_id=target.worker_id,

@@ -4,7 +4,6 @@ Runs on one asyncio loop. Every event goes through `RouterService.handle`, which
 """
 
 import asyncio
-import hmac
 import logging
 from collections import deque
 from collections.abc import AsyncGenerator
@@ -12,6 +11,7 @@ from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.errors import DuplicateRequest
+from ..core.handshake import Acceptor, HandshakeError, HandshakeStream, Purpose
 from ..core.messages import (
     Heartbeat,
     HeldLeg,
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 0.5  # so often do both sides speak at least
 # A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
 MAX_SILENT_BEATS = 6
+MAX_STRANGERS = 1024  # connections that have not introduced themselves yet
 
 
 class WorkerObserver(Protocol):
@@ -73,7 +74,8 @@ class RouterService:
         self.router = router
         self._observer = observer
         self._recorder = recorder
-        self._token = token
+        self.token = token
+        self.num_strangers = 0  # connections that have not introduced themselves yet
         self._streams: dict[str, ClientStream] = {}
         self._workers: dict[tuple[str, int], _WorkerConnection] = {}
         self._commands: deque[RouterCommand] = deque()
@@ -186,7 +188,7 @@ class RouterService:
         """Whether the peer is a worker that we are waiting for."""
         key = hello.worker_id, hello.incarnation
         is_new = self._observer.expects(*key) and key not in self._workers
-        if not is_new or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
+        if not is_new:
             log.warning("refused a worker that calls itself %s/%d", *key, extra={"worker": hello.worker_id})
             return False
         self._workers[key] = connection
@@ -212,14 +214,15 @@ class RouterService:
 
 
 class _WorkerConnection(asyncio.Protocol):
-    """One worker's control connection: Hello first, then reports up and commands down."""
+    """One worker's control connection: a handshake, Hello, then reports up and commands down."""
 
     def __init__(self, service: RouterService) -> None:
         self._service = service
+        self._handshake = HandshakeStream(Acceptor(service.token, Purpose.CONTROL))
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport  # from connection_made on, which is called first
         self._hello: Hello | None = None
         self._ready = False
         self._held: tuple[HeldLeg, ...] = ()  # told before Ready
@@ -232,40 +235,47 @@ class _WorkerConnection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._watchdog = self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._service.num_strangers += 1
+        if self._service.num_strangers > MAX_STRANGERS:
+            self._abort("too many connections have not introduced themselves yet")
 
     def data_received(self, data: bytes) -> None:
-        self._num_silent_beats = 0
+        if self._hello is not None:  # a stranger has its time, however it speaks
+            self._num_silent_beats = 0
         try:
-            for message in self._decoder.feed(data):
+            answer, frames = self._handshake.feed(data)
+            self._transport.write(answer)
+            for message in self._decoder.feed(frames):
                 self._on_message(message)
-        except FrameError as error:
+        except (FrameError, HandshakeError) as error:
             self._abort(str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if self._hello is not None:
+        if self._hello is None:
+            self._service.num_strangers -= 1
+        else:
             reason = str(exc) if exc else self._reason
             self._service.lost(self._hello.worker_id, self._hello.incarnation, reason, self._is_silent)
 
     def send(self, message: object) -> None:
-        assert self._transport is not None
         self._transport.write(self._encoder.encode(message))
 
     def close(self) -> None:
         self._reason = "stopped"
-        if self._transport is not None:
-            self._transport.close()
+        self._transport.close()
 
     def _on_message(self, message: WorkerMessage) -> None:
         if isinstance(message, Hello):
             if self._hello is None and self._service.admit(self, message):
                 self._hello = message
+                self._service.num_strangers -= 1
             else:
                 self._abort("not a worker of this cluster")
         elif self._hello is None:
             self._abort("the first frame was not Hello")
-        elif self._transport is not None and not self._transport.is_closing():
+        elif not self._transport.is_closing():
             if isinstance(message, Holds):
                 self._held += message.held
                 return
@@ -275,8 +285,7 @@ class _WorkerConnection(asyncio.Protocol):
 
     def _abort(self, reason: str) -> None:
         self._reason = reason
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
     def _beat(self) -> None:
         """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and frozen now."""

@@ -90,7 +90,7 @@ def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
 def test_a_signal_drains_the_cluster_and_ends_it(
     server: ServerThread, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched = SimpleNamespace(grpc_address=server.address)
+    launched = SimpleNamespace(grpc_address=server.address, local_address=server.address)
     monkeypatch.setattr(launch, "launch", lambda config, settings: nullcontext(launched))
     before = signal.getsignal(signal.SIGTERM)
 
@@ -114,7 +114,9 @@ def test_where_no_terminal_is_every_line_is_a_json_object(
 
     def fake_launch(config: ClusterConfig, settings: LogSettings) -> Any:
         seen.append(settings)
-        return nullcontext(SimpleNamespace(grpc_address=server.address, ended=True, poll=lambda: None))
+        return nullcontext(
+            SimpleNamespace(grpc_address=server.address, local_address=server.address, ended=True, poll=lambda: None)
+        )
 
     monkeypatch.setattr(launch, "launch", fake_launch)
     server.stop_when_watched()

@@ -52,7 +52,7 @@ slo:
     at = "metadata.pdserve"
     assert refusal(text).splitlines() == [
         f"c.yaml:4: {at}.listen.grpc: got 'localhost', expected HOST:PORT such as 127.0.0.1:50051, with a port of 0 to 65535",
-        f"c.yaml:4: {at}.listen.http: unknown key, expected one of grpc",
+        f"c.yaml:4: {at}.listen.http: unknown key, expected one of tls, api_keys, allow_insecure, grpc",
         f"c.yaml:6: {at}.pools.prefil: unknown key, did you mean 'prefill'?",
         f"c.yaml:8: {at}.pools.decode.instances: got -1, expected at least 0",
         f"c.yaml:9: {at}.pools.decode.threads: got 1.5, expected auto or a positive integer",
@@ -83,6 +83,16 @@ slo:
         ("model: {path: 7}", "model.path: got 7, expected a text that is not empty"),
         ("model: {max_model_len: 0}", "model.max_model_len: got 0, expected auto or a positive integer"),
         ("pools: {prefill: {kv_cache_bytes: 5MB}}", "pools.prefill.kv_cache_bytes: got '5MB', expected auto, a number"),
+        (
+            "listen: {grpc: '0.0.0.0:50051'}",
+            "listen.grpc: got '0.0.0.0:50051', expected a loopback address such as 127.0.0.1:50051, or listen.tls, or",
+        ),
+        ("listen: {allow_insecure: 1}", "listen.allow_insecure: got 1, expected true or false"),
+        (
+            "listen: {tls: {certificate: c.pem}}",
+            "listen.tls.certificate: got 'c.pem', expected the path of a file, from / or ~/",
+        ),
+        ("listen: {tls: {key: /k}}", "listen.tls: got one without the other, expected certificate and key together"),
         (
             "pools: {prefill: {max_batch_tokens: 12}}",
             "pools.prefill.max_batch_tokens: got 12, expected at least max_batch_size (256)",

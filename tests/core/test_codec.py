@@ -11,7 +11,7 @@ from pdserve.core.messages import Abort, Hello, LoadProgress, StepReport, TokenO
 from pdserve.core.request import FinishReason, TransferId
 
 MESSAGES = [
-    Hello(worker_id="decode-0", incarnation=3, token="t"),
+    Hello(worker_id="decode-0", incarnation=3),
     LoadProgress(worker_id="decode-0", incarnation=3, phase="loading weights", fraction=0.5),
     StepReport(
         worker_id="decode-0",

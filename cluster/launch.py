@@ -27,11 +27,13 @@ from ..engine.gpu import probe_node
 from ..telemetry.logs import LogSettings
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .head_spec import Doors, HeadSpec
+from .ray_token import RayToken
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: nothing of ours goes through it
 RESTART_PAUSE_S = 1.0  # before a head is started after one that lived no longer than this
+KNOWN_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves its address
 DOOR = "pdserve.gateway.app:open_door"
 
 
@@ -45,6 +47,7 @@ class _Ray:
 
     temp_dir: Path | None
     ours: bool = True
+    token: RayToken | None = None
 
     @staticmethod
     def connect() -> "_Ray":
@@ -52,18 +55,19 @@ class _Ray:
         if ray.is_initialized():
             return _Ray(None, ours=False)
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").exists():
+        if os.environ.get("RAY_ADDRESS") or _is_known_cluster():
             try:
                 ray.init(address="auto", **options)
                 return _Ray(None)
-            except ConnectionError as error:
+            except (ConnectionError, RayError) as error:  # also when it does not take our token
                 if os.environ.get("RAY_ADDRESS"):
                     raise LaunchError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
         return _Ray._start(options)
 
     @staticmethod
     def _start(options: dict[str, Any]) -> "_Ray":
-        started = _Ray(Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")))  # short: Ray's socket paths lie below it
+        temp_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # short: Ray's socket paths lie below it
+        started = _Ray(temp_dir, token=RayToken())
         try:
             ray.init(
                 num_cpus=len(probe_node().cores),
@@ -81,6 +85,8 @@ class _Ray:
     def disconnect(self) -> None:
         if self.ours:
             ray.shutdown()
+        if self.token is not None:
+            self.token.withdraw()
         if self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
 
@@ -233,6 +239,15 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
 def _otlp_endpoint() -> str | None:
     """Of this process's environment: the head's may be another's, when Ray was here before."""
     return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
+def _is_known_cluster() -> bool:
+    """Whether this user, or root, has started a Ray on this machine. Anybody can write to /tmp, and a Ray that somebody else
+    has laid out there would have our process run what it likes."""
+    try:
+        return KNOWN_CLUSTER.stat().st_uid in (os.getuid(), 0)
+    except FileNotFoundError:
+        return False
 
 
 def _this_node() -> str:

@@ -14,6 +14,26 @@ MAX_SEED = 2**64 - 1
 MAX_TOP_K = 2**31 - 1
 MAX_TEMPERATURE = 100.0
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
+MAX_NAME_CHARS = 128
+MAX_STOP_TOKEN_IDS = 1024
+
+
+def check_name(field: str, value: str, max_chars: int = MAX_NAME_CHARS) -> None:
+    """A name that a client gives ends up in logs, metrics and other people's terminals: nothing in it may act there, such as
+    line ends, escapes, or what reverses the direction of text. Raises InvalidRequest."""
+    if len(value) > max_chars:
+        raise InvalidRequest(field, value, f"at most {max_chars} characters")
+    if not value.isprintable():
+        raise InvalidRequest(field, value, "printable characters")
+
+
+def check_prompt_length(num_tokens: int, limits: LimitsSection, max_model_len: int) -> None:
+    """May be asked before there are tokens to look at. Raises InvalidRequest."""
+    if limits.max_prompt_tokens is not None and num_tokens > limits.max_prompt_tokens:
+        raise InvalidRequest("prompt", f"{num_tokens} tokens", f"at most {limits.max_prompt_tokens} tokens")
+    if num_tokens >= max_model_len:
+        expected = f"at most {max_model_len - 1} tokens: the model takes {max_model_len}, one of them for output"
+        raise InvalidRequest("prompt", f"{num_tokens} tokens", expected)
 
 
 def validate_request(
@@ -40,12 +60,7 @@ def _check_range(field: str, value: float, low: float, high: float, note: str = 
 def _check_prompt(token_ids: Sequence[int], limits: LimitsSection, max_model_len: int, vocab_size: int) -> None:
     if not token_ids:
         raise InvalidRequest("prompt", "", "at least one token")
-    num_tokens = len(token_ids)
-    if limits.max_prompt_tokens is not None and num_tokens > limits.max_prompt_tokens:
-        raise InvalidRequest("prompt", f"{num_tokens} tokens", f"at most {limits.max_prompt_tokens} tokens")
-    if num_tokens >= max_model_len:
-        expected = f"at most {max_model_len - 1} tokens: the model takes {max_model_len}, one of them for output"
-        raise InvalidRequest("prompt", f"{num_tokens} tokens", expected)
+    check_prompt_length(len(token_ids), limits, max_model_len)
     _check_token_ids("prompt_token_ids", token_ids, vocab_size)
 
 
@@ -97,5 +112,8 @@ def _check_stops(sampling: SamplingParams, limits: LimitsSection, vocab_size: in
     for index, text in enumerate(sampling.stop):
         if not text:
             raise InvalidRequest(f"stop[{index}]", text, "a text that is not empty")
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        got = f"{len(sampling.stop_token_ids)} tokens"
+        raise InvalidRequest("stop_token_ids", got, f"at most {MAX_STOP_TOKEN_IDS} tokens")
     if sampling.stop_token_ids:
         _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)

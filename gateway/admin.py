@@ -11,6 +11,7 @@ import grpc
 from ..core.config import ClusterConfig
 from ..core.config_file import parse_cluster_config
 from ..core.errors import InvalidRequest
+from ..core.validation import check_name
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .explain import explanation
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
@@ -20,6 +21,8 @@ from .translate import ClientGone, NeedsRestart, UnknownRequest, translated
 
 log = logging.getLogger(__name__)
 
+MAX_CONFIG_CHARS = 64 << 10  # of a cluster.yaml; larger ones would hold up the loop that streams run on
+MAX_FILENAME_CHARS = 4096
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -52,6 +55,10 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
     async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:
         async with translated(context), self._applying:
             refuse_unknown_fields(request)
+            check_name("filename", request.filename, MAX_FILENAME_CHARS)
+            if len(request.config_yaml) > MAX_CONFIG_CHARS:
+                got = f"{len(request.config_yaml)} characters"
+                raise InvalidRequest("config_yaml", got, f"at most {MAX_CONFIG_CHARS} characters")
             old = self._shared.config
             new = parse_cluster_config(request.config_yaml, request.filename or "cluster.yaml")
             if old.changes_needing_restart(new):

@@ -18,11 +18,13 @@ from .access import Access
 from .admin import ClusterService
 from .frontend import Frontend
 from .generation import GenerationService, Shared
-from .guard import Guard
+from .guard import Guard, Reader
 from .intake import ModelInfo
 from .tls import ServerTls
 from .tokenizer import Tokenizer
 
+HANDSHAKE_TIMEOUT_MS = 10_000  # for TLS, and for the first bytes of HTTP/2
+KEEPALIVE_MS = 60_000  # a connection that is silent for so long is asked whether its client is there, and closed after as long
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
@@ -95,11 +97,14 @@ def _server(
     config: ClusterConfig, generation: GenerationService, admin: ClusterService, access: Access | None
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=() if access is None else (Guard(access),),
+        interceptors=(Reader(),) if access is None else (Guard(access), Reader()),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own
             ("grpc.so_reuseport", 0),  # else two servers could share a port without knowing
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
         ),
         maximum_concurrent_rpcs=config.limits.max_open_calls,
     )

@@ -5,9 +5,9 @@ closes the router's stream, and that frees all that workers hold for the request
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -21,12 +21,14 @@ from .access import Access, Caller
 from .answer import Answer, Collector
 from .frontend import Frontend
 from .guard import CALLER
-from .intake import Intake, ModelInfo, refuse_unknown_fields
+from .intake import Intake, ModelInfo, refuse_unknown_fields, shown_id
 from .tokenizer import Tokenizer
 from .translate import ClientGone, ClientStalled, translated
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+T = TypeVar("T")
+INLINE_TOKENS = 1024  # so many are decoded without a thread
 FLUSH_S = 5.0  # how long clients may take to read the rest of their answers when the cluster ends
 
 
@@ -79,7 +81,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         with self._shared.answer():
             async with translated(context), aclosing(self._events(request, context)) as events:
                 if request.resume_from:
-                    raise InvalidRequest("resume_from", list(request.resume_from), "nothing: the answer comes as a whole")
+                    raise InvalidRequest("resume_from", list(request.resume_from[:8]), "nothing: the answer comes as a whole")
                 collector = Collector()
                 async for event in events:
                     collector.add(event)
@@ -92,7 +94,9 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             self._intake.check_model(request.model)
             token_ids = await self._intake.token_ids(request.prompt)
             self._check_ids("prompt.token_ids", token_ids)
-            pieces = [self._tokenizer.decode([token_id]) for token_id in token_ids]
+            pieces = await self._off_loop(
+                len(token_ids), lambda: [self._tokenizer.decode([token_id]) for token_id in token_ids]
+            )
             return pb.TokenizeResponse(token_ids=token_ids, pieces=pieces, max_model_len=self._model.max_model_len)
         raise AssertionError("translated() ends the call")
 
@@ -102,7 +106,10 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             self._intake.check_model(request.model)
             self._check_ids("token_ids", request.token_ids)
             skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-            return pb.DetokenizeResponse(text=self._tokenizer.decode(request.token_ids, skip_special_tokens=skip))
+            text = await self._off_loop(
+                len(request.token_ids), lambda: self._tokenizer.decode(request.token_ids, skip_special_tokens=skip)
+            )
+            return pb.DetokenizeResponse(text=text)
         raise AssertionError("translated() ends the call")
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
@@ -141,9 +148,9 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         has_begun = True
         try:
             yield
-        except (QueueFull, DuplicateRequest, NoWorkerAvailable):
+        except (QueueFull, DuplicateRequest, NoWorkerAvailable) as error:
             has_begun = False
-            raise
+            raise DuplicateRequest(shown_id(request)) if isinstance(error, DuplicateRequest) else error
         finally:
             charge.settle(answer.num_tokens, loop.time(), has_begun)
 
@@ -156,6 +163,10 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             raise ClientStalled(max_unread_s) from None
         except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
             raise ClientGone from None
+
+    async def _off_loop(self, num_tokens: int, work: Callable[[], T]) -> T:
+        """On a thread when there is much of it, so that streams go on."""
+        return work() if num_tokens <= INLINE_TOKENS else await asyncio.to_thread(work)
 
     def _check_ids(self, field: str, token_ids: Any) -> None:
         for index, token_id in enumerate(token_ids):

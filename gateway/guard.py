@@ -1,4 +1,5 @@
-"""The gRPC door's guard: lets a call in, or refuses it before its message is read."""
+"""What stands before the services of the gRPC door: a guard that refuses calls before their message is read, and a reader
+that refuses messages which cannot be read."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -6,8 +7,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from ..core.errors import PdserveError
+from ..core.errors import InvalidRequest, PdserveError
 from ..proto import pdserve_pb2 as pb
 from .access import Access, Caller, Need
 from .translate import translated
@@ -55,3 +57,47 @@ def _refusal(error: PdserveError) -> "grpc.RpcMethodHandler[Any, Any]":
             raise error
 
     return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+class Reader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
+    """Answers bytes that are no message of the call's type with INVALID_ARGUMENT. gRPC itself would call it UNKNOWN, name
+    classes of ours, and write a traceback into the log for each."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, as far as they are ours
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        method = handler_call_details.method
+        if method in self._handlers:
+            return self._handlers[method]
+        handler = await continuation(handler_call_details)
+        if handler is not None and method.startswith(f"/{pb.DESCRIPTOR.package}."):
+            handler = self._handlers[method] = _reading(handler)
+        return handler
+
+
+class _Unreadable(Exception):
+    """Stands for the message in the handler's call."""
+
+
+def _reading(handler: Any) -> Any:
+    read, behaviour = handler.request_deserializer, handler.unary_unary or handler.unary_stream
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return read(data)
+        except DecodeError:
+            return _Unreadable(f"{len(data)} bytes")
+
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        if not isinstance(request, _Unreadable):
+            return await behaviour(request, context)
+        async with translated(context):
+            raise InvalidRequest("message", str(request), "the call's message in protobuf's wire format, with texts in UTF-8")
+
+    kind = "unary_stream" if handler.response_streaming else "unary_unary"
+    return handler._replace(request_deserializer=deserialize, **{kind: call})

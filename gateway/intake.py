@@ -13,13 +13,13 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest
 from ..core.request import Request, SamplingParams
-from ..core.validation import validate_request
+from ..core.validation import check_name, check_prompt_length, validate_request
 from ..proto import pdserve_pb2 as pb
 from .access import Caller
 from .tokenizer import Tokenizer
 from .translate import UnknownModel
 
-MAX_NAME_CHARS = 128
+MAX_ITEMS = 10_000  # of a repeated field, other than token ids
 MAX_STOP_CHARS = 1024
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII)
 INLINE_CHARS = 4096  # longer prompts are encoded on a thread, so that other streams go on
@@ -60,9 +60,10 @@ class Intake:
         """
         refuse_unknown_fields(message)
         self.check_model(message.model)
-        _check_name("request_id", message.request_id)
-        _check_name("cache_salt", message.cache_salt)
-        _check_name("client_id", message.client_id)
+        for name in ("request_id", "cache_salt", "client_id"):
+            check_name(name, getattr(message, name))
+        if message.prompt.HasField("token_ids"):  # before millions of them are looked at
+            check_prompt_length(len(message.prompt.token_ids.ids), limits, self._model.max_model_len)
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
@@ -162,7 +163,8 @@ def _check_resumption(message: pb.GenerateRequest, sampling: SamplingParams) -> 
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
-    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be ignored."""
+    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be ignored; also for
+    more items than anybody needs, before each of them is looked at. The types of messages bound how deep it goes."""
     unknown = UnknownFieldSet(message)
     if len(unknown):
         field = f"field {unknown[0].field_number}"
@@ -171,16 +173,21 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
         refuse_unknown_fields(child, f"{path}.{name}" if path else name)
 
 
+_TOKEN_IDS = ("ids", "token_ids")  # bounded by what the model takes
+
+
+def _check_items(field: str, count: int) -> None:
+    if count > MAX_ITEMS:
+        raise InvalidRequest(field, f"{count} items", f"at most {MAX_ITEMS}")
+
+
 def _children(message: Message) -> Iterator[tuple[str, Message]]:
     for descriptor, value in message.ListFields():
+        if descriptor.name not in _TOKEN_IDS and not isinstance(value, Message | str | bytes | int | float):
+            _check_items(descriptor.name, len(value))
         if descriptor.message_type is None:
             continue
         if isinstance(value, Message):
             yield descriptor.name, value
         else:
             yield from ((f"{descriptor.name}[{index}]", item) for index, item in enumerate(value))
-
-
-def _check_name(field: str, value: str) -> None:
-    if len(value) > MAX_NAME_CHARS:
-        raise InvalidRequest(field, value, f"at most {MAX_NAME_CHARS} characters")

@@ -43,6 +43,7 @@ def test_messages_survive_any_cut_of_the_stream(cuts: list[int]) -> None:
     [
         (struct.pack("<II", 1 << 30, 0), "at most"),
         (struct.pack("<II", 3, 0) + b"\xc1\xc1\xc1", "malformed"),
+        (frames(MESSAGES[:1]).replace(b"decode-0", b"decode-\xff"), "malformed"),  # no UTF-8
         (frames([Abort(transfer=TransferId("r", 0))]), "malformed"),  # a command is no report
     ],
 )

@@ -129,6 +129,7 @@ def test_a_bad_value_is_told_with_what_was_expected(line: str, problem: str) -> 
         ("[" * 500, "c.yaml:1: more than 16 levels"),
         ("a: " + "[" * 20 + "]" * 20, "c.yaml:1: more than 16 levels"),
         (f"a: &a [{'1,' * 200}]\nb: &b [{'*a ,' * 200}]", "c.yaml:1: more than 16 levels or 10000 values"),
+        ("? {b: {c: 1}}\n: 1", "c.yaml:1: not valid YAML:"),  # a mapping as a key
         (f"a: {'9' * 5000}", "c.yaml:1: not valid YAML:"),
     ],
 )

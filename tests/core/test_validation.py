@@ -163,3 +163,9 @@ def test_an_accepted_number_stays_finite_in_float32(field: str, value: float) ->
     except InvalidRequest:
         return
     assert abs(value) <= 100
+
+
+def test_a_refusal_that_repeats_what_was_said_stays_short_and_printable() -> None:
+    error = InvalidRequest("prompt.chat", "x", "role \x1b[2J\n\u202e is not known" + "x" * 10**6)
+    assert str(error).isprintable() and len(str(error)) < 1000
+    assert error.expected.startswith(r"role \x1b[2J\n\u202e is not known")

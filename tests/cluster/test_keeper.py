@@ -67,6 +67,7 @@ def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.M
     router = SimpleNamespace(configure=lambda config: None, status=lambda now_s: SimpleNamespace(workers=()))
     head._service = SimpleNamespace(router=router)  # type: ignore[assignment]
     head._controller = SimpleNamespace(handle=lambda event: None)  # type: ignore[assignment]
+    head._telemetry = SimpleNamespace(configure=lambda config: None)  # type: ignore[assignment]
     return head
 
 

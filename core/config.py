@@ -143,6 +143,8 @@ class LimitsSection(_Part):
     """Choices of one request."""
     max_logprobs: NotNegative = 20
     """Alternatives reported beside each token."""
+    max_logit_bias: NotNegative = 1024
+    """Tokens whose logits one request shifts."""
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
     max_message_bytes: Positive = 16 << 20

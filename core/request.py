@@ -27,6 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token_id, what is added to its logit), each token once
     seed: int = 0  # unsigned 64 bits; a gateway draws one when the client gave none
     n: int = 1
     stop: tuple[str, ...] = ()  # looked for in the text, by the gateway

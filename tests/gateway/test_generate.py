@@ -75,7 +75,13 @@ async def test_unset_parameters_have_their_defaults_and_a_drawn_seed(generation:
     assert (drawn.max_tokens, drawn.temperature, drawn.n, drawn.logprobs, drawn.stop) == (16, 1.0, 1, None, ())
     assert (asked.temperature, asked.top_k, asked.stop_token_ids, asked.ignore_eos) == (0.0, 5, (7,), True)
     assert asked.seed == 2**64 - 1
+    assert drawn.logit_bias == ()
     assert len({request.request_id for request in cluster.requests}) == 2
+
+
+async def test_biases_reach_the_workers_in_one_order(generation: Stub, cluster: ScriptedCluster) -> None:
+    await stream(generation, ask(logit_bias={300: -1.5, 7: 100.0, 12: 0.0}))
+    assert cluster.requests[0].sampling.logit_bias == ((7, 100.0), (12, 0.0), (300, -1.5))
 
 
 async def test_an_end_of_text_token_ends_a_choice_without_text(generation: Stub, cluster: ScriptedCluster) -> None:

@@ -34,6 +34,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no logprobs at all
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first; None: none
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +83,11 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They belong to the first token of choice 0, and travel with it; the whole prompt has to be computed for them."""
+        return self.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
 
     @property
     def num_remaining_tokens(self) -> int:

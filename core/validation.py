@@ -31,6 +31,7 @@ def validate_request(
     _check_penalties(sampling)
     _check_bias(sampling, limits, vocab_size)
     _check_outputs(sampling, limits)
+    _check_prompt_logprobs(len(prompt_token_ids), sampling, limits)
     _check_stops(sampling, limits, vocab_size)
 
 
@@ -102,6 +103,17 @@ def _check_outputs(sampling: SamplingParams, limits: LimitsSection) -> None:
         raise InvalidRequest("n", sampling.n, f"1 to {limits.max_n}")
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= limits.max_logprobs:
         raise InvalidRequest("logprobs", sampling.logprobs, f"0 to {limits.max_logprobs}")
+
+
+def _check_prompt_logprobs(num_prompt_tokens: int, sampling: SamplingParams, limits: LimitsSection) -> None:
+    count, limit = sampling.prompt_logprobs, limits.max_prompt_logprobs
+    if count is None:
+        return
+    if not 0 <= count <= limits.max_logprobs:
+        raise InvalidRequest("prompt_logprobs", count, f"0 to {limits.max_logprobs}")
+    if num_prompt_tokens * (count + 1) > limit:
+        expected = f"at most {limit} log probabilities: the prompt has {num_prompt_tokens} tokens, with {count + 1} for each"
+        raise InvalidRequest("prompt_logprobs", count, expected)
 
 
 def _check_stops(sampling: SamplingParams, limits: LimitsSection, vocab_size: int) -> None:

@@ -12,7 +12,7 @@ from ..core.messages import HeldLeg, Leg, LegEnded, TokenOutput
 from ..core.request import SequenceSpec, TransferId
 
 KEPT_S = 30.0  # after its end
-MAX_KEPT_TOKENS = 1 << 18  # of all ended legs together, prompts included
+MAX_KEPT_TOKENS = 1 << 18  # of all ended legs together, prompts and their log probabilities included
 
 
 @dataclass(slots=True)
@@ -23,10 +23,11 @@ class _Leg:
     outputs: list[TokenOutput] = field(default_factory=list)
     ended: LegEnded | None = None
     ended_s: float = 0.0
+    num_prompt_logprobs: int = 0  # alternatives included
 
     @property
     def num_tokens(self) -> int:
-        return self.spec.num_tokens + len(self.outputs)
+        return self.spec.num_tokens + len(self.outputs) + self.num_prompt_logprobs
 
 
 class HeldLegs:
@@ -51,6 +52,7 @@ class HeldLegs:
         for output in outputs:
             if (leg := self._open.get(output.transfer)) is not None:
                 leg.outputs.append(output)
+                leg.num_prompt_logprobs += sum(1 + len(token.top) for token in output.prompt_logprobs)
         for end in ended:
             if (leg := self._open.pop(end.transfer, None)) is not None:
                 leg.ended, leg.ended_s = end, self._clock()

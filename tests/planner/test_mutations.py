@@ -201,6 +201,11 @@ def forget_what_was_computed_before_the_router_died() -> Planted:
     return patch.object(HeldLegs, "tell", lambda self: ())
 
 
+def compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for() -> Planted:
+    original = KVManager.admit
+    return patch.object(KVManager, "admit", lambda self, seq, use_cache=True: original(self, seq))
+
+
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
     forget_the_epoch_check,
@@ -220,6 +225,7 @@ MUTATIONS: list[Mutation] = [
     stop_a_worker_without_draining_it,
     commit_a_chunk_that_never_left,
     forget_what_was_computed_before_the_router_died,
+    compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for,
 ]
 
 

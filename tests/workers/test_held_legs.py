@@ -1,6 +1,6 @@
 """What a worker remembers for a router that has never heard of it."""
 
-from pdserve.core.messages import Leg, LegEnded, TokenOutput
+from pdserve.core.messages import Leg, LegEnded, TokenLogprobs, TokenOutput
 from pdserve.core.request import TransferId
 from pdserve.worker.held_legs import KEPT_S, MAX_KEPT_TOKENS, HeldLegs
 
@@ -42,6 +42,17 @@ def test_a_leg_that_was_aborted_is_not_told() -> None:
     legs.aborted(TransferId("a", 0))
     legs.told([token("a", 0)], [ended("a")])
     assert legs.tell() == ()
+
+
+def test_log_probabilities_of_prompts_count_among_what_is_kept() -> None:
+    legs = HeldLegs(Clock())
+    prompt = (TokenLogprobs(-1.0, ((1, -1.0), (2, -2.0))),) * (MAX_KEPT_TOKENS // 6)
+    for name in ("a", "b", "c"):
+        legs.accepted(spec(name, range(4)), Leg.DECODE, has_partner=False)
+        legs.told([TokenOutput(TransferId(name, 0), 0, 0, 7, prompt_logprobs=prompt)], [ended(name)])
+    (leg,) = legs.tell()
+    assert leg.spec.transfer.request_id == "c"
+    assert leg.outputs[0].prompt_logprobs == prompt
 
 
 def test_what_is_kept_of_ended_legs_is_bounded() -> None:

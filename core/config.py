@@ -22,6 +22,7 @@ from .config_types import (
 from .messages import Role
 
 CPU_BLOCK_SIZE = 16
+MAX_PROMPT_LOGPROBS = 1 << 18  # 15 bytes each: they go from worker to worker in the message that hands a request over
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -152,6 +153,10 @@ class LimitsSection(_Part):
     """Choices of one request."""
     max_logprobs: NotNegative = 20
     """Alternatives reported beside each token."""
+    max_prompt_logprobs: Annotated[int, Field(gt=0, le=MAX_PROMPT_LOGPROBS)] = 1 << 17
+    """Log probabilities of prompt tokens that one request gets: tokens of the prompt, times alternatives and one."""
+    max_logit_bias: NotNegative = 1024
+    """Tokens whose logits one request shifts."""
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
     max_message_bytes: Positive = 16 << 20

@@ -114,6 +114,13 @@ class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, of the model's own distribution."""
+
+    logprob: float  # of the token that stands there
+    top: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """One token of one choice. `index` counts the choice's output tokens from 0, across attempts."""
 
@@ -124,6 +131,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None  # set on the last token of the choice
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt tokens 1, 2, ...: only with token 0 of choice 0, if asked for
 
 
 class TransferStats(msgspec.Struct, frozen=True):

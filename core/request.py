@@ -27,12 +27,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token_id, what is added to its logit), each token once
     seed: int = 0  # unsigned 64 bits; a gateway draws one when the client gave none
     n: int = 1
     stop: tuple[str, ...] = ()  # looked for in the text, by the gateway
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no logprobs at all
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first; None: none
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +89,11 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They belong to the first token of choice 0, and travel with it; the whole prompt has to be computed for them."""
+        return self.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
 
     @property
     def num_remaining_tokens(self) -> int:

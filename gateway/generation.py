@@ -190,6 +190,8 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
                 max_logprobs=limits.max_logprobs,
                 max_stop_strings=limits.max_stop_strings,
                 max_message_bytes=limits.max_message_bytes,
+                max_logit_bias=limits.max_logit_bias,
+                max_prompt_logprobs=limits.max_prompt_logprobs,
             ),
             version=__version__,
         )

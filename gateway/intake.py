@@ -138,6 +138,7 @@ def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingPa
     values = {descriptor.name: value for descriptor, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
         values[name] = tuple(values.get(name, ()))
+    values["logit_bias"] = tuple(sorted(message.logit_bias.items()))
     for index, text in enumerate(values["stop"]):
         if len(text) > MAX_STOP_CHARS:
             raise InvalidRequest(f"stop[{index}]", text, f"at most {MAX_STOP_CHARS} characters")
@@ -185,8 +186,8 @@ def _children(message: Message) -> Iterator[tuple[str, Message]]:
     for descriptor, value in message.ListFields():
         if descriptor.name not in _TOKEN_IDS and not isinstance(value, Message | str | bytes | int | float):
             _check_items(descriptor.name, len(value))
-        if descriptor.message_type is None:
-            continue
+        if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
+            continue  # a map of numbers
         if isinstance(value, Message):
             yield descriptor.name, value
         else:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from random import Random
 
+import msgspec
+
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
 from .faults import OF_THE_ROUTER, ORDERLY, Accident, FaultRates
@@ -148,6 +150,8 @@ def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: flo
     max_tokens = rng.choice((1, 2, 5, 20, 40))
     salt = rng.choice(("", "", "salt"))
     sampling = SamplingParams(max_tokens=max_tokens, n=rng.choice((1, 1, 1, max_n)), seed=rng.getrandbits(32))
+    if sampling.seed % 5 == 0:
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=0)
     eos: tuple[int, ...] = ()
     if rng.random() < 0.3:
         eos = (rng.choice(expected_tokens(prompt, sampling.seed, 0, max_tokens, salt=salt)),)

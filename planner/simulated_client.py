@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ..core.errors import QueueFull
 from ..core.request import FinishReason
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Pause, Resume
-from .kv_model import expected_tokens
+from .kv_model import expected_tokens, prompt_logprob
 from .scenario import PlannedRequest
 from .simulated_head import SimulatedHead
 from .virtual_time import VirtualTime
@@ -43,6 +43,8 @@ class SimulatedClient:
             )
             for choice in range(sampling.n)
         ]
+        wanted = () if sampling.prompt_logprobs is None else plan.request.prompt_token_ids[1:]
+        self._expected_prompt = tuple(map(prompt_logprob, wanted))
         self._received: list[list[int]] = [[] for _ in range(sampling.n)]
         self._positions = [0] * sampling.n  # in the present stream, which repeats what an earlier one has brought
         self._reasons: list[FinishReason | None] = [None] * sampling.n
@@ -162,6 +164,10 @@ class SimulatedClient:
             elif index >= len(expected) or token.token_id != expected[index]:
                 right = expected[index : index + 1]
                 self._violation(f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is right")
+            if token.prompt_logprobs != (self._expected_prompt if choice == token.index == 0 else ()):
+                self._violation(
+                    f"{self.request_id}/{event.choice}: token {index} came with {len(token.prompt_logprobs)} others"
+                )
             if index == len(received):
                 received.append(token.token_id)
         if self._is_paused:

@@ -68,8 +68,9 @@ class GenerationServicer:
 
     def GenerateStream(self, request, context):
         """Continues a prompt; tokens are sent as they come. The stream is: TokenDelta messages, whose indices are contiguous for
-        each choice; one ChoiceEnd for each choice, after its last token; then one RequestEnd. A stream that cannot go on ends
-        with an error status instead. Cancelling the call frees everything that the request holds.
+        each choice (before them PromptDelta messages, if asked for); one ChoiceEnd for each choice, after its last token; then
+        one RequestEnd. A stream that cannot go on ends with an error status instead. Cancelling the call frees everything that
+        the request holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

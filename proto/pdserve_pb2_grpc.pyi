@@ -39,8 +39,9 @@ class GenerationStub:
     def __new__(cls, channel: _aio.Channel) -> GenerationAsyncStub: ...
     GenerateStream: _grpc.UnaryStreamMultiCallable[_pdserve_pb2.GenerateRequest, _pdserve_pb2.GenerateEvent]
     """Continues a prompt; tokens are sent as they come. The stream is: TokenDelta messages, whose indices are contiguous for
-    each choice; one ChoiceEnd for each choice, after its last token; then one RequestEnd. A stream that cannot go on ends
-    with an error status instead. Cancelling the call frees everything that the request holds.
+    each choice (before them PromptDelta messages, if asked for); one ChoiceEnd for each choice, after its last token; then
+    one RequestEnd. A stream that cannot go on ends with an error status instead. Cancelling the call frees everything that
+    the request holds.
     """
     Generate: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.GenerateRequest, _pdserve_pb2.GenerateResponse]
     """Continues a prompt; the answer comes as a whole."""
@@ -58,8 +59,9 @@ class GenerationAsyncStub(GenerationStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GenerateStream: _aio.UnaryStreamMultiCallable[_pdserve_pb2.GenerateRequest, _pdserve_pb2.GenerateEvent]  # type: ignore[assignment]
     """Continues a prompt; tokens are sent as they come. The stream is: TokenDelta messages, whose indices are contiguous for
-    each choice; one ChoiceEnd for each choice, after its last token; then one RequestEnd. A stream that cannot go on ends
-    with an error status instead. Cancelling the call frees everything that the request holds.
+    each choice (before them PromptDelta messages, if asked for); one ChoiceEnd for each choice, after its last token; then
+    one RequestEnd. A stream that cannot go on ends with an error status instead. Cancelling the call frees everything that
+    the request holds.
     """
     Generate: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.GenerateRequest, _pdserve_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt; the answer comes as a whole."""
@@ -80,8 +82,9 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_pdserve_pb2.GenerateEvent], _abc.AsyncIterator[_pdserve_pb2.GenerateEvent]]:
         """Continues a prompt; tokens are sent as they come. The stream is: TokenDelta messages, whose indices are contiguous for
-        each choice; one ChoiceEnd for each choice, after its last token; then one RequestEnd. A stream that cannot go on ends
-        with an error status instead. Cancelling the call frees everything that the request holds.
+        each choice (before them PromptDelta messages, if asked for); one ChoiceEnd for each choice, after its last token; then
+        one RequestEnd. A stream that cannot go on ends with an error status instead. Cancelling the call frees everything that
+        the request holds.
         """
 
     @_abc_1.abstractmethod

@@ -86,8 +86,9 @@ class Adoption:
 
 
 def _tells_all(spec: SequenceSpec) -> bool:
-    """Nobody knows the log probabilities of an earlier attempt's tokens."""
-    return spec.sampling.logprobs is None or not spec.output_token_ids
+    """Nobody knows the log probabilities of an earlier attempt's tokens, or those of the prompt that came with its first."""
+    sampling = spec.sampling
+    return (sampling.logprobs is None and sampling.prompt_logprobs is None) or not spec.output_token_ids
 
 
 def request_of(spec: SequenceSpec) -> Request:

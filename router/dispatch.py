@@ -129,6 +129,11 @@ class Job:
         return len(self.live.request.prompt_token_ids) + len(self.output_token_ids)
 
     @property
+    def computes_whole_prompt(self) -> bool:
+        """No cached prefix is of use: the log probabilities of the prompt are still to come, with choice 0's first token."""
+        return self.live.request.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
+
+    @property
     def needs_decode(self) -> bool:
         """False when the token sampled by the prefill is the last one: no reservation and no transfer then."""
         return self.live.request.sampling.max_tokens - len(self.output_token_ids) > 1

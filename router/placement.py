@@ -93,7 +93,7 @@ class Placer:
         return min(num_blocks * block_size, job.num_tokens - 1)
 
     def _prefill_option(self, job: Job, worker: Worker, depths: dict[int, int]) -> PrefillOption:
-        cached = self._cached_tokens(job, worker, depths)
+        cached = 0 if job.computes_whole_prompt else self._cached_tokens(job, worker, depths)
         new, chunk = job.num_tokens - cached, worker.info.max_batch_tokens
         compute_s, stall_s = self._model.prompt_s(new, cached, chunk), 0.0
         if worker.num_sequences:

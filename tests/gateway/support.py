@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import InvalidRequest, PdserveError
-from pdserve.core.messages import Leg, LegEnded, Role, TokenOutput, TransferStats
+from pdserve.core.messages import Leg, LegEnded, Role, TokenLogprobs, TokenOutput, TransferStats
 from pdserve.core.request import FinishReason, Request, TransferId
 from pdserve.core.status import ClusterStatus, WorkerState, WorkerStatus
 from pdserve.gateway.frontend import StreamEvent
@@ -211,12 +211,21 @@ class ScriptedCluster:
                 token_id=token_id,
                 finish_reason=reason,
                 logprob=None if wanted is None else -0.5,
+                prompt_logprobs=self._prompt(request) if choice == index == 0 else (),
                 top_logprobs=tuple((rank, -0.5 - rank) for rank in range((wanted or 0) + self.num_extra_logprobs)),
             )
             events.append(EmitTokens(request.request_id, choice, (output,)))
             if reason is not None:
                 events.append(EmitChoiceEnd(request.request_id, choice, reason))
         return events
+
+    def _prompt(self, request: Request) -> tuple[TokenLogprobs, ...]:
+        """Of token i: -i, and alternatives that count from 0."""
+        count = request.sampling.prompt_logprobs
+        if count is None:
+            return ()
+        top = tuple((rank, -float(rank)) for rank in range(count))
+        return tuple(TokenLogprobs(-float(index), top) for index in range(1, len(request.prompt_token_ids)))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         self.stopped.append((request_id, choice))

@@ -227,6 +227,11 @@ def count_attempts_from_0_in_a_new_router() -> Planted:
     return patch.object(Router, "__init__", init)
 
 
+def compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for() -> Planted:
+    original = KVManager.admit
+    return patch.object(KVManager, "admit", lambda self, seq, use_cache=True: original(self, seq))
+
+
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
     forget_the_epoch_check,
@@ -248,6 +253,7 @@ MUTATIONS: list[Mutation] = [
     forget_what_was_computed_before_the_router_died,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds,
     count_attempts_from_0_in_a_new_router,
+    compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for,
 ]
 
 

@@ -1,5 +1,6 @@
 """Who gets in, who waits, and where work goes."""
 
+import msgspec
 import pytest
 
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
@@ -180,6 +181,16 @@ def test_a_cached_prefix_draws_its_prompts_until_the_queue_there_costs_more() ->
     for i in range(20):
         cluster.submit(make_request(f"b{i}", num_tokens=400))
     assert cluster.sent["prefill-0"]
+
+
+def test_a_prompt_that_is_computed_as_a_whole_is_not_drawn_by_its_cached_prefix() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", worker_info("decode-0", num_blocks=10_000), config=PAIRS_ONLY)
+    request = make_request(num_tokens=400)
+    cluster.hold_prefix("prefill-1", request)
+    for name in ("a", "b"):
+        sampling = msgspec.structs.replace(request.sampling, prompt_logprobs=0)
+        cluster.submit(msgspec.structs.replace(request, request_id=name, sampling=sampling))
+    assert (len(cluster.sent["prefill-0"]), len(cluster.sent["prefill-1"])) == (1, 1)
 
 
 def test_a_prefix_of_another_salt_is_not_a_prefix() -> None:

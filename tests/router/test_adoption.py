@@ -165,12 +165,13 @@ def test_another_request_of_the_same_name_takes_the_place_of_what_is_left_of_the
     assert any(isinstance(command, Prefill | Reserve | Serve) for commands in cluster.sent.values() for command in commands)
 
 
-def test_log_probabilities_that_nobody_knows_are_computed_again() -> None:
+@pytest.mark.parametrize("which", ["logprobs", "prompt_logprobs"])
+def test_log_probabilities_that_nobody_knows_are_computed_again(which: str) -> None:
     request = make_request()
     request = Request(
         request_id="r",
         prompt_token_ids=request.prompt_token_ids,
-        sampling=type(request.sampling)(max_tokens=4, logprobs=1),
+        sampling=type(request.sampling)(max_tokens=4, **{which: 1}),  # type: ignore[arg-type]
     )
     spec = spec_of(request, 2, output=(100,))
     cluster = Successor(held(Leg.DECODE, spec, 1, partner=False))

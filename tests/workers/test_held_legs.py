@@ -1,6 +1,6 @@
 """What a worker remembers for a router that has never heard of it."""
 
-from pdserve.core.messages import Leg, LegEnded, TokenOutput
+from pdserve.core.messages import Leg, LegEnded, TokenLogprobs, TokenOutput
 from pdserve.core.request import TransferId
 from pdserve.worker.held_legs import KEPT_S, MAX_FRAME_TOKENS, MAX_KEPT_TOKENS, HeldLegs, in_frames
 
@@ -34,6 +34,17 @@ def test_a_leg_is_told_with_all_its_tokens_also_for_a_while_after_its_end() -> N
     assert leg.ended == ended("a")
     clock.now_s = KEPT_S + 1.0
     assert legs.tell() == ()
+
+
+def test_log_probabilities_of_prompts_count_among_what_is_kept() -> None:
+    legs = HeldLegs(Clock())
+    prompt = (TokenLogprobs(-1.0, ((1, -1.0), (2, -2.0))),) * (MAX_KEPT_TOKENS // 6)
+    for name in ("a", "b", "c"):
+        legs.accepted(spec(name, range(4)), Leg.DECODE, has_partner=False)
+        legs.told([TokenOutput(TransferId(name, 0), 0, 0, 7, prompt_logprobs=prompt)], [ended(name)])
+    (leg,) = legs.tell()
+    assert leg.spec.transfer.request_id == "c"
+    assert leg.outputs[0].prompt_logprobs == prompt
 
 
 def test_what_is_kept_of_ended_legs_is_bounded() -> None:

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import PdserveError
+from .bench import bench
 
 
 class _Commands(TyperGroup):
@@ -263,6 +264,9 @@ def demo() -> None:
     from .demo import demo
 
     demo()
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from ..loadgen.trace import parse_trace
 from ..loadgen.workload import Drawn, Replayed, SharedPrefixes, Workload
 
 _DEFAULT_REQUESTS = 100
+_CACHED_SHARE = 0.02  # random prompts share next to nothing by chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def run(load: LoadOptions, targets: TargetOptions, slo_text: str, outputs: Outpu
     """The whole command. Raises LoadError."""
     slo, plan = parse_slo(slo_text), make_plan(load)
     results = asyncio.run(_campaign(plan, targets))
-    _show(results, slo)
+    _show(results, slo, may_be_cached=load.prefix_tokens > 0)
     if outputs.json_file is not None:
         words = load.words() | {"targets": targets.addresses} | _circumstances()
         outputs.json_file.write_text(json.dumps(summed_up(words, results, slo), indent=1) + "\n")
@@ -171,9 +172,12 @@ def _tell(name: str, index: int, one: Round) -> None:
         print(f"round {index + 1}, {name}: {len(one.records)} requests in {one.duration_s:.1f} s", file=sys.stderr)
 
 
-def _show(results: list[Result], slo: Slo) -> None:
+def _show(results: list[Result], slo: Slo, may_be_cached: bool) -> None:
     for result in results:
-        print(*report_lines(result.name, result.report(slo)), "", sep="\n")
+        report = result.report(slo)
+        print(*report_lines(result.name, report), "", sep="\n")
+        if (report.num_cached_tokens or 0) > _CACHED_SHARE * report.num_input_tokens and not may_be_cached:
+            print(f"careful: {result.name} knew many of these prompts, probably from a run before; take another --seed\n")
     ratios = ratios_of(results, slo)
     if ratios:
         print(*ratio_lines(results[0].name, results[1].name, ratios), sep="\n")

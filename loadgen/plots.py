@@ -62,7 +62,7 @@ def _legs(reports: Sequence[tuple[str, Report]], path: Path) -> Path:
     """Mean legs one upon the other, up to the second token."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.5 + 0.7 * len(reports)), layout="constrained")
+    figure = Figure(figsize=(8, 1.8 + 0.7 * len(reports)), layout="constrained")
     axes = figure.subplots()
     names = [name for name, _ in reports]
     left = np.zeros(len(reports))
@@ -71,7 +71,7 @@ def _legs(reports: Sequence[tuple[str, Report]], path: Path) -> Path:
         axes.barh(names, widths, left=left, label=leg.replace("_", " "))
         left += widths
     axes.set(xlabel="ms up to the second token, means")
-    axes.legend(ncols=3)
+    figure.legend(loc="outside upper center", ncols=6, fontsize="small")
     figure.savefig(path, dpi=120)
     return path
 

@@ -34,7 +34,7 @@ def report_lines(name: str, report: Report) -> Iterator[str]:
     for kind, number in report.errors.items():
         yield f"  {number} x {kind}"
     yield ""
-    yield from _aligned(_throughput_rows(report))
+    yield from _aligned(_throughput_rows(report), (0, 2))
     yield ""
     yield from _aligned([("ms", "mean", "p50", "p90", "p95", "p99", "max"), *_latency_rows(report)])
     if report.generator.warnings:
@@ -83,19 +83,19 @@ def ratio_lines(first: str, second: str, ratios: Sequence[Ratio]) -> Iterator[st
         value = "-" if ratio.ratio is None else f"{ratio.ratio:.3f}"
         interval = "-" if ratio.low is None or ratio.high is None else f"{ratio.low:.3f} to {ratio.high:.3f}"
         rows.append((name, _number(ratio.first), _number(ratio.second), value, interval))
-    yield from _aligned(rows)
+    yield from _aligned(rows, (0, 4))
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """The first column and cells of several words to the left, numbers to the right."""
+def _aligned(rows: Sequence[tuple[str, ...]], to_the_left: Sequence[int] = (0,)) -> Iterator[str]:
+    """Columns as wide as their widest cell, to the right but for those named."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [
-            cell.ljust(width) if " " in cell else cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
-        ]
+        cells = (
+            cell.ljust(width) if column in to_the_left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         yield "  ".join(cells).rstrip()

@@ -45,6 +45,14 @@ def test_a_trace_is_replayed(run: Run, cluster: ScriptedCluster, tmp_path: Path)
     assert [(len(r.prompt_token_ids), r.sampling.max_tokens) for r in cluster.requests] == [(5, 2), (20, 3)]
 
 
+@pytest.mark.parametrize(("options", "warns"), [((), True), (("--prefix-tokens", "4"), False)])
+def test_prompts_that_the_server_knows_already_are_a_warning_unless_they_share_prefixes(
+    run: Run, options: tuple[str, ...], warns: bool
+) -> None:
+    result = run("bench", "--concurrency", "1", *SHORT, *options)  # of each prompt a token is said to be cached
+    assert ("take another --seed" in result.stdout) is warns
+
+
 def test_failed_requests_are_counted_by_kind(run: Run, cluster: ScriptedCluster) -> None:
     cluster.refusal = QueueFull(8, 1.5)
     result = run("bench", "--rate", "1000", *SHORT, "--warm-up", "0")

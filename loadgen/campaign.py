@@ -123,7 +123,7 @@ class _Turns:
         try:
             await self.runner.warm_up(requests, self.plan.timeout_s)
         except (RequestFailed, TimeoutError) as error:
-            raise LoadError(f"{self.contender.name}: a warm-up request failed: {error or 'timeout'}") from error
+            raise LoadError(f"{self.contender.name}: a warm-up request failed: {str(error) or 'timeout'}") from error
 
 
 def _endless(jobs: Iterator[Job]) -> Iterator[Job]:

@@ -147,6 +147,9 @@ async def test_a_target_that_fails_to_warm_up_or_is_too_short_for_the_load_is_re
     target.fails_with = "unavailable"
     with pytest.raises(LoadError, match="a: a warm-up request failed: unavailable: as told"):
         await run_campaign(Plan(PLAN.workload, max_requests=4, num_warm_up=1), [Contender("a", target)])
+    target.fails_with, target.at_once = None, False
+    with pytest.raises(LoadError, match="a: a warm-up request failed: timeout"):
+        await run_campaign(Plan(PLAN.workload, max_requests=4, num_warm_up=1, timeout_s=0.0), [Contender("a", target)])
     long = Drawn(Constant(1.0), Fixed(990), Fixed(11))
     with pytest.raises(LoadError, match="1001 tokens together, but the model takes 1000"):
         await run_campaign(Plan(long, max_requests=1), [Contender("a", target)])

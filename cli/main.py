@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import PdserveError
+from .bench import bench
 from .key import key_app
 
 
@@ -289,6 +290,7 @@ def demo() -> None:
 
 
 app.add_typer(key_app, name="key")
+app.command()(bench)
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from pdserve.cli.client import CommandFailed, connect
 from pdserve.cli.progress import StatusLines, is_ready
-from pdserve.cli.up import follow, up
+from pdserve.cli.up import follow, sigterm_as_interrupt, up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.core.status import WorkerState
@@ -86,24 +88,38 @@ def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
         follow(client)
 
 
+UP = """
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+from pdserve.cli.up import up
+from pdserve.cluster import launch
+from pdserve.core.config import ClusterConfig
+
+launched = SimpleNamespace(grpc_address=sys.argv[1], local_address=sys.argv[1], ended=True, poll=lambda: None)
+launch.launch = lambda config, settings: nullcontext(launched)
+up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_the_cluster_and_ends_it(
-    server: ServerThread, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    launched = SimpleNamespace(grpc_address=server.address, local_address=server.address)
-    monkeypatch.setattr(launch, "launch", lambda config, settings: nullcontext(launched))
-    before = signal.getsignal(signal.SIGTERM)
-
-    def strike(lines: StatusLines, status: pb.ClusterStatus) -> list[str]:
-        """With the first state in hand: gRPC does not survive an interrupt while it begins a call."""
-        os.kill(os.getpid(), number)
-        return []
-
-    monkeypatch.setattr(StatusLines, "changes", strike)
+def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: int) -> None:
+    """A process of its own: Python's gRPC does not always survive that its caller is interrupted."""
     server.call(server.cluster.go_on.set)
-    up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
+    command = [sys.executable, "-c", UP, server.address]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("decode-") for line in process.stderr), "it follows the cluster"
+        process.send_signal(number)
+        assert process.stderr.read().splitlines()[-2:] == ["draining; interrupt again to stop at once", "stopped"]
+    assert process.returncode == 0
     assert server.cluster.drained == [((), True)]
-    assert capsys.readouterr().err.splitlines()[-2:] == ["draining; interrupt again to stop at once", "stopped"]
+
+
+def test_sigterm_is_an_interrupt_for_a_while_only() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

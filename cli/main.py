@@ -193,6 +193,19 @@ def status(
 
 
 @app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="Of a request that is being served, or that ended lately.")],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Show where a request's time went, against what was predicted, and why it was placed where it was."""
+    from .client import connect
+    from .explain import explain
+
+    with connect(address) as client:
+        explain(client, request_id)
+
+
+@app.command()
 def apply(
     file: Annotated[Path, typer.Argument(help="The file that the cluster is to match.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would change.")] = False,

@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError, PdserveError
 from ..engine.gpu import probe_node
+from ..telemetry.logs import LogSettings
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .head_spec import Doors, HeadSpec
 from .ray_token import RayToken
@@ -94,7 +95,7 @@ class LaunchedCluster:
     """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends it all, and Ray too when we
     started it."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
         self._ray = _Ray.connect()
         self._private = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # that nobody else may open
         self._lock = threading.Lock()  # of `_stopped` and `_head`
@@ -105,10 +106,16 @@ class LaunchedCluster:
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
         try:
-            self._keeper = self._create_keeper(config)
+            self._keeper = self._create_keeper(config, log_settings)
             host = None if self._ray.temp_dir is None else "127.0.0.1"
             self._spec = HeadSpec(
-                keeper=self._keeper, door=DOOR, token=secrets.token_hex(32), host=host, local=self.local_address
+                keeper=self._keeper,
+                door=DOOR,
+                token=secrets.token_hex(32),
+                host=host,
+                local=self.local_address,
+                log=log_settings,
+                otlp_endpoint=config.observability.otlp_endpoint or _otlp_endpoint(),
             )
             self._doors = self._start_first_head()
         except BaseException:
@@ -129,11 +136,12 @@ class LaunchedCluster:
         self._create_head()
         return _get(self._head.start.remote())
 
-    def _create_keeper(self, config: ClusterConfig) -> Any:
+    def _create_keeper(self, config: ClusterConfig, log_settings: LogSettings | None) -> Any:
         """One to a Ray cluster: its name says that pdserve runs there."""
         here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)
         try:
-            return KeeperActor.options(name=KEEPER_NAME, scheduling_strategy=here).remote(config)  # type: ignore[attr-defined]
+            options = KeeperActor.options(name=KEEPER_NAME, scheduling_strategy=here)  # type: ignore[attr-defined]
+            return options.remote(config, log_settings)
         except ValueError as error:  # the name is taken
             raise LaunchError("a pdserve cluster runs in this Ray cluster already; stop it with `pdserve down`") from error
 
@@ -174,9 +182,15 @@ class LaunchedCluster:
         with self._lock:
             if self._stopped:
                 return
+            ray.kill(self._head)  # Ray also takes one for dead that it cannot reach for a while
             self._create_head()
         with contextlib.suppress(RayActorError):  # dead again: `wait` will say so
             ray.get(self._head.start.remote())
+
+    def metrics(self) -> bytes:
+        """The head's metrics in Prometheus' text format. Raises RayActorError when it has just died."""
+        metrics: bytes = ray.get(self._head.metrics.remote())
+        return metrics
 
     def poll(self) -> str | None:
         """Why the cluster is gone, or None while it is there or has ended as it was told to."""
@@ -212,14 +226,19 @@ class LaunchedCluster:
         self.stop()
 
 
-def launch(config: ClusterConfig) -> LaunchedCluster:
-    """Start a cluster; its workers load while this returns.
+def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> LaunchedCluster:
+    """Start a cluster; its workers load while this returns. Without `log_settings`, its processes' warnings go to Ray's logs.
 
     Raises ConfigError when the address to listen on is taken, LaunchError when Ray or the head does not start, or when
     the model cannot be read or does not fit.
     """
     _check_port_is_free(*config.listen.grpc_host_port)
-    return LaunchedCluster(config)
+    return LaunchedCluster(config, log_settings)
+
+
+def _otlp_endpoint() -> str | None:
+    """Of this process's environment: the head's may be another's, when Ray was here before."""
+    return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
 
 
 def _is_known_cluster() -> bool:

@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..core.messages import Hello, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
+from ..core.messages import Hello, Holds, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
 from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine, EngineOptions
 from ..kv_transfer.endpoint import TransferEndpoint
+from ..worker.held_legs import in_frames
 from ..worker.worker import Worker
 from .worker_link import RouterLink
 from .worker_spec import WorkerSpec
@@ -83,6 +84,7 @@ class WorkerProcess:
             )
             self._serve(engine, endpoint, cores)
         finally:
+            self._stopping.set()  # the reader's thread does not look for another router
             if endpoint is not None:
                 endpoint.close()
             self._link.close()
@@ -199,9 +201,10 @@ class WorkerProcess:
             self.stop()
             return
         found.start()
-        if self._info is None and self._loading is not None:
+        if self._info is None:
             self._link = found
-            found.send(self._loading)
+            if self._loading is not None:
+                found.send(self._loading)
         self._inbox.put(lambda: self._greet(found))
 
     def _greet(self, link: RouterLink) -> None:
@@ -209,6 +212,7 @@ class WorkerProcess:
         if link is self._greeted:
             return
         assert self._info is not None
-        link.send(Ready(info=self._info, held=self._worker.held_legs()))
+        *before, last = in_frames(self._worker.held_legs())
+        link.send(*(Holds(held=legs) for legs in before), Ready(info=self._info, held=last))
         link.start_heartbeat(self._worker.report)
         self._link = self._greeted = link

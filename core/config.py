@@ -213,6 +213,18 @@ class ListenSection(_Part):
         return host_port
 
 
+class ObservabilitySection(_Part):
+    """What is told of requests and processes. Metrics are always there."""
+
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """auto: text where `pdserve up` writes to a terminal, else one JSON object a line."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged; debug has a line for each request."""
+    otlp_endpoint: str | None = Field(default=None, min_length=1)
+    """Where traces go, over OTLP/gRPC, such as http://127.0.0.1:4317; by default the environment's OTEL_EXPORTER_OTLP_ENDPOINT.
+    Without either there are no traces."""
+
+
 class ClusterConfig(_Part):
     """One pdserve cluster. Every key has a default that works on a laptop with two cores."""
 
@@ -223,6 +235,7 @@ class ClusterConfig(_Part):
     routing: RoutingSection = RoutingSection()
     limits: LimitsSection = LimitsSection()
     listen: ListenSection = ListenSection()
+    observability: ObservabilitySection = ObservabilitySection()
     kernels: Literal["auto", "native", "torch"] = "auto"
     """Compute kernels: the compiled ones, or torch only; auto: the compiled ones where they are there."""
     device: Literal["auto", "cpu"] = "auto"

@@ -188,6 +188,12 @@ class HeldLeg(msgspec.Struct, frozen=True, kw_only=True):
     ended: LegEnded | None  # None while the worker carries it out
 
 
+class Holds(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Some of what `Ready` tells, sent before it: all of it may be more than a frame can hold."""
+
+    held: tuple[HeldLeg, ...]
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The worker serves from now on. `held` is not empty when it served under another router before."""
 
@@ -227,4 +233,4 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 WorkerCommand = Prefill | Reserve | Serve | Abort | Heartbeat
-WorkerMessage = Hello | LoadProgress | Ready | StepReport | LegEnded
+WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded

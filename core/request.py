@@ -45,6 +45,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     deadline_s: float | None = None  # on the router's monotonic clock
     client: str = ""  # whom it counts for when clients take turns
+    traceparent: str = ""  # the client's span, as in W3C Trace Context; changes nothing of what is done
 
 
 class TransferId(msgspec.Struct, frozen=True, array_like=True):
@@ -56,6 +57,11 @@ class TransferId(msgspec.Struct, frozen=True, array_like=True):
 
     def __str__(self) -> str:
         return f"{self.request_id}#{self.attempt}"
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """`extra` of a log record about it."""
+        return {"request_id": self.request_id, "attempt": self.attempt}
 
 
 class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,10 +13,11 @@ from ..core.config_file import parse_cluster_config
 from ..core.errors import InvalidRequest
 from ..core.validation import check_name
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from .explain import explanation
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
 from .generation import Shared
 from .intake import refuse_unknown_fields
-from .translate import ClientGone, NeedsRestart, translated
+from .translate import ClientGone, NeedsRestart, UnknownRequest, translated
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,15 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             last = _progress(self._frontend.status(), request.worker_ids)
             last.done = True
             await _write(context, last)
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:
+        async with translated(context):
+            refuse_unknown_fields(request)
+            timeline = self._frontend.explain(request.request_id)
+            if timeline is None:
+                raise UnknownRequest(request.request_id)
+            return explanation(timeline)
+        raise AssertionError("translated() ends the call")
 
     def _drained(self, drain: "asyncio.Task[None]") -> None:
         self._drains.discard(drain)

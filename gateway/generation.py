@@ -16,6 +16,7 @@ from ..core.config import ClusterConfig
 from ..core.errors import DuplicateRequest, InvalidRequest, NoWorkerAvailable, QueueFull
 from ..core.request import Request
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from ..telemetry.logs import REQUEST_ID
 from .access import Access, Caller
 from .answer import Answer, Collector
 from .frontend import Frontend
@@ -122,8 +123,9 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         loop = asyncio.get_running_loop()
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else loop.time() + remaining_s
-        caller = CALLER.get()
-        request = await self._intake.request(message, self._shared.config.limits, deadline_s, context.peer(), caller)
+        caller, limits, traceparent = CALLER.get(), self._shared.config.limits, _metadata(context, "traceparent")
+        request = await self._intake.request(message, limits, deadline_s, context.peer(), traceparent, caller)
+        REQUEST_ID.set(request.request_id)
         answer = Answer(
             request,
             self._tokenizer,
@@ -191,3 +193,11 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             ),
             version=__version__,
         )
+
+
+def _metadata(context: Context, key: str) -> str | None:
+    """The value that a client sent along with its call under `key`."""
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value if isinstance(value, str) else None
+    return None

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .translate import UnknownModel
 
 MAX_ITEMS = 10_000  # of a repeated field, other than token ids
 MAX_STOP_CHARS = 1024
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII)
 INLINE_CHARS = 4096  # longer prompts are encoded on a thread, so that other streams go on
 
 
@@ -48,11 +50,13 @@ class Intake:
         limits: LimitsSection,
         deadline_s: float | None,
         peer: str,
+        traceparent: str | None = None,
         caller: Caller | None = None,
     ) -> Request:
-        """The request that `message` asks for; `peer` is the connection it came by, `caller` who was let in by a key.
+        """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name,
+        `caller` who was let in by a key.
 
-        Raises InvalidRequest or UnknownModel.
+        Raises InvalidRequest or UnknownModel. A `traceparent` that is malformed counts as none, as its standard wants it.
         """
         refuse_unknown_fields(message)
         self.check_model(message.model)
@@ -73,6 +77,7 @@ class Intake:
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
             client=_client(message, peer, caller),
+            traceparent=checked_traceparent(traceparent),
         )
 
     def check_model(self, name: str) -> None:
@@ -120,6 +125,12 @@ def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> st
     if caller is not None:
         return caller.client
     return f"id:{message.client_id}" if message.client_id else peer
+
+
+def checked_traceparent(header: str | None) -> str:
+    """The header, or "" when it is none that W3C Trace Context allows."""
+    match = _TRACEPARENT.fullmatch(header or "")
+    return "" if match is None or match["trace"] == "0" * 32 or match["span"] == "0" * 16 else match[0]
 
 
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:

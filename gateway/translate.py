@@ -42,6 +42,13 @@ class UnknownModel(PdserveError):
         self.served = served
 
 
+class UnknownRequest(PdserveError):
+    """Nothing is known of a request of this id."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id: {request_id!r} is not being served, and not among those that ended last")
+
+
 class NeedsRestart(PdserveError):
     """A configuration differs in keys that a running cluster cannot take over."""
 
@@ -86,6 +93,8 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
             return grpc.StatusCode.INVALID_ARGUMENT, [_bad_request(problems)]
         case UnknownModel():
             return grpc.StatusCode.NOT_FOUND, [_info("UNKNOWN_MODEL", served=error.served)]
+        case UnknownRequest():
+            return grpc.StatusCode.NOT_FOUND, [_info("UNKNOWN_REQUEST")]
         case DuplicateRequest():
             return grpc.StatusCode.ALREADY_EXISTS, [_info("DUPLICATE_REQUEST", request_id=error.request_id)]
         case QueueFull():

@@ -32,6 +32,7 @@ class Accident(enum.Enum):
 
 
 ORDERLY = (Accident.DRAIN, Accident.SCALE)  # nothing may fail for these
+OF_THE_ROUTER = (Accident.ROUTER_RESTART, Accident.ROUTER_FREEZE)  # workers go on
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Faults:
     def half_open_s(self) -> float:
         """How much later than the network allows one side of a broken connection hears of it."""
         return self._rng.choice((0.0, 0.0, 0.1, 2.0))
+
+    def are_last_words_lost(self) -> bool:
+        return self._rng.random() < 0.5
 
     def of_message(self, message: Any) -> MessageFault | None:
         if self._is_calm:

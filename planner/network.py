@@ -96,6 +96,12 @@ class Network:
         self._ends += ends
         return ends
 
+    def lose_last_words(self, process: Process) -> None:
+        """Of what a process that dies now has sent last, each of its peers hears all or nothing."""
+        for end in self._ends:
+            if end.process is process and end.is_open and self.faults.are_last_words_lost():
+                end.peer._is_cut = True
+
     def cut(self, process: Process, spared: Process | None = None) -> None:
         """Break every connection of a process, but those to `spared`."""
         self._ends = [end for end in self._ends if end.is_open]

@@ -12,6 +12,7 @@ from .virtual_time import VirtualTime
 
 FEW_ATTEMPTS = 10  # with so few it may be that all of them fail
 RECONNECT_S = 0.05
+IMPATIENT_S = 10.0  # a client that was refused does not wait longer, whatever it is told
 BY_ITSELF = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -102,7 +103,7 @@ class SimulatedClient:
                 head.process.call_at(deadline_s + 0.001, lambda: self._must_have_ended("its deadline"))
         elif isinstance(error, QueueFull):
             self._count("queue full")
-            self._later(error.retry_after_s, self._submit)
+            self._later(min(error.retry_after_s, IMPATIENT_S), self._submit)
         else:
             self._later(0.5, self._submit)
         self._note(f"{self.request_id}: " + ("submitted" if error is None else f"refused: {error}"))

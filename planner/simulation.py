@@ -130,7 +130,7 @@ class Simulation:
                 max_queued_requests=scenario.max_queued_requests,
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
-                claim_timeout_s=5.0,
+                claim_timeout_s=10.0,  # longer than the router stands still
             ),
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=30.0, backoff_s=0.2, max_backoff_s=2.0),
             self._start_worker,
@@ -256,9 +256,9 @@ class Simulation:
             case Accident.FREEZE:
                 self._freeze(worker.process, seconds)
             case Accident.ROUTER_FREEZE:
-                self._freeze(self.head.process, min(seconds, 2.0))
+                self._freeze(self.head.process, seconds)
             case Accident.ROUTER_RESTART:
-                self._kill_head(min(seconds, 2.0))
+                self._kill_head(self.head, min(seconds, 2.0), amid_dispatch=accident.draw * 1000 % 1 < 0.5)
             case Accident.SLOW:
                 worker.clock.factor = 20.0
                 self.time.call_later(seconds, lambda: setattr(worker.clock, "factor", 1.0))
@@ -281,14 +281,23 @@ class Simulation:
                 sizes = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2))[int(accident.draw * 7)]
                 self._apply(dict(zip(self._scenario.pools, sizes, strict=True)))
 
-    def _kill_head(self, seconds: float) -> None:
-        if not self.head.process.is_alive:
-            return
-        clients = self.head.clients.values()
-        self.head.process.kill()
-        for client in clients:
-            client.on_lost()
-        self.time.call_later(seconds, self._restart_head)
+    def _kill_head(self, head: SimulatedHead, seconds: float, *, amid_dispatch: bool) -> None:
+        """For so many seconds there is none. `amid_dispatch`: with its next commands, if they come soon, half of them lost."""
+
+        def kill() -> None:
+            if not head.process.is_alive:
+                return
+            if amid_dispatch:
+                self.network.lose_last_words(head.process)
+            clients = head.clients.values()
+            head.process.kill()
+            for client in clients:
+                client.on_lost()
+            self.time.call_later(seconds, self._restart_head)
+
+        if amid_dispatch:
+            head.on_dispatch = lambda: self.time.call_later(0.0, kill)
+        self.time.call_later(0.2 if amid_dispatch else 0.0, kill)
 
     def _freeze(self, process: Process, seconds: float) -> None:
         process.freeze()

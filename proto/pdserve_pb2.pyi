@@ -1409,3 +1409,224 @@ class DrainProgress(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainProgress: _TypeAlias = DrainProgress  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    NUM_PAUSES_FIELD_NUMBER: _builtins.int
+    ADOPTED_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    outcome: _builtins.str
+    """"stop", "length", "cancelled", "deadline" or "error"; "running" while it is being served."""
+    error: _builtins.str
+    """What ended it, when it was an error."""
+    prompt_tokens: _builtins.int
+    completion_tokens: _builtins.int
+    """Of all choices together."""
+    first_token_s: _builtins.float
+    """From admission; unset when there was none."""
+    duration_s: _builtins.float
+    """From admission to the end, or until now."""
+    num_pauses: _builtins.int
+    """How often it left its workers because its client did not read."""
+    adopted: _builtins.bool
+    """It was taken over from a router that died: times before that are not known."""
+    trace_id: _builtins.str
+    """The id of its trace, when its client sent one."""
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedAttempt]: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        error: _builtins.str = ...,
+        prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        first_token_s: _builtins.float | None = ...,
+        duration_s: _builtins.float = ...,
+        num_pauses: _builtins.int = ...,
+        adopted: _builtins.bool = ...,
+        trace_id: _builtins.str = ...,
+        attempts: _abc.Iterable[Global___ExplainedAttempt] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s", "first_token_s", b"first_token_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s", "adopted", b"adopted", "attempts", b"attempts", "completion_tokens", b"completion_tokens", "duration_s", b"duration_s", "error", b"error", "first_token_s", b"first_token_s", "num_pauses", b"num_pauses", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "trace_id", b"trace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token_s: _TypeAlias = _typing.Literal["first_token_s"]  # noqa: Y015
+    _WhichOneofArgType__first_token_s: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_s) -> _WhichOneofReturnType__first_token_s | None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class ExplainedAttempt(_message.Message):
+    """One dispatch of the request, or of what a failed one left to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    DISPATCH_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    LEGS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    CONSIDERED_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    dispatch: _builtins.int
+    """Of all dispatches of the cluster: what workers' logs call the attempt."""
+    prefill_worker: _builtins.str
+    decode_worker: _builtins.str
+    """Empty when the first token was the last; equal to `prefill_worker` when one worker did both."""
+    num_tokens: _builtins.int
+    """Prompt, and output of earlier attempts."""
+    expected_cached_tokens: _builtins.int
+    """Of them, in the prefill worker's cache: as the router's index had it, and as it was."""
+    cached_tokens: _builtins.int
+    failure: _builtins.str
+    """Why it did not produce all that it was to; empty when it did, or is about to."""
+    @_builtins.property
+    def legs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedLeg]:
+        """In order: queue (in the router), worker queue, prefill, first token (from the dispatch), transfer (what of it came after
+        the prefill), token gap (between two tokens, in the mean).
+        """
+
+    @_builtins.property
+    def considered(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsideredPlace]:
+        """The best few places that were weighed, the chosen one first."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        dispatch: _builtins.int = ...,
+        prefill_worker: _builtins.str = ...,
+        decode_worker: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        expected_cached_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int | None = ...,
+        legs: _abc.Iterable[Global___ExplainedLeg] | None = ...,
+        failure: _builtins.str = ...,
+        considered: _abc.Iterable[Global___ConsideredPlace] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "cached_tokens", b"cached_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "attempt", b"attempt", "cached_tokens", b"cached_tokens", "considered", b"considered", "decode_worker", b"decode_worker", "dispatch", b"dispatch", "expected_cached_tokens", b"expected_cached_tokens", "failure", b"failure", "legs", b"legs", "num_tokens", b"num_tokens", "prefill_worker", b"prefill_worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
+
+Global___ExplainedAttempt: _TypeAlias = ExplainedAttempt  # noqa: Y015
+
+@_typing.final
+class ExplainedLeg(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEG_FIELD_NUMBER: _builtins.int
+    PREDICTED_S_FIELD_NUMBER: _builtins.int
+    ACTUAL_S_FIELD_NUMBER: _builtins.int
+    leg: _builtins.str
+    predicted_s: _builtins.float
+    """Unset when nothing was predicted."""
+    actual_s: _builtins.float
+    """Unset when it is not known, or not over."""
+    def __init__(
+        self,
+        *,
+        leg: _builtins.str = ...,
+        predicted_s: _builtins.float | None = ...,
+        actual_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actual_s", b"_actual_s", "_predicted_s", b"_predicted_s", "actual_s", b"actual_s", "predicted_s", b"predicted_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actual_s", b"_actual_s", "_predicted_s", b"_predicted_s", "actual_s", b"actual_s", "leg", b"leg", "predicted_s", b"predicted_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__actual_s: _TypeAlias = _typing.Literal["actual_s"]  # noqa: Y015
+    _WhichOneofArgType__actual_s: _TypeAlias = _typing.Literal["_actual_s", b"_actual_s"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_s: _TypeAlias = _typing.Literal["predicted_s"]  # noqa: Y015
+    _WhichOneofArgType__predicted_s: _TypeAlias = _typing.Literal["_predicted_s", b"_predicted_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actual_s) -> _WhichOneofReturnType__actual_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_s) -> _WhichOneofReturnType__predicted_s | None: ...
+
+Global___ExplainedLeg: _TypeAlias = ExplainedLeg  # noqa: Y015
+
+@_typing.final
+class ConsideredPlace(_message.Message):
+    """A place for a dispatch. Of all that have room, the first by these decides, in this order, the smaller the better."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFILL_WORKER_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_FIELD_NUMBER: _builtins.int
+    HAS_FAILED_FIELD_NUMBER: _builtins.int
+    ITL_EXCESS_S_FIELD_NUMBER: _builtins.int
+    COST_S_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    prefill_worker: _builtins.str
+    decode_worker: _builtins.str
+    """As in ExplainedAttempt."""
+    has_failed: _builtins.bool
+    """This request had failed there before."""
+    itl_excess_s: _builtins.float
+    """By how much a gap between tokens there was predicted to exceed the objective."""
+    cost_s: _builtins.float
+    """Predicted time to the first token, and until the KV has arrived. A prefill on a decode worker counts for more."""
+    load: _builtins.float
+    """Of the decode worker: the shares of its batch and of its blocks that are taken."""
+    ttft_s: _builtins.float
+    """Predicted, from the dispatch to the first token."""
+    def __init__(
+        self,
+        *,
+        prefill_worker: _builtins.str = ...,
+        decode_worker: _builtins.str = ...,
+        has_failed: _builtins.bool = ...,
+        itl_excess_s: _builtins.float = ...,
+        cost_s: _builtins.float = ...,
+        load: _builtins.float = ...,
+        ttft_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_s", b"cost_s", "decode_worker", b"decode_worker", "has_failed", b"has_failed", "itl_excess_s", b"itl_excess_s", "load", b"load", "prefill_worker", b"prefill_worker", "ttft_s", b"ttft_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsideredPlace: _TypeAlias = ConsideredPlace  # noqa: Y015

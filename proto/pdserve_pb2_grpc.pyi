@@ -138,6 +138,10 @@ class ClusterStub:
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
     """
+    Explain: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.ExplainRequest, _pdserve_pb2.Explanation]
+    """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
+    for the few thousand that ended last; others are NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -156,6 +160,10 @@ class ClusterAsyncStub(ClusterStub):
     Drain: _aio.UnaryStreamMultiCallable[_pdserve_pb2.DrainRequest, _pdserve_pb2.DrainProgress]  # type: ignore[assignment]
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.ExplainRequest, _pdserve_pb2.Explanation]  # type: ignore[assignment]
+    """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
+    for the few thousand that ended last; others are NOT_FOUND.
     """
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
@@ -196,6 +204,16 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_pdserve_pb2.DrainProgress], _abc.AsyncIterator[_pdserve_pb2.DrainProgress]]:
         """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
         stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _pdserve_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pdserve_pb2.Explanation, _abc.Awaitable[_pdserve_pb2.Explanation]]:
+        """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
+        for the few thousand that ended last; others are NOT_FOUND.
         """
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

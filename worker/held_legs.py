@@ -1,11 +1,12 @@
 """What a worker can tell a router that knows nothing of it: the legs it carries out, those that ended lately, and their tokens.
 
 A router that dies takes with it what it knew of its requests. The one that follows learns from here what has been computed, so
-that nothing is computed twice, also of legs whose end the dead one may have heard of without telling its client.
+that nothing is computed twice: also of legs whose end the dead one may have heard of without telling its client, and of those
+that it aborted to go on elsewhere.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..core.messages import HeldLeg, Leg, LegEnded, TokenOutput
@@ -13,6 +14,7 @@ from ..core.request import SequenceSpec, TransferId
 
 KEPT_S = 30.0  # after its end
 MAX_KEPT_TOKENS = 1 << 18  # of all ended legs together, prompts included
+MAX_FRAME_TOKENS = 1 << 15  # told at once: some 10 MB with the log probabilities of 20 tokens each
 
 
 @dataclass(slots=True)
@@ -42,10 +44,6 @@ class HeldLegs:
         """The worker was given a leg; again, when the command came twice."""
         self._open.setdefault(spec.transfer, _Leg(spec, leg, has_partner))
 
-    def aborted(self, transfer: TransferId) -> None:
-        """No router wants to hear of it again."""
-        self._open.pop(transfer, None)
-
     def told(self, outputs: Iterable[TokenOutput], ended: Iterable[LegEnded]) -> None:
         """What the worker says to whichever router listens."""
         for output in outputs:
@@ -72,3 +70,17 @@ class HeldLegs:
         oldest_s = self._clock() - KEPT_S
         while self._ended and (self._ended[0].ended_s < oldest_s or self._num_kept_tokens > MAX_KEPT_TOKENS):
             self._num_kept_tokens -= self._ended.popleft().num_tokens
+
+
+def in_frames(legs: Sequence[HeldLeg]) -> Iterator[tuple[HeldLeg, ...]]:
+    """All of them in turn, at least once, no more at a time than a frame can hold."""
+    frame: list[HeldLeg] = []
+    num_tokens = 0
+    for leg in legs:
+        num_leg_tokens = leg.spec.num_tokens + len(leg.outputs)
+        if frame and num_tokens + num_leg_tokens > MAX_FRAME_TOKENS:
+            yield tuple(frame)
+            frame, num_tokens = [], 0
+        frame.append(leg)
+        num_tokens += num_leg_tokens
+    yield tuple(frame)

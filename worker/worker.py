@@ -84,7 +84,6 @@ class Worker:
                 self._held.accepted(command.spec, Leg.DECODE, has_partner=False)
                 self._decode.serve(command)
             case Abort():
-                self._held.aborted(command.transfer)
                 self._prefill.abort(command.transfer)
                 self._decode.abort(command.transfer)
             case Heartbeat():

@@ -12,14 +12,28 @@ from pdserve.cluster import worker_link
 from pdserve.cluster.worker_link import RouterLink
 from pdserve.core.codec import FrameEncoder
 from pdserve.core.handshake import OPENING_BYTES, Dialler, Purpose
-from pdserve.core.messages import Abort, Heartbeat, Hello, Ready, Role, StepReport, WorkerCommand, WorkerLoad
+from pdserve.core.messages import (
+    Abort,
+    Heartbeat,
+    HeldLeg,
+    Hello,
+    Holds,
+    Leg,
+    Ready,
+    Role,
+    StepReport,
+    WorkerCommand,
+    WorkerLoad,
+)
 from pdserve.core.request import TransferId
 from pdserve.router import service
 from pdserve.router.core import Router
+from pdserve.router.events import Adopted
 from pdserve.router.service import RouterService
 
 from ..handshakes import greeted, open_control
 from ..router.cluster import worker_info
+from ..workers.chain_model import spec
 
 HELLO = Hello(worker_id="decode-0", incarnation=1)
 WAIT_S = 20.0
@@ -198,4 +212,25 @@ async def test_no_more_than_so_many_strangers_are_kept_at_once(monkeypatch: pyte
             assert await reader.read() == b""
     for _, other in [*waiting, (reader, writer)]:
         other.close()
+    await routing.stop()
+
+
+async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_whole() -> None:
+    router, is_ready, observing = Router(adopts=True), asyncio.Event(), observer([])
+    observing.worker_ready = lambda info: is_ready.set()
+    routing = RouterService(router, observing, "token")  # type: ignore[arg-type]
+    _, writer = await open_control(await routing.start("127.0.0.1"), "token")
+    encoder = FrameEncoder()
+    first, second, third = (
+        HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None) for name in "abc"
+    )
+    ready = Ready(info=worker_info("decode-0", Role.DECODE), held=(third,))
+    for message in (HELLO, Holds(held=(first,)), Holds(held=(second,)), ready):
+        writer.write(encoder.encode(message))
+    async with asyncio.timeout(WAIT_S):
+        await is_ready.wait()
+    routing.handle(Adopted())
+    (worker,) = router.status(0.0).workers
+    assert worker.num_legs == 3
+    writer.close()
     await routing.stop()

@@ -259,3 +259,22 @@ async def test_without_a_seed_the_name_of_a_request_decides_its_output(generatio
     first, again, *others = [request.sampling.seed for request in cluster.requests]
     assert first == again
     assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("header", "is_taken"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", True),
+        ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01", False),
+        ("ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", False),
+        ("00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01" + "-more" * 1000, False),
+        ("", False),
+    ],
+)
+async def test_a_request_carries_its_clients_span_when_that_is_well_formed(
+    header: str, is_taken: bool, generation: Stub, cluster: ScriptedCluster
+) -> None:
+    await generation.Generate(ask(max_tokens=1), metadata=(("traceparent", header),))
+    assert cluster.requests[0].traceparent == (header if is_taken else "")

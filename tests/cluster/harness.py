@@ -48,8 +48,8 @@ class Cluster:
             "drain_timeout_s": 60.0,
         } | settings
         self._launched: LaunchedCluster = launch(ClusterConfig.model_validate(self.settings))
-        self.grpc_address = self._launched.grpc_address
-        self.channel = grpc.insecure_channel(self.grpc_address)
+        self.address = self._launched.grpc_address
+        self.channel = grpc.insecure_channel(self.address)
         self.generation = rpc.GenerationStub(self.channel)
         self.admin = rpc.ClusterStub(self.channel)
         try:

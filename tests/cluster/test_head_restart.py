@@ -76,7 +76,7 @@ def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(clus
 def test_the_command_line_s_stream_survives_the_death_of_the_head(cluster: Cluster) -> None:
     request = cluster.request("A generator is a function", max_tokens=1500, n=2, temperature=0.8, seed=5)
     expected = cluster.stream(request)
-    with connect(cluster.grpc_address) as client:
+    with connect(cluster.address) as client:
         stream = resuming_stream(client, request, timeout=120)
         events = [next(stream) for _ in range(20)]
         kill_head()

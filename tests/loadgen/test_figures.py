@@ -27,6 +27,7 @@ def interpolated(values: list[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50))
 def test_percentiles_interpolate_between_neighbours(values: list[float]) -> None:
     summary = Summary.of(values)
@@ -62,6 +63,7 @@ def test_one_token_has_neither_tpot_nor_gaps() -> None:
     assert Slo(ttft=300, tpot=1, itl=1, e2e=300).is_met(seen)
 
 
+@settings(deadline=None)
 @given(st.lists(times, min_size=2, max_size=20))
 def test_the_mean_of_the_gaps_is_tpot_when_tokens_come_one_by_one(gaps: list[float]) -> None:
     seen = record(at_s=tuple(np.cumsum(gaps)))
@@ -87,6 +89,7 @@ def test_every_threshold_must_hold(slo: Slo, met: bool) -> None:
     assert slo.is_met(record(sent_s=0.0, at_s=(0.5, 0.6, 0.9))) is met
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(times, st.booleans()), min_size=1, max_size=30), st.floats(1, 10_000))
 def test_goodput_counts_good_requests_over_the_time(requests: list[tuple[float, bool]], limit_ms: float) -> None:
     records = [

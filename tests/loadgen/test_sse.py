@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pdserve.loadgen.sse import SseParser
 
@@ -18,6 +18,7 @@ def parse(pieces: list[bytes]) -> list[str]:
     return events if last is None else [*events, last]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, len(TEXT.encode())), max_size=40), st.booleans())
 def test_events_do_not_depend_on_how_they_were_cut(cuts: list[int], has_mark: bool) -> None:
     data = (b"\xef\xbb\xbf" if has_mark else b"") + TEXT.encode()

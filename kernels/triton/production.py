@@ -11,6 +11,7 @@ import torch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
 from .decode_plan import DecodeShape, plan_decode
 from .launch import Launch
+from .prefill_attention import PrefillBatch, prefill_launch
 
 TARGETS = (80, 90, 100)
 _NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -39,6 +40,7 @@ HEAD_DIM_256 = Heads("head_dim 256", 16, 2, 256)
 def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     """(what for, launch) for a GPU of that compute capability."""
     yield from _decode(target)
+    yield from _prefill(target)
 
 
 def _decode(target: int) -> Iterator[tuple[str, Launch]]:
@@ -61,10 +63,30 @@ def _decode(target: int) -> Iterator[tuple[str, Launch]]:
         batch = DecodeBatch(_int32(65), _int32(64), _int32(64, _MAX_CONTEXT_LEN // block_size), plan)
         workspace = DecodeWorkspace(_float32(*partials, heads.head_dim), _float32(*partials))
         attend, merge = decode_launches(q, cache, cache, batch, workspace, 0.1, q)
-        sliding = "" if window is None else f", window {window}"
-        yield f"{heads.name}, {max_query_len} queries, page {block_size}{sliding}", attend
+        yield f"{heads.name}, {max_query_len} queries, page {block_size}{_sliding(window)}", attend
         if max_query_len == 1:
             yield heads.name, merge
+
+
+def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
+    shapes = [
+        (LLAMA_8B, 128, None),
+        (LLAMA_8B, 64, None),
+        (LLAMA_8B, 16, None),
+        (LLAMA_8B, 64, 4096),
+        (LLAMA_8B, 16, 4096),
+        (HEAD_DIM_80, 64, None),
+        (HEAD_DIM_256, 64, None),
+    ]
+    for heads, block_size, window in shapes:
+        q, cache = _queries(4096, heads), _cache(heads, block_size)
+        batch = PrefillBatch(_int32(9), _int32(8), _int32(8, _MAX_CONTEXT_LEN // block_size), _int32(32, 2))
+        launch = prefill_launch(q, cache, cache, batch, 0.1, window, q, target)
+        yield f"{heads.name}, page {block_size}{_sliding(window)}", launch
+
+
+def _sliding(window: int | None) -> str:
+    return "" if window is None else f", window {window}"
 
 
 def _queries(num_tokens: int, heads: Heads) -> torch.Tensor:

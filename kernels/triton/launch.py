@@ -1,0 +1,44 @@
+"""A kernel launch as a value, so that what the compile gate compiles is what production launches, meta-parameters included."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from triton import knobs
+
+INTERPRETED: bool = knobs.runtime.interpret  # fixed when triton is imported, as the kernels' nature is
+HOPPER = 90
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel over a grid; `arguments` are by name, tensors, numbers and constants alike."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+@lru_cache
+def target_of(device: torch.device) -> int:
+    """The compute capability, 90 for 9.0; a device without one gets what Hopper would."""
+    if device.type != "cuda":
+        return HOPPER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def cdiv(number: int, divisor: int) -> int:
+    return -(-number // divisor)

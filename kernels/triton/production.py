@@ -1,0 +1,105 @@
+"""Every kernel as it is launched for models that people serve, on tensors without memory: what the compile gate compiles.
+
+A shape stands here when it leads to other meta-parameters or another layout of registers than its neighbours.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
+from .decode_plan import DecodeShape, plan_decode
+from .launch import Launch
+from .prefill_attention import PrefillBatch, prefill_launch
+
+TARGETS = (80, 90, 100)
+_NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+_MAX_CONTEXT_LEN = 8192
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A model's attention."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+LLAMA_8B = Heads("Llama-3.1-8B", 32, 8, 128)
+LLAMA_1B = Heads("Llama-3.2-1B", 32, 8, 64)
+QWEN3_06B = Heads("Qwen3-0.6B", 16, 8, 128)
+QWEN2_7B = Heads("Qwen2.5-7B", 28, 4, 128)
+HEAD_DIM_80 = Heads("head_dim 80", 32, 8, 80)
+HEAD_DIM_96 = Heads("head_dim 96", 32, 32, 96)
+HEAD_DIM_256 = Heads("head_dim 256", 16, 2, 256)
+
+
+def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
+    """(what for, launch) for a GPU of that compute capability."""
+    yield from _decode(target)
+    yield from _prefill(target)
+
+
+def _decode(target: int) -> Iterator[tuple[str, Launch]]:
+    shapes = [
+        (LLAMA_8B, 64, 1, None),
+        (LLAMA_8B, 64, 8, None),
+        (LLAMA_1B, 64, 1, None),
+        (QWEN3_06B, 16, 4, None),
+        (QWEN2_7B, 64, 8, None),
+        (HEAD_DIM_80, 16, 1, 4096),
+        (HEAD_DIM_96, 32, 8, None),
+        (HEAD_DIM_256, 64, 1, None),
+    ]
+    for heads, block_size, max_query_len, window in shapes:
+        shape = DecodeShape(64, max_query_len, heads.num_kv_heads, block_size, _NUM_MULTIPROCESSORS[target], window=window)
+        plan = plan_decode(shape, [1], [_MAX_CONTEXT_LEN], _MAX_CONTEXT_LEN)
+        rows = heads.num_heads // heads.num_kv_heads * max_query_len
+        partials = (len(plan.pieces), heads.num_kv_heads, rows)
+        q, cache = _queries(64, heads), _cache(heads, block_size)
+        batch = DecodeBatch(_int32(65), _int32(64), _int32(64, _MAX_CONTEXT_LEN // block_size), plan)
+        workspace = DecodeWorkspace(_float32(*partials, heads.head_dim), _float32(*partials))
+        attend, merge = decode_launches(q, cache, cache, batch, workspace, 0.1, q)
+        yield f"{heads.name}, {max_query_len} queries, page {block_size}{_sliding(window)}", attend
+        if max_query_len == 1:
+            yield heads.name, merge
+
+
+def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
+    shapes = [
+        (LLAMA_8B, 128, None),
+        (LLAMA_8B, 64, None),
+        (LLAMA_8B, 16, None),
+        (LLAMA_8B, 64, 4096),
+        (LLAMA_8B, 16, 4096),
+        (HEAD_DIM_80, 64, None),
+        (HEAD_DIM_256, 64, None),
+    ]
+    for heads, block_size, window in shapes:
+        q, cache = _queries(4096, heads), _cache(heads, block_size)
+        batch = PrefillBatch(_int32(9), _int32(8), _int32(8, _MAX_CONTEXT_LEN // block_size), _int32(32, 2))
+        launch = prefill_launch(q, cache, cache, batch, 0.1, window, q, target)
+        yield f"{heads.name}, page {block_size}{_sliding(window)}", launch
+
+
+def _sliding(window: int | None) -> str:
+    return "" if window is None else f", window {window}"
+
+
+def _queries(num_tokens: int, heads: Heads) -> torch.Tensor:
+    return torch.empty((num_tokens, heads.num_heads, heads.head_dim), dtype=torch.bfloat16, device="meta")
+
+
+def _cache(heads: Heads, block_size: int) -> torch.Tensor:
+    return torch.empty((1024, heads.num_kv_heads, block_size, heads.head_dim), dtype=torch.bfloat16, device="meta")
+
+
+def _int32(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def _float32(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")

@@ -1,0 +1,9 @@
+"""Where there is no GPU, Triton's kernels run in its interpreter. Triton decides so when it is imported, and others import it
+too (transformers does), so the wish must stand before the first test module is read."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

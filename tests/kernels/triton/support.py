@@ -1,0 +1,23 @@
+"""Where Triton's kernels run in tests, and how near to the exact result they must come."""
+
+import torch
+
+from pdserve.kernels import AttentionBatch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assert_close_in_dtype(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    """`actual` in its dtype against the float64 result: errors in units of that dtype's precision."""
+    tolerance = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[actual.dtype]
+    error = (actual.cpu().double() - exact).abs().max().item()
+    assert error <= tolerance * max(1.0, exact.abs().max().item()), error
+
+
+def poison_unused_slots(cache: torch.Tensor, batch: AttentionBatch, block_size: int) -> None:
+    """Slots that hold no token of the batch become NaN: nothing may come of reading them."""
+    used = torch.zeros(cache.shape[1], block_size, dtype=torch.bool)
+    for table, length in zip(batch.block_tables, batch.context_lens.tolist(), strict=True):
+        keys = torch.arange(length)
+        used[table[keys // block_size].long(), keys % block_size] = True
+    cache.masked_fill_(~used[None, :, None, :, None], torch.nan)

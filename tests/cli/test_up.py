@@ -89,7 +89,7 @@ def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
 
 
 UP = """
-import sys
+import signal, sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from pdserve.cli.up import up
@@ -98,6 +98,7 @@ from pdserve.core.config import ClusterConfig
 
 launched = SimpleNamespace(grpc_address=sys.argv[1], local_address=sys.argv[1], ended=True, poll=lambda: None)
 launch.launch = lambda config, settings: nullcontext(launched)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
 """
 

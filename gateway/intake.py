@@ -76,7 +76,7 @@ class Intake:
                 add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
                 return await self._encode(prompt.text, add)
             case "chat":
-                return await self._encode(self._render(prompt.chat), add_special_tokens=False)
+                return await asyncio.to_thread(self._encode_chat, prompt.chat)
             case "token_ids":
                 return tuple(prompt.token_ids.ids)
         raise InvalidRequest("prompt", "", "one of text, chat or token_ids")
@@ -86,7 +86,8 @@ class Intake:
             return self._tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
 
-    def _render(self, chat: pb.Chat) -> str:
+    def _encode_chat(self, chat: pb.Chat) -> tuple[int, ...]:
+        """On a thread of its own: a template may take its time."""
         if not chat.messages:
             raise InvalidRequest("prompt.chat.messages", [], "at least one message")
         for index, message in enumerate(chat.messages):
@@ -94,7 +95,7 @@ class Intake:
                 raise InvalidRequest(f"prompt.chat.messages[{index}].role", "", "a role such as user")
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        return self._tokenizer.render_chat(messages, add)
+        return self._tokenizer.encode(self._tokenizer.render_chat(messages, add), add_special_tokens=False)
 
 
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:

@@ -134,7 +134,9 @@ class LimitsSection(_Part):
     max_unread_s: PositiveFloat = 60.0
     """How long a client may leave its stream unread altogether; then the stream ends."""
     max_open_calls: Positive = 8192
-    """Calls that the server works on; more are refused. Fixed while the cluster runs."""
+    """Calls that each server works on; more are refused. Fixed while the cluster runs."""
+    max_prompts: Positive = 64
+    """Prompts of one HTTP request; a gRPC request has one."""
     max_prompt_tokens: Positive | None = None
     """Tokens of one prompt; by default only `max_model_len` limits it."""
     max_tokens: Positive = 4096
@@ -146,7 +148,7 @@ class LimitsSection(_Part):
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
     max_message_bytes: Positive = 16 << 20
-    """Bytes of one gRPC message; fixed while the cluster runs."""
+    """Bytes of one gRPC message, or of the body of an HTTP request; fixed while the cluster runs."""
 
 
 class ListenSection(_Part):
@@ -154,12 +156,22 @@ class ListenSection(_Part):
 
     grpc: HostPort = "127.0.0.1:50051"
     """HOST:PORT of the gRPC server; port 0 takes a free one."""
+    http: HostPort | None = "127.0.0.1:8000"
+    """HOST:PORT of the OpenAI-compatible HTTP server; null: there is none."""
 
     @property
     def grpc_host_port(self) -> tuple[str, int]:
-        host_port = parse_host_port(self.grpc)
-        assert host_port is not None, self.grpc
-        return host_port
+        return _host_port(self.grpc)
+
+    @property
+    def http_host_port(self) -> tuple[str, int] | None:
+        return None if self.http is None else _host_port(self.http)
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host_port = parse_host_port(address)
+    assert host_port is not None, address
+    return host_port
 
 
 class ClusterConfig(_Part):

@@ -13,8 +13,8 @@ from ..core.config_file import parse_cluster_config
 from ..core.errors import InvalidRequest
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
-from .generation import Shared
 from .intake import refuse_unknown_fields
+from .serving import Shared
 from .translate import ClientGone, NeedsRestart, translated
 
 log = logging.getLogger(__name__)

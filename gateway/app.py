@@ -1,4 +1,5 @@
-"""The gRPC server: both services, health and reflection on one port. The head opens it; everything inside runs on its loop."""
+"""Both doors: the gRPC server with its services, health and reflection, and the HTTP server. The head opens them; everything
+inside runs on its loop."""
 
 import asyncio
 
@@ -12,24 +13,38 @@ from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .admin import ClusterService
 from .frontend import Frontend
-from .generation import GenerationService, Shared
+from .generation import GenerationService
+from .http.app import http_app
+from .http.server import HttpServer
 from .intake import ModelInfo
+from .serving import Serving, Shared
 from .tokenizer import Tokenizer
 
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
 class GatewayServer:
-    """A running server. It says NOT_SERVING to health checks until told otherwise; calls are answered all the same."""
+    """Running doors. gRPC says NOT_SERVING to health checks until told otherwise; calls are answered all the same."""
 
-    def __init__(self, server: grpc.aio.Server, port: int, admin: ClusterService) -> None:
-        self.port = port
+    def __init__(self, server: grpc.aio.Server, grpc_address: str, admin: ClusterService) -> None:
+        self.grpc_address = grpc_address
+        self.http_address: str | None = None
         self._server = server
+        self._http: HttpServer | None = None
         self._admin = admin
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
 
-    async def _start(self) -> None:
+    @property
+    def port(self) -> int:
+        """Of gRPC."""
+        return int(self.grpc_address.rpartition(":")[2])
+
+    async def _start(self, serving: Serving, http_address: str | None) -> None:
+        limits = serving.shared.config.limits
+        if http_address is not None:
+            self._http = await HttpServer.open(http_app(serving), http_address, 2 * limits.max_open_calls)
+            self.http_address = _with_port(http_address, self._http.port)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         await self._set_health(False)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -45,7 +60,10 @@ class GatewayServer:
         """Take no new calls, give running ones `grace_s` to end, then end them; idempotent."""
         await self._health.enter_graceful_shutdown()
         await self._admin.close()
-        await self._server.stop(grace_s)
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._server.stop(grace_s))
+            if self._http is not None:
+                both.create_task(self._http.stop(grace_s))
 
     async def _set_health(self, serving: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
@@ -54,14 +72,18 @@ class GatewayServer:
 
 
 async def serve(
-    frontend: Frontend, config: ClusterConfig, tokenizer: Tokenizer, model: ModelInfo, address: str | None = None
+    frontend: Frontend,
+    config: ClusterConfig,
+    tokenizer: Tokenizer,
+    model: ModelInfo,
+    grpc_address: str | None = None,
+    http_address: str | None = None,
 ) -> GatewayServer:
-    """Open `address`, by default `config.listen.grpc`. Raises ConfigError when it is taken."""
-    address = address or config.listen.grpc
-    max_bytes = config.limits.max_message_bytes
+    """Open both doors, by default where `config.listen` says. Raises ConfigError when an address is taken."""
+    grpc_address, http_address = grpc_address or config.listen.grpc, http_address or config.listen.http
     server = grpc.aio.server(
         options=(
-            ("grpc.max_receive_message_length", max_bytes),
+            ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own
             ("grpc.so_reuseport", 0),  # else two servers could share a port without knowing
         ),
@@ -69,21 +91,29 @@ async def serve(
     )
     shared = Shared(config)
     admin = ClusterService(frontend, shared)
-    pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(frontend, shared, tokenizer, model), server)
+    serving = Serving(frontend, shared, tokenizer, model)
+    pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(serving), server)
     pdserve_pb2_grpc.add_ClusterServicer_to_server(admin, server)
     try:
-        port = server.add_insecure_port(address)
+        port = server.add_insecure_port(grpc_address)
     except RuntimeError as error:
-        raise ConfigError(f"listen.grpc: cannot listen on {address}: is the port in use?") from error
-    gateway = GatewayServer(server, port, admin)
-    await gateway._start()
+        raise ConfigError(f"listen.grpc: cannot listen on {grpc_address}: is the port in use?") from error
+    gateway = GatewayServer(server, _with_port(grpc_address, port), admin)
+    await gateway._start(serving, http_address)
     return gateway
 
 
-async def open_door(frontend: Frontend, config: ClusterConfig, address: str | None = None) -> GatewayServer:
+def _with_port(address: str, port: int) -> str:
+    """The address with the port that was found where it asks for a free one."""
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+async def open_door(
+    frontend: Frontend, config: ClusterConfig, grpc_address: str | None = None, http_address: str | None = None
+) -> GatewayServer:
     """`serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
     tokenizer, model = await asyncio.to_thread(_load, config)
-    return await serve(frontend, config, tokenizer, model, address=address)
+    return await serve(frontend, config, tokenizer, model, grpc_address, http_address)
 
 
 def _load(config: ClusterConfig) -> tuple[Tokenizer, ModelInfo]:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -41,17 +42,29 @@ class Intake:
         self._tokenizer = tokenizer
         self._model = model
 
-    async def request(self, message: pb.GenerateRequest, limits: LimitsSection, deadline_s: float | None, peer: str) -> Request:
-        """The request that `message` asks for; `peer` is the connection it came by. Raises InvalidRequest or UnknownModel."""
+    async def request(
+        self,
+        message: pb.GenerateRequest,
+        limits: LimitsSection,
+        deadline_s: float | None,
+        peer: str,
+        *,
+        fills: bool = False,
+    ) -> Request:
+        """The request that `message` asks for; `peer` is the connection it came by. `fills`: without `max_tokens` it may use
+        all the room that there is. Raises InvalidRequest or UnknownModel."""
         refuse_unknown_fields(message)
         self.check_model(message.model)
-        _check_name("request_id", message.request_id)
-        _check_name("cache_salt", message.cache_salt)
-        _check_name("client_id", message.client_id)
+        check_name("request_id", message.request_id)
+        check_name("cache_salt", message.cache_salt)
+        check_name("client_id", message.client_id)
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
         token_ids = await self.token_ids(message.prompt)
+        if fills and not message.sampling.HasField("max_tokens"):
+            room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
+            sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         return Request(
             request_id=request_id,
@@ -147,6 +160,6 @@ def _children(message: Message) -> Iterator[tuple[str, Message]]:
             yield from ((f"{descriptor.name}[{index}]", item) for index, item in enumerate(value))
 
 
-def _check_name(field: str, value: str) -> None:
+def check_name(field: str, value: str) -> None:
     if len(value) > MAX_NAME_CHARS:
         raise InvalidRequest(field, value, f"at most {MAX_NAME_CHARS} characters")

@@ -3,12 +3,25 @@
 Prompts come in as text or conversations and go on as token ids; `gateway.detokenizer` uses it for the way back.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CheckpointError, InvalidRequest
 from .chat_template import ChatTemplate
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells what is not in its vocabulary
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others are those from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
 
 
 class Tokenizer:
@@ -22,6 +35,7 @@ class Tokenizer:
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
         self._template = _chat_template(pretrained)
+        self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @staticmethod
@@ -60,6 +74,25 @@ class Tokenizer:
     def has_text(self, token_id: int) -> bool:
         """Whether a token stands for text: it is in the vocabulary and not special."""
         return token_id not in self._special_ids and self._backend.id_to_token(token_id) is not None
+
+    def piece(self, token_id: int) -> str:
+        """The text of a token by itself; a part of a character shows as U+FFFD."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = self.decode([token_id])
+        return piece
+
+    def piece_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character."""
+        piece = self.piece(token_id)
+        name = self._backend.id_to_token(token_id) or ""
+        if "\ufffd" not in piece:
+            return piece.encode()
+        if (match := _BYTE.fullmatch(name)) is not None:
+            return bytes([int(match[1], 16)])
+        if all(char in _BYTE_OF_LETTER for char in name):
+            return bytes(_BYTE_OF_LETTER[char] for char in name)
+        return piece.encode()
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pdserve.cli.client import CommandFailed, connect
-from pdserve.cli.progress import StatusLines, is_ready
+from pdserve.cli.progress import StatusLines, is_ready, ready_line
 from pdserve.cli.up import follow, up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
@@ -86,7 +86,7 @@ def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
 def test_a_signal_drains_the_cluster_and_ends_it(
     server: ServerThread, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched = SimpleNamespace(grpc_address=server.address)
+    launched = SimpleNamespace(grpc_address=server.address, http_address="127.0.0.1:8000")
     monkeypatch.setattr(launch, "launch", lambda config: nullcontext(launched))
     before = signal.getsignal(signal.SIGTERM)
 
@@ -100,3 +100,9 @@ def test_a_signal_drains_the_cluster_and_ends_it(
     assert server.cluster.drained == [((), True)]
     assert capsys.readouterr().err.splitlines()[-2:] == ["draining; interrupt again to stop at once", "stopped"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_both_addresses_are_told_when_there_are_two() -> None:
+    assert ready_line(pb.ClusterStatus(model="m"), "127.0.0.1:1", "127.0.0.1:2").startswith(
+        "ready: m at 127.0.0.1:1 (gRPC) and http://127.0.0.1:2/v1, "
+    )

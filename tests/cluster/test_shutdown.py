@@ -36,7 +36,7 @@ def test_shutting_down_lets_streams_finish_and_ends_every_worker() -> None:
 
 def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(tmp_path: Path) -> None:
     pool = {"cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64}
-    settings = {"pools": {"prefill": pool, "decode": pool}, "listen": {"grpc": "127.0.0.1:0"}}
+    settings = {"pools": {"prefill": pool, "decode": pool}, "listen": {"grpc": "127.0.0.1:0", "http": None}}
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"metadata": {"pdserve": settings}}))
     command = [sys.executable, "-c", "from pdserve.cli.main import main; main()", "up", str(tmp_path / "cluster.yaml")]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": os.getcwd()}

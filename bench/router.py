@@ -28,7 +28,7 @@ from pdserve.core.request import Request, SamplingParams, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.dispatch import Job, LiveRequest
-from pdserve.router.events import Submit, WorkerReady
+from pdserve.router.events import RouterEvent, Submit, WorkerReady
 
 BLOCK_SIZE = 16
 LAYOUT = KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=BLOCK_SIZE, model_fingerprint="m")
@@ -89,7 +89,7 @@ def decision(num_workers: int, num_tokens: int, holders: int) -> tuple[float, fl
 
     for i in range(2 * num_workers):
         router.handle(Submit(request(f"w{i}", tuple(rng.randrange(50_000) for _ in range(rng.randrange(1, 500))))), 0.0)
-    jobs = [Job(LiveRequest(request(f"d{i}", prompt()), 0.0, None), (0,), (), 0.0) for i in range(500)]
+    jobs = [Job(LiveRequest(request(f"d{i}", prompt()), 0.0), (0,), (), 0.0) for i in range(500)]
     for job in jobs:
         router._placer.place(job)  # hashes the prompt, which is a cost per token and not per decision
     alone_us = median_us(lambda i: router._placer.place(jobs[i]), len(jobs))
@@ -97,28 +97,37 @@ def decision(num_workers: int, num_tokens: int, holders: int) -> tuple[float, fl
     return alone_us, median_us(lambda i: router.handle(submits[i], 0.0), len(submits))
 
 
+DECODE_APART = RouterConfig(max_prefill_backlog_tokens=1 << 30, prefill_on_decode_factor=None, max_unread_tokens=1 << 30)
+
+
+def step(num_sequences: int, worker_id: str, index: int) -> StepReport:
+    """One token of each of the requests that `decoding` submits."""
+    outputs = tuple(TokenOutput(TransferId(f"r{i}", i), 0, index, 7) for i in range(num_sequences))
+    timing = StepTiming(
+        num_prefill_tokens=0,
+        sum_prefill_squares=0,
+        num_decode_sequences=num_sequences,
+        num_context_tokens=num_sequences * index,
+        duration_s=0.02,
+    )
+    return StepReport(worker_id=worker_id, incarnation=1, load=WorkerLoad(), outputs=outputs, timing=timing)
+
+
+def decoding(handle: Callable[[RouterEvent], object], num_sequences: int) -> None:
+    """Two workers, and so many requests with their first token."""
+    handle(WorkerReady(worker("prefill-0", Role.PREFILL)))
+    handle(WorkerReady(worker("decode-0", Role.DECODE)))
+    for i in range(num_sequences):
+        handle(Submit(request(f"r{i}", (1, 2, 3), max_tokens=4096)))
+    handle(step(num_sequences, "prefill-0", 0))
+
+
 def report_us(num_sequences: int) -> float:
     """A decode step of `num_sequences` tokens, each of another request."""
-    router = Router(RouterConfig(max_prefill_backlog_tokens=1 << 30, prefill_on_decode_factor=None))
-    router.handle(WorkerReady(worker("prefill-0", Role.PREFILL)), 0.0)
-    router.handle(WorkerReady(worker("decode-0", Role.DECODE)), 0.0)
-    for i in range(num_sequences):
-        router.handle(Submit(request(f"r{i}", (1, 2, 3), max_tokens=4096)), 0.0)
-
-    def step(worker_id: str, index: int) -> StepReport:
-        outputs = tuple(TokenOutput(TransferId(f"r{i}", 0), 0, index, 7) for i in range(num_sequences))
-        timing = StepTiming(
-            num_prefill_tokens=0,
-            sum_prefill_squares=0,
-            num_decode_sequences=num_sequences,
-            num_context_tokens=num_sequences * index,
-            duration_s=0.02,
-        )
-        return StepReport(worker_id=worker_id, incarnation=1, load=WorkerLoad(), outputs=outputs, timing=timing)
-
-    router.handle(step("prefill-0", 0), 0.0)
-    steps = [step("decode-0", index) for index in range(1, 301)]
-    return median_us(lambda i: router.handle(steps[i], 0.0), len(steps))
+    router = Router(DECODE_APART)
+    decoding(lambda event: router.handle(event, 0.0), num_sequences)
+    steps = [step(num_sequences, "decode-0", index) for index in range(1, 301)]
+    return median_us(lambda i: router.handle(steps[i], 0.01 * i), len(steps))
 
 
 def observe_us() -> float:

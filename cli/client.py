@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import grpc
 
 from ..core.errors import PdserveError
 from ..proto import pdserve_pb2_grpc
+from .trust import current_trust
+
+if TYPE_CHECKING:
+    from ..cluster.launch import LaunchedCluster
 
 DETAILS_KEY = "grpc-status-details-bin"
 OPTIONS = (
@@ -41,8 +45,21 @@ class Client:
 
 @contextmanager
 def connect(address: str) -> Iterator[Client]:
-    """A client of the server at `address`; its errors become CommandFailed."""
-    with grpc.insecure_channel(address, options=OPTIONS) as channel:
+    """A client of the server at `address`, as options and environment say; its errors become CommandFailed."""
+    with _client(address, current_trust().channel(address, OPTIONS)) as client:
+        yield client
+
+
+@contextmanager
+def connect_locally(cluster: "LaunchedCluster") -> Iterator[Client]:
+    """A client of the cluster that this process launched, whatever strangers have to show there."""
+    with _client(cluster.grpc_address, grpc.insecure_channel(cluster.local_address, options=OPTIONS)) as client:
+        yield client
+
+
+@contextmanager
+def _client(address: str, opened: grpc.Channel) -> Iterator[Client]:
+    with opened as channel:
         try:
             yield Client(address, channel)
         except grpc.RpcError as error:
@@ -53,6 +70,8 @@ def describe(error: grpc.RpcError, address: str) -> str:
     """What went wrong in a call, in one line where the server said no more."""
     call = as_call(error)
     if is_unreachable(error):
+        if current_trust().is_tls:
+            return f"no pdserve server answers at {address} with TLS and these certificates: {call.details()}"
         return f"no pdserve server answers at {address}; start one with `pdserve up`, or name another with --address"
     if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not _is_from_pdserve(call):
         return f"the request is too large: {call.details()}"

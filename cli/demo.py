@@ -2,7 +2,7 @@
 
 from ..core.config import ClusterConfig
 from ..proto import pdserve_pb2 as pb
-from .client import Client, connect
+from .client import Client, connect_locally
 from .generate import stream_text, text_prompt, write_out
 from .timeline import timeline_lines
 from .up import follow, launched, say
@@ -14,7 +14,7 @@ MAX_PROMPT_CHARS = 4000
 def demo() -> None:
     """Start, ask, show, stop."""
     say("starting the embedded model: one prefill and one decode worker")
-    with launched(demo_config()) as cluster, connect(cluster.grpc_address) as client:
+    with launched(demo_config()) as cluster, connect_locally(cluster) as client:
         follow(client, until_ready=True)
         end = _ask(client, demo_prompt())
         print("", *timeline_lines(end), "", sep="\n")

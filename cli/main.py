@@ -11,6 +11,8 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import PdserveError
+from .bench import bench
+from .key import key_app
 
 
 class _Commands(TyperGroup):
@@ -71,8 +73,17 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def pdserve(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    tls_ca: Annotated[
+        str | None,
+        typer.Option(envvar="PDSERVE_TLS_CA", help="Use TLS; the server's certificate comes from these (PEM), or: public."),
+    ] = None,
+    cert: Annotated[str | None, typer.Option(envvar="PDSERVE_TLS_CERT", help="Our certificate (PEM).")] = None,
+    key: Annotated[str | None, typer.Option(envvar="PDSERVE_TLS_KEY", help="Its private key (PEM).")] = None,
 ) -> None:
     """Holds the options of all commands."""
+    from .trust import Trust, use
+
+    use(Trust(tls_ca, cert, key))
 
 
 @app.command()
@@ -183,6 +194,19 @@ def status(
 
 
 @app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="Of a request that is being served, or that ended lately.")],
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Show where a request's time went, against what was predicted, and why it was placed where it was."""
+    from .client import connect
+    from .explain import explain
+
+    with connect(address) as client:
+        explain(client, request_id)
+
+
+@app.command()
 def apply(
     file: Annotated[Path, typer.Argument(help="The file that the cluster is to match.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would change.")] = False,
@@ -263,6 +287,10 @@ def demo() -> None:
     from .demo import demo
 
     demo()
+
+
+app.add_typer(key_app, name="key")
+app.command()(bench)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from ..core.config import ClusterConfig
+from ..core.config import ClusterConfig, ListenSection
 from ..core.config_file import load_cluster_config
 from ..core.config_types import format_size
 from ..core.errors import CapacityError
@@ -30,10 +30,22 @@ def validate(file: Path | None) -> None:
 
 def check(config: ClusterConfig) -> Plan:
     """The plan for this machine. Raises for what no machine could serve, and leaves what needs a larger one in it."""
+    _check_files(config.listen)
     planned = plan(config)
     if any(finding.error is not CapacityError for finding in planned.findings):
         planned.check()
     return planned
+
+
+def _check_files(listen: ListenSection) -> None:
+    """Raises ConfigError for what a server could not use."""
+    from ..gateway.access import Access
+    from ..gateway.tls import ServerTls
+
+    if listen.tls.is_on:
+        ServerTls(listen.tls)
+    if listen.api_keys is not None:
+        Access(listen.api_keys)
 
 
 def show_plan(file: Path | None, output: str) -> None:

@@ -3,11 +3,12 @@
 The first signal drains, the second stops at once.
 """
 
+import logging
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,16 @@ import grpc
 
 from ..core.config import ClusterConfig
 from ..proto import pdserve_pb2 as pb
+from ..telemetry import logs
+from ..telemetry.relay import LogRelay
 from .admin import follow_drain
-from .client import Client, CommandFailed, connect, is_gone
+from .client import Client, CommandFailed, connect_locally, is_gone
 from .progress import StartBars, StatusLines, is_ready, ready_line
 
 if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
+
+log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 2  # of a worker, before somebody who waits for its start gives up
 RESTART_TIMEOUT_S = 60.0  # for another head to take the place of one that died
@@ -34,8 +39,12 @@ def up(config: ClusterConfig) -> None:
     check(config)
     from ..cluster.launch import launch  # takes a second: it imports Ray
 
-    say(f"starting {config.model.name}")
-    with launch(config) as cluster, sigterm_as_interrupt(), connect(cluster.grpc_address) as client:
+    with (
+        logging_here(config) as settings,
+        launch(config, settings) as cluster,
+        sigterm_as_interrupt(),
+        connect_locally(cluster) as client,
+    ):
         try:
             follow(client, http_address=cluster.http_address)
             while _is_back(cluster, client):
@@ -45,6 +54,18 @@ def up(config: ClusterConfig) -> None:
             _drain_and_stop(client)
             return
         _check_end(cluster)
+
+
+@contextmanager
+def logging_here(config: ClusterConfig) -> Iterator[logs.LogSettings]:
+    """All of the cluster's processes log to this one's stderr, for the time of the block."""
+    asked = config.observability.log_format
+    kind: logs.Format = asked if asked != "auto" else "console" if sys.stderr.isatty() else "json"
+    with closing(LogRelay(sys.stderr)) as relay:
+        settings = logs.LogSettings(kind, config.observability.log_level, relay.path)
+        with logs.configured(settings, "up"):
+            say(f"starting {config.model.name}")
+            yield settings
 
 
 def follow(client: Client, until_ready: bool = False, http_address: str | None = None) -> None:
@@ -158,4 +179,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 def say(line: str) -> None:
     """To stderr: stdout belongs to answers."""
-    print(line, file=sys.stderr, flush=True)
+    if logs.are_json():
+        log.info("%s", line)
+    else:
+        print(line, file=sys.stderr, flush=True)

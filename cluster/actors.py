@@ -13,12 +13,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
+from ..telemetry.logs import LogSettings, configure
 from .cores import Placement
 from .worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)
 
 WORKER = "pdserve.cluster.worker_process:WorkerProcess"
+
+Version = tuple[int, int]  # of a configuration: its head's generation, and which of that head's it is
 
 KEEPER_NAME = "pdserve-keeper"
 NAMESPACE = "pdserve"
@@ -44,6 +47,8 @@ class WorkerActor:
     """Hosts one worker. `run` occupies one of the actor's threads for as long as the worker lives, `stop` needs the other."""
 
     def __init__(self, entry_point: str, spec: WorkerSpec) -> None:
+        if spec.log is not None:
+            configure(spec.log, f"{spec.worker_id}/{spec.incarnation}")
         if spec.host is None:
             spec = replace(spec, host=ray.util.get_node_ip_address())
         self._worker = load_entry_point(entry_point)(spec)
@@ -68,7 +73,7 @@ async def outcome_of(run: Awaitable[None]) -> Outcome:
     try:
         await run
     except RayError as error:
-        log.warning("a worker ended: %s", error)
+        log.debug("a worker ended: %s", error)
         return Outcome(reason_of(error), isinstance(error, RayTaskError))
     return Outcome("the process ended")
 
@@ -86,8 +91,11 @@ class KeeperActor:
     """What outlives a head: the workers' actors, and the configuration in force. Ray ends actors with the one that made them:
     workers end with the keeper, and the keeper with the process that launched the cluster."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, log_settings: LogSettings | None = None) -> None:
+        if log_settings is not None:
+            configure(log_settings, "keeper")
         self._config = config
+        self._version = 0, 0
         self._kept: dict[tuple[str, int], _Kept] = {}
 
     async def live(self) -> None:
@@ -126,8 +134,10 @@ class KeeperActor:
         """Oldest first."""
         return [(kept.spec, kept.placement) for kept in self._kept.values() if not kept.outcome.done()]
 
-    async def remember(self, config: ClusterConfig) -> None:
-        self._config = config
+    async def remember(self, config: ClusterConfig, version: Version) -> None:
+        """The newest is kept, in whichever order they come."""
+        if version > self._version:
+            self._config, self._version = config, version
 
     async def config(self) -> ClusterConfig:
         return self._config
@@ -138,6 +148,8 @@ class HeadActor:
     """Hosts the head: router, controller and the doors that clients come in by."""
 
     def __init__(self, entry_point: str, spec: Any) -> None:
+        if spec.log is not None:
+            configure(spec.log, "head")
         self._head = load_entry_point(entry_point)(spec)
 
     async def start(self) -> Any:
@@ -150,3 +162,7 @@ class HeadActor:
 
     async def stop(self) -> None:
         await self._head.stop()
+
+    async def metrics(self) -> bytes:
+        metrics: bytes = self._head.metrics()
+        return metrics

@@ -150,6 +150,7 @@ class Controller:
         that fell silent may be frozen, and a new incarnation needs its cores: it is not asked to end, but killed."""
         process = self.processes.get((worker_id, incarnation))
         if process is not None and process.info is not None and process.ending is None:
+            log.warning("%s/%d is lost: %s", worker_id, incarnation, reason, extra={"worker": worker_id})
             self.handle(WorkerLost(worker_id, incarnation, reason))
             self._stop((worker_id, incarnation), reason, 0.0 if is_silent else STOP_TIMEOUT_S)
 
@@ -190,7 +191,8 @@ class Controller:
             outcome = await self._keeper.ended(key)
         except RayError as error:  # the keeper is gone, and all workers with it
             outcome = Outcome(reason_of(error))
-        log.warning("%s/%d: %s", *key, outcome.reason)
+        level = logging.WARNING if self.processes[key].ending is None else logging.INFO
+        log.log(level, "%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})
         self._gone(key, outcome.reason if outcome.is_told else self.processes[key].ending or outcome.reason)
 
     def _gone(self, key: Key, reason: str) -> None:

@@ -8,36 +8,33 @@ from typing import Any
 
 import ray
 
+from .. import __version__
 from ..core.config import ClusterConfig
 from ..core.errors import InvalidRequest
-from ..core.latency import LatencyModel, LatencyPriors
-from ..core.messages import Role
+from ..core.latency import LatencyModel
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
-from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..engine.gpu import Node, probe_node
-from ..engine.plan import Plan, plan
-from ..router.config import RouterConfig
+from ..engine.plan import plan
 from ..router.core import Router
-from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens
+from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
 from ..router.fleet import Fleet, FleetConfig
 from ..router.fleet_events import Apply, Drain, Shutdown, StartWorker
 from ..router.fleet_member import MemberState, MemberStatus
 from ..router.service import RouterService
 from ..router.status import WorkerStatus as RoutedWorker
+from ..telemetry.exposition import Snapshot
 from .actors import load_entry_point
 from .controller import Controller
 from .cores import CoreAllocator
+from .head_config import pool_sizes, pools_are_alike, priors, router_config, step_costs
 from .head_spec import Doors, HeadSpec
+from .head_telemetry import HeadTelemetry
 from .keeper import RayKeeper
 from .worker_spec import WorkerSpec
 
 NUMBERS_OF_A_HEAD = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
 STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
-# what a core and a link of an ordinary machine do; only the first placements depend on it
-CORE_FLOPS_PER_S = 1e11
-MEMORY_BYTES_PER_S = 2e10
-LINK_BYTES_PER_S = 5e9
 STATES = {
     MemberState.STARTING: WorkerState.STARTING,
     MemberState.READY: WorkerState.READY,
@@ -54,6 +51,7 @@ class Head:
     def __init__(self, spec: HeadSpec) -> None:
         self._spec = spec
         self._config: ClusterConfig  # in force
+        self._num_applied = 0
         self._door: Any = None
         self._is_listening = False
         self._told_serving = False  # what the door was told last
@@ -71,7 +69,7 @@ class Head:
         self._plan.check()
         self._started_s = asyncio.get_running_loop().time()
         fleet = Fleet(
-            FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=_pools_are_alike(config)),
+            FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=pools_are_alike(config)),
             first_incarnation=1 + spec.generation * NUMBERS_OF_A_HEAD,
         )
         self._controller = Controller(
@@ -81,26 +79,29 @@ class Head:
             self._worker_spec,
             self._on_change,
         )
+        model = LatencyModel(priors(config, self._plan))
         router = Router(
-            _router_config(config),
-            LatencyModel(_priors(config, self._plan)),
+            router_config(config),
+            model,
             first_attempt=spec.generation * NUMBERS_OF_A_HEAD,
             adopts=spec.generation > 0,
         )
-        self._service = RouterService(router, self._controller, spec.token)
+        costs = step_costs(config, self._plan)
+        self._telemetry = HeadTelemetry(config, costs, model, spec.otlp_endpoint, self._snapshot)
+        self._service = RouterService(router, self._controller, spec.token, self._telemetry.recorder)
         self._controller.attach(self._service)
         self._host = spec.host or ray.util.get_node_ip_address()
         self._control_port = await self._service.start(self._host, spec.doors.control_port if spec.doors else 0)
         self._is_listening = True
         if spec.generation:
             self._controller.adopt(await spec.keeper.living.remote())
-            self._controller.handle(Apply(_pool_sizes(config)))
+            self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
         addresses = (spec.doors.grpc, spec.doors.http) if spec.doors else (config.listen.grpc, config.listen.http)
-        self._door = await load_entry_point(spec.door)(self, config, *addresses)
+        self._door = await load_entry_point(spec.door)(self, config, *addresses, local=spec.local)
         self._on_change()
         if not spec.generation:
-            self._controller.handle(Apply(_pool_sizes(config)))
+            self._controller.handle(Apply(pool_sizes(config)))
         return Doors(self._door.grpc_address, self._door.http_address, self._control_port)
 
     async def wait(self) -> None:
@@ -115,6 +116,7 @@ class Head:
         if self._is_listening:
             await self._controller.close()
             await self._service.stop()
+            await self._telemetry.close()
 
     # Frontend
 
@@ -134,11 +136,18 @@ class Head:
             shutting_down=self._controller.fleet.is_shutting_down,
             num_queued_requests=routed.num_queued,
             num_running_requests=routed.num_requests - routed.num_queued,
-            instances=_pool_sizes(self._config),
+            instances=pool_sizes(self._config),
             workers=tuple(self._row(member, rows.get((member.worker_id, member.incarnation)), now_s) for member in members),
             uptime_s=now_s - self._started_s,
             degraded=routed.degraded if routed.workers else None,
         )
+
+    def metrics(self) -> bytes:
+        return self._telemetry.metrics()
+
+    def explain(self, request_id: str) -> Timeline | None:
+        now_s = asyncio.get_running_loop().time()
+        return self._service.router.timeline(request_id, now_s) or self._telemetry.recent(request_id)
 
     async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
         """The state now, and again whenever it may have changed."""
@@ -153,11 +162,13 @@ class Head:
         plan(config, ray_nodes()).check()
         if not dry_run:
             self._config = config
-            self._spec.keeper.remember.remote(config)
-            self._service.router.configure(_router_config(config))
+            self._num_applied += 1  # calls of the keeper may overtake each other
+            self._spec.keeper.remember.remote(config, (self._spec.generation, self._num_applied))
+            self._service.router.configure(router_config(config))
+            self._telemetry.configure(config)
             routed = self._service.router.status(asyncio.get_running_loop().time())
             num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}
-            self._controller.handle(Apply(_pool_sizes(config), num_legs))
+            self._controller.handle(Apply(pool_sizes(config), num_legs))
 
     async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
         fleet = self._controller.fleet
@@ -190,6 +201,19 @@ class Head:
 
     # inside
 
+    def _snapshot(self, num_spans: int) -> Snapshot:
+        router = self._service.router
+        return Snapshot(
+            status=router.status(asyncio.get_running_loop().time()),
+            token_gaps=router.token_gaps,
+            configured=pool_sizes(self._config),
+            restarts={member.worker_id: (member.role, member.num_restarts) for member in self._controller.fleet.status()},
+            num_takeovers=self._spec.generation,
+            num_spans=num_spans,
+            version=__version__,
+            model=self._config.model.name,
+        )
+
     def _worker_spec(self, action: StartWorker) -> WorkerSpec:
         (num_blocks,) = (pool.num_blocks for pool in self._plan.pools if pool.role is action.role)
         return WorkerSpec(
@@ -201,6 +225,7 @@ class Head:
             router_address=(self._host, self._control_port),
             token=self._spec.token,
             host=self._spec.host,
+            log=self._spec.log,
         )
 
     @property
@@ -257,39 +282,3 @@ def ray_nodes() -> tuple[Node, ...]:
 def _ray_node(name: str, resources: Mapping[str, float]) -> Node:
     memory = int(resources.get("memory", 0))
     return Node(name, tuple(range(int(resources.get("CPU", 0)))), memory, memory)
-
-
-def _pool_sizes(config: ClusterConfig) -> dict[Role, int]:
-    return {role: pool.instances for role, pool in config.pools.items()}
-
-
-def _pools_are_alike(config: ClusterConfig) -> bool:
-    """Whether a worker of one pool could serve in the other."""
-    same = {"instances": 0}
-    return config.pools.prefill.model_copy(update=same) == config.pools.decode.model_copy(update=same)
-
-
-def _router_config(config: ClusterConfig) -> RouterConfig:
-    defaults = RouterConfig()
-    return replace(
-        defaults,
-        max_queued_requests=config.limits.max_queued_requests,
-        max_unread_tokens=config.limits.max_unread_tokens,
-        itl_slo_s=config.slo.itl_ms / 1e3,
-        prefill_on_decode_factor=None if config.routing.prefill_on_decode == "never" else defaults.prefill_on_decode_factor,
-    )
-
-
-def _priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
-    """What steps should take, by arithmetic on an ordinary core; the model learns the rest from the first steps on."""
-    num_threads = max(pool.num_threads for pool in plan.pools)
-    checkpoint = open_checkpoint(resolve_model_path(config.model.path)).config
-    return LatencyPriors.roofline(
-        num_parameters=plan.num_parameters,
-        weight_bytes=plan.weights_bytes,
-        kv_bytes_per_token=plan.kv_bytes_per_token,
-        attention_flops_per_square=4.0 * checkpoint.num_layers * checkpoint.q_size,
-        flops_per_s=CORE_FLOPS_PER_S * num_threads,
-        memory_bytes_per_s=MEMORY_BYTES_PER_S,
-        link_bytes_per_s=LINK_BYTES_PER_S,
-    )

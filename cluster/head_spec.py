@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..telemetry.logs import LogSettings
+
 
 @dataclass(frozen=True)
 class Doors:
@@ -21,5 +23,8 @@ class HeadSpec:
     door: str
     token: str
     host: str | None  # where workers reach the head; None: the node's address as Ray knows it
+    log: LogSettings | None = None  # None: as Python does by default
+    otlp_endpoint: str | None = None  # where traces go
+    local: str | None = None  # a Unix socket for the process that launched the cluster, as `unix:PATH`
     generation: int = 0  # how many heads were before it
     doors: Doors | None = None  # where those listened

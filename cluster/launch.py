@@ -24,13 +24,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError, PdserveError
 from ..engine.gpu import probe_node
+from ..telemetry.logs import LogSettings
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .head_spec import Doors, HeadSpec
+from .ray_token import RayToken
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: nothing of ours goes through it
 RESTART_PAUSE_S = 1.0  # before a head is started after one that lived no longer than this
+KNOWN_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves its address
 DOOR = "pdserve.gateway.app:open_door"
 
 
@@ -44,6 +47,7 @@ class _Ray:
 
     temp_dir: Path | None
     ours: bool = True
+    token: RayToken | None = None
 
     @staticmethod
     def connect() -> "_Ray":
@@ -51,18 +55,19 @@ class _Ray:
         if ray.is_initialized():
             return _Ray(None, ours=False)
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS") or Path("/tmp/ray/ray_current_cluster").exists():
+        if os.environ.get("RAY_ADDRESS") or _is_known_cluster():
             try:
                 ray.init(address="auto", **options)
                 return _Ray(None)
-            except ConnectionError as error:
+            except (ConnectionError, RayError) as error:  # also when it does not take our token
                 if os.environ.get("RAY_ADDRESS"):
                     raise LaunchError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
         return _Ray._start(options)
 
     @staticmethod
     def _start(options: dict[str, Any]) -> "_Ray":
-        started = _Ray(Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")))  # short: Ray's socket paths lie below it
+        temp_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # short: Ray's socket paths lie below it
+        started = _Ray(temp_dir, token=RayToken())
         try:
             ray.init(
                 num_cpus=len(probe_node().cores),
@@ -80,6 +85,8 @@ class _Ray:
     def disconnect(self) -> None:
         if self.ours:
             ray.shutdown()
+        if self.token is not None:
+            self.token.withdraw()
         if self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
 
@@ -88,8 +95,9 @@ class LaunchedCluster:
     """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends it all, and Ray too when we
     started it."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
         self._ray = _Ray.connect()
+        self._private = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # that nobody else may open
         self._lock = threading.Lock()  # of `_stopped` and `_head`
         self._stopped = False
         self._head: Any = None
@@ -98,9 +106,17 @@ class LaunchedCluster:
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
         try:
-            self._keeper = self._create_keeper(config)
+            self._keeper = self._create_keeper(config, log_settings)
             host = None if self._ray.temp_dir is None else "127.0.0.1"
-            self._spec = HeadSpec(keeper=self._keeper, door=DOOR, token=secrets.token_hex(32), host=host)
+            self._spec = HeadSpec(
+                keeper=self._keeper,
+                door=DOOR,
+                token=secrets.token_hex(32),
+                host=host,
+                log=log_settings,
+                otlp_endpoint=config.observability.otlp_endpoint or _otlp_endpoint(),
+                local=self.local_address,
+            )
             self._doors = self._start_first_head()
         except BaseException:
             self.stop()
@@ -115,15 +131,21 @@ class LaunchedCluster:
     def http_address(self) -> str | None:
         return self._doors.http
 
+    @property
+    def local_address(self) -> str:
+        """The same services for this user's processes alone: without TLS and without a key."""
+        return f"unix:{self._private}/door"
+
     def _start_first_head(self) -> Doors:
         self._create_head()
         return _get(self._head.start.remote())
 
-    def _create_keeper(self, config: ClusterConfig) -> Any:
+    def _create_keeper(self, config: ClusterConfig, log_settings: LogSettings | None) -> Any:
         """One to a Ray cluster: its name says that pdserve runs there."""
         here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)
         try:
-            return KeeperActor.options(name=KEEPER_NAME, scheduling_strategy=here).remote(config)  # type: ignore[attr-defined]
+            options = KeeperActor.options(name=KEEPER_NAME, scheduling_strategy=here)  # type: ignore[attr-defined]
+            return options.remote(config, log_settings)
         except ValueError as error:  # the name is taken
             raise LaunchError("a pdserve cluster runs in this Ray cluster already; stop it with `pdserve down`") from error
 
@@ -164,9 +186,15 @@ class LaunchedCluster:
         with self._lock:
             if self._stopped:
                 return
+            ray.kill(self._head)  # Ray also takes one for dead that it cannot reach for a while
             self._create_head()
         with contextlib.suppress(RayActorError):  # dead again: `wait` will say so
             ray.get(self._head.start.remote())
+
+    def metrics(self) -> bytes:
+        """The head's metrics in Prometheus' text format. Raises RayActorError when it has just died."""
+        metrics: bytes = ray.get(self._head.metrics.remote())
+        return metrics
 
     def poll(self) -> str | None:
         """Why the cluster is gone, or None while it is there or has ended as it was told to."""
@@ -193,6 +221,7 @@ class LaunchedCluster:
         if self._supervisor.is_alive():
             self._supervisor.join(timeout=10.0)
         self._ray.disconnect()
+        shutil.rmtree(self._private, ignore_errors=True)
 
     def __enter__(self) -> "LaunchedCluster":
         return self
@@ -201,8 +230,8 @@ class LaunchedCluster:
         self.stop()
 
 
-def launch(config: ClusterConfig) -> LaunchedCluster:
-    """Start a cluster; its workers load while this returns.
+def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> LaunchedCluster:
+    """Start a cluster; its workers load while this returns. Without `log_settings`, its processes' warnings go to Ray's logs.
 
     Raises ConfigError when the address to listen on is taken, LaunchError when Ray or the head does not start, or when
     the model cannot be read or does not fit.
@@ -210,7 +239,21 @@ def launch(config: ClusterConfig) -> LaunchedCluster:
     _check_port_is_free("grpc", *config.listen.grpc_host_port)
     if config.listen.http_host_port is not None:
         _check_port_is_free("http", *config.listen.http_host_port)
-    return LaunchedCluster(config)
+    return LaunchedCluster(config, log_settings)
+
+
+def _otlp_endpoint() -> str | None:
+    """Of this process's environment: the head's may be another's, when Ray was here before."""
+    return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+
+
+def _is_known_cluster() -> bool:
+    """Whether this user, or root, has started a Ray on this machine. Anybody can write to /tmp, and a Ray that somebody else
+    has laid out there would have our process run what it likes."""
+    try:
+        return KNOWN_CLUSTER.stat().st_uid in (os.getuid(), 0)
+    except FileNotFoundError:
+        return False
 
 
 def _this_node() -> str:

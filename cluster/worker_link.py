@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
+from ..core.handshake import MAX_WAIT_S, Dialler, HandshakeError, Purpose
 from ..core.messages import Heartbeat, Hello, StepReport, WorkerCommand
 
 HEARTBEAT_S = 0.5
@@ -20,12 +21,18 @@ class RouterLink:
     def __init__(
         self,
         address: tuple[str, int],
+        token: str,
         hello: Hello,
         on_command: Callable[[WorkerCommand], None],
         on_lost: Callable[["RouterLink"], None],
     ) -> None:
-        """Raises OSError when no router answers. `on_lost` is called on the reader thread, once."""
+        """Raises OSError when no router of this cluster answers. `on_lost` is called on the reader thread, once."""
         self._socket = socket.create_connection(address, timeout=10.0)
+        try:
+            _shake_hands(self._socket, Dialler(token, Purpose.CONTROL))
+        except BaseException:
+            self._socket.close()
+            raise
         self._socket.settimeout(None)
         # A router that stands still stops reading too: a sender that it blocks must find out as the heartbeat would.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(DEAD_AFTER_S))
@@ -92,6 +99,27 @@ class RouterLink:
         self._closed.set()
         with contextlib.suppress(OSError):  # the peer was faster
             self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _shake_hands(sock: socket.socket, dialler: Dialler) -> None:
+    """Raises OSError."""
+    due_s = time.monotonic() + MAX_WAIT_S
+    message = dialler.opening
+    while True:
+        sock.sendall(message)
+        if not dialler.num_wanted:
+            return
+        data = b""
+        while len(data) < dialler.num_wanted:
+            sock.settimeout(max(0.001, due_s - time.monotonic()))
+            more = sock.recv(dialler.num_wanted - len(data))
+            if not more:
+                raise ConnectionError("the router hung up before it had proved that it belongs to this cluster")
+            data += more
+        try:
+            message = dialler.take(data)
+        except HandshakeError as error:
+            raise ConnectionError(str(error)) from error
 
 
 def _timeval(seconds: float) -> bytes:

@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..core.messages import Hello, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
+from ..core.messages import Hello, Holds, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
 from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine, EngineOptions
 from ..kv_transfer.endpoint import TransferEndpoint
+from ..worker.held_legs import in_frames
 from ..worker.worker import Worker
 from .worker_link import RouterLink
 from .worker_spec import WorkerSpec
@@ -83,6 +84,7 @@ class WorkerProcess:
             )
             self._serve(engine, endpoint, cores)
         finally:
+            self._stopping.set()  # the reader's thread does not look for another router
             if endpoint is not None:
                 endpoint.close()
             self._link.close()
@@ -177,10 +179,10 @@ class WorkerProcess:
     def _find_router(self) -> RouterLink | None:
         """A connection to whoever is the router now; None when there is none for too long."""
         spec = self._spec
-        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation, token=spec.token)
+        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation)
         while not self._stopping.is_set() and time.monotonic() - self._served_s < ROUTER_LOST_TIMEOUT_S:
             try:
-                link = RouterLink(spec.router_address, hello, self._on_command, self._on_lost)
+                link = RouterLink(spec.router_address, spec.token, hello, self._on_command, self._on_lost)
             except OSError:
                 self._stopping.wait(RECONNECT_S)
                 continue
@@ -199,9 +201,10 @@ class WorkerProcess:
             self.stop()
             return
         found.start()
-        if self._info is None and self._loading is not None:
+        if self._info is None:
             self._link = found
-            found.send(self._loading)
+            if self._loading is not None:
+                found.send(self._loading)
         self._inbox.put(lambda: self._greet(found))
 
     def _greet(self, link: RouterLink) -> None:
@@ -209,6 +212,7 @@ class WorkerProcess:
         if link is self._greeted:
             return
         assert self._info is not None
-        link.send(Ready(info=self._info, held=self._worker.held_legs()))
+        *before, last = in_frames(self._worker.held_legs())
+        link.send(*(Holds(held=legs) for legs in before), Ready(info=self._info, held=last))
         link.start_heartbeat(self._worker.report)
         self._link = self._greeted = link

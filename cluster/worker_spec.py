@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ..core.config import ClusterConfig, PoolSection
 from ..core.messages import Role
+from ..telemetry.logs import LogSettings
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class WorkerSpec:
     router_address: tuple[str, int]
     token: str
     host: str | None  # the address that peers reach this node by; None: as Ray knows it
+    log: LogSettings | None = None  # None: as Python does by default
     cores: tuple[int, ...] = ()  # decided when the process is placed
 
     @property

@@ -62,7 +62,7 @@ class FrameDecoder(Generic[T]):
                 self._number = (number + 1) & 0xFFFFFFFF
                 try:
                     message = self._decoder.decode(body)
-                except msgspec.MsgspecError as error:
+                except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                     raise FrameError(f"malformed frame: {error}") from error
                 yield message
         finally:

@@ -9,10 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, HostPort, expected, parse_host_port
+from .config_types import (
+    AbsolutePath,
+    AutoBlockSize,
+    AutoPositiveInt,
+    AutoSize,
+    HostPort,
+    expected,
+    is_loopback,
+    parse_host_port,
+)
 from .messages import Role
 
 CPU_BLOCK_SIZE = 16
+MAX_PROMPT_LOGPROBS = 1 << 18  # 15 bytes each: they go from worker to worker in the message that hands a request over
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -145,19 +155,65 @@ class LimitsSection(_Part):
     """Choices of one request."""
     max_logprobs: NotNegative = 20
     """Alternatives reported beside each token."""
+    max_prompt_logprobs: Annotated[int, Field(gt=0, le=MAX_PROMPT_LOGPROBS)] = 1 << 17
+    """Log probabilities of prompt tokens that one request gets: tokens of the prompt, times alternatives and one."""
+    max_logit_bias: NotNegative = 1024
+    """Tokens whose logits one request shifts."""
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
     max_message_bytes: Positive = 16 << 20
     """Bytes of one gRPC message, or of the body of an HTTP request; fixed while the cluster runs."""
 
 
-class ListenSection(_Part):
-    """Where clients connect."""
+class TlsSection(_Part):
+    """TLS of what clients connect to; off without a certificate. Files that change are read again, without a restart."""
 
+    certificate: AbsolutePath | None = None
+    """The server's certificate and its intermediate ones (PEM)."""
+    key: AbsolutePath | None = None
+    """The certificate's private key (PEM, without a passphrase)."""
+    client_ca: AbsolutePath | None = None
+    """Certificates of the authorities that clients' certificates must come from (PEM); without it clients need none."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TlsSection":
+        if (self.certificate is None) != (self.key is None):
+            raise expected("certificate and key together", got="one without the other")
+        if self.client_ca is not None and self.certificate is None:
+            raise expected("certificate and key beside client_ca", got="client_ca alone")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        return self.certificate is not None
+
+
+class ListenSection(_Part):
+    """Where clients connect, and by what they are let in. Other hosts reach only what is protected by TLS."""
+
+    tls: TlsSection = TlsSection()
+    api_keys: AbsolutePath | None = None
+    """The file of the keys that clients must have, a line a key, as `pdserve key new` makes them; without it they need none."""
+    allow_insecure: bool = False
+    """Listen to other hosts without TLS, or without knowing clients: for a network that keeps strangers out by itself."""
     grpc: HostPort = "127.0.0.1:50051"
-    """HOST:PORT of the gRPC server; port 0 takes a free one."""
+    """HOST:PORT of the gRPC server; port 0 takes a free one. Addresses other than loopback need `tls`, and `api_keys` or
+    `tls.client_ca`; or `allow_insecure`."""
     http: HostPort | None = "127.0.0.1:8000"
-    """HOST:PORT of the OpenAI-compatible HTTP server; null: there is none."""
+    """HOST:PORT of the OpenAI-compatible HTTP server, protected in the same way; null: there is none."""
+
+    @field_validator("grpc", "http")
+    @classmethod
+    def _protected(cls, value: str | None, info: Any) -> str | None:
+        host, _ = parse_host_port(value) or ("127.0.0.1", 0)
+        tls, api_keys = info.data.get("tls"), info.data.get("api_keys", "")  # missing when they are wrong themselves
+        if is_loopback(host) or info.data.get("allow_insecure", True) or tls is None:
+            return value
+        if not tls.is_on:
+            raise expected("a loopback address such as 127.0.0.1:50051, or listen.tls, or listen.allow_insecure: true")
+        if api_keys is None and tls.client_ca is None:
+            raise expected("listen.api_keys or listen.tls.client_ca, to know clients by, or listen.allow_insecure: true")
+        return value
 
     @property
     def grpc_host_port(self) -> tuple[str, int]:
@@ -174,6 +230,18 @@ def _host_port(address: str) -> tuple[str, int]:
     return host_port
 
 
+class ObservabilitySection(_Part):
+    """What is told of requests and processes. Metrics are always there."""
+
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """auto: text where `pdserve up` writes to a terminal, else one JSON object a line."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged; debug has a line for each request."""
+    otlp_endpoint: str | None = Field(default=None, min_length=1)
+    """Where traces go, over OTLP/gRPC, such as http://127.0.0.1:4317; by default the environment's OTEL_EXPORTER_OTLP_ENDPOINT.
+    Without either there are no traces."""
+
+
 class ClusterConfig(_Part):
     """One pdserve cluster. Every key has a default that works on a laptop with two cores."""
 
@@ -184,6 +252,7 @@ class ClusterConfig(_Part):
     routing: RoutingSection = RoutingSection()
     limits: LimitsSection = LimitsSection()
     listen: ListenSection = ListenSection()
+    observability: ObservabilitySection = ObservabilitySection()
     kernels: Literal["auto", "native", "torch"] = "auto"
     """Compute kernels: the compiled ones, or torch only; auto: the compiled ones where they are there."""
     device: Literal["auto", "cpu"] = "auto"

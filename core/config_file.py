@@ -103,6 +103,8 @@ def _expected(error: ErrorDetails, loc: KeyPath) -> str:
             return "an integer"
         case "float_type" | "finite_number":
             return "a number"
+        case "bool_type":
+            return "true or false"
         case "string_type" | "string_too_short":
             return "a text that is not empty"
         case "greater_than":

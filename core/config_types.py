@@ -1,5 +1,6 @@
 """Field types of cluster.yaml that pydantic does not have: `auto` or a number, sizes such as 512MiB, host:port."""
 
+import ipaddress
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -44,6 +45,14 @@ def parse_host_port(value: object) -> tuple[str, int] | None:
     return match["host"].strip("[]"), int(match["port"])
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there. A name other than localhost may mean any address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _auto_size(value: object) -> int | Auto:
     size = parse_size(value)
     if size is None and value != "auto":
@@ -68,6 +77,12 @@ def _host_port(value: object) -> str:
     return str(value)
 
 
+def _absolute_path(value: object) -> str:
+    if not isinstance(value, str) or not value.startswith(("/", "~/")):
+        raise expected("the path of a file, from / or ~/")
+    return value
+
+
 def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [{"const": "auto"}, *kinds]})
 
@@ -83,3 +98,4 @@ AutoSize = Annotated[
 AutoPositiveInt = Annotated[int | Auto, PlainValidator(_positive), _schema({"type": "integer", "minimum": 1})]
 AutoBlockSize = Annotated[int | Auto, PlainValidator(_block_size), _schema({"type": "integer", "minimum": 8, "multipleOf": 8})]
 HostPort = Annotated[str, PlainValidator(_host_port), WithJsonSchema({"type": "string", "pattern": r"^.+:\d{1,5}$"})]
+AbsolutePath = Annotated[str, PlainValidator(_absolute_path), WithJsonSchema({"type": "string", "pattern": "^~?/"})]

@@ -1,20 +1,28 @@
 """Errors of the world. Each says what was wrong, where, and what was expected; gateways translate them once."""
 
+MAX_EXPECTED_CHARS = 400  # longer than any of ours
+
 
 class PdserveError(Exception):
     """Base of every error that is not a bug of ours."""
 
 
 class InvalidRequest(PdserveError):
-    """A client's request cannot be served as it stands."""
+    """A client's request cannot be served as it stands. What is told fits into headers, and nothing in it acts on a terminal,
+    also where `expected` repeats what the client said, as a chat template may."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
+        expected = _printable(expected[:MAX_EXPECTED_CHARS])
         shown = repr(value)
         if len(shown) > 80:
             shown = shown[:77] + "..."
         super().__init__(f"{field}: {shown} is not valid, expected {expected}")
         self.field = field
         self.expected = expected
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class ConfigError(PdserveError):

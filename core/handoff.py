@@ -21,4 +21,7 @@ class HandOff(msgspec.Struct, frozen=True):
     @staticmethod
     def decode(payload: bytes) -> "HandOff":
         """Raises msgspec.MsgspecError when `payload` is not a hand-off."""
-        return msgspec.msgpack.decode(payload, type=HandOff)
+        try:
+            return msgspec.msgpack.decode(payload, type=HandOff)
+        except UnicodeDecodeError as error:  # which msgspec does not count among its own
+            raise msgspec.DecodeError(str(error)) from error

@@ -4,9 +4,10 @@ The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token c
 in bytes. Seeded with priors, refined by recursive least squares from every step and transfer that workers report.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .histogram import RATIOS, Histogram
 from .messages import StepTiming, TransferStats
 
 NOISE = 0.02  # variance of a measurement relative to its size
@@ -78,6 +79,7 @@ class RecursiveLeastSquares:
         self._num_seen = 0
         self._num_dropped_in_row = 0
         self.num_dropped = 0
+        self.ratios = Histogram(RATIOS)  # measured over predicted, of all measurements
         self._covariance = self._initial_covariance()
 
     @property
@@ -94,9 +96,11 @@ class RecursiveLeastSquares:
         """Refine by one measurement; False when it was dropped as an outlier."""
         scaled = [x * prior for x, prior in zip(features, self._priors, strict=True)]
         predicted = max(sum(x * w for x, w in zip(scaled, self._weights, strict=True)), FLOOR_S)
-        if self._is_outlier(seconds / predicted):
+        ratio = seconds / predicted
+        self.ratios.add(ratio)
+        if self._is_outlier(ratio):
             return False
-        self._update([x / predicted for x in scaled], seconds / predicted)
+        self._update([x / predicted for x in scaled], ratio)
         self._num_seen += 1
         return True
 
@@ -163,9 +167,6 @@ class LatencyModel:
         self._decode_large = RecursiveLeastSquares(decode, forgetting)
         self._transfer = RecursiveLeastSquares((p.transfer_s, p.transfer_byte_s), forgetting)
         self._large_batch = large_batch
-        self._refresh()
-
-    def _refresh(self) -> None:
         self._a, self._b, self._c = self._prefill.coefficients
         self._small, self._large = self._decode_small.coefficients, self._decode_large.coefficients
         self._alpha, self._byte_s = self._transfer.coefficients
@@ -210,13 +211,25 @@ class LatencyModel:
                 seconds -= b * context + c * sequences
             if seconds > 0:
                 self._prefill.observe((1.0, timing.num_prefill_tokens, timing.sum_prefill_squares), seconds)
+                self._a, self._b, self._c = self._prefill.coefficients
         elif sequences and seconds > 0:
-            fit = self._decode_small if sequences < self._large_batch else self._decode_large
-            fit.observe((1.0, context, sequences), seconds)
-        self._refresh()
+            if sequences < self._large_batch:
+                self._decode_small.observe((1.0, context, sequences), seconds)
+                self._small = self._decode_small.coefficients
+            else:
+                self._decode_large.observe((1.0, context, sequences), seconds)
+                self._large = self._decode_large.coefficients
 
     def observe_transfer(self, stats: TransferStats) -> None:
         """Learn from a transfer: what was hidden behind compute says nothing of the link, the rest does."""
         if stats.exposed_s > 0:
             self._transfer.observe((1.0, stats.num_bytes - stats.hidden_bytes), stats.exposed_s)
-            self._refresh()
+            self._alpha, self._byte_s = self._transfer.coefficients
+
+    def ratios(self) -> Mapping[str, tuple[Histogram, ...]]:
+        """Measured over predicted time since the start, by what was measured."""
+        return {
+            "prefill_step": (self._prefill.ratios,),
+            "decode_step": (self._decode_small.ratios, self._decode_large.ratios),
+            "transfer": (self._transfer.ratios,),
+        }

@@ -114,6 +114,13 @@ class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, of the model's own distribution."""
+
+    logprob: float  # of the token that stands there
+    top: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
+
+
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """One token of one choice. `index` counts the choice's output tokens from 0, across attempts."""
 
@@ -124,6 +131,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None  # set on the last token of the choice
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt tokens 1, 2, ...: only with token 0 of choice 0, if asked for
 
 
 class TransferStats(msgspec.Struct, frozen=True):
@@ -163,11 +171,10 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's first frame: who it is, and the cluster's token."""
+    """A worker's first frame: who it is."""
 
     worker_id: str
     incarnation: int
-    token: str
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -187,6 +194,12 @@ class HeldLeg(msgspec.Struct, frozen=True, kw_only=True):
     has_partner: bool  # its KV comes from, or goes to, another worker
     outputs: tuple[TokenOutput, ...]
     ended: LegEnded | None  # None while the worker carries it out
+
+
+class Holds(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Some of what `Ready` tells, sent before it: all of it may be more than a frame can hold."""
+
+    held: tuple[HeldLeg, ...]
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -228,4 +241,4 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 WorkerCommand = Prefill | Reserve | Serve | Abort | Heartbeat
-WorkerMessage = Hello | LoadProgress | Ready | StepReport | LegEnded
+WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded

@@ -27,12 +27,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token_id, what is added to its logit), each token once
     seed: int = 0  # unsigned 64 bits; a gateway draws one when the client gave none
     n: int = 1
     stop: tuple[str, ...] = ()  # looked for in the text, by the gateway
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no logprobs at all
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first; None: none
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +47,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     deadline_s: float | None = None  # on the router's monotonic clock
     client: str = ""  # whom it counts for when clients take turns
+    traceparent: str = ""  # the client's span, as in W3C Trace Context; changes nothing of what is done
 
 
 class TransferId(msgspec.Struct, frozen=True, array_like=True):
@@ -56,6 +59,11 @@ class TransferId(msgspec.Struct, frozen=True, array_like=True):
 
     def __str__(self) -> str:
         return f"{self.request_id}#{self.attempt}"
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """`extra` of a log record about it."""
+        return {"request_id": self.request_id, "attempt": self.attempt}
 
 
 class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +89,11 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """They belong to the first token of choice 0, and travel with it; the whole prompt has to be computed for them."""
+        return self.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
 
     @property
     def num_remaining_tokens(self) -> int:

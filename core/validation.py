@@ -14,6 +14,27 @@ MAX_SEED = 2**64 - 1
 MAX_TOP_K = 2**31 - 1
 MAX_TEMPERATURE = 100.0
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
+MAX_LOGIT_BIAS = 100.0
+MAX_NAME_CHARS = 128
+MAX_STOP_TOKEN_IDS = 1024
+
+
+def check_name(field: str, value: str, max_chars: int = MAX_NAME_CHARS) -> None:
+    """A name that a client gives ends up in logs, metrics and other people's terminals: nothing in it may act there, such as
+    line ends, escapes, or what reverses the direction of text. Raises InvalidRequest."""
+    if len(value) > max_chars:
+        raise InvalidRequest(field, value, f"at most {max_chars} characters")
+    if not value.isprintable():
+        raise InvalidRequest(field, value, "printable characters")
+
+
+def check_prompt_length(num_tokens: int, limits: LimitsSection, max_model_len: int) -> None:
+    """May be asked before there are tokens to look at. Raises InvalidRequest."""
+    if limits.max_prompt_tokens is not None and num_tokens > limits.max_prompt_tokens:
+        raise InvalidRequest("prompt", f"{num_tokens} tokens", f"at most {limits.max_prompt_tokens} tokens")
+    if num_tokens >= max_model_len:
+        expected = f"at most {max_model_len - 1} tokens: the model takes {max_model_len}, one of them for output"
+        raise InvalidRequest("prompt", f"{num_tokens} tokens", expected)
 
 
 def validate_request(
@@ -28,7 +49,9 @@ def validate_request(
     _check_lengths(len(prompt_token_ids), sampling, limits, max_model_len)
     _check_distribution(sampling)
     _check_penalties(sampling)
+    _check_bias(sampling, limits, vocab_size)
     _check_outputs(sampling, limits)
+    _check_prompt_logprobs(len(prompt_token_ids), sampling, limits)
     _check_stops(sampling, limits, vocab_size)
 
 
@@ -40,12 +63,7 @@ def _check_range(field: str, value: float, low: float, high: float, note: str = 
 def _check_prompt(token_ids: Sequence[int], limits: LimitsSection, max_model_len: int, vocab_size: int) -> None:
     if not token_ids:
         raise InvalidRequest("prompt", "", "at least one token")
-    num_tokens = len(token_ids)
-    if limits.max_prompt_tokens is not None and num_tokens > limits.max_prompt_tokens:
-        raise InvalidRequest("prompt", f"{num_tokens} tokens", f"at most {limits.max_prompt_tokens} tokens")
-    if num_tokens >= max_model_len:
-        expected = f"at most {max_model_len - 1} tokens: the model takes {max_model_len}, one of them for output"
-        raise InvalidRequest("prompt", f"{num_tokens} tokens", expected)
+    check_prompt_length(len(token_ids), limits, max_model_len)
     _check_token_ids("prompt_token_ids", token_ids, vocab_size)
 
 
@@ -84,11 +102,33 @@ def _check_penalties(sampling: SamplingParams) -> None:
     _check_range("frequency_penalty", sampling.frequency_penalty, -2, 2, ", where 0 is off")
 
 
+def _check_bias(sampling: SamplingParams, limits: LimitsSection, vocab_size: int) -> None:
+    if len(sampling.logit_bias) > limits.max_logit_bias:
+        raise InvalidRequest("logit_bias", f"{len(sampling.logit_bias)} tokens", f"at most {limits.max_logit_bias} tokens")
+    seen: set[int] = set()
+    for token_id, bias in sampling.logit_bias:
+        if not 0 <= token_id < vocab_size or token_id in seen:
+            raise InvalidRequest("logit_bias", token_id, f"token ids of 0 to {vocab_size - 1}, each once")
+        _check_range(f"logit_bias[{token_id}]", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, ", where 0 is off")
+        seen.add(token_id)
+
+
 def _check_outputs(sampling: SamplingParams, limits: LimitsSection) -> None:
     if not 1 <= sampling.n <= limits.max_n:
         raise InvalidRequest("n", sampling.n, f"1 to {limits.max_n}")
     if sampling.logprobs is not None and not 0 <= sampling.logprobs <= limits.max_logprobs:
         raise InvalidRequest("logprobs", sampling.logprobs, f"0 to {limits.max_logprobs}")
+
+
+def _check_prompt_logprobs(num_prompt_tokens: int, sampling: SamplingParams, limits: LimitsSection) -> None:
+    count, limit = sampling.prompt_logprobs, limits.max_prompt_logprobs
+    if count is None:
+        return
+    if not 0 <= count <= limits.max_logprobs:
+        raise InvalidRequest("prompt_logprobs", count, f"0 to {limits.max_logprobs}")
+    if num_prompt_tokens * (count + 1) > limit:
+        expected = f"at most {limit} log probabilities: the prompt has {num_prompt_tokens} tokens, with {count + 1} for each"
+        raise InvalidRequest("prompt_logprobs", count, expected)
 
 
 def _check_stops(sampling: SamplingParams, limits: LimitsSection, vocab_size: int) -> None:
@@ -97,5 +137,8 @@ def _check_stops(sampling: SamplingParams, limits: LimitsSection, vocab_size: in
     for index, text in enumerate(sampling.stop):
         if not text:
             raise InvalidRequest(f"stop[{index}]", text, "a text that is not empty")
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        got = f"{len(sampling.stop_token_ids)} tokens"
+        raise InvalidRequest("stop_token_ids", got, f"at most {MAX_STOP_TOKEN_IDS} tokens")
     if sampling.stop_token_ids:
         _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)

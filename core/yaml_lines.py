@@ -7,7 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.scalarbool import ScalarBoolean
 
@@ -46,12 +46,12 @@ def parse_yaml(text: str, filename: str) -> Document:
         mark = error.problem_mark or error.context_mark
         problem = " ".join(str(error.problem or error.context).split())
         raise ConfigError(f"{filename}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
-    except (YAMLError, ValueError) as error:
-        raise ConfigError(f"{filename}:1: not valid YAML: {' '.join(str(error).split())}") from None
     except (_TooLarge, RecursionError):
         raise ConfigError(
             f"{filename}:1: more than {MAX_DEPTH} levels or {MAX_VALUES} values, expected a configuration"
         ) from None
+    except Exception as error:  # ruamel raises all kinds for what nobody writes, such as a mapping as a key
+        raise ConfigError(f"{filename}:1: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 class _TooLarge(Exception):

@@ -181,7 +181,8 @@ class DecodeScheduler:
 
     def _admit(self, seq: Sequence) -> bool:
         """Blocks for all tokens of `seq`, leaving one for each running sequence."""
-        self._kv.admit(seq)
+        is_computed_elsewhere = seq.transfer in self._reservations
+        self._kv.admit(seq, use_cache=is_computed_elsewhere or not seq.wants_prompt_logprobs)
         if self._kv.grow(seq, seq.num_tokens) and self._kv.pool.num_free_blocks >= len(self._running):
             return True
         self._kv.reset(seq)

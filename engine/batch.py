@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..core.messages import StepTiming
+from ..core.messages import StepTiming, TokenLogprobs
 from .sequence import Sequence
 
 
@@ -60,6 +60,7 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token of choice 0, when they are asked for
 
 
 class Runner(Protocol):

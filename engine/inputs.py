@@ -57,7 +57,7 @@ class InputBuilder:
         size = self._block_size
         token_ids, positions, slots = array("q"), array("q"), array("q")
         starts, context_lens, rows = array("i", (0,)), array("i"), array("q")
-        all_sampled = True
+        all_sampled, needs_all = True, False
         for chunk in batch.chunks:
             seq, num_tokens = chunk.sequence, chunk.num_tokens
             start = seq.num_computed_tokens
@@ -70,6 +70,8 @@ class InputBuilder:
                 token_ids.extend(seq.token_ids[start:end])
                 positions.extend(range(start, end))
                 slots.extend(_slots(seq.block_ids, start, end, size))
+            if num_tokens > 1 or not chunk.choices:
+                needs_all = needs_all or seq.wants_prompt_logprobs
             starts.append(len(token_ids))
             context_lens.append(end)
             if chunk.choices:
@@ -78,7 +80,7 @@ class InputBuilder:
         tables = self._tables.rows([chunk.sequence.block_ids for chunk in batch.chunks])
         attention = AttentionBatch(_int32(starts), _int32(context_lens), tables, _int64(slots))
         sampled = None if all_sampled else self._sampled(batch, attention, rows)
-        return ModelInput(_int64(token_ids), _int64(positions), attention, sampled)
+        return ModelInput(_int64(token_ids), _int64(positions), attention, sampled, needs_all)
 
     def _sampled(self, batch: Batch, attention: AttentionBatch, rows: "array[int]") -> SampledRows:
         if not rows:

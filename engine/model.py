@@ -1,4 +1,5 @@
-"""The decoder: flattened tokens of many sequences in, logits of the sampled ones out; their KV goes into the paged cache.
+"""The decoder: flattened tokens of many sequences in, final states of the sampled ones out, and their logits; the KV of all
+goes into the paged cache.
 
 One definition for Llama, Mistral, Qwen2 and Qwen3: `ModelConfig` says which biases, norms and windows a checkpoint has.
 """
@@ -32,6 +33,7 @@ class ModelInput:
     positions: torch.Tensor  # int64 [T]
     attention: AttentionBatch
     sampled: SampledRows | None  # None: every row is sampled
+    needs_all_rows: bool = False  # also the final states of rows that are not sampled are asked for
 
 
 class Model:
@@ -47,28 +49,35 @@ class Model:
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
 
     def forward(self, inputs: ModelInput, cache: KVCache, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
-        """float32 logits [R, V] of the sampled rows; the KV of all tokens is in `cache` afterwards.
+        """Final states [R, H] of the sampled rows, or of all; the KV of all tokens is in `cache` afterwards.
 
-        `on_layer(i)` is called as soon as layer i's KV is final. The last layer computes beyond its KV for sampled rows only.
+        `on_layer(i)` is called as soon as layer i's KV is final. Beyond its KV, the last layer computes only rows asked for.
         """
         kernels, weights, eps = self._kernels, self._weights, self.config.rms_norm_eps
         residual = weights.embedding[inputs.token_ids]  # [T, H]
         hidden = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
         attention = inputs.attention
+        wanted = None if inputs.needs_all_rows else inputs.sampled
         last = len(weights.layers) - 1
         for index, layer in enumerate(weights.layers):
             queries = self._write_kv(index, layer, hidden, inputs, cache)  # [T, Hq, D]
             if on_layer is not None:
                 on_layer(index)
-            if index == last and inputs.sampled is not None:
-                if inputs.sampled.attention is None:
-                    return residual.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-                queries, residual = queries[inputs.sampled.rows], residual[inputs.sampled.rows]
-                attention = inputs.sampled.attention
+            if index == last and wanted is not None:
+                if wanted.attention is None:
+                    return residual[:0]
+                queries, residual = queries[wanted.rows], residual[wanted.rows]
+                attention = wanted.attention
             hidden = self._attend(index, layer, queries, attention, cache)
             hidden = kernels.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
             hidden = kernels.add_rms_norm(self._mlp(layer, hidden), residual, self._next_norms[index], eps)
-        return kernels.linear(hidden, weights.head, torch.float32)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [R, V] for final states [R, H]."""
+        if not len(hidden):
+            return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        return self._kernels.linear(hidden, self._weights.head, torch.float32)
 
     def _write_kv(
         self, index: int, layer: LayerWeights, hidden: torch.Tensor, inputs: ModelInput, cache: KVCache

@@ -38,7 +38,9 @@ class Outbox:
 
     def token(self, seq: Sequence, choice: int, index: int, token: SampledToken, reason: FinishReason | None) -> TokenOutput:
         """One token of a choice, the last one when `reason` is given."""
-        output = TokenOutput(seq.transfer, choice, index, token.token_id, reason, token.logprob, token.top_logprobs)
+        output = TokenOutput(
+            seq.transfer, choice, index, token.token_id, reason, token.logprob, token.top_logprobs, token.prompt_logprobs
+        )
         self.outputs.append(output)
         return output
 

@@ -1,11 +1,12 @@
-"""Logit adjustments that depend on the tokens a sequence has so far: repetition, presence, frequency, min_tokens."""
+"""What a request does to its logits before a token is drawn: its bias, then what depends on the tokens that the sequence has so
+far: repetition, presence, frequency, min_tokens."""
 
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from ..core.request import SamplingParams
-from .distribution import Floats
+from .distribution import Floats, Indices
 from .sequence import Sequence
 
 
@@ -48,14 +49,18 @@ class TokenCounts:
 
 
 class Penalties:
-    """Applies what a sequence's parameters ask for; remembers counts as long as the sequence lives."""
+    """Applies what a sequence's parameters ask for; remembers counts and biases as long as the sequence lives."""
 
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
+        self._biases: WeakKeyDictionary[Sequence, tuple[Indices, Floats]] = WeakKeyDictionary()
 
     def apply(self, seq: Sequence, logits: Floats) -> None:
         """Adjust one row of logits [V] in place."""
         sampling = seq.spec.sampling
+        if sampling.logit_bias:
+            token_ids, biases = self._bias(seq)
+            logits[token_ids] += biases
         if has_penalties(sampling):
             counts = self._counts.get(seq)
             if counts is None:
@@ -64,6 +69,13 @@ class Penalties:
             counts.penalise(logits, sampling)
         if must_go_on(seq):
             logits[[token_id for token_id in seq.stop_token_ids if token_id < len(logits)]] = -np.inf
+
+    def _bias(self, seq: Sequence) -> tuple[Indices, Floats]:
+        bias = self._biases.get(seq)
+        if bias is None:
+            token_ids, values = zip(*seq.spec.sampling.logit_bias, strict=True)
+            bias = self._biases[seq] = np.array(token_ids, dtype=np.intp), np.array(values, dtype=np.float32)
+        return bias
 
 
 def has_penalties(sampling: SamplingParams) -> bool:

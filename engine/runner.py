@@ -1,14 +1,16 @@
 """Runs one step: a scheduler's batch in, sampled tokens out. Sequences are not changed; the scheduler advances them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ..kernels import Kernels
-from .batch import Batch, SampledToken
+from .batch import Batch, SampledToken, ScheduledChunk
 from .inputs import InputBuilder
 from .kv_cache import KVCache
 from .model import Model
+from .prompt_logprobs import PromptLogprobs
 from .sampler import Sampler
 
 
@@ -19,6 +21,7 @@ class ModelRunner:
         self._model = model
         self._cache = cache
         self._sampler = Sampler(kernels)
+        self._prompts = PromptLogprobs(model)
         self._inputs = InputBuilder(cache.layout.block_size, max_model_len)
 
     @torch.inference_mode()
@@ -29,6 +32,18 @@ class ModelRunner:
         """
         if batch.copies:
             self._cache.copy_blocks(batch.copies)
-        logits = self._model.forward(self._inputs.build(batch), self._cache, on_layer)
-        drawn = iter(self._sampler.sample(logits, [chunk for chunk in batch.chunks if chunk.choices]))
-        return [next(drawn) if chunk.choices else [] for chunk in batch.chunks]
+        inputs = self._inputs.build(batch)
+        hidden = self._model.forward(inputs, self._cache, on_layer)
+        if inputs.needs_all_rows:
+            self._prompts.add(batch.chunks, hidden)
+            hidden = hidden if inputs.sampled is None else hidden[inputs.sampled.rows]
+        drawn = iter(self._sampler.sample(self._model.logits(hidden), [chunk for chunk in batch.chunks if chunk.choices]))
+        return [self._with_prompt(chunk, next(drawn)) if chunk.choices else [] for chunk in batch.chunks]
+
+    def _with_prompt(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[SampledToken]:
+        """What the prompt's tokens brought goes with the first token of choice 0."""
+        logprobs = self._prompts.take(chunk.sequence)
+        if not logprobs:
+            return tokens
+        first = chunk.choices.index(0)
+        return [*tokens[:first], replace(tokens[first], prompt_logprobs=logprobs), *tokens[first + 1 :]]

@@ -47,6 +47,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether its next token brings those of the prompt: until then, none of it may come from a cache."""
+        return self.spec.wants_prompt_logprobs and not self.num_output_tokens
+
+    @property
     def stop_token_ids(self) -> frozenset[int]:
         """Token ids that end this sequence: EOS, unless it is ignored, and the request's own."""
         return self._stop_token_ids

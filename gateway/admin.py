@@ -11,14 +11,18 @@ import grpc
 from ..core.config import ClusterConfig
 from ..core.config_file import parse_cluster_config
 from ..core.errors import InvalidRequest
+from ..core.validation import check_name
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from .explain import explanation
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
 from .intake import refuse_unknown_fields
 from .serving import Shared
-from .translate import ClientGone, NeedsRestart, translated
+from .translate import ClientGone, NeedsRestart, UnknownRequest, translated
 
 log = logging.getLogger(__name__)
 
+MAX_CONFIG_CHARS = 64 << 10  # of a cluster.yaml; larger ones would hold up the loop that streams run on
+MAX_FILENAME_CHARS = 4096
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -51,6 +55,10 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
     async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:
         async with translated(context), self._applying:
             refuse_unknown_fields(request)
+            check_name("filename", request.filename, MAX_FILENAME_CHARS)
+            if len(request.config_yaml) > MAX_CONFIG_CHARS:
+                got = f"{len(request.config_yaml)} characters"
+                raise InvalidRequest("config_yaml", got, f"at most {MAX_CONFIG_CHARS} characters")
             old = self._shared.config
             new = parse_cluster_config(request.config_yaml, request.filename or "cluster.yaml")
             if old.changes_needing_restart(new):
@@ -78,6 +86,15 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             last = _progress(self._frontend.status(), request.worker_ids)
             last.done = True
             await _write(context, last)
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:
+        async with translated(context):
+            refuse_unknown_fields(request)
+            timeline = self._frontend.explain(request.request_id)
+            if timeline is None:
+                raise UnknownRequest(request.request_id)
+            return explanation(timeline)
+        raise AssertionError("translated() ends the call")
 
     def _drained(self, drain: "asyncio.Task[None]") -> None:
         self._drains.discard(drain)

@@ -6,17 +6,19 @@ Pure: one `Answer` per request, events in, messages out.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-from ..core.messages import TokenOutput
+from ..core.messages import TokenLogprobs, TokenOutput
 from ..core.request import FinishReason, Request
 from ..proto import pdserve_pb2 as pb
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
 from .detokenizer import Detokenizer
 from .frontend import StreamEvent
+from .intake import shown_id
 from .stop_strings import Pattern, StopMatcher
 from .timeline import num_cached_tokens, timeline_message
 from .tokenizer import Tokenizer
 from .translate import RequestFailed
 
+MAX_LOGPROBS_PER_MESSAGE = 1 << 14  # 15 bytes each
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -36,6 +38,11 @@ class Answer:
         first = resume_from or [0] * request.sampling.n
         self._choices = [_Choice(request, tokenizer, patterns, index) for index in first]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(choice.num_tokens for choice in self._choices)
+
     def handle(self, event: StreamEvent) -> Iterator[pb.GenerateEvent]:
         """The messages that an event brings. Raises RequestFailed when the request ended before its choices did."""
         match event:
@@ -54,6 +61,8 @@ class Answer:
         choice = self._choices[index]
         if choice.ended:
             return
+        if tokens[0].index >= choice.first_index:
+            yield from self._prompt(tokens[0].prompt_logprobs)
         delta = pb.TokenDelta(choice=index, index=max(tokens[0].index, choice.first_index))
         for token in tokens:
             text = choice.push(token)
@@ -70,6 +79,15 @@ class Answer:
             self._stop_choice(index)
             yield from self._end_choice(index, FinishReason.STOP)
 
+    def _prompt(self, logprobs: tuple[TokenLogprobs, ...]) -> Iterator[pb.GenerateEvent]:
+        """In messages of a size that every client takes."""
+        count = max(1, MAX_LOGPROBS_PER_MESSAGE // (1 + (self._request.sampling.prompt_logprobs or 0)))
+        for start in range(0, len(logprobs), count):
+            part = logprobs[start : start + count]
+            delta = pb.PromptDelta(index=1 + start, token_ids=self._request.prompt_token_ids[1 + start : 1 + start + len(part)])
+            delta.logprobs.extend(_logprobs(token.logprob, token.top) for token in part)
+            yield pb.GenerateEvent(prompt=delta)
+
     def _end_choice(self, index: int, reason: FinishReason) -> Iterator[pb.GenerateEvent]:
         choice = self._choices[index]
         if text := choice.flush():
@@ -83,9 +101,9 @@ class Answer:
         usage = pb.Usage(
             prompt_tokens=len(self._request.prompt_token_ids),
             cached_tokens=num_cached_tokens(timeline),
-            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            completion_tokens=self.num_tokens,
         )
-        return pb.RequestEnd(request_id=self._request.request_id, usage=usage, timeline=timeline_message(timeline))
+        return pb.RequestEnd(request_id=shown_id(self._request), usage=usage, timeline=timeline_message(timeline))
 
 
 class _Choice:
@@ -122,6 +140,7 @@ class Collector:
     def __init__(self) -> None:
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
         self._choices: defaultdict[int, pb.Choice] = defaultdict(pb.Choice)
+        self._prompt: pb.PromptDelta | None = None
         self._end = pb.RequestEnd()
 
     def add(self, event: pb.GenerateEvent) -> None:
@@ -132,6 +151,11 @@ class Collector:
                 self._texts[delta.choice].append(delta.text)
                 choice.token_ids.extend(delta.token_ids)
                 choice.logprobs.extend(delta.logprobs)
+            case "prompt":
+                if self._prompt is None:
+                    self._prompt = pb.PromptDelta(index=event.prompt.index)
+                self._prompt.token_ids.extend(event.prompt.token_ids)
+                self._prompt.logprobs.extend(event.prompt.logprobs)
             case "choice_end":
                 end, choice = event.choice_end, self._choices[event.choice_end.choice]
                 choice.text = "".join(self._texts[end.choice])
@@ -147,4 +171,5 @@ class Collector:
             choices=[self._choices[index] for index in sorted(self._choices)],
             usage=self._end.usage,
             timeline=self._end.timeline,
+            prompt=self._prompt,
         )

@@ -1,7 +1,11 @@
 """Both doors: the gRPC server with its services, health and reflection, and the HTTP server. The head opens them; everything
-inside runs on its loop."""
+inside runs on its loop.
+
+gRPC answers on a Unix socket as well, for the process that launched the cluster: who may open its folder is let in.
+"""
 
 import asyncio
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -11,26 +15,33 @@ from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from .access import Access
 from .admin import ClusterService
 from .frontend import Frontend
 from .generation import GenerationService
+from .guard import Guard, Reader
 from .http.app import http_app
 from .http.server import HttpServer
 from .intake import ModelInfo
 from .serving import Serving, Shared
+from .tls import ServerTls
 from .tokenizer import Tokenizer
 
+HANDSHAKE_TIMEOUT_MS = 10_000  # for TLS, and for the first bytes of HTTP/2
+KEEPALIVE_MS = 60_000  # a connection that is silent for so long is asked whether its client is there, and closed after as long
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
 class GatewayServer:
     """Running doors. gRPC says NOT_SERVING to health checks until told otherwise; calls are answered all the same."""
 
-    def __init__(self, server: grpc.aio.Server, grpc_address: str, admin: ClusterService) -> None:
+    def __init__(
+        self, servers: Sequence[grpc.aio.Server], grpc_address: str, admin: ClusterService, http: HttpServer | None
+    ) -> None:
         self.grpc_address = grpc_address
-        self.http_address: str | None = None
-        self._server = server
-        self._http: HttpServer | None = None
+        self.http_address = None if http is None else http.address
+        self._servers = servers
+        self._http = http
         self._admin = admin
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
@@ -40,15 +51,12 @@ class GatewayServer:
         """Of gRPC."""
         return int(self.grpc_address.rpartition(":")[2])
 
-    async def _start(self, serving: Serving, http_address: str | None) -> None:
-        limits = serving.shared.config.limits
-        if http_address is not None:
-            self._http = await HttpServer.open(http_app(serving), http_address, 2 * limits.max_open_calls)
-            self.http_address = _with_port(http_address, self._http.port)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+    async def _start(self) -> None:
         await self._set_health(False)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        await self._server.start()
+        for server in self._servers:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+            reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+            await server.start()
 
     def set_serving(self, serving: bool) -> None:
         """What health checks are told from now on."""
@@ -60,10 +68,10 @@ class GatewayServer:
         """Take no new calls, give running ones `grace_s` to end, then end them; idempotent."""
         await self._health.enter_graceful_shutdown()
         await self._admin.close()
-        async with asyncio.TaskGroup() as both:
-            both.create_task(self._server.stop(grace_s))
-            if self._http is not None:
-                both.create_task(self._http.stop(grace_s))
+        stopping = [server.stop(grace_s) for server in self._servers]
+        if self._http is not None:
+            stopping.append(self._http.stop(grace_s))
+        await asyncio.gather(*stopping)
 
     async def _set_health(self, serving: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
@@ -78,42 +86,64 @@ async def serve(
     model: ModelInfo,
     grpc_address: str | None = None,
     http_address: str | None = None,
+    local: str | None = None,
 ) -> GatewayServer:
-    """Open both doors, by default where `config.listen` says. Raises ConfigError when an address is taken."""
-    grpc_address, http_address = grpc_address or config.listen.grpc, http_address or config.listen.http
+    """Open both doors, by default where `config.listen` says, and the Unix socket `local`, if one is given. Raises ConfigError
+    when an address is taken, or files of TLS or keys are wrong."""
+    address, http_address = grpc_address or config.listen.grpc, http_address or config.listen.http
+    tls = ServerTls(config.listen.tls) if config.listen.tls.is_on else None
+    access = Access(config.listen.api_keys) if config.listen.api_keys else None
+    shared = Shared(config, access)
+    admin = ClusterService(frontend, shared)
+    serving = Serving(frontend, shared, tokenizer, model)
+    generation = GenerationService(serving)
+    servers = [_server(config, generation, admin, access)]
+    if local is not None:
+        servers.append(_server(config, generation, admin, None))
+    try:
+        port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(f"listen.grpc: cannot listen on {address}: is the port in use?") from error
+    if local is not None:
+        servers[1].add_insecure_port(local)
+    http = None
+    if http_address is not None:
+        http = await HttpServer.open(http_app(serving), http_address, 2 * config.limits.max_open_calls, tls)
+    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http)
+    await gateway._start()
+    return gateway
+
+
+def _server(
+    config: ClusterConfig, generation: GenerationService, admin: ClusterService, access: Access | None
+) -> grpc.aio.Server:
     server = grpc.aio.server(
+        interceptors=(Reader(),) if access is None else (Guard(access), Reader()),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own
             ("grpc.so_reuseport", 0),  # else two servers could share a port without knowing
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
         ),
         maximum_concurrent_rpcs=config.limits.max_open_calls,
     )
-    shared = Shared(config)
-    admin = ClusterService(frontend, shared)
-    serving = Serving(frontend, shared, tokenizer, model)
-    pdserve_pb2_grpc.add_GenerationServicer_to_server(GenerationService(serving), server)
+    pdserve_pb2_grpc.add_GenerationServicer_to_server(generation, server)
     pdserve_pb2_grpc.add_ClusterServicer_to_server(admin, server)
-    try:
-        port = server.add_insecure_port(grpc_address)
-    except RuntimeError as error:
-        raise ConfigError(f"listen.grpc: cannot listen on {grpc_address}: is the port in use?") from error
-    gateway = GatewayServer(server, _with_port(grpc_address, port), admin)
-    await gateway._start(serving, http_address)
-    return gateway
-
-
-def _with_port(address: str, port: int) -> str:
-    """The address with the port that was found where it asks for a free one."""
-    return f"{address.rpartition(':')[0]}:{port}"
+    return server
 
 
 async def open_door(
-    frontend: Frontend, config: ClusterConfig, grpc_address: str | None = None, http_address: str | None = None
+    frontend: Frontend,
+    config: ClusterConfig,
+    grpc_address: str | None = None,
+    http_address: str | None = None,
+    local: str | None = None,
 ) -> GatewayServer:
     """`serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
     tokenizer, model = await asyncio.to_thread(_load, config)
-    return await serve(frontend, config, tokenizer, model, grpc_address, http_address)
+    return await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
 
 
 def _load(config: ClusterConfig) -> tuple[Tokenizer, ModelInfo]:

@@ -9,7 +9,7 @@ from typing import Protocol
 from ..core.config import ClusterConfig
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
-from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens
+from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
 
 __all__ = ["ClusterStatus", "Frontend", "StreamEvent", "WorkerState", "WorkerStatus"]
 
@@ -34,6 +34,14 @@ class Frontend(Protocol):
 
     def watch(self) -> AsyncGenerator[ClusterStatus, None]:
         """The state now and after each change, a few times a second at most; ends when the cluster shuts down."""
+        ...
+
+    def metrics(self) -> bytes:
+        """All metrics in Prometheus' text format (Content-Type: text/plain; version=0.0.4; charset=utf-8)."""
+        ...
+
+    def explain(self, request_id: str) -> Timeline | None:
+        """Where the time of a request went that is being served, or that ended lately; None when it is not known (any more)."""
         ...
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> object:

@@ -10,6 +10,7 @@ import grpc
 from ..core.errors import InvalidRequest
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .answer import Collector
+from .guard import CALLER
 from .serving import Serving
 from .translate import ClientGone, ClientStalled, translated
 
@@ -33,7 +34,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         with self._serving.shared.answer():
             async with translated(context), aclosing(self._events(request, context)) as events:
                 if request.resume_from:
-                    raise InvalidRequest("resume_from", list(request.resume_from), "nothing: the answer comes as a whole")
+                    raise InvalidRequest("resume_from", list(request.resume_from[:8]), "nothing: the answer comes as a whole")
                 collector = Collector()
                 async for event in events:
                     collector.add(event)
@@ -47,7 +48,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         async with translated(context):
-            return self._serving.detokenize(request)
+            return await self._serving.detokenize(request)
         raise AssertionError("translated() ends the call")
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
@@ -58,8 +59,11 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
     async def _events(self, message: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
-        request = await self._serving.request(message, context.peer(), deadline_s)
-        async with aclosing(self._serving.events(request, message.resume_from)) as events:
+        caller, traceparent = CALLER.get(), _metadata(context, "traceparent")
+        request = await self._serving.request(
+            message, context.peer(), deadline_s=deadline_s, traceparent=traceparent, caller=caller
+        )
+        async with aclosing(self._serving.events(request, caller, message.resume_from)) as events:
             async for event in events:
                 yield event
 
@@ -72,3 +76,11 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             raise ClientStalled(max_unread_s) from None
         except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
             raise ClientGone from None
+
+
+def _metadata(context: Context, key: str) -> str | None:
+    """The value that a client sent along with its call under `key`."""
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value if isinstance(value, str) else None
+    return None

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest
 from ..core.request import Request, SamplingParams
-from ..core.validation import validate_request
+from ..core.validation import check_name, check_prompt_length, validate_request
 from ..proto import pdserve_pb2 as pb
+from .access import Caller
 from .tokenizer import Tokenizer
 from .translate import UnknownModel
 
-MAX_NAME_CHARS = 128
+MAX_ITEMS = 10_000  # of a repeated field, other than token ids
 MAX_STOP_CHARS = 1024
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII)
 INLINE_CHARS = 4096  # longer prompts are encoded on a thread, so that other streams go on
 
 
@@ -48,16 +51,21 @@ class Intake:
         limits: LimitsSection,
         deadline_s: float | None,
         peer: str,
-        *,
+        traceparent: str | None = None,
+        caller: Caller | None = None,
         fills: bool = False,
     ) -> Request:
-        """The request that `message` asks for; `peer` is the connection it came by. `fills`: without `max_tokens` it may use
-        all the room that there is. Raises InvalidRequest or UnknownModel."""
+        """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name,
+        `caller` who was let in by a key. `fills`: without `max_tokens` it may use all the room that there is.
+
+        Raises InvalidRequest or UnknownModel. A `traceparent` that is malformed counts as none, as its standard wants it.
+        """
         refuse_unknown_fields(message)
         self.check_model(message.model)
-        check_name("request_id", message.request_id)
-        check_name("cache_salt", message.cache_salt)
-        check_name("client_id", message.client_id)
+        for name in ("request_id", "cache_salt", "client_id"):
+            check_name(name, getattr(message, name))
+        if message.prompt.HasField("token_ids"):  # before millions of them are looked at
+            check_prompt_length(len(message.prompt.token_ids.ids), limits, self._model.max_model_len)
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
@@ -67,13 +75,14 @@ class Intake:
             sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         return Request(
-            request_id=request_id,
+            request_id=request_id if caller is None else caller.scoped(request_id),
             prompt_token_ids=token_ids,
             sampling=sampling,
             eos_token_ids=self._model.eos_token_ids,
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
-            client=f"id:{message.client_id}" if message.client_id else peer,
+            client=_client(message, peer, caller),
+            traceparent=checked_traceparent(traceparent),
         )
 
     def check_model(self, name: str) -> None:
@@ -111,11 +120,31 @@ class Intake:
         return self._tokenizer.encode(self._tokenizer.render_chat(messages, add), add_special_tokens=False)
 
 
+def checked_traceparent(header: str | None) -> str:
+    """The header, or "" when it is none that W3C Trace Context allows."""
+    match = _TRACEPARENT.fullmatch(header or "")
+    return "" if match is None or match["trace"] == "0" * 32 or match["span"] == "0" * 16 else match[0]
+
+
+def shown_id(request: Request) -> str:
+    """A request's id as its client knows it."""
+    kind, _, name = request.client.partition(":")
+    return request.request_id.removeprefix(f"{name}/") if kind == "key" else request.request_id
+
+
+def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> str:
+    """Whom a request counts for. Between keys nothing that a message says counts."""
+    if caller is not None:
+        return caller.client
+    return f"id:{message.client_id}" if message.client_id else peer
+
+
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:
     """The parameters as set, with defaults for the rest. Ranges are for `validate_request`."""
     values = {descriptor.name: value for descriptor, value in message.ListFields()}
     for name in ("stop", "stop_token_ids"):
         values[name] = tuple(values.get(name, ()))
+    values["logit_bias"] = tuple(sorted(message.logit_bias.items()))
     for index, text in enumerate(values["stop"]):
         if len(text) > MAX_STOP_CHARS:
             raise InvalidRequest(f"stop[{index}]", text, f"at most {MAX_STOP_CHARS} characters")
@@ -141,7 +170,8 @@ def _check_resumption(message: pb.GenerateRequest, sampling: SamplingParams) -> 
 
 
 def refuse_unknown_fields(message: Message, path: str = "") -> None:
-    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be ignored."""
+    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be ignored; also for
+    more items than anybody needs, before each of them is looked at. The types of messages bound how deep it goes."""
     unknown = UnknownFieldSet(message)
     if len(unknown):
         field = f"field {unknown[0].field_number}"
@@ -150,16 +180,21 @@ def refuse_unknown_fields(message: Message, path: str = "") -> None:
         refuse_unknown_fields(child, f"{path}.{name}" if path else name)
 
 
+_TOKEN_IDS = ("ids", "token_ids")  # bounded by what the model takes
+
+
+def _check_items(field: str, count: int) -> None:
+    if count > MAX_ITEMS:
+        raise InvalidRequest(field, f"{count} items", f"at most {MAX_ITEMS}")
+
+
 def _children(message: Message) -> Iterator[tuple[str, Message]]:
     for descriptor, value in message.ListFields():
-        if descriptor.message_type is None:
-            continue
+        if descriptor.name not in _TOKEN_IDS and not isinstance(value, Message | str | bytes | int | float):
+            _check_items(descriptor.name, len(value))
+        if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
+            continue  # a map of numbers
         if isinstance(value, Message):
             yield descriptor.name, value
         else:
             yield from ((f"{descriptor.name}[{index}]", item) for index, item in enumerate(value))
-
-
-def check_name(field: str, value: str) -> None:
-    if len(value) > MAX_NAME_CHARS:
-        raise InvalidRequest(field, value, f"at most {MAX_NAME_CHARS} characters")

@@ -24,6 +24,7 @@ from ..core.errors import (
     QueueFull,
 )
 from ..core.request import FinishReason
+from .access import NotPermitted, RateLimited, Unauthenticated
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,13 @@ class UnknownModel(PdserveError):
     def __init__(self, asked: str, served: str) -> None:
         super().__init__(f"model: {asked!r} is not served here, expected {served!r}")
         self.served = served
+
+
+class UnknownRequest(PdserveError):
+    """Nothing is known of a request of this id."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id: {request_id!r} is not being served, and not among those that ended last")
 
 
 class NeedsRestart(PdserveError):
@@ -85,11 +93,19 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
             return grpc.StatusCode.INVALID_ARGUMENT, [_bad_request(problems)]
         case UnknownModel():
             return grpc.StatusCode.NOT_FOUND, [_info("UNKNOWN_MODEL", served=error.served)]
+        case UnknownRequest():
+            return grpc.StatusCode.NOT_FOUND, [_info("UNKNOWN_REQUEST")]
         case DuplicateRequest():
             return grpc.StatusCode.ALREADY_EXISTS, [_info("DUPLICATE_REQUEST", request_id=error.request_id)]
         case QueueFull():
             details = [_retry(error.retry_after_s), _info("QUEUE_FULL", max_queued_requests=str(error.limit))]
             return grpc.StatusCode.RESOURCE_EXHAUSTED, details
+        case RateLimited():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("RATE_LIMITED", limit=error.limit)]
+        case Unauthenticated():
+            return grpc.StatusCode.UNAUTHENTICATED, [_info("UNAUTHENTICATED")]
+        case NotPermitted():
+            return grpc.StatusCode.PERMISSION_DENIED, [_info("NOT_PERMITTED")]
         case NoWorkerAvailable():
             return grpc.StatusCode.UNAVAILABLE, [_retry(RETRY_UNAVAILABLE_S), _info("NO_WORKER_AVAILABLE")]
         case NeedsRestart():

@@ -8,8 +8,10 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
+from ..core import handshake
 from .channel import Channel
 from .gloo import RECEIVER_RANK, GlooLink, listening_socket
+from .greeting import shake_hands
 from .inbound import InboundPair
 from .link import Link
 from .pair import Local, retire
@@ -18,6 +20,7 @@ from .shm import ShmLink
 
 logger = logging.getLogger(__name__)
 _PAGE_BYTES = 4096
+MAX_STRANGERS = 1024  # connections that have not greeted yet
 
 
 class Acceptor:
@@ -37,6 +40,7 @@ class Acceptor:
             raise
         self.tcp_port: int = self._tcp.getsockname()[1]
         self._strangers: set[Channel[SenderMessage]] = set()
+        self._unknown: set[asyncio.Task[None]] = set()  # handshakes
         self._preparing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -49,9 +53,10 @@ class Acceptor:
         for sock in (self._unix, self._tcp):
             asyncio.get_running_loop().remove_reader(sock)
             sock.close()
-        for task in list(self._preparing):
+        tasks = self._preparing | self._unknown
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._preparing, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for channel in list(self._strangers):
             self._dismiss(channel)
 
@@ -61,12 +66,35 @@ class Acceptor:
         except OSError as error:  # the peer was gone again, or we are out of descriptors: others may still connect
             logger.warning("accepting a connection failed: %s", error)
             return
+        if len(self._strangers) + len(self._unknown) >= MAX_STRANGERS:
+            logger.warning("%d connections have not greeted yet: closed one more", MAX_STRANGERS)
+            sock.close()
+            return
+        sock.setblocking(False)
+        task = asyncio.get_running_loop().create_task(self._meet(sock))
+        self._unknown.add(task)
+        task.add_done_callback(self._unknown.discard)
+
+    async def _meet(self, sock: socket.socket) -> None:
+        """Learn whether the peer is of this cluster; one that is may greet, in what is left of the time."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + self._local.config.connect_timeout_s
+        try:
+            async with asyncio.timeout_at(due_s):
+                await shake_hands(sock, handshake.Acceptor(self._local.token, handshake.Purpose.TRANSFER))
+        except (OSError, handshake.HandshakeError) as error:  # TimeoutError is an OSError
+            logger.warning("refused a connection: %s", error or "no proof came in time")
+            self._local.counters.num_connects_refused += 1
+            sock.close()
+            return
+        except BaseException:
+            sock.close()
+            raise
         channel: Channel[SenderMessage] = Channel(sock, SenderMessage, lambda _: None, lambda _: None)
         self._strangers.add(channel)
         channel.on_message = partial(self._on_greeting, channel)
         channel.on_lost = lambda _: self._strangers.discard(channel)
-        timeout_s = self._local.config.connect_timeout_s
-        asyncio.get_running_loop().call_later(timeout_s, self._on_timeout, channel)
+        loop.call_at(due_s, self._on_timeout, channel)
 
     def _on_timeout(self, channel: Channel[SenderMessage]) -> None:
         if channel in self._strangers:

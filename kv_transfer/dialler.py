@@ -6,9 +6,11 @@ import os
 import socket
 from typing import Any, TypeVar
 
+from ..core import handshake
 from ..core.messages import TransferAddress
 from .channel import Channel
 from .gloo import SENDER_RANK, GlooLink, address_family
+from .greeting import shake_hands
 from .link import Link, LinkError
 from .outbound import OutboundPair
 from .pair import Local, retire
@@ -36,7 +38,7 @@ class Dialler:
                 channel, link, answers = await self._connect(pair, epoch)
         except TimeoutError:
             pair.not_connected(f"no answer within {timeout_s} s")
-        except (OSError, LinkError) as problem:
+        except (OSError, LinkError, handshake.HandshakeError) as problem:
             pair.not_connected(str(problem))
         except Exception as problem:  # a bug; whoever waits for this link must hear of it all the same
             logger.exception("connecting to %s failed", pair.target)
@@ -47,7 +49,7 @@ class Dialler:
     async def _connect(self, pair: OutboundPair, epoch: int) -> tuple[Channel[ReceiverMessage], Link, Answers]:
         kind = self._link_kind(pair.target)
         answers: Answers = asyncio.Queue()
-        sock = await _open_socket(pair.target, kind)
+        sock = await _open_socket(pair.target, kind, self._local.token)
         channel: Channel[ReceiverMessage] = Channel(
             sock,
             ReceiverMessage,
@@ -83,7 +85,8 @@ class Dialler:
         return self._local.transport
 
 
-async def _open_socket(target: TransferAddress, kind: str) -> socket.socket:
+async def _open_socket(target: TransferAddress, kind: str, token: str) -> socket.socket:
+    """Connected, and both sides know each other."""
     address: Any
     if kind == "gloo":
         family, address = address_family(target.tcp_host), (target.tcp_host, target.tcp_port)
@@ -93,6 +96,7 @@ async def _open_socket(target: TransferAddress, kind: str) -> socket.socket:
     sock.setblocking(False)
     try:
         await asyncio.get_running_loop().sock_connect(sock, address)
+        await shake_hands(sock, handshake.Dialler(token, handshake.Purpose.TRANSFER))
     except BaseException:
         sock.close()
         raise

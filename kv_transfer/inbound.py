@@ -96,7 +96,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
                 return Corrupt(chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum")
             local.store.scatter(span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data)
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
-            logger.exception("scattering %s of %s failed", span, chunk.transfer)
+            logger.exception("scattering %s of %s failed", span, chunk.transfer, extra=chunk.transfer.log_fields)
             return StoreFailed(chunk.epoch, chunk.seq, f"scattering failed: {error!r}")
         finally:
             release(data)

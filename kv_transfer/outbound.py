@@ -93,7 +93,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                 span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data
             )
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
-            logger.exception("gathering %s of %s failed", span, command.transfer)
+            logger.exception("gathering %s of %s failed", span, command.transfer, extra=command.transfer.log_fields)
             self._ungathered.add(command.transfer)
             self.feed(GatherFailed(epoch, command.transfer, command.seq, f"gathering failed: {error!r}"))
             return
@@ -115,7 +115,6 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         local, target = self.local, self.target
         return Connect(
             version=PROTOCOL_VERSION,
-            token=local.token,
             source_worker_id=local.worker_id,
             source_incarnation=local.incarnation,
             target_worker_id=target.worker_id,

@@ -1,4 +1,4 @@
-"""The control stream of one (P, D) pair, frame by frame.
+"""The control stream of one (P, D) pair, frame by frame, behind the handshake by which both know each other.
 
     P --CONNECT(epoch, layout)--------> D     D --PREPARE(ring), CONNECTED--> P      or REFUSED
     P --OFFER(num_tokens)-------------> D     D --ACCEPT(token_start, credits)--> P
@@ -15,14 +15,13 @@ from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .span import Span
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
     """P's first frame: who asks for whom, and what its KV looks like."""
 
     version: int
-    token: str
     source_worker_id: str
     source_incarnation: int
     target_worker_id: str

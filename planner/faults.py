@@ -32,6 +32,7 @@ class Accident(enum.Enum):
 
 
 ORDERLY = (Accident.DRAIN, Accident.SCALE)  # nothing may fail for these
+OF_THE_ROUTER = (Accident.ROUTER_RESTART, Accident.ROUTER_FREEZE)  # workers go on
 
 
 @dataclass(frozen=True)

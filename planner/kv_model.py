@@ -7,10 +7,11 @@ its block table names; the sums make the token. So a wrong, stale, missing or fo
 import zlib
 from collections.abc import Callable, Sequence as Seq
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
-from ..core.messages import KVLayout
+from ..core.messages import KVLayout, TokenLogprobs
 from ..core.request import TransferId
-from ..engine.batch import Batch, SampledToken
+from ..engine.batch import Batch, SampledToken, ScheduledChunk
 from ..engine.block_pool import BlockPool
 from ..engine.sequence import Sequence
 from .virtual_time import VirtualTime
@@ -57,6 +58,10 @@ def expected_tokens(
         state = chain(state, tokens[-1])
         total = (total + state) & MASK
     return tokens
+
+
+def prompt_logprob(token_id: int) -> TokenLogprobs:
+    return TokenLogprobs(-float(token_id))
 
 
 class StoreFault(Exception):
@@ -183,6 +188,7 @@ class ChainRunner:
         self._on_sample = on_sample
         self._size = pool.block_size
         self._cost = cost
+        self._prompts: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
 
     def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]:
         for source, copy in batch.copies:
@@ -202,13 +208,24 @@ class ChainRunner:
                     self._store.write(layer, block_ids[position // self._size], position % self._size, word, final_s)
             if on_layer is not None:
                 on_layer(layer)
+        return [self._tokens(chunk) for chunk in batch.chunks]
+
+    def _tokens(self, chunk: ScheduledChunk) -> list[SampledToken]:
+        seq = chunk.sequence
+        prompt = self._prompt_logprobs(chunk) if seq.wants_prompt_logprobs else ()
         return [
-            [
-                SampledToken(self._sample(chunk.sequence, chunk.end, choice, chunk.sequence.num_output_tokens))
-                for choice in chunk.choices
-            ]
-            for chunk in batch.chunks
+            SampledToken(
+                self._sample(seq, chunk.end, choice, seq.num_output_tokens), prompt_logprobs=prompt if choice == 0 else ()
+            )
+            for choice in chunk.choices
         ]
+
+    def _prompt_logprobs(self, chunk: ScheduledChunk) -> tuple[TokenLogprobs, ...]:
+        """Of what has been computed here without a gap, as the engine can tell no more."""
+        gathered = self._prompts.setdefault(chunk.sequence, [])
+        del gathered[chunk.start :]
+        gathered += (prompt_logprob(token_id) for token_id in chunk.sequence.token_ids[chunk.start + 1 : chunk.end + 1])
+        return tuple(gathered)
 
     def _states(self, seq: Sequence, start: int, end: int) -> list[int]:
         state = self._store.word(0, seq.block_ids, start - 1) if start else salted(seq.spec.cache_salt)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, replace
 from random import Random
 
+import msgspec
+
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
-from .faults import ORDERLY, Accident, FaultRates
+from .faults import OF_THE_ROUTER, ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
 from .simulated_worker import WorkerShape
 
@@ -53,10 +55,10 @@ class Scenario:
 
     @property
     def is_computed_once(self) -> bool:
-        """Nothing fails but the router, and every client reads: then no token is computed twice."""
+        """Nothing fails but the router, which may also stand still, and every client reads: then no token is computed twice."""
         rates = self.rates
         return (
-            {accident.kind for accident in self.accidents} <= {Accident.ROUTER_RESTART}
+            {accident.kind for accident in self.accidents} <= set(OF_THE_ROUTER)
             and not rates.lose + rates.duplicate + rates.overtake + rates.corrupt + rates.fail_store
             and all(plan.unread_after_tokens is None for plan in self.requests)
         )
@@ -75,9 +77,9 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     elif rng.random() < 0.1:
         rates, kinds = FaultRates(accidents_per_s=1.0), list(ORDERLY)
     elif rng.random() < 0.1:
-        rates, kinds = FaultRates(accidents_per_s=0.5), [Accident.ROUTER_RESTART]
+        rates, kinds = FaultRates(accidents_per_s=0.5), list(OF_THE_ROUTER)
     requests = _draw_requests(rng, shapes, num_requests or rng.randint(5, 30))
-    if kinds == [Accident.ROUTER_RESTART]:  # a stream that waits for its reader is computed again from where it was
+    if kinds == list(OF_THE_ROUTER):  # a stream that waits for its reader is computed again from where it was
         requests = tuple(replace(plan, unread_after_tokens=None) for plan in requests)
     num_accidents = int(rates.accidents_per_s * CALM_S)
     return Scenario(
@@ -148,6 +150,8 @@ def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: flo
     max_tokens = rng.choice((1, 2, 5, 20, 40))
     salt = rng.choice(("", "", "salt"))
     sampling = SamplingParams(max_tokens=max_tokens, n=rng.choice((1, 1, 1, max_n)), seed=rng.getrandbits(32))
+    if sampling.seed % 5 == 0:
+        sampling = msgspec.structs.replace(sampling, prompt_logprobs=0)
     eos: tuple[int, ...] = ()
     if rng.random() < 0.3:
         eos = (rng.choice(expected_tokens(prompt, sampling.seed, 0, max_tokens, salt=salt)),)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from ..core.errors import QueueFull
 from ..core.request import FinishReason
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Pause, Resume
-from .kv_model import expected_tokens
+from .kv_model import expected_tokens, prompt_logprob
 from .scenario import PlannedRequest
 from .simulated_head import SimulatedHead
 from .virtual_time import VirtualTime
 
 FEW_ATTEMPTS = 10  # with so few it may be that all of them fail
 RECONNECT_S = 0.05
+IMPATIENT_S = 10.0  # a client that was refused does not wait longer, whatever it is told
 BY_ITSELF = (FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -42,6 +43,8 @@ class SimulatedClient:
             )
             for choice in range(sampling.n)
         ]
+        wanted = () if sampling.prompt_logprobs is None else plan.request.prompt_token_ids[1:]
+        self._expected_prompt = tuple(map(prompt_logprob, wanted))
         self._received: list[list[int]] = [[] for _ in range(sampling.n)]
         self._positions = [0] * sampling.n  # in the present stream, which repeats what an earlier one has brought
         self._reasons: list[FinishReason | None] = [None] * sampling.n
@@ -102,7 +105,7 @@ class SimulatedClient:
                 head.process.call_at(deadline_s + 0.001, lambda: self._must_have_ended("its deadline"))
         elif isinstance(error, QueueFull):
             self._count("queue full")
-            self._later(error.retry_after_s, self._submit)
+            self._later(min(error.retry_after_s, IMPATIENT_S), self._submit)
         else:
             self._later(0.5, self._submit)
         self._note(f"{self.request_id}: " + ("submitted" if error is None else f"refused: {error}"))
@@ -161,6 +164,10 @@ class SimulatedClient:
             elif index >= len(expected) or token.token_id != expected[index]:
                 right = expected[index : index + 1]
                 self._violation(f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is right")
+            if token.prompt_logprobs != (self._expected_prompt if choice == token.index == 0 else ()):
+                self._violation(
+                    f"{self.request_id}/{event.choice}: token {index} came with {len(token.prompt_logprobs)} others"
+                )
             if index == len(received):
                 received.append(token.token_id)
         if self._is_paused:

@@ -37,7 +37,7 @@ from .virtual_time import Process, Timer, VirtualTime
 from .wanted import WantedLegs, is_our_own_fault
 
 HEARTBEAT_S = 0.5
-DEAD_AFTER_S = 3.0
+MAX_SILENT_BEATS = 6
 STOP_TIMEOUT_S = 5.0
 NUMBERS_OF_A_HEAD = 10**6  # of incarnations and of attempts
 
@@ -179,6 +179,7 @@ class SimulatedHead:
     def receive(self, message: Any) -> None:
         match message:
             case Ready(info=info, held=held):
+                self._wanted.told((info.worker_id, info.incarnation), held)
                 self.handle(WorkerReady(info, held))
                 self.manage(WorkerReady(info))
             case StepReport() | LegEnded():
@@ -270,22 +271,22 @@ class _Connection:
     def __init__(self, head: SimulatedHead, key: Key, end: End) -> None:
         self.end = end
         self._head, self._key = head, key
-        self._heard_s = head._time.now_s
+        self._num_silent_beats = 0
         end.on_message = self._on_message
         end.on_lost = lambda reason: head.lost(key, reason)
         self._beat()
 
     def _on_message(self, message: Any) -> None:
-        self._heard_s = self._head._time.now_s
+        self._num_silent_beats = 0
         self._head.receive(message)
 
     def _beat(self) -> None:
         if not self.end.is_open:
             return
-        silent_s = self._head._time.now_s - self._heard_s
-        if silent_s >= DEAD_AFTER_S:
+        self._num_silent_beats += 1
+        if self._num_silent_beats > MAX_SILENT_BEATS:
             self.end.close()
-            self._head.lost(self._key, f"silent for {silent_s:.1f} s")
+            self._head.lost(self._key, f"silent for {MAX_SILENT_BEATS * HEARTBEAT_S:.1f} s")
         else:
             self.end.send(Heartbeat())
             self._head.process.call_later(HEARTBEAT_S, self._beat)

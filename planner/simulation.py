@@ -130,7 +130,7 @@ class Simulation:
                 max_queued_requests=scenario.max_queued_requests,
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
-                claim_timeout_s=5.0,
+                claim_timeout_s=10.0,  # longer than the router stands still
             ),
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=30.0, backoff_s=0.2, max_backoff_s=2.0),
             self._start_worker,
@@ -256,7 +256,7 @@ class Simulation:
             case Accident.FREEZE:
                 self._freeze(worker.process, seconds)
             case Accident.ROUTER_FREEZE:
-                self._freeze(self.head.process, min(seconds, 2.0))
+                self._freeze(self.head.process, seconds)
             case Accident.ROUTER_RESTART:
                 self._kill_head(self.head, min(seconds, 2.0), amid_dispatch=accident.draw * 1000 % 1 < 0.5)
             case Accident.SLOW:

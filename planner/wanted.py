@@ -1,10 +1,10 @@
 """What workers do for requests, as a bystander of the head's connections knows it: nobody works for a request that has ended,
 and no leg fails by a mistake of its own workers, which a retry would hide from the client."""
 
-from collections.abc import Set as AbstractSet
+from collections.abc import Iterable, Set as AbstractSet
 from dataclasses import dataclass, field
 
-from ..core.messages import Abort, LegEnded, Prefill, Reserve, Serve, StepReport, WorkerCommand
+from ..core.messages import Abort, HeldLeg, LegEnded, Prefill, Reserve, Serve, StepReport, WorkerCommand
 from ..core.request import TransferId
 
 Key = tuple[str, int]  # (worker_id, incarnation)
@@ -37,7 +37,7 @@ class _Wanted:
 
 
 class WantedLegs:
-    """Who was told to work for which dispatch, and has neither ended nor been told to stop."""
+    """Who was told to work for which dispatch, also by an earlier head, and has neither ended nor been told to stop."""
 
     def __init__(self) -> None:
         self._wanted: dict[str, dict[TransferId, _Wanted]] = {}  # by request
@@ -50,6 +50,15 @@ class WantedLegs:
             case Prefill(spec=spec) | Reserve(spec=spec) | Serve(spec=spec):
                 of_request = self._wanted.setdefault(spec.transfer.request_id, {})
                 of_request.setdefault(spec.transfer, _Wanted(set(spec.choices))).workers.add(worker)
+
+    def told(self, worker: Key, legs: Iterable[HeldLeg]) -> None:
+        """What a worker holds that an earlier head has sent to it."""
+        for held in legs:
+            of_request = self._wanted.setdefault(held.spec.transfer.request_id, {})
+            wanted = of_request.setdefault(held.spec.transfer, _Wanted(set(held.spec.choices)))
+            wanted.choices.difference_update(output.choice for output in held.outputs if output.finish_reason is not None)
+            if held.ended is None:
+                wanted.workers.add(worker)
 
     def heard(self, message: StepReport | LegEnded) -> None:
         if isinstance(message, LegEnded):

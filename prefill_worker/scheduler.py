@@ -92,7 +92,7 @@ class PrefillScheduler:
         """Whether it has its blocks; it gets them when they are free."""
         if seq in self._running:
             return True
-        self._kv.admit(seq)
+        self._kv.admit(seq, use_cache=not seq.wants_prompt_logprobs)
         if self._kv.grow(seq, seq.num_tokens):
             self._running.add(seq)
             return True

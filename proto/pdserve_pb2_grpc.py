@@ -68,8 +68,9 @@ class GenerationServicer:
 
     def GenerateStream(self, request, context):
         """Continues a prompt; tokens are sent as they come. The stream is: TokenDelta messages, whose indices are contiguous for
-        each choice; one ChoiceEnd for each choice, after its last token; then one RequestEnd. A stream that cannot go on ends
-        with an error status instead. Cancelling the call frees everything that the request holds.
+        each choice (before them PromptDelta messages, if asked for); one ChoiceEnd for each choice, after its last token; then
+        one RequestEnd. A stream that cannot go on ends with an error status instead. Cancelling the call frees everything that
+        the request holds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -309,6 +310,11 @@ class ClusterStub:
                 request_serializer=pdserve_dot_proto_dot_pdserve__pb2.DrainRequest.SerializeToString,
                 response_deserializer=pdserve_dot_proto_dot_pdserve__pb2.DrainProgress.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/pdserve.v1.Cluster/Explain',
+                request_serializer=pdserve_dot_proto_dot_pdserve__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=pdserve_dot_proto_dot_pdserve__pb2.Explanation.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -346,6 +352,14 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
+        for the few thousand that ended last; others are NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -368,6 +382,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=pdserve_dot_proto_dot_pdserve__pb2.DrainRequest.FromString,
                     response_serializer=pdserve_dot_proto_dot_pdserve__pb2.DrainProgress.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=pdserve_dot_proto_dot_pdserve__pb2.ExplainRequest.FromString,
+                    response_serializer=pdserve_dot_proto_dot_pdserve__pb2.Explanation.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -479,6 +498,33 @@ class Cluster:
             '/pdserve.v1.Cluster/Drain',
             pdserve_dot_proto_dot_pdserve__pb2.DrainRequest.SerializeToString,
             pdserve_dot_proto_dot_pdserve__pb2.DrainProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pdserve.v1.Cluster/Explain',
+            pdserve_dot_proto_dot_pdserve__pb2.ExplainRequest.SerializeToString,
+            pdserve_dot_proto_dot_pdserve__pb2.Explanation.FromString,
             options,
             channel_credentials,
             insecure,

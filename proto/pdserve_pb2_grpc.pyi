@@ -39,8 +39,9 @@ class GenerationStub:
     def __new__(cls, channel: _aio.Channel) -> GenerationAsyncStub: ...
     GenerateStream: _grpc.UnaryStreamMultiCallable[_pdserve_pb2.GenerateRequest, _pdserve_pb2.GenerateEvent]
     """Continues a prompt; tokens are sent as they come. The stream is: TokenDelta messages, whose indices are contiguous for
-    each choice; one ChoiceEnd for each choice, after its last token; then one RequestEnd. A stream that cannot go on ends
-    with an error status instead. Cancelling the call frees everything that the request holds.
+    each choice (before them PromptDelta messages, if asked for); one ChoiceEnd for each choice, after its last token; then
+    one RequestEnd. A stream that cannot go on ends with an error status instead. Cancelling the call frees everything that
+    the request holds.
     """
     Generate: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.GenerateRequest, _pdserve_pb2.GenerateResponse]
     """Continues a prompt; the answer comes as a whole."""
@@ -58,8 +59,9 @@ class GenerationAsyncStub(GenerationStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GenerateStream: _aio.UnaryStreamMultiCallable[_pdserve_pb2.GenerateRequest, _pdserve_pb2.GenerateEvent]  # type: ignore[assignment]
     """Continues a prompt; tokens are sent as they come. The stream is: TokenDelta messages, whose indices are contiguous for
-    each choice; one ChoiceEnd for each choice, after its last token; then one RequestEnd. A stream that cannot go on ends
-    with an error status instead. Cancelling the call frees everything that the request holds.
+    each choice (before them PromptDelta messages, if asked for); one ChoiceEnd for each choice, after its last token; then
+    one RequestEnd. A stream that cannot go on ends with an error status instead. Cancelling the call frees everything that
+    the request holds.
     """
     Generate: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.GenerateRequest, _pdserve_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt; the answer comes as a whole."""
@@ -80,8 +82,9 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_pdserve_pb2.GenerateEvent], _abc.AsyncIterator[_pdserve_pb2.GenerateEvent]]:
         """Continues a prompt; tokens are sent as they come. The stream is: TokenDelta messages, whose indices are contiguous for
-        each choice; one ChoiceEnd for each choice, after its last token; then one RequestEnd. A stream that cannot go on ends
-        with an error status instead. Cancelling the call frees everything that the request holds.
+        each choice (before them PromptDelta messages, if asked for); one ChoiceEnd for each choice, after its last token; then
+        one RequestEnd. A stream that cannot go on ends with an error status instead. Cancelling the call frees everything that
+        the request holds.
         """
 
     @_abc_1.abstractmethod
@@ -138,6 +141,10 @@ class ClusterStub:
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
     """
+    Explain: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.ExplainRequest, _pdserve_pb2.Explanation]
+    """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
+    for the few thousand that ended last; others are NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class ClusterAsyncStub(ClusterStub):
@@ -156,6 +163,10 @@ class ClusterAsyncStub(ClusterStub):
     Drain: _aio.UnaryStreamMultiCallable[_pdserve_pb2.DrainRequest, _pdserve_pb2.DrainProgress]  # type: ignore[assignment]
     """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
     stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.ExplainRequest, _pdserve_pb2.Explanation]  # type: ignore[assignment]
+    """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
+    for the few thousand that ended last; others are NOT_FOUND.
     """
 
 class ClusterServicer(metaclass=_abc_1.ABCMeta):
@@ -196,6 +207,16 @@ class ClusterServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_pdserve_pb2.DrainProgress], _abc.AsyncIterator[_pdserve_pb2.DrainProgress]]:
         """Stops giving work to workers and waits until they are idle, at most for `drain_timeout_s` of the configuration. The
         stream shows progress; its last message has `done` set. Draining goes on when the client leaves.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _pdserve_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pdserve_pb2.Explanation, _abc.Awaitable[_pdserve_pb2.Explanation]]:
+        """Where the time of one request went, against what was predicted when it was placed. For requests that are being served and
+        for the few thousand that ended last; others are NOT_FOUND.
         """
 
 def add_ClusterServicer_to_server(servicer: ClusterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

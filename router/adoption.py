@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..core.errors import NoWorkerAvailable
 from ..core.messages import HeldLeg, Leg
 from ..core.request import Request, SequenceSpec, TransferId
-from .events import RouterEvent, Submit, WorkerReady
+from .events import RouterEvent, Submit, WorkerLost, WorkerReady
 
 WorkerKey = tuple[str, int]  # (worker_id, incarnation)
 
@@ -61,8 +61,13 @@ class Adoption:
                 raise NoWorkerAvailable("the router has just started and waits for its workers")
             case WorkerReady():
                 self.ready.append(event)
+            case WorkerLost(worker_id, incarnation) if not self._has_spoken(worker_id, incarnation):
+                pass  # its connection broke before it spoke; it may come again
             case _:
                 self.later.append(event)
+
+    def _has_spoken(self, worker_id: str, incarnation: int) -> bool:
+        return any((r.info.worker_id, r.info.incarnation) == (worker_id, incarnation) for r in self.ready)
 
     def requests(self) -> Iterator[HeldRequest]:
         """In the order in which workers told of them."""
@@ -81,8 +86,9 @@ class Adoption:
 
 
 def _tells_all(spec: SequenceSpec) -> bool:
-    """Nobody knows the log probabilities of an earlier attempt's tokens."""
-    return spec.sampling.logprobs is None or not spec.output_token_ids
+    """Nobody knows the log probabilities of an earlier attempt's tokens, or those of the prompt that came with its first."""
+    sampling = spec.sampling
+    return (sampling.logprobs is None and sampling.prompt_logprobs is None) or not spec.output_token_ids
 
 
 def request_of(spec: SequenceSpec) -> Request:

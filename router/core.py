@@ -8,11 +8,13 @@ No clock, no I/O: the shell carries commands out in order and feeds events in.
 """
 
 from ..core.errors import NoWorkerAvailable, QueueFull
+from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, Prefill, Reserve, Serve, StepReport
 from ..core.request import FinishReason, Request
 from .admission import JobQueue
 from .adoption import Adoption
+from .candidates import Placement
 from .config import RouterConfig
 from .dispatch import Dispatch, Job
 from .events import (
@@ -25,6 +27,7 @@ from .events import (
     RouterEvent,
     Submit,
     Tick,
+    Timeline,
     WorkerDraining,
     WorkerIdle,
     WorkerLost,
@@ -34,7 +37,7 @@ from .events import (
 )
 from .ledger import Ledger
 from .live_requests import LiveRequests
-from .placement import Placement, Placer
+from .placement import Placer
 from .prefix_index import PrefixIndex
 from .registry import Registry, Worker, WorkerState
 from .reports import WorkerReports
@@ -148,6 +151,15 @@ class Router:
             num_expected=self._num_expected,
             now_s=now_s,
         )
+
+    @property
+    def token_gaps(self) -> TokenGaps:
+        """Times between tokens since the router's start."""
+        return self._reports.gaps
+
+    def timeline(self, request_id: str, now_s: float) -> Timeline | None:
+        """Of a request that is being served; None when there is none of this name."""
+        return self._requests.timeline(request_id, now_s)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when an account or a queue disagrees with the live requests."""

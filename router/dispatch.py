@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from ..core.errors import InvalidTransition
 from ..core.messages import Leg, LegEnded
 from ..core.request import Request, SequenceSpec, TransferId
+from .candidates import Placement
 from .events import DispatchTimes, StreamCommand, Timeline
 from .prefix_index import PrefixChain
 from .registry import Worker
@@ -35,8 +36,9 @@ TRANSITIONS = {
 class LiveRequest:
     """A request between admission and the end of its last leg."""
 
-    __slots__ = ("dispatches", "ended_s", "first_token_s", "is_closed", "is_paused", "jobs", "num_open_choices",
-                 "num_open_legs", "request", "streams", "submitted_s", "unclaimed")  # fmt: skip
+    __slots__ = ("dispatches", "ended_s", "error", "first_token_s", "is_adopted", "is_closed", "is_paused", "jobs",
+                 "num_open_choices", "num_open_legs", "num_pauses", "request", "streams", "submitted_s",
+                 "unclaimed")  # fmt: skip
 
     def __init__(self, request: Request, now_s: float) -> None:
         self.request = request
@@ -45,9 +47,12 @@ class LiveRequest:
         self.submitted_s = now_s
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
+        self.error: str | None = None
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []
         self.is_paused = False  # its client does not read
+        self.num_pauses = 0
+        self.is_adopted = False
         self.num_open_legs = 0
         self.is_closed = False
         self.unclaimed: list[StreamCommand] | None = None  # what its client will get, while it is not there
@@ -85,10 +90,18 @@ class LiveRequest:
 
     def timeline(self, now_s: float) -> Timeline:
         return Timeline(
+            request_id=self.request_id,
             submitted_s=self.submitted_s,
             first_token_s=self.first_token_s,
             ended_s=now_s if self.ended_s is None else self.ended_s,
             dispatches=tuple(dispatch.times(attempt) for attempt, dispatch in enumerate(self.dispatches)),
+            finish_reasons=tuple(stream.finish_reason for stream in self.streams),
+            error=self.error,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_output_tokens=tuple(len(stream.token_ids) for stream in self.streams),
+            traceparent=self.request.traceparent,
+            num_pauses=self.num_pauses,
+            is_adopted=self.is_adopted,
         )
 
 
@@ -114,6 +127,11 @@ class Job:
     @property
     def num_tokens(self) -> int:
         return len(self.live.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def computes_whole_prompt(self) -> bool:
+        """No cached prefix is of use: the log probabilities of the prompt are still to come, with choice 0's first token."""
+        return self.live.request.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
 
     @property
     def needs_decode(self) -> bool:
@@ -147,10 +165,10 @@ class Job:
 class Dispatch:
     """One attempt of a job at one worker or a pair of them, and what it is accounted with there."""
 
-    __slots__ = ("cancelled", "decode", "decode_ended", "decode_started", "dispatched_s", "expected_cached_tokens",
-                 "expected_ttft_s", "first_token_s", "is_prefilling", "job", "live", "num_grown_tokens",
-                 "num_new_tokens", "num_reserved_blocks", "num_unfinished", "open_legs", "prefill", "prefill_ended",
-                 "prefill_s", "spec", "state", "streams")  # fmt: skip
+    __slots__ = ("cancelled", "decode", "decode_ended", "decode_started", "dispatched_s", "ended_s", "failure",
+                 "first_token_s", "is_prefilling", "job", "live", "num_grown_tokens", "num_new_tokens",
+                 "num_reserved_blocks", "num_steps", "num_unfinished", "open_legs", "placement", "prefill",
+                 "prefill_ended", "prefill_s", "spec", "state", "streams")  # fmt: skip
 
     def __init__(self, job: Job, spec: SequenceSpec, prefill: Worker, decode: Worker | None, now_s: float) -> None:
         self.job = job
@@ -169,10 +187,12 @@ class Dispatch:
         self.num_reserved_blocks = 0
         self.num_new_tokens = 0
         self.prefill_s = 0.0
-        self.expected_cached_tokens = 0
-        self.expected_ttft_s = 0.0
+        self.placement: Placement | None = None  # None until it is booked
         self.dispatched_s = now_s
         self.first_token_s: float | None = None
+        self.ended_s: float | None = None  # when it failed
+        self.num_steps = 0  # that it had brought then
+        self.failure: str | None = None
         self.prefill_ended: LegEnded | None = None
         self.decode_ended: LegEnded | None = None
 
@@ -217,6 +237,15 @@ class Dispatch:
         """What this dispatch leaves to do."""
         return self.live.jobs_for(self.streams.values(), now_s)
 
+    def fail(self, failure: str, now_s: float) -> None:
+        """Its unfinished choices will be in other hands."""
+        self.transition(DispatchState.FAILED)
+        self.failure, self.ended_s, self.num_steps = failure, now_s, self._num_steps()
+
+    def _num_steps(self) -> int:
+        """Tokens that the choice with most of them has from this dispatch."""
+        return max(len(stream.token_ids) for stream in self.streams.values()) - len(self.spec.output_token_ids)
+
     def transition(self, target: DispatchState) -> None:
         if target not in TRANSITIONS[self.state]:
             raise InvalidTransition(f"dispatch {self.transfer}", self.state, target, self.times(self.transfer.attempt))
@@ -224,17 +253,32 @@ class Dispatch:
 
     def times(self, attempt: int) -> DispatchTimes:
         """Its row in the timeline of the request, as number `attempt` of this router's dispatches of it."""
+        placement = self.placement
+        assert placement is not None, f"{self.transfer} was never booked"
+        ended_s, num_steps = self.ended_s, self.num_steps
+        if self.failure is None:
+            num_steps = self._num_steps()
+            if self.state is DispatchState.FINISHED:
+                ended_s = max((s.last_token_s for s in self.streams.values() if s.last_token_s is not None), default=None)
         return DispatchTimes(
             attempt=attempt,
+            number=self.transfer.attempt,
             choices=self.spec.choices,
             prefill_worker=self.prefill.worker_id,
             decode_worker=self.decode.worker_id if self.decode else None,
             num_tokens=self.spec.num_tokens,
-            expected_cached_tokens=self.expected_cached_tokens,
-            expected_ttft_s=self.expected_ttft_s,
+            expected_cached_tokens=placement.num_cached_tokens,
+            expected_ttft_s=placement.ttft_s,
+            expected_queue_s=placement.queue_s,
+            expected_transfer_s=placement.transfer_s,
+            expected_itl_s=placement.itl_s,
+            considered=placement.considered(),
             queued_s=self.job.queued_s,
             dispatched_s=self.dispatched_s,
             first_token_s=self.first_token_s,
+            ended_s=ended_s,
+            num_steps=num_steps,
+            failure=self.failure,
             prefill=self.prefill_ended,
             decode=self.decode_ended,
         )

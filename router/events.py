@@ -105,19 +105,40 @@ RouterEvent = (
 )
 
 
-class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """One dispatch of a request in its timeline. `*_s` instants are on the router's clock."""
+class ConsideredPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """A place that was weighed for a dispatch, with what decided: in this order, the smaller the better."""
 
-    attempt: int
+    prefill_worker: str
+    decode_worker: str | None
+    has_failed: bool  # this request, before
+    itl_excess_s: float  # of a gap between tokens there over the SLO
+    cost_s: float  # to the first token and until the KV has arrived; a prefill on a decode worker counts for more
+    load: float  # of the decode worker
+    ttft_s: float
+
+
+class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """One dispatch of a request in its timeline. `*_s` instants are on the router's clock; `expected_*` are predictions
+    from when it was placed."""
+
+    attempt: int  # of this request's
+    number: int  # of all dispatches: what workers call the attempt
     choices: tuple[int, ...]
     prefill_worker: str
     decode_worker: str | None  # None: nothing to decode; equal to `prefill_worker`: one worker served both phases
     num_tokens: int  # prompt, and output of earlier attempts
     expected_cached_tokens: int  # on the prefill worker, by the prefix index
-    expected_ttft_s: float  # from dispatch to first token, by the latency model
+    expected_ttft_s: float  # from dispatch to first token
+    expected_queue_s: float = 0.0  # of that, in the prefill worker's queue
+    expected_transfer_s: float = 0.0  # from the end of the prefill until the KV has arrived
+    expected_itl_s: float = 0.0  # between two tokens
+    considered: tuple[ConsideredPlace, ...] = ()  # the best few places, this one first
     queued_s: float
     dispatched_s: float
     first_token_s: float | None = None
+    ended_s: float | None = None  # its last token, or its failure; None while it runs
+    num_steps: int = 0  # tokens of the choice that got most
+    failure: str | None = None  # why it did not produce all that it was to
     prefill: LegEnded | None = None  # the workers' own account (queue, compute, cached tokens, transfer), once it came
     decode: LegEnded | None = None
 
@@ -125,10 +146,28 @@ class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
 class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request's time went."""
 
+    request_id: str
     submitted_s: float
     first_token_s: float | None
     ended_s: float
     dispatches: tuple[DispatchTimes, ...]
+    finish_reasons: tuple[FinishReason | None, ...] = (None,)  # of each choice; None while it runs
+    error: str | None = None
+    num_prompt_tokens: int = 0
+    num_output_tokens: tuple[int, ...] = (0,)  # of each choice
+    traceparent: str = ""
+    num_pauses: int = 0  # because its client did not read
+    is_adopted: bool = False  # an earlier router took it: instants before the take-over are those of the take-over
+
+    @property
+    def outcome(self) -> FinishReason | None:
+        """The ending that a request with these choices' endings has; None while it runs."""
+        if None in self.finish_reasons:
+            return None
+        return max((reason for reason in self.finish_reasons if reason is not None), key=_WORST_LAST.index)
+
+
+_WORST_LAST = list(FinishReason)
 
 
 class SendCommand(msgspec.Struct, frozen=True):

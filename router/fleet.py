@@ -27,7 +27,9 @@ REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING,
 class FleetConfig:
     drain_timeout_s: float = 120.0
     start_timeout_s: float = 600.0
-    adoption_timeout_s: float = 3.0  # for a worker of an earlier controller to be heard of
+    # A worker of an earlier controller is to be heard of within so many beats: a pause of our own counts as one.
+    adoption_beat_s: float = 0.5
+    num_adoption_beats: int = 6
     backoff_s: float = 1.0  # after the first failure in a row; doubles with each
     max_backoff_s: float = 60.0
     stable_s: float = 30.0  # a worker that was ready for so long has not failed to start
@@ -114,7 +116,7 @@ class Fleet:
     def _adopt(self, event: AdoptWorkers, now_s: float) -> None:
         for worker in event.workers:
             member = Member(worker.worker_id, worker.role, worker.incarnation, now_s, is_awaited=True)
-            member.due_s = now_s + self.config.adoption_timeout_s
+            member.due_s, member.num_beats_left = now_s + self.config.adoption_beat_s, self.config.num_adoption_beats
             self._members[worker.worker_id] = member
 
     def _apply(self, event: Apply, now_s: float) -> None:
@@ -192,9 +194,16 @@ class Fleet:
             if member.state is MemberState.DRAINING:
                 self._stop(member, now_s)
             elif member.state is MemberState.STARTING:
-                reason = f"not {'heard of' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
-                self._out.append(StopWorker(member.worker_id, member.incarnation, reason))
-                self._back_off(member, reason, member.num_failures + 1, now_s)
+                self._late(member, now_s)
+
+    def _late(self, member: Member, now_s: float) -> None:
+        if member.is_awaited and member.num_beats_left > 1:
+            member.num_beats_left -= 1
+            member.due_s = now_s + self.config.adoption_beat_s
+            return
+        reason = f"not {'heard of' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
+        self._out.append(StopWorker(member.worker_id, member.incarnation, reason))
+        self._back_off(member, reason, member.num_failures + 1, now_s)
 
     def _reconcile(self, now_s: float) -> None:
         roles = {*self._desired, *(member.role for member in self._members.values())}

@@ -51,6 +51,7 @@ class Member:
     due_s: float | None = None  # BACKOFF: next start; STARTING, DRAINING: patience ends
     by_hand: bool = False  # drained by an operator
     is_awaited: bool = False  # started by an earlier controller, not heard of yet
+    num_beats_left: int = 0  # until it is no longer awaited
     history: list[MemberState] = field(default_factory=list)
 
     def transition(self, target: MemberState, now_s: float, due_s: float | None = None) -> None:

@@ -2,8 +2,8 @@
 
 from ..core.messages import Leg
 from ..core.request import TransferId
+from .candidates import Placement
 from .dispatch import Dispatch
-from .placement import Placement
 from .registry import Registry, Worker
 
 
@@ -28,8 +28,7 @@ class Ledger:
         """Book a dispatch on its workers."""
         dispatch.num_new_tokens = placement.num_new_tokens
         dispatch.prefill_s = placement.prefill_s
-        dispatch.expected_cached_tokens = placement.num_cached_tokens
-        dispatch.expected_ttft_s = placement.ttft_s
+        dispatch.placement = placement
         self._dispatches[dispatch.transfer] = dispatch
         dispatch.live.num_open_legs += len(dispatch.open_legs)
         dispatch.prefill.start_prefill(dispatch.num_new_tokens, dispatch.prefill_s)

@@ -11,7 +11,17 @@ from ..core.request import FinishReason, Request
 from .admission import Deadlines, JobQueue
 from .config import RouterConfig
 from .dispatch import Dispatch, DispatchState, Job, LiveRequest
-from .events import Cancel, EmitChoiceEnd, EmitEnd, RequestClosed, RouterCommand, SendCommand, StreamCommand, WorkerIdle
+from .events import (
+    Cancel,
+    EmitChoiceEnd,
+    EmitEnd,
+    RequestClosed,
+    RouterCommand,
+    SendCommand,
+    StreamCommand,
+    Timeline,
+    WorkerIdle,
+)
 from .ledger import Ledger
 from .registry import Worker, WorkerState
 from .status import Counters
@@ -48,6 +58,7 @@ class LiveRequests:
         """A request of an earlier router; its stream is kept for its client until `claims_end_s`."""
         live = self._know(LiveRequest(request, now_s))
         live.unclaimed = []
+        live.is_adopted = True
         return live
 
     def claim(self, request: Request, now_s: float) -> bool:
@@ -58,7 +69,7 @@ class LiveRequests:
         live = self._requests.get(request.request_id)
         if live is None or live.unclaimed is None:
             return False
-        if msgspec.structs.replace(request, deadline_s=None, client="") != live.request:
+        if msgspec.structs.replace(request, deadline_s=None, client="", traceparent="") != live.request:
             if live.is_served:
                 raise DuplicateRequest(request.request_id)
             self._abandon(live, now_s)
@@ -70,6 +81,11 @@ class LiveRequests:
         self._queue.push_front([] if live.is_ended else live.unserved_jobs(now_s), now_s)
         self._close_if_done(live, now_s)
         return True
+
+    def timeline(self, request_id: str, now_s: float) -> Timeline | None:
+        """Of a live request so far; None when there is none of this name."""
+        live = self._requests.get(request_id)
+        return None if live is None else live.timeline(now_s)
 
     def _know(self, live: LiveRequest) -> LiveRequest:
         self._requests[live.request_id] = live
@@ -111,11 +127,14 @@ class LiveRequests:
         if live is None or live.is_ended or live.is_paused:
             return
         live.is_paused = True
+        live.num_pauses += 1
         self.counters.paused += 1
+        for stream in live.streams:
+            stream.last_token_s = None
         jobs = list(live.jobs)
         for dispatch in live.dispatches:
             if dispatch.state is DispatchState.RUNNING:
-                jobs += self._take_back(dispatch, dispatch.open_legs, now_s)
+                jobs += self._take_back(dispatch, dispatch.open_legs, "paused: its client did not read", now_s)
         self._queue.park(jobs)
 
     def resume(self, request_id: str) -> None:
@@ -125,9 +144,9 @@ class LiveRequests:
             live.is_paused = False
             self._queue.unpark(live)
 
-    def _take_back(self, dispatch: Dispatch, legs: set[Leg], now_s: float) -> list[Job]:
+    def _take_back(self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float) -> list[Job]:
         """Abort `legs` of a dispatch; what is left to do goes elsewhere."""
-        dispatch.transition(DispatchState.FAILED)
+        dispatch.fail(why, now_s)
         self._abort(dispatch, legs)
         jobs = dispatch.unfinished_jobs(now_s)
         for job in jobs:
@@ -176,7 +195,7 @@ class LiveRequests:
             if dispatch.state is DispatchState.RUNNING:
                 dispatch.transition(DispatchState.FINISHED)
                 self._abort(dispatch, dispatch.open_legs)
-        live.ended_s = now_s
+        live.ended_s, live.error = now_s, error
         self.num_live -= 1
         self.counters.count_end(reason)
         self.emit(live, EmitEnd(live.request_id, reason, error, live.timeline(now_s)))
@@ -237,7 +256,7 @@ class LiveRequests:
     def _fail(self, dispatch: Dispatch, leg: Leg, error: str, ready_s: float, now_s: float) -> list[Job]:
         """One leg failed: abort the other, and return what has to be dispatched again, from where its clients are."""
         self.counters.retried += 1
-        jobs = self._take_back(dispatch, dispatch.open_legs - {leg}, now_s)
+        jobs = self._take_back(dispatch, dispatch.open_legs - {leg}, error, now_s)
         if not dispatch.live.is_claimed:
             return []  # its client decides, when it comes
         num_failures = dispatch.job.num_failures + 1
@@ -252,10 +271,10 @@ class LiveRequests:
             self.counters.resumed += bool(job.output_token_ids)
         return jobs
 
-    def give_up(self, dispatch: Dispatch) -> None:
+    def give_up(self, dispatch: Dispatch, now_s: float) -> None:
         """An adopted dispatch is of no use: somebody else serves its choices, they have ended, or half of it is gone."""
         if dispatch.state is DispatchState.RUNNING:
-            dispatch.transition(DispatchState.FAILED)
+            dispatch.fail("given up when its router was replaced", now_s)
         self._abort(dispatch, dispatch.open_legs)
 
     def _retry_at_s(self, dispatch: Dispatch, now_s: float) -> float:

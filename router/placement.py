@@ -5,47 +5,15 @@ Workers on which a token would take longer than the SLO come last, the least exc
 loaded workers of each role and at those that hold most of the prefix, never at all pairs.
 """
 
-from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
 
 from ..core.latency import LatencyModel
+from .candidates import NUM_KEPT, Candidate, Placement, PrefillOption, Score
 from .config import RouterConfig
 from .dispatch import Job
 from .prefix_index import PrefixIndex
 from .registry import Registry, Worker, WorkerState, decode_load
-
-
-@dataclass(slots=True)
-class PrefillOption:
-    """A worker seen as the one that prefills the job."""
-
-    worker: Worker
-    num_cached_tokens: int
-    num_new_tokens: int
-    queue_s: float
-    compute_s: float
-    stall_s: float  # gap that this prefill makes in streams which the worker decodes; 0 when there are none
-
-    @property
-    def ttft_s(self) -> float:
-        return self.queue_s + self.compute_s
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """A decision. `decode` is None when the prefill's token is the last; equal to `prefill`: one worker serves."""
-
-    prefill: Worker
-    decode: Worker | None
-    num_cached_tokens: int
-    num_new_tokens: int
-    prefill_s: float
-    ttft_s: float
-
-
-Score = tuple[bool, float, float, float, str, str]  # failed before, ITL above the SLO, cost, load, names
-Candidate = tuple[Score, PrefillOption, Worker | None]
 
 
 class Placer:
@@ -62,7 +30,7 @@ class Placer:
         prefills, decodes, depths = self._workers(job)
         options = [self._prefill_option(job, worker, depths) for worker in prefills]
         options = [option for option in options if self._has_prefill_room(option.worker)] or options
-        if not job.failed_pairs:  # a retry looks at all, as it may have to go elsewhere than to the best
+        if len(options) > self.config.num_candidates and not job.failed_pairs:  # a retry may have to go elsewhere
             options = sorted(options, key=_by_ttft)[: self.config.num_candidates]
         if not job.needs_decode:
             candidates = self._prefill_only(job, options)
@@ -70,17 +38,26 @@ class Placer:
         elif _can_pair(prefills, decodes):
             candidates = self._pairs(job, options, decodes, depths)
             # when each of them has failed, the pools may not reach each other: one worker alone needs no transfer
-            has_way = not candidates or any(not score[0] for score, _, _ in candidates)
+            has_way = not candidates or any(not candidate[0][0] for candidate in candidates)
             candidates += self._on_one(job, decodes, depths, has_way)
         else:
             candidates = self._on_one(job, decodes or prefills, depths, False)
         if not candidates:
             return None
-        (_, option, decode) = min(candidates, key=itemgetter(0))
+        candidates.sort(key=itemgetter(0))
+        _, option, decode, itl_s, transfer_s = candidates[0]
         if not self._has_prefill_room(option.worker):
             return None
         return Placement(
-            option.worker, decode, option.num_cached_tokens, option.num_new_tokens, option.compute_s, option.ttft_s
+            option.worker,
+            decode,
+            option.num_cached_tokens,
+            option.num_new_tokens,
+            option.compute_s,
+            option.queue_s,
+            transfer_s,
+            itl_s,
+            candidates[:NUM_KEPT],
         )
 
     def _has_prefill_room(self, worker: Worker) -> bool:
@@ -116,7 +93,7 @@ class Placer:
         return min(num_blocks * block_size, job.num_tokens - 1)
 
     def _prefill_option(self, job: Job, worker: Worker, depths: dict[int, int]) -> PrefillOption:
-        cached = self._cached_tokens(job, worker, depths)
+        cached = 0 if job.computes_whole_prompt else self._cached_tokens(job, worker, depths)
         new, chunk = job.num_tokens - cached, worker.info.max_batch_tokens
         compute_s, stall_s = self._model.prompt_s(new, cached, chunk), 0.0
         if worker.num_sequences:
@@ -137,7 +114,7 @@ class Placer:
         return failed, excess_s, cost_s, load, prefill_id, decode_id or ""
 
     def _prefill_only(self, job: Job, options: list[PrefillOption]) -> list[Candidate]:
-        return [(self._score(job, option, None, 0.0, option.ttft_s, 0.0), option, None) for option in options]
+        return [(self._score(job, option, None, 0.0, option.ttft_s, 0.0), option, None, 0.0, 0.0) for option in options]
 
     def _pairs(self, job: Job, options: list[PrefillOption], decodes: list[Worker], depths: dict[int, int]) -> list[Candidate]:
         candidates: list[Candidate] = []
@@ -149,8 +126,9 @@ class Placer:
             itl_s, load = self._decode_itl_s(job, decode), decode_load(decode)
             for option in options:
                 if option.worker is not decode and option.worker.layout == decode.layout:
-                    cost_s = option.ttft_s + self._model.exposed_transfer_s(num_bytes, option.compute_s)
-                    candidates.append((self._score(job, option, decode, itl_s, cost_s, load), option, decode))
+                    transfer_s = self._model.exposed_transfer_s(num_bytes, option.compute_s)
+                    score = self._score(job, option, decode, itl_s, option.ttft_s + transfer_s, load)
+                    candidates.append((score, option, decode, itl_s, transfer_s))
         return candidates
 
     def _on_one(self, job: Job, workers: list[Worker], depths: dict[int, int], others_prefill: bool) -> list[Candidate]:
@@ -165,10 +143,10 @@ class Placer:
             if factor is None:
                 continue
             option = self._prefill_option(job, worker, depths)
-            cost_s = option.queue_s + factor * option.compute_s
-            score = self._score(job, option, worker, self._decode_itl_s(job, worker), cost_s, decode_load(worker))
+            cost_s, itl_s = option.queue_s + factor * option.compute_s, self._decode_itl_s(job, worker)
+            score = self._score(job, option, worker, itl_s, cost_s, decode_load(worker))
             if not is_dear or score[1] == 0.0:
-                candidates.append((score, option, worker))
+                candidates.append((score, option, worker, itl_s, 0.0))
         return candidates
 
 

@@ -1,5 +1,6 @@
 """What workers say of their legs: tokens go to their streams, loads and times to the accounts, ends close legs."""
 
+from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import LegEnded, StepReport, TokenOutput
 from .dispatch import DispatchState
@@ -21,6 +22,8 @@ class WorkerReports:
         self._requests = requests
         self._index = index
         self._model = model
+        self.gaps = TokenGaps()
+        self._tokens_before = self.gaps.before  # one look-up less a token
 
     def on_report(self, report: StepReport, now_s: float) -> None:
         worker = self._registry.current(report.worker_id, report.incarnation)
@@ -36,6 +39,7 @@ class WorkerReports:
                 worker.progress(timing.duration_s)
         for output in report.outputs:
             self.on_token(worker, output, now_s)
+        self._requests.counters.tokens += self.gaps.close(now_s)
         worker.count_tokens(len(report.outputs), now_s)
         if report.blocks_added or report.blocks_evicted:
             self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
@@ -56,7 +60,11 @@ class WorkerReports:
             dispatch.first_token_s = now_s
             if live.first_token_s is None:
                 live.first_token_s = now_s
-        self._requests.counters.tokens += len(tokens)
+                self._requests.counters.prompt_tokens += len(live.request.prompt_token_ids)
+        self._tokens_before.append(stream.last_token_s)
+        if len(tokens) > 1:
+            self._tokens_before.extend([now_s] * (len(tokens) - 1))
+        stream.last_token_s = now_s
         self._requests.emit(live, EmitTokens(live.request_id, output.choice, tokens))
         if stream.finish_reason is not None:
             self._requests.choice_ended(live, stream, dispatch, now_s)

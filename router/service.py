@@ -4,17 +4,28 @@ Runs on one asyncio loop. Every event goes through `RouterService.handle`, which
 """
 
 import asyncio
-import hmac
 import logging
-import math
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.errors import DuplicateRequest
-from ..core.messages import Heartbeat, Hello, LegEnded, LoadProgress, Ready, StepReport, WorkerInfo, WorkerMessage
+from ..core.handshake import Acceptor, HandshakeError, HandshakeStream, Purpose
+from ..core.messages import (
+    Heartbeat,
+    HeldLeg,
+    Hello,
+    Holds,
+    LegEnded,
+    LoadProgress,
+    Ready,
+    StepReport,
+    WorkerInfo,
+    WorkerMessage,
+)
 from ..core.request import FinishReason, Request
+from .client_stream import ClientStream, StreamEvent
 from .core import Router
 from .events import (
     Cancel,
@@ -22,6 +33,7 @@ from .events import (
     EmitEnd,
     EmitTokens,
     Pause,
+    RequestClosed,
     Resume,
     RouterCommand,
     RouterEvent,
@@ -32,14 +44,14 @@ from .events import (
     WorkerLost,
     WorkerReady,
 )
+from .recorder import Recorder
 
 log = logging.getLogger(__name__)
-
-StreamEvent = EmitTokens | EmitChoiceEnd | EmitEnd
 
 HEARTBEAT_S = 0.5  # so often do both sides speak at least
 # A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
 MAX_SILENT_BEATS = 6
+MAX_STRANGERS = 1024  # connections that have not introduced themselves yet
 
 
 class WorkerObserver(Protocol):
@@ -58,11 +70,13 @@ class WorkerObserver(Protocol):
 class RouterService:
     """Carries events to the router and its commands to streams and workers."""
 
-    def __init__(self, router: Router, observer: WorkerObserver, token: str) -> None:
+    def __init__(self, router: Router, observer: WorkerObserver, token: str, recorder: Recorder | None = None) -> None:
         self.router = router
         self._observer = observer
-        self._token = token
-        self._streams: dict[str, _Stream] = {}
+        self._recorder = recorder
+        self.token = token
+        self.num_strangers = 0  # connections that have not introduced themselves yet
+        self._streams: dict[str, ClientStream] = {}
         self._workers: dict[tuple[str, int], _WorkerConnection] = {}
         self._commands: deque[RouterCommand] = deque()
         self._is_busy = False  # with commands
@@ -91,11 +105,11 @@ class RouterService:
         """
         if request.request_id in self._streams:
             raise DuplicateRequest(request.request_id)
-        stream = self._streams[request.request_id] = _Stream()
+        stream = self._streams[request.request_id] = ClientStream()
         ended = False
         try:
             self.handle(Submit(request))
-            stream.bound(self.router.config.max_unread_tokens)
+            stream.is_handed_over = True
             while not ended:
                 event = await stream.get()
                 ended = isinstance(event, EmitEnd)
@@ -105,7 +119,7 @@ class RouterService:
                 yield event
         finally:
             del self._streams[request.request_id]
-            if not ended:
+            if stream.is_handed_over and not ended:  # one that was refused may have the name of another's live request
                 self.handle(Cancel(request.request_id))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -117,6 +131,8 @@ class RouterService:
         """One event through the router, its commands carried out. An observer may call this from within a command; what
         follows from that is carried out after the commands that were decided before."""
         loop = asyncio.get_running_loop()
+        if self._recorder is not None:
+            self._recorder.observe(event)
         self._commands += self.router.handle(event, loop.time())
         if self._is_busy:
             return
@@ -140,12 +156,15 @@ class RouterService:
                     self._feed(stream, command)
             case WorkerIdle(worker_id, incarnation):
                 self._observer.worker_idle(worker_id, incarnation)
+            case RequestClosed(_, timeline):
+                if self._recorder is not None:
+                    self._recorder.closed(timeline)
 
-    def _feed(self, stream: "_Stream", event: StreamEvent) -> None:
+    def _feed(self, stream: ClientStream, event: StreamEvent) -> None:
         """More for a client. One that has left too much unread is paused: its request leaves the workers, and comes back
-        when half of that is read."""
+        when half of that is read. What it is handed at once because it comes back does not count."""
         stream.put(event)
-        if not stream.is_paused and stream.num_unread > stream.max_unread:
+        if not stream.is_paused and stream.num_unread > self.router.config.max_unread_tokens:
             stream.is_paused = True
             self.handle(Pause(event.request_id))
 
@@ -169,8 +188,8 @@ class RouterService:
         """Whether the peer is a worker that we are waiting for."""
         key = hello.worker_id, hello.incarnation
         is_new = self._observer.expects(*key) and key not in self._workers
-        if not is_new or not hmac.compare_digest(hello.token.encode(), self._token.encode()):
-            log.warning("refused a worker that calls itself %s/%d", *key)
+        if not is_new:
+            log.warning("refused a worker that calls itself %s/%d", *key, extra={"worker": hello.worker_id})
             return False
         self._workers[key] = connection
         return True
@@ -194,45 +213,19 @@ class RouterService:
         self._observer.worker_lost(worker_id, incarnation, reason, is_silent)
 
 
-class _Stream:
-    """What the router has said to one client and the client has not taken yet."""
-
-    def __init__(self) -> None:
-        self.num_unread = 0  # tokens
-        self._limit = self.max_unread = math.inf  # until the router has answered
-        self.is_paused = False
-        self._queue: asyncio.Queue[StreamEvent] = asyncio.Queue()
-
-    def bound(self, max_unread: int) -> None:
-        """From now on the client is paused when it leaves more unread. What it came back for waits already, and is let be."""
-        self._limit, self.max_unread = max_unread, self.num_unread + max_unread
-
-    def put(self, event: StreamEvent) -> None:
-        self.num_unread += _num_tokens(event)
-        self._queue.put_nowait(event)
-
-    async def get(self) -> StreamEvent:
-        event = await self._queue.get()
-        self.num_unread -= _num_tokens(event)
-        self.max_unread = min(self.max_unread, self.num_unread + self._limit)
-        return event
-
-
-def _num_tokens(event: StreamEvent) -> int:
-    return len(event.tokens) if isinstance(event, EmitTokens) else 0
-
-
 class _WorkerConnection(asyncio.Protocol):
-    """One worker's control connection: Hello first, then reports up and commands down."""
+    """One worker's control connection: a handshake, Hello, then reports up and commands down."""
 
     def __init__(self, service: RouterService) -> None:
         self._service = service
+        self._handshake = HandshakeStream(Acceptor(service.token, Purpose.CONTROL))
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport  # from connection_made on, which is called first
         self._hello: Hello | None = None
         self._ready = False
+        self._held: tuple[HeldLeg, ...] = ()  # told before Ready
         self._num_silent_beats = 0
         self._reason = "connection closed"
         self._is_silent = False
@@ -242,47 +235,57 @@ class _WorkerConnection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._watchdog = self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._service.num_strangers += 1
+        if self._service.num_strangers > MAX_STRANGERS:
+            self._abort("too many connections have not introduced themselves yet")
 
     def data_received(self, data: bytes) -> None:
-        self._num_silent_beats = 0
+        if self._hello is not None:  # a stranger has its time, however it speaks
+            self._num_silent_beats = 0
         try:
-            for message in self._decoder.feed(data):
+            answer, frames = self._handshake.feed(data)
+            self._transport.write(answer)
+            for message in self._decoder.feed(frames):
                 self._on_message(message)
-        except FrameError as error:
+        except (FrameError, HandshakeError) as error:
             self._abort(str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if self._hello is not None:
+        if self._hello is None:
+            self._service.num_strangers -= 1
+        else:
             reason = str(exc) if exc else self._reason
             self._service.lost(self._hello.worker_id, self._hello.incarnation, reason, self._is_silent)
 
     def send(self, message: object) -> None:
-        assert self._transport is not None
         self._transport.write(self._encoder.encode(message))
 
     def close(self) -> None:
         self._reason = "stopped"
-        if self._transport is not None:
-            self._transport.close()
+        self._transport.close()
 
     def _on_message(self, message: WorkerMessage) -> None:
         if isinstance(message, Hello):
             if self._hello is None and self._service.admit(self, message):
                 self._hello = message
+                self._service.num_strangers -= 1
             else:
                 self._abort("not a worker of this cluster")
         elif self._hello is None:
             self._abort("the first frame was not Hello")
-        elif self._transport is not None and not self._transport.is_closing():
-            self._ready = self._ready or isinstance(message, Ready)
+        elif not self._transport.is_closing():
+            if isinstance(message, Holds):
+                self._held += message.held
+                return
+            if isinstance(message, Ready):
+                message, self._ready = Ready(info=message.info, held=self._held + message.held), True
             self._service.receive(message)
 
     def _abort(self, reason: str) -> None:
         self._reason = reason
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
     def _beat(self) -> None:
         """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and frozen now."""

@@ -25,6 +25,7 @@ class Counters:
     retried: int = 0  # dispatches that failed and were repeated
     paused: int = 0  # streams taken from their workers because their clients did not read
     resumed: int = 0  # streams that went on at another attempt
+    prompt_tokens: int = 0  # of requests that got their first token
     tokens: int = 0  # forwarded to clients
     stale: int = 0  # messages of lost incarnations, dropped
 

@@ -7,12 +7,13 @@ from ..core.request import FinishReason
 class ChoiceStream:
     """Puts tokens from any worker in order. Those that come early are held, those that came before are dropped."""
 
-    __slots__ = ("_held", "choice", "finish_reason", "token_ids")
+    __slots__ = ("_held", "choice", "finish_reason", "last_token_s", "token_ids")
 
     def __init__(self, choice: int) -> None:
         self.choice = choice
         self.token_ids: list[int] = []  # what the client has; a later attempt starts from here
         self.finish_reason: FinishReason | None = None
+        self.last_token_s: float | None = None  # when it grew last, unless its client has made it wait since
         self._held: dict[int, TokenOutput] = {}
 
     def accept(self, output: TokenOutput) -> tuple[TokenOutput, ...]:

@@ -2,11 +2,11 @@
 
 from ..core.messages import Abort, Leg, TokenOutput
 from .adoption import Adoption, HeldDispatch
+from .candidates import Placement
 from .dispatch import Dispatch, DispatchState, Job, LiveRequest
 from .events import EmitTokens, RouterCommand, SendCommand
 from .ledger import Ledger
 from .live_requests import LiveRequests
-from .placement import Placement
 from .registry import Registry
 from .reports import WorkerReports
 
@@ -38,6 +38,7 @@ class TakeOver:
             for stranger in held.strangers:
                 for (worker_id, incarnation), _ in stranger.legs.values():
                     self._out.append(SendCommand(worker_id, incarnation, Abort(transfer=stranger.spec.transfer)))
+        self._reports.gaps.before.clear()  # tokens that are told again have no gaps of their own
         self._requests.claims_end_s = now_s + self._requests.config.claim_timeout_s
 
     def _resume(self, live: LiveRequest, held: HeldDispatch, served: set[int], now_s: float) -> set[int]:
@@ -57,7 +58,7 @@ class TakeOver:
         if is_running and not held.is_broken and unfinished and not unfinished & served:
             return unfinished
         if is_running or held.is_broken:  # also one that has brought all its tokens, and waits for a taker of its KV
-            self._requests.give_up(dispatch)
+            self._requests.give_up(dispatch, now_s)
         return set()
 
     def _open(self, live: LiveRequest, held: HeldDispatch, now_s: float) -> Dispatch:

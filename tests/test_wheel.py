@@ -55,5 +55,5 @@ def test_the_wheel_holds_the_package_and_nothing_else(unpacked: Path) -> None:
     rooms = {path.name for path in (unpacked / "pdserve").iterdir() if path.is_dir()}
     assert rooms == {
         "cli", "cluster", "core", "decode_worker", "embedded", "engine", "gateway", "kernels", "kv_transfer",
-        "planner", "prefill_worker", "proto", "router", "worker",
+        "loadgen", "planner", "prefill_worker", "proto", "router", "telemetry", "worker",
     }  # fmt: skip

@@ -5,9 +5,18 @@ import threading
 
 import pytest
 
-from pdserve.cluster import worker_link
+from pdserve.cluster import worker_link, worker_process
 from pdserve.cluster.worker_link import RouterLink
-from pdserve.core.messages import Hello, LoadProgress
+from pdserve.cluster.worker_process import WorkerProcess
+from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.core.codec import FrameDecoder
+from pdserve.core.config import ClusterConfig
+from pdserve.core.errors import CheckpointError
+from pdserve.core.handshake import OPENING_BYTES
+from pdserve.core.messages import Hello, LoadProgress, Role, WorkerMessage
+from pdserve.engine.engine import Engine
+
+from .handshakes import greeted, read
 
 WAIT_S = 60.0  # far more than anything here takes
 
@@ -17,10 +26,11 @@ def test_a_router_that_reads_no_more_is_lost_also_while_a_sender_waits_for_it(mo
     monkeypatch.setattr(worker_link, "HEARTBEAT_S", WAIT_S)  # the heartbeat's thread waits behind the sender: it cannot tell
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as door:
-        hello = Hello(worker_id="decode-0", incarnation=1, token="secret")
-        link = RouterLink(door.getsockname(), hello, lambda _: None, lambda _: lost.set())
-        frozen, _ = door.accept()
-        with frozen:
+        hello = Hello(worker_id="decode-0", incarnation=1)
+        with greeted(door, "secret") as accepted:
+            link = RouterLink(door.getsockname(), "secret", hello, lambda _: None, lambda _: lost.set())
+        with accepted.get() as frozen:
+            assert frozen.getsockname()
             link.start()
             message = LoadProgress(worker_id="decode-0", incarnation=1, phase="x" * (1 << 20), fraction=0.0)
             sender = threading.Thread(target=lambda: link.send(*[message] * 40), daemon=True)
@@ -29,3 +39,99 @@ def test_a_router_that_reads_no_more_is_lost_also_while_a_sender_waits_for_it(mo
             sender.join(WAIT_S)
             assert not sender.is_alive()
         link.close()
+
+
+class Unloadable(WorkerProcess):
+    """A worker whose checkpoint is broken."""
+
+    def __init__(self, router_address: tuple[str, int], tells_late: bool = False) -> None:
+        super().__init__(
+            WorkerSpec(
+                worker_id="decode-0",
+                incarnation=1,
+                role=Role.DECODE,
+                config=ClusterConfig.model_validate({}),
+                num_blocks=8,
+                router_address=router_address,
+                token="secret",
+                host=None,
+            )
+        )
+        self._reconnected = threading.Event()
+        self._tells_late = tells_late
+
+    def _load_engine(self) -> Engine:
+        raise CheckpointError("layer 3 is gone")
+
+    def _progress(self, phase: str, fraction: float) -> None:
+        assert not self._tells_late or self._reconnected.wait(WAIT_S)
+        super()._progress(phase, fraction)
+
+    def _on_lost(self, link: RouterLink) -> None:
+        super()._on_lost(link)
+        self._reconnected.set()
+
+
+def run_until_it_fails(worker: WorkerProcess) -> None:
+    with pytest.raises(CheckpointError):
+        worker.run()
+
+
+def test_a_worker_that_cannot_go_on_does_not_look_for_another_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        with greeted(door, "secret") as accepted, pytest.raises(CheckpointError):
+            Unloadable(door.getsockname()).run()
+        accepted.get().close()
+        door.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            door.accept()
+
+
+def test_a_worker_that_lost_its_router_before_it_said_anything_tells_the_next_one_that_it_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        door.settimeout(WAIT_S)
+        worker = Unloadable(door.getsockname(), tells_late=True)
+        thread = threading.Thread(target=run_until_it_fails, args=(worker,), daemon=True)
+        with greeted(door, "secret") as accepted:
+            thread.start()
+        accepted.get().close()
+        with greeted(door, "secret") as accepted:
+            pass
+        with accepted.get() as connection:
+            data = b""
+            while more := connection.recv(1 << 16):
+                data += more
+        thread.join(WAIT_S)
+    decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
+    assert [type(message) for message in decoder.feed(data)] == [Hello, LoadProgress]
+
+
+def test_a_router_that_does_not_know_the_token_is_told_nothing() -> None:
+    """Not even who calls."""
+    heard = []
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def pretend() -> None:
+            stranger, _ = door.accept()
+            with stranger:
+                heard.append(read(stranger, OPENING_BYTES))
+                stranger.sendall(bytes(64))
+                heard.append(stranger.recv(4096))
+
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        hello = Hello(worker_id="decode-0", incarnation=1)
+        with pytest.raises(ConnectionError, match="does not know this cluster's token"):
+            RouterLink(door.getsockname(), "secret", hello, lambda _: None, lambda _: None)
+        thread.join(WAIT_S)
+    assert heard[1] == b"" and b"secret" not in heard[0] and b"decode-0" not in heard[0]
+
+
+def test_a_router_that_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_link, "MAX_WAIT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
+        RouterLink(silent.getsockname(), "secret", Hello(worker_id="d", incarnation=1), lambda _: None, lambda _: None)

@@ -6,14 +6,15 @@ that it aborted to go on elsewhere.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..core.messages import HeldLeg, Leg, LegEnded, TokenOutput
 from ..core.request import SequenceSpec, TransferId
 
 KEPT_S = 30.0  # after its end
-MAX_KEPT_TOKENS = 1 << 18  # of all ended legs together, prompts included
+MAX_KEPT_TOKENS = 1 << 18  # of all ended legs together, prompts and their log probabilities included
+MAX_FRAME_TOKENS = 1 << 15  # told at once: some 10 MB with the log probabilities of 20 tokens each
 
 
 @dataclass(slots=True)
@@ -24,10 +25,11 @@ class _Leg:
     outputs: list[TokenOutput] = field(default_factory=list)
     ended: LegEnded | None = None
     ended_s: float = 0.0
+    num_prompt_logprobs: int = 0  # alternatives included
 
     @property
     def num_tokens(self) -> int:
-        return self.spec.num_tokens + len(self.outputs)
+        return self.spec.num_tokens + len(self.outputs) + self.num_prompt_logprobs
 
 
 class HeldLegs:
@@ -48,6 +50,7 @@ class HeldLegs:
         for output in outputs:
             if (leg := self._open.get(output.transfer)) is not None:
                 leg.outputs.append(output)
+                leg.num_prompt_logprobs += _num_prompt_logprobs(output)
         for end in ended:
             if (leg := self._open.pop(end.transfer, None)) is not None:
                 leg.ended, leg.ended_s = end, self._clock()
@@ -69,3 +72,21 @@ class HeldLegs:
         oldest_s = self._clock() - KEPT_S
         while self._ended and (self._ended[0].ended_s < oldest_s or self._num_kept_tokens > MAX_KEPT_TOKENS):
             self._num_kept_tokens -= self._ended.popleft().num_tokens
+
+
+def _num_prompt_logprobs(output: TokenOutput) -> int:
+    return sum(1 + len(token.top) for token in output.prompt_logprobs)
+
+
+def in_frames(legs: Sequence[HeldLeg]) -> Iterator[tuple[HeldLeg, ...]]:
+    """All of them in turn, at least once, no more at a time than a frame can hold."""
+    frame: list[HeldLeg] = []
+    num_tokens = 0
+    for leg in legs:
+        num_leg_tokens = leg.spec.num_tokens + len(leg.outputs) + sum(map(_num_prompt_logprobs, leg.outputs))
+        if frame and num_tokens + num_leg_tokens > MAX_FRAME_TOKENS:
+            yield tuple(frame)
+            frame, num_tokens = [], 0
+        frame.append(leg)
+        num_tokens += num_leg_tokens
+    yield tuple(frame)

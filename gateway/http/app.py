@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from ... import __version__
 from ...core.errors import PdserveError
@@ -28,7 +28,7 @@ from .translate import token_ids, tokenize_message
 Handler = Callable[[Request], Awaitable[Response]]
 BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
 PATH = "#/components/schemas/{model}"
-REFUSALS = (400, 404, 408, 409, 413, 415, 429, 500, 503, 504)
+REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
 def http_app(serving: Serving) -> Gate:
@@ -44,6 +44,7 @@ def http_app(serving: Serving) -> Gate:
     _post(app, "/detokenize", tokens.detokenize, DetokenizeRequest, answers.Prompt)
     _get(app, "/v1/models", tokens.models, answers.Models)
     _get(app, "/v1/models/{model:path}", tokens.retrieve, answers.Model, {404: {"model": ErrorResponse}}, _MODEL)
+    app.add_api_route("/metrics", probes.metrics, name="metrics", response_class=PlainTextResponse)
     _get(app, "/version", _version, answers.Version)
     _get(app, "/health", probes.health, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/livez", probes.live, answers.Health)
@@ -76,7 +77,8 @@ class _Tokens:
     async def detokenize(self, http: Request) -> Response:
         body = await read(http, DetokenizeRequest)
         ids = token_ids("token_ids", body.tokens)
-        return _json({"prompt": self._serving.detokenize(pb.DetokenizeRequest(model=body.model, token_ids=ids)).text})
+        text = await self._serving.detokenize(pb.DetokenizeRequest(model=body.model, token_ids=ids))
+        return _json({"prompt": text.text})
 
     def _model(self) -> dict[str, Any]:
         info = self._serving.model_info(pb.GetModelInfoRequest())

@@ -27,27 +27,31 @@ class Completions:
     async def complete(self, http: HttpRequest) -> Response:
         body = await read(http, CompletionRequest)
         messages = completion_messages(body, _given_name(http), self._serving.shared.config.limits.max_prompts)
-        peer = _peer(http)
-        requests = [await self._serving.request(message, peer) for message in messages]
+        requests = [await self._request(http, message) for message in messages]
         echoes = tuple(map(self._text, messages, requests)) if body.echo else ()
         wanted = _wanted(body, body.logprobs is not None, echoes)
         answer_id = f"cmpl-{http.state.request_id}"
-        return await self._answer(body, self._format(CompletionFormat, answer_id, requests, wanted), requests)
+        return await self._answer(http, body, self._format(CompletionFormat, answer_id, requests, wanted), requests)
 
     async def chat(self, http: HttpRequest) -> Response:
         body = await read(http, ChatCompletionRequest)
         message = chat_message(body, _given_name(http))
         # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens, unless it is told otherwise
-        requests = [await self._serving.request(message, _peer(http), fills=True)]
+        requests = [await self._request(http, message, fills=True)]
         answer_id = f"chatcmpl-{http.state.request_id}"
-        return await self._answer(body, self._format(ChatFormat, answer_id, requests, _wanted(body, body.logprobs)), requests)
+        wanted = _wanted(body, body.logprobs)
+        return await self._answer(http, body, self._format(ChatFormat, answer_id, requests, wanted), requests)
+
+    async def _request(self, http: HttpRequest, message: pb.GenerateRequest, fills: bool = False) -> Request:
+        traceparent, caller = http.headers.get("traceparent"), http.state.caller
+        return await self._serving.request(message, _peer(http), traceparent=traceparent, caller=caller, fills=fills)
 
     def _format(self, kind: type[Format], answer_id: str, requests: Sequence[Request], wanted: Wanted) -> Format:
         serving = self._serving
         return kind(answer_id, int(time.time()), serving.model.name, requests, serving.tokenizer, wanted)
 
-    async def _answer(self, body: GenerationBody, form: Format, requests: Sequence[Request]) -> Response:
-        events = merged([self._serving.events(request) for request in requests])
+    async def _answer(self, http: HttpRequest, body: GenerationBody, form: Format, requests: Sequence[Request]) -> Response:
+        events = merged([self._serving.events(request, http.state.caller) for request in requests])
         if not body.stream:
             return Response(await _whole(form, events, len(requests)), media_type="application/json")
         chunks = _chunks(form, events)

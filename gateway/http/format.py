@@ -61,6 +61,9 @@ class Format:
                 end = event.choice_end
                 number = prompt * self._n + end.choice
                 return self._end_chunk(number, REASONS[end.finish_reason], self._stop_reason(number, end))
+            case "prompt":
+                self._choices[prompt * self._n].prompt.MergeFrom(event.prompt)
+                return b""
             case _:
                 self._num_cached_tokens += event.end.usage.cached_tokens
                 return b""
@@ -78,7 +81,7 @@ class Format:
             self._num_tokens += len(token_ids)
             progress.last_token_id = token_ids[-1]
         extra = b',"token_ids":' + encode(list(token_ids)) if self._wanted.token_ids else b""
-        logprobs = encode(self._logprobs(progress, token_ids, delta.logprobs)) if self._wanted.logprobs else b"null"
+        logprobs = encode(self._logprobs(number, token_ids, delta.logprobs)) if self._wanted.logprobs else b"null"
         if progress.has_begun:
             return self._text_chunk(number, delta.text, logprobs, extra)
         progress.has_begun = True
@@ -107,6 +110,7 @@ class Format:
         for prompt, response in enumerate(responses):
             self._num_cached_tokens += response.usage.cached_tokens
             self._num_tokens += response.usage.completion_tokens
+            self._choices[prompt * self._n].prompt = response.prompt
             choices += [self._choice(prompt, index, choice) for index, choice in enumerate(response.choices)]
         return encode(self._answer | {"choices": choices, "usage": self._usage(whole=True)} | self._whole_extra())
 
@@ -117,7 +121,7 @@ class Format:
             progress.last_token_id = choice.token_ids[-1]
         told: dict[str, Any] = {
             "index": number,
-            "logprobs": self._logprobs(progress, choice.token_ids, choice.logprobs) if self._wanted.logprobs else None,
+            "logprobs": self._logprobs(number, choice.token_ids, choice.logprobs) if self._wanted.logprobs else None,
             "finish_reason": REASONS[choice.finish_reason],
             "stop_reason": self._stop_reason(number, choice),
         }
@@ -130,7 +134,7 @@ class Format:
 
     # both
 
-    def _logprobs(self, progress: "_Progress", ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
         raise NotImplementedError
 
     def _stop_reason(self, number: int, end: pb.ChoiceEnd | pb.Choice) -> str | int | None:
@@ -180,8 +184,15 @@ class CompletionFormat(Format):
     def _echo(self, prompt: int) -> str:
         return self._wanted.echoes[prompt] if self._wanted.echoes else ""
 
-    def _logprobs(self, progress: "_Progress", ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
-        told, progress.offset = completion_logprobs(self._tokenizer, ids, logprobs, progress.offset)
+    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+        """With those of the prompt before the first, when the prompt is echoed."""
+        progress = self._choices[number]
+        before = None
+        if self._wanted.echoes and not progress.has_logprobs:
+            request = self._requests[number // self._n]
+            before = (request.prompt_token_ids, self._choices[number - number % self._n].prompt.logprobs)
+        progress.has_logprobs = True
+        told, progress.offset = completion_logprobs(self._tokenizer, ids, logprobs, progress.offset, before)
         return told
 
 
@@ -219,16 +230,18 @@ class ChatFormat(Format):
     def _whole_extra(self) -> dict[str, Any]:
         return {"prompt_token_ids": self._requests[0].prompt_token_ids} if self._wanted.token_ids else {}
 
-    def _logprobs(self, progress: "_Progress", ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
         return chat_logprobs(self._tokenizer, ids, logprobs)
 
 
 class _Progress:
     """How far one choice is."""
 
-    __slots__ = ("has_begun", "last_token_id", "offset")
+    __slots__ = ("has_begun", "has_logprobs", "last_token_id", "offset", "prompt")
 
     def __init__(self) -> None:
         self.has_begun = False
         self.last_token_id: int | None = None
+        self.has_logprobs = False
+        self.prompt = pb.PromptDelta()  # of its prompt, at the first choice of it
         self.offset = 0  # in its text, of the next token

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
-from ...core.errors import InvalidRequest
-from ..intake import check_name
+from ...core.errors import PdserveError
+from ...core.validation import check_name
+from ..access import Need
 from ..serving import Shared
 from ..translate import ClientStalled
 from .errors import Refused, error_response
@@ -24,6 +25,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 BODY_TIMEOUT_S = 60.0  # for the whole body of a request
 DISCARD_S = 1.0  # for the rest of a body that is refused
 RETRY_BUSY_S = 1.0
+BODILESS = ("GET", "HEAD")
+PROBES = ("/health", "/livez", "/readyz", "/startupz")  # load balancers have no keys
 REQUEST_ID = b"x-request-id"
 
 
@@ -40,25 +43,36 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"").decode("latin-1")
         request_id = given or uuid.uuid4().hex
-        scope["state"] |= {"request_id": request_id, "is_named": bool(given)}
+        scope["state"] |= {"request_id": request_id, "is_named": bool(given), "caller": None}
         out = _Answer(send, request_id)
         try:
             check_name("request_id", given)
-            if scope["method"] in ("GET", "HEAD"):
+            self._admit(scope)
+            if scope["method"] in BODILESS:
                 await self._app(scope, receive, out.send)
             else:
                 await self._call(scope, receive, out.send)
-        except (InvalidRequest, Refused) as error:
-            if isinstance(error, Refused) and error.closes:
-                await _discard(scope, receive)
-            await error_response(error)(scope, receive, out.send)
         except ClientStalled:
             scope["state"]["abort"]()
             await _gone(receive)
+        except PdserveError as error:
+            if scope["method"] not in BODILESS:
+                await _discard(scope, receive)
+            await error_response(error)(scope, receive, out.send)
         except Exception:
             log.exception("a request failed")
             if not out.has_begun:
                 await error_response(RuntimeError("see above"))(scope, receive, out.send)
+
+    def _admit(self, scope: Scope) -> None:
+        """Before anything of the body is read. Raises Unauthenticated or RateLimited."""
+        access = self._shared.access
+        if access is None:
+            return
+        shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
+        need = Need.KEY if scope["method"] in BODILESS else Need.REQUEST
+        need = Need.NOTHING if scope["path"] in PROBES else need
+        scope["state"]["caller"] = access.admit(need, shown, asyncio.get_running_loop().time())
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._num_calls >= self._max_calls:

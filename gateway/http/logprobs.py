@@ -10,9 +10,18 @@ LEAST = -9999.0  # JSON has no infinity
 
 
 def completion_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs], offset: int
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    logprobs: Sequence[pb.TokenLogprobs],
+    offset: int,
+    prompt: tuple[Sequence[int], Sequence[pb.TokenLogprobs]] | None,
 ) -> tuple[dict[str, Any], int]:
-    """Of the tokens of a completion, whose text begins at `offset`; with the offset of what follows."""
+    """Of the tokens of a completion, whose text begins at `offset`, after those of a `prompt`; with the offset of what follows.
+
+    The first token of a prompt follows nothing: it has no log probability."""
+    items: list[pb.TokenLogprobs | None] = list(logprobs)
+    if prompt is not None:
+        token_ids, items = [*prompt[0], *token_ids], [None, *prompt[1], *items]
     pieces = [tokenizer.piece(token_id) for token_id in token_ids]
     offsets = []
     for piece in pieces:
@@ -20,14 +29,18 @@ def completion_logprobs(
         offset += len(piece)
     told = {
         "tokens": pieces,
-        "token_logprobs": [max(item.logprob, LEAST) for item in logprobs],
-        "top_logprobs": [
-            {tokenizer.piece(top.token_id): max(top.logprob, LEAST) for top in item.top} | {piece: max(item.logprob, LEAST)}
-            for piece, item in zip(pieces, logprobs, strict=True)
-        ],
+        "token_logprobs": [None if item is None else max(item.logprob, LEAST) for item in items],
+        "top_logprobs": [_top(tokenizer, piece, item) for piece, item in zip(pieces, items, strict=True)],
         "text_offset": offsets,
     }
     return told, offset
+
+
+def _top(tokenizer: Tokenizer, piece: str, item: pb.TokenLogprobs | None) -> dict[str, float] | None:
+    if item is None:
+        return None
+    top = {tokenizer.piece(token.token_id): max(token.logprob, LEAST) for token in item.top}
+    return top | {piece: max(item.logprob, LEAST)}
 
 
 def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:

@@ -47,6 +47,10 @@ class Probes:
         told = {"phase": "started" if self._has_started else "starting", "progress": progress, "workers": workers}
         return Response(encode(told), 200 if self._has_started else 503, media_type="application/json")
 
+    async def metrics(self, http: Request) -> Response:
+        """All metrics in Prometheus' text format."""
+        return Response(self._frontend.metrics(), media_type="text/plain; version=0.0.4")
+
     def _not_serving(self) -> list[str]:
         status = self._frontend.status()
         if status.shutting_down:

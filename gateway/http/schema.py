@@ -142,7 +142,7 @@ class GenerationBody(Body):
     user: str = ""
     """Whom this request counts for when clients take turns under load; by default the host it came from."""
     logit_bias: dict[str, float] | None = None
-    """Not served yet: empty, if given."""
+    """Added to the logits of these tokens: token id -> -100 to 100."""
     response_format: dict[str, Any] | None = None
     """Not served yet: only {"type": "text"}."""
     metadata: dict[str, Any] | None = None
@@ -161,7 +161,7 @@ class CompletionRequest(GenerationBody):
     logprobs: int | None = None
     """Report the log probability of each token, and of this many most probable alternatives."""
     echo: bool = False
-    """Begin the text of each choice with its prompt. Not together with `logprobs` yet."""
+    """Begin the text of each choice with its prompt. With `logprobs` those of the prompt come too."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its special tokens to a text."""
     best_of: int | None = None

@@ -10,15 +10,20 @@ from uvicorn.server import ServerState
 
 from ...core.config_types import parse_host_port
 from ...core.errors import ConfigError
+from ..tls import ServerTls
 from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
 
 BACKLOG = 2048
+HANDSHAKE_TIMEOUT_S = 10.0
 
 
 class HttpServer:
     """From `open` to `stop`."""
 
-    def __init__(self, app: Any, listener: socket.socket, max_connections: int) -> None:
+    def __init__(self, app: Any, address: str, max_connections: int) -> None:
+        """Raises ConfigError when the address is taken."""
+        self._listener = _listen(address)
+        self.address = f"{address.rpartition(':')[0]}:{self._listener.getsockname()[1]}"
         protocol = type("LimitedConnection", (Connection,), {"max_connections": max_connections})
         self._config = Config(
             app,
@@ -36,22 +41,20 @@ class HttpServer:
         self._config.load()
         self._protocol = protocol
         self._state = ServerState()
-        self._listener = listener
         self._clock: asyncio.TimerHandle | None = None
         self._server: asyncio.Server
 
     @staticmethod
-    async def open(app: Any, address: str, max_connections: int) -> "HttpServer":
+    async def open(app: Any, address: str, max_connections: int, tls: ServerTls | None = None) -> "HttpServer":
         """Listen on `address`. Raises ConfigError when it is taken."""
-        server = HttpServer(app, _listen(address), max_connections)
+        server = HttpServer(app, address, max_connections)
         server._tell_time()
+        handshake: dict[str, Any] = (
+            {} if tls is None else {"ssl": tls.ssl_context(), "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S}
+        )
         loop = asyncio.get_running_loop()
-        server._server = await loop.create_server(server._connection, sock=server._listener, backlog=BACKLOG)
+        server._server = await loop.create_server(server._connection, sock=server._listener, backlog=BACKLOG, **handshake)
         return server
-
-    @property
-    def port(self) -> int:
-        return int(self._listener.getsockname()[1])
 
     async def stop(self, grace_s: float) -> None:
         """Take no new connections, give running requests `grace_s` to end, then end them; idempotent."""

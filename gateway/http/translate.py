@@ -20,9 +20,9 @@ def completion_messages(body: CompletionRequest, request_id: str, max_prompts: i
         raise InvalidRequest("suffix", body.suffix, "nothing: the model continues its prompt only")
     if body.best_of not in (None, body.n or 1):
         raise InvalidRequest("best_of", body.best_of, "n: all choices are returned")
-    if body.echo and body.logprobs is not None:
-        raise InvalidRequest("echo", body.echo, "false with logprobs: those of the prompt are not served yet")
     sampling = _sampling(body, body.logprobs)
+    if body.echo and body.logprobs is not None:
+        _set(sampling, "prompt_logprobs", body.logprobs)
     names = [request_id] if len(body.prompt) == 1 or not request_id else [f"{request_id}-{i}" for i in range(len(body.prompt))]
     names *= len(body.prompt) // len(names)
     return [
@@ -98,7 +98,16 @@ def _sampling(body: GenerationBody, logprobs: int | None) -> pb.SamplingParams:
     sampling = pb.SamplingParams()
     for name, value in values.items():
         _set(sampling, name, value)
+    for token, bias in (body.logit_bias or {}).items():
+        sampling.logit_bias[_biased(token)] = bias
     return sampling
+
+
+def _biased(token: str) -> int:
+    """JSON has no keys but texts."""
+    if not (token.isascii() and token.isdigit() and len(token) < 10):
+        raise InvalidRequest("logit_bias", token, "token ids for keys")
+    return int(token)
 
 
 def _set(sampling: pb.SamplingParams, name: str, value: Any) -> None:
@@ -128,7 +137,5 @@ def _max_tokens(body: GenerationBody) -> int | None:
 def _refuse_unserved(body: GenerationBody) -> None:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "", "nothing without stream")
-    if body.logit_bias:
-        raise InvalidRequest("logit_bias", f"{len(body.logit_bias)} token(s)", "none: it is not served yet")
     if body.response_format is not None and body.response_format.get("type") != "text":
         raise InvalidRequest("response_format", body.response_format.get("type"), "type text: others are not served yet")

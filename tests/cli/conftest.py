@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pdserve.cli.main import app
+from pdserve.core.config import ClusterConfig
 from pdserve.gateway.app import GatewayServer, serve
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, byte_level, model_info
@@ -19,7 +20,8 @@ Run = Callable[..., Result]
 class ServerThread:
     """A server in front of a scripted cluster; `call` runs something on its loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ClusterConfig = CONFIG) -> None:
+        self._config = config
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -27,7 +29,7 @@ class ServerThread:
         self.gateway: GatewayServer = asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
 
     async def _serve(self) -> GatewayServer:
-        return await serve(self.cluster, CONFIG, self.cluster.tokenizer, model_info(self.cluster.tokenizer))
+        return await serve(self.cluster, self._config, self.cluster.tokenizer, model_info(self.cluster.tokenizer))
 
     @property
     def address(self) -> str:

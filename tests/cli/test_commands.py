@@ -9,8 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pdserve import __version__
+from pdserve.cli.explain import explanation_lines
 from pdserve.cli.main import app
 from pdserve.core.errors import QueueFull
+from pdserve.proto import pdserve_pb2 as pb
 from tests.cli.conftest import Run, ServerThread
 from tests.gateway.support import ScriptedCluster
 from tests.gateway.test_admin import config_yaml
@@ -160,6 +162,45 @@ def test_status_watch_follows_until_the_cluster_ends(run: Run, server: ServerThr
     server.call(lambda: server.cluster.change(shutting_down=True))
     (line,) = run("status", "--watch", "-o", "json").stdout.splitlines()
     assert json.loads(line)["shutting_down"] is True
+
+
+def test_explain_shows_each_leg_and_why_it_ran_there(run: Run) -> None:
+    run("generate", "hello", "--max-tokens", "7", "--request-id", "mine")
+    result = run("explain", "mine")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert result.stdout.startswith("'mine': length after 100 ms, 4 + 7 tokens, first token after 40 ms\n")
+    assert ["queue", "-", "10", "ms"] in lines
+    assert ["prefill", "28", "ms", "25", "ms"] in lines
+    assert ["token", "gap", "10", "ms", "10", "ms"] in lines
+    assert "for the least predicted cost: 34 ms, against 50 ms at prefill-1 -> decode-0" in result.stdout
+
+
+def test_explain_says_when_a_request_is_not_known(run: Run) -> None:
+    result = run("explain", "never\nheard")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == ("pdserve: request_id: 'never\\nheard' is not being served, and not among those that ended last\n")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "following", "why"),
+    [
+        ({}, {"has_failed": True}, "because this request had failed at prefill-1 -> decode-0 before"),
+        ({}, {"itl_excess_s": 0.012}, "because gaps between tokens at prefill-1 -> decode-0 would exceed the SLO by 12 ms"),
+        ({"cost_s": 0.01}, {"load": 0.5}, "for the least predicted cost: 10 ms, against 30 ms at prefill-1 -> decode-0"),
+        ({"load": 0.25}, {"load": 0.5}, "for the lower load: 25%, against 50% at prefill-1 -> decode-0"),
+        ({}, {}, "by name: prefill-1 -> decode-0 was as good"),
+    ],
+)
+def test_explain_names_the_first_thing_in_which_a_place_was_better(
+    chosen: dict[str, float], following: dict[str, float], why: str
+) -> None:
+    even = {"decode_worker": "decode-0", "cost_s": 0.03}
+    places = [
+        pb.ConsideredPlace(**({"prefill_worker": name} | even | scores))
+        for name, scores in (("prefill-0", chosen), ("prefill-1", following))
+    ]
+    told = pb.Explanation(attempts=[pb.ExplainedAttempt(considered=places)])
+    assert f"  placed there {why}" in list(explanation_lines(told))
 
 
 def test_apply_prints_each_change(run: Run, cluster: ScriptedCluster, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """What `pdserve up` says while a cluster starts, serves and ends."""
 
+import json
 import os
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,7 @@ from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.core.status import WorkerState
 from pdserve.proto import pdserve_pb2 as pb
+from pdserve.telemetry.logs import LogSettings
 from tests.cli.conftest import ServerThread
 
 
@@ -86,17 +90,18 @@ def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
 def test_a_signal_drains_the_cluster_and_ends_it(
     server: ServerThread, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched = SimpleNamespace(grpc_address=server.address, http_address="127.0.0.1:8000")
-    monkeypatch.setattr(launch, "launch", lambda config: nullcontext(launched))
+    launched = SimpleNamespace(grpc_address=server.address, local_address=server.address, http_address=None)
+    monkeypatch.setattr(launch, "launch", lambda config, settings: nullcontext(launched))
     before = signal.getsignal(signal.SIGTERM)
 
-    def strike() -> None:  # once: draining watches too
-        server.cluster.on_watch = lambda: None
+    def strike(lines: StatusLines, status: pb.ClusterStatus) -> list[str]:
+        """With the first state in hand: gRPC does not survive an interrupt while it begins a call."""
         os.kill(os.getpid(), number)
+        return []
 
-    server.cluster.on_watch = strike
+    monkeypatch.setattr(StatusLines, "changes", strike)
     server.call(server.cluster.go_on.set)
-    up(ClusterConfig())
+    up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
     assert server.cluster.drained == [((), True)]
     assert capsys.readouterr().err.splitlines()[-2:] == ["draining; interrupt again to stop at once", "stopped"]
     assert signal.getsignal(signal.SIGTERM) is before
@@ -106,3 +111,30 @@ def test_both_addresses_are_told_when_there_are_two() -> None:
     assert ready_line(pb.ClusterStatus(model="m"), "127.0.0.1:1", "127.0.0.1:2").startswith(
         "ready: m at 127.0.0.1:1 (gRPC) and http://127.0.0.1:2/v1, "
     )
+
+
+def test_where_no_terminal_is_every_line_is_a_json_object(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[LogSettings] = []
+
+    def fake_launch(config: ClusterConfig, settings: LogSettings) -> Any:
+        seen.append(settings)
+        return nullcontext(
+            SimpleNamespace(
+                grpc_address=server.address,
+                local_address=server.address,
+                http_address=None,
+                ended=True,
+                poll=lambda: None,
+            )
+        )
+
+    monkeypatch.setattr(launch, "launch", fake_launch)
+    server.stop_when_watched()
+    up(ClusterConfig())
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [lines[0]["message"], lines[-1]["message"]] == ["starting embedded", "stopped"]
+    assert {line["process"] for line in lines} == {"up"}
+    assert (seen[0].format, seen[0].level) == ("json", "info")
+    assert not Path(seen[0].relay or "").exists(), "the socket is gone with the process that listened there"

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -10,15 +11,31 @@ import pytest
 from pdserve.cluster import worker_link
 from pdserve.cluster.worker_link import RouterLink
 from pdserve.core.codec import FrameEncoder
-from pdserve.core.messages import Abort, Heartbeat, Hello, Ready, Role, StepReport, WorkerCommand, WorkerLoad
+from pdserve.core.handshake import OPENING_BYTES, Dialler, Purpose
+from pdserve.core.messages import (
+    Abort,
+    Heartbeat,
+    HeldLeg,
+    Hello,
+    Holds,
+    Leg,
+    Ready,
+    Role,
+    StepReport,
+    WorkerCommand,
+    WorkerLoad,
+)
 from pdserve.core.request import TransferId
 from pdserve.router import service
 from pdserve.router.core import Router
+from pdserve.router.events import Adopted
 from pdserve.router.service import RouterService
 
+from ..handshakes import greeted, open_control
 from ..router.cluster import worker_info
+from ..workers.chain_model import spec
 
-HELLO = Hello(worker_id="decode-0", incarnation=1, token="token")
+HELLO = Hello(worker_id="decode-0", incarnation=1)
 WAIT_S = 20.0
 
 
@@ -28,7 +45,7 @@ class Link:
     def __init__(self, port: int) -> None:
         self.commands: list[WorkerCommand] = []
         self.lost = threading.Event()
-        self.link = RouterLink(("127.0.0.1", port), HELLO, self.commands.append, lambda _: self.lost.set())
+        self.link = RouterLink(("127.0.0.1", port), "token", HELLO, self.commands.append, lambda _: self.lost.set())
         self.link.start()
 
 
@@ -55,7 +72,7 @@ async def read_beats(reader: asyncio.StreamReader, count: int) -> None:
 
 async def test_a_router_that_has_nothing_to_say_says_that_it_lives(hasty: None) -> None:
     routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
-    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     writer.write(FrameEncoder().encode(HELLO))
     async with asyncio.timeout(WAIT_S):
         await read_beats(reader, 3)
@@ -66,7 +83,7 @@ async def test_a_router_that_has_nothing_to_say_says_that_it_lives(hasty: None) 
 async def test_a_worker_that_falls_silent_is_lost(hasty: None) -> None:
     lost: list[str] = []
     routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
-    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     writer.write(encoder.encode(HELLO) + encoder.encode(Ready(info=worker_info("decode-0", Role.DECODE))))
     async with asyncio.timeout(WAIT_S):
@@ -81,7 +98,7 @@ async def test_a_router_that_stood_still_does_not_take_its_own_pause_for_a_worke
 ) -> None:
     lost: list[str] = []
     routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
-    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     writer.write(encoder.encode(HELLO) + encoder.encode(Ready(info=worker_info("decode-0", Role.DECODE))))
     async with asyncio.timeout(WAIT_S):
@@ -98,15 +115,17 @@ async def test_a_router_that_stood_still_does_not_take_its_own_pause_for_a_worke
 
 def test_a_worker_that_hears_nothing_has_lost_its_router(hasty: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        link = Link(silent.getsockname()[1])
-        assert link.lost.wait(WAIT_S)
-        link.link.close()
+        with greeted(silent, "token") as accepted:
+            link = Link(silent.getsockname()[1])
+        with accepted.get():
+            assert link.lost.wait(WAIT_S)
+            link.link.close()
 
 
 async def test_the_router_hangs_up_when_a_frame_was_lost() -> None:
     lost: list[str] = []
     routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
-    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     writer.write(encoder.encode(HELLO))
     encoder.encode("this frame is lost")
@@ -122,10 +141,96 @@ def test_a_worker_hangs_up_when_a_frame_was_lost() -> None:
     encoder = FrameEncoder()
     first, _, third = (encoder.encode(Abort(transfer=TransferId("r", attempt))) for attempt in range(3))
     with socket.create_server(("127.0.0.1", 0)) as router:
-        link = Link(router.getsockname()[1])
-        connection, _ = router.accept()
-        with connection:
+        with greeted(router, "token") as accepted:
+            link = Link(router.getsockname()[1])
+        with accepted.get() as connection:
             connection.sendall(first + third)
             assert link.lost.wait(WAIT_S)
         link.link.close()
     assert link.commands == [Abort(transfer=TransferId("r", 0))]
+
+
+async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_whole() -> None:
+    router, is_ready, observing = Router(adopts=True), asyncio.Event(), observer([])
+    observing.worker_ready = lambda info: is_ready.set()
+    routing = RouterService(router, observing, "token")  # type: ignore[arg-type]
+    _, writer = await open_control(await routing.start("127.0.0.1"), "token")
+    encoder = FrameEncoder()
+    first, second, third = (
+        HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None) for name in "abc"
+    )
+    ready = Ready(info=worker_info("decode-0", Role.DECODE), held=(third,))
+    for message in (HELLO, Holds(held=(first,)), Holds(held=(second,)), ready):
+        writer.write(encoder.encode(message))
+    async with asyncio.timeout(WAIT_S):
+        await is_ready.wait()
+    routing.handle(Adopted())
+    (worker,) = router.status(0.0).workers
+    assert worker.num_legs == 3
+    writer.close()
+    await routing.stop()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"x" * OPENING_BYTES,
+        Dialler("token", Purpose.TRANSFER).opening,
+        Dialler("token", Purpose.CONTROL).opening,
+        Dialler("token", Purpose.CONTROL).opening + bytes(32),
+        Dialler("token", Purpose.CONTROL).opening + bytes(1 << 20),
+    ],
+)
+async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: None, said: bytes) -> None:
+    lost: list[str] = []
+    routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
+    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    async with asyncio.timeout(WAIT_S):
+        with suppress(ConnectionError):
+            writer.write(said)
+            await reader.read()
+    assert lost == [] and routing.num_strangers == 0
+    writer.close()
+    await routing.stop()
+
+
+async def test_a_stranger_that_dribbles_does_not_stay_longer_than_a_silent_one(hasty: None) -> None:
+    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
+    hung_up = asyncio.ensure_future(reader.read())
+    async with asyncio.timeout(WAIT_S):
+        while not hung_up.done():
+            writer.write(b"p")
+            await asyncio.wait((hung_up,), timeout=0.01)
+    hung_up.exception()
+    writer.close()
+    await routing.stop()
+
+
+async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it(hasty: None) -> None:
+    nobody = observer([])
+    nobody.expects = lambda worker_id, incarnation: False
+    routing = RouterService(Router(), nobody, "token")  # type: ignore[arg-type]
+    reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
+    writer.write(FrameEncoder().encode(HELLO))
+    async with asyncio.timeout(WAIT_S):
+        with suppress(ConnectionError):
+            assert await reader.read() == b""
+    writer.close()
+    await routing.stop()
+
+
+async def test_no_more_than_so_many_strangers_are_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_STRANGERS", 2)
+    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    port = await routing.start("127.0.0.1")
+    waiting = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async with asyncio.timeout(WAIT_S):
+        with suppress(ConnectionError):
+            assert await reader.read() == b""
+    for _, other in [*waiting, (reader, writer)]:
+        other.close()
+    await routing.stop()

@@ -147,8 +147,8 @@ def _spec(action: StartWorker) -> WorkerSpec:
     )
 
 
-def _hello(spec: WorkerSpec, token: str = "secret") -> Hello:
-    return Hello(worker_id=spec.worker_id, incarnation=spec.incarnation, token=token)
+def _hello(spec: WorkerSpec) -> Hello:
+    return Hello(worker_id=spec.worker_id, incarnation=spec.incarnation)
 
 
 async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,10 +311,9 @@ async def test_nothing_is_started_once_the_controller_is_closed(monkeypatch: pyt
         actor.ended.exception()
 
 
-async def test_a_worker_connects_once_and_with_the_cluster_s_token(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_connects_once(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
     spec = world.actor("decode-0").spec
-    assert not world.service.admit(SimpleNamespace(), _hello(spec, "sécret"))  # type: ignore[arg-type]
     assert world.service.admit(SimpleNamespace(), _hello(spec))  # type: ignore[arg-type]
     assert not world.service.admit(SimpleNamespace(), _hello(spec))  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from pdserve.cli.client import connect
 from pdserve.cli.coming_back import resuming_stream
 from pdserve.proto import pdserve_pb2 as pb
 
+from ..telemetry.support import nonzero
 from .harness import Cluster, session_processes, text_of, tokens_of
 
 pytestmark = pytest.mark.cluster
@@ -69,6 +70,7 @@ def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(clus
         assert tokens_of(events + rest, choice) == tokens_of(expected, choice)
     assert len(rest[-1].end.timeline.attempts) == 1
     assert pids(cluster) == before
+    assert nonzero(cluster._launched.metrics())["router_takeovers_total"] == 1
 
 
 def test_the_command_line_s_stream_survives_the_death_of_the_head(cluster: Cluster) -> None:

@@ -4,9 +4,14 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from pdserve.cluster.actors import Outcome
+import pytest
+
+from pdserve.cluster import head as head_module
+from pdserve.cluster.actors import KeeperActor, Outcome
 from pdserve.cluster.cores import Placement
+from pdserve.cluster.head import Head
 from pdserve.cluster.keeper import RayKeeper
+from pdserve.core.config import ClusterConfig
 
 SPEC: Any = SimpleNamespace(key=("decode-0", 1))
 
@@ -47,3 +52,35 @@ async def test_the_end_of_a_worker_that_another_head_started_is_asked_for() -> N
     actor = OvertakingActor()
     actor.arrived.append("start")
     assert (await RayKeeper(actor).ended(SPEC.key)).reason == "the process ended"
+
+
+def config_of(num_decode: int) -> ClusterConfig:
+    return ClusterConfig.model_validate({"pools": {"decode": {"instances": num_decode}}})
+
+
+def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> Head:
+    """A head of which only `apply` can be called; `calls` are those that are on their way to its keeper."""
+    monkeypatch.setattr(head_module, "plan", lambda config, nodes: SimpleNamespace(check=lambda: None))
+    monkeypatch.setattr(head_module, "ray_nodes", lambda: ())
+    remember = SimpleNamespace(remote=lambda *arguments: calls.append(arguments))
+    head = Head(SimpleNamespace(generation=generation, keeper=SimpleNamespace(remember=remember)))  # type: ignore[arg-type]
+    router = SimpleNamespace(configure=lambda config: None, status=lambda now_s: SimpleNamespace(workers=()))
+    head._service = SimpleNamespace(router=router)  # type: ignore[assignment]
+    head._controller = SimpleNamespace(handle=lambda event: None)  # type: ignore[assignment]
+    head._telemetry = SimpleNamespace(configure=lambda config: None)  # type: ignore[assignment]
+    return head
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+async def test_the_configuration_that_was_applied_last_is_kept_in_whichever_order_the_keeper_hears_of_them(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    head = head_of(0, calls, monkeypatch)
+    await head.apply(config_of(2), dry_run=False)
+    await head.apply(config_of(3), dry_run=False)
+    await head_of(1, calls, monkeypatch).apply(config_of(4), dry_run=False)
+    keeper = KeeperActor.__ray_metadata__.modified_class(config_of(1))  # type: ignore[attr-defined]  # made by ray.remote
+    for number in order:
+        await keeper.remember(*calls[number])
+    assert (await keeper.config()).pools.decode.instances == 4

@@ -4,13 +4,15 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
-from pdserve.cluster.launch import LaunchError, launch
+from pdserve.cluster.launch import LaunchedCluster, LaunchError, launch
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
 from pdserve.proto import pdserve_pb2 as pb
@@ -47,6 +49,24 @@ def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": None}}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_that_ray_takes_for_dead_is_ended_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    cluster = LaunchedCluster.__new__(LaunchedCluster)
+    cluster._lock, cluster._stopped = threading.Lock(), False
+    start = SimpleNamespace(remote=lambda: None)
+    cluster._head = SimpleNamespace(name="old", start=start)
+
+    def create_head() -> None:
+        cluster._head = SimpleNamespace(name="new", start=start)
+        done.append("new head made")
+
+    monkeypatch.setattr(cluster, "_create_head", create_head)
+    monkeypatch.setattr(ray, "kill", lambda head: done.append(f"{head.name} head killed"))
+    monkeypatch.setattr(ray, "get", lambda reference: None)
+    cluster._replace_head()
+    assert done == ["old head killed", "new head made"]
 
 
 def test_a_worker_that_cannot_load_says_why_until_the_checkpoint_is_mended(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pdserve.core.messages import Abort, Hello, LoadProgress, StepReport, TokenO
 from pdserve.core.request import FinishReason, TransferId
 
 MESSAGES = [
-    Hello(worker_id="decode-0", incarnation=3, token="t"),
+    Hello(worker_id="decode-0", incarnation=3),
     LoadProgress(worker_id="decode-0", incarnation=3, phase="loading weights", fraction=0.5),
     StepReport(
         worker_id="decode-0",
@@ -43,6 +43,7 @@ def test_messages_survive_any_cut_of_the_stream(cuts: list[int]) -> None:
     [
         (struct.pack("<II", 1 << 30, 0), "at most"),
         (struct.pack("<II", 3, 0) + b"\xc1\xc1\xc1", "malformed"),
+        (frames(MESSAGES[:1]).replace(b"decode-0", b"decode-\xff"), "malformed"),  # no UTF-8
         (frames([Abort(transfer=TransferId("r", 0))]), "malformed"),  # a command is no report
     ],
 )

@@ -75,6 +75,29 @@ def test_addresses_are_host_and_port(text: object, host_port: tuple[str, int] | 
     assert parse_host_port(text) == host_port
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.8.8.8:1", "[::1]:5", "localhost:5"])
+def test_loopback_needs_no_protection(address: str) -> None:
+    assert config(listen={"grpc": address}).listen.grpc == address
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "gpu-host.example:1", "localhost.example:1"])
+def test_other_hosts_are_let_in_with_tls_or_on_purpose(address: str) -> None:
+    with pytest.raises(ValidationError, match=r"listen\.tls, or listen\.allow_insecure: true"):
+        config(listen={"grpc": address})
+    config(listen={"grpc": address, "allow_insecure": True})
+    tls = {"certificate": "/c", "key": "/k"}
+    with pytest.raises(ValidationError, match=r"listen\.api_keys or listen\.tls\.client_ca"):
+        config(listen={"grpc": address, "tls": tls})
+    config(listen={"grpc": address, "tls": tls, "api_keys": "/keys"})
+    config(listen={"grpc": address, "tls": tls | {"client_ca": "/ca"}})
+
+
+@pytest.mark.parametrize("tls", [{"certificate": "/c"}, {"key": "/k"}, {"client_ca": "/a"}])
+def test_tls_needs_a_certificate_and_its_key(tls: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="certificate and key"):
+        config(listen={"tls": tls})
+
+
 @pytest.mark.parametrize(
     ("path", "served", "name"),
     [("/models/llama-3/", None, "llama-3"), ("embedded", None, "embedded"), ("/m/x", "y", "y"), ("/", None, "/")],
@@ -93,7 +116,7 @@ def test_other_changes_are_named_by_their_keys() -> None:
         model={"path": "/m"},
         pools={"decode": {"instances": 2, "threads": 2}},
         limits={"max_message_bytes": 1},
-        listen={"grpc": "0.0.0.0:1"},
+        listen={"grpc": "127.0.0.1:1"},
         kernels="torch",
     )
     keys = ["model.path", "pools.decode.threads", "limits.max_message_bytes", "listen.grpc", "kernels"]

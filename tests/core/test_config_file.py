@@ -60,8 +60,8 @@ slo:
         f"c.yaml:10: {at}.model.path: got '', expected a text that is not empty",
         f"c.yaml:11: {at}.device: got 'cuda', expected one of 'auto' or 'cpu'",
         f"c.yaml:12: {at}.slo: got nothing, expected a mapping with keys of ttft_ms, itl_ms",
-        f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, routing, limits, listen, kernels, "
-        "device, drain_timeout_s",
+        f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, routing, limits, listen, observability, "
+        "kernels, device, drain_timeout_s",
     ]
 
 
@@ -83,6 +83,16 @@ slo:
         ("model: {path: 7}", "model.path: got 7, expected a text that is not empty"),
         ("model: {max_model_len: 0}", "model.max_model_len: got 0, expected auto or a positive integer"),
         ("pools: {prefill: {kv_cache_bytes: 5MB}}", "pools.prefill.kv_cache_bytes: got '5MB', expected auto, a number"),
+        (
+            "listen: {grpc: '0.0.0.0:50051'}",
+            "listen.grpc: got '0.0.0.0:50051', expected a loopback address such as 127.0.0.1:50051, or listen.tls, or",
+        ),
+        ("listen: {allow_insecure: 1}", "listen.allow_insecure: got 1, expected true or false"),
+        (
+            "listen: {tls: {certificate: c.pem}}",
+            "listen.tls.certificate: got 'c.pem', expected the path of a file, from / or ~/",
+        ),
+        ("listen: {tls: {key: /k}}", "listen.tls: got one without the other, expected certificate and key together"),
         (
             "pools: {prefill: {max_batch_tokens: 12}}",
             "pools.prefill.max_batch_tokens: got 12, expected at least max_batch_size (256)",
@@ -119,6 +129,7 @@ def test_a_bad_value_is_told_with_what_was_expected(line: str, problem: str) -> 
         ("[" * 500, "c.yaml:1: more than 16 levels"),
         ("a: " + "[" * 20 + "]" * 20, "c.yaml:1: more than 16 levels"),
         (f"a: &a [{'1,' * 200}]\nb: &b [{'*a ,' * 200}]", "c.yaml:1: more than 16 levels or 10000 values"),
+        ("? {b: {c: 1}}\n: 1", "c.yaml:1: not valid YAML:"),  # a mapping as a key
         (f"a: {'9' * 5000}", "c.yaml:1: not valid YAML:"),
     ],
 )

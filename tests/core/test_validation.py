@@ -9,7 +9,15 @@ from pdserve.core.errors import InvalidRequest
 from pdserve.core.request import SamplingParams
 from pdserve.core.validation import MAX_TOP_K, validate_request
 
-LIMITS = LimitsSection(max_tokens=100, max_n=4, max_logprobs=5, max_stop_strings=2, max_prompt_tokens=300)
+LIMITS = LimitsSection(
+    max_tokens=100,
+    max_n=4,
+    max_logprobs=5,
+    max_stop_strings=2,
+    max_prompt_tokens=300,
+    max_logit_bias=3,
+    max_prompt_logprobs=600,
+)
 MAX_MODEL_LEN = 256
 VOCAB_SIZE = 1000
 
@@ -40,6 +48,8 @@ def test_default_parameters_are_valid() -> None:
         ("logprobs", [None, 0, 5]),
         ("stop", [(), ("a",), ("a", "\n")]),
         ("stop_token_ids", [(), (0, 999)]),
+        ("prompt_logprobs", [None, 0, 5]),
+        ("logit_bias", [(), ((0, -100.0), (7, 0.0), (999, 100.0))]),
     ],
 )
 def test_values_at_the_edge_of_their_range_are_valid(field: str, values: list[Any]) -> None:
@@ -77,6 +87,8 @@ def test_values_at_the_edge_of_their_range_are_valid(field: str, values: list[An
         ("min_tokens", 17, "0 to max_tokens (16)"),
         ("logprobs", -1, "0 to 5"),
         ("logprobs", 6, "0 to 5"),
+        ("prompt_logprobs", -1, "0 to 5"),
+        ("prompt_logprobs", 6, "0 to 5"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_field_value_and_expectation(field: str, value: Any, expected: str) -> None:
@@ -123,6 +135,37 @@ def test_stop_strings_are_limited_in_number_and_never_empty() -> None:
     assert caught.value.field == "stop[1]"
 
 
+def test_as_many_biases_as_openai_takes_are_within_the_default_limit() -> None:
+    assert LimitsSection().max_logit_bias >= 300
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (((7, 100.5),), "logit_bias[7]: 100.5 is not valid, expected -100 to 100, where 0 is off"),
+        (((5, 1.0), (7, -101.0)), "logit_bias[7]: -101.0 is not valid, expected -100 to 100, where 0 is off"),
+        (((7, math.nan),), "logit_bias[7]: nan is not valid, expected -100 to 100, where 0 is off"),
+        (((7, -math.inf),), "logit_bias[7]: -inf is not valid, expected -100 to 100, where 0 is off"),
+        (((1000, 1.0),), "logit_bias: 1000 is not valid, expected token ids of 0 to 999, each once"),
+        (((-1, 1.0),), "logit_bias: -1 is not valid, expected token ids of 0 to 999, each once"),
+        (((7, 1.0), (7, 1.0)), "logit_bias: 7 is not valid, expected token ids of 0 to 999, each once"),
+        (tuple((i, 1.0) for i in range(4)), "logit_bias: '4 tokens' is not valid, expected at most 3 tokens"),
+    ],
+)
+def test_a_bad_bias_is_refused_with_its_token_and_value(bias: tuple[tuple[int, float], ...], message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check(logit_bias=bias)
+    assert str(caught.value) == message
+
+
+def test_log_probabilities_of_a_prompt_are_limited_in_all() -> None:
+    check([1] * 100, prompt_logprobs=5)
+    with pytest.raises(InvalidRequest) as caught:
+        check([1] * 101, prompt_logprobs=5)
+    assert caught.value.field == "prompt_logprobs"
+    assert caught.value.expected == "at most 600 log probabilities: the prompt has 101 tokens, with 6 for each"
+
+
 ANY_FLOAT = st.floats(allow_nan=True, allow_infinity=True)
 ANY_INT = st.integers(-(2**66), 2**66)
 SAMPLING = st.builds(
@@ -139,8 +182,10 @@ SAMPLING = st.builds(
     seed=ANY_INT,
     n=st.integers(-1, 6),
     logprobs=st.none() | ANY_INT,
+    prompt_logprobs=st.none() | ANY_INT,
     stop=st.lists(st.text(max_size=2), max_size=3).map(tuple),
     stop_token_ids=st.lists(st.integers(-2, 1002), max_size=3).map(tuple),
+    logit_bias=st.lists(st.tuples(st.integers(-2, 1002), ANY_FLOAT), max_size=4).map(tuple),
 )
 
 
@@ -163,3 +208,9 @@ def test_an_accepted_number_stays_finite_in_float32(field: str, value: float) ->
     except InvalidRequest:
         return
     assert abs(value) <= 100
+
+
+def test_a_refusal_that_repeats_what_was_said_stays_short_and_printable() -> None:
+    error = InvalidRequest("prompt.chat", "x", "role \x1b[2J\n\u202e is not known" + "x" * 10**6)
+    assert str(error).isprintable() and len(str(error)) < 1000
+    assert error.expected.startswith(r"role \x1b[2J\n\u202e is not known")

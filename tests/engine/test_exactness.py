@@ -164,6 +164,7 @@ def test_sampled_tokens_with_a_seed_are_the_same_alone_and_in_any_batch(subject:
         {"temperature": 1.5, "top_k": 20, "repetition_penalty": 1.2, "seed": 3},
         {"temperature": 1.0, "min_p": 0.02, "presence_penalty": 0.5, "frequency_penalty": 0.3, "seed": 4},
         {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 5, "logit_bias": ((1, 3.0), (2, 4.5), (3, -100.0))},
     ]
 
     def sequences() -> list[Any]:

@@ -176,6 +176,38 @@ def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
     _expect_adjusted(logits, expected, chunk)
 
 
+def test_a_bias_is_added_to_the_raw_logits_before_penalties() -> None:
+    logits = random_logits(13)
+    bias = ((0, -3.0), (4, 1.5), (9, 7.25), (VOCAB_SIZE - 1, 100.0))
+    chunk = make_chunk(
+        [4, 8], output=(9,), temperature=0.0, logit_bias=bias, repetition_penalty=1.3, presence_penalty=0.5, logprobs=1
+    )
+    biased = logits.clone()
+    for token_id, value in bias:
+        biased[0, token_id] += value
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[4, 8, 9]]), biased)
+    expected[0, 9] -= 0.5
+    _expect_adjusted(logits, expected, chunk)
+    token = sample(logits, chunk)[0][0]
+    assert token.token_id == VOCAB_SIZE - 1
+    assert token.logprob == pytest.approx(float(logits.log_softmax(-1)[0, -1]), abs=1e-6)  # of the model's own distribution
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_demands_and_forbids_tokens(temperature: float) -> None:
+    logits = random_logits(14)
+    best = int(logits.argmax())
+    for seed in range(20):
+        options = {"temperature": temperature, "seed": seed}
+        assert sample(logits, make_chunk(logit_bias=((17, 100.0),), **options))[0][0].token_id == 17
+        assert sample(logits, make_chunk(logit_bias=((best, -100.0),), **options))[0][0].token_id != best
+
+
+def test_a_biased_stop_token_is_not_drawn_before_min_tokens() -> None:
+    chunk = make_chunk(temperature=0.0, min_tokens=1, logit_bias=((5, 100.0),))
+    assert sample(torch.zeros(1, VOCAB_SIZE), chunk)[0][0].token_id != 5
+
+
 def test_penalties_follow_the_sequence_from_step_to_step() -> None:
     sampler = Sampler(TorchKernels())
     chunk = make_chunk(list(range(1, 40)) * 3, temperature=0.0, frequency_penalty=1.0)
@@ -230,7 +262,7 @@ def test_choices_of_one_row_are_drawn_independently_and_reproducibly() -> None:
 
 
 def test_a_token_is_the_same_alone_and_in_any_batch() -> None:
-    logits = random_logits(10, num_rows=6, vocab_size=5000)
+    logits = random_logits(10, num_rows=7, vocab_size=5000)
     options: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 0.9, "top_p": 0.9, "seed": 11, "logprobs": 3},
@@ -238,9 +270,10 @@ def test_a_token_is_the_same_alone_and_in_any_batch() -> None:
         {"temperature": 0.7, "top_k": 40, "repetition_penalty": 1.2},
         {"temperature": 1.0, "min_p": 0.1, "seed": 7},
         {"temperature": 0.0, "logprobs": 2, "frequency_penalty": 0.5},
+        {"temperature": 0.8, "seed": 5, "logit_bias": ((3, 2.0), (40, -2.0)), "n": 2},
     ]
     chunks = [make_chunk(output=(3,) * index, **sampling) for index, sampling in enumerate(options)]
     alone = [sample(logits[index], chunk)[0] for index, chunk in enumerate(chunks)]
     assert sample(logits, *chunks) == alone
-    order = [4, 2, 0, 5, 1, 3]
+    order = [4, 2, 0, 5, 6, 1, 3]
     assert sample(logits[order], *(chunks[index] for index in order)) == [alone[index] for index in order]

@@ -100,17 +100,20 @@ class JoinedEngines:
             for end in self._ends:
                 end.close()
 
-    def submit(self, prompt: Iterable[int], sampling: SamplingParams) -> SequenceSpec:
+    def submit(self, prompt: Iterable[int], sampling: SamplingParams, output: Iterable[int] = ()) -> SequenceSpec:
+        """`output`: what an earlier attempt has produced."""
         self._num_requests += 1
         spec = SequenceSpec(
             transfer=TransferId(f"r{self._num_requests}", 0),
             prompt_token_ids=tuple(prompt),
             sampling=sampling,
             choices=tuple(range(sampling.n)),
+            output_token_ids=tuple(output),
             eos_token_ids=self.engines[0].config.eos_token_ids,
         )
-        self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
-        self.prefill.prefill(Prefill(spec=spec, target=self._address if sampling.max_tokens > 1 else None))
+        if spec.num_remaining_tokens > 1:
+            self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
+        self.prefill.prefill(Prefill(spec=spec, target=self._address if spec.num_remaining_tokens > 1 else None))
         return spec
 
     def run(self) -> None:
@@ -125,9 +128,11 @@ class JoinedEngines:
         errors = [leg.error for leg in (*self.p_box.ended, *self.d_box.ended) if leg.error is not None]
         assert not errors, errors
 
-    def generate(self, prompts: Iterable[Iterable[int]], sampling: SamplingParams) -> list[list[TokenOutput]]:
+    def generate(
+        self, prompts: Iterable[Iterable[int]], sampling: SamplingParams, output: Iterable[int] = ()
+    ) -> list[list[TokenOutput]]:
         """Every request at once; the tokens of all choices of each, by (choice, index)."""
-        specs = [self.submit(prompt, sampling) for prompt in prompts]
+        specs = [self.submit(prompt, sampling, output) for prompt in prompts]
         self.run()
         outputs: dict[TransferId, dict[tuple[int, int], TokenOutput]] = {spec.transfer: {} for spec in specs}
         for output in (*self.p_box.outputs, *self.d_box.outputs):  # the decode worker repeats the first token

@@ -4,19 +4,20 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import InvalidRequest, PdserveError, QueueFull
-from pdserve.core.messages import Leg, LegEnded, Role, TokenOutput, TransferStats
+from pdserve.core.messages import Leg, LegEnded, Role, TokenLogprobs, TokenOutput, TransferStats
 from pdserve.core.request import FinishReason, Request, TransferId
 from pdserve.core.status import ClusterStatus, WorkerState, WorkerStatus
 from pdserve.gateway.frontend import StreamEvent
 from pdserve.gateway.intake import ModelInfo
 from pdserve.gateway.tokenizer import Tokenizer
-from pdserve.router.events import DispatchTimes, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
+from pdserve.router.events import ConsideredPlace, DispatchTimes, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and then the dog sleeps",
@@ -91,18 +92,41 @@ def timeline(request: Request) -> Timeline:
     )
     dispatch = DispatchTimes(
         attempt=0,
+        number=7,
         choices=tuple(range(request.sampling.n)),
         prefill_worker="prefill-0",
         decode_worker="decode-0",
         num_tokens=len(request.prompt_token_ids),
         expected_cached_tokens=0,
         expected_ttft_s=0.03,
+        expected_queue_s=0.002,
+        expected_transfer_s=0.004,
+        expected_itl_s=0.01,
+        considered=(place("prefill-0", "decode-0", cost_s=0.034), place("prefill-1", "decode-0", cost_s=0.05)),
         queued_s=100.0,
         dispatched_s=100.01,
         first_token_s=100.04,
+        ended_s=100.1,
+        num_steps=7,
         prefill=prefill,
     )
-    return Timeline(submitted_s=100.0, first_token_s=100.04, ended_s=100.1, dispatches=(dispatch,))
+    return Timeline(
+        request_id=request.request_id,
+        submitted_s=100.0,
+        first_token_s=100.04,
+        ended_s=100.1,
+        dispatches=(dispatch,),
+        finish_reasons=(FinishReason.LENGTH,),
+        num_prompt_tokens=len(request.prompt_token_ids),
+        num_output_tokens=(7,),
+        traceparent=request.traceparent,
+    )
+
+
+def place(prefill_worker: str, decode_worker: str | None, **scores: Any) -> ConsideredPlace:
+    """As good as a place can be, but for `scores`."""
+    values = {"has_failed": False, "itl_excess_s": 0.0, "cost_s": 0.03, "load": 0.0, "ttft_s": 0.03} | scores
+    return ConsideredPlace(prefill_worker=prefill_worker, decode_worker=decode_worker, **values)
 
 
 class ScriptedCluster:
@@ -200,12 +224,21 @@ class ScriptedCluster:
                 token_id=token_id,
                 finish_reason=reason,
                 logprob=None if wanted is None else -0.5,
+                prompt_logprobs=self._prompt(request) if choice == index == 0 else (),
                 top_logprobs=tuple((rank, -0.5 - rank) for rank in range((wanted or 0) + self.num_extra_logprobs)),
             )
             events.append(EmitTokens(request.request_id, choice, (output,)))
             if reason is not None:
                 events.append(EmitChoiceEnd(request.request_id, choice, reason))
         return events
+
+    def _prompt(self, request: Request) -> tuple[TokenLogprobs, ...]:
+        """Of token i: -i, and alternatives that count from 0."""
+        count = request.sampling.prompt_logprobs
+        if count is None:
+            return ()
+        top = tuple((rank, -float(rank)) for rank in range(count))
+        return tuple(TokenLogprobs(-float(index), top) for index in range(1, len(request.prompt_token_ids)))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         self.stopped.append((request_id, choice))
@@ -227,6 +260,12 @@ class ScriptedCluster:
                 await self._changed.wait()
             seen = self.state
             yield seen
+
+    def metrics(self) -> bytes:
+        return b"# TYPE pdserve_info gauge\npdserve_info 1.0\n"
+
+    def explain(self, request_id: str) -> Timeline | None:
+        return next((timeline(request) for request in self.requests if request.request_id == request_id), None)
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
         if self.refusal is not None:

@@ -195,3 +195,32 @@ async def test_reflection_lists_the_services_and_their_file(channel: grpc.aio.Ch
     (file,) = (await call.read()).file_descriptor_response.file_descriptor_proto
     assert FileDescriptorProto.FromString(file).package == "pdserve.v1"
     await call.done_writing()
+
+
+async def test_explain_tells_predicted_and_actual_times_of_each_leg(
+    admin: Admin, generation: "pdserve_pb2_grpc.GenerationAsyncStub"
+) -> None:
+    request = pb.GenerateRequest(prompt=pb.Prompt(text="hello"), sampling=pb.SamplingParams(max_tokens=7), request_id="mine")
+    trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
+    await generation.Generate(request, metadata=(("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),))
+    told = await admin.Explain(pb.ExplainRequest(request_id="mine"))
+    assert (told.request_id, told.outcome, told.completion_tokens, told.trace_id) == ("mine", "length", 7, trace_id)
+    (attempt,) = told.attempts
+    assert {leg.leg: (leg.predicted_s, leg.actual_s) for leg in attempt.legs} == {
+        "queue": pytest.approx((0.0, 0.01)),
+        "worker queue": pytest.approx((0.002, 0.001)),
+        "prefill": pytest.approx((0.028, 0.025)),
+        "first token": pytest.approx((0.03, 0.03)),
+        "transfer": pytest.approx((0.004, 0.005)),
+        "token gap": pytest.approx((0.01, 0.01)),
+    }
+    assert not attempt.legs[0].HasField("predicted_s")
+    assert [place.prefill_worker for place in attempt.considered] == ["prefill-0", "prefill-1"]
+    assert attempt.dispatch == 7
+
+
+async def test_explaining_a_request_that_is_not_known_is_not_found(admin: Admin, details: Details) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await admin.Explain(pb.ExplainRequest(request_id="never heard of"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert details(caught.value)["ErrorInfo"].reason == "UNKNOWN_REQUEST"  # type: ignore[attr-defined]

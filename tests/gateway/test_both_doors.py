@@ -86,6 +86,15 @@ REFUSED = {
     "empty stop string": sample(stop=["a", ""]),
     "long stop string": sample(stop=["a" * 1025]),
     "many stop strings": sample(stop=["a"] * 17),
+    "unknown biased token": (
+        ask(sampling=pb.SamplingParams(logit_bias={500: 1.0})),
+        {"prompt": "hello", "logit_bias": {"500": 1.0}},
+    ),
+    "bias": (
+        ask(sampling=pb.SamplingParams(logit_bias={5: 100.5})),
+        {"prompt": "hello", "logit_bias": {"5": 100.5}},
+    ),
+    "a name that acts": (ask(cache_salt="a\nb"), {"prompt": "hello", "cache_salt": "a\nb"}),
     "unknown stop token": sample(stop_token_ids=[5, 500]),
 }
 TAKEN = {
@@ -108,6 +117,10 @@ TAKEN = {
         stop_token_ids=[5],
         ignore_eos=True,
         logprobs=2,
+    ),
+    "bias": (
+        ask(sampling=pb.SamplingParams(logit_bias={5: -1.0, 6: 2.0})),
+        {"prompt": "hello", "logit_bias": {"6": 2.0, "5": -1.0}},
     ),
     "names": (
         ask(model="tiny", cache_salt="s", client_id="alice"),
@@ -225,16 +238,12 @@ ONLY_HTTP = {
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content: "),
     "best of many": ({"prompt": "a", "best_of": 3}, "best_of: 3 is not valid"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix: 'b' is not valid"),
-    "logit bias": (
-        {"prompt": "a", "logit_bias": {"5": 1.0}},
-        "logit_bias: '1 token(s)' is not valid, expected none: it is not",
-    ),
+    "bias of a text": ({"prompt": "a", "logit_bias": {"the": 1.0}}, "logit_bias: 'the' is not valid, expected token ids"),
     "JSON answers": (
         {"prompt": "a", "response_format": {"type": "json_object"}},
         "response_format: 'json_object' is not valid",
     ),
     "tools": ({"messages": [{"role": "user"}], "tools": [{}]}, "tools: '1 tool(s)' is not valid, expected none: tools are not"),
-    "logprobs of the prompt": ({"prompt": "a", "echo": True, "logprobs": 1}, "echo: True is not valid"),
 }
 
 

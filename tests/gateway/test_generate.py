@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from pdserve.core.request import FinishReason
+from pdserve.gateway import answer
 from pdserve.gateway.app import GatewayServer
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.support import EOS, ScriptedCluster
@@ -75,7 +76,13 @@ async def test_unset_parameters_have_their_defaults_and_a_drawn_seed(generation:
     assert (drawn.max_tokens, drawn.temperature, drawn.n, drawn.logprobs, drawn.stop) == (16, 1.0, 1, None, ())
     assert (asked.temperature, asked.top_k, asked.stop_token_ids, asked.ignore_eos) == (0.0, 5, (7,), True)
     assert asked.seed == 2**64 - 1
+    assert drawn.logit_bias == ()
     assert len({request.request_id for request in cluster.requests}) == 2
+
+
+async def test_biases_reach_the_workers_in_one_order(generation: Stub, cluster: ScriptedCluster) -> None:
+    await stream(generation, ask(logit_bias={300: -1.5, 7: 100.0, 12: 0.0}))
+    assert cluster.requests[0].sampling.logit_bias == ((7, 100.0), (12, 0.0), (300, -1.5))
 
 
 async def test_an_end_of_text_token_ends_a_choice_without_text(generation: Stub, cluster: ScriptedCluster) -> None:
@@ -120,6 +127,49 @@ async def test_logprobs_come_with_their_tokens(generation: Stub) -> None:
     (first,) = events[0].tokens.logprobs
     assert first.logprob == -0.5
     assert [(top.token_id, top.logprob) for top in first.top] == [(0, -0.5), (1, -1.5)]
+
+
+def prompt_of(events: list[pb.GenerateEvent]) -> list[pb.PromptDelta]:
+    return [event.prompt for event in events if event.HasField("prompt")]
+
+
+async def test_the_prompts_logprobs_come_before_the_first_token_in_messages_of_bounded_size(
+    generation: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer, "MAX_LOGPROBS_PER_MESSAGE", 12)
+    request = pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=range(100, 111))))
+    request.sampling.CopyFrom(pb.SamplingParams(max_tokens=3, n=2, prompt_logprobs=2))
+    events = await stream(generation, request)
+    assert [event.WhichOneof("event") for event in events[:4]] == ["prompt", "prompt", "prompt", "tokens"]
+    deltas = prompt_of(events)
+    assert [(delta.index, list(delta.token_ids)) for delta in deltas] == [
+        (1, [101, 102, 103, 104]),
+        (5, [105, 106, 107, 108]),
+        (9, [109, 110]),
+    ]
+    assert [token.logprob for delta in deltas for token in delta.logprobs] == [-float(index) for index in range(1, 11)]
+    assert [(top.token_id, top.logprob) for top in deltas[2].logprobs[1].top] == [(0, 0.0), (1, -1.0)]
+    assert all(not event.tokens.logprobs for event in events)
+    whole = (await generation.Generate(request)).prompt
+    assert (whole.index, list(whole.token_ids)) == (1, list(range(101, 111)))
+    assert list(whole.logprobs) == [token for delta in deltas for token in delta.logprobs]
+
+
+async def test_the_prompts_logprobs_are_not_repeated_to_a_client_that_has_a_token(generation: Stub) -> None:
+    request = ask("the quick brown fox", max_tokens=4, n=2, seed=1, prompt_logprobs=0)
+    request.request_id = "mine"
+    whole = await stream(generation, request)
+    request.resume_from[:] = [0, 2]
+    assert prompt_of(await stream(generation, request)) == prompt_of(whole) != []
+    request.resume_from[:] = [1, 0]
+    assert not prompt_of(await stream(generation, request))
+
+
+async def test_a_prompt_of_one_token_has_no_logprobs(generation: Stub) -> None:
+    request = pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[7])))
+    request.sampling.CopyFrom(pb.SamplingParams(max_tokens=1, prompt_logprobs=3))
+    assert not prompt_of(await stream(generation, request))
+    assert not (await generation.Generate(request)).HasField("prompt")
 
 
 async def test_a_conversation_goes_through_the_template_of_the_checkpoint(generation: Stub, cluster: ScriptedCluster) -> None:
@@ -259,3 +309,22 @@ async def test_without_a_seed_the_name_of_a_request_decides_its_output(generatio
     first, again, *others = [request.sampling.seed for request in cluster.requests]
     assert first == again
     assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("header", "is_taken"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", True),
+        ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01", False),
+        ("ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", False),
+        ("00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01" + "-more" * 1000, False),
+        ("", False),
+    ],
+)
+async def test_a_request_carries_its_clients_span_when_that_is_well_formed(
+    header: str, is_taken: bool, generation: Stub, cluster: ScriptedCluster
+) -> None:
+    await generation.Generate(ask(max_tokens=1), metadata=(("traceparent", header),))
+    assert cluster.requests[0].traceparent == (header if is_taken else "")

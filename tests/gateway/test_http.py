@@ -209,6 +209,27 @@ async def test_echo_begins_with_the_prompt(http: httpx.AsyncClient) -> None:
     assert ids["choices"][0]["text"] == "thethe"
 
 
+async def test_an_echo_with_logprobs_tells_those_of_the_prompt(http: httpx.AsyncClient) -> None:
+    body = {"prompt": [[258, 77], [80]], "max_tokens": 1, "echo": True, "logprobs": 1, "n": 2}
+    answer = check(answers.Completion, (await http.post("/v1/completions", json=body)).json())
+    streamed = [check(answers.Completion, chunk)["choices"][0] for chunk in await chunks(http, "/v1/completions", **body)]
+    for choice in answer["choices"]:
+        (told,) = (part["logprobs"] for part in streamed if part["index"] == choice["index"] and part["logprobs"])
+        assert told == choice["logprobs"]
+    first, _, second, _ = (choice["logprobs"] for choice in answer["choices"])
+    assert first["tokens"] == ["he", "l", "the"]
+    assert first["token_logprobs"] == [None, -1.0, -0.5]
+    assert first["top_logprobs"][0] is None
+    assert first["text_offset"] == [0, 2, 3]
+    assert second["token_logprobs"] == [None, -0.5]
+
+
+async def test_metrics_are_those_of_the_cluster(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+    response = await http.get("/metrics")
+    assert response.content == cluster.metrics()
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
 async def test_a_chat_without_a_limit_may_use_all_the_room_there_is(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
     await http.post("/v1/chat/completions", json={"messages": [USER]})
     await http.post("/v1/completions", json={"prompt": "hello"})

@@ -54,6 +54,9 @@ INVALID = {
     "many choices": (ask(n=2**31 - 1), "n", "1 to 4"),
     "negative choices": (ask(n=-1), "n", "1 to 4"),
     "logprobs": (ask(logprobs=21), "logprobs", "0 to 20"),
+    "prompt logprobs": (ask(prompt_logprobs=21), "prompt_logprobs", "0 to 20"),
+    "bias out of range": (ask(logit_bias={7: 1.0, 9: -100.5}), "logit_bias[9]", "-100 to 100"),
+    "bias of no token": (ask(logit_bias={500: 1.0}), "logit_bias", "token ids of 0 to 499"),
     "empty stop string": (ask(stop=["a", ""]), "stop[1]", "not empty"),
     "long stop string": (ask(stop=["a" * 1025]), "stop[0]", "at most 1024 characters"),
     "resumption of a whole answer": (

@@ -195,12 +195,11 @@ def test_layouts_that_differ_are_refused_by_the_name_of_the_field(transport: str
         assert "num_kv_heads: 4 here, 2 there" in sender.ends.send_error(T)
 
 
-def test_a_wrong_token_is_refused_and_counted() -> None:
+def test_a_wrong_token_is_refused() -> None:
     sender, receiver = Worker("p", layout(), token="guess"), Worker("d", layout())
     try:
         sender.push(T, receiver.address, [1], 8)
-        assert "the token is wrong" in sender.ends.send_error(T)
-        assert receiver.endpoint.counters.num_connects_refused == 1
+        assert "does not know this cluster's token" in sender.ends.send_error(T)
     finally:
         sender.endpoint.close()
         receiver.endpoint.close()

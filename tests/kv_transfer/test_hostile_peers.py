@@ -8,13 +8,15 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
 from pdserve.core.codec import FrameDecoder, FrameEncoder
+from pdserve.core.handshake import OPENING_BYTES, Dialler, Purpose
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer.protocol import (
@@ -34,7 +36,8 @@ from pdserve.kv_transfer.protocol import (
 from pdserve.kv_transfer.shm import ShmLink
 from pdserve.kv_transfer.span import Span
 
-from .support import WAIT_S, Worker, layout
+from ..handshakes import shake_hands
+from .support import FAST, WAIT_S, Worker, layout
 
 T = TransferId("request", 0)
 CELL_BYTES = layout().bytes_per_token // layout().num_layers
@@ -48,13 +51,13 @@ class RawPeer:
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(WAIT_S)
         self._sock.connect("\0" + target.unix_name)
+        shake_hands(self._sock, Dialler("secret", Purpose.TRANSFER))
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[Any] = FrameDecoder(ReceiverMessage)
         self._inbox: list[Any] = []
         self.say(
             Connect(
                 version=PROTOCOL_VERSION,
-                token="secret",
                 source_worker_id="p",
                 source_incarnation=1,
                 target_worker_id=target.worker_id,
@@ -206,14 +209,29 @@ def test_a_new_epoch_fences_the_old_one() -> None:
             new.close()
 
 
-@pytest.mark.parametrize("first", [b"\xff" * 64, FrameEncoder().encode(Offer(1, T, 3)), b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"\xff" * OPENING_BYTES,
+        FrameEncoder().encode(Offer(1, T, 3)),
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+        Dialler("secret", Purpose.CONTROL).opening,
+        Dialler("guess", Purpose.TRANSFER).opening + bytes(32),
+        Dialler("secret", Purpose.TRANSFER).opening + b"x" * (1 << 20),
+    ],
+)
 def test_strangers_are_shown_the_door_and_others_are_served(first: bytes) -> None:
-    receiver = Worker("d", layout())
+    """Also those who say only half, or nothing: their time is bounded."""
+    receiver = Worker("d", layout(), config=replace(FAST, connect_timeout_s=0.3))
     try:
-        with socket.create_connection((receiver.address.tcp_host, receiver.address.tcp_port), WAIT_S) as sock:
+        address = receiver.address.tcp_host, receiver.address.tcp_port
+        # what was not read when the door was shut makes it a reset
+        with socket.create_connection(address, WAIT_S) as sock, suppress(ConnectionError):
             sock.sendall(first)
             while sock.recv(4096):
                 pass
+        assert receiver.endpoint.counters.num_connects_refused == 1
         peer = RawPeer(receiver.address)
         peer.close()
     finally:

@@ -142,7 +142,6 @@ async def test_a_pair_waits_for_each_connection_that_is_being_prepared(monkeypat
 def greeting(epoch: int) -> SenderMessage:
     return Connect(
         version=PROTOCOL_VERSION,
-        token="secret",
         source_worker_id="p",
         source_incarnation=1,
         target_worker_id="d",

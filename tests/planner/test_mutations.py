@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
+from pdserve.core.latency import LatencyModel
 from pdserve.core.request import TransferId
 from pdserve.decode_worker.scheduler import DecodeScheduler
 from pdserve.decode_worker.worker import DecodeWorker
@@ -21,16 +22,19 @@ from pdserve.kv_transfer.outbound import OutboundPair
 from pdserve.kv_transfer.protocol import Ack
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
-from pdserve.planner import simulated_head
 from pdserve.planner.kv_model import ChainStore
 from pdserve.planner.run import simulate
 from pdserve.prefill_worker.worker import PrefillWorker
 from pdserve.router.admission import Deadlines, JobQueue
-from pdserve.router.dispatch import Dispatch, Job
+from pdserve.router.adoption import HeldDispatch
+from pdserve.router.config import RouterConfig
+from pdserve.router.core import Router
+from pdserve.router.dispatch import Dispatch, Job, LiveRequest
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
 from pdserve.router.live_requests import LiveRequests
 from pdserve.router.stream import ChoiceStream
+from pdserve.router.take_over import TakeOver
 from pdserve.worker.held_legs import HeldLegs
 
 MAX_SEEDS = 2000
@@ -202,12 +206,30 @@ def forget_what_was_computed_before_the_router_died() -> Planted:
     return patch.object(HeldLegs, "tell", lambda self: ())
 
 
-def forget_to_end_what_a_dead_router_left_half_done() -> Planted:
-    return patch.object(LiveRequests, "give_up", lambda self, dispatch: None)
+def forget_to_abort_the_broken_dispatches_that_a_new_router_finds() -> Planted:
+    original = TakeOver._resume
+
+    def resume(self: TakeOver, live: LiveRequest, held: HeldDispatch, served: set[int], now_s: float) -> set[int]:
+        if not held.is_broken:
+            return original(self, live, held, served, now_s)
+        with patch.object(LiveRequests, "_abort", lambda self, dispatch, legs: None):
+            return original(self, live, held, served, now_s)
+
+    return patch.object(TakeOver, "_resume", resume)
 
 
-def count_from_the_beginning_with_each_router() -> Planted:
-    return patch.object(simulated_head, "NUMBERS_OF_A_HEAD", 0)
+def count_attempts_from_0_in_a_new_router() -> Planted:
+    original = Router.__init__
+
+    def init(self: Router, config: RouterConfig, model: LatencyModel, *, first_attempt: int, adopts: bool) -> None:
+        original(self, config, model, adopts=adopts)
+
+    return patch.object(Router, "__init__", init)
+
+
+def compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for() -> Planted:
+    original = KVManager.admit
+    return patch.object(KVManager, "admit", lambda self, seq, use_cache=True: original(self, seq))
 
 
 MUTATIONS: list[Mutation] = [
@@ -229,8 +251,9 @@ MUTATIONS: list[Mutation] = [
     stop_a_worker_without_draining_it,
     commit_a_chunk_that_never_left,
     forget_what_was_computed_before_the_router_died,
-    forget_to_end_what_a_dead_router_left_half_done,
-    count_from_the_beginning_with_each_router,
+    forget_to_abort_the_broken_dispatches_that_a_new_router_finds,
+    count_attempts_from_0_in_a_new_router,
+    compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for,
 ]
 
 

@@ -1,5 +1,6 @@
 """Who gets in, who waits, and where work goes."""
 
+import msgspec
 import pytest
 
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
@@ -182,6 +183,16 @@ def test_a_cached_prefix_draws_its_prompts_until_the_queue_there_costs_more() ->
     assert cluster.sent["prefill-0"]
 
 
+def test_a_prompt_that_is_computed_as_a_whole_is_not_drawn_by_its_cached_prefix() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", worker_info("decode-0", num_blocks=10_000), config=PAIRS_ONLY)
+    request = make_request(num_tokens=400)
+    cluster.hold_prefix("prefill-1", request)
+    for name in ("a", "b"):
+        sampling = msgspec.structs.replace(request.sampling, prompt_logprobs=0)
+        cluster.submit(msgspec.structs.replace(request, request_id=name, sampling=sampling))
+    assert (len(cluster.sent["prefill-0"]), len(cluster.sent["prefill-1"])) == (1, 1)
+
+
 def test_a_prefix_of_another_salt_is_not_a_prefix() -> None:
     cluster = Cluster("prefill-0", "prefill-1", "decode-0", config=PAIRS_ONLY)
     cluster.hold_prefix("prefill-1", make_request("a", num_tokens=400, salt="alice"))
@@ -288,3 +299,33 @@ def test_a_refused_request_leaves_nothing_behind() -> None:
     router.check_integrity()
     assert router.status(0.0).num_requests == 0
     assert router.next_tick_s() is None
+
+
+def test_a_timeline_has_the_best_few_places_with_the_chosen_one_first_and_what_was_predicted() -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0", "decode-1", config=RouterConfig(prefill_on_decode_factor=None))
+    cluster.submit(make_request("ahead", 2000, max_tokens=2))
+    cluster.submit(make_request("r", 2000, max_tokens=2))
+    timeline = cluster.router.timeline("r", 0.0)
+    assert timeline is not None
+    (dispatch,) = timeline.dispatches
+    chosen, *others = dispatch.considered
+    assert (chosen.prefill_worker, chosen.decode_worker) == (dispatch.prefill_worker, dispatch.decode_worker)
+    assert len(others) == 3
+    scores = [(p.has_failed, p.itl_excess_s, p.cost_s, p.load) for p in dispatch.considered]
+    assert scores == sorted(scores)
+    assert {place.prefill_worker for place in dispatch.considered} == {"prefill-0", "prefill-1"}
+    assert (dispatch.expected_queue_s, dispatch.expected_ttft_s) == (0.0, chosen.ttft_s)
+    assert chosen.cost_s == pytest.approx(dispatch.expected_ttft_s + dispatch.expected_transfer_s)
+    assert dispatch.expected_itl_s > 0
+
+
+def test_a_running_request_can_be_asked_for_and_an_ended_one_not() -> None:
+    cluster = Cluster("both-0")
+    cluster.submit(make_request("r"))
+    timeline = cluster.router.timeline("r", 1.0)
+    assert timeline is not None
+    assert (timeline.outcome, timeline.ended_s, timeline.num_prompt_tokens) == (None, 1.0, 20)
+    cluster.handle(Cancel("r"))
+    cluster.leg_ended("both-0", Leg.DECODE, "aborted")
+    assert cluster.router.timeline("r", 2.0) is None
+    assert cluster.closed["r"][0].timeline.outcome is FinishReason.CANCELLED

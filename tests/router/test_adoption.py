@@ -72,6 +72,22 @@ def test_a_stream_goes_on_where_its_worker_is_and_its_client_gets_all_of_it() ->
     assert not cluster.sent
 
 
+def test_tokens_that_are_told_again_make_no_gaps_and_the_timeline_says_who_took_the_request() -> None:
+    request = make_request(max_tokens=5)
+    spec = spec_of(request)
+    cluster = Successor(held(Leg.DECODE, spec, 3, partner=False))
+    cluster.submit(request)
+    cluster.now_s = 2.0
+    cluster.report("decode-0", TokenOutput(spec.transfer, 0, 3, 103))
+    gaps = cluster.router.token_gaps
+    assert (gaps.num_measured, gaps.total) == (1, 2.0)
+    assert cluster.router.counters.tokens == 1
+    timeline = cluster.router.timeline("r", 2.0)
+    assert timeline is not None
+    assert timeline.is_adopted
+    assert timeline.dispatches[0].considered == ()
+
+
 def test_what_ended_without_a_router_waits_for_its_client() -> None:
     request = make_request(max_tokens=3)
     spec = spec_of(request)
@@ -149,12 +165,13 @@ def test_another_request_of_the_same_name_takes_the_place_of_what_is_left_of_the
     assert any(isinstance(command, Prefill | Reserve | Serve) for commands in cluster.sent.values() for command in commands)
 
 
-def test_log_probabilities_that_nobody_knows_are_computed_again() -> None:
+@pytest.mark.parametrize("which", ["logprobs", "prompt_logprobs"])
+def test_log_probabilities_that_nobody_knows_are_computed_again(which: str) -> None:
     request = make_request()
     request = Request(
         request_id="r",
         prompt_token_ids=request.prompt_token_ids,
-        sampling=type(request.sampling)(max_tokens=4, logprobs=1),
+        sampling=type(request.sampling)(max_tokens=4, **{which: 1}),  # type: ignore[arg-type]
     )
     spec = spec_of(request, 2, output=(100,))
     cluster = Successor(held(Leg.DECODE, spec, 1, partner=False))
@@ -183,3 +200,16 @@ def test_a_worker_that_is_lost_again_before_the_others_have_spoken_takes_only_it
     cluster.submit(request)
     assert cluster.tokens["r", 0] == [0, 1]
     assert cluster.spec("prefill-0").output_token_ids == (100, 101)
+
+
+def test_a_worker_whose_connection_broke_before_it_spoke_is_not_lost_when_it_has_come_again() -> None:
+    spec = spec_of(make_request(max_tokens=6))
+    cluster = Successor()
+    cluster.router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
+    cluster.handle(WorkerLost("decode-0", 1, "connection reset"))
+    cluster.handle(WorkerReady(worker_info("decode-0"), (held(Leg.DECODE, spec, 2, partner=False),)))
+    cluster.handle(Adopted())
+    assert [worker.worker_id for worker in cluster.router.status(0.0).workers] == ["decode-0"]
+    cluster.submit(make_request(max_tokens=6))
+    cluster.report("decode-0", TokenOutput(spec.transfer, 0, 2, 102))
+    assert cluster.tokens["r", 0] == [0, 1, 2]

@@ -213,7 +213,7 @@ def test_shutdown_drains_all_and_is_done_when_the_last_process_is_gone() -> None
 def adopting(*workers: StartWorker) -> FleetAt:
     """The fleet of a new controller, which knows what the one before has started."""
     fleet = FleetAt()
-    fleet.fleet = Fleet(FleetConfig(adoption_timeout_s=3.0, start_timeout_s=600.0), first_incarnation=1000)
+    fleet.fleet = Fleet(FleetConfig(start_timeout_s=600.0), first_incarnation=1000)
     assert fleet.handle(AdoptWorkers(workers)) == []
     return fleet
 
@@ -228,9 +228,19 @@ def test_an_adopted_worker_that_is_not_heard_of_is_replaced() -> None:
     fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
     fleet.apply({P: 1, D: 1})
     fleet.ready("prefill-0")
-    assert fleet.fleet.next_tick_s() == 3.0
-    assert fleet.handle(Tick(), after_s=3.0) == [StopWorker("decode-0", 2, "not heard of after 3 s")]
+    for beat in range(1, 6):
+        assert fleet.fleet.next_tick_s() == 0.5 * beat
+        assert fleet.handle(Tick(), after_s=0.5) == []
+    assert fleet.handle(Tick(), after_s=0.5) == [StopWorker("decode-0", 2, "not heard of after 3 s")]
     assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "decode-0", 1000)]
+
+
+def test_a_pause_of_the_controller_is_not_taken_for_the_silence_of_adopted_workers() -> None:
+    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
+    fleet.apply({P: 1, D: 1})
+    assert fleet.handle(Tick(), after_s=60.0) == []  # it finds its timer due before it reads what workers have said
+    assert fleet.ready("prefill-0") == fleet.ready("decode-0") == []
+    assert {state for _, state in fleet.states().values()} == {MemberState.READY}
 
 
 def test_an_adopted_worker_that_is_loading_has_the_time_of_a_start_and_is_not_waited_for() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pdserve.core.errors import DuplicateRequest
 from pdserve.core.messages import (
     Abort,
     HeldLeg,
@@ -21,13 +22,22 @@ from pdserve.core.messages import (
 from pdserve.core.request import Request, SamplingParams, SequenceSpec, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
-from pdserve.router.events import Adopted, EmitEnd, EmitTokens, Submit, Timeline, WorkerIdle, WorkerReady, WorkersExpected
+from pdserve.router.events import (
+    Adopted,
+    EmitEnd,
+    EmitTokens,
+    Submit,
+    Timeline,
+    WorkerIdle,
+    WorkerReady,
+    WorkersExpected,
+)
 from pdserve.router.service import RouterService
 
 from .cluster import make_request, worker_info
 
 TOKENS = EmitTokens("r", 0, (TokenOutput(TransferId("r", 0), 0, 0, 7),))
-END = EmitEnd("r", None, None, Timeline(submitted_s=0.0, first_token_s=None, ended_s=0.0, dispatches=()))
+END = EmitEnd("r", None, None, Timeline(request_id="r", submitted_s=0.0, first_token_s=None, ended_s=0.0, dispatches=()))
 
 
 class ScriptedRouter:
@@ -71,6 +81,10 @@ class TokenMachine:
             case Abort(transfer=transfer) if self._next.pop(transfer, None) is not None:
                 ended = LegEnded(worker_id="both-0", incarnation=1, transfer=transfer, leg=Leg.DECODE, error="aborted")
                 asyncio.get_running_loop().call_soon(self._service.receive, ended)
+
+    def goes_on(self, transfer: TransferId, index: int) -> None:
+        """It has this stream from before."""
+        self._next[transfer] = index
 
     def step(self) -> None:
         outputs = tuple(TokenOutput(transfer, 0, index, index, None) for transfer, index in self._next.items())
@@ -130,38 +144,6 @@ async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_othe
     assert service.router.status(0.0).num_requests == 0
 
 
-async def test_what_a_client_comes_back_for_is_not_held_against_it() -> None:
-    """Its router died; 500 tokens wait for it, of which it needs time to read."""
-    service = RouterService(Router(RouterConfig(max_unread_tokens=20), adopts=True), SimpleNamespace(), "token")  # type: ignore[arg-type]
-    request = make_request("back", max_tokens=1000)
-    spec = SequenceSpec(
-        transfer=TransferId("back", 0),
-        prompt_token_ids=request.prompt_token_ids,
-        sampling=request.sampling,
-        choices=(0,),
-        output_token_ids=(),
-        eos_token_ids=request.eos_token_ids,
-        cache_salt=request.cache_salt,
-    )
-    outputs = tuple(TokenOutput(spec.transfer, 0, index, index, None) for index in range(500))
-    held = HeldLeg(spec=spec, leg=Leg.DECODE, has_partner=False, outputs=outputs, ended=None)
-    service.handle(WorkerReady(worker_info("both-0"), (held,)))
-    service.handle(Adopted())
-
-    def step(index: int) -> None:
-        output = TokenOutput(spec.transfer, 0, index, index, None)
-        service.receive(StepReport(worker_id="both-0", incarnation=1, load=WorkerLoad(), outputs=(output,)))
-
-    stream = service.generate(request)
-    await anext(stream)
-    for index in range(500, 520):
-        step(index)
-    assert service.router.counters.paused == 0
-    step(520)
-    assert service.router.counters.paused == 1
-    await stream.aclose()
-
-
 async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tuple[RouterService, TokenMachine]) -> None:
     service, machine = served
     service.handle(WorkerReady(worker_info("both-0")))
@@ -178,4 +160,68 @@ async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tu
         assert service._streams["slow"].num_unread <= 21
     assert indices == list(range(300))
     assert service.router.counters.paused > 10
+    await stream.aclose()
+
+
+@pytest.fixture
+def took_over() -> tuple[RouterService, TokenMachine]:
+    """A service whose worker has brought 50 tokens of request `r`, and goes on, while there was no router."""
+    router = Router(RouterConfig(max_unread_tokens=20), first_attempt=1000, adopts=True)
+    service = RouterService(router, SimpleNamespace(), "token")  # type: ignore[arg-type]
+    machine = TokenMachine(service)
+    service._workers["both-0", 1] = machine  # type: ignore[assignment]
+    return service, machine
+
+
+def adopt(service: RouterService, machine: TokenMachine) -> None:
+    request = make_request(max_tokens=1000)
+    spec = SequenceSpec(
+        transfer=TransferId("r", 0), prompt_token_ids=request.prompt_token_ids, sampling=request.sampling, choices=(0,)
+    )
+    outputs = tuple(TokenOutput(spec.transfer, 0, index, index) for index in range(50))
+    machine.goes_on(spec.transfer, len(outputs))
+    held = HeldLeg(spec=spec, leg=Leg.DECODE, has_partner=False, outputs=outputs, ended=None)
+    service.handle(WorkerReady(worker_info("both-0"), (held,)))
+    service.handle(Adopted())
+
+
+async def test_what_a_client_is_handed_when_it_comes_back_does_not_count_as_unread(
+    took_over: tuple[RouterService, TokenMachine],
+) -> None:
+    service, machine = took_over
+    adopt(service, machine)
+    stream = service.generate(make_request(max_tokens=1000))
+    first = await anext(stream)
+    assert isinstance(first, EmitTokens) and first.tokens[0].index == 0
+    for _ in range(20):
+        machine.step()
+        await settle()
+    assert service.router.counters.paused == 0
+    machine.step()
+    assert service.router.counters.paused == 1  # by what came since
+    indices = [0]
+    while len(indices) < 71:
+        event = await anext(stream)
+        assert isinstance(event, EmitTokens)
+        indices += [token.index for token in event.tokens]
+    assert indices == list(range(71))
+    await stream.aclose()
+
+
+async def test_a_request_that_is_refused_for_its_name_leaves_the_one_of_that_name_alone(
+    took_over: tuple[RouterService, TokenMachine],
+) -> None:
+    service, machine = took_over
+    adopt(service, machine)
+    with pytest.raises(DuplicateRequest):
+        await anext(service.generate(make_request(num_tokens=21, max_tokens=1000)))
+    machine.step()
+    stream = service.generate(make_request(max_tokens=1000))
+    indices: list[int] = []
+    while len(indices) < 51:
+        event = await anext(stream)
+        assert isinstance(event, EmitTokens)
+        indices += [token.index for token in event.tokens]
+    assert indices == list(range(51))
+    assert service.router.counters.dispatched == 0
     await stream.aclose()

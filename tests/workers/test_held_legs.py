@@ -1,8 +1,8 @@
 """What a worker remembers for a router that has never heard of it."""
 
-from pdserve.core.messages import Leg, LegEnded, TokenOutput
+from pdserve.core.messages import Leg, LegEnded, TokenLogprobs, TokenOutput
 from pdserve.core.request import TransferId
-from pdserve.worker.held_legs import KEPT_S, MAX_KEPT_TOKENS, HeldLegs
+from pdserve.worker.held_legs import KEPT_S, MAX_FRAME_TOKENS, MAX_KEPT_TOKENS, HeldLegs, in_frames
 
 from .chain_model import spec
 
@@ -36,9 +36,31 @@ def test_a_leg_is_told_with_all_its_tokens_also_for_a_while_after_its_end() -> N
     assert legs.tell() == ()
 
 
+def test_log_probabilities_of_prompts_count_among_what_is_kept() -> None:
+    legs = HeldLegs(Clock())
+    prompt = (TokenLogprobs(-1.0, ((1, -1.0), (2, -2.0))),) * (MAX_KEPT_TOKENS // 6)
+    for name in ("a", "b", "c"):
+        legs.accepted(spec(name, range(4)), Leg.DECODE, has_partner=False)
+        legs.told([TokenOutput(TransferId(name, 0), 0, 0, 7, prompt_logprobs=prompt)], [ended(name)])
+    (leg,) = legs.tell()
+    assert leg.spec.transfer.request_id == "c"
+    assert leg.outputs[0].prompt_logprobs == prompt
+
+
 def test_what_is_kept_of_ended_legs_is_bounded() -> None:
     legs = HeldLegs(Clock())
     for number in range(5):
         legs.accepted(spec(f"{number}", range(MAX_KEPT_TOKENS // 4)), Leg.DECODE, has_partner=False)
         legs.told([token(f"{number}", 0)], [ended(f"{number}")])
     assert [leg.spec.transfer.request_id for leg in legs.tell()] == ["2", "3", "4"]
+
+
+def test_all_that_is_held_is_told_in_order_also_when_no_frame_can_hold_it() -> None:
+    legs = HeldLegs(Clock())
+    for number in range(7):
+        legs.accepted(spec(f"{number}", range(MAX_FRAME_TOKENS // 3)), Leg.DECODE, has_partner=False)
+    legs.accepted(spec("long", range(2 * MAX_FRAME_TOKENS)), Leg.DECODE, has_partner=False)
+    frames = list(in_frames(legs.tell()))
+    assert [len(frame) for frame in frames] == [3, 3, 1, 1]
+    assert [leg for frame in frames for leg in frame] == list(legs.tell())
+    assert list(in_frames(())) == [()]

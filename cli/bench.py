@@ -1,0 +1,83 @@
+"""`pdserve bench`: its options. Everything they lead to is imported when the command runs."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_ADDRESS = "127.0.0.1:50051"
+
+
+class ArrivalKind(StrEnum):
+    """Gaps between the requests of an open load."""
+
+    POISSON = "poisson"
+    GAMMA = "gamma"
+    CONSTANT = "constant"
+
+
+def bench(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(help="HOST:PORT (gRPC) or http://HOST:PORT (OpenAI); one, or two to compare. NAME=ADDRESS names it."),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Open load: requests per second.")] = None,
+    arrivals: Annotated[ArrivalKind, typer.Option(help="How they are spread.")] = ArrivalKind.POISSON,
+    burstiness: Annotated[float, typer.Option(help="Of gamma: 1 is poisson, below 1 is burstier.")] = 1.0,
+    trace: Annotated[Path | None, typer.Option(help="Open load: a CSV of TIMESTAMP,ContextTokens,GeneratedTokens.")] = None,
+    speed: Annotated[float, typer.Option(help="Replay the trace so many times as fast.")] = 1.0,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Closed load: so many clients, one request each.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests of one round; 100 if there is no --duration.")] = None,
+    duration: Annotated[float | None, typer.Option(min=0.0, help="Seconds after which a round sends no more.")] = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="512, uniform:min=A,max=B, lognormal:mean=M,cv=C,min=A,max=B or file:PATH.")
+    ] = "512",
+    output_tokens: Annotated[str, typer.Option(help="The same for outputs.")] = "64",
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Cut longer prompts of a trace.")] = None,
+    max_output_tokens: Annotated[int | None, typer.Option(min=1, help="Cut longer outputs of a trace.")] = None,
+    prefix_groups: Annotated[int, typer.Option(min=1, help="So many shared prefixes ...")] = 1,
+    prefix_tokens: Annotated[int, typer.Option(min=0, help="... of so many tokens, before the prompt's own.")] = 0,
+    slo: Annotated[str, typer.Option(help="Milliseconds of ttft, tpot (mean gap), itl (each gap), e2e.")] = "ttft=200,tpot=50",
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests before each turn that do not count.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; two targets take turns in each.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same load.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option(help="Outputs are as long as was drawn.")] = True,
+    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds after which a request has failed.")] = 600.0,
+    model: Annotated[str, typer.Option(help="The name of the model; by default the one that is served.")] = "",
+    vocab_size: Annotated[int | None, typer.Option(min=2, help="Token ids of prompts are below it.")] = None,
+    api_key: Annotated[str, typer.Option(envvar="PDSERVE_API_KEY", help="For HTTP.")] = "",
+    extra: Annotated[str, typer.Option(help="A JSON object, added to the body of each HTTP request.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw PNGs into this folder.")] = None,
+    address: Annotated[str, typer.Option(envvar="PDSERVE_ADDRESS", help="The target, if none is named.")] = _ADDRESS,
+) -> None:
+    """Put a server under load and measure it; with two targets, compare them."""
+    from .run_bench import LoadOptions, Outputs, TargetOptions, run
+
+    load = LoadOptions(
+        rate=rate,
+        arrivals=arrivals.value,
+        burstiness=burstiness,
+        trace=trace,
+        speed=speed,
+        concurrency=concurrency,
+        requests=requests,
+        duration_s=duration,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        max_output_tokens=max_output_tokens,
+        prefix_groups=prefix_groups,
+        prefix_tokens=prefix_tokens,
+        warm_up=warm_up,
+        rounds=rounds,
+        seed=seed,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        timeout_s=timeout,
+        vocab_size=vocab_size,
+    )
+    options = TargetOptions(tuple(targets or [address]), model, api_key, extra)
+    run(load, options, slo, Outputs(json_file, plots))

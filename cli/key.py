@@ -1,0 +1,55 @@
+"""`pdserve key new`: draws a key for a client, and makes the line by which the server knows it."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..gateway.keys import make_key, new_key
+
+key_app = typer.Typer(no_args_is_help=True, help="Keys that clients show to the server (listen.api_keys).")
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many a minute.")]
+
+
+@key_app.callback()
+def key() -> None:
+    """Holds the commands for keys."""
+
+
+@key_app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Whose key it is; its requests take turns under this name.")],
+    file: Annotated[Path | None, typer.Option(help="Add the line to this file, and print the key alone.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="It may also see and change the cluster.")] = False,
+    requests_per_minute: Limit = None,
+    tokens_per_minute: Limit = None,
+) -> None:
+    """Draw a key. It is shown once: the server's file has only its hash."""
+    from .client import CommandFailed
+
+    drawn = new_key()
+    limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
+    try:
+        line = make_key(name, drawn, admin, **limits).line
+    except ValueError as error:
+        raise CommandFailed(f"{name!r}: {error}") from error
+    print(drawn)
+    if file is None:
+        print("the server's file (listen.api_keys) needs this line:", file=sys.stderr)
+        print(line)
+    else:
+        _append(file, line)
+
+
+def _append(file: Path, line: str) -> None:
+    """A file that is not there yet is made for its owner alone."""
+    from .client import CommandFailed
+
+    try:
+        with os.fdopen(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "rb+") as opened:
+            text = opened.read()
+            opened.write(b"\n" * (not text.endswith(b"\n") and bool(text)) + line.encode() + b"\n")
+    except OSError as error:
+        raise CommandFailed(f"{file}: cannot be written: {error.strerror}") from error

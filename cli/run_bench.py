@@ -1,0 +1,188 @@
+"""What `pdserve bench` does with its options: files in, targets, a campaign, a report on stdout, and files out."""
+
+import asyncio
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..loadgen.arrivals import make_arrivals
+from ..loadgen.campaign import Contender, Plan, Result, ratios_of, run_campaign, summed_up
+from ..loadgen.errors import LoadError
+from ..loadgen.grpc_target import GrpcTarget
+from ..loadgen.http_target import HttpTarget
+from ..loadgen.lengths import parse_lengths
+from ..loadgen.records import Round
+from ..loadgen.slo import Slo, parse_slo
+from ..loadgen.tables import ratio_lines, report_lines
+from ..loadgen.target import Target
+from ..loadgen.trace import parse_trace
+from ..loadgen.workload import Drawn, Replayed, SharedPrefixes, Workload
+
+_DEFAULT_REQUESTS = 100
+_CACHED_SHARE = 0.02  # random prompts share next to nothing by chance
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """As given on the command line."""
+
+    rate: float | None
+    arrivals: str
+    burstiness: float
+    trace: Path | None
+    speed: float
+    concurrency: int | None
+    requests: int | None
+    duration_s: float | None
+    prompt_tokens: str
+    output_tokens: str
+    max_prompt_tokens: int | None
+    max_output_tokens: int | None
+    prefix_groups: int
+    prefix_tokens: int
+    warm_up: int
+    rounds: int
+    seed: int
+    temperature: float
+    ignore_eos: bool
+    timeout_s: float
+    vocab_size: int | None
+
+    def words(self) -> dict[str, Any]:
+        """For JSON: what was asked for."""
+        return asdict(self) | {"trace": None if self.trace is None else str(self.trace)}
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    addresses: tuple[str, ...]
+    model: str
+    api_key: str
+    extra: str
+
+
+@dataclass(frozen=True)
+class Outputs:
+    json_file: Path | None
+    plots: Path | None
+
+
+def run(load: LoadOptions, targets: TargetOptions, slo_text: str, outputs: Outputs) -> None:
+    """The whole command. Raises LoadError."""
+    slo, plan = parse_slo(slo_text), make_plan(load)
+    results = asyncio.run(_campaign(plan, targets))
+    _show(results, slo, may_be_cached=load.prefix_tokens > 0)
+    if outputs.json_file is not None:
+        words = load.words() | {"targets": targets.addresses} | _circumstances()
+        outputs.json_file.write_text(json.dumps(summed_up(words, results, slo), indent=1) + "\n")
+    if outputs.plots is not None:
+        from ..loadgen.plots import draw_all
+
+        for file in draw_all(results, slo, outputs.plots):
+            print(f"drew {file}")
+
+
+def make_plan(load: LoadOptions) -> Plan:
+    """Raises LoadError for options that do not go together."""
+    num_requests = load.requests
+    if num_requests is None and load.duration_s is None and load.trace is None:
+        num_requests = _DEFAULT_REQUESTS
+    return Plan(
+        workload=_workload(load),
+        seed=load.seed,
+        num_rounds=load.rounds,
+        max_requests=num_requests,
+        duration_s=load.duration_s,
+        concurrency=load.concurrency,
+        num_warm_up=load.warm_up,
+        timeout_s=load.timeout_s,
+        ignore_eos=load.ignore_eos,
+        temperature=load.temperature,
+        vocab_size=load.vocab_size,
+    )
+
+
+def _workload(load: LoadOptions) -> Workload:
+    if (load.rate is None) == (load.concurrency is None) and load.trace is None:
+        raise LoadError("give either --rate or --trace (an open load) or --concurrency (a closed one)")
+    if load.trace is not None:
+        if load.rate is not None:
+            raise LoadError("--trace has its own instants; change them by --speed, not by --rate")
+        if load.prefix_tokens:
+            raise LoadError("--prefix-tokens goes with drawn lengths, not with --trace")
+        if not 0 < load.speed < float("inf"):
+            raise LoadError(f"--speed: {load.speed:g} is not valid, expected a number above 0")
+        rows = parse_trace(_read(str(load.trace)).splitlines())
+        return Replayed(rows, load.speed, load.max_prompt_tokens, load.max_output_tokens, load.concurrency is None)
+    prefixes = SharedPrefixes(load.prefix_groups, load.prefix_tokens) if load.prefix_tokens else None
+    arrivals = None if load.rate is None else make_arrivals(load.arrivals, load.rate, load.burstiness)
+    return Drawn(arrivals, parse_lengths(load.prompt_tokens, _read), parse_lengths(load.output_tokens, _read), prefixes)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"{path} cannot be read: {error}") from error
+
+
+async def _campaign(plan: Plan, options: TargetOptions) -> list[Result]:
+    if len(options.addresses) > 2:
+        raise LoadError("at most two targets can be compared")
+    contenders = [_contender(address, options) for address in options.addresses]
+    try:
+        if len({contender.name for contender in contenders}) < len(contenders):
+            raise LoadError("both targets have the same name; give them others as NAME=ADDRESS")
+        return await run_campaign(plan, contenders, _tell)
+    finally:
+        for contender in contenders:
+            await contender.target.close()
+
+
+def _contender(text: str, options: TargetOptions) -> Contender:
+    name, separator, address = text.partition("=")
+    if not separator:
+        name, address = text, text
+    target: Target
+    if address.startswith(("http://", "https://")):
+        target = HttpTarget(address, options.model, options.api_key, _object(options.extra))
+    else:
+        target = GrpcTarget(address, options.model)
+    return Contender(name, target)
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as error:
+        raise LoadError(f"--extra: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError("--extra: expected a JSON object")
+    return value
+
+
+def _tell(name: str, index: int, one: Round) -> None:
+    """Progress, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"round {index + 1}, {name}: {len(one.records)} requests in {one.duration_s:.1f} s", file=sys.stderr)
+
+
+def _show(results: list[Result], slo: Slo, may_be_cached: bool) -> None:
+    for result in results:
+        report = result.report(slo)
+        print(*report_lines(result.name, report), "", sep="\n")
+        if (report.num_cached_tokens or 0) > _CACHED_SHARE * report.num_input_tokens and not may_be_cached:
+            print(f"careful: {result.name} knew many of these prompts, probably from a run before; take another --seed\n")
+    ratios = ratios_of(results, slo)
+    if ratios:
+        print(*ratio_lines(results[0].name, results[1].name, ratios), sep="\n")
+
+
+def _circumstances() -> dict[str, str]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"pdserve": __version__, "at": now, "machine": platform.platform(), "python": platform.python_version()}

@@ -1,0 +1,59 @@
+"""What the head tells of itself and of requests: puts the parts of `telemetry` together for one cluster."""
+
+import asyncio
+from collections.abc import Callable
+
+from ..core.config import ClusterConfig
+from ..core.latency import LatencyModel
+from ..router.events import Timeline
+from ..telemetry.exposition import Exposition, Snapshot
+from ..telemetry.recent import RecentRequests
+from ..telemetry.recorder import Recorder, Traces
+from ..telemetry.steps import StepCosts, StepTally
+from ..telemetry.tally import Tally
+
+
+class HeadTelemetry:
+    """Metrics, recent requests, and traces when there is an endpoint for them."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        costs: StepCosts,
+        model: LatencyModel,
+        otlp_endpoint: str | None,
+        snapshot: Callable[[int], Snapshot],
+    ) -> None:
+        """`snapshot` is how things stand, given the number of spans that were made."""
+        slo = config.slo
+        steps = StepTally()
+        self._tally = Tally(steps, ttft_slo_s=slo.ttft_ms / 1e3, itl_slo_s=slo.itl_ms / 1e3)
+        self._recent = RecentRequests()
+        self._traces = None if otlp_endpoint is None else _exporter(otlp_endpoint, config.model.name)
+        self._exposition = Exposition(self._tally, steps, costs, model, lambda: snapshot(self._num_spans))
+        self.recorder = Recorder(self._tally, steps, self._recent, self._traces, asyncio.get_running_loop().time)
+
+    def configure(self, config: ClusterConfig) -> None:
+        """Another SLO is in force."""
+        self._tally.ttft_slo_s, self._tally.itl_slo_s = config.slo.ttft_ms / 1e3, config.slo.itl_ms / 1e3
+
+    def metrics(self) -> bytes:
+        return self._exposition.render()
+
+    def recent(self, request_id: str) -> Timeline | None:
+        return self._recent.get(request_id)
+
+    @property
+    def _num_spans(self) -> int:
+        return 0 if self._traces is None else self._traces.num_spans
+
+    async def close(self) -> None:
+        """Spans that wait leave, if they can soon."""
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
+
+
+def _exporter(endpoint: str, model: str) -> Traces:
+    from ..telemetry.otlp import TraceExporter  # a second of imports that most clusters do not need
+
+    return TraceExporter(endpoint, model)

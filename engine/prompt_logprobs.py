@@ -1,0 +1,52 @@
+"""Log probabilities of prompt tokens, gathered chunk by chunk while the prompt is computed."""
+
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..core.messages import TokenLogprobs
+from .batch import ScheduledChunk
+from .distribution import Floats, best_tokens, log_sum_exp
+from .model import Model
+from .sequence import Sequence
+
+_NUM_ROWS = 64  # logits at a time: a whole chunk of them can be larger than the model
+
+
+class PromptLogprobs:
+    """What the chunks so far brought for each sequence that asks for it, as long as it lives."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._gathered: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
+
+    def add(self, chunks: tuple[ScheduledChunk, ...], hidden: torch.Tensor) -> None:
+        """`hidden` [T, H] are the final states of all tokens of the chunks; each tells of the token that follows."""
+        row = 0
+        for chunk in chunks:
+            if chunk.sequence.wants_prompt_logprobs:
+                num_rows = min(chunk.end, chunk.sequence.num_prompt_tokens - 1) - chunk.start
+                self._add(chunk, hidden[row : row + num_rows])
+            row += chunk.num_tokens
+
+    def take(self, seq: Sequence) -> tuple[TokenLogprobs, ...]:
+        """One for each token of the prompt but the first, which follows nothing; empty when nobody asked."""
+        return tuple(self._gathered.pop(seq, ())) if self._gathered else ()
+
+    def _add(self, chunk: ScheduledChunk, hidden: torch.Tensor) -> None:
+        seq, num_top = chunk.sequence, chunk.sequence.spec.sampling.prompt_logprobs
+        assert num_top is not None
+        if chunk.start == 0:
+            self._gathered[seq] = []
+        gathered = self._gathered[seq]
+        assert len(gathered) == chunk.start, f"{seq}: a part of the prompt came from elsewhere"
+        for first in range(0, len(hidden), _NUM_ROWS):
+            for row in self._model.logits(hidden[first : first + _NUM_ROWS]).numpy():
+                gathered.append(_logprobs(row, seq.token_ids[len(gathered) + 1], num_top))
+
+
+def _logprobs(logits: Floats, token_id: int, num_top: int) -> TokenLogprobs:
+    normaliser = log_sum_exp(logits)
+    best = best_tokens(logits, num_top) if num_top > 0 else ()
+    top = tuple((int(other), float(logits[other]) - normaliser) for other in best)
+    return TokenLogprobs(float(logits[token_id]) - normaliser, top)

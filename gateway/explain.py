@@ -1,0 +1,73 @@
+"""A request's timeline against what was predicted for it, as operators get it."""
+
+from collections.abc import Iterator
+
+from ..proto import pdserve_pb2 as pb
+from ..router.events import ConsideredPlace, DispatchTimes, Timeline
+from ..telemetry import legs
+
+
+def explanation(timeline: Timeline) -> pb.Explanation:
+    outcome = timeline.outcome
+    first_token_s = timeline.first_token_s
+    return pb.Explanation(
+        request_id=timeline.request_id,
+        outcome="running" if outcome is None else outcome.value,
+        error=timeline.error or "",
+        prompt_tokens=timeline.num_prompt_tokens,
+        completion_tokens=sum(timeline.num_output_tokens),
+        first_token_s=None if first_token_s is None else first_token_s - timeline.submitted_s,
+        duration_s=timeline.ended_s - timeline.submitted_s,
+        num_pauses=timeline.num_pauses,
+        adopted=timeline.is_adopted,
+        trace_id=timeline.traceparent.split("-")[1] if timeline.traceparent else "",
+        attempts=[_attempt(dispatch) for dispatch in timeline.dispatches],
+    )
+
+
+def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
+    told = legs.account(dispatch)
+    return pb.ExplainedAttempt(
+        attempt=dispatch.attempt,
+        dispatch=dispatch.number,
+        prefill_worker=dispatch.prefill_worker,
+        decode_worker=dispatch.decode_worker or "",
+        num_tokens=dispatch.num_tokens,
+        expected_cached_tokens=dispatch.expected_cached_tokens,
+        cached_tokens=None if told is None else told.num_cached_tokens,
+        legs=_legs(dispatch),
+        failure=dispatch.failure or "",
+        considered=[_place(place) for place in dispatch.considered],
+    )
+
+
+def _legs(dispatch: DispatchTimes) -> Iterator[pb.ExplainedLeg]:
+    """Predictions of an adopted dispatch were its first router's."""
+    is_predicted = dispatch.expected_ttft_s > 0
+    told = legs.account(dispatch)
+    stats = None if dispatch.prefill is None else dispatch.prefill.stats
+    first_token_s = None if dispatch.first_token_s is None else dispatch.first_token_s - dispatch.dispatched_s
+
+    def leg(name: str, predicted_s: float | None, actual_s: float | None) -> pb.ExplainedLeg:
+        return pb.ExplainedLeg(leg=name, predicted_s=predicted_s if is_predicted else None, actual_s=actual_s)
+
+    yield leg("queue", None, dispatch.dispatched_s - dispatch.queued_s)
+    yield leg("worker queue", dispatch.expected_queue_s, None if told is None else told.queue_s)
+    yield leg("prefill", dispatch.expected_ttft_s - dispatch.expected_queue_s, legs.prefill_s(dispatch))
+    yield leg("first token", dispatch.expected_ttft_s, first_token_s)
+    if dispatch.decode_worker not in (None, dispatch.prefill_worker):
+        yield leg("transfer", dispatch.expected_transfer_s, None if stats is None else stats.exposed_s)
+    if dispatch.decode_worker is not None:
+        yield leg("token gap", dispatch.expected_itl_s, legs.gap_s(dispatch))
+
+
+def _place(place: ConsideredPlace) -> pb.ConsideredPlace:
+    return pb.ConsideredPlace(
+        prefill_worker=place.prefill_worker,
+        decode_worker=place.decode_worker or "",
+        has_failed=place.has_failed,
+        itl_excess_s=place.itl_excess_s,
+        cost_s=place.cost_s,
+        load=place.load,
+        ttft_s=place.ttft_s,
+    )

@@ -1,0 +1,24 @@
+"""The handshake on a socket, before it becomes a pair's channel."""
+
+import asyncio
+import socket
+
+from ..core.handshake import Acceptor, Dialler, HandshakeError
+
+
+async def shake_hands(sock: socket.socket, side: Dialler | Acceptor) -> None:
+    """Returns when both sides know each other; not a byte of what follows is read. Raises HandshakeError or OSError."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(sock, side.opening)
+    while side.num_wanted:
+        await loop.sock_sendall(sock, side.take(await _read(loop, sock, side.num_wanted)))
+
+
+async def _read(loop: asyncio.AbstractEventLoop, sock: socket.socket, num_bytes: int) -> bytes:
+    data = bytearray()
+    while len(data) < num_bytes:
+        more = await loop.sock_recv(sock, num_bytes - len(data))
+        if not more:
+            raise HandshakeError("the peer hung up before it had proved that it belongs to this cluster")
+        data += more
+    return bytes(data)

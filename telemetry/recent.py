@@ -1,0 +1,41 @@
+"""The timelines of requests that ended lately, for `pdserve explain`: as many as fit, the newest."""
+
+from collections import OrderedDict
+
+import msgspec
+
+from ..router.events import Timeline
+
+MAX_REQUESTS = 4096
+MAX_BYTES = 8 << 20
+
+
+class RecentRequests:
+    """By request id; of an id that was used again, the last. Kept packed, so that the bound on bytes is one."""
+
+    def __init__(self, max_requests: int = MAX_REQUESTS, max_bytes: int = MAX_BYTES) -> None:
+        self.num_bytes = 0
+        self._max_requests = max_requests
+        self._max_bytes = max_bytes
+        self._packed: OrderedDict[str, bytes] = OrderedDict()
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Timeline)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def add(self, timeline: Timeline) -> None:
+        """The oldest make room."""
+        packed = self._encoder.encode(timeline)
+        self._forget(timeline.request_id)
+        self._packed[timeline.request_id] = packed
+        self.num_bytes += len(packed)
+        while len(self._packed) > self._max_requests or self.num_bytes > self._max_bytes:
+            self._forget(next(iter(self._packed)))
+
+    def get(self, request_id: str) -> Timeline | None:
+        packed = self._packed.get(request_id)
+        return None if packed is None else self._decoder.decode(packed)
+
+    def _forget(self, request_id: str) -> None:
+        self.num_bytes -= len(self._packed.pop(request_id, b""))

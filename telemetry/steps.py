@@ -1,0 +1,115 @@
+"""What workers' steps came to since the head's start: how long they took, and the arithmetic and memory traffic of their
+shapes.
+
+Called with every report of every worker: no more is done there than adding up; the rest is for whoever asks.
+"""
+
+from bisect import bisect_left
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from ..core.histogram import TOKEN_GAPS_S, Histogram
+from ..core.messages import StepReport, StepTiming
+from ..router.events import RouterEvent, WorkerReady, WorkerRole
+
+PHASES = ("prefill", "decode", "mixed")
+
+
+@dataclass(slots=True)
+class StepSums:
+    """Steps of one pool and one phase."""
+
+    durations: Histogram = field(default_factory=lambda: Histogram(TOKEN_GAPS_S))
+    num_prefill_tokens: int = 0
+    sum_prefill_squares: int = 0
+    num_decode_sequences: int = 0
+    num_context_tokens: int = 0
+
+    def add(self, timing: StepTiming) -> None:
+        """`Histogram.add` is written out here: this is done for every step."""
+        durations, seconds = self.durations, timing.duration_s
+        durations.counts[bisect_left(durations.bounds, seconds)] += 1
+        durations.total += seconds
+        self.num_decode_sequences += timing.num_decode_sequences
+        self.num_context_tokens += timing.num_context_tokens
+        if timing.num_prefill_tokens:
+            self.num_prefill_tokens += timing.num_prefill_tokens
+            self.sum_prefill_squares += timing.sum_prefill_squares
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCosts:
+    """Arithmetic and memory traffic of a model's steps, by their shapes."""
+
+    flops_per_token: float  # of the layers
+    flops_per_sample: float  # of the logits of one token
+    flops_per_pair: float  # of attention: a query and a key, all layers and heads
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    def flops(self, steps: StepSums) -> float:
+        """Attention within a prompt counts as if it were not causal, and a prompt's only logits not at all."""
+        num_tokens = steps.num_prefill_tokens + steps.num_decode_sequences
+        num_pairs = steps.sum_prefill_squares + steps.num_context_tokens
+        samples = self.flops_per_sample * steps.num_decode_sequences
+        return self.flops_per_token * num_tokens + self.flops_per_pair * num_pairs + samples
+
+    def memory_bytes(self, steps: StepSums) -> float:
+        """Weights once a step, the context of decoding sequences, and what is new."""
+        num_tokens = steps.num_context_tokens + steps.num_prefill_tokens + steps.num_decode_sequences
+        return self.weight_bytes * steps.durations.num_measured + self.kv_bytes_per_token * num_tokens
+
+
+class _Worker:
+    """An incarnation, and where its steps are added up."""
+
+    __slots__ = ("decode", "incarnation", "mixed", "num_preemptions", "pool", "prefill")
+
+    def __init__(self, pool: str, incarnation: int, sums: defaultdict[tuple[str, str], StepSums]) -> None:
+        self.incarnation = incarnation
+        self.num_preemptions: int | None = None  # as last told; None: it has not said
+        self.join(pool, sums)
+
+    def join(self, pool: str, sums: defaultdict[tuple[str, str], StepSums]) -> None:
+        self.pool = pool
+        self.prefill, self.decode, self.mixed = (sums[pool, phase] for phase in PHASES)
+
+
+class StepTally:
+    """Fed with every event, before the router handles it."""
+
+    def __init__(self) -> None:
+        self.sums: defaultdict[tuple[str, str], StepSums] = defaultdict(StepSums)  # by pool and phase
+        self.num_preemptions: defaultdict[str, int] = defaultdict(int)  # by pool
+        self._workers: dict[str, _Worker] = {}
+
+    def observe(self, event: RouterEvent) -> None:
+        if type(event) is StepReport:
+            self._on_report(event)
+        elif isinstance(event, WorkerReady):
+            self._workers[event.info.worker_id] = _Worker(event.info.role.value, event.info.incarnation, self.sums)
+        elif isinstance(event, WorkerRole) and event.worker_id in self._workers:
+            self._workers[event.worker_id].join(event.role.value, self.sums)
+
+    def pool_of(self, worker_id: str) -> str:
+        """Of a worker that was ready once."""
+        return self._workers[worker_id].pool
+
+    def _on_report(self, report: StepReport) -> None:
+        worker = self._workers.get(report.worker_id)
+        if worker is None or worker.incarnation != report.incarnation:
+            return
+        num_preemptions = report.load.num_preemptions
+        if num_preemptions != worker.num_preemptions:
+            if worker.num_preemptions is not None:
+                self.num_preemptions[worker.pool] += num_preemptions - worker.num_preemptions
+            worker.num_preemptions = num_preemptions
+        timing = report.timing
+        if timing is None:
+            return
+        if not timing.num_prefill_tokens:
+            worker.decode.add(timing)
+        elif timing.num_decode_sequences:
+            worker.mixed.add(timing)
+        else:
+            worker.prefill.add(timing)

@@ -1,0 +1,169 @@
+"""What a running cluster tells of the requests that it served: counted, traced and explained."""
+
+from collections.abc import Callable, Iterator
+from concurrent import futures
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector_pb, trace_service_pb2_grpc as collector_rpc
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from pdserve.proto import pdserve_pb2 as pb
+
+from ..telemetry.support import nonzero
+from .harness import Cluster, tokens_of
+
+pytestmark = pytest.mark.cluster
+PROMPT = "A context manager is an object that defines the runtime context to be established when executing a with statement."
+TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+class Collector(collector_rpc.TraceServiceServicer):
+    """Takes traces, until it is stopped."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self._server = grpc.server(futures.ThreadPoolExecutor(1))
+        collector_rpc.add_TraceServiceServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+
+    def Export(
+        self, request: collector_pb.ExportTraceServiceRequest, context: object
+    ) -> collector_pb.ExportTraceServiceResponse:
+        self.spans += [span for of in request.resource_spans for scope in of.scope_spans for span in scope.spans]
+        return collector_pb.ExportTraceServiceResponse()
+
+    def stop(self) -> None:
+        self._server.stop(0).wait()
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(collector: Collector) -> Iterator[Cluster]:
+    cluster = Cluster("embedded", observability={"otlp_endpoint": f"http://127.0.0.1:{collector.port}"})
+    yield cluster
+    cluster.close()
+
+
+def until(cluster: Cluster, is_so: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+    """The metrics, once they say so: looked at with every state that the cluster sends."""
+    for _ in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60):
+        values = nonzero(cluster._launched.metrics())
+        if is_so(values):
+            return values
+    raise AssertionError("the status stream ended")
+
+
+def num_closed(values: dict[str, float]) -> float:
+    return sum(value for name, value in values.items() if name.startswith("request_success_total"))
+
+
+def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) -> None:
+    requests = [cluster.request(PROMPT, max_tokens=10 + number, salt=str(number), n=1 + number % 2) for number in range(8)]
+    requests += [cluster.request(PROMPT, max_tokens=12, salt="0") for _ in range(4)]  # a prompt that is cached
+    answers = cluster.generate_all(requests)
+    call = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=1500))
+    next(call)
+    call.cancel()
+    values = until(cluster, lambda values: num_closed(values) == 13)
+
+    usages = [events[-1].end.usage for events in answers]
+    num_choices = sum(request.sampling.n or 1 for request in requests)
+    num_tokens = sum(usage.completion_tokens for usage in usages)
+    assert values['request_success_total{finished_reason="length"}'] == len(requests)
+    assert values['request_success_total{finished_reason="cancelled"}'] == 1
+    assert values["request_generation_tokens_sum"] == num_tokens
+    assert values["generation_tokens_total"] > num_tokens, "what the cancelled client got counts too"
+    assert values["request_prompt_tokens_sum"] == sum(usage.prompt_tokens for usage in usages)
+    assert values["prompt_tokens_total"] == 13 * usages[0].prompt_tokens
+    assert values['prefix_cache_queries_total{pool="prefill"}'] == values["prompt_tokens_total"]
+    assert values['prefix_cache_hits_total{pool="prefill"}'] >= sum(usage.cached_tokens for usage in usages) > 0
+    assert values["inter_token_latency_seconds_count"] == values["generation_tokens_total"] - num_choices - 1
+    for name in ("e2e_request_latency_seconds", "request_decode_time_seconds", "request_time_per_output_token_seconds"):
+        assert values[f"{name}_count"] == len(requests)
+    for name in ("time_to_first_token_seconds", "request_queue_time_seconds", "request_prefill_time_seconds"):
+        assert values[f"{name}_count"] == len(requests) + 1
+    assert sum(value for name, value in values.items() if name.startswith("slo_requests_total")) == len(requests)
+    assert values["requests_admitted_total"] == values["dispatches_total"] == len(requests) + 1
+    assert values["kv_transfer_bytes_count"] >= len(requests)
+    assert values["kv_transfer_bytes_sum"] > 0
+    assert 'step_duration_seconds_count{phase="prefill",pool="prefill"}' in values
+    assert 'step_duration_seconds_count{phase="decode",pool="decode"}' in values
+    assert values['estimated_flops_total{pool="decode"}'] > 0
+    assert values['workers_ready{pool="prefill"}'] == values['workers_ready{pool="decode"}'] == 1
+    assert "dispatches_retried_total" not in values
+    assert "router_takeovers_total" not in values
+
+
+def test_the_parts_of_ttft_add_up_and_the_control_plane_is_the_least_of_them(cluster: Cluster) -> None:
+    before = nonzero(cluster._launched.metrics())
+    cluster.stream(cluster.request(PROMPT, max_tokens=4, salt="parts"))
+    after = until(cluster, lambda values: num_closed(values) == num_closed(before) + 1)
+
+    def spent(name: str) -> float:
+        return after.get(f"{name}_seconds_sum", 0.0) - before.get(f"{name}_seconds_sum", 0.0)
+
+    parts = [spent(f"request_{part}_time") for part in ("queue", "worker_queue", "prefill", "overhead")]
+    assert spent("time_to_first_token") == pytest.approx(sum(parts), rel=0.01)
+
+
+def test_a_request_is_one_trace_below_its_client(cluster: Cluster, collector: Collector) -> None:
+    request = cluster.request(PROMPT, max_tokens=5)
+    request.request_id = "traced"
+    headers = (("traceparent", f"00-{TRACE}-{SPAN}-01"),)
+    assert len(tokens_of(cluster.generation.GenerateStream(request, metadata=headers, timeout=60))) == 5
+
+    def spans() -> dict[str, Span]:
+        return {span.name: span for span in collector.spans if span.trace_id.hex() == TRACE}
+
+    until(cluster, lambda values: len(spans()) == 5)
+    legs = spans()
+    root = legs.pop("request")
+    assert root.parent_span_id.hex() == SPAN
+    assert set(legs) == {"queue", "prefill", "transfer", "decode"}
+    for span in legs.values():
+        assert span.parent_span_id == root.span_id
+        assert span.start_time_unix_nano <= span.end_time_unix_nano
+    told = cluster.admin.Explain(pb.ExplainRequest(request_id="traced"))
+    assert told.trace_id == TRACE
+
+
+def test_explain_tells_every_leg_of_a_request_that_is_over(cluster: Cluster) -> None:
+    request = cluster.request(PROMPT, max_tokens=20, salt="explained")
+    request.request_id = "explained"
+    cluster.stream(request)
+    cluster.check_all_blocks_free()
+    until(cluster, lambda values: cluster.admin.Explain(pb.ExplainRequest(request_id="explained")).outcome == "length")
+    told = cluster.admin.Explain(pb.ExplainRequest(request_id="explained"))
+    (attempt,) = told.attempts
+    legs = {leg.leg: leg for leg in attempt.legs}
+    assert list(legs) == ["queue", "worker queue", "prefill", "first token", "transfer", "token gap"]
+    assert all(leg.HasField("actual_s") for leg in legs.values())
+    assert [name for name, leg in legs.items() if not leg.HasField("predicted_s")] == ["queue"]
+    assert told.completion_tokens == 20
+    assert attempt.considered[0].prefill_worker == attempt.prefill_worker == "prefill-0"
+
+
+def test_explain_tells_of_a_request_that_is_running(cluster: Cluster) -> None:
+    request = cluster.request(PROMPT, max_tokens=1500)
+    request.request_id = "running"
+    call = cluster.generation.GenerateStream(request)
+    next(call)
+    assert cluster.admin.Explain(pb.ExplainRequest(request_id="running")).outcome == "running"
+    call.cancel()
+    cluster.check_all_blocks_free()
+
+
+def test_a_collector_that_dies_disturbs_nobody(cluster: Cluster, collector: Collector) -> None:
+    before = num_closed(nonzero(cluster._launched.metrics()))
+    collector.stop()
+    answers = cluster.generate_all([cluster.request(PROMPT, max_tokens=8, salt=f"late/{number}") for number in range(16)])
+    assert [len(tokens_of(events)) for events in answers] == [8] * 16
+    until(cluster, lambda values: num_closed(values) == before + 16)

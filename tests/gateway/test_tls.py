@@ -1,0 +1,197 @@
+"""TLS on the clients' door: who is let in, what is refused at start, and what happens when files change."""
+
+import asyncio
+import logging
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from pdserve.core.config import ClusterConfig, TlsSection
+from pdserve.core.errors import ConfigError
+from pdserve.gateway.app import GatewayServer, serve
+from pdserve.gateway.tls import ServerTls
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from tests.certificates import Authority, Pair
+from tests.gateway.conftest import CONFIG
+from tests.gateway.support import ScriptedCluster, model_info
+
+Open = Callable[..., AbstractAsyncContextManager[GatewayServer]]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("stranger"), "stranger")
+
+
+@pytest.fixture
+def files(authority: Authority, tmp_path: Path) -> Pair:
+    """A server's files, which a test may change."""
+    signed = authority.sign("server")
+    copied = Pair(tmp_path / "server.pem", tmp_path / "server.key")
+    copied.certificate.write_bytes(signed.certificate.read_bytes())
+    copied.key.write_bytes(signed.key.read_bytes())
+    return copied
+
+
+def section(files: Pair, client_ca: Path | None = None) -> TlsSection:
+    return TlsSection(
+        certificate=str(files.certificate), key=str(files.key), client_ca=None if client_ca is None else str(client_ca)
+    )
+
+
+@asynccontextmanager
+async def served(cluster: ScriptedCluster, tls: TlsSection, local: str | None = None) -> AsyncIterator[GatewayServer]:
+    listen = CONFIG.listen.model_copy(update={"tls": tls})
+    config: ClusterConfig = CONFIG.model_copy(update={"listen": listen})
+    gateway = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer), local=local)
+    try:
+        yield gateway
+    finally:
+        await gateway.stop(0)
+
+
+async def answers(channel: grpc.aio.Channel) -> bool:
+    async with channel:
+        stub = pdserve_pb2_grpc.GenerationStub(channel)
+        try:
+            info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=20.0)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return False
+            raise
+    return bool(info.name == "tiny")
+
+
+def secure(server: GatewayServer, ca: Authority, mine: Pair | None = None) -> grpc.aio.Channel:
+    credentials = grpc.ssl_channel_credentials(
+        ca.certificate.read_bytes(),
+        mine.key.read_bytes() if mine else None,
+        mine.certificate.read_bytes() if mine else None,
+    )
+    return grpc.aio.secure_channel(f"localhost:{server.port}", credentials, NO_RETRY)
+
+
+NO_RETRY = (("grpc.use_local_subchannel_pool", 1),)
+
+
+async def test_a_client_that_knows_the_authority_is_served_and_others_are_not(
+    cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority
+) -> None:
+    async with served(cluster, section(files)) as server:
+        assert await answers(secure(server, authority))
+        assert not await answers(secure(server, stranger))
+        assert not await answers(grpc.aio.insecure_channel(f"localhost:{server.port}"))
+
+
+async def test_with_client_authorities_only_their_clients_are_served(
+    cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority
+) -> None:
+    async with served(cluster, section(files, authority.certificate)) as server:
+        assert await answers(secure(server, authority, authority.sign("client")))
+        assert not await answers(secure(server, authority))
+        assert not await answers(secure(server, authority, stranger.sign("client")))
+
+
+async def test_the_launching_process_needs_no_certificate(
+    cluster: ScriptedCluster, files: Pair, authority: Authority, tmp_path: Path
+) -> None:
+    local = f"unix:{tmp_path}/door"
+    async with served(cluster, section(files, authority.certificate), local):
+        assert await answers(grpc.aio.insecure_channel(local))
+
+
+async def test_a_certificate_that_changes_is_shown_to_the_next_client(
+    cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority
+) -> None:
+    async with served(cluster, section(files)) as server:
+        assert await answers(secure(server, authority))
+        renewed = stranger.sign("renewed")
+        files.certificate.write_bytes(renewed.certificate.read_bytes())
+        files.key.write_bytes(renewed.key.read_bytes())
+        assert await answers(secure(server, stranger))
+        assert not await answers(secure(server, authority))
+
+
+async def test_a_client_authority_that_is_taken_away_is_trusted_no_more(
+    cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority, tmp_path: Path
+) -> None:
+    client_ca = tmp_path / "clients.pem"
+    client_ca.write_bytes(authority.certificate.read_bytes())
+    mine = authority.sign("client")
+    async with served(cluster, section(files, client_ca)) as server:
+        assert await answers(secure(server, authority, mine))
+        client_ca.write_bytes(stranger.certificate.read_bytes())
+        assert not await answers(secure(server, authority, mine))
+
+
+def test_files_that_do_not_fit_each_other_leave_the_old_ones_in_force(
+    files: Pair, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    tls = ServerTls(section(files))
+    before, other = tls.current(), authority.sign("other")
+    files.certificate.write_bytes(other.certificate.read_bytes())
+    with caplog.at_level(logging.ERROR):
+        assert tls.current() is before
+        assert tls.current() is before
+    assert len(caplog.records) == 1
+    files.key.write_bytes(other.key.read_bytes())
+    assert tls.current().certificate == other.certificate.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["certificate", "key", "client_ca"])
+def test_a_file_that_is_missing_is_named(files: Pair, authority: Authority, tmp_path: Path, name: str) -> None:
+    tls = section(files, authority.certificate).model_copy(update={name: str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match=rf"listen\.tls\.{name}: got '.*none', expected a file that can be read"):
+        ServerTls(tls)
+
+
+def test_a_key_of_another_certificate_or_with_a_passphrase_is_refused(files: Pair, authority: Authority) -> None:
+    files.key.write_bytes(authority.sign("other").key.read_bytes())
+    with pytest.raises(ConfigError, match="expected a PEM certificate that belongs to the private key in"):
+        ServerTls(section(files))
+    command = ["openssl", "ec", "-in", str(files.key), "-out", str(files.key), "-aes256", "-passout", "pass:x"]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(ConfigError, match="no passphrase"):
+        ServerTls(section(files))
+
+
+def test_what_is_no_authority_is_refused(files: Pair) -> None:
+    with pytest.raises(ConfigError, match=r"listen\.tls\.client_ca: got .*, expected PEM certificates of authorities"):
+        ServerTls(section(files, client_ca=files.key))
+
+
+async def test_an_asyncio_server_shows_the_newest_certificate_as_well(
+    files: Pair, authority: Authority, stranger: Authority
+) -> None:
+    tls = ServerTls(section(files))
+    server = await asyncio.start_server(lambda reader, writer: writer.close(), "localhost", 0, ssl=tls.ssl_context())
+    port = server.sockets[0].getsockname()[1]
+
+    async def accepts(ca: Authority) -> bool:
+        try:
+            _, writer = await asyncio.open_connection(
+                "localhost", port, ssl=ssl.create_default_context(cafile=str(ca.certificate))
+            )
+        except ssl.SSLCertVerificationError:
+            return False
+        writer.close()
+        return True
+
+    assert await accepts(authority)
+    renewed = stranger.sign("renewed")
+    files.certificate.write_bytes(renewed.certificate.read_bytes())
+    files.key.write_bytes(renewed.key.read_bytes())
+    assert await accepts(stranger)
+    assert not await accepts(authority)
+    server.close()
+    await server.wait_closed()

@@ -1,0 +1,51 @@
+"""The handshake on tests' own sockets, so that they can say what they like behind it."""
+
+import asyncio
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pdserve.core.handshake import Acceptor, Dialler, Purpose
+
+
+def read(sock: socket.socket, num_bytes: int) -> bytes:
+    data = b""
+    while len(data) < num_bytes:
+        more = sock.recv(num_bytes - len(data))
+        assert more, "the peer hung up"
+        data += more
+    return data
+
+
+def shake_hands(sock: socket.socket, side: Dialler | Acceptor) -> None:
+    sock.sendall(side.opening)
+    while side.num_wanted:
+        sock.sendall(side.take(read(sock, side.num_wanted)))
+
+
+@contextmanager
+def greeted(door: socket.socket, token: str) -> Iterator["queue.SimpleQueue[socket.socket]"]:
+    """While a worker connects to `door`, a router's part of the handshake; then the queue has the connection."""
+    accepted: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+
+    def greet() -> None:
+        sock, _ = door.accept()
+        shake_hands(sock, Acceptor(token, Purpose.CONTROL))
+        accepted.put(sock)
+
+    thread = threading.Thread(target=greet)
+    thread.start()
+    yield accepted
+    thread.join()
+
+
+async def open_control(port: int, token: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to a router, behind the handshake."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    side = Dialler(token, Purpose.CONTROL)
+    writer.write(side.opening)
+    while side.num_wanted:
+        writer.write(side.take(await reader.readexactly(side.num_wanted)))
+    return reader, writer

@@ -68,7 +68,7 @@ def config(transport: str) -> ClusterConfig:
             "pools": {role: pool | {"instances": instances} for role, instances in POOLS.items()},
             "routing": {"prefill_on_decode": "never"},
             "kv": {"transport": transport},
-            "listen": {"grpc": "127.0.0.1:0"},
+            "listen": {"grpc": "127.0.0.1:0", "http": None},
         }
     )
 

@@ -75,7 +75,7 @@ def settings(checkpoint: Path, slo: Slo, max_batch_tokens: int) -> dict[str, Any
         "model": {"path": str(checkpoint), "served_name": LLAMA_110M.name},
         "pools": {role: pool | {"instances": instances} for role, instances in WAYS["1P1D"].items()},
         "slo": {"ttft_ms": slo.ttft or 1e6, "itl_ms": slo.tpot or slo.itl or 1e6},
-        "listen": {"grpc": "127.0.0.1:0"},
+        "listen": {"grpc": "127.0.0.1:0", "http": None},
     }
 
 

@@ -31,7 +31,7 @@ from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
 CONFIG = {
     "routing": {"prefill_on_decode": "never"},
-    "listen": {"grpc": "127.0.0.1:0"},
+    "listen": {"grpc": "127.0.0.1:0", "http": None},
     "pools": {"prefill": {"kv_cache_bytes": 64 << 20}, "decode": {"kv_cache_bytes": 64 << 20}},
 }
 

@@ -26,7 +26,7 @@ def demo_config() -> ClusterConfig:
     from ..engine.gpu import probe_node
 
     pool = {"instances": 1, "cpus_per_instance": 1.0 if len(probe_node().cores) > 1 else 0.5}
-    settings = {"pools": {"prefill": pool, "decode": pool}, "listen": {"grpc": "127.0.0.1:0"}}
+    settings = {"pools": {"prefill": pool, "decode": pool}, "listen": {"grpc": "127.0.0.1:0", "http": None}}
     return ClusterConfig.model_validate(settings | {"routing": {"prefill_on_decode": "never"}})
 
 

@@ -62,9 +62,10 @@ def is_ready(status: pb.ClusterStatus) -> bool:
     return all(pool.ready >= pool.instances for pool in status.pools)
 
 
-def ready_line(status: pb.ClusterStatus, address: str) -> str:
+def ready_line(status: pb.ClusterStatus, address: str, http_address: str | None = None) -> str:
     pools = " and ".join(f"{pool.ready} {pool.role}" for pool in status.pools)
-    return f"ready: {status.model} at {address}, {pools} instances"
+    where = address if http_address is None else f"{address} (gRPC) and http://{http_address}/v1"
+    return f"ready: {status.model} at {where}, {pools} instances"
 
 
 def _line(worker: pb.WorkerStatus) -> str:

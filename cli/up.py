@@ -46,10 +46,10 @@ def up(config: ClusterConfig) -> None:
         connect_locally(cluster) as client,
     ):
         try:
-            follow(client)
+            follow(client, http_address=cluster.http_address)
             while _is_back(cluster, client):
                 say("the head process died; another one has taken over its workers")
-                follow(client)
+                follow(client, http_address=cluster.http_address)
         except KeyboardInterrupt:
             _drain_and_stop(client)
             return
@@ -68,12 +68,13 @@ def logging_here(config: ClusterConfig) -> Iterator[logs.LogSettings]:
             yield settings
 
 
-def follow(client: Client, until_ready: bool = False) -> None:
-    """Say what changes, until the cluster ends or, with `until_ready`, until it serves."""
+def follow(client: Client, until_ready: bool = False, http_address: str | None = None) -> None:
+    """Say what changes, until the cluster ends or, with `until_ready`, until it serves: there, and over HTTP."""
     lines = StatusLines()
     states = client.cluster.WatchStatus(pb.WatchStatusRequest())
     try:
-        if _until_ready(client, states, lines, max_restarts=MAX_RESTARTS if until_ready else None) and not until_ready:
+        has_started = _until_ready(client, states, lines, MAX_RESTARTS if until_ready else None, http_address)
+        if has_started and not until_ready:
             for status in states:
                 _say_changes(lines, status)
     except grpc.RpcError as error:
@@ -81,7 +82,13 @@ def follow(client: Client, until_ready: bool = False) -> None:
             raise
 
 
-def _until_ready(client: Client, states: Iterable[pb.ClusterStatus], lines: StatusLines, max_restarts: int | None) -> bool:
+def _until_ready(
+    client: Client,
+    states: Iterable[pb.ClusterStatus],
+    lines: StatusLines,
+    max_restarts: int | None,
+    http_address: str | None,
+) -> bool:
     """Show how the start goes; whether it came to its end. Raises CommandFailed after `max_restarts` of a worker."""
     with StartBars() as bars:
         for status in states:
@@ -96,7 +103,7 @@ def _until_ready(client: Client, states: Iterable[pb.ClusterStatus], lines: Stat
                     raise CommandFailed(f"{worker.worker_id} does not start: {worker.message}")
         else:
             return False
-    say(ready_line(status, client.address))
+    say(ready_line(status, client.address, http_address))
     return True
 
 

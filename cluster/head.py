@@ -97,13 +97,12 @@ class Head:
             self._controller.adopt(await spec.keeper.living.remote())
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
-        address = spec.doors.grpc if spec.doors else None
-        self._door = await load_entry_point(spec.door)(self, config, address, local=spec.local)
+        addresses = (spec.doors.grpc, spec.doors.http) if spec.doors else (config.listen.grpc, config.listen.http)
+        self._door = await load_entry_point(spec.door)(self, config, *addresses, local=spec.local)
         self._on_change()
         if not spec.generation:
             self._controller.handle(Apply(pool_sizes(config)))
-        host, _ = config.listen.grpc_host_port
-        return Doors(f"{host}:{self._door.port}", self._control_port)
+        return Doors(self._door.grpc_address, self._door.http_address, self._control_port)
 
     async def wait(self) -> None:
         """Returns when the cluster has been shut down."""
@@ -268,6 +267,7 @@ class Head:
             tokens_per_s=routed.tokens_per_s if routed else 0.0,
             age_s=now_s - process.started_s if process else 0.0,
             num_restarts=member.num_restarts,
+            stalled_s=routed.stalled_s if routed else 0.0,
         )
 
 

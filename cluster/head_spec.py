@@ -11,6 +11,7 @@ class Doors:
     """Where a head listens; the next one listens there too."""
 
     grpc: str
+    http: str | None  # None: nowhere
     control_port: int
 
 

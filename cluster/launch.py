@@ -128,6 +128,10 @@ class LaunchedCluster:
         return self._doors.grpc
 
     @property
+    def http_address(self) -> str | None:
+        return self._doors.http
+
+    @property
     def local_address(self) -> str:
         """The same services for this user's processes alone: without TLS and without a key."""
         return f"unix:{self._private}/door"
@@ -232,7 +236,9 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
     Raises ConfigError when the address to listen on is taken, LaunchError when Ray or the head does not start, or when
     the model cannot be read or does not fit.
     """
-    _check_port_is_free(*config.listen.grpc_host_port)
+    _check_port_is_free("grpc", *config.listen.grpc_host_port)
+    if config.listen.http_host_port is not None:
+        _check_port_is_free("http", *config.listen.http_host_port)
     return LaunchedCluster(config, log_settings)
 
 
@@ -254,14 +260,14 @@ def _this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _check_port_is_free(host: str, port: int) -> None:
+def _check_port_is_free(door: str, host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"listen.grpc: cannot listen on {host}:{port}: {error.strerror}") from error
+            raise ConfigError(f"listen.{door}: cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def _get(reference: "ray.ObjectRef[Doors]") -> Doors:

@@ -144,7 +144,9 @@ class LimitsSection(_Part):
     max_unread_s: PositiveFloat = 60.0
     """How long a client may leave its stream unread altogether; then the stream ends."""
     max_open_calls: Positive = 8192
-    """Calls that the server works on; more are refused. Fixed while the cluster runs."""
+    """Calls that each server works on; more are refused. Fixed while the cluster runs."""
+    max_prompts: Positive = 64
+    """Prompts of one HTTP request; a gRPC request has one."""
     max_prompt_tokens: Positive | None = None
     """Tokens of one prompt; by default only `max_model_len` limits it."""
     max_tokens: Positive = 4096
@@ -160,7 +162,7 @@ class LimitsSection(_Part):
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
     max_message_bytes: Positive = 16 << 20
-    """Bytes of one gRPC message; fixed while the cluster runs."""
+    """Bytes of one gRPC message, or of the body of an HTTP request; fixed while the cluster runs."""
 
 
 class TlsSection(_Part):
@@ -197,11 +199,13 @@ class ListenSection(_Part):
     grpc: HostPort = "127.0.0.1:50051"
     """HOST:PORT of the gRPC server; port 0 takes a free one. Addresses other than loopback need `tls`, and `api_keys` or
     `tls.client_ca`; or `allow_insecure`."""
+    http: HostPort | None = "127.0.0.1:8000"
+    """HOST:PORT of the OpenAI-compatible HTTP server, protected in the same way; null: there is none."""
 
-    @field_validator("grpc")
+    @field_validator("grpc", "http")
     @classmethod
-    def _protected(cls, value: str, info: Any) -> str:
-        host, _ = parse_host_port(value) or ("", 0)
+    def _protected(cls, value: str | None, info: Any) -> str | None:
+        host, _ = parse_host_port(value) or ("127.0.0.1", 0)
         tls, api_keys = info.data.get("tls"), info.data.get("api_keys", "")  # missing when they are wrong themselves
         if is_loopback(host) or info.data.get("allow_insecure", True) or tls is None:
             return value
@@ -213,9 +217,17 @@ class ListenSection(_Part):
 
     @property
     def grpc_host_port(self) -> tuple[str, int]:
-        host_port = parse_host_port(self.grpc)
-        assert host_port is not None, self.grpc
-        return host_port
+        return _host_port(self.grpc)
+
+    @property
+    def http_host_port(self) -> tuple[str, int] | None:
+        return None if self.http is None else _host_port(self.http)
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host_port = parse_host_port(address)
+    assert host_port is not None, address
+    return host_port
 
 
 class ObservabilitySection(_Part):

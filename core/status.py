@@ -37,6 +37,7 @@ class WorkerStatus:
     tokens_per_s: float = 0.0
     age_s: float = 0.0
     num_restarts: int = 0
+    stalled_s: float = 0.0  # for how long it has had sequences to compute and has ended no step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from ..core.validation import check_name
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .explain import explanation
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
-from .generation import Shared
 from .intake import refuse_unknown_fields
+from .serving import Shared
 from .translate import ClientGone, NeedsRestart, UnknownRequest, translated
 
 log = logging.getLogger(__name__)

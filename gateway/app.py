@@ -1,6 +1,7 @@
-"""The gRPC server: both services, health and reflection on one port. The head opens it; everything inside runs on its loop.
+"""Both doors: the gRPC server with its services, health and reflection, and the HTTP server. The head opens them; everything
+inside runs on its loop.
 
-The same services answer on a Unix socket as well, for the process that launched the cluster: who may open its folder is let in.
+gRPC answers on a Unix socket as well, for the process that launched the cluster: who may open its folder is let in.
 """
 
 import asyncio
@@ -17,9 +18,12 @@ from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .access import Access
 from .admin import ClusterService
 from .frontend import Frontend
-from .generation import GenerationService, Shared
+from .generation import GenerationService
 from .guard import Guard, Reader
+from .http.app import http_app
+from .http.server import HttpServer
 from .intake import ModelInfo
+from .serving import Serving, Shared
 from .tls import ServerTls
 from .tokenizer import Tokenizer
 
@@ -29,14 +33,23 @@ SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name
 
 
 class GatewayServer:
-    """A running server. It says NOT_SERVING to health checks until told otherwise; calls are answered all the same."""
+    """Running doors. gRPC says NOT_SERVING to health checks until told otherwise; calls are answered all the same."""
 
-    def __init__(self, servers: Sequence[grpc.aio.Server], port: int, admin: ClusterService) -> None:
-        self.port = port
+    def __init__(
+        self, servers: Sequence[grpc.aio.Server], grpc_address: str, admin: ClusterService, http: HttpServer | None
+    ) -> None:
+        self.grpc_address = grpc_address
+        self.http_address = None if http is None else http.address
         self._servers = servers
+        self._http = http
         self._admin = admin
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
+
+    @property
+    def port(self) -> int:
+        """Of gRPC."""
+        return int(self.grpc_address.rpartition(":")[2])
 
     async def _start(self) -> None:
         await self._set_health(False)
@@ -55,7 +68,10 @@ class GatewayServer:
         """Take no new calls, give running ones `grace_s` to end, then end them; idempotent."""
         await self._health.enter_graceful_shutdown()
         await self._admin.close()
-        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        stopping = [server.stop(grace_s) for server in self._servers]
+        if self._http is not None:
+            stopping.append(self._http.stop(grace_s))
+        await asyncio.gather(*stopping)
 
     async def _set_health(self, serving: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
@@ -68,17 +84,19 @@ async def serve(
     config: ClusterConfig,
     tokenizer: Tokenizer,
     model: ModelInfo,
-    address: str | None = None,
+    grpc_address: str | None = None,
+    http_address: str | None = None,
     local: str | None = None,
 ) -> GatewayServer:
-    """Open `address`, by default `config.listen.grpc`, and the Unix socket `local`, if one is given. Raises ConfigError when
-    an address is taken, or files of TLS or keys are wrong."""
-    address = address or config.listen.grpc
+    """Open both doors, by default where `config.listen` says, and the Unix socket `local`, if one is given. Raises ConfigError
+    when an address is taken, or files of TLS or keys are wrong."""
+    address, http_address = grpc_address or config.listen.grpc, http_address or config.listen.http
     tls = ServerTls(config.listen.tls) if config.listen.tls.is_on else None
     access = Access(config.listen.api_keys) if config.listen.api_keys else None
     shared = Shared(config, access)
     admin = ClusterService(frontend, shared)
-    generation = GenerationService(frontend, shared, tokenizer, model)
+    serving = Serving(frontend, shared, tokenizer, model)
+    generation = GenerationService(serving)
     servers = [_server(config, generation, admin, access)]
     if local is not None:
         servers.append(_server(config, generation, admin, None))
@@ -88,7 +106,10 @@ async def serve(
         raise ConfigError(f"listen.grpc: cannot listen on {address}: is the port in use?") from error
     if local is not None:
         servers[1].add_insecure_port(local)
-    gateway = GatewayServer(servers, port, admin)
+    http = None
+    if http_address is not None:
+        http = await HttpServer.open(http_app(serving), http_address, 2 * config.limits.max_open_calls, tls)
+    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http)
     await gateway._start()
     return gateway
 
@@ -114,11 +135,15 @@ def _server(
 
 
 async def open_door(
-    frontend: Frontend, config: ClusterConfig, address: str | None = None, local: str | None = None
+    frontend: Frontend,
+    config: ClusterConfig,
+    grpc_address: str | None = None,
+    http_address: str | None = None,
+    local: str | None = None,
 ) -> GatewayServer:
     """`serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
     tokenizer, model = await asyncio.to_thread(_load, config)
-    return await serve(frontend, config, tokenizer, model, address=address, local=local)
+    return await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
 
 
 def _load(config: ClusterConfig) -> tuple[Tokenizer, ModelInfo]:

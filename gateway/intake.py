@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -52,9 +53,10 @@ class Intake:
         peer: str,
         traceparent: str | None = None,
         caller: Caller | None = None,
+        fills: bool = False,
     ) -> Request:
         """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name,
-        `caller` who was let in by a key.
+        `caller` who was let in by a key. `fills`: without `max_tokens` it may use all the room that there is.
 
         Raises InvalidRequest or UnknownModel. A `traceparent` that is malformed counts as none, as its standard wants it.
         """
@@ -68,6 +70,9 @@ class Intake:
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
         token_ids = await self.token_ids(message.prompt)
+        if fills and not message.sampling.HasField("max_tokens"):
+            room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
+            sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         return Request(
             request_id=request_id if caller is None else caller.scoped(request_id),
@@ -93,7 +98,7 @@ class Intake:
                 add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
                 return await self._encode(prompt.text, add)
             case "chat":
-                return await self._encode(self._render(prompt.chat), add_special_tokens=False)
+                return await asyncio.to_thread(self._encode_chat, prompt.chat)
             case "token_ids":
                 return tuple(prompt.token_ids.ids)
         raise InvalidRequest("prompt", "", "one of text, chat or token_ids")
@@ -103,7 +108,8 @@ class Intake:
             return self._tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
 
-    def _render(self, chat: pb.Chat) -> str:
+    def _encode_chat(self, chat: pb.Chat) -> tuple[int, ...]:
+        """On a thread of its own: a template may take its time."""
         if not chat.messages:
             raise InvalidRequest("prompt.chat.messages", [], "at least one message")
         for index, message in enumerate(chat.messages):
@@ -111,7 +117,7 @@ class Intake:
                 raise InvalidRequest(f"prompt.chat.messages[{index}].role", "", "a role such as user")
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        return self._tokenizer.render_chat(messages, add)
+        return self._tokenizer.encode(self._tokenizer.render_chat(messages, add), add_special_tokens=False)
 
 
 def checked_traceparent(header: str | None) -> str:

@@ -1,13 +1,27 @@
-"""Between text and token ids, as the checkpoint defines it: its tokenizer and its chat template, by way of transformers.
+"""Between text and token ids, as the checkpoint defines it: its tokenizer, by way of transformers, and its chat template.
 
 Prompts come in as text or conversations and go on as token ids; `gateway.detokenizer` uses it for the way back.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CheckpointError, InvalidRequest
+from .chat_template import ChatTemplate
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells what is not in its vocabulary
+
+
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others are those from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_letters()
 
 
 class Tokenizer:
@@ -20,6 +34,8 @@ class Tokenizer:
         self._backend.no_truncation()  # what tokenizer.json says about these is for training
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
+        self._template = _chat_template(pretrained)
+        self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @staticmethod
@@ -35,35 +51,57 @@ class Tokenizer:
         if not getattr(pretrained, "is_fast", False):
             kind = type(pretrained).__name__
             raise CheckpointError(f"{path}: {kind} is not supported, expected a tokenizer.json of the tokenizers library")
-        return Tokenizer(pretrained)
+        try:
+            return Tokenizer(pretrained)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     @property
     def has_chat_template(self) -> bool:
-        return self._pretrained.chat_template is not None
+        return self._template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The token ids of `text`; names of special tokens in it become these tokens."""
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, by the checkpoint's template in the sandbox of transformers. Raises InvalidRequest."""
-        from jinja2 import TemplateError
-
-        if not self.has_chat_template:
+        """A conversation as text, by the checkpoint's template. Raises InvalidRequest. May take a second: not for a loop."""
+        if self._template is None:
             expected = "text or token_ids, as the model has no chat template"
             raise InvalidRequest("prompt.chat", f"{len(messages)} message(s)", expected)
-        try:
-            text = self._pretrained.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:  # the template refuses, for example an order of roles
-            raise InvalidRequest("prompt.chat", [message["role"] for message in messages], str(error)) from error
-        return str(text)
+        return self._template.render(messages, add_generation_prompt)
 
     def has_text(self, token_id: int) -> bool:
         """Whether a token stands for text: it is in the vocabulary and not special."""
         return token_id not in self._special_ids and self._backend.id_to_token(token_id) is not None
 
+    def piece(self, token_id: int) -> str:
+        """The text of a token by itself; a part of a character shows as U+FFFD."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = self.decode([token_id])
+        return piece
+
+    def piece_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character."""
+        piece = self.piece(token_id)
+        name = self._backend.id_to_token(token_id) or ""
+        if "\ufffd" not in piece:
+            return piece.encode()
+        if (match := _BYTE.fullmatch(name)) is not None:
+            return bytes([int(match[1], 16)])
+        if all(char in _BYTE_OF_LETTER for char in name):
+            return bytes(_BYTE_OF_LETTER[char] for char in name)
+        return piece.encode()
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+def _chat_template(pretrained: Any) -> ChatTemplate | None:
+    """The template that the checkpoint names as its only or its default one."""
+    source = pretrained.chat_template
+    if isinstance(source, dict):
+        source = source.get("default")
+    return None if source is None else ChatTemplate(source, pretrained.special_tokens_map)

@@ -28,7 +28,7 @@ class Worker:
     """One incarnation of a worker, with the account of what is open there. The router's own account leads the reported
     load: it knows what is on its way."""
 
-    __slots__ = ("_progress_s", "_window_start_s", "_window_tokens", "capacity_tokens", "info", "layout", "load",
+    __slots__ = ("_progress_s", "_stepped_s", "_window_start_s", "_window_tokens", "capacity_tokens", "info", "layout", "load",
                  "num_cached_tokens", "num_context_tokens", "num_grown_tokens", "num_pending_blocks",
                  "num_prompt_tokens", "num_queued_tokens", "num_reserved_blocks", "num_sequences", "open_legs",
                  "prefilling", "queued_prefill_s", "role", "state", "tokens_per_s", "worker_id")  # fmt: skip
@@ -41,6 +41,7 @@ class Worker:
         self.layout = layout  # equal for workers that can exchange KV
         self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
+        self._stepped_s: float | None = None  # when a step ended last, or there was none to do
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
         self.prefilling = 0  # dispatches that have not brought their first token
         self.num_queued_tokens = 0  # uncached prompt tokens of those
@@ -106,6 +107,15 @@ class Worker:
         """A step of `seconds` computed some of the queued prefill."""
         if self.prefilling:
             self._progress_s += seconds
+
+    def note_step(self, is_step: bool, now_s: float) -> None:
+        """After each report; `is_step`: it tells of a step, and not only that the worker lives."""
+        if is_step or not self.load.num_running or self._stepped_s is None:
+            self._stepped_s = now_s
+
+    def stalled_s(self, now_s: float) -> float:
+        """For how long it has had sequences to compute and has ended no step."""
+        return now_s - self._stepped_s if self.load.num_running and self._stepped_s is not None else 0.0
 
     def count_tokens(self, num_tokens: int, now_s: float) -> None:
         """For `tokens_per_s`, over windows of at least a second."""

@@ -32,6 +32,7 @@ class WorkerReports:
             return
         worker.load = report.load
         timing = report.timing
+        worker.note_step(timing is not None, now_s)
         if timing is not None:
             self._model.observe_step(timing)
             if timing.num_prefill_tokens:

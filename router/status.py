@@ -55,6 +55,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     load: WorkerLoad  # as last reported
     tokens_per_s: float
+    stalled_s: float  # for how long it has had sequences to compute and has ended no step
     prefix_hit_rate: float  # cached fraction of the prompt tokens prefilled there
 
 
@@ -83,6 +84,7 @@ def worker_status(worker: Worker, now_s: float) -> WorkerStatus:
         num_blocks=worker.info.num_blocks,
         load=worker.load,
         tokens_per_s=worker.tokens_per_s,
+        stalled_s=worker.stalled_s(now_s),
         prefix_hit_rate=worker.num_cached_tokens / worker.num_prompt_tokens if worker.num_prompt_tokens else 0.0,
     )
 

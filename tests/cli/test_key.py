@@ -36,7 +36,7 @@ def test_a_name_that_the_file_could_not_hold_is_refused(name: str) -> None:
 def test_commands_show_the_key_of_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     key = CliRunner().invoke(app, ["key", "new", "root", "--admin", "--file", str(file)]).stdout.strip()
-    listen = {"grpc": "127.0.0.1:0", "api_keys": str(file)}
+    listen = {"grpc": "127.0.0.1:0", "http": None, "api_keys": str(file)}
     server = ServerThread(CONFIG.model_validate(CONFIG.model_dump() | {"listen": listen}))
     try:
         for command in (["status"], ["generate", "the dog", "--max-tokens", "2"]):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pdserve.cli.client import CommandFailed, connect
-from pdserve.cli.progress import StatusLines, is_ready
+from pdserve.cli.progress import StatusLines, is_ready, ready_line
 from pdserve.cli.up import follow, sigterm_as_interrupt, up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
@@ -96,7 +96,8 @@ from pdserve.cli.up import up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 
-launched = SimpleNamespace(grpc_address=sys.argv[1], local_address=sys.argv[1], ended=True, poll=lambda: None)
+address = sys.argv[1]
+launched = SimpleNamespace(grpc_address=address, local_address=address, http_address=None, ended=True, poll=lambda: None)
 launch.launch = lambda config, settings: nullcontext(launched)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
@@ -124,6 +125,12 @@ def test_sigterm_is_an_interrupt_for_a_while_only() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_both_addresses_are_told_when_there_are_two() -> None:
+    assert ready_line(pb.ClusterStatus(model="m"), "127.0.0.1:1", "127.0.0.1:2").startswith(
+        "ready: m at 127.0.0.1:1 (gRPC) and http://127.0.0.1:2/v1, "
+    )
+
+
 def test_where_no_terminal_is_every_line_is_a_json_object(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +139,13 @@ def test_where_no_terminal_is_every_line_is_a_json_object(
     def fake_launch(config: ClusterConfig, settings: LogSettings) -> Any:
         seen.append(settings)
         return nullcontext(
-            SimpleNamespace(grpc_address=server.address, local_address=server.address, ended=True, poll=lambda: None)
+            SimpleNamespace(
+                grpc_address=server.address,
+                local_address=server.address,
+                http_address=None,
+                ended=True,
+                poll=lambda: None,
+            )
         )
 
     monkeypatch.setattr(launch, "launch", fake_launch)

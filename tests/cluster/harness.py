@@ -44,7 +44,7 @@ class Cluster:
                 "decode": {"instances": decode, "cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64},
             },
             "routing": {"prefill_on_decode": "never"},
-            "listen": {"grpc": "127.0.0.1:0"},
+            "listen": {"grpc": "127.0.0.1:0", "http": None},
             "drain_timeout_s": 60.0,
         } | settings
         self._launched: LaunchedCluster = launch(ClusterConfig.model_validate(self.settings))

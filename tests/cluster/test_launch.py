@@ -31,7 +31,7 @@ pytestmark = pytest.mark.cluster
 )
 def test_what_cannot_run_is_not_launched(settings: dict[str, object], message: str) -> None:
     with pytest.raises(LaunchError, match=message) as caught:
-        launch(ClusterConfig.model_validate(settings | {"listen": {"grpc": "127.0.0.1:0"}}))
+        launch(ClusterConfig.model_validate(settings | {"listen": {"grpc": "127.0.0.1:0", "http": None}}))
     assert "Traceback" not in str(caught.value)
 
 
@@ -47,7 +47,7 @@ def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(monkeypatch: 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "ray").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0"}}))
+        launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": None}}))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -182,7 +182,7 @@ def test_a_drained_worker_finishes_its_streams_and_the_other_pool_stands_in(clus
 
 def test_a_second_cluster_in_the_same_ray_is_refused(cluster: Cluster) -> None:
     with pytest.raises(LaunchError, match="already"):
-        launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0"}}))
+        launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": None}}))
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(cluster: Cluster) -> None:

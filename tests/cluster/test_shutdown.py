@@ -38,7 +38,7 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(t
     pool = {"cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64}
     settings = {
         "pools": {"prefill": pool, "decode": pool},
-        "listen": {"grpc": "127.0.0.1:0"},
+        "listen": {"grpc": "127.0.0.1:0", "http": None},
         "observability": {"log_format": "console"},
     }
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"metadata": {"pdserve": settings}}))

@@ -38,7 +38,7 @@ def test_an_empty_part_means_the_defaults() -> None:
 def test_all_mistakes_are_told_at_once_in_line_order() -> None:
     text = ours(
         """\
-listen: {grpc: localhost, http: "127.0.0.1:8000"}
+listen: {grpc: localhost, https: "127.0.0.1:8000"}
 pools:
   prefil: {instances: 1}
   decode:
@@ -52,7 +52,7 @@ slo:
     at = "metadata.pdserve"
     assert refusal(text).splitlines() == [
         f"c.yaml:4: {at}.listen.grpc: got 'localhost', expected HOST:PORT such as 127.0.0.1:50051, with a port of 0 to 65535",
-        f"c.yaml:4: {at}.listen.http: unknown key, expected one of tls, api_keys, allow_insecure, grpc",
+        f"c.yaml:4: {at}.listen.https: unknown key, did you mean 'http'?",
         f"c.yaml:6: {at}.pools.prefil: unknown key, did you mean 'prefill'?",
         f"c.yaml:8: {at}.pools.decode.instances: got -1, expected at least 0",
         f"c.yaml:9: {at}.pools.decode.threads: got 1.5, expected auto or a positive integer",
@@ -169,6 +169,7 @@ PATHS = [
     ("kv", "block_size"),
     ("limits", "max_prompt_tokens"),
     ("listen", "grpc"),
+    ("listen", "http"),
     ("kernels",),
     ("drain_timeout_s",),
 ]

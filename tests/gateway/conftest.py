@@ -14,7 +14,7 @@ from tests.gateway.support import ScriptedCluster, byte_level, model_info
 
 CONFIG = ClusterConfig.model_validate(
     {
-        "listen": {"grpc": "127.0.0.1:0"},
+        "listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"},
         "limits": {"max_message_bytes": 100_000, "max_tokens": 200, "max_n": 4},
         "model": {"path": "tiny"},
     }

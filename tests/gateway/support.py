@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, norma
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.config import ClusterConfig
-from pdserve.core.errors import InvalidRequest, PdserveError
+from pdserve.core.errors import InvalidRequest, PdserveError, QueueFull
 from pdserve.core.messages import Leg, LegEnded, Role, TokenLogprobs, TokenOutput, TransferStats
 from pdserve.core.request import FinishReason, Request, TransferId
 from pdserve.core.status import ClusterStatus, WorkerState, WorkerStatus
@@ -138,9 +138,14 @@ class ScriptedCluster:
         self.eos_after: int | None = None
         self.num_extra_logprobs = 0  # makes messages big
         self.refusal: PdserveError | None = None
+        self.refuses_once = False
+        self.refused_ids: set[str] = set()
         self.ending: tuple[FinishReason, str | None] | None = None
         self.hold_after: int | None = None
         self.say_on = asyncio.Event()
+        self.held = asyncio.Event()  # set by each request that waits
+        self.num_held = 0
+        self.num_said = 0  # steps
         self.go_on = asyncio.Event()  # with a drain
         self.requests: list[Request] = []
         self.closed: list[str] = []
@@ -179,12 +184,20 @@ class ScriptedCluster:
 
     async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         try:
+            if request.request_id in self.refused_ids:
+                raise QueueFull(1, 1.0)
             if self.refusal is not None:
-                raise self.refusal
+                refusal = self.refusal
+                if self.refuses_once:
+                    self.refusal = None
+                raise refusal
             self.requests.append(request)
             for index in range(request.sampling.max_tokens):
                 if index == self.hold_after:
+                    self.num_held += 1
+                    self.held.set()
                     await self.say_on.wait()
+                self.num_said += 1
                 for event in self._step(request, index):
                     yield event
             reason, error = self.ending or (None, None)

@@ -24,7 +24,7 @@ def config_yaml(**lines: str) -> str:
     """The configuration of the server under test, with `key="value"` lines under metadata.pdserve changed."""
     values = {
         "model": "{path: tiny}",
-        "listen": '{grpc: "127.0.0.1:0"}',
+        "listen": '{grpc: "127.0.0.1:0", http: "127.0.0.1:0"}',
         "limits": "{max_message_bytes: 100000, max_tokens: 200, max_n: 4}",
     } | lines
     return "metadata:\n  pdserve:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())

@@ -1,0 +1,172 @@
+"""The bodies of answers as OpenAPI describes them. They are written by `format`, without these models; a test compares."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .schema import FinishReason, Usage
+
+
+class Answer(BaseModel):
+    """Answers have no other fields than these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CompletionLogprobs(Answer):
+    """One of each for every token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(Answer):
+    """The answer to a completion; in a stream, a chunk of it."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TokenLogprob(Answer):
+    """A token and how probable it was."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TokenLogprob):
+    """A token of the answer, with the most probable ones in its place."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Answer):
+    """Of every token of the answer."""
+
+    content: list[ChatTokenLogprob]
+
+
+class ChatAnswer(Answer):
+    """What the assistant says; in a stream, what comes next of it."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: None = None
+
+
+class ChatChoice(Answer):
+    """One continuation."""
+
+    index: int
+    message: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(Answer):
+    """The answer to a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatChunkChoice(Answer):
+    """What comes next of one continuation."""
+
+    index: int
+    delta: ChatAnswer
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletionChunk(Answer):
+    """A chunk of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Tokens(Answer):
+    """The answer to /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Prompt(Answer):
+    """The answer to /detokenize."""
+
+    prompt: str
+
+
+class Model(Answer):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class Models(Answer):
+    """All models that are served: one."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Version(Answer):
+    """The version of the server."""
+
+    version: str
+
+
+class Health(Answer):
+    """How the cluster fares."""
+
+    status: str
+    reasons: list[str]
+
+
+class Startup(Answer):
+    """How far the cluster's start is."""
+
+    phase: Literal["starting", "started"]
+    progress: float
+    workers: dict[str, Any]

@@ -1,0 +1,150 @@
+"""The routes of the HTTP door, and their description at /openapi.json."""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from msgspec.json import encode
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from ... import __version__
+from ...core.errors import PdserveError
+from ...proto import pdserve_pb2 as pb
+from ..serving import Serving
+from . import answers
+from .body import read
+from .completions import Completions
+from .errors import Refused, error_response
+from .gate import Gate
+from .probes import Probes
+from .schema import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, ErrorResponse, TokenizeRequest
+from .translate import token_ids, tokenize_message
+
+Handler = Callable[[Request], Awaitable[Response]]
+BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+PATH = "#/components/schemas/{model}"
+REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
+
+
+def http_app(serving: Serving) -> Gate:
+    """The whole door as an ASGI application."""
+    app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None)
+    app.add_exception_handler(PdserveError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_error)
+    completions, tokens, probes = Completions(serving), _Tokens(serving), Probes(serving.frontend)
+    _post(app, "/v1/completions", completions.complete, CompletionRequest, answers.Completion)
+    _post(app, "/v1/chat/completions", completions.chat, ChatCompletionRequest, answers.ChatCompletion)
+    _post(app, "/tokenize", tokens.tokenize, TokenizeRequest, answers.Tokens)
+    _post(app, "/detokenize", tokens.detokenize, DetokenizeRequest, answers.Prompt)
+    _get(app, "/v1/models", tokens.models, answers.Models)
+    _get(app, "/v1/models/{model:path}", tokens.retrieve, answers.Model, {404: {"model": ErrorResponse}}, _MODEL)
+    app.add_api_route("/metrics", probes.metrics, name="metrics", response_class=PlainTextResponse)
+    _get(app, "/version", _version, answers.Version)
+    _get(app, "/health", probes.health, answers.Health, {503: {"model": answers.Health}})
+    _get(app, "/livez", probes.live, answers.Health)
+    _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
+    _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
+    app.openapi = _described(app.openapi)  # type: ignore[method-assign]
+    return Gate(app, serving.shared)
+
+
+class _Tokens:
+    """The handlers around the model itself."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._created = int(time.time())
+
+    async def models(self, http: Request) -> Response:
+        return _json({"object": "list", "data": [self._model()]})
+
+    async def retrieve(self, http: Request) -> Response:
+        self._serving.model_info(pb.GetModelInfoRequest(model=http.path_params["model"]))
+        return _json(self._model())
+
+    async def tokenize(self, http: Request) -> Response:
+        body = await read(http, TokenizeRequest)
+        tokens = await self._serving.tokenize(tokenize_message(body))
+        told = {"count": len(tokens.token_ids), "max_model_len": tokens.max_model_len, "tokens": list(tokens.token_ids)}
+        return _json(told | {"token_strs": list(tokens.pieces) if body.return_token_strs else None})
+
+    async def detokenize(self, http: Request) -> Response:
+        body = await read(http, DetokenizeRequest)
+        ids = token_ids("token_ids", body.tokens)
+        text = await self._serving.detokenize(pb.DetokenizeRequest(model=body.model, token_ids=ids))
+        return _json({"prompt": text.text})
+
+    def _model(self) -> dict[str, Any]:
+        info = self._serving.model_info(pb.GetModelInfoRequest())
+        told = {"id": info.name, "object": "model", "created": self._created, "owned_by": "pdserve"}
+        return told | {"max_model_len": info.max_model_len}
+
+
+async def _version(http: Request) -> Response:
+    return _json({"version": __version__})
+
+
+async def _on_error(http: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _on_http_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        response = error_response(Refused(405, "method_not_allowed", f"{http.url.path} does not take {http.method}"))
+        response.headers.update(error.headers or {})
+        return response
+    return error_response(Refused(error.status_code, "not_found", f"there is no {http.url.path}"))
+
+
+def _json(value: Any) -> Response:
+    return Response(encode(value), media_type="application/json")
+
+
+_MODEL = {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
+
+
+def _get(app: FastAPI, path: str, handler: Handler, answer: type[BaseModel], others: Any = None, described: Any = None) -> None:
+    app.add_api_route(path, handler, response_model=answer, responses=others, openapi_extra=described, name=_name(path))
+
+
+def _post(app: FastAPI, path: str, handler: Handler, body: type[BaseModel], answer: type[BaseModel]) -> None:
+    content = {"application/json": {"schema": {"$ref": PATH.format(model=body.__name__)}}}
+    app.add_api_route(
+        path,
+        handler,
+        methods=["POST"],
+        response_model=answer,
+        responses=_refusals(path),
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+        name=_name(path),
+    )
+
+
+def _refusals(path: str) -> dict[int | str, dict[str, Any]]:
+    responses: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in REFUSALS}
+    if "completions" in path:
+        responses[200] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    return responses
+
+
+def _name(path: str) -> str:
+    return path.partition("{")[0].strip("/").replace("/", "_")
+
+
+def _described(generate: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The description that FastAPI makes, with the bodies that our handlers read by themselves."""
+
+    def openapi() -> dict[str, Any]:
+        description = generate()
+        _, bodies = models_json_schema([(body, "validation") for body in BODIES], ref_template=PATH)
+        description.setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        return description
+
+    return openapi

@@ -1,0 +1,118 @@
+"""Errors in the shape that OpenAI's clients know. Which error is which status is decided in `translate`, for both doors."""
+
+import logging
+import math
+from typing import Any
+
+import grpc
+import msgspec
+from google.rpc import error_details_pb2
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from ...core.errors import InvalidRequest, PdserveError
+from ..translate import to_status
+
+log = logging.getLogger(__name__)
+
+STATUSES = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.FAILED_PRECONDITION: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ABORTED: 408,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.CANCELLED: 499,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+CODES = {"UNKNOWN_MODEL": "model_not_found"}  # where OpenAI has a name for it
+
+
+class Refused(PdserveError):
+    """What only HTTP can be asked: an unknown path, a body that is too large, too many calls."""
+
+    def __init__(
+        self, status: int, code: str, message: str, *, retry_after_s: float | None = None, closes: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.retry_after_s = retry_after_s
+        self.closes = closes  # the connection: the rest of the request was not read
+
+
+class ErrorBody(msgspec.Struct):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+def error_response(error: Exception) -> Response:
+    """The whole answer to a request that failed before its answer began."""
+    status, body, retry_after_s = describe(error)
+    headers = {}
+    if retry_after_s is not None:
+        headers = {"retry-after": str(math.ceil(retry_after_s)), "retry-after-ms": str(math.ceil(retry_after_s * 1e3))}
+    if isinstance(error, Refused) and error.closes:
+        headers["connection"] = "close"
+    return Response(error_json(body), status, headers, media_type="application/json")
+
+
+def error_json(body: ErrorBody) -> bytes:
+    return msgspec.json.encode({"error": body})
+
+
+def describe(error: Exception) -> tuple[int, ErrorBody, float | None]:
+    """(HTTP status, what to tell, when to come back) of an error."""
+    if isinstance(error, Refused):
+        return error.status, ErrorBody(str(error), _type(error.status), None, error.code), error.retry_after_s
+    if not isinstance(error, PdserveError):  # a bug of ours: its story is for the log, not for the client
+        log.error("a request failed", exc_info=error)
+        return 500, ErrorBody("internal error, see the server's log", _type(500), None, "internal"), None
+    grpc_code, details = to_status(error)
+    status = STATUSES.get(grpc_code, 500)
+    body = ErrorBody(str(error), _type(status), None, None)
+    retry_after_s = None
+    for detail in details:
+        match detail:
+            case error_details_pb2.BadRequest():
+                body.param = detail.field_violations[0].field
+                body.code = "invalid_value"
+            case error_details_pb2.ErrorInfo():
+                body.code = CODES.get(detail.reason, detail.reason.lower())
+            case error_details_pb2.RetryInfo():
+                retry_after_s = detail.retry_delay.ToNanoseconds() / 1e9
+    return status, body, retry_after_s
+
+
+def _type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+def malformed(error: ValidationError) -> InvalidRequest:
+    """What a body that is not of its schema is refused with: the first thing that is wrong with it."""
+    (first, *_) = error.errors(include_url=False, include_context=False)
+    field, kind = _path(first["loc"]), first["type"]
+    if kind == "json_invalid":
+        return InvalidRequest("body", "", f"valid JSON ({first['msg'].removeprefix('Invalid JSON: ')})")
+    if kind == "missing":
+        return InvalidRequest(field, "", "a value: the field is required")
+    if kind == "extra_forbidden":
+        return InvalidRequest(field, first["input"], "only fields that this server knows")
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("expected ")
+    return InvalidRequest(field or "body", first["input"], expected)
+
+
+def _path(loc: tuple[Any, ...]) -> str:
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path

@@ -1,0 +1,247 @@
+"""From the messages of the gRPC door to JSON: the chunks of a stream, and whole answers.
+
+A chunk is put together from ready pieces of JSON: this is done for every token of every stream, so nothing is built here that
+is not sent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.json import encode
+
+from ...core.request import Request
+from ...proto import pdserve_pb2 as pb
+from ..tokenizer import Tokenizer
+from .logprobs import chat_logprobs, completion_logprobs
+
+DONE = b"data: [DONE]\n\n"
+REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What a client asked to be told."""
+
+    token_ids: bool = False
+    logprobs: bool = False
+    usage: bool = False  # before the end of a stream
+    running_usage: bool = False  # in each chunk
+    echoes: tuple[str, ...] = ()  # the text of each prompt, to begin its choices with
+
+
+class Format:
+    """The answer to one HTTP request, which may have several prompts. Choices are counted across prompts."""
+
+    kind = ""  # of a whole answer
+    chunk_kind = ""
+
+    def __init__(
+        self, answer_id: str, created: int, model: str, requests: Sequence[Request], tokenizer: Tokenizer, wanted: Wanted
+    ) -> None:
+        self._answer = {"id": answer_id, "object": self.kind, "created": created, "model": model}
+        self._requests = requests
+        self._tokenizer = tokenizer
+        self._wanted = wanted
+        self._head = b"data: " + encode(self._answer | {"object": self.chunk_kind})[:-1] + b',"choices":['
+        self._n = requests[0].sampling.n
+        self._choices = [_Progress() for _ in range(self._n * len(requests))]
+        self._num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+        self._num_tokens = 0
+        self._num_cached_tokens = 0
+
+    # streams
+
+    def chunk(self, prompt: int, event: pb.GenerateEvent) -> bytes:
+        """What goes out for a message of one of the prompts."""
+        match event.WhichOneof("event"):
+            case "tokens":
+                return self._delta(prompt, event.tokens)
+            case "choice_end":
+                end = event.choice_end
+                number = prompt * self._n + end.choice
+                return self._end_chunk(number, REASONS[end.finish_reason], self._stop_reason(number, end))
+            case "prompt":
+                self._choices[prompt * self._n].prompt.MergeFrom(event.prompt)
+                return b""
+            case _:
+                self._num_cached_tokens += event.end.usage.cached_tokens
+                return b""
+
+    def last(self) -> bytes:
+        """What goes out at the end."""
+        if not self._wanted.usage:
+            return DONE
+        return b'%s],"usage":%s}\n\n%s' % (self._head, encode(self._usage(whole=True)), DONE)
+
+    def _delta(self, prompt: int, delta: pb.TokenDelta) -> bytes:
+        number = prompt * self._n + delta.choice
+        progress, token_ids = self._choices[number], delta.token_ids
+        if token_ids:
+            self._num_tokens += len(token_ids)
+            progress.last_token_id = token_ids[-1]
+        extra = b',"token_ids":' + encode(list(token_ids)) if self._wanted.token_ids else b""
+        logprobs = encode(self._logprobs(number, token_ids, delta.logprobs)) if self._wanted.logprobs else b"null"
+        if progress.has_begun:
+            return self._text_chunk(number, delta.text, logprobs, extra)
+        progress.has_begun = True
+        return self._first_chunk(number, prompt, delta.text, logprobs, extra)
+
+    def _tail(self) -> bytes:
+        """The end of a chunk, after its choice."""
+        if self._wanted.running_usage:
+            return b'}],"usage":%s}\n\n' % encode(self._usage(whole=False))
+        return b'}],"usage":null}\n\n' if self._wanted.usage else b"}]}\n\n"
+
+    def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes:
+        raise NotImplementedError
+
+    def _text_chunk(self, number: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+        raise NotImplementedError
+
+    def _first_chunk(self, number: int, prompt: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+        raise NotImplementedError
+
+    # whole answers
+
+    def whole(self, responses: Sequence[pb.GenerateResponse]) -> bytes:
+        """The answer, from that to each prompt."""
+        choices = []
+        for prompt, response in enumerate(responses):
+            self._num_cached_tokens += response.usage.cached_tokens
+            self._num_tokens += response.usage.completion_tokens
+            self._choices[prompt * self._n].prompt = response.prompt
+            choices += [self._choice(prompt, index, choice) for index, choice in enumerate(response.choices)]
+        return encode(self._answer | {"choices": choices, "usage": self._usage(whole=True)} | self._whole_extra())
+
+    def _choice(self, prompt: int, index: int, choice: pb.Choice) -> dict[str, Any]:
+        number = prompt * self._n + index
+        progress = self._choices[number]
+        if choice.token_ids:
+            progress.last_token_id = choice.token_ids[-1]
+        told: dict[str, Any] = {
+            "index": number,
+            "logprobs": self._logprobs(number, choice.token_ids, choice.logprobs) if self._wanted.logprobs else None,
+            "finish_reason": REASONS[choice.finish_reason],
+            "stop_reason": self._stop_reason(number, choice),
+        }
+        if self._wanted.token_ids:
+            told["token_ids"] = list(choice.token_ids)
+        return told
+
+    def _whole_extra(self) -> dict[str, Any]:
+        return {}
+
+    # both
+
+    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _stop_reason(self, number: int, end: pb.ChoiceEnd | pb.Choice) -> str | int | None:
+        """The stop string or the stop token that ended a choice, as in vLLM; None when something else did."""
+        if end.HasField("stop_string"):
+            return end.stop_string
+        last = self._choices[number].last_token_id
+        is_stop = end.finish_reason == pb.FINISH_REASON_STOP and last in self._requests[0].sampling.stop_token_ids
+        return last if is_stop else None
+
+    def _usage(self, whole: bool) -> dict[str, Any]:
+        usage: dict[str, Any] = {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": self._num_tokens,
+            "total_tokens": self._num_prompt_tokens + self._num_tokens,
+        }
+        return usage | {"prompt_tokens_details": {"cached_tokens": self._num_cached_tokens}} if whole else usage
+
+
+class CompletionFormat(Format):
+    """`/v1/completions`."""
+
+    kind = chunk_kind = "text_completion"
+
+    def _text_chunk(self, number: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+        return b'%s{"index":%d,"text":%s,"logprobs":%s,"finish_reason":null%s%s' % (
+            self._head, number, encode(text), logprobs, extra, self._tail()
+        )  # fmt: skip
+
+    def _first_chunk(self, number: int, prompt: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+        if self._wanted.token_ids:
+            extra += b',"prompt_token_ids":' + encode(self._requests[prompt].prompt_token_ids)
+        return self._text_chunk(number, self._echo(prompt) + text, logprobs, extra)
+
+    def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes:
+        extra = b',"token_ids":[]' if self._wanted.token_ids else b""
+        return b'%s{"index":%d,"text":"","logprobs":null,"finish_reason":"%s","stop_reason":%s%s%s' % (
+            self._head, number, reason.encode(), encode(stop_reason), extra, self._tail()
+        )  # fmt: skip
+
+    def _choice(self, prompt: int, index: int, choice: pb.Choice) -> dict[str, Any]:
+        told = super()._choice(prompt, index, choice) | {"text": self._echo(prompt) + choice.text}
+        if self._wanted.token_ids:
+            told["prompt_token_ids"] = self._requests[prompt].prompt_token_ids
+        return told
+
+    def _echo(self, prompt: int) -> str:
+        return self._wanted.echoes[prompt] if self._wanted.echoes else ""
+
+    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+        """With those of the prompt before the first, when the prompt is echoed."""
+        progress = self._choices[number]
+        before = None
+        if self._wanted.echoes and not progress.has_logprobs:
+            request = self._requests[number // self._n]
+            before = (request.prompt_token_ids, self._choices[number - number % self._n].prompt.logprobs)
+        progress.has_logprobs = True
+        told, progress.offset = completion_logprobs(self._tokenizer, ids, logprobs, progress.offset, before)
+        return told
+
+
+class ChatFormat(Format):
+    """`/v1/chat/completions`."""
+
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def _text_chunk(self, number: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+        return b'%s{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s%s' % (
+            self._head, number, encode(text), logprobs, extra, self._tail()
+        )  # fmt: skip
+
+    def _first_chunk(self, number: int, prompt: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+        """The role comes first, by itself."""
+        tail = self._tail()
+        if self._wanted.token_ids:
+            tail = b'}],"prompt_token_ids":' + encode(self._requests[0].prompt_token_ids) + tail[2:]
+        role = b'%s{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null%s' % (
+            self._head, number, tail
+        )  # fmt: skip
+        return role + self._text_chunk(number, text, logprobs, extra)
+
+    def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes:
+        extra = b',"token_ids":[]' if self._wanted.token_ids else b""
+        return b'%s{"index":%d,"delta":{},"logprobs":null,"finish_reason":"%s","stop_reason":%s%s%s' % (
+            self._head, number, reason.encode(), encode(stop_reason), extra, self._tail()
+        )  # fmt: skip
+
+    def _choice(self, prompt: int, index: int, choice: pb.Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return super()._choice(prompt, index, choice) | {"message": message}
+
+    def _whole_extra(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._requests[0].prompt_token_ids} if self._wanted.token_ids else {}
+
+    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+        return chat_logprobs(self._tokenizer, ids, logprobs)
+
+
+class _Progress:
+    """How far one choice is."""
+
+    __slots__ = ("has_begun", "has_logprobs", "last_token_id", "offset", "prompt")
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.last_token_id: int | None = None
+        self.has_logprobs = False
+        self.prompt = pb.PromptDelta()  # of its prompt, at the first choice of it
+        self.offset = 0  # in its text, of the next token

@@ -1,0 +1,249 @@
+"""The bodies of requests as OpenAPI describes them. Only types are checked here: what values may be is for `core.validation`.
+
+Unknown fields are refused, as the gRPC door refuses them; a field that is null counts as not given.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+TEXT_OR_IDS = "a text, token ids, a list of texts or a list of token id lists"
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        _IDS,
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": _IDS},
+    ]
+}
+
+TokenIds = Annotated[list[int], FailFast()]
+
+
+def _expected(what: str) -> PydanticCustomError:
+    return PydanticCustomError("expected", "expected {what}", {"what": what})
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _prompts(value: object) -> list[str | list[int]]:
+    """One or more prompts, each a text or token ids. By hand, as a union would tell of every item that does not fit."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        if _is_ids(value):
+            return [value]
+        if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
+            return value
+    raise _expected(TEXT_OR_IDS)
+
+
+def _texts(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _text(value: object) -> object:
+    """The text of a message: as it is, or put together from its parts, as vLLM does."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise _expected("a text, or parts of type text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+_TEXT_PARTS = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "required": ["type", "text"],
+    },
+}
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+Texts = Annotated[
+    list[str],
+    FailFast(),
+    BeforeValidator(_texts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]})]
+
+
+class Body(BaseModel):
+    """What all bodies have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+class StreamOptions(Body):
+    """What a stream tells beside its tokens."""
+
+    include_usage: bool = False
+    """A chunk with the usage of the whole request before the end."""
+    continuous_usage_stats: bool = False
+    """The usage so far in every chunk (as in vLLM)."""
+
+
+class GenerationBody(Body):
+    """What completions and chat completions have in common. Fields that OpenAI does not have are those of vLLM."""
+
+    model: str = ""
+    """The name of the model, as /v1/models tells it; by default the one that is served."""
+    max_tokens: int | None = None
+    """Output tokens of each choice, at most."""
+    max_completion_tokens: int | None = None
+    """Another name of `max_tokens`."""
+    min_tokens: int | None = None
+    """Output tokens before which nothing ends a choice."""
+    temperature: float | None = None
+    """Divides the logits; 0 takes the most probable token each time."""
+    top_p: float | None = None
+    """Draw among the most probable tokens that make up this probability."""
+    top_k: int | None = None
+    """Draw among this many most probable tokens only; 0 or -1: among all."""
+    min_p: float | None = None
+    """Draw among tokens that are at least this fraction as probable as the most probable one."""
+    repetition_penalty: float | None = None
+    """Divides the logits of tokens that prompt or output contain."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of tokens that the output contains."""
+    frequency_penalty: float | None = None
+    """Subtracted from a token's logit once for each time that the output contains it."""
+    seed: int | None = None
+    """The same seed, prompt and parameters give the same output. Negative ones count as their two's complement of 64 bits."""
+    n: int | None = None
+    """How many choices to produce for each prompt."""
+    stop: Texts = []
+    """A choice ends where its text would contain one of these; the text ends before it."""
+    stop_token_ids: TokenIds = []
+    """A choice ends with the first of these tokens."""
+    ignore_eos: bool = False
+    """Go on after an end-of-text token."""
+    stream: bool = False
+    """Send the answer as server-sent events, as its tokens come."""
+    stream_options: StreamOptions | None = None
+    """Only with `stream`."""
+    return_token_ids: bool = False
+    """Tell the token ids of prompt and output too."""
+    cache_salt: str = ""
+    """Requests share cached prefixes only with requests of the same salt."""
+    user: str = ""
+    """Whom this request counts for when clients take turns under load; by default the host it came from."""
+    logit_bias: dict[str, float] | None = None
+    """Added to the logits of these tokens: token id -> -100 to 100."""
+    response_format: dict[str, Any] | None = None
+    """Not served yet: only {"type": "text"}."""
+    metadata: dict[str, Any] | None = None
+    """Without effect, as are `store`, `service_tier`, `safety_identifier` and `prompt_cache_key`."""
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class CompletionRequest(GenerationBody):
+    """Continue a text."""
+
+    prompt: Prompts
+    """A text, token ids, or several of either."""
+    logprobs: int | None = None
+    """Report the log probability of each token, and of this many most probable alternatives."""
+    echo: bool = False
+    """Begin the text of each choice with its prompt. With `logprobs` those of the prompt come too."""
+    add_special_tokens: bool = True
+    """Whether the tokenizer adds its special tokens to a text."""
+    best_of: int | None = None
+    """`n`, if given."""
+    suffix: str = ""
+    """Not served: empty, if given."""
+
+
+class ChatMessage(Body):
+    """One message of a conversation."""
+
+    role: str
+    """As the chat template knows them: mostly "system", "user" and "assistant"."""
+    content: Text = ""
+    name: str | None = None
+    """Without effect: chat templates have no place for it."""
+
+
+class ChatCompletionRequest(GenerationBody):
+    """Continue a conversation."""
+
+    messages: Annotated[list[ChatMessage], FailFast()]
+    """The conversation, oldest message first."""
+    logprobs: bool = False
+    """Report the log probability of each token."""
+    top_logprobs: int | None = None
+    """Report this many most probable alternatives too. Only with `logprobs`."""
+    add_generation_prompt: bool = True
+    """Whether the template opens the assistant's turn after the last message."""
+    tools: Annotated[list[dict[str, Any]], FailFast()] = []
+    """Not served yet: empty, if given."""
+    tool_choice: str | dict[str, Any] | None = None
+    """Not served yet: "none" or "auto", if given."""
+    parallel_tool_calls: bool | None = None
+    """Without effect."""
+
+
+class TokenizeRequest(Body):
+    """The token ids of a prompt, exactly as a completion would use them: of a text, or of a conversation."""
+
+    model: str = ""
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], FailFast()] = []
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    """Tell the text of each token too."""
+
+
+class DetokenizeRequest(Body):
+    """The text of token ids."""
+
+    model: str = ""
+    tokens: TokenIds
+
+
+class Usage(BaseModel):
+    """What a request cost."""
+
+    class PromptDetails(BaseModel):
+        """How much of the prompt was in a prefix cache."""
+
+        cached_tokens: int
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails | None = None
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class ErrorResponse(BaseModel):
+    """Why a request was refused or failed."""
+
+    class Error(BaseModel):
+        """OpenAI's error object."""
+
+        message: str
+        type: str
+        param: str | None = Field(description="The field that is wrong.")
+        code: str | None
+
+    error: Error

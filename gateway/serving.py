@@ -1,0 +1,160 @@
+"""What both doors do with a client's message, gRPC's or one that HTTP's JSON was translated to: check it, carry it out.
+
+Whatever ends an answer (its end, an error, a client that went away, a deadline), closing `events` closes the router's stream,
+and that frees all that workers hold for the request.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from typing import TypeVar
+
+from .. import __version__
+from ..core.config import ClusterConfig
+from ..core.errors import DuplicateRequest, InvalidRequest, NoWorkerAvailable, QueueFull
+from ..core.request import Request
+from ..proto import pdserve_pb2 as pb
+from ..telemetry.logs import REQUEST_ID
+from .access import Access, Caller
+from .answer import Answer
+from .frontend import Frontend
+from .intake import Intake, ModelInfo, refuse_unknown_fields, shown_id
+from .tokenizer import Tokenizer
+
+T = TypeVar("T")
+INLINE_TOKENS = 1024  # so many are decoded without a thread
+FLUSH_S = 5.0  # how long clients may take to read the rest of their answers when the cluster ends
+
+
+class Shared:
+    """What all services have in common: the configuration in force, who is let in, how many answers are being given."""
+
+    def __init__(self, config: ClusterConfig, access: Access | None = None) -> None:
+        self.config = config
+        self.access = access
+        self._num_answers = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """Around giving an answer."""
+        self._num_answers += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_answers -= 1
+            if not self._num_answers:
+                self._idle.set()
+
+    async def answered(self) -> None:
+        """Returns when all answers are out, or after a while: the router may be done with a request before its client."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), FLUSH_S)
+
+
+class Serving:
+    """One model, served."""
+
+    def __init__(self, frontend: Frontend, shared: Shared, tokenizer: Tokenizer, model: ModelInfo) -> None:
+        self.frontend = frontend
+        self.shared = shared
+        self.tokenizer = tokenizer
+        self.model = model
+        self.intake = Intake(tokenizer, model)
+
+    async def request(
+        self,
+        message: pb.GenerateRequest,
+        peer: str,
+        *,
+        deadline_s: float | None = None,
+        traceparent: str | None = None,
+        caller: Caller | None = None,
+        fills: bool = False,
+    ) -> Request:
+        """The request that `message` asks for, as `Intake.request` has it. Raises InvalidRequest or UnknownModel."""
+        limits = self.shared.config.limits
+        request = await self.intake.request(message, limits, deadline_s, peer, traceparent, caller, fills)
+        REQUEST_ID.set(request.request_id)
+        return request
+
+    async def events(
+        self, request: Request, caller: Caller | None = None, resume_from: Sequence[int] = ()
+    ) -> AsyncGenerator[pb.GenerateEvent, None]:
+        """The messages of the answer. Raises QueueFull, DuplicateRequest, NoWorkerAvailable or RateLimited before the first."""
+        answer = Answer(request, self.tokenizer, lambda choice: self.frontend.cancel(request.request_id, choice), resume_from)
+        async with self._paid(request, caller, answer), aclosing(self.frontend.generate(request)) as events:
+            async for event in events:
+                for out in answer.handle(event):
+                    yield out
+
+    @asynccontextmanager
+    async def _paid(self, request: Request, caller: Caller | None, answer: Answer) -> AsyncIterator[None]:
+        """Around carrying a request out: it takes its tokens of its key's rate, and gives back what it did not use."""
+        if self.shared.access is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        charge = self.shared.access.charge(caller, request, loop.time())
+        has_begun = True
+        try:
+            yield
+        except (QueueFull, DuplicateRequest, NoWorkerAvailable) as error:
+            has_begun = False
+            raise DuplicateRequest(shown_id(request)) if isinstance(error, DuplicateRequest) else error
+        finally:
+            charge.settle(answer.num_tokens, loop.time(), has_begun)
+
+    async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        refuse_unknown_fields(request)
+        self.intake.check_model(request.model)
+        token_ids = await self.intake.token_ids(request.prompt)
+        self._check_ids("prompt.token_ids", token_ids)
+        pieces = await _off_loop(len(token_ids), lambda: [self.tokenizer.piece(token_id) for token_id in token_ids])
+        return pb.TokenizeResponse(token_ids=token_ids, pieces=pieces, max_model_len=self.model.max_model_len)
+
+    async def detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        refuse_unknown_fields(request)
+        self.intake.check_model(request.model)
+        self._check_ids("token_ids", request.token_ids)
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        ids = request.token_ids
+        text = await _off_loop(len(ids), lambda: self.tokenizer.decode(ids, skip_special_tokens=skip))
+        return pb.DetokenizeResponse(text=text)
+
+    def model_info(self, request: pb.GetModelInfoRequest) -> pb.ModelInfo:
+        refuse_unknown_fields(request)
+        self.intake.check_model(request.model)
+        model, limits = self.model, self.shared.config.limits
+        return pb.ModelInfo(
+            name=model.name,
+            architecture=model.architecture,
+            dtype=model.dtype,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            has_chat_template=self.tokenizer.has_chat_template,
+            limits=pb.Limits(
+                max_prompt_tokens=limits.max_prompt_tokens or model.max_model_len - 1,
+                max_tokens=limits.max_tokens,
+                max_n=limits.max_n,
+                max_logprobs=limits.max_logprobs,
+                max_stop_strings=limits.max_stop_strings,
+                max_message_bytes=limits.max_message_bytes,
+                max_logit_bias=limits.max_logit_bias,
+                max_prompt_logprobs=limits.max_prompt_logprobs,
+            ),
+            version=__version__,
+        )
+
+    def _check_ids(self, field: str, token_ids: Sequence[int]) -> None:
+        for index, token_id in enumerate(token_ids):
+            if token_id >= self.model.vocab_size:
+                raise InvalidRequest(f"{field}[{index}]", token_id, f"0 to {self.model.vocab_size - 1}")
+
+
+async def _off_loop(num_tokens: int, work: Callable[[], T]) -> T:
+    """On a thread when there is much of it, so that streams go on."""
+    return work() if num_tokens <= INLINE_TOKENS else await asyncio.to_thread(work)

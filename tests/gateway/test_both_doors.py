@@ -1,0 +1,257 @@
+"""What one door refuses, the other refuses, with the same message and status; what one takes, the other takes."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+import httpx
+import pytest
+
+from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable, PdserveError, QueueFull
+from pdserve.core.request import FinishReason
+from pdserve.gateway.app import GatewayServer
+from pdserve.gateway.http.errors import STATUSES
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from tests.gateway.support import ScriptedCluster
+
+Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
+TEXT = pb.Prompt(text="hello")
+NAN = float("nan")
+
+
+@pytest.fixture
+async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
+        yield client
+
+
+def ask(prompt: pb.Prompt = TEXT, **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(prompt=prompt, **fields)
+
+
+def sample(**sampling: Any) -> tuple[pb.GenerateRequest, dict[str, Any]]:
+    """The same parameters for both doors."""
+    return ask(sampling=pb.SamplingParams(**sampling)), {"prompt": "hello"} | sampling
+
+
+def ids(*token_ids: int) -> tuple[pb.GenerateRequest, dict[str, Any]]:
+    return ask(pb.Prompt(token_ids=pb.TokenIds(ids=token_ids))), {"prompt": list(token_ids)}
+
+
+def chat(*roles: str) -> tuple[pb.GenerateRequest, dict[str, Any]]:
+    messages = [{"role": role, "content": "hi"} for role in roles]
+    prompt = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(**message) for message in messages]))
+    return ask(prompt), {"messages": messages}
+
+
+REFUSED = {
+    "empty text": (ask(pb.Prompt(text="")), {"prompt": ""}),
+    "no tokens": ids(),
+    "long prompt": ids(*[5] * 256),
+    "long text": (ask(pb.Prompt(text="a b c " * 3000)), {"prompt": "a b c " * 3000}),
+    "unknown token": ids(5, 500),
+    "huge token": ids(2**32 - 1),
+    "no messages": chat(),
+    "no role": chat(""),
+    "template refuses": chat("user", "system"),
+    "another model": (ask(model="gpt"), {"prompt": "hello", "model": "gpt"}),
+    "long salt": (ask(cache_salt="x" * 129), {"prompt": "hello", "cache_salt": "x" * 129}),
+    "long client id": (ask(client_id="x" * 129), {"prompt": "hello", "user": "x" * 129}),
+    "temperature": sample(temperature=-0.5),
+    "temperature too high": sample(temperature=100.5),
+    "temperature that is no number": sample(temperature=NAN),
+    "infinite temperature": sample(temperature=float("inf")),
+    "top_p zero": sample(top_p=0.0),
+    "top_p too high": sample(top_p=1.5),
+    "top_k": sample(top_k=-2),
+    "min_p": sample(min_p=1.5),
+    "repetition_penalty": sample(repetition_penalty=0.0),
+    "presence_penalty": sample(presence_penalty=2.5),
+    "frequency_penalty": sample(frequency_penalty=-2.5),
+    "max_tokens over the limit": sample(max_tokens=201),
+    "no max_tokens": sample(max_tokens=0),
+    "negative max_tokens": sample(max_tokens=-1),
+    "no room for max_tokens": (
+        ask(pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 200)), sampling=pb.SamplingParams(max_tokens=100)),
+        {"prompt": [5] * 200, "max_tokens": 100},
+    ),
+    "min_tokens over max_tokens": sample(min_tokens=5, max_tokens=4),
+    "negative min_tokens": sample(min_tokens=-1),
+    "many choices": sample(n=2**31 - 1),
+    "no choices": sample(n=0),
+    "negative choices": sample(n=-1),
+    "logprobs": sample(logprobs=21),
+    "negative logprobs": sample(logprobs=-1),
+    "empty stop string": sample(stop=["a", ""]),
+    "long stop string": sample(stop=["a" * 1025]),
+    "many stop strings": sample(stop=["a"] * 17),
+    "unknown biased token": (
+        ask(sampling=pb.SamplingParams(logit_bias={500: 1.0})),
+        {"prompt": "hello", "logit_bias": {"500": 1.0}},
+    ),
+    "bias": (
+        ask(sampling=pb.SamplingParams(logit_bias={5: 100.5})),
+        {"prompt": "hello", "logit_bias": {"5": 100.5}},
+    ),
+    "a name that acts": (ask(cache_salt="a\nb"), {"prompt": "hello", "cache_salt": "a\nb"}),
+    "unknown stop token": sample(stop_token_ids=[5, 500]),
+}
+TAKEN = {
+    "defaults": sample(),
+    "token ids": ids(5, 6, 7),
+    "conversation": chat("system", "user", "assistant", "user"),
+    "everything": sample(
+        max_tokens=7,
+        min_tokens=2,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.9,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=-0.3,
+        seed=2**64 - 1,
+        n=3,
+        stop=["one", "two"],
+        stop_token_ids=[5],
+        ignore_eos=True,
+        logprobs=2,
+    ),
+    "bias": (
+        ask(sampling=pb.SamplingParams(logit_bias={5: -1.0, 6: 2.0})),
+        {"prompt": "hello", "logit_bias": {"6": 2.0, "5": -1.0}},
+    ),
+    "names": (
+        ask(model="tiny", cache_salt="s", client_id="alice"),
+        {"prompt": "hello", "model": "tiny", "cache_salt": "s", "user": "alice"},
+    ),
+}
+
+
+async def over_http(http: httpx.AsyncClient, body: dict[str, Any], **headers: str) -> httpx.Response:
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    content = json.dumps(body)  # with NaN, which httpx would refuse to send
+    return await http.post(path, content=content, headers={"content-type": "application/json"} | headers)
+
+
+async def over_grpc(generation: Stub, request: pb.GenerateRequest) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generation.Generate(request)
+    return caught.value
+
+
+def check_same(refusal: grpc.aio.AioRpcError, response: httpx.Response) -> None:
+    error = response.json()["error"]
+    assert error["message"] == refusal.details()
+    assert response.status_code == STATUSES[refusal.code()]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+async def test_both_refuse_it_with_the_same_message(
+    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, name: str, stream: bool
+) -> None:
+    request, body = REFUSED[name]
+    check_same(await over_grpc(generation, request), await over_http(http, body | {"stream": stream}))
+    assert cluster.requests == []
+
+
+@pytest.mark.parametrize("name", TAKEN)
+async def test_both_take_it_and_make_the_same_request_of_it(
+    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
+) -> None:
+    request, body = TAKEN[name]
+    request = pb.GenerateRequest.FromString(request.SerializeToString())
+    request.request_id = "mine"
+    if "messages" in body:
+        request.sampling.max_tokens = body["max_tokens"] = 9
+    if not request.client_id:
+        request.client_id = body["user"] = "alice"
+    await generation.Generate(request)
+    assert (await over_http(http, body, **{"x-request-id": "mine"})).status_code == 200
+    over_one, over_the_other = cluster.requests
+    assert over_one == over_the_other
+
+
+async def test_both_refuse_a_long_name(generation: Stub, http: httpx.AsyncClient) -> None:
+    refusal = await over_grpc(generation, ask(request_id="x" * 129))
+    check_same(refusal, await over_http(http, {"prompt": "hello"}, **{"x-request-id": "x" * 129}))
+
+
+@pytest.mark.parametrize("refusal", [QueueFull(1024, 1.5), DuplicateRequest("mine"), NoWorkerAvailable("no worker is ready")])
+async def test_what_the_router_refuses_both_refuse(
+    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, refusal: PdserveError
+) -> None:
+    cluster.refusal = refusal
+    check_same(await over_grpc(generation, ask()), await over_http(http, {"prompt": "hello"}))
+
+
+@pytest.mark.parametrize("reason", [FinishReason.DEADLINE, FinishReason.CANCELLED, FinishReason.ERROR])
+async def test_what_ends_a_request_ends_it_for_both(
+    generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, reason: FinishReason
+) -> None:
+    cluster.ending = (reason, None)
+    check_same(await over_grpc(generation, ask()), await over_http(http, {"prompt": "hello"}))
+
+
+async def test_both_refuse_to_tokenize_and_detokenize_the_same(generation: Stub, http: httpx.AsyncClient) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as tokenize:
+        await generation.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text="")))
+    check_same(tokenize.value, await http.post("/tokenize", json={"prompt": ""}))
+    with pytest.raises(grpc.aio.AioRpcError) as detokenize:
+        await generation.Detokenize(pb.DetokenizeRequest(token_ids=[1, 500]))
+    check_same(detokenize.value, await http.post("/detokenize", json={"tokens": [1, 500]}))
+
+
+async def test_both_tell_the_same_tokens_text_and_usage(generation: Stub, http: httpx.AsyncClient) -> None:
+    request, body = sample(max_tokens=9, n=2, stop=["jumps"], seed=1)
+    one = await generation.Generate(request)
+    other = (await over_http(http, body | {"return_token_ids": True})).json()
+    for choice, told in zip(one.choices, other["choices"], strict=True):
+        assert (choice.text, list(choice.token_ids), choice.stop_string) == (
+            told["text"],
+            told["token_ids"],
+            told["stop_reason"],
+        )
+    assert (one.usage.prompt_tokens, one.usage.completion_tokens, one.usage.cached_tokens) == (
+        other["usage"]["prompt_tokens"],
+        other["usage"]["completion_tokens"],
+        other["usage"]["prompt_tokens_details"]["cached_tokens"],
+    )
+
+
+ONLY_HTTP = {
+    "unknown field": ({"prompt": "a", "temprature": 1}, "temprature: 1 is not valid, expected only fields"),
+    "unknown field of a message": ({"messages": [{"role": "user", "images": []}]}, "messages[0].images: [] is not valid"),
+    "wrong type": ({"prompt": "a", "temperature": "hot"}, "temperature: 'hot' is not valid, expected a valid number"),
+    "truth for a number": ({"prompt": "a", "n": True}, "n: True is not valid, expected a valid integer"),
+    "no prompt": ({"n": 1}, "prompt: '' is not valid, expected a value"),
+    "mixed prompts": ({"prompt": ["a", 1]}, "prompt: ['a', 1] is not valid, expected a text, token ids"),
+    "many prompts": ({"prompt": ["a"] * 65}, "prompt: '65 prompts' is not valid, expected at most 64 prompts"),
+    "negative token": ({"prompt": [5, -1]}, "prompt_token_ids[1]: -1 is not valid"),
+    "huge number": ({"prompt": "a", "max_tokens": 2**40}, f"max_tokens: {2**40} is not valid, expected an integer of 32 bits"),
+    "huge seed": ({"prompt": "a", "seed": 2**64}, f"seed: {2**64} is not valid"),
+    "two lengths": ({"prompt": "a", "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens: 2 is not valid"),
+    "stream options without a stream": ({"prompt": "a", "stream_options": {}}, "stream_options: '' is not valid"),
+    "alternatives without logprobs": ({"messages": [{"role": "user"}], "top_logprobs": 1}, "top_logprobs: 1 is not valid"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content: "),
+    "best of many": ({"prompt": "a", "best_of": 3}, "best_of: 3 is not valid"),
+    "suffix": ({"prompt": "a", "suffix": "b"}, "suffix: 'b' is not valid"),
+    "bias of a text": ({"prompt": "a", "logit_bias": {"the": 1.0}}, "logit_bias: 'the' is not valid, expected token ids"),
+    "JSON answers": (
+        {"prompt": "a", "response_format": {"type": "json_object"}},
+        "response_format: 'json_object' is not valid",
+    ),
+    "tools": ({"messages": [{"role": "user"}], "tools": [{}]}, "tools: '1 tool(s)' is not valid, expected none: tools are not"),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_HTTP)
+async def test_http_refuses_what_grpc_cannot_be_asked(http: httpx.AsyncClient, cluster: ScriptedCluster, name: str) -> None:
+    body, message = ONLY_HTTP[name]
+    response = await over_http(http, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(message)
+    assert response.json()["error"]["param"] == message.partition(":")[0]
+    assert cluster.requests == []

@@ -31,13 +31,12 @@ from ..router.events import (
 )
 from ..router.fleet import Fleet, FleetConfig
 from ..router.fleet_events import AdoptWorkers, Apply, AssignRole, DrainWorker, FleetAction, FleetEvent, StartWorker, StopWorker
+from ..router.service import HEARTBEAT_S, MAX_SILENT_BEATS
 from .network import End
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Process, Timer, VirtualTime
 from .wanted import WantedLegs, is_our_own_fault
 
-HEARTBEAT_S = 0.5
-MAX_SILENT_BEATS = 6
 STOP_TIMEOUT_S = 5.0
 NUMBERS_OF_A_HEAD = 10**6  # of incarnations and of attempts
 

@@ -4,6 +4,7 @@ A chunk is put together from ready pieces of JSON: this is done for every token 
 is not sent.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ class Wanted:
     echoes: tuple[str, ...] = ()  # the text of each prompt, to begin its choices with
 
 
-class Format:
+class Format(ABC):
     """The answer to one HTTP request, which may have several prompts. Choices are counted across prompts."""
 
     kind = ""  # of a whole answer
@@ -93,14 +94,14 @@ class Format:
             return b'}],"usage":%s}\n\n' % encode(self._usage(whole=False))
         return b'}],"usage":null}\n\n' if self._wanted.usage else b"}]}\n\n"
 
-    def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes: ...
 
-    def _text_chunk(self, number: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _text_chunk(self, number: int, text: str, logprobs: bytes, extra: bytes) -> bytes: ...
 
-    def _first_chunk(self, number: int, prompt: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _first_chunk(self, number: int, prompt: int, text: str, logprobs: bytes, extra: bytes) -> bytes: ...
 
     # whole answers
 
@@ -134,8 +135,8 @@ class Format:
 
     # both
 
-    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]: ...
 
     def _stop_reason(self, number: int, end: pb.ChoiceEnd | pb.Choice) -> str | int | None:
         """The stop string or the stop token that ended a choice, as in vLLM; None when something else did."""

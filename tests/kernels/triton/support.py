@@ -4,6 +4,8 @@ import torch
 
 from pdserve.kernels import AttentionBatch
 
+from ..conftest import paged_batch
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -21,3 +23,14 @@ def poison_unused_slots(cache: torch.Tensor, batch: AttentionBatch, block_size: 
         keys = torch.arange(length)
         used[table[keys // block_size].long(), keys % block_size] = True
     cache.masked_fill_(~used[None, :, None, :, None], torch.nan)
+
+
+def random_case(
+    dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, lens: tuple[list[int], list[int]]
+) -> tuple[AttentionBatch, torch.Tensor, torch.Tensor]:
+    """A batch of these query and context lengths, its queries, and keys and values with nothing but NaN beside them."""
+    batch, num_blocks = paged_batch(*lens, block_size)
+    q = torch.randn(sum(lens[0]), num_heads, head_dim).to(dtype)
+    cache = torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).to(dtype)
+    poison_unused_slots(cache, batch, block_size)
+    return batch, q, cache

@@ -10,7 +10,7 @@ from pdserve.kernels.triton.decode_attention import DecodeBatch, decode_attentio
 from pdserve.kernels.triton.decode_plan import DecodePlan, DecodeShape, plan_decode
 
 from ..conftest import paged_batch
-from .support import DEVICE, assert_close_in_dtype, poison_unused_slots
+from .support import DEVICE, assert_close_in_dtype, random_case
 
 MAX_CONTEXT_LEN = 1024
 reference = TorchKernels()
@@ -64,12 +64,9 @@ def test_decode_attention(
     lengths: tuple[list[int], list[int], int | None],
 ) -> None:
     query_lens, context_lens, window = lengths
-    batch, num_blocks = paged_batch(query_lens, context_lens, block_size)
+    batch, q, cache = random_case(dtype, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens))
     shape = decode_shape(num_kv_heads, block_size, window=window)
     plan = plan_decode(shape, query_lens, context_lens, MAX_CONTEXT_LEN)
-    q = torch.randn(sum(query_lens), num_heads, head_dim).to(dtype)
-    cache = torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).to(dtype)
-    poison_unused_slots(cache, batch, block_size)
     workspace = decode_workspace(shape, num_heads, head_dim, MAX_CONTEXT_LEN, DEVICE)
     out = decode_attention(q.to(DEVICE), *cache.to(DEVICE), padded(batch, plan), workspace, head_dim**-0.5)
     exact = reference.paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)

@@ -6,8 +6,7 @@ import torch
 from pdserve.kernels.reference import TorchKernels
 from pdserve.kernels.triton.prefill_attention import PrefillBatch, plan_prefill, prefill_attention, tokens_per_tile
 
-from ..conftest import paged_batch
-from .support import DEVICE, assert_close_in_dtype, poison_unused_slots
+from .support import DEVICE, assert_close_in_dtype, random_case
 
 MIXED = ([33, 1, 140, 2], [33, 90, 270, 253], None)  # query lengths, context lengths, window
 CASES = [  # query heads, kv heads, head_dim, block_size, batch
@@ -37,10 +36,7 @@ def test_prefill_attention(
     lengths: tuple[list[int], list[int], int | None],
 ) -> None:
     query_lens, context_lens, window = lengths
-    batch, num_blocks = paged_batch(query_lens, context_lens, block_size)
-    q = torch.randn(sum(query_lens), num_heads, head_dim).to(dtype)
-    cache = torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).to(dtype)
-    poison_unused_slots(cache, batch, block_size)
+    batch, q, cache = random_case(dtype, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens))
     tiles = plan_prefill(query_lens, context_lens, tokens_per_tile(cache[0], num_heads))
     tiled = PrefillBatch(*(t.to(DEVICE) for t in (batch.query_start_loc, batch.context_lens, batch.block_tables, tiles)))
     out = prefill_attention(q.to(DEVICE), *cache.to(DEVICE), tiled, head_dim**-0.5, window)

@@ -1,6 +1,6 @@
 """What the doors can stream: one head process on one core, 256 streams, a worker that computes nothing.
 
-    python bench/doors.py [grpc|http ...] [--streams 256] [--tokens 400] [--rate TOKENS_PER_S] [--profile FILE]
+    python bench/doors.py [grpc|http ...] [--streams 256] [--tokens 400] [--rate TOKENS_PER_S] [--at-once N] [--profile FILE]
 
 The head has the real router, its control connection and both doors. The worker speaks the control protocol and produces a
 token for every stream in each step: as fast as the head takes them, or at `--rate`. Clients write and read raw bytes, so that
@@ -46,6 +46,7 @@ from pdserve.embedded import MODEL_DIR
 from pdserve.gateway.app import model_info, serve
 from pdserve.gateway.tokenizer import Tokenizer
 from pdserve.proto import pdserve_pb2 as pb
+from pdserve.router import client_stream
 from pdserve.router.core import Router
 from pdserve.router.service import RouterService
 
@@ -285,7 +286,7 @@ def _start(*arguments: str) -> "subprocess.Popen[str]":
 
 
 async def measure(door: str, args: argparse.Namespace) -> None:
-    process = _start("--head", *(["--profile", args.profile] if args.profile else []))
+    process = _start("--head", "--at-once", str(args.at_once), *(["--profile", args.profile] if args.profile else []))
     assert process.stdin and process.stdout
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(process.pid, {cores[HEAD_CORE]})
@@ -335,11 +336,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--at-once", type=int, default=client_stream.MAX_TOKENS_AT_ONCE, help="tokens an event, at most")
     parser.add_argument("--profile")
     parser.add_argument("--head", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.head:
+        client_stream.MAX_TOKENS_AT_ONCE = args.at_once
         asyncio.run(head(args.profile))
         return
     if args.worker:

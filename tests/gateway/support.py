@@ -65,6 +65,36 @@ def sentencepiece_like() -> Tokenizer:
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
 
 
+@cache
+def metaspace() -> Tokenizer:
+    """SentencePiece's unigram kind without bytes: what is not in the vocabulary is unknown."""
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>"))
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+
+
+@cache
+def metaspace_with_bytes() -> Tokenizer:
+    """Gemma's and Mistral's kind: SentencePiece's letters for spaces, byte fallback, nothing stripped."""
+    backend = Backend.from_str(sentencepiece_like()._backend.to_str())
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+
+
+@cache
+def word_piece() -> Tokenizer:
+    """BERT's kind: pieces of words, a space before each that does not go on a word, and cleaning up afterwards."""
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=150, special_tokens=["[UNK]"]))
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+
+
 def model_info(tokenizer: Tokenizer) -> ModelInfo:
     return ModelInfo(
         name="tiny",

@@ -9,6 +9,7 @@ from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.outbox import Outbox
+from pdserve.engine.token_masks import NoGrammars, TokenMasks
 from pdserve.kv_transfer.config import TransferConfig
 from pdserve.kv_transfer.endpoint import TransferEndpoint
 from pdserve.prefill_worker.worker import PrefillWorker
@@ -83,10 +84,22 @@ class JoinedEngines:
         _, self._address = [end.start() for end in self._ends]
         self.p_box, self.d_box = Outbox("prefill-0", 1), Outbox("decode-0", 1)
         self.prefill = PrefillWorker(
-            p.kv, p.runner, self._ends[0], self.p_box, num_layers=p.layout.num_layers, max_batch_tokens=budget
+            p.kv,
+            p.runner,
+            self._ends[0],
+            self.p_box,
+            TokenMasks(NoGrammars()),
+            num_layers=p.layout.num_layers,
+            max_batch_tokens=budget,
         )
         self.decode = DecodeWorker(
-            d.kv, d.runner, self._ends[1], self.d_box, max_batch_size=max_batch_size, max_batch_tokens=max(budget, 64)
+            d.kv,
+            d.runner,
+            self._ends[1],
+            self.d_box,
+            TokenMasks(NoGrammars()),
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max(budget, 64),
         )
         self._num_requests = 0
 

@@ -1,0 +1,55 @@
+"""The grammar process of a worker, driven by a thread of its own: the engine's thread asks, and is told through its inbox."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from .main import Options
+from .process import GrammarListener, GrammarProcess
+
+
+class GrammarThread:
+    """Calls are made on one thread and return at once; `listener` is called on the grammar thread."""
+
+    def __init__(self, options: Options, listener: GrammarListener) -> None:
+        self._options, self._listener = options, listener
+        self._loop = asyncio.new_event_loop()
+        self._process: GrammarProcess | None = None
+        self._thread = threading.Thread(target=self._run, name="grammar", daemon=True)
+        self._is_running = False
+
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
+        """See `GrammarProcess.open`. The first call starts thread and process."""
+        if not self._is_running:
+            self._is_running = True
+            self._thread.start()
+        self._call(lambda process: process.open(key, grammar, token_ids))
+
+    def advance(self, key: int, token_id: int) -> None:
+        self._call(lambda process: process.advance(key, token_id))
+
+    def close(self, key: int) -> None:
+        self._call(lambda process: process.close(key))
+
+    def stop(self) -> None:
+        """End thread and process; idempotent."""
+        if self._is_running:
+            self._is_running = False
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def _call(self, call: Callable[[GrammarProcess], None]) -> None:
+        self._loop.call_soon_threadsafe(self._on_loop, call)
+
+    def _on_loop(self, call: Callable[[GrammarProcess], None]) -> None:
+        if self._process is None:
+            self._process = GrammarProcess(self._options, self._listener)
+        call(self._process)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+            if self._process is not None:
+                self._loop.run_until_complete(self._process.stop())
+        finally:
+            self._loop.close()

@@ -21,8 +21,9 @@ from ..core.messages import Hello, Holds, LoadProgress, Ready, TransferStats, Wo
 from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine, EngineOptions
-from ..grammar.main import Options as GrammarOptions
+from ..grammar.messages import Setup
 from ..grammar.thread import GrammarThread
+from ..grammar.vocabulary import tokenizer_json
 from ..kv_transfer.endpoint import TransferEndpoint
 from ..worker.held_legs import in_frames
 from ..worker.worker import Worker
@@ -88,7 +89,7 @@ class WorkerProcess:
                 host=spec.host or "127.0.0.1",
                 transport=spec.config.kv.transport,
             )
-            grammars = GrammarThread(self._grammar_options(engine), self)
+            grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
             self._serve(engine, endpoint, grammars, cores)
         finally:
             self._stopping.set()  # the reader's thread does not look for another router
@@ -129,9 +130,9 @@ class WorkerProcess:
     def on_failed(self, key: int, why: str) -> None:
         self._inbox.put(lambda: self._worker.mask_failed(key, why, False))
 
-    def _grammar_options(self, engine: Engine) -> GrammarOptions:
+    def _grammar_setup(self, engine: Engine) -> Setup:
         path = resolve_model_path(self._spec.config.model.path)
-        return GrammarOptions(str(path), engine.config.vocab_size, engine.config.eos_token_ids)
+        return Setup(tokenizer_json(path), engine.config.vocab_size, engine.config.eos_token_ids)
 
     def _load_engine(self) -> Engine:
         spec, config = self._spec, self._spec.config

@@ -15,7 +15,7 @@ from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..grammar.checker import GrammarChecker
-from ..grammar.main import Options
+from ..grammar.messages import Setup
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .access import Access
 from .admin import ClusterService
@@ -105,8 +105,7 @@ async def serve(
     access = Access(config.listen.api_keys) if config.listen.api_keys else None
     shared = Shared(config, access)
     admin = ClusterService(frontend, shared)
-    options = Options(str(resolve_model_path(config.model.path)), model.vocab_size, model.eos_token_ids)
-    grammars = GrammarChecker(options)
+    grammars = GrammarChecker(lambda: Setup(tokenizer.to_json(), model.vocab_size, model.eos_token_ids))
     serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars))
     generation = GenerationService(serving)
     servers = [_server(config, generation, admin, access)]

@@ -3,11 +3,11 @@
 import asyncio
 import itertools
 from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from ..core.errors import NoWorkerAvailable, QueueFull
-from .main import Options
+from .messages import Setup
 from .process import GrammarProcess
 
 MAX_KNOWN = 1024  # grammars that were found good
@@ -18,8 +18,8 @@ RETRY_S = 1.0
 class GrammarChecker:
     """Used on one asyncio loop. The process starts with the first question."""
 
-    def __init__(self, options: Options) -> None:
-        self._options = options
+    def __init__(self, set_up: Callable[[], Setup]) -> None:
+        self._set_up = set_up
         self._process: GrammarProcess | None = None
         self._keys = itertools.count()
         self._answers: dict[int, asyncio.Future[str | None]] = {}
@@ -65,7 +65,7 @@ class GrammarChecker:
     async def _ask(self, grammar: str) -> str | None:
         """What is wrong with it, if anything."""
         if self._process is None:
-            self._process = GrammarProcess(self._options, self)
+            self._process = GrammarProcess(self._set_up, self)
         key = next(self._keys)
         answer: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._answers[key] = answer

@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 from .messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
 
 MAX_CACHED_GRAMMARS = 128
-FREE_S = 1.0  # of computing that every output has
+FREE_S = 0.5  # of computing that every output has
 FREE_S_PER_TOKEN = 0.02  # and that each of its tokens adds
 
 

@@ -1,5 +1,6 @@
 """What goes to the grammar process and what comes back, one frame each (`core.codec`). Keys are the caller's.
 
+Setup(tokenizer)           ---->   once, before all others
 Open(key, grammar, tokens) ---->
                            <---- Mask(key, 2, bits), or Refused(key, why)
 Advance(key, 3, token)     ---->
@@ -8,6 +9,14 @@ Close(key)                 ---->
 """
 
 import msgspec
+
+
+class Setup(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The vocabulary that masks are about. There is no answer."""
+
+    tokenizer: str  # as in a checkpoint's tokenizer.json, all added tokens included
+    vocab_size: int  # the model's, which may be more
+    eos_token_ids: tuple[int, ...]
 
 
 class Open(msgspec.Struct, frozen=True, array_like=True, tag=True):

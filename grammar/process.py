@@ -5,20 +5,18 @@ import logging
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-import msgspec
-
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
-from .main import Options
-from .messages import FromProcess, Mask, Refused, ToProcess
+from .messages import FromProcess, Mask, Refused, Setup, ToProcess
 from .outputs import Outputs
 
 log = logging.getLogger(__name__)
 
 COSTS = (-signal.SIGPROF, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes: time, stack, memory
-SILENT_S = 30.0  # a process without an answer for so long is stopped or starved; its jobs take 1 s of processor time
+SILENT_S = 30.0  # a process without an answer for so long is stopped or starved; its jobs end after half a second of work
 READ_BYTES = 1 << 18
 START_AGAIN_S = 1.0
 
@@ -37,8 +35,9 @@ class GrammarListener(Protocol):
 class GrammarProcess:
     """Used on one asyncio loop. Calls return at once."""
 
-    def __init__(self, options: Options, listener: GrammarListener) -> None:
-        self._options = options
+    def __init__(self, set_up: Callable[[], Setup], listener: GrammarListener) -> None:
+        """`set_up` is called when a process starts, and may take a moment."""
+        self._set_up = set_up
         self._listener = listener
         self._outputs = Outputs()
         self._needed = asyncio.Event()
@@ -92,7 +91,7 @@ class GrammarProcess:
 
     async def _live(self) -> int:
         """One process from start to end; its exit code."""
-        arguments = ("-P", "-m", f"{__package__}.main", msgspec.json.encode(self._options).decode())
+        arguments = ("-P", "-m", f"{__package__}.main")
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, *arguments, stdin=PIPE, stdout=PIPE, start_new_session=True
@@ -102,7 +101,9 @@ class GrammarProcess:
             await asyncio.sleep(START_AGAIN_S)
             return 1
         try:
+            assert process.stdin is not None
             self._process, self._encoder = process, FrameEncoder()
+            process.stdin.write(self._encoder.encode(self._set_up()))
             for message in self._outputs.restarted():
                 self._send(message)
             with suppress(FrameError, TimeoutError):

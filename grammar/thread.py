@@ -4,15 +4,16 @@ import asyncio
 import threading
 from collections.abc import Callable
 
-from .main import Options
+from .messages import Setup
 from .process import GrammarListener, GrammarProcess
 
 
 class GrammarThread:
     """Calls are made on one thread and return at once; `listener` is called on the grammar thread."""
 
-    def __init__(self, options: Options, listener: GrammarListener) -> None:
-        self._options, self._listener = options, listener
+    def __init__(self, set_up: Callable[[], Setup], listener: GrammarListener) -> None:
+        """`set_up` is called on the grammar thread."""
+        self._set_up, self._listener = set_up, listener
         self._loop = asyncio.new_event_loop()
         self._process: GrammarProcess | None = None
         self._thread = threading.Thread(target=self._run, name="grammar", daemon=True)
@@ -43,7 +44,7 @@ class GrammarThread:
 
     def _on_loop(self, call: Callable[[GrammarProcess], None]) -> None:
         if self._process is None:
-            self._process = GrammarProcess(self._options, self._listener)
+            self._process = GrammarProcess(self._set_up, self._listener)
         call(self._process)
 
     def _run(self) -> None:

@@ -1,5 +1,5 @@
-"""The grammar process of a simulated worker: any token may come next, but that is known only after a while, and when the process
-had to be started again, after a long one."""
+"""The grammar process of a simulated worker: any token may come next, but that is known only after a while; after a long one
+when the process had to be started again."""
 
 from collections.abc import Callable
 from random import Random

@@ -83,21 +83,16 @@ class JoinedEngines:
         ]
         _, self._address = [end.start() for end in self._ends]
         self.p_box, self.d_box = Outbox("prefill-0", 1), Outbox("decode-0", 1)
+        self.masks = TokenMasks(NoGrammars()), TokenMasks(NoGrammars())
         self.prefill = PrefillWorker(
-            p.kv,
-            p.runner,
-            self._ends[0],
-            self.p_box,
-            TokenMasks(NoGrammars()),
-            num_layers=p.layout.num_layers,
-            max_batch_tokens=budget,
+            p.kv, p.runner, self._ends[0], self.p_box, self.masks[0], num_layers=p.layout.num_layers, max_batch_tokens=budget
         )
         self.decode = DecodeWorker(
             d.kv,
             d.runner,
             self._ends[1],
             self.d_box,
-            TokenMasks(NoGrammars()),
+            self.masks[1],
             max_batch_size=max_batch_size,
             max_batch_tokens=max(budget, 64),
         )

@@ -106,14 +106,17 @@ class GrammarProcess:
             process.stdin.write(self._encoder.encode(self._set_up()))
             for message in self._outputs.restarted():
                 self._send(message)
-            with suppress(FrameError, TimeoutError):
-                await self._read(process)
+            await self._read(process)
+        except (FrameError, TimeoutError) as error:
+            log.warning("the grammar process is killed", extra={"reason": str(error) or "it is silent"})
+            _kill(process)
+        except asyncio.CancelledError:
+            _kill(process)
+            await process.wait()
+            raise
         finally:
             self._process = None
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-            code = await process.wait()
+        code = await process.wait()
         log.warning("the grammar process ended", extra={"exit_code": code})
         return code
 
@@ -145,3 +148,9 @@ class GrammarProcess:
                 self._listener.on_mask(answer.key, answer.num_tokens, answer.bits)
             case Refused():
                 self._listener.on_refused(answer.key, answer.why)
+
+
+def _kill(process: Process) -> None:
+    """Not for one that ends by itself: who asks subprocess to kill it takes its exit code away from asyncio."""
+    with suppress(ProcessLookupError):
+        process.kill()

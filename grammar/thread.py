@@ -9,20 +9,20 @@ from .process import GrammarListener, GrammarProcess
 
 
 class GrammarThread:
-    """Calls are made on one thread and return at once; `listener` is called on the grammar thread."""
+    """Calls are made on one thread and return at once; `listener` is called on the grammar thread. Nothing runs before the
+    first output is opened."""
 
     def __init__(self, set_up: Callable[[], Setup], listener: GrammarListener) -> None:
         """`set_up` is called on the grammar thread."""
         self._set_up, self._listener = set_up, listener
-        self._loop = asyncio.new_event_loop()
-        self._process: GrammarProcess | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="grammar", daemon=True)
-        self._is_running = False
+        self._process: GrammarProcess | None = None  # on the grammar thread
 
     def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
-        """See `GrammarProcess.open`. The first call starts thread and process."""
-        if not self._is_running:
-            self._is_running = True
+        """See `GrammarProcess.open`."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
             self._thread.start()
         self._call(lambda process: process.open(key, grammar, token_ids))
 
@@ -34,12 +34,14 @@ class GrammarThread:
 
     def stop(self) -> None:
         """End thread and process; idempotent."""
-        if self._is_running:
-            self._is_running = False
+        if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            self._loop.close()
+            self._loop = None
 
     def _call(self, call: Callable[[GrammarProcess], None]) -> None:
+        assert self._loop is not None, "no output was opened"
         self._loop.call_soon_threadsafe(self._on_loop, call)
 
     def _on_loop(self, call: Callable[[GrammarProcess], None]) -> None:
@@ -48,9 +50,7 @@ class GrammarThread:
         call(self._process)
 
     def _run(self) -> None:
-        try:
-            self._loop.run_forever()
-            if self._process is not None:
-                self._loop.run_until_complete(self._process.stop())
-        finally:
-            self._loop.close()
+        assert self._loop is not None
+        self._loop.run_forever()
+        if self._process is not None:
+            self._loop.run_until_complete(self._process.stop())

@@ -26,7 +26,7 @@ class Constraints:
         self._checker = checker
 
     async def grammar(self, message: pb.Constraint, client: str) -> str:
-        grammar = _grammar(message)
+        grammar = grammar_of(message)
         why = await self._checker.check(grammar, client)
         if why is not None:
             kind = message.WhichOneof("kind")
@@ -55,7 +55,8 @@ def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
         )
 
 
-def _grammar(message: pb.Constraint) -> str:
+def grammar_of(message: pb.Constraint) -> str:
+    """Its text, which may be no grammar. Raises InvalidRequest for what is no JSON schema."""
     match message.WhichOneof("kind"):
         case "json_schema":
             return json_schema_grammar(message.json_schema)

@@ -10,7 +10,9 @@ from llguidance import LLMatcher
 
 from ..core.errors import InvalidRequest
 
-WHITESPACE = r"[ \n\r\t]{0,64}"  # between the tokens of JSON; without a bound a model may go on with blanks for ever
+# Between the tokens of JSON: nothing, a space, or a new line and its indentation. Without a bound a model may go on with
+# blanks for ever.
+WHITESPACE = r"( |\n[ \t]{0,40})?"
 
 
 def json_object_grammar() -> str:

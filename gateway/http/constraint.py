@@ -31,7 +31,7 @@ def _of_format(asked: ResponseFormat) -> pb.Constraint | None:
 
 
 def _of_outputs(asked: StructuredOutputs) -> pb.Constraint:
-    kinds = {name: value for name, value in asked if value is not None}
+    kinds = {name: getattr(asked, name) for name in asked.model_fields_set}
     if len(kinds) > 1:
         raise InvalidRequest("structured_outputs", sorted(kinds), KINDS)
     if "json_schema" in kinds:

@@ -122,7 +122,7 @@ class StructuredOutputs(Body):
     """JSON of this schema, given as an object or as its text."""
     regex: str | None = None
     """What this regular expression, of Rust's regex syntax, matches as a whole."""
-    choice: Annotated[list[str], FailFast()] | None = None
+    choice: Annotated[list[str], FailFast()] = []
     """One of these texts."""
     grammar: str | None = None
     """A text of this grammar, in Lark's syntax as llguidance extends it."""

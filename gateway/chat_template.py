@@ -20,9 +20,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, object]) -> None:
         """Raises CheckpointError when `source` is no template."""
+        sandbox = Sandbox()
         try:
-            self._template = Sandbox().compiled(source)
-        except TemplateError as error:
+            self._template = sandbox.compiled(sandbox.parsed(source))
+        except (TemplateError, RecursionError, MemoryError, SyntaxError) as error:  # the last three are of deep nesting
             raise CheckpointError(f"its chat template cannot be compiled: {error}") from error
         self._special_tokens = {name: str(token) for name, token in special_tokens.items() if isinstance(token, str)}
 

@@ -10,7 +10,7 @@ from functools import partial
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
-from jinja2 import TemplateError, Undefined, nodes
+from jinja2 import Template, TemplateError, Undefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -60,14 +60,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
         self._functions = tuple(self.globals.values())
 
-    def compiled(self, source: str) -> Any:
-        """A template to render. Raises TemplateError."""
+    def parsed(self, source: str) -> nodes.Template:
+        """Raises TemplateError, or what Python's own parser raises for what is nested too deeply."""
         if len(source) > MAX_SOURCE_CHARS:
             raise TemplateError(f"it has {len(source)} characters, expected at most {MAX_SOURCE_CHARS}")
-        try:
-            return self.from_string(_rewritten(self.parse(source)))
-        except (RecursionError, MemoryError, SyntaxError) as error:  # Python's own compiler gives up
-            raise TemplateError(f"it is nested too deeply ({type(error).__name__})") from error
+        return self.parse(source)
+
+    def compiled(self, parsed: nodes.Template) -> Template:
+        """A template to render; uses up `parsed`. Raises as `parsed`."""
+        return self.from_string(_rewritten(parsed))
 
     def wrap_str_format(self, value: Any) -> None:
         """Not here: `call` has a str.format of its own."""

@@ -49,6 +49,8 @@ def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
         for index, text in enumerate(texts):
             if not text:
                 raise InvalidRequest(f"constraint.choice[{index}]", text, "a text that is not empty")
+    if kind == "grammar" and message.grammar.lstrip().startswith("{"):  # llguidance would take it for its own form
+        raise InvalidRequest("constraint.grammar", message.grammar, "a grammar in Lark's syntax")
     if message.ByteSize() > limits.max_constraint_bytes:
         raise InvalidRequest(
             f"constraint.{kind}", f"{message.ByteSize()} bytes", f"at most {limits.max_constraint_bytes} bytes"

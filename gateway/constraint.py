@@ -18,6 +18,10 @@ class GrammarCheck(Protocol):
         """Raises InvalidRequest, QueueFull or NoWorkerAvailable."""
         ...
 
+    async def why_not(self, grammar: str, client: str) -> str | None:
+        """Why a grammar of our own making cannot be followed; None when it can. Raises QueueFull or NoWorkerAvailable."""
+        ...
+
 
 class Constraints:
     """`GrammarCheck` by llguidance. The message has passed `check_constraint`."""
@@ -27,12 +31,15 @@ class Constraints:
 
     async def grammar(self, message: pb.Constraint, client: str) -> str:
         grammar = grammar_of(message)
-        why = await self._checker.check(grammar, client)
+        why = await self.why_not(grammar, client)
         if why is not None:
             kind = message.WhichOneof("kind")
             assert kind is not None
             raise InvalidRequest(f"constraint.{kind}", _shown(message), f"what can be followed ({why})")
         return grammar
+
+    async def why_not(self, grammar: str, client: str) -> str | None:
+        return await self._checker.check(grammar, client)
 
 
 def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:

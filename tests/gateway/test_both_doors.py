@@ -294,7 +294,6 @@ ONLY_HTTP = {
         "response_format.json_schema: 's' is not valid, expected none",
     ),
     "unknown format": ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format.type: 'xml' is not valid"),
-    "tools": ({"messages": [{"role": "user"}], "tools": [{}]}, "tools: '1 tool(s)' is not valid, expected none: tools are not"),
 }
 
 

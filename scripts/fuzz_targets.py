@@ -117,8 +117,10 @@ def _made(draw: atheris.FuzzedDataProvider) -> pb.GenerateRequest:
                 message.prompt.chat.tool_choice.function = _text(draw)
     message.request_id, message.client_id, message.cache_salt = _text(draw), _text(draw), _text(draw)
     for field in pb.SamplingParams.DESCRIPTOR.fields:
-        if field.name != "constraint" and draw.ConsumeBool():
+        if field.name not in ("constraint", "logit_bias") and draw.ConsumeBool():
             _set(message.sampling, field, draw)
+    for _ in range(draw.ConsumeIntInRange(0, 2)):
+        message.sampling.logit_bias[draw.ConsumeIntInRange(0, 2**32 - 1)] = draw.ConsumeFloat()
     if draw.ConsumeBool():
         _constrain(message.sampling.constraint, draw)
     message.resume_from.extend(draw.ConsumeIntInRange(0, 2**31 - 1) for _ in range(draw.ConsumeIntInRange(0, 2)))

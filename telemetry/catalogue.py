@@ -66,7 +66,8 @@ COUNTERS = (
     _counter(
         "slo_requests_total",
         "Requests that ended, by whether they kept the objectives for the first token and the mean gap between tokens; goodput "
-        "is met, met. Those that their clients cancelled or left unread are not judged; errors and deadlines miss both.",
+        "is met, met. Those that their clients cancelled or left unread, or that could not be carried out by anybody, are not "
+        "judged; errors and deadlines miss both.",
         "ttft",
         "itl",
     ),

@@ -14,6 +14,7 @@ from .catalogue import HISTOGRAMS
 from .steps import StepTally
 
 Labels = tuple[str, ...]
+CLIENTS_DOING = (FinishReason.CANCELLED, FinishReason.INVALID)  # no latency would have been right
 ANSWERS = (FinishReason.STOP, FinishReason.LENGTH)
 MET, MISSED = "met", "missed"
 
@@ -41,7 +42,7 @@ class Tally:
             self._first_token(timeline, timeline.first_token_s)
         if outcome in ANSWERS:
             self._answer(timeline)
-        if outcome is not FinishReason.CANCELLED and not timeline.num_pauses:
+        if outcome not in CLIENTS_DOING and not timeline.num_pauses:
             self._judge(timeline, outcome in ANSWERS)
 
     def _add(self, name: str, value: float, *labels: str) -> None:

@@ -183,7 +183,13 @@ class Cluster:
         return self.report(worker_id, TokenOutput(transfer, choice, index, 100 + index, finish))
 
     def leg_ended(
-        self, worker_id: str, leg: Leg, error: str | None = None, *, transfer: TransferId | None = None
+        self,
+        worker_id: str,
+        leg: Leg,
+        error: str | None = None,
+        *,
+        transfer: TransferId | None = None,
+        is_invalid: bool = False,
     ) -> list[RouterCommand]:
         return self.handle(
             LegEnded(
@@ -192,6 +198,7 @@ class Cluster:
                 transfer=transfer or self.spec(worker_id).transfer,
                 leg=leg,
                 error=error,
+                is_invalid=is_invalid,
             )
         )
 

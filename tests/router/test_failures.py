@@ -1,5 +1,7 @@
 """Any worker may die at any moment: streams go on elsewhere from where their clients are."""
 
+import pytest
+
 from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
@@ -127,6 +129,27 @@ def test_after_max_attempts_the_request_ends_with_the_last_error() -> None:
     assert end.error == "gave up after 3 attempts, the last failed: both-0: out of luck"
     assert cluster.choice_ends["r", 0] == [ERROR]
     assert cluster.num_legs() == {"both-0": 0}
+    assert len(cluster.closed["r"]) == 1
+
+
+@pytest.mark.parametrize("is_at_prefill", [True, False])
+def test_what_no_worker_can_carry_out_is_not_tried_again(is_at_prefill: bool) -> None:
+    cluster = Cluster("prefill-0", "prefill-1", "decode-0", "decode-1", config=PAIRS_ONLY)
+    cluster.submit(make_request(n=2))
+    if is_at_prefill:
+        cluster.leg_ended("prefill-0", Leg.PREFILL, "no text fits it", is_invalid=True)
+        assert cluster.aborts("decode-0") == [TransferId("r", 0)]
+        cluster.leg_ended("decode-0", Leg.DECODE, "aborted")
+    else:
+        for choice in range(2):
+            cluster.token("prefill-0", 0, choice=choice)
+        cluster.leg_ended("prefill-0", Leg.PREFILL)
+        cluster.leg_ended("decode-0", Leg.DECODE, "no text fits it", is_invalid=True)
+    (end,) = cluster.ends["r"]
+    worker = "prefill-0" if is_at_prefill else "decode-0"
+    assert (end.finish_reason, end.error) == (FinishReason.INVALID, f"{worker}: no text fits it")
+    assert cluster.choice_ends["r", 0] == cluster.choice_ends["r", 1] == [FinishReason.INVALID]
+    assert not any(cluster.num_legs().values())
     assert len(cluster.closed["r"]) == 1
 
 

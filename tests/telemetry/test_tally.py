@@ -212,6 +212,15 @@ def test_a_worker_that_changes_its_role_counts_for_its_new_pool(cluster: Watched
     assert cluster.values()['step_duration_seconds_count{phase="decode",pool="decode"}'] == 1
 
 
+def test_a_request_that_nobody_can_carry_out_is_not_judged(cluster: Watched) -> None:
+    cluster.submit(make_request())
+    cluster.leg_ended("decode-0", Leg.DECODE, "no text fits it", is_invalid=True)
+    cluster.leg_ended("prefill-0", Leg.PREFILL, "aborted")
+    values = cluster.values()
+    assert values['request_success_total{finished_reason="invalid"}'] == 1
+    assert not [name for name in values if name.startswith("slo_requests")]
+
+
 def test_an_adopted_request_is_counted_but_its_times_are_not() -> None:
     cluster = Watched("decode-0")
     ended = Timeline(

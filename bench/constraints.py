@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.embedded import MODEL_DIR
 from pdserve.engine.checkpoint import open_checkpoint
 from pdserve.engine.engine import Engine, EngineOptions
+from pdserve.engine.sequence import Sequence as SequenceState
 from pdserve.grammar.messages import Setup
 from pdserve.grammar.sources import json_schema_grammar
 from pdserve.grammar.thread import GrammarThread
@@ -48,10 +49,10 @@ class Bench:
     def __init__(self, checkpoint: Path) -> None:
         engine = Engine.open(checkpoint, EngineOptions(num_blocks=2048, max_model_len=2048))
         vocab_size, ends = engine.config.vocab_size, open_checkpoint(MODEL_DIR).config.eos_token_ids
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._masks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._grammars = GrammarThread(lambda: Setup(tokenizer_json(MODEL_DIR), vocab_size, ends), self)
         self._worker = Worker(
-            "w", 1, engine.kv, engine.runner, None, self._grammars,  # type: ignore[arg-type]
+            "w", 1, engine.kv, engine.runner, None, self._grammars, self._await_masks,  # type: ignore[arg-type]
             num_layers=engine.layout.num_layers, max_batch_tokens=2048, max_batch_size=64,
         )  # fmt: skip
         self._num_runs = 0
@@ -60,7 +61,7 @@ class Bench:
         self._grammars.stop()
 
     def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
-        self._inbox.put(lambda: self._worker.masked(key, num_tokens, bits))
+        self._masks.put(lambda: self._worker.masked(key, num_tokens, bits))
 
     def on_refused(self, key: int, why: str) -> None:
         raise AssertionError(why)
@@ -80,22 +81,24 @@ class Bench:
             )
         num_emitted, started_s = 0, 0.0
         while self._worker.num_legs:
-            self._take_events(wait=not self._worker.step())
+            self._take_masks(wait=not self._worker.step())
             reports = [message for message in self._worker.take_messages() if hasattr(message, "outputs")]
             num_emitted += sum(len(report.outputs) for report in reports)
             if not started_s and num_emitted >= batch_size:
                 started_s, num_emitted = time.perf_counter(), 0
         return num_emitted / (time.perf_counter() - started_s)
 
-    def _take_events(self, wait: bool) -> None:
+    def _take_masks(self, wait: bool) -> None:
         if wait and self._worker.num_legs:
-            self._inbox.get()()
-        while not self._inbox.empty():
-            self._inbox.get()()
+            self._masks.get()()
+        while not self._masks.empty():
+            self._masks.get()()
+
+    def _await_masks(self, sequences: Sequence[SequenceState]) -> None:
         give_up_s = time.monotonic() + MASK_WAIT_S
         with suppress(queue.Empty):
-            while self._worker.awaits_masks:
-                self._inbox.get(timeout=max(0.0, give_up_s - time.monotonic()))()
+            while not all(seq.may_sample for seq in sequences):
+                self._masks.get(timeout=max(0.0, give_up_s - time.monotonic()))()
 
 
 def main() -> None:

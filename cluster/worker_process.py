@@ -2,7 +2,7 @@
 
     router-reader --commands--> inbox --> engine thread: Worker.step() --> its messages --> router
     transfer thread --endings--> inbox
-    grammar thread --token masks--> inbox
+    grammar thread --token masks--> masks
 
 Knows no Ray; an actor runs it (`cluster.actors`), and so can a test.
 """
@@ -14,13 +14,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from ..core.messages import Hello, Holds, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
 from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine, EngineOptions
+from ..engine.sequence import Sequence as SequenceState
 from ..grammar.messages import Setup
 from ..grammar.thread import GrammarThread
 from ..grammar.vocabulary import tokenizer_json
@@ -43,7 +44,7 @@ def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
     return cores
 
 
-MASK_WAIT_S = 0.002  # at most so long does a step wait for masks that were asked for after the one before
+MASK_WAIT_S = 0.002  # at most so long does a step that is computed wait for masks
 RECONNECT_S = 0.1
 BRIEF_S = 1.0  # a connection that lasted less was refused
 ROUTER_LOST_TIMEOUT_S = 30.0  # for so long a worker goes on without a router
@@ -59,6 +60,7 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._masks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # apart, as a step in course takes them
         self._stopping = threading.Event()
         self._info: WorkerInfo | None = None  # None until it serves
         self._greeted: RouterLink | None = None
@@ -122,7 +124,8 @@ class WorkerProcess:
     # answers of the grammar process, called on the grammar thread
 
     def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
-        self._inbox.put(lambda: self._worker.masked(key, num_tokens, bits))
+        self._masks.put(lambda: self._worker.masked(key, num_tokens, bits))
+        self._inbox.put(lambda: None)  # the engine thread may be waiting there
 
     def on_refused(self, key: int, why: str) -> None:
         self._inbox.put(lambda: self._worker.mask_failed(key, f"its constraint cannot be followed: {why}", True))
@@ -156,6 +159,7 @@ class WorkerProcess:
             engine.runner,
             endpoint,
             grammars,
+            self._await_masks,
             num_layers=engine.layout.num_layers,
             max_batch_tokens=pool.max_batch_tokens,
             max_batch_size=pool.max_batch_size,
@@ -190,15 +194,15 @@ class WorkerProcess:
             self._inbox.get()()
         while not self._inbox.empty():
             self._inbox.get()()
-        if self._worker.awaits_masks:
-            self._await_masks()
+        while not self._masks.empty():
+            self._masks.get()()
 
-    def _await_masks(self) -> None:
-        """A mask mostly takes less than a tenth of a millisecond, a step without its sequence costs a whole one."""
+    def _await_masks(self, sequences: Sequence[SequenceState]) -> None:
+        """They were asked for before the step was computed. A step in vain costs its sequence more than a moment's wait."""
         give_up_s = time.monotonic() + MASK_WAIT_S
         with suppress(queue.Empty):
-            while self._worker.awaits_masks:
-                self._inbox.get(timeout=max(0.0, give_up_s - time.monotonic()))()
+            while not all(seq.may_sample for seq in sequences):
+                self._masks.get(timeout=max(0.0, give_up_s - time.monotonic()))()
 
     def _on_command(self, command: WorkerCommand) -> None:
         """Called on the reader thread."""

@@ -122,8 +122,11 @@ class DecodeScheduler:
         """Account for a computed batch: append what was sampled, fork fresh choices, retire who ended."""
         emissions: list[Emission] = []
         for chunk, tokens in zip(batch.chunks, sampled, strict=True):
-            self._kv.computed(chunk.sequence, chunk.num_tokens)
-            if chunk.choices:
+            is_late = bool(chunk.choices) and not tokens  # its last token has to be computed again
+            self._kv.computed(chunk.sequence, chunk.num_tokens - is_late)
+            if is_late:
+                chunk.sequence.is_mask_late = True
+            elif chunk.choices:
                 emissions += self._emit(chunk, tokens)
         ended = {id(emission.sequence) for emission in emissions if emission.reason is not None}
         if ended:

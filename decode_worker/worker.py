@@ -7,6 +7,7 @@ comes back. What it has to say goes into the outbox.
 import time
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -14,11 +15,11 @@ import msgspec
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Reserve, Serve
 from ..core.request import SequenceSpec, TransferId
-from ..engine.batch import Runner
+from ..engine.batch import Batch, Runner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
-from ..engine.token_masks import TokenMasks
+from ..engine.token_masks import AwaitMasks, TokenMasks
 from .scheduler import DecodeScheduler, Emission
 
 
@@ -56,6 +57,7 @@ class DecodeWorker:
         port: ReceivePort,
         outbox: Outbox,
         masks: TokenMasks,
+        await_masks: AwaitMasks,
         *,
         max_batch_size: int,
         max_batch_tokens: int,
@@ -67,6 +69,7 @@ class DecodeWorker:
         self._port = port
         self._outbox = outbox
         self._masks = masks
+        self._await_masks = await_masks
         self.scheduler = DecodeScheduler(kv, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
         self._legs: dict[TransferId, _Leg] = {}
 
@@ -100,10 +103,14 @@ class DecodeWorker:
             if leg.clock.started_s is None:
                 leg.clock.start(started_s)
                 leg.num_cached_tokens = max(leg.num_cached_tokens, chunk.sequence.num_cached_tokens)
-        sampled = self._runner.run(plan.batch)
+        sampled = self._runner.run(plan.batch, before_sampling=self._wait_for_masks(plan.batch))
         self._outbox.timings.append(plan.batch.timing(self._clock() - started_s))
         self._emit(self.scheduler.complete(plan.batch, sampled))
         return True
+
+    def _wait_for_masks(self, batch: Batch) -> Callable[[], None] | None:
+        without = [chunk.sequence for chunk in batch.chunks if chunk.choices and not chunk.sequence.may_sample]
+        return partial(self._await_masks, without) if without else None
 
     def received(self, transfer: TransferId, payload: bytes) -> None:
         """The KV of a reservation is complete; `payload` is the prefill worker's hand-off."""

@@ -66,7 +66,13 @@ class SampledToken:
 class Runner(Protocol):
     """Computes a batch: one list of sampled tokens per chunk, one token per choice of the chunk.
 
-    `on_layer(i)` is called when layer i has written the batch's KV: it is final then, and may leave.
+    `on_layer(i)` is called when layer i has written the batch's KV: it is final then, and may leave. `before_sampling()` is
+    called when all is computed; a chunk whose sequence's mask is still missing after it gets no token.
     """
 
-    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]: ...
+    def run(
+        self,
+        batch: Batch,
+        on_layer: Callable[[int], None] | None = None,
+        before_sampling: Callable[[], None] | None = None,
+    ) -> list[list[SampledToken]]: ...

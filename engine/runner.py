@@ -25,11 +25,14 @@ class ModelRunner:
         self._inputs = InputBuilder(cache.layout.block_size, max_model_len)
 
     @torch.inference_mode()
-    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]:
-        """The tokens sampled for each chunk, one per entry of `chunk.choices`.
-
-        The batch's block copies are made first. `on_layer(i)` is called when the KV of the batch's tokens is final in layer i.
-        """
+    def run(
+        self,
+        batch: Batch,
+        on_layer: Callable[[int], None] | None = None,
+        before_sampling: Callable[[], None] | None = None,
+    ) -> list[list[SampledToken]]:
+        """The tokens sampled for each chunk, one per entry of `chunk.choices`; see `batch.Runner`. The batch's block copies are
+        made first."""
         if batch.copies:
             self._cache.copy_blocks(batch.copies)
         inputs = self._inputs.build(batch)
@@ -37,8 +40,15 @@ class ModelRunner:
         if inputs.needs_all_rows:
             self._prompts.add(batch.chunks, hidden)
             hidden = hidden if inputs.sampled is None else hidden[inputs.sampled.rows]
-        drawn = iter(self._sampler.sample(self._model.logits(hidden), [chunk for chunk in batch.chunks if chunk.choices]))
-        return [self._with_prompt(chunk, next(drawn)) if chunk.choices else [] for chunk in batch.chunks]
+        logits = self._model.logits(hidden)
+        if before_sampling is not None:
+            before_sampling()
+        sampled = [chunk for chunk in batch.chunks if chunk.choices]
+        rows = [row for row, chunk in enumerate(sampled) if chunk.sequence.may_sample]
+        if len(rows) < len(sampled):
+            logits, sampled = logits[rows], [sampled[row] for row in rows]
+        drawn = dict(zip(map(id, sampled), self._sampler.sample(logits, sampled), strict=True))
+        return [self._with_prompt(chunk, drawn[id(chunk)]) if id(chunk) in drawn else [] for chunk in batch.chunks]
 
     def _with_prompt(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[SampledToken]:
         """What the prompt's tokens brought goes with the first token of choice 0."""

@@ -20,6 +20,7 @@ class Sequence:
         self.num_cached_tokens = 0  # of these, how many came from the prefix cache when it was admitted
         self.block_ids: list[int] = []
         self.token_mask: bytes | None = None  # of the next token, one bit each, when the output follows a grammar
+        self.is_mask_late = True  # it was not there when it was needed, or nothing was computed for it yet
         self._block_hashes: list[bytes] = []
         self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)
         self._stop_token_ids = frozenset(spec.sampling.stop_token_ids)
@@ -58,8 +59,8 @@ class Sequence:
 
     @property
     def num_computable_tokens(self) -> int:
-        """Uncomputed tokens that a step may take. The last one of all brings the next token, and has to wait for its mask."""
-        return self.num_uncomputed_tokens if self.may_sample else self.num_uncomputed_tokens - 1
+        """Uncomputed tokens that a step may take: all, but while a mask is late not the last one, which brings the next token."""
+        return self.num_uncomputed_tokens - (self.is_mask_late and not self.may_sample)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -87,6 +88,7 @@ class Sequence:
         reason = self.finish_reason_with(token_id)
         self.token_ids.append(token_id)
         self.token_mask = None
+        self.is_mask_late = False
         return reason
 
     def block_hashes(self, block_size: int) -> list[bytes]:

@@ -1,10 +1,11 @@
-"""The masks of sequences that follow a grammar: asked for as soon as a token is known, and there before the next is drawn.
+"""The masks of sequences that follow a grammar: asked for as soon as a token is known, and there when the next is drawn.
 
-A sequence without the mask of its next token takes part in steps only with tokens before its last (`Sequence.may_sample`).
+Meanwhile the next step is computed. A sequence whose mask is late gets no token in it, and computes its last token again when
+the mask has come (`Sequence.num_computable_tokens`).
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence as Seq
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy.typing as npt
 
 from ..core.request import TransferId
 from .sequence import Sequence
+
+AwaitMasks = Callable[[Seq[Sequence]], None]  # returns when all of these have their masks, or after a moment
 
 
 class MaskPort(Protocol):
@@ -43,16 +46,6 @@ class TokenMasks:
         self._keys = itertools.count()
         self._key_of: dict[Sequence, int] = {}
         self._sequence_of: dict[int, Sequence] = {}
-        self._fresh: set[int] = set()
-
-    @property
-    def has_fresh(self) -> bool:
-        """Whether masks are due that were asked for since the last `settle`: worth a moment's wait."""
-        return bool(self._fresh)
-
-    def settle(self) -> None:
-        """A step begins: who is late is not waited for again."""
-        self._fresh.clear()
 
     def want(self, seq: Sequence) -> None:
         """`seq` is new here, or has one more token: ask for the mask of its next one, if it follows a grammar."""
@@ -66,19 +59,16 @@ class TokenMasks:
             self._port.open(key, grammar, tuple(seq.output_token_ids))
         else:
             self._port.advance(key, seq.token_ids[-1])
-        self._fresh.add(key)
 
     def masked(self, key: int, num_tokens: int, bits: bytes) -> None:
         """The mask of the token after `num_tokens` of the output."""
         seq = self._sequence_of.get(key)
-        self._fresh.discard(key)
         if seq is not None:
             assert num_tokens == seq.num_output_tokens, f"{seq}: mask after {num_tokens} output tokens"
             seq.token_mask = bits
 
     def given_up(self, key: int) -> TransferId | None:
         """There will be no mask. Whose sequence it is; None when it is gone."""
-        self._fresh.discard(key)
         seq = self._sequence_of.get(key)
         return None if seq is None else seq.transfer
 
@@ -88,7 +78,6 @@ class TokenMasks:
             key = self._key_of.pop(seq, None)
             if key is not None:
                 del self._sequence_of[key]
-                self._fresh.discard(key)
                 self._port.close(key)
 
     def forget_all(self, transfer: TransferId) -> None:

@@ -190,7 +190,12 @@ class ChainRunner:
         self._cost = cost
         self._prompts: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
 
-    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]:
+    def run(
+        self,
+        batch: Batch,
+        on_layer: Callable[[int], None] | None = None,
+        before_sampling: Callable[[], None] | None = None,
+    ) -> list[list[SampledToken]]:
         for source, copy in batch.copies:
             self._store.copy_block(source, copy)
         duration_s = self._cost.of(batch.num_tokens)
@@ -208,7 +213,9 @@ class ChainRunner:
                     self._store.write(layer, block_ids[position // self._size], position % self._size, word, final_s)
             if on_layer is not None:
                 on_layer(layer)
-        return [self._tokens(chunk) for chunk in batch.chunks]
+        if before_sampling is not None:
+            before_sampling()
+        return [self._tokens(chunk) if chunk.sequence.may_sample or not chunk.choices else [] for chunk in batch.chunks]
 
     def _tokens(self, chunk: ScheduledChunk) -> list[SampledToken]:
         seq = chunk.sequence

@@ -144,6 +144,7 @@ class SimulatedWorker:
             ChainRunner(self.store, self.pool, self.clock, self._on_sample),
             Port(process, self.clock, self.hub, self.store, rng),
             SimulatedMasks(process, Random(f"{process.name} {time.now_s}"), self.clock, self._on_mask),
+            lambda sequences: None,  # so every mask is late
             num_layers=self.store.layout.num_layers,
             max_batch_tokens=shape.max_batch_tokens,
             max_batch_size=shape.max_batch_size,

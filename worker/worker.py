@@ -31,7 +31,7 @@ from ..decode_worker.worker import DecodeWorker, ReceivePort
 from ..engine.batch import Runner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import Outbox
-from ..engine.token_masks import MaskPort, TokenMasks
+from ..engine.token_masks import AwaitMasks, MaskPort, TokenMasks
 from ..prefill_worker.worker import PrefillWorker, SendPort
 from .held_legs import HeldLegs
 
@@ -51,6 +51,7 @@ class Worker:
         runner: Runner,
         port: TransferPort,
         mask_port: MaskPort,
+        await_masks: AwaitMasks,
         *,
         num_layers: int,
         max_batch_tokens: int,
@@ -70,6 +71,7 @@ class Worker:
             port,
             self._outbox,
             self._masks,
+            await_masks,
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
             clock=clock,
@@ -124,14 +126,8 @@ class Worker:
             self._prefill.fail(transfer, error, is_invalid)
             self._decode.fail(transfer, error, is_invalid)
 
-    @property
-    def awaits_masks(self) -> bool:
-        """Whether a moment's wait before the next step is likely to let more sequences take part in it."""
-        return self._masks.has_fresh
-
     def step(self) -> bool:
         """One batch of each role that has work; False when there was none."""
-        self._masks.settle()
         worked = self._prefill.step()
         return self._decode.step() or worked
 

@@ -37,6 +37,7 @@ class ColocatedWorker:
             _NoTransfers(),
             self._outbox,
             TokenMasks(NoGrammars()),
+            lambda sequences: None,
             max_batch_size=64,
             max_batch_tokens=4096,
         )

@@ -114,6 +114,7 @@ class JoinedEngines:
             self._ends[1],
             self.d_box,
             self.masks[1],
+            lambda sequences: None,
             max_batch_size=max_batch_size,
             max_batch_tokens=max(budget, 64),
         )

@@ -57,7 +57,12 @@ class ChainEngine:
     def write(self, block_ids: Seq[int], position: int, state: int) -> None:
         self.cache[block_ids[position // self.block_size], position % self.block_size] = state
 
-    def run(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> list[list[SampledToken]]:
+    def run(
+        self,
+        batch: Batch,
+        on_layer: Callable[[int], None] | None = None,
+        before_sampling: Callable[[], None] | None = None,
+    ) -> list[list[SampledToken]]:
         for source, copy in batch.copies:
             for offset in range(self.block_size):
                 if (source, offset) in self.cache:
@@ -65,8 +70,12 @@ class ChainEngine:
         states = [self._compute(chunk.sequence, chunk.start, chunk.end) for chunk in batch.chunks]
         if on_layer is not None:
             on_layer(0)
+        if before_sampling is not None:
+            before_sampling()
         return [
             [SampledToken(next_token(state, choice, chunk.sequence.num_output_tokens)) for choice in chunk.choices]
+            if chunk.sequence.may_sample
+            else []
             for chunk, state in zip(batch.chunks, states, strict=True)
         ]
 

@@ -1,6 +1,7 @@
 """The two roles over a modelled engine and wire: every stream carries exactly the tokens its KV stands for."""
 
 import random
+from collections.abc import Sequence as Seq
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -9,6 +10,7 @@ from pdserve.core.messages import Leg, Prefill, Reserve, Serve
 from pdserve.core.request import FinishReason, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine.outbox import LegClock, Outbox
+from pdserve.engine.sequence import Sequence
 from pdserve.engine.token_masks import TokenMasks
 from pdserve.prefill_worker.worker import PrefillWorker
 
@@ -29,8 +31,20 @@ class Pair:
             self.p.kv, self.p, self.wire, self.p_box, self.p_masks, num_layers=1, max_batch_tokens=budget
         )
         self.decode = DecodeWorker(
-            self.d.kv, self.d, self.wire, self.d_box, self.d_masks, max_batch_size=8, max_batch_tokens=budget
+            self.d.kv,
+            self.d,
+            self.wire,
+            self.d_box,
+            self.d_masks,
+            self.await_masks,
+            max_batch_size=8,
+            max_batch_tokens=budget,
         )
+
+    def await_masks(self, sequences: Seq[Sequence]) -> None:
+        """Some are there in time, others are late."""
+        for _ in range(self.rng.randrange(3)):
+            self.d_port.tell(self.rng, self.d_masks)
 
     def submit(self, spec: SequenceSpec) -> None:
         self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))

@@ -56,6 +56,22 @@ def test_a_prompt_of_one_token_waits_too() -> None:
     assert pair.tokens(request) == expected_tokens(range(1), 0, 6)
 
 
+def test_a_mask_that_comes_while_the_step_is_computed_is_in_time_and_a_late_one_costs_a_step() -> None:
+    pair, request = Pair(), constrained("a", 3, 3)
+    pair.decode.serve(Serve(spec=request))
+    pair.d_port.tell(pair.rng, pair.d_masks)
+    pair.decode.step()
+    pair.rng.randrange = lambda *_: 0  # type: ignore[method-assign]  (none comes)
+    assert pair.decode.step() and len(pair.d_box.outputs) == 1
+    assert not pair.decode.step()
+    pair.d_port.tell(pair.rng, pair.d_masks)
+    assert pair.decode.step() and len(pair.d_box.outputs) == 2
+    pair.run()
+    assert pair.tokens(request) == expected_tokens(range(3), 0, 3)
+    assert [timing.num_context_tokens for timing in pair.d_box.timings] == [0, 4, 4, 5]
+    pair.check_at_rest()
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_each_choice_follows_the_grammar_by_itself(n: int) -> None:
     pair, request = Pair(), constrained("a", 10, n=n)

@@ -11,6 +11,7 @@ import torch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
 from .decode_plan import DecodeShape, plan_decode
 from .launch import Launch
+from .norm import norm_launch
 from .prefill_attention import PrefillBatch, prefill_launch
 
 TARGETS = (80, 90, 100)
@@ -41,6 +42,7 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     """(what for, launch) for a GPU of that compute capability."""
     yield from _decode(target)
     yield from _prefill(target)
+    yield from _norms()
 
 
 def _decode(target: int) -> Iterator[tuple[str, Launch]]:
@@ -85,16 +87,26 @@ def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
         yield f"{heads.name}, page {block_size}{_sliding(window)}", launch
 
 
+def _norms() -> Iterator[tuple[str, Launch]]:
+    for width, adds in [(2048, True), (4096, True), (4096, False), (8192, True)]:
+        x = _bfloat16(64, width)
+        yield f"{width} wide{', residual' if adds else ''}", norm_launch(x, x if adds else None, x[0], 1e-5, x)
+
+
 def _sliding(window: int | None) -> str:
     return "" if window is None else f", window {window}"
 
 
 def _queries(num_tokens: int, heads: Heads) -> torch.Tensor:
-    return torch.empty((num_tokens, heads.num_heads, heads.head_dim), dtype=torch.bfloat16, device="meta")
+    return _bfloat16(num_tokens, heads.num_heads, heads.head_dim)
 
 
 def _cache(heads: Heads, block_size: int) -> torch.Tensor:
-    return torch.empty((1024, heads.num_kv_heads, block_size, heads.head_dim), dtype=torch.bfloat16, device="meta")
+    return _bfloat16(1024, heads.num_kv_heads, block_size, heads.head_dim)
+
+
+def _bfloat16(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
 
 def _int32(*shape: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from .decode_plan import DecodeShape, plan_decode
 from .launch import Launch
 from .norm import norm_launch
 from .prefill_attention import PrefillBatch, prefill_launch
+from .rope_cache import rope_launch
 
 TARGETS = (80, 90, 100)
 _NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -43,6 +44,7 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     yield from _decode(target)
     yield from _prefill(target)
     yield from _norms()
+    yield from _ropes()
 
 
 def _decode(target: int) -> Iterator[tuple[str, Launch]]:
@@ -93,6 +95,16 @@ def _norms() -> Iterator[tuple[str, Launch]]:
         yield f"{width} wide{', residual' if adds else ''}", norm_launch(x, x if adds else None, x[0], 1e-5, x)
 
 
+def _ropes() -> Iterator[tuple[str, Launch]]:
+    for heads, norms in [(LLAMA_8B, False), (QWEN3_06B, True), (QWEN2_7B, False), (HEAD_DIM_80, False), (HEAD_DIM_256, True)]:
+        cache = _cache(heads, 64)
+        qkv = _bfloat16(64, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim)
+        index, norm = _int64(64), _bfloat16(heads.head_dim) if norms else None
+        angles = _float32(_MAX_CONTEXT_LEN, heads.head_dim)
+        launch = rope_launch(qkv, index, angles, norm, norm, 1e-6, cache, cache, index, _queries(64, heads))
+        yield f"{heads.name}{', norms' if norms else ''}", launch
+
+
 def _sliding(window: int | None) -> str:
     return "" if window is None else f", window {window}"
 
@@ -111,6 +123,10 @@ def _bfloat16(*shape: int) -> torch.Tensor:
 
 def _int32(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def _int64(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 def _float32(*shape: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .activation import silu_mul_launch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
 from .decode_plan import DecodeShape, plan_decode
 from .launch import Launch
@@ -45,6 +46,7 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     yield from _prefill(target)
     yield from _norms()
     yield from _ropes()
+    yield "14336 wide", silu_mul_launch(_bfloat16(64, 2 * 14336), _bfloat16(64, 14336))
 
 
 def _decode(target: int) -> Iterator[tuple[str, Launch]]:

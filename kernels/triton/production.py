@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..sampling import SamplingBatch
 from .activation import silu_mul_launch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
 from .decode_plan import DecodeShape, plan_decode
@@ -15,6 +16,7 @@ from .launch import Launch
 from .norm import norm_launch
 from .prefill_attention import PrefillBatch, prefill_launch
 from .rope_cache import rope_launch
+from .sampling import sample_launch
 
 TARGETS = (80, 90, 100)
 _NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -46,6 +48,7 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     yield from _prefill(target)
     yield from _norms()
     yield from _ropes()
+    yield from _samplings()
     yield "14336 wide", silu_mul_launch(_bfloat16(64, 2 * 14336), _bfloat16(64, 14336))
 
 
@@ -105,6 +108,13 @@ def _ropes() -> Iterator[tuple[str, Launch]]:
         angles = _float32(_MAX_CONTEXT_LEN, heads.head_dim)
         launch = rope_launch(qkv, index, angles, norm, norm, 1e-6, cache, cache, index, _queries(64, heads))
         yield f"{heads.name}{', norms' if norms else ''}", launch
+
+
+def _samplings() -> Iterator[tuple[str, Launch]]:
+    float64 = torch.empty(64, dtype=torch.float64, device="meta")
+    batch = SamplingBatch(_int32(64), float64, _int32(64), float64, float64, _int64(64), _int32(64), _int32(64))
+    for model, vocab_size in [("Llama-3", 128_256), ("GPT-2", 50_257)]:
+        yield f"{model}, {vocab_size} tokens", sample_launch(_float32(64, vocab_size), batch, _int64(64))
 
 
 def _sliding(window: int | None) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..sampling import SamplingBatch
+from ..wire import KVPart, WireFormat, part_bytes
 from .activation import silu_mul_launch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
 from .decode_plan import DecodeShape, plan_decode
@@ -17,6 +18,7 @@ from .norm import norm_launch
 from .prefill_attention import PrefillBatch, prefill_launch
 from .rope_cache import rope_launch
 from .sampling import sample_launch
+from .transfer import checksum_launch, transfer_launch
 
 TARGETS = (80, 90, 100)
 _NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -49,6 +51,7 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     yield from _norms()
     yield from _ropes()
     yield from _samplings()
+    yield from _transfers()
     yield "14336 wide", silu_mul_launch(_bfloat16(64, 2 * 14336), _bfloat16(64, 14336))
 
 
@@ -117,6 +120,23 @@ def _samplings() -> Iterator[tuple[str, Launch]]:
         yield f"{model}, {vocab_size} tokens", sample_launch(_float32(64, vocab_size), batch, _int64(64))
 
 
+def _transfers() -> Iterator[tuple[str, Launch]]:
+    total = _int64(1)
+    one = range(1, 2)  # Triton compiles numbers that are 1 as constants
+    for heads, part, wire_format in [
+        (LLAMA_8B, KVPart(range(8, 16), range(8), range(64, 192)), WireFormat.RAW),
+        (LLAMA_8B, KVPart(range(8, 16), range(8), range(64, 192)), WireFormat.INT8),
+        (HEAD_DIM_80, KVPart(one, one, one), WireFormat.RAW),
+        (HEAD_DIM_80, KVPart(one, one, one), WireFormat.INT8),
+    ]:
+        cache = _bfloat16(32, 2, 1024, heads.num_kv_heads, 64, heads.head_dim)
+        buffer = _bytes(part_bytes(cache, part, wire_format))
+        for to_wire in (True, False):
+            case = f"{heads.name}, {wire_format.value}, {'gather' if to_wire else 'scatter'}"
+            yield case, transfer_launch(cache, _int32(3), part, buffer, wire_format, to_wire, total)
+    yield "any", checksum_launch(_bytes(1 << 21), total)
+
+
 def _sliding(window: int | None) -> str:
     return "" if window is None else f", window {window}"
 
@@ -131,6 +151,10 @@ def _cache(heads: Heads, block_size: int) -> torch.Tensor:
 
 def _bfloat16(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def _bytes(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.uint8, device="meta")
 
 
 def _int32(*shape: int) -> torch.Tensor:

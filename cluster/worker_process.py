@@ -2,6 +2,7 @@
 
     router-reader --commands--> inbox --> engine thread: Worker.step() --> its messages --> router
     transfer thread --endings--> inbox
+    grammar thread --token masks--> inbox
 
 Knows no Ray; an actor runs it (`cluster.actors`), and so can a test.
 """
@@ -14,11 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..core.messages import Hello, Holds, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
 from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine, EngineOptions
+from ..grammar.messages import Setup
+from ..grammar.thread import GrammarThread
+from ..grammar.vocabulary import tokenizer_json
 from ..kv_transfer.endpoint import TransferEndpoint
 from ..worker.held_legs import in_frames
 from ..worker.worker import Worker
@@ -38,6 +43,7 @@ def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
     return cores
 
 
+MASK_WAIT_S = 0.002  # at most so long does a step wait for masks that were asked for after the one before
 RECONNECT_S = 0.1
 BRIEF_S = 1.0  # a connection that lasted less was refused
 ROUTER_LOST_TIMEOUT_S = 30.0  # for so long a worker goes on without a router
@@ -70,6 +76,7 @@ class WorkerProcess:
         self._link = link
         link.start()
         endpoint: TransferEndpoint | None = None
+        grammars: GrammarThread | None = None
         try:
             self._progress("loading weights", 0.0)
             engine = self._load_engine()
@@ -82,9 +89,12 @@ class WorkerProcess:
                 host=spec.host or "127.0.0.1",
                 transport=spec.config.kv.transport,
             )
-            self._serve(engine, endpoint, cores)
+            grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
+            self._serve(engine, endpoint, grammars, cores)
         finally:
             self._stopping.set()  # the reader's thread does not look for another router
+            if grammars is not None:
+                grammars.stop()
             if endpoint is not None:
                 endpoint.close()
             self._link.close()
@@ -109,6 +119,21 @@ class WorkerProcess:
     def on_send_failed(self, transfer: TransferId, error: str) -> None:
         self._inbox.put(lambda: self._worker.send_failed(transfer, error))
 
+    # answers of the grammar process, called on the grammar thread
+
+    def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
+        self._inbox.put(lambda: self._worker.masked(key, num_tokens, bits))
+
+    def on_refused(self, key: int, why: str) -> None:
+        self._inbox.put(lambda: self._worker.mask_failed(key, f"its constraint cannot be followed: {why}", True))
+
+    def on_failed(self, key: int, why: str) -> None:
+        self._inbox.put(lambda: self._worker.mask_failed(key, why, False))
+
+    def _grammar_setup(self, engine: Engine) -> Setup:
+        path = resolve_model_path(self._spec.config.model.path)
+        return Setup(tokenizer_json(path), engine.config.vocab_size, engine.config.eos_token_ids)
+
     def _load_engine(self) -> Engine:
         spec, config = self._spec, self._spec.config
         options = EngineOptions(
@@ -122,7 +147,7 @@ class WorkerProcess:
         path = resolve_model_path(config.model.path)
         return Engine.open(path, options, lambda fraction: self._progress("loading weights", fraction))
 
-    def _serve(self, engine: Engine, endpoint: TransferEndpoint, cores: tuple[int, ...]) -> None:
+    def _serve(self, engine: Engine, endpoint: TransferEndpoint, grammars: GrammarThread, cores: tuple[int, ...]) -> None:
         spec, pool = self._spec, self._spec.pool
         self._worker = Worker(
             spec.worker_id,
@@ -130,6 +155,7 @@ class WorkerProcess:
             engine.kv,
             engine.runner,
             endpoint,
+            grammars,
             num_layers=engine.layout.num_layers,
             max_batch_tokens=pool.max_batch_tokens,
             max_batch_size=pool.max_batch_size,
@@ -164,6 +190,15 @@ class WorkerProcess:
             self._inbox.get()()
         while not self._inbox.empty():
             self._inbox.get()()
+        if self._worker.awaits_masks:
+            self._await_masks()
+
+    def _await_masks(self) -> None:
+        """A mask mostly takes less than a tenth of a millisecond, a step without its sequence costs a whole one."""
+        give_up_s = time.monotonic() + MASK_WAIT_S
+        with suppress(queue.Empty):
+            while self._worker.awaits_masks:
+                self._inbox.get(timeout=max(0.0, give_up_s - time.monotonic()))()
 
     def _on_command(self, command: WorkerCommand) -> None:
         """Called on the reader thread."""

@@ -159,6 +159,8 @@ class LimitsSection(_Part):
     """Log probabilities of prompt tokens that one request gets: tokens of the prompt, times alternatives and one."""
     max_logit_bias: NotNegative = 1024
     """Tokens whose logits one request shifts."""
+    max_constraint_bytes: NotNegative = 1 << 16
+    """Bytes of a JSON schema, regular expression or grammar that an output has to follow; 0: constraints are refused."""
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
     max_message_bytes: Positive = 16 << 20

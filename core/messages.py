@@ -152,6 +152,7 @@ class LegEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer: TransferId
     leg: Leg
     error: str | None = None
+    is_invalid: bool = False  # the request is to blame for the error: no other worker would do better
     num_cached_tokens: int = 0
     queue_s: float = 0.0  # accepted to first step
     compute_s: float = 0.0  # first step to last token of this leg

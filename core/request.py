@@ -12,6 +12,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    INVALID = "invalid"  # no worker could carry it out, which showed only on the way
     ERROR = "error"
 
 
@@ -35,6 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no logprobs at all
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first; None: none
+    grammar: str = ""  # that the output follows, in llguidance's text form; a gateway has checked it; "": none
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

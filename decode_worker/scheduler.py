@@ -78,13 +78,14 @@ class DecodeScheduler:
         self._reservations.add(seq.transfer)
         self._waiting.append(seq)
 
-    def received(self, transfer: TransferId, first_tokens: tuple[tuple[int, int], ...]) -> None:
-        """All KV of a granted reservation is in its blocks: decode from the given (choice, token) pairs on, if any."""
+    def received(self, transfer: TransferId, first_tokens: tuple[tuple[int, int], ...]) -> list[Sequence]:
+        """All KV of a granted reservation is in its blocks: decode from the given (choice, token) pairs on, if any. Returns the
+        sequences that do."""
         seq = self._receiving.pop(transfer)
         self._kv.received(seq, seq.num_tokens)
         if not first_tokens:
             self._kv.release(seq)
-            return
+            return []
         twins = [seq]
         for choice, _ in first_tokens[1:]:
             twins.append(seq.fork(choice))
@@ -93,6 +94,7 @@ class DecodeScheduler:
         for twin, (_, token_id) in zip(twins, first_tokens, strict=True):
             twin.append(token_id)
         self._running.extend(twins)
+        return twins
 
     def schedule(self) -> StepPlan:
         """Blocks for everyone who runs, then for those who wait."""
@@ -110,8 +112,9 @@ class DecodeScheduler:
                 granted.append(seq)
             else:
                 self._running.append(seq)
-                chunks.append(self._chunk(seq, budget))
-                budget -= chunks[-1].num_tokens
+                if (num_tokens := min(budget, seq.num_computable_tokens)) > 0:
+                    chunks.append(self._chunk(seq, num_tokens))
+                    budget -= num_tokens
         batch = Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
         return StepPlan(batch, tuple(granted))
 
@@ -150,15 +153,18 @@ class DecodeScheduler:
     def _schedule_running(self) -> tuple[list[ScheduledChunk], int]:
         """A chunk for each running sequence that has or finds blocks, oldest first, and the tokens left over.
 
-        Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the rest.
+        Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the rest. Those
+        that wait for a mask sit out.
         """
         chunks: list[ScheduledChunk] = []
         spare = max(self._max_batch_tokens - len(self._running), 0)
         index = 0
         while index < len(self._running):
             seq = self._running[index]
-            num_tokens = min(1 + spare, seq.num_uncomputed_tokens)
-            if self._grow(seq, seq.num_computed_tokens + num_tokens):
+            num_tokens = min(1 + spare, seq.num_computable_tokens)
+            if num_tokens == 0:
+                index += 1
+            elif self._grow(seq, seq.num_computed_tokens + num_tokens):
                 chunks.append(self._chunk(seq, num_tokens))
                 spare -= num_tokens - 1
                 index += 1
@@ -188,8 +194,7 @@ class DecodeScheduler:
         self._kv.reset(seq)
         return False
 
-    def _chunk(self, seq: Sequence, budget: int) -> ScheduledChunk:
-        num_tokens = min(budget, seq.num_uncomputed_tokens)
+    def _chunk(self, seq: Sequence, num_tokens: int) -> ScheduledChunk:
         if num_tokens < seq.num_uncomputed_tokens:
             return ScheduledChunk(seq, num_tokens, ())
         fresh = len(seq.spec.choices) > 1 and seq.num_output_tokens == len(seq.spec.output_token_ids)

@@ -18,6 +18,7 @@ from ..engine.batch import Runner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
+from ..engine.token_masks import TokenMasks
 from .scheduler import DecodeScheduler, Emission
 
 
@@ -54,6 +55,7 @@ class DecodeWorker:
         runner: Runner,
         port: ReceivePort,
         outbox: Outbox,
+        masks: TokenMasks,
         *,
         max_batch_size: int,
         max_batch_tokens: int,
@@ -64,6 +66,7 @@ class DecodeWorker:
         self._runner = runner
         self._port = port
         self._outbox = outbox
+        self._masks = masks
         self.scheduler = DecodeScheduler(kv, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
         self._legs: dict[TransferId, _Leg] = {}
 
@@ -82,6 +85,7 @@ class DecodeWorker:
         seq = self._accept(command.spec, None)
         if seq is not None:
             self.scheduler.add(seq)
+            self._masks.want(seq)
 
     def step(self) -> bool:
         """Grant reservations and compute one batch, if there is work."""
@@ -114,7 +118,8 @@ class DecodeWorker:
             return
         leg.clock.start(self._clock())
         self._outbox.outputs += hand_off.first_tokens
-        self.scheduler.received(transfer, hand_off.going_on)
+        for seq in self.scheduler.received(transfer, hand_off.going_on):
+            self._masks.want(seq)
         if not hand_off.going_on:
             self._end(transfer)
 
@@ -122,6 +127,12 @@ class DecodeWorker:
         """The transfer is over and writes no more."""
         self.scheduler.receive_failed(transfer)
         self._end(transfer, error=error)
+
+    def fail(self, transfer: TransferId, error: str, is_invalid: bool) -> None:
+        """A dispatch cannot go on, as the mask of a next token is not to be had; an unknown one is ignored."""
+        if transfer in self._legs:
+            self.scheduler.remove(transfer)
+            self._end(transfer, error=error, is_invalid=is_invalid)
 
     def abort(self, transfer: TransferId) -> None:
         """Stop a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when it has ended."""
@@ -152,17 +163,23 @@ class DecodeWorker:
         for emission in emissions:
             seq = emission.sequence
             self._outbox.token(seq, emission.choice, emission.index, emission.token, emission.reason)
+            if emission.reason is None:
+                self._masks.want(seq)
+            else:
+                self._masks.forget([seq])
         for transfer in dict.fromkeys(emission.sequence.transfer for emission in emissions if emission.reason is not None):
             if not self.scheduler.has_sequences(transfer):
                 self._end(transfer)
 
-    def _end(self, transfer: TransferId, *, error: str | None = None) -> None:
+    def _end(self, transfer: TransferId, *, error: str | None = None, is_invalid: bool = False) -> None:
         leg = self._legs.pop(transfer)
+        self._masks.forget_all(transfer)
         self._outbox.leg_ended(
             transfer,
             Leg.DECODE,
             leg.clock,
             self._clock(),
             error=error,
+            is_invalid=is_invalid,
             num_cached_tokens=leg.num_cached_tokens,
         )

@@ -52,6 +52,7 @@ class Outbox:
         now_s: float,
         *,
         error: str | None = None,
+        is_invalid: bool = False,
         num_cached_tokens: int = 0,
         stats: TransferStats | None = None,
     ) -> None:
@@ -64,6 +65,7 @@ class Outbox:
                 transfer=transfer,
                 leg=leg,
                 error=error,
+                is_invalid=is_invalid,
                 num_cached_tokens=num_cached_tokens,
                 queue_s=queue_s,
                 compute_s=compute_s,

@@ -1,5 +1,5 @@
 """What a request does to its logits before a token is drawn: its bias, then what depends on the tokens that the sequence has so
-far: repetition, presence, frequency, min_tokens."""
+far: repetition, presence, frequency, and which tokens may come at all, by min_tokens and by a grammar."""
 
 from weakref import WeakKeyDictionary
 
@@ -8,6 +8,7 @@ import numpy as np
 from ..core.request import SamplingParams
 from .distribution import Floats, Indices
 from .sequence import Sequence
+from .token_masks import allowed_tokens
 
 
 class TokenCounts:
@@ -67,8 +68,7 @@ class Penalties:
                 counts = self._counts[seq] = TokenCounts()
             counts.update(seq)
             counts.penalise(logits, sampling)
-        if must_go_on(seq):
-            logits[[token_id for token_id in seq.stop_token_ids if token_id < len(logits)]] = -np.inf
+        _restrict(seq, logits)
 
     def _bias(self, seq: Sequence) -> tuple[Indices, Floats]:
         bias = self._biases.get(seq)
@@ -80,6 +80,21 @@ class Penalties:
 
 def has_penalties(sampling: SamplingParams) -> bool:
     return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+
+
+def _restrict(seq: Sequence, logits: Floats) -> None:
+    """Rule out tokens. What is complete by its grammar ends, also before min_tokens."""
+    allowed = allowed_tokens(seq, len(logits))
+    if must_go_on(seq):
+        endings = [token_id for token_id in seq.stop_token_ids if token_id < len(logits)]
+        if allowed is None:
+            logits[endings] = -np.inf
+        else:
+            going_on = allowed.copy()
+            going_on[endings] = False
+            allowed = going_on if going_on.any() else allowed
+    if allowed is not None:
+        logits[~allowed] = -np.inf
 
 
 def must_go_on(seq: Sequence) -> bool:

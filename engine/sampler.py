@@ -1,5 +1,5 @@
 """Logits in, tokens out: the last thing a step does. Follows vLLM in what parameters mean and in which order they apply:
-logit bias, penalties, min_tokens, temperature, top-k, top-p, min-p."""
+logit bias, penalties, min_tokens and grammar, temperature, top-k, top-p, min-p."""
 
 import torch
 
@@ -50,7 +50,7 @@ def _is_greedy(sampling: SamplingParams) -> bool:
 def _is_plain(chunk: ScheduledChunk) -> bool:
     """Whether the largest logit is the token, and all that is asked for."""
     sampling = _sampling(chunk)
-    adjusted = bool(sampling.logit_bias) or has_penalties(sampling) or must_go_on(chunk.sequence)
+    adjusted = bool(sampling.logit_bias or sampling.grammar) or has_penalties(sampling) or must_go_on(chunk.sequence)
     return _is_greedy(sampling) and sampling.logprobs is None and not adjusted
 
 

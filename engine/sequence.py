@@ -19,6 +19,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of these, how many came from the prefix cache when it was admitted
         self.block_ids: list[int] = []
+        self.token_mask: bytes | None = None  # of the next token, one bit each, when the output follows a grammar
         self._block_hashes: list[bytes] = []
         self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)
         self._stop_token_ids = frozenset(spec.sampling.stop_token_ids)
@@ -43,8 +44,22 @@ class Sequence:
         return len(self.token_ids) - len(self.spec.prompt_token_ids)
 
     @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[len(self.spec.prompt_token_ids) :]
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def may_sample(self) -> bool:
+        """Whether it is known which tokens may come next."""
+        return self.token_mask is not None or not self.spec.sampling.grammar
+
+    @property
+    def num_computable_tokens(self) -> int:
+        """Uncomputed tokens that a step may take. The last one of all brings the next token, and has to wait for its mask."""
+        return self.num_uncomputed_tokens if self.may_sample else self.num_uncomputed_tokens - 1
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -69,6 +84,7 @@ class Sequence:
         """Take one sampled token; says why the sequence ends with it, if it does."""
         reason = self.finish_reason_with(token_id)
         self.token_ids.append(token_id)
+        self.token_mask = None
         return reason
 
     def block_hashes(self, block_size: int) -> list[bytes]:

@@ -14,9 +14,12 @@ from grpc_reflection.v1alpha import reflection
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
+from ..grammar.checker import GrammarChecker
+from ..grammar.messages import Setup
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .access import Access
 from .admin import ClusterService
+from .constraint import Constraints
 from .frontend import Frontend
 from .generation import GenerationService
 from .guard import Guard, Reader
@@ -36,13 +39,19 @@ class GatewayServer:
     """Running doors. gRPC says NOT_SERVING to health checks until told otherwise; calls are answered all the same."""
 
     def __init__(
-        self, servers: Sequence[grpc.aio.Server], grpc_address: str, admin: ClusterService, http: HttpServer | None
+        self,
+        servers: Sequence[grpc.aio.Server],
+        grpc_address: str,
+        admin: ClusterService,
+        http: HttpServer | None,
+        grammars: GrammarChecker,
     ) -> None:
         self.grpc_address = grpc_address
         self.http_address = None if http is None else http.address
         self._servers = servers
         self._http = http
         self._admin = admin
+        self._grammars = grammars
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
 
@@ -72,6 +81,7 @@ class GatewayServer:
         if self._http is not None:
             stopping.append(self._http.stop(grace_s))
         await asyncio.gather(*stopping)
+        await self._grammars.stop()
 
     async def _set_health(self, serving: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
@@ -95,7 +105,8 @@ async def serve(
     access = Access(config.listen.api_keys) if config.listen.api_keys else None
     shared = Shared(config, access)
     admin = ClusterService(frontend, shared)
-    serving = Serving(frontend, shared, tokenizer, model)
+    grammars = GrammarChecker(lambda: Setup(tokenizer.to_json(), model.vocab_size, model.eos_token_ids))
+    serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars))
     generation = GenerationService(serving)
     servers = [_server(config, generation, admin, access)]
     if local is not None:
@@ -109,7 +120,7 @@ async def serve(
     http = None
     if http_address is not None:
         http = await HttpServer.open(http_app(serving), http_address, 2 * config.limits.max_open_calls, tls)
-    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http)
+    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars)
     await gateway._start()
     return gateway
 

@@ -17,6 +17,7 @@ from ..core.request import Request, SamplingParams
 from ..core.validation import check_name, check_prompt_length, validate_request
 from ..proto import pdserve_pb2 as pb
 from .access import Caller
+from .constraint import GrammarCheck, check_constraint
 from .tokenizer import Tokenizer
 from .translate import UnknownModel
 
@@ -41,9 +42,10 @@ class ModelInfo:
 class Intake:
     """Reads requests for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, model: ModelInfo) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: ModelInfo, grammars: GrammarCheck) -> None:
         self._tokenizer = tokenizer
         self._model = model
+        self._grammars = grammars
 
     async def request(
         self,
@@ -58,7 +60,8 @@ class Intake:
         """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name,
         `caller` who was let in by a key. `fills`: without `max_tokens` it may use all the room that there is.
 
-        Raises InvalidRequest or UnknownModel. A `traceparent` that is malformed counts as none, as its standard wants it.
+        Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable when a constraint cannot be checked now. A
+        `traceparent` that is malformed counts as none, as its standard wants it.
         """
         refuse_unknown_fields(message)
         self.check_model(message.model)
@@ -74,6 +77,9 @@ class Intake:
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
             sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
+        client = _client(message, peer, caller)
+        if message.sampling.HasField("constraint"):
+            sampling = await self._constrained(sampling, message.sampling.constraint, limits, client)
         return Request(
             request_id=request_id if caller is None else caller.scoped(request_id),
             prompt_token_ids=token_ids,
@@ -81,9 +87,20 @@ class Intake:
             eos_token_ids=self._model.eos_token_ids,
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
-            client=_client(message, peer, caller),
+            client=client,
             traceparent=checked_traceparent(traceparent),
         )
+
+    async def _constrained(
+        self, sampling: SamplingParams, message: pb.Constraint, limits: LimitsSection, client: str
+    ) -> SamplingParams:
+        check_constraint(message, limits)
+        if sampling.ignore_eos:
+            raise InvalidRequest("ignore_eos", True, "false: what a constraint asks is complete at an end-of-text token")
+        if not self._model.eos_token_ids:
+            raise InvalidRequest("constraint", message.WhichOneof("kind"), "none: the model has no end-of-text token")
+        grammar = await self._grammars.grammar(message, client)
+        return msgspec.structs.replace(sampling, grammar=grammar)
 
     def check_model(self, name: str) -> None:
         if name and name != self._model.name:
@@ -140,8 +157,8 @@ def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> st
 
 
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:
-    """The parameters as set, with defaults for the rest. Ranges are for `validate_request`."""
-    values = {descriptor.name: value for descriptor, value in message.ListFields()}
+    """The parameters as set, but for a constraint, with defaults for the rest. Ranges are for `validate_request`."""
+    values = {descriptor.name: value for descriptor, value in message.ListFields() if descriptor.name != "constraint"}
     for name in ("stop", "stop_token_ids"):
         values[name] = tuple(values.get(name, ()))
     values["logit_bias"] = tuple(sorted(message.logit_bias.items()))

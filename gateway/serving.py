@@ -17,6 +17,7 @@ from ..proto import pdserve_pb2 as pb
 from ..telemetry.logs import REQUEST_ID
 from .access import Access, Caller
 from .answer import Answer
+from .constraint import GrammarCheck
 from .frontend import Frontend
 from .intake import Intake, ModelInfo, refuse_unknown_fields, shown_id
 from .tokenizer import Tokenizer
@@ -57,12 +58,14 @@ class Shared:
 class Serving:
     """One model, served."""
 
-    def __init__(self, frontend: Frontend, shared: Shared, tokenizer: Tokenizer, model: ModelInfo) -> None:
+    def __init__(
+        self, frontend: Frontend, shared: Shared, tokenizer: Tokenizer, model: ModelInfo, grammars: GrammarCheck
+    ) -> None:
         self.frontend = frontend
         self.shared = shared
         self.tokenizer = tokenizer
         self.model = model
-        self.intake = Intake(tokenizer, model)
+        self.intake = Intake(tokenizer, model, grammars)
 
     async def request(
         self,
@@ -145,6 +148,7 @@ class Serving:
                 max_message_bytes=limits.max_message_bytes,
                 max_logit_bias=limits.max_logit_bias,
                 max_prompt_logprobs=limits.max_prompt_logprobs,
+                max_constraint_bytes=limits.max_constraint_bytes,
             ),
             version=__version__,
         )

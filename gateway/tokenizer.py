@@ -60,6 +60,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    def to_json(self) -> str:
+        """As in tokenizer.json."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The token ids of `text`; names of special tokens in it become these tokens."""
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -80,6 +80,7 @@ _ENDINGS = {
     FinishReason.CANCELLED: (grpc.StatusCode.CANCELLED, "the request was cancelled"),
     FinishReason.DEADLINE: (grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was done"),
     FinishReason.ERROR: (grpc.StatusCode.UNAVAILABLE, "no worker could finish the request"),
+    FinishReason.INVALID: (grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be carried out"),
 }
 
 

@@ -152,6 +152,8 @@ def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: flo
     sampling = SamplingParams(max_tokens=max_tokens, n=rng.choice((1, 1, 1, max_n)), seed=rng.getrandbits(32))
     if sampling.seed % 5 == 0:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=0)
+    if sampling.seed % 7 == 0:
+        sampling = msgspec.structs.replace(sampling, grammar="any")
     eos: tuple[int, ...] = ()
     if rng.random() < 0.3:
         eos = (rng.choice(expected_tokens(prompt, sampling.seed, 0, max_tokens, salt=salt)),)

@@ -33,6 +33,7 @@ from ..kv_transfer.span import Span
 from ..worker.worker import Worker
 from .kv_model import ChainRunner, ChainStore, OnSample
 from .network import End
+from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .virtual_time import Process, VirtualTime
 
 HEARTBEAT_S = 0.5
@@ -184,6 +185,7 @@ class SimulatedWorker:
             KVManager(self.pool, shape.max_model_len),
             ChainRunner(self.store, self.pool, self.clock, self._on_sample),
             Port(process, self.clock, self.hub, self.store, rng),
+            SimulatedMasks(process, Random(f"{process.name} {time.now_s}"), self.clock, self._on_mask),
             num_layers=self.store.layout.num_layers,
             max_batch_tokens=shape.max_batch_tokens,
             max_batch_size=shape.max_batch_size,
@@ -250,6 +252,9 @@ class SimulatedWorker:
         self.worker.handle(command)
         if isinstance(command, Abort):
             self._aborted.add(command.transfer)
+
+    def _on_mask(self, key: int, num_tokens: int) -> None:
+        self.post(lambda: self.worker.masked(key, num_tokens, NO_TOKEN_IS_RULED_OUT))
 
     def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
         if seq.transfer in self._aborted:

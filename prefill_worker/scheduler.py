@@ -19,6 +19,8 @@ class PrefillScheduler:
 
     A prompt is admitted when blocks for all of it are free, so that two half-computed prompts never wait for each other;
     nobody is admitted before the oldest, so that the short ones do not take its blocks for ever.
+
+    The last token of a prompt waits for the mask of its output's first token, if that has to follow a grammar.
     """
 
     def __init__(self, kv: KVManager, max_batch_tokens: int) -> None:
@@ -83,8 +85,8 @@ class PrefillScheduler:
             if seq not in self._running:
                 continue
             given = shares.get(seq, 0)
-            more = min(left, seq.num_uncomputed_tokens - given)
-            if more:
+            more = min(left, seq.num_computable_tokens - given)
+            if more > 0:
                 shares[seq] = given + more
                 left -= more
 

@@ -16,6 +16,7 @@ from ..engine.batch import Batch, Runner, SampledToken
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
+from ..engine.token_masks import TokenMasks
 from .scheduler import PrefillScheduler
 
 
@@ -39,6 +40,8 @@ class _Leg:
     clock: LegClock
     queued: bool = True  # the scheduler has it
     started: bool = False  # its blocks are allocated and known to the transfer
+    failure: str | None = None  # why it is aborted, when not because somebody said so
+    is_invalid: bool = False  # no worker could carry it out
 
 
 class PrefillWorker:
@@ -50,6 +53,7 @@ class PrefillWorker:
         runner: Runner,
         port: SendPort,
         outbox: Outbox,
+        masks: TokenMasks,
         *,
         num_layers: int,
         max_batch_tokens: int,
@@ -59,6 +63,7 @@ class PrefillWorker:
         self._runner = runner
         self._port = port
         self._outbox = outbox
+        self._masks = masks
         self._num_layers = num_layers
         self._clock = clock
         self.scheduler = PrefillScheduler(kv, max_batch_tokens)
@@ -78,6 +83,7 @@ class PrefillWorker:
         if command.target is not None:
             self._port.send(spec.transfer, command.target, (), seq.num_tokens)
         self.scheduler.add(seq)
+        self._masks.want(seq)
 
     def step(self) -> bool:
         """Compute one batch, if there is work. Chunks of KV leave as soon as a layer has written them."""
@@ -97,6 +103,14 @@ class PrefillWorker:
             if chunk.choices:
                 self._finish(leg, tokens)
         return True
+
+    def fail(self, transfer: TransferId, error: str, is_invalid: bool) -> None:
+        """A dispatch cannot go on, as the mask of its first token is not to be had; an unknown one is ignored."""
+        leg = self._legs.get(transfer)
+        if leg is None:
+            return
+        leg.failure, leg.is_invalid = error, is_invalid
+        self.abort(transfer)
 
     def abort(self, transfer: TransferId) -> None:
         """Stop a dispatch; an unknown one is ignored. The current chunk of its transfer still goes out."""
@@ -146,6 +160,7 @@ class PrefillWorker:
         may reach the router before ours, and has to be the same."""
         seq = leg.sequence
         leg.queued = False
+        self._masks.forget([seq])
         leg.clock.computed_s = self._clock()  # what follows is the transfer's time
         index = seq.num_output_tokens
         first_tokens = tuple(
@@ -167,12 +182,14 @@ class PrefillWorker:
         seq = leg.sequence
         del self._legs[seq.transfer]
         self._kv.release(seq)
+        self._masks.forget([seq])
         self._outbox.leg_ended(
             seq.transfer,
             Leg.PREFILL,
             leg.clock,
             self._clock(),
-            error=error,
+            error=leg.failure or error,
+            is_invalid=leg.is_invalid,
             num_cached_tokens=seq.num_cached_tokens,
             stats=stats,
         )

@@ -84,4 +84,4 @@ class WorkerReports:
         if event.leg is not leg and event.error is None:
             return  # the prefill of a worker that serves both phases: its leg goes on
         error = None if event.error is None else f"{worker.worker_id}: {event.error}"
-        self._requests.leg_ended(dispatch, leg, error, now_s)
+        self._requests.leg_ended(dispatch, leg, error, event.is_invalid, now_s)

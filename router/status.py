@@ -35,7 +35,7 @@ class Counters:
             self.cancelled += 1
         elif reason is FinishReason.DEADLINE:
             self.expired += 1
-        elif reason is FinishReason.ERROR:
+        elif reason in (FinishReason.ERROR, FinishReason.INVALID):
             self.failed += 1
         else:
             self.finished += 1

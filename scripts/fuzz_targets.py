@@ -19,6 +19,7 @@ with atheris.instrument_imports(include=["pdserve"]):
     from pdserve.core.handshake import Acceptor, Dialler, HandshakeError, HandshakeStream, Purpose
     from pdserve.core.messages import Hello, WorkerMessage
     from pdserve.gateway.app import model_info
+    from pdserve.gateway.constraint import grammar_of
     from pdserve.gateway.intake import Intake, ModelInfo
     from pdserve.gateway.translate import MAX_MESSAGE_CHARS, UnknownModel, to_status
 
@@ -33,19 +34,29 @@ MAX_DETAILS_BYTES = 6 << 10  # beside the message, in headers of 8 KiB
 LIMITS = LimitsSection()
 
 
+class Unchecked:
+    """Whether a grammar can be followed is for a process of its own to say."""
+
+    async def grammar(self, message: pb.Constraint, client: str) -> str:
+        return grammar_of(message)
+
+
 class Validator:
     """Requests for the embedded model."""
 
     def __init__(self) -> None:
         self._info: ModelInfo = model_info(ClusterConfig())
-        self._intake = Intake(Tokenizer.load(MODEL_DIR), self._info)
+        self._intake = Intake(Tokenizer.load(MODEL_DIR), self._info, Unchecked())
         self._loop = asyncio.new_event_loop()
 
     def seeds(self) -> list[bytes]:
         text = pb.GenerateRequest(prompt=pb.Prompt(text="def f"), sampling=pb.SamplingParams(max_tokens=3, stop=["a"]))
         ids = pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2])), request_id="r", resume_from=[1])
         chat = pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])))
-        return [b"\x00" + message.SerializeToString() for message in (text, ids, chat)] + [b"\x01" + bytes(range(200))]
+        json = pb.GenerateRequest(
+            prompt=pb.Prompt(text="a"), sampling=pb.SamplingParams(constraint=pb.Constraint(json_schema='{"type": "object"}'))
+        )
+        return [b"\x00" + message.SerializeToString() for message in (text, ids, chat, json)] + [b"\x01" + bytes(range(200))]
 
     def __call__(self, data: bytes) -> None:
         message = _made(atheris.FuzzedDataProvider(data[1:])) if data[:1] == b"\x01" else _parsed(data[1:])
@@ -94,8 +105,10 @@ def _made(draw: atheris.FuzzedDataProvider) -> pb.GenerateRequest:
                 message.prompt.chat.messages.add(role=_text(draw), content=_text(draw))
     message.request_id, message.client_id, message.cache_salt = _text(draw), _text(draw), _text(draw)
     for field in pb.SamplingParams.DESCRIPTOR.fields:
-        if draw.ConsumeBool():
+        if field.name != "constraint" and draw.ConsumeBool():
             _set(message.sampling, field, draw)
+    if draw.ConsumeBool():
+        _constrain(message.sampling.constraint, draw)
     message.resume_from.extend(draw.ConsumeIntInRange(0, 2**31 - 1) for _ in range(draw.ConsumeIntInRange(0, 2)))
     return message
 
@@ -112,6 +125,16 @@ def _set(sampling: pb.SamplingParams, field: object, draw: atheris.FuzzedDataPro
         except (TypeError, ValueError, OverflowError):
             continue
         return
+
+
+def _constrain(constraint: pb.Constraint, draw: atheris.FuzzedDataProvider) -> None:
+    kind = draw.PickValueInList(["json_object", "json_schema", "regex", "grammar", "choice"])
+    if kind == "json_object":
+        constraint.json_object = draw.ConsumeBool()
+    elif kind == "choice":
+        constraint.choice.texts.extend(_text(draw) for _ in range(draw.ConsumeIntInRange(0, 3)))
+    else:
+        setattr(constraint, kind, _text(draw))
 
 
 def _text(draw: atheris.FuzzedDataProvider) -> str:

@@ -12,7 +12,11 @@ from .tally import Tally
 
 log = logging.getLogger(__name__)
 
-LEVELS: Mapping[FinishReason, int] = {FinishReason.ERROR: logging.WARNING, FinishReason.DEADLINE: logging.INFO}
+LEVELS: Mapping[FinishReason, int] = {
+    FinishReason.ERROR: logging.WARNING,
+    FinishReason.DEADLINE: logging.INFO,
+    FinishReason.INVALID: logging.INFO,
+}
 
 
 class Traces(Protocol):

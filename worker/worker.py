@@ -31,6 +31,7 @@ from ..decode_worker.worker import DecodeWorker, ReceivePort
 from ..engine.batch import Runner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import Outbox
+from ..engine.token_masks import MaskPort, TokenMasks
 from ..prefill_worker.worker import PrefillWorker, SendPort
 from .held_legs import HeldLegs
 
@@ -49,6 +50,7 @@ class Worker:
         kv: KVManager,
         runner: Runner,
         port: TransferPort,
+        mask_port: MaskPort,
         *,
         num_layers: int,
         max_batch_tokens: int,
@@ -58,11 +60,19 @@ class Worker:
         self._worker_id, self._incarnation = worker_id, incarnation
         self._pool = kv.pool
         self._outbox = Outbox(worker_id, incarnation)
+        self._masks = TokenMasks(mask_port)
         self._prefill = PrefillWorker(
-            kv, runner, port, self._outbox, num_layers=num_layers, max_batch_tokens=max_batch_tokens, clock=clock
+            kv, runner, port, self._outbox, self._masks, num_layers=num_layers, max_batch_tokens=max_batch_tokens, clock=clock
         )
         self._decode = DecodeWorker(
-            kv, runner, port, self._outbox, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens, clock=clock
+            kv,
+            runner,
+            port,
+            self._outbox,
+            self._masks,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            clock=clock,
         )
         self._held = HeldLegs(clock)
         self.load = self._measure_load()
@@ -103,8 +113,25 @@ class Worker:
     def send_failed(self, transfer: TransferId, error: str) -> None:
         self._prefill.send_failed(transfer, error)
 
+    # answers of the grammar process, see `grammar.GrammarListener`
+
+    def masked(self, key: int, num_tokens: int, bits: bytes) -> None:
+        self._masks.masked(key, num_tokens, bits)
+
+    def mask_failed(self, key: int, error: str, is_invalid: bool) -> None:
+        transfer = self._masks.transfer_of(key)
+        if transfer is not None:
+            self._prefill.fail(transfer, error, is_invalid)
+            self._decode.fail(transfer, error, is_invalid)
+
+    @property
+    def awaits_masks(self) -> bool:
+        """Whether a moment's wait before the next step is likely to let more sequences take part in it."""
+        return self._masks.has_fresh
+
     def step(self) -> bool:
         """One batch of each role that has work; False when there was none."""
+        self._masks.settle()
         worked = self._prefill.step()
         return self._decode.step() or worked
 

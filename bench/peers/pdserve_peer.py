@@ -20,6 +20,7 @@ class ColocatedWorker:
         from pdserve.decode_worker.worker import DecodeWorker
         from pdserve.engine.engine import Engine, EngineOptions
         from pdserve.engine.outbox import Outbox
+        from pdserve.engine.token_masks import NoGrammars, TokenMasks
 
         engine_options = EngineOptions(
             dtype=options.dtype,  # type: ignore[arg-type]
@@ -31,7 +32,13 @@ class ColocatedWorker:
         self.variant = engine.kernels.name
         self._outbox = Outbox("bench-0", 1)
         self._worker = DecodeWorker(
-            engine.kv, engine.runner, _NoTransfers(), self._outbox, max_batch_size=64, max_batch_tokens=4096
+            engine.kv,
+            engine.runner,
+            _NoTransfers(),
+            self._outbox,
+            TokenMasks(NoGrammars()),
+            max_batch_size=64,
+            max_batch_tokens=4096,
         )
         self._num_requests = 0
 

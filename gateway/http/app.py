@@ -130,7 +130,7 @@ def _post(app: FastAPI, path: str, handler: Handler, body: type[BaseModel], answ
 def _refusals(path: str) -> dict[int | str, dict[str, Any]]:
     responses: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in REFUSALS}
     if "completions" in path:
-        responses[200] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+        responses[200] = {"content": {"text/event-stream": {"schema": {"description": "Events, each a chunk of the answer."}}}}
     return responses
 
 

@@ -96,6 +96,40 @@ class StreamOptions(Body):
     """The usage so far in every chunk (as in vLLM)."""
 
 
+class JsonSchema(Body):
+    """A JSON schema, with what OpenAI's clients tell beside it."""
+
+    name: str
+    """Without effect, as are `description` and `strict`: what is produced always fits the schema."""
+    description: str = ""
+    strict: bool = True
+    json_schema: dict[str, Any] = Field(alias="schema", default={})
+    """Members of objects come in the order of the schema."""
+
+
+class ResponseFormat(Body):
+    """What the text of each choice has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    """With type json_schema."""
+
+
+class StructuredOutputs(Body):
+    """What the text of each choice has to be, as in vLLM: exactly one of these."""
+
+    json_schema: dict[str, Any] | str | None = Field(alias="json", default=None)
+    """JSON of this schema, given as an object or as its text."""
+    regex: str | None = None
+    """What this regular expression, of Rust's regex syntax, matches as a whole."""
+    choice: Annotated[list[str], FailFast()] = []
+    """One of these texts."""
+    grammar: str | None = None
+    """A text of this grammar, in Lark's syntax as llguidance extends it."""
+    json_object: bool | None = None
+    """True: any JSON object."""
+
+
 class GenerationBody(Body):
     """What completions and chat completions have in common. Fields that OpenAI does not have are those of vLLM."""
 
@@ -143,8 +177,10 @@ class GenerationBody(Body):
     """Whom this request counts for when clients take turns under load; by default the host it came from."""
     logit_bias: dict[str, float] | None = None
     """Added to the logits of these tokens: token id -> -100 to 100."""
-    response_format: dict[str, Any] | None = None
-    """Not served yet: only {"type": "text"}."""
+    response_format: ResponseFormat | None = None
+    """JSON, if asked for; by default anything."""
+    structured_outputs: StructuredOutputs | None = None
+    """Other constraints; not together with a `response_format` of JSON."""
     metadata: dict[str, Any] | None = None
     """Without effect, as are `store`, `service_tier`, `safety_identifier` and `prompt_cache_key`."""
     store: bool | None = None

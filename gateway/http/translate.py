@@ -5,6 +5,7 @@ from typing import Any
 
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
+from .constraint import constraint_message
 from .schema import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationBody, TokenizeRequest
 
 # fields that have the same name and meaning in SamplingParams
@@ -100,6 +101,8 @@ def _sampling(body: GenerationBody, logprobs: int | None) -> pb.SamplingParams:
         _set(sampling, name, value)
     for token, bias in (body.logit_bias or {}).items():
         sampling.logit_bias[_biased(token)] = bias
+    if (constraint := constraint_message(body)) is not None:
+        sampling.constraint.CopyFrom(constraint)
     return sampling
 
 
@@ -137,5 +140,3 @@ def _max_tokens(body: GenerationBody) -> int | None:
 def _refuse_unserved(body: GenerationBody) -> None:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options", "", "nothing without stream")
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        raise InvalidRequest("response_format", body.response_format.get("type"), "type text: others are not served yet")

@@ -277,3 +277,43 @@ def test_a_token_is_the_same_alone_and_in_any_batch() -> None:
     assert sample(logits, *chunks) == alone
     order = [4, 2, 0, 5, 6, 1, 3]
     assert sample(logits[order], *(chunks[index] for index in order)) == [alone[index] for index in order]
+
+
+def follow(chunk: ScheduledChunk, *allowed: int) -> ScheduledChunk:
+    """With the mask that the grammar process would tell."""
+    bits = np.zeros(VOCAB_SIZE, dtype=np.bool_)
+    bits[list(allowed)] = True
+    chunk.sequence.token_mask = np.packbits(bits, bitorder="little").tobytes() + b"\0\0\0\0"
+    return chunk
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), st.sets(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8), st.sampled_from([0.0, 0.7, 3.0]))
+def test_only_tokens_of_the_grammar_are_drawn(seed: int, allowed: set[int], temperature: float) -> None:
+    logits = random_logits(seed)
+    for params in ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"logit_bias": ((7, 100.0),)}, {"logprobs": 2}):
+        chunk = make_chunk(seed=seed, temperature=temperature, grammar="g", n=4, **params)
+        (tokens,) = sample(logits, follow(chunk, *allowed))
+        assert {token.token_id for token in tokens} <= allowed
+
+
+def test_among_the_tokens_of_the_grammar_the_model_decides() -> None:
+    logits = random_logits(3)
+    allowed = [4, 9, 20]
+    ((token,),) = sample(logits, follow(make_chunk(temperature=0.0, grammar="g"), *allowed))
+    assert token.token_id == max(allowed, key=lambda token_id: float(logits[0, token_id]))
+
+
+def test_other_rows_of_the_batch_are_not_restricted() -> None:
+    logits = random_logits(4, num_rows=2)
+    greedy = [make_chunk(temperature=0.0), follow(make_chunk(temperature=0.0, grammar="g"), 3)]
+    (free,), (bound,) = sample(logits, *greedy)
+    assert free.token_id == int(logits[0].argmax()) and bound.token_id == 3
+
+
+def test_min_tokens_puts_off_an_end_that_the_grammar_permits_but_not_one_that_it_demands() -> None:
+    logits = torch.zeros(1, VOCAB_SIZE)
+    logits[0, 5] = 9.0  # the end-of-text token
+    chunk = make_chunk(temperature=0.0, grammar="g", min_tokens=3)
+    assert sample(logits, follow(chunk, 5, 8))[0][0].token_id == 8
+    assert sample(logits, follow(chunk, 5))[0][0].token_id == 5

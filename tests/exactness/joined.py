@@ -9,6 +9,9 @@ from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.outbox import Outbox
+from pdserve.engine.token_masks import NoGrammars, TokenMasks
+from pdserve.grammar.messages import Setup
+from pdserve.grammar.thread import GrammarThread
 from pdserve.kv_transfer.config import TransferConfig
 from pdserve.kv_transfer.endpoint import TransferEndpoint
 from pdserve.prefill_worker.worker import PrefillWorker
@@ -35,6 +38,22 @@ class Listener:
         self._inbox.put(lambda: self._joined.prefill.send_failed(transfer, error))
 
 
+class MaskListener:
+    """Carries a mask from the grammar thread to the test's."""
+
+    def __init__(self, inbox: "queue.SimpleQueue[Callable[[], None]]", masks: Callable[[], TokenMasks]) -> None:
+        self._inbox, self._masks = inbox, masks
+
+    def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
+        self._inbox.put(lambda: self._masks().masked(key, num_tokens, bits))
+
+    def on_refused(self, key: int, why: str) -> None:
+        raise AssertionError(why)
+
+    def on_failed(self, key: int, why: str) -> None:
+        raise AssertionError(why)
+
+
 class JoinedEngines:
     """Both workers' roles on the calling thread; the transfers on threads of their own."""
 
@@ -49,7 +68,9 @@ class JoinedEngines:
         max_batch_size: int = 64,
         kernels: str = "auto",
         dtype: str = "float32",
+        set_up: Callable[[], Setup] | None = None,
     ) -> None:
+        """`set_up`: of the grammar processes, where requests follow grammars."""
         self.engines = [
             Engine.open(
                 checkpoint,
@@ -82,11 +103,19 @@ class JoinedEngines:
         ]
         _, self._address = [end.start() for end in self._ends]
         self.p_box, self.d_box = Outbox("prefill-0", 1), Outbox("decode-0", 1)
+        self._grammars = [] if set_up is None else [self._grammar_thread(set_up, index) for index in range(2)]
+        self.masks = [TokenMasks(port) for port in self._grammars or (NoGrammars(), NoGrammars())]
         self.prefill = PrefillWorker(
-            p.kv, p.runner, self._ends[0], self.p_box, num_layers=p.layout.num_layers, max_batch_tokens=budget
+            p.kv, p.runner, self._ends[0], self.p_box, self.masks[0], num_layers=p.layout.num_layers, max_batch_tokens=budget
         )
         self.decode = DecodeWorker(
-            d.kv, d.runner, self._ends[1], self.d_box, max_batch_size=max_batch_size, max_batch_tokens=max(budget, 64)
+            d.kv,
+            d.runner,
+            self._ends[1],
+            self.d_box,
+            self.masks[1],
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max(budget, 64),
         )
         self._num_requests = 0
 
@@ -99,9 +128,20 @@ class JoinedEngines:
         finally:
             for end in self._ends:
                 end.close()
+            for thread in self._grammars:
+                thread.stop()
 
-    def submit(self, prompt: Iterable[int], sampling: SamplingParams, output: Iterable[int] = ()) -> SequenceSpec:
-        """`output`: what an earlier attempt has produced."""
+    def _grammar_thread(self, set_up: Callable[[], Setup], index: int) -> GrammarThread:
+        return GrammarThread(set_up, MaskListener(self._inbox, lambda: self.masks[index]))
+
+    def submit(
+        self,
+        prompt: Iterable[int],
+        sampling: SamplingParams,
+        output: Iterable[int] = (),
+        eos: tuple[int, ...] | None = None,
+    ) -> SequenceSpec:
+        """`output`: what an earlier attempt has produced; `eos`: by default the checkpoint's."""
         self._num_requests += 1
         spec = SequenceSpec(
             transfer=TransferId(f"r{self._num_requests}", 0),
@@ -109,7 +149,7 @@ class JoinedEngines:
             sampling=sampling,
             choices=tuple(range(sampling.n)),
             output_token_ids=tuple(output),
-            eos_token_ids=self.engines[0].config.eos_token_ids,
+            eos_token_ids=self.engines[0].config.eos_token_ids if eos is None else eos,
         )
         if spec.num_remaining_tokens > 1:
             self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
@@ -134,8 +174,9 @@ class JoinedEngines:
         """Every request at once; the tokens of all choices of each, by (choice, index)."""
         specs = [self.submit(prompt, sampling, output) for prompt in prompts]
         self.run()
-        outputs: dict[TransferId, dict[tuple[int, int], TokenOutput]] = {spec.transfer: {} for spec in specs}
-        for output in (*self.p_box.outputs, *self.d_box.outputs):  # the decode worker repeats the first token
-            if output.transfer in outputs:
-                outputs[output.transfer][output.choice, output.index] = output
-        return [[output for _, output in sorted(outputs[spec.transfer].items())] for spec in specs]
+        return [self.outputs_of(spec) for spec in specs]
+
+    def outputs_of(self, spec: SequenceSpec) -> list[TokenOutput]:
+        """The tokens of all choices of a request, by (choice, index). The decode worker repeats the first token."""
+        outputs = [output for output in (*self.p_box.outputs, *self.d_box.outputs) if output.transfer == spec.transfer]
+        return [output for _, output in sorted({(output.choice, output.index): output for output in outputs}.items())]

@@ -14,9 +14,11 @@ from pdserve.core.errors import InvalidRequest, PdserveError, QueueFull
 from pdserve.core.messages import Leg, LegEnded, Role, TokenLogprobs, TokenOutput, TransferStats
 from pdserve.core.request import FinishReason, Request, TransferId
 from pdserve.core.status import ClusterStatus, WorkerState, WorkerStatus
+from pdserve.gateway.constraint import grammar_of
 from pdserve.gateway.frontend import StreamEvent
 from pdserve.gateway.intake import ModelInfo
 from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.proto import pdserve_pb2 as pb
 from pdserve.router.events import ConsideredPlace, DispatchTimes, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
 
 CORPUS = [
@@ -104,6 +106,13 @@ def model_info(tokenizer: Tokenizer) -> ModelInfo:
         vocab_size=500,
         eos_token_ids=tokenizer.encode(EOS, add_special_tokens=False),
     )
+
+
+class Unchecked:
+    """Implements GrammarCheck: every grammar is a good one."""
+
+    async def grammar(self, message: pb.Constraint, client: str) -> str:
+        return grammar_of(message)
 
 
 def timeline(request: Request) -> Timeline:

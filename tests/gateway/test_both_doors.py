@@ -45,6 +45,15 @@ def chat(*roles: str) -> tuple[pb.GenerateRequest, dict[str, Any]]:
     return ask(prompt), {"messages": messages}
 
 
+def constrain(constraint: pb.Constraint, outputs: dict[str, Any], **sampling: Any) -> tuple[pb.GenerateRequest, dict[str, Any]]:
+    """The same constraint for both doors."""
+    message = ask(sampling=pb.SamplingParams(constraint=constraint, **sampling))
+    return message, {"prompt": "hello", "structured_outputs": outputs} | sampling
+
+
+DEEP = '{"items":' * 500 + "{}" + "}" * 500
+BOMB = "(a{1000}){1000}"  # compiles at once, and takes a second a token
+INTEGER = {"name": "number", "strict": True, "schema": {"type": "integer"}}
 REFUSED = {
     "empty text": (ask(pb.Prompt(text="")), {"prompt": ""}),
     "no tokens": ids(),
@@ -96,6 +105,21 @@ REFUSED = {
     ),
     "a name that acts": (ask(cache_salt="a\nb"), {"prompt": "hello", "cache_salt": "a\nb"}),
     "unknown stop token": sample(stop_token_ids=[5, 500]),
+    "no constraint": constrain(pb.Constraint(), {}),
+    "no JSON object": constrain(pb.Constraint(json_object=False), {"json_object": False}),
+    "a schema that is none": constrain(pb.Constraint(json_schema="[1]"), {"json": "[1]"}),
+    "a schema of an unknown type": constrain(pb.Constraint(json_schema='{"type":"point"}'), {"json": {"type": "point"}}),
+    "a schema with other servers' addresses": constrain(
+        pb.Constraint(json_schema='{"$ref":"http://127.0.0.1/"}'), {"json": {"$ref": "http://127.0.0.1/"}}
+    ),
+    "a deep schema": constrain(pb.Constraint(json_schema=DEEP), {"json": DEEP}),
+    "a wrong expression": constrain(pb.Constraint(regex="((("), {"regex": "((("}),
+    "a grammar that is none": constrain(pb.Constraint(grammar="hello"), {"grammar": "hello"}),
+    "a grammar bomb": constrain(pb.Constraint(regex=BOMB), {"regex": BOMB}),
+    "a long grammar": constrain(pb.Constraint(regex="a" * 65536), {"regex": "a" * 65536}),
+    "no choice": constrain(pb.Constraint(choice=pb.Choices()), {"choice": []}),
+    "an empty choice": constrain(pb.Constraint(choice=pb.Choices(texts=["a", ""])), {"choice": ["a", ""]}),
+    "a constraint without its end": constrain(pb.Constraint(regex="a"), {"regex": "a"}, ignore_eos=True),
 }
 TAKEN = {
     "defaults": sample(),
@@ -118,6 +142,19 @@ TAKEN = {
         ignore_eos=True,
         logprobs=2,
     ),
+    "JSON": (
+        ask(sampling=pb.SamplingParams(constraint=pb.Constraint(json_object=True))),
+        {"prompt": "hello", "response_format": {"type": "json_object"}},
+    ),
+    "a schema": (
+        ask(sampling=pb.SamplingParams(constraint=pb.Constraint(json_schema='{"type":"integer"}'))),
+        {"prompt": "hello", "response_format": {"type": "json_schema", "json_schema": INTEGER}},
+    ),
+    "a schema as text": constrain(pb.Constraint(json_schema='{"type":"integer"}'), {"json": '{"type":"integer"}'}),
+    "JSON as in vLLM": constrain(pb.Constraint(json_object=True), {"json_object": True}),
+    "an expression": constrain(pb.Constraint(regex="a+"), {"regex": "a+"}),
+    "a grammar": constrain(pb.Constraint(grammar='start: "a"'), {"grammar": 'start: "a"'}),
+    "a choice": constrain(pb.Constraint(choice=pb.Choices(texts=["a", "b"])), {"choice": ["a", "b"]}),
     "bias": (
         ask(sampling=pb.SamplingParams(logit_bias={5: -1.0, 6: 2.0})),
         {"prompt": "hello", "logit_bias": {"6": 2.0, "5": -1.0}},
@@ -187,7 +224,7 @@ async def test_what_the_router_refuses_both_refuse(
     check_same(await over_grpc(generation, ask()), await over_http(http, {"prompt": "hello"}))
 
 
-@pytest.mark.parametrize("reason", [FinishReason.DEADLINE, FinishReason.CANCELLED, FinishReason.ERROR])
+@pytest.mark.parametrize("reason", [FinishReason.DEADLINE, FinishReason.CANCELLED, FinishReason.ERROR, FinishReason.INVALID])
 async def test_what_ends_a_request_ends_it_for_both(
     generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, reason: FinishReason
 ) -> None:
@@ -239,10 +276,23 @@ ONLY_HTTP = {
     "best of many": ({"prompt": "a", "best_of": 3}, "best_of: 3 is not valid"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix: 'b' is not valid"),
     "bias of a text": ({"prompt": "a", "logit_bias": {"the": 1.0}}, "logit_bias: 'the' is not valid, expected token ids"),
-    "JSON answers": (
-        {"prompt": "a", "response_format": {"type": "json_object"}},
-        "response_format: 'json_object' is not valid",
+    "two constraints": (
+        {"prompt": "a", "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "structured_outputs: '' is not valid, expected nothing beside a response_format of JSON",
     ),
+    "two kinds": (
+        {"prompt": "a", "structured_outputs": {"regex": "a", "choice": ["b"]}},
+        "structured_outputs: ['choice', 'regex'] is not valid, expected one of json_object",
+    ),
+    "no schema": (
+        {"prompt": "a", "response_format": {"type": "json_schema"}},
+        "response_format.json_schema: '' is not valid, expected a schema",
+    ),
+    "a schema for nothing": (
+        {"prompt": "a", "response_format": {"type": "text", "json_schema": {"name": "s", "schema": {}}}},
+        "response_format.json_schema: 's' is not valid, expected none",
+    ),
+    "unknown format": ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format.type: 'xml' is not valid"),
     "tools": ({"messages": [{"role": "user"}], "tools": [{}]}, "tools: '1 tool(s)' is not valid, expected none: tools are not"),
 }
 

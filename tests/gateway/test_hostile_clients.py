@@ -17,7 +17,7 @@ from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.intake import Intake
 from pdserve.gateway.translate import UnknownModel
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
-from tests.gateway.support import ScriptedCluster, byte_level, model_info
+from tests.gateway.support import ScriptedCluster, Unchecked, byte_level, model_info
 
 Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
 TEXT = pb.Prompt(text="hello")
@@ -141,7 +141,7 @@ class Loose:
     """One for all examples: it has no state."""
 
     tokenizer = byte_level()
-    intake = Intake(tokenizer, model_info(tokenizer))
+    intake = Intake(tokenizer, model_info(tokenizer), Unchecked())
 
 
 @given(st.binary(max_size=200))

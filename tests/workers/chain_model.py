@@ -10,6 +10,7 @@ from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.engine.batch import Batch, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.kv_manager import KVManager
+from pdserve.engine.token_masks import TokenMasks
 
 VOCABULARY = 97
 LAYOUT = KVLayout(1, 1, 8, "float32", 4, "chain")
@@ -86,11 +87,12 @@ def spec(
     eos: int | None = None,
     output: Seq[int] = (),
     attempt: int = 0,
+    grammar: str = "",
 ) -> SequenceSpec:
     return SequenceSpec(
         transfer=TransferId(name, attempt),
         prompt_token_ids=tuple(prompt),
-        sampling=SamplingParams(max_tokens=max_tokens, n=n),
+        sampling=SamplingParams(max_tokens=max_tokens, n=n, grammar=grammar),
         choices=tuple(range(n)),
         output_token_ids=tuple(output),
         eos_token_ids=() if eos is None else (eos,),
@@ -170,3 +172,33 @@ class Wire:
     def _fail_receive(self, transfer: TransferId, decode) -> None:  # type: ignore[no-untyped-def]
         del self._expects[transfer]
         decode.receive_failed(transfer, "cancelled")
+
+
+class LateMasks:
+    """Implements MaskPort: the grammar lets everything through, but says so only when it is asked to."""
+
+    def __init__(self) -> None:
+        self.num_tokens: dict[int, int] = {}
+        self.due: list[int] = []
+
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
+        assert grammar and key not in self.num_tokens
+        self.num_tokens[key] = len(token_ids)
+        self.due.append(key)
+
+    def advance(self, key: int, token_id: int) -> None:
+        assert key not in self.due, "a token was sampled without its mask"
+        self.num_tokens[key] += 1
+        self.due.append(key)
+
+    def close(self, key: int) -> None:
+        del self.num_tokens[key]
+
+    def tell(self, rng: random.Random, masks: TokenMasks) -> bool:
+        """Let one mask arrive; False when none is due."""
+        if not self.due:
+            return False
+        key = self.due.pop(rng.randrange(len(self.due)))
+        if key in self.num_tokens:
+            masks.masked(key, self.num_tokens[key], b"")
+        return True

@@ -9,9 +9,10 @@ from pdserve.core.messages import Leg, Prefill, Reserve, Serve
 from pdserve.core.request import FinishReason, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine.outbox import LegClock, Outbox
+from pdserve.engine.token_masks import TokenMasks
 from pdserve.prefill_worker.worker import PrefillWorker
 
-from .chain_model import ChainEngine, Wire, expected_tokens, spec
+from .chain_model import ChainEngine, LateMasks, Wire, expected_tokens, spec
 
 
 class Pair:
@@ -22,15 +23,27 @@ class Pair:
         self.p, self.d = ChainEngine(prefill_blocks), ChainEngine(decode_blocks)
         self.wire = Wire(self.p, self.d, self.rng)
         self.p_box, self.d_box = Outbox("prefill-0", 1), Outbox("decode-0", 1)
-        self.prefill = PrefillWorker(self.p.kv, self.p, self.wire, self.p_box, num_layers=1, max_batch_tokens=budget)
-        self.decode = DecodeWorker(self.d.kv, self.d, self.wire, self.d_box, max_batch_size=8, max_batch_tokens=budget)
+        self.p_port, self.d_port = LateMasks(), LateMasks()
+        self.p_masks, self.d_masks = TokenMasks(self.p_port), TokenMasks(self.d_port)
+        self.prefill = PrefillWorker(
+            self.p.kv, self.p, self.wire, self.p_box, self.p_masks, num_layers=1, max_batch_tokens=budget
+        )
+        self.decode = DecodeWorker(
+            self.d.kv, self.d, self.wire, self.d_box, self.d_masks, max_batch_size=8, max_batch_tokens=budget
+        )
 
     def submit(self, spec: SequenceSpec) -> None:
         self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
         self.prefill.prefill(Prefill(spec=spec, target=self.wire.address))
 
     def tick(self) -> bool:
-        actions = [self.prefill.step, self.decode.step, lambda: self.wire.deliver(self.prefill, self.decode)]
+        actions = [
+            self.prefill.step,
+            self.decode.step,
+            lambda: self.wire.deliver(self.prefill, self.decode),
+            lambda: self.p_port.tell(self.rng, self.p_masks),
+            lambda: self.d_port.tell(self.rng, self.d_masks),
+        ]
         self.rng.shuffle(actions)
         outcomes = [action() for action in actions]  # all of them, whatever the first says
         return any(outcomes)
@@ -57,6 +70,7 @@ class Pair:
 
     def check_at_rest(self) -> None:
         assert self.prefill.num_legs == self.decode.num_legs == 0
+        assert not self.p_port.num_tokens and not self.d_port.num_tokens, "outputs that the grammar process still follows"
         for engine in (self.p, self.d):
             engine.pool.check_integrity()
             assert engine.pool.num_free_blocks == engine.num_blocks
@@ -198,6 +212,7 @@ requests = st.lists(
         st.booleans(),  # both phases on one worker
         st.integers(0, 60),  # when it arrives
         st.one_of(st.none(), st.integers(0, 60)),  # when it is aborted
+        st.booleans(),  # follows a grammar
     ),
     min_size=1,
     max_size=8,
@@ -209,11 +224,11 @@ requests = st.lists(
 def test_any_mix_of_requests_keeps_every_stream_exact(mix: list[tuple], seed: int, budget: int) -> None:  # type: ignore[type-arg]
     pair = Pair(seed, prefill_blocks=20, decode_blocks=20, budget=budget)
     specs = {}
-    for number, (kind, length, max_tokens, n, both, *_) in enumerate(mix):
+    for number, (kind, length, max_tokens, n, both, *_, follows) in enumerate(mix):
         prompt = [(kind * 7 + i) % 50 for i in range(length)]
-        specs[number] = (spec(f"r{number}", prompt, max_tokens, n=n), both)
+        specs[number] = (spec(f"r{number}", prompt, max_tokens, n=n, grammar="g" if follows else ""), both)
     for now in range(61):
-        for number, (*_, arrival, abort) in enumerate(mix):
+        for number, (*_, arrival, abort, _) in enumerate(mix):
             request, both = specs[number]
             if arrival == now:
                 pair.decode.serve(Serve(spec=request)) if both else pair.submit(request)
@@ -222,7 +237,7 @@ def test_any_mix_of_requests_keeps_every_stream_exact(mix: list[tuple], seed: in
                 pair.decode.abort(request.transfer)
         pair.tick()
     pair.run()
-    for number, (*_, arrival, abort) in enumerate(mix):
+    for number, (*_, arrival, abort, _) in enumerate(mix):
         request, _both = specs[number]
         for choice in request.choices:
             tokens = pair.tokens(request, choice)

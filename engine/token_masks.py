@@ -1,0 +1,104 @@
+"""The masks of sequences that follow a grammar: asked for as soon as a token is known, and there before the next is drawn.
+
+A sequence without the mask of its next token takes part in steps only with tokens before its last (`Sequence.may_sample`).
+"""
+
+import itertools
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.request import TransferId
+from .sequence import Sequence
+
+
+class MaskPort(Protocol):
+    """The way to the grammar process; every call returns at once. Answers come to `Worker.masked` and `mask_failed`."""
+
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None: ...
+    def advance(self, key: int, token_id: int) -> None: ...
+    def close(self, key: int) -> None: ...
+
+
+class NoGrammars:
+    """The port of a worker that is given no sequences with a grammar."""
+
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
+        raise AssertionError("there is no grammar process")
+
+    def advance(self, key: int, token_id: int) -> None:
+        raise AssertionError("there is no grammar process")
+
+    def close(self, key: int) -> None:
+        raise AssertionError("there is no grammar process")
+
+
+class TokenMasks:
+    """Owned by the engine thread."""
+
+    def __init__(self, port: MaskPort) -> None:
+        self._port = port
+        self._keys = itertools.count()
+        self._key_of: dict[Sequence, int] = {}
+        self._sequence_of: dict[int, Sequence] = {}
+        self._fresh: set[int] = set()
+
+    @property
+    def has_fresh(self) -> bool:
+        """Whether masks are due that were asked for since the last `settle`: worth a moment's wait."""
+        return bool(self._fresh)
+
+    def settle(self) -> None:
+        """A step begins: who is late is not waited for again."""
+        self._fresh.clear()
+
+    def want(self, seq: Sequence) -> None:
+        """`seq` is new here, or has one more token: ask for the mask of its next one, if it follows a grammar."""
+        grammar = seq.spec.sampling.grammar
+        if not grammar:
+            return
+        key = self._key_of.get(seq)
+        if key is None:
+            key = self._key_of[seq] = next(self._keys)
+            self._sequence_of[key] = seq
+            self._port.open(key, grammar, tuple(seq.output_token_ids))
+        else:
+            self._port.advance(key, seq.token_ids[-1])
+        self._fresh.add(key)
+
+    def masked(self, key: int, num_tokens: int, bits: bytes) -> None:
+        """The mask of the token after `num_tokens` of the output."""
+        seq = self._sequence_of.get(key)
+        self._fresh.discard(key)
+        if seq is not None:
+            assert num_tokens == seq.num_output_tokens, f"{seq}: mask after {num_tokens} output tokens"
+            seq.token_mask = bits
+
+    def transfer_of(self, key: int) -> TransferId | None:
+        """Whose sequence it is; None when it is gone."""
+        self._fresh.discard(key)
+        seq = self._sequence_of.get(key)
+        return None if seq is None else seq.transfer
+
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """They sample no more."""
+        for seq in sequences:
+            key = self._key_of.pop(seq, None)
+            if key is not None:
+                del self._sequence_of[key]
+                self._fresh.discard(key)
+                self._port.close(key)
+
+    def forget_all(self, transfer: TransferId) -> None:
+        """All sequences of a dispatch."""
+        self.forget([seq for seq in self._key_of if seq.transfer == transfer])
+
+
+def allowed_tokens(seq: Sequence, vocab_size: int) -> npt.NDArray[np.bool_] | None:
+    """bool [vocab_size]: which tokens may come next by the sequence's grammar; None when it follows none."""
+    if seq.token_mask is None:
+        return None
+    bits = np.frombuffer(seq.token_mask, dtype=np.uint8)
+    return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)

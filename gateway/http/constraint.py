@@ -1,0 +1,45 @@
+"""What an output has to be: OpenAI's `response_format` or vLLM's `structured_outputs`, as the message of the gRPC door."""
+
+from typing import Any
+
+from msgspec.json import encode
+
+from ...core.errors import InvalidRequest
+from ...proto import pdserve_pb2 as pb
+from ..constraint import KINDS
+from .schema import GenerationBody, ResponseFormat, StructuredOutputs
+
+
+def constraint_message(body: GenerationBody) -> pb.Constraint | None:
+    """None when the output may be anything. Raises InvalidRequest."""
+    asked = None if body.response_format is None else _of_format(body.response_format)
+    if body.structured_outputs is None:
+        return asked
+    if asked is not None:
+        raise InvalidRequest("structured_outputs", "", "nothing beside a response_format of JSON")
+    return _of_outputs(body.structured_outputs)
+
+
+def _of_format(asked: ResponseFormat) -> pb.Constraint | None:
+    if asked.type == "json_schema":
+        if asked.json_schema is None:
+            raise InvalidRequest("response_format.json_schema", "", "a schema, with type json_schema")
+        return pb.Constraint(json_schema=_text(asked.json_schema.json_schema))
+    if asked.json_schema is not None:
+        raise InvalidRequest("response_format.json_schema", asked.json_schema.name, f"none, with type {asked.type}")
+    return pb.Constraint(json_object=True) if asked.type == "json_object" else None
+
+
+def _of_outputs(asked: StructuredOutputs) -> pb.Constraint:
+    kinds = {name: getattr(asked, name) for name in asked.model_fields_set}
+    if len(kinds) > 1:
+        raise InvalidRequest("structured_outputs", sorted(kinds), KINDS)
+    if "json_schema" in kinds:
+        return pb.Constraint(json_schema=_text(kinds["json_schema"]))
+    if "choice" in kinds:
+        return pb.Constraint(choice=pb.Choices(texts=kinds["choice"]))
+    return pb.Constraint(**kinds)
+
+
+def _text(schema: dict[str, Any] | str) -> str:
+    return schema if isinstance(schema, str) else encode(schema).decode()

@@ -1,0 +1,94 @@
+"""The inside of the grammar process: a matcher for each output that follows a grammar. Requests in, answers out."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llguidance import LLMatcher, LLTokenizer
+
+from .messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
+
+MAX_CACHED_GRAMMARS = 128
+FREE_S = 0.5  # of computing that every output has
+FREE_S_PER_TOKEN = 0.02  # and that each of its tokens adds
+
+
+@dataclass(slots=True)
+class _Output:
+    """One output's matcher, and what computing on it has taken."""
+
+    matcher: LLMatcher
+    num_tokens: int
+    used_s: float = 0.0
+
+
+class Matchers:
+    """Not thread-safe. A single job may take for ever: who runs it has to bound it."""
+
+    def __init__(self, tokenizer: LLTokenizer, clock: Callable[[], float] = time.process_time) -> None:
+        """`clock` tells the processor time used."""
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._outputs: dict[int, _Output] = {}
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # least recently used first
+
+    def handle(self, message: ToProcess) -> FromProcess | None:
+        """The answer to a request, if it has one. What the grammar is to blame for comes as Refused."""
+        started_s = self._clock()
+        match message:
+            case Open():
+                output = self._open(message)
+            case Advance():
+                output = self._advance(message)
+            case Close():
+                self._outputs.pop(message.key, None)
+                return None
+        answer = self._answer(message.key, output)
+        output.used_s += self._clock() - started_s
+        if isinstance(answer, Mask) and output.used_s > FREE_S + FREE_S_PER_TOKEN * output.num_tokens:
+            answer = Refused(message.key, "it takes too long to follow")
+        if isinstance(answer, Refused) or (isinstance(message, Open) and message.probe):
+            del self._outputs[message.key]
+        return answer
+
+    def _open(self, message: Open) -> _Output:
+        matcher = self._compile(message.grammar).deep_copy()
+        matcher.consume_tokens(list(message.token_ids))
+        if message.probe and not matcher.is_error():
+            token_id = _first_token(matcher.compute_bitmask())
+            if token_id is not None:
+                matcher.consume_token(token_id)
+        output = self._outputs[message.key] = _Output(matcher, len(message.token_ids))
+        return output
+
+    def _advance(self, message: Advance) -> _Output:
+        output = self._outputs[message.key]
+        assert output.num_tokens == message.num_tokens - 1, f"token {message.num_tokens - 1}, {output.num_tokens} was due"
+        output.matcher.consume_token(message.token_id)
+        output.num_tokens += 1
+        return output
+
+    def _answer(self, key: int, output: _Output) -> FromProcess:
+        bits = b"" if output.matcher.is_error() else output.matcher.compute_bitmask()
+        if output.matcher.is_error():
+            return Refused(key, _first_line(output.matcher.get_error()))
+        return Mask(key, output.num_tokens, bits)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = self._compiled[grammar] = LLMatcher(self._tokenizer, grammar, log_level=0)
+            if len(self._compiled) > MAX_CACHED_GRAMMARS:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return matcher
+
+
+def _first_token(bits: bytes) -> int | None:
+    index = next((index for index, byte in enumerate(bits) if byte), None)
+    return None if index is None else 8 * index + (bits[index] & -bits[index]).bit_length() - 1
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]

@@ -1,0 +1,180 @@
+"""The real process: it dies of grammars that would take for ever, and nobody but their owners notices."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+
+from pdserve.core.errors import NoWorkerAvailable, QueueFull
+from pdserve.grammar.checker import MAX_WAITING, GrammarChecker
+from pdserve.grammar.messages import Setup
+from pdserve.grammar.process import GrammarProcess
+from pdserve.grammar.sources import regex_grammar
+from pdserve.grammar.thread import GrammarThread
+
+from .support import Told, setup, tokens
+
+SLOW_MASK = regex_grammar("(a{1000}){1000}")  # compiles in a millisecond
+LATE_BOMB = regex_grammar("b(a{1000}){1000}")
+DEEP = "start: r0\n" + "\n".join(f'r{i}: "a" r{i + 1} "b"' for i in range(100_000)) + '\nr100000: "x"'
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+async def process(told: Told) -> AsyncIterator[GrammarProcess]:
+    process = GrammarProcess(setup, told)
+    yield process
+    await process.stop()
+
+
+@pytest.fixture
+async def checker() -> AsyncIterator[GrammarChecker]:
+    checker = GrammarChecker(setup)
+    yield checker
+    await checker.stop()
+
+
+async def test_it_starts_when_it_is_needed_and_tells_masks(process: GrammarProcess, told: Told) -> None:
+    assert process.pid is None
+    process.open(1, regex_grammar("ab"))
+    kind, key, (num_tokens, allowed) = await told.answers.get()  # type: ignore[misc]
+    assert (kind, key, num_tokens) == ("mask", 1, 0) and tokens("ab")[0] in allowed
+    process.advance(1, tokens("ab")[0])
+    assert await told.answers.get() == ("mask", 1, (1, set(setup().eos_token_ids)))
+
+
+@pytest.mark.parametrize("bomb", [SLOW_MASK, DEEP], ids=["slow mask", "deep rules"])
+async def test_who_brought_a_bomb_is_refused_and_the_others_go_on(process: GrammarProcess, told: Told, bomb: str) -> None:
+    process.open(1, regex_grammar("ab+"))
+    before = await told.answers.get()
+    process.open(2, bomb)
+    process.advance(1, tokens("a")[0])
+    process.open(3, regex_grammar("cd"))
+    answers = {key: (kind, what) for kind, key, what in [await told.answers.get() for _ in range(3)]}
+    assert before[0] == "mask"
+    assert answers[2][0] == "refused"
+    assert answers[1][0] == answers[3][0] == "mask"
+    assert answers[1][1][0] == 1  # type: ignore[index]
+
+
+async def test_a_process_that_somebody_kills_is_replaced(process: GrammarProcess, told: Told) -> None:
+    process.open(1, regex_grammar("ab+"))
+    await told.answers.get()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.advance(1, tokens("ab")[0])
+    kind, key, (num_tokens, allowed) = await told.answers.get()  # type: ignore[misc]
+    assert (kind, key, num_tokens) == ("mask", 1, 1) and set(setup().eos_token_ids) < allowed
+
+
+async def test_a_process_that_cannot_start_fails_its_requests_without_blaming_them(told: Told) -> None:
+    process = GrammarProcess(lambda: Setup("no tokenizer", 10, (0,)), told)
+    process.open(1, regex_grammar("ab"))
+    assert await told.answers.get() == ("failed", 1, "the grammar process died over it")
+    await process.stop()
+
+
+async def test_it_is_gone_when_it_was_stopped(told: Told) -> None:
+    process = GrammarProcess(setup, told)
+    process.open(1, regex_grammar("ab"))
+    await told.answers.get()
+    pid = process.pid
+    assert pid is not None
+    await process.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_it_ends_with_its_owner() -> None:
+    """Also when the owner had no time to say so."""
+    owner = (
+        "import asyncio, os\n"
+        "from pdserve.grammar.process import GrammarProcess\n"
+        "from tests.grammar.support import Told, setup\n"
+        "async def main():\n"
+        "    told = Told()\n"
+        "    process = GrammarProcess(setup, told)\n"
+        "    process.open(1, 'start: \"a\"')\n"
+        "    await told.answers.get()\n"
+        "    print(process.pid, flush=True)\n"
+        "    os._exit(1)\n"
+        "asyncio.run(main())\n"
+    )
+    child = await asyncio.create_subprocess_exec("python", "-c", owner, stdout=asyncio.subprocess.PIPE)
+    told, _ = await child.communicate()  # its end of the pipe is the grammar process's standard error too, if anything
+    descriptor = _pidfd(int(told))
+    if descriptor is not None:
+        await asyncio.to_thread(_await_end, descriptor)
+
+
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _await_end(descriptor: int) -> None:
+    import select
+
+    readable, _, _ = select.select([descriptor], [], [], 30.0)
+    os.close(descriptor)
+    assert readable, "the grammar process outlived its owner"
+
+
+async def test_the_checker_tells_good_grammars_from_bad_ones(checker: GrammarChecker) -> None:
+    assert await checker.check(regex_grammar("ab"), "me") is None
+    assert "regex parse error" in str(await checker.check(regex_grammar("((("), "me"))
+    for bomb in (SLOW_MASK, LATE_BOMB):
+        assert await checker.check(bomb, "me") is not None
+    assert await checker.check(regex_grammar("ab"), "me") is None
+
+
+async def test_a_client_with_many_costly_grammars_does_not_keep_the_others_waiting(checker: GrammarChecker) -> None:
+    order: list[str] = []
+
+    async def check(grammar: str, client: str) -> None:
+        await checker.check(grammar, client)
+        order.append(client)
+
+    bombs = [check(regex_grammar(f"(a{{1000}}){{{1000 + i}}}"), "attacker") for i in range(3)]
+    await asyncio.gather(*bombs, check(regex_grammar("ab"), "victim"))
+    assert order.index("victim") <= 1
+
+
+async def test_more_grammars_than_can_wait_are_refused(checker: GrammarChecker) -> None:
+    checks = [checker.check(regex_grammar(f"a{{{i}}}"), "me") for i in range(MAX_WAITING + 1)]
+    results = await asyncio.gather(*checks, return_exceptions=True)
+    assert [type(result) for result in results if result is not None] == [QueueFull]
+
+
+async def test_a_grammar_that_cannot_be_checked_is_not_called_bad() -> None:
+    checker = GrammarChecker(lambda: Setup("no tokenizer", 10, (0,)))
+    with pytest.raises(NoWorkerAvailable):
+        await checker.check(regex_grammar("ab"), "me")
+    await checker.stop()
+
+
+def test_a_thread_asks_and_is_told_on_another() -> None:
+    import queue
+
+    answers: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+
+    class Listener(Told):
+        def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
+            answers.put((key, num_tokens))
+
+    thread = GrammarThread(setup, Listener())
+    thread.open(1, regex_grammar("ab+"), tuple(tokens("a")))
+    assert answers.get(timeout=60.0) == (1, 1)
+    thread.advance(1, tokens("b")[0])
+    assert answers.get(timeout=60.0) == (1, 2)
+    thread.close(1)
+    thread.stop()
+    thread.stop()

@@ -1,0 +1,92 @@
+"""Sequences that follow a grammar wait for their masks, hold nobody up, and end when a mask is not to be had."""
+
+import pytest
+
+from pdserve.core.messages import LegEnded, Prefill, Serve
+from pdserve.core.request import SequenceSpec
+
+from .chain_model import expected_tokens, spec
+from .test_roles import Pair
+
+
+def constrained(name: str, length: int, max_tokens: int = 6, *, n: int = 1) -> SequenceSpec:
+    return spec(name, range(length), max_tokens, n=n, grammar="g")
+
+
+def fail_masks(pair: Pair, is_invalid: bool) -> None:
+    """What the worker does when the grammar process gives an output up."""
+    for port, masks, role in ((pair.p_port, pair.p_masks, pair.prefill), (pair.d_port, pair.d_masks, pair.decode)):
+        for key in port.due:
+            transfer = masks.transfer_of(key)
+            if transfer is not None:
+                role.fail(transfer, "no mask", is_invalid)
+        port.due.clear()
+
+
+def test_a_prompt_is_computed_up_to_its_last_token_while_the_mask_is_awaited() -> None:
+    pair, request = Pair(budget=16), constrained("a", 10)
+    pair.prefill.prefill(Prefill(spec=request, target=None))
+    assert pair.prefill.step()
+    assert pair.p_box.timings[-1].num_prefill_tokens == 9
+    assert not pair.prefill.step()
+    pair.p_port.tell(pair.rng, pair.p_masks)
+    assert pair.prefill.step()
+    assert [output.token_id for output in pair.p_box.outputs] == expected_tokens(range(10), 0, 1)
+
+
+def test_who_waits_for_a_mask_holds_nobody_up() -> None:
+    pair, waiting, other = Pair(), constrained("waiting", 5), spec("other", range(7), 9)
+    pair.decode.serve(Serve(spec=waiting))
+    pair.decode.serve(Serve(spec=other))
+    while pair.decode.step():
+        pass
+    assert pair.tokens(other) == expected_tokens(range(7), 0, 9)
+    assert pair.tokens(waiting) == []
+    pair.run()
+    assert pair.tokens(waiting) == expected_tokens(range(5), 0, 6)
+    pair.check_at_rest()
+
+
+def test_a_prompt_of_one_token_waits_too() -> None:
+    pair, request = Pair(), constrained("a", 1)
+    pair.decode.serve(Serve(spec=request))
+    assert not pair.decode.step()
+    pair.run()
+    assert pair.tokens(request) == expected_tokens(range(1), 0, 6)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_each_choice_follows_the_grammar_by_itself(n: int) -> None:
+    pair, request = Pair(), constrained("a", 10, n=n)
+    pair.submit(request)
+    pair.run()
+    for choice in range(n):
+        assert pair.tokens(request, choice) == expected_tokens(range(10), choice, 6)
+    pair.check_at_rest()
+
+
+@pytest.mark.parametrize("is_invalid", [False, True])
+@pytest.mark.parametrize("ticks", range(10))
+@pytest.mark.parametrize("both", [False, True])
+def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(ticks: int, is_invalid: bool, both: bool) -> None:
+    pair, request = Pair(seed=ticks), constrained("a", 10, 30, n=2)
+    if both:
+        pair.decode.serve(Serve(spec=request))
+    else:
+        pair.submit(request)
+    for _ in range(ticks):
+        pair.tick()
+    had_due = bool(pair.p_port.due or pair.d_port.due)
+    fail_masks(pair, is_invalid)
+    if had_due:  # as the router does when it hears of it
+        pair.prefill.abort(request.transfer)
+        pair.decode.abort(request.transfer)
+    pair.run()
+    pair.check_at_rest()
+    failed = [leg for leg in (*pair.p_box.ended, *pair.d_box.ended) if is_no_mask(leg)]
+    assert len(failed) == had_due
+    assert all(leg.is_invalid is is_invalid for leg in failed)
+
+
+def is_no_mask(leg: LegEnded) -> bool:
+    return leg.error == "no mask"

@@ -40,7 +40,6 @@ LLAMA_1B = Heads("Llama-3.2-1B", 32, 8, 64)
 QWEN3_06B = Heads("Qwen3-0.6B", 16, 8, 128)
 QWEN2_7B = Heads("Qwen2.5-7B", 28, 4, 128)
 HEAD_DIM_80 = Heads("head_dim 80", 32, 8, 80)
-HEAD_DIM_96 = Heads("head_dim 96", 32, 32, 96)
 HEAD_DIM_256 = Heads("head_dim 256", 16, 2, 256)
 
 
@@ -63,7 +62,6 @@ def _decode(target: int) -> Iterator[tuple[str, Launch]]:
         (QWEN3_06B, 16, 4, None),
         (QWEN2_7B, 64, 8, None),
         (HEAD_DIM_80, 16, 1, 4096),
-        (HEAD_DIM_96, 32, 8, None),
         (HEAD_DIM_256, 64, 1, None),
     ]
     for heads, block_size, max_query_len, window in shapes:
@@ -87,7 +85,6 @@ def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
         (LLAMA_8B, 16, None),
         (LLAMA_8B, 64, 4096),
         (LLAMA_8B, 16, 4096),
-        (HEAD_DIM_80, 64, None),
         (HEAD_DIM_256, 64, None),
     ]
     for heads, block_size, window in shapes:

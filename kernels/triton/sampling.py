@@ -64,7 +64,8 @@ def sample_launch(logits: torch.Tensor, batch: SamplingBatch, out: torch.Tensor)
         "VOCAB_SIZE": vocab_size,
         "BLOCK": block,
     }
-    return Launch(_draw_token, (len(out),), arguments, num_warps=max(block // 256, 1), num_stages=1)
+    # With sixteen warps a thread has too few registers where a vocabulary's rows are not aligned.
+    return Launch(_draw_token, (len(out),), arguments, num_warps=max(block // 512, 1), num_stages=1)
 
 
 @triton.jit

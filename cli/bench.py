@@ -47,13 +47,12 @@ def bench(
     timeout: Annotated[float, typer.Option(min=0.0, help="Seconds after which a request has failed.")] = 600.0,
     model: Annotated[str, typer.Option(help="The name of the model; by default the one that is served.")] = "",
     vocab_size: Annotated[int | None, typer.Option(min=2, help="Token ids of prompts are below it.")] = None,
-    api_key: Annotated[str, typer.Option(envvar="PDSERVE_API_KEY", help="For HTTP.")] = "",
     extra: Annotated[str, typer.Option(help="A JSON object, added to the body of each HTTP request.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw PNGs into this folder.")] = None,
     address: Annotated[str, typer.Option(envvar="PDSERVE_ADDRESS", help="The target, if none is named.")] = _ADDRESS,
 ) -> None:
-    """Put a server under load and measure it; with two targets, compare them."""
+    """Put a server under load and measure it; with two targets, compare them. TLS and keys are as for other commands."""
     from .run_bench import LoadOptions, Outputs, TargetOptions, run
 
     load = LoadOptions(
@@ -79,5 +78,5 @@ def bench(
         timeout_s=timeout,
         vocab_size=vocab_size,
     )
-    options = TargetOptions(tuple(targets or [address]), model, api_key, extra)
+    options = TargetOptions(tuple(targets or [address]), model, extra)
     run(load, options, slo, Outputs(json_file, plots))

@@ -36,6 +36,20 @@ def token_ids_prompt(text: str) -> pb.Prompt:
     return pb.Prompt(token_ids=pb.TokenIds(ids=map(int, words)))
 
 
+def logit_bias(texts: Iterable[str]) -> dict[int, float]:
+    """From TOKEN=BIAS; whether the values are any good says the server."""
+    biases = {}
+    for text in texts:
+        token, _, bias = text.partition("=")
+        try:
+            biases[int(token)] = float(bias)
+        except ValueError as error:
+            raise CommandFailed(f"--logit-bias: {text!r} is not valid, expected TOKEN=BIAS such as 15=-2.5") from error
+        if not 0 <= int(token) < 2**32:
+            raise CommandFailed(f"--logit-bias: {text!r} is not valid, expected a token id of 0 or more")
+    return biases
+
+
 def stream_text(events: Iterable[pb.GenerateEvent], write: Write) -> tuple[str, pb.RequestEnd]:
     """Write the text of a stream of one choice as it comes; returns it with the end of the stream."""
     pieces, end = [], pb.RequestEnd()

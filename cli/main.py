@@ -11,8 +11,10 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import PdserveError
+from .ask import chat, generate
 from .bench import bench
 from .key import key_app
+from .options import DEFAULT_ADDRESS, Address
 
 
 class _Commands(TyperGroup):
@@ -53,15 +55,7 @@ class PlanOutput(StrEnum):
     JSON = "json"
 
 
-Address = Annotated[str, typer.Option(envvar="PDSERVE_ADDRESS", help="HOST:PORT of the server.")]
 File = Annotated[Path | None, typer.Argument(help="The file; by default ./cluster.yaml, or else the defaults.")]
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-Temperature = Annotated[float | None, typer.Option(help="0 takes the most probable token each time.")]
-TopP = Annotated[float | None, typer.Option(help="Draw among the tokens that make up this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Draw among this many most probable tokens.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same output.")]
-MaxTokens = Annotated[int, typer.Option(help="Output tokens, at most.")]
-System = Annotated[str | None, typer.Option(help="The system message of a conversation.")]
 
 
 def _version(wanted: bool) -> None:
@@ -95,88 +89,8 @@ def up(file: File = None) -> None:
     up(read_config(file))
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from stdin.")],
-    max_tokens: MaxTokens = 128,
-    min_tokens: Annotated[int | None, typer.Option(help="Do not end before so many tokens.")] = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Draw among tokens at least this fraction as probable as the best.")
-    ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: avoid tokens of prompt and output.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Above 0: avoid tokens of the output.")] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="Above 0: avoid tokens, more so frequent ones.")] = None,
-    seed: Seed = None,
-    n: Annotated[int | None, typer.Option("-n", "--n", help="How many choices.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End where the text would contain this; may be repeated.")] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(min=0, help="End with this token; may be repeated.")] = None,
-    ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = None,
-    logprobs: Annotated[int | None, typer.Option(help="Report so many alternatives a token; seen with --json.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message to answer.")] = False,
-    system: System = None,
-    token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is a list of token ids.")] = False,
-    model: Annotated[str, typer.Option(help="The name of the model; by default the one that is served.")] = "",
-    request_id: Annotated[str, typer.Option(help="A name for the request.")] = "",
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up.")] = None,
-    timeline: Annotated[bool, typer.Option("--timeline", help="Show on stderr where the time went.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
-    address: Address = DEFAULT_ADDRESS,
-) -> None:
-    """Continue a prompt; the text comes as it is made."""
-    from ..proto import pdserve_pb2 as pb
-    from . import generate as command
-    from .client import connect
-
-    if chat and token_ids:
-        raise typer.BadParameter("--chat and --token-ids exclude each other")
-    if system is not None and not chat:
-        raise typer.BadParameter("--system needs --chat")
-    text = sys.stdin.read() if prompt == "-" else prompt
-    sampling = pb.SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        n=n,
-        stop=stop,
-        stop_token_ids=stop_token_id,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-    )
-    make_prompt = command.token_ids_prompt if token_ids else command.text_prompt
-    message = command.chat_prompt(text, system) if chat else make_prompt(text)
-    request = pb.GenerateRequest(model=model, prompt=message, sampling=sampling, request_id=request_id)
-    with connect(address) as client:
-        command.generate(client, request, timeline=timeline, as_json=as_json, timeout=timeout)
-
-
-@app.command()
-def chat(
-    system: System = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    seed: Seed = None,
-    address: Address = DEFAULT_ADDRESS,
-) -> None:
-    """Talk with the model; an empty line or Ctrl-D ends."""
-    from ..proto import pdserve_pb2 as pb
-    from . import generate as command
-    from .client import connect
-
-    sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    with connect(address) as client:
-        command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)
+app.command()(generate)
+app.command()(chat)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from ..loadgen.tables import ratio_lines, report_lines
 from ..loadgen.target import Target
 from ..loadgen.trace import parse_trace
 from ..loadgen.workload import Drawn, Replayed, SharedPrefixes, Workload
+from .trust import current_trust
 
 _DEFAULT_REQUESTS = 100
 _CACHED_SHARE = 0.02  # random prompts share next to nothing by chance
@@ -62,7 +63,6 @@ class LoadOptions:
 class TargetOptions:
     addresses: tuple[str, ...]
     model: str
-    api_key: str
     extra: str
 
 
@@ -148,11 +148,13 @@ def _contender(text: str, options: TargetOptions) -> Contender:
     name, separator, address = text.partition("=")
     if not separator:
         name, address = text, text
+    trust = current_trust()
     target: Target
     if address.startswith(("http://", "https://")):
-        target = HttpTarget(address, options.model, options.api_key, _object(options.extra))
+        tls = trust.tls_context() if address.startswith("https://") else None
+        target = HttpTarget(address, options.model, trust.api_key or "", _object(options.extra), tls)
     else:
-        target = GrpcTarget(address, options.model)
+        target = GrpcTarget(address, options.model, trust.api_key or "", trust.credentials())
     return Contender(name, target)
 
 

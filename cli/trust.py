@@ -1,6 +1,7 @@
 """What a command shows to a server, and by what it knows the server: options before the command, or the environment."""
 
 import os
+import ssl
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -39,16 +40,39 @@ class Trust:
         return channel if not self.api_key else grpc.intercept_channel(channel, _ShowKey(self.api_key))
 
     def _channel(self, address: str, options: Sequence[tuple[str, object]]) -> grpc.Channel:
-        if not self.is_tls:
+        credentials = self.credentials()
+        if credentials is None:
             return grpc.insecure_channel(address, options=options)
-        if (self.certificate is None) != (self.key is None):
-            raise BadTrust("--cert and --key: got one without the other, expected both or neither")
-        credentials = grpc.ssl_channel_credentials(
+        return grpc.secure_channel(address, credentials, options=options)
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """For gRPC; None without TLS. Raises BadTrust."""
+        if not self.is_tls:
+            return None
+        self._check_pair()
+        return grpc.ssl_channel_credentials(
             root_certificates=None if self.tls_ca in (None, PUBLIC) else _read("--tls-ca", self.tls_ca),
             private_key=_read("--key", self.key),
             certificate_chain=_read("--cert", self.certificate),
         )
-        return grpc.secure_channel(address, credentials, options=options)
+
+    def tls_context(self) -> ssl.SSLContext:
+        """For HTTP, where the address says that there is TLS. Raises BadTrust."""
+        self._check_pair()
+        try:
+            context = ssl.create_default_context(cafile=None if self.tls_ca in (None, PUBLIC) else _expanded(self.tls_ca))
+        except OSError as error:
+            raise BadTrust(f"--tls-ca: {self.tls_ca!r} cannot be used: {error.strerror or error}") from error
+        if self.certificate is not None:
+            try:
+                context.load_cert_chain(_expanded(self.certificate), _expanded(self.key))
+            except OSError as error:
+                raise BadTrust(f"--cert and --key: cannot be used: {error.strerror or error}") from error
+        return context
+
+    def _check_pair(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise BadTrust("--cert and --key: got one without the other, expected both or neither")
 
 
 class _ShowKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[type-arg]
@@ -78,6 +102,10 @@ def use(trust: Trust) -> None:
 def current_trust() -> Trust:
     """What the running command was told, or the environment says where no command runs."""
     return _told.get() or Trust(os.environ.get(TLS_CA), os.environ.get(TLS_CERT), os.environ.get(TLS_KEY))
+
+
+def _expanded(path: str | None) -> Path:
+    return Path(path or "").expanduser()
 
 
 def _read(option: str, path: str | None) -> bytes | None:

@@ -95,6 +95,11 @@ class Access:
         self._looked_s = float("-inf")
         self._buckets: dict[tuple[str, str, int], TokenBucket] = {}  # (name, limit, per minute)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the keys that are let in, each once."""
+        return self._ring.names
+
     def admit(self, need: Need, authorization: str | None, now_s: float) -> Caller | None:
         """Who shows `authorization` (the header's value), or None where nobody needs to. Raises Unauthenticated, NotPermitted
         or RateLimited."""

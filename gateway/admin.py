@@ -13,8 +13,9 @@ from ..core.config_file import parse_cluster_config
 from ..core.errors import InvalidRequest
 from ..core.validation import check_name
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
-from .explain import explanation
+from .explain import explanation, find_timeline
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
+from .guard import CALLER
 from .intake import refuse_unknown_fields
 from .serving import Shared
 from .translate import ClientGone, NeedsRestart, UnknownRequest, translated
@@ -90,7 +91,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:
         async with translated(context):
             refuse_unknown_fields(request)
-            timeline = self._frontend.explain(request.request_id)
+            timeline = find_timeline(self._frontend.explain, request.request_id, CALLER.get(), self._shared.access)
             if timeline is None:
                 raise UnknownRequest(request.request_id)
             return explanation(timeline)

@@ -21,11 +21,13 @@ _SERVICES = {
     f"{pb.DESCRIPTOR.package}.Generation": Need.REQUEST,
     f"{pb.DESCRIPTOR.package}.Cluster": Need.ADMIN,
 }
+_METHODS = {f"{pb.DESCRIPTOR.package}.Cluster/Explain": Need.KEY}  # of its own requests a client has been told most of it
 
 
 def need_of(method: str) -> Need:
     """What the full name of a method (`/package.Service/Method`) asks; a key for whatever is not known here."""
-    return _SERVICES.get(method.strip("/").partition("/")[0], Need.KEY)
+    name = method.strip("/")
+    return _METHODS.get(name) or _SERVICES.get(name.partition("/")[0], Need.KEY)
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone

@@ -54,6 +54,8 @@ class KeyRing:
     does not have the key cannot choose a part, and what has the same beginning is compared in constant time."""
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
+        keys = tuple(keys)
+        self.names = tuple(dict.fromkeys(key.name for key in keys))
         self._by_beginning: dict[bytes, list[ApiKey]] = {}
         for key in keys:
             self._by_beginning.setdefault(key.digest[:4], []).append(key)

@@ -11,16 +11,22 @@ _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_len
 
 
 class GrpcTarget:
-    """All requests share one connection."""
+    """All requests share one connection: with TLS, if there are credentials for it."""
 
-    def __init__(self, address: str, model: str = "") -> None:
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    def __init__(
+        self, address: str, model: str = "", api_key: str = "", credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+        self._shown = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         self._stub: rpc.GenerationAsyncStub = rpc.GenerationStub(self._channel)
         self._model = model
 
     async def facts(self) -> ModelFacts:
         try:
-            info = await self._stub.GetModelInfo(pb.GetModelInfoRequest(model=self._model))
+            info = await self._stub.GetModelInfo(pb.GetModelInfoRequest(model=self._model), metadata=self._shown)
         except grpc.aio.AioRpcError as error:
             raise _failed(error) from error
         return ModelFacts(info.name, info.vocab_size or None, info.max_model_len or None, tuple(info.eos_token_ids))
@@ -33,7 +39,7 @@ class GrpcTarget:
         message = pb.GenerateRequest(model=self._model, prompt=prompt, sampling=sampling)
         end: pb.RequestEnd | None = None
         try:
-            async for event in self._stub.GenerateStream(message):
+            async for event in self._stub.GenerateStream(message, metadata=self._shown):
                 if event.HasField("tokens") and event.tokens.token_ids:
                     on_tokens(len(event.tokens.token_ids))
                 elif event.HasField("end"):

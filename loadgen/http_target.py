@@ -5,6 +5,7 @@ one, as vLLM's benchmark has it. The totals come from the usage at the end where
 """
 
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -19,9 +20,17 @@ _DONE = "[DONE]"
 
 
 class HttpTarget:
-    """`address` is http(s)://HOST:PORT, with or without /v1. `extra` is added to each request's body."""
+    """`address` is http(s)://HOST:PORT, with or without /v1. `extra` is added to each request's body; `tls` says whom to trust,
+    by default public authorities."""
 
-    def __init__(self, address: str, model: str = "", api_key: str = "", extra: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        model: str = "",
+        api_key: str = "",
+        extra: Mapping[str, Any] | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._model = model
         self._extra = dict(extra or {})
         self._client = httpx.AsyncClient(
@@ -29,6 +38,7 @@ class HttpTarget:
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=None,  # the runner ends what takes too long
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            verify=True if tls is None else tls,
             trust_env=False,  # a load never takes the way through a proxy
         )
 

@@ -5,9 +5,8 @@ transfer hub --endings--> inbox; engine --calls--> hub, a moment later, in their
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from random import Random
 
 from ..core.messages import (
@@ -25,20 +24,18 @@ from ..engine.block_pool import BlockPool
 from ..engine.kv_manager import KVManager
 from ..engine.sequence import Sequence
 from ..kv_transfer.config import TransferConfig
-from ..kv_transfer.events import Cancel, CommitReady, Computed, Expect, Extend, Open, PrefillDone
 from ..kv_transfer.hub import TransferHub
 from ..kv_transfer.outbound import Dial
 from ..kv_transfer.pair import Local
-from ..kv_transfer.span import Span
 from ..worker.worker import Worker
 from .kv_model import ChainRunner, ChainStore, OnSample
 from .network import End
 from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
+from .simulated_port import HOP_S, Port
 from .virtual_time import Process, VirtualTime
 
 HEARTBEAT_S = 0.5
 ROUTER_DEAD_AFTER_S = 10.0
-HOP_S = 0.00005  # between a worker's two threads
 RECONNECT_S = 0.1
 BRIEF_S = 1.0  # a connection that lasted less was refused
 ROUTER_LOST_TIMEOUT_S = 10.0
@@ -96,45 +93,6 @@ class Listener:
 
     def on_send_failed(self, transfer: TransferId, error: str) -> None:
         self.worker.post(lambda: self.worker.worker.send_failed(transfer, error))
-
-
-class Port:
-    """Implements `worker.TransferPort`: what the engine asks of the hub happens a moment later, in order."""
-
-    def __init__(self, process: Process, clock: StepClock, hub: TransferHub, store: ChainStore, rng: Random) -> None:
-        self._process, self._clock, self._hub, self._store, self._rng = process, clock, hub, store, rng
-        self._last_s = 0.0
-
-    def expect(
-        self, transfer: TransferId, source: tuple[str, int], block_ids: Seq[int], num_tokens: int, num_cached_tokens: int
-    ) -> None:
-        first = num_cached_tokens // self._store.layout.block_size
-        self._store.leases[transfer] = frozenset(block_ids[first:])
-        event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens)
-        self._post(partial(self._hub.expect, source, event))
-
-    def send(self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int) -> None:
-        self._post(partial(self._hub.send, target, Open(transfer, tuple(block_ids), num_tokens)))
-
-    def extend(self, transfer: TransferId, block_ids: Seq[int]) -> None:
-        self._post(partial(self._hub.feed_sender, transfer, Extend(transfer, tuple(block_ids))))
-
-    def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        span = Span(layer_start, layer_end, token_start, token_end)
-        self._post(partial(self._hub.feed_sender, transfer, Computed(transfer, span)))
-
-    def prefill_done(self, transfer: TransferId) -> None:
-        self._post(partial(self._hub.feed_sender, transfer, PrefillDone(transfer)))
-
-    def commit(self, transfer: TransferId, payload: bytes) -> None:
-        self._post(partial(self._hub.feed_sender, transfer, CommitReady(transfer, payload)))
-
-    def cancel(self, transfer: TransferId) -> None:
-        self._post(partial(self._hub.cancel, Cancel(transfer, "cancelled")))
-
-    def _post(self, call: Callable[[], None]) -> None:
-        self._last_s = max(self._last_s + 1e-9, self._clock() + HOP_S * self._rng.random())
-        self._process.call_at(self._last_s, call)
 
 
 class SimulatedWorker:

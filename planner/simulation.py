@@ -13,6 +13,7 @@ from ..router.fleet import FleetConfig
 from ..router.fleet_events import Apply, Drain, StartWorker
 from ..router.fleet_member import MemberState
 from .faults import ORDERLY, Accident, Faults
+from .leftovers import leftovers
 from .network import End, Network
 from .scenario import CALM_S, PlannedAccident, Scenario
 from .simulated_client import SimulatedClient
@@ -168,27 +169,7 @@ class Simulation:
         return [worker for worker in self.workers.values() if worker.process.is_alive]
 
     def _leftovers(self) -> list[str]:
-        """What somebody holds still; nothing, once all is idle."""
-        left = [f"router: request {request_id}" for request_id in self.head.clients]
-        routed = self.head.router.status(self.time.now_s)
-        left += [f"router: {worker.num_legs} legs at {worker.worker_id}" for worker in routed.workers if worker.num_legs]
-        for worker in self._alive():
-            name = f"{worker.worker_id}/{worker.incarnation}"
-            if worker.worker.num_legs:
-                left.append(f"{name}: {worker.worker.num_legs} legs")
-            if worker.pool.num_free_blocks != worker.pool.num_blocks:
-                left.append(f"{name}: {worker.pool.num_blocks - worker.pool.num_free_blocks} blocks")
-            if worker.store.leases:
-                left.append(f"{name}: leases of {', '.join(map(str, worker.store.leases))}")
-            if worker.hub.num_transfers:
-                left.append(f"{name}: {worker.hub.num_transfers} transfers")
-        members = {(m.worker_id, m.incarnation): m.role for m in self.head.fleet.status() if m.state is MemberState.READY}
-        if (known := {(worker.worker_id, worker.incarnation): worker.role for worker in routed.workers}) != members:
-            left.append(f"the fleet has {members}, the router knows {known}")
-        if (alive := {(worker.worker_id, worker.incarnation) for worker in self._alive()}) != members.keys():
-            left.append(f"the fleet has {sorted(members)}, there are {sorted(alive)}")
-        left += [f"{m.worker_id} is {m.state.value}" for m in self.head.fleet.status() if m.state is not MemberState.READY]
-        return left
+        return leftovers(self.head, self._alive(), self.time.now_s)
 
     # workers
 

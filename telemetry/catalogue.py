@@ -84,8 +84,14 @@ COUNTERS = (
     _counter("requests_hopeless_total", "Those of them that ended before they cost a prefill."),
     _counter("stale_messages_total", "Messages of lost workers, dropped."),
     _counter("router_takeovers_total", "Heads that took over the workers of one that died, in the life of the cluster."),
-    _counter("estimated_flops_total", "Arithmetic of all steps, counted from their shapes.", "pool"),
-    _counter("estimated_memory_bytes_total", "Weights and KV that steps read and wrote, counted from their shapes.", "pool"),
+    _counter("estimated_flops_total", "Arithmetic of all steps, counted from their shapes.", "pool", "phase"),
+    _counter(
+        "estimated_read_bytes_total",
+        "Memory that steps read, counted from their shapes: all weights once a step, and the KV of decoding sequences.",
+        "pool",
+        "phase",
+    ),
+    _counter("estimated_write_bytes_total", "Memory that steps wrote, counted from their shapes: new KV.", "pool", "phase"),
     _counter("trace_spans_total", "Spans handed to the exporter of traces."),
 )
 HISTOGRAMS = (
@@ -94,8 +100,8 @@ HISTOGRAMS = (
     _histogram("request_time_per_output_token_seconds", TOKEN_GAPS_S, "Mean gap between the tokens of a request."),
     _histogram("e2e_request_latency_seconds", REQUEST_S, "From admission to the end of an answer."),
     _histogram("request_queue_time_seconds", REQUEST_S, "Of TTFT: until the dispatch that brought the first token."),
-    _histogram("request_worker_queue_time_seconds", REQUEST_S, "Of TTFT: at the prefill worker, until its first step."),
-    _histogram("request_prefill_time_seconds", REQUEST_S, "Of TTFT: computing the prompt."),
+    _histogram("request_worker_queue_time_seconds", REQUEST_S, "Of TTFT: at the prefill worker, until its first step.", "pool"),
+    _histogram("request_prefill_time_seconds", REQUEST_S, "Of TTFT: computing the prompt.", "pool"),
     _histogram("request_overhead_time_seconds", SHORT_S, "The rest of TTFT: messages, and the router itself."),
     _histogram(
         "request_kv_wait_time_seconds",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric as Family
@@ -15,7 +16,7 @@ from ..core.request import FinishReason
 from ..router.registry import WorkerState
 from ..router.status import RouterStatus, WorkerStatus
 from .catalogue import COUNTERS, GAUGES, HISTOGRAMS, Metric
-from .steps import StepCosts, StepTally
+from .steps import PHASES, StepCosts, StepTally
 from .tally import MET, MISSED, Labels, Tally
 
 POOLS = (Role.PREFILL.value, Role.DECODE.value)
@@ -24,6 +25,7 @@ EXPECTED: Mapping[str, tuple[Labels, ...]] = {
     "request_success_total": tuple((reason.value,) for reason in FinishReason),
     "slo_requests_total": tuple((ttft, itl) for ttft in (MET, MISSED) for itl in (MET, MISSED)),
     **{metric.name: tuple((pool,) for pool in POOLS) for metric in COUNTERS if metric.labels == ("pool",)},
+    **{metric.name: tuple(product(POOLS, PHASES)) for metric in COUNTERS if metric.labels == ("pool", "phase")},
 }
 
 
@@ -52,7 +54,11 @@ class Exposition(Collector):
     ) -> None:
         self._tally = tally
         self._steps = steps
-        self._costs = costs
+        self._estimates = {
+            "estimated_flops_total": costs.flops,
+            "estimated_read_bytes_total": costs.read_bytes,
+            "estimated_write_bytes_total": costs.write_bytes,
+        }
         self._model = model
         self._snapshot = snapshot
         self._registry = CollectorRegistry(auto_describe=False)
@@ -79,11 +85,8 @@ class Exposition(Collector):
         rows |= {labels: value for (name, labels), value in self._tally.counts.items() if name == metric.name}
         if metric.name == "num_preemptions_total":
             rows |= {(pool,): count for pool, count in self._steps.num_preemptions.items()}
-        for (pool, _), steps in self._steps.sums.items():
-            if metric.name == "estimated_flops_total":
-                rows[pool,] = rows.get((pool,), 0.0) + self._costs.flops(steps)
-            elif metric.name == "estimated_memory_bytes_total":
-                rows[pool,] = rows.get((pool,), 0.0) + self._costs.memory_bytes(steps)
+        if (cost := self._estimates.get(metric.name)) is not None:
+            rows |= {labels: cost(steps) for labels, steps in self._steps.sums.items()}
         return rows.items()
 
     def _histogram(self, metric: Metric, now: Snapshot) -> Family:
@@ -97,6 +100,8 @@ class Exposition(Collector):
             found |= {(what,): merged(histograms) for what, histograms in self._model.ratios().items()}
         elif not found and not metric.labels:
             found = {(): Histogram(metric.bounds)}
+        elif metric.labels == ("pool",):
+            found = {(pool,): Histogram(metric.bounds) for pool in POOLS} | found
         for labels, histogram in found.items():
             family.add_metric(labels, _buckets(histogram), histogram.total)
         return family

@@ -54,10 +54,11 @@ class StepCosts:
         samples = self.flops_per_sample * steps.num_decode_sequences
         return self.flops_per_token * num_tokens + self.flops_per_pair * num_pairs + samples
 
-    def memory_bytes(self, steps: StepSums) -> float:
-        """Weights once a step, the context of decoding sequences, and what is new."""
-        num_tokens = steps.num_context_tokens + steps.num_prefill_tokens + steps.num_decode_sequences
-        return self.weight_bytes * steps.durations.num_measured + self.kv_bytes_per_token * num_tokens
+    def read_bytes(self, steps: StepSums) -> float:
+        return self.weight_bytes * steps.durations.num_measured + self.kv_bytes_per_token * steps.num_context_tokens
+
+    def write_bytes(self, steps: StepSums) -> float:
+        return self.kv_bytes_per_token * (steps.num_prefill_tokens + steps.num_decode_sequences)
 
 
 class _Worker:

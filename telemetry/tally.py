@@ -56,8 +56,9 @@ class Tally:
         self._add("request_queue_time_seconds", bringer.dispatched_s - timeline.submitted_s)
         told, prefill_s = legs.account(bringer), legs.prefill_s(bringer)
         if told is not None and prefill_s is not None:
-            self._add("request_worker_queue_time_seconds", told.queue_s)
-            self._add("request_prefill_time_seconds", prefill_s)
+            pool = self._steps.pool_of(told.worker_id)
+            self._add("request_worker_queue_time_seconds", told.queue_s, pool)
+            self._add("request_prefill_time_seconds", prefill_s, pool)
             rest_s = first_token_s - bringer.dispatched_s - told.queue_s - prefill_s
             self._add("request_overhead_time_seconds", max(0.0, rest_s))
 

@@ -26,7 +26,7 @@ class Completions:
 
     async def complete(self, http: HttpRequest) -> Response:
         body = await read(http, CompletionRequest)
-        messages = completion_messages(body, _given_name(http), self._serving.shared.config.limits.max_prompts)
+        messages = completion_messages(body, http.state.request_id, self._serving.shared.config.limits.max_prompts)
         requests = [await self._request(http, message) for message in messages]
         echoes = tuple(map(self._text, messages, requests)) if body.echo else ()
         wanted = _wanted(body, body.logprobs is not None, echoes)
@@ -35,7 +35,7 @@ class Completions:
 
     async def chat(self, http: HttpRequest) -> Response:
         body = await read(http, ChatCompletionRequest)
-        message = chat_message(body, _given_name(http))
+        message = chat_message(body, http.state.request_id)
         # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens, unless it is told otherwise
         requests = [await self._request(http, message, fills=True)]
         answer_id = f"chatcmpl-{http.state.request_id}"
@@ -88,11 +88,6 @@ def _wanted(body: GenerationBody, logprobs: bool, echoes: tuple[str, ...] = ()) 
         running_usage=options is not None and options.continuous_usage_stats,
         echoes=echoes,
     )
-
-
-def _given_name(http: HttpRequest) -> str:
-    """The request's id when its client gave it one."""
-    return str(http.state.request_id) if http.state.is_named else ""
 
 
 def _peer(http: HttpRequest) -> str:

@@ -43,7 +43,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"").decode("latin-1")
         request_id = given or uuid.uuid4().hex
-        scope["state"] |= {"request_id": request_id, "is_named": bool(given), "caller": None}
+        scope["state"] |= {"request_id": request_id, "caller": None}
         out = _Answer(send, request_id)
         try:
             check_name("request_id", given)

@@ -28,7 +28,7 @@ def test_every_sampling_option_arrives(run: Run, cluster: ScriptedCluster) -> No
     options = (
         "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 "
         "--presence-penalty 0.2 --frequency-penalty 0.3 --seed 42 -n 2 --stop one --stop two --stop-token-id 5 "
-        "--ignore-eos --logprobs 1 --request-id mine --timeout 60"
+        "--ignore-eos --logprobs 1 --prompt-logprobs 2 --logit-bias 7=-2.5 --logit-bias 9=100 --request-id mine --timeout 60"
     )
     assert run("generate", "hello", *options.split()).exit_code == 0
     (request,) = cluster.requests
@@ -37,6 +37,7 @@ def test_every_sampling_option_arrives(run: Run, cluster: ScriptedCluster) -> No
     assert (sampling.top_p, sampling.min_p, sampling.repetition_penalty) == (0.9, 0.1, 1.1)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.seed, sampling.n) == (0.2, 0.3, 42, 2)
     assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == (("one", "two"), (5,), True, 1)
+    assert (sampling.prompt_logprobs, sampling.logit_bias) == (2, ((7, -2.5), (9, 100.0)))
     assert request.request_id == "mine"
     assert request.deadline_s is not None
 
@@ -57,6 +58,13 @@ def test_generate_as_json_has_the_whole_answer(run: Run) -> None:
     assert answer["choices"][0]["finish_reason"] == "FINISH_REASON_LENGTH"
     assert len(answer["choices"][0]["logprobs"]) == 3
     assert answer["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("bias", ["7", "7=", "=1", "a=1", "7=b", "-1=1", "4294967296=1"])
+def test_a_bias_that_is_none_is_named(run: Run, bias: str) -> None:
+    result = run("generate", "hello", f"--logit-bias={bias}")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"pdserve: --logit-bias: '{bias}' is not valid, expected")
 
 
 def test_the_timeline_draws_each_leg_on_stderr(run: Run) -> None:

@@ -1,64 +1,85 @@
-"""Templates of checkpoints render as transformers renders them, in a sandbox, and never without end."""
+"""Templates of checkpoints render as transformers renders them, in a sandbox."""
+
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.errors import CheckpointError, InvalidRequest
 from pdserve.gateway.chat_template import ChatTemplate
+from tests.gateway.chat_templates import FAMILIES
 from tests.gateway.support import byte_level
 
 CHAT = [{"role": "system", "content": "be  brief"}, {"role": "user", "content": 'say "hé" <b>'}]
+WITH_TOOLS: list[dict[str, Any]] = [
+    {"role": "system", "content": " be brief\n"},
+    {"role": "user", "content": "how warm is it in Pôrto?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "call-123456789", "function": {"name": "warmth", "arguments": {"where": "Pôrto", "deep": [1, {"b": True}]}}}
+        ],
+    },
+    {"role": "tool", "content": [{"celsius": 21.5, "text": "21,5"}]},
+    {"role": "assistant", "content": "<think>\nso ...\n</think>\n\n21.5 °C"},
+    {"role": "user", "content": "<b>thanks</b>"},
+]
 TEMPLATES = {
     "loop": "{% for m in messages %}\n{{ loop.index }}{{ m['role'] + ':' + m.content | trim }}{{ eos_token }}\n{% endfor %}",
     "loop variables": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "conditions": "{% for m in messages if m.role != 'system' %}{{ m.content }}{% else %}none{% endfor %}",
     "macro": "{% macro show(m) -%}[{{ m.role }}]{%- endmacro %}{% for m in messages %}{{ show(m) ~ '-' ~ 1 }}{% endfor %}",
+    "arguments": "{% macro all() %}{{ varargs }}{{ kwargs }}{% endmacro %}{{ all(1, 'x', a=[2]) }}{{ dict(messages[0], b=2) }}",
     "json": "{{ messages | tojson(indent=2) }}{{ messages[0] | tojson }}",
     "break": "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "tools": "{% if tools %}tools{% elif tools is none %}no tools{% endif %}{% if add_generation_prompt %}go{% endif %}",
-    "slices": "{{ messages[1:][0].content.split(' ')[-1] }}{{ '-' * 3 }}{{ 2 ** 3 + 7 % 4 }}",
+    "slices": "{{ messages[1:][0].content.split(' ')[-1] }}{{ '-' * 3 }}{{ 2 ** 3 + 7 % 4 }}{{ [1, 2] * 2 + [3] }}"
+    "{{ 'abc'[::-1] }}",
     "recursion": "{% for m in [[1], 2] recursive %}{% if m is iterable %}{{ loop(m) }}{% else %}{{ m }}{% endif %}{% endfor %}",
     "call": "{% macro box() %}<{{ caller() }}>{% endmacro %}{% call box() %}{{ messages[0].content }}{% endcall %}",
+    "texts": "{{ 'a-b-a'.replace('a', 'cc', 1) }}{{ ' x '.strip() }}{{ 'xay'.rsplit('a', 1) }}{{ 'a\nb'.splitlines() }}"
+    "{{ 'xay'.partition('a') }}{{ 'aXa'.rfind('a') }}{{ 'x'.ljust(3) }}{{ '7'.zfill(3) }}{{ ', '.join(['a', 'b']) }}",
+    "formats": "{{ '{}-{b}-{}'.format(1, [2], b='c') }}{{ '%s=%05.2f' | format('x', 1.5) }}{{ '%d%%' % 3 }}"
+    "{{ '%(a)s' % {'a': 1} }}",
+    "filters": "{{ 'a b\nc' | title | indent(2, true) }}{{ [3, 1, 2] | sort | reverse | list }}{{ [1, 1.5] | sum }}"
+    "{{ 2.5 | round }}{{ 'aab' | list | unique | join('+') }}{{ '<a&b>' | e }}{{ [2, 1] | min }}{{ 'ab' | replace('a', '') }}"
+    "{{ '7' | int + 1 }}",
+    "blocks": "{% set t %}a{% block b %}<{{ t }}>{% endblock %}{% endset %}{{ t }}{% filter upper %}x{{ 'y' }}{% endfilter %}"
+    "{% with a = 1 %}{{ a }}{% endwith %}",
 }
 
 
+def _rendered_by_transformers(source: str, chat: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level()._backend, bos_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=source
+    )
+    return str(reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def _template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
+
+
+@pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_renders_as_transformers_renders_it(name: str) -> None:
-    backend = byte_level()._backend
-    reference = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=TEMPLATES[name])
-    template = ChatTemplate(TEMPLATES[name], reference.special_tokens_map)
-    for add in (True, False):
-        expected = reference.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=add)
-        assert template.render(CHAT, add) == expected
+def test_a_template_renders_as_transformers_renders_it(name: str, add: bool) -> None:
+    assert _template(TEMPLATES[name]).render(CHAT, add) == _rendered_by_transformers(TEMPLATES[name], CHAT, add)
 
 
-BOMBS = {
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "nested conditions": "{% for a in range(99999) if (range(99999) | list | sum) < 0 %}{% endfor %}",
-    "recursive macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "much output": "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
-}
-HUGE = {
-    "product of a text": "{{ 'x' * 10000000000 }}",
-    "product of a list": "{{ ([1] * 10000000000) | length }}",
-    "power": "{{ 10 ** 10000000000 }}",
-    "format": "{{ '%10000000000d' % 1 }}",
-    "doubling": "{% set ns = namespace(t='x') %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
-    "doubling by ~": "{% set ns = namespace(t='x') %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
-}
+@pytest.mark.parametrize("chat", [CHAT, WITH_TOOLS], ids=["plain", "tools"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_templates_of_the_well_known_families_render_as_transformers_renders_them(
+    name: str, chat: list[dict[str, Any]]
+) -> None:
+    assert _template(FAMILIES[name]).render(chat) == _rendered_by_transformers(FAMILIES[name], chat, True)
 
 
-@pytest.mark.parametrize("source", BOMBS.values(), ids=BOMBS)
-def test_a_template_that_goes_on_and_on_is_ended(source: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"in time|at most"):
-        ChatTemplate(source, {}).render(CHAT, timeout_s=0.05)
-
-
-@pytest.mark.parametrize("source", HUGE.values(), ids=HUGE)
-def test_a_template_that_builds_something_huge_is_ended_before(source: str) -> None:
-    with pytest.raises(InvalidRequest, match="chat template"):
-        ChatTemplate(source, {}).render(CHAT)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversation_of_megabytes_is_rendered(name: str) -> None:
+    chat = [*CHAT, *({"role": role, "content": "wörd " * 4000} for _ in range(25) for role in ("assistant", "user"))]
+    assert len(_template(FAMILIES[name]).render(chat, timeout_s=60.0)) > 1_000_000
 
 
 ESCAPES = {
@@ -66,6 +87,8 @@ ESCAPES = {
     "globals": "{{ raise_exception.__globals__['json'] }}",
     "mutation": "{% set x = messages.append(1) %}",
     "attributes of a namespace": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
+    "attributes by a format": "{{ '{0.__class__}'.format(1) }}",
+    "attributes by a filter": "{{ [1] | map(attribute='__class__') | first | string | length / 0 }}",
 }
 
 
@@ -80,6 +103,9 @@ def test_what_a_template_makes_of_an_unexpected_conversation_is_the_clients_erro
         ChatTemplate("{{ messages[0].content + 1 }}", {}).render(CHAT)
 
 
-def test_a_broken_template_is_the_checkpoints_error() -> None:
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{% include 'x' %}", "{% autoescape true %}{% endautoescape %}", "{{ 1 | x }}"]
+)
+def test_a_broken_template_is_the_checkpoints_error(source: str) -> None:
     with pytest.raises(CheckpointError, match="chat template cannot be compiled"):
-        ChatTemplate("{% for %}", {})
+        ChatTemplate(source, {})

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 
 import httpx
@@ -191,6 +192,23 @@ async def test_more_connections_than_allowed_are_closed(server: GatewayServer) -
     assert await clients[2].until_closed() == b""
     for client in clients:
         client.writer.close()
+
+
+async def test_a_chunk_does_not_wait_until_the_one_before_is_acknowledged(
+    server: GatewayServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delays_allowed: list[bool] = []
+    made = connection.Connection.connection_made
+
+    def watched(self: connection.Connection, transport: asyncio.Transport) -> None:
+        accepted = transport.get_extra_info("socket")
+        delays_allowed.append(not accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        made(self, transport)
+
+    monkeypatch.setattr(connection.Connection, "connection_made", watched)
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
+        await client.get("/v1/models")
+    assert delays_allowed == [False]
 
 
 async def test_stopping_gives_running_requests_their_time(server: GatewayServer, cluster: ScriptedCluster) -> None:

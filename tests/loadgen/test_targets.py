@@ -11,14 +11,13 @@ from fastapi import FastAPI, Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from pdserve.core.errors import QueueFull
-from pdserve.gateway.app import GatewayServer, serve
+from pdserve.gateway.app import GatewayServer
 from pdserve.loadgen.errors import RequestFailed
 from pdserve.loadgen.grpc_target import GrpcTarget, legs_of
 from pdserve.loadgen.http_target import HttpTarget
 from pdserve.loadgen.target import Request
 from pdserve.proto import pdserve_pb2 as pb
-from tests.gateway.conftest import CONFIG
-from tests.gateway.support import ScriptedCluster, byte_level, model_info
+from tests.gateway.support import ScriptedCluster, model_info
 
 ASKED = Request([10, 11, 12], max_tokens=4)
 DONE = b"data: [DONE]\n\n"
@@ -37,18 +36,6 @@ class Seen:
 @pytest.fixture
 def seen() -> Seen:
     return Seen()
-
-
-@pytest.fixture
-def cluster() -> ScriptedCluster:
-    return ScriptedCluster(byte_level())
-
-
-@pytest.fixture
-async def server(cluster: ScriptedCluster) -> AsyncIterator[GatewayServer]:
-    gateway = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer))
-    yield gateway
-    await gateway.stop(0)
 
 
 @pytest.fixture

@@ -1,63 +1,25 @@
 """The reconcile loop: from desired pools and what happens to workers to what is started, drained, flipped and stopped."""
 
 import random
-from collections.abc import Mapping
 
 import pytest
 
 from pdserve.core.errors import InvalidTransition
-from pdserve.core.messages import Role
 from pdserve.router.events import Tick, WorkerIdle, WorkerLost, WorkerReady
-from pdserve.router.fleet import Fleet, FleetConfig
+from pdserve.router.fleet import FleetConfig
 from pdserve.router.fleet_events import (
-    AdoptWorkers,
-    Apply,
     AssignRole,
     Drain,
     DrainWorker,
     FleetAction,
-    FleetEvent,
     Shutdown,
     StartWorker,
     StopWorker,
-    WorkerLoading,
 )
 from pdserve.router.fleet_member import TRANSITIONS, Member, MemberState
 
 from .cluster import worker_info
-
-P, D = Role.PREFILL, Role.DECODE
-
-
-class FleetAt:
-    """A fleet and the time; workers become ready when told so."""
-
-    def __init__(self, *ready: str, config: FleetConfig | None = None) -> None:
-        self.fleet = Fleet(config)
-        self.now_s = 0.0
-        if ready:
-            self.apply({role: sum(name.startswith(role.value) for name in ready) for role in (P, D)})
-            for name in ready:
-                self.ready(name)
-
-    def handle(self, event: FleetEvent, after_s: float = 0.0) -> list[FleetAction]:
-        self.now_s += after_s
-        return self.fleet.handle(event, self.now_s)
-
-    def apply(self, pools: dict[Role, int], num_legs: Mapping[str, int] | None = None) -> list[FleetAction]:
-        return self.handle(Apply(pools, num_legs or {}))
-
-    def incarnation(self, worker_id: str) -> int:
-        return next(m.incarnation for m in self.fleet.status() if m.worker_id == worker_id)
-
-    def ready(self, worker_id: str) -> list[FleetAction]:
-        return self.handle(WorkerReady(worker_info(worker_id, P, incarnation=self.incarnation(worker_id))))
-
-    def lost(self, worker_id: str, after_s: float = 0.0) -> list[FleetAction]:
-        return self.handle(WorkerLost(worker_id, self.incarnation(worker_id), "killed"), after_s)
-
-    def states(self) -> dict[str, tuple[Role, MemberState]]:
-        return {m.worker_id: (m.role, m.state) for m in self.fleet.status()}
+from .fleet_at import D, FleetAt, P
 
 
 def test_apply_starts_what_is_missing_under_stable_names() -> None:
@@ -208,57 +170,6 @@ def test_shutdown_drains_all_and_is_done_when_the_last_process_is_gone() -> None
     fleet.lost("decode-0")
     assert fleet.fleet.is_stopped
     assert fleet.apply({D: 5}) == []
-
-
-def adopting(*workers: StartWorker) -> FleetAt:
-    """The fleet of a new controller, which knows what the one before has started."""
-    fleet = FleetAt()
-    fleet.fleet = Fleet(FleetConfig(start_timeout_s=600.0), first_incarnation=1000)
-    assert fleet.handle(AdoptWorkers(workers)) == []
-    return fleet
-
-
-def test_adopted_workers_serve_on_and_nothing_is_started_before_each_was_heard_of() -> None:
-    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
-    assert fleet.apply({P: 1, D: 2}) == fleet.ready("prefill-0") == []
-    assert fleet.ready("decode-0") == [StartWorker(D, "decode-1", 1000)]
-
-
-def test_an_adopted_worker_that_is_not_heard_of_is_replaced() -> None:
-    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
-    fleet.apply({P: 1, D: 1})
-    fleet.ready("prefill-0")
-    for beat in range(1, 6):
-        assert fleet.fleet.next_tick_s() == 0.5 * beat
-        assert fleet.handle(Tick(), after_s=0.5) == []
-    assert fleet.handle(Tick(), after_s=0.5) == [StopWorker("decode-0", 2, "not heard of after 3 s")]
-    assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "decode-0", 1000)]
-
-
-def test_a_pause_of_the_controller_is_not_taken_for_the_silence_of_adopted_workers() -> None:
-    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
-    fleet.apply({P: 1, D: 1})
-    assert fleet.handle(Tick(), after_s=60.0) == []  # it finds its timer due before it reads what workers have said
-    assert fleet.ready("prefill-0") == fleet.ready("decode-0") == []
-    assert {state for _, state in fleet.states().values()} == {MemberState.READY}
-
-
-def test_an_adopted_worker_that_is_loading_has_the_time_of_a_start_and_is_not_waited_for() -> None:
-    fleet = adopting(StartWorker(D, "decode-0", 1))
-    fleet.apply({D: 2})
-    assert fleet.handle(WorkerLoading("decode-0", 1)) == [StartWorker(D, "decode-1", 1000)]
-    assert fleet.handle(Tick(), after_s=500.0) == []
-
-
-def test_a_worker_drained_by_hand_before_all_were_heard_of_does_not_come_back_to_a_pool_that_has_shrunk() -> None:
-    fleet = adopting(StartWorker(D, "decode-0", 1), StartWorker(D, "decode-1", 2), StartWorker(P, "prefill-0", 3))
-    fleet.apply({D: 1, P: 1})
-    fleet.ready("decode-0"), fleet.ready("decode-1")
-    assert fleet.handle(Drain("decode-1")) == [DrainWorker("decode-1")]
-    fleet.handle(WorkerIdle("decode-1", 2))
-    fleet.lost("decode-1")
-    assert fleet.ready("prefill-0") == []
-    assert fleet.states() == {"decode-0": (D, MemberState.READY), "prefill-0": (P, MemberState.READY)}
 
 
 def test_an_illegal_transition_raises_with_the_members_history() -> None:

@@ -54,6 +54,7 @@ def test_series_that_are_known_before_are_there_from_the_start(exposition: str) 
     for name, rows in EXPECTED.items():
         assert exposition.count(f"pdserve_{name}{{") == len(rows)
     assert "pdserve_time_to_first_token_seconds_count 0.0" in exposition
+    assert 'pdserve_request_prefill_time_seconds_count{pool="prefill"} 0.0' in exposition
 
 
 def test_the_operations_page_has_every_metric_with_its_type_labels_and_meaning() -> None:

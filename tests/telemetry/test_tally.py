@@ -11,6 +11,8 @@ from pdserve.router.events import Cancel, Pause, Tick, Timeline, WorkerRole
 from ..router.cluster import make_request
 from .support import STATS, Watched, timing
 
+STEPS = (("decode", "decode"), ("prefill", "prefill"), ("decode", "mixed"))  # of which pools, and what they compute
+
 
 @pytest.fixture
 def cluster() -> Watched:
@@ -39,7 +41,8 @@ def test_one_request_is_counted_once_in_each_of_its_parts(cluster: Watched) -> N
     once = (
         "requests_admitted_total", "dispatches_total", 'request_success_total{finished_reason="length"}',
         "time_to_first_token_seconds_count", "e2e_request_latency_seconds_count", "request_queue_time_seconds_count",
-        "request_worker_queue_time_seconds_count", "request_prefill_time_seconds_count", "request_overhead_time_seconds_count",
+        'request_worker_queue_time_seconds_count{pool="prefill"}', 'request_prefill_time_seconds_count{pool="prefill"}',
+        "request_overhead_time_seconds_count",
         "request_kv_wait_time_seconds_count", "request_decode_time_seconds_count", "kv_transfer_bytes_count",
         "kv_transfer_seconds_count", "kv_transfer_exposed_seconds_count", "request_time_per_output_token_seconds_count",
         'prediction_ratio_count{of="ttft"}', 'prediction_ratio_count{of="transfer"}', 'prediction_ratio_count{of="itl"}',
@@ -54,8 +57,10 @@ def test_one_request_is_counted_once_in_each_of_its_parts(cluster: Watched) -> N
 def test_the_parts_of_the_time_to_the_first_token_add_up_to_it(cluster: Watched) -> None:
     serve(cluster)
     values = cluster.values()
+    at_worker = '{pool="prefill"}'
     parts = {
-        part: values.get(f"request_{part}_time_seconds_sum", 0.0) for part in ("queue", "worker_queue", "prefill", "overhead")
+        part: values.get(f"request_{part}_time_seconds_sum{labels}", 0.0)
+        for part, labels in (("queue", ""), ("worker_queue", at_worker), ("prefill", at_worker), ("overhead", ""))
     }
     assert parts == pytest.approx({"queue": 0.0, "worker_queue": 0.01, "prefill": 0.025, "overhead": 0.005})
     assert values["time_to_first_token_seconds_sum"] == pytest.approx(sum(parts.values()))
@@ -169,11 +174,18 @@ def test_steps_are_timed_by_pool_and_phase_and_measured_against_their_prediction
 
 def test_arithmetic_and_traffic_are_counted_from_the_shapes_of_steps(cluster: Watched) -> None:
     cluster.step("decode-0", timing(sequences=4, context=400))
-    values = cluster.values()
-    assert values['estimated_flops_total{pool="decode"}'] == 4 * 100 + 400 * 1 + 4 * 10
-    assert values['estimated_memory_bytes_total{pool="decode"}'] == 1000 + 404 * 8
     cluster.step("prefill-0", timing(prefill=50, squares=2500))
-    assert cluster.values()['estimated_flops_total{pool="prefill"}'] == 50 * 100 + 2500
+    cluster.step("decode-0", timing(prefill=50, squares=2500, sequences=4, context=400))
+    values = cluster.values()
+    decode, prefill, mixed = (f'{{phase="{phase}",pool="{pool}"}}' for pool, phase in STEPS)
+    assert values[f"estimated_flops_total{decode}"] == 4 * 100 + 400 * 1 + 4 * 10
+    assert values[f"estimated_read_bytes_total{decode}"] == 1000 + 400 * 8
+    assert values[f"estimated_write_bytes_total{decode}"] == 4 * 8
+    assert values[f"estimated_flops_total{prefill}"] == 50 * 100 + 2500
+    assert values[f"estimated_read_bytes_total{prefill}"] == 1000
+    assert values[f"estimated_write_bytes_total{prefill}"] == 50 * 8
+    assert values[f"estimated_flops_total{mixed}"] == 54 * 100 + 2900 + 4 * 10
+    assert values[f"step_duration_seconds_count{mixed}"] == 1, "what MFU divides by has the same labels"
 
 
 def test_preemptions_are_counted_from_what_a_worker_said_first(cluster: Watched) -> None:

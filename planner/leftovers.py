@@ -1,0 +1,34 @@
+"""What somebody holds still, and in what the parts of a cluster disagree; nothing, once all is idle."""
+
+from collections.abc import Iterator, Sequence
+
+from ..router.fleet_member import MemberState
+from .simulated_head import SimulatedHead
+from .simulated_worker import SimulatedWorker
+
+
+def leftovers(head: SimulatedHead, alive: Sequence[SimulatedWorker], now_s: float) -> list[str]:
+    """Of the head and the workers that live."""
+    left = [f"router: request {request_id}" for request_id in head.clients]
+    workers = head.router.status(now_s).workers
+    left += [f"router: {worker.num_legs} legs at {worker.worker_id}" for worker in workers if worker.num_legs]
+    for worker in alive:
+        left += [f"{worker.worker_id}/{worker.incarnation}: {held}" for held in _held(worker)]
+    members = {(m.worker_id, m.incarnation): m.role for m in head.fleet.status() if m.state is MemberState.READY}
+    if (known := {(worker.worker_id, worker.incarnation): worker.role for worker in workers}) != members:
+        left.append(f"the fleet has {members}, the router knows {known}")
+    if (there := {(worker.worker_id, worker.incarnation) for worker in alive}) != members.keys():
+        left.append(f"the fleet has {sorted(members)}, there are {sorted(there)}")
+    left += [f"{m.worker_id} is {m.state.value}" for m in head.fleet.status() if m.state is not MemberState.READY]
+    return left
+
+
+def _held(worker: SimulatedWorker) -> Iterator[str]:
+    if worker.worker.num_legs:
+        yield f"{worker.worker.num_legs} legs"
+    if worker.pool.num_free_blocks != worker.pool.num_blocks:
+        yield f"{worker.pool.num_blocks - worker.pool.num_free_blocks} blocks"
+    if worker.store.leases:
+        yield f"leases of {', '.join(map(str, worker.store.leases))}"
+    if worker.hub.num_transfers:
+        yield f"{worker.hub.num_transfers} transfers"

@@ -1,0 +1,150 @@
+"""A controller over actors that do what a test says."""
+
+import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from pdserve.cluster import controller as controller_module
+from pdserve.cluster.actors import Outcome, outcome_of
+from pdserve.cluster.controller import Controller
+from pdserve.cluster.cores import CoreAllocator, Placement
+from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.core.config import ClusterConfig
+from pdserve.core.messages import Hello, Ready, Role
+from pdserve.router.core import Router
+from pdserve.router.events import WorkerLost
+from pdserve.router.fleet import Fleet, FleetConfig
+from pdserve.router.fleet_events import Apply, StartWorker
+from pdserve.router.fleet_member import MemberState
+from pdserve.router.service import RouterService
+
+from ..router.cluster import worker_info
+
+P, D = Role.PREFILL, Role.DECODE
+
+
+class FakeActor:
+    """A worker's actor, whose `run` ends when the test, `stop` or a kill says so."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+        self.is_frozen = False
+        self.num_stops = 0
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def stop(self) -> None:
+        self.num_stops += 1
+        if not self.is_frozen:
+            self.end()
+
+    def end(self, error: BaseException | None = None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+
+
+class FakeKeeper:
+    """Keeps the actors that it made."""
+
+    def __init__(self) -> None:
+        self.actors: list[FakeActor] = []
+
+    def start(self, spec: WorkerSpec, placement: Placement) -> None:
+        self.actors.append(FakeActor(replace(spec, cores=placement.cores)))
+
+    async def ended(self, key: tuple[str, int]) -> Outcome:
+        return await outcome_of(asyncio.shield(self._actor(key).ended))
+
+    def stop(self, key: tuple[str, int]) -> None:
+        self._actor(key).stop()
+
+    def kill(self, key: tuple[str, int]) -> None:
+        self._actor(key).end(ActorDiedError())
+
+    def living(self) -> list[tuple[WorkerSpec, Placement]]:
+        return [(actor.spec, Placement("node", actor.spec.cores)) for actor in self.actors if not actor.ended.done()]
+
+    def _actor(self, key: tuple[str, int]) -> FakeActor:
+        return next(actor for actor in self.actors if actor.spec.key == key)
+
+
+class World:
+    """A controller and a router's service around fake actors, on `num_cores` cores; every instance takes one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_cores: int = 2, **fleet: Any) -> None:
+        self.keeper = FakeKeeper()
+        self.fleet_events: list[Any] = []
+        monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 0.01)
+        self.start_controller(monkeypatch, Router(), num_cores, **fleet)
+
+    def start_controller(self, monkeypatch: pytest.MonkeyPatch, router: Router, num_cores: int = 2, **fleet: Any) -> None:
+        self.fleet = Fleet(FleetConfig(**fleet))
+        self.controller = Controller(self.fleet, CoreAllocator({"node": num_cores}), self.keeper, _spec, lambda: None)
+        self.service = RouterService(router, self.controller, "secret")
+        self.controller.attach(self.service)
+        handle = self.fleet.handle
+        monkeypatch.setattr(
+            self.fleet, "handle", lambda event, now_s: (self.fleet_events.append(event), handle(event, now_s))[1]
+        )
+
+    @property
+    def actors(self) -> list[FakeActor]:
+        return self.keeper.actors
+
+    def actor(self, worker_id: str) -> FakeActor:
+        """The newest of this name."""
+        return next(actor for actor in reversed(self.actors) if actor.spec.worker_id == worker_id)
+
+    def connect(self, worker_id: str) -> None:
+        """The worker says hello and that it is ready."""
+        spec = self.actor(worker_id).spec
+        assert self.service.admit(SimpleNamespace(send=lambda message: None), hello(spec))  # type: ignore[arg-type]
+        self.service.receive(Ready(info=worker_info(worker_id, spec.role, incarnation=spec.incarnation)))
+
+    def disconnect(self, worker_id: str, reason: str = "connection closed", is_silent: bool = False) -> None:
+        spec = self.actor(worker_id).spec
+        self.service.lost(worker_id, spec.incarnation, reason, is_silent)
+
+    def up(self) -> None:
+        self.controller.handle(Apply({P: 1, D: 1}))
+        self.connect("prefill-0")
+        self.connect("decode-0")
+
+    def state(self, worker_id: str) -> MemberState | None:
+        return next((member.state for member in self.fleet.status() if member.worker_id == worker_id), None)
+
+    def error(self, worker_id: str) -> str | None:
+        return next(member.last_error for member in self.fleet.status() if member.worker_id == worker_id)
+
+    def losses(self, worker_id: str) -> list[WorkerLost]:
+        return [event for event in self.fleet_events if isinstance(event, WorkerLost) and event.worker_id == worker_id]
+
+    async def settle(self) -> None:
+        """Until nobody has anything left to do but to wait for actors."""
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+def _spec(action: StartWorker) -> WorkerSpec:
+    config = ClusterConfig.model_validate({})
+    return WorkerSpec(
+        worker_id=action.worker_id,
+        incarnation=action.incarnation,
+        role=action.role,
+        config=config,
+        num_blocks=8,
+        router_address=("127.0.0.1", 1),
+        token="secret",
+        host=None,
+    )
+
+
+def hello(spec: WorkerSpec) -> Hello:
+    return Hello(worker_id=spec.worker_id, incarnation=spec.incarnation)

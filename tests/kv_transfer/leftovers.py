@@ -1,0 +1,42 @@
+"""Nothing is left behind by a test of endpoints: fixtures for the modules that have such tests."""
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.core.request import TransferId
+
+from .support import pair
+
+TRANSPORTS = ("shm", "gloo")
+T = TransferId("request", 0)
+
+
+def open_things() -> tuple[int, int, int]:
+    """File descriptors, threads and staging rings of this process."""
+    gc.collect()
+    rings = Path("/proc/self/maps").read_text().count("pdserve-kv")
+    threads = [t for t in threading.enumerate() if t.name.startswith(("pdserve", "asyncio"))]
+    return len(os.listdir("/proc/self/fd")), len(threads), rings
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gloo_is_warm() -> None:
+    """Torch takes longer to import than a pair may take to connect, and opens two descriptors for good."""
+    import torch.distributed  # noqa: F401
+
+    with pair(transport="gloo") as (sender, receiver):
+        receiver.expect(T, sender.key, [0], 1)
+        sender.push(T, receiver.address, [0], 1)
+        receiver.ends.received(T)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(_gloo_is_warm: None) -> Iterator[None]:
+    before = open_things()
+    yield
+    assert open_things() == before, "descriptors, threads or rings were left behind"

@@ -1,0 +1,66 @@
+"""A new controller's fleet takes over the workers of the one before."""
+
+from pdserve.router.events import Tick, WorkerIdle
+from pdserve.router.fleet import Fleet, FleetConfig
+from pdserve.router.fleet_events import (
+    AdoptWorkers,
+    Drain,
+    DrainWorker,
+    StartWorker,
+    StopWorker,
+    WorkerLoading,
+)
+from pdserve.router.fleet_member import MemberState
+
+from .fleet_at import D, FleetAt, P
+
+
+def adopting(*workers: StartWorker) -> FleetAt:
+    """The fleet of a new controller, which knows what the one before has started."""
+    fleet = FleetAt()
+    fleet.fleet = Fleet(FleetConfig(start_timeout_s=600.0), first_incarnation=1000)
+    assert fleet.handle(AdoptWorkers(workers)) == []
+    return fleet
+
+
+def test_adopted_workers_serve_on_and_nothing_is_started_before_each_was_heard_of() -> None:
+    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
+    assert fleet.apply({P: 1, D: 2}) == fleet.ready("prefill-0") == []
+    assert fleet.ready("decode-0") == [StartWorker(D, "decode-1", 1000)]
+
+
+def test_an_adopted_worker_that_is_not_heard_of_is_replaced() -> None:
+    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
+    fleet.apply({P: 1, D: 1})
+    fleet.ready("prefill-0")
+    for beat in range(1, 6):
+        assert fleet.fleet.next_tick_s() == 0.5 * beat
+        assert fleet.handle(Tick(), after_s=0.5) == []
+    assert fleet.handle(Tick(), after_s=0.5) == [StopWorker("decode-0", 2, "not heard of after 3 s")]
+    assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "decode-0", 1000)]
+
+
+def test_a_pause_of_the_controller_is_not_taken_for_the_silence_of_adopted_workers() -> None:
+    fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
+    fleet.apply({P: 1, D: 1})
+    assert fleet.handle(Tick(), after_s=60.0) == []  # it finds its timer due before it reads what workers have said
+    assert fleet.ready("prefill-0") == fleet.ready("decode-0") == []
+    assert {state for _, state in fleet.states().values()} == {MemberState.READY}
+
+
+def test_an_adopted_worker_that_is_loading_has_the_time_of_a_start_and_is_not_waited_for() -> None:
+    fleet = adopting(StartWorker(D, "decode-0", 1))
+    fleet.apply({D: 2})
+    assert fleet.handle(WorkerLoading("decode-0", 1)) == [StartWorker(D, "decode-1", 1000)]
+    assert fleet.handle(Tick(), after_s=500.0) == []
+
+
+def test_a_worker_drained_by_hand_before_all_were_heard_of_does_not_come_back_to_a_pool_that_has_shrunk() -> None:
+    fleet = adopting(StartWorker(D, "decode-0", 1), StartWorker(D, "decode-1", 2), StartWorker(P, "prefill-0", 3))
+    fleet.apply({D: 1, P: 1})
+    fleet.ready("decode-0"), fleet.ready("decode-1")
+    assert fleet.handle(Drain("decode-1")) == [DrainWorker("decode-1")]
+    fleet.handle(WorkerIdle("decode-1", 2))
+    fleet.lost("decode-1")
+    assert fleet.ready("prefill-0") == []
+    assert fleet.states() == {"decode-0": (D, MemberState.READY), "prefill-0": (P, MemberState.READY)}

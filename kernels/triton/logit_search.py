@@ -1,7 +1,7 @@
 """Searches of one row of logits by one program, a tile at a time: what `sampling.py` draws tokens with.
 
 A source is a row, or candidates copied from it, in order of their ids; a place is an index into the source. Logits are looked
-at as integers of the same order (keys), so that a threshold can be bisected. A weight is exp((logit - largest) * scale).
+at as integers of the same order (keys), whose thresholds are exact. A weight is exp((logit - largest) * scale).
 """
 
 import triton
@@ -95,7 +95,9 @@ def highest_cut(
     Returns (source, size, that key, the number of tokens at or above it): the source of old, or the candidates in `values`.
     """
     while low < high:
-        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without overflow
+        # Half-way between the two logits and not between the keys, most of which belong to numbers near zero.
+        halfway = _keys(0.5 * logit_of(low) + 0.5 * logit_of(high))
+        middle = tl.minimum(tl.maximum(halfway, low + 1), high)
         number, amount, lowest_above, highest_below = measure(source, size, middle, largest, scale, BY_MASS, BLOCK)
         enough = amount >= target
         low = tl.where(enough, lowest_above, low)

@@ -2,8 +2,8 @@
 its batch.
 
 Top-k and top-p are each the highest cut with enough tokens, or enough mass, at or above it, found by bisection; each step goes
-on from the nearest logit that is there, so that some ten suffice. As soon as the tokens left fit one tile they are copied, in
-their order, and the row is not read again (`logit_search.py`).
+on from the nearest logit that is there, so that ten to twenty suffice. As soon as the tokens left fit one tile they are
+copied, in their order, and the row is not read again (`logit_search.py`).
 
 The random number is the very one of `engine/random_numbers.py`, and tokens lie on its line by id, as in
 `engine/distribution.py`. What differs from the CPU: a GPU's `exp` is off by about 1e-7 times the distance to the largest logit

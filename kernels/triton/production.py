@@ -13,7 +13,7 @@ from ..wire import KVPart, WireFormat, part_bytes
 from .activation import silu_mul_launch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
 from .decode_plan import DecodeShape, plan_decode
-from .launch import Launch
+from .launch import HOPPER, Launch
 from .norm import norm_launch
 from .prefill_attention import PrefillBatch, prefill_launch
 from .rope_cache import rope_launch
@@ -80,7 +80,7 @@ def _decode(target: int) -> Iterator[tuple[str, Launch]]:
 
 def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
     shapes = [
-        (LLAMA_8B, 128, None),
+        *([(LLAMA_8B, 128, None)] if target == HOPPER else []),  # elsewhere its tiles are those of page 64
         (LLAMA_8B, 64, None),
         (LLAMA_8B, 16, None),
         (LLAMA_8B, 64, 4096),
@@ -95,13 +95,13 @@ def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
 
 
 def _norms() -> Iterator[tuple[str, Launch]]:
-    for width, adds in [(2048, True), (4096, True), (4096, False), (8192, True)]:
+    for width, adds in [(4096, True), (4096, False), (8192, True)]:
         x = _bfloat16(64, width)
         yield f"{width} wide{', residual' if adds else ''}", norm_launch(x, x if adds else None, x[0], 1e-5, x)
 
 
 def _ropes() -> Iterator[tuple[str, Launch]]:
-    for heads, norms in [(LLAMA_8B, False), (QWEN3_06B, True), (QWEN2_7B, False), (HEAD_DIM_80, False), (HEAD_DIM_256, True)]:
+    for heads, norms in [(LLAMA_8B, False), (QWEN3_06B, True), (HEAD_DIM_256, True)]:
         cache = _cache(heads, 64)
         qkv = _bfloat16(64, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim)
         index, norm = _int64(64), _bfloat16(heads.head_dim) if norms else None

@@ -93,11 +93,11 @@ class WorkerProcess:
             self._serve(engine, endpoint, grammars, cores)
         finally:
             self._stopping.set()  # the reader's thread does not look for another router
-            if grammars is not None:
-                grammars.stop()
             if endpoint is not None:
                 endpoint.close()
             self._link.close()
+            if grammars is not None:
+                grammars.stop()
 
     def stop(self) -> None:
         """End `run` after the current step; from any thread."""

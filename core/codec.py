@@ -23,8 +23,9 @@ class FrameError(Exception):
 class FrameEncoder:
     """One direction of one stream; not thread-safe."""
 
-    def __init__(self) -> None:
-        self._number = 0
+    def __init__(self, first_number: int = 0) -> None:
+        """`first_number` is 0, unless somebody else has encoded what comes before."""
+        self._number = first_number
 
     def encode(self, message: object) -> bytes:
         """`message` (a msgspec struct) as the next frame."""

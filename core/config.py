@@ -161,6 +161,10 @@ class LimitsSection(_Part):
     """Tokens whose logits one request shifts."""
     max_constraint_bytes: NotNegative = 1 << 16
     """Bytes of a JSON schema, regular expression or grammar that an output has to follow; 0: constraints are refused."""
+    max_tools: NotNegative = 128
+    """Tools that one request may offer to the model; 0: tools are refused."""
+    max_tool_bytes: NotNegative = 1 << 18
+    """Bytes of the JSON schemas of all tools of one request."""
     max_stop_strings: NotNegative = 16
     """Stop strings of one request."""
     max_message_bytes: Positive = 16 << 20

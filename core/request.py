@@ -50,6 +50,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None  # on the router's monotonic clock
     client: str = ""  # whom it counts for when clients take turns
     traceparent: str = ""  # the client's span, as in W3C Trace Context; changes nothing of what is done
+    has_tools: bool = False  # its output may have tool calls in it, which the gateway tells from the text
 
 
 class TransferId(msgspec.Struct, frozen=True, array_like=True):

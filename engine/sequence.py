@@ -73,8 +73,10 @@ class Sequence:
 
     def finish_reason_with(self, token_id: int) -> FinishReason | None:
         """Why the sequence would end if `token_id` came next; None when it would go on."""
-        num_output_tokens = self.num_output_tokens + 1
-        if token_id in self._stop_token_ids and num_output_tokens > self.spec.sampling.min_tokens:
+        sampling = self.spec.sampling
+        if token_id in self._stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
+            return FinishReason.STOP
+        if sampling.grammar and token_id in self.spec.eos_token_ids:  # before min_tokens only where nothing else may come
             return FinishReason.STOP
         if self.num_tokens + 1 >= self._max_num_tokens:
             return FinishReason.LENGTH

@@ -76,8 +76,8 @@ class TokenMasks:
             assert num_tokens == seq.num_output_tokens, f"{seq}: mask after {num_tokens} output tokens"
             seq.token_mask = bits
 
-    def transfer_of(self, key: int) -> TransferId | None:
-        """Whose sequence it is; None when it is gone."""
+    def given_up(self, key: int) -> TransferId | None:
+        """There will be no mask. Whose sequence it is; None when it is gone."""
         self._fresh.discard(key)
         seq = self._sequence_of.get(key)
         return None if seq is None else seq.transfer

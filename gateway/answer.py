@@ -16,6 +16,7 @@ from .intake import shown_id
 from .stop_strings import Pattern, StopMatcher
 from .timeline import num_cached_tokens, timeline_message
 from .tokenizer import Tokenizer
+from .tools.reader import CallReader
 from .translate import RequestFailed
 
 MAX_LOGPROBS_PER_MESSAGE = 1 << 14  # 15 bytes each
@@ -36,7 +37,10 @@ class Answer:
         self._stop_choice = stop_choice
         patterns = [Pattern.compile(text) for text in request.sampling.stop]
         first = resume_from or [0] * request.sampling.n
-        self._choices = [_Choice(request, tokenizer, patterns, index) for index in first]
+        self._choices = [
+            _Choice(request, tokenizer, patterns, index, CallReader(request, tokenizer, choice) if request.has_tools else None)
+            for choice, index in enumerate(first)
+        ]
 
     @property
     def num_tokens(self) -> int:
@@ -65,9 +69,10 @@ class Answer:
             yield from self._prompt(tokens[0].prompt_logprobs)
         delta = pb.TokenDelta(choice=index, index=max(tokens[0].index, choice.first_index))
         for token in tokens:
-            text = choice.push(token)
-            if token.index >= choice.first_index:
-                delta.text += text
+            if token.index < choice.first_index:
+                choice.push(token, pb.TokenDelta())
+            else:
+                choice.push(token, delta)
                 delta.token_ids.append(token.token_id)
                 if token.logprob is not None:
                     delta.logprobs.append(_logprobs(token.logprob, token.top_logprobs))
@@ -90,11 +95,15 @@ class Answer:
 
     def _end_choice(self, index: int, reason: FinishReason) -> Iterator[pb.GenerateEvent]:
         choice = self._choices[index]
-        if text := choice.flush():
-            yield pb.GenerateEvent(tokens=pb.TokenDelta(choice=index, index=choice.num_tokens, text=text))
+        rest = pb.TokenDelta(choice=index, index=choice.num_tokens)
+        choice.flush(rest)
+        if rest.text or rest.tool_calls:
+            yield pb.GenerateEvent(tokens=rest)
         choice.ended = True
         found = choice.stops.found
         finish_reason = FINISH_REASONS[reason if found is None else FinishReason.STOP]
+        if reason is FinishReason.STOP and found is None and choice.has_called:
+            finish_reason = pb.FINISH_REASON_TOOL_CALLS
         yield pb.GenerateEvent(choice_end=pb.ChoiceEnd(choice=index, finish_reason=finish_reason, stop_string=found))
 
     def _end(self, timeline: Timeline) -> pb.RequestEnd:
@@ -107,27 +116,51 @@ class Answer:
 
 
 class _Choice:
-    """The text of one choice as far as it has come."""
+    """The text and the calls of one choice as far as they have come."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, patterns: list[Pattern], first_index: int) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, patterns: list[Pattern], first_index: int, calls: CallReader | None
+    ) -> None:
         self.first_index = first_index  # that its client wants
         self._min_tokens = request.sampling.min_tokens
-        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids)
+        self._calls = calls
+        self._detokenizer = Detokenizer(tokenizer if calls is None else calls.decoder, request.prompt_token_ids)
         self.stops = StopMatcher(patterns)
         self.num_tokens = 0
         self.ended = False
 
-    def push(self, token: TokenOutput) -> str:
-        """The text that may go out with this token. A token that ends the choice by its id has none."""
+    @property
+    def has_called(self) -> bool:
+        return self._calls is not None and self._calls.has_called
+
+    def push(self, token: TokenOutput, delta: pb.TokenDelta) -> None:
+        """Add what may go out with this token. One that ends the choice by its id has no text."""
         self.num_tokens += 1
         if token.finish_reason is FinishReason.STOP:
-            return ""
+            return
         text = self._detokenizer.push(token.token_id)
-        return text if token.index < self._min_tokens else self.stops.push(text)
+        if self._calls is not None:
+            text = self._calls.push(text, delta)
+        delta.text += text if token.index < self._min_tokens else self.stops.push(text)
+        if delta.tool_calls:
+            self._end_text(delta)
 
-    def flush(self) -> str:
-        """The rest of the text. It may still complete a stop string."""
-        return self.stops.push(self._detokenizer.flush()) + self.stops.flush() if self.stops.found is None else ""
+    def flush(self, delta: pb.TokenDelta) -> None:
+        """Add the rest. Its text may still complete a stop string."""
+        if self.stops.found is not None:
+            return
+        text = self._detokenizer.flush()
+        if self._calls is not None:
+            text = self._calls.push(text, delta) + self._calls.flush(delta)
+        delta.text += self.stops.push(text)
+        self._end_text(delta)
+
+    def _end_text(self, delta: pb.TokenDelta) -> None:
+        """All of the text is there, as calls come after it, unless a stop string has ended the choice before them."""
+        if self.stops.found is None:
+            delta.text += self.stops.flush()
+        else:
+            del delta.tool_calls[:]
 
 
 def _logprobs(logprob: float, top: tuple[tuple[int, float], ...]) -> pb.TokenLogprobs:
@@ -139,6 +172,7 @@ class Collector:
 
     def __init__(self) -> None:
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
+        self._arguments: defaultdict[tuple[int, int], list[str]] = defaultdict(list)  # of a choice's calls
         self._choices: defaultdict[int, pb.Choice] = defaultdict(pb.Choice)
         self._prompt: pb.PromptDelta | None = None
         self._end = pb.RequestEnd()
@@ -151,6 +185,7 @@ class Collector:
                 self._texts[delta.choice].append(delta.text)
                 choice.token_ids.extend(delta.token_ids)
                 choice.logprobs.extend(delta.logprobs)
+                self._add_calls(choice, delta)
             case "prompt":
                 if self._prompt is None:
                     self._prompt = pb.PromptDelta(index=event.prompt.index)
@@ -160,10 +195,18 @@ class Collector:
                 end, choice = event.choice_end, self._choices[event.choice_end.choice]
                 choice.text = "".join(self._texts[end.choice])
                 choice.finish_reason = end.finish_reason
+                for index, call in enumerate(choice.tool_calls):
+                    call.arguments = "".join(self._arguments[end.choice, index])
                 if end.HasField("stop_string"):
                     choice.stop_string = end.stop_string
             case "end":
                 self._end = event.end
+
+    def _add_calls(self, choice: pb.Choice, delta: pb.TokenDelta) -> None:
+        for part in delta.tool_calls:
+            if part.id:
+                choice.tool_calls.add(id=part.id, name=part.name)
+            self._arguments[delta.choice, part.index].append(part.arguments)
 
     def response(self) -> pb.GenerateResponse:
         return pb.GenerateResponse(

@@ -6,7 +6,7 @@ It runs in a sandbox, with what transformers offers to templates, and within bou
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 
 from ..core.errors import CheckpointError, InvalidRequest
 from .template.account import TemplateBound, check_chars, open_account
@@ -22,16 +22,24 @@ class ChatTemplate:
         """Raises CheckpointError when `source` is no template."""
         sandbox = Sandbox()
         try:
-            self._template = sandbox.compiled(sandbox.parsed(source))
+            parsed = sandbox.parsed(source)
+            self.takes_tools = any(name.name == "tools" for name in parsed.find_all(nodes.Name))
+            self._template = sandbox.compiled(parsed)
         except (TemplateError, RecursionError, MemoryError, SyntaxError) as error:  # the last three are of deep nesting
             raise CheckpointError(f"its chat template cannot be compiled: {error}") from error
+        self.source = source
+        self.takes_calls = "tool_calls" in source
         self._special_tokens = {name: str(token) for name, token in special_tokens.items() if isinstance(token, str)}
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, timeout_s: float = TIMEOUT_S
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> str:
-        """The conversation as text. Raises InvalidRequest."""
-        variables = self._special_tokens | {"messages": [dict(message) for message in messages], "tools": None}
+        """The conversation as text, with `tools` as OpenAI's interface describes them. Raises InvalidRequest."""
+        variables = self._special_tokens | {"messages": [dict(message) for message in messages], "tools": tools}
         open_account(timeout_s)
         try:
             return self._text(variables | {"documents": None, "add_generation_prompt": add_generation_prompt})

@@ -18,6 +18,10 @@ class GrammarCheck(Protocol):
         """Raises InvalidRequest, QueueFull or NoWorkerAvailable."""
         ...
 
+    async def why_not(self, grammar: str, client: str) -> str | None:
+        """Why a grammar of our own making cannot be followed; None when it can. Raises QueueFull or NoWorkerAvailable."""
+        ...
+
 
 class Constraints:
     """`GrammarCheck` by llguidance. The message has passed `check_constraint`."""
@@ -27,12 +31,15 @@ class Constraints:
 
     async def grammar(self, message: pb.Constraint, client: str) -> str:
         grammar = grammar_of(message)
-        why = await self._checker.check(grammar, client)
+        why = await self.why_not(grammar, client)
         if why is not None:
             kind = message.WhichOneof("kind")
             assert kind is not None
             raise InvalidRequest(f"constraint.{kind}", _shown(message), f"what can be followed ({why})")
         return grammar
+
+    async def why_not(self, grammar: str, client: str) -> str | None:
+        return await self._checker.check(grammar, client)
 
 
 def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
@@ -49,6 +56,8 @@ def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
         for index, text in enumerate(texts):
             if not text:
                 raise InvalidRequest(f"constraint.choice[{index}]", text, "a text that is not empty")
+    if kind == "grammar" and message.grammar.lstrip().startswith("{"):  # llguidance would take it for its own form
+        raise InvalidRequest("constraint.grammar", message.grammar, "a grammar in Lark's syntax")
     if message.ByteSize() > limits.max_constraint_bytes:
         raise InvalidRequest(
             f"constraint.{kind}", f"{message.ByteSize()} bytes", f"at most {limits.max_constraint_bytes} bytes"

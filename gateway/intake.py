@@ -19,6 +19,9 @@ from ..proto import pdserve_pb2 as pb
 from .access import Caller
 from .constraint import GrammarCheck, check_constraint
 from .tokenizer import Tokenizer
+from .tools.conversation import template_messages
+from .tools.grammar import refusal, tool_grammar
+from .tools.offer import Offer
 from .translate import UnknownModel
 
 MAX_ITEMS = 10_000  # of a repeated field, other than token ids
@@ -72,14 +75,16 @@ class Intake:
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
-        token_ids = await self.token_ids(message.prompt)
+        offer = self.offer(message.prompt, limits)
+        token_ids = await self.token_ids(message.prompt, offer)
         if fills and not message.sampling.HasField("max_tokens"):
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
             sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         client = _client(message, peer, caller)
-        if message.sampling.HasField("constraint"):
-            sampling = await self._constrained(sampling, message.sampling.constraint, limits, client)
+        constraint = message.sampling.constraint if message.sampling.HasField("constraint") else None
+        if constraint is not None or offer is not None:
+            sampling = await self._constrained(sampling, constraint, offer, limits, client)
         return Request(
             request_id=request_id if caller is None else caller.scoped(request_id),
             prompt_token_ids=token_ids,
@@ -89,25 +94,60 @@ class Intake:
             deadline_s=deadline_s,
             client=client,
             traceparent=checked_traceparent(traceparent),
+            has_tools=offer is not None,
         )
 
     async def _constrained(
-        self, sampling: SamplingParams, message: pb.Constraint, limits: LimitsSection, client: str
+        self,
+        sampling: SamplingParams,
+        message: pb.Constraint | None,
+        offer: Offer | None,
+        limits: LimitsSection,
+        client: str,
     ) -> SamplingParams:
-        check_constraint(message, limits)
+        """With the grammar of the constraint, or of calls of the tools."""
+        if message is not None:
+            check_constraint(message, limits)
+        if message is not None and offer is not None:
+            raise InvalidRequest("constraint", message.WhichOneof("kind"), "none beside tools, unless tool_choice is none")
+        what = "tools" if message is None else "constraint"
         if sampling.ignore_eos:
-            raise InvalidRequest("ignore_eos", True, "false: what a constraint asks is complete at an end-of-text token")
+            raise InvalidRequest("ignore_eos", True, f"false with {what}: an output is complete at an end-of-text token")
         if not self._model.eos_token_ids:
-            raise InvalidRequest("constraint", message.WhichOneof("kind"), "none: the model has no end-of-text token")
-        grammar = await self._grammars.grammar(message, client)
+            raise InvalidRequest(what, "", "none: the model has no end-of-text token")
+        if offer is not None:
+            grammar = await self._tool_grammar(offer, client)
+        else:
+            assert message is not None
+            grammar = await self._grammars.grammar(message, client)
         return msgspec.structs.replace(sampling, grammar=grammar)
+
+    async def _tool_grammar(self, offer: Offer, client: str) -> str:
+        form = self._tokenizer.tool_format
+        assert form is not None, "an offer without a format"
+        grammar = tool_grammar(offer, form, self._tokenizer.added_tokens, self._model.eos_token_ids)
+        why = await self._grammars.why_not(grammar, client)
+        if why is not None:
+            raise refusal(offer, grammar, why)
+        return grammar
+
+    def offer(self, prompt: pb.Prompt, limits: LimitsSection) -> Offer | None:
+        """The tools of a conversation that the model may call; None when there are none. Raises InvalidRequest."""
+        offer = Offer.read(prompt.chat, limits) if prompt.HasField("chat") else None
+        if offer is not None and not self._tokenizer.takes_tools:
+            expected = "none, as the model's chat template has no place for them"
+            raise InvalidRequest("tools", f"{len(offer.tools)} tool(s)", expected)
+        if offer is not None and self._tokenizer.tool_format is None:
+            expected = "none, as it is not known how the model writes calls"
+            raise InvalidRequest("tools", f"{len(offer.tools)} tool(s)", expected)
+        return offer
 
     def check_model(self, name: str) -> None:
         if name and name != self._model.name:
             raise UnknownModel(name, self._model.name)
 
-    async def token_ids(self, prompt: pb.Prompt) -> tuple[int, ...]:
-        """The tokens of a prompt of any kind."""
+    async def token_ids(self, prompt: pb.Prompt, offer: Offer | None = None) -> tuple[int, ...]:
+        """The tokens of a prompt of any kind; `offer` are the tools that a conversation comes with."""
         match prompt.WhichOneof("kind"):
             case "text":
                 if not prompt.text:
@@ -115,7 +155,7 @@ class Intake:
                 add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
                 return await self._encode(prompt.text, add)
             case "chat":
-                return await asyncio.to_thread(self._encode_chat, prompt.chat)
+                return await asyncio.to_thread(self._encode_chat, prompt.chat, offer)
             case "token_ids":
                 return tuple(prompt.token_ids.ids)
         raise InvalidRequest("prompt", "", "one of text, chat or token_ids")
@@ -125,16 +165,12 @@ class Intake:
             return self._tokenizer.encode(text, add_special_tokens)
         return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
 
-    def _encode_chat(self, chat: pb.Chat) -> tuple[int, ...]:
+    def _encode_chat(self, chat: pb.Chat, offer: Offer | None) -> tuple[int, ...]:
         """On a thread of its own: a template may take its time."""
-        if not chat.messages:
-            raise InvalidRequest("prompt.chat.messages", [], "at least one message")
-        for index, message in enumerate(chat.messages):
-            if not message.role:
-                raise InvalidRequest(f"prompt.chat.messages[{index}].role", "", "a role such as user")
-        messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+        messages = template_messages(chat, takes_calls=self._tokenizer.takes_calls or not self._tokenizer.has_chat_template)
         add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        return self._tokenizer.encode(self._tokenizer.render_chat(messages, add), add_special_tokens=False)
+        tools = None if offer is None else [tool.for_template() for tool in offer.tools]
+        return self._tokenizer.encode(self._tokenizer.render_chat(messages, add, tools), add_special_tokens=False)
 
 
 def checked_traceparent(header: str | None) -> str:

@@ -113,7 +113,8 @@ class Serving:
     async def tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
         refuse_unknown_fields(request)
         self.intake.check_model(request.model)
-        token_ids = await self.intake.token_ids(request.prompt)
+        offer = self.intake.offer(request.prompt, self.shared.config.limits)
+        token_ids = await self.intake.token_ids(request.prompt, offer)
         self._check_ids("prompt.token_ids", token_ids)
         pieces = await _off_loop(len(token_ids), lambda: [self.tokenizer.piece(token_id) for token_id in token_ids])
         return pb.TokenizeResponse(token_ids=token_ids, pieces=pieces, max_model_len=self.model.max_model_len)
@@ -149,6 +150,8 @@ class Serving:
                 max_logit_bias=limits.max_logit_bias,
                 max_prompt_logprobs=limits.max_prompt_logprobs,
                 max_constraint_bytes=limits.max_constraint_bytes,
+                max_tools=limits.max_tools,
+                max_tool_bytes=limits.max_tool_bytes,
             ),
             version=__version__,
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..core.errors import CheckpointError, InvalidRequest
 from .chat_template import ChatTemplate
+from .tools.formats import ToolFormat, tool_format
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells what is not in its vocabulary
 
@@ -34,8 +35,11 @@ class Tokenizer:
         self._backend.no_truncation()  # what tokenizer.json says about these is for training
         self._backend.no_padding()
         added = self._backend.get_added_tokens_decoder()
-        self._template = _chat_template(pretrained)
+        self._template = _chat_template(pretrained, "default")
+        self._tool_template = _chat_template(pretrained, "tool_use") or self._template
+        self._tool_format = None if self._tool_template is None else tool_format(self._tool_template.source)
         self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @staticmethod
@@ -60,6 +64,21 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has a place for tools."""
+        return self._tool_template is not None and self._tool_template.takes_tools
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether the chat template has a place for tool calls of earlier messages."""
+        return self._tool_template is not None and self._tool_template.takes_calls
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None when it is not known."""
+        return self._tool_format
+
     def to_json(self) -> str:
         """As in tokenizer.json."""
         return str(self._backend.to_str())
@@ -68,16 +87,27 @@ class Tokenizer:
         """The token ids of `text`; names of special tokens in it become these tokens."""
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """A conversation as text, by the checkpoint's template. Raises InvalidRequest. May take a second: not for a loop."""
-        if self._template is None:
+        template = self._template if tools is None else self._tool_template
+        if template is None:
             expected = "text or token_ids, as the model has no chat template"
             raise InvalidRequest("prompt.chat", f"{len(messages)} message(s)", expected)
-        return self._template.render(messages, add_generation_prompt)
+        return template.render(messages, add_generation_prompt, tools)
 
     def has_text(self, token_id: int) -> bool:
         """Whether a token stands for text: it is in the vocabulary and not special."""
         return token_id not in self._special_ids and self._backend.id_to_token(token_id) is not None
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """The tokens that were added to the trained vocabulary, special ones and others, by the text that they stand for."""
+        return self._added_ids
 
     def piece(self, token_id: int) -> str:
         """The text of a token by itself; a part of a character shows as U+FFFD."""
@@ -103,9 +133,11 @@ class Tokenizer:
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
 
-def _chat_template(pretrained: Any) -> ChatTemplate | None:
-    """The template that the checkpoint names as its only or its default one."""
+def _chat_template(pretrained: Any, name: str) -> ChatTemplate | None:
+    """The template that the checkpoint calls so, of several; or its only one, which is the default."""
     source = pretrained.chat_template
     if isinstance(source, dict):
-        source = source.get("default")
+        source = source.get(name)
+    elif name != "default":
+        source = None
     return None if source is None else ChatTemplate(source, pretrained.special_tokens_map)

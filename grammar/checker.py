@@ -2,65 +2,74 @@
 
 import asyncio
 import itertools
-from collections import OrderedDict, defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 
 from ..core.errors import NoWorkerAvailable, QueueFull
 from .messages import Setup
 from .process import GrammarProcess
 
-MAX_KNOWN = 1024  # grammars that were found good
-MAX_WAITING = 64
+MAX_KNOWN = 1024  # grammars whose answers are remembered
+MAX_QUESTIONS = 1024  # that wait for an answer
+MAX_QUESTIONS_EACH = 64  # of one client
 RETRY_S = 1.0
 
 
 class GrammarChecker:
-    """Used on one asyncio loop. The process starts with the first question."""
+    """Used on one asyncio loop. The process starts with the first question.
+
+    Each client has one grammar checked at a time, so that one with many costly ones does not keep the others waiting. A
+    question goes on when who asked it is gone: others may have asked the same, and it would be asked again.
+    """
 
     def __init__(self, set_up: Callable[[], Setup]) -> None:
         self._set_up = set_up
         self._process: GrammarProcess | None = None
         self._keys = itertools.count()
         self._answers: dict[int, asyncio.Future[str | None]] = {}
-        self._known: OrderedDict[str, None] = OrderedDict()  # least recently used first
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._num_waiting = 0
+        self._known: OrderedDict[str, str | None] = OrderedDict()  # what is wrong with it; least recently used first
+        self._questions: dict[str, asyncio.Task[str | None]] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._num_questions: Counter[str] = Counter()  # by client
 
     async def check(self, grammar: str, client: str) -> str | None:
-        """Why requests cannot follow `grammar`, or None when they can. Each client has one grammar checked at a time, so that
-        one with many costly ones does not keep the others waiting.
+        """Why requests cannot follow `grammar`, or None when they can.
 
         Raises QueueFull when many wait for an answer; NoWorkerAvailable when it cannot be found out.
         """
-        if grammar not in self._known:
-            async with self._turn(client):
-                why = None if grammar in self._known else await self._ask(grammar)
-            if why is not None:
-                return why
-            self._known[grammar] = None
-            if len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
-        self._known.move_to_end(grammar)
-        return None
+        if grammar in self._known:
+            self._known.move_to_end(grammar)
+            return self._known[grammar]
+        question = self._questions.get(grammar)
+        if question is None:
+            if self._num_questions[client] >= MAX_QUESTIONS_EACH or len(self._questions) >= MAX_QUESTIONS:
+                raise QueueFull(MAX_QUESTIONS_EACH, RETRY_S)
+            self._num_questions[client] += 1
+            question = asyncio.get_running_loop().create_task(self._find_out(grammar, client))
+            question.add_done_callback(lambda task: task.cancelled() or task.exception())  # all who asked may be gone
+            self._questions[grammar] = question
+        return await asyncio.shield(question)
 
     async def stop(self) -> None:
-        """End the process; idempotent."""
+        """End the process; idempotent. Questions get no answer any more."""
+        for question in self._questions.values():
+            question.cancel()
         if self._process is not None:
             await self._process.stop()
 
-    @asynccontextmanager
-    async def _turn(self, client: str) -> AsyncIterator[None]:
-        if self._num_waiting >= MAX_WAITING:
-            raise QueueFull(MAX_WAITING, RETRY_S)
-        self._num_waiting += 1
+    async def _find_out(self, grammar: str, client: str) -> str | None:
         try:
-            async with self._turns[client]:
-                yield
+            async with self._turns.setdefault(client, asyncio.Lock()):
+                why = await self._ask(grammar)
+            self._known[grammar] = why
+            if len(self._known) > MAX_KNOWN:
+                self._known.popitem(last=False)
+            return why
         finally:
-            self._num_waiting -= 1
-            if not self._num_waiting:
-                self._turns.clear()
+            del self._questions[grammar]
+            self._num_questions[client] -= 1
+            if not self._num_questions[client]:
+                del self._num_questions[client], self._turns[client]
 
     async def _ask(self, grammar: str) -> str | None:
         """What is wrong with it, if anything."""
@@ -85,11 +94,9 @@ class GrammarChecker:
         self._settle(key, why)
 
     def on_failed(self, key: int, why: str) -> None:
-        answer = self._answers[key]
-        if not answer.done():
-            answer.set_exception(NoWorkerAvailable(why))
+        if not self._answers[key].done():
+            self._answers[key].set_exception(NoWorkerAvailable(why))
 
     def _settle(self, key: int, why: str | None) -> None:
-        answer = self._answers[key]
-        if not answer.done():
-            answer.set_result(why)
+        if not self._answers[key].done():  # it is cancelled when we stop
+            self._answers[key].set_result(why)

@@ -9,53 +9,78 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 from llguidance import LLTokenizer
 
 from ..core.codec import FrameDecoder, FrameEncoder
-from .matchers import Matchers
-from .messages import Setup, ToProcess
+from .matchers import S_PER_TOKEN, Matchers
+from .messages import Open, Setup, ToProcess
 
 JOB_S = 0.5  # processor time; what real schemas take is a tenth of it
 MEMORY_BYTES = 2 << 30  # address space beside what the process has when it is ready
+CACHE_BYTES = 512 << 20  # when it has grown by so much, what is kept of earlier grammars goes
 STACK_BYTES = 64 << 20  # of which mostly nothing is touched; nested rules recurse
-NICENESS = 5  # a worker's own computing goes first
+NICENESS = 10  # a worker's own computing goes first
 READ_BYTES = 1 << 16
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is the end of the input
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whoever started us may have ignored it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_serve)
+    thread = threading.Thread(target=_serve_or_die)
     thread.start()
     thread.join()
+
+
+def _serve_or_die() -> None:
+    try:
+        _serve()
+    except MemoryError:
+        os.abort()  # as the library does when it finds none
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _serve() -> None:
     decoder: FrameDecoder[Setup | ToProcess] = FrameDecoder(Setup | ToProcess)
     encoder = FrameEncoder()
     matchers: Matchers | None = None
+    first_bytes = 0
     while data := os.read(sys.stdin.fileno(), READ_BYTES):
         for message in decoder.feed(data):
             if isinstance(message, Setup):
-                matchers = _set_up(message)
+                matchers, first_bytes = _set_up(message), _address_space()
                 continue
             assert matchers is not None, "Setup comes first"
-            signal.setitimer(signal.ITIMER_PROF, JOB_S)  # SIGPROF, which nobody handles, ends the process
+            signal.setitimer(signal.ITIMER_PROF, _limit_s(message))  # SIGPROF, which nobody handles, ends the process
             answer = matchers.handle(message)
             signal.setitimer(signal.ITIMER_PROF, 0)
+            if isinstance(message, Open) and _address_space() > first_bytes + CACHE_BYTES:
+                matchers.forget_compiled()
             if answer is not None:
                 _write(encoder.encode(answer))
 
 
 def _set_up(setup: Setup) -> Matchers:
     tokenizer = LLTokenizer(setup.tokenizer, n_vocab=setup.vocab_size, eos_token=list(setup.eos_token_ids))
-    address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (address_space + MEMORY_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES,) * 2)
     return Matchers(tokenizer)
+
+
+def _limit_s(message: ToProcess) -> float:
+    """Of processor time, for a job. An output that is taken up half-way may have used what its tokens gave it."""
+    return JOB_S + S_PER_TOKEN * len(message.token_ids) if isinstance(message, Open) else JOB_S
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _write(data: bytes) -> None:

@@ -9,9 +9,9 @@ from llguidance import LLMatcher, LLTokenizer
 
 from .messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
 
-MAX_CACHED_GRAMMARS = 128
-FREE_S = 0.5  # of computing that every output has
-FREE_S_PER_TOKEN = 0.02  # and that each of its tokens adds
+MAX_CACHED_GRAMMARS = 32
+FREE_S = 0.5  # processor time that every output has; the schemas of a hundred tools take a third of it
+S_PER_TOKEN = 0.001  # and that each of its tokens adds; JSON takes a thirtieth of it
 
 
 @dataclass(slots=True)
@@ -46,11 +46,17 @@ class Matchers:
                 return None
         answer = self._answer(message.key, output)
         output.used_s += self._clock() - started_s
-        if isinstance(answer, Mask) and output.used_s > FREE_S + FREE_S_PER_TOKEN * output.num_tokens:
+        is_probe = isinstance(message, Open) and message.probe
+        free_s = FREE_S + S_PER_TOKEN * output.num_tokens
+        if isinstance(answer, Mask) and output.used_s > (free_s / 2 if is_probe else free_s):  # what is let in has room
             answer = Refused(message.key, "it takes too long to follow")
-        if isinstance(answer, Refused) or (isinstance(message, Open) and message.probe):
+        if isinstance(answer, Refused) or is_probe:
             del self._outputs[message.key]
         return answer
+
+    def forget_compiled(self) -> None:
+        """Give back what is kept for grammars that may come again."""
+        self._compiled.clear()
 
     def _open(self, message: Open) -> _Output:
         matcher = self._compile(message.grammar).deep_copy()
@@ -72,7 +78,7 @@ class Matchers:
     def _answer(self, key: int, output: _Output) -> FromProcess:
         bits = b"" if output.matcher.is_error() else output.matcher.compute_bitmask()
         if output.matcher.is_error():
-            return Refused(key, _first_line(output.matcher.get_error()))
+            return Refused(key, _reason(output.matcher.get_error()))
         return Mask(key, output.num_tokens, bits)
 
     def _compile(self, grammar: str) -> LLMatcher:
@@ -90,5 +96,10 @@ def _first_token(bits: bytes) -> int | None:
     return None if index is None else 8 * index + (bits[index] & -bits[index]).bit_length() - 1
 
 
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+def _reason(error: str) -> str:
+    """In one line: the first, and the one that tells what is wrong where that shows a place."""
+    first, *others = error.strip().splitlines() or [""]
+    if first in ("NoExtension", "NoExtensionBias"):
+        return "no text fits it"
+    cause = next((line.strip() for line in others if line.strip().startswith("error:")), "")
+    return f"{first} {cause}".strip()

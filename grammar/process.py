@@ -4,21 +4,27 @@ import asyncio
 import logging
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from ..core.codec import FrameDecoder, FrameEncoder, FrameError
+from ..core.codec import FrameDecoder, FrameEncoder
 from .messages import FromProcess, Mask, Refused, Setup, ToProcess
-from .outputs import Outputs
+from .outputs import Death, Outputs
 
 log = logging.getLogger(__name__)
 
-COSTS = (-signal.SIGPROF, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes: time, stack, memory
+DEATHS = {  # by exit code; all others are OTHER
+    -signal.SIGPROF: Death.TIME,
+    -signal.SIGSEGV: Death.RESOURCES,
+    -signal.SIGBUS: Death.RESOURCES,
+    -signal.SIGABRT: Death.RESOURCES,
+}
 SILENT_S = 30.0  # a process without an answer for so long is stopped or starved; its jobs end after half a second of work
 READ_BYTES = 1 << 18
-START_AGAIN_S = 1.0
+START_AGAIN_S = 1.0  # after a process that never answered
 
 
 class GrammarListener(Protocol):
@@ -36,13 +42,16 @@ class GrammarProcess:
     """Used on one asyncio loop. Calls return at once."""
 
     def __init__(self, set_up: Callable[[], Setup], listener: GrammarListener) -> None:
-        """`set_up` is called when a process starts, and may take a moment."""
+        """`set_up` is called once, on a thread, and may take a moment."""
         self._set_up = set_up
+        self._first_frame: bytes | None = None  # the same for every process
         self._listener = listener
         self._outputs = Outputs()
         self._needed = asyncio.Event()
         self._process: Process | None = None
         self._encoder = FrameEncoder()
+        self._answered_s = 0.0  # when the last answer came, or the first question after it
+        self._has_answered = False  # the process of now
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
@@ -52,15 +61,21 @@ class GrammarProcess:
 
     def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), *, probe: bool = False) -> None:
         """Ask for the mask of the next token of an output; see `messages.Open`. A key is never used again."""
-        self._send(self._outputs.open(key, grammar, token_ids, probe))
+        self._note_question()
+        self._outputs.open(key, grammar, token_ids, probe)
+        self._ask()
 
     def advance(self, key: int, token_id: int) -> None:
         """The output has one more token, which its last mask allowed; ask for the next mask."""
-        self._send(self._outputs.advance(key, token_id))
+        self._note_question()
+        self._outputs.advance(key, token_id)
+        self._ask()
 
     def close(self, key: int) -> None:
         """Forget an output; nothing more is told of it."""
-        self._send(self._outputs.close(key))
+        message = self._outputs.close(key)
+        if message is not None:
+            self._send(message)
 
     async def stop(self) -> None:
         """End the process; idempotent."""
@@ -68,79 +83,99 @@ class GrammarProcess:
         with suppress(asyncio.CancelledError):
             await self._task
 
-    def _send(self, message: ToProcess | None) -> None:
-        if self._outputs.is_asked:
+    def _note_question(self) -> None:
+        if not self._outputs.is_asked:
+            self._answered_s = time.monotonic()
+
+    def _ask(self) -> None:
+        if self._process is not None:
+            for request in self._outputs.requests():
+                self._send(request)
+        elif self._outputs.is_asked:
             self._needed.set()
-        if message is not None and self._process is not None and self._process.stdin is not None:
+
+    def _send(self, message: ToProcess) -> None:
+        if self._process is not None and self._process.stdin is not None:
             self._process.stdin.write(self._encoder.encode(message))
 
     async def _run(self) -> None:
         while True:
             await self._needed.wait()
-            code = await self._live()
+            self._has_answered = False
+            death = await self._live()
             self._needed.clear()
-            victim = self._outputs.died(code in COSTS)
+            victim = self._outputs.died(death)
             if victim is not None:
                 key, is_to_blame = victim
                 if is_to_blame:
                     self._listener.on_refused(key, "it takes too much time or memory")
                 else:
                     self._listener.on_failed(key, "the grammar process died over it")
+            if not self._has_answered and death is Death.OTHER:
+                for key in self._outputs.give_up():
+                    self._listener.on_failed(key, "the grammar process does not start")
+                await asyncio.sleep(START_AGAIN_S)
             if self._outputs.is_asked:
                 self._needed.set()
 
-    async def _live(self) -> int:
-        """One process from start to end; its exit code."""
-        arguments = ("-P", "-m", f"{__package__}.main")
+    async def _live(self) -> Death:
+        """One process from start to end."""
         try:
+            if self._first_frame is None:
+                self._first_frame = FrameEncoder().encode(await asyncio.to_thread(self._set_up))
+            arguments = ("-P", "-m", f"{__package__}.main")
             process = await asyncio.create_subprocess_exec(
                 sys.executable, *arguments, stdin=PIPE, stdout=PIPE, start_new_session=True
             )
-        except OSError:
+        except Exception:  # whatever is missing here, those who wait have to hear of it
             log.exception("the grammar process cannot be started")
-            await asyncio.sleep(START_AGAIN_S)
-            return 1
+            return Death.OTHER
         try:
-            assert process.stdin is not None
-            self._process, self._encoder = process, FrameEncoder()
-            process.stdin.write(self._encoder.encode(self._set_up()))
-            for message in self._outputs.restarted():
-                self._send(message)
+            self._begin(process, self._first_frame)
             await self._read(process)
-        except (FrameError, TimeoutError) as error:
-            log.warning("the grammar process is killed", extra={"reason": str(error) or "it is silent"})
-            _kill(process)
         except asyncio.CancelledError:
             _kill(process)
             await process.wait()
             raise
+        except Exception:  # it is silent, or talks nonsense, or we do: it is not to be trusted any more
+            log.exception("the grammar process is killed")
+            _kill(process)
         finally:
             self._process = None
         code = await process.wait()
         log.warning("the grammar process ended", extra={"exit_code": code})
-        return code
+        return DEATHS.get(code, Death.OTHER)
+
+    def _begin(self, process: Process, first_frame: bytes) -> None:
+        assert process.stdin is not None
+        self._process, self._encoder = process, FrameEncoder(first_number=1)
+        self._answered_s = time.monotonic()
+        process.stdin.write(first_frame)
+        self._ask()
 
     async def _read(self, process: Process) -> None:
-        """Until the process ends. Raises FrameError or TimeoutError when it is not to be trusted any more."""
+        """Until the process ends. Raises FrameError for what is no answer, TimeoutError when none comes."""
         assert process.stdout is not None
         decoder: FrameDecoder[FromProcess] = FrameDecoder(FromProcess)
         reading = asyncio.ensure_future(process.stdout.read(READ_BYTES))
         try:
             while True:
-                done, _ = await asyncio.wait((reading,), timeout=SILENT_S)
-                if not done:
-                    if self._outputs.is_asked:
-                        raise TimeoutError
+                await asyncio.wait((reading,), timeout=SILENT_S)
+                if not reading.done():
+                    if self._outputs.is_asked and time.monotonic() - self._answered_s > SILENT_S:
+                        raise TimeoutError("no answer")
                     continue
                 if not (data := reading.result()):
                     return
                 for answer in decoder.feed(data):
                     self._tell(answer)
+                self._ask()
                 reading = asyncio.ensure_future(process.stdout.read(READ_BYTES))
         finally:
             reading.cancel()
 
     def _tell(self, answer: FromProcess) -> None:
+        self._has_answered, self._answered_s = True, time.monotonic()
         if not self._outputs.answered(answer):
             return
         match answer:

@@ -35,4 +35,4 @@ def regex_grammar(pattern: str) -> str:
 
 def choice_grammar(choices: Sequence[str]) -> str:
     """One of several texts, in Lark's syntax."""
-    return "start: " + " | ".join(msgspec.json.encode(choice).decode() for choice in choices)
+    return "start: CHOICE\nCHOICE: " + " | ".join(msgspec.json.encode(choice).decode() for choice in choices)

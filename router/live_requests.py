@@ -218,11 +218,12 @@ class LiveRequests:
 
     def leg_ended(self, dispatch: Dispatch, leg: Leg, error: str | None, is_invalid: bool, now_s: float) -> None:
         """A worker says that it is done with its leg; `is_invalid`: and that nobody can carry out the request."""
-        if error is not None and is_invalid and _is_needed(dispatch, leg):
-            self.end(dispatch.live, FinishReason.INVALID, error, now_s)
-        elif error is not None and _is_needed(dispatch, leg):
-            jobs = self._fail(dispatch, leg, error, self._retry_at_s(dispatch, now_s), now_s)
-            self._queue.push_front(jobs, now_s)
+        if error is not None and _is_needed(dispatch, leg):
+            if is_invalid:
+                self.end(dispatch.live, FinishReason.INVALID, error, now_s)
+            else:
+                jobs = self._fail(dispatch, leg, error, self._retry_at_s(dispatch, now_s), now_s)
+                self._queue.push_front(jobs, now_s)
         self._close_leg(dispatch, leg, now_s)
 
     def worker_lost(self, worker: Worker, reason: str, now_s: float) -> None:

@@ -40,6 +40,9 @@ class Unchecked:
     async def grammar(self, message: pb.Constraint, client: str) -> str:
         return grammar_of(message)
 
+    async def why_not(self, grammar: str, client: str) -> str | None:
+        return None
+
 
 class Validator:
     """Requests for the embedded model."""
@@ -56,7 +59,12 @@ class Validator:
         json = pb.GenerateRequest(
             prompt=pb.Prompt(text="a"), sampling=pb.SamplingParams(constraint=pb.Constraint(json_schema='{"type": "object"}'))
         )
-        return [b"\x00" + message.SerializeToString() for message in (text, ids, chat, json)] + [b"\x01" + bytes(range(200))]
+        tools = pb.GenerateRequest()
+        tools.CopyFrom(chat)
+        tools.prompt.chat.tools.add(name="f", parameters='{"type": "object"}')
+        return [b"\x00" + message.SerializeToString() for message in (text, ids, chat, json, tools)] + [
+            b"\x01" + bytes(range(200))
+        ]
 
     def __call__(self, data: bytes) -> None:
         message = _made(atheris.FuzzedDataProvider(data[1:])) if data[:1] == b"\x01" else _parsed(data[1:])
@@ -102,7 +110,11 @@ def _made(draw: atheris.FuzzedDataProvider) -> pb.GenerateRequest:
             )
         case _:
             for _ in range(draw.ConsumeIntInRange(0, 3)):
-                message.prompt.chat.messages.add(role=_text(draw), content=_text(draw))
+                _add_message(message.prompt.chat, draw)
+            for _ in range(draw.ConsumeIntInRange(0, 2)):
+                message.prompt.chat.tools.add(name=_text(draw), description=_text(draw), parameters=_json(draw))
+            if draw.ConsumeBool():
+                message.prompt.chat.tool_choice.function = _text(draw)
     message.request_id, message.client_id, message.cache_salt = _text(draw), _text(draw), _text(draw)
     for field in pb.SamplingParams.DESCRIPTOR.fields:
         if field.name != "constraint" and draw.ConsumeBool():
@@ -125,6 +137,16 @@ def _set(sampling: pb.SamplingParams, field: object, draw: atheris.FuzzedDataPro
         except (TypeError, ValueError, OverflowError):
             continue
         return
+
+
+def _add_message(chat: pb.Chat, draw: atheris.FuzzedDataProvider) -> None:
+    added = chat.messages.add(role=_text(draw), content=_text(draw), tool_call_id=_text(draw), name=_text(draw))
+    if draw.ConsumeBool():
+        added.tool_calls.add(id=_text(draw), name=_text(draw), arguments=_json(draw))
+
+
+def _json(draw: atheris.FuzzedDataProvider) -> str:
+    return draw.PickValueInList([_text(draw), '{"a": 1}', '{"type": "object"}', "[" * 300, '{"a":' * 150 + "1" + "}" * 150])
 
 
 def _constrain(constraint: pb.Constraint, draw: atheris.FuzzedDataProvider) -> None:

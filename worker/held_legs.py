@@ -29,7 +29,7 @@ class _Leg:
 
     @property
     def num_tokens(self) -> int:
-        return self.spec.num_tokens + len(self.outputs) + self.num_prompt_logprobs
+        return _weight(self.spec) + len(self.outputs) + self.num_prompt_logprobs
 
 
 class HeldLegs:
@@ -83,10 +83,17 @@ def in_frames(legs: Sequence[HeldLeg]) -> Iterator[tuple[HeldLeg, ...]]:
     frame: list[HeldLeg] = []
     num_tokens = 0
     for leg in legs:
-        num_leg_tokens = leg.spec.num_tokens + len(leg.outputs) + sum(map(_num_prompt_logprobs, leg.outputs))
+        num_leg_tokens = _weight(leg.spec) + len(leg.outputs) + sum(map(_num_prompt_logprobs, leg.outputs))
         if frame and num_tokens + num_leg_tokens > MAX_FRAME_TOKENS:
             yield tuple(frame)
             frame, num_tokens = [], 0
         frame.append(leg)
         num_tokens += num_leg_tokens
     yield tuple(frame)
+
+
+def _weight(spec: SequenceSpec) -> int:
+    """In tokens, of some four bytes: a client may send much besides them."""
+    sampling = spec.sampling
+    num_chars = len(sampling.grammar) + sum(map(len, sampling.stop))
+    return spec.num_tokens + num_chars // 4 + 3 * len(sampling.logit_bias)

@@ -119,7 +119,7 @@ class Worker:
         self._masks.masked(key, num_tokens, bits)
 
     def mask_failed(self, key: int, error: str, is_invalid: bool) -> None:
-        transfer = self._masks.transfer_of(key)
+        transfer = self._masks.given_up(key)
         if transfer is not None:
             self._prefill.fail(transfer, error, is_invalid)
             self._decode.fail(transfer, error, is_invalid)

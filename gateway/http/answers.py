@@ -65,12 +65,52 @@ class ChatLogprobs(Answer):
     content: list[ChatTokenLogprob]
 
 
+class CalledFunction(Answer):
+    """What a tool call calls."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Answer):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class CalledFunctionDelta(Answer):
+    """The name with the beginning of a call, and the next part of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(Answer):
+    """What comes next of a call; id and type with its beginning."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunctionDelta
+
+
 class ChatAnswer(Answer):
-    """What the assistant says; in a stream, what comes next of it."""
+    """What the assistant says and calls."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatAnswerDelta(Answer):
+    """What comes next of it."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
-    refusal: None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChoice(Answer):
@@ -100,7 +140,7 @@ class ChatChunkChoice(Answer):
     """What comes next of one continuation."""
 
     index: int
-    delta: ChatAnswer
+    delta: ChatAnswerDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None

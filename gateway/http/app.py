@@ -18,11 +18,12 @@ from ...proto import pdserve_pb2 as pb
 from ..serving import Serving
 from . import answers
 from .body import read
+from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .completions import Completions
 from .errors import Refused, error_response
 from .gate import Gate
 from .probes import Probes
-from .schema import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, ErrorResponse, TokenizeRequest
+from .schema import CompletionRequest, ErrorResponse
 from .translate import token_ids, tokenize_message
 
 Handler = Callable[[Request], Awaitable[Response]]

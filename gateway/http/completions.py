@@ -12,8 +12,9 @@ from ...proto import pdserve_pb2 as pb
 from ..answer import Collector
 from ..serving import Serving
 from .body import read
+from .chat_schema import ChatCompletionRequest
 from .format import ChatFormat, CompletionFormat, Format, Wanted
-from .schema import ChatCompletionRequest, CompletionRequest, GenerationBody
+from .schema import CompletionRequest, GenerationBody
 from .sse import EventStream, merged
 from .translate import chat_message, completion_messages
 

@@ -1,8 +1,7 @@
 """What an output has to be: OpenAI's `response_format` or vLLM's `structured_outputs`, as the message of the gRPC door."""
 
+import json
 from typing import Any
-
-from msgspec.json import encode
 
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
@@ -42,4 +41,9 @@ def _of_outputs(asked: StructuredOutputs) -> pb.Constraint:
 
 
 def _text(schema: dict[str, Any] | str) -> str:
-    return schema if isinstance(schema, str) else encode(schema).decode()
+    if isinstance(schema, str):
+        return schema
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise InvalidRequest("constraint.json_schema", schema, "numbers that JSON has") from error

@@ -17,7 +17,11 @@ from ..tokenizer import Tokenizer
 from .logprobs import chat_logprobs, completion_logprobs
 
 DONE = b"data: [DONE]\n\n"
-REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
+REASONS = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +88,9 @@ class Format(ABC):
         extra = b',"token_ids":' + encode(list(token_ids)) if self._wanted.token_ids else b""
         logprobs = encode(self._logprobs(number, token_ids, delta.logprobs)) if self._wanted.logprobs else b"null"
         if progress.has_begun:
-            return self._text_chunk(number, delta.text, logprobs, extra)
+            return self._text_chunk(number, delta, logprobs, extra)
         progress.has_begun = True
-        return self._first_chunk(number, prompt, delta.text, logprobs, extra)
+        return self._first_chunk(number, prompt, delta, logprobs, extra)
 
     def _tail(self) -> bytes:
         """The end of a chunk, after its choice."""
@@ -98,10 +102,10 @@ class Format(ABC):
     def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes: ...
 
     @abstractmethod
-    def _text_chunk(self, number: int, text: str, logprobs: bytes, extra: bytes) -> bytes: ...
+    def _text_chunk(self, number: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes: ...
 
     @abstractmethod
-    def _first_chunk(self, number: int, prompt: int, text: str, logprobs: bytes, extra: bytes) -> bytes: ...
+    def _first_chunk(self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes: ...
 
     # whole answers
 
@@ -160,15 +164,15 @@ class CompletionFormat(Format):
 
     kind = chunk_kind = "text_completion"
 
-    def _text_chunk(self, number: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+    def _text_chunk(self, number: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes:
         return b'%s{"index":%d,"text":%s,"logprobs":%s,"finish_reason":null%s%s' % (
-            self._head, number, encode(text), logprobs, extra, self._tail()
+            self._head, number, encode(delta.text), logprobs, extra, self._tail()
         )  # fmt: skip
 
-    def _first_chunk(self, number: int, prompt: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+    def _first_chunk(self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes:
         if self._wanted.token_ids:
             extra += b',"prompt_token_ids":' + encode(self._requests[prompt].prompt_token_ids)
-        return self._text_chunk(number, self._echo(prompt) + text, logprobs, extra)
+        return self._text_chunk(number, pb.TokenDelta(text=self._echo(prompt) + delta.text), logprobs, extra)
 
     def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes:
         extra = b',"token_ids":[]' if self._wanted.token_ids else b""
@@ -203,12 +207,13 @@ class ChatFormat(Format):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def _text_chunk(self, number: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
-        return b'%s{"index":%d,"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s%s' % (
-            self._head, number, encode(text), logprobs, extra, self._tail()
+    def _text_chunk(self, number: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes:
+        said = encode(_said(delta)) if delta.tool_calls else b'{"content":%s}' % encode(delta.text)
+        return b'%s{"index":%d,"delta":%s,"logprobs":%s,"finish_reason":null%s%s' % (
+            self._head, number, said, logprobs, extra, self._tail()
         )  # fmt: skip
 
-    def _first_chunk(self, number: int, prompt: int, text: str, logprobs: bytes, extra: bytes) -> bytes:
+    def _first_chunk(self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes:
         """The role comes first, by itself."""
         tail = self._tail()
         if self._wanted.token_ids:
@@ -216,7 +221,7 @@ class ChatFormat(Format):
         role = b'%s{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null%s' % (
             self._head, number, tail
         )  # fmt: skip
-        return role + self._text_chunk(number, text, logprobs, extra)
+        return role + self._text_chunk(number, delta, logprobs, extra)
 
     def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes:
         extra = b',"token_ids":[]' if self._wanted.token_ids else b""
@@ -225,7 +230,10 @@ class ChatFormat(Format):
         )  # fmt: skip
 
     def _choice(self, prompt: int, index: int, choice: pb.Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.tool_calls:
+            calls = [_call(call.id, call.name, call.arguments) for call in choice.tool_calls]
+            message |= {"content": choice.text or None, "tool_calls": calls}
         return super()._choice(prompt, index, choice) | {"message": message}
 
     def _whole_extra(self) -> dict[str, Any]:
@@ -233,6 +241,19 @@ class ChatFormat(Format):
 
     def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
         return chat_logprobs(self._tokenizer, ids, logprobs)
+
+
+def _said(delta: pb.TokenDelta) -> dict[str, Any]:
+    """The next of what an assistant says and calls."""
+    parts = []
+    for part in delta.tool_calls:
+        call = _call(part.id, part.name, part.arguments) if part.id else {"function": {"arguments": part.arguments}}
+        parts.append({"index": part.index} | call)
+    return ({"content": delta.text} if delta.text else {}) | {"tool_calls": parts}
+
+
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class _Progress:

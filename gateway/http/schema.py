@@ -22,7 +22,8 @@ _PROMPT_SCHEMA = {
 TokenIds = Annotated[list[int], FailFast()]
 
 
-def _expected(what: str) -> PydanticCustomError:
+def expected(what: str) -> PydanticCustomError:
+    """The error of a value that is not `what`."""
     return PydanticCustomError("expected", "expected {what}", {"what": what})
 
 
@@ -39,7 +40,7 @@ def _prompts(value: object) -> list[str | list[int]]:
             return [value]
         if all(isinstance(item, str) for item in value) or all(map(_is_ids, value)):
             return value
-    raise _expected(TEXT_OR_IDS)
+    raise expected(TEXT_OR_IDS)
 
 
 def _texts(value: object) -> object:
@@ -53,7 +54,7 @@ def _text(value: object) -> object:
     texts = []
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise _expected("a text, or parts of type text")
+            raise expected("a text, or parts of type text")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -206,54 +207,6 @@ class CompletionRequest(GenerationBody):
     """Not served: empty, if given."""
 
 
-class ChatMessage(Body):
-    """One message of a conversation."""
-
-    role: str
-    """As the chat template knows them: mostly "system", "user" and "assistant"."""
-    content: Text = ""
-    name: str | None = None
-    """Without effect: chat templates have no place for it."""
-
-
-class ChatCompletionRequest(GenerationBody):
-    """Continue a conversation."""
-
-    messages: Annotated[list[ChatMessage], FailFast()]
-    """The conversation, oldest message first."""
-    logprobs: bool = False
-    """Report the log probability of each token."""
-    top_logprobs: int | None = None
-    """Report this many most probable alternatives too. Only with `logprobs`."""
-    add_generation_prompt: bool = True
-    """Whether the template opens the assistant's turn after the last message."""
-    tools: Annotated[list[dict[str, Any]], FailFast()] = []
-    """Not served yet: empty, if given."""
-    tool_choice: str | dict[str, Any] | None = None
-    """Not served yet: "none" or "auto", if given."""
-    parallel_tool_calls: bool | None = None
-    """Without effect."""
-
-
-class TokenizeRequest(Body):
-    """The token ids of a prompt, exactly as a completion would use them: of a text, or of a conversation."""
-
-    model: str = ""
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], FailFast()] = []
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
-    """Tell the text of each token too."""
-
-
-class DetokenizeRequest(Body):
-    """The text of token ids."""
-
-    model: str = ""
-    tokens: TokenIds
-
-
 class Usage(BaseModel):
     """What a request cost."""
 
@@ -268,7 +221,7 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptDetails | None = None
 
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorResponse(BaseModel):

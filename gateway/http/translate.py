@@ -5,8 +5,10 @@ from typing import Any
 
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
+from .chat import chat_prompt, set_choice
+from .chat_schema import ChatCompletionRequest, TokenizeRequest
 from .constraint import constraint_message
-from .schema import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationBody, TokenizeRequest
+from .schema import CompletionRequest, GenerationBody
 
 # fields that have the same name and meaning in SamplingParams
 _SAME = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
@@ -34,14 +36,12 @@ def completion_messages(body: CompletionRequest, request_id: str, max_prompts: i
 
 def chat_message(body: ChatCompletionRequest, request_id: str) -> pb.GenerateRequest:
     """Raises InvalidRequest."""
-    if body.tools:
-        raise InvalidRequest("tools", f"{len(body.tools)} tool(s)", "none: tools are not served yet")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise InvalidRequest("tool_choice", body.tool_choice, "none or auto: tools are not served yet")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "nothing without logprobs")
     sampling = _sampling(body, body.top_logprobs or 0 if body.logprobs else None)
-    return _message(body, _chat(body.messages, body.add_generation_prompt), sampling, request_id)
+    prompt = chat_prompt(body.messages, body.tools, body.add_generation_prompt)
+    set_choice(prompt.chat, body)
+    return _message(body, prompt, sampling, request_id)
 
 
 def tokenize_message(body: TokenizeRequest) -> pb.TokenizeRequest:
@@ -50,7 +50,9 @@ def tokenize_message(body: TokenizeRequest) -> pb.TokenizeRequest:
     if (body.prompt is not None) is has_messages:
         raise InvalidRequest("prompt", "", "either prompt or messages")
     if has_messages:
-        return pb.TokenizeRequest(model=body.model, prompt=_chat(body.messages, body.add_generation_prompt))
+        return pb.TokenizeRequest(model=body.model, prompt=chat_prompt(body.messages, body.tools, body.add_generation_prompt))
+    if body.tools:
+        raise InvalidRequest("tools", f"{len(body.tools)} tool(s)", "none without messages")
     return pb.TokenizeRequest(model=body.model, prompt=_prompt(body.prompt or "", body.add_special_tokens))
 
 
@@ -77,11 +79,6 @@ def _prompt(prompt: str | list[int], add_special_tokens: bool) -> pb.Prompt:
     if isinstance(prompt, str):
         return pb.Prompt(text=prompt, add_special_tokens=add_special_tokens)
     return pb.Prompt(token_ids=pb.TokenIds(ids=token_ids("prompt_token_ids", prompt)))
-
-
-def _chat(messages: Sequence[ChatMessage], add_generation_prompt: bool) -> pb.Prompt:
-    chat = [pb.ChatMessage(role=message.role, content=message.content) for message in messages]
-    return pb.Prompt(chat=pb.Chat(messages=chat, add_generation_prompt=add_generation_prompt))
 
 
 def _sampling(body: GenerationBody, logprobs: int | None) -> pb.SamplingParams:

@@ -46,6 +46,7 @@ def accepts(matchers: Matchers, grammar: str, text: str) -> bool:
         (regex_grammar("a\nb\\\\|c"), "a\nb\\", "a\nb"),
         (choice_grammar(['say "yes"', "no\nway\\", "🙂"]), "no\nway\\", "no"),
         (choice_grammar(['say "yes"', "no\nway\\", "🙂"]), "🙂", "yes"),
+        (choice_grammar([f"number {i}" for i in range(3000)] + ["number"]), "number", "numbe"),
         ('start: a+ "."\na: "x" | "y"', "xyx.", "xyz."),
     ],
 )
@@ -83,7 +84,9 @@ def test_an_output_that_is_taken_up_half_way_goes_on_as_if_it_had_been_followed_
         ("", "Empty grammar"),
         ("start: nothing", "unknown name"),
         ("hello", "Expected"),
-        (regex_grammar("((("), "regex parse error"),
+        (regex_grammar("((("), "error: unclosed group"),
+        (regex_grammar("a(?=b)"), "look-around"),
+        ('start: A B\nA: /a+/ & /b+/\nB: "x"', "no text fits it"),
         (json_schema_grammar('{"type": "point"}'), "Invalid type: point"),
         (json_schema_grammar('{"$ref": "http://169.254.169.254/latest"}'), "does not fetch resources"),
         (json_schema_grammar('{"type": "array", "uniqueItems": true}'), "Unimplemented"),

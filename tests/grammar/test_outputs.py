@@ -3,10 +3,12 @@
 import itertools
 from collections import deque
 
+import pytest
 from hypothesis import given, settings, strategies as st
 
+from pdserve.core.codec import FrameError
 from pdserve.grammar.messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
-from pdserve.grammar.outputs import MAX_DEATHS, Outputs
+from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, Death, Outputs
 
 BAD = "dies of it"
 
@@ -17,7 +19,6 @@ class Model:
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.due: deque[FromProcess] = deque()
-        self.is_alive = True
 
     def take(self, message: ToProcess | None) -> None:
         match message:
@@ -32,18 +33,27 @@ class Model:
                 del self.tokens[key]
 
 
+Action = tuple[str, int]
+ACTIONS = st.tuples(st.sampled_from(["open", "advance", "close", "answer", "die"]), st.integers(0, 5))
+
+
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["open", "advance", "close", "answer", "die"]), st.integers(0, 5)), max_size=60))
-def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list[tuple[str, int]]) -> None:
+@given(st.lists(ACTIONS, max_size=60))
+def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list[Action]) -> None:
     outputs, process = Outputs(), Model()
     keys = itertools.count()
     told: dict[int, int] = {}  # of live outputs: the tokens that the last mask was told for
-    asked: dict[int, int] = {}
+    wanted: dict[int, int] = {}
+
+    def ask() -> None:
+        for request in outputs.requests():
+            process.take(request)
+        assert len(process.due) <= WINDOW
 
     def answer() -> None:
         reply = process.due.popleft()
         if outputs.answered(reply):
-            assert isinstance(reply, Mask) and asked[reply.key] == reply.num_tokens == told[reply.key] + 1
+            assert isinstance(reply, Mask) and wanted[reply.key] == reply.num_tokens == told[reply.key] + 1
             told[reply.key] = reply.num_tokens
 
     for action, number in actions:
@@ -51,65 +61,106 @@ def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list
         key = live[number % len(live)] if live else None
         if action == "open":
             key = next(keys)
-            told[key], asked[key] = number - 1, number
-            process.take(outputs.open(key, "g", tuple(range(number)), False))
-        elif action == "advance" and key is not None and told[key] == asked[key]:
-            asked[key] += 1
-            process.take(outputs.advance(key, asked[key]))
+            told[key], wanted[key] = number - 1, number
+            outputs.open(key, "g", tuple(range(number)))
+        elif action == "advance" and key is not None and told[key] == wanted[key]:
+            wanted[key] += 1
+            outputs.advance(key, wanted[key])
         elif action == "close" and key is not None:
             del told[key]
             process.take(outputs.close(key))
         elif action == "answer" and process.due:
             answer()
         elif action == "die":
-            given_up = outputs.died(of_its_job=False)
+            given_up = outputs.died(Death.OTHER)
             if given_up is not None:
                 assert given_up == (given_up[0], False)
                 del told[given_up[0]]
             process = Model()
-            for message in outputs.restarted():
-                process.take(message)
+        ask()
     while process.due:
         answer()
+        ask()
     assert not outputs.is_asked
-    assert all(told[key] == asked[key] for key in told)
+    assert all(told[key] == wanted[key] for key in told)
 
 
 def test_the_output_that_a_process_died_of_is_given_up_and_the_others_are_asked_for_again() -> None:
     outputs = Outputs()
-    outputs.open(1, "first", (), False)
-    outputs.open(2, BAD, (), False)
-    outputs.open(3, "third", (7,), False)
+    outputs.open(1, "first")
+    assert outputs.requests() == [Open(1, "first")]
     assert outputs.answered(Mask(1, 0, b""))
-    assert outputs.died(of_its_job=True) == (2, True)
-    assert outputs.restarted() == [Open(3, "third", (7,))]
-    assert outputs.advance(1, 5) == Open(1, "first", (5,))  # nothing of it was due, so it is told when it goes on
+    outputs.open(2, BAD)
+    outputs.advance(1, 5)
+    outputs.open(3, "third", (7,))
+    assert outputs.requests() == [Open(2, BAD), Advance(1, 1, 5)]
+    assert outputs.died(Death.TIME) == (2, True)
+    assert outputs.requests() == [Open(1, "first", (5,))]
+    assert outputs.answered(Mask(1, 1, b""))
+    assert outputs.requests() == [Open(3, "third", (7,))]
 
 
-def test_who_saw_processes_die_without_a_reason_is_given_up_in_the_end() -> None:
+def test_a_stream_goes_on_before_all_but_one_of_the_outputs_that_are_to_be_opened() -> None:
     outputs = Outputs()
-    outputs.open(1, "g", (), False)
+    outputs.open(0, "stream")
+    outputs.requests()
+    outputs.answered(Mask(0, 0, b""))
+    for key in range(1, 30):
+        outputs.open(key, "another")
+    outputs.requests()
+    outputs.advance(0, 7)
+    assert outputs.requests() == [Advance(0, 1, 7)]
+
+
+def test_an_output_that_was_closed_before_its_turn_is_never_opened() -> None:
+    outputs = Outputs()
+    outputs.open(1, "first")
+    outputs.requests()
+    outputs.open(2, "second")
+    assert outputs.close(2) is None
+    outputs.answered(Mask(1, 0, b""))
+    assert outputs.requests() == [] and not outputs.is_asked
+
+
+@pytest.mark.parametrize(("death", "is_to_blame"), [(Death.OTHER, False), (Death.RESOURCES, True)])
+def test_who_sees_processes_die_again_and_again_is_given_up(death: Death, is_to_blame: bool) -> None:
+    outputs = Outputs()
+    outputs.open(1, "g")
     for _ in range(MAX_DEATHS - 1):
-        assert outputs.died(of_its_job=False) is None
-        assert outputs.restarted() == [Open(1, "g", ())]
-    assert outputs.died(of_its_job=False) == (1, False)
-    assert outputs.restarted() == []
+        assert outputs.requests() == [Open(1, "g")]
+        assert outputs.died(death) is None
+    assert outputs.requests() == [Open(1, "g")]
+    assert outputs.died(death) == (1, is_to_blame)
+    assert outputs.requests() == []
 
 
 def test_nobody_is_told_of_an_output_that_was_closed() -> None:
     outputs = Outputs()
-    outputs.open(1, "g", (), False)
+    outputs.open(1, "g")
+    outputs.requests()
     assert outputs.close(1) == Close(1)
     assert not outputs.answered(Mask(1, 0, b""))
-    outputs.open(2, "g", (), False)
+    outputs.open(2, "g")
+    outputs.requests()
     outputs.close(2)
-    assert outputs.died(of_its_job=True) is None
-    assert outputs.restarted() == []
+    assert outputs.died(Death.TIME) is None
+    assert outputs.requests() == []
 
 
 def test_a_refused_output_is_asked_for_no_more() -> None:
     outputs = Outputs()
-    outputs.open(1, "g", (), False)
+    outputs.open(1, "g")
+    outputs.requests()
     assert outputs.answered(Refused(1, "no grammar"))
-    assert outputs.advance(1, 5) is None
-    assert outputs.close(1) is None
+    outputs.advance(1, 5)
+    assert outputs.close(1) is None and outputs.requests() == []
+
+
+def test_an_answer_that_is_not_due_is_no_answer() -> None:
+    outputs = Outputs()
+    with pytest.raises(FrameError, match="none was due"):
+        outputs.answered(Mask(1, 0, b""))
+    outputs.open(1, "g")
+    outputs.requests()
+    with pytest.raises(FrameError, match="was due"):
+        outputs.answered(Mask(2, 0, b""))

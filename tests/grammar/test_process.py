@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from pdserve.core.errors import NoWorkerAvailable, QueueFull
-from pdserve.grammar.checker import MAX_WAITING, GrammarChecker
+from pdserve.grammar.checker import MAX_QUESTIONS_EACH, GrammarChecker
 from pdserve.grammar.messages import Setup
 from pdserve.grammar.process import GrammarProcess
 from pdserve.grammar.sources import regex_grammar
 from pdserve.grammar.thread import GrammarThread
 
+from ..processes import await_end
 from .support import Told, setup, tokens
 
 SLOW_MASK = regex_grammar("(a{1000}){1000}")  # compiles in a millisecond
@@ -76,8 +77,27 @@ async def test_a_process_that_somebody_kills_is_replaced(process: GrammarProcess
 async def test_a_process_that_cannot_start_fails_its_requests_without_blaming_them(told: Told) -> None:
     process = GrammarProcess(lambda: Setup("no tokenizer", 10, (0,)), told)
     process.open(1, regex_grammar("ab"))
-    assert await told.answers.get() == ("failed", 1, "the grammar process died over it")
+    assert await told.answers.get() == ("failed", 1, "the grammar process does not start")
     await process.stop()
+
+
+async def test_what_is_missing_for_its_start_is_told_to_those_who_wait(told: Told) -> None:
+    def missing() -> Setup:
+        raise FileNotFoundError("tokenizer.json")
+
+    process = GrammarProcess(missing, told)
+    process.open(1, regex_grammar("ab"))
+    assert await told.answers.get() == ("failed", 1, "the grammar process does not start")
+    await process.stop()
+
+
+async def test_an_output_that_is_taken_up_after_much_work_is_not_refused_for_it(process: GrammarProcess, told: Told) -> None:
+    """What its tokens have cost before counts again when another process takes it up."""
+    grammar = regex_grammar("(ab?c?){3000}d*")
+    text = tuple(tokens("abc")) * 900
+    process.open(1, grammar, text)
+    kind, _, what = await told.answers.get()
+    assert kind == "mask", what
 
 
 async def test_it_is_gone_when_it_was_stopped(told: Told) -> None:
@@ -108,24 +128,7 @@ async def test_it_ends_with_its_owner() -> None:
     )
     child = await asyncio.create_subprocess_exec("python", "-c", owner, stdout=asyncio.subprocess.PIPE)
     told, _ = await child.communicate()  # its end of the pipe is the grammar process's standard error too, if anything
-    descriptor = _pidfd(int(told))
-    if descriptor is not None:
-        await asyncio.to_thread(_await_end, descriptor)
-
-
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-
-
-def _await_end(descriptor: int) -> None:
-    import select
-
-    readable, _, _ = select.select([descriptor], [], [], 30.0)
-    os.close(descriptor)
-    assert readable, "the grammar process outlived its owner"
+    await asyncio.to_thread(await_end, int(told))
 
 
 async def test_the_checker_tells_good_grammars_from_bad_ones(checker: GrammarChecker) -> None:
@@ -148,10 +151,28 @@ async def test_a_client_with_many_costly_grammars_does_not_keep_the_others_waiti
     assert order.index("victim") <= 1
 
 
-async def test_more_grammars_than_can_wait_are_refused(checker: GrammarChecker) -> None:
-    checks = [checker.check(regex_grammar(f"a{{{i}}}"), "me") for i in range(MAX_WAITING + 1)]
-    results = await asyncio.gather(*checks, return_exceptions=True)
+async def test_a_client_with_more_grammars_than_can_wait_is_refused_and_others_are_not(
+    checker: GrammarChecker,
+) -> None:
+    checks = [checker.check(regex_grammar(f"a{{{i}}}"), "me") for i in range(MAX_QUESTIONS_EACH + 1)]
+    results = await asyncio.gather(*checks, checker.check(regex_grammar("b"), "other"), return_exceptions=True)
     assert [type(result) for result in results if result is not None] == [QueueFull]
+
+
+async def test_who_asks_the_same_at_once_gets_one_answer(checker: GrammarChecker) -> None:
+    checks = [checker.check(regex_grammar("ab"), "me") for _ in range(10 * MAX_QUESTIONS_EACH)]
+    assert set(await asyncio.gather(*checks)) == {None}
+
+
+async def test_a_client_that_goes_away_keeps_its_turn_until_its_question_is_answered(checker: GrammarChecker) -> None:
+    """Else it could ask without end."""
+    for number in range(MAX_QUESTIONS_EACH):
+        asking = asyncio.ensure_future(checker.check(regex_grammar(f"a{{{number}}}"), "me"))
+        await asyncio.sleep(0)
+        asking.cancel()
+    with pytest.raises(QueueFull):
+        await checker.check(regex_grammar("b"), "me")
+    assert await checker.check(regex_grammar("b"), "other") is None
 
 
 async def test_a_grammar_that_cannot_be_checked_is_not_called_bad() -> None:

@@ -1,5 +1,6 @@
 """Sequences that follow a grammar wait for their masks, hold nobody up, and end when a mask is not to be had."""
 
+import msgspec
 import pytest
 
 from pdserve.core.messages import LegEnded, Prefill, Serve
@@ -17,7 +18,7 @@ def fail_masks(pair: Pair, is_invalid: bool) -> None:
     """What the worker does when the grammar process gives an output up."""
     for port, masks, role in ((pair.p_port, pair.p_masks, pair.prefill), (pair.d_port, pair.d_masks, pair.decode)):
         for key in port.due:
-            transfer = masks.transfer_of(key)
+            transfer = masks.given_up(key)
             if transfer is not None:
                 role.fail(transfer, "no mask", is_invalid)
         port.due.clear()
@@ -90,3 +91,14 @@ def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(ticks: int
 
 def is_no_mask(leg: LegEnded) -> bool:
     return leg.error == "no mask"
+
+
+def test_an_output_that_its_grammar_ends_ends_before_min_tokens() -> None:
+    eos = expected_tokens(range(10), 0, 3)[2]
+    request = spec("a", range(10), 30, grammar="g", eos=eos)
+    request = msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, min_tokens=20))
+    pair = Pair()
+    pair.submit(request)
+    pair.run()
+    assert pair.tokens(request) == expected_tokens(range(10), 0, 30, eos)
+    pair.check_at_rest()

@@ -1,0 +1,137 @@
+"""The bodies around conversations, which may have tools in them."""
+
+from contextlib import suppress
+from typing import Annotated, Any, Literal
+
+from pydantic import FailFast, Field, PlainValidator, ValidationError, WithJsonSchema
+
+from .schema import Body, GenerationBody, Text, TokenIds, expected
+
+
+class CalledFunction(Body):
+    """What a tool call calls."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
+class ToolCall(Body):
+    """A call of a tool, as an earlier answer told it."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Body):
+    """One message of a conversation."""
+
+    role: str
+    """As the chat template knows them: mostly "system", "user", "assistant" and "tool"."""
+    content: Text = ""
+    tool_calls: Annotated[list[ToolCall], FailFast()] = Field(default=[])
+    """What the assistant called."""
+    tool_call_id: str = ""
+    """Which call a message of a tool answers."""
+    name: str = ""
+    """For templates that want to know whose message it is."""
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: str
+    """1 to 64 letters, digits, underscores or hyphens."""
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    """The JSON schema of its arguments, which calls keep to."""
+    strict: bool = False
+    """Refuse `parameters` with keywords or formats that calls are not kept to, instead of ignoring them."""
+
+
+class Tool(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChosenFunction(Body):
+    """The name of a function."""
+
+    name: str
+
+
+class ChosenTool(Body):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+def _choice(value: object) -> str | ChosenTool:
+    """By hand, as a union would tell of each of its members that does not fit."""
+    if isinstance(value, str) and value in _MODES:
+        return value
+    if isinstance(value, dict):
+        with suppress(ValidationError):
+            return ChosenTool.model_validate(value)
+    raise expected('none, auto, required, or {"type": "function", "function": {"name": ...}}')
+
+
+_MODES = ("none", "auto", "required")
+_NAME = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": False}
+_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": list(_MODES)},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "function"}, "function": _NAME},
+            "required": ["type", "function"],
+            "additionalProperties": False,
+        },
+    ]
+}
+ToolChoice = Annotated[str | ChosenTool, PlainValidator(_choice), WithJsonSchema(_CHOICE_SCHEMA)]
+Tools = Annotated[list[Tool], FailFast()]
+
+
+class ChatCompletionRequest(GenerationBody):
+    """Continue a conversation."""
+
+    messages: Annotated[list[ChatMessage], FailFast()]
+    """The conversation, oldest message first."""
+    logprobs: bool = False
+    """Report the log probability of each token."""
+    top_logprobs: int | None = None
+    """Report this many most probable alternatives too. Only with `logprobs`."""
+    add_generation_prompt: bool = True
+    """Whether the template opens the assistant's turn after the last message."""
+    tools: Tools = Field(default=[])
+    """What the model may call, if its chat template has a place for tools."""
+    tool_choice: ToolChoice | None = None
+    """Whether it calls any: "none", "auto" (the default, when there are tools), "required", or the one that it has to call."""
+    parallel_tool_calls: bool | None = None
+    """Whether it may call several tools at once. By default it may."""
+
+
+class TokenizeRequest(Body):
+    """The token ids of a prompt, exactly as a completion would use them: of a text, or of a conversation."""
+
+    model: str = ""
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(default=[])
+    tools: Tools = Field(default=[])
+    """Only with `messages`."""
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+    """Tell the text of each token too."""
+
+
+class DetokenizeRequest(Body):
+    """The text of token ids."""
+
+    model: str = ""
+    tokens: TokenIds

@@ -1,0 +1,214 @@
+"""A model with tools writes text, calls that fit their schemas, and nothing between: for each family, by llguidance itself."""
+
+import json
+import random
+
+import jsonschema
+import numpy as np
+import pytest
+from llguidance import LLMatcher
+
+from pdserve.gateway.tools.formats import ToolFormat
+from pdserve.gateway.tools.grammar import refusal, tool_grammar
+from pdserve.gateway.tools.offer import Offer, Tool
+from pdserve.gateway.tools.parser import Arguments, CallBegins, CallEnds, Text, ToolParser
+from tests.gateway.tools.models import MODELS, TOOLS, WEATHER, eos_of, for_grammars, offer, written
+
+SUNNY = ("get_weather", '{"city": "Köln <x>", "unit": "C", "days": [1, 2]}')
+COMPACT = ("get_weather", '{"city":"[]{}\\"","days":[]}')
+STOP = ("stop", "{}")
+WRONG = {
+    "another function": ("get_time", "{}"),
+    "a missing argument": ("get_weather", '{"unit": "C"}'),
+    "an argument of another type": ("get_weather", '{"city": 1}'),
+    "an argument that is not one of its values": ("get_weather", '{"city": "a", "unit": "K"}'),
+    "an argument beyond a definition": ("get_weather", '{"city": "a", "days": [-1]}'),
+    "arguments of a function without any": ("stop", '{"city": "a"}'),
+    "white space": ("get_weather", '{"city":  "a"}'),
+    "no object": ("stop", "[]"),
+}
+
+
+def grammar_of(model: str, offered: Offer) -> str:
+    tokenizer = MODELS[model]()
+    assert tokenizer.tool_format is not None
+    return tool_grammar(offered, tokenizer.tool_format, tokenizer.added_tokens, [eos_of(tokenizer)])
+
+
+def matcher(model: str, offered: Offer) -> LLMatcher:
+    found = LLMatcher(for_grammars(model), grammar_of(model, offered), log_level=0)
+    assert not found.is_error(), found.get_error()
+    return found
+
+
+def accepts(model: str, offered: Offer, text: str) -> bool:
+    """Whether `text` is a whole answer: all of its tokens may come, and then its end."""
+    token_ids = [*MODELS[model]().encode(text, add_special_tokens=False), eos_of(MODELS[model]())]
+    return matcher(model, offered).validate_tokens(token_ids) == len(token_ids)
+
+
+def form_of(model: str) -> ToolFormat:
+    form = MODELS[model]().tool_format
+    assert form is not None
+    return form
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("call", [SUNNY, COMPACT, STOP])
+def test_a_call_may_come_whether_it_has_to_or_not(model: str, call: tuple[str, str]) -> None:
+    for must_call in (True, False):
+        assert accepts(model, offer(must_call=must_call), written(form_of(model), [call]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_no_call_is_wrong(model: str, wrong: str) -> None:
+    for must_call in (True, False):
+        assert not accepts(model, offer(must_call=must_call), written(form_of(model), [WRONG[wrong]]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_text_may_come_instead_of_calls_unless_they_have_to(model: str) -> None:
+    for text in ("", "It is sunny.", "a\n\n{}", "1 < 2", "<tool_call", "[TOOL_", "\n"):
+        assert accepts(model, offer(), text), text
+        assert not accepts(model, offer(must_call=True), text), text
+
+
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"llama3"}))
+def test_text_may_come_before_calls_and_not_after(model: str) -> None:
+    text = written(form_of(model), [SUNNY, STOP], "I look.")
+    assert accepts(model, offer(), text)
+    assert not accepts(model, offer(must_call=True), text)
+    assert not accepts(model, offer(), text + " There.")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_other_added_tokens_are_text_like_any_other(model: str) -> None:
+    """As models have them around their thoughts."""
+    form, thought = form_of(model), "a<think>b</think>\n\nc"
+    assert {"<think>", "</think>"} <= MODELS[model]().added_tokens.keys()
+    for text in (thought, thought + "</think>"):
+        assert accepts(model, offer(), text)
+        assert not accepts(model, offer(must_call=True), text)
+    assert accepts(model, offer(), written(form, [STOP], thought)) or form is ToolFormat.LLAMA3
+
+
+def test_no_token_lets_a_marker_be_spelled_in_text() -> None:
+    tokenizer = MODELS["qwen"]()
+    spelled = [token_id for piece in ("<think>", "<", "tool_call>", " x") for token_id in tokenizer.encode(piece)]
+    assert matcher("qwen", offer()).validate_tokens(spelled) < len(spelled)
+
+
+def test_llama3_calls_or_talks() -> None:
+    call = written(ToolFormat.LLAMA3, [STOP])
+    assert accepts("llama3", offer(must_call=True), "<|python_tag|>" + call)
+    assert accepts("llama3", offer(), "well, " + call)  # which is text
+    assert not accepts("llama3", offer(), call + call)
+    assert not accepts("llama3", offer(), "<think>" + call)  # whose text would look like a call
+    assert not accepts("llama3", offer(), '{"a": 1}')
+
+
+@pytest.mark.parametrize("model", sorted(set(MODELS) - {"llama3"}))
+def test_several_calls_come_only_where_they_may(model: str) -> None:
+    text = written(form_of(model), [SUNNY, STOP, STOP])
+    assert accepts(model, offer(must_call=True), text)
+    assert not accepts(model, offer(must_call=True, is_parallel=False), text)
+    assert accepts(model, offer(must_call=True, is_parallel=False), written(form_of(model), [STOP]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_only_the_chosen_function_may_be_called(model: str) -> None:
+    chosen = offer(chosen=TOOLS[1:])
+    assert accepts(model, chosen, written(form_of(model), [STOP]))
+    assert not accepts(model, chosen, written(form_of(model), [SUNNY]))
+    assert not accepts(model, chosen, "")
+
+
+def test_a_marker_that_is_a_token_is_that_token() -> None:
+    tokenizer, call = MODELS["qwen"](), written(ToolFormat.HERMES, [STOP])
+    spelled = [*tokenizer.encode("<"), *tokenizer.encode(call[1:])]
+    assert tokenizer.decode(spelled) == call
+    assert matcher("qwen", offer()).validate_tokens(spelled) < len(spelled)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("must_call", [True, False])
+def test_whatever_a_model_likes_to_write_is_text_and_calls_that_fit(model: str, must_call: bool) -> None:
+    """Random tokens of those allowed: none of them leads astray, and what is read from them fits the schemas."""
+    rng = random.Random(f"{model} {must_call}")
+    tokenizer, eos = MODELS[model](), eos_of(MODELS[model]())
+    likely = [token_id for token_id in range(eos, 400) if tokenizer.piece(token_id) in {*'{}[]":,0', "</tool_call>"}] + [eos]
+    num_calls = 0
+    for _ in range(15):
+        walk, token_ids = matcher(model, offer(must_call=must_call)), []
+        while not walk.is_stopped() and len(token_ids) < 200:
+            bits = np.unpackbits(np.frombuffer(walk.compute_bitmask(), dtype=np.uint8), bitorder="little")
+            preferred = [token_id for token_id in likely if bits[token_id]] if rng.random() < 0.5 else []
+            token_ids.append(int(rng.choice(preferred or list(np.flatnonzero(bits)))))
+            assert walk.consume_token(token_ids[-1]), walk.get_error()
+        num_calls += check_calls(model, token_ids, is_whole=token_ids[-1] == eos)
+    assert num_calls or not must_call
+
+
+def check_calls(model: str, token_ids: list[int], is_whole: bool) -> int:
+    """How many complete calls there are."""
+    tokenizer = MODELS[model]()
+    shown = [t for t in token_ids if tokenizer.has_text(t) or t == tokenizer.added_tokens.get(form_of(model).marker)]
+    parser = ToolParser(form_of(model), str)
+    events = parser.push(tokenizer.decode(shown))
+    texts = {event.index: "" for event in events if isinstance(event, CallBegins)}
+    names = {event.index: event.name for event in events if isinstance(event, CallBegins)}
+    for event in events:
+        if isinstance(event, Arguments):
+            texts[event.index] += event.text
+    complete = [event.index for event in events if isinstance(event, CallEnds)]
+    schemas = {tool.name: tool.parameters or {"maxProperties": 0} for tool in TOOLS}
+    for index in complete:
+        jsonschema.validate(json.loads(texts[index]), schemas[names[index]])
+    if is_whole:
+        assert len(complete) == len(names)
+        assert parser.has_called or not any(not isinstance(event, Text) for event in events)
+    return len(complete)
+
+
+BAD_SCHEMAS = {
+    "an unknown type": ({"properties": {"a": {"type": "text"}}}, "Invalid type"),
+    "a reference to nothing": ({"$ref": "#/$defs/a"}, "does not exist"),
+    "a pattern that is none": ({"properties": {"a": {"type": "string", "pattern": "("}}}, "regex"),
+    "nothing that fits": ({"properties": {"a": False}, "required": ["a"]}, "nsatisfiable"),
+}
+
+
+def refused(tool: Tool) -> str:
+    offered = offer([*TOOLS, tool])
+    grammar = grammar_of("qwen", offered)
+    why = LLMatcher.validate_grammar(grammar, for_grammars("qwen"))
+    return str(refusal(offered, grammar, why.partition("\n")[0])) if why else ""
+
+
+@pytest.mark.parametrize("name", BAD_SCHEMAS)
+def test_a_schema_that_cannot_be_followed_is_named(name: str) -> None:
+    schema, why = BAD_SCHEMAS[name]
+    told = refused(Tool(name="bad", description="", parameters=schema, is_strict=False))
+    assert told.startswith("tools[2].parameters: ")
+    assert why in told
+
+
+@pytest.mark.parametrize(
+    "schema", [{"properties": {"a": {"type": "string", "format": "colour"}}}, {"not": {"required": ["a"]}}]
+)
+def test_what_calls_are_not_kept_to_is_refused_only_when_the_client_is_strict(schema: dict[str, object]) -> None:
+    assert refused(Tool(name="lax", description="", parameters=schema, is_strict=False)) == ""
+    assert "tools[2].parameters" in refused(Tool(name="strict", description="", parameters=schema, is_strict=True))
+
+
+def test_a_grammar_that_is_refused_as_a_whole_is_told_of_as_a_whole() -> None:
+    error = refusal(offer(), grammar_of("qwen", offer()), "it takes too long to follow")
+    assert str(error).startswith("tools: '2 tool(s)' is not valid, expected schemas that can be followed (it takes too long")
+
+
+def test_parameters_are_an_object_whatever_their_schema_leaves_open() -> None:
+    tools = [Tool(name="any", description="", parameters={"description": "anything"}, is_strict=True)]
+    assert accepts("qwen", offer(tools), written(ToolFormat.HERMES, [("any", '{"a": [{}]}')]))
+    assert not accepts("qwen", offer(tools), written(ToolFormat.HERMES, [("any", "1")]))
+    assert WEATHER["required"] == ["city"]

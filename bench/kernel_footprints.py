@@ -29,8 +29,12 @@ def _compile(where: tuple[int, int]) -> tuple[int, str, Footprint]:
 
 def _line(case: str, by_target: dict[int, Footprint]) -> str:
     first = next(iter(by_target.values()))
-    cells = "  ".join(f"{f.registers:>4} {f.spill_bytes:>5} {f.shared_bytes:>7}" for f in by_target.values())
+    cells = "  ".join(_cells(by_target[target]) if target in by_target else " " * 18 for target in TARGETS)
     return f"{first.kernel:<{_KERNEL}} {case:<{_CASE}} {first.num_warps:>5}  {cells}"
+
+
+def _cells(taken: Footprint) -> str:
+    return f"{taken.registers:>4} {taken.spill_bytes:>5} {taken.shared_bytes:>7}"
 
 
 def main() -> int:

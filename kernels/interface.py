@@ -190,6 +190,14 @@ def check_token_range(
     buffer: torch.Tensor,
 ) -> None:
     """Refuse a transfer that would touch memory outside the cache or the buffer."""
+    check_cells(cache, layer_start, layer_end, block_ids, token_start, token_end)
+    check_buffer(buffer, token_range_bytes(cache, layer_end - layer_start, token_end - token_start))
+
+
+def check_cells(
+    cache: torch.Tensor, layer_start: int, layer_end: int, block_ids: Sequence[int], token_start: int, token_end: int
+) -> None:
+    """Refuse layers and tokens that the cache does not have."""
     num_layers, _, num_blocks, _, block_size, _ = cache.shape
     if not 0 <= layer_start < layer_end <= num_layers:
         raise ValueError(f"layers: [{layer_start}, {layer_end}) is not within the cache's {num_layers} layers")
@@ -198,7 +206,10 @@ def check_token_range(
     touched = block_ids[token_start // block_size : (token_end - 1) // block_size + 1]
     if min(touched) < 0 or max(touched) >= num_blocks:
         raise ValueError(f"block_ids: {list(touched)} are not all within the cache's {num_blocks} blocks")
-    num_bytes = token_range_bytes(cache, layer_end - layer_start, token_end - token_start)
+
+
+def check_buffer(buffer: torch.Tensor, num_bytes: int) -> None:
+    """Refuse a buffer that is not of that size."""
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() != num_bytes or not buffer.is_contiguous():
         raise ValueError(f"buffer: {buffer.dtype} {tuple(buffer.shape)} given, expected contiguous uint8 [{num_bytes}]")
 

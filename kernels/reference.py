@@ -32,8 +32,7 @@ class TorchKernels:
         return PackedLinear(num_in, num_out, gate.dtype, torch.cat((gate, up)), None)
 
     def gated_linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-        gate, up = F.linear(x, packed.weight).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return silu_mul(F.linear(x, packed.weight))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
@@ -135,6 +134,12 @@ class TorchKernels:
         check_block_pairs(cache, pairs)
         for src, dst in pairs:
             cache[:, :, dst] = cache[:, :, src]
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gate_up [T, 2 I], gates before ups -> silu(gate) * up [T, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

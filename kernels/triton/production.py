@@ -8,10 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
+from ..sampling import SamplingBatch
+from ..wire import KVPart, WireFormat, part_bytes
+from .activation import silu_mul_launch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
 from .decode_plan import DecodeShape, plan_decode
-from .launch import Launch
+from .launch import HOPPER, Launch
+from .norm import norm_launch
 from .prefill_attention import PrefillBatch, prefill_launch
+from .rope_cache import rope_launch
+from .sampling import sample_launch
+from .transfer import checksum_launch, transfer_launch
 
 TARGETS = (80, 90, 100)
 _NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
@@ -33,7 +40,6 @@ LLAMA_1B = Heads("Llama-3.2-1B", 32, 8, 64)
 QWEN3_06B = Heads("Qwen3-0.6B", 16, 8, 128)
 QWEN2_7B = Heads("Qwen2.5-7B", 28, 4, 128)
 HEAD_DIM_80 = Heads("head_dim 80", 32, 8, 80)
-HEAD_DIM_96 = Heads("head_dim 96", 32, 32, 96)
 HEAD_DIM_256 = Heads("head_dim 256", 16, 2, 256)
 
 
@@ -41,6 +47,11 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     """(what for, launch) for a GPU of that compute capability."""
     yield from _decode(target)
     yield from _prefill(target)
+    yield from _norms()
+    yield from _ropes()
+    yield from _samplings()
+    yield from _transfers()
+    yield "14336 wide", silu_mul_launch(_bfloat16(64, 2 * 14336), _bfloat16(64, 14336))
 
 
 def _decode(target: int) -> Iterator[tuple[str, Launch]]:
@@ -51,7 +62,6 @@ def _decode(target: int) -> Iterator[tuple[str, Launch]]:
         (QWEN3_06B, 16, 4, None),
         (QWEN2_7B, 64, 8, None),
         (HEAD_DIM_80, 16, 1, 4096),
-        (HEAD_DIM_96, 32, 8, None),
         (HEAD_DIM_256, 64, 1, None),
     ]
     for heads, block_size, max_query_len, window in shapes:
@@ -70,12 +80,11 @@ def _decode(target: int) -> Iterator[tuple[str, Launch]]:
 
 def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
     shapes = [
-        (LLAMA_8B, 128, None),
+        *([(LLAMA_8B, 128, None)] if target == HOPPER else []),  # elsewhere its tiles are those of page 64
         (LLAMA_8B, 64, None),
         (LLAMA_8B, 16, None),
         (LLAMA_8B, 64, 4096),
         (LLAMA_8B, 16, 4096),
-        (HEAD_DIM_80, 64, None),
         (HEAD_DIM_256, 64, None),
     ]
     for heads, block_size, window in shapes:
@@ -85,20 +94,72 @@ def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
         yield f"{heads.name}, page {block_size}{_sliding(window)}", launch
 
 
+def _norms() -> Iterator[tuple[str, Launch]]:
+    for width, adds in [(4096, True), (4096, False), (8192, True)]:
+        x = _bfloat16(64, width)
+        yield f"{width} wide{', residual' if adds else ''}", norm_launch(x, x if adds else None, x[0], 1e-5, x)
+
+
+def _ropes() -> Iterator[tuple[str, Launch]]:
+    for heads, norms in [(LLAMA_8B, False), (QWEN3_06B, True), (HEAD_DIM_256, True)]:
+        cache = _cache(heads, 64)
+        qkv = _bfloat16(64, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim)
+        index, norm = _int64(64), _bfloat16(heads.head_dim) if norms else None
+        angles = _float32(_MAX_CONTEXT_LEN, heads.head_dim)
+        launch = rope_launch(qkv, index, angles, norm, norm, 1e-6, cache, cache, index, _queries(64, heads))
+        yield f"{heads.name}{', norms' if norms else ''}", launch
+
+
+def _samplings() -> Iterator[tuple[str, Launch]]:
+    float64 = torch.empty(64, dtype=torch.float64, device="meta")
+    batch = SamplingBatch(_int32(64), float64, _int32(64), float64, float64, _int64(64), _int32(64), _int32(64))
+    for model, vocab_size in [("Llama-3", 128_256), ("GPT-2", 50_257)]:
+        yield f"{model}, {vocab_size} tokens", sample_launch(_float32(64, vocab_size), batch, _int64(64))
+
+
+def _transfers() -> Iterator[tuple[str, Launch]]:
+    total = _int64(1)
+    one = range(1, 2)  # Triton compiles numbers that are 1 as constants
+    for heads, part, wire_format in [
+        (LLAMA_8B, KVPart(range(8, 16), range(8), range(64, 192)), WireFormat.RAW),
+        (LLAMA_8B, KVPart(range(8, 16), range(8), range(64, 192)), WireFormat.INT8),
+        (HEAD_DIM_80, KVPart(one, one, one), WireFormat.RAW),
+        (HEAD_DIM_80, KVPart(one, one, one), WireFormat.INT8),
+    ]:
+        cache = _bfloat16(32, 2, 1024, heads.num_kv_heads, 64, heads.head_dim)
+        buffer = _bytes(part_bytes(cache, part, wire_format))
+        for to_wire in (True, False):
+            case = f"{heads.name}, {wire_format.value}, {'gather' if to_wire else 'scatter'}"
+            yield case, transfer_launch(cache, _int32(3), part, buffer, wire_format, to_wire, total)
+    yield "any", checksum_launch(_bytes(1 << 21), total)
+
+
 def _sliding(window: int | None) -> str:
     return "" if window is None else f", window {window}"
 
 
 def _queries(num_tokens: int, heads: Heads) -> torch.Tensor:
-    return torch.empty((num_tokens, heads.num_heads, heads.head_dim), dtype=torch.bfloat16, device="meta")
+    return _bfloat16(num_tokens, heads.num_heads, heads.head_dim)
 
 
 def _cache(heads: Heads, block_size: int) -> torch.Tensor:
-    return torch.empty((1024, heads.num_kv_heads, block_size, heads.head_dim), dtype=torch.bfloat16, device="meta")
+    return _bfloat16(1024, heads.num_kv_heads, block_size, heads.head_dim)
+
+
+def _bfloat16(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def _bytes(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.uint8, device="meta")
 
 
 def _int32(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def _int64(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 def _float32(*shape: int) -> torch.Tensor:

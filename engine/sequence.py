@@ -59,7 +59,7 @@ class Sequence:
 
     @property
     def num_computable_tokens(self) -> int:
-        """Uncomputed tokens that a step may take: all, but while a mask is late not the last one, which brings the next token."""
+        """Uncomputed tokens that a step may take. While a mask is late not the last one, as that brings the next token."""
         return self.num_uncomputed_tokens - (self.is_mask_late and not self.may_sample)
 
     @property

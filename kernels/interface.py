@@ -28,7 +28,7 @@ class KernelRequirements:
                 raise ValueError(f"{name}: {value} is not valid, expected a positive multiple of 8")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a batch is itself alone: what is derived from it may be kept under it
 class AttentionBatch:
     """Where each sequence of a mixed prefill and decode batch has its tokens and its cached keys.
 

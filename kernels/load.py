@@ -3,32 +3,49 @@
 import logging
 from typing import Literal
 
+import torch
+
 from .interface import KernelRequirements, Kernels
 from .native import NativeKernels, why_unavailable
 from .reference import TorchKernels
 
 _logger = logging.getLogger(__name__)
 
+_CHOICES = {"cpu": ("auto", "native", "torch"), "cuda": ("auto", "triton")}
+
 
 def load_kernels(
-    device: str, requirements: KernelRequirements, choice: Literal["auto", "native", "torch"], num_threads: int
+    device: str, requirements: KernelRequirements, choice: Literal["auto", "native", "torch", "triton"], num_threads: int
 ) -> Kernels:
-    """The kernels for `device`; a `choice` other than "auto" is binding.
+    """The kernels for `device`, "cpu" or "cuda"; a `choice` other than "auto" is binding.
 
     Raises ValueError for an unknown device, choice or thread count, and where the chosen kernels cannot run.
     """
-    if device != "cpu":
-        raise ValueError(f"device: {device!r} has no kernels, expected 'cpu'")
-    if choice not in ("auto", "native", "torch"):
-        raise ValueError(f"kernels: {choice!r} is not a choice, expected 'auto', 'native' or 'torch'")
+    if device not in _CHOICES:
+        raise ValueError(f"device: {device!r} has no kernels, expected 'cpu' or 'cuda'")
+    if choice not in _CHOICES[device]:
+        expected = ", ".join(map(repr, _CHOICES[device]))
+        raise ValueError(f"kernels: {choice!r} is not a choice for {device!r}, expected one of {expected}")
     if num_threads < 1:
         raise ValueError(f"num_threads: {num_threads} is not valid, expected at least 1")
-    reason = "configured" if choice != "auto" else why_unavailable(requirements)
+    reason = "configured" if choice != "auto" else why_unavailable(requirements) if device == "cpu" else None
     kernels: Kernels
-    if choice == "native" or (choice == "auto" and reason is None):
+    if device == "cuda":
+        kernels = _triton_kernels(requirements)
+    elif choice == "native" or (choice == "auto" and reason is None):
         kernels = NativeKernels(requirements)
     else:
         kernels = TorchKernels()
     kernels.set_num_threads(num_threads)
     _logger.info("kernels: %s (%s), %d threads", kernels.name, reason or "the fastest here", num_threads)
     return kernels
+
+
+def _triton_kernels(requirements: KernelRequirements) -> Kernels:
+    try:
+        from .triton.kernels import TritonKernels  # a package that only torch's CUDA builds bring along
+    except ModuleNotFoundError as error:
+        raise ValueError(f"kernels: 'triton' cannot run here: {error}") from error
+    if not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' cannot be used here: torch finds no GPU")
+    return TritonKernels(requirements)

@@ -43,9 +43,10 @@ def run_to_end(
     on_layer: Callable[[int], None] | None = None,
 ) -> list[list[SampledToken]]:
     """The output of each sequence; blocks are given back. A sequence with n > 1 is forked after its first token, and its
-    choices' outputs stand one after the other."""
+    choices' outputs stand one after the other. One that holds blocks goes on from what is in them."""
     for seq in sequences:
-        engine.kv.admit(seq, use_cache and not seq.wants_prompt_logprobs)
+        if not seq.block_ids:
+            engine.kv.admit(seq, use_cache and not seq.wants_prompt_logprobs)
     outputs: dict[int, dict[int, list[SampledToken]]] = {id(seq): {} for seq in sequences}
     running = [(seq, seq) for seq in sequences]  # (sequence, the one it was forked from)
     while running:

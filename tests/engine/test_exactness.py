@@ -7,19 +7,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from pdserve.engine.batch import SampledToken
 from pdserve.engine.engine import Engine, EngineOptions
 from tests.checkpoints import VARIANTS, reference_model, small_checkpoint
 from tests.engine.driver import make_sequence, random_prompt, run_to_end
+from tests.engine.greedy import Reference, assert_equal, generate_greedily
 
 NUM_TOKENS = 8
 LENGTHS = (1, 17, 48, 130)
 LONG = ("llama-gqa", "llama-yarn-rope", "llama3-rope", "mistral-sliding-100-mha", "qwen2-sliding-upper-layers", "qwen3")
-
-
-class Reference(NamedTuple):
-    token_ids: list[int]
-    logprobs: torch.Tensor  # [tokens, V]
 
 
 class Subject(NamedTuple):
@@ -49,33 +44,11 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject
 
         @cache
         def generate(prompt: tuple[int, ...], num_tokens: int) -> Reference:
-            return _generate(model, prompt, num_tokens)
+            return generate_greedily(model, prompt, num_tokens)
 
         return Subject(engine, generate)
 
     return make
-
-
-def _generate(model: Any, prompt: tuple[int, ...], num_tokens: int) -> Reference:
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logits = torch.cat(out.logits)
-    best = logits.topk(2).values
-    assert float((best[:, 0] - best[:, 1]).min()) > 1e-4, "the checkpoint leaves greedy tokens to rounding: take another seed"
-    return Reference(out.sequences[0, len(prompt) :].tolist(), logits.log_softmax(-1))
-
-
-def assert_equal(output: list[SampledToken], reference: Reference) -> None:
-    assert [token.token_id for token in output] == reference.token_ids
-    expected = [float(row[token_id]) for row, token_id in zip(reference.logprobs, reference.token_ids, strict=True)]
-    assert [token.logprob for token in output] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -1,14 +1,37 @@
 """Kernels under test, and random paged batches to run them on."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from pdserve.kernels import AttentionBatch, KernelRequirements, Kernels, load_kernels
 from pdserve.kernels.native import why_unavailable
+from pdserve.kernels.triton.kernels import TritonKernels
 
 MakeKernels = Callable[..., Kernels]
+
+
+class Subject(NamedTuple):
+    """Kernels, and the device that their tensors are on."""
+
+    kernels: Kernels
+    device: str
+
+    def there(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor.to(self.device) for tensor in tensors]
+
+
+def make_subject(name: str, dtype: torch.dtype, num_threads: int = 1) -> Subject:
+    """The kernels of that name, Triton's in its interpreter where there is no GPU; or a skipped test where this machine has
+    none."""
+    requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
+    if name == "triton":
+        return Subject(TritonKernels(requirements), "cuda" if torch.cuda.is_available() else "cpu")
+    if name == "native" and (reason := why_unavailable(requirements)):
+        pytest.skip(reason)
+    return Subject(load_kernels("cpu", requirements, "native" if name == "native" else "torch", num_threads), "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +43,7 @@ def _seeded() -> None:
 def native() -> MakeKernels:
     """native(dtype, num_threads=1): the native kernels, or a skipped test where this machine has none."""
 
-    def make(dtype: torch.dtype, num_threads: int = 1) -> Kernels:
-        requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
-        reason = why_unavailable(requirements)
-        if reason is not None:
-            pytest.skip(reason)
-        return load_kernels("cpu", requirements, "native", num_threads)
-
-    return make
+    return lambda dtype, num_threads=1: make_subject("native", dtype, num_threads).kernels
 
 
 def paged_batch(query_lens: list[int], context_lens: list[int], block_size: int) -> tuple[AttentionBatch, int]:
@@ -47,5 +63,5 @@ def paged_batch(query_lens: list[int], context_lens: list[int], block_size: int)
 def assert_close(actual: torch.Tensor, exact: torch.Tensor) -> None:
     """`actual` in its dtype against the float64 result: errors in units of that dtype's precision."""
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 1e-2}[actual.dtype]
-    error = (actual.double() - exact).abs().max().item()
+    error = (actual.cpu().double() - exact).abs().max().item()
     assert error <= tolerance * max(1.0, exact.abs().max().item()), error

@@ -6,17 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from pdserve.kernels import KernelRequirements, Kernels, load_kernels, token_range_bytes
-from pdserve.kernels.native import why_unavailable
+from pdserve.kernels import token_range_bytes
 
+from .conftest import make_subject
+
+NAMES = ["native", "torch", "triton"]
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, NUM_BLOCKS = 3, 2, 8, 12
-
-
-def _kernels(name: str, dtype: torch.dtype) -> Kernels:
-    requirements = KernelRequirements(dtype, HEAD_DIM, 8)
-    if name == "native" and (reason := why_unavailable(requirements)):
-        pytest.skip(reason)
-    return load_kernels("cpu", requirements, "native" if name == "native" else "torch", 1)
 
 
 def _random_cache(block_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -37,19 +32,19 @@ def _wire_checksum(buffer: torch.Tensor) -> int:
     return total % 2**64
 
 
-@pytest.mark.parametrize("name", ["native", "torch"])
+@pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    kernels = _kernels(name, dtype)
+    kernels, device = make_subject(name, dtype)
     sizes = [data.draw(st.sampled_from([8, 16, 24, 32])) for _ in range(2)]
     token_end = data.draw(st.integers(1, 6 * min(sizes)))
     token_start = data.draw(st.integers(0, token_end - 1))
     layer_end = data.draw(st.integers(1, NUM_LAYERS))
     layer_start = data.draw(st.integers(0, layer_end - 1))
     blocks = [data.draw(st.permutations(range(NUM_BLOCKS)))[: -(-token_end // size)] for size in sizes]
-    source, target = (_random_cache(size, dtype) for size in sizes)
+    source, target = (_random_cache(size, dtype).to(device) for size in sizes)
 
     buffer = torch.empty(token_range_bytes(source, layer_end - layer_start, token_end - token_start), dtype=torch.uint8)
     checksum = kernels.gather_tokens(source, layer_start, layer_end, blocks[0], token_start, token_end, buffer)
@@ -58,18 +53,18 @@ def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.Dat
     kernels.scatter_tokens(target, layer_start, layer_end, blocks[1], token_start, token_end, buffer)
 
     moved = _tokens(source, blocks[0])[layer_start:layer_end, :, :, token_start:token_end]
-    assert torch.equal(buffer.view(dtype), moved.flatten())
+    assert torch.equal(buffer.view(dtype), moved.cpu().flatten())
     for token in range(token_start, token_end):
         block, offset = blocks[1][token // sizes[1]], token % sizes[1]
         expected[layer_start:layer_end, :, block, :, offset] = moved[:, :, :, token - token_start]
     assert torch.equal(target, expected)
 
 
-@pytest.mark.parametrize("name", ["native", "torch"])
+@pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_checksum_tells_flipped_bits_swapped_words_and_zeroed_stretches(name: str, data: st.DataObject) -> None:
-    kernels = _kernels(name, torch.float32)
+    kernels = make_subject(name, torch.float32).kernels
     num_words = data.draw(st.integers(2, 100))
     words = torch.tensor(data.draw(st.lists(st.integers(1, 2**63 - 1), min_size=num_words, max_size=num_words, unique=True)))
     start, end = sorted(data.draw(st.permutations(range(num_words)))[:2])
@@ -81,10 +76,10 @@ def test_a_checksum_tells_flipped_bits_swapped_words_and_zeroed_stretches(name: 
         assert kernels.wire_checksum(version.view(torch.uint8)) != kernels.wire_checksum(words.view(torch.uint8))
 
 
-@pytest.mark.parametrize("name", ["native", "torch"])
+@pytest.mark.parametrize("name", NAMES)
 def test_copy_blocks_copies_every_layer_in_order(name: str) -> None:
-    kernels = _kernels(name, torch.bfloat16)
-    cache = _random_cache(16, torch.bfloat16)
+    kernels, device = make_subject(name, torch.bfloat16)
+    cache = _random_cache(16, torch.bfloat16).to(device)
     expected = cache.clone()
     expected[:, :, 5] = cache[:, :, 3]
     expected[:, :, 7] = cache[:, :, 3]
@@ -92,7 +87,7 @@ def test_copy_blocks_copies_every_layer_in_order(name: str) -> None:
     assert torch.equal(cache, expected)
 
 
-@pytest.mark.parametrize("name", ["native", "torch"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
@@ -106,8 +101,8 @@ def test_copy_blocks_copies_every_layer_in_order(name: str) -> None:
     ],
 )
 def test_a_transfer_outside_the_cache_or_buffer_is_refused(name: str, changed: dict, complaint: str) -> None:
-    kernels = _kernels(name, torch.float32)
-    cache = _random_cache(16, torch.float32)
+    kernels, device = make_subject(name, torch.float32)
+    cache = _random_cache(16, torch.float32).to(device)
     buffer = torch.empty(token_range_bytes(cache, 2, 20), dtype=torch.uint8)
     good = {"layer_start": 0, "layer_end": 2, "block_ids": [1, 2], "token_start": 0, "token_end": 20, "buffer": buffer}
     for call in (kernels.gather_tokens, kernels.scatter_tokens):

@@ -1,0 +1,141 @@
+"""`Kernels.paged_attention`: which kernel a batch goes to, and what that kernel needs to know; once a step, for all layers.
+
+Batches of a few queries per sequence go to decode attention, all others to prefill attention, in whose ragged batches a
+sequence with one query is as good as any. A batch's lengths are read on the host, where the engine makes them, and its
+tensors follow to the device without a wait: nothing here asks the device for anything.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..interface import AttentionBatch
+from .decode_attention import DecodeBatch, DecodeWorkspace, decode_attention, decode_workspace
+from .decode_plan import MAX_QUERY_LEN, DecodePlan, DecodeShape, plan_decode
+from .launch import power_of_two, target_of
+from .prefill_attention import PrefillBatch, plan_prefill, prefill_attention, tokens_per_tile
+
+MAX_GROUP = 64  # query heads of a kv head: the rows of the smallest tile
+_MAX_DECODE_ROWS = 64  # queries times their heads, packed: what the compile gate has seen a decode program hold
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """What a batch's plan depends on beside the batch; layers differ in their window at most."""
+
+    num_heads: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: torch.dtype
+    window: int | None
+
+
+@dataclass(frozen=True)
+class _DecodeWork:
+    batch: DecodeBatch
+    workspace: DecodeWorkspace
+
+
+class PagedAttention:
+    """Holds the plans of batches that still live, and none of the batches: a step's plan goes when its batch goes."""
+
+    def __init__(self) -> None:
+        self._steps: WeakKeyDictionary[AttentionBatch, _Step] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Arguments as in `Kernels.paged_attention`; the batch is on the host, and stays as it is while it lives."""
+        if not len(q):
+            return q.flatten(1)
+        step = self._steps.get(batch)
+        if step is None:
+            step = self._steps[batch] = _Step(batch, q.device)
+        work = step.work(q, k_cache, window)
+        if isinstance(work, PrefillBatch):
+            return prefill_attention(q, k_cache, v_cache, work, scale, window)
+        return decode_attention(q, k_cache, v_cache, work.batch, work.workspace, scale)
+
+
+class _Step:
+    """A batch on its device, and the plans that were made for it."""
+
+    def __init__(self, batch: AttentionBatch, device: torch.device) -> None:
+        for name in ("query_start_loc", "context_lens", "block_tables"):
+            _check_on_host(name, getattr(batch, name))
+        starts = batch.query_start_loc.tolist()
+        self._query_lens = [end - start for start, end in pairwise(starts)]
+        self._context_lens: list[int] = batch.context_lens.tolist()
+        self._query_start_loc = to_device(batch.query_start_loc, device)
+        self._context_lens_there = to_device(batch.context_lens, device)
+        self._block_tables = to_device(batch.block_tables, device)
+        self._device = device
+        self._work: dict[_Geometry, _DecodeWork | PrefillBatch] = {}
+
+    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _DecodeWork | PrefillBatch:
+        _, num_heads, head_dim = q.shape
+        _, num_kv_heads, block_size, _ = k_cache.shape
+        geometry = _Geometry(num_heads, num_kv_heads, block_size, head_dim, q.dtype, window)
+        work = self._work.get(geometry)
+        if work is None:
+            # A kernel is compiled for each power of two, and not for each length.
+            query_len = power_of_two(max(self._query_lens))
+            few = query_len <= MAX_QUERY_LEN and query_len * (num_heads // num_kv_heads) <= _MAX_DECODE_ROWS
+            work = self._decode(geometry, query_len) if few else self._prefill(geometry, k_cache)
+            self._work[geometry] = work
+        return work
+
+    def _decode(self, geometry: _Geometry, max_query_len: int) -> _DecodeWork:
+        shape = DecodeShape(
+            max_seqs=len(self._query_lens),
+            max_query_len=max_query_len,
+            num_kv_heads=geometry.num_kv_heads,
+            block_size=geometry.block_size,
+            num_multiprocessors=_num_multiprocessors(self._device),
+            window=geometry.window,
+        )
+        longest = max(self._context_lens)
+        plan = plan_decode(shape, self._query_lens, self._context_lens, longest)
+        there = DecodePlan(shape, to_device(plan.pieces, self._device), to_device(plan.partial_start, self._device))
+        return _DecodeWork(
+            DecodeBatch(self._query_start_loc, self._context_lens_there, self._block_tables, there),
+            decode_workspace(shape, geometry.num_heads, geometry.head_dim, longest, str(self._device)),
+        )
+
+    def _prefill(self, geometry: _Geometry, k_cache: torch.Tensor) -> PrefillBatch:
+        num_tokens = tokens_per_tile(k_cache, geometry.num_heads, target_of(self._device))
+        tiles = plan_prefill(self._query_lens, self._context_lens, num_tokens)
+        return PrefillBatch(self._query_start_loc, self._context_lens_there, self._block_tables, to_device(tiles, self._device))
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` itself where it is there, else a copy on its way: from pinned memory, so that the host does not wait."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # torch keeps it until the copy is done
+    return tensor.to(device, non_blocking=True)
+
+
+def _check_on_host(name: str, tensor: torch.Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: on {tensor.device}, expected on the host, where the batch is planned")
+    if tensor.dtype != torch.int32 or not tensor.is_contiguous():
+        layout = "contiguous" if tensor.is_contiguous() else "strided"
+        raise ValueError(f"{name}: {layout} {tensor.dtype} given, expected contiguous torch.int32")
+
+
+@lru_cache
+def _num_multiprocessors(device: torch.device) -> int:
+    """The interpreter runs one program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

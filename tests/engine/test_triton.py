@@ -1,0 +1,106 @@
+"""An engine over Triton's kernels, in the interpreter, answers as transformers does."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdserve.engine import engine as engine_module
+from pdserve.engine.batch import Batch, ScheduledChunk
+from pdserve.engine.engine import Engine, EngineOptions
+from pdserve.engine.sequence import Sequence
+from pdserve.kernels.triton.kernels import TritonKernels
+from pdserve.kernels.triton.launch import INTERPRETED
+from tests.checkpoints import reference_model, small_checkpoint
+from tests.engine.driver import make_sequence, random_prompt, run_to_end
+from tests.engine.greedy import Reference, assert_equal, generate_greedily
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="an engine's tensors are on the host: only the interpreter takes them")
+
+NUM_TOKENS = 4
+VARIANTS = ["llama-gqa", "qwen3", "qwen3-sliding-mixed"]
+
+Open = Callable[[str, int], Engine]
+Generate = Callable[[str, tuple[int, ...]], Reference]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _over_triton() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "load_kernels", lambda device, requirements, choice, threads: TritonKernels(requirements))
+        torch.set_num_threads(1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    directory = tmp_path_factory.mktemp("checkpoints")
+    return cache(lambda name: small_checkpoint(directory, name))
+
+
+@pytest.fixture(scope="module")
+def open_engine(checkpoint: Callable[[str], Path]) -> Open:
+    """open_engine(name, block_size)."""
+
+    def make(name: str, block_size: int) -> Engine:
+        options = EngineOptions(dtype="float32", block_size=block_size, num_blocks=40, max_model_len=128)
+        engine = Engine.open(checkpoint(name), options)
+        assert engine.kernels.name == "triton"
+        return engine
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def generate(checkpoint: Callable[[str], Path]) -> Generate:
+    models: Callable[[str], Any] = cache(lambda name: reference_model(checkpoint(name)))
+    return cache(lambda name, prompt: generate_greedily(models(name), prompt, NUM_TOKENS))
+
+
+def prompt_of(length: int) -> tuple[int, ...]:
+    return tuple(random_prompt(384, length, length))
+
+
+@pytest.mark.parametrize("max_chunk", [4096, 13, 5])  # whole prompts; single tokens beside chunks; none but short chunks
+@pytest.mark.parametrize("name", VARIANTS)
+def test_prompts_of_mixed_lengths_equal_transformers(name: str, max_chunk: int, open_engine: Open, generate: Generate) -> None:
+    engine = open_engine(name, 16)
+    prompts = [prompt_of(length) for length in (1, 17, 40)]
+    outputs = run_to_end(
+        engine, [make_sequence(engine, prompt, max_tokens=NUM_TOKENS) for prompt in prompts], max_chunk=max_chunk
+    )
+    for output, prompt in zip(outputs, prompts, strict=True):
+        assert_equal(output, generate(name, prompt))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_sequence_goes_on_exactly_in_an_engine_that_was_sent_its_kv(name: str, open_engine: Open, generate: Generate) -> None:
+    source, target = open_engine(name, 16), open_engine(name, 8)
+    prompt = prompt_of(37)
+    reference = generate(name, prompt)
+    prefilled = make_sequence(source, prompt, max_tokens=NUM_TOKENS)
+    source.kv.admit(prefilled)
+    assert source.kv.grow(prefilled, len(prompt))
+    ((first,),) = source.runner.run(Batch((ScheduledChunk(prefilled, len(prompt), (0,)),), ()))
+
+    arrived = make_sequence(target, prompt, output=[first.token_id], max_tokens=NUM_TOKENS)
+    target.kv.admit(arrived)
+    assert target.kv.grow(arrived, len(prompt))
+    send(source, prefilled, target, arrived, len(prompt))
+    target.kv.received(arrived, len(prompt))
+    assert arrived.num_uncomputed_tokens == 1
+    assert_equal([first, *run_to_end(target, [arrived])[0]], reference)
+
+
+def send(source: Engine, prefilled: Sequence, target: Engine, arrived: Sequence, num_tokens: int) -> None:
+    """Layer by layer, in chunks of tokens."""
+    for layer in range(source.config.num_layers):
+        for start in range(0, num_tokens, 20):
+            end = min(start + 20, num_tokens)
+            wire = memoryview(bytearray((end - start) * source.layout.bytes_per_token // source.config.num_layers))
+            checksum = source.cache.gather(layer, layer + 1, prefilled.block_ids, start, end, wire)
+            assert target.cache.checksum(wire) == checksum
+            target.cache.scatter(layer, layer + 1, arrived.block_ids, start, end, wire)

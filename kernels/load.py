@@ -28,16 +28,17 @@ def load_kernels(
         raise ValueError(f"kernels: {choice!r} is not a choice for {device!r}, expected one of {expected}")
     if num_threads < 1:
         raise ValueError(f"num_threads: {num_threads} is not valid, expected at least 1")
-    reason = "configured" if choice != "auto" else why_unavailable(requirements) if device == "cpu" else None
+    unavailable = why_unavailable(requirements) if device == "cpu" and choice == "auto" else None
     kernels: Kernels
     if device == "cuda":
         kernels = _triton_kernels(requirements)
-    elif choice == "native" or (choice == "auto" and reason is None):
-        kernels = NativeKernels(requirements)
-    else:
+    elif choice == "torch" or unavailable is not None:
         kernels = TorchKernels()
+    else:
+        kernels = NativeKernels(requirements)
     kernels.set_num_threads(num_threads)
-    _logger.info("kernels: %s (%s), %d threads", kernels.name, reason or "the fastest here", num_threads)
+    reason = unavailable or "the fastest here" if choice == "auto" else "configured"
+    _logger.info("kernels: %s (%s), %d threads", kernels.name, reason, num_threads)
     return kernels
 
 

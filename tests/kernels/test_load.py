@@ -1,6 +1,8 @@
 """Kernels are chosen once, aloud, and a choice that cannot be met is an error."""
 
 import logging
+import sys
+from typing import Literal
 
 import pytest
 import torch
@@ -39,11 +41,55 @@ def test_a_missing_library_is_an_error_when_native_is_configured(monkeypatch: py
 
 @pytest.mark.parametrize(
     ("device", "choice", "num_threads", "complaint"),
-    [("tpu", "auto", 1, "device"), ("cpu", "fast", 1, "kernels"), ("cpu", "auto", 0, "num_threads")],
+    [
+        ("tpu", "auto", 1, "device"),
+        ("cpu", "fast", 1, "kernels"),
+        ("cpu", "triton", 1, "kernels: 'triton' is not a choice for 'cpu'"),
+        ("cuda", "native", 1, "kernels: 'native' is not a choice for 'cuda'"),
+        ("cuda", "torch", 1, "kernels"),
+        ("cpu", "auto", 0, "num_threads"),
+    ],
 )
 def test_bad_choices_are_refused(device: str, choice: str, num_threads: int, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         load_kernels(device, REQUIREMENTS, choice, num_threads)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("choice", ["auto", "triton"])
+def test_cuda_takes_tritons_kernels(choice: Literal["auto", "triton"], monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend_gpu(monkeypatch, (9, 0))
+    assert load_kernels("cuda", REQUIREMENTS, choice, 1).name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("requirements", "capability", "complaint"),
+    [
+        (KernelRequirements(torch.bfloat16, 264, 16), (9, 0), "head_dim 264"),
+        (KernelRequirements(torch.float32, 136, 16), (9, 0), "head_dim 136"),
+        (KernelRequirements(torch.bfloat16, 8, 16), (9, 0), "head_dim 8"),
+        (REQUIREMENTS, (7, 5), "capability 7.5 is below 8.0"),
+    ],
+)
+def test_what_tritons_kernels_cannot_do_is_refused(
+    requirements: KernelRequirements, capability: tuple[int, int], complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend_gpu(monkeypatch, capability)
+    with pytest.raises(ValueError, match=f"'triton' cannot run here: .*{complaint}"):
+        load_kernels("cuda", requirements, "auto", 1)
+
+
+def test_cuda_is_refused_without_a_gpu_and_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: 'cuda' cannot be used here"):
+        load_kernels("cuda", REQUIREMENTS, "auto", 1)
+    monkeypatch.setitem(sys.modules, "pdserve.kernels.triton.kernels", None)
+    with pytest.raises(ValueError, match="'triton' cannot run here"):
+        load_kernels("cuda", REQUIREMENTS, "auto", 1)
+
+
+def _pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
 
 
 @pytest.mark.parametrize(

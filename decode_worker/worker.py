@@ -109,6 +109,8 @@ class DecodeWorker:
         return True
 
     def _wait_for_masks(self, batch: Batch) -> Callable[[], None] | None:
+        if self._masks.is_empty:
+            return None
         without = [chunk.sequence for chunk in batch.chunks if chunk.choices and not chunk.sequence.may_sample]
         return partial(self._await_masks, without) if without else None
 
@@ -170,6 +172,8 @@ class DecodeWorker:
         for emission in emissions:
             seq = emission.sequence
             self._outbox.token(seq, emission.choice, emission.index, emission.token, emission.reason)
+            if not seq.spec.sampling.grammar:
+                continue
             if emission.reason is None:
                 self._masks.want(seq)
             else:

@@ -67,7 +67,7 @@ class Runner(Protocol):
     """Computes a batch: one list of sampled tokens per chunk, one token per choice of the chunk.
 
     `on_layer(i)` is called when layer i has written the batch's KV: it is final then, and may leave. `before_sampling()` is
-    called when all is computed; a chunk whose sequence's mask is still missing after it gets no token.
+    called when all is computed, and is given where masks are missing; a chunk that has none after it gets no token.
     """
 
     def run(

@@ -41,14 +41,17 @@ class ModelRunner:
             self._prompts.add(batch.chunks, hidden)
             hidden = hidden if inputs.sampled is None else hidden[inputs.sampled.rows]
         logits = self._model.logits(hidden)
-        if before_sampling is not None:
-            before_sampling()
         sampled = [chunk for chunk in batch.chunks if chunk.choices]
+        if before_sampling is None:
+            drawn = iter(self._sampler.sample(logits, sampled))
+            return [self._with_prompt(chunk, next(drawn)) if chunk.choices else [] for chunk in batch.chunks]
+        before_sampling()
         rows = [row for row, chunk in enumerate(sampled) if chunk.sequence.may_sample]
-        if len(rows) < len(sampled):
-            logits, sampled = logits[rows], [sampled[row] for row in rows]
-        drawn = dict(zip(map(id, sampled), self._sampler.sample(logits, sampled), strict=True))
-        return [self._with_prompt(chunk, drawn[id(chunk)]) if id(chunk) in drawn else [] for chunk in batch.chunks]
+        drawn = iter(self._sampler.sample(logits[rows], [sampled[row] for row in rows]))
+        return [
+            self._with_prompt(chunk, next(drawn)) if chunk.choices and chunk.sequence.may_sample else []
+            for chunk in batch.chunks
+        ]
 
     def _with_prompt(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[SampledToken]:
         """What the prompt's tokens brought goes with the first token of choice 0."""

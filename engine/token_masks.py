@@ -47,6 +47,11 @@ class TokenMasks:
         self._key_of: dict[Sequence, int] = {}
         self._sequence_of: dict[int, Sequence] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sequence here follows a grammar."""
+        return not self._key_of
+
     def want(self, seq: Sequence) -> None:
         """`seq` is new here, or has one more token: ask for the mask of its next one, if it follows a grammar."""
         grammar = seq.spec.sampling.grammar

@@ -54,6 +54,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(unpacked: Path) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == {"pdserve"}
     rooms = {path.name for path in (unpacked / "pdserve").iterdir() if path.is_dir()}
     assert rooms == {
-        "cli", "cluster", "core", "decode_worker", "embedded", "engine", "gateway", "kernels", "kv_transfer",
+        "cli", "cluster", "core", "decode_worker", "embedded", "engine", "gateway", "grammar", "kernels", "kv_transfer",
         "loadgen", "planner", "prefill_worker", "proto", "router", "telemetry", "worker",
     }  # fmt: skip

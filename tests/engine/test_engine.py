@@ -116,3 +116,25 @@ def test_a_decode_engine_continues_from_transferred_kv(decode_block_size: int, c
         decode.kv.computed(target, 1)
         target.append(decoded[-1].token_id)
     assert decoded == expected
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_mask_that_is_late_keeps_nobody_else_from_his_token(is_late: bool, checkpoint: Callable[[str], Path]) -> None:
+    """Neither from the prompt's log probabilities that come with it."""
+    engine = Engine.open(checkpoint("llama-gqa"), EngineOptions(num_blocks=64))
+    free = make_sequence(engine, random_prompt(384, 20, seed=5), prompt_logprobs=0)
+    bound = make_sequence(engine, random_prompt(384, 9, seed=6), grammar="g")
+    alone = run_to_end(engine, [make_sequence(engine, free.token_ids, prompt_logprobs=0, max_tokens=1)], use_cache=False)[0]
+    for seq in (free, bound):
+        engine.kv.admit(seq, use_cache=False)
+        assert engine.kv.grow(seq, seq.num_tokens)
+
+    def arrive() -> None:
+        if not is_late:
+            bound.token_mask = (1 << 7).to_bytes(48, "little")  # token 7 and no other
+
+    batch = Batch(tuple(ScheduledChunk(seq, seq.num_tokens, (0,)) for seq in (bound, free)))
+    of_bound, of_free = engine.runner.run(batch, before_sampling=arrive)
+    assert [token.token_id for token in of_bound] == ([] if is_late else [7])
+    assert [token.token_id for token in of_free] == [alone[0].token_id]
+    assert len(of_free[0].prompt_logprobs) == 19

@@ -20,7 +20,7 @@ from tests.engine.greedy import Reference, assert_equal, generate_greedily
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="an engine's tensors are on the host: only the interpreter takes them")
 
-NUM_TOKENS = 4
+NUM_TOKENS = 3
 VARIANTS = ["llama-gqa", "qwen3", "qwen3-sliding-mixed"]
 
 Open = Callable[[str, int], Engine]
@@ -68,7 +68,7 @@ def prompt_of(length: int) -> tuple[int, ...]:
 def test_prompts_of_mixed_lengths_in_chunks_equal_transformers(name: str, open_engine: Open, generate: Generate) -> None:
     """Steps have long chunks, chunks of one token beside long ones, short ones alone, and single tokens alone."""
     engine = open_engine(name, 16)
-    prompts = [prompt_of(length) for length in (1, 9, 30)]
+    prompts = [prompt_of(length) for length in (1, 9, 27)]
     sequences = [make_sequence(engine, prompt, max_tokens=NUM_TOKENS) for prompt in prompts]
     for output, prompt in zip(run_to_end(engine, sequences, max_chunk=13), prompts, strict=True):
         assert_equal(output, generate(name, prompt))
@@ -77,7 +77,7 @@ def test_prompts_of_mixed_lengths_in_chunks_equal_transformers(name: str, open_e
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_sequence_goes_on_exactly_in_an_engine_that_was_sent_its_kv(name: str, open_engine: Open, generate: Generate) -> None:
     source, target = open_engine(name, 16), open_engine(name, 8)
-    prompt = prompt_of(29)
+    prompt = prompt_of(26)
     reference = generate(name, prompt)
     prefilled = make_sequence(source, prompt, max_tokens=NUM_TOKENS)
     source.kv.admit(prefilled)

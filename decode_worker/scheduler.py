@@ -157,7 +157,7 @@ class DecodeScheduler:
         """A chunk for each running sequence that has or finds blocks, oldest first, and the tokens left over.
 
         Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the rest. Those
-        that wait for a mask sit out.
+        whose mask is late sit out.
         """
         chunks: list[ScheduledChunk] = []
         spare = max(self._max_batch_tokens - len(self._running), 0)

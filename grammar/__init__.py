@@ -4,5 +4,5 @@
     worker: sequence -> GrammarProcess -> token mask -> sampler
 
 Grammars come from clients, and what they cost cannot be told from their looks: `(a{1000}){1000}` compiles in a millisecond and
-its first mask takes seconds. So neither gateway nor workers compute on them; a process does that may die of them.
+its first mask takes a second, or more. So neither gateway nor workers compute on them; a process does that may die of them.
 """

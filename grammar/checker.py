@@ -1,6 +1,7 @@
 """The gateway's question about a grammar before it lets a request in: is it one, and can it be afforded?"""
 
 import asyncio
+import hashlib
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class GrammarChecker:
         self._process: GrammarProcess | None = None
         self._keys = itertools.count()
         self._answers: dict[int, asyncio.Future[str | None]] = {}
-        self._known: OrderedDict[str, str | None] = OrderedDict()  # what is wrong with it; least recently used first
+        self._known: OrderedDict[bytes, str | None] = OrderedDict()  # by digest what is wrong; least recently used first
         self._questions: dict[str, asyncio.Task[str | None]] = {}
         self._turns: dict[str, asyncio.Lock] = {}
         self._num_questions: Counter[str] = Counter()  # by client
@@ -37,9 +38,10 @@ class GrammarChecker:
 
         Raises QueueFull when many wait for an answer; NoWorkerAvailable when it cannot be found out.
         """
-        if grammar in self._known:
-            self._known.move_to_end(grammar)
-            return self._known[grammar]
+        digest = _digest(grammar)
+        if digest in self._known:
+            self._known.move_to_end(digest)
+            return self._known[digest]
         question = self._questions.get(grammar)
         if question is None:
             if self._num_questions[client] >= MAX_QUESTIONS_EACH or len(self._questions) >= MAX_QUESTIONS:
@@ -61,7 +63,7 @@ class GrammarChecker:
         try:
             async with self._turns.setdefault(client, asyncio.Lock()):
                 why = await self._ask(grammar)
-            self._known[grammar] = why
+            self._known[_digest(grammar)] = why
             if len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
             return why
@@ -100,3 +102,8 @@ class GrammarChecker:
     def _settle(self, key: int, why: str | None) -> None:
         if not self._answers[key].done():  # it is cancelled when we stop
             self._answers[key].set_result(why)
+
+
+def _digest(grammar: str) -> bytes:
+    """What is remembered of a grammar, which may be long."""
+    return hashlib.blake2b(grammar.encode(), digest_size=16).digest()

@@ -18,7 +18,7 @@ from ..core.codec import FrameDecoder, FrameEncoder
 from .matchers import S_PER_TOKEN, Matchers
 from .messages import Open, Setup, ToProcess
 
-JOB_S = 0.5  # processor time; what real schemas take is a tenth of it
+JOB_S = 0.5  # processor time
 MEMORY_BYTES = 2 << 30  # address space beside what the process has when it is ready
 CACHE_BYTES = 512 << 20  # when it has grown by so much, what is kept of earlier grammars goes
 STACK_BYTES = 64 << 20  # of which mostly nothing is touched; nested rules recurse

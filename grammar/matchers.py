@@ -10,8 +10,9 @@ from llguidance import LLMatcher, LLTokenizer
 from .messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
 
 MAX_CACHED_GRAMMARS = 32
-FREE_S = 0.5  # processor time that every output has; the schemas of a hundred tools take a third of it
-S_PER_TOKEN = 0.001  # and that each of its tokens adds; JSON takes a thirtieth of it
+MAX_REASON_CHARS = 200  # of each line: an expression that is none comes back in what is said of it
+FREE_S = 0.5  # processor time that every output has
+S_PER_TOKEN = 0.001  # and that each of its tokens adds
 
 
 @dataclass(slots=True)
@@ -102,4 +103,4 @@ def _reason(error: str) -> str:
     if first in ("NoExtension", "NoExtensionBias"):
         return "no text fits it"
     cause = next((line.strip() for line in others if line.strip().startswith("error:")), "")
-    return f"{first} {cause}".strip()
+    return f"{first[:MAX_REASON_CHARS]} {cause[:MAX_REASON_CHARS]}".strip()

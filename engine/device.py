@@ -1,0 +1,143 @@
+"""Where an engine computes: events between queues of work, graphs of captured work, pinned memory to copy from.
+
+`CudaDevice` is a GPU. `HostDevice` has the same face over the processor, where all work is done when a call returns: it is
+what an engine on Triton's interpreter runs on, and it replays a captured graph by calling its function again.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in a queue of work; the calls are those of `torch.cuda.Event`."""
+
+    def record(self) -> None:
+        """The point is behind all that is in the current stream now."""
+        ...
+
+    def wait(self) -> None:
+        """What the current stream is given from now on comes after the point; the host goes on."""
+        ...
+
+    def synchronize(self) -> None:
+        """The host waits for the point."""
+        ...
+
+    def query(self) -> bool:
+        """Whether the point is reached."""
+        ...
+
+
+class Graph(Protocol):
+    """Captured work over memory that stays where it is."""
+
+    def replay(self) -> None:
+        """Queue the work once more."""
+        ...
+
+
+class Device(Protocol):
+    """One per engine. Work is queued on the calling thread's current stream."""
+
+    torch_device: torch.device
+    runs_ahead: bool  # calls return before their work is done
+
+    def event(self) -> Event: ...
+
+    def side_stream(self) -> AbstractContextManager[object]:
+        """A stream of its own for whatever is queued inside; the same one in every call of what is returned."""
+        ...
+
+    def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor's copy in memory from which the device copies while the host goes on."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Capture what `work` queues. It was called before, so that all kernels are compiled, and touches no memory but what
+        stays alive as long as the graph, and what it allocates itself."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device."""
+        ...
+
+
+class CudaDevice:
+    """The GPU that is this process' current one."""
+
+    runs_ahead = True
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self._side_stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()  # graphs never run side by side, so they share their memory
+
+    def event(self) -> Event:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def side_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._side_stream)
+
+    def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory()
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        graph = torch.cuda.CUDAGraph()
+        # Another thread's calls, such as a transfer's, are no part of it and are not to spoil it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            work()
+        return graph
+
+    def memory(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(self.torch_device)
+
+
+class HostEvent:
+    """Everything before it is done already."""
+
+    def record(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class HostGraph:
+    """The function itself."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+
+    def replay(self) -> None:
+        self._work()
+
+
+class HostDevice:
+    """The processor, in whose one queue everything is done at once."""
+
+    torch_device = torch.device("cpu")
+    runs_ahead = False
+
+    def event(self) -> Event:
+        return HostEvent()
+
+    def side_stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        return HostGraph(work)
+
+    def memory(self) -> tuple[int, int]:
+        raise NotImplementedError("the host's memory is planned by `engine.plan`")

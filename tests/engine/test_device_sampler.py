@@ -15,7 +15,7 @@ from pdserve.engine.penalties import Penalties
 from pdserve.engine.sampler import Sampler
 from pdserve.kernels.reference import TorchKernels
 from tests.engine.chunks import VOCAB_SIZE, follow, make_chunk, random_logits
-from tests.kernels.triton.fake_gpu import fake_gpu
+from tests.fake_gpu import fake_gpu
 
 MULTI_TILE = 4099  # tokens: more than one tile of the kernel that draws
 

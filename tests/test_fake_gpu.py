@@ -8,10 +8,9 @@ import torch
 
 from pdserve.kernels.triton.activation import silu_mul
 from pdserve.kernels.triton.launch import Launch
+from tests.fake_gpu import FakeGpuDevice, HostWaits, fake_gpu
 
-from .fake_gpu import DevicesMixed, FakeGpu, HostWaits, fake_gpu
-
-Work = Callable[[FakeGpu, torch.Tensor], object]
+Work = Callable[[FakeGpuDevice, torch.Tensor], object]
 
 
 @pytest.fixture(params=[False, True], ids=["", "inference"], autouse=True)
@@ -65,7 +64,7 @@ def test_what_waits_for_the_device_is_caught(work: Work) -> None:
 def test_mixed_devices_are_caught(work: Work) -> None:
     with fake_gpu() as gpu:
         x = torch.zeros(4, 6, device=gpu.torch_device)
-        with pytest.raises(DevicesMixed):
+        with pytest.raises(HostWaits):
             work(gpu, x)
 
 

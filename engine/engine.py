@@ -31,6 +31,7 @@ class EngineOptions:
     max_model_len: int | None = None  # None: as many positions as the model was made for
     kernels: Literal["auto", "native", "torch"] = "auto"
     num_threads: int = 1
+    wire: Literal["raw", "int8"] = "raw"  # how KV travels to other workers
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def _layout(checkpoint: Checkpoint, options: EngineOptions) -> KVLayout:
         dtype=checkpoint.dtype if options.dtype == "auto" else options.dtype,
         block_size=options.block_size,
         model_fingerprint=fingerprint(checkpoint.path),
+        wire=options.wire,
     )
 
 

@@ -11,17 +11,16 @@ from functools import partial
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .acceptor import Acceptor
+from .choice import TRANSPORTS
 from .config import MAX_PAYLOAD_BYTES, TransferConfig
 from .counters import TransferCounters
 from .dialler import Dialler
 from .events import Cancel, CommitReady, Computed, Expect, Extend, Open, PrefillDone
 from .hub import TransferHub, guarded
-from .interfaces import KVStore, TransferListener
+from .interfaces import Gpu, KVStore, TransferListener
 from .pair import Local
 from .shm import host_id
 from .span import Span
-
-TRANSPORTS = ("auto", "shm", "gloo")
 
 
 class TransferEndpoint:
@@ -39,10 +38,14 @@ class TransferEndpoint:
         host: str,
         transport: str = "auto",
         config: TransferConfig | None = None,
+        gpu: Gpu | None = None,
     ) -> None:
-        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret."""
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport: {transport!r} is not valid, expected one of {', '.join(TRANSPORTS)}")
+        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` is where the store's blocks
+        are, if not in the processor's memory."""
+        valid = [name for name in TRANSPORTS if gpu is not None or name != "cuda_ipc"]
+        if transport not in valid:
+            where = "" if gpu is not None else " on a processor"
+            raise ValueError(f"kv.transport: got {transport!r}, expected one of {', '.join(valid)}{where}")
         self._local = Local(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -54,6 +57,7 @@ class TransferEndpoint:
             layout=store.layout,
             listener=listener,
             config=config or TransferConfig(),
+            gpu=gpu,
         )
         self._hub = TransferHub(self._local, Dialler(self._local))
         self._inbox: deque[Callable[[], None]] = deque()
@@ -83,6 +87,7 @@ class TransferEndpoint:
             unix_name=acceptor.unix_name,
             tcp_host=local.host,
             tcp_port=acceptor.tcp_port,
+            gpu=local.gpu_uuid,
         )
 
     def close(self) -> None:
@@ -203,5 +208,6 @@ class TransferEndpoint:
         self._hub.close("the endpoint was closed")
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
+        await self._local.store_waits.finish(self._local.config.chunk_timeout_s)
         for link in self._local.retired:
             await asyncio.to_thread(link.join)

@@ -102,7 +102,8 @@ class Stored(Event, frozen=True):
 
 
 class Corrupt(Event, frozen=True):
-    """The chunk's bytes are not those that were announced; the blocks are untouched by what was wrong."""
+    """The chunk's bytes are not those that were announced. The transfer's own blocks may have them, if its store checks what
+    it writes; nobody reads them before COMMIT."""
 
     epoch: int
     seq: int

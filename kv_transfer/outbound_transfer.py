@@ -43,7 +43,7 @@ class OutboundTransfer:
             raise ValueError(f"accepted from token {token_start} of {self.num_tokens} with {num_credits} credits")
         layout = self._layout
         whole = Span(0, layout.num_layers, token_start, self.num_tokens)
-        bytes_per_cell = layout.bytes_per_token // layout.num_layers
+        bytes_per_cell = layout.wire_bytes_per_cell
         # The last chunk cannot hide behind the prefill: of a small transfer it should not be the greater part.
         wanted_bytes = max(whole.num_cells * bytes_per_cell // _WANTED_CHUNKS, _MIN_CHUNK_BYTES, bytes_per_cell)
         self._planner = ChunkPlanner(whole, bytes_per_cell, min(chunk_bytes, wanted_bytes))

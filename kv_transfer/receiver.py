@@ -48,7 +48,7 @@ class TransferReceiver:
 
     def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
         self._layout = layout
-        self._bytes_per_cell = layout.bytes_per_token // layout.num_layers
+        self._bytes_per_cell = layout.wire_bytes_per_cell
         self._config = config
         self._counters = counters
         self._link = Machine(f"link from {peer}", LINK_TRANSITIONS, LinkState.DOWN)

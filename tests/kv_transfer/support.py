@@ -4,6 +4,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint
+from pdserve.kv_transfer.interfaces import Gpu
 
 WAIT_S = 60.0  # far more than anything here takes
 FAST = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=0.4, lease_s=30.0)
@@ -166,9 +168,11 @@ class Worker:
         token: str = "secret",
         config: TransferConfig = FAST,
         incarnation: int = 1,
+        store: Any = None,
+        gpu: Gpu | None = None,
     ) -> None:
         self.key = (name, incarnation)
-        self.store = ArrayStore(kv_layout, num_blocks, seed)
+        self.store = ArrayStore(kv_layout, num_blocks, seed) if store is None else store
         self.ends = Recorder(self.store)
         self.endpoint = TransferEndpoint(
             self.store,
@@ -179,6 +183,7 @@ class Worker:
             host="127.0.0.1",
             transport=transport,
             config=config,
+            gpu=gpu,
         )
         self.address: TransferAddress = self.endpoint.start()
 

@@ -1,0 +1,143 @@
+"""KV out of and into a GPU's cache: queued on a stream of its own, behind the steps that write what is taken."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import torch
+
+from ..kernels.wire import KVPart, MovePart, WireFormat, part_bytes
+from .device import Device, Event
+
+_SMALLEST_BUFFER = 64
+
+
+class Queued:
+    """Implements `kv_transfer.interfaces.Pending`: a gather or a scatter on its way."""
+
+    def __init__(self, event: Event, collect: Callable[[], int], memory: torch.Tensor) -> None:
+        self._event = event
+        self._collect = collect
+        self._memory = memory  # in use until the work is done
+
+    def is_done(self) -> bool:
+        return self._event.query()
+
+    def collect(self) -> int:
+        return self._collect()
+
+
+class KVQueue:
+    """Queues for one cache. `layer_written` and `step_written` are for the engine's thread, the rest is for the transfer's.
+
+    Whatever steps have queued when a gather or scatter is asked for comes before it: a gather then takes what was computed,
+    and a scatter is not written over by a step that still has the blocks of a sequence which has ended.
+    """
+
+    def __init__(
+        self,
+        cache: torch.Tensor,
+        device: Device,
+        wire_format: WireFormat,
+        gather_part: MovePart,
+        scatter_part: MovePart,
+    ) -> None:
+        self._cache, self._device, self._format = cache, device, wire_format
+        self._gather_part, self._scatter_part = gather_part, scatter_part
+        self._pinned = PinnedBuffers(device)
+        self._order = count(1)
+        self._written = [(0, device.event())] * len(cache)  # per layer: which event is newer, and the newest
+
+    def layer_written(self, layer: int) -> None:
+        """The current stream has all work of a step that writes this layer's KV."""
+        self._written[layer] = self._mark()
+
+    def step_written(self) -> None:
+        """The current stream has all work of a step."""
+        self._written[:] = [self._mark()] * len(self._written)
+
+    def gather(self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview) -> Queued:
+        """`out` is on the device, or the host's; then it is written by `collect`."""
+        with self._device.side_stream():
+            self._newest(self._written[part.layers.start : part.layers.stop]).wait()
+            if isinstance(out, torch.Tensor):
+                return self._queued(self._gather_part(self._cache, block_ids, part, out, self._format), out)
+            num_bytes = part_bytes(self._cache, part, self._format)
+            on_device = torch.empty(num_bytes, dtype=torch.uint8, device=self._device.torch_device)
+            total = self._gather_part(self._cache, block_ids, part, on_device, self._format)
+            staged = self._pinned.take(num_bytes)
+            staged.copy_(on_device, non_blocking=True)
+            return self._queued(total, staged, lambda: self._copy_out(staged, out))
+
+    def scatter(self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview) -> Queued:
+        """Its checksum is of what it wrote."""
+        with self._device.side_stream():
+            self._newest(self._written).wait()
+            if isinstance(data, torch.Tensor):
+                return self._queued(self._scatter_part(self._cache, block_ids, part, data, self._format), data)
+            staged = self._pinned.take(len(data))
+            staged.copy_(torch.frombuffer(data, dtype=torch.uint8))
+            on_device = staged.to(self._device.torch_device, non_blocking=True)
+            total = self._scatter_part(self._cache, block_ids, part, on_device, self._format)
+            return self._queued(total, staged, lambda: self._pinned.give_back(staged))
+
+    def warm_up(self) -> None:
+        """Compile the kernels while nobody waits for them: block 0 is taken, and put back."""
+        part = KVPart(range(1), range(self._cache.shape[3]), range(self._cache.shape[4]))
+        num_bytes = part_bytes(self._cache, part, self._format)
+        with self._device.side_stream():
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device.torch_device)
+            self._gather_part(self._cache, [0], part, buffer, self._format)
+            self._scatter_part(self._cache, [0], part, buffer, self._format)
+            event = self._device.event()
+            event.record()
+        event.synchronize()
+
+    def _mark(self) -> tuple[int, Event]:
+        event = self._device.event()  # a new one each time: whoever waits for the last is not to wait for the next
+        event.record()
+        return next(self._order), event
+
+    def _newest(self, marks: Sequence[tuple[int, Event]]) -> Event:
+        return max(marks, key=lambda mark: mark[0])[1]  # all are of the engine's one stream, so it is behind the others
+
+    def _queued(self, total: torch.Tensor, memory: torch.Tensor, finish: Callable[[], None] = lambda: None) -> Queued:
+        """What copies the checksum to the host ends the work; `finish` follows when it is collected."""
+        on_host = self._pinned.take(total.numel() * total.itemsize).view(torch.int64)
+        on_host.copy_(total, non_blocking=True)
+        event = self._device.event()
+        event.record()
+
+        def collect() -> int:
+            checksum = int(on_host.item()) & 0xFFFFFFFFFFFFFFFF
+            self._pinned.give_back(on_host)
+            finish()
+            return checksum
+
+        return Queued(event, collect, memory)
+
+    def _copy_out(self, staged: torch.Tensor, out: memoryview) -> None:
+        torch.frombuffer(out, dtype=torch.uint8).copy_(staged)
+        self._pinned.give_back(staged)
+
+
+class PinnedBuffers:
+    """Host memory to copy from and to while the host goes on, used again and again: to pin some takes milliseconds."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by size; lists, as two threads share them
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes], whatever is in it."""
+        size = 1 << (max(num_bytes, _SMALLEST_BUFFER) - 1).bit_length()
+        try:
+            whole = self._free[size].pop()
+        except IndexError:
+            whole = self._device.pinned(torch.empty(size, dtype=torch.uint8))
+        return whole[:num_bytes]
+
+    def give_back(self, taken: torch.Tensor) -> None:
+        """What `take` gave, when the device is through with it."""
+        whole = torch.empty(0, dtype=torch.uint8).set_(taken.untyped_storage())
+        self._free[len(whole)].append(whole)

@@ -23,7 +23,7 @@ _KEY_STEP = tl.constexpr(0x9E3779B185EBCA87)
 _INT8_STEPS = tl.constexpr(float(INT8_STEPS))
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
 # Each chunk has its own: kernels made for some of them would be compiled in the middle of transfers.
-_OF_A_CHUNK = ["first_layer", "first_head", "first_token", "num_heads", "num_tokens", "num_blocks"]
+_OF_A_CHUNK = ["first_layer", "first_token", "num_tokens"]
 
 
 def gather_part(
@@ -110,7 +110,7 @@ def _raw_launch(cache: torch.Tensor, part: KVPart, buffer: torch.Tensor, common:
         "BLOCK_TOKENS": block_tokens,
     }
     grid = (2 * len(part.layers) * len(part.heads), cdiv(len(part.tokens), block_tokens))
-    return Launch(_move_words, grid, arguments, num_warps=4, num_stages=1)
+    return Launch(_move_words, grid, arguments, num_warps=8, num_stages=1)
 
 
 def _int8_launch(cache: torch.Tensor, part: KVPart, buffer: torch.Tensor, common: dict[str, Any]) -> Launch:

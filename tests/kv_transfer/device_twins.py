@@ -121,10 +121,8 @@ class WatchedCache(KVCache):
 
     def tokens(self, block_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
         """[layers, 2, Hkv, tokens, D] as float32."""
-        layers = [
-            torch.stack([part[list(block_ids)].transpose(0, 1).flatten(1, 2) for part in layer]) for layer in self._layers
-        ]
-        return torch.stack(layers)[..., start:end, :].float()
+        blocks = self._data[:, :, list(block_ids)].transpose(2, 3)  # [layers, 2, Hkv, blocks, block_size, D]
+        return blocks.flatten(3, 4)[..., start:end, :].float()
 
 
 def device_layout(wire: Any = "raw", dtype: str = "bfloat16", block_size: int = 8) -> KVLayout:

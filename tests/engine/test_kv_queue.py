@@ -1,0 +1,75 @@
+"""Behind which work of the engine a gather and a scatter are queued, and whose memory they use."""
+
+import pytest
+import torch
+
+from pdserve.core.errors import ConfigError
+from pdserve.core.messages import KVLayout
+from pdserve.engine.kv_cache import KVCache
+from pdserve.engine.kv_queue import PinnedBuffers, Queued
+from pdserve.kernels.reference import TorchKernels
+
+from ..kv_transfer.device_twins import LateDevice
+
+
+def make_cache(wire: str = "raw", head_dim: int = 8) -> tuple[KVCache, LateDevice]:
+    device = LateDevice()
+    layout = KVLayout(3, 2, head_dim, "float32", 8, "model", wire)  # type: ignore[arg-type]
+    cache = KVCache(layout, 6, TorchKernels(), device)
+    device.waited.clear()
+    return cache, device
+
+
+def gather(cache: KVCache, layers: tuple[int, int]) -> tuple[Queued, torch.Tensor]:
+    out = torch.zeros((layers[1] - layers[0]) * 8 * cache.layout.wire_bytes_per_cell, dtype=torch.uint8)
+    queued = cache.gather(*layers, [1], 0, 8, out)
+    assert isinstance(queued, Queued)
+    return queued, out
+
+
+def test_a_gather_comes_behind_the_newest_step_that_wrote_one_of_its_layers() -> None:
+    cache, device = make_cache()
+    before = device.recorded()
+    for layer in (0, 1, 2, 0):
+        cache.layer_written(layer)
+    for layers, place in (((0, 1), 4), ((1, 2), 2), ((1, 3), 3), ((0, 3), 4)):
+        gather(cache, layers)
+        assert device.waited.pop() == before + place
+    cache.step_written()
+    step = device.recorded() - 1
+    gather(cache, (1, 2))
+    assert device.waited == [step]
+
+
+def test_a_scatter_comes_behind_all_that_steps_have_queued() -> None:
+    cache, device = make_cache()
+    cache.step_written()
+    _, data = gather(cache, (1, 2))
+    device.waited.clear()
+    cache.layer_written(2)
+    newest = device.recorded() - 1
+    cache.scatter(1, 2, [3], 0, 8, data)
+    assert device.waited == [newest]
+
+
+def test_a_cache_that_runs_ahead_tells_the_checksum_by_its_works() -> None:
+    cache, _ = make_cache("int8")
+    queued, data = gather(cache, (0, 2))
+    assert queued.is_done() and cache.checksum(data) is None
+    scattered = cache.scatter(0, 2, [2], 0, 8, data)
+    assert scattered is not None and scattered.collect() == queued.collect()
+
+
+def test_pinned_memory_is_used_again_when_it_is_given_back() -> None:
+    buffers = PinnedBuffers(LateDevice())
+    first = buffers.take(100)
+    other = buffers.take(100)
+    assert len(first) == len(other) == 100 and first.data_ptr() != other.data_ptr()
+    buffers.give_back(first)
+    assert buffers.take(128).data_ptr() == first.data_ptr()
+    assert buffers.take(129).data_ptr() != first.data_ptr()
+
+
+def test_int8_wants_whole_words() -> None:
+    with pytest.raises(ConfigError, match="got 'int8', expected 'raw' for a head_dim of 12"):
+        make_cache("int8", head_dim=12)

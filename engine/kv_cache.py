@@ -34,7 +34,8 @@ class KVCache:
         self.torch_device = device.torch_device
         shape = (layout.num_layers, 2, num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
         dtype = getattr(torch, layout.dtype)
-        self._data = _zeros(shape, dtype, device.torch_device)  # [layers, 2, blocks, Hkv, block_size, D]
+        with torch.inference_mode(False):  # the transfer's thread writes to it outside of that mode
+            self._data = _zeros(shape, dtype, device.torch_device)  # [layers, 2, blocks, Hkv, block_size, D]
         self._layers = [(layer[0], layer[1]) for layer in self._data]
         self._queue: KVQueue | None = None
         if device.runs_ahead:

@@ -60,6 +60,16 @@ def test_a_cache_that_runs_ahead_tells_the_checksum_by_its_works() -> None:
     assert scattered is not None and scattered.collect() == queued.collect()
 
 
+@pytest.mark.parametrize("wire", ["raw", "int8"])
+def test_a_cache_that_the_engine_makes_for_inference_is_written_by_others_too(wire: str) -> None:
+    layout = KVLayout(3, 2, 8, "float32", 8, "model", wire)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        cache = KVCache(layout, 6, TorchKernels())
+    data = memoryview(bytearray(8 * layout.wire_bytes_per_token))
+    cache.scatter(0, 3, [2], 0, 8, data)
+    assert cache.gather(0, 3, [2], 0, 8, data) == cache.checksum(data)
+
+
 def test_pinned_memory_is_used_again_when_it_is_given_back() -> None:
     buffers = PinnedBuffers(LateDevice())
     first = buffers.take(100)

@@ -7,8 +7,11 @@ from pdserve.core.errors import ConfigError
 from pdserve.core.messages import KVLayout
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.kv_queue import PinnedBuffers, Queued
+from pdserve.kernels import KernelRequirements
 from pdserve.kernels.reference import TorchKernels
+from pdserve.kernels.triton.kernels import TritonKernels
 
+from ..fake_gpu import fake_gpu
 from ..kv_transfer.device_twins import LateDevice
 
 
@@ -68,6 +71,25 @@ def test_a_cache_that_the_engine_makes_for_inference_is_written_by_others_too(wi
     data = memoryview(bytearray(8 * layout.wire_bytes_per_token))
     cache.scatter(0, 3, [2], 0, 8, data)
     assert cache.gather(0, 3, [2], 0, 8, data) == cache.checksum(data)
+
+
+@pytest.mark.parametrize("wire", ["raw", "int8"])
+@pytest.mark.parametrize("ring", ["device", "host"])
+def test_the_host_goes_on_while_a_gpu_gathers_and_scatters(wire: str, ring: str) -> None:
+    layout = KVLayout(3, 2, 16, "bfloat16", 8, "model", wire)  # type: ignore[arg-type]
+    num_bytes = 2 * 5 * layout.wire_bytes_per_cell
+    with fake_gpu() as device:
+        kernels = TritonKernels(KernelRequirements(torch.bfloat16, 16, 8))
+        cache = KVCache(layout, 6, kernels, device)
+        cache.layer_written(1)
+        slot = (
+            torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
+            if ring == "device"
+            else memoryview(bytearray(num_bytes))
+        )
+        assert isinstance(cache.gather(1, 3, [4, 2], 6, 11, slot), Queued)
+        cache.step_written()
+        assert isinstance(cache.scatter(1, 3, [4, 2], 6, 11, slot), Queued)
 
 
 def test_pinned_memory_is_used_again_when_it_is_given_back() -> None:

@@ -62,7 +62,6 @@ class DeviceRunner:
             logits = self._graphs.run(batch)
         else:
             logits = self._run_eagerly(batch, on_layer)
-        self._cache.step_written()
         sampled = [chunk for chunk in batch.chunks if chunk.choices]
         if before_sampling is not None:
             before_sampling()
@@ -75,13 +74,7 @@ class DeviceRunner:
     def _run_eagerly(self, batch: Batch, on_layer: Callable[[int], None] | None) -> torch.Tensor:
         """Logits of the sampled rows. Attention is planned on the host, so the batch's lengths stay there."""
         inputs = self._on_device(self._inputs.build(batch), batch)
-
-        def on_written(layer: int) -> None:
-            self._cache.layer_written(layer)
-            if on_layer is not None:
-                on_layer(layer)
-
-        hidden = self._model.forward(inputs, self._cache, on_written)
+        hidden = self._model.forward(inputs, self._cache, on_layer)
         if inputs.needs_all_rows:
             self._prompts.add(batch.chunks, hidden)
             hidden = hidden if inputs.sampled is None else hidden[inputs.sampled.rows]

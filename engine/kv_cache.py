@@ -46,28 +46,29 @@ class KVCache:
         """The layer's keys and values, each [num_blocks, Hkv, block_size, D]."""
         return self._layers[index]
 
-    def layer_written(self, index: int) -> None:
-        """The engine has queued all work of a step that writes this layer. Transfers told of it later come behind that work."""
-        if self._queue is not None:
-            self._queue.layer_written(index)
-
-    def step_written(self) -> None:
-        """The engine has queued a whole step, also one that takes part in no transfer, before it lets go of any block."""
-        if self._queue is not None:
-            self._queue.step_written()
+    def mark(self) -> int:
+        """Names all that the engine's current stream has been given until now; 0 where nothing runs ahead."""
+        return 0 if self._queue is None else self._queue.mark()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy block source to block destination in every layer, pair after pair."""
         self._kernels.copy_blocks(self._data, copies)
 
     def gather(
-        self, layer_start: int, layer_end: int, block_ids: Sequence[int], token_start: int, token_end: int, out: Slot
+        self,
+        layer_start: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_start: int,
+        token_end: int,
+        out: Slot,
+        after: int = 0,
     ) -> int | Queued:
         """Copy the KV of a token range out of its blocks, and sum it up; `out` is [layers, 2, Hkv, tokens, D] in C order, or
-        what `kernels.wire` says of int8."""
+        what `kernels.wire` says of int8. It comes behind the mark `after`."""
         part = self._part(layer_start, layer_end, token_start, token_end)
         if self._queue is not None:
-            return self._queue.gather(block_ids, part, out)
+            return self._queue.gather(block_ids, part, out, after)
         buffer = _as_tensor(out)
         if self._format is WireFormat.INT8:
             return int(self._gather_part(self._data, block_ids, part, buffer, self._format).item()) & _ALL_BITS
@@ -78,12 +79,19 @@ class KVCache:
         return None if self._queue is not None else self._kernels.wire_checksum(_as_tensor(data))
 
     def scatter(
-        self, layer_start: int, layer_end: int, block_ids: Sequence[int], token_start: int, token_end: int, data: Slot
+        self,
+        layer_start: int,
+        layer_end: int,
+        block_ids: Sequence[int],
+        token_start: int,
+        token_end: int,
+        data: Slot,
+        after: int = 0,
     ) -> Queued | None:
         """Copy what `gather` wrote elsewhere into blocks here; no other token of them is touched."""
         part = self._part(layer_start, layer_end, token_start, token_end)
         if self._queue is not None:
-            return self._queue.scatter(block_ids, part, data)
+            return self._queue.scatter(block_ids, part, data, after)
         buffer = _as_tensor(data)
         if self._format is WireFormat.INT8:
             self._scatter_part(self._data, block_ids, part, buffer, self._format)

@@ -28,10 +28,10 @@ class Queued:
 
 
 class KVQueue:
-    """Queues for one cache. `layer_written` and `step_written` are for the engine's thread, the rest is for the transfer's.
+    """Queues for one cache. `mark` is for the engine's thread, the rest is for the transfer's.
 
-    Whatever steps have queued when a gather or scatter is asked for comes before it: a gather then takes what was computed,
-    and a scatter is not written over by a step that still has the blocks of a sequence which has ended.
+    A gather comes behind the mark that was set when its tokens had been queued to be computed. A scatter comes behind one that
+    was set when its blocks were reserved: until there, a step may still write for a sequence which had them and has ended.
     """
 
     def __init__(
@@ -45,21 +45,24 @@ class KVQueue:
         self._cache, self._device, self._format = cache, device, wire_format
         self._gather_part, self._scatter_part = gather_part, scatter_part
         self._pinned = PinnedBuffers(device)
-        self._order = count(1)
-        self._written = [(0, device.event())] * len(cache)  # per layer: which event is newer, and the newest
+        self._marks: dict[int, Event] = {}  # oldest first; those before the first are reached
+        self._numbers = count(1)
 
-    def layer_written(self, layer: int) -> None:
-        """The current stream has all work of a step that writes this layer's KV."""
-        self._written[layer] = self._mark()
+    def mark(self) -> int:
+        """Names all that the current stream has been given until now. Never 0, increasing."""
+        for number, event in list(self._marks.items()):
+            if not event.query():
+                break
+            del self._marks[number]
+        event, number = self._device.event(), next(self._numbers)
+        event.record()
+        self._marks[number] = event
+        return number
 
-    def step_written(self) -> None:
-        """The current stream has all work of a step."""
-        self._written[:] = [self._mark()] * len(self._written)
-
-    def gather(self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview) -> Queued:
+    def gather(self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview, after: int) -> Queued:
         """`out` is on the device, or the host's; then it is written by `collect`."""
         with self._device.side_stream():
-            self._newest(self._written[part.layers.start : part.layers.stop]).wait()
+            self._come_behind(after)
             if isinstance(out, torch.Tensor):
                 return self._queued(self._gather_part(self._cache, block_ids, part, out, self._format), out)
             num_bytes = part_bytes(self._cache, part, self._format)
@@ -69,10 +72,10 @@ class KVQueue:
             staged.copy_(on_device, non_blocking=True)
             return self._queued(total, staged, lambda: self._copy_out(staged, out))
 
-    def scatter(self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview) -> Queued:
+    def scatter(self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview, after: int) -> Queued:
         """Its checksum is of what it wrote."""
         with self._device.side_stream():
-            self._newest(self._written).wait()
+            self._come_behind(after)
             if isinstance(data, torch.Tensor):
                 return self._queued(self._scatter_part(self._cache, block_ids, part, data, self._format), data)
             staged = self._pinned.take(len(data))
@@ -93,13 +96,10 @@ class KVQueue:
             event.record()
         event.synchronize()
 
-    def _mark(self) -> tuple[int, Event]:
-        event = self._device.event()  # a new one each time: whoever waits for the last is not to wait for the next
-        event.record()
-        return next(self._order), event
-
-    def _newest(self, marks: Sequence[tuple[int, Event]]) -> Event:
-        return max(marks, key=lambda mark: mark[0])[1]  # all are of the engine's one stream, so it is behind the others
+    def _come_behind(self, mark: int) -> None:
+        event = self._marks.get(mark)
+        if event is not None:
+            event.wait()
 
     def _queued(self, total: torch.Tensor, memory: torch.Tensor, finish: Callable[[], None] = lambda: None) -> Queued:
         """What copies the checksum to the host ends the work; `finish` follows when it is collected."""

@@ -117,11 +117,12 @@ class TransferEndpoint:
         num_cached_tokens: int = 0,
     ) -> None:
         """Blocks are reserved for what `source` (worker_id, incarnation) will push. The first `num_cached_tokens` are in
-        them already: they are neither sent nor written. Raises ValueError for what does not fit."""
+        them already: they are neither sent nor written. What this thread gave the device until now may still write to the
+        blocks. Raises ValueError for what does not fit."""
         self._check_table(block_ids, num_tokens)
         if not 0 <= num_cached_tokens <= num_tokens:
             raise ValueError(f"num_cached_tokens: {num_cached_tokens} is not valid, expected 0 to {num_tokens}")
-        event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens)
+        event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens, self._local.store.mark())
         self._post_or_raise(partial(self._hub.expect, source, event))
 
     # prefill side
@@ -138,10 +139,11 @@ class TransferEndpoint:
         self._post(partial(self._hub.feed_sender, transfer, Extend(transfer, tuple(block_ids))))
 
     def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        """The KV of these layers and tokens is final and may leave. Every cell is to be reported exactly once, also those
+        """The KV of these layers and tokens is final, or will be when the device has done what this thread gave it until now;
+        it may leave. Every cell is to be reported exactly once, also those
         that the worker's own prefix cache had; what the target has already is not sent."""
         span = Span(layer_start, layer_end, token_start, token_end)
-        self._post(partial(self._hub.feed_sender, transfer, Computed(transfer, span)))
+        self._post(partial(self._hub.feed_sender, transfer, Computed(transfer, span, self._local.store.mark())))
 
     def prefill_done(self, transfer: TransferId) -> None:
         """The last layer is computed: what is acknowledged by now was hidden behind the prefill."""

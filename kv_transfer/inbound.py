@@ -109,7 +109,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         if checksum is not None and checksum != chunk.checksum:
             return checksum
         where = span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end
-        return store.scatter(*where, data) or chunk.checksum
+        return store.scatter(*where, data, command.mark) or chunk.checksum
 
     def _outcome(self, chunk: Chunk, result: int | BaseException) -> Stored | Corrupt | StoreFailed:
         if isinstance(result, BaseException):

@@ -26,10 +26,14 @@ class KVStore(Protocol):
     the transfer's first token. Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens, head_dim], C-contiguous; another
     format is the layout's `wire`.
 
-    A store on a device answers before the work is done, and checks what it scatters as it reads it."""
+    A store on a device answers before the work is done, comes behind a mark, and checks what it scatters as it reads it."""
 
     @property
     def layout(self) -> KVLayout: ...
+
+    def mark(self) -> int:
+        """On the thread that gives steps to the device: names all that it was given until now. 0 where nothing is ahead."""
+        ...
 
     def gather(
         self,
@@ -39,8 +43,10 @@ class KVStore(Protocol):
         token_start: int,
         token_end: int,
         out: Slot,
+        after: int = 0,
     ) -> int | Pending:
-        """Copy KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of what was copied."""
+        """Copy KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of what was copied.
+        The mark `after` was set when the last of it was computed, or given to the device to be."""
         ...
 
     def checksum(self, data: Slot) -> int | None:
@@ -55,8 +61,10 @@ class KVStore(Protocol):
         token_start: int,
         token_end: int,
         data: Slot,
+        after: int = 0,
     ) -> Pending | None:
-        """Copy `data` into the blocks; touches no other token of them. None: it is done."""
+        """Copy `data` into the blocks; touches no other token of them. None: it is done. The mark `after` was set when the
+        blocks were reserved."""
         ...
 
 

@@ -92,7 +92,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         data = link.slot(command.slot, command.num_bytes)
         try:
             gathered = self.local.store.gather(
-                span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data
+                span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data, command.mark
             )
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
             release(data)

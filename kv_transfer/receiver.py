@@ -204,7 +204,7 @@ class TransferReceiver:
             transfer = None  # it ended while its bytes were under way
         match event:
             case Arrived() if transfer is not None:
-                self._out.append(Store(chunk, transfer.block_ids))
+                self._out.append(Store(chunk, transfer.block_ids, transfer.mark))
                 return
             case Corrupt():
                 self._nack(chunk.transfer, event.error)

@@ -23,36 +23,34 @@ def make_cache(wire: str = "raw", head_dim: int = 8) -> tuple[KVCache, LateDevic
     return cache, device
 
 
-def gather(cache: KVCache, layers: tuple[int, int]) -> tuple[Queued, torch.Tensor]:
+def gather(cache: KVCache, layers: tuple[int, int], after: int = 0) -> tuple[Queued, torch.Tensor]:
     out = torch.zeros((layers[1] - layers[0]) * 8 * cache.layout.wire_bytes_per_cell, dtype=torch.uint8)
-    queued = cache.gather(*layers, [1], 0, 8, out)
+    queued = cache.gather(*layers, [1], 0, 8, out, after)
     assert isinstance(queued, Queued)
     return queued, out
 
 
-def test_a_gather_comes_behind_the_newest_step_that_wrote_one_of_its_layers() -> None:
+def test_a_gather_and_a_scatter_come_behind_their_mark_and_no_later_one() -> None:
     cache, device = make_cache()
+    device.hold()
     before = device.recorded()
-    for layer in (0, 1, 2, 0):
-        cache.layer_written(layer)
-    for layers, place in (((0, 1), 4), ((1, 2), 2), ((1, 3), 3), ((0, 3), 4)):
-        gather(cache, layers)
-        assert device.waited.pop() == before + place
-    cache.step_written()
-    step = device.recorded() - 1
-    gather(cache, (1, 2))
-    assert device.waited == [step]
+    marks = [cache.mark() for _ in range(3)]
+    assert marks == sorted(set(marks)) and marks[0] > 0
+    _, data = gather(cache, (1, 2), after=marks[1])
+    cache.scatter(1, 2, [3], 0, 8, data, marks[0])
+    assert device.waited == [before + 2, before + 1]
 
 
-def test_a_scatter_comes_behind_all_that_steps_have_queued() -> None:
+def test_what_comes_behind_a_mark_that_is_reached_waits_for_nothing() -> None:
     cache, device = make_cache()
-    cache.step_written()
-    _, data = gather(cache, (1, 2))
-    device.waited.clear()
-    cache.layer_written(2)
-    newest = device.recorded() - 1
-    cache.scatter(1, 2, [3], 0, 8, data)
-    assert device.waited == [newest]
+    mark = cache.mark()
+    cache.mark()  # which notices
+    gather(cache, (1, 2), after=mark)
+    assert not device.waited
+
+
+def test_a_processors_cache_has_no_marks() -> None:
+    assert KVCache(KVLayout(3, 2, 8, "float32", 8, "model"), 6, TorchKernels()).mark() == 0
 
 
 def test_a_cache_that_runs_ahead_tells_the_checksum_by_its_works() -> None:
@@ -81,15 +79,13 @@ def test_the_host_goes_on_while_a_gpu_gathers_and_scatters(wire: str, ring: str)
     with fake_gpu() as device:
         kernels = TritonKernels(KernelRequirements(torch.bfloat16, 16, 8))
         cache = KVCache(layout, 6, kernels, device)
-        cache.layer_written(1)
         slot = (
             torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
             if ring == "device"
             else memoryview(bytearray(num_bytes))
         )
-        assert isinstance(cache.gather(1, 3, [4, 2], 6, 11, slot), Queued)
-        cache.step_written()
-        assert isinstance(cache.scatter(1, 3, [4, 2], 6, 11, slot), Queued)
+        assert isinstance(cache.gather(1, 3, [4, 2], 6, 11, slot, cache.mark()), Queued)
+        assert isinstance(cache.scatter(1, 3, [4, 2], 6, 11, slot, cache.mark()), Queued)
 
 
 def test_pinned_memory_is_used_again_when_it_is_given_back() -> None:

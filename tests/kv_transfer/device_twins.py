@@ -1,7 +1,8 @@
 """A GPU's twins on the processor: a queue that is done when a test says so, and memory that two endpoints see."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -51,13 +52,24 @@ class LateDevice(HostDevice):
         self._lags = False
         self._places = count(1)
         self._recorded = self._reached = 0
+        self._num_late = 0  # works of the side stream
+        self._in_side_stream = False  # where the transfer's thread is; the engine's is never
         self._changed = threading.Condition()
 
     def event(self) -> LateEvent:
         return LateEvent(self)
 
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        self._in_side_stream = True
+        try:
+            yield
+        finally:
+            self._in_side_stream = False
+
     def recorded(self) -> int:
         with self._changed:
+            self._num_late += self._lags and self._in_side_stream
             self._recorded = next(self._places)
             self._reached = self._reached if self._lags else self._recorded
             self._changed.notify_all()
@@ -71,7 +83,7 @@ class LateDevice(HostDevice):
     def hold(self) -> None:
         """What is queued from now on is late."""
         with self._changed:
-            self._lags = True
+            self._lags, self._num_late = True, 0
 
     def catch_up(self) -> None:
         with self._changed:
@@ -80,7 +92,7 @@ class LateDevice(HostDevice):
     def wait_for_work(self, num_works: int = 1) -> None:
         """Until so many works are late."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._recorded >= self._reached + num_works, WAIT_S), "nothing was queued"
+            assert self._changed.wait_for(lambda: self._num_late >= num_works, WAIT_S), "nothing was queued"
 
 
 class SharedMemory:

@@ -60,6 +60,9 @@ class ArrayStore:
         picked: npt.NDArray[np.uint8] = self.cache[:, :, :, self._slots(block_ids, token_start, token_end)]
         return picked
 
+    def mark(self) -> int:
+        return 0
+
     def gather(
         self,
         layer_start: int,
@@ -68,6 +71,7 @@ class ArrayStore:
         token_start: int,
         token_end: int,
         out: memoryview,
+        after: int = 0,
     ) -> int:
         if self.gather_error is not None:
             raise self.gather_error
@@ -86,6 +90,7 @@ class ArrayStore:
         token_start: int,
         token_end: int,
         data: memoryview,
+        after: int = 0,
     ) -> None:
         size = self.layout.block_size
         written = set(block_ids[token_start // size : (token_end - 1) // size + 1])

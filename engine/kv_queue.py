@@ -50,10 +50,8 @@ class KVQueue:
 
     def mark(self) -> int:
         """Names all that the current stream has been given until now. Never 0, increasing."""
-        for number, event in list(self._marks.items()):
-            if not event.query():
-                break
-            del self._marks[number]
+        while self._marks and self._marks[oldest := next(iter(self._marks))].query():
+            del self._marks[oldest]
         event, number = self._device.event(), next(self._numbers)
         event.record()
         self._marks[number] = event

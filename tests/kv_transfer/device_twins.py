@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -14,11 +15,25 @@ from pdserve.engine.device import HostDevice
 from pdserve.engine.kv_cache import KVCache
 from pdserve.kernels import Kernels
 from pdserve.kernels.reference import TorchKernels
+from pdserve.kernels.triton.launch import Launch
 from pdserve.kv_transfer import TransferConfig
 
 from .support import FAST, WAIT_S, Worker
 
 NUM_BLOCKS = 24
+
+
+@contextmanager
+def one_kernel_at_a_time() -> Iterator[None]:
+    """Triton's interpreter knows one running program for the whole process; transfers have threads of their own."""
+    lock, run = threading.Lock(), Launch.run
+
+    def run_alone(launch: Launch) -> None:
+        with lock:
+            run(launch)
+
+    with patch.object(Launch, "run", run_alone):
+        yield
 
 
 class LateEvent:

@@ -12,7 +12,7 @@ from pdserve.kernels import KernelRequirements, Kernels
 from pdserve.kernels.triton.kernels import TritonKernels
 from pdserve.kv_transfer import TransferConfig
 
-from .device_twins import DeviceWorker, device_layout
+from .device_twins import DeviceWorker, device_layout, one_kernel_at_a_time
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
 from .support import FAST
 
@@ -85,7 +85,7 @@ def test_a_device_and_a_processor_meet_in_host_memory(wire: str, on_gpu: tuple[b
 @pytest.mark.parametrize("transport", ["cuda_ipc", "shm"])
 def test_tritons_kernels_move_it(wire: str, transport: str) -> None:
     kernels = TritonKernels(KernelRequirements(torch.bfloat16, 16, 8))
-    with devices(wire, transport=transport, kernels=kernels) as (sender, receiver):
+    with one_kernel_at_a_time(), devices(wire, transport=transport, kernels=kernels) as (sender, receiver):
         push(sender, receiver)
         assert receiver.ends.received(T) == b"payload"
         assert_arrived(sender, receiver)

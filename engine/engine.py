@@ -26,10 +26,14 @@ class EngineOptions:
     """How a checkpoint is to be run."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the checkpoint's
+    device: Literal["cpu", "cuda"] = "cpu"
     block_size: int = 16
-    num_blocks: int
+    num_blocks: int | None  # None, on a GPU: as many as its memory leaves
+    memory_fraction: float = 0.9  # of the GPU's memory, that the engine may fill
     max_model_len: int | None = None  # None: as many positions as the model was made for
-    kernels: Literal["auto", "native", "torch"] = "auto"
+    max_batch_size: int = 256
+    max_batch_tokens: int = 2048
+    kernels: Literal["auto", "native", "torch", "triton"] = "auto"
     num_threads: int = 1
 
 
@@ -54,6 +58,8 @@ class Engine:
 
         Raises CheckpointError, ConfigError for options that do not fit the model, CapacityError for too little memory.
         """
+        if options.device != "cpu" or options.num_blocks is None:
+            raise ConfigError(f"device: got {options.device}, expected cpu, and a number of blocks")
         checkpoint = open_checkpoint(path)
         config = checkpoint.config
         layout = _layout(checkpoint, options)

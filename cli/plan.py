@@ -82,7 +82,7 @@ def _gpu_line(gpu: GpuPlan) -> str:
     holds = " and ".join(f"{count} {role}" for role, count in counts.items()) or "nothing"
     return (
         f"GPU {gpu.index:<5} {gpu.name} of {gpu.node}: {format_size(gpu.total_bytes)}, {format_size(gpu.free_bytes)} free now; "
-        f"for {holds}, {format_size(gpu.planned_bytes)}"
+        f"planned: {holds}, {format_size(gpu.planned_bytes)}"
     )
 
 
@@ -91,7 +91,7 @@ def _pool_lines(pool: PoolPlan, max_model_len: int) -> list[str]:
     sequences = f"{pool.num_max_len_sequences} of {max_model_len} tokens"
     if max_model_len > TYPICAL_TOKENS:
         sequences += f", or {pool.num_typical_sequences} of {TYPICAL_TOKENS}"
-    gpu = "" if pool.gpu_share is None else f"{pool.gpu_share:g} GPU{'s' * (pool.gpu_share != 1)} and "
+    gpu = "" if pool.gpu_share is None else f"{pool.gpu_share:g} GPU and "
     kind = "memory    " if pool.gpu_share is None else "GPU memory"
     measured = " (about: workers take what they find)" if pool.is_measured else ""
     return [

@@ -122,8 +122,8 @@ class Packing:
             what, key, shared = "GPUs", "gpus_per_instance", "GPU"
         yield Finding(
             CapacityError,
-            f"pools: {_counted(self._demands)} need {needed:g} {what}, but there are {present} on "
-            f"{_this_machine(self.loads, f'{len(self.loads)} machines')}, where {_counted(self._unplaced)} found no room; "
+            f"pools: {_counted(self._demands)} need {needed:g} {what}, but there {'is' if present == 1 else 'are'} {present} "
+            f"on {_this_machine(self.loads, f'{len(self.loads)} machines')}, where {_counted(self._unplaced)} found no room; "
             f"lower instances, or set {key} to a fraction so that instances share a {shared}",
         )
 

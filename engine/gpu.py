@@ -4,6 +4,7 @@ Without an NVIDIA driver there are simply no GPUs; nothing here imports torch.
 """
 
 import importlib.util
+import logging
 import os
 import runpy
 import socket
@@ -16,6 +17,8 @@ import pynvml
 
 from ..core.messages import GpuSample
 from .gpu_peaks import peaks_of
+
+log = logging.getLogger(__name__)
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
@@ -80,7 +83,7 @@ def probe_devices(environment: Mapping[str, str] = os.environ) -> tuple[DeviceIn
     except pynvml.NVMLError:
         return ()
     try:
-        devices = [_device(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        devices = [device for index in range(pynvml.nvmlDeviceGetCount()) if (device := _device(index)) is not None]
     finally:
         pynvml.nvmlShutdown()
     visible = environment.get(VISIBLE)
@@ -96,10 +99,18 @@ def _visible(devices: Sequence[DeviceInfo], names: str) -> Iterator[DeviceInfo]:
         yield found[0]
 
 
-def _device(index: int) -> DeviceInfo:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+def _device(index: int) -> DeviceInfo | None:
+    """None for one that is broken, has no memory of its own, or is cut into MIG instances."""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError as error:
+        log.warning("GPU %d is left out: %s", index, error)
+        return None
+    if _told(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]):
+        log.warning("GPU %d is left out: it is in MIG mode", index)
+        return None
     return DeviceInfo(index, str(name), str(uuid), int(memory.total), int(memory.free))
 
 

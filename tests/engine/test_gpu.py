@@ -42,6 +42,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch, num_gpus: int = 2, **changes: Any) -> 
         "nvmlDeviceGetName": lambda index: "NVIDIA H100 80GB HBM3",
         "nvmlDeviceGetUUID": lambda index: f"GPU-{index}{index}-{index}",
         "nvmlDeviceGetMemoryInfo": lambda index: SimpleNamespace(total=80 * GIB, free=79 * GIB, used=GIB),
+        "nvmlDeviceGetMigMode": lambda index: [0, 0],
         "nvmlDeviceGetPowerUsage": lambda index: 345_600,
         "nvmlDeviceGetEnforcedPowerLimit": lambda index: 700_000,
         "nvmlDeviceGetTemperature": lambda index, sensor: 61,
@@ -88,7 +89,18 @@ def test_only_what_cuda_shows_the_process_is_there(variable: str, indices: list[
     assert [device.index for device in probe_devices({"CUDA_VISIBLE_DEVICES": variable})] == indices
 
 
-def unsupported(*_: object) -> None:
+def test_a_gpu_that_cannot_be_used_whole_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def memory(index: int) -> SimpleNamespace:
+        return SimpleNamespace(total=GIB, free=GIB) if index else unsupported()
+
+    nvml(monkeypatch, num_gpus=4, nvmlDeviceGetMigMode=lambda index: [int(index == 2), 0], nvmlDeviceGetMemoryInfo=memory)
+    assert [device.index for device in probe_devices({})] == [1, 3]
+    assert caplog.messages == ["GPU 0 is left out: Not Supported", "GPU 2 is left out: it is in MIG mode"]
+    nvml(monkeypatch, nvmlDeviceGetMigMode=unsupported)
+    assert len(probe_devices({})) == 2, "one that knows no MIG"
+
+
+def unsupported(*_: object) -> Any:
     raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
 

@@ -1,16 +1,19 @@
 """What a worker's process computes on, and how it tells of its GPU."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from pdserve.cluster import gpu_monitor as monitor_module, worker_device
 from pdserve.cluster.gpu_monitor import GpuMonitor
 from pdserve.cluster.worker_device import engine_options, names_of, own_gpu
+from pdserve.cluster.worker_process import WorkerProcess
 from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.core.codec import FrameDecoder, FrameEncoder
 from pdserve.core.config import ClusterConfig, DeviceKind
 from pdserve.core.errors import CapacityError
-from pdserve.core.messages import GpuSample, Role
+from pdserve.core.messages import GpuSample, Role, StepReport, WorkerLoad, WorkerMessage
 from pdserve.engine.gpu import DeviceInfo, GpuProbe
 
 from ..engine.test_gpu import nvml, unsupported
@@ -92,3 +95,20 @@ def test_a_driver_that_does_not_answer_ends_the_monitor_alone(
     monitor._thread.join(WAIT_S)
     assert monitor.take() is None
     assert "NVIDIA H100 80GB HBM3 is not watched" in caplog.text
+
+
+def test_a_heartbeat_carries_the_gpu_when_there_is_news_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = WorkerProcess(spec("cuda"))
+    report = StepReport(worker_id="prefill-0", incarnation=1, load=WorkerLoad(num_running=3))
+    process._worker = SimpleNamespace(report=lambda: report)  # type: ignore[assignment]
+    assert process._beat() == report
+    news = [None, GpuSample(index=1, uuid="GPU-11-1", name="H999", memory_total_bytes=5, throttled_by=("power",))]
+    process._monitor = SimpleNamespace(take=news.pop)  # type: ignore[assignment]
+    told = process._beat()
+    decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
+    assert list(decoder.feed(FrameEncoder().encode(told))) == [told]
+    assert isinstance(told, StepReport)
+    assert told.load == report.load
+    assert told.gpu is not None
+    assert told.gpu.throttled_by == ("power",)
+    assert process._beat() == report

@@ -73,7 +73,8 @@ class Head:
         self._plan = plan(config if spec.doors is None else config.on(spec.doors.device), nodes)
         self._plan.check()
         self._device = self._plan.device
-        log.info("device: %s (%s)", self._device, self._plan.why_device)
+        if not spec.generation:
+            log.info("device: %s (%s)", self._device, self._plan.why_device)
         self._started_s = asyncio.get_running_loop().time()
         fleet = Fleet(
             FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=pools_are_alike(config)),

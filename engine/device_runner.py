@@ -99,7 +99,7 @@ class DeviceRunner:
         for chunk in batch.chunks:
             seq = chunk.sequence
             places += [KNOWN] * chunk.num_tokens
-            if seq.num_pending_tokens and chunk.end == seq.num_tokens:
+            if seq.num_pending_tokens:
                 places[-1] = self._drawn.place_of(seq)
         return self._there(torch.tensor(places))
 

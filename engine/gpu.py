@@ -3,10 +3,10 @@
 Without an NVIDIA driver there are simply no GPUs; nothing here imports torch.
 """
 
+import ast
 import importlib.util
 import logging
 import os
-import runpy
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,8 +72,12 @@ def probe_torch_cuda() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    version: str | None = runpy.run_path(str(Path(spec.origin).parent / "version.py")).get("cuda")
-    return version
+    for statement in ast.parse((Path(spec.origin).parent / "version.py").read_text()).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "cuda" for target in targets):
+            value = getattr(statement, "value", None)
+            return str(value.value) if isinstance(value, ast.Constant) and value.value is not None else None
+    return None
 
 
 def probe_devices(environment: Mapping[str, str] = os.environ) -> tuple[DeviceInfo, ...]:

@@ -176,8 +176,15 @@ def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
     assert told() == [str(torch.version.cuda), "False"]
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('not to be imported')")
-    (tmp_path / "torch" / "version.py").write_text("cuda: str | None = '13.0'")
-    assert told(PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path])) == ["13.0", "False"]
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    for text, cuda in [
+        ("cuda: Optional[str] = '13.0'", "13.0"),
+        ("debug = False\ncuda = '12.8'", "12.8"),
+        ("cuda = None", "None"),
+        ("", "None"),
+    ]:
+        (tmp_path / "torch" / "version.py").write_text(text)
+        assert told(PYTHONPATH=paths) == [cuda, "False"]
 
 
 def machine(tmp_path: Path, cgroup: str, files: dict[str, str]) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def _measure_prefill(context: Context, shape: Shape, worker: ColocatedWorker, pr
 
 
 def steady_step(timeline: Timeline) -> tuple[float, float]:
-    """(median time of a step, mean output tokens of a sequence by then), of the second half of the steps in which all decode."""
+    """(median time of a step, mean output tokens of a sequence by then), of the later half of the steps with all sequences."""
     opened_s = max(times[0] for times in timeline.arrivals_s)
     closed_s = min(times[-1] for times in timeline.arrivals_s)
     steps_s = sorted({time_s for times in timeline.arrivals_s for time_s in times if opened_s <= time_s <= closed_s})

@@ -103,7 +103,7 @@ class DecodeWorker:
             if leg.clock.started_s is None:
                 leg.clock.start(started_s)
                 leg.num_cached_tokens = max(leg.num_cached_tokens, chunk.sequence.num_cached_tokens)
-        sampled = self._runner.run(plan.batch, before_sampling=self._wait_for_masks(plan.batch))
+        sampled = self._runner.launch(plan.batch, before_sampling=self._wait_for_masks(plan.batch)).collect()
         self._outbox.timings.append(plan.batch.timing(self._clock() - started_s))
         self._emit(self.scheduler.complete(plan.batch, sampled))
         return True

@@ -63,16 +63,37 @@ class SampledToken:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token of choice 0, when they are asked for
 
 
-class Runner(Protocol):
-    """Computes a batch: one list of sampled tokens per chunk, one token per choice of the chunk.
+class Launched(Protocol):
+    """A step under way."""
 
-    `on_layer(i)` is called when layer i has written the batch's KV: it is final then, and may leave. `before_sampling()` is
-    called when all is computed, and is given where masks are missing; a chunk that has none after it gets no token.
+    def collect(self) -> list[list[SampledToken]]:
+        """Waits for the step: one list of sampled tokens per chunk, one token per choice of the chunk."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A step that was done when it was launched."""
+
+    sampled: list[list[SampledToken]]
+
+    def collect(self) -> list[list[SampledToken]]:
+        return self.sampled
+
+
+class Runner(Protocol):
+    """Computes batches, in the order in which they are launched.
+
+    `on_layer(i)` is called when layer i is to write, or has written, the batch's KV: what reads it from now on finds it final.
+    `before_sampling()` is called when all is computed, and is given where masks are missing; a chunk that has none after it
+    gets no token.
     """
 
-    def run(
+    runs_ahead: bool  # `launch` returns before the step is done, and takes sequences whose last token is pending
+
+    def launch(
         self,
         batch: Batch,
         on_layer: Callable[[int], None] | None = None,
         before_sampling: Callable[[], None] | None = None,
-    ) -> list[list[SampledToken]]: ...
+    ) -> Launched: ...

@@ -6,9 +6,21 @@ what an engine on Triton's interpreter runs on, and it replays a captured graph 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+_CONTEXT_BYTES = 600 << 20  # of the driver and the libraries, which torch does not count
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes. Others may use the device too: what is free may be less than `total` less `used`."""
+
+    total: int
+    free: int
+    used: int  # by this process
 
 
 class Event(Protocol):
@@ -60,8 +72,10 @@ class Device(Protocol):
         stays alive as long as the graph, and what it allocates itself."""
         ...
 
-    def memory(self) -> tuple[int, int]:
-        """(free, total) bytes of the device."""
+    def memory(self) -> DeviceMemory: ...
+
+    def peak_bytes(self, work: Callable[[], None]) -> int:
+        """Do `work`; returns the memory that it needed for a while, beside what was held before."""
         ...
 
 
@@ -91,8 +105,19 @@ class CudaDevice:
             work()
         return graph
 
-    def memory(self) -> tuple[int, int]:
-        return torch.cuda.mem_get_info(self.torch_device)
+    def memory(self) -> DeviceMemory:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        return DeviceMemory(total, free, torch.cuda.memory_reserved(self.torch_device) + _CONTEXT_BYTES)
+
+    def peak_bytes(self, work: Callable[[], None]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        held = torch.cuda.memory_allocated(self.torch_device)
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(self.torch_device) - held
 
 
 class HostEvent:
@@ -127,6 +152,9 @@ class HostDevice:
     torch_device = torch.device("cpu")
     runs_ahead = False
 
+    def __init__(self, memory_bytes: int = 1 << 30) -> None:
+        self._memory_bytes = memory_bytes  # of what a GPU would have of its own
+
     def event(self) -> Event:
         return HostEvent()
 
@@ -139,5 +167,9 @@ class HostDevice:
     def capture(self, work: Callable[[], None]) -> Graph:
         return HostGraph(work)
 
-    def memory(self) -> tuple[int, int]:
-        raise NotImplementedError("the host's memory is planned by `engine.plan`")
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(self._memory_bytes, self._memory_bytes, 0)
+
+    def peak_bytes(self, work: Callable[[], None]) -> int:
+        work()
+        return 0

@@ -10,15 +10,20 @@ import torch
 from ..core.errors import CapacityError, ConfigError
 from ..core.messages import KVLayout
 from ..kernels import KernelRequirements, Kernels, load_kernels
+from .batch import Runner
 from .block_pool import BlockPool
 from .checkpoint import Checkpoint, fingerprint, open_checkpoint
+from .device import CudaDevice, Device, HostDevice
+from .kv_budget import num_blocks_that_fit
 from .kv_cache import KVCache
 from .kv_manager import KVManager
 from .model import Model
 from .model_config import ModelConfig
 from .runner import ModelRunner
 from .tensor_reader import TensorReader
-from .weights import load_weights
+from .weights import ReadTensor, load_weights
+
+Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +31,14 @@ class EngineOptions:
     """How a checkpoint is to be run."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the checkpoint's
+    device: Literal["cpu", "cuda"] = "cpu"
     block_size: int = 16
-    num_blocks: int
+    num_blocks: int | None = None  # None: as many as the GPU has room for; on CPU a number is needed
+    memory_fraction: float = 0.9  # of the GPU's memory, for all that this process has there
     max_model_len: int | None = None  # None: as many positions as the model was made for
-    kernels: Literal["auto", "native", "torch"] = "auto"
+    max_batch_size: int = 256
+    max_batch_tokens: int = 2048
+    kernels: Literal["auto", "native", "torch", "triton"] = "auto"
     num_threads: int = 1
 
 
@@ -42,33 +51,85 @@ class Engine:
     pool: BlockPool
     kv: KVManager
     cache: KVCache
-    runner: ModelRunner
+    runner: Runner
 
     @property
     def layout(self) -> KVLayout:
         return self.cache.layout
 
     @classmethod
-    def open(cls, path: Path, options: EngineOptions, on_progress: Callable[[float], None] = lambda _: None) -> "Engine":
+    def open(cls, path: Path, options: EngineOptions, on_progress: Progress = lambda _: None) -> "Engine":
         """Load the checkpoint in `path`; `on_progress` is told the fraction loaded, up to 1.0.
 
         Raises CheckpointError, ConfigError for options that do not fit the model, CapacityError for too little memory.
         """
         checkpoint = open_checkpoint(path)
-        config = checkpoint.config
-        layout = _layout(checkpoint, options)
+        layout = layout_of(checkpoint, options)
+        device = _open_device(options)
+        read = TensorReader(checkpoint, getattr(torch, layout.dtype), device.torch_device)
+        return cls.build(checkpoint.config, layout, read, options, device, on_progress)
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        layout: KVLayout,
+        read: ReadTensor,
+        options: EngineOptions,
+        device: Device,
+        on_progress: Progress = lambda _: None,
+    ) -> "Engine":
+        """As `open`, of weights that come from anywhere; `read` gives them on the device."""
         max_model_len = _max_model_len(config, options)
-        dtype = getattr(torch, layout.dtype)
         kernels = _load_kernels(layout, options)
-        cache = _allocate(layout, options.num_blocks, kernels)
         with torch.inference_mode():
-            weights = load_weights(config, TensorReader(checkpoint, dtype), kernels, on_progress)
-        pool = BlockPool(options.num_blocks, options.block_size)
-        runner = ModelRunner(Model(config, weights, kernels, max_model_len), cache, kernels, max_model_len)
+            if options.device == "cpu":
+                cache = _allocate(layout, _required(options.num_blocks), kernels, device)  # before the weights: it may not fit
+                model = Model(config, load_weights(config, read, kernels, on_progress), kernels, max_model_len)
+                runner: Runner = ModelRunner(model, cache, kernels, max_model_len)
+            else:
+                model = Model(config, load_weights(config, read, kernels, on_progress), kernels, max_model_len)
+                cache, runner = _on_gpu(device, model, layout, kernels, options, max_model_len)
+        pool = BlockPool(cache.num_blocks, layout.block_size)
         return cls(config, kernels, pool, KVManager(pool, max_model_len), cache, runner)
 
 
-def _layout(checkpoint: Checkpoint, options: EngineOptions) -> KVLayout:
+def _open_device(options: EngineOptions) -> Device:
+    if options.device == "cpu":
+        return HostDevice()
+    if not torch.cuda.is_available():
+        raise ConfigError("device: got cuda, but torch finds no GPU here; expected cpu or auto")
+    return CudaDevice()
+
+
+def _on_gpu(
+    device: Device, model: Model, layout: KVLayout, kernels: Kernels, options: EngineOptions, max_model_len: int
+) -> tuple[KVCache, Runner]:
+    from ..kernels.triton.kernels import TritonKernels  # brought along by torch's CUDA builds alone
+    from .decode_graphs import ladder
+    from .device_runner import DeviceRunner
+
+    assert isinstance(kernels, TritonKernels)
+    num_blocks = options.num_blocks
+    if num_blocks is None:
+        num_blocks = num_blocks_that_fit(
+            device,
+            model,
+            layout,
+            kernels,
+            memory_fraction=options.memory_fraction,
+            max_model_len=max_model_len,
+            max_batch_size=options.max_batch_size,
+            max_batch_tokens=options.max_batch_tokens,
+            num_graphs=len(ladder(options.max_batch_size)),
+        )
+    cache = _allocate(layout, num_blocks, kernels, device)
+    limits = {"max_batch_size": options.max_batch_size, "max_model_len": max_model_len}
+    return cache, DeviceRunner(device, model, cache, kernels, **limits)
+
+
+def layout_of(checkpoint: Checkpoint, options: EngineOptions) -> KVLayout:
+    """How the KV of a model is laid out."""
     config = checkpoint.config
     return KVLayout(
         num_layers=config.num_layers,
@@ -90,14 +151,20 @@ def _max_model_len(config: ModelConfig, options: EngineOptions) -> int:
 def _load_kernels(layout: KVLayout, options: EngineOptions) -> Kernels:
     try:
         requirements = KernelRequirements(getattr(torch, layout.dtype), layout.head_dim, layout.block_size)
-        return load_kernels("cpu", requirements, options.kernels, options.num_threads)
+        return load_kernels(options.device, requirements, options.kernels, options.num_threads)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def _allocate(layout: KVLayout, num_blocks: int, kernels: Kernels) -> KVCache:
+def _required(num_blocks: int | None) -> int:
+    if num_blocks is None:
+        raise ConfigError("num_blocks: got None, expected a number: only a GPU's memory is measured")
+    return num_blocks
+
+
+def _allocate(layout: KVLayout, num_blocks: int, kernels: Kernels, device: Device) -> KVCache:
     try:
-        return KVCache(layout, num_blocks, kernels)
-    except RuntimeError as error:  # torch's out-of-memory on CPU
+        return KVCache(layout, num_blocks, kernels, device)
+    except RuntimeError as error:  # torch's out-of-memory
         num_bytes = num_blocks * layout.block_size * layout.bytes_per_token
         raise CapacityError(f"no memory for a KV cache of {num_bytes:,} bytes ({num_blocks} blocks): {error}") from error

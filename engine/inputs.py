@@ -24,9 +24,10 @@ class BlockTables:
         self._mirrored: list[list[int]] = []
         self._lengths: list[int] = []
 
-    def rows(self, block_lists: list[list[int]]) -> torch.Tensor:
-        """int32 [len(block_lists), max_blocks]; valid until the next call."""
+    def update(self, block_lists: list[list[int]]) -> bool:
+        """The rows of this step; whether any is not what it was."""
         self._reserve(len(block_lists))
+        changed = False
         for row, block_ids in enumerate(block_lists):
             if self._mirrored[row] is not block_ids:
                 self._mirrored[row] = block_ids
@@ -35,7 +36,12 @@ class BlockTables:
             if known < length:
                 self._tables[row, known:length] = block_ids[known:]
                 self._lengths[row] = length
-        return torch.from_numpy(self._tables[: len(block_lists)])
+                changed = True
+        return changed
+
+    def rows(self, num_rows: int) -> torch.Tensor:
+        """int32 [num_rows, max_blocks]; valid until the next `update`."""
+        return torch.from_numpy(self._tables[:num_rows])
 
     def _reserve(self, num_rows: int) -> None:
         missing = num_rows - len(self._mirrored)
@@ -63,7 +69,7 @@ class InputBuilder:
             start = seq.num_computed_tokens
             end = start + num_tokens
             if num_tokens == 1:
-                token_ids.append(seq.token_ids[start])
+                token_ids.append(0 if seq.num_pending_tokens else seq.token_ids[start])
                 positions.append(start)
                 slots.append(seq.block_ids[start // size] * size + start % size)
             else:
@@ -77,7 +83,8 @@ class InputBuilder:
             if chunk.choices:
                 rows.append(len(token_ids) - 1)
             all_sampled = all_sampled and num_tokens == 1 and bool(chunk.choices)
-        tables = self._tables.rows([chunk.sequence.block_ids for chunk in batch.chunks])
+        self._tables.update([chunk.sequence.block_ids for chunk in batch.chunks])
+        tables = self._tables.rows(len(batch.chunks))
         attention = AttentionBatch(_int32(starts), _int32(context_lens), tables, _int64(slots))
         sampled = None if all_sampled else self._sampled(batch, attention, rows)
         return ModelInput(_int64(token_ids), _int64(positions), attention, sampled, needs_all)

@@ -8,17 +8,23 @@ import torch
 
 from ..core.messages import KVLayout
 from ..kernels import Kernels
+from .device import Device
 
 
 class KVCache:
     """Allocated once at start. Which block belongs to whom is `BlockPool`'s business; this is the `KVStore` of transfers."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int, kernels: Kernels) -> None:
+    def __init__(self, layout: KVLayout, num_blocks: int, kernels: Kernels, device: Device | None = None) -> None:
+        """Raises RuntimeError where there is not enough memory."""
         self.layout = layout
         self.num_blocks = num_blocks
         self._kernels = kernels
         shape = (layout.num_layers, 2, num_blocks, layout.num_kv_heads, layout.block_size, layout.head_dim)
-        self._data = _zeros(shape, getattr(torch, layout.dtype))  # [layers, 2, blocks, Hkv, block_size, D]
+        dtype = getattr(torch, layout.dtype)
+        if device is None or device.torch_device.type == "cpu":
+            self._data = _zeros(shape, dtype)  # [layers, 2, blocks, Hkv, block_size, D]
+        else:
+            self._data = torch.zeros(shape, dtype=dtype, device=device.torch_device)
         self._layers = [(layer[0], layer[1]) for layer in self._data]
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

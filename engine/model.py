@@ -43,7 +43,7 @@ class Model:
         self.config = config
         self._weights = weights
         self._kernels = kernels
-        self._cos_sin = rope_table(config.rope, config.head_dim, max_model_len)
+        self._cos_sin = rope_table(config.rope, config.head_dim, max_model_len).to(weights.norm.device)
         layers = weights.layers
         # After layer i comes the input norm of layer i + 1, after the last one the final norm.
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]

@@ -1,11 +1,12 @@
 """Log probabilities of prompt tokens, gathered chunk by chunk while the prompt is computed."""
 
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ..core.messages import TokenLogprobs
-from .batch import ScheduledChunk
+from .batch import SampledToken, ScheduledChunk
 from .distribution import Floats, best_tokens, log_sum_exp
 from .model import Model
 from .sequence import Sequence
@@ -29,9 +30,14 @@ class PromptLogprobs:
                 self._add(chunk, hidden[row : row + num_rows])
             row += chunk.num_tokens
 
-    def take(self, seq: Sequence) -> tuple[TokenLogprobs, ...]:
-        """One for each token of the prompt but the first, which follows nothing; empty when nobody asked."""
-        return tuple(self._gathered.pop(seq, ())) if self._gathered else ()
+    def complete(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[SampledToken]:
+        """What the prompt's tokens brought goes with the first token of choice 0: one for each token of the prompt but the
+        first, which follows nothing."""
+        if not tokens or not self._gathered or chunk.sequence not in self._gathered:
+            return tokens
+        logprobs = tuple(self._gathered.pop(chunk.sequence))
+        first = chunk.choices.index(0)
+        return [*tokens[:first], replace(tokens[first], prompt_logprobs=logprobs), *tokens[first + 1 :]]
 
     def _add(self, chunk: ScheduledChunk, hidden: torch.Tensor) -> None:
         seq, num_top = chunk.sequence, chunk.sequence.spec.sampling.prompt_logprobs
@@ -41,7 +47,7 @@ class PromptLogprobs:
         gathered = self._gathered[seq]
         assert len(gathered) == chunk.start, f"{seq}: a part of the prompt came from elsewhere"
         for first in range(0, len(hidden), _NUM_ROWS):
-            for row in self._model.logits(hidden[first : first + _NUM_ROWS]).numpy():
+            for row in self._model.logits(hidden[first : first + _NUM_ROWS]).cpu().numpy():
                 gathered.append(_logprobs(row, seq.token_ids[len(gathered) + 1], num_top))
 
 

@@ -17,6 +17,7 @@ class Sequence:
         self.choice = choice
         self.token_ids: list[int] = list(spec.token_ids)
         self.num_computed_tokens = 0
+        self.num_pending_tokens = 0  # 1: a last token that the device has drawn and the host does not know yet
         self.num_cached_tokens = 0  # of these, how many came from the prefix cache when it was admitted
         self.block_ids: list[int] = []
         self.token_mask: bytes | None = None  # of the next token, one bit each, when the output follows a grammar

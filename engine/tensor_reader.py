@@ -11,14 +11,15 @@ from .checkpoint import Checkpoint
 
 
 class TensorReader:
-    """`reader(name, shape)` is the tensor of that name, copied into memory of its own in `dtype`.
+    """`reader(name, shape)` is the tensor of that name, copied into memory of its own on `device` in `dtype`.
 
     Files are opened when first needed and stay open as long as the reader lives.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
         self._checkpoint = checkpoint
         self._dtype = dtype
+        self._device = device
         self._files: dict[Path, Any] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -28,10 +29,10 @@ class TensorReader:
             raise CheckpointError(f"{self._checkpoint.path}: tensor {name} is missing")
         try:
             if info.file not in self._files:
-                self._files[info.file] = safe_open(info.file, framework="pt")
+                self._files[info.file] = safe_open(info.file, framework="pt", device=str(self._device))
             tensor: torch.Tensor = self._files[info.file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {error}") from error
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{info.file}: tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
-        return tensor.to(dtype=self._dtype, copy=True)
+        return tensor.to(dtype=self._dtype, copy=self._device.type == "cpu")  # a file of the host's is mapped

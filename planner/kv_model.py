@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from ..core.messages import KVLayout, TokenLogprobs
 from ..core.request import TransferId
-from ..engine.batch import Batch, SampledToken, ScheduledChunk
+from ..engine.batch import Batch, Computed, SampledToken, ScheduledChunk
 from ..engine.block_pool import BlockPool
 from ..engine.sequence import Sequence
 from .virtual_time import VirtualTime
@@ -183,6 +183,8 @@ OnSample = Callable[[Sequence, int, int], None]  # called with (sequence, choice
 class ChainRunner:
     """Implements `engine.batch.Runner`."""
 
+    runs_ahead = False
+
     def __init__(self, store: ChainStore, pool: BlockPool, cost: StepCost, on_sample: OnSample) -> None:
         self._store = store
         self._on_sample = on_sample
@@ -190,12 +192,12 @@ class ChainRunner:
         self._cost = cost
         self._prompts: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
 
-    def run(
+    def launch(
         self,
         batch: Batch,
         on_layer: Callable[[int], None] | None = None,
         before_sampling: Callable[[], None] | None = None,
-    ) -> list[list[SampledToken]]:
+    ) -> Computed:
         for source, copy in batch.copies:
             self._store.copy_block(source, copy)
         duration_s = self._cost.of(batch.num_tokens)
@@ -215,7 +217,9 @@ class ChainRunner:
                 on_layer(layer)
         if before_sampling is not None:
             before_sampling()
-        return [self._tokens(chunk) if chunk.sequence.may_sample or not chunk.choices else [] for chunk in batch.chunks]
+        return Computed(
+            [self._tokens(chunk) if chunk.sequence.may_sample or not chunk.choices else [] for chunk in batch.chunks]
+        )
 
     def _tokens(self, chunk: ScheduledChunk) -> list[SampledToken]:
         seq = chunk.sequence

@@ -96,7 +96,7 @@ class PrefillWorker:
             leg.clock.start(started_s)
             if leg.sending and not leg.started:
                 self._start_sending(leg)
-        sampled = self._runner.run(batch, self._layer_hook(batch, legs))
+        sampled = self._runner.launch(batch, self._layer_hook(batch, legs)).collect()
         self._outbox.timings.append(batch.timing(self._clock() - started_s))
         self.scheduler.complete(batch)
         for chunk, leg, tokens in zip(batch.chunks, legs, sampled, strict=True):

@@ -49,9 +49,11 @@ def decode_attention(
     batch: DecodeBatch,
     workspace: DecodeWorkspace,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Kernels.paged_attention` for q [T, Hq, D], 1 to 8 tokens of each sequence; the plan's shape says the window."""
-    out = torch.empty_like(q)
+    """`Kernels.paged_attention` for q [T, Hq, D]; the plan's shape says the window. Sequences have 1 to 8 queries; of those
+    that the plan leaves out nothing is written to `out`, alike q."""
+    out = torch.empty_like(q) if out is None else out
     for launch in decode_launches(q, k_cache, v_cache, batch, workspace, scale, out):
         launch.run()
     return out.flatten(1)

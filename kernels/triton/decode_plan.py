@@ -75,12 +75,12 @@ class DecodePlan:
 
 
 def plan_decode(shape: DecodeShape, query_lens: list[int], context_lens: list[int], max_context_len: int) -> DecodePlan:
-    """The plan of a batch of `len(query_lens)` sequences; those up to `max_seqs` are padding and have no pieces.
+    """The plan of a batch of `len(query_lens)` sequences; those of no queries, and those up to `max_seqs`, have no pieces.
 
     Raises ValueError for a batch that does not fit the shape.
     """
     _check(shape, query_lens, context_lens, max_context_len)
-    ends = np.array(context_lens, dtype=np.int64)
+    ends = np.where(np.array(query_lens) > 0, context_lens, 0).astype(np.int64)
     starts = np.zeros_like(ends)
     if shape.window is not None:
         starts = np.maximum(ends - np.array(query_lens, dtype=np.int64) - shape.window + 1, 0) // shape.tile * shape.tile
@@ -115,7 +115,7 @@ def _check(shape: DecodeShape, query_lens: list[int], context_lens: list[int], m
     if not len(query_lens) == len(context_lens) <= shape.max_seqs:
         raise ValueError(f"batch: {len(query_lens)} sequences do not fit a graph of {shape.max_seqs}")
     for query_len, context_len in zip(query_lens, context_lens, strict=True):
-        if not 1 <= query_len <= min(shape.max_query_len, context_len) or context_len > max_context_len:
+        if not 0 <= query_len <= min(shape.max_query_len, context_len) or context_len > max_context_len:
             raise ValueError(
                 f"batch: {query_len} queries over {context_len} keys do not fit a graph of {shape.max_query_len} queries "
                 f"and {max_context_len} keys"

@@ -46,7 +46,7 @@ class TritonKernels:
         if reason is not None:
             raise ValueError(f"kernels: 'triton' cannot run here: {reason}")
         self._dtype = requirements.dtype
-        self._attention = PagedAttention()
+        self.attention = PagedAttention()
 
     def set_num_threads(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -121,7 +121,7 @@ class TritonKernels:
         self._check_cache(k_cache, v_cache)
         if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
             raise ValueError(f"q: {num_heads} heads, expected up to {MAX_GROUP} for each of {num_kv_heads} kv heads")
-        return self._attention(q, k_cache, v_cache, batch, scale, sliding_window)
+        return self.attention(q, k_cache, v_cache, batch, scale, sliding_window)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.argmax(dim=-1)  # torch promises the first of equal maxima, on every device

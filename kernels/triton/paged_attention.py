@@ -1,13 +1,15 @@
 """`Kernels.paged_attention`: which kernel a batch goes to, and what that kernel needs to know; once a step, for all layers.
 
-Batches of a few queries per sequence go to decode attention, all others to prefill attention, in whose ragged batches a
-sequence with one query is as good as any. A batch's lengths are read on the host, where the engine makes them, and its
-tensors follow to the device without a wait: nothing here asks the device for anything.
+Sequences of a few queries go to decode attention, which shares their keys out, all others to prefill attention. A batch's
+lengths are read on the host, where the engine makes them, and its tensors follow to the device without a wait: nothing here
+asks the device for anything.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,16 +37,37 @@ class _Geometry:
 
 
 @dataclass(frozen=True)
-class _DecodeWork:
+class DecodeWork:
+    """What decode attention of one batch needs, on the device."""
+
     batch: DecodeBatch
     workspace: DecodeWorkspace
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A batch, by the kernels that its sequences go to."""
+
+    decode: DecodeWork | None
+    prefill: PrefillBatch | None
+
+
+class _Plans(Protocol):
+    """A batch's work by layer; layers differ in their window at most."""
+
+    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _Work: ...
 
 
 class PagedAttention:
     """Holds the plans of batches that still live, and none of the batches: a step's plan goes when its batch goes."""
 
     def __init__(self) -> None:
-        self._steps: WeakKeyDictionary[AttentionBatch, _Step] = WeakKeyDictionary()
+        self._steps: WeakKeyDictionary[AttentionBatch, _Plans] = WeakKeyDictionary()
+
+    def adopt(self, batch: AttentionBatch, works: Mapping[int | None, DecodeWork]) -> None:
+        """The batch is on the device and planned by its owner, for each window: a captured graph's, whose plan is overwritten
+        step by step."""
+        self._steps[batch] = _Planned(works)
 
     def __call__(
         self,
@@ -62,9 +85,20 @@ class PagedAttention:
         if step is None:
             step = self._steps[batch] = _Step(batch, q.device)
         work = step.work(q, k_cache, window)
-        if isinstance(work, PrefillBatch):
-            return prefill_attention(q, k_cache, v_cache, work, scale, window)
-        return decode_attention(q, k_cache, v_cache, work.batch, work.workspace, scale)
+        out = torch.empty_like(q)
+        if work.decode is not None:
+            decode_attention(q, k_cache, v_cache, work.decode.batch, work.decode.workspace, scale, out)
+        if work.prefill is not None:
+            prefill_attention(q, k_cache, v_cache, work.prefill, scale, window, out)
+        return out.flatten(1)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    works: Mapping[int | None, DecodeWork]
+
+    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _Work:
+        return _Work(self.works[window], None)
 
 
 class _Step:
@@ -80,41 +114,41 @@ class _Step:
         self._context_lens_there = to_device(batch.context_lens, device)
         self._block_tables = to_device(batch.block_tables, device)
         self._device = device
-        self._work: dict[_Geometry, _DecodeWork | PrefillBatch] = {}
+        self._work: dict[_Geometry, _Work] = {}
 
-    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _DecodeWork | PrefillBatch:
+    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _Work:
         _, num_heads, head_dim = q.shape
         _, num_kv_heads, block_size, _ = k_cache.shape
         geometry = _Geometry(num_heads, num_kv_heads, block_size, head_dim, q.dtype, window)
         work = self._work.get(geometry)
         if work is None:
-            # A kernel is compiled for each power of two, and not for each length.
-            query_len = power_of_two(max(self._query_lens))
-            few = query_len <= MAX_QUERY_LEN and query_len * (num_heads // num_kv_heads) <= _MAX_DECODE_ROWS
-            work = self._decode(geometry, query_len) if few else self._prefill(geometry, k_cache)
-            self._work[geometry] = work
+            most = min(MAX_QUERY_LEN, _MAX_DECODE_ROWS // (num_heads // num_kv_heads))
+            few = [length if length <= most else 0 for length in self._query_lens]
+            many = [length if length > most else 0 for length in self._query_lens]
+            decode = self._decode(geometry, few) if any(few) else None
+            work = self._work[geometry] = _Work(decode, self._prefill(geometry, k_cache, many) if any(many) else None)
         return work
 
-    def _decode(self, geometry: _Geometry, max_query_len: int) -> _DecodeWork:
+    def _decode(self, geometry: _Geometry, query_lens: list[int]) -> DecodeWork:
         shape = DecodeShape(
             max_seqs=len(self._query_lens),
-            max_query_len=max_query_len,
+            max_query_len=power_of_two(max(query_lens)),  # a kernel is compiled for each, and not for each length
             num_kv_heads=geometry.num_kv_heads,
             block_size=geometry.block_size,
-            num_multiprocessors=_num_multiprocessors(self._device),
+            num_multiprocessors=num_multiprocessors(self._device),
             window=geometry.window,
         )
         longest = max(self._context_lens)
-        plan = plan_decode(shape, self._query_lens, self._context_lens, longest)
+        plan = plan_decode(shape, query_lens, self._context_lens, longest)
         there = DecodePlan(shape, to_device(plan.pieces, self._device), to_device(plan.partial_start, self._device))
-        return _DecodeWork(
+        return DecodeWork(
             DecodeBatch(self._query_start_loc, self._context_lens_there, self._block_tables, there),
             decode_workspace(shape, geometry.num_heads, geometry.head_dim, longest, str(self._device)),
         )
 
-    def _prefill(self, geometry: _Geometry, k_cache: torch.Tensor) -> PrefillBatch:
+    def _prefill(self, geometry: _Geometry, k_cache: torch.Tensor, query_lens: list[int]) -> PrefillBatch:
         num_tokens = tokens_per_tile(k_cache, geometry.num_heads, target_of(self._device))
-        tiles = plan_prefill(self._query_lens, self._context_lens, num_tokens)
+        tiles = plan_prefill(query_lens, self._context_lens, num_tokens)
         return PrefillBatch(self._query_start_loc, self._context_lens_there, self._block_tables, to_device(tiles, self._device))
 
 
@@ -136,6 +170,6 @@ def _check_on_host(name: str, tensor: torch.Tensor) -> None:
 
 
 @lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     """The interpreter runs one program at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

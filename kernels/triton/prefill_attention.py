@@ -60,9 +60,11 @@ def prefill_attention(
     batch: PrefillBatch,
     scale: float,
     sliding_window: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Kernels.paged_attention` for q [T, Hq, D]; the batch's tiles are of `tokens_per_tile` tokens."""
-    out = torch.empty_like(q)
+    """`Kernels.paged_attention` for q [T, Hq, D]; the batch's tiles are of `tokens_per_tile` tokens. What has no tile is not
+    written to `out`, alike q."""
+    out = torch.empty_like(q) if out is None else out
     prefill_launch(q, k_cache, v_cache, batch, scale, sliding_window, out, target_of(q.device)).run()
     return out.flatten(1)
 

@@ -57,7 +57,7 @@ def run_to_end(
             done = num_tokens == seq.num_uncomputed_tokens
             fresh = seq.num_output_tokens == 0
             chunks.append(ScheduledChunk(seq, num_tokens, (seq.spec.choices if fresh else (seq.choice,)) if done else ()))
-        sampled = engine.runner.run(Batch(tuple(chunks), engine.kv.take_copies()), on_layer)
+        sampled = engine.runner.launch(Batch(tuple(chunks), engine.kv.take_copies()), on_layer).collect()
         still = []
         for (seq, root), chunk, tokens in zip(running, chunks, sampled, strict=True):
             engine.kv.computed(seq, chunk.num_tokens)

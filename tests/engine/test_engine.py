@@ -84,7 +84,7 @@ def test_kv_of_a_layer_is_final_when_its_hook_runs(sampled: bool, checkpoint: Ca
         return bytes(buffer)
 
     chunk = ScheduledChunk(seq, 40, (0,) if sampled else ())
-    tokens = engine.runner.run(Batch((chunk,)), lambda layer: seen.append(read(layer)))
+    tokens = engine.runner.launch(Batch((chunk,)), lambda layer: seen.append(read(layer))).collect()
     assert len(seen) == engine.config.num_layers and len(set(seen)) == len(seen)
     assert seen == [read(layer) for layer in range(engine.config.num_layers)]
     assert len(tokens[0]) == len(chunk.choices)
@@ -102,7 +102,7 @@ def test_a_decode_engine_continues_from_transferred_kv(decode_block_size: int, c
     for engine, seq in ((prefill, source), (decode, target)):
         engine.kv.admit(seq)
         assert engine.kv.grow(seq, 45)
-    first = prefill.runner.run(Batch((ScheduledChunk(source, source.num_uncomputed_tokens, (0,)),)))[0][0]
+    first = prefill.runner.launch(Batch((ScheduledChunk(source, source.num_uncomputed_tokens, (0,)),))).collect()[0][0]
     wire = bytearray(45 * prefill.layout.bytes_per_token)
     num_layers = prefill.layout.num_layers
     prefill.cache.gather(0, num_layers, source.block_ids, 0, 45, memoryview(wire))
@@ -112,7 +112,7 @@ def test_a_decode_engine_continues_from_transferred_kv(decode_block_size: int, c
     decoded = [first]
     while len(decoded) < 12:
         assert decode.kv.grow(target, target.num_tokens)
-        decoded += decode.runner.run(Batch((ScheduledChunk(target, 1, (0,)),)))[0]
+        decoded += decode.runner.launch(Batch((ScheduledChunk(target, 1, (0,)),))).collect()[0]
         decode.kv.computed(target, 1)
         target.append(decoded[-1].token_id)
     assert decoded == expected
@@ -134,7 +134,7 @@ def test_a_mask_that_is_late_keeps_nobody_else_from_his_token(is_late: bool, che
             bound.token_mask = (1 << 7).to_bytes(48, "little")  # token 7 and no other
 
     batch = Batch(tuple(ScheduledChunk(seq, seq.num_tokens, (0,)) for seq in (bound, free)))
-    of_bound, of_free = engine.runner.run(batch, before_sampling=arrive)
+    of_bound, of_free = engine.runner.launch(batch, before_sampling=arrive).collect()
     assert [token.token_id for token in of_bound] == ([] if is_late else [7])
     assert [token.token_id for token in of_free] == [alone[0].token_id]
     assert len(of_free[0].prompt_logprobs) == 19

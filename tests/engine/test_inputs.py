@@ -60,5 +60,8 @@ def test_block_tables_follow_lists_that_grow_are_replaced_and_change_rows() -> N
         else:
             numbers.shuffle(lists)
         chosen = lists[: numbers.randint(1, 5)]
-        rows = tables.rows(chosen)
+        before = tables.rows(len(chosen)).clone()
+        changed = tables.update(chosen)
+        rows = tables.rows(len(chosen))
+        assert changed or torch.equal(rows[: len(before)], before)
         assert [rows[row, : len(blocks)].tolist() for row, blocks in enumerate(chosen)] == chosen

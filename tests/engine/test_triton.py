@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from pdserve.engine import engine as engine_module
 from pdserve.engine.batch import Batch, ScheduledChunk
+from pdserve.engine.device import HostDevice
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.sequence import Sequence
-from pdserve.kernels.triton.kernels import TritonKernels
 from pdserve.kernels.triton.launch import INTERPRETED
 from tests.checkpoints import reference_model, small_checkpoint
+from tests.engine.device_engine import filled_with_nan, open_device_engine
 from tests.engine.driver import make_sequence, random_prompt, run_to_end
 from tests.engine.greedy import Reference, assert_equal, generate_greedily
 
@@ -28,10 +27,8 @@ Generate = Callable[[str, tuple[int, ...]], Reference]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _over_triton() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "load_kernels", lambda device, requirements, choice, threads: TritonKernels(requirements))
-        torch.set_num_threads(1)
+def _without_lucky_memory() -> Iterator[None]:
+    with filled_with_nan():
         yield
 
 
@@ -46,8 +43,10 @@ def open_engine(checkpoint: Callable[[str], Path]) -> Open:
     """open_engine(name, block_size)."""
 
     def make(name: str, block_size: int) -> Engine:
-        options = EngineOptions(dtype="float32", block_size=block_size, num_blocks=40, max_model_len=128)
-        engine = Engine.open(checkpoint(name), options)
+        options = EngineOptions(
+            device="cuda", dtype="float32", block_size=block_size, num_blocks=40, max_model_len=128, max_batch_size=3
+        )
+        engine = open_device_engine(checkpoint(name), options, HostDevice())
         assert engine.kernels.name == "triton"
         return engine
 
@@ -82,7 +81,7 @@ def test_a_sequence_goes_on_exactly_in_an_engine_that_was_sent_its_kv(name: str,
     prefilled = make_sequence(source, prompt, max_tokens=NUM_TOKENS)
     source.kv.admit(prefilled)
     assert source.kv.grow(prefilled, len(prompt))
-    ((first,),) = source.runner.run(Batch((ScheduledChunk(prefilled, len(prompt), (0,)),), ()))
+    ((first,),) = source.runner.launch(Batch((ScheduledChunk(prefilled, len(prompt), (0,)),), ())).collect()
 
     arrived = make_sequence(target, prompt, output=[first.token_id], max_tokens=NUM_TOKENS)
     target.kv.admit(arrived)

@@ -142,7 +142,7 @@ def test_a_prompt_that_begins_again_in_the_middle_has_each_logprob_once(checkpoi
             for num_tokens in chunks:
                 assert engine.kv.grow(seq, seq.num_computed_tokens + num_tokens)
                 done = num_tokens == seq.num_uncomputed_tokens
-                (tokens,) = engine.runner.run(Batch((ScheduledChunk(seq, num_tokens, (0,) if done else ()),)))
+                (tokens,) = engine.runner.launch(Batch((ScheduledChunk(seq, num_tokens, (0,) if done else ()),))).collect()
                 engine.kv.computed(seq, num_tokens)
             engine.kv.reset(seq)
         check(tokens[0].prompt_logprobs, prompt, reference(path, [prompt])[0])

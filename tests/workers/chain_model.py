@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
-from pdserve.engine.batch import Batch, SampledToken
+from pdserve.engine.batch import Batch, Computed, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.token_masks import TokenMasks
@@ -45,6 +45,7 @@ class ChainEngine:
     num_blocks: int
     block_size: int = 4
     max_model_len: int = 64
+    runs_ahead: bool = False
     cache: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,12 +58,12 @@ class ChainEngine:
     def write(self, block_ids: Seq[int], position: int, state: int) -> None:
         self.cache[block_ids[position // self.block_size], position % self.block_size] = state
 
-    def run(
+    def launch(
         self,
         batch: Batch,
         on_layer: Callable[[int], None] | None = None,
         before_sampling: Callable[[], None] | None = None,
-    ) -> list[list[SampledToken]]:
+    ) -> Computed:
         for source, copy in batch.copies:
             for offset in range(self.block_size):
                 if (source, offset) in self.cache:
@@ -72,12 +73,14 @@ class ChainEngine:
             on_layer(0)
         if before_sampling is not None:
             before_sampling()
-        return [
-            [SampledToken(next_token(state, choice, chunk.sequence.num_output_tokens)) for choice in chunk.choices]
-            if chunk.sequence.may_sample
-            else []
-            for chunk, state in zip(batch.chunks, states, strict=True)
-        ]
+        return Computed(
+            [
+                [SampledToken(next_token(state, choice, chunk.sequence.num_output_tokens)) for choice in chunk.choices]
+                if chunk.sequence.may_sample
+                else []
+                for chunk, state in zip(batch.chunks, states, strict=True)
+            ]
+        )
 
     def _compute(self, seq, start: int, end: int) -> int:  # type: ignore[no-untyped-def]
         state = self.read(seq.block_ids, start - 1) if start else 0

@@ -125,7 +125,7 @@ def test_a_plan_shares_a_long_context_among_all_multiprocessors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("query_lens", "context_lens"), [([1] * 7, [9] * 7), ([0], [9]), ([9], [9]), ([2], [1]), ([1], [1025])]
+    ("query_lens", "context_lens"), [([1] * 7, [9] * 7), ([-1], [9]), ([9], [9]), ([2], [1]), ([1], [1025])]
 )
 def test_a_batch_that_does_not_fit_its_graph_is_refused(query_lens: list[int], context_lens: list[int]) -> None:
     with pytest.raises(ValueError, match="batch:"):

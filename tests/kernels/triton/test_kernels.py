@@ -21,7 +21,7 @@ def make_kernels(dtype: torch.dtype = torch.float32) -> TritonKernels:
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (32, 2), (64, 1)])
-@pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 4, 2], [8, 1, 3], [9, 1, 1]])
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [1, 4, 2], [8, 1, 3], [9, 1, 1], [1, 16, 2]])
 @pytest.mark.parametrize("window", [None, 20])
 def test_short_and_mixed_batches_of_small_and_large_groups(
     num_heads: int, num_kv_heads: int, query_lens: list[int], window: int | None
@@ -67,9 +67,9 @@ def test_a_plan_goes_with_its_batch() -> None:
     kernels = make_kernels()
     batch, q, cache = random_case(torch.float32, 2, 1, 16, 16, ([1], [20]))
     kernels.paged_attention(q.to(DEVICE), *cache.to(DEVICE), batch, 0.25)
-    assert len(kernels._attention._steps) == 1
+    assert len(kernels.attention._steps) == 1
     del batch
-    assert len(kernels._attention._steps) == 0
+    assert len(kernels.attention._steps) == 0
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,45 @@
+"""The tokens that were drawn lately, on the device: the next step takes its inputs from them while the host does not know
+them yet."""
+
+import torch
+
+from .batch import ScheduledChunk
+from .device import Device
+from .sequence import Sequence
+
+KNOWN = -1  # in place of a place: the host knows the token
+_NUM_STEPS = 4  # whose tokens are kept: a worker has at most two steps under way, and steps of the other role between them
+
+
+class DrawnTokens:
+    """A ring of the last steps' tokens. A sequence's token is found until `_NUM_STEPS` more steps have drawn theirs."""
+
+    def __init__(self, device: Device, max_batch_size: int) -> None:
+        self._size = max_batch_size
+        self._ids = torch.zeros(_NUM_STEPS * max_batch_size, dtype=torch.int64, device=device.torch_device)
+        self._step = 0
+        self._places: list[dict[Sequence, int]] = [{} for _ in range(_NUM_STEPS)]
+
+    def keep(self, chunks: list[ScheduledChunk], token_ids: torch.Tensor) -> None:
+        """`token_ids` int64 [N] on the device: those drawn for the chunks, one for each of their choices."""
+        self._step = (self._step + 1) % _NUM_STEPS
+        first, places, row = self._step * self._size, {}, 0
+        for chunk in chunks:
+            if len(chunk.choices) == 1 and row < self._size:  # those of a fresh fork are known before its twins go on
+                places[chunk.sequence] = first + row
+            row += len(chunk.choices)
+        self._places[self._step] = places
+        kept = min(row, self._size)
+        self._ids[first : first + kept].copy_(token_ids[:kept])
+
+    def place_of(self, seq: Sequence) -> int:
+        """Where its last token is."""
+        for back in range(_NUM_STEPS):
+            place = self._places[self._step - back].get(seq)
+            if place is not None:
+                return place
+        raise RuntimeError(f"{seq}: its last token is not on the device any more")
+
+    def take(self, places: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+        """int64 [N]: the tokens at `places` int64 [N], and those of `otherwise` where a place is KNOWN."""
+        return torch.where(places == KNOWN, otherwise, self._ids[places.clamp(min=0)])

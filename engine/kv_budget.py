@@ -1,0 +1,65 @@
+"""How many KV blocks a GPU has room for: measured when the weights are there, by a step of the largest kind."""
+
+import torch
+
+from ..core.errors import CapacityError
+from ..core.messages import KVLayout
+from ..kernels import AttentionBatch, Kernels
+from .device import Device
+from .kv_cache import KVCache
+from .model import Model, ModelInput
+
+_GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, generously
+
+
+def num_blocks_that_fit(
+    device: Device,
+    model: Model,
+    layout: KVLayout,
+    kernels: Kernels,
+    *,
+    memory_fraction: float,
+    max_model_len: int,
+    max_batch_size: int,
+    max_batch_tokens: int,
+    num_graphs: int,
+) -> int:
+    """Within `memory_fraction` of the device's memory, all else of this process included.
+
+    The step also compiles the kernels of prompts. Raises CapacityError where not even one sequence of `max_model_len` fits.
+    """
+    peak = device.peak_bytes(lambda: _largest_step(device, model, layout, kernels, max_model_len, max_batch_tokens))
+    logits_bytes = 4 * max_batch_size * model.config.vocab_size
+    memory = device.memory()
+    reserved = peak + 3 * logits_bytes + num_graphs * _GRAPH_BYTES  # logits, what draws from them, and their graph's own
+    room = min(int(memory.total * memory_fraction) - memory.used, memory.free) - reserved
+    num_blocks = room // (layout.block_size * layout.bytes_per_token)
+    needed = -(-max_model_len // layout.block_size)
+    if num_blocks < needed:
+        raise CapacityError(
+            f"kv_cache_bytes: the GPU has room for {max(num_blocks, 0)} blocks of {layout.block_size} tokens beside "
+            f"{memory.used:,} bytes of weights and libraries and {reserved:,} bytes of intermediate results, within "
+            f"{memory_fraction:g} of its {memory.total:,} bytes; expected at least {needed}, for one sequence of "
+            f"model.max_model_len ({max_model_len}); lower it or max_batch_tokens, or raise gpus_per_instance"
+        )
+    return num_blocks
+
+
+@torch.inference_mode()
+def _largest_step(
+    device: Device, model: Model, layout: KVLayout, kernels: Kernels, max_model_len: int, max_batch_tokens: int
+) -> None:
+    """A step of as many prompt tokens as there may be. What is computed is of no meaning: all keys lie in one block."""
+    there, size = device.torch_device, layout.block_size
+    lens = [max_model_len] * (max_batch_tokens // max_model_len)
+    if max_batch_tokens % max_model_len:
+        lens.append(max_batch_tokens % max_model_len)
+    positions = torch.cat([torch.arange(length) for length in lens])
+    batch = AttentionBatch(
+        query_start_loc=torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        context_lens=torch.tensor(lens, dtype=torch.int32),
+        block_tables=torch.zeros((len(lens), -(-max(lens) // size)), dtype=torch.int32),
+        slot_mapping=(positions % size).to(there),
+    )
+    inputs = ModelInput(torch.zeros_like(positions).to(there), positions.to(there), batch, None)
+    model.forward(inputs, KVCache(layout, 1, kernels, device))

@@ -13,7 +13,6 @@ safetensors, msgspec and nvidia-ml-py; not Ray, not gRPC.
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -21,9 +20,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# The repository comes last: its rooms' names would hide installed packages.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from gpu.report import Message, Note, is_correct, line_of, summary
 from gpu.sections import CORRECTNESS, SECTIONS, limits_of, run_apart, serve
@@ -74,13 +71,9 @@ def main() -> int:
     parser.add_argument("--section", choices=[section.name for section in SECTIONS], help=argparse.SUPPRESS)
     parser.add_argument("--limits", type=json.loads, default={}, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.interpret:
-        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # before triton is imported, also in children
-    else:
-        os.environ.pop("TRITON_INTERPRET", None)
     if args.section is not None:
         section = next(section for section in SECTIONS if section.name == args.section)
-        return serve(section, interpret=args.interpret, limits=args.limits)
+        serve(section, interpret=args.interpret, limits=args.limits)
     names = args.only or (CORRECTNESS if args.interpret else [section.name for section in SECTIONS])
     if not set(names) <= set(CORRECTNESS):
         names = ["limits", *names]  # what is measured is measured by them

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from .report import Broken, Limit, Message, received, send
 
@@ -84,38 +84,44 @@ def run_apart(section: Section, program: Path, *, interpret: bool, limits: dict[
     """Its messages as they come; the last is a Broken one if it did not end well."""
     command = [sys.executable, str(program), "--section", section.name, "--limits", json.dumps(limits)]
     command += ["--interpret"] if interpret else []
-    timed_out = threading.Event()
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if interpret else {}
+    timed_out, is_broken = threading.Event(), False
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, process_group=0)
+        assert process.stdout is not None
 
         def end() -> None:
+            timed_out.set()
             with suppress(ProcessLookupError):  # it has just ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
-                timed_out.set()
 
         timer = threading.Timer(section.budget_s, end)
         timer.start()
         try:
-            assert process.stdout is not None
             for line in process.stdout:
-                yield received(line)
+                if line.endswith("\n"):  # of one that was ended, the last may be cut
+                    message = received(line)
+                    is_broken = is_broken or isinstance(message, Broken)
+                    yield message
             status = process.wait()
         finally:
             timer.cancel()
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            process.stdout.close()
         if timed_out.is_set():
             yield Broken(section.name, f"not done after {section.budget_s:g} s")
-        elif status:
+        elif status and not is_broken:
             yield Broken(section.name, f"its process ended with status {status}")
         if timed_out.is_set() or status:
             errors.seek(0)
             print(*errors.read().splitlines()[-_LINES_OF_AN_ERROR:], sep="\n", file=sys.stderr, flush=True)
 
 
-def serve(section: Section, *, interpret: bool, limits: dict[str, float]) -> int:
-    """The process of a section: messages on standard output, all else on standard error. The exit status is 1 if it broke."""
+def serve(section: Section, *, interpret: bool, limits: dict[str, float]) -> NoReturn:
+    """The process of a section: messages on standard output, all else on standard error. Its status is 1 if it broke."""
     out = _claim_stdout()
     broken: list[Message] = []
 
@@ -125,7 +131,8 @@ def serve(section: Section, *, interpret: bool, limits: dict[str, float]) -> int
         send(message, out)
 
     run_here(section, Context(emit, interpret, limits, time.monotonic() + section.budget_s))
-    return 1 if broken else 0
+    sys.stderr.flush()
+    os._exit(1 if broken else 0)  # at once, whatever threads a peer may have left
 
 
 def limits_of(messages: list[Message]) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Section:
-    """`function`, "module.name" in this folder, is called with a Context."""
+    """`function`, "module.name" in this folder, is called with a Context. After `budget_s` it is ended."""
 
     name: str
     function: str
@@ -59,14 +59,14 @@ class Section:
 
 
 SECTIONS = (
-    Section("limits", "limits.measure", 35),
-    Section("kernels", "kernel_checks.check", 120, is_correctness=True),
-    Section("engine", "engine_checks.check", 60, is_correctness=True),
-    Section("attention", "attention.measure", 80),
-    Section("llama-8b", "serving.measure_8b", 75),
-    Section("llama-1b", "serving.measure_1b", 35),
-    Section("qwen3-0.6b", "throughput.measure", 80),
-    Section("transfer", "transfer.measure", 50),
+    Section("limits", "limits.measure", 40),
+    Section("kernels", "kernel_checks.check", 180, is_correctness=True),
+    Section("engine", "engine_checks.check", 90, is_correctness=True),
+    Section("attention", "attention.measure", 100),
+    Section("llama-8b", "serving.measure_8b", 100),
+    Section("llama-1b", "serving.measure_1b", 60),
+    Section("qwen3-0.6b", "throughput.measure", 100),
+    Section("transfer", "transfer.measure", 70),
 )
 CORRECTNESS = tuple(section.name for section in SECTIONS if section.is_correctness)
 
@@ -83,7 +83,7 @@ def run_here(section: Section, context: Context) -> None:
 def run_apart(section: Section, program: Path, *, interpret: bool, limits: dict[str, float]) -> Iterator[Message]:
     """Its messages as they come; the last is a Broken one if it did not end well."""
     command = [sys.executable, str(program), "--section", section.name, "--limits", json.dumps(limits)]
-    command += ["--interpret"] if interpret else []
+    command += ["--budget-s", f"{section.budget_s:.1f}", *(["--interpret"] if interpret else [])]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if interpret else {}
     timed_out, is_broken = threading.Event(), False

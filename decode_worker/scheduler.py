@@ -49,6 +49,7 @@ class DecodeScheduler:
         self._reservations: set[TransferId] = set()  # of the waiting: those whose KV will be sent
         self._receiving: dict[TransferId, Sequence] = {}
         self._running: list[Sequence] = []  # oldest first
+        self._ended_ahead: set[Sequence] = set()  # they take part in a step that was launched before their end was known
         self.num_preemptions = 0
 
     @property
@@ -96,6 +97,20 @@ class DecodeScheduler:
         self._running.extend(twins)
         return twins
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a step can be scheduled while the one before it is under way: nobody's needs to know the token that is
+        drawn, and nobody has to give up blocks for it: a block for the token and a copy of a shared one, for each."""
+        is_roomy = self._kv.pool.num_free_blocks >= 2 * len(self._running)
+        return is_roomy and not any(seq.needs_known_tokens for seq in self._running)
+
+    def launched(self, batch: Batch) -> None:
+        """The batch is under way: until it is completed, `schedule` goes on from what it will bring."""
+        for chunk in batch.chunks:
+            if chunk.sequence not in self._ended_ahead:
+                chunk.sequence.num_in_flight_tokens = chunk.num_tokens
+                chunk.sequence.num_pending_tokens = int(bool(chunk.choices))
+
     def schedule(self) -> StepPlan:
         """Blocks for everyone who runs, then for those who wait."""
         chunks, budget = self._schedule_running()
@@ -118,16 +133,26 @@ class DecodeScheduler:
         batch = Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
         return StepPlan(batch, tuple(granted))
 
-    def complete(self, batch: Batch, sampled: list[list[SampledToken]]) -> list[Emission]:
-        """Account for a computed batch: append what was sampled, fork fresh choices, retire who ended."""
+    def complete(self, batch: Batch, sampled: list[list[SampledToken]], ahead: Batch | None = None) -> list[Emission]:
+        """Account for a computed batch: append what was sampled, fork fresh choices, retire who ended.
+
+        `ahead` was launched meanwhile. A sequence that ended has a row in it that nobody needs; it keeps its blocks until
+        that is computed, so that what the row writes hits nobody else's.
+        """
+        going_on = {chunk.sequence for chunk in ahead.chunks} if ahead else set()
         emissions: list[Emission] = []
         for chunk, tokens in zip(batch.chunks, sampled, strict=True):
+            if chunk.sequence in self._ended_ahead:
+                self._ended_ahead.remove(chunk.sequence)
+                self._kv.release(chunk.sequence)
+                continue
+            chunk.sequence.num_in_flight_tokens = chunk.sequence.num_pending_tokens = 0
             is_late = bool(chunk.choices) and not tokens  # its last token has to be computed again
             self._kv.computed(chunk.sequence, chunk.num_tokens - is_late)
             if is_late:
                 chunk.sequence.is_mask_late = True
             elif chunk.choices:
-                emissions += self._emit(chunk, tokens)
+                emissions += self._emit(chunk, tokens, going_on)
         ended = {id(emission.sequence) for emission in emissions if emission.reason is not None}
         if ended:
             self._running = [seq for seq in self._running if id(seq) not in ended]
@@ -167,7 +192,7 @@ class DecodeScheduler:
             num_tokens = min(1 + spare, seq.num_computable_tokens)
             if num_tokens == 0:
                 index += 1
-            elif self._grow(seq, seq.num_computed_tokens + num_tokens):
+            elif self._grow(seq, seq.num_launched_tokens + num_tokens):
                 chunks.append(self._chunk(seq, num_tokens))
                 spare -= num_tokens - 1
                 index += 1
@@ -177,6 +202,7 @@ class DecodeScheduler:
         """Find blocks, preempting from the young end; False when `seq` itself had to go."""
         while not self._kv.grow(seq, num_tokens):
             victim = self._running.pop()
+            assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
             self._kv.reset(victim)
             self._waiting.appendleft(victim)
             self.num_preemptions += 1
@@ -198,12 +224,11 @@ class DecodeScheduler:
         return False
 
     def _chunk(self, seq: Sequence, num_tokens: int) -> ScheduledChunk:
-        if num_tokens < seq.num_uncomputed_tokens:
+        if seq.num_launched_tokens + num_tokens < seq.num_tokens:
             return ScheduledChunk(seq, num_tokens, ())
-        fresh = len(seq.spec.choices) > 1 and seq.num_output_tokens == len(seq.spec.output_token_ids)
-        return ScheduledChunk(seq, num_tokens, seq.spec.choices if fresh else (seq.choice,))
+        return ScheduledChunk(seq, num_tokens, seq.spec.choices if seq.is_fresh else (seq.choice,))
 
-    def _emit(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[Emission]:
+    def _emit(self, chunk: ScheduledChunk, tokens: list[SampledToken], going_on: set[Sequence]) -> list[Emission]:
         parent = chunk.sequence
         twins = [parent, *(parent.fork(choice) for choice in chunk.choices[1:])]
         for twin in twins[1:]:
@@ -215,7 +240,9 @@ class DecodeScheduler:
             twin.choice = choice
             index = twin.num_output_tokens
             reason = twin.append(token.token_id)
-            if reason is not None:
+            if reason is not None and twin in going_on:
+                self._ended_ahead.add(twin)
+            elif reason is not None:
                 self._kv.release(twin)
             emissions.append(Emission(twin, choice, index, token, reason))
         return emissions

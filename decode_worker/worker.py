@@ -15,7 +15,7 @@ import msgspec
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Reserve, Serve
 from ..core.request import SequenceSpec, TransferId
-from ..engine.batch import Batch, Runner
+from ..engine.batch import Batch, Launched, Runner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
@@ -47,8 +47,21 @@ class _Leg:
     aborted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched and not collected."""
+
+    batch: Batch
+    step: Launched
+    launched_s: float
+
+
 class DecodeWorker:
-    """Scheduler, model and reservations of the decode role, tied together step by step."""
+    """Scheduler, model and reservations of the decode role, tied together step by step.
+
+    Over a runner that runs ahead, a step is launched before the one before it is collected, wherever the scheduler says that
+    it may be. Whatever may free blocks of a sequence that has a step under way settles that step first.
+    """
 
     def __init__(
         self,
@@ -72,6 +85,8 @@ class DecodeWorker:
         self._await_masks = await_masks
         self.scheduler = DecodeScheduler(kv, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
         self._legs: dict[TransferId, _Leg] = {}
+        self._flight: _Flight | None = None
+        self._collected_s = 0.0
 
     @property
     def num_legs(self) -> int:
@@ -91,21 +106,41 @@ class DecodeWorker:
             self._masks.want(seq)
 
     def step(self) -> bool:
-        """Grant reservations and compute one batch, if there is work."""
+        """Grant reservations and launch one batch, if there is work; collect the one before it."""
+        if self._flight is not None and not self.scheduler.may_run_ahead:
+            self._settle()
         plan = self.scheduler.schedule()
         for seq in plan.granted:
             self._grant(seq)
         if plan.batch is None:
-            return bool(plan.granted)
+            return self._settle() or bool(plan.granted)
         started_s = self._clock()
         for chunk in plan.batch.chunks:
             leg = self._legs[chunk.sequence.transfer]
             if leg.clock.started_s is None:
                 leg.clock.start(started_s)
                 leg.num_cached_tokens = max(leg.num_cached_tokens, chunk.sequence.num_cached_tokens)
-        sampled = self._runner.launch(plan.batch, before_sampling=self._wait_for_masks(plan.batch)).collect()
-        self._outbox.timings.append(plan.batch.timing(self._clock() - started_s))
-        self._emit(self.scheduler.complete(plan.batch, sampled))
+        step = self._runner.launch(plan.batch, before_sampling=self._wait_for_masks(plan.batch))
+        self._settle(ahead=plan.batch)
+        self.scheduler.launched(plan.batch)
+        self._flight = _Flight(plan.batch, step, started_s)
+        if not (self._runner.runs_ahead and self.scheduler.may_run_ahead):
+            self._settle()
+        return True
+
+    def _settle(self, ahead: Batch | None = None) -> bool:
+        """Collect the step that is under way, before which `ahead` was launched; False when there is none.
+
+        A step takes from its launch, or from the end of the one before it, to its own end.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return False
+        sampled = flight.step.collect()
+        now_s = self._clock()
+        self._outbox.timings.append(flight.batch.timing(now_s - max(flight.launched_s, self._collected_s)))
+        self._collected_s = now_s
+        self._emit(self.scheduler.complete(flight.batch, sampled, ahead))
         return True
 
     def _wait_for_masks(self, batch: Batch) -> Callable[[], None] | None:
@@ -140,11 +175,14 @@ class DecodeWorker:
     def fail(self, transfer: TransferId, error: str, is_invalid: bool) -> None:
         """A dispatch cannot go on, as the mask of a next token is not to be had; an unknown one is ignored."""
         if transfer in self._legs:
+            self._settle()
+        if transfer in self._legs:
             self.scheduler.remove(transfer)
             self._end(transfer, error=error, is_invalid=is_invalid)
 
     def abort(self, transfer: TransferId) -> None:
         """Stop a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when it has ended."""
+        self._settle()  # a leg that has ended may have a row in it
         leg = self._legs.get(transfer)
         if leg is None:
             return

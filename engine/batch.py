@@ -1,7 +1,7 @@
 """What one step computes and what comes out of it: the values that pass between a scheduler and the model runner."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..core.messages import StepTiming, TokenLogprobs
@@ -19,14 +19,14 @@ class ScheduledChunk:
     sequence: Sequence
     num_tokens: int
     choices: tuple[int, ...]
+    start: int = field(init=False)
 
-    @property
-    def start(self) -> int:
-        return self.sequence.num_computed_tokens
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", self.sequence.num_launched_tokens)
 
     @property
     def end(self) -> int:
-        return self.sequence.num_computed_tokens + self.num_tokens
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ class DecodeGraphs:
         sources, token_ids, positions, slots = [], [], [], []
         for chunk in batch.chunks:
             seq = chunk.sequence
-            position = seq.num_computed_tokens
+            position = chunk.start
             source = self._drawn.place_of(seq) if seq.num_pending_tokens else KNOWN
             sources.append(source)
             token_ids.append(seq.token_ids[position] if source == KNOWN else 0)

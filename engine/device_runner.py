@@ -41,7 +41,7 @@ class DeviceRunner:
         self._model = model
         self._cache = cache
         self._inputs = InputBuilder(cache.layout.block_size, max_model_len)
-        self._sampler = DeviceSampler(device, max_batch_size)
+        self._sampler = DeviceSampler(device, model.config.vocab_size)
         self._prompts = PromptLogprobs(model)
         self._drawn = DrawnTokens(device, max_batch_size)
         self._graphs = DecodeGraphs(
@@ -62,12 +62,12 @@ class DeviceRunner:
             logits = self._graphs.run(batch)
         else:
             logits = self._run_eagerly(batch, on_layer)
-        sampled = [chunk for chunk in batch.chunks if chunk.choices]
+        sampled, rows = [chunk for chunk in batch.chunks if chunk.choices], None
         if before_sampling is not None:
             before_sampling()
             rows = [row for row, chunk in enumerate(sampled) if chunk.sequence.may_sample]
-            logits, sampled = logits[self._there(torch.tensor(rows))], [sampled[row] for row in rows]
-        tokens = self._sampler.sample(logits, self._sampler.prepare(sampled))
+            sampled = [sampled[row] for row in rows]
+        tokens = self._sampler.sample(logits, self._sampler.prepare(sampled, rows))
         self._drawn.keep(sampled, tokens.token_ids)
         return _Step(batch, sampled, tokens, self._prompts)
 
@@ -99,7 +99,7 @@ class DeviceRunner:
         for chunk in batch.chunks:
             seq = chunk.sequence
             places += [KNOWN] * chunk.num_tokens
-            if seq.num_pending_tokens and chunk.end == seq.num_tokens:
+            if seq.num_pending_tokens:
                 places[-1] = self._drawn.place_of(seq)
         return self._there(torch.tensor(places))
 

@@ -66,8 +66,7 @@ class InputBuilder:
         all_sampled, needs_all = True, False
         for chunk in batch.chunks:
             seq, num_tokens = chunk.sequence, chunk.num_tokens
-            start = seq.num_computed_tokens
-            end = start + num_tokens
+            start, end = chunk.start, chunk.end
             if num_tokens == 1:
                 token_ids.append(0 if seq.num_pending_tokens else seq.token_ids[start])
                 positions.append(start)

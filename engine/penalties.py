@@ -1,14 +1,24 @@
 """What a request does to its logits before a token is drawn: its bias, then what depends on the tokens that the sequence has so
-far: repetition, presence, frequency, and which tokens may come at all, by min_tokens and by a grammar."""
+far: repetition, presence, frequency, and which tokens may come at all, by min_tokens and by a grammar.
 
+`Penalties.apply` does it to a row on the host, `logit_edits.py` to rows on a GPU, from what is defined here.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from ..core.request import SamplingParams
 from .distribution import Floats, Indices
 from .sequence import Sequence
-from .token_masks import allowed_tokens
+from .token_masks import allowed_bits, unpacked
+
+Bits = npt.NDArray[np.uint8]
+Numbers = TypeVar("Numbers", Floats, torch.Tensor)
 
 
 class TokenCounts:
@@ -20,23 +30,21 @@ class TokenCounts:
         self._counts = np.zeros(64, dtype=np.float32)
         self._num_seen = 0
 
+    @property
+    def ids(self) -> Indices:
+        return self._ids[: len(self._slot_of)]
+
+    @property
+    def counts(self) -> Floats:
+        """Of `ids`; 0 for what only the prompt has."""
+        return self._counts[: len(self._slot_of)]
+
     def update(self, seq: Sequence) -> None:
         for position in range(self._num_seen, seq.num_tokens):
             slot = self._slot(seq.token_ids[position])
             if position >= seq.num_prompt_tokens:
                 self._counts[slot] += 1
         self._num_seen = seq.num_tokens
-
-    def penalise(self, logits: Floats, sampling: SamplingParams) -> None:
-        """In place. Repetition looks at prompt and output (arXiv 1909.05858, section 4.1), the others at the output alone."""
-        num_ids = len(self._slot_of)
-        ids, counts = self._ids[:num_ids], self._counts[:num_ids]
-        seen = logits[ids]
-        factor = np.float32(sampling.repetition_penalty)
-        seen = np.where(seen > 0, seen / factor, seen * factor)
-        seen -= np.float32(sampling.frequency_penalty) * counts
-        seen -= np.float32(sampling.presence_penalty) * (counts > 0)
-        logits[ids] = seen
 
     def _slot(self, token_id: int) -> int:
         slot = self._slot_of.get(token_id)
@@ -50,7 +58,7 @@ class TokenCounts:
 
 
 class Penalties:
-    """Applies what a sequence's parameters ask for; remembers counts and biases as long as the sequence lives."""
+    """What sequences' parameters ask for; remembers counts and biases as long as a sequence lives."""
 
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
@@ -58,43 +66,80 @@ class Penalties:
 
     def apply(self, seq: Sequence, logits: Floats) -> None:
         """Adjust one row of logits [V] in place."""
-        sampling = seq.spec.sampling
-        if sampling.logit_bias:
-            token_ids, biases = self._bias(seq)
-            logits[token_ids] += biases
-        if has_penalties(sampling):
-            counts = self._counts.get(seq)
-            if counts is None:
-                counts = self._counts[seq] = TokenCounts()
-            counts.update(seq)
-            counts.penalise(logits, sampling)
-        _restrict(seq, logits)
+        if bias := self.bias(seq):
+            token_ids, values = bias
+            logits[token_ids] += values
+        if seen := self.seen(seq):
+            strengths = strengths_of(seq.spec.sampling)[:, None]
+            logits[seen.ids] = penalised(logits[seen.ids], seen.counts, strengths, np.where)
+        endings, bits = restriction(seq, len(logits))
+        if endings:
+            logits[endings] = -np.inf
+        if bits is not None:
+            logits[~unpacked(bits, len(logits))] = -np.inf
 
-    def _bias(self, seq: Sequence) -> tuple[Indices, Floats]:
+    def bias(self, seq: Sequence) -> tuple[Indices, Floats] | None:
+        """Token ids, each once, and what is added to their logits."""
+        if not seq.spec.sampling.logit_bias:
+            return None
         bias = self._biases.get(seq)
         if bias is None:
             token_ids, values = zip(*seq.spec.sampling.logit_bias, strict=True)
             bias = self._biases[seq] = np.array(token_ids, dtype=np.intp), np.array(values, dtype=np.float32)
         return bias
 
+    def seen(self, seq: Sequence) -> TokenCounts | None:
+        """The tokens so far, when they are penalised."""
+        if not has_penalties(seq.spec.sampling):
+            return None
+        counts = self._counts.get(seq)
+        if counts is None:
+            counts = self._counts[seq] = TokenCounts()
+        counts.update(seq)
+        return counts
+
+
+def is_adjusted(seq: Sequence) -> bool:
+    """Whether anything here is done to the logits of its next token."""
+    sampling = seq.spec.sampling
+    return bool(sampling.logit_bias or sampling.grammar) or has_penalties(sampling) or must_go_on(seq)
+
 
 def has_penalties(sampling: SamplingParams) -> bool:
     return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
-def _restrict(seq: Sequence, logits: Floats) -> None:
-    """Rule out tokens. What is complete by its grammar ends, also before min_tokens."""
-    allowed = allowed_tokens(seq, len(logits))
-    if must_go_on(seq):
-        endings = [token_id for token_id in seq.stop_token_ids if token_id < len(logits)]
-        if allowed is None:
-            logits[endings] = -np.inf
-        else:
-            going_on = allowed.copy()
-            going_on[endings] = False
-            allowed = going_on if going_on.any() else allowed
-    if allowed is not None:
-        logits[~allowed] = -np.inf
+def strengths_of(sampling: SamplingParams) -> Floats:
+    """float32 [3], as `penalised` takes them."""
+    return np.array((sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty), dtype=np.float32)
+
+
+def penalised(logits: Numbers, counts: Numbers, strengths: Numbers, where: Callable[[Any, Any, Any], Numbers]) -> Numbers:
+    """The new logits of tokens that the sequence has, `counts` times in its output; float32 throughout, operation by operation.
+
+    `strengths` [3, N or 1] are those of repetition, frequency and presence; an array, as torch divides by a number by way of
+    its reciprocal. Repetition looks at prompt and output (arXiv 1909.05858, section 4.1), the others at the output alone.
+    """
+    repetition, frequency, presence = strengths
+    logits = where(logits > 0, logits / repetition, logits * repetition)
+    logits = logits - frequency * counts
+    logits -= presence * (counts > 0)
+    return logits
+
+
+def restriction(seq: Sequence, vocab_size: int) -> tuple[list[int], Bits | None]:
+    """Tokens that may not come next, and a mask (see `allowed_bits`) of those that may, None: all others. What is complete by
+    its grammar ends, also before min_tokens."""
+    bits = allowed_bits(seq, vocab_size)
+    if not must_go_on(seq):
+        return [], bits
+    endings = [token_id for token_id in seq.stop_token_ids if token_id < vocab_size]
+    if bits is None:
+        return endings, None
+    going_on = bits.copy()
+    for token_id in endings:
+        going_on[token_id // 8] &= ~(1 << token_id % 8) & 0xFF
+    return [], going_on if unpacked(going_on, vocab_size).any() else bits
 
 
 def must_go_on(seq: Sequence) -> bool:

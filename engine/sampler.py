@@ -5,12 +5,11 @@ import torch
 
 from ..core.request import SamplingParams
 from ..kernels import Kernels
+from ..kernels.sampling import GREEDY_BELOW
 from .batch import SampledToken, ScheduledChunk
 from .distribution import Floats, best_tokens, draw, log_sum_exp
-from .penalties import Penalties, has_penalties, must_go_on
+from .penalties import Penalties, is_adjusted
 from .random_numbers import uniform
-
-_LOWEST_TEMPERATURE = 1e-5  # below it, greedy
 
 
 class Sampler:
@@ -44,14 +43,13 @@ def _sampling(chunk: ScheduledChunk) -> SamplingParams:
 
 
 def _is_greedy(sampling: SamplingParams) -> bool:
-    return sampling.temperature < _LOWEST_TEMPERATURE
+    return sampling.temperature < GREEDY_BELOW
 
 
 def _is_plain(chunk: ScheduledChunk) -> bool:
     """Whether the largest logit is the token, and all that is asked for."""
     sampling = _sampling(chunk)
-    adjusted = bool(sampling.logit_bias or sampling.grammar) or has_penalties(sampling) or must_go_on(chunk.sequence)
-    return _is_greedy(sampling) and sampling.logprobs is None and not adjusted
+    return _is_greedy(sampling) and sampling.logprobs is None and not is_adjusted(chunk.sequence)
 
 
 def _draw(logits: Floats, chunk: ScheduledChunk) -> list[int]:

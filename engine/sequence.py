@@ -17,13 +17,22 @@ class Sequence:
         self.choice = choice
         self.token_ids: list[int] = list(spec.token_ids)
         self.num_computed_tokens = 0
-        self.num_pending_tokens = 0  # 1: a last token that the device has drawn and the host does not know yet
+        self.num_in_flight_tokens = 0  # behind those: of a step that was launched and not collected
+        self.num_pending_tokens = 0  # 1: that step draws a token, which is not among `token_ids` yet
         self.num_cached_tokens = 0  # of these, how many came from the prefix cache when it was admitted
         self.block_ids: list[int] = []
         self.token_mask: bytes | None = None  # of the next token, one bit each, when the output follows a grammar
         self.is_mask_late = True  # it was not there when it was needed, or nothing was computed for it yet
         self._block_hashes: list[bytes] = []
         self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)
+        sampling = spec.sampling
+        self._needs_known_tokens = bool(
+            sampling.grammar
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            or sampling.repetition_penalty != 1.0
+            or spec.wants_prompt_logprobs
+        )
         self._stop_token_ids = frozenset(spec.sampling.stop_token_ids)
         if not spec.sampling.ignore_eos:
             self._stop_token_ids |= frozenset(spec.eos_token_ids)
@@ -41,9 +50,14 @@ class Sequence:
         return len(self.spec.prompt_token_ids)
 
     @property
+    def num_launched_tokens(self) -> int:
+        """Tokens that have KV, or will have it when the step under way is done."""
+        return self.num_computed_tokens + self.num_in_flight_tokens
+
+    @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far, by this and by earlier attempts: the index of the next one."""
-        return len(self.token_ids) - len(self.spec.prompt_token_ids)
+        """Tokens generated so far, by this and by earlier attempts, a pending one included: the index of the next one."""
+        return len(self.token_ids) + self.num_pending_tokens - len(self.spec.prompt_token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -60,8 +74,22 @@ class Sequence:
 
     @property
     def num_computable_tokens(self) -> int:
-        """Uncomputed tokens that a step may take. While a mask is late not the last one, as that brings the next token."""
-        return self.num_uncomputed_tokens - (self.is_mask_late and not self.may_sample)
+        """Tokens that the next step may take: uncomputed ones, and a pending one unless the sequence is sure to end with it.
+        While a mask is late not the last one, as that brings the next token."""
+        if self.num_pending_tokens:
+            return 0 if self.num_tokens + 1 >= self._max_num_tokens else 1
+        late = self.is_mask_late and not self.may_sample
+        return self.num_uncomputed_tokens - self.num_in_flight_tokens - late
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether its next step can only be prepared when all its tokens are known, and not while the last is pending."""
+        return self._needs_known_tokens or (len(self.spec.choices) > 1 and self.is_fresh)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether this dispatch has brought no token yet."""
+        return self.num_output_tokens - self.num_pending_tokens == len(self.spec.output_token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

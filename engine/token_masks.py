@@ -90,9 +90,20 @@ class TokenMasks:
         self.forget([seq for seq in self._key_of if seq.transfer == transfer])
 
 
-def allowed_tokens(seq: Sequence, vocab_size: int) -> npt.NDArray[np.bool_] | None:
-    """bool [vocab_size]: which tokens may come next by the sequence's grammar; None when it follows none."""
+def allowed_bits(seq: Sequence, vocab_size: int) -> npt.NDArray[np.uint8] | None:
+    """uint8 [ceil(vocab_size / 8)]: which tokens may come next by the sequence's grammar, the first in the lowest bit; None
+    when it follows none. Bits behind the last token mean nothing."""
     if seq.token_mask is None:
         return None
-    bits = np.frombuffer(seq.token_mask, dtype=np.uint8)
+    length = -(-vocab_size // 8)
+    told = np.frombuffer(seq.token_mask, dtype=np.uint8)[:length]
+    if len(told) == length:
+        return told
+    bits = np.zeros(length, dtype=np.uint8)  # a model may have more tokens than its vocabulary
+    bits[: len(told)] = told
+    return bits
+
+
+def unpacked(bits: npt.NDArray[np.uint8], vocab_size: int) -> npt.NDArray[np.bool_]:
+    """bool [vocab_size] of `allowed_bits`."""
     return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)

@@ -117,6 +117,7 @@ def _draw_shapes(rng: Random, is_crowded: bool) -> dict[Role, WorkerShape]:
             max_batch_tokens=rng.choice((8, 32, 256)),
             max_batch_size=16 if is_crowded else rng.choice((2, 4, 16)),
             step_s=step_s,
+            runs_ahead=rng.random() < 0.4,
         )
     return shapes
 

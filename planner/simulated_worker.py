@@ -52,6 +52,7 @@ class WorkerShape:
     max_batch_size: int
     step_s: float
     token_s: float = 0.0001
+    runs_ahead: bool = False  # as a GPU does: a step is launched before the one before it is collected
 
 
 @dataclass
@@ -141,7 +142,7 @@ class SimulatedWorker:
             worker_id,
             incarnation,
             KVManager(self.pool, shape.max_model_len),
-            ChainRunner(self.store, self.pool, self.clock, self._on_sample),
+            ChainRunner(self.store, self.pool, self.clock, self._on_sample, shape.runs_ahead),
             Port(process, self.clock, self.hub, self.store, rng),
             SimulatedMasks(process, Random(f"{process.name} {time.now_s}"), self.clock, self._on_mask),
             lambda sequences: None,  # so every mask is late

@@ -18,6 +18,7 @@ from .norm import norm_launch
 from .prefill_attention import PrefillBatch, prefill_launch
 from .rope_cache import rope_launch
 from .sampling import sample_launch
+from .token_mask import mask_launch
 from .transfer import checksum_launch, transfer_launch
 
 TARGETS = (80, 90, 100)
@@ -114,7 +115,9 @@ def _samplings() -> Iterator[tuple[str, Launch]]:
     float64 = torch.empty(64, dtype=torch.float64, device="meta")
     batch = SamplingBatch(_int32(64), float64, _int32(64), float64, float64, _int64(64), _int32(64), _int32(64))
     for model, vocab_size in [("Llama-3", 128_256), ("GPT-2", 50_257)]:
-        yield f"{model}, {vocab_size} tokens", sample_launch(_float32(64, vocab_size), batch, _int64(64))
+        logits, bits = _float32(64, vocab_size), _bytes(64, -(-vocab_size // 8))
+        yield f"{model}, {vocab_size} tokens", sample_launch(logits, batch, _int64(64))
+        yield f"{model}, {vocab_size} tokens", mask_launch(logits, _int32(64), bits)
 
 
 def _transfers() -> Iterator[tuple[str, Launch]]:
@@ -150,8 +153,8 @@ def _bfloat16(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
 
-def _bytes(count: int) -> torch.Tensor:
-    return torch.empty(count, dtype=torch.uint8, device="meta")
+def _bytes(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
 
 
 def _int32(*shape: int) -> torch.Tensor:

@@ -28,7 +28,10 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
         def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.bfloat16, device=device.torch_device)
 
-        yield open_device_engine(path, OPTIONS, device, read)
+        device.is_starting = True
+        engine = open_device_engine(path, OPTIONS, device, read)
+        device.is_starting = False
+        yield engine
 
 
 def admit(engine: Engine, num_tokens: int) -> Sequence:

@@ -8,39 +8,19 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
+from pdserve.core.request import SamplingParams
 from pdserve.engine.batch import SampledToken, ScheduledChunk
 from pdserve.engine.distribution import draw
 from pdserve.engine.random_numbers import uniform
 from pdserve.engine.sampler import Sampler
-from pdserve.engine.sequence import Sequence
 from pdserve.kernels.reference import TorchKernels
+from tests.engine.chunks import VOCAB_SIZE, follow, make_chunk, random_logits
 
-VOCAB_SIZE = 50
 GRID = [(i + 0.5) / 4000 for i in range(4000)]
-
-
-def make_chunk(prompt: list[int] | None = None, output: tuple[int, ...] = (), **sampling: Any) -> ScheduledChunk:
-    params = SamplingParams(**({"max_tokens": 1000} | sampling))
-    spec = SequenceSpec(
-        transfer=TransferId("r", 0),
-        prompt_token_ids=tuple(prompt or [1, 2, 3]),
-        sampling=params,
-        choices=tuple(range(params.n)),
-        output_token_ids=output,
-        eos_token_ids=(5,),
-    )
-    seq = Sequence(spec, 0, 10_000)
-    seq.num_computed_tokens = seq.num_tokens - 1
-    return ScheduledChunk(seq, 1, spec.choices)
 
 
 def sample(logits: torch.Tensor, *chunks: ScheduledChunk) -> list[list[SampledToken]]:
     return Sampler(TorchKernels()).sample(logits.clone().view(len(chunks), -1), list(chunks))
-
-
-def random_logits(seed: int, num_rows: int = 1, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
-    return 3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed))
 
 
 def support(logits: torch.Tensor, **sampling: Any) -> set[int]:
@@ -277,14 +257,6 @@ def test_a_token_is_the_same_alone_and_in_any_batch() -> None:
     assert sample(logits, *chunks) == alone
     order = [4, 2, 0, 5, 6, 1, 3]
     assert sample(logits[order], *(chunks[index] for index in order)) == [alone[index] for index in order]
-
-
-def follow(chunk: ScheduledChunk, *allowed: int) -> ScheduledChunk:
-    """With the mask that the grammar process would tell."""
-    bits = np.zeros(VOCAB_SIZE, dtype=np.bool_)
-    bits[list(allowed)] = True
-    chunk.sequence.token_mask = np.packbits(bits, bitorder="little").tobytes() + b"\0\0\0\0"
-    return chunk
 
 
 @settings(max_examples=50, deadline=None)

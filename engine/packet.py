@@ -1,0 +1,42 @@
+"""Arrays whose number and sizes differ from step to step, on their way to the device: one piece of memory, one copy."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .device import Device
+
+Array = npt.NDArray[Any]
+
+_ALIGNMENT = 16  # bytes; a pointer aligned otherwise would make Triton compile its kernels anew
+_DTYPES = {
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+
+
+def send(device: Device, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
+    """The arrays on the device, by name; the copy is queued, and nothing waits.
+
+    Each call takes pinned memory of its own: torch gives it to another only when the copy from it is done, so that any number
+    of steps may be under way.
+    """
+    if not arrays:
+        return {}
+    places = {}
+    end = 0
+    for name, array in arrays.items():
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + array.nbytes
+        places[name] = slice(start, end)
+    packet = np.zeros(end, dtype=np.uint8)
+    for name, array in arrays.items():
+        packet[places[name]] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = device.pinned(torch.from_numpy(packet)).to(device.torch_device, non_blocking=True)
+    return {name: there[places[name]].view(_DTYPES[array.dtype]).view(array.shape) for name, array in arrays.items()}

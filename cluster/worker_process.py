@@ -25,6 +25,7 @@ from ..engine.sequence import Sequence as SequenceState
 from ..grammar.messages import Setup
 from ..grammar.thread import GrammarThread
 from ..grammar.vocabulary import tokenizer_json
+from ..kv_transfer.cuda_memory import CudaGpu
 from ..kv_transfer.endpoint import TransferEndpoint
 from ..worker.held_legs import in_frames
 from ..worker.worker import Worker
@@ -90,6 +91,7 @@ class WorkerProcess:
                 token=spec.token,
                 host=spec.host or "127.0.0.1",
                 transport=spec.config.kv.transport,
+                gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
             )
             grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
             self._serve(engine, endpoint, grammars, cores)
@@ -146,6 +148,7 @@ class WorkerProcess:
             max_model_len=None if config.model.max_model_len == "auto" else config.model.max_model_len,
             kernels=config.kernels,
             num_threads=spec.pool.num_threads,
+            wire=config.kv.wire,
         )
         path = resolve_model_path(config.model.path)
         return Engine.open(path, options, lambda fraction: self._progress("loading weights", fraction))

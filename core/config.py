@@ -117,8 +117,12 @@ class KvSection(_Part):
 
     block_size: AutoBlockSize = "auto"
     """Tokens a block, a multiple of 8; auto: 16 on CPU."""
-    transport: Literal["auto", "shm", "gloo"] = "auto"
-    """auto: shared memory between workers of one host, gloo between hosts."""
+    transport: Literal["auto", "shm", "gloo", "cuda_ipc"] = "auto"
+    """auto: within a GPU (cuda_ipc) between workers that share one, else shared memory between workers of one host, and gloo
+    between hosts; the KV of GPUs goes through host memory there."""
+    wire: Literal["raw", "int8"] = "raw"
+    """The format of KV between workers. int8 takes about half of bfloat16's bytes, and rounds each head's keys, and values, to
+    127 steps of the largest; on CPU, packing costs more than memory moves, so it is for slow networks."""
 
     @property
     def num_tokens_per_block(self) -> int:

@@ -11,6 +11,7 @@ Every report names the (worker_id, incarnation) it comes from, so that those of 
 """
 
 import enum
+from typing import Literal
 
 import msgspec
 
@@ -41,7 +42,7 @@ class Leg(enum.Enum):
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """The shape of one token's KV. Two workers can exchange KV when all but `block_size` agree."""
+    """The shape of one token's KV, and its format between workers. Two can exchange KV when all but `block_size` agree."""
 
     num_layers: int
     num_kv_heads: int
@@ -49,15 +50,28 @@ class KVLayout(msgspec.Struct, frozen=True):
     dtype: str  # "float32", "bfloat16", "float16"
     block_size: int  # tokens a block; may differ between workers
     model_fingerprint: str  # tells weights apart that have the same shape
+    wire: Literal["raw", "int8"] = "raw"  # `kernels.wire` has the formats
 
     @property
     def bytes_per_token(self) -> int:
+        """In the cache."""
         item = 4 if self.dtype == "float32" else 2
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * item
 
+    @property
+    def wire_bytes_per_token(self) -> int:
+        return self.num_layers * self.wire_bytes_per_cell
+
+    @property
+    def wire_bytes_per_cell(self) -> int:
+        """Of one layer of one token. In int8 each row of keys, and of values, brings a float32 scale."""
+        if self.wire == "int8":
+            return 2 * self.num_kv_heads * (self.head_dim + 4)
+        return self.bytes_per_token // self.num_layers
+
     def mismatch(self, other: "KVLayout") -> str | None:
         """The first field in which two layouts cannot exchange KV, in words; None when they can."""
-        for name in ("num_layers", "num_kv_heads", "head_dim", "dtype", "model_fingerprint"):
+        for name in ("num_layers", "num_kv_heads", "head_dim", "dtype", "model_fingerprint", "wire"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name}: {mine!r} here, {theirs!r} there"
@@ -73,6 +87,7 @@ class TransferAddress(msgspec.Struct, frozen=True):
     unix_name: str  # abstract Unix socket name, for peers on the same host
     tcp_host: str
     tcp_port: int
+    gpu: str = ""  # the UUID of the GPU that holds its KV; empty on a processor
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

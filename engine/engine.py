@@ -40,6 +40,7 @@ class EngineOptions:
     max_batch_tokens: int = 2048
     kernels: Literal["auto", "native", "torch", "triton"] = "auto"
     num_threads: int = 1
+    wire: Literal["raw", "int8"] = "raw"  # how KV travels to other workers
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def layout_of(checkpoint: Checkpoint, options: EngineOptions) -> KVLayout:
         dtype=checkpoint.dtype if options.dtype == "auto" else options.dtype,
         block_size=options.block_size,
         model_fingerprint=fingerprint(checkpoint.path),
+        wire=options.wire,
     )
 
 

@@ -8,12 +8,12 @@ largest value at most, where e4m3 is off by 1/16 of each value, and a GPU need n
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .interface import check_buffer, check_cells
+from .interface import Kernels, check_buffer, check_cells
 from .reference import TorchKernels
 
 INT8_STEPS = 127  # from 0 to a row's largest value
@@ -24,6 +24,10 @@ _SCALES_BYTES = 8  # of a key's and a value's row: whole words, as the checksum 
 class WireFormat(enum.Enum):
     RAW = "raw"
     INT8 = "int8"
+
+
+# (cache, block_ids, part, buffer, wire_format) -> the buffer's checksum, int64 [1], where the buffer is
+MovePart = Callable[[torch.Tensor, Sequence[int], "KVPart", torch.Tensor, WireFormat], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,15 @@ def scatter_part(
         rows = (values.view(torch.int8).view(shape).float() * scales[..., None]).to(cache.dtype)
     cache[_cells(cache, block_ids, part)] = rows.permute(3, 0, 1, 2, 4)
     return checksum(buffer)
+
+
+def movers(kernels: Kernels) -> tuple[MovePart, MovePart]:
+    """`gather_part` and `scatter_part` where these kernels' tensors are; beside native kernels, torch's."""
+    if kernels.name != "triton":
+        return gather_part, scatter_part
+    from .triton import transfer
+
+    return transfer.gather_part, transfer.scatter_part
 
 
 def checksum(buffer: torch.Tensor) -> torch.Tensor:

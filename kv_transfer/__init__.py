@@ -2,7 +2,7 @@
 
     P: send -> computed... -> prefill_done -> commit      D: expect -> on_received -> the sequence is scheduled
 
-`sender` and `receiver` decide, `endpoint` and the pairs around them carry out, `shm` and `gloo` move the bytes.
+`sender` and `receiver` decide, `endpoint` and the pairs around them carry out, `shm`, `cuda_ipc` and `gloo` move the bytes.
 """
 
 from .config import TransferConfig

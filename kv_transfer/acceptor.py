@@ -10,6 +10,7 @@ from functools import partial
 
 from ..core import handshake
 from .channel import Channel
+from .cuda_ipc import CudaIpcLink
 from .gloo import RECEIVER_RANK, GlooLink, listening_socket
 from .greeting import shake_hands
 from .inbound import InboundPair
@@ -128,6 +129,8 @@ class Acceptor:
         try:
             if connect.link == "shm":
                 link = self._prepare_shm(channel, connect.epoch)
+            elif connect.link == "cuda_ipc":
+                link = self._prepare_cuda_ipc(channel, connect.epoch)
             else:
                 link = await self._prepare_gloo(channel, connect.epoch)
         except Exception as error:  # memory, descriptors, sockets: this connection fails, the door stays open
@@ -145,7 +148,7 @@ class Acceptor:
 
     def _ring(self, link: str) -> tuple[int, int]:
         layout, config = self._local.layout, self._local.config
-        slot_bytes = max(config.chunk_bytes_of(link), layout.bytes_per_token // layout.num_layers)
+        slot_bytes = max(config.chunk_bytes_of(link), layout.wire_bytes_per_cell)
         return config.ring_slots, -(-slot_bytes // _PAGE_BYTES) * _PAGE_BYTES
 
     def _prepare_shm(self, channel: Channel[SenderMessage], epoch: int) -> Link:
@@ -156,6 +159,14 @@ class Acceptor:
         finally:
             os.close(fd)
         return link
+
+    def _prepare_cuda_ipc(self, channel: Channel[SenderMessage], epoch: int) -> Link:
+        rings = self._local.rings
+        assert rings is not None, "a greeting from another GPU is refused"
+        num_slots, slot_bytes = self._ring("cuda_ipc")
+        ring, handle = rings.take(num_slots * slot_bytes)
+        channel.send(Prepare(epoch, num_slots, slot_bytes, handle=handle))
+        return CudaIpcLink(ring, num_slots, slot_bytes, rings)
 
     async def _prepare_gloo(self, channel: Channel[SenderMessage], epoch: int) -> Link:
         num_slots, slot_bytes = self._ring("gloo")

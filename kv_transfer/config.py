@@ -31,7 +31,7 @@ class TransferConfig:
             )
 
     def chunk_bytes_of(self, link: str) -> int:
-        """A shared-memory ring should stay in the processors' last cache; gloo pays more for every message."""
+        """A shared-memory ring should stay in the processors' last cache; the others pay more for every message."""
         if self.chunk_bytes is not None:
             return self.chunk_bytes
         return 2 << 20 if link == "shm" else 4 << 20

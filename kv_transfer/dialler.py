@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from ..core import handshake
 from ..core.messages import TransferAddress
 from .channel import Channel
+from .choice import Place, choose_link
+from .cuda_ipc import CudaIpcLink
 from .gloo import SENDER_RANK, GlooLink, address_family
 from .greeting import shake_hands
 from .link import Link, LinkError
@@ -47,9 +49,10 @@ class Dialler:
             pair.connected(channel, link, epoch, [answers.get_nowait() for _ in range(answers.qsize())])
 
     async def _connect(self, pair: OutboundPair, epoch: int) -> tuple[Channel[ReceiverMessage], Link, Answers]:
-        kind = self._link_kind(pair.target)
+        local, target = self._local, pair.target
+        kind = choose_link(Place(local.host_id, local.gpu_uuid), Place(target.host_id, target.gpu), local.transport)
         answers: Answers = asyncio.Queue()
-        sock = await _open_socket(pair.target, kind, self._local.token)
+        sock = await _open_socket(target, is_near=kind != "gloo" and target.host_id == local.host_id, token=local.token)
         channel: Channel[ReceiverMessage] = Channel(
             sock,
             ReceiverMessage,
@@ -63,9 +66,11 @@ class Dialler:
             prepare = _expected(await answers.get(), Prepare)
             if kind == "shm":
                 link = _attach(channel, prepare)
+            elif kind == "cuda_ipc":
+                link = self._open_ring(prepare)
             else:
-                limit_s = self._local.config.connect_timeout_s
-                gloo = link = GlooLink(SENDER_RANK, self._local.host, prepare.num_slots, prepare.slot_bytes, limit_s)
+                limit_s = local.config.connect_timeout_s
+                gloo = link = GlooLink(SENDER_RANK, local.host, prepare.num_slots, prepare.slot_bytes, limit_s)
                 loop = asyncio.get_running_loop()
                 await loop.run_in_executor(gloo.executor, gloo.connect, prepare.store_host, prepare.store_port)
             _expected(await answers.get(), Connected)
@@ -76,22 +81,19 @@ class Dialler:
             raise
         return channel, link, answers
 
-    def _link_kind(self, target: TransferAddress) -> str:
-        is_near = target.host_id == self._local.host_id
-        if self._local.transport == "auto":
-            return "shm" if is_near else "gloo"
-        if self._local.transport == "shm" and not is_near:
-            raise LinkError("transport is shm, but the two workers cannot share memory")
-        return self._local.transport
+    def _open_ring(self, prepare: Prepare) -> CudaIpcLink:
+        assert self._local.gpu is not None, "the link was chosen by it"
+        ring = self._local.gpu.open(prepare.handle, prepare.num_slots * prepare.slot_bytes)
+        return CudaIpcLink(ring, prepare.num_slots, prepare.slot_bytes)
 
 
-async def _open_socket(target: TransferAddress, kind: str, token: str) -> socket.socket:
+async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) -> socket.socket:
     """Connected, and both sides know each other."""
     address: Any
-    if kind == "gloo":
-        family, address = address_family(target.tcp_host), (target.tcp_host, target.tcp_port)
-    else:
+    if is_near:
         family, address = socket.AF_UNIX, "\0" + target.unix_name
+    else:
+        family, address = address_family(target.tcp_host), (target.tcp_host, target.tcp_port)
     sock = socket.socket(family)
     sock.setblocking(False)
     try:

@@ -11,17 +11,16 @@ from functools import partial
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .acceptor import Acceptor
+from .choice import TRANSPORTS
 from .config import MAX_PAYLOAD_BYTES, TransferConfig
 from .counters import TransferCounters
 from .dialler import Dialler
 from .events import Cancel, CommitReady, Computed, Expect, Extend, Open, PrefillDone
 from .hub import TransferHub, guarded
-from .interfaces import KVStore, TransferListener
+from .interfaces import Gpu, KVStore, TransferListener
 from .pair import Local
 from .shm import host_id
 from .span import Span
-
-TRANSPORTS = ("auto", "shm", "gloo")
 
 
 class TransferEndpoint:
@@ -39,10 +38,14 @@ class TransferEndpoint:
         host: str,
         transport: str = "auto",
         config: TransferConfig | None = None,
+        gpu: Gpu | None = None,
     ) -> None:
-        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret."""
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport: {transport!r} is not valid, expected one of {', '.join(TRANSPORTS)}")
+        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` is where the store's blocks
+        are, if not in the processor's memory."""
+        valid = [name for name in TRANSPORTS if gpu is not None or name != "cuda_ipc"]
+        if transport not in valid:
+            where = "" if gpu is not None else " on a processor"
+            raise ValueError(f"kv.transport: got {transport!r}, expected one of {', '.join(valid)}{where}")
         self._local = Local(
             worker_id=worker_id,
             incarnation=incarnation,
@@ -54,6 +57,7 @@ class TransferEndpoint:
             layout=store.layout,
             listener=listener,
             config=config or TransferConfig(),
+            gpu=gpu,
         )
         self._hub = TransferHub(self._local, Dialler(self._local))
         self._inbox: deque[Callable[[], None]] = deque()
@@ -83,6 +87,7 @@ class TransferEndpoint:
             unix_name=acceptor.unix_name,
             tcp_host=local.host,
             tcp_port=acceptor.tcp_port,
+            gpu=local.gpu_uuid,
         )
 
     def close(self) -> None:
@@ -112,11 +117,12 @@ class TransferEndpoint:
         num_cached_tokens: int = 0,
     ) -> None:
         """Blocks are reserved for what `source` (worker_id, incarnation) will push. The first `num_cached_tokens` are in
-        them already: they are neither sent nor written. Raises ValueError for what does not fit."""
+        them already: they are neither sent nor written. What this thread gave the device until now may still write to the
+        blocks. Raises ValueError for what does not fit."""
         self._check_table(block_ids, num_tokens)
         if not 0 <= num_cached_tokens <= num_tokens:
             raise ValueError(f"num_cached_tokens: {num_cached_tokens} is not valid, expected 0 to {num_tokens}")
-        event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens)
+        event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens, self._local.store.mark())
         self._post_or_raise(partial(self._hub.expect, source, event))
 
     # prefill side
@@ -133,10 +139,11 @@ class TransferEndpoint:
         self._post(partial(self._hub.feed_sender, transfer, Extend(transfer, tuple(block_ids))))
 
     def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        """The KV of these layers and tokens is final and may leave. Every cell is to be reported exactly once, also those
+        """The KV of these layers and tokens is final, or will be when the device has done what this thread gave it until now;
+        it may leave. Every cell is to be reported exactly once, also those
         that the worker's own prefix cache had; what the target has already is not sent."""
         span = Span(layer_start, layer_end, token_start, token_end)
-        self._post(partial(self._hub.feed_sender, transfer, Computed(transfer, span)))
+        self._post(partial(self._hub.feed_sender, transfer, Computed(transfer, span, self._local.store.mark())))
 
     def prefill_done(self, transfer: TransferId) -> None:
         """The last layer is computed: what is acknowledged by now was hidden behind the prefill."""
@@ -203,5 +210,6 @@ class TransferEndpoint:
         self._hub.close("the endpoint was closed")
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
+        await self._local.store_waits.finish(self._local.config.chunk_timeout_s)
         for link in self._local.retired:
             await asyncio.to_thread(link.join)

@@ -56,8 +56,11 @@ class Extend(Event, frozen=True):
 
 
 class Computed(Event, frozen=True):
+    """P: a part is final behind the store's mark."""
+
     transfer: TransferId
     span: Span
+    mark: int = 0
 
 
 class PrefillDone(Event, frozen=True):
@@ -85,6 +88,7 @@ class Expect(Event, frozen=True):
     block_ids: tuple[int, ...]
     num_tokens: int
     num_cached_tokens: int
+    mark: int = 0  # of the store
 
 
 class Arrived(Event, frozen=True):
@@ -102,7 +106,8 @@ class Stored(Event, frozen=True):
 
 
 class Corrupt(Event, frozen=True):
-    """The chunk's bytes are not those that were announced; the blocks are untouched by what was wrong."""
+    """The chunk's bytes are not those that were announced. The transfer's own blocks may have them, if its store checks what
+    it writes; nobody reads them before COMMIT."""
 
     epoch: int
     seq: int
@@ -144,6 +149,7 @@ class SendChunk(Command, frozen=True):
     span: Span
     num_bytes: int
     block_ids: list[int]
+    mark: int = 0
 
 
 class Receive(Command, frozen=True):
@@ -157,6 +163,7 @@ class Store(Command, frozen=True):
 
     chunk: Chunk
     block_ids: tuple[int, ...]
+    mark: int = 0
 
 
 class Sent(Command, frozen=True):

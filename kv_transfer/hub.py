@@ -9,6 +9,7 @@ from functools import partial
 
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
+from .choice import LINKS
 from .events import Cancel, Expect, Open, PeerGone, SenderEvent, Tick
 from .inbound import InboundPair
 from .outbound import Dial, OutboundPair
@@ -135,8 +136,10 @@ def refusal(connect: Connect, local: Local) -> str | None:
     if (connect.target_worker_id, connect.target_incarnation) != (local.worker_id, local.incarnation):
         wanted = f"{connect.target_worker_id} (incarnation {connect.target_incarnation})"
         return f"this is {local.name}, not {wanted}"
-    if connect.link not in ("shm", "gloo"):
-        return f"link {connect.link!r}, expected 'shm' or 'gloo'"
+    if connect.link not in LINKS:
+        return f"link {connect.link!r}, expected one of {', '.join(LINKS)}"
+    if connect.link == "cuda_ipc" and (not connect.gpu or connect.gpu != local.gpu_uuid):
+        return f"link 'cuda_ipc' from GPU {connect.gpu!r}, expected this worker's {local.gpu_uuid!r}"
     mismatch = local.layout.mismatch(connect.layout)
     if mismatch is not None:
         return f"the KV layouts differ in {mismatch}"

@@ -1,6 +1,7 @@
 """D's shell of one pair: takes chunks out of the ring into the blocks, carries the receiver's commands out."""
 
 import logging
+from functools import partial
 from typing import Any
 
 from .events import (
@@ -17,7 +18,7 @@ from .events import (
     Stored,
     StoreFailed,
 )
-from .interfaces import Stream
+from .interfaces import Pending, Slot, Stream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
 from .protocol import Chunk, Connect, SenderMessage
@@ -37,7 +38,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
 
     @property
     def is_idle(self) -> bool:
-        return self._receiver.is_idle and not self.num_preparing
+        return self._receiver.is_idle and not self.num_preparing and self._work.is_idle
 
     def attach(self, channel: Stream, link: Link, epoch: int) -> None:
         """A new link; one that still stands is of an older epoch and falls."""
@@ -65,7 +66,8 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
             case Received():
                 local.notify(local.listener.on_received, command.transfer, command.payload)
             case ReceiveFailed():
-                local.notify(local.listener.on_receive_failed, command.transfer, command.error)
+                tell = partial(local.notify, local.listener.on_receive_failed, command.transfer, command.error)
+                self._work.after(command.transfer, tell)  # a device may still write to its blocks
             case CloseLink():
                 self._drop_link()
 
@@ -87,17 +89,33 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         chunk = command.chunk
         if self._link is None or self._epoch != chunk.epoch:
             return  # it broke while the commands before this one were carried out; LinkDown is on its way
-        self.feed(self._write(command, self._link.slot(chunk.slot, chunk.num_bytes)))
-
-    def _write(self, command: Store, data: memoryview) -> Stored | Corrupt | StoreFailed:
-        local, chunk, span = self.local, command.chunk, command.chunk.span
+        data = self._link.slot(chunk.slot, chunk.num_bytes)
         try:
-            if local.store.checksum(data) != chunk.checksum:
-                return Corrupt(chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum")
-            local.store.scatter(span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data)
+            pending = self._write(command, data)
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
-            logger.exception("scattering %s of %s failed", span, chunk.transfer, extra=chunk.transfer.log_fields)
-            return StoreFailed(chunk.epoch, chunk.seq, f"scattering failed: {error!r}")
-        finally:
-            release(data)
+            outcome = self._outcome(chunk, error)
+        else:
+            if not isinstance(pending, int):
+                self._work.add(chunk.transfer, pending, data, lambda result: self.feed(self._outcome(chunk, result)))
+                return
+            outcome = self._outcome(chunk, pending)
+        release(data)
+        self.feed(outcome)
+
+    def _write(self, command: Store, data: Slot) -> int | Pending:
+        """The data's checksum; when it is wrong, nothing is written unless the store learns of it too late."""
+        store, chunk, span = self.local.store, command.chunk, command.chunk.span
+        checksum = store.checksum(data)
+        if checksum is not None and checksum != chunk.checksum:
+            return checksum
+        where = span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end
+        return store.scatter(*where, data, command.mark) or chunk.checksum
+
+    def _outcome(self, chunk: Chunk, result: int | BaseException) -> Stored | Corrupt | StoreFailed:
+        if isinstance(result, BaseException):
+            fields = chunk.transfer.log_fields
+            logger.error("scattering %s of %s failed", chunk.span, chunk.transfer, exc_info=result, extra=fields)
+            return StoreFailed(chunk.epoch, chunk.seq, f"scattering failed: {result!r}")
+        if result != chunk.checksum:
+            return Corrupt(chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum")
         return Stored(chunk.epoch, chunk.seq)

@@ -32,6 +32,11 @@ class InboundTransfer:
         return self.reservation.block_ids
 
     @property
+    def mark(self) -> int:
+        assert self.reservation is not None
+        return self.reservation.mark
+
+    @property
     def num_cached_tokens(self) -> int:
         assert self.reservation is not None
         return self.reservation.num_cached_tokens

@@ -6,13 +6,34 @@ from typing import Any, Protocol
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
 
+Slot = Any  # memory of a link's slot, handed to the store as it is: a memoryview, or a uint8 tensor on the link's GPU
+
+
+class Pending(Protocol):
+    """A store's work that its device has yet to do. A store's works are done in the order in which they were asked for."""
+
+    def is_done(self) -> bool:
+        """Cheap. Raises what went wrong."""
+        ...
+
+    def collect(self) -> int:
+        """Once it is done, and once: the checksum of the bytes that were read or written."""
+        ...
+
 
 class KVStore(Protocol):
     """Paged KV memory. Token `t` of a transfer lives in `block_ids[t // block_size]`; ranges are half-open and count from
-    the transfer's first token. Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens, head_dim], C-contiguous."""
+    the transfer's first token. Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens, head_dim], C-contiguous; another
+    format is the layout's `wire`.
+
+    A store on a device answers before the work is done, comes behind a mark, and checks what it scatters as it reads it."""
 
     @property
     def layout(self) -> KVLayout: ...
+
+    def mark(self) -> int:
+        """On the thread that gives steps to the device: names all that it was given until now. 0 where nothing is ahead."""
+        ...
 
     def gather(
         self,
@@ -21,13 +42,15 @@ class KVStore(Protocol):
         block_ids: Sequence[int],
         token_start: int,
         token_end: int,
-        out: memoryview,
-    ) -> int:
-        """Copy KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of what was copied."""
+        out: Slot,
+        after: int = 0,
+    ) -> int | Pending:
+        """Copy KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of what was copied.
+        The mark `after` was set when the last of it was computed, or given to the device to be."""
         ...
 
-    def checksum(self, data: memoryview) -> int:
-        """64 bits, the same on either side."""
+    def checksum(self, data: Slot) -> int | None:
+        """64 bits, the same on either side; None where `scatter` tells it."""
         ...
 
     def scatter(
@@ -37,9 +60,25 @@ class KVStore(Protocol):
         block_ids: Sequence[int],
         token_start: int,
         token_end: int,
-        data: memoryview,
-    ) -> None:
-        """Copy `data` into the blocks; touches no other token of them."""
+        data: Slot,
+        after: int = 0,
+    ) -> Pending | None:
+        """Copy `data` into the blocks; touches no other token of them. None: it is done. The mark `after` was set when the
+        blocks were reserved."""
+        ...
+
+
+class Gpu(Protocol):
+    """The GPU that holds a store's blocks: memory on it that two processes see."""
+
+    uuid: str
+
+    def allocate(self, num_bytes: int) -> "tuple[Slot, bytes]":
+        """Memory that lives as long as this process, and what another needs to `open` it. Raises LinkError."""
+        ...
+
+    def open(self, handle: bytes, num_bytes: int) -> Slot:
+        """Memory of another process; it is let go with the last tensor over it. Raises LinkError."""
         ...
 
 

@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from ..core.errors import PdserveError
+from .interfaces import Slot
 
 
 class LinkError(PdserveError):
@@ -19,18 +20,26 @@ class TransferTimeout(LinkError):
     """The other side did not keep up."""
 
 
-class Link(Protocol):
-    """A ticket is what `wait` waits for; None says that the operation is done already."""
-
-    num_slots: int
-    slot_bytes: int
+class Waiter(Protocol):
+    """Who can wait for a ticket."""
 
     @property
     def executor(self) -> Executor | None:
         """Where `wait` belongs; None for links that never return a ticket."""
         ...
 
-    def slot(self, slot: int, num_bytes: int) -> memoryview:
+    def wait(self, ticket: Any, timeout_s: float) -> None:
+        """Blocks until what the ticket stands for is done, or raises."""
+        ...
+
+
+class Link(Waiter, Protocol):
+    """A ticket is what `wait` waits for; None says that the operation is done already."""
+
+    num_slots: int
+    slot_bytes: int
+
+    def slot(self, slot: int, num_bytes: int) -> Slot:
         """The first `num_bytes` of this side's memory of `slot`."""
         ...
 
@@ -56,7 +65,8 @@ class Link(Protocol):
         ...
 
 
-def release(view: memoryview) -> None:
+def release(slot: Slot) -> None:
     """Take a slot's view back from whoever kept it, so that the ring's memory can go with its link."""
-    with suppress(BufferError):  # somebody built on it; then it goes when they do
-        view.release()
+    if isinstance(slot, memoryview):
+        with suppress(BufferError):  # somebody built on it; then it goes when they do
+            slot.release()

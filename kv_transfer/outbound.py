@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from ..core.messages import TransferAddress
@@ -49,11 +50,11 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         self._on_end = on_end
         self._sender = TransferSender(local.layout, local.config, local.counters, target.worker_id)
         self._dialling: Dialling | None = None
-        self._ungathered: set[TransferId] = set()  # a chunk of theirs could not leave, and the machine has yet to hear of it
+        self._spoilt: set[TransferId] = set()  # a chunk of theirs cannot leave, and one side has yet to hear of it
 
     @property
     def is_idle(self) -> bool:
-        return self._sender.is_idle
+        return self._sender.is_idle and self._work.is_idle
 
     def _handle(self, event: SenderEvent, now_s: float) -> list[SenderCommand]:
         return self._sender.handle(event, now_s)
@@ -63,8 +64,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         match command:
             case SendChunk():
                 self._send_chunk(command)
-            case Send(Commit(transfer=transfer)) if transfer in self._ungathered:
-                pass  # decided before the machine knew; the peer would take it for a breach of the protocol
+            case Send(Commit() as commit):
+                self._work.after(commit.transfer, partial(self._send_commit, commit))  # behind its last chunk
             case Send():
                 if self._channel is not None:
                     self._channel.send(command.message)
@@ -72,9 +73,10 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                 self._on_end(command.transfer)
                 local.notify(local.listener.on_sent, command.transfer, command.stats)
             case SendFailed():
-                self._ungathered.discard(command.transfer)
+                if self._work.is_under_way(command.transfer):
+                    self._spoilt.add(command.transfer)
                 self._on_end(command.transfer)
-                local.notify(local.listener.on_send_failed, command.transfer, command.error)
+                self._work.after(command.transfer, partial(self._tell_failure, command))  # a device may still read its blocks
             case OpenLink():
                 self._dialling = self._dial(self, next(local.epochs))
             case CloseLink():
@@ -84,29 +86,59 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                 self._drop_link()
 
     def _send_chunk(self, command: SendChunk) -> None:
-        link, channel, epoch, span = self._link, self._channel, self._epoch, command.span
-        if link is None or channel is None or epoch is None:
+        link, epoch, span = self._link, self._epoch, command.span
+        if link is None or epoch is None:
             return  # it broke while the commands before this one were carried out; LinkDown is on its way
         data = link.slot(command.slot, command.num_bytes)
         try:
-            checksum = self.local.store.gather(
-                span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data
+            gathered = self.local.store.gather(
+                span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data, command.mark
             )
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
-            logger.exception("gathering %s of %s failed", span, command.transfer, extra=command.transfer.log_fields)
-            self._ungathered.add(command.transfer)
-            self.feed(GatherFailed(epoch, command.transfer, command.seq, f"gathering failed: {error!r}"))
-            return
-        finally:
             release(data)
-        channel.send(Chunk(epoch, command.transfer, command.seq, command.slot, span, command.num_bytes, checksum))
+            self._spoilt.add(command.transfer)
+            self._on_gathered(epoch, command, error)
+            return
+        if isinstance(gathered, int):
+            release(data)
+            self._on_gathered(epoch, command, gathered)
+        else:
+            self._work.add(command.transfer, gathered, data, partial(self._on_gathered, epoch, command))
+
+    def _on_gathered(self, epoch: int, command: SendChunk, result: int | BaseException) -> None:
+        """The chunk is in its slot, with this checksum, or it is not."""
+        transfer, seq = command.transfer, command.seq
+        if epoch != self._epoch:
+            return
+        if isinstance(result, BaseException):
+            logger.error("gathering %s of %s failed", command.span, transfer, exc_info=result, extra=transfer.log_fields)
+            self.feed(GatherFailed(epoch, transfer, seq, f"gathering failed: {result!r}"))
+        elif transfer in self._spoilt:
+            self.feed(GatherFailed(epoch, transfer, seq, "the transfer had ended"))
+        else:
+            self._announce(Chunk(epoch, transfer, seq, command.slot, command.span, command.num_bytes, result))
+
+    def _announce(self, chunk: Chunk) -> None:
+        link, channel = self._link, self._channel
+        assert link is not None and channel is not None, "they go with their epoch"
+        channel.send(chunk)
         try:
-            ticket = link.send(command.slot, command.num_bytes, command.seq)
+            ticket = link.send(chunk.slot, chunk.num_bytes, chunk.seq)
         except LinkError as error:
-            self._link_failed(epoch, str(error))
+            self._link_failed(chunk.epoch, str(error))
             return
         if ticket is not None:
             self._when_done(ticket, lambda: None)
+
+    def _send_commit(self, commit: Commit) -> None:
+        """Unless the transfer cannot be complete: it was decided before the machine knew, and would be a breach of the
+        protocol."""
+        if self._channel is not None and commit.epoch == self._epoch and commit.transfer not in self._spoilt:
+            self._channel.send(commit)
+
+    def _tell_failure(self, failed: SendFailed) -> None:
+        self._spoilt.discard(failed.transfer)
+        self.local.notify(self.local.listener.on_send_failed, failed.transfer, failed.error)
 
     # dialling
 
@@ -122,6 +154,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             epoch=epoch,
             link=kind,
             layout=local.layout,
+            gpu=local.gpu_uuid,
         )
 
     def connected(self, channel: Stream, link: Link, epoch: int, early: Iterable[ReceiverMessage | LinkError]) -> None:

@@ -3,7 +3,7 @@
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
 from .events import Open
-from .planner import ChunkPlanner
+from .planner import ChunkPlanner, Ready
 from .span import Span
 from .states import OUTBOUND_TRANSITIONS, Machine, OutboundState
 
@@ -24,7 +24,7 @@ class OutboundTransfer:
         self.num_in_flight = 0
         self.credits = 0
         self._layout = layout
-        self._early: list[Span] = []
+        self._early: list[Ready] = []
         self._planner: ChunkPlanner | None = None
         self._num_bytes = 0
         self._num_chunks = 0
@@ -43,25 +43,25 @@ class OutboundTransfer:
             raise ValueError(f"accepted from token {token_start} of {self.num_tokens} with {num_credits} credits")
         layout = self._layout
         whole = Span(0, layout.num_layers, token_start, self.num_tokens)
-        bytes_per_cell = layout.bytes_per_token // layout.num_layers
+        bytes_per_cell = layout.wire_bytes_per_cell
         # The last chunk cannot hide behind the prefill: of a small transfer it should not be the greater part.
         wanted_bytes = max(whole.num_cells * bytes_per_cell // _WANTED_CHUNKS, _MIN_CHUNK_BYTES, bytes_per_cell)
         self._planner = ChunkPlanner(whole, bytes_per_cell, min(chunk_bytes, wanted_bytes))
         self.credits = num_credits
-        for span in self._early:
-            self._planner.add(span)
+        for ready in self._early:
+            self._planner.add(*ready)
         self._early.clear()
 
-    def computed(self, span: Span) -> None:
+    def computed(self, span: Span, mark: int = 0) -> None:
         """Raises ValueError for spans that have come before, lie outside, or have no blocks."""
         if span.token_end > len(self.block_ids) * self._layout.block_size:
             raise ValueError(f"{span} was computed, but there are {len(self.block_ids)} blocks only")
         if self._planner is None:
-            self._early.append(span)
+            self._early.append(Ready(span, mark))
         else:
-            self._planner.add(span)
+            self._planner.add(span, mark)
 
-    def next_chunk(self) -> Span | None:
+    def next_chunk(self) -> Ready | None:
         if self._planner is None or self.num_in_flight >= self.credits:
             return None
         return self._planner.take(flush=self.payload is not None)

@@ -14,15 +14,17 @@ from typing import Any, Generic, TypeVar
 from ..core.messages import KVLayout
 from .config import TransferConfig
 from .counters import TransferCounters
+from .cuda_ipc import RingShelf
 from .events import LinkDown, LinkUp
-from .interfaces import KVStore, Stream, TransferListener
-from .link import Link, LinkError
+from .interfaces import Gpu, KVStore, Stream, TransferListener
+from .link import Link, LinkError, Waiter
+from .store_work import StoreWaits, StoreWork
 
 logger = logging.getLogger(__name__)
 
 
-# (link, ticket, timeout_s, done): calls `done` with the error of the link's operation, or None, when it is over
-Wait = Callable[[Link, Any, float, Callable[[BaseException | None], None]], None]
+# (waiter, ticket, timeout_s, done): calls `done` with the error of what the ticket stands for, or None, when it is over
+Wait = Callable[[Waiter, Any, float, Callable[[BaseException | None], None]], None]
 
 
 @dataclass
@@ -44,6 +46,16 @@ class Local:
     epochs: Iterator[int] = field(default_factory=lambda: count(1))  # one for each link that we open
     counters: TransferCounters = field(default_factory=TransferCounters)
     retired: list[Link] = field(default_factory=list)  # killed, and not gone yet
+    gpu: Gpu | None = None  # that holds the store's blocks
+    rings: RingShelf | None = field(init=False)  # on it
+    store_waits: StoreWaits = field(default_factory=StoreWaits)
+
+    def __post_init__(self) -> None:
+        self.rings = None if self.gpu is None else RingShelf(self.gpu)
+
+    @property
+    def gpu_uuid(self) -> str:
+        return "" if self.gpu is None else self.gpu.uuid
 
     @property
     def name(self) -> str:
@@ -71,6 +83,7 @@ class Pair(ABC, Generic[E, C]):
         self._channel: Stream | None = None
         self._link: Link | None = None
         self._epoch: int | None = None
+        self._work = StoreWork(local)
 
     @abstractmethod
     def _handle(self, event: E | LinkUp | LinkDown, now_s: float) -> list[C]:
@@ -136,9 +149,9 @@ class Pair(ABC, Generic[E, C]):
             then()
 
 
-def wait_on_executor(link: Link, ticket: Any, timeout_s: float, done: Callable[[BaseException | None], None]) -> None:
-    """Wait on the link's own thread; `done` hears of it on the running loop."""
-    waiting = asyncio.get_running_loop().run_in_executor(link.executor, link.wait, ticket, timeout_s)
+def wait_on_executor(waiter: Waiter, ticket: Any, timeout_s: float, done: Callable[[BaseException | None], None]) -> None:
+    """Wait on the waiter's own thread; `done` hears of it on the running loop."""
+    waiting = asyncio.get_running_loop().run_in_executor(waiter.executor, waiter.wait, ticket, timeout_s)
     waiting.add_done_callback(lambda waited: done(None if waited.cancelled() else waited.exception()))
 
 

@@ -1,8 +1,17 @@
 """P's chunk plan: what the forward pass has finished comes in, chunks of the right size go out."""
 
+from typing import NamedTuple
+
 from .span import Coverage, Span
 
 _TOKEN_ALIGNMENT = 16  # cuts between tokens fall on block boundaries of the usual block sizes
+
+
+class Ready(NamedTuple):
+    """A part that may leave, and the store's mark behind which it is final."""
+
+    span: Span
+    mark: int
 
 
 class ChunkPlanner:
@@ -14,7 +23,7 @@ class ChunkPlanner:
         self._whole = whole
         self._coverage = Coverage(whole)
         self._max_cells = chunk_bytes // bytes_per_cell
-        self._ready: list[Span] = []
+        self._ready: list[Ready] = []
 
     @property
     def is_empty(self) -> bool:
@@ -25,33 +34,37 @@ class ChunkPlanner:
         """Cells that have not been computed."""
         return self._coverage.num_missing
 
-    def add(self, span: Span) -> None:
+    def add(self, span: Span, mark: int = 0) -> None:
         """`span` is final. Raises ValueError when part of it was added before or is no part of the transfer."""
         wanted = span.without_tokens_before(self._whole.token_start)
         if wanted is None:
             return
         self._coverage.add(wanted)
-        self._ready.append(wanted)
+        self._ready.append(Ready(wanted, mark))
         while self._join(len(self._ready) - 1):
             continue
 
-    def take(self, flush: bool) -> Span | None:
+    def take(self, flush: bool) -> Ready | None:
         """The next chunk, or None; `flush` takes what is not full too."""
-        for index, span in enumerate(self._ready):
+        for index, (span, mark) in enumerate(self._ready):
             if flush or self._is_full(span):
                 chunk, rest = self._cut(span)
-                self._ready[index : index + 1] = rest
+                self._ready[index : index + 1] = [Ready(each, mark) for each in rest]
                 self._join(index)
-                return chunk
+                return Ready(chunk, mark)
         return None
 
     def _join(self, index: int) -> bool:
-        """Let the span at `index`, if there is one, continue the one before it, if it does."""
+        """Let the span at `index`, if there is one, continue the one before it, if it does. One that fills a chunk is not to
+        wait for more, which is computed later."""
         if not 0 < index < len(self._ready):
             return False
-        joined = self._ready[index - 1].joined(self._ready[index])
+        before, this = self._ready[index - 1 : index + 1]
+        if self._is_full(before.span):
+            return False
+        joined = before.span.joined(this.span)
         if joined is not None:
-            self._ready[index - 1 : index + 1] = [joined]
+            self._ready[index - 1 : index + 1] = [Ready(joined, max(before.mark, this.mark))]
         return joined is not None
 
     def _is_full(self, span: Span) -> bool:

@@ -15,7 +15,7 @@ from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .span import Span
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
@@ -27,18 +27,21 @@ class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=Tr
     target_worker_id: str
     target_incarnation: int
     epoch: int
-    link: str  # "shm" or "gloo"
+    link: str  # one of `choice.LINKS`
     layout: KVLayout
+    gpu: str = ""  # as in TransferAddress
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """D's staging ring, and where to meet for it: `shm` sends its memory with this frame, `gloo` names a store."""
+    """D's staging ring, and where to meet for it: `shm` sends its memory with this frame, `cuda_ipc` a handle of it, `gloo`
+    names a store."""
 
     epoch: int
     num_slots: int
     slot_bytes: int
     store_host: str = ""
     store_port: int = 0
+    handle: bytes = b""
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -48,7 +48,7 @@ class TransferReceiver:
 
     def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
         self._layout = layout
-        self._bytes_per_cell = layout.bytes_per_token // layout.num_layers
+        self._bytes_per_cell = layout.wire_bytes_per_cell
         self._config = config
         self._counters = counters
         self._link = Machine(f"link from {peer}", LINK_TRANSITIONS, LinkState.DOWN)
@@ -204,7 +204,7 @@ class TransferReceiver:
             transfer = None  # it ended while its bytes were under way
         match event:
             case Arrived() if transfer is not None:
-                self._out.append(Store(chunk, transfer.block_ids))
+                self._out.append(Store(chunk, transfer.block_ids, transfer.mark))
                 return
             case Corrupt():
                 self._nack(chunk.transfer, event.error)

@@ -48,7 +48,7 @@ class TransferSender:
 
     def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
         self._layout = layout
-        self._bytes_per_cell = layout.bytes_per_token // layout.num_layers
+        self._bytes_per_cell = layout.wire_bytes_per_cell
         self._config = config
         self._counters = counters
         self._link = Machine(f"link to {peer}", LINK_TRANSITIONS, LinkState.DOWN)
@@ -111,7 +111,7 @@ class TransferSender:
         match event:
             case Computed():
                 try:
-                    transfer.computed(event.span)
+                    transfer.computed(event.span, event.mark)
                 except ValueError as error:
                     self._fail(transfer, str(error))
             case Extend():
@@ -235,18 +235,18 @@ class TransferSender:
         for transfer in list(self._transfers.values()):
             if transfer.state is not OutboundState.SENDING:
                 continue
-            while self._free_slots and (span := transfer.next_chunk()) is not None:
-                self._send_chunk(transfer, span)
+            while self._free_slots and (ready := transfer.next_chunk()) is not None:
+                self._send_chunk(transfer, *ready)
             if transfer.is_announced:
                 self._commit(transfer)
 
-    def _send_chunk(self, transfer: OutboundTransfer, span: Span) -> None:
+    def _send_chunk(self, transfer: OutboundTransfer, span: Span, mark: int) -> None:
         num_bytes = span.num_cells * self._bytes_per_cell
         slot, seq = self._free_slots.pop(), self._next_seq
         self._next_seq += 1
         self._in_flight[seq] = _InFlight(transfer, slot, num_bytes, self._now_s)
         transfer.chunk_sent(num_bytes, self._now_s)
-        self._out.append(SendChunk(transfer.id, seq, slot, span, num_bytes, transfer.block_ids))
+        self._out.append(SendChunk(transfer.id, seq, slot, span, num_bytes, transfer.block_ids, mark))
 
     def _commit(self, transfer: OutboundTransfer) -> None:
         if transfer.num_missing:

@@ -124,8 +124,18 @@ class ChainStore:
 
     # KVStore
 
+    def mark(self) -> int:
+        return 0  # `_final_s` says when a step's words are there
+
     def gather(
-        self, layer_start: int, layer_end: int, block_ids: Seq[int], token_start: int, token_end: int, out: memoryview
+        self,
+        layer_start: int,
+        layer_end: int,
+        block_ids: Seq[int],
+        token_start: int,
+        token_end: int,
+        out: memoryview,
+        after: int = 0,
     ) -> int:
         if self._fails():
             raise StoreFault
@@ -146,7 +156,14 @@ class ChainStore:
         return zlib.crc32(data)
 
     def scatter(
-        self, layer_start: int, layer_end: int, block_ids: Seq[int], token_start: int, token_end: int, data: memoryview
+        self,
+        layer_start: int,
+        layer_end: int,
+        block_ids: Seq[int],
+        token_start: int,
+        token_end: int,
+        data: memoryview,
+        after: int = 0,
     ) -> None:
         if self._fails():
             raise StoreFault

@@ -122,7 +122,7 @@ class Placer:
             if not decode.has_decode_room(job.num_tokens, len(job.choices)):
                 continue
             held = self._cached_tokens(job, decode, depths)
-            num_bytes = (job.num_tokens - held) * decode.info.layout.bytes_per_token
+            num_bytes = (job.num_tokens - held) * decode.info.layout.wire_bytes_per_token
             itl_s, load = self._decode_itl_s(job, decode), decode_load(decode)
             for option in options:
                 if option.worker is not decode and option.worker.layout == decode.layout:

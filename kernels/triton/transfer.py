@@ -14,6 +14,7 @@ import triton.language as tl
 from ..interface import check_wire
 from ..wire import INT8_STEPS, SMALLEST_ROW, KVPart, WireFormat, check_part
 from .launch import Launch, cdiv, power_of_two
+from .paged_attention import to_device
 
 _WORD = 8
 _WORDS_PER_PROGRAM = 2048
@@ -21,6 +22,8 @@ _VALUES_PER_PROGRAM = 4096
 _KEY_STEP = tl.constexpr(0x9E3779B185EBCA87)
 _INT8_STEPS = tl.constexpr(float(INT8_STEPS))
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
+# Each chunk has its own: kernels made for some of them would be compiled in the middle of transfers.
+_OF_A_CHUNK = ["first_layer", "first_token", "num_tokens"]
 
 
 def gather_part(
@@ -55,7 +58,7 @@ def _transfer(
     to_wire: bool,
 ) -> torch.Tensor:
     check_part(cache, block_ids, part, buffer, wire_format)
-    ids = torch.tensor(block_ids, dtype=torch.int32).to(cache.device)
+    ids = to_device(torch.tensor(block_ids, dtype=torch.int32), cache.device)
     total = torch.zeros(1, dtype=torch.int64, device=cache.device)
     transfer_launch(cache, ids, part, buffer, wire_format, to_wire, total).run()
     return total
@@ -107,7 +110,7 @@ def _raw_launch(cache: torch.Tensor, part: KVPart, buffer: torch.Tensor, common:
         "BLOCK_TOKENS": block_tokens,
     }
     grid = (2 * len(part.layers) * len(part.heads), cdiv(len(part.tokens), block_tokens))
-    return Launch(_move_words, grid, arguments, num_warps=4, num_stages=1)
+    return Launch(_move_words, grid, arguments, num_warps=8, num_stages=1)
 
 
 def _int8_launch(cache: torch.Tensor, part: KVPart, buffer: torch.Tensor, common: dict[str, Any]) -> Launch:
@@ -158,7 +161,7 @@ def _cache_rows(
     return ((plane * num_blocks + blocks) * NUM_KV_HEADS + head) * BLOCK_SIZE + tokens % BLOCK_SIZE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_A_CHUNK)
 def _move_words(
     cache: tl.tensor,
     wire: tl.tensor,
@@ -199,7 +202,7 @@ def _move_words(
     tl.atomic_add(total, tl.sum(sums, 0).to(tl.int64), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_OF_A_CHUNK, "num_value_words"])
 def _move_int8(
     cache: tl.tensor,
     words: tl.tensor,

@@ -70,7 +70,7 @@ slo:
     [
         ("kernels: cuda", "kernels: got 'cuda', expected one of 'auto', 'native' or 'torch'"),
         ("kernels: null", "kernels: got nothing, expected one of 'auto', 'native' or 'torch'"),
-        ("kv: {transport: nccl}", "kv.transport: got 'nccl', expected one of 'auto', 'shm' or 'gloo'"),
+        ("kv: {transport: nccl}", "kv.transport: got 'nccl', expected one of 'auto', 'shm', 'gloo' or 'cuda_ipc'"),
         ("kv: {block_size: 12}", "kv.block_size: got 12, expected auto or a multiple of 8"),
         ("limits: {max_n: '2'}", "limits.max_n: got '2', expected an integer"),
         ("limits: {max_n: true}", "limits.max_n: got true, expected an integer"),

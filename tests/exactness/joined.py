@@ -14,6 +14,7 @@ from pdserve.grammar.messages import Setup
 from pdserve.grammar.thread import GrammarThread
 from pdserve.kv_transfer.config import TransferConfig
 from pdserve.kv_transfer.endpoint import TransferEndpoint
+from pdserve.kv_transfer.interfaces import Gpu
 from pdserve.prefill_worker.worker import PrefillWorker
 
 TOKEN = "a secret of this test"
@@ -69,10 +70,12 @@ class JoinedEngines:
         kernels: str = "auto",
         dtype: str = "float32",
         set_up: Callable[[], Setup] | None = None,
+        open_engine: Callable[[Path, EngineOptions], Engine] = Engine.open,
+        gpu: Gpu | None = None,
     ) -> None:
-        """`set_up`: of the grammar processes, where requests follow grammars."""
+        """`set_up`: of the grammar processes, where requests follow grammars. `gpu`: that holds the engines' caches."""
         self.engines = [
-            Engine.open(
+            open_engine(
                 checkpoint,
                 EngineOptions(
                     dtype=dtype,  # type: ignore[arg-type]
@@ -98,6 +101,7 @@ class JoinedEngines:
                 host="127.0.0.1",
                 transport=transport,
                 config=config,
+                gpu=gpu,
             )
             for engine, name in ((p, "prefill-0"), (d, "decode-0"))
         ]

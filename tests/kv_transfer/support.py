@@ -4,6 +4,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint
+from pdserve.kv_transfer.interfaces import Gpu
 
 WAIT_S = 60.0  # far more than anything here takes
 FAST = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=0.4, lease_s=30.0)
@@ -58,6 +60,9 @@ class ArrayStore:
         picked: npt.NDArray[np.uint8] = self.cache[:, :, :, self._slots(block_ids, token_start, token_end)]
         return picked
 
+    def mark(self) -> int:
+        return 0
+
     def gather(
         self,
         layer_start: int,
@@ -66,6 +71,7 @@ class ArrayStore:
         token_start: int,
         token_end: int,
         out: memoryview,
+        after: int = 0,
     ) -> int:
         if self.gather_error is not None:
             raise self.gather_error
@@ -84,6 +90,7 @@ class ArrayStore:
         token_start: int,
         token_end: int,
         data: memoryview,
+        after: int = 0,
     ) -> None:
         size = self.layout.block_size
         written = set(block_ids[token_start // size : (token_end - 1) // size + 1])
@@ -166,9 +173,11 @@ class Worker:
         token: str = "secret",
         config: TransferConfig = FAST,
         incarnation: int = 1,
+        store: Any = None,
+        gpu: Gpu | None = None,
     ) -> None:
         self.key = (name, incarnation)
-        self.store = ArrayStore(kv_layout, num_blocks, seed)
+        self.store = ArrayStore(kv_layout, num_blocks, seed) if store is None else store
         self.ends = Recorder(self.store)
         self.endpoint = TransferEndpoint(
             self.store,
@@ -179,6 +188,7 @@ class Worker:
             host="127.0.0.1",
             transport=transport,
             config=config,
+            gpu=gpu,
         )
         self.address: TransferAddress = self.endpoint.start()
 

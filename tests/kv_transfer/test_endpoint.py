@@ -119,7 +119,7 @@ def test_bad_arguments_are_refused_at_once() -> None:
             receiver.endpoint.expect(T, sender.key, [1], 8, 9)
         with pytest.raises(ValueError, match="num_tokens: 0"):
             sender.endpoint.send(T, receiver.address, [1], 0)
-    with pytest.raises(ValueError, match="transport: 'pigeon'"):
+    with pytest.raises(ValueError, match="got 'pigeon', expected one of auto, shm, gloo on a processor"):
         Worker("p", layout(), transport="pigeon")
     with pytest.raises(ValueError, match="chunk_bytes: 0"):
         TransferConfig(chunk_bytes=0)

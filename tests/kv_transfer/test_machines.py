@@ -84,8 +84,8 @@ def test_a_small_transfer_leaves_in_eighths_so_that_most_of_it_hides() -> None:
     transfer = OutboundTransfer(Open(T, (0, 1), 64), large, 0.0)
     transfer.accept(0, 100, 2 << 20)
     for layer in range(16):
-        transfer.computed(Span(layer, layer + 1, 0, 64))
-        assert transfer.next_chunk() == (Span(layer - 1, layer + 1, 0, 64) if layer % 2 else None)
+        transfer.computed(Span(layer, layer + 1, 0, 64), mark=layer)
+        assert transfer.next_chunk() == ((Span(layer - 1, layer + 1, 0, 64), layer) if layer % 2 else None)
 
 
 def test_the_figures_tell_hidden_from_exposed() -> None:

@@ -43,15 +43,20 @@ def test_the_plan_sends_every_computed_cell_once_in_chunks_that_fit(
     planner = ChunkPlanner(Span(0, num_layers, num_cached, num_tokens), 100, max_cells * 100 + 50)
     cuts = sorted(data.draw(st.sets(st.integers(1, num_tokens), max_size=4)) | {0, num_tokens})
     sent: list[tuple[int, int]] = []
+    marks: dict[tuple[int, int], int] = {}
 
     def drain(flush: bool) -> None:
-        while (chunk := planner.take(flush)) is not None:
-            assert 0 < chunk.num_cells <= max_cells
-            sent.extend(cells(chunk))
+        while (ready := planner.take(flush)) is not None:
+            assert 0 < ready.span.num_cells <= max_cells
+            wanted = [marks[cell] for cell in cells(ready.span)]
+            assert ready.mark >= max(wanted), "it leaves before it is computed"
+            sent.extend(cells(ready.span))
 
     for start, end in pairwise(cuts):
         for layer in range(num_layers):
-            planner.add(Span(layer, layer + 1, start, end))
+            span, mark = Span(layer, layer + 1, start, end), len(marks)
+            marks.update(dict.fromkeys(cells(span), mark))
+            planner.add(span, mark)
             if data.draw(st.booleans()):
                 drain(flush=False)
     assert planner.num_missing == 0
@@ -64,11 +69,18 @@ def test_small_layers_leave_together_once_they_fill_a_chunk() -> None:
     planner = ChunkPlanner(Span(0, 8, 0, 4), bytes_per_cell=1, chunk_bytes=12)
     taken = []
     for layer in range(8):
-        planner.add(Span(layer, layer + 1, 0, 4))
+        planner.add(Span(layer, layer + 1, 0, 4), mark=layer)
         taken.append(planner.take(flush=False))
-    full = [None, None, Span(0, 3, 0, 4), None, None, Span(3, 6, 0, 4), None, None]
+    full = [None, None, (Span(0, 3, 0, 4), 2), None, None, (Span(3, 6, 0, 4), 5), None, None]
     assert taken == full
-    assert planner.take(flush=True) == Span(6, 8, 0, 4)
+    assert planner.take(flush=True) == (Span(6, 8, 0, 4), 7)
+
+
+def test_layers_that_wait_for_slots_are_not_held_up_by_the_last_of_them() -> None:
+    planner = ChunkPlanner(Span(0, 4, 0, 10), bytes_per_cell=1, chunk_bytes=10)
+    for layer in range(4):
+        planner.add(Span(layer, layer + 1, 0, 10), mark=layer)
+    assert [planner.take(flush=False) for _ in range(4)] == [(Span(layer, layer + 1, 0, 10), layer) for layer in range(4)]
 
 
 def test_tails_of_token_chunks_grow_together_across_layers() -> None:
@@ -76,8 +88,8 @@ def test_tails_of_token_chunks_grow_together_across_layers() -> None:
     chunks = []
     for layer in range(4):
         planner.add(Span(layer, layer + 1, 0, 40))
-        while (chunk := planner.take(flush=False)) is not None:
-            chunks.append(chunk)
+        while (ready := planner.take(flush=False)) is not None:
+            chunks.append(ready.span)
     assert any(chunk.num_layers > 1 for chunk in chunks)
     assert sum(chunk.num_cells for chunk in chunks) == 160
 

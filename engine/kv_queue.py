@@ -1,0 +1,141 @@
+"""KV out of and into a GPU's cache: queued on a stream of its own, behind the steps that write what is taken."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import torch
+
+from ..kernels.wire import KVPart, MovePart, WireFormat, part_bytes
+from .device import Device, Event
+
+_SMALLEST_BUFFER = 64
+
+
+class Queued:
+    """Implements `kv_transfer.interfaces.Pending`: a gather or a scatter on its way."""
+
+    def __init__(self, event: Event, collect: Callable[[], int], memory: torch.Tensor) -> None:
+        self._event = event
+        self._collect = collect
+        self._memory = memory  # in use until the work is done
+
+    def is_done(self) -> bool:
+        return self._event.query()
+
+    def collect(self) -> int:
+        return self._collect()
+
+
+class KVQueue:
+    """Queues for one cache. `mark` is for the engine's thread, the rest is for the transfer's.
+
+    A gather comes behind the mark that was set when its tokens had been queued to be computed. A scatter comes behind one that
+    was set when its blocks were reserved: until there, a step may still write for a sequence which had them and has ended.
+    """
+
+    def __init__(
+        self,
+        cache: torch.Tensor,
+        device: Device,
+        wire_format: WireFormat,
+        gather_part: MovePart,
+        scatter_part: MovePart,
+    ) -> None:
+        self._cache, self._device, self._format = cache, device, wire_format
+        self._gather_part, self._scatter_part = gather_part, scatter_part
+        self._pinned = PinnedBuffers(device)
+        self._marks: dict[int, Event] = {}  # oldest first; those before the first are reached
+        self._numbers = count(1)
+
+    def mark(self) -> int:
+        """Names all that the current stream has been given until now. Never 0, increasing."""
+        while self._marks and self._marks[oldest := next(iter(self._marks))].query():
+            del self._marks[oldest]
+        event, number = self._device.event(), next(self._numbers)
+        event.record()
+        self._marks[number] = event
+        return number
+
+    def gather(self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview, after: int) -> Queued:
+        """`out` is on the device, or the host's; then it is written by `collect`."""
+        with self._device.side_stream():
+            self._come_behind(after)
+            if isinstance(out, torch.Tensor):
+                return self._queued(self._gather_part(self._cache, block_ids, part, out, self._format), out)
+            num_bytes = part_bytes(self._cache, part, self._format)
+            on_device = torch.empty(num_bytes, dtype=torch.uint8, device=self._device.torch_device)
+            total = self._gather_part(self._cache, block_ids, part, on_device, self._format)
+            staged = self._pinned.take(num_bytes)
+            staged.copy_(on_device, non_blocking=True)
+            return self._queued(total, staged, lambda: self._copy_out(staged, out))
+
+    def scatter(self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview, after: int) -> Queued:
+        """Its checksum is of what it wrote."""
+        with self._device.side_stream():
+            self._come_behind(after)
+            if isinstance(data, torch.Tensor):
+                return self._queued(self._scatter_part(self._cache, block_ids, part, data, self._format), data)
+            staged = self._pinned.take(len(data))
+            staged.copy_(torch.frombuffer(data, dtype=torch.uint8))
+            on_device = staged.to(self._device.torch_device, non_blocking=True)
+            total = self._scatter_part(self._cache, block_ids, part, on_device, self._format)
+            return self._queued(total, staged, lambda: self._pinned.give_back(staged))
+
+    def warm_up(self) -> None:
+        """Compile the kernels while nobody waits for them: block 0 is taken, and put back."""
+        part = KVPart(range(1), range(self._cache.shape[3]), range(self._cache.shape[4]))
+        num_bytes = part_bytes(self._cache, part, self._format)
+        with self._device.side_stream():
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device.torch_device)
+            self._gather_part(self._cache, [0], part, buffer, self._format)
+            self._scatter_part(self._cache, [0], part, buffer, self._format)
+            event = self._device.event()
+            event.record()
+        event.synchronize()
+
+    def _come_behind(self, mark: int) -> None:
+        event = self._marks.get(mark)
+        if event is not None:
+            event.wait()
+
+    def _queued(self, total: torch.Tensor, memory: torch.Tensor, finish: Callable[[], None] = lambda: None) -> Queued:
+        """What copies the checksum to the host ends the work; `finish` follows when it is collected."""
+        on_host = self._pinned.take(total.numel() * total.itemsize).view(torch.int64)
+        on_host.copy_(total, non_blocking=True)
+        event = self._device.event()
+        event.record()
+
+        def collect() -> int:
+            checksum = int(on_host.item()) & 0xFFFFFFFFFFFFFFFF
+            self._pinned.give_back(on_host)
+            finish()
+            return checksum
+
+        return Queued(event, collect, memory)
+
+    def _copy_out(self, staged: torch.Tensor, out: memoryview) -> None:
+        torch.frombuffer(out, dtype=torch.uint8).copy_(staged)
+        self._pinned.give_back(staged)
+
+
+class PinnedBuffers:
+    """Host memory to copy from and to while the host goes on, used again and again: to pin some takes milliseconds."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by size; lists, as two threads share them
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes], whatever is in it."""
+        size = 1 << (max(num_bytes, _SMALLEST_BUFFER) - 1).bit_length()
+        try:
+            whole = self._free[size].pop()
+        except IndexError:
+            whole = self._device.pinned(torch.empty(size, dtype=torch.uint8))
+        return whole[:num_bytes]
+
+    def give_back(self, taken: torch.Tensor) -> None:
+        """What `take` gave, when the device is through with it."""
+        whole = torch.empty(0, dtype=torch.uint8).set_(taken.untyped_storage())
+        self._free[len(whole)].append(whole)

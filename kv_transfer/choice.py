@@ -1,0 +1,39 @@
+"""Which link a pair takes: by where the two workers keep their KV, and by what `kv.transport` asks for."""
+
+from typing import NamedTuple
+
+from .link import LinkError
+
+LINKS = ("shm", "gloo", "cuda_ipc")
+TRANSPORTS = ("auto", *LINKS)
+
+
+class Place(NamedTuple):
+    """Of one worker's KV."""
+
+    host_id: str
+    gpu: str  # a UUID; empty on a processor
+
+
+def choose_link(mine: Place, theirs: Place, transport: str) -> str:
+    """One of LINKS. Two GPUs that are not one meet in host memory, as a GPU and a processor do. Raises LinkError."""
+    possible = [link for link in LINKS if _is_possible(link, mine, theirs)]
+    if transport == "auto":
+        return next(link for link in ("cuda_ipc", "shm", "gloo") if link in possible)
+    if transport not in possible:
+        raise LinkError(f"kv.transport: got {transport!r}, expected auto or {' or '.join(possible)}: {_WANTED[transport]}")
+    return transport
+
+
+_WANTED = {
+    "shm": "the two workers cannot share memory",
+    "cuda_ipc": "the two workers are not on one GPU",
+}
+
+
+def _is_possible(link: str, mine: Place, theirs: Place) -> bool:
+    if link == "shm":
+        return mine.host_id == theirs.host_id
+    if link == "cuda_ipc":
+        return mine.gpu != "" and mine.gpu == theirs.gpu
+    return True

@@ -1,0 +1,69 @@
+"""Link for two processes on one GPU: P gathers straight into D's staging ring there."""
+
+from typing import Any
+
+from .interfaces import Gpu, Slot
+
+
+class CudaIpcLink:
+    """Both sides' view of the ring. P announces a chunk when its gather is done, so D may read at once."""
+
+    executor = None
+
+    def __init__(self, ring: Slot, num_slots: int, slot_bytes: int, rings: "RingShelf | None" = None) -> None:
+        """`rings` gets D's ring back."""
+        self.is_gone = False
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        self._ring = ring
+        self._rings = rings
+
+    def slot(self, slot: int, num_bytes: int) -> Slot:
+        start = slot * self.slot_bytes
+        return self._ring[start : start + num_bytes]
+
+    def send(self, slot: int, num_bytes: int, seq: int) -> None:
+        """The bytes are in the ring since they were gathered."""
+
+    def recv(self, slot: int, num_bytes: int, seq: int) -> None:
+        """The bytes were in the ring before they were announced."""
+
+    def wait(self, ticket: Any, timeout_s: float) -> None:
+        raise AssertionError("a link within a GPU has no tickets")
+
+    def kill(self) -> None:
+        """Slots that the store still works on live on with it."""
+        if not self.is_gone:
+            self.is_gone = True
+            if self._rings is not None:
+                self._rings.put_back(self._ring)
+            self._ring = None
+
+    def join(self) -> None:
+        """Nothing outlives `kill`."""
+
+
+class RingShelf:
+    """D's rings: never freed, since a peer may have one open, but used again.
+
+    A peer that was taken for dead may still write into a ring which is another pair's by now. Chunks are checked in the same
+    pass that writes them to their blocks, so that costs the other pair a NACK, and nobody a wrong byte.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._unused: list[Slot] = []
+        self._handles: dict[int, bytes] = {}  # by the ring's id
+
+    def take(self, num_bytes: int) -> tuple[Slot, bytes]:
+        """A ring, and its handle. All are of one size. Raises LinkError."""
+        if not self._unused:
+            ring, handle = self._gpu.allocate(num_bytes)
+            self._unused.append(ring)
+            self._handles[id(ring)] = handle
+        ring = self._unused.pop()
+        assert len(ring) == num_bytes, "an endpoint's rings are of one size"
+        return ring, self._handles[id(ring)]
+
+    def put_back(self, ring: Slot) -> None:
+        self._unused.append(ring)

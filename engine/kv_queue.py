@@ -59,34 +59,40 @@ class KVQueue:
 
     def gather(self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview, after: int) -> Queued:
         """`out` is on the device, or the host's; then it is written by `collect`."""
+        total = self._place_of_sum()
         with self._device.side_stream():
             self._come_behind(after)
             if isinstance(out, torch.Tensor):
-                return self._queued(self._gather_part(self._cache, block_ids, part, out, self._format), out)
+                total.copy_(self._gather_part(self._cache, block_ids, part, out, self._format), non_blocking=True)
+                return self._queued(total, out)
             num_bytes = part_bytes(self._cache, part, self._format)
-            on_device = torch.empty(num_bytes, dtype=torch.uint8, device=self._device.torch_device)
-            total = self._gather_part(self._cache, block_ids, part, on_device, self._format)
             staged = self._pinned.take(num_bytes)
+            on_device = torch.empty(num_bytes, dtype=torch.uint8, device=self._device.torch_device)
+            total.copy_(self._gather_part(self._cache, block_ids, part, on_device, self._format), non_blocking=True)
             staged.copy_(on_device, non_blocking=True)
             return self._queued(total, staged, lambda: self._copy_out(staged, out))
 
     def scatter(self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview, after: int) -> Queued:
-        """Its checksum is of what it wrote."""
+        """Its checksum is of what it wrote. What may fail for want of memory comes first: nothing is written when it raises."""
+        total = self._place_of_sum()
         with self._device.side_stream():
             self._come_behind(after)
             if isinstance(data, torch.Tensor):
-                return self._queued(self._scatter_part(self._cache, block_ids, part, data, self._format), data)
+                total.copy_(self._scatter_part(self._cache, block_ids, part, data, self._format), non_blocking=True)
+                return self._queued(total, data)
             staged = self._pinned.take(len(data))
             staged.copy_(torch.frombuffer(data, dtype=torch.uint8))
             on_device = staged.to(self._device.torch_device, non_blocking=True)
-            total = self._scatter_part(self._cache, block_ids, part, on_device, self._format)
+            total.copy_(self._scatter_part(self._cache, block_ids, part, on_device, self._format), non_blocking=True)
             return self._queued(total, staged, lambda: self._pinned.give_back(staged))
 
     def warm_up(self) -> None:
         """Compile the kernels while nobody waits for them: block 0 is taken, and put back."""
         part = KVPart(range(1), range(self._cache.shape[3]), range(self._cache.shape[4]))
         num_bytes = part_bytes(self._cache, part, self._format)
+        filled = self.mark()
         with self._device.side_stream():
+            self._come_behind(filled)
             buffer = torch.empty(num_bytes, dtype=torch.uint8, device=self._device.torch_device)
             self._gather_part(self._cache, [0], part, buffer, self._format)
             self._scatter_part(self._cache, [0], part, buffer, self._format)
@@ -99,16 +105,18 @@ class KVQueue:
         if event is not None:
             event.wait()
 
+    def _place_of_sum(self) -> torch.Tensor:
+        """int64 [1] on the host."""
+        return self._pinned.take(8).view(torch.int64)
+
     def _queued(self, total: torch.Tensor, memory: torch.Tensor, finish: Callable[[], None] = lambda: None) -> Queued:
-        """What copies the checksum to the host ends the work; `finish` follows when it is collected."""
-        on_host = self._pinned.take(total.numel() * total.itemsize).view(torch.int64)
-        on_host.copy_(total, non_blocking=True)
+        """The work ends here; `finish` follows when it is collected."""
         event = self._device.event()
         event.record()
 
         def collect() -> int:
-            checksum = int(on_host.item()) & 0xFFFFFFFFFFFFFFFF
-            self._pinned.give_back(on_host)
+            checksum = int(total.item()) & 0xFFFFFFFFFFFFFFFF
+            self._pinned.give_back(total)
             finish()
             return checksum
 

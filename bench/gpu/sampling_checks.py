@@ -1,4 +1,4 @@
-"""Drawn tokens beside the reference's: the same random numbers, so the same tokens."""
+"""Drawn tokens beside the reference's: the same random numbers, so the same tokens; and a grammar's masks."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,6 +7,7 @@ import torch
 
 from pdserve.kernels.sampling import SamplingBatch, sample as reference_sample
 from pdserve.kernels.triton.sampling import sample
+from pdserve.kernels.triton.token_mask import mask_tokens
 
 from .batches import num_different
 from .cases import Case
@@ -26,6 +27,7 @@ _FILTERS = [  # temperature, top_k, top_p, min_p
 def cases(device: str, is_toy: bool) -> Iterator[Case]:
     for vocab_size in (500,) if is_toy else (128_256, 151_936, 50_257):
         yield Case(f"sampling, {vocab_size} tokens", 0.0, partial(_error, vocab_size, 2 if is_toy else 8, device))
+        yield Case(f"a grammar's masks, {vocab_size} tokens", 0.0, partial(_mask_error, vocab_size, device))
 
 
 def _error(vocab_size: int, num_rows: int, device: str) -> float:
@@ -46,3 +48,14 @@ def _error(vocab_size: int, num_rows: int, device: str) -> float:
         index=torch.arange(count, dtype=torch.int32),
     )
     return num_different(sample(logits.to(device), batch.to(device)), reference_sample(logits, batch))
+
+
+def _mask_error(vocab_size: int, device: str) -> float:
+    """How many logits are not as they must be; one row of three has no mask."""
+    logits, rows = torch.randn(3, vocab_size), torch.tensor([2, 0], dtype=torch.int32)
+    bits = torch.randint(256, (2, -(-vocab_size // 8)), dtype=torch.uint8)
+    allowed = torch.stack([bits >> bit & 1 for bit in range(8)], dim=-1).flatten(1)[:, :vocab_size].bool()
+    masked = logits.clone().to(device)
+    mask_tokens(masked, rows.to(device), bits.to(device))
+    logits[rows.long()] = logits[rows.long()].masked_fill(~allowed, -torch.inf)
+    return num_different(masked, logits)

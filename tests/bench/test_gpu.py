@@ -64,6 +64,7 @@ BREAKAGES = [  # where, what, its replacement, the checks that must notice
     ),
     (attention_checks.HostDevice, "capture", lambda self, work: type("Graph", (), {"replay": stale_graph})(), "captured"),
     (sampling_checks, "sample", one_element(lambda x: x + 1, sampling_checks.sample), "sampling"),
+    (sampling_checks, "mask_tokens", lambda logits, rows, bits: None, "masks"),
     (wire_checks.transfer, "checksum", one_element(lambda x: x + 1, wire_checks.transfer.checksum), "gather"),
     (wire_checks.transfer, "scatter_part", lambda cache, *rest: wire_checks.transfer.checksum(rest[2]), "gather"),
 ]

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import grpc
-from peers.pdserve_peer import ColocatedWorker
+from peers.pdserve_peer import ColocatedWorker, open_engine
 from peers.protocol import PeerOptions
 
 from pdserve.cluster.launch import launch
@@ -77,7 +77,7 @@ def measure(num_requests: int = 40, num_prompt_tokens: int = 256, num_new_tokens
     options = PeerOptions(MODEL_DIR, "embedded", "bfloat16", num_threads=1, num_repeats=1, cases=())
     with running_cluster() as stub:
         os.environ["OMP_NUM_THREADS"] = "1"
-        worker = ColocatedWorker(options)
+        worker = ColocatedWorker(open_engine(options))
         for number in range(num_requests + 3):
             prompt = [rng.randrange(10, 2000) for _ in range(num_prompt_tokens)]
             if number == 3:  # the first ones warm up

@@ -22,10 +22,15 @@ def demo() -> None:
 
 
 def demo_config() -> ClusterConfig:
-    """One instance of each pool, on half a core each where there is only one, and a free port."""
+    """One instance of each pool, on half a core or half a GPU each where there is only one, and a free port."""
     from ..engine.gpu import probe_node
 
-    pool = {"instances": 1, "cpus_per_instance": 1.0 if len(probe_node().cores) > 1 else 0.5}
+    node = probe_node()
+    pool = {
+        "instances": 1,
+        "cpus_per_instance": 1.0 if len(node.cores) > 1 else 0.5,
+        "gpus_per_instance": 1.0 if len(node.usable_devices) > 1 else 0.5,
+    }
     settings = {"pools": {"prefill": pool, "decode": pool}, "listen": {"grpc": "127.0.0.1:0", "http": None}}
     return ClusterConfig.model_validate(settings | {"routing": {"prefill_on_decode": "never"}})
 

@@ -2,14 +2,16 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from ..core.config import ClusterConfig, ListenSection
+from ..core.config import ClusterConfig
 from ..core.config_file import load_cluster_config
+from ..core.config_listen import ListenSection
 from ..core.config_types import format_size
 from ..core.errors import CapacityError
-from ..engine.plan import TYPICAL_TOKENS, Plan, PoolPlan, plan
+from ..engine.plan import TYPICAL_TOKENS, GpuPlan, Plan, PoolPlan, plan
 
 DEFAULT_FILE = Path("cluster.yaml")
 
@@ -58,6 +60,7 @@ def show_plan(file: Path | None, output: str) -> None:
 def plan_json(planned: Plan) -> str:
     values = asdict(planned)
     values["pools"] = [asdict(pool) | {"role": pool.role.value} for pool in planned.pools]
+    values["gpus"] = [asdict(gpu) | {"instances": [role.value for role in gpu.instances]} for gpu in planned.gpus]
     values["findings"] = [finding.message for finding in planned.findings]
     return json.dumps(values, indent=2)
 
@@ -68,8 +71,19 @@ def plan_text(planned: Plan) -> str:
         f"weights   {format_size(planned.weights_bytes)} an instance",
         f"KV cache  {format_size(planned.kv_bytes_per_token)} a token, blocks of {planned.block_size} tokens",
         f"length    {planned.max_model_len} tokens of prompt and output",
+        f"device    {planned.device} ({planned.why_device})",
+        *map(_gpu_line, planned.gpus),
     ]
     return "\n".join([*lines, *(line for pool in planned.pools for line in _pool_lines(pool, planned.max_model_len))])
+
+
+def _gpu_line(gpu: GpuPlan) -> str:
+    counts = Counter(role.value for role in gpu.instances)
+    holds = " and ".join(f"{count} {role}" for role, count in counts.items()) or "nothing"
+    return (
+        f"GPU {gpu.index:<5} {gpu.name} of {gpu.node}: {format_size(gpu.total_bytes)}, {format_size(gpu.free_bytes)} free now; "
+        f"planned: {holds}, {format_size(gpu.planned_bytes)}"
+    )
 
 
 def _pool_lines(pool: PoolPlan, max_model_len: int) -> list[str]:
@@ -77,10 +91,13 @@ def _pool_lines(pool: PoolPlan, max_model_len: int) -> list[str]:
     sequences = f"{pool.num_max_len_sequences} of {max_model_len} tokens"
     if max_model_len > TYPICAL_TOKENS:
         sequences += f", or {pool.num_typical_sequences} of {TYPICAL_TOKENS}"
+    gpu = "" if pool.gpu_share is None else f"{pool.gpu_share:g} GPU and "
+    kind = "memory    " if pool.gpu_share is None else "GPU memory"
+    measured = " (about: workers take what they find)" if pool.is_measured else ""
     return [
         "",
-        f"{pool.role.value}: {instances} of {pool.num_cpus:g} core{'s' * (pool.num_cpus != 1)}, {pool.num_threads} thread"
+        f"{pool.role.value}: {instances} of {gpu}{pool.num_cpus:g} core{'s' * (pool.num_cpus != 1)}, {pool.num_threads} thread"
         f"{'s' * (pool.num_threads != 1)}",
-        f"  memory     {format_size(pool.instance_bytes)} an instance, {format_size(pool.kv_cache_bytes)} of it KV cache",
+        f"  {kind} {format_size(pool.instance_bytes)} an instance, {format_size(pool.kv_cache_bytes)} of it KV cache{measured}",
         f"  sequences  {sequences} fit into {pool.num_blocks} blocks",
     ]

@@ -42,6 +42,19 @@ def reason_of(error: RayError) -> str:
     return lines[0] if began else f"the process did not start: {lines[-1]}"
 
 
+def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
+    """Of a worker's actor. Which of its node's GPUs it gets is Ray's choice; Ray shows the process no other."""
+    variables = {"OMP_NUM_THREADS": str(spec.pool.num_threads)}
+    if spec.device == "cuda":
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # indices mean to CUDA what they mean to NVML and to Ray
+    return {
+        "num_cpus": spec.pool.num_cpus,
+        "num_gpus": spec.need.gpu_share,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
+        "runtime_env": {"env_vars": variables},
+    }
+
+
 @ray.remote(max_restarts=0, max_concurrency=2)
 class WorkerActor:
     """Hosts one worker. `run` occupies one of the actor's threads for as long as the worker lives, `stop` needs the other."""
@@ -105,9 +118,7 @@ class KeeperActor:
     async def start(self, spec: WorkerSpec, placement: Placement) -> Outcome:
         """Start a worker's process. Returns when nothing is left of it."""
         actor = WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
-            num_cpus=spec.pool.num_cpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(placement.node_id, soft=False),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.pool.num_threads)}},
+            **options_of(spec, placement)
         ).remote(WORKER, replace(spec, cores=placement.cores))
         outcome = asyncio.get_running_loop().create_task(outcome_of(actor.run.remote()))
         self._kept[spec.key] = _Kept(spec, placement, actor, outcome)

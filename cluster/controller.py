@@ -85,7 +85,7 @@ class Controller:
         loop = asyncio.get_running_loop()
         newest = {spec.worker_id: spec for spec, _ in living}
         for spec, placement in living:
-            self._cores.take_back(spec.key, placement, spec.core_share)
+            self._cores.take_back(spec.key, placement, spec.need)
             process = self.processes[spec.key] = Process(spec, loop.time(), phase="reconnecting")
             process.watch = self._spawn(self._watch(spec.key))
             if newest[spec.worker_id] is not spec:
@@ -175,9 +175,8 @@ class Controller:
     def _place(self, key: Key) -> None:
         """Start the actor, or leave it waiting while processes that are about to end hold the cores."""
         process = self.processes[key]
-        pool = process.spec.pool
         try:
-            placement = self._cores.take(key, pool.devices_per_instance, process.spec.core_share)
+            placement = self._cores.take(key, process.spec.need)
         except CapacityError as error:
             process.phase = f"waiting: {error}"
             return

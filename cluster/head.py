@@ -2,19 +2,18 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import ray
 
 from .. import __version__
-from ..core.config import ClusterConfig
+from ..core.config import ClusterConfig, DeviceKind
 from ..core.errors import InvalidRequest
 from ..core.latency import LatencyModel
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
-from ..engine.gpu import Node, probe_node
 from ..engine.plan import plan
 from ..router.core import Router
 from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
@@ -31,7 +30,10 @@ from .head_config import pool_sizes, pools_are_alike, priors, router_config, ste
 from .head_spec import Doors, HeadSpec
 from .head_telemetry import HeadTelemetry
 from .keeper import RayKeeper
+from .nodes import RayNodes
 from .worker_spec import WorkerSpec
+
+log = logging.getLogger(__name__)
 
 NUMBERS_OF_A_HEAD = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
 STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
@@ -51,6 +53,8 @@ class Head:
     def __init__(self, spec: HeadSpec) -> None:
         self._spec = spec
         self._config: ClusterConfig  # in force
+        self._device: DeviceKind  # of its instances; fixed while the cluster runs
+        self._nodes = RayNodes()
         self._num_applied = 0
         self._door: Any = None
         self._is_listening = False
@@ -65,8 +69,12 @@ class Head:
         """
         spec = self._spec
         config = self._config = await spec.keeper.config.remote()
-        self._plan = plan(config, ray_nodes())
+        nodes = await self._nodes.probe()
+        self._plan = plan(config if spec.doors is None else config.on(spec.doors.device), nodes)
         self._plan.check()
+        self._device = self._plan.device
+        if not spec.generation:
+            log.info("device: %s (%s)", self._device, self._plan.why_device)
         self._started_s = asyncio.get_running_loop().time()
         fleet = Fleet(
             FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=pools_are_alike(config)),
@@ -74,7 +82,9 @@ class Head:
         )
         self._controller = Controller(
             fleet,
-            CoreAllocator({node.name: len(node.cores) for node in ray_nodes()}),
+            CoreAllocator(
+                {node.name: len(node.cores) for node in nodes}, {node.name: len(node.usable_devices) for node in nodes}
+            ),
             RayKeeper(spec.keeper),
             self._worker_spec,
             self._on_change,
@@ -102,7 +112,7 @@ class Head:
         self._on_change()
         if not spec.generation:
             self._controller.handle(Apply(pool_sizes(config)))
-        return Doors(self._door.grpc_address, self._door.http_address, self._control_port)
+        return Doors(self._door.grpc_address, self._door.http_address, self._control_port, self._device)
 
     async def wait(self) -> None:
         """Returns when the cluster has been shut down."""
@@ -159,7 +169,7 @@ class Head:
             await asyncio.sleep(STATUS_INTERVAL_S)
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
-        plan(config, ray_nodes()).check()
+        plan(config.on(self._device), await self._nodes.probe()).check()
         if not dry_run:
             self._config = config
             self._num_applied += 1  # calls of the keeper may overtake each other
@@ -215,13 +225,14 @@ class Head:
         )
 
     def _worker_spec(self, action: StartWorker) -> WorkerSpec:
-        (num_blocks,) = (pool.num_blocks for pool in self._plan.pools if pool.role is action.role)
+        (pool,) = (pool for pool in self._plan.pools if pool.role is action.role)
         return WorkerSpec(
             worker_id=action.worker_id,
             incarnation=action.incarnation,
             role=action.role,
             config=self._config,
-            num_blocks=num_blocks,
+            device=self._device,
+            num_blocks=None if pool.is_measured else pool.num_blocks,
             router_address=(self._host, self._control_port),
             token=self._spec.token,
             host=self._spec.host,
@@ -269,16 +280,3 @@ class Head:
             num_restarts=member.num_restarts,
             stalled_s=routed.stalled_s if routed else 0.0,
         )
-
-
-def ray_nodes() -> tuple[Node, ...]:
-    """The machines of the Ray cluster, as the planner counts them; their names are Ray's node ids."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    if len(alive) == 1:
-        return (replace(probe_node(), name=alive[0]["NodeID"]),)
-    return tuple(_ray_node(node["NodeID"], node["Resources"]) for node in alive)
-
-
-def _ray_node(name: str, resources: Mapping[str, float]) -> Node:
-    memory = int(resources.get("memory", 0))
-    return Node(name, tuple(range(int(resources.get("CPU", 0)))), memory, memory)

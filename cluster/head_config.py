@@ -6,14 +6,18 @@ from ..core.config import ClusterConfig
 from ..core.latency import LatencyPriors
 from ..core.messages import Role
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
+from ..engine.gpu_peaks import Peaks, peaks_of
 from ..engine.plan import Plan
 from ..router.config import RouterConfig
 from ..telemetry.steps import StepCosts
 
-# what a core and a link of an ordinary machine do; only the first placements depend on it
+# what a core, a GPU and links of ordinary machines do; only the first placements depend on it
 CORE_FLOPS_PER_S = 1e11
 MEMORY_BYTES_PER_S = 2e10
 LINK_BYTES_PER_S = 5e9
+GPU_PEAKS = Peaks(312e12, 1.555e12)  # of one whose name says nothing to us
+GPU_LINK_BYTES_PER_S = 2e10
+REACHED = 0.5  # of a GPU's peaks
 
 
 def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
@@ -38,18 +42,27 @@ def router_config(config: ClusterConfig) -> RouterConfig:
 
 
 def priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
-    """What steps should take, by arithmetic on an ordinary core; the model learns the rest from the first steps on."""
-    num_threads = max(pool.num_threads for pool in plan.pools)
+    """What steps should take, by arithmetic on an ordinary core or the GPU that is there; the model learns the rest from the
+    first steps on."""
+    flops_per_s, bytes_per_s, link_bytes_per_s = _rates(plan)
     checkpoint = open_checkpoint(resolve_model_path(config.model.path)).config
     return LatencyPriors.roofline(
         num_parameters=plan.num_parameters,
         weight_bytes=plan.weights_bytes,
         kv_bytes_per_token=plan.kv_bytes_per_token,
         attention_flops_per_square=4.0 * checkpoint.num_layers * checkpoint.q_size,
-        flops_per_s=CORE_FLOPS_PER_S * num_threads,
-        memory_bytes_per_s=MEMORY_BYTES_PER_S,
-        link_bytes_per_s=LINK_BYTES_PER_S,
+        flops_per_s=flops_per_s,
+        memory_bytes_per_s=bytes_per_s,
+        link_bytes_per_s=link_bytes_per_s,
     )
+
+
+def _rates(plan: Plan) -> tuple[float, float, float]:
+    """Of an instance: arithmetic, reading memory, and what its link carries, a second."""
+    if plan.device == "cpu":
+        return CORE_FLOPS_PER_S * max(pool.num_threads for pool in plan.pools), MEMORY_BYTES_PER_S, LINK_BYTES_PER_S
+    peaks = next((peaks_of(gpu.name) for gpu in plan.gpus if gpu.instances), None) or GPU_PEAKS
+    return REACHED * peaks.flops_per_s, REACHED * peaks.bytes_per_s, GPU_LINK_BYTES_PER_S
 
 
 def step_costs(config: ClusterConfig, plan: Plan) -> StepCosts:

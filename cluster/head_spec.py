@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.config import DeviceKind
 from ..telemetry.logs import LogSettings
 
 
 @dataclass(frozen=True)
 class Doors:
-    """Where a head listens; the next one listens there too."""
+    """Where a head listens; the next one listens there too, and starts workers on the same kind of device."""
 
     grpc: str
     http: str | None  # None: nowhere
     control_port: int
+    device: DeviceKind
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,11 @@ class _Ray:
     def _start(options: dict[str, Any]) -> "_Ray":
         temp_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # short: Ray's socket paths lie below it
         started = _Ray(temp_dir, token=RayToken())
+        node = probe_node()
         try:
             ray.init(
-                num_cpus=len(probe_node().cores),
+                num_cpus=len(node.cores),
+                num_gpus=len(node.usable_devices),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(started.temp_dir),

@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from ..core.messages import Hello, Holds, LoadProgress, Ready, TransferStats, WorkerCommand, WorkerInfo
+import msgspec
+
+from ..core.messages import Hello, Holds, LoadProgress, Ready, StepReport, TransferStats, WorkerCommand, WorkerInfo
 from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
-from ..engine.engine import Engine, EngineOptions
+from ..engine.engine import Engine
 from ..engine.sequence import Sequence as SequenceState
 from ..grammar.messages import Setup
 from ..grammar.thread import GrammarThread
@@ -29,22 +31,14 @@ from ..kv_transfer.cuda_memory import CudaGpu
 from ..kv_transfer.endpoint import TransferEndpoint
 from ..worker.held_legs import in_frames
 from ..worker.worker import Worker
+from .gpu_monitor import GpuMonitor
+from .worker_device import bind_to_cores, engine_options, names_of, own_gpu
 from .worker_link import RouterLink
 from .worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005  # at most so long does a busy engine thread hold back the transfer's and the connection's
-
-
-def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
-    """Bind this process, and every thread it will start, to cores given by position; returns their numbers."""
-    available = sorted(os.sched_getaffinity(0))
-    cores = tuple(available[position] for position in positions)
-    os.sched_setaffinity(0, cores)
-    return cores
-
-
 MASK_WAIT_S = 0.002  # at most so long does a step that is computed wait for masks
 RECONNECT_S = 0.1
 BRIEF_S = 1.0  # a connection that lasted less was refused
@@ -64,6 +58,7 @@ class WorkerProcess:
         self._masks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # apart, as a step in course takes them
         self._stopping = threading.Event()
         self._info: WorkerInfo | None = None  # None until it serves
+        self._monitor: GpuMonitor | None = None  # None on CPU
         self._greeted: RouterLink | None = None
         self._loading: LoadProgress | None = None  # the last that was told
         self._connected_s = self._served_s = time.monotonic()  # when a router was reached, and when one was there last
@@ -72,6 +67,7 @@ class WorkerProcess:
         """Load, serve until stopped or until no router has been there for a while, and leave nothing behind."""
         spec = self._spec
         cores = bind_to_cores(spec.cores)
+        gpu = own_gpu(spec.device)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         link = self._find_router()
         if link is None:
@@ -94,12 +90,17 @@ class WorkerProcess:
                 gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
             )
             grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
-            self._serve(engine, endpoint, grammars, cores)
+            if gpu is not None:
+                self._monitor = GpuMonitor(gpu)
+                self._monitor.start()
+            self._serve(engine, endpoint, grammars, names_of(cores, gpu))
         finally:
             self._stopping.set()  # the reader's thread does not look for another router
             if endpoint is not None:
                 endpoint.close()
             self._link.close()
+            if self._monitor is not None:
+                self._monitor.stop()
             if grammars is not None:
                 grammars.stop()
 
@@ -140,20 +141,10 @@ class WorkerProcess:
         return Setup(tokenizer_json(path), engine.config.vocab_size, engine.config.eos_token_ids)
 
     def _load_engine(self) -> Engine:
-        spec, config = self._spec, self._spec.config
-        options = EngineOptions(
-            dtype=config.model.dtype,
-            block_size=config.kv.num_tokens_per_block,
-            num_blocks=spec.num_blocks,
-            max_model_len=None if config.model.max_model_len == "auto" else config.model.max_model_len,
-            kernels=config.kernels,
-            num_threads=spec.pool.num_threads,
-            wire=config.kv.wire,
-        )
-        path = resolve_model_path(config.model.path)
-        return Engine.open(path, options, lambda fraction: self._progress("loading weights", fraction))
+        path = resolve_model_path(self._spec.config.model.path)
+        return Engine.open(path, engine_options(self._spec), lambda fraction: self._progress("loading weights", fraction))
 
-    def _serve(self, engine: Engine, endpoint: TransferEndpoint, grammars: GrammarThread, cores: tuple[int, ...]) -> None:
+    def _serve(self, engine: Engine, endpoint: TransferEndpoint, grammars: GrammarThread, devices: tuple[str, ...]) -> None:
         spec, pool = self._spec, self._spec.pool
         self._worker = Worker(
             spec.worker_id,
@@ -177,7 +168,7 @@ class WorkerProcess:
             max_batch_tokens=pool.max_batch_tokens,
             max_batch_size=pool.max_batch_size,
             address=endpoint.start(),
-            devices=tuple(f"cpu:{core}" for core in cores),
+            devices=devices,
             node=socket.gethostname(),
             pid=os.getpid(),
             kernels=engine.kernels.name,
@@ -256,5 +247,11 @@ class WorkerProcess:
         assert self._info is not None
         *before, last = in_frames(self._worker.held_legs())
         link.send(*(Holds(held=legs) for legs in before), Ready(info=self._info, held=last))
-        link.start_heartbeat(self._worker.report)
+        link.start_heartbeat(self._beat)
         self._link = self._greeted = link
+
+    def _beat(self) -> StepReport:
+        """On the heartbeat's thread: how the worker stands and, every few seconds, its GPU."""
+        report = self._worker.report()
+        gpu = None if self._monitor is None else self._monitor.take()
+        return report if gpu is None else msgspec.structs.replace(report, gpu=gpu)

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..core.config import ClusterConfig, PoolSection
+from ..core.config import ClusterConfig, DeviceKind, PoolSection
 from ..core.messages import Role
 from ..telemetry.logs import LogSettings
+from .cores import Need
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class WorkerSpec:
     incarnation: int
     role: Role
     config: ClusterConfig
-    num_blocks: int
+    device: DeviceKind  # what the configuration's came to
+    num_blocks: int | None  # None: as many as the GPU has room for
     router_address: tuple[str, int]
     token: str
     host: str | None  # the address that peers reach this node by; None: as Ray knows it
@@ -27,9 +29,12 @@ class WorkerSpec:
         return self.worker_id, self.incarnation
 
     @property
-    def core_share(self) -> float:
-        """Of each of its cores, how much it takes."""
-        return min(1.0, self.pool.num_cpus / self.pool.devices_per_instance)
+    def need(self) -> Need:
+        """What it takes of its node."""
+        pool = self.pool
+        on_gpu = self.device == "cuda"
+        num_cores = pool.num_host_cores if on_gpu else pool.devices_per_instance
+        return Need(num_cores, min(1.0, pool.num_cpus / num_cores), pool.gpu_share if on_gpu else None)
 
     @property
     def pool(self) -> PoolSection:

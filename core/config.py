@@ -5,35 +5,26 @@ is also its description in the JSON schema.
 """
 
 from collections.abc import Iterator, Mapping
+from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .config_types import (
-    AbsolutePath,
-    AutoBlockSize,
-    AutoPositiveInt,
-    AutoSize,
-    HostPort,
-    expected,
-    is_loopback,
-    parse_host_port,
-)
+from .config_listen import ListenSection
+from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, Part, expected
 from .messages import Role
 
-CPU_BLOCK_SIZE = 16
+BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 MAX_PROMPT_LOGPROBS = 1 << 18  # 15 bytes each: they go from worker to worker in the message that hands a request over
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+DeviceKind = Literal["cpu", "cuda"]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-class ModelSection(_Part):
+class ModelSection(Part):
     """The model that is served."""
 
     path: str = Field(default="embedded", min_length=1)
@@ -50,16 +41,18 @@ class ModelSection(_Part):
         return self.served_name or self.path.rstrip("/").rpartition("/")[2] or self.path
 
 
-class PoolSection(_Part):
+class PoolSection(Part):
     """All instances of one role. An instance is one replica of the model."""
 
     instances: NotNegative = 1
     """How many instances; may be changed while the cluster runs."""
     devices_per_instance: Positive = 1
-    """CPU cores (on GPU machines: GPUs) of one instance."""
+    """CPU cores of one instance; on GPUs 1, as an instance computes on one."""
+    gpus_per_instance: Share | None = None
+    """On GPUs: how much of its GPU one instance takes; a fraction such as 0.5 lets instances share one. By default 1."""
     cpus_per_instance: PositiveFloat | None = None
     """Cores to reserve for one instance; a fraction such as 0.5 lets instances share a core. By default
-    `devices_per_instance`."""
+    `devices_per_instance`. On GPUs these are the cores of the instance's host process."""
     threads: AutoPositiveInt = "auto"
     """Compute threads of one instance; auto: `devices_per_instance`."""
     max_batch_size: Positive = 256
@@ -67,7 +60,8 @@ class PoolSection(_Part):
     max_batch_tokens: Positive = Field(default=2048, validate_default=True)
     """Tokens in one step, at most; longer prompts are prefilled in chunks of this size."""
     kv_cache_bytes: AutoSize = "auto"
-    """Memory for the KV cache of one instance, as bytes or a size such as 512MiB; auto: by free memory."""
+    """Memory for the KV cache of one instance, as bytes or a size such as 512MiB; auto: by free memory, on GPUs what the
+    instance's share of the GPU leaves."""
 
     @field_validator("max_batch_tokens")
     @classmethod
@@ -83,11 +77,21 @@ class PoolSection(_Part):
         return self.devices_per_instance if self.cpus_per_instance is None else self.cpus_per_instance
 
     @property
+    def num_host_cores(self) -> int:
+        """Cores that an instance on a GPU runs on."""
+        return ceil(self.num_cpus)
+
+    @property
+    def gpu_share(self) -> float:
+        """Of its GPU, how much one instance takes where it computes on one."""
+        return 1.0 if self.gpus_per_instance is None else self.gpus_per_instance
+
+    @property
     def num_threads(self) -> int:
         return self.devices_per_instance if self.threads == "auto" else self.threads
 
 
-class PoolsSection(_Part):
+class PoolsSection(Part):
     """The two pools; the ratio of their instances is the prefill:decode ratio."""
 
     prefill: PoolSection = PoolSection()
@@ -103,7 +107,7 @@ class PoolsSection(_Part):
         return ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode))
 
 
-class SloSection(_Part):
+class SloSection(Part):
     """What latency counts as good: placement keeps to it, goodput is measured against it."""
 
     ttft_ms: PositiveFloat = 200.0
@@ -112,11 +116,11 @@ class SloSection(_Part):
     """Time between tokens."""
 
 
-class KvSection(_Part):
+class KvSection(Part):
     """The paged KV cache and its way from prefill to decode."""
 
     block_size: AutoBlockSize = "auto"
-    """Tokens a block, a multiple of 8; auto: 16 on CPU."""
+    """Tokens a block, a multiple of 8; auto: 16 on CPU, 64 on GPUs."""
     transport: Literal["auto", "shm", "gloo", "cuda_ipc"] = "auto"
     """auto: within a GPU (cuda_ipc) between workers that share one, else shared memory between workers of one host, and gloo
     between hosts; the KV of GPUs goes through host memory there."""
@@ -124,19 +128,18 @@ class KvSection(_Part):
     """The format of KV between workers. int8 takes about half of bfloat16's bytes, and rounds each head's keys, and values, to
     127 steps of the largest; on CPU, packing costs more than memory moves, so it is for slow networks."""
 
-    @property
-    def num_tokens_per_block(self) -> int:
-        return CPU_BLOCK_SIZE if self.block_size == "auto" else self.block_size
+    def num_tokens_per_block(self, device: DeviceKind) -> int:
+        return BLOCK_SIZES[device] if self.block_size == "auto" else self.block_size
 
 
-class RoutingSection(_Part):
+class RoutingSection(Part):
     """How requests are given to workers."""
 
     prefill_on_decode: Literal["auto", "never"] = "auto"
     """auto: a decode worker computes a prompt itself when that is predicted to be sooner, as for short or cached prompts."""
 
 
-class LimitsSection(_Part):
+class LimitsSection(Part):
     """What one client, or all of them together, may ask for."""
 
     max_queued_requests: Positive = 1024
@@ -175,72 +178,7 @@ class LimitsSection(_Part):
     """Bytes of one gRPC message, or of the body of an HTTP request; fixed while the cluster runs."""
 
 
-class TlsSection(_Part):
-    """TLS of what clients connect to; off without a certificate. Files that change are read again, without a restart."""
-
-    certificate: AbsolutePath | None = None
-    """The server's certificate and its intermediate ones (PEM)."""
-    key: AbsolutePath | None = None
-    """The certificate's private key (PEM, without a passphrase)."""
-    client_ca: AbsolutePath | None = None
-    """Certificates of the authorities that clients' certificates must come from (PEM); without it clients need none."""
-
-    @model_validator(mode="after")
-    def _whole(self) -> "TlsSection":
-        if (self.certificate is None) != (self.key is None):
-            raise expected("certificate and key together", got="one without the other")
-        if self.client_ca is not None and self.certificate is None:
-            raise expected("certificate and key beside client_ca", got="client_ca alone")
-        return self
-
-    @property
-    def is_on(self) -> bool:
-        return self.certificate is not None
-
-
-class ListenSection(_Part):
-    """Where clients connect, and by what they are let in. Other hosts reach only what is protected by TLS."""
-
-    tls: TlsSection = TlsSection()
-    api_keys: AbsolutePath | None = None
-    """The file of the keys that clients must have, a line a key, as `pdserve key new` makes them; without it they need none."""
-    allow_insecure: bool = False
-    """Listen to other hosts without TLS, or without knowing clients: for a network that keeps strangers out by itself."""
-    grpc: HostPort = "127.0.0.1:50051"
-    """HOST:PORT of the gRPC server; port 0 takes a free one. Addresses other than loopback need `tls`, and `api_keys` or
-    `tls.client_ca`; or `allow_insecure`."""
-    http: HostPort | None = "127.0.0.1:8000"
-    """HOST:PORT of the OpenAI-compatible HTTP server, protected in the same way; null: there is none."""
-
-    @field_validator("grpc", "http")
-    @classmethod
-    def _protected(cls, value: str | None, info: Any) -> str | None:
-        host, _ = parse_host_port(value) or ("127.0.0.1", 0)
-        tls, api_keys = info.data.get("tls"), info.data.get("api_keys", "")  # missing when they are wrong themselves
-        if is_loopback(host) or info.data.get("allow_insecure", True) or tls is None:
-            return value
-        if not tls.is_on:
-            raise expected("a loopback address such as 127.0.0.1:50051, or listen.tls, or listen.allow_insecure: true")
-        if api_keys is None and tls.client_ca is None:
-            raise expected("listen.api_keys or listen.tls.client_ca, to know clients by, or listen.allow_insecure: true")
-        return value
-
-    @property
-    def grpc_host_port(self) -> tuple[str, int]:
-        return _host_port(self.grpc)
-
-    @property
-    def http_host_port(self) -> tuple[str, int] | None:
-        return None if self.http is None else _host_port(self.http)
-
-
-def _host_port(address: str) -> tuple[str, int]:
-    host_port = parse_host_port(address)
-    assert host_port is not None, address
-    return host_port
-
-
-class ObservabilitySection(_Part):
+class ObservabilitySection(Part):
     """What is told of requests and processes. Metrics are always there."""
 
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -252,7 +190,7 @@ class ObservabilitySection(_Part):
     Without either there are no traces."""
 
 
-class ClusterConfig(_Part):
+class ClusterConfig(Part):
     """One pdserve cluster. Every key has a default that works on a laptop with two cores."""
 
     model: ModelSection = ModelSection()
@@ -263,12 +201,18 @@ class ClusterConfig(_Part):
     limits: LimitsSection = LimitsSection()
     listen: ListenSection = ListenSection()
     observability: ObservabilitySection = ObservabilitySection()
-    kernels: Literal["auto", "native", "torch"] = "auto"
-    """Compute kernels: the compiled ones, or torch only; auto: the compiled ones where they are there."""
-    device: Literal["auto", "cpu"] = "auto"
-    """What instances compute on."""
+    kernels: Literal["auto", "native", "torch", "triton"] = "auto"
+    """Compute kernels: on CPU the compiled ones (native), or torch only; on GPUs triton. auto: native where it is there, and
+    triton."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What instances compute on; auto: on GPUs where the cluster has some that torch can use, else on CPU. Settled when the
+    cluster starts."""
     drain_timeout_s: PositiveFloat = 120.0
     """How long running requests may take to end when an instance is removed or the cluster stops."""
+
+    def on(self, device: DeviceKind) -> "ClusterConfig":
+        """The same, with `device: auto` settled."""
+        return self.model_copy(update={"device": device})
 
     def changes_needing_restart(self, new: "ClusterConfig") -> list[str]:
         """The keys in which `new` differs and that a running cluster cannot take over."""

@@ -111,6 +111,8 @@ def _expected(error: ErrorDetails, loc: KeyPath) -> str:
             return f"more than {ctx['gt']:g}"
         case "greater_than_equal":
             return f"at least {ctx['ge']:g}"
+        case "less_than_equal":
+            return f"at most {ctx['le']:g}"
         case "model_type" | "dict_type":
             return f"a mapping with keys of {', '.join(_section(loc).model_fields)}"
     raise AssertionError(f"no wording for {error}")

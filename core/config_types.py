@@ -1,17 +1,24 @@
-"""Field types of cluster.yaml that pydantic does not have: `auto` or a number, sizes such as 512MiB, host:port."""
+"""What the sections of cluster.yaml are made of: their base, and field types that pydantic does not have, such as `auto` or a
+number, sizes such as 512MiB, host:port."""
 
 import ipaddress
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)")
 _UNIT_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?P<port>\d{1,5})")
+
+
+class Part(BaseModel):
+    """A section: unknown keys and values of other types are refused. The docstring under a field describes it in the schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 def expected(what: str, got: str | None = None) -> PydanticCustomError:

@@ -102,7 +102,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int
     max_batch_size: int
     address: TransferAddress
-    devices: tuple[str, ...]  # "cpu:3" or "cuda:0"
+    devices: tuple[str, ...]  # "cpu:3", or "cuda:" and the GPU's UUID
     node: str
     pid: int
     kernels: str  # the implementation chosen at start
@@ -174,6 +174,28 @@ class LegEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stats: TransferStats | None = None
 
 
+class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
+    """How a GPU fares, whoever uses it. None: it does not tell."""
+
+    index: int  # on its node
+    uuid: str
+    name: str
+    memory_total_bytes: int
+    memory_used_bytes: int | None = None
+    power_watts: float | None = None
+    power_limit_watts: float | None = None
+    temperature_celsius: float | None = None
+    sm_clock_hertz: float | None = None
+    memory_clock_hertz: float | None = None
+    pcie_sent_bytes_per_s: float | None = None
+    pcie_received_bytes_per_s: float | None = None
+    nvlink_sent_bytes: int | None = None  # since its driver was loaded
+    nvlink_received_bytes: int | None = None
+    throttled_by: tuple[str, ...] | None = None  # some of power, temperature, hardware
+    peak_flops_per_s: float | None = None  # of bfloat16, dense; None: not known of such a GPU
+    peak_bytes_per_s: float | None = None
+
+
 class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Everything one step brought. Sent without tokens every 0.5 s as a heartbeat."""
 
@@ -184,6 +206,7 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     timing: StepTiming | None = None
     blocks_added: tuple[bytes, ...] = ()  # hashes that entered the prefix cache
     blocks_evicted: tuple[bytes, ...] = ()
+    gpu: GpuSample | None = None  # of the worker's GPU, with a heartbeat every few seconds
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):

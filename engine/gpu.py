@@ -1,25 +1,43 @@
 """What a machine has: GPUs by NVML, cores and memory by the kernel. The only importer of pynvml.
 
-Without an NVIDIA driver there are simply no GPUs; nothing here needs torch.
+Without an NVIDIA driver there are simply no GPUs; nothing here imports torch.
 """
 
+import ast
+import importlib.util
+import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pynvml
 
+from ..core.messages import GpuSample
+from .gpu_peaks import peaks_of
+
+log = logging.getLogger(__name__)
+
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
+VISIBLE = "CUDA_VISIBLE_DEVICES"  # as CUDA reads it: which GPUs a process has, and in which order
+ALL_LINKS = 0xFFFFFFFF  # NVML's scope for the sum over a GPU's links
+THROTTLES = {
+    "power": pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
+    "temperature": pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+    "hardware": pynvml.nvmlClocksEventReasonHwSlowdown,
+}  # why a GPU runs below the clocks that it would have
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
     """One GPU."""
 
-    index: int
+    index: int  # NVML's, in the order of the PCI bus
     name: str
     uuid: str
     total_bytes: int
@@ -35,31 +53,146 @@ class Node:
     total_memory_bytes: int
     available_memory_bytes: int
     devices: tuple[DeviceInfo, ...] = ()
+    torch_cuda: str | None = None  # the CUDA that torch was built for there; None: torch uses no GPU
+
+    @property
+    def usable_devices(self) -> tuple[DeviceInfo, ...]:
+        return self.devices if self.torch_cuda is not None else ()
 
 
 def probe_node() -> Node:
     """This machine."""
     total, available = probe_memory()
-    return Node(socket.gethostname(), tuple(sorted(os.sched_getaffinity(0))), total, available, probe_devices())
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return Node(socket.gethostname(), cores, total, available, probe_devices(), probe_torch_cuda())
 
 
-def probe_devices() -> tuple[DeviceInfo, ...]:
-    """The GPUs that NVML reports; none where there is no driver."""
+def probe_torch_cuda() -> str | None:
+    """The CUDA that torch was built for, read beside torch: importing it takes a second and hundreds of megabytes."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    for statement in ast.parse((Path(spec.origin).parent / "version.py").read_text()).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "cuda" for target in targets):
+            value = getattr(statement, "value", None)
+            return str(value.value) if isinstance(value, ast.Constant) and value.value is not None else None
+    return None
+
+
+def probe_devices(environment: Mapping[str, str] = os.environ) -> tuple[DeviceInfo, ...]:
+    """The GPUs that NVML reports and CUDA would show this process, in CUDA's order; none where there is no driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
     try:
-        return tuple(_device(index) for index in range(pynvml.nvmlDeviceGetCount()))
+        devices = [device for index in range(pynvml.nvmlDeviceGetCount()) if (device := _device(index)) is not None]
     finally:
+        pynvml.nvmlShutdown()
+    visible = environment.get(VISIBLE)
+    return tuple(devices if visible is None else _visible(devices, visible))
+
+
+def _visible(devices: Sequence[DeviceInfo], names: str) -> Iterator[DeviceInfo]:
+    """What CUDA makes of its variable: indices or beginnings of UUIDs, up to the first that names nothing."""
+    for name in map(str.strip, names.split(",")):
+        found = [one for one in devices if name == str(one.index) or (name.startswith("GPU-") and one.uuid.startswith(name))]
+        if len(found) != 1:
+            return
+        yield found[0]
+
+
+def _device(index: int) -> DeviceInfo | None:
+    """None for one that is broken, has no memory of its own, or is cut into MIG instances."""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError as error:
+        log.warning("GPU %d is left out: %s", index, error)
+        return None
+    if _told(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]):
+        log.warning("GPU %d is left out: it is in MIG mode", index)
+        return None
+    return DeviceInfo(index, str(name), str(uuid), int(memory.total), int(memory.free))
+
+
+class GpuProbe:
+    """Asks NVML how one GPU fares; a context manager, used by one thread."""
+
+    def __init__(self, device: DeviceInfo, handle: object) -> None:
+        self._device = device
+        self._handle = handle
+        self._peaks = peaks_of(device.name)
+
+    @classmethod
+    def open(cls, device: DeviceInfo) -> "GpuProbe | None":
+        """None when the driver does not answer."""
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError:
+            return None
+        try:
+            return cls(device, pynvml.nvmlDeviceGetHandleByUUID(device.uuid))
+        except pynvml.NVMLError:
+            pynvml.nvmlShutdown()
+            return None
+
+    def sample(self) -> GpuSample:
+        """What the GPU does not tell is None."""
+        device, handle, peaks = self._device, self._handle, self._peaks
+        memory = _told(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+        return GpuSample(
+            index=device.index,
+            uuid=device.uuid,
+            name=device.name,
+            memory_total_bytes=device.total_bytes,
+            memory_used_bytes=None if memory is None else int(memory.used),
+            power_watts=_told(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
+            power_limit_watts=_told(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
+            temperature_celsius=_told(lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
+            sm_clock_hertz=_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM) * 1e6),
+            memory_clock_hertz=_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM) * 1e6),
+            pcie_sent_bytes_per_s=_told(lambda: _pcie_bytes_per_s(handle, pynvml.NVML_PCIE_UTIL_TX_BYTES)),
+            pcie_received_bytes_per_s=_told(lambda: _pcie_bytes_per_s(handle, pynvml.NVML_PCIE_UTIL_RX_BYTES)),
+            nvlink_sent_bytes=_told(lambda: _link_bytes(handle, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX)),
+            nvlink_received_bytes=_told(lambda: _link_bytes(handle, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX)),
+            throttled_by=_told(lambda: _throttles(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))),
+            peak_flops_per_s=None if peaks is None else peaks.flops_per_s,
+            peak_bytes_per_s=None if peaks is None else peaks.bytes_per_s,
+        )
+
+    def __enter__(self) -> "GpuProbe":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         pynvml.nvmlShutdown()
 
 
-def _device(index: int) -> DeviceInfo:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
-    return DeviceInfo(index, str(name), str(uuid), int(memory.total), int(memory.free))
+def _told(ask: Callable[[], T]) -> T | None:
+    """The answer, or None where this GPU or this driver has none."""
+    try:
+        return ask()
+    except pynvml.NVMLError:
+        return None
+
+
+def _pcie_bytes_per_s(handle: object, direction: int) -> float:
+    """NVML counts 20 ms and answers in units of 1000 bytes."""
+    return float(pynvml.nvmlDeviceGetPcieThroughput(handle, direction)) * 1e3
+
+
+def _link_bytes(handle: object, field: int) -> int:
+    """A counter of KiB, over all NVLinks, since the driver was loaded."""
+    (answer,) = pynvml.nvmlDeviceGetFieldValues(handle, [(field, ALL_LINKS)])
+    if answer.nvmlReturn != pynvml.NVML_SUCCESS:
+        raise pynvml.NVMLError(answer.nvmlReturn)
+    return int(answer.value.ullVal) << 10
+
+
+def _throttles(reasons: int) -> tuple[str, ...]:
+    return tuple(name for name, bits in THROTTLES.items() if reasons & bits)
 
 
 def probe_memory(proc: Path = PROC, cgroup_root: Path = CGROUP_ROOT) -> tuple[int, int]:

@@ -3,20 +3,23 @@
 `pdserve plan` prints it, `validate` and `up` call `check()`, and the workers are started with the sizes it chose.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..core.config import ClusterConfig, PoolSection
+from ..core.config import ClusterConfig, DeviceKind, PoolSection
 from ..core.config_types import format_size
 from ..core.errors import CapacityError, ConfigError
 from ..core.messages import KVLayout, Role
 from .checkpoint import Checkpoint, open_checkpoint, resolve_model_path
+from .device_choice import device_findings, resolve_device, why_device
 from .gpu import Node, probe_node
 from .packing import Demand, Finding, Packing
 
 AUTO_KV_MAX_BYTES = 4 << 30
 AUTO_MEMORY_FRACTION = 0.8  # of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
 RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
+GPU_MEMORY_FRACTION = 0.9  # of a GPU's memory that its instances may fill; the rest is left to other processes
+GPU_RUNTIME_BYTES = 1 << 30  # on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
 TYPICAL_TOKENS = 2048
 
 
@@ -28,11 +31,26 @@ class PoolPlan:
     instances: int
     num_cpus: float
     num_threads: int
-    instance_bytes: int  # weights, activations, runtime and KV
+    gpu_share: float | None  # None on CPU
+    instance_bytes: int  # weights, activations, runtime and KV; of the GPU where there is one
     kv_cache_bytes: int
     num_blocks: int
+    is_measured: bool  # the workers take as many blocks as they find room for; `num_blocks` is what is expected
     num_max_len_sequences: int
     num_typical_sequences: int  # of TYPICAL_TOKENS tokens
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """One GPU and what it would hold."""
+
+    node: str
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int  # now
+    planned_bytes: int
+    instances: tuple[Role, ...]
 
 
 @dataclass(frozen=True)
@@ -44,9 +62,12 @@ class Plan:
     num_parameters: int
     dtype: str
     max_model_len: int
+    device: DeviceKind
+    why_device: str
     block_size: int
     weights_bytes: int
     kv_bytes_per_token: int
+    gpus: tuple[GpuPlan, ...]  # that instances may use
     pools: tuple[PoolPlan, ...]
     findings: tuple[Finding, ...]
 
@@ -66,38 +87,57 @@ def plan(config: ClusterConfig, nodes: Sequence[Node] | None = None) -> Plan:
 
 def make_plan(config: ClusterConfig, checkpoint: Checkpoint, nodes: Sequence[Node]) -> Plan:
     """The arithmetic of `plan`, from values alone."""
-    sizes = _Sizes(config, checkpoint)
-    demands = [
-        Demand(role, pool.num_cpus, pool.devices_per_instance, sizes.fixed_bytes(pool), sizes.explicit_kv_bytes(pool))
-        for role, pool in config.pools.items()
-        for _ in range(pool.instances)
-    ]
-    packing = Packing(demands, nodes)
-    auto_kv_bytes = packing.auto_kv_bytes(AUTO_MEMORY_FRACTION)
-    pools = tuple(sizes.pool_plan(role, pool, auto_kv_bytes) for role, pool in config.pools.items())
+    device = resolve_device(config, nodes)
+    sizes = _Sizes(config, checkpoint, device)
+    packing = Packing([sizes.demand(role, pool) for role, pool in config.pools.items() for _ in range(pool.instances)], nodes)
+    left = packing.gpu_kv_bytes(GPU_MEMORY_FRACTION) if device == "cuda" else {}
+    auto_kv_bytes = packing.auto_kv_bytes(AUTO_MEMORY_FRACTION) if device == "cpu" else None
+    pools = tuple(sizes.pool_plan(role, pool, left.get(role, auto_kv_bytes)) for role, pool in config.pools.items())
     kv_bytes = {pool.role: pool.kv_cache_bytes for pool in pools}
+    if device == "cuda":
+        memory_findings = packing.gpu_memory_findings(kv_bytes, GPU_MEMORY_FRACTION)
+    else:
+        memory_findings = packing.memory_findings(kv_bytes)
     return Plan(
         model=config.model.name,
         architecture=checkpoint.config.architecture,
         num_parameters=checkpoint.num_parameters,
         dtype=sizes.layout.dtype,
         max_model_len=sizes.max_model_len,
+        device=device,
+        why_device=why_device(config, nodes),
         block_size=sizes.layout.block_size,
         weights_bytes=sizes.weights_bytes,
         kv_bytes_per_token=sizes.layout.bytes_per_token,
+        gpus=tuple(_gpu_plans(packing, kv_bytes)) if device == "cuda" else (),
         pools=pools,
-        findings=(*sizes.findings(), *packing.core_findings(), *packing.memory_findings(kv_bytes)),
+        findings=(*sizes.findings(), *device_findings(config, device, nodes), *packing.core_findings(), *memory_findings),
     )
+
+
+def _gpu_plans(packing: Packing, kv_bytes: Mapping[Role, int]) -> Iterator[GpuPlan]:
+    for load in packing.loads:
+        for device, demands in zip(load.node.usable_devices, load.on_gpus, strict=True):
+            yield GpuPlan(
+                node=load.node.name,
+                index=device.index,
+                name=device.name,
+                total_bytes=device.total_bytes,
+                free_bytes=device.free_bytes,
+                planned_bytes=sum(demand.fixed_bytes + kv_bytes[demand.role] for demand in demands),
+                instances=tuple(demand.role for demand in demands),
+            )
 
 
 class _Sizes:
     """Bytes and blocks of one model under one configuration, whatever the machine."""
 
-    def __init__(self, config: ClusterConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: ClusterConfig, checkpoint: Checkpoint, device: DeviceKind) -> None:
         self._config = config
+        self._on_gpu = device == "cuda"
         self._model = model = checkpoint.config
         dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
-        block_size = config.kv.num_tokens_per_block
+        block_size = config.kv.num_tokens_per_block(device)
         self.layout = KVLayout(model.num_layers, model.num_kv_heads, model.head_dim, dtype, block_size, "")
         self._item_bytes = 4 if dtype == "float32" else 2
         self.weights_bytes = checkpoint.num_parameters * self._item_bytes
@@ -109,13 +149,22 @@ class _Sizes:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.layout.block_size)
 
+    def demand(self, role: Role, pool: PoolSection) -> Demand:
+        if self._on_gpu:
+            share = pool.gpu_share
+            return Demand(role, pool.num_cpus, pool.num_host_cores, self.fixed_bytes(pool), self.explicit_kv_bytes(pool), share)
+        num_cores = pool.devices_per_instance
+        return Demand(role, pool.num_cpus, num_cores, self.fixed_bytes(pool), self.explicit_kv_bytes(pool))
+
     def fixed_bytes(self, pool: PoolSection) -> int:
         """Memory of one instance beside its KV cache; the widest activations, and logits with room to sort them."""
         model = self._model
-        packed_head = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
+        is_copied = model.tie_word_embeddings and not self._on_gpu  # CPU kernels lay out the output's matrix in their own way
+        packed_head = model.vocab_size * model.hidden_size if is_copied else 0
         per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
         activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes
-        return self.weights_bytes + activations + pool.max_batch_size * model.vocab_size * 12 + RUNTIME_BYTES
+        runtime_bytes = GPU_RUNTIME_BYTES if self._on_gpu else RUNTIME_BYTES
+        return self.weights_bytes + activations + pool.max_batch_size * model.vocab_size * 12 + runtime_bytes
 
     def explicit_kv_bytes(self, pool: PoolSection) -> int | None:
         return None if pool.kv_cache_bytes == "auto" else pool.kv_cache_bytes
@@ -124,6 +173,8 @@ class _Sizes:
         """What is asked for, or else a share of memory: one sequence at least, a full batch of longest ones at most."""
         if pool.kv_cache_bytes != "auto":
             return pool.kv_cache_bytes
+        if self._on_gpu:  # all that is left keeps prefixes
+            return max(self._max_len_bytes, auto_kv_bytes or 0)
         enough = pool.max_batch_size * self._max_len_bytes
         share = AUTO_KV_MAX_BYTES if auto_kv_bytes is None else min(auto_kv_bytes, AUTO_KV_MAX_BYTES)
         return max(self._max_len_bytes, min(share, enough))
@@ -136,9 +187,11 @@ class _Sizes:
             instances=pool.instances,
             num_cpus=pool.num_cpus,
             num_threads=pool.num_threads,
+            gpu_share=pool.gpu_share if self._on_gpu else None,
             instance_bytes=self.fixed_bytes(pool) + kv_cache_bytes,
             kv_cache_bytes=kv_cache_bytes,
             num_blocks=num_blocks,
+            is_measured=self._on_gpu and pool.kv_cache_bytes == "auto",
             num_max_len_sequences=num_blocks // self._blocks(self.max_model_len),
             num_typical_sequences=num_blocks // self._blocks(TYPICAL_TOKENS),
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from ..core.config import TlsSection
+from ..core.config_listen import TlsSection
 from ..core.errors import ConfigError
 
 log = logging.getLogger(__name__)

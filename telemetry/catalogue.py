@@ -124,4 +124,41 @@ HISTOGRAMS = (
         "of",
     ),
 )
-CATALOGUE = (*GAUGES, *COUNTERS, *HISTOGRAMS)
+_GPU = ("node", "index", "gpu")  # the index on its node, and the UUID
+GPU_GAUGES = (
+    _gauge(
+        "gpu_info",
+        "Always 1; tells which GPU (its index on the node, its UUID, its name) a worker computes on.",
+        *("pool", "worker", *_GPU, "name"),
+    ),
+    _gauge("gpu_memory_used_bytes", "Memory in use on the GPU, whoever uses it.", *_GPU),
+    _gauge("gpu_memory_total_bytes", "Memory of the GPU.", *_GPU),
+    _gauge("gpu_power_watts", "What the GPU draws.", *_GPU),
+    _gauge("gpu_power_limit_watts", "What it may draw.", *_GPU),
+    _gauge("gpu_temperature_celsius", "Of the GPU's chip.", *_GPU),
+    _gauge("gpu_sm_clock_hertz", "Clock of its processors.", *_GPU),
+    _gauge("gpu_memory_clock_hertz", "Clock of its memory.", *_GPU),
+    _gauge("gpu_pcie_transmit_bytes_per_second", "What the GPU sends over PCIe, in 20 ms before it was asked.", *_GPU),
+    _gauge("gpu_pcie_receive_bytes_per_second", "What it receives over PCIe, in 20 ms before it was asked.", *_GPU),
+    _gauge(
+        "gpu_throttled",
+        "Whether the GPU runs below its clocks, by reason: power (its limit), temperature, or hardware (a brake of the board).",
+        *_GPU,
+        "reason",
+    ),
+    _gauge(
+        "gpu_peak_flops_per_second",
+        "What the worker's GPU can compute at most, of bfloat16 products, dense; there only for GPUs of which it is known.",
+        *("pool", "worker"),
+    ),
+    _gauge(
+        "gpu_peak_bytes_per_second",
+        "What the worker's GPU can read from its memory at most; there only for GPUs of which it is known.",
+        *("pool", "worker"),
+    ),
+)
+GPU_COUNTERS = (
+    _counter("gpu_nvlink_transmit_bytes_total", "Sent over all NVLinks of the GPU since its driver was loaded.", *_GPU),
+    _counter("gpu_nvlink_receive_bytes_total", "Received over all NVLinks of the GPU since its driver was loaded.", *_GPU),
+)
+CATALOGUE = (*GAUGES, *GPU_GAUGES, *COUNTERS, *GPU_COUNTERS, *HISTOGRAMS)

@@ -15,7 +15,7 @@ from ..core.messages import Role
 from ..core.request import FinishReason
 from ..router.registry import WorkerState
 from ..router.status import RouterStatus, WorkerStatus
-from .catalogue import COUNTERS, GAUGES, HISTOGRAMS, Metric
+from .catalogue import COUNTERS, GAUGES, GPU_COUNTERS, GPU_GAUGES, HISTOGRAMS, Metric
 from .steps import PHASES, StepCosts, StepTally
 from .tally import MET, MISSED, Labels, Tally
 
@@ -71,12 +71,15 @@ class Exposition(Collector):
 
     def collect(self) -> Iterator[Family]:
         now = self._snapshot()
-        gauges, counters = _gauges(now, self._tally), _counters(now)
-        for metric in GAUGES:
+        gpus = self._steps.gpus.rows((worker.role.value, worker.worker_id) for worker in now.status.workers)
+        gauges, counters = {**_gauges(now, self._tally), **gpus}, _counters(now)
+        for metric in (*GAUGES, *GPU_GAUGES):
             yield _family(GaugeMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), gauges[metric.name])
         for metric in COUNTERS:
             rows = [((), counters[metric.name])] if metric.name in counters else self._counted(metric)
             yield _family(CounterMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), rows)
+        for metric in GPU_COUNTERS:
+            yield _family(CounterMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), gpus[metric.name])
         for metric in HISTOGRAMS:
             yield self._histogram(metric, now)
 

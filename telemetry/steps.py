@@ -1,5 +1,5 @@
-"""What workers' steps came to since the head's start: how long they took, and the arithmetic and memory traffic of their
-shapes.
+"""What workers' reports came to since the head's start: how long their steps took, the arithmetic and memory traffic of
+their shapes, and how their GPUs fare.
 
 Called with every report of every worker: no more is done there than adding up; the rest is for whoever asks.
 """
@@ -9,8 +9,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from ..core.histogram import TOKEN_GAPS_S, Histogram
-from ..core.messages import StepReport, StepTiming
+from ..core.messages import StepReport, StepTiming, WorkerInfo
 from ..router.events import RouterEvent, WorkerReady, WorkerRole
+from .gpus import GpuBoard
 
 PHASES = ("prefill", "decode", "mixed")
 
@@ -64,12 +65,13 @@ class StepCosts:
 class _Worker:
     """An incarnation, and where its steps are added up."""
 
-    __slots__ = ("decode", "incarnation", "mixed", "num_preemptions", "pool", "prefill")
+    __slots__ = ("decode", "incarnation", "mixed", "node", "num_preemptions", "pool", "prefill")
 
-    def __init__(self, pool: str, incarnation: int, sums: defaultdict[tuple[str, str], StepSums]) -> None:
-        self.incarnation = incarnation
+    def __init__(self, info: WorkerInfo, sums: defaultdict[tuple[str, str], StepSums]) -> None:
+        self.incarnation = info.incarnation
+        self.node = info.node
         self.num_preemptions: int | None = None  # as last told; None: it has not said
-        self.join(pool, sums)
+        self.join(info.role.value, sums)
 
     def join(self, pool: str, sums: defaultdict[tuple[str, str], StepSums]) -> None:
         self.pool = pool
@@ -82,13 +84,15 @@ class StepTally:
     def __init__(self) -> None:
         self.sums: defaultdict[tuple[str, str], StepSums] = defaultdict(StepSums)  # by pool and phase
         self.num_preemptions: defaultdict[str, int] = defaultdict(int)  # by pool
+        self.gpus = GpuBoard()
         self._workers: dict[str, _Worker] = {}
 
     def observe(self, event: RouterEvent) -> None:
         if type(event) is StepReport:
             self._on_report(event)
         elif isinstance(event, WorkerReady):
-            self._workers[event.info.worker_id] = _Worker(event.info.role.value, event.info.incarnation, self.sums)
+            self._workers[event.info.worker_id] = _Worker(event.info, self.sums)
+            self.gpus.forget(event.info.worker_id)
         elif isinstance(event, WorkerRole) and event.worker_id in self._workers:
             self._workers[event.worker_id].join(event.role.value, self.sums)
 
@@ -105,6 +109,8 @@ class StepTally:
             if worker.num_preemptions is not None:
                 self.num_preemptions[worker.pool] += num_preemptions - worker.num_preemptions
             worker.num_preemptions = num_preemptions
+        if report.gpu is not None:
+            self.gpus.add(report.worker_id, worker.node, report.gpu)
         timing = report.timing
         if timing is None:
             return

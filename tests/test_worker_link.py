@@ -51,6 +51,7 @@ class Unloadable(WorkerProcess):
                 incarnation=1,
                 role=Role.DECODE,
                 config=ClusterConfig.model_validate({}),
+                device="cpu",
                 num_blocks=8,
                 router_address=router_address,
                 token="secret",

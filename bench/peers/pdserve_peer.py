@@ -5,9 +5,14 @@ Run from the benchmark's folder: `python -m peers.pdserve_peer --checkpoint DIR 
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from .protocol import PeerOptions, Timeline, claim_stdout, parse_options, serve
+
+if TYPE_CHECKING:  # torch is imported when the number of threads is set
+    from pdserve.core.request import SequenceSpec
+    from pdserve.engine.engine import Engine
 
 ENGINE = "pdserve"
 NUM_TOKENS = 16_384
@@ -16,19 +21,11 @@ NUM_TOKENS = 16_384
 class ColocatedWorker:
     """A decode worker that serves both phases; every prompt carries a salt of its own, so that none is cached."""
 
-    def __init__(self, options: PeerOptions) -> None:
+    def __init__(self, engine: "Engine", *, max_batch_size: int = 64, max_batch_tokens: int = 4096) -> None:
         from pdserve.decode_worker.worker import DecodeWorker
-        from pdserve.engine.engine import Engine, EngineOptions
         from pdserve.engine.outbox import Outbox
         from pdserve.engine.token_masks import NoGrammars, TokenMasks
 
-        engine_options = EngineOptions(
-            dtype=options.dtype,  # type: ignore[arg-type]
-            num_blocks=NUM_TOKENS // 16,
-            max_model_len=2048,
-            num_threads=options.num_threads,
-        )
-        engine = Engine.open(options.checkpoint, engine_options)
         self.variant = engine.kernels.name
         self._outbox = Outbox("bench-0", 1)
         self._worker = DecodeWorker(
@@ -38,29 +35,40 @@ class ColocatedWorker:
             self._outbox,
             TokenMasks(NoGrammars()),
             lambda sequences: None,
-            max_batch_size=64,
-            max_batch_tokens=4096,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
         )
         self._num_requests = 0
+        self.token_ids: list[list[int]] = []  # of each of the last requests
 
     def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Timeline:
+        return self.serve((prompt, num_new_tokens, 0.0) for prompt in prompts)
+
+    def serve(self, requests: Iterable[tuple[Sequence[int], int, float]]) -> Timeline:
+        """(prompt, number of new tokens, temperature) of each; all are submitted at once."""
         from pdserve.core.messages import Serve
 
         start_s = time.perf_counter()
         arrivals_s: dict[str, list[float]] = {}
-        for prompt in prompts:
-            spec = self._spec(prompt, num_new_tokens)
-            arrivals_s[spec.transfer.request_id] = []
+        token_ids: dict[str, list[int]] = {}
+        for request in requests:
+            spec = self._spec(*request)
+            arrivals_s[spec.transfer.request_id], token_ids[spec.transfer.request_id] = [], []
             self._worker.serve(Serve(spec=spec))
         while self._worker.num_legs:
             self._worker.step()
             now_s = time.perf_counter()
-            outputs, _, _ = self._outbox.take()
+            outputs, ended, _ = self._outbox.take()
             for output in outputs:
                 arrivals_s[output.transfer.request_id].append(now_s)
+                token_ids[output.transfer.request_id].append(output.token_id)
+            for leg in ended:
+                if leg.error is not None:
+                    raise RuntimeError(f"{leg.transfer}: {leg.error}")
+        self.token_ids = list(token_ids.values())
         return Timeline(start_s, tuple(map(tuple, arrivals_s.values())))
 
-    def _spec(self, prompt: Sequence[int], num_new_tokens: int):  # type: ignore[no-untyped-def]
+    def _spec(self, prompt: Sequence[int], num_new_tokens: int, temperature: float) -> "SequenceSpec":
         from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 
         self._num_requests += 1
@@ -68,7 +76,9 @@ class ColocatedWorker:
         return SequenceSpec(
             transfer=TransferId(name, 0),
             prompt_token_ids=tuple(prompt),
-            sampling=SamplingParams(max_tokens=num_new_tokens, temperature=0.0, ignore_eos=True),
+            sampling=SamplingParams(
+                max_tokens=num_new_tokens, temperature=temperature, ignore_eos=True, seed=self._num_requests
+            ),
             cache_salt=name,
         )
 
@@ -82,6 +92,18 @@ class _NoTransfers:
     cancel = expect
 
 
+def open_engine(options: PeerOptions) -> "Engine":
+    from pdserve.engine.engine import Engine, EngineOptions
+
+    engine_options = EngineOptions(
+        dtype=options.dtype,  # type: ignore[arg-type]
+        num_blocks=NUM_TOKENS // 16,
+        max_model_len=2048,
+        num_threads=options.num_threads,
+    )
+    return Engine.open(options.checkpoint, engine_options)
+
+
 def main() -> None:
     options = parse_options()
     results = claim_stdout()
@@ -89,7 +111,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.num_threads)
-    serve(ENGINE, [ColocatedWorker(options)], options, results)
+    serve(ENGINE, [ColocatedWorker(open_engine(options))], options, results)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def ray_session() -> Iterator[None]:
     shared_memory = set(os.listdir("/dev/shm"))
     ray.init(
         num_cpus=len(os.sched_getaffinity(0)),
+        num_gpus=2,  # to Ray they are numbers: nothing computes on them
         include_dashboard=False,
         namespace="pdserve",
         object_store_memory=80 << 20,

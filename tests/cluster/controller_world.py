@@ -139,6 +139,7 @@ def _spec(action: StartWorker) -> WorkerSpec:
         incarnation=action.incarnation,
         role=action.role,
         config=config,
+        device="cpu",
         num_blocks=8,
         router_address=("127.0.0.1", 1),
         token="secret",

@@ -11,7 +11,9 @@ from pdserve.cluster.actors import KeeperActor, Outcome
 from pdserve.cluster.cores import Placement
 from pdserve.cluster.head import Head
 from pdserve.cluster.keeper import RayKeeper
+from pdserve.cluster.nodes import RayNodes
 from pdserve.core.config import ClusterConfig
+from pdserve.engine.gpu import Node
 
 SPEC: Any = SimpleNamespace(key=("decode-0", 1))
 
@@ -58,13 +60,18 @@ def config_of(num_decode: int) -> ClusterConfig:
     return ClusterConfig.model_validate({"pools": {"decode": {"instances": num_decode}}})
 
 
+class NoNodes(RayNodes):
+    async def probe(self) -> tuple[Node, ...]:
+        return ()
+
+
 def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> Head:
     """A head of which only `apply` can be called; `calls` are those that are on their way to its keeper."""
     monkeypatch.setattr(head_module, "plan", lambda config, nodes: SimpleNamespace(check=lambda: None))
-    monkeypatch.setattr(head_module, "ray_nodes", lambda: ())
     remember = SimpleNamespace(remote=lambda *arguments: calls.append(arguments))
     head = Head(SimpleNamespace(generation=generation, keeper=SimpleNamespace(remember=remember)))  # type: ignore[arg-type]
     router = SimpleNamespace(configure=lambda config: None, status=lambda now_s: SimpleNamespace(workers=()))
+    head._device, head._nodes = "cpu", NoNodes()
     head._service = SimpleNamespace(router=router)  # type: ignore[assignment]
     head._controller = SimpleNamespace(handle=lambda event: None)  # type: ignore[assignment]
     head._telemetry = SimpleNamespace(configure=lambda config: None)  # type: ignore[assignment]

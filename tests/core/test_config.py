@@ -13,7 +13,7 @@ def test_every_key_has_a_default_for_a_laptop_with_two_cores() -> None:
     default = ClusterConfig()
     assert default.model.path == "embedded"
     assert sum(pool.instances * pool.num_cpus for _, pool in default.pools.items()) == 2
-    assert default.kv.num_tokens_per_block == 16
+    assert [default.kv.num_tokens_per_block(device) for device in ("cpu", "cuda")] == [16, 64]
     assert default.listen.grpc_host_port == ("127.0.0.1", 50051)
 
 

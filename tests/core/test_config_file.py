@@ -45,7 +45,7 @@ pools:
     instances: -1
     threads: 1.5
 model: {dtype: int8, path: ""}
-device: cuda
+device: gpu
 slo:
 1: 2"""
     )
@@ -58,7 +58,7 @@ slo:
         f"c.yaml:9: {at}.pools.decode.threads: got 1.5, expected auto or a positive integer",
         f"c.yaml:10: {at}.model.dtype: got 'int8', expected one of 'auto', 'float32', 'bfloat16' or 'float16'",
         f"c.yaml:10: {at}.model.path: got '', expected a text that is not empty",
-        f"c.yaml:11: {at}.device: got 'cuda', expected one of 'auto' or 'cpu'",
+        f"c.yaml:11: {at}.device: got 'gpu', expected one of 'auto', 'cpu' or 'cuda'",
         f"c.yaml:12: {at}.slo: got nothing, expected a mapping with keys of ttft_ms, itl_ms",
         f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, routing, limits, listen, observability, "
         "kernels, device, drain_timeout_s",
@@ -68,10 +68,15 @@ slo:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("kernels: cuda", "kernels: got 'cuda', expected one of 'auto', 'native' or 'torch'"),
-        ("kernels: null", "kernels: got nothing, expected one of 'auto', 'native' or 'torch'"),
+        ("kernels: cuda", "kernels: got 'cuda', expected one of 'auto', 'native', 'torch' or 'triton'"),
+        ("kernels: null", "kernels: got nothing, expected one of 'auto', 'native', 'torch' or 'triton'"),
         ("kv: {transport: nccl}", "kv.transport: got 'nccl', expected one of 'auto', 'shm', 'gloo' or 'cuda_ipc'"),
         ("kv: {block_size: 12}", "kv.block_size: got 12, expected auto or a multiple of 8"),
+        ("pools: {prefill: {gpus_per_instance: 2}}", "pools.prefill.gpus_per_instance: got 2, expected at most 1"),
+        ("pools: {prefill: {gpus_per_instance: 0}}", "pools.prefill.gpus_per_instance: got 0, expected more than 0"),
+        ("pools: {prefill: {gpus_per_instance: .nan}}", "pools.prefill.gpus_per_instance: got nan, expected"),
+        ("pools: {prefill: {gpus_per_instance: half}}", "pools.prefill.gpus_per_instance: got 'half', expected a number"),
+        ("limits: {max_prompt_logprobs: 300000}", "limits.max_prompt_logprobs: got 300000, expected at most 262144"),
         ("limits: {max_n: '2'}", "limits.max_n: got '2', expected an integer"),
         ("limits: {max_n: true}", "limits.max_n: got true, expected an integer"),
         ("limits: {max_n: 0}", "limits.max_n: got 0, expected more than 0"),
@@ -164,6 +169,8 @@ PATHS = [
     ("pools", "prefill"),
     ("pools", "prefill", "instances"),
     ("pools", "decode", "cpus_per_instance"),
+    ("pools", "decode", "gpus_per_instance"),
+    ("device",),
     ("pools", "decode", "kv_cache_bytes"),
     ("slo", "ttft_ms"),
     ("kv", "block_size"),

@@ -1,12 +1,17 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
+import torch
 
-from pdserve.engine.gpu import probe_devices, probe_memory, probe_node
+from pdserve.core.messages import GpuSample
+from pdserve.engine.gpu import GpuProbe, probe_devices, probe_memory, probe_node
+from pdserve.engine.gpu_peaks import peaks_of
 
 GIB = 1 << 30
 
@@ -19,23 +24,167 @@ def test_a_machine_without_a_driver_has_no_devices(monkeypatch: pytest.MonkeyPat
     assert probe_devices() == ()
 
 
-def test_devices_are_told_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def nvml(monkeypatch: pytest.MonkeyPatch, num_gpus: int = 2, **changes: Any) -> list[str]:
+    """A driver of H100s that answers all that is asked; returns the calls that open and close it."""
     calls: list[str] = []
+
+    def field(handle: int, asked: list[tuple[int, int]]) -> list[Any]:
+        ((number, scope),) = asked
+        assert scope == 0xFFFFFFFF, "all links together"
+        return [SimpleNamespace(nvmlReturn=pynvml.NVML_SUCCESS, value=SimpleNamespace(ullVal=number))]
+
     answers: dict[str, Any] = {
-        "nvmlInit": lambda: None,
+        "nvmlInit": lambda: calls.append("init"),
         "nvmlShutdown": lambda: calls.append("shutdown"),
-        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetCount": lambda: num_gpus,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetName": lambda index: f"GPU {index}",
-        "nvmlDeviceGetUUID": lambda index: f"uuid-{index}",
-        "nvmlDeviceGetMemoryInfo": lambda index: SimpleNamespace(total=80 * GIB, free=79 * GIB),
+        "nvmlDeviceGetHandleByUUID": lambda uuid: int(uuid.rpartition("-")[2]),
+        "nvmlDeviceGetName": lambda index: "NVIDIA H100 80GB HBM3",
+        "nvmlDeviceGetUUID": lambda index: f"GPU-{index}{index}-{index}",
+        "nvmlDeviceGetMemoryInfo": lambda index: SimpleNamespace(total=80 * GIB, free=79 * GIB, used=GIB),
+        "nvmlDeviceGetMigMode": lambda index: [0, 0],
+        "nvmlDeviceGetPowerUsage": lambda index: 345_600,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda index: 700_000,
+        "nvmlDeviceGetTemperature": lambda index, sensor: 61,
+        "nvmlDeviceGetClockInfo": lambda index, clock: {pynvml.NVML_CLOCK_SM: 1980, pynvml.NVML_CLOCK_MEM: 2619}[clock],
+        "nvmlDeviceGetPcieThroughput": lambda index, way: {
+            pynvml.NVML_PCIE_UTIL_TX_BYTES: 7,
+            pynvml.NVML_PCIE_UTIL_RX_BYTES: 8,
+        }[way],
+        "nvmlDeviceGetFieldValues": field,
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda index: (
+            pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonGpuIdle
+        ),
     }
-    for name, answer in answers.items():
+    for name, answer in (answers | changes).items():
         monkeypatch.setattr(pynvml, name, answer)
-    first, second = probe_devices()
-    assert (first.index, first.name, first.total_bytes, first.free_bytes) == (0, "GPU 0", 80 * GIB, 79 * GIB)
-    assert second.uuid == "uuid-1"
-    assert calls == ["shutdown"]
+    return calls
+
+
+def test_devices_are_told_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = nvml(monkeypatch)
+    first, second = probe_devices({})
+    assert (first.index, first.name, first.total_bytes, first.free_bytes) == (0, "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB)
+    assert second.uuid == "GPU-11-1"
+    assert calls == ["init", "shutdown"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "indices"),
+    [
+        ("0,1,2", [0, 1, 2]),
+        ("2, 0", [2, 0]),
+        ("GPU-11-1", [1]),
+        ("GPU-2", [2]),
+        ("GPU-", []),
+        ("", []),
+        ("-1", []),
+        ("1,7,0", [1]),
+        ("MIG-1234", []),
+        ("NoDevFiles", []),
+    ],
+)
+def test_only_what_cuda_shows_the_process_is_there(variable: str, indices: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml(monkeypatch, num_gpus=3)
+    assert [device.index for device in probe_devices({"CUDA_VISIBLE_DEVICES": variable})] == indices
+
+
+def test_a_gpu_that_cannot_be_used_whole_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def memory(index: int) -> SimpleNamespace:
+        return SimpleNamespace(total=GIB, free=GIB) if index else unsupported()
+
+    nvml(monkeypatch, num_gpus=4, nvmlDeviceGetMigMode=lambda index: [int(index == 2), 0], nvmlDeviceGetMemoryInfo=memory)
+    assert [device.index for device in probe_devices({})] == [1, 3]
+    assert caplog.messages == ["GPU 0 is left out: Not Supported", "GPU 2 is left out: it is in MIG mode"]
+    nvml(monkeypatch, nvmlDeviceGetMigMode=unsupported)
+    assert len(probe_devices({})) == 2, "one that knows no MIG"
+
+
+def unsupported(*_: object) -> Any:
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+def sample_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> GpuSample:
+    calls = nvml(monkeypatch, **changes)
+    device = probe_devices({})[1]
+    probe = GpuProbe.open(device)
+    assert probe is not None
+    with probe:
+        sample = probe.sample()
+    assert calls.count("init") == calls.count("shutdown")
+    return sample
+
+
+def test_a_sample_tells_how_a_gpu_fares_in_whole_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sample_of(monkeypatch) == GpuSample(
+        index=1,
+        uuid="GPU-11-1",
+        name="NVIDIA H100 80GB HBM3",
+        memory_total_bytes=80 * GIB,
+        memory_used_bytes=GIB,
+        power_watts=345.6,
+        power_limit_watts=700.0,
+        temperature_celsius=61.0,
+        sm_clock_hertz=1.98e9,
+        memory_clock_hertz=2.619e9,
+        pcie_sent_bytes_per_s=7000.0,
+        pcie_received_bytes_per_s=8000.0,
+        nvlink_sent_bytes=pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX * 1024,
+        nvlink_received_bytes=pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX * 1024,
+        throttled_by=("power",),
+        peak_flops_per_s=989e12,
+        peak_bytes_per_s=3.35e12,
+    )
+
+
+def test_what_a_gpu_does_not_tell_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("PowerUsage", "EnforcedPowerLimit", "Temperature", "ClockInfo", "PcieThroughput", "CurrentClocksEventReasons")
+    sample = sample_of(
+        monkeypatch,
+        **{f"nvmlDeviceGet{name}": unsupported for name in asked},
+        nvmlDeviceGetFieldValues=lambda *_: [SimpleNamespace(nvmlReturn=pynvml.NVML_ERROR_NOT_SUPPORTED)],
+        nvmlDeviceGetName=lambda _: "NVIDIA H999",
+    )
+    assert sample == GpuSample(index=1, uuid="GPU-11-1", name="NVIDIA H999", memory_total_bytes=80 * GIB, memory_used_bytes=GIB)
+
+
+def test_a_gpu_whose_driver_is_gone_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = nvml(monkeypatch, nvmlDeviceGetHandleByUUID=unsupported)
+    device, _ = probe_devices({})
+    assert GpuProbe.open(device) is None
+    assert calls.count("init") == calls.count("shutdown")
+    monkeypatch.setattr(pynvml, "nvmlInit", unsupported)
+    assert GpuProbe.open(device) is None
+
+
+def test_peaks_are_known_by_the_names_that_nvml_gives() -> None:
+    peaks = peaks_of("NVIDIA A100-SXM4-80GB")
+    assert peaks is not None
+    assert (peaks.flops_per_s, peaks.bytes_per_s) == (312e12, 2.039e12)
+    assert peaks_of("NVIDIA A100-SXM4-80GB MIG 1g.10gb") is None
+
+
+def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
+    code = "import sys, pdserve.engine.gpu as gpu; print(gpu.probe_torch_cuda(), 'torch' in sys.modules)"
+
+    def told(**environment: str) -> list[str]:
+        command = [sys.executable, "-c", code]
+        environment = {**os.environ, **environment}
+        done = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True, env=environment)
+        return done.stdout.split()
+
+    assert told() == [str(torch.version.cuda), "False"]
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('not to be imported')")
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    for text, cuda in [
+        ("cuda: Optional[str] = '13.0'", "13.0"),
+        ("debug = False\ncuda = '12.8'", "12.8"),
+        ("cuda = None", "None"),
+        ("", "None"),
+    ]:
+        (tmp_path / "torch" / "version.py").write_text(text)
+        assert told(PYTHONPATH=paths) == [cuda, "False"]
 
 
 def machine(tmp_path: Path, cgroup: str, files: dict[str, str]) -> tuple[int, int]:

@@ -166,7 +166,7 @@ DEMANDS = st.lists(
         Demand,
         role=st.sampled_from([Role.PREFILL, Role.DECODE]),
         num_cpus=st.sampled_from([0.25, 0.5, 1.0, 2.0, 3.0]),
-        num_devices=st.just(1),
+        num_cores=st.just(1),
         fixed_bytes=st.integers(0, 20 * GIB),
         kv_bytes=st.none() | st.integers(1, GIB),
     ),

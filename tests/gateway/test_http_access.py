@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from pdserve.core.config import TlsSection
+from pdserve.core.config_listen import TlsSection
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.keys import make_key, new_key
 from tests.certificates import Authority

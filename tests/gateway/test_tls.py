@@ -11,7 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from pdserve.core.config import ClusterConfig, TlsSection
+from pdserve.core.config import ClusterConfig
+from pdserve.core.config_listen import TlsSection
 from pdserve.core.errors import ConfigError
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.tls import ServerTls

@@ -1,0 +1,45 @@
+"""How long the GPU takes, by its own events; medians."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+_WARM_UP = 3
+
+
+def median_s(call: Callable[[], object], *, inner: int = 1, repeats: int = 15) -> float:
+    """Of one call, `inner` of them in a row: for calls that take the GPU longer than the host, whose part then hides."""
+    for _ in range(_WARM_UP):
+        call()
+
+    def batch() -> None:
+        for _ in range(inner):
+            call()
+
+    return _median_s(batch, repeats) / inner
+
+
+def median_in_graph_s(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -> float:
+    """Of one of `calls`, which are captured together and replayed: nothing of the host is in it. Calls over different memory
+    keep each other's out of the cache."""
+    for call in calls:  # compiles, and copies what comes from the host
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(_WARM_UP):
+        graph.replay()
+    return _median_s(graph.replay, repeats) / len(calls)
+
+
+def _median_s(call: Callable[[], object], repeats: int) -> float:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3

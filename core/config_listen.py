@@ -1,0 +1,72 @@
+"""The `listen:` part of cluster.yaml: where clients connect, and by what they are known and protected."""
+
+from typing import Any
+
+from pydantic import field_validator, model_validator
+
+from .config_types import AbsolutePath, HostPort, Part, expected, is_loopback, parse_host_port
+
+
+class TlsSection(Part):
+    """TLS of what clients connect to; off without a certificate. Files that change are read again, without a restart."""
+
+    certificate: AbsolutePath | None = None
+    """The server's certificate and its intermediate ones (PEM)."""
+    key: AbsolutePath | None = None
+    """The certificate's private key (PEM, without a passphrase)."""
+    client_ca: AbsolutePath | None = None
+    """Certificates of the authorities that clients' certificates must come from (PEM); without it clients need none."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "TlsSection":
+        if (self.certificate is None) != (self.key is None):
+            raise expected("certificate and key together", got="one without the other")
+        if self.client_ca is not None and self.certificate is None:
+            raise expected("certificate and key beside client_ca", got="client_ca alone")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        return self.certificate is not None
+
+
+class ListenSection(Part):
+    """Where clients connect, and by what they are let in. Other hosts reach only what is protected by TLS."""
+
+    tls: TlsSection = TlsSection()
+    api_keys: AbsolutePath | None = None
+    """The file of the keys that clients must have, a line a key, as `pdserve key new` makes them; without it they need none."""
+    allow_insecure: bool = False
+    """Listen to other hosts without TLS, or without knowing clients: for a network that keeps strangers out by itself."""
+    grpc: HostPort = "127.0.0.1:50051"
+    """HOST:PORT of the gRPC server; port 0 takes a free one. Addresses other than loopback need `tls`, and `api_keys` or
+    `tls.client_ca`; or `allow_insecure`."""
+    http: HostPort | None = "127.0.0.1:8000"
+    """HOST:PORT of the OpenAI-compatible HTTP server, protected in the same way; null: there is none."""
+
+    @field_validator("grpc", "http")
+    @classmethod
+    def _protected(cls, value: str | None, info: Any) -> str | None:
+        host, _ = parse_host_port(value) or ("127.0.0.1", 0)
+        tls, api_keys = info.data.get("tls"), info.data.get("api_keys", "")  # missing when they are wrong themselves
+        if is_loopback(host) or info.data.get("allow_insecure", True) or tls is None:
+            return value
+        if not tls.is_on:
+            raise expected("a loopback address such as 127.0.0.1:50051, or listen.tls, or listen.allow_insecure: true")
+        if api_keys is None and tls.client_ca is None:
+            raise expected("listen.api_keys or listen.tls.client_ca, to know clients by, or listen.allow_insecure: true")
+        return value
+
+    @property
+    def grpc_host_port(self) -> tuple[str, int]:
+        return _host_port(self.grpc)
+
+    @property
+    def http_host_port(self) -> tuple[str, int] | None:
+        return None if self.http is None else _host_port(self.http)
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host_port = parse_host_port(address)
+    assert host_port is not None, address
+    return host_port

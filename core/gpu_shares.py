@@ -1,0 +1,40 @@
+"""How much of each GPU of one machine is taken, by the rule by which Ray gives GPUs to actors. Pure bookkeeping."""
+
+_EPSILON = 1e-6  # three shares of 0.3333 and their sum
+
+
+class GpuShares:
+    """An instance has a share of one GPU, up to the whole. It gets the fullest GPU that has room, of equal ones the first, so
+    that instances that can share one do, and whole GPUs stay free (Ray's `NodeResourceInstanceSet::TryAllocate`)."""
+
+    def __init__(self, num_gpus: int) -> None:
+        self._free = [1.0] * num_gpus
+
+    def find(self, share: float) -> int | None:
+        """The GPU that the next instance would get, by position; None when none has room."""
+        fitting = [gpu for gpu, left in enumerate(self._free) if left >= share - _EPSILON]
+        return min(fitting, key=lambda gpu: round(self._free[gpu] / _EPSILON), default=None)
+
+    def rank(self, share: float) -> tuple[float, float]:
+        """By which machines with room are compared: the least keeps instances closest together."""
+        gpu = self.find(share)
+        assert gpu is not None
+        return round(self._free[gpu], 4), round(sum(self._free), 4)
+
+    @property
+    def num_free(self) -> float:
+        return sum(self._free)
+
+    def take(self, share: float) -> int:
+        """The position of the GPU; the caller knows that there is one."""
+        gpu = self.find(share)
+        assert gpu is not None
+        self.take_back(gpu, share)
+        return gpu
+
+    def take_back(self, gpu: int, share: float) -> None:
+        """An instance is there already."""
+        self._free[gpu] -= share
+
+    def give_back(self, gpu: int, share: float) -> None:
+        self._free[gpu] += share

@@ -1,0 +1,82 @@
+"""Who gets which cores and which machine's GPU."""
+
+import pytest
+
+from pdserve.cluster.cores import CoreAllocator, Need, Placement
+from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.core.config import ClusterConfig, DeviceKind
+from pdserve.core.errors import CapacityError
+from pdserve.core.messages import Role
+
+ONE_CORE = Need(1, 1.0)
+
+
+def take(allocator: CoreAllocator, *needs: Need) -> list[Placement]:
+    """For workers that are called by their number."""
+    return [allocator.take((f"w-{number}", 1), need) for number, need in enumerate(needs)]
+
+
+def test_each_instance_has_cores_of_its_own_on_the_emptiest_node() -> None:
+    placements = take(CoreAllocator({"a": 2, "b": 3}), ONE_CORE, ONE_CORE, Need(2, 1.0))
+    assert placements == [Placement("b", (0,)), Placement("a", (0,)), Placement("b", (1, 2))]
+
+
+def test_instances_share_cores_when_they_are_told_to() -> None:
+    allocator = CoreAllocator({"a": 1})
+    assert take(allocator, Need(1, 0.5), Need(1, 0.5)) == [Placement("a", (0,))] * 2
+    with pytest.raises(CapacityError, match=r"w-9 needs 1 core\(s\) with 0.5 of each free, but of the cluster's 1 core"):
+        allocator.take(("w-9", 1), Need(1, 0.5))
+
+
+def half(num_cores: int = 1) -> Need:
+    return Need(num_cores, 1.0, 0.5)
+
+
+def test_a_pair_that_can_share_a_gpu_does() -> None:
+    placements = take(CoreAllocator({"a": 8, "b": 8}, {"a": 2, "b": 2}), half(), half(), half())
+    assert [(one.node_id, one.gpu) for one in placements] == [("a", 0), ("a", 0), ("a", 1)]
+
+
+def test_instances_on_whole_gpus_stay_on_one_machine_as_long_as_it_has_some() -> None:
+    whole = Need(1, 1.0, 1.0)
+    placements = take(CoreAllocator({"a": 8, "b": 9}, {"a": 2, "b": 2}), whole, whole, whole)
+    assert [(one.node_id, one.gpu) for one in placements] == [("b", 0), ("b", 1), ("a", 0)]
+
+
+def test_a_node_without_gpus_or_without_cores_is_passed_by() -> None:
+    allocator = CoreAllocator({"many-cores": 64, "few-cores": 1, "right": 2}, {"few-cores": 8, "right": 1})
+    assert take(allocator, half(2)) == [Placement("right", (0, 1), 0)]
+    allocator = CoreAllocator({"a": 8}, {"a": 1})
+    with pytest.raises(CapacityError) as caught:
+        take(allocator, half(), Need(1, 1.0, 0.75))
+    assert str(caught.value) == (
+        "w-1 needs 1 core(s) with 1 of each free on a node with 0.75 of a GPU free, but of the cluster's 1 GPU(s) only 0.5, "
+        "and of its 8 core(s) only 7, are free"
+    )
+
+
+def test_what_a_worker_had_goes_to_the_next() -> None:
+    allocator = CoreAllocator({"a": 1}, {"a": 1})
+    need = Need(1, 1.0, 1.0)
+    (placement,) = take(allocator, need)
+    allocator.give_back(("w-0", 1))
+    allocator.give_back(("unknown", 1))
+    assert allocator.take(("w-0", 2), need) == placement
+
+
+def test_workers_of_an_earlier_head_are_counted_where_they_are() -> None:
+    allocator = CoreAllocator({"a": 2}, {"a": 2})
+    allocator.take_back(("w-7", 1), Placement("a", (1,), 1), half())
+    assert take(allocator, half()) == [Placement("a", (0,), 1)]
+
+
+def spec(device: DeviceKind, **pool: float) -> WorkerSpec:
+    config = ClusterConfig.model_validate({"pools": {"decode": pool}})
+    return WorkerSpec("decode-0", 1, Role.DECODE, config, device, None, ("127.0.0.1", 1), "secret", None)
+
+
+def test_what_an_instance_needs_follows_from_its_pool_and_its_device() -> None:
+    assert spec("cpu", devices_per_instance=2, cpus_per_instance=1.0, gpus_per_instance=0.5).need == Need(2, 0.5)
+    assert spec("cuda").need == Need(1, 1.0, 1.0)
+    assert spec("cuda", gpus_per_instance=0.25, cpus_per_instance=0.5).need == Need(1, 0.5, 0.25)
+    assert spec("cuda", cpus_per_instance=4.0).need == Need(4, 1.0, 1.0)

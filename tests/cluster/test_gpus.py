@@ -1,0 +1,67 @@
+"""GPUs as Ray gives them to workers' actors, which we count on and cannot choose."""
+
+import os
+from typing import Any
+
+import pytest
+import ray
+
+from pdserve.cluster.actors import options_of
+from pdserve.cluster.cores import CoreAllocator
+from pdserve.cluster.nodes import RayNodes, with_gpus_of
+from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.core.config import ClusterConfig, DeviceKind
+from pdserve.core.messages import Role
+from pdserve.engine.gpu import DeviceInfo, Node
+
+pytestmark = pytest.mark.cluster
+
+
+def spec(device: DeviceKind, gpus: float) -> WorkerSpec:
+    config = ClusterConfig.model_validate({"pools": {"decode": {"gpus_per_instance": gpus, "cpus_per_instance": 0.1}}})
+    return WorkerSpec("decode-0", 1, Role.DECODE, config, device, None, ("127.0.0.1", 1), "secret", None)
+
+
+class Shown:
+    """What an actor's process is shown."""
+
+    def variables(self) -> tuple[str | None, str | None]:
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
+
+
+def test_ray_gives_out_gpus_by_the_rule_that_we_count_by() -> None:
+    Shown.__module__ = "__main__"  # so that its code travels with it
+    (node_id,) = (node["NodeID"] for node in ray.nodes())
+    allocator = CoreAllocator({node_id: 8}, {node_id: 2})
+    actors: list[Any] = []
+    try:
+        for number, share in enumerate((0.5, 0.7, 0.5, 0.3)):
+            worker = spec("cuda", share)
+            placement = allocator.take((f"decode-{number}", 1), worker.need)
+            actors.append(ray.remote(Shown).options(**options_of(worker, placement)).remote())
+            assert ray.get(actors[-1].variables.remote()) == (str(placement.gpu), "PCI_BUS_ID")
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def test_a_worker_on_the_processor_takes_no_gpu() -> None:
+    worker = spec("cpu", 0.5)
+    options = options_of(worker, CoreAllocator({ray.nodes()[0]["NodeID"]: 8}).take(worker.key, worker.need))
+    assert options["num_gpus"] is None
+    assert set(options["runtime_env"]["env_vars"]) == {"OMP_NUM_THREADS"}
+
+
+async def test_a_machines_gpus_are_those_that_it_has_itself() -> None:
+    """Ray was told of two, and there is no driver."""
+    (node,) = await RayNodes().probe()
+    assert node.name == ray.nodes()[0]["NodeID"]
+    assert node.devices == ()
+    assert set(node.cores) == os.sched_getaffinity(0)
+
+
+def test_gpus_that_ray_was_not_given_are_not_counted() -> None:
+    gpus = tuple(DeviceInfo(index, "L4", f"GPU-{index}", 24 << 30, 24 << 30) for index in range(4))
+    node = Node("a", (0,), 1, 1, gpus, "13.0")
+    assert with_gpus_of(node, {"GPU": 2.0}).devices == gpus[:2]
+    assert with_gpus_of(node, {"CPU": 2.0}).devices == ()

@@ -1,0 +1,61 @@
+"""What the head makes of a plan for GPUs: what its workers are told."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from pdserve.cluster.head import Head
+from pdserve.cluster.head_config import GPU_PEAKS, REACHED, priors
+from pdserve.cluster.head_spec import HeadSpec
+from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.core.config import ClusterConfig
+from pdserve.core.messages import Role
+from pdserve.engine.gpu import DeviceInfo, Node
+from pdserve.engine.plan import plan
+from pdserve.router.fleet_events import StartWorker
+
+H100, UNKNOWN = "NVIDIA H100 80GB HBM3", "NVIDIA H999"
+
+
+def node(name: str = H100, num_gpus: int = 2) -> Node:
+    gpus = tuple(DeviceInfo(index, name, f"GPU-{index}", 80 << 30, 80 << 30) for index in range(num_gpus))
+    return Node("here", (0, 1), 8 << 30, 8 << 30, gpus, "13.0")
+
+
+def worker(config: ClusterConfig, *nodes: Node) -> WorkerSpec:
+    head = Head(HeadSpec(keeper=SimpleNamespace(), door="", token="secret", host="127.0.0.1"))
+    head._config, head._plan = config, plan(config, nodes)
+    head._plan.check()
+    head._device, head._host, head._control_port = head._plan.device, "127.0.0.1", 1
+    return head._worker_spec(StartWorker(Role.DECODE, "decode-0", 1))
+
+
+def test_workers_on_gpus_count_their_blocks_themselves_unless_they_are_told() -> None:
+    spec = worker(ClusterConfig(), node())
+    assert (spec.device, spec.num_blocks) == ("cuda", None)
+    told = ClusterConfig.model_validate({"pools": {"decode": {"kv_cache_bytes": "1GiB"}}})
+    num_blocks = worker(told, node()).num_blocks
+    assert num_blocks is not None
+    assert num_blocks > 0
+
+
+def test_workers_on_the_processor_are_told_their_blocks() -> None:
+    spec = worker(ClusterConfig(), node(num_gpus=0))
+    assert spec.device == "cpu"
+    assert spec.num_blocks is not None
+
+
+def test_a_worker_knows_the_device_and_not_how_it_was_chosen() -> None:
+    """The configuration stays as it was written, so that the same file can be applied to the running cluster."""
+    spec = worker(ClusterConfig(), node())
+    assert spec.config.device == "auto"
+    assert spec.device == "cuda"
+
+
+@pytest.mark.parametrize(("name", "bytes_per_s"), [(H100, 3.35e12), (UNKNOWN, GPU_PEAKS.bytes_per_s)])
+def test_the_first_predictions_are_of_the_gpu_that_is_there(name: str, bytes_per_s: float) -> None:
+    planned = plan(ClusterConfig(), [node(name)])
+    found = priors(ClusterConfig(), planned)
+    assert found.decode_context_token_s == pytest.approx(planned.kv_bytes_per_token / (REACHED * bytes_per_s))
+    on_cores = priors(ClusterConfig(), plan(ClusterConfig(), [node(num_gpus=0)]))
+    assert on_cores.prefill_token_s > 100 * found.prefill_token_s

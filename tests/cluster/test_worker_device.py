@@ -1,0 +1,114 @@
+"""What a worker's process computes on, and how it tells of its GPU."""
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from pdserve.cluster import gpu_monitor as monitor_module, worker_device
+from pdserve.cluster.gpu_monitor import GpuMonitor
+from pdserve.cluster.worker_device import engine_options, names_of, own_gpu
+from pdserve.cluster.worker_process import WorkerProcess
+from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.core.codec import FrameDecoder, FrameEncoder
+from pdserve.core.config import ClusterConfig, DeviceKind
+from pdserve.core.errors import CapacityError
+from pdserve.core.messages import GpuSample, Role, StepReport, WorkerLoad, WorkerMessage
+from pdserve.engine.gpu import DeviceInfo, GpuProbe
+
+from ..engine.test_gpu import nvml, unsupported
+
+GPU = DeviceInfo(1, "NVIDIA H100 80GB HBM3", "GPU-11-1", 80 << 30, 79 << 30)
+WAIT_S = 10.0
+
+
+def spec(device: DeviceKind, num_blocks: int | None = None, **pool: float) -> WorkerSpec:
+    config = ClusterConfig.model_validate({"pools": {"prefill": pool}})
+    return WorkerSpec("prefill-0", 1, Role.PREFILL, config, device, num_blocks, ("127.0.0.1", 1), "secret", None)
+
+
+def test_the_gpu_is_the_one_that_the_process_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    gpu = own_gpu("cuda")
+    assert gpu == GPU
+    assert names_of((0, 3), gpu) == ("cuda:GPU-11-1",)
+    assert own_gpu("cpu") is None
+    assert names_of((0, 3), None) == ("cpu:0", "cpu:3")
+
+
+def test_a_worker_without_its_gpu_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_device, "probe_devices", lambda: ())
+    with pytest.raises(CapacityError, match="device: cuda, but this process is shown no GPU on"):
+        own_gpu("cuda")
+
+
+def test_an_engine_fills_its_share_of_the_gpu_and_counts_its_own_blocks() -> None:
+    options = engine_options(spec("cuda", gpus_per_instance=0.5, max_batch_size=7, max_batch_tokens=100))
+    assert (options.device, options.num_blocks, options.block_size) == ("cuda", None, 64)
+    assert options.memory_fraction == 0.45
+    assert (options.max_batch_size, options.max_batch_tokens) == (7, 100)
+
+
+def test_an_engine_on_the_processor_has_the_blocks_that_were_planned() -> None:
+    options = engine_options(spec("cpu", num_blocks=12))
+    assert (options.device, options.num_blocks, options.block_size) == ("cpu", 12, 16)
+
+
+class Sampled(GpuProbe):
+    """Tells that it was asked."""
+
+    asked = threading.Event()
+
+    def sample(self) -> GpuSample:
+        try:
+            return super().sample()
+        finally:
+            self.asked.set()
+
+
+def test_a_monitor_hands_out_each_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml(monkeypatch)
+    monkeypatch.setattr(monitor_module, "GpuProbe", Sampled)
+    monkeypatch.setattr(monitor_module, "INTERVAL_S", 0.0)
+    monitor = GpuMonitor(GPU)
+    assert monitor.take() is None
+    monitor.start()
+    assert Sampled.asked.wait(WAIT_S)
+    Sampled.asked.clear()
+    assert Sampled.asked.wait(WAIT_S)  # so that the one before is there
+    monitor.stop()
+    monitor._thread.join(WAIT_S)
+    assert not monitor._thread.is_alive()
+    sample = monitor.take()
+    assert sample is not None
+    assert (sample.uuid, sample.power_watts) == ("GPU-11-1", 345.6)
+    assert monitor.take() is None
+
+
+def test_a_driver_that_does_not_answer_ends_the_monitor_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nvml(monkeypatch, nvmlInit=unsupported)
+    monitor = GpuMonitor(GPU)
+    monitor.start()
+    monitor._thread.join(WAIT_S)
+    assert monitor.take() is None
+    assert "NVIDIA H100 80GB HBM3 is not watched" in caplog.text
+
+
+def test_a_heartbeat_carries_the_gpu_when_there_is_news_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = WorkerProcess(spec("cuda"))
+    report = StepReport(worker_id="prefill-0", incarnation=1, load=WorkerLoad(num_running=3))
+    process._worker = SimpleNamespace(report=lambda: report)  # type: ignore[assignment]
+    assert process._beat() == report
+    news = [None, GpuSample(index=1, uuid="GPU-11-1", name="H999", memory_total_bytes=5, throttled_by=("power",))]
+    process._monitor = SimpleNamespace(take=news.pop)  # type: ignore[assignment]
+    told = process._beat()
+    decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
+    assert list(decoder.feed(FrameEncoder().encode(told))) == [told]
+    assert isinstance(told, StepReport)
+    assert told.load == report.load
+    assert told.gpu is not None
+    assert told.gpu.throttled_by == ("power",)
+    assert process._beat() == report

@@ -14,6 +14,7 @@ from ..core.messages import (
     Heartbeat,
     Ready,
     Role,
+    StepReport,
     TransferAddress,
     TransferStats,
     WorkerCommand,
@@ -160,6 +161,7 @@ class SimulatedWorker:
         self._heard_s = 0.0
         self._violation = violation
         self._aborted: set[TransferId] = set()
+        self._over: set[tuple[TransferId, int]] = set()  # choices whose last token was told
         self._tell_sample = on_sample
 
     def serve(self) -> None:
@@ -260,12 +262,22 @@ class SimulatedWorker:
 
     def _end_turn(self, worked: bool) -> None:
         for message in self.worker.take_messages():
+            if isinstance(message, StepReport):
+                self._check_told(message)
             if self._router is not None:
                 self._router.send(message)
         if worked or self._inbox:
             self._turn()
         else:
             self._is_awake = False
+
+    def _check_told(self, report: StepReport) -> None:
+        for output in report.outputs:
+            choice = output.transfer, output.choice
+            if choice in self._over:
+                self._violation(f"{self.process.name}: tells token {output.index} of {choice}, which has ended")
+            if output.finish_reason is not None:
+                self._over.add(choice)
 
     @property
     def is_idle(self) -> bool:

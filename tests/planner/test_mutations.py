@@ -9,7 +9,7 @@ import pytest
 
 from pdserve.core.latency import LatencyModel
 from pdserve.core.request import TransferId
-from pdserve.decode_worker.scheduler import DecodeScheduler
+from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
 from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine import sequence
 from pdserve.engine.batch import Batch
@@ -232,6 +232,36 @@ def compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for() -> Planted:
     return patch.object(KVManager, "admit", lambda self, seq, use_cache=True: original(self, seq))
 
 
+def release_an_ended_sequence_while_a_step_has_a_row_of_it() -> Planted:
+    original = DecodeScheduler.complete
+
+    def complete(self: DecodeScheduler, *step):  # type: ignore[no-untyped-def]
+        emissions = original(self, *step)
+        for seq in self._ended_ahead:
+            self._kv.release(seq)
+        return emissions
+
+    return patch.object(DecodeScheduler, "complete", complete)
+
+
+def tell_the_token_of_a_row_in_vain() -> Planted:
+    original = DecodeScheduler.complete
+
+    def complete(self: DecodeScheduler, batch: Batch, sampled, *rest):  # type: ignore[no-untyped-def]
+        in_vain = [
+            Emission(chunk.sequence, chunk.sequence.choice, chunk.sequence.num_output_tokens, tokens[0], None)
+            for chunk, tokens in zip(batch.chunks, sampled, strict=True)
+            if chunk.sequence in self._ended_ahead
+        ]
+        return in_vain + original(self, batch, sampled, *rest)
+
+    return patch.object(DecodeScheduler, "complete", complete)
+
+
+def run_ahead_of_a_token_that_decides() -> Planted:
+    return patch.object(DecodeScheduler, "may_run_ahead", True)
+
+
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
     forget_the_epoch_check,
@@ -254,6 +284,9 @@ MUTATIONS: list[Mutation] = [
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds,
     count_attempts_from_0_in_a_new_router,
     compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for,
+    release_an_ended_sequence_while_a_step_has_a_row_of_it,
+    tell_the_token_of_a_row_in_vain,
+    run_ahead_of_a_token_that_decides,
 ]
 
 

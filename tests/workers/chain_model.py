@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
-from pdserve.engine.batch import Batch, Computed, SampledToken
+from pdserve.engine.batch import Batch, Computed, Launched, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.token_masks import TokenMasks
@@ -58,16 +58,19 @@ class ChainEngine:
     def write(self, block_ids: Seq[int], position: int, state: int) -> None:
         self.cache[block_ids[position // self.block_size], position % self.block_size] = state
 
+    def copy(self, copies: Seq[tuple[int, int]]) -> None:
+        for source, copy in copies:
+            for offset in range(self.block_size):
+                if (source, offset) in self.cache:
+                    self.cache[copy, offset] = self.cache[source, offset]
+
     def launch(
         self,
         batch: Batch,
         on_layer: Callable[[int], None] | None = None,
         before_sampling: Callable[[], None] | None = None,
-    ) -> Computed:
-        for source, copy in batch.copies:
-            for offset in range(self.block_size):
-                if (source, offset) in self.cache:
-                    self.cache[copy, offset] = self.cache[source, offset]
+    ) -> Launched:
+        self.copy(batch.copies)
         states = [self._compute(chunk.sequence, chunk.start, chunk.end) for chunk in batch.chunks]
         if on_layer is not None:
             on_layer(0)

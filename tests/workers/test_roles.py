@@ -14,15 +14,24 @@ from pdserve.engine.sequence import Sequence
 from pdserve.engine.token_masks import TokenMasks
 from pdserve.prefill_worker.worker import PrefillWorker
 
+from .ahead_engine import AheadEngine
 from .chain_model import ChainEngine, LateMasks, Wire, expected_tokens, spec
 
 
 class Pair:
     """A prefill worker and a decode worker, driven step by step in an order drawn by the seed."""
 
-    def __init__(self, seed: int = 0, *, prefill_blocks: int = 64, decode_blocks: int = 64, budget: int = 16) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        prefill_blocks: int = 64,
+        decode_blocks: int = 64,
+        budget: int = 16,
+        engine: type[ChainEngine] = ChainEngine,
+    ) -> None:
         self.rng = random.Random(seed)
-        self.p, self.d = ChainEngine(prefill_blocks), ChainEngine(decode_blocks)
+        self.p, self.d = engine(prefill_blocks), engine(decode_blocks)
         self.wire = Wire(self.p, self.d, self.rng)
         self.p_box, self.d_box = Outbox("prefill-0", 1), Outbox("decode-0", 1)
         self.p_port, self.d_port = LateMasks(), LateMasks()
@@ -234,9 +243,14 @@ requests = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(requests, st.integers(0, 2**32), st.integers(3, 20))
-def test_any_mix_of_requests_keeps_every_stream_exact(mix: list[tuple], seed: int, budget: int) -> None:  # type: ignore[type-arg]
-    pair = Pair(seed, prefill_blocks=20, decode_blocks=20, budget=budget)
+@given(requests, st.integers(0, 2**32), st.integers(3, 20), st.sampled_from((ChainEngine, AheadEngine)))
+def test_any_mix_of_requests_keeps_every_stream_exact(
+    mix: list[tuple],  # type: ignore[type-arg]
+    seed: int,
+    budget: int,
+    engine: type[ChainEngine],
+) -> None:
+    pair = Pair(seed, prefill_blocks=20, decode_blocks=20, budget=budget, engine=engine)
     specs = {}
     for number, (kind, length, max_tokens, n, both, *_, follows) in enumerate(mix):
         prompt = [(kind * 7 + i) % 50 for i in range(length)]

@@ -100,9 +100,11 @@ class DecodeScheduler:
     @property
     def may_run_ahead(self) -> bool:
         """Whether a step can be scheduled while the one before it is under way: nobody's needs to know the token that is
-        drawn, and nobody has to give up blocks for it: a block for the token and a copy of a shared one, for each."""
-        is_roomy = self._kv.pool.num_free_blocks >= 2 * len(self._running)
-        return is_roomy and not any(seq.needs_known_tokens for seq in self._running)
+        drawn, and nobody has to give up blocks for it."""
+        kv, running = self._kv, self._running
+        if any(seq.needs_known_tokens for seq in running):
+            return False
+        return sum(kv.num_blocks_to_grow(seq, seq.num_launched_tokens + 1) for seq in running) <= kv.pool.num_free_blocks
 
     def launched(self, batch: Batch) -> None:
         """The batch is under way: until it is completed, `schedule` goes on from what it will bring."""
@@ -167,6 +169,10 @@ class DecodeScheduler:
         self._waiting = deque(seq for seq in self._waiting if seq.transfer != transfer)
         self._running = [seq for seq in self._running if seq.transfer != transfer]
 
+    def has_ended(self, seq: Sequence) -> bool:
+        """Whether it has nothing but a row in vain in the step under way."""
+        return seq in self._ended_ahead
+
     def is_receiving(self, transfer: TransferId) -> bool:
         return transfer in self._receiving
 
@@ -175,8 +181,9 @@ class DecodeScheduler:
         self._kv.release(self._receiving.pop(transfer))
 
     def has_sequences(self, transfer: TransferId) -> bool:
-        """Whether any choice of the dispatch still runs or waits here."""
-        return any(seq.transfer == transfer for queue in (self._running, self._waiting) for seq in queue)
+        """Whether any choice of the dispatch still runs or waits here, or holds blocks for a row in vain."""
+        queues = (self._running, self._waiting, self._ended_ahead)
+        return any(seq.transfer == transfer for queue in queues for seq in queue)
 
     def _schedule_running(self) -> tuple[list[ScheduledChunk], int]:
         """A chunk for each running sequence that has or finds blocks, oldest first, and the tokens left over.

@@ -108,12 +108,13 @@ class DecodeWorker:
     def step(self) -> bool:
         """Grant reservations and launch one batch, if there is work; collect the one before it."""
         if self._flight is not None and not self.scheduler.may_run_ahead:
-            self._settle()
+            self.settle()
         plan = self.scheduler.schedule()
-        for seq in plan.granted:
-            self._grant(seq)
         if plan.batch is None:
-            return self._settle() or bool(plan.granted)
+            self._grant(plan.granted)
+            return self.settle() or bool(plan.granted)
+        if not plan.batch.copies:
+            self._grant(plan.granted)  # at once, so that KV is sent while the step is computed
         started_s = self._clock()
         for chunk in plan.batch.chunks:
             leg = self._legs[chunk.sequence.transfer]
@@ -121,14 +122,16 @@ class DecodeWorker:
                 leg.clock.start(started_s)
                 leg.num_cached_tokens = max(leg.num_cached_tokens, chunk.sequence.num_cached_tokens)
         step = self._runner.launch(plan.batch, before_sampling=self._wait_for_masks(plan.batch))
-        self._settle(ahead=plan.batch)
+        if plan.batch.copies:
+            self._grant(plan.granted)  # their blocks may have been copied from
+        self.settle(ahead=plan.batch)
         self.scheduler.launched(plan.batch)
         self._flight = _Flight(plan.batch, step, started_s)
         if not (self._runner.runs_ahead and self.scheduler.may_run_ahead):
-            self._settle()
+            self.settle()
         return True
 
-    def _settle(self, ahead: Batch | None = None) -> bool:
+    def settle(self, ahead: Batch | None = None) -> bool:
         """Collect the step that is under way, before which `ahead` was launched; False when there is none.
 
         A step takes from its launch, or from the end of the one before it, to its own end.
@@ -140,7 +143,13 @@ class DecodeWorker:
         now_s = self._clock()
         self._outbox.timings.append(flight.batch.timing(now_s - max(flight.launched_s, self._collected_s)))
         self._collected_s = now_s
-        self._emit(self.scheduler.complete(flight.batch, sampled, ahead))
+        in_vain = [chunk.sequence for chunk in flight.batch.chunks if self.scheduler.has_ended(chunk.sequence)]
+        emissions = self.scheduler.complete(flight.batch, sampled, ahead)
+        self._emit(emissions)
+        ended = in_vain + [emission.sequence for emission in emissions if emission.reason is not None]
+        for transfer in dict.fromkeys(seq.transfer for seq in ended):
+            if not self.scheduler.has_sequences(transfer):
+                self._end(transfer)
         return True
 
     def _wait_for_masks(self, batch: Batch) -> Callable[[], None] | None:
@@ -175,14 +184,14 @@ class DecodeWorker:
     def fail(self, transfer: TransferId, error: str, is_invalid: bool) -> None:
         """A dispatch cannot go on, as the mask of a next token is not to be had; an unknown one is ignored."""
         if transfer in self._legs:
-            self._settle()
+            self.settle()
         if transfer in self._legs:
             self.scheduler.remove(transfer)
             self._end(transfer, error=error, is_invalid=is_invalid)
 
     def abort(self, transfer: TransferId) -> None:
         """Stop a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when it has ended."""
-        self._settle()  # a leg that has ended may have a row in it
+        self.settle()  # a leg that has ended may have a row in it
         leg = self._legs.get(transfer)
         if leg is None:
             return
@@ -200,11 +209,12 @@ class DecodeWorker:
         self._legs[spec.transfer] = _Leg(LegClock(self._clock()), source)
         return Sequence(spec, spec.choices[0], self._kv.max_model_len)
 
-    def _grant(self, seq: Sequence) -> None:
-        leg = self._legs[seq.transfer]
-        assert leg.source is not None
-        leg.num_cached_tokens = seq.num_cached_tokens
-        self._port.expect(seq.transfer, leg.source, tuple(seq.block_ids), seq.num_tokens, seq.num_cached_tokens)
+    def _grant(self, granted: Seq[Sequence]) -> None:
+        for seq in granted:
+            leg = self._legs[seq.transfer]
+            assert leg.source is not None
+            leg.num_cached_tokens = seq.num_cached_tokens
+            self._port.expect(seq.transfer, leg.source, tuple(seq.block_ids), seq.num_tokens, seq.num_cached_tokens)
 
     def _emit(self, emissions: list[Emission]) -> None:
         for emission in emissions:
@@ -216,9 +226,6 @@ class DecodeWorker:
                 self._masks.want(seq)
             else:
                 self._masks.forget([seq])
-        for transfer in dict.fromkeys(emission.sequence.transfer for emission in emissions if emission.reason is not None):
-            if not self.scheduler.has_sequences(transfer):
-                self._end(transfer)
 
     def _end(self, transfer: TransferId, *, error: str | None = None, is_invalid: bool = False) -> None:
         leg = self._legs.pop(transfer)

@@ -47,18 +47,27 @@ class KVManager:
         False, and no change, when the pool has too few blocks. A shared block is replaced by a copy, see `take_copies`.
         """
         assert num_tokens <= self.max_model_len, f"{seq} would exceed {self.max_model_len} tokens"
-        first = seq.num_computed_tokens // self.pool.block_size
-        num_missing = self.num_blocks_for(num_tokens) - len(seq.block_ids)
-        shared = first < len(seq.block_ids) and self.pool.ref_count(seq.block_ids[first]) > 1
-        if num_missing <= 0 and not shared:
+        num_missing, shared = self._missing(seq, num_tokens)
+        if not num_missing and shared is None:
             return True
-        new = self.pool.allocate(max(num_missing, 0) + shared)
+        new = self.pool.allocate(num_missing + (shared is not None))
         if new is None:
             return False
-        if shared:
-            self._copy_on_write(seq, first, new.pop())
+        if shared is not None:
+            self._copy_on_write(seq, shared, new.pop())
         seq.block_ids += new
         return True
+
+    def num_blocks_to_grow(self, seq: Sequence, num_tokens: int) -> int:
+        """How many free blocks `grow` would take."""
+        num_missing, shared = self._missing(seq, num_tokens)
+        return num_missing + (shared is not None)
+
+    def _missing(self, seq: Sequence, num_tokens: int) -> tuple[int, int | None]:
+        """How many blocks a sequence lacks for so many tokens, and which of its own has to be replaced as it is shared."""
+        first = seq.num_computed_tokens // self.pool.block_size
+        is_shared = first < len(seq.block_ids) and self.pool.ref_count(seq.block_ids[first]) > 1
+        return max(self.num_blocks_for(num_tokens) - len(seq.block_ids), 0), first if is_shared else None
 
     def _copy_on_write(self, seq: Sequence, index: int, copy: int) -> None:
         shared = seq.block_ids[index]

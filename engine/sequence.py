@@ -27,11 +27,7 @@ class Sequence:
         self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)
         sampling = spec.sampling
         self._needs_known_tokens = bool(
-            sampling.grammar
-            or sampling.presence_penalty
-            or sampling.frequency_penalty
-            or sampling.repetition_penalty != 1.0
-            or spec.wants_prompt_logprobs
+            sampling.grammar or sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
         )
         self._stop_token_ids = frozenset(spec.sampling.stop_token_ids)
         if not spec.sampling.ignore_eos:

@@ -30,6 +30,10 @@ class PrefillScheduler:
         self._running: set[Sequence] = set()  # those of them that have their blocks
 
     @property
+    def has_sequences(self) -> bool:
+        return bool(self._sequences)
+
+    @property
     def num_waiting(self) -> int:
         return len(self._sequences) - len(self._running)
 

@@ -128,6 +128,8 @@ class Worker:
 
     def step(self) -> bool:
         """One batch of each role that has work; False when there was none."""
+        if self._prefill.scheduler.has_sequences:  # what is under way is no part of a prompt's time
+            self._decode.settle()
         worked = self._prefill.step()
         return self._decode.step() or worked
 

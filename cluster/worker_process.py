@@ -39,6 +39,15 @@ from .worker_spec import WorkerSpec
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005  # at most so long does a busy engine thread hold back the transfer's and the connection's
+
+
+def give_up(why: str) -> None:
+    """End this process now, whatever its threads hang in; the cluster starts another."""
+    log.critical("%s: this worker ends", why)
+    logging.shutdown()
+    os._exit(1)
+
+
 MASK_WAIT_S = 0.002  # at most so long does a step that is computed wait for masks
 RECONNECT_S = 0.1
 BRIEF_S = 1.0  # a connection that lasted less was refused
@@ -88,6 +97,7 @@ class WorkerProcess:
                 host=spec.host or "127.0.0.1",
                 transport=spec.config.kv.transport,
                 gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
+                on_stuck=give_up,
             )
             grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
             if gpu is not None:

@@ -121,9 +121,9 @@ class KvSection(Part):
 
     block_size: AutoBlockSize = "auto"
     """Tokens a block, a multiple of 8; auto: 16 on CPU, 64 on GPUs."""
-    transport: Literal["auto", "shm", "gloo", "cuda_ipc"] = "auto"
-    """auto: within a GPU (cuda_ipc) between workers that share one, else shared memory between workers of one host, and gloo
-    between hosts; the KV of GPUs goes through host memory there."""
+    transport: Literal["auto", "shm", "gloo", "cuda_ipc", "nccl"] = "auto"
+    """auto: within the GPU (cuda_ipc) between workers that share one, nccl between two GPUs, else shared memory within a host
+    and gloo between hosts; the KV of GPUs goes through host memory there."""
     wire: Literal["raw", "int8"] = "raw"
     """The format of KV between workers. int8 takes about half of bfloat16's bytes, and rounds each head's keys, and values, to
     127 steps of the largest; on CPU, packing costs more than memory moves, so it is for slow networks."""

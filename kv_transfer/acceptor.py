@@ -11,11 +11,12 @@ from functools import partial
 from ..core import handshake
 from .channel import Channel
 from .cuda_ipc import CudaIpcLink
-from .gloo import RECEIVER_RANK, GlooLink, listening_socket
+from .gloo import listening_socket
 from .greeting import shake_hands
+from .group_link import RECEIVER_RANK
 from .inbound import InboundPair
 from .link import Link
-from .pair import Local, retire
+from .pair import Local, group_link, retire
 from .protocol import Connect, Connected, Prepare, Refused, SenderMessage
 from .shm import ShmLink
 
@@ -132,7 +133,7 @@ class Acceptor:
             elif connect.link == "cuda_ipc":
                 link = self._prepare_cuda_ipc(channel, connect.epoch)
             else:
-                link = await self._prepare_gloo(channel, connect.epoch)
+                link = await self._prepare_group(channel, connect.link, connect.epoch)
         except Exception as error:  # memory, descriptors, sockets: this connection fails, the door stays open
             self._refuse(channel, f"preparing the link failed: {error}")
             return
@@ -168,9 +169,9 @@ class Acceptor:
         channel.send(Prepare(epoch, num_slots, slot_bytes, handle=handle))
         return CudaIpcLink(ring, num_slots, slot_bytes, rings)
 
-    async def _prepare_gloo(self, channel: Channel[SenderMessage], epoch: int) -> Link:
-        num_slots, slot_bytes = self._ring("gloo")
-        link = GlooLink(RECEIVER_RANK, self._local.host, num_slots, slot_bytes, self._local.config.connect_timeout_s)
+    async def _prepare_group(self, channel: Channel[SenderMessage], kind: str, epoch: int) -> Link:
+        num_slots, slot_bytes = self._ring(kind)
+        link = group_link(self._local, kind, RECEIVER_RANK, num_slots, slot_bytes)
         listener = listening_socket(self._local.host)
         channel.send(Prepare(epoch, num_slots, slot_bytes, self._local.host, listener.getsockname()[1]))
         try:

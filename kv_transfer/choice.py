@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 from .link import LinkError
 
-LINKS = ("shm", "gloo", "cuda_ipc")
+LINKS = ("shm", "gloo", "cuda_ipc", "nccl")
+GPU_LINKS = ("cuda_ipc", "nccl")
 TRANSPORTS = ("auto", *LINKS)
 
 
@@ -16,10 +17,10 @@ class Place(NamedTuple):
 
 
 def choose_link(mine: Place, theirs: Place, transport: str) -> str:
-    """One of LINKS. Two GPUs that are not one meet in host memory, as a GPU and a processor do. Raises LinkError."""
+    """One of LINKS. A GPU and a processor meet in host memory. Raises LinkError."""
     possible = [link for link in LINKS if _is_possible(link, mine, theirs)]
     if transport == "auto":
-        return next(link for link in ("cuda_ipc", "shm", "gloo") if link in possible)
+        return next(link for link in ("cuda_ipc", "nccl", "shm", "gloo") if link in possible)
     if transport not in possible:
         raise LinkError(f"kv.transport: got {transport!r}, expected auto or {' or '.join(possible)}: {_WANTED[transport]}")
     return transport
@@ -28,6 +29,7 @@ def choose_link(mine: Place, theirs: Place, transport: str) -> str:
 _WANTED = {
     "shm": "the two workers cannot share memory",
     "cuda_ipc": "the two workers are not on one GPU",
+    "nccl": "the two workers are not on two GPUs",
 }
 
 
@@ -36,4 +38,6 @@ def _is_possible(link: str, mine: Place, theirs: Place) -> bool:
         return mine.host_id == theirs.host_id
     if link == "cuda_ipc":
         return mine.gpu != "" and mine.gpu == theirs.gpu
+    if link == "nccl":
+        return mine.gpu != "" != theirs.gpu and mine.gpu != theirs.gpu
     return True

@@ -9,6 +9,7 @@ class CudaIpcLink:
     """Both sides' view of the ring. P announces a chunk when its gather is done, so D may read at once."""
 
     executor = None
+    takes_turns = False
 
     def __init__(self, ring: Slot, num_slots: int, slot_bytes: int, rings: "RingShelf | None" = None) -> None:
         """`rings` gets D's ring back."""

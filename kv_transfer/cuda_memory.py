@@ -44,7 +44,7 @@ class CudaGpu:
     def __init__(self, device: torch.device) -> None:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         self.uuid = str(torch.cuda.get_device_properties(device).uuid)
-        self._device = device
+        self.device = device
         self._driver = load_driver()
         number = ctypes.c_int()
         self._context = ctypes.c_void_p()
@@ -74,7 +74,7 @@ class CudaGpu:
             self._call("cuIpcCloseMemHandle", address)
 
     def _tensor(self, address: int, num_bytes: int, on_release: Callable[[], None]) -> torch.Tensor:
-        return torch.as_tensor(_Memory(address, num_bytes, on_release), device=self._device)
+        return torch.as_tensor(_Memory(address, num_bytes, on_release), device=self.device)
 
     @contextmanager
     def _in_context(self) -> Iterator[None]:

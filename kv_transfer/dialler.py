@@ -11,11 +11,12 @@ from ..core.messages import TransferAddress
 from .channel import Channel
 from .choice import Place, choose_link
 from .cuda_ipc import CudaIpcLink
-from .gloo import SENDER_RANK, GlooLink, address_family
+from .gloo import address_family
 from .greeting import shake_hands
+from .group_link import SENDER_RANK
 from .link import Link, LinkError
 from .outbound import OutboundPair
-from .pair import Local, retire
+from .pair import Local, group_link, retire
 from .protocol import Connected, Prepare, ReceiverMessage, Refused
 from .shm import ShmLink
 
@@ -69,10 +70,9 @@ class Dialler:
             elif kind == "cuda_ipc":
                 link = self._open_ring(prepare)
             else:
-                limit_s = local.config.connect_timeout_s
-                gloo = link = GlooLink(SENDER_RANK, local.host, prepare.num_slots, prepare.slot_bytes, limit_s)
+                group = link = group_link(local, kind, SENDER_RANK, prepare.num_slots, prepare.slot_bytes)
                 loop = asyncio.get_running_loop()
-                await loop.run_in_executor(gloo.executor, gloo.connect, prepare.store_host, prepare.store_port)
+                await loop.run_in_executor(group.executor, group.connect, prepare.store_host, prepare.store_port)
             _expected(await answers.get(), Connected)
         except BaseException:
             channel.close()

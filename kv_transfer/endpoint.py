@@ -11,14 +11,14 @@ from functools import partial
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .acceptor import Acceptor
-from .choice import TRANSPORTS
+from .choice import GPU_LINKS, TRANSPORTS
 from .config import MAX_PAYLOAD_BYTES, TransferConfig
 from .counters import TransferCounters
 from .dialler import Dialler
 from .events import Cancel, CommitReady, Computed, Expect, Extend, Open, PrefillDone
 from .hub import TransferHub, guarded
 from .interfaces import Gpu, KVStore, TransferListener
-from .pair import Local
+from .pair import Local, log_stuck
 from .shm import host_id
 from .span import Span
 
@@ -39,10 +39,12 @@ class TransferEndpoint:
         transport: str = "auto",
         config: TransferConfig | None = None,
         gpu: Gpu | None = None,
+        on_stuck: Callable[[str], None] | None = None,
     ) -> None:
         """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` is where the store's blocks
-        are, if not in the processor's memory."""
-        valid = [name for name in TRANSPORTS if gpu is not None or name != "cuda_ipc"]
+        are, if not in the processor's memory; `on_stuck` hears why the process has to end, when a link there does not let go;
+        without it, that is logged."""
+        valid = [name for name in TRANSPORTS if gpu is not None or name not in GPU_LINKS]
         if transport not in valid:
             where = "" if gpu is not None else " on a processor"
             raise ValueError(f"kv.transport: got {transport!r}, expected one of {', '.join(valid)}{where}")
@@ -58,6 +60,7 @@ class TransferEndpoint:
             listener=listener,
             config=config or TransferConfig(),
             gpu=gpu,
+            on_stuck=on_stuck or log_stuck,
         )
         self._hub = TransferHub(self._local, Dialler(self._local))
         self._inbox: deque[Callable[[], None]] = deque()

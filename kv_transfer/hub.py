@@ -140,6 +140,8 @@ def refusal(connect: Connect, local: Local) -> str | None:
         return f"link {connect.link!r}, expected one of {', '.join(LINKS)}"
     if connect.link == "cuda_ipc" and (not connect.gpu or connect.gpu != local.gpu_uuid):
         return f"link 'cuda_ipc' from GPU {connect.gpu!r}, expected this worker's {local.gpu_uuid!r}"
+    if connect.link == "nccl" and (not local.gpu_uuid or connect.gpu in ("", local.gpu_uuid)):
+        return f"link 'nccl' from GPU {connect.gpu!r}, expected another one than this worker's {local.gpu_uuid!r}"
     mismatch = local.layout.mismatch(connect.layout)
     if mismatch is not None:
         return f"the KV layouts differ in {mismatch}"

@@ -69,9 +69,10 @@ class KVStore(Protocol):
 
 
 class Gpu(Protocol):
-    """The GPU that holds a store's blocks: memory on it that two processes see."""
+    """The GPU that holds a store's blocks, and memory on it that two processes see."""
 
     uuid: str
+    device: Any  # torch's
 
     def allocate(self, num_bytes: int) -> "tuple[Slot, bytes]":
         """Memory that lives as long as this process, and what another needs to `open` it. Raises LinkError."""

@@ -38,6 +38,7 @@ class Link(Waiter, Protocol):
 
     num_slots: int
     slot_bytes: int
+    takes_turns: bool  # a process must not have sends of two such links under way
 
     def slot(self, slot: int, num_bytes: int) -> Slot:
         """The first `num_bytes` of this side's memory of `slot`."""

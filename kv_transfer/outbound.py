@@ -65,7 +65,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             case SendChunk():
                 self._send_chunk(command)
             case Send(Commit() as commit):
-                self._work.after(commit.transfer, partial(self._send_commit, commit))  # behind its last chunk
+                self._work.after(commit.transfer, partial(self._commit, commit))  # behind its last chunk
             case Send():
                 if self._channel is not None:
                     self._channel.send(command.message)
@@ -116,9 +116,15 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         elif transfer in self._spoilt:
             self.feed(GatherFailed(epoch, transfer, seq, "the transfer had ended"))
         else:
-            self._announce(Chunk(epoch, transfer, seq, command.slot, command.span, command.num_bytes, result))
+            chunk = Chunk(epoch, transfer, seq, command.slot, command.span, command.num_bytes, result)
+            link = self._link
+            assert link is not None, "it goes with its epoch"
+            if link.takes_turns:  # D posts what was announced: not before it is sent
+                self.local.turn.take(link, partial(self._announce, chunk, lambda: self.local.turn.give_back(link)))
+            else:
+                self._announce(chunk, lambda: None)
 
-    def _announce(self, chunk: Chunk) -> None:
+    def _announce(self, chunk: Chunk, when_sent: Callable[[], None]) -> None:
         link, channel = self._link, self._channel
         assert link is not None and channel is not None, "they go with their epoch"
         channel.send(chunk)
@@ -128,7 +134,13 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             self._link_failed(chunk.epoch, str(error))
             return
         if ticket is not None:
-            self._when_done(ticket, lambda: None)
+            self._when_done(ticket, when_sent)
+
+    def _commit(self, commit: Commit) -> None:
+        if self._link is not None and self._link.takes_turns:
+            self.local.turn.behind(self._link, partial(self._send_commit, commit))
+        else:
+            self._send_commit(commit)
 
     def _send_commit(self, commit: Commit) -> None:
         """Unless the transfer cannot be complete: it was decided before the machine knew, and would be a breach of the
@@ -139,6 +151,12 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
     def _tell_failure(self, failed: SendFailed) -> None:
         self._spoilt.discard(failed.transfer)
         self.local.notify(self.local.listener.on_send_failed, failed.transfer, failed.error)
+
+    def _drop_link(self) -> None:
+        link = self._link
+        super()._drop_link()
+        if link is not None and link.takes_turns:
+            self.local.turn.drop(link)
 
     # dialling
 

@@ -16,8 +16,11 @@ from .config import TransferConfig
 from .counters import TransferCounters
 from .cuda_ipc import RingShelf
 from .events import LinkDown, LinkUp
+from .gloo import GlooLink
+from .group_link import GroupLink
 from .interfaces import Gpu, KVStore, Stream, TransferListener
 from .link import Link, LinkError, Waiter
+from .send_turn import SendTurn
 from .store_work import StoreWaits, StoreWork
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,9 @@ class Local:
     counters: TransferCounters = field(default_factory=TransferCounters)
     retired: list[Link] = field(default_factory=list)  # killed, and not gone yet
     gpu: Gpu | None = None  # that holds the store's blocks
-    rings: RingShelf | None = field(init=False)  # on it
+    on_stuck: Callable[[str], None] = field(default_factory=lambda: log_stuck)
+    rings: RingShelf | None = field(init=False)  # on the GPU
+    turn: SendTurn = field(default_factory=SendTurn)  # of links that must not send at the same time
     store_waits: StoreWaits = field(default_factory=StoreWaits)
 
     def __post_init__(self) -> None:
@@ -67,6 +72,11 @@ class Local:
             method(*args)
         except Exception:
             logger.exception("%s failed", method.__qualname__)
+
+
+def log_stuck(why: str) -> None:
+    """For a process that nobody would start again."""
+    logger.critical("%s", why)
 
 
 E = TypeVar("E")
@@ -159,3 +169,14 @@ def retire(local: Local, link: Link) -> None:
     """Kill the link, and remember it until nothing of it is left."""
     link.kill()
     local.retired = [other for other in (*local.retired, link) if not other.is_gone]
+
+
+def group_link(local: Local, kind: str, rank: int, num_slots: int, slot_bytes: int) -> GroupLink:
+    """One rank of a link over a process group, not built yet."""
+    timeout_s = local.config.connect_timeout_s
+    if kind == "gloo":
+        return GlooLink(rank, local.host, num_slots, slot_bytes, timeout_s)
+    from .nccl import NcclLink  # with torch, which a pair of processors can do without
+
+    assert local.gpu is not None, "a greeting without a GPU is refused"
+    return NcclLink(rank, local.host, num_slots, slot_bytes, timeout_s, local.gpu.device, local.on_stuck)

@@ -22,6 +22,7 @@ class ShmLink:
     """Both sides' view of the ring. D makes it and hands the descriptor to P; each epoch has a ring of its own."""
 
     executor = None
+    takes_turns = False
 
     def __init__(self, fd: int, num_slots: int, slot_bytes: int) -> None:
         self.is_gone = False

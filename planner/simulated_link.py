@@ -19,6 +19,7 @@ class SharedRing:
     """Implements `kv_transfer.link.Link` for both sides, as shared memory does."""
 
     executor = None
+    takes_turns = False
     is_gone = True  # nothing of it needs to be waited for
 
     def __init__(self, num_slots: int, slot_bytes: int, faults: Faults) -> None:
@@ -178,6 +179,7 @@ class SimulatedDial:
             ring = theirs = CopyingRing(num_slots, slot_bytes, self._network, self._target.process)
             self._ring = ours = CopyingRing(num_slots, slot_bytes, self._network, self._source.process)
             ours.peer, theirs.peer = theirs, ours
+            ours.takes_turns = connect.epoch % 2 == 0  # as NCCL's do; gloo's do not
         door.send(Connected(connect.epoch))
         pair.attach(door, ring, connect.epoch)
 

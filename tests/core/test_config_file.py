@@ -70,7 +70,7 @@ slo:
     [
         ("kernels: cuda", "kernels: got 'cuda', expected one of 'auto', 'native', 'torch' or 'triton'"),
         ("kernels: null", "kernels: got nothing, expected one of 'auto', 'native', 'torch' or 'triton'"),
-        ("kv: {transport: nccl}", "kv.transport: got 'nccl', expected one of 'auto', 'shm', 'gloo' or 'cuda_ipc'"),
+        ("kv: {transport: rdma}", "kv.transport: got 'rdma', expected one of 'auto', 'shm', 'gloo', 'cuda_ipc' or 'nccl'"),
         ("kv: {block_size: 12}", "kv.block_size: got 12, expected auto or a multiple of 8"),
         ("pools: {prefill: {gpus_per_instance: 2}}", "pools.prefill.gpus_per_instance: got 2, expected at most 1"),
         ("pools: {prefill: {gpus_per_instance: 0}}", "pools.prefill.gpus_per_instance: got 0, expected more than 0"),

@@ -117,6 +117,7 @@ class SharedMemory:
 
     def __init__(self, uuid: str = "GPU-0") -> None:
         self.uuid = uuid
+        self.device = torch.device("cpu")
 
     def allocate(self, num_bytes: int) -> tuple[torch.Tensor, bytes]:
         memory, handle = torch.zeros(num_bytes, dtype=torch.uint8), len(self._given).to_bytes(8, "little")
@@ -171,13 +172,14 @@ class DeviceWorker(Worker):
         seed: int | None = None,
         transport: str = "auto",
         config: TransferConfig = FAST,
+        gpu: SharedMemory | None = None,
     ) -> None:
         self.device = LateDevice()
         store = WatchedCache(kv_layout, kernels or TorchKernels(), self.device if on_gpu else HostDevice())
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
             store._data.copy_(torch.randn(store._data.shape, generator=generator))
-        gpu = SharedMemory() if on_gpu else None
+        gpu = gpu or (SharedMemory() if on_gpu else None)
         super().__init__(name, kv_layout, transport=transport, config=config, store=store, gpu=gpu)
 
     def settle(self) -> None:

@@ -23,8 +23,10 @@ GPU, NEIGHBOUR, GPU_ELSEWHERE = Place("a", "GPU-0"), Place("a", "GPU-1"), Place(
         (CPU, CPU, "auto", "shm"),
         (CPU, CPU_ELSEWHERE, "auto", "gloo"),
         (GPU, GPU, "auto", "cuda_ipc"),
-        (GPU, NEIGHBOUR, "auto", "shm"),
-        (GPU, GPU_ELSEWHERE, "auto", "gloo"),
+        (GPU, NEIGHBOUR, "auto", "nccl"),
+        (GPU, GPU_ELSEWHERE, "auto", "nccl"),
+        (GPU, NEIGHBOUR, "shm", "shm"),
+        (GPU, GPU_ELSEWHERE, "nccl", "nccl"),
         (GPU, CPU, "auto", "shm"),
         (CPU_ELSEWHERE, GPU, "auto", "gloo"),
         (CPU, CPU, "gloo", "gloo"),
@@ -41,8 +43,20 @@ def test_the_link_suits_both_places(mine: Place, theirs: Place, transport: str, 
     ("mine", "theirs", "transport", "error"),
     [
         (CPU, CPU_ELSEWHERE, "shm", "kv.transport: got 'shm', expected auto or gloo: the two workers cannot share memory"),
-        (GPU, GPU_ELSEWHERE, "shm", "kv.transport: got 'shm', expected auto or gloo: the two workers cannot share memory"),
-        (GPU, NEIGHBOUR, "cuda_ipc", "got 'cuda_ipc', expected auto or shm or gloo: the two workers are not on one GPU"),
+        (
+            GPU,
+            GPU_ELSEWHERE,
+            "shm",
+            "got 'shm', expected auto or gloo or nccl: the two workers cannot share memory",
+        ),
+        (
+            GPU,
+            NEIGHBOUR,
+            "cuda_ipc",
+            "got 'cuda_ipc', expected auto or shm or gloo or nccl: the two workers are not on one",
+        ),
+        (GPU, GPU, "nccl", "got 'nccl', expected auto or shm or gloo or cuda_ipc: the two workers are not on two GPUs"),
+        (GPU, CPU, "nccl", "got 'nccl', expected auto or shm or gloo: the two workers are not on two GPUs"),
         (CPU, CPU, "cuda_ipc", "got 'cuda_ipc', expected auto or shm or gloo: the two workers are not on one GPU"),
     ],
 )
@@ -81,7 +95,10 @@ def test_the_door_takes_a_link_within_its_own_gpu_alone(here: Callable[[SharedMe
     for gpu, mine in (("GPU-1", SharedMemory("GPU-0")), ("", SharedMemory("GPU-0")), ("", None), ("GPU-0", None)):
         assert "link 'cuda_ipc' from GPU" in str(refusal(greeting("cuda_ipc", gpu), here(mine)))
     assert refusal(greeting("shm", "GPU-1"), here(SharedMemory("GPU-0"))) is None
-    assert "link 'pigeon', expected one of shm, gloo, cuda_ipc" in str(refusal(greeting("pigeon", ""), here(None)))
+    assert refusal(greeting("nccl", "GPU-1"), here(SharedMemory("GPU-0"))) is None
+    for gpu, mine in (("GPU-0", SharedMemory("GPU-0")), ("", SharedMemory("GPU-0")), ("GPU-0", None)):
+        assert "link 'nccl' from GPU" in str(refusal(greeting("nccl", gpu), here(mine)))
+    assert "link 'pigeon', expected one of shm, gloo, cuda_ipc, nccl" in str(refusal(greeting("pigeon", ""), here(None)))
 
 
 def test_a_door_refuses_another_wire_format(here: Callable[[SharedMemory | None], Local]) -> None:

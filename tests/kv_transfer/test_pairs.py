@@ -46,6 +46,7 @@ class BrokenLink:
     """Each operation finds the connection broken."""
 
     executor = None
+    takes_turns = False
     num_slots, slot_bytes = 1, NUM_BYTES
     is_gone = False
 
@@ -117,12 +118,12 @@ async def test_a_pair_waits_for_each_connection_that_is_being_prepared(monkeypat
     here, _ = local()
     pair, fails = InboundPair(here, "p"), [asyncio.Event(), asyncio.Event()]
 
-    async def prepare(channel: object, epoch: int) -> Link:
+    async def prepare(channel: object, kind: str, epoch: int) -> Link:
         await fails[epoch - 1].wait()
         raise OSError("no ring")
 
     acceptor = Acceptor(here, lambda connect: pair)
-    monkeypatch.setattr(acceptor, "_prepare_gloo", prepare)
+    monkeypatch.setattr(acceptor, "_prepare_group", prepare)
     try:
         for epoch in (1, 2):
             acceptor._on_greeting(cast(Any, WireStub()), greeting(epoch))

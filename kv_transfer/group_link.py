@@ -1,0 +1,106 @@
+"""What links over a two-rank process group of torch have in common: the group is this pair's alone, built on a store that D
+serves. D posts what P announced, and P sends exactly that."""
+
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .interfaces import Slot
+from .link import PeerLost, TransferTimeout
+
+if TYPE_CHECKING:
+    import torch
+
+RECEIVER_RANK, SENDER_RANK = 0, 1
+
+
+class GroupLink(ABC):
+    """One rank of the pair. Everything that may block runs on the link's own helper thread."""
+
+    name: ClassVar[str]
+    takes_turns = False
+
+    def __init__(self, rank: int, host: str, num_slots: int, slot_bytes: int, timeout_s: float) -> None:
+        self.is_gone = False
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix=f"pdserve-{self.name}")
+        self._rank = rank
+        self._host = host
+        self._timeout_s = timeout_s
+        self._group: Any = None
+        self._store: Any = None
+        self._is_killed = False
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(seconds=self._timeout_s)
+
+    def serve(self, listener: socket.socket) -> None:
+        """D, on the helper thread: serve the store on `listener`, which is taken over, and build this rank."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        port = listener.getsockname()[1]
+        with self._errors():
+            self._store = TCPStore(
+                self._host, port, 2, True, self.timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+            )
+            self._group = self._build(self._store)
+
+    def connect(self, store_host: str, store_port: int) -> None:
+        """P, on the helper thread: build this rank on D's store."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        with self._errors():
+            self._store = TCPStore(store_host, store_port, 2, False, self.timeout)
+            self._group = self._build(self._store)
+
+    def send(self, slot: int, num_bytes: int, seq: int) -> Any:
+        with self._errors():
+            return self._group.send([self._tensor(slot, num_bytes)], RECEIVER_RANK, seq & 0x7FFFFFFF)
+
+    def recv(self, slot: int, num_bytes: int, seq: int) -> Any:
+        with self._errors():
+            return self._group.recv([self._tensor(slot, num_bytes)], SENDER_RANK, seq & 0x7FFFFFFF)
+
+    @abstractmethod
+    def slot(self, slot: int, num_bytes: int) -> Slot:
+        """See `Link`."""
+
+    @abstractmethod
+    def wait(self, ticket: Any, timeout_s: float) -> None:
+        """See `Link`."""
+
+    @abstractmethod
+    def _build(self, store: Any) -> Any:
+        """This rank of the group; returns when the other one is there too."""
+
+    @abstractmethod
+    def _tensor(self, slot: int, num_bytes: int) -> "torch.Tensor":
+        """A slot's memory, as the group takes it."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """On the helper thread, behind any wait that is still under way: an operation's buffers must outlive it."""
+
+    def kill(self) -> None:
+        if not self._is_killed:
+            self._is_killed = True
+            self.executor.submit(self._release)
+            self.executor.shutdown(wait=False)
+
+    def join(self) -> None:
+        self.executor.shutdown(wait=True)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Torch says everything by RuntimeError."""
+        try:
+            yield
+        except RuntimeError as error:
+            kind = TransferTimeout if "timed out" in str(error).lower() else PeerLost
+            raise kind(f"{self.name}: {error}") from error

@@ -1,0 +1,121 @@
+"""Link for two GPUs, within a host or between hosts.
+
+What is sent or received is queued on a stream of the group's; the bytes have left, or are there, when the operation's event is
+reached. An operation whose peer has gone is never done: the pair's control stream tells, and `kill` aborts it. No group is told
+of a failure by torch's watchdog, which would end the process.
+
+Operations of several groups on one GPU can wait for one another in a circle, where their streams share one of the device's
+queues. So a sender has chunks under way to one peer at a time (`send_turn.py`), and D posts only what was announced.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from .group_link import SENDER_RANK, GroupLink
+from .interfaces import Slot
+from .link import LinkError, PeerLost, TransferTimeout
+
+ABORT_S = 5.0  # an abort that takes longer is stuck in the driver
+_POLL_S = 20e-6
+_HELLO_BYTES = 8
+
+
+class NcclLink(GroupLink):
+    """Its ring is the GPU's memory. `on_stuck` is told why this process cannot go on."""
+
+    name = "nccl"
+    takes_turns = True
+
+    def __init__(
+        self,
+        rank: int,
+        host: str,
+        num_slots: int,
+        slot_bytes: int,
+        timeout_s: float,
+        device: torch.device,
+        on_stuck: Callable[[str], None],
+    ) -> None:
+        super().__init__(rank, host, num_slots, slot_bytes, timeout_s)
+        self._ring = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
+        # Operations come behind what the current stream has been given: not behind the engine's steps.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._watch = threading.Timer(ABORT_S, on_stuck, (f"nccl: a link did not let go within {ABORT_S} s",))
+        self._watch.daemon = True
+        self._killed = threading.Event()
+
+    def slot(self, slot: int, num_bytes: int) -> Slot:
+        return self._tensor(slot, num_bytes)
+
+    def _tensor(self, slot: int, num_bytes: int) -> torch.Tensor:
+        return self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
+
+    def _build(self, store: Any) -> Any:
+        """NCCL connects at the first operation, and waits there for the peer without an end: so both say first that they are
+        there, and then exchange a few bytes."""
+        store.set(f"rank {self._rank}", "here")
+        store.wait([f"rank {1 - self._rank}"], self.timeout)
+        self._group = group = make_group(store, self._rank, self.timeout)
+        hello = self._ring[:_HELLO_BYTES]
+        peer = 1 - self._rank
+        with self._own_stream():
+            ticket = group.send([hello], peer, 0) if self._rank == SENDER_RANK else group.recv([hello], peer, 0)
+        self.wait(ticket, self._timeout_s)
+        return group
+
+    def send(self, slot: int, num_bytes: int, seq: int) -> Any:
+        with self._own_stream():
+            return super().send(slot, num_bytes, seq)
+
+    def recv(self, slot: int, num_bytes: int, seq: int) -> Any:
+        with self._own_stream():
+            return super().recv(slot, num_bytes, seq)
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def wait(self, ticket: Any, timeout_s: float) -> None:
+        due_s = time.monotonic() + timeout_s
+        with self._errors():
+            while not ticket.is_completed():
+                if self._killed.is_set():
+                    raise LinkError("nccl: the link was killed")
+                if time.monotonic() > due_s:
+                    raise TransferTimeout(f"nccl: not done within {timeout_s} s")
+                time.sleep(_POLL_S)
+        if ticket.exception() is not None:
+            raise PeerLost(f"nccl: {ticket.exception()}")
+
+    def kill(self) -> None:
+        """The helper thread may hang in the driver, also while it builds: then nothing but the process' end helps."""
+        if not self._killed.is_set():
+            self._killed.set()
+            self._watch.start()
+            super().kill()
+
+    def _release(self) -> None:
+        """Aborts what is under way: only then is the ring nobody's."""
+        try:
+            if self._group is not None:
+                self._group.abort()
+        finally:
+            self._watch.cancel()
+            self._group = self._store = None
+            self.is_gone = True
+
+
+def make_group(store: Any, rank: int, timeout: timedelta) -> Any:
+    """A two-rank group on its own, on the process' GPU."""
+    os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}  # both end the process
+    from torch.distributed import ProcessGroupNCCL  # torch's CUDA builds have it
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return ProcessGroupNCCL(store, rank, 2, options)

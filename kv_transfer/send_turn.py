@@ -1,0 +1,46 @@
+"""Whose chunks are under way, where links of one process must not send side by side."""
+
+from collections import deque
+from collections.abc import Callable
+
+Call = Callable[[], None]
+
+
+class SendTurn:
+    """Pure. Links take it in the order in which they asked; the one that has it may take it again while nobody waits."""
+
+    def __init__(self) -> None:
+        self._holder: object | None = None
+        self._num_under_way = 0
+        self._waiting: deque[tuple[object, Call, int]] = deque()  # the last: chunks that the call brings under way
+
+    def take(self, link: object, call: Call) -> None:
+        """Call now, or when it is this link's turn; it has one chunk more under way then, until `give_back`."""
+        self._waiting.append((link, call, 1))
+        self._go_on()
+
+    def behind(self, link: object, call: Call) -> None:
+        """Call now, or behind what this link has asked for and not begun."""
+        if any(waiting[0] is link for waiting in self._waiting):
+            self._waiting.append((link, call, 0))
+        else:
+            call()
+
+    def give_back(self, link: object) -> None:
+        """One chunk of it has left."""
+        if link is self._holder:
+            self._num_under_way -= 1
+            self._go_on()
+
+    def drop(self, link: object) -> None:
+        """The link is gone, and all that it had under way."""
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not link)
+        if link is self._holder:
+            self._num_under_way = 0
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while self._waiting and (self._num_under_way == 0 or self._waiting[0][0] is self._holder):
+            self._holder, call, num_chunks = self._waiting.popleft()
+            self._num_under_way += num_chunks
+            call()

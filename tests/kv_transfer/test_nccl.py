@@ -1,0 +1,155 @@
+"""The link between two GPUs, over a twin of NCCL: whole transfers, the turn that senders take, and how a link is let go."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from pdserve.core.request import TransferId
+from pdserve.kv_transfer import nccl
+from pdserve.kv_transfer.gloo import listening_socket
+from pdserve.kv_transfer.group_link import RECEIVER_RANK, SENDER_RANK
+from pdserve.kv_transfer.link import LinkError
+from pdserve.kv_transfer.nccl import NcclLink
+from pdserve.kv_transfer.send_turn import SendTurn
+
+from .device_twins import DeviceWorker, SharedMemory, device_layout
+from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
+from .nccl_twin import TwinGroup
+from .support import WAIT_S
+
+BLOCKS = [3, 11, 4, 7]
+NUM_TOKENS = 29
+
+
+@pytest.fixture(autouse=True)
+def _twin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(nccl, "make_group", TwinGroup)
+    yield
+    assert not TwinGroup.living
+
+
+def worker(stack: ExitStack, name: str, gpu: str, seed: int | None = None) -> DeviceWorker:
+    made = DeviceWorker(name, device_layout(), seed=seed, gpu=SharedMemory(gpu))
+    stack.callback(made.endpoint.close)
+    return made
+
+
+def test_kv_goes_from_one_gpu_to_two_others_at_once() -> None:
+    """To each in turns; every transfer arrives, to the bit."""
+    with ExitStack() as stack:
+        sender = worker(stack, "p", "GPU-0", seed=1)
+        receivers = [worker(stack, f"d{number}", f"GPU-{number}") for number in (1, 2)]
+        transfers = [(receiver, TransferId(f"{n} to {to}", 0)) for n in range(6) for to, receiver in enumerate(receivers)]
+        for number, (receiver, transfer) in enumerate(transfers):
+            blocks = [4 * (number // 2) + i for i in range(4)]
+            receiver.expect(transfer, sender.key, blocks, NUM_TOKENS)
+            sender.push(transfer, receiver.address, BLOCKS, NUM_TOKENS, b"payload")
+        for number, (receiver, transfer) in enumerate(transfers):
+            assert receiver.ends.received(transfer) == b"payload"
+            blocks = [4 * (number // 2) + i for i in range(4)]
+            sent = sender.store.tokens(BLOCKS, 0, NUM_TOKENS)
+            assert torch.equal(receiver.store.tokens(blocks, 0, NUM_TOKENS), sent)
+        assert sum(group.num_sends for group in TwinGroup.living) > len(transfers)
+
+
+def test_a_peer_that_goes_fails_its_transfers_and_holds_up_nobody_else() -> None:
+    with ExitStack() as stack:
+        sender, lost = worker(stack, "p", "GPU-0", seed=1), worker(stack, "d1", "GPU-1")
+        other = worker(stack, "d2", "GPU-2")
+        lost.expect(T, sender.key, BLOCKS, NUM_TOKENS)
+        sender.push(T, lost.address, BLOCKS, NUM_TOKENS, b"")
+        lost.ends.received(T)
+        lost.endpoint.close()
+        second = TransferId("second", 0)
+        other.expect(second, sender.key, BLOCKS, NUM_TOKENS)
+        sender.push(TransferId("lost", 0), lost.address, BLOCKS, NUM_TOKENS, b"")
+        sender.push(second, other.address, BLOCKS, NUM_TOKENS, b"payload")
+        assert other.ends.received(second) == b"payload"
+        assert sender.ends.send_error(TransferId("lost", 0))
+
+
+def links(on_stuck: list[str]) -> tuple[NcclLink, NcclLink]:
+    """Two ranks in one process, joined."""
+    ours, theirs = (
+        NcclLink(rank, "127.0.0.1", 1, 4096, WAIT_S, torch.device("cpu"), on_stuck.append)
+        for rank in (RECEIVER_RANK, SENDER_RANK)
+    )
+    listener = listening_socket("127.0.0.1")
+    port = listener.getsockname()[1]
+    building = [ours.executor.submit(ours.serve, listener), theirs.executor.submit(theirs.connect, "127.0.0.1", port)]
+    for each in building:
+        each.result(WAIT_S)
+    return ours, theirs
+
+
+def test_a_wait_ends_when_the_link_is_killed() -> None:
+    ours, theirs = links([])
+    ticket = ours.recv(0, 64, 1)
+    waiting = ours.executor.submit(ours.wait, ticket, WAIT_S)
+    ours.kill()
+    with pytest.raises(LinkError, match="killed"):
+        waiting.result(WAIT_S)
+    theirs.kill()
+    ours.join()
+    theirs.join()
+    assert ours.is_gone and theirs.is_gone
+
+
+def test_an_abort_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl, "ABORT_S", 0.01)
+    told, let_go = threading.Event(), threading.Event()
+    why: list[str] = []
+    ours, theirs = links(why)
+    abort = ours._group.abort
+
+    def hang() -> None:
+        assert let_go.wait(WAIT_S)
+        abort()
+
+    ours._group.abort = hang
+    ours._watch.function = lambda text: (why.append(text), told.set())
+    ours.kill()
+    assert told.wait(WAIT_S)
+    let_go.set()
+    theirs.kill()
+    ours.join()
+    theirs.join()
+    assert "did not let go" in why[0]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["take", "give", "behind", "drop"]), st.integers(0, 2)), max_size=60))
+def test_one_link_at_a_time_and_each_in_its_order(calls: list[tuple[str, int]]) -> None:
+    turn = SendTurn()
+    asked: dict[int, list[int]] = {link: [] for link in range(3)}
+    begun: dict[int, list[int]] = {link: [] for link in range(3)}
+    under_way = [0, 0, 0]
+
+    def begin(link: int, number: int, chunks: int) -> None:
+        begun[link].append(number)
+        under_way[link] += chunks
+        assert sum(count > 0 for count in under_way) <= 1
+
+    for number, (call, link) in enumerate(calls):
+        if call == "take":
+            asked[link].append(number)
+            turn.take(link, lambda link=link, number=number: begin(link, number, 1))
+        elif call == "behind":
+            asked[link].append(number)
+            turn.behind(link, lambda link=link, number=number: begin(link, number, 0))
+        elif call == "give" and under_way[link]:
+            under_way[link] -= 1
+            turn.give_back(link)
+        elif call == "drop":
+            under_way[link] = 0
+            asked[link] = list(begun[link])
+            turn.drop(link)
+        assert all(begun[link] == asked[link][: len(begun[link])] for link in range(3))
+    while any(under_way):
+        link = next(link for link in range(3) if under_way[link])
+        under_way[link] -= 1
+        turn.give_back(link)
+    assert begun == asked

@@ -14,9 +14,10 @@ from .cuda_ipc import CudaIpcLink
 from .gloo import listening_socket
 from .greeting import shake_hands
 from .group_link import RECEIVER_RANK
+from .group_links import group_link
 from .inbound import InboundPair
 from .link import Link
-from .pair import Local, group_link, retire
+from .pair import Local, retire
 from .protocol import Connect, Connected, Prepare, Refused, SenderMessage
 from .shm import ShmLink
 

@@ -14,9 +14,10 @@ from .cuda_ipc import CudaIpcLink
 from .gloo import address_family
 from .greeting import shake_hands
 from .group_link import SENDER_RANK
+from .group_links import group_link
 from .link import Link, LinkError
 from .outbound import OutboundPair
-from .pair import Local, group_link, retire
+from .pair import Local, retire
 from .protocol import Connected, Prepare, ReceiverMessage, Refused
 from .shm import ShmLink
 

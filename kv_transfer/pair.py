@@ -16,8 +16,6 @@ from .config import TransferConfig
 from .counters import TransferCounters
 from .cuda_ipc import RingShelf
 from .events import LinkDown, LinkUp
-from .gloo import GlooLink
-from .group_link import GroupLink
 from .interfaces import Gpu, KVStore, Stream, TransferListener
 from .link import Link, LinkError, Waiter
 from .send_turn import SendTurn
@@ -169,14 +167,3 @@ def retire(local: Local, link: Link) -> None:
     """Kill the link, and remember it until nothing of it is left."""
     link.kill()
     local.retired = [other for other in (*local.retired, link) if not other.is_gone]
-
-
-def group_link(local: Local, kind: str, rank: int, num_slots: int, slot_bytes: int) -> GroupLink:
-    """One rank of a link over a process group, not built yet."""
-    timeout_s = local.config.connect_timeout_s
-    if kind == "gloo":
-        return GlooLink(rank, local.host, num_slots, slot_bytes, timeout_s)
-    from .nccl import NcclLink  # with torch, which a pair of processors can do without
-
-    assert local.gpu is not None, "a greeting without a GPU is refused"
-    return NcclLink(rank, local.host, num_slots, slot_bytes, timeout_s, local.gpu.device, local.on_stuck)

@@ -2,12 +2,12 @@
 
 import torch
 
-from ..core.errors import CapacityError
-from ..core.messages import KVLayout
-from ..kernels import AttentionBatch, Kernels
-from .device import Device
-from .kv_cache import KVCache
-from .model import Model, ModelInput
+from ...core.errors import CapacityError
+from ...core.messages import KVLayout
+from ...kernels import AttentionBatch, Kernels
+from ..device import Device
+from ..kv_cache import KVCache
+from ..model import Model, ModelInput
 
 _GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, generously
 

@@ -10,17 +10,17 @@ from dataclasses import replace
 
 import torch
 
-from ..kernels.triton.kernels import TritonKernels
-from ..kernels.triton.paged_attention import to_device
-from .batch import Batch, Launched, SampledToken, ScheduledChunk
+from ...kernels.triton.kernels import TritonKernels
+from ...kernels.triton.paged_attention import to_device
+from ..batch import Batch, Launched, SampledToken, ScheduledChunk
+from ..device import Device
+from ..inputs import InputBuilder
+from ..kv_cache import KVCache
+from ..model import Model, ModelInput
+from ..prompt_logprobs import PromptLogprobs
 from .decode_graphs import DecodeGraphs
-from .device import Device
-from .device_sampler import DeviceSampler, DeviceTokens
 from .drawn_tokens import KNOWN, DrawnTokens
-from .inputs import InputBuilder
-from .kv_cache import KVCache
-from .model import Model, ModelInput
-from .prompt_logprobs import PromptLogprobs
+from .sampler import DeviceSampler, DeviceTokens
 
 
 class DeviceRunner:

@@ -44,9 +44,11 @@ class NcclLink(GroupLink):
         on_stuck: Callable[[str], None],
     ) -> None:
         super().__init__(rank, host, num_slots, slot_bytes, timeout_s)
-        self._ring = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
-        # Operations come behind what the current stream has been given: not behind the engine's steps.
+        # Operations come behind what the current stream has been given: not behind the engine's steps. And what was the
+        # engine's is never this stream's memory.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        with self._own_stream():
+            self._ring = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
         self._watch = threading.Timer(ABORT_S, on_stuck, (f"nccl: a link did not let go within {ABORT_S} s",))
         self._watch.daemon = True
         self._killed = threading.Event()

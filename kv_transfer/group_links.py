@@ -7,7 +7,7 @@ from .pair import Local
 
 def group_link(local: Local, kind: str, rank: int, num_slots: int, slot_bytes: int) -> GroupLink:
     """One rank of a link over a process group, not built yet."""
-    timeout_s = local.config.connect_timeout_s
+    timeout_s = local.config.build_timeout_s(kind)
     if kind == "gloo":
         return GlooLink(rank, local.host, num_slots, slot_bytes, timeout_s)
     from .nccl import NcclLink  # it brings torch along

@@ -141,10 +141,12 @@ class Pair(ABC, Generic[E, C]):
             self._link = None
 
     def _when_done(self, ticket: Any, then: Callable[[], None]) -> None:
-        """Call `then` when the link's operation is done, unless the link has gone by then."""
+        """Call `then` when the link's operation is done, unless the link has gone by then. One that others wait behind has
+        less time than their chunks have."""
         link, epoch = self._link, self._epoch
         assert link is not None and epoch is not None
-        self.local.wait(link, ticket, self.local.config.chunk_timeout_s, partial(self._on_waited, epoch, then))
+        timeout_s = self.local.config.chunk_timeout_s * (0.4 if link.takes_turns else 1.0)
+        self.local.wait(link, ticket, timeout_s, partial(self._on_waited, epoch, then))
 
     def _on_waited(self, epoch: int, then: Callable[[], None], error: BaseException | None) -> None:
         if error is not None and not isinstance(error, LinkError):

@@ -9,6 +9,7 @@ from ..model import Model
 from .warm_up import prompt_step
 
 _GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, generously
+_LINK_BYTES = 256 << 20  # of transfers: rings of 16 MiB for each peer, and NCCL's own
 _LOGITS_COPIES = 8  # at most at a time: the step's and the graphs', and seven float32 ones that log probabilities take
 
 
@@ -32,7 +33,7 @@ def num_blocks_that_fit(
     logits_bytes = 4 * max_batch_size * model.config.vocab_size
     memory = device.memory()
     graph_bytes = peak * max_batch_size // max_batch_tokens + num_graphs * _GRAPH_BYTES
-    reserved = peak + _LOGITS_COPIES * logits_bytes + graph_bytes
+    reserved = peak + _LOGITS_COPIES * logits_bytes + graph_bytes + _LINK_BYTES
     room = min(int(memory.total * memory_fraction) - memory.used, memory.free) - reserved
     num_blocks = room // (layout.block_size * layout.bytes_per_token)
     needed = -(-max_model_len // layout.block_size)

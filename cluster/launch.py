@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError, PdserveError
-from ..engine.gpu import probe_node
+from ..engine.gpu import VISIBLE, probe_node
 from ..telemetry.logs import LogSettings
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .head_spec import Doors, HeadSpec
@@ -69,6 +69,8 @@ class _Ray:
         temp_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # short: Ray's socket paths lie below it
         started = _Ray(temp_dir, token=RayToken())
         node = probe_node()
+        if node.usable_devices:  # by name: Ray counts from 0, and some of the machine's GPUs may not be for us
+            os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in node.usable_devices)
         try:
             ray.init(
                 num_cpus=len(node.cores),

@@ -48,6 +48,7 @@ def give_up(why: str) -> None:
     os._exit(1)
 
 
+DEVICE_SILENT_S = 120.0  # a GPU that has not done what it was asked for by then never will
 MASK_WAIT_S = 0.002  # at most so long does a step that is computed wait for masks
 RECONNECT_S = 0.1
 BRIEF_S = 1.0  # a connection that lasted less was refused
@@ -68,6 +69,7 @@ class WorkerProcess:
         self._stopping = threading.Event()
         self._info: WorkerInfo | None = None  # None until it serves
         self._monitor: GpuMonitor | None = None  # None on CPU
+        self._stepping_since_s: float | None = None  # None between steps
         self._greeted: RouterLink | None = None
         self._loading: LoadProgress | None = None  # the last that was told
         self._connected_s = self._served_s = time.monotonic()  # when a router was reached, and when one was there last
@@ -190,7 +192,9 @@ class WorkerProcess:
         worked = False
         while not self._stopping.is_set():
             self._take_events(wait=not worked)
+            self._stepping_since_s = time.monotonic()
             worked = self._worker.step()
+            self._stepping_since_s = None
             self._link.send(*self._worker.take_messages())
 
     def _take_events(self, wait: bool) -> None:
@@ -262,6 +266,9 @@ class WorkerProcess:
 
     def _beat(self) -> StepReport:
         """On the heartbeat's thread: how the worker stands and, every few seconds, its GPU."""
+        since_s = self._stepping_since_s
+        if self._monitor is not None and since_s is not None and time.monotonic() - since_s > DEVICE_SILENT_S:
+            give_up(f"the GPU has not answered for {DEVICE_SILENT_S:.0f} s")
         report = self._worker.report()
         gpu = None if self._monitor is None else self._monitor.take()
         return report if gpu is None else msgspec.structs.replace(report, gpu=gpu)

@@ -100,9 +100,9 @@ class DecodeScheduler:
     @property
     def may_run_ahead(self) -> bool:
         """Whether a step can be scheduled while the one before it is under way: nobody's needs to know the token that is
-        drawn, and nobody has to give up blocks for it."""
+        drawn, nobody has to give up blocks for it, and one request of many choices does not exceed the batch."""
         kv, running = self._kv, self._running
-        if any(seq.needs_known_tokens for seq in running):
+        if len(running) > self._max_batch_size or any(seq.needs_known_tokens for seq in running):
             return False
         return sum(kv.num_blocks_to_grow(seq, seq.num_launched_tokens + 1) for seq in running) <= kv.pool.num_free_blocks
 
@@ -218,7 +218,8 @@ class DecodeScheduler:
         return True
 
     def _has_room_for(self, seq: Sequence) -> bool:
-        num_sequences = len(self._running) + sum(len(other.spec.choices) for other in self._receiving.values())
+        num_sequences = sum(len(other.spec.choices) if other.is_fresh else 1 for other in self._running)
+        num_sequences += sum(len(other.spec.choices) for other in self._receiving.values())
         return num_sequences == 0 or num_sequences + len(seq.spec.choices) <= self._max_batch_size
 
     def _admit(self, seq: Sequence) -> bool:

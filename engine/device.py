@@ -90,7 +90,8 @@ class CudaDevice:
         self._pool = torch.cuda.graph_pool_handle()  # graphs never run side by side, so they share their memory
 
     def event(self) -> Event:
-        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+        """Who waits for it sleeps: a worker has a core or two for all of its threads."""
+        return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def side_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._side_stream)
@@ -101,8 +102,12 @@ class CudaDevice:
     def capture(self, work: Callable[[], None]) -> Graph:
         graph = torch.cuda.CUDAGraph()
         # Another thread's calls, such as a transfer's, are no part of it and are not to spoil it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                work()
+        except Exception as error:
+            reason = error.__context__ or error  # the end of a capture that has failed fails too, and says less
+            raise RuntimeError(f"capturing a decode step failed: {reason}") from reason
         return graph
 
     def memory(self) -> DeviceMemory:

@@ -38,6 +38,10 @@ def device_findings(config: ClusterConfig, device: DeviceKind, nodes: Sequence[N
     if config.kernels not in KERNELS[device]:
         expected = ", ".join(KERNELS[device])
         yield Finding(wrong, f"kernels: got {config.kernels}, expected one of {expected} on device {device}")
+    if device == "cpu" and config.kv.transport in ("cuda_ipc", "nccl"):
+        yield Finding(
+            wrong, f"kv.transport: got {config.kv.transport}, which is for GPUs; expected auto, shm or gloo on device cpu"
+        )
     for role, pool in config.pools.items():
         if device == "cuda" and pool.devices_per_instance != 1:
             yield Finding(

@@ -14,11 +14,11 @@ from .batch import Runner
 from .block_pool import BlockPool
 from .checkpoint import Checkpoint, fingerprint, open_checkpoint
 from .device import CudaDevice, Device, HostDevice
-from .kv_budget import num_blocks_that_fit
 from .kv_cache import KVCache
 from .kv_manager import KVManager
 from .model import Model
 from .model_config import ModelConfig
+from .on_gpu.kv_budget import num_blocks_that_fit
 from .runner import ModelRunner
 from .tensor_reader import TensorReader
 from .weights import ReadTensor, load_weights
@@ -107,8 +107,8 @@ def _on_gpu(
     device: Device, model: Model, layout: KVLayout, kernels: Kernels, options: EngineOptions, max_model_len: int
 ) -> tuple[KVCache, Runner]:
     from ..kernels.triton.kernels import TritonKernels  # brought along by torch's CUDA builds alone
-    from .decode_graphs import ladder
-    from .device_runner import DeviceRunner
+    from .on_gpu.decode_graphs import ladder
+    from .on_gpu.runner import DeviceRunner
 
     assert isinstance(kernels, TritonKernels)
     num_blocks = options.num_blocks

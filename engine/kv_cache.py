@@ -11,7 +11,7 @@ from ..core.messages import KVLayout
 from ..kernels import Kernels
 from ..kernels.wire import KVPart, WireFormat, movers
 from .device import Device, HostDevice
-from .kv_queue import KVQueue, Queued
+from .on_gpu.kv_queue import KVQueue, Queued
 
 Slot = torch.Tensor | memoryview  # of a link's ring: on the device, or the host's
 _ALL_BITS = 0xFFFFFFFFFFFFFFFF

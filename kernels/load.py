@@ -49,4 +49,10 @@ def _triton_kernels(requirements: KernelRequirements) -> Kernels:
         raise ValueError(f"kernels: 'triton' cannot run here: {error}") from error
     if not torch.cuda.is_available():
         raise ValueError("device: 'cuda' cannot be used here: torch finds no GPU")
+    try:
+        from triton.runtime import driver
+
+        _ = driver.active.utils  # built here, before a worker has loaded its weights
+    except Exception as error:
+        raise ValueError(f"kernels: 'triton' needs a C compiler and Python's headers: {error}") from error
     return TritonKernels(requirements)

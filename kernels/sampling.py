@@ -44,6 +44,11 @@ class SamplingBatch:
         return SamplingBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
+def column_dtype(name: str) -> torch.dtype:
+    """Of a SamplingBatch's column."""
+    return _DTYPES[name]
+
+
 def check_logits(logits: torch.Tensor) -> None:
     if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.is_contiguous():
         raise ValueError(f"logits: {logits.dtype} {tuple(logits.shape)} given, expected contiguous float32 [R, V]")

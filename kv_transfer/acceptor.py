@@ -14,9 +14,10 @@ from .cuda_ipc import CudaIpcLink
 from .gloo import listening_socket
 from .greeting import shake_hands
 from .group_link import RECEIVER_RANK
+from .group_links import group_link
 from .inbound import InboundPair
-from .link import Link
-from .pair import Local, group_link, retire
+from .link import Link, LinkError
+from .pair import Local, retire
 from .protocol import Connect, Connected, Prepare, Refused, SenderMessage
 from .shm import ShmLink
 
@@ -174,8 +175,23 @@ class Acceptor:
         link = group_link(self._local, kind, RECEIVER_RANK, num_slots, slot_bytes)
         listener = listening_socket(self._local.host)
         channel.send(Prepare(epoch, num_slots, slot_bytes, self._local.host, listener.getsockname()[1]))
+        loop = asyncio.get_running_loop()
+        lost: asyncio.Future[str] = loop.create_future()
+
+        def on_lost(error: str) -> None:
+            self._strangers.discard(channel)
+            if not lost.done():
+                lost.set_result(error)
+
+        channel.on_lost = on_lost
         try:
-            await asyncio.get_running_loop().run_in_executor(link.executor, link.serve, listener)
+            building = loop.run_in_executor(link.executor, link.serve, listener)
+            building.add_done_callback(lambda done: done.cancelled() or done.exception())
+            async with asyncio.timeout(self._local.config.build_timeout_s(kind)):
+                await asyncio.wait((building, lost), return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():  # the link may not learn of it by itself
+                raise LinkError(f"the source has gone: {lost.result()}")
+            await building
         except BaseException:
             retire(self._local, link)
             raise

@@ -13,6 +13,7 @@ class TransferConfig:
     chunk_bytes: int | None = None  # of one ring slot of ours, and of a chunk at most; None: what suits the link
     ring_slots: int = 4  # chunks under way per pair, shared by its transfers
     connect_timeout_s: float = 5.0
+    nccl_timeout_s: float = 60.0  # to join two GPUs: NCCL looks for their ways to each other, for seconds the first time
     heartbeat_s: float = 0.5
     dead_after_s: float = 3.0  # without a sign of life
     chunk_timeout_s: float = 5.0  # chunk to ACK, COMMIT to COMMITTED
@@ -29,6 +30,10 @@ class TransferConfig:
                 f"TransferConfig.dead_after_s: {self.dead_after_s!r} is not valid, expected at least two heartbeats "
                 f"of {self.heartbeat_s} s"
             )
+
+    def build_timeout_s(self, link: str) -> float:
+        """Until both sides of a link over a group have met."""
+        return self.nccl_timeout_s if link == "nccl" else self.connect_timeout_s
 
     def chunk_bytes_of(self, link: str) -> int:
         """A shared-memory ring should stay in the processors' last cache; the others pay more for every message."""

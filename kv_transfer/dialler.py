@@ -13,16 +13,18 @@ from .choice import Place, choose_link
 from .cuda_ipc import CudaIpcLink
 from .gloo import address_family
 from .greeting import shake_hands
-from .group_link import SENDER_RANK
+from .group_link import SENDER_RANK, GroupLink
+from .group_links import group_link
 from .link import Link, LinkError
 from .outbound import OutboundPair
-from .pair import Local, group_link, retire
+from .pair import Local, retire
 from .protocol import Connected, Prepare, ReceiverMessage, Refused
 from .shm import ShmLink
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", Prepare, Connected)
 Answers = asyncio.Queue[ReceiverMessage | LinkError]
+Connection = tuple[Channel[ReceiverMessage], Link, Answers]
 
 
 class Dialler:
@@ -37,10 +39,10 @@ class Dialler:
     async def _dial(self, pair: OutboundPair, epoch: int) -> None:
         timeout_s = self._local.config.connect_timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
-                channel, link, answers = await self._connect(pair, epoch)
+            async with asyncio.timeout(timeout_s) as limit:
+                channel, link, answers = await self._connect(pair, epoch, limit)
         except TimeoutError:
-            pair.not_connected(f"no answer within {timeout_s} s")
+            pair.not_connected(f"no answer within {timeout_s} s, or no link in its time")
         except (OSError, LinkError, handshake.HandshakeError) as problem:
             pair.not_connected(str(problem))
         except Exception as problem:  # a bug; whoever waits for this link must hear of it all the same
@@ -49,7 +51,7 @@ class Dialler:
         else:
             pair.connected(channel, link, epoch, [answers.get_nowait() for _ in range(answers.qsize())])
 
-    async def _connect(self, pair: OutboundPair, epoch: int) -> tuple[Channel[ReceiverMessage], Link, Answers]:
+    async def _connect(self, pair: OutboundPair, epoch: int, limit: asyncio.Timeout) -> Connection:
         local, target = self._local, pair.target
         kind = choose_link(Place(local.host_id, local.gpu_uuid), Place(target.host_id, target.gpu), local.transport)
         answers: Answers = asyncio.Queue()
@@ -67,13 +69,14 @@ class Dialler:
             prepare = _expected(await answers.get(), Prepare)
             if kind == "shm":
                 link = _attach(channel, prepare)
+                _expected(await answers.get(), Connected)
             elif kind == "cuda_ipc":
                 link = self._open_ring(prepare)
+                _expected(await answers.get(), Connected)
             else:
+                limit.reschedule(asyncio.get_running_loop().time() + local.config.build_timeout_s(kind))
                 group = link = group_link(local, kind, SENDER_RANK, prepare.num_slots, prepare.slot_bytes)
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(group.executor, group.connect, prepare.store_host, prepare.store_port)
-            _expected(await answers.get(), Connected)
+                await _build(group, prepare, answers)
         except BaseException:
             channel.close()
             if link is not None:
@@ -85,6 +88,22 @@ class Dialler:
         assert self._local.gpu is not None, "the link was chosen by it"
         ring = self._local.gpu.open(prepare.handle, prepare.num_slots * prepare.slot_bytes)
         return CudaIpcLink(ring, prepare.num_slots, prepare.slot_bytes)
+
+
+async def _build(link: GroupLink, prepare: Prepare, answers: Answers) -> None:
+    """Returns when both sides stand. Raises as soon as D is not there any more: the link may not learn of it by itself."""
+    loop = asyncio.get_running_loop()
+    building = loop.run_in_executor(link.executor, link.connect, prepare.store_host, prepare.store_port)
+    building.add_done_callback(lambda done: done.cancelled() or done.exception())
+    answer = loop.create_task(answers.get())
+    try:
+        await asyncio.wait((building, answer), return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            _expected(answer.result(), Connected)
+        await asyncio.shield(building)
+        _expected(await answer, Connected)
+    finally:
+        answer.cancel()
 
 
 async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) -> socket.socket:

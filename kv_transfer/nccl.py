@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,17 +45,18 @@ class NcclLink(GroupLink):
         on_stuck: Callable[[str], None],
     ) -> None:
         super().__init__(rank, host, num_slots, slot_bytes, timeout_s)
-        self._ring = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
-        # Operations come behind what the current stream has been given: not behind the engine's steps.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._watch = threading.Timer(ABORT_S, on_stuck, (f"nccl: a link did not let go within {ABORT_S} s",))
-        self._watch.daemon = True
+        self._stream = own_stream(device) if device.type == "cuda" else None
+        with self._own_stream():
+            self._ring: torch.Tensor | None = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
+        self._on_stuck = on_stuck
         self._killed = threading.Event()
+        self._released = threading.Event()
 
     def slot(self, slot: int, num_bytes: int) -> Slot:
         return self._tensor(slot, num_bytes)
 
     def _tensor(self, slot: int, num_bytes: int) -> torch.Tensor:
+        assert self._ring is not None, "it goes with the link"
         return self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
 
     def _build(self, store: Any) -> Any:
@@ -62,8 +64,10 @@ class NcclLink(GroupLink):
         there, and then exchange a few bytes."""
         store.set(f"rank {self._rank}", "here")
         store.wait([f"rank {1 - self._rank}"], self.timeout)
+        if self._killed.is_set():
+            raise LinkError("nccl: the link was killed")
         self._group = group = make_group(store, self._rank, self.timeout)
-        hello = self._ring[:_HELLO_BYTES]
+        hello = self._tensor(0, _HELLO_BYTES)
         peer = 1 - self._rank
         with self._own_stream():
             ticket = group.send([hello], peer, 0) if self._rank == SENDER_RANK else group.recv([hello], peer, 0)
@@ -94,21 +98,34 @@ class NcclLink(GroupLink):
             raise PeerLost(f"nccl: {ticket.exception()}")
 
     def kill(self) -> None:
-        """The helper thread may hang in the driver, also while it builds: then nothing but the process' end helps."""
-        if not self._killed.is_set():
-            self._killed.set()
-            self._watch.start()
-            super().kill()
+        self._killed.set()
+        super().kill()
 
     def _release(self) -> None:
-        """Aborts what is under way: only then is the ring nobody's."""
+        """Aborts what is under way: only then is the ring nobody's. An abort that hangs leaves nothing but the process' end."""
+        watch = threading.Timer(ABORT_S, self._on_stuck, (f"nccl: a link did not let go within {ABORT_S} s",))
+        watch.daemon = True
+        watch.start()
         try:
             if self._group is not None:
                 self._group.abort()
         finally:
-            self._watch.cancel()
-            self._group = self._store = None
+            watch.cancel()
+            self._group = self._store = self._ring = None
             self.is_gone = True
+            self._released.set()
+
+    def join(self) -> None:
+        """One that hangs where it was built, in the driver, is left behind."""
+        self._released.wait(ABORT_S)
+
+
+@cache
+def own_stream(device: torch.device) -> Any:
+    """Operations come behind what the current stream has been given: not behind the engine's steps. And what was the engine's
+    is never this stream's memory. Torch has a few streams of a priority, which it gives to one after the other: the engine
+    takes none of a high one."""
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def make_group(store: Any, rank: int, timeout: timedelta) -> Any:
@@ -116,6 +133,6 @@ def make_group(store: Any, rank: int, timeout: timedelta) -> Any:
     os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}  # both end the process
     from torch.distributed import ProcessGroupNCCL  # torch's CUDA builds have it
 
-    options = ProcessGroupNCCL.Options()
+    options = ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timeout
     return ProcessGroupNCCL(store, rank, 2, options)

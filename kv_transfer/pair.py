@@ -16,8 +16,6 @@ from .config import TransferConfig
 from .counters import TransferCounters
 from .cuda_ipc import RingShelf
 from .events import LinkDown, LinkUp
-from .gloo import GlooLink
-from .group_link import GroupLink
 from .interfaces import Gpu, KVStore, Stream, TransferListener
 from .link import Link, LinkError, Waiter
 from .send_turn import SendTurn
@@ -143,10 +141,12 @@ class Pair(ABC, Generic[E, C]):
             self._link = None
 
     def _when_done(self, ticket: Any, then: Callable[[], None]) -> None:
-        """Call `then` when the link's operation is done, unless the link has gone by then."""
+        """Call `then` when the link's operation is done, unless the link has gone by then. One that others wait behind has
+        less time than their chunks have."""
         link, epoch = self._link, self._epoch
         assert link is not None and epoch is not None
-        self.local.wait(link, ticket, self.local.config.chunk_timeout_s, partial(self._on_waited, epoch, then))
+        timeout_s = self.local.config.chunk_timeout_s * (0.4 if link.takes_turns else 1.0)
+        self.local.wait(link, ticket, timeout_s, partial(self._on_waited, epoch, then))
 
     def _on_waited(self, epoch: int, then: Callable[[], None], error: BaseException | None) -> None:
         if error is not None and not isinstance(error, LinkError):
@@ -169,14 +169,3 @@ def retire(local: Local, link: Link) -> None:
     """Kill the link, and remember it until nothing of it is left."""
     link.kill()
     local.retired = [other for other in (*local.retired, link) if not other.is_gone]
-
-
-def group_link(local: Local, kind: str, rank: int, num_slots: int, slot_bytes: int) -> GroupLink:
-    """One rank of a link over a process group, not built yet."""
-    timeout_s = local.config.connect_timeout_s
-    if kind == "gloo":
-        return GlooLink(rank, local.host, num_slots, slot_bytes, timeout_s)
-    from .nccl import NcclLink  # with torch, which a pair of processors can do without
-
-    assert local.gpu is not None, "a greeting without a GPU is refused"
-    return NcclLink(rank, local.host, num_slots, slot_bytes, timeout_s, local.gpu.device, local.on_stuck)

@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pdserve.engine import decode_graphs
 from pdserve.engine.device import HostDevice
+from pdserve.engine.on_gpu import decode_graphs
 from pdserve.kernels.triton import paged_attention
 from pdserve.kernels.triton.launch import Launch
 

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import torch
 from peers.pdserve_peer import ColocatedWorker
 
-from pdserve.engine.decode_graphs import DecodeGraphs
 from pdserve.engine.engine import EngineOptions
+from pdserve.engine.on_gpu.decode_graphs import DecodeGraphs
 
 from .cases import Case
 from .engines import open_checkpoint_engine, triton_on_host

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pdserve.engine.batch import Batch, ScheduledChunk
-from pdserve.engine.decode_graphs import ladder
 from pdserve.engine.engine import Engine, EngineOptions
+from pdserve.engine.on_gpu.decode_graphs import ladder
 from pdserve.engine.sequence import Sequence
 from tests.checkpoints import small_checkpoint
 from tests.engine.device_engine import open_device_engine

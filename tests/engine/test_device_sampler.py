@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from pdserve.engine.batch import SampledToken, ScheduledChunk
 from pdserve.engine.device import CudaDevice, Device, HostDevice
-from pdserve.engine.device_sampler import DeviceSampler
+from pdserve.engine.on_gpu.sampler import DeviceSampler
 from pdserve.engine.penalties import Penalties
 from pdserve.engine.sampler import Sampler
 from pdserve.kernels.reference import TorchKernels

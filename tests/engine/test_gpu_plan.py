@@ -151,6 +151,13 @@ def test_kernels_belong_to_a_device(device: str, kernels: str, expected: str) ->
         result.check()
 
 
+@pytest.mark.parametrize("transport", ["cuda_ipc", "nccl"])
+def test_links_of_gpus_need_gpus(transport: str) -> None:
+    message = f"kv.transport: got {transport}, which is for GPUs; expected auto, shm or gloo on device cpu"
+    assert message in messages(planned(machine(2), device="cpu", kv={"transport": transport}))
+    assert not [text for text in messages(planned(machine(2), device="cuda", kv={"transport": transport})) if "kv." in text]
+
+
 def test_what_another_machine_could_serve_is_no_mistake() -> None:
     (finding,) = (one for one in planned(machine(0), kernels="triton").findings if one.message.startswith("kernels"))
     assert finding.error is CapacityError

@@ -6,7 +6,7 @@ import torch
 from pdserve.core.errors import ConfigError
 from pdserve.core.messages import KVLayout
 from pdserve.engine.kv_cache import KVCache
-from pdserve.engine.kv_queue import PinnedBuffers, Queued
+from pdserve.engine.on_gpu.kv_queue import PinnedBuffers, Queued
 from pdserve.kernels import KernelRequirements
 from pdserve.kernels.reference import TorchKernels
 from pdserve.kernels.triton.kernels import TritonKernels

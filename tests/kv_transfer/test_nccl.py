@@ -111,14 +111,36 @@ def test_an_abort_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         abort()
 
     ours._group.abort = hang
-    ours._watch.function = lambda text: (why.append(text), told.set())
+    ours._on_stuck = lambda text: (why.append(text), told.set())
     ours.kill()
     assert told.wait(WAIT_S)
+    assert not ours.is_gone
     let_go.set()
     theirs.kill()
-    ours.join()
-    theirs.join()
+    for link in (ours, theirs):
+        assert link._released.wait(WAIT_S)
     assert "did not let go" in why[0]
+
+
+def test_a_peer_that_goes_while_a_link_is_built_fails_the_transfer_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides are in the driver, which would wait for ever."""
+    entered, let_go = threading.Barrier(3), threading.Event()
+
+    def build(store: object, rank: int, timeout: object) -> TwinGroup:
+        entered.wait(WAIT_S)
+        assert let_go.wait(WAIT_S)
+        raise RuntimeError("the peer has gone")
+
+    monkeypatch.setattr(nccl, "make_group", build)
+    monkeypatch.setattr(nccl, "ABORT_S", 0.1)
+    with ExitStack() as stack:
+        sender, lost = worker(stack, "p", "GPU-0", seed=1), worker(stack, "d1", "GPU-1")
+        lost.expect(T, sender.key, BLOCKS, NUM_TOKENS)
+        sender.push(T, lost.address, BLOCKS, NUM_TOKENS, b"")
+        entered.wait(WAIT_S)
+        lost.endpoint.close()
+        assert "connecting to d1 failed" in sender.ends.send_error(T)
+        let_go.set()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["take", "give", "behind", "drop"]), st.integers(0, 2)), max_size=60))

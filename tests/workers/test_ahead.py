@@ -146,3 +146,23 @@ def test_a_step_that_was_done_when_it_was_launched_is_collected_at_once() -> Non
         assert pair.decode.step() and len(pair.d_box.outputs) == told
     assert not pair.decode.step()
     assert isinstance(pair.d.launch(Batch(())), Computed)
+
+
+def test_nothing_runs_ahead_of_a_request_with_more_choices_than_a_batch_has_rows() -> None:
+    """A device keeps the tokens of so many rows."""
+    pair, request = ahead_pair(), spec("many", range(4), 5, n=12)  # of a worker with 8
+    pair.decode.serve(Serve(spec=request))
+    while pair.decode.step():
+        assert len(engine_of(pair).queue) == 0 or pair.decode.scheduler.num_running <= 8
+    assert [pair.tokens(request, choice) for choice in range(12)] == [expected_tokens(range(4), c, 5) for c in range(12)]
+    pair.check_at_rest()
+
+
+def test_a_request_of_several_choices_is_counted_with_all_of_them_before_they_are_there() -> None:
+    pair = ahead_pair()
+    requests = [spec("many", range(4), 5, n=4), *(spec(f"{n}", range(n, n + 3), 5) for n in range(6))]
+    for request in requests:
+        pair.decode.serve(Serve(spec=request))
+    while pair.decode.step():
+        assert pair.decode.scheduler.num_running <= 8
+    pair.check_at_rest()

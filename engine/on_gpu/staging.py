@@ -7,7 +7,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from .device import Device, Event
+from ..device import Device, Event
 
 _ALIGNMENT = 16  # bytes; what Triton takes a pointer's alignment to be
 _NUM_BUFFERS = 2  # the host fills one while the device may still copy from the other

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from ..kernels.triton.token_mask import mask_tokens
+from ...kernels.triton.token_mask import mask_tokens
+from ..penalties import Penalties, is_adjusted, penalised, restriction, strengths_of
+from ..sequence import Sequence
 from .packet import Array
-from .penalties import Penalties, is_adjusted, penalised, restriction, strengths_of
-from .sequence import Sequence
 
 
 def list_edits(penalties: Penalties, rows: Iterable[tuple[int, Sequence]], vocab_size: int) -> dict[str, Array]:

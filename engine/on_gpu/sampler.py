@@ -10,14 +10,14 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from ..kernels.sampling import GREEDY_BELOW, SamplingBatch
-from ..kernels.triton.sampling import sample
-from .batch import SampledToken, ScheduledChunk
-from .device import Device
-from .device_logprobs import Logprobs, logprobs_of
+from ...kernels.sampling import GREEDY_BELOW, SamplingBatch
+from ...kernels.triton.sampling import sample
+from ..batch import SampledToken, ScheduledChunk
+from ..device import Device
+from ..penalties import Penalties, has_penalties
 from .logit_edits import apply_edits, list_edits
+from .logprobs import Logprobs, logprobs_of
 from .packet import Array, send
-from .penalties import Penalties, has_penalties
 
 _COLUMNS = [field.name for field in fields(SamplingBatch)]
 

@@ -3,9 +3,9 @@ them yet."""
 
 import torch
 
-from .batch import ScheduledChunk
-from .device import Device
-from .sequence import Sequence
+from ..batch import ScheduledChunk
+from ..device import Device
+from ..sequence import Sequence
 
 KNOWN = -1  # in place of a place: the host knows the token
 _NUM_STEPS = 4  # whose tokens are kept: a worker has at most two steps under way, and steps of the other role between them

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .device import Device
+from ..device import Device
 
 Array = npt.NDArray[Any]
 

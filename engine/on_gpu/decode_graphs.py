@@ -11,17 +11,17 @@ from itertools import count
 
 import torch
 
-from ..kernels import AttentionBatch
-from ..kernels.triton.decode_attention import DecodeBatch, decode_workspace
-from ..kernels.triton.decode_plan import DecodePlan, DecodeShape, plan_decode
-from ..kernels.triton.kernels import TritonKernels
-from ..kernels.triton.paged_attention import DecodeWork, num_multiprocessors
-from .batch import Batch
-from .device import Device, Graph
+from ...kernels import AttentionBatch
+from ...kernels.triton.decode_attention import DecodeBatch, decode_workspace
+from ...kernels.triton.decode_plan import DecodePlan, DecodeShape, plan_decode
+from ...kernels.triton.kernels import TritonKernels
+from ...kernels.triton.paged_attention import DecodeWork, num_multiprocessors
+from ..batch import Batch
+from ..device import Device, Graph
+from ..inputs import BlockTables
+from ..kv_cache import KVCache
+from ..model import Model, ModelInput
 from .drawn_tokens import KNOWN, DrawnTokens
-from .inputs import BlockTables
-from .kv_cache import KVCache
-from .model import Model, ModelInput
 from .staging import Array, Field, Staging
 
 _NO_SLOT = -1

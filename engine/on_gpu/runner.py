@@ -10,17 +10,18 @@ from dataclasses import replace
 
 import torch
 
-from ..kernels.triton.kernels import TritonKernels
-from ..kernels.triton.paged_attention import to_device
-from .batch import Batch, Launched, SampledToken, ScheduledChunk
+from ...kernels.triton.kernels import TritonKernels
+from ...kernels.triton.paged_attention import to_device
+from ..batch import Batch, Launched, SampledToken, ScheduledChunk
+from ..device import Device
+from ..inputs import InputBuilder
+from ..kv_cache import KVCache
+from ..model import Model, ModelInput
+from ..prompt_logprobs import PromptLogprobs
 from .decode_graphs import DecodeGraphs
-from .device import Device
-from .device_sampler import DeviceSampler, DeviceTokens
 from .drawn_tokens import KNOWN, DrawnTokens
-from .inputs import InputBuilder
-from .kv_cache import KVCache
-from .model import Model, ModelInput
-from .prompt_logprobs import PromptLogprobs
+from .sampler import DeviceSampler, DeviceTokens
+from .warm_up import warm_up
 
 
 class DeviceRunner:
@@ -47,6 +48,8 @@ class DeviceRunner:
         self._graphs = DecodeGraphs(
             device, model, cache, kernels, self._drawn, max_batch_size=max_batch_size, max_model_len=max_model_len
         )
+        if device.runs_ahead:  # a kernel that is compiled later holds up whoever is served then
+            warm_up(device, model, cache, max_model_len)
 
     @torch.inference_mode()
     def launch(

@@ -6,8 +6,8 @@ from itertools import count
 
 import torch
 
-from ..kernels.wire import KVPart, MovePart, WireFormat, part_bytes
-from .device import Device, Event
+from ...kernels.wire import KVPart, MovePart, WireFormat, part_bytes
+from ..device import Device, Event
 
 _SMALLEST_BUFFER = 64
 

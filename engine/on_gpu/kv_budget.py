@@ -1,15 +1,16 @@
 """How many KV blocks a GPU has room for: measured when the weights are there, by a step of the largest kind."""
 
-import torch
-
-from ..core.errors import CapacityError
-from ..core.messages import KVLayout
-from ..kernels import AttentionBatch, Kernels
-from .device import Device
-from .kv_cache import KVCache
-from .model import Model, ModelInput
+from ...core.errors import CapacityError
+from ...core.messages import KVLayout
+from ...kernels import Kernels
+from ..device import Device
+from ..kv_cache import KVCache
+from ..model import Model
+from .warm_up import prompt_step
 
 _GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, generously
+_LINK_BYTES = 256 << 20  # of transfers: rings of 16 MiB for each peer, and NCCL's own
+_LOGITS_COPIES = 8  # at most at a time: the step's and the graphs', and seven float32 ones that log probabilities take
 
 
 def num_blocks_that_fit(
@@ -26,12 +27,13 @@ def num_blocks_that_fit(
 ) -> int:
     """Within `memory_fraction` of the device's memory, all else of this process included.
 
-    The step also compiles the kernels of prompts. Raises CapacityError where not even one sequence of `max_model_len` fits.
+    Raises CapacityError where not even one sequence of `max_model_len` fits.
     """
     peak = device.peak_bytes(lambda: _largest_step(device, model, layout, kernels, max_model_len, max_batch_tokens))
     logits_bytes = 4 * max_batch_size * model.config.vocab_size
     memory = device.memory()
-    reserved = peak + 3 * logits_bytes + num_graphs * _GRAPH_BYTES  # logits, what draws from them, and their graph's own
+    graph_bytes = peak * max_batch_size // max_batch_tokens + num_graphs * _GRAPH_BYTES
+    reserved = peak + _LOGITS_COPIES * logits_bytes + graph_bytes + _LINK_BYTES
     room = min(int(memory.total * memory_fraction) - memory.used, memory.free) - reserved
     num_blocks = room // (layout.block_size * layout.bytes_per_token)
     needed = -(-max_model_len // layout.block_size)
@@ -45,21 +47,11 @@ def num_blocks_that_fit(
     return num_blocks
 
 
-@torch.inference_mode()
 def _largest_step(
     device: Device, model: Model, layout: KVLayout, kernels: Kernels, max_model_len: int, max_batch_tokens: int
 ) -> None:
-    """A step of as many prompt tokens as there may be. What is computed is of no meaning: all keys lie in one block."""
-    there, size = device.torch_device, layout.block_size
-    lens = [max_model_len] * (max_batch_tokens // max_model_len)
+    """A step of as many prompt tokens as there may be."""
+    lengths = [max_model_len] * (max_batch_tokens // max_model_len)
     if max_batch_tokens % max_model_len:
-        lens.append(max_batch_tokens % max_model_len)
-    positions = torch.cat([torch.arange(length) for length in lens])
-    batch = AttentionBatch(
-        query_start_loc=torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        context_lens=torch.tensor(lens, dtype=torch.int32),
-        block_tables=torch.zeros((len(lens), -(-max(lens) // size)), dtype=torch.int32),
-        slot_mapping=(positions % size).to(there),
-    )
-    inputs = ModelInput(torch.zeros_like(positions).to(there), positions.to(there), batch, None)
-    model.forward(inputs, KVCache(layout, 1, kernels, device))
+        lengths.append(max_batch_tokens % max_model_len)
+    prompt_step(device, model, KVCache(layout, 1, kernels, device), lengths, max_model_len)

@@ -1,0 +1,1 @@
+"""An engine on a GPU: steps that are queued and collected later, captured graphs, a sampler that nothing waits for."""

@@ -29,7 +29,8 @@ from ..kv_transfer.hub import TransferHub
 from ..kv_transfer.outbound import Dial
 from ..kv_transfer.pair import Local
 from ..worker.worker import Worker
-from .kv_model import ChainRunner, ChainStore, OnSample
+from .chain_runner import ChainRunner, OnSample
+from .kv_model import ChainStore
 from .network import End
 from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .simulated_port import HOP_S, Port

@@ -1,0 +1,138 @@
+"""The modelled step: computes tokens from the KV that is there, at once or, as a device that runs ahead does, when it is
+collected."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+from ..core.messages import TokenLogprobs
+from ..engine.batch import Batch, Computed, Launched, SampledToken, ScheduledChunk
+from ..engine.block_pool import BlockPool
+from ..engine.sequence import Sequence
+from .kv_model import NUM_LAYERS, ChainStore, chain, prompt_logprob, salted, sample
+
+
+class StepCost(Protocol):
+    """How long a step takes; `spend` lets the worker's clock run on."""
+
+    def __call__(self) -> float: ...
+    def spend(self, seconds: float) -> None: ...
+    def of(self, num_tokens: int) -> float: ...
+
+
+OnSample = Callable[[Sequence, int, int], None]  # called with (sequence, choice, index) of each token that is computed
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A chunk as it was when it was launched."""
+
+    chunk: ScheduledChunk
+    token_ids: tuple[int, ...]  # without a pending one
+    block_ids: tuple[int, ...]
+    index: int  # of the token to be drawn
+    draws: bool
+    wants_prompt_logprobs: bool
+
+    @classmethod
+    def of(cls, chunk: ScheduledChunk) -> "_Row":
+        seq = chunk.sequence
+        known = tuple(seq.token_ids[chunk.start : chunk.end])
+        draws = seq.may_sample or not chunk.choices
+        return cls(chunk, known, tuple(seq.block_ids), seq.num_output_tokens, draws, seq.wants_prompt_logprobs)
+
+
+class _Later:
+    """A step that is computed when it is collected: by then, what it uses must still be its own."""
+
+    def __init__(self, compute: Callable[[], list[list[SampledToken]]]) -> None:
+        self._compute = compute
+
+    def collect(self) -> list[list[SampledToken]]:
+        return self._compute()
+
+
+class ChainRunner:
+    """Implements `engine.batch.Runner`. Prompts are computed at once also where it runs ahead: their KV leaves by the layer."""
+
+    def __init__(
+        self, store: ChainStore, pool: BlockPool, cost: StepCost, on_sample: OnSample, runs_ahead: bool = False
+    ) -> None:
+        self.runs_ahead = runs_ahead
+        self._store = store
+        self._on_sample = on_sample
+        self._size = pool.block_size
+        self._cost = cost
+        self._prompts: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
+        self._drawn: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()  # the last token, as a device keeps it
+
+    def launch(
+        self,
+        batch: Batch,
+        on_layer: Callable[[int], None] | None = None,
+        before_sampling: Callable[[], None] | None = None,
+    ) -> Launched:
+        if before_sampling is not None:
+            before_sampling()
+        rows = [_Row.of(chunk) for chunk in batch.chunks]
+        if self.runs_ahead and on_layer is None:
+            return _Later(lambda: self._compute(batch, rows, None))
+        return Computed(self._compute(batch, rows, on_layer))
+
+    def _compute(self, batch: Batch, rows: list[_Row], on_layer: Callable[[int], None] | None) -> list[list[SampledToken]]:
+        for source, copy in batch.copies:
+            self._store.copy_block(source, copy)
+        duration_s = self._cost.of(batch.num_tokens)
+        states = [self._states(row) for row in rows]
+        for row in rows:
+            chunk = row.chunk
+            table = row.block_ids[chunk.start // self._size : -(-chunk.end // self._size)]
+            self._store.check_writable(table, chunk.sequence)
+            self._store.check_held(row.block_ids, chunk.sequence)
+        for layer in range(NUM_LAYERS):
+            self._cost.spend(duration_s / NUM_LAYERS)
+            final_s = self._cost()
+            for row, words in zip(rows, states, strict=True):
+                for position, word in enumerate(words, row.chunk.start):
+                    self._store.write(layer, row.block_ids[position // self._size], position % self._size, word, final_s)
+            if on_layer is not None:
+                on_layer(layer)
+        return [self._tokens(row) if row.draws else [] for row in rows]
+
+    def _tokens(self, row: _Row) -> list[SampledToken]:
+        chunk, seq = row.chunk, row.chunk.sequence
+        prompt = self._prompt_logprobs(chunk) if row.wants_prompt_logprobs else ()
+        tokens = []
+        for choice in chunk.choices:
+            self._drawn[seq] = token_id = self._sample(row, choice)
+            tokens.append(SampledToken(token_id, prompt_logprobs=prompt if choice == 0 else ()))
+        return tokens
+
+    def _prompt_logprobs(self, chunk: ScheduledChunk) -> tuple[TokenLogprobs, ...]:
+        """Of what has been computed here without a gap, as the engine can tell no more."""
+        gathered = self._prompts.setdefault(chunk.sequence, [])
+        del gathered[chunk.start :]
+        gathered += (prompt_logprob(token_id) for token_id in chunk.sequence.token_ids[chunk.start + 1 : chunk.end + 1])
+        return tuple(gathered)
+
+    def _states(self, row: _Row) -> list[int]:
+        seq, start = row.chunk.sequence, row.chunk.start
+        token_ids = row.token_ids or (self._drawn[seq],)
+        state = self._store.word(0, row.block_ids, start - 1) if start else salted(seq.spec.cache_salt)
+        states = []
+        for token_id in token_ids:
+            state = chain(state, token_id)
+            states.append(state)
+        return states
+
+    def _sample(self, row: _Row, choice: int) -> int:
+        seq = row.chunk.sequence
+        totals = [self._store.total(layer, row.block_ids, row.chunk.end) for layer in range(NUM_LAYERS)]
+        self._on_sample(seq, choice, row.index)
+        total = totals[0] if all(other == totals[0] for other in totals) else chain(totals[0], totals[-1])
+        return sample(total, seed_of(seq), choice, row.index)
+
+
+def seed_of(seq: Sequence) -> int:
+    return seq.spec.sampling.seed

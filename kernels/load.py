@@ -49,10 +49,16 @@ def _triton_kernels(requirements: KernelRequirements) -> Kernels:
         raise ValueError(f"kernels: 'triton' cannot run here: {error}") from error
     if not torch.cuda.is_available():
         raise ValueError("device: 'cuda' cannot be used here: torch finds no GPU")
+    kernels = TritonKernels(requirements)
     try:
-        from triton.runtime import driver
-
-        _ = driver.active.utils  # built here, before a worker has loaded its weights
+        _build_launcher()
     except Exception as error:
         raise ValueError(f"kernels: 'triton' needs a C compiler and Python's headers: {error}") from error
-    return TritonKernels(requirements)
+    return kernels
+
+
+def _build_launcher() -> None:
+    """Triton compiles what it launches kernels by; better now than when a worker has loaded its weights."""
+    from triton.runtime import driver
+
+    _ = driver.active.utils

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from pdserve.kernels import KernelRequirements, load_kernels, native
+from pdserve.kernels import KernelRequirements, load, load_kernels, native
 
 from .conftest import MakeKernels
 
@@ -78,6 +78,16 @@ def test_what_tritons_kernels_cannot_do_is_refused(
         load_kernels("cuda", requirements, "auto", 1)
 
 
+def test_cuda_is_refused_where_triton_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    _pretend_gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr(load, "_build_launcher", fail)
+    with pytest.raises(ValueError, match="'triton' needs a C compiler and Python's headers: Failed to find C compiler"):
+        load_kernels("cuda", REQUIREMENTS, "auto", 1)
+
+
 def test_cuda_is_refused_without_a_gpu_and_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device: 'cuda' cannot be used here"):
@@ -90,6 +100,7 @@ def test_cuda_is_refused_without_a_gpu_and_without_triton(monkeypatch: pytest.Mo
 def _pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(load, "_build_launcher", lambda: None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import Any
 import ray
 
 from .. import __version__
-from ..core.config import ClusterConfig, DeviceKind
+from ..core.config import ClusterConfig
+from ..core.devices import DeviceKind
 from ..core.errors import InvalidRequest
 from ..core.latency import LatencyModel
 from ..core.request import Request

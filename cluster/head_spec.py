@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.config import DeviceKind
+from ..core.devices import DeviceKind
 from ..telemetry.logs import LogSettings
 
 

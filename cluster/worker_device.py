@@ -2,7 +2,7 @@
 
 import os
 
-from ..core.config import DeviceKind
+from ..core.devices import DeviceKind
 from ..core.errors import CapacityError
 from ..engine.engine import EngineOptions
 from ..engine.gpu import DeviceInfo, probe_devices

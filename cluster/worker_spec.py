@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..core.config import ClusterConfig, DeviceKind, PoolSection
+from ..core.config import ClusterConfig, PoolSection
+from ..core.devices import DeviceKind
 from ..core.messages import Role
 from ..telemetry.logs import LogSettings
 from .cores import Need

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .config_listen import ListenSection
 from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, Part, expected
+from .devices import DeviceKind
 from .messages import Role
 
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
@@ -21,7 +22,6 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
-DeviceKind = Literal["cpu", "cuda"]
 
 
 class ModelSection(Part):

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from ..core.config import ClusterConfig, DeviceKind
+from ..core.config import ClusterConfig
+from ..core.devices import GPU_LINKS, KERNELS, DeviceKind
 from ..core.errors import CapacityError, ConfigError
 from .gpu import Node
 from .packing import Finding
-
-KERNELS = {"cpu": ("auto", "native", "torch"), "cuda": ("auto", "triton")}
 
 
 def resolve_device(config: ClusterConfig, nodes: Sequence[Node]) -> DeviceKind:
@@ -38,7 +37,7 @@ def device_findings(config: ClusterConfig, device: DeviceKind, nodes: Sequence[N
     if config.kernels not in KERNELS[device]:
         expected = ", ".join(KERNELS[device])
         yield Finding(wrong, f"kernels: got {config.kernels}, expected one of {expected} on device {device}")
-    if device == "cpu" and config.kv.transport in ("cuda_ipc", "nccl"):
+    if device == "cpu" and config.kv.transport in GPU_LINKS:
         yield Finding(
             wrong, f"kv.transport: got {config.kv.transport}, which is for GPUs; expected auto, shm or gloo on device cpu"
         )

@@ -6,8 +6,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..core.config import ClusterConfig, DeviceKind, PoolSection
+from ..core.config import ClusterConfig, PoolSection
 from ..core.config_types import format_size
+from ..core.devices import DeviceKind
 from ..core.errors import CapacityError, ConfigError
 from ..core.messages import KVLayout, Role
 from .checkpoint import Checkpoint, open_checkpoint, resolve_model_path

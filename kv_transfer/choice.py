@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
+from ..core.devices import GPU_LINKS
 from .link import LinkError
 
-LINKS = ("shm", "gloo", "cuda_ipc", "nccl")
-GPU_LINKS = ("cuda_ipc", "nccl")
+LINKS = ("shm", "gloo", *GPU_LINKS)
 TRANSPORTS = ("auto", *LINKS)
 
 
@@ -20,7 +20,7 @@ def choose_link(mine: Place, theirs: Place, transport: str) -> str:
     """One of LINKS. A GPU and a processor meet in host memory. Raises LinkError."""
     possible = [link for link in LINKS if _is_possible(link, mine, theirs)]
     if transport == "auto":
-        return next(link for link in ("cuda_ipc", "nccl", "shm", "gloo") if link in possible)
+        return next(link for link in (*GPU_LINKS, "shm", "gloo") if link in possible)
     if transport not in possible:
         raise LinkError(f"kv.transport: got {transport!r}, expected auto or {' or '.join(possible)}: {_WANTED[transport]}")
     return transport

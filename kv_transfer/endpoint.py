@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
+from ..core.devices import GPU_LINKS
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .acceptor import Acceptor
-from .choice import GPU_LINKS, TRANSPORTS
+from .choice import TRANSPORTS
 from .config import MAX_PAYLOAD_BYTES, TransferConfig
 from .counters import TransferCounters
 from .dialler import Dialler

@@ -23,6 +23,8 @@ from .store_work import StoreWaits, StoreWork
 
 logger = logging.getLogger(__name__)
 
+TURN_SHARE = 0.4  # of a chunk's time, for one that others wait behind: two that hang in a row cost nobody else its link
+
 
 # (waiter, ticket, timeout_s, done): calls `done` with the error of what the ticket stands for, or None, when it is over
 Wait = Callable[[Waiter, Any, float, Callable[[BaseException | None], None]], None]
@@ -141,11 +143,10 @@ class Pair(ABC, Generic[E, C]):
             self._link = None
 
     def _when_done(self, ticket: Any, then: Callable[[], None]) -> None:
-        """Call `then` when the link's operation is done, unless the link has gone by then. One that others wait behind has
-        less time than their chunks have."""
+        """Call `then` when the link's operation is done, unless the link has gone by then."""
         link, epoch = self._link, self._epoch
         assert link is not None and epoch is not None
-        timeout_s = self.local.config.chunk_timeout_s * (0.4 if link.takes_turns else 1.0)
+        timeout_s = self.local.config.chunk_timeout_s * (TURN_SHARE if link.takes_turns else 1.0)
         self.local.wait(link, ticket, timeout_s, partial(self._on_waited, epoch, then))
 
     def _on_waited(self, epoch: int, then: Callable[[], None], error: BaseException | None) -> None:

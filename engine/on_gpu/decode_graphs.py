@@ -7,7 +7,6 @@ those that were drawn lately.
 """
 
 from dataclasses import dataclass
-from itertools import count
 
 import torch
 
@@ -199,7 +198,7 @@ def _row_fields(size: int) -> list[Field]:
 
 def _plan_fields(shapes: dict[int | None, DecodeShape], max_context_len: int) -> list[Field]:
     fields = []
-    for index, shape in zip(count(), shapes.values()):
+    for index, shape in enumerate(shapes.values()):
         fields.append(Field(f"pieces{index}", torch.int32, 4 * shape.max_pieces(max_context_len)))
         fields.append(Field(f"partial_start{index}", torch.int32, shape.max_seqs + 1))
     return fields

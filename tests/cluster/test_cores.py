@@ -4,7 +4,8 @@ import pytest
 
 from pdserve.cluster.cores import CoreAllocator, Need, Placement
 from pdserve.cluster.worker_spec import WorkerSpec
-from pdserve.core.config import ClusterConfig, DeviceKind
+from pdserve.core.config import ClusterConfig
+from pdserve.core.devices import DeviceKind
 from pdserve.core.errors import CapacityError
 from pdserve.core.messages import Role
 

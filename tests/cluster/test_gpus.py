@@ -10,7 +10,8 @@ from pdserve.cluster.actors import options_of
 from pdserve.cluster.cores import CoreAllocator
 from pdserve.cluster.nodes import RayNodes, with_gpus_of
 from pdserve.cluster.worker_spec import WorkerSpec
-from pdserve.core.config import ClusterConfig, DeviceKind
+from pdserve.core.config import ClusterConfig
+from pdserve.core.devices import DeviceKind
 from pdserve.core.messages import Role
 from pdserve.engine.gpu import DeviceInfo, Node
 

@@ -11,7 +11,8 @@ from pdserve.cluster.worker_device import engine_options, names_of, own_gpu
 from pdserve.cluster.worker_process import WorkerProcess
 from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.core.codec import FrameDecoder, FrameEncoder
-from pdserve.core.config import ClusterConfig, DeviceKind
+from pdserve.core.config import ClusterConfig
+from pdserve.core.devices import DeviceKind
 from pdserve.core.errors import CapacityError
 from pdserve.core.messages import GpuSample, Role, StepReport, WorkerLoad, WorkerMessage
 from pdserve.engine.gpu import DeviceInfo, GpuProbe

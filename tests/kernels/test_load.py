@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
+from pdserve.core.devices import KERNELS
 from pdserve.kernels import KernelRequirements, load, load_kernels, native
 
 from .conftest import MakeKernels
@@ -122,3 +123,7 @@ def test_native_operations_refuse_what_they_would_misread(native: MakeKernels) -
         kernels.pack_linear(torch.randn(32, 63).bfloat16())
     with pytest.raises(ValueError, match="out_dtype:"):
         kernels.linear(torch.randn(2, 64).bfloat16(), packed, torch.float16)
+
+
+def test_the_choices_that_a_configuration_is_checked_by_are_those_that_there_are() -> None:
+    assert load._CHOICES == KERNELS

@@ -1,0 +1,60 @@
+"""The logger for lines that a peer can cause before it has authenticated: one rate limit for all of them in a process.
+
+Whoever may connect could otherwise fill a disk. Suppressed lines are counted, and the next line that passes says how many.
+"""
+
+import logging
+import threading
+import time
+
+BURST_LINES = 20
+LINES_PER_S = 1.0
+THIRD_PARTY_LOGGERS = ("asyncio", "grpc", "grpc._cython.cygrpc", "uvicorn.error")  # they log what connections do, too
+
+
+class LineBudget:
+    """Decides which lines pass: `BURST_LINES` at once, then `LINES_PER_S`. Pure: the caller brings the time."""
+
+    def __init__(self) -> None:
+        self._level = float(BURST_LINES)
+        self._filled_s: float | None = None
+        self._num_suppressed = 0
+
+    def take(self, now_s: float) -> int | None:
+        """How many lines were suppressed since the last one that passed; None when this one is suppressed too."""
+        if self._filled_s is not None:
+            self._level = min(float(BURST_LINES), self._level + max(0.0, now_s - self._filled_s) * LINES_PER_S)
+        self._filled_s = now_s
+        if self._level < 1.0:
+            self._num_suppressed += 1
+            return None
+        self._level -= 1.0
+        num_suppressed, self._num_suppressed = self._num_suppressed, 0
+        return num_suppressed
+
+
+class RateLimit(logging.Filter):
+    """Applies one budget to all loggers that it is added to. Thread-safe."""
+
+    def __init__(self, budget: LineBudget) -> None:
+        super().__init__()
+        self._budget = budget
+        self._lock = threading.Lock()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        with self._lock:
+            num_suppressed = self._budget.take(time.monotonic())
+        if num_suppressed:
+            record.msg, record.args = f"{record.getMessage()} ({num_suppressed} lines like this were suppressed)", ()
+        return num_suppressed is not None
+
+
+_LIMIT = RateLimit(LineBudget())
+peer_log = logging.getLogger("pdserve.peers")
+peer_log.addFilter(_LIMIT)
+
+
+def limit_third_party_lines() -> None:
+    """Puts the libraries that accept connections under the same limit; idempotent."""
+    for name in THIRD_PARTY_LOGGERS:
+        logging.getLogger(name).addFilter(_LIMIT)

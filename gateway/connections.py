@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from ..core.peer_log import peer_log
-from .places import FairPlaces, NoPlace, address_group
+from .places import FairPlaces, Holder, NoPlace, address_group
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def connections_of_each(wanted: int, num_descriptors: int) -> int:
     return min(wanted, allowed)
 
 
-def places_for(max_connections: int) -> FairPlaces[str]:
-    """Places for connections, by their names."""
+def places_for(max_connections: int) -> FairPlaces[Holder]:
+    """Places for the connections of one server."""
     return FairPlaces("connections", max_connections, max(1, int(max_connections * CONNECTIONS_OF_ONE_ADDRESS)))
 
 
@@ -64,7 +64,7 @@ class GrpcConnections:
     """Keeps a gRPC server's connections within bounds, from `start` to `stop`."""
 
     def __init__(self, max_connections: int) -> None:
-        self.places = places_for(max_connections)
+        self.places: FairPlaces[str] = places_for(max_connections)  # by their names
         self._calls: Counter[str] = Counter()  # in progress, by connection
         self._names: dict[str, str | None] = {}  # of sockets as /proc calls them; None: not one of the server's
         self._task: asyncio.Task[None] | None = None

@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.core.errors import ConfigError
 from pdserve.gateway.app import GatewayServer, serve
-from pdserve.gateway.http import connection, gate
+from pdserve.gateway.http import connection, gate, server as http_server
 from pdserve.gateway.http.connection import MAX_HEADER_BYTES
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, byte_level, model_info
@@ -153,6 +153,7 @@ async def test_a_client_that_does_not_finish_its_head_is_ended(
     server: GatewayServer, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     monkeypatch.setattr(connection, "HEADER_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(http_server, "TICK_S", 0.01)
     client = await RawClient.connect(server)
     client.writer.write(sent)
     assert await client.until_closed() == b""

@@ -105,26 +105,27 @@ class GrpcConnections:
                 self._names.clear()
                 pause_s = QUIET_S
                 continue
-            self.settle(await asyncio.to_thread(self._look, port))
+            if losers := self.settle(await asyncio.to_thread(self._look, port)):
+                await asyncio.to_thread(_shut_down, losers)
+                peer_log.warning("listen.grpc: %d connections without a call lost their places to newcomers", len(losers))
             is_full = len(self.places) >= self.places.max_places * 3 // 4
             pause_s = max(BUSY_S, (time.monotonic() - began_s) / BUSY_SHARE) if is_full else QUIET_S
 
-    def settle(self, found: dict[str, int]) -> None:
-        """Give each connection of `found` (its name and descriptor) a place, and shut down those that lose theirs."""
+    def settle(self, found: dict[str, int]) -> dict[str, int]:
+        """Give each connection of `found` (its name and descriptor) a place; returns those that have none."""
         for name in [name for name in self.places.holders() if name not in found]:
             self.places.leave(name)
-        for name, descriptor in found.items():
-            if name in self.places:
-                continue
+        losers: dict[str, int] = {}
+        for name in [name for name in found if name not in self.places]:
             try:
                 evicted = self.places.take(address_group(name.partition(" ")[0]), name)
             except NoPlace:
-                _shut_down(descriptor, name)
-                continue
+                evicted = name
+            if evicted is not None:
+                losers[evicted] = found[evicted]
             if name in self._calls:
                 self.places.pin(name)
-            if evicted is not None:
-                _shut_down(found[evicted], evicted)
+        return losers
 
     def _look(self, port: int) -> dict[str, int]:
         """The connections that there are, oldest first as far as they are known. On a thread."""
@@ -153,9 +154,9 @@ def _name_of(descriptor: int, port: int) -> str | None:
         return connection_name(host, peer_port)
 
 
-def _shut_down(descriptor: int, name: str) -> None:
-    """End a connection under the library that owns it, which sees its peer hang up."""
-    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:  # OSError: it has ended
-        if connection_name(*sock.getpeername()[:2]) == name:  # else the descriptor is another's by now
-            sock.shutdown(socket.SHUT_RDWR)
-            peer_log.warning("connections: %s lost its place to a newcomer", name)
+def _shut_down(connections: dict[str, int]) -> None:
+    """End connections under the library that owns them, which sees its peers hang up. On a thread."""
+    for name, descriptor in connections.items():
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:  # OSError: it has ended
+            if connection_name(*sock.getpeername()[:2]) == name:  # else the descriptor is another's by now
+                sock.shutdown(socket.SHUT_RDWR)

@@ -1,7 +1,9 @@
 """Attacks that hold things open: connections, calls, bodies that never end. Those who hold less are served all the same."""
 
 import asyncio
+import os
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -348,3 +350,43 @@ async def test_one_client_receives_a_share_of_all(monkeypatch: pytest.MonkeyPatc
     came.set()
     assert set(await asyncio.gather(*many[:-1], *others)) == {"came"}
     assert len(reads) == 0
+
+
+# lines that peers cause
+
+
+SERVER = """
+import asyncio, sys
+from pdserve.gateway.app import serve
+from tests.gateway.conftest import CONFIG
+from tests.gateway.support import ScriptedCluster, byte_level, model_info
+
+async def main():
+    cluster = ScriptedCluster(byte_level())
+    server = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer))
+    print(server.port, flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(0)
+
+asyncio.run(main())
+"""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+GOAWAY = bytes([0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2])
+
+
+async def test_frames_that_grpc_does_not_like_write_no_lines() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
+    assert process.stdout is not None
+    address = f"127.0.0.1:{(await process.stdout.readline()).decode().strip()}"
+    for sent in (PREFACE + SETTINGS + GOAWAY, PREFACE + b"\xff" * 64, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + bytes(64)):
+        (reader, writer), *_ = await connect(address, 1)
+        writer.write(sent)
+        writer.write_eof()
+        await _until_closed(reader)
+        writer.close()
+    _, lines = await process.communicate(b"")
+    assert lines == b""

@@ -5,7 +5,7 @@ Each is bounded in total, and for one client within that, so that no client can 
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -17,7 +17,7 @@ CALLS_OF_ONE_CLIENT = 0.5  # of all
 BYTES_OF_ONE_CLIENT = 0.25
 READS_OF_ONE_CLIENT = 0.25
 MESSAGE_TIMEOUT_S = 60.0  # for a whole message, or the whole body of an HTTP request
-PATIENCE_S = 2.0  # a message that takes longer makes room when others wait
+QUICK_S = 0.1  # a message that takes longer than this needs a place among the slow ones
 RETRY_S = 1.0
 
 
@@ -137,83 +137,41 @@ class KeylessCalls:
 
 
 class PendingReads:
-    """Messages that are being received: gRPC assembles each in memory before anybody sees a byte, so their number is bounded.
+    """Messages that are being received: gRPC assembles each in memory before anybody sees a byte of it.
 
-    More wait for their turn. A read that takes longer than `PATIENCE_S` is ended when others wait.
+    A message that has not come within `QUICK_S` needs a place, of which there are as many as memory allows; a newcomer takes
+    that of the oldest. What comes in before it needs one is bounded by the network's speed.
     """
 
     def __init__(self, max_reads: int) -> None:
-        self._max_reads = max_reads
-        self._max_of_one = max(1, int(max_reads * READS_OF_ONE_CLIENT))
-        self._began_s: dict[asyncio.Timeout, float] = {}  # oldest first
-        self._num_of: Counter[str] = Counter()  # by client
-        self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()  # none of these would fit
-        self._hurry: asyncio.TimerHandle | None = None
+        max_of_one = max(1, int(max_reads * READS_OF_ONE_CLIENT))
+        self._places: FairPlaces[asyncio.Timeout] = FairPlaces("messages that come slowly", max_reads, max_of_one)
 
     def __len__(self) -> int:
-        return self._num_of.total()
+        return len(self._places)
 
     @asynccontextmanager
     async def read(self, client: str) -> AsyncIterator[None]:
-        """Around receiving a message. Raises TooSlow when it does not come in time."""
+        """Around receiving a message. Raises TooSlow, or NoPlace when a newcomer needed its place."""
         loop = asyncio.get_running_loop()
-        limit, began_s = asyncio.timeout(MESSAGE_TIMEOUT_S), loop.time()
+        limit = asyncio.timeout(MESSAGE_TIMEOUT_S)
+        due_s = loop.time() + MESSAGE_TIMEOUT_S
         try:
             async with limit:
-                if self._fits(client):
-                    self._num_of[client] += 1
-                else:
-                    await self._turn(client)
-                self._began_s[limit] = loop.time()
+                slow = loop.call_later(QUICK_S, self._take_place, client, limit)
                 try:
                     yield
                 finally:
-                    del self._began_s[limit]
-                    self._leave(client)
+                    slow.cancel()
+                    self._places.leave(limit)
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise TooSlow("message", round(loop.time() - began_s, 1)) from None
+            if loop.time() < due_s:
+                raise NoPlace(self._places.what, self._places.max_places) from None
+            raise TooSlow("message", MESSAGE_TIMEOUT_S) from None
 
-    def _fits(self, client: str) -> bool:
-        return len(self) < self._max_reads and self._num_of[client] < self._max_of_one
-
-    async def _turn(self, client: str) -> None:
-        """Returns when `_leave` has given the place of another to this client."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((client, turn))
-        self._hurry_slow_ones()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._leave(client)
-            else:
-                self._waiting.remove((client, turn))
-            raise
-
-    def _leave(self, client: str) -> None:
-        self._num_of[client] -= 1
-        if not self._num_of[client]:
-            del self._num_of[client]
-        following = next(((other, turn) for other, turn in self._waiting if not turn.done() and self._fits(other)), None)
-        if following is not None:
-            self._waiting.remove(following)
-            self._num_of[following[0]] += 1
-            following[1].set_result(None)
-
-    def _hurry_slow_ones(self) -> None:
-        """End reads that take long while others wait for a turn, as soon as they have had their time."""
-        if self._hurry is not None:
-            self._hurry.cancel()
-            self._hurry = None
-        if not self._waiting:
-            return
-        loop = asyncio.get_running_loop()
-        now_s = loop.time()
-        for limit, began_s in self._began_s.items():
-            if began_s + PATIENCE_S > now_s:
-                self._hurry = loop.call_at(began_s + PATIENCE_S, self._hurry_slow_ones)
-                return
-            if not limit.expired() and limit.when() != now_s:
-                limit.reschedule(now_s)
+    def _take_place(self, client: str, limit: asyncio.Timeout) -> None:
+        evicted = self._places.take(client, limit)
+        if evicted is not None:
+            evicted.reschedule(asyncio.get_running_loop().time())

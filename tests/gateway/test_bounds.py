@@ -4,8 +4,8 @@ import asyncio
 import os
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pdserve.gateway.call_bounds import HeldBytes, KeylessCalls, PendingReads, T
 from pdserve.gateway.connections import RESERVED_DESCRIPTORS, connections_of_each
 from pdserve.gateway.http import server as http_server
 from pdserve.gateway.keys import make_key, new_key
+from pdserve.gateway.places import NoPlace
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.certificates import Authority
 from tests.gateway.conftest import CONFIG
@@ -298,58 +299,37 @@ def test_one_client_does_not_take_all_bytes() -> None:
 # messages that are being received
 
 
-@contextmanager
-def _patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[None]:
-    with monkeypatch.context() as patched:
-        patched.setattr(call_bounds, "PATIENCE_S", seconds)
-        yield
-
-
 async def _receive(reads: PendingReads, client: str, came: asyncio.Event) -> str:
     try:
         async with reads.read(client):
             await came.wait()
-    except TooSlow:
-        return "too slow"
+    except (NoPlace, TooSlow) as error:
+        return str(error)
     return "came"
 
 
-async def test_a_message_that_is_slow_makes_room_for_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    never, now = asyncio.Event(), asyncio.Event()
-    now.set()
-    with _patience(monkeypatch, 0.01):
-        reads = PendingReads(4)
-        slow = [asyncio.create_task(_receive(reads, f"mallory-{index}", never)) for index in range(4)]
-        await asyncio.sleep(0)
-        assert len(reads) == 4
-        assert await _receive(reads, "alice", now) == "came"
-    never.set()
-    assert sorted(await asyncio.gather(*slow))[-1] == "too slow"
-    assert len(reads) == 0
-
-
-async def test_a_slow_message_has_its_time_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    with _patience(monkeypatch, 0.0):
-        reads, came = PendingReads(4), asyncio.Event()
-        slow = asyncio.create_task(_receive(reads, "alice", came))
-        for _ in range(10):
-            await asyncio.sleep(0)
-        came.set()
-        assert await slow == "came"
-
-
-async def test_one_client_receives_a_share_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_messages_are_bounded_and_the_oldest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_bounds, "QUICK_S", 0.0)
     reads, came = PendingReads(8), asyncio.Event()
     many = [asyncio.create_task(_receive(reads, "mallory", came)) for _ in range(20)]
-    await asyncio.sleep(0)
-    assert len(reads) == 2
     others = [asyncio.create_task(_receive(reads, client, came)) for client in "abc"]
-    await asyncio.sleep(0)
-    assert len(reads) == 5
-    many[-1].cancel()  # while it waits
+    await asyncio.wait(many[:18])
+    assert len(reads) == 5, "two of eight for one client"
+    assert "messages that come slowly" in many[0].result()
     came.set()
-    assert set(await asyncio.gather(*many[:-1], *others)) == {"came"}
+    assert set(await asyncio.gather(*many[18:], *others)) == {"came"}
     assert len(reads) == 0
+
+
+async def test_a_message_that_comes_at_once_needs_no_place() -> None:
+    reads, came = PendingReads(4), asyncio.Event()
+    came.set()
+    assert {await _receive(reads, "alice", came) for _ in range(100)} == {"came"}
+
+
+async def test_a_message_that_never_comes_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_bounds, "MESSAGE_TIMEOUT_S", 0.01)
+    assert await _receive(PendingReads(4), "alice", asyncio.Event()) == "the message did not come within 0.01 s"
 
 
 # lines that peers cause

@@ -21,7 +21,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         return MODEL_DIR
     path = tmp_path_factory.mktemp(request.param)
     tokenizer = byte_level() if request.param == "byte-level" else sentencepiece_like()
-    tokenizer._pretrained.save_pretrained(path)
+    tokenizer.pretrained.save_pretrained(path)
     return path
 
 
@@ -50,11 +50,12 @@ def test_conversations_become_the_tokens_of_transformers(directory: Path) -> Non
 
 def test_truncation_and_padding_of_training_do_not_reach_prompts(tmp_path: Path) -> None:
     tokenizer = byte_level()
-    tokenizer._backend.enable_truncation(2)
-    tokenizer._backend.enable_padding(length=50)
-    tokenizer._pretrained.save_pretrained(tmp_path)
-    tokenizer._backend.no_truncation()
-    tokenizer._backend.no_padding()
+    backend = tokenizer.pretrained.backend_tokenizer
+    backend.enable_truncation(2)
+    backend.enable_padding(length=50)
+    tokenizer.pretrained.save_pretrained(tmp_path)
+    backend.no_truncation()
+    backend.no_padding()
     assert Tokenizer.load(tmp_path).encode("the quick dog") == tokenizer.encode("the quick dog")
 
 

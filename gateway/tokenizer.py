@@ -78,8 +78,15 @@ class Tokenizer:
         return str(self._backend.to_str())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The token ids of `text`; names of special tokens in it become these tokens."""
-        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        """The token ids of `text`; names of special tokens in it become these tokens. Raises InvalidRequest for a text that
+        the tokenizer fails over, as over an expression of its own that backtracks without end."""
+        try:
+            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            expected = "a text that the model's tokenizer can take"
+            raise InvalidRequest("prompt", f"{len(text)} characters", expected) from None
 
     def render_chat(
         self,
@@ -129,6 +136,11 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code has failed, which pyo3 raises as no Exception, so that it would pass all who expect one."""
+    return type(error).__name__ == "PanicException"
 
 
 def _chat_template(data: TokenizerData, name: str) -> ChatTemplate | None:

@@ -7,25 +7,19 @@ import msgspec
 from ..core.checkpoint_files import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_CONFIG_BYTES, parse_json, read_bytes
 
 
-class _Added(msgspec.Struct):
+class _Named(msgspec.Struct, kw_only=True):
+    """An added token, whose id stands outside in tokenizer_config.json."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+
+class _Added(_Named, kw_only=True):
     id: int
-    content: str
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool = True
-    special: bool = False
-
-
-class _Named(msgspec.Struct):
-    """An added token in tokenizer_config.json, which has its id outside."""
-
-    content: str
-    single_word: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    normalized: bool = True
-    special: bool = False
 
 
 class _Config(msgspec.Struct):
@@ -54,9 +48,8 @@ def tokenizer_json(path: Path) -> str:
     config = _Config()
     if config_file.exists():
         config = parse_json(read_bytes(config_file, MAX_TOKENIZER_CONFIG_BYTES), _Config, config_file)
-    named = {
-        token_id: _Added(token_id, **msgspec.structs.asdict(token)) for token_id, token in config.added_tokens_decoder.items()
-    }
+    outside = config.added_tokens_decoder.items()
+    named = {token_id: _Added(id=token_id, **msgspec.structs.asdict(token)) for token_id, token in outside}
     added = named | {token.id: token for token in tokenizer.added_tokens}
     tokenizer.added_tokens = [added[token_id] for token_id in sorted(added)]
     return msgspec.json.encode(tokenizer).decode()

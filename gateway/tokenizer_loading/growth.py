@@ -133,8 +133,12 @@ def _fixed(factor: float, constant: float = 0.0) -> Callable[[Part], Growth]:
 
 def _replace(part: Part) -> Growth:
     """A text is found at most once in its own length; an expression may match nothing, before each byte and at the end."""
-    found, put = _num_bytes(_pattern(part).get("String", "")), _num_bytes(part["content"])
-    return (max(1.0, put / found), 0.0) if found else (1.0 + put, put)
+    pattern, put = _pattern(part), _num_bytes(part["content"])
+    if "String" not in pattern:
+        return 1.0 + put, put
+    if not pattern["String"]:
+        raise CheckpointError("it replaces an empty text, over which the tokenizers library fails")
+    return max(1.0, put / _num_bytes(pattern["String"])), 0.0
 
 
 def _prepend(part: Part) -> Growth:

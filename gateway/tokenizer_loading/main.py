@@ -1,4 +1,4 @@
-"""The loading process: `main DIRECTORY` writes one `Outcome` and ends, or dies of a limit, or of what the tokenizer does to it.
+"""The loading process: `main DIRECTORY LIMITS` writes one `Outcome` and ends, or dies of a limit or of the tokenizer.
 
 Beside loading it tries the tokenizer out, and compiles its chat templates, as the server will do both in its own process.
 """
@@ -8,20 +8,18 @@ import resource
 import signal
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ...core.checkpoint_files import MAX_NAME_CHARS, shown_text
-from ...core.errors import CheckpointError
+from ...core.checkpoint_files import MAX_NAME_CHARS, shown, shown_text
+from ...core.errors import CheckpointError, InvalidRequest
 from ..tokenizer import Tokenizer
 from .growth import Parts, check_growth, check_vocabulary
-from .messages import WALL_S, LoadFailure, Outcome, TokenizerData
+from .messages import Limits, LoadFailure, Outcome, TokenizerData
 
-LOAD_S = 60.0  # of processor time, to load; 1 s is usual
-PROBE_S = 2.0  # of processor time, for one of the texts below
-MEMORY_BYTES = 4 << 30  # address space beside what the libraries take
 MAX_OUTCOME_BYTES = 128 << 20
 MAX_REASON_CHARS = 400
 MAX_TEMPLATES = 16
@@ -34,21 +32,23 @@ def main() -> None:
     for limit in (signal.SIGPROF, signal.SIGALRM):  # nobody handles them, so they end the process
         signal.signal(limit, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {limit})
-    signal.setitimer(signal.ITIMER_REAL, WALL_S)
+    limits = msgspec.json.decode(sys.argv[2], type=Limits)
+    signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    Path("/proc/self/oom_score_adj").write_text("1000")  # before others, when memory is short
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # it ends before others do, when memory is short
     output = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no outcome
-    data = msgspec.json.encode(_outcome(Path(sys.argv[1])))
+    data = msgspec.json.encode(_outcome(Path(sys.argv[1]), limits))
     if len(data) > MAX_OUTCOME_BYTES:
         data = msgspec.json.encode(LoadFailure(f"it takes {len(data)} bytes, expected at most {MAX_OUTCOME_BYTES}"))
     with os.fdopen(output, "wb") as stream:
         stream.write(data)
 
 
-def _outcome(path: Path) -> Outcome:
+def _outcome(path: Path, limits: Limits) -> Outcome:
     try:
-        return _load(path)
+        return _load(path, limits)
     except MemoryError:
         os.abort()  # as Rust does when it finds none
     except BaseException as error:  # of transformers all kinds, of tokenizers also a panic, which is no Exception
@@ -56,18 +56,18 @@ def _outcome(path: Path) -> Outcome:
         return LoadFailure("".join(shown_text(char) if not char.isprintable() else char for char in reason[:MAX_REASON_CHARS]))
 
 
-def _load(path: Path) -> TokenizerData:
+def _load(path: Path, limits: Limits) -> TokenizerData:
     sys.modules["torch"] = None  # type: ignore[assignment]  # tokenizers need none, and it takes seconds to import
     from transformers import AutoTokenizer
 
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES,) * 2)
-    signal.setitimer(signal.ITIMER_PROF, LOAD_S)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + limits.memory_bytes,) * 2)
+    signal.setitimer(signal.ITIMER_PROF, limits.load_s)
     pretrained = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     if not getattr(pretrained, "is_fast", False):
         kind = type(pretrained).__name__
         raise CheckpointError(f"{kind} is not supported, expected a tokenizer.json of the tokenizers library")
     data = exported(pretrained)
-    check(data)
+    check(data, limits)
     return data
 
 
@@ -85,7 +85,7 @@ def exported(pretrained: Any) -> TokenizerData:
     )
 
 
-def check(data: TokenizerData) -> None:
+def check(data: TokenizerData, limits: Limits) -> None:
     """Raises CheckpointError, or dies, where the server could not bear what `data` does."""
     parts = msgspec.json.decode(data.backend_json, type=Parts)
     check_growth(parts)
@@ -97,13 +97,15 @@ def check(data: TokenizerData) -> None:
     vocabulary = tokenizer.vocabulary()
     check_vocabulary(vocabulary)
     for text in _probes(parts.patterns(), vocabulary):
-        signal.setitimer(signal.ITIMER_PROF, PROBE_S)
+        signal.setitimer(signal.ITIMER_PROF, limits.probe_s)
         try:
             token_ids = tokenizer.encode(text)
+        except InvalidRequest:
+            raise CheckpointError(f"it fails over the text {shown(text)}") from None
         except Exception:  # a text of letters that it does not know is refused, one request at a time
             continue
         tokenizer.decode(token_ids)
-    signal.setitimer(signal.ITIMER_PROF, LOAD_S)
+    signal.setitimer(signal.ITIMER_PROF, limits.load_s)
     known = list(vocabulary.values())
     tokenizer.decode(known[:: max(1, len(known) // NUM_PROBED_LETTERS)])
 

@@ -1,8 +1,18 @@
-"""What the loading process writes to its output: one of these, as JSON, and then it ends."""
+"""What the loading process is started with, and what it writes to its output before it ends: both as JSON."""
 
 import msgspec
 
-WALL_S = 180.0  # the process has for all, by the clock: it might wait for a file without any work
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the process may take."""
+
+    wall_s: float = 180.0  # for all, by the clock: it might wait for a file without any work
+    load_s: float = 60.0  # of processor time, to load; 1 s is usual
+    probe_s: float = 2.0  # of processor time, for one text that is tried
+    memory_bytes: int = 4 << 30  # address space beside what the libraries take
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class TokenizerData(msgspec.Struct, frozen=True, tag="loaded"):

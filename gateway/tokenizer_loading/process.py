@@ -17,7 +17,7 @@ from ...core.checkpoint_files import (
     size_of,
 )
 from ...core.errors import CheckpointError
-from .messages import WALL_S, LoadFailure, Outcome, TokenizerData
+from .messages import DEFAULT_LIMITS, Limits, LoadFailure, Outcome, TokenizerData
 
 MAX_TEMPLATE_BYTES = 1 << 20
 _FILES = {  # all that transformers may read, with most bytes of each
@@ -42,10 +42,10 @@ _TOO_LARGE = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL)  # 
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def load(path: Path) -> TokenizerData:
+def load(path: Path, limits: Limits = DEFAULT_LIMITS) -> TokenizerData:
     """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes a second or more, on a thread."""
     check_files(path)
-    command = [sys.executable, "-P", "-m", f"{__package__}.main", str(path)]
+    command = [sys.executable, "-P", "-m", f"{__package__}.main", str(path), msgspec.json.encode(limits).decode()]
     try:
         ended = subprocess.run(
             command,
@@ -53,7 +53,7 @@ def load(path: Path) -> TokenizerData:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # the checkpoint may decide what is printed there
             env=os.environ | _ENVIRONMENT,
-            timeout=2 * WALL_S,
+            timeout=2 * limits.wall_s,
             start_new_session=True,
             check=False,
         )

@@ -332,8 +332,8 @@ def test_positions_that_no_memory_holds_are_refused_by_the_plan(tmp_path: Path) 
 
 
 def test_the_tables_of_positions_count_as_memory(tmp_path: Path) -> None:
-    """One head of two numbers: keys and values of 16 million tokens fit into a gigabyte, angles of a wide head would not."""
-    shape = {
+    """One wide head: keys and values of a million tokens take 8 GiB, their angles three times as much."""
+    shape: dict[str, Any] = {
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,

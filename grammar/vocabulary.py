@@ -1,10 +1,13 @@
 """A checkpoint's tokenizer as the grammar process takes it, for workers: they have no use of their own for a tokenizer."""
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from ..core.checkpoint_files import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_CONFIG_BYTES, parse_json, read_bytes
+
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]  # as the tokenizers library holds it
 
 
 class _Named(msgspec.Struct, kw_only=True):
@@ -19,11 +22,11 @@ class _Named(msgspec.Struct, kw_only=True):
 
 
 class _Added(_Named, kw_only=True):
-    id: int
+    id: _Id
 
 
 class _Config(msgspec.Struct):
-    added_tokens_decoder: dict[int, _Named] = {}
+    added_tokens_decoder: dict[_Id, _Named] = {}
 
 
 class _Tokenizer(msgspec.Struct, omit_defaults=True):

@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.config import ClusterConfig
+from ..core.config_types import is_loopback
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..grammar.checker import GrammarChecker
@@ -24,8 +25,10 @@ from .frontend import Frontend
 from .generation import GenerationService
 from .guard import Guard, Reader
 from .http.app import http_app
+from .http.hosts import AllowedHosts
 from .http.server import HttpServer
 from .intake import ModelInfo
+from .revocation import Revocation
 from .serving import Serving, Shared
 from .tls import ServerTls
 from .tokenizer import Tokenizer
@@ -45,6 +48,7 @@ class GatewayServer:
         admin: ClusterService,
         http: HttpServer | None,
         grammars: GrammarChecker,
+        revocation: Revocation,
     ) -> None:
         self.grpc_address = grpc_address
         self.http_address = None if http is None else http.address
@@ -52,6 +56,7 @@ class GatewayServer:
         self._http = http
         self._admin = admin
         self._grammars = grammars
+        self._revocation = revocation
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
 
@@ -62,6 +67,7 @@ class GatewayServer:
 
     async def _start(self) -> None:
         await self._set_health(False)
+        self._revocation.start()
         for server in self._servers:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -81,6 +87,7 @@ class GatewayServer:
         if self._http is not None:
             stopping.append(self._http.stop(grace_s))
         await asyncio.gather(*stopping)
+        self._revocation.stop()
         await self._grammars.stop()
 
     async def _set_health(self, serving: bool) -> None:
@@ -108,7 +115,7 @@ async def serve(
     grammars = GrammarChecker(lambda: Setup(tokenizer.to_json(), model.vocab_size, model.eos_token_ids))
     serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars))
     generation = GenerationService(serving)
-    servers = [_server(config, generation, admin, access)]
+    servers = [_server(config, generation, admin, None if access is None else Guard(access, shared.revocation))]
     if local is not None:
         servers.append(_server(config, generation, admin, None))
     try:
@@ -119,17 +126,20 @@ async def serve(
         servers[1].add_insecure_port(local)
     http = None
     if http_address is not None:
-        http = await HttpServer.open(http_app(serving), http_address, 2 * config.limits.max_open_calls, tls)
-    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars)
+        hosts = None
+        if access is None and is_loopback(http_address.rpartition(":")[0].strip("[]")):
+            hosts = AllowedHosts(config.listen.allowed_hosts)
+        http = await HttpServer.open(http_app(serving, hosts), http_address, 2 * config.limits.max_open_calls, tls)
+    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars, shared.revocation)
     await gateway._start()
     return gateway
 
 
 def _server(
-    config: ClusterConfig, generation: GenerationService, admin: ClusterService, access: Access | None
+    config: ClusterConfig, generation: GenerationService, admin: ClusterService, guard: Guard | None
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=(Reader(),) if access is None else (Guard(access), Reader()),
+        interceptors=(Reader(),) if guard is None else (guard, Reader()),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own

@@ -2,7 +2,9 @@
 that refuses messages which cannot be read."""
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,6 +14,7 @@ from google.protobuf.message import DecodeError
 from ..core.errors import InvalidRequest, PdserveError
 from ..proto import pdserve_pb2 as pb
 from .access import Access, Caller, Need
+from .revocation import Revocation
 from .translate import translated
 
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
@@ -33,8 +36,9 @@ def need_of(method: str) -> Need:
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
     """For a server that strangers can reach."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, revocation: Revocation) -> None:
         self._access = access
+        self._revocation = revocation
 
     async def intercept_service(
         self,
@@ -45,10 +49,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         shown = dict(details.invocation_metadata or ()).get("authorization")
         try:
             text = shown if isinstance(shown, str) else None
-            CALLER.set(self._access.admit(need_of(details.method), text, asyncio.get_running_loop().time()))
+            need = need_of(details.method)
+            caller = self._access.admit(need, text, asyncio.get_running_loop().time())
+            CALLER.set(caller)
         except PdserveError as error:
             return _refusal(error)
-        return await continuation(details)
+        handler: Any = await continuation(details)
+        return handler if handler is None or caller is None else _around(handler, lambda: self._revocation.watch(caller, need))
 
 
 def _refusal(error: PdserveError) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -59,6 +66,26 @@ def _refusal(error: PdserveError) -> "grpc.RpcMethodHandler[Any, Any]":
             raise error
 
     return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+
+
+def _around(handler: Any, watch: Callable[[], AbstractAsyncContextManager[None]]) -> "grpc.RpcMethodHandler[Any, Any]":
+    """The same handler, each of its calls within `watch()`."""
+    kind = next(kind for kind in _KINDS if getattr(handler, kind) is not None)
+    behaviour = getattr(handler, kind)
+
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async with translated(context), watch():
+            if not inspect.isasyncgenfunction(behaviour):
+                return await behaviour(request, context)
+            async for message in behaviour(request, context):
+                await context.write(message)
+            return None
+
+    within: grpc.RpcMethodHandler[Any, Any] = handler._replace(**{kind: call})
+    return within
 
 
 class Reader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone

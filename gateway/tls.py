@@ -1,4 +1,4 @@
-"""TLS of the clients' doors: certificate, key and client authorities, checked at start and read again when they change.
+"""TLS of what clients connect to: certificate, key and client authorities, checked at start and read again when they change.
 
 A file that is wrong when it changes leaves what was read before in force: one may be replaced before the other.
 """
@@ -16,6 +16,7 @@ import grpc
 
 from ..core.config_listen import TlsSection
 from ..core.errors import ConfigError
+from .secret_files import expected_rights
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +143,14 @@ def _fits(key: Path) -> str:
 
 def _read(name: str, path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            rights = expected_rights(os.fstat(file.fileno()), os.geteuid()) if name == "key" else None
+            data = file.read()
     except OSError as error:
         raise _wrong(name, path, f"a file that can be read ({error.strerror})") from error
+    if rights is not None:
+        raise _wrong(name, path, rights)
+    return data
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -235,6 +235,5 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _changes_while_running(key: str) -> bool:
     if key in ("limits.max_message_bytes", "limits.max_open_calls"):  # gRPC fixes them when the server starts
         return False
-    return key in ("pools.prefill.instances", "pools.decode.instances", "kv.cache_sharing") or key.startswith(
-        ("slo.", "routing.", "limits.")
-    )
+    single = ("pools.prefill.instances", "pools.decode.instances", "kv.cache_sharing")
+    return key in single or key.startswith(("slo.", "routing.", "limits."))

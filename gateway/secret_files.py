@@ -15,5 +15,5 @@ def expected_rights(status: os.stat_result, euid: int) -> str | None:
         return f"a file that belongs to {owner}, not to uid {status.st_uid} (chown)"
     if status.st_mode & (OTHERS_READ_OR_WRITE | GROUP_WRITES):
         mode = f"{status.st_mode & 0o777:o}"
-        return f"a file that others cannot read and its owner alone can write, not one of mode {mode} (chmod 600)"
+        return f"a file that others cannot read and its owner alone can write, not one of mode {mode} (chmod 600, or 640)"
     return None

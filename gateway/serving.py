@@ -130,7 +130,8 @@ class Serving:
             yield
         except (QueueFull, DuplicateRequest, NoWorkerAvailable) as error:
             has_begun = False
-            raise DuplicateRequest(shown_id(request)) if isinstance(error, DuplicateRequest) else error
+            is_scoped = isinstance(error, DuplicateRequest) and self.shared.access is not None
+            raise DuplicateRequest(shown_id(request)) if is_scoped else error
         finally:
             charge.settle(answer.num_tokens, loop.time(), has_begun)
 

@@ -40,6 +40,7 @@ def files(authority: Authority, tmp_path: Path) -> Pair:
     signed = authority.sign("server")
     copied = Pair(tmp_path / "server.pem", tmp_path / "server.key")
     copied.certificate.write_bytes(signed.certificate.read_bytes())
+    copied.key.touch(0o600)
     copied.key.write_bytes(signed.key.read_bytes())
     return copied
 

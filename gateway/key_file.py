@@ -11,14 +11,12 @@ from pathlib import Path
 
 from ..core.errors import ConfigError
 from .keys import ApiKey, parse_keys
-from .secret_files import expected_rights
+from .secret_files import expected_rights, file_stamp
 
 log = logging.getLogger(__name__)
 
 MISSING_GRACE_S = 2.0  # editors move a file away before its new version is in place
 MAX_FILE_BYTES = 4 << 20
-
-Stamp = tuple[int, int, int, int]
 
 
 class Unreadable(ConfigError):
@@ -31,13 +29,13 @@ class KeyFile:
     def __init__(self, path: str) -> None:
         """Raises ConfigError."""
         self._path = Path(path).expanduser()
-        self._stamp = _stamp(self._path)
+        self._stamp = file_stamp(self._path)
         self._missing_since_s: float | None = None
         self.keys = _read(self._path)
 
     def look(self, now_s: float) -> bool:
         """Read the file again if it has changed; returns whether the keys in force may have. Costs one stat otherwise."""
-        stamp = _stamp(self._path)
+        stamp = file_stamp(self._path)
         if stamp is not None and stamp == self._stamp:
             self._missing_since_s = None
             return False
@@ -63,15 +61,6 @@ class KeyFile:
         log.error("%s; all %d keys are revoked until it can be read", error, len(self.keys))
         self.keys, self._stamp = (), None
         return True
-
-
-def _stamp(path: Path) -> Stamp | None:
-    """Different after each change, also of owner and mode; None when there is no file."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def _read(path: Path) -> tuple[ApiKey, ...]:

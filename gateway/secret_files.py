@@ -1,8 +1,20 @@
-"""Who may own, read and write a file that a secret depends on: the keys of clients, the private key of TLS."""
+"""Files that secrets depend on, such as the keys of clients and the private key of TLS: when they have changed, and who may
+own, read and write them."""
 
 import os
+from pathlib import Path
 
+Stamp = tuple[int, int, int, int]
 OTHERS_READ_OR_WRITE, GROUP_WRITES = 0o006, 0o020
+
+
+def file_stamp(path: Path) -> Stamp | None:
+    """Different after each change, also of owner and mode; None when there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def expected_rights(status: os.stat_result, euid: int) -> str | None:

@@ -16,11 +16,9 @@ import grpc
 
 from ..core.config_listen import TlsSection
 from ..core.errors import ConfigError
-from .secret_files import expected_rights
+from .secret_files import Stamp, expected_rights, file_stamp
 
 log = logging.getLogger(__name__)
-
-Stamp = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ class ServerTls:
 
         return fetch
 
-    def _stamp_now(self) -> Stamp:
-        return tuple(_stamp(path) for path in self._paths.values())
+    def _stamp_now(self) -> tuple[Stamp | None, ...]:
+        return tuple(file_stamp(path) for path in self._paths.values())
 
     def _load(self, version: int) -> Loaded:
         data = {name: _read(name, path) for name, path in self._paths.items()}
@@ -151,14 +149,6 @@ def _read(name: str, path: Path) -> bytes:
     if rights is not None:
         raise _wrong(name, path, rights)
     return data
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return (0, 0, 0)
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _wrong(name: str, path: Path, what: str) -> ConfigError:

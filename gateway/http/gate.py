@@ -72,13 +72,12 @@ class Gate:
         except ClientStalled:
             scope["state"]["abort"]()
             await _gone(receive)
-        except Revoked as error:
-            if not out.has_begun:
-                await error_response(error)(scope, receive, out.send)
-            elif not await out.break_off(error):
-                scope["state"]["abort"]()
         except PdserveError as error:
-            if scope["method"] not in BODILESS:
+            if out.has_begun:  # its key was taken away
+                if not await out.break_off(error):
+                    scope["state"]["abort"]()
+                return
+            if scope["method"] not in BODILESS and not isinstance(error, Revoked):
                 await _discard(scope, receive)
             await error_response(error)(scope, receive, out.send)
         except Exception:

@@ -24,7 +24,7 @@ _DEFAULTS = SamplingParams()
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """What a request may cost at most, by what is known before it is tokenised."""
+    """The most that a request can cost, by what is known before it is tokenised."""
 
     num_prompt_tokens: int  # estimated, unless they are given
     num_choices: int = 1
@@ -80,7 +80,7 @@ def _within(value: int, low: int, high: int) -> int:
 
 
 class Charge:
-    """What one request has taken from its key's bucket: at first all that it may use, in the end what it did use."""
+    """The account of one request with its key's bucket: at first all that it may use is taken, in the end what it did use."""
 
     def __init__(self, price: Price, bucket: TokenBucket | None) -> None:
         """`price` has been taken of `bucket` already; without a bucket nothing is counted."""

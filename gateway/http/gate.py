@@ -35,7 +35,7 @@ EVENTS = b"text/event-stream; charset=utf-8"
 
 
 def need_of(method: str, path: str) -> Need:
-    """What a request asks of its client."""
+    """The right that a client needs for a request."""
     if method not in BODILESS:
         return Need.REQUEST
     if path in PROBES:

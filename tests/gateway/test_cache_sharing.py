@@ -54,7 +54,8 @@ class CachingCluster(ScriptedCluster):
         assert dispatch.prefill is not None
         prefill = _changed(dispatch.prefill, num_cached_tokens=num_cached)
         dispatch = _changed(dispatch, prefill=prefill, expected_cached_tokens=num_cached)
-        return _changed(end, timeline=_changed(timeline, dispatches=(dispatch,)))
+        accounted: EmitEnd = _changed(end, timeline=_changed(timeline, dispatches=(dispatch,)))
+        return accounted
 
 
 def _changed(value: Any, **changes: Any) -> Any:

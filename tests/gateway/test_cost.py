@@ -1,4 +1,4 @@
-"""What a request costs its key, as a table, and what is left of a bucket after it."""
+"""The prices of requests as a table, and what is left of a bucket after one."""
 
 from contextlib import suppress
 from math import ceil

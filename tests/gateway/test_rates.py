@@ -1,4 +1,4 @@
-"""What clients did to get more than their keys' rates, on real servers in front of a scripted cluster."""
+"""Attempts to get more than a key's rates allow, on real servers in front of a scripted cluster."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -95,7 +95,7 @@ async def test_streams_of_a_revoked_key_end_without_another_call(
 async def test_an_http_stream_of_a_revoked_key_ends_with_an_event(
     http: httpx.AsyncClient, cluster: ScriptedCluster, file: Path
 ) -> None:
-    lines = []
+    lines = list[str]()
     async with http.stream("POST", "/v1/completions", json=BODY | {"stream": True}, headers=bearer(ALICE)) as response:
         async for line in response.aiter_lines():
             if line and not lines:

@@ -18,6 +18,7 @@ from ..core.validation import check_name, check_prompt_length, validate_request
 from ..proto import pdserve_pb2 as pb
 from .access import Caller
 from .constraint import GrammarCheck, check_constraint
+from .cost import Charge
 from .tokenizer import Tokenizer
 from .tools.conversation import template_messages
 from .tools.grammar import refusal, tool_grammar
@@ -59,13 +60,16 @@ class Intake:
         traceparent: str | None = None,
         caller: Caller | None = None,
         fills: bool = False,
+        charge: Charge | None = None,
     ) -> Request:
         """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name,
-        `caller` who was let in by a key. `fills`: without `max_tokens` it may use all the room that there is.
+        `caller` who was let in by a key, `charge` what that key pays. `fills`: without `max_tokens` it may use all the room
+        that there is.
 
         Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable when a constraint cannot be checked now. A
         `traceparent` that is malformed counts as none, as its standard wants it.
         """
+        charge = charge or Charge.free()
         refuse_unknown_fields(message)
         self.check_model(message.model)
         for name in ("request_id", "cache_salt", "client_id"):
@@ -76,7 +80,9 @@ class Intake:
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
         offer = self.offer(message.prompt, limits)
-        token_ids = await self.token_ids(message.prompt, offer)
+        with charge.tokenizing():
+            token_ids = await self.token_ids(message.prompt, offer)
+        charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
         if fills and not message.sampling.HasField("max_tokens"):
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
             sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))

@@ -22,6 +22,7 @@ from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeReque
 from .completions import Completions
 from .errors import Refused, error_response
 from .gate import Gate
+from .hosts import AllowedHosts
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse
 from .translate import token_ids, tokenize_message
@@ -32,13 +33,13 @@ PATH = "#/components/schemas/{model}"
 REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
-def http_app(serving: Serving) -> Gate:
-    """The whole door as an ASGI application."""
+def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
+    """The whole server as an ASGI application; `hosts`: requests for other names are refused."""
     app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(PdserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
-    completions, tokens, probes = Completions(serving), _Tokens(serving), Probes(serving.frontend)
+    completions, tokens, probes = Completions(serving), _Tokens(serving), Probes(serving.frontend, serving.shared)
     posts: dict[str, tuple[Handler, type[BaseModel], type[BaseModel]]] = {
         "/v1/completions": (completions.complete, CompletionRequest, answers.Completion),
         "/v1/chat/completions": (completions.chat, ChatCompletionRequest, answers.ChatCompletion),
@@ -56,7 +57,7 @@ def http_app(serving: Serving) -> Gate:
     _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
     app.openapi = _described(app.openapi)  # type: ignore[method-assign]
-    return Gate(app, posts, serving.shared)
+    return Gate(app, posts, serving.shared, hosts)
 
 
 class _Tokens:
@@ -75,14 +76,14 @@ class _Tokens:
 
     async def tokenize(self, http: Request) -> Response:
         body = await read(http, TokenizeRequest)
-        tokens = await self._serving.tokenize(tokenize_message(body))
+        tokens = await self._serving.tokenize(tokenize_message(body), http.state.caller)
         told = {"count": len(tokens.token_ids), "max_model_len": tokens.max_model_len, "tokens": list(tokens.token_ids)}
         return _json(told | {"token_strs": list(tokens.pieces) if body.return_token_strs else None})
 
     async def detokenize(self, http: Request) -> Response:
         body = await read(http, DetokenizeRequest)
         ids = token_ids("token_ids", body.tokens)
-        text = await self._serving.detokenize(pb.DetokenizeRequest(model=body.model, token_ids=ids))
+        text = await self._serving.detokenize(pb.DetokenizeRequest(model=body.model, token_ids=ids), http.state.caller)
         return _json({"prompt": text.text})
 
     def _model(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .admin import ClusterService
 from .constraint import Constraints
 from .frontend import Frontend
 from .generation import GenerationService
-from .guard import Guard, Reader
+from .guard import Guard, NoAdmin, Reader
 from .http.app import http_app
 from .http.server import HttpServer
 from .intake import ModelInfo
@@ -108,7 +108,7 @@ async def serve(
     grammars = GrammarChecker(lambda: Setup(tokenizer.to_json(), model.vocab_size, model.eos_token_ids))
     serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars))
     generation = GenerationService(serving)
-    servers = [_server(config, generation, admin, access)]
+    servers = [_server(config, generation, admin, _guard(config, access))]
     if local is not None:
         servers.append(_server(config, generation, admin, None))
     try:
@@ -125,11 +125,18 @@ async def serve(
     return gateway
 
 
+def _guard(config: ClusterConfig, access: Access | None) -> Guard | NoAdmin | None:
+    """Stands before the server that other users can reach."""
+    if access is not None:
+        return Guard(access)
+    return None if config.listen.admin_without_key else NoAdmin()
+
+
 def _server(
-    config: ClusterConfig, generation: GenerationService, admin: ClusterService, access: Access | None
+    config: ClusterConfig, generation: GenerationService, admin: ClusterService, guard: Guard | NoAdmin | None
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=(Reader(),) if access is None else (Guard(access), Reader()),
+        interceptors=(Reader(),) if guard is None else (guard, Reader()),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from ..core.errors import InvalidRequest, PdserveError
 from ..proto import pdserve_pb2 as pb
-from .access import Access, Caller, Need
+from .access import Access, Caller, Need, NotPermitted
 from .translate import translated
 
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
@@ -59,6 +59,26 @@ def _refusal(error: PdserveError) -> "grpc.RpcMethodHandler[Any, Any]":
             raise error
 
     return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+class NoAdmin(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
+    """For a server without keys that other users can reach: it offers nothing of the `Cluster` service."""
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        service = handler_call_details.method.strip("/").partition("/")[0]
+        if _SERVICES.get(service) is Need.ADMIN:
+            return _refusal(NotPermitted(f"{service}: {_ADMIN_IS_LOCAL}"))
+        return await continuation(handler_call_details)
+
+
+_ADMIN_IS_LOCAL = (
+    "without listen.api_keys only the user who started the cluster administers it, over a Unix socket on the head's host; "
+    "listen.api_keys with a key marked admin, or listen.admin_without_key: true, offer it over TCP"
+)
 
 
 class Reader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone

@@ -191,7 +191,7 @@ async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: 
         with suppress(ConnectionError):
             writer.write(said)
             await reader.read()
-    assert lost == [] and routing.num_strangers == 0
+    assert lost == [] and routing.num_unproven == 0
     writer.close()
     await routing.stop()
 

@@ -50,7 +50,7 @@ class RawPeer:
         self.epoch = epoch
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(WAIT_S)
-        self._sock.connect("\0" + target.unix_name)
+        self._sock.connect(target.unix_path)
         shake_hands(self._sock, Dialler("secret", Purpose.TRANSFER))
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[Any] = FrameDecoder(ReceiverMessage)

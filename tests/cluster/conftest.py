@@ -18,7 +18,7 @@ from .harness import SESSION_MARK, session_processes
 @pytest.fixture(scope="session", autouse=True)
 def ray_session() -> Iterator[None]:
     """Ray as `pdserve up` would start it, kept for all tests; gone without a trace at the end."""
-    temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")
+    temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")  # mode 0700: Ray's own folder is open to everybody
     os.environ[SESSION_MARK] = temp_dir
     shared_memory = set(os.listdir("/dev/shm"))
     ray.init(
@@ -28,7 +28,7 @@ def ray_session() -> Iterator[None]:
         namespace="pdserve",
         object_store_memory=80 << 20,
         log_to_driver=False,
-        _temp_dir=temp_dir,
+        _temp_dir=f"{temp_dir}/ray",
         _system_config={"worker_niceness": 0},
     )
     yield

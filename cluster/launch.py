@@ -71,6 +71,8 @@ class _Ray:
         if ray.is_initialized():
             return _Ray(ours=False)
         address = os.environ.get("RAY_ADDRESS") or _known_address()
+        if address == "auto":  # Ray would believe the command line of any user's process, and run what that one sends
+            raise LaunchError("RAY_ADDRESS: got 'auto', expected HOST:PORT, as `ray start` prints it")
         if address is not None:
             try:
                 ray.init(address=address, **options)
@@ -286,8 +288,7 @@ def _otlp_endpoint() -> str | None:
 
 def _known_address() -> str | None:
     """The address of the Ray that this user, or root, has started on this machine. Anybody can write to /tmp, and a Ray that
-    somebody else has laid out there would have our process run what it likes. (Ray's own `auto` would believe the command
-    line of any process before it looks into this file.)"""
+    somebody else has laid out there would have our process run what it likes."""
     try:
         with KNOWN_CLUSTER.open() as file:
             return file.read(1024).strip() or None if os.fstat(file.fileno()).st_uid in (os.getuid(), 0) else None

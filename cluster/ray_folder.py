@@ -43,9 +43,9 @@ def check(session: Path, accept: bool) -> None:
     message = (
         f"Ray's folder {session} on host {os.uname().nodename} is open to other local users: {weakness}. "
         "Any of them could overwrite files of this user, and run code as this user, through Ray's logs and sockets. "
-        "Restart Ray inside a folder of mode 0700: "
-        "`ray stop; mkdir -p -m 700 ~/.pdserve && ray start --head --temp-dir=$HOME/.pdserve/ray` "
-        "(--address=HEAD:PORT in place of --head on the other hosts). "
+        "Restart Ray inside a folder of mode 0700: `ray stop; mkdir -p ~/.pdserve && chmod 700 ~/.pdserve && "
+        "ray start --head --temp-dir=$HOME/.pdserve/ray`, with --address=HEAD:PORT in place of --head on other hosts, "
+        "and name it in RAY_ADDRESS. "
         f"Where the hosts have no other users, set {ACCEPT}=1 for `pdserve up`"
     )
     if not accept:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from pdserve.cluster import ray_folder
 from pdserve.cluster.actors import WorkerActor
@@ -139,6 +140,26 @@ def test_a_worker_refuses_to_run_where_others_can_change_rays_folder(
     assert [run.socket_root for run in ran] == [shared_session]
 
 
+@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_cluster_yaml_starts_ray_in_a_folder_that_it_has_closed(commands: str, tmp_path: Path) -> None:
+    lines = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())[commands]
+    (start,) = (number for number, line in enumerate(lines) if "ray start" in line)
+    assert "--temp-dir=$HOME/.pdserve/ray" in lines[start]
+    (close,) = (line for line in lines[:start] if ".pdserve" in line)
+    (tmp_path / ".pdserve").mkdir(0o777)
+    subprocess.run(["sh", "-c", close], env=os.environ | {"HOME": str(tmp_path)}, check=True)
+    assert (tmp_path / ".pdserve").stat().st_mode & 0o777 == 0o700
+    assert all("RAY_ADDRESS=$(cat ~/.pdserve/ray/ray_current_cluster)" in line for line in lines if "pdserve up" in line)
+
+
+def read(path: Path) -> bytes:
+    """What stands in a file of /proc; nothing when the process is gone."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 OF_OUR_OWN = """
 import logging, sys
 from pathlib import Path
@@ -180,6 +201,8 @@ def test_nobody_else_gets_at_the_logs_and_sockets_of_a_ray_of_our_own(tmp_path: 
             sockets = [len(str(path)) for path in (session / "sockets").iterdir()]
             transfer = len(str(session / ("kv-" + "x" * MKDTEMP_CHARS) / "s"))
             assert len(sockets) == 2 and max(*sockets, transfer) + spare <= MAX_SOCKET_PATH_BYTES
+            token = (run_folder / "ray_token").read_bytes()
+            assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if token in read(path)], "others read them"
             if os.getuid() == 0:  # else there is nobody to attack
                 assert run_as_nobody(ATTACK, str(session), str(secret)) == [f"{step} EACCES" for step in STEPS]
                 assert not (session / "logs" / "raylet.out").is_symlink() and secret.read_text() == "ours"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from pdserve.cluster import launch, ray_token
 from pdserve.cluster.ray_token import MODE, TOKEN, TOKEN_PATH, RayToken
@@ -87,6 +88,17 @@ def test_an_address_that_somebody_else_has_left_is_not_believed(monkeypatch: pyt
     needs_root()
     os.chown(file, NOBODY, NOBODY)
     assert launch._known_address() is None
+
+
+def test_no_ray_is_looked_for_among_the_processes_of_all_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def init(**options: object) -> None:
+        raise AssertionError(options)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(launch.LaunchError, match="RAY_ADDRESS: got 'auto', expected HOST:PORT"):
+        launch._Ray.connect(tmp_path)
 
 
 def test_a_ray_of_our_own_lets_in_nobody_without_its_token() -> None:

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 0.5  # so often do both sides speak at least
 # A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
 MAX_SILENT_BEATS = 6
-MAX_UNPROVEN = 1024  # connections whose peers have not proved yet that they are workers of this cluster
+MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they are workers of this cluster
 
 
 class WorkerObserver(Protocol):
@@ -194,13 +194,15 @@ class RouterService:
             log.warning("refused a worker that calls itself %s/%d", *key, extra={"worker": hello.worker_id})
             return False
         self._workers[key] = connection
-        del self._unproven[connection]
         return True
 
     @property
     def num_unproven(self) -> int:
         """Connections that have not introduced themselves yet."""
         return len(self._unproven)
+
+    def introduced(self, connection: "_WorkerConnection") -> None:
+        self._unproven.pop(connection, None)
 
     def met(self, connection: "_WorkerConnection") -> None:
         """A new connection. Workers introduce themselves at once: when there are too many others, the oldest goes."""
@@ -294,6 +296,7 @@ class _WorkerConnection(asyncio.Protocol):
         if isinstance(message, Hello):
             if self._hello is None and self._service.admit(self, message):
                 self._hello = message
+                self._service.introduced(self)
             else:
                 self._abort("not a worker of this cluster")
         elif self._hello is None:

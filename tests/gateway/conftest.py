@@ -51,10 +51,15 @@ def generation(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.GenerationAsyncSt
 
 
 @pytest.fixture
-async def admin(server: GatewayServer, local_address: str) -> AsyncIterator["pdserve_pb2_grpc.ClusterAsyncStub"]:
+async def local_channel(server: GatewayServer, local_address: str) -> AsyncIterator[grpc.aio.Channel]:
     """As the user who started the server."""
     async with grpc.aio.insecure_channel(local_address) as channel:
-        yield pdserve_pb2_grpc.ClusterStub(channel)
+        yield channel
+
+
+@pytest.fixture
+def admin(local_channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
+    return pdserve_pb2_grpc.ClusterStub(local_channel)
 
 
 @pytest.fixture

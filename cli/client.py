@@ -84,14 +84,14 @@ def _client(address: str, opened: grpc.Channel, way: str | None = None) -> Itera
         try:
             yield Client(address, channel)
         except grpc.RpcError as error:
-            hint = "" if way is None else _way_in(as_call(error).code(), way)
+            hint = "" if way is None else _way_in(error, way)
             raise CommandFailed(describe(error, address) + hint) from error
 
 
-def _way_in(code: grpc.StatusCode, way: str) -> str:
-    if code is grpc.StatusCode.UNAVAILABLE:
+def _way_in(error: grpc.RpcError, way: str) -> str:
+    if is_unreachable(error):
         return f" ({way})"
-    if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+    if as_call(error).code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
         return f" ({way}). Run it as the user who started the cluster, or give an admin key in {API_KEY}"
     return ""
 

@@ -23,11 +23,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core import admin_socket
 from ..core.config import ClusterConfig
-from ..core.errors import ConfigError, PdserveError
+from ..core.errors import ConfigError
 from ..engine.gpu import VISIBLE, probe_node
 from ..telemetry.logs import LogSettings
 from . import ray_folder
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
+from .errors import LaunchError
 from .head_spec import Doors, HeadSpec
 from .ray_token import RayToken
 
@@ -37,10 +38,6 @@ OBJECT_STORE_BYTES = 80 << 20  # Ray's least: nothing of ours goes through it
 RESTART_PAUSE_S = 1.0  # before a head is started after one that lived no longer than this
 KNOWN_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves its address
 DOOR = "pdserve.gateway.app:open_door"
-
-
-class LaunchError(PdserveError):
-    """The cluster could not be started."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +51,16 @@ class _Ray:
     def connect(run_folder: Path) -> "_Ray":
         """Adopt the cluster that this process, this machine or RAY_ADDRESS knows, else start one of our own in `run_folder`.
 
-        Raises LaunchError, also when other local users could change the folder of a cluster that was there before."""
+        Raises LaunchError, also when other local users can change the folder of a cluster that was there before."""
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         adopted = _Ray._adopt(options)
         if adopted is None:
             return _Ray._start(run_folder, options)
         try:
             ray_folder.check(ray_folder.session_folder(), ray_folder.is_accepted())
-        except BaseException as error:
+        except BaseException:
             adopted.disconnect()
-            raise LaunchError(str(error)) if isinstance(error, ray_folder.SharedRayFolder) else error from None
+            raise
         return adopted
 
     @staticmethod

@@ -12,16 +12,12 @@ from pathlib import Path
 
 import ray
 
-from ..core.errors import PdserveError
+from .errors import SharedRayFolder
 
 log = logging.getLogger(__name__)
 
 ACCEPT = "PDSERVE_ACCEPT_SHARED_RAY_FOLDER"  # "1" in the environment of `pdserve up`
 WRITTEN = ("sockets", "logs", "runtime_resources")  # in a session folder
-
-
-class SharedRayFolder(PdserveError):
-    """Other local users can change Ray's folder on a node."""
 
 
 def session_folder() -> Path:

@@ -67,7 +67,7 @@ def find(port: int) -> Path | None:
         _verify(link.parent)
         path = link.readlink()
         _verify(path.parent)  # a cluster that died may have left a symlink to a name that is free for others
-    except FileNotFoundError:
+    except OSError:  # there is none
         return None
     with socket.socket(socket.AF_UNIX) as probe:
         try:

@@ -15,7 +15,8 @@ import ray
 from typer.testing import CliRunner
 
 from pdserve.cli.main import app
-from pdserve.cluster.launch import LaunchedCluster, LaunchError, launch
+from pdserve.cluster.errors import LaunchError
+from pdserve.cluster.launch import LaunchedCluster, launch
 from pdserve.core import admin_socket
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR

@@ -16,8 +16,9 @@ import yaml
 
 from pdserve.cluster import ray_folder
 from pdserve.cluster.actors import WorkerActor
-from pdserve.cluster.launch import LaunchError, _Ray
-from pdserve.cluster.ray_folder import ACCEPT, SharedRayFolder, check, weakness_of
+from pdserve.cluster.errors import LaunchError, SharedRayFolder
+from pdserve.cluster.launch import _Ray
+from pdserve.cluster.ray_folder import ACCEPT, check, weakness_of
 
 from ..other_user import NOBODY, needs_root, run_as_nobody
 from .test_gpus import spec

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from pdserve.cluster import launch, ray_token
+from pdserve.cluster.errors import LaunchError
 from pdserve.cluster.ray_token import MODE, TOKEN, TOKEN_PATH, RayToken
 
 from ..other_user import NOBODY, needs_root
@@ -97,7 +98,7 @@ def test_no_ray_is_looked_for_among_the_processes_of_all_users(monkeypatch: pyte
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    with pytest.raises(launch.LaunchError, match="RAY_ADDRESS: got 'auto', expected HOST:PORT"):
+    with pytest.raises(LaunchError, match="RAY_ADDRESS: got 'auto', expected HOST:PORT"):
         launch._Ray.connect(tmp_path)
 
 

@@ -26,6 +26,7 @@ from .guard import Guard, Reader
 from .http.app import http_app
 from .http.server import HttpServer
 from .intake import ModelInfo
+from .offload.offload import Offload
 from .serving import Serving, Shared
 from .tls import ServerTls
 from .tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class GatewayServer:
         admin: ClusterService,
         http: HttpServer | None,
         grammars: GrammarChecker,
+        offload: Offload,
     ) -> None:
         self.grpc_address = grpc_address
         self.http_address = None if http is None else http.address
@@ -52,6 +54,7 @@ class GatewayServer:
         self._http = http
         self._admin = admin
         self._grammars = grammars
+        self.offload = offload
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
 
@@ -82,6 +85,7 @@ class GatewayServer:
             stopping.append(self._http.stop(grace_s))
         await asyncio.gather(*stopping)
         await self._grammars.stop()
+        await self.offload.stop()
 
     async def _set_health(self, serving: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
@@ -106,7 +110,8 @@ async def serve(
     shared = Shared(config, access)
     admin = ClusterService(frontend, shared)
     grammars = GrammarChecker(lambda: Setup(tokenizer.to_json(), model.vocab_size, model.eos_token_ids))
-    serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars))
+    offload = Offload(tokenizer, model.name, model.max_model_len)
+    serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars), offload)
     generation = GenerationService(serving)
     servers = [_server(config, generation, admin, access)]
     if local is not None:
@@ -120,7 +125,7 @@ async def serve(
     http = None
     if http_address is not None:
         http = await HttpServer.open(http_app(serving), http_address, 2 * config.limits.max_open_calls, tls)
-    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars)
+    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars, offload)
     await gateway._start()
     return gateway
 
@@ -154,7 +159,9 @@ async def open_door(
 ) -> GatewayServer:
     """`serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
     tokenizer, model = await asyncio.to_thread(_load, config)
-    return await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
+    gateway = await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
+    gateway.offload.start()
+    return gateway
 
 
 def _load(config: ClusterConfig) -> tuple[Tokenizer, ModelInfo]:

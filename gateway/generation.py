@@ -43,12 +43,12 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with translated(context):
-            return await self._serving.tokenize(request)
+            return await self._serving.tokenize(request, _client(context))
         raise AssertionError("translated() ends the call")
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         async with translated(context):
-            return await self._serving.detokenize(request)
+            return await self._serving.detokenize(request, _client(context))
         raise AssertionError("translated() ends the call")
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
@@ -76,6 +76,12 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             raise ClientStalled(max_unread_s) from None
         except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
             raise ClientGone from None
+
+
+def _client(context: Context) -> str:
+    """Whose turn a call takes that makes no request."""
+    caller = CALLER.get()
+    return context.peer() if caller is None else caller.client
 
 
 def _metadata(context: Context, key: str) -> str | None:

@@ -3,6 +3,7 @@
 Prompts come in as text or conversations and go on as token ids; `gateway.detokenizer` uses it for the way back.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..core.errors import CheckpointError, InvalidRequest
 from .chat_template import ChatTemplate
+from .template.account import MAX_BYTES
 from .tools.formats import ToolFormat, tool_format
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells what is not in its vocabulary
@@ -30,6 +32,7 @@ class Tokenizer:
 
     def __init__(self, pretrained: Any) -> None:
         """`pretrained` is a transformers tokenizer that is backed by the tokenizers library."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: no pool of threads
         self._pretrained = pretrained
         self._backend = pretrained.backend_tokenizer
         self._backend.no_truncation()  # what tokenizer.json says about these is for training
@@ -38,6 +41,7 @@ class Tokenizer:
         self._template = _chat_template(pretrained, "default")
         self._tool_template = _chat_template(pretrained, "tool_use") or self._template
         self._tool_format = None if self._tool_template is None else tool_format(self._tool_template.source)
+        self.max_token_chars = max(map(len, self._backend.get_vocab()), default=1)  # added tokens included
         self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -83,22 +87,43 @@ class Tokenizer:
         """As in tokenizer.json."""
         return str(self._backend.to_str())
 
+    @property
+    def chat_template(self) -> Any:
+        """The source of the checkpoint's template, of several a dictionary, or None."""
+        return self._pretrained.chat_template
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """What templates may write, by name."""
+        return {name: str(token) for name, token in self._pretrained.special_tokens_map.items() if isinstance(token, str)}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The token ids of `text`; names of special tokens in it become these tokens."""
-        return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return tuple(self._encoding(text, add_special_tokens).ids)
+
+    def count(self, text: str) -> int:
+        """How many tokens `text` has by itself."""
+        return len(self._encoding(text, add_special_tokens=False))
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+        """Without offsets, which nobody wants; as a batch, since `encode` holds the interpreter until it is done."""
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> str:
-        """A conversation as text, by the checkpoint's template. Raises InvalidRequest. May take a second: not for a loop."""
+        """A conversation as text, by the checkpoint's template. Raises InvalidRequest, or TooCostly when the template would
+        make more than `max_bytes` on its way. May take a second: not for a loop."""
         template = self._template if tools is None else self._tool_template
         if template is None:
             expected = "text or token_ids, as the model has no chat template"
             raise InvalidRequest("prompt.chat", f"{len(messages)} message(s)", expected)
-        return template.render(messages, add_generation_prompt, tools)
+        return template.render(messages, add_generation_prompt, tools, max_bytes=max_bytes)
 
     def has_text(self, token_id: int) -> bool:
         """Whether a token stands for text: it is in the vocabulary and not special."""

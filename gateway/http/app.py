@@ -17,14 +17,13 @@ from ...core.errors import PdserveError
 from ...proto import pdserve_pb2 as pb
 from ..serving import Serving
 from . import answers
-from .body import read
+from .body import client_of, read
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .completions import Completions
 from .errors import Refused, error_response
 from .gate import Gate
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse
-from .translate import token_ids, tokenize_message
 
 Handler = Callable[[Request], Awaitable[Response]]
 BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -70,15 +69,16 @@ class _Tokens:
         return _json(self._model())
 
     async def tokenize(self, http: Request) -> Response:
-        body = await read(http, TokenizeRequest)
-        tokens = await self._serving.tokenize(tokenize_message(body))
+        (message,), asked = await read(http, "tokenize", self._serving)
+        assert isinstance(message, pb.TokenizeRequest)
+        tokens = await self._serving.tokenize(message, client_of(http), with_pieces=asked.token_texts)
         told = {"count": len(tokens.token_ids), "max_model_len": tokens.max_model_len, "tokens": list(tokens.token_ids)}
-        return _json(told | {"token_strs": list(tokens.pieces) if body.return_token_strs else None})
+        return _json(told | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
 
     async def detokenize(self, http: Request) -> Response:
-        body = await read(http, DetokenizeRequest)
-        ids = token_ids("token_ids", body.tokens)
-        text = await self._serving.detokenize(pb.DetokenizeRequest(model=body.model, token_ids=ids))
+        (message,), _ = await read(http, "detokenize", self._serving)
+        assert isinstance(message, pb.DetokenizeRequest)
+        text = await self._serving.detokenize(message, client_of(http))
         return _json({"prompt": text.text})
 
     def _model(self) -> dict[str, Any]:

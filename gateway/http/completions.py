@@ -10,13 +10,12 @@ from starlette.responses import Response
 from ...core.request import Request
 from ...proto import pdserve_pb2 as pb
 from ..answer import Collector
+from ..in_turns import in_turns
 from ..serving import Serving
-from .body import read
-from .chat_schema import ChatCompletionRequest
+from .bodies import Asked
+from .body import client_of, peer_of, read
 from .format import ChatFormat, CompletionFormat, Format, Wanted
-from .schema import CompletionRequest, GenerationBody
 from .sse import EventStream, merged
-from .translate import chat_message, completion_messages
 
 
 class Completions:
@@ -26,42 +25,44 @@ class Completions:
         self._serving = serving
 
     async def complete(self, http: HttpRequest) -> Response:
-        body = await read(http, CompletionRequest)
-        messages = completion_messages(body, http.state.request_id, self._serving.shared.config.limits.max_prompts)
-        requests = [await self._request(http, message) for message in messages]
-        echoes = tuple(map(self._text, messages, requests)) if body.echo else ()
-        wanted = _wanted(body, body.logprobs is not None, echoes)
+        messages, asked = await read(http, "completions", self._serving)
+        requests, echoes = [], []
+        async for message in in_turns(messages, every=1):
+            assert isinstance(message, pb.GenerateRequest)
+            requests.append(await self._request(http, message))
+            if asked.echo:
+                echoes.append(await self._text(http, message, requests[-1]))
         answer_id = f"cmpl-{http.state.request_id}"
-        return await self._answer(http, body, self._format(CompletionFormat, answer_id, requests, wanted), requests)
+        form = self._format(CompletionFormat, answer_id, requests, _wanted(asked, tuple(echoes)))
+        return await self._answer(http, asked, form, requests)
 
     async def chat(self, http: HttpRequest) -> Response:
-        body = await read(http, ChatCompletionRequest)
-        message = chat_message(body, http.state.request_id)
+        (message,), asked = await read(http, "chat", self._serving)
+        assert isinstance(message, pb.GenerateRequest)
         # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens, unless it is told otherwise
         requests = [await self._request(http, message, fills=True)]
         answer_id = f"chatcmpl-{http.state.request_id}"
-        wanted = _wanted(body, body.logprobs)
-        return await self._answer(http, body, self._format(ChatFormat, answer_id, requests, wanted), requests)
+        return await self._answer(http, asked, self._format(ChatFormat, answer_id, requests, _wanted(asked)), requests)
 
     async def _request(self, http: HttpRequest, message: pb.GenerateRequest, fills: bool = False) -> Request:
         traceparent, caller = http.headers.get("traceparent"), http.state.caller
-        return await self._serving.request(message, _peer(http), traceparent=traceparent, caller=caller, fills=fills)
+        return await self._serving.request(message, peer_of(http), traceparent=traceparent, caller=caller, fills=fills)
 
     def _format(self, kind: type[Format], answer_id: str, requests: Sequence[Request], wanted: Wanted) -> Format:
         serving = self._serving
         return kind(answer_id, int(time.time()), serving.model.name, requests, serving.tokenizer, wanted)
 
-    async def _answer(self, http: HttpRequest, body: GenerationBody, form: Format, requests: Sequence[Request]) -> Response:
+    async def _answer(self, http: HttpRequest, asked: Asked, form: Format, requests: Sequence[Request]) -> Response:
         events = merged([self._serving.events(request, http.state.caller) for request in requests])
-        if not body.stream:
+        if not asked.stream:
             return Response(await _whole(form, events, len(requests)), media_type="application/json")
         chunks = _chunks(form, events)
         # a request that ends before its first token has an HTTP status of its own
         first = await anext(chunks)
         return EventStream(first, chunks, self._serving.shared.config.limits.max_unread_s)
 
-    def _text(self, message: pb.GenerateRequest, request: Request) -> str:
-        return message.prompt.text or self._serving.tokenizer.decode(request.prompt_token_ids, skip_special_tokens=True)
+    async def _text(self, http: HttpRequest, message: pb.GenerateRequest, request: Request) -> str:
+        return message.prompt.text or await self._serving.text(request.prompt_token_ids, True, client_of(http))
 
 
 async def _whole(form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEvent], None], num_prompts: int) -> bytes:
@@ -80,17 +81,11 @@ async def _chunks(form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEve
     yield form.last()
 
 
-def _wanted(body: GenerationBody, logprobs: bool, echoes: tuple[str, ...] = ()) -> Wanted:
-    options = body.stream_options
+def _wanted(asked: Asked, echoes: tuple[str, ...] = ()) -> Wanted:
     return Wanted(
-        token_ids=body.return_token_ids,
-        logprobs=logprobs,
-        usage=options is not None and options.include_usage,
-        running_usage=options is not None and options.continuous_usage_stats,
+        token_ids=asked.token_ids,
+        logprobs=asked.logprobs,
+        usage=asked.usage,
+        running_usage=asked.running_usage,
         echoes=echoes,
     )
-
-
-def _peer(http: HttpRequest) -> str:
-    """Whom a request counts for: its host, as the connections of one client are many here, unlike with gRPC."""
-    return f"http:{http.client.host}" if http.client is not None else "http"

@@ -47,6 +47,7 @@ def _serve() -> None:
     assert isinstance(setup, Setup), "Setup comes first"
     worker = Worker(setup, _payload(messages, setup.size))
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES,) * 2)
+    _write(encoder.encode(Done(())))  # ready
     for job in messages:
         assert isinstance(job, Job), "a part of nothing"
         data = _payload(messages, job.size)

@@ -1,8 +1,9 @@
 """What goes to the intake process and what comes back, in frames (`core.codec`). It has one job at a time.
 
-Setup(size), Part...   ---->   once, before all others: the tokenizer
-Job(kind, size), Part... ---->
-                       <---- Done(sizes), Part..., or Refused(why)
+Setup(size), Part...    ---->   once, before all others: the tokenizer
+                        <---- Done()
+Job(work, size), Part... ---->
+                        <---- Done(sizes), Part..., or Refused(why)
 
 Texts and messages travel in parts, so that the head never copies much at once.
 """

@@ -15,14 +15,14 @@ from ...core.codec import FrameDecoder, FrameEncoder
 from ...core.errors import InvalidRequest, NoWorkerAvailable
 from ..translate import UnknownModel
 from .messages import Done, FromProcess, Job, Part, Refused, Setup, parts
-from .queue import JobQueue
+from .job_queue import JobQueue
 
 log = logging.getLogger(__name__)
 
 BLAMED = (-signal.SIGPROF, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes that are the job's fault
 SILENT_S = 60.0  # a process without an answer for so long is stopped or starved: its jobs end after 10 s of work
 READ_BYTES = 1 << 18
-START_AGAIN_S = 1.0  # after a process that never answered
+START_AGAIN_S = 1.0  # after a process that did not get ready
 
 
 @dataclass(eq=False)
@@ -45,13 +45,23 @@ class IntakeProcess:
         self._current: _Asked | None = None  # the process has it
         self._is_needed = asyncio.Event()
         self._process: Process | None = None
-        self._has_answered = False  # the process of now
+        self._is_ready = False  # the process of now
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def pid(self) -> int | None:
         """Of the process, when there is one."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that the process does not have yet."""
+        return len(self._queue)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the process has a job."""
+        return self._current is not None
 
     def start(self) -> None:
         """Before there is a job, so that the first one does not wait for it."""
@@ -81,7 +91,7 @@ class IntakeProcess:
     async def _run(self) -> None:
         while True:
             await self._is_needed.wait()
-            self._has_answered = False
+            self._is_ready = False
             code = await self._live()
             victim, self._current = self._current, None
             if victim is not None and not victim.result.done():
@@ -90,7 +100,7 @@ class IntakeProcess:
                     victim.result.set_exception(InvalidRequest("message", f"{len(victim.data)} bytes", expected))
                 else:
                     victim.result.set_exception(NoWorkerAvailable("the intake process died over it"))
-            if not self._has_answered and code not in BLAMED:
+            if not self._is_ready:
                 self._give_up("the intake process does not start")
                 await asyncio.sleep(START_AGAIN_S)
             if len(self._queue):
@@ -147,7 +157,10 @@ class IntakeProcess:
         none comes."""
         encoder = FrameEncoder()
         answers = _answers(process)
-        await _send(process, encoder, setup, tokenizer)
+        async with asyncio.timeout(SILENT_S):
+            await _send(process, encoder, setup, tokenizer)
+            await anext(answers)
+        self._is_ready = True
         while True:
             await self._next_job(process)
             assert self._current is not None
@@ -155,7 +168,6 @@ class IntakeProcess:
                 await _send(process, encoder, self._current.job, self._current.data)
                 answer = await anext(answers)
                 results = [await _result(answers, size) for size in answer.sizes] if isinstance(answer, Done) else []
-            self._has_answered = True
             self._settle(self._current, answer, results)
             self._current = None
 

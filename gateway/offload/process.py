@@ -7,15 +7,15 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from ...core.codec import FrameDecoder, FrameEncoder
 from ...core.errors import InvalidRequest, NoWorkerAvailable
 from ..translate import UnknownModel
-from .messages import Done, FromProcess, Job, Part, Refused, Setup, parts
 from .job_queue import JobQueue
+from .messages import Done, FromProcess, Job, Part, Refused, Setup, parts
 
 log = logging.getLogger(__name__)
 
@@ -156,37 +156,41 @@ class IntakeProcess:
         """Until the process dies. Raises EOFError or ConnectionError then, FrameError for what is no answer, TimeoutError when
         none comes."""
         encoder = FrameEncoder()
-        answers = _answers(process)
-        async with asyncio.timeout(SILENT_S):
-            await _send(process, encoder, setup, tokenizer)
-            await anext(answers)
-        self._is_ready = True
-        while True:
-            await self._next_job(process)
-            assert self._current is not None
+        async with aclosing(_answers(process)) as answers:
             async with asyncio.timeout(SILENT_S):
-                await _send(process, encoder, self._current.job, self._current.data)
-                answer = await anext(answers)
-                results = [await _result(answers, size) for size in answer.sizes] if isinstance(answer, Done) else []
-            self._settle(self._current, answer, results)
-            self._current = None
+                await _send(process, encoder, setup, tokenizer)
+                await anext(answers)
+            self._is_ready = True
+            while True:
+                self._current = await self._next_job(process)
+                async with asyncio.timeout(SILENT_S):
+                    await _send(process, encoder, self._current.job, self._current.data)
+                    answer = await anext(answers)
+                    results = [await _result(answers, size) for size in answer.sizes] if isinstance(answer, Done) else []
+                self._settle(self._current, answer, results)
+                self._current = None
 
-    async def _next_job(self, process: Process) -> None:
-        """Waits for one, and for the end of the process."""
-        assert process.stdout is not None
-        while self._current is None:
+    async def _next_job(self, process: Process) -> _Asked:
+        """Waits for one. Raises EOFError when the process ends meanwhile."""
+        while True:
             self._is_needed.clear()
-            while len(self._queue) and self._current is None:
+            while len(self._queue):
                 asked = self._queue.pop()
                 if not asked.result.done():  # somebody waits
-                    self._current = asked
-            if self._current is None:
-                needed, ended = asyncio.ensure_future(self._is_needed.wait()), asyncio.ensure_future(process.wait())
-                await asyncio.wait((needed, ended), return_when=asyncio.FIRST_COMPLETED)
-                needed.cancel()
-                if ended.done():
-                    raise EOFError
-                ended.cancel()
+                    return asked
+            await self._need_or_end(process)
+
+    async def _need_or_end(self, process: Process) -> None:
+        """Raises EOFError when the process has ended."""
+        waits = [asyncio.ensure_future(self._is_needed.wait()), asyncio.ensure_future(process.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if waits[1].done():
+                raise EOFError
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.wait(waits)
 
     def _settle(self, asked: _Asked, answer: FromProcess, results: list[bytes]) -> None:
         if asked.result.done():  # its client has gone
@@ -209,7 +213,7 @@ async def _send(process: Process, encoder: FrameEncoder, message: Setup | Job, d
         await process.stdin.drain()
 
 
-async def _answers(process: Process) -> AsyncIterator[FromProcess]:
+async def _answers(process: Process) -> AsyncGenerator[FromProcess, None]:
     """Raises EOFError when the process has ended."""
     assert process.stdout is not None
     decoder: FrameDecoder[FromProcess] = FrameDecoder(FromProcess)

@@ -11,6 +11,7 @@ from ..core.config_file import load_cluster_config
 from ..core.config_listen import ListenSection
 from ..core.config_types import format_size
 from ..core.errors import CapacityError
+from ..engine.checkpoint import resolve_model_path
 from ..engine.plan import TYPICAL_TOKENS, GpuPlan, Plan, PoolPlan, plan
 
 DEFAULT_FILE = Path("cluster.yaml")
@@ -25,7 +26,12 @@ def read_config(file: Path | None) -> ClusterConfig:
 
 def validate(file: Path | None) -> None:
     """Raises for what is wrong on any machine; tells what this one is too small for."""
-    for finding in check(read_config(file)).findings:
+    from ..gateway.tokenizer import Tokenizer
+
+    config = read_config(file)
+    findings = check(config).findings
+    Tokenizer.load(resolve_model_path(config.model.path))
+    for finding in findings:
         print(f"on this machine: {finding.message}", file=sys.stderr)
     print(f"{file or (DEFAULT_FILE if DEFAULT_FILE.exists() else 'defaults')}: valid")
 

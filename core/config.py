@@ -151,7 +151,13 @@ class LimitsSection(Part):
     max_unread_s: PositiveFloat = 60.0
     """How long a client may leave its stream unread altogether; then the stream ends."""
     max_open_calls: Positive = 8192
-    """Calls that each server works on; more are refused. Fixed while the cluster runs."""
+    """Calls that each server works on, half of them for one client; more are refused. Fixed while the cluster runs."""
+    max_connections: Annotated[int, Field(ge=16)] = 4096
+    """Connections that each server holds, half of them from one address; a newcomer takes the place of the oldest that has no
+    call. Fewer where the process may not open so many descriptors. Fixed while the cluster runs."""
+    max_held_bytes: Annotated[int, Field(ge=1 << 20)] = 512 << 20
+    """Bytes of messages and bodies that are being received or worked on, a quarter of them of one client; more are refused. At
+    least 8 messages of `max_message_bytes`. Fixed while the cluster runs."""
     max_prompts: Positive = 64
     """Prompts of one HTTP request; a gRPC request has one."""
     max_prompt_tokens: Positive | None = None
@@ -176,6 +182,13 @@ class LimitsSection(Part):
     """Stop strings of one request."""
     max_message_bytes: Positive = 16 << 20
     """Bytes of one gRPC message, or of the body of an HTTP request; fixed while the cluster runs."""
+
+    @model_validator(mode="after")
+    def _one_client_may_send_a_message(self) -> "LimitsSection":
+        if self.max_held_bytes < 8 * self.max_message_bytes:
+            got = f"{self.max_held_bytes} beside max_message_bytes: {self.max_message_bytes}"
+            raise expected("max_held_bytes of at least 8 times max_message_bytes", got=got)
+        return self
 
 
 class ObservabilitySection(Part):
@@ -228,7 +241,12 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
+_FIXED_LIMITS = {  # when the servers start
+    f"limits.{name}" for name in ("max_message_bytes", "max_open_calls", "max_connections", "max_held_bytes")
+}
+
+
 def _changes_while_running(key: str) -> bool:
-    if key in ("limits.max_message_bytes", "limits.max_open_calls"):  # gRPC fixes them when the server starts
+    if key in _FIXED_LIMITS:
         return False
     return key in ("pools.prefill.instances", "pools.decode.instances") or key.startswith(("slo.", "routing.", "limits."))

@@ -4,23 +4,38 @@ Opening reads only JSON and the headers of the safetensors files (no torch); `en
 """
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+import msgspec
+
+from ..core.checkpoint_files import (
+    MAX_CONFIG_BYTES,
+    MAX_NAME_CHARS,
+    is_name,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    shown,
+    shown_text,
+    size_of,
+)
 from ..core.errors import CheckpointError
 from .model_config import ModelConfig, parse_model_config
-from .safetensors_header import DTYPE_NAMES, TensorInfo, read_header
+from .safetensors_header import DTYPE_NAMES, MAX_TENSORS, HeaderReader, TensorInfo
 from .tensor_names import HEAD, expected_tensors
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 16 << 20  # 65,536 names of 255 characters; parsed, it takes up to 320 MiB
+MAX_SHARDS = 1024
 _KNOWN_BUFFERS = ("rotary_emb.inv_freq",)  # old checkpoints carry what the model computes by itself
 _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -57,9 +72,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Raises CheckpointError for what is missing, corrupt, not supported or does not fit config.json."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; expected a checkpoint directory, or 'embedded'")
+    try:
+        return _opened(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _opened(path: Path) -> Checkpoint:
     generation_file = path / GENERATION_CONFIG_FILE
-    generation = _read_json(generation_file) if generation_file.exists() else None
-    config = parse_model_config(_read_json(path / CONFIG_FILE), generation, str(path / CONFIG_FILE))
+    generation = read_json(generation_file) if generation_file.exists() else None
+    config = parse_model_config(read_json(path / CONFIG_FILE), generation, str(path / CONFIG_FILE))
     found = _tensors(path)
     if HEAD in found:  # tied by its config, and yet with a head: transformers uses the head it has
         config = dataclasses.replace(config, tie_word_embeddings=False)
@@ -72,40 +94,25 @@ def fingerprint(path: Path) -> str:
     Equal directories give equal fingerprints on every host. Hashed are config.json, and of each weights file its name, its
     size and samples spread over it, the first of which covers the header.
     """
-    digest = blake2b(_read_bytes(path / CONFIG_FILE), digest_size=16)
+    digest = blake2b(read_bytes(path / CONFIG_FILE, MAX_CONFIG_BYTES), digest_size=16)
     for file in sorted({info.file for info in _tensors(path).values()}):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = size_of(stream)
+            digest.update(f"{file.name} {size}".encode())
             for index in range(_NUM_SAMPLES):
                 stream.seek(max(0, size - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
 
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_read_bytes(file))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: expected a JSON object")
-    return values
+class _Index(msgspec.Struct):
+    weight_map: Annotated[dict[str, str], msgspec.Meta(max_length=MAX_TENSORS)]
 
 
 def _tensors(path: Path) -> dict[str, TensorInfo]:
     """All tensors of the checkpoint's safetensors files."""
     if (path / WEIGHTS_FILE).exists():
-        return read_header(path / WEIGHTS_FILE)
+        return HeaderReader().read(path / WEIGHTS_FILE)
     if (path / INDEX_FILE).exists():
         return _sharded_tensors(path)
     if any(file.suffix in (".bin", ".pt", ".pth") for file in path.iterdir()):
@@ -117,14 +124,23 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
 
 
 def _sharded_tensors(path: Path) -> dict[str, TensorInfo]:
-    weight_map = _read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{path / INDEX_FILE}: expected weight_map, from tensor names to file names")
-    headers = {}
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name:
-            raise CheckpointError(f"{path / INDEX_FILE}: weight_map names {name!r}, expected a file in {path}")
-        headers[name] = read_header(path / name)
+    index = path / INDEX_FILE
+    data = read_bytes(index, MAX_INDEX_BYTES)
+    try:
+        weight_map = parse_json(data, _Index, index).weight_map
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; expected weight_map, from tensor names to file names") from None
+    names = sorted(set(weight_map.values()))
+    for name in (*names, *weight_map):
+        if not is_name(name):
+            raise CheckpointError(
+                f"{index}: weight_map names {shown(name)}, expected names of at most {MAX_NAME_CHARS} characters "
+                f"for tensors, and for files in {path}"
+            )
+    if len(names) > MAX_SHARDS:
+        raise CheckpointError(f"{index}: weight_map names {len(names)} files, expected at most {MAX_SHARDS}")
+    reader = HeaderReader()
+    headers = {name: reader.read(path / name) for name in names}
     missing = next((tensor for tensor, name in weight_map.items() if tensor not in headers[name]), None)
     if missing is not None:
         raise CheckpointError(f"{path / weight_map[missing]}: tensor {missing} is missing, the index says it is there")
@@ -141,7 +157,7 @@ def _checked(path: Path, found: Mapping[str, TensorInfo], expected: Mapping[str,
             raise CheckpointError(f"{info.file}: tensor {name} has shape {info.shape}, config.json implies {shape}")
         if info.dtype not in DTYPE_NAMES:
             supported = ", ".join(DTYPE_NAMES)
-            raise CheckpointError(f"{info.file}: tensor {name} is of dtype {info.dtype}, supported are {supported}")
+            raise CheckpointError(f"{info.file}: tensor {name} is of dtype {shown_text(info.dtype)}, supported are {supported}")
     for name in found.keys() - expected.keys():
         if not name.endswith(_KNOWN_BUFFERS):
             raise CheckpointError(f"{found[name].file}: tensor {name} is unexpected for this model's config.json")

@@ -3,7 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.checkpoint_files import shown
 from ..core.errors import CheckpointError
+
+MAX_INT = 2**31 - 1  # kernels count in 32 bits
+MAX_INTS = 256
+MAX_FLOAT = 1e30  # what is computed of such numbers neither overflows nor vanishes
 
 
 class JsonFields:
@@ -17,36 +22,34 @@ class JsonFields:
         """The error to raise for field `name`."""
         if self.values.get(name) is None:
             return CheckpointError(f"{self.source}: {name} is missing, expected {expected}")
-        return CheckpointError(f"{self.source}: {name}: got {self.values[name]!r}, expected {expected}")
+        return CheckpointError(f"{self.source}: {name}: got {shown(self.values[name])}, expected {expected}")
 
-    def optional_int(self, name: str) -> int | None:
+    def optional_int(self, name: str, maximum: int = MAX_INT) -> int | None:
         value = self.values.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.refuse(name, "an integer, 0 or greater")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
+            raise self.refuse(name, f"an integer from 0 to {maximum}")
         return value
 
-    def positive_int(self, name: str, default: int | None = None) -> int:
-        value = self.optional_int(name)
-        if value is None and name not in self.values:
-            value = default
-        if not value:
-            raise self.refuse(name, "a positive integer")
+    def positive_int(self, name: str, default: int | None = None, maximum: int = MAX_INT) -> int:
+        value = self.values.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= maximum:
+            raise self.refuse(name, f"a positive integer, at most {maximum}")
         return value
 
     def optional_float(self, name: str) -> float | None:
         value = self.values.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.refuse(name, "a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX_FLOAT <= value <= MAX_FLOAT:
+            raise self.refuse(name, f"a number from {-MAX_FLOAT:g} to {MAX_FLOAT:g}")
         return float(value)
 
     def positive_float(self, name: str, default: float | None = None) -> float:
         value = self.optional_float(name)
         value = default if value is None else value
-        if value is None or not 0 < value < float("inf"):
+        if value is None or value < 1 / MAX_FLOAT:
             raise self.refuse(name, "a positive number")
         return value
 
@@ -68,6 +71,8 @@ class JsonFields:
         """A field that is an integer, a list of integers, or absent."""
         value = self.values.get(name)
         items = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
+        if any(isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= MAX_INT for item in items):
             raise self.refuse(name, "an integer or a list of integers")
+        if len(items) > MAX_INTS:
+            raise self.refuse(name, f"an integer or a list of integers, at most {MAX_INTS} of them")
         return tuple(items)

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.checkpoint_files import shown, shown_text
 from ..core.errors import CheckpointError
 from .json_fields import JsonFields
 from .rope_config import RopeConfig, parse_rope
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 1024  # the largest models have some 130; windows, names and shapes are listed for each
+MAX_POSITIONS = 1 << 24  # so far the rope's table counts exactly in float32
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def parse_model_config(
     architecture = _architecture(fields)
     _refuse_unsupported(fields)
     family = _FAMILIES[architecture]
-    num_layers = fields.positive_int("num_hidden_layers")
-    max_position_embeddings = fields.positive_int("max_position_embeddings", family.max_position_embeddings)
+    num_layers = fields.positive_int("num_hidden_layers", maximum=MAX_LAYERS)
+    max_position_embeddings = fields.positive_int("max_position_embeddings", family.max_position_embeddings, MAX_POSITIONS)
     generation = fields if generation_config is None else JsonFields(generation_config, "generation_config.json")
     is_llama, is_qwen2, is_qwen3 = (architecture.startswith(name) for name in ("Llama", "Qwen2", "Qwen3"))
     attention_bias = (is_llama or is_qwen3) and fields.flag("attention_bias", False)
@@ -119,7 +122,7 @@ def _architecture(fields: JsonFields) -> str:
     if not isinstance(names, list) or len(names) != 1:
         raise fields.refuse("architectures", f"a list of one of {supported}")
     if names[0] not in SUPPORTED_ARCHITECTURES:
-        raise CheckpointError(f"{fields.source}: architecture {names[0]!r} is not supported; supported are {supported}")
+        raise CheckpointError(f"{fields.source}: architecture {shown(names[0])} is not supported; supported are {supported}")
     return str(names[0])
 
 
@@ -127,13 +130,14 @@ def _refuse_unsupported(fields: JsonFields) -> None:
     quantization = fields.values.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        described = shown_text(method) if method and isinstance(method, str) else "of an unnamed method"
         raise CheckpointError(
-            f"{fields.source}: quantization_config ({method or 'of an unnamed method'}) is not supported; "
+            f"{fields.source}: quantization_config ({described}) is not supported; "
             f"weights must be one of {', '.join(SUPPORTED_DTYPES)}"
         )
     activation = fields.optional_str("hidden_act") or "silu"
     if activation != "silu":
-        raise CheckpointError(f"{fields.source}: hidden_act {activation!r} is not supported; supported is 'silu'")
+        raise CheckpointError(f"{fields.source}: hidden_act {shown(activation)} is not supported; supported is 'silu'")
 
 
 def _heads(fields: JsonFields, family: _Family) -> tuple[int, int, int]:
@@ -184,5 +188,7 @@ def _dtype(fields: JsonFields) -> str | None:
         return None
     name = name.removeprefix("torch.")
     if name not in SUPPORTED_DTYPES:
-        raise CheckpointError(f"{fields.source}: dtype {name!r} is not supported; supported are {', '.join(SUPPORTED_DTYPES)}")
+        raise CheckpointError(
+            f"{fields.source}: dtype {shown(name)} is not supported; supported are {', '.join(SUPPORTED_DTYPES)}"
+        )
     return name

@@ -21,6 +21,7 @@ AUTO_MEMORY_FRACTION = 0.8  # of the available memory that `kv_cache_bytes: auto
 RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
 GPU_MEMORY_FRACTION = 0.9  # of a GPU's memory that its instances may fill; the rest is left to other processes
 GPU_RUNTIME_BYTES = 1 << 30  # on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
+ROPE_COPIES = 3  # of the rope's table while it is made: angles, cosines and sines, and both side by side
 TYPICAL_TOKENS = 2048
 
 
@@ -158,14 +159,16 @@ class _Sizes:
         return Demand(role, pool.num_cpus, num_cores, self.fixed_bytes(pool), self.explicit_kv_bytes(pool))
 
     def fixed_bytes(self, pool: PoolSection) -> int:
-        """Memory of one instance beside its KV cache; the widest activations, and logits with room to sort them."""
+        """Memory of one instance beside its KV cache: activations, logits with room to sort them, the rope's table."""
         model = self._model
         is_copied = model.tie_word_embeddings and not self._on_gpu  # CPU kernels lay out the output's matrix in their own way
         packed_head = model.vocab_size * model.hidden_size if is_copied else 0
         per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
         activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes
         runtime_bytes = GPU_RUNTIME_BYTES if self._on_gpu else RUNTIME_BYTES
-        return self.weights_bytes + activations + pool.max_batch_size * model.vocab_size * 12 + runtime_bytes
+        logits = pool.max_batch_size * model.vocab_size * 12
+        rope = ROPE_COPIES * self.max_model_len * model.head_dim * 4
+        return self.weights_bytes + activations + logits + rope + runtime_bytes
 
     def explicit_kv_bytes(self, pool: PoolSection) -> int | None:
         return None if pool.kv_cache_bytes == "auto" else pool.kv_cache_bytes

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..core.checkpoint_files import shown
 from ..core.errors import CheckpointError
 from .json_fields import JsonFields
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 SUPPORTED_ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
 DEFAULT_THETA = 10_000.0
+MIN_THETA = 2.0  # YaRN divides by its logarithm
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,8 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int, source: 
     kind = fields.optional_str("rope_type") or fields.optional_str("type") or "default"
     if kind not in SUPPORTED_ROPE_KINDS:
         supported = ", ".join(SUPPORTED_ROPE_KINDS)
-        raise CheckpointError(f"{source}: rope type {kind!r} is not supported; supported are {supported}")
-    theta = fields.optional_float("rope_theta") or JsonFields(config, source).optional_float("rope_theta")
-    theta = theta or DEFAULT_THETA
+        raise CheckpointError(f"{source}: rope type {shown(kind)} is not supported; supported are {supported}")
+    theta = _theta(fields) or _theta(JsonFields(config, source)) or DEFAULT_THETA
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
@@ -51,11 +52,18 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int, source: 
     return _llama3(fields, theta, original) if kind == "llama3" else _yarn(fields, theta, original, max_position_embeddings)
 
 
+def _theta(fields: JsonFields) -> float | None:
+    theta = fields.optional_float("rope_theta")
+    if theta and theta < MIN_THETA:
+        raise fields.refuse("rope_theta", f"a number from {MIN_THETA:g}")
+    return theta
+
+
 def _scaling_fields(config: Mapping[str, Any], source: str) -> JsonFields:
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     values = config.get(name) or {}
     if not isinstance(values, Mapping):
-        raise CheckpointError(f"{source}: {name}: got {values!r}, expected a mapping")
+        raise CheckpointError(f"{source}: {name}: got {shown(values)}, expected a mapping")
     if any(isinstance(value, Mapping) for value in values.values()):
         raise CheckpointError(f"{source}: {name}: different rope parameters per layer type are not supported")
     for holder in (values, config):
@@ -79,22 +87,27 @@ def _llama3(fields: JsonFields, theta: float, original: int) -> RopeConfig:
 
 
 def _yarn(fields: JsonFields, theta: float, original: int, max_position_embeddings: int) -> RopeConfig:
-    factor = fields.optional_float("factor") or max_position_embeddings / original
+    factor = _not_negative(fields, "factor") or max_position_embeddings / original
     attention_factor = fields.optional_float("attention_factor")
     if attention_factor is None:
         attention_factor = _yarn_attention_factor(
-            factor, fields.optional_float("mscale"), fields.optional_float("mscale_all_dim")
+            factor, _not_negative(fields, "mscale"), _not_negative(fields, "mscale_all_dim")
         )
     return RopeConfig(
         kind="yarn",
         theta=theta,
         factor=factor,
         original_max_position_embeddings=original,
-        beta_fast=fields.optional_float("beta_fast") or 32.0,
-        beta_slow=fields.optional_float("beta_slow") or 1.0,
+        beta_fast=_not_negative(fields, "beta_fast") or 32.0,
+        beta_slow=_not_negative(fields, "beta_slow") or 1.0,
         truncate=fields.flag("truncate", True),
         attention_factor=attention_factor,
     )
+
+
+def _not_negative(fields: JsonFields, name: str) -> float | None:
+    """Zero counts as absent, as in transformers."""
+    return fields.positive_float(name) if fields.values.get(name) else None
 
 
 def _yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -19,10 +19,12 @@ from ..grammar.messages import Setup
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .access import Access
 from .admin import ClusterService
+from .call_bounds import HeldBytes
+from .connections import GrpcConnections, connections_of_each, raise_descriptor_limit
 from .constraint import Constraints
 from .frontend import Frontend
 from .generation import GenerationService
-from .guard import Guard, Reader
+from .guard import CallBounds, Guard
 from .http.app import http_app
 from .http.server import HttpServer
 from .intake import ModelInfo
@@ -33,6 +35,9 @@ from .tokenizer import Tokenizer
 
 HANDSHAKE_TIMEOUT_MS = 10_000  # for TLS, and for the first bytes of HTTP/2
 KEEPALIVE_MS = 60_000  # a connection that is silent for so long is asked whether its client is there, and closed after as long
+IDLE_MS = 900_000  # a connection without a call for so long is closed; clients come back by themselves
+LOOKAHEAD_BYTES = 64 << 10
+MAX_REFUSALS = 1024  # calls that are being refused
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
@@ -42,6 +47,7 @@ class GatewayServer:
     def __init__(
         self,
         servers: Sequence[grpc.aio.Server],
+        connections: GrpcConnections,
         grpc_address: str,
         admin: ClusterService,
         http: HttpServer | None,
@@ -51,6 +57,7 @@ class GatewayServer:
         self.grpc_address = grpc_address
         self.http_address = None if http is None else http.address
         self._servers = servers
+        self._connections = connections
         self._http = http
         self._admin = admin
         self._grammars = grammars
@@ -69,6 +76,7 @@ class GatewayServer:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
             await server.start()
+        self._connections.start(self.port)
 
     def set_serving(self, serving: bool) -> None:
         """What health checks are told from now on."""
@@ -78,6 +86,7 @@ class GatewayServer:
 
     async def stop(self, grace_s: float) -> None:
         """Take no new calls, give running ones `grace_s` to end, then end them; idempotent."""
+        self._connections.stop()
         await self._health.enter_graceful_shutdown()
         await self._admin.close()
         stopping = [server.stop(grace_s) for server in self._servers]
@@ -113,9 +122,13 @@ async def serve(
     offload = Offload(tokenizer, model.name, model.max_model_len)
     serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars), offload)
     generation = GenerationService(serving)
-    servers = [_server(config, generation, admin, access)]
-    if local is not None:
-        servers.append(_server(config, generation, admin, None))
+    limits = config.limits
+    max_connections = connections_of_each(limits.max_connections, raise_descriptor_limit())
+    connections = GrpcConnections(max_connections)
+    servers = [_server(config, generation, admin, access, CallBounds(limits, shared.held_bytes, connections))]
+    if local is not None:  # bounds of its own: whatever clients elsewhere do, this is for who runs the cluster
+        bounds = CallBounds(limits, HeldBytes(limits.max_held_bytes), GrpcConnections(max_connections))
+        servers.append(_server(config, generation, admin, None, bounds))
     try:
         port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
     except RuntimeError as error:
@@ -124,17 +137,21 @@ async def serve(
         servers[1].add_insecure_port(local)
     http = None
     if http_address is not None:
-        http = await HttpServer.open(http_app(serving), http_address, 2 * config.limits.max_open_calls, tls)
-    gateway = GatewayServer(servers, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars, offload)
+        http = await HttpServer.open(http_app(serving), http_address, max_connections, tls)
+    gateway = GatewayServer(servers, connections, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars, offload)
     await gateway._start()
     return gateway
 
 
 def _server(
-    config: ClusterConfig, generation: GenerationService, admin: ClusterService, access: Access | None
+    config: ClusterConfig,
+    generation: GenerationService,
+    admin: ClusterService,
+    access: Access | None,
+    bounds: CallBounds,
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=(Reader(),) if access is None else (Guard(access), Reader()),
+        interceptors=(Guard(access, bounds),),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own
@@ -142,8 +159,14 @@ def _server(
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+            ("grpc.max_connection_idle_ms", IDLE_MS),
+            ("grpc.max_allowed_incoming_connections", bounds.connections.max_accepted),
+            # a stream that nobody reads yet may bring no more than this; by itself gRPC would raise it with the bandwidth
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
         ),
-        maximum_concurrent_rpcs=config.limits.max_open_calls,
+        # the guard's bounds are below this, and it tells clients apart
+        maximum_concurrent_rpcs=2 * config.limits.max_open_calls + MAX_REFUSALS,
     )
     pdserve_pb2_grpc.add_GenerationServicer_to_server(generation, server)
     pdserve_pb2_grpc.add_ClusterServicer_to_server(admin, server)

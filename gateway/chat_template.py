@@ -6,8 +6,9 @@ It runs in a sandbox, with what transformers offers to templates, and within bou
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import nodes
 
+from ..core.checkpoint_files import shown_text
 from ..core.errors import CheckpointError, InvalidRequest
 from .template.account import MAX_BYTES, TemplateBound, check_chars, open_account
 from .template.sandbox import Sandbox
@@ -29,8 +30,9 @@ class ChatTemplate:
             parsed = sandbox.parsed(source)
             self.takes_tools = any(name.name == "tools" for name in parsed.find_all(nodes.Name))
             self._template = sandbox.compiled(parsed)
-        except (TemplateError, RecursionError, MemoryError, SyntaxError) as error:  # the last three are of deep nesting
-            raise CheckpointError(f"its chat template cannot be compiled: {error}") from error
+        except Exception as error:  # jinja2's own, and Python's for deep nesting and long numbers: it is not our code
+            reason = shown_text(str(error) or type(error).__name__)
+            raise CheckpointError(f"its chat template cannot be compiled: {reason}") from error
         self.source = source
         self.takes_calls = "tool_calls" in source
         self._special_tokens = {name: str(token) for name, token in special_tokens.items() if isinstance(token, str)}

@@ -1,17 +1,26 @@
-"""What stands before the services of the gRPC door: a guard that refuses calls before their message is read, and a reader
-that refuses messages which cannot be read."""
+"""Every gRPC call passes here before its handler: it is authenticated before its message is read, takes a place among the open
+calls, and its message is received and parsed within bounds.
+
+All methods are served as streams on the wire's level, whatever they are to their handlers: gRPC would call the handler of
+a unary method only when the message has come, and a call whose message never comes could not be counted.
+"""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest, PdserveError
 from ..proto import pdserve_pb2 as pb
 from .access import Access, Caller, Need
+from .call_bounds import HeldBytes, KeylessCalls, OpenCalls, PendingReads, client_of
+from .connections import GrpcConnections, connection_name
 from .translate import translated
 
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
@@ -23,6 +32,9 @@ _SERVICES = {
 }
 _METHODS = {f"{pb.DESCRIPTOR.package}.Cluster/Explain": Need.KEY}  # of its own requests a client has been told most of it
 
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Any  # a grpc.RpcMethodHandler, whose fields its stubs do not name
+
 
 def need_of(method: str) -> Need:
     """What the full name of a method (`/package.Service/Method`) asks; a key for whatever is not known here."""
@@ -30,11 +42,34 @@ def need_of(method: str) -> Need:
     return _METHODS.get(name) or _SERVICES.get(name.partition("/")[0], Need.KEY)
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
-    """For a server that strangers can reach."""
+class CallBounds:
+    """What the calls of one server may hold open. `held_bytes` may be shared with another."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, limits: LimitsSection, held_bytes: HeldBytes, connections: GrpcConnections) -> None:
+        self.open_calls = OpenCalls(limits.max_open_calls)
+        self.keyless_calls = KeylessCalls()
+        self.reads = PendingReads(limits.max_held_bytes // 2 // limits.max_message_bytes)
+        self.held_bytes = held_bytes
+        self.connections = connections
+
+    @asynccontextmanager
+    async def enter(self, need: Need, client: str, connection: str) -> AsyncIterator[None]:
+        """Around a call. Raises NoPlace."""
+        if need is Need.NOTHING:
+            async with self.keyless_calls.enter(client, connection):
+                yield
+        else:
+            with self.open_calls.enter(client), self.connections.in_use(connection):
+                yield
+
+
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
+    """Stands before all services of a server. Without `access`, clients need no keys."""
+
+    def __init__(self, access: Access | None, bounds: CallBounds) -> None:
         self._access = access
+        self._bounds = bounds
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, as far as there is one
 
     async def intercept_service(
         self,
@@ -42,64 +77,77 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         details = handler_call_details
-        shown = dict(details.invocation_metadata or ()).get("authorization")
+        need = need_of(details.method)
         try:
-            text = shown if isinstance(shown, str) else None
-            CALLER.set(self._access.admit(need_of(details.method), text, asyncio.get_running_loop().time()))
+            if self._access is not None:
+                shown = dict(details.invocation_metadata or ()).get("authorization")
+                text = shown if isinstance(shown, str) else None
+                CALLER.set(self._access.admit(need, text, asyncio.get_running_loop().time()))
         except PdserveError as error:
             return _refusal(error)
-        return await continuation(details)
+        if details.method not in self._handlers:
+            found: Handler = await continuation(details)
+            if found is None:  # there is no such method, and there may be any number of their names
+                return None  # type: ignore[return-value]  # the stubs forget it
+            self._handlers[details.method] = self._bounded(found, need)
+        handler: grpc.RpcMethodHandler[Any, Any] = self._handlers[details.method]
+        return handler
+
+    def _bounded(self, handler: Handler, need: Need) -> "grpc.RpcMethodHandler[Any, Any]":
+        behaviour = handler.unary_unary or handler.unary_stream
+
+        async def call(messages: Any, context: Context) -> None:
+            host, connection = peer_of(context.peer())
+            client = client_of(CALLER.get(), host)
+            async with translated(context), self._bounds.enter(need, client, connection):
+                if behaviour is None:
+                    await _write_all(context, handler.stream_stream(messages, context))
+                    return
+                async with self._message(messages, client, handler.request_deserializer) as request:
+                    response = await behaviour(request, context)
+                    if not handler.response_streaming:
+                        await context.write(response)
+
+        deserializer = None if behaviour is not None else handler.request_deserializer
+        return grpc.stream_stream_rpc_method_handler(call, deserializer, handler.response_serializer)
+
+    @asynccontextmanager
+    async def _message(self, messages: Any, client: str, parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+        """The one message of a call; its bytes count until the call ends. Raises InvalidRequest, TooSlow or TooManyBytes."""
+        async with self._bounds.reads.read(client):
+            data: bytes | None = await anext(messages, None)
+        if data is None:
+            raise InvalidRequest("message", "nothing", "one message")
+        with self._bounds.held_bytes.hold(client, len(data)):
+            try:
+                request = parse(data)
+            except DecodeError:
+                # gRPC itself would call it UNKNOWN, name classes of ours, and write a traceback into the log for each
+                expected = "the call's message in protobuf's wire format, with texts in UTF-8"
+                raise InvalidRequest("message", f"{len(data)} bytes", expected) from None
+            del data
+            yield request
+
+
+async def _write_all(context: Context, responses: AsyncIterator[Any]) -> None:
+    async for response in responses:
+        await context.write(response)
+
+
+def peer_of(peer: str) -> tuple[str, str]:
+    """Host and connection of gRPC's name for a peer, such as `ipv4:10.1.2.3:4567` or `ipv6:%5B::1%5D:4567`."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return kind, peer
+    host, _, port = rest.rpartition(":")
+    return host.strip("[]"), connection_name(host, port)
 
 
 def _refusal(error: PdserveError) -> "grpc.RpcMethodHandler[Any, Any]":
     """Ends any call. As a handler of streams it does not wait for the client's message, which may be large."""
 
-    async def refuse(requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def refuse(requests: Any, context: Context) -> None:
         async with translated(context):
             raise error
 
     return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-class Reader(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
-    """Answers bytes that are no message of the call's type with INVALID_ARGUMENT. gRPC itself would call it UNKNOWN, name
-    classes of ours, and write a traceback into the log for each."""
-
-    def __init__(self) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, as far as they are ours
-
-    async def intercept_service(
-        self,
-        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]",
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "grpc.RpcMethodHandler[Any, Any]":
-        method = handler_call_details.method
-        if method in self._handlers:
-            return self._handlers[method]
-        handler = await continuation(handler_call_details)
-        if handler is not None and method.startswith(f"/{pb.DESCRIPTOR.package}."):
-            handler = self._handlers[method] = _reading(handler)
-        return handler
-
-
-class _Unreadable(Exception):
-    """Stands for the message in the handler's call."""
-
-
-def _reading(handler: Any) -> Any:
-    read, behaviour = handler.request_deserializer, handler.unary_unary or handler.unary_stream
-
-    def deserialize(data: bytes) -> Any:
-        try:
-            return read(data)
-        except DecodeError:
-            return _Unreadable(f"{len(data)} bytes")
-
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        if not isinstance(request, _Unreadable):
-            return await behaviour(request, context)
-        async with translated(context):
-            raise InvalidRequest("message", str(request), "the call's message in protobuf's wire format, with texts in UTF-8")
-
-    kind = "unary_stream" if handler.response_streaming else "unary_unary"
-    return handler._replace(request_deserializer=deserialize, **{kind: call})

@@ -17,6 +17,7 @@ from ..proto import pdserve_pb2 as pb
 from ..telemetry.logs import REQUEST_ID
 from .access import Access, Caller
 from .answer import Answer
+from .call_bounds import HeldBytes
 from .constraint import GrammarCheck
 from .frontend import Frontend
 from .in_turns import in_turns
@@ -35,6 +36,9 @@ class Shared:
     def __init__(self, config: ClusterConfig, access: Access | None = None) -> None:
         self.config = config
         self.access = access
+        self.held_bytes = HeldBytes(
+            config.limits.max_held_bytes // 2
+        )  # of both servers; the other half is for what is being received
         self._num_answers = 0
         self._idle = asyncio.Event()
         self._idle.set()

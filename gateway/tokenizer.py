@@ -1,4 +1,4 @@
-"""Between text and token ids, as the checkpoint defines it: its tokenizer, by way of transformers, and its chat template.
+"""Between text and token ids, as the checkpoint defines it: its tokenizer, and its chat template.
 
 Prompts come in as text or conversations and go on as token ids; `gateway.detokenizer` uses it for the way back.
 """
@@ -9,9 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
+
 from ..core.errors import CheckpointError, InvalidRequest
 from .chat_template import ChatTemplate
 from .template.account import MAX_BYTES
+from .tokenizer_loading.messages import TokenizerData
+from .tokenizer_loading.process import load
 from .tools.formats import ToolFormat, tool_format
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells what is not in its vocabulary
@@ -30,16 +34,15 @@ _BYTE_OF_LETTER = _byte_letters()
 class Tokenizer:
     """One checkpoint's tokenizer. Encoding and decoding may run on several threads at once."""
 
-    def __init__(self, pretrained: Any) -> None:
-        """`pretrained` is a transformers tokenizer that is backed by the tokenizers library."""
+    def __init__(self, data: TokenizerData) -> None:
+        """Raises CheckpointError for a chat template that is none."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: no pool of threads
-        self._pretrained = pretrained
-        self._backend = pretrained.backend_tokenizer
-        self._backend.no_truncation()  # what tokenizer.json says about these is for training
-        self._backend.no_padding()
+        self.data = data
+        self._backend = Backend.from_str(data.backend_json)
+        self._backend.encode_special_tokens = data.encode_special_tokens
         added = self._backend.get_added_tokens_decoder()
-        self._template = _chat_template(pretrained, "default")
-        self._tool_template = _chat_template(pretrained, "tool_use") or self._template
+        self._template = _chat_template(data, "default")
+        self._tool_template = _chat_template(data, "tool_use") or self._template
         self._tool_format = None if self._tool_template is None else tool_format(self._tool_template.source)
         self.max_token_chars = max(map(len, self._backend.get_vocab()), default=1)  # added tokens included
         self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
@@ -48,19 +51,11 @@ class Tokenizer:
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":
-        """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes seconds: it imports transformers."""
-        from transformers import AutoTokenizer
-
+        """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes seconds: another process loads it first,
+        so that a hostile one does no harm here."""
+        data = load(path)
         try:
-            pretrained = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers and tokenizers raise all kinds for a file that is missing or malformed
-            reason = str(error).strip().partition("\n")[0]
-            raise CheckpointError(f"{path}: its tokenizer cannot be loaded: {reason}") from error
-        if not getattr(pretrained, "is_fast", False):
-            kind = type(pretrained).__name__
-            raise CheckpointError(f"{path}: {kind} is not supported, expected a tokenizer.json of the tokenizers library")
-        try:
-            return Tokenizer(pretrained)
+            return Tokenizer(data)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
@@ -87,27 +82,24 @@ class Tokenizer:
         """As in tokenizer.json."""
         return str(self._backend.to_str())
 
-    @property
-    def chat_template(self) -> Any:
-        """The source of the checkpoint's template, of several a dictionary, or None."""
-        return self._pretrained.chat_template
-
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """What templates may write, by name."""
-        return {name: str(token) for name, token in self._pretrained.special_tokens_map.items() if isinstance(token, str)}
-
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The token ids of `text`; names of special tokens in it become these tokens."""
+        """The token ids of `text`; names of special tokens in it become these tokens. Raises InvalidRequest for a text that
+        the tokenizer fails over, as over an expression of its own that backtracks without end."""
         return tuple(self._encoding(text, add_special_tokens).ids)
 
     def count(self, text: str) -> int:
-        """How many tokens `text` has by itself."""
+        """How many tokens `text` has by itself. Raises as `encode`."""
         return len(self._encoding(text, add_special_tokens=False))
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:
         """Without offsets, which nobody wants; as a batch, since `encode` holds the interpreter until it is done."""
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            expected = "a text that the model's tokenizer can take"
+            raise InvalidRequest("prompt", f"{len(text)} characters", expected) from None
         return encoding
 
     def render_chat(
@@ -134,6 +126,10 @@ class Tokenizer:
         """The tokens that were added to the trained vocabulary, special ones and others, by the text that they stand for."""
         return self._added_ids
 
+    def vocabulary(self) -> Mapping[str, int]:
+        """The ids of all tokens, by their names. A copy, which takes a moment."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def piece(self, token_id: int) -> str:
         """The text of a token by itself; a part of a character shows as U+FFFD."""
         piece = self._pieces.get(token_id)
@@ -158,11 +154,12 @@ class Tokenizer:
         return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
 
-def _chat_template(pretrained: Any, name: str) -> ChatTemplate | None:
-    """The template that the checkpoint calls so, of several; or its only one, which is the default."""
-    source = pretrained.chat_template
-    if isinstance(source, dict):
-        source = source.get(name)
-    elif name != "default":
-        source = None
-    return None if source is None else ChatTemplate(source, pretrained.special_tokens_map)
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code has failed, which pyo3 raises as no Exception, so that it would pass all who expect one."""
+    return type(error).__name__ == "PanicException"
+
+
+def _chat_template(data: TokenizerData, name: str) -> ChatTemplate | None:
+    """The template that the checkpoint calls so."""
+    source = data.chat_templates.get(name)
+    return None if source is None else ChatTemplate(source, data.special_tokens)

@@ -25,6 +25,8 @@ from ..core.errors import (
 )
 from ..core.request import FinishReason
 from .access import NotPermitted, RateLimited, Unauthenticated
+from .call_bounds import TooManyBytes, TooSlow
+from .places import NoPlace
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +118,12 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
             return grpc.StatusCode.FAILED_PRECONDITION, [_info("CAPACITY")]
         case ClientStalled():
             return grpc.StatusCode.ABORTED, [_info("CLIENT_STALLED")]
+        case NoPlace():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("TOO_MANY_CALLS")]
+        case TooManyBytes():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("TOO_MANY_BYTES")]
+        case TooSlow():
+            return grpc.StatusCode.ABORTED, [_info("MESSAGE_TOO_SLOW")]
         case RequestFailed():
             retry = [_retry(RETRY_UNAVAILABLE_S)] if error.reason is FinishReason.ERROR else []
             return _ENDINGS[error.reason][0], [*retry, _info(f"REQUEST_{error.reason.name}")]

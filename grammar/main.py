@@ -19,6 +19,7 @@ from .matchers import S_PER_TOKEN, Matchers
 from .messages import Open, Setup, ToProcess
 
 JOB_S = 0.5  # processor time
+SETUP_BYTES = 4 << 30  # address space for the vocabulary, which is the checkpoint's
 MEMORY_BYTES = 2 << 30  # address space beside what the process has when it is ready
 CACHE_BYTES = 512 << 20  # when it has grown by so much, what is kept of earlier grammars goes
 STACK_BYTES = 64 << 20  # of which mostly nothing is touched; nested rules recurse
@@ -69,9 +70,18 @@ def _serve() -> None:
 
 
 def _set_up(setup: Setup) -> Matchers:
+    _limit_memory(SETUP_BYTES)
     tokenizer = LLTokenizer(setup.tokenizer, n_vocab=setup.vocab_size, eos_token=list(setup.eos_token_ids))
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES,) * 2)
+    _limit_memory(MEMORY_BYTES)
     return Matchers(tokenizer)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Beside the address space that is taken already; never more than before."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    num_bytes += _address_space()
+    num_bytes = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
 
 
 def _limit_s(message: ToProcess) -> float:

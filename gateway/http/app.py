@@ -38,10 +38,14 @@ def http_app(serving: Serving) -> Gate:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
     completions, tokens, probes = Completions(serving), _Tokens(serving), Probes(serving.frontend)
-    _post(app, "/v1/completions", completions.complete, CompletionRequest, answers.Completion)
-    _post(app, "/v1/chat/completions", completions.chat, ChatCompletionRequest, answers.ChatCompletion)
-    _post(app, "/tokenize", tokens.tokenize, TokenizeRequest, answers.Tokens)
-    _post(app, "/detokenize", tokens.detokenize, DetokenizeRequest, answers.Prompt)
+    posts: dict[str, tuple[Handler, type[BaseModel], type[BaseModel]]] = {
+        "/v1/completions": (completions.complete, CompletionRequest, answers.Completion),
+        "/v1/chat/completions": (completions.chat, ChatCompletionRequest, answers.ChatCompletion),
+        "/tokenize": (tokens.tokenize, TokenizeRequest, answers.Tokens),
+        "/detokenize": (tokens.detokenize, DetokenizeRequest, answers.Prompt),
+    }
+    for path, (handler, body, answer) in posts.items():
+        _post(app, path, handler, body, answer)
     _get(app, "/v1/models", tokens.models, answers.Models)
     _get(app, "/v1/models/{model:path}", tokens.retrieve, answers.Model, {404: {"model": ErrorResponse}}, _MODEL)
     app.add_api_route("/metrics", probes.metrics, name="metrics", response_class=PlainTextResponse)
@@ -51,7 +55,7 @@ def http_app(serving: Serving) -> Gate:
     _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
     app.openapi = _described(app.openapi)  # type: ignore[method-assign]
-    return Gate(app, serving.shared)
+    return Gate(app, posts, serving.shared)
 
 
 class _Tokens:

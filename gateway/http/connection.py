@@ -1,27 +1,44 @@
-"""One client's connection: uvicorn's, with limits on those that send or read too slowly, or are too many."""
+"""One client's connection: uvicorn's, with limits on those that send or read too slowly."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
+from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 HEADER_TIMEOUT_S = 10.0  # for the head of a request, from the connection's start or its first byte
 KEEP_ALIVE_S = 75  # longer than the pools of common clients keep theirs
 MAX_HEADER_BYTES = 32 << 10
 
 
-class Connection(H11Protocol):
-    """Set `max_connections` on a subclass."""
+class InUse:
+    """Around a request: its connection keeps its place."""
 
-    max_connections: int
-    _head_timer: asyncio.TimerHandle | None = None
+    def __init__(self, pin: Callable[[], None], unpin: Callable[[], None]) -> None:
+        self._pin, self._unpin = pin, unpin
+
+    def __enter__(self) -> None:
+        self._pin()
+
+    def __exit__(self, *_: object) -> None:
+        self._unpin()
+
+
+class Connection(H11Protocol):
+    """Calls `on_lost` once, at its end."""
+
+    def __init__(
+        self, config: Config, server_state: ServerState, app_state: dict[str, Any], on_lost: Callable[[], None]
+    ) -> None:
+        super().__init__(config, server_state, app_state)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._on_lost = on_lost
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
-            transport.abort()
-            return
         self.app_state: dict[str, Any] = self.app_state | {"abort": transport.abort}
         self._await_head()
 
@@ -34,6 +51,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._on_lost()
         super().connection_lost(exc)
 
     def timeout_keep_alive_handler(self) -> None:

@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextlib import suppress
 from typing import Any
 
 from ...core.errors import PdserveError
 from ...core.validation import check_name
 from ..access import Need
+from ..call_bounds import MESSAGE_TIMEOUT_S, HeldBytes, OpenCalls, TooManyBytes, TooSlow, client_of
+from ..places import NoPlace
 from ..serving import Shared
 from ..translate import ClientStalled
 from .errors import Refused, error_response
@@ -22,9 +24,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-BODY_TIMEOUT_S = 60.0  # for the whole body of a request
 DISCARD_S = 1.0  # for the rest of a body that is refused
-RETRY_BUSY_S = 1.0
 BODILESS = ("GET", "HEAD")
 PROBES = ("/health", "/livez", "/readyz", "/startupz")  # load balancers have no keys
 REQUEST_ID = b"x-request-id"
@@ -33,12 +33,13 @@ REQUEST_ID = b"x-request-id"
 class Gate:
     """An ASGI application around the one with the handlers."""
 
-    def __init__(self, app: App, shared: Shared) -> None:
+    def __init__(self, app: App, posts: Collection[str], shared: Shared) -> None:
+        """`posts` are the paths that take a body, all by POST."""
         self._app = app
+        self._posts = posts
         self._shared = shared
-        self._max_calls = shared.config.limits.max_open_calls
+        self._calls = OpenCalls(shared.config.limits.max_open_calls)
         self._max_bytes = shared.config.limits.max_message_bytes
-        self._num_calls = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"").decode("latin-1")
@@ -49,9 +50,11 @@ class Gate:
             check_name("request_id", given)
             self._admit(scope)
             if scope["method"] in BODILESS:
-                await self._app(scope, receive, out.send)
-            else:
+                await self._app(scope, _replay(b""), out.send)
+            elif scope["method"] == "POST" and scope["path"] in self._posts:
                 await self._call(scope, receive, out.send)
+            else:
+                await self._app(scope, _replay(b""), _closing(out.send))
         except ClientStalled:
             scope["state"]["abort"]()
             await _gone(receive)
@@ -75,39 +78,58 @@ class Gate:
         scope["state"]["caller"] = access.admit(need, shown, asyncio.get_running_loop().time())
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._num_calls >= self._max_calls:
-            message = f"{self._max_calls} calls are open already, retry in {RETRY_BUSY_S:.1f} s"
-            raise Refused(429, "too_many_calls", message, retry_after_s=RETRY_BUSY_S, closes=True)
-        self._num_calls += 1
+        client = client_of(scope["state"]["caller"], scope["client"][0] if scope["client"] else "")
+        held = _Held(self._shared.held_bytes, client)
         try:
-            with self._shared.answer():
-                body = await self._body(scope, receive)
+            with self._calls.enter(client), scope["state"]["in_use"], self._shared.answer(), held:
+                body = await self._body(scope, receive, held)
                 if body is not None:
                     await _unless_gone(self._app(scope, _replay(body), send), receive)
-        finally:
-            self._num_calls -= 1
+        except (NoPlace, TooManyBytes) as error:
+            code = "too_many_calls" if isinstance(error, NoPlace) else "too_many_bytes"
+            raise Refused(429, code, str(error), retry_after_s=error.retry_after_s, closes=True) from error
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """None when the client has gone."""
+    async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes | None:
+        """None when the client has gone. Raises Refused or TooManyBytes."""
         too_large = Refused(413, "body_too_large", f"the body is larger than {self._max_bytes} bytes", closes=True)
         if any(name == b"content-length" and int(value) > self._max_bytes for name, value in scope["headers"]):
             raise too_large
-        parts, num_bytes = [], 0
+        parts = []
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with asyncio.timeout(MESSAGE_TIMEOUT_S):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     parts.append(message["body"])
-                    num_bytes += len(message["body"])
-                    if num_bytes > self._max_bytes:
+                    held.take(len(message["body"]))
+                    if held.num_bytes > self._max_bytes:
                         raise too_large
                     if not message["more_body"]:
                         return b"".join(parts)
         except TimeoutError:
-            told = f"the body did not come within {BODY_TIMEOUT_S:g} s"
+            told = str(TooSlow("body", MESSAGE_TIMEOUT_S))
             raise Refused(408, "body_too_slow", told, closes=True) from None
+
+
+class _Held:
+    """What one request holds of the bytes that all may hold; given back at its end."""
+
+    def __init__(self, all_bytes: HeldBytes, client: str) -> None:
+        self._all = all_bytes
+        self._client = client
+        self.num_bytes = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Raises TooManyBytes."""
+        self._all.take(self._client, num_bytes)
+        self.num_bytes += num_bytes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._all.give_back(self._client, self.num_bytes)
 
 
 class _Answer:
@@ -132,6 +154,17 @@ def _replay(body: bytes) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive
+
+
+def _closing(send: Send) -> Send:
+    """An answer after which the connection ends, as a body may follow that nobody reads."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+        await send(message)
+
+    return closing
 
 
 async def _discard(scope: Scope, receive: Receive) -> None:

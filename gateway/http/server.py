@@ -1,7 +1,13 @@
-"""Listens for HTTP on the head's loop, by uvicorn's protocol without its process management."""
+"""Listens for HTTP on the head's loop, by uvicorn's protocol without its process management.
+
+Connections are accepted here and not by asyncio: each needs a place before anything is done for it, and until its first byte
+comes it is a socket and nothing more, so that a flood of connections costs little.
+"""
 
 import asyncio
+import itertools
 import socket
+from contextlib import suppress
 from email.utils import formatdate
 from typing import Any
 
@@ -10,24 +16,38 @@ from uvicorn.server import ServerState
 
 from ...core.config_types import parse_host_port
 from ...core.errors import ConfigError
+from ...core.peer_log import peer_log
+from ..connections import places_for
+from ..places import FairPlaces, NoPlace, address_group
 from ..tls import ServerTls
-from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
+from . import connection
+from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection, InUse
 
 BACKLOG = 2048
+MAX_ACCEPTED_AT_ONCE = 64
+OUT_OF_DESCRIPTORS_S = 0.5
+TICK_S = 1.0
 HANDSHAKE_TIMEOUT_S = 10.0
 
 
 class HttpServer:
     """From `open` to `stop`."""
 
-    def __init__(self, app: Any, address: str, max_connections: int) -> None:
+    def __init__(self, app: Any, address: str, max_connections: int, tls: ServerTls | None = None) -> None:
         """Raises ConfigError when the address is taken."""
         self._listener = _listen(address)
         self.address = f"{address.rpartition(':')[0]}:{self._listener.getsockname()[1]}"
-        protocol = type("LimitedConnection", (Connection,), {"max_connections": max_connections})
+        self._places: FairPlaces[int] = places_for(max_connections)
+        self._numbers = itertools.count()  # of connections
+        self._sockets: dict[int, socket.socket] = {}  # by their connections' numbers
+        self._silent: dict[int, float] = {}  # connections without a byte yet, and since when; oldest first
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._handshake: dict[str, Any] = (
+            {} if tls is None else {"ssl": tls.ssl_context(), "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S}
+        )
         self._config = Config(
             app,
-            http=protocol,
+            http=Connection,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -39,47 +59,125 @@ class HttpServer:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         )
         self._config.load()
-        self._protocol = protocol
         self._state = ServerState()
         self._clock: asyncio.TimerHandle | None = None
-        self._server: asyncio.Server
+        self._pause: asyncio.TimerHandle | None = None
 
     @staticmethod
     async def open(app: Any, address: str, max_connections: int, tls: ServerTls | None = None) -> "HttpServer":
         """Listen on `address`. Raises ConfigError when it is taken."""
-        server = HttpServer(app, address, max_connections)
-        server._tell_time()
-        handshake: dict[str, Any] = (
-            {} if tls is None else {"ssl": tls.ssl_context(), "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S}
-        )
-        loop = asyncio.get_running_loop()
-        server._server = await loop.create_server(server._connection, sock=server._listener, backlog=BACKLOG, **handshake)
+        server = HttpServer(app, address, max_connections, tls)
+        server._tick()
+        server._listener.setblocking(False)
+        server._listener.listen(BACKLOG)
+        server._resume()
         return server
 
     async def stop(self, grace_s: float) -> None:
         """Take no new connections, give running requests `grace_s` to end, then end them; idempotent."""
-        self._server.close()
-        for connection in list(self._state.connections):
-            connection.shutdown()
+        self._stop_accepting()
+        self._listener.close()
+        self._end_silent_ones(float("inf"))
+        for handshake in self._handshakes:
+            handshake.cancel()
+        for opened in list(self._state.connections):
+            opened.shutdown()
         if self._state.tasks:
             await asyncio.wait(self._state.tasks, timeout=grace_s)
         for task in self._state.tasks:
             task.cancel()
         if self._state.tasks:
             await asyncio.wait(self._state.tasks)
-        for connection in list(self._state.connections):
-            connection.transport.abort()
+        for opened in list(self._state.connections):
+            opened.transport.abort()
         if self._clock is not None:
             self._clock.cancel()
 
-    def _connection(self) -> Connection:
-        connection: Connection = self._protocol(config=self._config, server_state=self._state, app_state={})
-        return connection
+    def _resume(self) -> None:
+        self._pause = None
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
-    def _tell_time(self) -> None:
-        """The Date header of the next second's answers."""
+    def _stop_accepting(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+        elif self._listener.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._listener)
+
+    def _accept(self) -> None:
+        """Those who wait, up to a number: streams want their turn, too."""
+        for _ in range(MAX_ACCEPTED_AT_ONCE):
+            try:
+                sock, (host, *_) = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # out of descriptors or memory: who waits is served when there are some again
+                peer_log.warning("listen.http: cannot accept connections: %s", error.strerror)
+                self._stop_accepting()
+                self._pause = asyncio.get_running_loop().call_later(OUT_OF_DESCRIPTORS_S, self._resume)
+                return
+            self._welcome(sock, address_group(host), next(self._numbers))
+
+    def _welcome(self, sock: socket.socket, group: str, number: int) -> None:
+        """Give a connection a place, and serve it."""
+        try:
+            evicted = self._places.take(group, number)
+        except NoPlace as error:
+            peer_log.warning("listen.http: %s", error)
+            sock.close()
+            return
+        if evicted is not None:
+            peer_log.warning("listen.http: the oldest unused connection lost its place to a newcomer")
+            self._end(evicted)
+        loop = asyncio.get_running_loop()
+        self._sockets[number], self._silent[number] = sock, loop.time()
+        sock.setblocking(False)
+        loop.add_reader(sock, self._on_first_byte, number)
+
+    def _on_first_byte(self, number: int) -> None:
+        loop, sock = asyncio.get_running_loop(), self._sockets[number]
+        loop.remove_reader(sock)
+        del self._silent[number]
+        handshake = loop.create_task(self._begin(sock, number))
+        self._handshakes.add(handshake)
+        handshake.add_done_callback(self._handshakes.discard)
+
+    def _end(self, number: int) -> None:
+        """End a connection that has lost its place, or its time."""
+        sock = self._sockets[number]
+        if self._silent.pop(number, None) is not None:
+            asyncio.get_running_loop().remove_reader(sock)
+            sock.close()
+            self._forget(number)
+        else:
+            with suppress(OSError):  # its protocol sees its peer hang up
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _end_silent_ones(self, until_s: float) -> None:
+        """End those that have said nothing since then."""
+        while self._silent and (oldest := next(iter(self._silent.items())))[1] <= until_s:
+            self._end(oldest[0])
+
+    async def _begin(self, sock: socket.socket, number: int) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: self._connection(number), sock, **self._handshake)
+        except (OSError, asyncio.CancelledError):  # its TLS failed or took too long, it has gone, or we end
+            sock.close()
+            self._forget(number)
+
+    def _connection(self, number: int) -> Connection:
+        in_use = InUse(lambda: self._places.pin(number), lambda: self._places.unpin(number))
+        return Connection(self._config, self._state, {"in_use": in_use}, on_lost=lambda: self._forget(number))
+
+    def _forget(self, number: int) -> None:
+        self._places.leave(number)
+        self._sockets.pop(number, None)
+
+    def _tick(self) -> None:
+        """Every second: the Date header of answers, and an end to connections that say nothing."""
+        loop = asyncio.get_running_loop()
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
-        self._clock = asyncio.get_running_loop().call_later(1.0, self._tell_time)
+        self._end_silent_ones(loop.time() - connection.HEADER_TIMEOUT_S)
+        self._clock = loop.call_later(TICK_S, self._tick)
 
 
 def _listen(address: str) -> socket.socket:

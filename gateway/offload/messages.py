@@ -9,7 +9,6 @@ Texts and messages travel in parts, so that the head never copies much at once.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import msgspec
 
@@ -17,11 +16,9 @@ PART_BYTES = 1 << 18
 
 
 class Setup(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The model that prompts are for. Its parts: tokenizer.json."""
+    """The model that prompts are for. Its parts: `TokenizerData`."""
 
     size: int
-    chat_template: Any  # as a checkpoint has it: a text, a dictionary of texts, or None
-    special_tokens: dict[str, str]
     model: str
     max_model_len: int
 

@@ -100,12 +100,5 @@ class Offload:
         return self._process
 
     def _setup(self) -> tuple[Setup, bytes]:
-        tokenizer = self._tokenizer.to_json().encode()
-        setup = Setup(
-            size=len(tokenizer),
-            chat_template=self._tokenizer.chat_template,
-            special_tokens=self._tokenizer.special_tokens,
-            model=self._model,
-            max_model_len=self._max_model_len,
-        )
-        return setup, tokenizer
+        tokenizer = msgspec.msgpack.encode(self._tokenizer.data)
+        return Setup(size=len(tokenizer), model=self._model, max_model_len=self._max_model_len), tokenizer

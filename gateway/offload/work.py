@@ -3,12 +3,9 @@
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from google.protobuf.message import DecodeError, Message
-from tokenizers import Tokenizer as Backend
 
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
@@ -16,6 +13,7 @@ from ...proto import pdserve_pb2 as pb
 from ..encoding import bounded_ids, chat_text
 from ..http.bodies import read_body
 from ..tokenizer import Tokenizer
+from ..tokenizer_loading.messages import TokenizerData
 from ..tools.offer import Offer
 from ..vetting import Bounds, check_message, refuse_unknown_fields
 from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup
@@ -23,21 +21,11 @@ from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Se
 WIRE_FORMAT = "the call's message in protobuf's wire format, with texts in UTF-8"
 
 
-@dataclass(frozen=True)
-class _Pretrained:
-    """As much of transformers' tokenizer as ours looks at: importing that library takes seconds."""
-
-    backend_tokenizer: Any
-    chat_template: Any
-    special_tokens_map: dict[str, str]
-
-
 class Worker:
     """Carries jobs out, for one model."""
 
     def __init__(self, setup: Setup, tokenizer: bytes) -> None:
-        backend = Backend.from_str(tokenizer.decode())
-        self._tokenizer = Tokenizer(_Pretrained(backend, setup.chat_template, setup.special_tokens))
+        self._tokenizer = Tokenizer(msgspec.msgpack.decode(tokenizer, type=TokenizerData))
         self._setup = setup
 
     def do(self, job: Job, data: bytes) -> tuple[Sequence[bytes], bytes]:

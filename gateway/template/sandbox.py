@@ -23,6 +23,7 @@ from .filters import FILTERS, printf, slice_of
 from .methods import METHODS, joined
 
 MAX_SOURCE_CHARS = 256 << 10  # ten times what large templates have
+MAX_NODES = 20_000  # of expressions and statements: a second of Python's compiler
 MAX_EXPONENT = 64
 MAX_BITS = 4096
 MAX_DATE_CHARS = 256
@@ -64,7 +65,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Raises TemplateError, or what Python's own parser raises for what is nested too deeply."""
         if len(source) > MAX_SOURCE_CHARS:
             raise TemplateError(f"it has {len(source)} characters, expected at most {MAX_SOURCE_CHARS}")
-        return self.parse(source)
+        parsed = self.parse(source)
+        if any(index > MAX_NODES for index, _ in enumerate(parsed.find_all(nodes.Node))):
+            raise TemplateError(f"it has more than {MAX_NODES} expressions and statements")
+        return parsed
 
     def compiled(self, parsed: nodes.Template) -> Template:
         """A template to render; uses up `parsed`. Raises as `parsed`."""

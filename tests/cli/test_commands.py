@@ -1,6 +1,7 @@
 """What a person sees: text on stdout, one clear line on stderr and status 1 for errors, 2 for wrong usage."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pdserve import __version__
 from pdserve.cli.explain import explanation_lines
 from pdserve.cli.main import app
 from pdserve.core.errors import QueueFull
+from pdserve.embedded import MODEL_DIR
 from pdserve.proto import pdserve_pb2 as pb
 from tests.cli.conftest import Run, ServerThread
 from tests.gateway.support import ScriptedCluster
@@ -270,6 +272,20 @@ def test_validate_and_plan_tell_what_a_file_asks_for(run: Run, tmp_path: Path) -
     as_json = json.loads(run("plan", str(file), "-o", "json").stdout)
     assert [pool["role"] for pool in as_json["pools"]] == ["prefill", "decode"]
     assert as_json["findings"]
+
+
+def test_validate_finds_a_tokenizer_that_was_made_to_do_harm(run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    doubling = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 60
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": doubling}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"metadata: {{pdserve: {{model: {{path: {model}}}}}}}\n")
+    result = run("validate", str(file))
+    assert result.exit_code == 1
+    assert f"{model}: its tokenizer cannot be loaded: its normalizer" in result.stderr
 
 
 def test_validate_refuses_what_no_machine_can_serve(run: Run, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ CHAT = {"model": "llama-wide", "messages": [{"role": "user", "content": "the wea
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A random model with Qwen's markers and template."""
     path = small_checkpoint(tmp_path_factory.mktemp("tools"), "llama-wide")
-    qwen()._pretrained.save_pretrained(path)
+    qwen().pretrained.save_pretrained(path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_of(qwen())}))
     cluster = Cluster(path, listen={"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"})
     yield cluster

@@ -18,6 +18,7 @@ from pdserve.gateway.constraint import grammar_of
 from pdserve.gateway.frontend import StreamEvent
 from pdserve.gateway.intake import ModelInfo
 from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.tokenizer_loading.main import exported
 from pdserve.proto import pdserve_pb2 as pb
 from pdserve.router.events import ConsideredPlace, DispatchTimes, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
 
@@ -35,8 +36,16 @@ TEMPLATE = (
 EOS = "<|im_end|>"
 
 
+class Built(Tokenizer):
+    """A tokenizer, beside the one of transformers that it was made of."""
+
+    def __init__(self, pretrained: PreTrainedTokenizerFast) -> None:
+        super().__init__(exported(pretrained))
+        self.pretrained = pretrained
+
+
 @cache
-def byte_level() -> Tokenizer:
+def byte_level() -> Built:
     """GPT-2's kind: every byte is a letter of the vocabulary. With a chat template."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,11 +55,11 @@ def byte_level() -> Tokenizer:
     )
     backend.train_from_iterator(CORPUS, trainer)
     backend.add_tokens([AddedToken("<tool>", special=False)])
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, chat_template=TEMPLATE))
+    return Built(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, chat_template=TEMPLATE))
 
 
 @cache
-def sentencepiece_like() -> Tokenizer:
+def sentencepiece_like() -> Built:
     """Llama 2's kind: spaces are letters, what is not in the vocabulary is spelled in bytes, a text begins with a space."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += sorted({char for text in CORPUS for char in text if char.isascii() and char.isalpha()})
@@ -64,37 +73,37 @@ def sentencepiece_like() -> Tokenizer:
     )
     backend.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", "<s>", "</s>")])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+    return Built(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
 
 
 @cache
-def metaspace() -> Tokenizer:
+def metaspace() -> Built:
     """SentencePiece's unigram kind without bytes: what is not in the vocabulary is unknown."""
     backend = Backend(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>"))
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    return Built(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
 
 
 @cache
-def metaspace_with_bytes() -> Tokenizer:
+def metaspace_with_bytes() -> Built:
     """Gemma's and Mistral's kind: SentencePiece's letters for spaces, byte fallback, nothing stripped."""
     backend = Backend.from_str(sentencepiece_like()._backend.to_str())
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+    return Built(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
 
 
 @cache
-def word_piece() -> Tokenizer:
+def word_piece() -> Built:
     """BERT's kind: pieces of words, a space before each that does not go on a word, and cleaning up afterwards."""
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     backend.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=150, special_tokens=["[UNK]"]))
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
+    return Built(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"))
 
 
 def model_info(tokenizer: Tokenizer) -> ModelInfo:

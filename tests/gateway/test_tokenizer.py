@@ -1,5 +1,6 @@
 """Texts and conversations become the very tokens that transformers makes of them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,25 +9,50 @@ from transformers import AutoTokenizer
 from pdserve.core.errors import CheckpointError, InvalidRequest
 from pdserve.embedded import MODEL_DIR
 from pdserve.gateway.tokenizer import Tokenizer
-from tests.gateway.support import byte_level, sentencepiece_like
+from tests.gateway.support import byte_level, metaspace, metaspace_with_bytes, sentencepiece_like, word_piece
+from tests.gateway.tools.models import MODELS
 
 TEXTS = ["the dog", " two  spaces ", "Grüße, 你好 🙂\n", "<|im_start|>user", "def f(x):\n\treturn x\n", "<s>"]
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "and?"}]
 
 
-@pytest.fixture(scope="module", params=["byte-level", "sentencepiece-like", "embedded"])
+BUILT = {
+    "byte-level": byte_level,
+    "sentencepiece-like": sentencepiece_like,
+    "metaspace": metaspace,
+    "metaspace-with-bytes": metaspace_with_bytes,
+    "word-piece": word_piece,
+    **MODELS,
+}
+
+
+@pytest.fixture(scope="module", params=["embedded", *BUILT])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint directory with a tokenizer."""
     if request.param == "embedded":
         return MODEL_DIR
     path = tmp_path_factory.mktemp(request.param)
-    tokenizer = byte_level() if request.param == "byte-level" else sentencepiece_like()
-    tokenizer._pretrained.save_pretrained(path)
+    BUILT[request.param]().pretrained.save_pretrained(path)
     return path
 
 
-def test_texts_become_the_tokens_of_transformers(directory: Path) -> None:
-    ours, reference = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
+@pytest.fixture(scope="module")
+def ours(directory: Path) -> Tokenizer:
+    return Tokenizer.load(directory)
+
+
+def test_all_that_serving_asks_is_as_transformers_loads_it(directory: Path, ours: Tokenizer) -> None:
+    reference = AutoTokenizer.from_pretrained(directory)
+    assert ours.vocabulary() == reference.get_vocab()
+    assert json.loads(ours.to_json()) == json.loads(reference.backend_tokenizer.to_str())
+    special = [token_id for token_id, token in reference.added_tokens_decoder.items() if token.special]
+    for token_id in sorted(reference.get_vocab().values())[::7]:
+        assert ours.piece(token_id) == reference.backend_tokenizer.decode([token_id], skip_special_tokens=False)
+        assert ours.has_text(token_id) == (token_id not in special)
+
+
+def test_texts_become_the_tokens_of_transformers(directory: Path, ours: Tokenizer) -> None:
+    reference = AutoTokenizer.from_pretrained(directory)
     for text in TEXTS:
         for add in (True, False):
             expected = reference(text, add_special_tokens=add)["input_ids"]
@@ -37,8 +63,8 @@ def test_texts_become_the_tokens_of_transformers(directory: Path) -> None:
                 )
 
 
-def test_conversations_become_the_tokens_of_transformers(directory: Path) -> None:
-    ours, reference = Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
+def test_conversations_become_the_tokens_of_transformers(directory: Path, ours: Tokenizer) -> None:
+    reference = AutoTokenizer.from_pretrained(directory)
     if not ours.has_chat_template:
         with pytest.raises(InvalidRequest, match="no chat template"):
             ours.render_chat(CHAT)
@@ -50,11 +76,12 @@ def test_conversations_become_the_tokens_of_transformers(directory: Path) -> Non
 
 def test_truncation_and_padding_of_training_do_not_reach_prompts(tmp_path: Path) -> None:
     tokenizer = byte_level()
-    tokenizer._backend.enable_truncation(2)
-    tokenizer._backend.enable_padding(length=50)
-    tokenizer._pretrained.save_pretrained(tmp_path)
-    tokenizer._backend.no_truncation()
-    tokenizer._backend.no_padding()
+    backend = tokenizer.pretrained.backend_tokenizer
+    backend.enable_truncation(2)
+    backend.enable_padding(length=50)
+    tokenizer.pretrained.save_pretrained(tmp_path)
+    backend.no_truncation()
+    backend.no_padding()
     assert Tokenizer.load(tmp_path).encode("the quick dog") == tokenizer.encode("the quick dog")
 
 

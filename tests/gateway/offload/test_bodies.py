@@ -15,6 +15,8 @@ from pdserve.core.errors import InvalidRequest
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.http import bodies
 from pdserve.gateway.http.bodies import MESSAGES, Asked, read_body
+from pdserve.gateway.http.chat_schema import ChatCompletionRequest
+from pdserve.gateway.http.schema import CompletionRequest
 from pdserve.gateway.offload import offload as head
 from pdserve.gateway.offload.offload import Offload
 from pdserve.gateway.offload.work import read_message
@@ -166,7 +168,7 @@ _SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False
 _VALUES = st.recursive(
     _SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
 )
-_FIELDS = sorted({*bodies.CompletionRequest.model_fields, *bodies.ChatCompletionRequest.model_fields, "json", "other"})
+_FIELDS = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, "json", "other"})
 
 
 @given(

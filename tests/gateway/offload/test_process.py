@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 
 from pdserve.core.codec import FrameEncoder
@@ -96,8 +97,8 @@ def _job() -> Job:
 
 
 def set_up() -> tuple[Setup, bytes]:
-    tokenizer = byte_level().to_json().encode()
-    return Setup(len(tokenizer), byte_level().chat_template, byte_level().special_tokens, "tiny", CONTEXT), tokenizer
+    tokenizer = msgspec.msgpack.encode(byte_level().data)
+    return Setup(len(tokenizer), "tiny", CONTEXT), tokenizer
 
 
 @pytest.fixture
@@ -177,7 +178,7 @@ async def test_a_process_that_is_silent_is_killed(killable: Killable, monkeypatc
 
 async def test_who_waits_hears_that_the_process_cannot_start() -> None:
     def broken() -> tuple[Setup, bytes]:
-        return Setup(4, None, {}, "tiny", CONTEXT), b"none"
+        return Setup(4, "tiny", CONTEXT), b"none"
 
     process = IntakeProcess(broken)
     with pytest.raises(NoWorkerAvailable) as refused:

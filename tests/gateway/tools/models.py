@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from pdserve.gateway.tokenizer import Tokenizer
 from pdserve.gateway.tools.formats import ToolFormat
 from pdserve.gateway.tools.offer import Offer, Tool
-from tests.gateway.support import EOS, byte_level, metaspace_with_bytes
+from tests.gateway.support import EOS, Built, byte_level, metaspace_with_bytes
 
 HERMES = """
 {%- if tools %}<|im_start|>system
@@ -83,40 +83,40 @@ MISTRAL = """
 TEMPLATES = {ToolFormat.HERMES: HERMES, ToolFormat.LLAMA3: LLAMA3, ToolFormat.MISTRAL: MISTRAL}
 
 
-def _model(base: Tokenizer, template: str, special: Sequence[str] = (), added: Sequence[str] = (), **names: str) -> Tokenizer:
+def _model(base: Tokenizer, template: str, special: Sequence[str] = (), added: Sequence[str] = (), **names: str) -> Built:
     backend = Backend.from_str(base.to_json())
     backend.add_special_tokens([AddedToken(name, special=True) for name in special])
     backend.add_tokens([AddedToken(name, special=False) for name in (*added, "<think>", "</think>")])
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names))
+    return Built(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **names))
 
 
 @cache
-def qwen() -> Tokenizer:
+def qwen() -> Built:
     """Its markers are added tokens, but not special ones."""
     return _model(byte_level(), HERMES, added=["<tool_call>", "</tool_call>"], eos_token=EOS)
 
 
 @cache
-def hermes() -> Tokenizer:
+def hermes() -> Built:
     """Its markers are text like any other."""
     return _model(byte_level(), HERMES, eos_token=EOS)
 
 
 @cache
-def llama3() -> Tokenizer:
+def llama3() -> Built:
     """It may put a special token before a call."""
     headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"]
     return _model(byte_level(), LLAMA3, special=headers, eos_token="<|eot_id|>")
 
 
 @cache
-def mistral() -> Tokenizer:
+def mistral() -> Built:
     """Its marker is a special token, in SentencePiece's kind of vocabulary."""
     return _model(metaspace_with_bytes(), MISTRAL, special=["[TOOL_CALLS]", "[INST]"], bos_token="<s>", eos_token="</s>")
 
 
 @cache
-def tekken() -> Tokenizer:
+def tekken() -> Built:
     """The same in a vocabulary of bytes, where the marker is no special token."""
     return _model(byte_level(), MISTRAL, added=["[TOOL_CALLS]"], eos_token=EOS, bos_token="<|im_start|>")
 
@@ -124,8 +124,8 @@ def tekken() -> Tokenizer:
 MODELS = {"qwen": qwen, "hermes": hermes, "llama3": llama3, "mistral": mistral, "tekken": tekken}
 
 
-def eos_of(tokenizer: Tokenizer) -> int:
-    token_id = tokenizer._pretrained.eos_token_id
+def eos_of(tokenizer: Built) -> int:
+    token_id = tokenizer.pretrained.eos_token_id
     assert isinstance(token_id, int)
     return token_id
 

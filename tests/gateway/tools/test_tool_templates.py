@@ -6,9 +6,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.gateway.chat_template import ChatTemplate
-from pdserve.gateway.tokenizer import Tokenizer
 from pdserve.gateway.tools.formats import ToolFormat
-from tests.gateway.support import byte_level
+from tests.gateway.support import Built, byte_level
 from tests.gateway.tools.models import TEMPLATES, openai_tools
 
 CHAT = [{"role": "user", "content": 'say "hé" <b>'}]
@@ -37,7 +36,7 @@ def test_tools_and_calls_render_as_transformers_renders_them(form: ToolFormat, t
 
 def test_a_checkpoint_may_have_a_template_of_its_own_for_tools() -> None:
     templates = {"default": "{{ messages[0].content }}", "tool_use": '{{ tools | length }}<tool_call>"arguments"'}
-    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_level()._backend, chat_template=templates))
+    tokenizer = Built(PreTrainedTokenizerFast(tokenizer_object=byte_level()._backend, chat_template=templates))
     assert tokenizer.render_chat(CHAT) == CHAT[0]["content"]
     assert tokenizer.render_chat(CHAT, tools=openai_tools()) == '2<tool_call>"arguments"'
     assert (tokenizer.takes_tools, tokenizer.tool_format) == (True, ToolFormat.HERMES)

@@ -1,0 +1,177 @@
+"""Bounds on what clients hold open: calls, bytes of messages and bodies, and messages that have not come in whole yet.
+
+Each is bounded in total, and for one client within that, so that no client can take all of it. `client` is the name that
+`client_of` gives: that of the key, or else a group of addresses.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from ..core.errors import PdserveError
+from .access import Caller
+from .places import FairPlaces, NoPlace, address_group
+
+CALLS_OF_ONE_CLIENT = 0.5  # of all
+BYTES_OF_ONE_CLIENT = 0.25
+READS_OF_ONE_CLIENT = 0.25
+MESSAGE_TIMEOUT_S = 60.0  # for a whole message, or the whole body of an HTTP request
+QUICK_S = 0.1  # a message that takes longer than this needs a place among the slow ones
+RETRY_S = 1.0
+
+
+class TooManyBytes(PdserveError):
+    """Messages and bodies that are being worked on have used up the memory that they may take."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.retry_after_s = RETRY_S
+        super().__init__(f"messages of {limit} bytes are being worked on already, retry in {RETRY_S:.1f} s")
+
+
+class TooSlow(PdserveError):
+    """A message did not come in whole in time."""
+
+    def __init__(self, what: str, after_s: float) -> None:
+        super().__init__(f"the {what} did not come within {after_s:g} s")
+
+
+def client_of(caller: Caller | None, host: str) -> str:
+    """Whom open calls and held bytes count for."""
+    return f"address:{address_group(host)}" if caller is None else caller.client
+
+
+class HeldBytes:
+    """Counts the bytes of messages and bodies from when they come in until their call ends. Pure."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._max_of_one = int(max_bytes * BYTES_OF_ONE_CLIENT)
+        self._num_bytes: Counter[str] = Counter()  # by client
+        self.total = 0
+
+    def take(self, client: str, num_bytes: int) -> None:
+        """Raises TooManyBytes, and takes nothing then."""
+        if self._num_bytes[client] + num_bytes > self._max_of_one:
+            raise TooManyBytes(self._max_of_one)
+        if self.total + num_bytes > self._max_bytes:
+            raise TooManyBytes(self._max_bytes)
+        self._num_bytes[client] += num_bytes
+        self.total += num_bytes
+
+    def give_back(self, client: str, num_bytes: int) -> None:
+        self._num_bytes[client] -= num_bytes
+        self.total -= num_bytes
+        assert self._num_bytes[client] >= 0, client
+        if not self._num_bytes[client]:
+            del self._num_bytes[client]
+
+    @contextmanager
+    def hold(self, client: str, num_bytes: int) -> Iterator[None]:
+        """Around working on a message. Raises TooManyBytes."""
+        self.take(client, num_bytes)
+        try:
+            yield
+        finally:
+            self.give_back(client, num_bytes)
+
+
+class OpenCalls:
+    """Places for calls, each held from the call's start to its end, whether its message has come or not."""
+
+    def __init__(self, max_calls: int) -> None:
+        self._places: FairPlaces[object] = FairPlaces("calls", max_calls, max(1, int(max_calls * CALLS_OF_ONE_CLIENT)))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @contextmanager
+    def enter(self, client: str) -> Iterator[None]:
+        """Around a call. Raises NoPlace."""
+        call = object()
+        self._places.take(client, call)
+        self._places.pin(call)
+        try:
+            yield
+        finally:
+            self._places.leave(call)
+
+
+class KeylessCalls:
+    """Places for calls that anybody may make, such as health checks. They are few, and a newcomer takes the oldest's place."""
+
+    MAX_CALLS = 256
+    MAX_OF_ONE_ADDRESS = 64
+    MAX_OF_ONE_CONNECTION = 4
+
+    def __init__(self) -> None:
+        self._places: FairPlaces[asyncio.Timeout] = FairPlaces("keyless calls", self.MAX_CALLS, self.MAX_OF_ONE_ADDRESS)
+        self._of_connection: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @asynccontextmanager
+    async def enter(self, client: str, connection: str) -> AsyncIterator[None]:
+        """Around a call. Raises NoPlace at its start, or later when a newcomer needed its place."""
+        if self._of_connection[connection] >= self.MAX_OF_ONE_CONNECTION:
+            raise NoPlace("keyless calls of this connection", self.MAX_OF_ONE_CONNECTION)
+        self._of_connection[connection] += 1
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                evicted = self._places.take(client, limit)
+                if evicted is not None:
+                    evicted.reschedule(asyncio.get_running_loop().time())
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise NoPlace("keyless calls", self.MAX_CALLS) from None
+        finally:
+            self._places.leave(limit)
+            self._of_connection[connection] -= 1
+            if not self._of_connection[connection]:
+                del self._of_connection[connection]
+
+
+class PendingReads:
+    """Messages that are being received: gRPC assembles each in memory before anybody sees a byte of it.
+
+    A message that has not come within `QUICK_S` needs a place, of which there are as many as memory allows; a newcomer takes
+    that of the oldest. What comes in before it needs one is bounded by the network's speed.
+    """
+
+    def __init__(self, max_reads: int) -> None:
+        max_of_one = max(1, int(max_reads * READS_OF_ONE_CLIENT))
+        self._places: FairPlaces[asyncio.Timeout] = FairPlaces("messages that come slowly", max_reads, max_of_one)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @asynccontextmanager
+    async def read(self, client: str) -> AsyncIterator[None]:
+        """Around receiving a message. Raises TooSlow, or NoPlace when a newcomer needed its place."""
+        loop = asyncio.get_running_loop()
+        limit = asyncio.timeout(MESSAGE_TIMEOUT_S)
+        due_s = loop.time() + MESSAGE_TIMEOUT_S
+        try:
+            async with limit:
+                slow = loop.call_later(QUICK_S, self._take_place, client, limit)
+                try:
+                    yield
+                finally:
+                    slow.cancel()
+                    self._places.leave(limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if loop.time() < due_s:
+                raise NoPlace(self._places.what, self._places.max_places) from None
+            raise TooSlow("message", MESSAGE_TIMEOUT_S) from None
+
+    def _take_place(self, client: str, limit: asyncio.Timeout) -> None:
+        evicted = self._places.take(client, limit)
+        if evicted is not None:
+            evicted.reschedule(asyncio.get_running_loop().time())

@@ -1,0 +1,162 @@
+"""The connections of a server: how many it may hold, from whom, and which one ends for a newcomer.
+
+`FairPlaces` decides. HTTP asks it when it accepts a connection. gRPC's library accepts by itself and has one bound for all
+peers, so `GrpcConnections` looks, when there are many, at the process's own descriptors and shuts down what has lost its place.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import os
+import resource
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from ..core.peer_log import peer_log
+from .places import FairPlaces, Holder, NoPlace, address_group
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS_OF_ONE_ADDRESS = 0.5  # of all
+RESERVED_DESCRIPTORS = 512  # for workers, files and whatever else the head opens
+WANTED_DESCRIPTORS = 1 << 16
+DESCRIPTORS = "/proc/self/fd"
+QUIET_S, BUSY_S = 0.5, 0.05  # between two looks
+BUSY_SHARE = 0.25  # of the time may go into looking
+
+
+def raise_descriptor_limit() -> int:
+    """As many descriptors as this process may have, up to `WANTED_DESCRIPTORS`; returns how many these are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(WANTED_DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return WANTED_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
+def connections_of_each(wanted: int, num_descriptors: int) -> int:
+    """How many connections each of the two servers may hold. gRPC's has room for half as many again, until it has looked."""
+    allowed = max(8, (num_descriptors - RESERVED_DESCRIPTORS) * 2 // 5)
+    if allowed < wanted:
+        log.warning("limits.max_connections: %d instead of %d, as %d files may be open", allowed, wanted, num_descriptors)
+    return min(wanted, allowed)
+
+
+def places_for(max_connections: int) -> FairPlaces[Holder]:
+    """Places for the connections of one server."""
+    return FairPlaces("connections", max_connections, max(1, int(max_connections * CONNECTIONS_OF_ONE_ADDRESS)))
+
+
+def connection_name(host: str, port: int | str) -> str:
+    """The same for one connection, however its peer's address is written."""
+    with suppress(ValueError):
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        host = str(mapped or address)
+    return f"{host} {port}"
+
+
+class GrpcConnections:
+    """Keeps a gRPC server's connections within bounds, from `start` to `stop`."""
+
+    def __init__(self, max_connections: int) -> None:
+        self.places: FairPlaces[str] = places_for(max_connections)  # by their names
+        self._calls: Counter[str] = Counter()  # in progress, by connection
+        self._names: dict[str, str | None] = {}  # of sockets as /proc calls them; None: not one of the server's
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def max_accepted(self) -> int:
+        """How many the library may accept: some more than there are places, so that newcomers are seen."""
+        return self.places.max_places + self.places.max_places // 2
+
+    @contextmanager
+    def in_use(self, connection: str) -> Iterator[None]:
+        """Around a call: its connection keeps its place."""
+        self._calls[connection] += 1
+        self.places.pin(connection)
+        try:
+            yield
+        finally:
+            self._calls[connection] -= 1
+            if not self._calls[connection]:
+                del self._calls[connection]
+                self.places.unpin(connection)
+
+    def start(self, port: int) -> None:
+        """Watch the connections to `port`. Without /proc only the library's own bound holds."""
+        if os.path.isdir(DESCRIPTORS):
+            self._task = asyncio.get_running_loop().create_task(self._watch(port))
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self, port: int) -> None:
+        pause_s = QUIET_S
+        while True:
+            await asyncio.sleep(pause_s)
+            began_s = time.monotonic()
+            if len(os.listdir(DESCRIPTORS)) <= self.places.max_places // 2:
+                self._names.clear()
+                pause_s = QUIET_S
+                continue
+            if losers := self.settle(await asyncio.to_thread(self._look, port)):
+                await asyncio.to_thread(_shut_down, losers)
+                peer_log.warning("listen.grpc: %d connections without a call lost their places to newcomers", len(losers))
+            is_full = len(self.places) >= self.places.max_places * 3 // 4
+            pause_s = max(BUSY_S, (time.monotonic() - began_s) / BUSY_SHARE) if is_full else QUIET_S
+
+    def settle(self, found: dict[str, int]) -> dict[str, int]:
+        """Give each connection of `found` (its name and descriptor) a place; returns those that have none."""
+        for name in [name for name in self.places.holders() if name not in found]:
+            self.places.leave(name)
+        losers: dict[str, int] = {}
+        for name in [name for name in found if name not in self.places]:
+            try:
+                evicted = self.places.take(address_group(name.partition(" ")[0]), name)
+            except NoPlace:
+                evicted = name
+            if evicted is not None:
+                losers[evicted] = found[evicted]
+            if name in self._calls:
+                self.places.pin(name)
+        return losers
+
+    def _look(self, port: int) -> dict[str, int]:
+        """The connections that there are, oldest first as far as they are known. On a thread."""
+        found, names = dict[str, int](), dict[str, str | None]()
+        for entry in os.listdir(DESCRIPTORS):
+            with suppress(OSError):  # closed meanwhile
+                link = os.readlink(f"{DESCRIPTORS}/{entry}")
+                if not link.startswith("socket:"):
+                    continue
+                name = names[link] = self._names[link] if link in self._names else _name_of(int(entry), port)
+                if name is not None:
+                    found[name] = int(entry)
+        self._names = names
+        return found
+
+
+def _name_of(descriptor: int, port: int) -> str | None:
+    """The connection that a socket is, if it is one to `port`."""
+    with socket.socket(fileno=os.dup(descriptor)) as sock:
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.getsockname()[1] != port:
+            return None
+        try:
+            host, peer_port = sock.getpeername()[:2]
+        except OSError:  # it listens, or its peer has gone
+            return None
+        return connection_name(host, peer_port)
+
+
+def _shut_down(connections: dict[str, int]) -> None:
+    """End connections under the library that owns them, which sees its peers hang up. On a thread."""
+    for name, descriptor in connections.items():
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:  # OSError: it has ended
+            if connection_name(*sock.getpeername()[:2]) == name:  # else the descriptor is another's by now
+                sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,147 @@
+"""A bounded number of places, shared fairly among groups: who gets one, and whose is taken for it. Pure.
+
+Connections and keyless calls are holders, the addresses they come from are groups. When places run out, a newcomer takes
+that of the oldest holder that may be evicted, in the group that has most of these. So whoever takes many places
+loses them to those who take few, and nobody can keep a newcomer out by holding places without using them.
+"""
+
+import ipaddress
+from collections.abc import Hashable, Iterable
+from typing import Generic, TypeVar
+
+from ..core.errors import PdserveError
+
+Holder = TypeVar("Holder", bound=Hashable)
+
+
+class NoPlace(PdserveError):
+    """All places are taken, and none of them may be evicted for this newcomer. Retry after `retry_after_s`."""
+
+    def __init__(self, what: str, limit: int, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"{limit} {what} are open already, retry in {retry_after_s:.1f} s")
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class FairPlaces(Generic[Holder]):
+    """Holders are evictable until they are pinned, in the order in which they came or were unpinned."""
+
+    def __init__(self, what: str, max_places: int, max_per_group: int) -> None:
+        assert 0 < max_per_group <= max_places
+        self.what = what
+        self.max_places = max_places
+        self.max_per_group = max_per_group
+        self._group_of: dict[Holder, str] = {}
+        self._num_held: dict[str, int] = {}  # by group, pinned ones too
+        self._evictable: dict[str, dict[Holder, None]] = {}  # by group, oldest first; no group is empty
+        self._by_size: dict[int, dict[str, None]] = {}  # groups by how many evictable holders they have
+        self._largest = 0  # an upper bound of the keys of `_by_size`
+
+    def __len__(self) -> int:
+        return len(self._group_of)
+
+    def __contains__(self, holder: Holder) -> bool:
+        return holder in self._group_of
+
+    def holders(self) -> Iterable[Holder]:
+        """Everyone with a place; not to be iterated over while places change."""
+        return self._group_of.keys()
+
+    def take(self, group: str, holder: Holder) -> Holder | None:
+        """Give `holder` a place; returns the holder that lost its own for it, if one did. Raises NoPlace."""
+        assert holder not in self._group_of, "a holder has one place"
+        evicted = None
+        if self._num_held.get(group, 0) >= self.max_per_group:
+            evicted = self._oldest(group, self.max_per_group)
+        elif len(self._group_of) >= self.max_places:
+            evicted = self._oldest(self._largest_group(group), self.max_places)
+        if evicted is not None:
+            self.leave(evicted)
+        self._group_of[holder] = group
+        self._num_held[group] = self._num_held.get(group, 0) + 1
+        self._add_evictable(group, holder)
+        return evicted
+
+    def pin(self, holder: Holder) -> None:
+        """Nobody takes its place from now on; unknown holders are ignored, as they may just have been evicted."""
+        group = self._group_of.get(holder)
+        if group is not None and holder in self._evictable.get(group, ()):
+            self._remove_evictable(group, holder)
+
+    def unpin(self, holder: Holder) -> None:
+        """It may be evicted again, as the youngest of its group."""
+        group = self._group_of.get(holder)
+        if group is not None and holder not in self._evictable.get(group, ()):
+            self._add_evictable(group, holder)
+
+    def leave(self, holder: Holder) -> None:
+        """Give the place back; idempotent."""
+        group = self._group_of.get(holder)
+        if group is None:
+            return
+        self.pin(holder)
+        del self._group_of[holder]
+        self._num_held[group] -= 1
+        if not self._num_held[group]:
+            del self._num_held[group]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the counts disagree."""
+        held: dict[str, int] = {}
+        for group in self._group_of.values():
+            held[group] = held.get(group, 0) + 1
+        assert held == self._num_held
+        assert len(self._group_of) <= self.max_places and max(held.values(), default=0) <= self.max_per_group
+        sizes = {group: len(holders) for group, holders in self._evictable.items()}
+        assert all(sizes.values()) and {g: n for n, groups in self._by_size.items() for g in groups} == sizes
+        assert self._largest >= max(sizes.values(), default=0)
+        for group, holders in self._evictable.items():
+            assert all(self._group_of[holder] == group for holder in holders)
+
+    def _oldest(self, group: str | None, limit: int) -> Holder:
+        if group is None or group not in self._evictable:
+            raise NoPlace(self.what, limit)
+        return next(iter(self._evictable[group]))
+
+    def _largest_group(self, preferred: str) -> str | None:
+        """The group with most evictable holders; of several, `preferred` if it is among them."""
+        while self._largest and not self._by_size.get(self._largest):
+            self._largest -= 1
+        groups = self._by_size.get(self._largest, {})
+        return preferred if preferred in groups else next(iter(groups), None)
+
+    def _add_evictable(self, group: str, holder: Holder) -> None:
+        holders = self._evictable.setdefault(group, {})
+        self._resize(group, len(holders), len(holders) + 1)
+        holders[holder] = None
+
+    def _remove_evictable(self, group: str, holder: Holder) -> None:
+        holders = self._evictable[group]
+        self._resize(group, len(holders), len(holders) - 1)
+        del holders[holder]
+        if not holders:
+            del self._evictable[group]
+
+    def _resize(self, group: str, before: int, after: int) -> None:
+        if before:
+            del self._by_size[before][group]
+            if not self._by_size[before]:
+                del self._by_size[before]
+        if after:
+            self._by_size.setdefault(after, {})[group] = None
+            self._largest = max(self._largest, after)
+
+
+def address_group(host: str) -> str:
+    """Addresses that one client is likely to have: all of loopback, an IPv6 network of 64 bits, else the address itself."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_loopback:
+        return "loopback"
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)

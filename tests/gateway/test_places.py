@@ -1,0 +1,122 @@
+"""Places that are bounded and fairly shared: nobody keeps others out by taking many."""
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pdserve.gateway.places import FairPlaces, NoPlace, address_group
+
+
+def full(*, max_places: int = 8, max_per_group: int = 6, attacker: int = 6) -> FairPlaces[int]:
+    places: FairPlaces[int] = FairPlaces("connections", max_places, max_per_group)
+    for holder in range(attacker):
+        places.take("attacker", holder)
+    return places
+
+
+def test_a_group_that_takes_many_loses_its_oldest_to_newcomers() -> None:
+    places = full(max_places=6)
+    assert places.take("alice", 100) == 0
+    assert places.take("bob", 101) == 1
+    assert len(places) == 6
+
+
+def test_a_group_at_its_bound_loses_its_own_oldest() -> None:
+    places = full()
+    assert places.take("attacker", 100) == 0
+    assert places.take("alice", 101) is None
+
+
+def test_a_newcomer_does_not_take_from_a_smaller_group() -> None:
+    places = full(max_places=6, attacker=5)
+    places.take("alice", 100)
+    assert places.take("attacker", 101) == 0
+    assert 100 in places
+
+
+def test_pinned_holders_keep_their_places() -> None:
+    places = full(max_places=6)
+    for holder in range(6):
+        places.pin(holder)
+    with pytest.raises(NoPlace, match="6 connections are open already"):
+        places.take("alice", 100)
+    places.unpin(3)
+    assert places.take("alice", 100) == 3
+
+
+def test_a_holder_that_was_used_is_the_youngest_afterwards() -> None:
+    places = full()
+    places.pin(0)
+    places.unpin(0)
+    assert places.take("attacker", 100) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "group"),
+    [
+        ("127.0.0.1", "loopback"),
+        ("127.9.8.7", "loopback"),
+        ("::1", "loopback"),
+        ("::ffff:127.0.0.1", "loopback"),
+        ("10.1.2.3", "10.1.2.3"),
+        ("::ffff:10.1.2.3", "10.1.2.3"),
+        ("2001:db8::1:2:3", "2001:db8::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("unix", "unix"),
+    ],
+)
+def test_addresses_of_one_client_are_one_group(host: str, group: str) -> None:
+    assert address_group(host) == group
+
+
+class Places(RuleBasedStateMachine):
+    """Against a model that is simple and slow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: FairPlaces[int] = FairPlaces("connections", 7, 4)
+        self.model: dict[int, str] = {}
+        self.order: list[int] = []  # evictable ones, oldest first
+        self.next = 0
+
+    @rule(group=st.sampled_from("abcd"))
+    def take(self, group: str) -> None:
+        holder, self.next = self.next, self.next + 1
+        try:
+            evicted = self.places.take(group, holder)
+        except NoPlace:
+            evictable_groups = {self.model[other] for other in self.order}
+            at_bound = list(self.model.values()).count(group) == 4
+            assert group not in evictable_groups if at_bound else not evictable_groups
+            return
+        if evicted is not None:
+            counts = {g: sum(self.model[h] == g for h in self.order) for g in self.model.values()}
+            victim_group = self.model.pop(evicted)
+            assert victim_group == group or counts[victim_group] == max(counts.values())
+            assert evicted == min((h for h in self.order if self._was(h, evicted, victim_group)), key=self.order.index)
+            self.order.remove(evicted)
+        self.model[holder] = group
+        self.order.append(holder)
+
+    def _was(self, holder: int, evicted: int, victim_group: str) -> bool:
+        return holder == evicted or self.model.get(holder) == victim_group
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), what=st.sampled_from(("pin", "unpin", "leave")))
+    def change(self, data: st.DataObject, what: str) -> None:
+        holder = data.draw(st.sampled_from(sorted(self.model)))
+        getattr(self.places, what)(holder)
+        if what != "unpin" and holder in self.order:
+            self.order.remove(holder)
+        if what == "unpin" and holder not in self.order:
+            self.order.append(holder)
+        if what == "leave":
+            del self.model[holder]
+
+    @invariant()
+    def holds_together(self) -> None:
+        self.places.check_integrity()
+        assert len(self.places) == len(self.model) and all(holder in self.places for holder in self.model)
+
+
+TestPlaces = Places.TestCase

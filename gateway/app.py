@@ -125,10 +125,11 @@ async def serve(
     limits = config.limits
     max_connections = connections_of_each(limits.max_connections, raise_descriptor_limit())
     connections = GrpcConnections(max_connections)
-    servers = [_server(config, generation, admin, access, CallBounds(limits, shared.held_bytes, connections))]
+    bounds = CallBounds(limits, shared.held_bytes, connections)
+    servers = [_server(config, generation, admin, Guard(access, bounds, serving.message), connections)]
     if local is not None:  # bounds of its own: whatever clients elsewhere do, this is for who runs the cluster
         bounds = CallBounds(limits, HeldBytes(limits.max_held_bytes), GrpcConnections(max_connections))
-        servers.append(_server(config, generation, admin, None, bounds))
+        servers.append(_server(config, generation, admin, Guard(None, bounds, serving.message), bounds.connections))
     try:
         port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
     except RuntimeError as error:
@@ -147,11 +148,11 @@ def _server(
     config: ClusterConfig,
     generation: GenerationService,
     admin: ClusterService,
-    access: Access | None,
-    bounds: CallBounds,
+    guard: Guard,
+    connections: GrpcConnections,
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=(Guard(access, bounds),),
+        interceptors=(guard,),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # answers have limits of their own
@@ -160,7 +161,7 @@ def _server(
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
             ("grpc.max_connection_idle_ms", IDLE_MS),
-            ("grpc.max_allowed_incoming_connections", bounds.connections.max_accepted),
+            ("grpc.max_allowed_incoming_connections", connections.max_accepted),
             # a stream that nobody reads yet may bring no more than this; by itself gRPC would raise it with the bandwidth
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import Message
 
 from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest, PdserveError
@@ -32,6 +32,7 @@ _SERVICES = {
 }
 _METHODS = {f"{pb.DESCRIPTOR.package}.Cluster/Explain": Need.KEY}  # of its own requests a client has been told most of it
 
+MessageReader = Callable[[type[Message], bytes, str], Awaitable[Message]]  # as `Serving.message`
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Any  # a grpc.RpcMethodHandler, whose fields its stubs do not name
 
@@ -66,8 +67,9 @@ class CallBounds:
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
     """Stands before all services of a server. Without `access`, clients need no keys."""
 
-    def __init__(self, access: Access | None, bounds: CallBounds) -> None:
+    def __init__(self, access: Access | None, bounds: CallBounds, reader: MessageReader) -> None:
         self._access = access
+        self._read = reader
         self._bounds = bounds
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, as far as there is one
 
@@ -95,6 +97,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
     def _bounded(self, handler: Handler, need: Need) -> "grpc.RpcMethodHandler[Any, Any]":
         behaviour = handler.unary_unary or handler.unary_stream
+        kind: type[Message] = getattr(handler.request_deserializer, "__self__", Message)  # of `FromString`
 
         async def call(messages: Any, context: Context) -> None:
             host, connection = peer_of(context.peer())
@@ -103,7 +106,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
                 if behaviour is None:
                     await _write_all(context, handler.stream_stream(messages, context))
                     return
-                async with self._message(messages, client, handler.request_deserializer) as request:
+                async with self._message(messages, client, kind) as request:
                     response = await behaviour(request, context)
                     if not handler.response_streaming:
                         await context.write(response)
@@ -112,19 +115,17 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         return grpc.stream_stream_rpc_method_handler(call, deserializer, handler.response_serializer)
 
     @asynccontextmanager
-    async def _message(self, messages: Any, client: str, parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-        """The one message of a call; its bytes count until the call ends. Raises InvalidRequest, TooSlow or TooManyBytes."""
+    async def _message(self, messages: Any, client: str, kind: type[Message]) -> AsyncIterator[Message]:
+        """The one message of a call; its bytes count until the call ends.
+
+        Raises InvalidRequest, TooSlow or TooManyBytes, and what `MessageReader` raises.
+        """
         async with self._bounds.reads.read(client):
             data: bytes | None = await anext(messages, None)
         if data is None:
             raise InvalidRequest("message", "nothing", "one message")
         with self._bounds.held_bytes.hold(client, len(data)):
-            try:
-                request = parse(data)
-            except DecodeError:
-                # gRPC itself would call it UNKNOWN, name classes of ours, and write a traceback into the log for each
-                expected = "the call's message in protobuf's wire format, with texts in UTF-8"
-                raise InvalidRequest("message", f"{len(data)} bytes", expected) from None
+            request = await self._read(kind, data, client)
             del data
             yield request
 

@@ -8,6 +8,8 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 
+from google.protobuf.message import Message
+
 from .. import __version__
 from ..core.config import ClusterConfig
 from ..core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
@@ -78,6 +80,10 @@ class Serving:
         self.tokenizer = tokenizer
         self.model = model
         self.intake = Intake(tokenizer, model, grammars, offload)
+
+    async def message(self, kind: type[Message], data: bytes, client: str) -> Message:
+        """A message of gRPC, parsed and vetted, as `Offload.message` has it."""
+        return await self.intake.offload.message(kind, data, self.shared.config.limits, client)
 
     async def request(
         self,

@@ -6,6 +6,7 @@ import msgspec
 from google.protobuf.message import Message
 
 from ...core.config import LimitsSection
+from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
 from ..http.bodies import MESSAGES, Asked, is_small, read_body
 from ..in_turns import in_turns
@@ -62,7 +63,11 @@ class Offload:
         return messages, msgspec.msgpack.decode(rest, type=Asked)
 
     async def message(self, kind: type[Message], data: bytes, limits: LimitsSection, client: str) -> Message:
-        """A client's message, parsed and vetted. Raises InvalidRequest or UnknownModel."""
+        """A client's message, parsed and, if it is of our kinds, vetted. Raises InvalidRequest or UnknownModel."""
+        if kind.DESCRIPTOR.file.package != pb.DESCRIPTOR.package:  # of a health check
+            if len(data) > SMALL_BYTES:
+                raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
+            return parsed(kind, data)
         if len(data) > SMALL_BYTES:
             (data,), _ = await self._do(ReadMessage(kind.DESCRIPTOR.name), data, limits, client)
             return kind.FromString(data)

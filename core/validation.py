@@ -91,8 +91,8 @@ def _check_prompt(token_ids: Sequence[int], limits: LimitsSection, max_model_len
 def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
     """Raises InvalidRequest for the first of them that the vocabulary does not have; there is at least one."""
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        index, value = next((i, v) for i, v in enumerate(token_ids) if not 0 <= v < vocab_size)
-        raise InvalidRequest(f"{field}[{index}]", value, f"0 to {vocab_size - 1}")
+        index = list(map(range(vocab_size).__contains__, token_ids)).index(False)
+        raise InvalidRequest(f"{field}[{index}]", token_ids[index], f"0 to {vocab_size - 1}")
 
 
 def _check_lengths(num_prompt_tokens: int, sampling: SamplingParams, limits: LimitsSection, max_model_len: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
-STEPS = 512
+STEPS = 256
 
 
 async def in_turns(items: Iterable[T], every: int = STEPS) -> AsyncIterator[T]:

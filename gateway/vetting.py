@@ -51,6 +51,14 @@ def refuse_unknown_fields(message: Message) -> None:
         pass
 
 
+def has_unknown_fields(message: Message) -> bool:
+    """At any level; for less than a look at each of them."""
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    return known.ByteSize() != message.ByteSize()
+
+
 def walk(message: Message) -> Iterator[None]:
     """`refuse_unknown_fields` in small steps, one for each part of the message."""
     for index, _ in enumerate(_walk(message, "")):

@@ -22,7 +22,7 @@ from .translate import chat_message, completion_messages, detokenize_message, to
 Model = TypeVar("Model", bound=BaseModel)
 
 SMALL_BYTES = 1 << 16
-SMALL_OBJECTS = 1024  # 3 us each
+SMALL_VALUES = 1024  # lists and objects: 3 us each
 MAX_VALUES = 250_000  # of a body, numbers apart
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: linear also where none is closed
 
@@ -41,7 +41,7 @@ class Asked(msgspec.Struct, frozen=True):
 
 def is_small(data: bytes) -> bool:
     """Whether it can be read on a loop: in a few milliseconds at most."""
-    return len(data) <= SMALL_BYTES and data.count(b"{") <= SMALL_OBJECTS
+    return len(data) <= SMALL_BYTES and data.count(b"{") + data.count(b"[") <= SMALL_VALUES
 
 
 def read_body(kind: str, data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:

@@ -28,7 +28,7 @@ def expected(what: str) -> PydanticCustomError:
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and {int}.issuperset(map(type, value))
 
 
 def _prompts(value: object) -> list[str | list[int]]:

@@ -11,12 +11,13 @@ from ...proto import pdserve_pb2 as pb
 from ..http.bodies import MESSAGES, Asked, is_small, read_body
 from ..in_turns import in_turns
 from ..tokenizer import Tokenizer
-from ..vetting import Bounds, check_message, walk
+from ..vetting import Bounds, check_message, has_unknown_fields, walk
 from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup, Work
 from .process import IntakeProcess
 from .work import packed, parsed, unpacked
 
 SMALL_BYTES = 1 << 16  # of a message that the head reads by itself
+FEW_BYTES = 1 << 12  # of one that it reads though there are unknown fields, which are listed one by one
 
 
 class Offload:
@@ -68,10 +69,10 @@ class Offload:
             if len(data) > SMALL_BYTES:
                 raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
             return parsed(kind, data)
-        if len(data) > SMALL_BYTES:
+        message = None if len(data) > SMALL_BYTES else parsed(kind, data)
+        if message is None or (len(data) > FEW_BYTES and has_unknown_fields(message)):
             (data,), _ = await self._do(ReadMessage(kind.DESCRIPTOR.name), data, limits, client)
             return kind.FromString(data)
-        message = parsed(kind, data)
         async for _ in in_turns(walk(message)):
             pass
         check_message(message, self.bounds(limits))

@@ -21,7 +21,7 @@ class Count:
 async def over_http(num_tokens: int, port: int, count: Count) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     content = json.dumps({"prompt": PROMPT_TOKENS, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     head += f"content-length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
     tail = b""

@@ -23,6 +23,8 @@ def new(
     name: Annotated[str, typer.Argument(help="Whose key it is; its requests take turns under this name.")],
     file: Annotated[Path | None, typer.Option(help="Add the line to this file, and print the key alone.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may also see and change the cluster.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="It may also read the metrics of the whole cluster.")] = False,
+    group: Annotated[str | None, typer.Option(help="Whose cached prefixes it may use (kv.cache_sharing: group).")] = None,
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
 ) -> None:
@@ -32,7 +34,7 @@ def new(
     drawn = new_key()
     limits = {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
     try:
-        line = make_key(name, drawn, admin, **limits).line
+        line = make_key(name, drawn, admin, metrics, group, **limits).line
     except ValueError as error:
         raise CommandFailed(f"{name!r}: {error}") from error
     print(drawn)

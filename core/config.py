@@ -127,6 +127,10 @@ class KvSection(Part):
     wire: Literal["raw", "int8"] = "raw"
     """The format of KV between workers. int8 takes about half of bfloat16's bytes, and rounds each head's keys, and values, to
     127 steps of the largest; on CPU, packing costs more than memory moves, so it is for slow networks."""
+    cache_sharing: Literal["key", "group", "all"] = "key"
+    """Whose requests may use each other's cached prefixes: those of keys of one name (key), of one `group=` in the file of
+    keys (group), or all. Who shares can find out, by `usage` and by time, whether another sent the same beginning. Without
+    keys all share. May be changed while the cluster runs."""
 
     def num_tokens_per_block(self, device: DeviceKind) -> int:
         return BLOCK_SIZES[device] if self.block_size == "auto" else self.block_size
@@ -249,4 +253,5 @@ _FIXED_LIMITS = {  # when the servers start
 def _changes_while_running(key: str) -> bool:
     if key in _FIXED_LIMITS:
         return False
-    return key in ("pools.prefill.instances", "pools.decode.instances") or key.startswith(("slo.", "routing.", "limits."))
+    single = ("pools.prefill.instances", "pools.decode.instances", "kv.cache_sharing")
+    return key in single or key.startswith(("slo.", "routing.", "limits."))

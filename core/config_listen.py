@@ -1,10 +1,10 @@
 """The `listen:` part of cluster.yaml: where clients connect, and by what they are known and protected."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .config_types import AbsolutePath, HostPort, Part, expected, is_loopback, parse_host_port
+from .config_types import AbsolutePath, HostName, HostPort, Part, expected, is_loopback, parse_host_port
 
 
 class TlsSection(Part):
@@ -36,6 +36,9 @@ class ListenSection(Part):
     tls: TlsSection = TlsSection()
     api_keys: AbsolutePath | None = None
     """The file of the keys that clients must have, a line a key, as `pdserve key new` makes them; without it they need none."""
+    allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = ()
+    """Names that `Host` may have in HTTP requests to a server without keys on loopback, beside addresses and localhost.
+    Others are refused, so that a web page cannot reach it by a name of its own that points to this machine."""
     allow_insecure: bool = False
     """Listen to other hosts without TLS, or without knowing clients: for a network that keeps strangers out by itself."""
     grpc: HostPort = "127.0.0.1:50051"

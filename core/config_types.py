@@ -13,6 +13,7 @@ Auto = Literal["auto"]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)")
 _UNIT_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?P<port>\d{1,5})")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
 class Part(BaseModel):
@@ -84,6 +85,12 @@ def _host_port(value: object) -> str:
     return str(value)
 
 
+def _host_name(value: object) -> str:
+    if not isinstance(value, str) or _HOST_NAME.fullmatch(value) is None:
+        raise expected("the name of a host such as serve.example, without a port")
+    return value
+
+
 def _absolute_path(value: object) -> str:
     if not isinstance(value, str) or not value.startswith(("/", "~/")):
         raise expected("the path of a file, from / or ~/")
@@ -105,4 +112,5 @@ AutoSize = Annotated[
 AutoPositiveInt = Annotated[int | Auto, PlainValidator(_positive), _schema({"type": "integer", "minimum": 1})]
 AutoBlockSize = Annotated[int | Auto, PlainValidator(_block_size), _schema({"type": "integer", "minimum": 8, "multipleOf": 8})]
 HostPort = Annotated[str, PlainValidator(_host_port), WithJsonSchema({"type": "string", "pattern": r"^.+:\d{1,5}$"})]
+HostName = Annotated[str, PlainValidator(_host_name), WithJsonSchema({"type": "string", "pattern": f"^{_HOST_NAME.pattern}$"})]
 AbsolutePath = Annotated[str, PlainValidator(_absolute_path), WithJsonSchema({"type": "string", "pattern": "^~?/"})]

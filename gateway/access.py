@@ -1,25 +1,22 @@
-"""Who may come in, as whom, and how much of it: one object for all doors.
+"""Who is admitted, as whom, and how much of it: one object for all servers of a cluster.
 
-A door calls `admit` with what the client showed before it reads what the client wants, and `charge` before it hands a request
-to the router. Names of keys are the clients that take turns there.
+A server calls `admit` with what the client shows before it reads what the client asks for, and `charge` before any of that is
+done. Names of keys are the clients that take turns, and that cached prefixes belong to.
 """
 
-import logging
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
+from typing import Literal
 
-from ..core.errors import ConfigError, PdserveError
-from ..core.request import Request
-from .keys import ApiKey, KeyRing, parse_keys
+from ..core.errors import PdserveError
+from .cost import Charge, Price
+from .key_file import KeyFile
+from .keys import ApiKey, KeyRing
 from .rate_limit import TokenBucket
 
-log = logging.getLogger(__name__)
-
-RELOAD_S = 1.0  # at most so often is the file looked at
-MAX_FILE_BYTES = 4 << 20
 BEARER = "bearer "
+CacheSharing = Literal["key", "group", "all"]
 
 
 class Need(Enum):
@@ -28,11 +25,16 @@ class Need(Enum):
     NOTHING = "nothing"  # health: load balancers have no keys
     KEY = "key"
     REQUEST = "request"  # a key, and a place in its rate
+    METRICS = "metrics"  # a key that may read those of the whole cluster
     ADMIN = "admin"
 
 
 class Unauthenticated(PdserveError):
     """No key, or none that is known."""
+
+
+class Revoked(Unauthenticated):
+    """The key of a call was taken away while the call was open."""
 
 
 class NotPermitted(PdserveError):
@@ -50,7 +52,7 @@ class RateLimited(PdserveError):
 
 @dataclass(frozen=True)
 class Caller:
-    """A client that was let in by its key."""
+    """A client that was admitted by its key."""
 
     key: ApiKey
 
@@ -68,91 +70,102 @@ class Caller:
         return f"{self.name}/{request_id}"
 
 
-@dataclass
-class Charge:
-    """Tokens that a request has taken of its key's rate before it began: its prompt, and all that it may produce."""
+def cache_scope(caller: Caller | None, sharing: CacheSharing) -> str:
+    """Whose requests may use each other's cached prefixes. Without keys there is nobody to tell apart."""
+    if caller is None or sharing == "all":
+        return "all"
+    if sharing == "group" and caller.key.group is not None:
+        return f"group:{caller.key.group}"
+    return f"key:{caller.name}"
 
-    bucket: TokenBucket | None
-    num_prompt_tokens: int
-    max_output_tokens: int
 
-    def settle(self, num_output_tokens: int, now_s: float, has_begun: bool = True) -> None:
-        """Give back what was not produced; everything, when the request was refused before it began. Once."""
-        if self.bucket is not None:
-            unused = max(0, self.max_output_tokens - num_output_tokens)
-            self.bucket.give_back(unused + (0 if has_begun else self.num_prompt_tokens), now_s)
-            self.bucket = None
+def scoped_salt(scope: str, cache_salt: str) -> str:
+    """The salt inside: no name has a slash, so nothing that a client sends as its salt reaches another scope."""
+    return f"{scope}/{cache_salt}"
 
 
 class Access:
-    """The keys in a file, read again when it changes. A file that is wrong then leaves the keys before it in force."""
+    """The keys in a file, and what each has used of its rate."""
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError."""
-        self._path = Path(path).expanduser()
-        self._stamp = _stamp(self._path)
-        self._ring = KeyRing(_read(self._path))
-        self._looked_s = float("-inf")
+        self._file = KeyFile(path)
+        self._ring = KeyRing(self._file.keys)
         self._buckets: dict[tuple[str, str, int], TokenBucket] = {}  # (name, limit, per minute)
+        self.version = 0  # how often the keys have changed
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the keys that are let in, each once."""
+        """The names of the keys in force, each once."""
         return self._ring.names
 
+    def look(self, now_s: float) -> None:
+        """Take over the file's keys if they have changed."""
+        if not self._file.look(now_s):
+            return
+        self.version += 1
+        self._ring = KeyRing(self._file.keys)
+        if self._file.keys:  # else the file is missing, and may come back: what was used stays used
+            living = set(self._ring.names)
+            self._buckets = {which: bucket for which, bucket in self._buckets.items() if which[0] in living}
+
     def admit(self, need: Need, authorization: str | None, now_s: float) -> Caller | None:
-        """Who shows `authorization` (the header's value), or None where nobody needs to. Raises Unauthenticated, NotPermitted
-        or RateLimited."""
-        if need is Need.NOTHING:
-            return None
-        self._reload(now_s)
+        """Whose key `authorization` (the header's value) shows; None where none is needed and none is shown that is known.
+
+        Raises Unauthenticated, NotPermitted or RateLimited."""
+        self.look(now_s)
         key = self._ring.find(_shown(authorization))
+        if need is Need.NOTHING:
+            return None if key is None else Caller(key)
         if key is None:
             raise Unauthenticated("authorization: not a key of this server, expected `Bearer KEY`")
-        if need is Need.ADMIN and not key.is_admin:
-            raise NotPermitted(f"{key.name}: this key may not administer the cluster, expected one that is marked admin")
+        _check_marks(key, need)
         if need is Need.REQUEST:
             self._take(key, "requests_per_minute", 1, now_s)
         return Caller(key)
 
-    def charge(self, caller: Caller | None, request: Request, now_s: float) -> Charge:
-        """Take a validated request's tokens of its key's rate; the door settles it when the request ends.
+    def check_still(self, caller: Caller, need: Need) -> None:
+        """Whether a call that was admitted may go on, by the keys that `look` has found. Raises Revoked or NotPermitted."""
+        if need is Need.NOTHING:
+            return
+        key = self._ring.of_digest(caller.key.digest)
+        if key is None or key.name != caller.name:
+            raise Revoked(f"{caller.name}: the key of this call was revoked")
+        _check_marks(key, need)
 
-        Raises RateLimited."""
-        num_prompt, sampling = len(request.prompt_token_ids), request.sampling
-        max_output = sampling.n * sampling.max_tokens
-        bucket = None
-        if caller is not None:
-            bucket = self._take(caller.key, "tokens_per_minute", num_prompt + max_output, now_s)
-        return Charge(bucket, num_prompt, max_output)
+    def charge(self, caller: Caller | None, prices: Sequence[Price], now_s: float) -> list[Charge]:
+        """Take all that one call asks for, of both rates, before any of it is done; `admit` has counted its first request.
 
-    def _take(self, key: ApiKey, limit: str, amount: int, now_s: float) -> TokenBucket | None:
+        Raises RateLimited, and takes nothing more then."""
+        if caller is None:
+            return [Charge.free() for _ in prices]
+        num_tokens = sum(price.tokens(price.num_prompt_tokens, price.max_output_tokens) for price in prices)
+        bucket = self._take(caller.key, "tokens_per_minute", num_tokens, now_s)
+        try:
+            num_requests = sum(price.num_choices for price in prices)
+            self._take(caller.key, "requests_per_minute", num_requests, now_s, already=1)
+        except RateLimited:
+            if bucket is not None:
+                bucket.give_back(num_tokens, now_s)
+            raise
+        return [Charge(price, bucket) for price in prices]
+
+    def _take(self, key: ApiKey, limit: str, amount: int, now_s: float, already: int = 0) -> TokenBucket | None:
         per_minute: int | None = getattr(key, limit)
         if per_minute is None:
             return None
         bucket = self._buckets.setdefault((key.name, limit, per_minute), TokenBucket(per_minute, now_s))
-        delay_s = bucket.take(amount, now_s)
+        delay_s = bucket.take(amount, now_s, already)
         if delay_s > 0:
             raise RateLimited(key.name, limit, per_minute, delay_s)
         return bucket
 
-    def _reload(self, now_s: float) -> None:
-        if now_s - self._looked_s < RELOAD_S:
-            return
-        self._looked_s = now_s
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp  # also when it fails: what is wrong is said once
-        try:
-            keys = _read(self._path)
-        except ConfigError as error:
-            log.error("%s; going on with the keys that were there before", error)
-            return
-        self._ring = KeyRing(keys)
-        living = {key.name for key in keys}
-        self._buckets = {which: bucket for which, bucket in self._buckets.items() if which[0] in living}
-        log.info("listen.api_keys: took over %d keys", len(keys))
+
+def _check_marks(key: ApiKey, need: Need) -> None:
+    if need is Need.ADMIN and not key.is_admin:
+        raise NotPermitted(f"{key.name}: this key may not administer the cluster, expected one that is marked admin")
+    if need is Need.METRICS and not key.may_read_metrics:
+        raise NotPermitted(f"{key.name}: this key may not read metrics, expected one that is marked metrics or admin")
 
 
 def _shown(authorization: str | None) -> str:
@@ -160,29 +173,3 @@ def _shown(authorization: str | None) -> str:
     if authorization is None or authorization[: len(BEARER)].lower() != BEARER:
         return ""
     return authorization[len(BEARER) :].strip()
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def _read(path: Path) -> tuple[ApiKey, ...]:
-    where = f"listen.api_keys: got {str(path)!r}, expected"
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            data = file.read(MAX_FILE_BYTES + 1)
-        text = data.decode()
-    except OSError as error:
-        raise ConfigError(f"{where} a file that can be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} a text in UTF-8") from error
-    if mode & 0o022:
-        raise ConfigError(f"{where} a file that nobody but its owner can write (chmod go-w)")
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"{where} at most {MAX_FILE_BYTES} bytes")
-    return parse_keys(text, str(path))

@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..core.config import ClusterConfig
+from ..core.config_types import is_loopback
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..grammar.checker import GrammarChecker
@@ -26,9 +27,11 @@ from .frontend import Frontend
 from .generation import GenerationService
 from .guard import CallBounds, Guard
 from .http.app import http_app
+from .http.hosts import AllowedHosts
 from .http.server import HttpServer
 from .intake import ModelInfo
 from .offload.offload import Offload
+from .revocation import Revocation
 from .serving import Serving, Shared
 from .tls import ServerTls
 from .tokenizer import Tokenizer
@@ -53,6 +56,7 @@ class GatewayServer:
         http: HttpServer | None,
         grammars: GrammarChecker,
         offload: Offload,
+        revocation: Revocation,
     ) -> None:
         self.grpc_address = grpc_address
         self.http_address = None if http is None else http.address
@@ -62,6 +66,7 @@ class GatewayServer:
         self._admin = admin
         self._grammars = grammars
         self.offload = offload
+        self._revocation = revocation
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
 
@@ -72,6 +77,7 @@ class GatewayServer:
 
     async def _start(self) -> None:
         await self._set_health(False)
+        self._revocation.start()
         for server in self._servers:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -93,6 +99,7 @@ class GatewayServer:
         if self._http is not None:
             stopping.append(self._http.stop(grace_s))
         await asyncio.gather(*stopping)
+        self._revocation.stop()
         await self._grammars.stop()
         await self.offload.stop()
 
@@ -126,10 +133,10 @@ async def serve(
     max_connections = connections_of_each(limits.max_connections, raise_descriptor_limit())
     connections = GrpcConnections(max_connections)
     bounds = CallBounds(limits, shared.held_bytes, connections)
-    servers = [_server(config, generation, admin, Guard(access, bounds, serving.message), connections)]
+    servers = [_server(config, generation, admin, Guard(access, bounds, shared.revocation, serving.message))]
     if local is not None:  # bounds of its own: whatever clients elsewhere do, this is for who runs the cluster
         bounds = CallBounds(limits, HeldBytes(limits.max_held_bytes), GrpcConnections(max_connections))
-        servers.append(_server(config, generation, admin, Guard(None, bounds, serving.message), bounds.connections))
+        servers.append(_server(config, generation, admin, Guard(None, bounds, shared.revocation, serving.message)))
     try:
         port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
     except RuntimeError as error:
@@ -138,19 +145,17 @@ async def serve(
         servers[1].add_insecure_port(local)
     http = None
     if http_address is not None:
-        http = await HttpServer.open(http_app(serving), http_address, max_connections, tls)
-    gateway = GatewayServer(servers, connections, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars, offload)
+        hosts = None
+        if access is None and is_loopback(http_address.rpartition(":")[0].strip("[]")):
+            hosts = AllowedHosts(config.listen.allowed_hosts)
+        http = await HttpServer.open(http_app(serving, hosts), http_address, max_connections, tls)
+    shown = f"{address.rpartition(':')[0]}:{port}"
+    gateway = GatewayServer(servers, connections, shown, admin, http, grammars, offload, shared.revocation)
     await gateway._start()
     return gateway
 
 
-def _server(
-    config: ClusterConfig,
-    generation: GenerationService,
-    admin: ClusterService,
-    guard: Guard,
-    connections: GrpcConnections,
-) -> grpc.aio.Server:
+def _server(config: ClusterConfig, generation: GenerationService, admin: ClusterService, guard: Guard) -> grpc.aio.Server:
     server = grpc.aio.server(
         interceptors=(guard,),
         options=(
@@ -161,7 +166,7 @@ def _server(
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
             ("grpc.max_connection_idle_ms", IDLE_MS),
-            ("grpc.max_allowed_incoming_connections", connections.max_accepted),
+            ("grpc.max_allowed_incoming_connections", guard.bounds.connections.max_accepted),
             # a stream that nobody reads yet may bring no more than this; by itself gRPC would raise it with the bandwidth
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),

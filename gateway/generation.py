@@ -43,12 +43,12 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with translated(context):
-            return await self._serving.tokenize(request, _client(context))
+            return await self._serving.tokenize(request, context.peer(), CALLER.get())
         raise AssertionError("translated() ends the call")
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         async with translated(context):
-            return await self._serving.detokenize(request, _client(context))
+            return await self._serving.detokenize(request, context.peer(), CALLER.get())
         raise AssertionError("translated() ends the call")
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
@@ -60,12 +60,13 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
         caller, traceparent = CALLER.get(), _metadata(context, "traceparent")
-        request = await self._serving.request(
-            message, context.peer(), deadline_s=deadline_s, traceparent=traceparent, caller=caller
-        )
-        async with aclosing(self._serving.events(request, caller, message.resume_from)) as events:
-            async for event in events:
-                yield event
+        with self._serving.charged([message], caller) as (charge,):
+            request = await self._serving.request(
+                message, context.peer(), charge, deadline_s=deadline_s, traceparent=traceparent, caller=caller
+            )
+            async with aclosing(self._serving.events(request, charge, message.resume_from)) as events:
+                async for event in events:
+                    yield event
 
     async def _write(self, context: Context, event: pb.GenerateEvent) -> None:
         max_unread_s = self._serving.shared.config.limits.max_unread_s
@@ -76,12 +77,6 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             raise ClientStalled(max_unread_s) from None
         except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
             raise ClientGone from None
-
-
-def _client(context: Context) -> str:
-    """Whose turn a call takes that makes no request."""
-    caller = CALLER.get()
-    return context.peer() if caller is None else caller.client
 
 
 def _metadata(context: Context, key: str) -> str | None:

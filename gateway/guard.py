@@ -21,6 +21,7 @@ from ..proto import pdserve_pb2 as pb
 from .access import Access, Caller, Need
 from .call_bounds import HeldBytes, KeylessCalls, OpenCalls, PendingReads, client_of
 from .connections import GrpcConnections, connection_name
+from .revocation import Revocation
 from .translate import translated
 
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
@@ -54,9 +55,9 @@ class CallBounds:
         self.connections = connections
 
     @asynccontextmanager
-    async def enter(self, need: Need, client: str, connection: str) -> AsyncIterator[None]:
+    async def enter(self, is_keyless: bool, client: str, connection: str) -> AsyncIterator[None]:
         """Around a call. Raises NoPlace."""
-        if need is Need.NOTHING:
+        if is_keyless:
             async with self.keyless_calls.enter(client, connection):
                 yield
         else:
@@ -67,10 +68,11 @@ class CallBounds:
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
     """Stands before all services of a server. Without `access`, clients need no keys."""
 
-    def __init__(self, access: Access | None, bounds: CallBounds, reader: MessageReader) -> None:
+    def __init__(self, access: Access | None, bounds: CallBounds, revocation: Revocation, reader: MessageReader) -> None:
         self._access = access
+        self.bounds = bounds
+        self._revocation = revocation
         self._read = reader
-        self._bounds = bounds
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, as far as there is one
 
     async def intercept_service(
@@ -101,8 +103,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
         async def call(messages: Any, context: Context) -> None:
             host, connection = peer_of(context.peer())
-            client = client_of(CALLER.get(), host)
-            async with translated(context), self._bounds.enter(need, client, connection):
+            caller = CALLER.get()
+            client, is_keyless = client_of(caller, host), need is Need.NOTHING and caller is None
+            async with (
+                translated(context),
+                self._revocation.watch(caller, need),
+                self.bounds.enter(is_keyless, client, connection),
+            ):
                 if behaviour is None:
                     await _write_all(context, handler.stream_stream(messages, context))
                     return
@@ -120,11 +127,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
         Raises InvalidRequest, TooSlow or TooManyBytes, and what `MessageReader` raises.
         """
-        async with self._bounds.reads.read(client):
+        async with self.bounds.reads.read(client):
             data: bytes | None = await anext(messages, None)
         if data is None:
             raise InvalidRequest("message", "nothing", "one message")
-        with self._bounds.held_bytes.hold(client, len(data)):
+        with self.bounds.held_bytes.hold(client, len(data)):
             request = await self._read(kind, data, client)
             del data
             yield request

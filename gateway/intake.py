@@ -17,6 +17,7 @@ from ..proto import pdserve_pb2 as pb
 from .access import Caller
 from .chat_template import TooCostly
 from .constraint import GrammarCheck, check_constraint
+from .cost import Charge
 from .encoding import bounded_ids, chat_text
 from .in_turns import in_turns
 from .offload.offload import Offload
@@ -62,20 +63,25 @@ class Intake:
         traceparent: str | None = None,
         caller: Caller | None = None,
         fills: bool = False,
+        charge: Charge | None = None,
     ) -> Request:
         """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name,
-        `caller` who was let in by a key. `fills`: without `max_tokens` it may use all the room that there is.
+        `caller` who was let in by a key, `charge` what that key pays. `fills`: without `max_tokens` it may use all the room
+        that there is.
 
         Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable when a constraint cannot be checked now. A
         `traceparent` that is malformed counts as none, as its standard wants it.
         """
+        charge = charge or Charge.free()
         await self.vet(message, limits)
         client = _client(message, peer, caller)
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
         offer = await self.offer(message.prompt, limits)
-        token_ids = await self.token_ids(message.prompt, limits, client, offer)
+        with charge.tokenizing():
+            token_ids = await self.token_ids(message.prompt, limits, client, offer)
+        charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
         if fills and not message.sampling.HasField("max_tokens"):
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
             sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
@@ -160,8 +166,6 @@ class Intake:
         """
         match prompt.WhichOneof("kind"):
             case "text":
-                if not prompt.text:
-                    raise InvalidRequest("prompt.text", prompt.text, "a text that is not empty")
                 add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
                 return await self._encode(prompt.text, add, limits, client, is_counted)
             case "chat":

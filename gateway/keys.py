@@ -21,7 +21,9 @@ MAX_KEYS = 10_000
 MAX_LIMIT = 10**12
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _LIMITS = ("requests_per_minute", "tokens_per_minute")
-_EXPECTED = "a name, sha256:HASH, then any of admin, requests_per_minute=N and tokens_per_minute=N"
+_FLAGS = ("admin", "metrics")
+_EXPECTED = "a name, sha256:HASH, then any of admin, metrics, group=NAME, requests_per_minute=N and tokens_per_minute=N"
+_EXPECTED_NAME = "at most 64 letters, digits, dots, dashes and underscores"
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,21 @@ class ApiKey:
     name: str
     digest: bytes
     is_admin: bool = False
+    is_scraper: bool = False  # marked `metrics`: it may read those of the whole cluster
+    group: str | None = None  # keys of one group may share cached prefixes
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
 
     @property
+    def may_read_metrics(self) -> bool:
+        return self.is_admin or self.is_scraper
+
+    @property
     def line(self) -> str:
         """As the file has it."""
-        limits = [f"{name}={value}" for name in _LIMITS if (value := getattr(self, name)) is not None]
-        return " ".join([self.name, f"sha256:{self.digest.hex()}", *["admin"] * self.is_admin, *limits])
+        flags = ["admin"] * self.is_admin + ["metrics"] * self.is_scraper
+        values = [f"{name}={value}" for name in ("group", *_LIMITS) if (value := getattr(self, name)) is not None]
+        return " ".join([self.name, f"sha256:{self.digest.hex()}", *flags, *values])
 
 
 def new_key() -> str:
@@ -61,9 +70,9 @@ class KeyRing:
             self._by_beginning.setdefault(key.digest[:4], []).append(key)
 
     def find(self, shown: str) -> ApiKey | None:
-        if len(shown) != KEY_CHARS:
-            return None
-        digest = digest_of(shown)
+        return self.of_digest(digest_of(shown)) if len(shown) == KEY_CHARS else None
+
+    def of_digest(self, digest: bytes) -> ApiKey | None:
         found = None
         for key in self._by_beginning.get(digest[:4], ()):
             if hmac.compare_digest(key.digest, digest):
@@ -91,10 +100,18 @@ def parse_keys(text: str, filename: str) -> tuple[ApiKey, ...]:
     return tuple(keys)
 
 
-def make_key(name: str, key: str, is_admin: bool = False, **limits: int | None) -> ApiKey:
-    """Raises ValueError when the name or a limit is not valid."""
-    words = [f"{limit}={value}" for limit, value in limits.items() if value is not None]
-    return _key_of([name, f"sha256:{digest_of(key).hex()}", *["admin"] * is_admin, *words])
+def make_key(
+    name: str,
+    key: str,
+    is_admin: bool = False,
+    is_scraper: bool = False,
+    group: str | None = None,
+    **limits: int | None,
+) -> ApiKey:
+    """Raises ValueError when a name or a limit is not valid."""
+    flags = ["admin"] * is_admin + ["metrics"] * is_scraper
+    values = [f"{word}={value}" for word, value in {"group": group, **limits}.items() if value is not None]
+    return _key_of([name, f"sha256:{digest_of(key).hex()}", *flags, *values])
 
 
 def _key_of(words: list[str]) -> ApiKey:
@@ -102,15 +119,19 @@ def _key_of(words: list[str]) -> ApiKey:
     if digest is None:
         raise ValueError(f"no sha256: and 64 hexadecimal digits in the second place, expected {_EXPECTED}")
     if NAME.fullmatch(name) is None:
-        raise ValueError("the name is not valid, expected at most 64 letters, digits, dots, dashes and underscores")
-    limits: dict[str, int] = {}
+        raise ValueError(f"the name is not valid, expected {_EXPECTED_NAME}")
+    given: dict[str, str] = {}
     for word in words[2:]:
-        limit, _, value = word.partition("=")
-        if word != "admin" and (limit not in _LIMITS or limit in limits):
+        label, has_value, value = word.partition("=")
+        is_known = label in ("group", *_LIMITS) if has_value else label in _FLAGS
+        if not is_known or label in given:
             raise ValueError(f"a word that is not known or stands there twice, expected {_EXPECTED}")
-        if word != "admin":
-            limits[limit] = _positive(limit, value)
-    return ApiKey(name, bytes.fromhex(digest[1]), "admin" in words[2:], **limits)
+        given[label] = value
+    group = given.get("group")
+    if group is not None and NAME.fullmatch(group) is None:
+        raise ValueError(f"group: not valid, expected {_EXPECTED_NAME}")
+    limits = {limit: _positive(limit, given[limit]) for limit in _LIMITS if limit in given}
+    return ApiKey(name, bytes.fromhex(digest[1]), "admin" in given, "metrics" in given, group, **limits)
 
 
 def _positive(limit: str, value: str) -> int:

@@ -16,17 +16,18 @@ class TokenBucket:
         self._level = float(per_minute)
         self._filled_s = now_s
 
-    def take(self, amount: float, now_s: float) -> float:
-        """Take `amount`, and return 0; or take nothing, and return after how many seconds it will be there."""
+    def take(self, amount: float, now_s: float, already: float = 0.0) -> float:
+        """Take `amount`, of which `already` was taken before, and return 0; or take nothing more, and return after how many
+        seconds all of it will be there."""
         self._fill(now_s)
         missing = min(amount, self.per_minute) - self._level
-        if missing > 0:
+        if missing > already:
             return missing * SECONDS / self.per_minute
-        self._level -= amount
+        self._level -= amount - already
         return 0.0
 
     def give_back(self, amount: float, now_s: float) -> None:
-        """Of what was taken and not used."""
+        """Return what was taken and not used; less than nothing takes more than was expected, without asking."""
         self._fill(now_s)
         self._level = min(self._level + amount, float(self.per_minute))
 

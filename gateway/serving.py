@@ -6,9 +6,10 @@ and that frees all that workers hold for the request.
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 
 from google.protobuf.message import Message
+from msgspec import structs
 
 from .. import __version__
 from ..core.config import ClusterConfig
@@ -17,14 +18,16 @@ from ..core.request import Request
 from ..core.validation import check_token_ids
 from ..proto import pdserve_pb2 as pb
 from ..telemetry.logs import REQUEST_ID
-from .access import Access, Caller
+from .access import Access, Caller, cache_scope, scoped_salt
 from .answer import Answer
 from .call_bounds import HeldBytes
 from .constraint import GrammarCheck
+from .cost import Charge, Price, prompt_price, request_price
 from .frontend import Frontend
 from .in_turns import in_turns
 from .intake import Intake, ModelInfo, shown_id
 from .offload.offload import Offload
+from .revocation import Revocation
 from .tokenizer import Tokenizer
 from .vetting import check_model, refuse_unknown_fields
 
@@ -38,9 +41,8 @@ class Shared:
     def __init__(self, config: ClusterConfig, access: Access | None = None) -> None:
         self.config = config
         self.access = access
-        self.held_bytes = HeldBytes(
-            config.limits.max_held_bytes // 2
-        )  # of both servers; the other half is for what is being received
+        self.held_bytes = HeldBytes(config.limits.max_held_bytes // 2)  # the other half: what gRPC is receiving
+        self.revocation = Revocation(access)
         self._num_answers = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -89,6 +91,7 @@ class Serving:
         self,
         message: pb.GenerateRequest,
         peer: str,
+        charge: Charge,
         *,
         deadline_s: float | None = None,
         traceparent: str | None = None,
@@ -96,57 +99,85 @@ class Serving:
         fills: bool = False,
     ) -> Request:
         """The request that `message` asks for, as `Intake.request` has it. Raises InvalidRequest or UnknownModel."""
-        limits = self.shared.config.limits
-        request = await self.intake.request(message, limits, deadline_s, peer, traceparent, caller, fills)
+        config = self.shared.config
+        request = await self.intake.request(message, config.limits, deadline_s, peer, traceparent, caller, fills, charge=charge)
+        num_tokens, max_output_tokens = len(request.prompt_token_ids), request.sampling.n * request.sampling.max_tokens
+        charge.settle_prompt(num_tokens, asyncio.get_running_loop().time(), max_output_tokens)
+        salt = scoped_salt(cache_scope(caller, config.kv.cache_sharing), request.cache_salt)
+        request = structs.replace(request, cache_salt=salt)
         REQUEST_ID.set(request.request_id)
         return request
 
     async def events(
-        self, request: Request, caller: Caller | None = None, resume_from: Sequence[int] = ()
+        self, request: Request, charge: Charge, resume_from: Sequence[int] = ()
     ) -> AsyncGenerator[pb.GenerateEvent, None]:
-        """The messages of the answer. Raises QueueFull, DuplicateRequest, NoWorkerAvailable or RateLimited before the first."""
+        """The messages of the answer. Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first."""
         answer = Answer(request, self.tokenizer, lambda choice: self.frontend.cancel(request.request_id, choice), resume_from)
-        async with self._paid(request, caller, answer), aclosing(self.frontend.generate(request)) as events:
+        async with self._paid(request, charge, answer), aclosing(self.frontend.generate(request)) as events:
             async for event in events:
                 for out in answer.handle(event):
                     yield out
 
+    def charged(
+        self, messages: Sequence[pb.GenerateRequest], caller: Caller | None, fills: bool = False
+    ) -> AbstractContextManager[list[Charge]]:
+        """Around all that one call asks for, before any of it is tokenised: takes it of the key's rates, and gives back what
+        was not used. Raises RateLimited."""
+        limits, max_model_len = self.shared.config.limits, self.model.max_model_len
+        return self._charged([request_price(message, limits, max_model_len, fills) for message in messages], caller)
+
+    @contextmanager
+    def _charged(self, prices: Sequence[Price], caller: Caller | None) -> Iterator[list[Charge]]:
+        loop, access = asyncio.get_running_loop(), self.shared.access
+        charges = [Charge.free() for _ in prices] if access is None else access.charge(caller, prices, loop.time())
+        try:
+            yield charges
+        finally:
+            for charge in charges:
+                charge.settle(0, loop.time(), has_begun=False)  # nothing happens to those that are settled
+
     @asynccontextmanager
-    async def _paid(self, request: Request, caller: Caller | None, answer: Answer) -> AsyncIterator[None]:
-        """Around carrying a request out: it takes its tokens of its key's rate, and gives back what it did not use."""
-        if self.shared.access is None:
-            yield
-            return
+    async def _paid(self, request: Request, charge: Charge, answer: Answer) -> AsyncIterator[None]:
+        """Around carrying a request out: what it did not produce is given back as soon as it ends."""
         loop = asyncio.get_running_loop()
-        charge = self.shared.access.charge(caller, request, loop.time())
         has_begun = True
         try:
             yield
         except (QueueFull, DuplicateRequest, NoWorkerAvailable) as error:
             has_begun = False
-            raise DuplicateRequest(shown_id(request)) if isinstance(error, DuplicateRequest) else error
+            is_scoped = isinstance(error, DuplicateRequest) and self.shared.access is not None
+            raise DuplicateRequest(shown_id(request)) if is_scoped else error
         finally:
             charge.settle(answer.num_tokens, loop.time(), has_begun)
 
-    async def tokenize(self, request: pb.TokenizeRequest, client: str, with_pieces: bool = True) -> pb.TokenizeResponse:
-        limits = self.shared.config.limits
+    async def tokenize(
+        self, request: pb.TokenizeRequest, peer: str, caller: Caller | None = None, with_pieces: bool = True
+    ) -> pb.TokenizeResponse:
+        limits, client = self.shared.config.limits, peer if caller is None else caller.client
         await self.intake.vet(request, limits)
         offer = await self.intake.offer(request.prompt, limits)
-        token_ids = await self.intake.token_ids(request.prompt, limits, client, offer, is_counted=True)
-        if token_ids:
-            check_token_ids("prompt.token_ids", token_ids, self.model.vocab_size)
+        with self._charged([prompt_price(request.prompt)], caller) as (charge,):
+            with charge.tokenizing():
+                token_ids = await self.intake.token_ids(request.prompt, limits, client, offer, is_counted=True)
+            charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
+            if token_ids:
+                check_token_ids("prompt.token_ids", token_ids, self.model.vocab_size)
+            charge.settle(0, asyncio.get_running_loop().time())
         response = pb.TokenizeResponse(token_ids=token_ids, max_model_len=self.model.max_model_len)
         if with_pieces:
             async for token_id in in_turns(token_ids):
                 response.pieces.append(self.tokenizer.piece(token_id))
         return response
 
-    async def detokenize(self, request: pb.DetokenizeRequest, client: str) -> pb.DetokenizeResponse:
+    async def detokenize(self, request: pb.DetokenizeRequest, peer: str, caller: Caller | None = None) -> pb.DetokenizeResponse:
         await self.intake.vet(request, self.shared.config.limits)
-        if request.token_ids:
-            check_token_ids("token_ids", request.token_ids, self.model.vocab_size)
+        ids = request.token_ids
+        if ids:
+            check_token_ids("token_ids", ids, self.model.vocab_size)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        return pb.DetokenizeResponse(text=await self.text(request.token_ids, skip, client))
+        with self._charged([Price(num_prompt_tokens=len(ids), is_text=False)], caller) as (charge,):
+            charge.settle(0, asyncio.get_running_loop().time())
+        return pb.DetokenizeResponse(text=await self.text(ids, skip, peer if caller is None else caller.client))
 
     async def text(self, token_ids: Sequence[int], skip_special_tokens: bool, client: str) -> str:
         """The text of tokens, however many. Raises QueueFull or NoWorkerAvailable when they are many."""

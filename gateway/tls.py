@@ -1,4 +1,4 @@
-"""TLS of the clients' doors: certificate, key and client authorities, checked at start and read again when they change.
+"""TLS of what clients connect to: certificate, key and client authorities, checked at start and read again when they change.
 
 A file that is wrong when it changes leaves what was read before in force: one may be replaced before the other.
 """
@@ -16,10 +16,9 @@ import grpc
 
 from ..core.config_listen import TlsSection
 from ..core.errors import ConfigError
+from .secret_files import Stamp, expected_rights, file_stamp
 
 log = logging.getLogger(__name__)
-
-Stamp = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class ServerTls:
 
         return fetch
 
-    def _stamp_now(self) -> Stamp:
-        return tuple(_stamp(path) for path in self._paths.values())
+    def _stamp_now(self) -> tuple[Stamp | None, ...]:
+        return tuple(file_stamp(path) for path in self._paths.values())
 
     def _load(self, version: int) -> Loaded:
         data = {name: _read(name, path) for name, path in self._paths.items()}
@@ -142,17 +141,14 @@ def _fits(key: Path) -> str:
 
 def _read(name: str, path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            rights = expected_rights(os.fstat(file.fileno()), os.geteuid()) if name == "key" else None
+            data = file.read()
     except OSError as error:
         raise _wrong(name, path, f"a file that can be read ({error.strerror})") from error
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return (0, 0, 0)
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    if rights is not None:
+        raise _wrong(name, path, rights)
+    return data
 
 
 def _wrong(name: str, path: Path, what: str) -> ConfigError:

@@ -133,6 +133,8 @@ def check_prompt_size(prompt: pb.Prompt, bounds: Bounds) -> None:
     What counts are the characters that were sent. A tokenizer that makes fewer of them (a normalizer that drops some, an
     added token that takes the blanks around it, one token for a long unknown word) is no reason to look at more of them.
     """
+    if prompt.HasField("text") and not prompt.text:
+        raise InvalidRequest("prompt.text", prompt.text, "a text that is not empty")
     if prompt.ByteSize() <= bounds.max_prompt_chars:
         return  # characters have a byte at least
     if prompt.HasField("text"):

@@ -209,4 +209,5 @@ class Startup(Answer):
 
     phase: Literal["starting", "started"]
     progress: float
-    workers: dict[str, Any]
+    workers: dict[str, Any] = {}
+    """By name; missing where there are keys and none was shown."""

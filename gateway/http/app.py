@@ -17,11 +17,12 @@ from ...core.errors import PdserveError
 from ...proto import pdserve_pb2 as pb
 from ..serving import Serving
 from . import answers
-from .body import client_of, read
+from .body import peer_of, read
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .completions import Completions
 from .errors import Refused, error_response
 from .gate import Gate
+from .hosts import AllowedHosts
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse
 
@@ -31,13 +32,13 @@ PATH = "#/components/schemas/{model}"
 REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
-def http_app(serving: Serving) -> Gate:
-    """The whole door as an ASGI application."""
+def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
+    """The whole server as an ASGI application; `hosts`: requests for other names are refused."""
     app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(PdserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
-    completions, tokens, probes = Completions(serving), _Tokens(serving), Probes(serving.frontend)
+    completions, tokens, probes = Completions(serving), _Tokens(serving), Probes(serving.frontend, serving.shared)
     posts: dict[str, tuple[Handler, type[BaseModel], type[BaseModel]]] = {
         "/v1/completions": (completions.complete, CompletionRequest, answers.Completion),
         "/v1/chat/completions": (completions.chat, ChatCompletionRequest, answers.ChatCompletion),
@@ -55,7 +56,7 @@ def http_app(serving: Serving) -> Gate:
     _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
     app.openapi = _described(app.openapi)  # type: ignore[method-assign]
-    return Gate(app, posts, serving.shared)
+    return Gate(app, posts, serving.shared, hosts)
 
 
 class _Tokens:
@@ -75,14 +76,14 @@ class _Tokens:
     async def tokenize(self, http: Request) -> Response:
         (message,), asked = await read(http, "tokenize", self._serving)
         assert isinstance(message, pb.TokenizeRequest)
-        tokens = await self._serving.tokenize(message, client_of(http), with_pieces=asked.token_texts)
+        tokens = await self._serving.tokenize(message, peer_of(http), http.state.caller, with_pieces=asked.token_texts)
         told = {"count": len(tokens.token_ids), "max_model_len": tokens.max_model_len, "tokens": list(tokens.token_ids)}
         return _json(told | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
 
     async def detokenize(self, http: Request) -> Response:
         (message,), _ = await read(http, "detokenize", self._serving)
         assert isinstance(message, pb.DetokenizeRequest)
-        text = await self._serving.detokenize(message, client_of(http))
+        text = await self._serving.detokenize(message, peer_of(http), http.state.caller)
         return _json({"prompt": text.text})
 
     def _model(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -10,6 +10,7 @@ from starlette.responses import Response
 from ...core.request import Request
 from ...proto import pdserve_pb2 as pb
 from ..answer import Collector
+from ..cost import Charge
 from ..in_turns import in_turns
 from ..serving import Serving
 from .bodies import Asked
@@ -26,37 +27,42 @@ class Completions:
 
     async def complete(self, http: HttpRequest) -> Response:
         messages, asked = await read(http, "completions", self._serving)
-        requests, echoes = [], []
-        async for message in in_turns(messages, every=1):
-            assert isinstance(message, pb.GenerateRequest)
-            requests.append(await self._request(http, message))
-            if asked.echo:
-                echoes.append(await self._text(http, message, requests[-1]))
-        answer_id = f"cmpl-{http.state.request_id}"
-        form = self._format(CompletionFormat, answer_id, requests, _wanted(asked, tuple(echoes)))
-        return await self._answer(http, asked, form, requests)
+        generates = [message for message in messages if isinstance(message, pb.GenerateRequest)]
+        with ExitStack() as paying:
+            charges = paying.enter_context(self._serving.charged(generates, http.state.caller))
+            requests, echoes = [], []
+            async for message, charge in in_turns(zip(generates, charges, strict=True), every=1):
+                requests.append(await self._request(http, message, charge))
+                if asked.echo:
+                    echoes.append(await self._text(http, message, requests[-1]))
+            form = self._format(CompletionFormat, f"cmpl-{http.state.request_id}", requests, _wanted(asked, tuple(echoes)))
+            return await self._answer(asked, form, requests, charges, paying)
 
     async def chat(self, http: HttpRequest) -> Response:
         (message,), asked = await read(http, "chat", self._serving)
         assert isinstance(message, pb.GenerateRequest)
-        # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens, unless it is told otherwise
-        requests = [await self._request(http, message, fills=True)]
-        answer_id = f"chatcmpl-{http.state.request_id}"
-        return await self._answer(http, asked, self._format(ChatFormat, answer_id, requests, _wanted(asked)), requests)
+        with ExitStack() as paying:
+            # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens, unless it is told otherwise
+            charges = paying.enter_context(self._serving.charged([message], http.state.caller, fills=True))
+            requests = [await self._request(http, message, charges[0], fills=True)]
+            form = self._format(ChatFormat, f"chatcmpl-{http.state.request_id}", requests, _wanted(asked))
+            return await self._answer(asked, form, requests, charges, paying)
 
-    async def _request(self, http: HttpRequest, message: pb.GenerateRequest, fills: bool = False) -> Request:
+    async def _request(self, http: HttpRequest, message: pb.GenerateRequest, charge: Charge, fills: bool = False) -> Request:
         traceparent, caller = http.headers.get("traceparent"), http.state.caller
-        return await self._serving.request(message, peer_of(http), traceparent=traceparent, caller=caller, fills=fills)
+        return await self._serving.request(message, peer_of(http), charge, traceparent=traceparent, caller=caller, fills=fills)
 
     def _format(self, kind: type[Format], answer_id: str, requests: Sequence[Request], wanted: Wanted) -> Format:
         serving = self._serving
         return kind(answer_id, int(time.time()), serving.model.name, requests, serving.tokenizer, wanted)
 
-    async def _answer(self, http: HttpRequest, asked: Asked, form: Format, requests: Sequence[Request]) -> Response:
-        events = merged([self._serving.events(request, http.state.caller) for request in requests])
+    async def _answer(
+        self, asked: Asked, form: Format, requests: Sequence[Request], charges: Sequence[Charge], paying: ExitStack
+    ) -> Response:
+        events = merged([self._serving.events(*each) for each in zip(requests, charges, strict=True)])
         if not asked.stream:
             return Response(await _whole(form, events, len(requests)), media_type="application/json")
-        chunks = _chunks(form, events)
+        chunks = _chunks(form, events, paying.pop_all())
         # a request that ends before its first token has an HTTP status of its own
         first = await anext(chunks)
         return EventStream(first, chunks, self._serving.shared.config.limits.max_unread_s)
@@ -73,11 +79,15 @@ async def _whole(form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEven
     return form.whole([collector.response() for collector in collectors])
 
 
-async def _chunks(form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEvent], None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        async for prompt, event in events:
-            if chunk := form.chunk(prompt, event):
-                yield chunk
+async def _chunks(
+    form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEvent], None], paying: ExitStack
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream, which outlives its handler; `paying` is closed with it."""
+    with paying:
+        async with aclosing(events):
+            async for prompt, event in events:
+                if chunk := form.chunk(prompt, event):
+                    yield chunk
     yield form.last()
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from ...core.errors import PdserveError
 from ...core.validation import check_name
-from ..access import Need
+from ..access import Need, Revoked
 from ..call_bounds import MESSAGE_TIMEOUT_S, HeldBytes, OpenCalls, TooManyBytes, TooSlow, client_of
 from ..places import NoPlace
 from ..serving import Shared
 from ..translate import ClientStalled
-from .errors import Refused, error_response
+from .errors import Refused, describe, error_json, error_response
+from .hosts import AllowedHosts
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +26,31 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DISCARD_S = 1.0  # for the rest of a body that is refused
+BREAK_OFF_S = 1.0  # for the last event of a stream that is ended by us
 BODILESS = ("GET", "HEAD")
 PROBES = ("/health", "/livez", "/readyz", "/startupz")  # load balancers have no keys
+METRICS = "/metrics"
 REQUEST_ID = b"x-request-id"
+EVENTS = b"text/event-stream; charset=utf-8"
+
+
+def need_of(method: str, path: str) -> Need:
+    """The right that a client needs for a request."""
+    if method not in BODILESS:
+        return Need.REQUEST
+    if path in PROBES:
+        return Need.NOTHING
+    return Need.METRICS if path == METRICS else Need.KEY
 
 
 class Gate:
     """An ASGI application around the one with the handlers."""
 
-    def __init__(self, app: App, posts: Collection[str], shared: Shared) -> None:
+    def __init__(self, app: App, posts: Collection[str], shared: Shared, hosts: AllowedHosts | None = None) -> None:
         """`posts` are the paths that take a body, all by POST."""
         self._app = app
         self._posts = posts
+        self._hosts = hosts
         self._shared = shared
         self._calls = OpenCalls(shared.config.limits.max_open_calls)
         self._max_bytes = shared.config.limits.max_message_bytes
@@ -48,18 +62,25 @@ class Gate:
         out = _Answer(send, request_id)
         try:
             check_name("request_id", given)
-            self._admit(scope)
-            if scope["method"] in BODILESS:
-                await self._app(scope, _replay(b""), out.send)
-            elif scope["method"] == "POST" and scope["path"] in self._posts:
-                await self._call(scope, receive, out.send)
-            else:
-                await self._app(scope, _replay(b""), _closing(out.send))
+            self._check_host(scope)
+            need = need_of(scope["method"], scope["path"])
+            self._admit(scope, need)
+            async with self._shared.revocation.watch(scope["state"]["caller"], need):
+                if scope["method"] in BODILESS:
+                    await self._app(scope, _replay(b""), out.send)
+                elif scope["method"] == "POST" and scope["path"] in self._posts:
+                    await self._call(scope, receive, out.send)
+                else:
+                    await self._app(scope, _replay(b""), _closing(out.send))
         except ClientStalled:
             scope["state"]["abort"]()
             await _gone(receive)
         except PdserveError as error:
-            if scope["method"] not in BODILESS:
+            if out.has_begun:  # its key was taken away
+                if not await out.break_off(error):
+                    scope["state"]["abort"]()
+                return
+            if scope["method"] not in BODILESS and not isinstance(error, Revoked):
                 await _discard(scope, receive)
             await error_response(error)(scope, receive, out.send)
         except Exception:
@@ -67,14 +88,19 @@ class Gate:
             if not out.has_begun:
                 await error_response(RuntimeError("see above"))(scope, receive, out.send)
 
-    def _admit(self, scope: Scope) -> None:
-        """Before anything of the body is read. Raises Unauthenticated or RateLimited."""
+    def _check_host(self, scope: Scope) -> None:
+        host = next((value for name, value in scope["headers"] if name == b"host"), None)
+        if self._hosts is not None and host is not None and host.decode("latin-1") not in self._hosts:
+            got = f"host: {host.decode('latin-1')[:100]!r} is not a name of this server"
+            expected = "expected an address, localhost or a name in listen.allowed_hosts"
+            raise Refused(421, "unknown_host", f"{got}, {expected}", closes=True)
+
+    def _admit(self, scope: Scope, need: Need) -> None:
+        """Before anything of the body is read. Raises Unauthenticated, NotPermitted or RateLimited."""
         access = self._shared.access
         if access is None:
             return
         shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
-        need = Need.KEY if scope["method"] in BODILESS else Need.REQUEST
-        need = Need.NOTHING if scope["path"] in PROBES else need
         scope["state"]["caller"] = access.admit(need, shown, asyncio.get_running_loop().time())
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,12 +165,26 @@ class _Answer:
         self._send = send
         self._header = (REQUEST_ID, request_id.encode("latin-1"))
         self.has_begun = False
+        self._has_events = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_begun = True
+            self._has_events = (b"content-type", EVENTS) in message.get("headers", ())
             message["headers"] = [*message.get("headers", ()), self._header]
         await self._send(message)
+
+    async def break_off(self, error: PdserveError) -> bool:
+        """End an answer that has begun with an event that says why; False when it is no stream, or nobody reads it."""
+        if not self._has_events:
+            return False
+        event = b"data: " + error_json(describe(error)[1]) + b"\n\n"
+        try:
+            async with asyncio.timeout(BREAK_OFF_S):
+                await self._send({"type": "http.response.body", "body": event, "more_body": False})
+        except TimeoutError:
+            return False
+        return True
 
 
 def _replay(body: bytes) -> Receive:

@@ -1,19 +1,24 @@
 """How the cluster fares, for load balancers and orchestrators."""
 
+from typing import Any
+
 from msgspec.json import encode
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..frontend import Frontend, WorkerState, WorkerStatus
+from ..serving import Shared
 
 STALLED_S = 30.0  # of a worker that has sequences to compute: longer than any step should take
 
 
 class Probes:
-    """The handlers of /health, /livez, /readyz and /startupz."""
+    """The handlers of /health, /livez, /readyz and /startupz. Where there are keys, workers are named only to those who have
+    one: the others learn how many there are."""
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, shared: Shared) -> None:
         self._frontend = frontend
+        self._shared = shared
         self._has_started = False
 
     async def live(self, http: Request) -> Response:
@@ -26,8 +31,9 @@ class Probes:
 
     async def health(self, http: Request) -> Response:
         """Requests are accepted, and steps end."""
+        names_workers = self._names_workers(http)
         stalled = [
-            f"{worker.worker_id}: no step has ended for {worker.stalled_s:.0f} s"
+            f"{worker.worker_id if names_workers else 'a worker'}: no step has ended for {worker.stalled_s:.0f} s"
             for worker in self._frontend.status().workers
             if worker.stalled_s > STALLED_S
         ]
@@ -40,16 +46,20 @@ class Probes:
         num_wanted = sum(status.instances.values())
         progress = min(1.0, sum(fractions) / num_wanted) if num_wanted else 1.0
         self._has_started = self._has_started or progress == 1.0
-        workers = {
-            worker.worker_id: {"state": worker.state.value, "phase": worker.phase, "progress": fraction}
-            for worker, fraction in zip(status.workers, fractions, strict=True)
-        }
-        told = {"phase": "started" if self._has_started else "starting", "progress": progress, "workers": workers}
-        return Response(encode(told), 200 if self._has_started else 503, media_type="application/json")
+        answer: dict[str, Any] = {"phase": "started" if self._has_started else "starting", "progress": progress}
+        if self._names_workers(http):
+            answer["workers"] = {
+                worker.worker_id: {"state": worker.state.value, "phase": worker.phase, "progress": fraction}
+                for worker, fraction in zip(status.workers, fractions, strict=True)
+            }
+        return Response(encode(answer), 200 if self._has_started else 503, media_type="application/json")
 
     async def metrics(self, http: Request) -> Response:
         """All metrics in Prometheus' text format."""
         return Response(self._frontend.metrics(), media_type="text/plain; version=0.0.4")
+
+    def _names_workers(self, http: Request) -> bool:
+        return self._shared.access is None or http.state.caller is not None
 
     def _not_serving(self) -> list[str]:
         status = self._frontend.status()

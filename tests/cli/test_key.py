@@ -19,6 +19,14 @@ def test_a_new_key_comes_with_the_line_that_lets_it_in() -> None:
     assert line == make_key("alice", key, requests_per_minute=60).line
 
 
+def test_a_key_is_marked_for_metrics_and_put_into_a_group() -> None:
+    result = CliRunner().invoke(app, ["key", "new", "prom", "--metrics", "--group", "lab"])
+    key, line = result.stdout.splitlines()
+    assert line == make_key("prom", key, is_scraper=True, group="lab").line
+    refused = CliRunner().invoke(app, ["key", "new", "prom", "--group", "a/b"])
+    assert refused.exit_code == 1 and "group: not valid" in refused.output
+
+
 def test_keys_are_added_to_a_file_that_others_may_not_read(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     shown = [CliRunner().invoke(app, ["key", "new", name, "--file", str(file)]).stdout.strip() for name in ("alice", "bob")]

@@ -107,8 +107,20 @@ def test_a_model_is_served_under_the_last_part_of_its_path(path: str, served: st
 
 
 def test_instances_slo_and_limits_change_without_a_restart() -> None:
-    new = config(pools={"prefill": {"instances": 3}, "decode": {"instances": 2}}, slo={"ttft_ms": 1}, limits={"max_tokens": 7})
+    new = config(
+        pools={"prefill": {"instances": 3}, "decode": {"instances": 2}},
+        slo={"ttft_ms": 1},
+        limits={"max_tokens": 7},
+        kv={"cache_sharing": "all"},
+    )
     assert ClusterConfig().changes_needing_restart(new) == []
+
+
+@pytest.mark.parametrize("name", ["", "a:80", "http://a", "a b", ".a", 1])
+def test_hosts_that_are_allowed_are_names(name: object) -> None:
+    assert config(listen={"allowed_hosts": ["serve.example", "a"]}).listen.allowed_hosts == ("serve.example", "a")
+    with pytest.raises(ValidationError, match="the name of a host"):
+        config(listen={"allowed_hosts": [name]})
 
 
 def test_other_changes_are_named_by_their_keys() -> None:

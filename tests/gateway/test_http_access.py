@@ -2,6 +2,7 @@
 
 import ssl
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,17 +11,28 @@ import pytest
 
 from pdserve.core.config_listen import TlsSection
 from pdserve.gateway.app import GatewayServer, serve
+from pdserve.gateway.http.gate import PROBES
+from pdserve.gateway.http.hosts import AllowedHosts
 from pdserve.gateway.keys import make_key, new_key
 from tests.certificates import Authority
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
-ALICE, BOB = new_key(), new_key()
+ALICE, BOB, PROMETHEUS, ROOT = (new_key() for _ in range(4))
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
 
 
 @pytest.fixture
 async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[GatewayServer]:
-    keys = [make_key("alice", ALICE, requests_per_minute=2, tokens_per_minute=150), make_key("bob", BOB)]
+    keys = [
+        make_key("alice", ALICE, requests_per_minute=2, tokens_per_minute=150),
+        make_key("bob", BOB),
+        make_key("prometheus", PROMETHEUS, is_scraper=True),
+        make_key("root", ROOT, is_admin=True),
+    ]
     path = tmp_path / "keys"
     path.write_text("".join(f"{key.line}\n" for key in keys))
     path.chmod(0o600)
@@ -36,13 +48,89 @@ def official(server: GatewayServer, key: str) -> openai.AsyncOpenAI:
 
 async def test_every_path_needs_a_key_but_probes(server: GatewayServer) -> None:
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
-        for path in ("/v1/models", "/v1/models/tiny", "/version", "/metrics", "/openapi.json", "/nothing"):
+        for path in ("/v1/models", "/v1/models/tiny", "/version", "/openapi.json", "/nothing"):
             assert (await http.get(path)).status_code == 401
             assert (await http.get(path, headers={"authorization": f"Bearer {BOB}"})).status_code != 401
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
             assert (await http.post(path, content=b"x" * 200_000)).status_code == 401, "before the body is looked at"
-        for path in ("/livez", "/readyz", "/health", "/startupz"):
+        for path in PROBES:
             assert (await http.get(path)).status_code != 401
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW"])
+async def test_a_probe_without_a_key_is_get_or_head(server: GatewayServer, method: str) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        for path in PROBES:
+            assert (await http.request(method, path, content=b"x" * 1000)).status_code == 401
+            assert (await http.head(path)).status_code != 401
+
+
+async def test_metrics_are_for_keys_that_are_marked(server: GatewayServer, cluster: ScriptedCluster) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        refused = await http.get("/metrics", headers=bearer(BOB))
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_permitted")
+        assert "bob: this key may not read metrics" in refused.json()["error"]["message"]
+        for key in (PROMETHEUS, ROOT):
+            assert (await http.get("/metrics", headers=bearer(key))).content == cluster.metrics()
+
+
+async def test_workers_are_named_to_keys_alone(server: GatewayServer, cluster: ScriptedCluster) -> None:
+    stalled = tuple(replace(worker, stalled_s=31.0) for worker in cluster.state.workers)
+    cluster.change(workers=stalled)
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        for headers in ({}, bearer(new_key()), {"authorization": "Basic eA=="}):
+            assert (await http.get("/startupz", headers=headers)).json() == {"phase": "starting", "progress": 0.75}
+            for path in PROBES:
+                text = (await http.get(path, headers=headers)).text
+                assert not any(worker.worker_id in text for worker in stalled), path
+        assert (await http.get("/health")).json()["reasons"][0] == "a worker: no step has ended for 31 s"
+        assert set((await http.get("/startupz", headers=bearer(BOB))).json()["workers"]) == {"prefill-0", "decode-0"}
+        assert "decode-0: no step" in (await http.get("/health", headers=bearer(BOB))).text
+
+
+async def test_with_keys_any_host_may_be_asked_for(server: GatewayServer) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        assert (await http.get("/livez", headers={"host": "serve.example"})).status_code == 200
+
+
+async def test_a_page_whose_name_points_to_this_machine_reaches_nothing(cluster: ScriptedCluster) -> None:
+    config = CONFIG.model_copy(update={"listen": CONFIG.listen.model_copy(update={"allowed_hosts": ("Serve.example",)})})
+    server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
+        for method, path in (("GET", "/livez"), ("GET", "/metrics"), ("POST", "/v1/completions"), ("OPTIONS", "/tokenize")):
+            refused = await http.request(method, path, content=b"x" * 200_000, headers={"host": "evil.example:8000"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (421, "unknown_host")
+            assert "listen.allowed_hosts" in refused.json()["error"]["message"]
+        for host in ("serve.example:80", "localhost:8000", "127.0.0.1", "[::1]:8000"):
+            answer = await http.post("/v1/completions", json={"prompt": "hello"}, headers={"host": host})
+            assert answer.status_code == 200
+    assert len(cluster.requests) == 4
+    await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_allowed"),
+    [
+        ("127.0.0.1:8000", True),
+        ("10.1.2.3", True),
+        ("[::1]", True),
+        ("[fe80::1]:8000", True),
+        ("LocalHost:8000", True),
+        ("localhost.", False),
+        ("localhost.evil.example", False),
+        ("evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("127.0.0.1@evil.example", False),
+        ("a.b:80", True),
+        ("a.b:80:80", False),
+        ("a.b:x", False),
+        ("[a.b]", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_a_host_is_an_address_localhost_or_listed(host: str, is_allowed: bool) -> None:
+    assert (host in AllowedHosts(["A.b"])) is is_allowed
 
 
 async def test_the_official_client_comes_in_by_its_key(server: GatewayServer, cluster: ScriptedCluster) -> None:

@@ -32,8 +32,8 @@ class RawClient:
 
     def post(self, path: str, **body: object) -> None:
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-        self.writer.write(head.encode() + content)
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        self.writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
 
     async def until_closed(self) -> bytes:
         """What still comes."""
@@ -139,7 +139,7 @@ async def test_only_json_is_taken(http: httpx.AsyncClient) -> None:
 
 
 async def test_a_head_that_is_too_large_is_refused(raw: RawClient) -> None:
-    raw.writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"a" * (2 * MAX_HEADER_BYTES))
+    raw.writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * (2 * MAX_HEADER_BYTES))
     assert (await raw.until_closed()).startswith(b"HTTP/1.1 400 ")
 
 
@@ -163,7 +163,7 @@ async def test_a_client_that_does_not_finish_its_head_is_ended(
 async def test_a_client_that_does_not_finish_its_body_is_ended(raw: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "MESSAGE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(gate, "DISCARD_S", 0.05)
-    raw.writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+    raw.writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n{")
     assert (await raw.until_closed()).startswith(b"HTTP/1.1 408 ")
 
 

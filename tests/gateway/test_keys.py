@@ -1,18 +1,36 @@
 """API keys and rates, as objects: no server, no clock."""
 
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.errors import ConfigError
-from pdserve.core.request import Request, SamplingParams
-from pdserve.gateway.access import Access, Caller, Need, NotPermitted, RateLimited, Unauthenticated
+from pdserve.gateway.access import Access, Caller, Need, NotPermitted, RateLimited, Revoked, Unauthenticated
+from pdserve.gateway.cost import Price
+from pdserve.gateway.key_file import MISSING_GRACE_S
 from pdserve.gateway.keys import ApiKey, KeyRing, digest_of, make_key, new_key, parse_keys
 from pdserve.gateway.rate_limit import TokenBucket
+from pdserve.gateway.secret_files import expected_rights
 
-ALICE, BOB = new_key(), new_key()
+ALICE, BOB, PROM = new_key(), new_key(), new_key()
+
+NOBODY = 65534
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    euid = os.geteuid()
+    if euid == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(euid)
 
 
 def shown(key: str) -> str:
@@ -31,9 +49,8 @@ def write(path: Path, *keys: ApiKey) -> None:
     path.chmod(0o600)
 
 
-def request_of(num_prompt: int, max_tokens: int, n: int = 1) -> Request:
-    sampling = SamplingParams(max_tokens=max_tokens, n=n)
-    return Request(request_id="r", prompt_token_ids=tuple(range(num_prompt)), sampling=sampling)
+def price_of(num_prompt: int, max_tokens: int, n: int = 1) -> Price:
+    return Price(num_prompt_tokens=num_prompt, num_choices=n, max_tokens=max_tokens)
 
 
 def admitted(access: Access, need: Need, key: str, now_s: float = 0.0) -> Caller:
@@ -68,10 +85,24 @@ def test_nobody_comes_in_without_a_known_key(file: Path, value: str | None) -> N
     assert Access(str(file)).admit(Need.NOTHING, value, 0.0) is None
 
 
+def test_a_key_is_recognised_where_none_is_needed(file: Path) -> None:
+    assert admitted(Access(str(file)), Need.NOTHING, ALICE).name == "alice"
+
+
 def test_hashes_with_the_same_beginning_are_told_apart() -> None:
     twin = ApiKey("twin", digest_of(ALICE)[:4] + bytes(28))
     assert KeyRing([twin]).find(ALICE) is None
     assert KeyRing([twin, make_key("alice", ALICE), twin]).find(ALICE) == make_key("alice", ALICE)
+
+
+def test_only_keys_that_are_marked_read_metrics(file: Path) -> None:
+    write(file, make_key("alice", ALICE), make_key("bob", BOB, is_admin=True), make_key("prom", PROM, is_scraper=True))
+    access = Access(str(file))
+    assert {admitted(access, Need.METRICS, key).name for key in (BOB, PROM)} == {"bob", "prom"}
+    with pytest.raises(NotPermitted, match="alice: this key may not read metrics"):
+        access.admit(Need.METRICS, shown(ALICE), 0.0)
+    with pytest.raises(NotPermitted):
+        access.admit(Need.ADMIN, shown(PROM), 0.0)
 
 
 def test_only_keys_that_are_marked_administer(file: Path) -> None:
@@ -94,39 +125,95 @@ def test_requests_beyond_the_rate_are_refused_with_the_time_to_wait(file: Path) 
 
 
 def test_tokens_are_taken_for_all_that_may_be_produced_and_given_back_for_what_was_not(file: Path) -> None:
+    write(file, make_key("alice", ALICE, tokens_per_minute=600))
     access = Access(str(file))
     caller = admitted(access, Need.KEY, ALICE)
-    charge = access.charge(caller, request_of(100, 100, n=5), 0.0)
+    (charge,) = access.charge(caller, [price_of(100, 100, n=5)], 0.0)
     with pytest.raises(RateLimited, match="tokens_per_minute is 600"):
-        access.charge(caller, request_of(1, 1), 0.0)
+        access.charge(caller, [price_of(1, 1)], 0.0)
     charge.settle(20, 0.0)
     charge.settle(0, 0.0)  # a second time changes nothing
-    access.charge(caller, request_of(400, 80), 0.0)
+    access.charge(caller, [price_of(400, 80)], 0.0)
     with pytest.raises(RateLimited):
-        access.charge(caller, request_of(1, 1), 0.0)
+        access.charge(caller, [price_of(1, 1)], 0.0)
 
 
-def test_a_request_that_was_refused_costs_nothing(file: Path) -> None:
+def test_a_request_that_is_refused_before_its_prompt_is_tokenised_costs_no_tokens(file: Path) -> None:
+    write(file, make_key("alice", ALICE, tokens_per_minute=600))
     access = Access(str(file))
     caller = admitted(access, Need.KEY, ALICE)
     for _ in range(5):
-        access.charge(caller, request_of(500, 100), 0.0).settle(0, 0.0, has_begun=False)
+        (charge,) = access.charge(caller, [price_of(500, 100)], 0.0)
+        charge.settle(0, 0.0, has_begun=False)
+
+
+def test_prompts_and_choices_of_one_call_count_as_requests(file: Path) -> None:
+    write(file, make_key("alice", ALICE, requests_per_minute=10))
+    access = Access(str(file))
+    access.charge(admitted(access, Need.REQUEST, ALICE), [price_of(1, 1, n=2)] * 4, 0.0)  # 8 of 10
+    caller = admitted(access, Need.REQUEST, ALICE)
+    with pytest.raises(RateLimited, match="requests_per_minute is 10"):
+        access.charge(caller, [price_of(1, 1, n=3)], 0.0)
+    access.charge(caller, [price_of(1, 1, n=2)], 0.0)
+    with pytest.raises(RateLimited):
+        access.admit(Need.REQUEST, shown(ALICE), 0.0)
+
+
+def test_a_call_of_more_requests_than_a_minute_has_passes_once_the_rate_is_unused(file: Path) -> None:
+    """Its first request is counted when it is admitted: the others wait for the rest of a minute, not for one more."""
+    write(file, make_key("alice", ALICE, requests_per_minute=3))
+    access = Access(str(file))
+    admitted(access, Need.REQUEST, ALICE)
+    caller = admitted(access, Need.REQUEST, ALICE)
+    with pytest.raises(RateLimited) as caught:
+        access.charge(caller, [price_of(1, 1)] * 16, 0.0)
+    now_s = caught.value.retry_after_s
+    access.charge(admitted(access, Need.REQUEST, ALICE, now_s), [price_of(1, 1)] * 16, now_s)
+    with pytest.raises(RateLimited) as caught:
+        access.admit(Need.REQUEST, shown(ALICE), now_s)
+    assert caught.value.retry_after_s == pytest.approx(14 * 20.0)
+
+
+def test_a_call_that_one_rate_refuses_takes_nothing_of_the_other(file: Path) -> None:
+    write(file, make_key("alice", ALICE, requests_per_minute=4, tokens_per_minute=100))
+    access = Access(str(file))
+    caller = admitted(access, Need.REQUEST, ALICE)
+    access.charge(caller, [price_of(1, 0)], 0.0)
+    with pytest.raises(RateLimited, match="requests_per_minute"):
+        access.charge(admitted(access, Need.REQUEST, ALICE), [price_of(90, 0)] + [price_of(1, 0)] * 9, 0.0)
+    access.charge(caller, [price_of(99, 0)], 0.0)
 
 
 def test_a_key_without_limits_has_none(file: Path) -> None:
     access = Access(str(file))
     for _ in range(100):
-        access.charge(admitted(access, Need.REQUEST, BOB), request_of(1000, 1000), 0.0)
+        access.charge(admitted(access, Need.REQUEST, BOB), [price_of(1000, 1000, n=16)] * 64, 0.0)
 
 
-def test_keys_that_are_added_or_taken_away_count_without_a_restart(file: Path) -> None:
+def test_keys_that_are_added_or_taken_away_count_at_once(file: Path) -> None:
     access = Access(str(file))
-    admitted(access, Need.KEY, ALICE)
+    alice = admitted(access, Need.KEY, ALICE)
     write(file, make_key("carol", carol := new_key()))
-    admitted(access, Need.KEY, ALICE, 0.5)  # it is not looked at all the time
-    admitted(access, Need.KEY, carol, 1.5)
+    admitted(access, Need.KEY, carol)
     with pytest.raises(Unauthenticated):
-        access.admit(Need.KEY, shown(ALICE), 1.5)
+        access.admit(Need.KEY, shown(ALICE), 0.0)
+    with pytest.raises(Revoked, match="alice"):
+        access.check_still(alice, Need.REQUEST)
+
+
+def test_a_call_may_go_on_only_as_what_its_key_may_still_do(file: Path) -> None:
+    access = Access(str(file))
+    bob = admitted(access, Need.ADMIN, BOB)
+    write(file, make_key("bob", BOB))
+    access.look(0.0)
+    access.check_still(bob, Need.REQUEST)
+    with pytest.raises(NotPermitted, match="administer"):
+        access.check_still(bob, Need.ADMIN)
+    write(file, make_key("robert", BOB))  # another's now: what is open counts for the old name
+    access.look(0.0)
+    with pytest.raises(Revoked):
+        access.check_still(bob, Need.REQUEST)
+    access.check_still(bob, Need.NOTHING)
 
 
 def test_what_a_key_has_used_up_stays_used_up_when_the_file_changes(file: Path) -> None:
@@ -138,24 +225,76 @@ def test_what_a_key_has_used_up_stays_used_up_when_the_file_changes(file: Path) 
         access.admit(Need.REQUEST, shown(ALICE), 5.0)
 
 
-def test_a_file_that_is_wrong_or_gone_leaves_the_keys_in_force(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("change", ["text", "mode", "owner"])
+def test_a_file_that_has_become_wrong_leaves_the_keys_in_force(
+    file: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    if change == "owner" and os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
     access = Access(str(file))
-    file.write_text("nonsense\n")
-    admitted(access, Need.KEY, ALICE, 2.0)
+    if change == "text":
+        file.write_text("nonsense\n")
+    elif change == "mode":
+        file.chmod(0o604)
+    else:
+        os.chown(file, NOBODY, -1)
+    for now_s in (0.0, 5.0, 10.0):
+        admitted(access, Need.KEY, ALICE, now_s)
+    assert len([record for record in caplog.records if "going on with the 2 keys before" in record.message]) == 1
+
+
+def test_a_missing_file_revokes_all_keys_after_a_moment(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    access = Access(str(file))
+    text = file.read_text()
+    for _ in range(2):
+        alice = admitted(access, Need.REQUEST, ALICE)
     file.unlink()
-    admitted(access, Need.KEY, ALICE, 4.0)
-    admitted(access, Need.KEY, ALICE, 6.0)
-    assert len([record for record in caplog.records if "going on with the keys" in record.message]) == 2
+    admitted(access, Need.KEY, ALICE)
+    admitted(access, Need.KEY, ALICE, MISSING_GRACE_S - 0.1)
+    access.look(MISSING_GRACE_S)
+    with pytest.raises(Revoked):
+        access.check_still(alice, Need.REQUEST)
+    with pytest.raises(Unauthenticated):
+        access.admit(Need.KEY, shown(BOB), MISSING_GRACE_S)
+    assert [record.levelname for record in caplog.records if "revoked" in record.message] == ["ERROR", "ERROR"]
+    file.write_text(text)
+    file.chmod(0o600)
+    admitted(access, Need.KEY, ALICE, MISSING_GRACE_S)
+    with pytest.raises(RateLimited):  # nor is what was used up forgotten
+        access.admit(Need.REQUEST, shown(ALICE), MISSING_GRACE_S)
+
+
+def test_a_file_that_is_replaced_by_renaming_revokes_nothing(file: Path) -> None:
+    access = Access(str(file))
+    away = file.rename(file.with_suffix(".old"))
+    admitted(access, Need.KEY, ALICE)
+    away.rename(file)
+    for now_s in (1.0, 10.0):
+        admitted(access, Need.KEY, ALICE, now_s)
+
+
+def test_a_file_that_may_not_be_read_any_more_revokes_all_keys(file: Path) -> None:
+    """Root may read everything, and is somebody else for a while."""
+    access = Access(str(file))
+    file.chmod(0)
+    with unprivileged():
+        admitted(access, Need.KEY, ALICE)
+        with pytest.raises(Unauthenticated):
+            access.admit(Need.KEY, shown(ALICE), MISSING_GRACE_S)
+    file.chmod(0o600)
+    admitted(access, Need.KEY, ALICE, MISSING_GRACE_S)
 
 
 @pytest.mark.parametrize(
     ("data", "mode", "problem"),
     [
         (None, 0, r"a file that can be read \(No such file"),
-        (b"", 0o620, r"nobody but its owner can write \(chmod go-w\)"),
+        (b"", 0o620, r"its owner alone can write, not one of mode 620 \(chmod 600"),
+        (b"", 0o604, "others cannot read"),
+        (b"", 0o602, "its owner alone can write"),
         (b"\xff", 0o600, "UTF-8"),
         (b"#" * (5 << 20), 0o600, "at most"),
-        (b"alice", 0o600, "keys:1: no sha256:"),
+        (b"alice", 0o640, "keys:1: no sha256:"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_at_start(tmp_path: Path, data: bytes | None, mode: int, problem: str) -> None:
@@ -165,6 +304,63 @@ def test_a_file_that_cannot_be_used_is_refused_at_start(tmp_path: Path, data: by
         os.chmod(path, mode)
     with pytest.raises(ConfigError, match=problem):
         Access(str(path))
+
+
+def test_a_file_of_another_user_is_refused(file: Path) -> None:
+    """Whoever owns it can add a key at any time."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(file, NOBODY, -1)
+    with pytest.raises(ConfigError, match=f"a file that belongs to root, not to uid {NOBODY}"):
+        Access(str(file))
+
+
+@pytest.mark.parametrize(
+    ("owner", "euid", "mode", "is_right"),
+    [
+        (1000, 1000, 0o600, True),
+        (0, 1000, 0o640, True),  # as a package or a container has it
+        (0, 1000, 0o400, True),
+        (1001, 1000, 0o600, False),
+        (1000, 0, 0o600, False),
+        (1000, 1000, 0o660, False),
+        (1000, 1000, 0o601, True),
+        (1000, 1000, 0o644, False),
+        (0, 0, 0o602, False),
+    ],
+)
+def test_a_secret_belongs_to_the_server_and_is_not_for_others(owner: int, euid: int, mode: int, is_right: bool) -> None:
+    status = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, owner, 100, 0, 0, 0, 0))
+    assert (expected_rights(status, euid) is None) is is_right
+
+
+def test_a_pipe_in_place_of_the_file_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys", 0o600)
+    with pytest.raises(ConfigError, match="a regular file"):
+        Access(str(tmp_path / "keys"))
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("group=", "group: not valid"),
+        ("group=a/b", "group: not valid"),
+        ("group", "not known"),
+        ("group=a group=b", "stands there twice"),
+        ("metrics=1", "not known"),
+        ("admin admin", "stands there twice"),
+        ("tokens_per_minute", "not known"),
+    ],
+)
+def test_a_word_that_is_wrong_is_refused(words: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_keys(f"{make_key('a', ALICE).line} {words}\n", "keys")
+
+
+def test_all_words_of_a_line_are_read_back() -> None:
+    key = make_key("a", ALICE, is_admin=True, is_scraper=True, group="lab-1", tokens_per_minute=5)
+    assert key.line.endswith(" admin metrics group=lab-1 tokens_per_minute=5")
+    assert parse_keys(key.line, "keys") == (key,)
 
 
 @given(

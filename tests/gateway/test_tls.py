@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -40,8 +41,34 @@ def files(authority: Authority, tmp_path: Path) -> Pair:
     signed = authority.sign("server")
     copied = Pair(tmp_path / "server.pem", tmp_path / "server.key")
     copied.certificate.write_bytes(signed.certificate.read_bytes())
+    copied.key.touch(0o600)
     copied.key.write_bytes(signed.key.read_bytes())
     return copied
+
+
+@pytest.mark.parametrize(("mode", "is_refused"), [(0o600, False), (0o640, False), (0o644, True), (0o660, True)])
+def test_a_private_key_that_others_can_read_is_refused(files: Pair, mode: int, is_refused: bool) -> None:
+    files.key.chmod(mode)
+    if not is_refused:
+        ServerTls(section(files))
+        return
+    with pytest.raises(ConfigError, match=r"listen\.tls\.key: .* others cannot read .* of mode 6\d\d \(chmod 600, or 640\)"):
+        ServerTls(section(files))
+
+
+def test_a_private_key_of_another_user_is_refused(files: Pair) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.chown(files.key, 65534, -1)
+    with pytest.raises(ConfigError, match="a file that belongs to root, not to uid 65534"):
+        ServerTls(section(files))
+
+
+def test_a_private_key_that_others_can_read_later_is_not_taken_over(files: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    tls = ServerTls(section(files))
+    files.key.chmod(0o644)
+    assert [tls.current().version for _ in range(3)] == [0, 0, 0]
+    assert caplog.text.count("others cannot read") == 1
 
 
 def section(files: Pair, client_ca: Path | None = None) -> TlsSection:

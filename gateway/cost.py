@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..core.config import LimitsSection
+from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.request import SamplingParams
 from ..proto import pdserve_pb2 as pb
 from .rate_limit import TokenBucket

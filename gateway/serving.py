@@ -117,6 +117,8 @@ class Serving:
             async for event in events:
                 for out in answer.handle(event):
                     yield out
+                    if out.HasField("prompt"):  # there may be many of them in one event
+                        await asyncio.sleep(0)
 
     def charged(
         self, messages: Sequence[pb.GenerateRequest], caller: Caller | None, fills: bool = False

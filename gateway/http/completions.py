@@ -1,5 +1,6 @@
 """`/v1/completions` and `/v1/chat/completions`: one request or several, streamed or whole."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
@@ -17,6 +18,8 @@ from .bodies import Asked
 from .body import client_of, peer_of, read
 from .format import ChatFormat, CompletionFormat, Format, Wanted
 from .sse import EventStream, merged
+
+INLINE_TOKENS = 256  # of an answer that is put together on the loop: they may have log probabilities of many others
 
 
 class Completions:
@@ -76,7 +79,11 @@ async def _whole(form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEven
     async with aclosing(events):
         async for prompt, event in events:
             collectors[prompt].add(event)
-    return form.whole([collector.response() for collector in collectors])
+    responses = [collector.response() for collector in collectors]
+    num_tokens = sum(len(choice.token_ids) for response in responses for choice in response.choices)
+    if num_tokens + sum(len(response.prompt.token_ids) for response in responses) <= INLINE_TOKENS:
+        return form.whole(responses)
+    return await asyncio.to_thread(form.whole, responses)
 
 
 async def _chunks(
@@ -85,8 +92,14 @@ async def _chunks(
     """The events of a stream, which outlives its handler; `paying` is closed with it."""
     with paying:
         async with aclosing(events):
+            with_logprobs = set()  # prompts whose log probabilities have come, and go out with their first token
             async for prompt, event in events:
-                if chunk := form.chunk(prompt, event):
+                is_large = prompt in with_logprobs
+                chunk = await asyncio.to_thread(form.chunk, prompt, event) if is_large else form.chunk(prompt, event)
+                with_logprobs.discard(prompt)
+                if event.HasField("prompt"):
+                    with_logprobs.add(prompt)
+                if chunk:
                     yield chunk
     yield form.last()
 

@@ -65,9 +65,9 @@ def detokenize_message(body: DetokenizeRequest) -> pb.DetokenizeRequest:
 
 def token_ids(field: str, ids: Sequence[int]) -> Sequence[int]:
     """Raises InvalidRequest for what is no token id in any vocabulary."""
-    for index, token_id in enumerate(ids):
-        if not 0 <= token_id < 2**32:
-            raise InvalidRequest(f"{field}[{index}]", token_id, "a token id")
+    if ids and not (min(ids) >= 0 and max(ids) < 2**32):
+        index = list(map(range(2**32).__contains__, ids)).index(False)
+        raise InvalidRequest(f"{field}[{index}]", ids[index], "a token id")
     return ids
 
 

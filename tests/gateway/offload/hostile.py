@@ -35,7 +35,16 @@ HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
     "many texts": lambda: (COMPLETIONS, json.dumps({"prompt": ["a" * 4000] * 64, "max_tokens": 1}).encode()),
     "too many texts": lambda: (COMPLETIONS, _joined('{"prompt":[', '"a"', 3_000_000, "]}")),
     "ids": lambda: (COMPLETIONS, json.dumps({"prompt": [[300] * 130_000] * 4, "max_tokens": 1}).encode()),
+    "ids, few bytes": lambda: (COMPLETIONS, json.dumps({"prompt": [7] * 21_000, "max_tokens": 1}).encode()),
     "ids, echoed": lambda: (COMPLETIONS, json.dumps({"prompt": [70] * 130_000, "max_tokens": 1, "echo": True}).encode()),
+    "log probabilities of a prompt": lambda: (
+        COMPLETIONS,
+        json.dumps({"prompt": [70] * 130_000, "max_tokens": 1, "echo": True, "logprobs": 0}).encode(),
+    ),
+    "log probabilities, streamed": lambda: (
+        COMPLETIONS,
+        json.dumps({"prompt": [70] * 6_000, "max_tokens": 1, "echo": True, "logprobs": 20, "stream": True}).encode(),
+    ),
     "too many ids": lambda: (COMPLETIONS, _joined('{"prompt":[', "7", 8_000_000, "]}")),
     "ids beyond the vocabulary": lambda: (COMPLETIONS, json.dumps({"prompt": [7] * 130_000 + [10**6]}).encode()),
     "empty lists": lambda: (COMPLETIONS, _joined('{"prompt":[', "[]", 5_000_000, "]}")),
@@ -143,6 +152,13 @@ GRPC: dict[str, Callable[[], tuple[str, bytes]]] = {
     "ids": lambda: (
         "Generate",
         _request(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[300] * 131_000)), sampling=pb.SamplingParams(max_tokens=1)),
+    ),
+    "log probabilities": lambda: (
+        "Generate",
+        _request(
+            prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[70] * 6_000)),
+            sampling=pb.SamplingParams(max_tokens=1, prompt_logprobs=20),
+        ),
     ),
     "too many ids": lambda: ("Generate", _request(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[7] * 16_000_000)))),
     "ids one by one": lambda: ("Generate", _field(2, _field(3, b"\x08\x07" * 8_000_000))),

@@ -12,6 +12,7 @@ row is a quiet run of the same length in the same processes: machines that do ot
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -79,6 +80,8 @@ async def head() -> None:
     info = replace(model_info(config), max_model_len=CONTEXT)
     gateway = await serve(doors.Frontend(service), config, Tokenizer.load(MODEL_DIR), info)  # type: ignore[arg-type]
     gateway.offload.start()
+    gc.collect()
+    gc.freeze()  # as `open_door` does
     print(
         json.dumps({"worker": port, "grpc": gateway.port, "http": int((gateway.http_address or "").rpartition(":")[2])}),
         flush=True,

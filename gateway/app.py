@@ -5,6 +5,7 @@ gRPC answers on a Unix socket as well, for the process that launched the cluster
 """
 
 import asyncio
+import gc
 from collections.abc import Sequence
 
 import grpc
@@ -190,6 +191,8 @@ async def open_door(
     tokenizer, model = await asyncio.to_thread(_load, config)
     gateway = await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
     gateway.offload.start()
+    gc.collect()
+    gc.freeze()  # what is there now stays: a full collection would walk through all of it, for 60 ms, while streams wait
     return gateway
 
 

@@ -76,8 +76,12 @@ def config(transport: str) -> ClusterConfig:
 @contextmanager
 def running(transport: str, templates: Sequence[Template]) -> Iterator[Ordeal]:
     """Up, and with the undisturbed tokens known: each request alone, then all at once."""
-    with launch(config(transport)) as cluster, grpc.insecure_channel(cluster.grpc_address, RECONNECT) as channel:
-        watch = Watch(rpc.ClusterStub(channel), POOLS)
+    with (
+        launch(config(transport)) as cluster,
+        grpc.insecure_channel(cluster.local_address, RECONNECT) as local,
+        grpc.insecure_channel(cluster.grpc_address, RECONNECT) as channel,
+    ):
+        watch = Watch(rpc.ClusterStub(local), POOLS)
         watch.wait_for(watch.is_whole, SETTLE_TIMEOUT_S)
         generation = rpc.GenerationStub(channel)
         undisturbed = [run_streams(generation, [template], f"alone {number}")[0] for number, template in enumerate(templates)]

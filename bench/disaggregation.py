@@ -135,7 +135,7 @@ async def sweep(address: str, switch: Switch, case: Case, slo: Slo, plan: Plan) 
 async def run(checkpoint: Path, cases: list[Case], slo: Slo, max_batch_tokens: int, plan: Plan) -> list[Point]:
     cluster_settings = settings(checkpoint, slo, max_batch_tokens)
     with launch(ClusterConfig.model_validate(cluster_settings)) as cluster:
-        switch = Switch(cluster.grpc_address, cluster_settings)
+        switch = Switch(cluster.local_address, cluster_settings)
         try:
             await switch.to("1P1D")  # waits for the workers to load
             return [point for case in cases for point in await sweep(cluster.grpc_address, switch, case, slo, plan)]

@@ -175,7 +175,7 @@ def _info() -> WorkerInfo:
         max_model_len=32_768,
         max_batch_tokens=1 << 20,
         max_batch_size=4096,
-        address=TransferAddress(worker_id="both-0", incarnation=1, host_id="h", unix_name="", tcp_host="", tcp_port=0),
+        address=TransferAddress(worker_id="both-0", incarnation=1, host_id="h", unix_path="", tcp_host="", tcp_port=0),
         devices=("cpu:1",),
         node="n",
         pid=1,

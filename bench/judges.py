@@ -47,7 +47,7 @@ def served(model: Path) -> Iterator[str]:
         }
     )
     with launch(config) as cluster:
-        with grpc.insecure_channel(cluster.grpc_address) as channel:
+        with grpc.insecure_channel(cluster.local_address) as channel:
             for status in rpc.ClusterStub(channel).WatchStatus(pb.WatchStatusRequest()):
                 if status.workers and all(worker.state == pb.WORKER_STATE_READY for worker in status.workers):
                     break

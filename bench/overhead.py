@@ -50,8 +50,12 @@ class Latencies:
 
 @contextmanager
 def running_cluster() -> Iterator[rpc.GenerationStub]:
-    with launch(ClusterConfig.model_validate(CONFIG)) as cluster, grpc.insecure_channel(cluster.grpc_address) as channel:
-        for status in rpc.ClusterStub(channel).WatchStatus(pb.WatchStatusRequest()):
+    with (
+        launch(ClusterConfig.model_validate(CONFIG)) as cluster,
+        grpc.insecure_channel(cluster.local_address) as local,
+        grpc.insecure_channel(cluster.grpc_address) as channel,
+    ):
+        for status in rpc.ClusterStub(local).WatchStatus(pb.WatchStatusRequest()):
             if len(status.workers) == 2 and all(worker.state == pb.WORKER_STATE_READY for worker in status.workers):
                 break
         yield rpc.GenerationStub(channel)

@@ -35,7 +35,7 @@ LAYOUT = KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16",
 
 
 def worker(worker_id: str, role: Role) -> WorkerInfo:
-    address = TransferAddress(worker_id=worker_id, incarnation=1, host_id="h", unix_name="", tcp_host="", tcp_port=0)
+    address = TransferAddress(worker_id=worker_id, incarnation=1, host_id="h", unix_path="", tcp_host="", tcp_port=0)
     return WorkerInfo(
         worker_id=worker_id,
         incarnation=1,

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, cast
 
 import grpc
 
+from ..core import admin_socket
+from ..core.config_types import is_loopback, parse_host_port
 from ..core.errors import PdserveError
 from ..proto import pdserve_pb2_grpc
-from .trust import current_trust
+from .trust import API_KEY, current_trust
 
 if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
@@ -51,6 +53,24 @@ def connect(address: str) -> Iterator[Client]:
 
 
 @contextmanager
+def connect_to_administer(address: str) -> Iterator[Client]:
+    """A client for the `Cluster` service of the server at `address`: over the Unix socket of a cluster that this user runs
+    there, unless options or environment say what to show; else like `connect`. Raises UnsafeFolder."""
+    trust = current_trust()
+    host, port = parse_host_port(address) or ("", 0)
+    may_be_local = is_loopback(host) and not trust.is_given
+    path = admin_socket.find(port) if may_be_local else None
+    if path is not None:
+        channel, way = grpc.insecure_channel(f"unix:{path}", options=OPTIONS), f"asked over {path}"
+    else:
+        missing = f"; no cluster of this user has its socket at {admin_socket.socket_link(port)}" if may_be_local else ""
+        shown = f"with the key in {API_KEY}" if trust.api_key else "without a key"
+        channel, way = trust.channel(address, OPTIONS), f"asked over TCP {shown}{missing}"
+    with _client(address, channel, way) as client:
+        yield client
+
+
+@contextmanager
 def connect_locally(cluster: "LaunchedCluster") -> Iterator[Client]:
     """A client of the cluster that this process launched, whatever strangers have to show there."""
     with _client(cluster.grpc_address, grpc.insecure_channel(cluster.local_address, options=OPTIONS)) as client:
@@ -58,12 +78,22 @@ def connect_locally(cluster: "LaunchedCluster") -> Iterator[Client]:
 
 
 @contextmanager
-def _client(address: str, opened: grpc.Channel) -> Iterator[Client]:
+def _client(address: str, opened: grpc.Channel, way: str | None = None) -> Iterator[Client]:
+    """`way`: how the server was asked to let this user administer."""
     with opened as channel:
         try:
             yield Client(address, channel)
         except grpc.RpcError as error:
-            raise CommandFailed(describe(error, address)) from error
+            hint = "" if way is None else _way_in(error, way)
+            raise CommandFailed(describe(error, address) + hint) from error
+
+
+def _way_in(error: grpc.RpcError, way: str) -> str:
+    if is_unreachable(error):
+        return f" ({way})"
+    if as_call(error).code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+        return f" ({way}). Run it as the user who started the cluster, or give an admin key in {API_KEY}"
+    return ""
 
 
 def describe(error: grpc.RpcError, address: str) -> str:

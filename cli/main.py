@@ -101,9 +101,9 @@ def status(
 ) -> None:
     """Show the cluster and its workers."""
     from .admin import show_status
-    from .client import connect
+    from .client import connect_to_administer
 
-    with connect(address) as client:
+    with connect_to_administer(address) as client:
         show_status(client, watch, output.value)
 
 
@@ -113,10 +113,10 @@ def explain(
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Show where a request's time went, against what was predicted, and why it was placed where it was."""
-    from .client import connect
+    from .client import connect_to_administer
     from .explain import explain
 
-    with connect(address) as client:
+    with connect_to_administer(address) as client:
         explain(client, request_id)
 
 
@@ -128,9 +128,9 @@ def apply(
 ) -> None:
     """Make the running cluster match a file: instances are added, or drained and removed; no request fails."""
     from .admin import apply
-    from .client import connect
+    from .client import connect_to_administer
 
-    with connect(address) as client:
+    with connect_to_administer(address) as client:
         apply(client, file, dry_run)
 
 
@@ -142,11 +142,11 @@ def drain(
 ) -> None:
     """Give no more work to workers and wait until they are idle."""
     from .admin import drain
-    from .client import connect
+    from .client import connect_to_administer
 
     if bool(workers) == all_:
         raise typer.BadParameter("name workers, or give --all")
-    with connect(address) as client:
+    with connect_to_administer(address) as client:
         drain(client, workers or [])
 
 
@@ -154,9 +154,9 @@ def drain(
 def down(address: Address = DEFAULT_ADDRESS) -> None:
     """Drain all workers and end the cluster."""
     from .admin import shut_down
-    from .client import connect
+    from .client import connect_to_administer
 
-    with connect(address) as client:
+    with connect_to_administer(address) as client:
         shut_down(client)
     print("stopped")
 

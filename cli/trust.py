@@ -34,6 +34,11 @@ class Trust:
     def is_tls(self) -> bool:
         return self.tls_ca is not None or self.certificate is not None
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is anything to show to a server, or to know it by."""
+        return self.is_tls or self.key is not None or bool(self.api_key)
+
     def channel(self, address: str, options: Sequence[tuple[str, object]]) -> grpc.Channel:
         """Raises BadTrust."""
         channel = self._channel(address, options)

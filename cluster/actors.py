@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
 from ..telemetry.logs import LogSettings, configure
+from . import ray_folder
 from .cores import Placement
 from .worker_spec import WorkerSpec
 
@@ -64,9 +65,13 @@ class WorkerActor:
             configure(spec.log, f"{spec.worker_id}/{spec.incarnation}")
         if spec.host is None:
             spec = replace(spec, host=ray.util.get_node_ip_address())
-        self._worker = load_entry_point(entry_point)(spec)
+        self._session = ray_folder.session_folder()
+        self._accept_shared_ray_folder = spec.accept_shared_ray_folder
+        self._worker = load_entry_point(entry_point)(replace(spec, socket_root=self._session))
 
     def run(self) -> None:
+        """Raises SharedRayFolder, so that `status` shows it, when other users of this node could hijack the worker."""
+        ray_folder.check(self._session, self._accept_shared_ray_folder)
         self._worker.run()
 
     def stop(self) -> None:

@@ -238,6 +238,7 @@ class Head:
             token=self._spec.token,
             host=self._spec.host,
             log=self._spec.log,
+            accept_shared_ray_folder=self._spec.accept_shared_ray_folder,
         )
 
     @property

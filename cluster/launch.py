@@ -21,11 +21,14 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ..core import admin_socket
 from ..core.config import ClusterConfig
-from ..core.errors import ConfigError, PdserveError
+from ..core.errors import ConfigError
 from ..engine.gpu import VISIBLE, probe_node
 from ..telemetry.logs import LogSettings
+from . import ray_folder
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
+from .errors import LaunchError
 from .head_spec import Doors, HeadSpec
 from .ray_token import RayToken
 
@@ -37,37 +40,48 @@ KNOWN_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves
 DOOR = "pdserve.gateway.app:open_door"
 
 
-class LaunchError(PdserveError):
-    """The cluster could not be started."""
-
-
 @dataclass(frozen=True)
 class _Ray:
-    """A Ray cluster we are connected to. `temp_dir` is set when we started it, `ours` when we connected to it."""
+    """A Ray cluster we are connected to: one that was there before, unless it has a `token`. `ours`: we connected to it."""
 
-    temp_dir: Path | None
     ours: bool = True
     token: RayToken | None = None
 
     @staticmethod
-    def connect() -> "_Ray":
-        """Adopt the cluster that this process, this machine or RAY_ADDRESS knows, else start one of our own."""
-        if ray.is_initialized():
-            return _Ray(None, ours=False)
+    def connect(run_folder: Path) -> "_Ray":
+        """Adopt the cluster that this process, this machine or RAY_ADDRESS knows, else start one of our own in `run_folder`.
+
+        Raises LaunchError, also when other local users can change the folder of a cluster that was there before."""
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS") or _is_known_cluster():
+        adopted = _Ray._adopt(options)
+        if adopted is None:
+            return _Ray._start(run_folder, options)
+        try:
+            ray_folder.check(ray_folder.session_folder(), ray_folder.is_accepted())
+        except BaseException:
+            adopted.disconnect()
+            raise
+        return adopted
+
+    @staticmethod
+    def _adopt(options: dict[str, Any]) -> "_Ray | None":
+        if ray.is_initialized():
+            return _Ray(ours=False)
+        address = os.environ.get("RAY_ADDRESS") or _known_address()
+        if address == "auto":  # Ray would believe the command line of any user's process, and run what that one sends
+            raise LaunchError("RAY_ADDRESS: got 'auto', expected HOST:PORT, as `ray start` prints it")
+        if address is not None:
             try:
-                ray.init(address="auto", **options)
-                return _Ray(None)
+                ray.init(address=address, **options)
+                return _Ray()
             except (ConnectionError, RayError) as error:  # also when it does not take our token
                 if os.environ.get("RAY_ADDRESS"):
                     raise LaunchError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
-        return _Ray._start(options)
+        return None
 
     @staticmethod
-    def _start(options: dict[str, Any]) -> "_Ray":
-        temp_dir = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # short: Ray's socket paths lie below it
-        started = _Ray(temp_dir, token=RayToken())
+    def _start(run_folder: Path, options: dict[str, Any]) -> "_Ray":
+        started = _Ray(token=RayToken(run_folder))
         node = probe_node()
         if node.usable_devices:  # by name: Ray counts from 0, and some of the machine's GPUs may not be for us
             os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in node.usable_devices)
@@ -77,7 +91,7 @@ class _Ray:
                 num_gpus=len(node.usable_devices),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(started.temp_dir),
+                _temp_dir=str(run_folder / "ray"),  # Ray opens it to everybody: nobody gets that far
                 _system_config={"worker_niceness": 0},  # Ray would let any other process of the machine starve ours
                 **options,
             )
@@ -91,8 +105,6 @@ class _Ray:
             ray.shutdown()
         if self.token is not None:
             self.token.withdraw()
-        if self.temp_dir is not None:
-            shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 
 class LaunchedCluster:
@@ -100,18 +112,23 @@ class LaunchedCluster:
     started it."""
 
     def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
-        self._ray = _Ray.connect()
-        self._private = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # that nobody else may open
+        self._folder = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # for this user alone; sockets want short paths
+        try:
+            self._ray = _Ray.connect(self._folder)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         self._lock = threading.Lock()  # of `_stopped` and `_head`
         self._stopped = False
         self._head: Any = None
         self._keeper: Any = None
+        self._doors: Doors | None = None
         self._error: str | None = None
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
         try:
             self._keeper = self._create_keeper(config, log_settings)
-            host = None if self._ray.temp_dir is None else "127.0.0.1"
+            host = None if self._ray.token is None else "127.0.0.1"
             self._spec = HeadSpec(
                 keeper=self._keeper,
                 door=DOOR,
@@ -120,8 +137,10 @@ class LaunchedCluster:
                 log=log_settings,
                 otlp_endpoint=config.observability.otlp_endpoint or _otlp_endpoint(),
                 local=self.local_address,
+                accept_shared_ray_folder=ray_folder.is_accepted(),
             )
             self._doors = self._start_first_head()
+            admin_socket.publish(self._port, self._socket)
         except BaseException:
             self.stop()
             raise
@@ -129,16 +148,26 @@ class LaunchedCluster:
 
     @property
     def grpc_address(self) -> str:
+        assert self._doors is not None
         return self._doors.grpc
 
     @property
     def http_address(self) -> str | None:
+        assert self._doors is not None
         return self._doors.http
 
     @property
     def local_address(self) -> str:
         """The same services for this user's processes alone: without TLS and without a key."""
-        return f"unix:{self._private}/door"
+        return f"unix:{self._socket}"
+
+    @property
+    def _socket(self) -> Path:
+        return self._folder / "grpc.sock"
+
+    @property
+    def _port(self) -> int:
+        return int(self.grpc_address.rpartition(":")[2])
 
     def _start_first_head(self) -> Doors:
         self._create_head()
@@ -215,6 +244,8 @@ class LaunchedCluster:
             if self._stopped:
                 return
             self._stopped = True
+        if self._doors is not None:
+            admin_socket.withdraw(self._port, self._socket)
         if self._head is not None:
             # if it does not answer it is dead, or about to be
             with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
@@ -225,7 +256,7 @@ class LaunchedCluster:
         if self._supervisor.is_alive():
             self._supervisor.join(timeout=10.0)
         self._ray.disconnect()
-        shutil.rmtree(self._private, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> "LaunchedCluster":
         return self
@@ -237,9 +268,10 @@ class LaunchedCluster:
 def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> LaunchedCluster:
     """Start a cluster; its workers load while this returns. Without `log_settings`, its processes' warnings go to Ray's logs.
 
-    Raises ConfigError when the address to listen on is taken, LaunchError when Ray or the head does not start, or when
-    the model cannot be read or does not fit.
+    Raises ConfigError when the address to listen on is taken, UnsafeFolder when this user's runtime folder is not private,
+    LaunchError when Ray or the head does not start, or when the model cannot be read or does not fit.
     """
+    admin_socket.prepare()
     _check_port_is_free("grpc", *config.listen.grpc_host_port)
     if config.listen.http_host_port is not None:
         _check_port_is_free("http", *config.listen.http_host_port)
@@ -251,13 +283,14 @@ def _otlp_endpoint() -> str | None:
     return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
 
 
-def _is_known_cluster() -> bool:
-    """Whether this user, or root, has started a Ray on this machine. Anybody can write to /tmp, and a Ray that somebody else
-    has laid out there would have our process run what it likes."""
+def _known_address() -> str | None:
+    """The address of the Ray that this user, or root, has started on this machine. Anybody can write to /tmp, and a Ray that
+    somebody else has laid out there would have our process run what it likes."""
     try:
-        return KNOWN_CLUSTER.stat().st_uid in (os.getuid(), 0)
-    except FileNotFoundError:
-        return False
+        with KNOWN_CLUSTER.open() as file:
+            return file.read(1024).strip() or None if os.fstat(file.fileno()).st_uid in (os.getuid(), 0) else None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _this_node() -> str:

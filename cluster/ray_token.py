@@ -1,13 +1,11 @@
 """The token of a Ray that we start: Ray's token mode on, with a token that nobody but this user can read.
 
 By itself Ray would write its token to ~/.ray with the rights that the umask leaves, for all of a user's clusters and for good.
-Ours is drawn for one cluster, lies in a folder of its own, and goes with the cluster.
+Ours is drawn for one cluster, lies in its run folder, and goes with the cluster.
 """
 
 import os
 import secrets
-import shutil
-import tempfile
 from pathlib import Path
 
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # it is compiled
@@ -18,14 +16,12 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 class RayToken:
     """In force in this process, and in all that it starts, until `withdraw`."""
 
-    def __init__(self) -> None:
-        """An operator who has chosen a mode other than token, or has a token, keeps that."""
+    def __init__(self, run_folder: Path) -> None:
+        """Written into `run_folder`. An operator who has chosen a mode other than token, or has a token, keeps that."""
         self._before: dict[str, str | None] = {}
-        self._folder: str | None = None
         if os.environ.get(MODE, "token") != "token" or os.environ.get(TOKEN) or os.environ.get(TOKEN_PATH):
             return
-        self._folder = tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")  # Ray opens its own to everybody
-        path = Path(self._folder) / "ray_token"
+        path = run_folder / "ray_token"
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         self._before = {name: os.environ.get(name) for name in (MODE, TOKEN_PATH)}
@@ -42,8 +38,6 @@ class RayToken:
                 os.environ[name] = value
         if before:
             _refresh()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _refresh() -> None:

@@ -100,6 +100,7 @@ class WorkerProcess:
                 transport=spec.config.kv.transport,
                 gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
                 on_stuck=give_up,
+                socket_root=spec.socket_root,
             )
             grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
             if gpu is not None:

@@ -1,6 +1,7 @@
 """What a worker process is told at its start. Apart from the process itself, so that the head needs none of its imports."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core.config import ClusterConfig, PoolSection
 from ..core.devices import DeviceKind
@@ -24,6 +25,8 @@ class WorkerSpec:
     host: str | None  # the address that peers reach this node by; None: as Ray knows it
     log: LogSettings | None = None  # None: as Python does by default
     cores: tuple[int, ...] = ()  # decided when the process is placed
+    socket_root: Path = Path("/tmp")  # where the transfer endpoint makes its private folder
+    accept_shared_ray_folder: bool = False  # the hosts have no other users
 
     @property
     def key(self) -> tuple[str, int]:

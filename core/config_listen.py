@@ -39,6 +39,9 @@ class ListenSection(Part):
     allowed_hosts: Annotated[tuple[HostName, ...], Field(strict=False)] = ()
     """Names that `Host` may have in HTTP requests to a server without keys on loopback, beside addresses and localhost.
     Others are refused, so that a web page cannot reach it by a name of its own that points to this machine."""
+    admin_without_key: bool = False
+    """Answer the `Cluster` service over TCP although there are no keys: whoever reaches the port can see, change and stop the
+    cluster, on loopback every local user. By default only the user who started it can, over a Unix socket of theirs."""
     allow_insecure: bool = False
     """Listen to other hosts without TLS, or without knowing clients: for a network that keeps strangers out by itself."""
     grpc: HostPort = "127.0.0.1:50051"
@@ -46,6 +49,12 @@ class ListenSection(Part):
     `tls.client_ca`; or `allow_insecure`."""
     http: HostPort | None = "127.0.0.1:8000"
     """HOST:PORT of the OpenAI-compatible HTTP server, protected in the same way; null: there is none."""
+
+    @model_validator(mode="after")
+    def _one_way_to_administer(self) -> "ListenSection":
+        if self.admin_without_key and self.api_keys is not None:
+            raise expected("api_keys or admin_without_key: with keys, those marked admin administer", got="both")
+        return self
 
     @field_validator("grpc", "http")
     @classmethod

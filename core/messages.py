@@ -84,7 +84,7 @@ class TransferAddress(msgspec.Struct, frozen=True):
     worker_id: str
     incarnation: int
     host_id: str  # equal on workers that can share memory
-    unix_name: str  # abstract Unix socket name, for peers on the same host
+    unix_path: str  # of a Unix socket, for peers on the same host
     tcp_host: str
     tcp_port: int
     gpu: str = ""  # the UUID of the GPU that holds its KV; empty on a processor

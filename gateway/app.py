@@ -130,14 +130,16 @@ async def serve(
     offload = Offload(tokenizer, model.name, model.max_model_len)
     serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars), offload)
     generation = GenerationService(serving)
-    limits = config.limits
-    max_connections = connections_of_each(limits.max_connections, raise_descriptor_limit())
+    max_connections = connections_of_each(config.limits.max_connections, raise_descriptor_limit())
     connections = GrpcConnections(max_connections)
-    bounds = CallBounds(limits, shared.held_bytes, connections)
-    servers = [_server(config, generation, admin, Guard(access, bounds, shared.revocation, serving.message))]
+    bounds = CallBounds(config.limits, shared.held_bytes, connections)
+    offers_admin = access is not None or config.listen.admin_without_key
+    servers = [_server(config, generation, admin, Guard(access, bounds, shared.revocation, serving.message, offers_admin))]
     if local is not None:  # bounds of its own: whatever clients elsewhere do, this is for who runs the cluster
-        bounds = CallBounds(limits, HeldBytes(limits.max_held_bytes), GrpcConnections(max_connections))
-        servers.append(_server(config, generation, admin, Guard(None, bounds, shared.revocation, serving.message)))
+        own = CallBounds(config.limits, HeldBytes(config.limits.max_held_bytes), GrpcConnections(max_connections))
+        servers.append(
+            _server(config, generation, admin, Guard(None, own, shared.revocation, serving.message, offers_admin=True))
+        )
     try:
         port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
     except RuntimeError as error:

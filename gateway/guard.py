@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest, PdserveError
 from ..proto import pdserve_pb2 as pb
-from .access import Access, Caller, Need
+from .access import Access, Caller, Need, NotPermitted
 from .call_bounds import HeldBytes, KeylessCalls, OpenCalls, PendingReads, client_of
 from .connections import GrpcConnections, connection_name
 from .revocation import Revocation
@@ -33,6 +33,12 @@ _SERVICES = {
 }
 _METHODS = {f"{pb.DESCRIPTOR.package}.Cluster/Explain": Need.KEY}  # of its own requests a client has been told most of it
 
+ADMIN_SERVICES = tuple(name for name, need in _SERVICES.items() if need is Need.ADMIN)
+_ADMIN_IS_LOCAL = (
+    "without listen.api_keys only the user who started the cluster administers it, over a Unix socket on the head's host; "
+    "listen.api_keys with a key marked admin, or listen.admin_without_key: true, offer it over TCP"
+)
+
 MessageReader = Callable[[type[Message], bytes, str], Awaitable[Message]]  # as `Serving.message`
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Any  # a grpc.RpcMethodHandler, whose fields its stubs do not name
@@ -40,8 +46,12 @@ Handler = Any  # a grpc.RpcMethodHandler, whose fields its stubs do not name
 
 def need_of(method: str) -> Need:
     """What the full name of a method (`/package.Service/Method`) asks; a key for whatever is not known here."""
-    name = method.strip("/")
-    return _METHODS.get(name) or _SERVICES.get(name.partition("/")[0], Need.KEY)
+    return _METHODS.get(method.strip("/")) or _SERVICES.get(service_of(method), Need.KEY)
+
+
+def service_of(method: str) -> str:
+    """The full name of a method's service."""
+    return method.strip("/").partition("/")[0]
 
 
 class CallBounds:
@@ -66,10 +76,14 @@ class CallBounds:
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
-    """Stands before all services of a server. Without `access`, clients need no keys."""
+    """Stands before all services of a server. Without `access`, clients need no keys, and only where `offers_admin` may they
+    administer the cluster."""
 
-    def __init__(self, access: Access | None, bounds: CallBounds, revocation: Revocation, reader: MessageReader) -> None:
+    def __init__(
+        self, access: Access | None, bounds: CallBounds, revocation: Revocation, reader: MessageReader, offers_admin: bool
+    ) -> None:
         self._access = access
+        self._offers_admin = offers_admin
         self.bounds = bounds
         self._revocation = revocation
         self._read = reader
@@ -87,6 +101,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
                 shown = dict(details.invocation_metadata or ()).get("authorization")
                 text = shown if isinstance(shown, str) else None
                 CALLER.set(self._access.admit(need, text, asyncio.get_running_loop().time()))
+            elif not self._offers_admin and service_of(details.method) in ADMIN_SERVICES:
+                raise NotPermitted(f"{service_of(details.method)}: {_ADMIN_IS_LOCAL}")
         except PdserveError as error:
             return _refusal(error)
         if details.method not in self._handlers:

@@ -1,14 +1,17 @@
-"""D's front door: strangers connect, prove that they belong to the cluster, and are handed to their pair."""
+"""D's listening end: peers connect, prove that they belong to the cluster, and are handed to their pair."""
 
 import asyncio
-import logging
+import errno
 import os
-import secrets
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from ..core import handshake
+from ..core.peer_log import peer_log
 from .channel import Channel
 from .cuda_ipc import CudaIpcLink
 from .gloo import listening_socket
@@ -21,62 +24,81 @@ from .pair import Local, retire
 from .protocol import Connect, Connected, Prepare, Refused, SenderMessage
 from .shm import ShmLink
 
-logger = logging.getLogger(__name__)
 _PAGE_BYTES = 4096
-MAX_STRANGERS = 1024  # connections that have not greeted yet
+MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they belong to the cluster
+ACCEPT_PAUSE_S = 0.5  # until the next attempt, when the process has no descriptor or memory left for a connection
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Acceptor:
-    """Listens on an abstract Unix socket and on TCP; a connection that does not greet in time is closed."""
+    """Listens on a Unix socket in a folder of its own, which no other user can enter, and on TCP. A connection that does not
+    greet in time is closed."""
 
     def __init__(self, local: Local, admit: Callable[[Connect], InboundPair | str]) -> None:
         self._local = local
         self._admit = admit  # says to which pair a greeting belongs, or why it is refused
-        self.unix_name = f"pdserve-kv-{secrets.token_hex(8)}"
+        # A process that is killed leaves the folder behind: it goes with what `socket_root` belongs to.
+        self._folder = Path(tempfile.mkdtemp(prefix="kv-", dir=local.socket_root))
+        self.unix_path = str(self._folder / "s")
         self._unix = socket.socket(socket.AF_UNIX)
         try:
-            self._unix.bind("\0" + self.unix_name)
+            self._unix.bind(self.unix_path)
             self._unix.listen(128)
             self._tcp = listening_socket(local.host)
         except BaseException:
             self._unix.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
         self.tcp_port: int = self._tcp.getsockname()[1]
-        self._strangers: set[Channel[SenderMessage]] = set()
-        self._unknown: set[asyncio.Task[None]] = set()  # handshakes
+        self._ungreeted: set[Channel[SenderMessage]] = set()
+        self._unproven: dict[asyncio.Task[None], None] = {}  # handshakes, the oldest first
         self._preparing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """On the endpoint's loop."""
         for sock in (self._unix, self._tcp):
             sock.setblocking(False)
-            asyncio.get_running_loop().add_reader(sock, self._accept, sock)
+            self._listen(sock)
+
+    def _listen(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:  # else it was closed during a pause
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def stop_listening(self) -> None:
+        for sock in (self._unix, self._tcp):
+            sock.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def close(self) -> None:
         for sock in (self._unix, self._tcp):
             asyncio.get_running_loop().remove_reader(sock)
-            sock.close()
-        tasks = self._preparing | self._unknown
+        self.stop_listening()
+        tasks = self._preparing | self._unproven.keys()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for channel in list(self._strangers):
+        for channel in list(self._ungreeted):
             self._dismiss(channel)
 
     def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
         try:
             sock, _ = listener.accept()
         except OSError as error:  # the peer was gone again, or we are out of descriptors: others may still connect
-            logger.warning("accepting a connection failed: %s", error)
-            return
-        if len(self._strangers) + len(self._unknown) >= MAX_STRANGERS:
-            logger.warning("%d connections have not greeted yet: closed one more", MAX_STRANGERS)
-            sock.close()
+            peer_log.warning("accepting a connection failed: %s", error)
+            if error.errno in _EXHAUSTED:  # the connection waits in the backlog, so the listener stays readable
+                loop.remove_reader(listener)
+                loop.call_later(ACCEPT_PAUSE_S, self._listen, listener)
             return
         sock.setblocking(False)
-        task = asyncio.get_running_loop().create_task(self._meet(sock))
-        self._unknown.add(task)
-        task.add_done_callback(self._unknown.discard)
+        if len(self._unproven) >= MAX_UNPROVEN:  # a peer proves itself at once: the oldest is the least likely one
+            oldest = next(iter(self._unproven))
+            self._unproven.pop(oldest)
+            oldest.cancel()
+            self._count_refusal(f"{MAX_UNPROVEN} newer ones have proved nothing yet")
+        task = loop.create_task(self._meet(sock))
+        self._unproven[task] = None
+        task.add_done_callback(lambda done: self._unproven.pop(done, None))
 
     async def _meet(self, sock: socket.socket) -> None:
         """Learn whether the peer is of this cluster; one that is may greet, in what is left of the time."""
@@ -86,25 +108,24 @@ class Acceptor:
             async with asyncio.timeout_at(due_s):
                 await shake_hands(sock, handshake.Acceptor(self._local.token, handshake.Purpose.TRANSFER))
         except (OSError, handshake.HandshakeError) as error:  # TimeoutError is an OSError
-            logger.warning("refused a connection: %s", error or "no proof came in time")
-            self._local.counters.num_connects_refused += 1
+            self._count_refusal(str(error) or "no proof came in time")
             sock.close()
             return
         except BaseException:
             sock.close()
             raise
         channel: Channel[SenderMessage] = Channel(sock, SenderMessage, lambda _: None, lambda _: None)
-        self._strangers.add(channel)
+        self._ungreeted.add(channel)
         channel.on_message = partial(self._on_greeting, channel)
-        channel.on_lost = lambda _: self._strangers.discard(channel)
+        channel.on_lost = lambda _: self._ungreeted.discard(channel)
         loop.call_at(due_s, self._on_timeout, channel)
 
     def _on_timeout(self, channel: Channel[SenderMessage]) -> None:
-        if channel in self._strangers:
+        if channel in self._ungreeted:
             self._dismiss(channel)
 
     def _dismiss(self, channel: Channel[SenderMessage]) -> None:
-        self._strangers.discard(channel)
+        self._ungreeted.discard(channel)
         channel.close()
 
     def _on_greeting(self, channel: Channel[SenderMessage], message: SenderMessage) -> None:
@@ -120,10 +141,13 @@ class Acceptor:
         task.add_done_callback(self._preparing.discard)
 
     def _refuse(self, channel: Channel[SenderMessage], error: str) -> None:
-        logger.warning("refused a connection: %s", error)
-        self._local.counters.num_connects_refused += 1
+        self._count_refusal(error)
         channel.send(Refused(error))
         self._dismiss(channel)
+
+    def _count_refusal(self, why: str) -> None:
+        peer_log.warning("refused a connection: %s", why)
+        self._local.counters.num_connects_refused += 1
 
     async def _prepare(self, channel: Channel[SenderMessage], pair: InboundPair, connect: Connect) -> None:
         """Set the ring up and hand the connection over."""
@@ -135,16 +159,16 @@ class Acceptor:
                 link = self._prepare_cuda_ipc(channel, connect.epoch)
             else:
                 link = await self._prepare_group(channel, connect.link, connect.epoch)
-        except Exception as error:  # memory, descriptors, sockets: this connection fails, the door stays open
+        except Exception as error:  # memory, descriptors, sockets: this connection fails alone
             self._refuse(channel, f"preparing the link failed: {error}")
             return
         finally:
             pair.num_preparing -= 1
-        if connect.epoch != pair.last_epoch or channel not in self._strangers:
+        if connect.epoch != pair.last_epoch or channel not in self._ungreeted:
             self._dismiss(channel)
             retire(self._local, link)
             return
-        self._strangers.discard(channel)
+        self._ungreeted.discard(channel)
         channel.send(Connected(connect.epoch))
         pair.attach(channel, link, connect.epoch)
 
@@ -179,7 +203,7 @@ class Acceptor:
         lost: asyncio.Future[str] = loop.create_future()
 
         def on_lost(error: str) -> None:
-            self._strangers.discard(channel)
+            self._ungreeted.discard(channel)
             if not lost.done():
                 lost.set_result(error)
 

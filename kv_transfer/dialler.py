@@ -110,7 +110,7 @@ async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) ->
     """Connected, and both sides know each other."""
     address: Any
     if is_near:
-        family, address = socket.AF_UNIX, "\0" + target.unix_name
+        family, address = socket.AF_UNIX, target.unix_path
     else:
         family, address = address_family(target.tcp_host), (target.tcp_host, target.tcp_port)
     sock = socket.socket(family)

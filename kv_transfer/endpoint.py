@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from ..core.devices import GPU_LINKS
 from ..core.messages import TransferAddress
@@ -41,10 +42,11 @@ class TransferEndpoint:
         config: TransferConfig | None = None,
         gpu: Gpu | None = None,
         on_stuck: Callable[[str], None] | None = None,
+        socket_root: Path = Path("/tmp"),
     ) -> None:
         """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` is where the store's blocks
         are, if not in the processor's memory; `on_stuck` hears why the process has to end, when a link there does not let go;
-        without it, that is logged."""
+        without it, that is logged. The folder of mode 0700 for the Unix socket is made in `socket_root`."""
         valid = [name for name in TRANSPORTS if gpu is not None or name not in GPU_LINKS]
         if transport not in valid:
             where = "" if gpu is not None else " on a processor"
@@ -62,6 +64,7 @@ class TransferEndpoint:
             config=config or TransferConfig(),
             gpu=gpu,
             on_stuck=on_stuck or log_stuck,
+            socket_root=socket_root,
         )
         self._hub = TransferHub(self._local, Dialler(self._local))
         self._inbox: deque[Callable[[], None]] = deque()
@@ -88,7 +91,7 @@ class TransferEndpoint:
             worker_id=local.worker_id,
             incarnation=local.incarnation,
             host_id=local.host_id,
-            unix_name=acceptor.unix_name,
+            unix_path=acceptor.unix_path,
             tcp_host=local.host,
             tcp_port=acceptor.tcp_port,
             gpu=local.gpu_uuid,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from pathlib import Path
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -51,6 +52,7 @@ class Local:
     retired: list[Link] = field(default_factory=list)  # killed, and not gone yet
     gpu: Gpu | None = None  # that holds the store's blocks
     on_stuck: Callable[[str], None] = field(default_factory=lambda: log_stuck)
+    socket_root: Path = Path("/tmp")
     rings: RingShelf | None = field(init=False)  # on the GPU
     turn: SendTurn = field(default_factory=SendTurn)  # of links that must not send at the same time
     store_waits: StoreWaits = field(default_factory=StoreWaits)

@@ -13,9 +13,9 @@ _MAP_FLAGS = mmap.MAP_SHARED | mmap.MAP_POPULATE
 
 
 def host_id() -> str:
-    """Equal for processes that reach each other's abstract Unix sockets: same boot, same network namespace."""
+    """Equal for processes that reach each other's Unix sockets by path: same boot, same mount namespace."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot_id}/{os.stat('/proc/self/ns/net').st_ino}"
+    return f"{boot_id}/{os.stat('/proc/self/ns/mnt').st_ino}"
 
 
 class ShmLink:

@@ -24,6 +24,7 @@ from ..core.messages import (
     WorkerInfo,
     WorkerMessage,
 )
+from ..core.peer_log import peer_log
 from ..core.request import FinishReason, Request
 from .client_stream import ClientStream, StreamEvent
 from .core import Router
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 0.5  # so often do both sides speak at least
 # A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
 MAX_SILENT_BEATS = 6
-MAX_STRANGERS = 1024  # connections that have not introduced themselves yet
+MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they are workers of this cluster
 
 
 class WorkerObserver(Protocol):
@@ -75,7 +76,8 @@ class RouterService:
         self._observer = observer
         self._recorder = recorder
         self.token = token
-        self.num_strangers = 0  # connections that have not introduced themselves yet
+        self.num_refused = 0  # connections that did not prove in time that they are workers of this cluster
+        self._unproven: dict[_WorkerConnection, None] = {}  # the oldest first
         self._streams: dict[str, ClientStream] = {}
         self._workers: dict[tuple[str, int], _WorkerConnection] = {}
         self._commands: deque[RouterCommand] = deque()
@@ -194,6 +196,27 @@ class RouterService:
         self._workers[key] = connection
         return True
 
+    @property
+    def num_unproven(self) -> int:
+        """Connections that have not introduced themselves yet."""
+        return len(self._unproven)
+
+    def introduced(self, connection: "_WorkerConnection") -> None:
+        self._unproven.pop(connection, None)
+
+    def met(self, connection: "_WorkerConnection") -> None:
+        """A new connection. Workers introduce themselves at once: when there are too many others, the oldest goes."""
+        if len(self._unproven) >= MAX_UNPROVEN:
+            next(iter(self._unproven)).refuse(f"{MAX_UNPROVEN} newer connections have not introduced themselves yet")
+        self._unproven[connection] = None
+
+    def refused(self, connection: "_WorkerConnection", reason: str) -> None:
+        """The peer is not, or not known to be, a worker of this cluster. Idempotent."""
+        if connection in self._unproven:
+            del self._unproven[connection]
+            self.num_refused += 1
+            peer_log.warning("refused a connection to the workers' port: %s", reason)
+
     def receive(self, message: LoadProgress | Ready | StepReport | LegEnded) -> None:
         """One message of an admitted worker."""
         match message:
@@ -235,12 +258,10 @@ class _WorkerConnection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self._watchdog = self._loop.call_later(HEARTBEAT_S, self._beat)
-        self._service.num_strangers += 1
-        if self._service.num_strangers > MAX_STRANGERS:
-            self._abort("too many connections have not introduced themselves yet")
+        self._service.met(self)
 
     def data_received(self, data: bytes) -> None:
-        if self._hello is not None:  # a stranger has its time, however it speaks
+        if self._hello is not None:  # before that a peer has its time, however it speaks
             self._num_silent_beats = 0
         try:
             answer, frames = self._handshake.feed(data)
@@ -254,7 +275,7 @@ class _WorkerConnection(asyncio.Protocol):
         if self._watchdog is not None:
             self._watchdog.cancel()
         if self._hello is None:
-            self._service.num_strangers -= 1
+            self._service.refused(self, str(exc or self._reason))
         else:
             reason = str(exc) if exc else self._reason
             self._service.lost(self._hello.worker_id, self._hello.incarnation, reason, self._is_silent)
@@ -266,11 +287,16 @@ class _WorkerConnection(asyncio.Protocol):
         self._reason = "stopped"
         self._transport.close()
 
+    def refuse(self, reason: str) -> None:
+        """Hang up on a peer that has not introduced itself."""
+        self._service.refused(self, reason)
+        self._abort(reason)
+
     def _on_message(self, message: WorkerMessage) -> None:
         if isinstance(message, Hello):
             if self._hello is None and self._service.admit(self, message):
                 self._hello = message
-                self._service.num_strangers -= 1
+                self._service.introduced(self)
             else:
                 self._abort("not a worker of this cluster")
         elif self._hello is None:

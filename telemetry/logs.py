@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
+from ..core.peer_log import limit_third_party_lines
 from .relay import RelayHandler
 
 Format = Literal["json", "console"]
@@ -87,6 +88,7 @@ def configure(settings: LogSettings, process: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("pdserve").setLevel(settings.level.upper())
+    limit_third_party_lines()
 
 
 @contextmanager

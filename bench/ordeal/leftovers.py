@@ -54,8 +54,6 @@ def _target(descriptor: Path) -> str:
 
 
 def traces() -> set[str]:
-    """Names outside of any process: files in /tmp and /dev/shm, abstract Unix sockets. Not Ray's own directory in /tmp, whose
-    name is for the one who started it to know."""
-    files = {str(path) for room in ("/tmp", "/dev/shm") for path in Path(room).iterdir() if path.name.startswith(TEMP_PREFIXES)}
-    sockets = {line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines() if "@pdserve" in line}
-    return files | sockets
+    """Names outside of any process: files in /tmp and /dev/shm. Not the cluster's own run folder in /tmp, whose name is for the
+    one who started it to know."""
+    return {str(path) for room in ("/tmp", "/dev/shm") for path in Path(room).iterdir() if path.name.startswith(TEMP_PREFIXES)}

@@ -50,7 +50,7 @@ def test_commands_show_the_key_of_the_environment(tmp_path: Path) -> None:
         for command in (["status"], ["generate", "the dog", "--max-tokens", "2"]):
             shown = CliRunner().invoke(app, command, env={"PDSERVE_ADDRESS": server.address, trust.API_KEY: key})
             assert shown.exit_code == 0, shown.output
-        refused = CliRunner().invoke(app, ["status"], env={"PDSERVE_ADDRESS": server.address, trust.API_KEY: ""})
+        refused = CliRunner().invoke(app, ["generate", "x"], env={"PDSERVE_ADDRESS": server.address, trust.API_KEY: ""})
         assert refused.exit_code == 1 and "expected `Bearer KEY`" in refused.output
     finally:
         server.stop()

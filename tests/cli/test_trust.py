@@ -23,9 +23,8 @@ def guarded(authority: Authority) -> Iterator[ServerThread]:
     """A server that shows a certificate and wants one."""
     mine = authority.sign("server")
     tls = {"certificate": str(mine.certificate), "key": str(mine.key), "client_ca": str(authority.certificate)}
-    server = ServerThread(
-        CONFIG.model_validate(CONFIG.model_dump() | {"listen": {"grpc": "127.0.0.1:0", "http": None, "tls": tls}})
-    )
+    listen = {"grpc": "127.0.0.1:0", "http": None, "tls": tls, "admin_without_key": True}
+    server = ServerThread(CONFIG.model_validate(CONFIG.model_dump() | {"listen": listen}))
     yield server
     server.stop()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pdserve.cli.client import CommandFailed, connect
+from pdserve.cli.client import CommandFailed, connect_to_administer
 from pdserve.cli.progress import StatusLines, is_ready, ready_line
 from pdserve.cli.up import follow, sigterm_as_interrupt, up
 from pdserve.cluster import launch
@@ -57,7 +57,7 @@ def test_following_says_when_it_serves_and_ends_with_the_cluster(
 ) -> None:
     workers = tuple(replace(worker, state=WorkerState.READY) for worker in server.cluster.state.workers)
     server.call(lambda: server.cluster.change(workers=workers, shutting_down=True))
-    with connect(server.address) as client:
+    with connect_to_administer(server.address) as client:
         follow(client)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
@@ -70,7 +70,7 @@ def test_following_says_when_it_serves_and_ends_with_the_cluster(
 def test_following_until_ready_returns_while_the_cluster_serves(server: ServerThread) -> None:
     workers = tuple(replace(worker, state=WorkerState.READY) for worker in server.cluster.state.workers)
     server.call(lambda: server.cluster.change(workers=workers))
-    with connect(server.address) as client:
+    with connect_to_administer(server.address) as client:
         follow(client, until_ready=True)
     assert not server.cluster.state.shutting_down
 
@@ -78,13 +78,16 @@ def test_following_until_ready_returns_while_the_cluster_serves(server: ServerTh
 def test_waiting_for_a_start_gives_up_on_a_worker_that_keeps_failing(server: ServerThread) -> None:
     worker = replace(server.cluster.state.workers[1], state=WorkerState.FAILED, message="no memory", num_restarts=3)
     server.call(lambda: server.cluster.change(workers=(worker,)))
-    with connect(server.address) as client, pytest.raises(CommandFailed, match="decode-0 does not start: no memory"):
+    with (
+        connect_to_administer(server.address) as client,
+        pytest.raises(CommandFailed, match="decode-0 does not start: no memory"),
+    ):
         follow(client, until_ready=True)
 
 
 def test_a_server_that_goes_away_ends_following(server: ServerThread) -> None:
     server.stop_when_watched()
-    with connect(server.address) as client:
+    with connect_to_administer(server.address) as client:
         follow(client)
 
 
@@ -96,8 +99,8 @@ from pdserve.cli.up import up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 
-address = sys.argv[1]
-launched = SimpleNamespace(grpc_address=address, local_address=address, http_address=None, ended=True, poll=lambda: None)
+address, local_address = sys.argv[1:]
+launched = SimpleNamespace(grpc_address=address, local_address=local_address, http_address=None, ended=True, poll=lambda: None)
 launch.launch = lambda config, settings: nullcontext(launched)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
@@ -108,7 +111,7 @@ up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
 def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: int) -> None:
     """A process of its own: Python's gRPC does not always survive that its caller is interrupted."""
     server.call(server.cluster.go_on.set)
-    command = [sys.executable, "-c", UP, server.address]
+    command = [sys.executable, "-c", UP, server.address, server.local_address]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}) as process:
         assert process.stderr is not None
         assert any(line.startswith("decode-") for line in process.stderr), "it follows the cluster"
@@ -141,7 +144,7 @@ def test_where_no_terminal_is_every_line_is_a_json_object(
         return nullcontext(
             SimpleNamespace(
                 grpc_address=server.address,
-                local_address=server.address,
+                local_address=server.local_address,
                 http_address=None,
                 ended=True,
                 poll=lambda: None,

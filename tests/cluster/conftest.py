@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from pdserve.core.admin_socket import RUNTIME_FOLDER
 from pdserve.embedded import MODEL_DIR
 
 from ..checkpoints import small_checkpoint
@@ -18,9 +19,10 @@ from .harness import SESSION_MARK, session_processes
 @pytest.fixture(scope="session", autouse=True)
 def ray_session() -> Iterator[None]:
     """Ray as `pdserve up` would start it, kept for all tests; gone without a trace at the end."""
-    temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")
+    temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")  # mode 0700: Ray's own folder is open to everybody
     os.environ[SESSION_MARK] = temp_dir
-    shared_memory = set(os.listdir("/dev/shm"))
+    os.environ[RUNTIME_FOLDER] = f"{temp_dir}/runtime"
+    shared_memory, sockets = set(os.listdir("/dev/shm")), set(Path("/tmp").glob("kv-*"))
     ray.init(
         num_cpus=len(os.sched_getaffinity(0)),
         num_gpus=2,  # to Ray they are numbers: nothing computes on them
@@ -28,13 +30,15 @@ def ray_session() -> Iterator[None]:
         namespace="pdserve",
         object_store_memory=80 << 20,
         log_to_driver=False,
-        _temp_dir=temp_dir,
+        _temp_dir=f"{temp_dir}/ray",
         _system_config={"worker_niceness": 0},
     )
     yield
     ray.shutdown()
     shutil.rmtree(temp_dir, ignore_errors=True)
+    del os.environ[RUNTIME_FOLDER]
     assert session_processes() == {}
+    assert set(Path("/tmp").glob("kv-*")) <= sockets, "workers' sockets lie in Ray's folder, and go with it"
     assert not [name for name in set(os.listdir("/dev/shm")) - shared_memory if name.startswith(("plasma", "psm", "pdserve"))]
 
 

@@ -51,12 +51,12 @@ class Cluster:
         self.address = self._launched.grpc_address
         self.channel = grpc.insecure_channel(self.address)
         self.generation = rpc.GenerationStub(self.channel)
-        self.admin = rpc.ClusterStub(self.channel)
+        self._local = grpc.insecure_channel(self._launched.local_address)
+        self.admin = rpc.ClusterStub(self._local)
         try:
             self.wait_for(prefill=prefill, decode=decode)
         except BaseException:  # one cluster fits into Ray at a time: the next test must find room
-            self.channel.close()
-            self._launched.stop()
+            self._end()
             raise
 
     def wait_for(self, **ready: int) -> pb.ClusterStatus:
@@ -98,8 +98,12 @@ class Cluster:
         try:
             self.check_all_blocks_free()
         finally:
-            self.channel.close()
-            self._launched.stop()
+            self._end()
+
+    def _end(self) -> None:
+        self.channel.close()
+        self._local.close()
+        self._launched.stop()
 
 
 def tokens_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> list[int]:

@@ -191,7 +191,7 @@ async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: 
         with suppress(ConnectionError):
             writer.write(said)
             await reader.read()
-    assert lost == [] and routing.num_strangers == 0
+    assert lost == [] and routing.num_unproven == 0
     writer.close()
     await routing.stop()
 
@@ -222,15 +222,35 @@ async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it
     await routing.stop()
 
 
-async def test_no_more_than_so_many_strangers_are_kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "MAX_STRANGERS", 2)
+async def test_a_worker_gets_in_past_idle_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_UNPROVEN", 4)
     routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
     port = await routing.start("127.0.0.1")
-    waiting = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+    reader, writer = await open_control(port, "token")
+    writer.write(FrameEncoder().encode(HELLO))
     async with asyncio.timeout(WAIT_S):
-        with suppress(ConnectionError):
-            assert await reader.read() == b""
-    for _, other in [*waiting, (reader, writer)]:
+        await read_beats(reader, 1)
+        for oldest, _ in idle[:16]:
+            with suppress(ConnectionError):
+                assert await oldest.read() == b""
+    assert routing.num_unproven <= 4
+    for _, other in [*idle, (reader, writer)]:
         other.close()
+    await routing.stop()
+
+
+async def test_a_flood_of_connections_writes_few_lines_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    port = await routing.start("127.0.0.1")
+    async with asyncio.timeout(WAIT_S):
+        for number in range(500):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\n\r\n" if number % 2 else b"")
+            writer.write_eof()
+            with suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+    assert routing.num_refused == 500
+    assert len(caplog.records) < 100
     await routing.stop()

@@ -9,14 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import ray
+from typer.testing import CliRunner
 
-from pdserve.cluster.launch import LaunchedCluster, LaunchError, launch
+from pdserve.cli.main import app
+from pdserve.cluster.errors import LaunchError
+from pdserve.cluster.launch import LaunchedCluster, launch
+from pdserve.core import admin_socket
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
-from pdserve.proto import pdserve_pb2 as pb
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
+from ..other_user import run_as_nobody
 from .harness import Cluster, tokens_of
 
 pytestmark = pytest.mark.cluster
@@ -37,7 +43,7 @@ def test_what_cannot_run_is_not_launched(settings: dict[str, object], message: s
 
 def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(**options: Any) -> None:
-        assert Path(options["_temp_dir"]).is_dir()
+        assert Path(options["_temp_dir"]).parent.is_dir()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -49,6 +55,29 @@ def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": None}}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_squatted_runtime_folder_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "runtime").symlink_to(tmp_path)
+    monkeypatch.setenv(admin_socket.RUNTIME_FOLDER, str(tmp_path / "runtime"))
+    with pytest.raises(admin_socket.UnsafeFolder, match=admin_socket.RUNTIME_FOLDER):
+        launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": None}}))
+
+
+def test_the_command_line_finds_a_running_cluster_by_its_port() -> None:
+    cluster = Cluster("embedded")
+    try:
+        port = int(cluster.address.rpartition(":")[2])
+        for host in ("127.0.0.1", "localhost"):
+            result = CliRunner().invoke(app, ["status", "--address", f"{host}:{port}"])
+            assert result.exit_code == 0 and "decode-0" in result.stdout, result.output
+        with grpc.insecure_channel(cluster.address) as channel, pytest.raises(grpc.RpcError, match=r"admin_without_key"):
+            rpc.ClusterStub(channel).GetStatus(pb.GetStatusRequest())
+        said = run_as_nobody("attempt('connect', lambda: connect(sys.argv[1]))", str(admin_socket.find(port)))
+        assert said == ["connect EACCES"]
+    finally:
+        cluster.close()
+    assert not admin_socket.socket_link(port).is_symlink()
 
 
 def test_a_head_that_ray_takes_for_dead_is_ended_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

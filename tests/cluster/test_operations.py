@@ -9,7 +9,8 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from pdserve.cluster.launch import LaunchError, launch
+from pdserve.cluster.errors import LaunchError
+from pdserve.cluster.launch import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CapacityError, CheckpointError, ConfigError
 from pdserve.engine.plan import plan

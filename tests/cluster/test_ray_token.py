@@ -4,20 +4,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import ray
 
 from pdserve.cluster import launch, ray_token
+from pdserve.cluster.errors import LaunchError
 from pdserve.cluster.ray_token import MODE, TOKEN, TOKEN_PATH, RayToken
+
+from ..other_user import NOBODY, needs_root
 
 pytestmark = pytest.mark.cluster
 
 OF_OUR_OWN = """
-import logging, os, ray, subprocess, sys
+import logging, os, ray, shutil, subprocess, sys, tempfile
+from pathlib import Path
 from pdserve.cluster.launch import _Ray
 
-started = _Ray._start({"namespace": "pdserve", "log_to_driver": False, "logging_level": logging.ERROR})
+folder = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))
+started = _Ray._start(folder, {"namespace": "pdserve", "log_to_driver": False, "logging_level": logging.ERROR})
 address = ray.get_runtime_context().gcs_address
 join = f"import ray; ray.init(address={address!r}, logging_level=50); print('in')"
 without = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
@@ -26,6 +31,7 @@ for env in (os.environ, without | {"RAY_AUTH_MODE": "disabled"}, without | guess
     ran = subprocess.run([sys.executable, "-c", join], env=env, capture_output=True, text=True)
     print(ran.stdout.strip() or "out", flush=True)
 started.disconnect()
+shutil.rmtree(folder)
 """
 
 
@@ -39,22 +45,23 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str | None]]:
     return seen
 
 
-def test_the_token_is_long_and_for_its_user_alone(applied: list[dict[str, str | None]]) -> None:
-    token = RayToken()
+def test_the_token_is_long_and_for_its_user_alone(applied: list[dict[str, str | None]], tmp_path: Path) -> None:
+    token = RayToken(tmp_path)
     path = Path(os.environ[TOKEN_PATH])
     assert len(path.read_text()) == 64
-    assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_mode & 0o777 == 0o600 and path.parent == tmp_path
     assert applied == [{MODE: "token", TOKEN_PATH: str(path)}]
     token.withdraw()
     token.withdraw()
     assert applied[1:] == [{MODE: None, TOKEN_PATH: None}]
-    assert not path.parent.exists()
 
 
-def test_no_two_clusters_have_the_same_token(applied: list[dict[str, str | None]]) -> None:
+def test_no_two_clusters_have_the_same_token(applied: list[dict[str, str | None]], tmp_path: Path) -> None:
     said = set()
-    for _ in range(2):
-        token = RayToken()
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        token = RayToken(folder)
         said.add(Path(os.environ[TOKEN_PATH]).read_text())
         token.withdraw()
     assert len(said) == 2
@@ -62,24 +69,37 @@ def test_no_two_clusters_have_the_same_token(applied: list[dict[str, str | None]
 
 @pytest.mark.parametrize("chosen", [{MODE: "disabled"}, {TOKEN: "t"}, {TOKEN_PATH: "/operators"}])
 def test_what_an_operator_has_chosen_stays(
-    applied: list[dict[str, str | None]], monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+    applied: list[dict[str, str | None]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: dict[str, str]
 ) -> None:
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
-    token = RayToken()
+    token = RayToken(tmp_path)
     assert dict(os.environ) == before
     token.withdraw()
     assert dict(os.environ) == before and applied == []
 
 
 def test_an_address_that_somebody_else_has_left_is_not_believed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch, "KNOWN_CLUSTER", tmp_path / "none")
-    assert not launch._is_known_cluster()
-    for uid, is_believed in ((os.getuid(), True), (0, True), (12345, False)):
-        file = SimpleNamespace(stat=lambda uid=uid: SimpleNamespace(st_uid=uid))
-        monkeypatch.setattr(launch, "KNOWN_CLUSTER", file)
-        assert launch._is_known_cluster() is is_believed
+    file = tmp_path / "ray_current_cluster"
+    monkeypatch.setattr(launch, "KNOWN_CLUSTER", file)
+    assert launch._known_address() is None
+    file.write_text("127.0.0.1:6379\n")
+    assert launch._known_address() == "127.0.0.1:6379"
+    needs_root()
+    os.chown(file, NOBODY, NOBODY)
+    assert launch._known_address() is None
+
+
+def test_no_ray_is_looked_for_among_the_processes_of_all_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def init(**options: object) -> None:
+        raise AssertionError(options)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(LaunchError, match="RAY_ADDRESS: got 'auto', expected HOST:PORT"):
+        launch._Ray.connect(tmp_path)
 
 
 def test_a_ray_of_our_own_lets_in_nobody_without_its_token() -> None:

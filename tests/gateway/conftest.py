@@ -1,6 +1,7 @@
 """A real server on a free port, in front of a cluster that says what it is told to say."""
 
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import grpc
 import pytest
@@ -27,8 +28,13 @@ def cluster() -> ScriptedCluster:
 
 
 @pytest.fixture
-async def server(cluster: ScriptedCluster) -> AsyncIterator[GatewayServer]:
-    gateway = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer))
+def local_address(tmp_path: Path) -> str:
+    return f"unix:{tmp_path}/grpc.sock"
+
+
+@pytest.fixture
+async def server(cluster: ScriptedCluster, local_address: str) -> AsyncIterator[GatewayServer]:
+    gateway = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer), local=local_address)
     yield gateway
     await gateway.stop(0)
 
@@ -45,8 +51,15 @@ def generation(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.GenerationAsyncSt
 
 
 @pytest.fixture
-def admin(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
-    return pdserve_pb2_grpc.ClusterStub(channel)
+async def local_channel(server: GatewayServer, local_address: str) -> AsyncIterator[grpc.aio.Channel]:
+    """As the user who started the server."""
+    async with grpc.aio.insecure_channel(local_address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def admin(local_channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
+    return pdserve_pb2_grpc.ClusterStub(local_channel)
 
 
 @pytest.fixture

@@ -47,6 +47,12 @@ async def local(server: GatewayServer, tmp_path: Path) -> AsyncIterator["pdserve
         yield pdserve_pb2_grpc.GenerationStub(channel)
 
 
+@pytest.fixture
+def admin(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
+    """Over TCP."""
+    return pdserve_pb2_grpc.ClusterStub(channel)
+
+
 def request(max_tokens: int = 2, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt=pb.Prompt(text="the dog"), sampling=pb.SamplingParams(max_tokens=max_tokens), **fields)
 

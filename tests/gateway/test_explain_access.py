@@ -36,6 +36,12 @@ async def local(server: GatewayServer, tmp_path: Path) -> AsyncIterator["pdserve
 
 
 @pytest.fixture
+def admin(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
+    """Over TCP."""
+    return pdserve_pb2_grpc.ClusterStub(channel)
+
+
+@pytest.fixture
 async def made(generation: "pdserve_pb2_grpc.GenerationAsyncStub") -> None:
     """alice/first, alice/both, bob/both."""
     for key, request_id in ((ALICE, "first"), (ALICE, "both"), (BOB, "both")):

@@ -70,9 +70,9 @@ UNREADABLE = {
 @pytest.mark.parametrize("what", UNREADABLE)
 @pytest.mark.parametrize("method", ["Generation/Generate", "Generation/GenerateStream", "Cluster/Apply"])
 async def test_bytes_that_are_no_message_are_the_clients_mistake(
-    channel: grpc.aio.Channel, generation: Stub, caplog: pytest.LogCaptureFixture, method: str, what: str
+    local_channel: grpc.aio.Channel, generation: Stub, caplog: pytest.LogCaptureFixture, method: str, what: str
 ) -> None:
-    error = await refusal(channel.unary_unary(f"/pdserve.v1.{method}")(UNREADABLE[what]))
+    error = await refusal(local_channel.unary_unary(f"/pdserve.v1.{method}")(UNREADABLE[what]))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "protobuf" in (error.details() or "")
     assert "Traceback" not in caplog.text

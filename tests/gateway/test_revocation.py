@@ -17,7 +17,7 @@ from pdserve.gateway.access import Access, Need, NotPermitted, Revoked
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.keys import ApiKey, make_key, new_key
 from pdserve.gateway.revocation import Revocation
-from pdserve.proto import pdserve_pb2 as pb
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info
 
@@ -54,6 +54,12 @@ async def server(cluster: ScriptedCluster, file: Path) -> AsyncIterator[GatewayS
 async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=30) as client:
         yield client
+
+
+@pytest.fixture
+def admin(channel: grpc.aio.Channel) -> Stub:
+    """Over TCP."""
+    return pdserve_pb2_grpc.ClusterStub(channel)
 
 
 def as_key(key: str) -> tuple[tuple[str, str], ...]:

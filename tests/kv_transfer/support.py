@@ -4,6 +4,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,7 @@ class Worker:
         incarnation: int = 1,
         store: Any = None,
         gpu: Gpu | None = None,
+        socket_root: Path = Path("/tmp"),
     ) -> None:
         self.key = (name, incarnation)
         self.store = ArrayStore(kv_layout, num_blocks, seed) if store is None else store
@@ -189,6 +191,7 @@ class Worker:
             transport=transport,
             config=config,
             gpu=gpu,
+            socket_root=socket_root,
         )
         self.address: TransferAddress = self.endpoint.start()
 

@@ -5,11 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -50,7 +52,7 @@ class RawPeer:
         self.epoch = epoch
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(WAIT_S)
-        self._sock.connect("\0" + target.unix_name)
+        self._sock.connect(target.unix_path)
         shake_hands(self._sock, Dialler("secret", Purpose.TRANSFER))
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[Any] = FrameDecoder(ReceiverMessage)
@@ -238,8 +240,16 @@ def test_strangers_are_shown_the_door_and_others_are_served(first: bytes) -> Non
         receiver.endpoint.close()
 
 
+@pytest.fixture
+def socket_root() -> Iterator[Path]:
+    """Takes what a killed process leaves behind; its path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as root:
+        yield Path(root)
+
+
 CHILD = """
 import sys
+from pathlib import Path
 from pdserve.core.request import TransferId
 from tests.kv_transfer.support import Worker, layout
 import msgspec
@@ -247,7 +257,7 @@ from pdserve.core.messages import TransferAddress
 target = msgspec.json.decode(sys.argv[1], type=TransferAddress)
 if sys.argv[2] == "gloo":
     import torch.distributed
-worker = Worker("p", layout(), seed=1, transport=sys.argv[2])
+worker = Worker("p", layout(), seed=1, transport=sys.argv[2], socket_root=Path(sys.argv[3]))
 transfer = TransferId("request", 0)
 worker.endpoint.send(transfer, target, list(range(8)), 64)
 worker.endpoint.computed(transfer, 0, 3, 0, 56)
@@ -257,12 +267,12 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(transport: str, what: signal.Signals) -> None:
+def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(transport: str, what: signal.Signals, socket_root: Path) -> None:
     receiver = Worker("d", layout(), transport=transport)
     arrived = threading.Semaphore(0)
     receiver.store.on_scatter = arrived.release
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, msgspec.json.encode(receiver.address).decode(), transport],
+        [sys.executable, "-c", CHILD, msgspec.json.encode(receiver.address).decode(), transport, str(socket_root)],
         stdin=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(["."] + sys.path)},
     )
@@ -273,6 +283,7 @@ def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(transport: str, wha
         error = receiver.ends.receive_error(T)
         assert ("no sign of life" in error) == (what == signal.SIGSTOP)
         assert receiver.endpoint.counters.num_links_closed == 1
+        assert [path.name[:3] for path in socket_root.iterdir()] == ["kv-"], "where it goes with the session"
     finally:
         child.kill()
         child.communicate()

@@ -136,8 +136,7 @@ async def test_a_pair_waits_for_each_connection_that_is_being_prepared(monkeypat
         await asyncio.wait((first, second))
         assert pair.is_idle
     finally:
-        acceptor._unix.close()
-        acceptor._tcp.close()
+        acceptor.stop_listening()
 
 
 def greeting(epoch: int) -> SenderMessage:

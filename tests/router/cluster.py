@@ -54,7 +54,7 @@ def worker_info(
         num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", block_size=BLOCK_SIZE, model_fingerprint=fingerprint
     )
     address = TransferAddress(
-        worker_id=worker_id, incarnation=incarnation, host_id="here", unix_name=worker_id, tcp_host="", tcp_port=0
+        worker_id=worker_id, incarnation=incarnation, host_id="here", unix_path=worker_id, tcp_host="", tcp_port=0
     )
     return WorkerInfo(
         worker_id=worker_id,

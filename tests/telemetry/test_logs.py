@@ -193,3 +193,12 @@ def test_where_nobody_shows_lines_they_go_to_stderr(capsys: pytest.CaptureFixtur
     with configured(LogSettings("json", "info", "/nowhere/lines"), "decode-0/1"):
         logging.getLogger("pdserve.some").warning("alone")
     assert json.loads(capsys.readouterr().err)["process"] == "decode-0/1"
+
+
+def test_lines_of_libraries_that_connections_cause_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    with configured(LogSettings(), "head"):
+        for _ in range(1000):
+            logging.getLogger("asyncio").error("socket.accept() out of system resource")
+    assert len(stream.getvalue().splitlines()) < 100

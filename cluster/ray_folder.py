@@ -1,0 +1,72 @@
+"""Checks that no other local user can change the folder in which Ray keeps a node's sockets and logs.
+
+Ray gives everybody the right to write there (mode 0777, without the sticky bit). Whoever can reach it replaces a log by a
+symlink to any file of the cluster's user, or the sockets that its processes connect to. So it has to lie inside a folder that
+keeps others out.
+"""
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+import ray
+
+from .errors import SharedRayFolder
+
+log = logging.getLogger(__name__)
+
+ACCEPT = "PDSERVE_ACCEPT_SHARED_RAY_FOLDER"  # "1" in the environment of `pdserve up`
+WRITTEN = ("sockets", "logs", "runtime_resources")  # in a session folder
+
+
+def session_folder() -> Path:
+    """This node's, of the Ray cluster that this process is connected to."""
+    context = ray.get_runtime_context()
+    return Path(str(context.get_temp_dir()), str(context.get_session_name()))
+
+
+def is_accepted() -> bool:
+    """Whether this process's environment says that the hosts have no other users."""
+    return os.environ.get(ACCEPT) == "1"
+
+
+def check(session: Path, accept: bool) -> None:
+    """Raises SharedRayFolder when another user could change the folder; with `accept` it only warns."""
+    weakness = next(filter(None, (weakness_of(session / name) for name in WRITTEN)), None)
+    if weakness is None:
+        return
+    message = (
+        f"Ray's folder {session} on host {os.uname().nodename} is open to other local users: {weakness}. "
+        "Any of them could overwrite files of this user, and run code as this user, through Ray's logs and sockets. "
+        "Restart Ray inside a folder of mode 0700: `ray stop; mkdir -p ~/.pdserve && chmod 700 ~/.pdserve && "
+        "ray start --head --temp-dir=$HOME/.pdserve/ray`, with --address=HEAD:PORT in place of --head on other hosts, "
+        "and name it in RAY_ADDRESS. "
+        f"Where the hosts have no other users, set {ACCEPT}=1 for `pdserve up`"
+    )
+    if not accept:
+        raise SharedRayFolder(message)
+    log.warning("%s (it is set)", message)
+
+
+def weakness_of(folder: Path) -> str | None:
+    """How a user other than this one and root could change what `folder` means or holds; None when nobody could.
+
+    Walks down from the root. A directory that others can neither enter nor replace ends the walk: what is below is private.
+    """
+    for step in (*reversed(folder.parents), folder):
+        try:
+            status = os.lstat(step)
+        except OSError as error:
+            return f"{step} cannot be checked ({error.strerror})"
+        if status.st_uid not in (os.getuid(), 0):
+            return f"{step} belongs to the user with id {status.st_uid}"
+        if stat.S_ISLNK(status.st_mode):
+            return weakness_of(step.resolve() / folder.relative_to(step))
+        if not status.st_mode & 0o011:  # a symlink below may lead out again
+            real = folder.resolve()
+            return None if real == folder else weakness_of(real)
+        is_sticky = bool(status.st_mode & stat.S_ISVTX) and step != folder  # others cannot replace the next step
+        if status.st_mode & 0o022 and not is_sticky:
+            return f"{step} has mode {stat.S_IMODE(status.st_mode):04o}"
+    return None

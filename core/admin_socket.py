@@ -1,0 +1,95 @@
+"""Finds the Unix socket on which a cluster of this user is administered without a key.
+
+The launcher puts a symlink named by the gRPC port into the user's runtime folder; the command line looks for it there. The
+folder is for its user alone, and both sides verify that before they use it: anybody can make a folder of its name in /tmp.
+"""
+
+import os
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+from .errors import PdserveError
+
+RUNTIME_FOLDER = "PDSERVE_RUNTIME_DIR"  # in the environment: overrides the folder's place
+
+
+class UnsafeFolder(PdserveError):
+    """A folder that should be for this user alone is not."""
+
+
+def runtime_folder() -> Path:
+    """Where this user's clusters leave their sockets; it may not exist yet."""
+    return Path(os.environ.get(RUNTIME_FOLDER) or f"/tmp/pdserve-{os.getuid()}")
+
+
+def socket_link(port: int) -> Path:
+    """The symlink to the socket of the cluster whose gRPC server listens on `port`."""
+    return runtime_folder() / f"{port}.sock"
+
+
+def prepare() -> None:
+    """Creates the runtime folder unless it exists. Raises UnsafeFolder when it cannot be used."""
+    folder = runtime_folder()
+    try:
+        folder.mkdir(0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise _unsafe(folder, f"it cannot be made ({error.strerror})") from error
+    _verify(folder)
+
+
+def publish(port: int, target: Path) -> None:
+    """Makes `target` the socket of the cluster on `port`, in place of a cluster that is gone. Raises UnsafeFolder."""
+    prepare()
+    link = socket_link(port)
+    new = link.with_suffix(f".{os.getpid()}")
+    with suppress(FileNotFoundError):
+        new.unlink()
+    new.symlink_to(target)
+    new.replace(link)
+
+
+def withdraw(port: int, target: Path) -> None:
+    """Removes the symlink, unless another cluster has put its own there. Idempotent."""
+    link = socket_link(port)
+    with suppress(OSError):  # it is gone, or the folder is
+        if link.readlink() == target:
+            link.unlink()
+
+
+def find(port: int) -> Path | None:
+    """The socket of a cluster of ours on `port` that accepts connections. Raises UnsafeFolder."""
+    link = socket_link(port)
+    try:
+        _verify(link.parent)
+        path = link.readlink()
+        _verify(path.parent)  # a cluster that died may have left a symlink to a name that is free for others
+    except OSError:  # there is none
+        return None
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return None
+    return path
+
+
+def _verify(folder: Path) -> None:
+    """Raises UnsafeFolder, or FileNotFoundError."""
+    status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode):
+        raise _unsafe(folder, "it is not a directory")
+    if status.st_uid != os.getuid():
+        raise _unsafe(folder, f"it belongs to the user with id {status.st_uid}")
+    if status.st_mode & 0o077:
+        raise _unsafe(folder, f"its mode is {stat.S_IMODE(status.st_mode):04o}")
+
+
+def _unsafe(folder: Path, why: str) -> UnsafeFolder:
+    return UnsafeFolder(
+        f"{folder}: {why}, expected a directory of user {os.getuid()} with mode 0700; "
+        f"remove it, or name another in {RUNTIME_FOLDER}"
+    )

@@ -19,12 +19,11 @@ from .chat_template import TooCostly
 from .constraint import GrammarCheck, check_constraint
 from .cost import Charge
 from .encoding import bounded_ids, chat_text
-from .in_turns import in_turns
 from .offload.offload import Offload
 from .tokenizer import Tokenizer
 from .tools.grammar import refusal, tool_grammar
 from .tools.offer import Offer
-from .vetting import check_message, walk
+from .vetting import vet
 
 MAX_STOP_CHARS = 1024
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII)
@@ -138,9 +137,7 @@ class Intake:
 
     async def vet(self, message: Message, limits: LimitsSection) -> None:
         """What can be seen before anything is tokenised. Raises InvalidRequest or UnknownModel."""
-        async for _ in in_turns(walk(message)):
-            pass
-        check_message(message, self.offload.bounds(limits))
+        await vet(message, self.offload.bounds(limits))
 
     async def offer(self, prompt: pb.Prompt, limits: LimitsSection) -> Offer | None:
         """The tools of a conversation that the model may call; None when there are none. Raises InvalidRequest."""

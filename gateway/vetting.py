@@ -13,9 +13,11 @@ from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest
 from ..core.validation import check_counts, check_name, check_prompt_length, max_prompt_tokens
 from ..proto import pdserve_pb2 as pb
+from .in_turns import in_turns
 from .translate import UnknownModel
 
 MAX_ITEMS = 10_000  # of a repeated field, other than token ids
+ONE_TURN_BYTES = 512  # of a message that is walked through without a pause: each part has two bytes at least
 MAX_PARTS = 100_000  # messages inside one message, at all levels
 _TOKEN_IDS = ("ids", "token_ids")  # bounded by what the model takes
 
@@ -57,6 +59,16 @@ def has_unknown_fields(message: Message) -> bool:
     known.CopyFrom(message)
     known.DiscardUnknownFields()
     return known.ByteSize() != message.ByteSize()
+
+
+async def vet(message: Message, bounds: Bounds) -> None:
+    """`refuse_unknown_fields` and `check_message`, for a loop."""
+    if message.ByteSize() <= ONE_TURN_BYTES:
+        refuse_unknown_fields(message)
+    else:
+        async for _ in in_turns(walk(message)):
+            pass
+    check_message(message, bounds)
 
 
 def walk(message: Message) -> Iterator[None]:

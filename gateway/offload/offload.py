@@ -11,7 +11,7 @@ from ...proto import pdserve_pb2 as pb
 from ..http.bodies import MESSAGES, Asked, is_small, read_body
 from ..in_turns import in_turns
 from ..tokenizer import Tokenizer
-from ..vetting import Bounds, check_message, has_unknown_fields, walk
+from ..vetting import Bounds, has_unknown_fields, vet
 from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup, Work
 from .process import IntakeProcess
 from .work import packed, parsed, unpacked
@@ -73,9 +73,7 @@ class Offload:
         if message is None or (len(data) > FEW_BYTES and has_unknown_fields(message)):
             (data,), _ = await self._do(ReadMessage(kind.DESCRIPTOR.name), data, limits, client)
             return kind.FromString(data)
-        async for _ in in_turns(walk(message)):
-            pass
-        check_message(message, self.bounds(limits))
+        await vet(message, self.bounds(limits))
         return message
 
     async def encode(

@@ -1,6 +1,9 @@
 """Errors of the world. Each says what was wrong, where, and what was expected; gateways translate them once."""
 
+from collections.abc import Iterator
+
 MAX_EXPECTED_CHARS = 400  # longer than any of ours
+MAX_SHOWN_CHARS = 80  # of a value that was refused
 
 
 class PdserveError(Exception):
@@ -13,12 +16,47 @@ class InvalidRequest(PdserveError):
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         expected = _printable(expected[:MAX_EXPECTED_CHARS])
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        super().__init__(f"{field}: {shown} is not valid, expected {expected}")
+        super().__init__(f"{field}: {_shown(value)} is not valid, expected {expected}")
         self.field = field
         self.expected = expected
+
+    @classmethod
+    def restored(cls, message: str, field: str, expected: str) -> "InvalidRequest":
+        """The same refusal in another process."""
+        error = cls.__new__(cls)
+        Exception.__init__(error, message)
+        error.field, error.expected = field, expected
+        return error
+
+
+def _shown(value: object) -> str:
+    """The beginning of `repr(value)`, at a cost that does not grow with the value."""
+    shown = ""
+    for piece in _pieces(value):
+        shown += piece
+        if len(shown) > MAX_SHOWN_CHARS:
+            return shown[: MAX_SHOWN_CHARS - 3] + "..."
+    return shown
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """Of `repr(value)`. No deeper than MAX_SHOWN_CHARS, as each level has a bracket."""
+    if isinstance(value, str):
+        yield repr(value[: MAX_SHOWN_CHARS + 1])
+    elif isinstance(value, list):
+        yield "["
+        for index, item in enumerate(value):
+            yield ", " if index else ""
+            yield from _pieces(item)
+        yield "]"
+    elif isinstance(value, dict):
+        yield "{"
+        for index, (key, item) in enumerate(value.items()):
+            yield f"{', ' if index else ''}{_shown(key)}: "
+            yield from _pieces(item)
+        yield "}"
+    else:
+        yield repr(value)
 
 
 def _printable(text: str) -> str:

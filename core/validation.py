@@ -28,6 +28,21 @@ def check_name(field: str, value: str, max_chars: int = MAX_NAME_CHARS) -> None:
         raise InvalidRequest(field, value, "printable characters")
 
 
+def max_prompt_tokens(limits: LimitsSection, max_model_len: int) -> int:
+    """One token of the model's length is left for output."""
+    return min(limits.max_prompt_tokens or max_model_len, max_model_len - 1)
+
+
+def check_counts(limits: LimitsSection, *, num_biases: int = 0, num_stops: int = 0, num_stop_token_ids: int = 0) -> None:
+    """May be asked before each of them is looked at. Raises InvalidRequest."""
+    if num_biases > limits.max_logit_bias:
+        raise InvalidRequest("logit_bias", f"{num_biases} tokens", f"at most {limits.max_logit_bias} tokens")
+    if num_stops > limits.max_stop_strings:
+        raise InvalidRequest("stop", f"{num_stops} strings", f"at most {limits.max_stop_strings} strings")
+    if num_stop_token_ids > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequest("stop_token_ids", f"{num_stop_token_ids} tokens", f"at most {MAX_STOP_TOKEN_IDS} tokens")
+
+
 def check_prompt_length(num_tokens: int, limits: LimitsSection, max_model_len: int) -> None:
     """May be asked before there are tokens to look at. Raises InvalidRequest."""
     if limits.max_prompt_tokens is not None and num_tokens > limits.max_prompt_tokens:
@@ -45,14 +60,20 @@ def validate_request(
     vocab_size: int,
 ) -> None:
     """Raises InvalidRequest for the first thing that cannot be served."""
+    check_counts(
+        limits,
+        num_biases=len(sampling.logit_bias),
+        num_stops=len(sampling.stop),
+        num_stop_token_ids=len(sampling.stop_token_ids),
+    )
     _check_prompt(prompt_token_ids, limits, max_model_len, vocab_size)
     _check_lengths(len(prompt_token_ids), sampling, limits, max_model_len)
     _check_distribution(sampling)
     _check_penalties(sampling)
-    _check_bias(sampling, limits, vocab_size)
+    _check_bias(sampling, vocab_size)
     _check_outputs(sampling, limits)
     _check_prompt_logprobs(len(prompt_token_ids), sampling, limits)
-    _check_stops(sampling, limits, vocab_size)
+    _check_stops(sampling, vocab_size)
 
 
 def _check_range(field: str, value: float, low: float, high: float, note: str = "") -> None:
@@ -64,13 +85,14 @@ def _check_prompt(token_ids: Sequence[int], limits: LimitsSection, max_model_len
     if not token_ids:
         raise InvalidRequest("prompt", "", "at least one token")
     check_prompt_length(len(token_ids), limits, max_model_len)
-    _check_token_ids("prompt_token_ids", token_ids, vocab_size)
+    check_token_ids("prompt_token_ids", token_ids, vocab_size)
 
 
-def _check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises InvalidRequest for the first of them that the vocabulary does not have; there is at least one."""
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        index, value = next((i, v) for i, v in enumerate(token_ids) if not 0 <= v < vocab_size)
-        raise InvalidRequest(f"{field}[{index}]", value, f"0 to {vocab_size - 1}")
+        index = list(map(range(vocab_size).__contains__, token_ids)).index(False)
+        raise InvalidRequest(f"{field}[{index}]", token_ids[index], f"0 to {vocab_size - 1}")
 
 
 def _check_lengths(num_prompt_tokens: int, sampling: SamplingParams, limits: LimitsSection, max_model_len: int) -> None:
@@ -102,9 +124,7 @@ def _check_penalties(sampling: SamplingParams) -> None:
     _check_range("frequency_penalty", sampling.frequency_penalty, -2, 2, ", where 0 is off")
 
 
-def _check_bias(sampling: SamplingParams, limits: LimitsSection, vocab_size: int) -> None:
-    if len(sampling.logit_bias) > limits.max_logit_bias:
-        raise InvalidRequest("logit_bias", f"{len(sampling.logit_bias)} tokens", f"at most {limits.max_logit_bias} tokens")
+def _check_bias(sampling: SamplingParams, vocab_size: int) -> None:
     seen: set[int] = set()
     for token_id, bias in sampling.logit_bias:
         if not 0 <= token_id < vocab_size or token_id in seen:
@@ -131,14 +151,9 @@ def _check_prompt_logprobs(num_prompt_tokens: int, sampling: SamplingParams, lim
         raise InvalidRequest("prompt_logprobs", count, expected)
 
 
-def _check_stops(sampling: SamplingParams, limits: LimitsSection, vocab_size: int) -> None:
-    if len(sampling.stop) > limits.max_stop_strings:
-        raise InvalidRequest("stop", f"{len(sampling.stop)} strings", f"at most {limits.max_stop_strings} strings")
+def _check_stops(sampling: SamplingParams, vocab_size: int) -> None:
     for index, text in enumerate(sampling.stop):
         if not text:
             raise InvalidRequest(f"stop[{index}]", text, "a text that is not empty")
-    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        got = f"{len(sampling.stop_token_ids)} tokens"
-        raise InvalidRequest("stop_token_ids", got, f"at most {MAX_STOP_TOKEN_IDS} tokens")
     if sampling.stop_token_ids:
-        _check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+        check_token_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)

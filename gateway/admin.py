@@ -16,9 +16,9 @@ from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .explain import explanation, find_timeline
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
 from .guard import CALLER
-from .intake import refuse_unknown_fields
 from .serving import Shared
 from .translate import ClientGone, NeedsRestart, UnknownRequest, translated
+from .vetting import refuse_unknown_fields
 
 log = logging.getLogger(__name__)
 

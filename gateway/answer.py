@@ -19,7 +19,7 @@ from .tokenizer import Tokenizer
 from .tools.reader import CallReader
 from .translate import RequestFailed
 
-MAX_LOGPROBS_PER_MESSAGE = 1 << 14  # 15 bytes each
+MAX_LOGPROBS_PER_MESSAGE = 1 << 10  # 15 bytes each; a message is made in one turn of the loop
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,

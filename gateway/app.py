@@ -5,6 +5,7 @@ gRPC answers on a Unix socket as well, for the process that launched the cluster
 """
 
 import asyncio
+import gc
 from collections.abc import Sequence
 
 import grpc
@@ -30,6 +31,7 @@ from .http.app import http_app
 from .http.hosts import AllowedHosts
 from .http.server import HttpServer
 from .intake import ModelInfo
+from .offload.offload import Offload
 from .revocation import Revocation
 from .serving import Serving, Shared
 from .tls import ServerTls
@@ -54,6 +56,7 @@ class GatewayServer:
         admin: ClusterService,
         http: HttpServer | None,
         grammars: GrammarChecker,
+        offload: Offload,
         revocation: Revocation,
     ) -> None:
         self.grpc_address = grpc_address
@@ -63,6 +66,7 @@ class GatewayServer:
         self._http = http
         self._admin = admin
         self._grammars = grammars
+        self.offload = offload
         self._revocation = revocation
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._updates: set[asyncio.Task[None]] = set()
@@ -98,6 +102,7 @@ class GatewayServer:
         await asyncio.gather(*stopping)
         self._revocation.stop()
         await self._grammars.stop()
+        await self.offload.stop()
 
     async def _set_health(self, serving: bool) -> None:
         kinds = health_pb2.HealthCheckResponse
@@ -122,16 +127,19 @@ async def serve(
     shared = Shared(config, access)
     admin = ClusterService(frontend, shared)
     grammars = GrammarChecker(lambda: Setup(tokenizer.to_json(), model.vocab_size, model.eos_token_ids))
-    serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars))
+    offload = Offload(tokenizer, model.name, model.max_model_len)
+    serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars), offload)
     generation = GenerationService(serving)
     max_connections = connections_of_each(config.limits.max_connections, raise_descriptor_limit())
     connections = GrpcConnections(max_connections)
     bounds = CallBounds(config.limits, shared.held_bytes, connections)
     offers_admin = access is not None or config.listen.admin_without_key
-    servers = [_server(config, generation, admin, Guard(access, bounds, shared.revocation, offers_admin))]
+    servers = [_server(config, generation, admin, Guard(access, bounds, shared.revocation, serving.message, offers_admin))]
     if local is not None:  # bounds of its own: whatever clients elsewhere do, this is for who runs the cluster
         own = CallBounds(config.limits, HeldBytes(config.limits.max_held_bytes), GrpcConnections(max_connections))
-        servers.append(_server(config, generation, admin, Guard(None, own, shared.revocation, offers_admin=True)))
+        servers.append(
+            _server(config, generation, admin, Guard(None, own, shared.revocation, serving.message, offers_admin=True))
+        )
     try:
         port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
     except RuntimeError as error:
@@ -144,9 +152,8 @@ async def serve(
         if access is None and is_loopback(http_address.rpartition(":")[0].strip("[]")):
             hosts = AllowedHosts(config.listen.allowed_hosts)
         http = await HttpServer.open(http_app(serving, hosts), http_address, max_connections, tls)
-    gateway = GatewayServer(
-        servers, connections, f"{address.rpartition(':')[0]}:{port}", admin, http, grammars, shared.revocation
-    )
+    shown = f"{address.rpartition(':')[0]}:{port}"
+    gateway = GatewayServer(servers, connections, shown, admin, http, grammars, offload, shared.revocation)
     await gateway._start()
     return gateway
 
@@ -184,7 +191,11 @@ async def open_door(
 ) -> GatewayServer:
     """`serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
     tokenizer, model = await asyncio.to_thread(_load, config)
-    return await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
+    gateway = await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
+    gateway.offload.start()
+    gc.collect()
+    gc.freeze()  # what is there now stays: a full collection would walk through all of it, for 60 ms, while streams wait
+    return gateway
 
 
 def _load(config: ClusterConfig) -> tuple[Tokenizer, ModelInfo]:

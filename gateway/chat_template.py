@@ -10,10 +10,14 @@ from jinja2 import nodes
 
 from ..core.checkpoint_files import shown_text
 from ..core.errors import CheckpointError, InvalidRequest
-from .template.account import TemplateBound, check_chars, open_account
+from .template.account import MAX_BYTES, TemplateBound, check_chars, open_account
 from .template.sandbox import Sandbox
 
 TIMEOUT_S = 1.0
+
+
+class TooCostly(InvalidRequest):
+    """The template takes more time or memory for a conversation than it may."""
 
 
 class ChatTemplate:
@@ -39,14 +43,15 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         timeout_s: float = TIMEOUT_S,
+        max_bytes: int = MAX_BYTES,
     ) -> str:
-        """The conversation as text, with `tools` as OpenAI's interface describes them. Raises InvalidRequest."""
+        """The conversation as text, with `tools` as OpenAI's interface describes them. Raises InvalidRequest, or TooCostly."""
         variables = self._special_tokens | {"messages": [dict(message) for message in messages], "tools": tools}
-        open_account(timeout_s)
+        open_account(timeout_s, max_bytes)
         try:
             return self._text(variables | {"documents": None, "add_generation_prompt": add_generation_prompt})
         except TemplateBound as error:
-            raise InvalidRequest("prompt.chat", f"{len(messages)} message(s)", str(error)) from error
+            raise TooCostly("prompt.chat", f"{len(messages)} message(s)", str(error)) from error
         except Exception as error:  # the template refuses, or fails over what it did not expect: it is not our code
             reason = str(error) or type(error).__name__
             raise InvalidRequest("prompt.chat", [message["role"] for message in messages], reason) from error

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..core.config import LimitsSection
-from ..core.errors import InvalidRequest
+from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.request import SamplingParams
 from ..proto import pdserve_pb2 as pb
 from .rate_limit import TokenBucket
@@ -32,7 +32,6 @@ class Price:
     num_prompt_alternatives: int = 0
     num_alternatives: int = 0
     is_text: bool = True  # there is work before the cluster hears of it
-    is_chat: bool = False
 
     def tokens(self, num_prompt: int, num_output: int) -> int:
         """The price in tokens of a prompt and of the output of all choices, rounded up in sum."""
@@ -51,7 +50,7 @@ def prompt_price(prompt: pb.Prompt) -> Price:
     if kind == "token_ids":
         return Price(num_prompt_tokens=len(prompt.token_ids.ids), is_text=False)
     num_chars = prompt.chat.ByteSize() if kind == "chat" else len(prompt.text)
-    return Price(num_prompt_tokens=estimated_tokens(num_chars), is_chat=kind == "chat")
+    return Price(num_prompt_tokens=estimated_tokens(num_chars))
 
 
 def request_price(message: pb.GenerateRequest, limits: LimitsSection, max_model_len: int, fills: bool) -> Price:
@@ -67,7 +66,6 @@ def request_price(message: pb.GenerateRequest, limits: LimitsSection, max_model_
         num_prompt_alternatives=_within(sampling.prompt_logprobs, 0, limits.max_logprobs),
         num_alternatives=_within(sampling.logprobs, 0, limits.max_logprobs),
         is_text=prompt.is_text,
-        is_chat=prompt.is_chat,
     )
 
 
@@ -98,13 +96,13 @@ class Charge:
 
     @contextmanager
     def tokenizing(self) -> Iterator[None]:
-        """Around turning the prompt into tokens. It is paid for from here on, whatever becomes of the request. Only a text that
-        is refused costs nothing: that is seen before the work, while a conversation has been rendered by then."""
+        """Around turning the prompt into tokens. It is paid for from here on, whatever becomes of the request, unless there is
+        no place for the work; what can be refused without it has been refused before."""
         self._is_prompt_used = self._price.is_text
         try:
             yield
-        except InvalidRequest:
-            self._is_prompt_used = self._price.is_chat
+        except (QueueFull, NoWorkerAvailable):
+            self._is_prompt_used = False
             raise
 
     def settle_prompt(self, num_tokens: int, now_s: float, max_output_tokens: int | None = None) -> None:

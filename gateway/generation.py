@@ -43,12 +43,12 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async with translated(context):
-            return await self._serving.tokenize(request, CALLER.get())
+            return await self._serving.tokenize(request, context.peer(), CALLER.get())
         raise AssertionError("translated() ends the call")
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         async with translated(context):
-            return await self._serving.detokenize(request, CALLER.get())
+            return await self._serving.detokenize(request, context.peer(), CALLER.get())
         raise AssertionError("translated() ends the call")
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:

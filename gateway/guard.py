@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import Message
 
 from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest, PdserveError
@@ -39,6 +39,7 @@ _ADMIN_IS_LOCAL = (
     "listen.api_keys with a key marked admin, or listen.admin_without_key: true, offer it over TCP"
 )
 
+MessageReader = Callable[[type[Message], bytes, str], Awaitable[Message]]  # as `Serving.message`
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Any  # a grpc.RpcMethodHandler, whose fields its stubs do not name
 
@@ -78,11 +79,14 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
     """Stands before all services of a server. Without `access`, clients need no keys, and only where `offers_admin` may they
     administer the cluster."""
 
-    def __init__(self, access: Access | None, bounds: CallBounds, revocation: Revocation, offers_admin: bool) -> None:
+    def __init__(
+        self, access: Access | None, bounds: CallBounds, revocation: Revocation, reader: MessageReader, offers_admin: bool
+    ) -> None:
         self._access = access
         self._offers_admin = offers_admin
         self.bounds = bounds
         self._revocation = revocation
+        self._read = reader
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, as far as there is one
 
     async def intercept_service(
@@ -111,6 +115,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
     def _bounded(self, handler: Handler, need: Need) -> "grpc.RpcMethodHandler[Any, Any]":
         behaviour = handler.unary_unary or handler.unary_stream
+        kind: type[Message] = getattr(handler.request_deserializer, "__self__", Message)  # of `FromString`
 
         async def call(messages: Any, context: Context) -> None:
             host, connection = peer_of(context.peer())
@@ -124,7 +129,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
                 if behaviour is None:
                     await _write_all(context, handler.stream_stream(messages, context))
                     return
-                async with self._message(messages, client, handler.request_deserializer) as request:
+                async with self._message(messages, client, kind) as request:
                     response = await behaviour(request, context)
                     if not handler.response_streaming:
                         await context.write(response)
@@ -133,19 +138,17 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         return grpc.stream_stream_rpc_method_handler(call, deserializer, handler.response_serializer)
 
     @asynccontextmanager
-    async def _message(self, messages: Any, client: str, parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-        """The one message of a call; its bytes count until the call ends. Raises InvalidRequest, TooSlow or TooManyBytes."""
+    async def _message(self, messages: Any, client: str, kind: type[Message]) -> AsyncIterator[Message]:
+        """The one message of a call; its bytes count until the call ends.
+
+        Raises InvalidRequest, TooSlow or TooManyBytes, and what `MessageReader` raises.
+        """
         async with self.bounds.reads.read(client):
             data: bytes | None = await anext(messages, None)
         if data is None:
             raise InvalidRequest("message", "nothing", "one message")
         with self.bounds.held_bytes.hold(client, len(data)):
-            try:
-                request = parse(data)
-            except DecodeError:
-                # gRPC itself would call it UNKNOWN, name classes of ours, and write a traceback into the log for each
-                expected = "the call's message in protobuf's wire format, with texts in UTF-8"
-                raise InvalidRequest("message", f"{len(data)} bytes", expected) from None
+            request = await self._read(kind, data, client)
             del data
             yield request
 

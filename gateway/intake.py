@@ -4,31 +4,32 @@ import asyncio
 import hashlib
 import re
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
 from google.protobuf.message import Message
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest
 from ..core.request import Request, SamplingParams
-from ..core.validation import check_name, check_prompt_length, validate_request
+from ..core.validation import validate_request
 from ..proto import pdserve_pb2 as pb
 from .access import Caller
+from .chat_template import TooCostly
 from .constraint import GrammarCheck, check_constraint
 from .cost import Charge
+from .encoding import bounded_ids, chat_text
+from .offload.offload import Offload
 from .tokenizer import Tokenizer
-from .tools.conversation import template_messages
 from .tools.grammar import refusal, tool_grammar
 from .tools.offer import Offer
-from .translate import UnknownModel
+from .vetting import vet
 
-MAX_ITEMS = 10_000  # of a repeated field, other than token ids
 MAX_STOP_CHARS = 1024
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII)
 INLINE_CHARS = 4096  # longer prompts are encoded on a thread, so that other streams go on
+THREAD_CHARS = 1 << 16  # and longer ones than these in the intake process
+THREAD_RENDER_BYTES = 8 << 20  # what a template makes on a thread, which holds the interpreter for each single operation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class ModelInfo:
 class Intake:
     """Reads requests for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, model: ModelInfo, grammars: GrammarCheck) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: ModelInfo, grammars: GrammarCheck, offload: Offload | None = None) -> None:
+        self.offload = offload or Offload(tokenizer, model.name, model.max_model_len)
         self._tokenizer = tokenizer
         self._model = model
         self._grammars = grammars
@@ -70,24 +72,19 @@ class Intake:
         `traceparent` that is malformed counts as none, as its standard wants it.
         """
         charge = charge or Charge.free()
-        refuse_unknown_fields(message)
-        self.check_model(message.model)
-        for name in ("request_id", "cache_salt", "client_id"):
-            check_name(name, getattr(message, name))
-        if message.prompt.HasField("token_ids"):  # before millions of them are looked at
-            check_prompt_length(len(message.prompt.token_ids.ids), limits, self._model.max_model_len)
+        await self.vet(message, limits)
+        client = _client(message, peer, caller)
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
-        offer = self.offer(message.prompt, limits)
+        offer = await self.offer(message.prompt, limits)
         with charge.tokenizing():
-            token_ids = await self.token_ids(message.prompt, offer)
+            token_ids = await self.token_ids(message.prompt, limits, client, offer)
         charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
         if fills and not message.sampling.HasField("max_tokens"):
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
             sampling = msgspec.structs.replace(sampling, max_tokens=max(1, room))
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
-        client = _client(message, peer, caller)
         constraint = message.sampling.constraint if message.sampling.HasField("constraint") else None
         if constraint is not None or offer is not None:
             sampling = await self._constrained(sampling, constraint, offer, limits, client)
@@ -131,15 +128,23 @@ class Intake:
     async def _tool_grammar(self, offer: Offer, client: str) -> str:
         form = self._tokenizer.tool_format
         assert form is not None, "an offer without a format"
-        grammar = tool_grammar(offer, form, self._tokenizer.added_tokens, self._model.eos_token_ids)
+        arguments = offer, form, self._tokenizer.added_tokens, self._model.eos_token_ids
+        grammar = await asyncio.to_thread(tool_grammar, *arguments)
         why = await self._grammars.why_not(grammar, client)
         if why is not None:
             raise refusal(offer, grammar, why)
         return grammar
 
-    def offer(self, prompt: pb.Prompt, limits: LimitsSection) -> Offer | None:
+    async def vet(self, message: Message, limits: LimitsSection) -> None:
+        """What can be seen before anything is tokenised. Raises InvalidRequest or UnknownModel."""
+        await vet(message, self.offload.bounds(limits))
+
+    async def offer(self, prompt: pb.Prompt, limits: LimitsSection) -> Offer | None:
         """The tools of a conversation that the model may call; None when there are none. Raises InvalidRequest."""
-        offer = Offer.read(prompt.chat, limits) if prompt.HasField("chat") else None
+        offer = None
+        if prompt.HasField("chat"):
+            is_small = not prompt.chat.tools or prompt.chat.ByteSize() <= INLINE_CHARS
+            offer = Offer.read(prompt.chat, limits) if is_small else await asyncio.to_thread(Offer.read, prompt.chat, limits)
         if offer is not None and not self._tokenizer.takes_tools:
             expected = "none, as the model's chat template has no place for them"
             raise InvalidRequest("tools", f"{len(offer.tools)} tool(s)", expected)
@@ -148,35 +153,46 @@ class Intake:
             raise InvalidRequest("tools", f"{len(offer.tools)} tool(s)", expected)
         return offer
 
-    def check_model(self, name: str) -> None:
-        if name and name != self._model.name:
-            raise UnknownModel(name, self._model.name)
+    async def token_ids(
+        self, prompt: pb.Prompt, limits: LimitsSection, client: str, offer: Offer | None = None, is_counted: bool = False
+    ) -> tuple[int, ...]:
+        """The tokens of a prompt of any kind, which has been vetted; `offer` are the tools that a conversation comes with.
 
-    async def token_ids(self, prompt: pb.Prompt, offer: Offer | None = None) -> tuple[int, ...]:
-        """The tokens of a prompt of any kind; `offer` are the tools that a conversation comes with."""
+        `is_counted`: for Tokenize, which takes longer ones. Raises InvalidRequest; for long ones, QueueFull or
+        NoWorkerAvailable.
+        """
         match prompt.WhichOneof("kind"):
             case "text":
-                if not prompt.text:
-                    raise InvalidRequest("prompt.text", prompt.text, "a text that is not empty")
                 add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
-                return await self._encode(prompt.text, add)
+                return await self._encode(prompt.text, add, limits, client, is_counted)
             case "chat":
-                return await asyncio.to_thread(self._encode_chat, prompt.chat, offer)
+                return await self._encode_chat(prompt.chat, offer, limits, client, is_counted)
             case "token_ids":
                 return tuple(prompt.token_ids.ids)
         raise InvalidRequest("prompt", "", "one of text, chat or token_ids")
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        if len(text) <= INLINE_CHARS:
-            return self._tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._tokenizer.encode, text, add_special_tokens)
+    async def _encode(
+        self, text: str, add_special_tokens: bool, limits: LimitsSection, client: str, is_counted: bool
+    ) -> tuple[int, ...]:
+        if len(text) > THREAD_CHARS:
+            return await self.offload.encode(text, add_special_tokens, limits, client, is_counted)
+        arguments = self._tokenizer, text, add_special_tokens, self.offload.bounds(limits), is_counted
+        return bounded_ids(*arguments) if len(text) <= INLINE_CHARS else await asyncio.to_thread(bounded_ids, *arguments)
 
-    def _encode_chat(self, chat: pb.Chat, offer: Offer | None) -> tuple[int, ...]:
-        """On a thread of its own: a template may take its time."""
-        messages = template_messages(chat, takes_calls=self._tokenizer.takes_calls or not self._tokenizer.has_chat_template)
-        add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-        tools = None if offer is None else [tool.for_template() for tool in offer.tools]
-        return self._tokenizer.encode(self._tokenizer.render_chat(messages, add, tools), add_special_tokens=False)
+    async def _encode_chat(
+        self, chat: pb.Chat, offer: Offer | None, limits: LimitsSection, client: str, is_counted: bool
+    ) -> tuple[int, ...]:
+        if chat.ByteSize() <= THREAD_CHARS:
+            try:
+                text = await asyncio.to_thread(chat_text, self._tokenizer, chat, offer, THREAD_RENDER_BYTES)
+            except TooCostly:
+                pass  # for a thread
+            else:
+                if len(text) > THREAD_CHARS:
+                    return await self.offload.encode(text, False, limits, client, is_counted)
+                bounds = self.offload.bounds(limits)
+                return await asyncio.to_thread(bounded_ids, self._tokenizer, text, False, bounds, is_counted)
+        return await self.offload.encode_chat(chat, limits, client, is_counted)
 
 
 def checked_traceparent(header: str | None) -> str:
@@ -226,34 +242,3 @@ def _check_resumption(message: pb.GenerateRequest, sampling: SamplingParams) -> 
     for choice, index in enumerate(message.resume_from):
         if not 0 <= index <= sampling.max_tokens:
             raise InvalidRequest(f"resume_from[{choice}]", index, f"0 to {sampling.max_tokens}")
-
-
-def refuse_unknown_fields(message: Message, path: str = "") -> None:
-    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be ignored; also for
-    more items than anybody needs, before each of them is looked at. The types of messages bound how deep it goes."""
-    unknown = UnknownFieldSet(message)
-    if len(unknown):
-        field = f"field {unknown[0].field_number}"
-        raise InvalidRequest(path or message.DESCRIPTOR.name, field, f"only the fields of {message.DESCRIPTOR.full_name}")
-    for name, child in _children(message):
-        refuse_unknown_fields(child, f"{path}.{name}" if path else name)
-
-
-_TOKEN_IDS = ("ids", "token_ids")  # bounded by what the model takes
-
-
-def _check_items(field: str, count: int) -> None:
-    if count > MAX_ITEMS:
-        raise InvalidRequest(field, f"{count} items", f"at most {MAX_ITEMS}")
-
-
-def _children(message: Message) -> Iterator[tuple[str, Message]]:
-    for descriptor, value in message.ListFields():
-        if descriptor.name not in _TOKEN_IDS and not isinstance(value, Message | str | bytes | int | float):
-            _check_items(descriptor.name, len(value))
-        if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
-            continue  # a map of numbers
-        if isinstance(value, Message):
-            yield descriptor.name, value
-        else:
-            yield from ((f"{descriptor.name}[{index}]", item) for index, item in enumerate(value))

@@ -5,16 +5,17 @@ and that frees all that workers hold for the request.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager, suppress
-from typing import TypeVar
 
+from google.protobuf.message import Message
 from msgspec import structs
 
 from .. import __version__
 from ..core.config import ClusterConfig
-from ..core.errors import DuplicateRequest, InvalidRequest, NoWorkerAvailable, QueueFull
+from ..core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
 from ..core.request import Request
+from ..core.validation import check_token_ids
 from ..proto import pdserve_pb2 as pb
 from ..telemetry.logs import REQUEST_ID
 from .access import Access, Caller, cache_scope, scoped_salt
@@ -23,12 +24,14 @@ from .call_bounds import HeldBytes
 from .constraint import GrammarCheck
 from .cost import Charge, Price, prompt_price, request_price
 from .frontend import Frontend
-from .intake import Intake, ModelInfo, refuse_unknown_fields, shown_id
+from .in_turns import in_turns
+from .intake import Intake, ModelInfo, shown_id
+from .offload.offload import Offload
 from .revocation import Revocation
 from .tokenizer import Tokenizer
+from .vetting import check_model, refuse_unknown_fields
 
-T = TypeVar("T")
-INLINE_TOKENS = 1024  # so many are decoded without a thread
+INLINE_TOKENS = 4096  # so many are decoded on the loop
 FLUSH_S = 5.0  # how long clients may take to read the rest of their answers when the cluster ends
 
 
@@ -66,13 +69,23 @@ class Serving:
     """One model, served."""
 
     def __init__(
-        self, frontend: Frontend, shared: Shared, tokenizer: Tokenizer, model: ModelInfo, grammars: GrammarCheck
+        self,
+        frontend: Frontend,
+        shared: Shared,
+        tokenizer: Tokenizer,
+        model: ModelInfo,
+        grammars: GrammarCheck,
+        offload: Offload | None = None,
     ) -> None:
         self.frontend = frontend
         self.shared = shared
         self.tokenizer = tokenizer
         self.model = model
-        self.intake = Intake(tokenizer, model, grammars)
+        self.intake = Intake(tokenizer, model, grammars, offload)
+
+    async def message(self, kind: type[Message], data: bytes, client: str) -> Message:
+        """A message of gRPC, parsed and vetted, as `Offload.message` has it."""
+        return await self.intake.offload.message(kind, data, self.shared.config.limits, client)
 
     async def request(
         self,
@@ -104,6 +117,8 @@ class Serving:
             async for event in events:
                 for out in answer.handle(event):
                     yield out
+                    if out.HasField("prompt"):  # there may be many of them in one event
+                        await asyncio.sleep(0)
 
     def charged(
         self, messages: Sequence[pb.GenerateRequest], caller: Caller | None, fills: bool = False
@@ -137,33 +152,44 @@ class Serving:
         finally:
             charge.settle(answer.num_tokens, loop.time(), has_begun)
 
-    async def tokenize(self, request: pb.TokenizeRequest, caller: Caller | None = None) -> pb.TokenizeResponse:
-        refuse_unknown_fields(request)
-        self.intake.check_model(request.model)
-        offer = self.intake.offer(request.prompt, self.shared.config.limits)
+    async def tokenize(
+        self, request: pb.TokenizeRequest, peer: str, caller: Caller | None = None, with_pieces: bool = True
+    ) -> pb.TokenizeResponse:
+        limits, client = self.shared.config.limits, peer if caller is None else caller.client
+        await self.intake.vet(request, limits)
+        offer = await self.intake.offer(request.prompt, limits)
         with self._charged([prompt_price(request.prompt)], caller) as (charge,):
             with charge.tokenizing():
-                token_ids = await self.intake.token_ids(request.prompt, offer)
+                token_ids = await self.intake.token_ids(request.prompt, limits, client, offer, is_counted=True)
             charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
-            self._check_ids("prompt.token_ids", token_ids)
+            if token_ids:
+                check_token_ids("prompt.token_ids", token_ids, self.model.vocab_size)
             charge.settle(0, asyncio.get_running_loop().time())
-        pieces = await _off_loop(len(token_ids), lambda: [self.tokenizer.piece(token_id) for token_id in token_ids])
-        return pb.TokenizeResponse(token_ids=token_ids, pieces=pieces, max_model_len=self.model.max_model_len)
+        response = pb.TokenizeResponse(token_ids=token_ids, max_model_len=self.model.max_model_len)
+        if with_pieces:
+            async for token_id in in_turns(token_ids):
+                response.pieces.append(self.tokenizer.piece(token_id))
+        return response
 
-    async def detokenize(self, request: pb.DetokenizeRequest, caller: Caller | None = None) -> pb.DetokenizeResponse:
-        refuse_unknown_fields(request)
-        self.intake.check_model(request.model)
-        self._check_ids("token_ids", request.token_ids)
-        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+    async def detokenize(self, request: pb.DetokenizeRequest, peer: str, caller: Caller | None = None) -> pb.DetokenizeResponse:
+        await self.intake.vet(request, self.shared.config.limits)
         ids = request.token_ids
+        if ids:
+            check_token_ids("token_ids", ids, self.model.vocab_size)
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         with self._charged([Price(num_prompt_tokens=len(ids), is_text=False)], caller) as (charge,):
             charge.settle(0, asyncio.get_running_loop().time())
-        text = await _off_loop(len(ids), lambda: self.tokenizer.decode(ids, skip_special_tokens=skip))
-        return pb.DetokenizeResponse(text=text)
+        return pb.DetokenizeResponse(text=await self.text(ids, skip, peer if caller is None else caller.client))
+
+    async def text(self, token_ids: Sequence[int], skip_special_tokens: bool, client: str) -> str:
+        """The text of tokens, however many. Raises QueueFull or NoWorkerAvailable when they are many."""
+        if len(token_ids) <= INLINE_TOKENS:
+            return self.tokenizer.decode(token_ids, skip_special_tokens)
+        return await self.intake.offload.decode(token_ids, skip_special_tokens, self.shared.config.limits, client)
 
     def model_info(self, request: pb.GetModelInfoRequest) -> pb.ModelInfo:
         refuse_unknown_fields(request)
-        self.intake.check_model(request.model)
+        check_model(request.model, self.model.name)
         model, limits = self.model, self.shared.config.limits
         return pb.ModelInfo(
             name=model.name,
@@ -188,13 +214,3 @@ class Serving:
             ),
             version=__version__,
         )
-
-    def _check_ids(self, field: str, token_ids: Sequence[int]) -> None:
-        for index, token_id in enumerate(token_ids):
-            if token_id >= self.model.vocab_size:
-                raise InvalidRequest(f"{field}[{index}]", token_id, f"0 to {self.model.vocab_size - 1}")
-
-
-async def _off_loop(num_tokens: int, work: Callable[[], T]) -> T:
-    """On a thread when there is much of it, so that streams go on."""
-    return work() if num_tokens <= INLINE_TOKENS else await asyncio.to_thread(work)

@@ -3,6 +3,7 @@
 Prompts come in as text or conversations and go on as token ids; `gateway.detokenizer` uses it for the way back.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from ..core.errors import CheckpointError, InvalidRequest
 from .chat_template import ChatTemplate
+from .template.account import MAX_BYTES
 from .tokenizer_loading.messages import TokenizerData
 from .tokenizer_loading.process import load
 from .tools.formats import ToolFormat, tool_format
@@ -34,12 +36,15 @@ class Tokenizer:
 
     def __init__(self, data: TokenizerData) -> None:
         """Raises CheckpointError for a chat template that is none."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: no pool of threads
+        self.data = data
         self._backend = Backend.from_str(data.backend_json)
         self._backend.encode_special_tokens = data.encode_special_tokens
         added = self._backend.get_added_tokens_decoder()
         self._template = _chat_template(data, "default")
         self._tool_template = _chat_template(data, "tool_use") or self._template
         self._tool_format = None if self._tool_template is None else tool_format(self._tool_template.source)
+        self.max_token_chars = max(map(len, self._backend.get_vocab()), default=1)  # added tokens included
         self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -80,26 +85,37 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The token ids of `text`; names of special tokens in it become these tokens. Raises InvalidRequest for a text that
         the tokenizer fails over, as over an expression of its own that backtracks without end."""
+        return tuple(self._encoding(text, add_special_tokens).ids)
+
+    def count(self, text: str) -> int:
+        """How many tokens `text` has by itself. Raises as `encode`."""
+        return len(self._encoding(text, add_special_tokens=False))
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+        """Without offsets, which nobody wants; as a batch, since `encode` holds the interpreter until it is done."""
         try:
-            return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except BaseException as error:
             if not _is_panic(error):
                 raise
             expected = "a text that the model's tokenizer can take"
             raise InvalidRequest("prompt", f"{len(text)} characters", expected) from None
+        return encoding
 
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        max_bytes: int = MAX_BYTES,
     ) -> str:
-        """A conversation as text, by the checkpoint's template. Raises InvalidRequest. May take a second: not for a loop."""
+        """A conversation as text, by the checkpoint's template. Raises InvalidRequest, or TooCostly when the template would
+        make more than `max_bytes` on its way. May take a second: not for a loop."""
         template = self._template if tools is None else self._tool_template
         if template is None:
             expected = "text or token_ids, as the model has no chat template"
             raise InvalidRequest("prompt.chat", f"{len(messages)} message(s)", expected)
-        return template.render(messages, add_generation_prompt, tools)
+        return template.render(messages, add_generation_prompt, tools, max_bytes=max_bytes)
 
     def has_text(self, token_id: int) -> bool:
         """Whether a token stands for text: it is in the vocabulary and not special."""

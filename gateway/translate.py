@@ -41,6 +41,7 @@ class UnknownModel(PdserveError):
 
     def __init__(self, asked: str, served: str) -> None:
         super().__init__(f"model: {asked!r} is not served here, expected {served!r}")
+        self.asked = asked
         self.served = served
 
 

@@ -17,7 +17,7 @@ from ...core.errors import PdserveError
 from ...proto import pdserve_pb2 as pb
 from ..serving import Serving
 from . import answers
-from .body import read
+from .body import peer_of, read
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .completions import Completions
 from .errors import Refused, error_response
@@ -25,7 +25,6 @@ from .gate import Gate
 from .hosts import AllowedHosts
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse
-from .translate import token_ids, tokenize_message
 
 Handler = Callable[[Request], Awaitable[Response]]
 BODIES = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -75,15 +74,16 @@ class _Tokens:
         return _json(self._model())
 
     async def tokenize(self, http: Request) -> Response:
-        body = await read(http, TokenizeRequest)
-        tokens = await self._serving.tokenize(tokenize_message(body), http.state.caller)
+        (message,), asked = await read(http, "tokenize", self._serving)
+        assert isinstance(message, pb.TokenizeRequest)
+        tokens = await self._serving.tokenize(message, peer_of(http), http.state.caller, with_pieces=asked.token_texts)
         told = {"count": len(tokens.token_ids), "max_model_len": tokens.max_model_len, "tokens": list(tokens.token_ids)}
-        return _json(told | {"token_strs": list(tokens.pieces) if body.return_token_strs else None})
+        return _json(told | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
 
     async def detokenize(self, http: Request) -> Response:
-        body = await read(http, DetokenizeRequest)
-        ids = token_ids("token_ids", body.tokens)
-        text = await self._serving.detokenize(pb.DetokenizeRequest(model=body.model, token_ids=ids), http.state.caller)
+        (message,), _ = await read(http, "detokenize", self._serving)
+        assert isinstance(message, pb.DetokenizeRequest)
+        text = await self._serving.detokenize(message, peer_of(http), http.state.caller)
         return _json({"prompt": text.text})
 
     def _model(self) -> dict[str, Any]:

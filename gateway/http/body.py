@@ -1,21 +1,32 @@
 """Reads the body of a request. Its size is limited before (`gate`), its depth by the parser: 200 levels."""
 
-from typing import TypeVar
+from collections.abc import Sequence
 
-from pydantic import BaseModel, ValidationError
+from google.protobuf.message import Message
 from starlette.requests import Request
 
-from .errors import Refused, malformed
+from ..serving import Serving
+from .bodies import Asked
+from .errors import Refused
 
-Model = TypeVar("Model", bound=BaseModel)
 
+async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Message], Asked]:
+    """The messages that the body has for `route`, at least one, and what the answer is to look like.
 
-async def read(http: Request, model: type[Model]) -> Model:
-    """The body as `model` describes it. Raises InvalidRequest or Refused."""
+    Raises InvalidRequest, UnknownModel or Refused; for large ones, QueueFull or NoWorkerAvailable.
+    """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):  # what a web page may send without being asked is not JSON
         raise Refused(415, "unsupported_media_type", f"content-type: {kind!r} is not valid, expected application/json")
-    try:
-        return model.model_validate_json(await http.body())
-    except ValidationError as error:
-        raise malformed(error) from error
+    limits = serving.shared.config.limits
+    return await serving.intake.offload.body(route, await http.body(), http.state.request_id, limits, client_of(http))
+
+
+def client_of(http: Request) -> str:
+    """Whose turn a request takes, where its message does not say: its key's, or its connection's."""
+    return http.state.caller.client if http.state.caller is not None else peer_of(http)
+
+
+def peer_of(http: Request) -> str:
+    """Whom a request counts for: its host, as the connections of one client are many here, unlike with gRPC."""
+    return f"http:{http.client.host}" if http.client is not None else "http"

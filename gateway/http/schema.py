@@ -28,7 +28,7 @@ def expected(what: str) -> PydanticCustomError:
 
 
 def _is_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and {int}.issuperset(map(type, value))
 
 
 def _prompts(value: object) -> list[str | list[int]]:
@@ -75,6 +75,29 @@ Texts = Annotated[
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]})]
+
+
+MAX_METADATA = 16
+MAX_METADATA_CHARS = 64, 512  # of a name and of a value
+
+
+def _metadata(value: object) -> dict[str, str]:
+    """Within OpenAI's limits, which are looked at first."""
+    max_name, max_value = MAX_METADATA_CHARS
+    if isinstance(value, dict) and len(value) <= MAX_METADATA:
+        texts = all(isinstance(item, str) and len(item) <= max_value for item in value.values())
+        if texts and all(len(name) <= max_name for name in value):
+            return value
+    raise expected(f"at most {MAX_METADATA} texts of {max_value} characters, with names of {max_name}")
+
+
+_METADATA_SCHEMA = {
+    "type": "object",
+    "maxProperties": MAX_METADATA,
+    "propertyNames": {"maxLength": MAX_METADATA_CHARS[0]},
+    "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_CHARS[1]},
+}
+Metadata = Annotated[dict[str, str], PlainValidator(_metadata), WithJsonSchema(_METADATA_SCHEMA)]
 
 
 class Body(BaseModel):
@@ -182,7 +205,7 @@ class GenerationBody(Body):
     """JSON, if asked for; by default anything."""
     structured_outputs: StructuredOutputs | None = None
     """Other constraints; not together with a `response_format` of JSON."""
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     """Without effect, as are `store`, `service_tier`, `safety_identifier` and `prompt_cache_key`."""
     store: bool | None = None
     service_tier: str | None = None

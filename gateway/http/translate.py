@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
+from ...core.validation import check_counts
 from ...proto import pdserve_pb2 as pb
 from .chat import chat_prompt, set_choice
-from .chat_schema import ChatCompletionRequest, TokenizeRequest
+from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .constraint import constraint_message
 from .schema import CompletionRequest, GenerationBody
 
@@ -15,15 +17,15 @@ _SAME = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_pen
          "frequency_penalty", "n", "stop", "stop_token_ids", "ignore_eos")  # fmt: skip
 
 
-def completion_messages(body: CompletionRequest, request_id: str, max_prompts: int) -> list[pb.GenerateRequest]:
-    """One message for each prompt. Raises InvalidRequest."""
-    if len(body.prompt) > max_prompts:
-        raise InvalidRequest("prompt", f"{len(body.prompt)} prompts", f"at most {max_prompts} prompts")
+def completion_messages(body: CompletionRequest, request_id: str, limits: LimitsSection) -> list[pb.GenerateRequest]:
+    """One message for each prompt, of which there is at least one. Raises InvalidRequest."""
+    if len(body.prompt) > limits.max_prompts:
+        raise InvalidRequest("prompt", f"{len(body.prompt)} prompts", f"at most {limits.max_prompts} prompts")
     if body.suffix:
         raise InvalidRequest("suffix", body.suffix, "nothing: the model continues its prompt only")
     if body.best_of not in (None, body.n or 1):
         raise InvalidRequest("best_of", body.best_of, "n: all choices are returned")
-    sampling = _sampling(body, body.logprobs)
+    sampling = _sampling(body, limits, body.logprobs)
     if body.echo and body.logprobs is not None:
         _set(sampling, "prompt_logprobs", body.logprobs)
     names = [request_id] if len(body.prompt) == 1 or not request_id else [f"{request_id}-{i}" for i in range(len(body.prompt))]
@@ -34,11 +36,11 @@ def completion_messages(body: CompletionRequest, request_id: str, max_prompts: i
     ]
 
 
-def chat_message(body: ChatCompletionRequest, request_id: str) -> pb.GenerateRequest:
+def chat_message(body: ChatCompletionRequest, request_id: str, limits: LimitsSection) -> pb.GenerateRequest:
     """Raises InvalidRequest."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs", body.top_logprobs, "nothing without logprobs")
-    sampling = _sampling(body, body.top_logprobs or 0 if body.logprobs else None)
+    sampling = _sampling(body, limits, body.top_logprobs or 0 if body.logprobs else None)
     prompt = chat_prompt(body.messages, body.tools, body.add_generation_prompt)
     set_choice(prompt.chat, body)
     return _message(body, prompt, sampling, request_id)
@@ -56,11 +58,16 @@ def tokenize_message(body: TokenizeRequest) -> pb.TokenizeRequest:
     return pb.TokenizeRequest(model=body.model, prompt=_prompt(body.prompt or "", body.add_special_tokens))
 
 
+def detokenize_message(body: DetokenizeRequest) -> pb.DetokenizeRequest:
+    """Raises InvalidRequest."""
+    return pb.DetokenizeRequest(model=body.model, token_ids=token_ids("token_ids", body.tokens))
+
+
 def token_ids(field: str, ids: Sequence[int]) -> Sequence[int]:
     """Raises InvalidRequest for what is no token id in any vocabulary."""
-    for index, token_id in enumerate(ids):
-        if not 0 <= token_id < 2**32:
-            raise InvalidRequest(f"{field}[{index}]", token_id, "a token id")
+    if ids and not (min(ids) >= 0 and max(ids) < 2**32):
+        index = list(map(range(2**32).__contains__, ids)).index(False)
+        raise InvalidRequest(f"{field}[{index}]", ids[index], "a token id")
     return ids
 
 
@@ -81,8 +88,14 @@ def _prompt(prompt: str | list[int], add_special_tokens: bool) -> pb.Prompt:
     return pb.Prompt(token_ids=pb.TokenIds(ids=token_ids("prompt_token_ids", prompt)))
 
 
-def _sampling(body: GenerationBody, logprobs: int | None) -> pb.SamplingParams:
+def _sampling(body: GenerationBody, limits: LimitsSection, logprobs: int | None) -> pb.SamplingParams:
     _refuse_unserved(body)
+    check_counts(
+        limits,
+        num_biases=len(body.logit_bias or ()),
+        num_stops=len(body.stop),
+        num_stop_token_ids=len(body.stop_token_ids),
+    )
     values = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     if values.get("top_k") == -1:
         values["top_k"] = 0

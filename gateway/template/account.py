@@ -37,6 +37,7 @@ class Account:
     """Of one rendering."""
 
     give_up_s: float
+    max_bytes: int = MAX_BYTES
     num_bytes: int = 0
     _weights: dict[int, tuple[object, Weight]] = field(default_factory=dict)  # by id; it holds what it names
 
@@ -48,8 +49,8 @@ class Account:
     def charge(self, num_bytes: int) -> None:
         """Before so much is made, or done at a comparable cost. Raises TemplateBound."""
         self.num_bytes += num_bytes
-        if self.num_bytes > MAX_BYTES:
-            raise TemplateBound(f"at most {MAX_BYTES} bytes of texts and lists from the chat template")
+        if self.num_bytes > self.max_bytes:
+            raise TemplateBound(f"at most {self.max_bytes} bytes of texts and lists from the chat template")
         self.tick()
 
     def charge_text(self, num_chars: int, *sources: str) -> None:
@@ -134,6 +135,6 @@ def account() -> Account:
     return _current.get()
 
 
-def open_account(timeout_s: float) -> None:
+def open_account(timeout_s: float, max_bytes: int = MAX_BYTES) -> None:
     """A rendering begins."""
-    _current.set(Account(time.monotonic() + timeout_s))
+    _current.set(Account(time.monotonic() + timeout_s, max_bytes))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.config import LimitsSection
-from pdserve.core.errors import InvalidRequest
+from pdserve.core.errors import InvalidRequest, QueueFull
 from pdserve.gateway.cost import Charge, Price, prompt_price, request_price
 from pdserve.gateway.rate_limit import TokenBucket
 from pdserve.proto import pdserve_pb2 as pb
@@ -62,9 +62,16 @@ def test_a_chat_without_a_limit_is_priced_by_the_room_beside_its_prompt() -> Non
 
 
 KINDS = {
-    "text": {"is_text": True, "is_chat": False},
-    "chat": {"is_text": True, "is_chat": True},
-    "token_ids": {"is_text": False, "is_chat": False},
+    "text": {"is_text": True},
+    "chat": {"is_text": True},
+    "token_ids": {"is_text": False},
+}
+
+
+REFUSALS = {
+    "refused when it was tokenised": InvalidRequest("prompt", "", ""),
+    "left while it was tokenised": KeyboardInterrupt(),
+    "there was no place to tokenise it": QueueFull(1, 1.0),
 }
 
 
@@ -76,10 +83,9 @@ def level_after(kind: str, fate: str, num_prompt: int = 30, num_output: int = 4)
     assert bucket.take(price.tokens(estimate, 50), 0.0) == 0.0
     charge = Charge(price, bucket)
     if fate != "unread":
-        refusal = InvalidRequest("prompt", "", "") if fate == "refused as a text" else KeyboardInterrupt()
-        with suppress(InvalidRequest, KeyboardInterrupt), charge.tokenizing():
-            if fate in ("refused as a text", "left while it was tokenised"):
-                raise refusal
+        with suppress(InvalidRequest, QueueFull, KeyboardInterrupt), charge.tokenizing():
+            if fate in REFUSALS:
+                raise REFUSALS[fate]
     if fate in ("refused by the cluster", "served"):
         charge.settle_prompt(num_prompt, 0.0, 50)
     charge.settle(num_output if fate == "served" else 0, 0.0, has_begun=fate == "served")
@@ -90,8 +96,8 @@ def level_after(kind: str, fate: str, num_prompt: int = 30, num_output: int = 4)
     ("kind", "fate", "cost"),
     [
         ("text", "unread", 0),
-        ("text", "refused as a text", 0),  # by its length, before it is tokenised
-        ("chat", "refused as a text", 20),  # it was rendered
+        ("text", "refused when it was tokenised", 20),
+        ("text", "there was no place to tokenise it", 0),
         ("text", "left while it was tokenised", 20),
         ("text", "refused by the cluster", 30),
         ("token_ids", "refused by the cluster", 0),

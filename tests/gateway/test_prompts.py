@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdserve.gateway import answer
+from pdserve.gateway import answer, intake
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.asking import Stub, ask, stream
 from tests.gateway.support import EOS, ScriptedCluster
@@ -79,7 +79,11 @@ async def test_model_info_tells_name_and_limits(generation: Stub) -> None:
     assert (info.limits.max_tokens, info.limits.max_n, info.limits.max_prompt_tokens) == (200, 4, 255)
 
 
-async def test_long_prompts_and_short_ones_are_encoded_alike(generation: Stub, cluster: ScriptedCluster) -> None:
-    text = "the quick brown fox " * 300
+@pytest.mark.parametrize("on_loop", [0, 4096])
+async def test_prompts_are_encoded_alike_on_the_loop_and_on_a_thread(
+    generation: Stub, cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch, on_loop: int
+) -> None:
+    monkeypatch.setattr(intake, "INLINE_CHARS", on_loop)
+    text = "the quick brown fox " * 30
     tokens = await generation.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text=text)))
     assert tuple(tokens.token_ids) == cluster.tokenizer.encode(text)

@@ -1,0 +1,100 @@
+"""The intake process: jobs on its standard input, results on its standard output, until the input ends.
+
+A job that takes too much processor time or memory ends the process; who started it refuses that job, and starts another one.
+"""
+
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...core.codec import FrameDecoder, FrameEncoder
+from ...core.errors import InvalidRequest
+from ..translate import UnknownModel
+from .messages import Done, FromProcess, Job, Part, Refused, Setup, ToProcess, parts
+from .work import Worker
+
+JOB_S = 10.0  # processor time; what the bounds of requests let through takes a few seconds at most
+MEMORY_BYTES = 3 << 30  # address space beside what the process has when it is ready
+NICENESS = 5  # the head goes first
+READ_BYTES = 1 << 18
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is the end of the input
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whoever started us may have ignored it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    os.nice(NICENESS)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        _serve()
+    except MemoryError:
+        os.abort()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _serve() -> None:
+    messages = _messages()
+    encoder = FrameEncoder()
+    setup = next(messages, None)
+    if setup is None:
+        return
+    assert isinstance(setup, Setup), "Setup comes first"
+    worker = Worker(setup, _payload(messages, setup.size))
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES,) * 2)
+    _write(encoder.encode(Done(())))  # ready
+    for job in messages:
+        assert isinstance(job, Job), "a part of nothing"
+        data = _payload(messages, job.size)
+        signal.setitimer(signal.ITIMER_PROF, JOB_S)  # SIGPROF, which nobody handles, ends the process
+        answer, results = _answer(worker, job, data)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _write(encoder.encode(answer))
+        for result in results:
+            for part in parts(result):
+                _write(encoder.encode(part))
+
+
+def _answer(worker: Worker, job: Job, data: bytes) -> tuple[FromProcess, list[bytes]]:
+    try:
+        results, rest = worker.do(job, data)
+    except InvalidRequest as error:
+        return Refused(str(error), error.field, error.expected), []
+    except UnknownModel as error:
+        return Refused(str(error), unknown_model=(error.asked, error.served)), []
+    return Done(tuple(map(len, results)), rest), list(results)
+
+
+def _messages() -> Iterator[ToProcess]:
+    decoder: FrameDecoder[ToProcess] = FrameDecoder(ToProcess)
+    while data := os.read(sys.stdin.fileno(), READ_BYTES):
+        yield from decoder.feed(data)
+
+
+def _payload(messages: Iterator[ToProcess], size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = next(messages, None)
+        if part is None:
+            os._exit(0)  # who started us has ended
+        assert isinstance(part, Part), "not the next part"
+        data += part.data
+    return bytes(data)
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _write(data: bytes) -> None:
+    while data:
+        data = data[os.write(sys.stdout.fileno(), data) :]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What goes to the intake process and what comes back, in frames (`core.codec`). It has one job at a time.
+
+Setup(size), Part...    ---->   once, before all others: the tokenizer
+                        <---- Done()
+Job(work, size), Part... ---->
+                        <---- Done(sizes), Part..., or Refused(why)
+
+Texts and messages travel in parts, so that the head never copies much at once.
+"""
+
+from collections.abc import Iterator
+
+import msgspec
+
+PART_BYTES = 1 << 18
+
+
+class Setup(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The model that prompts are for. Its parts: `TokenizerData`."""
+
+    size: int
+    model: str
+    max_model_len: int
+
+
+class Encode(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A text as token ids, packed as little-endian integers of 32 bits."""
+
+    add_special_tokens: bool
+    is_counted: bool
+
+
+class EncodeChat(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A `pb.Chat` as token ids."""
+
+    is_counted: bool
+
+
+class Decode(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Packed token ids as text."""
+
+    skip_special_tokens: bool
+
+
+class ReadBody(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The body of an HTTP request as one or more messages."""
+
+    route: str
+    request_id: str
+
+
+class ReadMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A message of gRPC, as short as it can be written: fields that are overwritten later are gone."""
+
+    name: str
+
+
+Work = Encode | EncodeChat | Decode | ReadBody | ReadMessage
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Something to do within the limits in force; its parts have `size` bytes."""
+
+    work: Work
+    limits: bytes  # `LimitsSection` in JSON
+    size: int
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The next bytes."""
+
+    data: bytes
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The results, one after the other in the parts that follow; `rest` is what belongs to them."""
+
+    sizes: tuple[int, ...]
+    rest: bytes = b""
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The error that the work raised: `InvalidRequest` of a field, or `UnknownModel`."""
+
+    message: str
+    field: str = ""
+    expected: str = ""
+    unknown_model: tuple[str, str] | None = None  # asked and served
+
+
+ToProcess = Setup | Job | Part
+FromProcess = Done | Refused | Part
+
+
+def parts(data: bytes) -> Iterator[Part]:
+    """All of `data`."""
+    view = memoryview(data)
+    for start in range(0, len(view), PART_BYTES):
+        yield Part(bytes(view[start : start + PART_BYTES]))

@@ -1,0 +1,108 @@
+"""What the head asks of the intake process."""
+
+from collections.abc import Sequence
+
+import msgspec
+from google.protobuf.message import Message
+
+from ...core.config import LimitsSection
+from ...core.errors import InvalidRequest
+from ...proto import pdserve_pb2 as pb
+from ..http.bodies import MESSAGES, Asked, is_small, read_body
+from ..in_turns import in_turns
+from ..tokenizer import Tokenizer
+from ..vetting import Bounds, has_unknown_fields, vet
+from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup, Work
+from .process import IntakeProcess
+from .work import packed, parsed, unpacked
+
+SMALL_BYTES = 1 << 16  # of a message that the head reads by itself
+FEW_BYTES = 1 << 12  # of one that it reads though there are unknown fields, which are listed one by one
+
+
+class Offload:
+    """Used on one asyncio loop. The process starts with the first job, or by `start`."""
+
+    def __init__(self, tokenizer: Tokenizer, model: str, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._model = model
+        self._max_model_len = max_model_len
+        self._process: IntakeProcess | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, when there is one."""
+        return None if self._process is None else self._process.pid
+
+    def bounds(self, limits: LimitsSection) -> Bounds:
+        """Of the model, within the limits in force."""
+        return Bounds(
+            limits=limits,
+            model=self._model,
+            max_model_len=self._max_model_len,
+            max_token_chars=self._tokenizer.max_token_chars,
+        )
+
+    def start(self) -> None:
+        """Before there is a job, so that the first one does not wait for it."""
+        self._running().start()
+
+    async def stop(self) -> None:
+        """End the process; idempotent."""
+        if self._process is not None:
+            await self._process.stop()
+
+    async def body(
+        self, route: str, data: bytes, request_id: str, limits: LimitsSection, client: str
+    ) -> tuple[Sequence[Message], Asked]:
+        """As `bodies.read_body`. All methods raise QueueFull or NoWorkerAvailable, too, and InvalidRequest for what takes too
+        much."""
+        if is_small(data):
+            return read_body(route, data, request_id, self.bounds(limits))
+        results, rest = await self._do(ReadBody(route, request_id), data, limits, client)
+        messages = [MESSAGES[route].FromString(result) async for result in in_turns(results, every=1)]
+        return messages, msgspec.msgpack.decode(rest, type=Asked)
+
+    async def message(self, kind: type[Message], data: bytes, limits: LimitsSection, client: str) -> Message:
+        """A client's message, parsed and, if it is of our kinds, vetted. Raises InvalidRequest or UnknownModel."""
+        if kind.DESCRIPTOR.file.package != pb.DESCRIPTOR.package:  # of a health check
+            if len(data) > SMALL_BYTES:
+                raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
+            return parsed(kind, data)
+        message = None if len(data) > SMALL_BYTES else parsed(kind, data)
+        if message is None or (len(data) > FEW_BYTES and has_unknown_fields(message)):
+            (data,), _ = await self._do(ReadMessage(kind.DESCRIPTOR.name), data, limits, client)
+            return kind.FromString(data)
+        await vet(message, self.bounds(limits))
+        return message
+
+    async def encode(
+        self, text: str, add_special_tokens: bool, limits: LimitsSection, client: str, is_counted: bool
+    ) -> tuple[int, ...]:
+        """As `encoding.bounded_ids`."""
+        work = Encode(add_special_tokens, is_counted)
+        (ids,), _ = await self._do(work, text.encode(), limits, client)
+        return unpacked(ids)
+
+    async def encode_chat(self, chat: pb.Chat, limits: LimitsSection, client: str, is_counted: bool) -> tuple[int, ...]:
+        """A conversation by the template, and then as `encoding.bounded_ids`."""
+        (ids,), _ = await self._do(EncodeChat(is_counted), chat.SerializeToString(), limits, client)
+        return unpacked(ids)
+
+    async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool, limits: LimitsSection, client: str) -> str:
+        """As `Tokenizer.decode`."""
+        (text,), _ = await self._do(Decode(skip_special_tokens), packed(token_ids), limits, client)
+        return text.decode()
+
+    async def _do(self, work: Work, data: bytes, limits: LimitsSection, client: str) -> tuple[list[bytes], bytes]:
+        job = Job(work, limits.model_dump_json().encode(), len(data))
+        return await self._running().do(job, data, client)
+
+    def _running(self) -> IntakeProcess:
+        if self._process is None:
+            self._process = IntakeProcess(self._setup)
+        return self._process
+
+    def _setup(self) -> tuple[Setup, bytes]:
+        tokenizer = msgspec.msgpack.encode(self._tokenizer.data)
+        return Setup(size=len(tokenizer), model=self._model, max_model_len=self._max_model_len), tokenizer

@@ -1,0 +1,237 @@
+"""Runs the intake process: starts it, gives it one job after the other, and starts it again when it died of one."""
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+
+from ...core.codec import FrameDecoder, FrameEncoder
+from ...core.errors import InvalidRequest, NoWorkerAvailable
+from ..translate import UnknownModel
+from .job_queue import JobQueue
+from .messages import Done, FromProcess, Job, Part, Refused, Setup, parts
+
+log = logging.getLogger(__name__)
+
+BLAMED = (-signal.SIGPROF, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes that are the job's fault
+SILENT_S = 60.0  # a process without an answer for so long is stopped or starved: its jobs end after 10 s of work
+READ_BYTES = 1 << 18
+START_AGAIN_S = 1.0  # after a process that did not get ready
+
+
+@dataclass(eq=False)
+class _Asked:
+    """One job, and who waits for its result."""
+
+    job: Job
+    data: bytes
+    result: "asyncio.Future[tuple[list[bytes], bytes]]"
+
+
+class IntakeProcess:
+    """Used on one asyncio loop."""
+
+    def __init__(self, set_up: Callable[[], tuple[Setup, bytes]]) -> None:
+        """`set_up` is called on a thread, and may take a moment."""
+        self._set_up = set_up
+        self._setup: tuple[Setup, bytes] | None = None  # the same for every process
+        self._queue: JobQueue[_Asked] = JobQueue()
+        self._current: _Asked | None = None  # the process has it
+        self._is_needed = asyncio.Event()
+        self._process: Process | None = None
+        self._is_ready = False  # the process of now
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, when there is one."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that the process does not have yet."""
+        return len(self._queue)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the process has a job."""
+        return self._current is not None
+
+    def start(self) -> None:
+        """Before there is a job, so that the first one does not wait for it."""
+        self._is_needed.set()
+
+    async def do(self, job: Job, data: bytes, client: str) -> tuple[list[bytes], bytes]:
+        """The results, and what belongs to them.
+
+        Raises what the work raises; InvalidRequest when it takes too much, QueueFull when many jobs wait, NoWorkerAvailable
+        when there is no process.
+        """
+        asked = _Asked(job, data, asyncio.get_running_loop().create_future())
+        self._queue.push(client, asked)
+        self._is_needed.set()
+        try:
+            return await asked.result
+        finally:
+            self._queue.remove(client, asked)
+
+    async def stop(self) -> None:
+        """End the process; idempotent. Those who wait are refused."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        self._give_up("the server ends")
+
+    async def _run(self) -> None:
+        while True:
+            await self._is_needed.wait()
+            self._is_ready = False
+            code = await self._live()
+            victim, self._current = self._current, None
+            if victim is not None and not victim.result.done():
+                if code in BLAMED:
+                    expected = "what can be read with the time and memory that one request has"
+                    victim.result.set_exception(InvalidRequest("message", f"{len(victim.data)} bytes", expected))
+                else:
+                    victim.result.set_exception(NoWorkerAvailable("the intake process died over it"))
+            if not self._is_ready:
+                self._give_up("the intake process does not start")
+                await asyncio.sleep(START_AGAIN_S)
+            if len(self._queue):
+                self._is_needed.set()
+
+    def _give_up(self, why: str) -> None:
+        waiting = [self._queue.pop() for _ in range(len(self._queue))]
+        if self._current is not None:
+            waiting.append(self._current)
+        for asked in waiting:
+            if not asked.result.done():
+                asked.result.set_exception(NoWorkerAvailable(why))
+
+    async def _live(self) -> int | None:
+        """One process from start to end. Its exit code; None when it could not be started, or had to be killed."""
+        try:
+            if self._setup is None:
+                self._setup = await asyncio.to_thread(self._set_up)
+            arguments = ("-P", "-m", f"{__package__}.main")
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *arguments,
+                stdin=PIPE,
+                stdout=PIPE,
+                limit=2 * READ_BYTES,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,
+            )
+        except Exception:  # whatever is missing here, those who wait have to hear of it
+            log.exception("the intake process cannot be started")
+            return None
+        self._process = process
+        try:
+            await self._converse(process, *self._setup)
+        except (ConnectionError, EOFError):
+            pass  # it has died
+        except asyncio.CancelledError:
+            _kill(process)
+            await process.wait()
+            raise
+        except Exception:  # it is silent, or talks nonsense: it is not to be trusted any more
+            log.exception("the intake process is killed")
+            _kill(process)
+            await process.wait()
+            return None
+        finally:
+            self._process = None
+        code = await process.wait()
+        log.warning("the intake process ended", extra={"exit_code": code})
+        return code
+
+    async def _converse(self, process: Process, setup: Setup, tokenizer: bytes) -> None:
+        """Until the process dies. Raises EOFError or ConnectionError then, FrameError for what is no answer, TimeoutError when
+        none comes."""
+        encoder = FrameEncoder()
+        async with aclosing(_answers(process)) as answers:
+            async with asyncio.timeout(SILENT_S):
+                await _send(process, encoder, setup, tokenizer)
+                await anext(answers)
+            self._is_ready = True
+            while True:
+                self._current = await self._next_job(process)
+                async with asyncio.timeout(SILENT_S):
+                    await _send(process, encoder, self._current.job, self._current.data)
+                    answer = await anext(answers)
+                    results = [await _result(answers, size) for size in answer.sizes] if isinstance(answer, Done) else []
+                self._settle(self._current, answer, results)
+                self._current = None
+
+    async def _next_job(self, process: Process) -> _Asked:
+        """Waits for one. Raises EOFError when the process ends meanwhile."""
+        while True:
+            self._is_needed.clear()
+            while len(self._queue):
+                asked = self._queue.pop()
+                if not asked.result.done():  # somebody waits
+                    return asked
+            await self._need_or_end(process)
+
+    async def _need_or_end(self, process: Process) -> None:
+        """Raises EOFError when the process has ended."""
+        waits = [asyncio.ensure_future(self._is_needed.wait()), asyncio.ensure_future(process.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if waits[1].done():
+                raise EOFError
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.wait(waits)
+
+    def _settle(self, asked: _Asked, answer: FromProcess, results: list[bytes]) -> None:
+        if asked.result.done():  # its client has gone
+            return
+        match answer:
+            case Done(rest=rest):
+                asked.result.set_result((results, rest))
+            case Refused(unknown_model=None):
+                asked.result.set_exception(InvalidRequest.restored(answer.message, answer.field, answer.expected))
+            case Refused(unknown_model=(name, served)):
+                asked.result.set_exception(UnknownModel(name, served))
+            case _:
+                raise ValueError("a part of nothing")
+
+
+async def _send(process: Process, encoder: FrameEncoder, message: Setup | Job, data: bytes) -> None:
+    assert process.stdin is not None
+    for frame in itertools.chain([message], parts(data)):
+        process.stdin.write(encoder.encode(frame))
+        await process.stdin.drain()
+
+
+async def _answers(process: Process) -> AsyncGenerator[FromProcess, None]:
+    """Raises EOFError when the process has ended."""
+    assert process.stdout is not None
+    decoder: FrameDecoder[FromProcess] = FrameDecoder(FromProcess)
+    while data := await process.stdout.read(READ_BYTES):
+        for answer in decoder.feed(data):
+            yield answer
+    raise EOFError
+
+
+async def _result(answers: AsyncIterator[FromProcess], size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = await anext(answers)
+        assert isinstance(part, Part), "not the next part"
+        data += part.data
+    return bytes(data)
+
+
+def _kill(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        process.kill()

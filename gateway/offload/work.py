@@ -1,0 +1,85 @@
+"""What the intake process does with a job. Pure: bytes in, bytes out, or the error that the head would have raised."""
+
+import sys
+from array import array
+from collections.abc import Sequence
+
+import msgspec
+from google.protobuf.message import DecodeError, Message
+
+from ...core.config import LimitsSection
+from ...core.errors import InvalidRequest
+from ...proto import pdserve_pb2 as pb
+from ..encoding import bounded_ids, chat_text
+from ..http.bodies import read_body
+from ..tokenizer import Tokenizer
+from ..tokenizer_loading.messages import TokenizerData
+from ..tools.offer import Offer
+from ..vetting import Bounds, check_message, refuse_unknown_fields
+from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup
+
+WIRE_FORMAT = "the call's message in protobuf's wire format, with texts in UTF-8"
+
+
+class Worker:
+    """Carries jobs out, for one model."""
+
+    def __init__(self, setup: Setup, tokenizer: bytes) -> None:
+        self._tokenizer = Tokenizer(msgspec.msgpack.decode(tokenizer, type=TokenizerData))
+        self._setup = setup
+
+    def do(self, job: Job, data: bytes) -> tuple[Sequence[bytes], bytes]:
+        """Results and what belongs to them. Raises InvalidRequest or UnknownModel."""
+        bounds = Bounds(
+            limits=LimitsSection.model_validate_json(job.limits),
+            model=self._setup.model,
+            max_model_len=self._setup.max_model_len,
+            max_token_chars=self._tokenizer.max_token_chars,
+        )
+        match job.work:
+            case Encode(add_special_tokens=add, is_counted=is_counted):
+                return [packed(bounded_ids(self._tokenizer, data.decode(), add, bounds, is_counted))], b""
+            case EncodeChat(is_counted=is_counted):
+                chat = pb.Chat.FromString(data)
+                text = chat_text(self._tokenizer, chat, Offer.read(chat, bounds.limits))
+                return [packed(bounded_ids(self._tokenizer, text, False, bounds, is_counted))], b""
+            case Decode(skip_special_tokens=skip):
+                return [self._tokenizer.decode(unpacked(data), skip_special_tokens=skip).encode()], b""
+            case ReadBody(route=route, request_id=request_id):
+                messages, asked = read_body(route, data, request_id, bounds)
+                return [message.SerializeToString() for message in messages], msgspec.msgpack.encode(asked)
+            case ReadMessage(name=name):
+                kind: type[Message] = getattr(pb, name)
+                return [read_message(kind, data, bounds).SerializeToString()], b""
+
+
+def read_message(kind: type[Message], data: bytes, bounds: Bounds) -> Message:
+    """Raises InvalidRequest for what is no message of the kind, InvalidRequest or UnknownModel for what is wrong with it."""
+    message = parsed(kind, data)
+    refuse_unknown_fields(message)
+    check_message(message, bounds)
+    return message
+
+
+def parsed(kind: type[Message], data: bytes) -> Message:
+    """Raises InvalidRequest."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise InvalidRequest("message", f"{len(data)} bytes", WIRE_FORMAT) from None
+
+
+def packed(token_ids: Sequence[int]) -> bytes:
+    """Little-endian integers of 32 bits."""
+    values = array("I", token_ids)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tobytes()
+
+
+def unpacked(data: bytes) -> tuple[int, ...]:
+    """The reverse of `packed`."""
+    values = array("I", data)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return tuple(values)

@@ -1,0 +1,57 @@
+"""Whose job is next."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from pdserve.core.errors import QueueFull
+from pdserve.gateway.offload.job_queue import JobQueue
+
+
+def test_clients_take_turns_however_many_jobs_one_of_them_has() -> None:
+    queue: JobQueue[str] = JobQueue()
+    for index in range(3):
+        queue.push("greedy", f"greedy {index}")
+    queue.push("other", "other 0")
+    assert [queue.pop() for _ in range(4)] == ["greedy 0", "other 0", "greedy 1", "greedy 2"]
+
+
+def test_one_client_cannot_take_all_places() -> None:
+    queue: JobQueue[int] = JobQueue(max_jobs=16, max_jobs_each=4)
+    for index in range(4):
+        queue.push("greedy", index)
+    with pytest.raises(QueueFull) as refused:
+        queue.push("greedy", 4)
+    assert refused.value.retry_after_s > 0
+    queue.push("other", 0)
+
+
+def test_the_last_places_are_for_clients_that_have_nothing_waiting() -> None:
+    queue: JobQueue[int] = JobQueue(max_jobs=16, max_jobs_each=14)
+    for index in range(14):
+        queue.push("first", index)
+    queue.push("second", 0)
+    with pytest.raises(QueueFull):
+        queue.push("second", 1)
+    queue.push("third", 0)
+    with pytest.raises(QueueFull):
+        queue.push("fourth", 0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["push", "pop", "remove"])), max_size=60))
+def test_no_job_is_lost_or_done_twice_and_each_client_keeps_its_order(steps: list[tuple[str, str]]) -> None:
+    queue: JobQueue[tuple[str, int]] = JobQueue()
+    waiting: list[tuple[str, int]] = []
+    for number, (client, step) in enumerate(steps):
+        if step == "push":
+            queue.push(client, (client, number))
+            waiting.append((client, number))
+        elif step == "pop" and waiting:
+            job = queue.pop()
+            assert job == next(other for other in waiting if other[0] == job[0])
+            waiting.remove(job)
+        elif step == "remove":
+            job = next((other for other in waiting if other[0] == client), (client, -1))
+            queue.remove(client, job)
+            if job in waiting:
+                waiting.remove(job)
+        assert len(queue) == len(waiting)

@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from urllib.parse import unquote
 
 from ..core.errors import PdserveError
 from .access import Caller
@@ -38,8 +39,16 @@ class TooSlow(PdserveError):
 
 
 def client_of(caller: Caller | None, host: str) -> str:
-    """Whom open calls and held bytes count for."""
+    """Whom open calls, held bytes and work before the queue count for. Nothing that a client says makes it another one."""
     return f"address:{address_group(host)}" if caller is None else caller.client
+
+
+def host_of(peer: str) -> str:
+    """The host in gRPC's name for a peer, such as `ipv4:10.1.2.3:4567` or `ipv6:%5B::1%5D:4567`, or in ours, `http:HOST`."""
+    kind, _, rest = unquote(peer).partition(":")
+    if kind == "http":
+        return rest
+    return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind
 
 
 class HeldBytes:

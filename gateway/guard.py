@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
-from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import Message
@@ -19,8 +18,9 @@ from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest, PdserveError
 from ..proto import pdserve_pb2 as pb
 from .access import Access, Caller, Need, NotPermitted
-from .call_bounds import HeldBytes, KeylessCalls, OpenCalls, PendingReads, client_of
+from .call_bounds import HeldBytes, KeylessCalls, OpenCalls, PendingReads, client_of, host_of
 from .connections import GrpcConnections, connection_name
+from .offload.offload import SMALL_BYTES
 from .revocation import Revocation
 from .translate import translated
 
@@ -118,24 +118,24 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         kind: type[Message] = getattr(handler.request_deserializer, "__self__", Message)  # of `FromString`
 
         async def call(messages: Any, context: Context) -> None:
-            host, connection = peer_of(context.peer())
-            caller = CALLER.get()
-            client, is_keyless = client_of(caller, host), need is Need.NOTHING and caller is None
+            peer, caller = context.peer(), CALLER.get()
+            client, connection = client_of(caller, host_of(peer)), connection_of(peer)
+            is_keyless = need is Need.NOTHING and caller is None
             async with (
                 translated(context),
                 self._revocation.watch(caller, need),
                 self.bounds.enter(is_keyless, client, connection),
             ):
                 if behaviour is None:
-                    await _write_all(context, handler.stream_stream(messages, context))
+                    requests = _parsed(messages, handler.request_deserializer)
+                    await _write_all(context, handler.stream_stream(requests, context))
                     return
                 async with self._message(messages, client, kind) as request:
                     response = await behaviour(request, context)
                     if not handler.response_streaming:
                         await context.write(response)
 
-        deserializer = None if behaviour is not None else handler.request_deserializer
-        return grpc.stream_stream_rpc_method_handler(call, deserializer, handler.response_serializer)
+        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
 
     @asynccontextmanager
     async def _message(self, messages: Any, client: str, kind: type[Message]) -> AsyncIterator[Message]:
@@ -153,18 +153,23 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
             yield request
 
 
+async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    """The messages of a stream that is not ours, which are small. Raises InvalidRequest."""
+    async for data in messages:
+        if len(data) > SMALL_BYTES:
+            raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
+        yield parse(data)
+
+
 async def _write_all(context: Context, responses: AsyncIterator[Any]) -> None:
     async for response in responses:
         await context.write(response)
 
 
-def peer_of(peer: str) -> tuple[str, str]:
-    """Host and connection of gRPC's name for a peer, such as `ipv4:10.1.2.3:4567` or `ipv6:%5B::1%5D:4567`."""
-    kind, _, rest = unquote(peer).partition(":")
-    if kind not in ("ipv4", "ipv6"):
-        return kind, peer
-    host, _, port = rest.rpartition(":")
-    return host.strip("[]"), connection_name(host, port)
+def connection_of(peer: str) -> str:
+    """The connection of gRPC's name for a peer."""
+    host = host_of(peer)
+    return connection_name(host, peer.rpartition(":")[2]) if peer.startswith("ip") else peer
 
 
 def _refusal(error: PdserveError) -> "grpc.RpcMethodHandler[Any, Any]":

@@ -15,6 +15,7 @@ from ..core.request import Request, SamplingParams
 from ..core.validation import validate_request
 from ..proto import pdserve_pb2 as pb
 from .access import Caller
+from .call_bounds import client_of, host_of
 from .chat_template import TooCostly
 from .constraint import GrammarCheck, check_constraint
 from .cost import Charge
@@ -73,13 +74,13 @@ class Intake:
         """
         charge = charge or Charge.free()
         await self.vet(message, limits)
-        client = _client(message, peer, caller)
+        worked_for = client_of(caller, host_of(peer))
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
         offer = await self.offer(message.prompt, limits)
         with charge.tokenizing():
-            token_ids = await self.token_ids(message.prompt, limits, client, offer)
+            token_ids = await self.token_ids(message.prompt, limits, worked_for, offer)
         charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
         if fills and not message.sampling.HasField("max_tokens"):
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
@@ -87,7 +88,7 @@ class Intake:
         validate_request(token_ids, sampling, limits, self._model.max_model_len, self._model.vocab_size)
         constraint = message.sampling.constraint if message.sampling.HasField("constraint") else None
         if constraint is not None or offer is not None:
-            sampling = await self._constrained(sampling, constraint, offer, limits, client)
+            sampling = await self._constrained(sampling, constraint, offer, limits, worked_for)
         return Request(
             request_id=request_id if caller is None else caller.scoped(request_id),
             prompt_token_ids=token_ids,
@@ -95,7 +96,7 @@ class Intake:
             eos_token_ids=self._model.eos_token_ids,
             cache_salt=message.cache_salt,
             deadline_s=deadline_s,
-            client=client,
+            client=_client(message, peer, caller),
             traceparent=checked_traceparent(traceparent),
             has_tools=offer is not None,
         )

@@ -20,7 +20,7 @@ from ..proto import pdserve_pb2 as pb
 from ..telemetry.logs import REQUEST_ID
 from .access import Access, Caller, cache_scope, scoped_salt
 from .answer import Answer
-from .call_bounds import HeldBytes
+from .call_bounds import HeldBytes, client_of, host_of
 from .constraint import GrammarCheck
 from .cost import Charge, Price, prompt_price, request_price
 from .frontend import Frontend
@@ -155,7 +155,7 @@ class Serving:
     async def tokenize(
         self, request: pb.TokenizeRequest, peer: str, caller: Caller | None = None, with_pieces: bool = True
     ) -> pb.TokenizeResponse:
-        limits, client = self.shared.config.limits, peer if caller is None else caller.client
+        limits, client = self.shared.config.limits, client_of(caller, host_of(peer))
         await self.intake.vet(request, limits)
         offer = await self.intake.offer(request.prompt, limits)
         with self._charged([prompt_price(request.prompt)], caller) as (charge,):
@@ -179,7 +179,7 @@ class Serving:
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         with self._charged([Price(num_prompt_tokens=len(ids), is_text=False)], caller) as (charge,):
             charge.settle(0, asyncio.get_running_loop().time())
-        return pb.DetokenizeResponse(text=await self.text(ids, skip, peer if caller is None else caller.client))
+        return pb.DetokenizeResponse(text=await self.text(ids, skip, client_of(caller, host_of(peer))))
 
     async def text(self, token_ids: Sequence[int], skip_special_tokens: bool, client: str) -> str:
         """The text of tokens, however many. Raises QueueFull or NoWorkerAvailable when they are many."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from google.protobuf.message import Message
 from starlette.requests import Request
 
+from ..call_bounds import client_of, host_of
 from ..serving import Serving
 from .bodies import Asked
 from .errors import Refused
@@ -19,12 +20,12 @@ async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Me
     if kind != "application/json" and not kind.endswith("+json"):  # what a web page may send without being asked is not JSON
         raise Refused(415, "unsupported_media_type", f"content-type: {kind!r} is not valid, expected application/json")
     limits = serving.shared.config.limits
-    return await serving.intake.offload.body(route, await http.body(), http.state.request_id, limits, client_of(http))
+    return await serving.intake.offload.body(route, await http.body(), http.state.request_id, limits, http_client(http))
 
 
-def client_of(http: Request) -> str:
-    """Whose turn a request takes, where its message does not say: its key's, or its connection's."""
-    return http.state.caller.client if http.state.caller is not None else peer_of(http)
+def http_client(http: Request) -> str:
+    """Whom work before the queue counts for."""
+    return client_of(http.state.caller, host_of(peer_of(http)))
 
 
 def peer_of(http: Request) -> str:

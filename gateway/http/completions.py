@@ -15,7 +15,7 @@ from ..cost import Charge
 from ..in_turns import in_turns
 from ..serving import Serving
 from .bodies import Asked
-from .body import client_of, peer_of, read
+from .body import http_client, peer_of, read
 from .format import ChatFormat, CompletionFormat, Format, Wanted
 from .sse import EventStream, merged
 
@@ -71,7 +71,7 @@ class Completions:
         return EventStream(first, chunks, self._serving.shared.config.limits.max_unread_s)
 
     async def _text(self, http: HttpRequest, message: pb.GenerateRequest, request: Request) -> str:
-        return message.prompt.text or await self._serving.text(request.prompt_token_ids, True, client_of(http))
+        return message.prompt.text or await self._serving.text(request.prompt_token_ids, True, http_client(http))
 
 
 async def _whole(form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEvent], None], num_prompts: int) -> bytes:

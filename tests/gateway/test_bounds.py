@@ -13,6 +13,7 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pdserve.core import peer_log
 from pdserve.core.config_listen import TlsSection
@@ -372,3 +373,27 @@ async def test_frames_that_grpc_does_not_like_write_no_lines() -> None:
         writer.close()
     _, lines = await process.communicate(b"")
     assert lines == b""
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:10.1.2.3:4567", "10.1.2.3"),
+        ("ipv6:%5B2001:db8::1%5D:4567", "2001:db8::1"),
+        ("http:10.1.2.3", "10.1.2.3"),
+        ("http:2001:db8::1", "2001:db8::1"),
+        ("unix:", "unix"),
+    ],
+)
+def test_the_host_of_a_peer_is_found_whatever_its_server_calls_it(peer: str, host: str) -> None:
+    assert call_bounds.host_of(peer) == host
+
+
+async def test_reflection_takes_small_messages_alone(channel: grpc.aio.Channel) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    large = reflection_pb2.ServerReflectionRequest(file_by_filename="x" * 70_000)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await anext(aiter(stub.ServerReflectionInfo(iter([large]))))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    small = reflection_pb2.ServerReflectionRequest(list_services="")
+    assert (await anext(aiter(stub.ServerReflectionInfo(iter([small]))))).list_services_response.service

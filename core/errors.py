@@ -40,7 +40,7 @@ def _shown(value: object) -> str:
 
 
 def _pieces(value: object) -> Iterator[str]:
-    """Of `repr(value)`. No deeper than MAX_SHOWN_CHARS, as each level has a bracket."""
+    """The beginning of `repr(value)`. No deeper than MAX_SHOWN_CHARS, as each level has a bracket."""
     if isinstance(value, str):
         yield repr(value[: MAX_SHOWN_CHARS + 1])
     elif isinstance(value, list):

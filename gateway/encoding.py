@@ -38,7 +38,7 @@ def check_num_tokens(num_tokens: int, bounds: Bounds, is_counted: bool) -> None:
 
 
 def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
-    """What is longer than texts of `max_tokens` usually are is counted slice by slice, so that most of it is never looked at
+    """Counts a text slice by slice that is longer than one of `max_tokens` usually is, so that most of it is never looked at
     when it is far too much. A cut takes tokens apart: hence twice as many are let through, to be counted as a whole."""
     num_tokens = 0
     for start in range(0, len(text), SLICE_CHARS):

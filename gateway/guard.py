@@ -55,7 +55,7 @@ def service_of(method: str) -> str:
 
 
 class CallBounds:
-    """What the calls of one server may hold open. `held_bytes` may be shared with another."""
+    """The bounds on everything that the calls of one server hold open. `held_bytes` may be shared with another."""
 
     def __init__(self, limits: LimitsSection, held_bytes: HeldBytes, connections: GrpcConnections) -> None:
         self.open_calls = OpenCalls(limits.max_open_calls)

@@ -137,7 +137,7 @@ class Intake:
         return grammar
 
     async def vet(self, message: Message, limits: LimitsSection) -> None:
-        """What can be seen before anything is tokenised. Raises InvalidRequest or UnknownModel."""
+        """Checks all that can be seen before anything is tokenised. Raises InvalidRequest or UnknownModel."""
         await vet(message, self.offload.bounds(limits))
 
     async def offer(self, prompt: pb.Prompt, limits: LimitsSection) -> Offer | None:

@@ -24,7 +24,7 @@ _TOKEN_IDS = ("ids", "token_ids")  # bounded by what the model takes
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What one request to one model may have."""
+    """The most that one request to one model may have."""
 
     limits: LimitsSection
     model: str

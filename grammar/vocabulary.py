@@ -30,7 +30,7 @@ class _Config(msgspec.Struct):
 
 
 class _Tokenizer(msgspec.Struct, omit_defaults=True):
-    """What tokenizer.json consists of; only its added tokens are looked at here."""
+    """The parts of a tokenizer.json; only its added tokens are looked at here."""
 
     model: msgspec.Raw
     added_tokens: list[_Added] = []

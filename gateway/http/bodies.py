@@ -28,7 +28,7 @@ _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: l
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What the answer is to look like."""
+    """The shape of the answer that a body asks for."""
 
     stream: bool = False
     echo: bool = False

@@ -139,7 +139,7 @@ class Gate:
 
 
 class _Held:
-    """What one request holds of the bytes that all may hold; given back at its end."""
+    """One request's part of the bytes that all may hold; given back at its end."""
 
     def __init__(self, all_bytes: HeldBytes, client: str) -> None:
         self._all = all_bytes

@@ -1,4 +1,4 @@
-"""What goes to the intake process and what comes back, in frames (`core.codec`). It has one job at a time.
+"""The conversation with the intake process, in frames (`core.codec`). It has one job at a time.
 
 Setup(size), Part...    ---->   once, before all others: the tokenizer
                         <---- Done()

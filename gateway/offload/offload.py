@@ -1,4 +1,4 @@
-"""What the head asks of the intake process."""
+"""The head's side of the intake process: each kind of work as a call."""
 
 from collections.abc import Sequence
 
@@ -31,11 +31,11 @@ class Offload:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, when there is one."""
+        """The process's id, when there is a process."""
         return None if self._process is None else self._process.pid
 
     def bounds(self, limits: LimitsSection) -> Bounds:
-        """Of the model, within the limits in force."""
+        """The bounds of a request to the model, within the limits in force."""
         return Bounds(
             limits=limits,
             model=self._model,

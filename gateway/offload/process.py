@@ -50,7 +50,7 @@ class IntakeProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, when there is one."""
+        """The process's id, when there is a process."""
         return None if self._process is None else self._process.pid
 
     @property

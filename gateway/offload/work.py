@@ -1,4 +1,4 @@
-"""What the intake process does with a job. Pure: bytes in, bytes out, or the error that the head would have raised."""
+"""The work of the intake process. Pure: bytes in, bytes out, or the error that the head would have raised."""
 
 import sys
 from array import array

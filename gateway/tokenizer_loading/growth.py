@@ -49,7 +49,7 @@ class Parts(msgspec.Struct):
     decoder: dict[str, Any] | None = None
 
     def patterns(self) -> list[str]:
-        """What parts search for: texts and expressions."""
+        """The texts and expressions that parts search for."""
         chains = (self.normalizer, self.pre_tokenizer, self.decoder)
         return [text for chain in chains for part in _chain(chain) for text in _pattern(part).values()]
 

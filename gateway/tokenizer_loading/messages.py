@@ -1,10 +1,10 @@
-"""What the loading process is started with, and what it writes to its output before it ends: both as JSON."""
+"""The loading process's input, and what it writes to its output before it ends: both as JSON."""
 
 import msgspec
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the process may take."""
+    """The time and memory that the process may take."""
 
     wall_s: float = 180.0  # for all, by the clock: it might wait for a file without any work
     load_s: float = 60.0  # of processor time, to load; 1 s is usual

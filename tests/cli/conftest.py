@@ -75,7 +75,7 @@ class ServerThread:
 
 @pytest.fixture(autouse=True)
 def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of this test alone."""
+    """A folder for this test alone."""
     monkeypatch.setenv(admin_socket.RUNTIME_FOLDER, str(tmp_path / "runtime"))
     return tmp_path / "runtime"
 

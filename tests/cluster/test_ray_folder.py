@@ -154,7 +154,7 @@ def test_cluster_yaml_starts_ray_in_a_folder_that_it_has_closed(commands: str, t
 
 
 def read(path: Path) -> bytes:
-    """What stands in a file of /proc; nothing when the process is gone."""
+    """The contents of a file of /proc; nothing when the process is gone."""
     try:
         return path.read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""What errors show of the values that they are about."""
+"""Errors show the values that they are about, in bounded length and time."""
 
 from typing import Any
 

@@ -76,7 +76,7 @@ REFUSALS = {
 
 
 def level_after(kind: str, fate: str, num_prompt: int = 30, num_output: int = 4) -> float:
-    """What a bucket of 1,000 has left when a request of that kind has met its fate."""
+    """The level of a bucket of 1,000 when a request of that kind has met its fate."""
     bucket = TokenBucket(1000, 0.0)
     estimate = num_prompt if kind == "token_ids" else 20
     price = Price(num_prompt_tokens=estimate, max_tokens=50, num_alternatives=10, **KINDS[kind])

@@ -31,7 +31,7 @@ from tests.gateway import support
 
 @dataclass
 class Counts:
-    """Of one turn, or the most of any turn."""
+    """The work of one turn, or the most of any turn."""
 
     lines: int = 0
     blocks: int = 0
@@ -49,7 +49,7 @@ class Counts:
 
 
 class Meter:
-    """Of the loop on this thread."""
+    """Counts the work of the loop on this thread."""
 
     def __init__(self) -> None:
         self.turn = Counts()

@@ -5,16 +5,15 @@ no answer, and starts another one.
 """
 
 import os
-import resource
-import signal
 import sys
 import threading
 import traceback
-from pathlib import Path
 
 from llguidance import LLTokenizer
 
+from ..core import limited_process
 from ..core.codec import FrameDecoder, FrameEncoder
+from ..core.limited_process import address_space, cpu_limit, limit_memory, write_all
 from .matchers import S_PER_TOKEN, Matchers
 from .messages import Open, Setup, ToProcess
 
@@ -28,11 +27,7 @@ READ_BYTES = 1 << 16
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is the end of the input
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whoever started us may have ignored it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    os.nice(NICENESS)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limited_process.set_up(NICENESS)
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_serve_or_die)
     thread.start()
@@ -57,45 +52,27 @@ def _serve() -> None:
     while data := os.read(sys.stdin.fileno(), READ_BYTES):
         for message in decoder.feed(data):
             if isinstance(message, Setup):
-                matchers, first_bytes = _set_up(message), _address_space()
+                matchers, first_bytes = _set_up(message), address_space()
                 continue
             assert matchers is not None, "Setup comes first"
-            signal.setitimer(signal.ITIMER_PROF, _limit_s(message))  # SIGPROF, which nobody handles, ends the process
-            answer = matchers.handle(message)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            if isinstance(message, Open) and _address_space() > first_bytes + CACHE_BYTES:
+            with cpu_limit(_limit_s(message)):
+                answer = matchers.handle(message)
+            if isinstance(message, Open) and address_space() > first_bytes + CACHE_BYTES:
                 matchers.forget_compiled()
             if answer is not None:
-                _write(encoder.encode(answer))
+                write_all(sys.stdout.fileno(), encoder.encode(answer))
 
 
 def _set_up(setup: Setup) -> Matchers:
-    _limit_memory(SETUP_BYTES)
+    limit_memory(SETUP_BYTES)
     tokenizer = LLTokenizer(setup.tokenizer, n_vocab=setup.vocab_size, eos_token=list(setup.eos_token_ids))
-    _limit_memory(MEMORY_BYTES)
+    limit_memory(MEMORY_BYTES)
     return Matchers(tokenizer)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Beside the address space that is taken already; never more than before."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    num_bytes += _address_space()
-    num_bytes = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
 
 
 def _limit_s(message: ToProcess) -> float:
     """Of processor time, for a job. An output that is taken up half-way may have used what its tokens gave it."""
     return JOB_S + S_PER_TOKEN * len(message.token_ids) if isinstance(message, Open) else JOB_S
-
-
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(sys.stdout.fileno(), data) :]
 
 
 if __name__ == "__main__":

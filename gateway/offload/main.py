@@ -4,15 +4,14 @@ A job that takes too much processor time or memory ends the process; who started
 """
 
 import os
-import resource
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
+from ...core import limited_process
 from ...core.codec import FrameDecoder, FrameEncoder
 from ...core.errors import InvalidRequest
+from ...core.limited_process import cpu_limit, limit_memory, write_all
 from ..translate import UnknownModel
 from .messages import Done, FromProcess, Job, Part, Refused, Setup, ToProcess, parts
 from .work import Worker
@@ -24,11 +23,7 @@ READ_BYTES = 1 << 18
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is the end of the input
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whoever started us may have ignored it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    os.nice(NICENESS)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limited_process.set_up(NICENESS)
     try:
         _serve()
     except MemoryError:
@@ -46,14 +41,13 @@ def _serve() -> None:
         return
     assert isinstance(setup, Setup), "Setup comes first"
     worker = Worker(setup, _payload(messages, setup.size))
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES,) * 2)
+    limit_memory(MEMORY_BYTES)
     _write(encoder.encode(Done(())))  # ready
     for job in messages:
         assert isinstance(job, Job), "a part of nothing"
         data = _payload(messages, job.size)
-        signal.setitimer(signal.ITIMER_PROF, JOB_S)  # SIGPROF, which nobody handles, ends the process
-        answer, results = _answer(worker, job, data)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        with cpu_limit(JOB_S):
+            answer, results = _answer(worker, job, data)
         _write(encoder.encode(answer))
         for result in results:
             for part in parts(result):
@@ -87,13 +81,8 @@ def _payload(messages: Iterator[ToProcess], size: int) -> bytes:
     return bytes(data)
 
 
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
 def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(sys.stdout.fileno(), data) :]
+    write_all(sys.stdout.fileno(), data)
 
 
 if __name__ == "__main__":

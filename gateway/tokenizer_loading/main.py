@@ -4,7 +4,6 @@ Beside loading it tries the tokenizer out, and compiles its chat templates, as t
 """
 
 import os
-import resource
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,8 +13,10 @@ from typing import Any
 
 import msgspec
 
+from ...core import limited_process
 from ...core.checkpoint_files import MAX_NAME_CHARS, shown, shown_text
 from ...core.errors import CheckpointError, InvalidRequest
+from ...core.limited_process import limit_memory
 from ..tokenizer import Tokenizer
 from .growth import Parts, check_growth, check_vocabulary
 from .messages import Limits, LoadFailure, Outcome, TokenizerData
@@ -28,13 +29,9 @@ PROBED_LENGTH = 64  # enough for an expression that backtracks to be noticed
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when it has waited enough
-    for limit in (signal.SIGPROF, signal.SIGALRM):  # nobody handles them, so they end the process
-        signal.signal(limit, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {limit})
+    limited_process.set_up()
     limits = msgspec.json.decode(sys.argv[2], type=Limits)
     signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # it ends before others do, when memory is short
     output = os.dup(sys.stdout.fileno())
@@ -60,7 +57,7 @@ def _load(path: Path, limits: Limits) -> TokenizerData:
     sys.modules["torch"] = None  # type: ignore[assignment]  # tokenizers need none, and it takes seconds to import
     from transformers import AutoTokenizer
 
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + limits.memory_bytes,) * 2)
+    limit_memory(limits.memory_bytes)
     signal.setitimer(signal.ITIMER_PROF, limits.load_s)
     pretrained = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     if not getattr(pretrained, "is_fast", False):
@@ -128,10 +125,6 @@ def _first(count: int, chars: Iterator[str]) -> set[str]:
         if len(found) == count:
             break
     return found
-
-
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,51 @@
+"""The limits of a process that does risky work for another one, and may die of it: processor time by job, memory, no core dump.
+
+It is called inside that process: the grammar process, the intake process, and the one that loads tokenizers.
+"""
+
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def set_up(niceness: int = 0) -> None:
+    """At the process's start: its owner decides when it ends, and a limit that is passed ends it at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for limit in (signal.SIGPROF, signal.SIGALRM):  # nobody handles them, and whoever started us may have ignored them
+        signal.signal(limit, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {limit})
+    os.nice(niceness)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+@contextmanager
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Around a job: SIGPROF ends the process when it has used so much processor time."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def limit_memory(num_bytes: int) -> None:
+    """Bounds the address space to `num_bytes` beside what is taken already; never to more than before."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    num_bytes += address_space()
+    num_bytes = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+
+
+def address_space() -> int:
+    """Bytes that this process has mapped."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """All of `data`, however little is taken at once."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]

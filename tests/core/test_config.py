@@ -85,6 +85,11 @@ def test_other_hosts_are_let_in_with_tls_or_on_purpose(address: str) -> None:
     with pytest.raises(ValidationError, match=r"listen\.tls, or listen\.allow_insecure: true"):
         config(listen={"grpc": address})
     config(listen={"grpc": address, "allow_insecure": True})
+    tls = {"certificate": "/c", "key": "/k"}
+    with pytest.raises(ValidationError, match=r"listen\.api_keys or listen\.tls\.client_ca"):
+        config(listen={"grpc": address, "tls": tls})
+    config(listen={"grpc": address, "tls": tls, "api_keys": "/keys"})
+    config(listen={"grpc": address, "tls": tls | {"client_ca": "/ca"}})
 
 
 def test_there_is_one_way_to_administer() -> None:
@@ -97,11 +102,6 @@ def test_one_client_may_send_a_message_of_any_size_that_is_allowed() -> None:
     config(limits={"max_message_bytes": 64 << 20, "max_held_bytes": 512 << 20})
     with pytest.raises(ValidationError, match="max_held_bytes of at least 8 times max_message_bytes"):
         config(limits={"max_message_bytes": 65 << 20, "max_held_bytes": 512 << 20})
-    tls = {"certificate": "/c", "key": "/k"}
-    with pytest.raises(ValidationError, match=r"listen\.api_keys or listen\.tls\.client_ca"):
-        config(listen={"grpc": address, "tls": tls})
-    config(listen={"grpc": address, "tls": tls, "api_keys": "/keys"})
-    config(listen={"grpc": address, "tls": tls | {"client_ca": "/ca"}})
 
 
 @pytest.mark.parametrize("tls", [{"certificate": "/c"}, {"key": "/k"}, {"client_ca": "/a"}])

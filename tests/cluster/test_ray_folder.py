@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -19,6 +18,7 @@ from pdserve.cluster.actors import WorkerActor
 from pdserve.cluster.errors import LaunchError, SharedRayFolder
 from pdserve.cluster.launch import _Ray
 from pdserve.cluster.ray_folder import ACCEPT, check, weakness_of
+from pdserve.cluster.worker_spec import WorkerSpec
 
 from ..other_user import NOBODY, needs_root, run_as_nobody
 from .test_gpus import spec
@@ -124,21 +124,30 @@ def test_a_ray_that_others_can_change_is_not_adopted(
     assert _Ray.connect(tmp_path) == _Ray(ours=False)
 
 
+class Recorder:
+    """A worker that only notes that it ran."""
+
+    ran: ClassVar[list[WorkerSpec]] = []
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+
+    def run(self) -> None:
+        Recorder.ran.append(self._spec)
+
+
 def test_a_worker_refuses_to_run_where_others_can_change_rays_folder(
     shared_session: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[Any] = []
     monkeypatch.setattr(ray_folder, "session_folder", lambda: shared_session)
-    monkeypatch.setattr(
-        "pdserve.cluster.actors.load_entry_point", lambda name: lambda spec: SimpleNamespace(run=lambda: ran.append(spec))
-    )
+    monkeypatch.setattr(Recorder, "ran", [])
     actor = WorkerActor.__ray_metadata__.modified_class  # type: ignore[attr-defined]  # made by ray.remote
-    asked = spec("cpu", gpus=1.0)
+    asked, entry_point = spec("cpu", gpus=1.0), f"{__name__}:Recorder"
     with pytest.raises(SharedRayFolder):
-        actor("", asked).run()
-    assert ran == []
-    actor("", replace(asked, accept_shared_ray_folder=True)).run()
-    assert [run.socket_root for run in ran] == [shared_session]
+        actor(entry_point, asked).run()
+    assert Recorder.ran == []
+    actor(entry_point, replace(asked, accept_shared_ray_folder=True)).run()
+    assert [run.socket_root for run in Recorder.ran] == [shared_session]
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])

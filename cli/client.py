@@ -57,13 +57,13 @@ def connect_to_administer(address: str) -> Iterator[Client]:
     """A client for the `Cluster` service of the server at `address`: over the Unix socket of a cluster that this user runs
     there, unless options or environment say what to show; else like `connect`. Raises UnsafeFolder."""
     trust = current_trust()
-    host, port = parse_host_port(address) or ("", 0)
+    host, _ = parse_host_port(address) or ("", 0)
     may_be_local = is_loopback(host) and not trust.is_given
-    path = admin_socket.find(port) if may_be_local else None
+    path = admin_socket.find(address) if may_be_local else None
     if path is not None:
         channel, way = grpc.insecure_channel(f"unix:{path}", options=OPTIONS), f"asked over {path}"
     else:
-        missing = f"; no cluster of this user has its socket at {admin_socket.socket_link(port)}" if may_be_local else ""
+        missing = f"; no cluster of this user has its socket at {admin_socket.socket_link(address)}" if may_be_local else ""
         shown = f"with the key in {API_KEY}" if trust.api_key else "without a key"
         channel, way = trust.channel(address, OPTIONS), f"asked over TCP {shown}{missing}"
     with _client(address, channel, way) as client:

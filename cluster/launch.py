@@ -140,7 +140,7 @@ class LaunchedCluster:
                 accept_shared_ray_folder=ray_folder.is_accepted(),
             )
             self._doors = self._start_first_head()
-            admin_socket.publish(self._port, self._socket)
+            admin_socket.publish(self.grpc_address, self._socket)
         except BaseException:
             self.stop()
             raise
@@ -164,10 +164,6 @@ class LaunchedCluster:
     @property
     def _socket(self) -> Path:
         return self._folder / "grpc.sock"
-
-    @property
-    def _port(self) -> int:
-        return int(self.grpc_address.rpartition(":")[2])
 
     def _start_first_head(self) -> Doors:
         self._create_head()
@@ -245,7 +241,7 @@ class LaunchedCluster:
                 return
             self._stopped = True
         if self._doors is not None:
-            admin_socket.withdraw(self._port, self._socket)
+            admin_socket.withdraw(self.grpc_address, self._socket)
         if self._head is not None:
             # if it does not answer it is dead, or about to be
             with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):

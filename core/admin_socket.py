@@ -1,13 +1,15 @@
 """Finds the Unix socket on which a cluster of this user is administered without a key.
 
-The launcher puts a symlink named by the gRPC port into the user's runtime folder; the command line looks for it there. The
-folder is for its user alone, and both sides verify that before they use it: anybody can make a folder of its name in /tmp.
+The launcher puts a symlink named by the gRPC server's address into the user's runtime folder; the command line looks for it
+there. The folder is for its user alone, and both sides verify that before they use it: anybody can make a folder of its name
+in /tmp.
 """
 
 import os
 import socket
 import stat
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 
 from .errors import PdserveError
@@ -24,9 +26,19 @@ def runtime_folder() -> Path:
     return Path(os.environ.get(RUNTIME_FOLDER) or f"/tmp/pdserve-{os.getuid()}")
 
 
-def socket_link(port: int) -> Path:
-    """The symlink to the socket of the cluster whose gRPC server listens on `port`."""
-    return runtime_folder() / f"{port}.sock"
+def socket_link(address: str) -> Path:
+    """The symlink to the socket of the cluster whose gRPC server listens on `address` (HOST:PORT)."""
+    host, _, port = address.rpartition(":")
+    return runtime_folder() / f"{_canonical(host)}_{port}.sock"
+
+
+def _canonical(host: str) -> str:
+    """The same for each way to write an address, and for localhost."""
+    host = "127.0.0.1" if host == "localhost" else host.strip("[]")
+    try:
+        return ip_address(host).compressed
+    except ValueError:
+        return host
 
 
 def prepare() -> None:
@@ -41,28 +53,38 @@ def prepare() -> None:
     _verify(folder)
 
 
-def publish(port: int, target: Path) -> None:
-    """Makes `target` the socket of the cluster on `port`, in place of a cluster that is gone. Raises UnsafeFolder."""
+def publish(address: str, target: Path) -> None:
+    """Makes `target` the socket of the cluster on `address`, in place of a cluster that is gone. Raises UnsafeFolder."""
     prepare()
-    link = socket_link(port)
+    link = socket_link(address)
     new = link.with_suffix(f".{os.getpid()}")
-    with suppress(FileNotFoundError):
-        new.unlink()
-    new.symlink_to(target)
-    new.replace(link)
+    try:
+        with suppress(FileNotFoundError):
+            new.unlink()
+        new.symlink_to(target)
+        new.replace(link)
+    except OSError as error:
+        raise _unsafe(link.parent, f"no link can be made in it ({error.strerror})") from error
 
 
-def withdraw(port: int, target: Path) -> None:
+def withdraw(address: str, target: Path) -> None:
     """Removes the symlink, unless another cluster has put its own there. Idempotent."""
-    link = socket_link(port)
+    link = socket_link(address)
     with suppress(OSError):  # it is gone, or the folder is
         if link.readlink() == target:
             link.unlink()
 
 
-def find(port: int) -> Path | None:
-    """The socket of a cluster of ours on `port` that accepts connections. Raises UnsafeFolder."""
-    link = socket_link(port)
+def find(address: str) -> Path | None:
+    """The socket of a cluster of ours on `address`, or on all addresses and that port, that accepts connections.
+
+    Raises UnsafeFolder."""
+    port = address.rpartition(":")[2]
+    found = (_accepting(socket_link(candidate)) for candidate in (address, f"0.0.0.0:{port}", f"[::]:{port}"))
+    return next((path for path in found if path is not None), None)
+
+
+def _accepting(link: Path) -> Path | None:
     try:
         _verify(link.parent)
         path = link.readlink()

@@ -17,7 +17,7 @@ from .explain import explanation, find_timeline
 from .frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
 from .guard import CALLER
 from .serving import Shared
-from .translate import ClientGone, NeedsRestart, UnknownRequest, translated
+from .translate import NeedsRestart, UnknownRequest, translated, write
 from .vetting import refuse_unknown_fields
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
     async def WatchStatus(self, request: pb.WatchStatusRequest, context: Context) -> None:  # type: ignore[override]
         async with translated(context), aclosing(self._frontend.watch()) as states:
             async for status in states:
-                await _write(context, self._message(status))
+                await write(context, self._message(status))
             await self._shared.answered()
 
     async def Apply(self, request: pb.ApplyRequest, context: Context) -> pb.ApplyResponse:
@@ -80,13 +80,13 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             drain.add_done_callback(self._drained)
             async with aclosing(self._until(drain)) as states:
                 async for status in states:
-                    await _write(context, _progress(status, request.worker_ids))
+                    await write(context, _progress(status, request.worker_ids))
             await asyncio.shield(drain)  # it goes on when the client leaves
             if request.shutdown:
                 await self._shared.answered()
             last = _progress(self._frontend.status(), request.worker_ids)
             last.done = True
-            await _write(context, last)
+            await write(context, last)
 
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:
         async with translated(context):
@@ -194,10 +194,3 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, str(value)
-
-
-async def _write(context: Context, message: Any) -> None:
-    try:
-        await context.write(message)
-    except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
-        raise ClientGone from None

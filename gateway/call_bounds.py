@@ -7,7 +7,7 @@ Each is bounded in total, and for one client within that, so that no client can 
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from urllib.parse import unquote
 
 from ..core.errors import PdserveError
@@ -49,6 +49,12 @@ def host_of(peer: str) -> str:
     if kind == "http":
         return rest
     return rest.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else kind
+
+
+def expire(limit: asyncio.Timeout) -> None:
+    """End what the timeout is around, now."""
+    with suppress(RuntimeError):  # it is ending already
+        limit.reschedule(asyncio.get_running_loop().time())
 
 
 class HeldBytes:
@@ -99,12 +105,12 @@ class OpenCalls:
     def enter(self, client: str) -> Iterator[None]:
         """Around a call. Raises NoPlace."""
         call = object()
-        self._places.take(client, call)
-        self._places.pin(call)
-        try:
-            yield
-        finally:
-            self._places.leave(call)
+        with self._places.in_use(call):
+            self._places.take(client, call)
+            try:
+                yield
+            finally:
+                self._places.leave(call)
 
 
 class KeylessCalls:
@@ -132,7 +138,7 @@ class KeylessCalls:
             async with limit:
                 evicted = self._places.take(client, limit)
                 if evicted is not None:
-                    evicted.reschedule(asyncio.get_running_loop().time())
+                    expire(evicted)
                 yield
         except TimeoutError:
             if not limit.expired():
@@ -183,4 +189,4 @@ class PendingReads:
     def _take_place(self, client: str, limit: asyncio.Timeout) -> None:
         evicted = self._places.take(client, limit)
         if evicted is not None:
-            evicted.reschedule(asyncio.get_running_loop().time())
+            expire(evicted)

@@ -11,9 +11,8 @@ import os
 import resource
 import socket
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from ..core.peer_log import peer_log
 from .places import FairPlaces, Holder, NoPlace, address_group
@@ -65,27 +64,15 @@ class GrpcConnections:
 
     def __init__(self, max_connections: int) -> None:
         self.places: FairPlaces[str] = places_for(max_connections)  # by their names
-        self._calls: Counter[str] = Counter()  # in progress, by connection
         self._names: dict[str, str | None] = {}  # of sockets as /proc calls them; None: not one of the server's
+        self._ended: set[str] = set()  # connections that were shut down, until they are gone
+        self._thread = ThreadPoolExecutor(1, "grpc-connections")  # of its own: clients can fill the loop's
         self._task: asyncio.Task[None] | None = None
 
     @property
     def max_accepted(self) -> int:
         """How many the library may accept: some more than there are places, so that newcomers are seen."""
         return self.places.max_places + self.places.max_places // 2
-
-    @contextmanager
-    def in_use(self, connection: str) -> Iterator[None]:
-        """Around a call: its connection keeps its place."""
-        self._calls[connection] += 1
-        self.places.pin(connection)
-        try:
-            yield
-        finally:
-            self._calls[connection] -= 1
-            if not self._calls[connection]:
-                del self._calls[connection]
-                self.places.unpin(connection)
 
     def start(self, port: int) -> None:
         """Watch the connections to `port`. Without /proc only the library's own bound holds."""
@@ -95,36 +82,44 @@ class GrpcConnections:
     def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
+        self._thread.shutdown(wait=False)
 
     async def _watch(self, port: int) -> None:
-        pause_s = QUIET_S
         while True:
-            await asyncio.sleep(pause_s)
             began_s = time.monotonic()
-            if len(os.listdir(DESCRIPTORS)) <= self.places.max_places // 2:
-                self._names.clear()
-                pause_s = QUIET_S
-                continue
-            if losers := self.settle(await asyncio.to_thread(self._look, port)):
-                await asyncio.to_thread(_shut_down, losers)
-                peer_log.warning("listen.grpc: %d connections without a call lost their places to newcomers", len(losers))
-            is_full = len(self.places) >= self.places.max_places * 3 // 4
-            pause_s = max(BUSY_S, (time.monotonic() - began_s) / BUSY_SHARE) if is_full else QUIET_S
+            try:
+                is_full = await self._keep_bounds(port)
+            except (OSError, RuntimeError) as error:  # out of descriptors or threads: the next look may find some
+                peer_log.warning("listen.grpc: connections cannot be counted: %s", error)
+                is_full = False
+            await asyncio.sleep(max(BUSY_S, (time.monotonic() - began_s) / BUSY_SHARE) if is_full else QUIET_S)
+
+    async def _keep_bounds(self, port: int) -> bool:
+        """Look, if there may be many, and shut down those that have no place. Whether places are short."""
+        if len(os.listdir(DESCRIPTORS)) <= self.places.max_places // 2:
+            self._names.clear()
+            return False
+        loop = asyncio.get_running_loop()
+        losers = self.settle(await loop.run_in_executor(self._thread, self._look, port))
+        if losers:
+            await loop.run_in_executor(self._thread, _shut_down, losers)
+            peer_log.warning("listen.grpc: %d connections without a call lost their places to newcomers", len(losers))
+        return len(self.places) >= self.places.max_places * 3 // 4
 
     def settle(self, found: dict[str, int]) -> dict[str, int]:
         """Give each connection of `found` (its name and descriptor) a place; returns those that have none."""
         for name in [name for name in self.places.holders() if name not in found]:
             self.places.leave(name)
+        self._ended &= found.keys()  # the library may still hold those that were shut down
         losers: dict[str, int] = {}
-        for name in [name for name in found if name not in self.places]:
+        for name in [name for name in found if name not in self.places and name not in self._ended]:
             try:
                 evicted = self.places.take(address_group(name.partition(" ")[0]), name)
             except NoPlace:
                 evicted = name
             if evicted is not None:
                 losers[evicted] = found[evicted]
-            if name in self._calls:
-                self.places.pin(name)
+        self._ended |= losers.keys()
         return losers
 
     def _look(self, port: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .answer import Collector
 from .guard import CALLER
 from .serving import Serving
-from .translate import ClientGone, ClientStalled, translated
+from .translate import translated, write
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -28,7 +28,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         with self._serving.shared.answer():
             async with translated(context), aclosing(self._events(request, context)) as events:
                 async for event in events:
-                    await self._write(context, event)
+                    await write(context, event, self._serving.shared.config.limits.max_unread_s)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         with self._serving.shared.answer():
@@ -67,16 +67,6 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             async with aclosing(self._serving.events(request, charge, message.resume_from)) as events:
                 async for event in events:
                     yield event
-
-    async def _write(self, context: Context, event: pb.GenerateEvent) -> None:
-        max_unread_s = self._serving.shared.config.limits.max_unread_s
-        try:
-            async with asyncio.timeout(max_unread_s):
-                await context.write(event)
-        except TimeoutError:
-            raise ClientStalled(max_unread_s) from None
-        except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
-            raise ClientGone from None
 
 
 def _metadata(context: Context, key: str) -> str | None:

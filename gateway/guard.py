@@ -22,7 +22,7 @@ from .call_bounds import HeldBytes, KeylessCalls, OpenCalls, PendingReads, clien
 from .connections import GrpcConnections, connection_name
 from .offload.offload import SMALL_BYTES
 from .revocation import Revocation
-from .translate import translated
+from .translate import translated, write
 
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
 
@@ -63,6 +63,7 @@ class CallBounds:
         self.reads = PendingReads(limits.max_held_bytes // 2 // limits.max_message_bytes)
         self.held_bytes = held_bytes
         self.connections = connections
+        self.max_unread_s = limits.max_unread_s
 
     @asynccontextmanager
     async def enter(self, is_keyless: bool, client: str, connection: str) -> AsyncIterator[None]:
@@ -71,7 +72,7 @@ class CallBounds:
             async with self.keyless_calls.enter(client, connection):
                 yield
         else:
-            with self.open_calls.enter(client), self.connections.in_use(connection):
+            with self.open_calls.enter(client), self.connections.places.in_use(connection):
                 yield
 
 
@@ -120,7 +121,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         async def call(messages: Any, context: Context) -> None:
             peer, caller = context.peer(), CALLER.get()
             client, connection = client_of(caller, host_of(peer)), connection_of(peer)
-            is_keyless = need is Need.NOTHING and caller is None
+            is_keyless = need is Need.NOTHING and caller is None and not peer.startswith("unix:")
             async with (
                 translated(context),
                 self._revocation.watch(caller, need),
@@ -128,12 +129,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
             ):
                 if behaviour is None:
                     requests = _parsed(messages, handler.request_deserializer)
-                    await _write_all(context, handler.stream_stream(requests, context))
+                    async for response in handler.stream_stream(requests, context):
+                        await write(context, response, self.bounds.max_unread_s)
                     return
                 async with self._message(messages, client, kind) as request:
                     response = await behaviour(request, context)
                     if not handler.response_streaming:
-                        await context.write(response)
+                        await write(context, response, self.bounds.max_unread_s)
 
         return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
 
@@ -159,11 +161,6 @@ async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], Any])
         if len(data) > SMALL_BYTES:
             raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
         yield parse(data)
-
-
-async def _write_all(context: Context, responses: AsyncIterator[Any]) -> None:
-    async for response in responses:
-        await context.write(response)
 
 
 def connection_of(peer: str) -> str:

@@ -6,7 +6,9 @@ loses them to those who take few, and nobody can keep a newcomer out by holding 
 """
 
 import ipaddress
-from collections.abc import Hashable, Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 from ..core.errors import PdserveError
@@ -24,7 +26,7 @@ class NoPlace(PdserveError):
 
 
 class FairPlaces(Generic[Holder]):
-    """Holders are evictable until they are pinned, in the order in which they came or were unpinned."""
+    """Holders are evictable unless they are in use, in the order in which they came or were last in use."""
 
     def __init__(self, what: str, max_places: int, max_per_group: int) -> None:
         assert 0 < max_per_group <= max_places
@@ -32,7 +34,8 @@ class FairPlaces(Generic[Holder]):
         self.max_places = max_places
         self.max_per_group = max_per_group
         self._group_of: dict[Holder, str] = {}
-        self._num_held: dict[str, int] = {}  # by group, pinned ones too
+        self._num_held: dict[str, int] = {}  # by group, those in use too
+        self._num_uses: Counter[Holder] = Counter()
         self._evictable: dict[str, dict[Holder, None]] = {}  # by group, oldest first; no group is empty
         self._by_size: dict[int, dict[str, None]] = {}  # groups by how many evictable holders they have
         self._largest = 0  # an upper bound of the keys of `_by_size`
@@ -59,27 +62,30 @@ class FairPlaces(Generic[Holder]):
             self.leave(evicted)
         self._group_of[holder] = group
         self._num_held[group] = self._num_held.get(group, 0) + 1
-        self._add_evictable(group, holder)
+        self._settle(holder)
         return evicted
 
-    def pin(self, holder: Holder) -> None:
-        """Nobody takes its place from now on; unknown holders are ignored, as they may just have been evicted."""
-        group = self._group_of.get(holder)
-        if group is not None and holder in self._evictable.get(group, ()):
-            self._remove_evictable(group, holder)
-
-    def unpin(self, holder: Holder) -> None:
-        """It may be evicted again, as the youngest of its group."""
-        group = self._group_of.get(holder)
-        if group is not None and holder not in self._evictable.get(group, ()):
-            self._add_evictable(group, holder)
+    @contextmanager
+    def in_use(self, holder: Holder) -> Iterator[None]:
+        """Around a use of it, of which there may be several at once: nobody takes its place. Afterwards it may be evicted
+        again, as the youngest of its group. It need not have its place yet, and may have lost it."""
+        self._num_uses[holder] += 1
+        self._settle(holder)
+        try:
+            yield
+        finally:
+            self._num_uses[holder] -= 1
+            if not self._num_uses[holder]:
+                del self._num_uses[holder]
+            self._settle(holder)
 
     def leave(self, holder: Holder) -> None:
         """Give the place back; idempotent."""
         group = self._group_of.get(holder)
         if group is None:
             return
-        self.pin(holder)
+        if holder in self._evictable.get(group, ()):
+            self._remove_evictable(group, holder)
         del self._group_of[holder]
         self._num_held[group] -= 1
         if not self._num_held[group]:
@@ -97,6 +103,17 @@ class FairPlaces(Generic[Holder]):
         assert self._largest >= max(sizes.values(), default=0)
         for group, holders in self._evictable.items():
             assert all(self._group_of[holder] == group for holder in holders)
+
+    def _settle(self, holder: Holder) -> None:
+        """Evictable is who has a place and does not use it."""
+        group = self._group_of.get(holder)
+        if group is None:
+            return
+        is_evictable = holder in self._evictable.get(group, ())
+        if is_evictable and self._num_uses.get(holder):
+            self._remove_evictable(group, holder)
+        elif not is_evictable and not self._num_uses.get(holder):
+            self._add_evictable(group, holder)
 
     def _oldest(self, group: str | None, limit: int) -> Holder:
         if group is None or group not in self._evictable:

@@ -35,8 +35,8 @@ class Revocation:
     def start(self) -> None:
         """Look now and then, from now on; on the running loop."""
         if self._access is not None:
-            self.look()
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self.start)
+            self.look()
 
     def stop(self) -> None:
         if self._timer is not None:

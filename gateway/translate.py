@@ -3,6 +3,7 @@
 The only place where that is decided; docs/protocol.md has the table.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -140,7 +141,7 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         message = _shortened(str(error))
     except ClientGone:
         return
-    except grpc.aio.AbortError:
+    except (grpc.aio.AbortError, grpc.aio.UsageError):  # the call has been ended already
         raise
     except Exception:  # a bug of ours: its story is for the log, not for the client
         log.exception("a call failed")
@@ -151,6 +152,19 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
     for detail in details:
         packed.details.add().Pack(detail)
     await context.abort(code, message, ((DETAILS_KEY, packed.SerializeToString()),))
+
+
+async def write(context: grpc.aio.ServicerContext[Any, Any], message: object, max_unread_s: float | None = None) -> None:
+    """Send a message to a client. Raises ClientStalled when it has not room for it within `max_unread_s`, ClientGone when
+    the call is over."""
+    try:
+        async with asyncio.timeout(max_unread_s):
+            await context.write(message)
+    except TimeoutError:
+        assert max_unread_s is not None
+        raise ClientStalled(max_unread_s) from None
+    except grpc.aio.InternalError:  # a write that was waiting when its call was cancelled
+        raise ClientGone from None
 
 
 def _shortened(text: str) -> str:

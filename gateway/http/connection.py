@@ -14,19 +14,6 @@ KEEP_ALIVE_S = 75  # longer than the pools of common clients keep theirs
 MAX_HEADER_BYTES = 32 << 10
 
 
-class InUse:
-    """Around a request: its connection keeps its place."""
-
-    def __init__(self, pin: Callable[[], None], unpin: Callable[[], None]) -> None:
-        self._pin, self._unpin = pin, unpin
-
-    def __enter__(self) -> None:
-        self._pin()
-
-    def __exit__(self, *_: object) -> None:
-        self._unpin()
-
-
 class Connection(H11Protocol):
     """Calls `on_lost` once, at its end."""
 

@@ -77,7 +77,7 @@ class Gate:
             await _gone(receive)
         except PdserveError as error:
             if out.has_begun:  # its key was taken away
-                if not await out.break_off(error):
+                if not out.is_complete and not await out.break_off(error):
                     scope["state"]["abort"]()
                 return
             if scope["method"] not in BODILESS and not isinstance(error, Revoked):
@@ -107,7 +107,7 @@ class Gate:
         client = client_of(scope["state"]["caller"], scope["client"][0] if scope["client"] else "")
         held = _Held(self._shared.held_bytes, client)
         try:
-            with self._calls.enter(client), scope["state"]["in_use"], self._shared.answer(), held:
+            with self._calls.enter(client), scope["state"]["in_use"](), self._shared.answer(), held:
                 body = await self._body(scope, receive, held)
                 if body is not None:
                     await _unless_gone(self._app(scope, _replay(body), send), receive)
@@ -165,6 +165,7 @@ class _Answer:
         self._send = send
         self._header = (REQUEST_ID, request_id.encode("latin-1"))
         self.has_begun = False
+        self.is_complete = False
         self._has_events = False
 
     async def send(self, message: Message) -> None:
@@ -172,6 +173,8 @@ class _Answer:
             self.has_begun = True
             self._has_events = (b"content-type", EVENTS) in message.get("headers", ())
             message["headers"] = [*message.get("headers", ()), self._header]
+        elif not message.get("more_body", False):
+            self.is_complete = True
         await self._send(message)
 
     async def break_off(self, error: PdserveError) -> bool:

@@ -21,7 +21,7 @@ from ..connections import places_for
 from ..places import FairPlaces, NoPlace, address_group
 from ..tls import ServerTls
 from . import connection
-from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection, InUse
+from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
 
 BACKLOG = 2048
 MAX_ACCEPTED_AT_ONCE = 64
@@ -80,6 +80,7 @@ class HttpServer:
         self._end_silent_ones(float("inf"))
         for handshake in self._handshakes:
             handshake.cancel()
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
         for opened in list(self._state.connections):
             opened.shutdown()
         if self._state.tasks:
@@ -139,7 +140,7 @@ class HttpServer:
         del self._silent[number]
         handshake = loop.create_task(self._begin(sock, number))
         self._handshakes.add(handshake)
-        handshake.add_done_callback(self._handshakes.discard)
+        handshake.add_done_callback(lambda done: self._begun(done, sock, number))
 
     def _end(self, number: int) -> None:
         """End a connection that has lost its place, or its time."""
@@ -158,15 +159,17 @@ class HttpServer:
             self._end(oldest[0])
 
     async def _begin(self, sock: socket.socket, number: int) -> None:
-        try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: self._connection(number), sock, **self._handshake)
-        except (OSError, asyncio.CancelledError):  # its TLS failed or took too long, it has gone, or we end
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: self._connection(number), sock, **self._handshake)
+
+    def _begun(self, handshake: asyncio.Task[None], sock: socket.socket, number: int) -> None:
+        self._handshakes.discard(handshake)
+        if handshake.cancelled() or handshake.exception() is not None:  # its TLS failed or was late, it has gone, or we end
             sock.close()
             self._forget(number)
 
     def _connection(self, number: int) -> Connection:
-        in_use = InUse(lambda: self._places.pin(number), lambda: self._places.unpin(number))
-        return Connection(self._config, self._state, {"in_use": in_use}, on_lost=lambda: self._forget(number))
+        state = {"in_use": lambda: self._places.in_use(number)}
+        return Connection(self._config, self._state, state, on_lost=lambda: self._forget(number))
 
     def _forget(self, number: int) -> None:
         self._places.leave(number)
@@ -175,9 +178,9 @@ class HttpServer:
     def _tick(self) -> None:
         """Every second: the Date header of answers, and an end to connections that say nothing."""
         loop = asyncio.get_running_loop()
+        self._clock = loop.call_later(TICK_S, self._tick)
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
         self._end_silent_ones(loop.time() - connection.HEADER_TIMEOUT_S)
-        self._clock = loop.call_later(TICK_S, self._tick)
 
 
 def _listen(address: str) -> socket.socket:

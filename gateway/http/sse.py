@@ -30,8 +30,8 @@ class EventStream(Response):
         self._max_unread_s = max_unread_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._rest):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await self._send(send, self._first)
             try:
                 async for chunk in self._rest:

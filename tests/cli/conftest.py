@@ -33,7 +33,7 @@ class ServerThread:
         self._thread.start()
         self.cluster: ScriptedCluster = self.call(lambda: ScriptedCluster(byte_level()))
         self.gateway: GatewayServer = asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
-        admin_socket.publish(self.gateway.port, self.socket)
+        admin_socket.publish(self.gateway.grpc_address, self.socket)
 
     async def _serve(self) -> GatewayServer:
         model = model_info(self.cluster.tokenizer)
@@ -69,7 +69,7 @@ class ServerThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        admin_socket.withdraw(self.gateway.port, self.socket)
+        admin_socket.withdraw(self.gateway.grpc_address, self.socket)
         shutil.rmtree(self.folder)
 
 

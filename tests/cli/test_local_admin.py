@@ -40,8 +40,8 @@ def test_every_command_that_administers_works_without_options(server: ServerThre
         assert result.exit_code == 0, (command, result.output)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
-def test_the_cluster_is_found_by_the_port_of_a_loopback_address(server: ServerThread, host: str) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_cluster_is_found_by_its_address(server: ServerThread, host: str) -> None:
     result = status(f"{host}:{server.gateway.port}")
     assert result.exit_code == 0, result.output
 
@@ -55,7 +55,8 @@ def test_without_the_socket_a_user_learns_what_was_tried_and_what_to_do(
     assert result.exit_code == 1
     for part in (
         "admin_without_key",
-        f"asked over TCP without a key; no cluster of this user has its socket at {elsewhere}/{server.gateway.port}.sock",
+        "asked over TCP without a key; no cluster of this user has its socket at "
+        f"{elsewhere}/127.0.0.1_{server.gateway.port}.sock",
         "Run it as the user who started the cluster, or give an admin key in PDSERVE_API_KEY",
     ):
         assert part in result.stderr
@@ -66,7 +67,7 @@ def test_without_the_socket_a_user_learns_what_was_tried_and_what_to_do(
 def test_where_nobody_answers_the_way_is_named_too(runtime_folder: Path) -> None:
     result = status("127.0.0.1:1")
     assert result.exit_code == 1
-    assert "no pdserve server answers at 127.0.0.1:1" in result.stderr and f"{runtime_folder}/1.sock" in result.stderr
+    assert "no pdserve server answers at 127.0.0.1:1" in result.stderr and f"{runtime_folder}/127.0.0.1_1.sock" in result.stderr
 
 
 def test_a_key_that_is_given_is_shown_over_tcp(server: ServerThread) -> None:

@@ -64,7 +64,7 @@ def test_a_squatted_runtime_folder_is_refused_before_anything_starts(monkeypatch
         launch(ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": None}}))
 
 
-def test_the_command_line_finds_a_running_cluster_by_its_port() -> None:
+def test_the_command_line_finds_a_running_cluster_by_its_address() -> None:
     cluster = Cluster("embedded")
     try:
         port = int(cluster.address.rpartition(":")[2])
@@ -73,11 +73,11 @@ def test_the_command_line_finds_a_running_cluster_by_its_port() -> None:
             assert result.exit_code == 0 and "decode-0" in result.stdout, result.output
         with grpc.insecure_channel(cluster.address) as channel, pytest.raises(grpc.RpcError, match=r"admin_without_key"):
             rpc.ClusterStub(channel).GetStatus(pb.GetStatusRequest())
-        said = run_as_nobody("attempt('connect', lambda: connect(sys.argv[1]))", str(admin_socket.find(port)))
+        said = run_as_nobody("attempt('connect', lambda: connect(sys.argv[1]))", str(admin_socket.find(cluster.address)))
         assert said == ["connect EACCES"]
     finally:
         cluster.close()
-    assert not admin_socket.socket_link(port).is_symlink()
+    assert not admin_socket.socket_link(cluster.address).is_symlink()
 
 
 def test_a_head_that_ray_takes_for_dead_is_ended_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pdserve.core.admin_socket import RUNTIME_FOLDER, UnsafeFolder
 
 from ..other_user import NOBODY, needs_root, run_as_nobody
 
-PORT = 50051
+ADDRESS, OTHER = "127.0.0.1:50051", "127.0.0.1:50052"
 
 
 @pytest.fixture
@@ -40,37 +40,55 @@ def test_the_folder_is_the_users_own_and_can_be_named(monkeypatch: pytest.Monkey
     monkeypatch.delenv(RUNTIME_FOLDER, raising=False)
     assert admin_socket.runtime_folder() == Path(f"/tmp/pdserve-{os.getuid()}")
     monkeypatch.setenv(RUNTIME_FOLDER, "/run/user/7/pdserve")
-    assert admin_socket.socket_link(PORT) == Path("/run/user/7/pdserve/50051.sock")
+    assert admin_socket.socket_link(ADDRESS) == Path("/run/user/7/pdserve/127.0.0.1_50051.sock")
 
 
 def test_a_cluster_is_found_by_its_port_until_it_withdraws(folder: Path, listening: Path) -> None:
-    assert admin_socket.find(PORT) is None
-    admin_socket.publish(PORT, listening)
-    assert admin_socket.find(PORT) == listening and admin_socket.find(PORT + 1) is None
+    assert admin_socket.find(ADDRESS) is None
+    admin_socket.publish(ADDRESS, listening)
+    assert admin_socket.find(ADDRESS) == listening and admin_socket.find(OTHER) is None
     assert folder.stat().st_mode & 0o777 == 0o700
-    admin_socket.withdraw(PORT, listening)
-    admin_socket.withdraw(PORT, listening)
-    assert admin_socket.find(PORT) is None and list(folder.iterdir()) == []
+    admin_socket.withdraw(ADDRESS, listening)
+    admin_socket.withdraw(ADDRESS, listening)
+    assert admin_socket.find(ADDRESS) is None and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("listens", "asked", "is_found"),
+    [
+        ("127.0.0.1:1", "localhost:1", True),
+        ("[::1]:1", "[0:0::1]:1", True),
+        ("0.0.0.0:1", "127.0.0.1:1", True),
+        ("[::]:1", "127.0.0.1:1", True),
+        ("127.0.0.2:1", "127.0.0.1:1", False),
+        ("[::1]:1", "127.0.0.1:1", False),
+    ],
+)
+def test_clusters_on_several_addresses_are_told_apart(
+    folder: Path, listening: Path, listens: str, asked: str, is_found: bool
+) -> None:
+    admin_socket.publish(listens, listening)
+    assert (admin_socket.find(asked) == listening) is is_found
 
 
 def test_a_cluster_that_died_is_not_found_and_its_successor_takes_the_place(folder: Path, listening: Path) -> None:
     dead = listening.parent / "dead.sock"
-    admin_socket.publish(PORT, dead)
-    assert admin_socket.find(PORT) is None
+    admin_socket.publish(ADDRESS, dead)
+    assert admin_socket.find(ADDRESS) is None
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(dead))
-    assert admin_socket.find(PORT) is None, "nobody listens there any more"
-    admin_socket.publish(PORT, listening)
-    admin_socket.withdraw(PORT, dead)
-    assert admin_socket.find(PORT) == listening
+    assert admin_socket.find(ADDRESS) is None, "nobody listens there any more"
+    admin_socket.publish(ADDRESS, listening)
+    admin_socket.withdraw(ADDRESS, dead)
+    assert admin_socket.find(ADDRESS) == listening
 
 
 def test_a_run_folder_that_was_opened_to_others_is_not_trusted(folder: Path, listening: Path) -> None:
     """A cluster that was killed leaves a symlink behind, to a name in /tmp that anybody can take when it is cleaned up."""
-    admin_socket.publish(PORT, listening)
+    admin_socket.publish(ADDRESS, listening)
     listening.parent.chmod(0o755)
     with pytest.raises(UnsafeFolder, match=f"{listening.parent}: its mode is 0755"):
-        admin_socket.find(PORT)
+        admin_socket.find(ADDRESS)
 
 
 def linked(folder: Path) -> None:
@@ -100,7 +118,7 @@ def given_away(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "use", [lambda: admin_socket.find(PORT), admin_socket.prepare, lambda: admin_socket.publish(PORT, Path("/theirs"))]
+    "use", [lambda: admin_socket.find(ADDRESS), admin_socket.prepare, lambda: admin_socket.publish(ADDRESS, Path("/theirs"))]
 )
 def test_a_squatted_folder_is_refused_by_both_sides(
     folder: Path, squat: Callable[[Path], None], why: str, use: Callable[[], object]
@@ -122,7 +140,7 @@ def test_another_user_reaches_neither_the_symlink_nor_the_socket(listening: Path
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         os.chmod(parent, 0o755)
         monkeypatch.setenv(RUNTIME_FOLDER, f"{parent}/runtime")
-        admin_socket.publish(PORT, listening)
+        admin_socket.publish(ADDRESS, listening)
         code = "[attempt('connect', lambda path=path: connect(path)) for path in sys.argv[1:]]"
-        said = run_as_nobody(code, str(listening), str(admin_socket.socket_link(PORT)))
+        said = run_as_nobody(code, str(listening), str(admin_socket.socket_link(ADDRESS)))
     assert said == ["connect EACCES"] * 2

@@ -1,5 +1,7 @@
 """Places that are bounded and fairly shared: nobody keeps others out by taking many."""
 
+from contextlib import AbstractContextManager, ExitStack
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -34,21 +36,39 @@ def test_a_newcomer_does_not_take_from_a_smaller_group() -> None:
     assert 100 in places
 
 
-def test_pinned_holders_keep_their_places() -> None:
+def test_holders_in_use_keep_their_places() -> None:
     places = full(max_places=6)
-    for holder in range(6):
-        places.pin(holder)
-    with pytest.raises(NoPlace, match="6 connections are open already"):
-        places.take("alice", 100)
-    places.unpin(3)
-    assert places.take("alice", 100) == 3
+    with ExitStack() as uses:
+        for holder in (0, 1, 2, 4, 5):
+            uses.enter_context(places.in_use(holder))
+        with places.in_use(3), pytest.raises(NoPlace, match="6 connections are open already"):
+            places.take("alice", 100)
+        assert places.take("alice", 100) == 3
 
 
 def test_a_holder_that_was_used_is_the_youngest_afterwards() -> None:
     places = full()
-    places.pin(0)
-    places.unpin(0)
+    with places.in_use(0):
+        pass
     assert places.take("attacker", 100) == 1
+
+
+def test_uses_of_one_holder_are_counted() -> None:
+    places = full(max_places=1, max_per_group=1, attacker=1)
+    with places.in_use(0):
+        with places.in_use(0):
+            pass
+        with pytest.raises(NoPlace):
+            places.take("alice", 100)
+
+
+def test_a_use_may_begin_before_its_holder_has_a_place() -> None:
+    places = full(max_places=2, max_per_group=1, attacker=0)
+    with places.in_use(0):
+        places.take("alice", 0)
+        with pytest.raises(NoPlace):
+            places.take("alice", 1)
+    assert places.take("alice", 1) == 0
 
 
 @pytest.mark.parametrize(
@@ -77,6 +97,7 @@ class Places(RuleBasedStateMachine):
         self.places: FairPlaces[int] = FairPlaces("connections", 7, 4)
         self.model: dict[int, str] = {}
         self.order: list[int] = []  # evictable ones, oldest first
+        self.uses: dict[int, list[AbstractContextManager[None]]] = {}
         self.next = 0
 
     @rule(group=st.sampled_from("abcd"))
@@ -102,16 +123,22 @@ class Places(RuleBasedStateMachine):
         return holder == evicted or self.model.get(holder) == victim_group
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), what=st.sampled_from(("pin", "unpin", "leave")))
+    @rule(data=st.data(), what=st.sampled_from(("begin", "end", "leave")))
     def change(self, data: st.DataObject, what: str) -> None:
         holder = data.draw(st.sampled_from(sorted(self.model)))
-        getattr(self.places, what)(holder)
-        if what != "unpin" and holder in self.order:
-            self.order.remove(holder)
-        if what == "unpin" and holder not in self.order:
-            self.order.append(holder)
         if what == "leave":
+            self.places.leave(holder)
             del self.model[holder]
+        elif what == "begin":
+            use = self.places.in_use(holder)
+            use.__enter__()
+            self.uses.setdefault(holder, []).append(use)
+        elif self.uses.get(holder):
+            self.uses[holder].pop().__exit__(None, None, None)
+            if not self.uses[holder]:
+                self.order.append(holder)
+        if what != "end" and holder in self.order:
+            self.order.remove(holder)
 
     @invariant()
     def holds_together(self) -> None:

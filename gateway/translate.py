@@ -141,7 +141,7 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         message = _shortened(str(error))
     except ClientGone:
         return
-    except (grpc.aio.AbortError, grpc.aio.UsageError):  # the call has been ended already
+    except grpc.aio.AbortError:
         raise
     except Exception:  # a bug of ours: its story is for the log, not for the client
         log.exception("a call failed")
@@ -151,7 +151,10 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
     packed = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         packed.details.add().Pack(detail)
-    await context.abort(code, message, ((DETAILS_KEY, packed.SerializeToString()),))
+    try:
+        await context.abort(code, message, ((DETAILS_KEY, packed.SerializeToString()),))
+    except (grpc.aio.UsageError, grpc.aio.InternalError):  # it is ended already, or its client reads nothing, also no status
+        raise grpc.aio.AbortError from None
 
 
 async def write(context: grpc.aio.ServicerContext[Any, Any], message: object, max_unread_s: float | None = None) -> None:

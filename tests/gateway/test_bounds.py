@@ -20,7 +20,7 @@ from pdserve.core.config_listen import TlsSection
 from pdserve.gateway import call_bounds, connections
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.call_bounds import HeldBytes, KeylessCalls, PendingReads, TooManyBytes, TooSlow
-from pdserve.gateway.connections import RESERVED_DESCRIPTORS, connections_of_each
+from pdserve.gateway.connections import RESERVED_DESCRIPTORS, GrpcConnections, connections_of_each
 from pdserve.gateway.http import server as http_server
 from pdserve.gateway.keys import make_key, new_key
 from pdserve.gateway.places import NoPlace
@@ -81,6 +81,19 @@ async def _until_closed(reader: asyncio.StreamReader) -> None:
             pass
     except ConnectionError:
         pass
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    loop, held = asyncio.get_running_loop(), asyncio.Event()
+
+    def look() -> None:
+        if holds():
+            held.set()
+        else:
+            loop.call_soon(look)
+
+    look()
+    await asyncio.wait_for(held.wait(), 30)
 
 
 def hang_up(opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
@@ -397,3 +410,104 @@ async def test_reflection_takes_small_messages_alone(channel: grpc.aio.Channel) 
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     small = reflection_pb2.ServerReflectionRequest(list_services="")
     assert (await anext(aiter(stub.ServerReflectionInfo(iter([small]))))).list_services_response.service
+
+
+# races
+
+
+def test_a_connection_that_lost_its_place_gets_no_other_one() -> None:
+    """The library may hold it for a while after it was shut down."""
+    watched = GrpcConnections(16)  # 8 of one address
+    found = {f"10.0.0.1 {port}": port for port in range(8)}
+    assert watched.settle(found) == {}
+    found["10.0.0.1 99"] = 99
+    assert watched.settle(found) == {"10.0.0.1 0": 0}
+    assert watched.settle(found) == {}
+    del found["10.0.0.1 0"]
+    assert watched.settle(found) == {} and len(watched.places) == 8
+    watched.stop()
+
+
+async def test_the_watch_on_connections_outlives_errors(
+    cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked = asyncio.Event()
+
+    def listdir(path: str) -> list[str]:
+        if caplog.records:
+            looked.set()
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(peer_log._LIMIT, "_budget", peer_log.LineBudget())
+    monkeypatch.setattr(connections, "QUIET_S", 0.0)
+    monkeypatch.setattr(connections.os, "listdir", listdir)
+    async with serving(cluster):
+        await asyncio.wait_for(looked.wait(), 30)
+    assert "connections cannot be counted" in caplog.text
+
+
+async def test_a_pipelined_request_keeps_its_connection(cluster: ScriptedCluster) -> None:
+    """The request before it ends some turns after its own has begun."""
+    cluster.hold_after = 1
+    body = b'{"prompt": "hello", "max_tokens": 1}', b'{"prompt": "hello", "max_tokens": 2}'
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    async with serving(cluster, max_connections=16) as server:
+        assert server.http_address is not None and server._http is not None
+        ((reader, writer),) = await connect(server.http_address, 1)
+        writer.write(b"".join((head % len(text)).encode() + text for text in body))
+        await cluster.held.wait()
+        opened = await connect(server.http_address, 20)
+        await first_to_end(opened)
+        cluster.say_on.set()
+        answers = await asyncio.wait_for(reader.readuntil(b'"completion_tokens":2'), 30)
+        assert answers.count(b"HTTP/1.1 200") == 2
+        hang_up([(reader, writer), *opened])
+
+
+async def test_an_http_server_that_stops_leaves_no_connection(cluster: ScriptedCluster) -> None:
+    """Also one whose first byte has just come."""
+    async with serving(cluster) as server:
+        http = server._http
+        assert http is not None
+        opened = await connect(http.address, 2)
+        await until(lambda: len(http._sockets) == 2)
+        http._on_first_byte(next(iter(http._sockets)))
+        await http.stop(0)
+        assert not http._sockets and not len(http._places)
+        hang_up(opened)
+
+
+async def test_an_answer_that_is_not_read_ends(cluster: ScriptedCluster) -> None:
+    """A client of HTTP/2 whose windows stay closed."""
+    async with serving(cluster, max_unread_s=0.05) as server:
+        ((reader, writer),) = await connect(server.grpc_address, 1)
+        closed_window = bytes([0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0])
+        fields = {
+            b":method": b"POST",
+            b":scheme": b"http",
+            b":path": b"/pdserve.v1.Generation/Tokenize",
+            b":authority": b"x",
+            b"te": b"trailers",
+            b"content-type": b"application/grpc",
+        }
+        headers = b"".join(b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields.items())
+        message = pb.TokenizeRequest(prompt=pb.Prompt(text="hello")).SerializeToString()
+        data = b"\x00" + len(message).to_bytes(4, "big") + message
+        stream = (1).to_bytes(4, "big")
+        writer.write(PREFACE + closed_window)
+        writer.write(len(headers).to_bytes(3, "big") + b"\x01\x04" + stream + headers)
+        writer.write(len(data).to_bytes(3, "big") + b"\x00\x01" + stream + data)
+        await reader.read(1)
+        uses = server._connections.places._num_uses
+        await until(lambda: bool(uses))
+        await until(lambda: not uses)
+        hang_up([(reader, writer)])
+
+
+async def test_the_user_who_runs_the_cluster_may_watch_its_health_often(
+    server: GatewayServer, local_channel: grpc.aio.Channel
+) -> None:
+    watches = [health_pb2_grpc.HealthStub(local_channel).Watch(WATCH) for _ in range(20)]
+    for watch in watches:
+        await anext(aiter(watch))
+        watch.cancel()

@@ -18,7 +18,16 @@ from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest, PdserveError
 from ..proto import pdserve_pb2 as pb
 from .access import Access, Caller, Need, NotPermitted
-from .call_bounds import HeldBytes, KeylessCalls, OpenCalls, PendingReads, client_of, host_of
+from .call_bounds import (
+    MESSAGE_TIMEOUT_S,
+    HeldBytes,
+    KeylessCalls,
+    OpenCalls,
+    PendingReads,
+    TooSlow,
+    client_of,
+    host_of,
+)
 from .connections import GrpcConnections, connection_name
 from .offload.offload import SMALL_BYTES
 from .revocation import Revocation
@@ -156,8 +165,15 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
 
 async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-    """The messages of a stream that is not ours, which are small. Raises InvalidRequest."""
-    async for data in messages:
+    """The messages of a stream that is not ours, which are small. Raises InvalidRequest or TooSlow."""
+    while True:
+        try:
+            async with asyncio.timeout(MESSAGE_TIMEOUT_S):
+                data: bytes | None = await anext(messages, None)
+        except TimeoutError:
+            raise TooSlow("message", MESSAGE_TIMEOUT_S) from None
+        if data is None:
+            return
         if len(data) > SMALL_BYTES:
             raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
         yield parse(data)

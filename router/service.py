@@ -97,7 +97,7 @@ class RouterService:
             self._tick.cancel()
         if self._server is not None:
             self._server.close()
-        for connection in list(self._workers.values()):
+        for connection in [*self._workers.values(), *self._unproven]:
             connection.close()
 
     async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:

@@ -134,8 +134,7 @@ class Gate:
                     if not message["more_body"]:
                         return b"".join(parts)
         except TimeoutError:
-            told = str(TooSlow("body", MESSAGE_TIMEOUT_S))
-            raise Refused(408, "body_too_slow", told, closes=True) from None
+            raise Refused(408, "body_too_slow", str(TooSlow("body", MESSAGE_TIMEOUT_S)), closes=True) from None
 
 
 class _Held:

@@ -28,7 +28,7 @@ from .vetting import vet
 
 MAX_STOP_CHARS = 1024
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII)
-INLINE_CHARS = 4096  # longer prompts are encoded on a thread, so that other streams go on
+INLINE_CHARS = 4096  # longer prompts are encoded on a thread (`FairThreads`), so that other streams go on
 THREAD_CHARS = 1 << 16  # and longer ones than these in the intake process
 THREAD_RENDER_BYTES = 8 << 20  # what a template makes on a thread, which holds the interpreter for each single operation
 
@@ -69,7 +69,7 @@ class Intake:
         `caller` who was let in by a key, `charge` what that key pays. `fills`: without `max_tokens` it may use all the room
         that there is.
 
-        Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable when a constraint cannot be checked now. A
+        Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable when it cannot be worked on now. A
         `traceparent` that is malformed counts as none, as its standard wants it.
         """
         charge = charge or Charge.free()
@@ -78,9 +78,10 @@ class Intake:
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
         _check_resumption(message, sampling)
-        offer = await self.offer(message.prompt, limits)
+        offer = await self.offer(message.prompt, limits, worked_for)
         with charge.tokenizing():
             token_ids = await self.token_ids(message.prompt, limits, worked_for, offer)
+        # it is paid for by its tokens, also where the request is refused below
         charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
         if fills and not message.sampling.HasField("max_tokens"):
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
@@ -130,7 +131,7 @@ class Intake:
         form = self._tokenizer.tool_format
         assert form is not None, "an offer without a format"
         arguments = offer, form, self._tokenizer.added_tokens, self._model.eos_token_ids
-        grammar = await asyncio.to_thread(tool_grammar, *arguments)
+        grammar = await self.offload.threads.run(client, tool_grammar, *arguments)
         why = await self._grammars.why_not(grammar, client)
         if why is not None:
             raise refusal(offer, grammar, why)
@@ -140,12 +141,16 @@ class Intake:
         """Checks all that can be seen before anything is tokenised. Raises InvalidRequest or UnknownModel."""
         await vet(message, self.offload.bounds(limits))
 
-    async def offer(self, prompt: pb.Prompt, limits: LimitsSection) -> Offer | None:
-        """The tools of a conversation that the model may call; None when there are none. Raises InvalidRequest."""
+    async def offer(self, prompt: pb.Prompt, limits: LimitsSection, client: str) -> Offer | None:
+        """The tools of a conversation that the model may call; None when there are none. Raises InvalidRequest; QueueFull or
+        NoWorkerAvailable when they are many."""
         offer = None
         if prompt.HasField("chat"):
             is_small = not prompt.chat.tools or prompt.chat.ByteSize() <= INLINE_CHARS
-            offer = Offer.read(prompt.chat, limits) if is_small else await asyncio.to_thread(Offer.read, prompt.chat, limits)
+            if is_small:
+                offer = Offer.read(prompt.chat, limits)
+            else:
+                offer = await self.offload.threads.run(client, Offer.read, prompt.chat, limits)
         if offer is not None and not self._tokenizer.takes_tools:
             expected = "none, as the model's chat template has no place for them"
             raise InvalidRequest("tools", f"{len(offer.tools)} tool(s)", expected)
@@ -159,8 +164,8 @@ class Intake:
     ) -> tuple[int, ...]:
         """The tokens of a prompt of any kind, which has been vetted; `offer` are the tools that a conversation comes with.
 
-        `is_counted`: for Tokenize, which takes longer ones. Raises InvalidRequest; for long ones, QueueFull or
-        NoWorkerAvailable.
+        `is_counted`: for Tokenize, which takes longer ones. Raises InvalidRequest; for long ones and conversations,
+        QueueFull or NoWorkerAvailable.
         """
         match prompt.WhichOneof("kind"):
             case "text":
@@ -178,21 +183,24 @@ class Intake:
         if len(text) > THREAD_CHARS:
             return await self.offload.encode(text, add_special_tokens, limits, client, is_counted)
         arguments = self._tokenizer, text, add_special_tokens, self.offload.bounds(limits), is_counted
-        return bounded_ids(*arguments) if len(text) <= INLINE_CHARS else await asyncio.to_thread(bounded_ids, *arguments)
+        if len(text) <= INLINE_CHARS:
+            return bounded_ids(*arguments)
+        return await self.offload.threads.run(client, bounded_ids, *arguments)
 
     async def _encode_chat(
         self, chat: pb.Chat, offer: Offer | None, limits: LimitsSection, client: str, is_counted: bool
     ) -> tuple[int, ...]:
         if chat.ByteSize() <= THREAD_CHARS:
+            run = self.offload.threads.run
             try:
-                text = await asyncio.to_thread(chat_text, self._tokenizer, chat, offer, THREAD_RENDER_BYTES)
+                text = await run(client, chat_text, self._tokenizer, chat, offer, THREAD_RENDER_BYTES)
             except TooCostly:
                 pass  # for a thread
             else:
                 if len(text) > THREAD_CHARS:
                     return await self.offload.encode(text, False, limits, client, is_counted)
                 bounds = self.offload.bounds(limits)
-                return await asyncio.to_thread(bounded_ids, self._tokenizer, text, False, bounds, is_counted)
+                return await run(client, bounded_ids, self._tokenizer, text, False, bounds, is_counted)
         return await self.offload.encode_chat(chat, limits, client, is_counted)
 
 

@@ -157,7 +157,7 @@ class Serving:
     ) -> pb.TokenizeResponse:
         limits, client = self.shared.config.limits, client_of(caller, host_of(peer))
         await self.intake.vet(request, limits)
-        offer = await self.intake.offer(request.prompt, limits)
+        offer = await self.intake.offer(request.prompt, limits, client)
         with self._charged([prompt_price(request.prompt)], caller) as (charge,):
             with charge.tokenizing():
                 token_ids = await self.intake.token_ids(request.prompt, limits, client, offer, is_counted=True)

@@ -21,7 +21,7 @@ from .translate import chat_message, completion_messages, detokenize_message, to
 
 Model = TypeVar("Model", bound=BaseModel)
 
-SMALL_BYTES = 1 << 16
+SMALL_BYTES = 1 << 16  # of a body or a message that the head reads by itself
 SMALL_VALUES = 1024  # lists and objects: 3 us each
 MAX_VALUES = 250_000  # of a body, numbers apart
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: linear also where none is closed

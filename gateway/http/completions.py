@@ -1,6 +1,5 @@
 """`/v1/completions` and `/v1/chat/completions`: one request or several, streamed or whole."""
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
@@ -13,6 +12,7 @@ from ...proto import pdserve_pb2 as pb
 from ..answer import Collector
 from ..cost import Charge
 from ..in_turns import in_turns
+from ..offload.fair_threads import FairThreads
 from ..serving import Serving
 from .bodies import Asked
 from .body import http_client, peer_of, read
@@ -39,7 +39,7 @@ class Completions:
                 if asked.echo:
                     echoes.append(await self._text(http, message, requests[-1]))
             form = self._format(CompletionFormat, f"cmpl-{http.state.request_id}", requests, _wanted(asked, tuple(echoes)))
-            return await self._answer(asked, form, requests, charges, paying)
+            return await self._answer(http, asked, form, requests, charges, paying)
 
     async def chat(self, http: HttpRequest) -> Response:
         (message,), asked = await read(http, "chat", self._serving)
@@ -49,7 +49,7 @@ class Completions:
             charges = paying.enter_context(self._serving.charged([message], http.state.caller, fills=True))
             requests = [await self._request(http, message, charges[0], fills=True)]
             form = self._format(ChatFormat, f"chatcmpl-{http.state.request_id}", requests, _wanted(asked))
-            return await self._answer(asked, form, requests, charges, paying)
+            return await self._answer(http, asked, form, requests, charges, paying)
 
     async def _request(self, http: HttpRequest, message: pb.GenerateRequest, charge: Charge, fills: bool = False) -> Request:
         traceparent, caller = http.headers.get("traceparent"), http.state.caller
@@ -60,12 +60,19 @@ class Completions:
         return kind(answer_id, int(time.time()), serving.model.name, requests, serving.tokenizer, wanted)
 
     async def _answer(
-        self, asked: Asked, form: Format, requests: Sequence[Request], charges: Sequence[Charge], paying: ExitStack
+        self,
+        http: HttpRequest,
+        asked: Asked,
+        form: Format,
+        requests: Sequence[Request],
+        charges: Sequence[Charge],
+        paying: ExitStack,
     ) -> Response:
+        threads, client = self._serving.intake.offload.threads, http_client(http)
         events = merged([self._serving.events(*each) for each in zip(requests, charges, strict=True)])
         if not asked.stream:
-            return Response(await _whole(form, events, len(requests)), media_type="application/json")
-        chunks = _chunks(form, events, paying.pop_all())
+            return Response(await _whole(form, events, len(requests), threads, client), media_type="application/json")
+        chunks = _chunks(form, events, paying.pop_all(), threads, client)
         # a request that ends before its first token has an HTTP status of its own
         first = await anext(chunks)
         return EventStream(first, chunks, self._serving.shared.config.limits.max_unread_s)
@@ -74,7 +81,13 @@ class Completions:
         return message.prompt.text or await self._serving.text(request.prompt_token_ids, True, http_client(http))
 
 
-async def _whole(form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEvent], None], num_prompts: int) -> bytes:
+async def _whole(
+    form: Format,
+    events: AsyncGenerator[tuple[int, pb.GenerateEvent], None],
+    num_prompts: int,
+    threads: FairThreads,
+    client: str,
+) -> bytes:
     collectors = [Collector() for _ in range(num_prompts)]
     async with aclosing(events):
         async for prompt, event in events:
@@ -83,11 +96,15 @@ async def _whole(form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEven
     num_tokens = sum(len(choice.token_ids) for response in responses for choice in response.choices)
     if num_tokens + sum(len(response.prompt.token_ids) for response in responses) <= INLINE_TOKENS:
         return form.whole(responses)
-    return await asyncio.to_thread(form.whole, responses)
+    return await threads.run(client, form.whole, responses)
 
 
 async def _chunks(
-    form: Format, events: AsyncGenerator[tuple[int, pb.GenerateEvent], None], paying: ExitStack
+    form: Format,
+    events: AsyncGenerator[tuple[int, pb.GenerateEvent], None],
+    paying: ExitStack,
+    threads: FairThreads,
+    client: str,
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream, which outlives its handler; `paying` is closed with it."""
     with paying:
@@ -95,7 +112,7 @@ async def _chunks(
             with_logprobs = set()  # prompts whose log probabilities have come, and go out with their first token
             async for prompt, event in events:
                 is_large = prompt in with_logprobs
-                chunk = await asyncio.to_thread(form.chunk, prompt, event) if is_large else form.chunk(prompt, event)
+                chunk = await threads.run(client, form.chunk, prompt, event) if is_large else form.chunk(prompt, event)
                 with_logprobs.discard(prompt)
                 if event.HasField("prompt"):
                     with_logprobs.add(prompt)

@@ -1,7 +1,8 @@
-"""Who is next. Pure: clients take turns, and each has one job at a time, so that one with many costly jobs keeps the others
-waiting for one of them."""
+"""Who is next. Pure: clients take turns, with one job in each, so that one with many costly jobs keeps the others waiting for
+one of them."""
 
 from collections import OrderedDict, deque
+from collections.abc import Container
 from typing import Generic, TypeVar
 
 from ...core.errors import QueueFull
@@ -26,17 +27,20 @@ class JobQueue(Generic[T]):
         return self._num_jobs
 
     def push(self, client: str, job: T) -> None:
-        """Raises QueueFull. A client that has nothing waiting finds a place longer than others do."""
-        lane = self._lanes.get(client)
-        limit = self._max_jobs_each if lane is not None else self._max_jobs
-        if len(lane or ()) >= self._max_jobs_each or self._num_jobs >= self._max_jobs * (7 if lane is not None else 8) // 8:
-            raise QueueFull(limit, RETRY_S)
+        """Raises QueueFull. One place in eight is kept for clients that have nothing waiting."""
+        lane = self._lanes.get(client, ())
+        max_jobs = self._max_jobs * 7 // 8 if lane else self._max_jobs
+        for num_jobs, limit in ((len(lane), self._max_jobs_each), (self._num_jobs, max_jobs)):
+            if num_jobs >= limit:
+                raise QueueFull(limit, RETRY_S)
         self._lanes.setdefault(client, deque()).append(job)
         self._num_jobs += 1
 
-    def pop(self) -> T:
-        """The next one; there is one. The client's next turn comes after those of all others."""
-        client, lane = self._lanes.popitem(last=False)
+    def pop(self, after_others: Container[str] = ()) -> T:
+        """The next one; there is one. The client's next turn comes after those of all others. `after_others`: clients whose
+        turn it is only when nobody else waits."""
+        client = next((client for client in self._lanes if client not in after_others), next(iter(self._lanes)))
+        lane = self._lanes.pop(client)
         job = lane.popleft()
         if lane:
             self._lanes[client] = lane

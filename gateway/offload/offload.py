@@ -1,4 +1,4 @@
-"""The head's side of the intake process: each kind of work as a call."""
+"""The head's side of the intake process: each kind of work as a call. Beside it the threads for smaller work."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from google.protobuf.message import Message
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
-from ..http.bodies import MESSAGES, Asked, is_small, read_body
+from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, Asked, is_small, read_body
 from ..in_turns import in_turns
 from ..tokenizer import Tokenizer
 from ..vetting import Bounds, has_unknown_fields, vet
+from .fair_threads import FairThreads
 from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup, Work
 from .process import IntakeProcess
 from .work import packed, parsed, unpacked
 
-SMALL_BYTES = 1 << 16  # of a message that the head reads by itself
 FEW_BYTES = 1 << 12  # of one that it reads though there are unknown fields, which are listed one by one
 
 
@@ -28,6 +28,7 @@ class Offload:
         self._model = model
         self._max_model_len = max_model_len
         self._process: IntakeProcess | None = None
+        self.threads = FairThreads()
 
     @property
     def pid(self) -> int | None:
@@ -48,9 +49,10 @@ class Offload:
         self._running().start()
 
     async def stop(self) -> None:
-        """End the process; idempotent."""
+        """End the process and the threads; idempotent."""
         if self._process is not None:
             await self._process.stop()
+        await self.threads.stop()
 
     async def body(
         self, route: str, data: bytes, request_id: str, limits: LimitsSection, client: str

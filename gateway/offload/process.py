@@ -73,6 +73,8 @@ class IntakeProcess:
         Raises what the work raises; InvalidRequest when it takes too much, QueueFull when many jobs wait, NoWorkerAvailable
         when there is no process.
         """
+        if self._task.done():
+            raise NoWorkerAvailable("the server ends")
         asked = _Asked(job, data, asyncio.get_running_loop().create_future())
         self._queue.push(client, asked)
         self._is_needed.set()
@@ -102,6 +104,7 @@ class IntakeProcess:
                     victim.result.set_exception(NoWorkerAvailable("the intake process died over it"))
             if not self._is_ready:
                 self._give_up("the intake process does not start")
+                self._is_needed.clear()  # until there is another job
                 await asyncio.sleep(START_AGAIN_S)
             if len(self._queue):
                 self._is_needed.set()
@@ -133,28 +136,29 @@ class IntakeProcess:
             log.exception("the intake process cannot be started")
             return None
         self._process = process
+        ended = asyncio.ensure_future(process.wait())  # one for all jobs: asyncio keeps each wait until the process ends
         try:
-            await self._converse(process, *self._setup)
+            await self._converse(process, ended, *self._setup)
         except (ConnectionError, EOFError):
             pass  # it has died
         except asyncio.CancelledError:
             _kill(process)
-            await process.wait()
+            await ended
             raise
         except Exception:  # it is silent, or talks nonsense: it is not to be trusted any more
             log.exception("the intake process is killed")
             _kill(process)
-            await process.wait()
+            await ended
             return None
         finally:
             self._process = None
-        code = await process.wait()
+        code = await ended
         log.warning("the intake process ended", extra={"exit_code": code})
         return code
 
-    async def _converse(self, process: Process, setup: Setup, tokenizer: bytes) -> None:
-        """Until the process dies. Raises EOFError or ConnectionError then, FrameError for what is no answer, TimeoutError when
-        none comes."""
+    async def _converse(self, process: Process, ended: "asyncio.Future[int]", setup: Setup, tokenizer: bytes) -> None:
+        """Until the process dies, which `ended` waits for. Raises EOFError or ConnectionError then, FrameError for what is no
+        answer, TimeoutError when none comes."""
         encoder = FrameEncoder()
         async with aclosing(_answers(process)) as answers:
             async with asyncio.timeout(SILENT_S):
@@ -162,7 +166,7 @@ class IntakeProcess:
                 await anext(answers)
             self._is_ready = True
             while True:
-                self._current = await self._next_job(process)
+                self._current = await self._next_job(ended)
                 async with asyncio.timeout(SILENT_S):
                     await _send(process, encoder, self._current.job, self._current.data)
                     answer = await anext(answers)
@@ -170,7 +174,7 @@ class IntakeProcess:
                 self._settle(self._current, answer, results)
                 self._current = None
 
-    async def _next_job(self, process: Process) -> _Asked:
+    async def _next_job(self, ended: "asyncio.Future[int]") -> _Asked:
         """Waits for one. Raises EOFError when the process ends meanwhile."""
         while True:
             self._is_needed.clear()
@@ -178,19 +182,18 @@ class IntakeProcess:
                 asked = self._queue.pop()
                 if not asked.result.done():  # somebody waits
                     return asked
-            await self._need_or_end(process)
+            await self._need_or_end(ended)
 
-    async def _need_or_end(self, process: Process) -> None:
+    async def _need_or_end(self, ended: "asyncio.Future[int]") -> None:
         """Raises EOFError when the process has ended."""
-        waits = [asyncio.ensure_future(self._is_needed.wait()), asyncio.ensure_future(process.wait())]
+        needed = asyncio.ensure_future(self._is_needed.wait())
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if waits[1].done():
+            await asyncio.wait((needed, ended), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
                 raise EOFError
         finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.wait(waits)
+            needed.cancel()
+            await asyncio.wait((needed,))
 
     def _settle(self, asked: _Asked, answer: FromProcess, results: list[bytes]) -> None:
         if asked.result.done():  # its client has gone

@@ -142,6 +142,12 @@ async def test_a_request_that_is_refused_for_what_it_says_costs_no_tokens(http: 
     ).status_code == 200
 
 
+async def test_a_prompt_that_is_refused_once_counted_costs_its_tokens(http: httpx.AsyncClient) -> None:
+    long, small = {"prompt": "ab9Z?q" * 16, "max_tokens": 170}, {"prompt": "hello", "max_tokens": 150}
+    assert (await http.post("/v1/completions", json=long, headers=bearer(ALICE))).status_code == 400  # too long in sum
+    assert (await http.post("/v1/completions", json=small, headers=bearer(ALICE))).status_code == 429
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_what_was_not_produced_is_given_back(http: httpx.AsyncClient, cluster: ScriptedCluster, stream: bool) -> None:
     cluster.eos_after = 2

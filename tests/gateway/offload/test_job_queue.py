@@ -21,8 +21,15 @@ def test_one_client_cannot_take_all_places() -> None:
         queue.push("greedy", index)
     with pytest.raises(QueueFull) as refused:
         queue.push("greedy", 4)
-    assert refused.value.retry_after_s > 0
+    assert refused.value.limit == 4 and refused.value.retry_after_s > 0
     queue.push("other", 0)
+
+
+def test_clients_that_come_after_others_wait_for_them_alone() -> None:
+    queue: JobQueue[str] = JobQueue()
+    for client in ("a", "b", "a", "c"):
+        queue.push(client, client)
+    assert [queue.pop(after_others={"a", "b"}) for _ in range(4)] == ["c", "a", "b", "a"]
 
 
 def test_the_last_places_are_for_clients_that_have_nothing_waiting() -> None:
@@ -30,11 +37,13 @@ def test_the_last_places_are_for_clients_that_have_nothing_waiting() -> None:
     for index in range(14):
         queue.push("first", index)
     queue.push("second", 0)
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull) as refused:
         queue.push("second", 1)
+    assert refused.value.limit == 14
     queue.push("third", 0)
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull) as refused:
         queue.push("fourth", 0)
+    assert refused.value.limit == 16
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["push", "pop", "remove"])), max_size=60))

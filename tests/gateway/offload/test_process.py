@@ -187,6 +187,49 @@ async def test_who_waits_hears_that_the_process_cannot_start() -> None:
     await process.stop()
 
 
+async def test_one_that_cannot_start_is_tried_again_only_for_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_starts = 0
+
+    async def fails(*_: object, **__: object) -> None:
+        nonlocal num_starts
+        num_starts += 1
+        raise OSError("no memory")
+
+    monkeypatch.setattr(shell, "START_AGAIN_S", 0)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fails)
+    process = IntakeProcess(set_up)
+    for expected in (1, 2):
+        with pytest.raises(NoWorkerAvailable):
+            await process.do(_job(), packed([1]), "a")
+        for _ in range(50):  # turns of the loop; a start takes a few of them
+            await asyncio.sleep(0)
+        assert num_starts == expected
+    await process.stop()
+
+
+async def test_its_end_is_waited_for_once_however_many_jobs_it_has(killable: Killable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio keeps each of these waits until the process ends, also cancelled ones."""
+    num_waits, wait = 0, asyncio.subprocess.Process.wait
+
+    async def counted(process: asyncio.subprocess.Process) -> int:
+        nonlocal num_waits
+        num_waits += 1
+        return await wait(process)
+
+    monkeypatch.setattr(asyncio.subprocess.Process, "wait", counted)
+    for _ in range(10):
+        await killable.ask("a")
+    assert num_waits == 1
+
+
+async def test_a_job_after_the_end_is_refused(killable: Killable) -> None:
+    await killable.ask("first")
+    await killable.process.stop()
+    with pytest.raises(NoWorkerAvailable) as refused:
+        await killable.ask("late")
+    assert "the server ends" in str(refused.value)
+
+
 async def test_it_is_gone_when_it_was_stopped(killable: Killable) -> None:
     await killable.ask("first")
     pid = killable.process.pid

@@ -108,8 +108,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         need = need_of(details.method)
         try:
             if self._access is not None:
-                shown = dict(details.invocation_metadata or ()).get("authorization")
-                text = shown if isinstance(shown, str) else None
+                shown = [value for name, value in details.invocation_metadata or () if name == "authorization"]
+                text = shown[0] if len(shown) == 1 and isinstance(shown[0], str) else None
                 CALLER.set(self._access.admit(need, text, asyncio.get_running_loop().time()))
             elif not self._offers_admin and service_of(details.method) in ADMIN_SERVICES:
                 raise NotPermitted(f"{service_of(details.method)}: {_ADMIN_IS_LOCAL}")

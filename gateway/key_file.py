@@ -67,14 +67,20 @@ def _read(path: Path) -> tuple[ApiKey, ...]:
     """Raises ConfigError, and Unreadable as one of its kind."""
     where = f"listen.api_keys: got {str(path)!r}, expected"
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:  # a FIFO must not hold us up
-            status = os.fstat(file.fileno())
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hold us up
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):  # as a missing file becomes one when it is mounted
+                raise Unreadable(f"{where} a file, not a directory")
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{where} a regular file")
             rights = expected_rights(status, os.geteuid())
             if rights is not None:
                 raise ConfigError(f"{where} {rights}")
-            data = file.read(MAX_FILE_BYTES + 1)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        finally:
+            os.close(descriptor)
         text = data.decode()
     except OSError as error:
         raise Unreadable(f"{where} a file that can be read ({error.strerror})") from error

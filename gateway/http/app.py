@@ -55,6 +55,13 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
     _get(app, "/livez", probes.live, answers.Health)
     _get(app, "/readyz", probes.ready, answers.Health, {503: {"model": answers.Health}})
     _get(app, "/startupz", probes.startup, answers.Startup, {503: {"model": answers.Startup}})
+    for path, probe in (
+        ("health", probes.health),
+        ("livez", probes.live),
+        ("readyz", probes.ready),
+        ("startupz", probes.startup),
+    ):
+        app.add_api_route(f"/{path}", probe, methods=["HEAD"], include_in_schema=False)
     app.openapi = _described(app.openapi)  # type: ignore[method-assign]
     return Gate(app, posts, serving.shared, hosts)
 

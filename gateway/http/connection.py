@@ -9,18 +9,37 @@ from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from .feeder import Feeder
+
 HEADER_TIMEOUT_S = 10.0  # for the head of a request, from the connection's start or its first byte
 KEEP_ALIVE_S = 75  # longer than the pools of common clients keep theirs
 MAX_HEADER_BYTES = 32 << 10
+MAX_HEADER_LINES = 128
+SLICE_BYTES = 2048
+CHEAP_SLICE_BYTES, CHEAP_SHARE = 1 << 16, 64  # of a body whose length is known
 
 
 class Connection(H11Protocol):
-    """Calls `on_lost` once, at its end."""
+    """Calls `on_lost` once, at its end.
+
+    What comes in waits in `_pending` until the feeder has a slice of it parsed, and the socket is not read meanwhile. Nothing
+    is parsed of what follows a request until that one is answered, nor of chunks whose answer is complete already.
+    """
 
     def __init__(
-        self, config: Config, server_state: ServerState, app_state: dict[str, Any], on_lost: Callable[[], None]
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        feeder: Feeder,
+        on_lost: Callable[[], None],
     ) -> None:
         super().__init__(config, server_state, app_state)
+        self.fed_bytes = 0
+        self._feeder = feeder
+        self._pending = bytearray()
+        self._head_bytes = 0  # of a head that is not complete
+        self._head_lines = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._on_lost = on_lost
 
@@ -30,13 +49,52 @@ class Connection(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state is h11.IDLE:  # the head of a request is not complete
-            self._await_head()
+        self._pending += data
+        self._feeder.run(self)
+        if self._pending:
+            self.transport.pause_reading()
+
+    @property
+    def wants_feeding(self) -> bool:
+        return bool(self._pending) and not self.transport.is_closing() and self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    def feed(self) -> int:
+        """Parse one slice. A body of a length that its head names costs little, heads and chunks cost much."""
+        is_body = self.conn.their_state is h11.SEND_BODY
+        is_cheap = is_body and any(name == b"content-length" for name, _ in self.headers)
+        if is_body and not is_cheap and self.conn.our_state not in (h11.SEND_RESPONSE, h11.SEND_BODY):
+            self.transport.close()  # it is answered, and its chunks go on
+            return 0
+        piece = bytes(self._pending[: CHEAP_SLICE_BYTES if is_cheap else SLICE_BYTES])
+        del self._pending[: len(piece)]
+        super().data_received(piece)
+        cost = len(piece) // CHEAP_SHARE if is_cheap else len(piece)
+        if self.conn.their_state is h11.IDLE:
+            cost += self._check_head(piece)
         else:
+            cost += self._head_bytes  # they were parsed just now
+            self._head_bytes = self._head_lines = 0
             self._stop_waiting()
+        self.fed_bytes += cost
+        if not self._pending and not self.flow.read_paused:
+            self.transport.resume_reading()
+        return cost
+
+    def _check_head(self, piece: bytes) -> int:
+        """The head of a request is not complete, and has its bounds."""
+        self._await_head()
+        self._head_bytes += len(piece)
+        self._head_lines += piece.count(b"\n")
+        if self._head_bytes > MAX_HEADER_BYTES or self._head_lines > MAX_HEADER_LINES:
+            self.send_400_response("The head of the request is too large.")
+        return 0
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._feeder.run(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._pending.clear()
         self._stop_waiting()
         self._on_lost()
         super().connection_lost(exc)

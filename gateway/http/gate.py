@@ -100,8 +100,9 @@ class Gate:
         access = self._shared.access
         if access is None:
             return
-        shown = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
-        scope["state"]["caller"] = access.admit(need, shown, asyncio.get_running_loop().time())
+        shown = [value for name, value in scope["headers"] if name == b"authorization"]
+        text = shown[0].decode("latin-1") if len(shown) == 1 else None  # what is in front of us may have judged another one
+        scope["state"]["caller"] = access.admit(need, text, asyncio.get_running_loop().time())
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = client_of(scope["state"]["caller"], scope["client"][0] if scope["client"] else "")

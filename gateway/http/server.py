@@ -22,6 +22,7 @@ from ..places import FairPlaces, NoPlace, address_group
 from ..tls import ServerTls
 from . import connection
 from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
+from .feeder import Feeder
 
 BACKLOG = 2048
 MAX_ACCEPTED_AT_ONCE = 64
@@ -41,6 +42,7 @@ class HttpServer:
         self._numbers = itertools.count()  # of connections
         self._sockets: dict[int, socket.socket] = {}  # by their connections' numbers
         self._silent: dict[int, float] = {}  # connections without a byte yet, and since when; oldest first
+        self._feeder = Feeder()
         self._handshakes: set[asyncio.Task[None]] = set()
         self._handshake: dict[str, Any] = (
             {} if tls is None else {"ssl": tls.ssl_context(), "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S}
@@ -169,7 +171,7 @@ class HttpServer:
 
     def _connection(self, number: int) -> Connection:
         state = {"in_use": lambda: self._places.in_use(number)}
-        return Connection(self._config, self._state, state, on_lost=lambda: self._forget(number))
+        return Connection(self._config, self._state, state, self._feeder, on_lost=lambda: self._forget(number))
 
     def _forget(self, number: int) -> None:
         self._places.leave(number)

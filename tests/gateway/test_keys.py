@@ -390,3 +390,14 @@ def test_time_that_goes_back_brings_nothing() -> None:
     assert bucket.take(1, 0.0) > 0
     assert bucket.take(1, 100.5) > 0
     assert bucket.take(1, 101.0) == 0.0
+
+
+def test_a_directory_in_the_files_place_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """A file that is missing becomes one when it is mounted into a container."""
+    path = tmp_path / "keys"
+    path.mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        with pytest.raises(ConfigError, match="a file, not a directory"):
+            Access(str(path))
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,130 @@
+"""HTTP is parsed a little in each turn of the loop, whoever sends how much of what costs most."""
+
+import asyncio
+from collections import Counter
+
+import httpx
+import pytest
+
+from pdserve.gateway.app import GatewayServer
+from pdserve.gateway.http.connection import MAX_HEADER_BYTES, MAX_HEADER_LINES, SLICE_BYTES
+from pdserve.gateway.http.feeder import FRESH_BYTES, TURN_BYTES, Feeder
+from tests.gateway.support import ScriptedCluster
+
+
+class Bytes:
+    """A connection whose bytes all cost much."""
+
+    def __init__(self, name: str, count: int, fed: list[tuple[str, int]]) -> None:
+        self.fed_bytes = 0
+        self._name, self._left, self._fed = name, count, fed
+
+    def feed(self) -> int:
+        piece = min(SLICE_BYTES, self._left)
+        self._left -= piece
+        self.fed_bytes += piece
+        self._fed.append((self._name, piece))
+        return piece
+
+    @property
+    def wants_feeding(self) -> bool:
+        return self._left > 0
+
+
+async def turns_of(feeder: Feeder, fed: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    """The feeding of each turn, until there is none."""
+    turns = [list(fed)]
+    while True:
+        before = len(fed)
+        await asyncio.sleep(0)
+        if len(fed) == before:
+            return turns
+        turns.append(fed[before:])
+
+
+async def test_no_turn_parses_more_than_its_part_however_many_connections_there_are() -> None:
+    fed: list[tuple[str, int]] = []
+    feeder = Feeder()
+    for index in range(40):
+        feeder.run(Bytes(str(index), 45_000, fed))
+    turns = await turns_of(feeder, fed)
+    assert max(sum(count for _, count in turn) for turn in turns) < TURN_BYTES + SLICE_BYTES
+    totals = Counter[str]()
+    for name, count in fed:
+        totals[name] += count
+    assert set(totals.values()) == {45_000}
+
+
+async def test_a_connection_that_had_little_comes_before_those_that_had_much() -> None:
+    fed: list[tuple[str, int]] = []
+    feeder = Feeder()
+    for index in range(200):
+        feeder.run(Bytes(str(index), 1_000_000, fed))
+    for _ in range(200 * FRESH_BYTES // TURN_BYTES):
+        await asyncio.sleep(0)
+    feeder.run(Bytes("newcomer", 300, fed))
+    before = len(fed)
+    await asyncio.sleep(0)
+    assert fed[before][0] == "newcomer"
+
+
+async def test_small_requests_are_parsed_at_once() -> None:
+    fed: list[tuple[str, int]] = []
+    Feeder().run(Bytes("alone", 300, fed))
+    assert fed == [("alone", 300)]
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+async def connection(server: GatewayServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = (server.http_address or "").rpartition(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+async def test_tiny_chunks_are_a_body_like_any_other(server: GatewayServer) -> None:
+    body = b'{"prompt": "hello", "max_tokens": 1}' + b" " * 3000
+    reader, writer = await connection(server)
+    writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n")
+    writer.write(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), 30)).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
+async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(server: GatewayServer, cluster: ScriptedCluster) -> None:
+    """Others are answered while most of the flood is still unparsed."""
+    assert server._http is not None
+    opened = [await connection(server) for _ in range(20)]
+    for _, writer in opened:
+        writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 30_000)
+    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=30) as http:
+        for _ in range(3):
+            assert (await http.get("/livez")).status_code == 200
+    unparsed = [connection for connection in server._http._state.connections if connection._pending]
+    assert len(unparsed) > 10
+    for _, writer in opened:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"x: " + b"a" * (MAX_HEADER_BYTES + 4096), b"a:\r\n" * (MAX_HEADER_LINES + SLICE_BYTES)],
+    ids=["bytes", "lines"],
+)
+async def test_a_head_has_its_bounds_also_when_it_comes_whole(server: GatewayServer, head: bytes) -> None:
+    reader, writer = await connection(server)
+    writer.write(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n\r\n")
+    assert (await asyncio.wait_for(reader.readline(), 30)).startswith(b"HTTP/1.1 400 ")
+    writer.close()
+
+
+async def test_requests_that_wait_behind_another_are_answered_in_order(server: GatewayServer) -> None:
+    reader, writer = await connection(server)
+    body = b'{"prompt": "hello", "max_tokens": 1}'
+    for number in range(20):
+        writer.write(HEAD + b"x-request-id: %d\r\ncontent-length: %d\r\n\r\n" % (number, len(body)) + body)
+    for number in range(20):
+        answer = await asyncio.wait_for(reader.readuntil(b"x-request-id: "), 30)
+        assert answer.count(b"HTTP/1.1 200") <= 1
+        assert await reader.readline() == b"%d\r\n" % number
+    writer.close()

@@ -50,9 +50,8 @@ def may_stall(backend_json: str) -> bool:
         check_text_growth(parts, MAX_TEXT_GROWTH, MAX_PARTS)
     except CheckpointError:
         return True
-    searched = parts.searched()
-    return (
-        any(pattern.get("Regex", " {2,}") not in _EXPRESSIONS for pattern in searched)
-        or any(len(pattern.get("String", "")) > MAX_SEARCHED_CHARS for pattern in searched)
-        or parts.model.max_input_chars_per_word > MAX_WORD_CHARS
+    return parts.model.max_input_chars_per_word > MAX_WORD_CHARS or any(
+        text not in _EXPRESSIONS if kind == "Regex" else len(text) > MAX_SEARCHED_CHARS
+        for pattern in parts.searched()
+        for kind, text in pattern.items()
     )

@@ -180,7 +180,7 @@ class Intake:
     async def _encode(
         self, text: str, add_special_tokens: bool, limits: LimitsSection, client: str, is_counted: bool
     ) -> tuple[int, ...]:
-        if len(text) > THREAD_CHARS:
+        if len(text) > THREAD_CHARS or self._tokenizer.may_stall:
             return await self.offload.encode(text, add_special_tokens, limits, client, is_counted)
         arguments = self._tokenizer, text, add_special_tokens, self.offload.bounds(limits), is_counted
         if len(text) <= INLINE_CHARS:
@@ -190,7 +190,7 @@ class Intake:
     async def _encode_chat(
         self, chat: pb.Chat, offer: Offer | None, limits: LimitsSection, client: str, is_counted: bool
     ) -> tuple[int, ...]:
-        if chat.ByteSize() <= THREAD_CHARS:
+        if chat.ByteSize() <= THREAD_CHARS and not self._tokenizer.may_stall:
             run = self.offload.threads.run
             try:
                 text = await run(client, chat_text, self._tokenizer, chat, offer, THREAD_RENDER_BYTES)

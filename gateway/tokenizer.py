@@ -16,6 +16,7 @@ from .chat_template import ChatTemplate
 from .template.account import MAX_BYTES
 from .tokenizer_loading.messages import TokenizerData
 from .tokenizer_loading.process import load
+from .tokenizer_loading.usual import may_stall
 from .tools.formats import ToolFormat, tool_format
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells what is not in its vocabulary
@@ -44,6 +45,7 @@ class Tokenizer:
         self._template = _chat_template(data, "default")
         self._tool_template = _chat_template(data, "tool_use") or self._template
         self._tool_format = None if self._tool_template is None else tool_format(self._tool_template.source)
+        self.may_stall = may_stall(data.backend_json)  # over short texts too, which are then for the intake process
         self.max_token_chars = max(map(len, self._backend.get_vocab()), default=1)  # added tokens included
         self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
@@ -150,8 +152,15 @@ class Tokenizer:
         return piece.encode()
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
-        return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        """The text of tokens; bytes that are no UTF-8 become U+FFFD. Raises InvalidRequest for tokens that the tokenizer fails
+        over."""
+        try:
+            return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            expected = "tokens that the model's tokenizer can decode"
+            raise InvalidRequest("token_ids", f"{len(token_ids)} tokens", expected) from None
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -16,14 +16,18 @@ from ...core.errors import CheckpointError
 
 MAX_TEXT_GROWTH = 512  # by normaliser and pre-tokeniser; 6 is usual, SentencePiece's normalisation has 33 at worst
 MAX_TOKEN_GROWTH = 2  # by the post-processor
-MAX_DECODED_GROWTH = 64  # by the decoder, of each token
+MAX_DECODED_GROWTH = 8  # by the decoder, of each token; 3 is usual
 MAX_ADDED = 1024  # bytes or tokens, whatever the length
 MAX_PARTS = 64  # of one kind
+MAX_DECODER_PARTS = 8  # every token that goes out passes through them, on the server's loop
+MAX_DECODED_PATTERN_CHARS = 16
 MAX_PATTERN_CHARS = 4096
 MAX_TOKEN_CHARS = 1024
 MAX_AFFIX_CHARS = 64  # of what a model puts before or after each piece of a word
 MAX_WORD_CHARS = 1000  # WordPiece's work grows with its square
 MAX_TOKEN_ID = 1 << 24  # tables have a place for each id
+MAX_TOKENS = 2_000_000
+MAX_ADDED_TOKENS = 1 << 16
 
 Part = Mapping[str, Any]
 Growth = tuple[float, float]  # factor, constant
@@ -37,6 +41,7 @@ class _Model(msgspec.Struct):
     continuing_subword_prefix: str | None = None
     end_of_word_suffix: str | None = None
     max_input_chars_per_word: int = 0
+    dropout: float | None = None
 
 
 class Parts(msgspec.Struct):
@@ -50,26 +55,41 @@ class Parts(msgspec.Struct):
 
     def patterns(self) -> list[str]:
         """The texts and expressions that parts search for."""
-        chains = (self.normalizer, self.pre_tokenizer, self.decoder)
-        return [text for chain in chains for part in _chain(chain) for text in _pattern(part).values()]
+        decoded = [_pattern(part) for part in _chain(self.decoder)]
+        return [text for pattern in [*self.searched(), *decoded] for text in pattern.values()]
+
+    def searched(self) -> list[Mapping[str, str]]:
+        """What is searched for in a text on its way to tokens: each a `String` or a `Regex`."""
+        return [_pattern(part) for chain in (self.normalizer, self.pre_tokenizer) for part in _chain(chain)]
 
 
 def check_growth(parts: Parts) -> None:
     """Raises CheckpointError where a text, its tokens or their text can grow beyond the bounds above."""
-    text = _Chain("normalizer and pre_tokenizer", MAX_TEXT_GROWTH)
-    text.add(parts.normalizer, _NORMALIZERS)
-    text.add(parts.pre_tokenizer, _PRE_TOKENIZERS)
+    check_text_growth(parts)
     _Chain("post_processor", MAX_TOKEN_GROWTH).add(parts.post_processor, _POST_PROCESSORS)
-    _Chain("decoder", MAX_DECODED_GROWTH).add(parts.decoder, _DECODERS)
+    _Chain("decoder", MAX_DECODED_GROWTH, MAX_DECODER_PARTS).add(parts.decoder, _DECODERS)
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(getattr(parts.model, name) or "") > MAX_AFFIX_CHARS:
             raise CheckpointError(f"its model's {name} is longer than {MAX_AFFIX_CHARS} characters")
     if parts.model.max_input_chars_per_word > MAX_WORD_CHARS:
         raise CheckpointError(f"its model's max_input_chars_per_word is above {MAX_WORD_CHARS}")
+    if parts.model.dropout:
+        raise CheckpointError(f"its model's dropout is {parts.model.dropout:g}, expected none: a text's tokens would be random")
 
 
-def check_vocabulary(vocabulary: Mapping[str, int]) -> None:
+def check_text_growth(parts: Parts, max_factor: float = MAX_TEXT_GROWTH, max_parts: int = MAX_PARTS) -> None:
+    """Raises CheckpointError where a text can grow beyond the bounds on its way to the model, or has more parts to pass."""
+    text = _Chain("normalizer and pre_tokenizer", max_factor, max_parts)
+    text.add(parts.normalizer, _NORMALIZERS)
+    text.add(parts.pre_tokenizer, _PRE_TOKENIZERS)
+
+
+def check_vocabulary(vocabulary: Mapping[str, int], num_added: int = 0) -> None:
     """Raises CheckpointError."""
+    if len(vocabulary) > MAX_TOKENS:
+        raise CheckpointError(f"it has {len(vocabulary)} tokens, expected at most {MAX_TOKENS}")
+    if num_added > MAX_ADDED_TOKENS:
+        raise CheckpointError(f"it has {num_added} added tokens, expected at most {MAX_ADDED_TOKENS}")
     if max(map(len, vocabulary), default=0) > MAX_TOKEN_CHARS:
         raise CheckpointError(f"it has a token of more than {MAX_TOKEN_CHARS} characters")
     if max(vocabulary.values(), default=0) > MAX_TOKEN_ID:
@@ -79,12 +99,12 @@ def check_vocabulary(vocabulary: Mapping[str, int]) -> None:
 class _Chain:
     """Parts one after the other."""
 
-    def __init__(self, name: str, max_factor: float) -> None:
-        self._name, self._max_factor = name, max_factor
+    def __init__(self, name: str, max_factor: float, max_parts: int = MAX_PARTS) -> None:
+        self._name, self._max_factor, self._max_parts = name, max_factor, max_parts
         self._factor, self._constant = _SAME
 
     def add(self, part: Part | None, kinds: Mapping[str, Callable[[Part], Growth]]) -> None:
-        for step in _chain(part):
+        for step in _chain(part, self._max_parts):
             kind = kinds.get(str(step.get("type")))
             if kind is None:
                 raise CheckpointError(f"its {self._name} has a part of type {shown(step.get('type'))}, which is not supported")
@@ -99,15 +119,15 @@ class _Chain:
                 )
 
 
-def _chain(part: Part | None) -> Iterator[Part]:
+def _chain(part: Part | None, max_parts: int = MAX_PARTS) -> Iterator[Part]:
     """The parts that a part consists of, in order."""
     waiting = [] if part is None else [part]
     num_parts = 0
     while waiting:
         part = waiting.pop()
         num_parts += 1
-        if num_parts > MAX_PARTS:
-            raise CheckpointError(f"it has a sequence of more than {MAX_PARTS} parts")
+        if num_parts > max_parts:
+            raise CheckpointError(f"it has a sequence of more than {max_parts} parts")
         if part.get("type") != "Sequence":
             yield part
             continue
@@ -139,6 +159,16 @@ def _replace(part: Part) -> Growth:
     if not pattern["String"]:
         raise CheckpointError("it replaces an empty text, over which the tokenizers library fails")
     return max(1.0, put / _num_bytes(pattern["String"])), 0.0
+
+
+def _replace_decoded(part: Part) -> Growth:
+    """No texts that are tried can show that an expression is never slow, and no known tokenizer decodes with one."""
+    pattern = _pattern(part)
+    if "String" not in pattern:
+        raise CheckpointError("its decoder replaces an expression (Regex), expected a text (String)")
+    if len(pattern["String"]) > MAX_DECODED_PATTERN_CHARS:
+        raise CheckpointError(f"its decoder replaces a text of more than {MAX_DECODED_PATTERN_CHARS} characters")
+    return _replace(part)
 
 
 def _prepend(part: Part) -> Growth:
@@ -219,7 +249,7 @@ _DECODERS: dict[str, Callable[[Part], Growth]] = {
     "CTC": _unless_empty("word_delimiter_token"),
     "Fuse": _fixed(1),
     "Metaspace": _fixed(1),
-    "Replace": _replace,
+    "Replace": _replace_decoded,
     "Strip": _fixed(1),
     "WordPiece": _fixed(1, 1),
 }

@@ -92,7 +92,7 @@ def check(data: TokenizerData, limits: Limits) -> None:
         raise CheckpointError(f"it has a special token of more than {MAX_NAME_CHARS} characters")
     tokenizer = Tokenizer(data)
     vocabulary = tokenizer.vocabulary()
-    check_vocabulary(vocabulary)
+    check_vocabulary(vocabulary, len(tokenizer.added_tokens))
     for text in _probes(parts.patterns(), vocabulary):
         signal.setitimer(signal.ITIMER_PROF, limits.probe_s)
         try:

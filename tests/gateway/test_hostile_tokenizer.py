@@ -12,17 +12,22 @@ from typing import Any
 import msgspec
 import pytest
 from hypothesis import given, strategies as st
-from tokenizers import Regex, Tokenizer as Backend, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer as Backend, decoders, normalizers, pre_tokenizers
 
 from pdserve.core.checkpoint_files import MAX_TOKENIZER_BYTES
+from pdserve.core.config import LimitsSection
 from pdserve.core.errors import CheckpointError, InvalidRequest
 from pdserve.embedded import MODEL_DIR
+from pdserve.gateway.intake import Intake
+from pdserve.gateway.offload.offload import Offload
 from pdserve.gateway.tokenizer import Tokenizer
 from pdserve.gateway.tokenizer_loading.growth import (
+    MAX_ADDED_TOKENS,
     MAX_AFFIX_CHARS,
     MAX_TEXT_GROWTH,
     MAX_TOKEN_CHARS,
     MAX_TOKEN_ID,
+    MAX_TOKENS,
     Parts,
     check_growth,
     check_vocabulary,
@@ -30,7 +35,16 @@ from pdserve.gateway.tokenizer_loading.growth import (
 from pdserve.gateway.tokenizer_loading.main import exported
 from pdserve.gateway.tokenizer_loading.messages import DEFAULT_LIMITS, Limits
 from pdserve.gateway.tokenizer_loading.process import MAX_TEMPLATE_BYTES, load
-from tests.gateway.support import byte_level, metaspace, metaspace_with_bytes, sentencepiece_like, word_piece
+from pdserve.proto import pdserve_pb2 as pb
+from tests.gateway.support import (
+    Unchecked,
+    byte_level,
+    metaspace,
+    metaspace_with_bytes,
+    model_info,
+    sentencepiece_like,
+    word_piece,
+)
 
 Json = dict[str, Any]
 
@@ -82,6 +96,8 @@ GROWING = {
     "texts repeated in turn": {"post_processor": sequence("processors", template(2, 0), template(2, 0))},
     "many tokens for one": {"post_processor": template(1, 1_000_000)},
     "decoded": {"decoder": sequence("decoders", *[replace("aa", String="a")] * 7)},
+    "decoded a little": {"decoder": sequence("decoders", *[replace("aa", String="a")] * 4)},
+    "too many parts to decode": {"decoder": sequence("decoders", *[replace(" ", String="▁")] * 8)},
     "too many parts": {"normalizer": sequence("normalizers", *[{"type": "NFC"}] * 65)},
     "endless sequences": {"normalizer": sequence("normalizers", *[sequence("normalizers")] * 100)},
     "a part of another kind": {"decoder": {"type": "Shell", "command": "\x1b[2J"}},
@@ -110,6 +126,32 @@ def test_the_tokenizer_of_a_multilingual_sentencepiece_is_within_the_bounds() ->
     steps = ({"type": "Precompiled", "precompiled_charsmap": charsmap(b"x" * 33)}, replace(" ", Regex=" {2,}"))
     pre_tokenizer = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     check_growth(parts(normalizer=sequence("normalizers", *steps), pre_tokenizer=pre_tokenizer))
+
+
+@pytest.mark.parametrize("inner", [lambda part: part, lambda part: sequence("decoders", {"type": "Fuse"}, part)])
+def test_a_decoder_has_no_expressions(inner: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"its decoder replaces an expression \(Regex\), expected a text \(String\)"):
+        check_growth(parts(decoder=inner(replace("", Regex=r"(?=w[i]th statement)(?:.|.|.|.|.|.|.){8}\b\B"))))
+
+
+def test_a_decoder_searches_for_short_texts_only() -> None:
+    check_growth(parts(decoder=replace("", String="x" * 16)))
+    with pytest.raises(CheckpointError, match="its decoder replaces a text of more than 16 characters"):
+        check_growth(parts(decoder=replace("", String="x" * 17)))
+
+
+def test_tokens_at_random_are_refused() -> None:
+    check_growth(parts(model={"dropout": 0.0}))
+    with pytest.raises(CheckpointError, match=r"its model's dropout is 0\.5, expected none"):
+        check_growth(parts(model={"dropout": 0.5}))
+
+
+def test_too_many_tokens_are_refused() -> None:
+    check_vocabulary(dict.fromkeys(map(str, range(MAX_TOKENS)), 0), MAX_ADDED_TOKENS)
+    with pytest.raises(CheckpointError, match="it has 2000001 tokens, expected at most 2000000"):
+        check_vocabulary(dict.fromkeys(map(str, range(MAX_TOKENS + 1)), 0))
+    with pytest.raises(CheckpointError, match="it has 65537 added tokens, expected at most 65536"):
+        check_vocabulary({}, MAX_ADDED_TOKENS + 1)
 
 
 @pytest.mark.parametrize("vocabulary", [{"x" * (MAX_TOKEN_CHARS + 1): 0}, {"a": MAX_TOKEN_ID + 1}])
@@ -287,3 +329,74 @@ def test_a_text_that_the_tokenizer_fails_over_is_an_invalid_request() -> None:
     assert tokenizer.encode("abc")
     with pytest.raises(InvalidRequest, match="expected a text that the model's tokenizer can take"):
         tokenizer.encode("b" * 64 + "!")
+
+
+def test_tokens_that_the_tokenizer_fails_over_are_an_invalid_request() -> None:
+    data = exported(byte_level().pretrained)
+    backend = Backend.from_str(data.backend_json)
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Replace(Regex("(b+)+$"), "")])
+    tokenizer = Tokenizer(msgspec.structs.replace(data, backend_json=backend.to_str()))
+    (token_id,) = tokenizer.encode("b", add_special_tokens=False)
+    other = tokenizer.encode("!", add_special_tokens=False)
+    assert tokenizer.decode(other) == "!"
+    with pytest.raises(InvalidRequest, match="expected tokens that the model's tokenizer can decode"):
+        tokenizer.decode([token_id] * 64 + list(other))
+
+
+def changed(**changes: Any) -> Tokenizer:
+    """A byte-level tokenizer whose JSON has `changes`."""
+    data = exported(byte_level().pretrained)
+    return Tokenizer(msgspec.structs.replace(data, backend_json=json.dumps(json.loads(data.backend_json) | changes)))
+
+
+def split(**pattern: str) -> Json:
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece_like, metaspace, metaspace_with_bytes, word_piece])
+def test_usual_tokenizers_do_not_stall(kind: Any) -> None:
+    assert not kind().may_stall
+
+
+@pytest.mark.parametrize("expression", [LLAMA_3, QWEN_2, TEKKEN], ids=["Llama 3", "Qwen 2", "Tekken"])
+def test_the_expressions_of_public_checkpoints_do_not_stall(expression: str) -> None:
+    steps = sequence("pretokenizers", split(Regex=expression), byte_level_parts())
+    assert not changed(pre_tokenizer=steps, normalizer={"type": "NFC"}).may_stall
+
+
+UNUSUAL = {
+    "an expression": {"pre_tokenizer": split(Regex=LLAMA_3 + "|x")},
+    "an expression of a normalizer": {"normalizer": sequence("normalizers", {"type": "NFC"}, replace("", Regex="a?"))},
+    "a long text": {"pre_tokenizer": split(String="a" * 17)},
+    "growth": {"normalizer": replace("x" * 17, String="a")},
+    "parts": {"normalizer": sequence("normalizers", *[{"type": "Lowercase"}] * 8)},
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+async def test_an_unusual_tokenizer_encodes_the_shortest_text_in_the_intake_process(name: str) -> None:
+    class Recording(Offload):
+        async def encode(self, text: str, *_: object) -> tuple[int, ...]:
+            return (1,)
+
+        async def encode_chat(self, *_: object) -> tuple[int, ...]:
+            return (2,)
+
+    tokenizer = changed(**UNUSUAL[name])
+    info = model_info(byte_level())
+    intake = Intake(tokenizer, info, Unchecked(), Recording(tokenizer, info.name, info.max_model_len))
+    limits = LimitsSection()
+    assert await intake.token_ids(pb.Prompt(text="a"), limits, "client") == (1,)
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="a")])
+    assert await intake.token_ids(pb.Prompt(chat=chat), limits, "client") == (2,)

@@ -153,8 +153,9 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         packed.details.add().Pack(detail)
     try:
         await context.abort(code, message, ((DETAILS_KEY, packed.SerializeToString()),))
-    except (grpc.aio.UsageError, grpc.aio.InternalError):  # it is ended already, or its client reads nothing, also no status
-        raise grpc.aio.AbortError from None
+    except (grpc.aio.UsageError, grpc.aio.InternalError):
+        # it is ended already, its client is gone, or that reads nothing, also no status: gRPC forgets the call without a line
+        raise asyncio.CancelledError from None
 
 
 async def write(context: grpc.aio.ServicerContext[Any, Any], message: object, max_unread_s: float | None = None) -> None:

@@ -65,7 +65,7 @@ class _Ray:
 
     @staticmethod
     def _adopt(options: dict[str, Any]) -> "_Ray | None":
-        """Nothing in /tmp says where a Ray is: anybody can write there."""
+        """Looks at no file in /tmp, where `ray start` leaves its address: anybody can write there."""
         if ray.is_initialized():
             ray_address.check_token(ray.get_runtime_context().gcs_address, ray_folder.is_accepted())
             return _Ray(ours=False)

@@ -75,7 +75,7 @@ def check_token(address: str, accept: bool) -> None:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 return
-            raise LaunchError(f"no Ray cluster answers at {address}: {error.code().name}: {error.details()}") from error
+            raise LaunchError(f"no Ray cluster answers at {address}: {error.code().name}") from error
     message = (
         f"the Ray cluster at {address} has no token: whoever reaches its ports, from this host or another, joins it and runs "
         f"code as this user. Restart Ray with a token: {RESTART}. "

@@ -138,15 +138,15 @@ def test_a_port_of_this_host_that_this_user_listens_on_is_taken(host: str) -> No
         check_listener(address)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", socket.gethostname()])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.2"])
 def test_a_port_that_another_user_listens_on_is_not_connected_to(connecting: Callable[[str], None], host: str) -> None:
     with listening_as_nobody() as port, pytest.raises(LaunchError, match=f"the user with id {NOBODY} listens on port {port}"):
         connecting(f"{host}:{port}")
 
 
 def test_a_host_that_has_no_address_is_refused() -> None:
-    with pytest.raises(LaunchError, match=r"RAY_ADDRESS: the host of nowhere.invalid:1 has no known address"):
-        check_listener(RayAddress("nowhere.invalid", 1))
+    with pytest.raises(LaunchError, match=r"RAY_ADDRESS: the host of a\.\.b:1 has no known address"):
+        check_listener(RayAddress("a..b", 1))
 
 
 def test_the_address_of_another_host_is_left_to_the_network() -> None:

@@ -66,12 +66,12 @@ class WorkerActor:
         if spec.host is None:
             spec = replace(spec, host=ray.util.get_node_ip_address())
         self._session = ray_folder.session_folder()
-        self._accept_shared_ray_folder = spec.accept_shared_ray_folder
+        self._accept_open_ray = spec.accept_open_ray
         self._worker = load_entry_point(entry_point)(replace(spec, socket_root=self._session))
 
     def run(self) -> None:
         """Raises SharedRayFolder, so that `status` shows it, when other users of this node could hijack the worker."""
-        ray_folder.check(self._session, self._accept_shared_ray_folder)
+        ray_folder.check(self._session, ray_folder.sockets(), self._accept_open_ray)
         self._worker.run()
 
     def stop(self) -> None:

@@ -238,7 +238,7 @@ class Head:
             token=self._spec.token,
             host=self._spec.host,
             log=self._spec.log,
-            accept_shared_ray_folder=self._spec.accept_shared_ray_folder,
+            accept_open_ray=self._spec.accept_open_ray,
         )
 
     @property

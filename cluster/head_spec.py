@@ -28,6 +28,6 @@ class HeadSpec:
     log: LogSettings | None = None  # None: as Python does by default
     otlp_endpoint: str | None = None  # where traces go
     local: str | None = None  # a Unix socket for the process that launched the cluster, as `unix:PATH`
-    accept_shared_ray_folder: bool = False  # the hosts have no other users
+    accept_open_ray: bool = False  # nobody else reaches the hosts
     generation: int = 0  # how many heads were before it
     doors: Doors | None = None  # where those listened

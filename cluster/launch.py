@@ -26,17 +26,17 @@ from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..engine.gpu import VISIBLE, probe_node
 from ..telemetry.logs import LogSettings
-from . import ray_folder
+from . import ray_address, ray_folder
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .errors import LaunchError
 from .head_spec import Doors, HeadSpec
+from .ray_address import RayAddress
 from .ray_token import RayToken
 
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: nothing of ours goes through it
 RESTART_PAUSE_S = 1.0  # before a head is started after one that lived no longer than this
-KNOWN_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves its address
 DOOR = "pdserve.gateway.app:open_door"
 
 
@@ -49,15 +49,15 @@ class _Ray:
 
     @staticmethod
     def connect(run_folder: Path) -> "_Ray":
-        """Adopt the cluster that this process, this machine or RAY_ADDRESS knows, else start one of our own in `run_folder`.
+        """Adopt the cluster that this process is connected to or RAY_ADDRESS names, else start one of our own in `run_folder`.
 
-        Raises LaunchError, also when other local users can change the folder of a cluster that was there before."""
+        Raises LaunchError, also when others than this user could run code through a cluster that was there before."""
         options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         adopted = _Ray._adopt(options)
         if adopted is None:
             return _Ray._start(run_folder, options)
         try:
-            ray_folder.check(ray_folder.session_folder(), ray_folder.is_accepted())
+            ray_folder.check(ray_folder.session_folder(), ray_folder.sockets(), ray_folder.is_accepted())
         except BaseException:
             adopted.disconnect()
             raise
@@ -65,19 +65,21 @@ class _Ray:
 
     @staticmethod
     def _adopt(options: dict[str, Any]) -> "_Ray | None":
+        """Looks at no file in /tmp, where `ray start` leaves its address: anybody can write there."""
         if ray.is_initialized():
+            ray_address.check_token(ray.get_runtime_context().gcs_address, ray_folder.is_accepted())
             return _Ray(ours=False)
-        address = os.environ.get("RAY_ADDRESS") or _known_address()
-        if address == "auto":  # Ray would believe the command line of any user's process, and run what that one sends
-            raise LaunchError("RAY_ADDRESS: got 'auto', expected HOST:PORT, as `ray start` prints it")
-        if address is not None:
-            try:
-                ray.init(address=address, **options)
-                return _Ray()
-            except (ConnectionError, RayError) as error:  # also when it does not take our token
-                if os.environ.get("RAY_ADDRESS"):
-                    raise LaunchError(f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error}") from error
-        return None
+        named = os.environ.get(ray_address.VARIABLE)
+        if not named:
+            return None
+        address = RayAddress.parse(named)
+        ray_address.check_listener(address)
+        ray_address.check_token(str(address), ray_folder.is_accepted())
+        try:
+            ray.init(address=str(address), **options)
+        except (OSError, RuntimeError, ValueError, RayError) as error:  # also when it does not take our token
+            raise LaunchError(f"cannot connect to the Ray cluster at {ray_address.VARIABLE}={address}: {error}") from error
+        return _Ray()
 
     @staticmethod
     def _start(run_folder: Path, options: dict[str, Any]) -> "_Ray":
@@ -87,6 +89,7 @@ class _Ray:
             os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in node.usable_devices)
         try:
             ray.init(
+                address="local",
                 num_cpus=len(node.cores),
                 num_gpus=len(node.usable_devices),
                 include_dashboard=False,
@@ -137,7 +140,7 @@ class LaunchedCluster:
                 log=log_settings,
                 otlp_endpoint=config.observability.otlp_endpoint or _otlp_endpoint(),
                 local=self.local_address,
-                accept_shared_ray_folder=ray_folder.is_accepted(),
+                accept_open_ray=ray_folder.is_accepted(),
             )
             self._doors = self._start_first_head()
             admin_socket.publish(self.grpc_address, self._socket)
@@ -277,16 +280,6 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
 def _otlp_endpoint() -> str | None:
     """Of this process's environment: the head's may be another's, when Ray was here before."""
     return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
-
-
-def _known_address() -> str | None:
-    """The address of the Ray that this user, or root, has started on this machine. Anybody can write to /tmp, and a Ray that
-    somebody else has laid out there would have our process run what it likes."""
-    try:
-        with KNOWN_CLUSTER.open() as file:
-            return file.read(1024).strip() or None if os.fstat(file.fileno()).st_uid in (os.getuid(), 0) else None
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def _this_node() -> str:

@@ -8,15 +8,23 @@ keeps others out.
 import logging
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 import ray
+from ray._private import worker as ray_worker
 
 from .errors import SharedRayFolder
 
 log = logging.getLogger(__name__)
 
-ACCEPT = "PDSERVE_ACCEPT_SHARED_RAY_FOLDER"  # "1" in the environment of `pdserve up`
+ACCEPT = "PDSERVE_ACCEPT_OPEN_RAY"  # "1" in the environment of `pdserve up`
+RESTART = (
+    "`ray stop; (umask 077; ray get-auth-token --generate > /dev/null); chmod 600 ~/.ray/auth_token; "
+    "mkdir -p ~/.pdserve && chmod 700 ~/.pdserve && RAY_AUTH_MODE=token ray start --head --temp-dir=$HOME/.pdserve/ray`, "
+    "on other hosts with the same ~/.ray/auth_token and --address=HEAD:PORT in place of --head; then "
+    "`RAY_AUTH_MODE=token RAY_ADDRESS=$(cat ~/.pdserve/ray/ray_current_cluster) pdserve up`"
+)
 WRITTEN = ("sockets", "logs", "runtime_resources")  # in a session folder
 
 
@@ -26,27 +34,37 @@ def session_folder() -> Path:
     return Path(str(context.get_temp_dir()), str(context.get_session_name()))
 
 
+def sockets() -> tuple[Path, ...]:
+    """Those over which this process really talks to its node, whatever the cluster calls its session folder."""
+    node = ray_worker._global_node
+    assert node is not None, "this process is connected to Ray"
+    return Path(node.raylet_socket_name), Path(node.plasma_store_socket_name)
+
+
 def is_accepted() -> bool:
-    """Whether this process's environment says that the hosts have no other users."""
+    """Whether this process's environment says that nobody else reaches the hosts."""
     return os.environ.get(ACCEPT) == "1"
 
 
-def check(session: Path, accept: bool) -> None:
-    """Raises SharedRayFolder when another user could change the folder; with `accept` it only warns."""
-    weakness = next(filter(None, (weakness_of(session / name) for name in WRITTEN)), None)
+def check(session: Path, sockets: Iterable[Path], accept: bool) -> None:
+    """Raises SharedRayFolder when another user could change the folder or the sockets; with `accept` it only warns."""
+    weaknesses = (*(weakness_of(session / name) for name in WRITTEN), *map(_weakness_of_socket, sockets))
+    weakness = next(filter(None, weaknesses), None)
     if weakness is None:
         return
     message = (
         f"Ray's folder {session} on host {os.uname().nodename} is open to other local users: {weakness}. "
         "Any of them could overwrite files of this user, and run code as this user, through Ray's logs and sockets. "
-        "Restart Ray inside a folder of mode 0700: `ray stop; mkdir -p ~/.pdserve && chmod 700 ~/.pdserve && "
-        "ray start --head --temp-dir=$HOME/.pdserve/ray`, with --address=HEAD:PORT in place of --head on other hosts, "
-        "and name it in RAY_ADDRESS. "
-        f"Where the hosts have no other users, set {ACCEPT}=1 for `pdserve up`"
+        f"Restart Ray inside a folder of mode 0700: {RESTART}. "
+        f"Where nobody else reaches the hosts, set {ACCEPT}=1 for `pdserve up`"
     )
     if not accept:
         raise SharedRayFolder(message)
     log.warning("%s (it is set)", message)
+
+
+def _weakness_of_socket(path: Path) -> str | None:
+    return weakness_of(path) or (None if path.is_socket() else f"{path} is not a socket")
 
 
 def weakness_of(folder: Path) -> str | None:

@@ -26,7 +26,7 @@ class WorkerSpec:
     log: LogSettings | None = None  # None: as Python does by default
     cores: tuple[int, ...] = ()  # decided when the process is placed
     socket_root: Path = Path("/tmp")  # where the transfer endpoint makes its private folder
-    accept_shared_ray_folder: bool = False  # the hosts have no other users
+    accept_open_ray: bool = False  # nobody else reaches the hosts
 
     @property
     def key(self) -> tuple[str, int]:

@@ -102,16 +102,14 @@ def _accepting(link: Path) -> Path | None:
 def _verify(folder: Path) -> None:
     """Raises UnsafeFolder, or FileNotFoundError."""
     status = os.lstat(folder)
-    if not stat.S_ISDIR(status.st_mode):
-        raise _unsafe(folder, "it is not a directory")
     if status.st_uid != os.getuid():
         raise _unsafe(folder, f"it belongs to the user with id {status.st_uid}")
+    if not stat.S_ISDIR(status.st_mode):
+        raise _unsafe(folder, "it is not a directory", is_ours=True)
     if status.st_mode & 0o077:
-        raise _unsafe(folder, f"its mode is {stat.S_IMODE(status.st_mode):04o}")
+        raise _unsafe(folder, f"its mode is {stat.S_IMODE(status.st_mode):04o}", is_ours=True)
 
 
-def _unsafe(folder: Path, why: str) -> UnsafeFolder:
-    return UnsafeFolder(
-        f"{folder}: {why}, expected a directory of user {os.getuid()} with mode 0700; "
-        f"remove it, or name another in {RUNTIME_FOLDER}"
-    )
+def _unsafe(folder: Path, why: str, is_ours: bool = False) -> UnsafeFolder:
+    remedy = f"name another in {RUNTIME_FOLDER}" + (", or remove it" if is_ours else "")
+    return UnsafeFolder(f"{folder}: {why}, expected a directory of user {os.getuid()} with mode 0700; {remedy}")

@@ -44,6 +44,7 @@ def test_what_cannot_run_is_not_launched(settings: dict[str, object], message: s
 def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupted(**options: Any) -> None:
         assert Path(options["_temp_dir"]).parent.is_dir()
+        assert options["address"] == "local", "no other Ray is looked for"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)

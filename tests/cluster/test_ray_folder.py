@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -103,12 +104,19 @@ def shared_session(base: Path) -> Path:
 
 def test_the_refusal_names_the_folder_and_what_mends_it(shared_session: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(SharedRayFolder) as caught:
-        check(shared_session, accept=False)
-    for part in (str(shared_session), "has mode 0777", "ray stop", "--temp-dir=", ACCEPT):
+        check(shared_session, (), accept=False)
+    for part in (
+        str(shared_session),
+        "has mode 0777",
+        "ray stop",
+        "RAY_AUTH_MODE=token ray start --head --temp-dir=",
+        "ray get-auth-token --generate",
+        ACCEPT,
+    ):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caplog.records == []
-    check(shared_session, accept=True)
+    check(shared_session, (), accept=True)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and str(shared_session) in record.getMessage()
 
@@ -122,6 +130,24 @@ def test_a_ray_that_others_can_change_is_not_adopted(
         _Ray.connect(tmp_path)
     monkeypatch.setenv(ACCEPT, "1")
     assert _Ray.connect(tmp_path) == _Ray(ours=False)
+
+
+def test_the_sockets_that_are_used_count_and_not_only_those_of_the_folder(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = ray_folder.sockets()
+    assert len(ours) == 2 and all(path.is_socket() and path.is_relative_to(ray_folder.session_folder()) for path in ours)
+    lies_in_another = made(base, 0o777) / "raylet"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(lies_in_another))
+        monkeypatch.setattr(ray_folder, "sockets", lambda: (ours[0], lies_in_another))
+        with pytest.raises(SharedRayFolder, match=f"{lies_in_another.parent} has mode 0777"):
+            _Ray.connect(tmp_path)
+    gone = made(base / "0", 0o700) / "raylet"
+    base.joinpath("0").chmod(0o755)
+    monkeypatch.setattr(ray_folder, "sockets", lambda: (gone, ours[1]))
+    with pytest.raises(SharedRayFolder, match=f"{gone} is not a socket"):
+        _Ray.connect(tmp_path)
 
 
 class Recorder:
@@ -146,7 +172,7 @@ def test_a_worker_refuses_to_run_where_others_can_change_rays_folder(
     with pytest.raises(SharedRayFolder):
         actor(entry_point, asked).run()
     assert Recorder.ran == []
-    actor(entry_point, replace(asked, accept_shared_ray_folder=True)).run()
+    actor(entry_point, replace(asked, accept_open_ray=True)).run()
     assert [run.socket_root for run in Recorder.ran] == [shared_session]
 
 

@@ -6,13 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import ray
 
-from pdserve.cluster import launch, ray_token
-from pdserve.cluster.errors import LaunchError
+from pdserve.cluster import ray_token
 from pdserve.cluster.ray_token import MODE, TOKEN, TOKEN_PATH, RayToken
-
-from ..other_user import NOBODY, needs_root
 
 pytestmark = pytest.mark.cluster
 
@@ -78,28 +74,6 @@ def test_what_an_operator_has_chosen_stays(
     assert dict(os.environ) == before
     token.withdraw()
     assert dict(os.environ) == before and applied == []
-
-
-def test_an_address_that_somebody_else_has_left_is_not_believed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    file = tmp_path / "ray_current_cluster"
-    monkeypatch.setattr(launch, "KNOWN_CLUSTER", file)
-    assert launch._known_address() is None
-    file.write_text("127.0.0.1:6379\n")
-    assert launch._known_address() == "127.0.0.1:6379"
-    needs_root()
-    os.chown(file, NOBODY, NOBODY)
-    assert launch._known_address() is None
-
-
-def test_no_ray_is_looked_for_among_the_processes_of_all_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def init(**options: object) -> None:
-        raise AssertionError(options)
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    with pytest.raises(LaunchError, match="RAY_ADDRESS: got 'auto', expected HOST:PORT"):
-        launch._Ray.connect(tmp_path)
 
 
 def test_a_ray_of_our_own_lets_in_nobody_without_its_token() -> None:

@@ -108,25 +108,33 @@ def given_away(folder: Path) -> None:
     os.chown(folder, NOBODY, NOBODY)
 
 
+def linked_by_another(folder: Path) -> None:
+    needs_root()
+    linked(folder)
+    os.chown(folder, NOBODY, NOBODY, follow_symlinks=False)
+
+
 @pytest.mark.parametrize(
-    ("squat", "why"),
+    ("squat", "why", "can_remove"),
     [
-        (linked, "it is not a directory"),
-        (Path.touch, "it is not a directory"),
-        (opened, "its mode is 0711"),
-        (given_away, f"it belongs to the user with id {NOBODY}"),
+        (linked, "it is not a directory", True),
+        (Path.touch, "it is not a directory", True),
+        (opened, "its mode is 0711", True),
+        (given_away, f"it belongs to the user with id {NOBODY}", False),
+        (linked_by_another, f"it belongs to the user with id {NOBODY}", False),
     ],
 )
 @pytest.mark.parametrize(
     "use", [lambda: admin_socket.find(ADDRESS), admin_socket.prepare, lambda: admin_socket.publish(ADDRESS, Path("/theirs"))]
 )
 def test_a_squatted_folder_is_refused_by_both_sides(
-    folder: Path, squat: Callable[[Path], None], why: str, use: Callable[[], object]
+    folder: Path, squat: Callable[[Path], None], why: str, can_remove: bool, use: Callable[[], object]
 ) -> None:
     squat(folder)
     with pytest.raises(UnsafeFolder, match=why) as caught:
         use()
-    assert str(folder) in str(caught.value) and RUNTIME_FOLDER in str(caught.value)
+    assert str(folder) in str(caught.value) and f"name another in {RUNTIME_FOLDER}" in str(caught.value)
+    assert str(caught.value).endswith(", or remove it") is can_remove, "in /tmp nobody can remove what is another user's"
 
 
 def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

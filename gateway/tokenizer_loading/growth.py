@@ -59,7 +59,7 @@ class Parts(msgspec.Struct):
         return [text for pattern in [*self.searched(), *decoded] for text in pattern.values()]
 
     def searched(self) -> list[Mapping[str, str]]:
-        """What is searched for in a text on its way to tokens: each a `String` or a `Regex`."""
+        """The patterns that are searched for in a text on its way to tokens: each a `String` or a `Regex`."""
         return [_pattern(part) for chain in (self.normalizer, self.pre_tokenizer) for part in _chain(chain)]
 
 

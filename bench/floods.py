@@ -1,0 +1,127 @@
+"""Floods a server on loopback, and tells what a newcomer notices.
+
+    pdserve up & python bench/floods.py [grpc|http|chunks ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http 127.0.0.1:8000]
+
+grpc, http: connections that say nothing, as many as this process can hold and then new ones for the oldest. chunks: 40 HTTP
+bodies at a time, in chunks of one byte. Meanwhile newcomers connect one after the other and ask for one token; each line has
+their times. Only for a server without keys on this machine, and for a bounded time.
+"""
+
+import argparse
+import json
+import resource
+import socket
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import grpc
+import httpx
+
+from pdserve.core.config_types import is_loopback
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
+
+KINDS = ("grpc", "http", "chunks")
+MAX_HELD = 15_000
+CHUNKS = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 45_000
+Address = tuple[str, int]
+
+
+def silent(address: Address, until_s: float) -> int:
+    """Connections that say nothing; how many there were."""
+    held: deque[socket.socket] = deque()
+    count = 0
+    while time.monotonic() < until_s:
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(address)
+        held.append(sock)
+        count += 1
+        if len(held) > MAX_HELD:
+            held.popleft().close()
+        if count % 50 == 0:
+            time.sleep(0.002)
+    for sock in held:
+        sock.close()
+    return count
+
+
+def chunked(address: Address, until_s: float) -> int:
+    """Bodies in chunks of one byte, 40 at a time; how many there were."""
+    counts = [0] * 40
+
+    def send(index: int) -> None:
+        while time.monotonic() < until_s:
+            try:
+                with socket.create_connection(address, timeout=max(0.1, until_s - time.monotonic())) as sock:
+                    sock.sendall(CHUNKS)
+                    counts[index] += 1
+            except OSError:
+                pass
+
+    threads = [threading.Thread(target=send, args=(index,)) for index in range(len(counts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts)
+
+
+def over_grpc(address: str) -> None:
+    request = pb.GenerateRequest(prompt=pb.Prompt(text="with"), sampling=pb.SamplingParams(max_tokens=1))
+    with grpc.insecure_channel(address, (("grpc.use_local_subchannel_pool", 1),)) as channel:
+        rpc.GenerationStub(channel).Generate(request, timeout=10, wait_for_ready=True)
+
+
+def over_http(address: str) -> None:
+    with httpx.Client(trust_env=False, timeout=10) as client:
+        client.post(f"http://{address}/v1/completions", json={"prompt": "with", "max_tokens": 1}).raise_for_status()
+
+
+def newcomers(ask: Callable[[str], None], address: str, until_s: float) -> tuple[list[float], int]:
+    """Milliseconds of those that were served, and how many were not."""
+    times, num_failed = [], 0
+    while time.monotonic() < until_s:
+        began_s = time.monotonic()
+        try:
+            ask(address)
+            times.append((time.monotonic() - began_s) * 1e3)
+        except (grpc.RpcError, httpx.HTTPError):
+            num_failed += 1
+    return times, num_failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("floods", nargs="*", metavar="grpc|http|chunks", default=KINDS)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--grpc", default="127.0.0.1:50051")
+    parser.add_argument("--http", default="127.0.0.1:8000")
+    args = parser.parse_args()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for flood in args.floods:
+        if flood not in KINDS:
+            parser.error(f"{flood!r} is no kind of flood, expected one of {', '.join(KINDS)}")
+        address, ask = (args.grpc, over_grpc) if flood == "grpc" else (args.http, over_http)
+        host, _, port = address.rpartition(":")
+        if not is_loopback(host):
+            parser.error(f"{address}: only a server on this machine is flooded")
+        ask(address)
+        until_s = time.monotonic() + min(args.seconds, 60.0)
+        sent: list[int] = []
+        attack = chunked if flood == "chunks" else silent
+        thread = threading.Thread(target=lambda attack=attack: sent.append(attack((host, int(port)), until_s)))  # noqa: B023
+        thread.start()
+        times, num_failed = newcomers(ask, address, until_s)
+        thread.join()
+        figures = {"served": len(times), "not served": num_failed}
+        if times:
+            figures |= {"median ms": round(statistics.median(times), 1), "slowest ms": round(max(times), 1)}
+        print(f"{flood:7} {sent[0]:6} sent, newcomers {json.dumps(figures)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,8 @@ HEADER_TIMEOUT_S = 10.0  # for the head of a request, from the connection's star
 KEEP_ALIVE_S = 75  # longer than the pools of common clients keep theirs
 MAX_HEADER_BYTES = 32 << 10
 MAX_HEADER_LINES = 128
+HEAD_END = b"\r\n\r\n"
+SHORT_HEAD_BYTES = 4096  # longer heads than common clients send are parsed after others' short ones
 SLICE_BYTES = 2048
 CHEAP_SLICE_BYTES, CHEAP_SHARE = 1 << 16, 64  # of a body whose length is known
 
@@ -35,7 +37,6 @@ class Connection(H11Protocol):
         on_lost: Callable[[], None],
     ) -> None:
         super().__init__(config, server_state, app_state)
-        self.fed_bytes = 0
         self._feeder = feeder
         self._pending = bytearray()
         self._head_bytes = 0  # of a head that is not complete
@@ -58,14 +59,26 @@ class Connection(H11Protocol):
     def wants_feeding(self) -> bool:
         return bool(self._pending) and not self.transport.is_closing() and self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
+    @property
+    def is_urgent(self) -> bool:
+        return self._head_bytes < SHORT_HEAD_BYTES if self.conn.their_state is h11.IDLE else self._has_length
+
+    @property
+    def _has_length(self) -> bool:
+        """Whether the head of the request in progress names the length of its body."""
+        return any(name == b"content-length" for name, _ in self.headers)
+
     def feed(self) -> int:
         """Parse one slice. A body of a length that its head names costs little, heads and chunks cost much."""
         is_body = self.conn.their_state is h11.SEND_BODY
-        is_cheap = is_body and any(name == b"content-length" for name, _ in self.headers)
+        is_cheap = is_body and self._has_length
         if is_body and not is_cheap and self.conn.our_state not in (h11.SEND_RESPONSE, h11.SEND_BODY):
             self.transport.close()  # it is answered, and its chunks go on
             return 0
-        piece = bytes(self._pending[: CHEAP_SLICE_BYTES if is_cheap else SLICE_BYTES])
+        size = CHEAP_SLICE_BYTES if is_cheap else SLICE_BYTES
+        if not is_body and (end := self._pending.find(HEAD_END, 0, size)) >= 0:
+            size = end + len(HEAD_END)  # a head by itself: what follows it may cost more
+        piece = bytes(self._pending[:size])
         del self._pending[: len(piece)]
         super().data_received(piece)
         cost = len(piece) // CHEAP_SHARE if is_cheap else len(piece)
@@ -75,7 +88,6 @@ class Connection(H11Protocol):
             cost += self._head_bytes  # they were parsed just now
             self._head_bytes = self._head_lines = 0
             self._stop_waiting()
-        self.fed_bytes += cost
         if not self._pending and not self.flow.read_paused:
             self.transport.resume_reading()
         return cost

@@ -1,7 +1,7 @@
 """Feeds what HTTP connections have received to their parsers, a little in each turn of the loop.
 
 A parser takes some 10 microseconds for each header and each chunk, and one read may hold tens of thousands of them. All
-connections of a server share what one turn has; those that have had little of it so far come first.
+connections of a server share what one turn has, and short heads of requests come before chunks and long heads.
 """
 
 import asyncio
@@ -9,13 +9,10 @@ from collections import deque
 from typing import Protocol
 
 TURN_BYTES = 4096  # that may cost much, in one turn of the loop
-FRESH_BYTES = 8192  # a connection that has had less than this comes before the others
 
 
 class Fed(Protocol):
     """A connection with bytes that wait."""
-
-    fed_bytes: int  # so far, of those that may cost much
 
     def feed(self) -> int:
         """Feed one slice; returns how many bytes that cost. May close the connection."""
@@ -26,13 +23,18 @@ class Fed(Protocol):
         """Whether there are bytes that may be fed now."""
         ...
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether its next slice comes before those of connections that are not."""
+        ...
+
 
 class Feeder:
     """Used on one asyncio loop."""
 
     def __init__(self) -> None:
         self._left = TURN_BYTES
-        self._fresh: deque[Fed] = deque()
+        self._urgent: deque[Fed] = deque()
         self._others: deque[Fed] = deque()
         self._waiting: set[Fed] = set()  # those in either queue
         self._turn: asyncio.Handle | None = None
@@ -43,8 +45,11 @@ class Feeder:
             while connection.wants_feeding and self._left > 0:
                 self._feed(connection)
         if connection.wants_feeding and connection not in self._waiting:
-            self._waiting.add(connection)
-            (self._fresh if connection.fed_bytes < FRESH_BYTES else self._others).append(connection)
+            self._enqueue(connection)
+
+    def _enqueue(self, connection: Fed) -> None:
+        self._waiting.add(connection)
+        (self._urgent if connection.is_urgent else self._others).append(connection)
 
     def _feed(self, connection: Fed) -> None:
         self._left -= connection.feed()
@@ -53,13 +58,12 @@ class Feeder:
 
     def _next_turn(self) -> None:
         self._turn, self._left = None, TURN_BYTES
-        while self._left > 0 and (queue := self._fresh or self._others):
+        while self._left > 0 and (queue := self._urgent or self._others):
             connection = queue.popleft()
             self._waiting.discard(connection)
             if connection.wants_feeding:
                 self._feed(connection)
             if connection.wants_feeding:
-                self._waiting.add(connection)
-                (self._fresh if connection.fed_bytes < FRESH_BYTES else self._others).append(connection)
+                self._enqueue(connection)
         if self._waiting and self._turn is None:
             self._turn = asyncio.get_running_loop().call_soon(self._next_turn)

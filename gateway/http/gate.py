@@ -108,10 +108,11 @@ class Gate:
         client = client_of(scope["state"]["caller"], scope["client"][0] if scope["client"] else "")
         held = _Held(self._shared.held_bytes, client)
         try:
-            with self._calls.enter(client), scope["state"]["in_use"](), self._shared.answer(), held:
+            with self._calls.enter(client), self._shared.answer(), held:
                 body = await self._body(scope, receive, held)
                 if body is not None:
-                    await _unless_gone(self._app(scope, _replay(body), send), receive)
+                    with scope["state"]["in_use"]():  # not before: a body that never ends keeps no place
+                        await _unless_gone(self._app(scope, _replay(body), send), receive)
         except (NoPlace, TooManyBytes) as error:
             code = "too_many_calls" if isinstance(error, NoPlace) else "too_many_bytes"
             raise Refused(429, code, str(error), retry_after_s=error.retry_after_s, closes=True) from error

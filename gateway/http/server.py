@@ -41,6 +41,7 @@ class HttpServer:
         self._places: FairPlaces[int] = places_for(max_connections)
         self._numbers = itertools.count()  # of connections
         self._sockets: dict[int, socket.socket] = {}  # by their connections' numbers
+        self._protocols: dict[int, Connection] = {}  # from their first byte on
         self._silent: dict[int, float] = {}  # connections without a byte yet, and since when; oldest first
         self._feeder = Feeder()
         self._handshakes: set[asyncio.Task[None]] = set()
@@ -151,8 +152,10 @@ class HttpServer:
             asyncio.get_running_loop().remove_reader(sock)
             sock.close()
             self._forget(number)
+        elif (opened := self._protocols.get(number)) is not None and opened.transport is not None:
+            opened.transport.abort()
         else:
-            with suppress(OSError):  # its protocol sees its peer hang up
+            with suppress(OSError):  # its TLS sees its peer hang up
                 sock.shutdown(socket.SHUT_RDWR)
 
     def _end_silent_ones(self, until_s: float) -> None:
@@ -171,11 +174,14 @@ class HttpServer:
 
     def _connection(self, number: int) -> Connection:
         state = {"in_use": lambda: self._places.in_use(number)}
-        return Connection(self._config, self._state, state, self._feeder, on_lost=lambda: self._forget(number))
+        made = Connection(self._config, self._state, state, self._feeder, on_lost=lambda: self._forget(number))
+        self._protocols[number] = made
+        return made
 
     def _forget(self, number: int) -> None:
         self._places.leave(number)
         self._sockets.pop(number, None)
+        self._protocols.pop(number, None)
 
     def _tick(self) -> None:
         """Every second: the Date header of answers, and an end to connections that say nothing."""

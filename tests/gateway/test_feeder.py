@@ -8,21 +8,20 @@ import pytest
 
 from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.http.connection import MAX_HEADER_BYTES, MAX_HEADER_LINES, SLICE_BYTES
-from pdserve.gateway.http.feeder import FRESH_BYTES, TURN_BYTES, Feeder
+from pdserve.gateway.http.feeder import TURN_BYTES, Feeder
 from tests.gateway.support import ScriptedCluster
 
 
 class Bytes:
     """A connection whose bytes all cost much."""
 
-    def __init__(self, name: str, count: int, fed: list[tuple[str, int]]) -> None:
-        self.fed_bytes = 0
+    def __init__(self, name: str, count: int, fed: list[tuple[str, int]], is_urgent: bool = False) -> None:
         self._name, self._left, self._fed = name, count, fed
+        self.is_urgent = is_urgent
 
     def feed(self) -> int:
         piece = min(SLICE_BYTES, self._left)
         self._left -= piece
-        self.fed_bytes += piece
         self._fed.append((self._name, piece))
         return piece
 
@@ -55,14 +54,12 @@ async def test_no_turn_parses_more_than_its_part_however_many_connections_there_
     assert set(totals.values()) == {45_000}
 
 
-async def test_a_connection_that_had_little_comes_before_those_that_had_much() -> None:
+async def test_heads_come_before_chunks_that_wait_longer() -> None:
     fed: list[tuple[str, int]] = []
     feeder = Feeder()
     for index in range(200):
         feeder.run(Bytes(str(index), 1_000_000, fed))
-    for _ in range(200 * FRESH_BYTES // TURN_BYTES):
-        await asyncio.sleep(0)
-    feeder.run(Bytes("newcomer", 300, fed))
+    feeder.run(Bytes("newcomer", 300, fed, is_urgent=True))
     before = len(fed)
     await asyncio.sleep(0)
     assert fed[before][0] == "newcomer"

@@ -98,6 +98,7 @@ class GrpcConnections:
         """Look, if there may be many, and shut down those that have no place. Whether places are short."""
         if len(os.listdir(DESCRIPTORS)) <= self.places.max_places // 2:
             self._names.clear()
+            self._ended.clear()  # a name may come back
             return False
         loop = asyncio.get_running_loop()
         losers = self.settle(await loop.run_in_executor(self._thread, self._look, port))
@@ -123,7 +124,7 @@ class GrpcConnections:
         return losers
 
     def _look(self, port: int) -> dict[str, int]:
-        """The connections that there are, oldest first as far as they are known. On a thread."""
+        """The descriptors of the connections that there are, by their names. On a thread."""
         found, names = dict[str, int](), dict[str, str | None]()
         for entry in os.listdir(DESCRIPTORS):
             with suppress(OSError):  # closed meanwhile

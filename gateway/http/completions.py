@@ -45,7 +45,7 @@ class Completions:
         (message,), asked = await read(http, "chat", self._serving)
         assert isinstance(message, pb.GenerateRequest)
         with ExitStack() as paying:
-            # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens, unless it is told otherwise
+            # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens unless it asks for more
             charges = paying.enter_context(self._serving.charged([message], http.state.caller, fills=True))
             requests = [await self._request(http, message, charges[0], fills=True)]
             form = self._format(ChatFormat, f"chatcmpl-{http.state.request_id}", requests, _wanted(asked))

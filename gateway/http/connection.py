@@ -83,7 +83,7 @@ class Connection(H11Protocol):
         super().data_received(piece)
         cost = len(piece) // CHEAP_SHARE if is_cheap else len(piece)
         if self.conn.their_state is h11.IDLE:
-            cost += self._check_head(piece)
+            self._check_head(piece)
         else:
             cost += self._head_bytes  # they were parsed just now
             self._head_bytes = self._head_lines = 0
@@ -92,14 +92,13 @@ class Connection(H11Protocol):
             self.transport.resume_reading()
         return cost
 
-    def _check_head(self, piece: bytes) -> int:
-        """The head of a request is not complete, and has its bounds."""
+    def _check_head(self, piece: bytes) -> None:
+        """Counts `piece` of a head that is not complete, and refuses the request when it is too large."""
         self._await_head()
         self._head_bytes += len(piece)
         self._head_lines += piece.count(b"\n")
         if self._head_bytes > MAX_HEADER_BYTES or self._head_lines > MAX_HEADER_LINES:
             self.send_400_response("The head of the request is too large.")
-        return 0
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

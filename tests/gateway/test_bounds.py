@@ -1,11 +1,8 @@
 """Attacks that hold things open: connections, calls, bodies that never end. Those who hold less are served all the same."""
 
 import asyncio
-import os
 import ssl
-import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +15,19 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pdserve.core import peer_log
 from pdserve.core.config_listen import TlsSection
 from pdserve.gateway import call_bounds, connections
-from pdserve.gateway.app import GatewayServer, serve
+from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.call_bounds import HeldBytes, KeylessCalls, PendingReads, TooManyBytes, TooSlow
-from pdserve.gateway.connections import RESERVED_DESCRIPTORS, GrpcConnections, connections_of_each
+from pdserve.gateway.connections import RESERVED_DESCRIPTORS, connections_of_each
 from pdserve.gateway.http import server as http_server
 from pdserve.gateway.keys import make_key, new_key
 from pdserve.gateway.places import NoPlace
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.certificates import Authority
-from tests.gateway.conftest import CONFIG
-from tests.gateway.support import ScriptedCluster, model_info
+from tests.gateway.flooding import as_key, connect, first_to_end, hang_up, request, serving
+from tests.gateway.support import ScriptedCluster
 
 MALLORY, ALICE = new_key(), new_key()
 WATCH = health_pb2.HealthCheckRequest()
-
-
-def request(**fields: Any) -> pb.GenerateRequest:
-    return pb.GenerateRequest(prompt=pb.Prompt(text="the dog"), sampling=pb.SamplingParams(max_tokens=2), **fields)
-
-
-def as_key(key: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {key}"),)
-
-
-@asynccontextmanager
-async def serving(
-    cluster: ScriptedCluster, listen: dict[str, Any] | None = None, **limits: int
-) -> AsyncIterator[GatewayServer]:
-    changes = {"limits": CONFIG.limits.model_copy(update=limits), "listen": CONFIG.listen.model_copy(update=listen or {})}
-    gateway = await serve(cluster, CONFIG.model_copy(update=changes), cluster.tokenizer, model_info(cluster.tokenizer))
-    try:
-        yield gateway
-    finally:
-        await gateway.stop(0)
 
 
 @pytest.fixture
@@ -59,46 +36,6 @@ def keys(tmp_path: Path) -> dict[str, Any]:
     path.write_text("".join(f"{make_key(name, key).line}\n" for name, key in (("mallory", MALLORY), ("alice", ALICE))))
     path.chmod(0o600)
     return {"api_keys": str(path)}
-
-
-async def connect(address: str, count: int) -> list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    host, _, port = address.rpartition(":")
-    return [await asyncio.open_connection(host, int(port)) for _ in range(count)]
-
-
-async def first_to_end(opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> int:
-    """Which connection is the first that its server closes."""
-    reads = {asyncio.create_task(_until_closed(reader)): index for index, (reader, _) in enumerate(opened)}
-    done, pending = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED, timeout=30)
-    for task in pending:
-        task.cancel()
-    return min(reads[task] for task in done)
-
-
-async def _until_closed(reader: asyncio.StreamReader) -> None:
-    try:
-        while await reader.read(1 << 16):
-            pass
-    except ConnectionError:
-        pass
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    loop, held = asyncio.get_running_loop(), asyncio.Event()
-
-    def look() -> None:
-        if holds():
-            held.set()
-        else:
-            loop.call_soon(look)
-
-    look()
-    await asyncio.wait_for(held.wait(), 30)
-
-
-def hang_up(opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> None:
-    for _, writer in opened:
-        writer.transport.abort()
 
 
 # connections
@@ -346,48 +283,6 @@ async def test_a_message_that_never_comes_has_its_time(monkeypatch: pytest.Monke
     assert await _receive(PendingReads(4), "alice", asyncio.Event()) == "the message did not come within 0.01 s"
 
 
-# lines that peers cause
-
-
-SERVER = """
-import asyncio, sys
-from pdserve.gateway.app import serve
-from tests.gateway.conftest import CONFIG
-from tests.gateway.support import ScriptedCluster, byte_level, model_info
-
-async def main():
-    cluster = ScriptedCluster(byte_level())
-    server = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer))
-    print(server.port, flush=True)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    await server.stop(0)
-
-asyncio.run(main())
-"""
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-GOAWAY = bytes([0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2])
-
-
-async def test_frames_that_grpc_does_not_like_write_no_lines() -> None:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
-    env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
-    assert process.stdout is not None
-    while not (port := (await process.stdout.readline()).decode().strip()):
-        pass  # a tokenizer that is trained prints empty lines
-    address = f"127.0.0.1:{port}"
-    for sent in (PREFACE + SETTINGS + GOAWAY, PREFACE + b"\xff" * 64, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + bytes(64)):
-        (reader, writer), *_ = await connect(address, 1)
-        writer.write(sent)
-        writer.write_eof()
-        await _until_closed(reader)
-        writer.close()
-    _, lines = await process.communicate(b"")
-    assert lines == b""
-
-
 @pytest.mark.parametrize(
     ("peer", "host"),
     [
@@ -410,104 +305,3 @@ async def test_reflection_takes_small_messages_alone(channel: grpc.aio.Channel) 
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     small = reflection_pb2.ServerReflectionRequest(list_services="")
     assert (await anext(aiter(stub.ServerReflectionInfo(iter([small]))))).list_services_response.service
-
-
-# races
-
-
-def test_a_connection_that_lost_its_place_gets_no_other_one() -> None:
-    """The library may hold it for a while after it was shut down."""
-    watched = GrpcConnections(16)  # 8 of one address
-    found = {f"10.0.0.1 {port}": port for port in range(8)}
-    assert watched.settle(found) == {}
-    found["10.0.0.1 99"] = 99
-    assert watched.settle(found) == {"10.0.0.1 0": 0}
-    assert watched.settle(found) == {}
-    del found["10.0.0.1 0"]
-    assert watched.settle(found) == {} and len(watched.places) == 8
-    watched.stop()
-
-
-async def test_the_watch_on_connections_outlives_errors(
-    cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    looked = asyncio.Event()
-
-    def listdir(path: str) -> list[str]:
-        if caplog.records:
-            looked.set()
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(peer_log._LIMIT, "_budget", peer_log.LineBudget())
-    monkeypatch.setattr(connections, "QUIET_S", 0.0)
-    monkeypatch.setattr(connections.os, "listdir", listdir)
-    async with serving(cluster):
-        await asyncio.wait_for(looked.wait(), 30)
-    assert "connections cannot be counted" in caplog.text
-
-
-async def test_a_pipelined_request_keeps_its_connection(cluster: ScriptedCluster) -> None:
-    """The request before it ends some turns after its own has begun."""
-    cluster.hold_after = 1
-    body = b'{"prompt": "hello", "max_tokens": 1}', b'{"prompt": "hello", "max_tokens": 2}'
-    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
-    async with serving(cluster, max_connections=16) as server:
-        assert server.http_address is not None and server._http is not None
-        ((reader, writer),) = await connect(server.http_address, 1)
-        writer.write(b"".join((head % len(text)).encode() + text for text in body))
-        await cluster.held.wait()
-        opened = await connect(server.http_address, 20)
-        await first_to_end(opened)
-        cluster.say_on.set()
-        answers = await asyncio.wait_for(reader.readuntil(b'"completion_tokens":2'), 30)
-        assert answers.count(b"HTTP/1.1 200") == 2
-        hang_up([(reader, writer), *opened])
-
-
-async def test_an_http_server_that_stops_leaves_no_connection(cluster: ScriptedCluster) -> None:
-    """Also one whose first byte has just come."""
-    async with serving(cluster) as server:
-        http = server._http
-        assert http is not None
-        opened = await connect(http.address, 2)
-        await until(lambda: len(http._sockets) == 2)
-        http._on_first_byte(next(iter(http._sockets)))
-        await http.stop(0)
-        assert not http._sockets and not len(http._places)
-        hang_up(opened)
-
-
-async def test_an_answer_that_is_not_read_ends(cluster: ScriptedCluster) -> None:
-    """A client of HTTP/2 whose windows stay closed."""
-    async with serving(cluster, max_unread_s=0.05) as server:
-        ((reader, writer),) = await connect(server.grpc_address, 1)
-        closed_window = bytes([0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0])
-        fields = {
-            b":method": b"POST",
-            b":scheme": b"http",
-            b":path": b"/pdserve.v1.Generation/Tokenize",
-            b":authority": b"x",
-            b"te": b"trailers",
-            b"content-type": b"application/grpc",
-        }
-        headers = b"".join(b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields.items())
-        message = pb.TokenizeRequest(prompt=pb.Prompt(text="hello")).SerializeToString()
-        data = b"\x00" + len(message).to_bytes(4, "big") + message
-        stream = (1).to_bytes(4, "big")
-        writer.write(PREFACE + closed_window)
-        writer.write(len(headers).to_bytes(3, "big") + b"\x01\x04" + stream + headers)
-        writer.write(len(data).to_bytes(3, "big") + b"\x00\x01" + stream + data)
-        await reader.read(1)
-        uses = server._connections.places._num_uses
-        await until(lambda: bool(uses))
-        await until(lambda: not uses)
-        hang_up([(reader, writer)])
-
-
-async def test_the_user_who_runs_the_cluster_may_watch_its_health_often(
-    server: GatewayServer, local_channel: grpc.aio.Channel
-) -> None:
-    watches = [health_pb2_grpc.HealthStub(local_channel).Watch(WATCH) for _ in range(20)]
-    for watch in watches:
-        await anext(aiter(watch))
-        watch.cancel()

@@ -42,6 +42,7 @@ KEEPALIVE_MS = 60_000  # a connection that is silent for so long is asked whethe
 IDLE_MS = 900_000  # a connection without a call for so long is closed; clients come back by themselves
 LOOKAHEAD_BYTES = 64 << 10
 MAX_STREAMS = 1000  # at once on one connection; clients keep more waiting
+MAX_PENDING_CALLS = 1000
 MAX_REFUSALS = 1024  # calls that are being refused
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
@@ -171,6 +172,9 @@ def _server(config: ClusterConfig, generation: GenerationService, admin: Cluster
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
             ("grpc.max_connection_idle_ms", IDLE_MS),
             ("grpc.max_concurrent_streams", MAX_STREAMS),  # the library holds the headers of each, also of those refused
+            # calls that wait for the loop, with their headers; the library refuses more
+            ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ("grpc.max_allowed_incoming_connections", guard.bounds.connections.max_accepted),
             # a stream that nobody reads yet may bring no more than this; by itself gRPC would raise it with the bandwidth
             ("grpc.http2.bdp_probe", 0),

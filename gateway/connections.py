@@ -16,6 +16,7 @@ from contextlib import suppress
 
 from ..core.peer_log import peer_log
 from .places import FairPlaces, Holder, NoPlace, address_group
+from .unpaid_calls import UnpaidCalls
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class GrpcConnections:
         self.places: FairPlaces[str] = places_for(max_connections)  # by their names
         self._names: dict[str, str | None] = {}  # of sockets as /proc calls them; None: not one of the server's
         self._ended: set[str] = set()  # connections that were shut down, until they are gone
+        self._unpaid = UnpaidCalls()
+        self._closing: set[str] = set()  # connections to shut down at the next look
+        self._wake = asyncio.Event()  # there are some
         self._thread = ThreadPoolExecutor(1, "grpc-connections")  # of its own: clients can fill the loop's
         self._task: asyncio.Task[None] | None = None
 
@@ -73,6 +77,16 @@ class GrpcConnections:
     def max_accepted(self) -> int:
         """How many the library may accept: some more than there are places, so that newcomers are seen."""
         return self.places.max_places + self.places.max_places // 2
+
+    def add_unpaid(self, name: str, now_s: float) -> None:
+        """Count a call without a key. A connection that makes too many is closed, unless a proxy has others on it too."""
+        if self._unpaid.add(name, now_s) and not self.places.is_in_use(name):
+            self.close(name)
+
+    def close(self, name: str) -> None:
+        """Shut the connection down, soon."""
+        self._closing.add(name)
+        self._wake.set()
 
     def start(self, port: int) -> None:
         """Watch the connections to `port`. Without /proc only the library's own bound holds."""
@@ -92,19 +106,29 @@ class GrpcConnections:
             except (OSError, RuntimeError) as error:  # out of descriptors or threads: the next look may find some
                 peer_log.warning("listen.grpc: connections cannot be counted: %s", error)
                 is_full = False
-            await asyncio.sleep(max(BUSY_S, (time.monotonic() - began_s) / BUSY_SHARE) if is_full else QUIET_S)
+            pause_s = (time.monotonic() - began_s) / BUSY_SHARE
+            await asyncio.sleep(pause_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), BUSY_S if is_full else QUIET_S)
 
     async def _keep_bounds(self, port: int) -> bool:
         """Look, if there may be many, and shut down those that have no place. Whether places are short."""
-        if len(os.listdir(DESCRIPTORS)) <= self.places.max_places // 2:
+        closing, self._closing = self._closing, set()
+        self._wake.clear()
+        if not closing and len(os.listdir(DESCRIPTORS)) <= self.places.max_places // 2:
             self._names.clear()
             self._ended.clear()  # a name may come back
             return False
         loop = asyncio.get_running_loop()
-        losers = self.settle(await loop.run_in_executor(self._thread, self._look, port))
+        found = await loop.run_in_executor(self._thread, self._look, port)
+        misused = {name: found[name] for name in closing if name in found}
+        losers = self.settle(found)
+        if misused or losers:
+            await loop.run_in_executor(self._thread, _shut_down, losers | misused)
         if losers:
-            await loop.run_in_executor(self._thread, _shut_down, losers)
             peer_log.warning("listen.grpc: %d connections without a call lost their places to newcomers", len(losers))
+        if misused:
+            peer_log.warning("listen.grpc: %d connections closed for too many headers or calls without a key", len(misused))
         return len(self.places) >= self.places.max_places * 3 // 4
 
     def settle(self, found: dict[str, int]) -> dict[str, int]:

@@ -33,6 +33,7 @@ from .offload.offload import SMALL_BYTES
 from .revocation import Revocation
 from .translate import translated, write
 
+MAX_HEADERS = 128  # of a call: more were put together from references to a few, to use up memory
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
 
 _SERVICES = {
@@ -106,6 +107,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         details = handler_call_details
         need = need_of(details.method)
+        num_headers = len(details.invocation_metadata or ())
+        if num_headers > MAX_HEADERS:
+            error = InvalidRequest("metadata", f"{num_headers} headers", f"at most {MAX_HEADERS}")
+            return self._refusal(error, self.bounds.connections.close)
         try:
             if self._access is not None:
                 shown = [value for name, value in details.invocation_metadata or () if name == "authorization"]
@@ -114,7 +119,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
             elif not self._offers_admin and service_of(details.method) in ADMIN_SERVICES:
                 raise NotPermitted(f"{service_of(details.method)}: {_ADMIN_IS_LOCAL}")
         except PdserveError as error:
-            return _refusal(error)
+            return self._refusal(error, self._add_unpaid)
         if details.method not in self._handlers:
             found: Handler = await continuation(details)
             if found is None:  # there is no such method, and there may be any number of their names
@@ -131,6 +136,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
             peer, caller = context.peer(), CALLER.get()
             client, connection = client_of(caller, host_of(peer)), connection_of(peer)
             is_keyless = need is Need.NOTHING and caller is None and not peer.startswith("unix:")
+            if is_keyless:
+                self._add_unpaid(connection)
             async with (
                 translated(context),
                 self._revocation.watch(caller, need),
@@ -147,6 +154,20 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
                         await write(context, response, self.bounds.max_unread_s)
 
         return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+
+    def _add_unpaid(self, connection: str) -> None:
+        self.bounds.connections.add_unpaid(connection, asyncio.get_running_loop().time())
+
+    def _refusal(self, error: PdserveError, count: Callable[[str], None]) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Ends any call, and has its connection counted. As a handler of streams it does not wait for the client's message,
+        which may be large."""
+
+        async def refuse(requests: Any, context: Context) -> None:
+            count(connection_of(context.peer()))
+            async with translated(context):
+                raise error
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
     @asynccontextmanager
     async def _message(self, messages: Any, client: str, kind: type[Message]) -> AsyncIterator[Message]:
@@ -183,13 +204,3 @@ def connection_of(peer: str) -> str:
     """The connection of gRPC's name for a peer."""
     host = host_of(peer)
     return connection_name(host, peer.rpartition(":")[2]) if peer.startswith("ip") else peer
-
-
-def _refusal(error: PdserveError) -> "grpc.RpcMethodHandler[Any, Any]":
-    """Ends any call. As a handler of streams it does not wait for the client's message, which may be large."""
-
-    async def refuse(requests: Any, context: Context) -> None:
-        async with translated(context):
-            raise error
-
-    return grpc.stream_stream_rpc_method_handler(refuse)

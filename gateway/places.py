@@ -79,6 +79,9 @@ class FairPlaces(Generic[Holder]):
                 del self._num_uses[holder]
             self._settle(holder)
 
+    def is_in_use(self, holder: Holder) -> bool:
+        return bool(self._num_uses.get(holder))
+
     def leave(self, holder: Holder) -> None:
         """Give the place back; idempotent."""
         group = self._group_of.get(holder)

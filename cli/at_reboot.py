@@ -6,7 +6,19 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-OF_A_SESSION = ("SSH_", "XDG_", "DBUS_", "TERM", "TMUX", "PWD", "OLDPWD", "SHLVL", "_", "MAIL", "BASH_FUNC_")  # prefixes, or names
+OF_A_SESSION = (
+    "SSH_",
+    "XDG_",
+    "DBUS_",
+    "TERM",
+    "TMUX",
+    "PWD",
+    "OLDPWD",
+    "SHLVL",
+    "_",
+    "MAIL",
+    "BASH_FUNC_",
+)  # prefixes, or names
 
 
 class AtReboot:
@@ -33,7 +45,9 @@ class AtReboot:
         self._script.unlink(missing_ok=True)
 
     def _others(self) -> list[str]:
-        listed = subprocess.run(["crontab", "-l"], stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fails without one
+        listed = subprocess.run(
+            ["crontab", "-l"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )  # fails without one
         return [line for line in listed.stdout.splitlines() if line != self._line]
 
     @staticmethod
@@ -49,4 +63,3 @@ def script_of(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 def _is_lasting(name: str) -> bool:
     return name.isidentifier() and not any(name == part or (len(part) > 3 and name.startswith(part)) for part in OF_A_SESSION)
-

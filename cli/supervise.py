@@ -97,7 +97,9 @@ class _Supervisor:
         self._file = file
         self._ray_start = ray_start
         self._folder = folder
-        self._ray_folder = Path(next((word.partition("=")[2] for word in ray_start if word.startswith("--temp-dir=")), "/tmp/ray"))
+        self._ray_folder = Path(
+            next((word.partition("=")[2] for word in ray_start if word.startswith("--temp-dir=")), "/tmp/ray")
+        )
         self._at_reboot = AtReboot(folder / "at_reboot")
 
     def install(self) -> None:

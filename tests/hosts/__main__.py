@@ -49,11 +49,11 @@ def act(hosts: Hosts, command: str, words: list[str]) -> int:
         case "run", [host, *command_words] if command_words:
             command = hosts.command(host, " ".join(command_words))
             os.execvp(command[0], command)
-        case ("cut" | "heal"), [one, other]:
+        case (("cut" | "heal"), [one, other]):
             getattr(hosts, command)(one, other)
-        case ("isolate" | "join" | "freeze" | "thaw" | "boot"), [host]:
+        case (("isolate" | "join" | "freeze" | "thaw" | "boot"), [host]):
             getattr(hosts, command)(host)
-        case ("halt" | "reboot"), [host, *hard] if hard in ([], ["hard"]):
+        case (("halt" | "reboot"), [host, *hard]) if hard in ([], ["hard"]):
             getattr(hosts, command)(host, hard=bool(hard))
         case "shape", [host, *limits]:
             hosts.shape(host, **dict(limit.split("=", 1) for limit in limits))

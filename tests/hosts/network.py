@@ -59,6 +59,7 @@ class Hosts:
         self.name = name
         self.folder = Path("/var/tmp", f"pdserve-hosts-{name}")
         self._switch = f"{name}-switch"
+        self._booted: dict[str, subprocess.Popen[bytes]] = {}  # by this object, by host
 
     def up(self, hosts: Sequence[str]) -> None:
         """Makes and boots hosts of these names; the first is the operator's. Their addresses are 10.77.0.1 and on."""
@@ -95,7 +96,18 @@ class Hosts:
 
     def command(self, host: str, command: str) -> list[str]:
         """What runs a shell's command on the host when the machine executes it."""
-        login = ["env", "-i", "HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8", "bash", "-lc", f"cd; {command}"]
+        login = [
+            "env",
+            "-i",
+            "HOME=/root",
+            "USER=root",
+            "LOGNAME=root",
+            "SHELL=/bin/bash",
+            "LANG=C.UTF-8",
+            "bash",
+            "-lc",
+            f"cd; {command}",
+        ]
         return ["nsenter", f"--target={self._first(host)}", "-m", "-u", "-i", "-n", "-p", *login]
 
     def run(self, host: str, command: str, timeout_s: float = 60.0) -> str:
@@ -110,7 +122,9 @@ class Hosts:
 
     def pids(self, host: str) -> list[int]:
         """The host's processes, as the machine numbers them."""
-        return [pid for pid in map(int, _run("ip", "netns", "pids", self._space(host)).split()) if _number_inside(pid) is not None]
+        return [
+            pid for pid in map(int, _run("ip", "netns", "pids", self._space(host)).split()) if _number_inside(pid) is not None
+        ]
 
     def cut(self, one: str, other: str) -> None:
         """What either sends to the other is lost, as in a firewall that drops it. Survives a reboot."""
@@ -138,7 +152,11 @@ class Hosts:
         for namespace, device in ends:
             subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], stderr=subprocess.DEVNULL)
             if delay or loss:
-                limits = [*(["delay", delay] if delay else []), *(["loss", loss] if loss else []), *(["rate", rate] if rate else [])]
+                limits = [
+                    *(["delay", delay] if delay else []),
+                    *(["loss", loss] if loss else []),
+                    *(["rate", rate] if rate else []),
+                ]
                 try:
                     _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "netem", "limit", "10000", *limits)
                 except HostsError as error:
@@ -165,6 +183,7 @@ class Hosts:
         if hard:
             self.isolate(host)
         _kill_all(self._space(host))
+        self._reap(host)
 
     def boot(self, host: str) -> None:
         """Starts a halted host, with its home and crontabs as they were, and with /tmp, /dev/shm and /run empty."""
@@ -179,6 +198,7 @@ class Hosts:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/",
             )  # fmt: skip
         assert first.stdout is not None
+        self._booted[host] = first
         with first.stdout as ready:
             is_up = bool(select.select([ready], [], [], BOOT_TIMEOUT_S)[0]) and ready.readline() == b"ready\n"
         if not is_up:
@@ -194,6 +214,8 @@ class Hosts:
         for space in [path.name for path in NAMESPACES.glob(f"{prefix}*")]:
             _kill_all(space)
             _run("ip", "netns", "del", space)
+        for host in list(self._booted):
+            self._reap(host)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> "Hosts":
@@ -201,6 +223,10 @@ class Hosts:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.down()
+
+    def _reap(self, host: str) -> None:
+        if host in self._booted:
+            self._booted.pop(host).wait()
 
     def _lay_cable(self, host: str) -> None:
         space, port = self._space(host), self._port(host)
@@ -210,6 +236,10 @@ class Hosts:
         _run("ip", "-n", self._switch, "link", "set", port, "master", "bridge", "up")
         _run("ip", "-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
         _run("ip", "-n", space, "link", "set", "eth0", "up")
+        _run("ip", "-n", space, "link", "add", "wan", "type", "bridge")  # the default route leads elsewhere, to nobody
+        _run("ip", "-n", space, "addr", "add", f"198.51.100.{self._index(host) + 1}/24", "dev", "wan")
+        _run("ip", "-n", space, "link", "set", "wan", "up")
+        _run("ip", "-n", space, "route", "add", "default", "via", "198.51.100.254", "dev", "wan")
 
     def _furnish(self, host: str) -> None:
         """What lies on its disk when it boots for the first time."""
@@ -263,17 +293,18 @@ class Hosts:
 
 
 def _kill_all(space: str) -> None:
-    """Returns when none of the namespace's processes is left."""
-    descriptors = []
-    for pid in map(int, _run("ip", "netns", "pids", space).split()):
-        with suppress(ProcessLookupError):
-            descriptors.append(os.pidfd_open(pid))
-            os.kill(pid, signal.SIGKILL)
-    for descriptor in descriptors:
-        select.select([descriptor], [], [])
-        os.close(descriptor)
-    if _run("ip", "netns", "pids", space).split():  # they were made meanwhile
-        _kill_all(space)
+    """Returns when none of the namespace's processes is left. Those around a PID namespace reap it, and end by themselves."""
+    while pids := [int(pid) for pid in _run("ip", "netns", "pids", space).split()]:
+        inside = [pid for pid in pids if _number_inside(pid) is not None]
+        descriptors = []
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                descriptors.append(os.pidfd_open(pid))
+                if pid in inside or not inside:
+                    os.kill(pid, signal.SIGKILL)
+        for descriptor in descriptors:
+            select.select([descriptor], [], [])
+            os.close(descriptor)
 
 
 def _number_inside(pid: int) -> int | None:

@@ -6,23 +6,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-OF_A_SESSION = (
-    "SSH_",
-    "XDG_",
-    "DBUS_",
-    "TERM",
-    "TMUX",
-    "PWD",
-    "OLDPWD",
-    "SHLVL",
-    "_",
-    "MAIL",
-    "BASH_FUNC_",
-)  # prefixes, or names
+OF_A_SESSION = {"_", "MAIL", "OLDPWD", "PWD", "SHLVL", "TERM", "TMUX"}
+PREFIXES_OF_A_SESSION = ("DBUS_", "SSH_", "XDG_")
 
 
 class AtReboot:
-    """One command, of this environment, in a script that a line of the user's crontab runs."""
+    """One command, in a script that a line of the user's crontab runs."""
 
     def __init__(self, script: Path) -> None:
         self._script = script
@@ -34,7 +23,8 @@ class AtReboot:
         return shutil.which("crontab") is not None
 
     def install(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Replaces what was installed before. The script is for this user alone: the environment may hold secrets."""
+        """Replaces what was installed before. Only this user can read the script: an environment may hold secrets."""
+        self._script.unlink(missing_ok=True)
         self._script.touch(0o700)
         self._script.write_text(script_of(command, environment))
         self._write([*self._others(), self._line])
@@ -45,9 +35,8 @@ class AtReboot:
         self._script.unlink(missing_ok=True)
 
     def _others(self) -> list[str]:
-        listed = subprocess.run(
-            ["crontab", "-l"], stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )  # fails without one
+        """The lines of the crontab that are not ours; none where there is no crontab, which is an error of `crontab`."""
+        listed = subprocess.run(["crontab", "-l"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         return [line for line in listed.stdout.splitlines() if line != self._line]
 
     @staticmethod
@@ -62,4 +51,5 @@ def script_of(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def _is_lasting(name: str) -> bool:
-    return name.isidentifier() and not any(name == part or (len(part) > 3 and name.startswith(part)) for part in OF_A_SESSION)
+    is_of_a_session = name in OF_A_SESSION or name.startswith(PREFIXES_OF_A_SESSION)
+    return name.isidentifier() and not is_of_a_session  # bash exports functions under names that are none

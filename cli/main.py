@@ -95,7 +95,7 @@ def supervise(
     ray_start: Annotated[list[str], typer.Argument(help="The command that starts Ray, behind `--`.")],
     at_reboot: Annotated[bool, typer.Option("--at-reboot", hidden=True)] = False,
 ) -> None:
-    """Start Ray and `pdserve up` on a head, and again after a crash or a reboot; where they run, apply the file. For `ray up`."""
+    """For `ray up`: start Ray and `pdserve up` on a head, again after a crash or a reboot; where they run, apply FILE."""
     from .supervise import supervise
 
     supervise(file, ray_start, at_reboot)

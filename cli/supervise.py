@@ -1,7 +1,7 @@
 """`pdserve supervise`: starts a head's Ray and `pdserve up`, and again after a crash or a reboot of its host.
 
-`ray up` runs it on the head. `ray stop`, and so `ray down`, ends what has `ray::` in its name: the supervisor calls itself so,
-and is gone for good then. `pdserve down` ends it too, and leaves Ray to `ray down`.
+`ray up` runs it on the head. It ends for good with `pdserve down`, which leaves Ray to `ray down`, and with `ray stop`, and so
+with `ray down`: they end all processes with `ray::` in their name, and it gives itself such a name.
 """
 
 import ctypes
@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,13 +27,17 @@ from .at_reboot import AtReboot
 from .client import CommandFailed, connect_to_administer
 from .plan import read_config
 
+FOLDER = Path("~/.pdserve")
+LOG = Path("~/pdserve.log")
+TEMP_DIR = "--temp-dir="  # of `ray start`
 MAX_PAUSE_S = 60.0
 MAX_OPEN_FILES = 65536
 END_S = 3.0  # of the 5 s that `ray stop` leaves a process
 RAY_PROCESSES = {"gcs_server", "raylet"}
-NAME = b"ray::supervise"  # at most 15 bytes
+OWN_NAME = b"ray::supervise"  # at most 15 bytes
+HIDDEN_NAME = b"pdserve"  # while it runs `ray stop` itself
 PR_SET_NAME = 15
-AWAITED = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+REQUESTS_TO_END = {signal.SIGTERM, signal.SIGINT}
 
 
 class Pauses:
@@ -49,20 +54,21 @@ class Pauses:
 
 
 class _Ended(Exception):
-    """The supervisor was asked to end. `by`: the process that did, or 0."""
+    """The supervisor was asked to end. `by`: the process that asked."""
 
     def __init__(self, by: int) -> None:
         self.by = by
 
 
 def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
-    """Returns when Ray runs; `pdserve up` then starts in the background. Where both run already, applies `file` to the cluster.
+    """Starts Ray, and `pdserve up` in the background; where they are supervised already, applies `file` to the cluster.
 
-    `at_reboot`: the network may come up later, so that Ray is started in the background too. Raises CommandFailed."""
+    `at_reboot`: Ray too is started in the background, and tried again: the network may come up later. Raises CommandFailed.
+    """
     config = read_config(file)
-    folder = Path("~/.pdserve").expanduser()
+    folder = FOLDER.expanduser()
     folder.mkdir(0o700, exist_ok=True)
-    lock = os.open(folder / "supervisor", os.O_RDWR | os.O_CREAT, 0o600)  # held until the last process with it ends
+    lock = os.open(folder / "supervisor", os.O_RDWR | os.O_CREAT, 0o600)  # held until the supervisor ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -72,22 +78,23 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
     supervisor = _Supervisor(file.absolute(), ray_start, folder)
     if not at_reboot:
         supervisor.start_ray()
-        supervisor.install()
-    log = Path("~/pdserve.log").expanduser()
+        supervisor.start_at_reboot()
+    log = LOG.expanduser()
     if os.fork():
         print(f"pdserve starts in the background: see `pdserve status`, and {log}", flush=True)
         os._exit(0)
     os.setsid()
-    _redirect(log)
-    os._exit(supervisor.run())
+    _log_to(log)
+    supervisor.run()
+    os._exit(0)
 
 
 def _apply(config: ClusterConfig, file: Path) -> None:
     address = f"127.0.0.1:{config.listen.grpc_host_port[1]}"
     if admin_socket.find(address) is None:
-        print("the head is supervised already, and does not serve yet; it goes on as it is")
+        print("the head is supervised already, and does not serve yet; it takes the file when it tries again")
         return
-    print("the head serves already; this is what changes:")
+    print("the head serves already; what changes:")
     with connect_to_administer(address) as client:
         apply(client, file, dry_run=False)
 
@@ -97,13 +104,12 @@ class _Supervisor:
         self._file = file
         self._ray_start = ray_start
         self._folder = folder
-        self._ray_folder = Path(
-            next((word.partition("=")[2] for word in ray_start if word.startswith("--temp-dir=")), "/tmp/ray")
-        )
+        named = (word.removeprefix(TEMP_DIR) for word in ray_start if word.startswith(TEMP_DIR))
+        self._ray_folder = Path(next(named, "/tmp/ray"))
         self._at_reboot = AtReboot(folder / "at_reboot")
 
-    def install(self) -> None:
-        """Has cron start it again after a reboot, or says that nothing will."""
+    def start_at_reboot(self) -> None:
+        """Has cron start it again, or says that nothing will."""
         if not AtReboot.is_possible():
             print("this host has no cron: after a reboot of it, run `ray up` again", file=sys.stderr)
             return
@@ -111,52 +117,43 @@ class _Supervisor:
         self._at_reboot.install(command, os.environ)
 
     def start_ray(self) -> None:
-        """In place of what is left of another one. Raises CommandFailed."""
+        """In place of what is left of another one, whose logs stay until the next. Raises CommandFailed."""
         subprocess.run(["ray", "stop"], stdin=subprocess.DEVNULL)
-        before = self._folder / "ray-before"  # the logs of the last one stay
+        before = self._folder / "ray-before"
         shutil.rmtree(before, ignore_errors=True)
         with suppress(FileNotFoundError):
             self._ray_folder.rename(before)
         if subprocess.run(self._ray_start, stdin=subprocess.DEVNULL).returncode:
             raise CommandFailed(f"Ray does not start: `{' '.join(self._ray_start)}`")
 
-    def run(self) -> int:
-        """Until somebody ends it; returns the exit status."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
+    def run(self) -> None:
+        """Until somebody ends it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*REQUESTS_TO_END, signal.SIGCHLD})
+        _call_itself(OWN_NAME)
         pauses = Pauses()
         try:
-            while True:
-                began_s = time.monotonic()
-                if self._serve():
-                    break
+            began_s = time.monotonic()
+            while not self._serve():
                 _sweep()
                 _pause(pauses.after(time.monotonic() - began_s))
+                began_s = time.monotonic()
         except _Ended as ended:
             _sweep()
             if not _is_ray_stop(ended.by):
-                return 0  # the host shuts down, perhaps: it starts again with it
+                return  # the host shuts down, perhaps: with it, the supervisor starts again
         if AtReboot.is_possible():
             self._at_reboot.remove()
-        return 0
 
     def _serve(self) -> bool:
-        """Whether `pdserve up` has ended as it was asked to."""
-        if not _names_of_this_user() >= RAY_PROCESSES:
-            _call_itself(b"pdserve")  # `ray stop` must not end who runs it
-            try:
-                self.start_ray()
-            except CommandFailed as error:
-                print(f"pdserve: {error}", flush=True)
-                return False
-            finally:
-                _call_itself(NAME)
-        _call_itself(NAME)
+        """Returns at the end of `pdserve up`: whether it was asked to end."""
+        if not _names_of_processes() >= RAY_PROCESSES and not self._has_restarted_ray():
+            return False
         address = (self._ray_folder / "ray_current_cluster").read_text().strip()
-        environment = os.environ | {"RAY_ADDRESS": address}
-        child = subprocess.Popen([sys.argv[0], "up", str(self._file)], env=environment, preexec_fn=_unblock)
+        command = [sys.argv[0], "up", str(self._file)]
+        child = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock)
         try:
             while child.poll() is None:
-                _await(AWAITED, None)
+                _await_signal({*REQUESTS_TO_END, signal.SIGCHLD})
         except _Ended:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):
@@ -164,16 +161,30 @@ class _Supervisor:
             raise
         return child.returncode == 0
 
+    def _has_restarted_ray(self) -> bool:
+        _call_itself(HIDDEN_NAME)
+        try:
+            self.start_ray()
+        except CommandFailed as error:
+            print(f"pdserve: {error}", flush=True)
+            return False
+        finally:
+            _call_itself(OWN_NAME)
+        return True
 
-def _await(signals: set[signal.Signals], timeout_s: float | None) -> None:
-    """Returns at a child's end or the timeout. Raises _Ended."""
-    info = signal.sigwaitinfo(signals) if timeout_s is None else signal.sigtimedwait(signals, timeout_s)
-    if info is not None and info.si_signo != signal.SIGCHLD:
+
+def _await_signal(signals: Collection[int]) -> None:
+    """Raises _Ended at a request to end."""
+    info = signal.sigwaitinfo(signals)
+    if info.si_signo != signal.SIGCHLD:
         raise _Ended(info.si_pid)
 
 
 def _pause(pause_s: float) -> None:
-    _await(AWAITED - {signal.SIGCHLD}, pause_s)
+    """Raises _Ended at a request to end."""
+    info = signal.sigtimedwait(REQUESTS_TO_END, pause_s)
+    if info is not None:
+        raise _Ended(info.si_pid)
 
 
 def _unblock() -> None:
@@ -192,11 +203,11 @@ def _is_ray_stop(pid: int) -> bool:
     return False
 
 
-def _names_of_this_user() -> set[str]:
-    """Of its processes."""
+def _names_of_processes() -> set[str]:
+    """Of this user's."""
     names = set()
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
+        with suppress(OSError):  # it has ended
             if process.stat().st_uid == os.getuid():
                 names.add((process / "comm").read_text().strip())
     return names
@@ -209,8 +220,8 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _redirect(log: Path) -> None:
-    """This process's output to a new log, and its input from nowhere. The log of the last one stays beside it."""
+def _log_to(log: Path) -> None:
+    """This process's output goes to a new log, and the last one stays beside it; its input comes from nowhere."""
     with suppress(FileNotFoundError):
         log.replace(log.with_suffix(".log.1"))
     for descriptor, path in ((0, Path(os.devnull)), (1, log), (2, log)):
@@ -220,7 +231,7 @@ def _redirect(log: Path) -> None:
 
 
 def _sweep() -> None:
-    """Removes what a launcher has left that Ray ended with itself: folders of this user's whose sockets nobody answers at."""
+    """Removes what a launcher left that Ray ended with itself: this user's folders with sockets that nobody answers at."""
     for folder in Path("/tmp").glob("pdserve-*"):
         with suppress(OSError):
             status = os.lstat(folder)
@@ -229,12 +240,11 @@ def _sweep() -> None:
             sockets = [path for path in folder.iterdir() if stat.S_ISSOCK(os.lstat(path).st_mode)]
             if sockets and all(map(_is_dead, sockets)):
                 shutil.rmtree(folder)
-    runtime = admin_socket.runtime_folder()
     with suppress(OSError):
-        for link in runtime.iterdir():
+        for link in admin_socket.runtime_folder().iterdir():
             if not link.exists():
                 link.unlink()
-        runtime.rmdir()  # where no other cluster has a socket
+        admin_socket.runtime_folder().rmdir()  # unless another cluster has a socket there
 
 
 def _is_dead(path: Path) -> bool:

@@ -1,1 +1,1 @@
-"""Several hosts on one machine, made of namespaces: `network.py` lays cables and starts hosts, `boot.py` is a host's first process."""
+"""Several hosts on one machine: `network.py` makes them of namespaces, `boot.py` is the first process of each."""

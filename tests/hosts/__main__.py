@@ -46,9 +46,9 @@ def act(hosts: Hosts, command: str, words: list[str]) -> int:
         case "list", []:
             for name in hosts.names():
                 print(f"{name}\t{hosts.address(name)}\t{hosts.home(name)}")
-        case "run", [host, *command_words] if command_words:
-            command = hosts.command(host, " ".join(command_words))
-            os.execvp(command[0], command)
+        case "run", [host, _, *_]:
+            there = hosts.command(host, " ".join(words[1:]))
+            os.execvp(there[0], there)
         case (("cut" | "heal"), [one, other]):
             getattr(hosts, command)(one, other)
         case (("isolate" | "join" | "freeze" | "thaw" | "boot"), [host]):

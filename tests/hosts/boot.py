@@ -2,8 +2,9 @@
 
     boot.py FOLDER NAME [KEPT ...]
 
-Prints a line when the host answers ssh. FOLDER is the host's part of the machine's disk. KEPT are folders of the machine that stay visible (code, virtual environment)
-where the host has a folder of its own around them. Runs in fresh mount, PID, UTS, IPC and network namespaces.
+Prints a line when the host answers ssh. FOLDER is the host's part of the machine's disk. KEPT are folders of the
+machine (code, virtual environment) that stay visible where the host has a folder of its own around them. Runs in fresh
+mount, PID, UTS, IPC and network namespaces.
 """
 
 import os
@@ -14,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-VOLATILE = {"/tmp": "mode=1777,size=1g", "/dev/shm": "mode=1777,size=2g", "/run": "mode=755,size=64m"}  # emptied by a reboot
+VOLATILE = {"/tmp": "mode=1777,size=1g", "/dev/shm": "mode=1777,size=2g", "/run": "mode=755,size=64m"}
 LASTING = {"/root": "home", "/var/spool/cron/crontabs": "crontabs"}
 FILES = {"/etc/hosts": "hosts", "/etc/hostname": "name"}
 

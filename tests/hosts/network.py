@@ -1,8 +1,8 @@
-"""Hosts on one machine: network namespaces on a bridge, each with an sshd, a cron, a home, /tmp, /dev/shm, /run, a host name and
-a PID namespace of its own. They share the machine's processor, its clock, and its disk apart from those folders.
+"""Hosts on one machine: network namespaces on a bridge, each with an sshd, a cron, a home, /tmp, /dev/shm, /run, a host
+name and a PID namespace of its own. They share the machine's processor, its clock, and its disk but for those folders.
 
-The namespaces are the state: whoever knows the network's name finds its hosts. What a host keeps over a reboot lies in FOLDER,
-of mode 0700. The first host is the operator's: it alone has the private key that all of them admit.
+The namespaces are the state: who knows the network's name finds its hosts. What a host keeps over a reboot lies in
+`Hosts.folder`, of mode 0700. The first host is the operator's: it alone has the private key that all of them admit.
 """
 
 import json
@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BOOT = Path(__file__).with_name("boot.py")
@@ -31,6 +30,8 @@ NEEDED = {  # a command, and the packages of Debian and of Fedora that have it
     "/usr/sbin/cron": ("cron", "cronie"),
 }
 NOBODYS_MAC = "02:00:00:00:00:00"  # what is sent there reaches nobody
+LOGIN = ("HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8")
+NEW_NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
 BOOT_TIMEOUT_S = 30.0
 MIN_BURST_BYTES = 256 << 10  # a veth passes segments of 64 KiB
 
@@ -66,14 +67,15 @@ class Hosts:
         if reason := whats_missing():
             raise HostsError(reason)
         if self.names():
-            raise HostsError(f"network {self.name} has hosts already: {', '.join(self.names())}; take them away with `down`")
+            names = ", ".join(self.names())
+            raise HostsError(f"network {self.name} has hosts already: {names}; take them away with `down`")
         self.folder.mkdir(mode=0o700)
-        (self.folder / "names").write_text("\n".join(hosts))
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "operator", "-f", self.folder / "key"], check=True)
-        _run("ip", "netns", "add", self._switch)
-        _run("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
-        _run("ip", "-n", self._switch, "link", "set", "bridge", "up")
         try:
+            (self.folder / "names").write_text("\n".join(hosts))
+            _make_key(self.folder / "key", "operator")
+            _run("ip", "netns", "add", self._switch)
+            _run("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
+            _run("ip", "-n", self._switch, "link", "set", "bridge", "up")
             for host in hosts:
                 self._lay_cable(host)
                 self._furnish(host)
@@ -88,6 +90,7 @@ class Hosts:
         return names.read_text().split("\n") if names.exists() else []
 
     def address(self, host: str) -> str:
+        """As all hosts reach it; its default route leads out of another one."""
         return f"10.77.0.{self._index(host) + 1}"
 
     def home(self, host: str) -> Path:
@@ -96,18 +99,7 @@ class Hosts:
 
     def command(self, host: str, command: str) -> list[str]:
         """What runs a shell's command on the host when the machine executes it."""
-        login = [
-            "env",
-            "-i",
-            "HOME=/root",
-            "USER=root",
-            "LOGNAME=root",
-            "SHELL=/bin/bash",
-            "LANG=C.UTF-8",
-            "bash",
-            "-lc",
-            f"cd; {command}",
-        ]
+        login = ["env", "-i", *LOGIN, "bash", "-lc", f"cd; {command}"]
         return ["nsenter", f"--target={self._first(host)}", "-m", "-u", "-i", "-n", "-p", *login]
 
     def run(self, host: str, command: str, timeout_s: float = 60.0) -> str:
@@ -122,9 +114,7 @@ class Hosts:
 
     def pids(self, host: str) -> list[int]:
         """The host's processes, as the machine numbers them."""
-        return [
-            pid for pid in map(int, _run("ip", "netns", "pids", self._space(host)).split()) if _number_inside(pid) is not None
-        ]
+        return [pid for pid in _pids(self._space(host)) if _number_inside(pid) is not None]
 
     def cut(self, one: str, other: str) -> None:
         """What either sends to the other is lost, as in a firewall that drops it. Survives a reboot."""
@@ -152,11 +142,8 @@ class Hosts:
         for namespace, device in ends:
             subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], stderr=subprocess.DEVNULL)
             if delay or loss:
-                limits = [
-                    *(["delay", delay] if delay else []),
-                    *(["loss", loss] if loss else []),
-                    *(["rate", rate] if rate else []),
-                ]
+                wanted = {"delay": delay, "loss": loss, "rate": rate}
+                limits = [word for name, limit in wanted.items() if limit for word in (name, limit)]
                 try:
                     _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "netem", "limit", "10000", *limits)
                 except HostsError as error:
@@ -173,9 +160,9 @@ class Hosts:
         self._signal_all(host, signal.SIGCONT)
 
     def fill(self, host: str, folder: str) -> None:
-        """Writes a file, /dev/shm/full or the like, until nothing more fits. Only for /dev/shm, /tmp and /run, which are its own."""
+        """Writes FOLDER/full until nothing more fits. Only in /dev/shm, /tmp and /run: the disk is all hosts'."""
         if folder not in ("/dev/shm", "/tmp", "/run"):
-            raise HostsError(f"folder: got {folder!r}, expected /dev/shm, /tmp or /run: the disk is all hosts'")
+            raise HostsError(f"folder: got {folder!r}, expected /dev/shm, /tmp or /run")
         self.run(host, f"cat /dev/zero > {folder}/full 2> /dev/null || true")
 
     def halt(self, host: str, hard: bool = False) -> None:
@@ -193,7 +180,7 @@ class Hosts:
         self.join(host)
         with (folder / "boot.log").open("ab") as log:
             first = subprocess.Popen(
-                ["ip", "netns", "exec", self._space(host), "unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child"]
+                ["ip", "netns", "exec", self._space(host), "unshare", *NEW_NAMESPACES]
                 + [python, "-I", str(BOOT), str(folder), host, *sorted(kept)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/",
             )  # fmt: skip
@@ -221,7 +208,7 @@ class Hosts:
     def __enter__(self) -> "Hosts":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.down()
 
     def _reap(self, host: str) -> None:
@@ -246,7 +233,7 @@ class Hosts:
         folder, home = self.folder / host, self.home(host)
         for part in (folder, home, home / ".ssh", folder / "crontabs", folder / "stage"):
             part.mkdir(mode=0o700)
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", host, "-f", folder / "host_key"], check=True)
+        _make_key(folder / "host_key", host)
         shutil.copy(self.folder / "key.pub", home / ".ssh" / "authorized_keys")
         if host == self.names()[0]:
             shutil.copy(self.folder / "key", home / ".ssh" / "id_ed25519")
@@ -277,7 +264,7 @@ class Hosts:
 
     def _first(self, host: str) -> int:
         """Its process 1, as the machine numbers it."""
-        for pid in map(int, _run("ip", "netns", "pids", self._space(host)).split()):
+        for pid in _pids(self._space(host)):
             if _number_inside(pid) == 1:
                 return pid
         raise HostsError(f"{host} is halted")
@@ -292,9 +279,14 @@ class Hosts:
             signalled |= fresh
 
 
+def _pids(space: str) -> list[int]:
+    """All processes in a network namespace."""
+    return [int(pid) for pid in _run("ip", "netns", "pids", space).split()]
+
+
 def _kill_all(space: str) -> None:
     """Returns when none of the namespace's processes is left. Those around a PID namespace reap it, and end by themselves."""
-    while pids := [int(pid) for pid in _run("ip", "netns", "pids", space).split()]:
+    while pids := _pids(space):
         inside = [pid for pid in pids if _number_inside(pid) is not None]
         descriptors = []
         for pid in pids:
@@ -315,6 +307,10 @@ def _number_inside(pid: int) -> int | None:
                 numbers = line.split()[1:]
                 return int(numbers[-1]) if len(numbers) > 1 else None
     return None
+
+
+def _make_key(file: Path, comment: str) -> None:
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(file))
 
 
 def _run(*command: str) -> str:

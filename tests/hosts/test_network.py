@@ -91,13 +91,11 @@ def test_a_rate_limits_both_directions_of_a_link(hosts: Hosts) -> None:
 
 
 def test_a_kernel_without_netem_is_named(hosts: Hosts) -> None:
-    try:
+    probe = hosts.command("worker1", "tc qdisc add dev lo root netem && tc qdisc del dev lo root")
+    if subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0:
+        pytest.skip("this kernel has netem")
+    with pytest.raises(HostsError, match="delay and loss take the kernel's module sch_netem"):
         hosts.shape("worker1", delay="1ms")
-    except HostsError as error:
-        assert "sch_netem" in str(error)
-    else:
-        assert "delay 1ms" in hosts.run("worker1", "tc qdisc show dev eth0")
-        hosts.shape("worker1")
 
 
 def test_a_full_folder_takes_no_more_and_a_disk_of_all_is_not_filled(hosts: Hosts) -> None:

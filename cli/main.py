@@ -89,6 +89,18 @@ def up(file: File = None) -> None:
     up(read_config(file))
 
 
+@app.command()
+def supervise(
+    file: Annotated[Path, typer.Argument(help="The file, as Ray puts it on the head.")],
+    ray_start: Annotated[list[str], typer.Argument(help="The command that starts Ray, behind `--`.")],
+    at_reboot: Annotated[bool, typer.Option("--at-reboot", hidden=True)] = False,
+) -> None:
+    """For `ray up`: start Ray and `pdserve up` on a head, again after a crash or a reboot; where they run, apply FILE."""
+    from .supervise import supervise
+
+    supervise(file, ray_start, at_reboot)
+
+
 app.command()(generate)
 app.command()(chat)
 

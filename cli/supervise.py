@@ -1,0 +1,252 @@
+"""`pdserve supervise`: starts a head's Ray and `pdserve up`, and again after a crash or a reboot of its host.
+
+`ray up` runs it on the head. It ends for good with `pdserve down`, which leaves Ray to `ray down`, and with `ray stop`, and so
+with `ray down`: they end all processes with `ray::` in their name, and it gives itself such a name.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from ..core import admin_socket
+from ..core.config import ClusterConfig
+from .admin import apply
+from .at_reboot import AtReboot
+from .client import CommandFailed, connect_to_administer
+from .plan import read_config
+
+FOLDER = Path("~/.pdserve")
+LOG = Path("~/pdserve.log")
+TEMP_DIR = "--temp-dir="  # of `ray start`
+MAX_PAUSE_S = 60.0
+MAX_OPEN_FILES = 65536
+END_S = 3.0  # of the 5 s that `ray stop` leaves a process
+RAY_PROCESSES = {"gcs_server", "raylet"}
+OWN_NAME = b"ray::supervise"  # at most 15 bytes
+HIDDEN_NAME = b"pdserve"  # while it runs `ray stop` itself
+PR_SET_NAME = 15
+REQUESTS_TO_END = {signal.SIGTERM, signal.SIGINT}
+
+
+class Pauses:
+    """How long to wait before the next try: twice as long after each one that was short."""
+
+    def __init__(self) -> None:
+        self._next_s = 1.0
+
+    def after(self, lived_s: float) -> float:
+        """In seconds, after a try that lived so long."""
+        pause_s = 1.0 if lived_s > MAX_PAUSE_S else self._next_s
+        self._next_s = min(2 * pause_s, MAX_PAUSE_S)
+        return pause_s
+
+
+class _Ended(Exception):
+    """The supervisor was asked to end. `by`: the process that asked."""
+
+    def __init__(self, by: int) -> None:
+        self.by = by
+
+
+def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
+    """Starts Ray, and `pdserve up` in the background; where they are supervised already, applies `file` to the cluster.
+
+    `at_reboot`: Ray too is started in the background, and tried again: the network may come up later. Raises CommandFailed.
+    """
+    config = read_config(file)
+    folder = FOLDER.expanduser()
+    folder.mkdir(0o700, exist_ok=True)
+    lock = os.open(folder / "supervisor", os.O_RDWR | os.O_CREAT, 0o600)  # held until the supervisor ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _apply(config, file)
+        return
+    _allow_open_files()
+    supervisor = _Supervisor(file.absolute(), ray_start, folder)
+    if not at_reboot:
+        supervisor.start_ray()
+        supervisor.start_at_reboot()
+    log = LOG.expanduser()
+    if os.fork():
+        print(f"pdserve starts in the background: see `pdserve status`, and {log}", flush=True)
+        os._exit(0)
+    os.setsid()
+    _log_to(log)
+    supervisor.run()
+    os._exit(0)
+
+
+def _apply(config: ClusterConfig, file: Path) -> None:
+    address = f"127.0.0.1:{config.listen.grpc_host_port[1]}"
+    if admin_socket.find(address) is None:
+        print("the head is supervised already, and does not serve yet; it takes the file when it tries again")
+        return
+    print("the head serves already; what changes:")
+    with connect_to_administer(address) as client:
+        apply(client, file, dry_run=False)
+
+
+class _Supervisor:
+    def __init__(self, file: Path, ray_start: list[str], folder: Path) -> None:
+        self._file = file
+        self._ray_start = ray_start
+        self._folder = folder
+        named = (word.removeprefix(TEMP_DIR) for word in ray_start if word.startswith(TEMP_DIR))
+        self._ray_folder = Path(next(named, "/tmp/ray"))
+        self._at_reboot = AtReboot(folder / "at_reboot")
+
+    def start_at_reboot(self) -> None:
+        """Has cron start it again, or says that nothing will."""
+        if not AtReboot.is_possible():
+            print("this host has no cron: after a reboot of it, run `ray up` again", file=sys.stderr)
+            return
+        command = [sys.argv[0], "supervise", "--at-reboot", str(self._file), "--", *self._ray_start]
+        self._at_reboot.install(command, os.environ)
+
+    def start_ray(self) -> None:
+        """In place of what is left of another one, whose logs stay until the next. Raises CommandFailed."""
+        subprocess.run(["ray", "stop"], stdin=subprocess.DEVNULL)
+        before = self._folder / "ray-before"
+        shutil.rmtree(before, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            self._ray_folder.rename(before)
+        if subprocess.run(self._ray_start, stdin=subprocess.DEVNULL).returncode:
+            raise CommandFailed(f"Ray does not start: `{' '.join(self._ray_start)}`")
+
+    def run(self) -> None:
+        """Until somebody ends it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {*REQUESTS_TO_END, signal.SIGCHLD})
+        _call_itself(OWN_NAME)
+        pauses = Pauses()
+        try:
+            began_s = time.monotonic()
+            while not self._serve():
+                _sweep()
+                _pause(pauses.after(time.monotonic() - began_s))
+                began_s = time.monotonic()
+        except _Ended as ended:
+            _sweep()
+            if not _is_ray_stop(ended.by):
+                return  # the host shuts down, perhaps: with it, the supervisor starts again
+        if AtReboot.is_possible():
+            self._at_reboot.remove()
+
+    def _serve(self) -> bool:
+        """Returns at the end of `pdserve up`: whether it was asked to end."""
+        if not _names_of_processes() >= RAY_PROCESSES and not self._has_restarted_ray():
+            return False
+        address = (self._ray_folder / "ray_current_cluster").read_text().strip()
+        command = [sys.argv[0], "up", str(self._file)]
+        child = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock)
+        try:
+            while child.poll() is None:
+                _await_signal({*REQUESTS_TO_END, signal.SIGCHLD})
+        except _Ended:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(END_S)
+            raise
+        return child.returncode == 0
+
+    def _has_restarted_ray(self) -> bool:
+        _call_itself(HIDDEN_NAME)
+        try:
+            self.start_ray()
+        except CommandFailed as error:
+            print(f"pdserve: {error}", flush=True)
+            return False
+        finally:
+            _call_itself(OWN_NAME)
+        return True
+
+
+def _await_signal(signals: Collection[int]) -> None:
+    """Raises _Ended at a request to end."""
+    info = signal.sigwaitinfo(signals)
+    if info.si_signo != signal.SIGCHLD:
+        raise _Ended(info.si_pid)
+
+
+def _pause(pause_s: float) -> None:
+    """Raises _Ended at a request to end."""
+    info = signal.sigtimedwait(REQUESTS_TO_END, pause_s)
+    if info is not None:
+        raise _Ended(info.si_pid)
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _call_itself(name: bytes) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name)
+
+
+def _is_ray_stop(pid: int) -> bool:
+    """Whether the process is `ray stop`, which waits for those that it ends."""
+    with suppress(OSError):
+        words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+        return b"stop" in words and any(word.rpartition(b"/")[2] == b"ray" for word in words)
+    return False
+
+
+def _names_of_processes() -> set[str]:
+    """Of this user's."""
+    names = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if process.stat().st_uid == os.getuid():
+                names.add((process / "comm").read_text().strip())
+    return names
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _log_to(log: Path) -> None:
+    """This process's output goes to a new log, and the last one stays beside it; its input comes from nowhere."""
+    with suppress(FileNotFoundError):
+        log.replace(log.with_suffix(".log.1"))
+    for descriptor, path in ((0, Path(os.devnull)), (1, log), (2, log)):
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+
+
+def _sweep() -> None:
+    """Removes what a launcher left that Ray ended with itself: this user's folders with sockets that nobody answers at."""
+    for folder in Path("/tmp").glob("pdserve-*"):
+        with suppress(OSError):
+            status = os.lstat(folder)
+            if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):
+                continue
+            sockets = [path for path in folder.iterdir() if stat.S_ISSOCK(os.lstat(path).st_mode)]
+            if sockets and all(map(_is_dead, sockets)):
+                shutil.rmtree(folder)
+    with suppress(OSError):
+        for link in admin_socket.runtime_folder().iterdir():
+            if not link.exists():
+                link.unlink()
+        admin_socket.runtime_folder().rmdir()  # unless another cluster has a socket there
+
+
+def _is_dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED

@@ -1,0 +1,161 @@
+"""`pdserve supervise`, with stand-ins for `ray`, `pdserve up` and `crontab` that note how they were called."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pdserve.cli.at_reboot import AtReboot, script_of
+from pdserve.cli.supervise import Pauses
+
+SUPERVISOR = """
+import sys
+from pathlib import Path
+from pdserve.cli import supervise
+
+supervise._names_of_processes = lambda: supervise.RAY_PROCESSES if Path("ray-lives").exists() else set()
+supervise._sweep = lambda: None
+supervise._pause = lambda pause_s: None
+sys.argv = [sys.argv[1]]
+supervisor = supervise._Supervisor(Path("cluster.yaml"), ["ray", "start", "--temp-dir=ray"], Path("."))
+supervisor.start_at_reboot()
+supervisor.run()
+"""
+STANDINS = {
+    "crontab": 'if [ "$1" = -l ]; then cat crontab; else cat > crontab; fi',
+    "ray": """
+        case "$1" in
+            start) echo start >> calls; mkdir ray; echo 10.0.0.2:6379 > ray/ray_current_cluster; touch ray-lives;;
+            stop) if [ -z "$2" ]; then echo stop >> calls; else kill "$2"; while kill -0 "$2" 2> /dev/null; do :; done; fi;;
+        esac""",
+}
+UNTIL_TERMINATED = (
+    "trap 'echo terminated >> calls; exit 0' TERM; echo up >> calls; echo > started; while :; do sleep 0.01; done"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the supervisor runs, with the stand-ins on its PATH."""
+    for name, lines in STANDINS.items():
+        executable(tmp_path / "bin" / name, lines)
+    (tmp_path / "crontab").write_text("5 4 * * * backup\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def executable(path: Path, lines: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+
+
+def supervisor(up: str) -> "subprocess.Popen[bytes]":
+    """Running in the current folder; `up`: what `pdserve up` does, in shell."""
+    executable(Path("bin/pdserve"), up)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(Path("bin/pdserve").absolute())], env=environment)
+
+
+@pytest.fixture
+def serving(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A supervisor whose `pdserve up` serves."""
+    os.mkfifo("started")
+    with supervisor(UNTIL_TERMINATED) as process:
+        Path("started").read_text()
+        yield process
+        process.kill()
+
+
+def calls() -> list[str]:
+    return Path("calls").read_text().split("\n")[:-1]
+
+
+def test_what_crashes_is_started_again_in_the_ray_that_is_there_and_what_was_shut_down_is_not(folder: Path) -> None:
+    with supervisor("echo up $RAY_ADDRESS >> calls; [ $(grep -c up calls) = 2 ]"):
+        pass
+    assert calls() == ["stop", "start", "up 10.0.0.2:6379", "up 10.0.0.2:6379"]
+    assert Path("crontab").read_text() == "5 4 * * * backup\n"
+
+
+def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder: Path) -> None:
+    with supervisor("echo up >> calls; touch ray/$(grep -c up calls); rm ray-lives; [ $(grep -c up calls) = 2 ]"):
+        pass
+    assert calls() == ["stop", "start", "up", "stop", "start", "up"]
+    assert Path("ray-before", "1").exists() and Path("ray", "2").exists()
+
+
+def test_ray_stop_ends_it_for_good(serving: "subprocess.Popen[bytes]") -> None:
+    assert Path("/proc", str(serving.pid), "comm").read_text() == "ray::supervise\n"  # so `ray stop` finds it
+    ended = subprocess.Popen(["ray", "stop", str(serving.pid)])
+    assert serving.wait() == 0
+    ended.wait()
+    assert calls()[-1] == "terminated"
+    assert Path("crontab").read_text() == "5 4 * * * backup\n"
+
+
+def test_a_host_that_shuts_down_starts_it_again_at_the_next_boot(serving: "subprocess.Popen[bytes]") -> None:
+    serving.send_signal(signal.SIGTERM)
+    assert serving.wait() == 0
+    assert calls()[-1] == "terminated"
+    assert "@reboot" in Path("crontab").read_text()
+    assert "supervise --at-reboot" in Path("at_reboot").read_text() and Path("at_reboot").stat().st_mode & 0o777 == 0o700
+
+
+def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path) -> None:
+    (folder / ".pdserve").mkdir()
+    (folder / "cluster.yaml").write_text("metadata: {pdserve: {}}")
+    environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment |= {"PDSERVE_RUNTIME_DIR": str(folder / "run")}
+    command = [
+        sys.executable,
+        "-c",
+        "from pdserve.cli.main import main; main()",
+        "supervise",
+        "cluster.yaml",
+        "--",
+        "ray",
+        "start",
+    ]
+    with (folder / ".pdserve" / "supervisor").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        printed = subprocess.check_output(command, env=environment, text=True)
+    assert "supervised already" in printed
+    assert not Path("calls").exists()
+
+
+def test_pauses_double_up_to_a_minute_and_begin_again_after_a_long_life() -> None:
+    pauses = Pauses()
+    assert [pauses.after(lived_s=3.0) for _ in range(8)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert [pauses.after(lived_s=61.0), pauses.after(lived_s=3.0)] == [1.0, 2.0]
+
+
+def test_a_script_runs_its_command_in_the_environment_of_today_less_the_session(tmp_path: Path) -> None:
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "ODD": "it's $HOME",
+        "SSH_CONNECTION": "a b",
+        "XDG_RUNTIME_DIR": "/run",
+        "BASH_FUNC_x%%": "() {",
+    }
+    executable(tmp_path / "script", script_of(["env", "-0"], environment))
+    shown = subprocess.check_output([tmp_path / "script"], env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, text=True)
+    after = dict(line.split("=", 1) for line in shown.split("\0") if line)
+    assert after["RAY_AUTH_MODE"] == "token" and after["ODD"] == "it's $HOME" and after["PWD"] == str(tmp_path)
+    assert not {"SSH_CONNECTION", "XDG_RUNTIME_DIR", "BASH_FUNC_x%%"} & after.keys()
+
+
+def test_other_lines_of_a_crontab_stay(folder: Path) -> None:
+    at_reboot = AtReboot(folder / "at_reboot")
+    for _ in range(2):
+        at_reboot.install(["true"], {})
+        assert Path("crontab").read_text() == f"5 4 * * * backup\n@reboot {folder / 'at_reboot'}\n"
+    for _ in range(2):
+        at_reboot.remove()
+        assert Path("crontab").read_text() == "5 4 * * * backup\n" and not (folder / "at_reboot").exists()

@@ -20,8 +20,9 @@ from .group_link import RECEIVER_RANK
 from .group_links import group_link
 from .inbound import InboundPair
 from .link import Link, LinkError
+from .meeting import meeting_over
 from .pair import Local, retire
-from .protocol import Connect, Connected, Prepare, Refused, SenderMessage
+from .protocol import Connect, Connected, Meet, Prepare, Refused, SenderMessage
 from .shm import ShmLink
 
 _PAGE_BYTES = 4096
@@ -197,8 +198,8 @@ class Acceptor:
     async def _prepare_group(self, channel: Channel[SenderMessage], kind: str, epoch: int) -> Link:
         num_slots, slot_bytes = self._ring(kind)
         link = group_link(self._local, kind, RECEIVER_RANK, num_slots, slot_bytes)
-        listener = listening_socket(self._local.host)
-        channel.send(Prepare(epoch, num_slots, slot_bytes, self._local.host, listener.getsockname()[1]))
+        meeting = meeting_over(channel, epoch)
+        channel.send(Prepare(epoch, num_slots, slot_bytes))
         loop = asyncio.get_running_loop()
         lost: asyncio.Future[str] = loop.create_future()
 
@@ -207,9 +208,18 @@ class Acceptor:
             if not lost.done():
                 lost.set_result(error)
 
-        channel.on_lost = on_lost
+        def on_message(message: SenderMessage) -> None:
+            if isinstance(message, Meet):
+                try:
+                    meeting.put(message.key, message.value)
+                except LinkError as error:
+                    on_lost(str(error))
+            else:
+                self._on_greeting(channel, message)
+
+        channel.on_lost, channel.on_message = on_lost, on_message
         try:
-            building = loop.run_in_executor(link.executor, link.serve, listener)
+            building = loop.run_in_executor(link.executor, link.build, meeting)
             building.add_done_callback(lambda done: done.cancelled() or done.exception())
             async with asyncio.timeout(self._local.config.build_timeout_s(kind)):
                 await asyncio.wait((building, lost), return_when=asyncio.FIRST_COMPLETED)
@@ -219,4 +229,6 @@ class Acceptor:
         except BaseException:
             retire(self._local, link)
             raise
+        finally:
+            meeting.close()
         return link

@@ -16,9 +16,10 @@ from .greeting import shake_hands
 from .group_link import SENDER_RANK, GroupLink
 from .group_links import group_link
 from .link import Link, LinkError
+from .meeting import Meeting, meeting_over
 from .outbound import OutboundPair
 from .pair import Local, retire
-from .protocol import Connected, Prepare, ReceiverMessage, Refused
+from .protocol import Connected, Meet, Prepare, ReceiverMessage, Refused
 from .shm import ShmLink
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Dialler:
             else:
                 limit.reschedule(asyncio.get_running_loop().time() + local.config.build_timeout_s(kind))
                 group = link = group_link(local, kind, SENDER_RANK, prepare.num_slots, prepare.slot_bytes)
-                await _build(group, prepare, answers)
+                await _build(group, meeting_over(channel, epoch), answers)
         except BaseException:
             channel.close()
             if link is not None:
@@ -90,20 +91,28 @@ class Dialler:
         return CudaIpcLink(ring, prepare.num_slots, prepare.slot_bytes)
 
 
-async def _build(link: GroupLink, prepare: Prepare, answers: Answers) -> None:
+async def _build(link: GroupLink, meeting: Meeting, answers: Answers) -> None:
     """Returns when both sides stand. Raises as soon as D is not there any more: the link may not learn of it by itself."""
     loop = asyncio.get_running_loop()
-    building = loop.run_in_executor(link.executor, link.connect, prepare.store_host, prepare.store_port)
+    building = loop.run_in_executor(link.executor, link.build, meeting)
     building.add_done_callback(lambda done: done.cancelled() or done.exception())
-    answer = loop.create_task(answers.get())
+    answer = loop.create_task(_meet(answers, meeting))
     try:
         await asyncio.wait((building, answer), return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
-            _expected(answer.result(), Connected)
+            answer.result()
         await asyncio.shield(building)
-        _expected(await answer, Connected)
+        await answer
     finally:
         answer.cancel()
+        meeting.close()
+
+
+async def _meet(answers: Answers, meeting: Meeting) -> None:
+    """Until D's side of the link stands. Raises LinkError."""
+    while isinstance(answer := await answers.get(), Meet):
+        meeting.put(answer.key, answer.value)
+    _expected(answer, Connected)
 
 
 async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) -> socket.socket:

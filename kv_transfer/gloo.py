@@ -6,10 +6,12 @@ times out spoils the group for good: whoever sees one kills the link.
 
 import ipaddress
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from .group_link import GroupLink
+from .meeting import Meeting
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ class GlooLink(GroupLink):
         self._view = memoryview(self._ring)
         self._whole: torch.Tensor | None = None
 
-    def _build(self, store: Any) -> Any:
+    def _build(self, meeting: Meeting) -> Any:
         import torch
         from torch.distributed import ProcessGroupGloo
 
@@ -45,7 +47,7 @@ class GlooLink(GroupLink):
         options._timeout = self.timeout
         options._threads = 1
         self._whole = torch.frombuffer(self._ring, dtype=torch.uint8)
-        return ProcessGroupGloo(store, self._rank, 2, options)
+        return ProcessGroupGloo(_store(meeting, self._timeout_s), self._rank, 2, options)
 
     def slot(self, slot: int, num_bytes: int) -> memoryview:
         start = slot * self.slot_bytes
@@ -60,5 +62,23 @@ class GlooLink(GroupLink):
             ticket.wait(timedelta(seconds=timeout_s))
 
     def _release(self) -> None:
-        self._group = self._whole = self._store = None
+        self._group = self._whole = None
         self.is_gone = True
+
+
+def _store(meeting: Meeting, timeout_s: float) -> Any:
+    """The meeting as torch's gloo asks for it."""
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+    class MeetingStore(Store):
+        def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # the stubs say text
+            meeting.set(key, bytes(value))
+
+        def get(self, key: str) -> bytes:
+            return meeting.get(key, timeout_s)
+
+        def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+            for key in keys:
+                meeting.get(key, timeout_s if timeout is None else timeout.total_seconds())
+
+    return MeetingStore()

@@ -1,7 +1,6 @@
-"""What links over a two-rank process group of torch have in common: the group is this pair's alone, built on a store that D
-serves. D posts what P announced, and P sends exactly that."""
+"""What links over a two-rank process group of torch have in common: the group is this pair's alone. D posts what P announced,
+and P sends exactly that."""
 
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .interfaces import Slot
 from .link import PeerLost, TransferTimeout
+from .meeting import Meeting
 
 if TYPE_CHECKING:
     import torch
@@ -33,31 +33,16 @@ class GroupLink(ABC):
         self._host = host
         self._timeout_s = timeout_s
         self._group: Any = None
-        self._store: Any = None
         self._is_killed = False
 
     @property
     def timeout(self) -> timedelta:
         return timedelta(seconds=self._timeout_s)
 
-    def serve(self, listener: socket.socket) -> None:
-        """D, on the helper thread: serve the store on `listener`, which is taken over, and build this rank."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        port = listener.getsockname()[1]
+    def build(self, meeting: Meeting) -> None:
+        """On the helper thread: build this rank; returns when the other one is there too. Raises LinkError."""
         with self._errors():
-            self._store = TCPStore(
-                self._host, port, 2, True, self.timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-            self._group = self._build(self._store)
-
-    def connect(self, store_host: str, store_port: int) -> None:
-        """P, on the helper thread: build this rank on D's store."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        with self._errors():
-            self._store = TCPStore(store_host, store_port, 2, False, self.timeout)
-            self._group = self._build(self._store)
+            self._group = self._build(meeting)
 
     def send(self, slot: int, num_bytes: int, seq: int) -> Any:
         with self._errors():
@@ -76,7 +61,7 @@ class GroupLink(ABC):
         """See `Link`."""
 
     @abstractmethod
-    def _build(self, store: Any) -> Any:
+    def _build(self, meeting: Meeting) -> Any:
         """This rank of the group; returns when the other one is there too."""
 
     @abstractmethod

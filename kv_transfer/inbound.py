@@ -21,7 +21,7 @@ from .events import (
 from .interfaces import Pending, Slot, Stream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
-from .protocol import Chunk, Connect, SenderMessage
+from .protocol import Chunk, Connect, Meet, SenderMessage
 from .receiver import TransferReceiver
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         self._adopt(channel, link, epoch)
 
     def _on_message(self, message: SenderMessage) -> None:
-        if not isinstance(message, Connect):
+        if not isinstance(message, Connect | Meet):
             self.feed(message)
 
     def _handle(self, event: ReceiverEvent, now_s: float) -> list[ReceiverCommand]:

@@ -18,14 +18,18 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from .gloo import listening_socket
 from .group_link import SENDER_RANK, GroupLink
 from .interfaces import Slot
 from .link import LinkError, PeerLost, TransferTimeout
+from .meeting import Meeting
 
 ABORT_S = 5.0  # an abort that takes longer is stuck in the driver
 _POLL_S = 20e-6
 _HELLO_BYTES = 8
+_STORE = "store"  # the entry that says where it is
 
 
 class NcclLink(GroupLink):
@@ -48,6 +52,7 @@ class NcclLink(GroupLink):
         self._stream = own_stream(device) if device.type == "cuda" else None
         with self._own_stream():
             self._ring: torch.Tensor | None = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
+        self._store: TCPStore | None = None
         self._on_stuck = on_stuck
         self._killed = threading.Event()
         self._released = threading.Event()
@@ -59,9 +64,10 @@ class NcclLink(GroupLink):
         assert self._ring is not None, "it goes with the link"
         return self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
 
-    def _build(self, store: Any) -> Any:
+    def _build(self, meeting: Meeting) -> Any:
         """NCCL connects at the first operation, and waits there for the peer without an end: so both say first that they are
         there, and then exchange a few bytes."""
+        store = self._store = self._meet(meeting)
         store.set(f"rank {self._rank}", "here")
         store.wait([f"rank {1 - self._rank}"], self.timeout)
         if self._killed.is_set():
@@ -73,6 +79,18 @@ class NcclLink(GroupLink):
             ticket = group.send([hello], peer, 0) if self._rank == SENDER_RANK else group.recv([hello], peer, 0)
         self.wait(ticket, self._timeout_s)
         return group
+
+    def _meet(self, meeting: Meeting) -> TCPStore:
+        """A store that D serves: groups of NCCL go on using theirs, on threads of their own."""
+        if self._rank == SENDER_RANK:
+            host, _, port = meeting.get(_STORE, self._timeout_s).decode().rpartition(" ")
+            return TCPStore(host, int(port), 2, False, self.timeout)
+        listener = listening_socket(self._host)
+        port = listener.getsockname()[1]
+        fd = listener.detach()
+        store = TCPStore(self._host, port, 2, True, self.timeout, wait_for_workers=False, master_listen_fd=fd)
+        meeting.set(_STORE, f"{self._host} {port}".encode())
+        return store
 
     def send(self, slot: int, num_bytes: int, seq: int) -> Any:
         with self._own_stream():

@@ -22,7 +22,7 @@ from .events import (
 from .interfaces import Stream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
-from .protocol import PROTOCOL_VERSION, Chunk, Commit, Connect, Connected, Prepare, ReceiverMessage, Refused
+from .protocol import PROTOCOL_VERSION, Chunk, Commit, Connect, Connected, Meet, Prepare, ReceiverMessage, Refused
 from .sender import TransferSender
 
 logger = logging.getLogger(__name__)
@@ -190,5 +190,5 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         self.feed(LinkDown(None, f"connecting to {self.target.worker_id} failed: {error}"))
 
     def _on_message(self, message: ReceiverMessage) -> None:
-        if not isinstance(message, (Prepare, Connected, Refused)):
+        if not isinstance(message, Prepare | Meet | Connected | Refused):
             self.feed(message)

@@ -1,6 +1,7 @@
 """The control stream of one (P, D) pair, frame by frame, behind the handshake by which both know each other.
 
     P --CONNECT(epoch, layout)--------> D     D --PREPARE(ring), CONNECTED--> P      or REFUSED
+    P <--------------MEET(key, value)-------------> D     between these two, for links that are built at both ends
     P --OFFER(num_tokens)-------------> D     D --ACCEPT(token_start, credits)--> P
     P --CHUNK(seq, slot, span, sum)---> D     D --ACK(seq)--> P                       or NACK, and the link is closed
     P --COMMIT(payload)---------------> D     D --COMMITTED--> P
@@ -15,7 +16,7 @@ from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .span import Span
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
@@ -33,15 +34,21 @@ class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=Tr
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """D's staging ring, and where to meet for it: `shm` sends its memory with this frame, `cuda_ipc` a handle of it, `gloo`
-    names a store."""
+    """D's staging ring: `shm` sends its memory with this frame, `cuda_ipc` a handle of it; both ends of `gloo` and `nccl` have
+    one."""
 
     epoch: int
     num_slots: int
     slot_bytes: int
-    store_host: str = ""
-    store_port: int = 0
     handle: bytes = b""
+
+
+class Meet(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """An entry for the other end while both build the link, see `meeting.py`."""
+
+    epoch: int
+    key: str
+    value: bytes
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -128,5 +135,5 @@ class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
     error: str
 
 
-SenderMessage = Connect | Offer | Chunk | Commit | Abort | Heartbeat
-ReceiverMessage = Prepare | Connected | Refused | Accept | Ack | Committed | Nack | Abort | Heartbeat
+SenderMessage = Connect | Meet | Offer | Chunk | Commit | Abort | Heartbeat
+ReceiverMessage = Prepare | Meet | Connected | Refused | Accept | Ack | Committed | Nack | Abort | Heartbeat

@@ -5,6 +5,7 @@ The namespaces are the state: who knows the network's name finds its hosts. What
 `Hosts.folder`, of mode 0700. The first host is the operator's: it alone has the private key that all of them admit.
 """
 
+import ctypes
 import json
 import os
 import select
@@ -33,6 +34,7 @@ NOBODYS_MAC = "02:00:00:00:00:00"  # what is sent there reaches nobody
 LOGIN = ("HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8")
 NEW_NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
 BOOT_TIMEOUT_S = 30.0
+CLONE_NEWNET = 0x40000000
 MIN_BURST_BYTES = 256 << 10  # a veth passes segments of 64 KiB
 
 
@@ -73,9 +75,9 @@ class Hosts:
         try:
             (self.folder / "names").write_text("\n".join(hosts))
             _make_key(self.folder / "key", "operator")
-            _run("ip", "netns", "add", self._switch)
-            _run("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
-            _run("ip", "-n", self._switch, "link", "set", "bridge", "up")
+            run("ip", "netns", "add", self._switch)
+            run("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
+            run("ip", "-n", self._switch, "link", "set", "bridge", "up")
             for host in hosts:
                 self._lay_cable(host)
                 self._furnish(host)
@@ -112,45 +114,56 @@ class Hosts:
             raise HostsError(f"{host}: `{command}` ended with {done.returncode}: {done.stdout}")
         return done.stdout
 
+    def space(self, host: str) -> str:
+        """The name of its network namespace."""
+        return f"{self.name}-host{self._index(host)}"
+
+    def enter(self, host: str) -> None:
+        """Puts the calling thread, and whatever it starts, into the host's network; it stays in the machine otherwise."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with (NAMESPACES / self.space(host)).open() as namespace:
+            if libc.setns(namespace.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
     def pids(self, host: str) -> list[int]:
         """The host's processes, as the machine numbers them."""
-        return [pid for pid in _pids(self._space(host)) if _number_inside(pid) is not None]
+        return [pid for pid in _pids(self.space(host)) if _number_inside(pid) is not None]
 
     def cut(self, one: str, other: str) -> None:
         """What either sends to the other is lost, as in a firewall that drops it. Survives a reboot."""
         for sender, receiver in ((one, other), (other, one)):
             entry = (self.address(receiver), "lladdr", NOBODYS_MAC, "dev", "eth0", "nud", "permanent")
-            _run("ip", "-n", self._space(sender), "neigh", "replace", *entry)
+            run("ip", "-n", self.space(sender), "neigh", "replace", *entry)
 
     def heal(self, one: str, other: str) -> None:
         """Takes a cut back; idempotent."""
         for sender, receiver in ((one, other), (other, one)):
             entry = (self.address(receiver), "lladdr", self._mac(receiver), "dev", "eth0", "nud", "reachable")
-            _run("ip", "-n", self._space(sender), "neigh", "replace", *entry)
+            run("ip", "-n", self.space(sender), "neigh", "replace", *entry)
 
     def isolate(self, host: str) -> None:
         """The switch passes nothing from or to the host, which sees its carrier all the same."""
-        _run("bridge", "-n", self._switch, "link", "set", "dev", self._port(host), "state", "0")
+        run("bridge", "-n", self._switch, "link", "set", "dev", self._port(host), "state", "0")
 
     def join(self, host: str) -> None:
         """Takes `isolate` back; idempotent."""
-        _run("bridge", "-n", self._switch, "link", "set", "dev", self._port(host), "state", "3")
+        run("bridge", "-n", self._switch, "link", "set", "dev", self._port(host), "state", "3")
 
     def shape(self, host: str, rate: str = "", delay: str = "", loss: str = "") -> None:
         """Limits the host's link both ways: `100mbit`, `5ms`, `1%`, in tc's units. Without any it is as fast as it gets."""
-        ends = ((self._space(host), "eth0"), (self._switch, self._port(host)))
+        ends = ((self.space(host), "eth0"), (self._switch, self._port(host)))
         for namespace, device in ends:
             subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], stderr=subprocess.DEVNULL)
             if delay or loss:
                 wanted = {"delay": delay, "loss": loss, "rate": rate}
                 limits = [word for name, limit in wanted.items() if limit for word in (name, limit)]
                 try:
-                    _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "netem", "limit", "10000", *limits)
+                    run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "netem", "limit", "10000", *limits)
                 except HostsError as error:
                     raise HostsError(f"delay and loss take the kernel's module sch_netem: {error}") from error
             elif rate:
                 limits = ["rate", rate, "burst", str(MIN_BURST_BYTES), "latency", "50ms"]
-                _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *limits)
+                run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *limits)
 
     def freeze(self, host: str) -> None:
         """Stops all of its processes; its kernel goes on acknowledging what arrives."""
@@ -169,7 +182,7 @@ class Hosts:
         """Kills all of its processes. `hard`: as by pulling the plug, so that peers see no connection close."""
         if hard:
             self.isolate(host)
-        _kill_all(self._space(host))
+        _kill_all(self.space(host))
         self._reap(host)
 
     def boot(self, host: str) -> None:
@@ -180,7 +193,7 @@ class Hosts:
         self.join(host)
         with (folder / "boot.log").open("ab") as log:
             first = subprocess.Popen(
-                ["ip", "netns", "exec", self._space(host), "unshare", *NEW_NAMESPACES]
+                ["ip", "netns", "exec", self.space(host), "unshare", *NEW_NAMESPACES]
                 + [python, "-I", str(BOOT), str(folder), host, *sorted(kept)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/",
             )  # fmt: skip
@@ -200,7 +213,7 @@ class Hosts:
         prefix = f"{self.name}-"
         for space in [path.name for path in NAMESPACES.glob(f"{prefix}*")]:
             _kill_all(space)
-            _run("ip", "netns", "del", space)
+            run("ip", "netns", "del", space)
         for host in list(self._booted):
             self._reap(host)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -216,17 +229,17 @@ class Hosts:
             self._booted.pop(host).wait()
 
     def _lay_cable(self, host: str) -> None:
-        space, port = self._space(host), self._port(host)
-        _run("ip", "netns", "add", space)
-        _run("ip", "-n", space, "link", "set", "lo", "up")
-        _run("ip", "-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._switch)
-        _run("ip", "-n", self._switch, "link", "set", port, "master", "bridge", "up")
-        _run("ip", "-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
-        _run("ip", "-n", space, "link", "set", "eth0", "up")
-        _run("ip", "-n", space, "link", "add", "wan", "type", "bridge")  # the default route leads elsewhere, to nobody
-        _run("ip", "-n", space, "addr", "add", f"198.51.100.{self._index(host) + 1}/24", "dev", "wan")
-        _run("ip", "-n", space, "link", "set", "wan", "up")
-        _run("ip", "-n", space, "route", "add", "default", "via", "198.51.100.254", "dev", "wan")
+        space, port = self.space(host), self._port(host)
+        run("ip", "netns", "add", space)
+        run("ip", "-n", space, "link", "set", "lo", "up")
+        run("ip", "-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._switch)
+        run("ip", "-n", self._switch, "link", "set", port, "master", "bridge", "up")
+        run("ip", "-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
+        run("ip", "-n", space, "link", "set", "eth0", "up")
+        run("ip", "-n", space, "link", "add", "wan", "type", "bridge")  # the default route leads elsewhere, to nobody
+        run("ip", "-n", space, "addr", "add", f"198.51.100.{self._index(host) + 1}/24", "dev", "wan")
+        run("ip", "-n", space, "link", "set", "wan", "up")
+        run("ip", "-n", space, "route", "add", "default", "via", "198.51.100.254", "dev", "wan")
 
     def _furnish(self, host: str) -> None:
         """What lies on its disk when it boots for the first time."""
@@ -253,18 +266,15 @@ class Hosts:
             raise HostsError(f"host: got {host!r}, expected one of {', '.join(names) or 'none: there are no hosts'}")
         return names.index(host)
 
-    def _space(self, host: str) -> str:
-        return f"{self.name}-host{self._index(host)}"
-
     def _port(self, host: str) -> str:
         return f"port{self._index(host)}"
 
     def _mac(self, host: str) -> str:
-        return str(json.loads(_run("ip", "-n", self._space(host), "-j", "link", "show", "eth0"))[0]["address"])
+        return str(json.loads(run("ip", "-n", self.space(host), "-j", "link", "show", "eth0"))[0]["address"])
 
     def _first(self, host: str) -> int:
         """Its process 1, as the machine numbers it."""
-        for pid in _pids(self._space(host)):
+        for pid in _pids(self.space(host)):
             if _number_inside(pid) == 1:
                 return pid
         raise HostsError(f"{host} is halted")
@@ -281,7 +291,7 @@ class Hosts:
 
 def _pids(space: str) -> list[int]:
     """All processes in a network namespace."""
-    return [int(pid) for pid in _run("ip", "netns", "pids", space).split()]
+    return [int(pid) for pid in run("ip", "netns", "pids", space).split()]
 
 
 def _kill_all(space: str) -> None:
@@ -310,10 +320,11 @@ def _number_inside(pid: int) -> int | None:
 
 
 def _make_key(file: Path, comment: str) -> None:
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(file))
+    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(file))
 
 
-def _run(*command: str) -> str:
+def run(*command: str) -> str:
+    """What the command prints. Raises HostsError when it fails."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise HostsError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")

@@ -10,7 +10,6 @@ from hypothesis import given, strategies as st
 
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import nccl
-from pdserve.kv_transfer.gloo import listening_socket
 from pdserve.kv_transfer.group_link import RECEIVER_RANK, SENDER_RANK
 from pdserve.kv_transfer.link import LinkError
 from pdserve.kv_transfer.nccl import NcclLink
@@ -18,6 +17,7 @@ from pdserve.kv_transfer.send_turn import SendTurn
 
 from .device_twins import DeviceWorker, SharedMemory, device_layout
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
+from .meetings import joined_meetings
 from .nccl_twin import TwinGroup
 from .support import WAIT_S
 
@@ -78,9 +78,9 @@ def links(on_stuck: list[str]) -> tuple[NcclLink, NcclLink]:
         NcclLink(rank, "127.0.0.1", 1, 4096, WAIT_S, torch.device("cpu"), on_stuck.append)
         for rank in (RECEIVER_RANK, SENDER_RANK)
     )
-    listener = listening_socket("127.0.0.1")
-    port = listener.getsockname()[1]
-    building = [ours.executor.submit(ours.serve, listener), theirs.executor.submit(theirs.connect, "127.0.0.1", port)]
+    building = [
+        link.executor.submit(link.build, meeting) for link, meeting in zip((ours, theirs), joined_meetings(), strict=True)
+    ]
     for each in building:
         each.result(WAIT_S)
     return ours, theirs

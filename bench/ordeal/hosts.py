@@ -1,0 +1,80 @@
+"""A cluster on three hosts of one machine (tests/hosts), whose links can be cut.
+
+The hosts are what Ray and the workers see of the network; processes, files and shared memory are this machine's, so that what
+is left behind is found as it is elsewhere. This process and the head live on the first host, workers on the other two.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from pathlib import Path
+
+from pdserve.cluster import ray_address
+from tests.hosts.network import NAMESPACES, Hosts
+
+HEAD, WORKERS = "head", ("one", "two")
+PORT = 6379
+CORES = {HEAD: 0} | dict.fromkeys(WORKERS, 1)
+
+
+class HostNetwork:
+    """Cuts links between hosts. A link that is cut twice is mended once."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+        self._cuts: dict[frozenset[str], int] = {}
+
+    def cut_from_router(self, pids: Iterable[int], router: int) -> Callable[[], None] | None:
+        return self._cut(pids, [router])
+
+    def cut_from_peers(self, pids: Iterable[int], peers: Iterable[int]) -> Callable[[], None] | None:
+        return self._cut(pids, peers)
+
+    def _cut(self, pids: Iterable[int], peers: Iterable[int]) -> Callable[[], None] | None:
+        """None where all of them are on one host."""
+        pairs = product({self._host_of(pid) for pid in pids}, {self._host_of(pid) for pid in peers})
+        links = {frozenset(pair) for pair in pairs if len(set(pair)) == 2}
+        for link in links:
+            self._cuts[link] = self._cuts.get(link, 0) + 1
+            self._hosts.cut(*link)
+        return (lambda: self._mend(links)) if links else None
+
+    def _mend(self, links: Iterable[frozenset[str]]) -> None:
+        for link in links:
+            self._cuts[link] -= 1
+            if not self._cuts[link]:
+                self._hosts.heal(*link)
+
+    def _host_of(self, pid: int) -> str:
+        """Raises FileNotFoundError for a process that is gone."""
+        network = Path(f"/proc/{pid}/ns/net").stat().st_ino
+        spaces = {Path(NAMESPACES, self._hosts.space(name)).stat().st_ino: name for name in self._hosts.names()}
+        return spaces[network]
+
+
+@contextmanager
+def ray_on_hosts() -> Iterator[HostNetwork]:
+    """Ray on three hosts, for a cluster that this process launches meanwhile; it is on the first of them from now on."""
+    with ExitStack() as stack:
+        hosts = stack.enter_context(Hosts("ordeal"))
+        hosts.up([HEAD, *WORKERS])
+        folder = Path(tempfile.mkdtemp(prefix="pdserve-ordeal-", dir="/tmp"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        token = folder / "token"
+        token.touch(0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_enable_autoscaler_v2": "0"}
+        address = f"{hosts.address(HEAD)}:{PORT}"
+        for name in hosts.names():
+            role = ["--head", f"--port={PORT}", "--include-dashboard=false"] if name == HEAD else [f"--address={address}"]
+            options = [f"--node-ip-address={hosts.address(name)}", f"--num-cpus={CORES[name]}", f"--temp-dir={folder / name}"]
+            start = ["ray", "start", *role, *options, "--object-store-memory=80000000", "--include-log-monitor=false"]
+            subprocess.run(["ip", "netns", "exec", hosts.space(name), *start], check=True, stdout=subprocess.DEVNULL)
+        hosts.enter(HEAD)
+        os.environ[ray_address.VARIABLE] = address
+        yield HostNetwork(hosts)

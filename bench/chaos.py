@@ -3,6 +3,7 @@ be lost.
 
     python bench/chaos.py                     200 rounds of kills and freezes, about half an hour on 2 cores
     python bench/chaos.py --partitions        partitions too, in a network namespace; takes root, `unshare`, `ip` and `tc`
+    python bench/chaos.py --hosts             partitions too, on three hosts (tests/hosts); takes root, sshd and rsync
 
 Two prefill and two decode workers of the embedded model, half a core each. First the tokens of an undisturbed run are
 recorded. Then, in each round, six concurrent gRPC streams, greedy and seeded, long prompts and short, are disturbed by one to
@@ -21,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -32,8 +33,9 @@ import ray
 import torch
 from ordeal.accidents import draw, strike
 from ordeal.account import Account, slowness
+from ordeal.hosts import ray_on_hosts
 from ordeal.leftovers import descendants, holdings, mark_descendants, traces
-from ordeal.network import enter_namespace
+from ordeal.network import Loopback, Network, enter_namespace
 from ordeal.streams import Stream, Template, make_templates, run_streams
 from ordeal.watch import Watch
 
@@ -52,12 +54,13 @@ RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_ba
 
 @dataclass(frozen=True)
 class Ordeal:
-    """A running cluster and what its streams are compared with."""
+    """A running cluster and what its streams are compared with. `network`: where it can be cut."""
 
     generation: rpc.GenerationStub
     watch: Watch
     templates: Sequence[Template]
     undisturbed: Sequence[Stream]
+    network: Network | None
 
 
 def config(transport: str) -> ClusterConfig:
@@ -74,10 +77,10 @@ def config(transport: str) -> ClusterConfig:
 
 
 @contextmanager
-def running(transport: str, templates: Sequence[Template]) -> Iterator[Ordeal]:
+def running(templates: Sequence[Template], network: Network | None) -> Iterator[Ordeal]:
     """Up, and with the undisturbed tokens known: each request alone, then all at once."""
     with (
-        launch(config(transport)) as cluster,
+        launch(config("auto" if network is None else "gloo")) as cluster,
         grpc.insecure_channel(cluster.local_address, RECONNECT) as local,
         grpc.insecure_channel(cluster.grpc_address, RECONNECT) as channel,
     ):
@@ -90,21 +93,21 @@ def running(transport: str, templates: Sequence[Template]) -> Iterator[Ordeal]:
         assert set(outcomes) == {"whole"}, f"without any accident: {outcomes}"
         watch.wait_for(watch.is_idle, SETTLE_TIMEOUT_S)
         try:
-            yield Ordeal(generation, watch, templates, undisturbed)
+            yield Ordeal(generation, watch, templates, undisturbed, network)
         finally:
             watch.close()
 
 
-def run_round(ordeal: Ordeal, rng: random.Random, number: int, with_partitions: bool, account: Account) -> list[str]:
+def run_round(ordeal: Ordeal, rng: random.Random, number: int, account: Account) -> list[str]:
     """One set of streams and its accidents; returns what went wrong."""
     chosen = rng.sample(range(len(ordeal.templates)), NUM_STREAMS)
-    accidents = [draw(rng, with_partitions) for _ in range(rng.choice((1, 1, 2, 3)))]
+    accidents = [draw(rng, ordeal.network is not None) for _ in range(rng.choice((1, 1, 2, 3)))]
     order = ("before the first token", "during the transfer", "mid decode")
     accidents.sort(key=lambda accident: (order.index(accident.moment), accident.progress))
 
     def disturb(streams: list[Stream]) -> None:
         for accident in accidents:
-            strike(accident, streams, ordeal.watch, rng)
+            strike(accident, streams, ordeal.watch, rng, ordeal.network or Loopback())
 
     start_s = time.monotonic()
     streams = run_streams(ordeal.generation, [ordeal.templates[index] for index in chosen], f"round {number}", disturb)
@@ -152,7 +155,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--partitions", action="store_true")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--partitions", action="store_true")
+    where.add_argument("--hosts", action="store_true")
     parser.add_argument("--output", type=Path, help="write the table there as well")
     args = parser.parse_args()
     if args.partitions:
@@ -160,11 +165,14 @@ def main() -> int:
     mark_descendants()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
     rng, account, found = random.Random(args.seed), Account(), traces()
-    with running("gloo" if args.partitions else "auto", make_templates(rng, NUM_TEMPLATES)) as ordeal:
+    with (
+        ray_on_hosts() if args.hosts else nullcontext(Loopback() if args.partitions else None) as network,
+        running(make_templates(rng, NUM_TEMPLATES), network) as ordeal,
+    ):
         before = {"head": holdings("HeadActor"), "workers": holdings("WorkerActor")}
         try:
             for number in range(args.rounds):
-                run_round(ordeal, rng, number, args.partitions, account)
+                run_round(ordeal, rng, number, account)
                 if (number + 1) % ROUNDS_TO_SETTLE == 0:
                     settle(ordeal, account)
         except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.kv_transfer import BLOCK_IDS, LAYOUT, NUM_BYTES, NUM_TOKENS, Endings, digest, paged_cache
+from kv_transfer import BLOCK_IDS, LAYOUT, NUM_BYTES, NUM_TOKENS, Endings, digest, paged_cache
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .leftovers import router_pid
-from .network import client_ports, cut, ports_towards
+from .network import Network
 from .streams import Stream
 from .watch import Watch
 
@@ -66,7 +66,7 @@ def draw(rng: random.Random, with_partitions: bool) -> Accident:
     )
 
 
-def strike(accident: Accident, streams: list[Stream], watch: Watch, rng: random.Random) -> None:
+def strike(accident: Accident, streams: list[Stream], watch: Watch, rng: random.Random, network: Network) -> None:
     """Wait for the moment, then do it. A pool without a ready worker is spared, and so is a router that is not there yet."""
     _wait_for_moment(accident, streams, rng)
     chosen = _candidates(accident.role, watch)
@@ -75,7 +75,7 @@ def strike(accident: Accident, streams: list[Stream], watch: Watch, rng: random.
     accident.victims = chosen
     if not chosen:
         return
-    end = _begin(accident, [victim.pid for victim in chosen], watch)
+    end = _begin(accident, [victim.pid for victim in chosen], watch, network)
     if end is not None:
         accident.ended = threading.Timer(accident.duration_s, end)
         accident.ended.start()
@@ -90,7 +90,7 @@ def _candidates(role: str, watch: Watch) -> list[Victim]:
     return [victim for victim in ready if Path(f"/proc/{victim.pid}").exists()]  # the status is a little behind
 
 
-def _begin(accident: Accident, pids: list[int], watch: Watch) -> Callable[[], None] | None:
+def _begin(accident: Accident, pids: list[int], watch: Watch, network: Network) -> Callable[[], None] | None:
     """Returns what ends it."""
     if accident.kind in KINDS:
         processes = [os.pidfd_open(pid) for pid in pids]
@@ -101,23 +101,22 @@ def _begin(accident: Accident, pids: list[int], watch: Watch) -> Callable[[], No
             return lambda: _signal(processes, signal.SIGCONT, close=True)
         _signal(processes, 0, close=True)
         return None
-    ports = _ports_to_cut(accident, pids, watch)
-    if not ports:
+    at_s, mend = time.monotonic(), _cut_off(accident, pids, watch, network)
+    if mend is None:
         accident.victims = []
-        return None
-    accident.at_s = time.monotonic()
-    return cut(ports)
+    else:
+        accident.at_s = at_s
+    return mend
 
 
-def _ports_to_cut(accident: Accident, pids: list[int], watch: Watch) -> set[int]:
-    """None when one of the two sides is dead."""
+def _cut_off(accident: Accident, pids: list[int], watch: Watch, network: Network) -> Callable[[], None] | None:
+    """None when one of the two sides is dead, or nothing lies between them."""
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         if accident.kind == PARTITIONS[1]:
-            peers = [victim.pid for victim in _candidates(_other(accident.role), watch)]
-            return set().union(*(ports_towards(pid, peers) for pid in pids))
+            return network.cut_from_peers(pids, [victim.pid for victim in _candidates(_other(accident.role), watch)])
         if (router := router_pid()) is not None:
-            return set().union(*(client_ports(pid, router) for pid in pids))
-    return set()
+            return network.cut_from_router(pids, router)
+    return None
 
 
 def _signal(processes: list[int], number: int, close: bool = False) -> None:

@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -33,7 +33,7 @@ import ray
 import torch
 from ordeal.accidents import draw, strike
 from ordeal.account import Account, slowness
-from ordeal.hosts import ray_on_hosts
+from ordeal.hosts import are_entered, enter_hosts, entered
 from ordeal.leftovers import descendants, holdings, mark_descendants, traces
 from ordeal.network import Loopback, Network, enter_namespace
 from ordeal.streams import Stream, Template, make_templates, run_streams
@@ -160,15 +160,18 @@ def main() -> int:
     where.add_argument("--hosts", action="store_true")
     parser.add_argument("--output", type=Path, help="write the table there as well")
     args = parser.parse_args()
+    network: Network | None = None
     if args.partitions:
         enter_namespace()
+        network = Loopback()
+    if args.hosts:
+        if not are_entered():
+            return enter_hosts()
+        network = entered()
     mark_descendants()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
     rng, account, found = random.Random(args.seed), Account(), traces()
-    with (
-        ray_on_hosts() if args.hosts else nullcontext(Loopback() if args.partitions else None) as network,
-        running(make_templates(rng, NUM_TEMPLATES), network) as ordeal,
-    ):
+    with running(make_templates(rng, NUM_TEMPLATES), network) as ordeal:
         before = {"head": holdings("HeadActor"), "workers": holdings("WorkerActor")}
         try:
             for number in range(args.rounds):

@@ -6,18 +6,18 @@ is left behind is found as it is elsewhere. This process and the head live on th
 
 import os
 import secrets
-import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
 from pdserve.cluster import ray_address
 from tests.hosts.network import NAMESPACES, Hosts
 
-HEAD, WORKERS = "head", ("one", "two")
+NETWORK, HEAD, WORKERS = "ordeal", "head", ("one", "two")
+INSIDE = "PDSERVE_ORDEAL_HOSTS"
 PORT = 6379
 CORES = {HEAD: 0} | dict.fromkeys(WORKERS, 1)
 
@@ -57,24 +57,37 @@ class HostNetwork:
         return spaces[network]
 
 
-@contextmanager
-def ray_on_hosts() -> Iterator[HostNetwork]:
-    """Ray on three hosts, for a cluster that this process launches meanwhile; it is on the first of them from now on."""
-    with ExitStack() as stack:
-        hosts = stack.enter_context(Hosts("ordeal"))
+def are_entered() -> bool:
+    """Whether this process is on the first of the hosts."""
+    return INSIDE in os.environ
+
+
+def entered() -> HostNetwork:
+    """The network of the hosts that this process is on."""
+    return HostNetwork(Hosts(NETWORK))
+
+
+def enter_hosts() -> int:
+    """Makes the hosts, with Ray on them, and runs this program again on the first one. Returns its exit status."""
+    with Hosts(NETWORK) as hosts, tempfile.TemporaryDirectory(prefix="pdserve-ordeal-", dir="/tmp") as folder:
         hosts.up([HEAD, *WORKERS])
-        folder = Path(tempfile.mkdtemp(prefix="pdserve-ordeal-", dir="/tmp"))
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        token = folder / "token"
+        token = Path(folder, "token")
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_enable_autoscaler_v2": "0"}
         address = f"{hosts.address(HEAD)}:{PORT}"
+        os.environ |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            ray_address.VARIABLE: address,
+            INSIDE: "1",
+        }
         for name in hosts.names():
             role = ["--head", f"--port={PORT}", "--include-dashboard=false"] if name == HEAD else [f"--address={address}"]
-            options = [f"--node-ip-address={hosts.address(name)}", f"--num-cpus={CORES[name]}", f"--temp-dir={folder / name}"]
+            options = [f"--node-ip-address={hosts.address(name)}", f"--num-cpus={CORES[name]}", f"--temp-dir={folder}/{name}"]
             start = ["ray", "start", *role, *options, "--object-store-memory=80000000", "--include-log-monitor=false"]
-            subprocess.run(["ip", "netns", "exec", hosts.space(name), *start], check=True, stdout=subprocess.DEVNULL)
-        hosts.enter(HEAD)
-        os.environ[ray_address.VARIABLE] = address
-        yield HostNetwork(hosts)
+            _on(hosts, name, start, check=True)
+        return _on(hosts, HEAD, [sys.executable, *sys.argv]).returncode
+
+
+def _on(hosts: Hosts, name: str, command: list[str], check: bool = False) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(["ip", "netns", "exec", hosts.space(name), *command], check=check)

@@ -297,16 +297,25 @@ def _pids(space: str) -> list[int]:
 def _kill_all(space: str) -> None:
     """Returns when none of the namespace's processes is left. Those around a PID namespace reap it, and end by themselves."""
     while pids := _pids(space):
-        inside = [pid for pid in pids if _number_inside(pid) is not None]
+        around = {_parent(pid) for pid in pids if _number_inside(pid) == 1}
         descriptors = []
         for pid in pids:
             with suppress(ProcessLookupError):
                 descriptors.append(os.pidfd_open(pid))
-                if pid in inside or not inside:
+                if pid not in around:
                     os.kill(pid, signal.SIGKILL)
         for descriptor in descriptors:
             select.select([descriptor], [], [])
             os.close(descriptor)
+
+
+def _parent(pid: int) -> int | None:
+    """None when the process has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path("/proc", str(pid), "status").read_text().splitlines():
+            if line.startswith("PPid:"):
+                return int(line.split()[1])
+    return None
 
 
 def _number_inside(pid: int) -> int | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..core import admin_socket
 from ..core.config import ClusterConfig
+from . import local_hosts
 from .admin import apply
 from .at_reboot import AtReboot
 from .client import CommandFailed, connect_to_administer
@@ -29,7 +30,7 @@ from .plan import read_config
 
 FOLDER = Path("~/.pdserve")
 LOG = Path("~/pdserve.log")
-TEMP_DIR = "--temp-dir="  # of `ray start`
+TEMP_DIR, AUTOSCALING_CONFIG = "--temp-dir=", "--autoscaling-config="  # of `ray start`
 MAX_PAUSE_S = 60.0
 MAX_OPEN_FILES = 65536
 END_S = 3.0  # of the 5 s that `ray stop` leaves a process
@@ -73,6 +74,7 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         _apply(config, file)
+        _follow_hosts(file, ray_start)
         return
     _allow_open_files()
     supervisor = _Supervisor(file.absolute(), ray_start, folder)
@@ -99,13 +101,22 @@ def _apply(config: ClusterConfig, file: Path) -> None:
         apply(client, file, dry_run=False)
 
 
+def _follow_hosts(file: Path, ray_start: list[str]) -> None:
+    copy = _option(ray_start, AUTOSCALING_CONFIG)
+    if copy is not None:
+        local_hosts.follow(file, Path(copy))
+
+
+def _option(ray_start: list[str], name: str) -> str | None:
+    return next((word.removeprefix(name) for word in ray_start if word.startswith(name)), None)
+
+
 class _Supervisor:
     def __init__(self, file: Path, ray_start: list[str], folder: Path) -> None:
         self._file = file
         self._ray_start = ray_start
         self._folder = folder
-        named = (word.removeprefix(TEMP_DIR) for word in ray_start if word.startswith(TEMP_DIR))
-        self._ray_folder = Path(next(named, "/tmp/ray"))
+        self._ray_folder = Path(_option(ray_start, TEMP_DIR) or "/tmp/ray")
         self._at_reboot = AtReboot(folder / "at_reboot")
 
     def start_at_reboot(self) -> None:
@@ -123,6 +134,9 @@ class _Supervisor:
         shutil.rmtree(before, ignore_errors=True)
         with suppress(FileNotFoundError):
             self._ray_folder.rename(before)
+        copy = _option(self._ray_start, AUTOSCALING_CONFIG)
+        if copy is not None:
+            local_hosts.write_copy(self._file, Path(copy))
         if subprocess.run(self._ray_start, stdin=subprocess.DEVNULL).returncode:
             raise CommandFailed(f"Ray does not start: `{' '.join(self._ray_start)}`")
 

@@ -70,7 +70,7 @@ def ssh_command(file: Mapping[str, Any], host: str, command: str) -> list[str]:
     options = [word for option in SSH_OPTIONS for word in ("-o", option)]
     user = f"{auth['ssh_user']}@" if "ssh_user" in auth else ""
     there = f"bash --login -c -i {shlex.quote(f'source ~/.bashrc; {command}')}"
-    return ["ssh", *key, *options, f"{user}{host}", there]
+    return ["ssh", "-tt", *key, *options, f"{user}{host}", there]
 
 
 def _read(file: Path) -> Mapping[str, Any]:

@@ -148,11 +148,11 @@ class _Supervisor:
         try:
             began_s = time.monotonic()
             while not self._serve():
-                _sweep()
+                sweep()
                 _pause(pauses.after(time.monotonic() - began_s))
                 began_s = time.monotonic()
         except _Ended as ended:
-            _sweep()
+            sweep()
             if not _is_ray_stop(ended.by):
                 return  # the host shuts down, perhaps: with it, the supervisor starts again
         if AtReboot.is_possible():
@@ -244,9 +244,9 @@ def _log_to(log: Path) -> None:
         os.close(opened)
 
 
-def _sweep() -> None:
+def sweep(parent: Path = Path("/tmp")) -> None:
     """Removes what a launcher left that Ray ended with itself: this user's folders with sockets that nobody answers at."""
-    for folder in Path("/tmp").glob("pdserve-*"):
+    for folder in parent.glob("pdserve-*"):
         with suppress(OSError):
             status = os.lstat(folder)
             if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):

@@ -45,7 +45,9 @@ def test_a_new_host_is_noted_and_nothing_else_happens(folder: Path, capsys: pyte
 def test_ray_ends_on_the_host_that_has_left_and_on_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noted, ended = follow(config("a", "c"), config("a", "b", "c"))
     assert noted == "ray get-worker-ips file"
-    assert ended.startswith("ssh -i /key.pem ") and ended.endswith("ubuntu@b bash --login -c -i 'source ~/.bashrc; ray stop'")
+    assert ended.startswith("ssh -tt -i /key.pem ") and ended.endswith(
+        "ubuntu@b bash --login -c -i 'source ~/.bashrc; ray stop'"
+    )
     assert capsys.readouterr().out == "b: leaves\n"
 
 

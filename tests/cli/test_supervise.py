@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.cli.at_reboot import AtReboot, script_of
-from pdserve.cli.supervise import Pauses
+from pdserve.cli.supervise import Pauses, sweep
 
 SUPERVISOR = """
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from pdserve.cli import supervise
 
 supervise._names_of_processes = lambda: supervise.RAY_PROCESSES if Path("ray-lives").exists() else set()
-supervise._sweep = lambda: None
+supervise.sweep = lambda: None
 supervise._pause = lambda pause_s: None
 sys.argv = [sys.argv[1]]
 supervisor = supervise._Supervisor(Path("cluster.yaml"), ["ray", "start", "--temp-dir=ray"], Path("."))
@@ -134,6 +135,26 @@ def test_pauses_double_up_to_a_minute_and_begin_again_after_a_long_life() -> Non
     pauses = Pauses()
     assert [pauses.after(lived_s=3.0) for _ in range(8)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     assert [pauses.after(lived_s=61.0), pauses.after(lived_s=3.0)] == [1.0, 2.0]
+
+
+def test_folders_of_a_launcher_that_died_go_and_those_of_one_that_lives_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = tmp_path / "runtime"
+    monkeypatch.setenv("PDSERVE_RUNTIME_DIR", str(runtime))
+    for folder in ("pdserve-dead", "pdserve-lives", "pdserve-other", "runtime"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pdserve-other" / "notes").touch()
+    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alive:
+        dead.bind(str(tmp_path / "pdserve-dead" / "grpc.sock"))
+        dead.close()
+        alive.bind(str(tmp_path / "pdserve-lives" / "lines"))
+        alive.listen()
+        (runtime / "127.0.0.1_1.sock").symlink_to(tmp_path / "pdserve-dead" / "grpc.sock")
+        (runtime / "127.0.0.1_2.sock").symlink_to(tmp_path / "pdserve-lives" / "lines")
+        sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"pdserve-lives", "pdserve-other", "runtime"}
+    assert [path.name for path in runtime.iterdir()] == ["127.0.0.1_2.sock"]
 
 
 def test_a_script_runs_its_command_in_the_environment_of_today_less_the_session(tmp_path: Path) -> None:

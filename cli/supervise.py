@@ -79,6 +79,7 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
     _allow_open_files()
     supervisor = _Supervisor(file.absolute(), ray_start, folder)
     if not at_reboot:
+        supervisor.take_file()
         supervisor.start_ray()
         supervisor.start_at_reboot()
     log = LOG.expanduser()
@@ -118,6 +119,12 @@ class _Supervisor:
         self._folder = folder
         self._ray_folder = Path(_option(ray_start, TEMP_DIR) or "/tmp/ray")
         self._at_reboot = AtReboot(folder / "at_reboot")
+        self._copy = Path(_option(ray_start, AUTOSCALING_CONFIG) or file)  # the file as it was when it was last found good
+
+    def take_file(self) -> None:
+        """Ray and `pdserve up` read a copy: a `ray up` with a file that is refused leaves what a crash starts again."""
+        if self._copy != self._file:
+            local_hosts.write_copy(self._file, self._copy)
 
     def start_at_reboot(self) -> None:
         """Has cron start it again, or says that nothing will."""
@@ -134,9 +141,6 @@ class _Supervisor:
         shutil.rmtree(before, ignore_errors=True)
         with suppress(FileNotFoundError):
             self._ray_folder.rename(before)
-        copy = _option(self._ray_start, AUTOSCALING_CONFIG)
-        if copy is not None:
-            local_hosts.write_copy(self._file, Path(copy))
         if subprocess.run(self._ray_start, stdin=subprocess.DEVNULL).returncode:
             raise CommandFailed(f"Ray does not start: `{' '.join(self._ray_start)}`")
 
@@ -163,7 +167,7 @@ class _Supervisor:
         if not _names_of_processes() >= RAY_PROCESSES and not self._has_restarted_ray():
             return False
         address = (self._ray_folder / "ray_current_cluster").read_text().strip()
-        command = [sys.argv[0], "up", str(self._file)]
+        command = [sys.argv[0], "up", str(self._copy)]
         child = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock)
         try:
             while child.poll() is None:

@@ -23,7 +23,8 @@ supervise._names_of_processes = lambda: supervise.RAY_PROCESSES if Path("ray-liv
 supervise.sweep = lambda: None
 supervise._pause = lambda pause_s: None
 sys.argv = [sys.argv[1]]
-supervisor = supervise._Supervisor(Path("cluster.yaml"), ["ray", "start", "--temp-dir=ray"], Path("."))
+supervisor = supervise._Supervisor(Path("cluster.yaml"), ["ray", "start", "--temp-dir=ray", "--autoscaling-config=copy"], Path("."))
+supervisor.take_file()
 supervisor.start_at_reboot()
 supervisor.run()
 """
@@ -45,6 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the supervisor runs, with the stand-ins on its PATH."""
     for name, lines in STANDINS.items():
         executable(tmp_path / "bin" / name, lines)
+    (tmp_path / "cluster.yaml").write_text("good")
     (tmp_path / "crontab").write_text("5 4 * * * backup\n")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
@@ -90,6 +92,12 @@ def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder:
         pass
     assert calls() == ["stop", "start", "up", "stop", "start", "up"]
     assert Path("ray-before", "1").exists() and Path("ray", "2").exists()
+
+
+def test_a_file_that_was_refused_is_not_what_starts_again(folder: Path) -> None:
+    with supervisor("echo up $(cat $2) >> calls; echo bad > cluster.yaml; rm ray-lives; [ $(grep -c up calls) = 2 ]"):
+        pass
+    assert calls() == ["stop", "start", "up good", "stop", "start", "up good"]
 
 
 def test_ray_stop_ends_it_for_good(serving: "subprocess.Popen[bytes]") -> None:

@@ -23,7 +23,8 @@ supervise._names_of_processes = lambda: supervise.RAY_PROCESSES if Path("ray-liv
 supervise.sweep = lambda: None
 supervise._pause = lambda pause_s: None
 sys.argv = [sys.argv[1]]
-supervisor = supervise._Supervisor(Path("cluster.yaml"), ["ray", "start", "--temp-dir=ray", "--autoscaling-config=copy"], Path("."))
+ray_start = ["ray", "start", "--temp-dir=ray", "--autoscaling-config=copy"]
+supervisor = supervise._Supervisor(Path("cluster.yaml"), ray_start, Path("."))
 supervisor.take_file()
 supervisor.start_at_reboot()
 supervisor.run()

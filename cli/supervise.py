@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..core import admin_socket
 from ..core.config import ClusterConfig
+from ..core.errors import PdserveError
 from . import local_hosts
 from .admin import apply
 from .at_reboot import AtReboot
@@ -66,22 +67,16 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
 
     `at_reboot`: Ray too is started in the background, and tried again: the network may come up later. Raises CommandFailed.
     """
-    config = read_config(file)
     folder = FOLDER.expanduser()
     folder.mkdir(0o700, exist_ok=True)
-    lock = os.open(folder / "supervisor", os.O_RDWR | os.O_CREAT, 0o600)  # held until the supervisor ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _apply(config, file)
-        _follow_hosts(file, ray_start)
-        return
-    _allow_open_files()
     supervisor = _Supervisor(file.absolute(), ray_start, folder)
-    if not at_reboot:
-        supervisor.take_file()
-        supervisor.start_ray()
-        supervisor.start_at_reboot()
+    try:
+        is_new = _begin(supervisor, file, ray_start, at_reboot)
+    except PdserveError:
+        supervisor.put_back_file()
+        raise
+    if not is_new:
+        return
     log = LOG.expanduser()
     if os.fork():
         print(f"pdserve starts in the background: see `pdserve status`, and {log}", flush=True)
@@ -90,6 +85,26 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
     _log_to(log)
     supervisor.run()
     os._exit(0)
+
+
+def _begin(supervisor: "_Supervisor", file: Path, ray_start: list[str], at_reboot: bool) -> bool:
+    """Whether this process is the supervisor from here on, rather than one that was there before. Raises PdserveError."""
+    if not at_reboot and subprocess.run([sys.argv[0], "validate", str(file)], stdin=subprocess.DEVNULL).returncode:
+        raise CommandFailed(f"{file} is refused; nothing has changed")
+    config = read_config(file)
+    lock = os.open(FOLDER.expanduser() / "supervisor", os.O_RDWR | os.O_CREAT, 0o600)  # held until the supervisor ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _apply(config, file)
+        _follow_hosts(file, ray_start)
+        return False
+    _allow_open_files()
+    if not at_reboot:
+        supervisor.take_file()
+        supervisor.start_ray()
+        supervisor.start_at_reboot()
+    return True
 
 
 def _apply(config: ClusterConfig, file: Path) -> None:
@@ -125,6 +140,11 @@ class _Supervisor:
         """Ray and `pdserve up` read a copy: a `ray up` with a file that is refused leaves what a crash starts again."""
         if self._copy != self._file:
             local_hosts.write_copy(self._file, self._copy)
+
+    def put_back_file(self) -> None:
+        """In place of one that was refused: `ray up` does not send a file again that it has sent with success before."""
+        if self._copy != self._file and self._copy.exists():
+            local_hosts.write_copy(self._copy, self._file)
 
     def start_at_reboot(self) -> None:
         """Has cron start it again, or says that nothing will."""

@@ -133,6 +133,8 @@ def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path) -> Non
         "ray",
         "start",
     ]
+    executable(folder / "bin" / "pdserve", "exit 0")  # the file is valid
+    command[2:3] = [f"import sys; sys.argv[0] = 'bin/pdserve'; {command[2]}"]
     with (folder / ".pdserve" / "supervisor").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = subprocess.check_output(command, env=environment, text=True)

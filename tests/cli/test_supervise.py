@@ -142,6 +142,18 @@ def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path) -> Non
     assert not Path("calls").exists()
 
 
+def test_in_place_of_a_refused_file_the_last_good_one_is_put_back(folder: Path) -> None:
+    executable(folder / "bin" / "pdserve", "echo $1 is wrong; exit 1")
+    (folder / "cluster.yaml").write_text("bad")
+    (folder / "copy").write_text("good")
+    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.main import main; main()"
+    words = ["supervise", "cluster.yaml", "--", "ray", "start", "--autoscaling-config=copy"]
+    environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "cluster.yaml is refused; nothing has changed" in done.stderr
+    assert (folder / "cluster.yaml").read_text() == "good" and not (folder / "calls").exists()
+
+
 def test_pauses_double_up_to_a_minute_and_begin_again_after_a_long_life() -> None:
     pauses = Pauses()
     assert [pauses.after(lived_s=3.0) for _ in range(8)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]

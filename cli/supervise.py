@@ -22,6 +22,8 @@ from pathlib import Path
 
 from ..core import admin_socket
 from ..core.config import ClusterConfig
+from ..core.errors import PdserveError
+from . import local_hosts
 from .admin import apply
 from .at_reboot import AtReboot
 from .client import CommandFailed, connect_to_administer
@@ -29,7 +31,7 @@ from .plan import read_config
 
 FOLDER = Path("~/.pdserve")
 LOG = Path("~/pdserve.log")
-TEMP_DIR = "--temp-dir="  # of `ray start`
+TEMP_DIR, AUTOSCALING_CONFIG = "--temp-dir=", "--autoscaling-config="  # of `ray start`
 MAX_PAUSE_S = 60.0
 MAX_OPEN_FILES = 65536
 END_S = 3.0  # of the 5 s that `ray stop` leaves a process
@@ -65,20 +67,16 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
 
     `at_reboot`: Ray too is started in the background, and tried again: the network may come up later. Raises CommandFailed.
     """
-    config = read_config(file)
     folder = FOLDER.expanduser()
     folder.mkdir(0o700, exist_ok=True)
-    lock = os.open(folder / "supervisor", os.O_RDWR | os.O_CREAT, 0o600)  # held until the supervisor ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _apply(config, file)
-        return
-    _allow_open_files()
     supervisor = _Supervisor(file.absolute(), ray_start, folder)
-    if not at_reboot:
-        supervisor.start_ray()
-        supervisor.start_at_reboot()
+    try:
+        is_new = _begin(supervisor, file, ray_start, at_reboot)
+    except PdserveError:
+        supervisor.put_back_file()
+        raise
+    if not is_new:
+        return
     log = LOG.expanduser()
     if os.fork():
         print(f"pdserve starts in the background: see `pdserve status`, and {log}", flush=True)
@@ -87,6 +85,26 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
     _log_to(log)
     supervisor.run()
     os._exit(0)
+
+
+def _begin(supervisor: "_Supervisor", file: Path, ray_start: list[str], at_reboot: bool) -> bool:
+    """Whether this process is the supervisor from here on, rather than one that was there before. Raises PdserveError."""
+    if not at_reboot and subprocess.run([sys.argv[0], "validate", str(file)], stdin=subprocess.DEVNULL).returncode:
+        raise CommandFailed(f"{file} is refused; nothing has changed")
+    config = read_config(file)
+    lock = os.open(FOLDER.expanduser() / "supervisor", os.O_RDWR | os.O_CREAT, 0o600)  # held until the supervisor ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _apply(config, file)
+        _follow_hosts(file, ray_start)
+        return False
+    _allow_open_files()
+    if not at_reboot:
+        supervisor.take_file()
+        supervisor.start_ray()
+        supervisor.start_at_reboot()
+    return True
 
 
 def _apply(config: ClusterConfig, file: Path) -> None:
@@ -99,14 +117,34 @@ def _apply(config: ClusterConfig, file: Path) -> None:
         apply(client, file, dry_run=False)
 
 
+def _follow_hosts(file: Path, ray_start: list[str]) -> None:
+    copy = _option(ray_start, AUTOSCALING_CONFIG)
+    if copy is not None:
+        local_hosts.follow(file, Path(copy))
+
+
+def _option(ray_start: list[str], name: str) -> str | None:
+    return next((word.removeprefix(name) for word in ray_start if word.startswith(name)), None)
+
+
 class _Supervisor:
     def __init__(self, file: Path, ray_start: list[str], folder: Path) -> None:
         self._file = file
         self._ray_start = ray_start
         self._folder = folder
-        named = (word.removeprefix(TEMP_DIR) for word in ray_start if word.startswith(TEMP_DIR))
-        self._ray_folder = Path(next(named, "/tmp/ray"))
+        self._ray_folder = Path(_option(ray_start, TEMP_DIR) or "/tmp/ray")
         self._at_reboot = AtReboot(folder / "at_reboot")
+        self._copy = Path(_option(ray_start, AUTOSCALING_CONFIG) or file)  # the file as it was when it was last found good
+
+    def take_file(self) -> None:
+        """Ray and `pdserve up` read a copy: a `ray up` with a file that is refused leaves what a crash starts again."""
+        if self._copy != self._file:
+            local_hosts.write_copy(self._file, self._copy)
+
+    def put_back_file(self) -> None:
+        """In place of one that was refused: `ray up` does not send a file again that it has sent with success before."""
+        if self._copy != self._file and self._copy.exists():
+            local_hosts.write_copy(self._copy, self._file)
 
     def start_at_reboot(self) -> None:
         """Has cron start it again, or says that nothing will."""
@@ -134,11 +172,11 @@ class _Supervisor:
         try:
             began_s = time.monotonic()
             while not self._serve():
-                _sweep()
+                sweep()
                 _pause(pauses.after(time.monotonic() - began_s))
                 began_s = time.monotonic()
         except _Ended as ended:
-            _sweep()
+            sweep()
             if not _is_ray_stop(ended.by):
                 return  # the host shuts down, perhaps: with it, the supervisor starts again
         if AtReboot.is_possible():
@@ -149,7 +187,7 @@ class _Supervisor:
         if not _names_of_processes() >= RAY_PROCESSES and not self._has_restarted_ray():
             return False
         address = (self._ray_folder / "ray_current_cluster").read_text().strip()
-        command = [sys.argv[0], "up", str(self._file)]
+        command = [sys.argv[0], "up", str(self._copy)]
         child = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock)
         try:
             while child.poll() is None:
@@ -230,9 +268,9 @@ def _log_to(log: Path) -> None:
         os.close(opened)
 
 
-def _sweep() -> None:
+def sweep(parent: Path = Path("/tmp")) -> None:
     """Removes what a launcher left that Ray ended with itself: this user's folders with sockets that nobody answers at."""
-    for folder in Path("/tmp").glob("pdserve-*"):
+    for folder in parent.glob("pdserve-*"):
         with suppress(OSError):
             status = os.lstat(folder)
             if status.st_uid != os.getuid() or not stat.S_ISDIR(status.st_mode):

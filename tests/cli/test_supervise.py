@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.cli.at_reboot import AtReboot, script_of
-from pdserve.cli.supervise import Pauses
+from pdserve.cli.supervise import Pauses, sweep
 
 SUPERVISOR = """
 import sys
@@ -19,10 +20,12 @@ from pathlib import Path
 from pdserve.cli import supervise
 
 supervise._names_of_processes = lambda: supervise.RAY_PROCESSES if Path("ray-lives").exists() else set()
-supervise._sweep = lambda: None
+supervise.sweep = lambda: None
 supervise._pause = lambda pause_s: None
 sys.argv = [sys.argv[1]]
-supervisor = supervise._Supervisor(Path("cluster.yaml"), ["ray", "start", "--temp-dir=ray"], Path("."))
+ray_start = ["ray", "start", "--temp-dir=ray", "--autoscaling-config=copy"]
+supervisor = supervise._Supervisor(Path("cluster.yaml"), ray_start, Path("."))
+supervisor.take_file()
 supervisor.start_at_reboot()
 supervisor.run()
 """
@@ -44,6 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the supervisor runs, with the stand-ins on its PATH."""
     for name, lines in STANDINS.items():
         executable(tmp_path / "bin" / name, lines)
+    (tmp_path / "cluster.yaml").write_text("good")
     (tmp_path / "crontab").write_text("5 4 * * * backup\n")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
@@ -91,6 +95,12 @@ def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder:
     assert Path("ray-before", "1").exists() and Path("ray", "2").exists()
 
 
+def test_a_file_that_was_refused_is_not_what_starts_again(folder: Path) -> None:
+    with supervisor("echo up $(cat $2) >> calls; echo bad > cluster.yaml; rm ray-lives; [ $(grep -c up calls) = 2 ]"):
+        pass
+    assert calls() == ["stop", "start", "up good", "stop", "start", "up good"]
+
+
 def test_ray_stop_ends_it_for_good(serving: "subprocess.Popen[bytes]") -> None:
     assert Path("/proc", str(serving.pid), "comm").read_text() == "ray::supervise\n"  # so `ray stop` finds it
     ended = subprocess.Popen(["ray", "stop", str(serving.pid)])
@@ -123,6 +133,8 @@ def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path) -> Non
         "ray",
         "start",
     ]
+    executable(folder / "bin" / "pdserve", "exit 0")  # the file is valid
+    command[2:3] = [f"import sys; sys.argv[0] = 'bin/pdserve'; {command[2]}"]
     with (folder / ".pdserve" / "supervisor").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         printed = subprocess.check_output(command, env=environment, text=True)
@@ -130,10 +142,42 @@ def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path) -> Non
     assert not Path("calls").exists()
 
 
+def test_in_place_of_a_refused_file_the_last_good_one_is_put_back(folder: Path) -> None:
+    executable(folder / "bin" / "pdserve", "echo $1 is wrong; exit 1")
+    (folder / "cluster.yaml").write_text("bad")
+    (folder / "copy").write_text("good")
+    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.main import main; main()"
+    words = ["supervise", "cluster.yaml", "--", "ray", "start", "--autoscaling-config=copy"]
+    environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "cluster.yaml is refused; nothing has changed" in done.stderr
+    assert (folder / "cluster.yaml").read_text() == "good" and not (folder / "calls").exists()
+
+
 def test_pauses_double_up_to_a_minute_and_begin_again_after_a_long_life() -> None:
     pauses = Pauses()
     assert [pauses.after(lived_s=3.0) for _ in range(8)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     assert [pauses.after(lived_s=61.0), pauses.after(lived_s=3.0)] == [1.0, 2.0]
+
+
+def test_folders_of_a_launcher_that_died_go_and_those_of_one_that_lives_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = tmp_path / "runtime"
+    monkeypatch.setenv("PDSERVE_RUNTIME_DIR", str(runtime))
+    for folder in ("pdserve-dead", "pdserve-lives", "pdserve-other", "runtime"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pdserve-other" / "notes").touch()
+    with socket.socket(socket.AF_UNIX) as dead, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alive:
+        dead.bind(str(tmp_path / "pdserve-dead" / "grpc.sock"))
+        dead.close()
+        alive.bind(str(tmp_path / "pdserve-lives" / "lines"))
+        alive.listen()
+        (runtime / "127.0.0.1_1.sock").symlink_to(tmp_path / "pdserve-dead" / "grpc.sock")
+        (runtime / "127.0.0.1_2.sock").symlink_to(tmp_path / "pdserve-lives" / "lines")
+        sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"pdserve-lives", "pdserve-other", "runtime"}
+    assert [path.name for path in runtime.iterdir()] == ["127.0.0.1_2.sock"]
 
 
 def test_a_script_runs_its_command_in_the_environment_of_today_less_the_session(tmp_path: Path) -> None:

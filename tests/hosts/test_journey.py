@@ -1,0 +1,146 @@
+"""An operator's journey with the repository's cluster.yaml: `ray up` from another machine, over ssh, to three hosts.
+
+In the file only `provider` and `auth` are changed, and the number of decode instances: the head's host alone has no room for
+them. `pytest -s` shows how long each step took.
+"""
+
+import json
+import os
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from .network import Hosts
+
+pytestmark = [pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(600)]
+
+FILE = Path(__file__).parents[2] / "cluster.yaml"
+NUM_DECODE = (os.cpu_count() or 1) + 1  # each host has all of the machine's cores
+UP = "ray up -y cluster.yaml"
+NOTICE_S = 120.0  # Ray's agents try for a minute to report the end of a Ray whose head has gone
+ASK = """
+import json, select, sys, time, urllib.request
+
+URL, TYPE = "http://127.0.0.1:8000/v1/completions", {"content-type": "application/json"}
+BODY = json.dumps({"prompt": "The with statement", "max_tokens": 400, "temperature": 0}).encode()
+
+def ask():
+    with urllib.request.urlopen(urllib.request.Request(URL, BODY, TYPE), timeout=60) as answer:
+        return json.load(answer)["choices"][0]["text"]
+
+def ask_until_answered():
+    while True:
+        try:
+            return ask()
+        except OSError:
+            time.sleep(0.1)
+
+def ask_until_stopped():
+    texts = [ask()]
+    print("began", flush=True)
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        texts.append(ask())
+    return texts
+
+print(json.dumps(eval(sys.argv[1])()))
+"""
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    began_s = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - began_s:.1f} s")
+
+
+def configure(hosts: Hosts) -> None:
+    """What the operator has at the beginning: the file, and Ray's token."""
+    _, head, *workers = (hosts.address(host) for host in hosts.names())
+    text = FILE.read_text()
+    for ours, theirs in (
+        ("head_ip: 127.0.0.1", f"head_ip: {head}"),
+        ("worker_ips: []", f"worker_ips: [{', '.join(workers)}]"),
+        ("\nauth:\n  ssh_user: ubuntu", "\nauth:\n  ssh_user: root"),
+        ("  # ssh_private_key: ~/.ssh/id_ed25519", "  ssh_private_key: ~/.ssh/id_ed25519"),
+        ("      decode:\n        instances: 1", f"      decode:\n        instances: {NUM_DECODE}"),
+    ):
+        assert text.count(ours) == 1, ours
+        text = text.replace(ours, theirs)
+    (hosts.home("operator") / "cluster.yaml").write_text(text)
+    (hosts.home("head") / "ask.py").write_text(ASK)
+    hosts.run("operator", "(umask 077; ray get-auth-token --generate)")
+
+
+def first_answer(hosts: Hosts) -> str:
+    text: str = json.loads(hosts.run("head", "python ask.py ask_until_answered", timeout_s=180.0))
+    return text
+
+
+@contextmanager
+def clients(hosts: Hosts) -> Iterator[list[str]]:
+    """One asks after the other while the block runs; at its end the list has all answers."""
+    answers: list[str] = []
+    command = hosts.command("head", "python ask.py ask_until_stopped")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdin is not None and asking.stdout is not None
+        assert asking.stdout.readline() == "began\n"
+        yield answers
+        asking.stdin.write("stop\n")
+        asking.stdin.flush()
+        answers += json.loads(asking.stdout.readline())
+
+
+def processes(hosts: Hosts, host: str) -> dict[int, str]:
+    """Those of Ray and of pdserve there, by the machine's numbers."""
+    found = {}
+    for pid in hosts.pids(host):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name = Path("/proc", str(pid), "comm").read_text().strip()
+            words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+            if name.startswith("ray") or any(b"/ray/" in word or word.endswith(b"/pdserve") for word in words):
+                found[pid] = name
+    return found
+
+
+def await_end(pids: dict[int, str]) -> None:
+    for pid, name in pids.items():
+        with suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(pid)
+            ended = select.select([descriptor], [], [], NOTICE_S)[0]
+            os.close(descriptor)
+            assert ended, f"{name} lives on"
+
+
+def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
+    configure(hosts)
+    with timed("first `ray up` to first token"):
+        with timed("`ray up`"):
+            hosts.run("operator", UP, timeout_s=120.0)
+        reference = first_answer(hosts)
+
+    with clients(hosts) as answers, timed("`ray up` again, while streams run"):
+        assert "nothing to change" in hosts.run("operator", UP)
+    assert set(answers) == {reference}
+
+    hosts.run("head", "kill -9 $(pgrep -f 'pdserve u[p]')")
+    with timed("`pdserve up` killed, to first token"):
+        assert first_answer(hosts) == reference
+
+    with timed("the head's host rebooted, to first token"):
+        hosts.reboot("head")
+        assert first_answer(hosts) == reference
+
+    with timed("`ray down`"):
+        hosts.run("operator", "ray down -y cluster.yaml")
+    assert processes(hosts, "head") == {}
+    assert hosts.run("head", "ls /tmp | grep pdserve; ls /dev/shm; crontab -l 2> /dev/null || true") == ""
+    with timed("and the other hosts' Ray has ended"):
+        for host in hosts.names():
+            await_end(processes(hosts, host))
+            assert processes(hosts, host) == {}
+            assert hosts.run(host, "ls -d /tmp/pdserve* /dev/shm/* 2> /dev/null || true") == ""

@@ -3,7 +3,8 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
+from pdserve import __version__
 from pdserve.cluster.launch import launch
 from pdserve.core.config_file import parse_cluster_config
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
@@ -129,3 +131,19 @@ def test_a_cluster_serves_on_what_is_there_and_grows_and_shrinks_with_its_hosts(
             (row,) = (row for row in status.hosts if row.address == OTHER)
             assert list(row.worker_ids) == [waiting.worker_id]
             assert cluster.tokens() == expected
+
+
+def test_a_host_with_another_version_is_refused_with_cause_and_fix_and_nothing_starts_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import pdserve; pdserve.__version__ = '0.0.9'")
+    with closing(Several(file(OTHER, decode=1))) as cluster, ExitStack() as hosts:
+        with monkeypatch.context() as environment:
+            environment.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+            hosts.enter_context(host(OTHER, 1))
+        status = cluster.wait_for(OTHER, "REFUSED", 2)
+        said = f"host {OTHER}: it runs pdserve 0.0.9, the head {__version__}; install {__version__} there"
+        assert said in status.degraded
+        (row,) = (row for row in status.hosts if row.address == OTHER)
+        assert not row.worker_ids
+        assert cluster.tokens()

@@ -37,8 +37,8 @@ class FakeNodes:
         return self.alive
 
     async def check(self, node_id: str, config: ClusterConfig, device: str) -> HostChecked:
-        answer = self.answers[node_id] = asyncio.get_running_loop().create_future()
-        return await answer
+        self.answers[node_id] = asyncio.get_running_loop().create_future()
+        return await self.answers[node_id]
 
     def node(self, node_id: str) -> Node:
         return Node(node_id, (0,), 1, 1)

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from pdserve.core.codec import FrameDecoder, FrameEncoder
 from pdserve.core.histogram import TokenGaps
+from pdserve.core.hosts import HostState
 from pdserve.core.messages import Leg, LegEnded, Role, StepReport, TokenOutput, TransferStats
 from pdserve.core.request import TransferId
 from pdserve.router.core import Router
@@ -144,6 +145,7 @@ def scrape_us(num_workers: int) -> tuple[float, int]:
             token_gaps=router.token_gaps,
             configured=configured,
             restarts={},
+            hosts={HostState.JOINED: 1},
             num_takeovers=0,
             num_spans=0,
             version="",

@@ -17,6 +17,7 @@ class StatusLines:
 
     def __init__(self) -> None:
         self._shown: dict[str, tuple[object, ...]] = {}
+        self._degraded = ""
 
     def changes(self, status: pb.ClusterStatus) -> Iterator[str]:
         """What a person should hear of this state, after those before."""
@@ -29,6 +30,9 @@ class StatusLines:
         for name in [name for name in self._shown if name not in names]:
             del self._shown[name]
             yield f"{name}: gone"
+        if status.degraded != self._degraded and status.serving:
+            self._degraded = status.degraded
+            yield f"serving; {status.degraded}" if status.degraded else "serving as configured"
 
 
 class StartBars:

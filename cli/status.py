@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from google.protobuf.json_format import MessageToJson
 
+from ..core.config_types import format_size
 from ..proto import pdserve_pb2 as pb
 
 STATES = {
@@ -14,6 +15,15 @@ STATES = {
     pb.WORKER_STATE_STOPPING: "Stopping",
     pb.WORKER_STATE_FAILED: "Failed",
 }
+HOST_STATES = {
+    pb.HOST_STATE_AWAITED: "Awaited",
+    pb.HOST_STATE_CHECKING: "Checking",
+    pb.HOST_STATE_JOINED: "Joined",
+    pb.HOST_STATE_REFUSED: "Refused",
+    pb.HOST_STATE_LOST: "Lost",
+    pb.HOST_STATE_LEAVING: "Leaving",
+}
+HOST_COLUMNS = ("HOST", "NAME", "STATE", "SINCE", "CORES", "GPUS", "MEMORY", "INSTANCES")
 COLUMNS = ("NAME", "ROLE", "STATE", "RUNNING", "WAITING", "BLOCKS", "TOKENS/S", "AGE", "RESTARTS")
 WIDE_COLUMNS = (*COLUMNS, "NODE", "PID", "DEVICES")
 
@@ -23,12 +33,15 @@ def as_json(status: pb.ClusterStatus, indent: int | None = 2) -> str:
 
 
 def as_table(status: pb.ClusterStatus, wide: bool = False) -> str:
-    """A line on the cluster, a row for each worker, and what went wrong."""
+    """A line on the cluster, a row for each worker, one for each host where there are several, and what is wrong or waits."""
     rows = [WIDE_COLUMNS if wide else COLUMNS, *(_row(worker, wide) for worker in status.workers)]
     lines = [summary(status), "", *_aligned(rows)]
+    if len(status.hosts) > 1 or wide:
+        lines += ["", *_aligned([HOST_COLUMNS, *map(_host_row, status.hosts)])]
     if status.degraded:
         lines += ["", status.degraded]
-    messages = [f"{worker.worker_id}: {worker.message}" for worker in status.workers if worker.message]
+    messages = [f"{worker.worker_id}: {text}" for worker in status.workers if (text := worker.message or worker.phase)]
+    messages += [f"host {host.address}: {host.message}" for host in status.hosts if host.message not in status.degraded]
     return "\n".join([*lines, *([""] if messages else []), *messages])
 
 
@@ -65,6 +78,19 @@ def _row(worker: pb.WorkerStatus, wide: bool) -> Sequence[str]:
         str(worker.num_restarts),
     )
     return (*row, worker.node or "-", str(worker.pid or "-"), ",".join(worker.devices) or "-") if wide else row
+
+
+def _host_row(host: pb.HostStatus) -> Sequence[str]:
+    return (
+        host.address,
+        host.name or "-",
+        HOST_STATES.get(host.state, "Unknown"),
+        age(host.since_s),
+        f"{host.num_cores_taken:g}/{host.num_cores}",
+        f"{host.num_gpus_taken:g}/{host.num_gpus}",
+        format_size(host.memory_bytes) if host.memory_bytes else "-",
+        ",".join(host.worker_ids) or "-",
+    )
 
 
 def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:

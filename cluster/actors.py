@@ -13,9 +13,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
+from ..router.cores import Placement
 from ..telemetry.logs import LogSettings, configure
 from . import ray_folder
-from .cores import Placement
 from .worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)

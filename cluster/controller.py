@@ -12,12 +12,13 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from ..core.errors import CapacityError
 from ..core.messages import WorkerInfo
+from ..router.cores import Placement
 from ..router.events import Adopted, Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
 from ..router.fleet import Fleet
 from ..router.fleet_events import (
     AdoptWorkers,
+    Apply,
     AssignRole,
     DrainWorker,
     FleetAction,
@@ -25,10 +26,11 @@ from ..router.fleet_events import (
     StartWorker,
     StopWorker,
     WorkerLoading,
+    WorkerPlaced,
 )
+from ..router.places import Places
 from ..router.service import RouterService
 from .actors import Outcome, reason_of
-from .cores import CoreAllocator, Placement
 from .keeper import Keeper, Key
 from .worker_spec import WorkerSpec
 
@@ -57,15 +59,18 @@ class Controller:
     def __init__(
         self,
         fleet: Fleet,
-        cores: CoreAllocator,
+        places: Places,
         keeper: Keeper,
         make_spec: Callable[[StartWorker], WorkerSpec],
         on_change: Callable[[], None],
+        suspect_host: Callable[[str], None] = lambda node_id: None,
     ) -> None:
+        """`suspect_host` is called with the node id of a host on which a worker was lost for no known reason."""
         self.fleet = fleet
         self.processes: dict[Key, Process] = {}  # oldest first
         self.adopted = asyncio.Event()  # whatever an earlier controller has started was heard of, or is given up
-        self._cores = cores
+        self._places = places
+        self._suspect_host = suspect_host
         self._keeper = keeper
         self._make_spec = make_spec
         self._on_change = on_change
@@ -85,7 +90,7 @@ class Controller:
         loop = asyncio.get_running_loop()
         newest = {spec.worker_id: spec for spec, _ in living}
         for spec, placement in living:
-            self._cores.take_back(spec.key, placement, spec.need)
+            self._places.adopt(spec.key, spec.role, placement, spec.need)
             process = self.processes[spec.key] = Process(spec, loop.time(), phase="reconnecting")
             process.watch = self._spawn(self._watch(spec.key))
             if newest[spec.worker_id] is not spec:
@@ -98,13 +103,17 @@ class Controller:
         if self._is_closed:
             return
         loop = asyncio.get_running_loop()
+        if isinstance(event, Apply):
+            self._places.wanted = event.pools
         self._actions += self.fleet.handle(event, loop.time())
         if self._is_busy:
             return
         self._is_busy = True
+        self._router(WorkersExpected(self.fleet.num_expected))  # before workers drain whom others are to replace
         try:
-            while self._actions:
-                self._carry_out(self._actions.popleft(), loop.time())
+            while self._actions or self._give_places(loop.time()):
+                while self._actions:
+                    self._carry_out(self._actions.popleft(), loop.time())
         finally:
             self._is_busy = False
         if self.fleet.is_settled and not self.adopted.is_set():
@@ -151,6 +160,7 @@ class Controller:
         process = self.processes.get((worker_id, incarnation))
         if process is not None and process.info is not None and process.ending is None:
             log.warning("%s/%d is lost: %s", worker_id, incarnation, reason, extra={"worker": worker_id})
+            self._suspect((worker_id, incarnation))
             self.handle(WorkerLost(worker_id, incarnation, reason))
             self._stop((worker_id, incarnation), reason, 0.0 if is_silent else STOP_TIMEOUT_S)
 
@@ -161,28 +171,30 @@ class Controller:
 
     def _carry_out(self, action: FleetAction, now_s: float) -> None:
         match action:
-            case StartWorker(_, worker_id, incarnation):
+            case StartWorker(role, worker_id, incarnation):
                 key = worker_id, incarnation
-                self.processes[key] = Process(self._make_spec(action), now_s)
-                self._place(key)
+                process = self.processes[key] = Process(self._make_spec(action), now_s)
+                self._places.ask(key, role, process.spec.need)
             case DrainWorker(worker_id):
                 self._router(WorkerDraining(worker_id))
             case AssignRole(worker_id, role):
+                self._places.assign(worker_id, role)
                 self._router(WorkerRole(worker_id, role))
             case StopWorker(worker_id, incarnation, reason):
                 self._stop((worker_id, incarnation), reason, STOP_TIMEOUT_S)
 
-    def _place(self, key: Key) -> None:
-        """Start the actor, or leave it waiting while processes that are about to end hold the cores."""
-        process = self.processes[key]
-        try:
-            placement = self._cores.take(key, process.spec.need)
-        except CapacityError as error:
-            process.phase = f"waiting: {error}"
-            return
-        process.phase = "starting a process"
-        self._keeper.start(process.spec, placement)
-        process.watch = self._spawn(self._watch(key))
+    def _give_places(self, now_s: float) -> bool:
+        """Start the actors for which there is room; the others wait. Whether there are actions to carry out after that."""
+        while (found := self._places.next()) is not None:
+            key, placement = found
+            process = self.processes[key]
+            process.phase = "starting a process"
+            self._keeper.start(process.spec, placement)
+            process.watch = self._spawn(self._watch(key))
+            self._actions += self.fleet.handle(WorkerPlaced(*key), now_s)
+        for key in self._places.waiting:
+            self.processes[key].phase = f"waiting: {self._places.why_waiting(key)}"
+        return bool(self._actions)
 
     async def _watch(self, key: Key) -> None:
         """Follow one process to its end, whatever that is."""
@@ -192,16 +204,22 @@ class Controller:
             outcome = Outcome(reason_of(error))
         level = logging.WARNING if self.processes[key].ending is None else logging.INFO
         log.log(level, "%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})
+        if not outcome.is_told and self.processes[key].ending is None:
+            self._suspect(key)
         self._gone(key, outcome.reason if outcome.is_told else self.processes[key].ending or outcome.reason)
+
+    def _suspect(self, key: Key) -> None:
+        """The process ended, or its connection broke, and nobody knows why: its host may be in trouble."""
+        node_id = self._places.cores.node_of(key)
+        if node_id is not None:
+            self._suspect_host(node_id)
 
     def _gone(self, key: Key, reason: str) -> None:
         """Nothing is left of a process: tell router and fleet, and give its cores to those who wait."""
         del self.processes[key]
-        self._cores.give_back(key)
+        self._places.give_back(key)
         self._router(WorkerLost(*key, reason))
         self.handle(WorkerLost(*key, reason))
-        for waiting in [key for key, process in self.processes.items() if process.watch is None]:
-            self._place(waiting)
 
     def _stop(self, key: Key, reason: str, patience_s: float) -> None:
         process = self.processes.get(key)

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import socket
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -15,21 +17,24 @@ from ..core.errors import InvalidRequest
 from ..core.latency import LatencyModel
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
+from ..engine.device_choice import resolve_device, why_device
 from ..engine.plan import plan
 from ..router.core import Router
-from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
+from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Tick, Timeline
 from ..router.fleet import Fleet, FleetConfig
-from ..router.fleet_events import Apply, Drain, Shutdown, StartWorker
+from ..router.fleet_events import Apply, Drain, ReplaceWorkers, Shutdown, StartWorker
 from ..router.fleet_member import MemberState, MemberStatus
+from ..router.hosts import Hosts
+from ..router.places import Places
 from ..router.service import RouterService
 from ..router.status import WorkerStatus as RoutedWorker
 from ..telemetry.exposition import Snapshot
 from .actors import load_entry_point
 from .controller import Controller
-from .cores import CoreAllocator
 from .head_config import pool_sizes, pools_are_alike, priors, router_config, step_costs
 from .head_spec import Doors, HeadSpec
 from .head_telemetry import HeadTelemetry
+from .host_watch import HostWatch
 from .keeper import RayKeeper
 from .nodes import RayNodes
 from .worker_spec import WorkerSpec
@@ -37,6 +42,7 @@ from .worker_spec import WorkerSpec
 log = logging.getLogger(__name__)
 
 NUMBERS_OF_A_HEAD = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
+FIRST_CHECK_S = 5.0  # for hosts that are there at the start; those that answer later join later
 STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
 STATES = {
     MemberState.STARTING: WorkerState.STARTING,
@@ -55,7 +61,6 @@ class Head:
         self._spec = spec
         self._config: ClusterConfig  # in force
         self._device: DeviceKind  # of its instances; fixed while the cluster runs
-        self._nodes = RayNodes()
         self._num_applied = 0
         self._door: Any = None
         self._is_listening = False
@@ -70,25 +75,33 @@ class Head:
         """
         spec = self._spec
         config = self._config = await spec.keeper.config.remote()
-        nodes = await self._nodes.probe()
-        self._plan = plan(config if spec.doors is None else config.on(spec.doors.device), nodes)
-        self._plan.check()
-        self._device = self._plan.device
-        if not spec.generation:
-            log.info("device: %s (%s)", self._device, self._plan.why_device)
+        self._host = spec.host or ray.util.get_node_ip_address()
+        listener = listen(self._host, spec.doors.control_port if spec.doors else 0)
+        self._control_port = int(listener.getsockname()[1])
+        nodes = RayNodes(config.model.path, (self._host, self._control_port))
+        if spec.doors is None:
+            asked = await nodes.ask_all(FIRST_CHECK_S)
+            self._device = resolve_device(config, asked)
+            log.info("device: %s (%s)", self._device, why_device(config, asked))
+        else:
+            asked = await nodes.ask_here()
+            self._device = spec.doors.device
+        self._places = Places()
+        self._watch = HostWatch(Hosts(self._places), nodes, self._device, is_alone=spec.host is not None)
+        if spec.doors is None:
+            await self._watch.start(config)
+            await self._watch.settle(FIRST_CHECK_S)
+            asked = self._watch.nodes(config) or asked[:1]
+        is_complete = spec.doors is None and self._watch.are_complete(config)
+        self._plan = plan(config.on(self._device), asked, more_may_come=not is_complete)
+        self._plan.check(more_may_come=not is_complete)
         self._started_s = asyncio.get_running_loop().time()
         fleet = Fleet(
             FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=pools_are_alike(config)),
             first_incarnation=1 + spec.generation * NUMBERS_OF_A_HEAD,
         )
         self._controller = Controller(
-            fleet,
-            CoreAllocator(
-                {node.name: len(node.cores) for node in nodes}, {node.name: len(node.usable_devices) for node in nodes}
-            ),
-            RayKeeper(spec.keeper),
-            self._worker_spec,
-            self._on_change,
+            fleet, self._places, RayKeeper(spec.keeper), self._worker_spec, self._on_change, self._watch.suspect
         )
         model = LatencyModel(priors(config, self._plan))
         router = Router(
@@ -101,13 +114,15 @@ class Head:
         self._telemetry = HeadTelemetry(config, costs, model, spec.otlp_endpoint, self._snapshot)
         self._service = RouterService(router, self._controller, spec.token, self._telemetry.recorder)
         self._controller.attach(self._service)
-        self._host = spec.host or ray.util.get_node_ip_address()
-        self._control_port = await self._service.start(self._host, spec.doors.control_port if spec.doors else 0)
+        self._watch.on_vacate = lambda workers: self._controller.handle(ReplaceWorkers(workers))
+        self._watch.on_change = lambda: self._controller.handle(Tick())  # whoever waits for a place may have one now
+        await self._service.start(self._host, listener=listener)
         self._is_listening = True
         if spec.generation:
             self._controller.adopt(await spec.keeper.living.remote())
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
+            await self._watch.start(config)  # now that it is known who runs where
         addresses = (spec.doors.grpc, spec.doors.http) if spec.doors else (config.listen.grpc, config.listen.http)
         self._door = await load_entry_point(spec.door)(self, config, *addresses, local=spec.local)
         self._on_change()
@@ -125,6 +140,7 @@ class Head:
         if self._door is not None:
             await self._door.stop(0.0)
         if self._is_listening:
+            await self._watch.close()
             await self._controller.close()
             await self._service.stop()
             await self._telemetry.close()
@@ -142,15 +158,17 @@ class Head:
         routed = self._service.router.status(now_s)
         rows = {(worker.worker_id, worker.incarnation): worker for worker in routed.workers}
         members = self._controller.fleet.status()
+        hosts = self._watch.hosts
         return ClusterStatus(
             serving=self._is_serving,
             shutting_down=self._controller.fleet.is_shutting_down,
             num_queued_requests=routed.num_queued,
             num_running_requests=routed.num_requests - routed.num_queued,
             instances=pool_sizes(self._config),
-            workers=tuple(self._row(member, rows.get((member.worker_id, member.incarnation)), now_s) for member in members),
+            workers=tuple(self._row(m, rows.get((m.worker_id, m.incarnation)), hosts.names, now_s) for m in members),
             uptime_s=now_s - self._started_s,
-            degraded=routed.degraded if routed.workers else None,
+            degraded="; ".join(filter(None, (routed.degraded if routed.workers else None, hosts.problems()))) or None,
+            hosts=hosts.status(now_s),
         )
 
     def metrics(self) -> bytes:
@@ -170,13 +188,17 @@ class Head:
             await asyncio.sleep(STATUS_INTERVAL_S)
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
-        plan(config.on(self._device), await self._nodes.probe()).check()
+        await self._watch.resolve(config)
+        more_may_come = not self._watch.are_complete(config)
+        planned = plan(config.on(self._device), self._watch.nodes(config), more_may_come=more_may_come)
+        planned.check(more_may_come=more_may_come)
         if not dry_run:
             self._config = config
             self._num_applied += 1  # calls of the keeper may overtake each other
             self._spec.keeper.remember.remote(config, (self._spec.generation, self._num_applied))
             self._service.router.configure(router_config(config))
             self._telemetry.configure(config)
+            self._watch.expect(config)
             routed = self._service.router.status(asyncio.get_running_loop().time())
             num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}
             self._controller.handle(Apply(pool_sizes(config), num_legs))
@@ -219,6 +241,7 @@ class Head:
             token_gaps=router.token_gaps,
             configured=pool_sizes(self._config),
             restarts={member.worker_id: (member.role, member.num_restarts) for member in self._controller.fleet.status()},
+            hosts=Counter(host.state for host in self._watch.hosts.status(0.0)),
             num_takeovers=self._spec.generation,
             num_spans=num_spans,
             version=__version__,
@@ -239,6 +262,7 @@ class Head:
             host=self._spec.host,
             log=self._spec.log,
             accept_open_ray=self._spec.accept_open_ray,
+            memory_bytes=pool.instance_bytes if self._device == "cpu" else 0,
         )
 
     @property
@@ -260,7 +284,7 @@ class Head:
         self._ended.set()
         self._changed.set()
 
-    def _row(self, member: MemberStatus, routed: RoutedWorker | None, now_s: float) -> WorkerStatus:
+    def _row(self, member: MemberStatus, routed: RoutedWorker | None, hosts: Mapping[str, str], now_s: float) -> WorkerStatus:
         process = self._controller.processes.get((member.worker_id, member.incarnation))
         info = process.info if process is not None else None
         return WorkerStatus(
@@ -270,7 +294,7 @@ class Head:
             phase=process.phase if process is not None else "",
             fraction=process.fraction if process is not None else 0.0,
             message=(member.last_error or "") if member.state is MemberState.BACKOFF else "",
-            node=info.node if info else "",
+            node=hosts.get(self._places.cores.node_of((member.worker_id, member.incarnation)) or "", ""),
             pid=info.pid if info else 0,
             devices=info.devices if info else (),
             num_running=routed.load.num_running if routed else 0,
@@ -282,3 +306,9 @@ class Head:
             num_restarts=member.num_restarts,
             stalled_s=routed.stalled_s if routed else 0.0,
         )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The port for workers, before anybody is accepted: hosts are asked whether they reach it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)

@@ -2,8 +2,8 @@
 
 from typing import Any, Protocol
 
+from ..router.cores import Placement
 from .actors import Outcome
-from .cores import Placement
 from .worker_spec import WorkerSpec
 
 Key = tuple[str, int]  # (worker_id, incarnation)

@@ -1,44 +1,120 @@
-"""The machines of the Ray cluster, as the planner counts them; their names are Ray's node ids."""
+"""The hosts of the Ray cluster: which there are, and what each of them is like."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..engine.gpu import Node, probe_node
+from .. import __version__
+from ..core.config import ClusterConfig
+from ..core.devices import DeviceKind
+from ..engine.gpu import Node
+from ..router.cores import Capacity
+from ..router.hosts import HostChecked, SeenHost
+from .actors import reason_of
+from .host_facts import HostFacts, look, refusal, warning
 
-_probe_there: Any = ray.remote(num_cpus=0)(probe_node)
+CHECK_TIMEOUT_S = 20.0  # for a process to start there and to answer
+NODE_TYPE = "ray.io/node-group"  # Ray's label for a cloud's node type
+
+_look_there: Any = ray.remote(num_cpus=0, max_retries=0)(look)
 
 
 class RayNodes:
-    """Remembers what it was told of GPUs: asking another machine takes it a process, and GPUs stay where they are."""
+    """Asks Ray which hosts there are, and hosts what they are like. The one that this process runs on is the head's."""
 
-    def __init__(self) -> None:
-        self._seen: dict[str, Node] = {}  # machines with GPUs, by name
+    def __init__(self, model_path: str, router_address: tuple[str, int]) -> None:
+        self._model_path = model_path
+        self._router_address = router_address
+        self._head = str(ray.get_runtime_context().get_node_id())
+        self._resources: Mapping[str, Mapping[str, float]] = {}  # by node id, as Ray was told
+        self._facts: dict[str, HostFacts] = {}
+        self._asking: dict[str, asyncio.Task[str]] = {}  # answers that nobody has waited for yet
 
-    async def probe(self) -> tuple[Node, ...]:
-        alive = [node for node in ray.nodes() if node["Alive"]]
-        if len(alive) == 1:
-            (here,) = alive
-            return (with_gpus_of(replace(probe_node(), name=here["NodeID"]), here["Resources"]),)
-        return tuple(await asyncio.gather(*(self._node(node["NodeID"], node["Resources"]) for node in alive)))
+    async def seen(self) -> tuple[SeenHost, ...]:
+        """Those that are alive, the head's first."""
+        nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+        self._resources = {node["NodeID"]: node["Resources"] for node in nodes}
+        found = [
+            SeenHost(
+                node["NodeID"],
+                node["NodeManagerAddress"],
+                node["NodeManagerHostname"],
+                node["Labels"].get(NODE_TYPE, ""),
+                node["NodeID"] == self._head,
+            )
+            for node in nodes
+        ]
+        return tuple(sorted(found, key=lambda host: not host.is_head))
 
-    async def _node(self, name: str, resources: Mapping[str, float]) -> Node:
-        """Ray knows a machine's cores and memory, the machine itself its GPUs."""
-        memory = int(resources.get("memory", 0))
-        node = Node(name, tuple(range(int(resources.get("CPU", 0)))), memory, memory)
-        if not resources.get("GPU"):
-            return node
-        if name not in self._seen:
-            there: Any = NodeAffinitySchedulingStrategy(name, soft=False)
-            self._seen[name] = await _probe_there.options(scheduling_strategy=there).remote()
-        seen = self._seen[name]
-        return with_gpus_of(replace(node, devices=seen.devices, torch_cuda=seen.torch_cuda), resources)
+    def node(self, node_id: str) -> Node:
+        """What a host has that has been asked, and Ray may use of it."""
+        return with_resources(self._facts[node_id].node, self._resources.get(node_id, {}))
+
+    async def ask_all(self, timeout_s: float) -> tuple[Node, ...]:
+        """All that are there and answer in time, the head's first; the others' answers may come later."""
+        for host in await self.seen():
+            self._asking[host.node_id] = asyncio.create_task(self._ask(host.node_id))
+        done, _ = await asyncio.wait(self._asking.values(), timeout=timeout_s)
+        return tuple(self.node(name) for name, task in self._asking.items() if task in done and not task.result())
+
+    async def ask_here(self) -> tuple[Node, ...]:
+        """The head's host alone."""
+        await self.seen()
+        await self._ask(self._head)
+        return (self.node(self._head),)
+
+    async def _ask(self, node_id: str) -> str:
+        """Learn what the host is like. Why that cannot be had, and what to do; empty when it can."""
+        if node_id == self._head:
+            answer = await asyncio.to_thread(look, self._model_path, None)
+            self._facts[node_id] = HostFacts.parse(answer, node_id)
+            return ""
+        there: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        asked = _look_there.options(scheduling_strategy=there).remote(self._model_path, self._router_address)
+        try:
+            self._facts[node_id] = HostFacts.parse(await asyncio.wait_for(asked, CHECK_TIMEOUT_S), node_id)
+        except TimeoutError:
+            ray.cancel(asked, force=True)
+            return (
+                f"it has not answered within {CHECK_TIMEOUT_S:g} s: it is frozen, overloaded or cut off from the head; see "
+                "whether processes start there, and whether all TCP between the hosts passes the firewalls"
+            )
+        except (RayError, KeyError, TypeError, AttributeError, ImportError) as error:
+            reason = reason_of(error) if isinstance(error, RayError) else f"{type(error).__name__}: {error}"
+            return f"pdserve cannot be asked there ({reason}); see whether pdserve {__version__} is installed there"
+        return ""
+
+    async def check(self, node_id: str, config: ClusterConfig, device: DeviceKind) -> HostChecked:
+        """Ask the host, and judge whether instances may start there."""
+        asked_s = time.time()
+        asked = self._asking.pop(node_id, None)
+        failure = await (self._ask(node_id) if asked is None else asked)
+        if failure:
+            return HostChecked(node_id, Capacity(0), failure)
+        there, is_head = self._facts[node_id], node_id == self._head
+        node = self.node(node_id)
+        num_bytes = node.available_memory_bytes if device == "cpu" else inf
+        capacity = Capacity(len(node.cores), len(node.usable_devices), num_bytes)
+        if is_head:
+            return HostChecked(node_id, capacity)
+        now_s = time.time()
+        here = replace(self._facts[self._head], clock_s=(asked_s + now_s) / 2)
+        return HostChecked(
+            node_id,
+            capacity,
+            refusal(here, replace(there, node=node), config, device, self._router_address),
+            warning(here, there, device, now_s - asked_s),
+        )
 
 
-def with_gpus_of(node: Node, resources: Mapping[str, float]) -> Node:
-    """Ray may have been given fewer GPUs than there are."""
-    return replace(node, devices=node.devices[: int(resources.get("GPU", 0))])
+def with_resources(node: Node, resources: Mapping[str, float]) -> Node:
+    """Ray may have been given fewer cores and GPUs than there are."""
+    num_cores = int(resources.get("CPU", 0))
+    return replace(node, cores=node.cores[:num_cores], devices=node.devices[: int(resources.get("GPU", 0))])

@@ -6,8 +6,8 @@ from pathlib import Path
 from ..core.config import ClusterConfig, PoolSection
 from ..core.devices import DeviceKind
 from ..core.messages import Role
+from ..router.cores import Need
 from ..telemetry.logs import LogSettings
-from .cores import Need
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class WorkerSpec:
     cores: tuple[int, ...] = ()  # decided when the process is placed
     socket_root: Path = Path("/tmp")  # where the transfer endpoint makes its private folder
     accept_open_ray: bool = False  # nobody else reaches the hosts
+    memory_bytes: int = 0  # of its host, that it will fill; 0 on GPUs, where the host's is not planned
 
     @property
     def key(self) -> tuple[str, int]:
@@ -38,7 +39,8 @@ class WorkerSpec:
         pool = self.pool
         on_gpu = self.device == "cuda"
         num_cores = pool.num_host_cores if on_gpu else pool.devices_per_instance
-        return Need(num_cores, min(1.0, pool.num_cpus / num_cores), pool.gpu_share if on_gpu else None)
+        gpu_share = pool.gpu_share if on_gpu else None
+        return Need(num_cores, min(1.0, pool.num_cpus / num_cores), gpu_share, self.memory_bytes)
 
     @property
     def pool(self) -> PoolSection:

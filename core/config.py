@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from .config_listen import ListenSection
 from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, Part, expected
 from .devices import DeviceKind
+from .hosts import ExpectedHosts
 from .messages import Role
 
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
@@ -226,6 +227,21 @@ class ClusterConfig(Part):
     cluster starts."""
     drain_timeout_s: PositiveFloat = 120.0
     """How long running requests may take to end when an instance is removed or the cluster stops."""
+    join_timeout_s: PositiveFloat = 300.0
+    """How long each host that `provider` names may take to join before it is reported as late. The cluster serves on those
+    that are there from the start, and on each other one from when it joins, however late. May be changed while it runs."""
+    _hosts: ExpectedHosts = PrivateAttr(default_factory=ExpectedHosts)
+
+    @property
+    def hosts(self) -> ExpectedHosts:
+        """Those of the file's `provider`, beside the head's."""
+        return self._hosts
+
+    def expecting(self, hosts: ExpectedHosts) -> "ClusterConfig":
+        """The same, with these hosts."""
+        copy = self.model_copy()
+        copy._hosts = hosts
+        return copy
 
     def on(self, device: DeviceKind) -> "ClusterConfig":
         """The same, with `device: auto` settled."""
@@ -253,5 +269,5 @@ _FIXED_LIMITS = {  # when the servers start
 def _changes_while_running(key: str) -> bool:
     if key in _FIXED_LIMITS:
         return False
-    single = ("pools.prefill.instances", "pools.decode.instances", "kv.cache_sharing")
+    single = ("pools.prefill.instances", "pools.decode.instances", "kv.cache_sharing", "join_timeout_s")
     return key in single or key.startswith(("slo.", "routing.", "limits."))

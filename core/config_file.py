@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from .config import ClusterConfig
 from .errors import ConfigError
+from .hosts import ExpectedHosts
 from .yaml_lines import Document, KeyPath, parse_yaml
 
 ROOT: KeyPath = ("metadata", "pdserve")
@@ -28,7 +29,7 @@ def parse_cluster_config(text: str, filename: str = "cluster.yaml") -> ClusterCo
     document = parse_yaml(text, filename)
     values = _our_part(document)
     try:
-        return ClusterConfig.model_validate(values)
+        return ClusterConfig.model_validate(values).expecting(_expected_hosts(document))
     except ValidationError as error:
         problems = [(_where(document, item), _problem(item)) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{filename}:{line}: {what}" for (line, _), what in sorted(problems))) from None
@@ -62,6 +63,26 @@ def _our_part(document: Document) -> Any:
             raise ConfigError(f"{where}: {'.'.join((*here, key))}: missing{found}, expected {'.'.join(ROOT)} in this file")
         values = values[key]
     return values
+
+
+def _expected_hosts(document: Document) -> ExpectedHosts:
+    """Of Ray's own part of the file, as far as it says which hosts there will be."""
+    values = document.values
+    provider, node_types = (values.get(key) for key in ("provider", "available_node_types"))
+    if not isinstance(provider, Mapping):
+        return ExpectedHosts()
+    if provider.get("type") != "local":
+        types = node_types.items() if isinstance(node_types, Mapping) else ()
+        counts = {str(name): one.get("min_workers", 0) for name, one in types if isinstance(one, Mapping)}
+        return ExpectedHosts(node_types={name: count for name, count in counts.items() if isinstance(count, int) and count > 0})
+    if "head_ip" not in provider and "worker_ips" not in provider:
+        return ExpectedHosts()
+    found = provider.get("worker_ips") or []
+    if not isinstance(found, list) or not all(isinstance(host, str) and host for host in found):
+        where = f"{document.filename}:{document.line(('provider', 'worker_ips'))}"
+        raise ConfigError(f"{where}: provider.worker_ips: got {_shown(found)}, expected a list of addresses")
+    head = provider.get("head_ip")
+    return ExpectedHosts(addresses=tuple(dict.fromkeys(host for host in found if host != head)))
 
 
 def _where(document: Document, error: ErrorDetails) -> tuple[int, KeyPath]:

@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass
 
+from .hosts import HostStatus
 from .messages import Role
 
 
@@ -52,3 +53,4 @@ class ClusterStatus:
     workers: tuple[WorkerStatus, ...]
     uptime_s: float
     degraded: str | None = None  # what is served otherwise than configured, in words
+    hosts: tuple[HostStatus, ...] = ()

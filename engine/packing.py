@@ -82,15 +82,28 @@ class Packing:
             else:
                 self._unplaced.append(demand)
 
-    def auto_kv_bytes(self, memory_fraction: float) -> int | None:
-        """What each KV cache that is sized by free memory may take; None when there is no such cache."""
+    def auto_kv_bytes(self, memory_fraction: float, *, fill_first: bool = False) -> int | None:
+        """What each KV cache that is sized by free memory may take; None when there is no such cache. `fill_first`: by the
+        first machine that has cores for an instance, with as many instances as it could hold."""
+        loads = self._filled() if fill_first else self.loads
         shares = []
-        for load in self.loads:
+        for load in loads:
             num_auto = sum(demand.kv_bytes is None for demand in load.demands)
             taken = sum(demand.fixed_bytes + (demand.kv_bytes or 0) for demand in load.demands)
             if num_auto:
                 shares.append((int(load.node.available_memory_bytes * memory_fraction) - taken) // num_auto)
         return min(shares, default=None)
+
+    def _filled(self) -> list[Load]:
+        """The first machine that holds an instance, filled with the smallest ones."""
+        for node in (load.node for load in self.loads):
+            filled = Load(node)
+            for demand in sorted(self._demands, key=lambda one: one.num_cpus):
+                if filled.takes(demand):
+                    filled.put(demand)
+            if filled.demands:
+                return [filled]
+        return []
 
     def gpu_kv_bytes(self, memory_fraction: float) -> Mapping[Role, int]:
         """What is left for KV in the share of an instance, by role, where it is least."""

@@ -73,27 +73,30 @@ class Plan:
     pools: tuple[PoolPlan, ...]
     findings: tuple[Finding, ...]
 
-    def check(self) -> None:
-        """Raises ConfigError or CapacityError with all findings, a line each; returns where there are none."""
-        if self.findings:
-            kinds = {finding.error for finding in self.findings}
+    def check(self, *, more_may_come: bool = False) -> None:
+        """Raises ConfigError or CapacityError with all findings, a line each; returns where there are none. While more
+        machines may come, those that are there may be too small."""
+        findings = [one for one in self.findings if not (more_may_come and one.error is CapacityError)]
+        if findings:
+            kinds = {finding.error for finding in findings}
             error = ConfigError if ConfigError in kinds else CapacityError
-            raise error("\n".join(finding.message for finding in self.findings))
+            raise error("\n".join(finding.message for finding in findings))
 
 
-def plan(config: ClusterConfig, nodes: Sequence[Node] | None = None) -> Plan:
+def plan(config: ClusterConfig, nodes: Sequence[Node] | None = None, *, more_may_come: bool = False) -> Plan:
     """The plan for `nodes`, or for this machine. Raises CheckpointError for a model that cannot be served at all."""
     checkpoint = open_checkpoint(resolve_model_path(config.model.path))
-    return make_plan(config, checkpoint, (probe_node(),) if nodes is None else nodes)
+    return make_plan(config, checkpoint, (probe_node(),) if nodes is None else nodes, more_may_come=more_may_come)
 
 
-def make_plan(config: ClusterConfig, checkpoint: Checkpoint, nodes: Sequence[Node]) -> Plan:
-    """The arithmetic of `plan`, from values alone."""
+def make_plan(config: ClusterConfig, checkpoint: Checkpoint, nodes: Sequence[Node], *, more_may_come: bool = False) -> Plan:
+    """The arithmetic of `plan`, from values alone. While more machines may come, `kv_cache_bytes: auto` is what the first of
+    `nodes` has for as many instances as its cores could ever be given, so that it does not depend on who comes when."""
     device = resolve_device(config, nodes)
     sizes = _Sizes(config, checkpoint, device)
     packing = Packing([sizes.demand(role, pool) for role, pool in config.pools.items() for _ in range(pool.instances)], nodes)
     left = packing.gpu_kv_bytes(GPU_MEMORY_FRACTION) if device == "cuda" else {}
-    auto_kv_bytes = packing.auto_kv_bytes(AUTO_MEMORY_FRACTION) if device == "cpu" else None
+    auto_kv_bytes = packing.auto_kv_bytes(AUTO_MEMORY_FRACTION, fill_first=more_may_come) if device == "cpu" else None
     pools = tuple(sizes.pool_plan(role, pool, left.get(role, auto_kv_bytes)) for role, pool in config.pools.items())
     kv_bytes = {pool.role: pool.kv_cache_bytes for pool in pools}
     if device == "cuda":

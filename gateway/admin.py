@@ -11,6 +11,7 @@ import grpc
 from ..core.config import ClusterConfig
 from ..core.config_file import parse_cluster_config
 from ..core.errors import InvalidRequest
+from ..core.hosts import HostState, HostStatus
 from ..core.validation import check_name
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .explain import explanation, find_timeline
@@ -132,6 +133,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             workers=[_worker(worker) for worker in status.workers],
             uptime_s=status.uptime_s,
             degraded=status.degraded or "",
+            hosts=[_host(host) for host in status.hosts],
         )
 
 
@@ -143,6 +145,32 @@ _STATES = {
     WorkerState.STOPPING: pb.WORKER_STATE_STOPPING,
     WorkerState.FAILED: pb.WORKER_STATE_FAILED,
 }
+
+
+_HOST_STATES = {
+    HostState.AWAITED: pb.HOST_STATE_AWAITED,
+    HostState.CHECKING: pb.HOST_STATE_CHECKING,
+    HostState.JOINED: pb.HOST_STATE_JOINED,
+    HostState.REFUSED: pb.HOST_STATE_REFUSED,
+    HostState.LOST: pb.HOST_STATE_LOST,
+    HostState.LEAVING: pb.HOST_STATE_LEAVING,
+}
+
+
+def _host(host: HostStatus) -> pb.HostStatus:
+    return pb.HostStatus(
+        address=host.address,
+        name=host.name,
+        state=_HOST_STATES[host.state],
+        since_s=host.since_s,
+        message=host.message,
+        num_cores=host.num_cores,
+        num_cores_taken=host.num_cores_taken,
+        num_gpus=host.num_gpus,
+        num_gpus_taken=host.num_gpus_taken,
+        memory_bytes=host.memory_bytes,
+        worker_ids=host.worker_ids,
+    )
 
 
 def _num_ready(workers: Sequence[WorkerStatus], role: str) -> int:
@@ -180,12 +208,19 @@ def _progress(status: ClusterStatus, names: Sequence[str]) -> pb.DrainProgress:
 
 
 def _changes(old: ClusterConfig, new: ClusterConfig) -> list[pb.ConfigChange]:
-    after = dict(_leaves(new.model_dump()))
+    after = dict(_leaves(_values(new)))
     return [
         pb.ConfigChange(key=key, before=before, after=after[key])
-        for key, before in _leaves(old.model_dump())
+        for key, before in _leaves(_values(old))
         if before != after[key]
     ]
+
+
+def _values(config: ClusterConfig) -> dict[str, Any]:
+    hosts = config.hosts
+    named = "any host" if hosts.addresses is None else ", ".join(hosts.addresses) or "none"
+    min_workers = ", ".join(f"{count} of {name}" for name, count in hosts.node_types.items()) or "none"
+    return config.model_dump() | {"provider": {"worker_ips": named}, "available_node_types": {"min_workers": min_workers}}
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -27,11 +27,16 @@ class Accident(enum.Enum):
     CUT_TRANSFERS = "transfer connections of a worker reset"  # the router's stands, so that nobody dies of it
     DRAIN = "worker drained"
     SCALE = "pools resized"
+    HOST_DOWN = "host down"
+    HOST_CUT = "host cut off from the router"
+    HOSTS_PARTED = "two hosts cut off from each other"
+    HOST_REMOVED = "host taken out of the file"
     ROUTER_FREEZE = "router frozen"
     ROUTER_RESTART = "router restarted"
 
 
-ORDERLY = (Accident.DRAIN, Accident.SCALE)  # nothing may fail for these
+ORDERLY = (Accident.DRAIN, Accident.SCALE, Accident.HOST_REMOVED)  # nothing may fail for these
+OF_HOSTS = (Accident.HOST_DOWN, Accident.HOST_CUT, Accident.HOSTS_PARTED, Accident.HOST_REMOVED)
 OF_THE_ROUTER = (Accident.ROUTER_RESTART, Accident.ROUTER_FREEZE)  # workers go on
 
 

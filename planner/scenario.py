@@ -7,8 +7,9 @@ import msgspec
 
 from ..core.messages import Role
 from ..core.request import Request, SamplingParams
-from .faults import OF_THE_ROUTER, ORDERLY, Accident, FaultRates
+from .faults import OF_HOSTS, OF_THE_ROUTER, ORDERLY, Accident, FaultRates
 from .kv_model import VOCABULARY, expected_tokens
+from .simulated_hosts import PlannedHost
 from .simulated_worker import WorkerShape
 
 MAX_MODEL_LEN = 128
@@ -49,6 +50,8 @@ class Scenario:
     max_attempts: int
     prefill_on_decode: bool
     start_s: float  # what a worker's start takes
+    hosts: tuple[PlannedHost, ...]
+    join_timeout_s: float
     rates: FaultRates
     requests: tuple[PlannedRequest, ...]
     accidents: tuple[PlannedAccident, ...]
@@ -71,11 +74,12 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     is_crowded = rng.random() < 0.15  # nothing goes wrong, but memory is nearly full, steps are slow and leases short
     shapes = _draw_shapes(rng, is_crowded)
     rates = _draw_rates(rng)
-    kinds = list(Accident)
+    hosts = _draw_hosts(Random(f"hosts of {seed}"), sum(pools.values()))
+    kinds = [kind for kind in Accident if len(hosts) > 1 or kind not in OF_HOSTS]
     if not with_faults or is_crowded or rng.random() < 0.1:
         rates = FaultRates()
     elif rng.random() < 0.1:
-        rates, kinds = FaultRates(accidents_per_s=1.0), list(ORDERLY)
+        rates, kinds = FaultRates(accidents_per_s=1.0), [kind for kind in kinds if kind in ORDERLY]
     elif rng.random() < 0.1:
         rates, kinds = FaultRates(accidents_per_s=0.5), list(OF_THE_ROUTER)
     requests = _draw_requests(rng, shapes, num_requests or rng.randint(5, 30))
@@ -94,6 +98,8 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         max_attempts=rng.choice((50, 50, 50, 2)),
         prefill_on_decode=rng.random() < 0.5,
         start_s=rng.uniform(0.05, 1.0),
+        hosts=hosts,
+        join_timeout_s=2.0 if seed % 3 else 30.0,
         rates=rates,
         requests=requests,
         accidents=tuple(
@@ -101,6 +107,16 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
             for _ in range(num_accidents)
         ),
     )
+
+
+def _draw_hosts(rng: Random, num_workers: int) -> tuple[PlannedHost, ...]:
+    """One host with more cores than are ever needed, or several with just enough of them, most of which join late."""
+    if rng.random() < 0.5:
+        return (PlannedHost(64, 0.0),)
+    hosts = [PlannedHost(rng.choice((1, 1, 2, 3)), 0.0)]
+    while sum(host.num_cores for host in hosts) < num_workers or len(hosts) < 2:
+        hosts.append(PlannedHost(rng.choice((1, 2, 3)), rng.choice((0.0, rng.uniform(0.0, 4.0)))))
+    return tuple(hosts)
 
 
 def _draw_shapes(rng: Random, is_crowded: bool) -> dict[Role, WorkerShape]:

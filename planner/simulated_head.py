@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
-from ..core.messages import Abort, Heartbeat, LegEnded, Ready, Role, StepReport, WorkerCommand
+from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Ready, Role, StepReport, WorkerCommand
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
+from ..router.cores import Need, Placement
 from ..router.events import (
     Adopted,
     Cancel,
@@ -30,14 +31,32 @@ from ..router.events import (
     WorkersExpected,
 )
 from ..router.fleet import Fleet, FleetConfig
-from ..router.fleet_events import AdoptWorkers, Apply, AssignRole, DrainWorker, FleetAction, FleetEvent, StartWorker, StopWorker
+from ..router.fleet_events import (
+    AdoptWorkers,
+    Apply,
+    AssignRole,
+    DrainWorker,
+    FleetAction,
+    FleetEvent,
+    ReplaceWorkers,
+    StartWorker,
+    StopWorker,
+    WorkerPlaced,
+)
+from ..router.hosts import CheckHost, ExpectHosts, HostChanged, HostEvent, Hosts, HostsSeen, HostSuspected, VacateHost
+from ..router.links import NUM_FAILURES
+from ..router.places import Places
 from ..router.service import HEARTBEAT_S, MAX_SILENT_BEATS
+from .broken_ways import BrokenWays
 from .network import End
+from .simulated_hosts import SimulatedHosts
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Process, Timer, VirtualTime
 from .wanted import WantedLegs, is_our_own_fault
 
 STOP_TIMEOUT_S = 5.0
+HOSTS_INTERVAL_S = 0.5  # between two looks at what Ray tells of hosts
+NEED = Need(1, 1.0)  # of an instance
 NUMBERS_OF_A_HEAD = 10**6  # of incarnations and of attempts
 
 Key = tuple[str, int]
@@ -59,7 +78,9 @@ class SimulatedHead:
         process: Process,
         router: RouterConfig,
         fleet: FleetConfig,
-        start_worker: Callable[[StartWorker], SimulatedWorker],
+        world: SimulatedHosts,
+        join_timeout_s: float,
+        start_worker: Callable[[StartWorker, Placement], SimulatedWorker],
         violation: Callable[[str], None],
         note: Callable[[str], None] | None,
         generation: int = 0,
@@ -69,6 +90,11 @@ class SimulatedHead:
         self.process = process
         self.router = Router(router, LatencyModel(), first_attempt=generation * NUMBERS_OF_A_HEAD, adopts=generation > 0)
         self.fleet = Fleet(fleet, first_incarnation=1 + generation * NUMBERS_OF_A_HEAD)
+        self.places = Places()
+        self.hosts = Hosts(self.places)
+        self._world = world
+        self._join_timeout_s = join_timeout_s
+        self._wanted_workers: dict[Key, StartWorker] = {}  # that wait for a place
         self._is_settled = generation == 0
         self.clients: dict[str, Client] = {}
         self.on_dispatch: Callable[[], object] = lambda: None
@@ -78,6 +104,7 @@ class SimulatedHead:
         self._note = note
         self._workers: dict[Key, _Connection] = {}
         self._wanted = WantedLegs()
+        self._ways = BrokenWays()
         self._started: dict[Key, SimulatedWorker] = {}
         self._ending: set[Key] = set()
         self._commands: deque[RouterCommand] = deque()
@@ -88,13 +115,47 @@ class SimulatedHead:
 
     def start(self, pools: Mapping[Role, int], survivors: Iterable[SimulatedWorker]) -> None:
         """Match the pools. `survivors` are processes that an earlier head started, oldest first."""
+        if self._is_settled:
+            self._meet_hosts()
         newest = {worker.worker_id: worker for worker in survivors}
         for worker in survivors:
+            self.places.adopt((worker.worker_id, worker.incarnation), worker.role, worker.placement, NEED)
             self._watch(worker)
             if newest[worker.worker_id] is not worker:
                 self._stop((worker.worker_id, worker.incarnation))
         self.manage(AdoptWorkers(tuple(StartWorker(w.role, w.worker_id, w.incarnation) for w in newest.values())))
         self.manage(Apply(pools))
+
+    # hosts
+
+    def _meet_hosts(self) -> None:
+        """Once it is known who runs where."""
+        self.expect_hosts()
+        self._look()
+        self.process.every(HOSTS_INTERVAL_S, self._look)
+
+    def _look(self) -> None:
+        self.host_event(HostsSeen(self._world.seen()))
+
+    def expect_hosts(self) -> None:
+        """As the configuration in force says."""
+        self.host_event(ExpectHosts(self._world.expected(), self._join_timeout_s))
+
+    def host_event(self, event: HostEvent) -> None:
+        self._on_host_event(event)
+        self.manage(Tick())
+
+    def _on_host_event(self, event: HostEvent) -> None:
+        for action in self.hosts.handle(event, self._time.now_s):
+            match action:
+                case CheckHost(node_id):
+                    after_s, answer = self._world.check(node_id)
+                    self.process.call_later(after_s, lambda answer=answer: self.host_event(answer))  # type: ignore[misc]
+                case VacateHost(workers):
+                    self.manage(ReplaceWorkers(workers))
+                case HostChanged(name, _, message):
+                    if self._note is not None:
+                        self._note(f"host {name}: {message or 'joined'}")
 
     # clients
 
@@ -144,6 +205,9 @@ class SimulatedHead:
                 if connection is not None:
                     connection.end.send(message)
                 self._wanted.sent((worker_id, incarnation), message)
+                started = self._started.get((worker_id, incarnation))
+                if started is not None and self._ways.sent(started.placement.node_id, message, self._time.now_s):
+                    self._check_want_of_another_place(message)
                 if not isinstance(message, Abort):
                     self.on_dispatch()
                 if self._note is not None:
@@ -160,6 +224,15 @@ class SimulatedHead:
                     client.on_event(command)
             case WorkerIdle(worker_id, incarnation):
                 self.manage(WorkerIdle(worker_id, incarnation))
+
+    def _check_want_of_another_place(self, command: WorkerCommand) -> None:
+        """It goes over a broken way: its placement must know of it, and have found nothing better."""
+        assert isinstance(command, Prefill)
+        transfer = command.spec.transfer
+        timeline = self.router.timeline(transfer.request_id, self._time.now_s)
+        for dispatch in timeline.dispatches if timeline is not None else ():
+            if dispatch.number == transfer.attempt and not dispatch.considered[0].has_failed:
+                self._violation(f"{transfer} takes a way between hosts that has just failed {NUM_FAILURES} times")
 
     # workers' connections
 
@@ -183,6 +256,8 @@ class SimulatedHead:
                 self.manage(WorkerReady(info))
             case StepReport() | LegEnded():
                 self._wanted.heard(message)
+                if isinstance(message, LegEnded):
+                    self._ways.heard(message, self._time.now_s)
                 if isinstance(message, LegEnded) and is_our_own_fault(message.error or ""):
                     self._violation(f"{message.worker_id}: {message.leg.value} of {message.transfer}: {message.error}")
                 if self._note is not None and isinstance(message, LegEnded):
@@ -200,22 +275,28 @@ class SimulatedHead:
             self._note(f"router lost {key[0]}/{key[1]}: {reason}")
         self.handle(WorkerLost(*key, reason))
         if key not in self._ending:
+            self._suspect(key)
             self.manage(WorkerLost(*key, reason))
             self._stop(key)
 
     # the fleet
 
     def manage(self, event: FleetEvent) -> None:
+        if isinstance(event, Apply):
+            self.places.wanted = event.pools
         self._actions += self.fleet.handle(event, self._time.now_s)
         if self._is_acting:
             return
         self._is_acting = True
-        while self._actions:
-            self._act(self._actions.popleft())
+        self.handle(WorkersExpected(self.fleet.num_expected))
+        while self._actions or self._give_places():
+            while self._actions:
+                self._act(self._actions.popleft())
         self._is_acting = False
         if not self._is_settled and self.fleet.is_settled:
             self._is_settled = True
             self.handle(Adopted())
+            self._meet_hosts()
         self.handle(WorkersExpected(self.fleet.num_expected))
         if self._fleet_tick is not None:
             self._fleet_tick.cancel()
@@ -224,14 +305,31 @@ class SimulatedHead:
 
     def _act(self, action: FleetAction) -> None:
         match action:
-            case StartWorker():
-                self._watch(self._start_worker(action))
+            case StartWorker(role, worker_id, incarnation):
+                self._wanted_workers[worker_id, incarnation] = action
+                self.places.ask((worker_id, incarnation), role, NEED)
             case DrainWorker(worker_id):
                 self.handle(WorkerDraining(worker_id))
             case AssignRole(worker_id, role):
+                self.places.assign(worker_id, role)
+                for key, worker in self._started.items():
+                    if key[0] == worker_id and key not in self._ending:
+                        self._world.serves(worker.placement.node_id, f"{worker_id} becomes {role.value}")
                 self.handle(WorkerRole(worker_id, role))
             case StopWorker(worker_id, incarnation):
                 self._stop((worker_id, incarnation))
+
+    def _give_places(self) -> bool:
+        """Start the workers for which there is room. Whether there is anything to do after that."""
+        while (found := self.places.next()) is not None:
+            key, placement = found
+            self._watch(self._start_worker(self._wanted_workers.pop(key), placement))
+            self._actions += self.fleet.handle(WorkerPlaced(*key), self._time.now_s)
+        return bool(self._actions)
+
+    def waits_for_a_place(self, role: Role) -> bool:
+        """Whether an instance of a pool does."""
+        return any(action.role is role for action in self._wanted_workers.values())
 
     def _watch(self, worker: SimulatedWorker) -> None:
         key = worker.worker_id, worker.incarnation
@@ -241,14 +339,26 @@ class SimulatedHead:
     def _stop(self, key: Key) -> None:
         """Ask the process to end, then make it; one that is frozen or out of reach lives on until then."""
         worker = self._started.get(key)
+        if self._wanted_workers.pop(key, None) is not None:
+            self.places.give_back(key)
+            self.process.call_later(0.0, lambda: self.manage(WorkerLost(*key, "stopped")))
         if worker is not None and key not in self._ending:
             self._ending.add(key)
             worker.process.call_later(0.001, worker.process.kill)
             self.process.call_later(STOP_TIMEOUT_S, worker.process.kill)
 
+    def _suspect(self, key: Key) -> None:
+        """Before the fleet hears of the loss, and starts another."""
+        node_id = self.places.cores.node_of(key)
+        if node_id is not None:
+            self._on_host_event(HostSuspected(node_id))
+
     def _gone(self, key: Key) -> None:
         del self._started[key]
+        if key not in self._ending:
+            self._suspect(key)
         self._ending.discard(key)
+        self.places.give_back(key)
         self.handle(WorkerLost(*key, "the process ended"))
         self.manage(WorkerLost(*key, "the process ended"))
 

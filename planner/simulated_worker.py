@@ -28,6 +28,7 @@ from ..kv_transfer.config import TransferConfig
 from ..kv_transfer.hub import TransferHub
 from ..kv_transfer.outbound import Dial
 from ..kv_transfer.pair import Local
+from ..router.cores import Placement
 from ..worker.worker import Worker
 from .chain_runner import ChainRunner, OnSample
 from .kv_model import ChainStore
@@ -109,6 +110,7 @@ class SimulatedWorker:
         worker_id: str,
         incarnation: int,
         role: Role,
+        placement: Placement,
         shape: WorkerShape,
         transport: str,
         config: TransferConfig,
@@ -120,6 +122,7 @@ class SimulatedWorker:
     ) -> None:
         """`connect` makes a connection to the router, or none while there is no router."""
         self.process, self.worker_id, self.incarnation, self.role, self.shape = process, worker_id, incarnation, role, shape
+        self.placement = placement
         self.clock = StepClock(time, shape)
         self.pool = BlockPool(shape.num_blocks, shape.block_size)
         self.store = ChainStore(
@@ -130,7 +133,7 @@ class SimulatedWorker:
             incarnation=incarnation,
             token="",
             host="",
-            host_id="here",
+            host_id=placement.node_id,
             transport=transport,
             store=self.store,
             layout=self.store.layout,
@@ -235,7 +238,7 @@ class SimulatedWorker:
             max_model_len=shape.max_model_len,
             max_batch_tokens=shape.max_batch_tokens,
             max_batch_size=shape.max_batch_size,
-            address=TransferAddress(self.worker_id, self.incarnation, "here", "", "", 0),
+            address=TransferAddress(self.worker_id, self.incarnation, self.placement.node_id, "", "", 0),
             devices=(),
             node="here",
             pid=0,

@@ -9,6 +9,7 @@ from ..core.messages import Role
 from ..engine.sequence import Sequence
 from ..kv_transfer.config import TransferConfig
 from ..router.config import RouterConfig
+from ..router.cores import Placement
 from ..router.fleet import FleetConfig
 from ..router.fleet_events import Apply, Drain, StartWorker
 from ..router.fleet_member import MemberState
@@ -18,6 +19,7 @@ from .network import End, Network
 from .scenario import CALM_S, PlannedAccident, Scenario
 from .simulated_client import SimulatedClient
 from .simulated_head import SimulatedHead
+from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Process, VirtualTime
@@ -58,9 +60,11 @@ class Simulation:
         self.faults = Faults(self._rng, scenario.rates)
         self._client_counts: Counter[str] = Counter()
         self.network = Network(self.time, self.faults)
+        self.hosts = SimulatedHosts(self.time, Random(scenario.seed + 2), scenario.hosts, self.violation)
         self.workers: dict[tuple[str, int], SimulatedWorker] = {}
         self._pools = scenario.pools  # as they are wanted
         self._computed: set[tuple[str, int, int, int]] = set()  # (request id, seed, choice, index) of tokens
+        self._num_started: Counter[str] = Counter()  # processes, by worker
         self._generation = 0
         self.head = self._make_head()
         self._ids: dict[str, SimulatedClient] = {}
@@ -109,6 +113,8 @@ class Simulation:
         while self.time.step(CALM_S):
             pass
         self.faults.calm()
+        for host in self.hosts.hosts:
+            host.is_listed = True
         self._apply(self._scenario.pools)  # whoever was drained comes back
         if not self._wait_for(self._are_clients_done):
             waiting = [client.request_id for client in self.clients if not client.is_ended]
@@ -118,6 +124,9 @@ class Simulation:
                 self.violation(f"left behind: {leftover}")
         if self.head.router.counters.retried and self.faults.counts.keys() <= {accident.value for accident in ORDERLY}:
             self.violation(f"{self.head.router.counters.retried} dispatches failed without a fault")
+        for member in self.head.fleet.status():
+            if member.num_restarts > self._num_started[member.worker_id]:
+                self.violation(f"{member.worker_id} counts {member.num_restarts} restarts, more than its processes")
         self.head.router.check_integrity()
         for worker in self._alive():
             worker.pool.check_integrity()
@@ -133,7 +142,9 @@ class Simulation:
                 max_attempts=scenario.max_attempts,
                 claim_timeout_s=10.0,  # longer than the router stands still
             ),
-            FleetConfig(drain_timeout_s=10.0, start_timeout_s=30.0, backoff_s=0.2, max_backoff_s=2.0),
+            FleetConfig(drain_timeout_s=10.0, start_timeout_s=5.0, backoff_s=0.2, max_backoff_s=2.0),
+            self.hosts,
+            scenario.join_timeout_s,
             self._start_worker,
             self.violation,
             self.note if self._keep_timeline else None,
@@ -143,6 +154,8 @@ class Simulation:
     def _apply(self, pools: dict[Role, int]) -> None:
         self._pools = pools
         if self.head.process.is_alive:
+            if self.head.fleet.is_settled:
+                self.head.expect_hosts()
             self.head.manage(Apply(pools))
 
     def _restart_head(self) -> None:
@@ -173,7 +186,7 @@ class Simulation:
 
     # workers
 
-    def _start_worker(self, action: StartWorker) -> SimulatedWorker:
+    def _start_worker(self, action: StartWorker, placement: Placement) -> SimulatedWorker:
         worker_id, incarnation = action.worker_id, action.incarnation
         process = Process(self.time, f"{worker_id}/{incarnation}")
         worker = SimulatedWorker(
@@ -183,6 +196,7 @@ class Simulation:
             worker_id,
             incarnation,
             action.role,
+            placement,
             self._scenario.shapes[action.role],
             self._scenario.transport,
             TransferConfig(
@@ -203,6 +217,8 @@ class Simulation:
             self._on_sample,
         )
         self.workers[worker_id, incarnation] = worker
+        self._num_started[worker_id] += 1
+        self.hosts.started(worker, placement, self.head.waits_for_a_place)
         process.when_it_dies(lambda: self.note(f"{process.name} died"))
         process.call_later(self._scenario.start_s, worker.serve)
         return worker
@@ -258,9 +274,39 @@ class Simulation:
                 # else nobody might be left to serve
                 if num_ready > 2 and self.head.process.is_alive and self.head.fleet.is_settled:
                     self.head.manage(Drain(worker.worker_id))
+            case Accident.HOST_DOWN | Accident.HOST_CUT | Accident.HOSTS_PARTED | Accident.HOST_REMOVED:
+                self._strike_host(accident)
             case Accident.SCALE:
                 sizes = ((1, 1), (2, 1), (1, 2), (3, 2), (0, 1), (1, 0), (0, 2))[int(accident.draw * 7)]
                 self._apply(dict(zip(self._scenario.pools, sizes, strict=True)))
+
+    def _strike_host(self, accident: PlannedAccident) -> None:
+        if not self.hosts.others:
+            return
+        host = self.hosts.others[int(accident.draw * 7919) % len(self.hosts.others)]
+        self.note(f"it is {host.name}")
+        match accident.kind:
+            case Accident.HOST_DOWN:
+                self.hosts.take_down(host, accident.duration_s)
+            case Accident.HOST_CUT:
+                host.cut_until_s = self.time.now_s + accident.duration_s
+                for worker in self.hosts.on(host):
+                    self.network.partition("router", worker.process.name, accident.duration_s)
+            case Accident.HOSTS_PARTED:  # as by a firewall: each of them reaches the head
+                others = self.hosts.hosts[: self.hosts.hosts.index(host)]
+                other = others[int(accident.draw * 104729) % len(others)]
+                for a in self.hosts.on(host):
+                    for b in self.hosts.on(other):
+                        self.network.partition(a.process.name, b.process.name, accident.duration_s)
+            case Accident.HOST_REMOVED:
+                host.is_listed = False
+                self._apply(self._pools)
+                self.time.call_later(accident.duration_s, lambda: self._add_host(host))
+
+    def _add_host(self, host: SimulatedHost) -> None:
+        if not host.is_listed:
+            host.is_listed = True
+            self._apply(self._pools)
 
     def _kill_head(self, head: SimulatedHead, seconds: float, *, amid_dispatch: bool) -> None:
         """For so many seconds there is none. `amid_dispatch`: with its next commands, if they come soon, half of them lost."""

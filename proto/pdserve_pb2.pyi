@@ -74,6 +74,41 @@ FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
 """An end-of-text token or a stop token, after tool calls."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _HostState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HostStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HostState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HOST_STATE_UNSPECIFIED: _HostState.ValueType  # 0
+    HOST_STATE_AWAITED: _HostState.ValueType  # 1
+    """The configuration names it, and it has not joined."""
+    HOST_STATE_CHECKING: _HostState.ValueType  # 2
+    """It has joined, or a worker there was lost: no instance starts there until it has answered."""
+    HOST_STATE_JOINED: _HostState.ValueType  # 3
+    HOST_STATE_REFUSED: _HostState.ValueType  # 4
+    """It has joined and cannot serve; `message` says why."""
+    HOST_STATE_LOST: _HostState.ValueType  # 5
+    """It had joined, and Ray does not reach it any more."""
+    HOST_STATE_LEAVING: _HostState.ValueType  # 6
+    """The configuration does not name it: no instance starts there, and those that run there drain."""
+
+class HostState(_HostState, metaclass=_HostStateEnumTypeWrapper): ...
+
+HOST_STATE_UNSPECIFIED: HostState.ValueType  # 0
+HOST_STATE_AWAITED: HostState.ValueType  # 1
+"""The configuration names it, and it has not joined."""
+HOST_STATE_CHECKING: HostState.ValueType  # 2
+"""It has joined, or a worker there was lost: no instance starts there until it has answered."""
+HOST_STATE_JOINED: HostState.ValueType  # 3
+HOST_STATE_REFUSED: HostState.ValueType  # 4
+"""It has joined and cannot serve; `message` says why."""
+HOST_STATE_LOST: HostState.ValueType  # 5
+"""It had joined, and Ray does not reach it any more."""
+HOST_STATE_LEAVING: HostState.ValueType  # 6
+"""The configuration does not name it: no instance starts there, and those that run there drain."""
+Global___HostState: _TypeAlias = HostState  # noqa: Y015
+
 class _WorkerState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1501,6 +1536,7 @@ class ClusterStatus(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The name of the model."""
     serving: _builtins.bool
@@ -1519,6 +1555,10 @@ class ClusterStatus(_message.Message):
     def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolStatus]: ...
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]: ...
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostStatus]:
+        """Those that serve, and those that the configuration names and that do not; the head's first."""
+
     def __init__(
         self,
         *,
@@ -1531,14 +1571,73 @@ class ClusterStatus(_message.Message):
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
         uptime_s: _builtins.float = ...,
         degraded: _builtins.str = ...,
+        hosts: _abc.Iterable[Global___HostStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "model", b"model", "num_queued_requests", b"num_queued_requests", "num_running_requests", b"num_running_requests", "pools", b"pools", "serving", b"serving", "shutting_down", b"shutting_down", "uptime_s", b"uptime_s", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "hosts", b"hosts", "model", b"model", "num_queued_requests", b"num_queued_requests", "num_running_requests", b"num_running_requests", "pools", b"pools", "serving", b"serving", "shutting_down", b"shutting_down", "uptime_s", b"uptime_s", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterStatus: _TypeAlias = ClusterStatus  # noqa: Y015
+
+@_typing.final
+class HostStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    NUM_CORES_FIELD_NUMBER: _builtins.int
+    NUM_CORES_TAKEN_FIELD_NUMBER: _builtins.int
+    NUM_GPUS_FIELD_NUMBER: _builtins.int
+    NUM_GPUS_TAKEN_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    WORKER_IDS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """As Ray knows it; of one that has not joined, as the configuration names it."""
+    name: _builtins.str
+    """Its host name; empty until it has joined."""
+    state: Global___HostState.ValueType
+    since_s: _builtins.float
+    """For how long it has been in its state."""
+    message: _builtins.str
+    """What is wrong with it, and what to do; empty when nothing is."""
+    num_cores: _builtins.int
+    """Cores that instances may have, and those that they have."""
+    num_cores_taken: _builtins.float
+    num_gpus: _builtins.int
+    num_gpus_taken: _builtins.float
+    memory_bytes: _builtins.int
+    """Memory that was available when it joined; 0 on GPUs, where it is not planned."""
+    @_builtins.property
+    def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The instances there."""
+
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        name: _builtins.str = ...,
+        state: Global___HostState.ValueType = ...,
+        since_s: _builtins.float = ...,
+        message: _builtins.str = ...,
+        num_cores: _builtins.int = ...,
+        num_cores_taken: _builtins.float = ...,
+        num_gpus: _builtins.int = ...,
+        num_gpus_taken: _builtins.float = ...,
+        memory_bytes: _builtins.int = ...,
+        worker_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "memory_bytes", b"memory_bytes", "message", b"message", "name", b"name", "num_cores", b"num_cores", "num_cores_taken", b"num_cores_taken", "num_gpus", b"num_gpus", "num_gpus_taken", b"num_gpus_taken", "since_s", b"since_s", "state", b"state", "worker_ids", b"worker_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostStatus: _TypeAlias = HostStatus  # noqa: Y015
 
 @_typing.final
 class PoolStatus(_message.Message):

@@ -36,6 +36,7 @@ from .events import (
     WorkersExpected,
 )
 from .ledger import Ledger
+from .links import Links
 from .live_requests import LiveRequests
 from .placement import Placer
 from .prefix_index import PrefixIndex
@@ -68,10 +69,11 @@ class Router:
         self._registry = Registry()
         self._index = PrefixIndex()
         self._ledger = Ledger(self._registry)
-        self._placer = Placer(self._registry, self._index, self.model, config)
+        self._links = Links()
+        self._placer = Placer(self._registry, self._index, self.model, self._links, config)
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config, self._out)
-        self._reports = WorkerReports(self._registry, self._ledger, self._requests, self._index, self.model)
+        self._reports = WorkerReports(self._registry, self._ledger, self._requests, self._index, self.model, self._links)
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
         self._num_expected = 0
@@ -102,6 +104,7 @@ class Router:
             return []
         self._requests.expire(now_s)
         self._queue.wake(now_s)
+        self._links.wake(now_s)
         self._dispatch(now_s)
         commands = self._out.copy()
         self._out.clear()
@@ -149,6 +152,7 @@ class Router:
             num_requests=self._requests.num_live,
             num_queued=len(self._queue),
             num_expected=self._num_expected,
+            problems=self._links.problems(self._registry),
             now_s=now_s,
         )
 
@@ -230,6 +234,7 @@ class Router:
             self._requests.send(prefill, Serve(spec=spec))
             return
         if decode is not None:
+            self._links.started(prefill, decode, now_s)
             self._requests.send(
                 decode, Reserve(spec=spec, source_worker_id=prefill.worker_id, source_incarnation=prefill.incarnation)
             )

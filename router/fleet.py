@@ -1,6 +1,6 @@
 """The reconcile loop: desired pool sizes and what happens to workers in, what to start, drain, flip and stop out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.messages import Role
@@ -13,10 +13,12 @@ from .fleet_events import (
     DrainWorker,
     FleetAction,
     FleetEvent,
+    ReplaceWorkers,
     Shutdown,
     StartWorker,
     StopWorker,
     WorkerLoading,
+    WorkerPlaced,
 )
 from .fleet_member import Member, MemberState, MemberStatus
 
@@ -86,6 +88,8 @@ class Fleet:
                 self._apply(event, now_s)
             case Drain():
                 self._drain_by_hand(event, now_s)
+            case ReplaceWorkers(workers):
+                self._replace(workers, now_s)
             case Shutdown():
                 self.is_shutting_down, self._desired = True, {}
                 for member in self._members.values():
@@ -94,6 +98,10 @@ class Fleet:
                 ready = self._current(event.info.worker_id, event.info.incarnation)
                 if ready is not None and ready.state is MemberState.STARTING:
                     ready.transition(MemberState.READY, now_s)
+            case WorkerPlaced():
+                placed = self._current(event.worker_id, event.incarnation)
+                if placed is not None and placed.state is MemberState.STARTING:
+                    placed.since_s, placed.due_s = now_s, now_s + self.config.start_timeout_s
             case WorkerLoading():
                 loading = self._current(event.worker_id, event.incarnation)
                 if loading is not None and loading.is_awaited and loading.state is MemberState.STARTING:
@@ -134,6 +142,14 @@ class Fleet:
         if member is not None and member.state in (MemberState.STARTING, MemberState.READY, MemberState.BACKOFF):
             member.by_hand = True
             self._retire(member, now_s)
+
+    def _replace(self, workers: Sequence[tuple[str, int]], now_s: float) -> None:
+        replaceable = (MemberState.STARTING, MemberState.READY, MemberState.DRAINING)
+        for member in [self._current(*worker) for worker in workers]:
+            if member is not None and member.state in replaceable:
+                member.is_replaced = True
+                if member.state is not MemberState.DRAINING:
+                    self._retire(member, now_s)
 
     def _ended(self, worker_id: str, incarnation: int, reason: str, now_s: float) -> None:
         """A process is gone, whoever wanted it."""
@@ -235,7 +251,9 @@ class Fleet:
 
     def _donor(self, role: Role, surplus: list[Member]) -> Member | None:
         """A running worker that would otherwise go: no weights are loaded for nothing."""
-        draining = [m for m in self._members.values() if m.state is MemberState.DRAINING and not m.by_hand]
+        draining = [
+            m for m in self._members.values() if m.state is MemberState.DRAINING and not m.by_hand and not m.is_replaced
+        ]
         candidates = draining + [m for m in surplus if m.state is MemberState.READY and not m.by_hand]
         alike = [m for m in candidates if m.role is role]
         return next(iter(alike or (candidates if self.config.can_flip else [])), None)
@@ -260,7 +278,6 @@ class Fleet:
                 self._start(member, now_s)
 
     def _start(self, member: Member, now_s: float) -> None:
-        member.incarnation, member.is_awaited = self._next_incarnation, False
+        member.incarnation, member.is_awaited, member.due_s = self._next_incarnation, False, None
         self._next_incarnation += 1
-        member.due_s = now_s + self.config.start_timeout_s
         self._out.append(StartWorker(member.role, member.worker_id, member.incarnation))

@@ -44,12 +44,42 @@ class WorkerLoading:
     incarnation: int
 
 
-FleetEvent = AdoptWorkers | Apply | Drain | Shutdown | WorkerReady | WorkerLoading | WorkerLost | WorkerIdle | Tick
+@dataclass(frozen=True, slots=True)
+class WorkerPlaced:
+    """The worker has a place on some host, and starts: until then it may wait for as long as it takes. Unknown ones are
+    ignored."""
+
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceWorkers:
+    """Drain these, as (worker_id, incarnation), and start others in their place: their host is not to be used any more.
+    Unknown ones are ignored."""
+
+    workers: tuple[tuple[str, int], ...]
+
+
+FleetEvent = (
+    AdoptWorkers
+    | Apply
+    | Drain
+    | ReplaceWorkers
+    | Shutdown
+    | WorkerReady
+    | WorkerPlaced
+    | WorkerLoading
+    | WorkerLost
+    | WorkerIdle
+    | Tick
+)
 
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Start a process; answered by WorkerReady, and by WorkerLost when it ends, whenever and why ever."""
+    """Start a process as soon as there is a place for it; answered by WorkerPlaced then, by WorkerReady, and by WorkerLost when
+    it ends, whenever and why ever."""
 
     role: Role
     worker_id: str

@@ -50,6 +50,7 @@ class Member:
     last_error: str | None = None
     due_s: float | None = None  # BACKOFF: next start; STARTING, DRAINING: patience ends
     by_hand: bool = False  # drained by an operator
+    is_replaced: bool = False  # drains, and another takes its place: it must not come back
     is_awaited: bool = False  # started by an earlier controller, not heard of yet
     num_beats_left: int = 0  # until it is no longer awaited
     history: list[MemberState] = field(default_factory=list)

@@ -12,6 +12,7 @@ from ..core.latency import LatencyModel
 from .candidates import NUM_KEPT, Candidate, Placement, PrefillOption, Score
 from .config import RouterConfig
 from .dispatch import Job
+from .links import Links
 from .prefix_index import PrefixIndex
 from .registry import Registry, Worker, WorkerState, decode_load
 
@@ -19,9 +20,10 @@ from .registry import Registry, Worker, WorkerState, decode_load
 class Placer:
     """Decides; changes nothing."""
 
-    def __init__(self, registry: Registry, index: PrefixIndex, model: LatencyModel, config: RouterConfig) -> None:
+    def __init__(self, registry: Registry, index: PrefixIndex, model: LatencyModel, links: Links, config: RouterConfig) -> None:
         self.config = config
         self._registry = registry
+        self._links = links
         self._index = index
         self._model = model
 
@@ -111,6 +113,8 @@ class Placer:
         prefill_id, decode_id = option.worker.worker_id, decode.worker_id if decode else None
         excess_s = max(0.0, itl_s - self.config.itl_slo_s, option.stall_s - self.config.itl_slo_s)
         failed = (option.worker, decode) in job.failed_pairs
+        if not failed and decode is not None:
+            failed = self._links.avoids(option.worker, decode)
         return failed, excess_s, cost_s, load, prefill_id, decode_id or ""
 
     def _prefill_only(self, job: Job, options: list[PrefillOption]) -> list[Candidate]:

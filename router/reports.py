@@ -2,10 +2,11 @@
 
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
-from ..core.messages import LegEnded, StepReport, TokenOutput
+from ..core.messages import Leg, LegEnded, StepReport, TokenOutput
 from .dispatch import DispatchState
 from .events import EmitTokens
 from .ledger import Ledger
+from .links import Links
 from .live_requests import LiveRequests
 from .prefix_index import PrefixIndex
 from .registry import Registry, Worker
@@ -15,13 +16,20 @@ class WorkerReports:
     """Drops what comes from incarnations that are lost, and what belongs to no open leg."""
 
     def __init__(
-        self, registry: Registry, ledger: Ledger, requests: LiveRequests, index: PrefixIndex, model: LatencyModel
+        self,
+        registry: Registry,
+        ledger: Ledger,
+        requests: LiveRequests,
+        index: PrefixIndex,
+        model: LatencyModel,
+        links: Links,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._requests = requests
         self._index = index
         self._model = model
+        self._links = links
         self.gaps = TokenGaps()
         self._tokens_before = self.gaps.before  # one look-up less a token
 
@@ -79,6 +87,11 @@ class WorkerReports:
             return
         if event.stats is not None:
             self._model.observe_transfer(event.stats)
+        if event.leg is Leg.PREFILL and dispatch.decode is not None and not dispatch.is_served_by_one:
+            if event.stats is not None:
+                self._links.worked(dispatch.prefill, dispatch.decode)
+            elif event.error is not None and not event.is_invalid and dispatch.state is DispatchState.RUNNING:
+                self._links.failed(dispatch.prefill, dispatch.decode, event.error, now_s)
         dispatch.record(event)
         leg = dispatch.leg_at(worker)
         if event.leg is not leg and event.error is None:

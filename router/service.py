@@ -5,6 +5,7 @@ Runs on one asyncio loop. Every event goes through `RouterService.handle`, which
 
 import asyncio
 import logging
+import socket
 from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Protocol
@@ -49,6 +50,7 @@ from .recorder import Recorder
 
 log = logging.getLogger(__name__)
 
+CLOSED = "connection closed"  # by the peer
 HEARTBEAT_S = 0.5  # so often do both sides speak at least
 # A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
 MAX_SILENT_BEATS = 6
@@ -85,10 +87,13 @@ class RouterService:
         self._server: asyncio.Server | None = None
         self._tick: asyncio.TimerHandle | None = None
 
-    async def start(self, host: str, port: int = 0) -> int:
-        """Accept workers on `port` of `host`, or a free one; returns it."""
+    async def start(self, host: str, port: int = 0, listener: socket.socket | None = None) -> int:
+        """Accept workers on `port` of `host`, or a free one, or on a `listener`; returns the port."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _WorkerConnection(self), host, port)
+        if listener is None:
+            self._server = await loop.create_server(lambda: _WorkerConnection(self), host, port)
+        else:
+            self._server = await loop.create_server(lambda: _WorkerConnection(self), sock=listener)
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
@@ -210,12 +215,12 @@ class RouterService:
             next(iter(self._unproven)).refuse(f"{MAX_UNPROVEN} newer connections have not introduced themselves yet")
         self._unproven[connection] = None
 
-    def refused(self, connection: "_WorkerConnection", reason: str) -> None:
+    def refused(self, connection: "_WorkerConnection", reason: str, level: int = logging.WARNING) -> None:
         """The peer is not, or not known to be, a worker of this cluster. Idempotent."""
         if connection in self._unproven:
             del self._unproven[connection]
             self.num_refused += 1
-            peer_log.warning("refused a connection to the workers' port: %s", reason)
+            peer_log.log(level, "refused a connection to the workers' port: %s", reason)
 
     def receive(self, message: LoadProgress | Ready | StepReport | LegEnded) -> None:
         """One message of an admitted worker."""
@@ -250,7 +255,8 @@ class _WorkerConnection(asyncio.Protocol):
         self._ready = False
         self._held: tuple[HeldLeg, ...] = ()  # told before Ready
         self._num_silent_beats = 0
-        self._reason = "connection closed"
+        self._reason = CLOSED  # until we hang up
+        self._has_spoken = False
         self._is_silent = False
         self._watchdog: asyncio.TimerHandle | None = None
 
@@ -261,6 +267,7 @@ class _WorkerConnection(asyncio.Protocol):
         self._service.met(self)
 
     def data_received(self, data: bytes) -> None:
+        self._has_spoken = True
         if self._hello is not None:  # before that a peer has its time, however it speaks
             self._num_silent_beats = 0
         try:
@@ -275,7 +282,9 @@ class _WorkerConnection(asyncio.Protocol):
         if self._watchdog is not None:
             self._watchdog.cancel()
         if self._hello is None:
-            self._service.refused(self, str(exc or self._reason))
+            # hosts that join try whether they reach us, and say nothing
+            was_a_try = not self._has_spoken and exc is None and self._reason == CLOSED
+            self._service.refused(self, str(exc or self._reason), logging.DEBUG if was_a_try else logging.WARNING)
         else:
             reason = str(exc) if exc else self._reason
             self._service.lost(self._hello.worker_id, self._hello.incarnation, reason, self._is_silent)

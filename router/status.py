@@ -1,5 +1,6 @@
 """The router as `pdserve status` and metrics see it: frozen snapshots and counters."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -102,7 +103,14 @@ def degradation(registry: Registry) -> str | None:
 
 
 def snapshot(
-    registry: Registry, counters: Counters, *, num_requests: int, num_queued: int, num_expected: int, now_s: float
+    registry: Registry,
+    counters: Counters,
+    *,
+    num_requests: int,
+    num_queued: int,
+    num_expected: int,
+    problems: Iterable[str],
+    now_s: float,
 ) -> RouterStatus:
     return RouterStatus(
         workers=tuple(worker_status(worker, now_s) for worker in sorted(registry, key=lambda w: w.worker_id)),
@@ -110,5 +118,5 @@ def snapshot(
         num_queued=num_queued,
         num_workers_expected=num_expected,
         counters=replace(counters),
-        degraded=degradation(registry),
+        degraded="; ".join(filter(None, (degradation(registry), *problems))) or None,
     )

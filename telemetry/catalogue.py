@@ -54,6 +54,7 @@ GAUGES = (
     _gauge("worker_restarts", "How often the worker has been replaced after a failure.", "pool", "worker"),
     _gauge("workers_ready", "Workers that take work.", "pool"),
     _gauge("workers_configured", "Workers that the configuration asks for.", "pool"),
+    _gauge("hosts", "Hosts by their state: joined, awaited, checking, refused, lost or leaving.", "state"),
     _gauge("num_requests_queued", "Requests that wait for workers, in the router."),
     _gauge("num_requests_live", "Requests that were admitted and have not ended."),
     _gauge("slo_ttft_seconds", "The objective `slo.ttft_ms` in force."),

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from ..core.histogram import Histogram, merged
+from ..core.hosts import HostState
 from ..core.latency import LatencyModel
 from ..core.messages import Role
 from ..core.request import FinishReason
@@ -37,6 +38,7 @@ class Snapshot:
     token_gaps: Histogram
     configured: Mapping[Role, int]
     restarts: Mapping[str, tuple[Role, int]]  # by worker: its pool and how often it was replaced
+    hosts: Mapping[HostState, int]
     num_takeovers: int
     num_spans: int
     version: str
@@ -140,6 +142,7 @@ def _gauges(now: Snapshot, tally: Tally) -> Mapping[str, Rows]:
         "worker_restarts": [((role.value, worker_id), count) for worker_id, (role, count) in now.restarts.items()],
         "workers_ready": [((role.value,), ready.count(role)) for role in now.configured],
         "workers_configured": [((role.value,), count) for role, count in now.configured.items()],
+        "hosts": [((state.value,), now.hosts.get(state, 0)) for state in HostState],
         "num_requests_queued": [((), now.status.num_queued)],
         "num_requests_live": [((), now.status.num_requests)],
         "slo_ttft_seconds": [((), tally.ttft_slo_s)],

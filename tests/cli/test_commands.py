@@ -13,6 +13,7 @@ from pdserve import __version__
 from pdserve.cli.explain import explanation_lines
 from pdserve.cli.main import app
 from pdserve.core.errors import QueueFull
+from pdserve.core.hosts import HostState, HostStatus
 from pdserve.embedded import MODEL_DIR
 from pdserve.proto import pdserve_pb2 as pb
 from tests.cli.conftest import Run, ServerThread
@@ -160,6 +161,50 @@ def test_status_reads_like_kubectl(run: Run) -> None:
     assert lines[3].split() == ["prefill-0", "prefill", "Ready", "1", "0", "90/100", "1234", "61m", "0"]
     assert lines[4].split() == ["decode-0", "decode", "Starting(50%)", "0", "0", "0/0", "0", "0s", "0"]
     assert "NODE" in run("status", "-o", "wide").stdout
+
+
+def test_status_names_hosts_where_there_are_several_and_what_is_on_them(run: Run, server: ServerThread) -> None:
+    hosts = (
+        HostStatus(
+            address="10.0.0.1",
+            name="head",
+            state=HostState.JOINED,
+            since_s=7300.0,
+            num_cores=4,
+            num_cores_taken=1.5,
+            memory_bytes=8 << 30,
+            worker_ids=("decode-0", "prefill-0"),
+        ),
+        HostStatus(address="10.0.0.2", name="b", state=HostState.REFUSED, since_s=7.0, message="it runs pdserve 0.0.9"),
+        HostStatus(address="10.0.0.3", name="c", state=HostState.JOINED, since_s=7.0, message="its clock is 3600 s ahead"),
+        HostStatus(address="10.0.0.4", state=HostState.AWAITED, since_s=12.0, message="has not joined; waiting for it"),
+    )
+    degraded = "host 10.0.0.2: it runs pdserve 0.0.9; host 10.0.0.4: has not joined; waiting for it"
+    server.call(lambda: server.cluster.change(hosts=hosts, degraded=degraded))
+    lines = run("status").stdout.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("HOST"))
+    assert [line.split() for line in lines[start : start + 5]] == [
+        ["HOST", "NAME", "STATE", "SINCE", "CORES", "GPUS", "MEMORY", "INSTANCES"],
+        ["10.0.0.1", "head", "Joined", "2h", "1.5/4", "0/0", "8", "GiB", "decode-0,prefill-0"],
+        ["10.0.0.2", "b", "Refused", "7s", "0/0", "0/0", "-", "-"],
+        ["10.0.0.3", "c", "Joined", "7s", "0/0", "0/0", "-", "-"],
+        ["10.0.0.4", "-", "Awaited", "12s", "0/0", "0/0", "-", "-"],
+    ]
+    assert degraded in lines
+    assert "host 10.0.0.3: its clock is 3600 s ahead" in lines
+    assert "decode-0: loading weights" in lines
+    status = json.loads(run("status", "-o", "json").stdout)
+    assert [host["state"] for host in status["hosts"]] == [
+        "HOST_STATE_JOINED",
+        "HOST_STATE_REFUSED",
+        "HOST_STATE_JOINED",
+        "HOST_STATE_AWAITED",
+    ]
+    assert status["hosts"][0]["worker_ids"] == ["decode-0", "prefill-0"]
+
+
+def test_status_of_one_host_has_no_table_of_hosts(run: Run) -> None:
+    assert "HOST" not in run("status").stdout
 
 
 def test_status_as_json_has_every_field(run: Run) -> None:

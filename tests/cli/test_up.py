@@ -45,6 +45,15 @@ def test_only_what_is_new_makes_a_line() -> None:
     assert list(lines.changes(status())) == ["decode-0: gone"]
 
 
+def test_what_a_serving_cluster_lacks_is_a_line_once_and_so_is_its_end() -> None:
+    lines = StatusLines()
+    lacks = "host 10.0.0.2: has not joined; waiting for it"
+    assert list(lines.changes(pb.ClusterStatus(degraded=lacks))) == []
+    assert list(lines.changes(pb.ClusterStatus(degraded=lacks, serving=True))) == [f"serving; {lacks}"]
+    assert list(lines.changes(pb.ClusterStatus(degraded=lacks, serving=True))) == []
+    assert list(lines.changes(pb.ClusterStatus(serving=True))) == ["serving as configured"]
+
+
 def test_a_cluster_is_ready_when_every_configured_instance_is() -> None:
     pools = [pb.PoolStatus(role="prefill", instances=2, ready=2), pb.PoolStatus(role="decode", instances=1, ready=0)]
     assert not is_ready(pb.ClusterStatus(pools=pools))

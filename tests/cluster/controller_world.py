@@ -11,15 +11,16 @@ from ray.exceptions import ActorDiedError
 from pdserve.cluster import controller as controller_module
 from pdserve.cluster.actors import Outcome, outcome_of
 from pdserve.cluster.controller import Controller
-from pdserve.cluster.cores import CoreAllocator, Placement
 from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import Hello, Ready, Role
 from pdserve.router.core import Router
+from pdserve.router.cores import Capacity, CoreAllocator, Placement
 from pdserve.router.events import WorkerLost
 from pdserve.router.fleet import Fleet, FleetConfig
 from pdserve.router.fleet_events import Apply, StartWorker
 from pdserve.router.fleet_member import MemberState
+from pdserve.router.places import Places
 from pdserve.router.service import RouterService
 
 from ..router.cluster import worker_info
@@ -86,7 +87,9 @@ class World:
 
     def start_controller(self, monkeypatch: pytest.MonkeyPatch, router: Router, num_cores: int = 2, **fleet: Any) -> None:
         self.fleet = Fleet(FleetConfig(**fleet))
-        self.controller = Controller(self.fleet, CoreAllocator({"node": num_cores}), self.keeper, _spec, lambda: None)
+        self.places = Places(CoreAllocator({"node": Capacity(num_cores)}))
+        self.suspected: list[str] = []
+        self.controller = Controller(self.fleet, self.places, self.keeper, _spec, lambda: None, self.suspected.append)
         self.service = RouterService(router, self.controller, "secret")
         self.controller.attach(self.service)
         handle = self.fleet.handle

@@ -10,6 +10,8 @@ from pdserve.cluster import controller as controller_module
 from pdserve.core.errors import CheckpointError
 from pdserve.core.messages import LoadProgress, Ready
 from pdserve.router.core import Router
+from pdserve.router.cores import Capacity
+from pdserve.router.events import Tick
 from pdserve.router.fleet_events import Apply, Drain, Shutdown
 from pdserve.router.fleet_member import MemberState
 
@@ -183,3 +185,31 @@ async def test_a_worker_connects_once(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = world.actor("decode-0").spec
     assert world.service.admit(SimpleNamespace(), hello(spec))  # type: ignore[arg-type]
     assert not world.service.admit(SimpleNamespace(), hello(spec))  # type: ignore[arg-type]
+
+
+async def test_a_host_is_suspected_when_a_worker_there_is_lost_for_no_known_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, stable_s=0.0)
+    world.up()
+    world.actor("decode-0").end(RayTaskError("run", "traceback", CheckpointError("layer 3 is gone")))
+    await world.settle()
+    assert world.suspected == [], "it said why"
+    world.disconnect("prefill-0")
+    assert world.suspected == ["node"]
+    await world.settle()
+    assert world.suspected == ["node"], "it ended because we ended it"
+    world.actor("prefill-0").end(ActorDiedError())
+    await world.settle()
+    assert world.suspected == ["node", "node"]
+
+
+async def test_a_worker_waits_for_a_host_for_as_long_as_it_takes_and_starts_when_it_joins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch, num_cores=1)
+    world.controller.handle(Apply({P: 1, D: 1}))
+    (waiting,) = (key for key, process in world.controller.processes.items() if process.watch is None)
+    assert world.controller.processes[waiting].phase.startswith(f"waiting: {waiting[0]} needs 1 core(s)")
+    world.places.cores.open("another", Capacity(1))
+    world.controller.handle(Tick())
+    assert [actor.spec.key for actor in world.actors][-1] == waiting
+    assert next(m.num_restarts for m in world.fleet.status() if m.worker_id == waiting[0]) == 0

@@ -7,13 +7,13 @@ import pytest
 import ray
 
 from pdserve.cluster.actors import options_of
-from pdserve.cluster.cores import CoreAllocator
-from pdserve.cluster.nodes import RayNodes, with_gpus_of
+from pdserve.cluster.nodes import RayNodes, with_resources
 from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind
 from pdserve.core.messages import Role
 from pdserve.engine.gpu import DeviceInfo, Node
+from pdserve.router.cores import Capacity, CoreAllocator
 
 pytestmark = pytest.mark.cluster
 
@@ -33,7 +33,7 @@ class Shown:
 def test_ray_gives_out_gpus_by_the_rule_that_we_count_by() -> None:
     Shown.__module__ = "__main__"  # so that its code travels with it
     (node_id,) = (node["NodeID"] for node in ray.nodes())
-    allocator = CoreAllocator({node_id: 8}, {node_id: 2})
+    allocator = CoreAllocator({node_id: Capacity(8, 2)})
     actors: list[Any] = []
     try:
         for number, share in enumerate((0.5, 0.7, 0.5, 0.3)):
@@ -48,14 +48,14 @@ def test_ray_gives_out_gpus_by_the_rule_that_we_count_by() -> None:
 
 def test_a_worker_on_the_processor_takes_no_gpu() -> None:
     worker = spec("cpu", 0.5)
-    options = options_of(worker, CoreAllocator({ray.nodes()[0]["NodeID"]: 8}).take(worker.key, worker.need))
+    options = options_of(worker, CoreAllocator({ray.nodes()[0]["NodeID"]: Capacity(8)}).take(worker.key, worker.need))
     assert options["num_gpus"] is None
     assert set(options["runtime_env"]["env_vars"]) == {"OMP_NUM_THREADS"}
 
 
 async def test_a_machines_gpus_are_those_that_it_has_itself() -> None:
     """Ray was told of two, and there is no driver."""
-    (node,) = await RayNodes().probe()
+    (node,) = await RayNodes("embedded", ("127.0.0.1", 1)).ask_all(60.0)
     assert node.name == ray.nodes()[0]["NodeID"]
     assert node.devices == ()
     assert set(node.cores) == os.sched_getaffinity(0)
@@ -64,5 +64,5 @@ async def test_a_machines_gpus_are_those_that_it_has_itself() -> None:
 def test_gpus_that_ray_was_not_given_are_not_counted() -> None:
     gpus = tuple(DeviceInfo(index, "L4", f"GPU-{index}", 24 << 30, 24 << 30) for index in range(4))
     node = Node("a", (0,), 1, 1, gpus, "13.0")
-    assert with_gpus_of(node, {"GPU": 2.0}).devices == gpus[:2]
-    assert with_gpus_of(node, {"CPU": 2.0}).devices == ()
+    assert with_resources(node, {"GPU": 2.0}).devices == gpus[:2]
+    assert with_resources(node, {"CPU": 2.0}).devices == ()

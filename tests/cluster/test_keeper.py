@@ -3,17 +3,16 @@
 import asyncio
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from pdserve.cluster import head as head_module
 from pdserve.cluster.actors import KeeperActor, Outcome
-from pdserve.cluster.cores import Placement
 from pdserve.cluster.head import Head
 from pdserve.cluster.keeper import RayKeeper
-from pdserve.cluster.nodes import RayNodes
 from pdserve.core.config import ClusterConfig
-from pdserve.engine.gpu import Node
+from pdserve.router.cores import Placement
 
 SPEC: Any = SimpleNamespace(key=("decode-0", 1))
 
@@ -60,18 +59,18 @@ def config_of(num_decode: int) -> ClusterConfig:
     return ClusterConfig.model_validate({"pools": {"decode": {"instances": num_decode}}})
 
 
-class NoNodes(RayNodes):
-    async def probe(self) -> tuple[Node, ...]:
-        return ()
-
-
 def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> Head:
     """A head of which only `apply` can be called; `calls` are those that are on their way to its keeper."""
-    monkeypatch.setattr(head_module, "plan", lambda config, nodes: SimpleNamespace(check=lambda: None))
+    monkeypatch.setattr(
+        head_module, "plan", lambda config, nodes, more_may_come: SimpleNamespace(check=lambda more_may_come: None)
+    )
     remember = SimpleNamespace(remote=lambda *arguments: calls.append(arguments))
     head = Head(SimpleNamespace(generation=generation, keeper=SimpleNamespace(remember=remember)))  # type: ignore[arg-type]
     router = SimpleNamespace(configure=lambda config: None, status=lambda now_s: SimpleNamespace(workers=()))
-    head._device, head._nodes = "cpu", NoNodes()
+    head._device = "cpu"
+    head._watch = SimpleNamespace(  # type: ignore[assignment]
+        resolve=AsyncMock(), are_complete=lambda config: True, nodes=lambda config: (), expect=lambda config: None
+    )
     head._service = SimpleNamespace(router=router)  # type: ignore[assignment]
     head._controller = SimpleNamespace(handle=lambda event: None)  # type: ignore[assignment]
     head._telemetry = SimpleNamespace(configure=lambda config: None)  # type: ignore[assignment]

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pdserve.core.config import ClusterConfig
 from pdserve.core.config_file import load_cluster_config, parse_cluster_config
 from pdserve.core.config_schema import cluster_schema, cluster_schema_text
 from pdserve.core.errors import ConfigError
+from pdserve.core.hosts import ExpectedHosts
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "cluster.yaml"
@@ -28,7 +30,7 @@ def ours(lines: str) -> str:
 
 
 def test_the_sample_file_spells_out_the_defaults() -> None:
-    assert load_cluster_config(SAMPLE) == ClusterConfig()
+    assert load_cluster_config(SAMPLE) == ClusterConfig().expecting(ExpectedHosts(addresses=()))
 
 
 def test_an_empty_part_means_the_defaults() -> None:
@@ -61,7 +63,7 @@ slo:
         f"c.yaml:11: {at}.device: got 'gpu', expected one of 'auto', 'cpu' or 'cuda'",
         f"c.yaml:12: {at}.slo: got nothing, expected a mapping with keys of ttft_ms, itl_ms",
         f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, routing, limits, listen, observability, "
-        "kernels, device, drain_timeout_s",
+        "kernels, device, drain_timeout_s, join_timeout_s",
     ]
 
 
@@ -179,6 +181,7 @@ PATHS = [
     ("listen", "http"),
     ("kernels",),
     ("drain_timeout_s",),
+    ("join_timeout_s",),
 ]
 
 
@@ -246,4 +249,33 @@ def test_the_file_that_ray_up_writes_on_the_head_is_read_too(tmp_path: Path) -> 
 
     bootstrap = tmp_path / "ray_bootstrap_config.yaml"
     bootstrap.write_text(json.dumps(prepare_config(yaml.safe_load(SAMPLE.read_text()))))
-    assert load_cluster_config(bootstrap) == ClusterConfig()
+    assert load_cluster_config(bootstrap) == ClusterConfig().expecting(ExpectedHosts(addresses=()))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ExpectedHosts()),
+        (
+            "provider: {type: local, head_ip: 10.0.0.1, worker_ips: [10.0.0.2, b, 10.0.0.1, b]}",
+            ExpectedHosts(("10.0.0.2", "b")),
+        ),
+        ("provider: {type: local, head_ip: 10.0.0.1}", ExpectedHosts(())),
+        ("provider: {type: local, coordinator_address: 10.0.0.1:80}", ExpectedHosts()),
+        (
+            "provider: {type: aws}\navailable_node_types: {head: {}, gpu: {min_workers: 2}, cpu: {min_workers: 0}}",
+            ExpectedHosts(node_types={"gpu": 2}),
+        ),
+    ],
+)
+def test_which_hosts_there_will_be_is_read_from_rays_part(text: str, expected: ExpectedHosts) -> None:
+    config = parse_cluster_config(f"metadata: {{pdserve: {{}}}}\n{text}")
+    assert config.hosts == expected
+    assert pickle.loads(pickle.dumps(config)).hosts == expected, "it travels to the head"
+
+
+def test_workers_that_are_no_list_of_addresses_are_refused() -> None:
+    text = "metadata: {pdserve: {}}\nprovider:\n  type: local\n  worker_ips: 10.0.0.2\n"
+    with pytest.raises(ConfigError) as caught:
+        parse_cluster_config(text, "c.yaml")
+    assert str(caught.value) == "c.yaml:4: provider.worker_ips: got '10.0.0.2', expected a list of addresses"

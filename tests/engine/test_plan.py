@@ -105,6 +105,26 @@ def test_each_machine_fills_within_its_own_memory() -> None:
     )
 
 
+def test_while_more_machines_may_come_kv_is_what_the_first_has_for_all_instances_that_it_could_hold() -> None:
+    def coming(*nodes: Node) -> int:
+        config = ClusterConfig.model_validate({"pools": {"decode": {"instances": 6}, "prefill": {"instances": 0}}})
+        return make_plan(config, checkpoint(), nodes, more_may_come=True).pools[1].kv_cache_bytes
+
+    def together(there: Node, instances: int) -> int:
+        config = {"pools": {"decode": {"instances": instances}, "prefill": {"instances": 0}}}
+        return planned(there, config=config).pools[1].kv_cache_bytes
+
+    first, small, large = node(2, 40, "a"), node(1, 12, "b"), node(8, 150, "c")
+    assert coming(first) == coming(first, small) == coming(first, large, small) == together(first, 2)
+    assert coming(node(0, 40, "head"), large) == together(large, 6)
+
+
+def test_what_machines_that_are_there_lack_others_may_bring_but_no_machine_mends_a_mistake() -> None:
+    planned(config={"pools": {"decode": {"instances": 2}}}).check(more_may_come=True)
+    with pytest.raises(ConfigError, match=r"model\.max_model_len"):
+        planned(config={"model": {"max_model_len": 10**6}}).check(more_may_come=True)
+
+
 def test_too_few_cores_are_counted_out() -> None:
     result = planned(config={"pools": {"decode": {"instances": 2}}})
     assert messages(result) == [

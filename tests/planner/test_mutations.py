@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
+from pdserve.core.hosts import HostState
 from pdserve.core.latency import LatencyModel
 from pdserve.core.request import TransferId
 from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
@@ -25,14 +26,19 @@ from pdserve.kv_transfer.sender import TransferSender
 from pdserve.planner.kv_model import ChainStore
 from pdserve.planner.run import simulate
 from pdserve.prefill_worker.worker import PrefillWorker
+from pdserve.router import hosts
 from pdserve.router.admission import Deadlines, JobQueue
 from pdserve.router.adoption import HeldDispatch
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
+from pdserve.router.cores import Capacity, CoreAllocator
 from pdserve.router.dispatch import Dispatch, Job, LiveRequest
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
+from pdserve.router.hosts import HostChecked, Hosts, SeenHost
+from pdserve.router.links import Links
 from pdserve.router.live_requests import LiveRequests
+from pdserve.router.places import Places
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.take_over import TakeOver
 from pdserve.worker.held_legs import HeldLegs
@@ -262,7 +268,84 @@ def run_ahead_of_a_token_that_decides() -> Planted:
     return patch.object(DecodeScheduler, "may_run_ahead", True)
 
 
+def place_workers_on_a_host_that_has_died() -> Planted:
+    return patch.object(CoreAllocator, "close", lambda self, node_id: None)
+
+
+def forget_that_a_lost_host_is_asked_for() -> Planted:
+    original = Hosts._look
+
+    def look(self: Hosts, seen: tuple[SeenHost, ...], now_s: float) -> None:
+        lost = [name for name, missing in self._missing.items() if missing.state is HostState.LOST]
+        original(self, tuple(host for host in seen if host.address not in lost), now_s)
+
+    return patch.object(Hosts, "_look", look)
+
+
+def forget_what_runs_on_a_host_when_it_is_opened() -> Planted:
+    def open_host(self: CoreAllocator, node_id: str, capacity: Capacity) -> None:
+        taken, self._taken = self._taken, {}
+        original(self, node_id, capacity)
+        self._taken = taken
+
+    original = CoreAllocator.open
+    return patch.object(CoreAllocator, "open", open_host)
+
+
+def place_workers_in_the_order_in_which_they_ask() -> Planted:
+    return patch.object(Places, "_rank", lambda self, instance, num_placed: 0.0)
+
+
+def call_back_a_worker_that_must_leave_its_host() -> Planted:
+    original = Fleet._replace
+
+    def replace(self: Fleet, workers, now_s: float) -> None:  # type: ignore[no-untyped-def]
+        original(self, workers, now_s)
+        for member in self._members.values():
+            member.is_replaced = False
+
+    return patch.object(Fleet, "_replace", replace)
+
+
+def keep_serving_on_a_host_that_is_taken_out_of_the_file() -> Planted:
+    return patch.object(hosts, "_is_listed", lambda seen, expected: True)
+
+
+def lose_patience_with_a_worker_that_waits_for_a_host() -> Planted:
+    original = Fleet._start
+
+    def start(self: Fleet, member: Member, now_s: float) -> None:
+        original(self, member, now_s)
+        member.due_s = now_s + 1.0
+
+    return patch.object(Fleet, "_start", start)
+
+
+def never_check_a_refused_host_again() -> Planted:
+    original = Hosts._checked
+
+    def checked(self: Hosts, event: HostChecked, now_s: float) -> None:
+        original(self, event, now_s)
+        for host in self._hosts.values():
+            host.check_again_s = None
+
+    return patch.object(Hosts, "_checked", checked)
+
+
+def forget_which_ways_between_hosts_are_broken() -> Planted:
+    return patch.object(Links, "avoids", lambda self, prefill, decode: False)
+
+
 MUTATIONS: list[Mutation] = [
+    forget_which_ways_between_hosts_are_broken,
+    place_workers_on_a_host_that_has_died,
+    forget_that_a_lost_host_is_asked_for,
+    forget_what_runs_on_a_host_when_it_is_opened,
+    place_workers_in_the_order_in_which_they_ask,
+    call_back_a_worker_that_must_leave_its_host,
+    keep_serving_on_a_host_that_is_taken_out_of_the_file,
+    lose_patience_with_a_worker_that_waits_for_a_host,
+    never_check_a_refused_host_again,
     free_on_abort_before_the_transfer_has_drained,
     forget_the_epoch_check,
     repeat_a_token_after_a_resume,

@@ -1,8 +1,9 @@
 """Any worker may die at any moment: streams go on elsewhere from where their clients are."""
 
+import msgspec
 import pytest
 
-from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve
+from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve, WorkerInfo
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import Cancel, Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
@@ -88,6 +89,34 @@ def test_when_no_pair_could_transfer_one_worker_does_both_phases_whatever_the_ro
         cluster.handle(Tick())
     assert cluster.last("decode-0") == Serve(spec=cluster.spec("decode-0"))
     assert cluster.spec("decode-0").output_token_ids[0] == 100
+
+
+def at(worker_id: str, host: str) -> WorkerInfo:
+    info = worker_info(worker_id)
+    return msgspec.structs.replace(info, node=host, address=msgspec.structs.replace(info.address, host_id=host))
+
+
+def test_requests_avoid_hosts_that_do_not_reach_each_other_once_two_have_found_out_and_status_says_so() -> None:
+    cluster = Cluster(at("prefill-0", "a"), at("decode-0", "b"), at("decode-1", "c"), config=PAIRS_ONLY)
+    for number in range(2):
+        cluster.lose("decode-1")
+        cluster.submit(make_request(f"r{number}"))
+        cluster.add(msgspec.structs.replace(at("decode-1", "c"), incarnation=2 + number))
+        assert isinstance(cluster.last("decode-0"), Reserve)
+        cluster.leg_ended("prefill-0", Leg.PREFILL, "no answer within 5.0 s")
+        cluster.leg_ended("decode-0", Leg.DECODE, "aborted")
+        assert isinstance(cluster.last("decode-1"), Reserve), "it goes on elsewhere"
+        cluster.token("prefill-0", 0)
+        cluster.leg_ended("prefill-0", Leg.PREFILL)
+        cluster.token("decode-1", 1, FinishReason.LENGTH)
+        cluster.leg_ended("decode-1", Leg.DECODE)
+    assert "KV does not get from host a to host b" in (cluster.router.status(cluster.now_s).degraded or "")
+    num_retried = cluster.router.counters.retried
+    before = len(cluster.sent["decode-0"])
+    for number in range(2, 6):
+        cluster.submit(make_request(f"r{number}"))
+    assert len(cluster.sent["decode-0"]) == before
+    assert cluster.router.counters.retried == num_retried
 
 
 def test_choices_without_a_token_are_repeated_together_and_the_others_each_by_itself() -> None:

@@ -12,9 +12,11 @@ from pdserve.router.fleet_events import (
     Drain,
     DrainWorker,
     FleetAction,
+    ReplaceWorkers,
     Shutdown,
     StartWorker,
     StopWorker,
+    WorkerPlaced,
 )
 from pdserve.router.fleet_member import TRANSITIONS, Member, MemberState
 
@@ -79,6 +81,8 @@ def test_a_worker_that_is_killed_again_and_again_pauses_no_longer_than_it_served
 def test_a_start_that_never_ends_is_given_up_and_repeated() -> None:
     fleet = FleetAt(config=FleetConfig(start_timeout_s=10.0))
     fleet.apply({D: 1})
+    assert fleet.handle(Tick(), after_s=3600.0) == [], "it has no place yet"
+    fleet.handle(WorkerPlaced("decode-0", 1))
     assert fleet.handle(Tick(), after_s=10.0) == [StopWorker("decode-0", 1, "not ready after 10 s")]
     assert fleet.fleet.status()[0].last_error == "not ready after 10 s"
     assert fleet.handle(WorkerLost("decode-0", 1, "stopped")) == []
@@ -230,3 +234,17 @@ def test_whatever_happens_the_pools_become_what_was_applied_last(seed: int) -> N
     states = list(fleet.states().values())
     assert {role: states.count((role, MemberState.READY)) for role in (P, D)} == desired
     assert len(states) == sum(desired.values())
+
+
+def test_workers_of_a_host_that_is_given_up_drain_while_others_take_their_place() -> None:
+    fleet = FleetAt("decode-0", "decode-1")
+    moved = fleet.handle(ReplaceWorkers((("decode-1", 2), ("decode-0", 99))))
+    assert moved == [DrainWorker("decode-1"), StartWorker(D, "decode-2", 3)]
+    assert fleet.handle(WorkerIdle("decode-1", 2)) == [StopWorker("decode-1", 2)]
+    assert fleet.handle(WorkerLost("decode-1", 2, "stopped")) == []
+
+
+def test_a_worker_that_leaves_its_host_is_not_called_back_when_its_pool_grows() -> None:
+    fleet = FleetAt("decode-0")
+    fleet.handle(ReplaceWorkers((("decode-0", 1),)))
+    assert fleet.apply({D: 2}) == [StartWorker(D, "decode-2", 3)]

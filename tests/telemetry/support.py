@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pdserve.core.hosts import HostState
 from pdserve.core.messages import Leg, LegEnded, Role, StepReport, StepTiming, TransferStats, WorkerLoad
 from pdserve.router.events import RequestClosed, RouterCommand, RouterEvent, Timeline
 from pdserve.telemetry.exposition import Exposition, Snapshot
@@ -39,6 +40,7 @@ class Watched(Cluster):
             token_gaps=self.router.token_gaps,
             configured={Role.PREFILL: 1, Role.DECODE: 1},
             restarts={"decode-0": (Role.DECODE, 2)},
+            hosts={HostState.JOINED: 2, HostState.LOST: 1},
             num_takeovers=1,
             num_spans=0,
             version="1.2.3",

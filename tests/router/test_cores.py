@@ -2,14 +2,18 @@
 
 import pytest
 
-from pdserve.cluster.cores import CoreAllocator, Need, Placement
 from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind
 from pdserve.core.errors import CapacityError
 from pdserve.core.messages import Role
+from pdserve.router.cores import Capacity, CoreAllocator, Need, Placement
 
 ONE_CORE = Need(1, 1.0)
+
+
+def hosts(**capacities: Capacity) -> CoreAllocator:
+    return CoreAllocator(capacities)
 
 
 def take(allocator: CoreAllocator, *needs: Need) -> list[Placement]:
@@ -18,12 +22,12 @@ def take(allocator: CoreAllocator, *needs: Need) -> list[Placement]:
 
 
 def test_each_instance_has_cores_of_its_own_on_the_emptiest_node() -> None:
-    placements = take(CoreAllocator({"a": 2, "b": 3}), ONE_CORE, ONE_CORE, Need(2, 1.0))
+    placements = take(hosts(a=Capacity(2), b=Capacity(3)), ONE_CORE, ONE_CORE, Need(2, 1.0))
     assert placements == [Placement("b", (0,)), Placement("a", (0,)), Placement("b", (1, 2))]
 
 
 def test_instances_share_cores_when_they_are_told_to() -> None:
-    allocator = CoreAllocator({"a": 1})
+    allocator = hosts(a=Capacity(1))
     assert take(allocator, Need(1, 0.5), Need(1, 0.5)) == [Placement("a", (0,))] * 2
     with pytest.raises(CapacityError, match=r"w-9 needs 1 core\(s\) with 0.5 of each free, but of the cluster's 1 core"):
         allocator.take(("w-9", 1), Need(1, 0.5))
@@ -34,20 +38,20 @@ def half(num_cores: int = 1) -> Need:
 
 
 def test_a_pair_that_can_share_a_gpu_does() -> None:
-    placements = take(CoreAllocator({"a": 8, "b": 8}, {"a": 2, "b": 2}), half(), half(), half())
+    placements = take(hosts(a=Capacity(8, 2), b=Capacity(8, 2)), half(), half(), half())
     assert [(one.node_id, one.gpu) for one in placements] == [("a", 0), ("a", 0), ("a", 1)]
 
 
 def test_instances_on_whole_gpus_stay_on_one_machine_as_long_as_it_has_some() -> None:
     whole = Need(1, 1.0, 1.0)
-    placements = take(CoreAllocator({"a": 8, "b": 9}, {"a": 2, "b": 2}), whole, whole, whole)
+    placements = take(hosts(a=Capacity(8, 2), b=Capacity(9, 2)), whole, whole, whole)
     assert [(one.node_id, one.gpu) for one in placements] == [("b", 0), ("b", 1), ("a", 0)]
 
 
 def test_a_node_without_gpus_or_without_cores_is_passed_by() -> None:
-    allocator = CoreAllocator({"many-cores": 64, "few-cores": 1, "right": 2}, {"few-cores": 8, "right": 1})
+    allocator = hosts(many=Capacity(64), few=Capacity(1, 8), right=Capacity(2, 1))
     assert take(allocator, half(2)) == [Placement("right", (0, 1), 0)]
-    allocator = CoreAllocator({"a": 8}, {"a": 1})
+    allocator = hosts(a=Capacity(8, 1))
     with pytest.raises(CapacityError) as caught:
         take(allocator, half(), Need(1, 1.0, 0.75))
     assert str(caught.value) == (
@@ -57,7 +61,7 @@ def test_a_node_without_gpus_or_without_cores_is_passed_by() -> None:
 
 
 def test_what_a_worker_had_goes_to_the_next() -> None:
-    allocator = CoreAllocator({"a": 1}, {"a": 1})
+    allocator = hosts(a=Capacity(1, 1))
     need = Need(1, 1.0, 1.0)
     (placement,) = take(allocator, need)
     allocator.give_back(("w-0", 1))
@@ -66,7 +70,7 @@ def test_what_a_worker_had_goes_to_the_next() -> None:
 
 
 def test_workers_of_an_earlier_head_are_counted_where_they_are() -> None:
-    allocator = CoreAllocator({"a": 2}, {"a": 2})
+    allocator = hosts(a=Capacity(2, 2))
     allocator.take_back(("w-7", 1), Placement("a", (1,), 1), half())
     assert take(allocator, half()) == [Placement("a", (0,), 1)]
 

@@ -1,0 +1,49 @@
+"""The hosts of a cluster: those that cluster.yaml asks for, and how each of them stands."""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ExpectedHosts:
+    """Hosts beside the head's. By default nobody is waited for, and instances may start on any host that joins."""
+
+    addresses: tuple[str, ...] | None = None  # these, and no others; None: the file does not name them
+    node_types: Mapping[str, int] = field(default_factory=dict)  # of a cloud: how many hosts there will be at least
+    resolved: Mapping[str, str] = field(default_factory=dict)  # by name among `addresses`, where that is known
+
+    def name_of(self, address: str, name: str) -> str | None:
+        """What the file calls the host of this address and host name; None when it does not name it."""
+        for expected in self.addresses or ():
+            if expected in (address, name) or self.resolved.get(expected) == address:
+                return expected
+        return None
+
+
+class HostState(enum.Enum):
+    """Where a host is on its way to serve."""
+
+    AWAITED = "awaited"  # it has not joined
+    CHECKING = "checking"  # it has joined, or is in doubt: nothing starts there until it has answered
+    JOINED = "joined"
+    REFUSED = "refused"  # it joined, and cannot serve
+    LOST = "lost"  # it had joined
+    LEAVING = "leaving"  # it is there, but the file does not name it: nothing starts there, and what runs there drains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStatus:
+    """One host's row. Of a host that has not joined only its name is known."""
+
+    address: str  # of one that has not joined: as the file names it
+    name: str = ""  # its host name
+    state: HostState
+    since_s: float  # for how long it has been in its state
+    message: str = ""  # what is wrong with it, and what to do
+    num_cores: int = 0  # that instances may have
+    num_cores_taken: float = 0.0
+    num_gpus: int = 0
+    num_gpus_taken: float = 0.0
+    memory_bytes: int = 0  # that was available when the host joined
+    worker_ids: tuple[str, ...] = ()  # the instances there

@@ -1,0 +1,167 @@
+"""Which cores, and which host's GPU, an instance gets. Pure bookkeeping: hosts in, positions of cores and GPUs out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from ..core.config_types import format_size
+from ..core.errors import CapacityError
+from ..core.gpu_shares import GpuShares
+
+_EPSILON = 1e-6
+Key = tuple[str, int]  # (worker_id, incarnation)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What instances may take of a host."""
+
+    num_cores: int
+    num_gpus: int = 0
+    num_bytes: float = inf  # of its memory
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one instance takes of its host."""
+
+    num_cores: int
+    core_share: float  # of each of them, 0 to 1
+    gpu_share: float | None = None  # of one GPU; None: it needs none
+    num_bytes: int = 0  # of the host's memory, where that is planned
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Cores of one host, by their position among those that Ray's node may use.
+
+    `gpu` is the GPU that Ray will give the instance, as we keep count of them by Ray's rule. It is for counting alone: Ray
+    knows what others have taken, so the worker is told its GPU by Ray.
+    """
+
+    node_id: str
+    cores: tuple[int, ...]
+    gpu: int | None = None
+
+
+@dataclass
+class _Free:
+    """What is left of a host."""
+
+    capacity: Capacity
+    cores: list[float] = field(init=False)
+    gpus: GpuShares = field(init=False)
+    num_bytes: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cores = [1.0] * self.capacity.num_cores
+        self.gpus = GpuShares(self.capacity.num_gpus)
+        self.num_bytes = self.capacity.num_bytes
+
+    def change(self, placement: Placement, need: Need, sign: int) -> None:
+        """Take (-1), or give back (1)."""
+        for core in placement.cores:
+            self.cores[core] += sign * need.core_share
+        self.num_bytes += sign * need.num_bytes
+        if placement.gpu is not None and need.gpu_share is not None:
+            (self.gpus.give_back if sign > 0 else self.gpus.take_back)(placement.gpu, need.gpu_share)
+
+    def fitting_cores(self, need: Need) -> list[int]:
+        return [core for core, left in enumerate(self.cores) if left >= need.core_share - _EPSILON]
+
+    def has_cores(self, need: Need) -> bool:
+        has_gpu = need.gpu_share is None or self.gpus.find(need.gpu_share) is not None
+        return has_gpu and len(self.fitting_cores(need)) >= need.num_cores
+
+    def fits(self, need: Need) -> bool:
+        return self.has_cores(need) and self.num_bytes >= need.num_bytes
+
+    def rank(self, need: Need) -> tuple[float, ...]:
+        gpus = () if need.gpu_share is None else self.gpus.rank(need.gpu_share)
+        return (*gpus, -sum(self.cores))
+
+
+class CoreAllocator:
+    """Gives each instance cores of its own, or shares of cores when instances are configured to share; of GPUs likewise."""
+
+    def __init__(self, hosts: Mapping[str, Capacity] | None = None) -> None:
+        self._free = {node_id: _Free(capacity) for node_id, capacity in (hosts or {}).items()}
+        self._taken: dict[Key, tuple[Placement, Need]] = {}
+
+    def open(self, node_id: str, capacity: Capacity) -> None:
+        """Instances may be placed there from now on. Those that run there are counted."""
+        free = self._free[node_id] = _Free(capacity)
+        for placement, need in self._taken.values():
+            if placement.node_id == node_id:
+                free.change(placement, need, -1)
+
+    def close(self, node_id: str) -> None:
+        """No instance is placed there any more; those that run there stay until they give back what they have."""
+        self._free.pop(node_id, None)
+
+    def on(self, node_id: str) -> list[Key]:
+        """The instances there."""
+        return [worker for worker, (placement, _) in self._taken.items() if placement.node_id == node_id]
+
+    def node_of(self, worker: Key) -> str | None:
+        """Where an instance runs; None for one that has no place."""
+        taken = self._taken.get(worker)
+        return None if taken is None else taken[0].node_id
+
+    def num_taken(self, node_id: str) -> tuple[float, float]:
+        """Cores and GPUs of a host that instances have."""
+        needs = [need for placement, need in self._taken.values() if placement.node_id == node_id]
+        return sum(need.num_cores * need.core_share for need in needs), sum(need.gpu_share or 0.0 for need in needs)
+
+    def num_bytes_taken(self, node_id: str) -> int:
+        return sum(need.num_bytes for placement, need in self._taken.values() if placement.node_id == node_id)
+
+    def take(self, worker: Key, need: Need) -> Placement:
+        """Cores of one host, the emptiest first. On GPUs the fullest that has room, close to those that are in use.
+
+        Raises CapacityError when no host has them.
+        """
+        assert worker not in self._taken
+        fitting = [node_id for node_id, free in self._free.items() if free.fits(need)]
+        if not fitting:
+            raise CapacityError(self.what_is_missing(worker[0], need) or "")
+        node_id = min(fitting, key=lambda node_id: self._free[node_id].rank(need))
+        free = self._free[node_id]
+        cores = sorted(free.fitting_cores(need), key=lambda core: -free.cores[core])[: need.num_cores]
+        gpu = None if need.gpu_share is None else free.gpus.find(need.gpu_share)
+        placement = Placement(node_id, tuple(sorted(cores)), gpu)
+        self.take_back(worker, placement, need)
+        return placement
+
+    def take_back(self, worker: Key, placement: Placement, need: Need) -> None:
+        """The instance runs there already, on a host that may not be open."""
+        if placement.node_id in self._free:
+            self._free[placement.node_id].change(placement, need, -1)
+        self._taken[worker] = (placement, need)
+
+    def give_back(self, worker: Key) -> None:
+        """Free what an instance has; one that has nothing is ignored."""
+        placement, need = self._taken.pop(worker, (None, None))
+        if placement is not None and need is not None and placement.node_id in self._free:
+            self._free[placement.node_id].change(placement, need, 1)
+
+    def what_is_missing(self, worker_id: str, need: Need) -> str | None:
+        """In words; None when there is room."""
+        hosts = self._free.values()
+        if any(free.fits(need) for free in hosts):
+            return None
+        left, num_cores = sum(sum(free.cores) for free in hosts), sum(len(free.cores) for free in hosts)
+        if any(free.has_cores(need) for free in hosts):
+            most = max(free.num_bytes for free in hosts if free.has_cores(need))
+            return (
+                f"{worker_id} needs {format_size(need.num_bytes)} of memory, but of the hosts with free cores none has more "
+                f"than {format_size(max(0, int(most)))} left"
+            )
+        needs = f"{need.num_cores} core(s) with {need.core_share:g} of each free"
+        free_now = f"{num_cores} core(s) only {left:g} are"
+        if need.gpu_share is not None:
+            num_gpus = sum(free.capacity.num_gpus for free in hosts)
+            num_free_gpus = sum(free.gpus.num_free for free in hosts)
+            needs += f" on a node with {need.gpu_share:g} of a GPU free"
+            free_now = f"{num_gpus} GPU(s) only {num_free_gpus:g}, and of its {num_cores} core(s) only {left:g}, are"
+        return f"{worker_id} needs {needs}, but of the cluster's {free_now} free"

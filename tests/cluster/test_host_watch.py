@@ -1,0 +1,141 @@
+"""The watch feeds what Ray and hosts say to `Hosts`, and does what it decides."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from pdserve.cluster import host_watch as host_watch_module
+from pdserve.cluster.host_watch import HostWatch
+from pdserve.core.config import ClusterConfig
+from pdserve.core.hosts import ExpectedHosts
+from pdserve.core.messages import Role
+from pdserve.engine.gpu import Node
+from pdserve.router.cores import Capacity, Need
+from pdserve.router.hosts import HostChecked, Hosts, SeenHost
+from pdserve.router.places import Places
+
+HEAD = SeenHost("n1", "10.0.0.1", "head", is_head=True)
+B = SeenHost("n2", "10.0.0.2", "b")
+WITH_B = ClusterConfig().expecting(ExpectedHosts(("10.0.0.2",)))
+
+
+class FakeNodes:
+    """Hosts that answer when the test says so, and a Ray that fails when it says so."""
+
+    def __init__(self, *seen: SeenHost) -> None:
+        self.alive: tuple[SeenHost, ...] | Exception = seen
+        self.num_looks = 0
+        self.looked = asyncio.Event()
+        self.answers: dict[str, asyncio.Future[HostChecked]] = {}
+
+    async def seen(self) -> tuple[SeenHost, ...]:
+        self.num_looks += 1
+        self.looked.set()
+        if isinstance(self.alive, Exception):
+            raise self.alive
+        return self.alive
+
+    async def check(self, node_id: str, config: ClusterConfig, device: str) -> HostChecked:
+        self.answers[node_id] = asyncio.get_running_loop().create_future()
+        return await self.answers[node_id]
+
+    def node(self, node_id: str) -> Node:
+        return Node(node_id, (0,), 1, 1)
+
+    async def answer(self, node_id: str) -> None:
+        await settled()
+        self.answers.pop(node_id).set_result(HostChecked(node_id, Capacity(2)))
+        await settled()
+
+    async def look_again(self) -> None:
+        """Until the watch has looked once more."""
+        self.looked.clear()
+        await self.looked.wait()
+        await settled()
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def watch_of(nodes: Any, *, is_alone: bool = False) -> HostWatch:
+    return HostWatch(Hosts(Places()), nodes, "cpu", is_alone=is_alone)
+
+
+def states(watch: HostWatch) -> dict[str, str]:
+    return {host.address: host.state.value for host in watch.hosts.status(0.0)}
+
+
+async def test_hosts_that_join_while_it_runs_serve_once_they_have_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_watch_module, "INTERVAL_S", 0.0)
+    nodes = FakeNodes(HEAD)
+    watch = watch_of(nodes)
+    changes: list[dict[str, str]] = []
+    watch.on_change = lambda: changes.append(states(watch))
+    await watch.start(WITH_B)
+    await nodes.answer("n1")
+    assert not watch.are_complete(WITH_B)
+    assert watch.are_complete(ClusterConfig())
+    nodes.alive = ConnectionError("Ray's head is busy")
+    await nodes.look_again()
+    assert states(watch) == {"10.0.0.1": "joined", "10.0.0.2": "awaited"}, "what it does not say changes nothing"
+    nodes.alive = (HEAD, B)
+    await nodes.look_again()
+    await nodes.answer("n2")
+    assert changes[-1] == {"10.0.0.1": "joined", "10.0.0.2": "joined"}
+    assert [node.name for node in watch.nodes(WITH_B)] == ["n1", "n2"]
+    assert [node.name for node in watch.nodes(ClusterConfig().expecting(ExpectedHosts(())))] == ["n1"]
+    await watch.close()
+
+
+async def test_a_host_in_doubt_is_checked_and_nobody_is_told_of_a_change() -> None:
+    nodes = FakeNodes(HEAD, B)
+    watch = watch_of(nodes)
+    await watch.start(WITH_B)
+    await nodes.answer("n1")
+    await nodes.answer("n2")
+    changes: list[None] = []
+    watch.on_change = lambda: changes.append(None)
+    watch.suspect("n2")
+    assert states(watch)["10.0.0.2"] == "checking"
+    assert changes == []
+    await nodes.answer("n2")
+    assert states(watch)["10.0.0.2"] == "joined"
+    assert changes
+    await watch.close()
+
+
+async def test_workers_of_a_host_that_is_taken_out_are_named() -> None:
+    nodes = FakeNodes(B)
+    watch = watch_of(nodes)
+    await watch.start(WITH_B)
+    await nodes.answer("n2")
+    watch.hosts.places.ask(("decode-0", 1), Role.DECODE, Need(1, 1.0))
+    watch.hosts.places.next()
+    vacated: list[object] = []
+    watch.on_vacate = vacated.append
+    watch.expect(ClusterConfig().expecting(ExpectedHosts(())))
+    assert vacated == [(("decode-0", 1),)]
+    await watch.close()
+
+
+async def test_in_a_ray_of_our_own_nobody_is_waited_for_whatever_the_file_names() -> None:
+    nodes = FakeNodes(HEAD)
+    watch = watch_of(nodes, is_alone=True)
+    await watch.start(WITH_B)
+    await nodes.answer("n1")
+    assert watch.are_complete(WITH_B)
+    assert states(watch) == {"10.0.0.1": "joined"}
+    await watch.close()
+
+
+async def test_a_host_may_be_named_by_what_its_address_is_looked_up_from() -> None:
+    nodes = FakeNodes(SeenHost("n2", "127.0.0.1", "its-own-name"))
+    watch = watch_of(nodes)
+    named = ClusterConfig().expecting(ExpectedHosts(("localhost", "nowhere.invalid")))
+    await watch.start(named)
+    await nodes.answer("n2")
+    assert states(watch) == {"127.0.0.1": "joined", "nowhere.invalid": "awaited"}
+    await watch.close()

@@ -1,0 +1,149 @@
+"""A cluster of several hosts, Ray nodes of this machine with addresses of their own: it grows and shrinks with them."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+import ray
+import yaml
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+
+from pdserve import __version__
+from pdserve.cluster.launch import launch
+from pdserve.core.config_file import parse_cluster_config
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
+
+from .harness import READY, session_processes, tokens_of
+
+pytestmark = pytest.mark.cluster
+
+OTHER = "127.0.0.2"
+
+
+@contextmanager
+def host(address: str, num_cpus: int) -> Iterator[None]:
+    """Joins the Ray of this test session, and fails in the end."""
+    context = ray.get_runtime_context()
+    params = RayParams(
+        gcs_address=context.gcs_address,
+        node_ip_address=address,
+        num_cpus=num_cpus,
+        object_store_memory=80 << 20,
+        temp_dir=context.get_temp_dir(),
+        min_worker_port=0,
+        max_worker_port=0,
+        include_log_monitor=False,
+    )
+    node = Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
+    try:
+        yield
+    finally:
+        node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+
+
+def file(*worker_ips: str, decode: int) -> str:
+    pool = {"cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64}
+    ours = {
+        "model": {"max_model_len": 2048},
+        "pools": {"prefill": {"instances": 1, **pool}, "decode": {"instances": decode, **pool}},
+        "listen": {"grpc": "127.0.0.1:0", "http": None},
+    }
+    provider = {"type": "local", "head_ip": "127.0.0.1", "worker_ips": list(worker_ips)}
+    return yaml.safe_dump({"provider": provider, "metadata": {"pdserve": ours}})
+
+
+class Several:
+    """A cluster that may be short of hosts."""
+
+    def __init__(self, text: str) -> None:
+        self.launched = launch(parse_cluster_config(text))
+        self._local = grpc.insecure_channel(self.launched.local_address)
+        self.admin = rpc.ClusterStub(self._local)
+        self.generation = rpc.GenerationStub(self._local)
+
+    def close(self) -> None:
+        self._local.close()
+        self.launched.stop()
+
+    def wait_for(self, host: str, state: str, num_ready: int) -> pb.ClusterStatus:
+        """Until the other host is in a state, and so many workers are ready; also when the head dies meanwhile."""
+        while True:
+            try:
+                for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60, wait_for_ready=True):
+                    rows = {row.address: pb.HostState.Name(row.state).removeprefix("HOST_STATE_") for row in status.hosts}
+                    if rows.get(host) == state and sum(worker.state == READY for worker in status.workers) == num_ready:
+                        return status
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+
+    def tokens(self) -> list[int]:
+        request = pb.GenerateRequest(
+            prompt=pb.Prompt(text="import this"),
+            sampling=pb.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True),
+        )
+        return tokens_of(self.generation.GenerateStream(request, timeout=60))
+
+
+def test_a_cluster_serves_on_what_is_there_and_grows_and_shrinks_with_its_hosts() -> None:
+    num_cores = len(os.sched_getaffinity(0))
+    fits = 2 * num_cores - 1  # decode instances on the head, beside one prefill instance
+    with closing(Several(file(OTHER, decode=fits + 1))) as cluster:
+        status = cluster.wait_for(OTHER, "AWAITED", fits + 1)
+        assert f"host {OTHER}: has not joined; waiting for it" in status.degraded
+        (waiting,) = (worker for worker in status.workers if worker.state != READY)
+        assert waiting.phase.startswith(f"waiting: {waiting.worker_id} needs 1 core(s)")
+        expected = cluster.tokens()
+        before = {worker.worker_id: worker.pid for worker in status.workers}
+        with host(OTHER, 1):
+            status = cluster.wait_for(OTHER, "JOINED", fits + 2)
+            (row,) = (row for row in status.hosts if row.address == OTHER)
+            assert list(row.worker_ids) == [waiting.worker_id]
+            assert (row.num_cores_taken, row.num_cores) == (0.5, 1)
+            assert not status.degraded
+            after = {worker.worker_id: worker.pid for worker in status.workers if worker.worker_id != waiting.worker_id}
+            assert after == {name: pid for name, pid in before.items() if pid}, "nobody was moved"
+
+            taken_out = cluster.admin.Apply(pb.ApplyRequest(config_yaml=file(decode=fits)))
+            assert [change.key for change in taken_out.changes] == ["pools.decode.instances", "provider.worker_ips"]
+            status = cluster.wait_for(OTHER, "LEAVING", fits + 1)
+            assert all(worker.pid in before.values() for worker in status.workers if worker.state == READY)
+            with pytest.raises(grpc.RpcError, match=r"found no room"):
+                cluster.admin.Apply(pb.ApplyRequest(config_yaml=file(decode=fits + 1)))
+
+            cluster.admin.Apply(pb.ApplyRequest(config_yaml=file(OTHER, decode=fits + 1)))
+            cluster.wait_for(OTHER, "JOINED", fits + 2)
+        status = cluster.wait_for(OTHER, "LOST", fits + 1)
+        assert f"host {OTHER}: is lost" in status.degraded
+        assert cluster.tokens() == expected
+        with host(OTHER, 1):
+            before = {worker.worker_id: worker.pid for worker in cluster.wait_for(OTHER, "JOINED", fits + 2).workers}
+            assert cluster.tokens() == expected
+            (head,) = (pid for pid, command in session_processes().items() if "HeadActor" in command)
+            os.kill(head, signal.SIGKILL)
+            status = cluster.wait_for(OTHER, "JOINED", fits + 2)
+            assert {worker.worker_id: worker.pid for worker in status.workers} == before, "they were taken over"
+            (row,) = (row for row in status.hosts if row.address == OTHER)
+            assert list(row.worker_ids) == [waiting.worker_id]
+            assert cluster.tokens() == expected
+
+
+def test_a_host_with_another_version_is_refused_with_cause_and_fix_and_nothing_starts_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import pdserve; pdserve.__version__ = '0.0.9'")
+    with closing(Several(file(OTHER, decode=1))) as cluster, ExitStack() as hosts:
+        with monkeypatch.context() as environment:
+            environment.setenv("PYTHONPATH", f"{tmp_path}:{Path.cwd()}")
+            hosts.enter_context(host(OTHER, 1))
+        status = cluster.wait_for(OTHER, "REFUSED", 2)
+        said = f"host {OTHER}: it runs pdserve 0.0.9, the head {__version__}; install {__version__} there"
+        assert said in status.degraded
+        (row,) = (row for row in status.hosts if row.address == OTHER)
+        assert not row.worker_ids
+        assert cluster.tokens()

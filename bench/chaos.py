@@ -170,7 +170,7 @@ def main() -> int:
         network = entered()
     mark_descendants()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it otherwise
-    rng, account, found = random.Random(args.seed), Account(), traces()
+    rng, account, found, others = random.Random(args.seed), Account(), traces(), descendants()
     with running(make_templates(rng, NUM_TEMPLATES), network) as ordeal:
         before = {"head": holdings("HeadActor"), "workers": holdings("WorkerActor")}
         try:
@@ -183,7 +183,7 @@ def main() -> int:
         settle(ordeal, account)
         check_holdings(before, account)
         table = account.lines(ordeal.watch)
-    account.leaks += [f"process {pid}: {command}" for pid, command in descendants().items()]
+    account.leaks += [f"process {pid}: {command}" for pid, command in descendants().items() if pid not in others]
     account.leaks += sorted(traces() - found)
     report = "\n".join([*_heading(), "", *table, *(f"leaked: {leak}" for leak in account.leaks)])
     print(report)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
+from ordeal.leftovers import mark_descendants
 from pdserve.cluster import ray_address
 from tests.hosts.network import NAMESPACES, Hosts
 
@@ -81,6 +82,7 @@ def enter_hosts() -> int:
             ray_address.VARIABLE: address,
             INSIDE: "1",
         }
+        mark_descendants()  # Ray's processes too, which make those of the cluster
         for name in hosts.names():
             role = ["--head", f"--port={PORT}", "--include-dashboard=false"] if name == HEAD else [f"--address={address}"]
             options = [f"--node-ip-address={hosts.address(name)}", f"--num-cpus={CORES[name]}", f"--temp-dir={folder}/{name}"]

@@ -7,12 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "PDSERVE_ORDEAL"
+RAYS_IDLE = b"/ray/_private/workers/default_worker.py"  # Ray keeps some processes for later; those in use have another name
 TEMP_PREFIXES = ("ray", "plasma", "psm", "torch", "gloo")
 
 
 def mark_descendants() -> None:
-    """Everything that this process starts from now on is recognised by `descendants`."""
-    os.environ[MARK] = secrets.token_hex(8)
+    """Everything that this process starts from now on is recognised by `descendants`. A mark that is there already stays."""
+    os.environ.setdefault(MARK, secrets.token_hex(8))
 
 
 def descendants() -> dict[int, str]:
@@ -24,7 +25,8 @@ def descendants() -> dict[int, str]:
             with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or not ours
                 if mark in (process / "environ").read_bytes().split(b"\0"):
                     command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
-                    found[int(process.name)] = command.decode(errors="replace")[:100]
+                    if RAYS_IDLE not in command:
+                        found[int(process.name)] = command.decode(errors="replace")[:100]
     return found
 
 

@@ -23,10 +23,11 @@ from pathlib import Path
 from ..core import admin_socket
 from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
+from ..proto import pdserve_pb2 as pb
 from . import local_hosts
 from .admin import apply
 from .at_reboot import AtReboot
-from .client import CommandFailed, connect_to_administer
+from .client import Client, CommandFailed, connect_to_administer
 from .plan import read_config
 
 FOLDER = Path("~/.pdserve")
@@ -115,6 +116,20 @@ def _apply(config: ClusterConfig, file: Path) -> None:
     print("the head serves already; what changes:")
     with connect_to_administer(address) as client:
         apply(client, file, dry_run=False)
+        _await_drained_hosts(client)
+
+
+def _await_drained_hosts(client: Client) -> None:
+    """Until nothing runs on hosts that leave, which takes `drain_timeout_s` at most: their Ray is ended next."""
+    said: set[str] = set()
+    for status in client.cluster.WatchStatus(pb.WatchStatusRequest()):
+        leaving = [host for host in status.hosts if host.state == pb.HOST_STATE_LEAVING and host.worker_ids]
+        if not leaving:
+            return
+        for host in leaving:
+            if host.address not in said:
+                said.add(host.address)
+                print(f"{host.address}: {', '.join(host.worker_ids)} drain", flush=True)
 
 
 def _follow_hosts(file: Path, ray_start: list[str]) -> None:
@@ -194,8 +209,11 @@ class _Supervisor:
                 _await_signal({*REQUESTS_TO_END, signal.SIGCHLD})
         except _Ended:
             child.terminate()
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 child.wait(END_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
             raise
         return child.returncode == 0
 

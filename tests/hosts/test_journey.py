@@ -9,9 +9,10 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,16 +23,19 @@ pytestmark = [pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(600)]
 FILE = Path(__file__).parents[2] / "cluster.yaml"
 NUM_DECODE = (os.cpu_count() or 1) + 1  # each host has all of the machine's cores
 UP = "ray up -y cluster.yaml"
+SETTLE_S = 120.0
 NOTICE_S = 120.0  # Ray's agents try for a minute to report the end of a Ray whose head has gone
 ASK = """
 import json, select, sys, time, urllib.request
 
 URL, TYPE = "http://127.0.0.1:8000/v1/completions", {"content-type": "application/json"}
-BODY = json.dumps({"prompt": "The with statement", "max_tokens": 400, "temperature": 0}).encode()
+BODY = json.dumps({"prompt": "The with statement", "max_tokens": 400, "temperature": 0, "stream": True}).encode()
 
 def ask():
     with urllib.request.urlopen(urllib.request.Request(URL, BODY, TYPE), timeout=60) as answer:
-        return json.load(answer)["choices"][0]["text"]
+        events = [line[6:] for line in answer if line.startswith(b"data: ")]
+    assert events.pop().strip() == b"[DONE]", "the stream was cut off"
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
 def ask_until_answered():
     while True:
@@ -74,6 +78,29 @@ def configure(hosts: Hosts) -> None:
     (hosts.home("operator") / "cluster.yaml").write_text(text)
     (hosts.home("head") / "ask.py").write_text(ASK)
     hosts.run("operator", "(umask 077; ray get-auth-token --generate)")
+
+
+def edit(hosts: Hosts, ours: str, theirs: str) -> None:
+    file = hosts.home("operator") / "cluster.yaml"
+    text = file.read_text()
+    assert text.count(ours) == 1, ours
+    file.write_text(text.replace(ours, theirs))
+
+
+def await_status(hosts: Hosts, holds: Callable[[dict[str, Any]], bool]) -> None:
+    due_s = time.monotonic() + SETTLE_S
+    while not holds(status := json.loads(hosts.run("head", "pdserve status -o json"))):
+        assert time.monotonic() < due_s, status
+
+
+def states(status: dict[str, Any]) -> dict[str, str]:
+    return {host["address"]: host["state"] for host in status["hosts"]}
+
+
+def is_whole(status: dict[str, Any]) -> bool:
+    """Every host has joined, and every instance that the file asks for is ready."""
+    pools = all(pool.get("ready", 0) == pool["instances"] for pool in status["pools"])
+    return pools and set(states(status).values()) == {"HOST_STATE_JOINED"}
 
 
 def first_answer(hosts: Hosts) -> str:
@@ -123,8 +150,31 @@ def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
             hosts.run("operator", UP, timeout_s=120.0)
         reference = first_answer(hosts)
 
-    with clients(hosts) as answers, timed("`ray up` again, while streams run"):
-        assert "nothing to change" in hosts.run("operator", UP)
+    with timed("all hosts and instances are there"):
+        await_status(hosts, is_whole)
+    with clients(hosts) as answers:
+        with timed("`ray up` again"):
+            assert "nothing to change" in hosts.run("operator", UP)
+        with timed("another ratio"):
+            edit(hosts, f"instances: {NUM_DECODE}", f"instances: {NUM_DECODE + 1}")
+            hosts.run("operator", UP)
+            await_status(hosts, is_whole)
+        with timed("a host cut off until its streams went on elsewhere"):
+            hosts.isolate("worker2")
+            await_status(hosts, lambda status: not is_whole(status))
+        with timed("healed, until it has its instances again"):
+            hosts.join("worker2")
+            await_status(hosts, is_whole)
+        kept, removed = hosts.address("worker1"), hosts.address("worker2")
+        with timed("a host less"):
+            edit(hosts, f", {removed}]", "]")
+            edit(hosts, f"instances: {NUM_DECODE + 1}", f"instances: {NUM_DECODE}")
+            hosts.run("operator", UP, timeout_s=180.0)
+            await_status(hosts, lambda status: removed not in states(status))
+        with timed("a host more"):
+            edit(hosts, f"[{kept}]", f"[{kept}, {removed}]")
+            hosts.run("operator", UP)
+            await_status(hosts, is_whole)
     assert set(answers) == {reference}
 
     hosts.run("head", "kill -9 $(pgrep -f 'pdserve u[p]')")

@@ -1,7 +1,7 @@
 """An operator's journey with the repository's cluster.yaml: `ray up` from another machine, over ssh, to three hosts.
 
 In the file only `provider` and `auth` are changed, and the number of decode instances: the head's host alone has no room for
-them. `pytest -s` shows how long each step took.
+them. `make journey` shows how long each step took.
 """
 
 import json
@@ -9,21 +9,20 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from .network import Hosts
+from .status import await_status, is_whole, states
 
-pytestmark = [pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(600)]
 
 FILE = Path(__file__).parents[2] / "cluster.yaml"
 NUM_DECODE = (os.cpu_count() or 1) + 1  # each host has all of the machine's cores
 UP = "ray up -y cluster.yaml"
-SETTLE_S = 120.0
 NOTICE_S = 120.0  # Ray's agents try for a minute to report the end of a Ray whose head has gone
 ASK = """
 import json, select, sys, time, urllib.request
@@ -85,22 +84,6 @@ def edit(hosts: Hosts, ours: str, theirs: str) -> None:
     text = file.read_text()
     assert text.count(ours) == 1, ours
     file.write_text(text.replace(ours, theirs))
-
-
-def await_status(hosts: Hosts, holds: Callable[[dict[str, Any]], bool]) -> None:
-    due_s = time.monotonic() + SETTLE_S
-    while not holds(status := json.loads(hosts.run("head", "pdserve status -o json"))):
-        assert time.monotonic() < due_s, status
-
-
-def states(status: dict[str, Any]) -> dict[str, str]:
-    return {host["address"]: host["state"] for host in status["hosts"]}
-
-
-def is_whole(status: dict[str, Any]) -> bool:
-    """Every host has joined, and every instance that the file asks for is ready."""
-    pools = all(pool.get("ready", 0) == pool["instances"] for pool in status["pools"])
-    return pools and set(states(status).values()) == {"HOST_STATE_JOINED"}
 
 
 def first_answer(hosts: Hosts) -> str:

@@ -139,8 +139,8 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
     except PdserveError as error:
         code, details = to_status(error)
         message = _shortened(str(error))
-    except ClientGone:
-        return
+    except ClientGone:  # no status either: a write may still be pending
+        raise asyncio.CancelledError from None
     except grpc.aio.AbortError:
         raise
     except Exception:  # a bug of ours: its story is for the log, not for the client

@@ -39,6 +39,7 @@ class Connection(H11Protocol):
         super().__init__(config, server_state, app_state)
         self._feeder = feeder
         self._pending = bytearray()
+        self.num_received_bytes = 0
         self._head_bytes = 0  # of a head that is not complete
         self._head_lines = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -50,6 +51,7 @@ class Connection(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        self.num_received_bytes += len(data)
         self._pending += data
         self._feeder.run(self)
         if self._pending:

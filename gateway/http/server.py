@@ -1,7 +1,8 @@
 """Listens for HTTP on the head's loop, by uvicorn's protocol without its process management.
 
 Connections are accepted here and not by asyncio: each needs a place before anything is done for it, and until its first byte
-comes it is a socket and nothing more, so that a flood of connections costs little.
+comes it is a socket and nothing more, so that a flood of connections costs little. With TLS that is so until its first record
+is whole.
 """
 
 import asyncio
@@ -23,12 +24,12 @@ from ..tls import ServerTls
 from . import connection
 from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
 from .feeder import Feeder
+from .tls import MAX_RECORD_BYTES, TlsProtocol, whole_records
 
 BACKLOG = 2048
 MAX_ACCEPTED_AT_ONCE = 64
 OUT_OF_DESCRIPTORS_S = 0.5
 TICK_S = 1.0
-HANDSHAKE_TIMEOUT_S = 10.0
 
 
 class HttpServer:
@@ -42,12 +43,11 @@ class HttpServer:
         self._numbers = itertools.count()  # of connections
         self._sockets: dict[int, socket.socket] = {}  # by their connections' numbers
         self._protocols: dict[int, Connection] = {}  # from their first byte on
-        self._silent: dict[int, float] = {}  # connections without a byte yet, and since when; oldest first
+        self._silent: dict[int, float] = {}  # connections that have not begun, and since when; oldest first
+        self._hellos: dict[int, bytearray] = {}  # their first bytes, of TLS
         self._feeder = Feeder()
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._handshake: dict[str, Any] = (
-            {} if tls is None else {"ssl": tls.ssl_context(), "ssl_handshake_timeout": HANDSHAKE_TIMEOUT_S}
-        )
+        self._context = None if tls is None else tls.ssl_context()
         self._config = Config(
             app,
             http=Connection,
@@ -135,7 +135,22 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         self._sockets[number], self._silent[number] = sock, loop.time()
         sock.setblocking(False)
-        loop.add_reader(sock, self._on_first_byte, number)
+        loop.add_reader(sock, self._on_first_byte if self._context is None else self._on_hello_bytes, number)
+
+    def _on_hello_bytes(self, number: int) -> None:
+        try:
+            received = self._sockets[number].recv(MAX_RECORD_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            received = b""
+        if not received:
+            self._end(number)
+            return
+        hello = self._hellos.setdefault(number, bytearray())
+        hello += received
+        if whole_records(hello)[0]:
+            self._on_first_byte(number)
 
     def _on_first_byte(self, number: int) -> None:
         loop, sock = asyncio.get_running_loop(), self._sockets[number]
@@ -164,7 +179,18 @@ class HttpServer:
             self._end(oldest[0])
 
     async def _begin(self, sock: socket.socket, number: int) -> None:
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: self._connection(number), sock, **self._handshake)
+        loop, connection = asyncio.get_running_loop(), self._connection(number)
+        if self._context is None:
+            await loop.connect_accepted_socket(lambda: connection, sock)
+            return
+        handshake = loop.create_future()
+        tls = TlsProtocol(connection, self._context, handshake, self._feeder, self._hellos.pop(number))
+        transport, _ = await loop.connect_accepted_socket(lambda: tls, sock)
+        try:
+            await handshake
+        except BaseException:
+            transport.abort()
+            raise
 
     def _begun(self, handshake: asyncio.Task[None], sock: socket.socket, number: int) -> None:
         self._handshakes.discard(handshake)
@@ -181,6 +207,7 @@ class HttpServer:
     def _forget(self, number: int) -> None:
         self._places.leave(number)
         self._sockets.pop(number, None)
+        self._hellos.pop(number, None)
         self._protocols.pop(number, None)
 
     def _tick(self) -> None:

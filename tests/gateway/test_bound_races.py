@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from pdserve.core import peer_log
 from pdserve.gateway import connections
 from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.connections import GrpcConnections
+from pdserve.gateway.translate import ClientGone, translated
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.flooding import PREFACE, connect, first_to_end, hang_up, serving, until, until_closed
 from tests.gateway.support import ScriptedCluster
@@ -82,6 +84,15 @@ async def test_an_http_server_that_stops_leaves_no_connection(cluster: ScriptedC
         await http.stop(0)
         assert not http._sockets and not len(http._places)
         hang_up(opened)
+
+
+async def test_a_call_without_a_client_ends_without_a_status() -> None:
+    """gRPC's library logs a traceback for a status beside a write that is pending, and sends one when a handler returns."""
+    context = Mock(grpc.aio.ServicerContext)
+    with pytest.raises(asyncio.CancelledError):
+        async with translated(context):
+            raise ClientGone
+    context.abort.assert_not_called()
 
 
 async def test_an_answer_that_is_not_read_ends(cluster: ScriptedCluster) -> None:

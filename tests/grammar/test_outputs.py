@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from pdserve.core.codec import FrameError
 from pdserve.grammar.messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
-from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, Death, Outputs
+from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, WINDOW_EACH, Death, Outputs
 
 BAD = "dies of it"
 
@@ -164,3 +164,64 @@ def test_an_answer_that_is_not_due_is_no_answer() -> None:
     outputs.requests()
     with pytest.raises(FrameError, match="was due"):
         outputs.answered(Mask(2, 0, b""))
+
+
+def opened(*clients: str) -> Outputs:
+    """An output of each, by number, whose first mask has come."""
+    outputs = Outputs()
+    for key, client in enumerate(clients):
+        outputs.open(key, "g", client=client)
+        outputs.requests()
+        outputs.answered(Mask(key, 0, b""))
+    return outputs
+
+
+def test_clients_take_turns_with_their_outputs() -> None:
+    outputs = opened(*["many"] * 30, "one")
+    for key in range(31):
+        outputs.advance(key, 7)
+    assert Advance(30, 1, 7) in outputs.requests()
+
+
+def test_no_client_has_all_that_the_process_is_given_at_once() -> None:
+    outputs = opened(*["many"] * 30, "one")
+    for key in range(30):
+        outputs.advance(key, 7)
+    assert len(outputs.requests()) == WINDOW_EACH
+    outputs.advance(30, 7)
+    assert outputs.requests() == [Advance(30, 1, 7)]
+    outputs.answered(Mask(0, 1, b""))
+    assert outputs.requests() == [Advance(WINDOW_EACH, 1, 7)]
+
+
+def test_a_newcomer_is_opened_after_one_of_those_that_another_client_has_waiting() -> None:
+    outputs = Outputs()
+    for key in range(30):
+        outputs.open(key, "g", client="many")
+    assert outputs.requests() == [Open(0, "g")]
+    outputs.open(30, "g", client="one")
+    order = []
+    for key in (0, 1):
+        outputs.answered(Mask(key, 0, b""))
+        order += outputs.requests()
+    assert order == [Open(1, "g"), Open(30, "g")]
+
+
+def test_what_one_process_was_asked_for_a_client_goes_on_in_another_and_is_answered_once() -> None:
+    """An output at work, one that waits for its turn and one whose mask has come; another client's stays."""
+    outputs, others = opened("costly", "costly", "other"), Outputs()
+    outputs.advance(0, 7)
+    outputs.advance(2, 7)
+    assert outputs.requests() == [Advance(0, 1, 7), Advance(2, 1, 7)]
+    outputs.open(3, "g", client="costly")
+    keys, messages = outputs.hand_over("costly", others)
+    assert (keys, messages) == ([0, 1, 3], [Close(0), Close(1)])
+    assert not outputs.answered(Mask(0, 1, b"")) and outputs.answered(Mask(2, 1, b""))
+    assert not outputs.is_asked
+    assert others.requests() == [Open(0, "g", (7,))]
+    assert others.answered(Mask(0, 1, b""))
+    assert others.requests() == [Open(3, "g")]
+    assert others.answered(Mask(3, 0, b""))
+    assert not others.is_asked
+    others.advance(1, 7)
+    assert others.requests() == [Open(1, "g", (7,))]

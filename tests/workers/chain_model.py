@@ -196,7 +196,7 @@ class LateMasks:
         self.num_tokens: dict[int, int] = {}
         self.due: list[int] = []
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None:
         assert grammar and key not in self.num_tokens
         self.num_tokens[key] = len(token_ids)
         self.due.append(key)

@@ -2,10 +2,10 @@
 
 add -----> waiting --schedule--> running --complete--> finished (released)
 reserve -> waiting --schedule--> receiving --received--> running
-              ^---------- preempted (youngest first) ------'
+              ^------------------- preempted --------------'
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from ..core.request import FinishReason, TransferId
@@ -34,7 +34,8 @@ class Emission:
 
 
 class DecodeScheduler:
-    """Every step admits and retires. A running sequence that finds no block preempts the youngest, which recomputes later.
+    """Every step admits and retires. A running sequence that finds no block preempts the youngest of the client that
+    has most, which recomputes later.
 
     Waiting sequences are admitted in order, preempted ones first, while the batch has room and a block per running sequence
     stays free, so that admission does not cause the next preemption. Prompt tokens share the step with decodes, at most
@@ -206,9 +207,9 @@ class DecodeScheduler:
         return chunks, spare
 
     def _grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Find blocks, preempting from the young end; False when `seq` itself had to go."""
+        """Find blocks, preempting others; False when `seq` itself had to go."""
         while not self._kv.grow(seq, num_tokens):
-            victim = self._running.pop()
+            victim = self._running.pop(self._victim_index(self._running.index(seq)))
             assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
             self._kv.reset(victim)
             self._waiting.appendleft(victim)
@@ -216,6 +217,12 @@ class DecodeScheduler:
             if victim is seq:
                 return False
         return True
+
+    def _victim_index(self, first: int) -> int:
+        """The youngest of the client that has most sequences, so that nobody loses what little it has to one that has much.
+        Those before `first` have their part in the step already."""
+        num_running = Counter(seq.spec.client for seq in self._running)
+        return max(range(first, len(self._running)), key=lambda index: (num_running[self._running[index].spec.client], index))
 
     def _has_room_for(self, seq: Sequence) -> bool:
         num_sequences = sum(len(other.spec.choices) if other.is_fresh else 1 for other in self._running)

@@ -33,55 +33,67 @@ class Model:
                 del self.tokens[key]
 
 
+CLIENTS = ("a", "b")
 Action = tuple[str, int]
-ACTIONS = st.tuples(st.sampled_from(["open", "advance", "close", "answer", "die"]), st.integers(0, 5))
+ACTIONS = st.tuples(st.sampled_from(["open", "advance", "close", "answer", "die", "hand over"]), st.integers(0, 5))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(ACTIONS, max_size=60))
 def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list[Action]) -> None:
-    outputs, process = Outputs(), Model()
+    """Two clients, and two processes: what one was asked for a client may go on in the other."""
+    outputs, processes = (Outputs(), Outputs()), [Model(), Model()]
     keys = itertools.count()
+    side_of: dict[int, int] = {}
     told: dict[int, int] = {}  # of live outputs: the tokens that the last mask was told for
     wanted: dict[int, int] = {}
 
     def ask() -> None:
-        for request in outputs.requests():
-            process.take(request)
-        assert len(process.due) <= WINDOW
+        for side in (0, 1):
+            for request in outputs[side].requests():
+                processes[side].take(request)
+            assert len(processes[side].due) <= WINDOW
 
-    def answer() -> None:
-        reply = process.due.popleft()
-        if outputs.answered(reply):
+    def answer(side: int) -> None:
+        reply = processes[side].due.popleft()
+        if outputs[side].answered(reply):
             assert isinstance(reply, Mask) and wanted[reply.key] == reply.num_tokens == told[reply.key] + 1
             told[reply.key] = reply.num_tokens
 
     for action, number in actions:
         live = sorted(told)
         key = live[number % len(live)] if live else None
+        side = number % 2
         if action == "open":
             key = next(keys)
-            told[key], wanted[key] = number - 1, number
-            outputs.open(key, "g", tuple(range(number)))
+            told[key], wanted[key], side_of[key] = number - 1, number, side
+            outputs[side].open(key, "g", tuple(range(number)), client=CLIENTS[key % 2])
         elif action == "advance" and key is not None and told[key] == wanted[key]:
             wanted[key] += 1
-            outputs.advance(key, wanted[key])
+            outputs[side_of[key]].advance(key, wanted[key])
         elif action == "close" and key is not None:
             del told[key]
-            process.take(outputs.close(key))
-        elif action == "answer" and process.due:
-            answer()
+            processes[side_of[key]].take(outputs[side_of[key]].close(key))
+        elif action == "answer" and processes[side].due:
+            answer(side)
         elif action == "die":
-            given_up = outputs.died(Death.OTHER)
+            given_up = outputs[side].died(Death.OTHER)
             if given_up is not None:
                 assert given_up == (given_up[0], False)
                 del told[given_up[0]]
-            process = Model()
+            processes[side] = Model()
+        elif action == "hand over":
+            moved, messages = outputs[side].hand_over(CLIENTS[number // 2 % 2], outputs[1 - side])
+            side_of |= dict.fromkeys(moved, 1 - side)
+            for message in messages:
+                processes[side].take(message)
         ask()
-    while process.due:
-        answer()
+    while any(process.due for process in processes):
+        for side in (0, 1):
+            if processes[side].due:
+                answer(side)
         ask()
-    assert not outputs.is_asked
+    assert not any(side.is_asked for side in outputs)
     assert all(told[key] == wanted[key] for key in told)
 
 

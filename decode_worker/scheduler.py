@@ -187,42 +187,44 @@ class DecodeScheduler:
         return any(seq.transfer == transfer for queue in queues for seq in queue)
 
     def _schedule_running(self) -> tuple[list[ScheduledChunk], int]:
-        """A chunk for each running sequence that has or finds blocks, oldest first, and the tokens left over.
+        """A chunk for each running sequence that has or finds blocks, and the tokens left over.
 
         Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the rest. Those
         whose mask is late sit out.
         """
         chunks: list[ScheduledChunk] = []
         spare = max(self._max_batch_tokens - len(self._running), 0)
-        index = 0
-        while index < len(self._running):
-            seq = self._running[index]
+        order = self._by_claim()
+        while order:
+            seq = order[0]
             num_tokens = min(1 + spare, seq.num_computable_tokens)
             if num_tokens == 0:
-                index += 1
-            elif self._grow(seq, seq.num_launched_tokens + num_tokens):
+                order.popleft()
+            elif self._grow(seq, seq.num_launched_tokens + num_tokens, order):
                 chunks.append(self._chunk(seq, num_tokens))
                 spare -= num_tokens - 1
-                index += 1
+                order.popleft()
         return chunks, spare
 
-    def _grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Find blocks, preempting others; False when `seq` itself had to go."""
+    def _by_claim(self) -> deque[Sequence]:
+        """The running sequences, first those that keep their blocks longest: of clients with few of them, and the oldest."""
+        num_running = Counter(seq.spec.client for seq in self._running)
+        if len(num_running) <= 1:
+            return deque(self._running)
+        return deque(sorted(self._running, key=lambda seq: num_running[seq.spec.client]))
+
+    def _grow(self, seq: Sequence, num_tokens: int, order: deque[Sequence]) -> bool:
+        """Find blocks, preempting from the end of `order`, which begins with `seq`; False when that had to go itself."""
         while not self._kv.grow(seq, num_tokens):
-            victim = self._running.pop(self._victim_index(self._running.index(seq)))
+            victim = order.pop()
             assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
+            self._running.remove(victim)
             self._kv.reset(victim)
             self._waiting.appendleft(victim)
             self.num_preemptions += 1
             if victim is seq:
                 return False
         return True
-
-    def _victim_index(self, first: int) -> int:
-        """The youngest of the client that has most sequences, so that nobody loses what little it has to one that has much.
-        Those before `first` have their part in the step already."""
-        num_running = Counter(seq.spec.client for seq in self._running)
-        return max(range(first, len(self._running)), key=lambda index: (num_running[self._running[index].spec.client], index))
 
     def _has_room_for(self, seq: Sequence) -> bool:
         num_sequences = sum(len(other.spec.choices) if other.is_fresh else 1 for other in self._running)

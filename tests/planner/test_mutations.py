@@ -33,6 +33,7 @@ from pdserve.router.dispatch import Dispatch, Job, LiveRequest
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
 from pdserve.router.live_requests import LiveRequests
+from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.take_over import TakeOver
 from pdserve.worker.held_legs import HeldLegs
@@ -262,6 +263,14 @@ def run_ahead_of_a_token_that_decides() -> Planted:
     return patch.object(DecodeScheduler, "may_run_ahead", True)
 
 
+def leave_all_places_to_the_client_that_has_them() -> Planted:
+    return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
+
+
+def give_room_back_to_who_made_it() -> Planted:
+    return patch.object(JobQueue, "push_back", lambda self, jobs: self.push_front(jobs, jobs[0].ready_s))
+
+
 MUTATIONS: list[Mutation] = [
     free_on_abort_before_the_transfer_has_drained,
     forget_the_epoch_check,
@@ -287,6 +296,8 @@ MUTATIONS: list[Mutation] = [
     release_an_ended_sequence_while_a_step_has_a_row_of_it,
     tell_the_token_of_a_row_in_vain,
     run_ahead_of_a_token_that_decides,
+    leave_all_places_to_the_client_that_has_them,
+    give_room_back_to_who_made_it,
 ]
 
 

@@ -103,6 +103,7 @@ def spec(
     output: Seq[int] = (),
     attempt: int = 0,
     grammar: str = "",
+    client: str = "",
 ) -> SequenceSpec:
     return SequenceSpec(
         transfer=TransferId(name, attempt),
@@ -111,6 +112,7 @@ def spec(
         choices=tuple(range(n)),
         output_token_ids=tuple(output),
         eos_token_ids=() if eos is None else (eos,),
+        client=client,
     )
 
 

@@ -83,6 +83,7 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
     output_token_ids: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    client: str = ""  # whom it counts for where clients take turns
 
     @property
     def token_ids(self) -> tuple[int, ...]:

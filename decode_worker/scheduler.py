@@ -2,10 +2,10 @@
 
 add -----> waiting --schedule--> running --complete--> finished (released)
 reserve -> waiting --schedule--> receiving --received--> running
-              ^---------- preempted (youngest first) ------'
+              ^------------------- preempted --------------'
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from ..core.request import FinishReason, TransferId
@@ -34,7 +34,8 @@ class Emission:
 
 
 class DecodeScheduler:
-    """Every step admits and retires. A running sequence that finds no block preempts the youngest, which recomputes later.
+    """Every step admits and retires. A running sequence that finds no block preempts the youngest of the client that
+    has most, which recomputes later.
 
     Waiting sequences are admitted in order, preempted ones first, while the batch has room and a block per running sequence
     stays free, so that admission does not cause the next preemption. Prompt tokens share the step with decodes, at most
@@ -186,30 +187,38 @@ class DecodeScheduler:
         return any(seq.transfer == transfer for queue in queues for seq in queue)
 
     def _schedule_running(self) -> tuple[list[ScheduledChunk], int]:
-        """A chunk for each running sequence that has or finds blocks, oldest first, and the tokens left over.
+        """A chunk for each running sequence that has or finds blocks, and the tokens left over.
 
         Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the rest. Those
         whose mask is late sit out.
         """
         chunks: list[ScheduledChunk] = []
         spare = max(self._max_batch_tokens - len(self._running), 0)
-        index = 0
-        while index < len(self._running):
-            seq = self._running[index]
+        order = self._by_claim()
+        while order:
+            seq = order[0]
             num_tokens = min(1 + spare, seq.num_computable_tokens)
             if num_tokens == 0:
-                index += 1
-            elif self._grow(seq, seq.num_launched_tokens + num_tokens):
+                order.popleft()
+            elif self._grow(seq, seq.num_launched_tokens + num_tokens, order):
                 chunks.append(self._chunk(seq, num_tokens))
                 spare -= num_tokens - 1
-                index += 1
+                order.popleft()
         return chunks, spare
 
-    def _grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Find blocks, preempting from the young end; False when `seq` itself had to go."""
+    def _by_claim(self) -> deque[Sequence]:
+        """The running sequences, first those that keep their blocks longest: of clients with few of them, and the oldest."""
+        num_running = Counter(seq.spec.client for seq in self._running)
+        if len(num_running) <= 1:
+            return deque(self._running)
+        return deque(sorted(self._running, key=lambda seq: num_running[seq.spec.client]))
+
+    def _grow(self, seq: Sequence, num_tokens: int, order: deque[Sequence]) -> bool:
+        """Find blocks, preempting from the end of `order`, which begins with `seq`; False when that had to go itself."""
         while not self._kv.grow(seq, num_tokens):
-            victim = self._running.pop()
+            victim = order.pop()
             assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
+            self._running.remove(victim)
             self._kv.reset(victim)
             self._waiting.appendleft(victim)
             self.num_preemptions += 1

@@ -18,9 +18,9 @@ AwaitMasks = Callable[[Seq[Sequence]], None]  # returns when all of these have t
 
 
 class MaskPort(Protocol):
-    """The way to the grammar process; every call returns at once. Answers come to `Worker.masked` and `mask_failed`."""
+    """The way to the grammar processes; every call returns at once. Answers come to `Worker.masked` and `mask_failed`."""
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None: ...
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None: ...
     def advance(self, key: int, token_id: int) -> None: ...
     def close(self, key: int) -> None: ...
 
@@ -28,7 +28,7 @@ class MaskPort(Protocol):
 class NoGrammars:
     """The port of a worker that is given no sequences with a grammar."""
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None:
         raise AssertionError("there is no grammar process")
 
     def advance(self, key: int, token_id: int) -> None:
@@ -61,7 +61,7 @@ class TokenMasks:
         if key is None:
             key = self._key_of[seq] = next(self._keys)
             self._sequence_of[key] = seq
-            self._port.open(key, grammar, tuple(seq.output_token_ids))
+            self._port.open(key, grammar, tuple(seq.output_token_ids), seq.spec.client)
         else:
             self._port.advance(key, seq.token_ids[-1])
 

@@ -7,8 +7,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 
 from ..core.errors import NoWorkerAvailable, QueueFull
+from .lanes import GrammarLanes
 from .messages import Setup
-from .process import GrammarProcess
 
 MAX_KNOWN = 1024  # grammars whose answers are remembered
 MAX_QUESTIONS = 1024  # that wait for an answer
@@ -17,19 +17,19 @@ RETRY_S = 1.0
 
 
 class GrammarChecker:
-    """Used on one asyncio loop. The process starts with the first question.
+    """Used on one asyncio loop. A process starts with the first question.
 
     Each client has one grammar checked at a time, so that one with many costly ones does not keep the others waiting. A
-    question goes on when who asked it is gone: others may have asked the same, and it would be asked again.
+    question goes on when who asked it is gone: its client may have asked the same again, or would.
     """
 
     def __init__(self, set_up: Callable[[], Setup]) -> None:
         self._set_up = set_up
-        self._process: GrammarProcess | None = None
+        self._lanes: GrammarLanes | None = None
         self._keys = itertools.count()
         self._answers: dict[int, asyncio.Future[str | None]] = {}
         self._known: OrderedDict[bytes, str | None] = OrderedDict()  # by digest what is wrong; least recently used first
-        self._questions: dict[str, asyncio.Task[str | None]] = {}
+        self._questions: dict[tuple[str, str], asyncio.Task[str | None]] = {}  # by client, who waits for none of another's
         self._turns: dict[str, asyncio.Lock] = {}
         self._num_questions: Counter[str] = Counter()  # by client
 
@@ -42,50 +42,50 @@ class GrammarChecker:
         if digest in self._known:
             self._known.move_to_end(digest)
             return self._known[digest]
-        question = self._questions.get(grammar)
+        question = self._questions.get((client, grammar))
         if question is None:
             if self._num_questions[client] >= MAX_QUESTIONS_EACH or len(self._questions) >= MAX_QUESTIONS:
                 raise QueueFull(MAX_QUESTIONS_EACH, RETRY_S)
             self._num_questions[client] += 1
             question = asyncio.get_running_loop().create_task(self._find_out(grammar, client))
-            question.add_done_callback(lambda task: task.cancelled() or task.exception())  # all who asked may be gone
-            self._questions[grammar] = question
+            question.add_done_callback(lambda task: task.cancelled() or task.exception())  # who asked may be gone
+            self._questions[client, grammar] = question
         return await asyncio.shield(question)
 
     async def stop(self) -> None:
-        """End the process; idempotent. Questions get no answer any more."""
+        """End the processes; idempotent. Questions get no answer any more."""
         for question in self._questions.values():
             question.cancel()
-        if self._process is not None:
-            await self._process.stop()
+        if self._lanes is not None:
+            await self._lanes.stop()
 
     async def _find_out(self, grammar: str, client: str) -> str | None:
         try:
             async with self._turns.setdefault(client, asyncio.Lock()):
-                why = await self._ask(grammar)
+                why = await self._ask(grammar, client)
             self._known[_digest(grammar)] = why
             if len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
             return why
         finally:
-            del self._questions[grammar]
+            del self._questions[client, grammar]
             self._num_questions[client] -= 1
             if not self._num_questions[client]:
                 del self._num_questions[client], self._turns[client]
 
-    async def _ask(self, grammar: str) -> str | None:
+    async def _ask(self, grammar: str, client: str) -> str | None:
         """What is wrong with it, if anything."""
-        if self._process is None:
-            self._process = GrammarProcess(self._set_up, self)
+        if self._lanes is None:
+            self._lanes = GrammarLanes(self._set_up, self)
         key = next(self._keys)
         answer: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._answers[key] = answer
-        self._process.open(key, grammar, probe=True)
+        self._lanes.open(key, grammar, (), client, probe=True)
         try:
             return await answer
         finally:
             del self._answers[key]
-            self._process.close(key)
+            self._lanes.close(key)
 
     # of GrammarListener
 

@@ -7,27 +7,27 @@ no answer, and starts another one.
 import os
 import sys
 import threading
+import time
 import traceback
 
+import msgspec
 from llguidance import LLTokenizer
 
 from ..core import limited_process
 from ..core.codec import FrameDecoder, FrameEncoder
 from ..core.limited_process import address_space, cpu_limit, limit_memory, write_all
 from .matchers import S_PER_TOKEN, Matchers
-from .messages import Open, Setup, ToProcess
+from .messages import JOB_S, Open, Setup, ToProcess
 
-JOB_S = 0.5  # processor time
 SETUP_BYTES = 4 << 30  # address space for the vocabulary, which is the checkpoint's
 MEMORY_BYTES = 2 << 30  # address space beside what the process has when it is ready
 CACHE_BYTES = 512 << 20  # when it has grown by so much, what is kept of earlier grammars goes
 STACK_BYTES = 64 << 20  # of which mostly nothing is touched; nested rules recurse
-NICENESS = 10  # a worker's own computing goes first
 READ_BYTES = 1 << 16
 
 
 def main() -> None:
-    limited_process.set_up(NICENESS)
+    limited_process.set_up(niceness=int(sys.argv[1]))
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=_serve_or_die)
     thread.start()
@@ -55,11 +55,13 @@ def _serve() -> None:
                 matchers, first_bytes = _set_up(message), address_space()
                 continue
             assert matchers is not None, "Setup comes first"
+            started_s = time.process_time()
             with cpu_limit(_limit_s(message)):
                 answer = matchers.handle(message)
             if isinstance(message, Open) and address_space() > first_bytes + CACHE_BYTES:
                 matchers.forget_compiled()
             if answer is not None:
+                answer = msgspec.structs.replace(answer, cost_s=time.process_time() - started_s)
                 write_all(sys.stdout.fileno(), encoder.encode(answer))
 
 

@@ -10,6 +10,8 @@ Close(key)                 ---->
 
 import msgspec
 
+JOB_S = 0.5  # processor time of a job; a process that takes longer over one ends
+
 
 class Setup(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The vocabulary that masks are about. There is no answer."""
@@ -53,6 +55,7 @@ class Mask(msgspec.Struct, frozen=True, array_like=True, tag=True):
     key: int
     num_tokens: int
     bits: bytes
+    cost_s: float = 0.0  # processor time of the job
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -60,6 +63,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     key: int
     why: str
+    cost_s: float = 0.0
 
 
 ToProcess = Open | Advance | Close

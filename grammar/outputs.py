@@ -1,16 +1,19 @@
 """What a grammar process has been asked for, so that neither its death nor its work for one costs the others much. Pure.
 
-It works off requests one after the other: when it dies, the oldest one that has no answer is the one it died of.
+It works off requests one after the other: when it dies, the oldest one that has no answer is the one it died of. Which
+requests come next is decided here: clients take turns.
 """
 
 import enum
-from collections import deque
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..core.codec import FrameError
 from .messages import Advance, Close, FromProcess, Open, Refused, ToProcess
 
 WINDOW = 8  # requests that the process has at once
+WINDOW_EACH = 4  # of one client
 MAX_DEATHS = 2  # of processes that were at work on an output, when nothing says at once that it was to blame
 
 
@@ -26,6 +29,7 @@ class Death(enum.Enum):
 class _Output:
     """One output that follows a grammar, as far as it has come."""
 
+    client: str
     grammar: str
     token_ids: list[int]
     probe: bool
@@ -33,61 +37,144 @@ class _Output:
     num_deaths: int = 0
 
 
+class _Turns:
+    """Keys that wait, of many clients: one of each in turn, those of one client in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._lanes: OrderedDict[str, dict[int, None]] = OrderedDict()  # whose turn it is, then who comes next; none is empty
+
+    def __bool__(self) -> bool:
+        return bool(self._lanes)
+
+    def __iter__(self) -> Iterator[int]:
+        return (key for lane in self._lanes.values() for key in lane)
+
+    def __contains__(self, of_client: tuple[str, int]) -> bool:
+        client, key = of_client
+        return key in self._lanes.get(client, ())
+
+    def push(self, client: str, key: int) -> None:
+        self._lanes.setdefault(client, {})[key] = None
+
+    def clear(self) -> None:
+        self._lanes.clear()
+
+    def remove(self, client: str, key: int) -> None:
+        """Nothing happens when it is not there."""
+        lane = self._lanes.get(client, {})
+        lane.pop(key, None)
+        if not lane:
+            self._lanes.pop(client, None)
+
+    def pop(self, num_asked: Counter[str], limit: int) -> int | None:
+        """The next key of a client that was asked for less than `limit` times; None when there is none."""
+        client = next((client for client in self._lanes if num_asked[client] < limit), None)
+        if client is None:
+            return None
+        key = next(iter(self._lanes[client]))
+        self._lanes.move_to_end(client)
+        self.remove(client, key)
+        return key
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request without an answer, and whom it counts for, also when that output is closed."""
+
+    request: Open | Advance
+    client: str
+
+
 class Outputs:
-    """All outputs of one owner, across the processes that come and go. Keys are never used again.
+    """All outputs of one process, across those that come and go in its place. Keys are never used again.
 
     The process has few requests at a time, and one at most that opens an output, which may take long: a stream that needs its
-    next mask waits for little of what others have asked.
+    next mask waits for little of what others have asked, and for less of what one client has.
     """
 
     def __init__(self) -> None:
         self._outputs: dict[int, _Output] = {}
-        self._opening: dict[int, None] = {}  # keys that are to be asked for: those that the process does not know,
-        self._advancing: dict[int, None] = {}  # and those that it knows; each in the order in which they came
-        self._asked: deque[ToProcess] = deque()  # requests without an answer, oldest first
+        self._opening = _Turns()  # keys that are to be asked for: those that the process does not know,
+        self._advancing = _Turns()  # and those that it knows
+        self._asked: deque[_Asked] = deque()  # oldest first
+        self._num_asked: Counter[str] = Counter()  # of those, by client
 
     @property
     def is_asked(self) -> bool:
         """Whether an answer is due."""
         return bool(self._asked or self._opening or self._advancing)
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), probe: bool = False) -> None:
+    @property
+    def oldest_client(self) -> str | None:
+        """Whose request the process is at work on, or ends with."""
+        return self._asked[0].client if self._asked else None
+
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), *, probe: bool = False, client: str = "") -> None:
         """A new output, whose next mask is wanted."""
         assert key not in self._outputs, f"{key} is open"
-        self._outputs[key] = _Output(grammar, list(token_ids), probe)
-        self._opening[key] = None
+        self._outputs[key] = _Output(client, grammar, list(token_ids), probe)
+        self._opening.push(client, key)
 
     def advance(self, key: int, token_id: int) -> None:
         """One more token of an output, whose last mask has come. Nothing, when the output was given up."""
         output = self._outputs.get(key)
         if output is not None:
             output.token_ids.append(token_id)
-            (self._advancing if output.is_open else self._opening)[key] = None
+            (self._advancing if output.is_open else self._opening).push(output.client, key)
 
     def close(self, key: int) -> Close | None:
         """Forget an output; what to tell the process, if it knows of it."""
         output = self._outputs.pop(key, None)
-        self._opening.pop(key, None)
-        self._advancing.pop(key, None)
-        return Close(key) if output is not None and output.is_open else None
+        if output is None:
+            return None
+        self._opening.remove(output.client, key)
+        self._advancing.remove(output.client, key)
+        return Close(key) if output.is_open else None
+
+    def hand_over(self, client: str, other: "Outputs") -> tuple[list[int], list[Close]]:
+        """Give all outputs of a client to those of another process. Their keys, and what to tell this one's process."""
+        asked = {entry.request.key for entry in self._asked}
+        keys, messages = [key for key, output in self._outputs.items() if output.client == client], []
+        for key in keys:
+            output = self._outputs[key]
+            is_due = key in asked or (client, key) in self._opening or (client, key) in self._advancing
+            if (message := self.close(key)) is not None:
+                messages.append(message)
+            output.is_open = False
+            other._outputs[key] = output
+            if is_due:
+                other._opening.push(client, key)
+        return keys, messages
 
     def requests(self) -> list[ToProcess]:
         """What to ask the process now."""
         requests: list[ToProcess] = []
-        if self._opening and not any(isinstance(request, Open) for request in self._asked):
-            requests.append(self._open_request(_pop_first(self._opening)))
-        while self._advancing and len(self._asked) + len(requests) < WINDOW:
-            key = _pop_first(self._advancing)
+        if not any(isinstance(entry.request, Open) for entry in self._asked):
+            key = self._opening.pop(self._num_asked, WINDOW_EACH)
+            if key is not None:
+                requests.append(self._ask(key, self._open_request(key)))
+        while len(self._asked) < WINDOW:
+            key = self._advancing.pop(self._num_asked, WINDOW_EACH)
+            if key is None:
+                break
             tokens = self._outputs[key].token_ids
-            requests.append(Advance(key, len(tokens), tokens[-1]))
-        self._asked.extend(requests)
+            requests.append(self._ask(key, Advance(key, len(tokens), tokens[-1])))
         return requests
+
+    def _ask(self, key: int, request: Open | Advance) -> ToProcess:
+        client = self._outputs[key].client
+        self._asked.append(_Asked(request, client))
+        self._num_asked[client] += 1
+        return request
 
     def answered(self, answer: FromProcess) -> bool:
         """Whether somebody still wants to know. Raises FrameError for an answer to nothing."""
-        if not self._asked or self._asked[0].key != answer.key:
+        if not self._asked or self._asked[0].request.key != answer.key:
             raise FrameError(f"an answer for {answer.key} came, {self._asked[0] if self._asked else 'none'} was due")
-        self._asked.popleft()
+        client = self._asked.popleft().client
+        self._num_asked[client] -= 1
+        if not self._num_asked[client]:
+            del self._num_asked[client]
         if isinstance(answer, Refused):
             return self._outputs.pop(answer.key, None) is not None
         return answer.key in self._outputs
@@ -95,13 +182,16 @@ class Outputs:
     def died(self, death: Death) -> tuple[int, bool] | None:
         """The process is gone; the others are to be asked for again. Which key is given up, if any, and whether its grammar is
         to blame for it."""
-        oldest = self._asked[0].key if self._asked else None
+        oldest = self._asked[0].request.key if self._asked else None
         for output in self._outputs.values():
             output.is_open = False
-        due = [*(request.key for request in self._asked), *self._advancing]
+        due = [*(entry.request.key for entry in self._asked), *self._advancing]
+        waiting = list(self._opening)
         self._asked.clear()
+        self._num_asked.clear()
         self._advancing.clear()
-        self._opening = dict.fromkeys(key for key in due if key in self._outputs) | self._opening
+        self._opening.clear()
+        self._wait((*due, *waiting))
         victim = None if oldest is None else self._outputs.get(oldest)
         if oldest is None or victim is None:
             return None
@@ -110,6 +200,11 @@ class Outputs:
             return None
         self.close(oldest)
         return oldest, death is not Death.OTHER
+
+    def _wait(self, keys: Iterable[int]) -> None:
+        for key in keys:
+            if (output := self._outputs.get(key)) is not None:
+                self._opening.push(output.client, key)
 
     def give_up(self) -> list[int]:
         """All keys whose answers are due, after a death, are forgotten."""
@@ -122,9 +217,3 @@ class Outputs:
         output = self._outputs[key]
         output.is_open = True
         return Open(key, output.grammar, tuple(output.token_ids), output.probe)
-
-
-def _pop_first(keys: dict[int, None]) -> int:
-    key = next(iter(keys))
-    del keys[key]
-    return key

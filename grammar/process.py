@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameEncoder
-from .messages import FromProcess, Mask, Refused, Setup, ToProcess
+from .messages import JOB_S, FromProcess, Mask, Refused, Setup, ToProcess
 from .outputs import Death, Outputs
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ DEATHS = {  # by exit code; all others are OTHER
 SILENT_S = 30.0  # a process without an answer for so long is stopped or starved; its jobs end after half a second of work
 READ_BYTES = 1 << 18
 START_AGAIN_S = 1.0  # after a process that never answered
+NICENESS = 10  # a worker's own computing goes first
 
 
 class GrammarListener(Protocol):
@@ -41,9 +42,18 @@ class GrammarListener(Protocol):
 class GrammarProcess:
     """Used on one asyncio loop. Calls return at once."""
 
-    def __init__(self, set_up: Callable[[], Setup], listener: GrammarListener) -> None:
-        """`set_up` is called once, on a thread, and may take a moment."""
+    def __init__(
+        self,
+        set_up: Callable[[], Setup],
+        listener: GrammarListener,
+        on_cost: Callable[[str, float], None] = lambda client, cost_s: None,
+        niceness: int = NICENESS,
+    ) -> None:
+        """`set_up` is called once, on a thread, and may take a moment. `on_cost` hears, after the listener, for which client a
+        job was and what processor time it took."""
         self._set_up = set_up
+        self._on_cost = on_cost
+        self._niceness = niceness
         self._first_frame: bytes | None = None  # the same for every process
         self._listener = listener
         self._outputs = Outputs()
@@ -59,10 +69,10 @@ class GrammarProcess:
         """Of the process, when there is one."""
         return None if self._process is None else self._process.pid
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), *, probe: bool = False) -> None:
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), *, probe: bool = False, client: str = "") -> None:
         """Ask for the mask of the next token of an output; see `messages.Open`. A key is never used again."""
         self._note_question()
-        self._outputs.open(key, grammar, token_ids, probe)
+        self._outputs.open(key, grammar, token_ids, probe=probe, client=client)
         self._ask()
 
     def advance(self, key: int, token_id: int) -> None:
@@ -76,6 +86,15 @@ class GrammarProcess:
         message = self._outputs.close(key)
         if message is not None:
             self._send(message)
+
+    def hand_over(self, client: str, other: "GrammarProcess") -> list[int]:
+        """All outputs of a client go on in another process. Their keys."""
+        other._note_question()
+        keys, messages = self._outputs.hand_over(client, other._outputs)
+        for message in messages:
+            self._send(message)
+        other._ask()
+        return keys
 
     async def stop(self) -> None:
         """End the process; idempotent."""
@@ -104,6 +123,7 @@ class GrammarProcess:
             self._has_answered = False
             death = await self._live()
             self._needed.clear()
+            client = self._outputs.oldest_client
             victim = self._outputs.died(death)
             if victim is not None:
                 key, is_to_blame = victim
@@ -111,6 +131,8 @@ class GrammarProcess:
                     self._listener.on_refused(key, "it takes too much time or memory")
                 else:
                     self._listener.on_failed(key, "the grammar process died over it")
+            if client is not None and death is not Death.OTHER:
+                self._on_cost(client, JOB_S)
             if not self._has_answered and death is Death.OTHER:
                 for key in self._outputs.give_up():
                     self._listener.on_failed(key, "the grammar process does not start")
@@ -123,7 +145,7 @@ class GrammarProcess:
         try:
             if self._first_frame is None:
                 self._first_frame = FrameEncoder().encode(await asyncio.to_thread(self._set_up))
-            arguments = ("-P", "-m", f"{__package__}.main")
+            arguments = ("-P", "-m", f"{__package__}.main", str(self._niceness))
             process = await asyncio.create_subprocess_exec(
                 sys.executable, *arguments, stdin=PIPE, stdout=PIPE, start_new_session=True
             )
@@ -176,13 +198,15 @@ class GrammarProcess:
 
     def _tell(self, answer: FromProcess) -> None:
         self._has_answered, self._answered_s = True, time.monotonic()
-        if not self._outputs.answered(answer):
-            return
-        match answer:
-            case Mask():
-                self._listener.on_mask(answer.key, answer.num_tokens, answer.bits)
-            case Refused():
-                self._listener.on_refused(answer.key, answer.why)
+        client = self._outputs.oldest_client
+        if self._outputs.answered(answer):
+            match answer:
+                case Mask():
+                    self._listener.on_mask(answer.key, answer.num_tokens, answer.bits)
+                case Refused():
+                    self._listener.on_refused(answer.key, answer.why)
+        assert client is not None, "an answer to nothing is an error"
+        self._on_cost(client, answer.cost_s)
 
 
 def _kill(process: Process) -> None:

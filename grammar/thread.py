@@ -1,11 +1,12 @@
-"""The grammar process of a worker, driven by a thread of its own: the engine's thread asks, and is told through its inbox."""
+"""The grammar processes of a worker, driven by a thread of its own: the engine's thread asks, and is told through its inbox."""
 
 import asyncio
 import threading
 from collections.abc import Callable
 
+from .lanes import GrammarLanes
 from .messages import Setup
-from .process import GrammarListener, GrammarProcess
+from .process import GrammarListener
 
 
 class GrammarThread:
@@ -17,40 +18,40 @@ class GrammarThread:
         self._set_up, self._listener = set_up, listener
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="grammar", daemon=True)
-        self._process: GrammarProcess | None = None  # on the grammar thread
+        self._lanes: GrammarLanes | None = None  # on the grammar thread
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
-        """See `GrammarProcess.open`."""
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None:
+        """See `GrammarLanes.open`."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             self._thread.start()
-        self._call(lambda process: process.open(key, grammar, token_ids))
+        self._call(lambda lanes: lanes.open(key, grammar, token_ids, client))
 
     def advance(self, key: int, token_id: int) -> None:
-        self._call(lambda process: process.advance(key, token_id))
+        self._call(lambda lanes: lanes.advance(key, token_id))
 
     def close(self, key: int) -> None:
-        self._call(lambda process: process.close(key))
+        self._call(lambda lanes: lanes.close(key))
 
     def stop(self) -> None:
-        """End thread and process; idempotent."""
+        """End thread and processes; idempotent."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
             self._loop = None
 
-    def _call(self, call: Callable[[GrammarProcess], None]) -> None:
+    def _call(self, call: Callable[[GrammarLanes], None]) -> None:
         assert self._loop is not None, "no output was opened"
         self._loop.call_soon_threadsafe(self._on_loop, call)
 
-    def _on_loop(self, call: Callable[[GrammarProcess], None]) -> None:
-        if self._process is None:
-            self._process = GrammarProcess(self._set_up, self._listener)
-        call(self._process)
+    def _on_loop(self, call: Callable[[GrammarLanes], None]) -> None:
+        if self._lanes is None:
+            self._lanes = GrammarLanes(self._set_up, self._listener)
+        call(self._lanes)
 
     def _run(self) -> None:
         assert self._loop is not None
         self._loop.run_forever()
-        if self._process is not None:
-            self._loop.run_until_complete(self._process.stop())
+        if self._lanes is not None:
+            self._loop.run_until_complete(self._lanes.stop())

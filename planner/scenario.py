@@ -14,6 +14,7 @@ from .simulated_worker import WorkerShape
 
 MAX_MODEL_LEN = 128
 CALM_S = 6.0  # faults end here
+SOON_S = 1.0  # when a client that runs nothing has its first token, whatever one other has running
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PlannedRequest:
     stop_delay_s: float = 0.0  # until the router hears of that
     unread_after_tokens: int | None = None  # of choice 0: the client does not read for a while then
     unread_s: float = 0.0
+    first_token_within_s: float | None = None  # a promise to this client
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     if kinds == list(OF_THE_ROUTER):  # a stream that waits for its reader is computed again from where it was
         requests = tuple(replace(plan, unread_after_tokens=None) for plan in requests)
     num_accidents = int(rates.accidents_per_s * CALM_S)
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         pools=pools,
         shapes=shapes,
@@ -107,6 +109,39 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
             for _ in range(num_accidents)
         ),
     )
+    has_greedy_client = num_requests is None and rng.random() < 0.03
+    return _with_greedy_client(rng, scenario) if has_greedy_client else scenario
+
+
+def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
+    """Nothing goes wrong, but one client has twice as many long streams as there are places; others come later."""
+    max_batch_size = rng.choice((2, 4, 16))
+    shapes = {
+        role: replace(shape, num_blocks=10 * MAX_MODEL_LEN // shape.block_size, max_batch_size=max_batch_size, step_s=0.03)
+        for role, shape in scenario.shapes.items()
+    }
+    n = 1 if max_batch_size == 2 else rng.choice((1, 2))
+    num_greedy = 2 * max_batch_size * scenario.pools[Role.DECODE] // n
+    greedy = [_plain_request(rng, f"greedy{number}", "greedy", 0.0, 110, n) for number in range(num_greedy)]
+    modest = [_plain_request(rng, f"modest{number}", f"c{number % 2}", rng.uniform(2.5, 4.0), 5, 1) for number in range(3)]
+    return replace(
+        scenario,
+        shapes=shapes,
+        rates=FaultRates(),
+        accidents=(),
+        max_queued_requests=1024,
+        requests=(*greedy, *(replace(plan, first_token_within_s=SOON_S) for plan in modest)),
+    )
+
+
+def _plain_request(rng: Random, request_id: str, client: str, at_s: float, max_tokens: int, n: int) -> PlannedRequest:
+    request = Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(rng.randrange(VOCABULARY) for _ in range(9)),
+        sampling=SamplingParams(max_tokens=max_tokens, n=n, seed=rng.getrandbits(32)),
+        client=client,
+    )
+    return PlannedRequest(at_s, request)
 
 
 def _draw_hosts(rng: Random, num_workers: int) -> tuple[PlannedHost, ...]:

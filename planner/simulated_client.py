@@ -50,6 +50,8 @@ class SimulatedClient:
         self._reasons: list[FinishReason | None] = [None] * sampling.n
         self._stopped = self._cancelled = self._is_paused = self._was_paused = self._comes_back = False
         self._later(plan.at_s, self._submit)
+        if plan.first_token_within_s is not None:
+            self._time.call_later(plan.at_s + plan.first_token_within_s, self._must_have_begun)
 
     @property
     def _head(self) -> SimulatedHead:
@@ -125,6 +127,10 @@ class SimulatedClient:
     def _must_have_ended(self, when: str) -> None:
         if not self.is_ended:
             self._violation(f"{self.request_id}: goes on after {when}")
+
+    def _must_have_begun(self) -> None:
+        if not (self.num_tokens or self.is_ended):
+            self._violation(f"{self.request_id}: waits for its first token while another client has all places")
 
     def _leave(self) -> None:
         self.is_ended = True

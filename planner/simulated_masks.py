@@ -20,7 +20,7 @@ class SimulatedMasks:
         self._num_tokens: dict[int, int] = {}
         self._last_s = 0.0
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None:
         self._num_tokens[key] = len(token_ids)
         self._ask(key)
 

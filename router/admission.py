@@ -74,6 +74,22 @@ class JobQueue:
             else:
                 self._front.appendleft(job)
 
+    def push_back(self, jobs: Sequence[Job]) -> None:
+        """They gave up their places to another client: they wait for their client's turn, before what it has queued."""
+        for job in reversed(jobs):
+            job.live.jobs.append(job)
+            self._fair.push(job.client, job, job.num_tokens, is_first=True)
+
+    def favour(self, job: Job) -> None:
+        """A waiting job passes all others."""
+        self._take_out(job)
+        self._front.appendleft(job)
+
+    def candidates(self) -> Iterator[Job]:
+        """Of each client at least the first job that could be dispatched now."""
+        yield from self._front
+        yield from self._fair.firsts()
+
     def head(self) -> Job | None:
         return self._front[0] if self._front else self._fair.head()
 

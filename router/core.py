@@ -42,6 +42,7 @@ from .placement import Placer
 from .prefix_index import PrefixIndex
 from .registry import Registry, Worker, WorkerState
 from .reports import WorkerReports
+from .room import RoomMaker
 from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
 
@@ -71,6 +72,7 @@ class Router:
         self._ledger = Ledger(self._registry)
         self._links = Links()
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
+        self._room = RoomMaker(self._registry, self._ledger)
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config, self._out)
         self._reports = WorkerReports(self._registry, self._ledger, self._requests, self._index, self.model, self._links)
@@ -204,12 +206,28 @@ class Router:
             elif placement is not None:
                 self._start(self._queue.pop(now_s, placement.num_new_tokens), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):
-                return
+                if not self._favour_newcomer(job, now_s):
+                    return
             elif self._num_expected:
                 self._queue.strand_head()
             else:
                 error = CLOSING if self._is_closing else "no worker is left that can serve the request"
                 self._requests.end(job.live, FinishReason.ERROR, error, now_s)
+
+    def _favour_newcomer(self, head: Job, now_s: float) -> bool:
+        """The head has to wait: make room for it, if its client runs little, or let one pass whose client does. Whether another
+        job is the head now."""
+        if not self._room.waits_for_decode(head):
+            return False
+        if self._room.may_take(head):
+            victim = self._room.victim(head)
+            if victim is not None:
+                self._requests.displace(victim, now_s)
+            return False
+        newcomer = self._room.newcomer(head, self._queue.candidates())
+        if newcomer is not None:
+            self._queue.favour(newcomer)
+        return newcomer is not None
 
     def _comes_too_late(self, job: Job, placement: Placement, now_s: float) -> bool:
         """Whether the first token would come after the deadline, by a prediction that errs on the client's side: the model

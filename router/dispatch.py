@@ -159,6 +159,7 @@ class Job:
             output_token_ids=self.output_token_ids,
             eos_token_ids=request.eos_token_ids,
             cache_salt=request.cache_salt,
+            client=request.client,
         )
 
 

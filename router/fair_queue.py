@@ -40,16 +40,22 @@ class FairQueue(Generic[T]):
         for lane in self._lanes.values():
             yield from (item for item, _ in lane.items.values())
 
+    def firsts(self) -> Iterator[T]:
+        """Each client's first item, by turns."""
+        return (next(iter(lane.items.values()))[0] for lane in self._lanes.values())
+
     def num_queued(self, client: str) -> int:
         lane = self._lanes.get(client)
         return len(lane.items) if lane is not None else 0
 
-    def push(self, client: str, item: T, max_cost: int) -> None:
-        """`max_cost`: the most that a `pop` can charge for the item."""
+    def push(self, client: str, item: T, max_cost: int, *, is_first: bool = False) -> None:
+        """`max_cost`: the most that a `pop` can charge for the item. `is_first`: of its client's."""
         lane = self._lanes.get(client)
         if lane is None:
             lane = self._lanes[client] = _Lane(self._quantum)
         lane.items[id(item)] = item, max_cost
+        if is_first:
+            lane.items.move_to_end(id(item), last=False)
         self._size += 1
 
     def head(self) -> T | None:

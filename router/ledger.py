@@ -1,5 +1,8 @@
 """Who has what open: every dispatch with an open leg, and its account at its workers. Only this file writes accounts."""
 
+from collections import Counter
+from collections.abc import Iterator
+
 from ..core.messages import Leg
 from ..core.request import TransferId
 from .candidates import Placement
@@ -13,6 +16,10 @@ class Ledger:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._dispatches: dict[TransferId, Dispatch] = {}
+        self.num_running: Counter[str] = Counter()  # by client: choices of dispatches with an open leg; none is 0
+
+    def __iter__(self) -> Iterator[Dispatch]:
+        return iter(self._dispatches.values())
 
     def __len__(self) -> int:
         return len(self._dispatches)
@@ -30,6 +37,7 @@ class Ledger:
         dispatch.prefill_s = placement.prefill_s
         dispatch.placement = placement
         self._dispatches[dispatch.transfer] = dispatch
+        self.num_running[dispatch.spec.client] += len(dispatch.spec.choices)
         dispatch.live.num_open_legs += len(dispatch.open_legs)
         dispatch.prefill.start_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         dispatch.prefill.open_legs[dispatch.transfer] = None
@@ -77,7 +85,14 @@ class Ledger:
             self._close_decode(dispatch, worker)
         if not dispatch.open_legs:
             del self._dispatches[dispatch.transfer]
+            self._close_running(dispatch)
         return worker
+
+    def _close_running(self, dispatch: Dispatch) -> None:
+        client = dispatch.spec.client
+        self.num_running[client] -= len(dispatch.spec.choices)
+        if not self.num_running[client]:
+            del self.num_running[client]
 
     def _close_decode(self, dispatch: Dispatch, worker: Worker) -> None:
         spec = dispatch.spec
@@ -91,6 +106,10 @@ class Ledger:
 
     def check_integrity(self) -> None:
         """Every account equals the sum over the open legs. For tests, and for status when all is idle."""
+        num_running: Counter[str] = Counter()
+        for dispatch in self:
+            num_running[dispatch.spec.client] += len(dispatch.spec.choices)
+        assert dict(num_running) == dict(self.num_running), f"{self.num_running}, the open dispatches say {num_running}"
         for worker in self._registry:
             decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
             prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]

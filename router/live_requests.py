@@ -144,6 +144,13 @@ class LiveRequests:
             live.is_paused = False
             self._queue.unpark(live)
 
+    def displace(self, dispatch: Dispatch, now_s: float) -> None:
+        """Take a dispatch from its workers to make room for another client."""
+        self.counters.displaced += 1
+        jobs = self._take_back(dispatch, dispatch.open_legs, "made room for another client", now_s)
+        if dispatch.live.is_claimed:  # else its client decides, when it comes
+            self._queue.push_back(jobs)
+
     def _take_back(self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float) -> list[Job]:
         """Abort `legs` of a dispatch; what is left to do goes elsewhere."""
         dispatch.fail(why, now_s)

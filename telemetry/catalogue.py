@@ -80,6 +80,7 @@ COUNTERS = (
     _counter("dispatches_total", "Pieces of work given to workers: one a request when nothing fails."),
     _counter("dispatches_on_one_worker_total", "Those of them whose prefill and decode were given to one worker."),
     _counter("dispatches_retried_total", "Dispatches that failed and were repeated."),
+    _counter("dispatches_displaced_total", "Dispatches taken back to make room for clients that ran little."),
     _counter("streams_resumed_total", "Streams that went on at another attempt, behind the tokens that were sent."),
     _counter("streams_paused_total", "Streams taken from their workers because their clients did not read."),
     _counter("requests_expired_total", "Requests whose deadline passed, or could not be met any more."),

@@ -160,6 +160,7 @@ def _counters(now: Snapshot) -> Mapping[str, float]:
         "dispatches_total": counts.dispatched,
         "dispatches_on_one_worker_total": counts.served_on_one,
         "dispatches_retried_total": counts.retried,
+        "dispatches_displaced_total": counts.displaced,
         "streams_resumed_total": counts.resumed,
         "streams_paused_total": counts.paused,
         "requests_expired_total": counts.expired,

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from pdserve.core.codec import FrameError
 from pdserve.grammar.messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
-from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, Death, Outputs
+from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, WINDOW_EACH, Death, Outputs
 
 BAD = "dies of it"
 
@@ -33,55 +33,67 @@ class Model:
                 del self.tokens[key]
 
 
+CLIENTS = ("a", "b")
 Action = tuple[str, int]
-ACTIONS = st.tuples(st.sampled_from(["open", "advance", "close", "answer", "die"]), st.integers(0, 5))
+ACTIONS = st.tuples(st.sampled_from(["open", "advance", "close", "answer", "die", "hand over"]), st.integers(0, 5))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(ACTIONS, max_size=60))
 def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list[Action]) -> None:
-    outputs, process = Outputs(), Model()
+    """Two clients, and two processes: what one was asked for a client may go on in the other."""
+    outputs, processes = (Outputs(), Outputs()), [Model(), Model()]
     keys = itertools.count()
+    side_of: dict[int, int] = {}
     told: dict[int, int] = {}  # of live outputs: the tokens that the last mask was told for
     wanted: dict[int, int] = {}
 
     def ask() -> None:
-        for request in outputs.requests():
-            process.take(request)
-        assert len(process.due) <= WINDOW
+        for side in (0, 1):
+            for request in outputs[side].requests():
+                processes[side].take(request)
+            assert len(processes[side].due) <= WINDOW
 
-    def answer() -> None:
-        reply = process.due.popleft()
-        if outputs.answered(reply):
+    def answer(side: int) -> None:
+        reply = processes[side].due.popleft()
+        if outputs[side].answered(reply):
             assert isinstance(reply, Mask) and wanted[reply.key] == reply.num_tokens == told[reply.key] + 1
             told[reply.key] = reply.num_tokens
 
     for action, number in actions:
         live = sorted(told)
         key = live[number % len(live)] if live else None
+        side = number % 2
         if action == "open":
             key = next(keys)
-            told[key], wanted[key] = number - 1, number
-            outputs.open(key, "g", tuple(range(number)))
+            told[key], wanted[key], side_of[key] = number - 1, number, side
+            outputs[side].open(key, "g", tuple(range(number)), client=CLIENTS[key % 2])
         elif action == "advance" and key is not None and told[key] == wanted[key]:
             wanted[key] += 1
-            outputs.advance(key, wanted[key])
+            outputs[side_of[key]].advance(key, wanted[key])
         elif action == "close" and key is not None:
             del told[key]
-            process.take(outputs.close(key))
-        elif action == "answer" and process.due:
-            answer()
+            processes[side_of[key]].take(outputs[side_of[key]].close(key))
+        elif action == "answer" and processes[side].due:
+            answer(side)
         elif action == "die":
-            given_up = outputs.died(Death.OTHER)
+            given_up = outputs[side].died(Death.OTHER)
             if given_up is not None:
                 assert given_up == (given_up[0], False)
                 del told[given_up[0]]
-            process = Model()
+            processes[side] = Model()
+        elif action == "hand over":
+            moved, messages = outputs[side].hand_over(CLIENTS[number // 2 % 2], outputs[1 - side])
+            side_of |= dict.fromkeys(moved, 1 - side)
+            for message in messages:
+                processes[side].take(message)
         ask()
-    while process.due:
-        answer()
+    while any(process.due for process in processes):
+        for side in (0, 1):
+            if processes[side].due:
+                answer(side)
         ask()
-    assert not outputs.is_asked
+    assert not any(side.is_asked for side in outputs)
     assert all(told[key] == wanted[key] for key in told)
 
 
@@ -164,3 +176,64 @@ def test_an_answer_that_is_not_due_is_no_answer() -> None:
     outputs.requests()
     with pytest.raises(FrameError, match="was due"):
         outputs.answered(Mask(2, 0, b""))
+
+
+def opened(*clients: str) -> Outputs:
+    """An output of each, by number, whose first mask has come."""
+    outputs = Outputs()
+    for key, client in enumerate(clients):
+        outputs.open(key, "g", client=client)
+        outputs.requests()
+        outputs.answered(Mask(key, 0, b""))
+    return outputs
+
+
+def test_clients_take_turns_with_their_outputs() -> None:
+    outputs = opened(*["many"] * 30, "one")
+    for key in range(31):
+        outputs.advance(key, 7)
+    assert Advance(30, 1, 7) in outputs.requests()
+
+
+def test_no_client_has_all_that_the_process_is_given_at_once() -> None:
+    outputs = opened(*["many"] * 30, "one")
+    for key in range(30):
+        outputs.advance(key, 7)
+    assert len(outputs.requests()) == WINDOW_EACH
+    outputs.advance(30, 7)
+    assert outputs.requests() == [Advance(30, 1, 7)]
+    outputs.answered(Mask(0, 1, b""))
+    assert outputs.requests() == [Advance(WINDOW_EACH, 1, 7)]
+
+
+def test_a_newcomer_is_opened_after_one_of_those_that_another_client_has_waiting() -> None:
+    outputs = Outputs()
+    for key in range(30):
+        outputs.open(key, "g", client="many")
+    assert outputs.requests() == [Open(0, "g")]
+    outputs.open(30, "g", client="one")
+    order = []
+    for key in (0, 1):
+        outputs.answered(Mask(key, 0, b""))
+        order += outputs.requests()
+    assert order == [Open(1, "g"), Open(30, "g")]
+
+
+def test_what_one_process_was_asked_for_a_client_goes_on_in_another_and_is_answered_once() -> None:
+    """An output at work, one that waits for its turn and one whose mask has come; another client's stays."""
+    outputs, others = opened("costly", "costly", "other"), Outputs()
+    outputs.advance(0, 7)
+    outputs.advance(2, 7)
+    assert outputs.requests() == [Advance(0, 1, 7), Advance(2, 1, 7)]
+    outputs.open(3, "g", client="costly")
+    keys, messages = outputs.hand_over("costly", others)
+    assert (keys, messages) == ([0, 1, 3], [Close(0), Close(1)])
+    assert not outputs.answered(Mask(0, 1, b"")) and outputs.answered(Mask(2, 1, b""))
+    assert not outputs.is_asked
+    assert others.requests() == [Open(0, "g", (7,))]
+    assert others.answered(Mask(0, 1, b""))
+    assert others.requests() == [Open(3, "g")]
+    assert others.answered(Mask(3, 0, b""))
+    assert not others.is_asked
+    others.advance(1, 7)
+    assert others.requests() == [Open(1, "g", (7,))]

@@ -9,6 +9,7 @@ import pytest
 
 from pdserve.core.errors import NoWorkerAvailable, QueueFull
 from pdserve.grammar.checker import MAX_QUESTIONS_EACH, GrammarChecker
+from pdserve.grammar.lanes import GrammarLanes
 from pdserve.grammar.messages import Setup
 from pdserve.grammar.process import GrammarProcess
 from pdserve.grammar.sources import regex_grammar
@@ -131,6 +132,34 @@ async def test_it_ends_with_its_owner() -> None:
     await asyncio.to_thread(await_end, int(told))
 
 
+async def test_the_outputs_of_a_client_that_costs_much_keep_nobody_else_waiting(told: Told) -> None:
+    """Each of the attacker's takes some hundred times as long as all of the victim's."""
+    lanes = GrammarLanes(setup, told)
+    lanes.open(0, SLOW_MASK, (), "attacker")
+    assert (await told.answers.get())[:2] == ("refused", 0)
+    for key in range(1, 11):
+        lanes.open(key, regex_grammar(f"(a{{1000}}){{{1000 + key}}}"), (), "attacker")
+    lanes.open(11, regex_grammar("a+"), (), "victim")
+    for num_tokens in range(50):
+        kind, key, what = await told.answers.get()
+        assert (kind, key, what[0]) == ("mask", 11, num_tokens)  # type: ignore[index]
+        lanes.advance(11, tokens("a")[0])
+    await lanes.stop()
+
+
+async def test_a_client_that_turns_costly_goes_on_where_it_was(told: Told) -> None:
+    lanes = GrammarLanes(setup, told)
+    lanes.open(0, regex_grammar("ab+"), (), "attacker")
+    await told.answers.get()
+    lanes.open(1, SLOW_MASK, (), "attacker")
+    assert (await told.answers.get())[:2] == ("refused", 1)
+    lanes.advance(0, tokens("ab")[0])
+    kind, key, what = await told.answers.get()
+    assert (kind, key, what[0]) == ("mask", 0, 1)  # type: ignore[index]
+    assert lanes._costly.pid is not None
+    await lanes.stop()
+
+
 async def test_the_checker_tells_good_grammars_from_bad_ones(checker: GrammarChecker) -> None:
     assert await checker.check(regex_grammar("ab"), "me") is None
     assert "regex parse error" in str(await checker.check(regex_grammar("((("), "me"))
@@ -157,6 +186,18 @@ async def test_a_client_with_more_grammars_than_can_wait_is_refused_and_others_a
     checks = [checker.check(regex_grammar(f"a{{{i}}}"), "me") for i in range(MAX_QUESTIONS_EACH + 1)]
     results = await asyncio.gather(*checks, checker.check(regex_grammar("b"), "other"), return_exceptions=True)
     assert [type(result) for result in results if result is not None] == [QueueFull]
+
+
+async def test_a_client_waits_for_no_question_of_anothers_even_for_the_same_grammar(checker: GrammarChecker) -> None:
+    order: list[str] = []
+
+    async def check(grammar: str, client: str) -> None:
+        await checker.check(grammar, client)
+        order.append(client)
+
+    bombs = [check(regex_grammar(f"(a{{1000}}){{{1000 + i}}}"), "attacker") for i in range(3)]
+    await asyncio.gather(*bombs, check(regex_grammar("ab"), "attacker"), check(regex_grammar("ab"), "victim"))
+    assert order.index("victim") <= 1
 
 
 async def test_who_asks_the_same_at_once_gets_one_answer(checker: GrammarChecker) -> None:
@@ -192,7 +233,7 @@ def test_a_thread_asks_and_is_told_on_another() -> None:
             answers.put((key, num_tokens))
 
     thread = GrammarThread(setup, Listener())
-    thread.open(1, regex_grammar("ab+"), tuple(tokens("a")))
+    thread.open(1, regex_grammar("ab+"), tuple(tokens("a")), "me")
     assert answers.get(timeout=60.0) == (1, 1)
     thread.advance(1, tokens("b")[0])
     assert answers.get(timeout=60.0) == (1, 2)

@@ -39,6 +39,7 @@ from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
 from pdserve.router.live_requests import LiveRequests
 from pdserve.router.places import Places
+from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.take_over import TakeOver
 from pdserve.worker.held_legs import HeldLegs
@@ -336,6 +337,14 @@ def forget_which_ways_between_hosts_are_broken() -> Planted:
     return patch.object(Links, "avoids", lambda self, prefill, decode: False)
 
 
+def leave_all_places_to_the_client_that_has_them() -> Planted:
+    return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
+
+
+def give_room_back_to_who_made_it() -> Planted:
+    return patch.object(JobQueue, "push_back", lambda self, jobs: self.push_front(jobs, jobs[0].ready_s))
+
+
 MUTATIONS: list[Mutation] = [
     forget_which_ways_between_hosts_are_broken,
     place_workers_on_a_host_that_has_died,
@@ -370,6 +379,8 @@ MUTATIONS: list[Mutation] = [
     release_an_ended_sequence_while_a_step_has_a_row_of_it,
     tell_the_token_of_a_row_in_vain,
     run_ahead_of_a_token_that_decides,
+    leave_all_places_to_the_client_that_has_them,
+    give_room_back_to_who_made_it,
 ]
 
 

@@ -82,6 +82,7 @@ def make_request(
     deadline_s: float | None = None,
     salt: str = "",
     first_token: int = 0,
+    client: str = "",
 ) -> Request:
     return Request(
         request_id=request_id,
@@ -89,6 +90,7 @@ def make_request(
         sampling=SamplingParams(max_tokens=max_tokens, n=n),
         cache_salt=salt,
         deadline_s=deadline_s,
+        client=client,
     )
 
 

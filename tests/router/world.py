@@ -178,7 +178,8 @@ class World:
 
     def submit(self, name: str, num_tokens: int, max_tokens: int, n: int, patience_s: float | None) -> None:
         deadline_s = None if patience_s is None else self.now_s + patience_s
-        request = make_request(name, num_tokens, max_tokens=max_tokens, n=n, deadline_s=deadline_s)
+        client = "greedy" if name < "e" else name
+        request = make_request(name, num_tokens, max_tokens=max_tokens, n=n, deadline_s=deadline_s, client=client)
         before = self.clients.get(name)
         is_live = before is not None and not before.is_ended
         is_full = self.router.status(self.now_s).num_queued >= MAX_QUEUED

@@ -103,6 +103,7 @@ def spec(
     output: Seq[int] = (),
     attempt: int = 0,
     grammar: str = "",
+    client: str = "",
 ) -> SequenceSpec:
     return SequenceSpec(
         transfer=TransferId(name, attempt),
@@ -111,6 +112,7 @@ def spec(
         choices=tuple(range(n)),
         output_token_ids=tuple(output),
         eos_token_ids=() if eos is None else (eos,),
+        client=client,
     )
 
 
@@ -196,7 +198,7 @@ class LateMasks:
         self.num_tokens: dict[int, int] = {}
         self.due: list[int] = []
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...]) -> None:
+    def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None:
         assert grammar and key not in self.num_tokens
         self.num_tokens[key] = len(token_ids)
         self.due.append(key)

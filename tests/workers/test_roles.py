@@ -206,6 +206,21 @@ def test_preempted_sequences_lose_no_token() -> None:
     pair.check_at_rest()
 
 
+def test_a_client_with_one_sequence_loses_it_to_none_of_another_with_many() -> None:
+    """It is the youngest, and there are blocks for two of four."""
+    pair = Pair(decode_blocks=30)
+    for number in range(3):
+        pair.decode.serve(Serve(spec=spec(f"r{number}", range(number, number + 8), 40, client="many")))
+    pair.decode.serve(Serve(spec=spec("one", range(50, 58), 40, client="one")))
+    scheduler = pair.decode.scheduler
+    has_run = False
+    while pair.decode.step():
+        is_running = any(seq.spec.client == "one" for seq in scheduler._running)
+        has_run |= is_running
+        assert is_running or not any(seq.spec.client == "one" for seq in scheduler._waiting) or not has_run
+    assert has_run and scheduler.num_preemptions > 0
+
+
 @pytest.mark.parametrize("steps", range(12))
 def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> None:
     pair, request = Pair(seed=steps, budget=4), spec("a", range(14), 6, n=2)

@@ -20,6 +20,7 @@ MAX_PROMPT_LOGPROBS = 1 << 18  # 15 bytes each: they go from worker to worker in
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+MAX_INSTANCES = 4096  # of one pool: each is listed, placed and watched by itself
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -44,8 +45,8 @@ class ModelSection(Part):
 class PoolSection(Part):
     """All instances of one role. An instance is one replica of the model."""
 
-    instances: NotNegative = 1
-    """How many instances; may be changed while the cluster runs."""
+    instances: int = Field(default=1, ge=0, le=MAX_INSTANCES)
+    """How many instances, at most 4,096; may be changed while the cluster runs."""
     devices_per_instance: Positive = 1
     """CPU cores of one instance; on GPUs 1, as an instance computes on one."""
     gpus_per_instance: Share | None = None

@@ -15,12 +15,12 @@ from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, Part, expect
 from .devices import DeviceKind
 from .messages import Role
 
+MAX_INSTANCES = 4096  # of one pool: each of them is listed and planned before it is known whether there is room
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 MAX_PROMPT_LOGPROBS = 1 << 18  # 15 bytes each: they go from worker to worker in the message that hands a request over
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-MAX_INSTANCES = 4096  # of one pool: each is listed, placed and watched by itself
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 

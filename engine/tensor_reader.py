@@ -40,7 +40,8 @@ class TensorReader:
         return tensor.to(dtype=self._dtype, copy=self._device.type == "cpu")  # a file of the host's is mapped
 
     def _opened(self, info: TensorInfo) -> Any:
-        """The file of a tensor. safetensors opens files by name, whatever the name means by then: it gets that of our descriptor."""
+        """The file of a tensor. safetensors opens it by a name, which may mean another file by now: that of our descriptor
+        does not."""
         if info.file not in self._files:
             stream = open_regular(info.file)
             weakref.finalize(self, stream.close)

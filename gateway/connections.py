@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CONNECTIONS_OF_ONE_ADDRESS = 0.5  # of all
 RESERVED_DESCRIPTORS = 512  # for workers, files and whatever else the head opens
 WANTED_DESCRIPTORS = 1 << 16
-QUIET_S, BUSY_S = 0.5, 0.05  # between two looks
+QUIET_S, BUSY_S = 0.5, 0.02  # between two looks
 BUSY_SHARE = 0.25  # of the time may go into looking
 
 

@@ -1,21 +1,25 @@
 """Floods a server on loopback, and tells what a newcomer notices.
 
-    pdserve up & python bench/floods.py [grpc|http|chunks ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http 127.0.0.1:8000]
+    pdserve up & python bench/floods.py [KIND ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http 127.0.0.1:8000]
 
 grpc, http: connections that say nothing, as many as this process can hold and then new ones for the oldest. chunks: 40 HTTP
-bodies at a time, in chunks of one byte. Meanwhile newcomers connect one after the other and ask for one token; each line has
+bodies at a time, in chunks of one byte. calls: 50 gRPC connections at a time, each of which sends 20,000 calls of 17 bytes as
+fast as --megabytes a second allow, reads nothing and hangs up. headers: the same with calls of 4,000 references to one header.
+Meanwhile newcomers connect one after the other and ask for one token; each line has
 their times. Only for a server without keys on this machine, and for a bounded time.
 """
 
 import argparse
 import json
 import resource
+import selectors
 import socket
 import statistics
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import grpc
 import httpx
@@ -23,10 +27,68 @@ import httpx
 from pdserve.core.config_types import is_loopback
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
-KINDS = ("grpc", "http", "chunks")
+KINDS = ("grpc", "http", "chunks", "calls", "headers")
 MAX_HELD = 15_000
 CHUNKS = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 45_000
+NUM_CALLERS = 50
 Address = tuple[str, int]
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3) + bytes([kind, flags]) + stream.to_bytes(4) + payload
+
+
+def field(name: bytes, value: bytes) -> bytes:
+    """A header that enters the connection's table (RFC 7541, 6.2.1)."""
+    return bytes([0x40, len(name)]) + name + bytes([len(value)]) + value
+
+
+def calls(num_calls: int, num_references: int) -> bytes:
+    """A connection's calls, whose headers refer to those of the first."""
+    names = {b":method": b"POST", b":scheme": b"http", b":path": b"/a.B/C", b":authority": b"localhost"}
+    names |= {b"te": b"trailers", b"content-type": b"application/grpc", b"x": b"y" * 100}
+    first = b"".join(field(name, value) for name, value in names.items())
+    again = bytes(0x80 | 62 + index for index in reversed(range(len(names)))) + b"\xbe" * num_references
+    sent = (frame(1, 5, 1 + 2 * index, again if index else first) for index in range(num_calls))
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + b"".join(sent)
+
+
+def calling(address: Address, until_s: float, data: bytes, bytes_per_s: float) -> int:
+    """Connections that send `data` and hang up, `NUM_CALLERS` at a time; how many there were."""
+    selector, count, num_bytes, began_s = selectors.DefaultSelector(), 0, 0, time.monotonic()
+
+    def open_one() -> None:
+        sock = socket.socket()
+        sock.setblocking(False)
+        sock.connect_ex(address)
+        selector.register(sock, selectors.EVENT_WRITE, [data])
+
+    for _ in range(NUM_CALLERS):
+        open_one()
+    while (now_s := time.monotonic()) < until_s:
+        if num_bytes > bytes_per_s * (now_s - began_s):
+            time.sleep(0.005)
+            continue
+        for key, _ in selector.select(0.1):
+            sock, left = key.fileobj, key.data
+            assert isinstance(sock, socket.socket)
+            try:
+                num_sent = sock.send(left[0][: 1 << 16])
+                num_bytes += num_sent
+                left[0] = left[0][num_sent:]
+            except BlockingIOError:
+                continue
+            except OSError:
+                left[0] = b""
+            if not left[0]:
+                selector.unregister(sock)
+                sock.close()
+                count += 1
+                open_one()
+    for key in list(selector.get_map().values()):
+        assert isinstance(key.fileobj, socket.socket)
+        key.fileobj.close()
+    return count
 
 
 def silent(address: Address, until_s: float) -> int:
@@ -95,8 +157,9 @@ def newcomers(ask: Callable[[str], None], address: str, until_s: float) -> tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("floods", nargs="*", metavar="grpc|http|chunks", default=KINDS)
+    parser.add_argument("floods", nargs="*", metavar="KIND", default=KINDS)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--megabytes", type=float, default=20.0, help="of calls or headers, a second")
     parser.add_argument("--grpc", default="127.0.0.1:50051")
     parser.add_argument("--http", default="127.0.0.1:8000")
     args = parser.parse_args()
@@ -105,19 +168,23 @@ def main() -> None:
     for flood in args.floods:
         if flood not in KINDS:
             parser.error(f"{flood!r} is no kind of flood, expected one of {', '.join(KINDS)}")
-        address, ask = (args.grpc, over_grpc) if flood == "grpc" else (args.http, over_http)
+        address, ask = (args.grpc, over_grpc) if flood in ("grpc", "calls", "headers") else (args.http, over_http)
         host, _, port = address.rpartition(":")
         if not is_loopback(host):
             parser.error(f"{address}: only a server on this machine is flooded")
         ask(address)
         until_s = time.monotonic() + min(args.seconds, 60.0)
         sent: list[int] = []
-        attack = chunked if flood == "chunks" else silent
+        attack = {
+            "chunks": chunked,
+            "calls": partial(calling, data=calls(20_000, 0), bytes_per_s=args.megabytes * 1e6),
+            "headers": partial(calling, data=calls(100, 4000), bytes_per_s=args.megabytes * 1e6),
+        }.get(flood, silent)
         thread = threading.Thread(target=lambda attack=attack: sent.append(attack((host, int(port)), until_s)))  # noqa: B023
         thread.start()
         times, num_failed = newcomers(ask, address, until_s)
         thread.join()
-        figures = {"served": len(times), "not served": num_failed}
+        figures: dict[str, float] = {"served": len(times), "not served": num_failed}
         if times:
             figures |= {"median ms": round(statistics.median(times), 1), "slowest ms": round(max(times), 1)}
         print(f"{flood:7} {sent[0]:6} sent, newcomers {json.dumps(figures)}", flush=True)

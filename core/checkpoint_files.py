@@ -8,6 +8,7 @@ of bounded, printable text.
 import os
 import reprlib
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -51,6 +52,21 @@ def open_regular(file: Path) -> BinaryIO:
         os.close(number)
         raise CheckpointError(f"{file}: not a regular file")
     return os.fdopen(number, "rb")
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """Tells whether a name still means the same file, and whether it was written to since."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    modified_ns: int
+
+
+def stamp_of(stream: BinaryIO) -> FileStamp:
+    status = os.fstat(stream.fileno())
+    return FileStamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def size_of(stream: BinaryIO) -> int:

@@ -16,6 +16,7 @@ from .devices import DeviceKind
 from .hosts import ExpectedHosts
 from .messages import Role
 
+MAX_INSTANCES = 4096  # of one pool: each of them is listed and planned before it is known whether there is room
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 MAX_PROMPT_LOGPROBS = 1 << 18  # 15 bytes each: they go from worker to worker in the message that hands a request over
 
@@ -45,8 +46,8 @@ class ModelSection(Part):
 class PoolSection(Part):
     """All instances of one role. An instance is one replica of the model."""
 
-    instances: NotNegative = 1
-    """How many instances; may be changed while the cluster runs."""
+    instances: int = Field(default=1, ge=0, le=MAX_INSTANCES)
+    """How many instances, at most 4,096; may be changed while the cluster runs."""
     devices_per_instance: Positive = 1
     """CPU cores of one instance; on GPUs 1, as an instance computes on one."""
     gpus_per_instance: Share | None = None

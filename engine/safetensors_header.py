@@ -7,7 +7,16 @@ from typing import Annotated
 
 import msgspec
 
-from ..core.checkpoint_files import MAX_NAME_CHARS, check_size, is_name, open_regular, parse_json, shown, size_of
+from ..core.checkpoint_files import (
+    MAX_NAME_CHARS,
+    FileStamp,
+    check_size,
+    is_name,
+    open_regular,
+    parse_json,
+    shown,
+    stamp_of,
+)
 from ..core.errors import CheckpointError
 
 MAX_HEADER_BYTES = 16 << 20  # of one file; 1,024 layers of our models come to 3 MiB. Parsed, it takes up to 320 MiB
@@ -36,6 +45,7 @@ class TensorInfo:
     file: Path
     dtype: str  # as safetensors spells it: F32, BF16, ...
     shape: tuple[int, ...]
+    stamp: FileStamp  # of the file when the header was read
 
     @property
     def num_elements(self) -> int:
@@ -52,7 +62,8 @@ class HeaderReader:
     def read(self, file: Path) -> dict[str, TensorInfo]:
         """The tensors of `file` by name. Raises CheckpointError where it is missing, truncated or not safetensors."""
         with open_regular(file) as stream:
-            size = size_of(stream)
+            stamp = stamp_of(stream)
+            size = stamp.num_bytes
             try:
                 length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
                 if size < _LENGTH_BYTES + length:
@@ -67,7 +78,7 @@ class HeaderReader:
         if self._tensors_left < 0:
             raise CheckpointError(f"{file}: with it the checkpoint has more than {MAX_TENSORS} tensors")
         data_bytes = size - _LENGTH_BYTES - length
-        return {name: _tensor(file, name, entry, data_bytes) for name, entry in entries.items()}
+        return {name: _tensor(file, stamp, name, entry, data_bytes) for name, entry in entries.items()}
 
 
 def _entries(file: Path, header: bytes) -> dict[str, msgspec.Raw]:
@@ -79,7 +90,7 @@ def _entries(file: Path, header: bytes) -> dict[str, msgspec.Raw]:
     return entries
 
 
-def _tensor(file: Path, name: str, raw: msgspec.Raw, data_bytes: int) -> TensorInfo:
+def _tensor(file: Path, stamp: FileStamp, name: str, raw: msgspec.Raw, data_bytes: int) -> TensorInfo:
     if not is_name(name):
         expected = f"1 to {MAX_NAME_CHARS} printable characters without '/'"
         raise CheckpointError(f"{file}: corrupt: a tensor is named {shown(name)}, expected {expected}")
@@ -88,7 +99,7 @@ def _tensor(file: Path, name: str, raw: msgspec.Raw, data_bytes: int) -> TensorI
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: corrupt: its header is not one of safetensors: tensor {name}: {error}") from None
     begin, end = entry.data_offsets
-    info = TensorInfo(file, entry.dtype, entry.shape)
+    info = TensorInfo(file, entry.dtype, entry.shape, stamp)
     if end > data_bytes:
         raise CheckpointError(
             f"{file}: truncated: tensor {name} ends at byte {end} of the data, the file has {data_bytes} bytes of it"

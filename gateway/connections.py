@@ -1,30 +1,33 @@
 """The connections of a server: how many it may hold, from whom, and which one ends for a newcomer.
 
 `FairPlaces` decides. HTTP asks it when it accepts a connection. gRPC's library accepts by itself and has one bound for all
-peers, so `GrpcConnections` looks, when there are many, at the process's own descriptors and shuts down what has lost its place.
+peers, so `GrpcConnections` looks at the server's sockets twice a second, oftener in a flood, and ends those that have lost
+their places or misuse them.
 """
 
 import asyncio
-import ipaddress
 import logging
-import os
 import resource
-import socket
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from ..core.peer_log import peer_log
+from .grpc_sockets import STATUS, GrpcSocket, GrpcSockets
 from .places import FairPlaces, Holder, NoPlace, address_group
+from .unpaid_bytes import UnpaidBytes
 from .unpaid_calls import UnpaidCalls
+
+Found = TypeVar("Found")
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS_OF_ONE_ADDRESS = 0.5  # of all
 RESERVED_DESCRIPTORS = 512  # for workers, files and whatever else the head opens
 WANTED_DESCRIPTORS = 1 << 16
-DESCRIPTORS = "/proc/self/fd"
-QUIET_S, BUSY_S = 0.5, 0.05  # between two looks
+QUIET_S, BUSY_S = 0.5, 0.02  # between two looks
 BUSY_SHARE = 0.25  # of the time may go into looking
 
 
@@ -51,23 +54,14 @@ def places_for(max_connections: int) -> FairPlaces[Holder]:
     return FairPlaces("connections", max_connections, max(1, int(max_connections * CONNECTIONS_OF_ONE_ADDRESS)))
 
 
-def connection_name(host: str, port: int | str) -> str:
-    """The same for one connection, however its peer's address is written."""
-    with suppress(ValueError):
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
-        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-        host = str(mapped or address)
-    return f"{host} {port}"
-
-
 class GrpcConnections:
     """Keeps a gRPC server's connections within bounds, from `start` to `stop`."""
 
     def __init__(self, max_connections: int) -> None:
         self.places: FairPlaces[str] = places_for(max_connections)  # by their names
-        self._names: dict[str, str | None] = {}  # of sockets as /proc calls them; None: not one of the server's
         self._ended: set[str] = set()  # connections that were shut down, until they are gone
         self._unpaid = UnpaidCalls()
+        self._unpaid_bytes = UnpaidBytes()
         self._closing: set[str] = set()  # connections to shut down at the next look
         self._wake = asyncio.Event()  # there are some
         self._thread = ThreadPoolExecutor(1, "grpc-connections")  # of its own: clients can fill the loop's
@@ -83,6 +77,16 @@ class GrpcConnections:
         if self._unpaid.add(name, now_s) and not self.places.is_in_use(name):
             self.close(name)
 
+    @contextmanager
+    def in_use(self, name: str) -> Iterator[None]:
+        """Around a call with a key, or where none are needed: its connection stays."""
+        self._unpaid_bytes.add_paid(name)
+        try:
+            with self.places.in_use(name):
+                yield
+        finally:
+            self._unpaid_bytes.add_paid(name)
+
     def close(self, name: str) -> None:
         """Shut the connection down, soon."""
         self._closing.add(name)
@@ -90,53 +94,52 @@ class GrpcConnections:
 
     def start(self, port: int) -> None:
         """Watch the connections to `port`. Without /proc only the library's own bound holds."""
-        if os.path.isdir(DESCRIPTORS):
-            self._task = asyncio.get_running_loop().create_task(self._watch(port))
+        if STATUS.exists():
+            self._task = asyncio.get_running_loop().create_task(self._watch(GrpcSockets(port)))
 
     def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
         self._thread.shutdown(wait=False)
 
-    async def _watch(self, port: int) -> None:
+    async def _watch(self, sockets: GrpcSockets) -> None:
         while True:
-            began_s = time.monotonic()
+            work_s, is_busy = 0.0, False
             try:
-                is_full = await self._keep_bounds(port)
+                work_s, is_busy = await self._keep_bounds(sockets)
             except (OSError, RuntimeError) as error:  # out of descriptors or threads: the next look may find some
                 peer_log.warning("listen.grpc: connections cannot be counted: %s", error)
-                is_full = False
-            pause_s = (time.monotonic() - began_s) / BUSY_SHARE
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(work_s / BUSY_SHARE)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), BUSY_S if is_full else QUIET_S)
+                await asyncio.wait_for(self._wake.wait(), BUSY_S if is_busy else QUIET_S)
 
-    async def _keep_bounds(self, port: int) -> bool:
-        """Look, if there may be many, and shut down those that have no place. Whether places are short."""
+    async def _keep_bounds(self, sockets: GrpcSockets) -> tuple[float, bool]:
+        """Look, and end connections that have no place or misuse it. How many seconds of work the look was, and whether
+        the next one should come soon."""
         closing, self._closing = self._closing, set()
         self._wake.clear()
-        if not closing and len(os.listdir(DESCRIPTORS)) <= self.places.max_places // 2:
-            self._names.clear()
-            self._ended.clear()  # a name may come back
-            return False
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._thread, self._look, port)
-        misused = {name: found[name] for name in closing if name in found}
+        found, work_s = await loop.run_in_executor(self._thread, _timed, sockets.look)
+        received = {name: connection.received for name, connection in found.items() if connection.received is not None}
+        verdict = self._unpaid_bytes.judge(received, self.places.is_in_use, loop.time())
+        misused = verdict.too_much | (closing & found.keys())
         losers = self.settle(found)
-        if misused or losers:
-            await loop.run_in_executor(self._thread, _shut_down, losers | misused)
+        ending = losers | {name: found[name] for name in misused | verdict.left}
+        if ending:
+            await loop.run_in_executor(self._thread, _abort, ending.values())
         if losers:
             peer_log.warning("listen.grpc: %d connections without a call lost their places to newcomers", len(losers))
         if misused:
-            peer_log.warning("listen.grpc: %d connections closed for too many headers or calls without a key", len(misused))
-        return len(self.places) >= self.places.max_places * 3 // 4
+            peer_log.warning("listen.grpc: %d connections closed for too many headers, or too much without a key", len(misused))
+        is_busy = sockets.num_reset > 0 or verdict.is_suspicious or len(self.places) >= self.places.max_places * 3 // 4
+        return work_s, is_busy
 
-    def settle(self, found: dict[str, int]) -> dict[str, int]:
-        """Give each connection of `found` (its name and descriptor) a place; returns those that have none."""
+    def settle(self, found: dict[str, Found]) -> dict[str, Found]:
+        """Give each connection of `found`, by its name, a place; returns those that have none."""
         for name in [name for name in self.places.holders() if name not in found]:
             self.places.leave(name)
         self._ended &= found.keys()  # the library may still hold those that were shut down
-        losers: dict[str, int] = {}
+        losers: dict[str, Found] = {}
         for name in [name for name in found if name not in self.places and name not in self._ended]:
             try:
                 evicted = self.places.take(address_group(name.partition(" ")[0]), name)
@@ -147,36 +150,13 @@ class GrpcConnections:
         self._ended |= losers.keys()
         return losers
 
-    def _look(self, port: int) -> dict[str, int]:
-        """The descriptors of the connections that there are, by their names. On a thread."""
-        found, names = dict[str, int](), dict[str, str | None]()
-        for entry in os.listdir(DESCRIPTORS):
-            with suppress(OSError):  # closed meanwhile
-                link = os.readlink(f"{DESCRIPTORS}/{entry}")
-                if not link.startswith("socket:"):
-                    continue
-                name = names[link] = self._names[link] if link in self._names else _name_of(int(entry), port)
-                if name is not None:
-                    found[name] = int(entry)
-        self._names = names
-        return found
+
+def _timed(look: Callable[[], Found]) -> tuple[Found, float]:
+    """What it finds, and the seconds of work that it took this thread."""
+    began_s = time.thread_time()
+    return look(), time.thread_time() - began_s
 
 
-def _name_of(descriptor: int, port: int) -> str | None:
-    """The connection that a socket is, if it is one to `port`."""
-    with socket.socket(fileno=os.dup(descriptor)) as sock:
-        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.getsockname()[1] != port:
-            return None
-        try:
-            host, peer_port = sock.getpeername()[:2]
-        except OSError:  # it listens, or its peer has gone
-            return None
-        return connection_name(host, peer_port)
-
-
-def _shut_down(connections: dict[str, int]) -> None:
-    """End connections under the library that owns them, which sees its peers hang up. On a thread."""
-    for name, descriptor in connections.items():
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:  # OSError: it has ended
-            if connection_name(*sock.getpeername()[:2]) == name:  # else the descriptor is another's by now
-                sock.shutdown(socket.SHUT_RDWR)
+def _abort(connections: Iterable[GrpcSocket]) -> None:
+    for connection in connections:
+        connection.abort()

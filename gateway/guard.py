@@ -28,8 +28,9 @@ from .call_bounds import (
     client_of,
     host_of,
 )
-from .connections import GrpcConnections, connection_name
+from .connections import GrpcConnections
 from .offload.offload import SMALL_BYTES
+from .places import connection_name
 from .revocation import Revocation
 from .translate import translated, write
 
@@ -82,7 +83,7 @@ class CallBounds:
             async with self.keyless_calls.enter(client, connection):
                 yield
         else:
-            with self.open_calls.enter(client), self.connections.places.in_use(connection):
+            with self.open_calls.enter(client), self.connections.in_use(connection):
                 yield
 
 

@@ -8,7 +8,7 @@ loses them to those who take few, and nobody can keep a newcomer out by holding 
 import ipaddress
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
 from ..core.errors import PdserveError
@@ -165,3 +165,12 @@ def address_group(host: str) -> str:
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((address, 64), strict=False))
     return str(address)
+
+
+def connection_name(host: str, port: int | str) -> str:
+    """The same for one connection, however its peer's address is written."""
+    with suppress(ValueError):
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        host = str(mapped or address)
+    return f"{host} {port}"

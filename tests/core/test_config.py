@@ -1,8 +1,10 @@
 import pytest
 from pydantic import ValidationError
 
-from pdserve.core.config import ClusterConfig, PoolSection
+from pdserve.core.config import MAX_INSTANCES, ClusterConfig, PoolSection
+from pdserve.core.config_file import parse_cluster_config
 from pdserve.core.config_types import parse_host_port, parse_size
+from pdserve.core.errors import ConfigError
 
 
 def config(**parts: object) -> ClusterConfig:
@@ -31,6 +33,15 @@ def test_one_pool_may_be_empty_but_not_both(prefill: int, decode: int) -> None:
     else:
         with pytest.raises(ValidationError, match="at least one instance"):
             config(pools=pools)
+
+
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_instances_have_a_limit_as_each_is_listed(pool: str) -> None:
+    """More froze the head that was to apply them, also as a dry run."""
+    assert config(pools={pool: {"instances": MAX_INSTANCES}})
+    text = f"metadata: {{pdserve: {{pools: {{{pool}: {{instances: 100000000}}}}}}}}"
+    with pytest.raises(ConfigError, match=rf"pools\.{pool}\.instances: got 100000000, expected at most 4096"):
+        parse_cluster_config(text)
 
 
 def test_instances_may_share_a_core() -> None:

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +210,47 @@ def test_an_index_names_files_of_its_own_directory(path: Path, weight_map: objec
 def test_a_file_that_breaks_after_opening_is_an_error_of_the_checkpoint(path: Path) -> None:
     reader = TensorReader(open_checkpoint(path), torch.float32)
     (path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"tensor model\.norm\.weight cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: replaced or written to since it was checked"):
         reader("model.norm.weight", (32,))
+
+
+def _swap_for_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)  # safetensors would wait for who writes to it
+
+
+def _swap_for_copy(file: Path) -> None:
+    shutil.copy(file, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+
+
+def _swap_for_link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("swap", [_swap_for_pipe, _swap_for_copy, _swap_for_link])
+def test_a_file_that_is_swapped_after_opening_is_refused(path: Path, swap: Callable[[Path], None]) -> None:
+    reader = TensorReader(open_checkpoint(path), torch.float32)
+    swap(path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: (not a regular file|replaced or written to since)"):
+        reader("model.norm.weight", (32,))
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(path: Path) -> None:
+    """It is mapped: to read on would be the end of the process."""
+    reader = TensorReader(open_checkpoint(path), torch.float32)
+    assert reader("model.norm.weight", (32,)).shape == (32,)
+    os.truncate(path / "model.safetensors", 4096)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: replaced or written to since it was checked"):
+        reader("model.norm.weight", (32,))
+
+
+def test_a_file_that_is_open_is_read_whatever_its_name_means(path: Path) -> None:
+    reader = TensorReader(open_checkpoint(path), torch.float32)
+    norm = reader("model.norm.weight", (32,))
+    _swap_for_pipe(path / "model.safetensors")
+    assert torch.equal(reader("model.norm.weight", (32,)), norm)
 
 
 def test_the_reader_checks_name_and_shape(path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from pdserve.core.checkpoint_files import FileStamp
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CapacityError, CheckpointError, ConfigError
 from pdserve.core.messages import Role
@@ -34,7 +35,9 @@ LLAMA_8B: dict[str, Any] = {
 
 def checkpoint(**changes: Any) -> Checkpoint:
     config = parse_model_config(LLAMA_8B | changes)
-    infos = {name: TensorInfo(Path("f"), "BF16", shape) for name, shape in expected_tensors(config).items()}
+    infos = {
+        name: TensorInfo(Path("f"), "BF16", shape, FileStamp(0, 0, 0, 0)) for name, shape in expected_tensors(config).items()
+    }
     return Checkpoint(Path("llama"), config, infos)
 
 

@@ -13,6 +13,7 @@ from pdserve.core import peer_log
 from pdserve.gateway import connections
 from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.connections import GrpcConnections
+from pdserve.gateway.grpc_sockets import GrpcSocket, GrpcSockets
 from pdserve.gateway.translate import ClientGone, translated
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.flooding import PREFACE, connect, first_to_end, hang_up, serving, until, until_closed
@@ -42,14 +43,14 @@ async def test_the_watch_on_connections_outlives_errors(
 ) -> None:
     looked = asyncio.Event()
 
-    def listdir(path: str) -> list[str]:
+    def look(sockets: GrpcSockets) -> dict[str, GrpcSocket]:
         if caplog.records:
             looked.set()
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(peer_log._LIMIT, "_budget", peer_log.LineBudget())
     monkeypatch.setattr(connections, "QUIET_S", 0.0)
-    monkeypatch.setattr(connections.os, "listdir", listdir)
+    monkeypatch.setattr(GrpcSockets, "look", look)
     async with serving(cluster):
         await asyncio.wait_for(looked.wait(), 30)
     assert "connections cannot be counted" in caplog.text

@@ -1,0 +1,64 @@
+"""How many bytes a gRPC connection may bring beside calls with a key before it is closed. Pure.
+
+The library refuses calls by itself, beyond its bounds on streams and on calls that wait, and it parses what clients that have
+left leave in its sockets. None of this is seen as a call; all of it shows in the bytes that the kernel has received.
+An honest client sends no more than a window of flow control, 64 KiB a call, before its call is seen, and that is soon: a
+connection has brought too much where this is so at two looks, one after the other.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+WINDOW_S = 10.0
+MAX_IN_WINDOW = 96 << 10
+
+
+@dataclass(frozen=True)
+class Received:
+    """One connection as the kernel has it."""
+
+    num_bytes: int  # since it began
+    has_left: bool  # its client sends no more
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Connections to close, and whether to look again soon."""
+
+    too_much: set[str]
+    left: set[str]
+    is_suspicious: bool
+
+
+class UnpaidBytes:
+    """Counts by connection in consecutive windows of time. One that has a call with a key, or had one in this window or the
+    last, is paid for."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}  # bytes of each connection at the last look
+        self._before: dict[str, int] = {}  # and at the last look of the last window
+        self._suspects: set[str] = set()  # of the last look
+        self._paid: set[str] = set()
+        self._paid_before: set[str] = set()
+        self._ends_s = 0.0
+
+    def add_paid(self, connection: str) -> None:
+        """A call with a key begins or ends on it."""
+        self._paid.add(connection)
+
+    def judge(self, received: Mapping[str, Received], is_in_use: Callable[[str], bool], now_s: float) -> Verdict:
+        """Of the connections that there are, those that have brought too much, and those whose clients have left: what these
+        left behind is parsed for nobody."""
+        if now_s >= self._ends_s:
+            self._before = self._last
+            self._paid, self._paid_before = set(), self._paid
+            self._ends_s = now_s + WINDOW_S
+        self._last = {name: connection.num_bytes for name, connection in received.items()}
+        self._before = {name: count for name, count in self._before.items() if count <= self._last.get(name, -1)}
+        paid = self._paid | self._paid_before
+        unpaid = {name for name in received if name not in paid and not is_in_use(name)}
+        over = {name for name in unpaid if self._last[name] - self._before.get(name, 0) > MAX_IN_WINDOW}
+        left = {name for name in unpaid if received[name].has_left}
+        too_much = over & (self._suspects | left)
+        self._suspects = over - too_much
+        return Verdict(too_much, left, is_suspicious=bool(over or left))

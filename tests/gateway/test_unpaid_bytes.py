@@ -1,0 +1,195 @@
+"""Floods that no call shows: calls that the gRPC library refuses by itself, and what clients leave behind when they hang up."""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from pdserve.gateway import connections
+from pdserve.gateway.grpc_sockets import GrpcSockets
+from pdserve.gateway.keys import make_key, new_key
+from pdserve.gateway.places import connection_name
+from pdserve.gateway.unpaid_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
+from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until_closed
+from tests.gateway.support import ScriptedCluster
+from tests.gateway.test_unpaid_calls import END_HEADERS, HEADERS_FRAME, SETTINGS_FRAME, frame, literal
+
+KEY = new_key()
+END_STREAM = 1
+MUCH = MAX_IN_WINDOW + 1
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, Any]:
+    path = tmp_path / "keys"
+    path.write_text(f"{make_key('alice', KEY).line}\n")
+    path.chmod(0o600)
+    return {"api_keys": str(path)}
+
+
+# the decision
+
+
+class Looks:
+    """Looks at connections that have brought so many bytes."""
+
+    def __init__(self, *in_use: str) -> None:
+        self.bytes = UnpaidBytes()
+        self._in_use = in_use
+
+    def __call__(self, now_s: float, num_bytes: Mapping[str, int], left: tuple[str, ...] = ()) -> Verdict:
+        received = {name: Received(count, name in left) for name, count in num_bytes.items()}
+        return self.bytes.judge(received, self._in_use.__contains__, now_s)
+
+
+def test_a_connection_that_brings_much_without_a_call_is_closed_at_the_second_look() -> None:
+    look = Looks()
+    assert look(0.0, {"a": MUCH, "b": MAX_IN_WINDOW}) == Verdict(set(), set(), is_suspicious=True)
+    assert look(0.1, {"a": MUCH, "b": MAX_IN_WINDOW}) == Verdict({"a"}, set(), is_suspicious=True)
+    assert look(0.2, {"b": MAX_IN_WINDOW}) == Verdict(set(), set(), is_suspicious=False)
+
+
+def test_a_client_that_has_left_is_not_waited_for() -> None:
+    verdict = Looks()(0.0, {"a": 10, "b": 10, "c": MUCH}, left=("b", "c"))
+    assert verdict == Verdict({"c"}, {"b", "c"}, is_suspicious=True)
+
+
+def test_calls_with_a_key_pay_for_their_connection() -> None:
+    look = Looks("busy")
+    look.bytes.add_paid("short")
+    for now_s in (0.0, 0.1, 0.2):
+        verdict = look(now_s, {"busy": 1 << 30, "short": 1 << 30}, left=("busy", "short"))
+        assert verdict == Verdict(set(), set(), is_suspicious=False)
+
+
+def test_a_call_pays_for_its_window_and_the_next() -> None:
+    look = Looks()
+    look(0.0, {"a": 0})
+    look.bytes.add_paid("a")
+    assert not look(WINDOW_S, {"a": MUCH}).is_suspicious
+    assert not look(2 * WINDOW_S, {"a": MUCH}).is_suspicious, "brought when it was paid for"
+    assert look(2 * WINDOW_S + 1, {"a": 2 * MUCH}).is_suspicious
+
+
+def test_bytes_count_by_window_and_connection() -> None:
+    look = Looks()
+    for window in range(5):
+        assert not look(window * WINDOW_S, {"a": window * MAX_IN_WINDOW}).is_suspicious
+    look(5 * WINDOW_S, {})
+    assert not look(5 * WINDOW_S + 1, {"a": MAX_IN_WINDOW}).is_suspicious, "another connection of the same name"
+    assert look(5 * WINDOW_S + 2, {"a": MUCH}).is_suspicious
+
+
+# the kernel's side
+
+
+@pytest.mark.parametrize("has_left", [False, True])
+def test_an_aborted_connection_has_nothing_left_to_read(has_left: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sockets = GrpcSockets(listener.getsockname()[1])
+        with socket.create_connection(listener.getsockname()) as client, listener.accept()[0] as server:
+            name = connection_name(*client.getsockname())
+            client.sendall(bytes(50_000))
+            if has_left:
+                client.shutdown(socket.SHUT_WR)
+            found = sockets.look()
+            assert found.keys() == {name}, "neither the listener nor the client's side"
+            received = found[name].received
+            assert received is not None and received.has_left == has_left and received.num_bytes >= 50_000
+            found[name].abort()
+            with pytest.raises(ConnectionResetError):
+                server.recv(1)
+            with pytest.raises(OSError) as caught:
+                server.recv(1)
+            assert caught.value.errno == errno.ENOTCONN
+
+
+def test_what_a_reset_connection_left_is_dropped_by_the_look() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sockets = GrpcSockets(listener.getsockname()[1])
+        client = socket.create_connection(listener.getsockname())
+        with listener.accept()[0] as server:
+            server.sendall(b"unread")
+            client.sendall(bytes(50_000))
+            assert client.recv(1, socket.MSG_PEEK)
+            client.close()  # with something unread: a reset
+            assert sockets.look() == {} and sockets.num_reset == 1
+            with pytest.raises(OSError):
+                server.recv(1)
+
+
+def test_a_descriptor_that_is_anothers_by_now_is_left_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sockets = GrpcSockets(listener.getsockname()[1])
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as old:
+            (connection,) = sockets.look().values()
+            with socket.create_connection(listener.getsockname()) as client, listener.accept()[0] as new:
+                number = old.detach()
+                socket.close(number)
+                connection.abort()  # not open
+                moved = socket.socket(fileno=socket.dup(new.fileno()))
+                assert moved.fileno() == number, "the lowest that is free"
+                connection.abort()
+                client.sendall(b"x")
+                assert moved.recv(1) == b"x"
+                moved.close()
+
+
+# with a server
+
+
+def refused_calls(count: int) -> bytes:
+    """Calls of few bytes each by one table of headers. The library refuses most of them: no SETTINGS are acknowledged."""
+    names = {b":method": b"POST", b":scheme": b"http", b":path": b"/a.B/C", b":authority": b"x"}
+    names |= {b"te": b"trailers", b"content-type": b"application/grpc"}
+    block = b"".join(literal(name, value, True) for name, value in names.items())
+    again = bytes(0x80 | 62 + index for index in reversed(range(len(names))))
+    flags = END_HEADERS | END_STREAM
+    calls = (frame(HEADERS_FRAME, flags, 1 + 2 * index, again if index else block) for index in range(count))
+    return PREFACE + frame(SETTINGS_FRAME, 0, 0, b"") + b"".join(calls)
+
+
+async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
+    cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdserve.gateway.unpaid_calls.MAX_IN_WINDOW", 1 << 30)  # those that are seen do not end it
+    flood = refused_calls(10_000)
+    assert len(flood) > MAX_IN_WINDOW
+    async with serving(cluster, keys) as server:
+        ((reader, writer),) = await connect(server.grpc_address, 1)
+        writer.write(flood)
+        async with asyncio.timeout(30):
+            await until_closed(reader)
+        writer.transport.abort()
+        async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+            answer = await pdserve_pb2_grpc.GenerationStub(channel).Generate(request(), metadata=as_key(KEY))
+            assert len(answer.choices) == 1
+
+
+async def test_large_messages_of_calls_with_a_key_keep_their_connection(
+    cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many on one new connection, with looks all the time."""
+    monkeypatch.setattr(connections, "QUIET_S", 0.0)
+    monkeypatch.setattr(connections, "BUSY_SHARE", 1.0)
+    message = pb.TokenizeRequest(prompt=pb.Prompt(text="hello " * 20_000))
+    async with serving(cluster, keys) as server:
+        for _ in range(3):
+            async with grpc.aio.insecure_channel(server.grpc_address) as channel:
+                stub = pdserve_pb2_grpc.GenerationStub(channel)
+                calls = (_status(stub.Tokenize(message, metadata=as_key(KEY))) for _ in range(8))
+                assert grpc.StatusCode.UNAVAILABLE not in await asyncio.gather(*calls)
+
+
+async def _status(call: Any) -> grpc.StatusCode:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK

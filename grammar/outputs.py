@@ -7,7 +7,7 @@ requests come next is decided here: clients take turns.
 import enum
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.codec import FrameError
 from .messages import Advance, Close, FromProcess, Open, Refused, ToProcess
@@ -79,10 +79,10 @@ class _Turns:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A request without an answer, and whom it counts for, also when that output is closed."""
+    """A request without an answer. It counts for the output's client, also when that is closed, or handed over and back."""
 
     request: Open | Advance
-    client: str
+    output: _Output
 
 
 class Outputs:
@@ -107,7 +107,7 @@ class Outputs:
     @property
     def oldest_client(self) -> str | None:
         """Whose request the process is at work on, or ends with."""
-        return self._asked[0].client if self._asked else None
+        return self._asked[0].output.client if self._asked else None
 
     def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), *, probe: bool = False, client: str = "") -> None:
         """A new output, whose next mask is wanted."""
@@ -133,15 +133,14 @@ class Outputs:
 
     def hand_over(self, client: str, other: "Outputs") -> tuple[list[int], list[Close]]:
         """Give all outputs of a client to those of another process. Their keys, and what to tell this one's process."""
-        asked = {entry.request.key for entry in self._asked}
+        asked = set(self._keys_asked())
         keys, messages = [key for key, output in self._outputs.items() if output.client == client], []
         for key in keys:
             output = self._outputs[key]
             is_due = key in asked or (client, key) in self._opening or (client, key) in self._advancing
             if (message := self.close(key)) is not None:
                 messages.append(message)
-            output.is_open = False
-            other._outputs[key] = output
+            other._outputs[key] = replace(output, is_open=False)
             if is_due:
                 other._opening.push(client, key)
         return keys, messages
@@ -162,44 +161,51 @@ class Outputs:
         return requests
 
     def _ask(self, key: int, request: Open | Advance) -> ToProcess:
-        client = self._outputs[key].client
-        self._asked.append(_Asked(request, client))
-        self._num_asked[client] += 1
+        output = self._outputs[key]
+        self._asked.append(_Asked(request, output))
+        self._num_asked[output.client] += 1
         return request
+
+    def _keys_asked(self) -> Iterator[int]:
+        """Whose answers are due and wanted, oldest first."""
+        for entry in self._asked:
+            if self._outputs.get(entry.request.key) is entry.output:
+                yield entry.request.key
 
     def answered(self, answer: FromProcess) -> bool:
         """Whether somebody still wants to know. Raises FrameError for an answer to nothing."""
         if not self._asked or self._asked[0].request.key != answer.key:
             raise FrameError(f"an answer for {answer.key} came, {self._asked[0] if self._asked else 'none'} was due")
-        client = self._asked.popleft().client
-        self._num_asked[client] -= 1
-        if not self._num_asked[client]:
-            del self._num_asked[client]
-        if isinstance(answer, Refused):
-            return self._outputs.pop(answer.key, None) is not None
-        return answer.key in self._outputs
+        output = self._asked.popleft().output
+        self._num_asked[output.client] -= 1
+        if not self._num_asked[output.client]:
+            del self._num_asked[output.client]
+        is_wanted = self._outputs.get(answer.key) is output
+        if is_wanted and isinstance(answer, Refused):
+            del self._outputs[answer.key]
+        return is_wanted
 
     def died(self, death: Death) -> tuple[int, bool] | None:
         """The process is gone; the others are to be asked for again. Which key is given up, if any, and whether its grammar is
         to blame for it."""
-        oldest = self._asked[0].request.key if self._asked else None
+        oldest = self._asked[0] if self._asked else None
         for output in self._outputs.values():
             output.is_open = False
-        due = [*(entry.request.key for entry in self._asked), *self._advancing]
+        due = [*self._keys_asked(), *self._advancing]
         waiting = list(self._opening)
         self._asked.clear()
         self._num_asked.clear()
         self._advancing.clear()
         self._opening.clear()
         self._wait((*due, *waiting))
-        victim = None if oldest is None else self._outputs.get(oldest)
-        if oldest is None or victim is None:
+        if oldest is None or self._outputs.get(oldest.request.key) is not oldest.output:
             return None
+        victim = oldest.output
         victim.num_deaths += 1
         if death is not Death.TIME and victim.num_deaths < MAX_DEATHS:
             return None
-        self.close(oldest)
-        return oldest, death is not Death.OTHER
+        self.close(oldest.request.key)
+        return oldest.request.key, death is not Death.OTHER
 
     def _wait(self, keys: Iterable[int]) -> None:
         for key in keys:

@@ -306,7 +306,7 @@ def test_a_client_command_loads_neither_torch_nor_ray_nor_transformers() -> None
 
 def test_validate_and_plan_tell_what_a_file_asks_for(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
-    file.write_text("metadata: {pdserve: {pools: {decode: {instances: 9000}}}}\n")
+    file.write_text("metadata: {pdserve: {pools: {decode: {instances: 4000}}}}\n")
     result = run("validate", str(file))
     assert (result.exit_code, result.stdout) == (0, f"{file}: valid\n")
     assert result.stderr.startswith("on this machine: ")

@@ -16,13 +16,14 @@ class BrokenWays:
 
     def __init__(self) -> None:
         self._under_way: dict[TransferId, Way] = {}
+        self._over: set[TransferId] = set()  # aborted, or decoded to the end: their failures say nothing any more
         self._num_failures: Counter[Way] = Counter()  # in a row
         self._failed_s: dict[Way, float] = {}  # last
 
     def sent(self, host: str, command: WorkerCommand, now_s: float) -> bool:
         """To a worker on a host. Whether it goes over a way that is broken."""
         if isinstance(command, Abort):
-            self._under_way.pop(command.transfer, None)
+            self._over.add(command.transfer)
         if not isinstance(command, Prefill) or command.target is None or command.target.host_id == host:
             return False
         way = self._under_way[command.spec.transfer] = host, command.target.host_id
@@ -30,10 +31,13 @@ class BrokenWays:
 
     def heard(self, ended: LegEnded, now_s: float) -> None:
         way = self._under_way.pop(ended.transfer, None) if ended.leg is Leg.PREFILL else None
+        is_over = ended.transfer in self._over
+        if ended.leg is Leg.DECODE:
+            self._over.add(ended.transfer)
         if way is None or ended.is_invalid:
             return
         if ended.stats is not None:
             self._num_failures[way] = 0
-        elif ended.error is not None:
+        elif ended.error is not None and not is_over:
             self._num_failures[way] += 1
             self._failed_s[way] = now_s

@@ -123,7 +123,7 @@ def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
     n = 1 if max_batch_size == 2 else rng.choice((1, 2))
     num_greedy = 2 * max_batch_size * scenario.pools[Role.DECODE] // n
     greedy = [_plain_request(rng, f"greedy{number}", "greedy", 0.0, 110, n) for number in range(num_greedy)]
-    modest = [_plain_request(rng, f"modest{number}", f"c{number % 2}", rng.uniform(2.5, 4.0), 5, 1) for number in range(3)]
+    modest = [_plain_request(rng, f"modest{number}", f"c{number}", rng.uniform(2.5, 4.0), 5, 1) for number in range(3)]
     return replace(
         scenario,
         shapes=shapes,

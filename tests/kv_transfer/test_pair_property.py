@@ -181,7 +181,7 @@ class World:
             self.feed_sender(Cancel(transfer.id, "cancelled"))
         elif kind == 1:
             self.feed_receiver(Cancel(transfer.id, "cancelled"))
-        elif kind == 2 and self.epoch:
+        elif kind == 2 and self.epoch and not self.dialling:  # a link that is being dialled ends by its own result
             epoch = self.epoch
             self.break_link()
             self.feed_sender(LinkDown(epoch, "lost"))

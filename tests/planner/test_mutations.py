@@ -341,10 +341,6 @@ def leave_all_places_to_the_client_that_has_them() -> Planted:
     return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
 
 
-def give_room_back_to_who_made_it() -> Planted:
-    return patch.object(JobQueue, "push_back", lambda self, jobs: self.push_front(jobs, jobs[0].ready_s))
-
-
 MUTATIONS: list[Mutation] = [
     forget_which_ways_between_hosts_are_broken,
     place_workers_on_a_host_that_has_died,
@@ -380,7 +376,6 @@ MUTATIONS: list[Mutation] = [
     tell_the_token_of_a_row_in_vain,
     run_ahead_of_a_token_that_decides,
     leave_all_places_to_the_client_that_has_them,
-    give_room_back_to_who_made_it,
 ]
 
 

@@ -260,7 +260,7 @@ def _is_ray_stop(pid: int) -> bool:
 
 
 def _names_of_processes() -> set[str]:
-    """Of this user's."""
+    """Returns the names of this user's processes."""
     names = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended

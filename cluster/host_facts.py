@@ -1,4 +1,4 @@
-"""What a host is like, asked there, and whether it can serve beside the head, judged here."""
+"""Facts about a host, collected on it by `look`, and the head's verdict on whether it can serve."""
 
 import os
 import socket
@@ -109,7 +109,7 @@ def refusal(here: HostFacts, there: HostFacts, config: ClusterConfig, device: De
 
 
 def warning(here: HostFacts, there: HostFacts, device: DeviceKind, round_trip_s: float) -> str:
-    """What is odd about it, and what to do; empty when nothing is."""
+    """Describes a problem that does not keep the host from serving, and its fix; empty when there is none."""
     ahead_s = there.clock_s - here.clock_s
     if abs(ahead_s) > CLOCK_TOLERANCE_S + round_trip_s:
         which = "ahead of" if ahead_s > 0 else "behind"

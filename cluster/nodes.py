@@ -54,7 +54,7 @@ class RayNodes:
         return tuple(sorted(found, key=lambda host: not host.is_head))
 
     def node(self, node_id: str) -> Node:
-        """What a host has that has been asked, and Ray may use of it."""
+        """The resources of a host that has answered, as far as Ray may use them."""
         return with_resources(self._facts[node_id].node, self._resources.get(node_id, {}))
 
     async def ask_all(self, timeout_s: float) -> tuple[Node, ...]:

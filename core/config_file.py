@@ -66,7 +66,7 @@ def _our_part(document: Document) -> Any:
 
 
 def _expected_hosts(document: Document) -> ExpectedHosts:
-    """Of Ray's own part of the file, as far as it says which hosts there will be."""
+    """Reads the expected hosts from Ray's own part of the file."""
     values = document.values
     provider, node_types = (values.get(key) for key in ("provider", "available_node_types"))
     if not isinstance(provider, Mapping):

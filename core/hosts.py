@@ -14,7 +14,7 @@ class ExpectedHosts:
     resolved: Mapping[str, str] = field(default_factory=dict)  # by name among `addresses`, where that is known
 
     def name_of(self, address: str, name: str) -> str | None:
-        """What the file calls the host of this address and host name; None when it does not name it."""
+        """The name under which the file lists the host with this address and host name; None when it does not."""
         for expected in self.addresses or ():
             if expected in (address, name) or self.resolved.get(expected) == address:
                 return expected

@@ -83,7 +83,7 @@ class Packing:
                 self._unplaced.append(demand)
 
     def auto_kv_bytes(self, memory_fraction: float, *, fill_first: bool = False) -> int | None:
-        """What each KV cache that is sized by free memory may take; None when there is no such cache. `fill_first`: by the
+        """Bytes for each KV cache that is sized by free memory; None when there is no such cache. `fill_first`: by the
         first machine that has cores for an instance, with as many instances as it could hold."""
         loads = self._filled() if fill_first else self.loads
         shares = []

@@ -152,7 +152,7 @@ class GrpcConnections:
 
 
 def _timed(look: Callable[[], Found]) -> tuple[Found, float]:
-    """What it finds, and the seconds of work that it took this thread."""
+    """Returns the result of `look`, and the seconds of processor time that it took this thread."""
     began_s = time.thread_time()
     return look(), time.thread_time() - began_s
 

@@ -47,8 +47,8 @@ class UnpaidBytes:
         self._paid.add(connection)
 
     def judge(self, received: Mapping[str, Received], is_in_use: Callable[[str], bool], now_s: float) -> Verdict:
-        """Of the connections that there are, those that have brought too much, and those whose clients have left: what these
-        left behind is parsed for nobody."""
+        """Returns the connections that have brought too much, and those whose clients have left: their unread bytes would be
+        parsed for nobody."""
         if now_s >= self._ends_s:
             self._before = self._last
             self._paid, self._paid_before = set(), self._paid

@@ -106,7 +106,7 @@ class Outputs:
 
     @property
     def oldest_client(self) -> str | None:
-        """Whose request the process is at work on, or ends with."""
+        """The client of the oldest request without an answer: the one that the process works on."""
         return self._asked[0].output.client if self._asked else None
 
     def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), *, probe: bool = False, client: str = "") -> None:
@@ -167,7 +167,7 @@ class Outputs:
         return request
 
     def _keys_asked(self) -> Iterator[int]:
-        """Whose answers are due and wanted, oldest first."""
+        """Keys of outputs whose answers are due and still wanted, oldest first."""
         for entry in self._asked:
             if self._outputs.get(entry.request.key) is entry.output:
                 yield entry.request.key

@@ -1,4 +1,7 @@
-"""The grammar processes of a worker, driven by a thread of its own: the engine's thread asks, and is told through its inbox."""
+"""The grammar processes of a worker, driven by a thread of their own.
+
+The engine's thread asks, and gets its answers through its inbox.
+"""
 
 import asyncio
 import threading

@@ -1,5 +1,5 @@
-"""What links over a two-rank process group of torch have in common: the group is this pair's alone. D posts what P announced,
-and P sends exactly that."""
+"""The common part of links over a two-rank process group of torch. The group belongs to one pair: D posts the receives that P
+has announced, and P sends exactly these."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -86,7 +86,7 @@ class JobQueue:
         self._front.appendleft(job)
 
     def candidates(self) -> Iterator[Job]:
-        """Of each client at least the first job that could be dispatched now."""
+        """At least the first job of each client that could be dispatched now."""
         yield from self._front
         yield from self._fair.firsts()
 

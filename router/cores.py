@@ -14,7 +14,7 @@ Key = tuple[str, int]  # (worker_id, incarnation)
 
 @dataclass(frozen=True)
 class Capacity:
-    """What instances may take of a host."""
+    """The resources of a host that instances may take."""
 
     num_cores: int
     num_gpus: int = 0
@@ -23,7 +23,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Need:
-    """What one instance takes of its host."""
+    """The resources that one instance takes of its host."""
 
     num_cores: int
     core_share: float  # of each of them, 0 to 1
@@ -46,7 +46,7 @@ class Placement:
 
 @dataclass
 class _Free:
-    """What is left of a host."""
+    """The free resources of a host."""
 
     capacity: Capacity
     cores: list[float] = field(init=False)

@@ -49,7 +49,7 @@ class HostsSeen:
 
 @dataclass(frozen=True, slots=True)
 class HostChecked:
-    """What a host answered to CheckHost."""
+    """A host's answer to CheckHost."""
 
     node_id: str
     capacity: Capacity

@@ -67,7 +67,7 @@ class Links:
             self._avoid(way, link, now_s)
 
     def problems(self, registry: Registry) -> Iterator[str]:
-        """What does not get through between hosts whose workers serve, in words."""
+        """Describes broken ways between hosts whose workers serve."""
         there = {worker.info.address.host_id for worker in registry if worker.state is WorkerState.READY}
         for way, link in self._links.items():
             if link.num_failures >= NUM_FAILURES and there.issuperset(way):

@@ -45,8 +45,10 @@ class RoomMaker:
         return None
 
     def victim(self, job: Job) -> Dispatch | None:
-        """Whose place to take for the job; None when nobody can give one up, or somebody is about to. The youngest of those on
-        the least loaded worker: it has least to compute again."""
+        """The dispatch whose place the job takes; None when nobody can give one up, or somebody is about to.
+
+        It is the youngest of those on the least loaded worker, which has least to compute again.
+        """
         giver = self._giver(job)
         if giver is None:
             return None

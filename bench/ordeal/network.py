@@ -25,7 +25,7 @@ ESTABLISHED, LISTEN = "01", "0A"  # as /proc/net/tcp writes them
 
 
 class Network(Protocol):
-    """Cuts some processes off from others: what is sent between them is lost, and nobody is told.
+    """Cuts some processes off from others: what is sent between them is lost, and neither side gets an error.
 
     Both return what mends it, or None where there is nothing to cut. Both raise FileNotFoundError, ProcessLookupError or
     PermissionError when one of the processes has gone.

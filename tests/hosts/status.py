@@ -1,4 +1,4 @@
-"""What `pdserve status` on the head's host says."""
+"""Reads `pdserve status` on the head's host."""
 
 import json
 import time
@@ -20,7 +20,7 @@ def await_status(hosts: Hosts, holds: Callable[[Status], bool]) -> Status:
 
 
 def states(status: Status) -> dict[str, str]:
-    """Of hosts, by address."""
+    """The state of each host, by address."""
     return {host["address"]: host["state"].removeprefix("HOST_STATE_") for host in status["hosts"]}
 
 

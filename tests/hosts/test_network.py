@@ -1,4 +1,4 @@
-"""What `scripts/hosts` promises of the hosts that it makes."""
+"""The promises of `scripts/hosts` about the hosts that it makes."""
 
 import os
 import subprocess

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from models import LLAMA_110M, ensure_checkpoint
 
-from pdserve.cluster.worker_process import MASK_WAIT_S
+from pdserve.worker.process import MASK_WAIT_S
 from pdserve.core.messages import Serve
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.embedded import MODEL_DIR

@@ -21,7 +21,7 @@ import time
 
 from stream_clients import PROMPT_TOKENS, Count, over_grpc, over_http
 
-from pdserve.cluster.worker_link import RouterLink
+from pdserve.worker.router_link import RouterLink
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import (
     Abort,
@@ -44,7 +44,7 @@ from pdserve.core.messages import (
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.embedded import MODEL_DIR
 from pdserve.gateway.app import model_info, serve
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.proto import pdserve_pb2 as pb
 from pdserve.router import client_stream
 from pdserve.router.core import Router

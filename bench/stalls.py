@@ -32,7 +32,7 @@ from msgspec import structs
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
 from pdserve.gateway.app import model_info, serve
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from pdserve.router.core import Router
 from pdserve.router.service import RouterService

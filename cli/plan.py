@@ -12,7 +12,7 @@ from ..core.config_listen import ListenSection
 from ..core.config_types import format_size
 from ..core.errors import CapacityError
 from ..engine.checkpoint import resolve_model_path
-from ..engine.plan import TYPICAL_TOKENS, GpuPlan, Plan, PoolPlan, plan
+from ..planner.plan import TYPICAL_TOKENS, GpuPlan, Plan, PoolPlan, plan
 
 DEFAULT_FILE = Path("cluster.yaml")
 
@@ -26,7 +26,7 @@ def read_config(file: Path | None) -> ClusterConfig:
 
 def validate(file: Path | None) -> None:
     """Raises for what is wrong on any machine; tells what this one is too small for."""
-    from ..gateway.tokenizer import Tokenizer
+    from ..gateway.text.tokenizer import Tokenizer
 
     config = read_config(file)
     findings = check(config).findings
@@ -47,8 +47,8 @@ def check(config: ClusterConfig) -> Plan:
 
 def _check_files(listen: ListenSection) -> None:
     """Raises ConfigError for what a server could not use."""
-    from ..gateway.access import Access
-    from ..gateway.tls import ServerTls
+    from ..gateway.auth.access import Access
+    from ..gateway.auth.tls import ServerTls
 
     if listen.tls.is_on:
         ServerTls(listen.tls)

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from ..planner.run import Tally, simulate, simulate_all
+from ..simulator.run import Tally, simulate, simulate_all
 
 MAX_SHOWN_FAILURES = 20
 

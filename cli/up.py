@@ -16,7 +16,7 @@ import grpc
 
 from ..core.config import ClusterConfig
 from ..proto import pdserve_pb2 as pb
-from ..telemetry import logs
+from ..core import logs
 from ..telemetry.relay import LogRelay
 from .admin import follow_drain
 from .client import Client, CommandFailed, connect_locally, is_gone

@@ -14,13 +14,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
 from ..router.cores import Placement
-from ..telemetry.logs import LogSettings, configure
+from ..core.logs import LogSettings, configure
 from . import ray_folder
-from .worker_spec import WorkerSpec
+from ..worker.spec import WorkerSpec
 
 log = logging.getLogger(__name__)
 
-WORKER = "pdserve.cluster.worker_process:WorkerProcess"
+WORKER = "pdserve.worker.process:WorkerProcess"
 
 Version = tuple[int, int]  # of a configuration: its head's generation, and which of that head's it is
 

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from ..router.cores import Placement
 from .actors import Outcome
-from .worker_spec import WorkerSpec
+from ..worker.spec import WorkerSpec
 
 Key = tuple[str, int]  # (worker_id, incarnation)
 

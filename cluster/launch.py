@@ -25,11 +25,11 @@ from ..core import admin_socket
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
 from ..engine.gpu import VISIBLE, probe_node
-from ..telemetry.logs import LogSettings
+from ..core.logs import LogSettings
 from . import ray_address, ray_folder
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .errors import LaunchError
-from .head_spec import Doors, HeadSpec
+from ..head.spec import Doors, HeadSpec
 from .ray_address import RayAddress
 from .ray_token import RayToken
 
@@ -185,7 +185,7 @@ class LaunchedCluster:
         here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)  # where clients look for it
         self._head = HeadActor.options(  # type: ignore[attr-defined]  # made by ray.remote
             max_concurrency=1000, scheduling_strategy=here
-        ).remote("pdserve.cluster.head:Head", self._spec)
+        ).remote("pdserve.head.head:Head", self._spec)
 
     def _supervise(self) -> None:
         """Until the head has ended as it was told to, or none can be started."""

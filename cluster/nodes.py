@@ -18,7 +18,7 @@ from ..engine.gpu import Node
 from ..router.cores import Capacity
 from ..router.hosts import HostChecked, SeenHost
 from .actors import reason_of
-from .host_facts import HostFacts, look, refusal, warning
+from ..head.host_facts import HostFacts, look, refusal, warning
 
 CHECK_TIMEOUT_S = 20.0  # for a process to start there and to answer
 NODE_TYPE = "ray.io/node-group"  # Ray's label for a cloud's node type

@@ -1,6 +1,6 @@
 """The cluster as its operator describes it: the `metadata.pdserve` part of cluster.yaml, parsed once and never changed.
 
-`core.config_file` reads it from a file; `engine.plan` says whether a machine can hold it. The docstring under a field
+`core.config_file` reads it from a file; `planner.plan` says whether a machine can hold it. The docstring under a field
 is also its description in the JSON schema.
 """
 

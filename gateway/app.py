@@ -19,23 +19,23 @@ from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..grammar.checker import GrammarChecker
 from ..grammar.messages import Setup
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
-from .access import Access
-from .admin import ClusterService
+from .auth.access import Access
+from .grpc.admin import ClusterService
 from .call_bounds import HeldBytes
 from .connections import GrpcConnections, connections_of_each, raise_descriptor_limit
 from .constraint import Constraints
 from .frontend import Frontend
-from .generation import GenerationService
-from .guard import CallBounds, Guard
+from .grpc.generation import GenerationService
+from .grpc.guard import CallBounds, Guard
 from .http.app import http_app
 from .http.hosts import AllowedHosts
 from .http.server import HttpServer
 from .intake import ModelInfo
 from .offload.offload import Offload
-from .revocation import Revocation
+from .auth.revocation import Revocation
 from .serving import Serving, Shared
-from .tls import ServerTls
-from .tokenizer import Tokenizer
+from .auth.tls import ServerTls
+from .text.tokenizer import Tokenizer
 
 HANDSHAKE_TIMEOUT_MS = 10_000  # for TLS, and for the first bytes of HTTP/2
 KEEPALIVE_MS = 60_000  # a connection that is silent for so long is asked whether its client is there, and closed after as long

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from urllib.parse import unquote
 
 from ..core.errors import PdserveError
-from .access import Caller
+from .auth.access import Caller
 from .places import FairPlaces, NoPlace, address_group
 
 CALLS_OF_ONE_CLIENT = 0.5  # of all

@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from ..core.peer_log import peer_log
-from .grpc_sockets import STATUS, GrpcSocket, GrpcSockets
+from .grpc.sockets import STATUS, GrpcSocket, GrpcSockets
 from .places import FairPlaces, Holder, NoPlace, address_group
-from .unpaid_bytes import UnpaidBytes
-from .unpaid_calls import UnpaidCalls
+from .grpc.unpaid_bytes import UnpaidBytes
+from .grpc.unpaid_calls import UnpaidCalls
 
 Found = TypeVar("Found")
 

@@ -6,7 +6,7 @@ from ..core.errors import InvalidRequest
 from ..proto import pdserve_pb2 as pb
 from ..router.events import ConsideredPlace, DispatchTimes, Timeline
 from ..telemetry import legs
-from .access import Access, Caller
+from .auth.access import Access, Caller
 
 _HTTP_PREFIXES = ("chatcmpl-", "cmpl-")  # of answers: what follows is the request's id
 MAX_TOLD = 5

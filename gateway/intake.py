@@ -14,14 +14,14 @@ from ..core.errors import InvalidRequest
 from ..core.request import Request, SamplingParams
 from ..core.validation import validate_request
 from ..proto import pdserve_pb2 as pb
-from .access import Caller
+from .auth.access import Caller
 from .call_bounds import client_of, host_of
-from .chat_template import TooCostly
+from .text.chat_template import TooCostly
 from .constraint import GrammarCheck, check_constraint
-from .cost import Charge
-from .encoding import bounded_ids, chat_text
+from .auth.cost import Charge
+from .text.encoding import bounded_ids, chat_text
 from .offload.offload import Offload
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 from .tools.grammar import refusal, tool_grammar
 from .tools.offer import Offer
 from .vetting import vet

@@ -17,18 +17,18 @@ from ..core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
 from ..core.request import Request
 from ..core.validation import check_token_ids
 from ..proto import pdserve_pb2 as pb
-from ..telemetry.logs import REQUEST_ID
-from .access import Access, Caller, cache_scope, scoped_salt
+from ..core.logs import REQUEST_ID
+from .auth.access import Access, Caller, cache_scope, scoped_salt
 from .answer import Answer
 from .call_bounds import HeldBytes, client_of, host_of
 from .constraint import GrammarCheck
-from .cost import Charge, Price, prompt_price, request_price
+from .auth.cost import Charge, Price, prompt_price, request_price
 from .frontend import Frontend
 from .in_turns import in_turns
 from .intake import Intake, ModelInfo, shown_id
 from .offload.offload import Offload
-from .revocation import Revocation
-from .tokenizer import Tokenizer
+from .auth.revocation import Revocation
+from .text.tokenizer import Tokenizer
 from .vetting import check_model, refuse_unknown_fields
 
 INLINE_TOKENS = 4096  # so many are decoded on the loop

@@ -25,7 +25,7 @@ from ..core.errors import (
     QueueFull,
 )
 from ..core.request import FinishReason
-from .access import NotPermitted, RateLimited, Unauthenticated
+from .auth.access import NotPermitted, RateLimited, Unauthenticated
 from .call_bounds import TooManyBytes, TooSlow
 from .places import NoPlace
 

@@ -27,7 +27,7 @@ from google.protobuf.message import DecodeError
 
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.proto import pdserve_pb2 as pb
 
 MAX_DETAILS_BYTES = 6 << 10  # beside the message, in headers of 8 KiB

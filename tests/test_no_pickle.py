@@ -35,7 +35,7 @@ METHODS = {
 }
 OBJECT_COLLECTIVES = "_object_list"  # torch.distributed pickles what these carry
 ALLOWED = {
-    ("planner/run.py", "multiprocessing"),  # the simulator's own children, on one machine and without a peer
+    ("simulator/run.py", "multiprocessing"),  # the simulator's own children, on one machine and without a peer
     ("cluster/actors.py", "importlib.import_module"),  # a name of ours, by way of Ray
 }
 

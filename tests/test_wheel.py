@@ -16,7 +16,7 @@ from pathlib import Path
 assert Path(pdserve.__file__).is_relative_to(Path.cwd()), pdserve.__file__
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.checkpoint import resolve_model_path
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.proto import pdserve_pb2, pdserve_pb2_grpc
 path = resolve_model_path("embedded")
 assert path.is_relative_to(Path.cwd()), path

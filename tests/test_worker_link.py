@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from pdserve.cluster import worker_link, worker_process
-from pdserve.cluster.worker_link import RouterLink
-from pdserve.cluster.worker_process import WorkerProcess
-from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.worker import router_link as worker_link, process as worker_process
+from pdserve.worker.router_link import RouterLink
+from pdserve.worker.process import WorkerProcess
+from pdserve.worker.spec import WorkerSpec
 from pdserve.core.codec import FrameDecoder
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CheckpointError

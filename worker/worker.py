@@ -2,7 +2,7 @@
 
     command, or a transfer's ending -> role -> step(): prefill, then decode -> take_messages()
 
-The shell around it (`cluster.worker_process`, and the simulator's) owns the loop and calls from one thread.
+The shell around it (`worker.process`, and the simulator's) owns the loop and calls from one thread.
 """
 
 import time

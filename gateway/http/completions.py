@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ...core.request import Request
 from ...proto import pdserve_pb2 as pb
 from ..answer import Collector
-from ..cost import Charge
+from ..auth.cost import Charge
 from ..in_turns import in_turns
 from ..offload.fair_threads import FairThreads
 from ..serving import Serving

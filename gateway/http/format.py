@@ -13,7 +13,7 @@ from msgspec.json import encode
 
 from ...core.request import Request
 from ...proto import pdserve_pb2 as pb
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .logprobs import chat_logprobs, completion_logprobs
 
 DONE = b"data: [DONE]\n\n"

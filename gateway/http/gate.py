@@ -9,7 +9,7 @@ from typing import Any
 
 from ...core.errors import PdserveError
 from ...core.validation import check_name
-from ..access import Need, Revoked
+from ..auth.access import Need, Revoked
 from ..call_bounds import MESSAGE_TIMEOUT_S, HeldBytes, OpenCalls, TooManyBytes, TooSlow, client_of
 from ..places import NoPlace
 from ..serving import Shared

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...proto import pdserve_pb2 as pb
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 LEAST = -9999.0  # JSON has no infinity
 

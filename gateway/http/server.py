@@ -20,7 +20,7 @@ from ...core.errors import ConfigError
 from ...core.peer_log import peer_log
 from ..connections import places_for
 from ..places import FairPlaces, NoPlace, address_group
-from ..tls import ServerTls
+from ..auth.tls import ServerTls
 from . import connection
 from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
 from .feeder import Feeder

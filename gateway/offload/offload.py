@@ -10,7 +10,7 @@ from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
 from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, Asked, is_small, read_body
 from ..in_turns import in_turns
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from ..vetting import Bounds, has_unknown_fields, vet
 from .fair_threads import FairThreads
 from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup, Work

@@ -10,10 +10,10 @@ from google.protobuf.message import DecodeError, Message
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
-from ..encoding import bounded_ids, chat_text
+from ..text.encoding import bounded_ids, chat_text
 from ..http.bodies import read_body
-from ..tokenizer import Tokenizer
-from ..tokenizer_loading.messages import TokenizerData
+from ..text.tokenizer import Tokenizer
+from ..text.tokenizer_loading.messages import TokenizerData
 from ..tools.offer import Offer
 from ..vetting import Bounds, check_message, refuse_unknown_fields
 from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup

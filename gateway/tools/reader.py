@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ...core.request import Request
 from ...proto import pdserve_pb2 as pb
-from ..detokenizer import TokenDecoder
-from ..tokenizer import Tokenizer
+from ..text.detokenizer import TokenDecoder
+from ..text.tokenizer import Tokenizer
 from .formats import ToolFormat
 from .parser import Arguments, CallBegins, CallEnds, Text, ToolEvent, ToolParser
 

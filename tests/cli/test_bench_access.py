@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from pdserve.cli import trust
 from pdserve.cli.main import app
-from pdserve.gateway.keys import make_key, new_key
+from pdserve.gateway.auth.keys import make_key, new_key
 from tests.certificates import Authority
 from tests.cli.conftest import ServerThread
 from tests.gateway.conftest import CONFIG

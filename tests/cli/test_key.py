@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 from pdserve.cli import trust
 from pdserve.cli.main import app
-from pdserve.gateway.access import Access, Need
-from pdserve.gateway.keys import make_key
+from pdserve.gateway.auth.access import Access, Need
+from pdserve.gateway.auth.keys import make_key
 from tests.cli.conftest import ServerThread
 from tests.gateway.conftest import CONFIG
 

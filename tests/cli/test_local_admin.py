@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from pdserve.cli import trust
 from pdserve.cli.main import app
 from pdserve.core import admin_socket
-from pdserve.gateway.keys import make_key, new_key
+from pdserve.gateway.auth.keys import make_key, new_key
 from tests.cli.conftest import Run, ServerThread
 from tests.gateway.conftest import CONFIG
 from tests.gateway.test_admin import config_yaml

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.engine import plan as plan_module
+from pdserve.planner import plan as plan_module
 from pdserve.engine.gpu import DeviceInfo, Node
 from tests.cli.conftest import Run
 

@@ -20,7 +20,7 @@ from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.core.status import WorkerState
 from pdserve.proto import pdserve_pb2 as pb
-from pdserve.telemetry.logs import LogSettings
+from pdserve.core.logs import LogSettings
 from tests.cli.conftest import ServerThread
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
-from pdserve.cluster import controller as controller_module
+from pdserve.head import controller as controller_module
 from pdserve.cluster.actors import Outcome, outcome_of
-from pdserve.cluster.controller import Controller
-from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.head.controller import Controller
+from pdserve.worker.spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import Hello, Ready, Role
 from pdserve.router.core import Router

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdserve.cluster import worker_link
-from pdserve.cluster.worker_link import RouterLink
+from pdserve.worker import router_link as worker_link
+from pdserve.worker.router_link import RouterLink
 from pdserve.core.codec import FrameEncoder
 from pdserve.core.handshake import OPENING_BYTES, Dialler, Purpose
 from pdserve.core.messages import (

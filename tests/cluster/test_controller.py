@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from pdserve.cluster import controller as controller_module
+from pdserve.head import controller as controller_module
 from pdserve.core.errors import CheckpointError
 from pdserve.core.messages import LoadProgress, Ready
 from pdserve.router.core import Router

@@ -8,7 +8,7 @@ import ray
 
 from pdserve.cluster.actors import options_of
 from pdserve.cluster.nodes import RayNodes, with_resources
-from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.worker.spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind
 from pdserve.core.messages import Role

@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdserve.cluster.head import Head
-from pdserve.cluster.head_config import GPU_PEAKS, REACHED, priors
-from pdserve.cluster.head_spec import HeadSpec
-from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.head.head import Head
+from pdserve.head.settings import GPU_PEAKS, REACHED, priors
+from pdserve.head.spec import HeadSpec
+from pdserve.worker.spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import Role
 from pdserve.engine.gpu import DeviceInfo, Node
-from pdserve.engine.plan import plan
+from pdserve.planner.plan import plan
 from pdserve.router.fleet_events import StartWorker
 
 H100, UNKNOWN = "NVIDIA H100 80GB HBM3", "NVIDIA H999"

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from pdserve.cluster import host_watch as host_watch_module
-from pdserve.cluster.host_watch import HostWatch
+from pdserve.head import host_watch as host_watch_module
+from pdserve.head.host_watch import HostWatch
 from pdserve.core.config import ClusterConfig
 from pdserve.core.hosts import ExpectedHosts
 from pdserve.core.messages import Role

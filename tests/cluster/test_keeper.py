@@ -7,9 +7,9 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from pdserve.cluster import head as head_module
+from pdserve.head import head as head_module
 from pdserve.cluster.actors import KeeperActor, Outcome
-from pdserve.cluster.head import Head
+from pdserve.head.head import Head
 from pdserve.cluster.keeper import RayKeeper
 from pdserve.core.config import ClusterConfig
 from pdserve.router.cores import Placement

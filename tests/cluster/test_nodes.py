@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pdserve.cluster import nodes as nodes_module
-from pdserve.cluster.host_facts import HostFacts, look, refusal, warning
+from pdserve.head.host_facts import HostFacts, look, refusal, warning
 from pdserve.cluster.nodes import RayNodes
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR

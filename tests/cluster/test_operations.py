@@ -13,7 +13,7 @@ from pdserve.cluster.errors import LaunchError
 from pdserve.cluster.launch import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CapacityError, CheckpointError, ConfigError
-from pdserve.engine.plan import plan
+from pdserve.planner.plan import plan
 from pdserve.proto import pdserve_pb2 as pb
 
 from .harness import Cluster, tokens_of, workers_of

@@ -19,7 +19,7 @@ from pdserve.cluster.actors import WorkerActor
 from pdserve.cluster.errors import LaunchError, SharedRayFolder
 from pdserve.cluster.launch import _Ray
 from pdserve.cluster.ray_folder import ACCEPT, check, weakness_of
-from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.worker.spec import WorkerSpec
 
 from ..other_user import NOBODY, needs_root, run_as_nobody
 from .test_gpus import spec

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdserve.cluster import gpu_monitor as monitor_module, worker_device
-from pdserve.cluster.gpu_monitor import GpuMonitor
-from pdserve.cluster.worker_device import engine_options, names_of, own_gpu
-from pdserve.cluster.worker_process import WorkerProcess
-from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.worker import gpu_monitor as monitor_module, device as worker_device
+from pdserve.worker.gpu_monitor import GpuMonitor
+from pdserve.worker.device import engine_options, names_of, own_gpu
+from pdserve.worker.process import WorkerProcess
+from pdserve.worker.spec import WorkerSpec
 from pdserve.core.codec import FrameDecoder, FrameEncoder
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind

@@ -9,8 +9,8 @@ from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CapacityError, ConfigError
 from pdserve.core.messages import Role
 from pdserve.engine.gpu import DeviceInfo, Node
-from pdserve.engine.packing import Demand, Packing
-from pdserve.engine.plan import GPU_MEMORY_FRACTION, Plan, make_plan
+from pdserve.planner.packing import Demand, Packing
+from pdserve.planner.plan import GPU_MEMORY_FRACTION, Plan, make_plan
 
 from .test_plan import GIB, checkpoint, messages
 

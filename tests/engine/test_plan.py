@@ -14,8 +14,8 @@ from pdserve.core.messages import Role
 from pdserve.engine.checkpoint import Checkpoint
 from pdserve.engine.gpu import Node
 from pdserve.engine.model_config import parse_model_config
-from pdserve.engine.packing import Demand, Packing
-from pdserve.engine.plan import AUTO_KV_MAX_BYTES, RUNTIME_BYTES, Plan, make_plan, plan
+from pdserve.planner.packing import Demand, Packing
+from pdserve.planner.plan import AUTO_KV_MAX_BYTES, RUNTIME_BYTES, Plan, make_plan, plan
 from pdserve.engine.safetensors_header import TensorInfo
 from pdserve.engine.tensor_names import expected_tensors
 
@@ -230,5 +230,5 @@ def test_a_missing_checkpoint_is_an_error_of_its_own(tmp_path: Path) -> None:
 
 
 def test_planning_does_not_import_torch() -> None:
-    code = "import sys, pdserve.engine.plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, pdserve.planner.plan; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

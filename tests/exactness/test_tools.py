@@ -11,7 +11,7 @@ import torch
 from pdserve.core.messages import TokenOutput
 from pdserve.core.request import FinishReason, Request, SamplingParams, SequenceSpec
 from pdserve.gateway.answer import Answer, Collector
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.gateway.tools.grammar import tool_grammar
 from pdserve.gateway.tools.offer import Tool
 from pdserve.grammar.messages import Setup

@@ -17,8 +17,8 @@ from pdserve.core.status import ClusterStatus, WorkerState, WorkerStatus
 from pdserve.gateway.constraint import grammar_of
 from pdserve.gateway.frontend import StreamEvent
 from pdserve.gateway.intake import ModelInfo
-from pdserve.gateway.tokenizer import Tokenizer
-from pdserve.gateway.tokenizer_loading.main import exported
+from pdserve.gateway.text.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer_loading.main import exported
 from pdserve.proto import pdserve_pb2 as pb
 from pdserve.router.events import ConsideredPlace, DispatchTimes, EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
 

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pdserve.gateway.app import GatewayServer, serve
-from pdserve.gateway.keys import make_key, new_key
+from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info

@@ -13,7 +13,7 @@ from pdserve.core import peer_log
 from pdserve.gateway import connections
 from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.connections import GrpcConnections
-from pdserve.gateway.grpc_sockets import GrpcSocket, GrpcSockets
+from pdserve.gateway.grpc.sockets import GrpcSocket, GrpcSockets
 from pdserve.gateway.translate import ClientGone, translated
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.flooding import PREFACE, connect, first_to_end, hang_up, serving, until, until_closed

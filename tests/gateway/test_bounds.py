@@ -19,7 +19,7 @@ from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.call_bounds import HeldBytes, KeylessCalls, PendingReads, TooManyBytes, TooSlow
 from pdserve.gateway.connections import RESERVED_DESCRIPTORS, connections_of_each
 from pdserve.gateway.http import server as http_server
-from pdserve.gateway.keys import make_key, new_key
+from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.places import NoPlace
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.certificates import Authority

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.errors import CheckpointError, InvalidRequest
-from pdserve.gateway.chat_template import ChatTemplate
+from pdserve.gateway.text.chat_template import ChatTemplate
 from tests.gateway.chat_templates import FAMILIES
 from tests.gateway.support import byte_level
 

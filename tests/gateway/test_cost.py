@@ -9,8 +9,8 @@ from hypothesis import given, strategies as st
 
 from pdserve.core.config import LimitsSection
 from pdserve.core.errors import InvalidRequest, QueueFull
-from pdserve.gateway.cost import Charge, Price, prompt_price, request_price
-from pdserve.gateway.rate_limit import TokenBucket
+from pdserve.gateway.auth.cost import Charge, Price, prompt_price, request_price
+from pdserve.gateway.auth.rate_limit import TokenBucket
 from pdserve.proto import pdserve_pb2 as pb
 
 LIMITS = LimitsSection(max_tokens=200, max_n=4, max_logprobs=20)

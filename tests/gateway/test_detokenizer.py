@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pdserve.gateway.detokenizer import Detokenizer
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.detokenizer import Detokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from tests.gateway.support import byte_level, sentencepiece_like
 
 KINDS = {"byte-level": byte_level, "sentencepiece-like": sentencepiece_like}

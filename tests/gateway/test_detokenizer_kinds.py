@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from pdserve.gateway.detokenizer import Detokenizer
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.detokenizer import Detokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from tests.gateway.support import byte_level, metaspace, metaspace_with_bytes, sentencepiece_like, word_piece
 from tests.gateway.test_detokenizer import Counting, stream
 

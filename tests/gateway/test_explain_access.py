@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from pdserve.gateway.app import GatewayServer, serve
-from pdserve.gateway.keys import make_key, new_key
+from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info

@@ -20,8 +20,8 @@ from pdserve.core.errors import CheckpointError, InvalidRequest
 from pdserve.embedded import MODEL_DIR
 from pdserve.gateway.intake import Intake
 from pdserve.gateway.offload.offload import Offload
-from pdserve.gateway.tokenizer import Tokenizer
-from pdserve.gateway.tokenizer_loading.growth import (
+from pdserve.gateway.text.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer_loading.growth import (
     MAX_ADDED_TOKENS,
     MAX_AFFIX_CHARS,
     MAX_TEXT_GROWTH,
@@ -32,9 +32,9 @@ from pdserve.gateway.tokenizer_loading.growth import (
     check_growth,
     check_vocabulary,
 )
-from pdserve.gateway.tokenizer_loading.main import exported
-from pdserve.gateway.tokenizer_loading.messages import DEFAULT_LIMITS, Limits
-from pdserve.gateway.tokenizer_loading.process import MAX_TEMPLATE_BYTES, load
+from pdserve.gateway.text.tokenizer_loading.main import exported
+from pdserve.gateway.text.tokenizer_loading.messages import DEFAULT_LIMITS, Limits
+from pdserve.gateway.text.tokenizer_loading.process import MAX_TEMPLATE_BYTES, load
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.support import (
     Unchecked,
@@ -215,7 +215,7 @@ def refusal(path: Path, limits: Limits = DEFAULT_LIMITS) -> str:
 
 def test_the_server_imports_neither_transformers_nor_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pdserve.gateway.tokenizer import Tokenizer; "
+        "import sys; from pathlib import Path; from pdserve.gateway.text.tokenizer import Tokenizer; "
         f"Tokenizer.load(Path({str(MODEL_DIR)!r})); print([name for name in ('transformers', 'torch') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

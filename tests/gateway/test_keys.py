@@ -10,12 +10,20 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.errors import ConfigError
-from pdserve.gateway.access import Access, Caller, Need, NotPermitted, RateLimited, Revoked, Unauthenticated
-from pdserve.gateway.cost import Price
-from pdserve.gateway.key_file import MISSING_GRACE_S
-from pdserve.gateway.keys import ApiKey, KeyRing, digest_of, make_key, new_key, parse_keys
-from pdserve.gateway.rate_limit import TokenBucket
-from pdserve.gateway.secret_files import expected_rights
+from pdserve.gateway.auth.access import (
+    Access,
+    Caller,
+    Need,
+    NotPermitted,
+    RateLimited,
+    Revoked,
+    Unauthenticated,
+)
+from pdserve.gateway.auth.cost import Price
+from pdserve.gateway.auth.key_file import MISSING_GRACE_S
+from pdserve.gateway.auth.keys import ApiKey, KeyRing, digest_of, make_key, new_key, parse_keys
+from pdserve.gateway.auth.rate_limit import TokenBucket
+from pdserve.gateway.auth.secret_files import expected_rights
 
 ALICE, BOB, PROM = new_key(), new_key(), new_key()
 

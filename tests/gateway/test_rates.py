@@ -10,8 +10,8 @@ import pytest
 
 from pdserve.core.config import ClusterConfig
 from pdserve.gateway.app import GatewayServer, serve
-from pdserve.gateway.keys import make_key, new_key
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.auth.keys import make_key, new_key
+from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, model_info

@@ -2,7 +2,7 @@
 
 from hypothesis import given, strategies as st
 
-from pdserve.gateway.stop_strings import Pattern, StopMatcher
+from pdserve.gateway.text.stop_strings import Pattern, StopMatcher
 
 words = st.text("ab", min_size=1, max_size=5)
 

@@ -11,8 +11,8 @@ import pytest
 from jinja2.filters import FILTERS
 
 from pdserve.core.errors import InvalidRequest
-from pdserve.gateway.chat_template import ChatTemplate
-from pdserve.gateway.template.account import MAX_BYTES
+from pdserve.gateway.text.chat_template import ChatTemplate
+from pdserve.gateway.text.template.account import MAX_BYTES
 
 CHAT = [{"role": "user", "content": "hi"}]
 GROW = "{% set ns = namespace(t='x', l=['x']) %}{% for i in range(90) %}"
@@ -161,7 +161,7 @@ FOLDED = ("{{ 10 ** 10 ** 10 }}", "{{ 'a' * 10 ** 9 }}", "{{ 'a' | center(10 ** 
 BOUNDED = """
 import json, resource, sys
 from pdserve.core.errors import CheckpointError
-from pdserve.gateway.chat_template import ChatTemplate
+from pdserve.gateway.text.chat_template import ChatTemplate
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (100, 100))
 for name, source in json.load(sys.stdin).items():

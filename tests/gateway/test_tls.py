@@ -16,7 +16,7 @@ from pdserve.core.config import ClusterConfig
 from pdserve.core.config_listen import TlsSection
 from pdserve.core.errors import ConfigError
 from pdserve.gateway.app import GatewayServer, serve
-from pdserve.gateway.tls import ServerTls
+from pdserve.gateway.auth.tls import ServerTls
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.certificates import Authority, Pair
 from tests.gateway.conftest import CONFIG

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from pdserve.core.errors import CheckpointError, InvalidRequest
 from pdserve.embedded import MODEL_DIR
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from tests.gateway.support import byte_level, metaspace, metaspace_with_bytes, sentencepiece_like, word_piece
 from tests.gateway.tools.models import MODELS
 

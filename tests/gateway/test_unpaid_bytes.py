@@ -11,10 +11,10 @@ import grpc
 import pytest
 
 from pdserve.gateway import connections
-from pdserve.gateway.grpc_sockets import GrpcSockets
-from pdserve.gateway.keys import make_key, new_key
+from pdserve.gateway.grpc.sockets import GrpcSockets
+from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.places import connection_name
-from pdserve.gateway.unpaid_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
+from pdserve.gateway.grpc.unpaid_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until_closed
 from tests.gateway.support import ScriptedCluster
@@ -158,7 +158,7 @@ def refused_calls(count: int) -> bytes:
 async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pdserve.gateway.unpaid_calls.MAX_IN_WINDOW", 1 << 30)  # those that are seen do not end it
+    monkeypatch.setattr("pdserve.gateway.grpc.unpaid_calls.MAX_IN_WINDOW", 1 << 30)  # those that are seen do not end it
     flood = refused_calls(10_000)
     assert len(flood) > MAX_IN_WINDOW
     async with serving(cluster, keys) as server:

@@ -23,8 +23,8 @@ from pdserve.kv_transfer.outbound import OutboundPair
 from pdserve.kv_transfer.protocol import Ack
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
-from pdserve.planner.kv_model import ChainStore
-from pdserve.planner.run import simulate
+from pdserve.simulator.kv_model import ChainStore
+from pdserve.simulator.run import simulate
 from pdserve.prefill_worker.worker import PrefillWorker
 from pdserve.router import hosts
 from pdserve.router.admission import Deadlines, JobQueue

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from pdserve.planner.run import simulate
-from pdserve.planner.scenario import draw_scenario
-from pdserve.planner.simulation import Simulation
+from pdserve.simulator.run import simulate
+from pdserve.simulator.scenario import draw_scenario
+from pdserve.simulator.simulation import Simulation
 
 NUM_SEEDS = 2000
 FIGURE = re.compile(r"^(.+?)  +([0-9,]+)$", re.MULTILINE)
@@ -30,7 +30,7 @@ def test_no_seed_breaks_a_promise() -> None:
 
 @pytest.mark.parametrize("seed", [3, 42])
 def test_a_seed_replays_exactly_also_in_another_process(seed: int) -> None:
-    script = f"from pdserve.planner.run import simulate; print(*simulate({seed}, keep_timeline=True).timeline, sep='\\n')"
+    script = f"from pdserve.simulator.run import simulate; print(*simulate({seed}, keep_timeline=True).timeline, sep='\\n')"
     ours = simulate(seed, keep_timeline=True).timeline
     theirs = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}

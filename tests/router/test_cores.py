@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdserve.cluster.worker_spec import WorkerSpec
+from pdserve.worker.spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind
 from pdserve.core.errors import CapacityError

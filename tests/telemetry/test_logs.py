@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from pdserve.telemetry.logs import (
+from pdserve.core.logs import (
     REQUEST_ID,
     ConsoleFormatter,
     Format,

@@ -13,7 +13,7 @@ import pytest
 from pdserve.core.codec import FrameEncoder
 from pdserve.core.config import LimitsSection
 from pdserve.core.errors import InvalidRequest, NoWorkerAvailable
-from pdserve.gateway.encoding import bounded_ids
+from pdserve.gateway.text.encoding import bounded_ids
 from pdserve.gateway.offload import main, process as shell
 from pdserve.gateway.offload.messages import Decode, Encode, Job, Setup, parts
 from pdserve.gateway.offload.offload import Offload

@@ -25,7 +25,7 @@ import pytest
 
 from pdserve.gateway.http import bodies
 from pdserve.gateway.offload import offload, work
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from tests.gateway import support
 
 

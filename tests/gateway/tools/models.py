@@ -9,7 +9,7 @@ from llguidance import LLTokenizer
 from tokenizers import AddedToken, Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from pdserve.gateway.tokenizer import Tokenizer
+from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.gateway.tools.formats import ToolFormat
 from pdserve.gateway.tools.offer import Offer, Tool
 from tests.gateway.support import EOS, Built, byte_level, metaspace_with_bytes

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from pdserve.gateway.chat_template import ChatTemplate
+from pdserve.gateway.text.chat_template import ChatTemplate
 from pdserve.gateway.tools.formats import ToolFormat
 from tests.gateway.support import Built, byte_level
 from tests.gateway.tools.models import TEMPLATES, openai_tools

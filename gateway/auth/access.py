@@ -1,0 +1,175 @@
+"""Who is admitted, as whom, and how much of it: one object for all servers of a cluster.
+
+A server calls `admit` with what the client shows before it reads what the client asks for, and `charge` before any of that is
+done. Names of keys are the clients that take turns, and that cached prefixes belong to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from ...core.errors import PdserveError
+from .cost import Charge, Price
+from .key_file import KeyFile
+from .keys import ApiKey, KeyRing
+from .rate_limit import TokenBucket
+
+BEARER = "bearer "
+CacheSharing = Literal["key", "group", "all"]
+
+
+class Need(Enum):
+    """What a call asks of its client."""
+
+    NOTHING = "nothing"  # health: load balancers have no keys
+    KEY = "key"
+    REQUEST = "request"  # a key, and a place in its rate
+    METRICS = "metrics"  # a key that may read those of the whole cluster
+    ADMIN = "admin"
+
+
+class Unauthenticated(PdserveError):
+    """No key, or none that is known."""
+
+
+class Revoked(Unauthenticated):
+    """The key of a call was taken away while the call was open."""
+
+
+class NotPermitted(PdserveError):
+    """The key is known, but not for this."""
+
+
+class RateLimited(PdserveError):
+    """A key has used up what it may per minute; retry after `retry_after_s`."""
+
+    def __init__(self, name: str, limit: str, value: int, retry_after_s: float) -> None:
+        super().__init__(f"{name}: {limit} is {value}, retry in {retry_after_s:.1f} s")
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A client that was admitted by its key."""
+
+    key: ApiKey
+
+    @property
+    def name(self) -> str:
+        return self.key.name
+
+    @property
+    def client(self) -> str:
+        """Whom its requests count for when clients take turns; nothing that a client says can make it another's."""
+        return f"key:{self.name}"
+
+    def scoped(self, request_id: str) -> str:
+        """A request's id inside: two clients may give the same, and neither may claim the other's."""
+        return f"{self.name}/{request_id}"
+
+
+def cache_scope(caller: Caller | None, sharing: CacheSharing) -> str:
+    """Whose requests may use each other's cached prefixes. Without keys there is nobody to tell apart."""
+    if caller is None or sharing == "all":
+        return "all"
+    if sharing == "group" and caller.key.group is not None:
+        return f"group:{caller.key.group}"
+    return f"key:{caller.name}"
+
+
+def scoped_salt(scope: str, cache_salt: str) -> str:
+    """The salt inside: no name has a slash, so nothing that a client sends as its salt reaches another scope."""
+    return f"{scope}/{cache_salt}"
+
+
+class Access:
+    """The keys in a file, and what each has used of its rate."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ConfigError."""
+        self._file = KeyFile(path)
+        self._ring = KeyRing(self._file.keys)
+        self._buckets: dict[tuple[str, str, int], TokenBucket] = {}  # (name, limit, per minute)
+        self.version = 0  # how often the keys have changed
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the keys in force, each once."""
+        return self._ring.names
+
+    def look(self, now_s: float) -> None:
+        """Take over the file's keys if they have changed."""
+        if not self._file.look(now_s):
+            return
+        self.version += 1
+        self._ring = KeyRing(self._file.keys)
+        if self._file.keys:  # else the file is missing, and may come back: what was used stays used
+            living = set(self._ring.names)
+            self._buckets = {which: bucket for which, bucket in self._buckets.items() if which[0] in living}
+
+    def admit(self, need: Need, authorization: str | None, now_s: float) -> Caller | None:
+        """Whose key `authorization` (the header's value) shows; None where none is needed and none is shown that is known.
+
+        Raises Unauthenticated, NotPermitted or RateLimited."""
+        self.look(now_s)
+        key = self._ring.find(_shown(authorization))
+        if need is Need.NOTHING:
+            return None if key is None else Caller(key)
+        if key is None:
+            raise Unauthenticated("authorization: not a key of this server, expected `Bearer KEY`")
+        _check_marks(key, need)
+        if need is Need.REQUEST:
+            self._take(key, "requests_per_minute", 1, now_s)
+        return Caller(key)
+
+    def check_still(self, caller: Caller, need: Need) -> None:
+        """Whether a call that was admitted may go on, by the keys that `look` has found. Raises Revoked or NotPermitted."""
+        if need is Need.NOTHING:
+            return
+        key = self._ring.of_digest(caller.key.digest)
+        if key is None or key.name != caller.name:
+            raise Revoked(f"{caller.name}: the key of this call was revoked")
+        _check_marks(key, need)
+
+    def charge(self, caller: Caller | None, prices: Sequence[Price], now_s: float) -> list[Charge]:
+        """Take all that one call asks for, of both rates, before any of it is done; `admit` has counted its first request.
+
+        Raises RateLimited, and takes nothing more then."""
+        if caller is None:
+            return [Charge.free() for _ in prices]
+        num_tokens = sum(price.tokens(price.num_prompt_tokens, price.max_output_tokens) for price in prices)
+        bucket = self._take(caller.key, "tokens_per_minute", num_tokens, now_s)
+        try:
+            num_requests = sum(price.num_choices for price in prices)
+            self._take(caller.key, "requests_per_minute", num_requests, now_s, already=1)
+        except RateLimited:
+            if bucket is not None:
+                bucket.give_back(num_tokens, now_s)
+            raise
+        return [Charge(price, bucket) for price in prices]
+
+    def _take(self, key: ApiKey, limit: str, amount: int, now_s: float, already: int = 0) -> TokenBucket | None:
+        per_minute: int | None = getattr(key, limit)
+        if per_minute is None:
+            return None
+        bucket = self._buckets.setdefault((key.name, limit, per_minute), TokenBucket(per_minute, now_s))
+        delay_s = bucket.take(amount, now_s, already)
+        if delay_s > 0:
+            raise RateLimited(key.name, limit, per_minute, delay_s)
+        return bucket
+
+
+def _check_marks(key: ApiKey, need: Need) -> None:
+    if need is Need.ADMIN and not key.is_admin:
+        raise NotPermitted(f"{key.name}: this key may not administer the cluster, expected one that is marked admin")
+    if need is Need.METRICS and not key.may_read_metrics:
+        raise NotPermitted(f"{key.name}: this key may not read metrics, expected one that is marked metrics or admin")
+
+
+def _shown(authorization: str | None) -> str:
+    """The key in `Bearer KEY`, or nothing."""
+    if authorization is None or authorization[: len(BEARER)].lower() != BEARER:
+        return ""
+    return authorization[len(BEARER) :].strip()

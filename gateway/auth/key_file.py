@@ -1,0 +1,91 @@
+"""The file of the keys: read again as soon as it changes, and what counts while it is wrong or missing.
+
+A file that is wrong (a mistake in a line, rights that are too wide) leaves the keys before it in force. One that is missing, or
+cannot be read, for longer than a moment revokes them all.
+"""
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+from ...core.errors import ConfigError
+from .keys import ApiKey, parse_keys
+from .secret_files import expected_rights, file_stamp
+
+log = logging.getLogger(__name__)
+
+MISSING_GRACE_S = 2.0  # editors move a file away before its new version is in place
+MAX_FILE_BYTES = 4 << 20
+
+
+class Unreadable(ConfigError):
+    """The file is missing, or may not be opened."""
+
+
+class KeyFile:
+    """The keys in force are those of the last `look`."""
+
+    def __init__(self, path: str) -> None:
+        """Raises ConfigError."""
+        self._path = Path(path).expanduser()
+        self._stamp = file_stamp(self._path)
+        self._missing_since_s: float | None = None
+        self.keys = _read(self._path)
+
+    def look(self, now_s: float) -> bool:
+        """Read the file again if it has changed; returns whether the keys in force may have. Costs one stat otherwise."""
+        stamp = file_stamp(self._path)
+        if stamp is not None and stamp == self._stamp:
+            self._missing_since_s = None
+            return False
+        try:
+            keys = _read(self._path)
+        except Unreadable as error:
+            return self._miss(error, now_s)
+        except ConfigError as error:
+            self._stamp, self._missing_since_s = stamp, None  # so that what is wrong is logged once
+            log.error("%s; going on with the %d keys before", error, len(self.keys))
+            return False
+        self._stamp, self._missing_since_s = stamp, None
+        self.keys = keys
+        log.info("listen.api_keys: took over %d keys", len(keys))
+        return True
+
+    def _miss(self, error: Unreadable, now_s: float) -> bool:
+        if self._missing_since_s is None:
+            self._missing_since_s = now_s
+            log.error("%s; all keys are revoked in %g s, unless it is back", error, MISSING_GRACE_S)
+        if not self.keys or now_s - self._missing_since_s < MISSING_GRACE_S:
+            return False
+        log.error("%s; all %d keys are revoked until it can be read", error, len(self.keys))
+        self.keys, self._stamp = (), None
+        return True
+
+
+def _read(path: Path) -> tuple[ApiKey, ...]:
+    """Raises ConfigError, and Unreadable as one of its kind."""
+    where = f"listen.api_keys: got {str(path)!r}, expected"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hold us up
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):  # as a missing file becomes one when it is mounted
+                raise Unreadable(f"{where} a file, not a directory")
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{where} a regular file")
+            rights = expected_rights(status, os.geteuid())
+            if rights is not None:
+                raise ConfigError(f"{where} {rights}")
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        finally:
+            os.close(descriptor)
+        text = data.decode()
+    except OSError as error:
+        raise Unreadable(f"{where} a file that can be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} a text in UTF-8") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{where} at most {MAX_FILE_BYTES} bytes")
+    return parse_keys(text, str(path))

@@ -1,0 +1,77 @@
+"""The Generation service of gRPC: one handler per call, around what `serving` does for both doors."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from ...core.errors import InvalidRequest
+from ...proto import pdserve_pb2 as pb, pdserve_pb2_grpc
+from ..answer import Collector
+from .guard import CALLER
+from ..serving import Serving
+from ..translate import translated, write
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerationService(pdserve_pb2_grpc.GenerationServicer):
+    """Text in, text out."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    # grpc.aio takes coroutines that write as well as generators; writing lets us see when a client does not read
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        with self._serving.shared.answer():
+            async with translated(context), aclosing(self._events(request, context)) as events:
+                async for event in events:
+                    await write(context, event, self._serving.shared.config.limits.max_unread_s)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        with self._serving.shared.answer():
+            async with translated(context), aclosing(self._events(request, context)) as events:
+                if request.resume_from:
+                    raise InvalidRequest("resume_from", list(request.resume_from[:8]), "nothing: the answer comes as a whole")
+                collector = Collector()
+                async for event in events:
+                    collector.add(event)
+                return collector.response()
+        raise AssertionError("translated() ends the call")
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        async with translated(context):
+            return await self._serving.tokenize(request, context.peer(), CALLER.get())
+        raise AssertionError("translated() ends the call")
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        async with translated(context):
+            return await self._serving.detokenize(request, context.peer(), CALLER.get())
+        raise AssertionError("translated() ends the call")
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
+        async with translated(context):
+            return self._serving.model_info(request)
+        raise AssertionError("translated() ends the call")
+
+    async def _events(self, message: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
+        remaining_s = context.time_remaining()
+        deadline_s = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
+        caller, traceparent = CALLER.get(), _metadata(context, "traceparent")
+        with self._serving.charged([message], caller) as (charge,):
+            request = await self._serving.request(
+                message, context.peer(), charge, deadline_s=deadline_s, traceparent=traceparent, caller=caller
+            )
+            async with aclosing(self._serving.events(request, charge, message.resume_from)) as events:
+                async for event in events:
+                    yield event
+
+
+def _metadata(context: Context, key: str) -> str | None:
+    """The value that a client sent along with its call under `key`."""
+    for name, value in context.invocation_metadata() or ():
+        if name == key:
+            return value if isinstance(value, str) else None
+    return None

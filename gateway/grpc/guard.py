@@ -1,0 +1,207 @@
+"""Every gRPC call passes here before its handler: it is authenticated before its message is read, takes a place among the open
+calls, and its message is received and parsed within bounds.
+
+All methods are served as streams on the wire's level, whatever they are to their handlers: gRPC would call the handler of
+a unary method only when the message has come, and a call whose message never comes could not be counted.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from ...core.config import LimitsSection
+from ...core.errors import InvalidRequest, PdserveError
+from ...proto import pdserve_pb2 as pb
+from ..auth.access import Access, Caller, Need, NotPermitted
+from ..call_bounds import (
+    MESSAGE_TIMEOUT_S,
+    HeldBytes,
+    KeylessCalls,
+    OpenCalls,
+    PendingReads,
+    TooSlow,
+    client_of,
+    host_of,
+)
+from ..connections import GrpcConnections
+from ..offload.offload import SMALL_BYTES
+from ..places import connection_name
+from ..auth.revocation import Revocation
+from ..translate import translated, write
+
+MAX_HEADERS = 128  # of a call: more were put together from references to a few, to use up memory
+CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
+
+_SERVICES = {
+    "grpc.health.v1.Health": Need.NOTHING,
+    f"{pb.DESCRIPTOR.package}.Generation": Need.REQUEST,
+    f"{pb.DESCRIPTOR.package}.Cluster": Need.ADMIN,
+}
+_METHODS = {f"{pb.DESCRIPTOR.package}.Cluster/Explain": Need.KEY}  # of its own requests a client has been told most of it
+
+ADMIN_SERVICES = tuple(name for name, need in _SERVICES.items() if need is Need.ADMIN)
+_ADMIN_IS_LOCAL = (
+    "without listen.api_keys only the user who started the cluster administers it, over a Unix socket on the head's host; "
+    "listen.api_keys with a key marked admin, or listen.admin_without_key: true, offer it over TCP"
+)
+
+MessageReader = Callable[[type[Message], bytes, str], Awaitable[Message]]  # as `Serving.message`
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Any  # a grpc.RpcMethodHandler, whose fields its stubs do not name
+
+
+def need_of(method: str) -> Need:
+    """What the full name of a method (`/package.Service/Method`) asks; a key for whatever is not known here."""
+    return _METHODS.get(method.strip("/")) or _SERVICES.get(service_of(method), Need.KEY)
+
+
+def service_of(method: str) -> str:
+    """The full name of a method's service."""
+    return method.strip("/").partition("/")[0]
+
+
+class CallBounds:
+    """The bounds on everything that the calls of one server hold open. `held_bytes` may be shared with another."""
+
+    def __init__(self, limits: LimitsSection, held_bytes: HeldBytes, connections: GrpcConnections) -> None:
+        self.open_calls = OpenCalls(limits.max_open_calls)
+        self.keyless_calls = KeylessCalls()
+        self.reads = PendingReads(limits.max_held_bytes // 2 // limits.max_message_bytes)
+        self.held_bytes = held_bytes
+        self.connections = connections
+        self.max_unread_s = limits.max_unread_s
+
+    @asynccontextmanager
+    async def enter(self, is_keyless: bool, client: str, connection: str) -> AsyncIterator[None]:
+        """Around a call. Raises NoPlace."""
+        if is_keyless:
+            async with self.keyless_calls.enter(client, connection):
+                yield
+        else:
+            with self.open_calls.enter(client), self.connections.in_use(connection):
+                yield
+
+
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
+    """Stands before all services of a server. Without `access`, clients need no keys, and only where `offers_admin` may they
+    administer the cluster."""
+
+    def __init__(
+        self, access: Access | None, bounds: CallBounds, revocation: Revocation, reader: MessageReader, offers_admin: bool
+    ) -> None:
+        self._access = access
+        self._offers_admin = offers_admin
+        self.bounds = bounds
+        self._revocation = revocation
+        self._read = reader
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, as far as there is one
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        details = handler_call_details
+        need = need_of(details.method)
+        num_headers = len(details.invocation_metadata or ())
+        if num_headers > MAX_HEADERS:
+            error = InvalidRequest("metadata", f"{num_headers} headers", f"at most {MAX_HEADERS}")
+            return self._refusal(error, self.bounds.connections.close)
+        try:
+            if self._access is not None:
+                shown = [value for name, value in details.invocation_metadata or () if name == "authorization"]
+                text = shown[0] if len(shown) == 1 and isinstance(shown[0], str) else None
+                CALLER.set(self._access.admit(need, text, asyncio.get_running_loop().time()))
+            elif not self._offers_admin and service_of(details.method) in ADMIN_SERVICES:
+                raise NotPermitted(f"{service_of(details.method)}: {_ADMIN_IS_LOCAL}")
+        except PdserveError as error:
+            return self._refusal(error, self._add_unpaid)
+        if details.method not in self._handlers:
+            found: Handler = await continuation(details)
+            if found is None:  # there is no such method, and there may be any number of their names
+                return None  # type: ignore[return-value]  # the stubs forget it
+            self._handlers[details.method] = self._bounded(found, need)
+        handler: grpc.RpcMethodHandler[Any, Any] = self._handlers[details.method]
+        return handler
+
+    def _bounded(self, handler: Handler, need: Need) -> "grpc.RpcMethodHandler[Any, Any]":
+        behaviour = handler.unary_unary or handler.unary_stream
+        kind: type[Message] = getattr(handler.request_deserializer, "__self__", Message)  # of `FromString`
+
+        async def call(messages: Any, context: Context) -> None:
+            peer, caller = context.peer(), CALLER.get()
+            client, connection = client_of(caller, host_of(peer)), connection_of(peer)
+            is_keyless = need is Need.NOTHING and caller is None and not peer.startswith("unix:")
+            if is_keyless:
+                self._add_unpaid(connection)
+            async with (
+                translated(context),
+                self._revocation.watch(caller, need),
+                self.bounds.enter(is_keyless, client, connection),
+            ):
+                if behaviour is None:
+                    requests = _parsed(messages, handler.request_deserializer)
+                    async for response in handler.stream_stream(requests, context):
+                        await write(context, response, self.bounds.max_unread_s)
+                    return
+                async with self._message(messages, client, kind) as request:
+                    response = await behaviour(request, context)
+                    if not handler.response_streaming:
+                        await write(context, response, self.bounds.max_unread_s)
+
+        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+
+    def _add_unpaid(self, connection: str) -> None:
+        self.bounds.connections.add_unpaid(connection, asyncio.get_running_loop().time())
+
+    def _refusal(self, error: PdserveError, count: Callable[[str], None]) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Ends any call, and has its connection counted. As a handler of streams it does not wait for the client's message,
+        which may be large."""
+
+        async def refuse(requests: Any, context: Context) -> None:
+            count(connection_of(context.peer()))
+            async with translated(context):
+                raise error
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    @asynccontextmanager
+    async def _message(self, messages: Any, client: str, kind: type[Message]) -> AsyncIterator[Message]:
+        """The one message of a call; its bytes count until the call ends.
+
+        Raises InvalidRequest, TooSlow or TooManyBytes, and what `MessageReader` raises.
+        """
+        async with self.bounds.reads.read(client):
+            data: bytes | None = await anext(messages, None)
+        if data is None:
+            raise InvalidRequest("message", "nothing", "one message")
+        with self.bounds.held_bytes.hold(client, len(data)):
+            request = await self._read(kind, data, client)
+            del data
+            yield request
+
+
+async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+    """The messages of a stream that is not ours, which are small. Raises InvalidRequest or TooSlow."""
+    while True:
+        try:
+            async with asyncio.timeout(MESSAGE_TIMEOUT_S):
+                data: bytes | None = await anext(messages, None)
+        except TimeoutError:
+            raise TooSlow("message", MESSAGE_TIMEOUT_S) from None
+        if data is None:
+            return
+        if len(data) > SMALL_BYTES:
+            raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
+        yield parse(data)
+
+
+def connection_of(peer: str) -> str:
+    """The connection of gRPC's name for a peer."""
+    host = host_of(peer)
+    return connection_name(host, peer.rpartition(":")[2]) if peer.startswith("ip") else peer

@@ -1,0 +1,314 @@
+"""The head: router, controller and door in one process, on one asyncio loop. What it is to clients is `gateway.Frontend`."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from .. import __version__
+from ..core.config import ClusterConfig
+from ..core.devices import DeviceKind
+from ..core.errors import InvalidRequest
+from ..core.latency import LatencyModel
+from ..core.request import Request
+from ..core.status import ClusterStatus, WorkerState, WorkerStatus
+from ..planner.device_choice import resolve_device, why_device
+from ..planner.plan import plan
+from ..router.core import Router
+from ..router.events import Closing, EmitChoiceEnd, EmitEnd, EmitTokens, Tick, Timeline
+from ..router.fleet import Fleet, FleetConfig
+from ..router.fleet_events import Apply, Drain, ReplaceWorkers, Shutdown, StartWorker
+from ..router.fleet_member import MemberState, MemberStatus
+from ..router.hosts import Hosts
+from ..router.places import Places
+from ..router.service import RouterService
+from ..router.status import WorkerStatus as RoutedWorker
+from ..telemetry.exposition import Snapshot
+from ..cluster.actors import load_entry_point
+from .controller import Controller
+from .settings import pool_sizes, pools_are_alike, priors, router_config, step_costs
+from .spec import Doors, HeadSpec
+from .telemetry import HeadTelemetry
+from .host_watch import HostWatch
+from ..cluster.keeper import RayKeeper
+from ..cluster.nodes import RayNodes
+from ..worker.spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+NUMBERS_OF_A_HEAD = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
+FIRST_CHECK_S = 5.0  # for hosts that are there at the start; those that answer later join later
+STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
+STATES = {
+    MemberState.STARTING: WorkerState.STARTING,
+    MemberState.READY: WorkerState.READY,
+    MemberState.DRAINING: WorkerState.DRAINING,
+    MemberState.STOPPING: WorkerState.STOPPING,
+    MemberState.BACKOFF: WorkerState.FAILED,
+    MemberState.DRAINED: WorkerState.DRAINED,
+}
+
+
+class Head:
+    """Lives from `start` to `stop`; also the frontend that the door talks to."""
+
+    def __init__(self, spec: HeadSpec) -> None:
+        self._spec = spec
+        self._config: ClusterConfig  # in force
+        self._device: DeviceKind  # of its instances; fixed while the cluster runs
+        self._num_applied = 0
+        self._door: Any = None
+        self._is_listening = False
+        self._told_serving = False  # what the door was told last
+        self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    async def start(self) -> Doors:
+        """Open the door, then start the workers; or take over those of the head before, then open the door.
+
+        Raises CheckpointError, or ConfigError or CapacityError for what does not fit.
+        """
+        spec = self._spec
+        config = self._config = await spec.keeper.config.remote()
+        self._host = spec.host or ray.util.get_node_ip_address()
+        listener = listen(self._host, spec.doors.control_port if spec.doors else 0)
+        self._control_port = int(listener.getsockname()[1])
+        nodes = RayNodes(config.model.path, (self._host, self._control_port))
+        if spec.doors is None:
+            asked = await nodes.ask_all(FIRST_CHECK_S)
+            self._device = resolve_device(config, asked)
+            log.info("device: %s (%s)", self._device, why_device(config, asked))
+        else:
+            asked = await nodes.ask_here()
+            self._device = spec.doors.device
+        self._places = Places()
+        self._watch = HostWatch(Hosts(self._places), nodes, self._device, is_alone=spec.host is not None)
+        if spec.doors is None:
+            await self._watch.start(config)
+            await self._watch.settle(FIRST_CHECK_S)
+            asked = self._watch.nodes(config) or asked[:1]
+        is_complete = spec.doors is None and self._watch.are_complete(config)
+        self._plan = plan(config.on(self._device), asked, more_may_come=not is_complete)
+        self._plan.check(more_may_come=not is_complete)
+        self._started_s = asyncio.get_running_loop().time()
+        fleet = Fleet(
+            FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=pools_are_alike(config)),
+            first_incarnation=1 + spec.generation * NUMBERS_OF_A_HEAD,
+        )
+        self._controller = Controller(
+            fleet, self._places, RayKeeper(spec.keeper), self._worker_spec, self._on_change, self._watch.suspect
+        )
+        model = LatencyModel(priors(config, self._plan))
+        router = Router(
+            router_config(config),
+            model,
+            first_attempt=spec.generation * NUMBERS_OF_A_HEAD,
+            adopts=spec.generation > 0,
+        )
+        costs = step_costs(config, self._plan)
+        self._telemetry = HeadTelemetry(config, costs, model, spec.otlp_endpoint, self._snapshot)
+        self._service = RouterService(router, self._controller, spec.token, self._telemetry.recorder)
+        self._controller.attach(self._service)
+        self._watch.on_vacate = lambda workers: self._controller.handle(ReplaceWorkers(workers))
+        self._watch.on_change = lambda: self._controller.handle(Tick())  # whoever waits for a place may have one now
+        await self._service.start(self._host, listener=listener)
+        self._is_listening = True
+        if spec.generation:
+            self._controller.adopt(await spec.keeper.living.remote())
+            self._controller.handle(Apply(pool_sizes(config)))
+            await self._controller.adopted.wait()
+            await self._watch.start(config)  # now that it is known who runs where
+        addresses = (spec.doors.grpc, spec.doors.http) if spec.doors else (config.listen.grpc, config.listen.http)
+        self._door = await load_entry_point(spec.door)(self, config, *addresses, local=spec.local)
+        self._on_change()
+        if not spec.generation:
+            self._controller.handle(Apply(pool_sizes(config)))
+        return Doors(self._door.grpc_address, self._door.http_address, self._control_port, self._device)
+
+    async def wait(self) -> None:
+        """Returns when the cluster has been shut down."""
+        await self._ended.wait()
+
+    async def stop(self) -> None:
+        """End everything now."""
+        self._end()
+        if self._door is not None:
+            await self._door.stop(0.0)
+        if self._is_listening:
+            await self._watch.close()
+            await self._controller.close()
+            await self._service.stop()
+            await self._telemetry.close()
+
+    # Frontend
+
+    def generate(self, request: Request) -> AsyncGenerator[EmitTokens | EmitChoiceEnd | EmitEnd, None]:
+        return self._service.generate(request)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        self._service.cancel(request_id, choice)
+
+    def status(self) -> ClusterStatus:
+        now_s = asyncio.get_running_loop().time()
+        routed = self._service.router.status(now_s)
+        rows = {(worker.worker_id, worker.incarnation): worker for worker in routed.workers}
+        members = self._controller.fleet.status()
+        hosts = self._watch.hosts
+        return ClusterStatus(
+            serving=self._is_serving,
+            shutting_down=self._controller.fleet.is_shutting_down,
+            num_queued_requests=routed.num_queued,
+            num_running_requests=routed.num_requests - routed.num_queued,
+            instances=pool_sizes(self._config),
+            workers=tuple(self._row(m, rows.get((m.worker_id, m.incarnation)), hosts.names, now_s) for m in members),
+            uptime_s=now_s - self._started_s,
+            degraded="; ".join(filter(None, (routed.degraded if routed.workers else None, hosts.problems()))) or None,
+            hosts=hosts.status(now_s),
+        )
+
+    def metrics(self) -> bytes:
+        return self._telemetry.metrics()
+
+    def explain(self, request_id: str) -> Timeline | None:
+        now_s = asyncio.get_running_loop().time()
+        return self._service.router.timeline(request_id, now_s) or self._telemetry.recent(request_id)
+
+    async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
+        """The state now, and again whenever it may have changed."""
+        while not self._ended.is_set():
+            self._changed.clear()
+            yield self.status()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
+            await asyncio.sleep(STATUS_INTERVAL_S)
+
+    async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
+        await self._watch.resolve(config)
+        more_may_come = not self._watch.are_complete(config)
+        planned = plan(config.on(self._device), self._watch.nodes(config), more_may_come=more_may_come)
+        planned.check(more_may_come=more_may_come)
+        if not dry_run:
+            self._config = config
+            self._num_applied += 1  # calls of the keeper may overtake each other
+            self._spec.keeper.remember.remote(config, (self._spec.generation, self._num_applied))
+            self._service.router.configure(router_config(config))
+            self._telemetry.configure(config)
+            self._watch.expect(config)
+            routed = self._service.router.status(asyncio.get_running_loop().time())
+            num_legs = {worker.worker_id: worker.num_legs for worker in routed.workers}
+            self._controller.handle(Apply(pool_sizes(config), num_legs))
+
+    async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
+        fleet = self._controller.fleet
+        known = {member.worker_id for member in fleet.status()}
+        for worker_id in worker_ids:
+            if worker_id not in known:
+                raise InvalidRequest("worker_ids", worker_id, f"one of {', '.join(sorted(known)) or 'none'}")
+        if shutdown:
+            self._tell_serving(False)  # before anything is refused
+            self._service.handle(Closing())
+            self._controller.handle(Shutdown())
+        else:
+            for worker_id in worker_ids or sorted(known):
+                self._controller.handle(Drain(worker_id))
+        async for _ in self._states():
+            if shutdown and fleet.is_stopped:
+                self._end()
+                return
+            waiting = {MemberState.DRAINING, MemberState.STOPPING}
+            if not shutdown and not any(m.state in waiting for m in fleet.status() if m.worker_id in (worker_ids or known)):
+                return
+
+    async def _states(self) -> AsyncIterator[None]:
+        """Once now, and after each change."""
+        while True:
+            self._changed.clear()
+            yield
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), 1.0)
+
+    # inside
+
+    def _snapshot(self, num_spans: int) -> Snapshot:
+        router = self._service.router
+        return Snapshot(
+            status=router.status(asyncio.get_running_loop().time()),
+            token_gaps=router.token_gaps,
+            configured=pool_sizes(self._config),
+            restarts={member.worker_id: (member.role, member.num_restarts) for member in self._controller.fleet.status()},
+            hosts=Counter(host.state for host in self._watch.hosts.status(0.0)),
+            num_takeovers=self._spec.generation,
+            num_spans=num_spans,
+            version=__version__,
+            model=self._config.model.name,
+        )
+
+    def _worker_spec(self, action: StartWorker) -> WorkerSpec:
+        (pool,) = (pool for pool in self._plan.pools if pool.role is action.role)
+        return WorkerSpec(
+            worker_id=action.worker_id,
+            incarnation=action.incarnation,
+            role=action.role,
+            config=self._config,
+            device=self._device,
+            num_blocks=None if pool.is_measured else pool.num_blocks,
+            router_address=(self._host, self._control_port),
+            token=self._spec.token,
+            host=self._spec.host,
+            log=self._spec.log,
+            accept_open_ray=self._spec.accept_open_ray,
+            memory_bytes=pool.instance_bytes if self._device == "cpu" else 0,
+        )
+
+    @property
+    def _is_serving(self) -> bool:
+        fleet = self._controller.fleet
+        return not fleet.is_shutting_down and any(member.state is MemberState.READY for member in fleet.status())
+
+    def _on_change(self) -> None:
+        self._changed.set()
+        if self._door is not None:
+            self._tell_serving(self._is_serving)
+
+    def _tell_serving(self, serving: bool) -> None:
+        if serving is not self._told_serving:
+            self._told_serving = serving
+            self._door.set_serving(serving)
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._changed.set()
+
+    def _row(self, member: MemberStatus, routed: RoutedWorker | None, hosts: Mapping[str, str], now_s: float) -> WorkerStatus:
+        process = self._controller.processes.get((member.worker_id, member.incarnation))
+        info = process.info if process is not None else None
+        return WorkerStatus(
+            worker_id=member.worker_id,
+            role=member.role,
+            state=STATES[member.state],
+            phase=process.phase if process is not None else "",
+            fraction=process.fraction if process is not None else 0.0,
+            message=(member.last_error or "") if member.state is MemberState.BACKOFF else "",
+            node=hosts.get(self._places.cores.node_of((member.worker_id, member.incarnation)) or "", ""),
+            pid=info.pid if info else 0,
+            devices=info.devices if info else (),
+            num_running=routed.load.num_running if routed else 0,
+            num_waiting=routed.load.num_waiting if routed else 0,
+            num_free_blocks=routed.load.num_free_blocks if routed else 0,
+            num_blocks=routed.num_blocks if routed else 0,
+            tokens_per_s=routed.tokens_per_s if routed else 0.0,
+            age_s=now_s - process.started_s if process else 0.0,
+            num_restarts=member.num_restarts,
+            stalled_s=routed.stalled_s if routed else 0.0,
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The port for workers, before anybody is accepted: hosts are asked whether they reach it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)

@@ -1,0 +1,123 @@
+"""Follows the hosts of the Ray cluster for `router.hosts.Hosts`, and does what it says."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..core.config import ClusterConfig
+from ..core.devices import DeviceKind
+from ..core.hosts import ExpectedHosts, HostState
+from ..engine.gpu import Node
+from ..router.cores import Key
+from ..router.hosts import (
+    CheckHost,
+    ExpectHosts,
+    HostChanged,
+    HostEvent,
+    Hosts,
+    HostsSeen,
+    HostSuspected,
+    VacateHost,
+)
+from ..cluster.nodes import RayNodes
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0  # between two looks at what Ray knows
+
+
+class HostWatch:
+    """Lives from `start` to `close`. `on_vacate` is called with workers that must leave their host, `on_change` after each
+    change."""
+
+    def __init__(self, hosts: Hosts, nodes: RayNodes, device: DeviceKind, *, is_alone: bool) -> None:
+        """`is_alone`: in a Ray of our own, which nobody can join."""
+        self.hosts = hosts
+        self.on_vacate: Callable[[tuple[Key, ...]], None] = lambda workers: None
+        self.on_change: Callable[[], None] = lambda: None
+        self._nodes = nodes
+        self._device = device
+        self._is_alone = is_alone
+        self._config: ClusterConfig  # in force
+        self._resolved: dict[str, str] = {}  # names in files -> addresses
+        self._checks: set[asyncio.Task[None]] = set()
+        self._following: asyncio.Task[None] | None = None
+
+    async def start(self, config: ClusterConfig) -> None:
+        """Find the hosts that are there; each is checked before it serves."""
+        await self.resolve(config)
+        self.expect(config)
+        self.handle(HostsSeen(await self._nodes.seen()))
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    async def settle(self, timeout_s: float) -> None:
+        """Returns when no host is being checked any more, or after a while."""
+        if self._checks:
+            await asyncio.wait(self._checks, timeout=timeout_s)
+
+    def are_complete(self, config: ClusterConfig) -> bool:
+        """Whether all hosts of a configuration serve."""
+        return self.hosts.are_complete(self._expected(config))
+
+    def nodes(self, config: ClusterConfig) -> tuple[Node, ...]:
+        """The hosts of a configuration that serve, the head's first."""
+        return tuple(map(self._nodes.node, self.hosts.serving(self._expected(config))))
+
+    async def resolve(self, config: ClusterConfig) -> None:
+        """Look up the names of a configuration's hosts; one that nobody knows may still be a host's own name."""
+        for name in config.hosts.addresses or ():
+            with contextlib.suppress(OSError):
+                found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
+                self._resolved[name] = str(found[0][4][0])
+
+    def expect(self, config: ClusterConfig) -> None:
+        """This configuration is in force from now on."""
+        self._config = config
+        self.handle(ExpectHosts(self._expected(config), config.join_timeout_s))
+
+    def suspect(self, node_id: str) -> None:
+        """A worker there was lost, and nobody knows why. `on_change` is not called: nobody can have a place by this, and the
+        fleet has yet to hear of the loss."""
+        self._carry_out(HostSuspected(node_id))
+
+    def handle(self, event: HostEvent) -> None:
+        self._carry_out(event)
+        self.on_change()
+
+    def _carry_out(self, event: HostEvent) -> None:
+        for action in self.hosts.handle(event, asyncio.get_running_loop().time()):
+            match action:
+                case CheckHost(node_id):
+                    check = asyncio.get_running_loop().create_task(self._check(node_id))
+                    self._checks.add(check)
+                    check.add_done_callback(self._checks.discard)
+                case VacateHost(workers):
+                    self.on_vacate(workers)
+                case HostChanged(name, state, message):
+                    is_odd = bool(message) and state is not HostState.CHECKING
+                    log.log(logging.WARNING if is_odd else logging.INFO, "host %s: %s", name, message or state.value)
+
+    async def close(self) -> None:
+        tasks = [*self._checks] if self._following is None else [*self._checks, self._following]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _expected(self, config: ClusterConfig) -> ExpectedHosts:
+        return ExpectedHosts() if self._is_alone else replace(config.hosts, resolved=self._resolved)
+
+    async def _check(self, node_id: str) -> None:
+        self.handle(await self._nodes.check(node_id, self._config, self._device))
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            try:
+                seen = await self._nodes.seen()
+            except Exception as error:  # whatever Ray raises when its own head is slow or gone: hosts stay as they are
+                log.warning("Ray does not say which hosts there are: %s: %s", type(error).__name__, error)
+                continue
+            self.handle(HostsSeen(seen))

@@ -1,0 +1,79 @@
+"""What a configuration means to the parts of the head."""
+
+from dataclasses import replace
+
+from ..core.config import ClusterConfig
+from ..core.latency import LatencyPriors
+from ..core.messages import Role
+from ..engine.checkpoint import open_checkpoint, resolve_model_path
+from ..engine.gpu_peaks import Peaks, peaks_of
+from ..planner.plan import Plan
+from ..router.config import RouterConfig
+from ..telemetry.steps import StepCosts
+
+# what a core, a GPU and links of ordinary machines do; only the first placements depend on it
+CORE_FLOPS_PER_S = 1e11
+MEMORY_BYTES_PER_S = 2e10
+LINK_BYTES_PER_S = 5e9
+GPU_PEAKS = Peaks(312e12, 1.555e12)  # of one whose name says nothing to us
+GPU_LINK_BYTES_PER_S = 2e10
+REACHED = 0.5  # of a GPU's peaks
+
+
+def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
+    return {role: pool.instances for role, pool in config.pools.items()}
+
+
+def pools_are_alike(config: ClusterConfig) -> bool:
+    """Whether a worker of one pool could serve in the other."""
+    same = {"instances": 0}
+    return config.pools.prefill.model_copy(update=same) == config.pools.decode.model_copy(update=same)
+
+
+def router_config(config: ClusterConfig) -> RouterConfig:
+    defaults = RouterConfig()
+    return replace(
+        defaults,
+        max_queued_requests=config.limits.max_queued_requests,
+        max_unread_tokens=config.limits.max_unread_tokens,
+        itl_slo_s=config.slo.itl_ms / 1e3,
+        prefill_on_decode_factor=None if config.routing.prefill_on_decode == "never" else defaults.prefill_on_decode_factor,
+    )
+
+
+def priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
+    """What steps should take, by arithmetic on an ordinary core or the GPU that is there; the model learns the rest from the
+    first steps on."""
+    flops_per_s, bytes_per_s, link_bytes_per_s = _rates(plan)
+    checkpoint = open_checkpoint(resolve_model_path(config.model.path)).config
+    return LatencyPriors.roofline(
+        num_parameters=plan.num_parameters,
+        weight_bytes=plan.weights_bytes,
+        kv_bytes_per_token=plan.kv_bytes_per_token,
+        attention_flops_per_square=4.0 * checkpoint.num_layers * checkpoint.q_size,
+        flops_per_s=flops_per_s,
+        memory_bytes_per_s=bytes_per_s,
+        link_bytes_per_s=link_bytes_per_s,
+    )
+
+
+def _rates(plan: Plan) -> tuple[float, float, float]:
+    """Of an instance: arithmetic, reading memory, and what its link carries, a second."""
+    if plan.device == "cpu":
+        return CORE_FLOPS_PER_S * max(pool.num_threads for pool in plan.pools), MEMORY_BYTES_PER_S, LINK_BYTES_PER_S
+    peaks = next((peaks_of(gpu.name) for gpu in plan.gpus if gpu.instances), None) or GPU_PEAKS
+    return REACHED * peaks.flops_per_s, REACHED * peaks.bytes_per_s, GPU_LINK_BYTES_PER_S
+
+
+def step_costs(config: ClusterConfig, plan: Plan) -> StepCosts:
+    """By the model's shape. Embeddings are looked up, so only the output's matrix computes, once a sampled token."""
+    model = open_checkpoint(resolve_model_path(config.model.path)).config
+    embedding = model.vocab_size * model.hidden_size
+    num_in_layers = plan.num_parameters - embedding * (1 if model.tie_word_embeddings else 2)
+    return StepCosts(
+        flops_per_token=2.0 * num_in_layers,
+        flops_per_sample=2.0 * embedding,
+        flops_per_pair=4.0 * model.num_layers * model.q_size,
+        weight_bytes=plan.weights_bytes,
+        kv_bytes_per_token=plan.kv_bytes_per_token,
+    )

@@ -1,0 +1,412 @@
+"""The head in virtual time: production's `Router` and `Fleet`, around them what `RouterService` and `Controller` do with
+connections and processes."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from ..core.errors import PdserveError
+from ..core.latency import LatencyModel
+from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Ready, Role, StepReport, WorkerCommand
+from ..core.request import FinishReason, Request
+from ..router.config import RouterConfig
+from ..router.core import Router
+from ..router.cores import Need, Placement
+from ..router.events import (
+    Adopted,
+    Cancel,
+    EmitChoiceEnd,
+    EmitEnd,
+    EmitTokens,
+    RouterCommand,
+    RouterEvent,
+    SendCommand,
+    Submit,
+    Tick,
+    WorkerDraining,
+    WorkerIdle,
+    WorkerLost,
+    WorkerReady,
+    WorkerRole,
+    WorkersExpected,
+)
+from ..router.fleet import Fleet, FleetConfig
+from ..router.fleet_events import (
+    AdoptWorkers,
+    Apply,
+    AssignRole,
+    DrainWorker,
+    FleetAction,
+    FleetEvent,
+    ReplaceWorkers,
+    StartWorker,
+    StopWorker,
+    WorkerPlaced,
+)
+from ..router.hosts import (
+    CheckHost,
+    ExpectHosts,
+    HostChanged,
+    HostEvent,
+    Hosts,
+    HostsSeen,
+    HostSuspected,
+    VacateHost,
+)
+from ..router.links import NUM_FAILURES
+from ..router.places import Places
+from ..router.service import HEARTBEAT_S, MAX_SILENT_BEATS
+from .broken_ways import BrokenWays
+from .network import End
+from .simulated_hosts import SimulatedHosts
+from .simulated_worker import SimulatedWorker
+from .virtual_time import Process, Timer, VirtualTime
+from .wanted import WantedLegs, is_our_own_fault
+
+STOP_TIMEOUT_S = 5.0
+HOSTS_INTERVAL_S = 0.5  # between two looks at what Ray tells of hosts
+NEED = Need(1, 1.0)  # of an instance
+NUMBERS_OF_A_HEAD = 10**6  # of incarnations and of attempts
+
+Key = tuple[str, int]
+
+
+class Client(Protocol):
+    """Who hears of a request."""
+
+    def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None: ...
+    def on_lost(self) -> None: ...
+
+
+class SimulatedHead:
+    """Streams on one side, workers on the other, decisions in the middle."""
+
+    def __init__(
+        self,
+        time: VirtualTime,
+        process: Process,
+        router: RouterConfig,
+        fleet: FleetConfig,
+        world: SimulatedHosts,
+        join_timeout_s: float,
+        start_worker: Callable[[StartWorker, Placement], SimulatedWorker],
+        violation: Callable[[str], None],
+        note: Callable[[str], None] | None,
+        generation: int = 0,
+    ) -> None:
+        """`note` keeps the timeline; None for none. `generation` counts the heads before this one, whose workers it takes
+        over."""
+        self.process = process
+        self.router = Router(router, LatencyModel(), first_attempt=generation * NUMBERS_OF_A_HEAD, adopts=generation > 0)
+        self.fleet = Fleet(fleet, first_incarnation=1 + generation * NUMBERS_OF_A_HEAD)
+        self.places = Places()
+        self.hosts = Hosts(self.places)
+        self._world = world
+        self._join_timeout_s = join_timeout_s
+        self._wanted_workers: dict[Key, StartWorker] = {}  # that wait for a place
+        self._is_settled = generation == 0
+        self.clients: dict[str, Client] = {}
+        self.on_dispatch: Callable[[], object] = lambda: None
+        self._time = time
+        self._start_worker = start_worker
+        self._violation = violation
+        self._note = note
+        self._workers: dict[Key, _Connection] = {}
+        self._wanted = WantedLegs()
+        self._ways = BrokenWays()
+        self._started: dict[Key, SimulatedWorker] = {}
+        self._ending: set[Key] = set()
+        self._commands: deque[RouterCommand] = deque()
+        self._actions: deque[FleetAction] = deque()
+        self._is_busy = self._is_acting = False
+        self._tick: Timer | None = None
+        self._fleet_tick: Timer | None = None
+
+    def start(self, pools: Mapping[Role, int], survivors: Iterable[SimulatedWorker]) -> None:
+        """Match the pools. `survivors` are processes that an earlier head started, oldest first."""
+        if self._is_settled:
+            self._meet_hosts()
+        newest = {worker.worker_id: worker for worker in survivors}
+        for worker in survivors:
+            self.places.adopt((worker.worker_id, worker.incarnation), worker.role, worker.placement, NEED)
+            self._watch(worker)
+            if newest[worker.worker_id] is not worker:
+                self._stop((worker.worker_id, worker.incarnation))
+        self.manage(AdoptWorkers(tuple(StartWorker(w.role, w.worker_id, w.incarnation) for w in newest.values())))
+        self.manage(Apply(pools))
+
+    # hosts
+
+    def _meet_hosts(self) -> None:
+        """Once it is known who runs where."""
+        self.expect_hosts()
+        self._look()
+        self.process.every(HOSTS_INTERVAL_S, self._look)
+
+    def _look(self) -> None:
+        self.host_event(HostsSeen(self._world.seen()))
+
+    def expect_hosts(self) -> None:
+        """As the configuration in force says."""
+        self.host_event(ExpectHosts(self._world.expected(), self._join_timeout_s))
+
+    def host_event(self, event: HostEvent) -> None:
+        self._on_host_event(event)
+        self.manage(Tick())
+
+    def _on_host_event(self, event: HostEvent) -> None:
+        for action in self.hosts.handle(event, self._time.now_s):
+            match action:
+                case CheckHost(node_id):
+                    after_s, answer = self._world.check(node_id)
+                    self.process.call_later(after_s, lambda answer=answer: self.host_event(answer))  # type: ignore[misc]
+                case VacateHost(workers):
+                    self.manage(ReplaceWorkers(workers))
+                case HostChanged(name, _, message):
+                    if self._note is not None:
+                        self._note(f"host {name}: {message or 'joined'}")
+
+    # clients
+
+    def submit(self, request: Request, client: Client, *, comes_back: bool) -> PdserveError | None:
+        """Why the request is not admitted; None when it is. A client that comes back has been admitted before."""
+        if request.request_id in self.clients:
+            raise AssertionError("clients do not use an id twice at a time")
+        self.clients[request.request_id] = client
+        num_displaced = self.router.counters.displaced
+        try:
+            self.handle(Submit(request))
+        except PdserveError as error:
+            del self.clients[request.request_id]
+            return error
+        num_queued = self.router.status(self._time.now_s).num_queued
+        is_beside = comes_back or self.router.counters.displaced > num_displaced  # those dispatched before come back beside it
+        if num_queued > self.router.config.max_queued_requests and not is_beside:
+            self._violation(f"{num_queued} requests are queued, {self.router.config.max_queued_requests} are allowed")
+        return None
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        self.handle(Cancel(request_id, FinishReason.CANCELLED if choice is None else FinishReason.STOP, choice))
+
+    # the router
+
+    def handle(self, event: RouterEvent) -> None:
+        try:
+            self._commands += self.router.handle(event, self._time.now_s)
+        except PdserveError:
+            raise
+        except Exception as error:  # what would end the head's process
+            self._violation(f"the router failed at {type(event).__name__}: {error!r}")
+            raise
+        if self._is_busy:
+            return
+        self._is_busy = True
+        while self._commands:
+            self._carry_out(self._commands.popleft())
+        self._is_busy = False
+        if self._tick is not None:
+            self._tick.cancel()
+        due_s = self.router.next_tick_s()
+        self._tick = None if due_s is None else self.process.call_at(due_s, lambda: self.handle(Tick()))
+
+    def _carry_out(self, command: RouterCommand) -> None:
+        match command:
+            case SendCommand(worker_id, incarnation, message):
+                connection = self._workers.get((worker_id, incarnation))
+                if connection is not None:
+                    connection.end.send(message)
+                self._wanted.sent((worker_id, incarnation), message)
+                started = self._started.get((worker_id, incarnation))
+                if started is not None and self._ways.sent(started.placement.node_id, message, self._time.now_s):
+                    self._check_want_of_another_place(message)
+                if not isinstance(message, Abort):
+                    self.on_dispatch()
+                if self._note is not None:
+                    self._note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
+            case EmitTokens() | EmitChoiceEnd() | EmitEnd():
+                client = self.clients.get(command.request_id)
+                if isinstance(command, EmitEnd):
+                    self.clients.pop(command.request_id, None)
+                    for text in self._wanted.ended(command.request_id, self._workers.keys() & self._started.keys()):
+                        self._violation(text)
+                if client is None:
+                    self._violation(f"{command.request_id}: {type(command).__name__} after its end")
+                else:
+                    client.on_event(command)
+            case WorkerIdle(worker_id, incarnation):
+                self.manage(WorkerIdle(worker_id, incarnation))
+
+    def _check_want_of_another_place(self, command: WorkerCommand) -> None:
+        """It goes over a broken way: its placement must know of it, and have found nothing better."""
+        assert isinstance(command, Prefill)
+        transfer = command.spec.transfer
+        timeline = self.router.timeline(transfer.request_id, self._time.now_s)
+        for dispatch in timeline.dispatches if timeline is not None else ():
+            if dispatch.number == transfer.attempt and not dispatch.considered[0].has_failed:
+                self._violation(f"{transfer} takes a way between hosts that has just failed {NUM_FAILURES} times")
+
+    # workers' connections
+
+    def accept(self, worker: SimulatedWorker, end: End) -> None:
+        """The first message that a worker sends says that it is loaded."""
+        end.on_message = lambda message: self._admit(worker, end, message)
+
+    def _admit(self, worker: SimulatedWorker, end: End, message: Any) -> None:
+        key = worker.worker_id, worker.incarnation
+        if key in self._started and key not in self._ending and key not in self._workers and isinstance(message, Ready):
+            self._workers[key] = _Connection(self, key, end)
+            self.receive(message)
+        else:
+            end.close()
+
+    def receive(self, message: Any) -> None:
+        match message:
+            case Ready(info=info, held=held):
+                self._wanted.told((info.worker_id, info.incarnation), held)
+                self.handle(WorkerReady(info, held))
+                self.manage(WorkerReady(info))
+            case StepReport() | LegEnded():
+                self._wanted.heard(message)
+                if isinstance(message, LegEnded):
+                    self._ways.heard(message, self._time.now_s)
+                if isinstance(message, LegEnded) and is_our_own_fault(message.error or ""):
+                    self._violation(f"{message.worker_id}: {message.leg.value} of {message.transfer}: {message.error}")
+                if self._note is not None and isinstance(message, LegEnded):
+                    how = message.error or "complete"
+                    self._note(
+                        f"{message.worker_id}/{message.incarnation}: {message.leg.value} of {message.transfer} ended, {how}"
+                    )
+                self.handle(message)
+
+    def lost(self, key: Key, reason: str) -> None:
+        """A connection is gone: so is the worker, and its process must go."""
+        if self._workers.pop(key, None) is None:
+            return
+        if self._note is not None:
+            self._note(f"router lost {key[0]}/{key[1]}: {reason}")
+        self.handle(WorkerLost(*key, reason))
+        if key not in self._ending:
+            self._suspect(key)
+            self.manage(WorkerLost(*key, reason))
+            self._stop(key)
+
+    # the fleet
+
+    def manage(self, event: FleetEvent) -> None:
+        if isinstance(event, Apply):
+            self.places.wanted = event.pools
+        self._actions += self.fleet.handle(event, self._time.now_s)
+        if self._is_acting:
+            return
+        self._is_acting = True
+        self.handle(WorkersExpected(self.fleet.num_expected))
+        while self._actions or self._give_places():
+            while self._actions:
+                self._act(self._actions.popleft())
+        self._is_acting = False
+        if not self._is_settled and self.fleet.is_settled:
+            self._is_settled = True
+            self.handle(Adopted())
+            self._meet_hosts()
+        self.handle(WorkersExpected(self.fleet.num_expected))
+        if self._fleet_tick is not None:
+            self._fleet_tick.cancel()
+        due_s = self.fleet.next_tick_s()
+        self._fleet_tick = None if due_s is None else self.process.call_at(due_s, lambda: self.manage(Tick()))
+
+    def _act(self, action: FleetAction) -> None:
+        match action:
+            case StartWorker(role, worker_id, incarnation):
+                self._wanted_workers[worker_id, incarnation] = action
+                self.places.ask((worker_id, incarnation), role, NEED)
+            case DrainWorker(worker_id):
+                self.handle(WorkerDraining(worker_id))
+            case AssignRole(worker_id, role):
+                self.places.assign(worker_id, role)
+                for key, worker in self._started.items():
+                    if key[0] == worker_id and key not in self._ending:
+                        self._world.serves(worker.placement.node_id, f"{worker_id} becomes {role.value}")
+                self.handle(WorkerRole(worker_id, role))
+            case StopWorker(worker_id, incarnation):
+                self._stop((worker_id, incarnation))
+
+    def _give_places(self) -> bool:
+        """Start the workers for which there is room. Whether there is anything to do after that."""
+        while (found := self.places.next()) is not None:
+            key, placement = found
+            self._watch(self._start_worker(self._wanted_workers.pop(key), placement))
+            self._actions += self.fleet.handle(WorkerPlaced(*key), self._time.now_s)
+        return bool(self._actions)
+
+    def waits_for_a_place(self, role: Role) -> bool:
+        """Whether an instance of a pool does."""
+        return any(action.role is role for action in self._wanted_workers.values())
+
+    def _watch(self, worker: SimulatedWorker) -> None:
+        key = worker.worker_id, worker.incarnation
+        self._started[key] = worker
+        worker.process.when_it_dies(lambda: self.process.call_later(0.005, lambda: self._gone(key)))
+
+    def _stop(self, key: Key) -> None:
+        """Ask the process to end, then make it; one that is frozen or out of reach lives on until then."""
+        worker = self._started.get(key)
+        if self._wanted_workers.pop(key, None) is not None:
+            self.places.give_back(key)
+            self.process.call_later(0.0, lambda: self.manage(WorkerLost(*key, "stopped")))
+        if worker is not None and key not in self._ending:
+            self._ending.add(key)
+            worker.process.call_later(0.001, worker.process.kill)
+            self.process.call_later(STOP_TIMEOUT_S, worker.process.kill)
+
+    def _suspect(self, key: Key) -> None:
+        """Before the fleet hears of the loss, and starts another."""
+        node_id = self.places.cores.node_of(key)
+        if node_id is not None:
+            self._on_host_event(HostSuspected(node_id))
+
+    def _gone(self, key: Key) -> None:
+        del self._started[key]
+        if key not in self._ending:
+            self._suspect(key)
+        self._ending.discard(key)
+        self.places.give_back(key)
+        self.handle(WorkerLost(*key, "the process ended"))
+        self.manage(WorkerLost(*key, "the process ended"))
+
+
+def describe(command: WorkerCommand) -> str:
+    """One line of the timeline."""
+    name = type(command).__name__
+    if isinstance(command, Heartbeat):
+        return name
+    if isinstance(command, Abort):
+        return f"{name} {command.transfer}"
+    spec = command.spec
+    return f"{name} {spec.transfer}, {spec.num_tokens} tokens, choices {', '.join(map(str, spec.choices))}"
+
+
+class _Connection:
+    """One worker's connection, with the watchdog that hangs up on the silent."""
+
+    def __init__(self, head: SimulatedHead, key: Key, end: End) -> None:
+        self.end = end
+        self._head, self._key = head, key
+        self._num_silent_beats = 0
+        end.on_message = self._on_message
+        end.on_lost = lambda reason: head.lost(key, reason)
+        self._beat()
+
+    def _on_message(self, message: Any) -> None:
+        self._num_silent_beats = 0
+        self._head.receive(message)
+
+    def _beat(self) -> None:
+        if not self.end.is_open:
+            return
+        self._num_silent_beats += 1
+        if self._num_silent_beats > MAX_SILENT_BEATS:
+            self.end.close()
+            self._head.lost(self._key, f"silent for {MAX_SILENT_BEATS * HEARTBEAT_S:.1f} s")
+        else:
+            self.end.send(Heartbeat())
+            self._head.process.call_later(HEARTBEAT_S, self._beat)

@@ -1,0 +1,284 @@
+"""One worker: an engine, the two roles on its thread, a transfer endpoint and the connection to the router.
+
+    router-reader --commands--> inbox --> engine thread: Worker.step() --> its messages --> router
+    transfer thread --endings--> inbox
+    grammar thread --token masks--> masks
+
+Knows no Ray; an actor runs it (`cluster.actors`), and so can a test.
+"""
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import msgspec
+
+from ..core.messages import (
+    Hello,
+    Holds,
+    LoadProgress,
+    Ready,
+    StepReport,
+    TransferStats,
+    WorkerCommand,
+    WorkerInfo,
+)
+from ..core.request import TransferId
+from ..engine.checkpoint import resolve_model_path
+from ..engine.engine import Engine
+from ..engine.sequence import Sequence as SequenceState
+from ..grammar.messages import Setup
+from ..grammar.thread import GrammarThread
+from ..grammar.vocabulary import tokenizer_json
+from ..kv_transfer.cuda_memory import CudaGpu
+from ..kv_transfer.endpoint import TransferEndpoint
+from .held_legs import in_frames
+from .worker import Worker
+from .gpu_monitor import GpuMonitor
+from .device import bind_to_cores, engine_options, names_of, own_gpu
+from .router_link import RouterLink
+from .spec import WorkerSpec
+
+log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0005  # at most so long does a busy engine thread hold back the transfer's and the connection's
+
+
+def give_up(why: str) -> None:
+    """End this process now, whatever its threads hang in; the cluster starts another."""
+    log.critical("%s: this worker ends", why)
+    logging.shutdown()
+    os._exit(1)
+
+
+DEVICE_SILENT_S = 120.0  # a GPU that has not done what it was asked for by then never will
+MASK_WAIT_S = 0.002  # at most so long does a step that is computed wait for masks
+RECONNECT_S = 0.1
+BRIEF_S = 1.0  # a connection that lasted less was refused
+ROUTER_LOST_TIMEOUT_S = 30.0  # for so long a worker goes on without a router
+
+
+class WorkerProcess:
+    """Lives from `run` to `stop`. The calling thread of `run` becomes the engine thread.
+
+    When its connection breaks, the worker works on and knocks at the router's address until a router answers, to which it
+    tells what it holds.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._masks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # apart, as a step in course takes them
+        self._stopping = threading.Event()
+        self._info: WorkerInfo | None = None  # None until it serves
+        self._monitor: GpuMonitor | None = None  # None on CPU
+        self._stepping_since_s: float | None = None  # None between steps
+        self._greeted: RouterLink | None = None
+        self._loading: LoadProgress | None = None  # the last that was told
+        self._connected_s = self._served_s = time.monotonic()  # when a router was reached, and when one was there last
+
+    def run(self) -> None:
+        """Load, serve until stopped or until no router has been there for a while, and leave nothing behind."""
+        spec = self._spec
+        cores = bind_to_cores(spec.cores)
+        gpu = own_gpu(spec.device)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        link = self._find_router()
+        if link is None:
+            return
+        self._link = link
+        link.start()
+        endpoint: TransferEndpoint | None = None
+        grammars: GrammarThread | None = None
+        try:
+            self._progress("loading weights", 0.0)
+            engine = self._load_engine()
+            endpoint = TransferEndpoint(
+                engine.cache,
+                self,
+                worker_id=spec.worker_id,
+                incarnation=spec.incarnation,
+                token=spec.token,
+                host=spec.host or "127.0.0.1",
+                transport=spec.config.kv.transport,
+                gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
+                on_stuck=give_up,
+                socket_root=spec.socket_root,
+            )
+            grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
+            if gpu is not None:
+                self._monitor = GpuMonitor(gpu)
+                self._monitor.start()
+            self._serve(engine, endpoint, grammars, names_of(cores, gpu))
+        finally:
+            self._stopping.set()  # the reader's thread does not look for another router
+            if endpoint is not None:
+                endpoint.close()
+            self._link.close()
+            if self._monitor is not None:
+                self._monitor.stop()
+            if grammars is not None:
+                grammars.stop()
+
+    def stop(self) -> None:
+        """End `run` after the current step; from any thread."""
+
+        self._stopping.set()
+        self._inbox.put(lambda: None)
+
+    # endings of transfers, called on the transfer thread
+
+    def on_received(self, transfer: TransferId, payload: bytes) -> None:
+        self._inbox.put(lambda: self._worker.received(transfer, payload))
+
+    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+        self._inbox.put(lambda: self._worker.receive_failed(transfer, error))
+
+    def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
+        self._inbox.put(lambda: self._worker.sent(transfer, stats))
+
+    def on_send_failed(self, transfer: TransferId, error: str) -> None:
+        self._inbox.put(lambda: self._worker.send_failed(transfer, error))
+
+    # answers of the grammar process, called on the grammar thread
+
+    def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
+        self._masks.put(lambda: self._worker.masked(key, num_tokens, bits))
+        self._inbox.put(lambda: None)  # the engine thread may be waiting there
+
+    def on_refused(self, key: int, why: str) -> None:
+        self._inbox.put(lambda: self._worker.mask_failed(key, f"its constraint cannot be followed: {why}", True))
+
+    def on_failed(self, key: int, why: str) -> None:
+        self._inbox.put(lambda: self._worker.mask_failed(key, why, False))
+
+    def _grammar_setup(self, engine: Engine) -> Setup:
+        path = resolve_model_path(self._spec.config.model.path)
+        return Setup(tokenizer_json(path), engine.config.vocab_size, engine.config.eos_token_ids)
+
+    def _load_engine(self) -> Engine:
+        path = resolve_model_path(self._spec.config.model.path)
+        return Engine.open(path, engine_options(self._spec), lambda fraction: self._progress("loading weights", fraction))
+
+    def _serve(self, engine: Engine, endpoint: TransferEndpoint, grammars: GrammarThread, devices: tuple[str, ...]) -> None:
+        spec, pool = self._spec, self._spec.pool
+        self._worker = Worker(
+            spec.worker_id,
+            spec.incarnation,
+            engine.kv,
+            engine.runner,
+            endpoint,
+            grammars,
+            self._await_masks,
+            num_layers=engine.layout.num_layers,
+            max_batch_tokens=pool.max_batch_tokens,
+            max_batch_size=pool.max_batch_size,
+        )
+        self._info = WorkerInfo(
+            worker_id=spec.worker_id,
+            incarnation=spec.incarnation,
+            role=spec.role,
+            layout=engine.layout,
+            num_blocks=engine.pool.num_blocks,
+            max_model_len=engine.kv.max_model_len,
+            max_batch_tokens=pool.max_batch_tokens,
+            max_batch_size=pool.max_batch_size,
+            address=endpoint.start(),
+            devices=devices,
+            node=socket.gethostname(),
+            pid=os.getpid(),
+            kernels=engine.kernels.name,
+        )
+        self._greet(self._link)
+        self._loop()
+
+    def _loop(self) -> None:
+        worked = False
+        while not self._stopping.is_set():
+            self._take_events(wait=not worked)
+            self._stepping_since_s = time.monotonic()
+            worked = self._worker.step()
+            self._stepping_since_s = None
+            self._link.send(*self._worker.take_messages())
+
+    def _take_events(self, wait: bool) -> None:
+        if wait:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+        while not self._masks.empty():
+            self._masks.get()()
+
+    def _await_masks(self, sequences: Sequence[SequenceState]) -> None:
+        """They were asked for before the step was computed. A step in vain costs its sequence more than a moment's wait."""
+        give_up_s = time.monotonic() + MASK_WAIT_S
+        with suppress(queue.Empty):
+            while not all(seq.may_sample for seq in sequences):
+                self._masks.get(timeout=max(0.0, give_up_s - time.monotonic()))()
+
+    def _on_command(self, command: WorkerCommand) -> None:
+        """Called on the reader thread."""
+        self._inbox.put(lambda: self._worker.handle(command))
+
+    def _progress(self, phase: str, fraction: float) -> None:
+        spec = self._spec
+        self._loading = LoadProgress(worker_id=spec.worker_id, incarnation=spec.incarnation, phase=phase, fraction=fraction)
+        self._link.send(self._loading)
+
+    # the router
+
+    def _find_router(self) -> RouterLink | None:
+        """A connection to whoever is the router now; None when there is none for too long."""
+        spec = self._spec
+        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation)
+        while not self._stopping.is_set() and time.monotonic() - self._served_s < ROUTER_LOST_TIMEOUT_S:
+            try:
+                link = RouterLink(spec.router_address, spec.token, hello, self._on_command, self._on_lost)
+            except OSError:
+                self._stopping.wait(RECONNECT_S)
+                continue
+            self._connected_s = time.monotonic()
+            return link
+        return None
+
+    def _on_lost(self, link: RouterLink) -> None:
+        """Called on the link's reader thread, which ends here."""
+        link.close()
+        if time.monotonic() - self._connected_s > BRIEF_S:
+            self._served_s = time.monotonic()
+        self._stopping.wait(RECONNECT_S)
+        found = self._find_router()
+        if found is None:
+            self.stop()
+            return
+        found.start()
+        if self._info is None:
+            self._link = found
+            if self._loading is not None:
+                found.send(self._loading)
+        self._inbox.put(lambda: self._greet(found))
+
+    def _greet(self, link: RouterLink) -> None:
+        """On the engine thread: what is said from now on follows what is told here."""
+        if link is self._greeted:
+            return
+        assert self._info is not None
+        *before, last = in_frames(self._worker.held_legs())
+        link.send(*(Holds(held=legs) for legs in before), Ready(info=self._info, held=last))
+        link.start_heartbeat(self._beat)
+        self._link = self._greeted = link
+
+    def _beat(self) -> StepReport:
+        """On the heartbeat's thread: how the worker stands and, every few seconds, its GPU."""
+        since_s = self._stepping_since_s
+        if self._monitor is not None and since_s is not None and time.monotonic() - since_s > DEVICE_SILENT_S:
+            give_up(f"the GPU has not answered for {DEVICE_SILENT_S:.0f} s")
+        report = self._worker.report()
+        gpu = None if self._monitor is None else self._monitor.take()
+        return report if gpu is None else msgspec.structs.replace(report, gpu=gpu)

@@ -1,0 +1,48 @@
+"""What a worker process is told at its start. Apart from the process itself, so that the head needs none of its imports."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.config import ClusterConfig, PoolSection
+from ..core.devices import DeviceKind
+from ..core.messages import Role
+from ..router.cores import Need
+from ..core.logs import LogSettings
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker process is to be. `cores` are positions in the list of cores that its node lets it use."""
+
+    worker_id: str
+    incarnation: int
+    role: Role
+    config: ClusterConfig
+    device: DeviceKind  # what the configuration's came to
+    num_blocks: int | None  # None: as many as the GPU has room for
+    router_address: tuple[str, int]
+    token: str
+    host: str | None  # the address that peers reach this node by; None: as Ray knows it
+    log: LogSettings | None = None  # None: as Python does by default
+    cores: tuple[int, ...] = ()  # decided when the process is placed
+    socket_root: Path = Path("/tmp")  # where the transfer endpoint makes its private folder
+    accept_open_ray: bool = False  # nobody else reaches the hosts
+    memory_bytes: int = 0  # of its host, that it will fill; 0 on GPUs, where the host's is not planned
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.worker_id, self.incarnation
+
+    @property
+    def need(self) -> Need:
+        """What it takes of its node."""
+        pool = self.pool
+        on_gpu = self.device == "cuda"
+        num_cores = pool.num_host_cores if on_gpu else pool.devices_per_instance
+        gpu_share = pool.gpu_share if on_gpu else None
+        return Need(num_cores, min(1.0, pool.num_cpus / num_cores), gpu_share, self.memory_bytes)
+
+    @property
+    def pool(self) -> PoolSection:
+        """The pool whose limits hold for this worker."""
+        return self.config.pools.decode if self.role is Role.DECODE else self.config.pools.prefill

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from models import LLAMA_110M, ensure_checkpoint
 
-from pdserve.worker.process import MASK_WAIT_S
 from pdserve.core.messages import Serve
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.embedded import MODEL_DIR
@@ -32,6 +31,7 @@ from pdserve.grammar.messages import Setup
 from pdserve.grammar.sources import json_schema_grammar
 from pdserve.grammar.thread import GrammarThread
 from pdserve.grammar.vocabulary import tokenizer_json
+from pdserve.worker.process import MASK_WAIT_S
 from pdserve.worker.worker import Worker
 
 ITEM = {

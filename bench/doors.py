@@ -21,7 +21,6 @@ import time
 
 from stream_clients import PROMPT_TOKENS, Count, over_grpc, over_http
 
-from pdserve.worker.router_link import RouterLink
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import (
     Abort,
@@ -49,6 +48,7 @@ from pdserve.proto import pdserve_pb2 as pb
 from pdserve.router import client_stream
 from pdserve.router.core import Router
 from pdserve.router.service import RouterService
+from pdserve.worker.router_link import RouterLink
 
 HEAD_CORE, OTHER_CORE = 0, -1
 CONTINUATION = "The with statement is used to wrap the execution of a block with methods defined by a context manager. "

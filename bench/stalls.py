@@ -81,7 +81,7 @@ async def head() -> None:
     gateway = await serve(doors.Frontend(service), config, Tokenizer.load(MODEL_DIR), info)  # type: ignore[arg-type]
     gateway.offload.start()
     gc.collect()
-    gc.freeze()  # as `open_door` does
+    gc.freeze()  # as `open_gateway` does
     print(
         json.dumps({"worker": port, "grpc": gateway.port, "http": int((gateway.http_address or "").rpartition(":")[2])}),
         flush=True,

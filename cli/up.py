@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import grpc
 
 from ..core.config import ClusterConfig
+from ..core.log_settings import LogFormat, LogSettings
 from ..proto import pdserve_pb2 as pb
-from ..core import logs
+from ..telemetry import logs
 from ..telemetry.relay import LogRelay
 from .admin import follow_drain
 from .client import Client, CommandFailed, connect_locally, is_gone
@@ -57,12 +58,12 @@ def up(config: ClusterConfig) -> None:
 
 
 @contextmanager
-def logging_here(config: ClusterConfig) -> Iterator[logs.LogSettings]:
+def logging_here(config: ClusterConfig) -> Iterator[LogSettings]:
     """All of the cluster's processes log to this one's stderr, for the time of the block."""
     asked = config.observability.log_format
-    kind: logs.Format = asked if asked != "auto" else "console" if sys.stderr.isatty() else "json"
+    kind: LogFormat = asked if asked != "auto" else "console" if sys.stderr.isatty() else "json"
     with closing(LogRelay(sys.stderr)) as relay:
-        settings = logs.LogSettings(kind, config.observability.log_level, relay.path)
+        settings = LogSettings(kind, config.observability.log_level, relay.path)
         with logs.configured(settings, "up"):
             say(f"starting {config.model.name}")
             yield settings

@@ -1,7 +1,6 @@
 """The Ray actors: thin hosts of a worker process and of the head. Everything inside is loaded in the actor's own process."""
 
 import asyncio
-import importlib
 import logging
 from collections.abc import Awaitable
 from dataclasses import dataclass, replace
@@ -13,25 +12,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
+from ..core.log_settings import LogSettings
+from ..head.ports import Outcome, Version
+from ..head.spec import Endpoints, HeadSpec
 from ..router.cores import Placement
-from ..core.logs import LogSettings, configure
-from . import ray_folder
+from ..telemetry.logs import configure
 from ..worker.spec import WorkerSpec
+from . import ray_folder
 
 log = logging.getLogger(__name__)
 
-WORKER = "pdserve.worker.process:WorkerProcess"
-
-Version = tuple[int, int]  # of a configuration: its head's generation, and which of that head's it is
 
 KEEPER_NAME = "pdserve-keeper"
 NAMESPACE = "pdserve"
-
-
-def load_entry_point(name: str) -> Any:
-    """The object that `package.module:name` means."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def reason_of(error: RayError) -> str:
@@ -60,14 +53,16 @@ def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
 class WorkerActor:
     """Hosts one worker. `run` occupies one of the actor's threads for as long as the worker lives, `stop` needs the other."""
 
-    def __init__(self, entry_point: str, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
+        from ..worker.process import WorkerProcess  # torch, which the actors of head and keeper do without
+
         if spec.log is not None:
             configure(spec.log, f"{spec.worker_id}/{spec.incarnation}")
         if spec.host is None:
             spec = replace(spec, host=ray.util.get_node_ip_address())
         self._session = ray_folder.session_folder()
         self._accept_open_ray = spec.accept_open_ray
-        self._worker = load_entry_point(entry_point)(replace(spec, socket_root=self._session))
+        self._worker = WorkerProcess(replace(spec, socket_root=self._session))
 
     def run(self) -> None:
         """Raises SharedRayFolder, so that `status` shows it, when other users of this node could hijack the worker."""
@@ -76,14 +71,6 @@ class WorkerActor:
 
     def stop(self) -> None:
         self._worker.stop()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a worker's process ended. `is_told`: the worker itself said why."""
-
-    reason: str
-    is_told: bool = False
 
 
 async def outcome_of(run: Awaitable[None]) -> Outcome:
@@ -124,7 +111,7 @@ class KeeperActor:
         """Start a worker's process. Returns when nothing is left of it."""
         actor = WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
             **options_of(spec, placement)
-        ).remote(WORKER, replace(spec, cores=placement.cores))
+        ).remote(replace(spec, cores=placement.cores))
         outcome = asyncio.get_running_loop().create_task(outcome_of(actor.run.remote()))
         self._kept[spec.key] = _Kept(spec, placement, actor, outcome)
         return await self.ended(spec.key)
@@ -161,15 +148,19 @@ class KeeperActor:
 
 @ray.remote(num_cpus=0)
 class HeadActor:
-    """Hosts the head: router, controller and the doors that clients come in by."""
+    """Hosts the head: gateway, router and controller."""
 
-    def __init__(self, entry_point: str, spec: Any) -> None:
+    def __init__(self, spec: HeadSpec, keeper: Any) -> None:
+        from ..head.head import Head  # the gateway, which the actors of keeper and workers do without
+        from .keeper import RayKeeper
+        from .nodes import RayNodes
+
         if spec.log is not None:
             configure(spec.log, "head")
-        self._head = load_entry_point(entry_point)(spec)
+        self._head = Head(spec, RayKeeper(keeper), RayNodes, spec.host or ray.util.get_node_ip_address())
 
-    async def start(self) -> Any:
-        """Open the doors; returns their addresses."""
+    async def start(self) -> Endpoints:
+        """Begin to listen."""
         return await self._head.start()
 
     async def wait(self) -> None:
@@ -180,5 +171,4 @@ class HeadActor:
         await self._head.stop()
 
     async def metrics(self) -> bytes:
-        metrics: bytes = self._head.metrics()
-        return metrics
+        return self._head.metrics()

@@ -1,19 +1,14 @@
-"""The keeper as the controller sees it: who holds the workers' processes, which outlive the head."""
+"""The head's `Keeper` over Ray."""
 
-from typing import Any, Protocol
+from typing import Any
 
+from ray.exceptions import RayError
+
+from ..core.config import ClusterConfig
+from ..head.ports import Key, Outcome, Version
 from ..router.cores import Placement
-from .actors import Outcome
 from ..worker.spec import WorkerSpec
-
-Key = tuple[str, int]  # (worker_id, incarnation)
-
-
-class Keeper(Protocol):
-    def start(self, spec: WorkerSpec, placement: Placement) -> None: ...
-    async def ended(self, key: Key) -> Outcome: ...
-    def stop(self, key: Key) -> None: ...
-    def kill(self, key: Key) -> None: ...
+from .actors import reason_of
 
 
 class RayKeeper:
@@ -28,7 +23,10 @@ class RayKeeper:
 
     async def ended(self, key: Key) -> Outcome:
         started = self._started.pop(key, None)
-        outcome: Outcome = await (self._actor.ended.remote(key) if started is None else started)
+        try:
+            outcome: Outcome = await (self._actor.ended.remote(key) if started is None else started)
+        except RayError as error:  # the keeper is gone, and all workers with it
+            return Outcome(reason_of(error))
         return outcome
 
     def stop(self, key: Key) -> None:
@@ -36,3 +34,14 @@ class RayKeeper:
 
     def kill(self, key: Key) -> None:
         self._actor.kill.remote(key)
+
+    async def living(self) -> list[tuple[WorkerSpec, Placement]]:
+        living: list[tuple[WorkerSpec, Placement]] = await self._actor.living.remote()
+        return living
+
+    async def config(self) -> ClusterConfig:
+        config: ClusterConfig = await self._actor.config.remote()
+        return config
+
+    def remember(self, config: ClusterConfig, version: Version) -> None:
+        self._actor.remember.remote(config, version)

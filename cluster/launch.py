@@ -24,12 +24,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core import admin_socket
 from ..core.config import ClusterConfig
 from ..core.errors import ConfigError
+from ..core.log_settings import LogSettings
 from ..engine.gpu import VISIBLE, probe_node
-from ..core.logs import LogSettings
+from ..head.spec import Endpoints, HeadSpec
 from . import ray_address, ray_folder
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
 from .errors import LaunchError
-from ..head.spec import Doors, HeadSpec
 from .ray_address import RayAddress
 from .ray_token import RayToken
 
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: nothing of ours goes through it
 RESTART_PAUSE_S = 1.0  # before a head is started after one that lived no longer than this
-DOOR = "pdserve.gateway.app:open_door"
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class LaunchedCluster:
         self._stopped = False
         self._head: Any = None
         self._keeper: Any = None
-        self._doors: Doors | None = None
+        self._endpoints: Endpoints | None = None
         self._error: str | None = None
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
@@ -133,8 +132,6 @@ class LaunchedCluster:
             self._keeper = self._create_keeper(config, log_settings)
             host = None if self._ray.token is None else "127.0.0.1"
             self._spec = HeadSpec(
-                keeper=self._keeper,
-                door=DOOR,
                 token=secrets.token_hex(32),
                 host=host,
                 log=log_settings,
@@ -142,7 +139,7 @@ class LaunchedCluster:
                 local=self.local_address,
                 accept_open_ray=ray_folder.is_accepted(),
             )
-            self._doors = self._start_first_head()
+            self._endpoints = self._start_first_head()
             admin_socket.publish(self.grpc_address, self._socket)
         except BaseException:
             self.stop()
@@ -151,13 +148,13 @@ class LaunchedCluster:
 
     @property
     def grpc_address(self) -> str:
-        assert self._doors is not None
-        return self._doors.grpc
+        assert self._endpoints is not None
+        return self._endpoints.grpc
 
     @property
     def http_address(self) -> str | None:
-        assert self._doors is not None
-        return self._doors.http
+        assert self._endpoints is not None
+        return self._endpoints.http
 
     @property
     def local_address(self) -> str:
@@ -168,7 +165,7 @@ class LaunchedCluster:
     def _socket(self) -> Path:
         return self._folder / "grpc.sock"
 
-    def _start_first_head(self) -> Doors:
+    def _start_first_head(self) -> Endpoints:
         self._create_head()
         return _get(self._head.start.remote())
 
@@ -185,7 +182,7 @@ class LaunchedCluster:
         here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)  # where clients look for it
         self._head = HeadActor.options(  # type: ignore[attr-defined]  # made by ray.remote
             max_concurrency=1000, scheduling_strategy=here
-        ).remote("pdserve.head.head:Head", self._spec)
+        ).remote(self._spec, self._keeper)
 
     def _supervise(self) -> None:
         """Until the head has ended as it was told to, or none can be started."""
@@ -204,7 +201,7 @@ class LaunchedCluster:
                     log.warning("the head died: %s", reason_of(error))
                 if time.monotonic() - started_s < RESTART_PAUSE_S:
                     time.sleep(RESTART_PAUSE_S)
-                self._spec = replace(self._spec, generation=self._spec.generation + 1, doors=self._doors)
+                self._spec = replace(self._spec, generation=self._spec.generation + 1, endpoints=self._endpoints)
                 self._replace_head()
         except (LaunchError, RayError) as error:
             if not self._stopped:
@@ -243,7 +240,7 @@ class LaunchedCluster:
             if self._stopped:
                 return
             self._stopped = True
-        if self._doors is not None:
+        if self._endpoints is not None:
             admin_socket.withdraw(self.grpc_address, self._socket)
         if self._head is not None:
             # if it does not answer it is dead, or about to be
@@ -286,19 +283,19 @@ def _this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _check_port_is_free(door: str, host: str, port: int) -> None:
+def _check_port_is_free(server: str, host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"listen.{door}: cannot listen on {host}:{port}: {error.strerror}") from error
+            raise ConfigError(f"listen.{server}: cannot listen on {host}:{port}: {error.strerror}") from error
 
 
-def _get(reference: "ray.ObjectRef[Doors]") -> Doors:
+def _get(reference: "ray.ObjectRef[Endpoints]") -> Endpoints:
     try:
-        doors: Doors = ray.get(reference)
-        return doors
+        endpoints: Endpoints = ray.get(reference)
+        return endpoints
     except RayError as error:
         raise LaunchError(reason_of(error)) from error

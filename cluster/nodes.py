@@ -15,10 +15,10 @@ from .. import __version__
 from ..core.config import ClusterConfig
 from ..core.devices import DeviceKind
 from ..engine.gpu import Node
+from ..head.host_facts import HostFacts, look, refusal, warning
 from ..router.cores import Capacity
 from ..router.hosts import HostChecked, SeenHost
 from .actors import reason_of
-from ..head.host_facts import HostFacts, look, refusal, warning
 
 CHECK_TIMEOUT_S = 20.0  # for a process to start there and to answer
 NODE_TYPE = "ray.io/node-group"  # Ray's label for a cloud's node type

@@ -10,12 +10,12 @@ from ..core.messages import TokenLogprobs, TokenOutput
 from ..core.request import FinishReason, Request
 from ..proto import pdserve_pb2 as pb
 from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Timeline
-from .text.detokenizer import Detokenizer
 from .frontend import StreamEvent
 from .intake import shown_id
+from .text.detokenizer import Detokenizer
 from .text.stop_strings import Pattern, StopMatcher
-from .timeline import num_cached_tokens, timeline_message
 from .text.tokenizer import Tokenizer
+from .timeline import num_cached_tokens, timeline_message
 from .tools.reader import CallReader
 from .translate import RequestFailed
 

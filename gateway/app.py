@@ -20,11 +20,13 @@ from ..grammar.checker import GrammarChecker
 from ..grammar.messages import Setup
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .auth.access import Access
-from .grpc.admin import ClusterService
+from .auth.revocation import Revocation
+from .auth.tls import ServerTls
 from .call_bounds import HeldBytes
 from .connections import GrpcConnections, connections_of_each, raise_descriptor_limit
 from .constraint import Constraints
 from .frontend import Frontend
+from .grpc.admin import ClusterService
 from .grpc.generation import GenerationService
 from .grpc.guard import CallBounds, Guard
 from .http.app import http_app
@@ -32,9 +34,7 @@ from .http.hosts import AllowedHosts
 from .http.server import HttpServer
 from .intake import ModelInfo
 from .offload.offload import Offload
-from .auth.revocation import Revocation
 from .serving import Serving, Shared
-from .auth.tls import ServerTls
 from .text.tokenizer import Tokenizer
 
 HANDSHAKE_TIMEOUT_MS = 10_000  # for TLS, and for the first bytes of HTTP/2
@@ -188,7 +188,7 @@ def _server(config: ClusterConfig, generation: GenerationService, admin: Cluster
     return server
 
 
-async def open_door(
+async def open_gateway(
     frontend: Frontend,
     config: ClusterConfig,
     grpc_address: str | None = None,

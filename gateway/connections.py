@@ -16,9 +16,9 @@ from typing import TypeVar
 
 from ..core.peer_log import peer_log
 from .grpc.sockets import STATUS, GrpcSocket, GrpcSockets
-from .places import FairPlaces, Holder, NoPlace, address_group
 from .grpc.unpaid_bytes import UnpaidBytes
 from .grpc.unpaid_calls import UnpaidCalls
+from .places import FairPlaces, Holder, NoPlace, address_group
 
 Found = TypeVar("Found")
 

@@ -15,12 +15,12 @@ from ..core.request import Request, SamplingParams
 from ..core.validation import validate_request
 from ..proto import pdserve_pb2 as pb
 from .auth.access import Caller
-from .call_bounds import client_of, host_of
-from .text.chat_template import TooCostly
-from .constraint import GrammarCheck, check_constraint
 from .auth.cost import Charge
-from .text.encoding import bounded_ids, chat_text
+from .call_bounds import client_of, host_of
+from .constraint import GrammarCheck, check_constraint
 from .offload.offload import Offload
+from .text.chat_template import TooCostly
+from .text.encoding import bounded_ids, chat_text
 from .text.tokenizer import Tokenizer
 from .tools.grammar import refusal, tool_grammar
 from .tools.offer import Offer

@@ -17,17 +17,17 @@ from ..core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
 from ..core.request import Request
 from ..core.validation import check_token_ids
 from ..proto import pdserve_pb2 as pb
-from ..core.logs import REQUEST_ID
-from .auth.access import Access, Caller, cache_scope, scoped_salt
+from ..telemetry.logs import REQUEST_ID
 from .answer import Answer
+from .auth.access import Access, Caller, cache_scope, scoped_salt
+from .auth.cost import Charge, Price, prompt_price, request_price
+from .auth.revocation import Revocation
 from .call_bounds import HeldBytes, client_of, host_of
 from .constraint import GrammarCheck
-from .auth.cost import Charge, Price, prompt_price, request_price
 from .frontend import Frontend
 from .in_turns import in_turns
 from .intake import Intake, ModelInfo, shown_id
 from .offload.offload import Offload
-from .auth.revocation import Revocation
 from .text.tokenizer import Tokenizer
 from .vetting import check_model, refuse_unknown_fields
 

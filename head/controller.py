@@ -10,8 +10,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayError
-
 from ..core.messages import WorkerInfo
 from ..router.cores import Placement
 from ..router.events import (
@@ -39,9 +37,8 @@ from ..router.fleet_events import (
 )
 from ..router.places import Places
 from ..router.service import RouterService
-from ..cluster.actors import Outcome, reason_of
-from ..cluster.keeper import Keeper, Key
 from ..worker.spec import WorkerSpec
+from .ports import Keeper, Key
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +204,7 @@ class Controller:
 
     async def _watch(self, key: Key) -> None:
         """Follow one process to its end, whatever that is."""
-        try:
-            outcome = await self._keeper.ended(key)
-        except RayError as error:  # the keeper is gone, and all workers with it
-            outcome = Outcome(reason_of(error))
+        outcome = await self._keeper.ended(key)
         level = logging.WARNING if self.processes[key].ending is None else logging.INFO
         log.log(level, "%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})
         if not outcome.is_told and self.processes[key].ending is None:

@@ -1,4 +1,4 @@
-"""The head: router, controller and door in one process, on one asyncio loop. What it is to clients is `gateway.Frontend`."""
+"""The head: gateway, router and controller in one process, on one asyncio loop. To the gateway it is the `Frontend`."""
 
 import asyncio
 import contextlib
@@ -6,9 +6,6 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Any
-
-import ray
 
 from .. import __version__
 from ..core.config import ClusterConfig
@@ -17,6 +14,7 @@ from ..core.errors import InvalidRequest
 from ..core.latency import LatencyModel
 from ..core.request import Request
 from ..core.status import ClusterStatus, WorkerState, WorkerStatus
+from ..gateway.app import GatewayServer, open_gateway
 from ..planner.device_choice import resolve_device, why_device
 from ..planner.plan import plan
 from ..router.core import Router
@@ -29,19 +27,17 @@ from ..router.places import Places
 from ..router.service import RouterService
 from ..router.status import WorkerStatus as RoutedWorker
 from ..telemetry.exposition import Snapshot
-from ..cluster.actors import load_entry_point
-from .controller import Controller
-from .settings import pool_sizes, pools_are_alike, priors, router_config, step_costs
-from .spec import Doors, HeadSpec
-from .telemetry import HeadTelemetry
-from .host_watch import HostWatch
-from ..cluster.keeper import RayKeeper
-from ..cluster.nodes import RayNodes
 from ..worker.spec import WorkerSpec
+from .controller import Controller
+from .host_watch import HostWatch
+from .ports import FindNodes, Keeper
+from .settings import pool_sizes, pools_are_alike, priors, router_config, step_costs
+from .spec import Endpoints, HeadSpec
+from .telemetry import HeadTelemetry
 
 log = logging.getLogger(__name__)
 
-NUMBERS_OF_A_HEAD = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
+GENERATION_STRIDE = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
 FIRST_CHECK_S = 5.0  # for hosts that are there at the start; those that answer later join later
 STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
 STATES = {
@@ -55,59 +51,62 @@ STATES = {
 
 
 class Head:
-    """Lives from `start` to `stop`; also the frontend that the door talks to."""
+    """Lives from `start` to `stop`; also the `Frontend` that the gateway calls."""
 
-    def __init__(self, spec: HeadSpec) -> None:
+    def __init__(self, spec: HeadSpec, keeper: Keeper, find_nodes: FindNodes, host: str) -> None:
+        """`host` is the address at which workers reach the router."""
         self._spec = spec
+        self._keeper = keeper
+        self._find_nodes = find_nodes
+        self._host = host
         self._config: ClusterConfig  # in force
         self._device: DeviceKind  # of its instances; fixed while the cluster runs
         self._num_applied = 0
-        self._door: Any = None
+        self._gateway: GatewayServer | None = None
         self._is_listening = False
-        self._told_serving = False  # what the door was told last
+        self._reported_serving = False  # to health checks, last
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
 
-    async def start(self) -> Doors:
-        """Open the door, then start the workers; or take over those of the head before, then open the door.
+    async def start(self) -> Endpoints:
+        """Open the gateway, then start the workers; or take over those of the head before, then open the gateway.
 
         Raises CheckpointError, or ConfigError or CapacityError for what does not fit.
         """
         spec = self._spec
-        config = self._config = await spec.keeper.config.remote()
-        self._host = spec.host or ray.util.get_node_ip_address()
-        listener = listen(self._host, spec.doors.control_port if spec.doors else 0)
+        config = self._config = await self._keeper.config()
+        listener = listen(self._host, spec.endpoints.control_port if spec.endpoints else 0)
         self._control_port = int(listener.getsockname()[1])
-        nodes = RayNodes(config.model.path, (self._host, self._control_port))
-        if spec.doors is None:
+        nodes = self._find_nodes(config.model.path, (self._host, self._control_port))
+        if spec.endpoints is None:
             asked = await nodes.ask_all(FIRST_CHECK_S)
             self._device = resolve_device(config, asked)
             log.info("device: %s (%s)", self._device, why_device(config, asked))
         else:
             asked = await nodes.ask_here()
-            self._device = spec.doors.device
+            self._device = spec.endpoints.device
         self._places = Places()
         self._watch = HostWatch(Hosts(self._places), nodes, self._device, is_alone=spec.host is not None)
-        if spec.doors is None:
+        if spec.endpoints is None:
             await self._watch.start(config)
             await self._watch.settle(FIRST_CHECK_S)
             asked = self._watch.nodes(config) or asked[:1]
-        is_complete = spec.doors is None and self._watch.are_complete(config)
+        is_complete = spec.endpoints is None and self._watch.are_complete(config)
         self._plan = plan(config.on(self._device), asked, more_may_come=not is_complete)
         self._plan.check(more_may_come=not is_complete)
         self._started_s = asyncio.get_running_loop().time()
         fleet = Fleet(
             FleetConfig(drain_timeout_s=config.drain_timeout_s, can_flip=pools_are_alike(config)),
-            first_incarnation=1 + spec.generation * NUMBERS_OF_A_HEAD,
+            first_incarnation=1 + spec.generation * GENERATION_STRIDE,
         )
         self._controller = Controller(
-            fleet, self._places, RayKeeper(spec.keeper), self._worker_spec, self._on_change, self._watch.suspect
+            fleet, self._places, self._keeper, self._worker_spec, self._on_change, self._watch.suspect
         )
         model = LatencyModel(priors(config, self._plan))
         router = Router(
             router_config(config),
             model,
-            first_attempt=spec.generation * NUMBERS_OF_A_HEAD,
+            first_attempt=spec.generation * GENERATION_STRIDE,
             adopts=spec.generation > 0,
         )
         costs = step_costs(config, self._plan)
@@ -119,16 +118,16 @@ class Head:
         await self._service.start(self._host, listener=listener)
         self._is_listening = True
         if spec.generation:
-            self._controller.adopt(await spec.keeper.living.remote())
+            self._controller.adopt(await self._keeper.living())
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
             await self._watch.start(config)  # now that it is known who runs where
-        addresses = (spec.doors.grpc, spec.doors.http) if spec.doors else (config.listen.grpc, config.listen.http)
-        self._door = await load_entry_point(spec.door)(self, config, *addresses, local=spec.local)
+        addresses = (spec.endpoints.grpc, spec.endpoints.http) if spec.endpoints else (config.listen.grpc, config.listen.http)
+        self._gateway = await open_gateway(self, config, *addresses, local=spec.local)
         self._on_change()
         if not spec.generation:
             self._controller.handle(Apply(pool_sizes(config)))
-        return Doors(self._door.grpc_address, self._door.http_address, self._control_port, self._device)
+        return Endpoints(self._gateway.grpc_address, self._gateway.http_address, self._control_port, self._device)
 
     async def wait(self) -> None:
         """Returns when the cluster has been shut down."""
@@ -137,8 +136,8 @@ class Head:
     async def stop(self) -> None:
         """End everything now."""
         self._end()
-        if self._door is not None:
-            await self._door.stop(0.0)
+        if self._gateway is not None:
+            await self._gateway.stop(0.0)
         if self._is_listening:
             await self._watch.close()
             await self._controller.close()
@@ -195,7 +194,7 @@ class Head:
         if not dry_run:
             self._config = config
             self._num_applied += 1  # calls of the keeper may overtake each other
-            self._spec.keeper.remember.remote(config, (self._spec.generation, self._num_applied))
+            self._keeper.remember(config, (self._spec.generation, self._num_applied))
             self._service.router.configure(router_config(config))
             self._telemetry.configure(config)
             self._watch.expect(config)
@@ -210,7 +209,7 @@ class Head:
             if worker_id not in known:
                 raise InvalidRequest("worker_ids", worker_id, f"one of {', '.join(sorted(known)) or 'none'}")
         if shutdown:
-            self._tell_serving(False)  # before anything is refused
+            self._report_serving(False)  # before anything is refused
             self._service.handle(Closing())
             self._controller.handle(Shutdown())
         else:
@@ -272,13 +271,12 @@ class Head:
 
     def _on_change(self) -> None:
         self._changed.set()
-        if self._door is not None:
-            self._tell_serving(self._is_serving)
+        self._report_serving(self._is_serving)
 
-    def _tell_serving(self, serving: bool) -> None:
-        if serving is not self._told_serving:
-            self._told_serving = serving
-            self._door.set_serving(serving)
+    def _report_serving(self, serving: bool) -> None:
+        if self._gateway is not None and serving is not self._reported_serving:
+            self._reported_serving = serving
+            self._gateway.set_serving(serving)
 
     def _end(self) -> None:
         self._ended.set()

@@ -22,7 +22,7 @@ from ..router.hosts import (
     HostSuspected,
     VacateHost,
 )
-from ..cluster.nodes import RayNodes
+from .ports import Nodes
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class HostWatch:
     """Lives from `start` to `close`. `on_vacate` is called with workers that must leave their host, `on_change` after each
     change."""
 
-    def __init__(self, hosts: Hosts, nodes: RayNodes, device: DeviceKind, *, is_alone: bool) -> None:
+    def __init__(self, hosts: Hosts, nodes: Nodes, device: DeviceKind, *, is_alone: bool) -> None:
         """`is_alone`: in a Ray of our own, which nobody can join."""
         self.hosts = hosts
         self.on_vacate: Callable[[tuple[Key, ...]], None] = lambda workers: None

@@ -12,14 +12,13 @@ from ..core.devices import DeviceKind
 from ..core.errors import CapacityError, ConfigError
 from ..core.messages import KVLayout, Role
 from ..engine.checkpoint import Checkpoint, open_checkpoint, resolve_model_path
+from ..engine.gpu import GPU_MEMORY_FRACTION, Node, probe_node
 from .device_choice import device_findings, resolve_device, why_device
-from ..engine.gpu import Node, probe_node
 from .packing import Demand, Finding, Packing
 
 AUTO_KV_MAX_BYTES = 4 << 30
 AUTO_MEMORY_FRACTION = 0.8  # of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
 RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
-GPU_MEMORY_FRACTION = 0.9  # of a GPU's memory that its instances may fill; the rest is left to other processes
 GPU_RUNTIME_BYTES = 1 << 30  # on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
 ROPE_COPIES = 3  # of the rope's table while it is made: angles, cosines and sines, and both side by side
 TYPICAL_TOKENS = 2048

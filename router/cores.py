@@ -7,6 +7,7 @@ from math import inf
 from ..core.config_types import format_size
 from ..core.errors import CapacityError
 from ..core.gpu_shares import GpuShares
+from ..core.needs import Need
 
 _EPSILON = 1e-6
 Key = tuple[str, int]  # (worker_id, incarnation)
@@ -19,16 +20,6 @@ class Capacity:
     num_cores: int
     num_gpus: int = 0
     num_bytes: float = inf  # of its memory
-
-
-@dataclass(frozen=True)
-class Need:
-    """The resources that one instance takes of its host."""
-
-    num_cores: int
-    core_share: float  # of each of them, 0 to 1
-    gpu_share: float | None = None  # of one GPU; None: it needs none
-    num_bytes: int = 0  # of the host's memory, where that is planned
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ..core.errors import CapacityError
 from ..core.messages import Role
-from .cores import CoreAllocator, Key, Need, Placement
+from ..core.needs import Need
+from .cores import CoreAllocator, Key, Placement
 
 
 @dataclass(frozen=True, slots=True)

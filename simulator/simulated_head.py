@@ -8,10 +8,11 @@ from typing import Any, Protocol
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
 from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Ready, Role, StepReport, WorkerCommand
+from ..core.needs import Need
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
-from ..router.cores import Need, Placement
+from ..router.cores import Placement
 from ..router.events import (
     Adopted,
     Cancel,

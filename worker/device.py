@@ -5,8 +5,7 @@ import os
 from ..core.devices import DeviceKind
 from ..core.errors import CapacityError
 from ..engine.engine import EngineOptions
-from ..engine.gpu import DeviceInfo, probe_devices
-from ..planner.plan import GPU_MEMORY_FRACTION
+from ..engine.gpu import GPU_MEMORY_FRACTION, DeviceInfo, probe_devices
 from .spec import WorkerSpec
 
 

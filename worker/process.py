@@ -38,12 +38,12 @@ from ..grammar.thread import GrammarThread
 from ..grammar.vocabulary import tokenizer_json
 from ..kv_transfer.cuda_memory import CudaGpu
 from ..kv_transfer.endpoint import TransferEndpoint
-from .held_legs import in_frames
-from .worker import Worker
-from .gpu_monitor import GpuMonitor
 from .device import bind_to_cores, engine_options, names_of, own_gpu
+from .gpu_monitor import GpuMonitor
+from .held_legs import in_frames
 from .router_link import RouterLink
 from .spec import WorkerSpec
+from .worker import Worker
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ..core.config import ClusterConfig, PoolSection
 from ..core.devices import DeviceKind
+from ..core.log_settings import LogSettings
 from ..core.messages import Role
-from ..router.cores import Need
-from ..core.logs import LogSettings
+from ..core.needs import Need
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from ...core.validation import check_name
 from ...proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from ..explain import explanation, find_timeline
 from ..frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
-from .guard import CALLER
 from ..serving import Shared
 from ..translate import NeedsRestart, UnknownRequest, translated, write
 from ..vetting import refuse_unknown_fields
+from .guard import CALLER
 
 log = logging.getLogger(__name__)
 

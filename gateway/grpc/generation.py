@@ -10,9 +10,9 @@ import grpc
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from ..answer import Collector
-from .guard import CALLER
 from ..serving import Serving
 from ..translate import translated, write
+from .guard import CALLER
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -18,6 +18,7 @@ from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest, PdserveError
 from ...proto import pdserve_pb2 as pb
 from ..auth.access import Access, Caller, Need, NotPermitted
+from ..auth.revocation import Revocation
 from ..call_bounds import (
     MESSAGE_TIMEOUT_S,
     HeldBytes,
@@ -31,7 +32,6 @@ from ..call_bounds import (
 from ..connections import GrpcConnections
 from ..offload.offload import SMALL_BYTES
 from ..places import connection_name
-from ..auth.revocation import Revocation
 from ..translate import translated, write
 
 MAX_HEADERS = 128  # of a call: more were put together from references to a few, to use up memory

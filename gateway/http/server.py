@@ -18,9 +18,9 @@ from uvicorn.server import ServerState
 from ...core.config_types import parse_host_port
 from ...core.errors import ConfigError
 from ...core.peer_log import peer_log
+from ..auth.tls import ServerTls
 from ..connections import places_for
 from ..places import FairPlaces, NoPlace, address_group
-from ..auth.tls import ServerTls
 from . import connection
 from .connection import KEEP_ALIVE_S, MAX_HEADER_BYTES, Connection
 from .feeder import Feeder

@@ -10,8 +10,8 @@ from google.protobuf.message import DecodeError, Message
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
-from ..text.encoding import bounded_ids, chat_text
 from ..http.bodies import read_body
+from ..text.encoding import bounded_ids, chat_text
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_loading.messages import TokenizerData
 from ..tools.offer import Offer

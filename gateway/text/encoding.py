@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from ...core.errors import InvalidRequest
 from ...core.validation import check_prompt_length
 from ...proto import pdserve_pb2 as pb
-from .template.account import MAX_BYTES
-from .tokenizer import Tokenizer
 from ..tools.conversation import template_messages
 from ..tools.offer import Offer
 from ..vetting import Bounds, check_chars, check_counted
+from .template.account import MAX_BYTES
+from .tokenizer import Tokenizer
 
 SLICE_CHARS = 1 << 16
 USUAL_CHARS = 8  # of a token, at most, in texts that people write

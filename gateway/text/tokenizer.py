@@ -12,12 +12,12 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from ...core.errors import CheckpointError, InvalidRequest
+from ..tools.formats import ToolFormat, tool_format
 from .chat_template import ChatTemplate
 from .template.account import MAX_BYTES
 from .tokenizer_loading.messages import TokenizerData
 from .tokenizer_loading.process import load
 from .tokenizer_loading.usual import may_stall
-from ..tools.formats import ToolFormat, tool_format
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells what is not in its vocabulary
 

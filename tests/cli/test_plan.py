@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.planner import plan as plan_module
 from pdserve.engine.gpu import DeviceInfo, Node
+from pdserve.planner import plan as plan_module
 from tests.cli.conftest import Run
 
 GPU = DeviceInfo(0, "NVIDIA H100 80GB HBM3", "GPU-0", 80 << 30, 79 << 30)

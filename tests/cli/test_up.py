@@ -18,9 +18,9 @@ from pdserve.cli.progress import StatusLines, is_ready, ready_line
 from pdserve.cli.up import follow, sigterm_as_interrupt, up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
+from pdserve.core.log_settings import LogSettings
 from pdserve.core.status import WorkerState
 from pdserve.proto import pdserve_pb2 as pb
-from pdserve.core.logs import LogSettings
 from tests.cli.conftest import ServerThread
 
 

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdserve.worker import router_link as worker_link
-from pdserve.worker.router_link import RouterLink
 from pdserve.core.codec import FrameEncoder
 from pdserve.core.handshake import OPENING_BYTES, Dialler, Purpose
 from pdserve.core.messages import (
@@ -30,10 +28,12 @@ from pdserve.router import service
 from pdserve.router.core import Router
 from pdserve.router.events import Adopted
 from pdserve.router.service import RouterService
+from pdserve.worker import router_link as worker_link
+from pdserve.worker.router_link import RouterLink
 
 from ..handshakes import greeted, open_control
 from ..router.cluster import worker_info
-from ..workers.chain_model import spec
+from ..worker.chain_model import spec
 
 HELLO = Hello(worker_id="decode-0", incarnation=1)
 WAIT_S = 20.0

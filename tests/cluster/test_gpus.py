@@ -8,12 +8,12 @@ import ray
 
 from pdserve.cluster.actors import options_of
 from pdserve.cluster.nodes import RayNodes, with_resources
-from pdserve.worker.spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind
 from pdserve.core.messages import Role
 from pdserve.engine.gpu import DeviceInfo, Node
 from pdserve.router.cores import Capacity, CoreAllocator
+from pdserve.worker.spec import WorkerSpec
 
 pytestmark = pytest.mark.cluster
 

@@ -7,14 +7,17 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-from pdserve.head import head as head_module
-from pdserve.cluster.actors import KeeperActor, Outcome
-from pdserve.head.head import Head
+from pdserve.cluster.actors import KeeperActor
 from pdserve.cluster.keeper import RayKeeper
 from pdserve.core.config import ClusterConfig
+from pdserve.head import head as head_module
+from pdserve.head.head import Head
+from pdserve.head.ports import Outcome
+from pdserve.head.spec import HeadSpec
 from pdserve.router.cores import Placement
 
 SPEC: Any = SimpleNamespace(key=("decode-0", 1))
+NO_NODES: Any = SimpleNamespace()  # they are not asked for
 
 
 class OvertakingActor:
@@ -65,7 +68,8 @@ def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.M
         head_module, "plan", lambda config, nodes, more_may_come: SimpleNamespace(check=lambda more_may_come: None)
     )
     remember = SimpleNamespace(remote=lambda *arguments: calls.append(arguments))
-    head = Head(SimpleNamespace(generation=generation, keeper=SimpleNamespace(remember=remember)))  # type: ignore[arg-type]
+    keeper = RayKeeper(SimpleNamespace(remember=remember))
+    head = Head(HeadSpec(token="secret", host="127.0.0.1", generation=generation), keeper, NO_NODES, "127.0.0.1")
     router = SimpleNamespace(configure=lambda config: None, status=lambda now_s: SimpleNamespace(workers=()))
     head._device = "cpu"
     head._watch = SimpleNamespace(  # type: ignore[assignment]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from pdserve.cluster import nodes as nodes_module
-from pdserve.head.host_facts import HostFacts, look, refusal, warning
 from pdserve.cluster.nodes import RayNodes
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
 from pdserve.engine.gpu import DeviceInfo, Node
+from pdserve.head.host_facts import HostFacts, look, refusal, warning
 from pdserve.router.cores import Capacity
 from pdserve.router.hosts import HostChecked, SeenHost
 

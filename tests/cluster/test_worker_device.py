@@ -5,17 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdserve.worker import gpu_monitor as monitor_module, device as worker_device
-from pdserve.worker.gpu_monitor import GpuMonitor
-from pdserve.worker.device import engine_options, names_of, own_gpu
-from pdserve.worker.process import WorkerProcess
-from pdserve.worker.spec import WorkerSpec
 from pdserve.core.codec import FrameDecoder, FrameEncoder
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind
 from pdserve.core.errors import CapacityError
 from pdserve.core.messages import GpuSample, Role, StepReport, WorkerLoad, WorkerMessage
 from pdserve.engine.gpu import DeviceInfo, GpuProbe
+from pdserve.worker import device as worker_device, gpu_monitor as monitor_module
+from pdserve.worker.device import engine_options, names_of, own_gpu
+from pdserve.worker.gpu_monitor import GpuMonitor
+from pdserve.worker.process import WorkerProcess
+from pdserve.worker.spec import WorkerSpec
 
 from ..engine.test_gpu import nvml, unsupported
 

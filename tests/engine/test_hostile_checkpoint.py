@@ -16,8 +16,8 @@ from pdserve.core.errors import CapacityError, CheckpointError, ConfigError
 from pdserve.engine.checkpoint import MAX_INDEX_BYTES, MAX_SHARDS, Checkpoint, fingerprint, open_checkpoint
 from pdserve.engine.gpu import Node
 from pdserve.engine.model_config import MAX_LAYERS, parse_model_config
-from pdserve.planner.plan import make_plan
 from pdserve.engine.safetensors_header import MAX_HEADER_BYTES, MAX_HEADERS_BYTES, MAX_TENSORS
+from pdserve.planner.plan import make_plan
 from tests.engine.test_checkpoint import LLAMA, refusal, shard, write
 
 DIGITS = int("9" * 4000)

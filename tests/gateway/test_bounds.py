@@ -16,10 +16,10 @@ from pdserve.core import peer_log
 from pdserve.core.config_listen import TlsSection
 from pdserve.gateway import call_bounds, connections
 from pdserve.gateway.app import GatewayServer
+from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.call_bounds import HeldBytes, KeylessCalls, PendingReads, TooManyBytes, TooSlow
 from pdserve.gateway.connections import RESERVED_DESCRIPTORS, connections_of_each
 from pdserve.gateway.http import server as http_server
-from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.places import NoPlace
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.certificates import Authority

@@ -14,10 +14,10 @@ from hypothesis import given, strategies as st
 from pdserve.core.config import ClusterConfig
 from pdserve.core.hashing import block_hashes
 from pdserve.core.request import Request
-from pdserve.gateway.auth.access import Caller, cache_scope, scoped_salt
 from pdserve.gateway.app import GatewayServer, serve
-from pdserve.gateway.frontend import StreamEvent
+from pdserve.gateway.auth.access import Caller, cache_scope, scoped_salt
 from pdserve.gateway.auth.keys import ApiKey, make_key, new_key
+from pdserve.gateway.frontend import StreamEvent
 from pdserve.proto import pdserve_pb2 as pb
 from pdserve.router.events import EmitEnd, Timeline
 from tests.gateway.conftest import CONFIG

@@ -11,10 +11,10 @@ import grpc
 import pytest
 
 from pdserve.gateway import connections
-from pdserve.gateway.grpc.sockets import GrpcSockets
 from pdserve.gateway.auth.keys import make_key, new_key
-from pdserve.gateway.places import connection_name
+from pdserve.gateway.grpc.sockets import GrpcSockets
 from pdserve.gateway.grpc.unpaid_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
+from pdserve.gateway.places import connection_name
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until_closed
 from tests.gateway.support import ScriptedCluster

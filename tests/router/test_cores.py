@@ -2,12 +2,13 @@
 
 import pytest
 
-from pdserve.worker.spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.devices import DeviceKind
 from pdserve.core.errors import CapacityError
 from pdserve.core.messages import Role
-from pdserve.router.cores import Capacity, CoreAllocator, Need, Placement
+from pdserve.core.needs import Need
+from pdserve.router.cores import Capacity, CoreAllocator, Placement
+from pdserve.worker.spec import WorkerSpec
 
 ONE_CORE = Need(1, 1.0)
 

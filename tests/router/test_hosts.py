@@ -7,7 +7,8 @@ import pytest
 from pdserve.core.errors import InvalidTransition
 from pdserve.core.hosts import ExpectedHosts, HostState
 from pdserve.core.messages import Role
-from pdserve.router.cores import Capacity, Need
+from pdserve.core.needs import Need
+from pdserve.router.cores import Capacity
 from pdserve.router.events import Tick
 from pdserve.router.hosts import (
     TRANSITIONS,

@@ -1,7 +1,8 @@
 """Who gets a place, and who waits for one."""
 
 from pdserve.core.messages import Role
-from pdserve.router.cores import Capacity, CoreAllocator, Need, Placement
+from pdserve.core.needs import Need
+from pdserve.router.cores import Capacity, CoreAllocator, Placement
 from pdserve.router.places import Places
 
 P, D = Role.PREFILL, Role.DECODE

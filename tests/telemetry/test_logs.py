@@ -11,16 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from pdserve.core.logs import (
-    REQUEST_ID,
-    ConsoleFormatter,
-    Format,
-    JsonFormatter,
-    LogSettings,
-    are_json,
-    configured,
-    printable,
-)
+from pdserve.core.log_settings import LogFormat, LogSettings
+from pdserve.telemetry.logs import REQUEST_ID, ConsoleFormatter, JsonFormatter, are_json, configured, printable
 from pdserve.telemetry.relay import LogRelay, RelayHandler
 
 FORGED = 'r1\n{"level": "error", "message": "forged"}\r\n2026-01-01T00:00:00.000Z error head: forged\x1b[2J\u2028\u202e\x00'
@@ -171,7 +163,7 @@ def test_a_process_that_logs_does_not_wait_for_the_one_that_shows(tmp_path: Any)
 
 @pytest.mark.parametrize(("kind", "is_json"), [("json", True), ("console", False)])
 def test_a_configured_process_logs_what_is_loud_enough_until_the_end_of_the_block(
-    kind: Format, is_json: bool, relay: Any
+    kind: LogFormat, is_json: bool, relay: Any
 ) -> None:
     made, screen = relay()
     before = logging.getLogger().handlers[:]

@@ -13,12 +13,12 @@ import pytest
 from pdserve.core.codec import FrameEncoder
 from pdserve.core.config import LimitsSection
 from pdserve.core.errors import InvalidRequest, NoWorkerAvailable
-from pdserve.gateway.text.encoding import bounded_ids
 from pdserve.gateway.offload import main, process as shell
 from pdserve.gateway.offload.messages import Decode, Encode, Job, Setup, parts
 from pdserve.gateway.offload.offload import Offload
 from pdserve.gateway.offload.process import IntakeProcess
 from pdserve.gateway.offload.work import Worker, packed
+from pdserve.gateway.text.encoding import bounded_ids
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.support import byte_level
 from tests.processes import await_end

@@ -11,27 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Literal
 
-from .peer_log import limit_third_party_lines
-from ..telemetry.relay import RelayHandler
+from ..core.log_settings import LogSettings
+from ..core.peer_log import limit_third_party_lines
+from .relay import RelayHandler
 
-Format = Literal["json", "console"]
 MAX_MESSAGE_CHARS = 4096
 MAX_EXCEPTION_CHARS = 8192  # its end says most
 FIELDS = ("request_id", "attempt", "worker")  # what a record may carry as `extra`
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # of the call that a task serves
 _PLAIN = re.compile(r"[\w.:/#+-]+", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class LogSettings:
-    """How a process logs. `relay`: the socket of the process that shows the lines; None, or out of reach: to stderr."""
-
-    format: Format = "json"
-    level: str = "info"
-    relay: str | None = None
 
 
 class JsonFormatter(logging.Formatter):

@@ -5,18 +5,18 @@ import threading
 
 import pytest
 
-from pdserve.worker import router_link as worker_link, process as worker_process
-from pdserve.worker.router_link import RouterLink
-from pdserve.worker.process import WorkerProcess
-from pdserve.worker.spec import WorkerSpec
 from pdserve.core.codec import FrameDecoder
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CheckpointError
 from pdserve.core.handshake import OPENING_BYTES
 from pdserve.core.messages import Hello, LoadProgress, Role, WorkerMessage
 from pdserve.engine.engine import Engine
+from pdserve.worker import process as worker_process, router_link as worker_link
+from pdserve.worker.process import WorkerProcess
+from pdserve.worker.router_link import RouterLink
+from pdserve.worker.spec import WorkerSpec
 
-from .handshakes import greeted, read
+from ..handshakes import greeted, read
 
 WAIT_S = 60.0  # far more than anything here takes
 

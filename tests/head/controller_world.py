@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
-from pdserve.head import controller as controller_module
-from pdserve.cluster.actors import Outcome, outcome_of
-from pdserve.head.controller import Controller
-from pdserve.worker.spec import WorkerSpec
+from pdserve.cluster.actors import outcome_of
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import Hello, Ready, Role
+from pdserve.head import controller as controller_module
+from pdserve.head.controller import Controller
+from pdserve.head.ports import Outcome
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator, Placement
 from pdserve.router.events import WorkerLost
@@ -22,6 +22,7 @@ from pdserve.router.fleet_events import Apply, StartWorker
 from pdserve.router.fleet_member import MemberState
 from pdserve.router.places import Places
 from pdserve.router.service import RouterService
+from pdserve.worker.spec import WorkerSpec
 
 from ..router.cluster import worker_info
 

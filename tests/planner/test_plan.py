@@ -14,10 +14,10 @@ from pdserve.core.messages import Role
 from pdserve.engine.checkpoint import Checkpoint
 from pdserve.engine.gpu import Node
 from pdserve.engine.model_config import parse_model_config
-from pdserve.planner.packing import Demand, Packing
-from pdserve.planner.plan import AUTO_KV_MAX_BYTES, RUNTIME_BYTES, Plan, make_plan, plan
 from pdserve.engine.safetensors_header import TensorInfo
 from pdserve.engine.tensor_names import expected_tensors
+from pdserve.planner.packing import Demand, Packing
+from pdserve.planner.plan import AUTO_KV_MAX_BYTES, RUNTIME_BYTES, Plan, make_plan, plan
 
 GIB = 1 << 30
 LLAMA_8B: dict[str, Any] = {

@@ -1,18 +1,19 @@
 """What the head makes of a plan for GPUs: what its workers are told."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from pdserve.head.head import Head
-from pdserve.head.settings import GPU_PEAKS, REACHED, priors
-from pdserve.head.spec import HeadSpec
-from pdserve.worker.spec import WorkerSpec
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import Role
 from pdserve.engine.gpu import DeviceInfo, Node
+from pdserve.head.head import Head
+from pdserve.head.settings import GPU_PEAKS, REACHED, priors
+from pdserve.head.spec import HeadSpec
 from pdserve.planner.plan import plan
 from pdserve.router.fleet_events import StartWorker
+from pdserve.worker.spec import WorkerSpec
 
 H100, UNKNOWN = "NVIDIA H100 80GB HBM3", "NVIDIA H999"
 
@@ -23,10 +24,11 @@ def node(name: str = H100, num_gpus: int = 2) -> Node:
 
 
 def worker(config: ClusterConfig, *nodes: Node) -> WorkerSpec:
-    head = Head(HeadSpec(keeper=SimpleNamespace(), door="", token="secret", host="127.0.0.1"))
+    unused: Any = SimpleNamespace()
+    head = Head(HeadSpec(token="secret", host="127.0.0.1"), unused, unused, "127.0.0.1")
     head._config, head._plan = config, plan(config, nodes)
     head._plan.check()
-    head._device, head._host, head._control_port = head._plan.device, "127.0.0.1", 1
+    head._device, head._control_port = head._plan.device, 1
     return head._worker_spec(StartWorker(Role.DECODE, "decode-0", 1))
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from pdserve.head import controller as controller_module
 from pdserve.core.errors import CheckpointError
 from pdserve.core.messages import LoadProgress, Ready
+from pdserve.head import controller as controller_module
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity
 from pdserve.router.events import Tick

@@ -23,8 +23,6 @@ from pdserve.kv_transfer.outbound import OutboundPair
 from pdserve.kv_transfer.protocol import Ack
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
-from pdserve.simulator.kv_model import ChainStore
-from pdserve.simulator.run import simulate
 from pdserve.prefill_worker.worker import PrefillWorker
 from pdserve.router import hosts
 from pdserve.router.admission import Deadlines, JobQueue
@@ -42,6 +40,8 @@ from pdserve.router.places import Places
 from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.take_over import TakeOver
+from pdserve.simulator.kv_model import ChainStore
+from pdserve.simulator.run import simulate
 from pdserve.worker.held_legs import HeldLegs
 
 MAX_SEEDS = 2000

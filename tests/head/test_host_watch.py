@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from pdserve.head import host_watch as host_watch_module
-from pdserve.head.host_watch import HostWatch
 from pdserve.core.config import ClusterConfig
 from pdserve.core.hosts import ExpectedHosts
 from pdserve.core.messages import Role
+from pdserve.core.needs import Need
 from pdserve.engine.gpu import Node
-from pdserve.router.cores import Capacity, Need
+from pdserve.head import host_watch as host_watch_module
+from pdserve.head.host_watch import HostWatch
+from pdserve.router.cores import Capacity
 from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.places import Places
 

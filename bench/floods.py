@@ -1,12 +1,15 @@
 """Floods a server on loopback, and tells what a newcomer notices.
 
     pdserve up & python bench/floods.py [KIND ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http 127.0.0.1:8000]
+    python bench/floods.py unread --flood-key FILE --key FILE
 
 grpc, http: connections that say nothing, as many as this process can hold and then new ones for the oldest. chunks: 40 HTTP
 bodies at a time, in chunks of one byte. calls: 50 gRPC connections at a time, each of which sends 20,000 calls of 17 bytes as
 fast as --megabytes a second allow, reads nothing and hangs up. headers: the same with calls of 4,000 references to one header.
-Meanwhile newcomers connect one after the other and ask for one token; each line has
-their times. Only for a server without keys on this machine, and for a bounded time.
+unread: 1,000 gRPC streams of --max-tokens each on one connection, which reads nothing; the server needs keys, and --flood-key
+and --key name files with one of two clients each.
+Meanwhile newcomers connect one after the other and ask for one token (unread: 8, which takes a place where streams are
+decoded); each line has their times. Only for a server on this machine, the others one without keys, and for a bounded time.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import grpc
 import httpx
@@ -27,10 +31,12 @@ import httpx
 from pdserve.core.config_types import is_loopback
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
-KINDS = ("grpc", "http", "chunks", "calls", "headers")
+KINDS = ("grpc", "http", "chunks", "calls", "headers")  # and "unread", which needs keys
 MAX_HELD = 15_000
 CHUNKS = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 45_000
 NUM_CALLERS = 50
+NUM_UNREAD = 1000  # what one connection may have at once
+STREAM = b"/pdserve.v1.Generation/GenerateStream"
 Address = tuple[str, int]
 
 
@@ -91,6 +97,24 @@ def calling(address: Address, until_s: float, data: bytes, bytes_per_s: float) -
     return count
 
 
+def unread(address: Address, until_s: float, key: str, max_tokens: int) -> int:
+    """Streams of one connection that reads nothing; how many there were."""
+    names = {b":method": b"POST", b":scheme": b"http", b":path": STREAM, b":authority": b"localhost"}
+    names |= {b"te": b"trailers", b"content-type": b"application/grpc", b"authorization": b"Bearer " + key.encode()}
+    headers = b"".join(field(name, value) for name, value in names.items())
+    again = bytes(0x80 | 62 + index for index in reversed(range(len(names))))
+    sampling = pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    text = pb.GenerateRequest(prompt=pb.Prompt(text="with"), sampling=sampling).SerializeToString()
+    message = b"\0" + len(text).to_bytes(4) + text
+    sent = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", frame(4, 0, 0), frame(4, 1, 0)]
+    for index in range(NUM_UNREAD):
+        sent += [frame(1, 4, 1 + 2 * index, again if index else headers), frame(0, 1, 1 + 2 * index, message)]
+    with socket.create_connection(address) as sock:
+        sock.sendall(b"".join(sent))
+        time.sleep(max(0.0, until_s - time.monotonic()))
+    return NUM_UNREAD
+
+
 def silent(address: Address, until_s: float) -> int:
     """Connections that say nothing; how many there were."""
     held: deque[socket.socket] = deque()
@@ -131,10 +155,12 @@ def chunked(address: Address, until_s: float) -> int:
     return sum(counts)
 
 
-def over_grpc(address: str) -> None:
-    request = pb.GenerateRequest(prompt=pb.Prompt(text="with"), sampling=pb.SamplingParams(max_tokens=1))
+def over_grpc(address: str, key: str = "", max_tokens: int = 1) -> None:
+    sampling = pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    request = pb.GenerateRequest(prompt=pb.Prompt(text="with"), sampling=sampling)
+    metadata = (("authorization", f"Bearer {key}"),) if key else ()
     with grpc.insecure_channel(address, (("grpc.use_local_subchannel_pool", 1),)) as channel:
-        rpc.GenerationStub(channel).Generate(request, timeout=10, wait_for_ready=True)
+        rpc.GenerationStub(channel).Generate(request, timeout=10, wait_for_ready=True, metadata=metadata)
 
 
 def over_http(address: str) -> None:
@@ -160,15 +186,23 @@ def main() -> None:
     parser.add_argument("floods", nargs="*", metavar="KIND", default=KINDS)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--megabytes", type=float, default=20.0, help="of calls or headers, a second")
+    parser.add_argument("--max-tokens", type=int, default=2000, help="of each stream that is not read")
+    parser.add_argument("--flood-key", type=Path, metavar="FILE", help="whose streams are not read")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="of the newcomers")
     parser.add_argument("--grpc", default="127.0.0.1:50051")
     parser.add_argument("--http", default="127.0.0.1:8000")
     args = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    key, flood_key = (path.read_text().strip() if path else "" for path in (args.key, args.flood_key))
     for flood in args.floods:
-        if flood not in KINDS:
-            parser.error(f"{flood!r} is no kind of flood, expected one of {', '.join(KINDS)}")
-        address, ask = (args.grpc, over_grpc) if flood in ("grpc", "calls", "headers") else (args.http, over_http)
+        if flood not in (*KINDS, "unread"):
+            parser.error(f"{flood!r} is no kind of flood, expected one of {', '.join((*KINDS, 'unread'))}")
+        if flood == "unread" and not (args.flood_key and args.key):
+            parser.error("unread: expected --flood-key and --key, as clients of one address are one client without keys")
+        address, ask = (args.http, over_http) if flood in ("http", "chunks") else (args.grpc, partial(over_grpc, key=key))
+        if flood == "unread":
+            ask = partial(over_grpc, key=key, max_tokens=8)
         host, _, port = address.rpartition(":")
         if not is_loopback(host):
             parser.error(f"{address}: only a server on this machine is flooded")
@@ -176,6 +210,7 @@ def main() -> None:
         until_s = time.monotonic() + min(args.seconds, 60.0)
         sent: list[int] = []
         attack = {
+            "unread": partial(unread, key=flood_key, max_tokens=args.max_tokens),
             "chunks": chunked,
             "calls": partial(calling, data=calls(20_000, 0), bytes_per_s=args.megabytes * 1e6),
             "headers": partial(calling, data=calls(100, 4000), bytes_per_s=args.megabytes * 1e6),

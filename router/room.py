@@ -80,9 +80,10 @@ class RoomMaker:
         return giver if is_little and num_then < num_running[giver] else None
 
     def _workers(self, job: Job) -> list[Worker]:
-        """Those that could decode it."""
-        return [
+        """Those that could decode it. Without decode workers, prefill workers serve both phases, as `Placer.place` has it."""
+        able = [
             worker
             for worker in self._registry
-            if worker.state is WorkerState.READY and worker.role.decodes and worker.capacity_tokens >= job.num_total_tokens
+            if worker.state is WorkerState.READY and worker.capacity_tokens >= job.num_total_tokens
         ]
+        return [worker for worker in able if worker.role.decodes] or able

@@ -9,6 +9,7 @@ import ctypes
 import re
 import socket
 import struct
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -70,7 +71,9 @@ class GrpcSockets:
                 if name is None:
                     continue
                 state, num_bytes = _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
-                received = Received(num_bytes, state == _CLOSE_WAIT) if state in (_ESTABLISHED, _CLOSE_WAIT) else None
+                received = None
+                if state in (_ESTABLISHED, _CLOSE_WAIT):
+                    received = Received(num_bytes, _num_unread(descriptor), has_left=state == _CLOSE_WAIT)
                 connection = GrpcSocket(descriptor, cookie, received)
                 if state == _CLOSED:
                     connection.abort()
@@ -100,6 +103,14 @@ def _borrowed(descriptor: int) -> Iterator[socket.socket]:
         yield sock
     finally:
         sock.detach()
+
+
+def _num_unread(descriptor: int) -> int:
+    """Raises OSError where it is not open."""
+    count = ctypes.c_int()
+    if _libc.ioctl(descriptor, ctypes.c_ulong(termios.FIONREAD), ctypes.byref(count)):
+        raise OSError(f"ioctl(FIONREAD) of descriptor {descriptor} failed")
+    return count.value
 
 
 def _cookie(sock: socket.socket) -> bytes:

@@ -2,8 +2,9 @@
 
 The library refuses calls by itself, beyond its bounds on streams and on calls that wait, and it parses what clients that have
 left leave in its sockets. None of this is seen as a call; all of it shows in the bytes that the kernel has received.
-An honest client sends no more than a window of flow control, 64 KiB a call, before its call is seen, and that is soon: a
-connection has brought too much where this is so at two looks, one after the other.
+An honest client sends no more than a window of flow control, 64 KiB a call, before its calls are seen, and then rests: a
+connection has brought too much where this is so at two looks, one after the other, and the library has had more to parse
+meanwhile. So calls with large messages may wait to be seen for as long as it takes.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ class Received:
     """One connection as the kernel has it."""
 
     num_bytes: int  # since it began
+    num_unread: int  # of them, which the library has not parsed yet
     has_left: bool  # its client sends no more
 
 
@@ -53,12 +55,14 @@ class UnpaidBytes:
             self._before = self._last
             self._paid, self._paid_before = set(), self._paid
             self._ends_s = now_s + WINDOW_S
+        at_last_look = self._last
         self._last = {name: connection.num_bytes for name, connection in received.items()}
         self._before = {name: count for name, count in self._before.items() if count <= self._last.get(name, -1)}
         paid = self._paid | self._paid_before
         unpaid = {name for name in received if name not in paid and not is_in_use(name)}
         over = {name for name in unpaid if self._last[name] - self._before.get(name, 0) > MAX_IN_WINDOW}
         left = {name for name in unpaid if received[name].has_left}
-        too_much = over & (self._suspects | left)
+        resting = {name for name in over if not received[name].num_unread and self._last[name] == at_last_look.get(name)}
+        too_much = over & (self._suspects - resting | left)
         self._suspects = over - too_much
         return Verdict(too_much, left, is_suspicious=bool(over or left))

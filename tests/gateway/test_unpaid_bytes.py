@@ -3,7 +3,9 @@
 import asyncio
 import errno
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import grpc
 import pytest
 
 from pdserve.gateway import connections
+from pdserve.gateway.app import LOOKAHEAD_BYTES
 from pdserve.gateway.auth.keys import make_key, new_key
+from pdserve.gateway.connections import GrpcConnections
+from pdserve.gateway.grpc.guard import Guard
 from pdserve.gateway.grpc.sockets import GrpcSockets
 from pdserve.gateway.grpc.unpaid_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
 from pdserve.gateway.places import connection_name
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
-from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until_closed
+from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until, until_closed
 from tests.gateway.support import ScriptedCluster
 from tests.gateway.test_unpaid_calls import END_HEADERS, HEADERS_FRAME, SETTINGS_FRAME, frame, literal
 
@@ -43,16 +48,26 @@ class Looks:
         self.bytes = UnpaidBytes()
         self._in_use = in_use
 
-    def __call__(self, now_s: float, num_bytes: Mapping[str, int], left: tuple[str, ...] = ()) -> Verdict:
-        received = {name: Received(count, name in left) for name, count in num_bytes.items()}
+    def __call__(self, now_s: float, num_bytes: Mapping[str, int], left: tuple[str, ...] = (), num_unread: int = 0) -> Verdict:
+        received = {name: Received(count, num_unread, name in left) for name, count in num_bytes.items()}
         return self.bytes.judge(received, self._in_use.__contains__, now_s)
 
 
 def test_a_connection_that_brings_much_without_a_call_is_closed_at_the_second_look() -> None:
     look = Looks()
     assert look(0.0, {"a": MUCH, "b": MAX_IN_WINDOW}) == Verdict(set(), set(), is_suspicious=True)
-    assert look(0.1, {"a": MUCH, "b": MAX_IN_WINDOW}) == Verdict({"a"}, set(), is_suspicious=True)
+    assert look(0.1, {"a": MUCH + 1, "b": MAX_IN_WINDOW}) == Verdict({"a"}, set(), is_suspicious=True)
     assert look(0.2, {"b": MAX_IN_WINDOW}) == Verdict(set(), set(), is_suspicious=False)
+
+
+def test_a_connection_whose_bytes_are_all_parsed_may_wait_for_its_calls() -> None:
+    look = Looks()
+    for now_s in (0.0, 0.1, 0.2):
+        assert look(now_s, {"a": 8 * MUCH}) == Verdict(set(), set(), is_suspicious=True)
+    assert look(0.3, {"a": 8 * MUCH + 1}).too_much == {"a"}, "and now more"
+    look = Looks()
+    look(0.0, {"a": MUCH}, num_unread=MUCH)
+    assert look(0.1, {"a": MUCH}, num_unread=1).too_much == {"a"}, "what came at once is being parsed still"
 
 
 def test_a_client_that_has_left_is_not_waited_for() -> None:
@@ -101,7 +116,8 @@ def test_an_aborted_connection_has_nothing_left_to_read(has_left: bool) -> None:
             found = sockets.look()
             assert found.keys() == {name}, "neither the listener nor the client's side"
             received = found[name].received
-            assert received is not None and received.has_left == has_left and received.num_bytes >= 50_000
+            assert received is not None and received.has_left == has_left
+            assert received.num_unread == 50_000 <= received.num_bytes
             found[name].abort()
             with pytest.raises(ConnectionResetError):
                 server.recv(1)
@@ -144,28 +160,31 @@ def test_a_descriptor_that_is_anothers_by_now_is_left_alone() -> None:
 # with a server
 
 
-def refused_calls(count: int) -> bytes:
-    """Calls of few bytes each by one table of headers. The library refuses most of them: no SETTINGS are acknowledged."""
+def refused_calls() -> Iterator[bytes]:
+    """Calls of few bytes each by one table of headers, without end. The library refuses most of them: no SETTINGS are
+    acknowledged."""
     names = {b":method": b"POST", b":scheme": b"http", b":path": b"/a.B/C", b":authority": b"x"}
     names |= {b"te": b"trailers", b"content-type": b"application/grpc"}
     block = b"".join(literal(name, value, True) for name, value in names.items())
     again = bytes(0x80 | 62 + index for index in reversed(range(len(names))))
-    flags = END_HEADERS | END_STREAM
-    calls = (frame(HEADERS_FRAME, flags, 1 + 2 * index, again if index else block) for index in range(count))
-    return PREFACE + frame(SETTINGS_FRAME, 0, 0, b"") + b"".join(calls)
+    yield PREFACE + frame(SETTINGS_FRAME, 0, 0, b"") + frame(HEADERS_FRAME, END_HEADERS | END_STREAM, 1, block)
+    for first in count(3, 2000):
+        yield b"".join(frame(HEADERS_FRAME, END_HEADERS | END_STREAM, first + 2 * index, again) for index in range(1000))
 
 
 async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pdserve.gateway.grpc.unpaid_calls.MAX_IN_WINDOW", 1 << 30)  # those that are seen do not end it
-    flood = refused_calls(10_000)
-    assert len(flood) > MAX_IN_WINDOW
     async with serving(cluster, keys) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)
-        writer.write(flood)
+        closed = asyncio.create_task(until_closed(reader))
         async with asyncio.timeout(30):
-            await until_closed(reader)
+            with suppress(ConnectionError):
+                for calls in refused_calls():
+                    writer.write(calls)
+                    await writer.drain()
+            await closed
         writer.transport.abort()
         async with grpc.aio.insecure_channel(server.grpc_address) as channel:
             answer = await pdserve_pb2_grpc.GenerationStub(channel).Generate(request(), metadata=as_key(KEY))
@@ -185,6 +204,38 @@ async def test_large_messages_of_calls_with_a_key_keep_their_connection(
                 stub = pdserve_pb2_grpc.GenerationStub(channel)
                 calls = (_status(stub.Tokenize(message, metadata=as_key(KEY))) for _ in range(8))
                 assert grpc.StatusCode.UNAVAILABLE not in await asyncio.gather(*calls)
+
+
+async def test_large_messages_whose_calls_wait_to_be_seen_keep_their_connection(
+    cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head stands still while a new client sends as much as it may."""
+    seen = asyncio.Event()
+    intercept = Guard.intercept_service
+
+    async def wait_to_intercept(self: Guard, *arguments: Any) -> Any:
+        await seen.wait()
+        return await intercept(self, *arguments)
+
+    monkeypatch.setattr(Guard, "intercept_service", wait_to_intercept)
+    monkeypatch.setattr(GrpcConnections, "start", lambda self, port: None)
+    message = pb.TokenizeRequest(prompt=pb.Prompt(text="hello " * 16_000))
+    async with serving(cluster, keys) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+        sockets, watching = GrpcSockets(server.port), server._connections
+        stub = pdserve_pb2_grpc.GenerationStub(channel)
+        calls = [asyncio.create_task(_status(stub.Tokenize(message, metadata=as_key(KEY)))) for _ in range(8)]
+        counts: list[int] = []
+        await until(lambda: _rests(sockets, counts, 8 * LOOKAHEAD_BYTES))
+        for _ in range(3):
+            await watching._keep_bounds(sockets)
+        seen.set()
+        assert set(await asyncio.gather(*calls)) <= {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
+
+
+def _rests(sockets: GrpcSockets, counts: list[int], min_bytes: int) -> bool:
+    """Whether the one connection has brought so much, and nothing more in the last looks, which `counts` has."""
+    counts += [found.received.num_bytes for found in sockets.look().values() if found.received]
+    return len(counts) > 20 and counts[-1] > min_bytes and len(set(counts[-20:])) == 1
 
 
 async def _status(call: Any) -> grpc.StatusCode:

@@ -214,6 +214,19 @@ def test_a_client_that_runs_nothing_gets_a_place_of_the_one_that_has_all(num_req
     assert cluster.router.counters.displaced == 1
 
 
+def test_room_is_made_also_where_prefill_workers_serve_both_phases() -> None:
+    """As they do while the decode workers start again."""
+    cluster = Cluster(worker_info("prefill-0", max_batch_size=8))
+    for number in range(9):
+        cluster.submit(request_of("greedy", f"g{number}", max_tokens=50, first_token=1000 * number))
+        if number < 8:
+            cluster.token("prefill-0", 0, request_id=f"g{number}", attempt=number)
+    cluster.submit(request_of("new", "new"))
+    (transfer,) = cluster.aborts("prefill-0")
+    cluster.leg_ended("prefill-0", Leg.DECODE, "aborted", transfer=transfer)
+    assert cluster.spec("prefill-0").transfer.request_id == "new"
+
+
 def test_the_stream_that_gave_up_its_place_goes_on_before_what_its_client_has_queued() -> None:
     cluster = with_all_places_taken(8)
     cluster.submit(request_of("new", "new"))

@@ -194,6 +194,7 @@ class _Supervisor:
             sweep()
             if not _is_ray_stop(ended.by):
                 return  # the host shuts down, perhaps: with it, the supervisor starts again
+            local_hosts.end_ray(self._copy)
         if AtReboot.is_possible():
             self._at_reboot.remove()
 

@@ -30,6 +30,7 @@ supervisor.start_at_reboot()
 supervisor.run()
 """
 STANDINS = {
+    "ssh": 'echo "$*" > ended.new; mv ended.new ended; echo > ending',
     "crontab": 'if [ "$1" = -l ]; then cat crontab; else cat > crontab; fi',
     "ray": """
         case "$1" in
@@ -47,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the supervisor runs, with the stand-ins on its PATH."""
     for name, lines in STANDINS.items():
         executable(tmp_path / "bin" / name, lines)
-    (tmp_path / "cluster.yaml").write_text("good")
+    (tmp_path / "cluster.yaml").write_text("provider: {type: local, worker_ips: [10.0.0.3]}")
     (tmp_path / "crontab").write_text("5 4 * * * backup\n")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
@@ -96,6 +97,7 @@ def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder:
 
 
 def test_a_file_that_was_refused_is_not_what_starts_again(folder: Path) -> None:
+    (folder / "cluster.yaml").write_text("good")
     with supervisor("echo up $(cat $2) >> calls; echo bad > cluster.yaml; rm ray-lives; [ $(grep -c up calls) = 2 ]"):
         pass
     assert calls() == ["stop", "start", "up good", "stop", "start", "up good"]
@@ -108,6 +110,16 @@ def test_ray_stop_ends_it_for_good(serving: "subprocess.Popen[bytes]") -> None:
     ended.wait()
     assert calls()[-1] == "terminated"
     assert Path("crontab").read_text() == "5 4 * * * backup\n"
+
+
+def test_ray_stop_on_the_head_ends_ray_on_the_other_hosts(serving: "subprocess.Popen[bytes]") -> None:
+    os.mkfifo("ending")
+    ended = subprocess.Popen(["ray", "stop", str(serving.pid)])
+    Path("ending").read_text()
+    assert serving.wait() == 0
+    ended.wait()
+    words = Path("ended").read_text()
+    assert "10.0.0.3 bash" in words and "ray stop" in words
 
 
 def test_a_host_that_shuts_down_starts_it_again_at_the_next_boot(serving: "subprocess.Popen[bytes]") -> None:

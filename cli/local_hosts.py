@@ -42,6 +42,15 @@ def follow(file: Path, copy: Path) -> None:
             print(f"{host}: Ray could not be ended there; run `ray stop` on it", file=sys.stderr)
 
 
+def end_ray(file: Path) -> None:
+    """Begins to end Ray on all hosts of `file` but the head, and does not wait: by themselves, agents of a Ray whose head has
+    gone try for a minute to report it."""
+    wanted = _read(file)
+    for host in added(wanted, {"provider": {"type": "local"}}):
+        command, nowhere = ssh_command(wanted, host, "ray stop"), subprocess.DEVNULL
+        subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
+
+
 def write_copy(file: Path, copy: Path) -> None:
     """At once: Ray may read it meanwhile."""
     new = copy.with_suffix(".new")

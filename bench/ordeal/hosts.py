@@ -79,6 +79,7 @@ def enter_hosts() -> int:
         os.environ |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_worker_niceness": "0",  # as in cluster.yaml
             ray_address.VARIABLE: address,
             INSIDE: "1",
         }

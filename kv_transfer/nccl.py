@@ -30,6 +30,7 @@ ABORT_S = 5.0  # an abort that takes longer is stuck in the driver
 _POLL_S = 20e-6
 _HELLO_BYTES = 8
 _STORE = "store"  # the entry that says where it is
+_NO_ERROR = "SUCCESS"  # of torch's `ErrorType`
 
 
 class NcclLink(GroupLink):
@@ -112,8 +113,15 @@ class NcclLink(GroupLink):
                 if time.monotonic() > due_s:
                     raise TransferTimeout(f"nccl: not done within {timeout_s} s")
                 time.sleep(_POLL_S)
-        if ticket.exception() is not None:
-            raise PeerLost(f"nccl: {ticket.exception()}")
+        self._check_group()
+
+    def _check_group(self) -> None:
+        """Raises PeerLost when an operation of the group has failed, which makes torch call it completed too. Torch's watchdog
+        says so up to a tenth of a second later; a chunk that is taken meanwhile does not have its checksum. Builds of torch
+        without `get_error` leave it to that, and to the control stream."""
+        get_error = getattr(self._group, "get_error", None)
+        if get_error is not None and (error := get_error().name) != _NO_ERROR:
+            raise PeerLost(f"nccl: an operation failed ({error})")
 
     def kill(self) -> None:
         self._killed.set()

@@ -1,25 +1,16 @@
-"""NCCL's twin on the processor: a gloo group whose operations are watched as a GPU's are, and can be aborted."""
+"""NCCL's twin on the processor: a gloo group that is watched as a GPU's is, and can be aborted.
 
-from concurrent.futures import Future, ThreadPoolExecutor
+Its operations are torch's own `Work`: a call which that does not have fails here as it would on a GPU.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import ErrorType, Work  # type: ignore[attr-defined]
 
 WAIT = timedelta(seconds=30)
-
-
-class Operation:
-    """As torch's `WorkNCCL`."""
-
-    def __init__(self, future: "Future[object]") -> None:
-        self._future = future
-
-    def is_completed(self) -> bool:
-        return self._future.done()
-
-    def exception(self) -> BaseException | None:
-        return self._future.exception()
 
 
 class Aborted(RuntimeError):
@@ -27,7 +18,7 @@ class Aborted(RuntimeError):
 
 
 class TwinGroup:
-    """One rank. Operations are done in their order, each on what it is given when its turn comes."""
+    """One rank. Operations match the peer's by their order alone, whatever their tags say."""
 
     living: "list[TwinGroup]" = []  # noqa: RUF012  (all of this process)
 
@@ -40,22 +31,39 @@ class TwinGroup:
         options._threads = 1
         self._gloo = ProcessGroupGloo(store, rank, 2, options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pdserve-twin")
+        self._error = ErrorType.SUCCESS
         self._is_aborted = False
-        self.hangs_in_abort = False
-        self.num_sends = 0
+        self.num_sends = self._num_receives = 0
         self.living.append(self)
 
-    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Operation:
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work:
         self.num_sends += 1
-        return self._queue(self._gloo.send, tensors, peer, tag)
+        return self._driven(self._gloo.send, tensors, peer, self.num_sends)
 
-    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Operation:
-        return self._queue(self._gloo.recv, tensors, peer, tag)
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> Work:
+        self._num_receives += 1
+        return self._driven(self._gloo.recv, tensors, peer, self._num_receives)
 
-    def _queue(self, operation: Any, *args: Any) -> Operation:
+    def get_error(self) -> ErrorType:
+        return self._error
+
+    def settle(self) -> None:
+        """Returns when every operation until now is over."""
+        self._thread.submit(lambda: None).result()
+
+    def _driven(self, operation: Any, *args: Any) -> Work:
+        """Gloo's operations are completed by whoever waits for them, NCCL's by themselves."""
         if self._is_aborted:
             raise Aborted("the group was aborted")
-        return Operation(self._thread.submit(lambda: operation(*args).wait(WAIT)))
+        work = operation(*args)
+        self._thread.submit(self._drive, work)
+        return work
+
+    def _drive(self, work: Work) -> None:
+        try:
+            work.wait(WAIT)
+        except RuntimeError:
+            self._error = ErrorType.COMM_ERROR
 
     def abort(self) -> None:
         """Operations under way end with their peer's abort, as its connections close."""

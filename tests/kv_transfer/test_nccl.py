@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import nccl
 from pdserve.kv_transfer.group_link import RECEIVER_RANK, SENDER_RANK
-from pdserve.kv_transfer.link import LinkError
+from pdserve.kv_transfer.link import LinkError, PeerLost
 from pdserve.kv_transfer.nccl import NcclLink
 from pdserve.kv_transfer.send_turn import SendTurn
 
@@ -97,6 +97,30 @@ def test_a_wait_ends_when_the_link_is_killed() -> None:
     ours.join()
     theirs.join()
     assert ours.is_gone and theirs.is_gone
+
+
+def test_an_operation_that_fails_loses_the_link() -> None:
+    """Torch calls it completed, as it does one that went well; its group knows better."""
+    ours, theirs = links([])
+    ticket = ours.recv(0, 64, 1)
+    theirs.kill()
+    theirs.join()
+    ours._group.settle()
+    with pytest.raises(PeerLost, match="COMM_ERROR"):
+        ours.wait(ticket, WAIT_S)
+    ours.kill()
+    ours.join()
+
+
+def test_a_torch_whose_groups_know_no_errors_takes_an_operation_for_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(TwinGroup, "get_error")
+    ours, theirs = links([])
+    sent, received = theirs.send(0, 64, 1), ours.recv(0, 64, 1)
+    ours.wait(received, WAIT_S)
+    theirs.wait(sent, WAIT_S)
+    for link in (ours, theirs):
+        link.kill()
+        link.join()
 
 
 def test_an_abort_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from .drawn_tokens import KNOWN, DrawnTokens
 from .staging import Array, Field, Staging
 
 _NO_SLOT = -1
+_FEW_ROWS = 8  # whose contexts seldom have as many pieces as they may: a program for each would mostly be idle
 
 
 def ladder(max_batch_size: int) -> tuple[int, ...]:
@@ -143,6 +144,7 @@ class DecodeGraphs:
                 block_size=self._block_size,
                 num_multiprocessors=num_multiprocessors(self._device.torch_device),
                 window=window,
+                takes_turns=size <= _FEW_ROWS,
             )
             for window in self._windows
         }

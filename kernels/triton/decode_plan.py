@@ -33,6 +33,7 @@ class DecodeShape:
     num_multiprocessors: int
     window: int | None = None
     split_keys: int | None = None  # keys of a piece at most; None: by the batch's load, on which a sum's order then depends
+    takes_turns: bool = False  # a wave of programs shares the pieces; else each piece has a program, which balances better
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_query_len <= MAX_QUERY_LEN:
@@ -54,7 +55,18 @@ class DecodeShape:
         """No plan for this shape has more, as long as contexts stay within `max_context_len`."""
         if self.split_keys is not None:
             return self.max_seqs * cdiv(max_context_len, self.split_keys)
-        return self.wanted_pieces + self.max_seqs
+        most = cdiv(cdiv(max_context_len, self.tile), self.min_tiles)
+        return min(self.wanted_pieces + self.max_seqs, self.max_seqs * most)
+
+    def num_programs(self, num_pieces: int) -> int:
+        """Of one kv head."""
+        wave = cdiv(_BLOCKS_PER_MULTIPROCESSOR * self.num_multiprocessors, self.num_kv_heads)
+        return min(num_pieces, wave) if self.takes_turns else num_pieces
+
+    @property
+    def min_tiles(self) -> int:
+        """Of a piece, where the load decides; less only where a sequence has no more."""
+        return cdiv(_MIN_PAGES * self.block_size, self.tile)
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,12 @@ class DecodePlan:
     """
 
     shape: DecodeShape
-    pieces: torch.Tensor  # int32 [max_pieces, 4]
+    pieces: torch.Tensor  # int32 [max_pieces, 4]; fewer where the plan is not one of a captured graph
     partial_start: torch.Tensor  # int32 [max_seqs + 1]
+
+    def trimmed(self) -> "DecodePlan":
+        """Without rows that have no sequence; for a plan on the host."""
+        return DecodePlan(self.shape, self.pieces[self.pieces[:, 0] != _NO_SEQUENCE], self.partial_start)
 
     def to(self, device: str) -> "DecodePlan":
         return DecodePlan(self.shape, self.pieces.to(device), self.partial_start.to(device))
@@ -108,7 +124,7 @@ def _tiles_of_a_piece(shape: DecodeShape, tiles: npt.NDArray[np.int64]) -> int:
     """At most; such that the batch has about the wanted number of pieces."""
     if shape.split_keys is not None:
         return shape.split_keys // shape.tile
-    return max(cdiv(int(tiles.sum()), shape.wanted_pieces), cdiv(_MIN_PAGES * shape.block_size, shape.tile))
+    return max(cdiv(int(tiles.sum()), shape.wanted_pieces), shape.min_tiles)
 
 
 def _check(shape: DecodeShape, query_lens: list[int], context_lens: list[int], max_context_len: int) -> None:

@@ -139,7 +139,7 @@ class _Step:
             window=geometry.window,
         )
         longest = max(self._context_lens)
-        plan = plan_decode(shape, query_lens, self._context_lens, longest)
+        plan = plan_decode(shape, query_lens, self._context_lens, longest).trimmed()
         there = DecodePlan(shape, to_device(plan.pieces, self._device), to_device(plan.partial_start, self._device))
         return DecodeWork(
             DecodeBatch(self._query_start_loc, self._context_lens_there, self._block_tables, there),

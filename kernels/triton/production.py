@@ -11,7 +11,7 @@ import torch
 from ..sampling import SamplingBatch
 from ..wire import KVPart, WireFormat, part_bytes
 from .activation import silu_mul_launch
-from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launches
+from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launch
 from .decode_plan import DecodeShape, plan_decode
 from .launch import HOPPER, Launch
 from .norm import norm_launch
@@ -23,7 +23,7 @@ from .transfer import checksum_launch, transfer_launch
 
 TARGETS = (80, 90, 100)
 _NUM_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-_MAX_CONTEXT_LEN = 8192
+_MAX_CONTEXT_LEN = 32_768
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,39 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
 
 def _decode(target: int) -> Iterator[tuple[str, Launch]]:
     shapes = [
-        (LLAMA_8B, 64, 1, None),
-        (LLAMA_8B, 64, 8, None),
-        (LLAMA_1B, 64, 1, None),
-        (QWEN3_06B, 16, 4, None),
-        (QWEN2_7B, 64, 8, None),
-        (HEAD_DIM_80, 16, 1, 4096),
-        (HEAD_DIM_256, 64, 1, None),
+        (LLAMA_8B, 1, 64, 1, None),
+        (LLAMA_8B, 64, 64, 1, None),
+        (LLAMA_8B, 64, 64, 8, None),
+        (LLAMA_1B, 1, 64, 1, None),
+        (LLAMA_1B, 64, 64, 1, None),
+        (QWEN3_06B, 64, 16, 4, None),
+        (QWEN2_7B, 64, 64, 8, None),
+        (HEAD_DIM_80, 1, 16, 1, 4096),
+        (HEAD_DIM_80, 64, 16, 1, 4096),
+        (HEAD_DIM_256, 1, 64, 1, None),
+        (HEAD_DIM_256, 64, 64, 1, None),
     ]
-    for heads, block_size, max_query_len, window in shapes:
-        shape = DecodeShape(64, max_query_len, heads.num_kv_heads, block_size, _NUM_MULTIPROCESSORS[target], window=window)
+    for heads, max_seqs, block_size, max_query_len, window in shapes:
+        shape = DecodeShape(
+            max_seqs=max_seqs,
+            max_query_len=max_query_len,
+            num_kv_heads=heads.num_kv_heads,
+            block_size=block_size,
+            num_multiprocessors=_NUM_MULTIPROCESSORS[target],
+            window=window,
+            takes_turns=max_seqs == 1,
+        )
         plan = plan_decode(shape, [1], [_MAX_CONTEXT_LEN], _MAX_CONTEXT_LEN)
         rows = heads.num_heads // heads.num_kv_heads * max_query_len
         partials = (len(plan.pieces), heads.num_kv_heads, rows)
-        q, cache = _queries(64, heads), _cache(heads, block_size)
-        batch = DecodeBatch(_int32(65), _int32(64), _int32(64, _MAX_CONTEXT_LEN // block_size), plan)
-        workspace = DecodeWorkspace(_float32(*partials, heads.head_dim), _float32(*partials))
-        attend, merge = decode_launches(q, cache, cache, batch, workspace, 0.1, q)
-        yield f"{heads.name}, {max_query_len} queries, page {block_size}{_sliding(window)}", attend
-        if max_query_len == 1:
-            yield heads.name, merge
+        q, cache = _queries(max_seqs, heads), _cache(heads, block_size)
+        tables = _int32(max_seqs, _MAX_CONTEXT_LEN // block_size)
+        batch = DecodeBatch(_int32(max_seqs + 1), _int32(max_seqs), tables, plan)
+        arrivals = _int32(max_seqs, heads.num_kv_heads)
+        workspace = DecodeWorkspace(_float32(*partials, heads.head_dim), _float32(*partials), arrivals)
+        launch = decode_launch(q, cache, cache, batch, workspace, 0.1, q)
+        case = f"{heads.name}, {max_seqs} x {max_query_len} queries, page {block_size}{_sliding(window)}"
+        yield case, launch
 
 
 def _prefill(target: int) -> Iterator[tuple[str, Launch]]:

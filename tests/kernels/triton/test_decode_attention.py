@@ -36,9 +36,14 @@ CASES = [  # query heads, kv heads, head_dim, block_size, batch
 
 
 def decode_shape(
-    num_kv_heads: int, block_size: int, max_seqs: int = 6, window: int | None = None, split_keys: int | None = None
+    num_kv_heads: int,
+    block_size: int,
+    max_seqs: int = 6,
+    window: int | None = None,
+    split_keys: int | None = None,
+    takes_turns: bool = False,
 ) -> DecodeShape:
-    return DecodeShape(max_seqs, 8, num_kv_heads, block_size, 1, window, split_keys)
+    return DecodeShape(max_seqs, 8, num_kv_heads, block_size, 1, window, split_keys, takes_turns)
 
 
 def padded(batch: AttentionBatch, plan: DecodePlan) -> DecodeBatch:
@@ -53,10 +58,11 @@ def padded(batch: AttentionBatch, plan: DecodePlan) -> DecodeBatch:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "takes_turns"), [(torch.float32, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size", "lengths"), CASES)
 def test_decode_attention(
     dtype: torch.dtype,
+    takes_turns: bool,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -65,12 +71,27 @@ def test_decode_attention(
 ) -> None:
     query_lens, context_lens, window = lengths
     batch, q, cache = random_case(dtype, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens))
-    shape = decode_shape(num_kv_heads, block_size, window=window)
+    shape = decode_shape(num_kv_heads, block_size, window=window, takes_turns=takes_turns)
     plan = plan_decode(shape, query_lens, context_lens, MAX_CONTEXT_LEN)
     workspace = decode_workspace(shape, num_heads, head_dim, MAX_CONTEXT_LEN, DEVICE)
     out = decode_attention(q.to(DEVICE), *cache.to(DEVICE), padded(batch, plan), workspace, head_dim**-0.5)
     exact = reference.paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)
     assert_close_in_dtype(out, exact)
+    assert not workspace.arrivals.any()  # the next layer counts from zero
+
+
+@pytest.mark.parametrize("takes_turns", [False, True])
+def test_whichever_piece_is_finished_last_the_merged_bits_are_the_same(takes_turns: bool) -> None:
+    query_lens, context_lens = [1, 2], [900, 500]
+    batch, q, cache = random_case(torch.float32, 4, 2, 64, 16, (query_lens, context_lens))
+    shape = decode_shape(2, 16, split_keys=64, takes_turns=takes_turns)
+    plan = plan_decode(shape, query_lens, context_lens, MAX_CONTEXT_LEN).trimmed()
+    outs = []
+    for order in (slice(None), torch.arange(len(plan.pieces)).flip(0), torch.randperm(len(plan.pieces))):
+        shuffled = DecodePlan(shape, plan.pieces[order].contiguous(), plan.partial_start)
+        workspace = decode_workspace(shape, 4, 64, MAX_CONTEXT_LEN, DEVICE)
+        outs.append(decode_attention(q.to(DEVICE), *cache.to(DEVICE), padded(batch, shuffled), workspace, 0.125))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 def test_with_pieces_of_fixed_size_a_sequence_attends_the_same_alone_and_in_company() -> None:
@@ -114,6 +135,18 @@ def test_a_plan_has_each_visible_key_in_one_piece_and_stays_within_its_graph(dat
         assert all(begin < end and begin % tile == 0 for begin, end, _ in pieces)
         rows = list(range(starts[seq], starts[seq + 1]))
         assert [row for _, _, row in pieces] == (rows or [-1])
+
+
+def test_a_graph_of_short_contexts_has_room_for_their_pieces_alone() -> None:
+    shape = DecodeShape(4, 1, 8, 64, 132)
+    assert shape.max_pieces(2048) == 4 * 16  # two pages each
+    assert shape.max_pieces(131_072) == shape.wanted_pieces + 4
+
+
+def test_programs_that_take_turns_are_one_wave() -> None:
+    shape = DecodeShape(1, 1, 8, 64, 132, takes_turns=True)
+    assert 8 * shape.num_programs(shape.max_pieces(131_072)) <= 3 * 132 + 8
+    assert shape.num_programs(5) == 5
 
 
 def test_a_plan_shares_a_long_context_among_all_multiprocessors() -> None:

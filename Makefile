@@ -5,13 +5,16 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test journey check install clean
+.PHONY: demo test quick journey check install clean
 
 demo: $(READY)
 	@$(BIN)/pdserve demo
 
 test: $(READY)
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+quick: $(READY)  # the pure cores alone
+	@PATH="$(abspath $(BIN)):$$PATH" scripts/quick
 
 journey: $(READY)  # an operator's, from `ray up` to `ray down`, on four hosts of namespaces; takes root
 	@PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=1 pytest -s -m journey tests/hosts

@@ -9,6 +9,7 @@ import grpc
 
 from ..proto import pdserve_pb2 as pb
 from .client import Client, CommandFailed, is_gone
+from .interruptible import interruptible
 from .status import as_json, as_table
 
 GONE_TIMEOUT_S = 20.0
@@ -21,9 +22,10 @@ def show_status(client: Client, watch: bool, output: str) -> None:
         print(as_json(status) if output == "json" else as_table(status, output == "wide"))
         return
     on_terminal = sys.stdout.isatty() and output != "json"
-    for status in client.cluster.WatchStatus(pb.WatchStatusRequest()):
-        text = as_json(status, indent=None) if output == "json" else as_table(status, output == "wide") + "\n"
-        print("\x1b[H\x1b[2J" + text if on_terminal else text, flush=True)
+    with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
+        for status in states:
+            text = as_json(status, indent=None) if output == "json" else as_table(status, output == "wide") + "\n"
+            print("\x1b[H\x1b[2J" + text if on_terminal else text, flush=True)
 
 
 def apply(client: Client, file: Path, dry_run: bool) -> None:
@@ -67,8 +69,9 @@ def shut_down(client: Client) -> None:
 def follow_drain(client: Client, request: pb.DrainRequest, say: Callable[[str], None]) -> None:
     """Drain, and say how many requests are left whenever that changes."""
     last = 0
-    for progress in client.cluster.Drain(request):
-        left = progress.num_running_requests
-        if left != last and not progress.done:
-            say(f"draining: {left} request{'s' * (left != 1)} running")
-        last = left
+    with interruptible(client.cluster.Drain(request)) as steps:
+        for progress in steps:
+            left = progress.num_running_requests
+            if left != last and not progress.done:
+                say(f"draining: {left} request{'s' * (left != 1)} running")
+            last = left

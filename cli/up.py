@@ -21,6 +21,7 @@ from ..telemetry import logs
 from ..telemetry.relay import LogRelay
 from .admin import follow_drain
 from .client import Client, CommandFailed, connect_locally, is_gone
+from .interruptible import interruptible
 from .progress import StartBars, StatusLines, is_ready, ready_line
 
 if TYPE_CHECKING:
@@ -72,12 +73,12 @@ def logging_here(config: ClusterConfig) -> Iterator[LogSettings]:
 def follow(client: Client, until_ready: bool = False, http_address: str | None = None) -> None:
     """Say what changes, until the cluster ends or, with `until_ready`, until it serves: there, and over HTTP."""
     lines = StatusLines()
-    states = client.cluster.WatchStatus(pb.WatchStatusRequest())
     try:
-        has_started = _until_ready(client, states, lines, MAX_RESTARTS if until_ready else None, http_address)
-        if has_started and not until_ready:
-            for status in states:
-                _say_changes(lines, status)
+        with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
+            has_started = _until_ready(client, states, lines, MAX_RESTARTS if until_ready else None, http_address)
+            if has_started and not until_ready:
+                for status in states:
+                    _say_changes(lines, status)
     except grpc.RpcError as error:
         if not is_gone(error):
             raise

@@ -118,7 +118,7 @@ up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: int) -> None:
-    """A process of its own: Python's gRPC does not always survive that its caller is interrupted."""
+    """In a process of its own, whose main thread the signal interrupts."""
     server.call(server.cluster.go_on.set)
     command = [sys.executable, "-c", UP, server.address, server.local_address]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}) as process:

@@ -16,7 +16,7 @@ from pdserve.kv_transfer import TransferConfig, TransferEndpoint
 from pdserve.kv_transfer.interfaces import Gpu
 
 WAIT_S = 60.0  # far more than anything here takes
-FAST = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=0.4, lease_s=30.0)
+FAST = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, lease_s=30.0)
 
 
 def layout(block_size: int = 8, dtype: str = "float32", num_layers: int = 3, num_kv_heads: int = 2) -> KVLayout:

@@ -1,0 +1,54 @@
+"""Streams of gRPC for a main thread that Ctrl-C interrupts.
+
+KeyboardInterrupt comes wherever the main thread is. Inside gRPC it can leave a lock held for ever, behind which every later
+call of the channel waits. So another thread, where no interrupt comes, reads the stream.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+Message = TypeVar("Message")
+Received = TypeVar("Received", covariant=True)
+
+
+class Stream(Protocol[Received]):
+    """A call whose answers are a stream."""
+
+    def __iter__(self) -> Iterator[Received]: ...
+    def cancel(self) -> Any: ...
+
+
+@contextmanager
+def interruptible(stream: Stream[Message]) -> Iterator[Iterator[Message]]:
+    """Its messages; they end, or raise, as it does. It is cancelled when the block ends."""
+    arrived: queue.SimpleQueue[Message | _End] = queue.SimpleQueue()
+
+    def read() -> None:
+        error: Exception | None = None
+        try:
+            for message in stream:
+                arrived.put(message)
+        except Exception as ended_by:  # raised again by the main thread
+            error = ended_by
+        arrived.put(_End(error))
+
+    threading.Thread(target=read, name="stream-reader", daemon=True).start()
+    try:
+        yield _messages(arrived)
+    finally:
+        stream.cancel()
+
+
+class _End:
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+
+def _messages(arrived: "queue.SimpleQueue[Message | _End]") -> Iterator[Message]:
+    while not isinstance(message := arrived.get(), _End):
+        yield message
+    if message.error is not None:
+        raise message.error

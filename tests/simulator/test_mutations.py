@@ -350,7 +350,8 @@ def leave_all_places_to_the_client_that_has_them() -> Planted:
 
 
 FIRST_FOUND: dict[Mutation, int] = {
-    forget_which_ways_between_hosts_are_broken: 69,
+    forget_which_links_between_hosts_are_broken: 69,
+    leave_links_untried_until_a_request_needs_them: 0,
     place_workers_on_a_host_that_has_died: 7,
     forget_that_a_lost_host_is_asked_for: 52,
     forget_what_runs_on_a_host_when_it_is_opened: 27,

@@ -227,16 +227,6 @@ class Dispatch(Automaton[DispatchState]):
         """Every choice has the token that its prefill samples."""
         return all(len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values())
 
-    def record(self, ended: LegEnded) -> None:
-        """A worker's own account of its leg, for the timeline and the worker's hit rate."""
-        if ended.leg is Leg.PREFILL:
-            self.prefill_ended = ended
-        else:
-            self.decode_ended = ended
-        if ended.error is None and ended.leg is self.leg_at(self.prefill):
-            self.prefill.num_prompt_tokens += self.spec.num_tokens
-            self.prefill.num_cached_tokens += ended.num_cached_tokens
-
     def unfinished_jobs(self, now_s: float) -> list[Job]:
         """What this dispatch leaves to do."""
         return self.live.jobs_for(self.streams.values(), now_s)

@@ -2,11 +2,12 @@
 
 import math
 
+from ..core.automaton import Automaton
 from ..core.request import TransferId
 from .config import TransferConfig
 from .events import Expect
 from .span import Coverage, Span
-from .states import INBOUND_TRANSITIONS, InboundState, Machine
+from .states import INBOUND_TRANSITIONS, InboundState
 
 
 class InboundTransfer:
@@ -14,7 +15,7 @@ class InboundTransfer:
 
     def __init__(self, transfer: TransferId, initial: InboundState, now_s: float) -> None:
         self.id = transfer
-        self.machine = Machine(f"inbound {transfer}", INBOUND_TRANSITIONS, initial)
+        self.machine = Automaton(INBOUND_TRANSITIONS, initial, name=f"inbound {transfer}")
         self.since_s = now_s
         self.reservation: Expect | None = None
         self.num_offered_tokens = 0

@@ -1,11 +1,12 @@
 """One transfer as its sender sees it: what may leave, what is under way, what it cost."""
 
+from ..core.automaton import Automaton
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
 from .events import Open
 from .planner import ChunkPlanner, Ready
 from .span import Span
-from .states import OUTBOUND_TRANSITIONS, Machine, OutboundState
+from .states import OUTBOUND_TRANSITIONS, OutboundState
 
 _WANTED_CHUNKS = 8
 _MIN_CHUNK_BYTES = 256 << 10  # smaller ones cost more than they hide
@@ -16,7 +17,7 @@ class OutboundTransfer:
 
     def __init__(self, event: Open, layout: KVLayout, now_s: float) -> None:
         self.id: TransferId = event.transfer
-        self.machine = Machine(f"outbound {event.transfer}", OUTBOUND_TRANSITIONS, OutboundState.WAITING)
+        self.machine = Automaton(OUTBOUND_TRANSITIONS, OutboundState.WAITING, name=f"outbound {event.transfer}")
         self.num_tokens = event.num_tokens
         self.block_ids: list[int] = list(event.block_ids)
         self.payload: bytes | None = None  # set: the worker has computed everything

@@ -6,6 +6,7 @@ COMMIT, when every (layer, token) was announced exactly once and all is stored -
 
 from typing import NamedTuple
 
+from ..core.automaton import Automaton
 from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .config import TransferConfig
@@ -32,7 +33,7 @@ from .events import (
 )
 from .inbound_transfer import InboundTransfer
 from .protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
-from .states import LINK_TRANSITIONS, InboundState, LinkState, Machine
+from .states import LINK_TRANSITIONS, InboundState, LinkState
 
 
 class _UnderWay(NamedTuple):
@@ -51,7 +52,7 @@ class TransferReceiver:
         self._bytes_per_cell = layout.wire_bytes_per_cell
         self._config = config
         self._counters = counters
-        self._link = Machine(f"link from {peer}", LINK_TRANSITIONS, LinkState.DOWN)
+        self._link = Automaton(LINK_TRANSITIONS, LinkState.DOWN, name=f"link from {peer}")
         self._epoch: int | None = None
         self._num_slots = 0
         self._slot_bytes = 0

@@ -5,6 +5,7 @@ Open -> OFFER -> ACCEPT -> CHUNK... (while later layers and tokens are still com
 
 from typing import NamedTuple
 
+from ..core.automaton import Automaton
 from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .config import TransferConfig
@@ -33,7 +34,7 @@ from .events import (
 from .outbound_transfer import OutboundTransfer
 from .protocol import Abort, Accept, Ack, Commit, Committed, Heartbeat, Nack, Offer
 from .span import Span
-from .states import LINK_TRANSITIONS, LinkState, Machine, OutboundState
+from .states import LINK_TRANSITIONS, LinkState, OutboundState
 
 
 class _InFlight(NamedTuple):
@@ -51,7 +52,7 @@ class TransferSender:
         self._bytes_per_cell = layout.wire_bytes_per_cell
         self._config = config
         self._counters = counters
-        self._link = Machine(f"link to {peer}", LINK_TRANSITIONS, LinkState.DOWN)
+        self._link = Automaton(LINK_TRANSITIONS, LinkState.DOWN, name=f"link to {peer}")
         self._epoch: int | None = None
         self._chunk_bytes = 0
         self._next_seq = 0

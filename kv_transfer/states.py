@@ -1,11 +1,6 @@
-"""The states of a transfer's two ends and of their link: one table per machine, and the only writer of a state."""
+"""The states of a transfer's two ends and of their link: one table for each, followed by a `core.automaton.Automaton`."""
 
 import enum
-from collections import deque
-from collections.abc import Mapping
-from typing import Generic, TypeVar
-
-from ..core.errors import InvalidTransition
 
 
 class LinkState(enum.Enum):
@@ -59,26 +54,3 @@ INBOUND_TRANSITIONS = {
     InboundState.RECEIVED: set(),
     InboundState.FAILED: set(),
 }
-
-S = TypeVar("S", bound=enum.Enum)
-
-
-class Machine(Generic[S]):
-    """A state and its recent history."""
-
-    def __init__(self, name: str, transitions: Mapping[S, set[S]], initial: S) -> None:
-        self._name = name
-        self._transitions = transitions
-        self._state = initial
-        self._history: deque[str] = deque([initial.value], maxlen=16)
-
-    @property
-    def state(self) -> S:
-        return self._state
-
-    def transition(self, target: S) -> None:
-        """The only writer of the state. Raises InvalidTransition."""
-        if target not in self._transitions[self._state]:
-            raise InvalidTransition(self._name, self._state, target, list(self._history))
-        self._state = target
-        self._history.append(target.value)

@@ -151,6 +151,7 @@ class Router:
         return min((at_s for at_s in due if at_s is not None), default=None)
 
     def status(self, now_s: float) -> RouterStatus:
+        self._ledger.note_time(now_s)
         return snapshot(
             self._registry,
             self.counters,

@@ -8,7 +8,7 @@ LiveRequest --has--> ChoiceStream per choice        (what the client sees)
 import enum
 from collections.abc import Iterable
 
-from ..core.errors import InvalidTransition
+from ..core.automaton import Automaton
 from ..core.messages import Leg, LegEnded
 from ..core.request import Request, SequenceSpec, TransferId
 from .candidates import Placement
@@ -163,21 +163,21 @@ class Job:
         )
 
 
-class Dispatch:
+class Dispatch(Automaton[DispatchState]):
     """One attempt of a job at one worker or a pair of them, and what it is accounted with there."""
 
     __slots__ = ("cancelled", "decode", "decode_ended", "decode_started", "dispatched_s", "ended_s", "failure",
                  "first_token_s", "is_prefilling", "job", "live", "num_grown_tokens", "num_new_tokens",
                  "num_reserved_blocks", "num_steps", "num_unfinished", "open_legs", "placement", "prefill",
-                 "prefill_ended", "prefill_s", "spec", "state", "streams")  # fmt: skip
+                 "prefill_ended", "prefill_s", "spec", "streams")  # fmt: skip
 
     def __init__(self, job: Job, spec: SequenceSpec, prefill: Worker, decode: Worker | None, now_s: float) -> None:
+        super().__init__(TRANSITIONS, DispatchState.RUNNING, at_s=now_s)
         self.job = job
         self.live = job.live
         self.spec = spec
         self.prefill = prefill
         self.decode = decode
-        self.state = DispatchState.RUNNING
         self.open_legs = {leg for leg in Leg if self.worker_of(leg) is not None}
         self.streams = {choice: self.live.streams[choice] for choice in job.choices}
         self.num_unfinished = sum(stream.finish_reason is None for stream in self.streams.values())
@@ -196,6 +196,9 @@ class Dispatch:
         self.failure: str | None = None
         self.prefill_ended: LegEnded | None = None
         self.decode_ended: LegEnded | None = None
+
+    def __str__(self) -> str:
+        return f"dispatch {self.transfer}"
 
     @property
     def transfer(self) -> TransferId:
@@ -224,33 +227,18 @@ class Dispatch:
         """Every choice has the token that its prefill samples."""
         return all(len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values())
 
-    def record(self, ended: LegEnded) -> None:
-        """A worker's own account of its leg, for the timeline and the worker's hit rate."""
-        if ended.leg is Leg.PREFILL:
-            self.prefill_ended = ended
-        else:
-            self.decode_ended = ended
-        if ended.error is None and ended.leg is self.leg_at(self.prefill):
-            self.prefill.num_prompt_tokens += self.spec.num_tokens
-            self.prefill.num_cached_tokens += ended.num_cached_tokens
-
     def unfinished_jobs(self, now_s: float) -> list[Job]:
         """What this dispatch leaves to do."""
         return self.live.jobs_for(self.streams.values(), now_s)
 
     def fail(self, failure: str, now_s: float) -> None:
         """Its unfinished choices will be in other hands."""
-        self.transition(DispatchState.FAILED)
+        self.transition(DispatchState.FAILED, now_s, failure)
         self.failure, self.ended_s, self.num_steps = failure, now_s, self._num_steps()
 
     def _num_steps(self) -> int:
         """Tokens that the choice with most of them has from this dispatch."""
         return max(len(stream.token_ids) for stream in self.streams.values()) - len(self.spec.output_token_ids)
-
-    def transition(self, target: DispatchState) -> None:
-        if target not in TRANSITIONS[self.state]:
-            raise InvalidTransition(f"dispatch {self.transfer}", self.state, target, self.times(self.transfer.attempt))
-        self.state = target
 
     def times(self, attempt: int) -> DispatchTimes:
         """Its row in the timeline of the request, as number `attempt` of this router's dispatches of it."""

@@ -97,7 +97,7 @@ class Fleet:
             case WorkerReady():
                 ready = self._current(event.info.worker_id, event.info.incarnation)
                 if ready is not None and ready.state is MemberState.STARTING:
-                    ready.transition(MemberState.READY, now_s)
+                    ready.enter(MemberState.READY, now_s)
             case WorkerPlaced():
                 placed = self._current(event.worker_id, event.incarnation)
                 if placed is not None and placed.state is MemberState.STARTING:
@@ -175,25 +175,25 @@ class Fleet:
         member.last_error, member.num_failures = reason, num_failures
         least_s, most_s = self.config.backoff_s, min(self.config.max_backoff_s, max(self.config.backoff_s, served_s))
         delay_s = min(least_s * 2.0 ** min(num_failures - 1, 32), most_s) if num_failures else 0.0
-        member.transition(MemberState.BACKOFF, now_s, now_s + delay_s)
+        member.enter(MemberState.BACKOFF, now_s, now_s + delay_s)
 
     def _remove(self, member: Member, now_s: float) -> None:
         """Its process is gone: out of the fleet, or out of service until the next Apply."""
         if member.by_hand:
-            member.transition(MemberState.DRAINED, now_s)
+            member.enter(MemberState.DRAINED, now_s)
         else:
-            member.transition(MemberState.GONE, now_s)
+            member.enter(MemberState.GONE, now_s)
             del self._members[member.worker_id]
 
     def _stop(self, member: Member, now_s: float) -> None:
-        member.transition(MemberState.STOPPING, now_s)
+        member.enter(MemberState.STOPPING, now_s)
         self._out.append(StopWorker(member.worker_id, member.incarnation))
 
     def _retire(self, member: Member, now_s: float) -> None:
         """Out of service, gently where there are streams."""
         match member.state:
             case MemberState.READY:
-                member.transition(MemberState.DRAINING, now_s, now_s + self.config.drain_timeout_s)
+                member.enter(MemberState.DRAINING, now_s, now_s + self.config.drain_timeout_s)
                 self._out.append(DrainWorker(member.worker_id))
             case MemberState.STARTING:
                 self._stop(member, now_s)
@@ -260,7 +260,7 @@ class Fleet:
 
     def _assign(self, member: Member, role: Role, now_s: float) -> None:
         if member.state is MemberState.DRAINING:
-            member.transition(MemberState.READY, now_s)
+            member.enter(MemberState.READY, now_s)
         member.role = role
         self._out.append(AssignRole(member.worker_id, role))
 
@@ -273,7 +273,7 @@ class Fleet:
     def _restart_due(self, now_s: float) -> None:
         for member in self._members.values():
             if member.state is MemberState.BACKOFF and member.due_s is not None and member.due_s <= now_s:
-                member.transition(MemberState.STARTING, now_s)
+                member.enter(MemberState.STARTING, now_s)
                 member.num_restarts += 1
                 self._start(member, now_s)
 

@@ -7,9 +7,9 @@ STARTING -> READY -> DRAINING -> STOPPING -> gone
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..core.errors import InvalidTransition
+from ..core.automaton import Automaton
 from ..core.messages import Role
 
 
@@ -37,14 +37,13 @@ TRANSITIONS = {
 
 
 @dataclass(slots=True)
-class Member:
+class Member(Automaton[MemberState]):
     """One name in the fleet, through all its incarnations."""
 
     worker_id: str
     role: Role
     incarnation: int
     since_s: float  # when it entered its state
-    state: MemberState = MemberState.STARTING
     num_failures: int = 0  # in a row
     num_restarts: int = 0  # in all
     last_error: str | None = None
@@ -53,13 +52,16 @@ class Member:
     is_replaced: bool = False  # drains, and another takes its place: it must not come back
     is_awaited: bool = False  # started by an earlier controller, not heard of yet
     num_beats_left: int = 0  # until it is no longer awaited
-    history: list[MemberState] = field(default_factory=list)
 
-    def transition(self, target: MemberState, now_s: float, due_s: float | None = None) -> None:
-        if target not in TRANSITIONS[self.state]:
-            raise InvalidTransition(f"member {self.worker_id}", self.state, target, self.history)
-        self.history = [*self.history[-15:], self.state]
-        self.state, self.since_s, self.due_s = target, now_s, due_s
+    def __post_init__(self) -> None:
+        Automaton.__init__(self, TRANSITIONS, MemberState.STARTING, at_s=self.since_s)
+
+    def __str__(self) -> str:
+        return f"member {self.worker_id}"
+
+    def enter(self, target: MemberState, now_s: float, due_s: float | None = None) -> None:
+        self.transition(target, now_s)
+        self.since_s, self.due_s = now_s, due_s
 
 
 @dataclass(frozen=True, slots=True)

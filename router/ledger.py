@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from ..core.messages import Leg
+from ..core.messages import Leg, LegEnded, StepReport
 from ..core.request import TransferId
 from .candidates import Placement
 from .dispatch import Dispatch
@@ -54,6 +54,29 @@ class Ledger:
         worker.num_reserved_blocks += dispatch.num_reserved_blocks
         worker.num_pending_blocks += dispatch.num_reserved_blocks
         self._registry.rank(worker)
+
+    def note_report(self, worker: Worker, report: StepReport, now_s: float) -> None:
+        """A worker's load, and the progress that its step has made."""
+        worker.load = report.load
+        worker.note_step(report.timing is not None, now_s)
+        if report.timing is not None and report.timing.num_prefill_tokens:
+            worker.progress(report.timing.duration_s)
+        worker.count_tokens(len(report.outputs), now_s)
+
+    def note_time(self, now_s: float) -> None:
+        """Brings every worker's token rate up to now: one that has not reported has brought nothing."""
+        for worker in self._registry:
+            worker.count_tokens(0, now_s)
+
+    def note_ending(self, dispatch: Dispatch, ended: LegEnded) -> None:
+        """A worker's own account of its leg, for the timeline and the worker's hit rate."""
+        if ended.leg is Leg.PREFILL:
+            dispatch.prefill_ended = ended
+        else:
+            dispatch.decode_ended = ended
+        if ended.error is None and ended.leg is dispatch.leg_at(dispatch.prefill):
+            dispatch.prefill.num_prompt_tokens += dispatch.spec.num_tokens
+            dispatch.prefill.num_cached_tokens += ended.num_cached_tokens
 
     def count_token(self, dispatch: Dispatch, worker: Worker) -> None:
         """A token of a running dispatch came from one of its workers."""

@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Hashable, Iterator
 
-from ..core.errors import InvalidTransition
+from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
 from ..core.request import TransferId
 from .ranking import Ranking
@@ -24,20 +24,20 @@ TRANSITIONS = {
 }
 
 
-class Worker:
+class Worker(Automaton[WorkerState]):
     """One incarnation of a worker, with the account of what is open there. The router's own account leads the reported
     load: it knows what is on its way."""
 
     __slots__ = ("_progress_s", "_stepped_s", "_window_start_s", "_window_tokens", "capacity_tokens", "info", "layout", "load",
                  "num_cached_tokens", "num_context_tokens", "num_grown_tokens", "num_pending_blocks",
                  "num_prompt_tokens", "num_queued_tokens", "num_reserved_blocks", "num_sequences", "open_legs",
-                 "prefilling", "queued_prefill_s", "role", "state", "tokens_per_s", "worker_id")  # fmt: skip
+                 "prefilling", "queued_prefill_s", "role", "tokens_per_s", "worker_id")  # fmt: skip
 
     def __init__(self, info: WorkerInfo, layout: int) -> None:
+        super().__init__(TRANSITIONS, WorkerState.READY)
         self.info = info
         self.worker_id = info.worker_id
         self.role = info.role
-        self.state = WorkerState.READY
         self.layout = layout  # equal for workers that can exchange KV
         self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
@@ -57,6 +57,9 @@ class Worker:
         self.tokens_per_s = 0.0
         self._window_start_s = 0.0
         self._window_tokens = 0
+
+    def __str__(self) -> str:
+        return f"worker {self.worker_id}, incarnation {self.incarnation}"
 
     @property
     def incarnation(self) -> int:
@@ -124,11 +127,6 @@ class Worker:
         if elapsed_s >= 1.0:
             self.tokens_per_s = self._window_tokens / elapsed_s if elapsed_s < 5.0 else 0.0
             self._window_start_s, self._window_tokens = now_s, 0
-
-    def transition(self, target: WorkerState) -> None:
-        if target not in TRANSITIONS[self.state]:
-            raise InvalidTransition(f"worker {self.worker_id}", self.state, target, f"incarnation {self.incarnation}")
-        self.state = target
 
 
 class Registry:

@@ -38,17 +38,12 @@ class WorkerReports:
         if worker is None:
             self._requests.counters.stale += 1
             return
-        worker.load = report.load
-        timing = report.timing
-        worker.note_step(timing is not None, now_s)
-        if timing is not None:
-            self._model.observe_step(timing)
-            if timing.num_prefill_tokens:
-                worker.progress(timing.duration_s)
+        self._ledger.note_report(worker, report, now_s)
+        if report.timing is not None:
+            self._model.observe_step(report.timing)
         for output in report.outputs:
             self.on_token(worker, output, now_s)
         self._requests.counters.tokens += self.gaps.close(now_s)
-        worker.count_tokens(len(report.outputs), now_s)
         if report.blocks_added or report.blocks_evicted:
             self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
 
@@ -92,7 +87,7 @@ class WorkerReports:
                 self._links.worked(dispatch.prefill, dispatch.decode)
             elif event.error is not None and not event.is_invalid and dispatch.state is DispatchState.RUNNING:
                 self._links.failed(dispatch.prefill, dispatch.decode, event.error, now_s)
-        dispatch.record(event)
+        self._ledger.note_ending(dispatch, event)
         leg = dispatch.leg_at(worker)
         if event.leg is not leg and event.error is None:
             return  # the prefill of a worker that serves both phases: its leg goes on

@@ -73,7 +73,6 @@ class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def worker_status(worker: Worker, now_s: float) -> WorkerStatus:
-    worker.count_tokens(0, now_s)
     return WorkerStatus(
         worker_id=worker.worker_id,
         incarnation=worker.incarnation,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pdserve.core.automaton import Automaton
 from pdserve.core.errors import InvalidTransition
 from pdserve.core.messages import KVLayout
 from pdserve.core.request import TransferId
@@ -31,7 +32,7 @@ from pdserve.kv_transfer.protocol import Abort, Accept, Ack, Chunk, Commit, Comm
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.kv_transfer.span import Span
-from pdserve.kv_transfer.states import OUTBOUND_TRANSITIONS, Machine, OutboundState
+from pdserve.kv_transfer.states import OUTBOUND_TRANSITIONS, OutboundState
 
 from .support import layout
 
@@ -200,7 +201,7 @@ def test_chunks_of_a_cancelled_transfer_are_taken_and_dropped() -> None:
 
 
 def test_a_transition_that_the_table_does_not_have_is_a_bug_and_says_what_happened_before() -> None:
-    machine = Machine("outbound x", OUTBOUND_TRANSITIONS, OutboundState.WAITING)
+    machine = Automaton(OUTBOUND_TRANSITIONS, OutboundState.WAITING, name="outbound x")
     machine.transition(OutboundState.OFFERED)
     with pytest.raises(InvalidTransition, match=r"outbound x.*COMMITTING.*'waiting', 'offered'"):
         machine.transition(OutboundState.COMMITTING)

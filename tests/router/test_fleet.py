@@ -178,9 +178,9 @@ def test_shutdown_drains_all_and_is_done_when_the_last_process_is_gone() -> None
 
 def test_an_illegal_transition_raises_with_the_members_history() -> None:
     member = Member("decode-0", D, 1, 0.0)
-    member.transition(MemberState.READY, 0.0)
+    member.enter(MemberState.READY, 0.0)
     with pytest.raises(InvalidTransition, match=r"decode-0.*READY -> .*STARTING"):
-        member.transition(MemberState.STARTING, 0.0)
+        member.enter(MemberState.STARTING, 0.0)
     assert set(TRANSITIONS) == set(MemberState)
 
 

@@ -1,0 +1,48 @@
+"""A state, the transitions that its table allows, and the story of how it came there.
+
+Has a state: a transfer's end, a KV link (`kv_transfer/states.py`). Is one: a live request, a dispatch, a worker, a member of
+the fleet (`router/`).
+"""
+
+import enum
+from collections.abc import Mapping, Set
+from typing import Generic, TypeVar
+
+from .errors import InvalidTransition
+
+MAX_STORY = 16  # states that an error tells of
+
+S = TypeVar("S", bound=enum.Enum)
+
+
+class Automaton(Generic[S]):
+    """One object's state. Whoever asks reads `state`; `transition` alone writes it."""
+
+    __slots__ = ("_name", "_story", "_transitions", "state")
+
+    def __init__(self, transitions: Mapping[S, Set[S]], initial: S, *, name: str = "", at_s: float | None = None) -> None:
+        self._name = name
+        self._transitions = transitions
+        self._story: list[tuple[S, float | None, str]] = [(initial, at_s, "")]
+        self.state = initial
+
+    def __str__(self) -> str:
+        """Its name in errors."""
+        return self._name
+
+    def transition(self, target: S, at_s: float | None = None, why: str = "") -> None:
+        """Enters `target`. Raises InvalidTransition, with the story so far, when the table has no such transition."""
+        if target not in self._transitions[self.state]:
+            raise InvalidTransition(str(self), self.state, target, self.story())
+        if len(self._story) == MAX_STORY:
+            del self._story[0]
+        self._story.append((target, at_s, why))
+        self.state = target
+
+    def story(self) -> list[str]:
+        """The recent states, the present one last: when each was entered, and why, as far as that is known."""
+        return [_told(*entry) for entry in self._story]
+
+
+def _told(state: enum.Enum, at_s: float | None, why: str) -> str:
+    return str(state.value) + ("" if at_s is None else f" at {at_s:.3f} s") + (f" ({why})" if why else "")

@@ -88,12 +88,15 @@ async def test_tiny_chunks_are_a_body_like_any_other(server: GatewayServer) -> N
     writer.close()
 
 
-async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(server: GatewayServer, cluster: ScriptedCluster) -> None:
-    """Others are answered while most of the flood is still unparsed."""
+@pytest.mark.parametrize("length", [b"", b"content-length: 1\r\n"])
+async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(
+    server: GatewayServer, cluster: ScriptedCluster, length: bytes
+) -> None:
+    """Others are answered while most of the flood is still unparsed, also where a length makes it look cheap."""
     assert server._http is not None
     opened = [await connection(server) for _ in range(20)]
     for _, writer in opened:
-        writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 30_000)
+        writer.write(HEAD + length + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 30_000)
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=30) as http:
         for _ in range(3):
             assert (await http.get("/livez")).status_code == 200
@@ -101,6 +104,17 @@ async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(server: GatewayS
     assert len(unparsed) > 10
     for _, writer in opened:
         writer.transport.abort()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+async def test_a_request_with_a_length_beside_chunks_is_refused_and_the_last_one(server: GatewayServer, order: int) -> None:
+    """A proxy that goes by the length has taken what follows for another client's request."""
+    reader, writer = await connection(server)
+    lines = [b"content-length: 4\r\n", b"transfer-encoding: chunked\r\n"][::order]
+    writer.write(HEAD + b"".join(lines) + b"\r\n2\r\n{}\r\n0\r\n\r\nGET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    answer = await asyncio.wait_for(reader.read(), 30)
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    writer.close()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""The file of the keys: read again as soon as it changes, and what counts while it is wrong or missing.
+"""The file of the keys: read again when it has changed, and what counts while it is wrong or missing.
 
-A file that is wrong (a mistake in a line, rights that are too wide) leaves the keys before it in force. One that is missing, or
-cannot be read, for longer than a moment revokes them all.
+A file that has changed counts when it has rested for a moment: until then it may be half written, and lack keys or what limits
+them. One that is wrong (a mistake in a line, rights that are too wide) leaves the keys before it in force. One that is missing,
+or cannot be read, for longer than a moment revokes them all.
 """
 
 import logging
@@ -11,10 +12,11 @@ from pathlib import Path
 
 from ...core.errors import ConfigError
 from .keys import ApiKey, parse_keys
-from .secret_files import expected_rights, file_stamp
+from .secret_files import Stamp, expected_rights, file_stamp
 
 log = logging.getLogger(__name__)
 
+SETTLE_S = 0.2
 MISSING_GRACE_S = 2.0  # editors move a file away before its new version is in place
 MAX_FILE_BYTES = 4 << 20
 
@@ -30,6 +32,8 @@ class KeyFile:
         """Raises ConfigError."""
         self._path = Path(path).expanduser()
         self._stamp = file_stamp(self._path)
+        self._seen = self._stamp  # at the last look, and since when
+        self._seen_s = 0.0
         self._missing_since_s: float | None = None
         self.keys = _read(self._path)
 
@@ -37,6 +41,9 @@ class KeyFile:
         """Read the file again if it has changed; returns whether the keys in force may have. Costs one stat otherwise."""
         stamp = file_stamp(self._path)
         if stamp is not None and stamp == self._stamp:
+            self._missing_since_s = None
+            return False
+        if stamp is not None and not self._rests(stamp, now_s):
             self._missing_since_s = None
             return False
         try:
@@ -47,10 +54,17 @@ class KeyFile:
             self._stamp, self._missing_since_s = stamp, None  # so that what is wrong is logged once
             log.error("%s; going on with the %d keys before", error, len(self.keys))
             return False
+        if file_stamp(self._path) != stamp:  # it changed while it was read
+            return False
         self._stamp, self._missing_since_s = stamp, None
         self.keys = keys
         log.info("listen.api_keys: took over %d keys", len(keys))
         return True
+
+    def _rests(self, stamp: Stamp, now_s: float) -> bool:
+        if stamp != self._seen:
+            self._seen, self._seen_s = stamp, now_s
+        return now_s - self._seen_s >= SETTLE_S
 
     def _miss(self, error: Unreadable, now_s: float) -> bool:
         if self._missing_since_s is None:

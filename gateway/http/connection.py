@@ -67,8 +67,9 @@ class Connection(H11Protocol):
 
     @property
     def _has_length(self) -> bool:
-        """Whether the head of the request in progress names the length of its body."""
-        return any(name == b"content-length" for name, _ in self.headers)
+        """Whether the head of the request in progress names the length of its body; beside chunks that length means nothing."""
+        names = {name for name, _ in self.headers}
+        return b"content-length" in names and b"transfer-encoding" not in names
 
     def feed(self) -> int:
         """Parse one slice. A body of a length that its head names costs little, heads and chunks cost much."""

@@ -34,6 +34,14 @@ REQUEST_ID = b"x-request-id"
 EVENTS = b"text/event-stream; charset=utf-8"
 
 
+def _check_framing(scope: Scope) -> None:
+    """What is in front of us may have read such a request, and what follows it, by the other one (RFC 9112, 6.1)."""
+    names = {name for name, _ in scope["headers"]}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        message = "content-length beside transfer-encoding, expected one of them"
+        raise Refused(400, "ambiguous_length", message, closes=True)
+
+
 def need_of(method: str, path: str) -> Need:
     """The right that a client needs for a request."""
     if method not in BODILESS:
@@ -62,6 +70,7 @@ class Gate:
         out = _Answer(send, request_id)
         try:
             check_name("request_id", given)
+            _check_framing(scope)
             self._check_host(scope)
             need = need_of(scope["method"], scope["path"])
             self._admit(scope, need)

@@ -88,12 +88,15 @@ async def test_tiny_chunks_are_a_body_like_any_other(server: GatewayServer) -> N
     writer.close()
 
 
-async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(server: GatewayServer, cluster: ScriptedCluster) -> None:
-    """Others are answered while most of the flood is still unparsed."""
+@pytest.mark.parametrize("length", [b"", b"content-length: 1\r\n"])
+async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(
+    server: GatewayServer, cluster: ScriptedCluster, length: bytes
+) -> None:
+    """Others are answered while most of the flood is still unparsed, also where a length makes it look cheap."""
     assert server._http is not None
     opened = [await connection(server) for _ in range(20)]
     for _, writer in opened:
-        writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 30_000)
+        writer.write(HEAD + length + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 30_000)
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=30) as http:
         for _ in range(3):
             assert (await http.get("/livez")).status_code == 200
@@ -101,6 +104,38 @@ async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(server: GatewayS
     assert len(unparsed) > 10
     for _, writer in opened:
         writer.transport.abort()
+
+
+CHUNKS = b"2\r\n{}\r\n0\r\n\r\n"
+NEXT = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        (b"content-length: 4\r\ntransfer-encoding: chunked\r\n", CHUNKS),
+        (b"transfer-encoding: chunked\r\ncontent-length: 4\r\n", CHUNKS),
+        (b"content-length: 2\r\ncontent-length: 3\r\n", b"{}"),
+        (b"content-length : 2\r\n", b"{}"),
+        (b"content-length: +2\r\n", b"{}"),
+        (b"transfer-encoding : chunked\r\n", CHUNKS),
+        (b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n", CHUNKS),
+        (b"transfer-encoding: gzip, chunked\r\n", CHUNKS),
+        (b"transfer-encoding: chunked\r\n", b"2;\n{}\r\n0\r\n\r\n"),
+        (b"transfer-encoding: chunked\r\n", b"0x2\r\n{}\r\n0\r\n\r\n"),
+        (b"x: a\rcontent-length: 3\r\ncontent-length: 2\r\n", b"{}"),
+        (b"host: another\r\ncontent-length: 2\r\n", b"{}"),
+    ],
+)
+async def test_a_request_whose_end_is_ambiguous_is_the_last_of_its_connection(
+    server: GatewayServer, head: bytes, body: bytes
+) -> None:
+    """A proxy that reads it differently has taken what follows for another client's request."""
+    reader, writer = await connection(server)
+    writer.write(HEAD + head + b"\r\n" + body + NEXT)
+    answer = await asyncio.wait_for(reader.read(), 30)
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+    writer.close()
 
 
 @pytest.mark.parametrize(

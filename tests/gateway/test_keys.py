@@ -3,13 +3,14 @@
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.errors import ConfigError
+from pdserve.gateway import key_file
 from pdserve.gateway.auth.access import (
     Access,
     Caller,
@@ -46,7 +47,9 @@ def shown(key: str) -> str:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Changes of it count at once."""
+    monkeypatch.setattr(key_file, "SETTLE_S", 0.0)
     path = tmp_path / "keys"
     write(path, make_key("alice", ALICE, requests_per_minute=2, tokens_per_minute=600), make_key("bob", BOB, is_admin=True))
     return path
@@ -231,6 +234,59 @@ def test_what_a_key_has_used_up_stays_used_up_when_the_file_changes(file: Path) 
     write(file, make_key("alice", ALICE, requests_per_minute=2))
     with pytest.raises(RateLimited):
         access.admit(Need.REQUEST, shown(ALICE), 5.0)
+
+
+def test_a_file_that_is_being_written_neither_drops_nor_widens_a_key(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_file, "SETTLE_S", 0.2)
+    access = Access(str(file))
+    text = file.read_text()
+    last = make_key("carol", new_key()).line
+    for now_s, length in enumerate(range(0, len(text), 5)):
+        file.write_text(text[:length])  # as far as it has come
+        access.look(0.15 * now_s)
+        assert access.names == ("alice", "bob")
+        for _ in range(2):
+            with suppress(RateLimited):
+                admitted(access, Need.REQUEST, ALICE, 0.15 * now_s)
+    file.write_text(text + last)
+    access.look(100.0)
+    assert access.names == ("alice", "bob")
+    access.look(100.2)
+    assert list(access.names) == ["alice", "bob", "carol"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = Access(str(file))
+    read, text = key_file._read, file.read_text()
+
+    def read_half(path: Path) -> tuple[ApiKey, ...]:
+        file.write_text(text.splitlines(keepends=True)[0])
+        keys = read(path)
+        file.write_text(text)
+        return keys
+
+    file.write_text(text + "#\n")
+    monkeypatch.setattr(key_file, "_read", read_half)
+    access.look(0.0)
+    monkeypatch.setattr(key_file, "_read", read)
+    assert access.names == ("alice", "bob")
+    access.look(0.0)
+    assert access.names == ("alice", "bob")
+
+
+def test_another_users_link_in_the_files_place_leaves_the_keys_in_force(file: Path, tmp_path: Path) -> None:
+    """What it leads to must be the server's user's as well."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    access = Access(str(file))
+    other = tmp_path / "other"
+    write(other, make_key("mallory", mallory := new_key(), is_admin=True))
+    os.chown(other, NOBODY, -1)
+    file.unlink()
+    file.symlink_to(other)
+    with pytest.raises(Unauthenticated):
+        access.admit(Need.KEY, shown(mallory), 0.0)
+    admitted(access, Need.KEY, ALICE)
 
 
 @pytest.mark.parametrize("change", ["text", "mode", "owner"])

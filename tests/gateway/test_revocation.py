@@ -13,6 +13,7 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pdserve.core.config import ClusterConfig
+from pdserve.gateway import key_file
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.auth.access import Access, Need, NotPermitted, Revoked
 from pdserve.gateway.auth.keys import ApiKey, make_key, new_key
@@ -27,7 +28,9 @@ Stub = Any
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Changes of it count at once."""
+    monkeypatch.setattr(key_file, "SETTLE_S", 0.0)
     path = tmp_path / "keys"
     write(path, *KEYS)
     return path

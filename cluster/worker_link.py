@@ -29,7 +29,7 @@ class RouterLink:
         """Raises OSError when no router of this cluster answers. `on_lost` is called on the reader thread, once."""
         self._socket = socket.create_connection(address, timeout=10.0)
         try:
-            _shake_hands(self._socket, Dialler(token, Purpose.CONTROL))
+            shake_hands(self._socket, Dialler(token, Purpose.CONTROL), "the router")
         except BaseException:
             self._socket.close()
             raise
@@ -101,8 +101,8 @@ class RouterLink:
             self._socket.shutdown(socket.SHUT_RDWR)
 
 
-def _shake_hands(sock: socket.socket, dialler: Dialler) -> None:
-    """Raises OSError."""
+def shake_hands(sock: socket.socket, dialler: Dialler, peer: str) -> None:
+    """Proves this process to `peer`, and has it prove itself. Raises OSError."""
     due_s = time.monotonic() + MAX_WAIT_S
     message = dialler.opening
     while True:
@@ -114,7 +114,7 @@ def _shake_hands(sock: socket.socket, dialler: Dialler) -> None:
             sock.settimeout(max(0.001, due_s - time.monotonic()))
             more = sock.recv(dialler.num_wanted - len(data))
             if not more:
-                raise ConnectionError("the router hung up before it had proved that it belongs to this cluster")
+                raise ConnectionError(f"{peer} hung up before it had proved that it belongs to this cluster")
             data += more
         try:
             message = dialler.take(data)

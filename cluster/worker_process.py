@@ -19,7 +19,20 @@ from contextlib import suppress
 
 import msgspec
 
-from ..core.messages import Hello, Holds, LoadProgress, Ready, StepReport, TransferStats, WorkerCommand, WorkerInfo
+from ..core.handshake import Dialler, Purpose
+from ..core.messages import (
+    Hello,
+    Holds,
+    LoadProgress,
+    Probe,
+    Probed,
+    Ready,
+    StepReport,
+    TransferAddress,
+    TransferStats,
+    WorkerCommand,
+    WorkerInfo,
+)
 from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine
@@ -32,8 +45,9 @@ from ..kv_transfer.endpoint import TransferEndpoint
 from ..worker.held_legs import in_frames
 from ..worker.worker import Worker
 from .gpu_monitor import GpuMonitor
+from .reach import reach
 from .worker_device import bind_to_cores, engine_options, names_of, own_gpu
-from .worker_link import RouterLink
+from .worker_link import RouterLink, shake_hands
 from .worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -215,7 +229,24 @@ class WorkerProcess:
 
     def _on_command(self, command: WorkerCommand) -> None:
         """Called on the reader thread."""
-        self._inbox.put(lambda: self._worker.handle(command))
+        if isinstance(command, Probe):
+            threading.Thread(target=self._probe, args=(command.target,), name="probe", daemon=True).start()
+        else:
+            self._inbox.put(lambda: self._worker.handle(command))
+
+    def _probe(self, target: TransferAddress) -> None:
+        """Reach the other worker as its KV would, up to the proof that both are of one cluster."""
+        dialler = Dialler(self._spec.token, Purpose.TRANSFER)
+        error = reach((target.tcp_host, target.tcp_port), lambda sock: shake_hands(sock, dialler, target.worker_id))
+        self._link.send(
+            Probed(
+                worker_id=self._spec.worker_id,
+                incarnation=self._spec.incarnation,
+                target_worker_id=target.worker_id,
+                target_incarnation=target.incarnation,
+                error=error,
+            )
+        )
 
     def _progress(self, phase: str, fraction: float) -> None:
         spec = self._spec

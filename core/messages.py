@@ -4,6 +4,7 @@
     router --Reserve(spec)---------> D      D --StepReport(all tokens), LegEnded--> router
     router --Serve(spec)-----------> any    (both phases on one worker)
     router --Abort(transfer)-------> both
+    router --Probe(target)---------> any     any --Probed--> router  (whether it reaches another worker)
     router --Heartbeat-------------> all
 
 D repeats the first token, which came with the KV: its leg tells all of the request, also to a router that never heard P.
@@ -275,9 +276,25 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer: TransferId
 
 
+class Probe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Try to reach another worker, as KV would; answered by `Probed`."""
+
+    target: TransferAddress
+
+
+class Probed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Whether a worker has reached another one. `error` is empty when it has."""
+
+    worker_id: str
+    incarnation: int
+    target_worker_id: str
+    target_incarnation: int
+    error: str
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """The router lives. Sent every 0.5 s; a worker that hears nothing for long has lost its router."""
 
 
-WorkerCommand = Prefill | Reserve | Serve | Abort | Heartbeat
-WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded
+WorkerCommand = Prefill | Reserve | Serve | Abort | Probe | Heartbeat
+WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded | Probed

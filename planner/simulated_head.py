@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
-from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Ready, Role, StepReport, WorkerCommand
+from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Probe, Probed, Ready, Role, StepReport, WorkerCommand
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
@@ -46,8 +46,9 @@ from ..router.fleet_events import (
 from ..router.hosts import CheckHost, ExpectHosts, HostChanged, HostEvent, Hosts, HostsSeen, HostSuspected, VacateHost
 from ..router.links import NUM_FAILURES
 from ..router.places import Places
+from ..router.registry import WorkerState
 from ..router.service import HEARTBEAT_S, MAX_SILENT_BEATS
-from .broken_ways import BrokenWays
+from .broken_links import BrokenLinks
 from .network import End
 from .simulated_hosts import SimulatedHosts
 from .simulated_worker import SimulatedWorker
@@ -55,6 +56,7 @@ from .virtual_time import Process, Timer, VirtualTime
 from .wanted import WantedLegs, is_our_own_fault
 
 STOP_TIMEOUT_S = 5.0
+LINKS_INTERVAL_S = 1.0
 HOSTS_INTERVAL_S = 0.5  # between two looks at what Ray tells of hosts
 NEED = Need(1, 1.0)  # of an instance
 NUMBERS_OF_A_HEAD = 10**6  # of incarnations and of attempts
@@ -104,7 +106,7 @@ class SimulatedHead:
         self._note = note
         self._workers: dict[Key, _Connection] = {}
         self._wanted = WantedLegs()
-        self._ways = BrokenWays()
+        self._links = BrokenLinks()
         self._started: dict[Key, SimulatedWorker] = {}
         self._ending: set[Key] = set()
         self._commands: deque[RouterCommand] = deque()
@@ -133,6 +135,7 @@ class SimulatedHead:
         self.expect_hosts()
         self._look()
         self.process.every(HOSTS_INTERVAL_S, self._look)
+        self.process.every(LINKS_INTERVAL_S, self._check_links)
 
     def _look(self) -> None:
         self.host_event(HostsSeen(self._world.seen()))
@@ -208,9 +211,9 @@ class SimulatedHead:
                     connection.end.send(message)
                 self._wanted.sent((worker_id, incarnation), message)
                 started = self._started.get((worker_id, incarnation))
-                if started is not None and self._ways.sent(started.placement.node_id, message, self._time.now_s):
+                if started is not None and self._links.sent(started.placement.node_id, message, self._time.now_s):
                     self._check_want_of_another_place(message)
-                if not isinstance(message, Abort):
+                if not isinstance(message, Abort | Probe):
                     self.on_dispatch()
                 if self._note is not None:
                     self._note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
@@ -228,13 +231,23 @@ class SimulatedHead:
                 self.manage(WorkerIdle(worker_id, incarnation))
 
     def _check_want_of_another_place(self, command: WorkerCommand) -> None:
-        """It goes over a broken way: its placement must know of it, and have found nothing better."""
+        """It goes over a broken link: its placement must know of it, and have found nothing better."""
         assert isinstance(command, Prefill)
         transfer = command.spec.transfer
         timeline = self.router.timeline(transfer.request_id, self._time.now_s)
         for dispatch in timeline.dispatches if timeline is not None else ():
             if dispatch.number == transfer.attempt and not dispatch.considered[0].has_failed:
-                self._violation(f"{transfer} takes a way between hosts that has just failed {NUM_FAILURES} times")
+                self._violation(f"{transfer} takes a link between hosts that has just failed {NUM_FAILURES} times")
+
+    def _hosts_that_serve(self) -> set[str]:
+        """By the router: workers there are ready."""
+        ready = (one for one in self.router.status(self._time.now_s).workers if one.state is WorkerState.READY)
+        started = (self._started.get((one.worker_id, one.incarnation)) for one in ready)
+        return {worker.placement.node_id for worker in started if worker is not None}
+
+    def _check_links(self) -> None:
+        for link in self._links.untried(self._hosts_that_serve(), self._time.now_s):
+            self._violation(f"nobody has tried the link from {link[0]} to {link[1]}")
 
     # workers' connections
 
@@ -256,10 +269,12 @@ class SimulatedHead:
                 self._wanted.told((info.worker_id, info.incarnation), held)
                 self.handle(WorkerReady(info, held))
                 self.manage(WorkerReady(info))
+            case Probed():
+                self.handle(message)
             case StepReport() | LegEnded():
                 self._wanted.heard(message)
                 if isinstance(message, LegEnded):
-                    self._ways.heard(message, self._time.now_s)
+                    self._links.heard(message, self._time.now_s)
                 if isinstance(message, LegEnded) and is_our_own_fault(message.error or ""):
                     self._violation(f"{message.worker_id}: {message.leg.value} of {message.transfer}: {message.error}")
                 if self._note is not None and isinstance(message, LegEnded):
@@ -372,6 +387,8 @@ def describe(command: WorkerCommand) -> str:
         return name
     if isinstance(command, Abort):
         return f"{name} {command.transfer}"
+    if isinstance(command, Probe):
+        return f"{name} {command.target.worker_id}/{command.target.incarnation}"
     spec = command.spec
     return f"{name} {spec.transfer}, {spec.num_tokens} tokens, choices {', '.join(map(str, spec.choices))}"
 

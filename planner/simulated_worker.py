@@ -12,6 +12,8 @@ from random import Random
 from ..core.messages import (
     Abort,
     Heartbeat,
+    Probe,
+    Probed,
     Ready,
     Role,
     StepReport,
@@ -116,11 +118,13 @@ class SimulatedWorker:
         config: TransferConfig,
         dial: Callable[["SimulatedWorker"], Dial],
         connect: Callable[["SimulatedWorker"], End | None],
+        reach: Callable[["SimulatedWorker", TransferAddress], tuple[float, str]],
         violation: Callable[[str], None],
         store_fails: Callable[[], bool],
         on_sample: OnSample,
     ) -> None:
-        """`connect` makes a connection to the router, or none while there is no router."""
+        """`connect` makes a connection to the router, or none while there is no router. `reach` tells how long it takes to
+        find out whether another worker can be reached, and why it cannot."""
         self.process, self.worker_id, self.incarnation, self.role, self.shape = process, worker_id, incarnation, role, shape
         self.placement = placement
         self.clock = StepClock(time, shape)
@@ -158,6 +162,7 @@ class SimulatedWorker:
         )
         self._time = time
         self._connect = connect
+        self._reach = reach
         self._router: End | None = None
         self._connected_s = self._served_s = 0.0  # when the router was reached, and when it was last there
         self._inbox: deque[Callable[[], None]] = deque()
@@ -211,8 +216,24 @@ class SimulatedWorker:
 
     def _on_command(self, command: WorkerCommand) -> None:
         self._heard_s = self._time.now_s
-        if not isinstance(command, Heartbeat):
+        if isinstance(command, Probe):
+            after_s, error = self._reach(self, command.target)
+            self.process.call_later(after_s, lambda: self._answer(command, error))
+        elif not isinstance(command, Heartbeat):
             self.post(lambda: self._handle(command))
+
+    def _answer(self, probe: Probe, error: str) -> None:
+        target = probe.target
+        if self._router is not None:
+            self._router.send(
+                Probed(
+                    worker_id=self.worker_id,
+                    incarnation=self.incarnation,
+                    target_worker_id=target.worker_id,
+                    target_incarnation=target.incarnation,
+                    error=error,
+                )
+            )
 
     def _handle(self, command: WorkerCommand) -> None:
         self.worker.handle(command)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from ..core.messages import Role
+from ..core.messages import Role, TransferAddress
 from ..engine.sequence import Sequence
 from ..kv_transfer.config import TransferConfig
 from ..router.config import RouterConfig
@@ -26,6 +26,7 @@ from .virtual_time import Process, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
 MAX_EVENTS = 5_000_000
+REACH_TIMEOUT_S = 3.0
 
 
 @dataclass
@@ -219,6 +220,7 @@ class Simulation:
                 )
             ),
             self._connect,
+            self._reach,
             self.violation,
             self.faults.fails_store,
             self._on_sample,
@@ -237,6 +239,15 @@ class Simulation:
         self.head.accept(worker, theirs)
         self.note(f"{worker.process.name} connects to the router")
         return ours
+
+    def _reach(self, source: SimulatedWorker, target: TransferAddress) -> tuple[float, str]:
+        other = self.workers.get((target.worker_id, target.incarnation))
+        if other is None or not other.process.is_alive:
+            return self.faults.latency_s(), "Connection refused"
+        after_s = self.network.arrival_s(source.process, other.process) - self.time.now_s
+        if other.process.is_frozen or after_s > REACH_TIMEOUT_S:
+            return REACH_TIMEOUT_S, "no answer"
+        return after_s + self.faults.latency_s(), ""
 
     def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
         token = seq.transfer.request_id, seq.spec.sampling.seed, choice, index

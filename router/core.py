@@ -10,7 +10,7 @@ No clock, no I/O: the shell carries commands out in order and feeds events in.
 from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
-from ..core.messages import LegEnded, Prefill, Reserve, Serve, StepReport
+from ..core.messages import LegEnded, Prefill, Probe, Probed, Reserve, Serve, StepReport
 from ..core.request import FinishReason, Request
 from .admission import JobQueue
 from .adoption import Adoption
@@ -25,6 +25,7 @@ from .events import (
     Resume,
     RouterCommand,
     RouterEvent,
+    SendCommand,
     Submit,
     Tick,
     Timeline,
@@ -106,8 +107,8 @@ class Router:
             return []
         self._requests.expire(now_s)
         self._queue.wake(now_s)
-        self._links.wake(now_s)
         self._dispatch(now_s)
+        self._probe_links(now_s)
         commands = self._out.copy()
         self._out.clear()
         return commands
@@ -118,6 +119,8 @@ class Router:
                 self._reports.on_report(event, now_s)
             case LegEnded():
                 self._reports.on_leg_ended(event, now_s)
+            case Probed():
+                self._links.probed(event, now_s)
             case Submit():
                 self._on_submit(event, now_s)
             case Cancel():
@@ -258,6 +261,10 @@ class Router:
             )
         self._requests.send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))
 
+    def _probe_links(self, now_s: float) -> None:
+        for source, target in self._links.probes(self._registry, now_s):
+            self._out.append(SendCommand(source.worker_id, source.incarnation, Probe(target=target.info.address)))
+
     def _on_worker_ready(self, event: WorkerReady, now_s: float) -> None:
         if not self._registry.is_news(event.info):
             self.counters.stale += 1
@@ -265,6 +272,7 @@ class Router:
         if (replaced := self._registry.get(event.info.worker_id)) is not None:
             self._lose(replaced, "replaced", now_s)
         self._registry.add(event.info)
+        self._links.workers_changed()
         self._num_expected = max(0, self._num_expected - 1)
         self._queue.unstrand()
 
@@ -285,6 +293,7 @@ class Router:
 
     def _lose(self, worker: Worker, reason: str, now_s: float) -> None:
         self._registry.lose(worker)
+        self._links.lost(worker)
         self._index.remove_worker(worker.worker_id)
         self._requests.worker_lost(worker, reason, now_s)
 
@@ -300,4 +309,5 @@ class Router:
         worker = self._registry.get(event.worker_id)
         if worker is not None:
             self._registry.assign(worker, event.role)
+            self._links.workers_changed()
             self._queue.unstrand()

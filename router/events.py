@@ -6,7 +6,7 @@ Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire
 
 import msgspec
 
-from ..core.messages import HeldLeg, LegEnded, Role, StepReport, TokenOutput, WorkerCommand, WorkerInfo
+from ..core.messages import HeldLeg, LegEnded, Probed, Role, StepReport, TokenOutput, WorkerCommand, WorkerInfo
 from ..core.request import FinishReason, Request
 
 
@@ -101,6 +101,7 @@ RouterEvent = (
     | Adopted
     | StepReport
     | LegEnded
+    | Probed
     | Tick
 )
 

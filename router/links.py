@@ -1,83 +1,148 @@
-"""Ways between hosts on which KV does not get through, as where a firewall lets each of them reach the head alone: their
+"""Links between hosts on which KV does not get through, as where a firewall lets each of them reach the head alone: their
 workers are paired last, so that requests do not pay for finding out one by one.
 
-A way is broken after two failures in a row. After a pause one request tries it again; the pause doubles with each that fails.
-Failures of single requests are dealt with elsewhere (`Job.failed_pairs`).
+A link is broken after two failures in a row, of transfers or of probes. One that no transfer has used is probed as soon as
+workers serve at both ends, one that has failed is probed after a pause, which doubles with each failure; a probe that passes
+lets one request try. Failures of single requests are dealt with elsewhere (`Job.failed_pairs`).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
+from math import inf
 
+from ..core.messages import Probed
 from .registry import Registry, Worker, WorkerState
 
 NUM_FAILURES = 2  # in a row; one may be a worker that died
+PROBE_AGAIN_S = 4.0  # after the first failure: by then it is known whether a worker died
 PAUSE_S = 10.0
 MAX_PAUSE_S = 120.0
 
-Way = tuple[str, str]  # from host to host, by the ids that workers give
+Link = tuple[str, str]  # from host to host, by the ids that workers give
 
 
 @dataclass(slots=True)
-class _Link:
+class _Breaker:
+    """A link that has failed, and has not worked since."""
+
     num_failures: int = 0  # in a row
+    has_lost_kv: bool = False  # a transfer failed: that a probe passes is not enough
     try_again_s: float = 0.0
     problem: str = ""
 
 
 class Links:
-    """A circuit breaker for each way."""
+    """A circuit breaker for each link, and what is known of the others."""
 
     def __init__(self) -> None:
-        self._links: dict[Way, _Link] = {}  # that have failed and not worked since
-        self._avoided: set[Way] = set()
+        self._breakers: dict[Link, _Breaker] = {}
+        self._avoided: set[Link] = set()
+        self._passed: set[Link] = set()  # where a transfer or a probe came through, and nothing has failed since
+        self._asked: dict[Link, tuple[Worker, Worker]] = {}  # probes that have not been answered
+        self._next_probe_s = inf
 
     def avoids(self, prefill: Worker, decode: Worker) -> bool:
-        return bool(self._avoided) and _way(prefill, decode) in self._avoided
+        return bool(self._avoided) and _link(prefill, decode) in self._avoided
 
-    def wake(self, now_s: float) -> None:
-        """The next request may try what has been avoided for long enough."""
-        if self._avoided:
-            self._avoided = {way for way in self._avoided if self._links[way].try_again_s > now_s}
+    def probes(self, registry: Registry, now_s: float) -> Iterator[tuple[Worker, Worker]]:
+        """Pairs of workers, the first of which shall try to reach the second now; `probed` takes the answer."""
+        if now_s < self._next_probe_s:
+            return
+        ends = {worker.info.address.host_id: worker for worker in registry if worker.state is WorkerState.READY}
+        self._passed = {link for link in self._passed if ends.keys() >= set(link)}
+        self._next_probe_s = inf
+        for link in permutations(ends, 2):
+            if link in self._passed or link in self._asked:
+                continue
+            breaker = self._breakers.get(link)
+            if breaker is not None and now_s < breaker.try_again_s:
+                self._next_probe_s = min(self._next_probe_s, breaker.try_again_s)
+                continue
+            self._asked[link] = source, target = ends[link[0]], ends[link[1]]
+            yield source, target
+
+    def workers_changed(self) -> None:
+        """A worker serves, or does not any more."""
+        self._next_probe_s = 0.0
+
+    def lost(self, worker: Worker) -> None:
+        """What it was asked, or was to be tried with, is open again."""
+        self._asked = {link: workers for link, workers in self._asked.items() if worker not in workers}
+        self.workers_changed()
+
+    def probed(self, event: Probed, now_s: float) -> None:
+        """Answers to questions that are not open any more are ignored."""
+        question = (event.worker_id, event.incarnation), (event.target_worker_id, event.target_incarnation)
+        for link, (source, target) in list(self._asked.items()):
+            if question == (_key(source), _key(target)):
+                del self._asked[link]
+                self._answered(link, source, target, event.error, now_s)
 
     def started(self, prefill: Worker, decode: Worker, now_s: float) -> None:
-        """A request is on its way: nobody else tries a way that was broken before it is known how this one fares."""
-        way = _way(prefill, decode)
-        link = self._links.get(way)
-        if link is not None and link.num_failures >= NUM_FAILURES:
-            self._avoid(way, link, now_s)
+        """A request is dispatched: nobody else tries a link that was broken before it is known how this one fares."""
+        link = _link(prefill, decode)
+        breaker = self._breakers.get(link)
+        if breaker is not None and breaker.num_failures >= NUM_FAILURES:
+            self._pause(link, breaker, now_s)
 
     def worked(self, prefill: Worker, decode: Worker) -> None:
-        way = _way(prefill, decode)
-        self._links.pop(way, None)
-        self._avoided.discard(way)
+        link = _link(prefill, decode)
+        self._asked.pop(link, None)
+        self._breakers.pop(link, None)
+        self._avoided.discard(link)
+        self._passed.add(link)
 
     def failed(self, prefill: Worker, decode: Worker, error: str, now_s: float) -> None:
         """A transfer did. Within a host there is no network to blame."""
-        way = _way(prefill, decode)
-        if way[0] == way[1]:
+        link = _link(prefill, decode)
+        if link[0] == link[1]:
             return
-        link = self._links.setdefault(way, _Link())
-        link.num_failures += 1
-        target = decode.info.address
-        link.problem = (
-            f"KV does not get from host {prefill.info.node} to host {decode.info.node} ({target.tcp_host}:{target.tcp_port}; "
-            f"{error}): their workers are not paired; let all TCP between the hosts of the cluster through their firewalls"
-        )
-        if link.num_failures >= NUM_FAILURES:
-            self._avoid(way, link, now_s)
+        self._asked.pop(link, None)  # from before
+        self._breakers.setdefault(link, _Breaker()).has_lost_kv = True
+        self._fail(link, prefill, decode, error, now_s)
 
     def problems(self, registry: Registry) -> Iterator[str]:
-        """Describes broken ways between hosts whose workers serve."""
+        """Describes broken links between hosts whose workers serve."""
         there = {worker.info.address.host_id for worker in registry if worker.state is WorkerState.READY}
-        for way, link in self._links.items():
-            if link.num_failures >= NUM_FAILURES and there.issuperset(way):
-                yield link.problem
+        for link, breaker in self._breakers.items():
+            if breaker.num_failures >= NUM_FAILURES and there.issuperset(link):
+                yield breaker.problem
 
-    def _avoid(self, way: Way, link: _Link, now_s: float) -> None:
-        pause_s = PAUSE_S * 2.0 ** min(link.num_failures - NUM_FAILURES, 16)
-        link.try_again_s = now_s + min(pause_s, MAX_PAUSE_S)
-        self._avoided.add(way)
+    def _answered(self, link: Link, source: Worker, target: Worker, error: str, now_s: float) -> None:
+        if error:
+            self._fail(link, source, target, error, now_s)
+            return
+        self._passed.add(link)
+        self._avoided.discard(link)
+        breaker = self._breakers.get(link)
+        if breaker is not None and not breaker.has_lost_kv:
+            del self._breakers[link]
+
+    def _fail(self, link: Link, source: Worker, target: Worker, error: str, now_s: float) -> None:
+        breaker = self._breakers.setdefault(link, _Breaker())
+        breaker.num_failures += 1
+        address = target.info.address
+        breaker.problem = (
+            f"KV does not get from host {source.info.node} to host {target.info.node} "
+            f"({address.tcp_host}:{address.tcp_port}; {error}): their workers are not paired; let all TCP between the hosts of "
+            "the cluster through their firewalls"
+        )
+        self._pause(link, breaker, now_s)
+
+    def _pause(self, link: Link, breaker: _Breaker, now_s: float) -> None:
+        self._passed.discard(link)
+        pause_s = PROBE_AGAIN_S
+        if breaker.num_failures >= NUM_FAILURES:
+            self._avoided.add(link)
+            pause_s = min(PAUSE_S * 2.0 ** min(breaker.num_failures - NUM_FAILURES, 16), MAX_PAUSE_S)
+        breaker.try_again_s = now_s + pause_s
+        self._next_probe_s = min(self._next_probe_s, breaker.try_again_s)
 
 
-def _way(prefill: Worker, decode: Worker) -> Way:
+def _link(prefill: Worker, decode: Worker) -> Link:
     return prefill.info.address.host_id, decode.info.address.host_id
+
+
+def _key(worker: Worker) -> tuple[str, int]:
+    return worker.worker_id, worker.incarnation

@@ -20,6 +20,7 @@ from ..core.messages import (
     Holds,
     LegEnded,
     LoadProgress,
+    Probed,
     Ready,
     StepReport,
     WorkerInfo,
@@ -222,7 +223,7 @@ class RouterService:
             self.num_refused += 1
             peer_log.log(level, "refused a connection to the workers' port: %s", reason)
 
-    def receive(self, message: LoadProgress | Ready | StepReport | LegEnded) -> None:
+    def receive(self, message: LoadProgress | Ready | StepReport | LegEnded | Probed) -> None:
         """One message of an admitted worker."""
         match message:
             case LoadProgress():

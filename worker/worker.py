@@ -18,6 +18,7 @@ from ..core.messages import (
     Leg,
     LegEnded,
     Prefill,
+    Probe,
     Reserve,
     Serve,
     StepReport,
@@ -98,7 +99,7 @@ class Worker:
             case Abort():
                 self._prefill.abort(command.transfer)
                 self._decode.abort(command.transfer)
-            case Heartbeat():
+            case Heartbeat() | Probe():
                 pass
 
     # endings of transfers, see `kv_transfer.TransferListener`

@@ -333,8 +333,12 @@ def never_check_a_refused_host_again() -> Planted:
     return patch.object(Hosts, "_checked", checked)
 
 
-def forget_which_ways_between_hosts_are_broken() -> Planted:
+def forget_which_links_between_hosts_are_broken() -> Planted:
     return patch.object(Links, "avoids", lambda self, prefill, decode: False)
+
+
+def leave_links_untried_until_a_request_needs_them() -> Planted:
+    return patch.object(Links, "workers_changed", lambda self: None)
 
 
 def leave_all_places_to_the_client_that_has_them() -> Planted:
@@ -342,7 +346,8 @@ def leave_all_places_to_the_client_that_has_them() -> Planted:
 
 
 MUTATIONS: list[Mutation] = [
-    forget_which_ways_between_hosts_are_broken,
+    forget_which_links_between_hosts_are_broken,
+    leave_links_untried_until_a_request_needs_them,
     place_workers_on_a_host_that_has_died,
     forget_that_a_lost_host_is_asked_for,
     forget_what_runs_on_a_host_when_it_is_opened,

@@ -9,6 +9,7 @@ from pdserve.core.messages import (
     Leg,
     LegEnded,
     Prefill,
+    Probe,
     Reserve,
     Role,
     Serve,
@@ -121,6 +122,8 @@ class Cluster:
         commands = self.router.handle(event, self.now_s)
         for command in commands:
             match command:
+                case SendCommand(_, _, Probe()):
+                    pass  # of links, which have tests of their own
                 case SendCommand(worker_id, incarnation, message):
                     assert incarnation == self.incarnations[worker_id]
                     self.sent[worker_id].append(message)

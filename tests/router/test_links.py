@@ -1,9 +1,9 @@
-"""Ways between hosts that are broken are tried by one request at a time, and by all once they work."""
+"""Links between hosts are probed where no transfer has used them, and avoided while they are broken."""
 
 import msgspec
 
-from pdserve.core.messages import Role
-from pdserve.router.links import MAX_PAUSE_S, Links
+from pdserve.core.messages import Probed, Role
+from pdserve.router.links import MAX_PAUSE_S, PROBE_AGAIN_S, Links
 from pdserve.router.registry import Registry, Worker
 
 from .cluster import worker_info
@@ -21,7 +21,30 @@ ALSO_B = worker("decode-2", "b")
 AT_A = worker("decode-3", "a")
 
 
-def test_a_way_is_avoided_after_two_failures_in_a_row_for_all_workers_of_both_hosts() -> None:
+def serving(*workers: Worker) -> Registry:
+    registry = Registry()
+    for one in workers:
+        registry.add(one.info)
+    return registry
+
+
+def probes(links: Links, registry: Registry, now_s: float) -> list[tuple[Worker, Worker]]:
+    links.workers_changed()
+    known = {one.worker_id: one for one in (A, B, C, ALSO_B, AT_A)}
+    return [(known[source.worker_id], known[target.worker_id]) for source, target in links.probes(registry, now_s)]
+
+
+def answer(source: Worker, target: Worker, error: str = "") -> Probed:
+    return Probed(
+        worker_id=source.worker_id,
+        incarnation=source.incarnation,
+        target_worker_id=target.worker_id,
+        target_incarnation=target.incarnation,
+        error=error,
+    )
+
+
+def test_a_link_is_avoided_after_two_failures_in_a_row_for_all_workers_of_both_hosts() -> None:
     links = Links()
     links.failed(A, B, "no answer within 5.0 s", 0.0)
     assert not links.avoids(A, B)
@@ -40,16 +63,17 @@ def test_within_a_host_there_is_no_network_to_blame() -> None:
     assert not links.avoids(A, AT_A)
 
 
-def test_one_request_tries_it_again_after_pauses_that_double_and_all_do_once_it_works() -> None:
-    links = Links()
+def test_a_broken_link_is_probed_after_pauses_that_double_and_one_request_tries_what_answers() -> None:
+    links, registry = Links(), serving(A, B)
     links.failed(A, B, "refused", 0.0)
     links.failed(A, B, "refused", 0.0)
     now_s = 0.0
     for pause_s in (10.0, 20.0, 40.0, 80.0, MAX_PAUSE_S, MAX_PAUSE_S):
-        links.wake(now_s + pause_s - 0.1)
-        assert links.avoids(A, B)
+        assert (A, B) not in probes(links, registry, now_s + pause_s - 0.1)
         now_s += pause_s
-        links.wake(now_s)
+        assert (A, B) in probes(links, registry, now_s)
+        assert links.avoids(A, B), "it has not answered yet"
+        links.probed(answer(A, B), now_s)
         assert not links.avoids(A, B)
         links.started(A, B, now_s)
         assert links.avoids(A, B), "one is enough to find out"
@@ -57,6 +81,58 @@ def test_one_request_tries_it_again_after_pauses_that_double_and_all_do_once_it_
     links.worked(A, B)
     links.started(A, B, now_s)
     assert not links.avoids(A, B)
+
+
+def test_links_between_hosts_that_serve_are_probed_both_ways_and_once() -> None:
+    links, registry = Links(), serving(A, AT_A, B)
+    assert {(a.info.node, b.info.node) for a, b in probes(links, registry, 0.0)} == {("a", "b"), ("b", "a")}
+    assert probes(links, registry, 0.0) == []
+    registry.add(C.info)
+    links.workers_changed()
+    found = {(a.info.node, b.info.node) for a, b in probes(links, registry, 1.0)}
+    assert found == {("a", "c"), ("c", "a"), ("b", "c"), ("c", "b")}
+
+
+def test_a_link_that_a_transfer_has_used_is_not_probed() -> None:
+    links, registry = Links(), serving(A, B)
+    links.worked(A, B)
+    assert [(a.info.node, b.info.node) for a, b in probes(links, registry, 0.0)] == [("b", "a")]
+
+
+def test_two_probes_without_an_answer_break_a_link_and_one_with_an_answer_mends_it() -> None:
+    links, registry = Links(), serving(A, B)
+    for now_s in (0.0, PROBE_AGAIN_S):
+        assert not links.avoids(A, B)
+        assert (A, B) in probes(links, registry, now_s)
+        links.probed(answer(A, B, "no answer within 3 s"), now_s)
+    assert links.avoids(A, B) and not links.avoids(B, A)
+    assert [text[:37] for text in links.problems(registry)] == ["KV does not get from host a to host b"]
+    assert (A, B) in probes(links, registry, PROBE_AGAIN_S + 10.0)
+    links.probed(answer(A, B), PROBE_AGAIN_S + 10.0)
+    assert not links.avoids(A, B) and not list(links.problems(registry))
+
+
+def test_a_probe_settles_whether_a_failed_transfer_was_the_links_fault() -> None:
+    links, registry = Links(), serving(A, B)
+    links.worked(A, B)
+    links.failed(A, B, "no answer within 5.0 s", 0.0)
+    assert (A, B) in probes(links, registry, PROBE_AGAIN_S)
+    links.probed(answer(A, B, "no answer within 3 s"), PROBE_AGAIN_S)
+    assert links.avoids(A, B)
+
+
+def test_a_probe_of_a_worker_that_is_lost_is_asked_again_of_another() -> None:
+    links, registry = Links(), serving(A, B, ALSO_B)
+    (asked,) = [(a, b) for a, b in probes(links, registry, 0.0) if a == A]
+    lost = registry.get(asked[1].worker_id)
+    assert lost is not None
+    registry.lose(lost)
+    links.lost(lost)
+    (again,) = [(a, b) for a, b in probes(links, registry, 0.0) if a == A]
+    assert again[1] is not asked[1]
+    links.probed(answer(A, lost, "refused"), 0.0)
+    links.probed(answer(A, lost, "refused"), 0.0)
+    assert not links.avoids(A, B), "what is said of the dead is not held against the link"
 
 
 def test_the_operator_reads_both_hosts_the_port_the_cause_and_what_to_do() -> None:

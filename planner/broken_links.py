@@ -1,0 +1,60 @@
+"""Links between hosts, as a bystander of the head's connections sees them.
+
+Where workers serve at both ends, a link is probed or used. When it has failed twice in a row, no request is sent over it for a
+while but for want of another place.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import permutations
+
+from ..core.messages import Abort, Leg, LegEnded, Prefill, Probe, WorkerCommand
+from ..core.request import TransferId
+from ..router.links import NUM_FAILURES, PAUSE_S
+
+Link = tuple[str, str]  # from host to host
+
+SETTLE_S = 2.0  # so long workers serve before their links must have been tried
+
+
+class BrokenLinks:
+    """By what one router hears."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[TransferId, Link] = {}
+        self._over: set[TransferId] = set()  # aborted, or decoded to the end: their failures say nothing any more
+        self._num_failures: Counter[Link] = Counter()  # in a row
+        self._failed_s: dict[Link, float] = {}  # last
+        self._tried: set[Link] = set()
+        self._serving_s: dict[str, float] = {}  # since when, by host
+
+    def sent(self, host: str, command: WorkerCommand, now_s: float) -> bool:
+        """To a worker on a host. Whether it goes over a link that is broken."""
+        if isinstance(command, Probe):
+            self._tried.add((host, command.target.host_id))
+        if isinstance(command, Abort):
+            self._over.add(command.transfer)
+        if not isinstance(command, Prefill) or command.target is None or command.target.host_id == host:
+            return False
+        link = self._under_way[command.spec.transfer] = host, command.target.host_id
+        self._tried.add(link)
+        return self._num_failures[link] >= NUM_FAILURES and now_s < self._failed_s[link] + PAUSE_S
+
+    def heard(self, ended: LegEnded, now_s: float) -> None:
+        link = self._under_way.pop(ended.transfer, None) if ended.leg is Leg.PREFILL else None
+        is_over = ended.transfer in self._over
+        if ended.leg is Leg.DECODE:
+            self._over.add(ended.transfer)
+        if link is None or ended.is_invalid:
+            return
+        if ended.stats is not None:
+            self._num_failures[link] = 0
+        elif ended.error is not None and not is_over:
+            self._num_failures[link] += 1
+            self._failed_s[link] = now_s
+
+    def untried(self, serving: Iterable[str], now_s: float) -> Iterator[Link]:
+        """Links that nobody has tried between hosts on which workers have served for a while."""
+        self._serving_s = {host: self._serving_s.get(host, now_s) for host in serving}
+        settled = [host for host, since_s in self._serving_s.items() if now_s - since_s >= SETTLE_S]
+        yield from (link for link in permutations(settled, 2) if link not in self._tried)

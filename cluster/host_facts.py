@@ -1,21 +1,24 @@
 """Facts about a host, collected on it by `look`, and the head's verdict on whether it can serve."""
 
 import os
-import socket
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from .. import __version__
 from ..core.config import ClusterConfig
+from ..core.config_types import format_size
 from ..core.devices import DeviceKind
 from ..core.errors import CheckpointError
 from ..engine.checkpoint import fingerprint, resolve_model_path
 from ..engine.gpu import DeviceInfo, Node, probe_node
+from .reach import reach
 
+MIN_FREE_BYTES = 4 << 20  # of a folder that is not full
 CLOCK_TOLERANCE_S = 60.0  # nothing of ours compares clocks of two hosts but people, in logs and traces
-CONNECT_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class HostFacts:
     node: Node
     fingerprint: str | None  # of the checkpoint; None: it cannot be read
     checkpoint_error: str = ""
+    full: tuple[tuple[str, int], ...] = ()  # folders in which no process can write any more, and their sizes in bytes
     router_error: str = ""  # why the head's port for workers cannot be reached from there
 
     @staticmethod
@@ -41,7 +45,8 @@ class HostFacts:
             answer["torch_cuda"],
         )
         same = ("version", "clock_s", "fingerprint", "checkpoint_error", "router_error")
-        return HostFacts(node=node, **{key: answer[key] for key in same})
+        full = tuple((folder, num_bytes) for folder, num_bytes in answer["full"])
+        return HostFacts(node=node, full=full, **{key: answer[key] for key in same})
 
 
 def look(model_path: str, router_address: tuple[str, int] | None) -> dict[str, Any]:
@@ -62,18 +67,18 @@ def look(model_path: str, router_address: tuple[str, int] | None) -> dict[str, A
         "torch_cuda": node.torch_cuda,
         "fingerprint": found,
         "checkpoint_error": checkpoint_error,
-        "router_error": "" if router_address is None else _reach(router_address),
+        "full": list(_full_folders()),
+        "router_error": "" if router_address is None else reach(router_address),
     }
 
 
-def _reach(address: tuple[str, int]) -> str:
-    try:
-        socket.create_connection(address, CONNECT_TIMEOUT_S).close()
-    except TimeoutError:
-        return f"no answer within {CONNECT_TIMEOUT_S:g} s"
-    except OSError as error:
-        return os.strerror(error.errno) if error.errno else str(error)
-    return ""
+def _full_folders() -> Iterator[tuple[str, int]]:
+    """Of those that Ray and workers write to."""
+    for folder in sorted({"/dev/shm", tempfile.gettempdir(), os.path.expanduser("~")}):
+        with suppress(OSError):
+            found = os.statvfs(folder)
+            if found.f_bavail * found.f_frsize < MIN_FREE_BYTES:
+                yield folder, found.f_blocks * found.f_frsize
 
 
 def refusal(here: HostFacts, there: HostFacts, config: ClusterConfig, device: DeviceKind, router: tuple[str, int]) -> str:
@@ -89,6 +94,9 @@ def refusal(here: HostFacts, there: HostFacts, config: ClusterConfig, device: De
             f"from there {host}:{port}, where the head waits for workers, cannot be reached ({there.router_error}); let all "
             "TCP between the hosts of the cluster through its firewalls"
         )
+    if there.full:
+        folders = ", ".join(f"{folder} ({format_size(num_bytes)})" for folder, num_bytes in there.full)
+        return f"no space is left in {folders} there; make room: it is used again by itself when there is"
     if there.checkpoint_error:
         return f"model.path: {there.checkpoint_error} (on this host); copy the head's checkpoint to the same path there"
     if there.fingerprint != here.fingerprint:

@@ -121,6 +121,10 @@ def test_a_host_like_the_heads_may_serve() -> None:
             "model.path: /models/m: no such directory (on this host); copy the head's checkpoint",
         ),
         (
+            {"full": (("/dev/shm", 64 << 20), ("/tmp", 1 << 30))},
+            "no space is left in /dev/shm (64 MiB), /tmp (1 GiB) there; make room",
+        ),
+        (
             {"router_error": "Connection refused"},
             "from there 10.0.0.1:6700, where the head waits for workers, cannot be reached (Connection refused); let all TCP",
         ),

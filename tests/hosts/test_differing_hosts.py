@@ -1,6 +1,8 @@
 """Hosts that cannot serve beside the head: each is named in the status, with cause and fix, and the others serve."""
 
+import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -20,8 +22,22 @@ metadata:
       prefill: {{instances: 1}}
       decode: {{instances: 2}}
 """
-RAY = "RAY_AUTH_MODE=token ray start {role} --node-ip-address={address} --num-cpus=1 --temp-dir=/root/.pdserve/ray"
+SETTINGS = "RAY_AUTH_MODE=token RAY_worker_niceness=0"
+RAY = SETTINGS + " ray start {role} --node-ip-address={address} --num-cpus=1 --temp-dir=/root/.pdserve/ray"
 QUIET = " --object-store-memory=80000000 --include-log-monitor=false"
+LOSE_INSTANCES = "pkill -9 ray::WorkerActo"
+AN_HOUR_AHEAD = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <time.h>
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int (*original)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+    int status = original(clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec += 3600;
+    return status;
+}
+"""
 ASK = "pdserve generate --temperature 0 --max-tokens 8 'The with statement'"
 
 
@@ -63,16 +79,67 @@ def test_a_host_without_the_checkpoint_is_refused_until_it_has_it(cluster: Hosts
     await_status(cluster, is_whole)
 
 
-def test_a_host_with_another_checkpoint_is_refused_until_it_has_the_heads(cluster: Hosts) -> None:
-    worker2, config = cluster.address("worker2"), cluster.home("worker2") / "model" / "config.json"
-    before = config.read_text()
-    config.write_text(before.replace("{", '{"rope_theta": 1234.0, ', 1))
+def restart_ray(cluster: Hosts, num_cores: int = 1, environment: str = "LANG=C") -> None:
+    """Ray on worker2 dies, and another one joins."""
+    worker2 = cluster.address("worker2")
     cluster.run("worker2", "pkill -9 raylet")
     await_status(cluster, lambda status: states(status).get(worker2) != "JOINED")
     cluster.run("worker2", "ray stop")
     start = RAY.format(role=f"--address={cluster.address('head')}:6379", address=worker2)
-    cluster.run("worker2", f"rm -rf ~/.pdserve/ray; {start}{QUIET}")
+    start = start.replace("--num-cpus=1", f"--num-cpus={num_cores}")
+    cluster.run("worker2", f"rm -rf ~/.pdserve/ray; export {environment}; {start}{QUIET}")
+
+
+def test_a_host_with_another_checkpoint_is_refused_until_it_has_the_heads(cluster: Hosts) -> None:
+    worker2, config = cluster.address("worker2"), cluster.home("worker2") / "model" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace("{", '{"rope_theta": 1234.0, ', 1))
+    restart_ray(cluster)
     status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
     assert "another checkpoint lies at /root/model" in message(status, worker2)
     config.write_text(before)
     await_status(cluster, is_whole)
+
+
+def test_a_host_that_is_full_gets_no_instance_until_it_has_room(cluster: Hosts) -> None:
+    worker2 = cluster.address("worker2")
+    cluster.fill("worker2", "/dev/shm")
+    cluster.run("worker2", LOSE_INSTANCES)
+    status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
+    assert "no space is left in /dev/shm (2 GiB)" in message(status, worker2) and "make room" in message(status, worker2)
+    assert cluster.run("head", ASK)
+    cluster.run("worker2", "rm /dev/shm/full")
+    await_status(cluster, is_whole)
+
+
+def test_a_firewall_between_two_hosts_is_reported_with_both_before_a_request_meets_it(cluster: Hosts) -> None:
+    cluster.cut("worker1", "worker2")
+    cluster.run("worker2", LOSE_INSTANCES)
+    for one, other in (("worker1", "worker2"), ("worker2", "worker1")):
+        text = f"KV does not get from host {one} to host {other}"
+        status = await_status(cluster, lambda status, text=text: text in status["degraded"])  # type: ignore[misc]
+        assert "let all TCP between the hosts of the cluster through their firewalls" in status["degraded"]
+    assert cluster.run("head", ASK)
+    cluster.heal("worker1", "worker2")
+    await_status(cluster, lambda status: is_whole(status) and not status["degraded"])
+
+
+def test_a_host_whose_clock_is_an_hour_ahead_serves_with_a_warning(cluster: Hosts) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler, which makes the library that sets a clock for some processes alone")
+    home = cluster.home("worker2")
+    (home / "clock.c").write_text(AN_HOUR_AHEAD)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", home / "clock.so", home / "clock.c", "-ldl"], check=True)
+    restart_ray(cluster, environment="LD_PRELOAD=/root/clock.so")
+    status = await_status(cluster, is_whole)
+    assert re.search(
+        r"its clock is 3[56]\d\d s ahead of the head's.*set it by NTP", message(status, cluster.address("worker2"))
+    )
+
+
+def test_a_host_with_fewer_cores_than_an_instance_takes_is_refused(cluster: Hosts) -> None:
+    worker2 = cluster.address("worker2")
+    restart_ray(cluster, num_cores=0)
+    status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
+    assert "it has 0 core(s), and no instance takes less than 1" in message(status, worker2)
+    assert cluster.run("head", ASK)

@@ -47,8 +47,8 @@ def end_ray(file: Path) -> None:
     gone try for a minute to report it."""
     wanted = _read(file)
     for host in added(wanted, {"provider": {"type": "local"}}):
-        nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.Popen(ssh_command(wanted, host, "ray stop"), start_new_session=True, **nowhere)
+        command, nowhere = ssh_command(wanted, host, "ray stop"), subprocess.DEVNULL
+        subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 def write_copy(file: Path, copy: Path) -> None:

@@ -40,6 +40,10 @@ RAY_PROCESSES = {"gcs_server", "raylet"}
 OWN_NAME = b"ray::supervise"  # at most 15 bytes
 HIDDEN_NAME = b"pdserve"  # while it runs `ray stop` itself
 PR_SET_NAME = 15
+ORPHANED = (
+    "`pdserve supervise` was killed, and what it started serves on: nobody starts that again after a crash. Run `ray up` "
+    "again then, or `pdserve down` and `ray up` when streams may end"
+)
 REQUESTS_TO_END = {signal.SIGTERM, signal.SIGINT}
 
 
@@ -93,10 +97,11 @@ def _begin(supervisor: "_Supervisor", file: Path, ray_start: list[str], at_reboo
     if not at_reboot and subprocess.run([sys.argv[0], "validate", str(file)], stdin=subprocess.DEVNULL).returncode:
         raise CommandFailed(f"{file} is refused; nothing has changed")
     config = read_config(file)
-    lock = os.open(FOLDER.expanduser() / "supervisor", os.O_RDWR | os.O_CREAT, 0o600)  # held until the supervisor ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    is_first = _lock("supervisor") is not None  # until the supervisor ends
+    supervisor.serving = _lock("serving") if is_first else None
+    if supervisor.serving is None:
+        if is_first:
+            print(ORPHANED, file=sys.stderr)
         _apply(config, file)
         _follow_hosts(file, ray_start)
         return False
@@ -106,6 +111,18 @@ def _begin(supervisor: "_Supervisor", file: Path, ray_start: list[str], at_reboo
         supervisor.start_ray()
         supervisor.start_at_reboot()
     return True
+
+
+def _lock(name: str) -> int | None:
+    """Held until the descriptor that it returns is closed in this process and in those that have inherited it; None when
+    another process holds it."""
+    descriptor = os.open(FOLDER.expanduser() / name, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _apply(config: ClusterConfig, file: Path) -> None:
@@ -144,6 +161,7 @@ def _option(ray_start: list[str], name: str) -> str | None:
 
 class _Supervisor:
     def __init__(self, file: Path, ray_start: list[str], folder: Path) -> None:
+        self.serving: int | None = None  # a lock that `pdserve up` inherits; None until it is taken
         self._file = file
         self._ray_start = ray_start
         self._folder = folder
@@ -204,7 +222,8 @@ class _Supervisor:
             return False
         address = (self._ray_folder / "ray_current_cluster").read_text().strip()
         command = [sys.argv[0], "up", str(self._copy)]
-        child = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock)
+        kept = () if self.serving is None else (self.serving,)
+        child = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock, pass_fds=kept)
         try:
             while child.poll() is None:
                 _await_signal({*REQUESTS_TO_END, signal.SIGCHLD})

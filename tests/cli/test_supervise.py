@@ -61,11 +61,11 @@ def executable(path: Path, lines: str) -> None:
     path.chmod(0o755)
 
 
-def supervisor(up: str) -> "subprocess.Popen[bytes]":
+def supervisor(up: str, lines: str = SUPERVISOR) -> "subprocess.Popen[bytes]":
     """Running in the current folder; `up`: what `pdserve up` does, in shell."""
     executable(Path("bin/pdserve"), up)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(Path("bin/pdserve").absolute())], env=environment)
+    return subprocess.Popen([sys.executable, "-c", lines, str(Path("bin/pdserve").absolute())], env=environment)
 
 
 @pytest.fixture
@@ -94,6 +94,21 @@ def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder:
         pass
     assert calls() == ["stop", "start", "up", "stop", "start", "up"]
     assert Path("ray-before", "1").exists() and Path("ray", "2").exists()
+
+
+def test_what_it_starts_says_that_it_serves_when_the_supervisor_is_killed(folder: Path) -> None:
+    os.mkfifo("started")
+    os.mkfifo("end")
+    lines = SUPERVISOR.replace("supervisor.run()", "supervisor.serving = supervise._lock('serving')\nsupervisor.run()")
+    lines = lines.replace("supervise.sweep", "supervise.FOLDER = Path('.')\nsupervise.sweep")
+    with supervisor("echo > started; cat end", lines) as process:
+        Path("started").read_text()
+        process.kill()
+    with Path("serving").open() as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        Path("end").write_text("")
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def test_a_file_that_was_refused_is_not_what_starts_again(folder: Path) -> None:
@@ -130,7 +145,8 @@ def test_a_host_that_shuts_down_starts_it_again_at_the_next_boot(serving: "subpr
     assert "supervise --at-reboot" in Path("at_reboot").read_text() and Path("at_reboot").stat().st_mode & 0o777 == 0o700
 
 
-def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path) -> None:
+@pytest.mark.parametrize("held", ["supervisor", "serving"])  # the latter: by a `pdserve up` whose supervisor was killed
+def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path, held: str) -> None:
     (folder / ".pdserve").mkdir()
     (folder / "cluster.yaml").write_text("metadata: {pdserve: {}}")
     environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -147,10 +163,11 @@ def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path) -> Non
     ]
     executable(folder / "bin" / "pdserve", "exit 0")  # the file is valid
     command[2:3] = [f"import sys; sys.argv[0] = 'bin/pdserve'; {command[2]}"]
-    with (folder / ".pdserve" / "supervisor").open("w") as lock:
+    with (folder / ".pdserve" / held).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        printed = subprocess.check_output(command, env=environment, text=True)
-    assert "supervised already" in printed
+        done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0 and "it takes the file when it tries again" in done.stdout
+    assert ("`pdserve supervise` was killed" in done.stderr) == (held == "serving")
     assert not Path("calls").exists()
 
 

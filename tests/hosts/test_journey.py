@@ -23,8 +23,7 @@ pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytes
 FILE = Path(__file__).parents[2] / "cluster.yaml"
 NUM_DECODE = (os.cpu_count() or 1) + 1  # each host has all of the machine's cores
 UP = "ray up -y cluster.yaml"
-NOTICE_S = 120.0  # Ray's agents try for a minute to report the end of a Ray whose head has gone
-WAS_ENDED_BY_RAY_STOP = "grep 'received SIGTERM' ~/.pdserve/ray/session_latest/logs/raylet.out"
+NOTICE_S = 45.0  # by itself, an agent of a Ray whose head has gone would try for a minute to report it
 ASK = """
 import json, select, sys, time, urllib.request
 
@@ -178,5 +177,3 @@ def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
             await_end(processes(hosts, host))
             assert processes(hosts, host) == {}
             assert hosts.run(host, "ls -d /tmp/pdserve* /dev/shm/* 2> /dev/null || true") == ""
-    for host in ("worker1", "worker2"):
-        assert hosts.run(host, WAS_ENDED_BY_RAY_STOP), "it has found out by itself, and Ray's agents have gone a minute later"

@@ -18,7 +18,6 @@ from .kv_cache import KVCache
 from .kv_manager import KVManager
 from .model import Model
 from .model_config import ModelConfig
-from .on_gpu.kv_budget import num_blocks_that_fit
 from .runner import ModelRunner
 from .tensor_reader import TensorReader
 from .weights import ReadTensor, load_weights
@@ -108,6 +107,7 @@ def _on_gpu(
 ) -> tuple[KVCache, Runner]:
     from ..kernels.triton.kernels import TritonKernels  # brought along by torch's CUDA builds alone
     from .on_gpu.decode_graphs import ladder
+    from .on_gpu.kv_budget import num_blocks_that_fit
     from .on_gpu.runner import DeviceRunner
 
     assert isinstance(kernels, TritonKernels)

@@ -16,7 +16,8 @@ def await_status(hosts: Hosts, holds: Callable[[Status], bool]) -> Status:
     """The first one that holds."""
     due_s = time.monotonic() + SETTLE_S
     status: Status | None = None
-    with subprocess.Popen(hosts.command("head", "exec pdserve status --watch -o json"), stdout=subprocess.PIPE) as watching:
+    command = hosts.command("head", "exec pdserve status --watch -o json 2> /dev/null")
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as watching:
         assert watching.stdout is not None
         try:
             for line in watching.stdout:

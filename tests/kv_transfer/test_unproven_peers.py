@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from pdserve.cluster.reach import reach
+from pdserve.worker.router_link import shake_hands
+from pdserve.core.handshake import Dialler, Purpose
 from pdserve.kv_transfer import acceptor
 
 from ..other_user import run_as_nobody
@@ -62,6 +65,20 @@ def test_another_user_cannot_connect_and_does_not_find_it_among_abstract_names(r
     assert not [line for line in Path("/proc/net/unix").read_text().splitlines() if "@pdserve" in line]
     code = "attempt('connect', lambda: connect(sys.argv[1]))"
     assert run_as_nobody(code, receiver.address.unix_path) == ["connect EACCES"]
+
+
+def test_a_probe_of_this_cluster_gets_through_and_is_no_refusal(receiver: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    address = receiver.address.tcp_host, receiver.address.tcp_port
+
+    def probe(token: str) -> str:
+        return reach(address, lambda sock: shake_hands(sock, Dialler(token, Purpose.TRANSFER), "d"))
+
+    assert probe("secret") == ""
+    check_is_served(receiver)
+    assert receiver.endpoint.counters.num_connects_refused == 0 and not caplog.records
+    assert probe("another cluster's") != ""
+    receiver.endpoint.close()
+    assert probe("secret") == "Connection refused"
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -136,7 +136,7 @@ class Side:
 
 def receive(pipe: Connection, arguments: argparse.Namespace) -> None:
     """D's process: a reservation for every number that comes, until None does."""
-    profile = cProfile.Profile() if arguments.profile else None
+    profile = cProfile.Profile(time.thread_time) if arguments.profile else None
     side = Side("d", arguments, profile)
     pipe.send(side.address)
     ids = tuple(torch.randperm(NUM_BLOCKS).tolist())
@@ -180,7 +180,7 @@ def main() -> None:
     pipe, theirs = context.Pipe()
     other = context.Process(target=receive, args=(theirs, arguments), daemon=True)
     other.start()
-    profile = cProfile.Profile() if arguments.profile else None
+    profile = cProfile.Profile(time.thread_time) if arguments.profile else None
     side = Side("p", arguments, profile)
     address = pipe.recv()
     sent, received = [], []

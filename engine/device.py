@@ -86,7 +86,8 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self._side_stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        # Of a high priority: what is short, and others wait for, is not to queue behind the blocks of a matrix product.
+        self._side_stream = torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()  # graphs never run side by side, so they share their memory
 
     def event(self) -> Event:

@@ -56,7 +56,7 @@ class Channel(Generic[T]):
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            self._loop.call_soon(self._lose, f"the connection failed: {error}")
+            self._loop.call_soon(self._read_and_lose, f"the connection failed: {error}")
             return
         if sent < len(frame):
             self._unsent += frame[sent:]
@@ -78,6 +78,12 @@ class Channel(Generic[T]):
         if self._is_open:
             self.close()
             self.on_lost(error)
+
+    def _read_and_lose(self, error: str) -> None:
+        """The peer's last words may say why it closed."""
+        if self._is_open:
+            self._on_readable()
+        self._lose(error)
 
     def _on_readable(self) -> None:
         try:

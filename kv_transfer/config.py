@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from .chunk_size import CHUNK_BYTES
+
 MAX_PAYLOAD_BYTES = 4 << 20
 MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
 
@@ -36,7 +38,5 @@ class TransferConfig:
         return self.nccl_timeout_s if link == "nccl" else self.connect_timeout_s
 
     def chunk_bytes_of(self, link: str) -> int:
-        """A shared-memory ring should stay in the processors' last cache; the others pay more for every message."""
-        if self.chunk_bytes is not None:
-            return self.chunk_bytes
-        return 2 << 20 if link == "shm" else 4 << 20
+        """Of one slot of our ring for a link of this kind."""
+        return CHUNK_BYTES[link].largest if self.chunk_bytes is None else self.chunk_bytes

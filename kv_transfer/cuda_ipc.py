@@ -1,6 +1,6 @@
 """Link for two processes on one GPU: P gathers straight into D's staging ring there."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from .interfaces import Gpu, Slot
 
@@ -8,6 +8,7 @@ from .interfaces import Gpu, Slot
 class CudaIpcLink:
     """Both sides' view of the ring. P announces a chunk when its gather is done, so D may read at once."""
 
+    name: ClassVar = "cuda_ipc"
     executor = None
     takes_turns = False
 
@@ -20,8 +21,7 @@ class CudaIpcLink:
         self._rings = rings
 
     def slot(self, slot: int, num_bytes: int) -> Slot:
-        start = slot * self.slot_bytes
-        return self._ring[start : start + num_bytes]
+        return self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
 
     def send(self, slot: int, num_bytes: int, seq: int) -> None:
         """The bytes are in the ring since they were gathered."""

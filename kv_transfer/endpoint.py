@@ -21,6 +21,7 @@ from .events import Cancel, CommitReady, Computed, Expect, Extend, Open, Prefill
 from .hub import TransferHub, guarded
 from .interfaces import Gpu, KVStore, TransferListener
 from .pair import Local, log_stuck
+from .polling_loop import polling_loop
 from .shm import host_id
 from .span import Span
 
@@ -82,9 +83,7 @@ class TransferEndpoint:
         assert self._thread is None, "an endpoint starts once"
         local, acceptor = self._local, Acceptor(self._local, self._hub.admit)
         started = threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._main(acceptor, started)), name="pdserve-kv-transfer", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(acceptor, started), name="pdserve-kv-transfer", daemon=True)
         self._thread.start()
         started.wait()
         return TransferAddress(
@@ -198,6 +197,10 @@ class TransferEndpoint:
             self._is_woken = False
         while self._inbox:
             guarded(self._inbox.popleft())
+
+    def _run(self, acceptor: Acceptor, started: threading.Event) -> None:
+        with asyncio.Runner(loop_factory=partial(polling_loop, self._local.store_waits)) as runner:
+            runner.run(self._main(acceptor, started))
 
     async def _main(self, acceptor: Acceptor, started: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()

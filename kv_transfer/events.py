@@ -18,6 +18,7 @@ class Tick(Event, frozen=True):
 
 class LinkUp(Event, frozen=True):
     epoch: int
+    link: str  # one of `choice.LINKS`
     num_slots: int
     slot_bytes: int
 

@@ -23,6 +23,7 @@ from .link import Link, LinkError, release
 from .pair import Local, Pair
 from .protocol import Chunk, Connect, Meet, SenderMessage
 from .receiver import TransferReceiver
+from .span import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +109,8 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         checksum = store.checksum(data)
         if checksum is not None and checksum != chunk.checksum:
             return checksum
-        where = span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end
-        return store.scatter(*where, data, command.mark) or chunk.checksum
+        place = place_of(span, command.block_ids, self.local.layout.block_size)
+        return store.scatter(span.layer_start, span.layer_end, *place, data, command.mark) or chunk.checksum
 
     def _outcome(self, chunk: Chunk, result: int | BaseException) -> Stored | Corrupt | StoreFailed:
         if isinstance(result, BaseException):

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Executor
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ..core.errors import PdserveError
 from .interfaces import Slot
@@ -20,25 +20,18 @@ class TransferTimeout(LinkError):
     """The other side did not keep up."""
 
 
-class Waiter(Protocol):
-    """Who can wait for a ticket."""
+class Link(Protocol):
+    """A ticket is what `wait` waits for; None says that the operation is done already."""
+
+    name: ClassVar[str]  # one of `choice.LINKS`
+    num_slots: int
+    slot_bytes: int
+    takes_turns: bool  # a process must not have sends of two such links under way
 
     @property
     def executor(self) -> Executor | None:
         """Where `wait` belongs; None for links that never return a ticket."""
         ...
-
-    def wait(self, ticket: Any, timeout_s: float) -> None:
-        """Blocks until what the ticket stands for is done, or raises."""
-        ...
-
-
-class Link(Waiter, Protocol):
-    """A ticket is what `wait` waits for; None says that the operation is done already."""
-
-    num_slots: int
-    slot_bytes: int
-    takes_turns: bool  # a process must not have sends of two such links under way
 
     def slot(self, slot: int, num_bytes: int) -> Slot:
         """The first `num_bytes` of this side's memory of `slot`."""
@@ -49,7 +42,7 @@ class Link(Waiter, Protocol):
     def recv(self, slot: int, num_bytes: int, seq: int) -> Any | None: ...
 
     def wait(self, ticket: Any, timeout_s: float) -> None:
-        """Blocks. Raises PeerLost or TransferTimeout; the link must be killed then."""
+        """Blocks until what the ticket stands for is done. Raises PeerLost or TransferTimeout; the link must be killed then."""
         ...
 
     def kill(self) -> None:

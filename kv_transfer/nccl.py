@@ -149,8 +149,8 @@ class NcclLink(GroupLink):
 @cache
 def own_stream(device: torch.device) -> Any:
     """Operations come behind what the current stream has been given: not behind the engine's steps. And what was the engine's
-    is never this stream's memory. Torch has a few streams of a priority, which it gives to one after the other: the engine
-    takes none of a high one."""
+    is never this stream's memory. Torch has 32 streams of a priority, which it gives to one after the other: the engine takes
+    one of this priority, for the gathers and scatters that are next to it."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 

@@ -24,6 +24,7 @@ from .link import Link, LinkError, release
 from .pair import Local, Pair
 from .protocol import PROTOCOL_VERSION, Chunk, Commit, Connect, Connected, Meet, Prepare, ReceiverMessage, Refused
 from .sender import TransferSender
+from .span import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,9 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         if link is None or epoch is None:
             return  # it broke while the commands before this one were carried out; LinkDown is on its way
         data = link.slot(command.slot, command.num_bytes)
+        place = place_of(span, command.block_ids, self.local.layout.block_size)
         try:
-            gathered = self.local.store.gather(
-                span.layer_start, span.layer_end, command.block_ids, span.token_start, span.token_end, data, command.mark
-            )
+            gathered = self.local.store.gather(span.layer_start, span.layer_end, *place, data, command.mark)
         except Exception as error:  # whatever the store could not do ends this transfer, not the pair
             release(data)
             self._spoilt.add(command.transfer)

@@ -3,13 +3,11 @@
 from ..core.automaton import Automaton
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
+from .chunk_size import chunk_bytes
 from .events import Open
 from .planner import ChunkPlanner, Ready
 from .span import Span
 from .states import OUTBOUND_TRANSITIONS, OutboundState
-
-_WANTED_CHUNKS = 8
-_MIN_CHUNK_BYTES = 256 << 10  # smaller ones cost more than they hide
 
 
 class OutboundTransfer:
@@ -38,16 +36,15 @@ class OutboundTransfer:
     def state(self) -> OutboundState:
         return self.machine.state
 
-    def accept(self, token_start: int, num_credits: int, chunk_bytes: int) -> None:
+    def accept(self, token_start: int, num_credits: int, link: str, slot_bytes: int) -> None:
         """D wants tokens from `token_start` on. Raises ValueError when it asks for what is not there."""
         if not 0 <= token_start <= self.num_tokens or num_credits < 1:
             raise ValueError(f"accepted from token {token_start} of {self.num_tokens} with {num_credits} credits")
         layout = self._layout
         whole = Span(0, layout.num_layers, token_start, self.num_tokens)
         bytes_per_cell = layout.wire_bytes_per_cell
-        # The last chunk cannot hide behind the prefill: of a small transfer it should not be the greater part.
-        wanted_bytes = max(whole.num_cells * bytes_per_cell // _WANTED_CHUNKS, _MIN_CHUNK_BYTES, bytes_per_cell)
-        self._planner = ChunkPlanner(whole, bytes_per_cell, min(chunk_bytes, wanted_bytes))
+        max_bytes = chunk_bytes(link, slot_bytes, whole.num_cells, bytes_per_cell)
+        self._planner = ChunkPlanner(whole, bytes_per_cell, max_bytes)
         self.credits = num_credits
         for ready in self._early:
             self._planner.add(*ready)

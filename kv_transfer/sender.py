@@ -54,7 +54,8 @@ class TransferSender:
         self._counters = counters
         self._link = Automaton(LINK_TRANSITIONS, LinkState.DOWN, name=f"link to {peer}")
         self._epoch: int | None = None
-        self._chunk_bytes = 0
+        self._link_name = ""
+        self._slot_bytes = 0
         self._next_seq = 0
         self._free_slots: list[int] = []
         self._in_flight: dict[int, _InFlight] = {}  # by seq, oldest first
@@ -138,7 +139,7 @@ class TransferSender:
     def _on_link_up(self, event: LinkUp) -> None:
         self._link.transition(LinkState.UP)
         self._epoch = event.epoch
-        self._chunk_bytes = event.slot_bytes
+        self._link_name, self._slot_bytes = event.link, event.slot_bytes
         self._next_seq = 0
         self._free_slots = list(range(event.num_slots))
         self._heard_s = self._beat_s = self._used_s = self._now_s
@@ -186,7 +187,7 @@ class TransferSender:
     def _on_accept(self, transfer: OutboundTransfer, message: Accept) -> None:
         transfer.machine.transition(OutboundState.SENDING)
         try:
-            transfer.accept(message.token_start, message.credits, self._chunk_bytes)
+            transfer.accept(message.token_start, message.credits, self._link_name, self._slot_bytes)
         except ValueError as error:
             self._fail(transfer, str(error))
 

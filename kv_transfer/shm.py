@@ -4,7 +4,7 @@ import fcntl
 import mmap
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .link import LinkError
 
@@ -21,6 +21,7 @@ def host_id() -> str:
 class ShmLink:
     """Both sides' view of the ring. D makes it and hands the descriptor to P; each epoch has a ring of its own."""
 
+    name: ClassVar = "shm"
     executor = None
     takes_turns = False
 

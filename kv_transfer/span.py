@@ -1,6 +1,8 @@
 """Rectangles of (layer, token) cells: the unit in which KV becomes ready, travels and is accounted for."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -42,6 +44,21 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
         if token >= self.token_end:
             return None
         return Span(self.layer_start, self.layer_end, token, self.token_end)
+
+
+class Place(NamedTuple):
+    """Tokens [token_start, token_end), counted from the first one in `block_ids`."""
+
+    block_ids: Sequence[int]
+    token_start: int
+    token_end: int
+
+
+def place_of(span: Span, block_ids: Sequence[int], block_size: int) -> Place:
+    """Where a transfer's `span` lies, without the blocks before and behind it: a store looks at every block it is given."""
+    first = span.token_start // block_size
+    touched = block_ids[first : -(-span.token_end // block_size)]
+    return Place(touched, span.token_start - first * block_size, span.token_end - first * block_size)
 
 
 class Coverage:

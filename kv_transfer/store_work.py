@@ -1,13 +1,10 @@
 """What a store's device has yet to do for transfers: their endings wait for it, since it still reads or writes their blocks."""
 
 import asyncio
-import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from math import inf
 from typing import TYPE_CHECKING
 
 from ..core.request import TransferId
@@ -17,34 +14,39 @@ from .link import LinkError, release
 if TYPE_CHECKING:
     from .pair import Local
 
-POLL_S = 20e-6  # far below what a chunk takes, and a device cannot call us
+Done = Callable[[int | BaseException], None]  # hears the checksum, or what went wrong
 
 
 class StoreWaits:
-    """A `Waiter` for all of an endpoint's pairs: one thread, as the store does its works in order."""
+    """The works of all of an endpoint's pairs, in the order in which the store's device does them. It cannot call us, so it is
+    asked: by the endpoint's loop, where that waits for its sockets (`PollingSelector`). A thread that asks costs a chunk as
+    much as all else that its host does for it.
+    """
 
     def __init__(self) -> None:
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="pdserve-kv-store")  # no thread before its first work
-        self._num_waiting = 0
+        self._works: deque[tuple[Pending, Done]] = deque()
         self._nobody_waits = asyncio.Event()
         self._nobody_waits.set()
         self._is_stopped = False
 
-    def wait(self, ticket: "_Work", timeout_s: float) -> None:
-        """As long as it takes: a device that is late still touches the blocks. Deadlines are the machines' business."""
-        while not ticket.pending.is_done():
-            if self._is_stopped:
-                raise LinkError("the endpoint was closed before the device was done")
-            time.sleep(POLL_S)
-        ticket.checksum = ticket.pending.collect()
+    def add(self, pending: Pending, done: Done) -> None:
+        """Call `done` when the store has done the work, as long as that takes: a device that is late still touches the
+        blocks. Deadlines are the machines' business."""
+        self._works.append((pending, done))
+        self._nobody_waits.clear()
 
-    def count(self, change: int) -> None:
-        """Works that have begun, or whose end was heard of."""
-        self._num_waiting += change
-        if self._num_waiting:
-            self._nobody_waits.clear()
-        else:
-            self._nobody_waits.set()
+    @property
+    def is_idle(self) -> bool:
+        return not self._works
+
+    def take_ended(self) -> list[Callable[[], None]]:
+        """The calls by which works that have ended are reported, each once."""
+        ended: list[Callable[[], None]] = []
+        while self._works and (result := self._result(self._works[0][0])) is not None:
+            ended.append(partial(self._works.popleft()[1], result))
+        if ended and not self._works:
+            ended.append(self._settle)
+        return ended
 
     async def finish(self, timeout_s: float) -> None:
         """Wait for what is under way, and give up on what is later than that."""
@@ -53,15 +55,19 @@ class StoreWaits:
                 await self._nobody_waits.wait()
         self._is_stopped = True
         await self._nobody_waits.wait()
-        self.executor.shutdown()
 
+    def _result(self, pending: Pending) -> int | BaseException | None:
+        """None: not yet."""
+        try:
+            if pending.is_done():
+                return pending.collect()
+        except Exception as error:  # of the device: it ends that transfer, and not those that wait behind it
+            return error
+        return LinkError("the endpoint was closed before the device was done") if self._is_stopped else None
 
-class _Work:
-    """A ticket."""
-
-    def __init__(self, pending: Pending) -> None:
-        self.pending = pending
-        self.checksum = 0
+    def _settle(self) -> None:
+        if not self._works:  # the reports before this one may have brought new ones
+            self._nobody_waits.set()
 
 
 class StoreWork:
@@ -79,12 +85,10 @@ class StoreWork:
     def is_under_way(self, transfer: TransferId) -> bool:
         return transfer in self._num
 
-    def add(self, transfer: TransferId, pending: Pending, slot: Slot, done: Callable[[int | BaseException], None]) -> None:
-        """`done` hears the checksum, or what went wrong, also when the link has gone by then; `slot` is kept until then."""
-        work = _Work(pending)
+    def add(self, transfer: TransferId, pending: Pending, slot: Slot, done: Done) -> None:
+        """`done` is called also when the link has gone by then; `slot` is kept until then."""
         self._num[transfer] += 1
-        self._local.store_waits.count(1)
-        self._local.wait(self._local.store_waits, work, inf, partial(self._on_done, transfer, work, slot, done))
+        self._local.store_waits.add(pending, partial(self._on_done, transfer, slot, done))
 
     def after(self, transfer: TransferId, call: Callable[[], None]) -> None:
         """Call now, or when nothing is under way for the transfer."""
@@ -93,19 +97,11 @@ class StoreWork:
         else:
             call()
 
-    def _on_done(
-        self,
-        transfer: TransferId,
-        work: _Work,
-        slot: Slot,
-        done: Callable[[int | BaseException], None],
-        error: BaseException | None,
-    ) -> None:
+    def _on_done(self, transfer: TransferId, slot: Slot, done: Done, result: int | BaseException) -> None:
         release(slot)
         try:
-            done(work.checksum if error is None else error)
+            done(result)
         finally:
-            self._local.store_waits.count(-1)
             self._num[transfer] -= 1
             if not self._num[transfer]:
                 del self._num[transfer]

@@ -1,7 +1,7 @@
 """The wire between two workers: a connection for the control stream, and a staging ring that both see."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from ..kv_transfer.inbound import InboundPair
 from ..kv_transfer.link import LinkError, PeerLost, TransferTimeout
@@ -18,6 +18,7 @@ PREPARE_S = 0.001  # making a ring
 class SharedRing:
     """Implements `kv_transfer.link.Link` for both sides, as shared memory does."""
 
+    name: ClassVar = "shm"
     executor = None
     takes_turns = False
     is_gone = True  # nothing of it needs to be waited for
@@ -74,6 +75,8 @@ class Ticket:
 
 class CopyingRing(SharedRing):
     """One side's ring of a link that copies, as gloo does: bytes travel apart from the stream that announces them."""
+
+    name = "gloo"
 
     def __init__(self, num_slots: int, slot_bytes: int, network: Network, process: Process) -> None:
         super().__init__(num_slots, slot_bytes, network.faults)

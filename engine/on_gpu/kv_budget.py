@@ -9,7 +9,7 @@ from ..model import Model
 from .warm_up import prompt_step
 
 _GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, generously
-_LINK_BYTES = 256 << 20  # of transfers: rings of 16 MiB for each peer, and NCCL's own
+_LINK_BYTES = 512 << 20  # of transfers: a ring of 64 MiB for each peer, and NCCL's own
 _LOGITS_COPIES = 8  # at most at a time: the step's and the graphs', and seven float32 ones that log probabilities take
 
 

@@ -44,7 +44,7 @@ class KVQueue:
     ) -> None:
         self._cache, self._device, self._format = cache, device, wire_format
         self._gather_part, self._scatter_part = gather_part, scatter_part
-        self._pinned = PinnedBuffers(device)
+        self._pinned, self._sums = PinnedBuffers(device), PinnedSums(device)
         self._marks: dict[int, Event] = {}  # oldest first; those before the first are reached
         self._numbers = count(1)
 
@@ -59,7 +59,7 @@ class KVQueue:
 
     def gather(self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview, after: int) -> Queued:
         """`out` is on the device, or the host's; then it is written by `collect`."""
-        total = self._place_of_sum()
+        total = self._sums.take()
         with self._device.side_stream():
             self._come_behind(after)
             if isinstance(out, torch.Tensor):
@@ -74,7 +74,7 @@ class KVQueue:
 
     def scatter(self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview, after: int) -> Queued:
         """Its checksum is of what it wrote. What may fail for want of memory comes first: nothing is written when it raises."""
-        total = self._place_of_sum()
+        total = self._sums.take()
         with self._device.side_stream():
             self._come_behind(after)
             if isinstance(data, torch.Tensor):
@@ -105,10 +105,6 @@ class KVQueue:
         if event is not None:
             event.wait()
 
-    def _place_of_sum(self) -> torch.Tensor:
-        """int64 [1] on the host."""
-        return self._pinned.take(8).view(torch.int64)
-
     def _queued(self, total: torch.Tensor, memory: torch.Tensor, finish: Callable[[], None] = lambda: None) -> Queued:
         """The work ends here; `finish` follows when it is collected."""
         event = self._device.event()
@@ -116,7 +112,7 @@ class KVQueue:
 
         def collect() -> int:
             checksum = int(total.item()) & 0xFFFFFFFFFFFFFFFF
-            self._pinned.give_back(total)
+            self._sums.give_back(total)
             finish()
             return checksum
 
@@ -127,12 +123,31 @@ class KVQueue:
         self._pinned.give_back(staged)
 
 
+class PinnedSums:
+    """Places for checksums on the host, used again and again."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._free: list[torch.Tensor] = []
+
+    def take(self) -> torch.Tensor:
+        """int64 [1], whatever is in it."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._device.pinned(torch.empty(1, dtype=torch.int64))
+
+    def give_back(self, taken: torch.Tensor) -> None:
+        """What `take` gave, when the device is through with it."""
+        self._free.append(taken)
+
+
 class PinnedBuffers:
     """Host memory to copy from and to while the host goes on, used again and again: to pin some takes milliseconds."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by size; lists, as two threads share them
+        self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by size
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """uint8 [num_bytes], whatever is in it."""

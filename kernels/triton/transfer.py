@@ -4,6 +4,7 @@ A program moves some tokens of one head. Sums of 64-bit words wrap around, so pr
 is the one that the CPU's kernels compute.
 """
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ def _transfer(
     to_wire: bool,
 ) -> torch.Tensor:
     check_part(cache, block_ids, part, buffer, wire_format)
-    ids = to_device(torch.tensor(block_ids, dtype=torch.int32), cache.device)
+    ids = to_device(torch.frombuffer(array("i", block_ids), dtype=torch.int32), cache.device)
     total = torch.zeros(1, dtype=torch.int64, device=cache.device)
     transfer_launch(cache, ids, part, buffer, wire_format, to_wire, total).run()
     return total

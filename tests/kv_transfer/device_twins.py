@@ -18,7 +18,7 @@ from pdserve.kernels.reference import TorchKernels
 from pdserve.kernels.triton.launch import Launch
 from pdserve.kv_transfer import TransferConfig
 
-from .support import FAST, WAIT_S, Worker
+from .support import CALM, WAIT_S, Worker
 
 NUM_BLOCKS = 24
 
@@ -171,7 +171,7 @@ class DeviceWorker(Worker):
         on_gpu: bool = True,
         seed: int | None = None,
         transport: str = "auto",
-        config: TransferConfig = FAST,
+        config: TransferConfig = CALM,
         gpu: SharedMemory | None = None,
     ) -> None:
         self.device = LateDevice()

@@ -4,6 +4,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from pdserve.kv_transfer import TransferConfig, TransferEndpoint
 from pdserve.kv_transfer.interfaces import Gpu
 
 WAIT_S = 60.0  # far more than anything here takes
-FAST = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, lease_s=30.0)
+# No deadline of these is met by accident, however busy the machine: a test that is about one sets it itself.
+CALM = TransferConfig(
+    chunk_bytes=4096, connect_timeout_s=30.0, heartbeat_s=0.05, dead_after_s=30.0, chunk_timeout_s=30.0, lease_s=30.0
+)
+FAST = replace(CALM, dead_after_s=0.4, chunk_timeout_s=5.0)  # where a peer falls silent
 
 
 def layout(block_size: int = 8, dtype: str = "float32", num_layers: int = 3, num_kv_heads: int = 2) -> KVLayout:
@@ -172,7 +177,7 @@ class Worker:
         seed: int | None = None,
         transport: str = "auto",
         token: str = "secret",
-        config: TransferConfig = FAST,
+        config: TransferConfig = CALM,
         incarnation: int = 1,
         store: Any = None,
         gpu: Gpu | None = None,
@@ -216,7 +221,7 @@ def pair(
     sender_layout: KVLayout | None = None,
     receiver_layout: KVLayout | None = None,
     transport: str = "auto",
-    config: TransferConfig = FAST,
+    config: TransferConfig = CALM,
 ) -> Iterator[tuple[Worker, Worker]]:
     """P with random KV and D with zeros; both closed at the end."""
     sender = Worker("p", sender_layout or layout(), seed=1, transport=transport, config=config)

@@ -14,7 +14,7 @@ from pdserve.kv_transfer import TransferConfig
 
 from .device_twins import DeviceWorker, device_layout, one_kernel_at_a_time
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
-from .support import FAST
+from .support import CALM
 
 SECOND = TransferId("second", 0)
 THEIRS, OURS = [5, 1, 9, 2], [3, 11, 4, 7]
@@ -28,7 +28,7 @@ def devices(
     *,
     on_gpu: tuple[bool, bool] = (True, True),
     transport: str = "auto",
-    config: TransferConfig = FAST,
+    config: TransferConfig = CALM,
     kernels: Kernels | None = None,
     dtype: str = "bfloat16",
 ) -> Iterator[tuple[DeviceWorker, DeviceWorker]]:

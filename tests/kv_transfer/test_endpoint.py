@@ -9,7 +9,7 @@ from pdserve.core.request import TransferId
 from pdserve.kv_transfer import TransferConfig
 
 from .leftovers import TRANSPORTS, T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
-from .support import FAST, WAIT_S, Worker, layout, pair
+from .support import WAIT_S, Worker, layout, pair
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -126,7 +126,7 @@ def test_bad_arguments_are_refused_at_once() -> None:
 
 
 def test_close_is_idempotent_and_ends_what_is_open() -> None:
-    with pair(config=FAST) as (sender, receiver):
+    with pair() as (sender, receiver):
         receiver.expect(T, sender.key, [1], 8)
         sender.endpoint.send(T, receiver.address, [1], 8)
         sender.endpoint.close()

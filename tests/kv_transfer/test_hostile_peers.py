@@ -39,7 +39,7 @@ from pdserve.kv_transfer.shm import ShmLink
 from pdserve.kv_transfer.span import Span
 
 from ..handshakes import shake_hands
-from .support import FAST, WAIT_S, Worker, layout
+from .support import CALM, FAST, WAIT_S, Worker, layout
 
 T = TransferId("request", 0)
 CELL_BYTES = layout().bytes_per_token // layout().num_layers
@@ -225,7 +225,7 @@ def test_a_new_epoch_fences_the_old_one() -> None:
 )
 def test_strangers_are_shown_the_door_and_others_are_served(first: bytes) -> None:
     """Also those who say only half, or nothing: their time is bounded."""
-    receiver = Worker("d", layout(), config=replace(FAST, connect_timeout_s=0.3))
+    receiver = Worker("d", layout(), config=replace(CALM, connect_timeout_s=0.3))
     try:
         address = receiver.address.tcp_host, receiver.address.tcp_port
         # what was not read when the door was shut makes it a reset
@@ -268,7 +268,7 @@ sys.stdin.read()
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(transport: str, what: signal.Signals, socket_root: Path) -> None:
-    receiver = Worker("d", layout(), transport=transport)
+    receiver = Worker("d", layout(), transport=transport, config=FAST if what == signal.SIGSTOP else CALM)
     arrived = threading.Semaphore(0)
     receiver.store.on_scatter = arrived.release
     child = subprocess.Popen(

@@ -47,13 +47,13 @@ def open_sender(num_tokens: int = 64) -> TransferSender:
     """A link of 3 slots, and an offered transfer."""
     sender = TransferSender(LAYOUT, CONFIG, TransferCounters(), "d")
     assert sender.handle(Open(T, tuple(range(8)), num_tokens), 0.0) == [OpenLink()]
-    assert sender.handle(LinkUp(1, 3, SLOT_BYTES), 0.0) == [Send(Offer(1, T, num_tokens))]
+    assert sender.handle(LinkUp(1, "shm", 3, SLOT_BYTES), 0.0) == [Send(Offer(1, T, num_tokens))]
     return sender
 
 
 def open_receiver() -> TransferReceiver:
     receiver = TransferReceiver(LAYOUT, CONFIG, TransferCounters(), "p")
-    receiver.handle(LinkUp(1, 3, SLOT_BYTES), 0.0)
+    receiver.handle(LinkUp(1, "shm", 3, SLOT_BYTES), 0.0)
     return receiver
 
 
@@ -83,7 +83,7 @@ def test_a_transfer_keeps_to_the_credits_it_was_given() -> None:
 def test_a_small_transfer_leaves_in_eighths_so_that_most_of_it_hides() -> None:
     large = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=32, model_fingerprint="m")
     transfer = OutboundTransfer(Open(T, (0, 1), 64), large, 0.0)
-    transfer.accept(0, 100, 2 << 20)
+    transfer.accept(0, 100, "shm", 2 << 20)
     for layer in range(16):
         transfer.computed(Span(layer, layer + 1, 0, 64), mark=layer)
         assert transfer.next_chunk() == ((Span(layer - 1, layer + 1, 0, 64), layer) if layer % 2 else None)

@@ -137,8 +137,8 @@ class World:
     def link_up(self) -> None:
         self.epoch += 1
         self.dialling = False
-        self.feed_receiver(LinkUp(self.epoch, CONFIG.ring_slots, SLOT_BYTES))
-        self.feed_sender(LinkUp(self.epoch, CONFIG.ring_slots, SLOT_BYTES))
+        self.feed_receiver(LinkUp(self.epoch, "shm", CONFIG.ring_slots, SLOT_BYTES))
+        self.feed_sender(LinkUp(self.epoch, "shm", CONFIG.ring_slots, SLOT_BYTES))
 
     def break_link(self) -> None:
         """What was under way may still turn up, long after."""

@@ -45,6 +45,7 @@ class WireStub:
 class BrokenLink:
     """Each operation finds the connection broken."""
 
+    name = "gloo"
     executor = None
     takes_turns = False
     num_slots, slot_bytes = 1, NUM_BYTES

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.kv_transfer.planner import ChunkPlanner
-from pdserve.kv_transfer.span import Coverage, Span
+from pdserve.kv_transfer.span import Coverage, Span, place_of
 
 
 def cells(span: Span) -> set[tuple[int, int]]:
@@ -104,3 +104,14 @@ def test_a_cell_computed_twice_is_an_error() -> None:
 def test_a_token_larger_than_a_chunk_is_an_error() -> None:
     with pytest.raises(ValueError, match="one layer of one token has 5 bytes"):
         ChunkPlanner(Span(0, 1, 0, 1), 5, 4)
+
+
+@given(st.integers(1, 8), st.integers(0, 40), st.integers(1, 40))
+def test_a_place_has_the_spans_tokens_and_no_block_beside_theirs(block_size: int, start: int, num_tokens: int) -> None:
+    block_ids = list(range(100, 200))
+    end = start + num_tokens
+    place = place_of(Span(0, 1, start, end), block_ids, block_size)
+    cells = [(block_ids[token // block_size], token % block_size) for token in range(start, end)]
+    tokens = range(place.token_start, place.token_end)
+    assert [(place.block_ids[token // block_size], token % block_size) for token in tokens] == cells
+    assert set(place.block_ids) == {block for block, _ in cells}

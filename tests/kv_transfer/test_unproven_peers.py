@@ -9,15 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from pdserve.cluster.reach import reach
-from pdserve.worker.router_link import shake_hands
+
 from pdserve.core.handshake import Dialler, Purpose
 from pdserve.kv_transfer import acceptor
+from pdserve.worker.router_link import shake_hands
 
 from ..other_user import run_as_nobody
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
-from .support import FAST, WAIT_S, Worker, layout
+from .support import CALM, WAIT_S, Worker, layout
 
 NUM_LINES = 100  # of a log, whatever others do in the time of a test
 WAYS = ("unix", "tcp")
@@ -98,7 +98,7 @@ def test_a_flood_of_connections_writes_few_lines_and_is_counted(
 @pytest.mark.parametrize("way", WAYS)
 def test_connections_that_are_held_keep_nobody_out(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptor, "MAX_UNPROVEN", 8)
-    receiver = Worker("d", layout(), config=replace(FAST, connect_timeout_s=WAIT_S))
+    receiver = Worker("d", layout(), config=replace(CALM, connect_timeout_s=WAIT_S))
     try:
         with ExitStack() as held:
             idle = [held.enter_context(connected(receiver, way)) for _ in range(20)]

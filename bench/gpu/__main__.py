@@ -88,7 +88,7 @@ def chosen(only: Sequence[str] | None, *, interpret: bool) -> list[Section]:
     is_measured = not set(names) <= {*CORRECTNESS}
     if is_measured and only and "limits" not in names:
         names.insert(next(index for index, name in enumerate(names) if name not in CORRECTNESS), "limits")
-    return [BY_NAME[name] for name in names]
+    return [BY_NAME[name] for name in dict.fromkeys(names)]
 
 
 def main() -> int:

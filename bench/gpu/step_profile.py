@@ -1,6 +1,7 @@
 """Tables of kernels by time, for the decode steps that have a target. In the interpreter a toy's, of operators on the
 processor: those times say nothing."""
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -72,6 +73,7 @@ def measure(context: Context) -> None:
             continue
         with triton_on_host() if context.interpret else nullcontext():
             _profile(context, model)
+        gc.collect()
         if not context.interpret:
             torch.cuda.empty_cache()
 

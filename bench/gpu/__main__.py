@@ -3,7 +3,7 @@
     python bench/gpu                        everything, under nine minutes on an H100 or H200
     python bench/gpu --only attention limits        these sections, in this order
     python bench/gpu --only sweep profile   why a target is missed: other parameters, and where a step's time goes
-    python bench/gpu --only kernels --case "page 128"       the checks with this in their name
+    python bench/gpu --only kernels --case "page 128"       the checks with this in their name; --patient for a sanitizer
     python bench/gpu --interpret            correctness alone, at toy sizes in Triton's interpreter; needs no GPU
     python bench/gpu --save [FOLDER]        keeps DATE-gpu.txt and DATE-gpu-stderr/, in bench/results by default
 
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from math import inf
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,7 +54,7 @@ def run(sections: Sequence[Section], program: Program, record: Record, total_s: 
         begins_s = time.monotonic()
         names = ", ".join(section.name for section in group)
         print(f"--- {names}", flush=True)
-        limited = within(group, started_s + total_s - begins_s, interpret=program.interpret)
+        limited = within(group, started_s + total_s - begins_s)
         if limited:
             with_limits = replace(program, limits=limits_of(messages))
             for message in run_side_by_side(limited, with_limits, record.stderr_folder):
@@ -72,23 +73,24 @@ def parts(sections: Sequence[Section]) -> Iterator[list[Section]]:
         yield list(group)
 
 
-def within(sections: Sequence[Section], left_s: float, *, interpret: bool) -> list[Section]:
-    """As they are, but for their budgets, which end when the run does; none where that is too soon. The interpreter takes the
-    time it needs: budgets are those of a GPU."""
+def within(sections: Sequence[Section], left_s: float) -> list[Section]:
+    """As they are, but for their budgets, which end when the run does; none where that is too soon."""
     if left_s < _LEAST_S:
         return []
-    return [replace(section, budget_s=left_s if interpret else min(section.budget_s, left_s)) for section in sections]
+    return [replace(section, budget_s=min(section.budget_s, left_s)) for section in sections]
 
 
-def chosen(only: Sequence[str] | None, *, interpret: bool) -> list[Section]:
+def chosen(only: Sequence[str] | None, *, interpret: bool = False, is_patient: bool = False) -> list[Section]:
     """What is measured is measured by the limits, so those come before it."""
     if interpret:
-        return [BY_NAME[name] for name in only or CORRECTNESS]
-    names = list(only or (section.name for section in SECTIONS if not section.is_on_request))
-    is_measured = not set(names) <= {*CORRECTNESS}
-    if is_measured and only and "limits" not in names:
-        names.insert(next(index for index, name in enumerate(names) if name not in CORRECTNESS), "limits")
-    return [BY_NAME[name] for name in dict.fromkeys(names)]
+        names = list(only or CORRECTNESS)
+    else:
+        names = list(only or (section.name for section in SECTIONS if not section.is_on_request))
+        first_measured = next((index for index, name in enumerate(names) if name not in CORRECTNESS), None)
+        if first_measured is not None and "limits" not in names:
+            names.insert(first_measured, "limits")
+    sections = [BY_NAME[name] for name in dict.fromkeys(names)]
+    return [replace(section, budget_s=inf) for section in sections] if interpret or is_patient else sections
 
 
 def main() -> int:
@@ -96,7 +98,7 @@ def main() -> int:
     if args.section is not None:
         section = replace(BY_NAME[args.section], budget_s=args.budget_s)
         serve(section, partial(_context, args))
-    sections = chosen(args.only, interpret=args.interpret)
+    sections = chosen(args.only, interpret=args.interpret, is_patient=args.patient)
     arguments = [*(["--no-peers"] if args.no_peers else []), "--case", args.case]
     program = Program(_FOLDER, arguments, args.interpret)
     started_s = time.monotonic()
@@ -129,6 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--interpret", action="store_true", help="at toy sizes, in Triton's interpreter")
     parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=f"of {', '.join(names)}, in this order")
     parser.add_argument("--case", default="", metavar="TEXT", help="only the checks with TEXT in their name")
+    parser.add_argument("--patient", action="store_true", help="budgets do not count: for a sanitizer, or a debugger")
     parser.add_argument("--no-peers", action="store_true", help="nothing but ours is measured")
     parser.add_argument("--total-s", type=float, default=_TOTAL_S, help=f"for all of it; {_TOTAL_S:g} by default")
     parser.add_argument(

@@ -156,20 +156,24 @@ def test_only_correctness_runs_side_by_side() -> None:
 def test_budgets_end_with_the_run() -> None:
     kernels, engine = BY_NAME["kernels"], BY_NAME["engine"]
     assert (kernels.budget_s, engine.budget_s) == (90, 70)
-    assert command.within([kernels, engine], 500.0, interpret=False) == [kernels, engine]
-    assert [each.budget_s for each in command.within([kernels, engine], 80.0, interpret=False)] == [80, 70]
-    assert [each.budget_s for each in command.within([kernels, engine], 500.0, interpret=True)] == [500, 500]
-    assert command.within([kernels, engine], 1.0, interpret=False) == []
+    assert command.within([kernels, engine], 500.0) == [kernels, engine]
+    assert [each.budget_s for each in command.within([kernels, engine], 80.0)] == [80, 70]
+    assert command.within([kernels, engine], 1.0) == []
+
+
+def test_the_interpreter_and_a_sanitizer_have_as_long_as_the_run() -> None:
+    for sections in (command.chosen(None, interpret=True), command.chosen(["kernels", "attention"], is_patient=True)):
+        assert {each.budget_s for each in command.within(sections, 500.0)} == {500.0}
 
 
 def test_sections_run_in_the_order_in_which_they_are_named() -> None:
     """Those that are measured come after the limits that they are measured by."""
-    named = command.chosen(["engine", "profile", "attention"], interpret=False)
+    named = command.chosen(["engine", "profile", "attention"])
     assert [section.name for section in named] == ["engine", "limits", "profile", "attention"]
-    named = command.chosen(["attention", "limits"], interpret=False)
+    named = command.chosen(["attention", "limits"])
     assert [section.name for section in named] == ["attention", "limits"]
     assert [section.name for section in command.chosen(None, interpret=True)] == ["kernels", "engine"]
-    asked_for = {section.name for section in command.chosen(None, interpret=False)}
+    asked_for = {section.name for section in command.chosen(None)}
     assert asked_for == {section.name for section in SECTIONS} - {"sweep", "profile"}
 
 

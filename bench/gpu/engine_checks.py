@@ -1,5 +1,6 @@
 """A whole engine in float32, token by token: beside `transformers`, by captured graphs and without them; and as it serves, with
-as many blocks as fit and requests of every kind, beside the reference engine on the processor."""
+as many blocks as fit and requests of every kind, beside the reference engine on the processor. Then KV on its way from cache
+to cache."""
 
 import math
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from peers.pdserve_peer import ColocatedWorker
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.on_gpu.decode_graphs import DecodeGraphs
 
+from . import link_checks
 from .cases import Case
 from .checks import run_checks
 from .engines import open_checkpoint_engine, triton_on_host
@@ -45,6 +47,7 @@ def check(context: Context) -> None:
 def _all_cases(folder: Path, is_toy: bool) -> Iterator[Case]:
     for name, block_size in (("llama", 16), ("qwen3", 64)):
         yield from _cases(name, small_model(name, folder, is_toy), block_size, is_toy)
+    yield from link_checks.cases(is_toy)
 
 
 def _cases(name: str, model: SmallModel, block_size: int, is_toy: bool) -> Iterator[Case]:

@@ -105,7 +105,7 @@ class _Pair:
     def measure(self, context: Context, config: TransferConfig) -> None:
         """The first of the prompts compiles and connects."""
         endings, outbox, engine = Endings(), Outbox("p", 1), self._engine
-        endpoint = _endpoint("p", engine.cache, endings, self._transport, device_of(self._options), config)
+        endpoint = endpoint_of("p", engine.cache, endings, self._transport, device_of(self._options), config)
         endpoint.start()
         worker = PrefillWorker(
             engine.kv,
@@ -191,7 +191,7 @@ def decode_side(pipe: "Connection[Any, Any]", shape: Shape, options: EngineOptio
             if isinstance(asked, TransferConfig):
                 if endpoint is not None:
                     endpoint.close()
-                endpoint = _endpoint("d", cache, endings, transport, device, asked)
+                endpoint = endpoint_of("d", cache, endings, transport, device, asked)
                 pipe.send(endpoint.start())
                 continue
             assert endpoint is not None, "a prompt comes before its endpoint"
@@ -203,7 +203,7 @@ def decode_side(pipe: "Connection[Any, Any]", shape: Shape, options: EngineOptio
         endpoint.close()
 
 
-def _endpoint(
+def endpoint_of(
     name: str, cache: KVCache, endings: Endings, transport: str, device: Device, config: TransferConfig
 ) -> TransferEndpoint:
     options: dict[str, Any] = {"config": config}

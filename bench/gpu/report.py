@@ -71,7 +71,7 @@ class Note:
 
 
 Message = Check | NotRun | Limit | Row | Broken | Note
-_WHAT = 64  # columns
+_WHAT = 76  # columns
 _Sent = Message | Begun
 _KINDS: dict[str, type[_Sent]] = {kind.__name__: kind for kind in (Check, NotRun, Limit, Row, Broken, Note, Begun)}
 

@@ -56,9 +56,8 @@ def test_what_differs_between_two_engines_is_counted(engine: Engine) -> None:
     assert num_differences(ours, answers(engine), 1e-3) == 0
     theirs = list(ours)
     theirs[0] = msgspec.structs.replace(ours[0], token_id=ours[0].token_id + 1)
-    place = next(index for index, output in enumerate(ours) if output.logprob is not None)
-    assert ours[place].logprob is not None
-    theirs[place] = msgspec.structs.replace(ours[place], logprob=ours[place].logprob + 0.01)
+    place, logprob = next((place, output.logprob) for place, output in enumerate(ours) if output.logprob is not None)
+    theirs[place] = msgspec.structs.replace(ours[place], logprob=logprob + 0.01)
     assert num_differences(ours, theirs, 1e-3) == 2
     assert num_differences(ours, theirs[:-1], 1e-3) == float("inf")
 

@@ -68,6 +68,8 @@ def _measure_prefill(context: Context) -> None:
     what, of_product = f"prefill attention, Llama 8B, {_PROMPT_LEN} tokens", context.share(PRODUCT, per_s)
     target = f">= {_PREFILL_WANTED / 1e12:.0f} TFLOP/s"
     context.emit(Row(what, f"{per_s / 1e12:.0f} TFLOP/s", f"{of_product:.1%}", target, per_s >= _PREFILL_WANTED))
+    if not context.has_peers:
+        return
     blocks = batch.block_tables[0].long().to(q.device)
     k, v = (part[blocks].transpose(0, 1).flatten(1, 2).contiguous() for part in cache)  # [Hkv, tokens, D]
     for name, make in (("torch SDPA, cuDNN", _cudnn), ("FlexAttention, compiled", _flex), ("FlashInfer", _flashinfer)):
@@ -88,12 +90,12 @@ def _measure_peer(context: Context, name: str, make: Peer, given: Tensors, ours:
         if call is None:
             context.emit(Note(f"{name.strip()} is not installed"))
             return
-        error = row_error(call(), ours)
+        difference = row_error(call(), ours)
         per_s = _flops() / median_s(call, inner=_INNER)
     except Exception as error:  # a peer that does not run here is told, and is no failure of ours
         context.emit(Note(f"{name.strip()}: {type(error).__name__}: {str(error)[:200]}"))
         return
-    agrees = "" if error < 0.02 else f"(differs from ours by {error:.2g})"
+    agrees = "" if difference < 0.02 else f"(differs from ours by {difference:.2g})"
     context.emit(Row(name, f"{per_s / 1e12:.0f} TFLOP/s", f"{context.share(PRODUCT, per_s):.1%}", agrees))
 
 

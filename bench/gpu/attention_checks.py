@@ -36,21 +36,22 @@ class Attention:
         return f"{self.what}, {dtype}, {'/'.join(map(str, self.heads))}, page {self.block_size}{window}"
 
 
-_LLAMA_8B, _LLAMA_1B, _QWEN3_06B, _QWEN2_7B = (32, 8, 128), (32, 8, 64), (16, 8, 128), (28, 4, 128)
+LLAMA_8B_HEADS = (32, 8, 128)
+_LLAMA_1B, _QWEN3_06B, _QWEN2_7B = (32, 8, 64), (16, 8, 128), (28, 4, 128)
 _UNEVEN = (4096, 1, 63, 64, 65, 2047, 4095, 700)
 _PROMPTS = ((1000, 1, 129, 500), (1000, 700, 1153, 2548))  # whole, a decode among prompts, and two with a cached prefix
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 REAL = (
-    Attention("decode attention", _BF16, _LLAMA_8B, 64, (1,) * 32, (4096,) * 32),
-    Attention("decode attention", _BF16, _LLAMA_8B, 64, (1,) * 8, _UNEVEN),
+    Attention("decode attention", _BF16, LLAMA_8B_HEADS, 64, (1,) * 32, (4096,) * 32),
+    Attention("decode attention", _BF16, LLAMA_8B_HEADS, 64, (1,) * 8, _UNEVEN),
     Attention("decode attention", _FP16, _LLAMA_1B, 16, (1,) * 8, _UNEVEN),
     Attention("decode attention", _BF16, _QWEN3_06B, 64, (1,) * 8, _UNEVEN, 1024),
     Attention("decode attention", _BF16, _QWEN2_7B, 16, (1,), (8192,)),
-    Attention("decode attention, 1 to 8 queries", _BF16, _LLAMA_8B, 64, (8, 1, 3), (2000, 1, 65)),
+    Attention("decode attention, 1 to 8 queries", _BF16, LLAMA_8B_HEADS, 64, (8, 1, 3), (2000, 1, 65)),
     Attention("decode attention", _FP32, _LLAMA_1B, 16, (1,) * 8, _UNEVEN),
-    Attention("prefill attention", _BF16, _LLAMA_8B, 64, (2048,), (2048,)),
-    Attention("prefill attention", _BF16, _LLAMA_8B, 64, *_PROMPTS),
+    Attention("prefill attention", _BF16, LLAMA_8B_HEADS, 64, (2048,), (2048,)),
+    Attention("prefill attention", _BF16, LLAMA_8B_HEADS, 64, *_PROMPTS),
     Attention("prefill attention", _FP16, _LLAMA_1B, 16, *_PROMPTS),
     Attention("prefill attention", _BF16, _QWEN3_06B, 64, *_PROMPTS, 256),
     Attention("prefill attention", _BF16, _QWEN2_7B, 128, *_PROMPTS),

@@ -19,6 +19,7 @@ from pdserve.kernels.triton.kernels import TritonKernels
 from .shapes import Shape
 
 BLOCK_SIZE = 64  # what `auto` is on a GPU
+_HOST_MEMORY_BYTES = 640 << 20  # where the blocks that fit are measured: links are reckoned with 256 MiB of it
 
 
 class RandomReader:
@@ -59,7 +60,7 @@ def open_checkpoint_engine(path: Path, options: EngineOptions) -> Engine:
     """As a worker opens it; on the host under `triton_on_host`."""
     if torch.cuda.is_available():
         return Engine.open(path, options)
-    checkpoint, device = open_checkpoint(path), HostDevice()
+    checkpoint, device = open_checkpoint(path), HostDevice(_HOST_MEMORY_BYTES)
     layout = engine_module.layout_of(checkpoint, options)
     read = TensorReader(checkpoint, getattr(torch, layout.dtype), device.torch_device)
     return Engine.build(checkpoint.config, layout, read, options, device)

@@ -2,7 +2,6 @@
 at toy sizes."""
 
 import math
-import traceback
 from collections.abc import Iterator
 from functools import partial
 
@@ -18,30 +17,16 @@ from pdserve.kernels.triton.rope_cache import rope_and_cache
 from . import attention_checks, sampling_checks, wire_checks
 from .batches import num_different, row_error, spoil_memory, worst
 from .cases import TOLERANCES, Case
-from .report import Check
+from .checks import run_checks
 from .sections import Context
 
 _EPS = 1e-6
 _MAX_POSITION = 8192
-_SECONDS_OF_A_CHECK = 5.0  # with compiling, generously
 _reference = TorchKernels()
 
 
 def check(context: Context) -> None:
-    torch.manual_seed(0)
-    for case in all_cases(context.device, context.interpret):
-        if context.left_s < _SECONDS_OF_A_CHECK:
-            context.emit(Check(case.name, math.nan, case.tolerance, "there was no time left for it"))
-            continue
-        context.emit(checked(case))
-
-
-def checked(case: Case) -> Check:
-    try:
-        return Check(case.name, case.error(), case.tolerance)
-    except Exception as error:  # one kernel's failure, of whatever kind, is one finding
-        traceback.print_exc()
-        return Check(case.name, math.nan, case.tolerance, f"{type(error).__name__}: {error}")
+    run_checks(context, all_cases(context.device, context.interpret))
 
 
 def all_cases(device: str, is_toy: bool) -> Iterator[Case]:

@@ -21,6 +21,21 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """A check is under way: should its process end before it does, this is the one that ended it. Readers never see it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """A check that this machine's software cannot carry out, whatever the kernel is like."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Limit:
     """What this GPU does at most, measured in this run."""
 
@@ -55,8 +70,10 @@ class Note:
     text: str
 
 
-Message = Check | Limit | Row | Broken | Note
-_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Check, Limit, Row, Broken, Note)}
+Message = Check | NotRun | Limit | Row | Broken | Note
+_WHAT = 76  # columns
+_Sent = Message | Begun
+_KINDS: dict[str, type[_Sent]] = {kind.__name__: kind for kind in (Check, NotRun, Limit, Row, Broken, Note, Begun)}
 
 
 def at_least(what: str, measured: str, share: float, least: float, of: str) -> Row:
@@ -69,11 +86,11 @@ def times_at_least(what: str, measured: str, ratio: float, least: float, of: str
     return Row(what, measured, f"{ratio:.2f}x", f">= {least:g} times {of}", ratio >= least)
 
 
-def send(message: Message, to: TextIO) -> None:
+def send(message: Message | Begun, to: TextIO) -> None:
     print(json.dumps({"kind": type(message).__name__} | asdict(message)), file=to, flush=True)
 
 
-def received(line: str) -> Message:
+def received(line: str) -> Message | Begun:
     fields = json.loads(line)
     return _KINDS[fields.pop("kind")](**fields)
 
@@ -93,6 +110,8 @@ def line_of(message: Message) -> str:
         case Check():
             error = message.problem or f"error {message.error:.2g}, at most {message.tolerance:.2g}"
             return f"{'ok    ' if message.ok else 'FAILED'} {message.name}: {error}"
+        case NotRun():
+            return f"not run {message.name}: {message.reason}"
         case Limit():
             return f"limit: {message.name}: {message.text}"
         case Row():
@@ -107,16 +126,18 @@ def summary(messages: list[Message]) -> str:
     """What is left when everything has run."""
     checks = [message for message in messages if isinstance(message, Check)]
     lines = [line_of(message) for message in messages if isinstance(message, Note)]
-    lines.append(f"correctness: {sum(check.ok for check in checks)} of {len(checks)} checks passed")
+    not_run = [message for message in messages if isinstance(message, NotRun)]
+    left_out = f", {len(not_run)} not run: {'; '.join({each.reason: None for each in not_run})}" if not_run else ""
+    lines.append(f"correctness: {sum(check.ok for check in checks)} of {len(checks)} checks passed{left_out}")
     lines += [line_of(message) for message in messages if isinstance(message, Check) and not message.ok]
     lines += [line_of(message) for message in messages if isinstance(message, Broken)]
     lines += [line_of(message) for message in messages if isinstance(message, Limit)]
     rows = [message for message in messages if isinstance(message, Row)]
     if rows:
-        lines += ["", f"{'':<54} {'measured':>18} {'share':>7}  {'target':<28}", *map(_row, rows)]
+        lines += ["", f"{'':<{_WHAT}} {'measured':>18} {'share':>7}  {'target':<28}", *map(_row, rows)]
     return "\n".join(lines)
 
 
 def _row(row: Row) -> str:
     verdict = {True: "OK", False: "missed", None: ""}[row.ok]
-    return f"{row.what:<54} {row.measured:>18} {row.share:>7}  {row.target:<28} {verdict}".rstrip()
+    return f"{row.what:<{_WHAT}} {row.measured:>18} {row.share:>7}  {row.target:<28} {verdict}".rstrip()

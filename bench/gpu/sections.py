@@ -1,35 +1,36 @@
-"""The parts of a run. Each has a process of its own: an error on the GPU spoils whatever else its process does there, and a
-part that takes too long can be ended. What it says on the way is kept."""
+"""The parts of a run, and the process of one. An error on the GPU spoils whatever else its process does there, so each part
+has a process of its own (`apart.py` starts it and reads what it sends)."""
 
 import importlib
-import json
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn, TextIO
 
-from .report import Broken, Limit, Message, received, send
+from .report import Begun, Broken, Limit, Message, send
 
-_LINES_OF_AN_ERROR = 12
+GPU_LOST = 3  # exit status of a process that can do no more on the GPU, after a check that says why
+
+
+class GpuLostError(Exception):
+    """This process can do no more on the GPU; another one can."""
 
 
 @dataclass(frozen=True)
 class Context:
     """What a section is given."""
 
-    emit: Callable[[Message], None]
+    emit: Callable[[Message | Begun], None]
     interpret: bool = False  # toy sizes, on the processor, in Triton's interpreter
     limits: dict[str, float] = field(default_factory=dict)  # per second, by name
     ends_s: float = float("inf")  # on `time.monotonic`
+    has_peers: bool = True  # others are measured beside ours
+    first_check: int = 0  # those before it are done
+    only_check: str = ""  # part of a check's name; "": all
 
     @property
     def device(self) -> str:
@@ -52,6 +53,8 @@ class Section:
     function: str
     budget_s: float
     is_correctness: bool = False
+    is_on_request: bool = False  # left out where no section is named
+    has_toy_sizes: bool = False  # runs in the interpreter too
 
     def call(self, context: Context) -> None:
         module, name = self.function.split(".")
@@ -60,14 +63,17 @@ class Section:
 
 SECTIONS = (
     Section("limits", "limits.measure", 40),
-    Section("kernels", "kernel_checks.check", 180, is_correctness=True),
-    Section("engine", "engine_checks.check", 90, is_correctness=True),
+    Section("kernels", "kernel_checks.check", 90, is_correctness=True, has_toy_sizes=True),
+    Section("engine", "engine_checks.check", 70, is_correctness=True, has_toy_sizes=True),
     Section("attention", "attention.measure", 100),
+    Section("transfer", "transfer.measure", 70),
     Section("llama-8b", "serving.measure_8b", 100),
     Section("llama-1b", "serving.measure_1b", 60),
     Section("qwen3-0.6b", "throughput.measure", 100),
-    Section("transfer", "transfer.measure", 70),
+    Section("sweep", "sweep.measure", 100, is_on_request=True, has_toy_sizes=True),
+    Section("profile", "step_profile.measure", 90, is_on_request=True, has_toy_sizes=True),
 )
+BY_NAME = {section.name: section for section in SECTIONS}
 CORRECTNESS = tuple(section.name for section in SECTIONS if section.is_correctness)
 
 
@@ -75,68 +81,44 @@ def run_here(section: Section, context: Context) -> None:
     """An error is told as what it is."""
     try:
         section.call(context)
+    except GpuLostError:
+        raise
     except Exception as error:  # whatever went wrong in this part, the others go on
         traceback.print_exc()
         context.emit(Broken(section.name, f"{type(error).__name__}: {error}"))
 
 
-def run_apart(section: Section, program: Path, *, interpret: bool, limits: dict[str, float]) -> Iterator[Message]:
-    """Its messages as they come; the last is a Broken one if it did not end well."""
-    command = [sys.executable, str(program), "--section", section.name, "--limits", json.dumps(limits)]
-    command += ["--budget-s", f"{section.budget_s:.1f}", *(["--interpret"] if interpret else [])]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if interpret else {}
-    timed_out, is_broken = threading.Event(), False
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, process_group=0)
-        assert process.stdout is not None
+def serve(section: Section, context: Callable[[Callable[[Message | Begun], None]], Context]) -> NoReturn:
+    """The process of a section: messages on standard output, all else on standard error; `context` is made with what emits.
 
-        def end() -> None:
-            timed_out.set()
-            with suppress(ProcessLookupError):  # it has just ended by itself
-                os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(section.budget_s, end)
-        timer.start()
-        try:
-            for line in process.stdout:
-                if line.endswith("\n"):  # of one that was ended, the last may be cut
-                    message = received(line)
-                    is_broken = is_broken or isinstance(message, Broken)
-                    yield message
-            status = process.wait()
-        finally:
-            timer.cancel()
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            process.stdout.close()
-        if timed_out.is_set():
-            yield Broken(section.name, f"not done after {section.budget_s:g} s")
-        elif status and not is_broken:
-            yield Broken(section.name, f"its process ended with status {status}")
-        if timed_out.is_set() or status:
-            errors.seek(0)
-            print(*errors.read().splitlines()[-_LINES_OF_AN_ERROR:], sep="\n", file=sys.stderr, flush=True)
-
-
-def serve(section: Section, *, interpret: bool, limits: dict[str, float]) -> NoReturn:
-    """The process of a section: messages on standard output, all else on standard error. Its status is 1 if it broke."""
+    Its status is 1 if the section broke, GPU_LOST if it is to go on in another process.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     out = _claim_stdout()
     broken: list[Message] = []
 
-    def emit(message: Message) -> None:
+    def emit(message: Message | Begun) -> None:
         if isinstance(message, Broken):
             broken.append(message)
         send(message, out)
 
-    run_here(section, Context(emit, interpret, limits, time.monotonic() + section.budget_s))
+    try:
+        run_here(section, context(emit))
+        status = 1 if broken else 0
+    except GpuLostError:
+        status = GPU_LOST
     sys.stderr.flush()
-    os._exit(1 if broken else 0)  # at once, whatever threads a peer may have left
+    os._exit(status)  # at once, whatever threads a peer may have left
 
 
 def limits_of(messages: list[Message]) -> dict[str, float]:
     return {message.name: message.per_s for message in messages if isinstance(message, Limit)}
+
+
+def _end_with_parent() -> None:
+    """Standard input ends when the parent does, however it ends."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 def _claim_stdout() -> TextIO:

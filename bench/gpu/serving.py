@@ -47,7 +47,7 @@ def measure_shape(context: Context, shape: Shape, *, least: float, batch_size: i
 def _measure_steps(
     context: Context, shape: Shape, worker: ColocatedWorker, batch_size: int, prompt_len: int, least: float
 ) -> None:
-    timeline = worker.run(_prompts(shape, batch_size, prompt_len), _NEW_TOKENS)
+    timeline = worker.run(random_prompts(shape, batch_size, prompt_len), _NEW_TOKENS)
     step_s, mean_output_len = steady_step(timeline)
     num_bytes = shape.step_bytes(batch_size * (prompt_len + round(mean_output_len)))
     share = context.share(COPY, num_bytes / step_s)
@@ -58,7 +58,7 @@ def _measure_steps(
 def _measure_prefill(context: Context, shape: Shape, worker: ColocatedWorker, prompt_len: int) -> None:
     times_s = []
     for _ in range(_REPEATS + 1):
-        timeline = worker.run(_prompts(shape, 1, prompt_len), 1)
+        timeline = worker.run(random_prompts(shape, 1, prompt_len), 1)
         times_s.append(timeline.arrivals_s[0][0] - timeline.start_s)
     prefill_s = statistics.median(times_s[1:])
     share = context.share(PRODUCT, shape.prefill_flops(prompt_len) / prefill_s)
@@ -80,5 +80,5 @@ def steady_step(timeline: Timeline) -> tuple[float, float]:
     return statistics.median(gaps_s), statistics.fmean(lengths)
 
 
-def _prompts(shape: Shape, count: int, length: int) -> list[list[int]]:
+def random_prompts(shape: Shape, count: int, length: int) -> list[list[int]]:
     return [[random.randrange(shape.config.vocab_size) for _ in range(length)] for _ in range(count)]

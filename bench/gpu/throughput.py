@@ -19,6 +19,7 @@ from .shapes import QWEN3_06B, Shape
 
 _WANTED_PER_S = 24_000
 _MAX_BATCH_TOKENS = 16_384  # nano-vllm's
+TEMPERATURE = 0.6  # nano-vllm's
 _PAGE = 256  # of transformers' cache
 _RESERVE_S = 3.0
 
@@ -44,6 +45,8 @@ def measure_shape(context: Context, shape: Shape, requests: list[Request], num_p
     """Ours with all requests, and with those that the peer gets; then the peer."""
     part = requests[:num_peer_requests]
     ours_per_s = _measure_ours(context, shape, requests, part)
+    if not context.has_peers:
+        return
     gc.collect()
     if context.device == "cuda":
         torch.cuda.empty_cache()
@@ -72,7 +75,7 @@ def _measure_ours(context: Context, shape: Shape, requests: list[Request], part:
 
 
 def _served(worker: ColocatedWorker, requests: list[Request]) -> Timeline:
-    return worker.serve((request.prompt, request.num_new_tokens, 0.6) for request in requests)
+    return worker.serve((request.prompt, request.num_new_tokens, TEMPERATURE) for request in requests)
 
 
 def _output_per_s(timeline: Timeline) -> float:

@@ -8,7 +8,9 @@ import multiprocessing
 import queue
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from itertools import count, islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,7 +24,7 @@ from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.outbox import Outbox
 from pdserve.engine.token_masks import NoGrammars, TokenMasks
 from pdserve.kernels import KernelRequirements, load_kernels
-from pdserve.kv_transfer import TransferEndpoint
+from pdserve.kv_transfer import TransferConfig, TransferEndpoint
 from pdserve.prefill_worker.worker import PrefillWorker
 
 from .engines import BLOCK_SIZE, device_of, layout_of, open_random_engine
@@ -62,11 +64,12 @@ class Endings:
 
 
 def measure(context: Context) -> None:
-    measure_shape(context, LLAMA_8B, "cuda_ipc", _PROMPT_LEN)
+    measure_shape(context, LLAMA_8B, "cuda_ipc", _PROMPT_LEN, [TransferConfig()])
 
 
-def measure_shape(context: Context, shape: Shape, transport: str, prompt_len: int) -> None:
-    """A prompt fills either cache, so that the caches can be compared as a whole."""
+def measure_shape(context: Context, shape: Shape, transport: str, prompt_len: int, configs: Sequence[TransferConfig]) -> None:
+    """One prompt after the other by each of `configs`. A prompt fills either cache, so that the caches can be compared as a
+    whole."""
     options = EngineOptions(
         device="cuda" if context.device == "cuda" else "cpu",
         block_size=BLOCK_SIZE,
@@ -81,42 +84,68 @@ def measure_shape(context: Context, shape: Shape, transport: str, prompt_len: in
     child.start()
     child_pipe.close()
     try:
-        _measure(context, shape, options, transport, prompt_len, pipe)
+        pair = _Pair(shape, options, transport, prompt_len, pipe)
+        for config in configs:
+            pair.measure(context, config)
     finally:
         pipe.close()  # which ends it
         child.join(_TIMEOUT_S)
 
 
-def _measure(
-    context: Context, shape: Shape, options: EngineOptions, transport: str, prompt_len: int, pipe: "Connection[Any, Any]"
-) -> None:
-    engine, endings = open_random_engine(shape, options), Endings()
-    endpoint = _endpoint("p", engine.cache, endings, transport, device_of(options))
-    endpoint.start()
-    address: TransferAddress = pipe.recv()
-    outbox = Outbox("p", 1)
-    num_layers = engine.config.num_layers
-    masks, sizes = TokenMasks(NoGrammars()), {"num_layers": num_layers, "max_batch_tokens": _MAX_BATCH_TOKENS}
-    worker = PrefillWorker(engine.kv, engine.runner, endpoint, outbox, masks, **sizes)
-    times_s, all_stats = [], []
-    for number in range(_REPEATS + 1):  # the first compiles and connects
-        pipe.send(number)
-        pipe.recv()
-        ttft_s, stats = _prefill(worker, outbox, endings, _spec(shape, number, prompt_len), address)
-        pipe.recv()
-        times_s.append(ttft_s)
-        all_stats.append(stats)
-    pipe.send("digest")
-    there, here = pipe.recv(), _digest(engine.cache, num_layers)
-    endpoint.close()
-    context.emit(Check(f"KV of {prompt_len} tokens over {transport}: what arrived is what was sent", float(there != here), 0.0))
-    ttft_s, exposed_s = statistics.median(times_s[1:]), statistics.median(stats.exposed_s for stats in all_stats[1:])
-    hidden = sum(stats.hidden_bytes for stats in all_stats[1:]) / sum(stats.num_bytes for stats in all_stats[1:])
-    what = f"KV transfer 1P1D, {shape.name}, {prompt_len} tokens, exposed"
-    share, target = exposed_s / ttft_s, f"<= {_MOST_EXPOSED:.0%} of TTFT"
-    context.emit(Row(what, f"{exposed_s * 1e3:.2f} ms", f"{share:.1%}", target, share <= _MOST_EXPOSED))
-    gigabytes = all_stats[0].num_bytes / 1e9
-    context.emit(Row(f"  TTFT; {gigabytes:.2f} GB, {hidden:.1%} of it hidden", f"{ttft_s * 1e3:.1f} ms"))
+class _Pair:
+    """The prefill side, and the decode side at the other end of `pipe`."""
+
+    def __init__(
+        self, shape: Shape, options: EngineOptions, transport: str, prompt_len: int, pipe: "Connection[Any, Any]"
+    ) -> None:
+        self._shape, self._options, self._transport, self._prompt_len, self._pipe = shape, options, transport, prompt_len, pipe
+        self._engine = open_random_engine(shape, options)
+        self._numbers = count()
+
+    def measure(self, context: Context, config: TransferConfig) -> None:
+        """The first of the prompts compiles and connects."""
+        endings, outbox, engine = Endings(), Outbox("p", 1), self._engine
+        endpoint = endpoint_of("p", engine.cache, endings, self._transport, device_of(self._options), config)
+        endpoint.start()
+        worker = PrefillWorker(
+            engine.kv,
+            engine.runner,
+            endpoint,
+            outbox,
+            TokenMasks(NoGrammars()),
+            num_layers=engine.config.num_layers,
+            max_batch_tokens=_MAX_BATCH_TOKENS,
+        )
+        self._pipe.send(config)
+        address: TransferAddress = self._pipe.recv()
+        times_s, all_stats = [], []
+        for number in islice(self._numbers, _REPEATS + 1):
+            self._pipe.send(number)
+            self._pipe.recv()
+            ttft_s, stats = _prefill(worker, outbox, endings, _spec(self._shape, number, self._prompt_len), address)
+            self._pipe.recv()
+            times_s.append(ttft_s)
+            all_stats.append(stats)
+        self._pipe.send("digest")
+        there, here = self._pipe.recv(), _digest(engine.cache, engine.config.num_layers)
+        endpoint.close()
+        self._tell(context, config, there == here, times_s[1:], all_stats[1:])
+
+    def _tell(
+        self, context: Context, config: TransferConfig, is_same: bool, times_s: list[float], all_stats: list[TransferStats]
+    ) -> None:
+        chunks = "" if config.chunk_bytes is None else f", chunks of {config.chunk_bytes / 2**20:g} MiB"
+        name = f"KV of {self._prompt_len} tokens over {self._transport}{chunks}: what arrived is what was sent"
+        context.emit(Check(name, float(not is_same), 0.0))
+        ttft_s, exposed_s = statistics.median(times_s), statistics.median(stats.exposed_s for stats in all_stats)
+        hidden = sum(stats.hidden_bytes for stats in all_stats) / sum(stats.num_bytes for stats in all_stats)
+        what = f"KV transfer 1P1D, {self._shape.name}, {self._prompt_len} tokens{chunks}, exposed"
+        share, target = exposed_s / ttft_s, f"<= {_MOST_EXPOSED:.0%} of TTFT"
+        context.emit(Row(what, f"{exposed_s * 1e3:.2f} ms", f"{share:.1%}", target, share <= _MOST_EXPOSED))
+        gigabytes = all_stats[0].num_bytes / 1e9
+        context.emit(Row(f"  TTFT; {gigabytes:.2f} GB, {hidden:.1%} of it hidden", f"{ttft_s * 1e3:.1f} ms"))
+        per_s = statistics.median(stats.num_bytes / stats.duration_s for stats in all_stats)
+        context.emit(Row("  from the first chunk to the commit", f"{per_s / 1e9:.1f} GB/s"))
 
 
 def _prefill(
@@ -151,8 +180,7 @@ def decode_side(pipe: "Connection[Any, Any]", shape: Shape, options: EngineOptio
     assert options.num_blocks is not None
     cache = KVCache(layout, options.num_blocks, load_kernels(options.device, requirements, "auto", 1), device)
     endings = Endings()
-    endpoint = _endpoint("d", cache, endings, transport, device)
-    pipe.send(endpoint.start())
+    endpoint: TransferEndpoint | None = None
     block_ids = tuple(torch.randperm(options.num_blocks).tolist())
     with suppress(EOFError):
         while True:
@@ -160,21 +188,38 @@ def decode_side(pipe: "Connection[Any, Any]", shape: Shape, options: EngineOptio
             if asked == "digest":
                 pipe.send(_digest(cache, layout.num_layers))
                 continue
+            if isinstance(asked, TransferConfig):
+                if endpoint is not None:
+                    endpoint.close()
+                endpoint = endpoint_of("d", cache, endings, transport, device, asked)
+                pipe.send(endpoint.start())
+                continue
+            assert endpoint is not None, "a prompt comes before its endpoint"
             endpoint.expect(TransferId("bench", asked), ("p", 1), block_ids, prompt_len)
             pipe.send("ready")
             endings.wait()
             pipe.send("done")
-    endpoint.close()
+    if endpoint is not None:
+        endpoint.close()
 
 
-def _endpoint(name: str, cache: KVCache, endings: Endings, transport: str, device: Device) -> TransferEndpoint:
-    options: dict[str, Any] = {}
+def endpoint_of(
+    name: str, cache: KVCache, endings: Endings, transport: str, device: Device, config: TransferConfig
+) -> TransferEndpoint:
+    options: dict[str, Any] = {"config": config}
     if device.torch_device.type == "cuda":
         from pdserve.kv_transfer.cuda_memory import CudaGpu
 
         options["gpu"] = CudaGpu(device.torch_device)
     return TransferEndpoint(
-        cache, endings, worker_id=name, incarnation=1, token="bench", host="127.0.0.1", transport=transport, **options
+        cache,
+        endings,
+        worker_id=name,
+        incarnation=1,
+        token="bench",
+        host="127.0.0.1",
+        transport=transport,
+        **options,
     )
 
 

@@ -31,7 +31,7 @@ class ColocatedWorker:
         self._worker = DecodeWorker(
             engine.kv,
             engine.runner,
-            _NoTransfers(),
+            NoTransfers(),
             self._outbox,
             TokenMasks(NoGrammars()),
             lambda sequences: None,
@@ -39,34 +39,49 @@ class ColocatedWorker:
             max_batch_tokens=max_batch_tokens,
         )
         self._num_requests = 0
-        self.token_ids: list[list[int]] = []  # of each of the last requests
+        self._arrivals_s: dict[str, list[float]] = {}
+        self._token_ids: dict[str, list[int]] = {}
 
     def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Timeline:
         return self.serve((prompt, num_new_tokens, 0.0) for prompt in prompts)
 
     def serve(self, requests: Iterable[tuple[Sequence[int], int, float]]) -> Timeline:
         """(prompt, number of new tokens, temperature) of each; all are submitted at once."""
+        start_s = time.perf_counter()
+        self.submit(requests)
+        while self.is_busy:
+            self.step()
+        return Timeline(start_s, tuple(map(tuple, self._arrivals_s.values())))
+
+    def submit(self, requests: Iterable[tuple[Sequence[int], int, float]]) -> None:
+        """As for `serve`; those before are forgotten. `step` computes them."""
         from pdserve.core.messages import Serve
 
-        start_s = time.perf_counter()
-        arrivals_s: dict[str, list[float]] = {}
-        token_ids: dict[str, list[int]] = {}
+        self._arrivals_s, self._token_ids = {}, {}
         for request in requests:
             spec = self._spec(*request)
-            arrivals_s[spec.transfer.request_id], token_ids[spec.transfer.request_id] = [], []
+            self._arrivals_s[spec.transfer.request_id], self._token_ids[spec.transfer.request_id] = [], []
             self._worker.serve(Serve(spec=spec))
-        while self._worker.num_legs:
-            self._worker.step()
-            now_s = time.perf_counter()
-            outputs, ended, _ = self._outbox.take()
-            for output in outputs:
-                arrivals_s[output.transfer.request_id].append(now_s)
-                token_ids[output.transfer.request_id].append(output.token_id)
-            for leg in ended:
-                if leg.error is not None:
-                    raise RuntimeError(f"{leg.transfer}: {leg.error}")
-        self.token_ids = list(token_ids.values())
-        return Timeline(start_s, tuple(map(tuple, arrivals_s.values())))
+
+    @property
+    def is_busy(self) -> bool:
+        return self._worker.num_legs > 0
+
+    def step(self) -> None:
+        self._worker.step()
+        now_s = time.perf_counter()
+        outputs, ended, _ = self._outbox.take()
+        for output in outputs:
+            self._arrivals_s[output.transfer.request_id].append(now_s)
+            self._token_ids[output.transfer.request_id].append(output.token_id)
+        for leg in ended:
+            if leg.error is not None:
+                raise RuntimeError(f"{leg.transfer}: {leg.error}")
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """Of each of the last requests, so far."""
+        return list(self._token_ids.values())
 
     def _spec(self, prompt: Sequence[int], num_new_tokens: int, temperature: float) -> "SequenceSpec":
         from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
@@ -83,7 +98,7 @@ class ColocatedWorker:
         )
 
 
-class _NoTransfers:
+class NoTransfers:
     """A worker that serves both phases receives nothing."""
 
     def expect(self, *args: object) -> None:

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from pdserve.kernels.triton.launch import INTERPRETED
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
-from gpu import __main__ as command, attention_checks, kernel_checks, sampling_checks, wire_checks
-from gpu.report import Broken, Check, Limit, Message, Note, Row, at_least, is_correct, received, send, summary
-from gpu.sections import CORRECTNESS, SECTIONS, Context, Section, run_apart, run_here
+from gpu import __main__ as command, attention_checks, checks, interpreter, kernel_checks, sampling_checks, wire_checks
+from gpu.apart import Program
+from gpu.cases import Case
+from gpu.report import Begun, Broken, Check, Limit, Message, Note, NotRun, Row, at_least, is_correct, received, send, summary
+from gpu.sections import CORRECTNESS, Context, Section, run_here
 from gpu.serving import steady_step
 from gpu.shapes import LLAMA_1B, LLAMA_8B, QWEN3_06B
 from gpu.throughput import nano_requests
@@ -26,13 +27,29 @@ from peers.protocol import Timeline
 
 PROGRAM = Path(__file__).parent.parent.parent / "bench" / "gpu"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="toy sizes are for Triton's interpreter")
-KERNELS = next(section for section in SECTIONS if section.name == "kernels")
+
+
+def run_interpreted(*arguments: str) -> str:
+    command = [sys.executable, str(PROGRAM), "--interpret", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"correctness: (\d+) of \1 checks passed", done.stdout)
+    assert "BROKEN" not in done.stdout
+    return done.stdout
 
 
 def test_every_kernel_and_a_whole_engine_are_right_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, str(PROGRAM), "--interpret"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"correctness: (\d+) of \1 checks passed", done.stdout)
+    run_interpreted()
+
+
+def test_every_variant_of_the_sweep_computes_the_same_and_says_what_needs_a_gpu() -> None:
+    printed = run_interpreted("--only", "sweep")
+    assert re.search(r"decode attention.*tile of 128 keys +needs a GPU", printed)
+    assert re.search(r"chunks of .* MiB, exposed +needs a GPU", printed)
+
+
+def test_the_profile_ends_with_the_gaps_between_kernels() -> None:
+    assert "gaps between kernels" in run_interpreted("--only", "profile")
 
 
 def one_element(change: Callable[[torch.Tensor], torch.Tensor | float], real: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,18 +93,19 @@ def test_a_broken_kernel_is_noticed(
     monkeypatch: pytest.MonkeyPatch, where: Any, what: str, replacement: Callable[..., Any], noticing: str
 ) -> None:
     monkeypatch.setattr(where, what, replacement)
-    checks = [kernel_checks.checked(case) for case in kernel_checks.all_cases("cpu", is_toy=True) if noticing in case.name]
-    assert not all(check.ok for check in checks)
+    outcomes = [checks.checked(case) for case in kernel_checks.all_cases("cpu", is_toy=True) if noticing in case.name]
+    assert not all(isinstance(outcome, Check) and outcome.ok for outcome in outcomes)
 
 
 @interpreted
 def test_a_broken_kernel_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def run_in_process(section: Section, program: Path, *, interpret: bool, limits: dict[str, float]) -> Iterator[Message]:
-        messages: list[Message] = []
-        run_here(section, Context(messages.append, interpret, limits))
-        yield from messages
+    def run_in_process(sections: list[Section], program: Program, stderr_folder: Path) -> Iterator[Message]:
+        for section in sections:
+            sent: list[Message | Begun] = []
+            run_here(section, Context(sent.append, program.interpret, program.limits))
+            yield from (message for message in sent if not isinstance(message, Begun))
 
-    monkeypatch.setattr(command, "run_apart", run_in_process)
+    monkeypatch.setattr(command, "run_side_by_side", run_in_process)
     monkeypatch.setattr(sys, "argv", ["gpu", "--interpret", "--only", "kernels"])
     assert command.main() == 0
     monkeypatch.setattr(kernel_checks, "silu_mul", one_element(lambda x: x + 1.0, kernel_checks.silu_mul))
@@ -95,17 +113,38 @@ def test_a_broken_kernel_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "FAILED silu" in capsys.readouterr().out
 
 
-def test_a_section_that_takes_too_long_is_ended_and_is_not_correct() -> None:
-    *_, last = run_apart(replace(KERNELS, budget_s=0.01), PROGRAM, interpret=True, limits={})
-    assert last == Broken("kernels", "not done after 0.01 s")
-    assert not is_correct([last], CORRECTNESS)
-
-
 def test_a_check_for_which_there_was_no_time_has_not_passed() -> None:
-    messages: list[Message] = []
+    messages: list[Message | Begun] = []
     kernel_checks.check(Context(messages.append, interpret=True, ends_s=0.0))
     assert messages
-    assert not any(message.ok for message in messages if isinstance(message, Check))
+    assert all(isinstance(message, Check) and not message.ok for message in messages)
+    assert len({message.name for message in messages if isinstance(message, Check)}) == len(messages)
+
+
+def test_checks_are_alike_however_many_have_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that one that failed can be run alone."""
+    case = Case("drawn", math.inf, lambda: float(torch.rand(())))
+    first = checks.checked(case)
+    torch.rand(7)
+    assert checks.checked(case) == first
+
+
+def test_an_interpreter_that_does_not_work_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_index() -> float:
+        return float(int([1]))  # type: ignore[call-overload]
+
+    monkeypatch.setattr(interpreter, "is_broken", lambda: True)
+    outcome = checks.checked(Case("loops", 0.0, no_index))
+    assert isinstance(outcome, NotRun)
+    assert is_correct([outcome], CORRECTNESS)
+    assert f"0 of 0 checks passed, 1 not run: {interpreter.why()}" in summary([outcome])
+    monkeypatch.setattr(interpreter, "is_broken", lambda: False)
+    assert isinstance(checks.checked(Case("loops", 0.0, no_index)), Check)
+
+
+@interpreted
+def test_this_interpreter_works() -> None:
+    assert not interpreter.is_broken()
 
 
 def test_only_correctness_decides_the_exit_status() -> None:
@@ -116,7 +155,14 @@ def test_only_correctness_decides_the_exit_status() -> None:
 
 
 def test_messages_arrive_as_they_were_sent(tmp_path: Path) -> None:
-    messages = [Check("a", 0.5, 1.0), Limit("copy", 3e12, "3 TB/s"), Row("x", "1 ms"), Broken("s", "why"), Note("n")]
+    messages = [
+        Check("a", 0.5, 1.0),
+        Limit("copy", 3e12, "3 TB/s"),
+        Row("x", "1 ms"),
+        Broken("s", "why"),
+        Note("n"),
+        Begun("b"),
+    ]
     with (tmp_path / "messages").open("w") as file:
         for message in messages:
             send(message, file)

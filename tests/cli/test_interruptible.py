@@ -34,6 +34,14 @@ class Scripted:
         self.coming.put(None)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C interrupts also where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def wait_interrupted(messages: Iterator[int]) -> None:
     """For a message that does not come, with a Ctrl-C meanwhile."""
     threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
@@ -59,6 +67,7 @@ def test_the_error_that_ends_a_stream_is_raised_behind_its_messages() -> None:
             next(messages)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_ends_waiting_and_cancels_the_stream() -> None:
     stream = Scripted()
     stream.coming.put(1)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import grpc
 import httpx
 import pytest
+import pytest_asyncio
 from hypothesis import given, settings, strategies as st
 
 from pdserve.core.config import ClusterConfig
@@ -26,7 +27,10 @@ MOST = Counts(lines=20_000, blocks=300_000, bytes_parsed=1 << 16, chars_encoded=
 CONFIG = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}, "model": {"path": "tiny"}})
 
 
-@pytest.fixture
+on_the_servers_loop = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server() -> AsyncIterator[GatewayServer]:
     cluster = ScriptedCluster(byte_level())
     gateway = await serve(cluster, CONFIG, cluster.tokenizer, replace(model_info(cluster.tokenizer), max_model_len=CONTEXT))
@@ -34,7 +38,7 @@ async def server() -> AsyncIterator[GatewayServer]:
     await gateway.stop(0)
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server_with_tools() -> AsyncIterator[GatewayServer]:
     cluster = ScriptedCluster(qwen())
     info = replace(model_info(qwen()), max_model_len=CONTEXT, eos_token_ids=(eos_of(qwen()),))
@@ -43,11 +47,13 @@ async def server_with_tools() -> AsyncIterator[GatewayServer]:
     await gateway.stop(0)
 
 
+@on_the_servers_loop
 @pytest.mark.parametrize("name", HTTP)
 async def test_no_body_stalls_the_loop(server: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await check_http(server, *HTTP[name](), monkeypatch)
 
 
+@on_the_servers_loop
 @pytest.mark.parametrize("name", TOOLS)
 async def test_no_tools_stall_the_loop(server_with_tools: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await check_http(server_with_tools, *TOOLS[name](), monkeypatch)
@@ -66,6 +72,7 @@ async def check_http(server: GatewayServer, path: str, body: bytes, monkeypatch:
     assert meter.most.excess(MOST) == {}
 
 
+@on_the_servers_loop
 @pytest.mark.parametrize("name", GRPC)
 async def test_no_message_stalls_the_loop(server: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, data = GRPC[name]()

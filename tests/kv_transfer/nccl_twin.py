@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import ErrorType, Work  # type: ignore[attr-defined]
+from torch._C._distributed_c10d import ErrorType, Work
 
 WAIT = timedelta(seconds=30)
 
@@ -29,7 +29,7 @@ class TwinGroup:
         options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = WAIT
         options._threads = 1
-        self._gloo = ProcessGroupGloo(store, rank, 2, options)
+        self._gloo: Any = ProcessGroupGloo(store, rank, 2, options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pdserve-twin")
         self._error = ErrorType.SUCCESS
         self._is_aborted = False
@@ -55,7 +55,7 @@ class TwinGroup:
         """Gloo's operations are completed by whoever waits for them, NCCL's by themselves."""
         if self._is_aborted:
             raise Aborted("the group was aborted")
-        work = operation(*args)
+        work: Work = operation(*args)
         self._thread.submit(self._drive, work)
         return work
 

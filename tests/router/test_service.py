@@ -2,7 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -61,7 +61,7 @@ class ScriptedRouter:
 async def test_what_an_observer_causes_is_carried_out_after_what_was_decided_before() -> None:
     service: RouterService
     observer = SimpleNamespace(worker_idle=lambda worker_id, incarnation: service.handle(WorkersExpected(0)))
-    service = RouterService(ScriptedRouter(), observer, "token")
+    service = RouterService(cast(Router, ScriptedRouter()), observer, "token")
     request = Request(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1), eos_token_ids=())
     assert [event async for event in service.generate(request)] == [TOKENS, END]
 

@@ -71,7 +71,7 @@ def _variant(
     return Variant(family, options, dtype, num_shards, eos_token_ids)
 
 
-SLIDING = {"use_sliding_window": True, "sliding_window": 24}
+SLIDING: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 24}
 VARIANTS: dict[str, Variant] = {
     "llama-gqa": _variant("llama"),
     "llama-mha": _variant("llama", num_key_value_heads=4),

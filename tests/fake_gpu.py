@@ -6,7 +6,7 @@ the device's results, or for a copy. Kernels are not run.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -50,11 +50,11 @@ class FakeGpuDevice(HostDevice):
         return tensor.pin_memory()
 
 
-class _FakeGpu(TorchDispatchMode):
+class _FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Above torch's own fake mode: decides what of an operation is on the host, and does that for real."""
 
     def __init__(self, device: FakeGpuDevice) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._pinned: list[torch.UntypedStorage] = []
 
@@ -118,7 +118,7 @@ class _FakeGpu(TorchDispatchMode):
 
 
 def _is_composite(func: Any) -> bool:
-    return func.namespace == "aten" and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    return bool(func.namespace == "aten" and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd))
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def fake_gpu() -> Iterator[FakeGpuDevice]:
                 raise HostWaits(f"{launch.kernel}: {name} is on {argument.device}")
         device.launched.append(launch.kernel.__name__)
 
-    patches = [
+    patches: list[AbstractContextManager[Any]] = [
         patch.object(Launch, "run", check_launch),
         patch.object(torch.Tensor, "pin_memory", lambda self: mode.pin(self)),
         patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

@@ -1,6 +1,7 @@
 """The GPU that is not there tells code that waits for it, or mixes its tensors with the host's, from code that does not."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_work_that_is_queued_and_copied_aside_is_let_through() -> None:
 @pytest.mark.parametrize(
     "index", [0, -1, slice(1, 3), (slice(None), 2), (..., 1), (None, 0), (1, slice(None, None, 2)), (Ellipsis, None, slice(2))]
 )
-def test_indexing_has_torchs_shapes(index: object) -> None:
+def test_indexing_has_torchs_shapes(index: Any) -> None:
     expected = torch.zeros(4, 6, 3)[index].shape
     with fake_gpu() as gpu:
         assert torch.zeros(4, 6, 3, device=gpu.torch_device)[index].shape == expected

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -247,9 +248,9 @@ def test_explain_says_when_a_request_is_not_known(run: Run) -> None:
     ],
 )
 def test_explain_names_the_first_thing_in_which_a_place_was_better(
-    chosen: dict[str, float], following: dict[str, float], why: str
+    chosen: dict[str, Any], following: dict[str, Any], why: str
 ) -> None:
-    even = {"decode_worker": "decode-0", "cost_s": 0.03}
+    even: dict[str, Any] = {"decode_worker": "decode-0", "cost_s": 0.03}
     places = [
         pb.ConsideredPlace(**({"prefill_worker": name} | even | scores))
         for name, scores in (("prefill-0", chosen), ("prefill-1", following))

@@ -67,7 +67,7 @@ class Cluster:
                 return status
         raise AssertionError("the status stream ended")
 
-    def apply(self, **instances: int) -> list[str]:
+    def apply(self, **instances: int) -> list[pb.ConfigChange]:
         """Change the pools' sizes; returns what the cluster says about it."""
         for pool, count in instances.items():
             self.settings["pools"][pool]["instances"] = count

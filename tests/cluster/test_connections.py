@@ -71,7 +71,7 @@ async def read_beats(reader: asyncio.StreamReader, count: int) -> None:
 
 
 async def test_a_router_that_has_nothing_to_say_says_that_it_lives(hasty: None) -> None:
-    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer([]), "token")
     reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     writer.write(FrameEncoder().encode(HELLO))
     async with asyncio.timeout(WAIT_S):
@@ -82,7 +82,7 @@ async def test_a_router_that_has_nothing_to_say_says_that_it_lives(hasty: None) 
 
 async def test_a_worker_that_falls_silent_is_lost(hasty: None) -> None:
     lost: list[str] = []
-    routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer(lost), "token")
     reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     writer.write(encoder.encode(HELLO) + encoder.encode(Ready(info=worker_info("decode-0", Role.DECODE))))
@@ -97,7 +97,7 @@ async def test_a_router_that_stood_still_does_not_take_its_own_pause_for_a_worke
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost: list[str] = []
-    routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer(lost), "token")
     reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     writer.write(encoder.encode(HELLO) + encoder.encode(Ready(info=worker_info("decode-0", Role.DECODE))))
@@ -124,7 +124,7 @@ def test_a_worker_that_hears_nothing_has_lost_its_router(hasty: None) -> None:
 
 async def test_the_router_hangs_up_when_a_frame_was_lost() -> None:
     lost: list[str] = []
-    routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer(lost), "token")
     reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     writer.write(encoder.encode(HELLO))
@@ -153,7 +153,7 @@ def test_a_worker_hangs_up_when_a_frame_was_lost() -> None:
 async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_whole() -> None:
     router, is_ready, observing = Router(adopts=True), asyncio.Event(), observer([])
     observing.worker_ready = lambda info: is_ready.set()
-    routing = RouterService(router, observing, "token")  # type: ignore[arg-type]
+    routing = RouterService(router, observing, "token")
     _, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     first, second, third = (
@@ -185,7 +185,7 @@ async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_w
 )
 async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: None, said: bytes) -> None:
     lost: list[str] = []
-    routing = RouterService(Router(), observer(lost), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer(lost), "token")
     reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
     async with asyncio.timeout(WAIT_S):
         with suppress(ConnectionError):
@@ -197,7 +197,7 @@ async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: 
 
 
 async def test_a_stranger_that_dribbles_does_not_stay_longer_than_a_silent_one(hasty: None) -> None:
-    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer([]), "token")
     reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
     hung_up = asyncio.ensure_future(reader.read())
     async with asyncio.timeout(WAIT_S):
@@ -212,7 +212,7 @@ async def test_a_stranger_that_dribbles_does_not_stay_longer_than_a_silent_one(h
 async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it(hasty: None) -> None:
     nobody = observer([])
     nobody.expects = lambda worker_id, incarnation: False
-    routing = RouterService(Router(), nobody, "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), nobody, "token")
     reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     writer.write(FrameEncoder().encode(HELLO))
     async with asyncio.timeout(WAIT_S):
@@ -224,7 +224,7 @@ async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it
 
 async def test_a_worker_gets_in_past_idle_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "MAX_UNPROVEN", 4)
-    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer([]), "token")
     port = await routing.start("127.0.0.1")
     idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
     reader, writer = await open_control(port, "token")
@@ -241,7 +241,7 @@ async def test_a_worker_gets_in_past_idle_connections(monkeypatch: pytest.Monkey
 
 
 async def test_a_flood_of_connections_writes_few_lines_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer([]), "token")
     port = await routing.start("127.0.0.1")
     async with asyncio.timeout(WAIT_S):
         for number in range(500):

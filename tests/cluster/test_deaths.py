@@ -57,12 +57,12 @@ def wait_until_lost(cluster: Cluster, workers: Sequence[pb.WorkerStatus]) -> Non
 def begin(cluster: Cluster, requests: Sequence[pb.GenerateRequest]) -> tuple[list[Any], list[Events]]:
     """The calls, each of which has brought its first tokens."""
     calls = [cluster.generation.GenerateStream(request, timeout=120) for request in requests]
-    return calls, [[next(call)] for call in calls]
+    return calls, [[next(iter(call))] for call in calls]
 
 
 def finish(calls: Sequence[Any], begun: Sequence[Events]) -> list[Events]:
     with ThreadPoolExecutor(max_workers=len(calls)) as pool:
-        return [first + rest for first, rest in zip(begun, pool.map(list, calls), strict=True)]
+        return [first + rest for first, rest in zip(begun, pool.map(list[pb.GenerateEvent], calls), strict=True)]
 
 
 def decoding_requests(cluster: Cluster) -> list[pb.GenerateRequest]:

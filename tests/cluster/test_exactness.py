@@ -1,5 +1,7 @@
 """Through the whole cluster: what a gRPC client receives equals `transformers`, for every ratio, while the ratio changes."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_sampled_output_depends_on_the_seed_alone(checkpoints: Checkpoints) -> N
     prompts = random_prompts((4, 50, 90), seed=2)
     cluster = Cluster(checkpoints["qwen3"])
     try:
-        options = {"temperature": 0.8, "top_p": 0.9, "n": 2, "seed": 99}
+        options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "n": 2, "seed": 99}
         requests = [cluster.request(prompt, **options) for prompt in prompts]
         alone = [[tokens_of(cluster.stream(request), choice) for choice in (0, 1)] for request in requests]
         assert alone[0][0] != alone[0][1]

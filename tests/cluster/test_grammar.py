@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import grpc
 import httpx
@@ -53,13 +53,13 @@ def cluster(shared: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
-    http_client = httpx.Client(trust_env=False)
+    http_client: Any = httpx.Client(trust_env=False)  # openai's types may be those of its successor
     yield openai.OpenAI(base_url=f"http://{cluster._launched.http_address}/v1", api_key="none", http_client=http_client)
     http_client.close()
 
 
-def constrained(cluster: Cluster, constraint: pb.Constraint, **sampling: object) -> pb.GenerateRequest:
-    options = {"max_tokens": 1000, "temperature": 1.0, "seed": 3, "ignore_eos": False} | sampling
+def constrained(cluster: Cluster, constraint: pb.Constraint | None, **sampling: Any) -> pb.GenerateRequest:
+    options: dict[str, Any] = {"max_tokens": 1000, "temperature": 1.0, "seed": 3, "ignore_eos": False} | sampling
     return cluster.request(PROMPT, constraint=constraint, **options)
 
 
@@ -120,7 +120,7 @@ def test_the_output_is_the_same_when_its_decode_worker_or_the_grammar_processes_
 
     for victims in (victims_of_worker, lambda: sorted(grammar_processes())):
         call = cluster.generation.GenerateStream(request, timeout=120)
-        events = [next(call)]
+        events = [next(iter(call))]
         for pid in victims():
             os.kill(pid, signal.SIGKILL)
         events += call
@@ -132,9 +132,9 @@ def test_a_grammar_that_turns_out_too_costly_ends_its_own_request_only(cluster: 
     others = [cluster.generation.GenerateStream(constrained(cluster, None, max_tokens=100), timeout=120)]
     kind = pb.Constraint(json_schema=json.dumps(SCHEMA))
     others.append(cluster.generation.GenerateStream(constrained(cluster, kind, seed=5), timeout=120))
-    firsts = [next(call) for call in others]
+    firsts = [next(iter(call)) for call in others]
     with pytest.raises(grpc.RpcError) as caught:
         cluster.stream(constrained(cluster, pb.Constraint(grammar=LATE_BOMB)))
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     for first, call in zip(firsts, others, strict=True):
         assert tokens_of([first, *call])

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import grpc
 import pytest
@@ -34,7 +34,7 @@ def pids(cluster: Cluster) -> dict[str, int]:
     return {worker.worker_id: worker.pid for worker in status.workers}
 
 
-def read_until_lost(call: Iterator[pb.GenerateEvent], events: list[pb.GenerateEvent]) -> None:
+def read_until_lost(call: Iterable[pb.GenerateEvent], events: list[pb.GenerateEvent]) -> None:
     with pytest.raises(grpc.RpcError) as lost:
         events.extend(call)  # what comes before the error stays
     assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -60,7 +60,7 @@ def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(clus
     before = pids(cluster)
     request.request_id = "mine"
     call = cluster.generation.GenerateStream(request, timeout=120)
-    events = [next(call) for _ in range(20)]
+    events = [next(iter(call)) for _ in range(20)]
     kill_head()
     read_until_lost(call, events)
     counts = [sum(len(event.tokens.token_ids) for event in events if event.tokens.choice == choice) for choice in range(2)]

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -71,7 +72,7 @@ def test_a_second_request_finds_its_prompt_cached(cluster: Cluster) -> None:
 
 def test_a_cancelled_stream_frees_everything_on_both_workers(cluster: Cluster) -> None:
     for number_read in (0, 1, 5):
-        call = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=1500))
+        call: Any = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=1500))
         for _ in range(number_read):
             next(call)
         call.cancel()
@@ -98,11 +99,11 @@ def test_a_deadline_ends_the_stream_and_frees_everything(cluster: Cluster) -> No
 )
 def test_bad_input_is_named_and_disturbs_nobody(cluster: Cluster, field: str, request_of) -> None:  # type: ignore[no-untyped-def]
     good = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=40))
-    next(good)
+    next(iter(good))
     with pytest.raises(grpc.RpcError) as caught:
         cluster.stream(request_of(cluster))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    status = rpc_status.from_call(caught.value)
+    status = rpc_status.from_call(cast(grpc.Call, caught.value))
     assert status is not None
     violation = error_details_pb2.BadRequest()
     assert any(detail.Unpack(violation) for detail in status.details)
@@ -168,7 +169,7 @@ def test_a_drained_worker_finishes_its_streams_and_the_other_pool_stands_in(clus
     workers = cluster.admin.GetStatus(pb.GetStatusRequest()).workers
     (decoder,) = (worker.worker_id for worker in workers if worker.role == "decode")  # its number depends on who was removed
     long = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=400))
-    events = [next(long)]
+    events = [next(iter(long))]
     drain = cluster.admin.Drain(pb.DrainRequest(worker_ids=[decoder]))
     events += list(long)
     assert len(tokens_of(events)) == 400

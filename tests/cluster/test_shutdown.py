@@ -24,7 +24,7 @@ def test_shutting_down_lets_streams_finish_and_ends_every_worker() -> None:
     cluster = Cluster("embedded")
     try:
         stream = cluster.generation.GenerateStream(cluster.request("import this", max_tokens=200))
-        events = [next(stream)]
+        events = [next(iter(stream))]
         progress = cluster.admin.Drain(pb.DrainRequest(shutdown=True))
         events += list(stream)
         assert len(tokens_of(events)) == 200
@@ -55,7 +55,7 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(t
             health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
             assert next(health).status == health_pb2.HealthCheckResponse.SERVING
             stream = generation.GenerateStream(request, timeout=60)
-            events = [next(stream)]
+            events = [next(iter(stream))]
             process.send_signal(signal.SIGTERM)
             assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
             with pytest.raises(grpc.RpcError) as refused:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -24,7 +25,7 @@ class Collector(collector_rpc.TraceServiceServicer):
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self._server = grpc.server(futures.ThreadPoolExecutor(1))
-        collector_rpc.add_TraceServiceServicer_to_server(self, self._server)
+        cast(Any, collector_rpc).add_TraceServiceServicer_to_server(self, self._server)
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
 
@@ -69,7 +70,7 @@ def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) 
     requests = [cluster.request(PROMPT, max_tokens=10 + number, salt=str(number), n=1 + number % 2) for number in range(8)]
     requests += [cluster.request(PROMPT, max_tokens=12, salt="0") for _ in range(4)]  # a prompt that is cached
     answers = cluster.generate_all(requests)
-    call = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=1500))
+    call: Any = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=1500))
     next(call)
     call.cancel()
     values = until(cluster, lambda values: num_closed(values) == 13)
@@ -157,7 +158,7 @@ def test_explain_tells_every_leg_of_a_request_that_is_over(cluster: Cluster) -> 
 def test_explain_tells_of_a_request_that_is_running(cluster: Cluster) -> None:
     request = cluster.request(PROMPT, max_tokens=1500)
     request.request_id = "running"
-    call = cluster.generation.GenerateStream(request)
+    call: Any = cluster.generation.GenerateStream(request)
     next(call)
     assert cluster.admin.Explain(pb.ExplainRequest(request_id="running")).outcome == "running"
     call.cancel()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import jsonschema
 import openai
@@ -22,7 +23,12 @@ TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS, "strict": True}},
     {"type": "function", "function": {"name": "stop"}},
 ]
-CHAT = {"model": "llama-wide", "messages": [{"role": "user", "content": "the weather?"}], "tools": TOOLS, "max_tokens": 400}
+CHAT: dict[str, Any] = {
+    "model": "llama-wide",
+    "messages": [{"role": "user", "content": "the weather?"}],
+    "tools": TOOLS,
+    "max_tokens": 400,
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +58,17 @@ def test_calls_that_have_to_come_fit_their_schemas(client: openai.OpenAI) -> Non
     answer = client.chat.completions.create(**CHAT, tool_choice="required", parallel_tool_calls=False, n=4, seed=1)
     for choice in answer.choices:
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
-        (call,) = choice.message.tool_calls or ()
+        (call,) = choice.message.tool_calls or []
         assert call.type == "function"
         check(call.function.name, call.function.arguments)
 
 
 def test_the_chosen_function_is_called_and_streamed_as_it_comes(client: openai.OpenAI) -> None:
-    chosen = {"type": "function", "function": {"name": "get_weather"}}
+    chosen: Any = {"type": "function", "function": {"name": "get_weather"}}
     with client.chat.completions.stream(**CHAT, tool_choice=chosen, parallel_tool_calls=False, seed=2) as stream:
         parts = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
         (choice,) = stream.get_final_completion().choices
-    (call,) = choice.message.tool_calls or ()
+    (call,) = choice.message.tool_calls or []
     assert len(parts) > 1
     assert "".join(parts) == call.function.arguments
     check(call.function.name, call.function.arguments)

@@ -21,7 +21,7 @@ def test_every_key_has_a_default_for_a_laptop_with_two_cores() -> None:
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        ClusterConfig().pools.prefill.instances = 2  # type: ignore[misc]
+        ClusterConfig().pools.prefill.instances = 2
 
 
 @pytest.mark.parametrize("prefill", [0, 1])

@@ -117,7 +117,7 @@ def test_generation_config_replaces_the_end_tokens(path: Path) -> None:
 
 
 def test_old_rotary_buffers_are_ignored(path: Path) -> None:
-    edit(path, **{"model__layers__0__self_attn__rotary_emb__inv_freq": torch.zeros(4)})
+    edit(path, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
     assert not any("inv_freq" in name for name in open_checkpoint(path).tensors)
 
 
@@ -172,17 +172,17 @@ def test_a_missing_tensor_is_named(path: Path) -> None:
 
 
 def test_a_tensor_of_another_shape_is_named_with_both(path: Path) -> None:
-    edit(path, **{"model__norm__weight": torch.zeros(31)})
+    edit(path, model__norm__weight=torch.zeros(31))
     assert "tensor model.norm.weight has shape (31,), config.json implies (32,)" in refusal(path)
 
 
 def test_a_tensor_that_the_model_would_not_use_is_named(path: Path) -> None:
-    edit(path, **{"model__layers__0__self_attn__q_proj__bias": torch.zeros(32)})
+    edit(path, model__layers__0__self_attn__q_proj__bias=torch.zeros(32))
     assert "tensor model.layers.0.self_attn.q_proj.bias is unexpected" in refusal(path)
 
 
 def test_quantised_tensors_are_refused(path: Path) -> None:
-    edit(path, **{"model__norm__weight": torch.zeros(32, dtype=torch.int8)})
+    edit(path, model__norm__weight=torch.zeros(32, dtype=torch.int8))
     assert "tensor model.norm.weight is of dtype I8, supported are F32, BF16, F16" in refusal(path)
 
 

@@ -99,7 +99,7 @@ def test_rows_of_more_than_one_tile_are_sampled_as_on_the_host(device: Device) -
 def test_logits_are_adjusted_to_the_very_bits_of_the_hosts(device: Device, vocab_size: int) -> None:
     logits = random_logits(2, 4, vocab_size)
     logits[0, 1] = -0.0
-    penalties = {"repetition_penalty": 1.37, "presence_penalty": 0.61, "frequency_penalty": 0.27}
+    penalties: dict[str, Any] = {"repetition_penalty": 1.37, "presence_penalty": 0.61, "frequency_penalty": 0.27}
     chunks = [
         make_chunk(output=(1, 1, 7), logit_bias=((1, 0.3), (4, -2.7)), min_tokens=9, logprobs=0, **penalties),
         make_chunk(min_tokens=1, stop_token_ids=(7, vocab_size)),
@@ -143,6 +143,7 @@ def test_a_row_that_overflowed_does_not_stop_the_others(device: Device, overflow
     logits[0, 17] = overflow
     chunks = [make_chunk(top_p=0.9, min_p=0.1, top_k=9, logprobs=0), make_chunk(seed=3, logprobs=2)]
     broken, _ = assert_as_on_the_host(device, logits, chunks)
+    assert broken[0].logprob is not None
     assert broken[0].token_id == 17 and np.isnan(broken[0].logprob)
 
 
@@ -181,7 +182,7 @@ def test_a_row_that_depends_on_a_token_yet_unknown_is_refused(device: Device, op
 
 @pytest.mark.parametrize("is_inference", [False, True])
 def test_nothing_waits_for_a_gpu_before_tokens_are_read(is_inference: bool) -> None:
-    penalties = {"repetition_penalty": 1.37, "presence_penalty": 0.61, "frequency_penalty": 0.27}
+    penalties: dict[str, Any] = {"repetition_penalty": 1.37, "presence_penalty": 0.61, "frequency_penalty": 0.27}
     everything = [
         make_chunk(output=(1, 1, 7), logit_bias=((1, 0.3), (4, -2.7)), min_tokens=9, logprobs=5, n=3, **penalties),
         make_chunk(temperature=0.0, logprobs=0),

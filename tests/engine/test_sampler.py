@@ -178,7 +178,7 @@ def test_a_bias_demands_and_forbids_tokens(temperature: float) -> None:
     logits = random_logits(14)
     best = int(logits.argmax())
     for seed in range(20):
-        options = {"temperature": temperature, "seed": seed}
+        options: dict[str, Any] = {"temperature": temperature, "seed": seed}
         assert sample(logits, make_chunk(logit_bias=((17, 100.0),), **options))[0][0].token_id == 17
         assert sample(logits, make_chunk(logit_bias=((best, -100.0),), **options))[0][0].token_id != best
 

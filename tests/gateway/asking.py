@@ -1,13 +1,13 @@
 """Requests for tests, and what came back for them."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 
 Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
 
 
-def ask(text: str = "hello", **sampling: object) -> pb.GenerateRequest:
+def ask(text: str = "hello", **sampling: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt=pb.Prompt(text=text), sampling=pb.SamplingParams(**sampling))
 
 

@@ -1,7 +1,8 @@
 """A real server on a free port, in front of a cluster that says what it is told to say."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 import grpc
 import pytest
@@ -67,7 +68,8 @@ def details() -> Callable[[grpc.aio.AioRpcError], dict[str, object]]:
     """The google.rpc details of an error, by the name of their type."""
 
     def unpack(error: grpc.aio.AioRpcError) -> dict[str, object]:
-        packed = dict(error.trailing_metadata())["grpc-status-details-bin"]
+        metadata = dict(cast(Iterable[tuple[str, str | bytes]], error.trailing_metadata()))
+        packed = metadata["grpc-status-details-bin"]
         status = status_pb2.Status.FromString(packed)
         assert status.code == error.code().value[0]
         assert status.message == error.details()

@@ -23,7 +23,7 @@ def as_key(key: str) -> tuple[tuple[str, str], ...]:
 
 @asynccontextmanager
 async def serving(
-    cluster: ScriptedCluster, listen: dict[str, Any] | None = None, **limits: int
+    cluster: ScriptedCluster, listen: dict[str, Any] | None = None, **limits: float
 ) -> AsyncIterator[GatewayServer]:
     changes = {"limits": CONFIG.limits.model_copy(update=limits), "listen": CONFIG.listen.model_copy(update=listen or {})}
     gateway = await serve(cluster, CONFIG.model_copy(update=changes), cluster.tokenizer, model_info(cluster.tokenizer))

@@ -84,7 +84,7 @@ async def test_every_call_needs_a_key_but_a_health_check(server: GatewayServer, 
         admin.Apply(pb.ApplyRequest()),
         admin.Drain(pb.DrainRequest()),
         reflection.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")])),
-        channel.unary_unary("/no.such.Service/Method")(b""),
+        channel.unary_unary("/no.such.Service/Method", None, None)(b""),
     ]
     for call in calls:
         assert (await refusal(call)).code() is grpc.StatusCode.UNAUTHENTICATED
@@ -94,7 +94,7 @@ async def test_every_call_needs_a_key_but_a_health_check(server: GatewayServer, 
 async def test_every_method_of_ours_is_known_to_need_a_key(server: GatewayServer, channel: grpc.aio.Channel) -> None:
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
-            call = channel.unary_unary(f"/{service.full_name}/{method.name}")
+            call = channel.unary_unary(f"/{service.full_name}/{method.name}", None, None)
             assert (await refusal(call(b""))).code() is grpc.StatusCode.UNAUTHENTICATED, method.full_name
 
 
@@ -108,7 +108,7 @@ async def test_a_client_without_a_key_is_refused_before_its_message_is_read(
         await never.wait()
         yield b""
 
-    call = channel.stream_unary("/pdserve.v1.Generation/Generate")(messages())
+    call = channel.stream_unary("/pdserve.v1.Generation/Generate", None, None)(messages())
     assert (await refusal(call)).code() is grpc.StatusCode.UNAUTHENTICATED
     never.set()
 

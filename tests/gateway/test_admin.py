@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import grpc
 import pytest
@@ -44,14 +44,19 @@ async def test_status_tells_pools_and_workers(admin: Admin) -> None:
     assert (starting.state, starting.phase, starting.fraction) == (pb.WORKER_STATE_STARTING, "loading weights", 0.5)
 
 
+async def following(call: Any) -> pb.ClusterStatus:
+    """The stream's next message, for whose type grpc's stubs have no name."""
+    return cast(pb.ClusterStatus, await call.read())
+
+
 async def test_watch_sends_the_state_at_each_change_and_ends_with_the_cluster(admin: Admin, cluster: ScriptedCluster) -> None:
     call = admin.WatchStatus(pb.WatchStatusRequest())
-    assert (await call.read()).num_queued_requests == 2
+    assert (await following(call)).num_queued_requests == 2
     cluster.change(num_queued_requests=5)
-    assert (await call.read()).num_queued_requests == 5
+    assert (await following(call)).num_queued_requests == 5
     cluster.change(shutting_down=True)
-    assert (await call.read()).shutting_down
-    assert await call.read() is grpc.aio.EOF
+    assert (await following(call)).shutting_down
+    assert await call.read() is cast(Any, grpc.aio).EOF
 
 
 async def test_apply_tells_what_changed_and_it_holds_from_then_on(
@@ -122,7 +127,7 @@ async def test_a_drain_goes_on_when_its_client_leaves(admin: Admin, cluster: Scr
     watch = admin.WatchStatus(pb.WatchStatusRequest())
     await watch.read()
     cluster.go_on.set()
-    assert (await watch.read()).num_running_requests == 0
+    assert (await following(watch)).num_running_requests == 0
     assert cluster.drained == [((), False)]
 
 

@@ -40,7 +40,7 @@ def ids(*token_ids: int) -> tuple[pb.GenerateRequest, dict[str, Any]]:
 
 
 def chat(*roles: str) -> tuple[pb.GenerateRequest, dict[str, Any]]:
-    messages = [{"role": role, "content": "hi"} for role in roles]
+    messages: list[dict[str, Any]] = [{"role": role, "content": "hi"} for role in roles]
     prompt = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(**message) for message in messages]))
     return ask(prompt), {"messages": messages}
 
@@ -259,7 +259,7 @@ async def test_both_tell_the_same_tokens_text_and_usage(generation: Stub, http: 
     )
 
 
-ONLY_HTTP = {
+ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({"prompt": "a", "temprature": 1}, "temprature: 1 is not valid, expected only fields"),
     "unknown field of a message": ({"messages": [{"role": "user", "images": []}]}, "messages[0].images: [] is not valid"),
     "wrong type": ({"prompt": "a", "temperature": "hot"}, "temperature: 'hot' is not valid, expected a valid number"),

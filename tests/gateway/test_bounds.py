@@ -194,7 +194,8 @@ async def test_no_key_takes_all_calls(
 
     async with serving(cluster, keys, max_open_calls=8) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
         silent = [
-            channel.stream_unary("/pdserve.v1.Generation/Generate")(messages(), metadata=as_key(MALLORY)) for _ in range(50)
+            channel.stream_unary("/pdserve.v1.Generation/Generate", None, None)(messages(), metadata=as_key(MALLORY))
+            for _ in range(50)
         ]
         ends = asyncio.as_completed([asyncio.ensure_future(refusal(call)) for call in silent])
         for error in [await next(ends) for _ in range(46)]:

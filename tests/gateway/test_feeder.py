@@ -2,12 +2,13 @@
 
 import asyncio
 from collections import Counter
+from typing import cast
 
 import httpx
 import pytest
 
 from pdserve.gateway.app import GatewayServer
-from pdserve.gateway.http.connection import MAX_HEADER_BYTES, MAX_HEADER_LINES, SLICE_BYTES
+from pdserve.gateway.http.connection import MAX_HEADER_BYTES, MAX_HEADER_LINES, SLICE_BYTES, Connection
 from pdserve.gateway.http.feeder import TURN_BYTES, Feeder
 from tests.gateway.support import ScriptedCluster
 
@@ -100,7 +101,8 @@ async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=30) as http:
         for _ in range(3):
             assert (await http.get("/livez")).status_code == 200
-    unparsed = [connection for connection in server._http._state.connections if connection._pending]
+    connections = cast(set[Connection], server._http._state.connections)
+    unparsed = [connection for connection in connections if connection._pending]
     assert len(unparsed) > 10
     for _, writer in opened:
         writer.transport.abort()

@@ -1,5 +1,7 @@
 """What clients get for a good request: text, tokens, endings and the account of where the time went."""
 
+from typing import cast
+
 import grpc
 import pytest
 
@@ -178,7 +180,7 @@ async def test_a_request_that_cannot_go_on_ends_with_its_status(
     cluster.ending = (reason, None)
     call = generation.GenerateStream(ask(max_tokens=3))
     for _ in range(4):
-        assert not (await call.read()).HasField("end")
+        assert not cast(pb.GenerateEvent, await call.read()).HasField("end")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() is code

@@ -41,7 +41,8 @@ async def still_serves(stub: Stub) -> bool:
 async def test_names_that_would_forge_lines_of_a_log_are_refused(
     generation: Stub, cluster: ScriptedCluster, caplog: pytest.LogCaptureFixture, field: str, forged: str
 ) -> None:
-    error = await refusal(generation.Generate(pb.GenerateRequest(prompt=TEXT, **{field: forged})))
+    names: dict[str, Any] = {field: forged}
+    error = await refusal(generation.Generate(pb.GenerateRequest(prompt=TEXT, **names)))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (error.details() or "").startswith(f"{field}: ") and (error.details() or "").isprintable()
     assert cluster.requests == [] and forged not in caplog.text
@@ -72,7 +73,7 @@ UNREADABLE = {
 async def test_bytes_that_are_no_message_are_the_clients_mistake(
     local_channel: grpc.aio.Channel, generation: Stub, caplog: pytest.LogCaptureFixture, method: str, what: str
 ) -> None:
-    error = await refusal(local_channel.unary_unary(f"/pdserve.v1.{method}")(UNREADABLE[what]))
+    error = await refusal(local_channel.unary_unary(f"/pdserve.v1.{method}", None, None)(UNREADABLE[what]))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "protobuf" in (error.details() or "")
     assert "Traceback" not in caplog.text

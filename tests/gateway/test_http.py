@@ -19,7 +19,7 @@ from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.http import answers
 from tests.gateway.support import ScriptedCluster
 
-USER = {"role": "user", "content": "hello"}
+USER: Any = {"role": "user", "content": "hello"}
 
 
 @pytest.fixture

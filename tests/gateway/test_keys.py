@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.errors import ConfigError
-from pdserve.gateway import key_file
+from pdserve.gateway.auth import key_file
 from pdserve.gateway.auth.access import (
     Access,
     Caller,

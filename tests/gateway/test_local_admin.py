@@ -38,7 +38,7 @@ async def test_no_method_of_the_cluster_service_is_offered_over_tcp(
 ) -> None:
     assert {method.name for method in CLUSTER.methods} >= {"GetStatus", "WatchStatus", "Apply", "Drain", "Explain"}
     for method in CLUSTER.methods:
-        error = await refusal(channel.unary_unary(f"/{CLUSTER.full_name}/{method.name}")(b""))
+        error = await refusal(channel.unary_unary(f"/{CLUSTER.full_name}/{method.name}", None, None)(b""))
         assert error.code() is grpc.StatusCode.PERMISSION_DENIED, method.name
         for part in ("over a Unix socket", "listen.api_keys", "listen.admin_without_key: true"):
             assert part in (error.details() or "")
@@ -52,7 +52,7 @@ async def test_the_refusal_does_not_wait_for_the_message(server: GatewayServer, 
         await never.wait()
         yield b""
 
-    call = channel.stream_unary(f"/{CLUSTER.full_name}/Apply")(messages())
+    call = channel.stream_unary(f"/{CLUSTER.full_name}/Apply", None, None)(messages())
     assert (await refusal(call)).code() is grpc.StatusCode.PERMISSION_DENIED
     never.set()
 

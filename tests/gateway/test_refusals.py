@@ -1,7 +1,7 @@
 """Each kind of bad request has its own status, message and details, and disturbs nobody."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 import pytest
@@ -19,7 +19,7 @@ Details = Callable[[grpc.aio.AioRpcError], dict[str, object]]
 TEXT = pb.Prompt(text="hello")
 
 
-def ask(**sampling: object) -> pb.GenerateRequest:
+def ask(**sampling: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(prompt=TEXT, sampling=pb.SamplingParams(**sampling))
 
 

@@ -13,8 +13,8 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pdserve.core.config import ClusterConfig
-from pdserve.gateway import key_file
 from pdserve.gateway.app import GatewayServer, serve
+from pdserve.gateway.auth import key_file
 from pdserve.gateway.auth.access import Access, Need, NotPermitted, Revoked
 from pdserve.gateway.auth.keys import ApiKey, make_key, new_key
 from pdserve.gateway.auth.revocation import Revocation

@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import cache
+from typing import Any
 
 import numpy as np
 from llguidance import LLTokenizer
@@ -36,7 +37,7 @@ class Told:
     """A listener that keeps what it hears."""
 
     def __init__(self) -> None:
-        self.answers: asyncio.Queue[tuple[str, int, object]] = asyncio.Queue()
+        self.answers: asyncio.Queue[tuple[str, int, Any]] = asyncio.Queue()
 
     def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
         self.answers.put_nowait(("mask", key, (num_tokens, allowed(bits))))

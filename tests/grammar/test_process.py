@@ -45,7 +45,7 @@ async def checker() -> AsyncIterator[GrammarChecker]:
 async def test_it_starts_when_it_is_needed_and_tells_masks(process: GrammarProcess, told: Told) -> None:
     assert process.pid is None
     process.open(1, regex_grammar("ab"))
-    kind, key, (num_tokens, allowed) = await told.answers.get()  # type: ignore[misc]
+    kind, key, (num_tokens, allowed) = await told.answers.get()
     assert (kind, key, num_tokens) == ("mask", 1, 0) and tokens("ab")[0] in allowed
     process.advance(1, tokens("ab")[0])
     assert await told.answers.get() == ("mask", 1, (1, set(setup().eos_token_ids)))
@@ -62,7 +62,7 @@ async def test_who_brought_a_bomb_is_refused_and_the_others_go_on(process: Gramm
     assert before[0] == "mask"
     assert answers[2][0] == "refused"
     assert answers[1][0] == answers[3][0] == "mask"
-    assert answers[1][1][0] == 1  # type: ignore[index]
+    assert answers[1][1][0] == 1
 
 
 async def test_a_process_that_somebody_kills_is_replaced(process: GrammarProcess, told: Told) -> None:
@@ -71,7 +71,7 @@ async def test_a_process_that_somebody_kills_is_replaced(process: GrammarProcess
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.advance(1, tokens("ab")[0])
-    kind, key, (num_tokens, allowed) = await told.answers.get()  # type: ignore[misc]
+    kind, key, (num_tokens, allowed) = await told.answers.get()
     assert (kind, key, num_tokens) == ("mask", 1, 1) and set(setup().eos_token_ids) < allowed
 
 
@@ -142,7 +142,7 @@ async def test_the_outputs_of_a_client_that_costs_much_keep_nobody_else_waiting(
     lanes.open(11, regex_grammar("a+"), (), "victim")
     for num_tokens in range(50):
         kind, key, what = await told.answers.get()
-        assert (kind, key, what[0]) == ("mask", 11, num_tokens)  # type: ignore[index]
+        assert (kind, key, what[0]) == ("mask", 11, num_tokens)
         lanes.advance(11, tokens("a")[0])
     await lanes.stop()
 
@@ -155,7 +155,7 @@ async def test_a_client_that_turns_costly_goes_on_where_it_was(told: Told) -> No
     assert (await told.answers.get())[:2] == ("refused", 1)
     lanes.advance(0, tokens("ab")[0])
     kind, key, what = await told.answers.get()
-    assert (kind, key, what[0]) == ("mask", 0, 1)  # type: ignore[index]
+    assert (kind, key, what[0]) == ("mask", 0, 1)
     assert lanes._costly.pid is not None
     await lanes.stop()
 

@@ -13,7 +13,7 @@ from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import Hello, Ready, Role
 from pdserve.head import controller as controller_module
 from pdserve.head.controller import Controller
-from pdserve.head.ports import Outcome
+from pdserve.head.ports import Outcome, Version
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator, Placement
 from pdserve.router.events import WorkerLost
@@ -57,6 +57,7 @@ class FakeKeeper:
 
     def __init__(self) -> None:
         self.actors: list[FakeActor] = []
+        self._config, self._version = ClusterConfig(), (0, 0)
 
     def start(self, spec: WorkerSpec, placement: Placement) -> None:
         self.actors.append(FakeActor(replace(spec, cores=placement.cores)))
@@ -70,8 +71,15 @@ class FakeKeeper:
     def kill(self, key: tuple[str, int]) -> None:
         self._actor(key).end(ActorDiedError())
 
-    def living(self) -> list[tuple[WorkerSpec, Placement]]:
+    async def living(self) -> list[tuple[WorkerSpec, Placement]]:
         return [(actor.spec, Placement("node", actor.spec.cores)) for actor in self.actors if not actor.ended.done()]
+
+    async def config(self) -> ClusterConfig:
+        return self._config
+
+    def remember(self, config: ClusterConfig, version: Version) -> None:
+        if version > self._version:
+            self._config, self._version = config, version
 
     def _actor(self, key: tuple[str, int]) -> FakeActor:
         return next(actor for actor in self.actors if actor.spec.key == key)

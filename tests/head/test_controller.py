@@ -140,7 +140,7 @@ async def test_a_new_controller_takes_over_the_workers_that_live_and_ends_those_
     assert newest is not frozen
     frozen.ended = asyncio.get_running_loop().create_future()  # the head died before it had killed it
     world.start_controller(monkeypatch, Router(adopts=True), num_cores=3)
-    world.controller.adopt(world.keeper.living())
+    world.controller.adopt(await world.keeper.living())
     world.controller.handle(Apply({P: 1, D: 1}))
     world.connect("prefill-0")
     assert not world.controller.adopted.is_set()
@@ -158,7 +158,7 @@ async def test_a_worker_that_still_loads_is_taken_over_without_waiting_for_it(mo
     world.connect("prefill-0")
     spec = world.actor("decode-0").spec
     world.start_controller(monkeypatch, Router(adopts=True))
-    world.controller.adopt(world.keeper.living())
+    world.controller.adopt(await world.keeper.living())
     world.controller.handle(Apply({P: 1, D: 1}))
     world.connect("prefill-0")
     assert not world.controller.adopted.is_set()

@@ -46,6 +46,12 @@ def native() -> MakeKernels:
     return lambda dtype, num_threads=1: make_subject("native", dtype, num_threads).kernels
 
 
+def halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and the values of a layer's cache."""
+    keys, values = cache
+    return keys, values
+
+
 def paged_batch(query_lens: list[int], context_lens: list[int], block_size: int) -> tuple[AttentionBatch, int]:
     """Sequences over shuffled blocks; returns the batch and how many blocks its cache must have."""
     counts = [-(-length // block_size) for length in context_lens]

@@ -6,7 +6,7 @@ import torch
 from pdserve.kernels import AttentionBatch
 from pdserve.kernels.reference import TorchKernels
 
-from .conftest import assert_close, make_subject, paged_batch
+from .conftest import assert_close, halves, make_subject, paged_batch
 
 DTYPES = [torch.float32, torch.bfloat16]
 NAMES = ["native", "triton"]
@@ -84,14 +84,15 @@ def test_rope_and_cache(
     device_norms = [None if norm is None else norm.to(subject.device) for norm in norms]
     # fmt: off
     q = subject.kernels.rope_and_cache(
-        qkv.to(subject.device), positions, cos_sin.to(subject.device), *device_norms, 1e-6, cache[0, 0], cache[0, 1],
-        batch.slot_mapping,
+        qkv.to(subject.device), positions, cos_sin.to(subject.device), device_norms[0], device_norms[1], 1e-6,
+        cache[0, 0], cache[0, 1], batch.slot_mapping,
     )
     # fmt: on
     exact_norms = [None if norm is None else norm.double() for norm in norms]
     exact = torch.zeros_like(cache, dtype=torch.float64, device="cpu")
+    q_norm, k_norm = exact_norms
     exact_q = TorchKernels().rope_and_cache(
-        qkv.double(), positions, cos_sin, *exact_norms, 1e-6, exact[0, 0], exact[0, 1], batch.slot_mapping
+        qkv.double(), positions, cos_sin, q_norm, k_norm, 1e-6, exact[0, 0], exact[0, 1], batch.slot_mapping
     )
     assert_close(q, exact_q)
     assert_close(cache, exact)
@@ -143,7 +144,7 @@ def test_paged_attention(
     _poison_unused_slots(cache, batch, block_size)
     there, (k_cache, v_cache) = q.to(subject.device), cache.to(subject.device)
     out = subject.kernels.paged_attention(there, k_cache, v_cache, batch, head_dim**-0.5, window)
-    exact = reference.paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)
+    exact = reference.paged_attention(q.double(), *halves(cache.double()), batch, head_dim**-0.5, window)
     assert_close(out, exact)
 
 

@@ -1,6 +1,7 @@
 """Tokens leave one paged cache and arrive in another, whatever the block sizes of the two."""
 
 from array import array
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,14 @@ def test_a_transfer_outside_the_cache_or_buffer_is_refused(name: str, changed: d
     kernels, device = make_subject(name, torch.float32)
     cache = _random_cache(16, torch.float32).to(device)
     buffer = torch.empty(token_range_bytes(cache, 2, 20), dtype=torch.uint8)
-    good = {"layer_start": 0, "layer_end": 2, "block_ids": [1, 2], "token_start": 0, "token_end": 20, "buffer": buffer}
+    good: dict[str, Any] = {
+        "layer_start": 0,
+        "layer_end": 2,
+        "block_ids": [1, 2],
+        "token_start": 0,
+        "token_end": 20,
+        "buffer": buffer,
+    }
     for call in (kernels.gather_tokens, kernels.scatter_tokens):
         call(cache, **good)
         with pytest.raises(ValueError, match=complaint):

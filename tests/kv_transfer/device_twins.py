@@ -137,7 +137,7 @@ class WatchedCache(KVCache):
         self.lies = False
 
     def gather(self, *where: Any) -> Any:
-        gathered = super().gather(*where)
+        gathered: Any = super().gather(*where)
         if self.lies:
             honest = gathered.collect
             gathered.collect = lambda: honest() ^ 1

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -134,8 +135,12 @@ def test_an_abort_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert let_go.wait(WAIT_S)
         abort()
 
+    def on_stuck(text: str) -> None:
+        why.append(text)
+        told.set()
+
     ours._group.abort = hang
-    ours._on_stuck = lambda text: (why.append(text), told.set())
+    ours._on_stuck = on_stuck
     ours.kill()
     assert told.wait(WAIT_S)
     assert not ours.is_gone
@@ -182,10 +187,10 @@ def test_one_link_at_a_time_and_each_in_its_order(calls: list[tuple[str, int]]) 
     for number, (call, link) in enumerate(calls):
         if call == "take":
             asked[link].append(number)
-            turn.take(link, lambda link=link, number=number: begin(link, number, 1))
+            turn.take(link, partial(begin, link, number, 1))
         elif call == "behind":
             asked[link].append(number)
-            turn.behind(link, lambda link=link, number=number: begin(link, number, 0))
+            turn.behind(link, partial(begin, link, number, 0))
         elif call == "give" and under_way[link]:
             under_way[link] -= 1
             turn.give_back(link)

@@ -1,7 +1,7 @@
 """Records made by hand, and a target and a clock that do as they are told."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pdserve.loadgen.errors import RequestFailed
 from pdserve.loadgen.records import Answer, Chunk, GeneratorLoad, Legs, RequestRecord, Round
@@ -56,7 +56,7 @@ class ManualTarget:
         self.sent_s: list[float] = []
         self.num_open = 0
         self.max_open = 0
-        self.on_send = lambda: None
+        self.on_send: Callable[[], object] = lambda: None
         self._answer = asyncio.Event()
 
     async def facts(self) -> ModelFacts:

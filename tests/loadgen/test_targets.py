@@ -155,7 +155,7 @@ async def openai() -> AsyncIterator[OpenAiServer]:
         await startup(sockets)
         started.set()
 
-    server.startup = start  # type: ignore[method-assign]
+    server.startup = start
     task = asyncio.create_task(server.serve())
     await started.wait()
     fake.address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"

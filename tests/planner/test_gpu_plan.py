@@ -8,9 +8,9 @@ from hypothesis import given, strategies as st
 from pdserve.core.config import ClusterConfig
 from pdserve.core.errors import CapacityError, ConfigError
 from pdserve.core.messages import Role
-from pdserve.engine.gpu import DeviceInfo, Node
+from pdserve.engine.gpu import GPU_MEMORY_FRACTION, DeviceInfo, Node
 from pdserve.planner.packing import Demand, Packing
-from pdserve.planner.plan import GPU_MEMORY_FRACTION, Plan, make_plan
+from pdserve.planner.plan import Plan, make_plan
 
 from .test_plan import GIB, checkpoint, messages
 

@@ -20,8 +20,9 @@ def writes(tree: ast.AST) -> list[str]:
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
-            is_foreign = isinstance(target, ast.Attribute) and ast.unparse(target.value) != "self"
-            if is_foreign and target.attr in FIELDS:
+            if not isinstance(target, ast.Attribute) or ast.unparse(target.value) == "self":
+                continue
+            if target.attr in FIELDS:
                 found.append(f"line {target.lineno}: {ast.unparse(target)}")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITERS:
             found.append(f"line {node.lineno}: {ast.unparse(node)}")

@@ -1,5 +1,7 @@
 """Where work goes: queues, loads, cached prefixes, and what is predicted of a place."""
 
+from typing import cast
+
 import msgspec
 import pytest
 
@@ -111,7 +113,7 @@ def test_workers_that_keep_the_itl_inside_the_slo_come_first() -> None:
     cluster.add(worker_info("decode-1", max_batch_size=3))
     for name in ("b", "c"):
         cluster.submit(make_request(name, num_tokens=100))
-    assert [c.spec.transfer.request_id for c in cluster.sent["decode-1"]] == ["b", "c"]
+    assert [c.spec.transfer.request_id for c in cast(list[Reserve], cluster.sent["decode-1"])] == ["b", "c"]
 
 
 def test_workers_of_another_model_are_never_paired() -> None:

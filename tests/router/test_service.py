@@ -2,7 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -61,7 +61,7 @@ class ScriptedRouter:
 async def test_what_an_observer_causes_is_carried_out_after_what_was_decided_before() -> None:
     service: RouterService
     observer = SimpleNamespace(worker_idle=lambda worker_id, incarnation: service.handle(WorkersExpected(0)))
-    service = RouterService(ScriptedRouter(), observer, "token")  # type: ignore[arg-type]
+    service = RouterService(cast(Router, ScriptedRouter()), observer, "token")
     request = Request(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1), eos_token_ids=())
     assert [event async for event in service.generate(request)] == [TOKENS, END]
 
@@ -96,7 +96,7 @@ class TokenMachine:
 @pytest.fixture
 def served() -> tuple[RouterService, TokenMachine]:
     """A service with one worker that has room for two streams, of which 20 tokens may be unread."""
-    service = RouterService(Router(RouterConfig(max_unread_tokens=20)), SimpleNamespace(), "token")  # type: ignore[arg-type]
+    service = RouterService(Router(RouterConfig(max_unread_tokens=20)), SimpleNamespace(), "token")
     machine = TokenMachine(service)
     service._workers["both-0", 1] = machine  # type: ignore[assignment]
     return service, machine
@@ -167,7 +167,7 @@ async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tu
 def took_over() -> tuple[RouterService, TokenMachine]:
     """A service whose worker has brought 50 tokens of request `r`, and goes on, while there was no router."""
     router = Router(RouterConfig(max_unread_tokens=20), first_attempt=1000, adopts=True)
-    service = RouterService(router, SimpleNamespace(), "token")  # type: ignore[arg-type]
+    service = RouterService(router, SimpleNamespace(), "token")
     machine = TokenMachine(service)
     service._workers["both-0", 1] = machine  # type: ignore[assignment]
     return service, machine

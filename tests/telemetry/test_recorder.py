@@ -113,7 +113,7 @@ def test_a_mistake_in_telling_is_logged_with_the_request_and_goes_no_further(cap
     recorded.recorder.closed(timeline("unfinished", finish_reasons=(None,)))
     (record,) = caplog.records
     assert (record.levelname, record.__dict__["request_id"]) == ("ERROR", "unfinished")
-    recorded.recorder.steps.observe = None  # type: ignore[assignment,method-assign]
+    recorded.recorder.steps.observe = None  # type: ignore[assignment]
     recorded.recorder.observe(Tick())
     assert len(caplog.records) == 2
 

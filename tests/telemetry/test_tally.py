@@ -1,9 +1,11 @@
 """What requests, steps and transfers add to which numbers, seen through the exposition that a scrape gets."""
 
+from typing import cast
+
 import pytest
 
 from pdserve.core.errors import QueueFull
-from pdserve.core.messages import Leg, Role, TokenOutput
+from pdserve.core.messages import Leg, Reserve, Role, TokenOutput
 from pdserve.core.request import FinishReason
 from pdserve.router.config import RouterConfig
 from pdserve.router.events import Cancel, Pause, Tick, Timeline, WorkerRole
@@ -84,7 +86,7 @@ def test_streams_of_one_report_are_counted_each_with_its_own_gap(cluster: Watche
     cluster.now_s = 1.0
     cluster.token("prefill-0", 0)
     cluster.now_s = 3.0
-    old, new = (command.spec.transfer for command in cluster.sent["decode-0"])
+    old, new = (command.spec.transfer for command in cast(list[Reserve], cluster.sent["decode-0"]))
     cluster.report("decode-0", TokenOutput(old, 0, 1, 7), TokenOutput(new, 0, 1, 7))
     values = cluster.values()
     assert values["inter_token_latency_seconds_sum"] == pytest.approx(3.0 + 2.0)

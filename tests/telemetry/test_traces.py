@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -155,7 +156,7 @@ class Collector(collector_rpc.TraceServiceServicer):
 def test_spans_reach_a_collector_over_otlp() -> None:
     collector = Collector()
     server = grpc.server(futures.ThreadPoolExecutor(1))
-    collector_rpc.add_TraceServiceServicer_to_server(collector, server)
+    cast(Any, collector_rpc).add_TraceServiceServicer_to_server(collector, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     exporter = TraceExporter(f"http://127.0.0.1:{port}", "tiny")

@@ -4,6 +4,8 @@ blocks show up as wrong tokens. Stands in for the engine where scheduling and tr
 import random
 from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
@@ -121,8 +123,8 @@ class Wire:
 
     def __init__(self, sender: ChainEngine, receiver: ChainEngine, rng: random.Random) -> None:
         self._sender, self._receiver, self._rng = sender, receiver, rng
-        self._sends: dict[TransferId, dict] = {}  # type: ignore[type-arg]
-        self._expects: dict[TransferId, tuple[tuple[int, ...], int, int]] = {}
+        self._sends: dict[TransferId, Any] = {}  # None: it fails
+        self._expects: dict[TransferId, tuple[tuple[int, ...], int, int] | None] = {}
         self.address = TransferAddress("decode-0", 1, "host", "name", "127.0.0.1", 1)
 
     # SendPort
@@ -155,28 +157,31 @@ class Wire:
 
     def cancel(self, transfer: TransferId) -> None:
         """Both sides' transfers end without success (the peer hears of it)."""
-        for table in (self._sends, self._expects):
+        tables: tuple[dict[TransferId, Any], ...] = (self._sends, self._expects)
+        for table in tables:
             if transfer in table:
-                table[transfer] = None  # type: ignore[index]
+                table[transfer] = None
 
     def deliver(self, prefill, decode) -> bool:  # type: ignore[no-untyped-def]
         """Let one pending event happen; False when there is none."""
         events: list[Callable[[], None]] = []
         for transfer, send in self._sends.items():
             if send is None:
-                events.append(lambda transfer=transfer: self._fail_send(transfer, prefill))
+                events.append(partial(self._fail_send, transfer, prefill))
             elif send["payload"] is not None and self._expects.get(transfer) is not None:
-                events.append(lambda transfer=transfer: self._finish(transfer, prefill, decode))
+                events.append(partial(self._finish, transfer, prefill, decode))
         for transfer, expect in self._expects.items():
             if expect is None:
-                events.append(lambda transfer=transfer: self._fail_receive(transfer, decode))
+                events.append(partial(self._fail_receive, transfer, decode))
         if not events:
             return False
         self._rng.choice(events)()
         return True
 
     def _finish(self, transfer: TransferId, prefill, decode) -> None:  # type: ignore[no-untyped-def]
-        send, (blocks, num_tokens, num_cached) = self._sends.pop(transfer), self._expects.pop(transfer)
+        send, expected = self._sends.pop(transfer), self._expects.pop(transfer)
+        assert expected is not None
+        blocks, num_tokens, num_cached = expected
         for position in range(num_cached, num_tokens):
             self._receiver.write(blocks, position, self._sender.read(send["blocks"], position))
         decode.received(transfer, send["payload"])

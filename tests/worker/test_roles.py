@@ -1,7 +1,7 @@
 """The two roles over a modelled engine and wire: every stream carries exactly the tokens its KV stands for."""
 
 import random
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence as Seq
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -60,7 +60,7 @@ class Pair:
         self.prefill.prefill(Prefill(spec=spec, target=self.wire.address))
 
     def tick(self) -> bool:
-        actions = [
+        actions: list[Callable[[], bool]] = [
             self.prefill.step,
             self.decode.step,
             lambda: self.wire.deliver(self.prefill, self.decode),

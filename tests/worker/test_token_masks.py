@@ -61,7 +61,7 @@ def test_a_mask_that_comes_while_the_step_is_computed_is_in_time_and_a_late_one_
     pair.decode.serve(Serve(spec=request))
     pair.d_port.tell(pair.rng, pair.d_masks)
     pair.decode.step()
-    pair.rng.randrange = lambda *_: 0  # type: ignore[method-assign]  (none comes)
+    pair.rng.randrange = lambda *_: 0  # none comes
     assert pair.decode.step() and len(pair.d_box.outputs) == 1
     assert not pair.decode.step()
     pair.d_port.tell(pair.rng, pair.d_masks)

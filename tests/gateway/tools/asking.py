@@ -7,7 +7,7 @@ from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.support import ScriptedCluster
 from tests.gateway.tools.models import MODELS, written
 
-USER = {"role": "user", "content": "the weather?"}
+USER: Any = {"role": "user", "content": "the weather?"}
 ARGUMENTS = '{"city": "Köln", "unit": "C"}'
 CALLS = [("get_weather", ARGUMENTS), ("stop", "{}")]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import cast
 
 import httpx
 import openai
@@ -9,7 +10,7 @@ import pytest
 
 from pdserve.gateway.app import GatewayServer, serve
 from tests.gateway.conftest import CONFIG
-from tests.gateway.support import ScriptedCluster, byte_level, model_info
+from tests.gateway.support import Built, ScriptedCluster, byte_level, model_info
 from tests.gateway.tools.asking import CALLS, saying
 from tests.gateway.tools.models import eos_of
 
@@ -27,7 +28,7 @@ def cluster(model: str) -> ScriptedCluster:
 
 @pytest.fixture
 async def server(cluster: ScriptedCluster) -> AsyncIterator[GatewayServer]:
-    info = replace(model_info(cluster.tokenizer), max_model_len=2048, eos_token_ids=(eos_of(cluster.tokenizer),))
+    info = replace(model_info(cluster.tokenizer), max_model_len=2048, eos_token_ids=(eos_of(cast(Built, cluster.tokenizer)),))
     config = CONFIG.model_copy(update={"limits": CONFIG.limits.model_copy(update={"max_tool_bytes": 20_000})})
     gateway = await serve(cluster, config, cluster.tokenizer, info)
     yield gateway

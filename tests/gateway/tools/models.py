@@ -173,6 +173,6 @@ def offer(
     )
 
 
-def openai_tools() -> list[dict[str, Any]]:
+def openai_tools() -> list[Any]:
     """TOOLS, as clients send them."""
-    return json.loads(json.dumps([tool.for_template() for tool in TOOLS]))
+    return list(json.loads(json.dumps([tool.for_template() for tool in TOOLS])))

@@ -1,7 +1,7 @@
 """Calls come out of an answer as each door tells them, to the official clients too."""
 
 import asyncio
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import httpx
 import openai
@@ -105,9 +105,9 @@ async def test_the_official_client_calls_tools(client: openai.AsyncOpenAI, clust
     assert choice.message.tool_calls is not None
     told = [item for item in choice.message.tool_calls if isinstance(item, ChatCompletionMessageToolCall)]
     assert [(item.function.name, item.function.arguments) for item in told] == CALLS
-    results = [{"role": "tool", "tool_call_id": item.id, "content": "sunny"} for item in told]
+    results: list[Any] = [{"role": "tool", "tool_call_id": item.id, "content": "sunny"} for item in told]
     await client.chat.completions.create(
-        model="tiny", messages=[USER, choice.message, *results], tools=openai_tools(), tool_choice="none"
+        model="tiny", messages=[USER, cast(Any, choice.message), *results], tools=openai_tools(), tool_choice="none"
     )
     prompt = cluster.tokenizer.decode(cluster.requests[1].prompt_token_ids)
     assert written(ToolFormat.HERMES, CALLS, "Let me see.") in prompt

@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -140,7 +141,8 @@ def test_whatever_a_model_likes_to_write_is_text_and_calls_that_fit(model: str, 
     likely = [token_id for token_id in range(eos, 400) if tokenizer.piece(token_id) in {*'{}[]":,0', "</tool_call>"}] + [eos]
     num_calls = 0
     for _ in range(15):
-        walk, token_ids = matcher(model, offer(must_call=must_call)), []
+        walk = matcher(model, offer(must_call=must_call))
+        token_ids: list[int] = []
         while not walk.is_stopped() and len(token_ids) < 200:
             bits = np.unpackbits(np.frombuffer(walk.compute_bitmask(), dtype=np.uint8), bitorder="little")
             preferred = [token_id for token_id in likely if bits[token_id]] if rng.random() < 0.5 else []
@@ -171,7 +173,7 @@ def check_calls(model: str, token_ids: list[int], is_whole: bool) -> int:
     return len(complete)
 
 
-BAD_SCHEMAS = {
+BAD_SCHEMAS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown type": ({"properties": {"a": {"type": "text"}}}, "Invalid type"),
     "a reference to nothing": ({"$ref": "#/$defs/a"}, "does not exist"),
     "a pattern that is none": ({"properties": {"a": {"type": "string", "pattern": "("}}}, "regex"),

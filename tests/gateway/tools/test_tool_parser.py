@@ -39,7 +39,8 @@ def read(form: ToolFormat, texts: list[str]) -> list[ToolEvent]:
 
 def joined(events: list[ToolEvent]) -> tuple[str, list[tuple[str, str, str]]]:
     """The text, and id, name and arguments of each call; checks that calls come after each other and after the text."""
-    text, calls, is_open = "", [], False
+    text, is_open = "", False
+    calls: list[tuple[str, str, str]] = []
     for event in events:
         match event:
             case Text(part):

@@ -10,8 +10,8 @@ from pdserve.gateway.tools.formats import ToolFormat
 from tests.gateway.support import Built, byte_level
 from tests.gateway.tools.models import TEMPLATES, openai_tools
 
-CHAT = [{"role": "user", "content": 'say "hé" <b>'}]
-CALLED = [
+CHAT: list[dict[str, Any]] = [{"role": "user", "content": 'say "hé" <b>'}]
+CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "the weather?"},
     {"role": "assistant", "content": "", "tool_calls": [
         {"id": "a23456789", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Köln", "days": [1]}}}

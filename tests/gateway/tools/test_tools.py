@@ -160,7 +160,7 @@ async def test_an_unknown_mode_is_refused(generation: Stub) -> None:
         )
 
 
-ONLY_HTTP = {
+ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
     "a tool of no type": (
         {"messages": [{"role": "user"}], "tools": [{"function": {"name": "f"}}]},
         "tools[0].type: '' is not valid, expected a value",

@@ -9,7 +9,7 @@ from pdserve.kernels.reference import TorchKernels
 from pdserve.kernels.triton.decode_attention import DecodeBatch, decode_attention, decode_workspace
 from pdserve.kernels.triton.decode_plan import DecodePlan, DecodeShape, plan_decode
 
-from ..conftest import paged_batch
+from ..conftest import halves, paged_batch
 from .support import DEVICE, assert_close_in_dtype, random_case
 
 MAX_CONTEXT_LEN = 1024
@@ -74,8 +74,8 @@ def test_decode_attention(
     shape = decode_shape(num_kv_heads, block_size, window=window, takes_turns=takes_turns)
     plan = plan_decode(shape, query_lens, context_lens, MAX_CONTEXT_LEN)
     workspace = decode_workspace(shape, num_heads, head_dim, MAX_CONTEXT_LEN, DEVICE)
-    out = decode_attention(q.to(DEVICE), *cache.to(DEVICE), padded(batch, plan), workspace, head_dim**-0.5)
-    exact = reference.paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)
+    out = decode_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), padded(batch, plan), workspace, head_dim**-0.5)
+    exact = reference.paged_attention(q.double(), *halves(cache.double()), batch, head_dim**-0.5, window)
     assert_close_in_dtype(out, exact)
     assert not workspace.arrivals.any()  # the next layer counts from zero
 
@@ -90,7 +90,7 @@ def test_whichever_piece_is_finished_last_the_merged_bits_are_the_same(takes_tur
     for order in (slice(None), torch.arange(len(plan.pieces)).flip(0), torch.randperm(len(plan.pieces))):
         shuffled = DecodePlan(shape, plan.pieces[order].contiguous(), plan.partial_start)
         workspace = decode_workspace(shape, 4, 64, MAX_CONTEXT_LEN, DEVICE)
-        outs.append(decode_attention(q.to(DEVICE), *cache.to(DEVICE), padded(batch, shuffled), workspace, 0.125))
+        outs.append(decode_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), padded(batch, shuffled), workspace, 0.125))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 

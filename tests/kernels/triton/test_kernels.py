@@ -8,9 +8,10 @@ import torch
 from pdserve.kernels import AttentionBatch, KernelRequirements
 from pdserve.kernels.reference import TorchKernels
 from pdserve.kernels.triton import paged_attention
+from pdserve.kernels.triton.decode_plan import plan_decode
 from pdserve.kernels.triton.kernels import TritonKernels
 
-from ..conftest import paged_batch
+from ..conftest import halves, paged_batch
 from .support import DEVICE, assert_close_in_dtype, random_case
 
 reference = TorchKernels()
@@ -27,8 +28,8 @@ def test_short_and_mixed_batches_of_small_and_large_groups(
     num_heads: int, num_kv_heads: int, query_lens: list[int], window: int | None
 ) -> None:
     batch, q, cache = random_case(torch.float32, num_heads, num_kv_heads, 16, 16, (query_lens, [40, 17, 90]))
-    out = make_kernels().paged_attention(q.to(DEVICE), *cache.to(DEVICE), batch, 0.25, window)
-    assert_close_in_dtype(out, reference.paged_attention(q.double(), *cache.double(), batch, 0.25, window))
+    out = make_kernels().paged_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), batch, 0.25, window)
+    assert_close_in_dtype(out, reference.paged_attention(q.double(), *halves(cache.double()), batch, 0.25, window))
 
 
 def test_positions_and_slots_may_lie_on_the_host() -> None:
@@ -37,36 +38,35 @@ def test_positions_and_slots_may_lie_on_the_host() -> None:
     there, written = cache.to(DEVICE), cache.clone()
     positions = torch.tensor([7, 8])
     q = make_kernels().rope_and_cache(
-        qkv.to(DEVICE), positions, cos_sin.to(DEVICE), None, None, 1e-6, *there, batch.slot_mapping
+        qkv.to(DEVICE), positions, cos_sin.to(DEVICE), None, None, 1e-6, *halves(there), batch.slot_mapping
     )
-    exact = reference.rope_and_cache(qkv, positions, cos_sin, None, None, 1e-6, *written, batch.slot_mapping)
+    exact = reference.rope_and_cache(qkv, positions, cos_sin, None, None, 1e-6, *halves(written), batch.slot_mapping)
     assert_close_in_dtype(q, exact.double())
     assert_close_in_dtype(there, written.double())
 
 
 def test_a_batch_is_planned_once_for_all_layers_of_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[int | None] = []
-    plan_decode = paged_attention.plan_decode
     monkeypatch.setattr(
         paged_attention, "plan_decode", lambda shape, *rest: plans.append(shape.window) or plan_decode(shape, *rest)
     )
     kernels = make_kernels()
     batch, q, cache = random_case(torch.float32, 2, 1, 16, 16, ([1, 1], [20, 40]))
     q, cache = q.to(DEVICE), cache.to(DEVICE)
-    whole, windowed = (kernels.paged_attention(q, *cache, batch, 0.25, window) for window in (None, 8))
+    whole, windowed = (kernels.paged_attention(q, *halves(cache), batch, 0.25, window) for window in (None, 8))
     assert not torch.equal(whole, windowed)
     for window, out in ((None, whole), (8, windowed)):
-        assert torch.equal(kernels.paged_attention(q, *cache, batch, 0.25, window), out)
+        assert torch.equal(kernels.paged_attention(q, *halves(cache), batch, 0.25, window), out)
     assert plans == [None, 8]
     same = dataclasses.replace(batch)
-    assert torch.equal(kernels.paged_attention(q, *cache, same, 0.25, None), whole)
+    assert torch.equal(kernels.paged_attention(q, *halves(cache), same, 0.25, None), whole)
     assert plans == [None, 8, None]
 
 
 def test_a_plan_goes_with_its_batch() -> None:
     kernels = make_kernels()
     batch, q, cache = random_case(torch.float32, 2, 1, 16, 16, ([1], [20]))
-    kernels.paged_attention(q.to(DEVICE), *cache.to(DEVICE), batch, 0.25)
+    kernels.paged_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), batch, 0.25)
     assert len(kernels.attention._steps) == 1
     del batch
     assert len(kernels.attention._steps) == 0
@@ -85,7 +85,7 @@ def test_a_batch_that_cannot_be_planned_is_refused(name: str, change: object, co
     batch, q, cache = random_case(torch.float32, 2, 1, 16, 16, ([1, 1], [20, 40]))
     changed: AttentionBatch = dataclasses.replace(batch, **{name: change(getattr(batch, name))})  # type: ignore[operator]
     with pytest.raises(ValueError, match=f"{name}: .*{complaint}"):
-        make_kernels().paged_attention(q.to(DEVICE), *cache.to(DEVICE), changed, 0.25)
+        make_kernels().paged_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), changed, 0.25)
 
 
 def test_operations_refuse_what_they_would_misread() -> None:
@@ -108,4 +108,4 @@ def test_operations_refuse_what_they_would_misread() -> None:
 def test_groups_that_no_tile_holds_are_refused(num_heads: int, num_kv_heads: int) -> None:
     batch, q, cache = random_case(torch.float32, num_heads, num_kv_heads, 16, 16, ([1], [20]))
     with pytest.raises(ValueError, match="q:"):
-        make_kernels().paged_attention(q.to(DEVICE), *cache.to(DEVICE), batch, 0.25)
+        make_kernels().paged_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), batch, 0.25)

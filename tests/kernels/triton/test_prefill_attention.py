@@ -6,6 +6,7 @@ import torch
 from pdserve.kernels.reference import TorchKernels
 from pdserve.kernels.triton.prefill_attention import PrefillBatch, plan_prefill, prefill_attention, tokens_per_tile
 
+from ..conftest import halves
 from .support import DEVICE, assert_close_in_dtype, random_case
 
 MIXED = ([33, 1, 140, 2], [33, 90, 270, 253], None)  # query lengths, context lengths, window
@@ -39,8 +40,8 @@ def test_prefill_attention(
     batch, q, cache = random_case(dtype, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens))
     tiles = plan_prefill(query_lens, context_lens, tokens_per_tile(cache[0], num_heads))
     tiled = PrefillBatch(*(t.to(DEVICE) for t in (batch.query_start_loc, batch.context_lens, batch.block_tables, tiles)))
-    out = prefill_attention(q.to(DEVICE), *cache.to(DEVICE), tiled, head_dim**-0.5, window)
-    exact = TorchKernels().paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)
+    out = prefill_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), tiled, head_dim**-0.5, window)
+    exact = TorchKernels().paged_attention(q.double(), *halves(cache.double()), batch, head_dim**-0.5, window)
     assert_close_in_dtype(out, exact)
 
 

@@ -1,5 +1,7 @@
 """One kernel draws the tokens that the CPU's sampler draws, from the same random numbers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from pdserve.kernels.triton.sampling import sample, uniform
 from .support import DEVICE
 
 MULTI_TILE = 9001  # tokens: tiles, and a rest
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
     {"temperature": 0.3},

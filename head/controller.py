@@ -5,12 +5,12 @@ Runs on the head's asyncio loop. Events come from workers' connections (through 
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..core.messages import WorkerInfo
+from ..core.pump import CommandPump
 from ..router.cores import Placement
 from ..router.events import (
     Adopted,
@@ -81,8 +81,7 @@ class Controller:
         self._make_spec = make_spec
         self._on_change = on_change
         self._service: RouterService | None = None
-        self._actions: deque[FleetAction] = deque()
-        self._is_busy = False  # with actions
+        self._pump: CommandPump[FleetAction | WorkersExpected] = CommandPump(self._carry_out, self._give_places)
         self._is_closed = False
         self._tick: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,17 +110,10 @@ class Controller:
         loop = asyncio.get_running_loop()
         if isinstance(event, Apply):
             self._places.wanted = event.pools
-        self._actions += self.fleet.handle(event, loop.time())
-        if self._is_busy:
+        actions = self.fleet.handle(event, loop.time())
+        # the router hears what to expect before workers drain whom others are to replace
+        if not self._pump.run([WorkersExpected(self.fleet.num_expected), *actions]):
             return
-        self._is_busy = True
-        self._router(WorkersExpected(self.fleet.num_expected))  # before workers drain whom others are to replace
-        try:
-            while self._actions or self._give_places(loop.time()):
-                while self._actions:
-                    self._carry_out(self._actions.popleft(), loop.time())
-        finally:
-            self._is_busy = False
         if self.fleet.is_settled and not self.adopted.is_set():
             self.adopted.set()
             self._router(Adopted())
@@ -175,11 +167,13 @@ class Controller:
 
     # actions
 
-    def _carry_out(self, action: FleetAction, now_s: float) -> None:
+    def _carry_out(self, action: FleetAction | WorkersExpected) -> None:
         match action:
+            case WorkersExpected():
+                self._router(action)
             case StartWorker(role, worker_id, incarnation):
                 key = worker_id, incarnation
-                process = self.processes[key] = Process(self._make_spec(action), now_s)
+                process = self.processes[key] = Process(self._make_spec(action), asyncio.get_running_loop().time())
                 self._places.ask(key, role, process.spec.need)
             case DrainWorker(worker_id):
                 self._router(WorkerDraining(worker_id))
@@ -189,18 +183,19 @@ class Controller:
             case StopWorker(worker_id, incarnation, reason):
                 self._stop((worker_id, incarnation), reason, STOP_TIMEOUT_S)
 
-    def _give_places(self, now_s: float) -> bool:
-        """Start the actors for which there is room; the others wait. Whether there are actions to carry out after that."""
+    def _give_places(self) -> list[FleetAction]:
+        """Start the actors for which there is room; the others wait. Returns what the fleet does about it."""
+        actions: list[FleetAction] = []
         while (found := self._places.next()) is not None:
             key, placement = found
             process = self.processes[key]
             process.phase = "starting a process"
             self._keeper.start(process.spec, placement)
             process.watch = self._spawn(self._watch(key))
-            self._actions += self.fleet.handle(WorkerPlaced(*key), now_s)
+            actions += self.fleet.handle(WorkerPlaced(*key), asyncio.get_running_loop().time())
         for key in self._places.waiting:
             self.processes[key].phase = f"waiting: {self._places.why_waiting(key)}"
-        return bool(self._actions)
+        return actions
 
     async def _watch(self, key: Key) -> None:
         """Follow one process to its end, whatever that is."""

@@ -6,7 +6,6 @@ Runs on one asyncio loop. Every event goes through `RouterService.handle`, which
 import asyncio
 import logging
 import socket
-from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
@@ -26,6 +25,7 @@ from ..core.messages import (
     WorkerMessage,
 )
 from ..core.peer_log import peer_log
+from ..core.pump import CommandPump
 from ..core.request import FinishReason, Request
 from .client_stream import ClientStream, StreamEvent
 from .core import Router
@@ -82,8 +82,7 @@ class RouterService:
         self._unproven: dict[_WorkerConnection, None] = {}  # the oldest first
         self._streams: dict[str, ClientStream] = {}
         self._workers: dict[tuple[str, int], _WorkerConnection] = {}
-        self._commands: deque[RouterCommand] = deque()
-        self._is_busy = False  # with commands
+        self._pump: CommandPump[RouterCommand] = CommandPump(self._carry_out)
         self._server: asyncio.Server | None = None
         self._tick: asyncio.TimerHandle | None = None
 
@@ -140,16 +139,8 @@ class RouterService:
         loop = asyncio.get_running_loop()
         if self._recorder is not None:
             self._recorder.observe(event)
-        self._commands += self.router.handle(event, loop.time())
-        if self._is_busy:
-            return
-        self._is_busy = True
-        try:
-            while self._commands:
-                self._carry_out(self._commands.popleft())
-        finally:
-            self._is_busy = False
-        self._schedule_tick(loop)
+        if self._pump.run(self.router.handle(event, loop.time())):
+            self._schedule_tick(loop)
 
     def _carry_out(self, command: RouterCommand) -> None:
         match command:

@@ -1,7 +1,6 @@
 """The head in virtual time: production's `Router` and `Fleet`, around them what `RouterService` and `Controller` do with
 connections and processes."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -9,6 +8,7 @@ from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
 from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Ready, Role, StepReport, WorkerCommand
 from ..core.needs import Need
+from ..core.pump import CommandPump
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
@@ -117,9 +117,8 @@ class SimulatedHead:
         self._ways = BrokenWays()
         self._started: dict[Key, SimulatedWorker] = {}
         self._ending: set[Key] = set()
-        self._commands: deque[RouterCommand] = deque()
-        self._actions: deque[FleetAction] = deque()
-        self._is_busy = self._is_acting = False
+        self._commands: CommandPump[RouterCommand] = CommandPump(self._carry_out)
+        self._actions: CommandPump[FleetAction | WorkersExpected] = CommandPump(self._act, self._give_places)
         self._tick: Timer | None = None
         self._fleet_tick: Timer | None = None
 
@@ -193,18 +192,14 @@ class SimulatedHead:
 
     def handle(self, event: RouterEvent) -> None:
         try:
-            self._commands += self.router.handle(event, self._time.now_s)
+            commands = self.router.handle(event, self._time.now_s)
         except PdserveError:
             raise
         except Exception as error:  # what would end the head's process
             self._violation(f"the router failed at {type(event).__name__}: {error!r}")
             raise
-        if self._is_busy:
+        if not self._commands.run(commands):
             return
-        self._is_busy = True
-        while self._commands:
-            self._carry_out(self._commands.popleft())
-        self._is_busy = False
         if self._tick is not None:
             self._tick.cancel()
         due_s = self.router.next_tick_s()
@@ -296,15 +291,9 @@ class SimulatedHead:
     def manage(self, event: FleetEvent) -> None:
         if isinstance(event, Apply):
             self.places.wanted = event.pools
-        self._actions += self.fleet.handle(event, self._time.now_s)
-        if self._is_acting:
+        actions = self.fleet.handle(event, self._time.now_s)
+        if not self._actions.run([WorkersExpected(self.fleet.num_expected), *actions]):
             return
-        self._is_acting = True
-        self.handle(WorkersExpected(self.fleet.num_expected))
-        while self._actions or self._give_places():
-            while self._actions:
-                self._act(self._actions.popleft())
-        self._is_acting = False
         if not self._is_settled and self.fleet.is_settled:
             self._is_settled = True
             self.handle(Adopted())
@@ -315,8 +304,10 @@ class SimulatedHead:
         due_s = self.fleet.next_tick_s()
         self._fleet_tick = None if due_s is None else self.process.call_at(due_s, lambda: self.manage(Tick()))
 
-    def _act(self, action: FleetAction) -> None:
+    def _act(self, action: FleetAction | WorkersExpected) -> None:
         match action:
+            case WorkersExpected():
+                self.handle(action)
             case StartWorker(role, worker_id, incarnation):
                 self._wanted_workers[worker_id, incarnation] = action
                 self.places.ask((worker_id, incarnation), role, NEED)
@@ -331,13 +322,14 @@ class SimulatedHead:
             case StopWorker(worker_id, incarnation):
                 self._stop((worker_id, incarnation))
 
-    def _give_places(self) -> bool:
-        """Start the workers for which there is room. Whether there is anything to do after that."""
+    def _give_places(self) -> list[FleetAction]:
+        """Start the workers for which there is room. Returns what the fleet does about it."""
+        actions: list[FleetAction] = []
         while (found := self.places.next()) is not None:
             key, placement = found
             self._watch(self._start_worker(self._wanted_workers.pop(key), placement))
-            self._actions += self.fleet.handle(WorkerPlaced(*key), self._time.now_s)
-        return bool(self._actions)
+            actions += self.fleet.handle(WorkerPlaced(*key), self._time.now_s)
+        return actions
 
     def waits_for_a_place(self, role: Role) -> bool:
         """Whether an instance of a pool does."""

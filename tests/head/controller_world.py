@@ -11,9 +11,9 @@ from ray.exceptions import ActorDiedError
 from pdserve.cluster.actors import outcome_of
 from pdserve.core.config import ClusterConfig
 from pdserve.core.messages import Hello, Ready, Role
-from pdserve.head import controller as controller_module
 from pdserve.head.controller import Controller
 from pdserve.head.ports import Outcome
+from pdserve.router import supervisor
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator, Placement
 from pdserve.router.events import WorkerLost
@@ -83,7 +83,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_cores: int = 2, **fleet: Any) -> None:
         self.keeper = FakeKeeper()
         self.fleet_events: list[Any] = []
-        monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(supervisor, "STOP_TIMEOUT_S", 0.01)
         self.start_controller(monkeypatch, Router(), num_cores, **fleet)
 
     def start_controller(self, monkeypatch: pytest.MonkeyPatch, router: Router, num_cores: int = 2, **fleet: Any) -> None:

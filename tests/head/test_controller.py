@@ -8,12 +8,13 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from pdserve.core.errors import CheckpointError
 from pdserve.core.messages import LoadProgress, Ready
-from pdserve.head import controller as controller_module
+from pdserve.router import supervisor
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity
 from pdserve.router.events import Tick
 from pdserve.router.fleet_events import Apply, Drain, Shutdown
 from pdserve.router.fleet_member import MemberState
+from pdserve.router.supervisor import ProcessState
 
 from ..router.cluster import worker_info
 from .controller_world import D, FakeActor, P, World, hello
@@ -39,7 +40,7 @@ async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
 async def test_a_worker_that_fell_silent_is_killed_without_being_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, stable_s=0.0)
     world.up()
-    monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(supervisor, "STOP_TIMEOUT_S", 3600.0)
     actor = world.actor("decode-0")
     actor.is_frozen = True
     world.disconnect("decode-0", "silent for 3.1 s", is_silent=True)
@@ -207,7 +208,7 @@ async def test_a_worker_waits_for_a_host_for_as_long_as_it_takes_and_starts_when
 ) -> None:
     world = World(monkeypatch, num_cores=1)
     world.controller.handle(Apply({P: 1, D: 1}))
-    (waiting,) = (key for key, process in world.controller.processes.items() if process.watch is None)
+    (waiting,) = (key for key, process in world.controller.processes.items() if process.state is ProcessState.WAITING)
     assert world.controller.processes[waiting].phase.startswith(f"waiting: {waiting[0]} needs 1 core(s)")
     world.places.cores.open("another", Capacity(1))
     world.controller.handle(Tick())

@@ -39,6 +39,7 @@ from pdserve.router.live_requests import LiveRequests
 from pdserve.router.places import Places
 from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
+from pdserve.router.supervisor import ProcessEnded, Supervisor
 from pdserve.router.take_over import TakeOver
 from pdserve.simulator.kv_model import ChainStore
 from pdserve.simulator.run import simulate
@@ -337,6 +338,30 @@ def forget_which_ways_between_hosts_are_broken() -> Planted:
     return patch.object(Links, "avoids", lambda self, prefill, decode: False)
 
 
+def give_the_cores_of_a_process_away_before_it_is_gone() -> Planted:
+    original = Supervisor._stop
+
+    def stop(self: Supervisor[Any], key: tuple[str, int], reason: str, now_s: float, *, may_ask: bool = True):  # type: ignore[no-untyped-def]
+        actions = original(self, key, reason, now_s, may_ask=may_ask)
+        self.places.give_back(key)
+        return actions
+
+    return patch.object(Supervisor, "_stop", stop)
+
+
+def forget_a_process_that_ends_by_itself() -> Planted:
+    """Its cores are free again, and nobody hears of its end."""
+    original = Supervisor._ended
+
+    def ended(self: Supervisor[Any], event: ProcessEnded, now_s: float) -> None:
+        if self.processes[event.worker_id, event.incarnation].is_expected:
+            self._forget((event.worker_id, event.incarnation), event.reason)
+        else:
+            original(self, event, now_s)
+
+    return patch.object(Supervisor, "_ended", ended)
+
+
 def leave_all_places_to_the_client_that_has_them() -> Planted:
     return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
 
@@ -376,6 +401,8 @@ MUTATIONS: list[Mutation] = [
     tell_the_token_of_a_row_in_vain,
     run_ahead_of_a_token_that_decides,
     leave_all_places_to_the_client_that_has_them,
+    give_the_cores_of_a_process_away_before_it_is_gone,
+    forget_a_process_that_ends_by_itself,
 ]
 
 

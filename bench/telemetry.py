@@ -46,7 +46,7 @@ class Side:
     """One router process's way of a step: decode the frame, route, fill the streams."""
 
     def __init__(self, told: Recorder | None, num_sequences: int) -> None:
-        self.service = RouterService(Router(DECODE_APART), SimpleNamespace(), "", told)
+        self.service = RouterService(Router(DECODE_APART), SimpleNamespace(expects=None), "", told)
         self.streams = [self.service._streams.setdefault(f"r{i}", _Stream()) for i in range(num_sequences)]
         self.decoder: FrameDecoder[StepReport] = FrameDecoder(StepReport)
         self.times: list[float] = []

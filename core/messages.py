@@ -275,8 +275,11 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer: TransferId
 
 
+HEARTBEAT_S = 0.5  # so often do router and worker speak to each other at least
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The router lives. Sent every 0.5 s; a worker that hears nothing for long has lost its router."""
+    """The router lives. Sent every `HEARTBEAT_S`; a worker that hears nothing for long has lost its router."""
 
 
 WorkerCommand = Prefill | Reserve | Serve | Abort | Heartbeat

@@ -9,10 +9,9 @@ import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from ..core.messages import WorkerInfo
 from ..core.pump import CommandPump
 from ..router.cores import Key, Placement
-from ..router.events import Tick, WorkerIdle, WorkerReady
+from ..router.events import Tick
 from ..router.fleet import Fleet
 from ..router.fleet_events import StartWorker
 from ..router.places import Places
@@ -29,7 +28,6 @@ from ..router.supervisor import (
     SupervisorEvent,
     SuspectHost,
     TakeOver,
-    WorkerProgress,
 )
 from ..worker.spec import WorkerSpec
 from .ports import Keeper
@@ -67,6 +65,10 @@ class Controller:
         """Oldest first."""
         return self._supervisor.processes
 
+    def expects(self, key: Key) -> bool:
+        """Whether a worker that calls itself so may serve."""
+        return self._supervisor.expects(key)
+
     def attach(self, service: RouterService) -> None:
         """The router whose workers these are."""
         self._service = service
@@ -82,6 +84,8 @@ class Controller:
         carried out after the commands that were decided before."""
         if self._is_closed:
             return
+        if isinstance(event, ConnectionLost) and self._supervisor.is_serving(event.key):
+            log.warning("%s/%d is lost: %s", *event.key, event.reason, extra={"worker": event.worker_id})
         if not self._pump.run(self._supervisor.handle(event, asyncio.get_running_loop().time())):
             return
         if self._supervisor.is_adopted:
@@ -100,25 +104,6 @@ class Controller:
         await asyncio.gather(*watching.values(), return_exceptions=True)
         for key in watching:
             self._keeper.kill(key)
-
-    # what the router's service tells of workers
-
-    def expects(self, worker_id: str, incarnation: int) -> bool:
-        return self._supervisor.expects((worker_id, incarnation))
-
-    def worker_progress(self, worker_id: str, incarnation: int, phase: str, fraction: float) -> None:
-        self.handle(WorkerProgress(worker_id, incarnation, phase, fraction))
-
-    def worker_ready(self, info: WorkerInfo) -> None:
-        self.handle(WorkerReady(info))
-
-    def worker_lost(self, worker_id: str, incarnation: int, reason: str, is_silent: bool) -> None:
-        if self._supervisor.is_serving((worker_id, incarnation)):
-            log.warning("%s/%d is lost: %s", worker_id, incarnation, reason, extra={"worker": worker_id})
-        self.handle(ConnectionLost(worker_id, incarnation, reason, is_silent))
-
-    def worker_idle(self, worker_id: str, incarnation: int) -> None:
-        self.handle(WorkerIdle(worker_id, incarnation))
 
     # commands
 

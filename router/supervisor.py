@@ -110,6 +110,10 @@ class ConnectionLost:
     reason: str
     is_silent: bool
 
+    @property
+    def key(self) -> Key:
+        return self.worker_id, self.incarnation
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnded:
@@ -274,7 +278,7 @@ class Supervisor(Generic[S]):
     def _connection_lost(self, event: ConnectionLost, now_s: float) -> None:
         """One that was to end, or has not begun to serve, tells more by the end of its process. One that fell silent may be
         frozen, and a new incarnation needs its cores: it is not asked to end, but killed."""
-        key = event.worker_id, event.incarnation
+        key = event.key
         if not self.is_serving(key):
             return
         self._suspect(key)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ..core.errors import PdserveError
 from ..core.latency import LatencyModel
-from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Ready, Role, StepReport, WorkerCommand
+from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Role, StepReport, WorkerCommand
 from ..core.needs import Need
 from ..core.pump import CommandPump
 from ..core.request import FinishReason, Request
@@ -44,10 +44,8 @@ from ..router.hosts import (
 )
 from ..router.links import NUM_FAILURES
 from ..router.places import Places
-from ..router.service import HEARTBEAT_S, MAX_SILENT_BEATS
 from ..router.supervisor import (
     GENERATION_STRIDE,
-    ConnectionLost,
     EndProcess,
     KillProcess,
     LaunchProcess,
@@ -59,6 +57,7 @@ from ..router.supervisor import (
     SuspectHost,
     TakeOver,
 )
+from ..router.worker_sessions import HangUp, Say, SessionCommand, ToRouter, ToSupervisor, WorkerSessions
 from .broken_ways import BrokenWays
 from .network import End
 from .simulated_hosts import SimulatedHosts
@@ -132,7 +131,7 @@ class SimulatedHead:
         self._start_worker = start_worker
         self._violation = violation
         self._note = note
-        self._workers: dict[Key, _Connection] = {}
+        self._sessions: WorkerSessions[End] = WorkerSessions(self._supervisor.expects)
         self._wanted = WantedLegs()
         self._ways = BrokenWays()
         self._started: dict[Key, SimulatedWorker] = {}
@@ -224,9 +223,9 @@ class SimulatedHead:
     def _carry_out(self, command: RouterCommand) -> None:
         match command:
             case SendCommand(worker_id, incarnation, message):
-                connection = self._workers.get((worker_id, incarnation))
+                connection = self._sessions.connection((worker_id, incarnation))
                 if connection is not None:
-                    connection.end.send(message)
+                    connection.send(message)
                 self._wanted.sent((worker_id, incarnation), message)
                 started = self._started.get((worker_id, incarnation))
                 if started is not None and self._ways.sent(started.placement.node_id, message, self._time.now_s):
@@ -239,7 +238,7 @@ class SimulatedHead:
                 client = self.clients.get(command.request_id)
                 if isinstance(command, EmitEnd):
                     self.clients.pop(command.request_id, None)
-                    for text in self._wanted.ended(command.request_id, self._workers.keys() & self._started.keys()):
+                    for text in self._wanted.ended(command.request_id, self._connected()):
                         self._violation(text)
                 if client is None:
                     self._violation(f"{command.request_id}: {type(command).__name__} after its end")
@@ -259,45 +258,60 @@ class SimulatedHead:
 
     # workers' connections
 
-    def accept(self, worker: SimulatedWorker, end: End) -> None:
-        """The first message that a worker sends says that it is loaded."""
-        end.on_message = lambda message: self._admit(worker, end, message)
+    def accept(self, end: End) -> None:
+        """Somebody connects to the workers' port."""
+        end.on_message = lambda message: self._received(end, message)
+        end.on_lost = lambda reason: self._on_session(self._sessions.closed(end, reason))
+        self._on_session(self._sessions.opened(end))
+        self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
 
-    def _admit(self, worker: SimulatedWorker, end: End, message: Any) -> None:
-        key = worker.worker_id, worker.incarnation
-        if self._supervisor.expects(key) and key not in self._workers and isinstance(message, Ready):
-            self._workers[key] = _Connection(self, key, end)
-            self.receive(message)
-        else:
-            end.close()
+    def _received(self, end: End, message: Any) -> None:
+        self._sessions.heard(end)
+        self._on_session(self._sessions.received(end, message))
 
-    def receive(self, message: Any) -> None:
-        match message:
-            case Ready(info=info, held=held):
+    def _beat(self, end: End) -> None:
+        if end.is_open:
+            self._on_session(self._sessions.beat(end))
+            self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
+
+    def _on_session(self, commands: Iterable[SessionCommand[End]]) -> None:
+        for command in commands:
+            match command:
+                case ToRouter(event):
+                    self._observe(event)
+                    self.handle(event)
+                case ToSupervisor(event):
+                    self.manage(event)
+                case Say(end, message):
+                    end.send(message)
+                case HangUp(end):
+                    end.close()
+                    self._on_session(self._sessions.closed(end, None))
+
+    def _connected(self) -> set[Key]:
+        """Workers that live and can be reached."""
+        return {key for key in self._started if self._sessions.connection(key) is not None}
+
+    def _observe(self, event: RouterEvent) -> None:
+        """Check what a worker reports, before the router handles it."""
+        match event:
+            case WorkerReady(info, held):
                 self._wanted.told((info.worker_id, info.incarnation), held)
-                self.handle(WorkerReady(info, held))
-                self.manage(WorkerReady(info))
-            case StepReport() | LegEnded():
-                self._wanted.heard(message)
-                if isinstance(message, LegEnded):
-                    self._ways.heard(message, self._time.now_s)
-                if isinstance(message, LegEnded) and is_our_own_fault(message.error or ""):
-                    self._violation(f"{message.worker_id}: {message.leg.value} of {message.transfer}: {message.error}")
-                if self._note is not None and isinstance(message, LegEnded):
-                    how = message.error or "complete"
-                    self._note(
-                        f"{message.worker_id}/{message.incarnation}: {message.leg.value} of {message.transfer} ended, {how}"
-                    )
-                self.handle(message)
+            case WorkerLost(worker_id, incarnation, reason):
+                self._tell(f"router lost {worker_id}/{incarnation}: {reason}")
+            case StepReport():
+                self._wanted.heard(event)
+            case LegEnded():
+                self._wanted.heard(event)
+                self._ways.heard(event, self._time.now_s)
+                if is_our_own_fault(event.error or ""):
+                    self._violation(f"{event.worker_id}: {event.leg.value} of {event.transfer}: {event.error}")
+                how = event.error or "complete"
+                self._tell(f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended, {how}")
 
-    def lost(self, key: Key, reason: str, is_silent: bool = False) -> None:
-        """A connection is gone."""
-        if self._workers.pop(key, None) is None:
-            return
+    def _tell(self, text: str) -> None:
         if self._note is not None:
-            self._note(f"router lost {key[0]}/{key[1]}: {reason}")
-        self.handle(WorkerLost(*key, reason))
-        self.manage(ConnectionLost(*key, reason, is_silent))
+            self._note(text)
 
     # workers' processes
 
@@ -359,30 +373,3 @@ def describe(command: WorkerCommand) -> str:
         return f"{name} {command.transfer}"
     spec = command.spec
     return f"{name} {spec.transfer}, {spec.num_tokens} tokens, choices {', '.join(map(str, spec.choices))}"
-
-
-class _Connection:
-    """One worker's connection, with the watchdog that hangs up on the silent."""
-
-    def __init__(self, head: SimulatedHead, key: Key, end: End) -> None:
-        self.end = end
-        self._head, self._key = head, key
-        self._num_silent_beats = 0
-        end.on_message = self._on_message
-        end.on_lost = lambda reason: head.lost(key, reason)
-        self._beat()
-
-    def _on_message(self, message: Any) -> None:
-        self._num_silent_beats = 0
-        self._head.receive(message)
-
-    def _beat(self) -> None:
-        if not self.end.is_open:
-            return
-        self._num_silent_beats += 1
-        if self._num_silent_beats > MAX_SILENT_BEATS:
-            self.end.close()
-            self._head.lost(self._key, f"silent for {MAX_SILENT_BEATS * HEARTBEAT_S:.1f} s", is_silent=True)
-        else:
-            self.end.send(Heartbeat())
-            self._head.process.call_later(HEARTBEAT_S, self._beat)

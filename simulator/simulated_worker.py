@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from random import Random
 
 from ..core.messages import (
+    HEARTBEAT_S,
     Abort,
     Heartbeat,
+    Hello,
     Ready,
     Role,
     StepReport,
@@ -37,7 +39,6 @@ from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .simulated_port import HOP_S, Port
 from .virtual_time import Process, VirtualTime
 
-HEARTBEAT_S = 0.5
 ROUTER_DEAD_AFTER_S = 10.0
 RECONNECT_S = 0.1
 BRIEF_S = 1.0  # a connection that lasted less was refused
@@ -191,6 +192,7 @@ class SimulatedWorker:
             self._connected_s = self._heard_s = self._time.now_s
             router.on_message = self._on_command
             router.on_lost = lambda _: self._lose_router()
+            router.send(Hello(worker_id=self.worker_id, incarnation=self.incarnation))
             self.post(lambda: self._greet(router))
         elif self._time.now_s - self._served_s > ROUTER_LOST_TIMEOUT_S:
             self.process.kill()

@@ -234,7 +234,7 @@ class Simulation:
         if not self.head.process.is_alive:
             return None
         ours, theirs = self.network.connect(worker.process, self.head.process)
-        self.head.accept(worker, theirs)
+        self.head.accept(theirs)
         self.note(f"{worker.process.name} connects to the router")
         return ours
 

@@ -41,6 +41,7 @@ from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.supervisor import ProcessEnded, Supervisor
 from pdserve.router.take_over import TakeOver
+from pdserve.router.worker_sessions import ToSupervisor, WorkerSessions
 from pdserve.simulator.kv_model import ChainStore
 from pdserve.simulator.run import simulate
 from pdserve.worker.held_legs import HeldLegs
@@ -362,6 +363,15 @@ def forget_a_process_that_ends_by_itself() -> Planted:
     return patch.object(Supervisor, "_ended", ended)
 
 
+def keep_from_the_supervisor_that_a_connection_broke() -> Planted:
+    original = WorkerSessions.closed
+
+    def closed(self: WorkerSessions[Any], connection: Any, error: str | None) -> list[Any]:
+        return [command for command in original(self, connection, error) if not isinstance(command, ToSupervisor)]
+
+    return patch.object(WorkerSessions, "closed", closed)
+
+
 def leave_all_places_to_the_client_that_has_them() -> Planted:
     return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
 
@@ -403,6 +413,7 @@ MUTATIONS: list[Mutation] = [
     leave_all_places_to_the_client_that_has_them,
     give_the_cores_of_a_process_away_before_it_is_gone,
     forget_a_process_that_ends_by_itself,
+    keep_from_the_supervisor_that_a_connection_broke,
 ]
 
 

@@ -227,7 +227,7 @@ class Simulation:
         self._num_started[worker_id] += 1
         self.hosts.started(worker, placement, self.head.waits_for_a_place)
         process.when_it_dies(lambda: self.note(f"{process.name} died"))
-        process.call_later(self._scenario.start_s, worker.serve)
+        worker.start(self._scenario.start_s)
         return worker
 
     def _connect(self, worker: SimulatedWorker) -> End | None:

@@ -29,7 +29,7 @@ from pdserve.router.core import Router
 from pdserve.router.events import Adopted, WorkerReady
 from pdserve.router.service import RouterService
 from pdserve.router.supervisor import ConnectionLost
-from pdserve.worker import router_link as worker_link
+from pdserve.worker import router_link as worker_link, router_session
 from pdserve.worker.router_link import RouterLink
 
 from ..handshakes import greeted, open_control
@@ -61,7 +61,7 @@ def observer(lost: list[str]) -> SimpleNamespace:
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silence is noticed soon."""
     monkeypatch.setattr(worker_link, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(worker_link, "DEAD_AFTER_S", 0.3)
+    monkeypatch.setattr(router_session, "DEAD_AFTER_S", 0.3)
     monkeypatch.setattr(worker_sessions, "HEARTBEAT_S", 0.02)
 
 

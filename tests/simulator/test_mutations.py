@@ -1,6 +1,6 @@
 """The simulator can fail: each of these planted bugs breaks a promise within 2,000 seeds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -9,6 +9,7 @@ import pytest
 
 from pdserve.core.hosts import HostState
 from pdserve.core.latency import LatencyModel
+from pdserve.core.messages import HeldLeg, WorkerInfo
 from pdserve.core.request import TransferId
 from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
 from pdserve.decode_worker.worker import DecodeWorker
@@ -41,10 +42,11 @@ from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.supervisor import ProcessEnded, Supervisor
 from pdserve.router.take_over import TakeOver
-from pdserve.router.worker_sessions import ToSupervisor, WorkerSessions
+from pdserve.router.worker_sessions import Session, ToSupervisor, WorkerSessions
 from pdserve.simulator.kv_model import ChainStore
 from pdserve.simulator.run import simulate
 from pdserve.worker.held_legs import HeldLegs
+from pdserve.worker.router_session import RouterSession
 
 MAX_SEEDS = 2000
 Planted = AbstractContextManager[Any]
@@ -372,6 +374,32 @@ def keep_from_the_supervisor_that_a_connection_broke() -> Planted:
     return patch.object(WorkerSessions, "closed", closed)
 
 
+def take_only_the_last_frame_of_what_a_worker_holds() -> Planted:
+    original = WorkerSessions._report
+
+    def report(self: WorkerSessions[Any], connection: Any, session: Session, message: Any) -> list[Any]:
+        session.held = ()
+        return original(self, connection, session, message)
+
+    return patch.object(WorkerSessions, "_report", report)
+
+
+def greet_only_the_first_router() -> Planted:
+    original = RouterSession.greeting
+
+    def greeting(self: RouterSession, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]) -> list[Any]:
+        return original(self, connection, info, held) if self._greeted is None else []
+
+    return patch.object(RouterSession, "greeting", greeting)
+
+
+def end_with_the_router() -> Planted:
+    def lost(self: RouterSession, now_s: float) -> None:
+        self._served_s = float("-inf")
+
+    return patch.object(RouterSession, "lost", lost)
+
+
 def leave_all_places_to_the_client_that_has_them() -> Planted:
     return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
 
@@ -414,6 +442,9 @@ MUTATIONS: list[Mutation] = [
     give_the_cores_of_a_process_away_before_it_is_gone,
     forget_a_process_that_ends_by_itself,
     keep_from_the_supervisor_that_a_connection_broke,
+    take_only_the_last_frame_of_what_a_worker_holds,
+    greet_only_the_first_router,
+    end_with_the_router,
 ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..core.errors import PdserveError
+from ..core.failures import FailureKind
 from ..core.latency import LatencyModel
 from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Role, StepReport, WorkerCommand
 from ..core.needs import Need
@@ -63,7 +64,7 @@ from .network import End
 from .simulated_hosts import SimulatedHosts
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Process, Timer, VirtualTime
-from .wanted import WantedLegs, is_our_own_fault
+from .wanted import WantedLegs
 
 HOSTS_INTERVAL_S = 0.5  # between two looks at what Ray tells of hosts
 NEED = Need(1, 1.0)  # of an instance
@@ -304,7 +305,7 @@ class SimulatedHead:
             case LegEnded():
                 self._wanted.heard(event)
                 self._ways.heard(event, self._time.now_s)
-                if is_our_own_fault(event.error or ""):
+                if event.kind is FailureKind.DISAGREEMENT:
                     self._violation(f"{event.worker_id}: {event.leg.value} of {event.transfer}: {event.error}")
                 how = event.error or "complete"
                 self._tell(f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended, {how}")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from ..core.failures import FailureKind
 from ..core.messages import (
     HEARTBEAT_S,
     Abort,
@@ -85,15 +86,15 @@ class Listener:
         self.worker.end_lease(transfer)
         self.worker.post(lambda: self.worker.worker.received(transfer, payload))
 
-    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         self.worker.end_lease(transfer)
-        self.worker.post(lambda: self.worker.worker.receive_failed(transfer, error))
+        self.worker.post(lambda: self.worker.worker.receive_failed(transfer, error, kind))
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self.worker.post(lambda: self.worker.worker.sent(transfer, stats))
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
-        self.worker.post(lambda: self.worker.worker.send_failed(transfer, error))
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self.worker.post(lambda: self.worker.worker.send_failed(transfer, error, kind))
 
 
 class SimulatedWorker:

@@ -19,6 +19,7 @@ from contextlib import suppress
 
 import msgspec
 
+from ..core.failures import FailureKind
 from ..core.messages import StepReport, TransferStats, WorkerCommand, WorkerInfo
 from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
@@ -123,14 +124,14 @@ class WorkerProcess:
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
         self._inbox.put(lambda: self._worker.received(transfer, payload))
 
-    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
-        self._inbox.put(lambda: self._worker.receive_failed(transfer, error))
+    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self._inbox.put(lambda: self._worker.receive_failed(transfer, error, kind))
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self._inbox.put(lambda: self._worker.sent(transfer, stats))
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
-        self._inbox.put(lambda: self._worker.send_failed(transfer, error))
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self._inbox.put(lambda: self._worker.send_failed(transfer, error, kind))
 
     # answers of the grammar process, called on the grammar thread
 
@@ -139,10 +140,11 @@ class WorkerProcess:
         self._inbox.put(lambda: None)  # the engine thread may be waiting there
 
     def on_refused(self, key: int, why: str) -> None:
-        self._inbox.put(lambda: self._worker.mask_failed(key, f"its constraint cannot be followed: {why}", True))
+        error = f"its constraint cannot be followed: {why}"
+        self._inbox.put(lambda: self._worker.mask_failed(key, error, FailureKind.INVALID))
 
     def on_failed(self, key: int, why: str) -> None:
-        self._inbox.put(lambda: self._worker.mask_failed(key, why, False))
+        self._inbox.put(lambda: self._worker.mask_failed(key, why, FailureKind.LOST))
 
     def _grammar_setup(self, engine: Engine) -> Setup:
         path = resolve_model_path(self._spec.config.model.path)

@@ -17,11 +17,11 @@ from pdserve.engine import sequence
 from pdserve.engine.batch import Batch
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.sequence import Sequence
-from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent, SenderCommand
+from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent
 from pdserve.kv_transfer.inbound import InboundPair
 from pdserve.kv_transfer.inbound_transfer import InboundTransfer
 from pdserve.kv_transfer.outbound import OutboundPair
-from pdserve.kv_transfer.protocol import Ack
+from pdserve.kv_transfer.protocol import Ack, Commit
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.prefill_worker.worker import PrefillWorker
@@ -204,13 +204,13 @@ def stop_a_worker_without_draining_it() -> Planted:
 
 
 def commit_a_chunk_that_never_left() -> Planted:
-    original = OutboundPair._execute
+    original = OutboundPair._send_commit
 
-    def execute(self: OutboundPair, command: SenderCommand) -> None:
-        self._ungathered.clear()
-        original(self, command)
+    def send_commit(self: OutboundPair, commit: Commit) -> None:
+        self._spoilt.discard(commit.transfer)
+        original(self, commit)
 
-    return patch.object(OutboundPair, "_execute", execute)
+    return patch.object(OutboundPair, "_send_commit", send_commit)
 
 
 def forget_what_was_computed_before_the_router_died() -> Planted:

@@ -1,4 +1,5 @@
-"""One loop for every shell: a machine's commands are carried out in the order of their decision, whoever causes more."""
+"""One loop for every shell: a machine's commands are carried out in the order of their decision, whoever
+causes more."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -10,8 +11,8 @@ C = TypeVar("C")
 class CommandPump(Generic[C]):
     """Carries out commands one after the other.
 
-    Carrying one out may lead to another event of the same machine. That event is decided at once, as the machine has
-    decided everything before it; its commands queue up behind those that were decided before.
+    Carrying one out may lead to another event of the same machine. That event is decided at once, as the
+    machine has decided everything before it; its commands queue up behind those that were decided before.
     """
 
     def __init__(self, carry_out: Callable[[C], None], more: Callable[[], Iterable[C]] = tuple) -> None:
@@ -22,7 +23,8 @@ class CommandPump(Generic[C]):
         self._is_running = False
 
     def run(self, commands: Iterable[C]) -> bool:
-        """Carry out `commands` and what follows from them. False when they wait for a caller that is at it already.
+        """Carry out `commands` and what follows from them. False when they wait for a caller that is at it
+        already.
 
         An error of a command leaves those behind it for the next call.
         """

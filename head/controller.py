@@ -1,7 +1,8 @@
-"""Carries out what the supervisor decides about workers' processes: started, watched, asked to end, killed, over the keeper.
+"""Carries out what the supervisor decides about workers' processes: started, watched, asked to end, killed,
+over the keeper.
 
-Runs on the head's asyncio loop. Events come from workers' connections (through the router's service), from the keeper, and
-from the head.
+Runs on the head's asyncio loop. Events come from workers' connections (through the router's service), from
+the keeper, and from the head.
 """
 
 import asyncio
@@ -74,14 +75,15 @@ class Controller:
         self._service = service
 
     def adopt(self, living: Sequence[tuple[WorkerSpec, Placement]]) -> None:
-        """Take over what an earlier controller has started, oldest first. Of one name only the newest is kept."""
+        """Take over what an earlier controller has started, oldest first. Of one name only the newest is
+        kept."""
         for spec, _ in living:
             self._watch(spec.key)
         self.handle(TakeOver(tuple(living)))
 
     def handle(self, event: SupervisorEvent[WorkerSpec]) -> None:
-        """One event through the supervisor, its commands carried out. What follows from a command that leads here again is
-        carried out after the commands that were decided before."""
+        """One event through the supervisor, its commands carried out. What follows from a command that leads
+        here again is carried out after the commands that were decided before."""
         if self._is_closed:
             return
         if isinstance(event, ConnectionLost) and self._supervisor.is_serving(event.key):

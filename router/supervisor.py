@@ -1,7 +1,8 @@
 """Which worker processes there are to be, and when each starts, is asked to end, and is killed.
 
-The fleet says which workers are wanted, `Places` where there is room; the supervisor follows each process from StartWorker to
-its end. It knows no Ray and no clock: the head's controller carries its commands out over Ray, the simulator in virtual time.
+The fleet says which workers are wanted, `Places` where there is room; the supervisor follows each process
+from StartWorker to its end. It knows no Ray and no clock: the head's controller carries its commands out over
+Ray, the simulator in virtual time.
 
 WAITING -> STARTING -> SERVING -> ENDING -> KILLED -> gone
     |          |          |          |
@@ -63,7 +64,8 @@ class ProcessState(enum.Enum):
 
 @dataclass(slots=True)
 class SupervisedProcess(Generic[S]):
-    """One incarnation of a worker, from StartWorker, or from when it was taken over, until its process is gone."""
+    """One incarnation of a worker, from StartWorker, or from when it was taken over, until its process is
+    gone."""
 
     spec: S
     started_s: float
@@ -117,12 +119,12 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnded:
-    """Nothing is left of a process. `is_told`: the worker itself said why."""
+    """Nothing is left of a process. `is_explained`: the worker itself said why."""
 
     worker_id: str
     incarnation: int
     reason: str
-    is_told: bool = False
+    is_explained: bool = False
 
 
 SupervisorEvent = FleetEvent | TakeOver[S] | WorkerProgress | ConnectionLost | ProcessEnded
@@ -213,8 +215,8 @@ class Supervisor(Generic[S]):
         return self._out
 
     def settle(self, now_s: float) -> list[SupervisorCommand[S]]:
-        """Asked when everything decided so far is carried out, until there is nothing left: starts the next process for which
-        there is room; the others wait."""
+        """Asked when everything decided so far is carried out, until there is nothing left: starts the next
+        process for which there is room; the others wait."""
         if not self._is_unsettled:
             return []
         self._out = []
@@ -276,8 +278,8 @@ class Supervisor(Generic[S]):
                 self._manage(WorkerLoading(event.worker_id, event.incarnation), now_s)
 
     def _connection_lost(self, event: ConnectionLost, now_s: float) -> None:
-        """One that was to end, or has not begun to serve, tells more by the end of its process. One that fell silent may be
-        frozen, and a new incarnation needs its cores: it is not asked to end, but killed."""
+        """One that was to end, or has not begun to serve, tells more by the end of its process. One that fell
+        silent may be frozen, and a new incarnation needs its cores: it is not asked to end, but killed."""
         key = event.key
         if not self.is_serving(key):
             return
@@ -288,9 +290,9 @@ class Supervisor(Generic[S]):
     def _ended(self, event: ProcessEnded, now_s: float) -> None:
         key = event.worker_id, event.incarnation
         process = self.processes[key]
-        if not event.is_told and process.is_expected:
+        if not event.is_explained and process.is_expected:
             self._suspect(key)
-        reason = event.reason if event.is_told else process.end_reason or event.reason
+        reason = event.reason if event.is_explained else process.end_reason or event.reason
         self._forget(key, reason)
         self._manage(WorkerLost(*key, reason), now_s)
 

@@ -1,4 +1,5 @@
-"""The router's side of its connections with workers: who may speak, when a worker is ready, and when silence is a loss.
+"""The router's side of its connections with workers: who may speak, when a worker is ready, and when silence
+is a loss.
 
 UNPROVEN --Hello of an expected worker--> ADMITTED --Ready--> READY
     |                                        |                  |
@@ -84,8 +85,8 @@ class ToSupervisor:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The peer is not, or not known to be, a worker of this cluster. `is_probe`: it only tried whether it reaches us, as
-    hosts that join do."""
+    """The peer is not, or not known to be, a worker of this cluster. `is_probe`: it only tried whether it
+    reaches us, as hosts that join do."""
 
     reason: str
     is_probe: bool
@@ -120,7 +121,8 @@ class WorkerSessions(Generic[C]):
         return self._workers.get(key)
 
     def opened(self, connection: C) -> list[SessionCommand[C]]:
-        """A new connection. Workers introduce themselves at once: when there are too many others, the oldest goes."""
+        """A new connection. Workers introduce themselves at once: when there are too many others, the oldest
+        goes."""
         commands: list[SessionCommand[C]] = []
         if len(self._unproven) >= MAX_UNPROVEN:
             oldest = next(iter(self._unproven))
@@ -147,7 +149,8 @@ class WorkerSessions(Generic[C]):
                 return self._report(connection, session, message)
 
     def beat(self, connection: C) -> list[SessionCommand[C]]:
-        """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and frozen now."""
+        """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and
+        frozen now."""
         session = self._sessions[connection]
         if session.state is SessionState.CLOSING:
             return []

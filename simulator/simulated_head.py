@@ -299,7 +299,7 @@ class SimulatedHead:
             case WorkerReady(info, held):
                 self._wanted.told((info.worker_id, info.incarnation), held)
             case WorkerLost(worker_id, incarnation, reason):
-                self._tell(f"router lost {worker_id}/{incarnation}: {reason}")
+                self._note_down(f"router lost {worker_id}/{incarnation}: {reason}")
             case StepReport():
                 self._wanted.heard(event)
             case LegEnded():
@@ -308,9 +308,9 @@ class SimulatedHead:
                 if event.kind is FailureKind.DISAGREEMENT:
                     self._violation(f"{event.worker_id}: {event.leg.value} of {event.transfer}: {event.error}")
                 how = event.error or "complete"
-                self._tell(f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended, {how}")
+                self._note_down(f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended, {how}")
 
-    def _tell(self, text: str) -> None:
+    def _note_down(self, text: str) -> None:
         if self._note is not None:
             self._note(text)
 

@@ -1,4 +1,5 @@
-"""A worker's side of its connections with the router: when to dial, what to say first, when a router is lost, when to give up.
+"""A worker's side of its connections with the router: when to dial, what to say first, when a router is lost,
+when to give up.
 
 SEEKING --connected--> CONNECTED --loaded, greeting--> GREETED
    ^                        |                             |
@@ -6,8 +7,9 @@ SEEKING --connected--> CONNECTED --loaded, greeting--> GREETED
    |
    +--no router for too long--> the worker ends
 
-Pure: the worker's process drives it over sockets and threads, the simulator over its network. Each method is called on one
-thread at a time; in the process, `heard` comes from the reader, `greeting` from the engine, the rest from whoever dials.
+Pure: the worker's process drives it over sockets and threads, the simulator over its network. In the process
+`heard` comes from the reader's thread, `progress`, `loaded` and `greeting` from the engine's, the rest from
+whichever thread dials; no two of them write the same field.
 """
 
 from collections.abc import Iterable
@@ -73,11 +75,13 @@ class RouterSession:
         self.is_loaded = True
 
     def catch_up(self) -> LoadProgress | None:
-        """For a router that is reached while the worker loads; None when there is nothing to say, or a greeting is due."""
+        """For a router that is reached while the worker loads; None when there is nothing to say, or a
+        greeting is due."""
         return None if self.is_loaded else self._loading
 
     def greeting(self, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]) -> list[Holds | Ready]:
-        """What the worker is and all that it holds: whatever is said from now on follows this. Once for each connection."""
+        """What the worker is and all that it holds: whatever is said from now on follows this. Once for each
+        connection."""
         if connection is self._greeted:
             return []
         self._greeted = connection

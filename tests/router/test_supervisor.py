@@ -82,7 +82,7 @@ def test_a_process_waits_for_a_place_and_starts_when_another_is_gone() -> None:
     world.handle(Apply({P: 1, D: 1}))
     assert world.state("prefill-0", 2) is ProcessState.WAITING
     assert world.supervisor.processes["prefill-0", 2].phase.startswith("waiting: prefill-0 needs 1 core(s)")
-    world.handle(ProcessEnded("decode-0", 1, "it failed", is_told=True))
+    world.handle(ProcessEnded("decode-0", 1, "it failed", is_explained=True))
     assert world.state("prefill-0", 2) is ProcessState.STARTING
 
 
@@ -126,7 +126,7 @@ def test_nobody_is_suspected_when_the_end_is_explained_or_was_wanted() -> None:
     world = World()
     world.up()
     world.handle(Drain("prefill-0"))
-    assert SuspectHost("node") not in world.handle(ProcessEnded("decode-0", 1, "layer 3 is gone", is_told=True))
+    assert SuspectHost("node") not in world.handle(ProcessEnded("decode-0", 1, "layer 3 is gone", is_explained=True))
     world.handle(ConnectionLost("prefill-0", 2, "reset", is_silent=True))
     assert SuspectHost("node") not in world.handle(ProcessEnded("prefill-0", 2, "killed"))
 

@@ -1,4 +1,5 @@
-"""Connections to the workers' port, without a socket: who is admitted, when a worker is ready, when it is lost."""
+"""Connections to the workers' port, without a socket: who is admitted, when a worker is ready, when it is
+lost."""
 
 import pytest
 
@@ -113,7 +114,7 @@ def test_a_ready_worker_that_falls_silent_is_hung_up_on_and_lost(sessions: Worke
     assert sessions.connection(KEY) is None
 
 
-def test_whatever_comes_breaks_the_silence_of_a_worker_and_not_of_a_stranger(sessions: WorkerSessions[str]) -> None:
+def test_whatever_comes_breaks_the_silence_of_a_worker_and_not_of_an_unproven_peer(sessions: WorkerSessions[str]) -> None:
     sessions.opened("worker")
     sessions.received("worker", HELLO)
     sessions.received("worker", READY)
@@ -131,7 +132,7 @@ def test_a_worker_that_loads_may_be_silent(sessions: WorkerSessions[str]) -> Non
         assert sessions.beat("a") == [Say("a", Heartbeat())]
 
 
-def test_the_oldest_of_too_many_strangers_goes_and_no_worker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_of_too_many_unproven_peers_goes_and_no_worker_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_sessions, "MAX_UNPROVEN", 2)
     sessions: WorkerSessions[str] = WorkerSessions(lambda key: True)
     sessions.opened("worker")

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import TransferId
 from pdserve.engine.kv_cache import KVCache
@@ -65,7 +66,7 @@ class Endings:
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
         self.ended.set()
 
-    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         self.error = error
         self.ended.set()
 

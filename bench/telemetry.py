@@ -19,9 +19,10 @@ from pdserve.core.histogram import TokenGaps
 from pdserve.core.hosts import HostState
 from pdserve.core.messages import Leg, LegEnded, Role, StepReport, TokenOutput, TransferStats
 from pdserve.core.request import TransferId
+from pdserve.router.client_stream import ClientStream
 from pdserve.router.core import Router
 from pdserve.router.events import Cancel, RequestClosed, RouterEvent, Submit, Timeline, WorkerReady
-from pdserve.router.service import RouterService, _Stream
+from pdserve.router.service import RouterService
 from pdserve.router.stream import ChoiceStream
 from pdserve.telemetry.exposition import Exposition, Snapshot
 from pdserve.telemetry.otlp import TraceExporter
@@ -46,8 +47,8 @@ class Side:
     """One router process's way of a step: decode the frame, route, fill the streams."""
 
     def __init__(self, told: Recorder | None, num_sequences: int) -> None:
-        self.service = RouterService(Router(DECODE_APART), SimpleNamespace(), "", told)
-        self.streams = [self.service._streams.setdefault(f"r{i}", _Stream()) for i in range(num_sequences)]
+        self.service = RouterService(Router(DECODE_APART), SimpleNamespace(expects=None), "", told)
+        self.streams = [self.service._streams.setdefault(f"r{i}", ClientStream()) for i in range(num_sequences)]
         self.decoder: FrameDecoder[StepReport] = FrameDecoder(StepReport)
         self.times: list[float] = []
         decoding(self.service.handle, num_sequences)
@@ -58,7 +59,7 @@ class Side:
             self.service.handle(report)
         self.times.append(time.perf_counter() - start)
         for stream in self.streams:
-            while stream._queue.qsize():
+            while stream._events:
                 await stream.get()
 
     @property

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from .failures import FailureKind
 from .request import FinishReason, SequenceSpec, TransferId
 
 
@@ -161,18 +162,24 @@ class TransferStats(msgspec.Struct, frozen=True):
 
 
 class LegEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker is done with its leg of a dispatch and holds nothing for it any more. `error` is None on success."""
+    """A worker is done with its leg of a dispatch and holds nothing for it any more. `error` and its kind are None on
+    success."""
 
     worker_id: str
     incarnation: int
     transfer: TransferId
     leg: Leg
     error: str | None = None
-    is_invalid: bool = False  # the request is to blame for the error: no other worker would do better
+    kind: FailureKind | None = None  # of the error
     num_cached_tokens: int = 0
     queue_s: float = 0.0  # accepted to first step
     compute_s: float = 0.0  # first step to last token of this leg
     stats: TransferStats | None = None
+
+    @property
+    def is_invalid(self) -> bool:
+        """The request is to blame for the error: no other worker would do better."""
+        return self.kind is FailureKind.INVALID
 
 
 class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
@@ -292,8 +299,11 @@ class Probed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: str
 
 
+HEARTBEAT_S = 0.5  # so often do router and worker speak to each other at least
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The router lives. Sent every 0.5 s; a worker that hears nothing for long has lost its router."""
+    """The router lives. Sent every `HEARTBEAT_S`; a worker that hears nothing for long has lost its router."""
 
 
 WorkerCommand = Prefill | Reserve | Serve | Abort | Probe | Heartbeat

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import msgspec
 
+from ..core.failures import FailureKind
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Reserve, Serve
 from ..core.request import SequenceSpec, TransferId
@@ -162,12 +163,12 @@ class DecodeWorker:
         """The KV of a reservation is complete; `payload` is the prefill worker's hand-off."""
         leg = self._legs[transfer]
         if leg.aborted:  # the KV had arrived before the endpoint heard of the abort
-            self.receive_failed(transfer, "aborted")
+            self.receive_failed(transfer, "aborted", FailureKind.CANCELLED)
             return
         try:
             hand_off = HandOff.decode(payload)
         except msgspec.MsgspecError as error:
-            self.receive_failed(transfer, f"malformed hand-off: {error}")
+            self.receive_failed(transfer, f"malformed hand-off: {error}", FailureKind.DISAGREEMENT)
             return
         leg.clock.start(self._clock())
         self._outbox.outputs += hand_off.first_tokens
@@ -176,18 +177,18 @@ class DecodeWorker:
         if not hand_off.going_on:
             self._end(transfer)
 
-    def receive_failed(self, transfer: TransferId, error: str) -> None:
+    def receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         """The transfer is over and writes no more."""
         self.scheduler.receive_failed(transfer)
-        self._end(transfer, error=error)
+        self._end(transfer, error=error, kind=kind)
 
-    def fail(self, transfer: TransferId, error: str, is_invalid: bool) -> None:
+    def fail(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         """A dispatch cannot go on, as the mask of a next token is not to be had; an unknown one is ignored."""
         if transfer in self._legs:
             self.settle()
         if transfer in self._legs:
             self.scheduler.remove(transfer)
-            self._end(transfer, error=error, is_invalid=is_invalid)
+            self._end(transfer, error=error, kind=kind)
 
     def abort(self, transfer: TransferId) -> None:
         """Stop a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when it has ended."""
@@ -200,7 +201,7 @@ class DecodeWorker:
             self._port.cancel(transfer)
         else:
             self.scheduler.remove(transfer)
-            self._end(transfer, error="aborted")
+            self._end(transfer, error="aborted", kind=FailureKind.CANCELLED)
 
     def _accept(self, spec: SequenceSpec, source: tuple[str, int] | None) -> Sequence | None:
         """A new leg's sequence; None when the command came twice."""
@@ -227,7 +228,7 @@ class DecodeWorker:
             else:
                 self._masks.forget([seq])
 
-    def _end(self, transfer: TransferId, *, error: str | None = None, is_invalid: bool = False) -> None:
+    def _end(self, transfer: TransferId, *, error: str | None = None, kind: FailureKind | None = None) -> None:
         leg = self._legs.pop(transfer)
         self._masks.forget_all(transfer)
         self._outbox.leg_ended(
@@ -236,6 +237,6 @@ class DecodeWorker:
             leg.clock,
             self._clock(),
             error=error,
-            is_invalid=is_invalid,
+            kind=kind,
             num_cached_tokens=leg.num_cached_tokens,
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..core.failures import FailureKind
 from ..core.messages import Leg, LegEnded, StepTiming, TokenOutput, TransferStats
 from ..core.request import FinishReason, TransferId
 from .batch import SampledToken
@@ -52,7 +53,7 @@ class Outbox:
         now_s: float,
         *,
         error: str | None = None,
-        is_invalid: bool = False,
+        kind: FailureKind | None = None,
         num_cached_tokens: int = 0,
         stats: TransferStats | None = None,
     ) -> None:
@@ -65,7 +66,7 @@ class Outbox:
                 transfer=transfer,
                 leg=leg,
                 error=error,
-                is_invalid=is_invalid,
+                kind=kind,
                 num_cached_tokens=num_cached_tokens,
                 queue_s=queue_s,
                 compute_s=compute_s,

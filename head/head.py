@@ -26,6 +26,7 @@ from ..router.hosts import Hosts
 from ..router.places import Places
 from ..router.service import RouterService
 from ..router.status import WorkerStatus as RoutedWorker
+from ..router.supervisor import GENERATION_STRIDE
 from ..telemetry.exposition import Snapshot
 from ..worker.spec import WorkerSpec
 from .controller import Controller
@@ -37,7 +38,6 @@ from .telemetry import HeadTelemetry
 
 log = logging.getLogger(__name__)
 
-GENERATION_STRIDE = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
 FIRST_CHECK_S = 5.0  # for hosts that are there at the start; those that answer later join later
 STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
 STATES = {

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ..core.failures import FailureKind
 from ..core.messages import TransferStats
 from ..core.request import TransferId
 from .protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
@@ -175,6 +176,7 @@ class Sent(Command, frozen=True):
 class SendFailed(Command, frozen=True):
     transfer: TransferId
     error: str
+    kind: FailureKind
 
 
 class Received(Command, frozen=True):
@@ -185,6 +187,7 @@ class Received(Command, frozen=True):
 class ReceiveFailed(Command, frozen=True):
     transfer: TransferId
     error: str
+    kind: FailureKind
 
 
 SenderEvent = (

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from ..core.failures import FailureKind
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .choice import LINKS
@@ -38,7 +39,7 @@ class TransferHub:
         pair = self._inbound_pair(source)
         if pair is None:
             error = f"{source[0]} (incarnation {source[1]}) is known to be gone"
-            self._local.notify(self._local.listener.on_receive_failed, event.transfer, error)
+            self._local.notify(self._local.listener.on_receive_failed, event.transfer, error, FailureKind.LOST)
         else:
             pair.feed(event)
 
@@ -64,7 +65,7 @@ class TransferHub:
         key = (target.worker_id, target.incarnation)
         if self._is_gone(key):
             error = f"{target.worker_id} (incarnation {target.incarnation}) is known to be gone"
-            self._local.notify(self._local.listener.on_send_failed, event.transfer, error)
+            self._local.notify(self._local.listener.on_send_failed, event.transfer, error, FailureKind.LOST)
             return
         if key not in self._outbound:
             self._outbound[key] = OutboundPair(self._local, target, self._dial, self._forget_transfer)

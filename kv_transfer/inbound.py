@@ -67,7 +67,8 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
             case Received():
                 local.notify(local.listener.on_received, command.transfer, command.payload)
             case ReceiveFailed():
-                tell = partial(local.notify, local.listener.on_receive_failed, command.transfer, command.error)
+                failed = command.transfer, command.error, command.kind
+                tell = partial(local.notify, local.listener.on_receive_failed, *failed)
                 self._work.after(command.transfer, tell)  # a device may still write to its blocks
             case CloseLink():
                 self._drop_link()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from ..core.failures import FailureKind
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
 
@@ -100,7 +101,7 @@ class TransferListener(Protocol):
         """Every byte is verified and in the blocks; `payload` is what the sender gave to `commit`."""
         ...
 
-    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         """No write into the blocks will follow: they may be freed."""
         ...
 
@@ -108,6 +109,6 @@ class TransferListener(Protocol):
         """The receiver has it all: the blocks may be freed."""
         ...
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         """No read of the blocks will follow: they may be freed."""
         ...

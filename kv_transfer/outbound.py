@@ -150,7 +150,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
 
     def _tell_failure(self, failed: SendFailed) -> None:
         self._spoilt.discard(failed.transfer)
-        self.local.notify(self.local.listener.on_send_failed, failed.transfer, failed.error)
+        self.local.notify(self.local.listener.on_send_failed, failed.transfer, failed.error, failed.kind)
 
     def _drop_link(self) -> None:
         link = self._link

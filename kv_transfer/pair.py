@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from ..core.messages import KVLayout
+from ..core.pump import CommandPump
 from .config import TransferConfig
 from .counters import TransferCounters
 from .cuda_ipc import RingShelf
@@ -91,8 +91,7 @@ class Pair(ABC, Generic[E, C]):
 
     def __init__(self, local: Local) -> None:
         self.local = local
-        self._events: deque[E | LinkUp | LinkDown] = deque()
-        self._is_feeding = False
+        self._pump: CommandPump[C] = CommandPump(self._execute)
         self._channel: Stream | None = None
         self._link: Link | None = None
         self._epoch: int | None = None
@@ -107,17 +106,9 @@ class Pair(ABC, Generic[E, C]):
         """Do what the machine asked for."""
 
     def feed(self, event: E | LinkUp | LinkDown) -> None:
-        """Handle `event` and what follows from it; events that come meanwhile queue up behind."""
-        self._events.append(event)
-        if self._is_feeding:
-            return
-        self._is_feeding = True
-        try:
-            while self._events:
-                for command in self._handle(self._events.popleft(), self.local.clock()):
-                    self._execute(command)
-        finally:
-            self._is_feeding = False
+        """Handle `event` and what follows from it. An event that comes meanwhile is decided at once, and carried out after
+        what was decided before."""
+        self._pump.run(self._handle(event, self.local.clock()))
 
     def _adopt(self, channel: Stream, link: Link, epoch: int) -> None:
         """The link of `epoch` stands; from now on the stream's messages are the machine's events."""

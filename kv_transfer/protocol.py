@@ -12,11 +12,12 @@ Every message carries its epoch, those of a transfer its id (request, attempt); 
 
 import msgspec
 
+from ..core.failures import FailureKind
 from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .span import Span
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
@@ -125,6 +126,7 @@ class Nack(msgspec.Struct, frozen=True, tag=True, array_like=True):
     epoch: int
     transfer: TransferId
     error: str
+    kind: FailureKind
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -133,6 +135,7 @@ class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
     epoch: int
     transfer: TransferId
     error: str
+    kind: FailureKind
 
 
 SenderMessage = Connect | Meet | Offer | Chunk | Commit | Abort | Heartbeat

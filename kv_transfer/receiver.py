@@ -7,6 +7,7 @@ COMMIT, when every (layer, token) was announced exactly once and all is stored -
 from typing import NamedTuple
 
 from ..core.automaton import Automaton
+from ..core.failures import FailureKind
 from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .config import TransferConfig
@@ -88,11 +89,11 @@ class TransferReceiver:
                 self._on_link_up(event)
             case LinkDown():
                 if event.epoch == self._epoch and self._link.state is LinkState.UP:
-                    self._link_lost(event.error)
+                    self._link_lost(event.error, FailureKind.LOST)
             case PeerGone():
-                self._close_link(event.error)
+                self._close_link(event.error, FailureKind.LOST)
                 for transfer in list(self._transfers.values()):
-                    self._fail(transfer, event.error)
+                    self._fail(transfer, event.error, FailureKind.LOST)
             case Tick():
                 self._on_tick()
         return self._out
@@ -114,7 +115,7 @@ class TransferReceiver:
             return
         if transfer.state is InboundState.EXPECTED:
             self._refused_until_s[transfer.id] = self._now_s + self._config.max_lease_s
-        self._fail(transfer, event.error)
+        self._fail(transfer, event.error, FailureKind.CANCELLED)
 
     # from the link and the peer
 
@@ -141,13 +142,13 @@ class TransferReceiver:
                 self._counters.num_stale_messages += 1
             elif isinstance(message, Abort):
                 self._end(transfer, InboundState.FAILED)
-                self._report_failure(transfer, message.error)
+                self._report_failure(transfer, message.error, message.kind)
             else:
                 self._on_commit(transfer, message)
 
     def _on_offer(self, offer: Offer) -> None:
         if self._refused_until_s.pop(offer.transfer, None) is not None:
-            self._send(Abort(offer.epoch, offer.transfer, "cancelled by the receiver"))
+            self._send(Abort(offer.epoch, offer.transfer, "cancelled by the receiver", FailureKind.CANCELLED))
             return
         transfer = self._transfers.get(offer.transfer)
         if transfer is None:
@@ -164,7 +165,7 @@ class TransferReceiver:
         try:
             transfer.begin(self._layout.num_layers)
         except ValueError as error:
-            self._fail(transfer, str(error))
+            self._fail(transfer, str(error), FailureKind.DISAGREEMENT)
             return
         self._send(Accept(self._epoch or 0, transfer.id, transfer.num_cached_tokens, self._num_slots))
 
@@ -208,10 +209,10 @@ class TransferReceiver:
                 self._out.append(Store(chunk, transfer.block_ids, transfer.mark))
                 return
             case Corrupt():
-                self._nack(chunk.transfer, event.error)
+                self._nack(chunk.transfer, event.error, FailureKind.CORRUPT)
                 return
             case StoreFailed() if transfer is not None:
-                self._fail(transfer, event.error)
+                self._fail(transfer, event.error, FailureKind.STORE)
             case Stored() if transfer is not None:
                 transfer.num_unstored -= 1
         del self._under_way[event.seq]
@@ -235,12 +236,13 @@ class TransferReceiver:
         for transfer in list(self._transfers.values()):
             if transfer.lease_ends_s(self._heard_s, config) < self._now_s:
                 wanted = "an offer" if transfer.state is InboundState.EXPECTED else "a reservation"
-                self._fail(transfer, f"the lease ended after {self._now_s - transfer.since_s:.1f} s without {wanted}")
+                error = f"the lease ended after {self._now_s - transfer.since_s:.1f} s without {wanted}"
+                self._fail(transfer, error, FailureKind.LOST)
         self._refused_until_s = {key: until_s for key, until_s in self._refused_until_s.items() if until_s > self._now_s}
         if self._link.state is not LinkState.UP:
             return
         if self._now_s - self._heard_s > config.dead_after_s:
-            self._close_link(f"no sign of life for {config.dead_after_s} s")
+            self._close_link(f"no sign of life for {config.dead_after_s} s", FailureKind.LOST)
         elif self._now_s - self._beat_s >= config.heartbeat_s:
             self._beat_s = self._now_s
             self._send(Heartbeat(self._epoch or 0))
@@ -260,34 +262,34 @@ class TransferReceiver:
         transfer.machine.transition(state)
         del self._transfers[transfer.id]
 
-    def _report_failure(self, transfer: InboundTransfer, error: str) -> None:
+    def _report_failure(self, transfer: InboundTransfer, error: str, kind: FailureKind) -> None:
         if transfer.reservation is not None:
             self._counters.num_receive_failures += 1
-            self._out.append(ReceiveFailed(transfer.id, error))
+            self._out.append(ReceiveFailed(transfer.id, error, kind))
 
-    def _fail(self, transfer: InboundTransfer, error: str) -> None:
+    def _fail(self, transfer: InboundTransfer, error: str, kind: FailureKind) -> None:
         """Give up: its chunks under way are taken and dropped, the link stays."""
         if transfer.state is not InboundState.EXPECTED and self._link.state is LinkState.UP:
-            self._send(Abort(self._epoch or 0, transfer.id, error))
+            self._send(Abort(self._epoch or 0, transfer.id, error, kind))
         self._end(transfer, InboundState.FAILED)
-        self._report_failure(transfer, error)
+        self._report_failure(transfer, error, kind)
 
-    def _nack(self, transfer_id: TransferId, error: str) -> None:
+    def _nack(self, transfer_id: TransferId, error: str, kind: FailureKind = FailureKind.DISAGREEMENT) -> None:
         """The peer does not keep to the protocol, or memory between us is not what it should be: end this link."""
         self._counters.num_nacks += 1
-        self._send(Nack(self._epoch or 0, transfer_id, error))
+        self._send(Nack(self._epoch or 0, transfer_id, error, kind))
         transfer = self._transfers.get(transfer_id)
         if transfer is not None and transfer.state is not InboundState.EXPECTED:
             self._end(transfer, InboundState.FAILED)
-            self._report_failure(transfer, error)
-        self._close_link(f"the link was closed: {error}")
+            self._report_failure(transfer, error, kind)
+        self._close_link(f"the link was closed: {error}", kind)
 
-    def _close_link(self, error: str) -> None:
+    def _close_link(self, error: str, kind: FailureKind) -> None:
         if self._link.state is LinkState.UP:
             self._out.append(CloseLink(error))
-            self._link_lost(error)
+            self._link_lost(error, kind)
 
-    def _link_lost(self, error: str) -> None:
+    def _link_lost(self, error: str, kind: FailureKind) -> None:
         """Transfers that were under way fail; reservations wait for their source to come back, as long as their lease."""
         self._link.transition(LinkState.DOWN)
         self._counters.num_links_closed += 1
@@ -296,4 +298,4 @@ class TransferReceiver:
         for transfer in list(self._transfers.values()):
             if transfer.state is not InboundState.EXPECTED:
                 self._end(transfer, InboundState.FAILED)
-                self._report_failure(transfer, error)
+                self._report_failure(transfer, error, kind)

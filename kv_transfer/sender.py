@@ -6,6 +6,7 @@ Open -> OFFER -> ACCEPT -> CHUNK... (while later layers and tokens are still com
 from typing import NamedTuple
 
 from ..core.automaton import Automaton
+from ..core.failures import FailureKind
 from ..core.messages import KVLayout
 from ..core.request import TransferId
 from .config import TransferConfig
@@ -115,7 +116,7 @@ class TransferSender:
                 try:
                     transfer.computed(event.span, event.mark)
                 except ValueError as error:
-                    self._fail(transfer, str(error))
+                    self._fail(transfer, str(error), FailureKind.DISAGREEMENT)
             case Extend():
                 transfer.block_ids.extend(event.block_ids)
             case PrefillDone():
@@ -124,7 +125,7 @@ class TransferSender:
                 transfer.prefill_done(self._now_s)
                 transfer.payload = event.payload
             case Cancel():
-                self._fail(transfer, event.error)
+                self._fail(transfer, event.error, FailureKind.CANCELLED)
 
     def _on_gather_failed(self, event: GatherFailed) -> None:
         if event.epoch != self._epoch:
@@ -132,7 +133,7 @@ class TransferSender:
         lost = self._in_flight.pop(event.seq)
         self._free_slots.append(lost.slot)
         if event.transfer in self._transfers:
-            self._fail(lost.transfer, event.error)
+            self._fail(lost.transfer, event.error, FailureKind.STORE)
 
     # from the link and the peer
 
@@ -168,11 +169,11 @@ class TransferSender:
                 self._on_committed(transfer)
             case Abort():
                 self._end(transfer, OutboundState.FAILED)
-                self._out.append(SendFailed(transfer.id, message.error))
+                self._out.append(SendFailed(transfer.id, message.error, message.kind))
             case Nack():
                 self._counters.num_nacks += 1
                 self._end(transfer, OutboundState.FAILED)
-                self._out.append(SendFailed(transfer.id, f"refused by the receiver: {message.error}"))
+                self._out.append(SendFailed(transfer.id, f"refused by the receiver: {message.error}", message.kind))
             case _:
                 self._counters.num_stale_messages += 1
 
@@ -189,7 +190,7 @@ class TransferSender:
         try:
             transfer.accept(message.token_start, message.credits, self._link_name, self._slot_bytes)
         except ValueError as error:
-            self._fail(transfer, str(error))
+            self._fail(transfer, str(error), FailureKind.DISAGREEMENT)
 
     def _on_committed(self, transfer: OutboundTransfer) -> None:
         self._end(transfer, OutboundState.SENT)
@@ -222,7 +223,7 @@ class TransferSender:
                 return f"{transfer.id} was not committed within {config.chunk_timeout_s} s"
             limit_s = config.max_lease_s + config.chunk_timeout_s
             if transfer.state is OutboundState.OFFERED and waited_s > limit_s:
-                self._fail(transfer, f"the offer was not answered within {limit_s} s")
+                self._fail(transfer, f"the offer was not answered within {limit_s} s", FailureKind.LOST)
         return None
 
     # what follows
@@ -252,7 +253,8 @@ class TransferSender:
 
     def _commit(self, transfer: OutboundTransfer) -> None:
         if transfer.num_missing:
-            self._fail(transfer, f"committed with {transfer.num_missing} (layer, token) cells not computed")
+            error = f"committed with {transfer.num_missing} (layer, token) cells not computed"
+            self._fail(transfer, error, FailureKind.DISAGREEMENT)
             return
         transfer.machine.transition(OutboundState.COMMITTING)
         transfer.waiting_since_s = self._now_s
@@ -268,12 +270,12 @@ class TransferSender:
         if state is OutboundState.FAILED:
             self._counters.num_send_failures += 1
 
-    def _fail(self, transfer: OutboundTransfer, error: str) -> None:
+    def _fail(self, transfer: OutboundTransfer, error: str, kind: FailureKind) -> None:
         """Give up: chunks under way come back by their ACK, nothing else of it leaves, the link stays."""
         if transfer.state is not OutboundState.WAITING and self._link.state is LinkState.UP:
-            self._send(Abort(self._epoch or 0, transfer.id, error))
+            self._send(Abort(self._epoch or 0, transfer.id, error, kind))
         self._end(transfer, OutboundState.FAILED)
-        self._out.append(SendFailed(transfer.id, error))
+        self._out.append(SendFailed(transfer.id, error, kind))
 
     def _close_link(self, error: str) -> None:
         self._out.append(CloseLink(error))
@@ -289,4 +291,4 @@ class TransferSender:
         self._free_slots.clear()
         for transfer in list(self._transfers.values()):
             self._end(transfer, OutboundState.FAILED)
-            self._out.append(SendFailed(transfer.id, error))
+            self._out.append(SendFailed(transfer.id, error, FailureKind.LOST))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence as Seq
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..core.failures import FailureKind
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Prefill, TransferAddress, TransferStats
 from ..core.request import TransferId
@@ -40,8 +41,7 @@ class _Leg:
     clock: LegClock
     queued: bool = True  # the scheduler has it
     started: bool = False  # its blocks are allocated and known to the transfer
-    failure: str | None = None  # why it is aborted, when not because somebody said so
-    is_invalid: bool = False  # no worker could carry it out
+    failure: tuple[str, FailureKind] | None = None  # why it is aborted, when not because somebody said so
 
 
 class PrefillWorker:
@@ -104,12 +104,12 @@ class PrefillWorker:
                 self._finish(leg, tokens)
         return True
 
-    def fail(self, transfer: TransferId, error: str, is_invalid: bool) -> None:
+    def fail(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         """A dispatch cannot go on, as the mask of its first token is not to be had; an unknown one is ignored."""
         leg = self._legs.get(transfer)
         if leg is None:
             return
-        leg.failure, leg.is_invalid = error, is_invalid
+        leg.failure = error, kind
         self.abort(transfer)
 
     def abort(self, transfer: TransferId) -> None:
@@ -121,17 +121,17 @@ class PrefillWorker:
         if leg.sending:
             self._port.cancel(transfer)  # ends in send_failed, or in sent when the peer had committed already
         else:
-            self._end(leg, error="aborted")
+            self._end(leg, failure=("aborted", FailureKind.CANCELLED))
 
     def sent(self, transfer: TransferId, stats: TransferStats) -> None:
         """The peer has it all: the blocks may go back to the cache."""
         self._end(self._legs[transfer], stats=stats)
 
-    def send_failed(self, transfer: TransferId, error: str) -> None:
+    def send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         """The transfer is over and reads the blocks no more."""
         leg = self._legs[transfer]
         self._unqueue(leg)
-        self._end(leg, error=error)
+        self._end(leg, failure=(error, kind))
 
     def _start_sending(self, leg: _Leg) -> None:
         seq = leg.sequence
@@ -178,8 +178,9 @@ class PrefillWorker:
             self.scheduler.remove(leg.sequence)
             leg.queued = False
 
-    def _end(self, leg: _Leg, *, error: str | None = None, stats: TransferStats | None = None) -> None:
+    def _end(self, leg: _Leg, *, failure: tuple[str, FailureKind] | None = None, stats: TransferStats | None = None) -> None:
         seq = leg.sequence
+        error, kind = leg.failure or failure or (None, None)
         del self._legs[seq.transfer]
         self._kv.release(seq)
         self._masks.forget([seq])
@@ -188,8 +189,8 @@ class PrefillWorker:
             Leg.PREFILL,
             leg.clock,
             self._clock(),
-            error=leg.failure or error,
-            is_invalid=leg.is_invalid,
+            error=error,
+            kind=kind,
             num_cached_tokens=seq.num_cached_tokens,
             stats=stats,
         )

@@ -6,7 +6,7 @@ its block table names; the sums make the token. So a wrong, stale, missing or fo
 
 import zlib
 from collections.abc import Callable, Sequence as Seq
-from typing import Protocol
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from ..core.messages import KVLayout, TokenLogprobs
 from ..core.request import TransferId
@@ -63,6 +63,26 @@ def prompt_logprob(token_id: int) -> TokenLogprobs:
 
 class StoreFault(Exception):
     """What a store raises when a fault is drawn."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Method = Callable[Concatenate["ChainStore", P], R]
+
+
+def _may_only_fail_by_a_drawn_fault(method: Method[P, R]) -> Method[P, R]:
+    """Whatever else a store's method raises is a mistake of ours; a retry would hide it from the client."""
+
+    def call(self: "ChainStore", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except StoreFault:
+            raise
+        except Exception as error:  # that it is passed on as a failed transfer is what must not hide it
+            self._violation(f"{method.__name__} failed: {error!r}")
+            raise
+
+    return call
 
 
 class ChainStore:
@@ -123,6 +143,7 @@ class ChainStore:
     def mark(self) -> int:
         return 0  # `_final_s` says when a step's words are there
 
+    @_may_only_fail_by_a_drawn_fault
     def gather(
         self,
         layer_start: int,
@@ -151,6 +172,7 @@ class ChainStore:
     def checksum(self, data: memoryview) -> int:
         return zlib.crc32(data)
 
+    @_may_only_fail_by_a_drawn_fault
     def scatter(
         self,
         layer_start: int,

@@ -1,14 +1,16 @@
 """The head in virtual time: production's `Router` and `Fleet`, around them what `RouterService` and `Controller` do with
 connections and processes."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..core.errors import PdserveError
+from ..core.failures import FailureKind
 from ..core.latency import LatencyModel
-from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Probe, Probed, Ready, Role, StepReport, WorkerCommand
+from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Probe, Role, StepReport, WorkerCommand
 from ..core.needs import Need
+from ..core.pump import CommandPump
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
@@ -24,26 +26,13 @@ from ..router.events import (
     SendCommand,
     Submit,
     Tick,
-    WorkerDraining,
     WorkerIdle,
     WorkerLost,
     WorkerReady,
     WorkerRole,
-    WorkersExpected,
 )
 from ..router.fleet import Fleet, FleetConfig
-from ..router.fleet_events import (
-    AdoptWorkers,
-    Apply,
-    AssignRole,
-    DrainWorker,
-    FleetAction,
-    FleetEvent,
-    ReplaceWorkers,
-    StartWorker,
-    StopWorker,
-    WorkerPlaced,
-)
+from ..router.fleet_events import Apply, ReplaceWorkers, StartWorker
 from ..router.hosts import (
     CheckHost,
     ExpectHosts,
@@ -57,21 +46,52 @@ from ..router.hosts import (
 from ..router.links import NUM_FAILURES
 from ..router.places import Places
 from ..router.registry import WorkerState
-from ..router.service import HEARTBEAT_S, MAX_SILENT_BEATS
+from ..router.supervisor import (
+    GENERATION_STRIDE,
+    EndProcess,
+    KillProcess,
+    LaunchProcess,
+    ProcessEnded,
+    ProcessState,
+    Supervisor,
+    SupervisorCommand,
+    SupervisorEvent,
+    SuspectHost,
+    TakeOver,
+)
+from ..router.worker_sessions import HangUp, Say, SessionCommand, ToRouter, ToSupervisor, WorkerSessions
 from .broken_links import BrokenLinks
 from .network import End
 from .simulated_hosts import SimulatedHosts
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Process, Timer, VirtualTime
-from .wanted import WantedLegs, is_our_own_fault
+from .wanted import WantedLegs
 
-STOP_TIMEOUT_S = 5.0
 LINKS_INTERVAL_S = 1.0
 HOSTS_INTERVAL_S = 0.5  # between two looks at what Ray tells of hosts
 NEED = Need(1, 1.0)  # of an instance
-NUMBERS_OF_A_HEAD = 10**6  # of incarnations and of attempts
+END_S = 0.001  # a process that is asked to end takes so long
+HEARD_S = 0.005  # the end of a process is heard of so much later
 
 Key = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """One incarnation of a worker."""
+
+    role: Role
+    worker_id: str
+    incarnation: int
+    need: Need = NEED
+
+    @property
+    def key(self) -> Key:
+        return self.worker_id, self.incarnation
+
+
+def _spec(action: StartWorker) -> InstanceSpec:
+    return InstanceSpec(action.role, action.worker_id, action.incarnation)
 
 
 class Client(Protocol):
@@ -92,7 +112,7 @@ class SimulatedHead:
         fleet: FleetConfig,
         world: SimulatedHosts,
         join_timeout_s: float,
-        start_worker: Callable[[StartWorker, Placement], SimulatedWorker],
+        start_worker: Callable[[InstanceSpec, Placement], SimulatedWorker],
         violation: Callable[[str], None],
         note: Callable[[str], None] | None,
         generation: int = 0,
@@ -100,42 +120,37 @@ class SimulatedHead:
         """`note` keeps the timeline; None for none. `generation` counts the heads before this one, whose workers it takes
         over."""
         self.process = process
-        self.router = Router(router, LatencyModel(), first_attempt=generation * NUMBERS_OF_A_HEAD, adopts=generation > 0)
-        self.fleet = Fleet(fleet, first_incarnation=1 + generation * NUMBERS_OF_A_HEAD)
+        self.router = Router(router, LatencyModel(), first_attempt=generation * GENERATION_STRIDE, adopts=generation > 0)
+        self.fleet = Fleet(fleet, first_incarnation=1 + generation * GENERATION_STRIDE)
         self.places = Places()
         self.hosts = Hosts(self.places)
         self._world = world
         self._join_timeout_s = join_timeout_s
-        self._wanted_workers: dict[Key, StartWorker] = {}  # that wait for a place
-        self._is_settled = generation == 0
+        self._supervisor = Supervisor(self.fleet, self.places, _spec)
+        self._is_first = generation == 0
         self.clients: dict[str, Client] = {}
         self.on_dispatch: Callable[[], object] = lambda: None
         self._time = time
         self._start_worker = start_worker
         self._violation = violation
         self._note = note
-        self._workers: dict[Key, _Connection] = {}
+        self._sessions: WorkerSessions[End] = WorkerSessions(self._supervisor.expects)
         self._wanted = WantedLegs()
         self._links = BrokenLinks()
         self._started: dict[Key, SimulatedWorker] = {}
-        self._ending: set[Key] = set()
-        self._commands: deque[RouterCommand] = deque()
-        self._actions: deque[FleetAction] = deque()
-        self._is_busy = self._is_acting = False
+        self._commands: CommandPump[RouterCommand] = CommandPump(self._carry_out)
+        self._actions: CommandPump[SupervisorCommand[InstanceSpec]] = CommandPump(self._act, self._settle)
         self._tick: Timer | None = None
         self._fleet_tick: Timer | None = None
 
     def start(self, pools: Mapping[Role, int], survivors: Iterable[SimulatedWorker]) -> None:
         """Match the pools. `survivors` are processes that an earlier head started, oldest first."""
-        if self._is_settled:
+        if self._is_first:
             self._meet_hosts()
-        newest = {worker.worker_id: worker for worker in survivors}
-        for worker in survivors:
-            self.places.adopt((worker.worker_id, worker.incarnation), worker.role, worker.placement, NEED)
-            self._watch(worker)
-            if newest[worker.worker_id] is not worker:
-                self._stop((worker.worker_id, worker.incarnation))
-        self.manage(AdoptWorkers(tuple(StartWorker(w.role, w.worker_id, w.incarnation) for w in newest.values())))
+        living = [(InstanceSpec(worker.role, worker.worker_id, worker.incarnation), worker) for worker in survivors]
+        for spec, worker in living:
+            self._watch(spec.key, worker)
+        self.manage(TakeOver(tuple((spec, worker.placement) for spec, worker in living)))
         self.manage(Apply(pools))
 
     # hosts
@@ -196,18 +211,14 @@ class SimulatedHead:
 
     def handle(self, event: RouterEvent) -> None:
         try:
-            self._commands += self.router.handle(event, self._time.now_s)
+            commands = self.router.handle(event, self._time.now_s)
         except PdserveError:
             raise
         except Exception as error:  # what would end the head's process
             self._violation(f"the router failed at {type(event).__name__}: {error!r}")
             raise
-        if self._is_busy:
+        if not self._commands.run(commands):
             return
-        self._is_busy = True
-        while self._commands:
-            self._carry_out(self._commands.popleft())
-        self._is_busy = False
         if self._tick is not None:
             self._tick.cancel()
         due_s = self.router.next_tick_s()
@@ -216,9 +227,9 @@ class SimulatedHead:
     def _carry_out(self, command: RouterCommand) -> None:
         match command:
             case SendCommand(worker_id, incarnation, message):
-                connection = self._workers.get((worker_id, incarnation))
+                connection = self._sessions.connection((worker_id, incarnation))
                 if connection is not None:
-                    connection.end.send(message)
+                    connection.send(message)
                 self._wanted.sent((worker_id, incarnation), message)
                 started = self._started.get((worker_id, incarnation))
                 if started is not None and self._links.sent(started.placement.node_id, message, self._time.now_s):
@@ -231,7 +242,7 @@ class SimulatedHead:
                 client = self.clients.get(command.request_id)
                 if isinstance(command, EmitEnd):
                     self.clients.pop(command.request_id, None)
-                    for text in self._wanted.ended(command.request_id, self._workers.keys() & self._started.keys()):
+                    for text in self._wanted.ended(command.request_id, self._connected()):
                         self._violation(text)
                 if client is None:
                     self._violation(f"{command.request_id}: {type(command).__name__} after its end")
@@ -261,133 +272,110 @@ class SimulatedHead:
 
     # workers' connections
 
-    def accept(self, worker: SimulatedWorker, end: End) -> None:
-        """The first message that a worker sends says that it is loaded."""
-        end.on_message = lambda message: self._admit(worker, end, message)
+    def accept(self, end: End) -> None:
+        """Somebody connects to the workers' port."""
+        end.on_message = lambda message: self._received(end, message)
+        end.on_lost = lambda reason: self._on_session(self._sessions.closed(end, reason))
+        self._on_session(self._sessions.opened(end))
+        self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
 
-    def _admit(self, worker: SimulatedWorker, end: End, message: Any) -> None:
-        key = worker.worker_id, worker.incarnation
-        if key in self._started and key not in self._ending and key not in self._workers and isinstance(message, Ready):
-            self._workers[key] = _Connection(self, key, end)
-            self.receive(message)
-        else:
-            end.close()
+    def _received(self, end: End, message: Any) -> None:
+        self._sessions.heard(end)
+        self._on_session(self._sessions.received(end, message))
 
-    def receive(self, message: Any) -> None:
-        match message:
-            case Ready(info=info, held=held):
+    def _beat(self, end: End) -> None:
+        if end.is_open:
+            self._on_session(self._sessions.beat(end))
+            self.process.call_later(self._sessions.heartbeat_s, lambda: self._beat(end))
+
+    def _on_session(self, commands: Iterable[SessionCommand[End]]) -> None:
+        for command in commands:
+            match command:
+                case ToRouter(event):
+                    self._observe(event)
+                    self.handle(event)
+                case ToSupervisor(event):
+                    self.manage(event)
+                case Say(end, message):
+                    end.send(message)
+                case HangUp(end):
+                    end.close()
+                    self._on_session(self._sessions.closed(end, None))
+
+    def _connected(self) -> set[Key]:
+        """Workers that live and can be reached."""
+        return {key for key in self._started if self._sessions.connection(key) is not None}
+
+    def _observe(self, event: RouterEvent) -> None:
+        """Check what a worker reports, before the router handles it."""
+        match event:
+            case WorkerReady(info, held):
                 self._wanted.told((info.worker_id, info.incarnation), held)
-                self.handle(WorkerReady(info, held))
-                self.manage(WorkerReady(info))
-            case Probed():
-                self.handle(message)
-            case StepReport() | LegEnded():
-                self._wanted.heard(message)
-                if isinstance(message, LegEnded):
-                    self._links.heard(message, self._time.now_s)
-                if isinstance(message, LegEnded) and is_our_own_fault(message.error or ""):
-                    self._violation(f"{message.worker_id}: {message.leg.value} of {message.transfer}: {message.error}")
-                if self._note is not None and isinstance(message, LegEnded):
-                    how = message.error or "complete"
-                    self._note(
-                        f"{message.worker_id}/{message.incarnation}: {message.leg.value} of {message.transfer} ended, {how}"
-                    )
-                self.handle(message)
+            case WorkerLost(worker_id, incarnation, reason):
+                self._note_down(f"router lost {worker_id}/{incarnation}: {reason}")
+            case StepReport():
+                self._wanted.heard(event)
+            case LegEnded():
+                self._wanted.heard(event)
+                self._links.heard(event, self._time.now_s)
+                if event.kind is FailureKind.DISAGREEMENT:
+                    self._violation(f"{event.worker_id}: {event.leg.value} of {event.transfer}: {event.error}")
+                how = event.error or "complete"
+                self._note_down(f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended, {how}")
 
-    def lost(self, key: Key, reason: str) -> None:
-        """A connection is gone: so is the worker, and its process must go."""
-        if self._workers.pop(key, None) is None:
-            return
+    def _note_down(self, text: str) -> None:
         if self._note is not None:
-            self._note(f"router lost {key[0]}/{key[1]}: {reason}")
-        self.handle(WorkerLost(*key, reason))
-        if key not in self._ending:
-            self._suspect(key)
-            self.manage(WorkerLost(*key, reason))
-            self._stop(key)
+            self._note(text)
 
-    # the fleet
+    # workers' processes
 
-    def manage(self, event: FleetEvent) -> None:
-        if isinstance(event, Apply):
-            self.places.wanted = event.pools
-        self._actions += self.fleet.handle(event, self._time.now_s)
-        if self._is_acting:
+    def manage(self, event: SupervisorEvent[InstanceSpec]) -> None:
+        if not self._actions.run(self._supervisor.handle(event, self._time.now_s)):
             return
-        self._is_acting = True
-        self.handle(WorkersExpected(self.fleet.num_expected))
-        while self._actions or self._give_places():
-            while self._actions:
-                self._act(self._actions.popleft())
-        self._is_acting = False
-        if not self._is_settled and self.fleet.is_settled:
-            self._is_settled = True
-            self.handle(Adopted())
-            self._meet_hosts()
-        self.handle(WorkersExpected(self.fleet.num_expected))
         if self._fleet_tick is not None:
             self._fleet_tick.cancel()
-        due_s = self.fleet.next_tick_s()
+        due_s = self._supervisor.next_tick_s()
         self._fleet_tick = None if due_s is None else self.process.call_at(due_s, lambda: self.manage(Tick()))
 
-    def _act(self, action: FleetAction) -> None:
-        match action:
-            case StartWorker(role, worker_id, incarnation):
-                self._wanted_workers[worker_id, incarnation] = action
-                self.places.ask((worker_id, incarnation), role, NEED)
-            case DrainWorker(worker_id):
-                self.handle(WorkerDraining(worker_id))
-            case AssignRole(worker_id, role):
-                self.places.assign(worker_id, role)
-                for key, worker in self._started.items():
-                    if key[0] == worker_id and key not in self._ending:
-                        self._world.serves(worker.placement.node_id, f"{worker_id} becomes {role.value}")
-                self.handle(WorkerRole(worker_id, role))
-            case StopWorker(worker_id, incarnation):
-                self._stop((worker_id, incarnation))
+    def _act(self, command: SupervisorCommand[InstanceSpec]) -> None:
+        match command:
+            case LaunchProcess(spec, placement):
+                self._watch(spec.key, self._start_worker(spec, placement))
+            case EndProcess(key):  # one that is frozen or out of reach lives on
+                process = self._started[key].process
+                process.call_later(END_S, process.kill)
+            case KillProcess(key):
+                self._started[key].process.kill()
+            case SuspectHost(node_id):
+                self._on_host_event(HostSuspected(node_id))
+            case _:
+                if isinstance(command, WorkerRole):
+                    self._check_role(command)
+                self.handle(command)
+                if isinstance(command, Adopted) and not self._is_first:
+                    self._meet_hosts()
 
-    def _give_places(self) -> bool:
-        """Start the workers for which there is room. Whether there is anything to do after that."""
-        while (found := self.places.next()) is not None:
-            key, placement = found
-            self._watch(self._start_worker(self._wanted_workers.pop(key), placement))
-            self._actions += self.fleet.handle(WorkerPlaced(*key), self._time.now_s)
-        return bool(self._actions)
+    def _settle(self) -> list[SupervisorCommand[InstanceSpec]]:
+        return self._supervisor.settle(self._time.now_s)
+
+    def _check_role(self, command: WorkerRole) -> None:
+        """A worker that is to serve is on a host that may be used."""
+        for key, worker in self._started.items():
+            if key[0] == command.worker_id and self._supervisor.expects(key):
+                self._world.serves(worker.placement.node_id, f"{command.worker_id} becomes {command.role.value}")
 
     def waits_for_a_place(self, role: Role) -> bool:
         """Whether an instance of a pool does."""
-        return any(action.role is role for action in self._wanted_workers.values())
+        processes = self._supervisor.processes.values()
+        return any(process.state is ProcessState.WAITING and process.spec.role is role for process in processes)
 
-    def _watch(self, worker: SimulatedWorker) -> None:
-        key = worker.worker_id, worker.incarnation
+    def _watch(self, key: Key, worker: SimulatedWorker) -> None:
         self._started[key] = worker
-        worker.process.when_it_dies(lambda: self.process.call_later(0.005, lambda: self._gone(key)))
+        worker.process.when_it_dies(lambda: self.process.call_later(HEARD_S, lambda: self._ended(key)))
 
-    def _stop(self, key: Key) -> None:
-        """Ask the process to end, then make it; one that is frozen or out of reach lives on until then."""
-        worker = self._started.get(key)
-        if self._wanted_workers.pop(key, None) is not None:
-            self.places.give_back(key)
-            self.process.call_later(0.0, lambda: self.manage(WorkerLost(*key, "stopped")))
-        if worker is not None and key not in self._ending:
-            self._ending.add(key)
-            worker.process.call_later(0.001, worker.process.kill)
-            self.process.call_later(STOP_TIMEOUT_S, worker.process.kill)
-
-    def _suspect(self, key: Key) -> None:
-        """Before the fleet hears of the loss, and starts another."""
-        node_id = self.places.cores.node_of(key)
-        if node_id is not None:
-            self._on_host_event(HostSuspected(node_id))
-
-    def _gone(self, key: Key) -> None:
+    def _ended(self, key: Key) -> None:
         del self._started[key]
-        if key not in self._ending:
-            self._suspect(key)
-        self._ending.discard(key)
-        self.places.give_back(key)
-        self.handle(WorkerLost(*key, "the process ended"))
-        self.manage(WorkerLost(*key, "the process ended"))
+        self.manage(ProcessEnded(*key, "the process ended"))
 
 
 def describe(command: WorkerCommand) -> str:
@@ -401,30 +389,3 @@ def describe(command: WorkerCommand) -> str:
         return f"{name} {command.target.worker_id}/{command.target.incarnation}"
     spec = command.spec
     return f"{name} {spec.transfer}, {spec.num_tokens} tokens, choices {', '.join(map(str, spec.choices))}"
-
-
-class _Connection:
-    """One worker's connection, with the watchdog that hangs up on the silent."""
-
-    def __init__(self, head: SimulatedHead, key: Key, end: End) -> None:
-        self.end = end
-        self._head, self._key = head, key
-        self._num_silent_beats = 0
-        end.on_message = self._on_message
-        end.on_lost = lambda reason: head.lost(key, reason)
-        self._beat()
-
-    def _on_message(self, message: Any) -> None:
-        self._num_silent_beats = 0
-        self._head.receive(message)
-
-    def _beat(self) -> None:
-        if not self.end.is_open:
-            return
-        self._num_silent_beats += 1
-        if self._num_silent_beats > MAX_SILENT_BEATS:
-            self.end.close()
-            self._head.lost(self._key, f"silent for {MAX_SILENT_BEATS * HEARTBEAT_S:.1f} s")
-        else:
-            self.end.send(Heartbeat())
-            self._head.process.call_later(HEARTBEAT_S, self._beat)

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
+from ..core.failures import FailureKind
 from ..core.messages import (
+    HEARTBEAT_S,
     Abort,
     Heartbeat,
     Probe,
     Probed,
-    Ready,
     Role,
     StepReport,
     TransferAddress,
@@ -31,6 +32,7 @@ from ..kv_transfer.hub import TransferHub
 from ..kv_transfer.outbound import Dial
 from ..kv_transfer.pair import Local
 from ..router.cores import Placement
+from ..worker.router_session import RECONNECT_S, RouterSession, RouterSilence
 from ..worker.worker import Worker
 from .chain_runner import ChainRunner, OnSample
 from .kv_model import ChainStore
@@ -39,11 +41,7 @@ from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .simulated_port import HOP_S, Port
 from .virtual_time import Process, VirtualTime
 
-HEARTBEAT_S = 0.5
-ROUTER_DEAD_AFTER_S = 10.0
-RECONNECT_S = 0.1
-BRIEF_S = 1.0  # a connection that lasted less was refused
-ROUTER_LOST_TIMEOUT_S = 10.0
+FRAME_TOKENS = 64  # so few that what a worker holds often takes more than one frame
 
 
 @dataclass(frozen=True)
@@ -90,15 +88,15 @@ class Listener:
         self.worker.end_lease(transfer)
         self.worker.post(lambda: self.worker.worker.received(transfer, payload))
 
-    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         self.worker.end_lease(transfer)
-        self.worker.post(lambda: self.worker.worker.receive_failed(transfer, error))
+        self.worker.post(lambda: self.worker.worker.receive_failed(transfer, error, kind))
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self.worker.post(lambda: self.worker.worker.sent(transfer, stats))
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
-        self.worker.post(lambda: self.worker.worker.send_failed(transfer, error))
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self.worker.post(lambda: self.worker.worker.send_failed(transfer, error, kind))
 
 
 class SimulatedWorker:
@@ -163,59 +161,79 @@ class SimulatedWorker:
         self._time = time
         self._connect = connect
         self._reach = reach
-        self._router: End | None = None
-        self._connected_s = self._served_s = 0.0  # when the router was reached, and when it was last there
+        self._session = RouterSession(worker_id, incarnation, time.now_s, FRAME_TOKENS)
+        self._silence = RouterSilence(time.now_s)
+        self._connection: End | None = None  # to the router
+        self._router: End | None = None  # the same, once it is greeted
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
-        self._heard_s = 0.0
         self._violation = violation
         self._aborted: set[TransferId] = set()
         self._over: set[tuple[TransferId, int]] = set()  # choices whose last token was told
         self._tell_sample = on_sample
 
-    def serve(self) -> None:
-        """The worker is loaded."""
-        self._served_s = self._time.now_s
+    def start(self, load_s: float) -> None:
+        """The process is there; after `load_s` its weights are."""
         self.process.every(HEARTBEAT_S, self._beat)
+        self._dial()
+        self.process.call_later(load_s, self._serve)
+
+    def _serve(self) -> None:
+        """The worker is loaded."""
         self.process.every(self.local.config.heartbeat_s / 2, self.hub.tick)
-        self._meet_router()
+        self._session.loaded()
+        if self._connection is not None:
+            self._greet_soon(self._connection)
+
+    # the router
+
+    def _dial(self) -> None:
+        """Connect, again and again; without a router the worker works on for a while, and ends then."""
+        now_s = self._time.now_s
+        if not self._session.may_dial(now_s):
+            self.process.kill()
+            return
+        connection = self._connect(self)
+        if connection is None:
+            self.process.call_later(RECONNECT_S, self._dial)
+            return
+        self._session.connected(now_s)
+        self._silence, self._connection = RouterSilence(now_s), connection
+        connection.on_message = self._on_command
+        connection.on_lost = lambda _: self._on_lost()
+        connection.send(self._session.hello)
+        if self._session.is_loaded:
+            self._greet_soon(connection)
+        else:
+            connection.send(self._session.catch_up() or self._session.progress("loading weights", 0.0))
 
     def _beat(self) -> None:
-        if self._router is None:
+        if self._connection is None:
             return
-        if self._time.now_s - self._heard_s > ROUTER_DEAD_AFTER_S:
-            self._router.close()
-            self._lose_router()
-        else:
+        if self._silence.is_lost(self._time.now_s):
+            self._connection.close()
+            self._on_lost()
+        elif self._router is not None:
             self._router.send(self.worker.report())
 
-    def _meet_router(self) -> None:
-        """Connect, again and again; without a router the worker works on for a while, and ends then."""
-        router = self._connect(self)
-        if router is not None:
-            self._connected_s = self._heard_s = self._time.now_s
-            router.on_message = self._on_command
-            router.on_lost = lambda _: self._lose_router()
-            self.post(lambda: self._greet(router))
-        elif self._time.now_s - self._served_s > ROUTER_LOST_TIMEOUT_S:
-            self.process.kill()
-        else:
-            self.process.call_later(RECONNECT_S, self._meet_router)
+    def _greet_soon(self, connection: End) -> None:
+        """On the engine's thread."""
+        self.post(lambda: self._greet(connection))
 
-    def _greet(self, router: End) -> None:
-        """What is said from now on follows what is told here."""
-        if router.is_open:
-            router.send(Ready(info=self.info(), held=self.worker.held_legs()))
-            self._router = router
+    def _greet(self, connection: End) -> None:
+        if not connection.is_open:
+            return
+        for message in self._session.greeting(connection, self.info(), self.worker.held_legs()):
+            connection.send(message)
+        self._router = connection
 
-    def _lose_router(self) -> None:
-        self._router = None
-        if self._time.now_s - self._connected_s > BRIEF_S:
-            self._served_s = self._time.now_s
-        self.process.call_later(RECONNECT_S, self._meet_router)
+    def _on_lost(self) -> None:
+        self._connection = self._router = None
+        self._session.lost(self._time.now_s)
+        self.process.call_later(RECONNECT_S, self._dial)
 
     def _on_command(self, command: WorkerCommand) -> None:
-        self._heard_s = self._time.now_s
+        self._silence.heard(self._time.now_s)
         if isinstance(command, Probe):
             after_s, error = self._reach(self, command.target)
             self.process.call_later(after_s, lambda: self._answer(command, error))

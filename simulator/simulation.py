@@ -11,14 +11,14 @@ from ..kv_transfer.config import TransferConfig
 from ..router.config import RouterConfig
 from ..router.cores import Placement
 from ..router.fleet import FleetConfig
-from ..router.fleet_events import Apply, Drain, StartWorker
+from ..router.fleet_events import Apply, Drain
 from ..router.fleet_member import MemberState
 from .faults import ORDERLY, Accident, Faults
 from .leftovers import leftovers
 from .network import End, Network
 from .scenario import CALM_S, PlannedAccident, Scenario
 from .simulated_client import SimulatedClient
-from .simulated_head import SimulatedHead
+from .simulated_head import InstanceSpec, SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
 from .simulated_worker import SimulatedWorker
@@ -194,8 +194,8 @@ class Simulation:
 
     # workers
 
-    def _start_worker(self, action: StartWorker, placement: Placement) -> SimulatedWorker:
-        worker_id, incarnation = action.worker_id, action.incarnation
+    def _start_worker(self, spec: InstanceSpec, placement: Placement) -> SimulatedWorker:
+        worker_id, incarnation = spec.key
         process = Process(self.time, f"{worker_id}/{incarnation}")
         worker = SimulatedWorker(
             self.time,
@@ -203,9 +203,9 @@ class Simulation:
             process,
             worker_id,
             incarnation,
-            action.role,
+            spec.role,
             placement,
-            self._scenario.shapes[action.role],
+            self._scenario.shapes[spec.role],
             self._scenario.transport,
             TransferConfig(
                 chunk_bytes=self._scenario.chunk_bytes, ring_slots=self._scenario.ring_slots, lease_s=self._scenario.lease_s
@@ -229,14 +229,14 @@ class Simulation:
         self._num_started[worker_id] += 1
         self.hosts.started(worker, placement, self.head.waits_for_a_place)
         process.when_it_dies(lambda: self.note(f"{process.name} died"))
-        process.call_later(self._scenario.start_s, worker.serve)
+        worker.start(self._scenario.start_s)
         return worker
 
     def _connect(self, worker: SimulatedWorker) -> End | None:
         if not self.head.process.is_alive:
             return None
         ours, theirs = self.network.connect(worker.process, self.head.process)
-        self.head.accept(worker, theirs)
+        self.head.accept(theirs)
         self.note(f"{worker.process.name} connects to the router")
         return ours
 

@@ -1,5 +1,4 @@
-"""What workers do for requests, as a bystander of the head's connections knows it: nobody works for a request that has ended,
-and no leg fails by a mistake of its own workers, which a retry would hide from the client."""
+"""Who works for which request, as a bystander of the head's connections knows it: nobody for one that has ended."""
 
 from collections.abc import Iterable, Set as AbstractSet
 from dataclasses import dataclass, field
@@ -8,24 +7,6 @@ from ..core.messages import Abort, HeldLeg, LegEnded, Prefill, Reserve, Serve, S
 from ..core.request import TransferId
 
 Key = tuple[str, int]  # (worker_id, incarnation)
-
-OUR_OWN_FAULTS = (  # what no accident can cause
-    "refused by the receiver",
-    "the link was closed: ",
-    "were offered, ",
-    "accepted from token",
-    "cells not computed",
-    "was computed, but there are",
-    "has come before",
-    "is empty or outside",
-    "malformed hand-off",
-    "ing failed: ",
-)
-
-
-def is_our_own_fault(error: str) -> bool:
-    """Whether a leg's error shows a mistake of the two workers: retrying hides it from the client."""
-    return any(sign in error for sign in OUR_OWN_FAULTS) and "checksum" not in error and "StoreFault" not in error
 
 
 @dataclass(slots=True)

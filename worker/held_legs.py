@@ -78,13 +78,13 @@ def _num_prompt_logprobs(output: TokenOutput) -> int:
     return sum(1 + len(token.top) for token in output.prompt_logprobs)
 
 
-def in_frames(legs: Sequence[HeldLeg]) -> Iterator[tuple[HeldLeg, ...]]:
+def in_frames(legs: Sequence[HeldLeg], max_tokens: int = MAX_FRAME_TOKENS) -> Iterator[tuple[HeldLeg, ...]]:
     """All of them in turn, at least once, no more at a time than a frame can hold."""
     frame: list[HeldLeg] = []
     num_tokens = 0
     for leg in legs:
         num_leg_tokens = _weight(leg.spec) + len(leg.outputs) + sum(map(_num_prompt_logprobs, leg.outputs))
-        if frame and num_tokens + num_leg_tokens > MAX_FRAME_TOKENS:
+        if frame and num_tokens + num_leg_tokens > max_tokens:
             yield tuple(frame)
             frame, num_tokens = [], 0
         frame.append(leg)

@@ -19,14 +19,11 @@ from contextlib import suppress
 
 import msgspec
 
+from ..core.failures import FailureKind
 from ..core.handshake import Dialler, Purpose
 from ..core.messages import (
-    Hello,
-    Holds,
-    LoadProgress,
     Probe,
     Probed,
-    Ready,
     StepReport,
     TransferAddress,
     TransferStats,
@@ -45,8 +42,8 @@ from ..kv_transfer.cuda_memory import CudaGpu
 from ..kv_transfer.endpoint import TransferEndpoint
 from .device import bind_to_cores, engine_options, names_of, own_gpu
 from .gpu_monitor import GpuMonitor
-from .held_legs import in_frames
 from .router_link import RouterLink, shake_hands
+from .router_session import RECONNECT_S, RouterSession
 from .spec import WorkerSpec
 from .worker import Worker
 
@@ -64,9 +61,6 @@ def give_up(why: str) -> None:
 
 DEVICE_SILENT_S = 120.0  # a GPU that has not done what it was asked for by then never will
 MASK_WAIT_S = 0.002  # at most so long does a step that is computed wait for masks
-RECONNECT_S = 0.1
-BRIEF_S = 1.0  # a connection that lasted less was refused
-ROUTER_LOST_TIMEOUT_S = 30.0  # for so long a worker goes on without a router
 
 
 class WorkerProcess:
@@ -84,9 +78,7 @@ class WorkerProcess:
         self._info: WorkerInfo | None = None  # None until it serves
         self._monitor: GpuMonitor | None = None  # None on CPU
         self._stepping_since_s: float | None = None  # None between steps
-        self._greeted: RouterLink | None = None
-        self._loading: LoadProgress | None = None  # the last that was told
-        self._connected_s = self._served_s = time.monotonic()  # when a router was reached, and when one was there last
+        self._session = RouterSession(spec.worker_id, spec.incarnation, time.monotonic())
 
     def run(self) -> None:
         """Load, serve until stopped or until no router has been there for a while, and leave nothing behind."""
@@ -142,14 +134,14 @@ class WorkerProcess:
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
         self._inbox.put(lambda: self._worker.received(transfer, payload))
 
-    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
-        self._inbox.put(lambda: self._worker.receive_failed(transfer, error))
+    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self._inbox.put(lambda: self._worker.receive_failed(transfer, error, kind))
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self._inbox.put(lambda: self._worker.sent(transfer, stats))
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
-        self._inbox.put(lambda: self._worker.send_failed(transfer, error))
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self._inbox.put(lambda: self._worker.send_failed(transfer, error, kind))
 
     # answers of the grammar process, called on the grammar thread
 
@@ -158,10 +150,11 @@ class WorkerProcess:
         self._inbox.put(lambda: None)  # the engine thread may be waiting there
 
     def on_refused(self, key: int, why: str) -> None:
-        self._inbox.put(lambda: self._worker.mask_failed(key, f"its constraint cannot be followed: {why}", True))
+        error = f"its constraint cannot be followed: {why}"
+        self._inbox.put(lambda: self._worker.mask_failed(key, error, FailureKind.INVALID))
 
     def on_failed(self, key: int, why: str) -> None:
-        self._inbox.put(lambda: self._worker.mask_failed(key, why, False))
+        self._inbox.put(lambda: self._worker.mask_failed(key, why, FailureKind.LOST))
 
     def _grammar_setup(self, engine: Engine) -> Setup:
         path = resolve_model_path(self._spec.config.model.path)
@@ -200,6 +193,7 @@ class WorkerProcess:
             pid=os.getpid(),
             kernels=engine.kernels.name,
         )
+        self._session.loaded()
         self._greet(self._link)
         self._loop()
 
@@ -249,31 +243,27 @@ class WorkerProcess:
         )
 
     def _progress(self, phase: str, fraction: float) -> None:
-        spec = self._spec
-        self._loading = LoadProgress(worker_id=spec.worker_id, incarnation=spec.incarnation, phase=phase, fraction=fraction)
-        self._link.send(self._loading)
+        self._link.send(self._session.progress(phase, fraction))
 
     # the router
 
     def _find_router(self) -> RouterLink | None:
         """A connection to whoever is the router now; None when there is none for too long."""
-        spec = self._spec
-        hello = Hello(worker_id=spec.worker_id, incarnation=spec.incarnation)
-        while not self._stopping.is_set() and time.monotonic() - self._served_s < ROUTER_LOST_TIMEOUT_S:
+        spec, session = self._spec, self._session
+        while not self._stopping.is_set() and session.may_dial(time.monotonic()):
             try:
-                link = RouterLink(spec.router_address, spec.token, hello, self._on_command, self._on_lost)
+                link = RouterLink(spec.router_address, spec.token, session.hello, self._on_command, self._on_lost)
             except OSError:
                 self._stopping.wait(RECONNECT_S)
                 continue
-            self._connected_s = time.monotonic()
+            session.connected(time.monotonic())
             return link
         return None
 
     def _on_lost(self, link: RouterLink) -> None:
         """Called on the link's reader thread, which ends here."""
         link.close()
-        if time.monotonic() - self._connected_s > BRIEF_S:
-            self._served_s = time.monotonic()
+        self._session.lost(time.monotonic())
         self._stopping.wait(RECONNECT_S)
         found = self._find_router()
         if found is None:
@@ -282,19 +272,18 @@ class WorkerProcess:
         found.start()
         if self._info is None:
             self._link = found
-            if self._loading is not None:
-                found.send(self._loading)
+            if (loading := self._session.catch_up()) is not None:
+                found.send(loading)
         self._inbox.put(lambda: self._greet(found))
 
     def _greet(self, link: RouterLink) -> None:
         """On the engine thread: what is said from now on follows what is told here."""
-        if link is self._greeted:
-            return
         assert self._info is not None
-        *before, last = in_frames(self._worker.held_legs())
-        link.send(*(Holds(held=legs) for legs in before), Ready(info=self._info, held=last))
-        link.start_heartbeat(self._beat)
-        self._link = self._greeted = link
+        greeting = self._session.greeting(link, self._info, self._worker.held_legs())
+        if greeting:
+            link.send(*greeting)
+            link.start_heartbeat(self._beat)
+            self._link = link
 
     def _beat(self) -> StepReport:
         """On the heartbeat's thread: how the worker stands and, every few seconds, its GPU."""

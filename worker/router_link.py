@@ -9,10 +9,8 @@ from collections.abc import Callable
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.handshake import MAX_WAIT_S, Dialler, HandshakeError, Purpose
-from ..core.messages import Heartbeat, Hello, StepReport, WorkerCommand
-
-HEARTBEAT_S = 0.5
-DEAD_AFTER_S = 10.0  # a router that says nothing for so long is lost; it speaks every 0.5 s
+from ..core.messages import HEARTBEAT_S, Heartbeat, Hello, StepReport, WorkerCommand
+from .router_session import RouterSilence
 
 
 class RouterLink:
@@ -34,15 +32,15 @@ class RouterLink:
             self._socket.close()
             raise
         self._socket.settimeout(None)
+        self._silence = RouterSilence(time.monotonic())
         # A router that stands still stops reading too: a sender that it blocks must find out as the heartbeat would.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(DEAD_AFTER_S))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._silence.dead_after_s))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._on_command = on_command
         self._on_lost = on_lost
         self._encoder = FrameEncoder()
         self._write_lock = threading.Lock()  # of the encoder and the socket
         self._closed = threading.Event()
-        self._heard_s = time.monotonic()
         self._heartbeat: Callable[[], StepReport] | None = None
         self._threads = [
             threading.Thread(target=self._read, name="router-reader", daemon=True),
@@ -55,7 +53,7 @@ class RouterLink:
             thread.start()
 
     def start_heartbeat(self, report: Callable[[], StepReport]) -> None:
-        """Send `report()` every 0.5 s from now on."""
+        """Send `report()` every `HEARTBEAT_S` from now on."""
         self._heartbeat = report
 
     def send(self, *messages: object) -> None:
@@ -78,7 +76,7 @@ class RouterLink:
         decoder: FrameDecoder[WorkerCommand] = FrameDecoder(WorkerCommand)
         try:
             while data := self._socket.recv(1 << 18):
-                self._heard_s = time.monotonic()
+                self._silence.heard(time.monotonic())
                 for command in decoder.feed(data):
                     if not isinstance(command, Heartbeat):
                         self._on_command(command)
@@ -89,7 +87,7 @@ class RouterLink:
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
-            if time.monotonic() - self._heard_s > DEAD_AFTER_S:
+            if self._silence.is_lost(time.monotonic()):
                 self._hang_up()
             elif self._heartbeat is not None:
                 self.send(self._heartbeat())

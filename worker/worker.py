@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from ..core.failures import FailureKind
 from ..core.messages import (
     Abort,
     Heartbeat,
@@ -107,25 +108,25 @@ class Worker:
     def received(self, transfer: TransferId, payload: bytes) -> None:
         self._decode.received(transfer, payload)
 
-    def receive_failed(self, transfer: TransferId, error: str) -> None:
-        self._decode.receive_failed(transfer, error)
+    def receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self._decode.receive_failed(transfer, error, kind)
 
     def sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self._prefill.sent(transfer, stats)
 
-    def send_failed(self, transfer: TransferId, error: str) -> None:
-        self._prefill.send_failed(transfer, error)
+    def send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self._prefill.send_failed(transfer, error, kind)
 
     # answers of the grammar process, see `grammar.GrammarListener`
 
     def masked(self, key: int, num_tokens: int, bits: bytes) -> None:
         self._masks.masked(key, num_tokens, bits)
 
-    def mask_failed(self, key: int, error: str, is_invalid: bool) -> None:
+    def mask_failed(self, key: int, error: str, kind: FailureKind) -> None:
         transfer = self._masks.given_up(key)
         if transfer is not None:
-            self._prefill.fail(transfer, error, is_invalid)
-            self._decode.fail(transfer, error, is_invalid)
+            self._prefill.fail(transfer, error, kind)
+            self._decode.fail(transfer, error, kind)
 
     def step(self) -> bool:
         """One batch of each role that has work; False when there was none."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Prefill, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.engine.device import Device
@@ -51,7 +52,7 @@ class Endings:
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self._ended.put(stats)
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         self._ended.put(RuntimeError(f"transfer failed: {error}"))
 
     on_receive_failed = on_send_failed

@@ -24,11 +24,12 @@ from pdserve.core.messages import (
     WorkerLoad,
 )
 from pdserve.core.request import TransferId
-from pdserve.router import service
+from pdserve.router import worker_sessions
 from pdserve.router.core import Router
-from pdserve.router.events import Adopted
+from pdserve.router.events import Adopted, WorkerReady
 from pdserve.router.service import RouterService
-from pdserve.worker import router_link as worker_link
+from pdserve.router.supervisor import ConnectionLost
+from pdserve.worker import router_link as worker_link, router_session
 from pdserve.worker.router_link import RouterLink
 
 from ..handshakes import greeted, open_control
@@ -51,9 +52,8 @@ class Link:
 
 def observer(lost: list[str]) -> SimpleNamespace:
     return SimpleNamespace(
-        expects=lambda worker_id, incarnation: True,
-        worker_ready=lambda info: None,
-        worker_lost=lambda worker_id, incarnation, reason, is_silent: lost.append(reason),
+        expects=lambda key: True,
+        handle=lambda event: lost.append(event.reason) if isinstance(event, ConnectionLost) else None,
     )
 
 
@@ -61,8 +61,8 @@ def observer(lost: list[str]) -> SimpleNamespace:
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Silence is noticed soon."""
     monkeypatch.setattr(worker_link, "HEARTBEAT_S", 0.02)
-    monkeypatch.setattr(worker_link, "DEAD_AFTER_S", 0.3)
-    monkeypatch.setattr(service, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(router_session, "DEAD_AFTER_S", 0.3)
+    monkeypatch.setattr(worker_sessions, "HEARTBEAT_S", 0.02)
 
 
 async def read_beats(reader: asyncio.StreamReader, count: int) -> None:
@@ -152,8 +152,8 @@ def test_a_worker_hangs_up_when_a_frame_was_lost() -> None:
 
 async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_whole() -> None:
     router, is_ready, observing = Router(adopts=True), asyncio.Event(), observer([])
-    observing.worker_ready = lambda info: is_ready.set()
-    routing = RouterService(router, observing, "token")
+    observing.handle = lambda event: is_ready.set() if isinstance(event, WorkerReady) else None
+    routing = RouterService(router, observing, "token")  # type: ignore[arg-type]
     _, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     first, second, third = (
@@ -191,7 +191,7 @@ async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: 
         with suppress(ConnectionError):
             writer.write(said)
             await reader.read()
-    assert lost == [] and routing.num_unproven == 0
+    assert lost == [] and routing.sessions.num_unproven == 0
     writer.close()
     await routing.stop()
 
@@ -211,8 +211,8 @@ async def test_a_stranger_that_dribbles_does_not_stay_longer_than_a_silent_one(h
 
 async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it(hasty: None) -> None:
     nobody = observer([])
-    nobody.expects = lambda worker_id, incarnation: False
-    routing = RouterService(Router(), nobody, "token")
+    nobody.expects = lambda key: False
+    routing = RouterService(Router(), nobody, "token")  # type: ignore[arg-type]
     reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     writer.write(FrameEncoder().encode(HELLO))
     async with asyncio.timeout(WAIT_S):
@@ -223,8 +223,8 @@ async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it
 
 
 async def test_a_worker_gets_in_past_idle_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "MAX_UNPROVEN", 4)
-    routing = RouterService(Router(), observer([]), "token")
+    monkeypatch.setattr(worker_sessions, "MAX_UNPROVEN", 4)
+    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
     port = await routing.start("127.0.0.1")
     idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
     reader, writer = await open_control(port, "token")
@@ -234,7 +234,7 @@ async def test_a_worker_gets_in_past_idle_connections(monkeypatch: pytest.Monkey
         for oldest, _ in idle[:16]:
             with suppress(ConnectionError):
                 assert await oldest.read() == b""
-    assert routing.num_unproven <= 4
+    assert routing.sessions.num_unproven <= 4
     for _, other in [*idle, (reader, writer)]:
         other.close()
     await routing.stop()
@@ -251,6 +251,6 @@ async def test_a_flood_of_connections_writes_few_lines_and_is_counted(caplog: py
             with suppress(ConnectionError):
                 await reader.read()
             writer.close()
-    assert routing.num_refused == 500
+    assert routing.sessions.num_refused == 500
     assert len(caplog.records) < 100
     await routing.stop()

@@ -4,6 +4,7 @@ import queue
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Prefill, Reserve, TokenOutput, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
@@ -29,14 +30,14 @@ class Listener:
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
         self._inbox.put(lambda: self._joined.decode.received(transfer, payload))
 
-    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
-        self._inbox.put(lambda: self._joined.decode.receive_failed(transfer, error))
+    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self._inbox.put(lambda: self._joined.decode.receive_failed(transfer, error, kind))
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self._inbox.put(lambda: self._joined.prefill.sent(transfer, stats))
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
-        self._inbox.put(lambda: self._joined.prefill.send_failed(transfer, error))
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
+        self._inbox.put(lambda: self._joined.prefill.send_failed(transfer, error, kind))
 
 
 class MaskListener:

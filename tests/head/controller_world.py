@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +9,10 @@ from ray.exceptions import ActorDiedError
 
 from pdserve.cluster.actors import outcome_of
 from pdserve.core.config import ClusterConfig
-from pdserve.core.messages import Hello, Ready, Role
-from pdserve.head import controller as controller_module
+from pdserve.core.messages import Hello, Ready, Role, WorkerMessage
 from pdserve.head.controller import Controller
 from pdserve.head.ports import Outcome, Version
+from pdserve.router import supervisor
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator, Placement
 from pdserve.router.events import WorkerLost
@@ -50,6 +49,13 @@ class FakeActor:
             self.ended.set_result(None)
         else:
             self.ended.set_exception(error)
+
+
+class FakeConnection:
+    """A worker's connection; what is said on it is not kept."""
+
+    def send(self, message: object) -> None: ...
+    def hang_up(self) -> None: ...
 
 
 class FakeKeeper:
@@ -91,7 +97,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_cores: int = 2, **fleet: Any) -> None:
         self.keeper = FakeKeeper()
         self.fleet_events: list[Any] = []
-        monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(supervisor, "STOP_TIMEOUT_S", 0.01)
         self.start_controller(monkeypatch, Router(), num_cores, **fleet)
 
     def start_controller(self, monkeypatch: pytest.MonkeyPatch, router: Router, num_cores: int = 2, **fleet: Any) -> None:
@@ -117,12 +123,32 @@ class World:
     def connect(self, worker_id: str) -> None:
         """The worker says hello and that it is ready."""
         spec = self.actor(worker_id).spec
-        assert self.service.admit(SimpleNamespace(send=lambda message: None), hello(spec))  # type: ignore[arg-type]
-        self.service.receive(Ready(info=worker_info(worker_id, spec.role, incarnation=spec.incarnation)))
+        self.introduce(spec)
+        self.say(spec, Ready(info=worker_info(worker_id, spec.role, incarnation=spec.incarnation)))
 
-    def disconnect(self, worker_id: str, reason: str = "connection closed", is_silent: bool = False) -> None:
-        spec = self.actor(worker_id).spec
-        self.service.lost(worker_id, spec.incarnation, reason, is_silent)
+    def introduce(self, spec: WorkerSpec) -> bool:
+        """A worker says hello on a new connection; whether it is admitted."""
+        sessions: Any = self.service.sessions
+        connection = FakeConnection()
+        self.service.carry_out(sessions.opened(connection))
+        self.service.carry_out(sessions.received(connection, hello(spec)))
+        return sessions.connection(spec.key) is connection
+
+    def say(self, spec: WorkerSpec, message: WorkerMessage) -> None:
+        """On the worker's connection."""
+        sessions: Any = self.service.sessions
+        self.service.carry_out(sessions.received(sessions.connection(spec.key), message))
+
+    def disconnect(self, worker_id: str, reason: str = "connection closed", num_silent_beats: int = 0) -> None:
+        """Its connection breaks, or it says nothing for so many beats."""
+        self.break_off(self.actor(worker_id).spec, reason, num_silent_beats)
+
+    def break_off(self, spec: WorkerSpec, reason: str = "connection closed", num_silent_beats: int = 0) -> None:
+        sessions: Any = self.service.sessions
+        connection = sessions.connection(spec.key)
+        for _ in range(num_silent_beats):
+            self.service.carry_out(sessions.beat(connection))
+        self.service.carry_out(sessions.closed(connection, None if num_silent_beats else reason))
 
     def up(self) -> None:
         self.controller.handle(Apply({P: 1, D: 1}))

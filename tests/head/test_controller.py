@@ -1,22 +1,23 @@
 """Workers' lives as the controller sees them, over actors that do what a test says."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from pdserve.core.errors import CheckpointError
 from pdserve.core.messages import LoadProgress, Ready
-from pdserve.head import controller as controller_module
+from pdserve.router import supervisor
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity
 from pdserve.router.events import Tick
 from pdserve.router.fleet_events import Apply, Drain, Shutdown
 from pdserve.router.fleet_member import MemberState
+from pdserve.router.supervisor import ProcessState
+from pdserve.router.worker_sessions import MAX_SILENT_BEATS
 
 from ..router.cluster import worker_info
-from .controller_world import D, FakeActor, P, World, hello
+from .controller_world import D, FakeActor, P, World
 
 
 async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +25,7 @@ async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
     world.up()
     frozen = world.actor("decode-0")
     frozen.is_frozen = True
-    world.disconnect("decode-0", "silent for 3.1 s")
+    world.disconnect("decode-0", "reset")
     assert world.state("decode-0") is MemberState.STARTING
     assert world.actor("decode-0") is frozen
     assert "waiting" in world.controller.processes["decode-0", 3].phase
@@ -39,14 +40,14 @@ async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
 async def test_a_worker_that_fell_silent_is_killed_without_being_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, stable_s=0.0)
     world.up()
-    monkeypatch.setattr(controller_module, "STOP_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(supervisor, "STOP_TIMEOUT_S", 3600.0)
     actor = world.actor("decode-0")
     actor.is_frozen = True
-    world.disconnect("decode-0", "silent for 3.1 s", is_silent=True)
+    world.disconnect("decode-0", num_silent_beats=MAX_SILENT_BEATS + 1)
     await world.settle()
     assert actor.num_stops == 0
     assert world.actor("decode-0").spec.incarnation == 3
-    assert world.error("decode-0") == "silent for 3.1 s"
+    assert world.error("decode-0") == "silent for 3.0 s"
 
 
 async def frozen_is_killed(actor: FakeActor) -> None:
@@ -99,7 +100,7 @@ async def test_a_killed_worker_is_lost_to_the_router_once_and_replaced_once(
     else:
         actor.end(ActorDiedError())
         await world.settle()
-        world.service.lost("prefill-0", 2, "connection closed", is_silent=False)
+        world.break_off(actor.spec)
     assert [actor.spec.incarnation for actor in world.actors if actor.spec.worker_id == "prefill-0"] == [2, 3]
     world.connect("prefill-0")
     assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {"prefill-0", "decode-0"}
@@ -120,10 +121,10 @@ async def test_a_worker_that_becomes_ready_after_it_was_told_to_stop_is_given_no
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
     spec = world.actor("decode-0").spec
-    assert world.service.admit(SimpleNamespace(), hello(spec))  # type: ignore[arg-type]
+    assert world.introduce(spec)
     world.actor("decode-0").is_frozen = True
     world.controller.handle(Shutdown())
-    world.service.receive(Ready(info=worker_info("decode-0", D, incarnation=spec.incarnation)))
+    world.say(spec, Ready(info=worker_info("decode-0", D, incarnation=spec.incarnation)))
     assert world.service.router.status(0.0).workers == ()
 
 
@@ -162,7 +163,8 @@ async def test_a_worker_that_still_loads_is_taken_over_without_waiting_for_it(mo
     world.controller.handle(Apply({P: 1, D: 1}))
     world.connect("prefill-0")
     assert not world.controller.adopted.is_set()
-    world.service.receive(LoadProgress(worker_id="decode-0", incarnation=spec.incarnation, phase="loading", fraction=0.5))
+    assert world.introduce(spec)
+    world.say(spec, LoadProgress(worker_id="decode-0", incarnation=spec.incarnation, phase="loading", fraction=0.5))
     assert world.controller.adopted.is_set()
     assert len(world.actors) == 2
 
@@ -183,8 +185,8 @@ async def test_a_worker_connects_once(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
     spec = world.actor("decode-0").spec
-    assert world.service.admit(SimpleNamespace(), hello(spec))  # type: ignore[arg-type]
-    assert not world.service.admit(SimpleNamespace(), hello(spec))  # type: ignore[arg-type]
+    assert world.introduce(spec)
+    assert not world.introduce(spec)
 
 
 async def test_a_host_is_suspected_when_a_worker_there_is_lost_for_no_known_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +209,7 @@ async def test_a_worker_waits_for_a_host_for_as_long_as_it_takes_and_starts_when
 ) -> None:
     world = World(monkeypatch, num_cores=1)
     world.controller.handle(Apply({P: 1, D: 1}))
-    (waiting,) = (key for key, process in world.controller.processes.items() if process.watch is None)
+    (waiting,) = (key for key, process in world.controller.processes.items() if process.state is ProcessState.WAITING)
     assert world.controller.processes[waiting].phase.startswith(f"waiting: {waiting[0]} needs 1 core(s)")
     world.places.cores.open("another", Capacity(1))
     world.controller.handle(Tick())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint
@@ -128,13 +129,13 @@ class Recorder:
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
         self._end("receive", transfer, payload)
 
-    def on_receive_failed(self, transfer: TransferId, error: str) -> None:
+    def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         self._end("receive", transfer, error)
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self._end("send", transfer, stats)
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         self._end("send", transfer, error)
 
     def wait(self, side: str, transfer: TransferId) -> object:

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from pdserve.core.codec import FrameDecoder, FrameEncoder
+from pdserve.core.failures import FailureKind
 from pdserve.core.handshake import OPENING_BYTES, Dialler, Purpose
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
@@ -154,7 +155,9 @@ HALF = Span(0, 3, 0, 8)
 def test_a_wrong_chunk_is_refused_before_it_reaches_the_blocks(change: dict[str, Any], error: str) -> None:
     with raw_pair() as (peer, receiver):
         peer.say(msgspec.structs.replace(peer.chunk(0, HALF), **change))
-        assert error in peer.hear(Nack).error
+        nack = peer.hear(Nack)
+        assert error in nack.error
+        assert nack.kind is (FailureKind.CORRUPT if "checksum" in change else FailureKind.DISAGREEMENT)
         assert peer.is_closed()
         assert error in receiver.ends.receive_error(T)
         assert receiver.store.num_scattered == 0

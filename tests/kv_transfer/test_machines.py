@@ -4,6 +4,7 @@ import pytest
 
 from pdserve.core.automaton import Automaton
 from pdserve.core.errors import InvalidTransition
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import KVLayout
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer.config import TransferConfig
@@ -157,9 +158,9 @@ def test_not_even_a_living_peer_is_waited_for_without_end() -> None:
     for machine in (sender, receiver):
         machine.handle(Heartbeat(1), 606.0)
     abort, beat = receiver.handle(Tick(), 606.0)
-    assert abort == Send(Abort(1, T, "the lease ended after 606.0 s without a reservation"))
+    assert abort == Send(Abort(1, T, "the lease ended after 606.0 s without a reservation", FailureKind.LOST))
     assert beat == Send(Heartbeat(1))
-    assert SendFailed(T, "the offer was not answered within 605.0 s") in sender.handle(Tick(), 606.0)
+    assert SendFailed(T, "the offer was not answered within 605.0 s", FailureKind.LOST) in sender.handle(Tick(), 606.0)
 
 
 def test_a_reservation_outlives_its_link_by_one_lease() -> None:
@@ -169,26 +170,28 @@ def test_a_reservation_outlives_its_link_by_one_lease() -> None:
     receiver.handle(LinkDown(1, "reset"), 101.0)
     assert receiver.handle(Tick(), 129.0) == []
     (failed,) = receiver.handle(Tick(), 131.0)
-    assert failed == ReceiveFailed(T, "the lease ended after 131.0 s without an offer")
+    assert failed == ReceiveFailed(T, "the lease ended after 131.0 s without an offer", FailureKind.LOST)
 
 
 def test_a_refused_chunk_fails_its_transfer_with_the_receivers_words() -> None:
     sender = open_sender()
-    assert sender.handle(Nack(1, T, "wrong size"), 0.0) == [SendFailed(T, "refused by the receiver: wrong size")]
+    nack = Nack(1, T, "wrong size", FailureKind.DISAGREEMENT)
+    assert sender.handle(nack, 0.0) == [SendFailed(T, "refused by the receiver: wrong size", FailureKind.DISAGREEMENT)]
 
 
 def test_late_words_about_an_ended_transfer_are_ignored() -> None:
     sender = open_sender()
-    assert sender.handle(Cancel(T, "cancelled"), 0.0) == [Send(Abort(1, T, "cancelled")), SendFailed(T, "cancelled")]
-    for message in (Accept(1, T, 0, 3), Committed(1, T), Abort(1, T, "x"), Nack(1, T, "x"), Accept(7, T, 0, 3)):
+    why = "cancelled", FailureKind.CANCELLED
+    assert sender.handle(Cancel(T, "cancelled"), 0.0) == [Send(Abort(1, T, *why)), SendFailed(T, *why)]
+    for message in (Accept(1, T, 0, 3), Committed(1, T), Abort(1, T, *why), Nack(1, T, *why), Accept(7, T, 0, 3)):
         assert sender.handle(message, 0.0) == []
 
 
 def test_an_offer_of_another_length_than_expected_is_aborted() -> None:
     receiver = open_receiver()
     receiver.handle(Expect(T, (0, 1), 9, 0), 0.0)
-    error = "8 tokens were offered, 9 are expected"
-    assert receiver.handle(Offer(1, T, 8), 0.0) == [Send(Abort(1, T, error)), ReceiveFailed(T, error)]
+    why = "8 tokens were offered, 9 are expected", FailureKind.DISAGREEMENT
+    assert receiver.handle(Offer(1, T, 8), 0.0) == [Send(Abort(1, T, *why)), ReceiveFailed(T, *why)]
 
 
 def test_chunks_of_a_cancelled_transfer_are_taken_and_dropped() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pdserve.cluster.reach import reach
+from pdserve.core.reach import reach
 
 from pdserve.core.handshake import Dialler, Purpose
 from pdserve.kv_transfer import acceptor

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.hashing import block_hashes
 from pdserve.core.messages import (
     Abort,
@@ -194,7 +195,7 @@ class Cluster:
         error: str | None = None,
         *,
         transfer: TransferId | None = None,
-        is_invalid: bool = False,
+        kind: FailureKind | None = None,
     ) -> list[RouterCommand]:
         return self.handle(
             LegEnded(
@@ -203,7 +204,7 @@ class Cluster:
                 transfer=transfer or self.spec(worker_id).transfer,
                 leg=leg,
                 error=error,
-                is_invalid=is_invalid,
+                kind=kind,
             )
         )
 

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve, WorkerInfo
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
@@ -166,14 +167,14 @@ def test_what_no_worker_can_carry_out_is_not_tried_again(is_at_prefill: bool) ->
     cluster = Cluster("prefill-0", "prefill-1", "decode-0", "decode-1", config=PAIRS_ONLY)
     cluster.submit(make_request(n=2))
     if is_at_prefill:
-        cluster.leg_ended("prefill-0", Leg.PREFILL, "no text fits it", is_invalid=True)
+        cluster.leg_ended("prefill-0", Leg.PREFILL, "no text fits it", kind=FailureKind.INVALID)
         assert cluster.aborts("decode-0") == [TransferId("r", 0)]
         cluster.leg_ended("decode-0", Leg.DECODE, "aborted")
     else:
         for choice in range(2):
             cluster.token("prefill-0", 0, choice=choice)
         cluster.leg_ended("prefill-0", Leg.PREFILL)
-        cluster.leg_ended("decode-0", Leg.DECODE, "no text fits it", is_invalid=True)
+        cluster.leg_ended("decode-0", Leg.DECODE, "no text fits it", kind=FailureKind.INVALID)
     (end,) = cluster.ends["r"]
     worker = "prefill-0" if is_at_prefill else "decode-0"
     assert (end.finish_reason, end.error) == (FinishReason.INVALID, f"{worker}: no text fits it")

@@ -2,7 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -10,6 +10,7 @@ from pdserve.core.errors import DuplicateRequest
 from pdserve.core.messages import (
     Abort,
     HeldLeg,
+    Hello,
     Leg,
     LegEnded,
     Prefill,
@@ -36,6 +37,7 @@ from pdserve.router.service import RouterService
 
 from .cluster import make_request, worker_info
 
+OBSERVER = SimpleNamespace(expects=lambda key: True, handle=lambda event: None)
 TOKENS = EmitTokens("r", 0, (TokenOutput(TransferId("r", 0), 0, 0, 7),))
 END = EmitEnd("r", None, None, Timeline(request_id="r", submitted_s=0.0, first_token_s=None, ended_s=0.0, dispatches=()))
 
@@ -60,8 +62,8 @@ class ScriptedRouter:
 
 async def test_what_an_observer_causes_is_carried_out_after_what_was_decided_before() -> None:
     service: RouterService
-    observer = SimpleNamespace(worker_idle=lambda worker_id, incarnation: service.handle(WorkersExpected(0)))
-    service = RouterService(cast(Router, ScriptedRouter()), observer, "token")
+    observer = SimpleNamespace(expects=lambda key: True, handle=lambda event: service.handle(WorkersExpected(0)))
+    service = RouterService(ScriptedRouter(), observer, "token")  # type: ignore[arg-type]
     request = Request(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1), eos_token_ids=())
     assert [event async for event in service.generate(request)] == [TOKENS, END]
 
@@ -74,13 +76,18 @@ class TokenMachine:
         self._next: dict[TransferId, int] = {}  # transfer -> index of its next token
         self.num_sent = 0
 
+    def connect(self) -> None:
+        sessions: Any = self._service.sessions
+        sessions.opened(self)
+        sessions.received(self, Hello(worker_id="both-0", incarnation=1))
+
     def send(self, command: WorkerCommand) -> None:
         match command:
             case Serve(spec=spec) | Prefill(spec=spec):
                 self._next[spec.transfer] = len(spec.output_token_ids)
             case Abort(transfer=transfer) if self._next.pop(transfer, None) is not None:
                 ended = LegEnded(worker_id="both-0", incarnation=1, transfer=transfer, leg=Leg.DECODE, error="aborted")
-                asyncio.get_running_loop().call_soon(self._service.receive, ended)
+                asyncio.get_running_loop().call_soon(self._service.handle, ended)
 
     def goes_on(self, transfer: TransferId, index: int) -> None:
         """It has this stream from before."""
@@ -90,15 +97,15 @@ class TokenMachine:
         outputs = tuple(TokenOutput(transfer, 0, index, index, None) for transfer, index in self._next.items())
         self._next = {transfer: index + 1 for transfer, index in self._next.items()}
         self.num_sent += len(outputs)
-        self._service.receive(StepReport(worker_id="both-0", incarnation=1, load=WorkerLoad(), outputs=outputs))
+        self._service.handle(StepReport(worker_id="both-0", incarnation=1, load=WorkerLoad(), outputs=outputs))
 
 
 @pytest.fixture
 def served() -> tuple[RouterService, TokenMachine]:
     """A service with one worker that has room for two streams, of which 20 tokens may be unread."""
-    service = RouterService(Router(RouterConfig(max_unread_tokens=20)), SimpleNamespace(), "token")
+    service = RouterService(Router(RouterConfig(max_unread_tokens=20)), OBSERVER, "token")  # type: ignore[arg-type]
     machine = TokenMachine(service)
-    service._workers["both-0", 1] = machine  # type: ignore[assignment]
+    machine.connect()
     return service, machine
 
 
@@ -167,9 +174,9 @@ async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tu
 def took_over() -> tuple[RouterService, TokenMachine]:
     """A service whose worker has brought 50 tokens of request `r`, and goes on, while there was no router."""
     router = Router(RouterConfig(max_unread_tokens=20), first_attempt=1000, adopts=True)
-    service = RouterService(router, SimpleNamespace(), "token")
+    service = RouterService(router, OBSERVER, "token")  # type: ignore[arg-type]
     machine = TokenMachine(service)
-    service._workers["both-0", 1] = machine  # type: ignore[assignment]
+    machine.connect()
     return service, machine
 
 

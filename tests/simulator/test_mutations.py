@@ -4,7 +4,7 @@ The first seed that finds a bug is noted beside it and tried first. Where a chan
 searched, and a warning gives the seed to note."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +13,7 @@ import pytest
 
 from pdserve.core.hosts import HostState
 from pdserve.core.latency import LatencyModel
+from pdserve.core.messages import HeldLeg, WorkerInfo
 from pdserve.core.request import TransferId
 from pdserve.decode_worker.scheduler import DecodeScheduler, Emission
 from pdserve.decode_worker.worker import DecodeWorker
@@ -20,11 +21,11 @@ from pdserve.engine import sequence
 from pdserve.engine.batch import Batch
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.sequence import Sequence
-from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent, SenderCommand
+from pdserve.kv_transfer.events import Arrived, ReceiverCommand, ReceiverEvent
 from pdserve.kv_transfer.inbound import InboundPair
 from pdserve.kv_transfer.inbound_transfer import InboundTransfer
 from pdserve.kv_transfer.outbound import OutboundPair
-from pdserve.kv_transfer.protocol import Ack
+from pdserve.kv_transfer.protocol import Ack, Commit
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.prefill_worker.worker import PrefillWorker
@@ -43,10 +44,13 @@ from pdserve.router.live_requests import LiveRequests
 from pdserve.router.places import Places
 from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
+from pdserve.router.supervisor import ProcessEnded, Supervisor
 from pdserve.router.take_over import TakeOver
+from pdserve.router.worker_sessions import Session, ToSupervisor, WorkerSessions
 from pdserve.simulator.kv_model import ChainStore
 from pdserve.simulator.run import simulate
 from pdserve.worker.held_legs import HeldLegs
+from pdserve.worker.router_session import RouterSession
 
 MAX_SEEDS = 2000
 Planted = AbstractContextManager[Any]
@@ -204,13 +208,13 @@ def stop_a_worker_without_draining_it() -> Planted:
 
 
 def commit_a_chunk_that_never_left() -> Planted:
-    original = OutboundPair._execute
+    original = OutboundPair._send_commit
 
-    def execute(self: OutboundPair, command: SenderCommand) -> None:
-        self._ungathered.clear()
-        original(self, command)
+    def send_commit(self: OutboundPair, commit: Commit) -> None:
+        self._spoilt.discard(commit.transfer)
+        original(self, commit)
 
-    return patch.object(OutboundPair, "_execute", execute)
+    return patch.object(OutboundPair, "_send_commit", send_commit)
 
 
 def forget_what_was_computed_before_the_router_died() -> Planted:
@@ -345,6 +349,65 @@ def leave_links_untried_until_a_request_needs_them() -> Planted:
     return patch.object(Links, "workers_changed", lambda self: None)
 
 
+def give_the_cores_of_a_process_away_before_it_is_gone() -> Planted:
+    original = Supervisor._stop
+
+    def stop(self: Supervisor[Any], key: tuple[str, int], reason: str, now_s: float, *, may_ask: bool = True):  # type: ignore[no-untyped-def]
+        actions = original(self, key, reason, now_s, may_ask=may_ask)
+        self.places.give_back(key)
+        return actions
+
+    return patch.object(Supervisor, "_stop", stop)
+
+
+def forget_a_process_that_ends_by_itself() -> Planted:
+    """Its cores are free again, and nobody hears of its end."""
+    original = Supervisor._ended
+
+    def ended(self: Supervisor[Any], event: ProcessEnded, now_s: float) -> None:
+        if self.processes[event.worker_id, event.incarnation].is_expected:
+            self._forget((event.worker_id, event.incarnation), event.reason)
+        else:
+            original(self, event, now_s)
+
+    return patch.object(Supervisor, "_ended", ended)
+
+
+def keep_from_the_supervisor_that_a_connection_broke() -> Planted:
+    original = WorkerSessions.closed
+
+    def closed(self: WorkerSessions[Any], connection: Any, error: str | None) -> list[Any]:
+        return [command for command in original(self, connection, error) if not isinstance(command, ToSupervisor)]
+
+    return patch.object(WorkerSessions, "closed", closed)
+
+
+def take_only_the_last_frame_of_what_a_worker_holds() -> Planted:
+    original = WorkerSessions._report
+
+    def report(self: WorkerSessions[Any], connection: Any, session: Session, message: Any) -> list[Any]:
+        session.held = ()
+        return original(self, connection, session, message)
+
+    return patch.object(WorkerSessions, "_report", report)
+
+
+def greet_only_the_first_router() -> Planted:
+    original = RouterSession.greeting
+
+    def greeting(self: RouterSession, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]) -> list[Any]:
+        return original(self, connection, info, held) if self._greeted is None else []
+
+    return patch.object(RouterSession, "greeting", greeting)
+
+
+def end_with_the_router() -> Planted:
+    def lost(self: RouterSession, now_s: float) -> None:
+        self._served_s = float("-inf")
+
+    return patch.object(RouterSession, "lost", lost)
+
+
 def leave_all_places_to_the_client_that_has_them() -> Planted:
     return patch.object(RoomMaker, "newcomer", lambda self, head, jobs: None)
 
@@ -385,6 +448,12 @@ FIRST_FOUND: dict[Mutation, int] = {
     tell_the_token_of_a_row_in_vain: 0,
     run_ahead_of_a_token_that_decides: 0,
     leave_all_places_to_the_client_that_has_them: 12,
+    give_the_cores_of_a_process_away_before_it_is_gone: 0,
+    forget_a_process_that_ends_by_itself: 0,
+    keep_from_the_supervisor_that_a_connection_broke: 0,
+    take_only_the_last_frame_of_what_a_worker_holds: 0,
+    greet_only_the_first_router: 0,
+    end_with_the_router: 0,
 }
 
 

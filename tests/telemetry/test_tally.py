@@ -5,6 +5,7 @@ from typing import cast
 import pytest
 
 from pdserve.core.errors import QueueFull
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Leg, Reserve, Role, TokenOutput
 from pdserve.core.request import FinishReason
 from pdserve.router.config import RouterConfig
@@ -216,7 +217,7 @@ def test_a_worker_that_changes_its_role_counts_for_its_new_pool(cluster: Watched
 
 def test_a_request_that_nobody_can_carry_out_is_not_judged(cluster: Watched) -> None:
     cluster.submit(make_request())
-    cluster.leg_ended("decode-0", Leg.DECODE, "no text fits it", is_invalid=True)
+    cluster.leg_ended("decode-0", Leg.DECODE, "no text fits it", kind=FailureKind.INVALID)
     cluster.leg_ended("prefill-0", Leg.PREFILL, "aborted")
     values = cluster.values()
     assert values['request_success_total{finished_reason="invalid"}'] == 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.engine.batch import Batch, Computed, Launched, SampledToken
@@ -189,11 +190,11 @@ class Wire:
 
     def _fail_send(self, transfer: TransferId, prefill) -> None:  # type: ignore[no-untyped-def]
         del self._sends[transfer]
-        prefill.send_failed(transfer, "cancelled")
+        prefill.send_failed(transfer, "cancelled", FailureKind.CANCELLED)
 
     def _fail_receive(self, transfer: TransferId, decode) -> None:  # type: ignore[no-untyped-def]
         del self._expects[transfer]
-        decode.receive_failed(transfer, "cancelled")
+        decode.receive_failed(transfer, "cancelled", FailureKind.CANCELLED)
 
 
 class LateMasks:

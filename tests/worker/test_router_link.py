@@ -11,7 +11,7 @@ from pdserve.core.errors import CheckpointError
 from pdserve.core.handshake import OPENING_BYTES
 from pdserve.core.messages import Hello, LoadProgress, Role, WorkerMessage
 from pdserve.engine.engine import Engine
-from pdserve.worker import process as worker_process, router_link as worker_link
+from pdserve.worker import process as worker_process, router_link as worker_link, router_session
 from pdserve.worker.process import WorkerProcess
 from pdserve.worker.router_link import RouterLink
 from pdserve.worker.spec import WorkerSpec
@@ -22,7 +22,7 @@ WAIT_S = 60.0  # far more than anything here takes
 
 
 def test_a_router_that_reads_no_more_is_lost_also_while_a_sender_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_link, "DEAD_AFTER_S", 0.2)
+    monkeypatch.setattr(router_session, "DEAD_AFTER_S", 0.2)
     monkeypatch.setattr(worker_link, "HEARTBEAT_S", WAIT_S)  # the heartbeat's thread waits behind the sender: it cannot tell
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as door:

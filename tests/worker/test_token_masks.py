@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import LegEnded, Prefill, Serve
 from pdserve.core.request import SequenceSpec
 
@@ -14,13 +15,13 @@ def constrained(name: str, length: int, max_tokens: int = 6, *, n: int = 1) -> S
     return spec(name, range(length), max_tokens, n=n, grammar="g")
 
 
-def fail_masks(pair: Pair, is_invalid: bool) -> None:
+def fail_masks(pair: Pair, kind: FailureKind) -> None:
     """What the worker does when the grammar process gives an output up."""
     for port, masks, role in ((pair.p_port, pair.p_masks, pair.prefill), (pair.d_port, pair.d_masks, pair.decode)):
         for key in port.due:
             transfer = masks.given_up(key)
             if transfer is not None:
-                role.fail(transfer, "no mask", is_invalid)
+                role.fail(transfer, "no mask", kind)
         port.due.clear()
 
 
@@ -82,10 +83,10 @@ def test_each_choice_follows_the_grammar_by_itself(n: int) -> None:
     pair.check_at_rest()
 
 
-@pytest.mark.parametrize("is_invalid", [False, True])
+@pytest.mark.parametrize("kind", [FailureKind.LOST, FailureKind.INVALID])
 @pytest.mark.parametrize("ticks", range(10))
 @pytest.mark.parametrize("both", [False, True])
-def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(ticks: int, is_invalid: bool, both: bool) -> None:
+def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(ticks: int, kind: FailureKind, both: bool) -> None:
     pair, request = Pair(seed=ticks), constrained("a", 10, 30, n=2)
     if both:
         pair.decode.serve(Serve(spec=request))
@@ -94,7 +95,7 @@ def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(ticks: int
     for _ in range(ticks):
         pair.tick()
     had_due = bool(pair.p_port.due or pair.d_port.due)
-    fail_masks(pair, is_invalid)
+    fail_masks(pair, kind)
     if had_due:  # as the router does when it hears of it
         pair.prefill.abort(request.transfer)
         pair.decode.abort(request.transfer)
@@ -102,7 +103,7 @@ def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(ticks: int
     pair.check_at_rest()
     failed = [leg for leg in (*pair.p_box.ended, *pair.d_box.ended) if is_no_mask(leg)]
     assert len(failed) == had_due
-    assert all(leg.is_invalid is is_invalid for leg in failed)
+    assert all(leg.kind is kind for leg in failed)
 
 
 def is_no_mask(leg: LegEnded) -> bool:

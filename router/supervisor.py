@@ -1,0 +1,331 @@
+"""Which worker processes there are to be, and when each starts, is asked to end, and is killed.
+
+The fleet says which workers are wanted, `Places` where there is room; the supervisor follows each process
+from StartWorker to its end. It knows no Ray and no clock: the head's controller carries its commands out over
+Ray, the simulator in virtual time.
+
+WAITING -> STARTING -> SERVING -> ENDING -> KILLED -> gone
+    |          |          |          |
+    +----------+----------+----------+-> gone: whoever wanted it; only then are its cores given to another
+"""
+
+import enum
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from ..core.messages import Role, WorkerInfo
+from ..core.needs import Need
+from .cores import Key, Placement
+from .events import Adopted, WorkerDraining, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
+from .fleet import Fleet
+from .fleet_events import (
+    AdoptWorkers,
+    Apply,
+    AssignRole,
+    DrainWorker,
+    FleetAction,
+    FleetEvent,
+    StartWorker,
+    StopWorker,
+    WorkerLoading,
+    WorkerPlaced,
+)
+from .places import Places
+
+GENERATION_STRIDE = 10**9  # of incarnations and of attempts: those of the next head are above all of this one
+STOP_TIMEOUT_S = 5.0  # a process that does not end by itself is killed after this
+
+
+class Launchable(Protocol):
+    """Describes one incarnation of a worker to whoever starts its process."""
+
+    @property
+    def key(self) -> Key: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def need(self) -> Need: ...
+
+
+S = TypeVar("S", bound=Launchable)
+
+
+class ProcessState(enum.Enum):
+    """Where a process is between StartWorker and its end."""
+
+    WAITING = "waiting"  # for a place
+    STARTING = "starting"  # or reconnecting: an earlier head has started it
+    SERVING = "serving"  # it was ready
+    ENDING = "ending"  # asked to end, killed when it takes too long
+    KILLED = "killed"
+
+
+@dataclass(slots=True)
+class SupervisedProcess(Generic[S]):
+    """One incarnation of a worker, from StartWorker, or from when it was taken over, until its process is
+    gone."""
+
+    spec: S
+    started_s: float
+    state: ProcessState = ProcessState.WAITING
+    phase: str = "starting a process"
+    fraction: float = 0.0
+    info: WorkerInfo | None = None  # None until it is ready
+    end_reason: str | None = None  # why it is to end
+    kill_s: float | None = None  # ENDING: when patience ends
+
+    @property
+    def is_expected(self) -> bool:
+        """It lives as far as we know, and is not to end."""
+        return self.end_reason is None
+
+    @property
+    def is_serving(self) -> bool:
+        return self.state is ProcessState.SERVING
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver(Generic[S]):
+    """An earlier head has started these, oldest first. Of one name only the newest is kept."""
+
+    living: tuple[tuple[S, Placement], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProgress:
+    """The worker is on its way; `fraction` of its present phase is done."""
+
+    worker_id: str
+    incarnation: int
+    phase: str
+    fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLost:
+    """The router has lost a worker. `is_silent`: nothing came any more, and the router hung up."""
+
+    worker_id: str
+    incarnation: int
+    reason: str
+    is_silent: bool
+
+    @property
+    def key(self) -> Key:
+        return self.worker_id, self.incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """Nothing is left of a process. `is_explained`: the worker itself said why."""
+
+    worker_id: str
+    incarnation: int
+    reason: str
+    is_explained: bool = False
+
+
+SupervisorEvent = FleetEvent | TakeOver[S] | WorkerProgress | ConnectionLost | ProcessEnded
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchProcess(Generic[S]):
+    """Start the process; answered by ProcessEnded when it ends, whenever and why ever."""
+
+    spec: S
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class EndProcess:
+    """Ask the process to end."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class KillProcess:
+    """End the process, whatever it is doing."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class SuspectHost:
+    """A process there ended, or its connection broke, and nobody knows why: the host may be in trouble."""
+
+    node_id: str
+
+
+RouterNews = Adopted | WorkersExpected | WorkerDraining | WorkerRole | WorkerLost  # events for the router
+SupervisorCommand = RouterNews | LaunchProcess[S] | EndProcess | KillProcess | SuspectHost
+
+
+class Supervisor(Generic[S]):
+    """Owns the processes' states. Each process is reported lost in the end, whoever wanted it to end."""
+
+    def __init__(self, fleet: Fleet, places: Places, make_spec: Callable[[StartWorker], S]) -> None:
+        """`make_spec` describes a worker when the fleet wants it; it may wait for a place after that."""
+        self.fleet = fleet
+        self.places = places
+        self.processes: dict[Key, SupervisedProcess[S]] = {}  # oldest first
+        self.is_adopted = False  # whatever an earlier head has started was heard of, or is given up
+        self._make_spec = make_spec
+        self._out: list[SupervisorCommand[S]] = []
+        self._is_unsettled = False  # the fleet has decided something since `settle` had nothing to say
+
+    def expects(self, key: Key) -> bool:
+        """Whether a worker that calls itself so may serve: it was started, and is not to end."""
+        process = self.processes.get(key)
+        return process is not None and process.is_expected
+
+    def is_serving(self, key: Key) -> bool:
+        process = self.processes.get(key)
+        return process is not None and process.is_serving
+
+    def next_tick_s(self) -> float | None:
+        due = [process.kill_s for process in self.processes.values() if process.kill_s is not None]
+        fleet_s = self.fleet.next_tick_s()
+        return min(due if fleet_s is None else [*due, fleet_s], default=None)
+
+    def handle(self, event: SupervisorEvent[S], now_s: float) -> list[SupervisorCommand[S]]:
+        """What to do about `event`, in this order; `settle` gives places after that."""
+        self._out = []
+        match event:
+            case TakeOver():
+                self._take_over(event, now_s)
+            case WorkerProgress():
+                self._progressed(event, now_s)
+            case WorkerReady(info):
+                process = self.processes.get((info.worker_id, info.incarnation))
+                if process is not None and process.is_expected:
+                    process.state, process.info, process.phase, process.fraction = ProcessState.SERVING, info, "", 1.0
+                    self._manage(event, now_s)
+            case ConnectionLost():
+                self._connection_lost(event, now_s)
+            case ProcessEnded():
+                self._ended(event, now_s)
+            case _:
+                if isinstance(event, Apply):
+                    self.places.wanted = event.pools
+                self._manage(event, now_s)
+        self._lose_patience(now_s)
+        return self._out
+
+    def settle(self, now_s: float) -> list[SupervisorCommand[S]]:
+        """Asked when everything decided so far is carried out, until there is nothing left: starts the next
+        process for which there is room; the others wait."""
+        if not self._is_unsettled:
+            return []
+        self._out = []
+        if (found := self.places.next()) is not None:
+            key, placement = found
+            process = self.processes[key]
+            process.state, process.phase = ProcessState.STARTING, "starting a process"
+            self._out.append(LaunchProcess(process.spec, placement))
+            self._act(self.fleet.handle(WorkerPlaced(*key), now_s), now_s)
+            return self._out
+        self._is_unsettled = False
+        for key in self.places.waiting:
+            self.processes[key].phase = f"waiting: {self.places.why_waiting(key)}"
+        if self.fleet.is_settled and not self.is_adopted:
+            self.is_adopted = True
+            self._out.append(Adopted())
+        self._out.append(WorkersExpected(self.fleet.num_expected))
+        return self._out
+
+    def _manage(self, event: FleetEvent, now_s: float) -> None:
+        actions = self.fleet.handle(event, now_s)
+        self._is_unsettled = True
+        self._out.append(WorkersExpected(self.fleet.num_expected))  # before workers drain whom others are to replace
+        self._act(actions, now_s)
+
+    def _act(self, actions: list[FleetAction], now_s: float) -> None:
+        """One after the other, and what the fleet decides about a process that was only waiting behind them."""
+        waiting = deque(actions)
+        while waiting:
+            match waiting.popleft():
+                case StartWorker(role, worker_id, incarnation) as action:
+                    spec = self._make_spec(action)
+                    self.processes[worker_id, incarnation] = SupervisedProcess(spec, now_s)
+                    self.places.ask((worker_id, incarnation), role, spec.need)
+                case DrainWorker(worker_id):
+                    self._out.append(WorkerDraining(worker_id))
+                case AssignRole(worker_id, role):
+                    self.places.assign(worker_id, role)
+                    self._out.append(WorkerRole(worker_id, role))
+                case StopWorker(worker_id, incarnation, reason):
+                    waiting += self._stop((worker_id, incarnation), reason, now_s)
+
+    def _take_over(self, event: TakeOver[S], now_s: float) -> None:
+        newest = {spec.key[0]: spec.key for spec, _ in event.living}
+        for spec, placement in event.living:
+            self.places.adopt(spec.key, spec.role, placement, spec.need)
+            self.processes[spec.key] = SupervisedProcess(spec, now_s, ProcessState.STARTING, phase="reconnecting")
+        for spec, _ in event.living:
+            if newest[spec.key[0]] != spec.key:
+                self._stop(spec.key, "replaced", now_s)
+        kept = tuple(StartWorker(self.processes[key].spec.role, *key) for key in newest.values())
+        self._manage(AdoptWorkers(kept), now_s)
+
+    def _progressed(self, event: WorkerProgress, now_s: float) -> None:
+        process = self.processes.get((event.worker_id, event.incarnation))
+        if process is not None:
+            process.phase, process.fraction = event.phase, event.fraction
+            if not self.is_adopted:
+                self._manage(WorkerLoading(event.worker_id, event.incarnation), now_s)
+
+    def _connection_lost(self, event: ConnectionLost, now_s: float) -> None:
+        """One that was to end, or has not begun to serve, tells more by the end of its process. One that fell
+        silent may be frozen, and a new incarnation needs its cores: it is not asked to end, but killed."""
+        key = event.key
+        if not self.is_serving(key):
+            return
+        self._suspect(key)
+        self._manage(WorkerLost(*key, event.reason), now_s)
+        self._stop(key, event.reason, now_s, may_ask=not event.is_silent)
+
+    def _ended(self, event: ProcessEnded, now_s: float) -> None:
+        key = event.worker_id, event.incarnation
+        process = self.processes[key]
+        if not event.is_explained and process.is_expected:
+            self._suspect(key)
+        reason = event.reason if event.is_explained else process.end_reason or event.reason
+        self._forget(key, reason)
+        self._manage(WorkerLost(*key, reason), now_s)
+
+    def _suspect(self, key: Key) -> None:
+        node_id = self.places.cores.node_of(key)
+        if node_id is not None:
+            self._out.append(SuspectHost(node_id))
+
+    def _stop(self, key: Key, reason: str, now_s: float, *, may_ask: bool = True) -> list[FleetAction]:
+        """End a process, or its wait for a place; returns what the fleet does about that."""
+        process = self.processes.get(key)
+        if process is None or not process.is_expected:
+            return []  # its end was reported already, or will be
+        process.end_reason = reason
+        if process.state is ProcessState.WAITING:
+            self._forget(key, reason)
+            return self.fleet.handle(WorkerLost(*key, reason), now_s)
+        if may_ask:
+            process.state, process.kill_s = ProcessState.ENDING, now_s + STOP_TIMEOUT_S
+            self._out.append(EndProcess(key))
+        else:
+            process.state = ProcessState.KILLED
+            self._out.append(KillProcess(key))
+        return []
+
+    def _forget(self, key: Key, reason: str) -> None:
+        """Nothing is left of a process: its cores are for those who wait."""
+        del self.processes[key]
+        self.places.give_back(key)
+        self._out.append(WorkerLost(*key, reason))
+
+    def _lose_patience(self, now_s: float) -> None:
+        for key, process in self.processes.items():
+            if process.kill_s is not None and process.kill_s <= now_s:
+                process.state, process.kill_s = ProcessState.KILLED, None
+                self._out.append(KillProcess(key))

@@ -1,0 +1,219 @@
+"""The router's side of its connections with workers: who may speak, when a worker is ready, and when silence
+is a loss.
+
+UNPROVEN --Hello of an expected worker--> ADMITTED --Ready--> READY
+    |                                        |                  |
+    +----------------------------------------+------------------+--> CLOSING (we hung up) --> gone
+
+Pure: the service feeds it from sockets, the simulator from its network. Connections are opaque to it.
+"""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from ..core.messages import (
+    HEARTBEAT_S,
+    Heartbeat,
+    HeldLeg,
+    Hello,
+    Holds,
+    LegEnded,
+    LoadProgress,
+    Probed,
+    Ready,
+    StepReport,
+    WorkerMessage,
+)
+from .cores import Key
+from .events import WorkerLost, WorkerReady
+from .supervisor import ConnectionLost, WorkerProgress
+
+CLOSED = "connection closed"  # by the peer
+# A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
+MAX_SILENT_BEATS = 6
+MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they are workers of this cluster
+
+
+class SessionState(enum.Enum):
+    """How far a connection has come."""
+
+    UNPROVEN = "unproven"  # it has not introduced itself
+    ADMITTED = "admitted"  # an expected worker, which may take its time to load
+    READY = "ready"  # it serves, and speaks at least every heartbeat
+    CLOSING = "closing"  # we hung up; nothing it says counts any more
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One connection. `key` is None until it is admitted."""
+
+    state: SessionState = SessionState.UNPROVEN
+    key: Key | None = None
+    held: tuple[HeldLeg, ...] = ()  # reported before Ready
+    num_silent_beats: int = 0
+    has_spoken: bool = False
+    is_silent: bool = False  # that is why we hung up
+    reason: str = CLOSED  # until we hang up
+
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True)
+class Say(Generic[C]):
+    connection: C
+    message: Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class HangUp(Generic[C]):
+    """Answered by `WorkerSessions.closed`, as the end of every connection is."""
+
+    connection: C
+
+
+@dataclass(frozen=True, slots=True)
+class ToRouter:
+    event: WorkerReady | WorkerLost | StepReport | LegEnded | Probed
+
+
+@dataclass(frozen=True, slots=True)
+class ToSupervisor:
+    event: WorkerProgress | WorkerReady | ConnectionLost
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The peer is not, or not known to be, a worker of this cluster. `is_probe`: it only tried whether it
+    reaches us, as hosts that join do."""
+
+    reason: str
+    is_probe: bool
+
+
+SessionCommand = Say[C] | HangUp[C] | ToRouter | ToSupervisor | Refused
+
+
+class WorkerSessions(Generic[C]):
+    """Owns the state of every connection to the workers' port."""
+
+    def __init__(self, expects: Callable[[Key], bool]) -> None:
+        """`expects`: whether a worker that calls itself so may serve (`Supervisor.expects`)."""
+        self.num_refused = 0  # connections that did not prove in time that they are workers of this cluster
+        self.heartbeat_s = HEARTBEAT_S  # between two calls of `beat`
+        self._expects = expects
+        self._sessions: dict[C, Session] = {}
+        self._unproven: dict[C, None] = {}  # the oldest first
+        self._workers: dict[Key, C] = {}
+
+    @property
+    def num_unproven(self) -> int:
+        """Connections that have not introduced themselves yet."""
+        return len(self._unproven)
+
+    @property
+    def connections(self) -> tuple[C, ...]:
+        return tuple(self._sessions)
+
+    def connection(self, key: Key) -> C | None:
+        """None when the worker's loss is being reported already."""
+        return self._workers.get(key)
+
+    def opened(self, connection: C) -> list[SessionCommand[C]]:
+        """A new connection. Workers introduce themselves at once: when there are too many others, the oldest
+        goes."""
+        commands: list[SessionCommand[C]] = []
+        if len(self._unproven) >= MAX_UNPROVEN:
+            oldest = next(iter(self._unproven))
+            commands = self.hang_up(oldest, f"{MAX_UNPROVEN} newer connections have not introduced themselves yet")
+        self._sessions[connection] = Session()
+        self._unproven[connection] = None
+        return commands
+
+    def heard(self, connection: C) -> None:
+        """Something came, whatever it is. Before Hello a peer has its time, however it speaks."""
+        session = self._sessions[connection]
+        session.has_spoken = True
+        if session.state is not SessionState.UNPROVEN:
+            session.num_silent_beats = 0
+
+    def received(self, connection: C, message: WorkerMessage) -> list[SessionCommand[C]]:
+        session = self._sessions[connection]
+        match session.state:
+            case SessionState.CLOSING:
+                return []
+            case SessionState.UNPROVEN:
+                return self._introduce(connection, session, message)
+            case SessionState.ADMITTED | SessionState.READY:
+                return self._report(connection, session, message)
+
+    def beat(self, connection: C) -> list[SessionCommand[C]]:
+        """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and
+        frozen now."""
+        session = self._sessions[connection]
+        if session.state is SessionState.CLOSING:
+            return []
+        session.num_silent_beats += 1
+        if session.num_silent_beats > MAX_SILENT_BEATS and session.state is not SessionState.ADMITTED:
+            session.is_silent = True
+            return self.hang_up(connection, f"silent for {MAX_SILENT_BEATS * self.heartbeat_s:.1f} s")
+        return [] if session.state is SessionState.UNPROVEN else [Say(connection, Heartbeat())]
+
+    def hang_up(self, connection: C, reason: str) -> list[SessionCommand[C]]:
+        session = self._sessions[connection]
+        if session.state is SessionState.CLOSING:
+            return []
+        refused = self._refuse(connection, Refused(reason, is_probe=False))
+        session.state, session.reason = SessionState.CLOSING, reason
+        return [*refused, HangUp(connection)]
+
+    def closed(self, connection: C, error: str | None) -> list[SessionCommand[C]]:
+        """Nothing is left of a connection; `error` is what broke it, if anything did."""
+        session = self._sessions.pop(connection)
+        if session.key is None:
+            is_probe = not session.has_spoken and error is None
+            return self._refuse(connection, Refused(error or session.reason, is_probe))
+        del self._workers[session.key]
+        reason = error or session.reason
+        lost = ConnectionLost(*session.key, reason, session.is_silent)
+        return [ToRouter(WorkerLost(*session.key, reason)), ToSupervisor(lost)]
+
+    def _refuse(self, connection: C, refused: Refused) -> list[SessionCommand[C]]:
+        """Once, and only a peer that was not admitted."""
+        if connection not in self._unproven:
+            return []
+        del self._unproven[connection]
+        self.num_refused += 1
+        return [refused]
+
+    def _introduce(self, connection: C, session: Session, message: WorkerMessage) -> list[SessionCommand[C]]:
+        if not isinstance(message, Hello):
+            return self.hang_up(connection, "the first frame was not Hello")
+        key = message.worker_id, message.incarnation
+        if not self._expects(key) or key in self._workers:
+            return self.hang_up(connection, f"it calls itself {key[0]}/{key[1]}, which is not waited for")
+        session.state, session.key, session.num_silent_beats = SessionState.ADMITTED, key, 0
+        self._workers[key] = connection
+        del self._unproven[connection]
+        return []
+
+    def _report(self, connection: C, session: Session, message: WorkerMessage) -> list[SessionCommand[C]]:
+        match message:
+            case StepReport() | LegEnded() | Probed():
+                return [ToRouter(message)]
+            case LoadProgress():
+                progress = WorkerProgress(message.worker_id, message.incarnation, message.phase, message.fraction)
+                return [ToSupervisor(progress)]
+            case Holds(held=held):
+                session.held += held
+                return []
+            case Ready(info=info, held=held):
+                session.state = SessionState.READY
+                if not self._expects((info.worker_id, info.incarnation)):
+                    return []
+                ready = WorkerReady(info, session.held + held)
+                return [ToRouter(ready), ToSupervisor(ready)]
+            case Hello():
+                return self.hang_up(connection, "it introduced itself twice")

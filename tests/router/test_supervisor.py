@@ -1,0 +1,165 @@
+"""The supervisor's decisions: places, patience, and who is suspected, without a clock or a process."""
+
+from dataclasses import dataclass
+
+from pdserve.core.messages import Role
+from pdserve.core.needs import Need
+from pdserve.router.cores import Capacity, CoreAllocator, Placement
+from pdserve.router.events import Adopted, Tick, WorkerLost, WorkerReady, WorkersExpected
+from pdserve.router.fleet import Fleet, FleetConfig
+from pdserve.router.fleet_events import Apply, Drain, Shutdown, StartWorker
+from pdserve.router.fleet_member import MemberState
+from pdserve.router.places import Places
+from pdserve.router.supervisor import (
+    STOP_TIMEOUT_S,
+    ConnectionLost,
+    EndProcess,
+    KillProcess,
+    LaunchProcess,
+    ProcessEnded,
+    ProcessState,
+    Supervisor,
+    SupervisorCommand,
+    SupervisorEvent,
+    SuspectHost,
+    TakeOver,
+    WorkerProgress,
+)
+
+from .cluster import worker_info
+
+P, D = Role.PREFILL, Role.DECODE
+
+
+@dataclass(frozen=True)
+class Spec:
+    key: tuple[str, int]
+    role: Role
+    need: Need
+
+
+def make_spec(action: StartWorker) -> Spec:
+    return Spec((action.worker_id, action.incarnation), action.role, Need(1, 1.0))
+
+
+class World:
+    """A supervisor over one host; time stands still unless a test says so."""
+
+    def __init__(self, num_cores: int = 2) -> None:
+        self.now_s = 0.0
+        self.supervisor = Supervisor(
+            Fleet(FleetConfig(stable_s=0.0)), Places(CoreAllocator({"node": Capacity(num_cores)})), make_spec
+        )
+
+    def handle(self, event: SupervisorEvent[Spec]) -> list[SupervisorCommand[Spec]]:
+        commands = self.supervisor.handle(event, self.now_s)
+        while more := self.supervisor.settle(self.now_s):
+            commands = commands + more
+        return commands
+
+    def up(self) -> None:
+        """prefill-0 is incarnation 2, decode-0 is incarnation 1."""
+        self.handle(Apply({P: 1, D: 1}))
+        for name, role, incarnation in (("decode-0", D, 1), ("prefill-0", P, 2)):
+            self.handle(WorkerReady(worker_info(name, role, incarnation=incarnation)))
+
+    def state(self, *key: object) -> ProcessState:
+        return self.supervisor.processes[key].state  # type: ignore[index]
+
+
+def news_left_out(commands: list[SupervisorCommand[Spec]]) -> list[SupervisorCommand[Spec]]:
+    return [command for command in commands if not isinstance(command, WorkersExpected | Adopted)]
+
+
+def test_the_router_hears_what_to_expect_before_and_after_what_is_done() -> None:
+    commands = World().handle(Apply({P: 1, D: 1}))
+    assert commands[0] == commands[-1] == WorkersExpected(2)
+    assert [c.spec.key for c in commands if isinstance(c, LaunchProcess)] == [("decode-0", 1), ("prefill-0", 2)]
+
+
+def test_a_process_waits_for_a_place_and_starts_when_another_is_gone() -> None:
+    world = World(num_cores=1)
+    world.handle(Apply({P: 1, D: 1}))
+    assert world.state("prefill-0", 2) is ProcessState.WAITING
+    assert world.supervisor.processes["prefill-0", 2].phase.startswith("waiting: prefill-0 needs 1 core(s)")
+    world.handle(ProcessEnded("decode-0", 1, "it failed", is_explained=True))
+    assert world.state("prefill-0", 2) is ProcessState.STARTING
+
+
+def test_a_process_that_was_only_waiting_is_gone_at_once() -> None:
+    world = World(num_cores=1)
+    world.handle(Apply({P: 1, D: 1}))
+    commands = news_left_out(world.handle(Shutdown()))
+    assert commands == [EndProcess(("decode-0", 1)), WorkerLost("prefill-0", 2, "stopped")]
+    assert list(world.supervisor.processes) == [("decode-0", 1)]
+
+
+def test_a_process_that_does_not_end_in_time_is_killed_once() -> None:
+    world = World()
+    world.up()
+    assert EndProcess(("decode-0", 1)) in world.handle(ConnectionLost("decode-0", 1, "reset", is_silent=False))
+    world.now_s = STOP_TIMEOUT_S - 0.01
+    assert world.supervisor.processes["decode-0", 1].kill_s == STOP_TIMEOUT_S
+    assert KillProcess(("decode-0", 1)) not in world.handle(Tick())
+    world.now_s = STOP_TIMEOUT_S
+    assert KillProcess(("decode-0", 1)) in world.handle(Tick())
+    assert world.state("decode-0", 1) is ProcessState.KILLED
+    assert KillProcess(("decode-0", 1)) not in world.handle(Tick())
+
+
+def test_a_silent_worker_is_killed_without_being_asked() -> None:
+    world = World()
+    world.up()
+    commands = world.handle(ConnectionLost("decode-0", 1, "silent", is_silent=True))
+    assert KillProcess(("decode-0", 1)) in commands and EndProcess(("decode-0", 1)) not in commands
+
+
+def test_a_host_is_suspected_before_another_process_gets_a_place() -> None:
+    world = World(num_cores=3)
+    world.up()
+    commands = world.handle(ConnectionLost("decode-0", 1, "reset", is_silent=False))
+    (launch,) = (command for command in commands if isinstance(command, LaunchProcess))
+    assert commands.index(SuspectHost("node")) < commands.index(launch)
+
+
+def test_nobody_is_suspected_when_the_end_is_explained_or_was_wanted() -> None:
+    world = World()
+    world.up()
+    world.handle(Drain("prefill-0"))
+    assert SuspectHost("node") not in world.handle(ProcessEnded("decode-0", 1, "layer 3 is gone", is_explained=True))
+    world.handle(ConnectionLost("prefill-0", 2, "reset", is_silent=True))
+    assert SuspectHost("node") not in world.handle(ProcessEnded("prefill-0", 2, "killed"))
+
+
+def test_cores_are_given_away_only_when_the_process_is_gone() -> None:
+    world = World()
+    world.up()
+    world.handle(ConnectionLost("decode-0", 1, "silent", is_silent=True))
+    assert world.state("decode-0", 3) is ProcessState.WAITING
+    commands = world.handle(ProcessEnded("decode-0", 1, "killed"))
+    assert commands[0] == WorkerLost("decode-0", 1, "silent")
+    assert world.state("decode-0", 3) is ProcessState.STARTING
+
+
+def test_a_process_that_is_to_end_is_not_expected_to_connect() -> None:
+    world = World()
+    world.handle(Apply({P: 1, D: 1}))
+    assert world.supervisor.expects(("decode-0", 1))
+    world.handle(Shutdown())
+    assert not world.supervisor.expects(("decode-0", 1))
+    world.handle(WorkerReady(worker_info("decode-0", D, incarnation=1)))
+    assert world.state("decode-0", 1) is ProcessState.ENDING
+
+
+def test_of_processes_taken_over_only_the_newest_of_a_name_is_kept() -> None:
+    world = World(num_cores=3)
+    living = [Spec(key, D, Need(1, 1.0)) for key in (("decode-0", 1), ("decode-0", 4))]
+    placed = tuple((spec, Placement("node", (position,))) for position, spec in enumerate(living))
+    commands = world.handle(TakeOver(placed))
+    assert EndProcess(("decode-0", 1)) in commands and EndProcess(("decode-0", 4)) not in commands
+    assert Adopted() not in commands
+    world.handle(Apply({D: 1}))
+    assert world.supervisor.processes["decode-0", 4].phase == "reconnecting"
+    assert Adopted() in world.handle(WorkerProgress("decode-0", 4, "loading weights", 0.5))
+    (member,) = world.supervisor.fleet.status()
+    assert (member.incarnation, member.state) == (4, MemberState.STARTING)

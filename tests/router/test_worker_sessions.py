@@ -1,0 +1,143 @@
+"""Connections to the workers' port, without a socket: who is admitted, when a worker is ready, when it is
+lost."""
+
+import pytest
+
+from pdserve.core.messages import (
+    Heartbeat,
+    HeldLeg,
+    Hello,
+    Holds,
+    Leg,
+    LoadProgress,
+    Ready,
+    Role,
+    StepReport,
+    WorkerLoad,
+)
+from pdserve.router import worker_sessions
+from pdserve.router.events import WorkerLost, WorkerReady
+from pdserve.router.supervisor import ConnectionLost, WorkerProgress
+from pdserve.router.worker_sessions import (
+    MAX_SILENT_BEATS,
+    HangUp,
+    Refused,
+    Say,
+    ToRouter,
+    ToSupervisor,
+    WorkerSessions,
+)
+
+from ..worker.chain_model import spec
+from .cluster import worker_info
+
+KEY = "decode-0", 1
+HELLO = Hello(worker_id="decode-0", incarnation=1)
+READY = Ready(info=worker_info("decode-0", Role.DECODE))
+REPORT = StepReport(worker_id="decode-0", incarnation=1, load=WorkerLoad())
+SILENT = f"silent for {MAX_SILENT_BEATS * 0.5:.1f} s"
+
+
+@pytest.fixture
+def sessions() -> WorkerSessions[str]:
+    """One connection, named `a`, whose peer has said nothing; one worker is expected."""
+    sessions: WorkerSessions[str] = WorkerSessions(lambda key: key == KEY)
+    assert sessions.opened("a") == []
+    return sessions
+
+
+def held(name: str) -> HeldLeg:
+    return HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None)
+
+
+def test_an_expected_worker_is_admitted_once_and_found_by_its_key(sessions: WorkerSessions[str]) -> None:
+    assert sessions.received("a", HELLO) == []
+    assert sessions.connection(KEY) == "a" and sessions.num_unproven == 0
+    sessions.opened("b")
+    refused, hang_up = sessions.received("b", HELLO)
+    assert isinstance(refused, Refused) and hang_up == HangUp("b")
+    assert sessions.connection(KEY) == "a"
+
+
+@pytest.mark.parametrize("message", [Hello(worker_id="decode-0", incarnation=2), REPORT, READY])
+def test_whoever_is_not_expected_or_does_not_introduce_itself_is_refused(
+    sessions: WorkerSessions[str], message: Hello | StepReport | Ready
+) -> None:
+    refused, hang_up = sessions.received("a", message)
+    assert isinstance(refused, Refused) and not refused.is_probe and hang_up == HangUp("a")
+    assert sessions.received("a", HELLO) == [], "what it says after that does not count"
+    assert sessions.closed("a", None) == [], "its refusal was counted already"
+    assert sessions.num_refused == 1 and sessions.num_unproven == 0
+
+
+def test_a_host_that_only_tries_to_reach_us_is_a_probe(sessions: WorkerSessions[str]) -> None:
+    (refused,) = sessions.closed("a", None)
+    assert isinstance(refused, Refused) and refused.is_probe
+    sessions.opened("b")
+    sessions.heard("b")
+    (refused,) = sessions.closed("b", None)
+    assert isinstance(refused, Refused) and not refused.is_probe
+
+
+def test_what_a_worker_holds_is_reported_as_a_whole(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    assert sessions.received("a", Holds(held=(held("x"), held("y")))) == []
+    ready = WorkerReady(READY.info, (held("x"), held("y"), held("z")))
+    assert sessions.received("a", Ready(info=READY.info, held=(held("z"),))) == [ToRouter(ready), ToSupervisor(ready)]
+
+
+def test_progress_is_for_the_supervisor_and_reports_are_for_the_router(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    progress = LoadProgress(worker_id="decode-0", incarnation=1, phase="loading", fraction=0.5)
+    assert sessions.received("a", progress) == [ToSupervisor(WorkerProgress("decode-0", 1, "loading", 0.5))]
+    assert sessions.received("a", REPORT) == [ToRouter(REPORT)]
+
+
+def test_a_worker_that_is_to_end_by_now_does_not_become_ready() -> None:
+    expected = {KEY}
+    sessions: WorkerSessions[str] = WorkerSessions(expected.__contains__)
+    sessions.opened("a")
+    sessions.received("a", HELLO)
+    expected.clear()
+    assert sessions.received("a", READY) == []
+
+
+def test_a_ready_worker_that_falls_silent_is_hung_up_on_and_lost(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    sessions.received("a", READY)
+    for _ in range(MAX_SILENT_BEATS):
+        assert sessions.beat("a") == [Say("a", Heartbeat())]
+    assert sessions.beat("a") == [HangUp("a")]
+    assert sessions.beat("a") == []
+    lost = [ToRouter(WorkerLost(*KEY, SILENT)), ToSupervisor(ConnectionLost(*KEY, SILENT, is_silent=True))]
+    assert sessions.closed("a", None) == lost
+    assert sessions.connection(KEY) is None
+
+
+def test_whatever_comes_breaks_the_silence_of_a_worker_and_not_of_an_unproven_peer(sessions: WorkerSessions[str]) -> None:
+    sessions.opened("worker")
+    sessions.received("worker", HELLO)
+    sessions.received("worker", READY)
+    for _ in range(MAX_SILENT_BEATS):
+        for connection in ("a", "worker"):
+            sessions.heard(connection)
+            assert HangUp(connection) not in sessions.beat(connection)
+    assert HangUp("a") in sessions.beat("a")
+    assert HangUp("worker") not in sessions.beat("worker")
+
+
+def test_a_worker_that_loads_may_be_silent(sessions: WorkerSessions[str]) -> None:
+    sessions.received("a", HELLO)
+    for _ in range(10 * MAX_SILENT_BEATS):
+        assert sessions.beat("a") == [Say("a", Heartbeat())]
+
+
+def test_the_oldest_of_too_many_unproven_peers_goes_and_no_worker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_sessions, "MAX_UNPROVEN", 2)
+    sessions: WorkerSessions[str] = WorkerSessions(lambda key: True)
+    sessions.opened("worker")
+    sessions.received("worker", HELLO)
+    assert sessions.opened("a") == sessions.opened("b") == []
+    refused, hang_up = sessions.opened("c")
+    assert isinstance(refused, Refused) and hang_up == HangUp("a")
+    assert sessions.num_unproven == 2

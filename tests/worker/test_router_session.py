@@ -1,0 +1,78 @@
+"""A worker's side of its connections with routers, without a socket or a clock."""
+
+from pdserve.core.messages import HeldLeg, Holds, Leg, Ready, Role
+from pdserve.worker.router_session import (
+    BRIEF_S,
+    DEAD_AFTER_S,
+    ROUTER_LOST_TIMEOUT_S,
+    RouterSession,
+    RouterSilence,
+)
+
+from ..router.cluster import worker_info
+from .chain_model import spec
+
+INFO = worker_info("decode-0", Role.DECODE)
+
+
+def session(max_frame_tokens: int = 1000) -> RouterSession:
+    """A worker that starts at 100 s."""
+    return RouterSession("decode-0", 1, 100.0, max_frame_tokens)
+
+
+def held(name: str) -> HeldLeg:
+    return HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None)
+
+
+def test_a_worker_dials_until_no_router_was_there_for_too_long() -> None:
+    worker = session()
+    assert worker.may_dial(100.0 + ROUTER_LOST_TIMEOUT_S - 0.1)
+    assert not worker.may_dial(100.0 + ROUTER_LOST_TIMEOUT_S)
+
+
+def test_patience_begins_again_when_a_router_is_lost() -> None:
+    worker = session()
+    worker.connected(101.0)
+    worker.lost(200.0)
+    assert worker.may_dial(200.0 + ROUTER_LOST_TIMEOUT_S - 0.1)
+    assert not worker.may_dial(200.0 + ROUTER_LOST_TIMEOUT_S)
+
+
+def test_a_router_that_refuses_at_once_was_none() -> None:
+    worker = session()
+    for now_s in range(101, 100 + int(ROUTER_LOST_TIMEOUT_S)):
+        assert worker.may_dial(now_s)
+        worker.connected(now_s)
+        worker.lost(now_s + BRIEF_S / 2)
+    assert not worker.may_dial(100.0 + ROUTER_LOST_TIMEOUT_S)
+
+
+def test_a_router_that_says_nothing_is_lost_after_a_while() -> None:
+    silence = RouterSilence(100.0)
+    assert not silence.is_lost(100.0 + DEAD_AFTER_S)
+    silence.heard(105.0)
+    assert not silence.is_lost(105.0 + DEAD_AFTER_S)
+    assert silence.is_lost(105.1 + DEAD_AFTER_S)
+
+
+def test_a_router_that_is_reached_while_weights_load_hears_how_far_they_are() -> None:
+    worker = session()
+    assert worker.catch_up() is None, "nothing was reported"
+    last = worker.progress("loading weights", 0.5)
+    assert worker.catch_up() == last
+    worker.loaded()
+    assert worker.catch_up() is None, "a greeting says more"
+
+
+def test_each_router_is_greeted_once_with_all_that_the_worker_holds() -> None:
+    worker = session()
+    legs = [held("a"), held("b")]
+    assert worker.greeting("first", INFO, legs) == [Ready(info=INFO, held=tuple(legs))]
+    assert worker.greeting("first", INFO, legs) == []
+    assert worker.greeting("second", INFO, []) == [Ready(info=INFO)]
+
+
+def test_what_is_too_much_for_a_frame_is_told_before_ready() -> None:
+    a, b, c = held("a"), held("b"), held("c")
+    greeting = session(max_frame_tokens=8).greeting("router", INFO, [a, b, c])
+    assert greeting == [Holds(held=(a, b)), Ready(info=INFO, held=(c,))]

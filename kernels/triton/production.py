@@ -15,7 +15,8 @@ from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launch
 from .decode_plan import DecodeShape, plan_decode
 from .launch import HOPPER, Launch
 from .norm import norm_launch
-from .prefill_attention import PrefillBatch, prefill_launch
+from .prefill_attention import PrefillBatch, prefill_launches, prefill_workspace
+from .prefill_plan import PrefillPlan
 from .rope_cache import rope_launch
 from .sampling import sample_launch
 from .token_mask import mask_launch
@@ -103,9 +104,12 @@ def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
     ]
     for heads, block_size, window in shapes:
         q, cache = _queries(4096, heads), _cache(heads, block_size)
-        batch = PrefillBatch(_int32(9), _int32(8), _int32(8, _MAX_CONTEXT_LEN // block_size), _int32(32, 2))
-        launch = prefill_launch(q, cache, cache, batch, 0.1, window, q, target)
-        yield f"{heads.name}, page {block_size}{_sliding(window)}", launch
+        case = f"{heads.name}, page {block_size}{_sliding(window)}"
+        for kind, plan in [("", PrefillPlan(_int32(32, 2))), (", split", PrefillPlan(_int32(4, 2), _int32(16, 3), _int32(5)))]:
+            batch = PrefillBatch(_int32(9), _int32(8), _int32(8, _MAX_CONTEXT_LEN // block_size), plan)
+            workspace = prefill_workspace(plan, cache, target)
+            for launch in prefill_launches(q, cache, cache, batch, workspace, 0.1, window, q, target):
+                yield case + kind, launch
 
 
 def _norms() -> Iterator[tuple[str, Launch]]:

@@ -64,9 +64,9 @@ def sample_launch(logits: torch.Tensor, batch: SamplingBatch, out: torch.Tensor)
         "VOCAB_SIZE": vocab_size,
         "BLOCK": block,
     }
-    # At most 128 registers of 256 threads: two rows a multiprocessor, and a batch of 256 in one wave. With sixteen warps a
-    # thread has too few.
-    return Launch(_draw_token, (len(out),), arguments, num_warps=max(block // 512, 1), num_stages=1)
+    # 128 registers of 256 threads: two rows a multiprocessor, and a batch of 256 in one wave.
+    num_warps = max(block // 512, 1)
+    return Launch(_draw_token, (len(out),), arguments, num_warps, num_stages=1, max_registers=128)
 
 
 @triton.jit

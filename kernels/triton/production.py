@@ -13,6 +13,7 @@ from ..wire import KVPart, WireFormat, part_bytes
 from .activation import silu_mul_launch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launch
 from .decode_plan import DecodeShape, plan_decode
+from .drawn_tokens import take_launch
 from .launch import HOPPER, Launch
 from .norm import norm_launch
 from .prefill_attention import PrefillBatch, prefill_launches, prefill_workspace
@@ -53,6 +54,7 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     yield from _ropes()
     yield from _samplings()
     yield from _transfers()
+    yield "any", take_launch(*(_int64(n) for n in (64, 64, 1024, 64)))
     yield "14336 wide", silu_mul_launch(_bfloat16(64, 2 * 14336), _bfloat16(64, 14336))
 
 

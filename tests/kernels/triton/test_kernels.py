@@ -111,6 +111,9 @@ def test_operations_refuse_what_they_would_misread() -> None:
                 call(x, weights)
     with pytest.raises(ValueError, match="out_dtype:"):
         kernels.linear(torch.randn(2, 64).bfloat16(), packed, torch.float16)
+    for out in (torch.empty(2, 32).bfloat16(), torch.empty(2, 31)):
+        with pytest.raises(ValueError, match="out:"):
+            kernels.linear_into(torch.randn(2, 64).bfloat16(), packed, out)
     with pytest.raises(ValueError, match="up:"):
         kernels.pack_gate_up(torch.randn(32, 64), torch.randn(31, 64))
     with pytest.raises(ValueError, match="x:"):

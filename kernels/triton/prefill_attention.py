@@ -31,6 +31,7 @@ class _Tiling:
     num_warps: int
     num_stages: int
     use_descriptors: bool  # pages by the copy engine, a page at a time
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,14 @@ def prefill_launches(
         "UPCAST": INTERPRETED,
     }
     num_programs = len(batch.plan.tiles if batch.plan.pieces is None else batch.plan.pieces)
-    attend = Launch(_attend_tile, (num_kv_heads, num_programs), common | arguments, tiling.num_warps, tiling.num_stages)
+    attend = Launch(
+        _attend_tile,
+        (num_kv_heads, num_programs),
+        common | arguments,
+        tiling.num_warps,
+        tiling.num_stages,
+        tiling.max_registers,
+    )
     if workspace is None:
         return [attend]
     merging = {
@@ -157,11 +165,13 @@ def _pages(cache: torch.Tensor, tiling: _Tiling, block_d: int) -> Any:
 
 
 def _tiling(k_cache: torch.Tensor, window: int | None, target: int) -> _Tiling:
-    """The largest tiles that leave no register spilled (the compile gate holds it), for two-byte types."""
+    """The largest tiles that leave no register spilled (the compile gate holds it)."""
     _, _, block_size, head_dim = k_cache.shape
+    if k_cache.element_size() == 4:  # products without a matrix unit: sums and operands are all a thread's own
+        return _Tiling(64, 16, num_warps=16, num_stages=2, use_descriptors=False, max_registers=128)
     wide = power_of_two(head_dim) * k_cache.element_size() > 256
     block_m = 64 if wide else 128
-    if target >= HOPPER and k_cache.element_size() == 2 and block_size % 64 == 0:
+    if target >= HOPPER and block_size % 64 == 0:
         whole_page = block_size % 128 == 0 and not wide and target < _BLACKWELL
         return _Tiling(block_m, 128 if whole_page else 64, num_warps=8, num_stages=3, use_descriptors=True)
     return _Tiling(block_m, 32 if wide or window else 64, num_warps=8, num_stages=5, use_descriptors=False)

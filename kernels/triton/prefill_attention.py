@@ -143,7 +143,7 @@ def prefill_launches(
         common | arguments,
         tiling.num_warps,
         tiling.num_stages,
-        tiling.max_registers,
+        tiling.max_registers or (None if workspace is None else 65_536 // (32 * tiling.num_warps) - 1),
     )
     if workspace is None:
         return [attend]

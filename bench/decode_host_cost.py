@@ -25,6 +25,7 @@ from pdserve.engine import engine as engine_module
 from pdserve.engine.batch import Batch
 from pdserve.engine.device import Graph, HostDevice
 from pdserve.engine.on_gpu import decode_graphs
+from pdserve.engine.on_gpu.drawn_tokens import DrawnTokens
 from pdserve.engine.on_gpu.runner import DeviceRunner
 from pdserve.kernels.triton import paged_attention
 from pdserve.kernels.triton.kernels import TritonKernels
@@ -57,6 +58,11 @@ def _nothing_computes() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, substitute in (
             (Launch, "run", lambda _launch: None),
+            (
+                DrawnTokens,
+                "take",
+                lambda _drawn, _places, otherwise: otherwise,
+            ),  # a kernel's result: not rubbish, as it indexes
             (DeviceRunner, "_run_eagerly", _no_prefill),
             (paged_attention, "num_multiprocessors", lambda _device: _NUM_MULTIPROCESSORS),
             (decode_graphs, "num_multiprocessors", lambda _device: _NUM_MULTIPROCESSORS),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..kernels import AttentionBatch, Kernels
+from ..kernels import AttentionBatch, Kernels, PackedLinear
 from .kv_cache import KVCache
 from .model_config import ModelConfig
 from .rope import rope_table
@@ -72,6 +72,11 @@ class Model:
             hidden = kernels.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
             hidden = kernels.add_rms_norm(self._mlp(layer, hidden), residual, self._next_norms[index], eps)
         return hidden
+
+    @property
+    def head(self) -> PackedLinear:
+        """From final states to logits."""
+        return self._weights.head
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [R, V] for final states [R, H]."""

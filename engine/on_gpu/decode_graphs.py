@@ -170,7 +170,7 @@ class DecodeGraphs:
             sources = there["sources"][:size]
             token_ids = self._drawn.take(sources, there["token_ids"][:size])
             hidden = self._model.forward(ModelInput(token_ids, there["positions"][:size], batch, None), self._cache)
-            self._logits[:size].copy_(self._model.logits(hidden))
+            self._kernels.linear_into(hidden, self._model.head, self._logits[:size])
 
         self._clear(shapes)
         step()  # compiles what is to be captured

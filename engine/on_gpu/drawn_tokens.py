@@ -3,11 +3,12 @@ them yet."""
 
 import torch
 
+from ...kernels.triton.drawn_tokens import take_drawn
 from ..batch import ScheduledChunk
 from ..device import Device
 from ..sequence import Sequence
 
-KNOWN = -1  # in place of a place: the host knows the token
+KNOWN = -1  # in place of a place, as `take_drawn` has it: the host knows the token
 _NUM_STEPS = 4  # whose tokens are kept: a worker has at most two steps under way, and steps of the other role between them
 
 
@@ -42,4 +43,4 @@ class DrawnTokens:
 
     def take(self, places: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
         """int64 [N]: the tokens at `places` int64 [N], and those of `otherwise` where a place is KNOWN."""
-        return torch.where(places == KNOWN, otherwise, self._ids[places.clamp(min=0)])
+        return take_drawn(places, otherwise, self._ids)

@@ -17,14 +17,16 @@ _CHUNK_LENGTHS = (2, 4, 8, 64)
 
 
 @torch.inference_mode()
-def prompt_step(device: Device, model: Model, cache: KVCache, lengths: list[int], max_model_len: int) -> None:
-    """A step of prompts of these lengths. What it computes means nothing: all keys lie in block 0 of `cache`, one on the
-    other."""
+def prompt_step(
+    device: Device, model: Model, cache: KVCache, lengths: list[int], max_model_len: int, num_cached_tokens: int = 0
+) -> None:
+    """A step of prompts of these lengths, each behind a cached prefix. What it computes means nothing: all keys lie in block
+    0 of `cache`, one on the other."""
     there, size = device.torch_device, cache.layout.block_size
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    positions = torch.cat([torch.arange(length) for length in lengths]) + num_cached_tokens
     batch = AttentionBatch(
         query_start_loc=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        context_lens=torch.tensor(lengths, dtype=torch.int32),
+        context_lens=torch.tensor(lengths, dtype=torch.int32) + num_cached_tokens,
         # As wide as those of real steps: a kernel is compiled for a width.
         block_tables=torch.zeros((len(lengths), -(-max_model_len // size)), dtype=torch.int32),
         slot_mapping=(positions % size).to(there),
@@ -37,6 +39,9 @@ def warm_up(device: Device, model: Model, cache: KVCache, max_model_len: int) ->
     """Everything that requests may need beside captured graphs. Nothing may be in the cache yet: block 0 is written to."""
     for length in _CHUNK_LENGTHS:
         prompt_step(device, model, cache, [min(length, max_model_len)], max_model_len)
+    last = _CHUNK_LENGTHS[-1]
+    if max_model_len > last:  # and that many behind all the cached tokens that there may be, whose keys are shared out
+        prompt_step(device, model, cache, [last], max_model_len, max_model_len - last)
     there, vocab_size = device.torch_device, model.config.vocab_size
     logits = torch.zeros((1, vocab_size), device=there)
     bits = torch.full((1, -(-vocab_size // 8)), 255, dtype=torch.uint8, device=there)

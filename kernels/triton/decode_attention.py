@@ -79,7 +79,7 @@ def decode_launch(
     num_programs = shape.num_programs(num_pieces)
     rows = num_heads // num_kv_heads * shape.max_query_len
     block_m, block_d = max(16, power_of_two(rows)), power_of_two(head_dim)
-    num_warps = 4 if block_m <= 32 else 8
+    num_warps = 4 if block_m <= 32 and q.element_size() == 2 else 8
     arguments = {
         "q": q,
         "k_cache": k_cache,
@@ -103,7 +103,7 @@ def decode_launch(
         "BLOCK_SIZE": block_size,
         "WINDOW": shape.window or 0,
         "BLOCK_M": block_m,
-        "BLOCK_N": 64 if head_dim * q.element_size() <= 256 else 32,
+        "BLOCK_N": 64 if head_dim <= 128 and q.element_size() == 2 else 32,
         "BLOCK_D": block_d,
         "BLOCK_R": power_of_two(rows),
         "BLOCK_P": partials_at_a_time(rows, block_d, num_warps),

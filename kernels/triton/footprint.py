@@ -39,9 +39,10 @@ def footprint(launch: Launch, target: int) -> Footprint:
     gpu = GPUTarget("cuda", target, _WARP_SIZE)
     backend = make_backend(gpu)
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-    chosen = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    arguments, specialization, options = bind(**launch.arguments, **chosen)
-    options, signature, constants, attributes = launch.kernel._pack_args(backend, chosen, arguments, specialization, options)
+    arguments, specialization, options = bind(**launch.arguments, **launch.options)
+    options, signature, constants, attributes = launch.kernel._pack_args(
+        backend, launch.options, arguments, specialization, options
+    )
     source = ASTSource(launch.kernel, signature, constants, attributes)
     log = io.StringIO()
     # A compiler's cache hit has no log, so every compilation is into a cache of its own.

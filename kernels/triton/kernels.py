@@ -68,10 +68,20 @@ class TritonKernels:
             raise ValueError(f"out_dtype: {out_dtype} is not valid, expected {self._dtype} or torch.float32")
         if out_dtype in (None, self._dtype):
             return F.linear(x, packed.weight, packed.bias)
-        if x.device.type == "cuda":
-            out = torch.mm(x, packed.weight.t(), out_dtype=torch.float32)
+        return self.linear_into(x, packed, x.new_empty((len(x), packed.out_features), dtype=torch.float32))
+
+    def linear_into(self, x: torch.Tensor, packed: PackedLinear, out: torch.Tensor) -> torch.Tensor:
+        """`linear` in float32, written to `out` [T, N]: logits have a place of their own, and are too large to be copied."""
+        self._check_rows(x, packed)
+        expected = (len(x), packed.out_features)
+        if out.dtype != torch.float32 or out.shape != expected:
+            raise ValueError(f"out: {out.dtype} {tuple(out.shape)} given, expected torch.float32 {expected}")
+        if x.dtype == torch.float32:
+            torch.mm(x, packed.weight.t(), out=out)
+        elif x.device.type == "cuda":
+            torch.mm(x, packed.weight.t(), out_dtype=torch.float32, out=out)
         else:  # torch's product of mixed types is CUDA's alone
-            out = F.linear(x.float(), packed.weight.float())
+            torch.mm(x.float(), packed.weight.float().t(), out=out)
         return out if packed.bias is None else out.add_(packed.bias)
 
     def gated_linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:

@@ -11,6 +11,7 @@ LOWEST = tl.constexpr(-(2**31))  # below every token's key
 HIGHEST = tl.constexpr(2**31 - 1)  # the key of NaN
 KEY_OF_INFINITY = tl.constexpr(0x7F800000)
 KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
+NUM_LINES = tl.constexpr(4)  # of a tile that is only added up: a thread adds up its own tokens of all lines first
 
 
 @triton.jit
@@ -35,14 +36,25 @@ def _load_tile(source: tl.tensor, start: tl.tensor, size: tl.tensor, BLOCK: tl.c
 
 
 @triton.jit
+def _load_lines(source: tl.tensor, start: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
+    """As `_load_tile`, [NUM_LINES, BLOCK / NUM_LINES]: what is taken over the lines needs a quarter of the registers."""
+    LENGTH: tl.constexpr = BLOCK // NUM_LINES
+    places = start + tl.arange(0, NUM_LINES)[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
+    logits = tl.load(source + places, mask=places < size, other=-float("inf"))
+    return places, logits, tl.where(places < size, _keys(logits), LOWEST)
+
+
+@triton.jit
 def first_largest(source: tl.tensor, size: tl.constexpr, BLOCK: tl.constexpr):
     """The first of the largest logits, and its key."""
-    best_keys = tl.full([BLOCK], LOWEST, tl.int32)
-    best_places = tl.zeros([BLOCK], tl.int32)
+    best_keys = tl.full([BLOCK // NUM_LINES], LOWEST, tl.int32)
+    best_places = tl.zeros([BLOCK // NUM_LINES], tl.int32)
     for start in range(0, size, BLOCK):
-        places, _, keys = _load_tile(source, start, size, BLOCK)
-        best_places = tl.where(keys > best_keys, places, best_places)
-        best_keys = tl.maximum(keys, best_keys)
+        places, _, keys = _load_lines(source, start, size, BLOCK)
+        line_keys = tl.max(keys, 0)
+        line_places = tl.min(tl.where(keys == line_keys[None, :], places, size), 0)
+        best_places = tl.where(line_keys > best_keys, line_places, best_places)
+        best_keys = tl.maximum(line_keys, best_keys)
     top_key = tl.max(best_keys, 0)
     return tl.min(tl.where(best_keys == top_key, best_places, size), 0), top_key
 
@@ -58,18 +70,18 @@ def measure(
     BLOCK: tl.constexpr,
 ):
     """Of the tokens at or above a cut: (number, mass or number, lowest key); and the highest key below it."""
-    number = tl.zeros([BLOCK], tl.int32)
-    mass = tl.zeros([BLOCK], tl.float64)
-    lowest_above = tl.full([BLOCK], HIGHEST, tl.int32)
-    highest_below = tl.full([BLOCK], LOWEST, tl.int32)
+    number = tl.zeros([BLOCK // NUM_LINES], tl.int32)
+    mass = tl.zeros([BLOCK // NUM_LINES], tl.float64)
+    lowest_above = tl.full([BLOCK // NUM_LINES], HIGHEST, tl.int32)
+    highest_below = tl.full([BLOCK // NUM_LINES], LOWEST, tl.int32)
     for start in range(0, size, BLOCK):
-        _, logits, keys = _load_tile(source, start, size, BLOCK)
+        _, logits, keys = _load_lines(source, start, size, BLOCK)
         above = keys >= cut
-        number += above.to(tl.int32)
+        number += tl.sum(above.to(tl.int32), 0)
         if BY_MASS:
-            mass += tl.where(above, tl.exp((logits - largest) * scale), 0.0).to(tl.float64)
-        lowest_above = tl.minimum(lowest_above, tl.where(above, keys, HIGHEST))
-        highest_below = tl.maximum(highest_below, tl.where(above, LOWEST, keys))
+            mass += tl.sum(tl.where(above, tl.exp((logits - largest) * scale), 0.0).to(tl.float64), 0)
+        lowest_above = tl.minimum(lowest_above, tl.min(tl.where(above, keys, HIGHEST), 0))
+        highest_below = tl.maximum(highest_below, tl.max(tl.where(above, LOWEST, keys), 0))
     total = tl.sum(number, 0)
     amount = tl.sum(mass, 0) if BY_MASS else total.to(tl.float64)
     return total, amount, tl.min(lowest_above, 0), tl.max(highest_below, 0)
@@ -117,8 +129,8 @@ def _copy_candidates(
 ):
     """Tokens at or above a cut, a tile of them at most, in order of their ids."""
     filled = tl.full([], 0, tl.int32)
-    for start in range(0, size, BLOCK):
-        places, logits, keys = _load_tile(source, start, size, BLOCK)
+    for start in range(0, size, BLOCK // 2):
+        places, logits, keys = _load_tile(source, start, size, BLOCK // 2)
         kept = keys >= cut
         to = filled + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(values + to, logits, mask=kept)
@@ -132,8 +144,8 @@ def place_at(source: tl.tensor, size: tl.tensor, cut: tl.tensor, rank: tl.tensor
     """Where the `rank`-th token (from 1) with just that key lies."""
     found = size
     before = tl.full([], 0, tl.int32)
-    for start in range(0, size, BLOCK):
-        places, _, keys = _load_tile(source, start, size, BLOCK)
+    for start in range(0, size, BLOCK // 2):
+        places, _, keys = _load_tile(source, start, size, BLOCK // 2)
         at_cut = (keys == cut).to(tl.int32)
         is_it = (at_cut > 0) & (before + tl.cumsum(at_cut, 0) == rank)
         found = tl.minimum(found, tl.min(tl.where(is_it, places, size), 0))
@@ -143,20 +155,19 @@ def place_at(source: tl.tensor, size: tl.tensor, cut: tl.tensor, rank: tl.tensor
 
 @triton.jit
 def _kept_weights(
-    source: tl.tensor,
-    start: tl.tensor,
-    size: tl.tensor,
+    places: tl.tensor,
+    logits: tl.tensor,
+    keys: tl.tensor,
     cut: tl.tensor,
     last_at_cut: tl.tensor,
     min_p: tl.tensor,
     largest: tl.tensor,
     scale: tl.tensor,
-    BLOCK: tl.constexpr,
 ):
-    places, logits, keys = _load_tile(source, start, size, BLOCK)
+    """float64, of a tile in any shape."""
     weights = tl.exp((logits - largest) * scale)
     kept = ((keys > cut) | ((keys == cut) & (places <= last_at_cut))) & (weights >= min_p)
-    return places, tl.where(kept, weights, 0.0).to(tl.float64)
+    return tl.where(kept, weights, 0.0).to(tl.float64)
 
 
 @triton.jit
@@ -171,22 +182,51 @@ def inverse_cdf(
     scale: tl.tensor,
     BLOCK: tl.constexpr,
 ):
-    """The first place whose cumulative weight exceeds that share of the total; negative where rounding leaves none."""
-    total = tl.full([], 0.0, tl.float64)
+    """The first place whose cumulative weight exceeds that share of the total; negative where rounding leaves none.
+
+    Found by tiles, then by lines of the tile, then in the line.
+    """
+    LENGTH: tl.constexpr = BLOCK // NUM_LINES
+    masses = tl.zeros([LENGTH], tl.float64)
+    last_places = tl.full([LENGTH], -1, tl.int32)
     for start in range(0, size, BLOCK):
-        _, weights = _kept_weights(source, start, size, cut, last_at_cut, min_p, largest, scale, BLOCK)
-        total += tl.sum(weights, 0)
-    target = share * total
+        places, logits, keys = _load_lines(source, start, size, BLOCK)
+        weights = _kept_weights(places, logits, keys, cut, last_at_cut, min_p, largest, scale)
+        masses += tl.sum(weights, 0)
+        last_places = tl.maximum(last_places, tl.max(tl.where(weights > 0.0, places, -1), 0))
+    target = share * tl.sum(masses, 0)
+    last = tl.max(last_places, 0)  # where a sum in another order had been a little larger
     begin = tl.full([], 0, tl.int32)
     before = tl.full([], 0.0, tl.float64)
-    places, weights = _kept_weights(source, begin, size, cut, last_at_cut, min_p, largest, scale, BLOCK)
-    inside = tl.sum(weights, 0)
+    inside = _tile_mass(source, begin, size, cut, last_at_cut, min_p, largest, scale, BLOCK)
     while (before + inside <= target) & (begin + BLOCK < size):
         before += inside
         begin += BLOCK
-        places, weights = _kept_weights(source, begin, size, cut, last_at_cut, min_p, largest, scale, BLOCK)
-        inside = tl.sum(weights, 0)
-    exceeds = (weights > 0.0) & (before + tl.cumsum(weights, 0) > target)
-    first = tl.min(tl.where(exceeds, places, size), 0)
-    last = tl.max(tl.where(weights > 0.0, places, -1), 0)  # where a sum in another order had been a little larger
-    return tl.where(first < size, first, last)
+        inside = _tile_mass(source, begin, size, cut, last_at_cut, min_p, largest, scale, BLOCK)
+    end = tl.minimum(begin + BLOCK, size)
+    first = end
+    while (begin < end) & (first == end):
+        places, logits, keys = _load_tile(source, begin, size, LENGTH)
+        weights = _kept_weights(places, logits, keys, cut, last_at_cut, min_p, largest, scale)
+        exceeds = (weights > 0.0) & (before + tl.cumsum(weights, 0) > target)
+        first = tl.min(tl.where(exceeds, places, end), 0)
+        before += tl.sum(weights, 0)
+        begin += LENGTH
+    return tl.where(first < end, first, last)
+
+
+@triton.jit
+def _tile_mass(
+    source: tl.tensor,
+    start: tl.tensor,
+    size: tl.tensor,
+    cut: tl.tensor,
+    last_at_cut: tl.tensor,
+    min_p: tl.tensor,
+    largest: tl.tensor,
+    scale: tl.tensor,
+    BLOCK: tl.constexpr,
+):
+    places, logits, keys = _load_lines(source, start, size, BLOCK)
+    weights = _kept_weights(places, logits, keys, cut, last_at_cut, min_p, largest, scale)
+    return tl.sum(tl.sum(weights, 0), 0)

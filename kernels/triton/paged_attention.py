@@ -18,7 +18,8 @@ from ..interface import AttentionBatch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_attention, decode_workspace
 from .decode_plan import MAX_QUERY_LEN, DecodePlan, DecodeShape, plan_decode
 from .launch import power_of_two, target_of
-from .prefill_attention import PrefillBatch, plan_prefill, prefill_attention, tokens_per_tile
+from .prefill_attention import PrefillBatch, PrefillWorkspace, prefill_attention, prefill_tile, prefill_workspace
+from .prefill_plan import PrefillPlan, plan_prefill
 
 MAX_GROUP = 64  # query heads of a kv head: the rows of the smallest tile
 _MAX_DECODE_ROWS = 64  # queries times their heads, packed: what the compile gate has seen a decode program hold
@@ -45,11 +46,19 @@ class DecodeWork:
 
 
 @dataclass(frozen=True)
+class _PrefillWork:
+    """What prefill attention of one batch needs, on the device."""
+
+    batch: PrefillBatch
+    workspace: PrefillWorkspace | None
+
+
+@dataclass(frozen=True)
 class _Work:
     """A batch, by the kernels that its sequences go to."""
 
     decode: DecodeWork | None
-    prefill: PrefillBatch | None
+    prefill: _PrefillWork | None
 
 
 class _Plans(Protocol):
@@ -89,7 +98,7 @@ class PagedAttention:
         if work.decode is not None:
             decode_attention(q, k_cache, v_cache, work.decode.batch, work.decode.workspace, scale, out)
         if work.prefill is not None:
-            prefill_attention(q, k_cache, v_cache, work.prefill, scale, window, out)
+            prefill_attention(q, k_cache, v_cache, work.prefill.batch, work.prefill.workspace, scale, window, out)
         return out.flatten(1)
 
 
@@ -146,10 +155,18 @@ class _Step:
             decode_workspace(shape, geometry.num_heads, geometry.head_dim, longest, str(self._device)),
         )
 
-    def _prefill(self, geometry: _Geometry, k_cache: torch.Tensor, query_lens: list[int]) -> PrefillBatch:
-        num_tokens = tokens_per_tile(k_cache, geometry.num_heads, target_of(self._device))
-        tiles = plan_prefill(query_lens, self._context_lens, num_tokens)
-        return PrefillBatch(self._query_start_loc, self._context_lens_there, self._block_tables, to_device(tiles, self._device))
+    def _prefill(self, geometry: _Geometry, k_cache: torch.Tensor, query_lens: list[int]) -> _PrefillWork:
+        target = target_of(self._device)
+        tile = prefill_tile(k_cache, geometry.num_heads, geometry.window, target)
+        num_programs = num_multiprocessors(self._device) // geometry.num_kv_heads  # as a program takes a whole one
+        plan = plan_prefill(query_lens, self._context_lens, tile.num_tokens, tile.num_keys, num_programs, geometry.window)
+        there = PrefillPlan(
+            to_device(plan.tiles, self._device),
+            None if plan.pieces is None else to_device(plan.pieces, self._device),
+            None if plan.partial_start is None else to_device(plan.partial_start, self._device),
+        )
+        batch = PrefillBatch(self._query_start_loc, self._context_lens_there, self._block_tables, there)
+        return _PrefillWork(batch, prefill_workspace(there, k_cache, target))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

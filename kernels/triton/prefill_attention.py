@@ -2,6 +2,9 @@
 
 FlashAttention-2 (Dao 2023) over pages. A tile's rows are neighbouring tokens times the query heads of one kv head, so keys
 are read once for all of them. Keys that every row sees are computed without a mask, apart from those at the edges.
+
+A few new tokens behind a long cached prefix make fewer tiles than a GPU has multiprocessors. Their keys are shared out too:
+programs leave partial results, and a second kernel merges them.
 """
 
 from dataclasses import dataclass
@@ -13,7 +16,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import HOPPER, INTERPRETED, Launch, power_of_two, target_of
+from .merge import merged, partials_at_a_time
+from .prefill_plan import PrefillPlan
 
+_MERGED_ROWS, _MERGE_WARPS = 8, 4  # of a merging program
 _LOG2_E = 1.4426950408889634
 _BLACKWELL = 100
 
@@ -25,32 +31,47 @@ class _Tiling:
     num_warps: int
     num_stages: int
     use_descriptors: bool  # pages by the copy engine, a page at a time
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """As `AttentionBatch`, and its tiles."""
+    """As `AttentionBatch`, and its plan."""
 
     query_start_loc: torch.Tensor  # int32 [S + 1]
     context_lens: torch.Tensor  # int32 [S]
     block_tables: torch.Tensor  # int32 [S, max_blocks]
-    tiles: torch.Tensor  # int32 [num_tiles, 2]: (sequence, its first query of the tile)
+    plan: PrefillPlan
 
 
-def tokens_per_tile(k_cache: torch.Tensor, num_heads: int, target: int = HOPPER) -> int:
+@dataclass(frozen=True)
+class PrefillWorkspace:
+    """Where pieces of a plan that splits tiles leave their partial results: one for all layers."""
+
+    outputs: torch.Tensor  # float32 [num_pieces, Hkv, rows of a tile, D]
+    log_sums: torch.Tensor  # float32 [num_pieces, Hkv, rows of a tile]: log2 of the sum of exp2 of the scores
+
+
+@dataclass(frozen=True)
+class PrefillTile:
     """What to plan a batch with."""
-    return _tiling(k_cache, None, target).block_m // (num_heads // k_cache.shape[1])
+
+    num_tokens: int
+    num_keys: int  # read at a time
 
 
-def plan_prefill(query_lens: list[int], context_lens: list[int], num_tokens: int) -> torch.Tensor:
-    """Tiles of `num_tokens` tokens, those with the most keys first: what starts last is soon done."""
-    tiles = [
-        (context_len - query_len + min(first + num_tokens, query_len), seq, first)
-        for seq, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True))
-        for first in range(0, query_len, num_tokens)
-    ]
-    ordered = [tile[1:] for tile in sorted(tiles, reverse=True)]
-    return torch.tensor(ordered, dtype=torch.int32).view(-1, 2)
+def prefill_tile(k_cache: torch.Tensor, num_heads: int, window: int | None, target: int = HOPPER) -> PrefillTile:
+    tiling = _tiling(k_cache, window, target)
+    return PrefillTile(tiling.block_m // (num_heads // k_cache.shape[1]), tiling.block_n)
+
+
+def prefill_workspace(plan: PrefillPlan, k_cache: torch.Tensor, target: int = HOPPER) -> PrefillWorkspace | None:
+    """None where nothing is split."""
+    if plan.pieces is None:
+        return None
+    lead = (len(plan.pieces), k_cache.shape[1], _tiling(k_cache, None, target).block_m)
+    device = k_cache.device
+    return PrefillWorkspace(torch.empty((*lead, k_cache.shape[3]), device=device), torch.empty(lead, device=device))
 
 
 def prefill_attention(
@@ -58,54 +79,81 @@ def prefill_attention(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     batch: PrefillBatch,
+    workspace: PrefillWorkspace | None,
     scale: float,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Kernels.paged_attention` for q [T, Hq, D]; the batch's tiles are of `tokens_per_tile` tokens. What has no tile is not
+    """`Kernels.paged_attention` for q [T, Hq, D]; the batch is planned with its `prefill_tile`. What has no tile is not
     written to `out`, alike q."""
     out = torch.empty_like(q) if out is None else out
-    prefill_launch(q, k_cache, v_cache, batch, scale, sliding_window, out, target_of(q.device)).run()
+    for launch in prefill_launches(q, k_cache, v_cache, batch, workspace, scale, sliding_window, out, target_of(q.device)):
+        launch.run()
     return out.flatten(1)
 
 
-def prefill_launch(
+def prefill_launches(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     batch: PrefillBatch,
+    workspace: PrefillWorkspace | None,
     scale: float,
     sliding_window: int | None,
     out: torch.Tensor,
     target: int,
-) -> Launch:
+) -> list[Launch]:
+    """The second, of a workspace alone, merges."""
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     tiling = _tiling(k_cache, sliding_window, target)
     block_d = power_of_two(head_dim)
-    arguments = {
-        "q": q,
-        "k_cache": _pages(k_cache, tiling, block_d),
-        "v_cache": _pages(v_cache, tiling, block_d),
+    common = {
         "out": out,
-        "tiles": batch.tiles,
+        "partial_outputs": None if workspace is None else workspace.outputs,
+        "partial_log_sums": None if workspace is None else workspace.log_sums,
+        "tiles": batch.plan.tiles,
         "query_start_loc": batch.query_start_loc,
-        "context_lens": batch.context_lens,
-        "block_tables": batch.block_tables,
-        "max_blocks": batch.block_tables.shape[1],
-        "scale": scale * _LOG2_E,
         "GROUP": num_heads // num_kv_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
+        "BLOCK_M": tiling.block_m,
+    }
+    arguments = {
+        "q": q,
+        "k_cache": _pages(k_cache, tiling, block_d),
+        "v_cache": _pages(v_cache, tiling, block_d),
+        "pieces": None if workspace is None else batch.plan.pieces,
+        "context_lens": batch.context_lens,
+        "block_tables": batch.block_tables,
+        "max_blocks": batch.block_tables.shape[1],
+        "scale": scale * _LOG2_E,
         "BLOCK_SIZE": block_size,
         "WINDOW": sliding_window or 0,
-        "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
         "USE_DESCRIPTORS": tiling.use_descriptors,
+        "SPLIT": workspace is not None,
         "UPCAST": INTERPRETED,
     }
-    return Launch(_attend_tile, (num_kv_heads, len(batch.tiles)), arguments, tiling.num_warps, tiling.num_stages)
+    num_programs = len(batch.plan.tiles if batch.plan.pieces is None else batch.plan.pieces)
+    attend = Launch(
+        _attend_tile,
+        (num_kv_heads, num_programs),
+        common | arguments,
+        tiling.num_warps,
+        tiling.num_stages,
+        tiling.max_registers or (None if workspace is None else 65_536 // (32 * tiling.num_warps) - 1),
+    )
+    if workspace is None:
+        return [attend]
+    merging = {
+        "partial_start": batch.plan.partial_start,
+        "BLOCK_R": _MERGED_ROWS,
+        "BLOCK_P": partials_at_a_time(_MERGED_ROWS, block_d, _MERGE_WARPS),
+    }
+    grid = (num_kv_heads, len(batch.plan.tiles), tiling.block_m // _MERGED_ROWS)
+    return [attend, Launch(_merge_tile, grid, common | merging, _MERGE_WARPS, num_stages=1)]
 
 
 def _pages(cache: torch.Tensor, tiling: _Tiling, block_d: int) -> Any:
@@ -117,11 +165,13 @@ def _pages(cache: torch.Tensor, tiling: _Tiling, block_d: int) -> Any:
 
 
 def _tiling(k_cache: torch.Tensor, window: int | None, target: int) -> _Tiling:
-    """The largest tiles that leave no register spilled (the compile gate holds it), for two-byte types."""
+    """The largest tiles that leave no register spilled (the compile gate holds it)."""
     _, _, block_size, head_dim = k_cache.shape
+    if k_cache.element_size() == 4:  # products without a matrix unit: sums and operands are all a thread's own
+        return _Tiling(64, 16, num_warps=16, num_stages=2, use_descriptors=False, max_registers=128)
     wide = power_of_two(head_dim) * k_cache.element_size() > 256
     block_m = 64 if wide else 128
-    if target >= HOPPER and k_cache.element_size() == 2 and block_size % 64 == 0:
+    if target >= HOPPER and block_size % 64 == 0:
         whole_page = block_size % 128 == 0 and not wide and target < _BLACKWELL
         return _Tiling(block_m, 128 if whole_page else 64, num_warps=8, num_stages=3, use_descriptors=True)
     return _Tiling(block_m, 32 if wide or window else 64, num_warps=8, num_stages=5, use_descriptors=False)
@@ -133,7 +183,10 @@ def _attend_tile(
     k_cache: tl.tensor,
     v_cache: tl.tensor,
     out: tl.tensor,
+    partial_outputs: tl.tensor,
+    partial_log_sums: tl.tensor,
     tiles: tl.tensor,
+    pieces: tl.tensor,
     query_start_loc: tl.tensor,
     context_lens: tl.tensor,
     block_tables: tl.tensor,
@@ -148,12 +201,16 @@ def _attend_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
+    SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(0)
-    seq = tl.load(tiles + tl.program_id(1) * 2)
-    first_query = tl.load(tiles + tl.program_id(1) * 2 + 1)
+    tile = tl.program_id(1)
+    if SPLIT:
+        tile = tl.load(pieces + tl.program_id(1) * 3)
+    seq = tl.load(tiles + tile * 2)
+    first_query = tl.load(tiles + tile * 2 + 1)
     query_start = tl.load(query_start_loc + seq)
     query_len = tl.load(query_start_loc + seq + 1) - query_start
     context_len = tl.load(context_lens + seq)
@@ -181,6 +238,13 @@ def _attend_tile(
         if full_start >= full_end:  # no key is seen by every row: one masked loop has all of them
             full_start = end_key
             full_end = end_key
+    if SPLIT:  # all of them are multiples of BLOCK_N but the tile's end
+        piece_start = tl.load(pieces + tl.program_id(1) * 3 + 1)
+        piece_end = tl.load(pieces + tl.program_id(1) * 3 + 2)
+        first_key = tl.maximum(first_key, piece_start)
+        full_start = tl.minimum(tl.maximum(full_start, piece_start), piece_end)
+        full_end = tl.minimum(tl.maximum(full_end, piece_start), piece_end)
+        end_key = tl.minimum(end_key, piece_end)
     table = block_tables + seq.to(tl.int64) * max_blocks
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -190,18 +254,24 @@ def _attend_tile(
     if WINDOW > 0:
         acc, largest, total = _attend_keys(
             acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, first_key, full_start, context_len,
-            scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, True, USE_DESCRIPTORS, UPCAST,
+            scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, True, USE_DESCRIPTORS, SPLIT, UPCAST,
         )
     acc, largest, total = _attend_keys(
         acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, full_start, full_end, context_len,
-        scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, False, USE_DESCRIPTORS, UPCAST,
+        scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, False, USE_DESCRIPTORS, SPLIT, UPCAST,
     )
     acc, largest, total = _attend_keys(
         acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, full_end, end_key, context_len,
-        scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, True, USE_DESCRIPTORS, UPCAST,
+        scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, True, USE_DESCRIPTORS, SPLIT, UPCAST,
     )
     # fmt: on
-    tl.store(out + offsets, (acc / total[:, None]).to(out.dtype.element_ty), mask=in_rows)
+    if SPLIT:
+        sums = tl.where(total > 0.0, total, 1.0)  # a row may see no key of a piece
+        partial_rows = (tl.program_id(1).to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_M + rows
+        tl.store(partial_outputs + partial_rows[:, None] * HEAD_DIM + dims[None, :], acc / sums[:, None], mask=in_rows)
+        tl.store(partial_log_sums + partial_rows, largest + tl.log2(sums), mask=rows < num_queries * GROUP)
+    else:
+        tl.store(out + offsets, (acc / total[:, None]).to(out.dtype.element_ty), mask=in_rows)
 
 
 @triton.jit
@@ -227,6 +297,7 @@ def _attend_keys(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     USE_DESCRIPTORS: tl.constexpr,
+    SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Add the keys [start_key, end_key) to a running softmax; `start_key` is a multiple of BLOCK_N."""
@@ -258,7 +329,7 @@ def _attend_keys(
             scores = tl.where(visible, scores, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
         base = new_largest
-        if MASKED and WINDOW > 0:
+        if MASKED and (WINDOW > 0 or SPLIT):  # a row may have seen no key yet
             base = tl.where(new_largest == -float("inf"), 0.0, new_largest)
         weights = tl.exp2(scores * scale - base[:, None])
         shrink = tl.exp2(largest - base)
@@ -266,3 +337,42 @@ def _attend_keys(
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         largest = new_largest
     return acc, largest, total
+
+
+@triton.jit
+def _merge_tile(
+    out: tl.tensor,
+    partial_outputs: tl.tensor,
+    partial_log_sums: tl.tensor,
+    tiles: tl.tensor,
+    partial_start: tl.tensor,
+    query_start_loc: tl.tensor,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    tile = tl.program_id(1)
+    seq = tl.load(tiles + tile * 2)
+    first_query = tl.load(tiles + tile * 2 + 1)
+    query_start = tl.load(query_start_loc + seq)
+    query_len = tl.load(query_start_loc + seq + 1) - query_start
+    rows = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = rows < tl.minimum(BLOCK_M // GROUP, query_len - first_query) * GROUP
+    first = tl.load(partial_start + tile)
+    end = tl.load(partial_start + tile + 1)
+    # fmt: off
+    values = merged(
+        partial_outputs, partial_log_sums, first, end, kv_head, rows, in_rows,
+        NUM_KV_HEADS, BLOCK_M, HEAD_DIM, BLOCK_R, BLOCK_D, BLOCK_P,
+    )
+    # fmt: on
+    dims = tl.arange(0, BLOCK_D)
+    heads = (query_start + first_query + rows // GROUP).to(tl.int64) * NUM_KV_HEADS + kv_head
+    offsets = (heads * GROUP + rows % GROUP) * HEAD_DIM
+    mask = in_rows[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(out + offsets[:, None] + dims[None, :], values.to(out.dtype.element_ty), mask=mask)

@@ -13,9 +13,11 @@ from ..wire import KVPart, WireFormat, part_bytes
 from .activation import silu_mul_launch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_launch
 from .decode_plan import DecodeShape, plan_decode
+from .drawn_tokens import take_launch
 from .launch import HOPPER, Launch
 from .norm import norm_launch
-from .prefill_attention import PrefillBatch, prefill_launch
+from .prefill_attention import PrefillBatch, prefill_launches, prefill_workspace
+from .prefill_plan import PrefillPlan
 from .rope_cache import rope_launch
 from .sampling import sample_launch
 from .token_mask import mask_launch
@@ -52,24 +54,27 @@ def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
     yield from _ropes()
     yield from _samplings()
     yield from _transfers()
+    yield "any", take_launch(*(_int64(n) for n in (64, 64, 1024, 64)))
     yield "14336 wide", silu_mul_launch(_bfloat16(64, 2 * 14336), _bfloat16(64, 14336))
 
 
 def _decode(target: int) -> Iterator[tuple[str, Launch]]:
     shapes = [
-        (LLAMA_8B, 1, 64, 1, None),
-        (LLAMA_8B, 64, 64, 1, None),
-        (LLAMA_8B, 64, 64, 8, None),
-        (LLAMA_1B, 1, 64, 1, None),
-        (LLAMA_1B, 64, 64, 1, None),
-        (QWEN3_06B, 64, 16, 4, None),
-        (QWEN2_7B, 64, 64, 8, None),
-        (HEAD_DIM_80, 1, 16, 1, 4096),
-        (HEAD_DIM_80, 64, 16, 1, 4096),
-        (HEAD_DIM_256, 1, 64, 1, None),
-        (HEAD_DIM_256, 64, 64, 1, None),
+        (LLAMA_8B, 1, 64, 1, None, torch.bfloat16),
+        (LLAMA_8B, 64, 64, 1, None, torch.bfloat16),
+        (LLAMA_8B, 64, 64, 8, None, torch.bfloat16),
+        (LLAMA_1B, 1, 64, 1, None, torch.bfloat16),
+        (LLAMA_1B, 64, 64, 1, None, torch.bfloat16),
+        (QWEN3_06B, 64, 16, 4, None, torch.bfloat16),
+        (QWEN2_7B, 64, 64, 8, None, torch.bfloat16),
+        (HEAD_DIM_80, 1, 16, 1, 4096, torch.bfloat16),
+        (HEAD_DIM_80, 64, 16, 1, 4096, torch.bfloat16),
+        (HEAD_DIM_256, 1, 64, 1, None, torch.bfloat16),
+        (HEAD_DIM_256, 64, 64, 1, None, torch.bfloat16),
+        (LLAMA_8B, 64, 64, 1, None, torch.float32),
+        (LLAMA_1B, 64, 16, 8, None, torch.float32),
     ]
-    for heads, max_seqs, block_size, max_query_len, window in shapes:
+    for heads, max_seqs, block_size, max_query_len, window, dtype in shapes:
         shape = DecodeShape(
             max_seqs=max_seqs,
             max_query_len=max_query_len,
@@ -82,30 +87,35 @@ def _decode(target: int) -> Iterator[tuple[str, Launch]]:
         plan = plan_decode(shape, [1], [_MAX_CONTEXT_LEN], _MAX_CONTEXT_LEN)
         rows = heads.num_heads // heads.num_kv_heads * max_query_len
         partials = (len(plan.pieces), heads.num_kv_heads, rows)
-        q, cache = _queries(max_seqs, heads), _cache(heads, block_size)
+        q, cache = _queries(max_seqs, heads, dtype), _cache(heads, block_size, dtype)
         tables = _int32(max_seqs, _MAX_CONTEXT_LEN // block_size)
         batch = DecodeBatch(_int32(max_seqs + 1), _int32(max_seqs), tables, plan)
         arrivals = _int32(max_seqs, heads.num_kv_heads)
         workspace = DecodeWorkspace(_float32(*partials, heads.head_dim), _float32(*partials), arrivals)
         launch = decode_launch(q, cache, cache, batch, workspace, 0.1, q)
-        case = f"{heads.name}, {max_seqs} x {max_query_len} queries, page {block_size}{_sliding(window)}"
+        case = f"{heads.name}, {max_seqs} x {max_query_len} queries, page {block_size}{_sliding(window)}{_wide(dtype)}"
         yield case, launch
 
 
 def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
     shapes = [
-        *([(LLAMA_8B, 128, None)] if target == HOPPER else []),  # elsewhere its tiles are those of page 64
-        (LLAMA_8B, 64, None),
-        (LLAMA_8B, 16, None),
-        (LLAMA_8B, 64, 4096),
-        (LLAMA_8B, 16, 4096),
-        (HEAD_DIM_256, 64, None),
+        *([(LLAMA_8B, 128, None, torch.bfloat16)] if target == HOPPER else []),  # elsewhere its tiles are those of page 64
+        (LLAMA_8B, 64, None, torch.bfloat16),
+        (LLAMA_8B, 16, None, torch.bfloat16),
+        (LLAMA_8B, 64, 4096, torch.bfloat16),
+        (LLAMA_8B, 16, 4096, torch.bfloat16),
+        (HEAD_DIM_256, 64, None, torch.bfloat16),
+        (LLAMA_8B, 64, None, torch.float32),
+        (LLAMA_1B, 16, 4096, torch.float32),
     ]
-    for heads, block_size, window in shapes:
-        q, cache = _queries(4096, heads), _cache(heads, block_size)
-        batch = PrefillBatch(_int32(9), _int32(8), _int32(8, _MAX_CONTEXT_LEN // block_size), _int32(32, 2))
-        launch = prefill_launch(q, cache, cache, batch, 0.1, window, q, target)
-        yield f"{heads.name}, page {block_size}{_sliding(window)}", launch
+    for heads, block_size, window, dtype in shapes:
+        q, cache = _queries(4096, heads, dtype), _cache(heads, block_size, dtype)
+        case = f"{heads.name}, page {block_size}{_sliding(window)}{_wide(dtype)}"
+        for kind, plan in [("", PrefillPlan(_int32(32, 2))), (", split", PrefillPlan(_int32(4, 2), _int32(16, 3), _int32(5)))]:
+            batch = PrefillBatch(_int32(9), _int32(8), _int32(8, _MAX_CONTEXT_LEN // block_size), plan)
+            workspace = prefill_workspace(plan, cache, target)
+            for launch in prefill_launches(q, cache, cache, batch, workspace, 0.1, window, q, target):
+                yield case + kind, launch
 
 
 def _norms() -> Iterator[tuple[str, Launch]]:
@@ -154,12 +164,16 @@ def _sliding(window: int | None) -> str:
     return "" if window is None else f", window {window}"
 
 
-def _queries(num_tokens: int, heads: Heads) -> torch.Tensor:
-    return _bfloat16(num_tokens, heads.num_heads, heads.head_dim)
+def _wide(dtype: torch.dtype) -> str:
+    return ", float32" if dtype == torch.float32 else ""
 
 
-def _cache(heads: Heads, block_size: int) -> torch.Tensor:
-    return _bfloat16(1024, heads.num_kv_heads, block_size, heads.head_dim)
+def _queries(num_tokens: int, heads: Heads, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty((num_tokens, heads.num_heads, heads.head_dim), dtype=dtype, device="meta")
+
+
+def _cache(heads: Heads, block_size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty((1024, heads.num_kv_heads, block_size, heads.head_dim), dtype=dtype, device="meta")
 
 
 def _bfloat16(*shape: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ from .logit_search import (
     place_at,
 )
 
-_MAX_BLOCK = 4096
+_MIN_BLOCK, _MAX_BLOCK = 16, 4096
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
 
 
@@ -46,7 +46,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 def sample_launch(logits: torch.Tensor, batch: SamplingBatch, out: torch.Tensor) -> Launch:
     vocab_size = logits.shape[1]
-    block = min(power_of_two(vocab_size), _MAX_BLOCK)
+    block = min(max(power_of_two(vocab_size), _MIN_BLOCK), _MAX_BLOCK)
     candidates = (len(out), block)
     arguments = {
         "logits": logits,
@@ -64,8 +64,9 @@ def sample_launch(logits: torch.Tensor, batch: SamplingBatch, out: torch.Tensor)
         "VOCAB_SIZE": vocab_size,
         "BLOCK": block,
     }
-    # With sixteen warps a thread has too few registers where a vocabulary's rows are not aligned.
-    return Launch(_draw_token, (len(out),), arguments, num_warps=max(block // 512, 1), num_stages=1)
+    # 128 registers of 256 threads: two rows a multiprocessor, and a batch of 256 in one wave.
+    num_warps = max(block // 512, 1)
+    return Launch(_draw_token, (len(out),), arguments, num_warps, num_stages=1, max_registers=128)
 
 
 @triton.jit

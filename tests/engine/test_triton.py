@@ -73,9 +73,13 @@ def test_prompts_of_mixed_lengths_in_chunks_equal_transformers(name: str, open_e
         assert_equal(output, generate(name, prompt))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_sequence_goes_on_exactly_in_an_engine_that_was_sent_its_kv(name: str, open_engine: Open, generate: Generate) -> None:
-    source, target = open_engine(name, 16), open_engine(name, 8)
+@pytest.mark.parametrize(
+    ("name", "page", "other_page"), [*((name, 16, 8) for name in VARIANTS), ("llama-gqa", 128, 64), ("llama-gqa", 16, 128)]
+)
+def test_a_sequence_goes_on_exactly_in_an_engine_that_was_sent_its_kv(
+    name: str, page: int, other_page: int, open_engine: Open, generate: Generate
+) -> None:
+    source, target = open_engine(name, page), open_engine(name, other_page)
     prompt = prompt_of(26)
     reference = generate(name, prompt)
     prefilled = make_sequence(source, prompt, max_tokens=NUM_TOKENS)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pdserve.core.reach import reach
 
 from pdserve.core.handshake import Dialler, Purpose
+from pdserve.core.reach import reach
 from pdserve.kv_transfer import acceptor
 from pdserve.worker.router_link import shake_hands
 

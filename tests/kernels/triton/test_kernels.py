@@ -32,6 +32,19 @@ def test_short_and_mixed_batches_of_small_and_large_groups(
     assert_close_in_dtype(out, reference.paged_attention(q.double(), *halves(cache.double()), batch, 0.25, window))
 
 
+@pytest.mark.parametrize("window", [None, 500])
+def test_on_a_gpu_a_few_tokens_behind_a_prefix_take_all_of_it(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "num_multiprocessors", lambda device: 20)
+    plans = []
+    plan_prefill = paged_attention.plan_prefill
+    monkeypatch.setattr(paged_attention, "plan_prefill", lambda *args: plans.append(plan_prefill(*args)) or plans[-1])
+    batch, q, cache = random_case(torch.float32, 4, 2, 16, 16, ([12, 1], [900, 60]))
+    out = make_kernels().paged_attention(q.to(DEVICE), *cache.to(DEVICE), batch, 0.25, window)
+    assert_close_in_dtype(out, reference.paged_attention(q.double(), *cache.double(), batch, 0.25, window))
+    (plan,) = plans
+    assert len(plan.pieces) > len(plan.tiles) == 1
+
+
 def test_positions_and_slots_may_lie_on_the_host() -> None:
     batch, num_blocks = paged_batch([2], [9], 16)
     qkv, cos_sin, cache = torch.randn(2, 64), torch.rand(9, 16), torch.zeros(2, num_blocks, 1, 16, 16)
@@ -98,6 +111,9 @@ def test_operations_refuse_what_they_would_misread() -> None:
                 call(x, weights)
     with pytest.raises(ValueError, match="out_dtype:"):
         kernels.linear(torch.randn(2, 64).bfloat16(), packed, torch.float16)
+    for out in (torch.empty(2, 32).bfloat16(), torch.empty(2, 31)):
+        with pytest.raises(ValueError, match="out:"):
+            kernels.linear_into(torch.randn(2, 64).bfloat16(), packed, out)
     with pytest.raises(ValueError, match="up:"):
         kernels.pack_gate_up(torch.randn(32, 64), torch.randn(31, 64))
     with pytest.raises(ValueError, match="x:"):

@@ -34,10 +34,10 @@ class Automaton(Generic[S]):
         """Enters `target`. Raises InvalidTransition, with the story so far, when the table has no such transition."""
         if target not in self._transitions[self.state]:
             raise InvalidTransition(str(self), self.state, target, self.story())
-        if len(self._story) == MAX_STORY:
-            del self._story[0]
-        self._story.append((target, at_s, why))
         self.state = target
+        self._story.append((target, at_s, why))
+        if len(self._story) > MAX_STORY:
+            del self._story[0]
 
     def story(self) -> list[str]:
         """The recent states, the present one last: when each was entered, and why, as far as that is known."""

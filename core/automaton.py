@@ -41,8 +41,8 @@ class Automaton(Generic[S]):
 
     def story(self) -> list[str]:
         """The recent states, the present one last: when each was entered, and why, as far as that is known."""
-        return [_told(*entry) for entry in self._story]
+        return [_entry(*entry) for entry in self._story]
 
 
-def _told(state: enum.Enum, at_s: float | None, why: str) -> str:
+def _entry(state: enum.Enum, at_s: float | None, why: str) -> str:
     return str(state.value) + ("" if at_s is None else f" at {at_s:.3f} s") + (f" ({why})" if why else "")

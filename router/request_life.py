@@ -104,6 +104,7 @@ class RequestLife:
     # work goes to workers, and comes back
 
     def place(self, live: LiveRequest, event: Placed, now_s: float) -> Commands:
+        """Opens a dispatch and sends its legs to their workers."""
         placement = event.placement
         prefill, decode = placement.prefill, placement.decode
         spec = event.job.spec(event.attempt)
@@ -142,6 +143,7 @@ class RequestLife:
         return self._close_leg(event) + self._close_if_done(live, now_s)
 
     def displace(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
+        """Its work waits for its client's next turn."""
         self.counters.displaced += 1
         jobs, commands = self._take_back(event.dispatch, event.dispatch.open_legs, "made room for another client", now_s)
         live.jobs += jobs
@@ -149,11 +151,12 @@ class RequestLife:
         return commands
 
     def take_back(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
-        """What is left of it is queued when its client comes."""
+        """As `displace`, but what is left is queued when its client comes."""
         self.counters.displaced += 1
         return self._take_back(event.dispatch, event.dispatch.open_legs, "made room for another client", now_s)[1]
 
     def give_up(self, live: LiveRequest, event: GivenUp, now_s: float) -> Commands:
+        """Aborts what an earlier router's dispatch has open."""
         if event.dispatch.state is DispatchState.RUNNING:
             event.dispatch.fail("given up when its router was replaced", now_s)
         return self._abort(event.dispatch, event.dispatch.open_legs)
@@ -196,11 +199,13 @@ class RequestLife:
         return live.take_kept()
 
     def deliver(self, live: LiveRequest, event: Claimed, now_s: float) -> Commands:
+        """Its client gets its whole stream, to the end."""
         live.request = event.request
         live.transition(RequestState.ENDED, now_s)
         return live.take_kept() + self._close_if_done(live, now_s)
 
     def abandon(self, live: LiveRequest, event: Abandoned, now_s: float) -> Commands:
+        """Ends it, and drops what was kept for its client."""
         ended = live.keep(self._react(live, End(FinishReason.CANCELLED), now_s))
         return ended + self._react(live, event, now_s)
 
@@ -212,9 +217,11 @@ class RequestLife:
     # endings
 
     def complete(self, live: LiveRequest, event: LastToken, now_s: float) -> Commands:
+        """One choice is whole; with the last of them, so is the request."""
         return self._choice_ended(live, event.stream, event.dispatch, now_s)
 
     def cancel_one(self, live: LiveRequest, event: CancelChoice, now_s: float) -> Commands:
+        """Ends one choice, wherever its work is."""
         if not (0 <= event.choice < len(live.streams)) or live.streams[event.choice].finish_reason is not None:
             return []
         stream = live.streams[event.choice]

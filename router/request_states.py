@@ -1,17 +1,8 @@
-"""The states of a request, and which follow which. What happens in each is in `request_life.py`.
+"""The states of a request, and which follow which (`docs/architecture.md` draws them). What happens in each is in
+`request_life.py`.
 
-QUEUED, RUNNING and BACKING_OFF say where the work of a request is that its client waits for. Its choices may be in several
-places at once: RUNNING counts before QUEUED, and QUEUED before BACKING_OFF.
-
-             +--------- its client reads again -------- UNREAD
-             v                                            ^ too much is unread
-  submit  QUEUED <----------> RUNNING ----> BACKING_OFF --+ (from each of the three)
-             ^                   ^              |
-             +---------------------- due -------+             from each of the four
-             |                   |                                     |
-  take-over UNCLAIMED -----------+ its client is back                  v
-                 | all of it has come     its client is back, or the wait for it is over
-                 +----------------> UNDELIVERED ----------------------> ENDED --- last leg over ---> CLOSED
+QUEUED, RUNNING and BACKING_OFF say where the work is that its client waits for. Its choices may be in several places at once:
+RUNNING counts before QUEUED, and QUEUED before BACKING_OFF.
 """
 
 import enum
@@ -45,7 +36,6 @@ class RequestState(enum.Enum):
         return self is RequestState.QUEUED or self is RequestState.RUNNING or self is RequestState.BACKING_OFF
 
 
-_SERVED = {RequestState.QUEUED, RequestState.RUNNING, RequestState.BACKING_OFF}
 _LEAVES = {RequestState.UNREAD, RequestState.ENDED}
 TRANSITIONS = {
     RequestState.QUEUED: {RequestState.RUNNING, RequestState.BACKING_OFF, *_LEAVES},

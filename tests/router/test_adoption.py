@@ -216,6 +216,16 @@ def test_a_worker_whose_connection_broke_before_it_spoke_is_not_lost_when_it_has
     assert cluster.tokens["r", 0] == [0, 1, 2]
 
 
+def test_a_request_that_is_refused_takes_nothing_from_an_unclaimed_one_of_its_name() -> None:
+    request = make_request(max_tokens=3)
+    cluster = Successor(held(Leg.DECODE, spec_of(request), 3, partner=False, error=None, last=True))
+    with pytest.raises(NoWorkerAvailable):
+        cluster.submit(make_request(num_tokens=100_000))
+    cluster.submit(request)
+    assert cluster.tokens["r", 0] == [0, 1, 2]
+    assert len(cluster.closed["r"]) == 1
+
+
 def test_an_unclaimed_stream_makes_room_for_another_client_and_waits_for_its_own() -> None:
     requests = [make_request(name, max_tokens=6) for name in ("first", "second")]
     specs = [msgspec.structs.replace(spec_of(request, attempt), client="much") for attempt, request in enumerate(requests)]

@@ -1,4 +1,4 @@
-"""More than the workers can do: who is refused, who waits for whom, who is given up, who is paused."""
+"""More than the workers can do: who is refused, who waits for whom, who is given up, who does not read."""
 
 import pytest
 
@@ -298,7 +298,7 @@ def decoding(*names: str) -> Cluster:
     return cluster
 
 
-def test_a_paused_request_leaves_its_room_to_others_and_goes_on_where_its_client_is() -> None:
+def test_an_unread_request_leaves_its_room_to_others_and_goes_on_where_its_client_is() -> None:
     cluster = decoding("slow")
     cluster.handle(StreamUnread("slow"))
     assert cluster.aborts("decode-0") == [TransferId("slow", 0)]
@@ -318,7 +318,7 @@ def test_a_paused_request_leaves_its_room_to_others_and_goes_on_where_its_client
 
 
 @pytest.mark.parametrize("end", [Cancel("slow"), Cancel("slow", FinishReason.STOP, 0)])
-def test_a_paused_request_can_end(end: Cancel) -> None:
+def test_an_unread_request_can_end(end: Cancel) -> None:
     cluster = decoding("slow", "other")
     cluster.handle(StreamUnread("slow"))
     cluster.handle(end)
@@ -328,7 +328,7 @@ def test_a_paused_request_can_end(end: Cancel) -> None:
     assert cluster.spec("decode-0").transfer.request_id == "other"
 
 
-def test_a_request_paused_before_it_was_dispatched_waits_for_its_client_and_takes_no_place_in_the_queue() -> None:
+def test_a_request_unread_before_it_was_dispatched_waits_for_its_client_and_takes_no_place_in_the_queue() -> None:
     cluster = one_at_a_time(max_queued_requests=1)
     cluster.submit(make_request("slow"))
     cluster.handle(StreamUnread("slow"))

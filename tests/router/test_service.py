@@ -108,7 +108,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_others(
+async def test_a_client_that_does_not_read_is_set_aside_and_takes_nothing_from_others(
     served: tuple[RouterService, TokenMachine],
 ) -> None:
     service, machine = served
@@ -128,7 +128,7 @@ async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_othe
         machine.step()
         await settle()
         assert read["fast"] == list(range(step + 1))  # a token of each step, at once
-        if step == 100:  # the place of the one that is paused is free
+        if step == 100:  # the place of the one that does not read is free
             readers.append(asyncio.ensure_future(reader("third")))
             await settle()
     await first
@@ -144,7 +144,7 @@ async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_othe
     assert service.router.status(0.0).num_requests == 0
 
 
-async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tuple[RouterService, TokenMachine]) -> None:
+async def test_a_client_that_reads_again_gets_every_token_once(served: tuple[RouterService, TokenMachine]) -> None:
     service, machine = served
     service.handle(WorkerReady(worker_info("both-0")))
     stream = service.generate(make_request("slow", max_tokens=1000))

@@ -1,7 +1,7 @@
 """A state, the transitions that its table allows, and the story of how it came there.
 
-Has a state: a transfer's end, a KV link (`kv_transfer/states.py`). Is one: a live request, a dispatch, a worker, a member of
-the fleet (`router/`).
+Transfers and KV links have one (`kv_transfer/states.py`); live requests, dispatches, workers and members of the fleet
+are one (`router/`).
 """
 
 import enum
@@ -31,7 +31,7 @@ class Automaton(Generic[S]):
         return self._name
 
     def transition(self, target: S, at_s: float | None = None, why: str = "") -> None:
-        """Enters `target`. Raises InvalidTransition, with the story so far, when the table has no such transition."""
+        """Enters `target`. Raises InvalidTransition, with the story so far, when the table lacks the transition."""
         if target not in self._transitions[self.state]:
             raise InvalidTransition(str(self), self.state, target, self.story())
         self.state = target
@@ -40,7 +40,7 @@ class Automaton(Generic[S]):
             del self._story[0]
 
     def story(self) -> list[str]:
-        """The recent states, the present one last: when each was entered, and why, as far as that is known."""
+        """The recent states, the present one last: when each was entered, and why, as far as is known."""
         return [_entry(*entry) for entry in self._story]
 
 

@@ -16,8 +16,8 @@ NEWCOMERS = 8  # one place in so many is kept for clients that have nothing queu
 
 
 class JobQueue:
-    """Jobs in order of dispatch: first what was dispatched before, then clients in turns. Beside them retries that back
-    off, and stranded jobs that no present worker could ever serve and that wait for another to come."""
+    """Jobs in order of dispatch: first what was dispatched before, then clients in turns. Beside them retries that
+    back off, and stranded jobs that no present worker could ever serve and that wait for another to come."""
 
     def __init__(self) -> None:
         self._front: deque[Job] = deque()
@@ -64,7 +64,7 @@ class JobQueue:
         self._fair.push(job.client, job, job.num_tokens)
 
     def push_front(self, jobs: Sequence[Job], now_s: float) -> None:
-        """Retries: they pass all others, behind those of the same event. Those with a later `ready_s` back off until then."""
+        """Retries: they pass all others, behind those of the same event. Until `ready_s` they back off."""
         self._returning += [job for job in jobs if job.ready_s <= now_s]
         for job in reversed(jobs):
             if job.ready_s > now_s:

@@ -35,8 +35,7 @@ DISPATCH_TRANSITIONS = {
 
 
 class LiveRequest(Automaton[RequestState]):
-    """A request between admission and the end of its last leg. `request_life.py` alone changes it, and the ledger counts
-    its legs."""
+    """A request between admission and the end of its last leg. `request_life.py` alone moves it from state to state."""
 
     __slots__ = ("dispatches", "ended_s", "error", "first_token_s", "is_adopted", "jobs", "kept", "num_open_choices",
                  "num_open_legs", "num_times_unread", "request", "streams", "submitted_s")  # fmt: skip
@@ -80,11 +79,11 @@ class LiveRequest(Automaton[RequestState]):
             self.transition(target, now_s)
 
     def story(self) -> list[str]:
-        """Its recent states, then its dispatches."""
+        """Its recent states, then its attempts."""
         return super().story() + [dispatch.summary() for dispatch in self.dispatches]
 
     def check_integrity(self, queued: set[int]) -> None:
-        """Raises AssertionError when its state is not where its work is. `queued`: the ids of the queue's jobs."""
+        """Raises AssertionError when its state is not where its work is. `queued`: ids of the queue's jobs."""
         state = self.state
         assert state is not RequestState.CLOSED, f"{self}: closed and still known"
         assert state is not RequestState.ENDED or self.num_open_legs, f"{self}: ended, without legs, and not closed"
@@ -270,8 +269,8 @@ class Dispatch(Automaton[DispatchState]):
         return Leg.DECODE if worker is self.decode else Leg.PREFILL
 
     def needs(self, leg: Leg) -> bool:
-        """Whether the dispatch fails with this leg. A prefill has done its part once the decode worker has brought a token
-        (so it has all the KV) and the client has all first tokens."""
+        """Whether the dispatch fails with this leg. A prefill has done its part once the decode worker has brought a
+        token (so it has all the KV) and the client has all first tokens."""
         if self.state is not DispatchState.RUNNING:
             return False
         return leg is Leg.DECODE or not (self.decode_started and self._has_all_first_tokens())

@@ -1,4 +1,4 @@
-"""The live requests by their ids: which of them an event is for. What it does to the request is in `request_life.py`."""
+"""The live requests by their ids: which of them an event is for. What it does to one is in `request_life.py`."""
 
 import msgspec
 

@@ -45,7 +45,7 @@ class Displaced(msgspec.Struct, frozen=True):
 
 
 class GivenUp(msgspec.Struct, frozen=True):
-    """A dispatch of an earlier router is of no use: others serve its choices, they have ended, or half of it is gone."""
+    """An earlier router's dispatch is of no use: others serve its choices, they have ended, or half of it is gone."""
 
     dispatch: Dispatch
 

@@ -1,7 +1,7 @@
 """A request's life, from its admission until no worker holds anything for it: what each event does in each state.
 
-`RequestLife.REACTIONS` is the whole of it. A reaction changes the request, the queue and the ledger, and returns commands.
-It leaves QUEUED, RUNNING and BACKING_OFF alone: which of them holds follows from where the request's work is afterwards.
+`RequestLife.REACTIONS` is the whole of it. A reaction changes the request, the queue and the ledger, and returns
+commands. It leaves QUEUED, RUNNING and BACKING_OFF alone: they follow from where the request's work is afterwards.
 """
 
 from collections.abc import Callable
@@ -123,7 +123,7 @@ class RequestLife:
         return commands + _send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))
 
     def end_leg(self, live: LiveRequest, event: LegOver, now_s: float) -> Commands:
-        """A leg whose dispatch may be running: if it is needed and failed, what is left to do is queued again."""
+        """A leg whose dispatch may be running: if it was needed and failed, what is left is queued again."""
         dispatch, error = event.dispatch, event.error
         commands: Commands = []
         if error is not None and dispatch.needs(event.leg):
@@ -237,7 +237,7 @@ class RequestLife:
         return self._choice_ended(live, stream, dispatches[0] if dispatches else None, now_s)
 
     def end(self, live: LiveRequest, event: End, now_s: float) -> Commands:
-        """The request's only ending. Its legs are aborted and stay accounted until their workers say they are over."""
+        """The request's only ending. Its legs are aborted; they stay accounted until their workers end them."""
         commands: Commands = []
         for stream in live.streams:
             if stream.finish_reason is None:
@@ -290,7 +290,7 @@ class RequestLife:
     # failures
 
     def _fail(self, dispatch: Dispatch, leg: Leg, error: str, due_s: float, now_s: float) -> Commands:
-        """One leg failed: abort the other, and queue what has to be dispatched again, from where its clients are."""
+        """One leg failed: aborts the other, and queues what is left to do, from where its client is."""
         live = dispatch.live
         self.counters.retried += 1
         jobs, commands = self._take_back(dispatch, dispatch.open_legs - {leg}, error, now_s)
@@ -328,7 +328,7 @@ class RequestLife:
         return commands
 
     def _due_s(self, dispatch: Dispatch, now_s: float) -> float:
-        """At once the first time; later it backs off, as a worker's death is often heard of from its peer first."""
+        """At once the first time; later it backs off, as a peer often reports a worker's death first."""
         num_failures = dispatch.job.num_failures
         if not num_failures:
             return now_s

@@ -1,4 +1,4 @@
-"""A request is one automaton: a table that leaves nothing open, and errors that tell what became of the request before."""
+"""A request is one automaton: a table that leaves nothing open, and errors that tell what became of it before."""
 
 import random
 import typing
@@ -10,7 +10,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import pdserve
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull, UnexpectedEvent
-from pdserve.core.messages import HeldLeg, Leg, LegEnded, Prefill, Reserve, Role, Serve, StepReport, TokenOutput, WorkerLoad
+from pdserve.core.messages import (
+    HeldLeg,
+    Leg,
+    LegEnded,
+    Prefill,
+    Reserve,
+    Role,
+    Serve,
+    StepReport,
+    TokenOutput,
+    WorkerInfo,
+    WorkerLoad,
+)
 from pdserve.core.request import FinishReason, SequenceSpec
 from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
@@ -155,7 +167,7 @@ ENDINGS = ["", "", "", None, "broken"]  # of a held leg: none yet, well, or not
 
 
 class AnyEvents(RuleBasedStateMachine):
-    """Whatever anybody says, in whatever order: workers that break every rule, clients that come and go, routers that die."""
+    """Whatever comes, in whatever order: workers that break every rule, clients that come and go, routers that die."""
 
     router: Router
 
@@ -247,7 +259,7 @@ class AnyEvents(RuleBasedStateMachine):
                 self.handle(WorkerReady(self.info(name), tuple(legs[name].values())))
         self.handle(Adopted())
 
-    def info(self, name: str):  # type: ignore[no-untyped-def]
+    def info(self, name: str) -> WorkerInfo:
         role = Role(name.rpartition("-")[0])
         return worker_info(name, role, incarnation=self.incarnations[name], num_blocks=16, max_batch_size=2, max_model_len=256)
 

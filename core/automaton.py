@@ -1,7 +1,7 @@
 """A state, the transitions that its table allows, and the story of how it came there.
 
-Has a state: a transfer's end, a KV link (`kv_transfer/states.py`). Is one: a live request, a dispatch, a worker, a member of
-the fleet (`router/`).
+Transfers and KV links have one (`kv_transfer/states.py`); live requests, dispatches, workers and members of the fleet
+are one (`router/`).
 """
 
 import enum
@@ -31,18 +31,18 @@ class Automaton(Generic[S]):
         return self._name
 
     def transition(self, target: S, at_s: float | None = None, why: str = "") -> None:
-        """Enters `target`. Raises InvalidTransition, with the story so far, when the table has no such transition."""
+        """Enters `target`. Raises InvalidTransition, with the story so far, when the table lacks the transition."""
         if target not in self._transitions[self.state]:
             raise InvalidTransition(str(self), self.state, target, self.story())
-        if len(self._story) == MAX_STORY:
-            del self._story[0]
-        self._story.append((target, at_s, why))
         self.state = target
+        self._story.append((target, at_s, why))
+        if len(self._story) > MAX_STORY:
+            del self._story[0]
 
     def story(self) -> list[str]:
-        """The recent states, the present one last: when each was entered, and why, as far as that is known."""
-        return [_told(*entry) for entry in self._story]
+        """The recent states, the present one last: when each was entered, and why, as far as is known."""
+        return [_entry(*entry) for entry in self._story]
 
 
-def _told(state: enum.Enum, at_s: float | None, why: str) -> str:
+def _entry(state: enum.Enum, at_s: float | None, why: str) -> str:
     return str(state.value) + ("" if at_s is None else f" at {at_s:.3f} s") + (f" ({why})" if why else "")

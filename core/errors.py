@@ -101,3 +101,10 @@ class InvalidTransition(AssertionError):
 
     def __init__(self, what: str, state: object, target: object, history: object) -> None:
         super().__init__(f"{what}: {state} -> {target} is not a transition; history: {history}")
+
+
+class UnexpectedEvent(AssertionError):
+    """A state machine was given an event that cannot come in its state: a bug of ours. Carries the object's history."""
+
+    def __init__(self, what: str, state: object, event: object, history: object) -> None:
+        super().__init__(f"{what}: {event} cannot come in {state}; history: {history}")

@@ -46,7 +46,7 @@ def explanation(timeline: Timeline) -> pb.Explanation:
         completion_tokens=sum(timeline.num_output_tokens),
         first_token_s=None if first_token_s is None else first_token_s - timeline.submitted_s,
         duration_s=timeline.ended_s - timeline.submitted_s,
-        num_pauses=timeline.num_pauses,
+        num_pauses=timeline.num_times_unread,
         adopted=timeline.is_adopted,
         trace_id=timeline.traceparent.split("-")[1] if timeline.traceparent else "",
         attempts=[_attempt(dispatch) for dispatch in timeline.dispatches],

@@ -16,30 +16,29 @@ NEWCOMERS = 8  # one place in so many is kept for clients that have nothing queu
 
 
 class JobQueue:
-    """Jobs in order of dispatch: first what was dispatched before, then clients in turns. Beside them retries that pause,
-    stranded jobs that no present worker could ever serve and that wait for another to come, and parked ones whose client
-    does not read."""
+    """Jobs in order of dispatch: first what was dispatched before, then clients in turns. Beside them retries that
+    back off, and stranded jobs that no present worker could ever serve and that wait for another to come."""
 
     def __init__(self) -> None:
         self._front: deque[Job] = deque()
         self._fair: FairQueue[Job] = FairQueue()
-        self._paused: list[tuple[float, int, Job]] = []
+        self._returning: list[Job] = []  # in front at the next `wake`, in this order
+        self._backing_off: list[tuple[float, int, Job]] = []
         self._stranded: list[Job] = []
-        self._parked: list[Job] = []
         self._sequence = count()
         self._last_dispatch_s: float | None = None
         self._interval_s: float | None = None  # between dispatches while jobs wait
 
     def __len__(self) -> int:
-        """Jobs that wait for workers; parked ones wait for their clients."""
-        return len(self._front) + len(self._fair) + len(self._paused) + len(self._stranded)
+        places = (self._stranded, self._returning, self._front, self._fair, self._backing_off)
+        return sum(len(place) for place in places)
 
     def __iter__(self) -> Iterator[Job]:
         yield from self._stranded
+        yield from self._returning
         yield from self._front
         yield from self._fair
-        yield from (job for _, _, job in self._paused)
-        yield from self._parked
+        yield from (job for _, _, job in self._backing_off)
 
     def check_room(self, client: str, limit: int, now_s: float, job_s: float) -> None:
         """Raises QueueFull when a new request has to be refused. No client, nor all that wait, can fill the places that
@@ -62,27 +61,23 @@ class JobQueue:
         return max(pace_s, pace_s + SMOOTHING * (now_s - self._last_dispatch_s - pace_s))
 
     def push(self, job: Job) -> None:
-        job.live.jobs.append(job)
         self._fair.push(job.client, job, job.num_tokens)
 
     def push_front(self, jobs: Sequence[Job], now_s: float) -> None:
-        """Retries, the first of them to be dispatched first; those with a later `ready_s` pause until then."""
+        """Retries: they pass all others, behind those of the same event. Until `ready_s` they back off."""
+        self._returning += [job for job in jobs if job.ready_s <= now_s]
         for job in reversed(jobs):
-            job.live.jobs.append(job)
             if job.ready_s > now_s:
-                heappush(self._paused, (job.ready_s, next(self._sequence), job))
-            else:
-                self._front.appendleft(job)
+                heappush(self._backing_off, (job.ready_s, next(self._sequence), job))
 
     def push_back(self, jobs: Sequence[Job]) -> None:
         """They gave up their places to another client: they wait for their client's turn, before what it has queued."""
         for job in reversed(jobs):
-            job.live.jobs.append(job)
             self._fair.push(job.client, job, job.num_tokens, is_first=True)
 
     def favour(self, job: Job) -> None:
         """A waiting job passes all others."""
-        self._take_out(job)
+        self.remove(job)
         self._front.appendleft(job)
 
     def candidates(self) -> Iterator[Job]:
@@ -97,7 +92,6 @@ class JobQueue:
         """Take the head out for dispatch. Its client is charged `cost` tokens, but not for a retry."""
         job = self.head()
         assert job is not None
-        job.live.jobs.remove(job)
         if self._front:
             self._front.popleft()
         else:
@@ -110,53 +104,40 @@ class JobQueue:
         return job
 
     def remove(self, job: Job) -> None:
-        """Its request, or its last choice, has ended."""
-        job.live.jobs.remove(job)
-        self._take_out(job)
-
-    def _take_out(self, job: Job) -> None:
+        """Takes a job out, wherever it waits."""
         if self._fair.remove(job.client, job):
             return
-        for place in (self._front, self._stranded, self._parked):
+        for place in (self._front, self._stranded, self._returning):
             if job in place:
                 place.remove(job)
                 return
-        self._paused = [entry for entry in self._paused if entry[2] is not job]
-        heapify(self._paused)
+        self._backing_off = [entry for entry in self._backing_off if entry[2] is not job]
+        heapify(self._backing_off)
 
     def strand_head(self) -> None:
         job = self.head()
         assert job is not None
-        self._take_out(job)
+        self.remove(job)
         self._stranded.append(job)
 
     def unstrand(self) -> None:
         """Workers changed: look at the stranded again, in their order."""
-        self._front.extendleft(reversed(self._stranded))
+        self._returning[:0] = self._stranded
         self._stranded.clear()
 
-    def park(self, jobs: Sequence[Job]) -> None:
-        """Their client does not read: they wait until `unpark`."""
-        for job in jobs:
-            if job in job.live.jobs:
-                self._take_out(job)
-            else:
-                job.live.jobs.append(job)
-            self._parked.append(job)
-
-    def unpark(self, live: LiveRequest) -> None:
-        """The client reads again: its jobs are in front, as they were dispatched before."""
-        jobs = [job for job in self._parked if job.live is live]
-        self._parked = [job for job in self._parked if job.live is not live]
-        self._front.extendleft(reversed(jobs))
-
-    def wake(self, now_s: float) -> None:
-        """Put retries whose pause is over in front."""
-        while self._paused and self._paused[0][0] <= now_s:
-            self._front.appendleft(heappop(self._paused)[2])
+    def wake(self, now_s: float) -> list[Job]:
+        """Puts in front what returns, and what has backed off for long enough: the jobs that this returns."""
+        if self._returning:
+            self._front.extendleft(reversed(self._returning))
+            self._returning.clear()
+        due: list[Job] = []
+        while self._backing_off and self._backing_off[0][0] <= now_s:
+            due.append(heappop(self._backing_off)[2])
+            self._front.appendleft(due[-1])
+        return due
 
     def next_wake_s(self) -> float | None:
-        return self._paused[0][0] if self._paused else None
+        return self._backing_off[0][0] if self._backing_off else None
 
 
 class Deadlines:
@@ -173,7 +154,7 @@ class Deadlines:
         if live.request.deadline_s is None:
             return
         if len(self._heap) > 2 * num_live + 64:
-            self._heap = [entry for entry in self._heap if not entry[2].is_ended]
+            self._heap = [entry for entry in self._heap if not entry[2].state.is_over]
             heapify(self._heap)
         heappush(self._heap, (live.request.deadline_s, next(self._sequence), live))
 
@@ -181,10 +162,10 @@ class Deadlines:
         """Take out the requests whose deadline has passed while they were live."""
         while self._heap and self._heap[0][0] <= now_s:
             live = heappop(self._heap)[2]
-            if not live.is_ended:
+            if not live.state.is_over:
                 yield live
 
     def next_s(self) -> float | None:
-        while self._heap and self._heap[0][2].is_ended:
+        while self._heap and self._heap[0][2].state.is_over:
             heappop(self._heap)
         return self._heap[0][0] if self._heap else None

@@ -16,7 +16,7 @@ class ClientStream:
 
     def __init__(self) -> None:
         self.num_unread = 0  # tokens, of those that came after `is_handed_over`
-        self.is_paused = False
+        self.is_unread = False  # too much is unread, and the router knows
         self.is_handed_over = False  # all that was there before its client
         self._events: deque[tuple[StreamEvent, int]] = deque()  # with the tokens that count
         self._came: asyncio.Future[None] | None = None

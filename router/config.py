@@ -8,7 +8,7 @@ class RouterConfig:
     """How much may wait, and what placement weighs."""
 
     max_queued_requests: int = 1024
-    max_unread_tokens: int = 1024  # of one stream; beyond that it pauses until its client has read half of them
+    max_unread_tokens: int = 1024  # of one stream; beyond that it leaves its workers until its client has read half of them
     itl_slo_s: float = 0.05  # placement avoids workers on which a token would take longer
     max_attempts: int = 5  # dispatches of a choice before its request ends with an error
     max_prefill_backlog_tokens: int | None = None  # per worker; None: twice its max_batch_tokens

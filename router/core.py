@@ -10,22 +10,22 @@ No clock, no I/O: the shell carries commands out in order and feeds events in.
 from ..core.errors import NoWorkerAvailable, QueueFull
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
-from ..core.messages import LegEnded, Prefill, Probe, Probed, Reserve, Serve, StepReport
+from ..core.messages import LegEnded, Probe, Probed, StepReport
 from ..core.request import FinishReason, Request
 from .admission import JobQueue
 from .adoption import Adoption
 from .candidates import Placement
 from .config import RouterConfig
-from .dispatch import Dispatch, Job
+from .dispatch import Job
 from .events import (
     Adopted,
     Cancel,
     Closing,
-    Pause,
-    Resume,
     RouterCommand,
     RouterEvent,
     SendCommand,
+    StreamRead,
+    StreamUnread,
     Submit,
     Tick,
     Timeline,
@@ -38,11 +38,12 @@ from .events import (
 )
 from .ledger import Ledger
 from .links import Links
-from .live_requests import LiveRequests
+from .live_requests import LiveRequests, is_same
 from .placement import Placer
 from .prefix_index import PrefixIndex
 from .registry import Registry, Worker, WorkerState
 from .reports import WorkerReports
+from .request_events import Displaced, End, Placed
 from .room import RoomMaker
 from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
@@ -67,7 +68,6 @@ class Router:
         from `first_attempt`, which is above those of every earlier router: no two dispatches ever have one transfer id."""
         config = config or RouterConfig()
         self.model = model or LatencyModel()
-        self._out: list[RouterCommand] = []  # of the event being handled
         self._registry = Registry()
         self._index = PrefixIndex()
         self._ledger = Ledger(self._registry)
@@ -75,7 +75,7 @@ class Router:
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
         self._room = RoomMaker(self._registry, self._ledger)
         self._queue = JobQueue()
-        self._requests = LiveRequests(self._queue, self._ledger, config, self._out)
+        self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(self._registry, self._ledger, self._requests, self._index, self.model, self._links)
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
@@ -98,55 +98,50 @@ class Router:
         """What to do about `event`. Raises QueueFull, DuplicateRequest or NoWorkerAvailable for a Submit; nothing has
         changed then."""
         if self._adoption is None:
-            self._react(event, now_s)
+            commands = self._react(event, now_s)
         elif isinstance(event, Adopted):
             adoption, self._adoption = self._adoption, None
-            self._adopt(adoption, now_s)
+            commands = self._adopt(adoption, now_s)
         else:
             self._adoption.take(event)
             return []
-        self._requests.expire(now_s)
-        self._queue.wake(now_s)
-        self._dispatch(now_s)
-        self._probe_links(now_s)
-        commands = self._out.copy()
-        self._out.clear()
-        return commands
+        commands += self._requests.pass_time(now_s)
+        commands += self._dispatch(now_s)
+        return commands + self._probe_links(now_s)
 
-    def _react(self, event: RouterEvent, now_s: float) -> None:
+    def _react(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
         match event:
             case StepReport():
-                self._reports.on_report(event, now_s)
+                return self._reports.on_report(event, now_s)
             case LegEnded():
-                self._reports.on_leg_ended(event, now_s)
+                return self._reports.on_leg_ended(event, now_s)
+            case Submit():
+                return self._on_submit(event.request, now_s)
+            case Cancel():
+                return self._requests.cancel(event, now_s)
             case Probed():
                 self._links.probed(event, now_s)
-            case Submit():
-                self._on_submit(event, now_s)
-            case Cancel():
-                self._requests.cancel(event, now_s)
-            case Pause():
-                self._requests.pause(event.request_id, now_s)
-            case Resume():
-                self._requests.resume(event.request_id)
-            case Closing():
-                self._is_closing = True
+            case StreamUnread() | StreamRead():
+                return self._requests.note_reading(event, now_s)
             case WorkerReady():
-                self._on_worker_ready(event, now_s)
+                return self._on_worker_ready(event, now_s)
             case WorkerLost():
-                self._on_worker_lost(event, now_s)
+                return self._on_worker_lost(event, now_s)
             case WorkerDraining():
-                self._on_worker_draining(event)
+                return self._on_worker_draining(event)
             case WorkerRole():
                 self._on_worker_role(event)
             case WorkersExpected():
                 self._num_expected = event.num_workers
                 self._queue.unstrand()
+            case Closing():
+                self._is_closing = True
             case Tick() | Adopted():
                 pass
+        return []
 
     def next_tick_s(self) -> float | None:
-        """When the next deadline or paused retry is due; None when only events can change anything."""
+        """When the next deadline or retry is due; None when only events can change anything."""
         due = self._requests.deadlines.next_s(), self._queue.next_wake_s(), self._requests.claims_end_s
         return min((at_s for at_s in due if at_s is not None), default=None)
 
@@ -176,11 +171,10 @@ class Router:
         self._ledger.check_integrity()
         self._requests.check_integrity()
 
-    def _on_submit(self, event: Submit, now_s: float) -> None:
-        request = event.request
-        if self._requests.claim(request, now_s):
-            return
-        self._requests.check_new(request.request_id)
+    def _on_submit(self, request: Request, now_s: float) -> list[RouterCommand]:
+        adopted = self._requests.adopted(request)
+        if adopted is not None and is_same(adopted.request, request):
+            return self._requests.claim(adopted, request, now_s)
         if self._is_closing:
             raise NoWorkerAvailable(CLOSING)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
@@ -191,7 +185,7 @@ class Router:
         except QueueFull:
             self.counters.rejected += 1
             raise
-        self._requests.add(request, now_s)
+        return self._requests.admit(request, adopted, now_s)
 
     def _job_s(self, request: Request) -> float:
         """Seconds between dispatches, if all were like this one: what to go by before there were any."""
@@ -200,38 +194,38 @@ class Router:
             return STARTING_S
         return self.model.prefill_s(len(request.prompt_token_ids), len(request.prompt_token_ids) ** 2) / num_workers
 
-    def _dispatch(self, now_s: float) -> None:
+    def _dispatch(self, now_s: float) -> list[RouterCommand]:
         """Place jobs in order until the first that has to wait."""
+        commands: list[RouterCommand] = []
         while (job := self._queue.head()) is not None:
             placement = self._placer.place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
                 self.counters.hopeless += 1
-                self._requests.end(job.live, FinishReason.DEADLINE, "the first token would come after the deadline", now_s)
+                end = End(FinishReason.DEADLINE, "the first token would come after the deadline")
+                commands += self._requests.handle(job.live, end, now_s)
             elif placement is not None:
-                self._start(self._queue.pop(now_s, placement.num_new_tokens), placement, now_s)
+                commands += self._start(self._queue.pop(now_s, placement.num_new_tokens), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):
-                if not self._favour_newcomer(job, now_s):
-                    return
+                if not self._room.waits_for_decode(job):
+                    break
+                if self._room.may_take(job):
+                    commands += self._make_room(job, now_s)
+                    break
+                newcomer = self._room.newcomer(job, self._queue.candidates())
+                if newcomer is None:
+                    break
+                self._queue.favour(newcomer)
             elif self._num_expected:
                 self._queue.strand_head()
             else:
                 error = CLOSING if self._is_closing else "no worker is left that can serve the request"
-                self._requests.end(job.live, FinishReason.ERROR, error, now_s)
+                commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
+        return commands
 
-    def _favour_newcomer(self, head: Job, now_s: float) -> bool:
-        """The head has to wait: make room for it, if its client runs little, or let one pass whose client does. Whether another
-        job is the head now."""
-        if not self._room.waits_for_decode(head):
-            return False
-        if self._room.may_take(head):
-            victim = self._room.victim(head)
-            if victim is not None:
-                self._requests.displace(victim, now_s)
-            return False
-        newcomer = self._room.newcomer(head, self._queue.candidates())
-        if newcomer is not None:
-            self._queue.favour(newcomer)
-        return newcomer is not None
+    def _make_room(self, head: Job, now_s: float) -> list[RouterCommand]:
+        """The head waits for the place of a dispatch of a client that runs much."""
+        victim = self._room.victim(head)
+        return [] if victim is None else self._requests.handle(victim.live, Displaced(victim), now_s)
 
     def _comes_too_late(self, job: Job, placement: Placement, now_s: float) -> bool:
         """Whether the first token would come after the deadline, by a prediction that errs on the client's side: the model
@@ -242,69 +236,60 @@ class Router:
             return False
         return self.model.knows_prefill and now_s + placement.ttft_s / CAUTION > live.request.deadline_s
 
-    def _start(self, job: Job, placement: Placement, now_s: float) -> None:
-        live = job.live
-        spec = job.spec(self._next_attempt)
+    def _start(self, job: Job, placement: Placement, now_s: float) -> list[RouterCommand]:
+        attempt = self._next_attempt
         self._next_attempt += 1
-        dispatch = Dispatch(job, spec, placement.prefill, placement.decode, now_s)
-        live.dispatches.append(dispatch)
-        self._ledger.open(dispatch, placement)
-        self.counters.dispatched += 1
-        prefill, decode = placement.prefill, placement.decode
-        if decode is prefill:
-            self.counters.served_on_one += 1
-            self._requests.send(prefill, Serve(spec=spec))
-            return
-        if decode is not None:
-            self._links.started(prefill, decode, now_s)
-            self._requests.send(
-                decode, Reserve(spec=spec, source_worker_id=prefill.worker_id, source_incarnation=prefill.incarnation)
-            )
-        self._requests.send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))
+        if placement.decode is not None and placement.decode is not placement.prefill:
+            self._links.started(placement.prefill, placement.decode, now_s)
+        return self._requests.handle(job.live, Placed(job, placement, attempt), now_s)
 
-    def _probe_links(self, now_s: float) -> None:
-        for source, target in self._links.probes(self._registry, now_s):
-            self._out.append(SendCommand(source.worker_id, source.incarnation, Probe(target=target.info.address)))
+    def _probe_links(self, now_s: float) -> list[RouterCommand]:
+        return [
+            SendCommand(source.worker_id, source.incarnation, Probe(target=target.info.address))
+            for source, target in self._links.probes(self._registry, now_s)
+        ]
 
-    def _on_worker_ready(self, event: WorkerReady, now_s: float) -> None:
+    def _on_worker_ready(self, event: WorkerReady, now_s: float) -> list[RouterCommand]:
         if not self._registry.is_news(event.info):
             self.counters.stale += 1
-            return
-        if (replaced := self._registry.get(event.info.worker_id)) is not None:
-            self._lose(replaced, "replaced", now_s)
+            return []
+        replaced = self._registry.get(event.info.worker_id)
+        commands = [] if replaced is None else self._lose(replaced, "replaced", now_s)
         self._registry.add(event.info)
         self._links.workers_changed()
         self._num_expected = max(0, self._num_expected - 1)
         self._queue.unstrand()
+        return commands
 
-    def _on_worker_lost(self, event: WorkerLost, now_s: float) -> None:
+    def _on_worker_lost(self, event: WorkerLost, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(event.worker_id, event.incarnation)
         if worker is None:
-            return
+            return []
         if worker.state is WorkerState.READY:
             self._num_expected += 1  # until the shell says otherwise
-        self._lose(worker, event.reason, now_s)
+        return self._lose(worker, event.reason, now_s)
 
-    def _adopt(self, adoption: Adoption, now_s: float) -> None:
-        for ready in adoption.ready:
-            self._on_worker_ready(ready, now_s)
-        TakeOver(self._registry, self._ledger, self._requests, self._reports, self._out).carry_out(adoption, now_s)
-        for event in adoption.later:
-            self._react(event, now_s)
-
-    def _lose(self, worker: Worker, reason: str, now_s: float) -> None:
+    def _lose(self, worker: Worker, reason: str, now_s: float) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
         self._index.remove_worker(worker.worker_id)
-        self._requests.worker_lost(worker, reason, now_s)
+        return self._requests.lose_worker(worker, reason, now_s)
 
-    def _on_worker_draining(self, event: WorkerDraining) -> None:
+    def _adopt(self, adoption: Adoption, now_s: float) -> list[RouterCommand]:
+        commands: list[RouterCommand] = []
+        for ready in adoption.ready:
+            commands += self._on_worker_ready(ready, now_s)
+        commands += TakeOver(self._registry, self._ledger, self._requests, self._reports).carry_out(adoption, now_s)
+        for event in adoption.later:
+            commands += self._react(event, now_s)
+        return commands
+
+    def _on_worker_draining(self, event: WorkerDraining) -> list[RouterCommand]:
         worker = self._registry.get(event.worker_id)
         if worker is None or worker.state is WorkerState.DRAINING:
-            return
+            return []
         self._registry.drain(worker)
-        if not worker.open_legs:
-            self._out.append(WorkerIdle(worker.worker_id, worker.incarnation))
+        return [] if worker.open_legs else [WorkerIdle(worker.worker_id, worker.incarnation)]
 
     def _on_worker_role(self, event: WorkerRole) -> None:
         worker = self._registry.get(event.worker_id)

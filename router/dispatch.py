@@ -12,9 +12,10 @@ from ..core.automaton import Automaton
 from ..core.messages import Leg, LegEnded
 from ..core.request import Request, SequenceSpec, TransferId
 from .candidates import Placement
-from .events import DispatchTimes, StreamCommand, Timeline
+from .events import DispatchTimes, RouterCommand, StreamCommand, Timeline
 from .prefix_index import PrefixChain
 from .registry import Worker
+from .request_states import TRANSITIONS, RequestState
 from .stream import ChoiceStream
 
 
@@ -26,21 +27,21 @@ class DispatchState(enum.Enum):
     FAILED = "failed"  # its unfinished choices are in other hands
 
 
-TRANSITIONS = {
+DISPATCH_TRANSITIONS = {
     DispatchState.RUNNING: {DispatchState.FINISHED, DispatchState.FAILED},
     DispatchState.FINISHED: set[DispatchState](),
     DispatchState.FAILED: set[DispatchState](),
 }
 
 
-class LiveRequest:
-    """A request between admission and the end of its last leg."""
+class LiveRequest(Automaton[RequestState]):
+    """A request between admission and the end of its last leg. `request_life.py` alone moves it from state to state."""
 
-    __slots__ = ("dispatches", "ended_s", "error", "first_token_s", "is_adopted", "is_closed", "is_paused", "jobs",
-                 "num_open_choices", "num_open_legs", "num_pauses", "request", "streams", "submitted_s",
-                 "unclaimed")  # fmt: skip
+    __slots__ = ("dispatches", "ended_s", "error", "first_token_s", "is_adopted", "jobs", "kept", "num_open_choices",
+                 "num_open_legs", "num_times_unread", "request", "streams", "submitted_s")  # fmt: skip
 
-    def __init__(self, request: Request, now_s: float) -> None:
+    def __init__(self, request: Request, now_s: float, *, is_adopted: bool = False) -> None:
+        super().__init__(TRANSITIONS, RequestState.UNCLAIMED if is_adopted else RequestState.QUEUED, at_s=now_s)
         self.request = request
         self.streams = [ChoiceStream(choice) for choice in range(request.sampling.n)]
         self.num_open_choices = request.sampling.n
@@ -49,34 +50,74 @@ class LiveRequest:
         self.ended_s: float | None = None
         self.error: str | None = None
         self.dispatches: list[Dispatch] = []
-        self.jobs: list[Job] = []
-        self.is_paused = False  # its client does not read
-        self.num_pauses = 0
-        self.is_adopted = False
+        self.jobs: list[Job] = []  # in the queue; when it is UNREAD, set aside
+        self.kept: list[StreamCommand] = []  # for its client, which is not there
+        self.num_times_unread = 0
+        self.is_adopted = is_adopted
         self.num_open_legs = 0
-        self.is_closed = False
-        self.unclaimed: list[StreamCommand] | None = None  # what its client will get, while it is not there
+
+    def __str__(self) -> str:
+        return f"request {self.request_id!r}"
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
 
-    @property
-    def is_ended(self) -> bool:
-        return self.ended_s is not None
+    def running(self) -> list["Dispatch"]:
+        """The dispatches that workers have work of."""
+        return [dispatch for dispatch in self.dispatches if dispatch.state is DispatchState.RUNNING]
 
-    @property
-    def is_claimed(self) -> bool:
-        return self.unclaimed is None
+    def settle(self, now_s: float) -> None:
+        """Enters the state that follows from where its work is."""
+        if any(dispatch.state is DispatchState.RUNNING for dispatch in self.dispatches):
+            target = RequestState.RUNNING
+        elif any(job.ready_s <= now_s for job in self.jobs):
+            target = RequestState.QUEUED
+        else:
+            target = RequestState.BACKING_OFF
+        if target is not self.state:
+            self.transition(target, now_s)
 
-    @property
-    def is_served(self) -> bool:
-        """Some worker has work to do for it."""
-        return any(dispatch.state is DispatchState.RUNNING for dispatch in self.dispatches)
+    def story(self) -> list[str]:
+        """Its recent states, then its attempts."""
+        return super().story() + [dispatch.summary() for dispatch in self.dispatches]
+
+    def check_integrity(self, queued: set[int]) -> None:
+        """Raises AssertionError when its state is not where its work is. `queued`: ids of the queue's jobs."""
+        state = self.state
+        assert state is not RequestState.CLOSED, f"{self}: closed and still known"
+        assert state is not RequestState.ENDED or self.num_open_legs, f"{self}: ended, without legs, and not closed"
+        assert state.has_client == (not self.kept) or state is RequestState.UNCLAIMED, f"{self}: {state}, {self.kept}"
+        running = [choice for dispatch in self.running() for choice in dispatch.streams]
+        waiting = [choice for job in self.jobs for choice in job.choices]
+        unfinished = [stream.choice for stream in self.streams if stream.finish_reason is None]
+        assert len(unfinished) == self.num_open_choices or state.is_over, f"{self}: {unfinished} are not finished"
+        is_aside = not state.is_served
+        assert all((id(job) in queued) != is_aside for job in self.jobs), f"{self}: {state}, and its jobs are elsewhere"
+        match state:
+            case RequestState.QUEUED | RequestState.BACKING_OFF | RequestState.UNREAD:
+                assert not running and waiting, f"{self}: {state}, {running} run, {waiting} wait"
+            case RequestState.RUNNING:
+                assert running, f"{self}: runs nowhere"
+            case _:
+                assert not waiting, f"{self}: {state}, and {waiting} wait"
+        if state.is_served or state is RequestState.UNREAD:
+            left = [choice for choice in running + waiting if choice in unfinished]
+            assert sorted(left) == unfinished, f"{self}: {unfinished} are left, {running} run, {waiting} wait"
+
+    def keep(self, commands: list[RouterCommand]) -> list[RouterCommand]:
+        """Keeps what is for its client; returns the rest."""
+        self.kept += [command for command in commands if isinstance(command, StreamCommand)]
+        return [command for command in commands if not isinstance(command, StreamCommand)]
+
+    def take_kept(self) -> list[RouterCommand]:
+        kept: list[RouterCommand] = [*self.kept]
+        self.kept.clear()
+        return kept
 
     def unserved_jobs(self, now_s: float) -> list["Job"]:
         """What no running dispatch is to produce."""
-        served = {choice for d in self.dispatches if d.state is DispatchState.RUNNING for choice in d.streams}
+        served = {choice for dispatch in self.running() for choice in dispatch.streams}
         return self.jobs_for((stream for stream in self.streams if stream.choice not in served), now_s)
 
     def jobs_for(self, streams: Iterable[ChoiceStream], now_s: float) -> list["Job"]:
@@ -100,7 +141,7 @@ class LiveRequest:
             num_prompt_tokens=len(self.request.prompt_token_ids),
             num_output_tokens=tuple(len(stream.token_ids) for stream in self.streams),
             traceparent=self.request.traceparent,
-            num_pauses=self.num_pauses,
+            num_times_unread=self.num_times_unread,
             is_adopted=self.is_adopted,
         )
 
@@ -172,13 +213,17 @@ class Dispatch(Automaton[DispatchState]):
                  "prefill_ended", "prefill_s", "spec", "streams")  # fmt: skip
 
     def __init__(self, job: Job, spec: SequenceSpec, prefill: Worker, decode: Worker | None, now_s: float) -> None:
-        super().__init__(TRANSITIONS, DispatchState.RUNNING, at_s=now_s)
+        super().__init__(DISPATCH_TRANSITIONS, DispatchState.RUNNING, at_s=now_s)
         self.job = job
         self.live = job.live
         self.spec = spec
         self.prefill = prefill
         self.decode = decode
-        self.open_legs = {leg for leg in Leg if self.worker_of(leg) is not None}
+        self.open_legs = set[Leg]()
+        if decode is not prefill:
+            self.open_legs.add(Leg.PREFILL)
+        if decode is not None:
+            self.open_legs.add(Leg.DECODE)
         self.streams = {choice: self.live.streams[choice] for choice in job.choices}
         self.num_unfinished = sum(stream.finish_reason is None for stream in self.streams.values())
         self.cancelled = False  # a choice ended by decision: workers do not know
@@ -223,9 +268,22 @@ class Dispatch(Automaton[DispatchState]):
         """The leg that `worker` carries out."""
         return Leg.DECODE if worker is self.decode else Leg.PREFILL
 
-    def has_all_first_tokens(self) -> bool:
+    def needs(self, leg: Leg) -> bool:
+        """Whether the dispatch fails with this leg. A prefill has done its part once the decode worker has brought a
+        token (so it has all the KV) and the client has all first tokens."""
+        if self.state is not DispatchState.RUNNING:
+            return False
+        return leg is Leg.DECODE or not (self.decode_started and self._has_all_first_tokens())
+
+    def _has_all_first_tokens(self) -> bool:
         """Every choice has the token that its prefill samples."""
         return all(len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values())
+
+    def summary(self) -> str:
+        """In a line, for the request's story."""
+        workers = " and ".join(worker.worker_id for worker in dict.fromkeys(self.pair) if worker is not None)
+        legs = ", ".join(leg.value for leg in Leg if leg in self.open_legs) or "none"
+        return f"attempt {self.transfer.attempt} at {workers}: {', '.join(self.story())}; open legs: {legs}"
 
     def unfinished_jobs(self, now_s: float) -> list[Job]:
         """What this dispatch leaves to do."""

@@ -27,15 +27,15 @@ class Cancel(msgspec.Struct, frozen=True):
     choice: int | None = None
 
 
-class Pause(msgspec.Struct, frozen=True):
-    """The request's client does not read: it takes no room at workers and gets no token until `Resume`. Unknown ones are
-    ignored."""
+class StreamUnread(msgspec.Struct, frozen=True):
+    """The request's client leaves too much unread: it takes no room at workers and gets no token until `StreamRead`.
+    Unknown ones are ignored."""
 
     request_id: str
 
 
-class Resume(msgspec.Struct, frozen=True):
-    """The client of a paused request reads again. Others are ignored."""
+class StreamRead(msgspec.Struct, frozen=True):
+    """The client of an unread request reads again. Others are ignored."""
 
     request_id: str
 
@@ -90,8 +90,8 @@ class Tick(msgspec.Struct, frozen=True):
 RouterEvent = (
     Submit
     | Cancel
-    | Pause
-    | Resume
+    | StreamUnread
+    | StreamRead
     | Closing
     | WorkerReady
     | WorkerLost
@@ -157,7 +157,7 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int = 0
     num_output_tokens: tuple[int, ...] = (0,)  # of each choice
     traceparent: str = ""
-    num_pauses: int = 0  # because its client did not read
+    num_times_unread: int = 0  # and then it left its workers
     is_adopted: bool = False  # an earlier router took it: instants before the take-over are those of the take-over
 
     @property

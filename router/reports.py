@@ -1,15 +1,19 @@
 """What workers say of their legs: tokens go to their streams, loads and times to the accounts, ends close legs."""
 
+from collections.abc import Sequence
+
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import Leg, LegEnded, StepReport, TokenOutput
-from .dispatch import DispatchState
-from .events import EmitTokens
+from .dispatch import Dispatch, DispatchState
+from .events import EmitTokens, RouterCommand
 from .ledger import Ledger
 from .links import Links
 from .live_requests import LiveRequests
 from .prefix_index import PrefixIndex
 from .registry import Registry, Worker
+from .request_events import LastToken
+from .request_states import RequestState
 
 
 class WorkerReports:
@@ -33,53 +37,66 @@ class WorkerReports:
         self.gaps = TokenGaps()
         self._tokens_before = self.gaps.before  # one look-up less a token
 
-    def on_report(self, report: StepReport, now_s: float) -> None:
+    def on_report(self, report: StepReport, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(report.worker_id, report.incarnation)
         if worker is None:
             self._requests.counters.stale += 1
-            return
+            return []
         self._ledger.note_report(worker, report, now_s)
         if report.timing is not None:
             self._model.observe_step(report.timing)
-        for output in report.outputs:
-            self.on_token(worker, output, now_s)
+        commands = self.on_tokens(worker, report.outputs, now_s)
         self._requests.counters.tokens += self.gaps.close(now_s)
         if report.blocks_added or report.blocks_evicted:
             self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
+        return commands
 
-    def on_token(self, worker: Worker, output: TokenOutput, now_s: float) -> None:
-        dispatch = self._ledger.get(output.transfer)
-        if dispatch is None or dispatch.state is not DispatchState.RUNNING:
-            return
-        stream = dispatch.streams.get(output.choice)
-        if stream is None or output.transfer not in worker.open_legs:
-            return
-        self._ledger.count_token(dispatch, worker)
-        tokens = stream.accept(output)
-        if not tokens:
-            return
+    def on_tokens(self, worker: Worker, outputs: Sequence[TokenOutput], now_s: float) -> list[RouterCommand]:
+        """Tokens of running dispatches: each goes to its stream, and what is due there to the client."""
+        commands: list[RouterCommand] = []
+        dispatch_of, open_legs, count_token = self._ledger.get, worker.open_legs, self._ledger.count_token
+        for output in outputs:
+            dispatch = dispatch_of(output.transfer)
+            if dispatch is None or dispatch.state is not DispatchState.RUNNING:
+                continue
+            stream = dispatch.streams.get(output.choice)
+            if stream is None or output.transfer not in open_legs:
+                continue
+            count_token(dispatch, worker)
+            tokens = stream.accept(output)
+            if not tokens:
+                continue
+            live = dispatch.live
+            if dispatch.first_token_s is None:
+                self._note_first_token(dispatch, now_s)
+            self._tokens_before.append(stream.last_token_s)
+            if len(tokens) > 1:
+                self._tokens_before.extend([now_s] * (len(tokens) - 1))
+            stream.last_token_s = now_s
+            emitted = EmitTokens(live.request_id, output.choice, tokens)
+            if live.state is RequestState.UNCLAIMED:
+                live.kept.append(emitted)
+            else:
+                commands.append(emitted)
+            if stream.finish_reason is not None:
+                commands += self._requests.handle(live, LastToken(dispatch, stream), now_s)
+        return commands
+
+    def _note_first_token(self, dispatch: Dispatch, now_s: float) -> None:
+        dispatch.first_token_s = now_s
         live = dispatch.live
-        if dispatch.first_token_s is None:
-            dispatch.first_token_s = now_s
-            if live.first_token_s is None:
-                live.first_token_s = now_s
-                self._requests.counters.prompt_tokens += len(live.request.prompt_token_ids)
-        self._tokens_before.append(stream.last_token_s)
-        if len(tokens) > 1:
-            self._tokens_before.extend([now_s] * (len(tokens) - 1))
-        stream.last_token_s = now_s
-        self._requests.emit(live, EmitTokens(live.request_id, output.choice, tokens))
-        if stream.finish_reason is not None:
-            self._requests.choice_ended(live, stream, dispatch, now_s)
+        if live.first_token_s is None:
+            live.first_token_s = now_s
+            self._requests.counters.prompt_tokens += len(live.request.prompt_token_ids)
 
-    def on_leg_ended(self, event: LegEnded, now_s: float) -> None:
+    def on_leg_ended(self, event: LegEnded, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(event.worker_id, event.incarnation)
         if worker is None:
             self._requests.counters.stale += 1
-            return
+            return []
         dispatch = self._ledger.get(event.transfer)
         if dispatch is None or event.transfer not in worker.open_legs:
-            return
+            return []
         if event.stats is not None:
             self._model.observe_transfer(event.stats)
         if event.leg is Leg.PREFILL and dispatch.decode is not None and not dispatch.is_served_by_one:
@@ -90,6 +107,6 @@ class WorkerReports:
         self._ledger.note_ending(dispatch, event)
         leg = dispatch.leg_at(worker)
         if event.leg is not leg and event.error is None:
-            return  # the prefill of a worker that serves both phases: its leg goes on
+            return []  # the prefill of a worker that serves both phases: its leg goes on
         error = None if event.error is None else f"{worker.worker_id}: {event.error}"
-        self._requests.leg_ended(dispatch, leg, error, event.is_invalid, now_s)
+        return self._requests.end_leg(dispatch, leg, error, event.is_invalid, now_s)

@@ -24,12 +24,12 @@ from .events import (
     EmitChoiceEnd,
     EmitEnd,
     EmitTokens,
-    Pause,
     RequestClosed,
-    Resume,
     RouterCommand,
     RouterEvent,
     SendCommand,
+    StreamRead,
+    StreamUnread,
     Submit,
     Tick,
     WorkerIdle,
@@ -99,9 +99,9 @@ class RouterService:
             while not ended:
                 event = await stream.get()
                 ended = isinstance(event, EmitEnd)
-                if stream.is_paused and stream.num_unread <= self.router.config.max_unread_tokens // 2:
-                    stream.is_paused = False
-                    self.handle(Resume(request.request_id))
+                if stream.is_unread and stream.num_unread <= self.router.config.max_unread_tokens // 2:
+                    stream.is_unread = False
+                    self.handle(StreamRead(request.request_id))
                 yield event
         finally:
             del self._streams[request.request_id]
@@ -139,12 +139,12 @@ class RouterService:
                     self._recorder.closed(timeline)
 
     def _feed(self, stream: ClientStream, event: StreamEvent) -> None:
-        """More for a client. One that has left too much unread is paused: its request leaves the workers, and comes back
-        when half of that is read. What it is handed at once because it comes back does not count."""
+        """More for a client. When one has left too much unread, its request leaves the workers, and comes back when
+        half of that is read. What it is handed at once because it comes back does not count."""
         stream.put(event)
-        if not stream.is_paused and stream.num_unread > self.router.config.max_unread_tokens:
-            stream.is_paused = True
-            self.handle(Pause(event.request_id))
+        if not stream.is_unread and stream.num_unread > self.router.config.max_unread_tokens:
+            stream.is_unread = True
+            self.handle(StreamUnread(event.request_id))
 
     def _schedule_tick(self, loop: asyncio.AbstractEventLoop) -> None:
         due_s = self.router.next_tick_s()

@@ -24,7 +24,7 @@ class Counters:
     dispatched: int = 0
     served_on_one: int = 0  # of those, both phases on one worker
     retried: int = 0  # dispatches that failed and were repeated
-    paused: int = 0  # streams taken from their workers because their clients did not read
+    unread: int = 0  # streams taken from their workers because their clients did not read
     displaced: int = 0  # dispatches taken back to make room for clients that ran little
     resumed: int = 0  # streams that went on at another attempt
     prompt_tokens: int = 0  # of requests that got their first token

@@ -9,57 +9,52 @@ from .ledger import Ledger
 from .live_requests import LiveRequests
 from .registry import Registry
 from .reports import WorkerReports
+from .request_events import GivenUp
 
 
 class TakeOver:
     """Once, when all workers are known to the registry."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        ledger: Ledger,
-        requests: LiveRequests,
-        reports: WorkerReports,
-        out: list[RouterCommand],
-    ) -> None:
+    def __init__(self, registry: Registry, ledger: Ledger, requests: LiveRequests, reports: WorkerReports) -> None:
         self._registry = registry
         self._ledger = ledger
         self._requests = requests
         self._reports = reports
-        self._out = out
 
-    def carry_out(self, adoption: Adoption, now_s: float) -> None:
+    def carry_out(self, adoption: Adoption, now_s: float) -> list[RouterCommand]:
         """Requests wait for their clients from now on; dispatches of no use are aborted."""
+        commands: list[RouterCommand] = []
         for held in adoption.requests():
             live = self._requests.adopt(held.request, now_s)
-            served: set[int] = set()
             for dispatch in held.dispatches:
-                served |= self._resume(live, dispatch, served, now_s)
+                commands += self._resume(live, dispatch, now_s)
             for stranger in held.strangers:
                 for (worker_id, incarnation), _ in stranger.legs.values():
-                    self._out.append(SendCommand(worker_id, incarnation, Abort(transfer=stranger.spec.transfer)))
+                    commands.append(SendCommand(worker_id, incarnation, Abort(transfer=stranger.spec.transfer)))
         self._reports.gaps.before.clear()  # tokens that are told again have no gaps of their own
         self._requests.claims_end_s = now_s + self._requests.config.claim_timeout_s
+        return commands
 
-    def _resume(self, live: LiveRequest, held: HeldDispatch, served: set[int], now_s: float) -> set[int]:
-        """Take over one dispatch; returns the choices that it goes on to produce, which are none of `served`."""
+    def _resume(self, live: LiveRequest, held: HeldDispatch, now_s: float) -> list[RouterCommand]:
+        """Take over one dispatch, which goes on if it has something to produce that no newer one does."""
+        served = {choice for dispatch in live.running() for choice in dispatch.streams}
         dispatch = self._open(live, held, now_s)
         self._recall(dispatch)
+        commands: list[RouterCommand] = []
         for leg, (_, told) in held.legs.items():
             worker = dispatch.worker_of(leg)
             assert worker is not None
-            for output in told.outputs:
-                self._reports.on_token(worker, output, now_s)
+            commands += self._reports.on_tokens(worker, told.outputs, now_s)
         for _, told in held.legs.values():
             if told.ended is not None:
-                self._reports.on_leg_ended(told.ended, now_s)
+                commands += self._reports.on_leg_ended(told.ended, now_s)
         unfinished = {choice for choice, stream in dispatch.streams.items() if stream.finish_reason is None}
         is_running = dispatch.state is DispatchState.RUNNING
         if is_running and not held.is_broken and unfinished and not unfinished & served:
-            return unfinished
+            return commands
         if is_running or held.is_broken:  # also one that has brought all its tokens, and waits for a taker of its KV
-            self._requests.give_up(dispatch, now_s)
-        return set()
+            commands += self._requests.handle(live, GivenUp(dispatch), now_s)
+        return commands
 
     def _open(self, live: LiveRequest, held: HeldDispatch, now_s: float) -> Dispatch:
         workers = {leg: self._registry.current(*key) for leg, (key, _) in held.legs.items()}
@@ -78,4 +73,4 @@ class TakeOver:
             for index, token_id in enumerate(dispatch.spec.output_token_ids):
                 output = TokenOutput(dispatch.transfer, stream.choice, index, token_id)
                 if tokens := stream.accept(output):
-                    self._requests.emit(dispatch.live, EmitTokens(dispatch.live.request_id, stream.choice, tokens))
+                    dispatch.live.kept.append(EmitTokens(dispatch.live.request_id, stream.choice, tokens))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..core.errors import QueueFull
 from ..core.request import FinishReason
-from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, Pause, Resume
+from ..router.events import EmitChoiceEnd, EmitEnd, EmitTokens, StreamRead, StreamUnread
 from .kv_model import expected_tokens, prompt_logprob
 from .scenario import PlannedRequest
 from .simulated_head import SimulatedHead
@@ -48,7 +48,7 @@ class SimulatedClient:
         self._received: list[list[int]] = [[] for _ in range(sampling.n)]
         self._positions = [0] * sampling.n  # in the present stream, which repeats what an earlier one has brought
         self._reasons: list[FinishReason | None] = [None] * sampling.n
-        self._stopped = self._cancelled = self._is_paused = self._was_paused = self._comes_back = False
+        self._stopped = self._cancelled = self._is_unread = self._was_unread = self._comes_back = False
         self._later(plan.at_s, self._submit)
         if plan.first_token_within_s is not None:
             self._time.call_later(plan.at_s + plan.first_token_within_s, self._must_have_begun)
@@ -143,7 +143,7 @@ class SimulatedClient:
         self._comes_back = True
         self._positions = [0] * len(self._positions)
         self._reasons = [None] * len(self._reasons)
-        self._stopped = self._is_paused = False
+        self._stopped = self._is_unread = False
         self._later(RECONNECT_S, self._submit)
 
     def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None:
@@ -176,16 +176,16 @@ class SimulatedClient:
                 )
             if index == len(received):
                 received.append(token.token_id)
-        if self._is_paused:
+        if self._is_unread:
             self._violation(f"{self.request_id}/{event.choice}: a token for a client that does not read")
         if choice == 0:
             self._look_at_position(self._positions[0])
 
     def _look_at_position(self, position: int) -> None:
-        """Of choice 0: it may be that a stop string is there, or that the client pauses."""
+        """Of choice 0: it may be that a stop string is there, or that the client reads no further."""
         plan = self._plan
-        if not self._was_paused and plan.unread_after_tokens is not None and position >= plan.unread_after_tokens:
-            self._was_paused = True
+        if not self._was_unread and plan.unread_after_tokens is not None and position >= plan.unread_after_tokens:
+            self._was_unread = True
             self._tell(0.0, self._stop_reading)
         if not self._stopped and plan.stop_after_tokens is not None and position >= plan.stop_after_tokens:
             self._stopped = True
@@ -194,13 +194,13 @@ class SimulatedClient:
 
     def _stop_reading(self, head: SimulatedHead) -> None:
         self._note(f"{self.request_id}: its client does not read for {self._plan.unread_s} s")
-        self._is_paused = True
-        head.handle(Pause(self.request_id))
+        self._is_unread = True
+        head.handle(StreamUnread(self.request_id))
         self._tell(self._plan.unread_s, self._read_on)
 
     def _read_on(self, head: SimulatedHead) -> None:
-        self._is_paused = False
-        head.handle(Resume(self.request_id))
+        self._is_unread = False
+        head.handle(StreamRead(self.request_id))
 
     def _on_choice_end(self, event: EmitChoiceEnd) -> None:
         if self._reasons[event.choice] is not None:

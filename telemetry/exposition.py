@@ -162,7 +162,7 @@ def _counters(now: Snapshot) -> Mapping[str, float]:
         "dispatches_retried_total": counts.retried,
         "dispatches_displaced_total": counts.displaced,
         "streams_resumed_total": counts.resumed,
-        "streams_paused_total": counts.paused,
+        "streams_paused_total": counts.unread,
         "requests_expired_total": counts.expired,
         "requests_hopeless_total": counts.hopeless,
         "stale_messages_total": counts.stale,

@@ -42,7 +42,7 @@ class Tally:
             self._first_token(timeline, timeline.first_token_s)
         if outcome in ANSWERS:
             self._answer(timeline)
-        if outcome not in CLIENTS_DOING and not timeline.num_pauses:
+        if outcome not in CLIENTS_DOING and not timeline.num_times_unread:
             self._judge(timeline, outcome in ANSWERS)
 
     def _add(self, name: str, value: float, *labels: str) -> None:

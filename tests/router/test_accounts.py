@@ -16,17 +16,14 @@ WRITERS = {"start_prefill", "end_prefill", "progress", "note_step", "count_token
 
 def writes(tree: ast.AST) -> list[str]:
     """Assignments to an account's fields in objects of others, and calls of the methods that write them."""
-    found = []
-    for node in ast.walk(tree):
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        for target in targets:
-            if not isinstance(target, ast.Attribute) or ast.unparse(target.value) == "self":
-                continue
-            if target.attr in FIELDS:
-                found.append(f"line {target.lineno}: {ast.unparse(target)}")
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITERS:
-            found.append(f"line {node.lineno}: {ast.unparse(node)}")
-    return found
+    nodes = list(ast.walk(tree))
+    targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
+    targets += [node.target for node in nodes if isinstance(node, ast.AugAssign | ast.AnnAssign)]
+    fields = [target for target in targets if isinstance(target, ast.Attribute) and target.attr in FIELDS]
+    calls = [node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    found = [field for field in fields if ast.unparse(field.value) != "self"]
+    found += [call for call in calls if call.attr in WRITERS]
+    return [f"line {node.lineno}: {ast.unparse(node)}" for node in found]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.py") if path.name not in OWNERS))

@@ -1,5 +1,6 @@
 """A router that follows one that died: what workers hold becomes requests again, and clients that come back get all of it."""
 
+import msgspec
 import pytest
 
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable
@@ -213,3 +214,32 @@ def test_a_worker_whose_connection_broke_before_it_spoke_is_not_lost_when_it_has
     cluster.submit(make_request(max_tokens=6))
     cluster.report("decode-0", TokenOutput(spec.transfer, 0, 2, 102))
     assert cluster.tokens["r", 0] == [0, 1, 2]
+
+
+def test_a_request_that_is_refused_takes_nothing_from_an_unclaimed_one_of_its_name() -> None:
+    request = make_request(max_tokens=3)
+    cluster = Successor(held(Leg.DECODE, spec_of(request), 3, partner=False, error=None, last=True))
+    with pytest.raises(NoWorkerAvailable):
+        cluster.submit(make_request(num_tokens=100_000))
+    cluster.submit(request)
+    assert cluster.tokens["r", 0] == [0, 1, 2]
+    assert len(cluster.closed["r"]) == 1
+
+
+def test_an_unclaimed_stream_makes_room_for_another_client_and_waits_for_its_own() -> None:
+    requests = [make_request(name, max_tokens=6) for name in ("first", "second")]
+    specs = [msgspec.structs.replace(spec_of(request, attempt), client="much") for attempt, request in enumerate(requests)]
+    cluster = Cluster()
+    cluster.router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
+    cluster.incarnations["both-0"] = 1
+    legs = tuple(held(Leg.DECODE, spec, 2, partner=False) for spec in specs)
+    cluster.handle(WorkerReady(worker_info("both-0", max_batch_size=2), legs))
+    cluster.handle(Adopted())
+    cluster.submit(make_request("newcomer", client="little"))
+    assert cluster.aborts("both-0") == [specs[1].transfer]
+    cluster.leg_ended("both-0", Leg.DECODE, "aborted", transfer=specs[1].transfer)
+    assert cluster.spec("both-0").transfer.request_id == "newcomer"
+    assert cluster.router.status(0.0).num_queued == 0
+    cluster.submit(msgspec.structs.replace(requests[1], client="much"))
+    assert cluster.tokens["second", 0] == [0, 1]
+    assert cluster.router.status(0.0).num_queued == 1

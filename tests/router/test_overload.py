@@ -1,4 +1,4 @@
-"""More than the workers can do: who is refused, who waits for whom, who is given up, who is paused."""
+"""More than the workers can do: who is refused, who waits for whom, who is given up, who does not read."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from pdserve.core.errors import NoWorkerAvailable, QueueFull
 from pdserve.core.messages import Leg, Reserve, StepReport, StepTiming, WorkerLoad
 from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.events import Cancel, Closing, Pause, Resume, WorkerDraining, WorkerIdle, WorkersExpected
+from pdserve.router.events import Cancel, Closing, StreamRead, StreamUnread, WorkerDraining, WorkerIdle, WorkersExpected
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -311,9 +311,9 @@ def decoding(*names: str) -> Cluster:
     return cluster
 
 
-def test_a_paused_request_leaves_its_room_to_others_and_goes_on_where_its_client_is() -> None:
+def test_an_unread_request_leaves_its_room_to_others_and_goes_on_where_its_client_is() -> None:
     cluster = decoding("slow")
-    cluster.handle(Pause("slow"))
+    cluster.handle(StreamUnread("slow"))
     assert cluster.aborts("decode-0") == [TransferId("slow", 0)]
     cluster.token("decode-0", 2, request_id="slow", attempt=0)
     cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=TransferId("slow", 0))
@@ -323,7 +323,7 @@ def test_a_paused_request_leaves_its_room_to_others_and_goes_on_where_its_client
     cluster.handle(Cancel("other"))
     for worker_id, leg in (("prefill-0", Leg.PREFILL), ("decode-0", Leg.DECODE)):
         cluster.leg_ended(worker_id, leg, "aborted", transfer=TransferId("other", 1))
-    cluster.handle(Resume("slow"))
+    cluster.handle(StreamRead("slow"))
     spec = cluster.spec("decode-0")
     assert (spec.transfer, spec.output_token_ids) == (TransferId("slow", 2), (100, 101))
     cluster.token("prefill-0", 2, request_id="slow", attempt=2)
@@ -331,23 +331,23 @@ def test_a_paused_request_leaves_its_room_to_others_and_goes_on_where_its_client
 
 
 @pytest.mark.parametrize("end", [Cancel("slow"), Cancel("slow", FinishReason.STOP, 0)])
-def test_a_paused_request_can_end(end: Cancel) -> None:
+def test_an_unread_request_can_end(end: Cancel) -> None:
     cluster = decoding("slow", "other")
-    cluster.handle(Pause("slow"))
+    cluster.handle(StreamUnread("slow"))
     cluster.handle(end)
     cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=TransferId("slow", 0))
     assert len(cluster.closed["slow"]) == 1
-    cluster.handle(Resume("slow"))
+    cluster.handle(StreamRead("slow"))
     assert cluster.spec("decode-0").transfer.request_id == "other"
 
 
-def test_a_request_paused_before_it_was_dispatched_waits_for_its_client_and_takes_no_place_in_the_queue() -> None:
+def test_a_request_unread_before_it_was_dispatched_waits_for_its_client_and_takes_no_place_in_the_queue() -> None:
     cluster = one_at_a_time(max_queued_requests=1)
     cluster.submit(make_request("slow"))
-    cluster.handle(Pause("slow"))
+    cluster.handle(StreamUnread("slow"))
     cluster.submit(make_request("other", max_tokens=1))
     assert finish(cluster) == "other"
-    cluster.handle(Resume("slow"))
+    cluster.handle(StreamRead("slow"))
     assert finish(cluster) == "slow"
 
 

@@ -37,6 +37,14 @@ class RandomCluster(RuleBasedStateMachine):
     def cancel(self, name: str, choice: int | None) -> None:
         self.world.cancel(name, choice)
 
+    @rule(name=st.sampled_from(NAMES))
+    def stop_reading(self, name: str) -> None:
+        self.world.stop_reading(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def read_on(self, name: str) -> None:
+        self.world.read_on(name)
+
     @rule(seconds=st.floats(0.01, 5.0))
     def wait(self, seconds: float) -> None:
         self.world.wait(seconds)

@@ -115,7 +115,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_others(
+async def test_a_client_that_does_not_read_is_set_aside_and_takes_nothing_from_others(
     served: tuple[RouterService, TokenMachine],
 ) -> None:
     service, machine = served
@@ -135,12 +135,12 @@ async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_othe
         machine.step()
         await settle()
         assert read["fast"] == list(range(step + 1))  # a token of each step, at once
-        if step == 100:  # the place of the one that is paused is free
+        if step == 100:  # the place of the one that does not read is free
             readers.append(asyncio.ensure_future(reader("third")))
             await settle()
     await first
     assert service._streams["unread"].num_unread == 21
-    assert service.router.counters.paused == 1
+    assert service.router.counters.unread == 1
     assert read["third"] == list(range(99))
     assert machine.num_sent == 200 + 99 + 22
     for task in readers:
@@ -151,7 +151,7 @@ async def test_a_client_that_does_not_read_is_paused_and_takes_nothing_from_othe
     assert service.router.status(0.0).num_requests == 0
 
 
-async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tuple[RouterService, TokenMachine]) -> None:
+async def test_a_client_that_reads_again_gets_every_token_once(served: tuple[RouterService, TokenMachine]) -> None:
     service, machine = served
     service.handle(WorkerReady(worker_info("both-0")))
     stream = service.generate(make_request("slow", max_tokens=1000))
@@ -166,7 +166,7 @@ async def test_a_paused_client_that_reads_again_gets_every_token_once(served: tu
         indices += [token.index for token in event.tokens]
         assert service._streams["slow"].num_unread <= 21
     assert indices == list(range(len(indices)))
-    assert service.router.counters.paused > 10
+    assert service.router.counters.unread > 10
     await stream.aclose()
 
 
@@ -203,9 +203,9 @@ async def test_what_a_client_is_handed_when_it_comes_back_does_not_count_as_unre
     for _ in range(20):
         machine.step()
         await settle()
-    assert service.router.counters.paused == 0
+    assert service.router.counters.unread == 0
     machine.step()
-    assert service.router.counters.paused == 1  # by what came since
+    assert service.router.counters.unread == 1  # by what came since
     indices = [token.index for token in first.tokens]
     while len(indices) < 71:
         event = await anext(stream)

@@ -30,6 +30,8 @@ from pdserve.router.events import (
     RequestClosed,
     RouterEvent,
     SendCommand,
+    StreamRead,
+    StreamUnread,
     Submit,
     Tick,
     WorkerDraining,
@@ -126,6 +128,7 @@ class Client:
     tokens: dict[int, int] = field(default_factory=dict)
     ended_choices: set[int] = field(default_factory=set)
     is_ended: bool = False
+    is_unread: bool = False
 
 
 class World:
@@ -157,6 +160,7 @@ class World:
                 case EmitTokens(request_id, choice, tokens):
                     client = self.clients[request_id]
                     assert choice not in client.ended_choices
+                    assert not client.is_unread, "a token for a client that does not read"
                     for token in tokens:
                         assert token.index == client.tokens.get(choice, 0), "a gap or a repetition"
                         assert token.token_id == token_id(choice, token.index)
@@ -200,6 +204,16 @@ class World:
 
     def cancel(self, name: str, choice: int | None) -> None:
         self.handle(Cancel(name, FinishReason.CANCELLED if choice is None else FinishReason.STOP, choice))
+
+    def stop_reading(self, name: str) -> None:
+        if name in self.clients:
+            self.clients[name].is_unread = True
+            self.handle(StreamUnread(name))
+
+    def read_on(self, name: str) -> None:
+        if name in self.clients:
+            self.clients[name].is_unread = False
+            self.handle(StreamRead(name))
 
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
@@ -279,7 +293,9 @@ class World:
         return True
 
     def settle(self) -> None:
-        """With working workers and time, everything ends and nothing is left."""
+        """With clients that read, working workers and time, everything ends and nothing is left."""
+        for name in self.clients:
+            self.read_on(name)
         for name in ("prefill-9", "decode-9"):
             self.start_worker(name, Role(name.rpartition("-")[0]))
         for _ in range(10_000):

@@ -36,12 +36,13 @@ from pdserve.router.config import RouterConfig
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity, CoreAllocator
 from pdserve.router.dispatch import Dispatch, Job, LiveRequest
+from pdserve.router.events import RouterCommand
 from pdserve.router.fleet import Fleet
 from pdserve.router.fleet_member import Member, MemberState
 from pdserve.router.hosts import HostChecked, Hosts, SeenHost
 from pdserve.router.links import Links
-from pdserve.router.live_requests import LiveRequests
 from pdserve.router.places import Places
+from pdserve.router.request_life import RequestLife
 from pdserve.router.room import RoomMaker
 from pdserve.router.stream import ChoiceStream
 from pdserve.router.supervisor import ProcessEnded, Supervisor
@@ -179,7 +180,7 @@ def share_kv_between_salts() -> Planted:
 
 
 def leave_workers_at_work_for_a_request_that_has_ended() -> Planted:
-    return patch.object(LiveRequests, "_abort", lambda self, dispatch, legs: None)
+    return patch.object(RequestLife, "_abort", lambda self, dispatch, legs: [])
 
 
 def decode_what_was_aborted() -> Planted:
@@ -224,11 +225,11 @@ def forget_what_was_computed_before_the_router_died() -> Planted:
 def forget_to_abort_the_broken_dispatches_that_a_new_router_finds() -> Planted:
     original = TakeOver._resume
 
-    def resume(self: TakeOver, live: LiveRequest, held: HeldDispatch, served: set[int], now_s: float) -> set[int]:
+    def resume(self: TakeOver, live: LiveRequest, held: HeldDispatch, now_s: float) -> list[RouterCommand]:
         if not held.is_broken:
-            return original(self, live, held, served, now_s)
-        with patch.object(LiveRequests, "_abort", lambda self, dispatch, legs: None):
-            return original(self, live, held, served, now_s)
+            return original(self, live, held, now_s)
+        with patch.object(RequestLife, "_abort", lambda self, dispatch, legs: []):
+            return original(self, live, held, now_s)
 
     return patch.object(TakeOver, "_resume", resume)
 

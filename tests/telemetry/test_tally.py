@@ -9,7 +9,7 @@ from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Leg, Reserve, Role, TokenOutput
 from pdserve.core.request import FinishReason
 from pdserve.router.config import RouterConfig
-from pdserve.router.events import Cancel, Pause, Tick, Timeline, WorkerRole
+from pdserve.router.events import Cancel, StreamUnread, Tick, Timeline, WorkerRole
 
 from ..router.cluster import make_request
 from .support import STATS, Watched, timing
@@ -96,7 +96,7 @@ def test_streams_of_one_report_are_counted_each_with_its_own_gap(cluster: Watche
 
 def test_a_pause_is_no_gap_and_a_client_that_does_not_read_is_not_judged(cluster: Watched) -> None:
     serve(cluster, num_tokens=2, finish=False)
-    cluster.handle(Pause("r"))
+    cluster.handle(StreamUnread("r"))
     cluster.now_s += 60.0
     before = cluster.values()["inter_token_latency_seconds_count"]
     cluster.handle(Cancel("r"))

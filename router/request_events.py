@@ -1,0 +1,94 @@
+"""What can happen to a request, as `request_life.py` has it: one value for each column of its table.
+
+Two of the router's own events are among them as they come: `StreamUnread` and `StreamRead`.
+"""
+
+import msgspec
+
+from ..core.messages import Leg
+from ..core.request import FinishReason, Request
+from .candidates import Placement
+from .dispatch import Dispatch, Job
+from .events import StreamRead, StreamUnread
+from .stream import ChoiceStream
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """Workers take one of its jobs, which has left the queue."""
+
+    job: Job
+    placement: Placement
+    attempt: int
+
+
+class LastToken(msgspec.Struct, frozen=True):
+    """A choice has ended by itself: its stream has the last token, which `dispatch` has brought."""
+
+    dispatch: Dispatch
+    stream: ChoiceStream
+
+
+class LegOver(msgspec.Struct, frozen=True):
+    """A worker holds nothing for a leg any more: it has said so, or is lost."""
+
+    dispatch: Dispatch
+    leg: Leg
+    error: str | None
+    is_invalid: bool = False  # the error is the request's own: nobody can carry it out
+    is_worker_lost: bool = False
+
+
+class Displaced(msgspec.Struct, frozen=True):
+    """One of its dispatches makes room for another client."""
+
+    dispatch: Dispatch
+
+
+class GivenUp(msgspec.Struct, frozen=True):
+    """An earlier router's dispatch is of no use: others serve its choices, they have ended, or half of it is gone."""
+
+    dispatch: Dispatch
+
+
+class Due(msgspec.Struct, frozen=True):
+    """A job of it that backed off may be dispatched again."""
+
+
+class CancelChoice(msgspec.Struct, frozen=True):
+    """One choice ends by decision. Ignored when there is no such choice, or it has ended."""
+
+    choice: int
+    reason: FinishReason
+
+
+class End(msgspec.Struct, frozen=True):
+    """All of it ends; `reason` is None when each choice has ended already."""
+
+    reason: FinishReason | None
+    error: str | None = None
+
+
+class Claimed(msgspec.Struct, frozen=True):
+    """The client of an adopted request is back, with `request`."""
+
+    request: Request
+
+
+class Abandoned(msgspec.Struct, frozen=True):
+    """No client comes back for an adopted request."""
+
+
+RequestEvent = (
+    Placed
+    | LastToken
+    | LegOver
+    | Displaced
+    | GivenUp
+    | Due
+    | StreamUnread
+    | StreamRead
+    | CancelChoice
+    | End
+    | Claimed
+    | Abandoned
+)

@@ -1,0 +1,358 @@
+"""A request's life, from its admission until no worker holds anything for it: what each event does in each state.
+
+`RequestLife.REACTIONS` is the whole of it. A reaction changes the request, the queue and the ledger, and returns
+commands. It leaves QUEUED, RUNNING and BACKING_OFF alone: they follow from where the request's work is afterwards.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import UnexpectedEvent
+from ..core.messages import Abort, Leg, Prefill, Reserve, Serve, WorkerCommand
+from ..core.request import FinishReason
+from .admission import JobQueue
+from .config import RouterConfig
+from .dispatch import Dispatch, DispatchState, Job, LiveRequest
+from .events import EmitChoiceEnd, EmitEnd, RequestClosed, RouterCommand, SendCommand, StreamRead, StreamUnread, WorkerIdle
+from .ledger import Ledger
+from .registry import Worker, WorkerState
+from .request_events import (
+    Abandoned,
+    CancelChoice,
+    Claimed,
+    Displaced,
+    Due,
+    End,
+    GivenUp,
+    LastToken,
+    LegOver,
+    Placed,
+    RequestEvent,
+)
+from .request_states import RequestState
+from .status import Counters
+from .stream import ChoiceStream
+
+Commands = list[RouterCommand]
+Reaction = Callable[["RequestLife", LiveRequest, Any, float], Commands]  # takes events of its row
+Row = tuple[type[RequestEvent], Reaction, Reaction, Reaction, Reaction, Reaction, Reaction, Reaction]
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """The event may come in this state, and means nothing there."""
+
+    reason: str
+
+    def __call__(self, life: "RequestLife", live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Illegal:
+    """The event cannot come in this state, unless by a bug of ours."""
+
+    def __call__(self, life: "RequestLife", live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
+        raise UnexpectedEvent(str(live), live.state, type(event).__name__, live.story())
+
+
+never = Illegal()
+OVER = Ignored("the request has ended, and whoever says this did not know yet")
+AWAY = Ignored("its client is not there: what is unread was an earlier router's to count")
+ASIDE = Ignored("it is set aside already")
+READS = Ignored("it is not set aside")
+
+
+def _table(*rows: Row) -> dict[type[RequestEvent], dict[RequestState, Reaction]]:
+    """Event -> state -> reaction. Each row has all states but CLOSED, which nothing happens to."""
+    return {event: dict(zip(RequestState, (*reactions, never), strict=True)) for event, *reactions in rows}
+
+
+class RequestLife:
+    """The automaton of all requests. It knows none of them by itself: `LiveRequests` does."""
+
+    def __init__(self, queue: JobQueue, ledger: Ledger, config: RouterConfig) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.num_live = 0  # requests that are not over
+        self._queue = queue
+        self._ledger = ledger
+
+    def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
+        """Raises UnexpectedEvent, with the request's story, for an event that cannot happen in its state."""
+        commands = self._react(live, event, now_s)
+        state = live.state
+        if state is RequestState.UNCLAIMED or state is RequestState.UNDELIVERED:
+            return live.keep(commands)
+        if state.is_served:
+            live.settle(now_s)
+        return commands
+
+    def _react(self, live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
+        return self.REACTIONS[type(event)][live.state](self, live, event, now_s)
+
+    def begin(self, live: LiveRequest, now_s: float) -> None:
+        """A new request is admitted (QUEUED) or taken over (UNCLAIMED)."""
+        self.num_live += 1
+        self.counters.submitted += 1
+        if live.state is RequestState.QUEUED:
+            job = Job(live, tuple(range(live.request.sampling.n)), (), now_s)
+            live.jobs.append(job)
+            self._queue.push(job)
+
+    # work goes to workers, and comes back
+
+    def place(self, live: LiveRequest, event: Placed, now_s: float) -> Commands:
+        """Opens a dispatch and sends its legs to their workers."""
+        placement = event.placement
+        prefill, decode = placement.prefill, placement.decode
+        spec = event.job.spec(event.attempt)
+        dispatch = Dispatch(event.job, spec, prefill, decode, now_s)
+        live.jobs.remove(event.job)
+        live.dispatches.append(dispatch)
+        self._ledger.open(dispatch, placement)
+        self.counters.dispatched += 1
+        if decode is prefill:
+            self.counters.served_on_one += 1
+            return _send(prefill, Serve(spec=spec))
+        commands: Commands = []
+        if decode is not None:
+            reserve = Reserve(spec=spec, source_worker_id=prefill.worker_id, source_incarnation=prefill.incarnation)
+            commands += _send(decode, reserve)
+        return commands + _send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))
+
+    def end_leg(self, live: LiveRequest, event: LegOver, now_s: float) -> Commands:
+        """A leg whose dispatch may be running: if it was needed and failed, what is left is queued again."""
+        dispatch, error = event.dispatch, event.error
+        commands: Commands = []
+        if error is not None and dispatch.needs(event.leg):
+            if event.is_invalid:
+                commands += self._react(live, End(FinishReason.INVALID, error), now_s)
+            else:
+                due_s = now_s if event.is_worker_lost else self._due_s(dispatch, now_s)
+                commands += self._fail(dispatch, event.leg, error, due_s, now_s)
+        commands += self._close_leg(event)
+        if dispatch.state is DispatchState.RUNNING and not dispatch.open_legs:
+            error = "its workers ended their legs without the last tokens"
+            commands += self._fail(dispatch, event.leg, error, self._due_s(dispatch, now_s), now_s)
+        return commands + self._close_if_done(live, now_s)
+
+    def close_leg(self, live: LiveRequest, event: LegOver, now_s: float) -> Commands:
+        """A leg of a dispatch that nobody waits for any more."""
+        return self._close_leg(event) + self._close_if_done(live, now_s)
+
+    def displace(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
+        """Its work waits for its client's next turn."""
+        self.counters.displaced += 1
+        jobs, commands = self._take_back(event.dispatch, event.dispatch.open_legs, "made room for another client", now_s)
+        live.jobs += jobs
+        self._queue.push_back(jobs)
+        return commands
+
+    def take_back(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
+        """As `displace`, but what is left is queued when its client comes."""
+        self.counters.displaced += 1
+        return self._take_back(event.dispatch, event.dispatch.open_legs, "made room for another client", now_s)[1]
+
+    def give_up(self, live: LiveRequest, event: GivenUp, now_s: float) -> Commands:
+        """Aborts what an earlier router's dispatch has open."""
+        if event.dispatch.state is DispatchState.RUNNING:
+            event.dispatch.fail("given up when its router was replaced", now_s)
+        return self._abort(event.dispatch, event.dispatch.open_legs)
+
+    def come_due(self, live: LiveRequest, event: Due, now_s: float) -> Commands:
+        return []  # the job is in the queue's front: the request is queued, if none of its work is running
+
+    # its client
+
+    def set_aside(self, live: LiveRequest, event: StreamUnread, now_s: float) -> Commands:
+        """Takes it from the queue and from its workers; it keeps the tokens that its client has been given."""
+        live.num_times_unread += 1
+        self.counters.unread += 1
+        for stream in live.streams:
+            stream.last_token_s = None
+        for job in live.jobs:
+            self._queue.remove(job)
+        commands: Commands = []
+        for dispatch in live.running():
+            jobs, aborts = self._take_back(dispatch, dispatch.open_legs, "its client did not read", now_s)
+            live.jobs += jobs
+            commands += aborts
+        live.transition(RequestState.UNREAD, now_s)
+        return commands
+
+    def read_on(self, live: LiveRequest, event: StreamRead, now_s: float) -> Commands:
+        """Its work goes to the front, as it was dispatched before."""
+        for job in live.jobs:
+            job.ready_s = now_s
+        self._queue.push_front(live.jobs, now_s)
+        live.settle(now_s)
+        return []
+
+    def hand_over(self, live: LiveRequest, event: Claimed, now_s: float) -> Commands:
+        """Its client gets all there is, and what no worker serves is queued, in front."""
+        live.request = event.request
+        live.jobs = live.unserved_jobs(now_s)
+        self._queue.push_front(live.jobs, now_s)
+        live.settle(now_s)
+        return live.take_kept()
+
+    def deliver(self, live: LiveRequest, event: Claimed, now_s: float) -> Commands:
+        """Its client gets its whole stream, to the end."""
+        live.request = event.request
+        live.transition(RequestState.ENDED, now_s)
+        return live.take_kept() + self._close_if_done(live, now_s)
+
+    def abandon(self, live: LiveRequest, event: Abandoned, now_s: float) -> Commands:
+        """Ends it, and drops what was kept for its client."""
+        ended = live.keep(self._react(live, End(FinishReason.CANCELLED), now_s))
+        return ended + self._react(live, event, now_s)
+
+    def drop(self, live: LiveRequest, event: Abandoned, now_s: float) -> Commands:
+        live.take_kept()
+        live.transition(RequestState.ENDED, now_s)
+        return self._close_if_done(live, now_s)
+
+    # endings
+
+    def complete(self, live: LiveRequest, event: LastToken, now_s: float) -> Commands:
+        """One choice is whole; with the last of them, so is the request."""
+        return self._choice_ended(live, event.stream, event.dispatch, now_s)
+
+    def cancel_one(self, live: LiveRequest, event: CancelChoice, now_s: float) -> Commands:
+        """Ends one choice, wherever its work is."""
+        if not (0 <= event.choice < len(live.streams)) or live.streams[event.choice].finish_reason is not None:
+            return []
+        stream = live.streams[event.choice]
+        stream.end(event.reason)
+        for job in [job for job in live.jobs if stream.choice in job.choices]:
+            job.choices = tuple(choice for choice in job.choices if choice != stream.choice)
+            if not job.choices:
+                live.jobs.remove(job)
+                self._queue.remove(job)
+        dispatches = [dispatch for dispatch in live.running() if stream.choice in dispatch.streams]
+        for dispatch in dispatches:
+            dispatch.cancelled = True
+        return self._choice_ended(live, stream, dispatches[0] if dispatches else None, now_s)
+
+    def end(self, live: LiveRequest, event: End, now_s: float) -> Commands:
+        """The request's only ending. Its legs are aborted; they stay accounted until their workers end them."""
+        commands: Commands = []
+        for stream in live.streams:
+            if stream.finish_reason is None:
+                assert event.reason is not None
+                stream.end(event.reason)
+                commands.append(EmitChoiceEnd(live.request_id, stream.choice, event.reason))
+        for job in live.jobs:
+            self._queue.remove(job)
+        live.jobs.clear()
+        for dispatch in live.running():
+            dispatch.transition(DispatchState.FINISHED, now_s)
+            commands += self._abort(dispatch, dispatch.open_legs)
+        live.ended_s, live.error = now_s, event.error
+        self.num_live -= 1
+        self.counters.count_end(event.reason)
+        live.transition(RequestState.ENDED if live.state.has_client else RequestState.UNDELIVERED, now_s, event.error or "")
+        commands.append(EmitEnd(live.request_id, event.reason, event.error, live.timeline(now_s)))
+        return commands + self._close_if_done(live, now_s)
+
+    def _choice_ended(self, live: LiveRequest, stream: ChoiceStream, dispatch: Dispatch | None, now_s: float) -> Commands:
+        assert stream.finish_reason is not None
+        commands: Commands = [EmitChoiceEnd(live.request_id, stream.choice, stream.finish_reason)]
+        live.num_open_choices -= 1
+        if dispatch is not None:
+            dispatch.num_unfinished -= 1
+            if not dispatch.num_unfinished:
+                commands += self._finish(dispatch, now_s)
+        if not live.num_open_choices:
+            commands += self._react(live, End(None), now_s)
+        return commands
+
+    def _finish(self, dispatch: Dispatch, now_s: float) -> Commands:
+        """Workers end by themselves when they saw the last tokens; tell those that did not."""
+        dispatch.transition(DispatchState.FINISHED, now_s)
+        if dispatch.cancelled or (Leg.DECODE in dispatch.open_legs and not dispatch.decode_started):
+            return self._abort(dispatch, dispatch.open_legs)
+        return []
+
+    def _close_leg(self, event: LegOver) -> Commands:
+        worker = self._ledger.close(event.dispatch, event.leg)
+        is_idle = worker.state is WorkerState.DRAINING and not worker.open_legs
+        return [WorkerIdle(worker.worker_id, worker.incarnation)] if is_idle else []
+
+    def _close_if_done(self, live: LiveRequest, now_s: float) -> Commands:
+        if live.state is not RequestState.ENDED or live.num_open_legs:
+            return []
+        live.transition(RequestState.CLOSED, now_s)
+        return [RequestClosed(live.request_id, live.timeline(now_s))]
+
+    # failures
+
+    def _fail(self, dispatch: Dispatch, leg: Leg, error: str, due_s: float, now_s: float) -> Commands:
+        """One leg failed: aborts the other, and queues what is left to do, from where its client is."""
+        live = dispatch.live
+        self.counters.retried += 1
+        jobs, commands = self._take_back(dispatch, dispatch.open_legs - {leg}, error, now_s)
+        if not live.state.has_client:
+            return commands  # what is left of it is queued when its client comes
+        num_failures = dispatch.job.num_failures + 1
+        if num_failures >= self.config.max_attempts:
+            text = f"gave up after {num_failures} attempts, the last failed: {error}"
+            return commands + self._react(live, End(FinishReason.ERROR, text), now_s)
+        for job in jobs:
+            job.ready_s = due_s
+            job.num_failures = num_failures
+            job.failed_pairs = dispatch.job.failed_pairs | {dispatch.pair}
+            self.counters.resumed += bool(job.output_token_ids)
+        live.jobs += jobs
+        self._queue.push_front(jobs, now_s)
+        return commands
+
+    def _take_back(self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float) -> tuple[list[Job], Commands]:
+        """Aborts `legs` of a dispatch; the jobs are what is left to do, elsewhere."""
+        dispatch.fail(why, now_s)
+        commands = self._abort(dispatch, legs)
+        jobs = dispatch.unfinished_jobs(now_s)
+        for job in jobs:
+            job.num_failures = dispatch.job.num_failures
+            job.failed_pairs = dispatch.job.failed_pairs
+        return jobs, commands
+
+    def _abort(self, dispatch: Dispatch, legs: set[Leg]) -> Commands:
+        commands: Commands = []
+        for leg in Leg:
+            worker = dispatch.worker_of(leg) if leg in legs else None
+            if worker is not None:
+                commands += _send(worker, Abort(transfer=dispatch.transfer))
+        return commands
+
+    def _due_s(self, dispatch: Dispatch, now_s: float) -> float:
+        """At once the first time; later it backs off, as a peer often reports a worker's death first."""
+        num_failures = dispatch.job.num_failures
+        if not num_failures:
+            return now_s
+        return now_s + min(self.config.retry_delay_s * 4.0 ** (num_failures - 1), self.config.max_retry_delay_s)
+
+    # fmt: off
+    REACTIONS = _table(
+        #              QUEUED      RUNNING     BACKING_OFF UNREAD      UNCLAIMED   UNDELIVERED ENDED
+        (Placed,       place,      place,      never,      never,      never,      never,      never),
+        (LastToken,    never,      complete,   never,      never,      complete,   never,      never),
+        (LegOver,      close_leg,  end_leg,    close_leg,  close_leg,  end_leg,    end_leg,    close_leg),
+        (Displaced,    never,      displace,   never,      never,      take_back,  never,      never),
+        (GivenUp,      never,      never,      never,      never,      give_up,    give_up,    never),
+        (Due,          come_due,   come_due,   come_due,   never,      never,      never,      never),
+        (CancelChoice, cancel_one, cancel_one, cancel_one, cancel_one, cancel_one, OVER,       OVER),
+        (End,          end,        end,        end,        end,        end,        OVER,       OVER),
+        (StreamUnread, set_aside,  set_aside,  set_aside,  ASIDE,      AWAY,       AWAY,       OVER),
+        (StreamRead,   READS,      READS,      READS,      read_on,    READS,      OVER,       OVER),
+        (Claimed,      never,      never,      never,      never,      hand_over,  deliver,    never),
+        (Abandoned,    never,      never,      never,      never,      abandon,    drop,       never),
+    )
+    # fmt: on
+
+
+def _send(worker: Worker, command: WorkerCommand) -> Commands:
+    is_lost = worker.state is WorkerState.LOST
+    return [] if is_lost else [SendCommand(worker.worker_id, worker.incarnation, command)]

@@ -13,7 +13,7 @@ class ChunkBytes(NamedTuple):
 
 
 # Shared memory's ring should stay in the processors' last cache; gloo pays more for every message. Between GPUs a chunk costs
-# either side's processor the same whatever its size (`bench/chunk_cost.py`), and the bytes next to nothing.
+# either side's processor the same whatever its size (`bench/microbench/chunk_cost.py`), and the bytes next to nothing.
 CHUNK_BYTES = {
     "shm": ChunkBytes(256 << 10, 2 << 20),
     "gloo": ChunkBytes(256 << 10, 4 << 20),

@@ -1,4 +1,4 @@
-"""One run on a GPU: is it right, and how near is it to what the same GPU does at most? `python bench/gpu` (see `__main__`)."""
+"""One run on a GPU: is it right, and how near is it to what the same GPU does at most? `python -m bench.gpu` (see `__main__`)."""
 
 import importlib.util
 import sys

@@ -1,11 +1,11 @@
 """Is it right on this GPU, and how near is it to what the GPU does at most?
 
-    python bench/gpu                        everything, under nine minutes on an H100 or H200
-    python bench/gpu --only attention limits        these sections, in this order
-    python bench/gpu --only sweep profile   why a target is missed: other parameters, and where a step's time goes
-    python bench/gpu --only kernels --case "page 128"       the checks with this in their name; --patient for a sanitizer
-    python bench/gpu --interpret            correctness alone, at toy sizes in Triton's interpreter; needs no GPU
-    python bench/gpu --save [FOLDER]        keeps DATE-gpu.txt and DATE-gpu-stderr/, in bench/results by default
+    python -m bench.gpu                        everything, under nine minutes on an H100 or H200
+    python -m bench.gpu --only attention limits        these sections, in this order
+    python -m bench.gpu --only sweep profile   why a target is missed: other parameters, and where a step's time goes
+    python -m bench.gpu --only kernels --case "page 128"       the checks with this in their name; --patient for a sanitizer
+    python -m bench.gpu --interpret            correctness alone, at toy sizes in Triton's interpreter; needs no GPU
+    python -m bench.gpu --save [FOLDER]        keeps DATE-gpu.txt and DATE-gpu-stderr/, in bench/results by default
 
 First it compares every Triton kernel with its torch reference and an engine with `transformers`, side by side; then it measures
 this GPU's limits, and how near attention, KV transfer, decode steps, prefill and serving come to them, beside peers in the same
@@ -26,12 +26,10 @@ from itertools import groupby
 from math import inf
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from gpu.apart import Program, run_side_by_side
-from gpu.record import Record, versions
-from gpu.report import Begun, Broken, Message, Note, is_correct, line_of
-from gpu.sections import BY_NAME, CORRECTNESS, SECTIONS, Context, Section, limits_of, serve
+from bench.gpu.apart import Program, run_side_by_side
+from bench.gpu.record import Record, versions
+from bench.gpu.report import Begun, Broken, Message, Note, is_correct, line_of
+from bench.gpu.sections import BY_NAME, CORRECTNESS, SECTIONS, Context, Section, limits_of, serve
 
 _FOLDER = Path(__file__).resolve().parent
 _TOTAL_S = 530.0
@@ -103,7 +101,7 @@ def main() -> int:
     program = Program(_FOLDER, arguments, args.interpret)
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
-        record = Record(args.save or Path(folder), f"python bench/gpu {shlex.join(sys.argv[1:])}".rstrip())
+        record = Record(args.save or Path(folder), f"python -m bench.gpu {shlex.join(sys.argv[1:])}".rstrip())
         messages = run(sections, program, record, args.total_s)
         text = record.write(messages, f"{time.monotonic() - started_s:.0f} s in all")
         print(f"\n{text}", flush=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from .report import Begun, Broken, Check, Message, NotRun, received
 from .sections import GPU_LOST, Section
 
+REPOSITORY = Path(__file__).resolve().parents[2]  # where the package `bench` lies
 _LINES_OF_AN_ERROR = 12
 _SHARE_OF_A_CHECK = 0.5  # of its section's time: one that takes more hangs
 
@@ -39,6 +40,8 @@ class Program:
     @property
     def environment(self) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        paths = [str(REPOSITORY), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         return environment | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if self.interpret else {})
 
 

@@ -13,8 +13,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peers.pdserve_peer import ColocatedWorker
 
+from bench.comparison.peers.pdserve_peer import ColocatedWorker
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.on_gpu.decode_graphs import DecodeGraphs
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.pdserve_peer import NoTransfers
 
+from bench.comparison.peers.pdserve_peer import NoTransfers
 from pdserve.core.messages import Serve, TokenOutput
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker

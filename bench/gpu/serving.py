@@ -4,8 +4,8 @@ import random
 import statistics
 from itertools import pairwise
 
-from peers.pdserve_peer import ColocatedWorker
-from peers.protocol import Timeline
+from bench.comparison.peers.pdserve_peer import ColocatedWorker
+from bench.comparison.peers.protocol import Timeline
 
 from .engines import open_random_engine, options_for
 from .limits import COPY, PRODUCT

@@ -8,8 +8,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from peers.pdserve_peer import ColocatedWorker
 from torch.profiler import ProfilerActivity, profile
+
+from bench.comparison.peers.pdserve_peer import ColocatedWorker
 
 from .engines import open_random_engine, options_for, triton_on_host
 from .kernel_table import Interval, table

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peers.pdserve_peer import ColocatedWorker
-from peers.protocol import Timeline
+
+from bench.comparison.peers.pdserve_peer import ColocatedWorker
+from bench.comparison.peers.protocol import Timeline
 
 from .engines import open_random_engine, options_for
 from .report import Note, Row, times_at_least

@@ -1,13 +1,9 @@
 """The sweep's table and curves tell what was measured, misses and doubts included."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-
-from disaggregating.outcome import Point, draw, table
-
+from bench.comparison.disaggregating.outcome import Point, draw, table
 from pdserve.loadgen.compare import compare
 from pdserve.loadgen.report import Report, make_report
 from pdserve.loadgen.slo import Slo

@@ -11,26 +11,36 @@ from typing import Any
 import pytest
 import torch
 
+from bench.comparison.peers.protocol import Timeline
+from bench.gpu import __main__ as command, attention_checks, checks, interpreter, kernel_checks, sampling_checks, wire_checks
+from bench.gpu.apart import Program
+from bench.gpu.cases import Case
+from bench.gpu.report import (
+    Begun,
+    Broken,
+    Check,
+    Limit,
+    Message,
+    Note,
+    NotRun,
+    Row,
+    at_least,
+    is_correct,
+    received,
+    send,
+    summary,
+)
+from bench.gpu.sections import CORRECTNESS, Context, Section, run_here
+from bench.gpu.serving import steady_step
+from bench.gpu.shapes import LLAMA_1B, LLAMA_8B, QWEN3_06B
+from bench.gpu.throughput import nano_requests
 from pdserve.kernels.triton.launch import INTERPRETED
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-
-from gpu import __main__ as command, attention_checks, checks, interpreter, kernel_checks, sampling_checks, wire_checks
-from gpu.apart import Program
-from gpu.cases import Case
-from gpu.report import Begun, Broken, Check, Limit, Message, Note, NotRun, Row, at_least, is_correct, received, send, summary
-from gpu.sections import CORRECTNESS, Context, Section, run_here
-from gpu.serving import steady_step
-from gpu.shapes import LLAMA_1B, LLAMA_8B, QWEN3_06B
-from gpu.throughput import nano_requests
-from peers.protocol import Timeline
-
-PROGRAM = Path(__file__).parent.parent.parent / "bench" / "gpu"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="toy sizes are for Triton's interpreter")
 
 
 def run_interpreted(*arguments: str) -> str:
-    command = [sys.executable, str(PROGRAM), "--interpret", *arguments]
+    command = [sys.executable, "-m", "bench.gpu", "--interpret", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"correctness: (\d+) of \1 checks passed", done.stdout)

@@ -13,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "gpu_day"
 PYTHON = f"""#!/usr/bin/env bash
 case "$*" in
-    *bench/gpu*)
+    *bench.gpu*)
         echo "$@" > "$NOTES/arguments"
         cp -r "$TRITON_CACHE_DIR" "$NOTES/cache"
         {sys.executable} -c 'import carried; print(carried.__file__)' > "$NOTES/carried" 2>&1

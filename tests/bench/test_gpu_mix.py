@@ -1,6 +1,5 @@
 """The GPU benchmark's requests of every kind, and KV on its way: what is asked for, and that a difference is noticed."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,18 +7,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from bench.gpu import checks, link_checks
+from bench.gpu.mixed_requests import answered, mixed_requests, num_differences
+from bench.gpu.report import Check
 from pdserve.core.messages import TokenOutput
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.kv_cache import KVCache
 from pdserve.kernels.triton.launch import INTERPRETED
 
 from ..checkpoints import small_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-
-from gpu import checks, link_checks
-from gpu.mixed_requests import answered, mixed_requests, num_differences
-from gpu.report import Check
 
 PROMPTS = [[7], [1, 2, 3, 4, 5], [9] * 9]
 NUM_NEW_TOKENS = 4

@@ -2,7 +2,6 @@
 small programs in the place of sections."""
 
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,19 +10,16 @@ from threading import Event
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-
-from gpu import __main__ as command, apart
-from gpu.apart import Program, run_apart, run_side_by_side
-from gpu.record import Record
-from gpu.report import Broken, Check, Message, Note, Row, is_correct
-from gpu.sections import BY_NAME, CORRECTNESS, GPU_LOST, SECTIONS, Section
+from bench.gpu import __main__ as command, apart
+from bench.gpu.apart import Program, run_apart, run_side_by_side
+from bench.gpu.record import Record
+from bench.gpu.report import Broken, Check, Message, Note, Row, is_correct
+from bench.gpu.sections import BY_NAME, CORRECTNESS, GPU_LOST, SECTIONS, Section
 
 KERNELS = replace(BY_NAME["kernels"], budget_s=60.0)
-PREAMBLE = f"""
+PREAMBLE = """
 import argparse, os, sys, time
-sys.path.insert(0, {str(Path(__file__).parent.parent.parent / "bench")!r})
-from gpu.report import Begun, Broken, Check, Note, send
+from bench.gpu.report import Begun, Broken, Check, Note, send
 parser = argparse.ArgumentParser()
 for name in ("--section", "--limits", "--budget-s", "--first-check", "--case"):
     parser.add_argument(name)
@@ -32,13 +28,13 @@ first = int(args.first_check)
 
 def check(number):
     if number >= first:
-        send(Begun(f"check {{number}}"), sys.stdout)
+        send(Begun(f"check {number}"), sys.stdout)
         print("at", number, file=sys.stderr, flush=True)
         return True
     return False
 
 def passed(number):
-    send(Check(f"check {{number}}", 0.0, 0.0), sys.stdout)
+    send(Check(f"check {number}", 0.0, 0.0), sys.stdout)
 """
 
 Write = Callable[[str], Program]
@@ -184,7 +180,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch
         yield Row("copied", "4 TB/s")
 
     monkeypatch.setattr(command, "run_side_by_side", cut_off_in_the_second)
-    record = Record(tmp_path, "python bench/gpu")
+    record = Record(tmp_path, "python -m bench.gpu")
     with pytest.raises(KeyboardInterrupt):
         command.run([BY_NAME["limits"], BY_NAME["attention"]], Program(Path("none")), record, 100.0)
     assert re.search(r"copied +4 TB/s", record.table.read_text())
@@ -194,7 +190,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch
 def test_sections_without_time_are_not_begun_and_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     begun = Event()
     monkeypatch.setattr(command, "run_side_by_side", lambda *_: begun.set())
-    record = Record(tmp_path, "python bench/gpu")
+    record = Record(tmp_path, "python -m bench.gpu")
     messages = command.run([BY_NAME["kernels"], BY_NAME["attention"]], Program(Path("none")), record, 0.1)
     assert not begun.is_set()
     assert [message.section for message in messages if isinstance(message, Broken)] == ["kernels", "attention"]

@@ -1,14 +1,9 @@
 """Where the time of a profiled step goes."""
 
-import sys
-from pathlib import Path
-
 from hypothesis import given, strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-
-from gpu.kernel_table import Interval, table
-from gpu.report import Row
+from bench.gpu.kernel_table import Interval, table
+from bench.gpu.report import Row
 
 
 def cells(rows: list[Row]) -> list[tuple[str, str, str]]:

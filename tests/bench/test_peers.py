@@ -1,14 +1,9 @@
 """Rates are computed from arrival times alone, the same way for every engine."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
-
-from peers.protocol import Timeline, make_prompts, tokens_per_s
-from peers.schema import CASES, Case, CellResult, best_variants, pool_repeats
+from bench.comparison.peers.protocol import Timeline, make_prompts, tokens_per_s
+from bench.comparison.peers.schema import CASES, Case, CellResult, best_variants, pool_repeats
 
 PREFILL = Case("p", "prefill", batch_size=2, num_prompt_tokens=100, num_new_tokens=1)
 DECODE = Case("d", "decode", batch_size=2, num_prompt_tokens=4, num_new_tokens=3)

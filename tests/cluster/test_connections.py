@@ -153,7 +153,7 @@ def test_a_worker_hangs_up_when_a_frame_was_lost() -> None:
 async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_whole() -> None:
     router, is_ready, observing = Router(adopts=True), asyncio.Event(), observer([])
     observing.handle = lambda event: is_ready.set() if isinstance(event, WorkerReady) else None
-    routing = RouterService(router, observing, "token")  # type: ignore[arg-type]
+    routing = RouterService(router, observing, "token")
     _, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     first, second, third = (
@@ -212,7 +212,7 @@ async def test_a_stranger_that_dribbles_does_not_stay_longer_than_a_silent_one(h
 async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it(hasty: None) -> None:
     nobody = observer([])
     nobody.expects = lambda key: False
-    routing = RouterService(Router(), nobody, "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), nobody, "token")
     reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     writer.write(FrameEncoder().encode(HELLO))
     async with asyncio.timeout(WAIT_S):
@@ -224,7 +224,7 @@ async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it
 
 async def test_a_worker_gets_in_past_idle_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_sessions, "MAX_UNPROVEN", 4)
-    routing = RouterService(Router(), observer([]), "token")  # type: ignore[arg-type]
+    routing = RouterService(Router(), observer([]), "token")
     port = await routing.start("127.0.0.1")
     idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
     reader, writer = await open_control(port, "token")

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import pdserve
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull, UnexpectedEvent
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import (
     HeldLeg,
     Leg,
@@ -270,7 +271,7 @@ class AnyEvents(RuleBasedStateMachine):
             transfer=spec.transfer,
             leg=leg,
             error=error,
-            is_invalid=is_invalid,
+            kind=None if error is None else FailureKind.INVALID if is_invalid else FailureKind.LOST,
         )
 
 

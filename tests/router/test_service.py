@@ -103,7 +103,7 @@ class TokenMachine:
 @pytest.fixture
 def served() -> tuple[RouterService, TokenMachine]:
     """A service with one worker that has room for two streams, of which 20 tokens may be unread."""
-    service = RouterService(Router(RouterConfig(max_unread_tokens=20)), OBSERVER, "token")  # type: ignore[arg-type]
+    service = RouterService(Router(RouterConfig(max_unread_tokens=20)), OBSERVER, "token")
     machine = TokenMachine(service)
     machine.connect()
     return service, machine
@@ -174,7 +174,7 @@ async def test_a_client_that_reads_again_gets_every_token_once(served: tuple[Rou
 def took_over() -> tuple[RouterService, TokenMachine]:
     """A service whose worker has brought 50 tokens of request `r`, and goes on, while there was no router."""
     router = Router(RouterConfig(max_unread_tokens=20), first_attempt=1000, adopts=True)
-    service = RouterService(router, OBSERVER, "token")  # type: ignore[arg-type]
+    service = RouterService(router, OBSERVER, "token")
     machine = TokenMachine(service)
     machine.connect()
     return service, machine

@@ -1,0 +1,1 @@
+"""pdserve beside peers, and beside earlier revisions of itself, in one run."""

@@ -1,0 +1,1 @@
+"""Parts of `bench/comparison/load_generators.py`."""

@@ -1,0 +1,1 @@
+"""One hot path at a time, against something measured in the same run."""

@@ -1,0 +1,202 @@
+"""Each native kernel beside torch, in turns in one run: time, rate, and share of what the machine can do.
+
+`python -m bench.microbench.kernel_ops --dtype bfloat16 --threads 2`. The machine's limits are measured first, by a loop of multiplies that
+never leaves the registers and by reading as many bytes as the cases with few tokens read, 96 MiB.
+"""
+
+import argparse
+import ctypes
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pdserve.kernels import AttentionBatch, KernelRequirements, Kernels, load_kernels
+
+_PEAK_SOURCE = r"""
+#include <immintrin.h>
+template <bool BF16>
+float multiply(long n) {
+  __m512 one = _mm512_set1_ps(1e-9f), acc[16];
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; ++j) acc[j] = one;
+  for (long i = 0; i < n; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) {
+      if constexpr (BF16) acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)one, (__m512bh)one);
+      else acc[j] = _mm512_fmadd_ps(one, one, acc[j]);
+      asm volatile("" : "+v"(acc[j]));
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; ++j) one = _mm512_add_ps(one, acc[j]);
+  return _mm512_reduce_add_ps(one);
+}
+extern "C" float multiply_bf16(long n) { return multiply<true>(n); }
+extern "C" float multiply_f32(long n) { return multiply<false>(n); }
+extern "C" float read(const float* p, long n) {
+  __m512 sum[4] = {};
+  for (long i = 0; i < n; i += 64) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      _mm_prefetch((const char*)(p + i + 16 * j + 1024), _MM_HINT_T0);
+      sum[j] = _mm512_add_ps(sum[j], _mm512_loadu_ps(p + i + 16 * j));
+    }
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+"""
+
+
+@dataclass(frozen=True)
+class Peak:
+    flops: float  # per second, all threads together
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    flops: float
+    bytes: float
+    run: Callable[[Kernels], object]
+
+
+def in_threads(num_threads: int, call: Callable[[], object]) -> float:
+    """Seconds until every thread has made the call (ctypes lets them run at once)."""
+    threads = [threading.Thread(target=call) for _ in range(num_threads)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start
+
+
+def measure_peak(dtype: torch.dtype, num_threads: int) -> Peak:
+    bf16 = dtype == torch.bfloat16
+    with tempfile.TemporaryDirectory() as tmp:
+        source, library = Path(tmp) / "peak.cpp", Path(tmp) / "peak.so"
+        source.write_text(_PEAK_SOURCE)
+        flags = ["-O3", "-shared", "-fPIC", "-mavx512f", "-mavx512bf16"]
+        subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
+        c = ctypes.CDLL(str(library))
+    multiply = c.multiply_bf16 if bf16 else c.multiply_f32
+    multiply.argtypes, c.read.argtypes = [ctypes.c_long], [ctypes.c_void_p, ctypes.c_long]
+    count, memory = 10_000_000, torch.ones(24 << 20)
+    flops = count * 16 * 16 * 2 * (2 if bf16 else 1) * num_threads
+    num_bytes = memory.numel() * 4 * num_threads
+    return Peak(
+        flops / min(in_threads(num_threads, lambda: multiply(count)) for _ in range(12)),
+        num_bytes / min(in_threads(num_threads, lambda: c.read(memory.data_ptr(), memory.numel())) for _ in range(12)),
+    )
+
+
+def linear_case(dtype: torch.dtype, num_out: int, num_in: int, num_tokens: int) -> Case:
+    """Over enough copies of the weights that a step cannot keep them in the cache."""
+    copies = max(1, (96 << 20) // (num_out * num_in * dtype.itemsize)) if num_tokens <= 64 else 1
+    weights = [torch.randn(num_out, num_in).to(dtype) for _ in range(copies)]
+    x = torch.randn(num_tokens, num_in).to(dtype)
+    packed = {}
+
+    def run(kernels: Kernels) -> None:
+        if kernels.name not in packed:
+            packed[kernels.name] = [kernels.pack_linear(weight) for weight in weights]
+        for each in packed[kernels.name]:
+            kernels.linear(x, each)
+
+    flops = 2.0 * num_tokens * num_out * num_in * copies
+    return Case(f"linear {num_in}->{num_out}, {num_tokens} tokens", flops, sum(w.nbytes for w in weights), run)
+
+
+def attention_case(dtype: torch.dtype, heads: int, kv_heads: int, query_len: int, context: int, num_seqs: int) -> Case:
+    head_dim, block_size = 64, 16
+    blocks = -(-context // block_size)
+    cache = torch.randn(2, num_seqs * blocks, kv_heads, block_size, head_dim).to(dtype)
+    batch = AttentionBatch(
+        torch.arange(0, (num_seqs + 1) * query_len, query_len, dtype=torch.int32),
+        torch.full((num_seqs,), context, dtype=torch.int32),
+        torch.randperm(num_seqs * blocks).int().view(num_seqs, blocks),
+        torch.zeros(num_seqs * query_len, dtype=torch.int64),
+    )
+    q = torch.randn(num_seqs * query_len, heads, head_dim).to(dtype)
+    pairs = num_seqs * (query_len * context - query_len * (query_len - 1) // 2)
+    return Case(
+        f"attention {heads}/{kv_heads} heads, {num_seqs} x {query_len} of {context}",
+        4.0 * pairs * heads * head_dim,
+        2.0 * num_seqs * context * kv_heads * head_dim * dtype.itemsize,
+        lambda kernels: kernels.paged_attention(q, cache[0], cache[1], batch, head_dim**-0.5),
+    )
+
+
+def transfer_case(dtype: torch.dtype) -> Case:
+    cache = torch.randn(12, 2, 200, 12, 16, 64).to(dtype)
+    num_tokens = 1024
+    block_ids = torch.randperm(200)[:64].tolist()
+    buffer = torch.empty(12 * 2 * 12 * num_tokens * 64 * dtype.itemsize, dtype=torch.uint8)
+    return Case(
+        f"gather {buffer.numel() >> 20} MiB",
+        0.0,
+        2.0 * buffer.numel(),
+        lambda kernels: kernels.gather_tokens(cache, 0, 12, block_ids, 0, num_tokens, buffer),
+    )
+
+
+def cases(dtype: torch.dtype) -> list[Case]:
+    linears = [
+        linear_case(dtype, num_out, num_in, num_tokens)
+        for num_out, num_in in [(2304, 768), (768, 3072), (896, 4864)]
+        for num_tokens in (1, 8, 32, 1024)
+    ]
+    shapes = [(1, 256, 1), (1, 256, 32), (1, 1024, 32), (1024, 1024, 1)]
+    attentions = [attention_case(dtype, *heads, *shape) for heads in [(12, 12), (14, 2)] for shape in shapes]
+    return [*linears, *attentions, transfer_case(dtype)]
+
+
+def compare(case: Case, contestants: list[Kernels], num_threads: int, num_rounds: int) -> list[float]:
+    """Median seconds of each, taking turns so that a disturbance hits both."""
+    times: list[list[float]] = [[] for _ in contestants]
+    for _ in range(num_rounds):
+        for kernels, mine in zip(contestants, times, strict=True):
+            kernels.set_num_threads(num_threads)
+            time.sleep(0.02)  # the other's threads still spin for a moment, waiting for work
+            mine.append(min(_seconds(case, kernels) for _ in range(4)))
+    return [statistics.median(mine) for mine in times]
+
+
+def _seconds(case: Case, kernels: Kernels) -> float:
+    start = time.perf_counter()
+    case.run(kernels)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
+    contestants = [load_kernels("cpu", requirements, choice, options.threads) for choice in ("torch", "native")]
+    peak = measure_peak(dtype, options.threads)
+    print(f"{options.dtype}, {options.threads} threads: {peak.flops / 1e9:.0f} GFLOP/s, {peak.bytes / 1e9:.0f} GB/s at most")
+    print(f"{'':44}{'native':>10}{'torch':>10}{'faster':>8}{'GFLOP/s':>9}{'GB/s':>7}{'of limit':>9}")
+    for case in cases(dtype):
+        torch_s, native_s = compare(case, contestants, options.threads, options.rounds)
+        share = max(case.flops / native_s / peak.flops, case.bytes / native_s / peak.bytes)
+        print(
+            f"{case.name:44}{native_s * 1e6:8.0f}us{torch_s * 1e6:8.0f}us{torch_s / native_s:7.1f}x"
+            f"{case.flops / native_s / 1e9:9.0f}{case.bytes / native_s / 1e9:7.1f}{share:9.0%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What the doors can stream: one head process on one core, 256 streams, a worker that computes nothing.
+
+    python -m bench.microbench.streaming [grpc|http ...] [--streams 256] [--tokens 400] [--rate TOKENS_PER_S] [--at-once N] [--profile FILE]
+
+The head has the real router, its control connection and both doors. The worker speaks the control protocol and produces a
+token for every stream in each step: as fast as the head takes them, or at `--rate`. Clients write and read raw bytes, so that
+they cost little: HTTP/1.1, and HTTP/2 with gRPC's framing. The head runs on the first core, worker and clients on the second.
+Each line: tokens/s in total, the head's CPU time per token, and how many tokens an event had in the mean.
+"""
+
+import argparse
+import asyncio
+import cProfile
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+
+from bench.microbench.stream_clients import PROMPT_TOKENS, Count, over_grpc, over_http
+from pdserve.core.config import ClusterConfig
+from pdserve.core.messages import (
+    Abort,
+    Hello,
+    KVLayout,
+    Leg,
+    LegEnded,
+    Prefill,
+    Ready,
+    Role,
+    Serve,
+    StepReport,
+    StepTiming,
+    TokenOutput,
+    TransferAddress,
+    WorkerCommand,
+    WorkerInfo,
+    WorkerLoad,
+)
+from pdserve.core.request import FinishReason, TransferId
+from pdserve.embedded import MODEL_DIR
+from pdserve.gateway.app import model_info, serve
+from pdserve.gateway.text.tokenizer import Tokenizer
+from pdserve.proto import pdserve_pb2 as pb
+from pdserve.router import client_stream
+from pdserve.router.core import Router
+from pdserve.router.service import RouterService
+from pdserve.worker.router_link import RouterLink
+
+HEAD_CORE, OTHER_CORE = 0, -1
+CONTINUATION = "The with statement is used to wrap the execution of a block with methods defined by a context manager. "
+
+
+# the head
+
+
+class Observer:
+    """Expects the one worker that comes."""
+
+    def expects(self, key: tuple[str, int]) -> bool:
+        return True
+
+    def handle(self, event: object) -> None: ...
+
+
+class Frontend:
+    """Only requests."""
+
+    def __init__(self, service: RouterService) -> None:
+        self.generate = service.generate
+        self.cancel = service.cancel
+
+
+async def head(profile: str | None) -> None:
+    """Serves until stdin ends; tells its addresses first, then its CPU seconds whenever it is asked by a line."""
+    config = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}})
+    service = RouterService(Router(), Observer(), "token")
+    port = await service.start("127.0.0.1")
+    door = await serve(Frontend(service), config, Tokenizer.load(MODEL_DIR), model_info(config))  # type: ignore[arg-type]
+    print(
+        json.dumps({"worker": port, "grpc": door.port, "http": int((door.http_address or "").rpartition(":")[2])}), flush=True
+    )
+    profiler = cProfile.Profile() if profile else None
+    if profiler:
+        profiler.enable()
+    while await asyncio.to_thread(sys.stdin.readline):
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        print(used.ru_utime + used.ru_stime, flush=True)
+    if profiler:
+        profiler.disable()
+        profiler.dump_stats(profile or "")
+    os._exit(0)
+
+
+# the worker
+
+
+class Worker:
+    """A token for every stream in each step."""
+
+    def __init__(self, port: int, rate: float | None) -> None:
+        self._rate = rate
+        self._token_ids = Tokenizer.load(MODEL_DIR).encode(CONTINUATION, add_special_tokens=False)
+        self._next: dict[TransferId, tuple[int, int]] = {}  # index of the next token, how many there are to be
+        self._lock = threading.Lock()
+        self._lost = threading.Event()
+        hello = Hello(worker_id="both-0", incarnation=1)
+        self._link = RouterLink(("127.0.0.1", port), "token", hello, self._take, lambda link: self._lost.set())
+        self._link.start()
+        self._link.send(Ready(info=_info()))
+
+    def _take(self, command: WorkerCommand) -> None:
+        match command:
+            case Serve(spec=spec) | Prefill(spec=spec):
+                with self._lock:
+                    self._next[spec.transfer] = len(spec.output_token_ids), spec.sampling.max_tokens
+            case Abort(transfer=transfer):
+                with self._lock:
+                    self._next.pop(transfer, None)
+                    self._link.send(_ended(transfer, "aborted"))
+
+    def run(self) -> None:
+        """Until the head hangs up."""
+        started_s, num_sent = time.perf_counter(), 0
+        while not self._lost.is_set():
+            if not self._next:
+                time.sleep(0.001)
+                started_s, num_sent = time.perf_counter(), 0
+            elif self._rate:
+                time.sleep(max(0.0, started_s + num_sent / self._rate - time.perf_counter()))
+            with self._lock:
+                num_sent += self._step()
+
+    def _step(self) -> int:
+        outputs, ended = [], []
+        for transfer, (index, count) in self._next.items():
+            reason = FinishReason.LENGTH if index + 1 == count else None
+            outputs.append(TokenOutput(transfer, 0, index, self._token_ids[index % len(self._token_ids)], reason))
+            self._next[transfer] = index + 1, count
+            if reason:
+                ended.append(transfer)
+        load = WorkerLoad(num_running=len(outputs), num_free_blocks=100_000)
+        timing = StepTiming(
+            num_prefill_tokens=0,
+            sum_prefill_squares=0,
+            num_decode_sequences=len(outputs),
+            num_context_tokens=len(outputs),
+            duration_s=0.01,
+        )
+        report = StepReport(worker_id="both-0", incarnation=1, load=load, outputs=tuple(outputs), timing=timing)
+        for transfer in ended:
+            del self._next[transfer]
+        if outputs:
+            self._link.send(report, *map(_ended, ended))
+        return len(outputs)
+
+
+def _ended(transfer: TransferId, error: str | None = None) -> LegEnded:
+    return LegEnded(worker_id="both-0", incarnation=1, transfer=transfer, leg=Leg.DECODE, error=error)
+
+
+def _info() -> WorkerInfo:
+    return WorkerInfo(
+        worker_id="both-0",
+        incarnation=1,
+        role=Role.BOTH,
+        layout=KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32", block_size=16, model_fingerprint="m"),
+        num_blocks=1_000_000,
+        max_model_len=32_768,
+        max_batch_tokens=1 << 20,
+        max_batch_size=4096,
+        address=TransferAddress(worker_id="both-0", incarnation=1, host_id="h", unix_path="", tcp_host="", tcp_port=0),
+        devices=("cpu:1",),
+        node="n",
+        pid=1,
+        kernels="none",
+    )
+
+
+# the measurement
+
+
+def clients(door: str, num_streams: int, num_tokens: int, ports: dict[str, int], count: Count) -> list[asyncio.Task[None]]:
+    if door == "grpc":
+        sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+        prompt = pb.Prompt(token_ids=pb.TokenIds(ids=PROMPT_TOKENS))
+        requests = [pb.GenerateRequest(prompt=prompt, sampling=sampling) for _ in range(num_streams)]
+        return [asyncio.create_task(over_grpc(requests, ports["grpc"], count))]
+    return [asyncio.create_task(over_http(num_tokens, ports["http"], count)) for _ in range(num_streams)]
+
+
+def _start(*arguments: str) -> "subprocess.Popen[str]":
+    """This file in another process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench.microbench.streaming", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+async def measure(door: str, args: argparse.Namespace) -> None:
+    process = _start("--head", "--at-once", str(args.at_once), *(["--profile", args.profile] if args.profile else []))
+    assert process.stdin and process.stdout
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(process.pid, {cores[HEAD_CORE]})
+    ports = json.loads(process.stdout.readline())
+
+    def cpu_s() -> float:
+        assert process.stdin and process.stdout
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+
+    worker = _start("--worker", str(ports["worker"]), *(["--rate", str(args.rate)] if args.rate else []))
+    for pid in (0, worker.pid):
+        os.sched_setaffinity(pid, {cores[OTHER_CORE]})
+    await _until_ready(ports["http"])
+    await _round(door, args.streams, 20, ports)  # warm
+    before_s, started_s = cpu_s(), time.perf_counter()
+    count = await _round(door, args.streams, args.tokens, ports)
+    wall_s, used_s = time.perf_counter() - started_s, cpu_s() - before_s
+    num_tokens = args.streams * args.tokens
+    print(
+        f"{door}: {num_tokens / wall_s:8,.0f} tokens/s, head {used_s / num_tokens * 1e6:5.1f} us CPU a token "
+        f"({used_s / wall_s:4.0%} of a core), {num_tokens / max(1, count.num_events):.2f} tokens an event"
+    )
+    os.sched_setaffinity(0, set(cores))
+    process.stdin.close()
+    process.wait()
+    worker.wait()
+
+
+async def _until_ready(port: int) -> None:
+    """Until the head takes requests."""
+    count = Count()
+    while not count.num_events:
+        await over_http(1, port, count)
+
+
+async def _round(door: str, num_streams: int, num_tokens: int, ports: dict[str, int]) -> Count:
+    count = Count()
+    await asyncio.gather(*clients(door, num_streams, num_tokens, ports, count))
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("doors", nargs="*", default=["grpc", "http"])
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--at-once", type=int, default=client_stream.MAX_TOKENS_AT_ONCE, help="tokens an event, at most")
+    parser.add_argument("--profile")
+    parser.add_argument("--head", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.head:
+        client_stream.MAX_TOKENS_AT_ONCE = args.at_once
+        asyncio.run(head(args.profile))
+        return
+    if args.worker:
+        Worker(args.worker, args.rate).run()
+        return
+    for door in args.doors:
+        asyncio.run(measure(door, args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""What `bench/chaos.py` is made of: streams that are checked token for token, a view of the cluster, what may be left over."""

@@ -16,9 +16,12 @@ class NativeKernels(BuildHookInterface[Any]):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         if not module.build(source.parent):
-            self.app.display_warning("no C++ compiler for this platform: the package will compute with torch alone")
+            self.app.display_warning(
+                "no C++ compiler for this platform: the package will compute with torch alone"
+            )
         else:
-            # no Python ABI is involved: the library is loaded by ctypes, so one wheel fits every Python of a platform
+            # no Python ABI is involved: the library is loaded by ctypes, so one wheel fits every Python of a
+            # platform
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{platform}"

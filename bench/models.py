@@ -1,8 +1,7 @@
 """Random checkpoints of the two shapes that the benchmark measures, in Hugging Face format.
 
-Speed does not depend on the weights' values, so they are drawn from a seed instead of being downloaded; every engine
-loads the same folder. There is no tokenizer: the benchmark speaks in token ids.
-"""
+Speed does not depend on the weights' values, so they are drawn from a seed instead of being downloaded; every
+engine loads the same folder. There is no tokenizer: the benchmark speaks in token ids."""
 
 import os
 import tempfile
@@ -81,7 +80,8 @@ SHAPES = {spec.name: spec for spec in (LLAMA_110M, QWEN2_500M)}
 
 
 def ensure_checkpoint(spec: ShapeSpec, dtype: Dtype, folder: Path, seed: int = 0) -> Path:
-    """Make the checkpoint in `folder` unless it is already there. The bf16 weights are the fp32 ones, rounded."""
+    """Make the checkpoint in `folder` unless it is already there. The bf16 weights are the fp32 ones,
+    rounded."""
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,11 @@ def show_status(client: Client, watch: bool, output: str) -> None:
     on_terminal = sys.stdout.isatty() and output != "json"
     with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
         for status in states:
-            text = as_json(status, indent=None) if output == "json" else as_table(status, output == "wide") + "\n"
+            text = (
+                as_json(status, indent=None)
+                if output == "json"
+                else as_table(status, output == "wide") + "\n"
+            )
             print("\x1b[H\x1b[2J" + text if on_terminal else text, flush=True)
 
 

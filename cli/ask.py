@@ -1,4 +1,5 @@
-"""`pdserve generate` and `pdserve chat`: their options. What they do stands in generate.py, imported when they run."""
+"""`pdserve generate` and `pdserve chat`: their options. What they do stands in generate.py, imported when
+they run."""
 
 import sys
 from typing import Annotated
@@ -25,23 +26,42 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Draw among tokens at least this fraction as probable as the best.")
     ] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: avoid tokens of prompt and output.")] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="Above 0: avoid tokens of the output.")] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="Above 0: avoid tokens, more so frequent ones.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: avoid tokens of prompt and output.")
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: avoid tokens of the output.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: avoid tokens, more so frequent ones.")
+    ] = None,
     seed: Seed = None,
     n: Annotated[int | None, typer.Option("-n", "--n", help="How many choices.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End where the text would contain this; may be repeated.")] = None,
-    stop_token_id: Annotated[list[int] | None, typer.Option(min=0, help="End with this token; may be repeated.")] = None,
-    ignore_eos: Annotated[bool | None, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = None,
-    logprobs: Annotated[int | None, typer.Option(help="Report so many alternatives a token; seen with --json.")] = None,
-    prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt's tokens; seen with --json.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End where the text would contain this; may be repeated.")
+    ] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(min=0, help="End with this token; may be repeated.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool | None, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Report so many alternatives a token; seen with --json.")
+    ] = None,
+    prompt_logprobs: Annotated[
+        int | None, typer.Option(help="The same for the prompt's tokens; seen with --json.")
+    ] = None,
     logit_bias: Annotated[
-        list[str] | None, typer.Option(help="TOKEN=BIAS: favour a token, up to 100, or avoid it; may be repeated.")
+        list[str] | None,
+        typer.Option(help="TOKEN=BIAS: favour a token, up to 100, or avoid it; may be repeated."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message to answer.")] = False,
     system: System = None,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="PROMPT is a list of token ids.")] = False,
-    model: Annotated[str, typer.Option(help="The name of the model; by default the one that is served.")] = "",
+    model: Annotated[
+        str, typer.Option(help="The name of the model; by default the one that is served.")
+    ] = "",
     request_id: Annotated[str, typer.Option(help="A name for the request.")] = "",
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up.")] = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Show on stderr where the time went.")] = False,
@@ -98,6 +118,8 @@ def chat(
     from . import generate as command
     from .client import connect
 
-    sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = pb.SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
     with connect(address) as client:
         command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)

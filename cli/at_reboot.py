@@ -23,7 +23,8 @@ class AtReboot:
         return shutil.which("crontab") is not None
 
     def install(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Replaces what was installed before. Only this user can read the script: an environment may hold secrets."""
+        """Replaces what was installed before. Only this user can read the script: an environment may hold
+        secrets."""
         self._script.unlink(missing_ok=True)
         self._script.touch(0o700)
         self._script.write_text(script_of(command, environment))
@@ -35,7 +36,8 @@ class AtReboot:
         self._script.unlink(missing_ok=True)
 
     def _others(self) -> list[str]:
-        """The lines of the crontab that are not ours; none where there is no crontab, which is an error of `crontab`."""
+        """The lines of the crontab that are not ours; none where there is no crontab, which is an error of
+        `crontab`."""
         listed = subprocess.run(["crontab", "-l"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
         return [line for line in listed.stdout.splitlines() if line != self._line]
 
@@ -46,7 +48,11 @@ class AtReboot:
 
 def script_of(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """A shell script that runs `command` in `environment`, less what belongs to a login session."""
-    exports = (f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items()) if _is_lasting(name))
+    exports = (
+        f"export {name}={shlex.quote(value)}"
+        for name, value in sorted(environment.items())
+        if _is_lasting(name)
+    )
     return "\n".join(["#!/bin/sh", *exports, f"cd && exec {shlex.join(command)}", ""])
 
 

@@ -20,40 +20,68 @@ class ArrivalKind(StrEnum):
 def bench(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(help="HOST:PORT (gRPC) or http://HOST:PORT (OpenAI); one, or two to compare. NAME=ADDRESS names it."),
+        typer.Argument(
+            help=(
+                "HOST:PORT (gRPC) or http://HOST:PORT (OpenAI); one, or two to compare. NAME=ADDRESS"
+                " names it."
+            )
+        ),
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Open load: requests per second.")] = None,
     arrivals: Annotated[ArrivalKind, typer.Option(help="How they are spread.")] = ArrivalKind.POISSON,
     burstiness: Annotated[float, typer.Option(help="Of gamma: 1 is poisson, below 1 is burstier.")] = 1.0,
-    trace: Annotated[Path | None, typer.Option(help="Open load: a CSV of TIMESTAMP,ContextTokens,GeneratedTokens.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Open load: a CSV of TIMESTAMP,ContextTokens,GeneratedTokens.")
+    ] = None,
     speed: Annotated[float, typer.Option(help="Replay the trace so many times as fast.")] = 1.0,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Closed load: so many clients, one request each.")] = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="Requests of one round; 100 if there is no --duration.")] = None,
-    duration: Annotated[float | None, typer.Option(min=0.0, help="Seconds after which a round sends no more.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Closed load: so many clients, one request each.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests of one round; 100 if there is no --duration.")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds after which a round sends no more.")
+    ] = None,
     prompt_tokens: Annotated[
         str, typer.Option(help="512, uniform:min=A,max=B, lognormal:mean=M,cv=C,min=A,max=B or file:PATH.")
     ] = "512",
     output_tokens: Annotated[str, typer.Option(help="The same for outputs.")] = "64",
-    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Cut longer prompts of a trace.")] = None,
-    max_output_tokens: Annotated[int | None, typer.Option(min=1, help="Cut longer outputs of a trace.")] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer prompts of a trace.")
+    ] = None,
+    max_output_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer outputs of a trace.")
+    ] = None,
     prefix_groups: Annotated[int, typer.Option(min=1, help="So many shared prefixes ...")] = 1,
-    prefix_tokens: Annotated[int, typer.Option(min=0, help="... of so many tokens, before the prompt's own.")] = 0,
-    slo: Annotated[str, typer.Option(help="Milliseconds of ttft, tpot (mean gap), itl (each gap), e2e.")] = "ttft=200,tpot=50",
+    prefix_tokens: Annotated[
+        int, typer.Option(min=0, help="... of so many tokens, before the prompt's own.")
+    ] = 0,
+    slo: Annotated[
+        str, typer.Option(help="Milliseconds of ttft, tpot (mean gap), itl (each gap), e2e.")
+    ] = "ttft=200,tpot=50",
     warm_up: Annotated[int, typer.Option(min=0, help="Requests before each turn that do not count.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; two targets take turns in each.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same load.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     ignore_eos: Annotated[bool, typer.Option(help="Outputs are as long as was drawn.")] = True,
-    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds after which a request has failed.")] = 600.0,
-    model: Annotated[str, typer.Option(help="The name of the model; by default the one that is served.")] = "",
+    timeout: Annotated[
+        float, typer.Option(min=0.0, help="Seconds after which a request has failed.")
+    ] = 600.0,
+    model: Annotated[
+        str, typer.Option(help="The name of the model; by default the one that is served.")
+    ] = "",
     vocab_size: Annotated[int | None, typer.Option(min=2, help="Token ids of prompts are below it.")] = None,
     extra: Annotated[str, typer.Option(help="A JSON object, added to the body of each HTTP request.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw PNGs into this folder.")] = None,
-    address: Annotated[str, typer.Option(envvar="PDSERVE_ADDRESS", help="The target, if none is named.")] = _ADDRESS,
+    address: Annotated[
+        str, typer.Option(envvar="PDSERVE_ADDRESS", help="The target, if none is named.")
+    ] = _ADDRESS,
 ) -> None:
-    """Put a server under load and measure it; with two targets, compare them. TLS and keys are as for other commands."""
-    from .run_bench import LoadOptions, Outputs, TargetOptions, run
+    """Put a server under load and measure it; with two targets, compare them. TLS and keys are as for other
+    commands."""
+    from .run_bench import LoadOptions, ReportFiles, TargetOptions, run
 
     load = LoadOptions(
         rate=rate,
@@ -79,4 +107,4 @@ def bench(
         vocab_size=vocab_size,
     )
     options = TargetOptions(tuple(targets or [address]), model, extra)
-    run(load, options, slo, Outputs(json_file, plots))
+    run(load, options, slo, ReportFiles(json_file, plots))

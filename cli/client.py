@@ -47,15 +47,17 @@ class Client:
 
 @contextmanager
 def connect(address: str) -> Iterator[Client]:
-    """A client of the server at `address`, as options and environment say; its errors become CommandFailed."""
+    """A client of the server at `address`, as options and environment say; its errors become
+    CommandFailed."""
     with _client(address, current_trust().channel(address, OPTIONS)) as client:
         yield client
 
 
 @contextmanager
 def connect_to_administer(address: str) -> Iterator[Client]:
-    """A client for the `Cluster` service of the server at `address`: over the Unix socket of a cluster that this user runs
-    there, unless options or environment say what to show; else like `connect`. Raises UnsafeFolder."""
+    """A client for the `Cluster` service of the server at `address`: over the Unix socket of a cluster that
+    this user runs there, unless options or environment say what to show; else like `connect`. Raises
+    UnsafeFolder."""
     trust = current_trust()
     host, _ = parse_host_port(address) or ("", 0)
     may_be_local = is_loopback(host) and not trust.is_given
@@ -63,7 +65,11 @@ def connect_to_administer(address: str) -> Iterator[Client]:
     if path is not None:
         channel, way = grpc.insecure_channel(f"unix:{path}", options=OPTIONS), f"asked over {path}"
     else:
-        missing = f"; no cluster of this user has its socket at {admin_socket.socket_link(address)}" if may_be_local else ""
+        missing = (
+            f"; no cluster of this user has its socket at {admin_socket.socket_link(address)}"
+            if may_be_local
+            else ""
+        )
         shown = f"with the key in {API_KEY}" if trust.api_key else "without a key"
         channel, way = trust.channel(address, OPTIONS), f"asked over TCP {shown}{missing}"
     with _client(address, channel, way) as client:
@@ -73,7 +79,9 @@ def connect_to_administer(address: str) -> Iterator[Client]:
 @contextmanager
 def connect_locally(cluster: "LaunchedCluster") -> Iterator[Client]:
     """A client of the cluster that this process launched, whatever strangers have to show there."""
-    with _client(cluster.grpc_address, grpc.insecure_channel(cluster.local_address, options=OPTIONS)) as client:
+    with _client(
+        cluster.grpc_address, grpc.insecure_channel(cluster.local_address, options=OPTIONS)
+    ) as client:
         yield client
 
 
@@ -102,7 +110,10 @@ def describe(error: grpc.RpcError, address: str) -> str:
     if is_unreachable(error):
         if current_trust().is_tls:
             return f"no pdserve server answers at {address} with TLS and these certificates: {call.details()}"
-        return f"no pdserve server answers at {address}; start one with `pdserve up`, or name another with --address"
+        return (
+            f"no pdserve server answers at {address}; start one with `pdserve up`, or name another with"
+            " --address"
+        )
     if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not _is_from_pdserve(call):
         return f"the request is too large: {call.details()}"
     return call.details() or call.code().name.lower().replace("_", " ")

@@ -1,4 +1,5 @@
-"""A stream that survives the death of the router: the client comes back for the rest, its reader sees a pause."""
+"""A stream that survives the death of the router: the client comes back for the rest, its reader sees a
+pause."""
 
 import time
 import uuid
@@ -19,7 +20,9 @@ class _Given:
     def __init__(self) -> None:
         self._num_tokens: defaultdict[int, int] = defaultdict(int)
         self._ended: set[int] = set()
-        self._held: dict[int, pb.GenerateEvent] = {}  # text without tokens: it comes again with the end of its choice
+        self._held: dict[
+            int, pb.GenerateEvent
+        ] = {}  # text without tokens: it comes again with the end of its choice
 
     def num_tokens(self, num_choices: int) -> list[int]:
         return [self._num_tokens[choice] for choice in range(num_choices)]
@@ -42,12 +45,13 @@ class _Given:
                 yield event
 
 
-def resuming_stream(client: Client, request: pb.GenerateRequest, timeout: float | None = None) -> Iterator[pb.GenerateEvent]:
+def resuming_stream(
+    client: Client, request: pb.GenerateRequest, timeout: float | None = None
+) -> Iterator[pb.GenerateEvent]:
     """The events of `GenerateStream`, over as many connections as it takes.
 
-    Raises grpc.RpcError when the request fails, when no server answers its first call, and when none is back within half a
-    minute, or `timeout` seconds from now.
-    """
+    Raises grpc.RpcError when the request fails, when no server answers its first call, and when none is back
+    within half a minute, or `timeout` seconds from now."""
     ends_s = None if timeout is None else time.monotonic() + timeout
     mine = pb.GenerateRequest()
     mine.CopyFrom(request)

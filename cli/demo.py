@@ -1,4 +1,5 @@
-"""`pdserve demo`: the embedded model through one prefill and one decode worker, asked one thing, and a picture of its legs."""
+"""`pdserve demo`: the embedded model through one prefill and one decode worker, asked one thing, and a
+picture of its legs."""
 
 from ..core.config import ClusterConfig
 from ..proto import pdserve_pb2 as pb
@@ -22,7 +23,8 @@ def demo() -> None:
 
 
 def demo_config() -> ClusterConfig:
-    """One instance of each pool, on half a core or half a GPU each where there is only one, and a free port."""
+    """One instance of each pool, on half a core or half a GPU each where there is only one, and a free
+    port."""
     from ..engine.gpu import probe_node
 
     node = probe_node()
@@ -36,7 +38,8 @@ def demo_config() -> ClusterConfig:
 
 
 def demo_prompt() -> str:
-    """Python's own documentation up to a sentence to complete: long enough for a transfer of several chunks."""
+    """Python's own documentation up to a sentence to complete: long enough for a transfer of several
+    chunks."""
     from pydoc_data.topics import topics
 
     before, _, _ = topics["compound"].partition(QUESTION)
@@ -44,7 +47,10 @@ def demo_prompt() -> str:
 
 
 def _ask(client: Client, prompt: str) -> pb.RequestEnd:
-    say(f"\nthe prompt: {len(prompt)} characters of Python's documentation; its end, and what the model makes of it:\n")
+    say(
+        f"\nthe prompt: {len(prompt)} characters of Python's documentation; its end, and what the model makes"
+        " of it:\n"
+    )
     sampling = pb.SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
     request = pb.GenerateRequest(prompt=text_prompt(prompt), sampling=sampling)
     write_out(f"... {QUESTION}")

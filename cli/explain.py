@@ -1,4 +1,5 @@
-"""`pdserve explain`: where one request's time went against what was predicted, and why it was placed where it was."""
+"""`pdserve explain`: where one request's time went against what was predicted, and why it was placed where it
+was."""
 
 from collections.abc import Iterator
 
@@ -33,7 +34,10 @@ def _attempt_lines(attempt: pb.ExplainedAttempt) -> Iterator[str]:
     cached = f", {attempt.cached_tokens} cached ({attempt.expected_cached_tokens} expected)"
     known = cached if attempt.HasField("cached_tokens") else ""
     place = _place(attempt.prefill_worker, attempt.decode_worker)
-    yield f"attempt {attempt.attempt} (dispatch {attempt.dispatch}): {place}, {attempt.num_tokens} tokens{known}"
+    yield (
+        f"attempt {attempt.attempt} (dispatch {attempt.dispatch}): {place}, {attempt.num_tokens}"
+        f" tokens{known}"
+    )
     yield f"  {'LEG':<13} {'PREDICTED':>10} {'ACTUAL':>10}"
     for leg in attempt.legs:
         predicted = _ms(leg.predicted_s) if leg.HasField("predicted_s") else "-"
@@ -55,9 +59,15 @@ def _why(places: list[pb.ConsideredPlace]) -> str:
     if chosen.has_failed != following.has_failed:
         return f"placed there because this request had failed at {there} before"
     if chosen.itl_excess_s != following.itl_excess_s:
-        return f"placed there because gaps between tokens at {there} would exceed the SLO by {_ms(following.itl_excess_s)}"
+        return (
+            f"placed there because gaps between tokens at {there} would exceed the SLO by"
+            f" {_ms(following.itl_excess_s)}"
+        )
     if chosen.cost_s != following.cost_s:
-        return f"placed there for the least predicted cost: {_ms(chosen.cost_s)}, against {_ms(following.cost_s)} at {there}"
+        return (
+            f"placed there for the least predicted cost: {_ms(chosen.cost_s)}, against"
+            f" {_ms(following.cost_s)} at {there}"
+        )
     if chosen.load != following.load:
         return f"placed there for the lower load: {chosen.load:.0%}, against {following.load:.0%} at {there}"
     return f"placed there by name: {there} was as good"
@@ -74,7 +84,11 @@ def _others(places: list[pb.ConsideredPlace]) -> Iterator[str]:
 def _place(prefill_worker: str, decode_worker: str) -> str:
     if not decode_worker:
         return f"{prefill_worker} alone"
-    return f"both at {prefill_worker}" if prefill_worker == decode_worker else f"{prefill_worker} -> {decode_worker}"
+    return (
+        f"both at {prefill_worker}"
+        if prefill_worker == decode_worker
+        else f"{prefill_worker} -> {decode_worker}"
+    )
 
 
 def _ms(seconds: float) -> str:

@@ -44,7 +44,9 @@ def logit_bias(texts: Iterable[str]) -> dict[int, float]:
         try:
             biases[int(token)] = float(bias)
         except ValueError as error:
-            raise CommandFailed(f"--logit-bias: {text!r} is not valid, expected TOKEN=BIAS such as 15=-2.5") from error
+            raise CommandFailed(
+                f"--logit-bias: {text!r} is not valid, expected TOKEN=BIAS such as 15=-2.5"
+            ) from error
         if not 0 <= int(token) < 2**32:
             raise CommandFailed(f"--logit-bias: {text!r} is not valid, expected a token id of 0 or more")
     return biases
@@ -63,7 +65,9 @@ def stream_text(events: Iterable[pb.GenerateEvent], write: Write) -> tuple[str, 
     return "".join(pieces), end
 
 
-def generate(client: Client, request: pb.GenerateRequest, timeline: bool, as_json: bool, timeout: float | None) -> None:
+def generate(
+    client: Client, request: pb.GenerateRequest, timeline: bool, as_json: bool, timeout: float | None
+) -> None:
     """Print the answer, and where its time went."""
     if as_json:
         response = client.generation.Generate(request, timeout=timeout)
@@ -88,7 +92,9 @@ def print_timeline(end: pb.RequestEnd) -> None:
     print("", *timeline_lines(end), sep="\n", file=sys.stderr)
 
 
-def chat(client: Client, lines: Iterator[str], system: str | None, sampling: pb.SamplingParams, write: Write) -> None:
+def chat(
+    client: Client, lines: Iterator[str], system: str | None, sampling: pb.SamplingParams, write: Write
+) -> None:
     """A conversation: each line of `lines` is answered with all that was said before."""
     messages = [pb.ChatMessage(role="system", content=system)] if system else []
     for line in lines:

@@ -21,10 +21,16 @@ def key() -> None:
 @key_app.command()
 def new(
     name: Annotated[str, typer.Argument(help="Whose key it is; its requests take turns under this name.")],
-    file: Annotated[Path | None, typer.Option(help="Add the line to this file, and print the key alone.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Add the line to this file, and print the key alone.")
+    ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may also see and change the cluster.")] = False,
-    metrics: Annotated[bool, typer.Option("--metrics", help="It may also read the metrics of the whole cluster.")] = False,
-    group: Annotated[str | None, typer.Option(help="Whose cached prefixes it may use (kv.cache_sharing: group).")] = None,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="It may also read the metrics of the whole cluster.")
+    ] = False,
+    group: Annotated[
+        str | None, typer.Option(help="Whose cached prefixes it may use (kv.cache_sharing: group).")
+    ] = None,
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
 ) -> None:

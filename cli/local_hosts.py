@@ -1,8 +1,8 @@
 """The hosts of `provider: local`, as Ray's autoscaler on the head goes to them.
 
-Ray reads its file every five seconds, but takes new hosts from its notes (a state file), which it makes once; and where the
-file has fewer, it ends any of them. So it reads a copy, which follows the file when the notes have.
-"""
+Ray reads its file every five seconds, but takes new hosts from its notes (a state file), which it makes once;
+and where the file has fewer, it ends any of them. So it reads a copy, which follows the file when the notes
+have."""
 
 import os
 import shlex
@@ -26,12 +26,15 @@ SSH_OPTIONS = (
 
 
 def follow(file: Path, copy: Path) -> None:
-    """Ray goes to hosts that are new in `file`, and those that are in it no more leave. Raises CommandFailed."""
+    """Ray goes to hosts that are new in `file`, and those that are in it no more leave. Raises
+    CommandFailed."""
     wanted, before = _read(file), _read(copy)
     for host in added(wanted, before):
         print(f"{host}: joins")
     if is_local(wanted):
-        noted = subprocess.run(["ray", "get-worker-ips", str(file)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        noted = subprocess.run(
+            ["ray", "get-worker-ips", str(file)], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
         if noted.returncode:  # it has read the file, and brought the notes up to date
             raise CommandFailed(f"Ray does not take the hosts of {file}: {noted.stderr.strip()}")
     write_copy(file, copy)
@@ -43,8 +46,8 @@ def follow(file: Path, copy: Path) -> None:
 
 
 def end_ray(file: Path) -> None:
-    """Begins to end Ray on all hosts of `file` but the head, and does not wait: by themselves, agents of a Ray whose head has
-    gone try for a minute to report it."""
+    """Begins to end Ray on all hosts of `file` but the head, and does not wait: by themselves, agents of a
+    Ray whose head has gone try for a minute to report it."""
     wanted = _read(file)
     for host in added(wanted, {"provider": {"type": "local"}}):
         command, nowhere = ssh_command(wanted, host, "ray stop"), subprocess.DEVNULL

@@ -1,4 +1,5 @@
-"""The `pdserve` command: options and their help. What a command does stands in a module of its own, imported when it runs."""
+"""The `pdserve` command: options and their help. What a command does stands in a module of its own, imported
+when it runs."""
 
 import os
 import sys
@@ -55,7 +56,9 @@ class PlanOutput(StrEnum):
     JSON = "json"
 
 
-File = Annotated[Path | None, typer.Argument(help="The file; by default ./cluster.yaml, or else the defaults.")]
+File = Annotated[
+    Path | None, typer.Argument(help="The file; by default ./cluster.yaml, or else the defaults.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -66,12 +69,19 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def pdserve(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     tls_ca: Annotated[
         str | None,
-        typer.Option(envvar="PDSERVE_TLS_CA", help="Use TLS; the server's certificate comes from these (PEM), or: public."),
+        typer.Option(
+            envvar="PDSERVE_TLS_CA",
+            help="Use TLS; the server's certificate comes from these (PEM), or: public.",
+        ),
     ] = None,
-    cert: Annotated[str | None, typer.Option(envvar="PDSERVE_TLS_CERT", help="Our certificate (PEM).")] = None,
+    cert: Annotated[
+        str | None, typer.Option(envvar="PDSERVE_TLS_CERT", help="Our certificate (PEM).")
+    ] = None,
     key: Annotated[str | None, typer.Option(envvar="PDSERVE_TLS_KEY", help="Its private key (PEM).")] = None,
 ) -> None:
     """Holds the options of all commands."""
@@ -82,7 +92,8 @@ def pdserve(
 
 @app.command()
 def up(file: File = None) -> None:
-    """Start a cluster on this machine, or in the Ray cluster it belongs to, and serve until Ctrl-C or `pdserve down`."""
+    """Start a cluster on this machine, or in the Ray cluster it belongs to, and serve until Ctrl-C or
+    `pdserve down`."""
     from .plan import read_config
     from .up import up
 
@@ -95,7 +106,8 @@ def supervise(
     ray_start: Annotated[list[str], typer.Argument(help="The command that starts Ray, behind `--`.")],
     at_reboot: Annotated[bool, typer.Option("--at-reboot", hidden=True)] = False,
 ) -> None:
-    """For `ray up`: start Ray and `pdserve up` on a head, again after a crash or a reboot; where they run, apply FILE."""
+    """For `ray up`: start Ray and `pdserve up` on a head, again after a crash or a reboot; where they run,
+    apply FILE."""
     from .supervise import supervise
 
     supervise(file, ray_start, at_reboot)
@@ -121,7 +133,9 @@ def status(
 
 @app.command()
 def explain(
-    request_id: Annotated[str, typer.Argument(help="Of a request that is being served, or that ended lately.")],
+    request_id: Annotated[
+        str, typer.Argument(help="Of a request that is being served, or that ended lately.")
+    ],
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Show where a request's time went, against what was predicted, and why it was placed where it was."""
@@ -138,7 +152,8 @@ def apply(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would change.")] = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
-    """Make the running cluster match a file: instances are added, or drained and removed; no request fails."""
+    """Make the running cluster match a file: instances are added, or drained and removed; no request
+    fails."""
     from .admin import apply
     from .client import connect_to_administer
 
@@ -148,7 +163,9 @@ def apply(
 
 @app.command()
 def drain(
-    workers: Annotated[list[str] | None, typer.Argument(help="Names of workers, as `status` shows them.")] = None,
+    workers: Annotated[
+        list[str] | None, typer.Argument(help="Names of workers, as `status` shows them.")
+    ] = None,
     all_: Annotated[bool, typer.Option("--all", help="All workers.")] = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
@@ -194,12 +211,17 @@ def plan(
 
 @app.command()
 def simulate(
-    seed: Annotated[int | None, typer.Option(min=0, help="Run this seed alone and print its timeline.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Run this seed alone and print its timeline.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Run so many seeds.")] = 100,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
-    processes: Annotated[int | None, typer.Option(min=1, help="On so many processes; by default one per core.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="On so many processes; by default one per core.")
+    ] = None,
 ) -> None:
-    """Run the cluster's own decisions in virtual time, with faults everywhere; exits with 1 if a promise was broken."""
+    """Run the cluster's own decisions in virtual time, with faults everywhere; exits with 1 if a promise was
+    broken."""
     from .simulate import show_range, show_seed
 
     num_broken = show_range(first_seed, seeds, processes) if seed is None else show_seed(seed)

@@ -37,7 +37,8 @@ def validate(file: Path | None) -> None:
 
 
 def check(config: ClusterConfig) -> Plan:
-    """The plan for this machine. Raises for what no machine could serve, and leaves what needs a larger one in it."""
+    """The plan for this machine. Raises for what no machine could serve, and leaves what needs a larger one
+    in it."""
     _check_files(config.listen)
     planned = plan(config)
     if any(finding.error is not CapacityError for finding in planned.findings):
@@ -66,29 +67,36 @@ def show_plan(file: Path | None, output: str) -> None:
 def plan_json(planned: Plan) -> str:
     values = asdict(planned)
     values["pools"] = [asdict(pool) | {"role": pool.role.value} for pool in planned.pools]
-    values["gpus"] = [asdict(gpu) | {"instances": [role.value for role in gpu.instances]} for gpu in planned.gpus]
+    values["gpus"] = [
+        asdict(gpu) | {"instances": [role.value for role in gpu.instances]} for gpu in planned.gpus
+    ]
     values["findings"] = [finding.message for finding in planned.findings]
     return json.dumps(values, indent=2)
 
 
 def plan_text(planned: Plan) -> str:
     lines = [
-        f"model     {planned.model}: {planned.architecture}, {planned.num_parameters / 1e6:.4g} M parameters, {planned.dtype}",
+        (
+            f"model     {planned.model}: {planned.architecture}, {planned.num_parameters / 1e6:.4g} M"
+            f" parameters, {planned.dtype}"
+        ),
         f"weights   {format_size(planned.weights_bytes)} an instance",
         f"KV cache  {format_size(planned.kv_bytes_per_token)} a token, blocks of {planned.block_size} tokens",
         f"length    {planned.max_model_len} tokens of prompt and output",
         f"device    {planned.device} ({planned.why_device})",
         *map(_gpu_line, planned.gpus),
     ]
-    return "\n".join([*lines, *(line for pool in planned.pools for line in _pool_lines(pool, planned.max_model_len))])
+    return "\n".join(
+        [*lines, *(line for pool in planned.pools for line in _pool_lines(pool, planned.max_model_len))]
+    )
 
 
 def _gpu_line(gpu: GpuPlan) -> str:
     counts = Counter(role.value for role in gpu.instances)
     holds = " and ".join(f"{count} {role}" for role, count in counts.items()) or "nothing"
     return (
-        f"GPU {gpu.index:<5} {gpu.name} of {gpu.node}: {format_size(gpu.total_bytes)}, {format_size(gpu.free_bytes)} free now; "
-        f"planned: {holds}, {format_size(gpu.planned_bytes)}"
+        f"GPU {gpu.index:<5} {gpu.name} of {gpu.node}: {format_size(gpu.total_bytes)},"
+        f" {format_size(gpu.free_bytes)} free now; planned: {holds}, {format_size(gpu.planned_bytes)}"
     )
 
 
@@ -102,8 +110,13 @@ def _pool_lines(pool: PoolPlan, max_model_len: int) -> list[str]:
     measured = " (about: workers take what they find)" if pool.is_measured else ""
     return [
         "",
-        f"{pool.role.value}: {instances} of {gpu}{pool.num_cpus:g} core{'s' * (pool.num_cpus != 1)}, {pool.num_threads} thread"
-        f"{'s' * (pool.num_threads != 1)}",
-        f"  {kind} {format_size(pool.instance_bytes)} an instance, {format_size(pool.kv_cache_bytes)} of it KV cache{measured}",
+        (
+            f"{pool.role.value}: {instances} of {gpu}{pool.num_cpus:g} core{'s' * (pool.num_cpus != 1)},"
+            f" {pool.num_threads} thread{'s' * (pool.num_threads != 1)}"
+        ),
+        (
+            f"  {kind} {format_size(pool.instance_bytes)} an instance, {format_size(pool.kv_cache_bytes)} of"
+            f" it KV cache{measured}"
+        ),
         f"  sequences  {sequences} fit into {pool.num_blocks} blocks",
     ]

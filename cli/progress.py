@@ -36,10 +36,16 @@ class StatusLines:
 
 
 class StartBars:
-    """A bar for each starting worker, as long as it is used as a context; nothing at all where there is no terminal."""
+    """A bar for each starting worker, as long as it is used as a context; nothing at all where there is no
+    terminal."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[phase]}"))
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[phase]}"),
+        )
         console = Console(file=sys.stderr)
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
@@ -56,7 +62,9 @@ class StartBars:
         for worker in status.workers:
             task = self._tasks.get(worker.worker_id)
             if task is None:
-                task = self._tasks[worker.worker_id] = self._progress.add_task(worker.worker_id, total=1.0, phase="")
+                task = self._tasks[worker.worker_id] = self._progress.add_task(
+                    worker.worker_id, total=1.0, phase=""
+                )
             done = 1.0 if worker.state == pb.WORKER_STATE_READY else worker.fraction
             self._progress.update(task, completed=done, phase=worker.message or worker.phase)
 

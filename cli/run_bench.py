@@ -1,4 +1,5 @@
-"""What `pdserve bench` does with its options: files in, targets, a campaign, a report on stdout, and files out."""
+"""What `pdserve bench` does with its options: files in, targets, a campaign, a report on stdout, and files
+out."""
 
 import asyncio
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..loadgen.arrivals import make_arrivals
-from ..loadgen.campaign import Contender, Plan, Result, ratios_of, run_campaign, summed_up
+from ..loadgen.campaign import CampaignPlan, Contender, Result, ratios_of, run_campaign, summed_up
 from ..loadgen.errors import LoadError
 from ..loadgen.grpc_target import GrpcTarget
 from ..loadgen.http_target import HttpTarget
@@ -67,12 +68,12 @@ class TargetOptions:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class ReportFiles:
     json_file: Path | None
     plots: Path | None
 
 
-def run(load: LoadOptions, targets: TargetOptions, slo_text: str, outputs: Outputs) -> None:
+def run(load: LoadOptions, targets: TargetOptions, slo_text: str, outputs: ReportFiles) -> None:
     """The whole command. Raises LoadError."""
     slo, plan = parse_slo(slo_text), make_plan(load)
     results = asyncio.run(_campaign(plan, targets))
@@ -87,12 +88,12 @@ def run(load: LoadOptions, targets: TargetOptions, slo_text: str, outputs: Outpu
             print(f"drew {file}")
 
 
-def make_plan(load: LoadOptions) -> Plan:
+def make_plan(load: LoadOptions) -> CampaignPlan:
     """Raises LoadError for options that do not go together."""
     num_requests = load.requests
     if num_requests is None and load.duration_s is None and load.trace is None:
         num_requests = _DEFAULT_REQUESTS
-    return Plan(
+    return CampaignPlan(
         workload=_workload(load),
         seed=load.seed,
         num_rounds=load.rounds,
@@ -118,10 +119,14 @@ def _workload(load: LoadOptions) -> Workload:
         if not 0 < load.speed < float("inf"):
             raise LoadError(f"--speed: {load.speed:g} is not valid, expected a number above 0")
         rows = parse_trace(_read(str(load.trace)).splitlines())
-        return Replayed(rows, load.speed, load.max_prompt_tokens, load.max_output_tokens, load.concurrency is None)
+        return Replayed(
+            rows, load.speed, load.max_prompt_tokens, load.max_output_tokens, load.concurrency is None
+        )
     prefixes = SharedPrefixes(load.prefix_groups, load.prefix_tokens) if load.prefix_tokens else None
     arrivals = None if load.rate is None else make_arrivals(load.arrivals, load.rate, load.burstiness)
-    return Drawn(arrivals, parse_lengths(load.prompt_tokens, _read), parse_lengths(load.output_tokens, _read), prefixes)
+    return Drawn(
+        arrivals, parse_lengths(load.prompt_tokens, _read), parse_lengths(load.output_tokens, _read), prefixes
+    )
 
 
 def _read(path: str) -> str:
@@ -131,7 +136,7 @@ def _read(path: str) -> str:
         raise LoadError(f"{path} cannot be read: {error}") from error
 
 
-async def _campaign(plan: Plan, options: TargetOptions) -> list[Result]:
+async def _campaign(plan: CampaignPlan, options: TargetOptions) -> list[Result]:
     if len(options.addresses) > 2:
         raise LoadError("at most two targets can be compared")
     contenders = [_contender(address, options) for address in options.addresses]
@@ -171,7 +176,10 @@ def _object(text: str) -> dict[str, Any]:
 def _tell(name: str, index: int, one: Round) -> None:
     """Progress, on a terminal only."""
     if sys.stderr.isatty():
-        print(f"round {index + 1}, {name}: {len(one.records)} requests in {one.duration_s:.1f} s", file=sys.stderr)
+        print(
+            f"round {index + 1}, {name}: {len(one.records)} requests in {one.duration_s:.1f} s",
+            file=sys.stderr,
+        )
 
 
 def _show(results: list[Result], slo: Slo, may_be_cached: bool) -> None:
@@ -179,7 +187,10 @@ def _show(results: list[Result], slo: Slo, may_be_cached: bool) -> None:
         report = result.report(slo)
         print(*report_lines(result.name, report), "", sep="\n")
         if (report.num_cached_tokens or 0) > _CACHED_SHARE * report.num_input_tokens and not may_be_cached:
-            print(f"careful: {result.name} knew many of these prompts, probably from a run before; take another --seed\n")
+            print(
+                f"careful: {result.name} knew many of these prompts, probably from a run before; take another"
+                " --seed\n"
+            )
     ratios = ratios_of(results, slo)
     if ratios:
         print(*ratio_lines(results[0].name, results[1].name, ratios), sep="\n")
@@ -187,4 +198,9 @@ def _show(results: list[Result], slo: Slo, may_be_cached: bool) -> None:
 
 def _circumstances() -> dict[str, str]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"pdserve": __version__, "at": now, "machine": platform.platform(), "python": platform.python_version()}
+    return {
+        "pdserve": __version__,
+        "at": now,
+        "machine": platform.platform(),
+        "python": platform.python_version(),
+    }

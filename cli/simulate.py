@@ -3,7 +3,7 @@
 import sys
 import time
 
-from ..simulator.run import Tally, simulate, simulate_all
+from ..simulator.run import SeedTally, simulate, simulate_all
 
 MAX_SHOWN_FAILURES = 20
 
@@ -14,15 +14,16 @@ def show_seed(seed: int) -> int:
     for line in outcome.timeline:
         print(line)
     print(
-        f"seed {seed}: {outcome.num_requests} requests, {outcome.num_tokens} tokens, {outcome.num_resumed} requests resumed, "
-        f"{outcome.num_events} events in {outcome.virtual_s:.1f} virtual seconds, {len(outcome.violations)} violations"
+        f"seed {seed}: {outcome.num_requests} requests, {outcome.num_tokens} tokens, {outcome.num_resumed}"
+        f" requests resumed, {outcome.num_events} events in {outcome.virtual_s:.1f} virtual seconds,"
+        f" {len(outcome.violations)} violations"
     )
     return len(outcome.violations)
 
 
 def show_range(first_seed: int, num_seeds: int, num_processes: int | None) -> int:
     """Run a range of seeds and print what they amount to; returns how many broke a promise."""
-    tally, started_s = Tally(), time.perf_counter()
+    tally, started_s = SeedTally(), time.perf_counter()
     shown_s = started_s
     for outcome in simulate_all(range(first_seed, first_seed + num_seeds), num_processes):
         tally.add(outcome)
@@ -39,7 +40,7 @@ def show_range(first_seed: int, num_seeds: int, num_processes: int | None) -> in
     return len(tally.failures)
 
 
-def _summary(tally: Tally, seconds: float) -> str:
+def _summary(tally: SeedTally, seconds: float) -> str:
     rows = [
         ("seeds", tally.num_seeds),
         ("requests", tally.num_requests),

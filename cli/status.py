@@ -29,19 +29,26 @@ WIDE_COLUMNS = (*COLUMNS, "NODE", "PID", "DEVICES")
 
 
 def as_json(status: pb.ClusterStatus, indent: int | None = 2) -> str:
-    return MessageToJson(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=indent)
+    return MessageToJson(
+        status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=indent
+    )
 
 
 def as_table(status: pb.ClusterStatus, wide: bool = False) -> str:
-    """A line on the cluster, a row for each worker, one for each host where there are several, and what is wrong or waits."""
+    """A line on the cluster, a row for each worker, one for each host where there are several, and what is
+    wrong or waits."""
     rows = [WIDE_COLUMNS if wide else COLUMNS, *(_row(worker, wide) for worker in status.workers)]
     lines = [summary(status), "", *_aligned(rows)]
     if len(status.hosts) > 1 or wide:
         lines += ["", *_aligned([HOST_COLUMNS, *map(_host_row, status.hosts)])]
     if status.degraded:
         lines += ["", status.degraded]
-    messages = [f"{worker.worker_id}: {text}" for worker in status.workers if (text := worker.message or worker.phase)]
-    messages += [f"host {host.address}: {host.message}" for host in status.hosts if host.message not in status.degraded]
+    messages = [
+        f"{worker.worker_id}: {text}" for worker in status.workers if (text := worker.message or worker.phase)
+    ]
+    messages += [
+        f"host {host.address}: {host.message}" for host in status.hosts if host.message not in status.degraded
+    ]
     return "\n".join([*lines, *([""] if messages else []), *messages])
 
 
@@ -77,7 +84,9 @@ def _row(worker: pb.WorkerStatus, wide: bool) -> Sequence[str]:
         age(worker.age_s),
         str(worker.num_restarts),
     )
-    return (*row, worker.node or "-", str(worker.pid or "-"), ",".join(worker.devices) or "-") if wide else row
+    return (
+        (*row, worker.node or "-", str(worker.pid or "-"), ",".join(worker.devices) or "-") if wide else row
+    )
 
 
 def _host_row(host: pb.HostStatus) -> Sequence[str]:
@@ -96,4 +105,7 @@ def _host_row(host: pb.HostStatus) -> Sequence[str]:
 def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

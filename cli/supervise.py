@@ -1,8 +1,8 @@
 """`pdserve supervise`: starts a head's Ray and `pdserve up`, and again after a crash or a reboot of its host.
 
-`ray up` runs it on the head. It ends for good with `pdserve down`, which leaves Ray to `ray down`, and with `ray stop`, and so
-with `ray down`: they end all processes with `ray::` in their name, and it gives itself such a name.
-"""
+`ray up` runs it on the head. It ends for good with `pdserve down`, which leaves Ray to `ray down`, and with
+`ray stop`, and so with `ray down`: they end all processes with `ray::` in their name, and it gives itself
+such a name."""
 
 import ctypes
 import errno
@@ -41,8 +41,8 @@ OWN_NAME = b"ray::supervise"  # at most 15 bytes
 HIDDEN_NAME = b"pdserve"  # while it runs `ray stop` itself
 PR_SET_NAME = 15
 ORPHANED = (
-    "`pdserve supervise` was killed, and what it started serves on: nobody starts that again after a crash. Run `ray up` "
-    "again then, or `pdserve down` and `ray up` when streams may end"
+    "`pdserve supervise` was killed, and what it started serves on: nobody starts that again after a crash."
+    " Run `ray up` again then, or `pdserve down` and `ray up` when streams may end"
 )
 REQUESTS_TO_END = {signal.SIGTERM, signal.SIGINT}
 
@@ -68,10 +68,11 @@ class _Ended(Exception):
 
 
 def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
-    """Starts Ray, and `pdserve up` in the background; where they are supervised already, applies `file` to the cluster.
+    """Starts Ray, and `pdserve up` in the background; where they are supervised already, applies `file` to
+    the cluster.
 
-    `at_reboot`: Ray too is started in the background, and tried again: the network may come up later. Raises CommandFailed.
-    """
+    `at_reboot`: Ray too is started in the background, and tried again: the network may come up later. Raises
+    CommandFailed."""
     folder = FOLDER.expanduser()
     folder.mkdir(0o700, exist_ok=True)
     supervisor = _Supervisor(file.absolute(), ray_start, folder)
@@ -93,8 +94,12 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
 
 
 def _begin(supervisor: "_Supervisor", file: Path, ray_start: list[str], at_reboot: bool) -> bool:
-    """Whether this process is the supervisor from here on, rather than one that was there before. Raises PdserveError."""
-    if not at_reboot and subprocess.run([sys.argv[0], "validate", str(file)], stdin=subprocess.DEVNULL).returncode:
+    """Whether this process is the supervisor from here on, rather than one that was there before. Raises
+    PdserveError."""
+    if (
+        not at_reboot
+        and subprocess.run([sys.argv[0], "validate", str(file)], stdin=subprocess.DEVNULL).returncode
+    ):
         raise CommandFailed(f"{file} is refused; nothing has changed")
     config = read_config(file)
     is_first = _lock("supervisor") is not None  # until the supervisor ends
@@ -114,8 +119,8 @@ def _begin(supervisor: "_Supervisor", file: Path, ray_start: list[str], at_reboo
 
 
 def _lock(name: str) -> int | None:
-    """Held until the descriptor that it returns is closed in this process and in those that have inherited it; None when
-    another process holds it."""
+    """Held until the descriptor that it returns is closed in this process and in those that have inherited
+    it; None when another process holds it."""
     descriptor = os.open(FOLDER.expanduser() / name, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +142,8 @@ def _apply(config: ClusterConfig, file: Path) -> None:
 
 
 def _await_drained_hosts(client: Client) -> None:
-    """Until nothing runs on hosts that leave, which takes `drain_timeout_s` at most: their Ray is ended next."""
+    """Until nothing runs on hosts that leave, which takes `drain_timeout_s` at most: their Ray is ended
+    next."""
     said: set[str] = set()
     for status in client.cluster.WatchStatus(pb.WatchStatusRequest()):
         leaving = [host for host in status.hosts if host.state == pb.HOST_STATE_LEAVING and host.worker_ids]
@@ -167,15 +173,19 @@ class _Supervisor:
         self._folder = folder
         self._ray_folder = Path(_option(ray_start, TEMP_DIR) or "/tmp/ray")
         self._at_reboot = AtReboot(folder / "at_reboot")
-        self._copy = Path(_option(ray_start, AUTOSCALING_CONFIG) or file)  # the file as it was when it was last found good
+        self._copy = Path(
+            _option(ray_start, AUTOSCALING_CONFIG) or file
+        )  # the file as it was when it was last found good
 
     def take_file(self) -> None:
-        """Ray and `pdserve up` read a copy: a `ray up` with a file that is refused leaves what a crash starts again."""
+        """Ray and `pdserve up` read a copy: a `ray up` with a file that is refused leaves what a crash starts
+        again."""
         if self._copy != self._file:
             local_hosts.write_copy(self._file, self._copy)
 
     def put_back_file(self) -> None:
-        """In place of one that was refused: `ray up` does not send a file again that it has sent with success before."""
+        """In place of one that was refused: `ray up` does not send a file again that it has sent with success
+        before."""
         if self._copy != self._file and self._copy.exists():
             local_hosts.write_copy(self._copy, self._file)
 
@@ -223,7 +233,9 @@ class _Supervisor:
         address = (self._ray_folder / "ray_current_cluster").read_text().strip()
         command = [sys.argv[0], "up", str(self._copy)]
         kept = () if self.serving is None else (self.serving,)
-        child = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock, pass_fds=kept)
+        child = subprocess.Popen(
+            command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock, pass_fds=kept
+        )
         try:
             while child.poll() is None:
                 _await_signal({*REQUESTS_TO_END, signal.SIGCHLD})
@@ -297,7 +309,8 @@ def _allow_open_files() -> None:
 
 
 def _log_to(log: Path) -> None:
-    """This process's output goes to a new log, and the last one stays beside it; its input comes from nowhere."""
+    """This process's output goes to a new log, and the last one stays beside it; its input comes from
+    nowhere."""
     with suppress(FileNotFoundError):
         log.replace(log.with_suffix(".log.1"))
     for descriptor, path in ((0, Path(os.devnull)), (1, log), (2, log)):
@@ -307,7 +320,8 @@ def _log_to(log: Path) -> None:
 
 
 def sweep(parent: Path = Path("/tmp")) -> None:
-    """Removes what a launcher left that Ray ended with itself: this user's folders with sockets that nobody answers at."""
+    """Removes what a launcher left that Ray ended with itself: this user's folders with sockets that nobody
+    answers at."""
     for folder in parent.glob("pdserve-*"):
         with suppress(OSError):
             status = os.lstat(folder)

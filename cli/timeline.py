@@ -19,7 +19,9 @@ def timeline_lines(end: pb.RequestEnd) -> Iterator[str]:
     timeline, usage = end.timeline, end.usage
     first = f", first token after {_ms(timeline.first_token_s)}" if timeline.HasField("first_token_s") else ""
     cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
-    yield f"{usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens in {_ms(timeline.ended_s)}{first}"
+    yield (
+        f"{usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens in {_ms(timeline.ended_s)}{first}"
+    )
     scale = WIDTH / timeline.ended_s if timeline.ended_s > 0 else 0.0
     for attempt in timeline.attempts:
         if len(timeline.attempts) > 1:
@@ -34,13 +36,30 @@ def _attempt_lines(attempt: pb.Attempt, num_tokens: int, scale: float) -> Iterat
     first_s = attempt.first_token_s if attempt.HasField("first_token_s") else dispatched_s
     compute_s = prefill.compute_s if prefill.HasField("compute_s") else first_s - dispatched_s
     note = f"{prefill.num_tokens} tokens"
-    yield _line("prefill", prefill.worker, _bar(max(first_s - compute_s, dispatched_s), first_s, scale), compute_s, note)
+    yield _line(
+        "prefill",
+        prefill.worker,
+        _bar(max(first_s - compute_s, dispatched_s), first_s, scale),
+        compute_s,
+        note,
+    )
     if attempt.HasField("transfer"):
-        note = f"{format_size(transfer.num_bytes)} in {_chunks(transfer.num_chunks)}, {transfer.hidden_share:.0%} hidden"
+        note = (
+            f"{format_size(transfer.num_bytes)} in {_chunks(transfer.num_chunks)},"
+            f" {transfer.hidden_share:.0%} hidden"
+        )
         yield _line("transfer", "", _transfer_bar(transfer, first_s, scale), transfer.duration_s, note)
     if attempt.HasField("decode"):
-        note = f"{num_tokens} tokens, {_ms(decode.duration_s / (num_tokens - 1))} each" if num_tokens > 1 else ""
-        yield _line("decode", decode.worker, _bar(first_s, first_s + decode.duration_s, scale), decode.duration_s, note)
+        note = (
+            f"{num_tokens} tokens, {_ms(decode.duration_s / (num_tokens - 1))} each" if num_tokens > 1 else ""
+        )
+        yield _line(
+            "decode",
+            decode.worker,
+            _bar(first_s, first_s + decode.duration_s, scale),
+            decode.duration_s,
+            note,
+        )
 
 
 def _bar(start_s: float, end_s: float, scale: float) -> str:

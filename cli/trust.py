@@ -1,4 +1,5 @@
-"""What a command shows to a server, and by what it knows the server: options before the command, or the environment."""
+"""What a command shows to a server, and by what it knows the server: options before the command, or the
+environment."""
 
 import os
 import ssl
@@ -65,7 +66,9 @@ class Trust:
         """For HTTP, where the address says that there is TLS. Raises BadTrust."""
         self._check_pair()
         try:
-            context = ssl.create_default_context(cafile=None if self.tls_ca in (None, PUBLIC) else _expanded(self.tls_ca))
+            context = ssl.create_default_context(
+                cafile=None if self.tls_ca in (None, PUBLIC) else _expanded(self.tls_ca)
+            )
         except OSError as error:
             raise BadTrust(f"--tls-ca: {self.tls_ca!r} cannot be used: {error.strerror or error}") from error
         if self.certificate is not None:

@@ -71,11 +71,14 @@ def logging_here(config: ClusterConfig) -> Iterator[LogSettings]:
 
 
 def follow(client: Client, until_ready: bool = False, http_address: str | None = None) -> None:
-    """Say what changes, until the cluster ends or, with `until_ready`, until it serves: there, and over HTTP."""
+    """Say what changes, until the cluster ends or, with `until_ready`, until it serves: there, and over
+    HTTP."""
     lines = StatusLines()
     try:
         with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
-            has_started = _until_ready(client, states, lines, MAX_RESTARTS if until_ready else None, http_address)
+            has_started = _until_ready(
+                client, states, lines, MAX_RESTARTS if until_ready else None, http_address
+            )
             if has_started and not until_ready:
                 for status in states:
                     _say_changes(lines, status)
@@ -91,7 +94,8 @@ def _until_ready(
     max_restarts: int | None,
     http_address: str | None,
 ) -> bool:
-    """Show how the start goes; whether it came to its end. Raises CommandFailed after `max_restarts` of a worker."""
+    """Show how the start goes; whether it came to its end. Raises CommandFailed after `max_restarts` of a
+    worker."""
     with StartBars() as bars:
         for status in states:
             if bars.are_shown:
@@ -150,7 +154,8 @@ def _drain_and_stop(client: Client) -> None:
 
 @contextmanager
 def launched(config: ClusterConfig) -> Iterator["LaunchedCluster"]:
-    """A cluster for the time of the block. A Ctrl-C while Ray starts, which cannot be interrupted cleanly, counts after it."""
+    """A cluster for the time of the block. A Ctrl-C while Ray starts, which cannot be interrupted cleanly,
+    counts after it."""
     from ..cluster.launch import launch
 
     interrupted: list[int] = []

@@ -1,4 +1,5 @@
-"""The Ray actors: thin hosts of a worker process and of the head. Everything inside is loaded in the actor's own process."""
+"""The Ray actors: thin hosts of a worker process and of the head. Everything inside is loaded in the actor's
+own process."""
 
 import asyncio
 import logging
@@ -30,17 +31,24 @@ NAMESPACE = "pdserve"
 def reason_of(error: RayError) -> str:
     """Why an actor ended, or a call of it failed, in one line unless it is a message of ours."""
     if isinstance(error, RayTaskError) and error.cause is not None:
-        return str(error.cause) if isinstance(error.cause, PdserveError) else f"{type(error.cause).__name__}: {error.cause}"
+        return (
+            str(error.cause)
+            if isinstance(error.cause, PdserveError)
+            else f"{type(error.cause).__name__}: {error.cause}"
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     began = not (isinstance(error, RayActorError) and error.actor_init_failed)
     return lines[0] if began else f"the process did not start: {lines[-1]}"
 
 
 def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
-    """Of a worker's actor. Which of its node's GPUs it gets is Ray's choice; Ray shows the process no other."""
+    """Of a worker's actor. Which of its node's GPUs it gets is Ray's choice; Ray shows the process no
+    other."""
     variables = {"OMP_NUM_THREADS": str(spec.pool.num_threads)}
     if spec.device == "cuda":
-        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # indices mean to CUDA what they mean to NVML and to Ray
+        variables["CUDA_DEVICE_ORDER"] = (
+            "PCI_BUS_ID"  # indices mean to CUDA what they mean to NVML and to Ray
+        )
     return {
         "num_cpus": spec.pool.num_cpus,
         "num_gpus": spec.need.gpu_share,
@@ -51,7 +59,8 @@ def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
 
 @ray.remote(max_restarts=0, max_concurrency=2)
 class WorkerActor:
-    """Hosts one worker. `run` occupies one of the actor's threads for as long as the worker lives, `stop` needs the other."""
+    """Hosts one worker. `run` occupies one of the actor's threads for as long as the worker lives, `stop`
+    needs the other."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         from ..worker.process import WorkerProcess  # torch, which the actors of head and keeper do without
@@ -65,7 +74,8 @@ class WorkerActor:
         self._worker = WorkerProcess(replace(spec, socket_root=self._session))
 
     def run(self) -> None:
-        """Raises SharedRayFolder, so that `status` shows it, when other users of this node could hijack the worker."""
+        """Raises SharedRayFolder, so that `status` shows it, when other users of this node could hijack the
+        worker."""
         ray_folder.check(self._session, ray_folder.sockets(), self._accept_open_ray)
         self._worker.run()
 
@@ -93,8 +103,8 @@ class _Kept:
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
 class KeeperActor:
-    """What outlives a head: the workers' actors, and the configuration in force. Ray ends actors with the one that made them:
-    workers end with the keeper, and the keeper with the process that launched the cluster."""
+    """What outlives a head: the workers' actors, and the configuration in force. Ray ends actors with the one
+    that made them: workers end with the keeper, and the keeper with the process that launched the cluster."""
 
     def __init__(self, config: ClusterConfig, log_settings: LogSettings | None = None) -> None:
         if log_settings is not None:

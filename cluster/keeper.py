@@ -12,7 +12,8 @@ from .actors import reason_of
 
 
 class RayKeeper:
-    """`KeeperActor`, by its handle. Calls of an async actor may overtake each other: one starts a worker and tells its end."""
+    """`KeeperActor`, by its handle. Calls of an async actor may overtake each other: one starts a worker and
+    tells its end."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor

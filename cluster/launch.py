@@ -1,4 +1,5 @@
-"""From a configuration to a running head: finds or starts Ray, starts the head actor in it, and ends what it started.
+"""From a configuration to a running head: finds or starts Ray, starts the head actor in it, and ends what it
+started.
 
 The cluster lives as long as the process that launched it.
 """
@@ -41,17 +42,24 @@ RESTART_PAUSE_S = 1.0  # before a head is started after one that lived no longer
 
 @dataclass(frozen=True)
 class _Ray:
-    """A Ray cluster we are connected to: one that was there before, unless it has a `token`. `ours`: we connected to it."""
+    """A Ray cluster we are connected to: one that was there before, unless it has a `token`. `ours`: we
+    connected to it."""
 
     ours: bool = True
     token: RayToken | None = None
 
     @staticmethod
     def connect(run_folder: Path) -> "_Ray":
-        """Adopt the cluster that this process is connected to or RAY_ADDRESS names, else start one of our own in `run_folder`.
+        """Adopt the cluster that this process is connected to or RAY_ADDRESS names, else start one of our own
+        in `run_folder`.
 
-        Raises LaunchError, also when others than this user could run code through a cluster that was there before."""
-        options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+        Raises LaunchError, also when others than this user could run code through a cluster that was there
+        before."""
+        options: dict[str, Any] = {
+            "namespace": NAMESPACE,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
         adopted = _Ray._adopt(options)
         if adopted is None:
             return _Ray._start(run_folder, options)
@@ -77,14 +85,18 @@ class _Ray:
         try:
             ray.init(address=str(address), **options)
         except (OSError, RuntimeError, ValueError, RayError) as error:  # also when it does not take our token
-            raise LaunchError(f"cannot connect to the Ray cluster at {ray_address.VARIABLE}={address}: {error}") from error
+            raise LaunchError(
+                f"cannot connect to the Ray cluster at {ray_address.VARIABLE}={address}: {error}"
+            ) from error
         return _Ray()
 
     @staticmethod
     def _start(run_folder: Path, options: dict[str, Any]) -> "_Ray":
         started = _Ray(token=RayToken(run_folder))
         node = probe_node()
-        if node.usable_devices:  # by name: Ray counts from 0, and some of the machine's GPUs may not be for us
+        if (
+            node.usable_devices
+        ):  # by name: Ray counts from 0, and some of the machine's GPUs may not be for us
             os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in node.usable_devices)
         try:
             ray.init(
@@ -94,7 +106,9 @@ class _Ray:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(run_folder / "ray"),  # Ray opens it to everybody: nobody gets that far
-                _system_config={"worker_niceness": 0},  # Ray would let any other process of the machine starve ours
+                _system_config={
+                    "worker_niceness": 0
+                },  # Ray would let any other process of the machine starve ours
                 **options,
             )
         except BaseException:  # Ctrl-C as well
@@ -110,11 +124,13 @@ class _Ray:
 
 
 class LaunchedCluster:
-    """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends it all, and Ray too when we
-    started it."""
+    """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends it all, and
+    Ray too when we started it."""
 
     def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))  # for this user alone; sockets want short paths
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
+        )  # for this user alone; sockets want short paths
         try:
             self._ray = _Ray.connect(self._folder)
         except BaseException:
@@ -176,7 +192,9 @@ class LaunchedCluster:
             options = KeeperActor.options(name=KEEPER_NAME, scheduling_strategy=here)  # type: ignore[attr-defined]
             return options.remote(config, log_settings)
         except ValueError as error:  # the name is taken
-            raise LaunchError("a pdserve cluster runs in this Ray cluster already; stop it with `pdserve down`") from error
+            raise LaunchError(
+                "a pdserve cluster runs in this Ray cluster already; stop it with `pdserve down`"
+            ) from error
 
     def _create_head(self) -> None:
         here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)  # where clients look for it
@@ -201,7 +219,9 @@ class LaunchedCluster:
                     log.warning("the head died: %s", reason_of(error))
                 if time.monotonic() - started_s < RESTART_PAUSE_S:
                     time.sleep(RESTART_PAUSE_S)
-                self._spec = replace(self._spec, generation=self._spec.generation + 1, endpoints=self._endpoints)
+                self._spec = replace(
+                    self._spec, generation=self._spec.generation + 1, endpoints=self._endpoints
+                )
                 self._replace_head()
         except (LaunchError, RayError) as error:
             if not self._stopped:
@@ -257,16 +277,19 @@ class LaunchedCluster:
     def __enter__(self) -> "LaunchedCluster":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.stop()
 
 
 def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> LaunchedCluster:
-    """Start a cluster; its workers load while this returns. Without `log_settings`, its processes' warnings go to Ray's logs.
+    """Start a cluster; its workers load while this returns. Without `log_settings`, its processes' warnings
+    go to Ray's logs.
 
-    Raises ConfigError when the address to listen on is taken, UnsafeFolder when this user's runtime folder is not private,
-    LaunchError when Ray or the head does not start, or when the model cannot be read or does not fit.
-    """
+    Raises ConfigError when the address to listen on is taken, UnsafeFolder when this user's runtime folder is
+    not private, LaunchError when Ray or the head does not start, or when the model cannot be read or does not
+    fit."""
     admin_socket.prepare()
     _check_port_is_free("grpc", *config.listen.grpc_host_port)
     if config.listen.http_host_port is not None:
@@ -276,7 +299,11 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
 
 def _otlp_endpoint() -> str | None:
     """Of this process's environment: the head's may be another's, when Ray was here before."""
-    return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None
+    return (
+        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        or None
+    )
 
 
 def _this_node() -> str:

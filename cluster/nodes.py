@@ -27,7 +27,8 @@ _look_there: Any = ray.remote(num_cpus=0, max_retries=0)(look)
 
 
 class RayNodes:
-    """Asks Ray which hosts there are, and hosts what they are like. The one that this process runs on is the head's."""
+    """Asks Ray which hosts there are, and hosts what they are like. The one that this process runs on is the
+    head's."""
 
     def __init__(self, model_path: str, router_address: tuple[str, int]) -> None:
         self._model_path = model_path
@@ -62,7 +63,9 @@ class RayNodes:
         for host in await self.seen():
             self._asking[host.node_id] = asyncio.create_task(self._ask(host.node_id))
         done, _ = await asyncio.wait(self._asking.values(), timeout=timeout_s)
-        return tuple(self.node(name) for name, task in self._asking.items() if task in done and not task.result())
+        return tuple(
+            self.node(name) for name, task in self._asking.items() if task in done and not task.result()
+        )
 
     async def ask_here(self) -> tuple[Node, ...]:
         """The head's host alone."""
@@ -83,12 +86,16 @@ class RayNodes:
         except TimeoutError:
             ray.cancel(asked, force=True)
             return (
-                f"it has not answered within {CHECK_TIMEOUT_S:g} s: it is frozen, overloaded or cut off from the head; see "
-                "whether processes start there, and whether all TCP between the hosts passes the firewalls"
+                f"it has not answered within {CHECK_TIMEOUT_S:g} s: it is frozen, overloaded or cut off from"
+                " the head; see whether processes start there, and whether all TCP between the hosts passes"
+                " the firewalls"
             )
         except (RayError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = reason_of(error) if isinstance(error, RayError) else f"{type(error).__name__}: {error}"
-            return f"pdserve cannot be asked there ({reason}); see whether pdserve {__version__} is installed there"
+            return (
+                f"pdserve cannot be asked there ({reason}); see whether pdserve {__version__} is installed"
+                " there"
+            )
         return ""
 
     async def check(self, node_id: str, config: ClusterConfig, device: DeviceKind) -> HostChecked:

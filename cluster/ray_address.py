@@ -1,8 +1,8 @@
 """Checks the Ray cluster that RAY_ADDRESS names, before Ray connects to it.
 
-Ray's calls carry pickles, so whoever answers at that address runs code in this process, and whoever may call the cluster runs
-code in all of its processes. A token proves a client to the cluster, and the cluster to nobody.
-"""
+Ray's calls carry pickles, so whoever answers at that address runs code in this process, and whoever may call
+the cluster runs code in all of its processes. A token proves a client to the cluster, and the cluster to
+nobody."""
 
 import logging
 import os
@@ -39,17 +39,24 @@ class RayAddress:
 
     @staticmethod
     def parse(text: str) -> "RayAddress":
-        """Raises LaunchError for all but HOST:PORT. Ray would look for `auto` among the processes of all users."""
+        """Raises LaunchError for all but HOST:PORT. Ray would look for `auto` among the processes of all
+        users."""
         host, _, port = text.strip().rpartition(":")
         name = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-        is_host = bool(name) and name.isprintable() and not set(name) & set(" /[]@") and (":" not in name or name != host)
+        is_host = (
+            bool(name)
+            and name.isprintable()
+            and not set(name) & set(" /[]@")
+            and (":" not in name or name != host)
+        )
         if not (is_host and port.isascii() and port.isdigit() and 0 < int(port[:6]) <= MAX_PORT):
             raise LaunchError(f"{VARIABLE}: got {text[:256]!r}, expected HOST:PORT, as `ray start` prints it")
         return RayAddress(name, int(port))
 
 
 def check_listener(address: RayAddress) -> None:
-    """Raises LaunchError unless this user or root listens on the port, where the address is one of this host's.
+    """Raises LaunchError unless this user or root listens on the port, where the address is one of this
+    host's.
 
     Listeners on all of the host's addresses count: Ray itself replaces 127.0.0.1 by another of them."""
     if not _is_of_this_host(address):
@@ -57,18 +64,21 @@ def check_listener(address: RayAddress) -> None:
     uids = set(_listeners(address.port))
     if not uids:
         raise LaunchError(
-            f"no Ray cluster answers at {VARIABLE}={address}: nothing listens on port {address.port} of this host"
+            f"no Ray cluster answers at {VARIABLE}={address}: nothing listens on port {address.port} of this"
+            " host"
         )
     others = sorted(uids - {os.getuid(), 0})
     if others:
         raise LaunchError(
-            f"{VARIABLE}={address}: a process of the user with id {others[0]} listens on port {address.port}, expected one of "
-            f"this user ({os.getuid()}) or root. It could run code as this user; has the Ray that was there ended?"
+            f"{VARIABLE}={address}: a process of the user with id {others[0]} listens on port {address.port},"
+            f" expected one of this user ({os.getuid()}) or root. It could run code as this user; has the Ray"
+            " that was there ended?"
         )
 
 
 def check_token(address: str, accept: bool) -> None:
-    """Raises LaunchError unless the cluster refuses a call without a token; with `accept` it only warns that it does not."""
+    """Raises LaunchError unless the cluster refuses a call without a token; with `accept` it only warns that
+    it does not."""
     with _channel(address) as channel:
         try:
             channel.unary_unary(CALL, None, None)(b"", timeout=ANSWER_TIMEOUT_S)
@@ -77,9 +87,9 @@ def check_token(address: str, accept: bool) -> None:
                 return
             raise LaunchError(f"no Ray cluster answers at {address}: {error.code().name}") from error
     message = (
-        f"the Ray cluster at {address} has no token: whoever reaches its ports, from this host or another, joins it and runs "
-        f"code as this user. Restart Ray with a token: {RESTART}. "
-        f"Where nobody else reaches the hosts, set {ACCEPT}=1 for `pdserve up`"
+        f"the Ray cluster at {address} has no token: whoever reaches its ports, from this host or another,"
+        f" joins it and runs code as this user. Restart Ray with a token: {RESTART}. Where nobody else"
+        f" reaches the hosts, set {ACCEPT}=1 for `pdserve up`"
     )
     if not accept:
         raise LaunchError(message)

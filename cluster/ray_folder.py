@@ -1,9 +1,8 @@
 """Checks that no other local user can change the folder in which Ray keeps a node's sockets and logs.
 
-Ray gives everybody the right to write there (mode 0777, without the sticky bit). Whoever can reach it replaces a log by a
-symlink to any file of the cluster's user, or the sockets that its processes connect to. So it has to lie inside a folder that
-keeps others out.
-"""
+Ray gives everybody the right to write there (mode 0777, without the sticky bit). Whoever can reach it
+replaces a log by a symlink to any file of the cluster's user, or the sockets that its processes connect to.
+So it has to lie inside a folder that keeps others out."""
 
 import logging
 import os
@@ -20,10 +19,11 @@ log = logging.getLogger(__name__)
 
 ACCEPT = "PDSERVE_ACCEPT_OPEN_RAY"  # "1" in the environment of `pdserve up`
 RESTART = (
-    "`ray stop; (umask 077; ray get-auth-token --generate > /dev/null); chmod 600 ~/.ray/auth_token; "
-    "mkdir -p ~/.pdserve && chmod 700 ~/.pdserve && RAY_AUTH_MODE=token ray start --head --temp-dir=$HOME/.pdserve/ray`, "
-    "on other hosts with the same ~/.ray/auth_token and --address=HEAD:PORT in place of --head; then "
-    "`RAY_AUTH_MODE=token RAY_ADDRESS=$(cat ~/.pdserve/ray/ray_current_cluster) pdserve up`"
+    "`ray stop; (umask 077; ray get-auth-token --generate > /dev/null); chmod 600 ~/.ray/auth_token; mkdir -p"
+    " ~/.pdserve && chmod 700 ~/.pdserve && RAY_AUTH_MODE=token ray start --head"
+    " --temp-dir=$HOME/.pdserve/ray`, on other hosts with the same ~/.ray/auth_token and --address=HEAD:PORT"
+    " in place of --head; then `RAY_AUTH_MODE=token RAY_ADDRESS=$(cat ~/.pdserve/ray/ray_current_cluster)"
+    " pdserve up`"
 )
 WRITTEN = ("sockets", "logs", "runtime_resources")  # in a session folder
 
@@ -35,7 +35,8 @@ def session_folder() -> Path:
 
 
 def sockets() -> tuple[Path, ...]:
-    """Those over which this process really talks to its node, whatever the cluster calls its session folder."""
+    """Those over which this process really talks to its node, whatever the cluster calls its session
+    folder."""
     node = ray_worker._global_node
     assert node is not None, "this process is connected to Ray"
     return Path(node.raylet_socket_name), Path(node.plasma_store_socket_name)
@@ -47,16 +48,17 @@ def is_accepted() -> bool:
 
 
 def check(session: Path, sockets: Iterable[Path], accept: bool) -> None:
-    """Raises SharedRayFolder when another user could change the folder or the sockets; with `accept` it only warns."""
+    """Raises SharedRayFolder when another user could change the folder or the sockets; with `accept` it only
+    warns."""
     weaknesses = (*(weakness_of(session / name) for name in WRITTEN), *map(_weakness_of_socket, sockets))
     weakness = next(filter(None, weaknesses), None)
     if weakness is None:
         return
     message = (
-        f"Ray's folder {session} on host {os.uname().nodename} is open to other local users: {weakness}. "
-        "Any of them could overwrite files of this user, and run code as this user, through Ray's logs and sockets. "
-        f"Restart Ray inside a folder of mode 0700: {RESTART}. "
-        f"Where nobody else reaches the hosts, set {ACCEPT}=1 for `pdserve up`"
+        f"Ray's folder {session} on host {os.uname().nodename} is open to other local users: {weakness}. Any"
+        " of them could overwrite files of this user, and run code as this user, through Ray's logs and"
+        f" sockets. Restart Ray inside a folder of mode 0700: {RESTART}. Where nobody else reaches the hosts,"
+        f" set {ACCEPT}=1 for `pdserve up`"
     )
     if not accept:
         raise SharedRayFolder(message)
@@ -68,10 +70,11 @@ def _weakness_of_socket(path: Path) -> str | None:
 
 
 def weakness_of(folder: Path) -> str | None:
-    """How a user other than this one and root could change what `folder` means or holds; None when nobody could.
+    """How a user other than this one and root could change what `folder` means or holds; None when nobody
+    could.
 
-    Walks down from the root. A directory that others can neither enter nor replace ends the walk: what is below is private.
-    """
+    Walks down from the root. A directory that others can neither enter nor replace ends the walk: what is
+    below is private."""
     for step in (*reversed(folder.parents), folder):
         try:
             status = os.lstat(step)
@@ -84,7 +87,9 @@ def weakness_of(folder: Path) -> str | None:
         if not status.st_mode & 0o011:  # a symlink below may lead out again
             real = folder.resolve()
             return None if real == folder else weakness_of(real)
-        is_sticky = bool(status.st_mode & stat.S_ISVTX) and step != folder  # others cannot replace the next step
+        is_sticky = (
+            bool(status.st_mode & stat.S_ISVTX) and step != folder
+        )  # others cannot replace the next step
         if status.st_mode & 0o022 and not is_sticky:
             return f"{step} has mode {stat.S_IMODE(status.st_mode):04o}"
     return None

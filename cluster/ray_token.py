@@ -1,8 +1,7 @@
 """The token of a Ray that we start: Ray's token mode on, with a token that nobody but this user can read.
 
-By itself Ray would write its token to ~/.ray with the rights that the umask leaves, for all of a user's clusters and for good.
-Ours is drawn for one cluster, lies in its run folder, and goes with the cluster.
-"""
+By itself Ray would write its token to ~/.ray with the rights that the umask leaves, for all of a user's
+clusters and for good. Ours is drawn for one cluster, lies in its run folder, and goes with the cluster."""
 
 import os
 import secrets
@@ -17,7 +16,8 @@ class RayToken:
     """In force in this process, and in all that it starts, until `withdraw`."""
 
     def __init__(self, run_folder: Path) -> None:
-        """Written into `run_folder`. An operator who has chosen a mode other than token, or has a token, keeps that."""
+        """Written into `run_folder`. An operator who has chosen a mode other than token, or has a token,
+        keeps that."""
         self._before: dict[str, str | None] = {}
         if os.environ.get(MODE, "token") != "token" or os.environ.get(TOKEN) or os.environ.get(TOKEN_PATH):
             return

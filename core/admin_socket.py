@@ -1,9 +1,8 @@
 """Finds the Unix socket on which a cluster of this user is administered without a key.
 
-The launcher puts a symlink named by the gRPC server's address into the user's runtime folder; the command line looks for it
-there. The folder is for its user alone, and both sides verify that before they use it: anybody can make a folder of its name
-in /tmp.
-"""
+The launcher puts a symlink named by the gRPC server's address into the user's runtime folder; the command
+line looks for it there. The folder is for its user alone, and both sides verify that before they use it:
+anybody can make a folder of its name in /tmp."""
 
 import os
 import socket
@@ -54,7 +53,8 @@ def prepare() -> None:
 
 
 def publish(address: str, target: Path) -> None:
-    """Makes `target` the socket of the cluster on `address`, in place of a cluster that is gone. Raises UnsafeFolder."""
+    """Makes `target` the socket of the cluster on `address`, in place of a cluster that is gone. Raises
+    UnsafeFolder."""
     prepare()
     link = socket_link(address)
     new = link.with_suffix(f".{os.getpid()}")
@@ -76,7 +76,8 @@ def withdraw(address: str, target: Path) -> None:
 
 
 def find(address: str) -> Path | None:
-    """The socket of a cluster of ours on `address`, or on all addresses and that port, that accepts connections.
+    """The socket of a cluster of ours on `address`, or on all addresses and that port, that accepts
+    connections.
 
     Raises UnsafeFolder."""
     port = address.rpartition(":")[2]
@@ -112,4 +113,6 @@ def _verify(folder: Path) -> None:
 
 def _unsafe(folder: Path, why: str, is_ours: bool = False) -> UnsafeFolder:
     remedy = f"name another in {RUNTIME_FOLDER}" + (", or remove it" if is_ours else "")
-    return UnsafeFolder(f"{folder}: {why}, expected a directory of user {os.getuid()} with mode 0700; {remedy}")
+    return UnsafeFolder(
+        f"{folder}: {why}, expected a directory of user {os.getuid()} with mode 0700; {remedy}"
+    )

@@ -1,8 +1,7 @@
 """A state, the transitions that its table allows, and the story of how it came there.
 
-Transfers and KV links have one (`kv_transfer/states.py`); live requests, dispatches, workers and members of the fleet
-are one (`router/`).
-"""
+Transfers and KV links have one (`kv_transfer/states.py`); live requests, dispatches, workers and members of
+the fleet are one (`router/`)."""
 
 import enum
 from collections.abc import Mapping, Set
@@ -20,7 +19,9 @@ class Automaton(Generic[S]):
 
     __slots__ = ("_name", "_story", "_transitions", "state")
 
-    def __init__(self, transitions: Mapping[S, Set[S]], initial: S, *, name: str = "", at_s: float | None = None) -> None:
+    def __init__(
+        self, transitions: Mapping[S, Set[S]], initial: S, *, name: str = "", at_s: float | None = None
+    ) -> None:
         self._name = name
         self._transitions = transitions
         self._story: list[tuple[S, float | None, str]] = [(initial, at_s, "")]
@@ -31,7 +32,8 @@ class Automaton(Generic[S]):
         return self._name
 
     def transition(self, target: S, at_s: float | None = None, why: str = "") -> None:
-        """Enters `target`. Raises InvalidTransition, with the story so far, when the table lacks the transition."""
+        """Enters `target`. Raises InvalidTransition, with the story so far, when the table lacks the
+        transition."""
         if target not in self._transitions[self.state]:
             raise InvalidTransition(str(self), self.state, target, self.story())
         self.state = target

@@ -1,9 +1,9 @@
-"""Reads the small files of a checkpoint directory. A checkpoint comes from anywhere, so nothing in it is taken on trust.
+"""Reads the small files of a checkpoint directory. A checkpoint comes from anywhere, so nothing in it is
+taken on trust.
 
-Only regular files are read (a symbolic link is followed, as model hubs cache files behind links), each up to a size that is
-checked before a byte is read. JSON is strict: no NaN, no Infinity, nothing nested without end. All errors are CheckpointErrors
-of bounded, printable text.
-"""
+Only regular files are read (a symbolic link is followed, as model hubs cache files behind links), each up to
+a size that is checked before a byte is read. JSON is strict: no NaN, no Infinity, nothing nested without end.
+All errors are CheckpointErrors of bounded, printable text."""
 
 import os
 import reprlib
@@ -41,13 +41,18 @@ def shown_text(text: str) -> str:
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Opens `file` to read. Raises CheckpointError where it is missing, unreadable, or a pipe, a device or a directory."""
+    """Opens `file` to read. Raises CheckpointError where it is missing, unreadable, or a pipe, a device or a
+    directory."""
     try:
-        number = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that nobody writes to would block
+        number = os.open(
+            file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # a pipe that nobody writes to would block
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with NUL
-        raise CheckpointError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise CheckpointError(
+            f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
         raise CheckpointError(f"{file}: not a regular file")
@@ -112,4 +117,6 @@ def read_json(file: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
 def is_name(name: str) -> bool:
     """Whether a text may name a tensor, or a file of the checkpoint's directory, and stand in a message."""
-    return 0 < len(name) <= MAX_NAME_CHARS and name.isprintable() and "/" not in name and name not in (".", "..")
+    return (
+        0 < len(name) <= MAX_NAME_CHARS and name.isprintable() and "/" not in name and name not in (".", "..")
+    )

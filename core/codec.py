@@ -1,8 +1,9 @@
-"""Frames on a stream: length and number, four little-endian bytes each, and one msgpack message. Pure: bytes in, messages out.
+"""Frames on a stream: length and number, four little-endian bytes each, and one msgpack message. Pure: bytes
+in, messages out.
 
-Numbers count the frames of one direction. A stream that lost, repeated or swapped a frame, by whoever's mistake, is a broken
-stream: its reader says so instead of guessing, and everything above it may rely on having heard all that was said before.
-"""
+Numbers count the frames of one direction. A stream that lost, repeated or swapped a frame, by whoever's
+mistake, is a broken stream: its reader says so instead of guessing, and everything above it may rely on
+having heard all that was said before."""
 
 import struct
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ class FrameDecoder(Generic[T]):
         self._max_frame_bytes = max_frame_bytes
 
     def feed(self, data: bytes) -> Iterator[T]:
-        """The messages completed by `data`. Raises FrameError for frames that are oversized, malformed or not the next one."""
+        """The messages completed by `data`. Raises FrameError for frames that are oversized, malformed or not
+        the next one."""
         self._buffer += data
         start = 0
         try:

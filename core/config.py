@@ -1,8 +1,8 @@
-"""The cluster as its operator describes it: the `metadata.pdserve` part of cluster.yaml, parsed once and never changed.
+"""The cluster as its operator describes it: the `metadata.pdserve` part of cluster.yaml, parsed once and
+never changed.
 
-`core.config_file` reads it from a file; `planner.plan` says whether a machine can hold it. The docstring under a field
-is also its description in the JSON schema.
-"""
+`core.config_file` reads it from a file; `planner.plan` says whether a machine can hold it. The docstring
+under a field is also its description in the JSON schema."""
 
 from collections.abc import Iterator, Mapping
 from math import ceil
@@ -11,14 +11,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from .config_listen import ListenSection
-from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, Part, expected
+from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, ConfigSection, expected
 from .devices import DeviceKind
 from .hosts import ExpectedHosts
 from .messages import Role
 
-MAX_INSTANCES = 4096  # of one pool: each of them is listed and planned before it is known whether there is room
+MAX_INSTANCES = (
+    4096  # of one pool: each of them is listed and planned before it is known whether there is room
+)
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
-MAX_PROMPT_LOGPROBS = 1 << 18  # 15 bytes each: they go from worker to worker in the message that hands a request over
+MAX_PROMPT_LOGPROBS = (
+    1 << 18
+)  # 15 bytes each: they go from worker to worker in the message that hands a request over
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -26,7 +30,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class ModelSection(Part):
+class ModelSection(ConfigSection):
     """The model that is served."""
 
     path: str = Field(default="embedded", min_length=1)
@@ -43,7 +47,7 @@ class ModelSection(Part):
         return self.served_name or self.path.rstrip("/").rpartition("/")[2] or self.path
 
 
-class PoolSection(Part):
+class PoolSection(ConfigSection):
     """All instances of one role. An instance is one replica of the model."""
 
     instances: int = Field(default=1, ge=0, le=MAX_INSTANCES)
@@ -51,7 +55,8 @@ class PoolSection(Part):
     devices_per_instance: Positive = 1
     """CPU cores of one instance; on GPUs 1, as an instance computes on one."""
     gpus_per_instance: Share | None = None
-    """On GPUs: how much of its GPU one instance takes; a fraction such as 0.5 lets instances share one. By default 1."""
+    """On GPUs: how much of its GPU one instance takes; a fraction such as 0.5 lets instances share one. By
+    default 1."""
     cpus_per_instance: PositiveFloat | None = None
     """Cores to reserve for one instance; a fraction such as 0.5 lets instances share a core. By default
     `devices_per_instance`. On GPUs these are the cores of the instance's host process."""
@@ -62,15 +67,17 @@ class PoolSection(Part):
     max_batch_tokens: Positive = Field(default=2048, validate_default=True)
     """Tokens in one step, at most; longer prompts are prefilled in chunks of this size."""
     kv_cache_bytes: AutoSize = "auto"
-    """Memory for the KV cache of one instance, as bytes or a size such as 512MiB; auto: by free memory, on GPUs what the
-    instance's share of the GPU leaves."""
+    """Memory for the KV cache of one instance, as bytes or a size such as 512MiB; auto: by free memory, on
+    GPUs what the instance's share of the GPU leaves."""
 
     @field_validator("max_batch_tokens")
     @classmethod
     def _holds_a_batch(cls, value: int, info: Any) -> int:
         max_batch_size = info.data.get("max_batch_size", 0)
         if value < max_batch_size:
-            raise expected(f"at least max_batch_size ({max_batch_size}), as every sequence of a batch takes a token")
+            raise expected(
+                f"at least max_batch_size ({max_batch_size}), as every sequence of a batch takes a token"
+            )
         return value
 
     @property
@@ -93,7 +100,7 @@ class PoolSection(Part):
         return self.devices_per_instance if self.threads == "auto" else self.threads
 
 
-class PoolsSection(Part):
+class PoolsSection(ConfigSection):
     """The two pools; the ratio of their instances is the prefill:decode ratio."""
 
     prefill: PoolSection = PoolSection()
@@ -109,7 +116,7 @@ class PoolsSection(Part):
         return ((Role.PREFILL, self.prefill), (Role.DECODE, self.decode))
 
 
-class SloSection(Part):
+class SloSection(ConfigSection):
     """What latency counts as good: placement keeps to it, goodput is measured against it."""
 
     ttft_ms: PositiveFloat = 200.0
@@ -118,52 +125,56 @@ class SloSection(Part):
     """Time between tokens."""
 
 
-class KvSection(Part):
+class KvSection(ConfigSection):
     """The paged KV cache and its way from prefill to decode."""
 
     block_size: AutoBlockSize = "auto"
     """Tokens a block, a multiple of 8; auto: 16 on CPU, 64 on GPUs."""
     transport: Literal["auto", "shm", "gloo", "cuda_ipc", "nccl"] = "auto"
-    """auto: within the GPU (cuda_ipc) between workers that share one, nccl between two GPUs, else shared memory within a host
-    and gloo between hosts; the KV of GPUs goes through host memory there."""
+    """auto: within the GPU (cuda_ipc) between workers that share one, nccl between two GPUs, else shared
+    memory within a host and gloo between hosts; the KV of GPUs goes through host memory there."""
     wire: Literal["raw", "int8"] = "raw"
-    """The format of KV between workers. int8 takes about half of bfloat16's bytes, and rounds each head's keys, and values, to
-    127 steps of the largest; on CPU, packing costs more than memory moves, so it is for slow networks."""
+    """The format of KV between workers. int8 takes about half of bfloat16's bytes, and rounds each head's
+    keys, and values, to 127 steps of the largest; on CPU, packing costs more than memory moves, so it is for
+    slow networks."""
     cache_sharing: Literal["key", "group", "all"] = "key"
-    """Whose requests may use each other's cached prefixes: those of keys of one name (key), of one `group=` in the file of
-    keys (group), or all. Who shares can find out, by `usage` and by time, whether another sent the same beginning. Without
-    keys all share. May be changed while the cluster runs."""
+    """Whose requests may use each other's cached prefixes: those of keys of one name (key), of one `group=`
+    in the file of keys (group), or all. Who shares can find out, by `usage` and by time, whether another sent
+    the same beginning. Without keys all share. May be changed while the cluster runs."""
 
     def num_tokens_per_block(self, device: DeviceKind) -> int:
         return BLOCK_SIZES[device] if self.block_size == "auto" else self.block_size
 
 
-class RoutingSection(Part):
+class RoutingSection(ConfigSection):
     """How requests are given to workers."""
 
     prefill_on_decode: Literal["auto", "never"] = "auto"
-    """auto: a decode worker computes a prompt itself when that is predicted to be sooner, as for short or cached prompts."""
+    """auto: a decode worker computes a prompt itself when that is predicted to be sooner, as for short or
+    cached prompts."""
 
 
-class LimitsSection(Part):
+class LimitsSection(ConfigSection):
     """What one client, or all of them together, may ask for."""
 
     max_queued_requests: Positive = 1024
-    """Requests that wait for a worker; more are refused with a retry delay. One place in eight is kept for clients that
-    have nothing waiting."""
+    """Requests that wait for a worker; more are refused with a retry delay. One place in eight is kept for
+    clients that have nothing waiting."""
     max_unread_tokens: Positive = 1024
-    """Tokens that a client may leave unread beside what its connection holds; then its stream pauses and leaves the workers
-    until the client has read half of them."""
+    """Tokens that a client may leave unread beside what its connection holds; then its stream pauses and
+    leaves the workers until the client has read half of them."""
     max_unread_s: PositiveFloat = 60.0
     """How long a client may leave its stream unread altogether; then the stream ends."""
     max_open_calls: Positive = 8192
-    """Calls that each server works on, half of them for one client; more are refused. Fixed while the cluster runs."""
+    """Calls that each server works on, half of them for one client; more are refused. Fixed while the cluster
+    runs."""
     max_connections: Annotated[int, Field(ge=16)] = 4096
-    """Connections that each server holds, half of them from one address; a newcomer takes the place of the oldest that has no
-    call. Fewer where the process may not open so many descriptors. Fixed while the cluster runs."""
+    """Connections that each server holds, half of them from one address; a newcomer takes the place of the
+    oldest that has no call. Fewer where the process may not open so many descriptors. Fixed while the cluster
+    runs."""
     max_held_bytes: Annotated[int, Field(ge=1 << 20)] = 512 << 20
-    """Bytes of messages and bodies that are being received or worked on, a quarter of them of one client; more are refused. At
-    least 8 messages of `max_message_bytes`. Fixed while the cluster runs."""
+    """Bytes of messages and bodies that are being received or worked on, a quarter of them of one client;
+    more are refused. At least 8 messages of `max_message_bytes`. Fixed while the cluster runs."""
     max_prompts: Positive = 64
     """Prompts of one HTTP request; a gRPC request has one."""
     max_prompt_tokens: Positive | None = None
@@ -175,11 +186,13 @@ class LimitsSection(Part):
     max_logprobs: NotNegative = 20
     """Alternatives reported beside each token."""
     max_prompt_logprobs: Annotated[int, Field(gt=0, le=MAX_PROMPT_LOGPROBS)] = 1 << 17
-    """Log probabilities of prompt tokens that one request gets: tokens of the prompt, times alternatives and one."""
+    """Log probabilities of prompt tokens that one request gets: tokens of the prompt, times alternatives and
+    one."""
     max_logit_bias: NotNegative = 1024
     """Tokens whose logits one request shifts."""
     max_constraint_bytes: NotNegative = 1 << 16
-    """Bytes of a JSON schema, regular expression or grammar that an output has to follow; 0: constraints are refused."""
+    """Bytes of a JSON schema, regular expression or grammar that an output has to follow; 0: constraints are
+    refused."""
     max_tools: NotNegative = 128
     """Tools that one request may offer to the model; 0: tools are refused."""
     max_tool_bytes: NotNegative = 1 << 18
@@ -197,7 +210,7 @@ class LimitsSection(Part):
         return self
 
 
-class ObservabilitySection(Part):
+class ObservabilitySection(ConfigSection):
     """What is told of requests and processes. Metrics are always there."""
 
     log_format: Literal["auto", "json", "console"] = "auto"
@@ -205,11 +218,11 @@ class ObservabilitySection(Part):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least that is logged; debug has a line for each request."""
     otlp_endpoint: str | None = Field(default=None, min_length=1)
-    """Where traces go, over OTLP/gRPC, such as http://127.0.0.1:4317; by default the environment's OTEL_EXPORTER_OTLP_ENDPOINT.
-    Without either there are no traces."""
+    """Where traces go, over OTLP/gRPC, such as http://127.0.0.1:4317; by default the environment's
+    OTEL_EXPORTER_OTLP_ENDPOINT. Without either there are no traces."""
 
 
-class ClusterConfig(Part):
+class ClusterConfig(ConfigSection):
     """One pdserve cluster. Every key has a default that works on a laptop with two cores."""
 
     model: ModelSection = ModelSection()
@@ -221,16 +234,17 @@ class ClusterConfig(Part):
     listen: ListenSection = ListenSection()
     observability: ObservabilitySection = ObservabilitySection()
     kernels: Literal["auto", "native", "torch", "triton"] = "auto"
-    """Compute kernels: on CPU the compiled ones (native), or torch only; on GPUs triton. auto: native where it is there, and
-    triton."""
+    """Compute kernels: on CPU the compiled ones (native), or torch only; on GPUs triton. auto: native where
+    it is there, and triton."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What instances compute on; auto: on GPUs where the cluster has some that torch can use, else on CPU. Settled when the
-    cluster starts."""
+    """What instances compute on; auto: on GPUs where the cluster has some that torch can use, else on CPU.
+    Settled when the cluster starts."""
     drain_timeout_s: PositiveFloat = 120.0
     """How long running requests may take to end when an instance is removed or the cluster stops."""
     join_timeout_s: PositiveFloat = 300.0
-    """How long each host that `provider` names may take to join before it is reported as late. The cluster serves on those
-    that are there from the start, and on each other one from when it joins, however late. May be changed while it runs."""
+    """How long each host that `provider` names may take to join before it is reported as late. The cluster
+    serves on those that are there from the start, and on each other one from when it joins, however late. May
+    be changed while it runs."""
     _hosts: ExpectedHosts = PrivateAttr(default_factory=ExpectedHosts)
 
     @property

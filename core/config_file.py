@@ -1,4 +1,5 @@
-"""From the text of cluster.yaml to a `ClusterConfig`, or to one ConfigError that lists every mistake with its line.
+"""From the text of cluster.yaml to a `ClusterConfig`, or to one ConfigError that lists every mistake with its
+line.
 
 One file serves `ray up` and pdserve: Ray checks its own keys, ours lie under `metadata.pdserve`.
 """
@@ -25,14 +26,17 @@ def load_cluster_config(path: str | Path) -> ClusterConfig:
 
 
 def parse_cluster_config(text: str, filename: str = "cluster.yaml") -> ClusterConfig:
-    """The configuration in `text`; `filename` is for messages. Raises ConfigError: a line a mistake, in line order."""
+    """The configuration in `text`; `filename` is for messages. Raises ConfigError: a line a mistake, in line
+    order."""
     document = parse_yaml(text, filename)
     values = _our_part(document)
     try:
         return ClusterConfig.model_validate(values).expecting(_expected_hosts(document))
     except ValidationError as error:
         problems = [(_where(document, item), _problem(item)) for item in error.errors(include_url=False)]
-        raise ConfigError("\n".join(f"{filename}:{line}: {what}" for (line, _), what in sorted(problems))) from None
+        raise ConfigError(
+            "\n".join(f"{filename}:{line}: {what}" for (line, _), what in sorted(problems))
+        ) from None
 
 
 def _read_text(path: Path) -> str:
@@ -56,11 +60,15 @@ def _our_part(document: Document) -> Any:
         here = ROOT[:depth]
         where = f"{document.filename}:{document.line(here)}"
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{where}: {'.'.join(here) or 'file'}: got {_shown(values)}, expected a mapping with {key}")
+            raise ConfigError(
+                f"{where}: {'.'.join(here) or 'file'}: got {_shown(values)}, expected a mapping with {key}"
+            )
         if key not in values:
             similar = difflib.get_close_matches(key, values, n=1)
             found = f", found '{similar[0]}'" if similar else ""
-            raise ConfigError(f"{where}: {'.'.join((*here, key))}: missing{found}, expected {'.'.join(ROOT)} in this file")
+            raise ConfigError(
+                f"{where}: {'.'.join((*here, key))}: missing{found}, expected {'.'.join(ROOT)} in this file"
+            )
         values = values[key]
     return values
 
@@ -74,7 +82,9 @@ def _expected_hosts(document: Document) -> ExpectedHosts:
     if provider.get("type") != "local":
         types = node_types.items() if isinstance(node_types, Mapping) else ()
         counts = {str(name): one.get("min_workers", 0) for name, one in types if isinstance(one, Mapping)}
-        return ExpectedHosts(node_types={name: count for name, count in counts.items() if isinstance(count, int) and count > 0})
+        return ExpectedHosts(
+            node_types={name: count for name, count in counts.items() if isinstance(count, int) and count > 0}
+        )
     if "head_ip" not in provider and "worker_ips" not in provider:
         return ExpectedHosts()
     found = provider.get("worker_ips") or []

@@ -1,4 +1,5 @@
-"""The JSON schema of cluster.yaml, for editors: pdserve's part is generated from the models, Ray's keys are left free.
+"""The JSON schema of cluster.yaml, for editors: pdserve's part is generated from the models, Ray's keys are
+left free.
 
 The committed copy is made by: python -m pdserve.core.config_schema > docs/cluster.schema.json
 """

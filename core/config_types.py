@@ -1,5 +1,5 @@
-"""What the sections of cluster.yaml are made of: their base, and field types that pydantic does not have, such as `auto` or a
-number, sizes such as 512MiB, host:port."""
+"""What the sections of cluster.yaml are made of: their base, and field types that pydantic does not have,
+such as `auto` or a number, sizes such as 512MiB, host:port."""
 
 import ipaddress
 import re
@@ -16,14 +16,16 @@ _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?P<port
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
-class Part(BaseModel):
-    """A section: unknown keys and values of other types are refused. The docstring under a field describes it in the schema."""
+class ConfigSection(BaseModel):
+    """A section: unknown keys and values of other types are refused. The docstring under a field describes it
+    in the schema."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 def expected(what: str, got: str | None = None) -> PydanticCustomError:
-    """The error of a field whose value is not `what`. `got` tells what was there where the value itself would not."""
+    """The error of a field whose value is not `what`. `got` tells what was there where the value itself would
+    not."""
     return PydanticCustomError("expected", "expected {expected}", {"expected": what, "got": got})
 
 
@@ -54,7 +56,8 @@ def parse_host_port(value: object) -> tuple[str, int] | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there. A name other than localhost may mean any address."""
+    """Whether only this machine reaches what listens there. A name other than localhost may mean any
+    address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -110,7 +113,15 @@ AutoSize = Annotated[
     _schema({"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^{_SIZE.pattern}$"}),
 ]
 AutoPositiveInt = Annotated[int | Auto, PlainValidator(_positive), _schema({"type": "integer", "minimum": 1})]
-AutoBlockSize = Annotated[int | Auto, PlainValidator(_block_size), _schema({"type": "integer", "minimum": 8, "multipleOf": 8})]
-HostPort = Annotated[str, PlainValidator(_host_port), WithJsonSchema({"type": "string", "pattern": r"^.+:\d{1,5}$"})]
-HostName = Annotated[str, PlainValidator(_host_name), WithJsonSchema({"type": "string", "pattern": f"^{_HOST_NAME.pattern}$"})]
-AbsolutePath = Annotated[str, PlainValidator(_absolute_path), WithJsonSchema({"type": "string", "pattern": "^~?/"})]
+AutoBlockSize = Annotated[
+    int | Auto, PlainValidator(_block_size), _schema({"type": "integer", "minimum": 8, "multipleOf": 8})
+]
+HostPort = Annotated[
+    str, PlainValidator(_host_port), WithJsonSchema({"type": "string", "pattern": r"^.+:\d{1,5}$"})
+]
+HostName = Annotated[
+    str, PlainValidator(_host_name), WithJsonSchema({"type": "string", "pattern": f"^{_HOST_NAME.pattern}$"})
+]
+AbsolutePath = Annotated[
+    str, PlainValidator(_absolute_path), WithJsonSchema({"type": "string", "pattern": "^~?/"})
+]

@@ -1,4 +1,5 @@
-"""Errors of the world. Each says what was wrong, where, and what was expected; gateways translate them once."""
+"""Errors of the world. Each says what was wrong, where, and what was expected; gateways translate them
+once."""
 
 from collections.abc import Iterator
 
@@ -11,8 +12,8 @@ class PdserveError(Exception):
 
 
 class InvalidRequest(PdserveError):
-    """A client's request cannot be served as it stands. What is told fits into headers, and nothing in it acts on a terminal,
-    also where `expected` repeats what the client said, as a chat template may."""
+    """A client's request cannot be served as it stands. What is told fits into headers, and nothing in it
+    acts on a terminal, also where `expected` repeats what the client said, as a chat template may."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         expected = _printable(expected[:MAX_EXPECTED_CHARS])
@@ -97,14 +98,16 @@ class NoWorkerAvailable(PdserveError):
 
 
 class InvalidTransition(AssertionError):
-    """A state machine was asked for a transition its table does not have: a bug of ours. Carries the object's history."""
+    """A state machine was asked for a transition its table does not have: a bug of ours. Carries the object's
+    history."""
 
     def __init__(self, what: str, state: object, target: object, history: object) -> None:
         super().__init__(f"{what}: {state} -> {target} is not a transition; history: {history}")
 
 
 class UnexpectedEvent(AssertionError):
-    """A state machine was given an event that cannot come in its state: a bug of ours. Carries the object's history."""
+    """A state machine was given an event that cannot come in its state: a bug of ours. Carries the object's
+    history."""
 
     def __init__(self, what: str, state: object, event: object, history: object) -> None:
         super().__init__(f"{what}: {event} cannot come in {state}; history: {history}")

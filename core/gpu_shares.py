@@ -1,11 +1,13 @@
-"""How much of each GPU of one machine is taken, by the rule by which Ray gives GPUs to actors. Pure bookkeeping."""
+"""How much of each GPU of one machine is taken, by the rule by which Ray gives GPUs to actors. Pure
+bookkeeping."""
 
 _EPSILON = 1e-6  # three shares of 0.3333 and their sum
 
 
 class GpuShares:
-    """An instance has a share of one GPU, up to the whole. It gets the fullest GPU that has room, of equal ones the first, so
-    that instances that can share one do, and whole GPUs stay free (Ray's `NodeResourceInstanceSet::TryAllocate`)."""
+    """An instance has a share of one GPU, up to the whole. It gets the fullest GPU that has room, of equal
+    ones the first, so that instances that can share one do, and whole GPUs stay free (Ray's
+    `NodeResourceInstanceSet::TryAllocate`)."""
 
     def __init__(self, num_gpus: int) -> None:
         self._free = [1.0] * num_gpus

@@ -6,14 +6,17 @@ from .messages import TokenOutput
 
 
 class HandOff(msgspec.Struct, frozen=True):
-    """`first_tokens` are as the prefill worker told them to the router. Choices that ended with theirs do not go on."""
+    """`first_tokens` are as the prefill worker told them to the router. Choices that ended with theirs do not
+    go on."""
 
     first_tokens: tuple[TokenOutput, ...]
 
     @property
     def going_on(self) -> tuple[tuple[int, int], ...]:
         """(choice, token_id) of every choice that is to be decoded."""
-        return tuple((token.choice, token.token_id) for token in self.first_tokens if token.finish_reason is None)
+        return tuple(
+            (token.choice, token.token_id) for token in self.first_tokens if token.finish_reason is None
+        )
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

@@ -1,13 +1,14 @@
-"""Two processes of one cluster prove to each other that they know its token, which never travels. Pure: bytes in, bytes out.
+"""Two processes of one cluster prove to each other that they know its token, which never travels. Pure: bytes
+in, bytes out.
 
     dialler --OPENING: protocol, purpose, nonce of the dialler------------> acceptor
     dialler <--nonce of the acceptor, HMAC(token, "acceptor" and all that)-- acceptor
     dialler --HMAC(token, "dialler" and all that)-------------------------> acceptor
 
-Every message has a fixed length, so whoever reads knows how much to wait for, and a stranger cannot make it more. The roles in
-the HMACs keep a proof from being sent back to whom it came from, the purpose from being used on another kind of connection. It
-says who is there when a connection begins; it neither encrypts nor signs what follows.
-"""
+Every message has a fixed length, so whoever reads knows how much to wait for, and a stranger cannot make it
+more. The roles in the HMACs keep a proof from being sent back to whom it came from, the purpose from being
+used on another kind of connection. It says who is there when a connection begins; it neither encrypts nor
+signs what follows."""
 
 import hashlib
 import hmac
@@ -36,7 +37,7 @@ class HandshakeError(PdserveError):
     """The peer is not of this cluster, or does not speak its protocol."""
 
 
-class Dialler:
+class HandshakeDialler:
     """The side that connects. It sends `opening`, then answers what comes."""
 
     def __init__(self, token: str, purpose: Purpose, nonce: bytes | None = None) -> None:
@@ -53,7 +54,7 @@ class Dialler:
         return _proof(self._token, b"dialler", said)
 
 
-class Acceptor:
+class HandshakeAcceptor:
     """The side that was connected to. It has nothing to say before it has heard the dialler."""
 
     opening = b""
@@ -82,7 +83,7 @@ class Acceptor:
 class HandshakeStream:
     """A side of the handshake on a stream, whose pieces come as they like."""
 
-    def __init__(self, side: Dialler | Acceptor) -> None:
+    def __init__(self, side: HandshakeDialler | HandshakeAcceptor) -> None:
         self._side = side
         self._data = bytearray()  # less than a message
 

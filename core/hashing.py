@@ -7,11 +7,13 @@ from hashlib import blake2b
 DIGEST_BYTES = 16
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int, salt: str = "", parent: bytes | None = None) -> list[bytes]:
+def block_hashes(
+    token_ids: Sequence[int], block_size: int, salt: str = "", parent: bytes | None = None
+) -> list[bytes]:
     """The hash of each full block of `token_ids`, first to last; a partial tail has none.
 
-    `parent` is the hash of the block before the first one, so that a chain can be continued without its start.
-    """
+    `parent` is the hash of the block before the first one, so that a chain can be continued without its
+    start."""
     previous = parent if parent is not None else blake2b(salt.encode(), digest_size=DIGEST_BYTES).digest()
     hashes = []
     for start in range(0, len(token_ids) - block_size + 1, block_size):

@@ -1,17 +1,41 @@
-"""Counts of measurements by size: what becomes a Prometheus histogram. Plain numbers, cheap enough for every step and token."""
+"""Counts of measurements by size: what becomes a Prometheus histogram. Plain numbers, cheap enough for every
+step and token."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
 TOKEN_GAPS_S = (
-    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0,
-    2.5, 5.0, 10.0, 30.0, 60.0,
-)  # fmt: skip
+    0.001,
+    0.0025,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
 RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 
 
 class Histogram:
-    """`counts[i]` measurements were at most `bounds[i]` and above the bound before; the last of `counts` is for the rest."""
+    """`counts[i]` measurements were at most `bounds[i]` and above the bound before; the last of `counts` is
+    for the rest."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -47,10 +71,13 @@ class TokenGaps(Histogram):
 
     def __init__(self) -> None:
         super().__init__(TOKEN_GAPS_S)
-        self.before: list[float | None] = []  # for each token of the report at hand: when the one before it came, if one did
+        self.before: list[
+            float | None
+        ] = []  # for each token of the report at hand: when the one before it came, if one did
 
     def close(self, now_s: float) -> int:
-        """The report is through: how many tokens it brought. Streams that go on together cost one comparison each."""
+        """The report is through: how many tokens it brought. Streams that go on together cost one comparison
+        each."""
         before = self.before
         num_tokens = len(before)
         if not num_tokens:

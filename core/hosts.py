@@ -7,14 +7,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ExpectedHosts:
-    """Hosts beside the head's. By default nobody is waited for, and instances may start on any host that joins."""
+    """Hosts beside the head's. By default nobody is waited for, and instances may start on any host that
+    joins."""
 
     addresses: tuple[str, ...] | None = None  # these, and no others; None: the file does not name them
-    node_types: Mapping[str, int] = field(default_factory=dict)  # of a cloud: how many hosts there will be at least
-    resolved: Mapping[str, str] = field(default_factory=dict)  # by name among `addresses`, where that is known
+    node_types: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of a cloud: how many hosts there will be at least
+    resolved: Mapping[str, str] = field(
+        default_factory=dict
+    )  # by name among `addresses`, where that is known
 
     def name_of(self, address: str, name: str) -> str | None:
-        """The name under which the file lists the host with this address and host name; None when it does not."""
+        """The name under which the file lists the host with this address and host name; None when it does
+        not."""
         for expected in self.addresses or ():
             if expected in (address, name) or self.resolved.get(expected) == address:
                 return expected
@@ -29,7 +35,8 @@ class HostState(enum.Enum):
     JOINED = "joined"
     REFUSED = "refused"  # it joined, and cannot serve
     LOST = "lost"  # it had joined
-    LEAVING = "leaving"  # it is there, but the file does not name it: nothing starts there, and what runs there drains
+    # it is there, but the file does not name it: nothing starts there, and what runs there drains
+    LEAVING = "leaving"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

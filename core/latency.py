@@ -1,8 +1,9 @@
-"""How long prefills, decode steps and transfers take. One model for placement, admission, `explain` and the planner.
+"""How long prefills, decode steps and transfers take. One model for placement, admission, `explain` and the
+planner.
 
-The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token counts, in token products (attention) and
-in bytes. Seeded with priors, refined by recursive least squares from every step and transfer that workers report.
-"""
+The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token counts, in token products
+(attention) and in bytes. Seeded with priors, refined by recursive least squares from every step and transfer
+that workers report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class LatencyPriors:
         link_bytes_per_s: float,
         step_overhead_s: float = 1e-3,
     ) -> "LatencyPriors":
-        """Priors from a machine's peak rates: prefill is bound by arithmetic, decode by reading weights and KV."""
+        """Priors from a machine's peak rates: prefill is bound by arithmetic, decode by reading weights and
+        KV."""
         token_s = 2 * num_parameters / flops_per_s
         return cls(
             prefill_step_s=step_overhead_s,
@@ -67,9 +69,8 @@ class LatencyPriors:
 class RecursiveLeastSquares:
     """Non-negative coefficients of `seconds = w . features`, fitted online with forgetting.
 
-    Works in units of the priors (each weight starts at 1) and on relative errors, so that short and long steps count
-    alike.
-    """
+    Works in units of the priors (each weight starts at 1) and on relative errors, so that short and long
+    steps count alike."""
 
     def __init__(self, priors: Sequence[float], forgetting: float) -> None:
         self._priors = tuple(priors)
@@ -119,10 +120,13 @@ class RecursiveLeastSquares:
 
     def _initial_covariance(self) -> list[list[float]]:
         """As uncertain as each weight is large, at least as its prior."""
-        return [[max(1.0, w) ** 2 if i == j else 0.0 for j in self._size] for i, w in enumerate(self._weights)]
+        return [
+            [max(1.0, w) ** 2 if i == j else 0.0 for j in self._size] for i, w in enumerate(self._weights)
+        ]
 
     def _update(self, row: list[float], target: float) -> None:
-        """One step of recursive least squares (Haykin, Adaptive Filter Theory, 10.3), then to weights >= 0."""
+        """One step of recursive least squares (Haykin, Adaptive Filter Theory, 10.3), then to weights >=
+        0."""
         covariance, size = self._covariance, self._size
         spread = [sum(covariance[i][j] * row[j] for j in size) for i in size]
         variance = NOISE + sum(row[i] * spread[i] for i in size)
@@ -135,7 +139,8 @@ class RecursiveLeastSquares:
         self._forget()
 
     def _leave_out_negative(self) -> None:
-        """The others take over what a negative weight stood for: cut off alone, it would raise every prediction, and grow."""
+        """The others take over what a negative weight stood for: cut off alone, it would raise every
+        prediction, and grow."""
         for _ in self._size:
             least = min(self._size, key=lambda i: self._weights[i])
             weight, variance = self._weights[least], self._covariance[least][least]
@@ -147,7 +152,8 @@ class RecursiveLeastSquares:
         self._weights = [max(0.0, weight) for weight in self._weights]
 
     def _forget(self) -> None:
-        """Old measurements lose weight, but a direction that no measurement touches must not grow without bound."""
+        """Old measurements lose weight, but a direction that no measurement touches must not grow without
+        bound."""
         limit = [MAX_SPREAD * max(1.0, w) ** 2 for w in self._weights]
         if all(self._covariance[i][i] < limit[i] for i in self._size):
             for row in self._covariance:
@@ -158,11 +164,16 @@ class RecursiveLeastSquares:
 class LatencyModel:
     """Predicts from what it was seeded with and what it has seen. Every prediction is positive and finite."""
 
-    def __init__(self, priors: LatencyPriors | None = None, *, forgetting: float = 0.995, large_batch: int = 32) -> None:
-        """Decode is fitted in two ranges, below and from `large_batch` on: kernels change regime in between."""
+    def __init__(
+        self, priors: LatencyPriors | None = None, *, forgetting: float = 0.995, large_batch: int = 32
+    ) -> None:
+        """Decode is fitted in two ranges, below and from `large_batch` on: kernels change regime in
+        between."""
         p = priors or LatencyPriors()
         decode = (p.decode_step_s, p.decode_context_token_s, p.decode_sequence_s)
-        self._prefill = RecursiveLeastSquares((p.prefill_step_s, p.prefill_token_s, p.prefill_square_s), forgetting)
+        self._prefill = RecursiveLeastSquares(
+            (p.prefill_step_s, p.prefill_token_s, p.prefill_square_s), forgetting
+        )
         self._decode_small = RecursiveLeastSquares(decode, forgetting)
         self._decode_large = RecursiveLeastSquares(decode, forgetting)
         self._transfer = RecursiveLeastSquares((p.transfer_s, p.transfer_byte_s), forgetting)
@@ -173,7 +184,8 @@ class LatencyModel:
 
     @property
     def knows_prefill(self) -> bool:
-        """Whether predictions of prefills rest on measurements, and not on priors or on times that have changed since."""
+        """Whether predictions of prefills rest on measurements, and not on priors or on times that have
+        changed since."""
         return self._prefill.is_warm
 
     def prefill_s(self, num_tokens: float, sum_squares: float, num_steps: int = 1) -> float:
@@ -181,7 +193,8 @@ class LatencyModel:
         return self._a * num_steps + self._b * num_tokens + self._c * sum_squares + FLOOR_S
 
     def prompt_s(self, num_new: int, num_context: int, chunk_tokens: int) -> float:
-        """Seconds to prefill `num_new` tokens behind `num_context` cached ones, in chunks of `chunk_tokens`."""
+        """Seconds to prefill `num_new` tokens behind `num_context` cached ones, in chunks of
+        `chunk_tokens`."""
         full, rest = divmod(num_new, chunk_tokens)
         squares = chunk_tokens * full * num_context + chunk_tokens * chunk_tokens * full * (full + 1) // 2
         squares += rest * (num_context + num_new)
@@ -197,12 +210,13 @@ class LatencyModel:
         return self._alpha + self._byte_s * num_bytes + FLOOR_S
 
     def exposed_transfer_s(self, num_bytes: float, compute_s: float) -> float:
-        """Seconds between the end of a prefill of `compute_s` and the moment its KV has arrived: chunks leave while
-        later ones are being computed, so only what does not fit beside the compute is left."""
+        """Seconds between the end of a prefill of `compute_s` and the moment its KV has arrived: chunks leave
+        while later ones are being computed, so only what does not fit beside the compute is left."""
         return self._alpha + max(0.0, self._byte_s * num_bytes - compute_s) + FLOOR_S
 
     def observe_step(self, timing: StepTiming) -> None:
-        """Learn from a step. Of a mixed one the prefill's share is learnt: what the decode rows do not explain."""
+        """Learn from a step. Of a mixed one the prefill's share is learnt: what the decode rows do not
+        explain."""
         seconds = timing.duration_s
         context, sequences = timing.num_context_tokens, timing.num_decode_sequences
         if timing.num_prefill_tokens:

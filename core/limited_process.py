@@ -1,4 +1,5 @@
-"""The limits of a process that does risky work for another one, and may die of it: processor time by job, memory, no core dump.
+"""The limits of a process that does risky work for another one, and may die of it: processor time by job,
+memory, no core dump.
 
 It is called inside that process: the grammar process, the intake process, and the one that loads tokenizers.
 """
@@ -14,7 +15,10 @@ from pathlib import Path
 def set_up(niceness: int = 0) -> None:
     """At the process's start: its owner decides when it ends, and a limit that is passed ends it at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for limit in (signal.SIGPROF, signal.SIGALRM):  # nobody handles them, and whoever started us may have ignored them
+    for limit in (
+        signal.SIGPROF,
+        signal.SIGALRM,
+    ):  # nobody handles them, and whoever started us may have ignored them
         signal.signal(limit, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {limit})
     os.nice(niceness)

@@ -8,7 +8,8 @@ LogFormat = Literal["json", "console"]
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """How a process logs. `relay`: the socket of the process that shows the lines; None, or out of reach: to stderr."""
+    """How a process logs. `relay`: the socket of the process that shows the lines; None, or out of reach: to
+    stderr."""
 
     format: LogFormat = "json"
     level: str = "info"

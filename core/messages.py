@@ -7,9 +7,9 @@
     router --Probe(target)---------> any     any --Probed--> router  (whether it reaches another worker)
     router --Heartbeat-------------> all
 
-D repeats the first token, which came with the KV: its leg tells all of the request, also to a router that never heard P.
-Every report names the (worker_id, incarnation) it comes from, so that those of a replaced worker are recognisably old.
-"""
+D repeats the first token, which came with the KV: its leg tells all of the request, also to a router that
+never heard P. Every report names the (worker_id, incarnation) it comes from, so that those of a replaced
+worker are recognisably old."""
 
 import enum
 from typing import Literal
@@ -21,7 +21,8 @@ from .request import FinishReason, SequenceSpec, TransferId
 
 
 class Role(enum.Enum):
-    """Which phases a worker is asked for. Every worker can do both; the role says what the router sends it."""
+    """Which phases a worker is asked for. Every worker can do both; the role says what the router sends
+    it."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -44,7 +45,8 @@ class Leg(enum.Enum):
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """The shape of one token's KV, and its format between workers. Two can exchange KV when all but `block_size` agree."""
+    """The shape of one token's KV, and its format between workers. Two can exchange KV when all but
+    `block_size` agree."""
 
     num_layers: int
     num_kv_heads: int
@@ -148,11 +150,14 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None  # set on the last token of the choice
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of prompt tokens 1, 2, ...: only with token 0 of choice 0, if asked for
+    prompt_logprobs: tuple[
+        TokenLogprobs, ...
+    ] = ()  # of prompt tokens 1, 2, ...: only with token 0 of choice 0, if asked for
 
 
 class TransferStats(msgspec.Struct, frozen=True):
-    """What moving one request's KV cost. Hidden bytes had been acknowledged before the prefill's last layer was done."""
+    """What moving one request's KV cost. Hidden bytes had been acknowledged before the prefill's last layer
+    was done."""
 
     num_bytes: int
     num_chunks: int
@@ -162,8 +167,8 @@ class TransferStats(msgspec.Struct, frozen=True):
 
 
 class LegEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker is done with its leg of a dispatch and holds nothing for it any more. `error` and its kind are None on
-    success."""
+    """A worker is done with its leg of a dispatch and holds nothing for it any more. `error` and its kind are
+    None on success."""
 
     worker_id: str
     incarnation: int
@@ -257,7 +262,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Prefill(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Compute the prompt, sample the first token and push the KV to `target`; without one the request ends here."""
+    """Compute the prompt, sample the first token and push the KV to `target`; without one the request ends
+    here."""
 
     spec: SequenceSpec
     target: TransferAddress | None
@@ -303,7 +309,8 @@ HEARTBEAT_S = 0.5  # so often do router and worker speak to each other at least
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The router lives. Sent every `HEARTBEAT_S`; a worker that hears nothing for long has lost its router."""
+    """The router lives. Sent every `HEARTBEAT_S`; a worker that hears nothing for long has lost its
+    router."""
 
 
 WorkerCommand = Prefill | Reserve | Serve | Abort | Probe | Heartbeat

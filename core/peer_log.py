@@ -1,7 +1,8 @@
-"""The logger for lines that a peer can cause before it has authenticated: one rate limit for all of them in a process.
+"""The logger for lines that a peer can cause before it has authenticated: one rate limit for all of them in a
+process.
 
-Whoever may connect could otherwise fill a disk. Suppressed lines are counted, and the next line that passes says how many.
-"""
+Whoever may connect could otherwise fill a disk. Suppressed lines are counted, and the next line that passes
+says how many."""
 
 import logging
 import threading
@@ -9,11 +10,17 @@ import time
 
 BURST_LINES = 20
 LINES_PER_S = 1.0
-THIRD_PARTY_LOGGERS = ("asyncio", "grpc", "grpc._cython.cygrpc", "uvicorn.error")  # they log what connections do, too
+THIRD_PARTY_LOGGERS = (
+    "asyncio",
+    "grpc",
+    "grpc._cython.cygrpc",
+    "uvicorn.error",
+)  # they log what connections do, too
 
 
 class LineBudget:
-    """Decides which lines pass: `BURST_LINES` at once, then `LINES_PER_S`. Pure: the caller brings the time."""
+    """Decides which lines pass: `BURST_LINES` at once, then `LINES_PER_S`. Pure: the caller brings the
+    time."""
 
     def __init__(self) -> None:
         self._level = float(BURST_LINES)
@@ -21,9 +28,12 @@ class LineBudget:
         self._num_suppressed = 0
 
     def take(self, now_s: float) -> int | None:
-        """How many lines were suppressed since the last one that passed; None when this one is suppressed too."""
+        """How many lines were suppressed since the last one that passed; None when this one is suppressed
+        too."""
         if self._filled_s is not None:
-            self._level = min(float(BURST_LINES), self._level + max(0.0, now_s - self._filled_s) * LINES_PER_S)
+            self._level = min(
+                float(BURST_LINES), self._level + max(0.0, now_s - self._filled_s) * LINES_PER_S
+            )
         self._filled_s = now_s
         if self._level < 1.0:
             self._num_suppressed += 1
@@ -45,7 +55,10 @@ class RateLimit(logging.Filter):
         with self._lock:
             num_suppressed = self._budget.take(time.monotonic())
         if num_suppressed:
-            record.msg, record.args = f"{record.getMessage()} ({num_suppressed} lines like this were suppressed)", ()
+            record.msg, record.args = (
+                f"{record.getMessage()} ({num_suppressed} lines like this were suppressed)",
+                (),
+            )
         return num_suppressed is not None
 
 

@@ -8,7 +8,8 @@ CONNECT_TIMEOUT_S = 3.0
 
 
 def reach(address: tuple[str, int], talk: Callable[[socket.socket], None] = lambda _: None) -> str:
-    """Returns why it cannot be reached, or why `talk` over the connection failed; empty when all went well."""
+    """Returns why it cannot be reached, or why `talk` over the connection failed; empty when all went
+    well."""
     try:
         with socket.create_connection(address, CONNECT_TIMEOUT_S) as sock:
             talk(sock)

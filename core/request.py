@@ -1,4 +1,5 @@
-"""What a client asked for. Made once by a gateway, immutable from there on, carried to the workers as it is."""
+"""What a client asked for. Made once by a gateway, immutable from there on, carried to the workers as it
+is."""
 
 import enum
 
@@ -17,7 +18,8 @@ class FinishReason(enum.Enum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tokens are drawn. Defaults are those of the OpenAI and vLLM interfaces; `core.validation` checks the ranges."""
+    """How tokens are drawn. Defaults are those of the OpenAI and vLLM interfaces; `core.validation` checks
+    the ranges."""
 
     max_tokens: int = 16
     min_tokens: int = 0
@@ -36,7 +38,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no logprobs at all
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first; None: none
-    grammar: str = ""  # that the output follows, in llguidance's text form; a gateway has checked it; "": none
+    grammar: str = (
+        ""  # that the output follows, in llguidance's text form; a gateway has checked it; "": none
+    )
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,8 +58,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TransferId(msgspec.Struct, frozen=True, array_like=True):
-    """One dispatch of a request (or of one of its choices) to workers. `attempt` counts the dispatches of all requests, so
-    a late message of an earlier one never fits a later one, also when a client uses its id again."""
+    """One dispatch of a request (or of one of its choices) to workers. `attempt` counts the dispatches of all
+    requests, so a late message of an earlier one never fits a later one, also when a client uses its id
+    again."""
 
     request_id: str
     attempt: int
@@ -72,9 +77,8 @@ class TransferId(msgspec.Struct, frozen=True, array_like=True):
 class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What one dispatch asks of a worker: continue `prompt + output_token_ids` for each of `choices`.
 
-    A fresh request lists all its choices and no output. After a failure each unfinished choice is dispatched by itself, with
-    the tokens its client already has in `output_token_ids`.
-    """
+    A fresh request lists all its choices and no output. After a failure each unfinished choice is dispatched
+    by itself, with the tokens its client already has in `output_token_ids`."""
 
     transfer: TransferId
     prompt_token_ids: tuple[int, ...]
@@ -96,7 +100,8 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """They belong to the first token of choice 0, and travel with it; the whole prompt has to be computed for them."""
+        """They belong to the first token of choice 0, and travel with it; the whole prompt has to be computed
+        for them."""
         return self.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
 
     @property

@@ -1,8 +1,8 @@
 """The one check of a request, for every door: what passes here can be carried out by any worker.
 
-A gateway calls it after tokenising and before the router hears of the request. The ranges are those of the OpenAI and
-vLLM interfaces where these have one, and otherwise wide enough for any use but inside what float32 can compute.
-"""
+A gateway calls it after tokenising and before the router hears of the request. The ranges are those of the
+OpenAI and vLLM interfaces where these have one, and otherwise wide enough for any use but inside what float32
+can compute."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,8 @@ MAX_STOP_TOKEN_IDS = 1024
 
 
 def check_name(field: str, value: str, max_chars: int = MAX_NAME_CHARS) -> None:
-    """A name that a client gives ends up in logs, metrics and other people's terminals: nothing in it may act there, such as
-    line ends, escapes, or what reverses the direction of text. Raises InvalidRequest."""
+    """A name that a client gives ends up in logs, metrics and other people's terminals: nothing in it may act
+    there, such as line ends, escapes, or what reverses the direction of text. Raises InvalidRequest."""
     if len(value) > max_chars:
         raise InvalidRequest(field, value, f"at most {max_chars} characters")
     if not value.isprintable():
@@ -33,14 +33,18 @@ def max_prompt_tokens(limits: LimitsSection, max_model_len: int) -> int:
     return min(limits.max_prompt_tokens or max_model_len, max_model_len - 1)
 
 
-def check_counts(limits: LimitsSection, *, num_biases: int = 0, num_stops: int = 0, num_stop_token_ids: int = 0) -> None:
+def check_counts(
+    limits: LimitsSection, *, num_biases: int = 0, num_stops: int = 0, num_stop_token_ids: int = 0
+) -> None:
     """May be asked before each of them is looked at. Raises InvalidRequest."""
     if num_biases > limits.max_logit_bias:
         raise InvalidRequest("logit_bias", f"{num_biases} tokens", f"at most {limits.max_logit_bias} tokens")
     if num_stops > limits.max_stop_strings:
         raise InvalidRequest("stop", f"{num_stops} strings", f"at most {limits.max_stop_strings} strings")
     if num_stop_token_ids > MAX_STOP_TOKEN_IDS:
-        raise InvalidRequest("stop_token_ids", f"{num_stop_token_ids} tokens", f"at most {MAX_STOP_TOKEN_IDS} tokens")
+        raise InvalidRequest(
+            "stop_token_ids", f"{num_stop_token_ids} tokens", f"at most {MAX_STOP_TOKEN_IDS} tokens"
+        )
 
 
 def check_prompt_length(num_tokens: int, limits: LimitsSection, max_model_len: int) -> None:
@@ -48,7 +52,9 @@ def check_prompt_length(num_tokens: int, limits: LimitsSection, max_model_len: i
     if limits.max_prompt_tokens is not None and num_tokens > limits.max_prompt_tokens:
         raise InvalidRequest("prompt", f"{num_tokens} tokens", f"at most {limits.max_prompt_tokens} tokens")
     if num_tokens >= max_model_len:
-        expected = f"at most {max_model_len - 1} tokens: the model takes {max_model_len}, one of them for output"
+        expected = (
+            f"at most {max_model_len - 1} tokens: the model takes {max_model_len}, one of them for output"
+        )
         raise InvalidRequest("prompt", f"{num_tokens} tokens", expected)
 
 
@@ -81,7 +87,9 @@ def _check_range(field: str, value: float, low: float, high: float, note: str = 
         raise InvalidRequest(field, value, f"{low:g} to {high:g}{note}")
 
 
-def _check_prompt(token_ids: Sequence[int], limits: LimitsSection, max_model_len: int, vocab_size: int) -> None:
+def _check_prompt(
+    token_ids: Sequence[int], limits: LimitsSection, max_model_len: int, vocab_size: int
+) -> None:
     if not token_ids:
         raise InvalidRequest("prompt", "", "at least one token")
     check_prompt_length(len(token_ids), limits, max_model_len)
@@ -89,18 +97,23 @@ def _check_prompt(token_ids: Sequence[int], limits: LimitsSection, max_model_len
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
-    """Raises InvalidRequest for the first of them that the vocabulary does not have; there is at least one."""
+    """Raises InvalidRequest for the first of them that the vocabulary does not have; there is at least
+    one."""
     if min(token_ids) < 0 or max(token_ids) >= vocab_size:
         index = list(map(range(vocab_size).__contains__, token_ids)).index(False)
         raise InvalidRequest(f"{field}[{index}]", token_ids[index], f"0 to {vocab_size - 1}")
 
 
-def _check_lengths(num_prompt_tokens: int, sampling: SamplingParams, limits: LimitsSection, max_model_len: int) -> None:
+def _check_lengths(
+    num_prompt_tokens: int, sampling: SamplingParams, limits: LimitsSection, max_model_len: int
+) -> None:
     max_tokens, room = sampling.max_tokens, max_model_len - num_prompt_tokens
     if not 1 <= max_tokens <= limits.max_tokens:
         raise InvalidRequest("max_tokens", max_tokens, f"1 to {limits.max_tokens}")
     if max_tokens > room:
-        expected = f"at most {room}: the model takes {max_model_len} tokens and the prompt has {num_prompt_tokens}"
+        expected = (
+            f"at most {room}: the model takes {max_model_len} tokens and the prompt has {num_prompt_tokens}"
+        )
         raise InvalidRequest("max_tokens", max_tokens, expected)
     if not 0 <= sampling.min_tokens <= max_tokens:
         raise InvalidRequest("min_tokens", sampling.min_tokens, f"0 to max_tokens ({max_tokens})")
@@ -147,7 +160,10 @@ def _check_prompt_logprobs(num_prompt_tokens: int, sampling: SamplingParams, lim
     if not 0 <= count <= limits.max_logprobs:
         raise InvalidRequest("prompt_logprobs", count, f"0 to {limits.max_logprobs}")
     if num_prompt_tokens * (count + 1) > limit:
-        expected = f"at most {limit} log probabilities: the prompt has {num_prompt_tokens} tokens, with {count + 1} for each"
+        expected = (
+            f"at most {limit} log probabilities: the prompt has {num_prompt_tokens} tokens, with {count + 1}"
+            " for each"
+        )
         raise InvalidRequest("prompt_logprobs", count, expected)
 
 

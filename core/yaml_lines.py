@@ -80,7 +80,9 @@ class _Walk:
                 return kind(value)
         return value
 
-    def _entry(self, holder: CommentedMap, key: object, path: KeyPath, positions: Mapping[object, Any] | None) -> Any:
+    def _entry(
+        self, holder: CommentedMap, key: object, path: KeyPath, positions: Mapping[object, Any] | None
+    ) -> Any:
         if positions is not None and key in positions:  # keys merged from an anchor have none
             self.lines[path] = positions[key][0] + 1
         return self.plain(holder[key], path)

@@ -34,13 +34,12 @@ class Emission:
 
 
 class DecodeScheduler:
-    """Every step admits and retires. A running sequence that finds no block preempts the youngest of the client that
-    has most, which recomputes later.
+    """Every step admits and retires. A running sequence that finds no block preempts the youngest of the
+    client that has most, which recomputes later.
 
-    Waiting sequences are admitted in order, preempted ones first, while the batch has room and a block per running sequence
-    stays free, so that admission does not cause the next preemption. Prompt tokens share the step with decodes, at most
-    `max_batch_tokens` tokens together.
-    """
+    Waiting sequences are admitted in order, preempted ones first, while the batch has room and a block per
+    running sequence stays free, so that admission does not cause the next preemption. Prompt tokens share the
+    step with decodes, at most `max_batch_tokens` tokens together."""
 
     def __init__(self, kv: KVManager, *, max_batch_size: int, max_batch_tokens: int) -> None:
         self._kv = kv
@@ -50,7 +49,9 @@ class DecodeScheduler:
         self._reservations: set[TransferId] = set()  # of the waiting: those whose KV will be sent
         self._receiving: dict[TransferId, Sequence] = {}
         self._running: list[Sequence] = []  # oldest first
-        self._ended_ahead: set[Sequence] = set()  # they take part in a step that was launched before their end was known
+        self._ended_ahead: set[Sequence] = (
+            set()
+        )  # they take part in a step that was launched before their end was known
         self.num_preemptions = 0
 
     @property
@@ -81,8 +82,8 @@ class DecodeScheduler:
         self._waiting.append(seq)
 
     def received(self, transfer: TransferId, first_tokens: tuple[tuple[int, int], ...]) -> list[Sequence]:
-        """All KV of a granted reservation is in its blocks: decode from the given (choice, token) pairs on, if any. Returns the
-        sequences that do."""
+        """All KV of a granted reservation is in its blocks: decode from the given (choice, token) pairs on,
+        if any. Returns the sequences that do."""
         seq = self._receiving.pop(transfer)
         self._kv.received(seq, seq.num_tokens)
         if not first_tokens:
@@ -100,12 +101,16 @@ class DecodeScheduler:
 
     @property
     def may_run_ahead(self) -> bool:
-        """Whether a step can be scheduled while the one before it is under way: nobody's needs to know the token that is
-        drawn, nobody has to give up blocks for it, and one request of many choices does not exceed the batch."""
+        """Whether a step can be scheduled while the one before it is under way: nobody's needs to know the
+        token that is drawn, nobody has to give up blocks for it, and one request of many choices does not
+        exceed the batch."""
         kv, running = self._kv, self._running
         if len(running) > self._max_batch_size or any(seq.needs_known_tokens for seq in running):
             return False
-        return sum(kv.num_blocks_to_grow(seq, seq.num_launched_tokens + 1) for seq in running) <= kv.pool.num_free_blocks
+        return (
+            sum(kv.num_blocks_to_grow(seq, seq.num_launched_tokens + 1) for seq in running)
+            <= kv.pool.num_free_blocks
+        )
 
     def launched(self, batch: Batch) -> None:
         """The batch is under way: until it is completed, `schedule` goes on from what it will bring."""
@@ -136,12 +141,13 @@ class DecodeScheduler:
         batch = Batch(tuple(chunks), self._kv.take_copies()) if chunks else None
         return StepPlan(batch, tuple(granted))
 
-    def complete(self, batch: Batch, sampled: list[list[SampledToken]], ahead: Batch | None = None) -> list[Emission]:
+    def complete(
+        self, batch: Batch, sampled: list[list[SampledToken]], ahead: Batch | None = None
+    ) -> list[Emission]:
         """Account for a computed batch: append what was sampled, fork fresh choices, retire who ended.
 
-        `ahead` was launched meanwhile. A sequence that ended has a row in it that nobody needs; it keeps its blocks until
-        that is computed, so that what the row writes hits nobody else's.
-        """
+        `ahead` was launched meanwhile. A sequence that ended has a row in it that nobody needs; it keeps its
+        blocks until that is computed, so that what the row writes hits nobody else's."""
         going_on = {chunk.sequence for chunk in ahead.chunks} if ahead else set()
         emissions: list[Emission] = []
         for chunk, tokens in zip(batch.chunks, sampled, strict=True):
@@ -189,9 +195,8 @@ class DecodeScheduler:
     def _schedule_running(self) -> tuple[list[ScheduledChunk], int]:
         """A chunk for each running sequence that has or finds blocks, and the tokens left over.
 
-        Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the rest. Those
-        whose mask is late sit out.
-        """
+        Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the
+        rest. Those whose mask is late sit out."""
         chunks: list[ScheduledChunk] = []
         spare = max(self._max_batch_tokens - len(self._running), 0)
         order = self._by_claim()
@@ -207,14 +212,16 @@ class DecodeScheduler:
         return chunks, spare
 
     def _by_claim(self) -> deque[Sequence]:
-        """The running sequences, first those that keep their blocks longest: of clients with few of them, and the oldest."""
+        """The running sequences, first those that keep their blocks longest: of clients with few of them, and
+        the oldest."""
         num_running = Counter(seq.spec.client for seq in self._running)
         if len(num_running) <= 1:
             return deque(self._running)
         return deque(sorted(self._running, key=lambda seq: num_running[seq.spec.client]))
 
     def _grow(self, seq: Sequence, num_tokens: int, order: deque[Sequence]) -> bool:
-        """Find blocks, preempting from the end of `order`, which begins with `seq`; False when that had to go itself."""
+        """Find blocks, preempting from the end of `order`, which begins with `seq`; False when that had to go
+        itself."""
         while not self._kv.grow(seq, num_tokens):
             victim = order.pop()
             assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
@@ -245,7 +252,9 @@ class DecodeScheduler:
             return ScheduledChunk(seq, num_tokens, ())
         return ScheduledChunk(seq, num_tokens, seq.spec.choices if seq.is_fresh else (seq.choice,))
 
-    def _emit(self, chunk: ScheduledChunk, tokens: list[SampledToken], going_on: set[Sequence]) -> list[Emission]:
+    def _emit(
+        self, chunk: ScheduledChunk, tokens: list[SampledToken], going_on: set[Sequence]
+    ) -> list[Emission]:
         parent = chunk.sequence
         twins = [parent, *(parent.fork(choice) for choice in chunk.choices[1:])]
         for twin in twins[1:]:

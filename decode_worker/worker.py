@@ -1,8 +1,8 @@
-"""The decode role of a worker: reserves blocks for KV that others compute, then produces tokens until each choice ends.
+"""The decode role of a worker: reserves blocks for KV that others compute, then produces tokens until each
+choice ends.
 
-Runs on the engine thread. Serves whole requests as well (both phases on one worker), which is also how a preempted sequence
-comes back. What it has to say goes into the outbox.
-"""
+Runs on the engine thread. Serves whole requests as well (both phases on one worker), which is also how a
+preempted sequence comes back. What it has to say goes into the outbox."""
 
 import time
 from collections.abc import Callable, Sequence as Seq
@@ -16,7 +16,7 @@ from ..core.failures import FailureKind
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Reserve, Serve
 from ..core.request import SequenceSpec, TransferId
-from ..engine.batch import Batch, Launched, Runner
+from ..engine.batch import Batch, Launched, StepRunner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
@@ -39,7 +39,7 @@ class ReceivePort(Protocol):
 
 
 @dataclass(slots=True)
-class _Leg:
+class _DecodeLeg:
     """One dispatch in this worker's hands; `source` is who sends its KV, None when it is computed here."""
 
     clock: LegClock
@@ -60,14 +60,14 @@ class _Flight:
 class DecodeWorker:
     """Scheduler, model and reservations of the decode role, tied together step by step.
 
-    Over a runner that runs ahead, a step is launched before the one before it is collected, wherever the scheduler says that
-    it may be. Whatever may free blocks of a sequence that has a step under way settles that step first.
-    """
+    Over a runner that runs ahead, a step is launched before the one before it is collected, wherever the
+    scheduler says that it may be. Whatever may free blocks of a sequence that has a step under way settles
+    that step first."""
 
     def __init__(
         self,
         kv: KVManager,
-        runner: Runner,
+        runner: StepRunner,
         port: ReceivePort,
         outbox: Outbox,
         masks: TokenMasks,
@@ -85,7 +85,7 @@ class DecodeWorker:
         self._masks = masks
         self._await_masks = await_masks
         self.scheduler = DecodeScheduler(kv, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
-        self._legs: dict[TransferId, _Leg] = {}
+        self._legs: dict[TransferId, _DecodeLeg] = {}
         self._flight: _Flight | None = None
         self._collected_s = 0.0
 
@@ -144,7 +144,9 @@ class DecodeWorker:
         now_s = self._clock()
         self._outbox.timings.append(flight.batch.timing(now_s - max(flight.launched_s, self._collected_s)))
         self._collected_s = now_s
-        in_vain = [chunk.sequence for chunk in flight.batch.chunks if self.scheduler.has_ended(chunk.sequence)]
+        in_vain = [
+            chunk.sequence for chunk in flight.batch.chunks if self.scheduler.has_ended(chunk.sequence)
+        ]
         emissions = self.scheduler.complete(flight.batch, sampled, ahead)
         self._emit(emissions)
         ended = in_vain + [emission.sequence for emission in emissions if emission.reason is not None]
@@ -156,7 +158,9 @@ class DecodeWorker:
     def _wait_for_masks(self, batch: Batch) -> Callable[[], None] | None:
         if self._masks.is_empty:
             return None
-        without = [chunk.sequence for chunk in batch.chunks if chunk.choices and not chunk.sequence.may_sample]
+        without = [
+            chunk.sequence for chunk in batch.chunks if chunk.choices and not chunk.sequence.may_sample
+        ]
         return partial(self._await_masks, without) if without else None
 
     def received(self, transfer: TransferId, payload: bytes) -> None:
@@ -183,7 +187,8 @@ class DecodeWorker:
         self._end(transfer, error=error, kind=kind)
 
     def fail(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        """A dispatch cannot go on, as the mask of a next token is not to be had; an unknown one is ignored."""
+        """A dispatch cannot go on, as the mask of a next token is not to be had; an unknown one is
+        ignored."""
         if transfer in self._legs:
             self.settle()
         if transfer in self._legs:
@@ -191,7 +196,8 @@ class DecodeWorker:
             self._end(transfer, error=error, kind=kind)
 
     def abort(self, transfer: TransferId) -> None:
-        """Stop a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when it has ended."""
+        """Stop a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when
+        it has ended."""
         self.settle()  # a leg that has ended may have a row in it
         leg = self._legs.get(transfer)
         if leg is None:
@@ -207,7 +213,7 @@ class DecodeWorker:
         """A new leg's sequence; None when the command came twice."""
         if spec.transfer in self._legs:
             return None
-        self._legs[spec.transfer] = _Leg(LegClock(self._clock()), source)
+        self._legs[spec.transfer] = _DecodeLeg(LegClock(self._clock()), source)
         return Sequence(spec, spec.choices[0], self._kv.max_model_len)
 
     def _grant(self, granted: Seq[Sequence]) -> None:
@@ -215,7 +221,9 @@ class DecodeWorker:
             leg = self._legs[seq.transfer]
             assert leg.source is not None
             leg.num_cached_tokens = seq.num_cached_tokens
-            self._port.expect(seq.transfer, leg.source, tuple(seq.block_ids), seq.num_tokens, seq.num_cached_tokens)
+            self._port.expect(
+                seq.transfer, leg.source, tuple(seq.block_ids), seq.num_tokens, seq.num_cached_tokens
+            )
 
     def _emit(self, emissions: list[Emission]) -> None:
         for emission in emissions:
@@ -228,7 +236,9 @@ class DecodeWorker:
             else:
                 self._masks.forget([seq])
 
-    def _end(self, transfer: TransferId, *, error: str | None = None, kind: FailureKind | None = None) -> None:
+    def _end(
+        self, transfer: TransferId, *, error: str | None = None, kind: FailureKind | None = None
+    ) -> None:
         leg = self._legs.pop(transfer)
         self._masks.forget_all(transfer)
         self._outbox.leg_ended(

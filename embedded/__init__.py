@@ -1,4 +1,5 @@
-"""The model that comes with the package, for `model: embedded`: a checkpoint directory like any other, read from disk."""
+"""The model that comes with the package, for `model: embedded`: a checkpoint directory like any other, read
+from disk."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""What one step computes and what comes out of it: the values that pass between a scheduler and the model runner."""
+"""What one step computes and what comes out of it: the values that pass between a scheduler and the model
+runner."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +13,9 @@ from .sequence import Sequence
 class ScheduledChunk:
     """The next `num_tokens` uncomputed tokens of a sequence. Its blocks cover them already.
 
-    `choices` lists the choices for which a token is sampled from the chunk's last position; empty when the chunk stops short
-    of the sequence's end. Several choices are sampled from one row when a prompt is prefilled once for n > 1.
-    """
+    `choices` lists the choices for which a token is sampled from the chunk's last position; empty when the
+    chunk stops short of the sequence's end. Several choices are sampled from one row when a prompt is
+    prefilled once for n > 1."""
 
     sequence: Sequence
     num_tokens: int
@@ -55,12 +56,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One drawn token. Logprobs are of the model's own distribution, before temperature, penalties and filters."""
+    """One drawn token. Logprobs are of the model's own distribution, before temperature, penalties and
+    filters."""
 
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token of choice 0, when they are asked for
+    prompt_logprobs: tuple[
+        TokenLogprobs, ...
+    ] = ()  # with the first token of choice 0, when they are asked for
 
 
 class Launched(Protocol):
@@ -72,7 +76,7 @@ class Launched(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class CompletedStep:
     """A step that was done when it was launched."""
 
     sampled: list[list[SampledToken]]
@@ -81,15 +85,16 @@ class Computed:
         return self.sampled
 
 
-class Runner(Protocol):
+class StepRunner(Protocol):
     """Computes batches, in the order in which they are launched.
 
-    `on_layer(i)` is called when layer i is to write, or has written, the batch's KV: what reads it from now on finds it final.
-    `before_sampling()` is called when all is computed, and is given where masks are missing; a chunk that has none after it
-    gets no token.
-    """
+    `on_layer(i)` is called when layer i is to write, or has written, the batch's KV: what reads it from now
+    on finds it final. `before_sampling()` is called when all is computed, and is given where masks are
+    missing; a chunk that has none after it gets no token."""
 
-    runs_ahead: bool  # `launch` returns before the step is done, and takes sequences whose last token is pending
+    runs_ahead: (
+        bool  # `launch` returns before the step is done, and takes sequences whose last token is pending
+    )
 
     def launch(
         self,

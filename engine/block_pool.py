@@ -1,4 +1,5 @@
-"""Which KV blocks are in use, which hold a cached prefix, and which may be taken. Pure bookkeeping; the bytes lie in KVCache.
+"""Which KV blocks are in use, which hold a cached prefix, and which may be taken. Pure bookkeeping; the bytes
+lie in KVCache.
 
 Every block is in exactly one of three places:
 
@@ -41,7 +42,8 @@ class BlockPool:
         return self._hash_of[block_id] is not None
 
     def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of `hashes`. They may be evicted until they are acquired."""
+        """The blocks of the longest cached prefix of `hashes`. They may be evicted until they are
+        acquired."""
         block_ids = []
         for block_hash in hashes:
             block_id = self._cached.get(block_hash)
@@ -58,7 +60,8 @@ class BlockPool:
             self._ref_counts[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[int] | None:
-        """`num_blocks` blocks with one reference each and undefined content; None, and no change, when there are fewer."""
+        """`num_blocks` blocks with one reference each and undefined content; None, and no change, when there
+        are fewer."""
         if num_blocks > self.num_free_blocks:
             return None
         block_ids = [self._free.pop() if self._free else self._evict() for _ in range(num_blocks)]
@@ -67,7 +70,8 @@ class BlockPool:
         return block_ids
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Give back one reference to each block of a sequence, given head first. The tail is evicted before the head."""
+        """Give back one reference to each block of a sequence, given head first. The tail is evicted before
+        the head."""
         for block_id in reversed(block_ids):
             assert self._ref_counts[block_id] > 0, f"block {block_id} is not held"
             self._ref_counts[block_id] -= 1
@@ -79,7 +83,8 @@ class BlockPool:
                 self._evictable[block_id] = None
 
     def cache(self, block_id: int, block_hash: bytes) -> None:
-        """Offer a held block's content to later prefixes. A hash that is cached already keeps its first block."""
+        """Offer a held block's content to later prefixes. A hash that is cached already keeps its first
+        block."""
         assert self._ref_counts[block_id] > 0, f"block {block_id} is not held"
         if block_hash in self._cached:
             return
@@ -110,7 +115,8 @@ class BlockPool:
         return block_id
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every block is in exactly one place and the cache's two maps agree. O(num_blocks)."""
+        """Raise AssertionError unless every block is in exactly one place and the cache's two maps agree.
+        O(num_blocks)."""
         free, evictable = set(self._free), set(self._evictable)
         held = {block_id for block_id, count in enumerate(self._ref_counts) if count > 0}
         assert len(free) == len(self._free), "a block is free twice"
@@ -119,5 +125,7 @@ class BlockPool:
         assert free | evictable | held == set(range(self.num_blocks)), "a block is lost or in two places"
         cached = {block_id for block_id, block_hash in enumerate(self._hash_of) if block_hash is not None}
         assert evictable == cached - held, "an evictable block is not cached, or a cached one not evictable"
-        assert {self._hash_of[block_id]: block_id for block_id in cached} == self._cached, "the cache's maps disagree"
+        assert {self._hash_of[block_id]: block_id for block_id in cached} == self._cached, (
+            "the cache's maps disagree"
+        )
         assert not self._added.keys() & self._evicted.keys(), "a hash is reported both added and evicted"

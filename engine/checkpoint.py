@@ -1,7 +1,8 @@
-"""A checkpoint directory of Hugging Face format, checked against its own config.json before any weight is loaded.
+"""A checkpoint directory of Hugging Face format, checked against its own config.json before any weight is
+loaded.
 
-Opening reads only JSON and the headers of the safetensors files (no torch); `engine.tensor_reader` loads the tensors.
-"""
+Opening reads only JSON and the headers of the safetensors files (no torch); `engine.tensor_reader` loads the
+tensors."""
 
 import dataclasses
 from collections import Counter
@@ -52,7 +53,10 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """What config.json says the weights are, or else what most of them are."""
-        return self.config.dtype or Counter(DTYPE_NAMES[info.dtype] for info in self.tensors.values()).most_common(1)[0][0]
+        return (
+            self.config.dtype
+            or Counter(DTYPE_NAMES[info.dtype] for info in self.tensors.values()).most_common(1)[0][0]
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -60,7 +64,8 @@ class Checkpoint:
 
 
 def resolve_model_path(path: str) -> Path:
-    """The directory that `model.path` of the configuration means; `embedded` is the model that comes with pdserve."""
+    """The directory that `model.path` of the configuration means; `embedded` is the model that comes with
+    pdserve."""
     if path == "embedded":
         from ..embedded import MODEL_DIR
 
@@ -91,9 +96,8 @@ def _opened(path: Path) -> Checkpoint:
 def fingerprint(path: Path) -> str:
     """Tells the weights in `path` from others, also of the same shape, at the cost of a few small reads.
 
-    Equal directories give equal fingerprints on every host. Hashed are config.json, and of each weights file its name, its
-    size and samples spread over it, the first of which covers the header.
-    """
+    Equal directories give equal fingerprints on every host. Hashed are config.json, and of each weights file
+    its name, its size and samples spread over it, the first of which covers the header."""
     digest = blake2b(read_bytes(path / CONFIG_FILE, MAX_CONFIG_BYTES), digest_size=16)
     for file in sorted({info.file for info in _tensors(path).values()}):
         with open_regular(file) as stream:
@@ -134,8 +138,8 @@ def _sharded_tensors(path: Path) -> dict[str, TensorInfo]:
     for name in (*names, *weight_map):
         if not is_name(name):
             raise CheckpointError(
-                f"{index}: weight_map names {shown(name)}, expected names of at most {MAX_NAME_CHARS} characters "
-                f"for tensors, and for files in {path}"
+                f"{index}: weight_map names {shown(name)}, expected names of at most {MAX_NAME_CHARS}"
+                f" characters for tensors, and for files in {path}"
             )
     if len(names) > MAX_SHARDS:
         raise CheckpointError(f"{index}: weight_map names {len(names)} files, expected at most {MAX_SHARDS}")
@@ -143,22 +147,33 @@ def _sharded_tensors(path: Path) -> dict[str, TensorInfo]:
     headers = {name: reader.read(path / name) for name in names}
     missing = next((tensor for tensor, name in weight_map.items() if tensor not in headers[name]), None)
     if missing is not None:
-        raise CheckpointError(f"{path / weight_map[missing]}: tensor {missing} is missing, the index says it is there")
+        raise CheckpointError(
+            f"{path / weight_map[missing]}: tensor {missing} is missing, the index says it is there"
+        )
     return {tensor: headers[name][tensor] for tensor, name in weight_map.items()}
 
 
-def _checked(path: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
-    """The tensors of `expected`, none missing, none of another shape, and nothing beside them that would change results."""
+def _checked(
+    path: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorInfo]:
+    """The tensors of `expected`, none missing, none of another shape, and nothing beside them that would
+    change results."""
     for name, shape in expected.items():
         info = found.get(name)
         if info is None:
             raise CheckpointError(f"{path}: tensor {name} of shape {shape} is missing")
         if info.shape != shape:
-            raise CheckpointError(f"{info.file}: tensor {name} has shape {info.shape}, config.json implies {shape}")
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has shape {info.shape}, config.json implies {shape}"
+            )
         if info.dtype not in DTYPE_NAMES:
             supported = ", ".join(DTYPE_NAMES)
-            raise CheckpointError(f"{info.file}: tensor {name} is of dtype {shown_text(info.dtype)}, supported are {supported}")
+            raise CheckpointError(
+                f"{info.file}: tensor {name} is of dtype {shown_text(info.dtype)}, supported are {supported}"
+            )
     for name in found.keys() - expected.keys():
         if not name.endswith(_KNOWN_BUFFERS):
-            raise CheckpointError(f"{found[name].file}: tensor {name} is unexpected for this model's config.json")
+            raise CheckpointError(
+                f"{found[name].file}: tensor {name} is unexpected for this model's config.json"
+            )
     return {name: found[name] for name in expected}

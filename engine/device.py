@@ -1,8 +1,9 @@
-"""Where an engine computes: events between queues of work, graphs of captured work, pinned memory to copy from.
+"""Where an engine computes: events between queues of work, graphs of captured work, pinned memory to copy
+from.
 
-`CudaDevice` is a GPU. `HostDevice` has the same face over the processor, where all work is done when a call returns: it is
-what an engine on Triton's interpreter runs on, and it replays a captured graph by calling its function again.
-"""
+`CudaDevice` is a GPU. `HostDevice` has the same face over the processor, where all work is done when a call
+returns: it is what an engine on Triton's interpreter runs on, and it replays a captured graph by calling its
+function again."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ class DeviceMemory:
     used: int  # by this process
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A point in a queue of work; the calls are those of `torch.cuda.Event`."""
 
     def record(self) -> None:
@@ -57,10 +58,11 @@ class Device(Protocol):
     torch_device: torch.device
     runs_ahead: bool  # calls return before their work is done
 
-    def event(self) -> Event: ...
+    def event(self) -> DeviceEvent: ...
 
     def side_stream(self) -> AbstractContextManager[object]:
-        """A stream of its own for whatever is queued inside; the same one in every call of what is returned."""
+        """A stream of its own for whatever is queued inside; the same one in every call of what is
+        returned."""
         ...
 
     def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -68,8 +70,8 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Capture what `work` queues. It was called before, so that all kernels are compiled, and touches no memory but what
-        stays alive as long as the graph, and what it allocates itself."""
+        """Capture what `work` queues. It was called before, so that all kernels are compiled, and touches no
+        memory but what stays alive as long as the graph, and what it allocates itself."""
         ...
 
     def memory(self) -> DeviceMemory: ...
@@ -86,11 +88,14 @@ class CudaDevice:
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        # Of a high priority: what is short, and others wait for, is not to queue behind the blocks of a matrix product.
+        # Of a high priority: what is short, and others wait for, is not to queue behind the blocks of a
+        # matrix product.
         self._side_stream = torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()  # graphs never run side by side, so they share their memory
+        self._pool = (
+            torch.cuda.graph_pool_handle()
+        )  # graphs never run side by side, so they share their memory
 
-    def event(self) -> Event:
+    def event(self) -> DeviceEvent:
         """Who waits for it sleeps: a worker has a core or two for all of its threads."""
         return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
@@ -107,7 +112,9 @@ class CudaDevice:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
         except Exception as error:
-            reason = error.__context__ or error  # the end of a capture that has failed fails too, and says less
+            reason = (
+                error.__context__ or error
+            )  # the end of a capture that has failed fails too, and says less
             raise RuntimeError(f"capturing a decode step failed: {reason}") from reason
         return graph
 
@@ -161,7 +168,7 @@ class HostDevice:
     def __init__(self, memory_bytes: int = 1 << 30) -> None:
         self._memory_bytes = memory_bytes  # of what a GPU would have of its own
 
-    def event(self) -> Event:
+    def event(self) -> DeviceEvent:
         return HostEvent()
 
     def side_stream(self) -> AbstractContextManager[object]:

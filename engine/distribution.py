@@ -1,7 +1,8 @@
-"""Filters and draws on one row of logits. A row's result depends on that row alone, bit for bit: never on its batch.
+"""Filters and draws on one row of logits. A row's result depends on that row alone, bit for bit: never on its
+batch.
 
-numpy on one row is faster than batched tensors here: candidates are found by a threshold, so that hardly anything is sorted.
-"""
+numpy on one row is faster than batched tensors here: candidates are found by a threshold, so that hardly
+anything is sorted."""
 
 from collections.abc import Iterable
 
@@ -13,21 +14,26 @@ from ..core.request import SamplingParams
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 
-_FLOORS = (2.0**-13, 2.0**-16)  # shares of the mass; few tokens have as much, and in trained models they hold nearly all of it
+_FLOORS = (
+    2.0**-13,
+    2.0**-16,
+)  # shares of the mass; few tokens have as much, and in trained models they hold nearly all of it
 _BLOCK = 512  # tokens whose weights are summed before the draw looks inside
 
 
 def draw(logits: Floats, sampling: SamplingParams, uniforms: Iterable[float]) -> list[int]:
-    """A token id for each uniform number, from the distribution after temperature, top-k, top-p and min-p, in this order.
+    """A token id for each uniform number, from the distribution after temperature, top-k, top-p and min-p, in
+    this order.
 
-    Tokens are ordered by id on the line that a uniform number falls on, so that rounding noise in the logits moves tokens'
-    borders a little but never swaps their places.
-    """
+    Tokens are ordered by id on the line that a uniform number falls on, so that rounding noise in the logits
+    moves tokens' borders a little but never swaps their places."""
     largest = logits.max()
     if not np.isfinite(largest):  # the model overflowed; that must not stop the other rows
         return [int(logits.argmax()) for _ in uniforms]
     candidates = _top_k(logits, sampling.top_k)
-    weights = _weights(logits if candidates is None else logits[candidates], largest, 1.0 / sampling.temperature)
+    weights = _weights(
+        logits if candidates is None else logits[candidates], largest, 1.0 / sampling.temperature
+    )
     if sampling.top_p < 1.0:
         nucleus = _top_p(weights, sampling.top_p)
         candidates, weights = _narrow(candidates, nucleus), weights[nucleus]
@@ -56,7 +62,8 @@ def log_sum_exp(logits: Floats) -> float:
 
 
 def _weights(logits: Floats, largest: np.float32, scale: float) -> Floats:
-    """exp((logits - largest) * scale): the largest is 1. One allocation, as a row's pages cost more than its arithmetic."""
+    """exp((logits - largest) * scale): the largest is 1. One allocation, as a row's pages cost more than its
+    arithmetic."""
     weights: Floats = np.subtract(logits, largest)
     weights *= np.float32(scale)
     return np.exp(weights, out=weights)
@@ -75,7 +82,8 @@ def _top_k(logits: Floats, k: int) -> Indices | None:
 
 
 def _top_p(weights: Floats, top_p: float) -> Indices:
-    """Ascending indices of the fewest weights that hold `top_p` of the mass; of equal ones at the border the first."""
+    """Ascending indices of the fewest weights that hold `top_p` of the mass; of equal ones at the border the
+    first."""
     total = float(weights.sum(dtype=np.float64))
     target = top_p * total
     # What lies below the last floor holds less than 1 - top_p of the mass, whatever the weights are.

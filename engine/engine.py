@@ -1,4 +1,5 @@
-"""Everything one worker computes with: model, kernels, KV memory and its bookkeeping, put together once at start."""
+"""Everything one worker computes with: model, kernels, KV memory and its bookkeeping, put together once at
+start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from ..core.errors import CapacityError, ConfigError
 from ..core.messages import KVLayout
 from ..kernels import KernelRequirements, Kernels, load_kernels
-from .batch import Runner
+from .batch import StepRunner
 from .block_pool import BlockPool
 from .checkpoint import Checkpoint, fingerprint, open_checkpoint
 from .device import CudaDevice, Device, HostDevice
@@ -44,14 +45,15 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Engine:
-    """Used by one thread, save for `cache`: a transfer's thread may gather and scatter blocks that no step touches."""
+    """Used by one thread, save for `cache`: a transfer's thread may gather and scatter blocks that no step
+    touches."""
 
     config: ModelConfig
     kernels: Kernels
     pool: BlockPool
     kv: KVManager
     cache: KVCache
-    runner: Runner
+    runner: StepRunner
 
     @property
     def layout(self) -> KVLayout:
@@ -61,8 +63,8 @@ class Engine:
     def open(cls, path: Path, options: EngineOptions, on_progress: Progress = lambda _: None) -> "Engine":
         """Load the checkpoint in `path`; `on_progress` is told the fraction loaded, up to 1.0.
 
-        Raises CheckpointError, ConfigError for options that do not fit the model, CapacityError for too little memory.
-        """
+        Raises CheckpointError, ConfigError for options that do not fit the model, CapacityError for too
+        little memory."""
         checkpoint = open_checkpoint(path)
         layout = layout_of(checkpoint, options)
         device = _open_device(options)
@@ -84,11 +86,17 @@ class Engine:
         kernels = _load_kernels(layout, options)
         with torch.inference_mode():
             if options.device == "cpu":
-                cache = _allocate(layout, _required(options.num_blocks), kernels, device)  # before the weights: it may not fit
-                model = Model(config, load_weights(config, read, kernels, on_progress), kernels, max_model_len)
-                runner: Runner = ModelRunner(model, cache, kernels, max_model_len)
+                cache = _allocate(
+                    layout, _required(options.num_blocks), kernels, device
+                )  # before the weights: it may not fit
+                model = Model(
+                    config, load_weights(config, read, kernels, on_progress), kernels, max_model_len
+                )
+                runner: StepRunner = ModelRunner(model, cache, kernels, max_model_len)
             else:
-                model = Model(config, load_weights(config, read, kernels, on_progress), kernels, max_model_len)
+                model = Model(
+                    config, load_weights(config, read, kernels, on_progress), kernels, max_model_len
+                )
                 cache, runner = _on_gpu(device, model, layout, kernels, options, max_model_len)
         pool = BlockPool(cache.num_blocks, layout.block_size)
         return cls(config, kernels, pool, KVManager(pool, max_model_len), cache, runner)
@@ -103,8 +111,13 @@ def _open_device(options: EngineOptions) -> Device:
 
 
 def _on_gpu(
-    device: Device, model: Model, layout: KVLayout, kernels: Kernels, options: EngineOptions, max_model_len: int
-) -> tuple[KVCache, Runner]:
+    device: Device,
+    model: Model,
+    layout: KVLayout,
+    kernels: Kernels,
+    options: EngineOptions,
+    max_model_len: int,
+) -> tuple[KVCache, StepRunner]:
     from ..kernels.triton.kernels import TritonKernels  # brought along by torch's CUDA builds alone
     from .on_gpu.decode_graphs import ladder
     from .on_gpu.kv_budget import num_blocks_that_fit
@@ -146,7 +159,9 @@ def layout_of(checkpoint: Checkpoint, options: EngineOptions) -> KVLayout:
 def _max_model_len(config: ModelConfig, options: EngineOptions) -> int:
     limit = config.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > limit:
-        raise ConfigError(f"model.max_model_len: {options.max_model_len} is more than the model's {limit} positions")
+        raise ConfigError(
+            f"model.max_model_len: {options.max_model_len} is more than the model's {limit} positions"
+        )
     return options.max_model_len or limit
 
 
@@ -169,4 +184,6 @@ def _allocate(layout: KVLayout, num_blocks: int, kernels: Kernels, device: Devic
         return KVCache(layout, num_blocks, kernels, device)
     except RuntimeError as error:  # torch's out-of-memory
         num_bytes = num_blocks * layout.block_size * layout.bytes_per_token
-        raise CapacityError(f"no memory for a KV cache of {num_bytes:,} bytes ({num_blocks} blocks): {error}") from error
+        raise CapacityError(
+            f"no memory for a KV cache of {num_bytes:,} bytes ({num_blocks} blocks): {error}"
+        ) from error

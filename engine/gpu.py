@@ -23,11 +23,14 @@ log = logging.getLogger(__name__)
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # as CUDA reads it: which GPUs a process has, and in which order
-GPU_MEMORY_FRACTION = 0.9  # of a GPU's memory that its instances may fill; the rest is left to other processes
+GPU_MEMORY_FRACTION = (
+    0.9  # of a GPU's memory that its instances may fill; the rest is left to other processes
+)
 ALL_LINKS = 0xFFFFFFFF  # NVML's scope for the sum over a GPU's links
 THROTTLES = {
     "power": pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
-    "temperature": pynvml.nvmlClocksEventReasonSwThermalSlowdown | pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+    "temperature": pynvml.nvmlClocksEventReasonSwThermalSlowdown
+    | pynvml.nvmlClocksEventReasonHwThermalSlowdown,
     "hardware": pynvml.nvmlClocksEventReasonHwSlowdown,
 }  # why a GPU runs below the clocks that it would have
 
@@ -47,7 +50,8 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class Node:
-    """One machine, as this process may use it: its cores by affinity, its memory within the cgroup's limit."""
+    """One machine, as this process may use it: its cores by affinity, its memory within the cgroup's
+    limit."""
 
     name: str
     cores: tuple[int, ...]
@@ -69,12 +73,15 @@ def probe_node() -> Node:
 
 
 def probe_torch_cuda() -> str | None:
-    """The CUDA that torch was built for, read beside torch: importing it takes a second and hundreds of megabytes."""
+    """The CUDA that torch was built for, read beside torch: importing it takes a second and hundreds of
+    megabytes."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
     for statement in ast.parse((Path(spec.origin).parent / "version.py").read_text()).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        targets = (
+            statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        )
         if any(isinstance(target, ast.Name) and target.id == "cuda" for target in targets):
             value = getattr(statement, "value", None)
             return str(value.value) if isinstance(value, ast.Constant) and value.value is not None else None
@@ -82,13 +89,16 @@ def probe_torch_cuda() -> str | None:
 
 
 def probe_devices(environment: Mapping[str, str] = os.environ) -> tuple[DeviceInfo, ...]:
-    """The GPUs that NVML reports and CUDA would show this process, in CUDA's order; none where there is no driver."""
+    """The GPUs that NVML reports and CUDA would show this process, in CUDA's order; none where there is no
+    driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return ()
     try:
-        devices = [device for index in range(pynvml.nvmlDeviceGetCount()) if (device := _device(index)) is not None]
+        devices = [
+            device for index in range(pynvml.nvmlDeviceGetCount()) if (device := _device(index)) is not None
+        ]
     finally:
         pynvml.nvmlShutdown()
     visible = environment.get(VISIBLE)
@@ -98,7 +108,11 @@ def probe_devices(environment: Mapping[str, str] = os.environ) -> tuple[DeviceIn
 def _visible(devices: Sequence[DeviceInfo], names: str) -> Iterator[DeviceInfo]:
     """What CUDA makes of its variable: indices or beginnings of UUIDs, up to the first that names nothing."""
     for name in map(str.strip, names.split(",")):
-        found = [one for one in devices if name == str(one.index) or (name.startswith("GPU-") and one.uuid.startswith(name))]
+        found = [
+            one
+            for one in devices
+            if name == str(one.index) or (name.startswith("GPU-") and one.uuid.startswith(name))
+        ]
         if len(found) != 1:
             return
         yield found[0]
@@ -152,13 +166,23 @@ class GpuProbe:
             memory_used_bytes=None if memory is None else int(memory.used),
             power_watts=_told(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
             power_limit_watts=_told(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
-            temperature_celsius=_told(lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
+            temperature_celsius=_told(
+                lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+            ),
             sm_clock_hertz=_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM) * 1e6),
-            memory_clock_hertz=_told(lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM) * 1e6),
+            memory_clock_hertz=_told(
+                lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM) * 1e6
+            ),
             pcie_sent_bytes_per_s=_told(lambda: _pcie_bytes_per_s(handle, pynvml.NVML_PCIE_UTIL_TX_BYTES)),
-            pcie_received_bytes_per_s=_told(lambda: _pcie_bytes_per_s(handle, pynvml.NVML_PCIE_UTIL_RX_BYTES)),
-            nvlink_sent_bytes=_told(lambda: _link_bytes(handle, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX)),
-            nvlink_received_bytes=_told(lambda: _link_bytes(handle, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX)),
+            pcie_received_bytes_per_s=_told(
+                lambda: _pcie_bytes_per_s(handle, pynvml.NVML_PCIE_UTIL_RX_BYTES)
+            ),
+            nvlink_sent_bytes=_told(
+                lambda: _link_bytes(handle, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX)
+            ),
+            nvlink_received_bytes=_told(
+                lambda: _link_bytes(handle, pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX)
+            ),
             throttled_by=_told(lambda: _throttles(pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle))),
             peak_flops_per_s=None if peaks is None else peaks.flops_per_s,
             peak_bytes_per_s=None if peaks is None else peaks.bytes_per_s,
@@ -207,13 +231,17 @@ def probe_memory(proc: Path = PROC, cgroup_root: Path = CGROUP_ROOT) -> tuple[in
 
 
 def _cgroup_limits(proc: Path, root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use that cannot be reclaimed) of every cgroup around this process, of version 1 or 2."""
+    """(limit, bytes in use that cannot be reclaimed) of every cgroup around this process, of version 1 or
+    2."""
     for line in (proc / "self" / "cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":
             base, names = root, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base, names = (
+                root / "memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
         else:
             continue
         path = base / group.lstrip("/")
@@ -222,7 +250,9 @@ def _cgroup_limits(proc: Path, root: Path) -> Iterator[tuple[int, int]]:
                 yield from _cgroup_limit(folder, *names)
 
 
-def _cgroup_limit(folder: Path, limit_name: str, used_name: str, reclaimable_name: str) -> Iterator[tuple[int, int]]:
+def _cgroup_limit(
+    folder: Path, limit_name: str, used_name: str, reclaimable_name: str
+) -> Iterator[tuple[int, int]]:
     try:
         limit = (folder / limit_name).read_text().strip()
         used = int((folder / used_name).read_text())

@@ -14,9 +14,8 @@ class Peaks:
 def peaks_of(name: str) -> Peaks | None:
     """None for a GPU that is not in the table.
 
-    From NVIDIA's data sheets: H100 (2023; its figures with sparsity, halved), H200 (2024), A100 (2022), L4 and L40S (2023),
-    HGX B200 (2025).
-    """
+    From NVIDIA's data sheets: H100 (2023; its figures with sparsity, halved), H200 (2024), A100 (2022), L4
+    and L40S (2023), HGX B200 (2025)."""
     return _PEAKS.get(name.removeprefix("NVIDIA "))
 
 

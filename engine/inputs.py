@@ -1,5 +1,5 @@
-"""Turns a batch of chunks into the flat tensors a model computes on. On the hot path of every step: plain lists, one tensor
-per list, and block tables that are kept from step to step."""
+"""Turns a batch of chunks into the flat tensors a model computes on. On the hot path of every step: plain
+lists, one tensor per list, and block tables that are kept from step to step."""
 
 from array import array
 
@@ -14,9 +14,9 @@ from .model import ModelInput, SampledRows
 class BlockTables:
     """The block table of each row of the batch, kept up to date by what changed since the last step.
 
-    A sequence's block list only grows, or is replaced by another list (see KVManager): a row whose list is the one it
-    mirrored before only needs the new blocks. Decode batches keep their order, so that is nearly every row.
-    """
+    A sequence's block list only grows, or is replaced by another list (see KVManager): a row whose list is
+    the one it mirrored before only needs the new blocks. Decode batches keep their order, so that is nearly
+    every row."""
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks

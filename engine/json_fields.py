@@ -1,4 +1,5 @@
-"""Typed access to the fields of a checkpoint's JSON files; what is missing or of another type is refused by name."""
+"""Typed access to the fields of a checkpoint's JSON files; what is missing or of another type is refused by
+name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +43,11 @@ class JsonFields:
         value = self.values.get(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX_FLOAT <= value <= MAX_FLOAT:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not -MAX_FLOAT <= value <= MAX_FLOAT
+        ):
             raise self.refuse(name, f"a number from {-MAX_FLOAT:g} to {MAX_FLOAT:g}")
         return float(value)
 
@@ -71,7 +76,9 @@ class JsonFields:
         """A field that is an integer, a list of integers, or absent."""
         value = self.values.get(name)
         items = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= MAX_INT for item in items):
+        if any(
+            isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= MAX_INT for item in items
+        ):
             raise self.refuse(name, "an integer or a list of integers")
         if len(items) > MAX_INTS:
             raise self.refuse(name, f"an integer or a list of integers, at most {MAX_INTS} of them")

@@ -1,4 +1,5 @@
-"""The KV memory of one device: one tensor of blocks. The model reads and writes it by layer, a transfer by token range."""
+"""The KV memory of one device: one tensor of blocks. The model reads and writes it by layer, a transfer by
+token range."""
 
 import math
 import mmap
@@ -18,13 +19,18 @@ _ALL_BITS = 0xFFFFFFFFFFFFFFFF
 
 
 class KVCache:
-    """Allocated once at start. Which block belongs to whom is `BlockPool`'s business; this is the `KVStore` of transfers."""
+    """Allocated once at start. Which block belongs to whom is `BlockPool`'s business; this is the `KVStore`
+    of transfers."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int, kernels: Kernels, device: Device | None = None) -> None:
-        """Without a device: the processor's memory. Raises RuntimeError where there is too little, ConfigError for a wire
-        format that does not suit the model."""
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, kernels: Kernels, device: Device | None = None
+    ) -> None:
+        """Without a device: the processor's memory. Raises RuntimeError where there is too little,
+        ConfigError for a wire format that does not suit the model."""
         if layout.wire == "int8" and layout.head_dim % 8:
-            raise ConfigError(f"kv.wire: got 'int8', expected 'raw' for a head_dim of {layout.head_dim}, no multiple of 8")
+            raise ConfigError(
+                f"kv.wire: got 'int8', expected 'raw' for a head_dim of {layout.head_dim}, no multiple of 8"
+            )
         self.layout = layout
         self.num_blocks = num_blocks
         self._kernels = kernels
@@ -64,18 +70,23 @@ class KVCache:
         out: Slot,
         after: int = 0,
     ) -> int | Queued:
-        """Copy the KV of a token range out of its blocks, and sum it up; `out` is [layers, 2, Hkv, tokens, D] in C order, or
-        what `kernels.wire` says of int8. It comes behind the mark `after`."""
+        """Copy the KV of a token range out of its blocks, and sum it up; `out` is [layers, 2, Hkv, tokens, D]
+        in C order, or what `kernels.wire` says of int8. It comes behind the mark `after`."""
         part = self._part(layer_start, layer_end, token_start, token_end)
         if self._queue is not None:
             return self._queue.gather(block_ids, part, out, after)
         buffer = _as_tensor(out)
         if self._format is WireFormat.INT8:
-            return int(self._gather_part(self._data, block_ids, part, buffer, self._format).item()) & _ALL_BITS
-        return self._kernels.gather_tokens(self._data, layer_start, layer_end, block_ids, token_start, token_end, buffer)
+            return (
+                int(self._gather_part(self._data, block_ids, part, buffer, self._format).item()) & _ALL_BITS
+            )
+        return self._kernels.gather_tokens(
+            self._data, layer_start, layer_end, block_ids, token_start, token_end, buffer
+        )
 
     def checksum(self, data: Slot) -> int | None:
-        """What `gather` returned elsewhere, if these are the bytes that it wrote. None on a device: there `scatter` tells."""
+        """What `gather` returned elsewhere, if these are the bytes that it wrote. None on a device: there
+        `scatter` tells."""
         return None if self._queue is not None else self._kernels.wire_checksum(_as_tensor(data))
 
     def scatter(
@@ -96,16 +107,21 @@ class KVCache:
         if self._format is WireFormat.INT8:
             self._scatter_part(self._data, block_ids, part, buffer, self._format)
         else:
-            self._kernels.scatter_tokens(self._data, layer_start, layer_end, block_ids, token_start, token_end, buffer)
+            self._kernels.scatter_tokens(
+                self._data, layer_start, layer_end, block_ids, token_start, token_end, buffer
+            )
         return None
 
     def _part(self, layer_start: int, layer_end: int, token_start: int, token_end: int) -> KVPart:
-        return KVPart(range(layer_start, layer_end), range(self.layout.num_kv_heads), range(token_start, token_end))
+        return KVPart(
+            range(layer_start, layer_end), range(self.layout.num_kv_heads), range(token_start, token_end)
+        )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A host's is touched at once, so that memory that is not there is noticed now and not in the middle of a request; in huge
-    pages where the system has them, since blocks that lie anywhere would otherwise cost an address translation each."""
+    """A host's is touched at once, so that memory that is not there is noticed now and not in the middle of a
+    request; in huge pages where the system has them, since blocks that lie anywhere would otherwise cost an
+    address translation each."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     try:
@@ -119,5 +135,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def _as_tensor(buffer: Slot) -> torch.Tensor:
     if isinstance(buffer, torch.Tensor):
         return buffer
-    # torch has no read-only tensors and warns about read-only memory, so that is copied; the transports' rings are writable.
+    # torch has no read-only tensors and warns about read-only memory, so that is copied; the transports'
+    # rings are writable.
     return torch.frombuffer(bytearray(buffer) if buffer.readonly else buffer, dtype=torch.uint8)

@@ -1,9 +1,8 @@
-"""Gives sequences their blocks: cached prefixes at admission, room as they grow, sharing between choices. Pure; both
-schedulers use it, and so does the simulator.
+"""Gives sequences their blocks: cached prefixes at admission, room as they grow, sharing between choices.
+Pure; both schedulers use it, and so does the simulator.
 
-A sequence's `block_ids` list only grows at its end; any other change replaces the list by a new one, so that whoever mirrors
-it (the model runner's block table) sees by identity and length what is new.
-"""
+A sequence's `block_ids` list only grows at its end; any other change replaces the list by a new one, so that
+whoever mirrors it (the model runner's block table) sees by identity and length what is new."""
 
 from .block_pool import BlockPool
 from .sequence import Sequence
@@ -28,9 +27,8 @@ class KVManager:
     def admit(self, seq: Sequence, use_cache: bool = True) -> int:
         """Acquire the cached prefix of a sequence that holds nothing; returns its number of tokens.
 
-        At least the last token stays uncomputed, and cached blocks are never written: a prompt that is cached as a whole
-        gives up its last block.
-        """
+        At least the last token stays uncomputed, and cached blocks are never written: a prompt that is cached
+        as a whole gives up its last block."""
         assert not seq.block_ids and seq.num_computed_tokens == 0, f"{seq} was admitted before"
         if use_cache:
             size = self.pool.block_size
@@ -44,8 +42,8 @@ class KVManager:
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make tokens `[num_computed_tokens, num_tokens)` writable: blocks for all, and none of them shared.
 
-        False, and no change, when the pool has too few blocks. A shared block is replaced by a copy, see `take_copies`.
-        """
+        False, and no change, when the pool has too few blocks. A shared block is replaced by a copy, see
+        `take_copies`."""
         assert num_tokens <= self.max_model_len, f"{seq} would exceed {self.max_model_len} tokens"
         num_missing, shared = self._missing(seq, num_tokens)
         if not num_missing and shared is None:
@@ -64,7 +62,8 @@ class KVManager:
         return num_missing + (shared is not None)
 
     def _missing(self, seq: Sequence, num_tokens: int) -> tuple[int, int | None]:
-        """How many blocks a sequence lacks for so many tokens, and which of its own has to be replaced as it is shared."""
+        """How many blocks a sequence lacks for so many tokens, and which of its own has to be replaced as it
+        is shared."""
         first = seq.num_computed_tokens // self.pool.block_size
         is_shared = first < len(seq.block_ids) and self.pool.ref_count(seq.block_ids[first]) > 1
         return max(self.num_blocks_for(num_tokens) - len(seq.block_ids), 0), first if is_shared else None
@@ -76,7 +75,8 @@ class KVManager:
         seq.block_ids = [*seq.block_ids[:index], copy, *seq.block_ids[index + 1 :]]
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
-        """Block copies (source, destination) since the last call, to be made in this order before the next step writes."""
+        """Block copies (source, destination) since the last call, to be made in this order before the next
+        step writes."""
         copies = tuple((source, copy) for copy, source in self._copies.items())
         self._copies.clear()
         return copies
@@ -86,9 +86,12 @@ class KVManager:
         self.received(seq, seq.num_computed_tokens + num_tokens)
 
     def received(self, seq: Sequence, num_tokens: int) -> None:
-        """Tokens `[0, num_tokens)` have KV now, however it came; blocks that became full enter the prefix cache."""
+        """Tokens `[0, num_tokens)` have KV now, however it came; blocks that became full enter the prefix
+        cache."""
         size = self.pool.block_size
-        assert seq.num_computed_tokens <= num_tokens <= min(seq.num_tokens, len(seq.block_ids) * size), f"{seq}: {num_tokens}"
+        assert seq.num_computed_tokens <= num_tokens <= min(seq.num_tokens, len(seq.block_ids) * size), (
+            f"{seq}: {num_tokens}"
+        )
         first, end = seq.num_computed_tokens // size, num_tokens // size
         seq.num_computed_tokens = num_tokens
         if first < end:
@@ -97,8 +100,11 @@ class KVManager:
                 self.pool.cache(seq.block_ids[index], hashes[index])
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let `child`, made by `parent.fork`, share the blocks that hold KV; the first to write a shared block copies it."""
-        assert not child.block_ids and child.num_computed_tokens == parent.num_computed_tokens, f"{child}, {parent}"
+        """Let `child`, made by `parent.fork`, share the blocks that hold KV; the first to write a shared
+        block copies it."""
+        assert not child.block_ids and child.num_computed_tokens == parent.num_computed_tokens, (
+            f"{child}, {parent}"
+        )
         child.block_ids = parent.block_ids[: self.num_blocks_for(parent.num_computed_tokens)]
         self.pool.acquire(child.block_ids)
 
@@ -111,7 +117,8 @@ class KVManager:
         seq.block_ids = []
 
     def reset(self, seq: Sequence) -> None:
-        """Preempt: give the blocks back and forget what was computed. The tokens stay; `admit` starts it again."""
+        """Preempt: give the blocks back and forget what was computed. The tokens stay; `admit` starts it
+        again."""
         self.release(seq)
         seq.num_computed_tokens = 0
         seq.num_cached_tokens = 0

@@ -1,8 +1,8 @@
-"""The decoder: flattened tokens of many sequences in, final states of the sampled ones out, and their logits; the KV of all
-goes into the paged cache.
+"""The decoder: flattened tokens of many sequences in, final states of the sampled ones out, and their logits;
+the KV of all goes into the paged cache.
 
-One definition for Llama, Mistral, Qwen2 and Qwen3: `ModelConfig` says which biases, norms and windows a checkpoint has.
-"""
+One definition for Llama, Mistral, Qwen2 and Qwen3: `ModelConfig` says which biases, norms and windows a
+checkpoint has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ from .weights import LayerWeights, ModelWeights
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The rows of a batch that need logits, each the last one of its sequence, and their attention by themselves."""
+    """The rows of a batch that need logits, each the last one of its sequence, and their attention by
+    themselves."""
 
     rows: torch.Tensor  # int64 [R]
     attention: AttentionBatch | None  # None: R is 0
@@ -39,7 +40,9 @@ class ModelInput:
 class Model:
     """Packed weights, and the forward pass over them."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, kernels: Kernels, max_model_len: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, kernels: Kernels, max_model_len: int
+    ) -> None:
         self.config = config
         self._weights = weights
         self._kernels = kernels
@@ -48,11 +51,13 @@ class Model:
         # After layer i comes the input norm of layer i + 1, after the last one the final norm.
         self._next_norms = [*(layer.input_norm for layer in layers[1:]), weights.norm]
 
-    def forward(self, inputs: ModelInput, cache: KVCache, on_layer: Callable[[int], None] | None = None) -> torch.Tensor:
+    def forward(
+        self, inputs: ModelInput, cache: KVCache, on_layer: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
         """Final states [R, H] of the sampled rows, or of all; the KV of all tokens is in `cache` afterwards.
 
-        `on_layer(i)` is called as soon as layer i's KV is final. Beyond its KV, the last layer computes only rows asked for.
-        """
+        `on_layer(i)` is called as soon as layer i's KV is final. Beyond its KV, the last layer computes only
+        rows asked for."""
         kernels, weights, eps = self._kernels, self._weights, self.config.rms_norm_eps
         residual = weights.embedding[inputs.token_ids]  # [T, H]
         hidden = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
@@ -99,7 +104,12 @@ class Model:
         )
 
     def _attend(
-        self, index: int, layer: LayerWeights, queries: torch.Tensor, attention: AttentionBatch, cache: KVCache
+        self,
+        index: int,
+        layer: LayerWeights,
+        queries: torch.Tensor,
+        attention: AttentionBatch,
+        cache: KVCache,
     ) -> torch.Tensor:
         config = self.config
         out = self._kernels.paged_attention(

@@ -1,8 +1,7 @@
 """A model's shape and options, read from the config.json of a Hugging Face checkpoint.
 
-Comes in: the parsed JSON. Goes out: one frozen `ModelConfig` that drives the model definition, KV layout and `plan`.
-What our model definition cannot compute exactly is refused here, by name.
-"""
+Comes in: the parsed JSON. Goes out: one frozen `ModelConfig` that drives the model definition, KV layout and
+`plan`. What our model definition cannot compute exactly is refused here, by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,7 +55,9 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over each head of q and k, before the rotation
-    sliding_windows: tuple[int | None, ...]  # per layer: a query sees itself and the window - 1 keys before it; None: all
+    sliding_windows: tuple[
+        int | None, ...
+    ]  # per layer: a query sees itself and the window - 1 keys before it; None: all
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: str | None  # what config.json says the weights are; None: it does not say
@@ -77,18 +78,22 @@ class ModelConfig:
 def parse_model_config(
     config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None, source: str = "config.json"
 ) -> ModelConfig:
-    """The model that `config` describes. Raises CheckpointError for what is missing, malformed or not supported.
+    """The model that `config` describes. Raises CheckpointError for what is missing, malformed or not
+    supported.
 
-    `generation_config` is the parsed generation_config.json where the checkpoint has one; its end tokens then replace
-    those of `config`, as in transformers' `generate`.
-    """
+    `generation_config` is the parsed generation_config.json where the checkpoint has one; its end tokens then
+    replace those of `config`, as in transformers' `generate`."""
     fields = JsonFields(config, source)
     architecture = _architecture(fields)
     _refuse_unsupported(fields)
     family = _FAMILIES[architecture]
     num_layers = fields.positive_int("num_hidden_layers", maximum=MAX_LAYERS)
-    max_position_embeddings = fields.positive_int("max_position_embeddings", family.max_position_embeddings, MAX_POSITIONS)
-    generation = fields if generation_config is None else JsonFields(generation_config, "generation_config.json")
+    max_position_embeddings = fields.positive_int(
+        "max_position_embeddings", family.max_position_embeddings, MAX_POSITIONS
+    )
+    generation = (
+        fields if generation_config is None else JsonFields(generation_config, "generation_config.json")
+    )
     is_llama, is_qwen2, is_qwen3 = (architecture.startswith(name) for name in ("Llama", "Qwen2", "Qwen3"))
     attention_bias = (is_llama or is_qwen3) and fields.flag("attention_bias", False)
     num_heads, num_kv_heads, head_dim = _heads(fields, family)
@@ -122,7 +127,9 @@ def _architecture(fields: JsonFields) -> str:
     if not isinstance(names, list) or len(names) != 1:
         raise fields.refuse("architectures", f"a list of one of {supported}")
     if names[0] not in SUPPORTED_ARCHITECTURES:
-        raise CheckpointError(f"{fields.source}: architecture {shown(names[0])} is not supported; supported are {supported}")
+        raise CheckpointError(
+            f"{fields.source}: architecture {shown(names[0])} is not supported; supported are {supported}"
+        )
     return str(names[0])
 
 
@@ -137,7 +144,9 @@ def _refuse_unsupported(fields: JsonFields) -> None:
         )
     activation = fields.optional_str("hidden_act") or "silu"
     if activation != "silu":
-        raise CheckpointError(f"{fields.source}: hidden_act {shown(activation)} is not supported; supported is 'silu'")
+        raise CheckpointError(
+            f"{fields.source}: hidden_act {shown(activation)} is not supported; supported is 'silu'"
+        )
 
 
 def _heads(fields: JsonFields, family: _Family) -> tuple[int, int, int]:
@@ -148,11 +157,16 @@ def _heads(fields: JsonFields, family: _Family) -> tuple[int, int, int]:
         num_kv_heads = family.num_kv_heads or num_heads
     if num_heads % num_kv_heads:
         raise CheckpointError(
-            f"{fields.source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            f"{fields.source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads"
+            f" {num_kv_heads}"
         )
-    head_dim = fields.optional_int("head_dim") or family.head_dim or fields.positive_int("hidden_size") // num_heads
+    head_dim = (
+        fields.optional_int("head_dim") or family.head_dim or fields.positive_int("hidden_size") // num_heads
+    )
     if head_dim < 2 or head_dim % 2:
-        raise CheckpointError(f"{fields.source}: head_dim {head_dim} is not supported, expected an even number")
+        raise CheckpointError(
+            f"{fields.source}: head_dim {head_dim} is not supported, expected an even number"
+        )
     return num_heads, num_kv_heads, head_dim
 
 
@@ -178,7 +192,9 @@ def _sliding_layers(fields: JsonFields, num_layers: int, window: int | None) -> 
     if not known or len(layer_types) != num_layers:
         raise fields.refuse("layer_types", f"{num_layers} of 'full_attention' or 'sliding_attention'")
     if window is None and "sliding_attention" in layer_types:
-        raise CheckpointError(f"{fields.source}: layer_types has 'sliding_attention', but no sliding window is in use")
+        raise CheckpointError(
+            f"{fields.source}: layer_types has 'sliding_attention', but no sliding window is in use"
+        )
     return [kind == "sliding_attention" for kind in layer_types]
 
 
@@ -189,6 +205,7 @@ def _dtype(fields: JsonFields) -> str | None:
     name = name.removeprefix("torch.")
     if name not in SUPPORTED_DTYPES:
         raise CheckpointError(
-            f"{fields.source}: dtype {shown(name)} is not supported; supported are {', '.join(SUPPORTED_DTYPES)}"
+            f"{fields.source}: dtype {shown(name)} is not supported; supported are"
+            f" {', '.join(SUPPORTED_DTYPES)}"
         )
     return name

@@ -1,4 +1,5 @@
-"""What a worker's roles have to tell the router, gathered until the end of a step and then sent as one frame."""
+"""What a worker's roles have to tell the router, gathered until the end of a step and then sent as one
+frame."""
 
 from dataclasses import dataclass, field
 
@@ -37,10 +38,19 @@ class Outbox:
     ended: list[LegEnded] = field(default_factory=list)
     timings: list[StepTiming] = field(default_factory=list)
 
-    def token(self, seq: Sequence, choice: int, index: int, token: SampledToken, reason: FinishReason | None) -> TokenOutput:
+    def token(
+        self, seq: Sequence, choice: int, index: int, token: SampledToken, reason: FinishReason | None
+    ) -> TokenOutput:
         """One token of a choice, the last one when `reason` is given."""
         output = TokenOutput(
-            seq.transfer, choice, index, token.token_id, reason, token.logprob, token.top_logprobs, token.prompt_logprobs
+            seq.transfer,
+            choice,
+            index,
+            token.token_id,
+            reason,
+            token.logprob,
+            token.top_logprobs,
+            token.prompt_logprobs,
         )
         self.outputs.append(output)
         return output

@@ -1,5 +1,6 @@
-"""What a request does to its logits before a token is drawn: its bias, then what depends on the tokens that the sequence has so
-far: repetition, presence, frequency, and which tokens may come at all, by min_tokens and by a grammar.
+"""What a request does to its logits before a token is drawn: its bias, then what depends on the tokens that
+the sequence has so far: repetition, presence, frequency, and which tokens may come at all, by min_tokens and
+by a grammar.
 
 `Penalties.apply` does it to a row on the host, `logit_edits.py` to rows on a GPU, from what is defined here.
 """
@@ -106,20 +107,29 @@ def is_adjusted(seq: Sequence) -> bool:
 
 
 def has_penalties(sampling: SamplingParams) -> bool:
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+    )
 
 
 def strengths_of(sampling: SamplingParams) -> Floats:
     """float32 [3], as `penalised` takes them."""
-    return np.array((sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty), dtype=np.float32)
+    return np.array(
+        (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty), dtype=np.float32
+    )
 
 
-def penalised(logits: Numbers, counts: Numbers, strengths: Numbers, where: Callable[[Any, Any, Any], Numbers]) -> Numbers:
-    """The new logits of tokens that the sequence has, `counts` times in its output; float32 throughout, operation by operation.
+def penalised(
+    logits: Numbers, counts: Numbers, strengths: Numbers, where: Callable[[Any, Any, Any], Numbers]
+) -> Numbers:
+    """The new logits of tokens that the sequence has, `counts` times in its output; float32 throughout,
+    operation by operation.
 
-    `strengths` [3, N or 1] are those of repetition, frequency and presence; an array, as torch divides by a number by way of
-    its reciprocal. Repetition looks at prompt and output (arXiv 1909.05858, section 4.1), the others at the output alone.
-    """
+    `strengths` [3, N or 1] are those of repetition, frequency and presence; an array, as torch divides by a
+    number by way of its reciprocal. Repetition looks at prompt and output (arXiv 1909.05858, section 4.1),
+    the others at the output alone."""
     repetition, frequency, presence = strengths
     logits = where(logits > 0, logits / repetition, logits * repetition)
     logits = logits - frequency * counts
@@ -128,8 +138,8 @@ def penalised(logits: Numbers, counts: Numbers, strengths: Numbers, where: Calla
 
 
 def restriction(seq: Sequence, vocab_size: int) -> tuple[list[int], Bits | None]:
-    """Tokens that may not come next, and a mask (see `allowed_bits`) of those that may, None: all others. What is complete by
-    its grammar ends, also before min_tokens."""
+    """Tokens that may not come next, and a mask (see `allowed_bits`) of those that may, None: all others.
+    What is complete by its grammar ends, also before min_tokens."""
     bits = allowed_bits(seq, vocab_size)
     if not must_go_on(seq):
         return [], bits

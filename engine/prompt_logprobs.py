@@ -22,7 +22,8 @@ class PromptLogprobs:
         self._gathered: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
 
     def add(self, chunks: tuple[ScheduledChunk, ...], hidden: torch.Tensor) -> None:
-        """`hidden` [T, H] are the final states of all tokens of the chunks; each tells of the token that follows."""
+        """`hidden` [T, H] are the final states of all tokens of the chunks; each tells of the token that
+        follows."""
         row = 0
         for chunk in chunks:
             if chunk.sequence.wants_prompt_logprobs:
@@ -31,8 +32,8 @@ class PromptLogprobs:
             row += chunk.num_tokens
 
     def complete(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[SampledToken]:
-        """What the prompt's tokens brought goes with the first token of choice 0: one for each token of the prompt but the
-        first, which follows nothing."""
+        """What the prompt's tokens brought goes with the first token of choice 0: one for each token of the
+        prompt but the first, which follows nothing."""
         if not tokens or not self._gathered or chunk.sequence not in self._gathered:
             return tokens
         logprobs = tuple(self._gathered.pop(chunk.sequence))

@@ -1,5 +1,5 @@
-"""The random number of a token: a function of (seed, choice, token index) alone, so that whichever worker draws the token,
-in whatever batch, it draws the same one."""
+"""The random number of a token: a function of (seed, choice, token index) alone, so that whichever worker
+draws the token, in whatever batch, it draws the same one."""
 
 _MASK = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15

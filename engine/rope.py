@@ -1,4 +1,5 @@
-"""Rotary position tables, computed once when a model is loaded; equal to those of transformers' `modeling_rope_utils`."""
+"""Rotary position tables, computed once when a model is loaded; equal to those of transformers'
+`modeling_rope_utils`."""
 
 import math
 
@@ -38,7 +39,8 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 
 
 def _yarn(wavelengths: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    """YaRN (arXiv 2309.00071), section 3.2: dimensions that rotate often keep their frequency, slow ones are interpolated."""
+    """YaRN (arXiv 2309.00071), section 3.2: dimensions that rotate often keep their frequency, slow ones are
+    interpolated."""
     half = wavelengths.numel()
     low = _yarn_dimension(rope.beta_fast, 2 * half, rope)
     high = _yarn_dimension(rope.beta_slow, 2 * half, rope)

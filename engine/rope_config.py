@@ -35,12 +35,15 @@ class RopeConfig:
 
 
 def parse_rope(config: Mapping[str, Any], max_position_embeddings: int, source: str) -> RopeConfig:
-    """The rope of `config` (the whole config.json). Raises CheckpointError for kinds that are not supported."""
+    """The rope of `config` (the whole config.json). Raises CheckpointError for kinds that are not
+    supported."""
     fields = _scaling_fields(config, source)
     kind = fields.optional_str("rope_type") or fields.optional_str("type") or "default"
     if kind not in SUPPORTED_ROPE_KINDS:
         supported = ", ".join(SUPPORTED_ROPE_KINDS)
-        raise CheckpointError(f"{source}: rope type {shown(kind)} is not supported; supported are {supported}")
+        raise CheckpointError(
+            f"{source}: rope type {shown(kind)} is not supported; supported are {supported}"
+        )
     theta = _theta(fields) or _theta(JsonFields(config, source)) or DEFAULT_THETA
     if kind == "default":
         return RopeConfig(theta=theta)
@@ -49,7 +52,11 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int, source: 
     # A value beside the rope's own fields wins over one among them, as in transformers.
     original = JsonFields(config, source).optional_int("original_max_position_embeddings")
     original = original or fields.optional_int("original_max_position_embeddings") or max_position_embeddings
-    return _llama3(fields, theta, original) if kind == "llama3" else _yarn(fields, theta, original, max_position_embeddings)
+    return (
+        _llama3(fields, theta, original)
+        if kind == "llama3"
+        else _yarn(fields, theta, original, max_position_embeddings)
+    )
 
 
 def _theta(fields: JsonFields) -> float | None:
@@ -75,7 +82,9 @@ def _scaling_fields(config: Mapping[str, Any], source: str) -> JsonFields:
 def _llama3(fields: JsonFields, theta: float, original: int) -> RopeConfig:
     low, high = fields.positive_float("low_freq_factor"), fields.positive_float("high_freq_factor")
     if high <= low:
-        raise CheckpointError(f"{fields.source}: high_freq_factor {high} must be greater than low_freq_factor {low}")
+        raise CheckpointError(
+            f"{fields.source}: high_freq_factor {high} must be greater than low_freq_factor {low}"
+        )
     return RopeConfig(
         kind="llama3",
         theta=theta,

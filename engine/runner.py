@@ -1,11 +1,12 @@
-"""Runs one step: a scheduler's batch in, sampled tokens out. Sequences are not changed; the scheduler advances them."""
+"""Runs one step: a scheduler's batch in, sampled tokens out. Sequences are not changed; the scheduler
+advances them."""
 
 from collections.abc import Callable
 
 import torch
 
 from ..kernels import Kernels
-from .batch import Batch, Computed
+from .batch import Batch, CompletedStep
 from .inputs import InputBuilder
 from .kv_cache import KVCache
 from .model import Model
@@ -31,7 +32,7 @@ class ModelRunner:
         batch: Batch,
         on_layer: Callable[[int], None] | None = None,
         before_sampling: Callable[[], None] | None = None,
-    ) -> Computed:
+    ) -> CompletedStep:
         """See `batch.Runner`. The batch's block copies are made first."""
         if batch.copies:
             self._cache.copy_blocks(batch.copies)
@@ -47,4 +48,6 @@ class ModelRunner:
             rows = [row for row, chunk in enumerate(sampled) if chunk.sequence.may_sample]
             logits, sampled = logits[rows], [sampled[row] for row in rows]
         drawn = dict(zip(map(id, sampled), self._sampler.sample(logits, sampled), strict=True))
-        return Computed([self._prompts.complete(chunk, drawn.get(id(chunk), [])) for chunk in batch.chunks])
+        return CompletedStep(
+            [self._prompts.complete(chunk, drawn.get(id(chunk), [])) for chunk in batch.chunks]
+        )

@@ -19,11 +19,24 @@ from ..core.checkpoint_files import (
 )
 from ..core.errors import CheckpointError
 
-MAX_HEADER_BYTES = 16 << 20  # of one file; 1,024 layers of our models come to 3 MiB. Parsed, it takes up to 320 MiB
+MAX_HEADER_BYTES = (
+    16 << 20
+)  # of one file; 1,024 layers of our models come to 3 MiB. Parsed, it takes up to 320 MiB
 MAX_HEADERS_BYTES = 64 << 20  # of all files of a checkpoint
 MAX_TENSORS = 1 << 16  # of a checkpoint: a few times those of 1,024 layers
 _LENGTH_BYTES = 8
-_ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
@@ -60,14 +73,17 @@ class HeaderReader:
         self._tensors_left = MAX_TENSORS
 
     def read(self, file: Path) -> dict[str, TensorInfo]:
-        """The tensors of `file` by name. Raises CheckpointError where it is missing, truncated or not safetensors."""
+        """The tensors of `file` by name. Raises CheckpointError where it is missing, truncated or not
+        safetensors."""
         with open_regular(file) as stream:
             stamp = stamp_of(stream)
             size = stamp.num_bytes
             try:
                 length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
                 if size < _LENGTH_BYTES + length:
-                    raise CheckpointError(f"{file}: truncated or not a safetensors file: its header does not fit its size")
+                    raise CheckpointError(
+                        f"{file}: truncated or not a safetensors file: its header does not fit its size"
+                    )
                 check_size(Path(f"{file}: header"), length, min(MAX_HEADER_BYTES, self._bytes_left))
                 header = stream.read(length)
             except OSError as error:
@@ -97,14 +113,19 @@ def _tensor(file: Path, stamp: FileStamp, name: str, raw: msgspec.Raw, data_byte
     try:
         entry = msgspec.json.decode(raw, type=_Entry)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: corrupt: its header is not one of safetensors: tensor {name}: {error}") from None
+        raise CheckpointError(
+            f"{file}: corrupt: its header is not one of safetensors: tensor {name}: {error}"
+        ) from None
     begin, end = entry.data_offsets
     info = TensorInfo(file, entry.dtype, entry.shape, stamp)
     if end > data_bytes:
         raise CheckpointError(
-            f"{file}: truncated: tensor {name} ends at byte {end} of the data, the file has {data_bytes} bytes of it"
+            f"{file}: truncated: tensor {name} ends at byte {end} of the data, the file has {data_bytes}"
+            " bytes of it"
         )
     item_bytes = _ITEM_BYTES.get(info.dtype)
     if begin > end or (item_bytes is not None and end - begin != info.num_elements * item_bytes):
-        raise CheckpointError(f"{file}: corrupt: tensor {name} of shape {info.shape} takes {end - begin} bytes")
+        raise CheckpointError(
+            f"{file}: corrupt: tensor {name} of shape {info.shape} takes {end - begin} bytes"
+        )
     return info

@@ -1,5 +1,5 @@
-"""Logits in, tokens out: the last thing a step does. Follows vLLM in what parameters mean and in which order they apply:
-logit bias, penalties, min_tokens and grammar, temperature, top-k, top-p, min-p."""
+"""Logits in, tokens out: the last thing a step does. Follows vLLM in what parameters mean and in which order
+they apply: logit bias, penalties, min_tokens and grammar, temperature, top-k, top-p, min-p."""
 
 import torch
 
@@ -20,12 +20,19 @@ class Sampler:
         self._penalties = Penalties()
 
     def sample(self, logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[list[SampledToken]]:
-        """Row i of float32 logits [R, V] is of `chunks[i]`; returns a token for each of its choices. Spoils `logits`."""
+        """Row i of float32 logits [R, V] is of `chunks[i]`; returns a token for each of its choices. Spoils
+        `logits`."""
         if all(_is_plain(chunk) for chunk in chunks):
             best = self._kernels.argmax(logits).tolist()
-            return [[SampledToken(token_id)] * len(chunk.choices) for token_id, chunk in zip(best, chunks, strict=True)]
+            return [
+                [SampledToken(token_id)] * len(chunk.choices)
+                for token_id, chunk in zip(best, chunks, strict=True)
+            ]
         rows = logits.numpy()
-        raw = [None if _sampling(chunk).logprobs is None else row.copy() for row, chunk in zip(rows, chunks, strict=True)]
+        raw = [
+            None if _sampling(chunk).logprobs is None else row.copy()
+            for row, chunk in zip(rows, chunks, strict=True)
+        ]
         for row, chunk in zip(rows, chunks, strict=True):
             self._penalties.apply(chunk.sequence, row)
         any_greedy = any(_is_greedy(_sampling(chunk)) for chunk in chunks)

@@ -1,4 +1,5 @@
-"""One worker's mutable view of one choice of a dispatch: its tokens, how many of them have KV, and where that lies."""
+"""One worker's mutable view of one choice of a dispatch: its tokens, how many of them have KV, and where that
+lies."""
 
 import msgspec
 
@@ -7,7 +8,8 @@ from ..core.request import FinishReason, SequenceSpec, TransferId
 
 
 class Sequence:
-    """Tokens `[0, num_computed_tokens)` have KV in `block_ids`; the last token has none until a step computes it.
+    """Tokens `[0, num_computed_tokens)` have KV in `block_ids`; the last token has none until a step computes
+    it.
 
     Owned by the engine thread. Its state is which holder has it: a scheduler's queue, or a transfer.
     """
@@ -21,13 +23,18 @@ class Sequence:
         self.num_pending_tokens = 0  # 1: that step draws a token, which is not among `token_ids` yet
         self.num_cached_tokens = 0  # of these, how many came from the prefix cache when it was admitted
         self.block_ids: list[int] = []
-        self.token_mask: bytes | None = None  # of the next token, one bit each, when the output follows a grammar
+        self.token_mask: bytes | None = (
+            None  # of the next token, one bit each, when the output follows a grammar
+        )
         self.is_mask_late = True  # it was not there when it was needed, or nothing was computed for it yet
         self._block_hashes: list[bytes] = []
         self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)
         sampling = spec.sampling
         self._needs_known_tokens = bool(
-            sampling.grammar or sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
+            sampling.grammar
+            or sampling.presence_penalty
+            or sampling.frequency_penalty
+            or sampling.repetition_penalty != 1.0
         )
         self._stop_token_ids = frozenset(spec.sampling.stop_token_ids)
         if not spec.sampling.ignore_eos:
@@ -52,7 +59,8 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far, by this and by earlier attempts, a pending one included: the index of the next one."""
+        """Tokens generated so far, by this and by earlier attempts, a pending one included: the index of the
+        next one."""
         return len(self.token_ids) + self.num_pending_tokens - len(self.spec.prompt_token_ids)
 
     @property
@@ -70,8 +78,8 @@ class Sequence:
 
     @property
     def num_computable_tokens(self) -> int:
-        """Tokens that the next step may take: uncomputed ones, and a pending one unless the sequence is sure to end with it.
-        While a mask is late not the last one, as that brings the next token."""
+        """Tokens that the next step may take: uncomputed ones, and a pending one unless the sequence is sure
+        to end with it. While a mask is late not the last one, as that brings the next token."""
         if self.num_pending_tokens:
             return 0 if self.num_tokens + 1 >= self._max_num_tokens else 1
         late = self.is_mask_late and not self.may_sample
@@ -79,7 +87,8 @@ class Sequence:
 
     @property
     def needs_known_tokens(self) -> bool:
-        """Whether its next step can only be prepared when all its tokens are known, and not while the last is pending."""
+        """Whether its next step can only be prepared when all its tokens are known, and not while the last is
+        pending."""
         return self._needs_known_tokens or (len(self.spec.choices) > 1 and self.is_fresh)
 
     @property
@@ -102,7 +111,9 @@ class Sequence:
         sampling = self.spec.sampling
         if token_id in self._stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
             return FinishReason.STOP
-        if sampling.grammar and token_id in self.spec.eos_token_ids:  # before min_tokens only where nothing else may come
+        if (
+            sampling.grammar and token_id in self.spec.eos_token_ids
+        ):  # before min_tokens only where nothing else may come
             return FinishReason.STOP
         if self.num_tokens + 1 >= self._max_num_tokens:
             return FinishReason.LENGTH

@@ -16,14 +16,15 @@ from .safetensors_header import TensorInfo
 class TensorReader:
     """`reader(name, shape)` is the tensor of that name, copied into memory of its own on `device` in `dtype`.
 
-    Files are opened when first needed, once, and stay open as long as the reader lives. They are the files whose headers were
-    checked, unchanged, or they are refused.
-    """
+    Files are opened when first needed, once, and stay open as long as the reader lives. They are the files
+    whose headers were checked, unchanged, or they are refused."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
-        self._device = device
+        self._device = torch.device("cpu") if device is None else device
         self._files: dict[Path, tuple[BinaryIO, Any]] = {}  # and what safetensors has of each
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -36,12 +37,14 @@ class TensorReader:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {error}") from error
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{info.file}: tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has shape {tuple(tensor.shape)}, expected {shape}"
+            )
         return tensor.to(dtype=self._dtype, copy=self._device.type == "cpu")  # a file of the host's is mapped
 
     def _opened(self, info: TensorInfo) -> Any:
-        """The file of a tensor. safetensors opens it by a name, which may mean another file by now: that of our descriptor
-        does not."""
+        """The file of a tensor. safetensors opens it by a name, which may mean another file by now: that of
+        our descriptor does not."""
         if info.file not in self._files:
             stream = open_regular(info.file)
             weakref.finalize(self, stream.close)
@@ -56,4 +59,6 @@ class TensorReader:
 def _check(stream: BinaryIO, info: TensorInfo) -> None:
     """Raises CheckpointError."""
     if stamp_of(stream) != info.stamp:
-        raise CheckpointError(f"{info.file}: replaced or written to since it was checked, expected the same file; start again")
+        raise CheckpointError(
+            f"{info.file}: replaced or written to since it was checked, expected the same file; start again"
+        )

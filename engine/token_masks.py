@@ -1,8 +1,8 @@
-"""The masks of sequences that follow a grammar: asked for as soon as a token is known, and there when the next is drawn.
+"""The masks of sequences that follow a grammar: asked for as soon as a token is known, and there when the
+next is drawn.
 
-Meanwhile the next step is computed. A sequence whose mask is late gets no token in it, and computes its last token again when
-the mask has come (`Sequence.num_computable_tokens`).
-"""
+Meanwhile the next step is computed. A sequence whose mask is late gets no token in it, and computes its last
+token again when the mask has come (`Sequence.num_computable_tokens`)."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence as Seq
@@ -18,7 +18,8 @@ AwaitMasks = Callable[[Seq[Sequence]], None]  # returns when all of these have t
 
 
 class MaskPort(Protocol):
-    """The way to the grammar processes; every call returns at once. Answers come to `Worker.masked` and `mask_failed`."""
+    """The way to the grammar processes; every call returns at once. Answers come to `Worker.masked` and
+    `mask_failed`."""
 
     def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None: ...
     def advance(self, key: int, token_id: int) -> None: ...
@@ -53,7 +54,8 @@ class TokenMasks:
         return not self._key_of
 
     def want(self, seq: Sequence) -> None:
-        """`seq` is new here, or has one more token: ask for the mask of its next one, if it follows a grammar."""
+        """`seq` is new here, or has one more token: ask for the mask of its next one, if it follows a
+        grammar."""
         grammar = seq.spec.sampling.grammar
         if not grammar:
             return
@@ -91,8 +93,8 @@ class TokenMasks:
 
 
 def allowed_bits(seq: Sequence, vocab_size: int) -> npt.NDArray[np.uint8] | None:
-    """uint8 [ceil(vocab_size / 8)]: which tokens may come next by the sequence's grammar, the first in the lowest bit; None
-    when it follows none. Bits behind the last token mean nothing."""
+    """uint8 [ceil(vocab_size / 8)]: which tokens may come next by the sequence's grammar, the first in the
+    lowest bit; None when it follows none. Bits behind the last token mean nothing."""
     if seq.token_mask is None:
         return None
     length = -(-vocab_size // 8)

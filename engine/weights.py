@@ -1,4 +1,5 @@
-"""A checkpoint's tensors, fused and packed for the kernels, one tensor at a time so that nothing is held twice."""
+"""A checkpoint's tensors, fused and packed for the kernels, one tensor at a time so that nothing is held
+twice."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,8 +36,11 @@ class ModelWeights:
     head: PackedLinear
 
 
-def load_weights(config: ModelConfig, read: ReadTensor, kernels: Kernels, on_progress: Callable[[float], None]) -> ModelWeights:
-    """`read(name, shape)` gives a tensor by its Hugging Face name, in the model's dtype and of that shape, or raises.
+def load_weights(
+    config: ModelConfig, read: ReadTensor, kernels: Kernels, on_progress: Callable[[float], None]
+) -> ModelWeights:
+    """`read(name, shape)` gives a tensor by its Hugging Face name, in the model's dtype and of that shape, or
+    raises.
 
     `on_progress` is told the fraction of layers done, last of all 1.0.
     """
@@ -66,7 +70,9 @@ class _LayerReader:
     def layer(self) -> LayerWeights:
         config = self._config
         hidden, inner = config.hidden_size, config.intermediate_size
-        q_norm, k_norm = (self._vector(f"self_attn.{x}_norm", config.head_dim) if config.qk_norm else None for x in "qk")
+        q_norm, k_norm = (
+            self._vector(f"self_attn.{x}_norm", config.head_dim) if config.qk_norm else None for x in "qk"
+        )
         return LayerWeights(
             input_norm=self._vector("input_layernorm", hidden),
             qkv=self._qkv(),
@@ -81,7 +87,9 @@ class _LayerReader:
     def _qkv(self) -> PackedLinear:
         config = self._config
         parts = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
-        weight = torch.cat([self._weight(f"self_attn.{name}", size, config.hidden_size) for name, size in parts.items()])
+        weight = torch.cat(
+            [self._weight(f"self_attn.{name}", size, config.hidden_size) for name, size in parts.items()]
+        )
         if not config.qkv_bias:
             return self._kernels.pack_linear(weight)
         biases = [self._bias(f"self_attn.{name}", size) for name, size in parts.items()]

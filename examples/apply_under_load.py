@@ -1,8 +1,8 @@
-"""Changes the prefill:decode ratio while streams run: `python examples/apply_under_load.py 127.0.0.1:50051 cluster.yaml`.
+"""Changes the prefill:decode ratio while streams run: `python examples/apply_under_load.py 127.0.0.1:50051
+cluster.yaml`.
 
-The second argument is the file that the cluster was started with. Four clients stream all the time; meanwhile one decode
-instance more is applied, and taken away again. Each stream must end whole.
-"""
+The second argument is the file that the cluster was started with. Four clients stream all the time; meanwhile
+one decode instance more is applied, and taken away again. Each stream must end whole."""
 
 import sys
 import threading

@@ -14,7 +14,9 @@ def main(base_url: str) -> None:
     model = client.models.list().data[0].id
     whole = client.completions.create(model=model, prompt="The with statement", max_tokens=16, temperature=0)
     print("whole:", repr(whole.choices[0].text))
-    stream = client.completions.create(model=model, prompt="The with statement", max_tokens=16, temperature=0, stream=True)
+    stream = client.completions.create(
+        model=model, prompt="The with statement", max_tokens=16, temperature=0, stream=True
+    )
     print("stream:", repr("".join(chunk.choices[0].text for chunk in stream if chunk.choices)))
     try:
         client.completions.create(model=model, prompt="The with statement", max_tokens=-1)

@@ -2,5 +2,6 @@
 
 import os
 
-# gRPC's core would write a line to stderr for each frame of any peer that it does not like; its first use reads this
+# gRPC's core would write a line to stderr for each frame of any peer that it does not like; its first use
+# reads this
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -1,6 +1,7 @@
-"""From the router's events to the messages of one stream: text, stop strings, endings, the account of where time went.
+"""From the router's events to the messages of one stream: text, stop strings, endings, the account of where
+time went.
 
-Pure: one `Answer` per request, events in, messages out.
+Pure: one `ResponseEvents` per request, events in, messages out.
 """
 
 from collections import defaultdict
@@ -26,11 +27,15 @@ FINISH_REASONS = {
 }
 
 
-class Answer:
+class ResponseEvents:
     """The messages of one request. `stop_choice` is called for a choice whose stop string was found."""
 
     def __init__(
-        self, request: Request, tokenizer: Tokenizer, stop_choice: Callable[[int], None], resume_from: Sequence[int] = ()
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        stop_choice: Callable[[int], None],
+        resume_from: Sequence[int] = (),
     ) -> None:
         """`resume_from` is the first index that the client wants of each choice; by default all of it."""
         self._request = request
@@ -38,7 +43,13 @@ class Answer:
         patterns = [Pattern.compile(text) for text in request.sampling.stop]
         first = resume_from or [0] * request.sampling.n
         self._choices = [
-            _Choice(request, tokenizer, patterns, index, CallReader(request, tokenizer, choice) if request.has_tools else None)
+            _Choice(
+                request,
+                tokenizer,
+                patterns,
+                index,
+                CallReader(request, tokenizer, choice) if request.has_tools else None,
+            )
             for choice, index in enumerate(first)
         ]
 
@@ -48,7 +59,8 @@ class Answer:
         return sum(choice.num_tokens for choice in self._choices)
 
     def handle(self, event: StreamEvent) -> Iterator[pb.GenerateEvent]:
-        """The messages that an event brings. Raises RequestFailed when the request ended before its choices did."""
+        """The messages that an event brings. Raises RequestFailed when the request ended before its choices
+        did."""
         match event:
             case EmitTokens(choice=choice, tokens=tokens):
                 yield from self._tokens(choice, tokens)
@@ -89,7 +101,9 @@ class Answer:
         count = max(1, MAX_LOGPROBS_PER_MESSAGE // (1 + (self._request.sampling.prompt_logprobs or 0)))
         for start in range(0, len(logprobs), count):
             part = logprobs[start : start + count]
-            delta = pb.PromptDelta(index=1 + start, token_ids=self._request.prompt_token_ids[1 + start : 1 + start + len(part)])
+            delta = pb.PromptDelta(
+                index=1 + start, token_ids=self._request.prompt_token_ids[1 + start : 1 + start + len(part)]
+            )
             delta.logprobs.extend(_logprobs(token.logprob, token.top) for token in part)
             yield pb.GenerateEvent(prompt=delta)
 
@@ -104,7 +118,9 @@ class Answer:
         finish_reason = FINISH_REASONS[reason if found is None else FinishReason.STOP]
         if reason is FinishReason.STOP and found is None and choice.has_called:
             finish_reason = pb.FINISH_REASON_TOOL_CALLS
-        yield pb.GenerateEvent(choice_end=pb.ChoiceEnd(choice=index, finish_reason=finish_reason, stop_string=found))
+        yield pb.GenerateEvent(
+            choice_end=pb.ChoiceEnd(choice=index, finish_reason=finish_reason, stop_string=found)
+        )
 
     def _end(self, timeline: Timeline) -> pb.RequestEnd:
         usage = pb.Usage(
@@ -112,19 +128,28 @@ class Answer:
             cached_tokens=num_cached_tokens(timeline),
             completion_tokens=self.num_tokens,
         )
-        return pb.RequestEnd(request_id=shown_id(self._request), usage=usage, timeline=timeline_message(timeline))
+        return pb.RequestEnd(
+            request_id=shown_id(self._request), usage=usage, timeline=timeline_message(timeline)
+        )
 
 
 class _Choice:
     """The text and the calls of one choice as far as they have come."""
 
     def __init__(
-        self, request: Request, tokenizer: Tokenizer, patterns: list[Pattern], first_index: int, calls: CallReader | None
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        patterns: list[Pattern],
+        first_index: int,
+        calls: CallReader | None,
     ) -> None:
         self.first_index = first_index  # that its client wants
         self._min_tokens = request.sampling.min_tokens
         self._calls = calls
-        self._detokenizer = Detokenizer(tokenizer if calls is None else calls.decoder, request.prompt_token_ids)
+        self._detokenizer = Detokenizer(
+            tokenizer if calls is None else calls.decoder, request.prompt_token_ids
+        )
         self.stops = StopMatcher(patterns)
         self.num_tokens = 0
         self.ended = False
@@ -156,7 +181,8 @@ class _Choice:
         self._end_text(delta)
 
     def _end_text(self, delta: pb.TokenDelta) -> None:
-        """All of the text is there, as calls come after it, unless a stop string has ended the choice before them."""
+        """All of the text is there, as calls come after it, unless a stop string has ended the choice before
+        them."""
         if self.stops.found is None:
             delta.text += self.stops.flush()
         else:
@@ -164,7 +190,9 @@ class _Choice:
 
 
 def _logprobs(logprob: float, top: tuple[tuple[int, float], ...]) -> pb.TokenLogprobs:
-    return pb.TokenLogprobs(logprob=logprob, top=[pb.TokenLogprob(token_id=t, logprob=value) for t, value in top])
+    return pb.TokenLogprobs(
+        logprob=logprob, top=[pb.TokenLogprob(token_id=t, logprob=value) for t, value in top]
+    )
 
 
 class Collector:

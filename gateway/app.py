@@ -1,8 +1,8 @@
-"""Both doors: the gRPC server with its services, health and reflection, and the HTTP server. The head opens them; everything
-inside runs on its loop.
+"""Both doors: the gRPC server with its services, health and reflection, and the HTTP server. The head opens
+them; everything inside runs on its loop.
 
-gRPC answers on a Unix socket as well, for the process that launched the cluster: who may open its folder is let in.
-"""
+gRPC answers on a Unix socket as well, for the process that launched the cluster: who may open its folder is
+let in."""
 
 import asyncio
 import gc
@@ -17,7 +17,7 @@ from ..core.config_types import is_loopback
 from ..core.errors import ConfigError
 from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..grammar.checker import GrammarChecker
-from ..grammar.messages import Setup
+from ..grammar.messages import GrammarSetup
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from .auth.access import Access
 from .auth.revocation import Revocation
@@ -38,7 +38,8 @@ from .serving import Serving, Shared
 from .text.tokenizer import Tokenizer
 
 HANDSHAKE_TIMEOUT_MS = 10_000  # for TLS, and for the first bytes of HTTP/2
-KEEPALIVE_MS = 60_000  # a connection that is silent for so long is asked whether its client is there, and closed after as long
+# a connection that is silent for so long is asked whether its client is there, and closed after as long
+KEEPALIVE_MS = 60_000
 IDLE_MS = 900_000  # a connection without a call for so long is closed; clients come back by themselves
 LOOKAHEAD_BYTES = 64 << 10
 MAX_STREAMS = 1000  # at once on one connection; clients keep more waiting
@@ -48,7 +49,8 @@ SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name
 
 
 class GatewayServer:
-    """Running doors. gRPC says NOT_SERVING to health checks until told otherwise; calls are answered all the same."""
+    """Running doors. gRPC says NOT_SERVING to health checks until told otherwise; calls are answered all the
+    same."""
 
     def __init__(
         self,
@@ -83,7 +85,9 @@ class GatewayServer:
         self._revocation.start()
         for server in self._servers:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+            reflection.enable_server_reflection(
+                (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+            )
             await server.start()
         self._connections.start(self.port)
 
@@ -121,14 +125,16 @@ async def serve(
     http_address: str | None = None,
     local: str | None = None,
 ) -> GatewayServer:
-    """Open both doors, by default where `config.listen` says, and the Unix socket `local`, if one is given. Raises ConfigError
-    when an address is taken, or files of TLS or keys are wrong."""
+    """Open both doors, by default where `config.listen` says, and the Unix socket `local`, if one is given.
+    Raises ConfigError when an address is taken, or files of TLS or keys are wrong."""
     address, http_address = grpc_address or config.listen.grpc, http_address or config.listen.http
     tls = ServerTls(config.listen.tls) if config.listen.tls.is_on else None
     access = Access(config.listen.api_keys) if config.listen.api_keys else None
     shared = Shared(config, access)
     admin = ClusterService(frontend, shared)
-    grammars = GrammarChecker(lambda: Setup(tokenizer.to_json(), model.vocab_size, model.eos_token_ids))
+    grammars = GrammarChecker(
+        lambda: GrammarSetup(tokenizer.to_json(), model.vocab_size, model.eos_token_ids)
+    )
     offload = Offload(tokenizer, model.name, model.max_model_len)
     serving = Serving(frontend, shared, tokenizer, model, Constraints(grammars), offload)
     generation = GenerationService(serving)
@@ -136,14 +142,31 @@ async def serve(
     connections = GrpcConnections(max_connections)
     bounds = CallBounds(config.limits, shared.held_bytes, connections)
     offers_admin = access is not None or config.listen.admin_without_key
-    servers = [_server(config, generation, admin, Guard(access, bounds, shared.revocation, serving.message, offers_admin))]
-    if local is not None:  # bounds of its own: whatever clients elsewhere do, this is for who runs the cluster
-        own = CallBounds(config.limits, HeldBytes(config.limits.max_held_bytes), GrpcConnections(max_connections))
+    servers = [
+        _server(
+            config, generation, admin, Guard(access, bounds, shared.revocation, serving.message, offers_admin)
+        )
+    ]
+    if (
+        local is not None
+    ):  # bounds of its own: whatever clients elsewhere do, this is for who runs the cluster
+        own = CallBounds(
+            config.limits, HeldBytes(config.limits.max_held_bytes), GrpcConnections(max_connections)
+        )
         servers.append(
-            _server(config, generation, admin, Guard(None, own, shared.revocation, serving.message, offers_admin=True))
+            _server(
+                config,
+                generation,
+                admin,
+                Guard(None, own, shared.revocation, serving.message, offers_admin=True),
+            )
         )
     try:
-        port = servers[0].add_secure_port(address, tls.grpc_credentials()) if tls else servers[0].add_insecure_port(address)
+        port = (
+            servers[0].add_secure_port(address, tls.grpc_credentials())
+            if tls
+            else servers[0].add_insecure_port(address)
+        )
     except RuntimeError as error:
         raise ConfigError(f"listen.grpc: cannot listen on {address}: is the port in use?") from error
     if local is not None:
@@ -160,7 +183,9 @@ async def serve(
     return gateway
 
 
-def _server(config: ClusterConfig, generation: GenerationService, admin: ClusterService, guard: Guard) -> grpc.aio.Server:
+def _server(
+    config: ClusterConfig, generation: GenerationService, admin: ClusterService, guard: Guard
+) -> grpc.aio.Server:
     server = grpc.aio.server(
         interceptors=(guard,),
         options=(
@@ -171,12 +196,16 @@ def _server(config: ClusterConfig, generation: GenerationService, admin: Cluster
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
             ("grpc.max_connection_idle_ms", IDLE_MS),
-            ("grpc.max_concurrent_streams", MAX_STREAMS),  # the library holds the headers of each, also of those refused
+            (
+                "grpc.max_concurrent_streams",
+                MAX_STREAMS,
+            ),  # the library holds the headers of each, also of those refused
             # calls that wait for the loop, with their headers; the library refuses more
             ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ("grpc.max_allowed_incoming_connections", guard.bounds.connections.max_accepted),
-            # a stream that nobody reads yet may bring no more than this; by itself gRPC would raise it with the bandwidth
+            # a stream that nobody reads yet may bring no more than this; by itself gRPC would raise it with
+            # the bandwidth
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
         ),
@@ -200,7 +229,8 @@ async def open_gateway(
     gateway = await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
     gateway.offload.start()
     gc.collect()
-    gc.freeze()  # what is there now stays: a full collection would walk through all of it, for 60 ms, while streams wait
+    # what is there now stays: a full collection would walk through all of it, for 60 ms, while streams wait
+    gc.freeze()
     return gateway
 
 

@@ -1,8 +1,8 @@
-"""Bounds on what clients hold open: calls, bytes of messages and bodies, and messages that have not come in whole yet.
+"""Bounds on what clients hold open: calls, bytes of messages and bodies, and messages that have not come in
+whole yet.
 
-Each is bounded in total, and for one client within that, so that no client can take all of it. `client` is the name that
-`client_of` gives: that of the key, or else a group of addresses.
-"""
+Each is bounded in total, and for one client within that, so that no client can take all of it. `client` is
+the name that `client_of` gives: that of the key, or else a group of addresses."""
 
 import asyncio
 from collections import Counter
@@ -39,12 +39,14 @@ class TooSlow(PdserveError):
 
 
 def client_of(caller: Caller | None, host: str) -> str:
-    """Whom open calls, held bytes and work before the queue count for. Nothing that a client says makes it another one."""
+    """Whom open calls, held bytes and work before the queue count for. Nothing that a client says makes it
+    another one."""
     return f"address:{address_group(host)}" if caller is None else caller.client
 
 
 def host_of(peer: str) -> str:
-    """The host in gRPC's name for a peer, such as `ipv4:10.1.2.3:4567` or `ipv6:%5B::1%5D:4567`, or in ours, `http:HOST`."""
+    """The host in gRPC's name for a peer, such as `ipv4:10.1.2.3:4567` or `ipv6:%5B::1%5D:4567`, or in ours,
+    `http:HOST`."""
     kind, _, rest = unquote(peer).partition(":")
     if kind == "http":
         return rest
@@ -96,7 +98,9 @@ class OpenCalls:
     """Places for calls, each held from the call's start to its end, whether its message has come or not."""
 
     def __init__(self, max_calls: int) -> None:
-        self._places: FairPlaces[object] = FairPlaces("calls", max_calls, max(1, int(max_calls * CALLS_OF_ONE_CLIENT)))
+        self._places: FairPlaces[object] = FairPlaces(
+            "calls", max_calls, max(1, int(max_calls * CALLS_OF_ONE_CLIENT))
+        )
 
     def __len__(self) -> int:
         return len(self._places)
@@ -114,14 +118,17 @@ class OpenCalls:
 
 
 class KeylessCalls:
-    """Places for calls that anybody may make, such as health checks. They are few, and a newcomer takes the oldest's place."""
+    """Places for calls that anybody may make, such as health checks. They are few, and a newcomer takes the
+    oldest's place."""
 
     MAX_CALLS = 256
     MAX_OF_ONE_ADDRESS = 64
     MAX_OF_ONE_CONNECTION = 4
 
     def __init__(self) -> None:
-        self._places: FairPlaces[asyncio.Timeout] = FairPlaces("keyless calls", self.MAX_CALLS, self.MAX_OF_ONE_ADDRESS)
+        self._places: FairPlaces[asyncio.Timeout] = FairPlaces(
+            "keyless calls", self.MAX_CALLS, self.MAX_OF_ONE_ADDRESS
+        )
         self._of_connection: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -154,13 +161,15 @@ class KeylessCalls:
 class PendingReads:
     """Messages that are being received: gRPC assembles each in memory before anybody sees a byte of it.
 
-    A message that has not come within `QUICK_S` needs a place, of which there are as many as memory allows; a newcomer takes
-    that of the oldest. What comes in before it needs one is bounded by the network's speed.
+    A message that has not come within `QUICK_S` needs a place, of which there are as many as memory allows; a
+    newcomer takes that of the oldest. What comes in before it needs one is bounded by the network's speed.
     """
 
     def __init__(self, max_reads: int) -> None:
         max_of_one = max(1, int(max_reads * READS_OF_ONE_CLIENT))
-        self._places: FairPlaces[asyncio.Timeout] = FairPlaces("messages that come slowly", max_reads, max_of_one)
+        self._places: FairPlaces[asyncio.Timeout] = FairPlaces(
+            "messages that come slowly", max_reads, max_of_one
+        )
 
     def __len__(self) -> int:
         return len(self._places)

@@ -1,9 +1,8 @@
 """The connections of a server: how many it may hold, from whom, and which one ends for a newcomer.
 
-`FairPlaces` decides. HTTP asks it when it accepts a connection. gRPC's library accepts by itself and has one bound for all
-peers, so `GrpcConnections` looks at the server's sockets twice a second, oftener in a flood, and ends those that have lost
-their places or misuse them.
-"""
+`FairPlaces` decides. HTTP asks it when it accepts a connection. gRPC's library accepts by itself and has one
+bound for all peers, so `GrpcConnections` looks at the server's sockets twice a second, oftener in a flood,
+and ends those that have lost their places or misuse them."""
 
 import asyncio
 import logging
@@ -32,7 +31,8 @@ BUSY_SHARE = 0.25  # of the time may go into looking
 
 
 def raise_descriptor_limit() -> int:
-    """As many descriptors as this process may have, up to `WANTED_DESCRIPTORS`; returns how many these are."""
+    """As many descriptors as this process may have, up to `WANTED_DESCRIPTORS`; returns how many these
+    are."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(WANTED_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -42,16 +42,24 @@ def raise_descriptor_limit() -> int:
 
 
 def connections_of_each(wanted: int, num_descriptors: int) -> int:
-    """How many connections each of the two servers may hold. gRPC's has room for half as many again, until it has looked."""
+    """How many connections each of the two servers may hold. gRPC's has room for half as many again, until it
+    has looked."""
     allowed = max(8, (num_descriptors - RESERVED_DESCRIPTORS) * 2 // 5)
     if allowed < wanted:
-        log.warning("limits.max_connections: %d instead of %d, as %d files may be open", allowed, wanted, num_descriptors)
+        log.warning(
+            "limits.max_connections: %d instead of %d, as %d files may be open",
+            allowed,
+            wanted,
+            num_descriptors,
+        )
     return min(wanted, allowed)
 
 
 def places_for(max_connections: int) -> FairPlaces[Holder]:
     """Places for the connections of one server."""
-    return FairPlaces("connections", max_connections, max(1, int(max_connections * CONNECTIONS_OF_ONE_ADDRESS)))
+    return FairPlaces(
+        "connections", max_connections, max(1, int(max_connections * CONNECTIONS_OF_ONE_ADDRESS))
+    )
 
 
 class GrpcConnections:
@@ -73,7 +81,8 @@ class GrpcConnections:
         return self.places.max_places + self.places.max_places // 2
 
     def add_unpaid(self, name: str, now_s: float) -> None:
-        """Count a call without a key. A connection that makes too many is closed, unless a proxy has others on it too."""
+        """Count a call without a key. A connection that makes too many is closed, unless a proxy has others
+        on it too."""
         if self._unpaid.add(name, now_s) and not self.places.is_in_use(name):
             self.close(name)
 
@@ -107,20 +116,25 @@ class GrpcConnections:
             work_s, is_busy = 0.0, False
             try:
                 work_s, is_busy = await self._keep_bounds(sockets)
-            except (OSError, RuntimeError) as error:  # out of descriptors or threads: the next look may find some
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # out of descriptors or threads: the next look may find some
                 peer_log.warning("listen.grpc: connections cannot be counted: %s", error)
             await asyncio.sleep(work_s / BUSY_SHARE)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), BUSY_S if is_busy else QUIET_S)
 
     async def _keep_bounds(self, sockets: GrpcSockets) -> tuple[float, bool]:
-        """Look, and end connections that have no place or misuse it. How many seconds of work the look was, and whether
-        the next one should come soon."""
+        """Look, and end connections that have no place or misuse it. How many seconds of work the look was,
+        and whether the next one should come soon."""
         closing, self._closing = self._closing, set()
         self._wake.clear()
         loop = asyncio.get_running_loop()
         found, work_s = await loop.run_in_executor(self._thread, _timed, sockets.look)
-        received = {name: connection.received for name, connection in found.items() if connection.received is not None}
+        received = {
+            name: connection.received for name, connection in found.items() if connection.received is not None
+        }
         verdict = self._unpaid_bytes.judge(received, self.places.is_in_use, loop.time())
         misused = verdict.too_much | (closing & found.keys())
         losers = self.settle(found)
@@ -128,10 +142,19 @@ class GrpcConnections:
         if ending:
             await loop.run_in_executor(self._thread, _abort, ending.values())
         if losers:
-            peer_log.warning("listen.grpc: %d connections without a call lost their places to newcomers", len(losers))
+            peer_log.warning(
+                "listen.grpc: %d connections without a call lost their places to newcomers", len(losers)
+            )
         if misused:
-            peer_log.warning("listen.grpc: %d connections closed for too many headers, or too much without a key", len(misused))
-        is_busy = sockets.num_reset > 0 or verdict.is_suspicious or len(self.places) >= self.places.max_places * 3 // 4
+            peer_log.warning(
+                "listen.grpc: %d connections closed for too many headers, or too much without a key",
+                len(misused),
+            )
+        is_busy = (
+            sockets.num_reset > 0
+            or verdict.is_suspicious
+            or len(self.places) >= self.places.max_places * 3 // 4
+        )
         return work_s, is_busy
 
     def settle(self, found: dict[str, Found]) -> dict[str, Found]:

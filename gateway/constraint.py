@@ -19,7 +19,8 @@ class GrammarCheck(Protocol):
         ...
 
     async def why_not(self, grammar: str, client: str) -> str | None:
-        """Why a grammar of our own making cannot be followed; None when it can. Raises QueueFull or NoWorkerAvailable."""
+        """Why a grammar of our own making cannot be followed; None when it can. Raises QueueFull or
+        NoWorkerAvailable."""
         ...
 
 
@@ -56,11 +57,15 @@ def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
         for index, text in enumerate(texts):
             if not text:
                 raise InvalidRequest(f"constraint.choice[{index}]", text, "a text that is not empty")
-    if kind == "grammar" and message.grammar.lstrip().startswith("{"):  # llguidance would take it for its own form
+    if kind == "grammar" and message.grammar.lstrip().startswith(
+        "{"
+    ):  # llguidance would take it for its own form
         raise InvalidRequest("constraint.grammar", message.grammar, "a grammar in Lark's syntax")
     if message.ByteSize() > limits.max_constraint_bytes:
         raise InvalidRequest(
-            f"constraint.{kind}", f"{message.ByteSize()} bytes", f"at most {limits.max_constraint_bytes} bytes"
+            f"constraint.{kind}",
+            f"{message.ByteSize()} bytes",
+            f"at most {limits.max_constraint_bytes} bytes",
         )
 
 

@@ -15,23 +15,27 @@ MAX_TOLD = 5
 def find_timeline(
     known: Callable[[str], Timeline | None], request_id: str, caller: Caller | None, access: Access | None
 ) -> Timeline | None:
-    """Of the request that an operator, or its client, calls `request_id`. Raises InvalidRequest when several are called so.
+    """Of the request that an operator, or its client, calls `request_id`. Raises InvalidRequest when several
+    are called so.
 
-    Inside, ids are scoped by the names of keys. A client finds its own; who may administer finds all, and need not know whose
-    a request is.
-    """
+    Inside, ids are scoped by the names of keys. A client finds its own; who may administer finds all, and
+    need not know whose a request is."""
     bare = next((request_id[len(start) :] for start in _HTTP_PREFIXES if request_id.startswith(start)), None)
     ids = [request_id] if bare is None else [request_id, bare]
     if caller is not None and not caller.key.is_admin:
         scoped = [caller.scoped(name) for name in ids]
     else:
-        scoped = ids + [f"{owner}/{name}" for owner in (access.names if access is not None else ()) for name in ids]
+        scoped = ids + [
+            f"{owner}/{name}" for owner in (access.names if access is not None else ()) for name in ids
+        ]
     found = [timeline for name in scoped if (timeline := known(name)) is not None]
     exact = [timeline for timeline in found if timeline.request_id == request_id]
     if len(exact or found) > 1:
         names = [timeline.request_id for timeline in found]
         more = f" and {len(names) - MAX_TOLD} more" if len(names) > MAX_TOLD else ""
-        raise InvalidRequest("request_id", request_id, f"the id of one request, as {', '.join(names[:MAX_TOLD])}{more} has it")
+        raise InvalidRequest(
+            "request_id", request_id, f"the id of one request, as {', '.join(names[:MAX_TOLD])}{more} has it"
+        )
     return next(iter(exact or found), None)
 
 

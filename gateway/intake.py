@@ -1,4 +1,5 @@
-"""From a client's message to a validated `Request`: nothing goes on to the router that a worker could not carry out."""
+"""From a client's message to a validated `Request`: nothing goes on to the router that a worker could not
+carry out."""
 
 import asyncio
 import hashlib
@@ -23,14 +24,18 @@ from .text.chat_template import TooCostly
 from .text.encoding import bounded_ids, chat_text
 from .text.tokenizer import Tokenizer
 from .tools.grammar import refusal, tool_grammar
-from .tools.offer import Offer
+from .tools.offer import OfferedTools
 from .vetting import vet
 
 MAX_STOP_CHARS = 1024
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII)
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII
+)
 INLINE_CHARS = 4096  # longer prompts are encoded on a thread (`FairThreads`), so that other streams go on
 THREAD_CHARS = 1 << 16  # and longer ones than these in the intake process
-THREAD_RENDER_BYTES = 8 << 20  # what a template makes on a thread, which holds the interpreter for each single operation
+THREAD_RENDER_BYTES = (
+    8 << 20
+)  # what a template makes on a thread, which holds the interpreter for each single operation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,9 @@ class ModelInfo:
 class Intake:
     """Reads requests for one model."""
 
-    def __init__(self, tokenizer: Tokenizer, model: ModelInfo, grammars: GrammarCheck, offload: Offload | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, model: ModelInfo, grammars: GrammarCheck, offload: Offload | None = None
+    ) -> None:
         self.offload = offload or Offload(tokenizer, model.name, model.max_model_len)
         self._tokenizer = tokenizer
         self._model = model
@@ -65,13 +72,12 @@ class Intake:
         fills: bool = False,
         charge: Charge | None = None,
     ) -> Request:
-        """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header of that name,
-        `caller` who was let in by a key, `charge` what that key pays. `fills`: without `max_tokens` it may use all the room
-        that there is.
+        """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header
+        of that name, `caller` who was let in by a key, `charge` what that key pays. `fills`: without
+        `max_tokens` it may use all the room that there is.
 
-        Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable when it cannot be worked on now. A
-        `traceparent` that is malformed counts as none, as its standard wants it.
-        """
+        Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable when it cannot be worked on now.
+        A `traceparent` that is malformed counts as none, as its standard wants it."""
         charge = charge or Charge.free()
         await self.vet(message, limits)
         worked_for = client_of(caller, host_of(peer))
@@ -106,7 +112,7 @@ class Intake:
         self,
         sampling: SamplingParams,
         message: pb.Constraint | None,
-        offer: Offer | None,
+        offer: OfferedTools | None,
         limits: LimitsSection,
         client: str,
     ) -> SamplingParams:
@@ -114,10 +120,14 @@ class Intake:
         if message is not None:
             check_constraint(message, limits)
         if message is not None and offer is not None:
-            raise InvalidRequest("constraint", message.WhichOneof("kind"), "none beside tools, unless tool_choice is none")
+            raise InvalidRequest(
+                "constraint", message.WhichOneof("kind"), "none beside tools, unless tool_choice is none"
+            )
         what = "tools" if message is None else "constraint"
         if sampling.ignore_eos:
-            raise InvalidRequest("ignore_eos", True, f"false with {what}: an output is complete at an end-of-text token")
+            raise InvalidRequest(
+                "ignore_eos", True, f"false with {what}: an output is complete at an end-of-text token"
+            )
         if not self._model.eos_token_ids:
             raise InvalidRequest(what, "", "none: the model has no end-of-text token")
         if offer is not None:
@@ -127,7 +137,7 @@ class Intake:
             grammar = await self._grammars.grammar(message, client)
         return msgspec.structs.replace(sampling, grammar=grammar)
 
-    async def _tool_grammar(self, offer: Offer, client: str) -> str:
+    async def _tool_grammar(self, offer: OfferedTools, client: str) -> str:
         form = self._tokenizer.tool_format
         assert form is not None, "an offer without a format"
         arguments = offer, form, self._tokenizer.added_tokens, self._model.eos_token_ids
@@ -141,16 +151,16 @@ class Intake:
         """Checks all that can be seen before anything is tokenised. Raises InvalidRequest or UnknownModel."""
         await vet(message, self.offload.bounds(limits))
 
-    async def offer(self, prompt: pb.Prompt, limits: LimitsSection, client: str) -> Offer | None:
-        """The tools of a conversation that the model may call; None when there are none. Raises InvalidRequest; QueueFull or
-        NoWorkerAvailable when they are many."""
+    async def offer(self, prompt: pb.Prompt, limits: LimitsSection, client: str) -> OfferedTools | None:
+        """The tools of a conversation that the model may call; None when there are none. Raises
+        InvalidRequest; QueueFull or NoWorkerAvailable when they are many."""
         offer = None
         if prompt.HasField("chat"):
             is_small = not prompt.chat.tools or prompt.chat.ByteSize() <= INLINE_CHARS
             if is_small:
-                offer = Offer.read(prompt.chat, limits)
+                offer = OfferedTools.read(prompt.chat, limits)
             else:
-                offer = await self.offload.threads.run(client, Offer.read, prompt.chat, limits)
+                offer = await self.offload.threads.run(client, OfferedTools.read, prompt.chat, limits)
         if offer is not None and not self._tokenizer.takes_tools:
             expected = "none, as the model's chat template has no place for them"
             raise InvalidRequest("tools", f"{len(offer.tools)} tool(s)", expected)
@@ -160,13 +170,18 @@ class Intake:
         return offer
 
     async def token_ids(
-        self, prompt: pb.Prompt, limits: LimitsSection, client: str, offer: Offer | None = None, is_counted: bool = False
+        self,
+        prompt: pb.Prompt,
+        limits: LimitsSection,
+        client: str,
+        offer: OfferedTools | None = None,
+        is_counted: bool = False,
     ) -> tuple[int, ...]:
-        """The tokens of a prompt of any kind, which has been vetted; `offer` are the tools that a conversation comes with.
+        """The tokens of a prompt of any kind, which has been vetted; `offer` are the tools that a
+        conversation comes with.
 
-        `is_counted`: for Tokenize, which takes longer ones. Raises InvalidRequest; for long ones and conversations,
-        QueueFull or NoWorkerAvailable.
-        """
+        `is_counted`: for Tokenize, which takes longer ones. Raises InvalidRequest; for long ones and
+        conversations, QueueFull or NoWorkerAvailable."""
         match prompt.WhichOneof("kind"):
             case "text":
                 add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
@@ -188,7 +203,7 @@ class Intake:
         return await self.offload.threads.run(client, bounded_ids, *arguments)
 
     async def _encode_chat(
-        self, chat: pb.Chat, offer: Offer | None, limits: LimitsSection, client: str, is_counted: bool
+        self, chat: pb.Chat, offer: OfferedTools | None, limits: LimitsSection, client: str, is_counted: bool
     ) -> tuple[int, ...]:
         if chat.ByteSize() <= THREAD_CHARS and not self._tokenizer.may_stall:
             run = self.offload.threads.run
@@ -224,8 +239,13 @@ def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> st
 
 
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:
-    """The parameters as set, but for a constraint, with defaults for the rest. Ranges are for `validate_request`."""
-    values = {descriptor.name: value for descriptor, value in message.ListFields() if descriptor.name != "constraint"}
+    """The parameters as set, but for a constraint, with defaults for the rest. Ranges are for
+    `validate_request`."""
+    values = {
+        descriptor.name: value
+        for descriptor, value in message.ListFields()
+        if descriptor.name != "constraint"
+    }
     for name in ("stop", "stop_token_ids"):
         values[name] = tuple(values.get(name, ()))
     values["logit_bias"] = tuple(sorted(message.logit_bias.items()))
@@ -247,7 +267,9 @@ def _check_resumption(message: pb.GenerateRequest, sampling: SamplingParams) -> 
     if not message.request_id:
         raise InvalidRequest("request_id", "", "the name of the request to resume")
     if len(message.resume_from) != sampling.n:
-        raise InvalidRequest("resume_from", list(message.resume_from), f"one index for each of the {sampling.n} choices")
+        raise InvalidRequest(
+            "resume_from", list(message.resume_from), f"one index for each of the {sampling.n} choices"
+        )
     for choice, index in enumerate(message.resume_from):
         if not 0 <= index <= sampling.max_tokens:
             raise InvalidRequest(f"resume_from[{choice}]", index, f"0 to {sampling.max_tokens}")

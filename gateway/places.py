@@ -1,9 +1,9 @@
 """A bounded number of places, shared fairly among groups: who gets one, and whose is taken for it. Pure.
 
-Connections and keyless calls are holders, the addresses they come from are groups. When places run out, a newcomer takes
-that of the oldest holder that may be evicted, in the group that has most of these. So whoever takes many places
-loses them to those who take few, and nobody can keep a newcomer out by holding places without using them.
-"""
+Connections and keyless calls are holders, the addresses they come from are groups. When places run out, a
+newcomer takes that of the oldest holder that may be evicted, in the group that has most of these. So whoever
+takes many places loses them to those who take few, and nobody can keep a newcomer out by holding places
+without using them."""
 
 import ipaddress
 from collections import Counter
@@ -17,7 +17,8 @@ Holder = TypeVar("Holder", bound=Hashable)
 
 
 class NoPlace(PdserveError):
-    """All places are taken, and none of them may be evicted for this newcomer. Retry after `retry_after_s`."""
+    """All places are taken, and none of them may be evicted for this newcomer. Retry after
+    `retry_after_s`."""
 
     def __init__(self, what: str, limit: int, retry_after_s: float = 1.0) -> None:
         super().__init__(f"{limit} {what} are open already, retry in {retry_after_s:.1f} s")
@@ -67,8 +68,9 @@ class FairPlaces(Generic[Holder]):
 
     @contextmanager
     def in_use(self, holder: Holder) -> Iterator[None]:
-        """Around a use of it, of which there may be several at once: nobody takes its place. Afterwards it may be evicted
-        again, as the youngest of its group. It need not have its place yet, and may have lost it."""
+        """Around a use of it, of which there may be several at once: nobody takes its place. Afterwards it
+        may be evicted again, as the youngest of its group. It need not have its place yet, and may have lost
+        it."""
         self._num_uses[holder] += 1
         self._settle(holder)
         try:
@@ -153,7 +155,8 @@ class FairPlaces(Generic[Holder]):
 
 
 def address_group(host: str) -> str:
-    """Addresses that one client is likely to have: all of loopback, an IPv6 network of 64 bits, else the address itself."""
+    """Addresses that one client is likely to have: all of loopback, an IPv6 network of 64 bits, else the
+    address itself."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -1,8 +1,8 @@
-"""What both doors do with a client's message, gRPC's or one that HTTP's JSON was translated to: check it, carry it out.
+"""What both doors do with a client's message, gRPC's or one that HTTP's JSON was translated to: check it,
+carry it out.
 
-Whatever ends an answer (its end, an error, a client that went away, a deadline), closing `events` closes the router's stream,
-and that frees all that workers hold for the request.
-"""
+Whatever ends an answer (its end, an error, a client that went away, a deadline), closing `events` closes the
+router's stream, and that frees all that workers hold for the request."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -18,7 +18,7 @@ from ..core.request import Request
 from ..core.validation import check_token_ids
 from ..proto import pdserve_pb2 as pb
 from ..telemetry.logs import REQUEST_ID
-from .answer import Answer
+from .answer import ResponseEvents
 from .auth.access import Access, Caller, cache_scope, scoped_salt
 from .auth.cost import Charge, Price, prompt_price, request_price
 from .auth.revocation import Revocation
@@ -36,12 +36,15 @@ FLUSH_S = 5.0  # how long clients may take to read the rest of their answers whe
 
 
 class Shared:
-    """What all services have in common: the configuration in force, who is let in, how many answers are being given."""
+    """What all services have in common: the configuration in force, who is let in, how many answers are being
+    given."""
 
     def __init__(self, config: ClusterConfig, access: Access | None = None) -> None:
         self.config = config
         self.access = access
-        self.held_bytes = HeldBytes(config.limits.max_held_bytes // 2)  # the other half: what gRPC is receiving
+        self.held_bytes = HeldBytes(
+            config.limits.max_held_bytes // 2
+        )  # the other half: what gRPC is receiving
         self.revocation = Revocation(access)
         self._num_answers = 0
         self._idle = asyncio.Event()
@@ -60,7 +63,8 @@ class Shared:
                 self._idle.set()
 
     async def answered(self) -> None:
-        """Returns when all answers are out, or after a while: the router may be done with a request before its client."""
+        """Returns when all answers are out, or after a while: the router may be done with a request before
+        its client."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), FLUSH_S)
 
@@ -98,10 +102,16 @@ class Serving:
         caller: Caller | None = None,
         fills: bool = False,
     ) -> Request:
-        """The request that `message` asks for, as `Intake.request` has it. Raises InvalidRequest or UnknownModel."""
+        """The request that `message` asks for, as `Intake.request` has it. Raises InvalidRequest or
+        UnknownModel."""
         config = self.shared.config
-        request = await self.intake.request(message, config.limits, deadline_s, peer, traceparent, caller, fills, charge=charge)
-        num_tokens, max_output_tokens = len(request.prompt_token_ids), request.sampling.n * request.sampling.max_tokens
+        request = await self.intake.request(
+            message, config.limits, deadline_s, peer, traceparent, caller, fills, charge=charge
+        )
+        num_tokens, max_output_tokens = (
+            len(request.prompt_token_ids),
+            request.sampling.n * request.sampling.max_tokens,
+        )
         charge.settle_prompt(num_tokens, asyncio.get_running_loop().time(), max_output_tokens)
         salt = scoped_salt(cache_scope(caller, config.kv.cache_sharing), request.cache_salt)
         request = structs.replace(request, cache_salt=salt)
@@ -111,8 +121,14 @@ class Serving:
     async def events(
         self, request: Request, charge: Charge, resume_from: Sequence[int] = ()
     ) -> AsyncGenerator[pb.GenerateEvent, None]:
-        """The messages of the answer. Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first."""
-        answer = Answer(request, self.tokenizer, lambda choice: self.frontend.cancel(request.request_id, choice), resume_from)
+        """The messages of the answer. Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the
+        first."""
+        answer = ResponseEvents(
+            request,
+            self.tokenizer,
+            lambda choice: self.frontend.cancel(request.request_id, choice),
+            resume_from,
+        )
         async with self._paid(request, charge, answer), aclosing(self.frontend.generate(request)) as events:
             async for event in events:
                 for out in answer.handle(event):
@@ -123,15 +139,19 @@ class Serving:
     def charged(
         self, messages: Sequence[pb.GenerateRequest], caller: Caller | None, fills: bool = False
     ) -> AbstractContextManager[list[Charge]]:
-        """Around all that one call asks for, before any of it is tokenised: takes it of the key's rates, and gives back what
-        was not used. Raises RateLimited."""
+        """Around all that one call asks for, before any of it is tokenised: takes it of the key's rates, and
+        gives back what was not used. Raises RateLimited."""
         limits, max_model_len = self.shared.config.limits, self.model.max_model_len
-        return self._charged([request_price(message, limits, max_model_len, fills) for message in messages], caller)
+        return self._charged(
+            [request_price(message, limits, max_model_len, fills) for message in messages], caller
+        )
 
     @contextmanager
     def _charged(self, prices: Sequence[Price], caller: Caller | None) -> Iterator[list[Charge]]:
         loop, access = asyncio.get_running_loop(), self.shared.access
-        charges = [Charge.free() for _ in prices] if access is None else access.charge(caller, prices, loop.time())
+        charges = (
+            [Charge.free() for _ in prices] if access is None else access.charge(caller, prices, loop.time())
+        )
         try:
             yield charges
         finally:
@@ -139,7 +159,7 @@ class Serving:
                 charge.settle(0, loop.time(), has_begun=False)  # nothing happens to those that are settled
 
     @asynccontextmanager
-    async def _paid(self, request: Request, charge: Charge, answer: Answer) -> AsyncIterator[None]:
+    async def _paid(self, request: Request, charge: Charge, answer: ResponseEvents) -> AsyncIterator[None]:
         """Around carrying a request out: what it did not produce is given back as soon as it ends."""
         loop = asyncio.get_running_loop()
         has_begun = True
@@ -160,7 +180,9 @@ class Serving:
         offer = await self.intake.offer(request.prompt, limits, client)
         with self._charged([prompt_price(request.prompt)], caller) as (charge,):
             with charge.tokenizing():
-                token_ids = await self.intake.token_ids(request.prompt, limits, client, offer, is_counted=True)
+                token_ids = await self.intake.token_ids(
+                    request.prompt, limits, client, offer, is_counted=True
+                )
             charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
             if token_ids:
                 check_token_ids("prompt.token_ids", token_ids, self.model.vocab_size)
@@ -171,7 +193,9 @@ class Serving:
                 response.pieces.append(self.tokenizer.piece(token_id))
         return response
 
-    async def detokenize(self, request: pb.DetokenizeRequest, peer: str, caller: Caller | None = None) -> pb.DetokenizeResponse:
+    async def detokenize(
+        self, request: pb.DetokenizeRequest, peer: str, caller: Caller | None = None
+    ) -> pb.DetokenizeResponse:
         await self.intake.vet(request, self.shared.config.limits)
         ids = request.token_ids
         if ids:
@@ -185,7 +209,9 @@ class Serving:
         """The text of tokens, however many. Raises QueueFull or NoWorkerAvailable when they are many."""
         if len(token_ids) <= INLINE_TOKENS:
             return self.tokenizer.decode(token_ids, skip_special_tokens)
-        return await self.intake.offload.decode(token_ids, skip_special_tokens, self.shared.config.limits, client)
+        return await self.intake.offload.decode(
+            token_ids, skip_special_tokens, self.shared.config.limits, client
+        )
 
     def model_info(self, request: pb.GetModelInfoRequest) -> pb.ModelInfo:
         refuse_unknown_fields(request)

@@ -1,4 +1,5 @@
-"""The router's account of a request as clients get it: instants relative to its start, one attempt after the other."""
+"""The router's account of a request as clients get it: instants relative to its start, one attempt after the
+other."""
 
 from ..core.messages import LegEnded
 from ..proto import pdserve_pb2 as pb
@@ -20,7 +21,9 @@ def timeline_message(timeline: Timeline) -> pb.Timeline:
     return pb.Timeline(
         first_token_s=None if timeline.first_token_s is None else timeline.first_token_s - start_s,
         ended_s=timeline.ended_s - start_s,
-        attempts=[_attempt(dispatch, start_s, end_s) for dispatch, end_s in zip(dispatches, ends_s, strict=True)],
+        attempts=[
+            _attempt(dispatch, start_s, end_s) for dispatch, end_s in zip(dispatches, ends_s, strict=True)
+        ],
     )
 
 
@@ -37,7 +40,9 @@ def _attempt(dispatch: DispatchTimes, start_s: float, end_s: float) -> pb.Attemp
         transfer=_transfer(dispatch.prefill),
     )
     if dispatch.decode_worker is not None and first_s is not None:
-        attempt.decode.CopyFrom(pb.DecodeLeg(worker=dispatch.decode_worker, duration_s=max(end_s - first_s, 0.0)))
+        attempt.decode.CopyFrom(
+            pb.DecodeLeg(worker=dispatch.decode_worker, duration_s=max(end_s - first_s, 0.0))
+        )
     return attempt
 
 

@@ -50,7 +50,9 @@ class UnknownRequest(PdserveError):
     """Nothing is known of a request of this id."""
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"request_id: {request_id!r} is not being served, and not among those that ended last")
+        super().__init__(
+            f"request_id: {request_id!r} is not being served, and not among those that ended last"
+        )
 
 
 class NeedsRestart(PdserveError):
@@ -82,7 +84,10 @@ class ClientGone(Exception):
 
 _ENDINGS = {
     FinishReason.CANCELLED: (grpc.StatusCode.CANCELLED, "the request was cancelled"),
-    FinishReason.DEADLINE: (grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed before the request was done"),
+    FinishReason.DEADLINE: (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "the deadline passed before the request was done",
+    ),
     FinishReason.ERROR: (grpc.StatusCode.UNAVAILABLE, "no worker could finish the request"),
     FinishReason.INVALID: (grpc.StatusCode.INVALID_ARGUMENT, "the request cannot be carried out"),
 }
@@ -92,7 +97,9 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
     """The code and the details of an error."""
     match error:
         case InvalidRequest():
-            return grpc.StatusCode.INVALID_ARGUMENT, [_bad_request([(error.field, f"expected {error.expected}")])]
+            return grpc.StatusCode.INVALID_ARGUMENT, [
+                _bad_request([(error.field, f"expected {error.expected}")])
+            ]
         case ConfigError():
             problems = [("config_yaml", line) for line in _shortened(str(error)).splitlines()]
             return grpc.StatusCode.INVALID_ARGUMENT, [_bad_request(problems)]
@@ -106,7 +113,10 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
             details = [_retry(error.retry_after_s), _info("QUEUE_FULL", max_queued_requests=str(error.limit))]
             return grpc.StatusCode.RESOURCE_EXHAUSTED, details
         case RateLimited():
-            return grpc.StatusCode.RESOURCE_EXHAUSTED, [_retry(error.retry_after_s), _info("RATE_LIMITED", limit=error.limit)]
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, [
+                _retry(error.retry_after_s),
+                _info("RATE_LIMITED", limit=error.limit),
+            ]
         case Unauthenticated():
             return grpc.StatusCode.UNAUTHENTICATED, [_info("UNAUTHENTICATED")]
         case NotPermitted():
@@ -114,7 +124,10 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
         case NoWorkerAvailable():
             return grpc.StatusCode.UNAVAILABLE, [_retry(RETRY_UNAVAILABLE_S), _info("NO_WORKER_AVAILABLE")]
         case NeedsRestart():
-            return grpc.StatusCode.FAILED_PRECONDITION, [_precondition("NEEDS_RESTART", error.keys), _info("NEEDS_RESTART")]
+            return grpc.StatusCode.FAILED_PRECONDITION, [
+                _precondition("NEEDS_RESTART", error.keys),
+                _info("NEEDS_RESTART"),
+            ]
         case CapacityError():
             return grpc.StatusCode.FAILED_PRECONDITION, [_info("CAPACITY")]
         case ClientStalled():
@@ -145,7 +158,11 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         raise
     except Exception:  # a bug of ours: its story is for the log, not for the client
         log.exception("a call failed")
-        code, details, message = grpc.StatusCode.INTERNAL, [_info("INTERNAL")], "internal error, see the server's log"
+        code, details, message = (
+            grpc.StatusCode.INTERNAL,
+            [_info("INTERNAL")],
+            "internal error, see the server's log",
+        )
     else:
         return
     packed = status_pb2.Status(code=code.value[0], message=message)
@@ -154,13 +171,16 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
     try:
         await context.abort(code, message, ((DETAILS_KEY, packed.SerializeToString()),))
     except (grpc.aio.UsageError, grpc.aio.InternalError):
-        # it is ended already, its client is gone, or that reads nothing, also no status: gRPC forgets the call without a line
+        # it is ended already, its client is gone, or that reads nothing, also no status: gRPC forgets the
+        # call without a line
         raise asyncio.CancelledError from None
 
 
-async def write(context: grpc.aio.ServicerContext[Any, Any], message: object, max_unread_s: float | None = None) -> None:
-    """Send a message to a client. Raises ClientStalled when it has not room for it within `max_unread_s`, ClientGone when
-    the call is over."""
+async def write(
+    context: grpc.aio.ServicerContext[Any, Any], message: object, max_unread_s: float | None = None
+) -> None:
+    """Send a message to a client. Raises ClientStalled when it has not room for it within `max_unread_s`,
+    ClientGone when the call is over."""
     try:
         async with asyncio.timeout(max_unread_s):
             await context.write(message)

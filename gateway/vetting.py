@@ -37,7 +37,8 @@ class Bounds:
 
     @property
     def max_prompt_chars(self) -> int:
-        """No text with more characters than these fits into the model, if every character is in some token."""
+        """No text with more characters than these fits into the model, if every character is in some
+        token."""
         return self.max_prompt_tokens * self.max_token_chars
 
     @property
@@ -47,8 +48,9 @@ class Bounds:
 
 
 def refuse_unknown_fields(message: Message) -> None:
-    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be ignored; also for
-    more items than anybody needs, before each of them is looked at. The types of messages bound how deep it goes."""
+    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be
+    ignored; also for more items than anybody needs, before each of them is looked at. The types of messages
+    bound how deep it goes."""
     for _ in walk(message):
         pass
 
@@ -75,7 +77,9 @@ def walk(message: Message) -> Iterator[None]:
     """`refuse_unknown_fields` in small steps, one for each part of the message."""
     for index, _ in enumerate(_walk(message, "")):
         if index >= MAX_PARTS:
-            raise InvalidRequest(message.DESCRIPTOR.name, f"more than {MAX_PARTS} parts", f"at most {MAX_PARTS}")
+            raise InvalidRequest(
+                message.DESCRIPTOR.name, f"more than {MAX_PARTS} parts", f"at most {MAX_PARTS}"
+            )
         yield
 
 
@@ -84,7 +88,9 @@ def _walk(message: Message, path: str) -> Iterator[None]:
     unknown = UnknownFieldSet(message)
     if len(unknown):
         field = f"field {unknown[0].field_number}"
-        raise InvalidRequest(path or message.DESCRIPTOR.name, field, f"only the fields of {message.DESCRIPTOR.full_name}")
+        raise InvalidRequest(
+            path or message.DESCRIPTOR.name, field, f"only the fields of {message.DESCRIPTOR.full_name}"
+        )
     for name, child in _children(message):
         yield from _walk(child, f"{path}.{name}" if path else name)
 
@@ -107,7 +113,8 @@ def _children(message: Message) -> Iterator[tuple[str, Message]]:
 
 
 def check_message(message: Message, bounds: Bounds) -> None:
-    """After `walk`: raises InvalidRequest or UnknownModel for what can be seen before anything is tokenised."""
+    """After `walk`: raises InvalidRequest or UnknownModel for what can be seen before anything is
+    tokenised."""
     match message:
         case pb.GenerateRequest():
             check_model(message.model, bounds.model)
@@ -131,7 +138,9 @@ def check_message(message: Message, bounds: Bounds) -> None:
             check_model(message.model, bounds.model)
             if len(message.token_ids) > bounds.max_model_len:
                 got = f"{len(message.token_ids)} tokens"
-                raise InvalidRequest("token_ids", got, f"at most {bounds.max_model_len} tokens, as many as the model takes")
+                raise InvalidRequest(
+                    "token_ids", got, f"at most {bounds.max_model_len} tokens, as many as the model takes"
+                )
 
 
 def check_model(name: str, served: str) -> None:
@@ -142,9 +151,9 @@ def check_model(name: str, served: str) -> None:
 def check_prompt_size(prompt: pb.Prompt, bounds: Bounds) -> None:
     """Before it is rendered or tokenised. Raises InvalidRequest.
 
-    What counts are the characters that were sent. A tokenizer that makes fewer of them (a normalizer that drops some, an
-    added token that takes the blanks around it, one token for a long unknown word) is no reason to look at more of them.
-    """
+    What counts are the characters that were sent. A tokenizer that makes fewer of them (a normalizer that
+    drops some, an added token that takes the blanks around it, one token for a long unknown word) is no
+    reason to look at more of them."""
     if prompt.HasField("text") and not prompt.text:
         raise InvalidRequest("prompt.text", prompt.text, "a text that is not empty")
     if prompt.ByteSize() <= bounds.max_prompt_chars:
@@ -159,7 +168,9 @@ def check_chars(num_chars: int, bounds: Bounds) -> None:
     """Raises InvalidRequest for a text that is too long, however few tokens it has."""
     if num_chars > bounds.max_prompt_chars:
         why = f"{bounds.max_prompt_tokens} tokens of at most {bounds.max_token_chars} each"
-        raise InvalidRequest("prompt", f"{num_chars} characters", f"at most {bounds.max_prompt_chars} characters ({why})")
+        raise InvalidRequest(
+            "prompt", f"{num_chars} characters", f"at most {bounds.max_prompt_chars} characters ({why})"
+        )
 
 
 def check_counted(num_tokens: int, bounds: Bounds) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ..core.errors import NoWorkerAvailable, QueueFull
 from .lanes import GrammarLanes
-from .messages import Setup
+from .messages import GrammarSetup
 
 MAX_KNOWN = 1024  # grammars whose answers are remembered
 MAX_QUESTIONS = 1024  # that wait for an answer
@@ -19,17 +19,21 @@ RETRY_S = 1.0
 class GrammarChecker:
     """Used on one asyncio loop. A process starts with the first question.
 
-    Each client has one grammar checked at a time, so that one with many costly ones does not keep the others waiting. A
-    question goes on when who asked it is gone: its client may have asked the same again, or would.
+    Each client has one grammar checked at a time, so that one with many costly ones does not keep the others
+    waiting. A question goes on when who asked it is gone: its client may have asked the same again, or would.
     """
 
-    def __init__(self, set_up: Callable[[], Setup]) -> None:
+    def __init__(self, set_up: Callable[[], GrammarSetup]) -> None:
         self._set_up = set_up
         self._lanes: GrammarLanes | None = None
         self._keys = itertools.count()
         self._answers: dict[int, asyncio.Future[str | None]] = {}
-        self._known: OrderedDict[bytes, str | None] = OrderedDict()  # by digest what is wrong; least recently used first
-        self._questions: dict[tuple[str, str], asyncio.Task[str | None]] = {}  # by client, who waits for none of another's
+        self._known: OrderedDict[bytes, str | None] = (
+            OrderedDict()
+        )  # by digest what is wrong; least recently used first
+        self._questions: dict[
+            tuple[str, str], asyncio.Task[str | None]
+        ] = {}  # by client, who waits for none of another's
         self._turns: dict[str, asyncio.Lock] = {}
         self._num_questions: Counter[str] = Counter()  # by client
 
@@ -48,7 +52,9 @@ class GrammarChecker:
                 raise QueueFull(MAX_QUESTIONS_EACH, RETRY_S)
             self._num_questions[client] += 1
             question = asyncio.get_running_loop().create_task(self._find_out(grammar, client))
-            question.add_done_callback(lambda task: task.cancelled() or task.exception())  # who asked may be gone
+            question.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )  # who asked may be gone
             self._questions[client, grammar] = question
         return await asyncio.shield(question)
 

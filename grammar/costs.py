@@ -1,4 +1,5 @@
-"""The clients whose grammars cost so much processor time lately that their outputs have to wait for each other alone. Pure."""
+"""The clients whose grammars cost so much processor time lately that their outputs have to wait for each
+other alone. Pure."""
 
 from dataclasses import dataclass
 

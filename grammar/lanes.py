@@ -1,14 +1,13 @@
 """Two grammar processes: one for everybody, and one for the clients whose grammars cost much processor time.
 
-A process is at work on one job at a time, for up to half a second. So the outputs of a client that turns costly leave the
-common process, and those of others never wait for them.
-"""
+A process is at work on one job at a time, for up to half a second. So the outputs of a client that turns
+costly leave the common process, and those of others never wait for them."""
 
 import time
 from collections.abc import Callable
 
 from .costs import ClientCosts
-from .messages import Setup
+from .messages import GrammarSetup
 from .process import GrammarListener, GrammarProcess
 
 NICENESS_OF_COSTLY = 19  # whoever else needs the processor goes first
@@ -17,7 +16,7 @@ NICENESS_OF_COSTLY = 19  # whoever else needs the processor goes first
 class GrammarLanes:
     """Used on one asyncio loop, as a `GrammarProcess`. A process starts when it is needed first."""
 
-    def __init__(self, set_up: Callable[[], Setup], listener: GrammarListener) -> None:
+    def __init__(self, set_up: Callable[[], GrammarSetup], listener: GrammarListener) -> None:
         """`set_up` is called on a thread, once for each process."""
         self._listener = listener
         self._costs = ClientCosts()
@@ -25,7 +24,9 @@ class GrammarLanes:
         self._costly = GrammarProcess(set_up, self, self._on_cost, NICENESS_OF_COSTLY)
         self._process_of: dict[int, GrammarProcess] = {}
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str, *, probe: bool = False) -> None:
+    def open(
+        self, key: int, grammar: str, token_ids: tuple[int, ...], client: str, *, probe: bool = False
+    ) -> None:
         """See `GrammarProcess.open`."""
         process = self._costly if self._costs.is_costly(client, time.monotonic()) else self._common
         self._process_of[key] = process

@@ -1,8 +1,7 @@
 """The grammar process: requests on its standard input, answers on its standard output, until the input ends.
 
-A job that takes too much processor time, memory or stack ends the process; who started it blames the oldest request that has
-no answer, and starts another one.
-"""
+A job that takes too much processor time, memory or stack ends the process; who started it blames the oldest
+request that has no answer, and starts another one."""
 
 import os
 import sys
@@ -17,7 +16,7 @@ from ..core import limited_process
 from ..core.codec import FrameDecoder, FrameEncoder
 from ..core.limited_process import address_space, cpu_limit, limit_memory, write_all
 from .matchers import S_PER_TOKEN, Matchers
-from .messages import JOB_S, Open, Setup, ToProcess
+from .messages import JOB_S, GrammarSetup, OpenOutput, ToProcess
 
 SETUP_BYTES = 4 << 30  # address space for the vocabulary, which is the checkpoint's
 MEMORY_BYTES = 2 << 30  # address space beside what the process has when it is ready
@@ -45,27 +44,27 @@ def _serve_or_die() -> None:
 
 
 def _serve() -> None:
-    decoder: FrameDecoder[Setup | ToProcess] = FrameDecoder(Setup | ToProcess)
+    decoder: FrameDecoder[GrammarSetup | ToProcess] = FrameDecoder(GrammarSetup | ToProcess)
     encoder = FrameEncoder()
     matchers: Matchers | None = None
     first_bytes = 0
     while data := os.read(sys.stdin.fileno(), READ_BYTES):
         for message in decoder.feed(data):
-            if isinstance(message, Setup):
+            if isinstance(message, GrammarSetup):
                 matchers, first_bytes = _set_up(message), address_space()
                 continue
             assert matchers is not None, "Setup comes first"
             started_s = time.process_time()
             with cpu_limit(_limit_s(message)):
                 answer = matchers.handle(message)
-            if isinstance(message, Open) and address_space() > first_bytes + CACHE_BYTES:
+            if isinstance(message, OpenOutput) and address_space() > first_bytes + CACHE_BYTES:
                 matchers.forget_compiled()
             if answer is not None:
                 answer = msgspec.structs.replace(answer, cost_s=time.process_time() - started_s)
                 write_all(sys.stdout.fileno(), encoder.encode(answer))
 
 
-def _set_up(setup: Setup) -> Matchers:
+def _set_up(setup: GrammarSetup) -> Matchers:
     limit_memory(SETUP_BYTES)
     tokenizer = LLTokenizer(setup.tokenizer, n_vocab=setup.vocab_size, eos_token=list(setup.eos_token_ids))
     limit_memory(MEMORY_BYTES)
@@ -73,8 +72,9 @@ def _set_up(setup: Setup) -> Matchers:
 
 
 def _limit_s(message: ToProcess) -> float:
-    """Of processor time, for a job. An output that is taken up half-way may have used what its tokens gave it."""
-    return JOB_S + S_PER_TOKEN * len(message.token_ids) if isinstance(message, Open) else JOB_S
+    """Of processor time, for a job. An output that is taken up half-way may have used what its tokens gave
+    it."""
+    return JOB_S + S_PER_TOKEN * len(message.token_ids) if isinstance(message, OpenOutput) else JOB_S
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The inside of the grammar process: a matcher for each output that follows a grammar. Requests in, answers out."""
+"""The inside of the grammar process: a matcher for each output that follows a grammar. Requests in, answers
+out."""
 
 import time
 from collections import OrderedDict
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLTokenizer
 
-from .messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
+from .messages import Advance, Close, FromProcess, GrammarRefused, Mask, OpenOutput, ToProcess
 
 MAX_CACHED_GRAMMARS = 32
 MAX_REASON_CHARS = 200  # of each line: an expression that is none comes back in what is said of it
@@ -16,7 +17,7 @@ S_PER_TOKEN = 0.001  # and that each of its tokens adds
 
 
 @dataclass(slots=True)
-class _Output:
+class _MatchedOutput:
     """One output's matcher, and what computing on it has taken."""
 
     matcher: LLMatcher
@@ -31,14 +32,14 @@ class Matchers:
         """`clock` tells the processor time used."""
         self._tokenizer = tokenizer
         self._clock = clock
-        self._outputs: dict[int, _Output] = {}
+        self._outputs: dict[int, _MatchedOutput] = {}
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # least recently used first
 
     def handle(self, message: ToProcess) -> FromProcess | None:
         """The answer to a request, if it has one. What the grammar is to blame for comes as Refused."""
         started_s = self._clock()
         match message:
-            case Open():
+            case OpenOutput():
                 output = self._open(message)
             case Advance():
                 output = self._advance(message)
@@ -47,11 +48,13 @@ class Matchers:
                 return None
         answer = self._answer(message.key, output)
         output.used_s += self._clock() - started_s
-        is_probe = isinstance(message, Open) and message.probe
+        is_probe = isinstance(message, OpenOutput) and message.probe
         free_s = FREE_S + S_PER_TOKEN * output.num_tokens
-        if isinstance(answer, Mask) and output.used_s > (free_s / 2 if is_probe else free_s):  # what is let in has room
-            answer = Refused(message.key, "it takes too long to follow")
-        if isinstance(answer, Refused) or is_probe:
+        if isinstance(answer, Mask) and output.used_s > (
+            free_s / 2 if is_probe else free_s
+        ):  # what is let in has room
+            answer = GrammarRefused(message.key, "it takes too long to follow")
+        if isinstance(answer, GrammarRefused) or is_probe:
             del self._outputs[message.key]
         return answer
 
@@ -59,27 +62,29 @@ class Matchers:
         """Give back what is kept for grammars that may come again."""
         self._compiled.clear()
 
-    def _open(self, message: Open) -> _Output:
+    def _open(self, message: OpenOutput) -> _MatchedOutput:
         matcher = self._compile(message.grammar).deep_copy()
         matcher.consume_tokens(list(message.token_ids))
         if message.probe and not matcher.is_error():
             token_id = _first_token(matcher.compute_bitmask())
             if token_id is not None:
                 matcher.consume_token(token_id)
-        output = self._outputs[message.key] = _Output(matcher, len(message.token_ids))
+        output = self._outputs[message.key] = _MatchedOutput(matcher, len(message.token_ids))
         return output
 
-    def _advance(self, message: Advance) -> _Output:
+    def _advance(self, message: Advance) -> _MatchedOutput:
         output = self._outputs[message.key]
-        assert output.num_tokens == message.num_tokens - 1, f"token {message.num_tokens - 1}, {output.num_tokens} was due"
+        assert output.num_tokens == message.num_tokens - 1, (
+            f"token {message.num_tokens - 1}, {output.num_tokens} was due"
+        )
         output.matcher.consume_token(message.token_id)
         output.num_tokens += 1
         return output
 
-    def _answer(self, key: int, output: _Output) -> FromProcess:
+    def _answer(self, key: int, output: _MatchedOutput) -> FromProcess:
         bits = b"" if output.matcher.is_error() else output.matcher.compute_bitmask()
         if output.matcher.is_error():
-            return Refused(key, _reason(output.matcher.get_error()))
+            return GrammarRefused(key, _reason(output.matcher.get_error()))
         return Mask(key, output.num_tokens, bits)
 
     def _compile(self, grammar: str) -> LLMatcher:

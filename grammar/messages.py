@@ -13,7 +13,7 @@ import msgspec
 JOB_S = 0.5  # processor time of a job; a process that takes longer over one ends
 
 
-class Setup(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class GrammarSetup(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The vocabulary that masks are about. There is no answer."""
 
     tokenizer: str  # as in a checkpoint's tokenizer.json, all added tokens included
@@ -21,12 +21,11 @@ class Setup(msgspec.Struct, frozen=True, array_like=True, tag=True):
     eos_token_ids: tuple[int, ...]
 
 
-class Open(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class OpenOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Compile `grammar`, take the output so far, and tell the mask of the next token.
 
-    With `probe` nothing is kept: the mask after one more token is computed too, as some grammars show what they cost, or
-    that they are too complex, only then.
-    """
+    With `probe` nothing is kept: the mask after one more token is computed too, as some grammars show what
+    they cost, or that they are too complex, only then."""
 
     key: int
     grammar: str
@@ -49,8 +48,9 @@ class Close(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Mask(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Which tokens may come after the first `num_tokens` of the output: bit i, counted from the lowest of the first byte, is
-    set where token i may. Tokens that end the output are among them where the grammar is complete."""
+    """Which tokens may come after the first `num_tokens` of the output: bit i, counted from the lowest of the
+    first byte, is set where token i may. Tokens that end the output are among them where the grammar is
+    complete."""
 
     key: int
     num_tokens: int
@@ -58,7 +58,7 @@ class Mask(msgspec.Struct, frozen=True, array_like=True, tag=True):
     cost_s: float = 0.0  # processor time of the job
 
 
-class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class GrammarRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A grammar that is none, or one that cannot be afforded; the key is forgotten."""
 
     key: int
@@ -66,5 +66,5 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     cost_s: float = 0.0
 
 
-ToProcess = Open | Advance | Close
-FromProcess = Mask | Refused
+ToProcess = OpenOutput | Advance | Close
+FromProcess = Mask | GrammarRefused

@@ -1,8 +1,8 @@
-"""What a grammar process has been asked for, so that neither its death nor its work for one costs the others much. Pure.
+"""What a grammar process has been asked for, so that neither its death nor its work for one costs the others
+much. Pure.
 
-It works off requests one after the other: when it dies, the oldest one that has no answer is the one it died of. Which
-requests come next is decided here: clients take turns.
-"""
+It works off requests one after the other: when it dies, the oldest one that has no answer is the one it died
+of. Which requests come next is decided here: clients take turns."""
 
 import enum
 from collections import Counter, OrderedDict, deque
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..core.codec import FrameError
-from .messages import Advance, Close, FromProcess, Open, Refused, ToProcess
+from .messages import Advance, Close, FromProcess, GrammarRefused, OpenOutput, ToProcess
 
 WINDOW = 8  # requests that the process has at once
 WINDOW_EACH = 4  # of one client
@@ -21,7 +21,9 @@ class Death(enum.Enum):
     """What a process died of."""
 
     TIME = enum.auto()  # of its job, which is to blame
-    RESOURCES = enum.auto()  # of memory or stack; memory is everybody's, so who is there again the next time is to blame
+    RESOURCES = (
+        enum.auto()
+    )  # of memory or stack; memory is everybody's, so who is there again the next time is to blame
     OTHER = enum.auto()  # nobody here is to blame
 
 
@@ -38,10 +40,13 @@ class _Output:
 
 
 class _Turns:
-    """Keys that wait, of many clients: one of each in turn, those of one client in the order in which they came."""
+    """Keys that wait, of many clients: one of each in turn, those of one client in the order in which they
+    came."""
 
     def __init__(self) -> None:
-        self._lanes: OrderedDict[str, dict[int, None]] = OrderedDict()  # whose turn it is, then who comes next; none is empty
+        self._lanes: OrderedDict[str, dict[int, None]] = (
+            OrderedDict()
+        )  # whose turn it is, then who comes next; none is empty
 
     def __bool__(self) -> bool:
         return bool(self._lanes)
@@ -78,25 +83,26 @@ class _Turns:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A request without an answer. It counts for the output's client, also when that is closed, or handed over and back."""
+class _PendingMask:
+    """A request without an answer. It counts for the output's client, also when that is closed, or handed
+    over and back."""
 
-    request: Open | Advance
+    request: OpenOutput | Advance
     output: _Output
 
 
 class Outputs:
     """All outputs of one process, across those that come and go in its place. Keys are never used again.
 
-    The process has few requests at a time, and one at most that opens an output, which may take long: a stream that needs its
-    next mask waits for little of what others have asked, and for less of what one client has.
-    """
+    The process has few requests at a time, and one at most that opens an output, which may take long: a
+    stream that needs its next mask waits for little of what others have asked, and for less of what one
+    client has."""
 
     def __init__(self) -> None:
         self._outputs: dict[int, _Output] = {}
         self._opening = _Turns()  # keys that are to be asked for: those that the process does not know,
         self._advancing = _Turns()  # and those that it knows
-        self._asked: deque[_Asked] = deque()  # oldest first
+        self._asked: deque[_PendingMask] = deque()  # oldest first
         self._num_asked: Counter[str] = Counter()  # of those, by client
 
     @property
@@ -109,7 +115,15 @@ class Outputs:
         """The client of the oldest request without an answer: the one that the process works on."""
         return self._asked[0].output.client if self._asked else None
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), *, probe: bool = False, client: str = "") -> None:
+    def open(
+        self,
+        key: int,
+        grammar: str,
+        token_ids: tuple[int, ...] = (),
+        *,
+        probe: bool = False,
+        client: str = "",
+    ) -> None:
         """A new output, whose next mask is wanted."""
         assert key not in self._outputs, f"{key} is open"
         self._outputs[key] = _Output(client, grammar, list(token_ids), probe)
@@ -132,7 +146,8 @@ class Outputs:
         return Close(key) if output.is_open else None
 
     def hand_over(self, client: str, other: "Outputs") -> tuple[list[int], list[Close]]:
-        """Give all outputs of a client to those of another process. Their keys, and what to tell this one's process."""
+        """Give all outputs of a client to those of another process. Their keys, and what to tell this one's
+        process."""
         asked = set(self._keys_asked())
         keys, messages = [key for key, output in self._outputs.items() if output.client == client], []
         for key in keys:
@@ -148,7 +163,7 @@ class Outputs:
     def requests(self) -> list[ToProcess]:
         """What to ask the process now."""
         requests: list[ToProcess] = []
-        if not any(isinstance(entry.request, Open) for entry in self._asked):
+        if not any(isinstance(entry.request, OpenOutput) for entry in self._asked):
             key = self._opening.pop(self._num_asked, WINDOW_EACH)
             if key is not None:
                 requests.append(self._ask(key, self._open_request(key)))
@@ -160,9 +175,9 @@ class Outputs:
             requests.append(self._ask(key, Advance(key, len(tokens), tokens[-1])))
         return requests
 
-    def _ask(self, key: int, request: Open | Advance) -> ToProcess:
+    def _ask(self, key: int, request: OpenOutput | Advance) -> ToProcess:
         output = self._outputs[key]
-        self._asked.append(_Asked(request, output))
+        self._asked.append(_PendingMask(request, output))
         self._num_asked[output.client] += 1
         return request
 
@@ -175,19 +190,21 @@ class Outputs:
     def answered(self, answer: FromProcess) -> bool:
         """Whether somebody still wants to know. Raises FrameError for an answer to nothing."""
         if not self._asked or self._asked[0].request.key != answer.key:
-            raise FrameError(f"an answer for {answer.key} came, {self._asked[0] if self._asked else 'none'} was due")
+            raise FrameError(
+                f"an answer for {answer.key} came, {self._asked[0] if self._asked else 'none'} was due"
+            )
         output = self._asked.popleft().output
         self._num_asked[output.client] -= 1
         if not self._num_asked[output.client]:
             del self._num_asked[output.client]
         is_wanted = self._outputs.get(answer.key) is output
-        if is_wanted and isinstance(answer, Refused):
+        if is_wanted and isinstance(answer, GrammarRefused):
             del self._outputs[answer.key]
         return is_wanted
 
     def died(self, death: Death) -> tuple[int, bool] | None:
-        """The process is gone; the others are to be asked for again. Which key is given up, if any, and whether its grammar is
-        to blame for it."""
+        """The process is gone; the others are to be asked for again. Which key is given up, if any, and
+        whether its grammar is to blame for it."""
         oldest = self._asked[0] if self._asked else None
         for output in self._outputs.values():
             output.is_open = False
@@ -219,7 +236,7 @@ class Outputs:
             self.close(key)
         return keys
 
-    def _open_request(self, key: int) -> Open:
+    def _open_request(self, key: int) -> OpenOutput:
         output = self._outputs[key]
         output.is_open = True
-        return Open(key, output.grammar, tuple(output.token_ids), output.probe)
+        return OpenOutput(key, output.grammar, tuple(output.token_ids), output.probe)

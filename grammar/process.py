@@ -1,4 +1,5 @@
-"""Runs the grammar process: starts it when it is needed, starts it again when it died, and never waits for it."""
+"""Runs the grammar process: starts it when it is needed, starts it again when it died, and never waits for
+it."""
 
 import asyncio
 import logging
@@ -11,7 +12,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameEncoder
-from .messages import JOB_S, FromProcess, Mask, Refused, Setup, ToProcess
+from .messages import JOB_S, FromProcess, GrammarRefused, GrammarSetup, Mask, ToProcess
 from .outputs import Death, Outputs
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ DEATHS = {  # by exit code; all others are OTHER
     -signal.SIGBUS: Death.RESOURCES,
     -signal.SIGABRT: Death.RESOURCES,
 }
-SILENT_S = 30.0  # a process without an answer for so long is stopped or starved; its jobs end after half a second of work
+# a process without an answer for so long is stopped or starved; its jobs end after half a second of work
+SILENT_S = 30.0
 READ_BYTES = 1 << 18
 START_AGAIN_S = 1.0  # after a process that never answered
 NICENESS = 10  # a worker's own computing goes first
@@ -44,13 +46,13 @@ class GrammarProcess:
 
     def __init__(
         self,
-        set_up: Callable[[], Setup],
+        set_up: Callable[[], GrammarSetup],
         listener: GrammarListener,
         on_cost: Callable[[str, float], None] = lambda client, cost_s: None,
         niceness: int = NICENESS,
     ) -> None:
-        """`set_up` is called once, on a thread, and may take a moment. `on_cost` hears, after the listener, for which client a
-        job was and what processor time it took."""
+        """`set_up` is called once, on a thread, and may take a moment. `on_cost` hears, after the listener,
+        for which client a job was and what processor time it took."""
         self._set_up = set_up
         self._on_cost = on_cost
         self._niceness = niceness
@@ -69,7 +71,15 @@ class GrammarProcess:
         """Of the process, when there is one."""
         return None if self._process is None else self._process.pid
 
-    def open(self, key: int, grammar: str, token_ids: tuple[int, ...] = (), *, probe: bool = False, client: str = "") -> None:
+    def open(
+        self,
+        key: int,
+        grammar: str,
+        token_ids: tuple[int, ...] = (),
+        *,
+        probe: bool = False,
+        client: str = "",
+    ) -> None:
         """Ask for the mask of the next token of an output; see `messages.Open`. A key is never used again."""
         self._note_question()
         self._outputs.open(key, grammar, token_ids, probe=probe, client=client)
@@ -203,13 +213,14 @@ class GrammarProcess:
             match answer:
                 case Mask():
                     self._listener.on_mask(answer.key, answer.num_tokens, answer.bits)
-                case Refused():
+                case GrammarRefused():
                     self._listener.on_refused(answer.key, answer.why)
         assert client is not None, "an answer to nothing is an error"
         self._on_cost(client, answer.cost_s)
 
 
 def _kill(process: Process) -> None:
-    """Not for one that ends by itself: who asks subprocess to kill it takes its exit code away from asyncio."""
+    """Not for one that ends by itself: who asks subprocess to kill it takes its exit code away from
+    asyncio."""
     with suppress(ProcessLookupError):
         process.kill()

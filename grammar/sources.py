@@ -10,7 +10,8 @@ from llguidance import LLMatcher
 
 from ..core.errors import InvalidRequest
 
-# Between the tokens of JSON: nothing, a space, or a new line and its indentation. Without a bound a model may go on with
+# Between the tokens of JSON: nothing, a space, or a new line and its indentation. Without a bound a model may
+# go on with
 # blanks for ever.
 WHITESPACE = r"( |\n[ \t]{0,40})?"
 
@@ -25,7 +26,9 @@ def json_schema_grammar(schema: str) -> str:
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
     except ValueError as error:
-        raise InvalidRequest("constraint.json_schema", schema, f"a JSON schema, an object: {error}") from error
+        raise InvalidRequest(
+            "constraint.json_schema", schema, f"a JSON schema, an object: {error}"
+        ) from error
 
 
 def regex_grammar(pattern: str) -> str:

@@ -8,15 +8,15 @@ import threading
 from collections.abc import Callable
 
 from .lanes import GrammarLanes
-from .messages import Setup
+from .messages import GrammarSetup
 from .process import GrammarListener
 
 
 class GrammarThread:
-    """Calls are made on one thread and return at once; `listener` is called on the grammar thread. Nothing runs before the
-    first output is opened."""
+    """Calls are made on one thread and return at once; `listener` is called on the grammar thread. Nothing
+    runs before the first output is opened."""
 
-    def __init__(self, set_up: Callable[[], Setup], listener: GrammarListener) -> None:
+    def __init__(self, set_up: Callable[[], GrammarSetup], listener: GrammarListener) -> None:
         """`set_up` is called on the grammar thread."""
         self._set_up, self._listener = set_up, listener
         self._loop: asyncio.AbstractEventLoop | None = None

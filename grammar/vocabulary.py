@@ -1,4 +1,5 @@
-"""A checkpoint's tokenizer as the grammar process takes it, for workers: they have no use of their own for a tokenizer."""
+"""A checkpoint's tokenizer as the grammar process takes it, for workers: they have no use of their own for a
+tokenizer."""
 
 from pathlib import Path
 from typing import Annotated
@@ -42,7 +43,8 @@ class _Tokenizer(msgspec.Struct, omit_defaults=True):
 
 
 def tokenizer_json(path: Path) -> str:
-    """tokenizer.json of the checkpoint in `path`, with those added tokens that only tokenizer_config.json tells of.
+    """tokenizer.json of the checkpoint in `path`, with those added tokens that only tokenizer_config.json
+    tells of.
 
     Raises CheckpointError. Neither truncation nor padding, which are for training, comes along.
     """

@@ -48,9 +48,12 @@ class Controller:
         on_change: Callable[[], None],
         suspect_host: Callable[[str], None] = lambda node_id: None,
     ) -> None:
-        """`suspect_host` is called with the node id of a host on which a worker was lost for no known reason."""
+        """`suspect_host` is called with the node id of a host on which a worker was lost for no known
+        reason."""
         self.fleet = fleet
-        self.adopted = asyncio.Event()  # whatever an earlier controller has started was heard of, or is given up
+        self.adopted = (
+            asyncio.Event()
+        )  # whatever an earlier controller has started was heard of, or is given up
         self._supervisor = Supervisor(fleet, places, make_spec)
         self._keeper = keeper
         self._on_change = on_change

@@ -1,4 +1,5 @@
-"""The head: gateway, router and controller in one process, on one asyncio loop. To the gateway it is the `Frontend`."""
+"""The head: gateway, router and controller in one process, on one asyncio loop. To the gateway it is the
+`Frontend`."""
 
 import asyncio
 import contextlib
@@ -25,7 +26,7 @@ from ..router.fleet_member import MemberState, MemberStatus
 from ..router.hosts import Hosts
 from ..router.places import Places
 from ..router.service import RouterService
-from ..router.status import WorkerStatus as RoutedWorker
+from ..router.status import RoutedWorkerStatus as RoutedWorker
 from ..router.supervisor import GENERATION_STRIDE
 from ..telemetry.exposition import Snapshot
 from ..worker.spec import WorkerSpec
@@ -69,7 +70,8 @@ class Head:
         self._ended = asyncio.Event()
 
     async def start(self) -> Endpoints:
-        """Open the gateway, then start the workers; or take over those of the head before, then open the gateway.
+        """Open the gateway, then start the workers; or take over those of the head before, then open the
+        gateway.
 
         Raises CheckpointError, or ConfigError or CapacityError for what does not fit.
         """
@@ -114,7 +116,9 @@ class Head:
         self._service = RouterService(router, self._controller, spec.token, self._telemetry.recorder)
         self._controller.attach(self._service)
         self._watch.on_vacate = lambda workers: self._controller.handle(ReplaceWorkers(workers))
-        self._watch.on_change = lambda: self._controller.handle(Tick())  # whoever waits for a place may have one now
+        self._watch.on_change = lambda: self._controller.handle(
+            Tick()
+        )  # whoever waits for a place may have one now
         await self._service.start(self._host, listener=listener)
         self._is_listening = True
         if spec.generation:
@@ -122,12 +126,18 @@ class Head:
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
             await self._watch.start(config)  # now that it is known who runs where
-        addresses = (spec.endpoints.grpc, spec.endpoints.http) if spec.endpoints else (config.listen.grpc, config.listen.http)
+        addresses = (
+            (spec.endpoints.grpc, spec.endpoints.http)
+            if spec.endpoints
+            else (config.listen.grpc, config.listen.http)
+        )
         self._gateway = await open_gateway(self, config, *addresses, local=spec.local)
         self._on_change()
         if not spec.generation:
             self._controller.handle(Apply(pool_sizes(config)))
-        return Endpoints(self._gateway.grpc_address, self._gateway.http_address, self._control_port, self._device)
+        return Endpoints(
+            self._gateway.grpc_address, self._gateway.http_address, self._control_port, self._device
+        )
 
     async def wait(self) -> None:
         """Returns when the cluster has been shut down."""
@@ -164,9 +174,12 @@ class Head:
             num_queued_requests=routed.num_queued,
             num_running_requests=routed.num_requests - routed.num_queued,
             instances=pool_sizes(self._config),
-            workers=tuple(self._row(m, rows.get((m.worker_id, m.incarnation)), hosts.names, now_s) for m in members),
+            workers=tuple(
+                self._row(m, rows.get((m.worker_id, m.incarnation)), hosts.names, now_s) for m in members
+            ),
             uptime_s=now_s - self._started_s,
-            degraded="; ".join(filter(None, (routed.degraded if routed.workers else None, hosts.problems()))) or None,
+            degraded="; ".join(filter(None, (routed.degraded if routed.workers else None, hosts.problems())))
+            or None,
             hosts=hosts.status(now_s),
         )
 
@@ -220,7 +233,9 @@ class Head:
                 self._end()
                 return
             waiting = {MemberState.DRAINING, MemberState.STOPPING}
-            if not shutdown and not any(m.state in waiting for m in fleet.status() if m.worker_id in (worker_ids or known)):
+            if not shutdown and not any(
+                m.state in waiting for m in fleet.status() if m.worker_id in (worker_ids or known)
+            ):
                 return
 
     async def _states(self) -> AsyncIterator[None]:
@@ -239,7 +254,10 @@ class Head:
             status=router.status(asyncio.get_running_loop().time()),
             token_gaps=router.token_gaps,
             configured=pool_sizes(self._config),
-            restarts={member.worker_id: (member.role, member.num_restarts) for member in self._controller.fleet.status()},
+            restarts={
+                member.worker_id: (member.role, member.num_restarts)
+                for member in self._controller.fleet.status()
+            },
             hosts=Counter(host.state for host in self._watch.hosts.status(0.0)),
             num_takeovers=self._spec.generation,
             num_spans=num_spans,
@@ -267,7 +285,9 @@ class Head:
     @property
     def _is_serving(self) -> bool:
         fleet = self._controller.fleet
-        return not fleet.is_shutting_down and any(member.state is MemberState.READY for member in fleet.status())
+        return not fleet.is_shutting_down and any(
+            member.state is MemberState.READY for member in fleet.status()
+        )
 
     def _on_change(self) -> None:
         self._changed.set()
@@ -282,7 +302,9 @@ class Head:
         self._ended.set()
         self._changed.set()
 
-    def _row(self, member: MemberStatus, routed: RoutedWorker | None, hosts: Mapping[str, str], now_s: float) -> WorkerStatus:
+    def _row(
+        self, member: MemberStatus, routed: RoutedWorker | None, hosts: Mapping[str, str], now_s: float
+    ) -> WorkerStatus:
         process = self._controller.processes.get((member.worker_id, member.incarnation))
         info = process.info if process is not None else None
         return WorkerStatus(

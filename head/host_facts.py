@@ -30,7 +30,9 @@ class HostFacts:
     node: Node
     fingerprint: str | None  # of the checkpoint; None: it cannot be read
     checkpoint_error: str = ""
-    full: tuple[tuple[str, int], ...] = ()  # folders in which no process can write any more, and their sizes in bytes
+    full: tuple[
+        tuple[str, int], ...
+    ] = ()  # folders in which no process can write any more, and their sizes in bytes
     router_error: str = ""  # why the head's port for workers cannot be reached from there
 
     @staticmethod
@@ -81,28 +83,33 @@ def _full_folders() -> Iterator[tuple[str, int]]:
                 yield folder, found.f_blocks * found.f_frsize
 
 
-def refusal(here: HostFacts, there: HostFacts, config: ClusterConfig, device: DeviceKind, router: tuple[str, int]) -> str:
+def refusal(
+    here: HostFacts, there: HostFacts, config: ClusterConfig, device: DeviceKind, router: tuple[str, int]
+) -> str:
     """Why no instance may start there, and what to do; empty when they may."""
     if there.version != here.version:
         return (
-            f"it runs pdserve {there.version}, the head {here.version}; install {here.version} there, and restart Ray "
-            "there so that its processes use it"
+            f"it runs pdserve {there.version}, the head {here.version}; install {here.version} there, and"
+            " restart Ray there so that its processes use it"
         )
     if there.router_error:
         host, port = router
         return (
-            f"from there {host}:{port}, where the head waits for workers, cannot be reached ({there.router_error}); let all "
-            "TCP between the hosts of the cluster through its firewalls"
+            f"from there {host}:{port}, where the head waits for workers, cannot be reached"
+            f" ({there.router_error}); let all TCP between the hosts of the cluster through its firewalls"
         )
     if there.full:
         folders = ", ".join(f"{folder} ({format_size(num_bytes)})" for folder, num_bytes in there.full)
         return f"no space is left in {folders} there; make room: it is used again by itself when there is"
     if there.checkpoint_error:
-        return f"model.path: {there.checkpoint_error} (on this host); copy the head's checkpoint to the same path there"
+        return (
+            f"model.path: {there.checkpoint_error} (on this host); copy the head's checkpoint to the same"
+            " path there"
+        )
     if there.fingerprint != here.fingerprint:
         return (
-            f"model.path: another checkpoint lies at {config.model.path} there (fingerprint {there.fingerprint}, the head's is "
-            f"{here.fingerprint}); copy the head's there"
+            f"model.path: another checkpoint lies at {config.model.path} there (fingerprint"
+            f" {there.fingerprint}, the head's is {here.fingerprint}); copy the head's there"
         )
     pools = [pool for _, pool in config.pools.items()]
     least = min(pool.num_host_cores if device == "cuda" else pool.devices_per_instance for pool in pools)
@@ -110,8 +117,8 @@ def refusal(here: HostFacts, there: HostFacts, config: ClusterConfig, device: De
     if num_cores < least:
         key = "cpus_per_instance" if device == "cuda" else "devices_per_instance"
         return (
-            f"it has {num_cores} core(s), and no instance takes less than {least} (pools.*.{key}); give Ray more "
-            "of its cores, or take it out of the file"
+            f"it has {num_cores} core(s), and no instance takes less than {least} (pools.*.{key}); give Ray"
+            " more of its cores, or take it out of the file"
         )
     return ""
 
@@ -121,7 +128,10 @@ def warning(here: HostFacts, there: HostFacts, device: DeviceKind, round_trip_s:
     ahead_s = there.clock_s - here.clock_s
     if abs(ahead_s) > CLOCK_TOLERANCE_S + round_trip_s:
         which = "ahead of" if ahead_s > 0 else "behind"
-        return f"its clock is {abs(ahead_s):.0f} s {which} the head's, so times in logs and traces differ; set it by NTP"
+        return (
+            f"its clock is {abs(ahead_s):.0f} s {which} the head's, so times in logs and traces differ; set"
+            " it by NTP"
+        )
     if device == "cuda" and not there.node.usable_devices:
         return "it has no GPU that torch can use: no instance starts there"
     return ""

@@ -30,8 +30,8 @@ INTERVAL_S = 1.0  # between two looks at what Ray knows
 
 
 class HostWatch:
-    """Lives from `start` to `close`. `on_vacate` is called with workers that must leave their host, `on_change` after each
-    change."""
+    """Lives from `start` to `close`. `on_vacate` is called with workers that must leave their host,
+    `on_change` after each change."""
 
     def __init__(self, hosts: Hosts, nodes: Nodes, device: DeviceKind, *, is_alone: bool) -> None:
         """`is_alone`: in a Ray of our own, which nobody can join."""
@@ -67,7 +67,8 @@ class HostWatch:
         return tuple(map(self._nodes.node, self.hosts.serving(self._expected(config))))
 
     async def resolve(self, config: ClusterConfig) -> None:
-        """Look up the names of a configuration's hosts; one that nobody knows may still be a host's own name."""
+        """Look up the names of a configuration's hosts; one that nobody knows may still be a host's own
+        name."""
         for name in config.hosts.addresses or ():
             with contextlib.suppress(OSError):
                 found = await asyncio.get_running_loop().getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -79,8 +80,8 @@ class HostWatch:
         self.handle(ExpectHosts(self._expected(config), config.join_timeout_s))
 
     def suspect(self, node_id: str) -> None:
-        """A worker there was lost, and nobody knows why. `on_change` is not called: nobody can have a place by this, and the
-        fleet has yet to hear of the loss."""
+        """A worker there was lost, and nobody knows why. `on_change` is not called: nobody can have a place
+        by this, and the fleet has yet to hear of the loss."""
         self._carry_out(HostSuspected(node_id))
 
     def handle(self, event: HostEvent) -> None:
@@ -98,7 +99,12 @@ class HostWatch:
                     self.on_vacate(workers)
                 case HostChanged(name, state, message):
                     is_odd = bool(message) and state is not HostState.CHECKING
-                    log.log(logging.WARNING if is_odd else logging.INFO, "host %s: %s", name, message or state.value)
+                    log.log(
+                        logging.WARNING if is_odd else logging.INFO,
+                        "host %s: %s",
+                        name,
+                        message or state.value,
+                    )
 
     async def close(self) -> None:
         tasks = [*self._checks] if self._following is None else [*self._checks, self._following]
@@ -117,7 +123,9 @@ class HostWatch:
             await asyncio.sleep(INTERVAL_S)
             try:
                 seen = await self._nodes.seen()
-            except Exception as error:  # whatever Ray raises when its own head is slow or gone: hosts stay as they are
+            except (
+                Exception
+            ) as error:  # whatever Ray raises when its own head is slow or gone: hosts stay as they are
                 log.warning("Ray does not say which hosts there are: %s: %s", type(error).__name__, error)
                 continue
             self.handle(HostsSeen(seen))

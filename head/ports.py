@@ -1,4 +1,5 @@
-"""The interfaces through which the head reaches the processes and hosts of its cluster. `cluster` implements them over Ray."""
+"""The interfaces through which the head reaches the processes and hosts of its cluster. `cluster` implements
+them over Ray."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from ..router.hosts import HostChecked, SeenHost
 from ..worker.spec import WorkerSpec
 
 Key = tuple[str, int]  # (worker_id, incarnation)
-Version = tuple[int, int]  # of a configuration: its head's generation, and its number among those of that head
+Version = tuple[
+    int, int
+]  # of a configuration: its head's generation, and its number among those of that head
 
 
 @dataclass(frozen=True)
@@ -73,4 +76,6 @@ class Nodes(Protocol):
         ...
 
 
-FindNodes = Callable[[str, tuple[str, int]], Nodes]  # by the model's path, and the address where workers reach the router
+FindNodes = Callable[
+    [str, tuple[str, int]], Nodes
+]  # by the model's path, and the address where workers reach the router

@@ -37,13 +37,15 @@ def router_config(config: ClusterConfig) -> RouterConfig:
         max_queued_requests=config.limits.max_queued_requests,
         max_unread_tokens=config.limits.max_unread_tokens,
         itl_slo_s=config.slo.itl_ms / 1e3,
-        prefill_on_decode_factor=None if config.routing.prefill_on_decode == "never" else defaults.prefill_on_decode_factor,
+        prefill_on_decode_factor=None
+        if config.routing.prefill_on_decode == "never"
+        else defaults.prefill_on_decode_factor,
     )
 
 
 def priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
-    """What steps should take, by arithmetic on an ordinary core or the GPU that is there; the model learns the rest from the
-    first steps on."""
+    """What steps should take, by arithmetic on an ordinary core or the GPU that is there; the model learns
+    the rest from the first steps on."""
     flops_per_s, bytes_per_s, link_bytes_per_s = _rates(plan)
     checkpoint = open_checkpoint(resolve_model_path(config.model.path)).config
     return LatencyPriors.roofline(
@@ -60,13 +62,18 @@ def priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
 def _rates(plan: Plan) -> tuple[float, float, float]:
     """Of an instance: arithmetic, reading memory, and what its link carries, a second."""
     if plan.device == "cpu":
-        return CORE_FLOPS_PER_S * max(pool.num_threads for pool in plan.pools), MEMORY_BYTES_PER_S, LINK_BYTES_PER_S
+        return (
+            CORE_FLOPS_PER_S * max(pool.num_threads for pool in plan.pools),
+            MEMORY_BYTES_PER_S,
+            LINK_BYTES_PER_S,
+        )
     peaks = next((peaks_of(gpu.name) for gpu in plan.gpus if gpu.instances), None) or GPU_PEAKS
     return REACHED * peaks.flops_per_s, REACHED * peaks.bytes_per_s, GPU_LINK_BYTES_PER_S
 
 
 def step_costs(config: ClusterConfig, plan: Plan) -> StepCosts:
-    """By the model's shape. Embeddings are looked up, so only the output's matrix computes, once a sampled token."""
+    """By the model's shape. Embeddings are looked up, so only the output's matrix computes, once a sampled
+    token."""
     model = open_checkpoint(resolve_model_path(config.model.path)).config
     embedding = model.vocab_size * model.hidden_size
     num_in_layers = plan.num_parameters - embedding * (1 if model.tie_word_embeddings else 2)

@@ -8,7 +8,7 @@ from ..core.latency import LatencyModel
 from ..router.events import Timeline
 from ..telemetry.exposition import Exposition, Snapshot
 from ..telemetry.recent import RecentRequests
-from ..telemetry.recorder import Recorder, Traces
+from ..telemetry.recorder import TelemetryRecorder, Traces
 from ..telemetry.steps import StepCosts, StepTally
 from ..telemetry.tally import Tally
 
@@ -31,7 +31,9 @@ class HeadTelemetry:
         self._recent = RecentRequests()
         self._traces = None if otlp_endpoint is None else _exporter(otlp_endpoint, config.model.name)
         self._exposition = Exposition(self._tally, steps, costs, model, lambda: snapshot(self._num_spans))
-        self.recorder = Recorder(self._tally, steps, self._recent, self._traces, asyncio.get_running_loop().time)
+        self.recorder = TelemetryRecorder(
+            self._tally, steps, self._recent, self._traces, asyncio.get_running_loop().time
+        )
 
     def configure(self, config: ClusterConfig) -> None:
         """Another SLO is in force."""

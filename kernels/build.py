@@ -1,8 +1,7 @@
 """Compiles the native CPU kernels; called by the package's build, by file path, before anything is installed.
 
-The library has a plain C interface and needs neither torch nor Python headers. It is compiled for explicit instruction
-sets, not for the building machine; the loader asks the CPU it runs on.
-"""
+The library has a plain C interface and needs neither torch nor Python headers. It is compiled for explicit
+instruction sets, not for the building machine; the loader asks the CPU it runs on."""
 
 import platform
 import shutil
@@ -20,7 +19,8 @@ _BASELINE_SOURCES = {"cpu.cpp"}  # asks what the CPU can do, so it must run on a
 
 
 def build(out_dir: Path) -> list[Path]:
-    """Compile the library into `out_dir`; returns what was made, nothing where there is no compiler for this platform."""
+    """Compile the library into `out_dir`; returns what was made, nothing where there is no compiler for this
+    platform."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:
         return []

@@ -1,8 +1,7 @@
 """What every kernel implementation offers, as types only: the engine's model calls these and knows no device.
 
-Shapes: T tokens of a mixed batch, S sequences, Hq/Hkv query/key-value heads, D head_dim, K/N inputs/outputs of a
-linear.
-"""
+Shapes: T tokens of a mixed batch, S sequences, Hq/Hkv query/key-value heads, D head_dim, K/N inputs/outputs
+of a linear."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,10 +31,9 @@ class KernelRequirements:
 class AttentionBatch:
     """Where each sequence of a mixed prefill and decode batch has its tokens and its cached keys.
 
-    Sequence s owns the query rows `query_start_loc[s]:query_start_loc[s + 1]` (at least one); they are the last of its
-    `context_lens[s]` keys. Key i of sequence s lies in block `block_tables[s, i // block_size]`. A token's slot is
-    `block_id * block_size + offset`.
-    """
+    Sequence s owns the query rows `query_start_loc[s]:query_start_loc[s + 1]` (at least one); they are the
+    last of its `context_lens[s]` keys. Key i of sequence s lies in block `block_tables[s, i // block_size]`.
+    A token's slot is `block_id * block_size + offset`."""
 
     query_start_loc: torch.Tensor  # int32 [S + 1]
     context_lens: torch.Tensor  # int32 [S]
@@ -57,22 +55,25 @@ class PackedLinear:
 class Kernels(Protocol):
     """All operations of a decoder-only transformer over a paged KV cache.
 
-    The cache is one contiguous tensor [num_layers, 2, num_blocks, Hkv, block_size, D]; `k_cache` and `v_cache` are
-    `cache[layer, 0]` and `cache[layer, 1]`. Activations, weights and cache share one dtype and are contiguous. A call
-    returns fresh tensors and never keeps its arguments, save for the packed weights.
+    The cache is one contiguous tensor [num_layers, 2, num_blocks, Hkv, block_size, D]; `k_cache` and
+    `v_cache` are `cache[layer, 0]` and `cache[layer, 1]`. Activations, weights and cache share one dtype and
+    are contiguous. A call returns fresh tensors and never keeps its arguments, save for the packed weights.
     """
 
     name: str
 
     def set_num_threads(self, num_threads: int) -> None:
-        """How many threads a call may use from now on, the caller's included; process-wide, torch's own included."""
+        """How many threads a call may use from now on, the caller's included; process-wide, torch's own
+        included."""
         ...
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
         """Lay out a weight [N, K] and bias [N] for `linear`; the originals may be dropped."""
         ...
 
-    def linear(self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """x [T, K] -> [T, N] in x's dtype, or in float32 where `out_dtype` says so (logits)."""
         ...
 
@@ -88,7 +89,9 @@ class Kernels(Protocol):
         """x [T, H] -> [T, H]; the mean square is taken in float32."""
         ...
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
         """residual [T, H] += x [T, H] in place; returns the norm of the new residual."""
         ...
 
@@ -104,12 +107,12 @@ class Kernels(Protocol):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """Rotate queries and keys (half rotation, as Hugging Face does) and write keys and values to the cache.
+        """Rotate queries and keys (half rotation, as Hugging Face does) and write keys and values to the
+        cache.
 
-        qkv [T, (Hq + 2 Hkv) * D], positions int64 [T], cos_sin float32 [max_pos, D]: D/2 cosines then D/2 sines;
-        q_norm and k_norm [D]: per-head RMS norms applied before the rotation (both or neither); slot_mapping int64 [T].
-        Returns the queries [T, Hq, D].
-        """
+        qkv [T, (Hq + 2 Hkv) * D], positions int64 [T], cos_sin float32 [max_pos, D]: D/2 cosines then D/2
+        sines; q_norm and k_norm [D]: per-head RMS norms applied before the rotation (both or neither);
+        slot_mapping int64 [T]. Returns the queries [T, Hq, D]."""
         ...
 
     def paged_attention(
@@ -141,19 +144,19 @@ class Kernels(Protocol):
         token_end: int,
         buffer: torch.Tensor,
     ) -> int:
-        """Copy tokens [token_start, token_end) of the sequence lying in `block_ids`, of layers [layer_start, layer_end),
-        to `buffer`, uint8 [exactly the bytes needed], laid out [layers, 2, Hkv, tokens, D]: the wire knows no blocks.
-        Block i of the sequence holds its tokens from i * block_size on. Returns the buffer's `wire_checksum`.
-        """
+        """Copy tokens [token_start, token_end) of the sequence lying in `block_ids`, of layers [layer_start,
+        layer_end), to `buffer`, uint8 [exactly the bytes needed], laid out [layers, 2, Hkv, tokens, D]: the
+        wire knows no blocks. Block i of the sequence holds its tokens from i * block_size on. Returns the
+        buffer's `wire_checksum`."""
         ...
 
     def wire_checksum(self, buffer: torch.Tensor) -> int:
         """64 bits of `buffer`, uint8 [a multiple of 8 bytes], the same from every implementation.
 
-        The sum, modulo 2^64, over the little-endian 64-bit words w_i, of w_i + low32(m_i) * high32(m_i), where m_i is
-        w_i xor (i + 1) * 0x9E3779B185EBCA87: XXH3's accumulation (a word, and the product of its keyed halves: NH, Black et
-        al., "UMAC", 1999), with keys by position, so that it can be taken in any order and while bytes are copied.
-        """
+        The sum, modulo 2^64, over the little-endian 64-bit words w_i, of w_i + low32(m_i) * high32(m_i),
+        where m_i is w_i xor (i + 1) * 0x9E3779B185EBCA87: XXH3's accumulation (a word, and the product of its
+        keyed halves: NH, Black et al., "UMAC", 1999), with keys by position, so that it can be taken in any
+        order and while bytes are copied."""
         ...
 
     def scatter_tokens(
@@ -195,14 +198,23 @@ def check_token_range(
 
 
 def check_cells(
-    cache: torch.Tensor, layer_start: int, layer_end: int, block_ids: Sequence[int], token_start: int, token_end: int
+    cache: torch.Tensor,
+    layer_start: int,
+    layer_end: int,
+    block_ids: Sequence[int],
+    token_start: int,
+    token_end: int,
 ) -> None:
     """Refuse layers and tokens that the cache does not have."""
     num_layers, _, num_blocks, _, block_size, _ = cache.shape
     if not 0 <= layer_start < layer_end <= num_layers:
-        raise ValueError(f"layers: [{layer_start}, {layer_end}) is not within the cache's {num_layers} layers")
+        raise ValueError(
+            f"layers: [{layer_start}, {layer_end}) is not within the cache's {num_layers} layers"
+        )
     if not 0 <= token_start < token_end <= len(block_ids) * block_size:
-        raise ValueError(f"tokens: [{token_start}, {token_end}) is not within {len(block_ids)} blocks of {block_size}")
+        raise ValueError(
+            f"tokens: [{token_start}, {token_end}) is not within {len(block_ids)} blocks of {block_size}"
+        )
     touched = block_ids[token_start // block_size : (token_end - 1) // block_size + 1]
     if min(touched) < 0 or max(touched) >= num_blocks:
         raise ValueError(f"block_ids: {list(touched)} are not all within the cache's {num_blocks} blocks")
@@ -210,14 +222,23 @@ def check_cells(
 
 def check_buffer(buffer: torch.Tensor, num_bytes: int) -> None:
     """Refuse a buffer that is not of that size."""
-    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() != num_bytes or not buffer.is_contiguous():
-        raise ValueError(f"buffer: {buffer.dtype} {tuple(buffer.shape)} given, expected contiguous uint8 [{num_bytes}]")
+    if (
+        buffer.dtype != torch.uint8
+        or buffer.dim() != 1
+        or buffer.numel() != num_bytes
+        or not buffer.is_contiguous()
+    ):
+        raise ValueError(
+            f"buffer: {buffer.dtype} {tuple(buffer.shape)} given, expected contiguous uint8 [{num_bytes}]"
+        )
 
 
 def check_wire(buffer: torch.Tensor) -> None:
     """Refuse what has no checksum."""
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() % 8 or not buffer.is_contiguous():
-        raise ValueError(f"buffer: {buffer.dtype} {tuple(buffer.shape)} given, expected contiguous uint8 [a multiple of 8]")
+        raise ValueError(
+            f"buffer: {buffer.dtype} {tuple(buffer.shape)} given, expected contiguous uint8 [a multiple of 8]"
+        )
 
 
 def check_block_pairs(cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:

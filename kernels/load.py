@@ -15,7 +15,10 @@ _CHOICES = {"cpu": ("auto", "native", "torch"), "cuda": ("auto", "triton")}
 
 
 def load_kernels(
-    device: str, requirements: KernelRequirements, choice: Literal["auto", "native", "torch", "triton"], num_threads: int
+    device: str,
+    requirements: KernelRequirements,
+    choice: Literal["auto", "native", "torch", "triton"],
+    num_threads: int,
 ) -> Kernels:
     """The kernels for `device`, "cpu" or "cuda"; a `choice` other than "auto" is binding.
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from .build import LIBRARY_NAME
-from .interface import AttentionBatch, KernelRequirements, PackedLinear, check_block_pairs, check_token_range, check_wire
+from .interface import (
+    AttentionBatch,
+    KernelRequirements,
+    PackedLinear,
+    check_block_pairs,
+    check_token_range,
+    check_wire,
+)
 
 LIBRARY_PATH = Path(__file__).resolve().parent / LIBRARY_NAME
 
@@ -39,7 +46,8 @@ _RESULTS = {"pd_gather_tokens": ctypes.c_uint64, "pd_wire_checksum": ctypes.c_ui
 def why_unavailable(requirements: KernelRequirements) -> str | None:
     """Why the native kernels cannot serve these requirements on this machine; None where they can."""
     if requirements.dtype not in _CPU_LEVEL_NEEDED:
-        return f"{requirements.dtype} has no native kernels"  # float16 is not worth its own: CPUs multiply it by widening
+        # float16 is not worth its own: CPUs multiply it by widening
+        return f"{requirements.dtype} has no native kernels"
     if requirements.head_dim > _MAX_HEAD_DIM:
         return f"head_dim {requirements.head_dim} is above {_MAX_HEAD_DIM}"
     if not LIBRARY_PATH.exists():
@@ -72,7 +80,9 @@ class NativeKernels:
         self._c = _load()
 
     def set_num_threads(self, num_threads: int) -> None:
-        torch.set_num_threads(1)  # its threads spin for milliseconds after each operation, on the cores that ours need
+        torch.set_num_threads(
+            1
+        )  # its threads spin for milliseconds after each operation, on the cores that ours need
         self._c.pd_set_num_threads(num_threads)
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
@@ -101,13 +111,17 @@ class NativeKernels:
         self._c.pd_pack_linear(_pointer(weight), _pointer(up), num_out, depth, _pointer(packed))
         return packed
 
-    def linear(self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         return self._linear(x, packed, out_dtype or self._dtype, 0)
 
     def gated_linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         return self._linear(x, packed, self._dtype, 1)
 
-    def _linear(self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype, gated: int) -> torch.Tensor:
+    def _linear(
+        self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype, gated: int
+    ) -> torch.Tensor:
         num_tokens, num_in = self._check("x", x).shape
         if num_in != packed.in_features:
             raise ValueError(f"x: {num_in} features, expected {packed.in_features}")
@@ -131,12 +145,16 @@ class NativeKernels:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._norm(x, None, weight, eps)
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
         if residual.shape != x.shape:
             raise ValueError(f"residual: shape {tuple(residual.shape)} is not x's {tuple(x.shape)}")
         return self._norm(x, self._check("residual", residual), weight, eps)
 
-    def _norm(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def _norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
         num_tokens, width = self._check("x", x).shape
         if self._check("weight", weight).numel() != width:
             raise ValueError(f"weight: {weight.numel()} elements, expected {width}")
@@ -243,7 +261,9 @@ class NativeKernels:
         token_end: int,
         buffer: torch.Tensor,
     ) -> int:
-        where = _token_range(cache, range(layer_start, layer_end), block_ids, range(token_start, token_end), buffer)
+        where = _token_range(
+            cache, range(layer_start, layer_end), block_ids, range(token_start, token_end), buffer
+        )
         return int(self._c.pd_gather_tokens(*where))
 
     def wire_checksum(self, buffer: torch.Tensor) -> int:
@@ -260,7 +280,9 @@ class NativeKernels:
         token_end: int,
         buffer: torch.Tensor,
     ) -> None:
-        where = _token_range(cache, range(layer_start, layer_end), block_ids, range(token_start, token_end), buffer)
+        where = _token_range(
+            cache, range(layer_start, layer_end), block_ids, range(token_start, token_end), buffer
+        )
         self._c.pd_scatter_tokens(*where)
 
     def copy_blocks(self, cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:
@@ -288,7 +310,8 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 def _token_range(
     cache: torch.Tensor, layers: range, block_ids: Sequence[int], tokens: range, buffer: torch.Tensor
 ) -> tuple[Any, ...]:
-    """What C++ wants to know; only of the blocks touched, so that a chunk of a long sequence costs no more than of a short."""
+    """What C++ wants to know; only of the blocks touched, so that a chunk of a long sequence costs no more
+    than of a short."""
     check_token_range(cache, layers.start, layers.stop, block_ids, tokens.start, tokens.stop, buffer)
     _, _, num_blocks, num_kv_heads, block_size, head_dim = cache.shape
     start = cache.data_ptr() + layers.start * cache.stride(0) * cache.element_size()

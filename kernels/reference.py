@@ -1,4 +1,5 @@
-"""The kernels in plain torch: the meaning of each operation, and what runs where the native library cannot."""
+"""The kernels in plain torch: the meaning of each operation, and what runs where the native library
+cannot."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -24,7 +25,9 @@ class TorchKernels:
         num_out, num_in = weight.shape
         return PackedLinear(num_in, num_out, weight.dtype, weight, bias)
 
-    def linear(self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         return F.linear(x, packed.weight, packed.bias).to(out_dtype or x.dtype)
 
     def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
@@ -39,7 +42,9 @@ class TorchKernels:
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return (wide * weight.float()).to(x.dtype)
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
         residual += x
         return self.rms_norm(residual, weight, eps)
 
@@ -84,7 +89,9 @@ class TorchKernels:
             for start in range(starts[s], starts[s + 1], _MAX_QUERY_ROWS):
                 end = min(start + _MAX_QUERY_ROWS, starts[s + 1])
                 num_keys = context_len - (starts[s + 1] - end)
-                out[start:end] = _attend(q[start:end], k[:, :num_keys], v[:, :num_keys], scale, sliding_window)
+                out[start:end] = _attend(
+                    q[start:end], k[:, :num_keys], v[:, :num_keys], scale, sliding_window
+                )
         return out.flatten(1)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -112,7 +119,9 @@ class TorchKernels:
         words = buffer.view(torch.int64)
         keys = torch.arange(1, words.numel() + 1).mul_(_KEY_STEP)
         mixed = words ^ keys
-        products = (mixed & 0xFFFFFFFF) * (mixed >> 32 & 0xFFFFFFFF)  # int64 wraps around, as the definition does
+        products = (mixed & 0xFFFFFFFF) * (
+            mixed >> 32 & 0xFFFFFFFF
+        )  # int64 wraps around, as the definition does
         return int((words.sum() + products.sum()).item()) & 0xFFFFFFFFFFFFFFFF
 
     def scatter_tokens(
@@ -154,11 +163,13 @@ def _contiguous_keys(cache: torch.Tensor, block_ids: torch.Tensor, num_keys: int
     return blocks.flatten(1, 2)[:, :num_keys]
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
     """q [n, Hq, D] are the last n positions of k and v [Hkv, num_keys, D]; returns [n, Hq, D].
 
-    The query heads that share a key head are packed as query rows, so that keys are read once for all of them.
-    """
+    The query heads that share a key head are packed as query rows, so that keys are read once for all of
+    them."""
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads, num_keys, _ = k.shape
     positions = torch.arange(num_keys - num_queries, num_keys)[:, None]
@@ -167,7 +178,11 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, win
     if window is not None:
         mask &= keys > positions - window
     group = num_heads // num_kv_heads
-    rows = q.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(1, num_kv_heads, -1, head_dim)
+    rows = (
+        q.view(num_queries, num_kv_heads, group, head_dim)
+        .permute(1, 2, 0, 3)
+        .reshape(1, num_kv_heads, -1, head_dim)
+    )
     row_mask = None if num_queries == 1 and window is None else mask.repeat(group, 1)
     out = F.scaled_dot_product_attention(rows, k[None], v[None], attn_mask=row_mask, scale=scale)
     return out.view(num_kv_heads, group, num_queries, head_dim).permute(2, 0, 1, 3).reshape(q.shape)
@@ -178,7 +193,9 @@ def _wire_view(cache: torch.Tensor, num_layers: int, num_tokens: int, buffer: to
     return buffer.view(cache.dtype).view(num_layers, 2, cache.shape[3], num_tokens, cache.shape[5])
 
 
-def _token_slots(cache: torch.Tensor, block_ids: Sequence[int], start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _token_slots(
+    cache: torch.Tensor, block_ids: Sequence[int], start: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(block, offset) of each token in [start, end)."""
     block_size = cache.shape[4]
     tokens = torch.arange(start, end)

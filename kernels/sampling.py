@@ -20,9 +20,9 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """N draws, each from a row of the logits; several may share one. Parameters mean what `core.request.SamplingParams`
-    says; a random number is a function of (seed, choice, index) alone. Draws of a negative row are padding.
-    """
+    """N draws, each from a row of the logits; several may share one. Parameters mean what
+    `core.request.SamplingParams` says; a random number is a function of (seed, choice, index) alone. Draws of
+    a negative row are padding."""
 
     rows: torch.Tensor  # int32 [N]
     temperature: torch.Tensor  # float64 [N]
@@ -36,9 +36,16 @@ class SamplingBatch:
     def __post_init__(self) -> None:
         for field in fields(self):
             given, dtype = getattr(self, field.name), _DTYPES[field.name]
-            if given.dtype != dtype or given.shape != self.rows.shape or given.dim() != 1 or not given.is_contiguous():
+            if (
+                given.dtype != dtype
+                or given.shape != self.rows.shape
+                or given.dim() != 1
+                or not given.is_contiguous()
+            ):
                 expected = f"contiguous {dtype} [{self.rows.numel()}]"
-                raise ValueError(f"{field.name}: {given.dtype} {tuple(given.shape)} given, expected {expected}")
+                raise ValueError(
+                    f"{field.name}: {given.dtype} {tuple(given.shape)} given, expected {expected}"
+                )
 
     def to(self, device: str) -> "SamplingBatch":
         return SamplingBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -51,12 +58,15 @@ def column_dtype(name: str) -> torch.dtype:
 
 def check_logits(logits: torch.Tensor) -> None:
     if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.is_contiguous():
-        raise ValueError(f"logits: {logits.dtype} {tuple(logits.shape)} given, expected contiguous float32 [R, V]")
+        raise ValueError(
+            f"logits: {logits.dtype} {tuple(logits.shape)} given, expected contiguous float32 [R, V]"
+        )
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Token ids int64 [N] from logits float32 [R, V], as `engine/distribution.py` draws them: temperature, top-k, top-p and
-    min-p in this order, then the first token by id whose cumulative weight exceeds the random share of the total."""
+    """Token ids int64 [N] from logits float32 [R, V], as `engine/distribution.py` draws them: temperature,
+    top-k, top-p and min-p in this order, then the first token by id whose cumulative weight exceeds the
+    random share of the total."""
     check_logits(logits)
     out = torch.zeros(batch.rows.shape, dtype=torch.int64)
     for n, row in enumerate(batch.rows.tolist()):

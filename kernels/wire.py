@@ -1,11 +1,12 @@
-"""A part of a sequence's KV as it travels: which cells, in which format, and what gathering and scattering them means.
+"""A part of a sequence's KV as it travels: which cells, in which format, and what gathering and scattering
+them means.
 
-The raw format is `Kernels.gather_tokens`' with fewer heads: [layers, 2, heads, tokens, D] in the cache's dtype. The int8 format
-about halves a bfloat16 cache's: int8 [layers, 2, heads, tokens, D], then float32 [layers, heads, tokens, 2]: a scale for each
-row of D keys, and of D values. A scale for each row and not for a chunk, so that one large key costs no other token its
-precision, and what arrives does not depend on how the transfer was cut. int8 rather than e4m3: it is off by 1/254 of the row's
-largest value at most, where e4m3 is off by 1/16 of each value, and a GPU need not know 8-bit floats.
-"""
+The raw format is `Kernels.gather_tokens`' with fewer heads: [layers, 2, heads, tokens, D] in the cache's
+dtype. The int8 format about halves a bfloat16 cache's: int8 [layers, 2, heads, tokens, D], then float32
+[layers, heads, tokens, 2]: a scale for each row of D keys, and of D values. A scale for each row and not for
+a chunk, so that one large key costs no other token its precision, and what arrives does not depend on how the
+transfer was cut. int8 rather than e4m3: it is off by 1/254 of the row's largest value at most, where e4m3 is
+off by 1/16 of each value, and a GPU need not know 8-bit floats."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -64,7 +65,9 @@ def check_part(
             raise ValueError(f"{name}: {given} given, expected neighbours")
     check_cells(cache, part.layers.start, part.layers.stop, block_ids, part.tokens.start, part.tokens.stop)
     if not 0 <= part.heads.start < part.heads.stop <= num_kv_heads:
-        raise ValueError(f"heads: [{part.heads.start}, {part.heads.stop}) is not within the cache's {num_kv_heads} heads")
+        raise ValueError(
+            f"heads: [{part.heads.start}, {part.heads.stop}) is not within the cache's {num_kv_heads} heads"
+        )
     check_buffer(buffer, part_bytes(cache, part, wire_format))
 
 
@@ -73,8 +76,8 @@ def gather_part(
 ) -> torch.Tensor:
     """Copy a part of the sequence lying in `block_ids` to `buffer`, uint8 [`part_bytes`].
 
-    Returns `checksum` of the buffer. In the int8 format a row with a value that is not finite arrives as NaN, whole.
-    """
+    Returns `checksum` of the buffer. In the int8 format a row with a value that is not finite arrives as NaN,
+    whole."""
     check_part(cache, block_ids, part, buffer, wire_format)
     rows = cache[_cells(cache, block_ids, part)].permute(1, 2, 3, 0, 4)  # [layers, 2, heads, tokens, D]
     if wire_format is WireFormat.RAW:
@@ -96,7 +99,8 @@ def gather_part(
 def scatter_part(
     cache: torch.Tensor, block_ids: Sequence[int], part: KVPart, buffer: torch.Tensor, wire_format: WireFormat
 ) -> torch.Tensor:
-    """The inverse of `gather_part`: writes no slot, layer or head outside the part; returns `checksum` of what it read."""
+    """The inverse of `gather_part`: writes no slot, layer or head outside the part; returns `checksum` of
+    what it read."""
     check_part(cache, block_ids, part, buffer, wire_format)
     shape = (len(part.layers), 2, len(part.heads), len(part.tokens), cache.shape[-1])
     if wire_format is WireFormat.RAW:
@@ -119,7 +123,8 @@ def movers(kernels: Kernels) -> tuple[MovePart, MovePart]:
 
 
 def checksum(buffer: torch.Tensor) -> torch.Tensor:
-    """`Kernels.wire_checksum`'s bits as int64 [1], where the buffer is: they can be awaited with other work."""
+    """`Kernels.wire_checksum`'s bits as int64 [1], where the buffer is: they can be awaited with other
+    work."""
     unsigned = TorchKernels().wire_checksum(buffer)
     return torch.tensor([unsigned - 2**64 if unsigned >= 2**63 else unsigned])
 

@@ -22,18 +22,20 @@ from .inbound import InboundPair
 from .link import Link, LinkError
 from .meeting import meeting_over
 from .pair import Local, retire
-from .protocol import Connect, Connected, Meet, Prepare, Refused, SenderMessage
+from .protocol import Connect, Connected, LinkRefused, Meet, Prepare, SenderMessage
 from .shm import ShmLink
 
 _PAGE_BYTES = 4096
 MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they belong to the cluster
-ACCEPT_PAUSE_S = 0.5  # until the next attempt, when the process has no descriptor or memory left for a connection
+ACCEPT_PAUSE_S = (
+    0.5  # until the next attempt, when the process has no descriptor or memory left for a connection
+)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Acceptor:
-    """Listens on a Unix socket in a folder of its own, which no other user can enter, and on TCP. A connection that does not
-    greet in time is closed."""
+class TransferAcceptor:
+    """Listens on a Unix socket in a folder of its own, which no other user can enter, and on TCP. A
+    connection that does not greet in time is closed."""
 
     def __init__(self, local: Local, admit: Callable[[Connect], InboundPair | str]) -> None:
         self._local = local
@@ -85,14 +87,20 @@ class Acceptor:
         loop = asyncio.get_running_loop()
         try:
             sock, _ = listener.accept()
-        except OSError as error:  # the peer was gone again, or we are out of descriptors: others may still connect
+        except (
+            OSError
+        ) as error:  # the peer was gone again, or we are out of descriptors: others may still connect
             peer_log.warning("accepting a connection failed: %s", error)
-            if error.errno in _EXHAUSTED:  # the connection waits in the backlog, so the listener stays readable
+            if (
+                error.errno in _EXHAUSTED
+            ):  # the connection waits in the backlog, so the listener stays readable
                 loop.remove_reader(listener)
                 loop.call_later(ACCEPT_PAUSE_S, self._listen, listener)
             return
         sock.setblocking(False)
-        if len(self._unproven) >= MAX_UNPROVEN:  # a peer proves itself at once: the oldest is the least likely one
+        if (
+            len(self._unproven) >= MAX_UNPROVEN
+        ):  # a peer proves itself at once: the oldest is the least likely one
             oldest = next(iter(self._unproven))
             self._unproven.pop(oldest)
             oldest.cancel()
@@ -107,7 +115,9 @@ class Acceptor:
         due_s = loop.time() + self._local.config.connect_timeout_s
         try:
             async with asyncio.timeout_at(due_s):
-                await shake_hands(sock, handshake.Acceptor(self._local.token, handshake.Purpose.TRANSFER))
+                await shake_hands(
+                    sock, handshake.HandshakeAcceptor(self._local.token, handshake.Purpose.TRANSFER)
+                )
         except (OSError, handshake.HandshakeError) as error:  # TimeoutError is an OSError
             self._count_refusal(str(error) or "no proof came in time")
             sock.close()
@@ -143,7 +153,7 @@ class Acceptor:
 
     def _refuse(self, channel: Channel[SenderMessage], error: str) -> None:
         self._count_refusal(error)
-        channel.send(Refused(error))
+        channel.send(LinkRefused(error))
         self._dismiss(channel)
 
     def _count_refusal(self, why: str) -> None:

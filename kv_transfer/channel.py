@@ -1,4 +1,5 @@
-"""One pair's control stream: frames over a connected TCP or Unix socket, read and written on the endpoint's loop."""
+"""One pair's control stream: frames over a connected TCP or Unix socket, read and written on the endpoint's
+loop."""
 
 import asyncio
 import os
@@ -14,7 +15,8 @@ T = TypeVar("T")
 
 
 class Channel(Generic[T]):
-    """Messages of type `kind` come in by `on_message`; `on_lost` is called once when the peer or the stream fails."""
+    """Messages of type `kind` come in by `on_message`; `on_lost` is called once when the peer or the stream
+    fails."""
 
     def __init__(
         self,
@@ -44,7 +46,8 @@ class Channel(Generic[T]):
         return self._is_open
 
     def send(self, message: object, fd: int | None = None) -> None:
-        """Send now, or as soon as the peer reads again; a closed channel swallows. `fd` is for a stream's first frame."""
+        """Send now, or as soon as the peer reads again; a closed channel swallows. `fd` is for a stream's
+        first frame."""
         if not self._is_open:
             return
         frame = self._encoder.encode(message)

@@ -22,7 +22,9 @@ def choose_link(mine: Place, theirs: Place, transport: str) -> str:
     if transport == "auto":
         return next(link for link in (*GPU_LINKS, "shm", "gloo") if link in possible)
     if transport not in possible:
-        raise LinkError(f"kv.transport: got {transport!r}, expected auto or {' or '.join(possible)}: {_WANTED[transport]}")
+        raise LinkError(
+            f"kv.transport: got {transport!r}, expected auto or {' or '.join(possible)}: {_WANTED[transport]}"
+        )
     return transport
 
 

@@ -12,14 +12,19 @@ MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
 class TransferConfig:
     """Sizes of the staging ring and every deadline of the protocol."""
 
-    chunk_bytes: int | None = None  # of one ring slot of ours, and of a chunk at most; None: what suits the link
+    chunk_bytes: int | None = (
+        None  # of one ring slot of ours, and of a chunk at most; None: what suits the link
+    )
     ring_slots: int = 4  # chunks under way per pair, shared by its transfers
     connect_timeout_s: float = 5.0
-    nccl_timeout_s: float = 60.0  # to join two GPUs: NCCL looks for their ways to each other, for seconds the first time
+    nccl_timeout_s: float = (
+        60.0  # to join two GPUs: NCCL looks for their ways to each other, for seconds the first time
+    )
     heartbeat_s: float = 0.5
     dead_after_s: float = 3.0  # without a sign of life
     chunk_timeout_s: float = 5.0  # chunk to ACK, COMMIT to COMMITTED
-    lease_s: float = 30.0  # a reservation without an offer, an offer without a reservation; the peer's every word renews it
+    # a reservation without an offer, an offer without a reservation; the peer's every word renews it
+    lease_s: float = 30.0
     max_lease_s: float = 600.0  # however often it is renewed
     max_idle_s: float = 300.0  # a link without transfers is closed after this
 
@@ -29,8 +34,8 @@ class TransferConfig:
                 raise ValueError(f"TransferConfig.{name}: {value!r} is not valid, expected a positive number")
         if self.dead_after_s < 2 * self.heartbeat_s:
             raise ValueError(
-                f"TransferConfig.dead_after_s: {self.dead_after_s!r} is not valid, expected at least two heartbeats "
-                f"of {self.heartbeat_s} s"
+                f"TransferConfig.dead_after_s: {self.dead_after_s!r} is not valid, expected at least two"
+                f" heartbeats of {self.heartbeat_s} s"
             )
 
     def build_timeout_s(self, link: str) -> float:

@@ -1,4 +1,5 @@
-"""What happened on an endpoint since its start, for metrics and tests. Written on the endpoint's thread alone."""
+"""What happened on an endpoint since its start, for metrics and tests. Written on the endpoint's thread
+alone."""
 
 from dataclasses import dataclass
 

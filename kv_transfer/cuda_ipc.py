@@ -47,9 +47,9 @@ class CudaIpcLink:
 class RingShelf:
     """D's rings: never freed, since a peer may have one open, but used again.
 
-    A peer that was taken for dead may still write into a ring which is another pair's by now. Chunks are checked in the same
-    pass that writes them to their blocks, so that costs the other pair a NACK, and nobody a wrong byte.
-    """
+    A peer that was taken for dead may still write into a ring which is another pair's by now. Chunks are
+    checked in the same pass that writes them to their blocks, so that costs the other pair a NACK, and nobody
+    a wrong byte."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu

@@ -1,8 +1,7 @@
 """Memory of a GPU that two processes see, through CUDA's driver.
 
-Not through torch: what its allocator gives lies among other tensors, which a peer would see too, its handles hold for one
-release of torch only, and it counts readers in files that stay when one of them is killed.
-"""
+Not through torch: what its allocator gives lies among other tensors, which a peer would see too, its handles
+hold for one release of torch only, and it counts readers in files that stay when one of them is killed."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -65,7 +64,10 @@ class CudaGpu:
         address = ctypes.c_uint64()
         with self._in_context():
             self._call(
-                "cuIpcOpenMemHandle_v2", ctypes.byref(address), _Handle.from_buffer_copy(handle), _LAZY_ENABLE_PEER_ACCESS
+                "cuIpcOpenMemHandle_v2",
+                ctypes.byref(address),
+                _Handle.from_buffer_copy(handle),
+                _LAZY_ENABLE_PEER_ACCESS,
             )
         return self._tensor(address.value, num_bytes, partial(self._close, address.value))
 

@@ -19,7 +19,7 @@ from .link import Link, LinkError
 from .meeting import Meeting, meeting_over
 from .outbound import OutboundPair
 from .pair import Local, retire
-from .protocol import Connected, Meet, Prepare, ReceiverMessage, Refused
+from .protocol import Connected, LinkRefused, Meet, Prepare, ReceiverMessage
 from .shm import ShmLink
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ Answers = asyncio.Queue[ReceiverMessage | LinkError]
 Connection = tuple[Channel[ReceiverMessage], Link, Answers]
 
 
-class Dialler:
+class TransferDialler:
     """Implements `outbound.Dial` on the endpoint's loop."""
 
     def __init__(self, local: Local) -> None:
@@ -54,9 +54,13 @@ class Dialler:
 
     async def _connect(self, pair: OutboundPair, epoch: int, limit: asyncio.Timeout) -> Connection:
         local, target = self._local, pair.target
-        kind = choose_link(Place(local.host_id, local.gpu_uuid), Place(target.host_id, target.gpu), local.transport)
+        kind = choose_link(
+            Place(local.host_id, local.gpu_uuid), Place(target.host_id, target.gpu), local.transport
+        )
         answers: Answers = asyncio.Queue()
-        sock = await _open_socket(target, is_near=kind != "gloo" and target.host_id == local.host_id, token=local.token)
+        sock = await _open_socket(
+            target, is_near=kind != "gloo" and target.host_id == local.host_id, token=local.token
+        )
         channel: Channel[ReceiverMessage] = Channel(
             sock,
             ReceiverMessage,
@@ -92,7 +96,8 @@ class Dialler:
 
 
 async def _build(link: GroupLink, meeting: Meeting, answers: Answers) -> None:
-    """Returns when both sides stand. Raises as soon as D is not there any more: the link may not learn of it by itself."""
+    """Returns when both sides stand. Raises as soon as D is not there any more: the link may not learn of it
+    by itself."""
     loop = asyncio.get_running_loop()
     building = loop.run_in_executor(link.executor, link.build, meeting)
     building.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -126,7 +131,7 @@ async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) ->
     sock.setblocking(False)
     try:
         await asyncio.get_running_loop().sock_connect(sock, address)
-        await shake_hands(sock, handshake.Dialler(token, handshake.Purpose.TRANSFER))
+        await shake_hands(sock, handshake.HandshakeDialler(token, handshake.Purpose.TRANSFER))
     except BaseException:
         sock.close()
         raise
@@ -136,7 +141,7 @@ async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) ->
 def _expected(answer: ReceiverMessage | LinkError, kind: type[M]) -> M:
     if isinstance(answer, LinkError):
         raise answer
-    if isinstance(answer, Refused):
+    if isinstance(answer, LinkRefused):
         raise LinkError(f"refused: {answer.error}")
     if not isinstance(answer, kind):
         raise LinkError(f"the peer answered {type(answer).__name__}, expected {kind.__name__}")

@@ -1,5 +1,5 @@
-"""A worker's end of every transfer: one thread, one loop, a pair for each peer. The worker calls in from its own threads
-and hears how each transfer ended through its listener."""
+"""A worker's end of every transfer: one thread, one loop, a pair for each peer. The worker calls in from its
+own threads and hears how each transfer ended through its listener."""
 
 import asyncio
 import threading
@@ -12,12 +12,12 @@ from pathlib import Path
 from ..core.devices import GPU_LINKS
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
-from .acceptor import Acceptor
+from .acceptor import TransferAcceptor
 from .choice import TRANSPORTS
 from .config import MAX_PAYLOAD_BYTES, TransferConfig
 from .counters import TransferCounters
-from .dialler import Dialler
-from .events import Cancel, CommitReady, Computed, Expect, Extend, Open, PrefillDone
+from .dialler import TransferDialler
+from .events import CancelTransfer, CommitReady, Expect, Extend, OpenTransfer, PartComputed, PrefillDone
 from .hub import TransferHub, guarded
 from .interfaces import Gpu, KVStore, TransferListener
 from .pair import Local, log_stuck
@@ -27,8 +27,9 @@ from .span import Span
 
 
 class TransferEndpoint:
-    """Sends and receives KV. All methods but `start` and `close` are thread-safe and never block; what they ask for is done
-    in the order of the calls. Each `send` and each `expect` ends in exactly one call of the listener, also at `close`."""
+    """Sends and receives KV. All methods but `start` and `close` are thread-safe and never block; what they
+    ask for is done in the order of the calls. Each `send` and each `expect` ends in exactly one call of the
+    listener, also at `close`."""
 
     def __init__(
         self,
@@ -45,9 +46,10 @@ class TransferEndpoint:
         on_stuck: Callable[[str], None] | None = None,
         socket_root: Path = Path("/tmp"),
     ) -> None:
-        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` is where the store's blocks
-        are, if not in the processor's memory; `on_stuck` hears why the process has to end, when a link there does not let go;
-        without it, that is logged. The folder of mode 0700 for the Unix socket is made in `socket_root`."""
+        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` is where
+        the store's blocks are, if not in the processor's memory; `on_stuck` hears why the process has to end,
+        when a link there does not let go; without it, that is logged. The folder of mode 0700 for the Unix
+        socket is made in `socket_root`."""
         valid = [name for name in TRANSPORTS if gpu is not None or name not in GPU_LINKS]
         if transport not in valid:
             where = "" if gpu is not None else " on a processor"
@@ -67,7 +69,7 @@ class TransferEndpoint:
             on_stuck=on_stuck or log_stuck,
             socket_root=socket_root,
         )
-        self._hub = TransferHub(self._local, Dialler(self._local))
+        self._hub = TransferHub(self._local, TransferDialler(self._local))
         self._inbox: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()  # of the three below
         self._is_woken = False
@@ -81,9 +83,11 @@ class TransferEndpoint:
     def start(self) -> TransferAddress:
         """Listen, and say where. Raises OSError when `host` cannot be bound."""
         assert self._thread is None, "an endpoint starts once"
-        local, acceptor = self._local, Acceptor(self._local, self._hub.admit)
+        local, acceptor = self._local, TransferAcceptor(self._local, self._hub.admit)
         started = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(acceptor, started), name="pdserve-kv-transfer", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(acceptor, started), name="pdserve-kv-transfer", daemon=True
+        )
         self._thread.start()
         started.wait()
         return TransferAddress(
@@ -122,34 +126,45 @@ class TransferEndpoint:
         num_tokens: int,
         num_cached_tokens: int = 0,
     ) -> None:
-        """Blocks are reserved for what `source` (worker_id, incarnation) will push. The first `num_cached_tokens` are in
-        them already: they are neither sent nor written. What this thread gave the device until now may still write to the
-        blocks. Raises ValueError for what does not fit."""
+        """Blocks are reserved for what `source` (worker_id, incarnation) will push. The first
+        `num_cached_tokens` are in them already: they are neither sent nor written. What this thread gave the
+        device until now may still write to the blocks. Raises ValueError for what does not fit."""
         self._check_table(block_ids, num_tokens)
         if not 0 <= num_cached_tokens <= num_tokens:
-            raise ValueError(f"num_cached_tokens: {num_cached_tokens} is not valid, expected 0 to {num_tokens}")
+            raise ValueError(
+                f"num_cached_tokens: {num_cached_tokens} is not valid, expected 0 to {num_tokens}"
+            )
         event = Expect(transfer, tuple(block_ids), num_tokens, num_cached_tokens, self._local.store.mark())
         self._post_or_raise(partial(self._hub.expect, source, event))
 
     # prefill side
 
-    def send(self, transfer: TransferId, target: TransferAddress, block_ids: Sequence[int], num_tokens: int) -> None:
-        """Open a transfer of `num_tokens` tokens. `block_ids` may still be short, or empty: `extend` adds to it. Call it
-        as soon as the target is known, so that the pair is connected and the offer accepted when KV is ready."""
+    def send(
+        self, transfer: TransferId, target: TransferAddress, block_ids: Sequence[int], num_tokens: int
+    ) -> None:
+        """Open a transfer of `num_tokens` tokens. `block_ids` may still be short, or empty: `extend` adds to
+        it. Call it as soon as the target is known, so that the pair is connected and the offer accepted when
+        KV is ready."""
         if num_tokens < 1:
             raise ValueError(f"num_tokens: {num_tokens} is not valid, expected at least 1")
-        self._post_or_raise(partial(self._hub.send, target, Open(transfer, tuple(block_ids), num_tokens)))
+        self._post_or_raise(
+            partial(self._hub.send, target, OpenTransfer(transfer, tuple(block_ids), num_tokens))
+        )
 
     def extend(self, transfer: TransferId, block_ids: Sequence[int]) -> None:
         """Append blocks to the transfer's table; before `computed` of the tokens in them."""
         self._post(partial(self._hub.feed_sender, transfer, Extend(transfer, tuple(block_ids))))
 
-    def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
-        """The KV of these layers and tokens is final, or will be when the device has done what this thread gave it until now;
-        it may leave. Every cell is to be reported exactly once, also those
-        that the worker's own prefix cache had; what the target has already is not sent."""
+    def computed(
+        self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int
+    ) -> None:
+        """The KV of these layers and tokens is final, or will be when the device has done what this thread
+        gave it until now; it may leave. Every cell is to be reported exactly once, also those that the
+        worker's own prefix cache had; what the target has already is not sent."""
         span = Span(layer_start, layer_end, token_start, token_end)
-        self._post(partial(self._hub.feed_sender, transfer, Computed(transfer, span, self._local.store.mark())))
+        self._post(
+            partial(self._hub.feed_sender, transfer, PartComputed(transfer, span, self._local.store.mark()))
+        )
 
     def prefill_done(self, transfer: TransferId) -> None:
         """The last layer is computed: what is acknowledged by now was hidden behind the prefill."""
@@ -165,10 +180,11 @@ class TransferEndpoint:
 
     def cancel(self, transfer: TransferId) -> None:
         """Give the transfer up, unless it has ended already; unknown ones are ignored."""
-        self._post(partial(self._hub.cancel, Cancel(transfer, "cancelled")))
+        self._post(partial(self._hub.cancel, CancelTransfer(transfer, "cancelled")))
 
     def forget_peer(self, worker_id: str, incarnation: int) -> None:
-        """The worker is gone for good: kill its links, fail its transfers, refuse it and its predecessors from now on."""
+        """The worker is gone for good: kill its links, fail its transfers, refuse it and its predecessors
+        from now on."""
         self._post(partial(self._hub.forget_peer, worker_id, incarnation))
 
     # on the endpoint's thread
@@ -176,7 +192,9 @@ class TransferEndpoint:
     def _check_table(self, block_ids: Sequence[int], num_tokens: int) -> None:
         capacity = len(block_ids) * self._local.layout.block_size
         if not 1 <= num_tokens <= capacity:
-            raise ValueError(f"num_tokens: {num_tokens} is not valid, expected 1 to {capacity} for {len(block_ids)} blocks")
+            raise ValueError(
+                f"num_tokens: {num_tokens} is not valid, expected 1 to {capacity} for {len(block_ids)} blocks"
+            )
 
     def _post_or_raise(self, call: Callable[[], None]) -> None:
         if not self._post(call):
@@ -198,11 +216,11 @@ class TransferEndpoint:
         while self._inbox:
             guarded(self._inbox.popleft())
 
-    def _run(self, acceptor: Acceptor, started: threading.Event) -> None:
+    def _run(self, acceptor: TransferAcceptor, started: threading.Event) -> None:
         with asyncio.Runner(loop_factory=partial(polling_loop, self._local.store_waits)) as runner:
             runner.run(self._main(acceptor, started))
 
-    async def _main(self, acceptor: Acceptor, started: threading.Event) -> None:
+    async def _main(self, acceptor: TransferAcceptor, started: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         acceptor.start()
         self._is_open = True
@@ -214,7 +232,7 @@ class TransferEndpoint:
             self._hub.tick()
         await self._shut_down(acceptor)
 
-    async def _shut_down(self, acceptor: Acceptor) -> None:
+    async def _shut_down(self, acceptor: TransferAcceptor) -> None:
         self._drain()
         await acceptor.close()
         self._hub.close("the endpoint was closed")

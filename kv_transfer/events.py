@@ -1,48 +1,59 @@
-"""What the two machines of a pair are told, and what they ask for. Messages of the peer are events as they are."""
+"""What the two machines of a pair are told, and what they ask for. Messages of the peer are events as they
+are."""
 
 import msgspec
 
 from ..core.failures import FailureKind
 from ..core.messages import TransferStats
 from ..core.request import TransferId
-from .protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
+from .protocol import (
+    AbortTransfer,
+    Accept,
+    Ack,
+    Commit,
+    Committed,
+    KVChunk,
+    LinkHeartbeat,
+    Nack,
+    OfferTransfer,
+)
 from .span import Span
 
 
-class Event(msgspec.Struct, frozen=True):
+class TransferEvent(msgspec.Struct, frozen=True):
     """Base of what the shell tells a machine."""
 
 
-class Tick(Event, frozen=True):
+class TransferTick(TransferEvent, frozen=True):
     """Time has passed."""
 
 
-class LinkUp(Event, frozen=True):
+class LinkUp(TransferEvent, frozen=True):
     epoch: int
     link: str  # one of `choice.LINKS`
     num_slots: int
     slot_bytes: int
 
 
-class LinkDown(Event, frozen=True):
+class LinkDown(TransferEvent, frozen=True):
     """The link of `epoch` is gone (None: it never came up)."""
 
     epoch: int | None
     error: str
 
 
-class PeerGone(Event, frozen=True):
+class PeerGone(TransferEvent, frozen=True):
     """The peer will not come back, or we are closing."""
 
     error: str
 
 
-class Cancel(Event, frozen=True):
+class CancelTransfer(TransferEvent, frozen=True):
     transfer: TransferId
     error: str
 
 
-class Open(Event, frozen=True):
+class OpenTransfer(TransferEvent, frozen=True):
     """P: a transfer begins; nothing of it need be computed."""
 
     transfer: TransferId
@@ -50,14 +61,14 @@ class Open(Event, frozen=True):
     num_tokens: int
 
 
-class Extend(Event, frozen=True):
+class Extend(TransferEvent, frozen=True):
     """P: more blocks of the transfer's table."""
 
     transfer: TransferId
     block_ids: tuple[int, ...]
 
 
-class Computed(Event, frozen=True):
+class PartComputed(TransferEvent, frozen=True):
     """P: a part is final behind the store's mark."""
 
     transfer: TransferId
@@ -65,16 +76,16 @@ class Computed(Event, frozen=True):
     mark: int = 0
 
 
-class PrefillDone(Event, frozen=True):
+class PrefillDone(TransferEvent, frozen=True):
     transfer: TransferId
 
 
-class CommitReady(Event, frozen=True):
+class CommitReady(TransferEvent, frozen=True):
     transfer: TransferId
     payload: bytes
 
 
-class GatherFailed(Event, frozen=True):
+class GatherFailed(TransferEvent, frozen=True):
     """The chunk was not sent."""
 
     epoch: int
@@ -83,7 +94,7 @@ class GatherFailed(Event, frozen=True):
     error: str
 
 
-class Expect(Event, frozen=True):
+class Expect(TransferEvent, frozen=True):
     """D: blocks are reserved; the first `num_cached_tokens` are in them already."""
 
     transfer: TransferId
@@ -93,30 +104,30 @@ class Expect(Event, frozen=True):
     mark: int = 0  # of the store
 
 
-class Arrived(Event, frozen=True):
+class Arrived(TransferEvent, frozen=True):
     """All bytes of the chunk are in its slot."""
 
     epoch: int
     seq: int
 
 
-class Stored(Event, frozen=True):
+class Stored(TransferEvent, frozen=True):
     """The chunk is verified and in the blocks."""
 
     epoch: int
     seq: int
 
 
-class Corrupt(Event, frozen=True):
-    """The chunk's bytes are not those that were announced. The transfer's own blocks may have them, if its store checks what
-    it writes; nobody reads them before COMMIT."""
+class Corrupt(TransferEvent, frozen=True):
+    """The chunk's bytes are not those that were announced. The transfer's own blocks may have them, if its
+    store checks what it writes; nobody reads them before COMMIT."""
 
     epoch: int
     seq: int
     error: str
 
 
-class StoreFailed(Event, frozen=True):
+class StoreFailed(TransferEvent, frozen=True):
     """The chunk was sound but could not be written."""
 
     epoch: int
@@ -139,7 +150,7 @@ class CloseLink(Command, frozen=True):
 
 
 class Send(Command, frozen=True):
-    message: Offer | Accept | Ack | Commit | Committed | Nack | Abort | Heartbeat
+    message: OfferTransfer | Accept | Ack | Commit | Committed | Nack | AbortTransfer | LinkHeartbeat
 
 
 class SendChunk(Command, frozen=True):
@@ -157,13 +168,13 @@ class SendChunk(Command, frozen=True):
 class Receive(Command, frozen=True):
     """D: take the chunk's bytes into its slot; answered by Arrived or LinkDown."""
 
-    chunk: Chunk
+    chunk: KVChunk
 
 
 class Store(Command, frozen=True):
     """D: verify and scatter; answered by Stored, Corrupt or StoreFailed."""
 
-    chunk: Chunk
+    chunk: KVChunk
     block_ids: tuple[int, ...]
     mark: int = 0
 
@@ -179,7 +190,7 @@ class SendFailed(Command, frozen=True):
     kind: FailureKind
 
 
-class Received(Command, frozen=True):
+class ReceivedMessage(Command, frozen=True):
     transfer: TransferId
     payload: bytes
 
@@ -191,12 +202,40 @@ class ReceiveFailed(Command, frozen=True):
 
 
 SenderEvent = (
-    Tick | LinkUp | LinkDown | PeerGone | Cancel | Open | Extend | Computed | PrefillDone | CommitReady | GatherFailed
-    | Accept | Ack | Committed | Nack | Abort | Heartbeat
-)  # fmt: skip
+    TransferTick
+    | LinkUp
+    | LinkDown
+    | PeerGone
+    | CancelTransfer
+    | OpenTransfer
+    | Extend
+    | PartComputed
+    | PrefillDone
+    | CommitReady
+    | GatherFailed
+    | Accept
+    | Ack
+    | Committed
+    | Nack
+    | AbortTransfer
+    | LinkHeartbeat
+)
 ReceiverEvent = (
-    Tick | LinkUp | LinkDown | PeerGone | Cancel | Expect | Arrived | Stored | Corrupt | StoreFailed
-    | Offer | Chunk | Commit | Abort | Heartbeat
-)  # fmt: skip
+    TransferTick
+    | LinkUp
+    | LinkDown
+    | PeerGone
+    | CancelTransfer
+    | Expect
+    | Arrived
+    | Stored
+    | Corrupt
+    | StoreFailed
+    | OfferTransfer
+    | KVChunk
+    | Commit
+    | AbortTransfer
+    | LinkHeartbeat
+)
 SenderCommand = OpenLink | CloseLink | Send | SendChunk | Sent | SendFailed
-ReceiverCommand = CloseLink | Send | Receive | Store | Received | ReceiveFailed
+ReceiverCommand = CloseLink | Send | Receive | Store | ReceivedMessage | ReceiveFailed

@@ -1,8 +1,7 @@
 """Link for two hosts, through their memory.
 
-Gloo aborts a receiver that is sent more than it posted, so D posts what P announced and P sends exactly that. A wait that
-times out spoils the group for good: whoever sees one kills the link.
-"""
+Gloo aborts a receiver that is sent more than it posted, so D posts what P announced and P sends exactly that.
+A wait that times out spoils the group for good: whoever sees one kills the link."""
 
 import ipaddress
 import socket

@@ -3,11 +3,12 @@
 import asyncio
 import socket
 
-from ..core.handshake import Acceptor, Dialler, HandshakeError
+from ..core.handshake import HandshakeAcceptor, HandshakeDialler, HandshakeError
 
 
-async def shake_hands(sock: socket.socket, side: Dialler | Acceptor) -> None:
-    """Returns when both sides know each other; not a byte of what follows is read. Raises HandshakeError or OSError."""
+async def shake_hands(sock: socket.socket, side: HandshakeDialler | HandshakeAcceptor) -> None:
+    """Returns when both sides know each other; not a byte of what follows is read. Raises HandshakeError or
+    OSError."""
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(sock, side.opening)
     while side.num_wanted:

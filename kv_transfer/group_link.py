@@ -1,5 +1,5 @@
-"""The common part of links over a two-rank process group of torch. The group belongs to one pair: D posts the receives that P
-has announced, and P sends exactly these."""
+"""The common part of links over a two-rank process group of torch. The group belongs to one pair: D posts the
+receives that P has announced, and P sends exactly these."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -40,7 +40,8 @@ class GroupLink(ABC):
         return timedelta(seconds=self._timeout_s)
 
     def build(self, meeting: Meeting) -> None:
-        """On the helper thread: build this rank; returns when the other one is there too. Raises LinkError."""
+        """On the helper thread: build this rank; returns when the other one is there too. Raises
+        LinkError."""
         with self._errors():
             self._group = self._build(meeting)
 
@@ -70,7 +71,8 @@ class GroupLink(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """On the helper thread, behind any wait that is still under way: an operation's buffers must outlive it."""
+        """On the helper thread, behind any wait that is still under way: an operation's buffers must outlive
+        it."""
 
     def kill(self) -> None:
         if not self._is_killed:

@@ -1,4 +1,5 @@
-"""All of a worker's pairs, on one thread: where a call of the worker, or a stranger at the door, finds its pair.
+"""All of a worker's pairs, on one thread: where a call of the worker, or a stranger at the door, finds its
+pair.
 
 The endpoint owns the thread and the sockets around it; the simulator owns neither.
 """
@@ -11,7 +12,7 @@ from ..core.failures import FailureKind
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .choice import LINKS
-from .events import Cancel, Expect, Open, PeerGone, SenderEvent, Tick
+from .events import CancelTransfer, Expect, OpenTransfer, PeerGone, SenderEvent, TransferTick
 from .inbound import InboundPair
 from .outbound import Dial, OutboundPair
 from .pair import Local
@@ -39,12 +40,15 @@ class TransferHub:
         pair = self._inbound_pair(source)
         if pair is None:
             error = f"{source[0]} (incarnation {source[1]}) is known to be gone"
-            self._local.notify(self._local.listener.on_receive_failed, event.transfer, error, FailureKind.LOST)
+            self._local.notify(
+                self._local.listener.on_receive_failed, event.transfer, error, FailureKind.LOST
+            )
         else:
             pair.feed(event)
 
     def admit(self, connect: Connect) -> "InboundPair | str":
-        """The pair that a connection belongs to, whose older epochs are fenced from now on; or why it is refused."""
+        """The pair that a connection belongs to, whose older epochs are fenced from now on; or why it is
+        refused."""
         error = refusal(connect, self._local)
         if error is not None:
             return error
@@ -60,7 +64,7 @@ class TransferHub:
 
     # prefill side
 
-    def send(self, target: TransferAddress, event: Open) -> None:
+    def send(self, target: TransferAddress, event: OpenTransfer) -> None:
         assert event.transfer not in self._pair_of, f"{event.transfer} is being sent already"
         key = (target.worker_id, target.incarnation)
         if self._is_gone(key):
@@ -79,7 +83,7 @@ class TransferHub:
 
     # either side
 
-    def cancel(self, event: Cancel) -> None:
+    def cancel(self, event: CancelTransfer) -> None:
         self.feed_sender(event.transfer, event)
         for pair in self._inbound.values():
             pair.feed(event)
@@ -93,9 +97,9 @@ class TransferHub:
     def tick(self) -> None:
         """Time has passed; to be called a few times per heartbeat."""
         for outbound in list(self._outbound.values()):
-            guarded(partial(outbound.feed, Tick()))
+            guarded(partial(outbound.feed, TransferTick()))
         for inbound in list(self._inbound.values()):
-            guarded(partial(inbound.feed, Tick()))
+            guarded(partial(inbound.feed, TransferTick()))
         self._outbound = {key: pair for key, pair in self._outbound.items() if not pair.is_idle}
         self._inbound = {key: pair for key, pair in self._inbound.items() if not pair.is_idle}
 
@@ -142,7 +146,10 @@ def refusal(connect: Connect, local: Local) -> str | None:
     if connect.link == "cuda_ipc" and (not connect.gpu or connect.gpu != local.gpu_uuid):
         return f"link 'cuda_ipc' from GPU {connect.gpu!r}, expected this worker's {local.gpu_uuid!r}"
     if connect.link == "nccl" and (not local.gpu_uuid or connect.gpu in ("", local.gpu_uuid)):
-        return f"link 'nccl' from GPU {connect.gpu!r}, expected another one than this worker's {local.gpu_uuid!r}"
+        return (
+            f"link 'nccl' from GPU {connect.gpu!r}, expected another one than this worker's"
+            f" {local.gpu_uuid!r}"
+        )
     mismatch = local.layout.mismatch(connect.layout)
     if mismatch is not None:
         return f"the KV layouts differ in {mismatch}"

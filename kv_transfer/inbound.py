@@ -1,4 +1,5 @@
-"""D's shell of one pair: takes chunks out of the ring into the blocks, carries the receiver's commands out."""
+"""D's shell of one pair: takes chunks out of the ring into the blocks, carries the receiver's commands
+out."""
 
 import logging
 from functools import partial
@@ -9,7 +10,7 @@ from .events import (
     CloseLink,
     Corrupt,
     Receive,
-    Received,
+    ReceivedMessage,
     ReceiveFailed,
     ReceiverCommand,
     ReceiverEvent,
@@ -21,7 +22,7 @@ from .events import (
 from .interfaces import Pending, Slot, Stream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
-from .protocol import Chunk, Connect, Meet, SenderMessage
+from .protocol import Connect, KVChunk, Meet, SenderMessage
 from .receiver import TransferReceiver
 from .span import place_of
 
@@ -64,7 +65,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
             case Send():
                 if self._channel is not None:
                     self._channel.send(command.message)
-            case Received():
+            case ReceivedMessage():
                 local.notify(local.listener.on_received, command.transfer, command.payload)
             case ReceiveFailed():
                 failed = command.transfer, command.error, command.kind
@@ -73,7 +74,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
             case CloseLink():
                 self._drop_link()
 
-    def _receive(self, chunk: Chunk) -> None:
+    def _receive(self, chunk: KVChunk) -> None:
         if self._link is None:
             return
         try:
@@ -98,14 +99,17 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
             outcome = self._outcome(chunk, error)
         else:
             if not isinstance(pending, int):
-                self._work.add(chunk.transfer, pending, data, lambda result: self.feed(self._outcome(chunk, result)))
+                self._work.add(
+                    chunk.transfer, pending, data, lambda result: self.feed(self._outcome(chunk, result))
+                )
                 return
             outcome = self._outcome(chunk, pending)
         release(data)
         self.feed(outcome)
 
     def _write(self, command: Store, data: Slot) -> int | Pending:
-        """The data's checksum; when it is wrong, nothing is written unless the store learns of it too late."""
+        """The data's checksum; when it is wrong, nothing is written unless the store learns of it too
+        late."""
         store, chunk, span = self.local.store, command.chunk, command.chunk.span
         checksum = store.checksum(data)
         if checksum is not None and checksum != chunk.checksum:
@@ -113,11 +117,15 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         place = place_of(span, command.block_ids, self.local.layout.block_size)
         return store.scatter(span.layer_start, span.layer_end, *place, data, command.mark) or chunk.checksum
 
-    def _outcome(self, chunk: Chunk, result: int | BaseException) -> Stored | Corrupt | StoreFailed:
+    def _outcome(self, chunk: KVChunk, result: int | BaseException) -> Stored | Corrupt | StoreFailed:
         if isinstance(result, BaseException):
             fields = chunk.transfer.log_fields
-            logger.error("scattering %s of %s failed", chunk.span, chunk.transfer, exc_info=result, extra=fields)
+            logger.error(
+                "scattering %s of %s failed", chunk.span, chunk.transfer, exc_info=result, extra=fields
+            )
             return StoreFailed(chunk.epoch, chunk.seq, f"scattering failed: {result!r}")
         if result != chunk.checksum:
-            return Corrupt(chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum")
+            return Corrupt(
+                chunk.epoch, chunk.seq, f"chunk {chunk.seq}: its bytes do not have the announced checksum"
+            )
         return Stored(chunk.epoch, chunk.seq)

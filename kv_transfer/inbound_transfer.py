@@ -43,7 +43,8 @@ class InboundTransfer:
         return self.reservation.num_cached_tokens
 
     def lease_ends_s(self, heard_s: float, config: TransferConfig) -> float:
-        """When to give up that offer and reservation meet, if the peer was last heard at `heard_s`; once they have, never."""
+        """When to give up that offer and reservation meet, if the peer was last heard at `heard_s`; once they
+        have, never."""
         if self.state not in (InboundState.EXPECTED, InboundState.OFFERED):
             return math.inf
         return min(max(self.since_s, heard_s) + config.lease_s, self.since_s + config.max_lease_s)
@@ -54,7 +55,9 @@ class InboundTransfer:
         assert reserved is not None
         self.machine.transition(InboundState.RECEIVING)
         if reserved.num_tokens != self.num_offered_tokens:
-            raise ValueError(f"{self.num_offered_tokens} tokens were offered, {reserved.num_tokens} are expected")
+            raise ValueError(
+                f"{self.num_offered_tokens} tokens were offered, {reserved.num_tokens} are expected"
+            )
         self._coverage = Coverage(Span(0, num_layers, reserved.num_cached_tokens, reserved.num_tokens))
 
     def announced(self, span: Span) -> None:

@@ -1,4 +1,5 @@
-"""What the transfer needs of the worker around it: its KV blocks, and someone to tell how a transfer ended."""
+"""What the transfer needs of the worker around it: its KV blocks, and someone to tell how a transfer
+ended."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -7,11 +8,13 @@ from ..core.failures import FailureKind
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
 
-Slot = Any  # memory of a link's slot, handed to the store as it is: a memoryview, or a uint8 tensor on the link's GPU
+# memory of a link's slot, handed to the store as it is: a memoryview, or a uint8 tensor on the link's GPU
+Slot = Any
 
 
 class Pending(Protocol):
-    """A store's work that its device has yet to do. A store's works are done in the order in which they were asked for."""
+    """A store's work that its device has yet to do. A store's works are done in the order in which they were
+    asked for."""
 
     def is_done(self) -> bool:
         """Cheap. Raises what went wrong."""
@@ -23,17 +26,19 @@ class Pending(Protocol):
 
 
 class KVStore(Protocol):
-    """Paged KV memory. Token `t` of a transfer lives in `block_ids[t // block_size]`; ranges are half-open and count from
-    the transfer's first token. Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens, head_dim], C-contiguous; another
-    format is the layout's `wire`.
+    """Paged KV memory. Token `t` of a transfer lives in `block_ids[t // block_size]`; ranges are half-open
+    and count from the transfer's first token. Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens,
+    head_dim], C-contiguous; another format is the layout's `wire`.
 
-    A store on a device answers before the work is done, comes behind a mark, and checks what it scatters as it reads it."""
+    A store on a device answers before the work is done, comes behind a mark, and checks what it scatters as
+    it reads it."""
 
     @property
     def layout(self) -> KVLayout: ...
 
     def mark(self) -> int:
-        """On the thread that gives steps to the device: names all that it was given until now. 0 where nothing is ahead."""
+        """On the thread that gives steps to the device: names all that it was given until now. 0 where
+        nothing is ahead."""
         ...
 
     def gather(
@@ -46,8 +51,9 @@ class KVStore(Protocol):
         out: Slot,
         after: int = 0,
     ) -> int | Pending:
-        """Copy KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of what was copied.
-        The mark `after` was set when the last of it was computed, or given to the device to be."""
+        """Copy KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of
+        what was copied. The mark `after` was set when the last of it was computed, or given to the device to
+        be."""
         ...
 
     def checksum(self, data: Slot) -> int | None:
@@ -64,8 +70,8 @@ class KVStore(Protocol):
         data: Slot,
         after: int = 0,
     ) -> Pending | None:
-        """Copy `data` into the blocks; touches no other token of them. None: it is done. The mark `after` was set when the
-        blocks were reserved."""
+        """Copy `data` into the blocks; touches no other token of them. None: it is done. The mark `after` was
+        set when the blocks were reserved."""
         ...
 
 
@@ -76,7 +82,8 @@ class Gpu(Protocol):
     device: Any  # torch's
 
     def allocate(self, num_bytes: int) -> "tuple[Slot, bytes]":
-        """Memory that lives as long as this process, and what another needs to `open` it. Raises LinkError."""
+        """Memory that lives as long as this process, and what another needs to `open` it. Raises
+        LinkError."""
         ...
 
     def open(self, handle: bytes, num_bytes: int) -> Slot:
@@ -95,7 +102,8 @@ class Stream(Protocol):
 
 
 class TransferListener(Protocol):
-    """Called on the endpoint's thread; must not block. Each `send` and each `expect` ends in exactly one of its two."""
+    """Called on the endpoint's thread; must not block. Each `send` and each `expect` ends in exactly one of
+    its two."""
 
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
         """Every byte is verified and in the blocks; `payload` is what the sender gave to `commit`."""

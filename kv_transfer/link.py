@@ -1,4 +1,5 @@
-"""What moves a chunk's bytes: one direction, one pair, one epoch. Slots number the staging ring on either side."""
+"""What moves a chunk's bytes: one direction, one pair, one epoch. Slots number the staging ring on either
+side."""
 
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -42,7 +43,8 @@ class Link(Protocol):
     def recv(self, slot: int, num_bytes: int, seq: int) -> Any | None: ...
 
     def wait(self, ticket: Any, timeout_s: float) -> None:
-        """Blocks until what the ticket stands for is done. Raises PeerLost or TransferTimeout; the link must be killed then."""
+        """Blocks until what the ticket stands for is done. Raises PeerLost or TransferTimeout; the link must
+        be killed then."""
         ...
 
     def kill(self) -> None:

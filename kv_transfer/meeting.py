@@ -1,9 +1,8 @@
 """Where the two ends of a link that is being built leave what the other one needs: addresses, ids.
 
-Entries travel on the pair's control stream, by which both know each other. So a link over gloo needs no port beside that of
-its data, and no name service: torch's own store looks the peer's name up, and without a name server that takes longer than a
-link may.
-"""
+Entries travel on the pair's control stream, by which both know each other. So a link over gloo needs no port
+beside that of its data, and no name service: torch's own store looks the peer's name up, and without a name
+server that takes longer than a link may."""
 
 import asyncio
 import threading
@@ -18,7 +17,8 @@ MAX_ENTRIES = 64  # of the peer: a link needs a few
 
 
 class Meeting:
-    """Entries by key. `put` and `close` are the loop's; `set` and `get` belong to the thread that builds the link."""
+    """Entries by key. `put` and `close` are the loop's; `set` and `get` belong to the thread that builds the
+    link."""
 
     def __init__(self, send: Callable[[str, bytes], None]) -> None:
         """`send` has the other end `put` an entry, and may be called on any thread."""
@@ -62,7 +62,8 @@ class Meeting:
 
 
 def meeting_over(channel: Channel[Any], epoch: int) -> Meeting:
-    """Its entries leave by `channel`, which belongs to the running loop; who reads the channel puts those that come."""
+    """Its entries leave by `channel`, which belongs to the running loop; who reads the channel puts those
+    that come."""
     loop = asyncio.get_running_loop()
 
     def send(key: str, value: bytes) -> None:

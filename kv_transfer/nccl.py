@@ -1,12 +1,12 @@
 """Link for two GPUs, within a host or between hosts.
 
-What is sent or received is queued on a stream of the group's; the bytes have left, or are there, when the operation's event is
-reached. An operation whose peer has gone is never done: the pair's control stream tells, and `kill` aborts it. No group is told
-of a failure by torch's watchdog, which would end the process.
+What is sent or received is queued on a stream of the group's; the bytes have left, or are there, when the
+operation's event is reached. An operation whose peer has gone is never done: the pair's control stream tells,
+and `kill` aborts it. No group is told of a failure by torch's watchdog, which would end the process.
 
-Operations of several groups on one GPU can wait for one another in a circle, where their streams share one of the device's
-queues. So a sender has chunks under way to one peer at a time (`send_turn.py`), and D posts only what was announced.
-"""
+Operations of several groups on one GPU can wait for one another in a circle, where their streams share one of
+the device's queues. So a sender has chunks under way to one peer at a time (`send_turn.py`), and D posts only
+what was announced."""
 
 import os
 import threading
@@ -52,7 +52,9 @@ class NcclLink(GroupLink):
         super().__init__(rank, host, num_slots, slot_bytes, timeout_s)
         self._stream = own_stream(device) if device.type == "cuda" else None
         with self._own_stream():
-            self._ring: torch.Tensor | None = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device)
+            self._ring: torch.Tensor | None = torch.empty(
+                num_slots * slot_bytes, dtype=torch.uint8, device=device
+            )
         self._store: TCPStore | None = None
         self._on_stuck = on_stuck
         self._killed = threading.Event()
@@ -66,8 +68,8 @@ class NcclLink(GroupLink):
         return self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
 
     def _build(self, meeting: Meeting) -> Any:
-        """NCCL connects at the first operation, and waits there for the peer without an end: so both say first that they are
-        there, and then exchange a few bytes."""
+        """NCCL connects at the first operation, and waits there for the peer without an end: so both say
+        first that they are there, and then exchange a few bytes."""
         store = self._store = self._meet(meeting)
         store.set(f"rank {self._rank}", "here")
         store.wait([f"rank {1 - self._rank}"], self.timeout)
@@ -77,7 +79,9 @@ class NcclLink(GroupLink):
         hello = self._tensor(0, _HELLO_BYTES)
         peer = 1 - self._rank
         with self._own_stream():
-            ticket = group.send([hello], peer, 0) if self._rank == SENDER_RANK else group.recv([hello], peer, 0)
+            ticket = (
+                group.send([hello], peer, 0) if self._rank == SENDER_RANK else group.recv([hello], peer, 0)
+            )
         self.wait(ticket, self._timeout_s)
         return group
 
@@ -116,9 +120,9 @@ class NcclLink(GroupLink):
         self._check_group()
 
     def _check_group(self) -> None:
-        """Raises PeerLost when an operation of the group has failed, which makes torch call it completed too. Torch's watchdog
-        says so up to a tenth of a second later; a chunk that is taken meanwhile does not have its checksum. Builds of torch
-        without `get_error` leave it to that, and to the control stream."""
+        """Raises PeerLost when an operation of the group has failed, which makes torch call it completed too.
+        Torch's watchdog says so up to a tenth of a second later; a chunk that is taken meanwhile does not
+        have its checksum. Builds of torch without `get_error` leave it to that, and to the control stream."""
         get_error = getattr(self._group, "get_error", None)
         if get_error is not None and (error := get_error().name) != _NO_ERROR:
             raise PeerLost(f"nccl: an operation failed ({error})")
@@ -128,7 +132,8 @@ class NcclLink(GroupLink):
         super().kill()
 
     def _release(self) -> None:
-        """Aborts what is under way: only then is the ring nobody's. An abort that hangs leaves nothing but the process' end."""
+        """Aborts what is under way: only then is the ring nobody's. An abort that hangs leaves nothing but
+        the process' end."""
         watch = threading.Timer(ABORT_S, self._on_stuck, (f"nccl: a link did not let go within {ABORT_S} s",))
         watch.daemon = True
         watch.start()
@@ -148,15 +153,19 @@ class NcclLink(GroupLink):
 
 @cache
 def own_stream(device: torch.device) -> Any:
-    """Operations come behind what the current stream has been given: not behind the engine's steps. And what was the engine's
-    is never this stream's memory. Torch has 32 streams of a priority, which it gives to one after the other: the engine takes
-    one of this priority, for the gathers and scatters that are next to it."""
+    """Operations come behind what the current stream has been given: not behind the engine's steps. And what
+    was the engine's is never this stream's memory. Torch has 32 streams of a priority, which it gives to one
+    after the other: the engine takes one of this priority, for the gathers and scatters that are next to
+    it."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def make_group(store: Any, rank: int, timeout: timedelta) -> Any:
     """A two-rank group on its own, on the process' GPU."""
-    os.environ |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}  # both end the process
+    os.environ |= {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+    }  # both end the process
     from torch.distributed import ProcessGroupNCCL  # torch's CUDA builds have it
 
     options = ProcessGroupNCCL.Options(is_high_priority_stream=True)

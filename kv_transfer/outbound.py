@@ -22,7 +22,17 @@ from .events import (
 from .interfaces import Stream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
-from .protocol import PROTOCOL_VERSION, Chunk, Commit, Connect, Connected, Meet, Prepare, ReceiverMessage, Refused
+from .protocol import (
+    PROTOCOL_VERSION,
+    Commit,
+    Connect,
+    Connected,
+    KVChunk,
+    LinkRefused,
+    Meet,
+    Prepare,
+    ReceiverMessage,
+)
 from .sender import TransferSender
 from .span import place_of
 
@@ -36,7 +46,8 @@ class Dialling(Protocol):
 
 
 class Dial(Protocol):
-    """Connects in the background: calls the pair's `connected` or `not_connected`, unless it is cancelled before."""
+    """Connects in the background: calls the pair's `connected` or `not_connected`, unless it is cancelled
+    before."""
 
     def __call__(self, pair: "OutboundPair", epoch: int, /) -> Dialling: ...
 
@@ -44,14 +55,18 @@ class Dial(Protocol):
 class OutboundPair(Pair[SenderEvent, SenderCommand]):
     """All transfers to one worker."""
 
-    def __init__(self, local: Local, target: TransferAddress, dial: "Dial", on_end: Callable[[TransferId], None]) -> None:
+    def __init__(
+        self, local: Local, target: TransferAddress, dial: "Dial", on_end: Callable[[TransferId], None]
+    ) -> None:
         super().__init__(local)
         self.target = target
         self._dial = dial
         self._on_end = on_end
         self._sender = TransferSender(local.layout, local.config, local.counters, target.worker_id)
         self._dialling: Dialling | None = None
-        self._spoilt: set[TransferId] = set()  # a chunk of theirs cannot leave, and one side has yet to hear of it
+        self._spoilt: set[TransferId] = (
+            set()
+        )  # a chunk of theirs cannot leave, and one side has yet to hear of it
 
     @property
     def is_idle(self) -> bool:
@@ -77,7 +92,9 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                 if self._work.is_under_way(command.transfer):
                     self._spoilt.add(command.transfer)
                 self._on_end(command.transfer)
-                self._work.after(command.transfer, partial(self._tell_failure, command))  # a device may still read its blocks
+                self._work.after(
+                    command.transfer, partial(self._tell_failure, command)
+                )  # a device may still read its blocks
             case OpenLink():
                 self._dialling = self._dial(self, next(local.epochs))
             case CloseLink():
@@ -111,20 +128,28 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         if epoch != self._epoch:
             return
         if isinstance(result, BaseException):
-            logger.error("gathering %s of %s failed", command.span, transfer, exc_info=result, extra=transfer.log_fields)
+            logger.error(
+                "gathering %s of %s failed",
+                command.span,
+                transfer,
+                exc_info=result,
+                extra=transfer.log_fields,
+            )
             self.feed(GatherFailed(epoch, transfer, seq, f"gathering failed: {result!r}"))
         elif transfer in self._spoilt:
             self.feed(GatherFailed(epoch, transfer, seq, "the transfer had ended"))
         else:
-            chunk = Chunk(epoch, transfer, seq, command.slot, command.span, command.num_bytes, result)
+            chunk = KVChunk(epoch, transfer, seq, command.slot, command.span, command.num_bytes, result)
             link = self._link
             assert link is not None, "it goes with its epoch"
             if link.takes_turns:  # D posts what was announced: not before it is sent
-                self.local.turn.take(link, partial(self._announce, chunk, lambda: self.local.turn.give_back(link)))
+                self.local.turn.take(
+                    link, partial(self._announce, chunk, lambda: self.local.turn.give_back(link))
+                )
             else:
                 self._announce(chunk, lambda: None)
 
-    def _announce(self, chunk: Chunk, when_sent: Callable[[], None]) -> None:
+    def _announce(self, chunk: KVChunk, when_sent: Callable[[], None]) -> None:
         link, channel = self._link, self._channel
         assert link is not None and channel is not None, "they go with their epoch"
         channel.send(chunk)
@@ -143,8 +168,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             self._send_commit(commit)
 
     def _send_commit(self, commit: Commit) -> None:
-        """Unless the transfer cannot be complete: it was decided before the machine knew, and would be a breach of the
-        protocol."""
+        """Unless the transfer cannot be complete: it was decided before the machine knew, and would be a
+        breach of the protocol."""
         if self._channel is not None and commit.epoch == self._epoch and commit.transfer not in self._spoilt:
             self._channel.send(commit)
 
@@ -175,7 +200,9 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             gpu=local.gpu_uuid,
         )
 
-    def connected(self, channel: Stream, link: Link, epoch: int, early: Iterable[ReceiverMessage | LinkError]) -> None:
+    def connected(
+        self, channel: Stream, link: Link, epoch: int, early: Iterable[ReceiverMessage | LinkError]
+    ) -> None:
         """The link stands on both sides; `early` came in meanwhile."""
         self._dialling = None
         self._adopt(channel, link, epoch)
@@ -190,5 +217,5 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         self.feed(LinkDown(None, f"connecting to {self.target.worker_id} failed: {error}"))
 
     def _on_message(self, message: ReceiverMessage) -> None:
-        if not isinstance(message, Prepare | Meet | Connected | Refused):
+        if not isinstance(message, Prepare | Meet | Connected | LinkRefused):
             self.feed(message)

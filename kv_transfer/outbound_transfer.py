@@ -4,18 +4,21 @@ from ..core.automaton import Automaton
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
 from .chunk_size import chunk_bytes
-from .events import Open
-from .planner import ChunkPlanner, Ready
+from .events import OpenTransfer
+from .planner import ChunkPlanner, ReadyPart
 from .span import Span
 from .states import OUTBOUND_TRANSITIONS, OutboundState
 
 
 class OutboundTransfer:
-    """P's view of one transfer. Before ACCEPT only the ready spans are kept: D decides from which token on it needs them."""
+    """P's view of one transfer. Before ACCEPT only the ready spans are kept: D decides from which token on it
+    needs them."""
 
-    def __init__(self, event: Open, layout: KVLayout, now_s: float) -> None:
+    def __init__(self, event: OpenTransfer, layout: KVLayout, now_s: float) -> None:
         self.id: TransferId = event.transfer
-        self.machine = Automaton(OUTBOUND_TRANSITIONS, OutboundState.WAITING, name=f"outbound {event.transfer}")
+        self.machine = Automaton(
+            OUTBOUND_TRANSITIONS, OutboundState.WAITING, name=f"outbound {event.transfer}"
+        )
         self.num_tokens = event.num_tokens
         self.block_ids: list[int] = list(event.block_ids)
         self.payload: bytes | None = None  # set: the worker has computed everything
@@ -23,7 +26,7 @@ class OutboundTransfer:
         self.num_in_flight = 0
         self.credits = 0
         self._layout = layout
-        self._early: list[Ready] = []
+        self._early: list[ReadyPart] = []
         self._planner: ChunkPlanner | None = None
         self._num_bytes = 0
         self._num_chunks = 0
@@ -39,7 +42,9 @@ class OutboundTransfer:
     def accept(self, token_start: int, num_credits: int, link: str, slot_bytes: int) -> None:
         """D wants tokens from `token_start` on. Raises ValueError when it asks for what is not there."""
         if not 0 <= token_start <= self.num_tokens or num_credits < 1:
-            raise ValueError(f"accepted from token {token_start} of {self.num_tokens} with {num_credits} credits")
+            raise ValueError(
+                f"accepted from token {token_start} of {self.num_tokens} with {num_credits} credits"
+            )
         layout = self._layout
         whole = Span(0, layout.num_layers, token_start, self.num_tokens)
         bytes_per_cell = layout.wire_bytes_per_cell
@@ -55,11 +60,11 @@ class OutboundTransfer:
         if span.token_end > len(self.block_ids) * self._layout.block_size:
             raise ValueError(f"{span} was computed, but there are {len(self.block_ids)} blocks only")
         if self._planner is None:
-            self._early.append(Ready(span, mark))
+            self._early.append(ReadyPart(span, mark))
         else:
             self._planner.add(span, mark)
 
-    def next_chunk(self) -> Ready | None:
+    def next_chunk(self) -> ReadyPart | None:
         if self._planner is None or self.num_in_flight >= self.credits:
             return None
         return self._planner.take(flush=self.payload is not None)

@@ -1,4 +1,5 @@
-"""What the two directions' shells have in common: the endpoint around them, and the loop of events and commands."""
+"""What the two directions' shells have in common: the endpoint around them, and the loop of events and
+commands."""
 
 import asyncio
 import logging
@@ -25,10 +26,12 @@ from .store_work import StoreWaits, StoreWork
 
 logger = logging.getLogger(__name__)
 
-TURN_SHARE = 0.4  # of a chunk's time, for one that others wait behind: two that hang in a row cost nobody else its link
+# of a chunk's time, for one that others wait behind: two that hang in a row cost nobody else its link
+TURN_SHARE = 0.4
 
 
-# (link, ticket, timeout_s, done): calls `done` with the error of what the ticket stands for, or None, when it is over
+# (link, ticket, timeout_s, done): calls `done` with the error of what the ticket stands for, or None, when it
+# is over
 Wait = Callable[[Link, Any, float, Callable[[BaseException | None], None]], None]
 
 
@@ -106,8 +109,8 @@ class Pair(ABC, Generic[E, C]):
         """Do what the machine asked for."""
 
     def feed(self, event: E | LinkUp | LinkDown) -> None:
-        """Handle `event` and what follows from it. An event that comes meanwhile is decided at once, and carried out after
-        what was decided before."""
+        """Handle `event` and what follows from it. An event that comes meanwhile is decided at once, and
+        carried out after what was decided before."""
         self._pump.run(self._handle(event, self.local.clock()))
 
     def _adopt(self, channel: Stream, link: Link, epoch: int) -> None:
@@ -154,9 +157,11 @@ class Pair(ABC, Generic[E, C]):
             then()
 
 
-def wait_on_executor(link: Link, ticket: Any, timeout_s: float, done: Callable[[BaseException | None], None]) -> None:
-    """Wait on the link's own thread; `done` hears of it on the running loop. Asyncio's own way to do so costs a chunk twice
-    as much."""
+def wait_on_executor(
+    link: Link, ticket: Any, timeout_s: float, done: Callable[[BaseException | None], None]
+) -> None:
+    """Wait on the link's own thread; `done` hears of it on the running loop. Asyncio's own way to do so costs
+    a chunk twice as much."""
     loop = asyncio.get_running_loop()
 
     def wait() -> None:

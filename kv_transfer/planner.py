@@ -7,7 +7,7 @@ from .span import Coverage, Span
 _TOKEN_ALIGNMENT = 16  # cuts between tokens fall on block boundaries of the usual block sizes
 
 
-class Ready(NamedTuple):
+class ReadyPart(NamedTuple):
     """A part that may leave, and the store's mark behind which it is final."""
 
     span: Span
@@ -15,15 +15,18 @@ class Ready(NamedTuple):
 
 
 class ChunkPlanner:
-    """Joins what is ready until a chunk is full, and cuts what is too large. Each cell leaves exactly once."""
+    """Joins what is ready until a chunk is full, and cuts what is too large. Each cell leaves exactly
+    once."""
 
     def __init__(self, whole: Span, bytes_per_cell: int, chunk_bytes: int) -> None:
         if bytes_per_cell > chunk_bytes:
-            raise ValueError(f"one layer of one token has {bytes_per_cell} bytes, a chunk {chunk_bytes} at most")
+            raise ValueError(
+                f"one layer of one token has {bytes_per_cell} bytes, a chunk {chunk_bytes} at most"
+            )
         self._whole = whole
         self._coverage = Coverage(whole)
         self._max_cells = chunk_bytes // bytes_per_cell
-        self._ready: list[Ready] = []
+        self._ready: list[ReadyPart] = []
 
     @property
     def is_empty(self) -> bool:
@@ -35,28 +38,29 @@ class ChunkPlanner:
         return self._coverage.num_missing
 
     def add(self, span: Span, mark: int = 0) -> None:
-        """`span` is final. Raises ValueError when part of it was added before or is no part of the transfer."""
+        """`span` is final. Raises ValueError when part of it was added before or is no part of the
+        transfer."""
         wanted = span.without_tokens_before(self._whole.token_start)
         if wanted is None:
             return
         self._coverage.add(wanted)
-        self._ready.append(Ready(wanted, mark))
+        self._ready.append(ReadyPart(wanted, mark))
         while self._join(len(self._ready) - 1):
             continue
 
-    def take(self, flush: bool) -> Ready | None:
+    def take(self, flush: bool) -> ReadyPart | None:
         """The next chunk, or None; `flush` takes what is not full too."""
         for index, (span, mark) in enumerate(self._ready):
             if flush or self._is_full(span):
                 chunk, rest = self._cut(span)
-                self._ready[index : index + 1] = [Ready(each, mark) for each in rest]
+                self._ready[index : index + 1] = [ReadyPart(each, mark) for each in rest]
                 self._join(index)
-                return Ready(chunk, mark)
+                return ReadyPart(chunk, mark)
         return None
 
     def _join(self, index: int) -> bool:
-        """Let the span at `index`, if there is one, continue the one before it, if it does. One that fills a chunk is not to
-        wait for more, which is computed later."""
+        """Let the span at `index`, if there is one, continue the one before it, if it does. One that fills a
+        chunk is not to wait for more, which is computed later."""
         if not 0 < index < len(self._ready):
             return False
         before, this = self._ready[index - 1 : index + 1]
@@ -64,7 +68,7 @@ class ChunkPlanner:
             return False
         joined = before.span.joined(this.span)
         if joined is not None:
-            self._ready[index - 1 : index + 1] = [Ready(joined, max(before.mark, this.mark))]
+            self._ready[index - 1 : index + 1] = [ReadyPart(joined, max(before.mark, this.mark))]
         return joined is not None
 
     def _is_full(self, span: Span) -> bool:

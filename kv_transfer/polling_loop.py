@@ -10,7 +10,8 @@ from .store_work import StoreWaits
 
 POLL_S = 20e-6  # far below what a chunk takes
 MAX_POLL_S = 500e-6
-_LATENESS = 0.125  # of a wait: what is behind a prefill's steps is asked for less often, and keeps the processor less busy
+# of a wait: what is behind a prefill's steps is asked for less often, and keeps the processor less busy
+_LATENESS = 0.125
 _MAX_SELECT_FD = 1023  # `select` is alone in waiting for less than a millisecond, and takes no higher ones
 
 

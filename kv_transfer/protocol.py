@@ -1,14 +1,14 @@
 """The control stream of one (P, D) pair, frame by frame, behind the handshake by which both know each other.
 
     P --CONNECT(epoch, layout)--------> D     D --PREPARE(ring), CONNECTED--> P      or REFUSED
-    P <--------------MEET(key, value)-------------> D     between these two, for links that are built at both ends
+    P <--------------MEET(key, value)-------------> D     between these two, where both ends build
     P --OFFER(num_tokens)-------------> D     D --ACCEPT(token_start, credits)--> P
-    P --CHUNK(seq, slot, span, sum)---> D     D --ACK(seq)--> P                       or NACK, and the link is closed
+    P --CHUNK(seq, slot, span, sum)---> D     D --ACK(seq)--> P              or NACK, and the link is closed
     P --COMMIT(payload)---------------> D     D --COMMITTED--> P
     P <--------------ABORT, HEARTBEAT-------------> D
 
-Every message carries its epoch, those of a transfer its id (request, attempt); what does not fit is dropped as stale.
-"""
+Every message carries its epoch, those of a transfer its id (request, attempt); what does not fit is dropped
+as stale."""
 
 import msgspec
 
@@ -35,8 +35,8 @@ class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=Tr
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """D's staging ring: `shm` sends its memory with this frame, `cuda_ipc` a handle of it; both ends of `gloo` and `nccl` have
-    one."""
+    """D's staging ring: `shm` sends its memory with this frame, `cuda_ipc` a handle of it; both ends of
+    `gloo` and `nccl` have one."""
 
     epoch: int
     num_slots: int
@@ -58,17 +58,17 @@ class Connected(msgspec.Struct, frozen=True, tag=True, array_like=True):
     epoch: int
 
 
-class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class LinkRefused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """D will not talk to this peer."""
 
     error: str
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class LinkHeartbeat(msgspec.Struct, frozen=True, tag=True, array_like=True):
     epoch: int
 
 
-class Offer(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class OfferTransfer(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """P is about to have the KV of `num_tokens` tokens; layers, heads and dtype are the pair's layout."""
 
     epoch: int
@@ -85,7 +85,7 @@ class Accept(msgspec.Struct, frozen=True, tag=True, array_like=True):
     credits: int
 
 
-class Chunk(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class KVChunk(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A chunk's announcement; its bytes are in, or on their way to, the ring slot."""
 
     epoch: int
@@ -129,7 +129,7 @@ class Nack(msgspec.Struct, frozen=True, tag=True, array_like=True):
     kind: FailureKind
 
 
-class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class AbortTransfer(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """One side has given this transfer up; the link stays."""
 
     epoch: int
@@ -138,5 +138,7 @@ class Abort(msgspec.Struct, frozen=True, tag=True, array_like=True):
     kind: FailureKind
 
 
-SenderMessage = Connect | Meet | Offer | Chunk | Commit | Abort | Heartbeat
-ReceiverMessage = Prepare | Meet | Connected | Refused | Accept | Ack | Committed | Nack | Abort | Heartbeat
+SenderMessage = Connect | Meet | OfferTransfer | KVChunk | Commit | AbortTransfer | LinkHeartbeat
+ReceiverMessage = (
+    Prepare | Meet | Connected | LinkRefused | Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat
+)

@@ -1,4 +1,5 @@
-"""D's half of a pair, without I/O: reservations and the peer's messages come in; receives, writes and endings go out.
+"""D's half of a pair, without I/O: reservations and the peer's messages come in; receives, writes and endings
+go out.
 
 Expect + OFFER (either first) -> ACCEPT -> CHUNK: size checked -> Receive -> Arrived -> Store -> Stored -> ACK
 COMMIT, when every (layer, token) was announced exactly once and all is stored -> COMMITTED, Received
@@ -14,7 +15,7 @@ from .config import TransferConfig
 from .counters import TransferCounters
 from .events import (
     Arrived,
-    Cancel,
+    CancelTransfer,
     CloseLink,
     Corrupt,
     Expect,
@@ -22,7 +23,7 @@ from .events import (
     LinkUp,
     PeerGone,
     Receive,
-    Received,
+    ReceivedMessage,
     ReceiveFailed,
     ReceiverCommand,
     ReceiverEvent,
@@ -30,25 +31,39 @@ from .events import (
     Store,
     Stored,
     StoreFailed,
-    Tick,
+    TransferTick,
 )
 from .inbound_transfer import InboundTransfer
-from .protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
+from .protocol import (
+    AbortTransfer,
+    Accept,
+    Ack,
+    Commit,
+    Committed,
+    KVChunk,
+    LinkHeartbeat,
+    Nack,
+    OfferTransfer,
+)
 from .states import LINK_TRANSITIONS, InboundState, LinkState
 
 
 class _UnderWay(NamedTuple):
-    chunk: Chunk
+    chunk: KVChunk
     transfer: InboundTransfer | None  # None: it had ended already, the bytes are taken and dropped
 
 
 class TransferReceiver:
-    """All transfers from one peer. A transfer that has ended is in no table, so that nothing can be written for it.
+    """All transfers from one peer. A transfer that has ended is in no table, so that nothing can be written
+    for it.
 
-    Its lease runs until offer and reservation have met: short when the peer is silent, long while it lives, since either
-    side may rightly be busy with others. From then on it is the link's life that holds the blocks."""
+    Its lease runs until offer and reservation have met: short when the peer is silent, long while it lives,
+    since either side may rightly be busy with others. From then on it is the link's life that holds the
+    blocks."""
 
-    def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
+    def __init__(
+        self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str
+    ) -> None:
         self._layout = layout
         self._bytes_per_cell = layout.wire_bytes_per_cell
         self._config = config
@@ -76,14 +91,14 @@ class TransferReceiver:
         self._now_s = now_s
         self._out = []
         match event:
-            case Chunk() | Offer() | Commit() | Abort() | Heartbeat():
+            case KVChunk() | OfferTransfer() | Commit() | AbortTransfer() | LinkHeartbeat():
                 self._on_message(event)
             case Arrived() | Stored() | Corrupt() | StoreFailed():
                 if event.epoch == self._epoch:
                     self._on_chunk_progress(event)
             case Expect():
                 self._on_expect(event)
-            case Cancel():
+            case CancelTransfer():
                 self._on_cancel(event)
             case LinkUp():
                 self._on_link_up(event)
@@ -94,7 +109,7 @@ class TransferReceiver:
                 self._close_link(event.error, FailureKind.LOST)
                 for transfer in list(self._transfers.values()):
                     self._fail(transfer, event.error, FailureKind.LOST)
-            case Tick():
+            case TransferTick():
                 self._on_tick()
         return self._out
 
@@ -110,7 +125,7 @@ class TransferReceiver:
         if transfer.state is InboundState.OFFERED:
             self._accept(transfer)
 
-    def _on_cancel(self, event: Cancel) -> None:
+    def _on_cancel(self, event: CancelTransfer) -> None:
         if (transfer := self._transfers.get(event.transfer)) is None:
             return
         if transfer.state is InboundState.EXPECTED:
@@ -127,28 +142,30 @@ class TransferReceiver:
         self._heard_s = self._beat_s = self._now_s
         self._counters.num_links_opened += 1
 
-    def _on_message(self, message: Chunk | Offer | Commit | Abort | Heartbeat) -> None:
+    def _on_message(self, message: KVChunk | OfferTransfer | Commit | AbortTransfer | LinkHeartbeat) -> None:
         if message.epoch != self._epoch:
             self._counters.num_stale_messages += 1
             return
         self._heard_s = self._now_s
-        if isinstance(message, Chunk):
+        if isinstance(message, KVChunk):
             self._on_chunk(message)
-        elif isinstance(message, Offer):
+        elif isinstance(message, OfferTransfer):
             self._on_offer(message)
-        elif not isinstance(message, Heartbeat):
+        elif not isinstance(message, LinkHeartbeat):
             transfer = self._transfers.get(message.transfer)
             if transfer is None or transfer.state is InboundState.EXPECTED:
                 self._counters.num_stale_messages += 1
-            elif isinstance(message, Abort):
+            elif isinstance(message, AbortTransfer):
                 self._end(transfer, InboundState.FAILED)
                 self._report_failure(transfer, message.error, message.kind)
             else:
                 self._on_commit(transfer, message)
 
-    def _on_offer(self, offer: Offer) -> None:
+    def _on_offer(self, offer: OfferTransfer) -> None:
         if self._refused_until_s.pop(offer.transfer, None) is not None:
-            self._send(Abort(offer.epoch, offer.transfer, "cancelled by the receiver", FailureKind.CANCELLED))
+            self._send(
+                AbortTransfer(offer.epoch, offer.transfer, "cancelled by the receiver", FailureKind.CANCELLED)
+            )
             return
         transfer = self._transfers.get(offer.transfer)
         if transfer is None:
@@ -169,7 +186,7 @@ class TransferReceiver:
             return
         self._send(Accept(self._epoch or 0, transfer.id, transfer.num_cached_tokens, self._num_slots))
 
-    def _on_chunk(self, chunk: Chunk) -> None:
+    def _on_chunk(self, chunk: KVChunk) -> None:
         transfer = self._transfers.get(chunk.transfer)
         error = self._refusal(chunk, transfer)
         if error is not None:
@@ -181,15 +198,20 @@ class TransferReceiver:
         self._under_way[chunk.seq] = _UnderWay(chunk, transfer)
         self._out.append(Receive(chunk))
 
-    def _refusal(self, chunk: Chunk, transfer: InboundTransfer | None) -> str | None:
+    def _refusal(self, chunk: KVChunk, transfer: InboundTransfer | None) -> str | None:
         """Why the bytes of `chunk` must not even be received, in words."""
         expected_bytes = chunk.span.num_cells * self._bytes_per_cell
         if chunk.seq <= self._last_seq:
             return f"chunk {chunk.seq} came after chunk {self._last_seq}"
-        if not 0 <= chunk.slot < self._num_slots or any(chunk.slot == c.chunk.slot for c in self._under_way.values()):
+        if not 0 <= chunk.slot < self._num_slots or any(
+            chunk.slot == c.chunk.slot for c in self._under_way.values()
+        ):
             return f"chunk {chunk.seq}: slot {chunk.slot} of {self._num_slots} is not free"
         if chunk.num_bytes != expected_bytes or not 0 < chunk.num_bytes <= self._slot_bytes:
-            return f"chunk {chunk.seq}: {chunk.num_bytes} bytes, expected {expected_bytes}, at most {self._slot_bytes}"
+            return (
+                f"chunk {chunk.seq}: {chunk.num_bytes} bytes, expected {expected_bytes}, at most"
+                f" {self._slot_bytes}"
+            )
         if transfer is None:
             return None
         if transfer.state is not InboundState.RECEIVING:
@@ -238,25 +260,27 @@ class TransferReceiver:
                 wanted = "an offer" if transfer.state is InboundState.EXPECTED else "a reservation"
                 error = f"the lease ended after {self._now_s - transfer.since_s:.1f} s without {wanted}"
                 self._fail(transfer, error, FailureKind.LOST)
-        self._refused_until_s = {key: until_s for key, until_s in self._refused_until_s.items() if until_s > self._now_s}
+        self._refused_until_s = {
+            key: until_s for key, until_s in self._refused_until_s.items() if until_s > self._now_s
+        }
         if self._link.state is not LinkState.UP:
             return
         if self._now_s - self._heard_s > config.dead_after_s:
             self._close_link(f"no sign of life for {config.dead_after_s} s", FailureKind.LOST)
         elif self._now_s - self._beat_s >= config.heartbeat_s:
             self._beat_s = self._now_s
-            self._send(Heartbeat(self._epoch or 0))
+            self._send(LinkHeartbeat(self._epoch or 0))
 
     # what follows
 
-    def _send(self, message: Accept | Ack | Committed | Nack | Abort | Heartbeat) -> None:
+    def _send(self, message: Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat) -> None:
         self._out.append(Send(message))
 
     def _finish(self, transfer: InboundTransfer) -> None:
         self._end(transfer, InboundState.RECEIVED)
         self._counters.num_received += 1
         self._send(Committed(self._epoch or 0, transfer.id))
-        self._out.append(Received(transfer.id, transfer.payload or b""))
+        self._out.append(ReceivedMessage(transfer.id, transfer.payload or b""))
 
     def _end(self, transfer: InboundTransfer, state: InboundState) -> None:
         transfer.machine.transition(state)
@@ -270,12 +294,15 @@ class TransferReceiver:
     def _fail(self, transfer: InboundTransfer, error: str, kind: FailureKind) -> None:
         """Give up: its chunks under way are taken and dropped, the link stays."""
         if transfer.state is not InboundState.EXPECTED and self._link.state is LinkState.UP:
-            self._send(Abort(self._epoch or 0, transfer.id, error, kind))
+            self._send(AbortTransfer(self._epoch or 0, transfer.id, error, kind))
         self._end(transfer, InboundState.FAILED)
         self._report_failure(transfer, error, kind)
 
-    def _nack(self, transfer_id: TransferId, error: str, kind: FailureKind = FailureKind.DISAGREEMENT) -> None:
-        """The peer does not keep to the protocol, or memory between us is not what it should be: end this link."""
+    def _nack(
+        self, transfer_id: TransferId, error: str, kind: FailureKind = FailureKind.DISAGREEMENT
+    ) -> None:
+        """The peer does not keep to the protocol, or memory between us is not what it should be: end this
+        link."""
         self._counters.num_nacks += 1
         self._send(Nack(self._epoch or 0, transfer_id, error, kind))
         transfer = self._transfers.get(transfer_id)
@@ -290,7 +317,8 @@ class TransferReceiver:
             self._link_lost(error, kind)
 
     def _link_lost(self, error: str, kind: FailureKind) -> None:
-        """Transfers that were under way fail; reservations wait for their source to come back, as long as their lease."""
+        """Transfers that were under way fail; reservations wait for their source to come back, as long as
+        their lease."""
         self._link.transition(LinkState.DOWN)
         self._counters.num_links_closed += 1
         self._epoch = None

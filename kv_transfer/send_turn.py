@@ -7,15 +7,19 @@ Call = Callable[[], None]
 
 
 class SendTurn:
-    """Pure. Links take it in the order in which they asked; the one that has it may take it again while nobody waits."""
+    """Pure. Links take it in the order in which they asked; the one that has it may take it again while
+    nobody waits."""
 
     def __init__(self) -> None:
         self._holder: object | None = None
         self._num_under_way = 0
-        self._waiting: deque[tuple[object, Call, int]] = deque()  # the last: chunks that the call brings under way
+        self._waiting: deque[tuple[object, Call, int]] = (
+            deque()
+        )  # the last: chunks that the call brings under way
 
     def take(self, link: object, call: Call) -> None:
-        """Call now, or when it is this link's turn; it has one chunk more under way then, until `give_back`."""
+        """Call now, or when it is this link's turn; it has one chunk more under way then, until
+        `give_back`."""
         self._waiting.append((link, call, 1))
         self._go_on()
 

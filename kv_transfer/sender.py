@@ -1,7 +1,8 @@
-"""P's half of a pair, without I/O: offers, readiness, credits and acknowledgements come in; chunks and endings go out.
+"""P's half of a pair, without I/O: offers, readiness, credits and acknowledgements come in; chunks and
+endings go out.
 
-Open -> OFFER -> ACCEPT -> CHUNK... (while later layers and tokens are still computed) -> COMMIT -> COMMITTED -> Sent
-"""
+Open -> OFFER -> ACCEPT -> CHUNK... (while later layers and tokens are still computed) -> COMMIT -> COMMITTED
+-> Sent"""
 
 from typing import NamedTuple
 
@@ -12,16 +13,16 @@ from ..core.request import TransferId
 from .config import TransferConfig
 from .counters import TransferCounters
 from .events import (
-    Cancel,
+    CancelTransfer,
     CloseLink,
     CommitReady,
-    Computed,
     Extend,
     GatherFailed,
     LinkDown,
     LinkUp,
-    Open,
     OpenLink,
+    OpenTransfer,
+    PartComputed,
     PeerGone,
     PrefillDone,
     Send,
@@ -30,10 +31,10 @@ from .events import (
     SenderEvent,
     SendFailed,
     Sent,
-    Tick,
+    TransferTick,
 )
 from .outbound_transfer import OutboundTransfer
-from .protocol import Abort, Accept, Ack, Commit, Committed, Heartbeat, Nack, Offer
+from .protocol import AbortTransfer, Accept, Ack, Commit, Committed, LinkHeartbeat, Nack, OfferTransfer
 from .span import Span
 from .states import LINK_TRANSITIONS, LinkState, OutboundState
 
@@ -48,7 +49,9 @@ class _InFlight(NamedTuple):
 class TransferSender:
     """All transfers to one peer. Slots of the peer's ring are shared by them, the oldest transfer first."""
 
-    def __init__(self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str) -> None:
+    def __init__(
+        self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str
+    ) -> None:
         self._layout = layout
         self._bytes_per_cell = layout.wire_bytes_per_cell
         self._config = config
@@ -77,11 +80,11 @@ class TransferSender:
         self._now_s = now_s
         self._out = []
         match event:
-            case Accept() | Ack() | Committed() | Nack() | Abort() | Heartbeat():
+            case Accept() | Ack() | Committed() | Nack() | AbortTransfer() | LinkHeartbeat():
                 self._on_message(event)
-            case Open():
+            case OpenTransfer():
                 self._on_open(event)
-            case Extend() | Computed() | PrefillDone() | CommitReady() | Cancel():
+            case Extend() | PartComputed() | PrefillDone() | CommitReady() | CancelTransfer():
                 transfer = self._transfers.get(event.transfer)
                 if transfer is not None:
                     self._on_worker(transfer, event)
@@ -94,14 +97,14 @@ class TransferSender:
                     self._link_lost(event.error)
             case PeerGone():
                 self._close_link(event.error)
-            case Tick():
+            case TransferTick():
                 self._on_tick()
         self._pump()
         return self._out
 
     # from the worker
 
-    def _on_open(self, event: Open) -> None:
+    def _on_open(self, event: OpenTransfer) -> None:
         assert event.transfer not in self._transfers, f"{event.transfer} is being sent already"
         transfer = self._transfers[event.transfer] = OutboundTransfer(event, self._layout, self._now_s)
         if self._link.state is LinkState.UP:
@@ -110,9 +113,13 @@ class TransferSender:
             self._link.transition(LinkState.CONNECTING)
             self._out.append(OpenLink())
 
-    def _on_worker(self, transfer: OutboundTransfer, event: Extend | Computed | PrefillDone | CommitReady | Cancel) -> None:
+    def _on_worker(
+        self,
+        transfer: OutboundTransfer,
+        event: Extend | PartComputed | PrefillDone | CommitReady | CancelTransfer,
+    ) -> None:
         match event:
-            case Computed():
+            case PartComputed():
                 try:
                     transfer.computed(event.span, event.mark)
                 except ValueError as error:
@@ -124,7 +131,7 @@ class TransferSender:
             case CommitReady():
                 transfer.prefill_done(self._now_s)
                 transfer.payload = event.payload
-            case Cancel():
+            case CancelTransfer():
                 self._fail(transfer, event.error, FailureKind.CANCELLED)
 
     def _on_gather_failed(self, event: GatherFailed) -> None:
@@ -148,12 +155,12 @@ class TransferSender:
         for transfer in self._transfers.values():
             self._offer(transfer)
 
-    def _on_message(self, message: Accept | Ack | Committed | Nack | Abort | Heartbeat) -> None:
+    def _on_message(self, message: Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat) -> None:
         if message.epoch != self._epoch:
             self._counters.num_stale_messages += 1
             return
         self._heard_s = self._now_s
-        if isinstance(message, Heartbeat):
+        if isinstance(message, LinkHeartbeat):
             return
         if isinstance(message, Ack):
             self._on_ack(message)
@@ -167,13 +174,15 @@ class TransferSender:
                 self._on_accept(transfer, message)
             case Committed() if transfer.state is OutboundState.COMMITTING:
                 self._on_committed(transfer)
-            case Abort():
+            case AbortTransfer():
                 self._end(transfer, OutboundState.FAILED)
                 self._out.append(SendFailed(transfer.id, message.error, message.kind))
             case Nack():
                 self._counters.num_nacks += 1
                 self._end(transfer, OutboundState.FAILED)
-                self._out.append(SendFailed(transfer.id, f"refused by the receiver: {message.error}", message.kind))
+                self._out.append(
+                    SendFailed(transfer.id, f"refused by the receiver: {message.error}", message.kind)
+                )
             case _:
                 self._counters.num_stale_messages += 1
 
@@ -203,11 +212,15 @@ class TransferSender:
         error = self._overdue()
         if error is not None:
             self._close_link(error)
-        elif not self._transfers and not self._in_flight and self._now_s - self._used_s > self._config.max_idle_s:
+        elif (
+            not self._transfers
+            and not self._in_flight
+            and self._now_s - self._used_s > self._config.max_idle_s
+        ):
             self._close_link("idle")
         elif self._now_s - self._beat_s >= self._config.heartbeat_s:
             self._beat_s = self._now_s
-            self._send(Heartbeat(self._epoch or 0))
+            self._send(LinkHeartbeat(self._epoch or 0))
 
     def _overdue(self) -> str | None:
         config = self._config
@@ -231,7 +244,7 @@ class TransferSender:
     def _offer(self, transfer: OutboundTransfer) -> None:
         transfer.machine.transition(OutboundState.OFFERED)
         transfer.waiting_since_s = self._now_s
-        self._send(Offer(self._epoch or 0, transfer.id, transfer.num_tokens))
+        self._send(OfferTransfer(self._epoch or 0, transfer.id, transfer.num_tokens))
 
     def _pump(self) -> None:
         """Send what is ready as far as slots reach, and commit what is complete."""
@@ -260,7 +273,7 @@ class TransferSender:
         transfer.waiting_since_s = self._now_s
         self._send(Commit(self._epoch or 0, transfer.id, transfer.payload or b""))
 
-    def _send(self, message: Offer | Commit | Abort | Heartbeat) -> None:
+    def _send(self, message: OfferTransfer | Commit | AbortTransfer | LinkHeartbeat) -> None:
         self._out.append(Send(message))
 
     def _end(self, transfer: OutboundTransfer, state: OutboundState) -> None:
@@ -273,7 +286,7 @@ class TransferSender:
     def _fail(self, transfer: OutboundTransfer, error: str, kind: FailureKind) -> None:
         """Give up: chunks under way come back by their ACK, nothing else of it leaves, the link stays."""
         if transfer.state is not OutboundState.WAITING and self._link.state is LinkState.UP:
-            self._send(Abort(self._epoch or 0, transfer.id, error, kind))
+            self._send(AbortTransfer(self._epoch or 0, transfer.id, error, kind))
         self._end(transfer, OutboundState.FAILED)
         self._out.append(SendFailed(transfer.id, error, kind))
 

@@ -1,4 +1,5 @@
-"""Link for two processes of one host: P gathers straight into D's staging ring, a sealed memfd without a name."""
+"""Link for two processes of one host: P gathers straight into D's staging ring, a sealed memfd without a
+name."""
 
 import fcntl
 import mmap
@@ -19,7 +20,8 @@ def host_id() -> str:
 
 
 class ShmLink:
-    """Both sides' view of the ring. D makes it and hands the descriptor to P; each epoch has a ring of its own."""
+    """Both sides' view of the ring. D makes it and hands the descriptor to P; each epoch has a ring of its
+    own."""
 
     name: ClassVar = "shm"
     executor = None
@@ -46,7 +48,8 @@ class ShmLink:
 
     @classmethod
     def attach(cls, fd: int, num_slots: int, slot_bytes: int) -> "ShmLink":
-        """P: the ring of D. Raises LinkError when it is not of the announced size, or could still shrink under us."""
+        """P: the ring of D. Raises LinkError when it is not of the announced size, or could still shrink
+        under us."""
         size = os.fstat(fd).st_size
         if num_slots < 1 or slot_bytes < 1 or size != num_slots * slot_bytes:
             raise LinkError(f"the peer's ring has {size} bytes, announced were {num_slots} x {slot_bytes}")

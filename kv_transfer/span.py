@@ -55,7 +55,8 @@ class Place(NamedTuple):
 
 
 def place_of(span: Span, block_ids: Sequence[int], block_size: int) -> Place:
-    """Where a transfer's `span` lies, without the blocks before and behind it: a store looks at every block it is given."""
+    """Where a transfer's `span` lies, without the blocks before and behind it: a store looks at every block
+    it is given."""
     first = span.token_start // block_size
     touched = block_ids[first : -(-span.token_end // block_size)]
     return Place(touched, span.token_start - first * block_size, span.token_end - first * block_size)
@@ -66,11 +67,14 @@ class Coverage:
 
     def __init__(self, whole: Span) -> None:
         self._whole = whole
-        self._edges: list[list[int]] = [[] for _ in range(whole.num_layers)]  # per layer: start, end, start, end, ...
+        self._edges: list[list[int]] = [
+            [] for _ in range(whole.num_layers)
+        ]  # per layer: start, end, start, end, ...
         self.num_missing = whole.num_cells
 
     def add(self, span: Span) -> None:
-        """Account for `span`. Raises ValueError, changing nothing, when part of it is outside or has come before."""
+        """Account for `span`. Raises ValueError, changing nothing, when part of it is outside or has come
+        before."""
         whole = self._whole
         inside = (
             whole.layer_start <= span.layer_start < span.layer_end <= whole.layer_end

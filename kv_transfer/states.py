@@ -1,4 +1,5 @@
-"""The states of a transfer's two ends and of their link: one table for each, followed by a `core.automaton.Automaton`."""
+"""The states of a transfer's two ends and of their link: one table for each, followed by a
+`core.automaton.Automaton`."""
 
 import enum
 

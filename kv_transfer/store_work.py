@@ -1,4 +1,5 @@
-"""What a store's device has yet to do for transfers: their endings wait for it, since it still reads or writes their blocks."""
+"""What a store's device has yet to do for transfers: their endings wait for it, since it still reads or
+writes their blocks."""
 
 import asyncio
 from collections import defaultdict, deque
@@ -18,10 +19,9 @@ Done = Callable[[int | BaseException], None]  # hears the checksum, or what went
 
 
 class StoreWaits:
-    """The works of all of an endpoint's pairs, in the order in which the store's device does them. It cannot call us, so it is
-    asked: by the endpoint's loop, where that waits for its sockets (`PollingSelector`). A thread that asks costs a chunk as
-    much as all else that its host does for it.
-    """
+    """The works of all of an endpoint's pairs, in the order in which the store's device does them. It cannot
+    call us, so it is asked: by the endpoint's loop, where that waits for its sockets (`PollingSelector`). A
+    thread that asks costs a chunk as much as all else that its host does for it."""
 
     def __init__(self) -> None:
         self._works: deque[tuple[Pending, Done]] = deque()
@@ -30,8 +30,8 @@ class StoreWaits:
         self._is_stopped = False
 
     def add(self, pending: Pending, done: Done) -> None:
-        """Call `done` when the store has done the work, as long as that takes: a device that is late still touches the
-        blocks. Deadlines are the machines' business."""
+        """Call `done` when the store has done the work, as long as that takes: a device that is late still
+        touches the blocks. Deadlines are the machines' business."""
         self._works.append((pending, done))
         self._nobody_waits.clear()
 

@@ -1,7 +1,5 @@
 """The load generator behind `pdserve bench`: requests by a plan, their latencies, and what they amount to.
 
-Pure (no clock, no I/O): `arrivals`, `lengths`, `trace`, `workload`, `records`, `statistics`, `slo`, `report`, `compare` and
-`tables`.
-The shell around them: `runner` sends, `grpc_target` and `http_target` speak with a server, `campaign` lets targets take turns,
-`plots` draws.
-"""
+Pure (no clock, no I/O): `arrivals`, `lengths`, `trace`, `workload`, `records`, `statistics`, `slo`, `report`,
+`compare` and `tables`. The shell around them: `runner` sends, `grpc_target` and `http_target` speak with a
+server, `campaign` lets targets take turns, `plots` draws."""

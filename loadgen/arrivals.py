@@ -1,8 +1,8 @@
 """When requests of an open load are due: instants in seconds since its start, ascending and without end.
 
-The first request comes after the first gap. Gaps are used as they were drawn; vLLM stretches them so that the whole run has
-exactly the rate that was asked for, which takes from a short run the very randomness that it was asked to have.
-"""
+The first request comes after the first gap. Gaps are used as they were drawn; vLLM stretches them so that the
+whole run has exactly the rate that was asked for, which takes from a short run the very randomness that it
+was asked to have."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class Poisson:
 
 @dataclass(frozen=True)
 class Gamma:
-    """Gamma gaps of shape `burstiness` and mean 1 / rate, as vLLM's `--burstiness`: 1 is Poisson, below 1 requests come in
-    bursts, above 1 more evenly. The gaps' coefficient of variation is burstiness ** -0.5."""
+    """Gamma gaps of shape `burstiness` and mean 1 / rate, as vLLM's `--burstiness`: 1 is Poisson, below 1
+    requests come in bursts, above 1 more evenly. The gaps' coefficient of variation is burstiness ** -0.5."""
 
     rate: float
     burstiness: float

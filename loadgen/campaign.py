@@ -1,18 +1,18 @@
-"""One or more targets under the same workload, round after round. Targets take turns, and the order turns around each round, so
-that what changes on the machine meanwhile does not fall on one of them alone."""
+"""One or more targets under the same workload, round after round. Targets take turns, and the order turns
+around each round, so that what changes on the machine meanwhile does not fall on one of them alone."""
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .compare import Ratio, compare
-from .errors import LoadError, RequestFailed
+from .errors import LoadError, LoadRequestFailed
 from .records import Round
 from .report import Report, make_report
-from .runner import Load, Runner
+from .runner import LoadRunner, OfferedLoad
 from .slo import Slo
-from .target import ModelFacts, Request, Target
-from .workload import Drawn, Job, Prompts, Workload, limited
+from .target import LoadRequest, ModelFacts, Target
+from .workload import Drawn, Prompts, ScheduledRequest, Workload, limited
 
 _DEFAULT_VOCABULARY = 1000  # when a target does not tell its own: every model has so many tokens
 _FIRST_ID = 3  # most tokenizers have their special tokens before it
@@ -20,7 +20,7 @@ _WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class CampaignPlan:
     """What every target gets."""
 
     workload: Workload
@@ -59,9 +59,11 @@ class Result:
 Progress = Callable[[str, int, Round], None]  # name, round, what was seen
 
 
-async def run_campaign(plan: Plan, contenders: Sequence[Contender], progress: Progress | None = None) -> list[Result]:
+async def run_campaign(
+    plan: CampaignPlan, contenders: Sequence[Contender], progress: Progress | None = None
+) -> list[Result]:
     """Raises LoadError when a target cannot be used for this load."""
-    turns = [await _Turns.of(plan, contender, salt) for salt, contender in enumerate(contenders)]
+    turns = [await _TargetTurns.of(plan, contender, salt) for salt, contender in enumerate(contenders)]
     rounds: list[list[Round]] = [[] for _ in contenders]
     for index in range(plan.num_rounds):
         order = range(len(turns)) if index % 2 == 0 else reversed(range(len(turns)))
@@ -73,25 +75,25 @@ async def run_campaign(plan: Plan, contenders: Sequence[Contender], progress: Pr
 
 
 @dataclass(frozen=True)
-class _Turns:
+class _TargetTurns:
     """One target's share."""
 
-    plan: Plan
+    plan: CampaignPlan
     contender: Contender
-    runner: Runner
+    runner: LoadRunner
     prompts: Prompts
 
     @staticmethod
-    async def of(plan: Plan, contender: Contender, salt: int) -> "_Turns":
+    async def of(plan: CampaignPlan, contender: Contender, salt: int) -> "_TargetTurns":
         try:
             facts = await contender.target.facts()
-        except RequestFailed as error:
+        except LoadRequestFailed as error:
             raise LoadError(f"{contender.name}: {error}") from error
         _check_fits(plan, contender.name, facts)
         high = plan.vocab_size or facts.vocab_size or _DEFAULT_VOCABULARY
         prefixes = plan.workload.prefixes if isinstance(plan.workload, Drawn) else None
         prompts = Prompts(plan.seed, min(_FIRST_ID, high - 1), high, facts.special_token_ids, prefixes, salt)
-        return _Turns(plan, contender, Runner(contender.target), prompts)
+        return _TargetTurns(plan, contender, LoadRunner(contender.target), prompts)
 
     async def take(self, index: int) -> Round:
         plan = self.plan
@@ -99,7 +101,7 @@ class _Turns:
             await self.contender.prepare()
         await self._warm_up(index)
         return await self.runner.measured(
-            Load(
+            OfferedLoad(
                 jobs=limited(plan.workload.jobs(plan.seed, index), plan.max_requests, plan.duration_s),
                 make_request=lambda job: self._request(job, index),
                 concurrency=plan.concurrency,
@@ -108,11 +110,11 @@ class _Turns:
             )
         )
 
-    def _request(self, job: Job, round_index: int) -> Request:
+    def _request(self, job: ScheduledRequest, round_index: int) -> LoadRequest:
         return self._asking(self.prompts.token_ids(job, round_index), job.num_output_tokens)
 
-    def _asking(self, token_ids: Sequence[int], num_output_tokens: int) -> Request:
-        return Request(token_ids, num_output_tokens, self.plan.ignore_eos, self.plan.temperature)
+    def _asking(self, token_ids: Sequence[int], num_output_tokens: int) -> LoadRequest:
+        return LoadRequest(token_ids, num_output_tokens, self.plan.ignore_eos, self.plan.temperature)
 
     async def _warm_up(self, index: int) -> None:
         """Prompts as long as the load's own, that no job has; their outputs are short."""
@@ -122,11 +124,13 @@ class _Turns:
         requests = [self._asking(token_ids, _WARM_UP_TOKENS) for token_ids in prompts]
         try:
             await self.runner.warm_up(requests, self.plan.timeout_s)
-        except (RequestFailed, TimeoutError) as error:
-            raise LoadError(f"{self.contender.name}: a warm-up request failed: {str(error) or 'timeout'}") from error
+        except (LoadRequestFailed, TimeoutError) as error:
+            raise LoadError(
+                f"{self.contender.name}: a warm-up request failed: {str(error) or 'timeout'}"
+            ) from error
 
 
-def _endless(jobs: Iterator[Job]) -> Iterator[Job]:
+def _endless(jobs: Iterator[ScheduledRequest]) -> Iterator[ScheduledRequest]:
     """A trace's rows over again, should there be fewer than warm-up requests."""
     seen = []
     for job in jobs:
@@ -138,7 +142,7 @@ def _endless(jobs: Iterator[Job]) -> Iterator[Job]:
         index += 1
 
 
-def _check_fits(plan: Plan, name: str, facts: ModelFacts) -> None:
+def _check_fits(plan: CampaignPlan, name: str, facts: ModelFacts) -> None:
     """Before anything is sent, where the bounds are known."""
     if not isinstance(plan.workload, Drawn) or facts.max_model_len is None:
         return
@@ -147,13 +151,14 @@ def _check_fits(plan: Plan, name: str, facts: ModelFacts) -> None:
     longest = sum(length or 1 for length in lengths) + prefix
     if longest > facts.max_model_len:
         raise LoadError(
-            f"{name}: prompt and output may have {longest} tokens together, but the model takes {facts.max_model_len}; "
-            "give lengths a max"
+            f"{name}: prompt and output may have {longest} tokens together, but the model takes"
+            f" {facts.max_model_len}; give lengths a max"
         )
 
 
 def summed_up(plan_words: dict[str, Any], results: Sequence[Result], slo: Slo) -> dict[str, Any]:
-    """For JSON: the load in the caller's words, each target's figures (all rounds, and each), and the ratios of two."""
+    """For JSON: the load in the caller's words, each target's figures (all rounds, and each), and the ratios
+    of two."""
     targets = [
         {
             "name": result.name,

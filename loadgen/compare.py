@@ -1,10 +1,10 @@
 """Two targets that took turns: the ratio of each figure, with a confidence interval.
 
-A round gives one value of a figure for each target. The ratio is that of the values' means over all rounds; its interval is the
-percentile bootstrap's (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13) over rounds drawn with replacement,
-a round's two values always together: what a busy minute did to both cancels out. With few rounds such an interval is too narrow
-(of five rounds it misses the truth one time in six, of twelve one in eleven, not one in twenty); with one round there is none.
-"""
+A round gives one value of a figure for each target. The ratio is that of the values' means over all rounds;
+its interval is the percentile bootstrap's (Efron and Tibshirani, An Introduction to the Bootstrap, chapter
+13) over rounds drawn with replacement, a round's two values always together: what a busy minute did to both
+cancels out. With few rounds such an interval is too narrow (of five rounds it misses the truth one time in
+six, of twelve one in eleven, not one in twenty); with one round there is none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,10 @@ def _plain(field: str, report: Report) -> float | None:
 
 
 FIGURES: dict[str, Figure] = {
-    **{name: partial(_plain, name) for name in ("requests_per_s", "output_tokens_per_s", "goodput_per_s", "good_share")},
+    **{
+        name: partial(_plain, name)
+        for name in ("requests_per_s", "output_tokens_per_s", "goodput_per_s", "good_share")
+    },
     **{
         f"{field}.{statistic}": partial(_of_summary, field, statistic)
         for field in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")

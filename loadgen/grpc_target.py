@@ -3,9 +3,9 @@
 import grpc
 
 from ..proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
-from .errors import RequestFailed
-from .records import Answer, Legs
-from .target import ModelFacts, OnTokens, Request
+from .errors import LoadRequestFailed
+from .records import CompletedRequest, Legs
+from .target import LoadRequest, ModelFacts, OnTokens
 
 _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -14,7 +14,11 @@ class GrpcTarget:
     """All requests share one connection: with TLS, if there are credentials for it."""
 
     def __init__(
-        self, address: str, model: str = "", api_key: str = "", credentials: grpc.ChannelCredentials | None = None
+        self,
+        address: str,
+        model: str = "",
+        api_key: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
@@ -26,12 +30,16 @@ class GrpcTarget:
 
     async def facts(self) -> ModelFacts:
         try:
-            info = await self._stub.GetModelInfo(pb.GetModelInfoRequest(model=self._model), metadata=self._shown)
+            info = await self._stub.GetModelInfo(
+                pb.GetModelInfoRequest(model=self._model), metadata=self._shown
+            )
         except grpc.aio.AioRpcError as error:
             raise _failed(error) from error
-        return ModelFacts(info.name, info.vocab_size or None, info.max_model_len or None, tuple(info.eos_token_ids))
+        return ModelFacts(
+            info.name, info.vocab_size or None, info.max_model_len or None, tuple(info.eos_token_ids)
+        )
 
-    async def send(self, request: Request, on_tokens: OnTokens) -> Answer:
+    async def send(self, request: LoadRequest, on_tokens: OnTokens) -> CompletedRequest:
         sampling = pb.SamplingParams(
             max_tokens=request.max_tokens, temperature=request.temperature, ignore_eos=request.ignore_eos
         )
@@ -47,16 +55,18 @@ class GrpcTarget:
         except grpc.aio.AioRpcError as error:
             raise _failed(error) from error
         if end is None:
-            raise RequestFailed("cut off", "the stream ended without its ending")
+            raise LoadRequestFailed("cut off", "the stream ended without its ending")
         usage = end.usage
-        return Answer(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, legs_of(end.timeline))
+        return CompletedRequest(
+            usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, legs_of(end.timeline)
+        )
 
     async def close(self) -> None:
         await self._channel.close(None)
 
 
-def _failed(error: grpc.aio.AioRpcError) -> RequestFailed:
-    return RequestFailed(error.code().name.lower().replace("_", " "), error.details() or "")
+def _failed(error: grpc.aio.AioRpcError) -> LoadRequestFailed:
+    return LoadRequestFailed(error.code().name.lower().replace("_", " "), error.details() or "")
 
 
 def legs_of(timeline: pb.Timeline) -> Legs | None:

@@ -1,8 +1,8 @@
 """An OpenAI-compatible server as a target: `/v1/completions` with token ids for prompts, streamed.
 
-A chunk counts as the tokens that it tells of: by `token_ids` of its choice, or by usage that goes on with each chunk, else as
-one, as vLLM's benchmark has it. The totals come from the usage at the end where the server sends one.
-"""
+A chunk counts as the tokens that it tells of: by `token_ids` of its choice, or by usage that goes on with
+each chunk, else as one, as vLLM's benchmark has it. The totals come from the usage at the end where the
+server sends one."""
 
 import json
 import ssl
@@ -11,17 +11,17 @@ from typing import Any
 
 import httpx
 
-from .errors import RequestFailed
-from .records import Answer
+from .errors import LoadRequestFailed
+from .records import CompletedRequest
 from .sse import SseParser
-from .target import ModelFacts, OnTokens, Request
+from .target import LoadRequest, ModelFacts, OnTokens
 
 _DONE = "[DONE]"
 
 
 class HttpTarget:
-    """`address` is http(s)://HOST:PORT, with or without /v1. `extra` is added to each request's body; `tls` says whom to trust,
-    by default public authorities."""
+    """`address` is http(s)://HOST:PORT, with or without /v1. `extra` is added to each request's body; `tls`
+    says whom to trust, by default public authorities."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class HttpTarget:
         models = _object(response.text).get("data") or []
         wanted = [model for model in models if self._model in ("", model.get("id"))]
         if not wanted:
-            raise RequestFailed("http 404", f"the server has no model {self._model!r}")
+            raise LoadRequestFailed("http 404", f"the server has no model {self._model!r}")
         self._model = str(wanted[0]["id"])
         return ModelFacts(self._model, max_model_len=wanted[0].get("max_model_len"))
 
-    async def send(self, request: Request, on_tokens: OnTokens) -> Answer:
+    async def send(self, request: LoadRequest, on_tokens: OnTokens) -> CompletedRequest:
         stream = _Stream(len(request.token_ids), on_tokens)
         try:
             async with self._client.stream("POST", "/v1/completions", json=self._body(request)) as response:
@@ -72,7 +72,7 @@ class HttpTarget:
             raise _failed(error) from error
         return stream.answer()
 
-    def _body(self, request: Request) -> dict[str, Any]:
+    def _body(self, request: LoadRequest) -> dict[str, Any]:
         return {
             "model": self._model,
             "prompt": list(request.token_ids),
@@ -102,7 +102,7 @@ class _Stream:
         if chunk.get("error"):
             error = chunk["error"]
             message = error.get("message") if isinstance(error, dict) else error
-            raise RequestFailed("error in the stream", str(message))
+            raise LoadRequestFailed("error in the stream", str(message))
         usage, choices = chunk.get("usage"), chunk.get("choices") or []
         if isinstance(usage, dict):
             self._usage = usage
@@ -121,11 +121,11 @@ class _Stream:
         # a token may have no text yet, but one that only ends the stream is none
         return 0 if not choice.get("text") and choice.get("finish_reason") is not None else 1
 
-    def answer(self) -> Answer:
+    def answer(self) -> CompletedRequest:
         if not self.is_done:
-            raise RequestFailed("cut off", "the stream ended without its ending")
+            raise LoadRequestFailed("cut off", "the stream ended without its ending")
         details = self._usage.get("prompt_tokens_details") or {}
-        return Answer(
+        return CompletedRequest(
             num_prompt_tokens=self._usage.get("prompt_tokens", self._num_prompt_tokens),
             num_output_tokens=self._usage.get("completion_tokens", self._num_seen),
             num_cached_tokens=details.get("cached_tokens"),
@@ -148,11 +148,11 @@ def _object(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise RequestFailed("bad answer", f"expected a JSON object, got {text[:100]!r}")
+        raise LoadRequestFailed("bad answer", f"expected a JSON object, got {text[:100]!r}")
     return value
 
 
-def _refused(response: httpx.Response) -> RequestFailed:
+def _refused(response: httpx.Response) -> LoadRequestFailed:
     """By the status; the message from OpenAI's error shape, or what there is."""
     message: object = response.text
     try:
@@ -160,10 +160,10 @@ def _refused(response: httpx.Response) -> RequestFailed:
         message = body["error"]["message"]
     except (ValueError, KeyError, TypeError):
         pass
-    return RequestFailed(f"http {response.status_code}", str(message)[:300])
+    return LoadRequestFailed(f"http {response.status_code}", str(message)[:300])
 
 
-def _failed(error: httpx.TransportError) -> RequestFailed:
+def _failed(error: httpx.TransportError) -> LoadRequestFailed:
     if isinstance(error, httpx.ConnectError):
-        return RequestFailed("unreachable", str(error))
-    return RequestFailed("cut off", str(error) or type(error).__name__)
+        return LoadRequestFailed("unreachable", str(error))
+    return LoadRequestFailed("cut off", str(error) or type(error).__name__)

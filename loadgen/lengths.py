@@ -1,8 +1,9 @@
-"""How many tokens prompts and outputs have: distributions over whole numbers from 1 on, and how they are written.
+"""How many tokens prompts and outputs have: distributions over whole numbers from 1 on, and how they are
+written.
 
 512                                       always
 uniform:min=64,max=512                    both ends included
-lognormal:mean=512,cv=0.8,min=16,max=2048 mean and coefficient of variation before clipping; min and max may be left out
+lognormal:mean=512,cv=0.8,min=16,max=2048 mean and coefficient of variation, then clipped to min and max
 file:PATH                                 one number a line; drawn with equal probability
 """
 
@@ -109,7 +110,7 @@ def parse_lengths(text: str, read: ReadText) -> Lengths:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise LoadError(
             f"{text!r} is not a length ({reason}), expected such as 512, uniform:min=64,max=512, "
-            f"lognormal:mean=512,cv=0.8,max=2048 or file:PATH"
+            "lognormal:mean=512,cv=0.8,max=2048 or file:PATH"
         ) from error
 
 

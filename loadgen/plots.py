@@ -14,7 +14,10 @@ from .slo import Slo
 def draw_all(results: Sequence[Result], slo: Slo, folder: Path) -> list[Path]:
     """Every picture that the results have matter for; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [_distributions(results, slo, folder / "latencies.png"), _ttft_by_prompt(results, slo, folder / "ttft.png")]
+    files = [
+        _distributions(results, slo, folder / "latencies.png"),
+        _ttft_by_prompt(results, slo, folder / "ttft.png"),
+    ]
     reports = [(result.name, result.report(slo)) for result in results]
     if any(report.legs_ms for _, report in reports):
         files.append(_legs(reports, folder / "legs.png"))
@@ -30,7 +33,9 @@ def _distributions(results: Sequence[Result], slo: Slo, path: Path) -> Path:
     for axes, (name, limit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for result in results:
             values = np.sort([value * 1e3 for record in _ok(result) for value in _values(name, record)])
-            axes.step(values, np.arange(1, len(values) + 1) / max(1, len(values)), where="post", label=result.name)
+            axes.step(
+                values, np.arange(1, len(values) + 1) / max(1, len(values)), where="post", label=result.name
+            )
         if limit is not None:
             axes.axvline(limit, color="grey", linestyle=":", label="SLO")
         axes.set(xlabel=f"{name}, ms", ylabel="share", ylim=(0, 1), xscale="log")
@@ -47,8 +52,14 @@ def _ttft_by_prompt(results: Sequence[Result], slo: Slo, path: Path) -> Path:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for result in results:
-        points = [(record.num_prompt_tokens, record.ttft_s * 1e3) for record in _ok(result) if record.ttft_s is not None]
-        axes.plot([x for x, _ in points], [y for _, y in points], "o", alpha=0.5, markersize=4, label=result.name)
+        points = [
+            (record.num_prompt_tokens, record.ttft_s * 1e3)
+            for record in _ok(result)
+            if record.ttft_s is not None
+        ]
+        axes.plot(
+            [x for x, _ in points], [y for _, y in points], "o", alpha=0.5, markersize=4, label=result.name
+        )
     if slo.ttft is not None:
         axes.axhline(slo.ttft, color="grey", linestyle=":", label="SLO")
     axes.set(xlabel="prompt tokens", ylabel="TTFT, ms", yscale="log")
@@ -67,7 +78,9 @@ def _legs(reports: Sequence[tuple[str, Report]], path: Path) -> Path:
     names = [name for name, _ in reports]
     left = np.zeros(len(reports))
     for leg in (leg for leg in LEGS if leg != "transfer"):  # most of it runs beside the prefill
-        widths = np.array([report.legs_ms[leg].mean if leg in report.legs_ms else 0.0 for _, report in reports])
+        widths = np.array(
+            [report.legs_ms[leg].mean if leg in report.legs_ms else 0.0 for _, report in reports]
+        )
         axes.barh(names, widths, left=left, label=leg.replace("_", " "))
         left += widths
     axes.set(xlabel="ms up to the second token, means")

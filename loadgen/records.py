@@ -1,6 +1,7 @@
 """What was seen of one request, and what follows from it alone.
 
-Instants are seconds of the generator's clock. Definitions, beside those of vLLM (`vllm bench serve`), GuideLLM and aiperf:
+Instants are seconds of the generator's clock. Definitions, beside those of vLLM (`vllm bench serve`),
+GuideLLM and aiperf:
 
 | here | is | vLLM | GuideLLM | aiperf |
 |---|---|---|---|---|
@@ -10,9 +11,8 @@ Instants are seconds of the generator's clock. Definitions, beside those of vLLM
 | E2E | sent -> last token seen | E2EL | request latency | request latency |
 | tokens/s/user | 1 / TPOT | - | - | output token throughput per user |
 
-GuideLLM's "time per output token" is something else: E2E / tokens. Where each chunk holds one token, a request's ITLs have
-its TPOT as mean.
-"""
+GuideLLM's "time per output token" is something else: E2E / tokens. Where each chunk holds one token, a
+request's ITLs have its TPOT as mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TokenChunk:
     """Tokens that came together."""
 
     at_s: float
@@ -29,10 +29,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Legs:
-    """Where the time up to the second token went, by the server's own timeline. In seconds; None: it did not say.
+    """Where the time up to the second token went, by the server's own timeline. In seconds; None: it did not
+    say.
 
-    TTFT = queue + worker queue + prefill + `way`, which is all the rest: client, gateway, and to the worker and back.
-    """
+    TTFT = queue + worker queue + prefill + `way`, which is all the rest: client, gateway, and to the worker
+    and back."""
 
     queue_s: float  # in the router, earlier attempts included
     worker_queue_s: float | None  # in the prefill worker
@@ -43,7 +44,7 @@ class Legs:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CompletedRequest:
     """How a request ended that went well."""
 
     num_prompt_tokens: int
@@ -61,8 +62,8 @@ class RequestRecord:
     sent_s: float
     ended_s: float
     num_prompt_tokens: int
-    chunks: tuple[Chunk, ...] = ()
-    answer: Answer | None = None
+    chunks: tuple[TokenChunk, ...] = ()
+    answer: CompletedRequest | None = None
     error: str | None = None  # a kind, see `RequestFailed`
     message: str = ""
 
@@ -74,7 +75,11 @@ class RequestRecord:
     @property
     def num_output_tokens(self) -> int:
         """By the server's account where there is one."""
-        return self.answer.num_output_tokens if self.answer is not None else sum(chunk.num_tokens for chunk in self.chunks)
+        return (
+            self.answer.num_output_tokens
+            if self.answer is not None
+            else sum(chunk.num_tokens for chunk in self.chunks)
+        )
 
     @property
     def ttft_s(self) -> float | None:

@@ -1,5 +1,6 @@
-"""From records to figures. Throughputs count requests that ended well, over the time from the first request sent to the last
-ended; latencies are those of requests that ended well. Where several rounds are summed up, their times are added."""
+"""From records to figures. Throughputs count requests that ended well, over the time from the first request
+sent to the last ended; latencies are those of requests that ended well. Where several rounds are summed up,
+their times are added."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,8 @@ from .slo import Slo
 from .statistics import Summary
 
 LEGS = ("queue", "worker_queue", "prefill", "way", "transfer", "exposed_transfer", "first_decode")
-# the generator is part of what was measured when it is later than this share of the median TTFT, and than a timer's grain
+# the generator is part of what was measured when it is later than this share of the median TTFT, and than a
+# timer's grain
 _LATENESS_SHARE, _LATENESS_GRAIN_S = 0.05, 0.002
 
 
@@ -98,7 +100,9 @@ def make_report(rounds: Sequence[Round], slo: Slo) -> Report:
         e2e_ms=_ms(_present(record.e2e_s for record in ok)),
         ttft_by_prompt_tokens=_ttft_by_prompt_tokens(ok),
         legs_ms=_legs_ms(ok),
-        generator=_generator_report(records, GeneratorLoad.together([one.generator for one in rounds]), ttft_ms),
+        generator=_generator_report(
+            records, GeneratorLoad.together([one.generator for one in rounds]), ttft_ms
+        ),
     )
 
 
@@ -121,14 +125,18 @@ def _ttft_by_prompt_tokens(records: Sequence[RequestRecord]) -> tuple[PromptBuck
         if record.ttft_s is not None:
             buckets.setdefault(record.num_prompt_tokens.bit_length(), []).append(record.ttft_s)
     summaries = ((bits, _ms(values)) for bits, values in sorted(buckets.items()))
-    return tuple(PromptBucket(1 << bits >> 1, 1 << bits, summary) for bits, summary in summaries if summary is not None)
+    return tuple(
+        PromptBucket(1 << bits >> 1, 1 << bits, summary) for bits, summary in summaries if summary is not None
+    )
 
 
 def _legs_ms(records: Sequence[RequestRecord]) -> dict[str, Summary]:
     """Legs that some request had, in the order of a request's journey."""
 
     def of_server(leg: Callable[[Legs], float | None]) -> list[float]:
-        return _present(leg(r.answer.legs) for r in records if r.answer is not None and r.answer.legs is not None)
+        return _present(
+            leg(r.answer.legs) for r in records if r.answer is not None and r.answer.legs is not None
+        )
 
     values = {
         "queue": of_server(lambda legs: legs.queue_s),
@@ -143,16 +151,25 @@ def _legs_ms(records: Sequence[RequestRecord]) -> dict[str, Summary]:
     return {name: summary for name, summary in summaries.items() if summary is not None}
 
 
-def _generator_report(records: Sequence[RequestRecord], load: GeneratorLoad, ttft_ms: Summary | None) -> GeneratorReport:
+def _generator_report(
+    records: Sequence[RequestRecord], load: GeneratorLoad, ttft_ms: Summary | None
+) -> GeneratorReport:
     lateness_ms, lag_ms = _ms(_present(record.lateness_s for record in records)), _ms(load.loop_lags_s)
     cpu_share = _rate(load.cpu_s, load.wall_s)
     median_ttft_ms = ttft_ms.p50 if ttft_ms is not None else 0.0
     limit_ms = max(_LATENESS_SHARE * median_ttft_ms, _LATENESS_GRAIN_S * 1e3)
     warnings = []
     if lateness_ms is not None and lateness_ms.p95 > limit_ms:
-        warnings.append(f"5 % of requests were sent {lateness_ms.p95:.1f} ms late or more: the load was not what was asked for")
+        warnings.append(
+            f"5 % of requests were sent {lateness_ms.p95:.1f} ms late or more: the load was not what was"
+            " asked for"
+        )
     if lag_ms is not None and lag_ms.p95 > limit_ms:
-        warnings.append(f"the generator's loop was {lag_ms.p95:.1f} ms late in 5 % of cases: latencies contain that")
+        warnings.append(
+            f"the generator's loop was {lag_ms.p95:.1f} ms late in 5 % of cases: latencies contain that"
+        )
     if cpu_share > 0.8:
-        warnings.append(f"the generator kept its core busy for {cpu_share:.0%} of the time: it may be what was measured")
+        warnings.append(
+            f"the generator kept its core busy for {cpu_share:.0%} of the time: it may be what was measured"
+        )
     return GeneratorReport(cpu_share, lateness_ms, lag_ms, tuple(warnings))

@@ -1,5 +1,5 @@
-"""Sends a load and records what comes back. An open load's requests are sent when they are due, whether or not earlier ones
-have been answered; a closed one has a number of clients, each with one request at a time."""
+"""Sends a load and records what comes back. An open load's requests are sent when they are due, whether or
+not earlier ones have been answered; a closed one has a number of clients, each with one request at a time."""
 
 import asyncio
 import time
@@ -8,14 +8,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from .errors import RequestFailed
-from .records import Answer, Chunk, GeneratorLoad, RequestRecord, Round
-from .target import Request, Target
-from .workload import Job
+from .errors import LoadRequestFailed
+from .records import CompletedRequest, GeneratorLoad, RequestRecord, Round, TokenChunk
+from .target import LoadRequest, Target
+from .workload import ScheduledRequest
 
 _LAG_INTERVAL_S = 0.05
 
-MakeRequest = Callable[[Job], Request]
+MakeRequest = Callable[[ScheduledRequest], LoadRequest]
 
 
 class Clock(Protocol):
@@ -35,31 +35,31 @@ class RealClock:
 
 
 @dataclass(frozen=True)
-class Load:
+class OfferedLoad:
     """What is sent in one round: jobs that have instants, or `concurrency` clients who share them."""
 
-    jobs: Iterator[Job]
+    jobs: Iterator[ScheduledRequest]
     make_request: MakeRequest
     concurrency: int | None = None  # None: an open loop
     duration_s: float | None = None  # of a closed loop: after it nothing new is sent
     timeout_s: float | None = None  # of one request
 
 
-class Runner:
+class LoadRunner:
     """One target under load."""
 
     def __init__(self, target: Target, clock: Clock | None = None) -> None:
         self._target = target
         self._clock = clock or RealClock()
 
-    async def run(self, load: Load) -> tuple[RequestRecord, ...]:
+    async def run(self, load: OfferedLoad) -> tuple[RequestRecord, ...]:
         """Until every request has ended; in the order in which they were sent."""
         records: list[RequestRecord] = []
         send = self._open_loop if load.concurrency is None else self._closed_loop
         await send(load, records)
         return tuple(sorted(records, key=lambda record: record.sent_s))
 
-    async def measured(self, load: Load) -> Round:
+    async def measured(self, load: OfferedLoad) -> Round:
         """The same, and how busy the generator was."""
         lags_s: list[float] = []
         cpu_s, start_s = time.process_time(), time.perf_counter()
@@ -68,13 +68,13 @@ class Runner:
         generator = GeneratorLoad(time.process_time() - cpu_s, time.perf_counter() - start_s, tuple(lags_s))
         return Round(records, generator)
 
-    async def warm_up(self, requests: list[Request], timeout_s: float | None = None) -> None:
+    async def warm_up(self, requests: list[LoadRequest], timeout_s: float | None = None) -> None:
         """One after the other, not recorded. Raises RequestFailed when one fails."""
         for request in requests:
             async with asyncio.timeout(timeout_s):
                 await self._target.send(request, lambda num_tokens: None)
 
-    async def _open_loop(self, load: Load, records: list[RequestRecord]) -> None:
+    async def _open_loop(self, load: OfferedLoad, records: list[RequestRecord]) -> None:
         start_s = self._clock.now_s()
         async with asyncio.TaskGroup() as tasks:
             for job in load.jobs:
@@ -84,7 +84,7 @@ class Runner:
                 tasks.create_task(self._record(job, request, due_s, load.timeout_s, records))
                 await asyncio.sleep(0)  # it is sent before the next one's prompt is made
 
-    async def _closed_loop(self, load: Load, records: list[RequestRecord]) -> None:
+    async def _closed_loop(self, load: OfferedLoad, records: list[RequestRecord]) -> None:
         assert load.concurrency is not None
         end_s = None if load.duration_s is None else self._clock.now_s() + load.duration_s
 
@@ -99,15 +99,22 @@ class Runner:
                 tasks.create_task(client())
 
     async def _record(
-        self, job: Job, request: Request, due_s: float | None, timeout_s: float | None, records: list[RequestRecord]
+        self,
+        job: ScheduledRequest,
+        request: LoadRequest,
+        due_s: float | None,
+        timeout_s: float | None,
+        records: list[RequestRecord],
     ) -> None:
-        now_s, chunks = self._clock.now_s, list[Chunk]()
-        answer: Answer | None = None
+        now_s, chunks = self._clock.now_s, list[TokenChunk]()
+        answer: CompletedRequest | None = None
         error, message, sent_s = None, "", now_s()
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._target.send(request, lambda num_tokens: chunks.append(Chunk(now_s(), num_tokens)))
-        except RequestFailed as failure:
+                answer = await self._target.send(
+                    request, lambda num_tokens: chunks.append(TokenChunk(now_s(), num_tokens))
+                )
+        except LoadRequestFailed as failure:
             error, message = failure.kind, failure.message
         except TimeoutError:
             error = "timeout"

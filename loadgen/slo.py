@@ -1,4 +1,5 @@
-"""What latency counts as good. Goodput is requests per second that ended well within every threshold (DistServe, section 2)."""
+"""What latency counts as good. Goodput is requests per second that ended well within every threshold
+(DistServe, section 2)."""
 
 from dataclasses import asdict, dataclass
 
@@ -12,19 +13,29 @@ class Slo:
 
     ttft: float | None = None
     tpot: float | None = None  # the request's mean gap
-    itl: float | None = None  # each of the request's gaps: a stall of the stream is a miss, even if the mean is fine
+    itl: float | None = (
+        None  # each of the request's gaps: a stall of the stream is a miss, even if the mean is fine
+    )
     e2e: float | None = None
 
     def is_met(self, record: RequestRecord) -> bool:
-        """A failed request is never good; a threshold on what a request does not have (gaps of one token) is met."""
+        """A failed request is never good; a threshold on what a request does not have (gaps of one token) is
+        met."""
         if record.answer is None:
             return False
         gap_s = max(record.itl_s, default=None)
-        pairs = ((record.ttft_s, self.ttft), (record.tpot_s, self.tpot), (gap_s, self.itl), (record.e2e_s, self.e2e))
+        pairs = (
+            (record.ttft_s, self.ttft),
+            (record.tpot_s, self.tpot),
+            (gap_s, self.itl),
+            (record.e2e_s, self.e2e),
+        )
         return all(seen_s is None or limit is None or seen_s * 1e3 <= limit for seen_s, limit in pairs)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} <= {limit:g} ms" for name, limit in asdict(self).items() if limit is not None)
+        return ", ".join(
+            f"{name} <= {limit:g} ms" for name, limit in asdict(self).items() if limit is not None
+        )
 
 
 def parse_slo(text: str) -> Slo:
@@ -38,5 +49,7 @@ def parse_slo(text: str) -> Slo:
             raise LoadError(f"slo: {part!r} is not valid, expected such as ttft=200,tpot=50 (ms)") from None
     unknown = limits.keys() - {"ttft", "tpot", "itl", "e2e"}
     if unknown or not all(0 < limit < float("inf") for limit in limits.values()):
-        raise LoadError(f"slo: {text!r} is not valid, expected ttft, tpot, itl or e2e, each with milliseconds above 0")
+        raise LoadError(
+            f"slo: {text!r} is not valid, expected ttft, tpot, itl or e2e, each with milliseconds above 0"
+        )
     return Slo(**limits)

@@ -22,8 +22,8 @@ class SseParser:
                 self._data.append(line[5:].removeprefix(b" "))
 
     def finish(self) -> str | None:
-        """The data of an event that the end of the stream left without its blank line. The standard drops it; a last `[DONE]`
-        is better heard."""
+        """The data of an event that the end of the stream left without its blank line. The standard drops it;
+        a last `[DONE]` is better heard."""
         line, self._rest = self._rest, b""
         if line.startswith(b"data:"):
             self._data.append(line[5:].removeprefix(b" "))

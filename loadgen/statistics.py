@@ -28,7 +28,9 @@ class Summary:
             return None
         array = np.asarray(values, dtype=np.float64)
         p50, p90, p95, p99 = (float(value) for value in np.percentile(array, PERCENTILES))
-        return Summary(len(array), float(array.mean()), float(array.min()), p50, p90, p95, p99, float(array.max()))
+        return Summary(
+            len(array), float(array.mean()), float(array.min()), p50, p90, p95, p99, float(array.max())
+        )
 
     def scaled(self, factor: float) -> "Summary":
         """In another unit."""

@@ -43,7 +43,11 @@ def report_lines(name: str, report: Report) -> Iterator[str]:
 
 
 def _throughput_rows(report: Report) -> list[tuple[str, ...]]:
-    cached = "" if report.num_cached_tokens is None else f"{report.num_cached_tokens:,} of {report.num_input_tokens:,} cached"
+    cached = (
+        ""
+        if report.num_cached_tokens is None
+        else f"{report.num_cached_tokens:,} of {report.num_input_tokens:,} cached"
+    )
     users = report.tokens_per_s_per_user
     slo = ", ".join(f"{name} <= {limit:g} ms" for name, limit in report.slo.items() if limit is not None)
     rows: list[tuple[str, ...]] = [
@@ -54,7 +58,9 @@ def _throughput_rows(report: Report) -> list[tuple[str, ...]]:
     if users is not None:
         rows.append(("tokens/s/user", f"{users.mean:.1f}", f"half have {users.p50:.1f} or more"))
     if slo:
-        rows.append(("goodput", f"{report.goodput_per_s:.2f}/s", f"{report.good_share:.0%} of requests with {slo}"))
+        rows.append(
+            ("goodput", f"{report.goodput_per_s:.2f}/s", f"{report.good_share:.0%} of requests with {slo}")
+        )
     return rows
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .records import Answer
+from .records import CompletedRequest
 
 OnTokens = Callable[[int], None]  # called with their number when tokens have come
 
@@ -20,7 +20,7 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadRequest:
     """What one request of a load asks for."""
 
     token_ids: Sequence[int]
@@ -36,7 +36,7 @@ class Target(Protocol):
         """Raises RequestFailed when it cannot be asked."""
         ...
 
-    async def send(self, request: Request, on_tokens: OnTokens) -> Answer:
+    async def send(self, request: LoadRequest, on_tokens: OnTokens) -> CompletedRequest:
         """Send it and read the stream to its end. Raises RequestFailed."""
         ...
 

@@ -3,9 +3,8 @@
     TIMESTAMP,ContextTokens,GeneratedTokens
     2023-11-16 18:15:46.6805900,374,44
 
-Both the trace of 2023 (no time zone, seven digits of a second) and that of 2024 (with a time zone) are understood; further
-columns are ignored. Source: github.com/Azure/AzurePublicDataset.
-"""
+Both the trace of 2023 (no time zone, seven digits of a second) and that of 2024 (with a time zone) are
+understood; further columns are ignored. Source: github.com/Azure/AzurePublicDataset."""
 
 import csv
 from collections.abc import Iterable
@@ -27,7 +26,8 @@ class TraceRow:
 
 
 def parse_trace(lines: Iterable[str]) -> list[TraceRow]:
-    """The rows by time; one without prompt or output counts as having one token. Raises LoadError, with the line's number."""
+    """The rows by time; one without prompt or output counts as having one token. Raises LoadError, with the
+    line's number."""
     reader = csv.DictReader(line.lstrip("\ufeff") for line in lines)
     missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
@@ -35,7 +35,9 @@ def parse_trace(lines: Iterable[str]) -> list[TraceRow]:
     parsed: list[tuple[datetime, int, int]] = []
     for row in reader:
         try:
-            parsed.append((datetime.fromisoformat(row[COLUMNS[0]]), _count(row[COLUMNS[1]]), _count(row[COLUMNS[2]])))
+            parsed.append(
+                (datetime.fromisoformat(row[COLUMNS[0]]), _count(row[COLUMNS[1]]), _count(row[COLUMNS[2]]))
+            )
         except (ValueError, TypeError) as error:
             raise LoadError(f"line {reader.line_num} of the trace: {error}") from error
     if not parsed:

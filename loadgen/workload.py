@@ -1,8 +1,8 @@
-"""What is sent and when: jobs, from distributions or from a trace, and their prompts. The same seed gives the same workload.
+"""What is sent and when: jobs, from distributions or from a trace, and their prompts. The same seed gives the
+same workload.
 
-Two targets of a comparison get the same jobs in each round (arrivals and lengths), but each its own token ids: were both
-names of one server, the second would find the first one's prompts in its prefix cache.
-"""
+Two targets of a comparison get the same jobs in each round (arrivals and lengths), but each its own token
+ids: were both names of one server, the second would find the first one's prompts in its prefix cache."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _ARRIVALS, _PROMPT_LENGTHS, _OUTPUT_LENGTHS, _GROUPS, _PROMPTS, _PREFIXES = rang
 
 
 @dataclass(frozen=True)
-class Job:
+class ScheduledRequest:
     """One request to come."""
 
     index: int
@@ -32,7 +32,8 @@ class Job:
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """Prompts begin with one of `num_groups` prefixes of `num_tokens` tokens, which come on top of the prompt's own length."""
+    """Prompts begin with one of `num_groups` prefixes of `num_tokens` tokens, which come on top of the
+    prompt's own length."""
 
     num_groups: int
     num_tokens: int
@@ -47,7 +48,7 @@ class Drawn:
     output_tokens: Lengths
     prefixes: SharedPrefixes | None = None
 
-    def jobs(self, seed: int, round_index: int) -> Iterator[Job]:
+    def jobs(self, seed: int, round_index: int) -> Iterator[ScheduledRequest]:
         """Without end."""
         rngs = [generator(seed, round_index, stream) for stream in range(4)]
         due = None if self.arrivals is None else arrival_times(self.arrivals, rngs[_ARRIVALS])
@@ -57,12 +58,15 @@ class Drawn:
                 group = int(rngs[_GROUPS].integers(self.prefixes.num_groups))
                 num_prompt_tokens += self.prefixes.num_tokens
             num_output_tokens = self.output_tokens.draw(rngs[_OUTPUT_LENGTHS])
-            yield Job(index, None if due is None else next(due), num_prompt_tokens, num_output_tokens, group)
+            yield ScheduledRequest(
+                index, None if due is None else next(due), num_prompt_tokens, num_output_tokens, group
+            )
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A trace, `speed` times as fast as it was recorded. `max_prompt_tokens` and `max_output_tokens` cut what is longer."""
+    """A trace, `speed` times as fast as it was recorded. `max_prompt_tokens` and `max_output_tokens` cut what
+    is longer."""
 
     rows: Sequence[TraceRow]
     speed: float = 1.0
@@ -70,18 +74,25 @@ class Replayed:
     max_output_tokens: int | None = None
     is_open: bool = True  # False: only the lengths are taken, for a closed loop
 
-    def jobs(self, seed: int, round_index: int) -> Iterator[Job]:
+    def jobs(self, seed: int, round_index: int) -> Iterator[ScheduledRequest]:
         """One for each row, the same in every round."""
         for index, row in enumerate(self.rows):
             num_prompt_tokens = min(row.num_prompt_tokens, self.max_prompt_tokens or row.num_prompt_tokens)
             num_output_tokens = min(row.num_output_tokens, self.max_output_tokens or row.num_output_tokens)
-            yield Job(index, row.offset_s / self.speed if self.is_open else None, num_prompt_tokens, num_output_tokens)
+            yield ScheduledRequest(
+                index,
+                row.offset_s / self.speed if self.is_open else None,
+                num_prompt_tokens,
+                num_output_tokens,
+            )
 
 
 Workload = Drawn | Replayed
 
 
-def limited(jobs: Iterator[Job], max_requests: int | None, duration_s: float | None) -> Iterator[Job]:
+def limited(
+    jobs: Iterator[ScheduledRequest], max_requests: int | None, duration_s: float | None
+) -> Iterator[ScheduledRequest]:
     """The first `max_requests` jobs that are due within `duration_s`."""
     for job in jobs:
         too_many = max_requests is not None and job.index >= max_requests
@@ -91,7 +102,8 @@ def limited(jobs: Iterator[Job], max_requests: int | None, duration_s: float | N
 
 
 class Prompts:
-    """Random token ids for jobs: of `low` to `high` - 1 without `excluded`. `salt` makes a target's prompts its own."""
+    """Random token ids for jobs: of `low` to `high` - 1 without `excluded`. `salt` makes a target's prompts
+    its own."""
 
     def __init__(
         self,
@@ -107,7 +119,7 @@ class Prompts:
             raise LoadError(f"no token id is left to make prompts of between {low} and {high}")
         self._seed, self._salt, self._prefixes = seed, salt, prefixes
 
-    def token_ids(self, job: Job, round_index: int) -> list[int]:
+    def token_ids(self, job: ScheduledRequest, round_index: int) -> list[int]:
         """The job's whole prompt. It depends on seed, salt, round and index alone."""
         if job.group is None or self._prefixes is None:
             return self._draw(job.num_prompt_tokens, _PROMPTS, round_index, job.index)

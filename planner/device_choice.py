@@ -1,4 +1,5 @@
-"""What instances compute on, and what of a configuration does not go with it. Pure: machines in, a device or findings out."""
+"""What instances compute on, and what of a configuration does not go with it. Pure: machines in, a device or
+findings out."""
 
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +21,10 @@ def why_device(config: ClusterConfig, nodes: Sequence[Node]) -> str:
     """In a few words."""
     if config.device != "auto":
         return "as configured"
-    num_present, num_usable = sum(len(node.devices) for node in nodes), sum(len(node.usable_devices) for node in nodes)
+    num_present, num_usable = (
+        sum(len(node.devices) for node in nodes),
+        sum(len(node.usable_devices) for node in nodes),
+    )
     if num_present and not num_usable:
         return f"torch was built without CUDA, so {_counted(num_present)} cannot be used"
     return f"{_counted(num_usable)} found"
@@ -28,26 +32,32 @@ def why_device(config: ClusterConfig, nodes: Sequence[Node]) -> str:
 
 def device_findings(config: ClusterConfig, device: DeviceKind, nodes: Sequence[Node]) -> Iterator[Finding]:
     """What cannot be computed on the device, and a device that is not there."""
-    wrong = CapacityError if config.device == "auto" else ConfigError  # another machine may come to another device
+    wrong = (
+        CapacityError if config.device == "auto" else ConfigError
+    )  # another machine may come to another device
     if device == "cuda" and not any(node.usable_devices for node in nodes):
         has_gpus = any(node.devices for node in nodes)
         why = "torch was built without CUDA" if has_gpus else "no GPU was found"
-        expected = "a torch that was built for CUDA" if has_gpus else "a machine with an NVIDIA driver and a GPU"
+        expected = (
+            "a torch that was built for CUDA" if has_gpus else "a machine with an NVIDIA driver and a GPU"
+        )
         yield Finding(CapacityError, f"device: got cuda, but {why}; expected {expected}, or device: cpu")
     if config.kernels not in KERNELS[device]:
         expected = ", ".join(KERNELS[device])
         yield Finding(wrong, f"kernels: got {config.kernels}, expected one of {expected} on device {device}")
     if device == "cpu" and config.kv.transport in GPU_LINKS:
         yield Finding(
-            wrong, f"kv.transport: got {config.kv.transport}, which is for GPUs; expected auto, shm or gloo on device cpu"
+            wrong,
+            f"kv.transport: got {config.kv.transport}, which is for GPUs; expected auto, shm or gloo on"
+            " device cpu",
         )
     for role, pool in config.pools.items():
         if device == "cuda" and pool.devices_per_instance != 1:
             yield Finding(
                 wrong,
-                f"pools.{role.value}.devices_per_instance: got {pool.devices_per_instance}, expected 1 on device cuda: an "
-                "instance computes on one GPU (tensor parallelism is not there); cores of its host process are "
-                "cpus_per_instance",
+                f"pools.{role.value}.devices_per_instance: got {pool.devices_per_instance}, expected 1 on"
+                " device cuda: an instance computes on one GPU (tensor parallelism is not there); cores of"
+                " its host process are cpus_per_instance",
             )
 
 

@@ -1,4 +1,5 @@
-"""Which machine would hold which instances, by GPUs and cores first and then by memory. Pure arithmetic for `planner.plan`."""
+"""Which machine would hold which instances, by GPUs and cores first and then by memory. Pure arithmetic for
+`planner.plan`."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ class Demand:
 
 
 @dataclass
-class Load:
+class HostLoad:
     """One machine and the instances it would hold."""
 
     node: Node
@@ -62,18 +63,19 @@ class Load:
             self.on_gpus[self.shares.take(demand.gpu_share)].append(demand)
 
     def rank(self, demand: Demand) -> tuple[float, ...]:
-        """The least takes it: the fullest GPU that has room, on the machine with least free GPUs; then the most free cores."""
+        """The least takes it: the fullest GPU that has room, on the machine with least free GPUs; then the
+        most free cores."""
         gpus = () if demand.gpu_share is None else self.shares.rank(demand.gpu_share)
         return (*gpus, -self.num_free_cpus)
 
 
 class Packing:
-    """Instances spread over machines: the largest first, each to the machine with most free cores, or, on GPUs, close to each
-    other."""
+    """Instances spread over machines: the largest first, each to the machine with most free cores, or, on
+    GPUs, close to each other."""
 
     def __init__(self, demands: Sequence[Demand], nodes: Sequence[Node]) -> None:
         self._demands = demands
-        self.loads = [Load(node) for node in nodes]
+        self.loads = [HostLoad(node) for node in nodes]
         self._unplaced: list[Demand] = []
         for demand in sorted(demands, key=lambda one: (one.gpu_share or 0.0, one.num_cpus), reverse=True):
             fitting = [load for load in self.loads if load.takes(demand)]
@@ -83,8 +85,9 @@ class Packing:
                 self._unplaced.append(demand)
 
     def auto_kv_bytes(self, memory_fraction: float, *, fill_first: bool = False) -> int | None:
-        """Bytes for each KV cache that is sized by free memory; None when there is no such cache. `fill_first`: by the
-        first machine that has cores for an instance, with as many instances as it could hold."""
+        """Bytes for each KV cache that is sized by free memory; None when there is no such cache.
+        `fill_first`: by the first machine that has cores for an instance, with as many instances as it could
+        hold."""
         loads = self._filled() if fill_first else self.loads
         shares = []
         for load in loads:
@@ -94,10 +97,10 @@ class Packing:
                 shares.append((int(load.node.available_memory_bytes * memory_fraction) - taken) // num_auto)
         return min(shares, default=None)
 
-    def _filled(self) -> list[Load]:
+    def _filled(self) -> list[HostLoad]:
         """The first machine that holds an instance, filled with the smallest ones."""
         for node in (load.node for load in self.loads):
-            filled = Load(node)
+            filled = HostLoad(node)
             for demand in sorted(self._demands, key=lambda one: one.num_cpus):
                 if filled.takes(demand):
                     filled.put(demand)
@@ -115,7 +118,9 @@ class Packing:
 
     def core_findings(self) -> Iterator[Finding]:
         """Of cores and GPUs that are too few. That there is no GPU at all is told elsewhere."""
-        if not self._unplaced or (self._unplaced[0].gpu_share is not None and not any(load.on_gpus for load in self.loads)):
+        if not self._unplaced or (
+            self._unplaced[0].gpu_share is not None and not any(load.on_gpus for load in self.loads)
+        ):
             return
         most = max((len(load.node.cores) for load in self.loads), default=0)
         for demand in {demand.role: demand for demand in self._unplaced if demand.num_cores > most}.values():
@@ -127,17 +132,23 @@ class Packing:
             )
         if all(demand.num_cores > most for demand in self._unplaced):
             return
-        needed, present = sum(demand.num_cpus for demand in self._demands), sum(len(load.node.cores) for load in self.loads)
+        needed, present = (
+            sum(demand.num_cpus for demand in self._demands),
+            sum(len(load.node.cores) for load in self.loads),
+        )
         what, key, shared = "cores", "cpus_per_instance", "core"
-        if any(demand.gpu_share is not None and not self._has_gpu(demand.gpu_share) for demand in self._unplaced):
+        if any(
+            demand.gpu_share is not None and not self._has_gpu(demand.gpu_share) for demand in self._unplaced
+        ):
             needed = sum(demand.gpu_share or 0.0 for demand in self._demands)
             present = sum(len(load.on_gpus) for load in self.loads)
             what, key, shared = "GPUs", "gpus_per_instance", "GPU"
         yield Finding(
             CapacityError,
-            f"pools: {_counted(self._demands)} need {needed:g} {what}, but there {'is' if present == 1 else 'are'} {present} "
-            f"on {_this_machine(self.loads, f'{len(self.loads)} machines')}, where {_counted(self._unplaced)} found no room; "
-            f"lower instances, or set {key} to a fraction so that instances share a {shared}",
+            f"pools: {_counted(self._demands)} need {needed:g} {what}, but there"
+            f" {'is' if present == 1 else 'are'} {present} on"
+            f" {_this_machine(self.loads, f'{len(self.loads)} machines')}, where {_counted(self._unplaced)}"
+            f" found no room; lower instances, or set {key} to a fraction so that instances share a {shared}",
         )
 
     def memory_findings(self, kv_bytes: Mapping[Role, int]) -> Iterator[Finding]:
@@ -148,32 +159,39 @@ class Packing:
             if needed <= available:
                 continue
             each = {
-                demand.role: f"{format_size(kv_bytes[demand.role])} of KV and {format_size(demand.fixed_bytes)} beside it "
-                f"for a {demand.role.value} instance"
+                demand.role: (
+                    f"{format_size(kv_bytes[demand.role])} of KV and {format_size(demand.fixed_bytes)} beside"
+                    f" it for a {demand.role.value} instance"
+                )
                 for demand in load.demands
             }
             yield Finding(
                 CapacityError,
-                f"memory: {_counted(load.demands)} need {format_size(needed)} ({', '.join(each.values())}), but "
-                f"{format_size(available)} are available on {load.node.name}; lower instances, model.max_model_len, "
-                "max_batch_tokens or kv_cache_bytes",
+                f"memory: {_counted(load.demands)} need {format_size(needed)} ({', '.join(each.values())}),"
+                f" but {format_size(available)} are available on {load.node.name}; lower instances,"
+                " model.max_model_len, max_batch_tokens or kv_cache_bytes",
             )
 
     def gpu_memory_findings(self, kv_bytes: Mapping[Role, int], memory_fraction: float) -> Iterator[Finding]:
-        """`kv_bytes`: the KV cache of an instance of each pool. The first of each pool that does not fit is told."""
+        """`kv_bytes`: the KV cache of an instance of each pool. The first of each pool that does not fit is
+        told."""
         told: set[Role] = set()
         for node, device, demand in self._on_gpus():
-            needed, share = demand.fixed_bytes + kv_bytes[demand.role], share_bytes(device, demand, memory_fraction)
+            needed, share = (
+                demand.fixed_bytes + kv_bytes[demand.role],
+                share_bytes(device, demand, memory_fraction),
+            )
             if needed <= share or demand.role in told:
                 continue
             told.add(demand.role)
             yield Finding(
                 CapacityError,
-                f"GPU memory: a {demand.role.value} instance needs {format_size(needed)} ({format_size(kv_bytes[demand.role])} "
-                f"of KV and {format_size(demand.fixed_bytes)} beside it), but has {format_size(share)} on GPU {device.index} "
-                f"of {node.name} ({memory_fraction:g} of {format_size(device.total_bytes)}, times pools.{demand.role.value}."
-                f"gpus_per_instance: {demand.gpu_share:g}); raise gpus_per_instance, or lower model.max_model_len, "
-                "max_batch_tokens or kv_cache_bytes",
+                f"GPU memory: a {demand.role.value} instance needs {format_size(needed)}"
+                f" ({format_size(kv_bytes[demand.role])} of KV and {format_size(demand.fixed_bytes)} beside"
+                f" it), but has {format_size(share)} on GPU {device.index} of {node.name}"
+                f" ({memory_fraction:g} of {format_size(device.total_bytes)}, times"
+                f" pools.{demand.role.value}.gpus_per_instance: {demand.gpu_share:g}); raise"
+                " gpus_per_instance, or lower model.max_model_len, max_batch_tokens or kv_cache_bytes",
             )
 
     def _on_gpus(self) -> Iterator[tuple[Node, DeviceInfo, Demand]]:
@@ -192,7 +210,7 @@ def share_bytes(device: DeviceInfo, demand: Demand, memory_fraction: float) -> i
     return int(device.total_bytes * memory_fraction * demand.gpu_share)
 
 
-def _this_machine(loads: Sequence[Load], many: str) -> str:
+def _this_machine(loads: Sequence[HostLoad], many: str) -> str:
     return "this machine" if len(loads) == 1 else many
 
 

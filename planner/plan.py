@@ -1,7 +1,7 @@
 """Says before anything starts what a configuration needs, what fits, and what does not fit and why. No torch.
 
-`pdserve plan` prints it, `validate` and `up` call `check()`, and the workers are started with the sizes it chose.
-"""
+`pdserve plan` prints it, `validate` and `up` call `check()`, and the workers are started with the sizes it
+chose."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,13 @@ from .device_choice import device_findings, resolve_device, why_device
 from .packing import Demand, Finding, Packing
 
 AUTO_KV_MAX_BYTES = 4 << 30
-AUTO_MEMORY_FRACTION = 0.8  # of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
+AUTO_MEMORY_FRACTION = (
+    0.8  # of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
+)
 RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
-GPU_RUNTIME_BYTES = 1 << 30  # on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
+GPU_RUNTIME_BYTES = (
+    1 << 30
+)  # on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
 ROPE_COPIES = 3  # of the rope's table while it is made: angles, cosines and sines, and both side by side
 TYPICAL_TOKENS = 2048
 
@@ -36,7 +40,9 @@ class PoolPlan:
     instance_bytes: int  # weights, activations, runtime and KV; of the GPU where there is one
     kv_cache_bytes: int
     num_blocks: int
-    is_measured: bool  # the workers take as many blocks as they find room for; `num_blocks` is what is expected
+    is_measured: (
+        bool  # the workers take as many blocks as they find room for; `num_blocks` is what is expected
+    )
     num_max_len_sequences: int
     num_typical_sequences: int  # of TYPICAL_TOKENS tokens
 
@@ -73,8 +79,8 @@ class Plan:
     findings: tuple[Finding, ...]
 
     def check(self, *, more_may_come: bool = False) -> None:
-        """Raises ConfigError or CapacityError with all findings, a line each; returns where there are none. While more
-        machines may come, those that are there may be too small."""
+        """Raises ConfigError or CapacityError with all findings, a line each; returns where there are none.
+        While more machines may come, those that are there may be too small."""
         findings = [one for one in self.findings if not (more_may_come and one.error is CapacityError)]
         if findings:
             kinds = {finding.error for finding in findings}
@@ -83,20 +89,33 @@ class Plan:
 
 
 def plan(config: ClusterConfig, nodes: Sequence[Node] | None = None, *, more_may_come: bool = False) -> Plan:
-    """The plan for `nodes`, or for this machine. Raises CheckpointError for a model that cannot be served at all."""
+    """The plan for `nodes`, or for this machine. Raises CheckpointError for a model that cannot be served at
+    all."""
     checkpoint = open_checkpoint(resolve_model_path(config.model.path))
-    return make_plan(config, checkpoint, (probe_node(),) if nodes is None else nodes, more_may_come=more_may_come)
+    return make_plan(
+        config, checkpoint, (probe_node(),) if nodes is None else nodes, more_may_come=more_may_come
+    )
 
 
-def make_plan(config: ClusterConfig, checkpoint: Checkpoint, nodes: Sequence[Node], *, more_may_come: bool = False) -> Plan:
-    """The arithmetic of `plan`, from values alone. While more machines may come, `kv_cache_bytes: auto` is what the first of
-    `nodes` has for as many instances as its cores could ever be given, so that it does not depend on who comes when."""
+def make_plan(
+    config: ClusterConfig, checkpoint: Checkpoint, nodes: Sequence[Node], *, more_may_come: bool = False
+) -> Plan:
+    """The arithmetic of `plan`, from values alone. While more machines may come, `kv_cache_bytes: auto` is
+    what the first of `nodes` has for as many instances as its cores could ever be given, so that it does not
+    depend on who comes when."""
     device = resolve_device(config, nodes)
     sizes = _Sizes(config, checkpoint, device)
-    packing = Packing([sizes.demand(role, pool) for role, pool in config.pools.items() for _ in range(pool.instances)], nodes)
+    packing = Packing(
+        [sizes.demand(role, pool) for role, pool in config.pools.items() for _ in range(pool.instances)],
+        nodes,
+    )
     left = packing.gpu_kv_bytes(GPU_MEMORY_FRACTION) if device == "cuda" else {}
-    auto_kv_bytes = packing.auto_kv_bytes(AUTO_MEMORY_FRACTION, fill_first=more_may_come) if device == "cpu" else None
-    pools = tuple(sizes.pool_plan(role, pool, left.get(role, auto_kv_bytes)) for role, pool in config.pools.items())
+    auto_kv_bytes = (
+        packing.auto_kv_bytes(AUTO_MEMORY_FRACTION, fill_first=more_may_come) if device == "cpu" else None
+    )
+    pools = tuple(
+        sizes.pool_plan(role, pool, left.get(role, auto_kv_bytes)) for role, pool in config.pools.items()
+    )
     kv_bytes = {pool.role: pool.kv_cache_bytes for pool in pools}
     if device == "cuda":
         memory_findings = packing.gpu_memory_findings(kv_bytes, GPU_MEMORY_FRACTION)
@@ -115,7 +134,12 @@ def make_plan(config: ClusterConfig, checkpoint: Checkpoint, nodes: Sequence[Nod
         kv_bytes_per_token=sizes.layout.bytes_per_token,
         gpus=tuple(_gpu_plans(packing, kv_bytes)) if device == "cuda" else (),
         pools=pools,
-        findings=(*sizes.findings(), *device_findings(config, device, nodes), *packing.core_findings(), *memory_findings),
+        findings=(
+            *sizes.findings(),
+            *device_findings(config, device, nodes),
+            *packing.core_findings(),
+            *memory_findings,
+        ),
     )
 
 
@@ -156,14 +180,24 @@ class _Sizes:
     def demand(self, role: Role, pool: PoolSection) -> Demand:
         if self._on_gpu:
             share = pool.gpu_share
-            return Demand(role, pool.num_cpus, pool.num_host_cores, self.fixed_bytes(pool), self.explicit_kv_bytes(pool), share)
+            return Demand(
+                role,
+                pool.num_cpus,
+                pool.num_host_cores,
+                self.fixed_bytes(pool),
+                self.explicit_kv_bytes(pool),
+                share,
+            )
         num_cores = pool.devices_per_instance
         return Demand(role, pool.num_cpus, num_cores, self.fixed_bytes(pool), self.explicit_kv_bytes(pool))
 
     def fixed_bytes(self, pool: PoolSection) -> int:
-        """Memory of one instance beside its KV cache: activations, logits with room to sort them, the rope's table."""
+        """Memory of one instance beside its KV cache: activations, logits with room to sort them, the rope's
+        table."""
         model = self._model
-        is_copied = model.tie_word_embeddings and not self._on_gpu  # CPU kernels lay out the output's matrix in their own way
+        is_copied = (
+            model.tie_word_embeddings and not self._on_gpu
+        )  # CPU kernels lay out the output's matrix in their own way
         packed_head = model.vocab_size * model.hidden_size if is_copied else 0
         per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
         activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes
@@ -176,7 +210,8 @@ class _Sizes:
         return None if pool.kv_cache_bytes == "auto" else pool.kv_cache_bytes
 
     def _kv_bytes(self, pool: PoolSection, auto_kv_bytes: int | None) -> int:
-        """What is asked for, or else a share of memory: one sequence at least, a full batch of longest ones at most."""
+        """What is asked for, or else a share of memory: one sequence at least, a full batch of longest ones
+        at most."""
         if pool.kv_cache_bytes != "auto":
             return pool.kv_cache_bytes
         if self._on_gpu:  # all that is left keeps prefixes
@@ -205,7 +240,10 @@ class _Sizes:
     def findings(self) -> Iterator[Finding]:
         limit = self._model.max_position_embeddings
         if self.max_model_len > limit:
-            message = f"model.max_model_len: got {self.max_model_len}, expected at most {limit}, as the model was made for"
+            message = (
+                f"model.max_model_len: got {self.max_model_len}, expected at most {limit}, as the model was"
+                " made for"
+            )
             yield Finding(ConfigError, message)
         for role, pool in self._config.pools.items():
             num_bytes = self.explicit_kv_bytes(pool)
@@ -213,7 +251,8 @@ class _Sizes:
                 num_tokens = num_bytes // self._block_bytes * self.layout.block_size
                 yield Finding(
                     ConfigError,
-                    f"pools.{role.value}.kv_cache_bytes: {format_size(num_bytes)} holds {num_tokens} tokens, expected at "
-                    f"least {self._max_len_bytes} bytes ({format_size(self._max_len_bytes)}) for one sequence of "
-                    f"model.max_model_len ({self.max_model_len}); raise it, or lower model.max_model_len",
+                    f"pools.{role.value}.kv_cache_bytes: {format_size(num_bytes)} holds {num_tokens} tokens,"
+                    f" expected at least {self._max_len_bytes} bytes ({format_size(self._max_len_bytes)}) for"
+                    f" one sequence of model.max_model_len ({self.max_model_len}); raise it, or lower"
+                    " model.max_model_len",
                 )

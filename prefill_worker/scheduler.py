@@ -11,17 +11,19 @@ from ..engine.sequence import Sequence
 
 
 class PrefillScheduler:
-    """First come, first served, within a budget of tokens per step; but a long prompt leaves half of it to shorter ones.
+    """First come, first served, within a budget of tokens per step; but a long prompt leaves half of it to
+    shorter ones.
 
-    The oldest prompt gets the budget. While there are prompts shorter than what is left of it, they share the other half,
-    the shortest first: so none waits more than twice as long as it would without those that overtake it, and a short one
-    waits for no long one. A chunk that fills the budget is cut; its rest goes on in the next step.
+    The oldest prompt gets the budget. While there are prompts shorter than what is left of it, they share the
+    other half, the shortest first: so none waits more than twice as long as it would without those that
+    overtake it, and a short one waits for no long one. A chunk that fills the budget is cut; its rest goes on
+    in the next step.
 
-    A prompt is admitted when blocks for all of it are free, so that two half-computed prompts never wait for each other;
-    nobody is admitted before the oldest, so that the short ones do not take its blocks for ever.
+    A prompt is admitted when blocks for all of it are free, so that two half-computed prompts never wait for
+    each other; nobody is admitted before the oldest, so that the short ones do not take its blocks for ever.
 
-    The last token of a prompt waits for the mask of its output's first token, if that has to follow a grammar.
-    """
+    The last token of a prompt waits for the mask of its output's first token, if that has to follow a
+    grammar."""
 
     def __init__(self, kv: KVManager, max_batch_tokens: int) -> None:
         self._kv = kv
@@ -58,7 +60,9 @@ class PrefillScheduler:
         if self._is_admitted(oldest):
             shorter = [seq for seq in others if seq.num_uncomputed_tokens < oldest.num_uncomputed_tokens]
             shorter.sort(key=lambda seq: seq.num_uncomputed_tokens)
-            self._share([oldest], -(-self._max_batch_tokens // 2) if shorter else self._max_batch_tokens, shares)
+            self._share(
+                [oldest], -(-self._max_batch_tokens // 2) if shorter else self._max_batch_tokens, shares
+            )
             self._share([*shorter, *self._sequences], self._max_batch_tokens, shares)
         else:
             self._share([seq for seq in others if seq in self._running], self._max_batch_tokens, shares)
@@ -78,8 +82,8 @@ class PrefillScheduler:
         self._running.discard(seq)
 
     def _share(self, sequences: Iterable[Sequence], limit: int, shares: dict[Sequence, int]) -> None:
-        """Give tokens to one sequence after the other, until all have `limit` together. Nobody is admitted behind one that
-        finds no blocks."""
+        """Give tokens to one sequence after the other, until all have `limit` together. Nobody is admitted
+        behind one that finds no blocks."""
         left = limit - sum(shares.values())
         has_blocks = True
         for seq in sequences:

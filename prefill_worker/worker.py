@@ -1,8 +1,8 @@
-"""The prefill role of a worker: computes a prompt, emits its first token at once and pushes the KV while still computing.
+"""The prefill role of a worker: computes a prompt, emits its first token at once and pushes the KV while
+still computing.
 
-Runs on the engine thread. Commands come from the router, endings of transfers from the transfer endpoint; what it has to say
-goes into the outbox.
-"""
+Runs on the engine thread. Commands come from the router, endings of transfers from the transfer endpoint;
+what it has to say goes into the outbox."""
 
 import time
 from collections.abc import Callable, Sequence as Seq
@@ -13,7 +13,7 @@ from ..core.failures import FailureKind
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Prefill, TransferAddress, TransferStats
 from ..core.request import TransferId
-from ..engine.batch import Batch, Runner, SampledToken
+from ..engine.batch import Batch, SampledToken, StepRunner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
@@ -24,17 +24,22 @@ from .scheduler import PrefillScheduler
 class SendPort(Protocol):
     """The sending side of a transfer endpoint; every call returns at once."""
 
-    def send(self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int) -> None: ...
+    def send(
+        self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int
+    ) -> None: ...
     def extend(self, transfer: TransferId, block_ids: Seq[int]) -> None: ...
-    def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None: ...
+    def computed(
+        self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int
+    ) -> None: ...
     def prefill_done(self, transfer: TransferId) -> None: ...
     def commit(self, transfer: TransferId, payload: bytes) -> None: ...
     def cancel(self, transfer: TransferId) -> None: ...
 
 
 @dataclass(slots=True)
-class _Leg:
-    """One dispatch in this worker's hands. Blocks are held until `sending` is over: the transfer reads them."""
+class _PrefillLeg:
+    """One dispatch in this worker's hands. Blocks are held until `sending` is over: the transfer reads
+    them."""
 
     sequence: Sequence
     sending: bool
@@ -50,7 +55,7 @@ class PrefillWorker:
     def __init__(
         self,
         kv: KVManager,
-        runner: Runner,
+        runner: StepRunner,
         port: SendPort,
         outbox: Outbox,
         masks: TokenMasks,
@@ -67,19 +72,20 @@ class PrefillWorker:
         self._num_layers = num_layers
         self._clock = clock
         self.scheduler = PrefillScheduler(kv, max_batch_tokens)
-        self._legs: dict[TransferId, _Leg] = {}
+        self._legs: dict[TransferId, _PrefillLeg] = {}
 
     @property
     def num_legs(self) -> int:
         return len(self._legs)
 
     def prefill(self, command: Prefill) -> None:
-        """Accept one dispatch. The transfer opens at once, so that the peer is connected and ready when there is KV."""
+        """Accept one dispatch. The transfer opens at once, so that the peer is connected and ready when there
+        is KV."""
         spec = command.spec
         if spec.transfer in self._legs:
             return  # the command came twice
         seq = Sequence(spec, spec.choices[0], self._kv.max_model_len)
-        self._legs[spec.transfer] = _Leg(seq, command.target is not None, LegClock(self._clock()))
+        self._legs[spec.transfer] = _PrefillLeg(seq, command.target is not None, LegClock(self._clock()))
         if command.target is not None:
             self._port.send(spec.transfer, command.target, (), seq.num_tokens)
         self.scheduler.add(seq)
@@ -105,7 +111,8 @@ class PrefillWorker:
         return True
 
     def fail(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        """A dispatch cannot go on, as the mask of its first token is not to be had; an unknown one is ignored."""
+        """A dispatch cannot go on, as the mask of its first token is not to be had; an unknown one is
+        ignored."""
         leg = self._legs.get(transfer)
         if leg is None:
             return
@@ -133,14 +140,14 @@ class PrefillWorker:
         self._unqueue(leg)
         self._end(leg, failure=(error, kind))
 
-    def _start_sending(self, leg: _Leg) -> None:
+    def _start_sending(self, leg: _PrefillLeg) -> None:
         seq = leg.sequence
         leg.started = True
         self._port.extend(seq.transfer, tuple(seq.block_ids))
         if seq.num_cached_tokens:
             self._port.computed(seq.transfer, 0, self._num_layers, 0, seq.num_cached_tokens)
 
-    def _layer_hook(self, batch: Batch, legs: list[_Leg]) -> Callable[[int], None] | None:
+    def _layer_hook(self, batch: Batch, legs: list[_PrefillLeg]) -> Callable[[int], None] | None:
         spans = [
             (leg.sequence.transfer, chunk.start, chunk.end)
             for chunk, leg in zip(batch.chunks, legs, strict=True)
@@ -155,9 +162,9 @@ class PrefillWorker:
 
         return on_layer
 
-    def _finish(self, leg: _Leg, tokens: list[SampledToken]) -> None:
-        """The prompt is computed: emit each choice's first token and hand over, also when no choice goes on: the peer's word
-        may reach the router before ours, and has to be the same."""
+    def _finish(self, leg: _PrefillLeg, tokens: list[SampledToken]) -> None:
+        """The prompt is computed: emit each choice's first token and hand over, also when no choice goes on:
+        the peer's word may reach the router before ours, and has to be the same."""
         seq = leg.sequence
         leg.queued = False
         self._masks.forget([seq])
@@ -173,12 +180,18 @@ class PrefillWorker:
         else:
             self._end(leg)
 
-    def _unqueue(self, leg: _Leg) -> None:
+    def _unqueue(self, leg: _PrefillLeg) -> None:
         if leg.queued:
             self.scheduler.remove(leg.sequence)
             leg.queued = False
 
-    def _end(self, leg: _Leg, *, failure: tuple[str, FailureKind] | None = None, stats: TransferStats | None = None) -> None:
+    def _end(
+        self,
+        leg: _PrefillLeg,
+        *,
+        failure: tuple[str, FailureKind] | None = None,
+        stats: TransferStats | None = None,
+    ) -> None:
         seq = leg.sequence
         error, kind = leg.failure or failure or (None, None)
         del self._legs[seq.transfer]

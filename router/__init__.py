@@ -1,1 +1,2 @@
-"""The router: admits requests, places them on (prefill, decode) workers, forwards tokens, survives workers' deaths."""
+"""The router: admits requests, places them on (prefill, decode) workers, forwards tokens, survives workers'
+deaths."""

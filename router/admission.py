@@ -1,4 +1,5 @@
-"""Who waits: a bounded queue of jobs, retries in front, clients in turns; and the deadlines of all live requests."""
+"""Who waits: a bounded queue of jobs, retries in front, clients in turns; and the deadlines of all live
+requests."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,8 +17,9 @@ NEWCOMERS = 8  # one place in so many is kept for clients that have nothing queu
 
 
 class JobQueue:
-    """Jobs in order of dispatch: first what was dispatched before, then clients in turns. Beside them retries that
-    back off, and stranded jobs that no present worker could ever serve and that wait for another to come."""
+    """Jobs in order of dispatch: first what was dispatched before, then clients in turns. Beside them retries
+    that back off, and stranded jobs that no present worker could ever serve and that wait for another to
+    come."""
 
     def __init__(self) -> None:
         self._front: deque[Job] = deque()
@@ -41,8 +43,9 @@ class JobQueue:
         yield from (job for _, _, job in self._backing_off)
 
     def check_room(self, client: str, limit: int, now_s: float, job_s: float) -> None:
-        """Raises QueueFull when a new request has to be refused. No client, nor all that wait, can fill the places that
-        are kept for newcomers. `job_s`: seconds between dispatches by prediction, for as long as none was measured."""
+        """Raises QueueFull when a new request has to be refused. No client, nor all that wait, can fill the
+        places that are kept for newcomers. `job_s`: seconds between dispatches by prediction, for as long as
+        none was measured."""
         if self._fair.num_queued(client):
             limit -= limit // NEWCOMERS
         if len(self) >= limit:
@@ -71,7 +74,8 @@ class JobQueue:
                 heappush(self._backing_off, (job.ready_s, next(self._sequence), job))
 
     def push_back(self, jobs: Sequence[Job]) -> None:
-        """They gave up their places to another client: they wait for their client's turn, before what it has queued."""
+        """They gave up their places to another client: they wait for their client's turn, before what it has
+        queued."""
         for job in reversed(jobs):
             self._fair.push(job.client, job, job.num_tokens, is_first=True)
 

@@ -1,7 +1,8 @@
-"""What a new router takes over from the one before: the legs that workers hold, put together to dispatches and requests.
+"""What a new router takes over from the one before: the legs that workers hold, put together to dispatches
+and requests.
 
-Nothing is decided before every worker has told what it holds (or is given up): one worker's leg is only half the story.
-"""
+Nothing is decided before every worker has told what it holds (or is given up): one worker's leg is only half
+the story."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ class Adoption:
         self.later: list[RouterEvent] = []  # what came besides, to be handled afterwards
 
     def take(self, event: RouterEvent) -> None:
-        """Raises NoWorkerAvailable for a Submit: a worker that has not spoken may be serving just this request."""
+        """Raises NoWorkerAvailable for a Submit: a worker that has not spoken may be serving just this
+        request."""
         match event:
             case Submit():
                 raise NoWorkerAvailable("the router has just started and waits for its workers")
@@ -86,7 +88,8 @@ class Adoption:
 
 
 def _tells_all(spec: SequenceSpec) -> bool:
-    """Nobody knows the log probabilities of an earlier attempt's tokens, or those of the prompt that came with its first."""
+    """Nobody knows the log probabilities of an earlier attempt's tokens, or those of the prompt that came
+    with its first."""
     sampling = spec.sampling
     return (sampling.logprobs is None and sampling.prompt_logprobs is None) or not spec.output_token_ids
 

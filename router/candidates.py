@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from .events import ConsideredPlace
-from .registry import Worker
+from .registry import RegisteredWorker
 
 NUM_KEPT = 4  # candidates whose predictions go with a placement
 
@@ -15,7 +15,7 @@ NUM_KEPT = 4  # candidates whose predictions go with a placement
 class PrefillOption:
     """A worker seen as the one that prefills the job."""
 
-    worker: Worker
+    worker: RegisteredWorker
     num_cached_tokens: int
     num_new_tokens: int
     queue_s: float
@@ -28,14 +28,17 @@ class PrefillOption:
 
 
 Score = tuple[bool, float, float, float, str, str]  # failed before, ITL above the SLO, cost, load, names
-Candidate = tuple[Score, PrefillOption, Worker | None, float, float]  # with predicted ITL, and exposed transfer
+Candidate = tuple[
+    Score, PrefillOption, RegisteredWorker | None, float, float
+]  # with predicted ITL, and exposed transfer
 
 
-class Placement(msgspec.Struct, frozen=True):
-    """A decision. `decode` is None when the prefill's token is the last; equal to `prefill`: one worker serves."""
+class RoutingDecision(msgspec.Struct, frozen=True):
+    """A decision. `decode` is None when the prefill's token is the last; equal to `prefill`: one worker
+    serves."""
 
-    prefill: Worker
-    decode: Worker | None
+    prefill: RegisteredWorker
+    decode: RegisteredWorker | None
     num_cached_tokens: int
     num_new_tokens: int
     prefill_s: float

@@ -11,8 +11,9 @@ MAX_TOKENS_AT_ONCE = 64  # of those that wait; a client that keeps pace gets eac
 
 
 class ClientStream:
-    """What the router has said to one client and the client has not taken yet. Tokens of a choice that wait one behind the
-    other are taken together: when clients or doors are behind, they have less to do for each."""
+    """What the router has said to one client and the client has not taken yet. Tokens of a choice that wait
+    one behind the other are taken together: when clients or doors are behind, they have less to do for
+    each."""
 
     def __init__(self) -> None:
         self.num_unread = 0  # tokens, of those that came after `is_handed_over`

@@ -1,4 +1,5 @@
-"""The router: (event, now_s) -> commands. Everything between a client's request and the workers' tokens is decided here.
+"""The router: (event, now_s) -> commands. Everything between a client's request and the workers' tokens is
+decided here.
 
     Submit -> JobQueue -> Placer -> Dispatch on P and D -> tokens -> ChoiceStream -> EmitTokens .. EmitEnd
                  ^                      | LegEnded(error), WorkerLost
@@ -14,7 +15,7 @@ from ..core.messages import LegEnded, Probe, Probed, StepReport
 from ..core.request import FinishReason, Request
 from .admission import JobQueue
 from .adoption import Adoption
-from .candidates import Placement
+from .candidates import RoutingDecision
 from .config import RouterConfig
 from .dispatch import Job
 from .events import (
@@ -41,7 +42,7 @@ from .links import Links
 from .live_requests import LiveRequests, is_same
 from .placement import Placer
 from .prefix_index import PrefixIndex
-from .registry import Registry, Worker, WorkerState
+from .registry import RegisteredWorker, Registry, RoutingState
 from .reports import WorkerReports
 from .request_events import Displaced, End, Placed
 from .room import RoomMaker
@@ -49,7 +50,9 @@ from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
 
 CLOSING = "the cluster is shutting down"
-CAUTION = 2.0  # so many times longer than it takes may a prefill be predicted, and no request is given up wrongly
+CAUTION = (
+    2.0  # so many times longer than it takes may a prefill be predicted, and no request is given up wrongly
+)
 STARTING_S = 1.0  # between dispatches, as told to clients while no worker is ready
 
 
@@ -64,8 +67,9 @@ class Router:
         first_attempt: int = 0,
         adopts: bool = False,
     ) -> None:
-        """A router that `adopts` takes over workers of an earlier one: it decides nothing before `Adopted`. Attempts count
-        from `first_attempt`, which is above those of every earlier router: no two dispatches ever have one transfer id."""
+        """A router that `adopts` takes over workers of an earlier one: it decides nothing before `Adopted`.
+        Attempts count from `first_attempt`, which is above those of every earlier router: no two dispatches
+        ever have one transfer id."""
         config = config or RouterConfig()
         self.model = model or LatencyModel()
         self._registry = Registry()
@@ -76,7 +80,9 @@ class Router:
         self._room = RoomMaker(self._registry, self._ledger)
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config)
-        self._reports = WorkerReports(self._registry, self._ledger, self._requests, self._index, self.model, self._links)
+        self._reports = WorkerReports(
+            self._registry, self._ledger, self._requests, self._index, self.model, self._links
+        )
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
         self._num_expected = 0
@@ -95,8 +101,8 @@ class Router:
         return self._requests.counters
 
     def handle(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
-        """What to do about `event`. Raises QueueFull, DuplicateRequest or NoWorkerAvailable for a Submit; nothing has
-        changed then."""
+        """What to do about `event`. Raises QueueFull, DuplicateRequest or NoWorkerAvailable for a Submit;
+        nothing has changed then."""
         if self._adoption is None:
             commands = self._react(event, now_s)
         elif isinstance(event, Adopted):
@@ -179,9 +185,13 @@ class Router:
             raise NoWorkerAvailable(CLOSING)
         num_tokens = len(request.prompt_token_ids) + request.sampling.max_tokens
         if not (self._num_expected or self._registry.can_hold(num_tokens)):
-            raise NoWorkerAvailable(f"no worker is ready that can hold the {num_tokens} tokens of the request")
+            raise NoWorkerAvailable(
+                f"no worker is ready that can hold the {num_tokens} tokens of the request"
+            )
         try:
-            self._queue.check_room(request.client, self.config.max_queued_requests, now_s, self._job_s(request))
+            self._queue.check_room(
+                request.client, self.config.max_queued_requests, now_s, self._job_s(request)
+            )
         except QueueFull:
             self.counters.rejected += 1
             raise
@@ -192,7 +202,10 @@ class Router:
         num_workers = max(self._registry.num_ready(prefills=True), self._registry.num_ready(prefills=False))
         if not num_workers:
             return STARTING_S
-        return self.model.prefill_s(len(request.prompt_token_ids), len(request.prompt_token_ids) ** 2) / num_workers
+        return (
+            self.model.prefill_s(len(request.prompt_token_ids), len(request.prompt_token_ids) ** 2)
+            / num_workers
+        )
 
     def _dispatch(self, now_s: float) -> list[RouterCommand]:
         """Place jobs in order until the first that has to wait."""
@@ -227,16 +240,20 @@ class Router:
         victim = self._room.victim(head)
         return [] if victim is None else self._requests.handle(victim.live, Displaced(victim), now_s)
 
-    def _comes_too_late(self, job: Job, placement: Placement, now_s: float) -> bool:
-        """Whether the first token would come after the deadline, by a prediction that errs on the client's side: the model
-        has learnt, and half of what it predicts is too long already. A worker without prompts takes any: that holds up
-        nobody, and what it measures corrects a model that has become too dark."""
+    def _comes_too_late(self, job: Job, placement: RoutingDecision, now_s: float) -> bool:
+        """Whether the first token would come after the deadline, by a prediction that errs on the client's
+        side: the model has learnt, and half of what it predicts is too long already. A worker without prompts
+        takes any: that holds up nobody, and what it measures corrects a model that has become too dark."""
         live = job.live
-        if live.request.deadline_s is None or live.first_token_s is not None or not placement.prefill.prefilling:
+        if (
+            live.request.deadline_s is None
+            or live.first_token_s is not None
+            or not placement.prefill.prefilling
+        ):
             return False
         return self.model.knows_prefill and now_s + placement.ttft_s / CAUTION > live.request.deadline_s
 
-    def _start(self, job: Job, placement: Placement, now_s: float) -> list[RouterCommand]:
+    def _start(self, job: Job, placement: RoutingDecision, now_s: float) -> list[RouterCommand]:
         attempt = self._next_attempt
         self._next_attempt += 1
         if placement.decode is not None and placement.decode is not placement.prefill:
@@ -265,11 +282,11 @@ class Router:
         worker = self._registry.current(event.worker_id, event.incarnation)
         if worker is None:
             return []
-        if worker.state is WorkerState.READY:
+        if worker.state is RoutingState.READY:
             self._num_expected += 1  # until the shell says otherwise
         return self._lose(worker, event.reason, now_s)
 
-    def _lose(self, worker: Worker, reason: str, now_s: float) -> list[RouterCommand]:
+    def _lose(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
         self._index.remove_worker(worker.worker_id)
@@ -279,14 +296,16 @@ class Router:
         commands: list[RouterCommand] = []
         for ready in adoption.ready:
             commands += self._on_worker_ready(ready, now_s)
-        commands += TakeOver(self._registry, self._ledger, self._requests, self._reports).carry_out(adoption, now_s)
+        commands += TakeOver(self._registry, self._ledger, self._requests, self._reports).carry_out(
+            adoption, now_s
+        )
         for event in adoption.later:
             commands += self._react(event, now_s)
         return commands
 
     def _on_worker_draining(self, event: WorkerDraining) -> list[RouterCommand]:
         worker = self._registry.get(event.worker_id)
-        if worker is None or worker.state is WorkerState.DRAINING:
+        if worker is None or worker.state is RoutingState.DRAINING:
             return []
         self._registry.drain(worker)
         return [] if worker.open_legs else [WorkerIdle(worker.worker_id, worker.incarnation)]

@@ -1,4 +1,5 @@
-"""Which cores, and which host's GPU, an instance gets. Pure bookkeeping: hosts in, positions of cores and GPUs out."""
+"""Which cores, and which host's GPU, an instance gets. Pure bookkeeping: hosts in, positions of cores and
+GPUs out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,9 +27,8 @@ class Capacity:
 class Placement:
     """Cores of one host, by their position among those that Ray's node may use.
 
-    `gpu` is the GPU that Ray will give the instance, as we keep count of them by Ray's rule. It is for counting alone: Ray
-    knows what others have taken, so the worker is told its GPU by Ray.
-    """
+    `gpu` is the GPU that Ray will give the instance, as we keep count of them by Ray's rule. It is for
+    counting alone: Ray knows what others have taken, so the worker is told its GPU by Ray."""
 
     node_id: str
     cores: tuple[int, ...]
@@ -73,7 +73,8 @@ class _Free:
 
 
 class CoreAllocator:
-    """Gives each instance cores of its own, or shares of cores when instances are configured to share; of GPUs likewise."""
+    """Gives each instance cores of its own, or shares of cores when instances are configured to share; of
+    GPUs likewise."""
 
     def __init__(self, hosts: Mapping[str, Capacity] | None = None) -> None:
         self._free = {node_id: _Free(capacity) for node_id, capacity in (hosts or {}).items()}
@@ -87,7 +88,8 @@ class CoreAllocator:
                 free.change(placement, need, -1)
 
     def close(self, node_id: str) -> None:
-        """No instance is placed there any more; those that run there stay until they give back what they have."""
+        """No instance is placed there any more; those that run there stay until they give back what they
+        have."""
         self._free.pop(node_id, None)
 
     def on(self, node_id: str) -> list[Key]:
@@ -102,13 +104,16 @@ class CoreAllocator:
     def num_taken(self, node_id: str) -> tuple[float, float]:
         """Cores and GPUs of a host that instances have."""
         needs = [need for placement, need in self._taken.values() if placement.node_id == node_id]
-        return sum(need.num_cores * need.core_share for need in needs), sum(need.gpu_share or 0.0 for need in needs)
+        return sum(need.num_cores * need.core_share for need in needs), sum(
+            need.gpu_share or 0.0 for need in needs
+        )
 
     def num_bytes_taken(self, node_id: str) -> int:
         return sum(need.num_bytes for placement, need in self._taken.values() if placement.node_id == node_id)
 
     def take(self, worker: Key, need: Need) -> Placement:
-        """Cores of one host, the emptiest first. On GPUs the fullest that has room, close to those that are in use.
+        """Cores of one host, the emptiest first. On GPUs the fullest that has room, close to those that are
+        in use.
 
         Raises CapacityError when no host has them.
         """
@@ -145,8 +150,8 @@ class CoreAllocator:
         if any(free.has_cores(need) for free in hosts):
             most = max(free.num_bytes for free in hosts if free.has_cores(need))
             return (
-                f"{worker_id} needs {format_size(need.num_bytes)} of memory, but of the hosts with free cores none has more "
-                f"than {format_size(max(0, int(most)))} left"
+                f"{worker_id} needs {format_size(need.num_bytes)} of memory, but of the hosts with free cores"
+                f" none has more than {format_size(max(0, int(most)))} left"
             )
         needs = f"{need.num_cores} core(s) with {need.core_share:g} of each free"
         free_now = f"{num_cores} core(s) only {left:g} are"
@@ -154,5 +159,7 @@ class CoreAllocator:
             num_gpus = sum(free.capacity.num_gpus for free in hosts)
             num_free_gpus = sum(free.gpus.num_free for free in hosts)
             needs += f" on a node with {need.gpu_share:g} of a GPU free"
-            free_now = f"{num_gpus} GPU(s) only {num_free_gpus:g}, and of its {num_cores} core(s) only {left:g}, are"
+            free_now = (
+                f"{num_gpus} GPU(s) only {num_free_gpus:g}, and of its {num_cores} core(s) only {left:g}, are"
+            )
         return f"{worker_id} needs {needs}, but of the cluster's {free_now} free"

@@ -1,8 +1,9 @@
-"""What the router knows of a live request: its choices' streams, and the dispatches that legs at workers are open for.
+"""What the router knows of a live request: its choices' streams, and the dispatches that legs at workers are
+open for.
 
 LiveRequest --has--> ChoiceStream per choice        (what the client sees)
             --has--> Job, queued                     (choices that wait for workers)
-            --has--> Dispatch per attempt            (choices at workers; legs open until LegEnded or WorkerLost)
+            --has--> Dispatch per attempt            (choices at workers; legs until LegEnded or WorkerLost)
 """
 
 import enum
@@ -11,10 +12,10 @@ from collections.abc import Iterable
 from ..core.automaton import Automaton
 from ..core.messages import Leg, LegEnded
 from ..core.request import Request, SequenceSpec, TransferId
-from .candidates import Placement
+from .candidates import RoutingDecision
 from .events import DispatchTimes, RouterCommand, StreamCommand, Timeline
 from .prefix_index import PrefixChain
-from .registry import Worker
+from .registry import RegisteredWorker
 from .request_states import TRANSITIONS, RequestState
 from .stream import ChoiceStream
 
@@ -35,13 +36,29 @@ DISPATCH_TRANSITIONS = {
 
 
 class LiveRequest(Automaton[RequestState]):
-    """A request between admission and the end of its last leg. `request_life.py` alone moves it from state to state."""
+    """A request between admission and the end of its last leg. `request_life.py` alone moves it from state to
+    state."""
 
-    __slots__ = ("dispatches", "ended_s", "error", "first_token_s", "is_adopted", "jobs", "kept", "num_open_choices",
-                 "num_open_legs", "num_times_unread", "request", "streams", "submitted_s")  # fmt: skip
+    __slots__ = (
+        "dispatches",
+        "ended_s",
+        "error",
+        "first_token_s",
+        "is_adopted",
+        "jobs",
+        "kept",
+        "num_open_choices",
+        "num_open_legs",
+        "num_times_unread",
+        "request",
+        "streams",
+        "submitted_s",
+    )
 
     def __init__(self, request: Request, now_s: float, *, is_adopted: bool = False) -> None:
-        super().__init__(TRANSITIONS, RequestState.UNCLAIMED if is_adopted else RequestState.QUEUED, at_s=now_s)
+        super().__init__(
+            TRANSITIONS, RequestState.UNCLAIMED if is_adopted else RequestState.QUEUED, at_s=now_s
+        )
         self.request = request
         self.streams = [ChoiceStream(choice) for choice in range(request.sampling.n)]
         self.num_open_choices = request.sampling.n
@@ -83,17 +100,26 @@ class LiveRequest(Automaton[RequestState]):
         return super().story() + [dispatch.summary() for dispatch in self.dispatches]
 
     def check_integrity(self, queued: set[int]) -> None:
-        """Raises AssertionError when its state is not where its work is. `queued`: ids of the queue's jobs."""
+        """Raises AssertionError when its state is not where its work is. `queued`: ids of the queue's
+        jobs."""
         state = self.state
         assert state is not RequestState.CLOSED, f"{self}: closed and still known"
-        assert state is not RequestState.ENDED or self.num_open_legs, f"{self}: ended, without legs, and not closed"
-        assert state.has_client == (not self.kept) or state is RequestState.UNCLAIMED, f"{self}: {state}, {self.kept}"
+        assert state is not RequestState.ENDED or self.num_open_legs, (
+            f"{self}: ended, without legs, and not closed"
+        )
+        assert state.has_client == (not self.kept) or state is RequestState.UNCLAIMED, (
+            f"{self}: {state}, {self.kept}"
+        )
         running = [choice for dispatch in self.running() for choice in dispatch.streams]
         waiting = [choice for job in self.jobs for choice in job.choices]
         unfinished = [stream.choice for stream in self.streams if stream.finish_reason is None]
-        assert len(unfinished) == self.num_open_choices or state.is_over, f"{self}: {unfinished} are not finished"
+        assert len(unfinished) == self.num_open_choices or state.is_over, (
+            f"{self}: {unfinished} are not finished"
+        )
         is_aside = not state.is_served
-        assert all((id(job) in queued) != is_aside for job in self.jobs), f"{self}: {state}, and its jobs are elsewhere"
+        assert all((id(job) in queued) != is_aside for job in self.jobs), (
+            f"{self}: {state}, and its jobs are elsewhere"
+        )
         match state:
             case RequestState.QUEUED | RequestState.BACKING_OFF | RequestState.UNREAD:
                 assert not running and waiting, f"{self}: {state}, {running} run, {waiting} wait"
@@ -121,7 +147,8 @@ class LiveRequest(Automaton[RequestState]):
         return self.jobs_for((stream for stream in self.streams if stream.choice not in served), now_s)
 
     def jobs_for(self, streams: Iterable[ChoiceStream], now_s: float) -> list["Job"]:
-        """What is left to do: choices without a token together, each other one by itself from where its client is."""
+        """What is left to do: choices without a token together, each other one by itself from where its
+        client is."""
         unfinished = [stream for stream in streams if stream.finish_reason is None]
         for stream in unfinished:
             stream.forget_held()
@@ -149,16 +176,29 @@ class LiveRequest(Automaton[RequestState]):
 class Job:
     """Choices of one request that wait for workers together."""
 
-    __slots__ = ("_chains", "choices", "failed_pairs", "live", "num_failures", "output_token_ids", "queued_s", "ready_s")
+    __slots__ = (
+        "_chains",
+        "choices",
+        "failed_pairs",
+        "live",
+        "num_failures",
+        "output_token_ids",
+        "queued_s",
+        "ready_s",
+    )
 
-    def __init__(self, live: LiveRequest, choices: tuple[int, ...], output: tuple[int, ...], now_s: float) -> None:
+    def __init__(
+        self, live: LiveRequest, choices: tuple[int, ...], output: tuple[int, ...], now_s: float
+    ) -> None:
         self.live = live
         self.choices = choices
         self.output_token_ids = output
         self.queued_s = now_s
         self.ready_s = now_s
         self.num_failures = 0
-        self.failed_pairs: frozenset[tuple[Worker, Worker | None]] = frozenset()  # these incarnations of them
+        self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = (
+            frozenset()
+        )  # these incarnations of them
         self._chains: dict[int, PrefixChain] = {}
 
     @property
@@ -171,12 +211,18 @@ class Job:
 
     @property
     def computes_whole_prompt(self) -> bool:
-        """No cached prefix is of use: the log probabilities of the prompt are still to come, with choice 0's first token."""
-        return self.live.request.sampling.prompt_logprobs is not None and 0 in self.choices and not self.output_token_ids
+        """No cached prefix is of use: the log probabilities of the prompt are still to come, with choice 0's
+        first token."""
+        return (
+            self.live.request.sampling.prompt_logprobs is not None
+            and 0 in self.choices
+            and not self.output_token_ids
+        )
 
     @property
     def needs_decode(self) -> bool:
-        """False when the token sampled by the prefill is the last one: no reservation and no transfer then."""
+        """False when the token sampled by the prefill is the last one: no reservation and no transfer
+        then."""
         return self.live.request.sampling.max_tokens - len(self.output_token_ids) > 1
 
     @property
@@ -207,12 +253,40 @@ class Job:
 class Dispatch(Automaton[DispatchState]):
     """One attempt of a job at one worker or a pair of them, and what it is accounted with there."""
 
-    __slots__ = ("cancelled", "decode", "decode_ended", "decode_started", "dispatched_s", "ended_s", "failure",
-                 "first_token_s", "is_prefilling", "job", "live", "num_grown_tokens", "num_new_tokens",
-                 "num_reserved_blocks", "num_steps", "num_unfinished", "open_legs", "placement", "prefill",
-                 "prefill_ended", "prefill_s", "spec", "streams")  # fmt: skip
+    __slots__ = (
+        "cancelled",
+        "decode",
+        "decode_ended",
+        "decode_started",
+        "dispatched_s",
+        "ended_s",
+        "failure",
+        "first_token_s",
+        "is_prefilling",
+        "job",
+        "live",
+        "num_grown_tokens",
+        "num_new_tokens",
+        "num_reserved_blocks",
+        "num_steps",
+        "num_unfinished",
+        "open_legs",
+        "placement",
+        "prefill",
+        "prefill_ended",
+        "prefill_s",
+        "spec",
+        "streams",
+    )
 
-    def __init__(self, job: Job, spec: SequenceSpec, prefill: Worker, decode: Worker | None, now_s: float) -> None:
+    def __init__(
+        self,
+        job: Job,
+        spec: SequenceSpec,
+        prefill: RegisteredWorker,
+        decode: RegisteredWorker | None,
+        now_s: float,
+    ) -> None:
         super().__init__(DISPATCH_TRANSITIONS, DispatchState.RUNNING, at_s=now_s)
         self.job = job
         self.live = job.live
@@ -233,7 +307,7 @@ class Dispatch(Automaton[DispatchState]):
         self.num_reserved_blocks = 0
         self.num_new_tokens = 0
         self.prefill_s = 0.0
-        self.placement: Placement | None = None  # None until it is booked
+        self.placement: RoutingDecision | None = None  # None until it is booked
         self.dispatched_s = now_s
         self.first_token_s: float | None = None
         self.ended_s: float | None = None  # when it failed
@@ -255,29 +329,31 @@ class Dispatch(Automaton[DispatchState]):
         return self.prefill is self.decode
 
     @property
-    def pair(self) -> tuple[Worker, Worker | None]:
+    def pair(self) -> tuple[RegisteredWorker, RegisteredWorker | None]:
         return self.prefill, self.decode
 
-    def worker_of(self, leg: Leg) -> Worker | None:
+    def worker_of(self, leg: Leg) -> RegisteredWorker | None:
         """Who carries out `leg`; None when this dispatch has no such leg."""
         if leg is Leg.DECODE:
             return self.decode
         return None if self.is_served_by_one else self.prefill
 
-    def leg_at(self, worker: Worker) -> Leg:
+    def leg_at(self, worker: RegisteredWorker) -> Leg:
         """The leg that `worker` carries out."""
         return Leg.DECODE if worker is self.decode else Leg.PREFILL
 
     def needs(self, leg: Leg) -> bool:
-        """Whether the dispatch fails with this leg. A prefill has done its part once the decode worker has brought a
-        token (so it has all the KV) and the client has all first tokens."""
+        """Whether the dispatch fails with this leg. A prefill has done its part once the decode worker has
+        brought a token (so it has all the KV) and the client has all first tokens."""
         if self.state is not DispatchState.RUNNING:
             return False
         return leg is Leg.DECODE or not (self.decode_started and self._has_all_first_tokens())
 
     def _has_all_first_tokens(self) -> bool:
         """Every choice has the token that its prefill samples."""
-        return all(len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values())
+        return all(
+            len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values()
+        )
 
     def summary(self) -> str:
         """In a line, for the request's story."""
@@ -296,7 +372,9 @@ class Dispatch(Automaton[DispatchState]):
 
     def _num_steps(self) -> int:
         """Tokens that the choice with most of them has from this dispatch."""
-        return max(len(stream.token_ids) for stream in self.streams.values()) - len(self.spec.output_token_ids)
+        return max(len(stream.token_ids) for stream in self.streams.values()) - len(
+            self.spec.output_token_ids
+        )
 
     def times(self, attempt: int) -> DispatchTimes:
         """Its row in the timeline of the request, as number `attempt` of this router's dispatches of it."""
@@ -306,7 +384,10 @@ class Dispatch(Automaton[DispatchState]):
         if self.failure is None:
             num_steps = self._num_steps()
             if self.state is DispatchState.FINISHED:
-                ended_s = max((s.last_token_s for s in self.streams.values() if s.last_token_s is not None), default=None)
+                ended_s = max(
+                    (s.last_token_s for s in self.streams.values() if s.last_token_s is not None),
+                    default=None,
+                )
         return DispatchTimes(
             attempt=attempt,
             number=self.transfer.attempt,

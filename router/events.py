@@ -1,26 +1,36 @@
 """What goes into the router and what comes out. Values only: the shell carries them.
 
-`Router.handle(event, now_s)` takes a `RouterEvent` and returns `RouterCommand`s, in the order to carry them out.
-Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire.
-"""
+`Router.handle(event, now_s)` takes a `RouterEvent` and returns `RouterCommand`s, in the order to carry them
+out. Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire."""
 
 import msgspec
 
-from ..core.messages import HeldLeg, LegEnded, Probed, Role, StepReport, TokenOutput, WorkerCommand, WorkerInfo
+from ..core.messages import (
+    HeldLeg,
+    LegEnded,
+    Probed,
+    Role,
+    StepReport,
+    TokenOutput,
+    WorkerCommand,
+    WorkerInfo,
+)
 from ..core.request import FinishReason, Request
 
 
 class Submit(msgspec.Struct, frozen=True):
-    """A client's request. `handle` raises QueueFull, DuplicateRequest or NoWorkerAvailable when it is not admitted.
+    """A client's request. `handle` raises QueueFull, DuplicateRequest or NoWorkerAvailable when it is not
+    admitted.
 
-    When an earlier router served the very same request, with this id, it goes on; its stream begins with token 0 all the same.
-    """
+    When an earlier router served the very same request, with this id, it goes on; its stream begins with
+    token 0 all the same."""
 
     request: Request
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """End a request, or one `choice` of it (a stop string was found: reason STOP). Unknown ones are ignored."""
+    """End a request, or one `choice` of it (a stop string was found: reason STOP). Unknown ones are
+    ignored."""
 
     request_id: str
     reason: FinishReason = FinishReason.CANCELLED
@@ -28,8 +38,8 @@ class Cancel(msgspec.Struct, frozen=True):
 
 
 class StreamUnread(msgspec.Struct, frozen=True):
-    """The request's client leaves too much unread: it takes no room at workers and gets no token until `StreamRead`.
-    Unknown ones are ignored."""
+    """The request's client leaves too much unread: it takes no room at workers and gets no token until
+    `StreamRead`. Unknown ones are ignored."""
 
     request_id: str
 
@@ -53,7 +63,8 @@ class WorkerReady(msgspec.Struct, frozen=True):
 
 
 class WorkerLost(msgspec.Struct, frozen=True):
-    """A worker died, froze or was stopped: nothing more comes from this incarnation. Unknown ones are ignored."""
+    """A worker died, froze or was stopped: nothing more comes from this incarnation. Unknown ones are
+    ignored."""
 
     worker_id: str
     incarnation: int
@@ -61,7 +72,8 @@ class WorkerLost(msgspec.Struct, frozen=True):
 
 
 class WorkerDraining(msgspec.Struct, frozen=True):
-    """The worker gets no new work; `WorkerIdle` follows when its last leg has ended. Unknown ones are ignored."""
+    """The worker gets no new work; `WorkerIdle` follows when its last leg has ended. Unknown ones are
+    ignored."""
 
     worker_id: str
 
@@ -80,7 +92,8 @@ class WorkersExpected(msgspec.Struct, frozen=True):
 
 
 class Adopted(msgspec.Struct, frozen=True):
-    """Every worker of an earlier router has become ready or is given up: what they hold is all there is to take over."""
+    """Every worker of an earlier router has become ready or is given up: what they hold is all there is to
+    take over."""
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -113,20 +126,24 @@ class ConsideredPlace(msgspec.Struct, frozen=True, kw_only=True):
     decode_worker: str | None
     has_failed: bool  # this request, before
     itl_excess_s: float  # of a gap between tokens there over the SLO
-    cost_s: float  # to the first token and until the KV has arrived; a prefill on a decode worker counts for more
+    cost_s: (
+        float  # to the first token and until the KV has arrived; a prefill on a decode worker counts for more
+    )
     load: float  # of the decode worker
     ttft_s: float
 
 
 class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """One dispatch of a request in its timeline. `*_s` instants are on the router's clock; `expected_*` are predictions
-    from when it was placed."""
+    """One dispatch of a request in its timeline. `*_s` instants are on the router's clock; `expected_*` are
+    predictions from when it was placed."""
 
     attempt: int  # of this request's
     number: int  # of all dispatches: what workers call the attempt
     choices: tuple[int, ...]
     prefill_worker: str
-    decode_worker: str | None  # None: nothing to decode; equal to `prefill_worker`: one worker served both phases
+    decode_worker: (
+        str | None
+    )  # None: nothing to decode; equal to `prefill_worker`: one worker served both phases
     num_tokens: int  # prompt, and output of earlier attempts
     expected_cached_tokens: int  # on the prefill worker, by the prefix index
     expected_ttft_s: float  # from dispatch to first token
@@ -140,7 +157,9 @@ class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
     ended_s: float | None = None  # its last token, or its failure; None while it runs
     num_steps: int = 0  # tokens of the choice that got most
     failure: str | None = None  # why it did not produce all that it was to
-    prefill: LegEnded | None = None  # the workers' own account (queue, compute, cached tokens, transfer), once it came
+    prefill: LegEnded | None = (
+        None  # the workers' own account (queue, compute, cached tokens, transfer), once it came
+    )
     decode: LegEnded | None = None
 
 
@@ -158,7 +177,9 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: tuple[int, ...] = (0,)  # of each choice
     traceparent: str = ""
     num_times_unread: int = 0  # and then it left its workers
-    is_adopted: bool = False  # an earlier router took it: instants before the take-over are those of the take-over
+    is_adopted: bool = (
+        False  # an earlier router took it: instants before the take-over are those of the take-over
+    )
 
     @property
     def outcome(self) -> FinishReason | None:
@@ -198,9 +219,9 @@ class EmitChoiceEnd(msgspec.Struct, frozen=True):
 class EmitEnd(msgspec.Struct, frozen=True):
     """A request's only ending, after those of all its choices.
 
-    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE or ERROR (with `error`,
-    UNAVAILABLE to clients). The timeline holds what is known now; workers' accounts of the last legs may come after it.
-    """
+    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE or ERROR (with
+    `error`, UNAVAILABLE to clients). The timeline holds what is known now; workers' accounts of the last legs
+    may come after it."""
 
     request_id: str
     finish_reason: FinishReason | None

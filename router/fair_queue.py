@@ -1,9 +1,9 @@
-"""Turns among clients: deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) over each client's own queue.
+"""Turns among clients: deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) over each client's own
+queue.
 
-A client's turn is worth `quantum` tokens; what a turn leaves is kept while the client has something queued. So of N
-clients each gets at least about 1/N of the tokens, however many requests another has queued and however long they are,
-and a client that is alone never waits for its own turn.
-"""
+A client's turn is worth `quantum` tokens; what a turn leaves is kept while the client has something queued.
+So of N clients each gets at least about 1/N of the tokens, however many requests another has queued and
+however long they are, and a client that is alone never waits for its own turn."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ class _Lane(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Items of many clients. A push, a look, a pop and a removal take constant time, apart from the turns that an item
-    larger than the quantum has to wait for."""
+    """Items of many clients. A push, a look, a pop and a removal take constant time, apart from the turns
+    that an item larger than the quantum has to wait for."""
 
     def __init__(self, quantum: int = QUANTUM_TOKENS) -> None:
         self._quantum = quantum

@@ -1,4 +1,5 @@
-"""The reconcile loop: desired pool sizes and what happens to workers in, what to start, drain, flip and stop out."""
+"""The reconcile loop: desired pool sizes and what happens to workers in, what to start, drain, flip and stop
+out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING,
 class FleetConfig:
     drain_timeout_s: float = 120.0
     start_timeout_s: float = 600.0
-    # A worker of an earlier controller is to be heard of within so many beats: a pause of our own counts as one.
+    # A worker of an earlier controller is to be heard of within so many beats: a pause of our own counts as
+    # one.
     adoption_beat_s: float = 0.5
     num_adoption_beats: int = 6
     backoff_s: float = 1.0  # after the first failure in a row; doubles with each
@@ -69,7 +71,15 @@ class Fleet:
     def status(self) -> tuple[MemberStatus, ...]:
         return tuple(
             MemberStatus(
-                m.worker_id, m.role, m.state, m.incarnation, m.since_s, m.num_failures, m.num_restarts, m.last_error, m.due_s
+                m.worker_id,
+                m.role,
+                m.state,
+                m.incarnation,
+                m.since_s,
+                m.num_failures,
+                m.num_restarts,
+                m.last_error,
+                m.due_s,
             )
             for m in sorted(self._members.values(), key=lambda m: m.worker_id)
         )
@@ -124,7 +134,10 @@ class Fleet:
     def _adopt(self, event: AdoptWorkers, now_s: float) -> None:
         for worker in event.workers:
             member = Member(worker.worker_id, worker.role, worker.incarnation, now_s, is_awaited=True)
-            member.due_s, member.num_beats_left = now_s + self.config.adoption_beat_s, self.config.num_adoption_beats
+            member.due_s, member.num_beats_left = (
+                now_s + self.config.adoption_beat_s,
+                self.config.num_adoption_beats,
+            )
             self._members[worker.worker_id] = member
 
     def _apply(self, event: Apply, now_s: float) -> None:
@@ -139,7 +152,11 @@ class Fleet:
 
     def _drain_by_hand(self, event: Drain, now_s: float) -> None:
         member = self._members.get(event.worker_id)
-        if member is not None and member.state in (MemberState.STARTING, MemberState.READY, MemberState.BACKOFF):
+        if member is not None and member.state in (
+            MemberState.STARTING,
+            MemberState.READY,
+            MemberState.BACKOFF,
+        ):
             member.by_hand = True
             self._retire(member, now_s)
 
@@ -170,10 +187,16 @@ class Fleet:
             case MemberState.DRAINED | MemberState.GONE:
                 pass
 
-    def _back_off(self, member: Member, reason: str, num_failures: int, now_s: float, served_s: float = float("inf")) -> None:
-        """A pause spares the machine loading weights for nothing: one that has served pauses no longer than it did."""
+    def _back_off(
+        self, member: Member, reason: str, num_failures: int, now_s: float, served_s: float = float("inf")
+    ) -> None:
+        """A pause spares the machine loading weights for nothing: one that has served pauses no longer than
+        it did."""
         member.last_error, member.num_failures = reason, num_failures
-        least_s, most_s = self.config.backoff_s, min(self.config.max_backoff_s, max(self.config.backoff_s, served_s))
+        least_s, most_s = (
+            self.config.backoff_s,
+            min(self.config.max_backoff_s, max(self.config.backoff_s, served_s)),
+        )
         delay_s = min(least_s * 2.0 ** min(num_failures - 1, 32), most_s) if num_failures else 0.0
         member.enter(MemberState.BACKOFF, now_s, now_s + delay_s)
 
@@ -226,7 +249,11 @@ class Fleet:
         missing: list[Role] = []
         surplus: list[Member] = []
         for role in sorted(roles, key=lambda role: role.value):
-            present = [m for m in self._members.values() if m.role is role and (m.by_hand or m.state in REMOVAL_ORDER)]
+            present = [
+                m
+                for m in self._members.values()
+                if m.role is role and (m.by_hand or m.state in REMOVAL_ORDER)
+            ]
             excess = len(present) - self._desired.get(role, 0)
             missing += [role] * -excess
             surplus += self._first_to_go(present)[: max(0, excess)]
@@ -252,7 +279,9 @@ class Fleet:
     def _donor(self, role: Role, surplus: list[Member]) -> Member | None:
         """A running worker that would otherwise go: no weights are loaded for nothing."""
         draining = [
-            m for m in self._members.values() if m.state is MemberState.DRAINING and not m.by_hand and not m.is_replaced
+            m
+            for m in self._members.values()
+            if m.state is MemberState.DRAINING and not m.by_hand and not m.is_replaced
         ]
         candidates = draining + [m for m in surplus if m.state is MemberState.READY and not m.by_hand]
         alike = [m for m in candidates if m.role is role]

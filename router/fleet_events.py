@@ -1,5 +1,5 @@
-"""What goes into the fleet's reconcile loop and what comes out; beside these it takes the router's WorkerReady, WorkerLost,
-WorkerIdle and Tick."""
+"""What goes into the fleet's reconcile loop and what comes out; beside these it takes the router's
+WorkerReady, WorkerLost, WorkerIdle and Tick."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,9 @@ class Apply:
     """Make the pools have these sizes. Takes back earlier drains by hand."""
 
     pools: Mapping[Role, int]
-    num_legs: Mapping[str, int] = field(default_factory=dict)  # open at each worker: the least loaded are removed first
+    num_legs: Mapping[str, int] = field(
+        default_factory=dict
+    )  # open at each worker: the least loaded are removed first
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,8 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class AdoptWorkers:
-    """These were started by an earlier controller and live. Until each has become ready, or is found to be loading or lost,
-    nothing is started or stopped to match the pools."""
+    """These were started by an earlier controller and live. Until each has become ready, or is found to be
+    loading or lost, nothing is started or stopped to match the pools."""
 
     workers: tuple["StartWorker", ...]
 
@@ -46,8 +48,8 @@ class WorkerLoading:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlaced:
-    """The worker has a place on some host, and starts: until then it may wait for as long as it takes. Unknown ones are
-    ignored."""
+    """The worker has a place on some host, and starts: until then it may wait for as long as it takes.
+    Unknown ones are ignored."""
 
     worker_id: str
     incarnation: int
@@ -55,8 +57,8 @@ class WorkerPlaced:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceWorkers:
-    """Drain these, as (worker_id, incarnation), and start others in their place: their host is not to be used any more.
-    Unknown ones are ignored."""
+    """Drain these, as (worker_id, incarnation), and start others in their place: their host is not to be used
+    any more. Unknown ones are ignored."""
 
     workers: tuple[tuple[str, int], ...]
 
@@ -78,8 +80,8 @@ FleetEvent = (
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Start a process as soon as there is a place for it; answered by WorkerPlaced then, by WorkerReady, and by WorkerLost when
-    it ends, whenever and why ever."""
+    """Start a process as soon as there is a place for it; answered by WorkerPlaced then, by WorkerReady, and
+    by WorkerLost when it ends, whenever and why ever."""
 
     role: Role
     worker_id: str

@@ -1,9 +1,10 @@
-"""Which hosts serve: those that the configuration asks for and those that Ray sees in, whom to check and whom to vacate out.
+"""Which hosts serve: those that the configuration asks for and those that Ray sees in, whom to check and whom
+to vacate out.
 
-AWAITED -> CHECKING -> JOINED -> LOST -> CHECKING ...        LOST: Ray has declared it dead; back under another node id
+AWAITED -> CHECKING -> JOINED -> LOST -> CHECKING ...   LOST: Ray declared it dead; back under another node id
               |  ^        |                                  REFUSED: checked again after a pause
               v  |        v                                  JOINED -> CHECKING: a worker there was lost
-           REFUSED     LEAVING                               LEAVING: the configuration does not name it (any more)
+           REFUSED     LEAVING                          LEAVING: the configuration does not name it
 """
 
 from collections import Counter
@@ -59,8 +60,8 @@ class HostChecked:
 
 @dataclass(frozen=True, slots=True)
 class HostSuspected:
-    """A worker there was lost, and nobody knows why: the host may be down or cut off, which Ray may notice later. Nothing
-    starts there until it has answered again."""
+    """A worker there was lost, and nobody knows why: the host may be down or cut off, which Ray may notice
+    later. Nothing starts there until it has answered again."""
 
     node_id: str
 
@@ -199,9 +200,15 @@ class Hosts:
 
     def _why(self, missing: _Missing) -> str:
         if missing.state is HostState.LOST:
-            return "is lost: Ray does not reach it, and uses it again once Ray runs there again (`ray up` starts it)"
+            return (
+                "is lost: Ray does not reach it, and uses it again once Ray runs there again (`ray up`"
+                " starts it)"
+            )
         if missing.is_late:
-            return f"has not joined within join_timeout_s ({self._join_timeout_s:g} s): serving without it until it does"
+            return (
+                f"has not joined within join_timeout_s ({self._join_timeout_s:g} s): serving without it until"
+                " it does"
+            )
         return "has not joined; waiting for it"
 
     def _row(self, host: _Host, now_s: float) -> HostStatus:
@@ -249,7 +256,9 @@ class Hosts:
         was, first = host.message, host.capacity is None
         if event.refusal:
             host.transition(HostState.REFUSED, now_s, event.refusal)
-            host.check_again_s = now_s + min(CHECK_AGAIN_S * 2.0 ** min(host.num_refusals, 16), MAX_CHECK_AGAIN_S)
+            host.check_again_s = now_s + min(
+                CHECK_AGAIN_S * 2.0 ** min(host.num_refusals, 16), MAX_CHECK_AGAIN_S
+            )
             host.num_refusals += 1
             if event.refusal != was:
                 self._out.append(HostChanged(host.seen.address, HostState.REFUSED, event.refusal))
@@ -290,7 +299,9 @@ class Hosts:
         yield from (address for address in expected.addresses or () if address not in named)
         there = Counter(host.seen.node_type for host in self._hosts.values() if not host.seen.is_head)
         for node_type, count in expected.node_types.items():
-            yield from (f"{node_type} ({number} of {count})" for number in range(there[node_type] + 1, count + 1))
+            yield from (
+                f"{node_type} ({number} of {count})" for number in range(there[node_type] + 1, count + 1)
+            )
 
 
 def _is_listed(seen: SeenHost, expected: ExpectedHosts) -> bool:

@@ -1,22 +1,26 @@
-"""Who has what open: every dispatch with an open leg, and its account at its workers. Only this file writes accounts."""
+"""Who has what open: every dispatch with an open leg, and its account at its workers. Only this file writes
+accounts."""
 
 from collections import Counter
 from collections.abc import Iterator
 
 from ..core.messages import Leg, LegEnded, StepReport
 from ..core.request import TransferId
-from .candidates import Placement
+from .candidates import RoutingDecision
 from .dispatch import Dispatch
-from .registry import Registry, Worker
+from .registry import RegisteredWorker, Registry
 
 
 class Ledger:
-    """Books dispatches on their workers when they start and off when their legs close: all is zero when all is idle."""
+    """Books dispatches on their workers when they start and off when their legs close: all is zero when all
+    is idle."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._dispatches: dict[TransferId, Dispatch] = {}
-        self.num_running: Counter[str] = Counter()  # by client: choices of dispatches with an open leg; none is 0
+        self.num_running: Counter[str] = (
+            Counter()
+        )  # by client: choices of dispatches with an open leg; none is 0
 
     def __iter__(self) -> Iterator[Dispatch]:
         return iter(self._dispatches.values())
@@ -27,11 +31,11 @@ class Ledger:
     def get(self, transfer: TransferId) -> Dispatch | None:
         return self._dispatches.get(transfer)
 
-    def at(self, worker: Worker) -> list[Dispatch]:
+    def at(self, worker: RegisteredWorker) -> list[Dispatch]:
         """The dispatches with an open leg at the worker, oldest first."""
         return [self._dispatches[transfer] for transfer in worker.open_legs]
 
-    def open(self, dispatch: Dispatch, placement: Placement) -> None:
+    def open(self, dispatch: Dispatch, placement: RoutingDecision) -> None:
         """Book a dispatch on its workers."""
         dispatch.num_new_tokens = placement.num_new_tokens
         dispatch.prefill_s = placement.prefill_s
@@ -45,7 +49,7 @@ class Ledger:
             self._open_decode(dispatch, dispatch.decode)
         self._registry.rank(dispatch.prefill)
 
-    def _open_decode(self, dispatch: Dispatch, worker: Worker) -> None:
+    def _open_decode(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
         spec = dispatch.spec
         dispatch.num_reserved_blocks = worker.blocks_for(spec.num_tokens, len(spec.choices))
         worker.open_legs[dispatch.transfer] = None
@@ -55,7 +59,7 @@ class Ledger:
         worker.num_pending_blocks += dispatch.num_reserved_blocks
         self._registry.rank(worker)
 
-    def note_report(self, worker: Worker, report: StepReport, now_s: float) -> None:
+    def note_report(self, worker: RegisteredWorker, report: StepReport, now_s: float) -> None:
         """A worker's load, and the progress that its step has made."""
         worker.load = report.load
         worker.note_step(report.timing is not None, now_s)
@@ -78,7 +82,7 @@ class Ledger:
             dispatch.prefill.num_prompt_tokens += dispatch.spec.num_tokens
             dispatch.prefill.num_cached_tokens += ended.num_cached_tokens
 
-    def count_token(self, dispatch: Dispatch, worker: Worker) -> None:
+    def count_token(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
         """A token of a running dispatch came from one of its workers."""
         if dispatch.is_prefilling:
             self._end_prefill(dispatch)
@@ -95,7 +99,7 @@ class Ledger:
         dispatch.prefill.end_prefill(dispatch.num_new_tokens, dispatch.prefill_s)
         self._registry.rank(dispatch.prefill)
 
-    def close(self, dispatch: Dispatch, leg: Leg) -> Worker:
+    def close(self, dispatch: Dispatch, leg: Leg) -> RegisteredWorker:
         """The worker holds nothing for this leg any more: take it off its account."""
         worker = dispatch.worker_of(leg)
         assert worker is not None and leg in dispatch.open_legs, f"{dispatch.transfer} has no open {leg} leg"
@@ -117,7 +121,7 @@ class Ledger:
         if not self.num_running[client]:
             del self.num_running[client]
 
-    def _close_decode(self, dispatch: Dispatch, worker: Worker) -> None:
+    def _close_decode(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
         spec = dispatch.spec
         if not dispatch.decode_started:
             worker.num_pending_blocks -= dispatch.num_reserved_blocks
@@ -132,7 +136,9 @@ class Ledger:
         num_running: Counter[str] = Counter()
         for dispatch in self:
             num_running[dispatch.spec.client] += len(dispatch.spec.choices)
-        assert dict(num_running) == dict(self.num_running), f"{self.num_running}, the open dispatches say {num_running}"
+        assert dict(num_running) == dict(self.num_running), (
+            f"{self.num_running}, the open dispatches say {num_running}"
+        )
         for worker in self._registry:
             decoding = [d for d in self.at(worker) if d.decode is worker and Leg.DECODE in d.open_legs]
             prefilling = [d for d in self._dispatches.values() if d.prefill is worker and d.is_prefilling]
@@ -140,11 +146,15 @@ class Ledger:
                 "prefilling": len(prefilling),
                 "num_queued_tokens": sum(d.num_new_tokens for d in prefilling),
                 "num_sequences": sum(len(d.spec.choices) for d in decoding),
-                "num_context_tokens": sum(len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in decoding),
+                "num_context_tokens": sum(
+                    len(d.spec.choices) * d.spec.num_tokens + d.num_grown_tokens for d in decoding
+                ),
                 "num_reserved_blocks": sum(d.num_reserved_blocks for d in decoding),
                 "num_grown_tokens": sum(d.num_grown_tokens for d in decoding),
                 "num_pending_blocks": sum(d.num_reserved_blocks for d in decoding if not d.decode_started),
             }
             actual = {name: getattr(worker, name) for name in expected}
             assert actual == expected, f"{worker.worker_id}: {actual}, its open legs say {expected}"
-            assert worker.prefilling or worker.queued_prefill_s == 0.0, f"{worker.worker_id}: queue without prefills"
+            assert worker.prefilling or worker.queued_prefill_s == 0.0, (
+                f"{worker.worker_id}: queue without prefills"
+            )

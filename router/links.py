@@ -1,10 +1,10 @@
-"""Links between hosts on which KV does not get through, as where a firewall lets each of them reach the head alone: their
-workers are paired last, so that requests do not pay for finding out one by one.
+"""Links between hosts on which KV does not get through, as where a firewall lets each of them reach the head
+alone: their workers are paired last, so that requests do not pay for finding out one by one.
 
-A link is broken after two failures in a row, of transfers or of probes. One that no transfer has used is probed as soon as
-workers serve at both ends, one that has failed is probed after a pause, which doubles with each failure; a probe that passes
-lets one request try. Failures of single requests are dealt with elsewhere (`Job.failed_pairs`).
-"""
+A link is broken after two failures in a row, of transfers or of probes. One that no transfer has used is
+probed as soon as workers serve at both ends, one that has failed is probed after a pause, which doubles with
+each failure; a probe that passes lets one request try. Failures of single requests are dealt with elsewhere
+(`Job.failed_pairs`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from itertools import permutations
 from math import inf
 
 from ..core.messages import Probed
-from .registry import Registry, Worker, WorkerState
+from .registry import RegisteredWorker, Registry, RoutingState
 
 NUM_FAILURES = 2  # in a row; one may be a worker that died
 PROBE_AGAIN_S = 4.0  # after the first failure: by then it is known whether a worker died
@@ -38,18 +38,25 @@ class Links:
     def __init__(self) -> None:
         self._breakers: dict[Link, _Breaker] = {}
         self._avoided: set[Link] = set()
-        self._passed: set[Link] = set()  # where a transfer or a probe came through, and nothing has failed since
-        self._asked: dict[Link, tuple[Worker, Worker]] = {}  # probes that have not been answered
+        self._passed: set[Link] = (
+            set()
+        )  # where a transfer or a probe came through, and nothing has failed since
+        self._asked: dict[
+            Link, tuple[RegisteredWorker, RegisteredWorker]
+        ] = {}  # probes that have not been answered
         self._next_probe_s = inf
 
-    def avoids(self, prefill: Worker, decode: Worker) -> bool:
+    def avoids(self, prefill: RegisteredWorker, decode: RegisteredWorker) -> bool:
         return bool(self._avoided) and _link(prefill, decode) in self._avoided
 
-    def probes(self, registry: Registry, now_s: float) -> Iterator[tuple[Worker, Worker]]:
-        """Pairs of workers, the first of which shall try to reach the second now; `probed` takes the answer."""
+    def probes(self, registry: Registry, now_s: float) -> Iterator[tuple[RegisteredWorker, RegisteredWorker]]:
+        """Pairs of workers, the first of which shall try to reach the second now; `probed` takes the
+        answer."""
         if now_s < self._next_probe_s:
             return
-        ends = {worker.info.address.host_id: worker for worker in registry if worker.state is WorkerState.READY}
+        ends = {
+            worker.info.address.host_id: worker for worker in registry if worker.state is RoutingState.READY
+        }
         self._passed = {link for link in self._passed if ends.keys() >= set(link)}
         self._next_probe_s = inf
         for link in permutations(ends, 2):
@@ -66,7 +73,7 @@ class Links:
         """A worker serves, or does not any more."""
         self._next_probe_s = 0.0
 
-    def lost(self, worker: Worker) -> None:
+    def lost(self, worker: RegisteredWorker) -> None:
         """What it was asked, or was to be tried with, is open again."""
         self._asked = {link: workers for link, workers in self._asked.items() if worker not in workers}
         self.workers_changed()
@@ -79,21 +86,22 @@ class Links:
                 del self._asked[link]
                 self._answered(link, source, target, event.error, now_s)
 
-    def started(self, prefill: Worker, decode: Worker, now_s: float) -> None:
-        """A request is dispatched: nobody else tries a link that was broken before it is known how this one fares."""
+    def started(self, prefill: RegisteredWorker, decode: RegisteredWorker, now_s: float) -> None:
+        """A request is dispatched: nobody else tries a link that was broken before it is known how this one
+        fares."""
         link = _link(prefill, decode)
         breaker = self._breakers.get(link)
         if breaker is not None and breaker.num_failures >= NUM_FAILURES:
             self._pause(link, breaker, now_s)
 
-    def worked(self, prefill: Worker, decode: Worker) -> None:
+    def worked(self, prefill: RegisteredWorker, decode: RegisteredWorker) -> None:
         link = _link(prefill, decode)
         self._asked.pop(link, None)
         self._breakers.pop(link, None)
         self._avoided.discard(link)
         self._passed.add(link)
 
-    def failed(self, prefill: Worker, decode: Worker, error: str, now_s: float) -> None:
+    def failed(self, prefill: RegisteredWorker, decode: RegisteredWorker, error: str, now_s: float) -> None:
         """A transfer did. Within a host there is no network to blame."""
         link = _link(prefill, decode)
         if link[0] == link[1]:
@@ -104,12 +112,14 @@ class Links:
 
     def problems(self, registry: Registry) -> Iterator[str]:
         """Describes broken links between hosts whose workers serve."""
-        there = {worker.info.address.host_id for worker in registry if worker.state is WorkerState.READY}
+        there = {worker.info.address.host_id for worker in registry if worker.state is RoutingState.READY}
         for link, breaker in self._breakers.items():
             if breaker.num_failures >= NUM_FAILURES and there.issuperset(link):
                 yield breaker.problem
 
-    def _answered(self, link: Link, source: Worker, target: Worker, error: str, now_s: float) -> None:
+    def _answered(
+        self, link: Link, source: RegisteredWorker, target: RegisteredWorker, error: str, now_s: float
+    ) -> None:
         if error:
             self._fail(link, source, target, error, now_s)
             return
@@ -119,14 +129,16 @@ class Links:
         if breaker is not None and not breaker.has_lost_kv:
             del self._breakers[link]
 
-    def _fail(self, link: Link, source: Worker, target: Worker, error: str, now_s: float) -> None:
+    def _fail(
+        self, link: Link, source: RegisteredWorker, target: RegisteredWorker, error: str, now_s: float
+    ) -> None:
         breaker = self._breakers.setdefault(link, _Breaker())
         breaker.num_failures += 1
         address = target.info.address
         breaker.problem = (
-            f"KV does not get from host {source.info.node} to host {target.info.node} "
-            f"({address.tcp_host}:{address.tcp_port}; {error}): their workers are not paired; let all TCP between the hosts of "
-            "the cluster through their firewalls"
+            f"KV does not get from host {source.info.node} to host {target.info.node}"
+            f" ({address.tcp_host}:{address.tcp_port}; {error}): their workers are not paired; let all TCP"
+            " between the hosts of the cluster through their firewalls"
         )
         self._pause(link, breaker, now_s)
 
@@ -140,9 +152,9 @@ class Links:
         self._next_probe_s = min(self._next_probe_s, breaker.try_again_s)
 
 
-def _link(prefill: Worker, decode: Worker) -> Link:
+def _link(prefill: RegisteredWorker, decode: RegisteredWorker) -> Link:
     return prefill.info.address.host_id, decode.info.address.host_id
 
 
-def _key(worker: Worker) -> tuple[str, int]:
+def _key(worker: RegisteredWorker) -> tuple[str, int]:
     return worker.worker_id, worker.incarnation

@@ -1,4 +1,5 @@
-"""The live requests by their ids: which of them an event is for. What it does to one is in `request_life.py`."""
+"""The live requests by their ids: which of them an event is for. What it does to one is in
+`request_life.py`."""
 
 import msgspec
 
@@ -10,7 +11,7 @@ from .config import RouterConfig
 from .dispatch import Dispatch, LiveRequest
 from .events import Cancel, RouterCommand, StreamRead, StreamUnread, Timeline
 from .ledger import Ledger
-from .registry import Worker
+from .registry import RegisteredWorker
 from .request_events import Abandoned, CancelChoice, Claimed, Due, End, LegOver, RequestEvent
 from .request_life import RequestLife
 from .request_states import RequestState
@@ -21,7 +22,9 @@ class LiveRequests:
     """Request id -> live request, from admission until no worker holds anything for it."""
 
     def __init__(self, queue: JobQueue, ledger: Ledger, config: RouterConfig) -> None:
-        self.claims_end_s: float | None = None  # when adopted requests that wait for their clients are given up
+        self.claims_end_s: float | None = (
+            None  # when adopted requests that wait for their clients are given up
+        )
         self.deadlines = Deadlines()
         self._life = RequestLife(queue, ledger, config)
         self._queue = queue
@@ -111,11 +114,14 @@ class LiveRequests:
 
     # what workers do
 
-    def end_leg(self, dispatch: Dispatch, leg: Leg, error: str | None, is_invalid: bool, now_s: float) -> list[RouterCommand]:
-        """A worker says that it is done with its leg; `is_invalid`: and that nobody can carry out the request."""
+    def end_leg(
+        self, dispatch: Dispatch, leg: Leg, error: str | None, is_invalid: bool, now_s: float
+    ) -> list[RouterCommand]:
+        """A worker says that it is done with its leg; `is_invalid`: and that nobody can carry out the
+        request."""
         return self.handle(dispatch.live, LegOver(dispatch, leg, error, is_invalid=is_invalid), now_s)
 
-    def lose_worker(self, worker: Worker, reason: str, now_s: float) -> list[RouterCommand]:
+    def lose_worker(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:
         """All legs there are over; what they were needed for is dispatched again, in the order it was."""
         commands: list[RouterCommand] = []
         for dispatch in self._ledger.at(worker):
@@ -140,7 +146,8 @@ class LiveRequests:
         return commands
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when a state, the queue or a count disagrees with where the requests' work is."""
+        """Raises AssertionError when a state, the queue or a count disagrees with where the requests' work
+        is."""
         queued = list(self._queue)
         for job in queued:
             assert job.choices, f"{job.live}: a job without choices is queued"

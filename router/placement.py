@@ -1,45 +1,50 @@
 """Where a job runs: the (prefill, decode) pair, or the one worker, with the least predicted cost.
 
-Cost is predicted TTFT (queue and uncached prompt tokens on P) plus what of the transfer stays visible behind the compute.
-Workers on which a token would take longer than the SLO come last, the least excess first. A decision looks at the few least
-loaded workers of each role and at those that hold most of the prefix, never at all pairs.
-"""
+Cost is predicted TTFT (queue and uncached prompt tokens on P) plus what of the transfer stays visible behind
+the compute. Workers on which a token would take longer than the SLO come last, the least excess first. A
+decision looks at the few least loaded workers of each role and at those that hold most of the prefix, never
+at all pairs."""
 
 from itertools import islice
 from operator import itemgetter
 
 from ..core.latency import LatencyModel
-from .candidates import NUM_KEPT, Candidate, Placement, PrefillOption, Score
+from .candidates import NUM_KEPT, Candidate, PrefillOption, RoutingDecision, Score
 from .config import RouterConfig
 from .dispatch import Job
 from .links import Links
 from .prefix_index import PrefixIndex
-from .registry import Registry, Worker, WorkerState, decode_load
+from .registry import RegisteredWorker, Registry, RoutingState, decode_load
 
 
 class Placer:
     """Decides; changes nothing."""
 
-    def __init__(self, registry: Registry, index: PrefixIndex, model: LatencyModel, links: Links, config: RouterConfig) -> None:
+    def __init__(
+        self, registry: Registry, index: PrefixIndex, model: LatencyModel, links: Links, config: RouterConfig
+    ) -> None:
         self.config = config
         self._registry = registry
         self._links = links
         self._index = index
         self._model = model
 
-    def place(self, job: Job) -> Placement | None:
+    def place(self, job: Job) -> RoutingDecision | None:
         """The best place that has room now; None when the job has to wait."""
         prefills, decodes, depths = self._workers(job)
         options = [self._prefill_option(job, worker, depths) for worker in prefills]
         options = [option for option in options if self._has_prefill_room(option.worker)] or options
-        if len(options) > self.config.num_candidates and not job.failed_pairs:  # a retry may have to go elsewhere
+        if (
+            len(options) > self.config.num_candidates and not job.failed_pairs
+        ):  # a retry may have to go elsewhere
             options = sorted(options, key=_by_ttft)[: self.config.num_candidates]
         if not job.needs_decode:
             candidates = self._prefill_only(job, options)
             candidates += self._on_one(job, decodes, depths, bool(prefills))
         elif _can_pair(prefills, decodes):
             candidates = self._pairs(job, options, decodes, depths)
-            # when each of them has failed, the pools may not reach each other: one worker alone needs no transfer
+            # when each of them has failed, the pools may not reach each other: one worker alone needs no
+            # transfer
             has_way = not candidates or any(not candidate[0][0] for candidate in candidates)
             candidates += self._on_one(job, decodes, depths, has_way)
         else:
@@ -50,7 +55,7 @@ class Placer:
         _, option, decode, itl_s, transfer_s = candidates[0]
         if not self._has_prefill_room(option.worker):
             return None
-        return Placement(
+        return RoutingDecision(
             option.worker,
             decode,
             option.num_cached_tokens,
@@ -62,11 +67,12 @@ class Placer:
             candidates[:NUM_KEPT],
         )
 
-    def _has_prefill_room(self, worker: Worker) -> bool:
+    def _has_prefill_room(self, worker: RegisteredWorker) -> bool:
         return worker.has_prefill_room(self.config.max_prefill_backlog_tokens)
 
-    def _workers(self, job: Job) -> tuple[list[Worker], list[Worker], dict[int, int]]:
-        """Prefill and decode workers to look at, and the longest cached prefix anywhere, in blocks by block size."""
+    def _workers(self, job: Job) -> tuple[list[RegisteredWorker], list[RegisteredWorker], dict[int, int]]:
+        """Prefill and decode workers to look at, and the longest cached prefix anywhere, in blocks by block
+        size."""
         count = self.config.num_candidates
         num_decode_tokens = job.num_total_tokens
         decodes = self._registry.best_decode(num_decode_tokens, count)
@@ -77,15 +83,23 @@ class Placer:
             depths[block_size], holders = self._index.longest(job.chain(block_size))
             for name in islice(holders, count):
                 worker = self._registry.get(name)
-                if worker is None or worker.state is not WorkerState.READY:
+                if worker is None or worker.state is not RoutingState.READY:
                     continue
-                if worker.role.prefills and worker.capacity_tokens >= num_prefill_tokens and worker not in prefills:
+                if (
+                    worker.role.prefills
+                    and worker.capacity_tokens >= num_prefill_tokens
+                    and worker not in prefills
+                ):
                     prefills.append(worker)
-                if worker.role.decodes and worker.capacity_tokens >= num_decode_tokens and worker not in decodes:
+                if (
+                    worker.role.decodes
+                    and worker.capacity_tokens >= num_decode_tokens
+                    and worker not in decodes
+                ):
                     decodes.append(worker)
         return prefills, decodes, depths
 
-    def _cached_tokens(self, job: Job, worker: Worker, depths: dict[int, int]) -> int:
+    def _cached_tokens(self, job: Job, worker: RegisteredWorker, depths: dict[int, int]) -> int:
         """By the index; one token at least is always computed."""
         block_size = worker.info.layout.block_size
         depth = depths.get(block_size, 0)
@@ -94,7 +108,7 @@ class Placer:
         num_blocks = self._index.cached_blocks(worker.worker_id, job.chain(block_size), depth)
         return min(num_blocks * block_size, job.num_tokens - 1)
 
-    def _prefill_option(self, job: Job, worker: Worker, depths: dict[int, int]) -> PrefillOption:
+    def _prefill_option(self, job: Job, worker: RegisteredWorker, depths: dict[int, int]) -> PrefillOption:
         cached = 0 if job.computes_whole_prompt else self._cached_tokens(job, worker, depths)
         new, chunk = job.num_tokens - cached, worker.info.max_batch_tokens
         compute_s, stall_s = self._model.prompt_s(new, cached, chunk), 0.0
@@ -104,12 +118,20 @@ class Placer:
             compute_s += step_s * -(-new // chunk)
         return PrefillOption(worker, cached, new, worker.queue_s, compute_s, stall_s)
 
-    def _decode_itl_s(self, job: Job, worker: Worker) -> float:
+    def _decode_itl_s(self, job: Job, worker: RegisteredWorker) -> float:
         num_choices = len(job.choices)
         num_context_tokens = worker.num_context_tokens + num_choices * job.num_tokens
         return self._model.decode_s(worker.num_sequences + num_choices, num_context_tokens)
 
-    def _score(self, job: Job, option: PrefillOption, decode: Worker | None, itl_s: float, cost_s: float, load: float) -> Score:
+    def _score(
+        self,
+        job: Job,
+        option: PrefillOption,
+        decode: RegisteredWorker | None,
+        itl_s: float,
+        cost_s: float,
+        load: float,
+    ) -> Score:
         prefill_id, decode_id = option.worker.worker_id, decode.worker_id if decode else None
         excess_s = max(0.0, itl_s - self.config.itl_slo_s, option.stall_s - self.config.itl_slo_s)
         failed = (option.worker, decode) in job.failed_pairs
@@ -118,9 +140,14 @@ class Placer:
         return failed, excess_s, cost_s, load, prefill_id, decode_id or ""
 
     def _prefill_only(self, job: Job, options: list[PrefillOption]) -> list[Candidate]:
-        return [(self._score(job, option, None, 0.0, option.ttft_s, 0.0), option, None, 0.0, 0.0) for option in options]
+        return [
+            (self._score(job, option, None, 0.0, option.ttft_s, 0.0), option, None, 0.0, 0.0)
+            for option in options
+        ]
 
-    def _pairs(self, job: Job, options: list[PrefillOption], decodes: list[Worker], depths: dict[int, int]) -> list[Candidate]:
+    def _pairs(
+        self, job: Job, options: list[PrefillOption], decodes: list[RegisteredWorker], depths: dict[int, int]
+    ) -> list[Candidate]:
         candidates: list[Candidate] = []
         for decode in decodes:
             if not decode.has_decode_room(job.num_tokens, len(job.choices)):
@@ -135,12 +162,17 @@ class Placer:
                     candidates.append((score, option, decode, itl_s, transfer_s))
         return candidates
 
-    def _on_one(self, job: Job, workers: list[Worker], depths: dict[int, int], others_prefill: bool) -> list[Candidate]:
-        """Both phases on one worker. Where others prefill, a decode worker's time is dear: it must keep its streams
-        inside the SLO, and its prefill counts `prefill_on_decode_factor` times, as it delays those that come next."""
+    def _on_one(
+        self, job: Job, workers: list[RegisteredWorker], depths: dict[int, int], others_prefill: bool
+    ) -> list[Candidate]:
+        """Both phases on one worker. Where others prefill, a decode worker's time is dear: it must keep its
+        streams inside the SLO, and its prefill counts `prefill_on_decode_factor` times, as it delays those
+        that come next."""
         candidates: list[Candidate] = []
         for worker in workers:
-            if not (worker.has_decode_room(job.num_tokens, len(job.choices)) and self._has_prefill_room(worker)):
+            if not (
+                worker.has_decode_room(job.num_tokens, len(job.choices)) and self._has_prefill_room(worker)
+            ):
                 continue
             is_dear = others_prefill and not worker.role.prefills
             factor = self.config.prefill_on_decode_factor if is_dear else 1.0
@@ -158,5 +190,5 @@ def _by_ttft(option: PrefillOption) -> tuple[float, str]:
     return option.ttft_s, option.worker.worker_id
 
 
-def _can_pair(prefills: list[Worker], decodes: list[Worker]) -> bool:
+def _can_pair(prefills: list[RegisteredWorker], decodes: list[RegisteredWorker]) -> bool:
     return any(p is not d and p.layout == d.layout for p in prefills for d in decodes)

@@ -56,9 +56,9 @@ class Places:
     def next(self) -> tuple[Key, Placement] | None:
         """Who gets a place now; None when nobody can.
 
-        First comes the pool of which the least part is placed, so that the first prefill and the first decode instance come
-        before all others and pools grow by their ratio; of equal ones the larger instance, as it fits in fewer places.
-        """
+        First comes the pool of which the least part is placed, so that the first prefill and the first decode
+        instance come before all others and pools grow by their ratio; of equal ones the larger instance, as
+        it fits in fewer places."""
         num_placed = Counter(instance.role for instance in self._placed.values())
         order = sorted(self._waiting.items(), key=lambda item: self._rank(item[1], num_placed))
         for worker, instance in order:

@@ -1,4 +1,5 @@
-"""Which worker holds which prefix: built from workers' reports alone, hence possibly stale. A hint, never a promise."""
+"""Which worker holds which prefix: built from workers' reports alone, hence possibly stale. A hint, never a
+promise."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +9,8 @@ HASHED_AT_ONCE = 16  # blocks by which the search for the longest prefix goes fo
 
 
 class PrefixChain:
-    """The block hashes of one token sequence, computed as far as somebody asks: an unknown prompt costs one hash."""
+    """The block hashes of one token sequence, computed as far as somebody asks: an unknown prompt costs one
+    hash."""
 
     def __init__(self, token_ids: Sequence[int], block_size: int, salt: str) -> None:
         self._token_ids = token_ids
@@ -27,11 +29,13 @@ class PrefixChain:
 
 
 class PrefixIndex:
-    """(block hash -> workers) and back. A worker that holds a block is taken to hold those before it, as caches evict
-    from the tail: so the length of a cached prefix is found by bisection."""
+    """(block hash -> workers) and back. A worker that holds a block is taken to hold those before it, as
+    caches evict from the tail: so the length of a cached prefix is found by bisection."""
 
     def __init__(self) -> None:
-        self._holders: dict[bytes, dict[str, None]] = {}  # dicts as ordered sets: placement must be reproducible
+        self._holders: dict[
+            bytes, dict[str, None]
+        ] = {}  # dicts as ordered sets: placement must be reproducible
         self._blocks: dict[str, set[bytes]] = {}
 
     def update(self, worker_id: str, added: Iterable[bytes], evicted: Iterable[bytes]) -> None:
@@ -58,7 +62,11 @@ class PrefixIndex:
 
     def longest(self, chain: PrefixChain) -> tuple[int, Iterable[str]]:
         """The most blocks of `chain` that any worker holds, and which workers those are."""
-        low, high, step = 0, chain.num_blocks, 1  # `low` blocks are held by somebody; `high`: nobody holds more
+        low, high, step = (
+            0,
+            chain.num_blocks,
+            1,
+        )  # `low` blocks are held by somebody; `high`: nobody holds more
         while low < high:  # an unknown prompt costs one hash, a known one few more than its cached blocks
             middle = min(low + step, high)
             if chain[middle - 1] in self._holders:

@@ -1,4 +1,5 @@
-"""Items in the order of a key that changes often: reading the best few is free, a change costs two bisections."""
+"""Items in the order of a key that changes often: reading the best few is free, a change costs two
+bisections."""
 
 from bisect import bisect_left, insort
 from typing import Generic, TypeVar

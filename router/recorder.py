@@ -5,7 +5,7 @@ from typing import Protocol
 from .events import RouterEvent, Timeline
 
 
-class Recorder(Protocol):
+class RequestRecorder(Protocol):
     """Called on the router's loop; whoever implements it returns soon."""
 
     def observe(self, event: RouterEvent) -> None:

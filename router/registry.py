@@ -1,4 +1,5 @@
-"""The workers that are there, what they were given and have not finished, and who comes first for the next request."""
+"""The workers that are there, what they were given and have not finished, and who comes first for the next
+request."""
 
 import enum
 from collections.abc import Hashable, Iterator
@@ -9,7 +10,7 @@ from ..core.request import TransferId
 from .ranking import Ranking
 
 
-class WorkerState(enum.Enum):
+class RoutingState(enum.Enum):
     """A worker as the router sees it."""
 
     READY = "ready"
@@ -18,23 +19,43 @@ class WorkerState(enum.Enum):
 
 
 TRANSITIONS = {
-    WorkerState.READY: {WorkerState.DRAINING, WorkerState.LOST},
-    WorkerState.DRAINING: {WorkerState.READY, WorkerState.LOST},
-    WorkerState.LOST: set[WorkerState](),
+    RoutingState.READY: {RoutingState.DRAINING, RoutingState.LOST},
+    RoutingState.DRAINING: {RoutingState.READY, RoutingState.LOST},
+    RoutingState.LOST: set[RoutingState](),
 }
 
 
-class Worker(Automaton[WorkerState]):
-    """One incarnation of a worker, with the account of what is open there. The router's own account leads the reported
-    load: it knows what is on its way."""
+class RegisteredWorker(Automaton[RoutingState]):
+    """One incarnation of a worker, with the account of what is open there. The router's own account leads the
+    reported load: it knows what is on its way."""
 
-    __slots__ = ("_progress_s", "_stepped_s", "_window_start_s", "_window_tokens", "capacity_tokens", "info", "layout", "load",
-                 "num_cached_tokens", "num_context_tokens", "num_grown_tokens", "num_pending_blocks",
-                 "num_prompt_tokens", "num_queued_tokens", "num_reserved_blocks", "num_sequences", "open_legs",
-                 "prefilling", "queued_prefill_s", "role", "tokens_per_s", "worker_id")  # fmt: skip
+    __slots__ = (
+        "_progress_s",
+        "_stepped_s",
+        "_window_start_s",
+        "_window_tokens",
+        "capacity_tokens",
+        "info",
+        "layout",
+        "load",
+        "num_cached_tokens",
+        "num_context_tokens",
+        "num_grown_tokens",
+        "num_pending_blocks",
+        "num_prompt_tokens",
+        "num_queued_tokens",
+        "num_reserved_blocks",
+        "num_sequences",
+        "open_legs",
+        "prefilling",
+        "queued_prefill_s",
+        "role",
+        "tokens_per_s",
+        "worker_id",
+    )
 
     def __init__(self, info: WorkerInfo, layout: int) -> None:
-        super().__init__(TRANSITIONS, WorkerState.READY)
+        super().__init__(TRANSITIONS, RoutingState.READY)
         self.info = info
         self.worker_id = info.worker_id
         self.role = info.role
@@ -51,7 +72,9 @@ class Worker(Automaton[WorkerState]):
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
         self.num_grown_tokens = 0  # that they have brought since
-        self.num_pending_blocks = 0  # reserved by legs that have not begun to decode: reports may not show them yet
+        self.num_pending_blocks = (
+            0  # reserved by legs that have not begun to decode: reports may not show them yet
+        )
         self.num_prompt_tokens = 0  # of all ended prefills, for the hit rate
         self.num_cached_tokens = 0
         self.tokens_per_s = 0.0
@@ -72,8 +95,8 @@ class Worker(Automaton[WorkerState]):
 
     @property
     def num_free_blocks(self) -> int:
-        """Two cautious views, the less cautious of them: ours counts shared prefixes twice, the reported one counts
-        reservations twice while they are pending."""
+        """Two cautious views, the less cautious of them: ours counts shared prefixes twice, the reported one
+        counts reservations twice while they are pending."""
         ours = self.num_reserved_blocks + self.num_grown_tokens // self.info.layout.block_size
         return max(self.info.num_blocks - ours, self.load.num_free_blocks - self.num_pending_blocks)
 
@@ -83,7 +106,9 @@ class Worker(Automaton[WorkerState]):
 
     def has_prefill_room(self, limit_tokens: int | None) -> bool:
         limit = 2 * self.info.max_batch_tokens if limit_tokens is None else limit_tokens
-        return not self.prefilling or (self.num_queued_tokens < limit and self.prefilling < max(1, self.info.max_batch_size))
+        return not self.prefilling or (
+            self.num_queued_tokens < limit and self.prefilling < max(1, self.info.max_batch_size)
+        )
 
     def has_decode_room(self, num_tokens: int, num_choices: int) -> bool:
         """A worker without work has room for whatever fits it at all."""
@@ -133,19 +158,19 @@ class Registry:
     """Current incarnations by name, and two rankings per capacity: by queued prefill, and by decode load."""
 
     def __init__(self) -> None:
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, RegisteredWorker] = {}
         self._fenced: dict[str, int] = {}  # the highest incarnation of each id that is known to be lost
         self._layouts: dict[Hashable, int] = {}
-        self._by_prefill: dict[int, Ranking[Worker]] = {}
-        self._by_decode: dict[int, Ranking[Worker]] = {}
+        self._by_prefill: dict[int, Ranking[RegisteredWorker]] = {}
+        self._by_decode: dict[int, Ranking[RegisteredWorker]] = {}
 
-    def __iter__(self) -> Iterator[Worker]:
+    def __iter__(self) -> Iterator[RegisteredWorker]:
         return iter(self._workers.values())
 
-    def get(self, worker_id: str) -> Worker | None:
+    def get(self, worker_id: str) -> RegisteredWorker | None:
         return self._workers.get(worker_id)
 
-    def current(self, worker_id: str, incarnation: int) -> Worker | None:
+    def current(self, worker_id: str, incarnation: int) -> RegisteredWorker | None:
         """The worker if this incarnation is the living one; None for messages of the dead."""
         worker = self._workers.get(worker_id)
         return worker if worker is not None and worker.info.incarnation == incarnation else None
@@ -153,37 +178,45 @@ class Registry:
     def is_news(self, info: WorkerInfo) -> bool:
         """Whether this incarnation is neither known nor lost."""
         known = self._workers.get(info.worker_id)
-        return info.incarnation > max(self._fenced.get(info.worker_id, -1), known.incarnation if known else -1)
+        return info.incarnation > max(
+            self._fenced.get(info.worker_id, -1), known.incarnation if known else -1
+        )
 
-    def add(self, info: WorkerInfo) -> Worker:
+    def add(self, info: WorkerInfo) -> RegisteredWorker:
         layout = info.layout
-        key = (layout.num_layers, layout.num_kv_heads, layout.head_dim, layout.dtype, layout.model_fingerprint)
-        worker = Worker(info, self._layouts.setdefault(key, len(self._layouts)))
+        key = (
+            layout.num_layers,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.dtype,
+            layout.model_fingerprint,
+        )
+        worker = RegisteredWorker(info, self._layouts.setdefault(key, len(self._layouts)))
         self._workers[info.worker_id] = worker
         self.rank(worker)
         return worker
 
-    def lose(self, worker: Worker) -> None:
-        worker.transition(WorkerState.LOST)
+    def lose(self, worker: RegisteredWorker) -> None:
+        worker.transition(RoutingState.LOST)
         self._unrank(worker)
         del self._workers[worker.worker_id]
         self._fenced[worker.worker_id] = worker.incarnation
 
-    def drain(self, worker: Worker) -> None:
-        worker.transition(WorkerState.DRAINING)
+    def drain(self, worker: RegisteredWorker) -> None:
+        worker.transition(RoutingState.DRAINING)
         self._unrank(worker)
 
-    def assign(self, worker: Worker, role: Role) -> None:
+    def assign(self, worker: RegisteredWorker, role: Role) -> None:
         """The worker is ready, as `role`."""
-        if worker.state is WorkerState.DRAINING:
-            worker.transition(WorkerState.READY)
+        if worker.state is RoutingState.DRAINING:
+            worker.transition(RoutingState.READY)
         self._unrank(worker)
         worker.role = role
         self.rank(worker)
 
-    def rank(self, worker: Worker) -> None:
+    def rank(self, worker: RegisteredWorker) -> None:
         """Put the worker where its present account belongs."""
-        if worker.state is not WorkerState.READY:
+        if worker.state is not RoutingState.READY:
             return
         if worker.role.prefills:
             ranking = self._by_prefill.setdefault(worker.capacity_tokens, Ranking())
@@ -192,16 +225,17 @@ class Registry:
             ranking = self._by_decode.setdefault(worker.capacity_tokens, Ranking())
             ranking.put(worker.worker_id, decode_load(worker), worker)
 
-    def _unrank(self, worker: Worker) -> None:
+    def _unrank(self, worker: RegisteredWorker) -> None:
         for rankings in (self._by_prefill, self._by_decode):
             if ranking := rankings.get(worker.capacity_tokens):
                 ranking.discard(worker.worker_id)
 
-    def best_prefill(self, num_tokens: int, count: int) -> list[Worker]:
-        """The ready prefill workers with the shortest queues that can hold `num_tokens`: `count` of each capacity."""
+    def best_prefill(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
+        """The ready prefill workers with the shortest queues that can hold `num_tokens`: `count` of each
+        capacity."""
         return _best(self._by_prefill, num_tokens, count)
 
-    def best_decode(self, num_tokens: int, count: int) -> list[Worker]:
+    def best_decode(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
         """The least loaded ready decode workers that can hold `num_tokens`: `count` of each capacity."""
         return _best(self._by_decode, num_tokens, count)
 
@@ -214,11 +248,18 @@ class Registry:
         return sum(len(ranking) for ranking in rankings.values())
 
 
-def _best(rankings: dict[int, Ranking[Worker]], num_tokens: int, count: int) -> list[Worker]:
-    return [worker for capacity, ranking in rankings.items() if capacity >= num_tokens for worker in ranking.best(count)]
+def _best(
+    rankings: dict[int, Ranking[RegisteredWorker]], num_tokens: int, count: int
+) -> list[RegisteredWorker]:
+    return [
+        worker
+        for capacity, ranking in rankings.items()
+        if capacity >= num_tokens
+        for worker in ranking.best(count)
+    ]
 
 
-def decode_load(worker: Worker) -> float:
+def decode_load(worker: RegisteredWorker) -> float:
     """Fraction of the batch, and of the blocks, that open decode legs take."""
     info = worker.info
     return worker.num_sequences / info.max_batch_size + worker.num_reserved_blocks / info.num_blocks

@@ -1,4 +1,5 @@
-"""What workers say of their legs: tokens go to their streams, loads and times to the accounts, ends close legs."""
+"""What workers say of their legs: tokens go to their streams, loads and times to the accounts, ends close
+legs."""
 
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from .ledger import Ledger
 from .links import Links
 from .live_requests import LiveRequests
 from .prefix_index import PrefixIndex
-from .registry import Registry, Worker
+from .registry import RegisteredWorker, Registry
 from .request_events import LastToken
 from .request_states import RequestState
 
@@ -51,7 +52,9 @@ class WorkerReports:
             self._index.update(worker.worker_id, report.blocks_added, report.blocks_evicted)
         return commands
 
-    def on_tokens(self, worker: Worker, outputs: Sequence[TokenOutput], now_s: float) -> list[RouterCommand]:
+    def on_tokens(
+        self, worker: RegisteredWorker, outputs: Sequence[TokenOutput], now_s: float
+    ) -> list[RouterCommand]:
         """Tokens of running dispatches: each goes to its stream, and what is due there to the client."""
         commands: list[RouterCommand] = []
         dispatch_of, open_legs, count_token = self._ledger.get, worker.open_legs, self._ledger.count_token

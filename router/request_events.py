@@ -7,7 +7,7 @@ import msgspec
 
 from ..core.messages import Leg
 from ..core.request import FinishReason, Request
-from .candidates import Placement
+from .candidates import RoutingDecision
 from .dispatch import Dispatch, Job
 from .events import StreamRead, StreamUnread
 from .stream import ChoiceStream
@@ -17,7 +17,7 @@ class Placed(msgspec.Struct, frozen=True):
     """Workers take one of its jobs, which has left the queue."""
 
     job: Job
-    placement: Placement
+    placement: RoutingDecision
     attempt: int
 
 
@@ -45,7 +45,8 @@ class Displaced(msgspec.Struct, frozen=True):
 
 
 class GivenUp(msgspec.Struct, frozen=True):
-    """An earlier router's dispatch is of no use: others serve its choices, they have ended, or half of it is gone."""
+    """An earlier router's dispatch is of no use: others serve its choices, they have ended, or half of it is
+    gone."""
 
     dispatch: Dispatch
 

@@ -1,8 +1,9 @@
-"""A request's life, from its admission until no worker holds anything for it: what each event does in each state.
+"""A request's life, from its admission until no worker holds anything for it: what each event does in each
+state.
 
-`RequestLife.REACTIONS` is the whole of it. A reaction changes the request, the queue and the ledger, and returns
-commands. It leaves QUEUED, RUNNING and BACKING_OFF alone: they follow from where the request's work is afterwards.
-"""
+`RequestLife.REACTIONS` is the whole of it. A reaction changes the request, the queue and the ledger, and
+returns commands. It leaves QUEUED, RUNNING and BACKING_OFF alone: they follow from where the request's work
+is afterwards."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +15,18 @@ from ..core.request import FinishReason
 from .admission import JobQueue
 from .config import RouterConfig
 from .dispatch import Dispatch, DispatchState, Job, LiveRequest
-from .events import EmitChoiceEnd, EmitEnd, RequestClosed, RouterCommand, SendCommand, StreamRead, StreamUnread, WorkerIdle
+from .events import (
+    EmitChoiceEnd,
+    EmitEnd,
+    RequestClosed,
+    RouterCommand,
+    SendCommand,
+    StreamRead,
+    StreamUnread,
+    WorkerIdle,
+)
 from .ledger import Ledger
-from .registry import Worker, WorkerState
+from .registry import RegisteredWorker, RoutingState
 from .request_events import (
     Abandoned,
     CancelChoice,
@@ -118,7 +128,9 @@ class RequestLife:
             return _send(prefill, Serve(spec=spec))
         commands: Commands = []
         if decode is not None:
-            reserve = Reserve(spec=spec, source_worker_id=prefill.worker_id, source_incarnation=prefill.incarnation)
+            reserve = Reserve(
+                spec=spec, source_worker_id=prefill.worker_id, source_incarnation=prefill.incarnation
+            )
             commands += _send(decode, reserve)
         return commands + _send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))
 
@@ -145,7 +157,9 @@ class RequestLife:
     def displace(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
         """Its work waits for its client's next turn."""
         self.counters.displaced += 1
-        jobs, commands = self._take_back(event.dispatch, event.dispatch.open_legs, "made room for another client", now_s)
+        jobs, commands = self._take_back(
+            event.dispatch, event.dispatch.open_legs, "made room for another client", now_s
+        )
         live.jobs += jobs
         self._queue.push_back(jobs)
         return commands
@@ -153,7 +167,9 @@ class RequestLife:
     def take_back(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
         """As `displace`, but what is left is queued when its client comes."""
         self.counters.displaced += 1
-        return self._take_back(event.dispatch, event.dispatch.open_legs, "made room for another client", now_s)[1]
+        return self._take_back(
+            event.dispatch, event.dispatch.open_legs, "made room for another client", now_s
+        )[1]
 
     def give_up(self, live: LiveRequest, event: GivenUp, now_s: float) -> Commands:
         """Aborts what an earlier router's dispatch has open."""
@@ -167,7 +183,8 @@ class RequestLife:
     # its client
 
     def set_aside(self, live: LiveRequest, event: StreamUnread, now_s: float) -> Commands:
-        """Takes it from the queue and from its workers; it keeps the tokens that its client has been given."""
+        """Takes it from the queue and from its workers; it keeps the tokens that its client has been
+        given."""
         live.num_times_unread += 1
         self.counters.unread += 1
         for stream in live.streams:
@@ -222,7 +239,10 @@ class RequestLife:
 
     def cancel_one(self, live: LiveRequest, event: CancelChoice, now_s: float) -> Commands:
         """Ends one choice, wherever its work is."""
-        if not (0 <= event.choice < len(live.streams)) or live.streams[event.choice].finish_reason is not None:
+        if (
+            not (0 <= event.choice < len(live.streams))
+            or live.streams[event.choice].finish_reason is not None
+        ):
             return []
         stream = live.streams[event.choice]
         stream.end(event.reason)
@@ -237,7 +257,8 @@ class RequestLife:
         return self._choice_ended(live, stream, dispatches[0] if dispatches else None, now_s)
 
     def end(self, live: LiveRequest, event: End, now_s: float) -> Commands:
-        """The request's only ending. Its legs are aborted; they stay accounted until their workers end them."""
+        """The request's only ending. Its legs are aborted; they stay accounted until their workers end
+        them."""
         commands: Commands = []
         for stream in live.streams:
             if stream.finish_reason is None:
@@ -253,11 +274,17 @@ class RequestLife:
         live.ended_s, live.error = now_s, event.error
         self.num_live -= 1
         self.counters.count_end(event.reason)
-        live.transition(RequestState.ENDED if live.state.has_client else RequestState.UNDELIVERED, now_s, event.error or "")
+        live.transition(
+            RequestState.ENDED if live.state.has_client else RequestState.UNDELIVERED,
+            now_s,
+            event.error or "",
+        )
         commands.append(EmitEnd(live.request_id, event.reason, event.error, live.timeline(now_s)))
         return commands + self._close_if_done(live, now_s)
 
-    def _choice_ended(self, live: LiveRequest, stream: ChoiceStream, dispatch: Dispatch | None, now_s: float) -> Commands:
+    def _choice_ended(
+        self, live: LiveRequest, stream: ChoiceStream, dispatch: Dispatch | None, now_s: float
+    ) -> Commands:
         assert stream.finish_reason is not None
         commands: Commands = [EmitChoiceEnd(live.request_id, stream.choice, stream.finish_reason)]
         live.num_open_choices -= 1
@@ -278,7 +305,7 @@ class RequestLife:
 
     def _close_leg(self, event: LegOver) -> Commands:
         worker = self._ledger.close(event.dispatch, event.leg)
-        is_idle = worker.state is WorkerState.DRAINING and not worker.open_legs
+        is_idle = worker.state is RoutingState.DRAINING and not worker.open_legs
         return [WorkerIdle(worker.worker_id, worker.incarnation)] if is_idle else []
 
     def _close_if_done(self, live: LiveRequest, now_s: float) -> Commands:
@@ -309,7 +336,9 @@ class RequestLife:
         self._queue.push_front(jobs, now_s)
         return commands
 
-    def _take_back(self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float) -> tuple[list[Job], Commands]:
+    def _take_back(
+        self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float
+    ) -> tuple[list[Job], Commands]:
         """Aborts `legs` of a dispatch; the jobs are what is left to do, elsewhere."""
         dispatch.fail(why, now_s)
         commands = self._abort(dispatch, legs)
@@ -332,7 +361,9 @@ class RequestLife:
         num_failures = dispatch.job.num_failures
         if not num_failures:
             return now_s
-        return now_s + min(self.config.retry_delay_s * 4.0 ** (num_failures - 1), self.config.max_retry_delay_s)
+        return now_s + min(
+            self.config.retry_delay_s * 4.0 ** (num_failures - 1), self.config.max_retry_delay_s
+        )
 
     # fmt: off
     REACTIONS = _table(
@@ -353,6 +384,6 @@ class RequestLife:
     # fmt: on
 
 
-def _send(worker: Worker, command: WorkerCommand) -> Commands:
-    is_lost = worker.state is WorkerState.LOST
+def _send(worker: RegisteredWorker, command: WorkerCommand) -> Commands:
+    is_lost = worker.state is RoutingState.LOST
     return [] if is_lost else [SendCommand(worker.worker_id, worker.incarnation, command)]

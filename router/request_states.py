@@ -1,9 +1,8 @@
-"""The states of a request, and which follow which (`docs/architecture.md` draws them). What happens in each is in
-`request_life.py`.
+"""The states of a request, and which follow which (`docs/architecture.md` draws them). What happens in each
+is in `request_life.py`.
 
-QUEUED, RUNNING and BACKING_OFF say where the work is that its client waits for. Its choices may be in several places
-at once: RUNNING counts before QUEUED, and QUEUED before BACKING_OFF.
-"""
+QUEUED, RUNNING and BACKING_OFF say where the work is that its client waits for. Its choices may be in several
+places at once: RUNNING counts before QUEUED, and QUEUED before BACKING_OFF."""
 
 import enum
 

@@ -1,40 +1,43 @@
-"""Room for clients that run little, where others run much: who may take it, and from whom. Pure; decides and changes nothing.
+"""Room for clients that run little, where others run much: who may take it, and from whom. Pure; decides and
+changes nothing.
 
-Turns in the queue share what becomes free. They do not help a client that comes when another one has all places, with streams
-that go on for long: then one of those is taken back. It goes on in its client's turn, with the same tokens.
-"""
+Turns in the queue share what becomes free. They do not help a client that comes when another one has all
+places, with streams that go on for long: then one of those is taken back. It goes on in its client's turn,
+with the same tokens."""
 
 from collections.abc import Iterable
 
 from ..core.messages import Leg
 from .dispatch import Dispatch, DispatchState, Job
 from .ledger import Ledger
-from .registry import Registry, Worker, WorkerState, decode_load
+from .registry import RegisteredWorker, Registry, RoutingState, decode_load
 
 LITTLE = 8  # who runs something takes only what leaves the other one so many times as much
 
 
 class RoomMaker:
-    """Asked when the head of the queue has to wait. Whoever gives up room still runs at least as much as who takes it, so that
-    no two clients take it from each other in turn, and nobody is left with nothing."""
+    """Asked when the head of the queue has to wait. Whoever gives up room still runs at least as much as who
+    takes it, so that no two clients take it from each other in turn, and nobody is left with nothing."""
 
     def __init__(self, registry: Registry, ledger: Ledger) -> None:
         self._registry = registry
         self._ledger = ledger
 
     def waits_for_decode(self, job: Job) -> bool:
-        """Whether no worker has a place for its sequences; otherwise it waits for prompts of others, which is soon over."""
+        """Whether no worker has a place for its sequences; otherwise it waits for prompts of others, which is
+        soon over."""
         return job.needs_decode and not any(
             worker.has_decode_room(job.num_tokens, len(job.choices)) for worker in self._workers(job)
         )
 
     def may_take(self, job: Job) -> bool:
-        """Whether the job's client runs so little that room is made for it, by another client that runs most."""
+        """Whether the job's client runs so little that room is made for it, by another client that runs
+        most."""
         return self._giver(job) is not None
 
     def newcomer(self, head: Job, jobs: Iterable[Job]) -> Job | None:
-        """The first of the waiting jobs that room is made for, and that may pass the head: its client then runs no more than
-        the head's does."""
+        """The first of the waiting jobs that room is made for, and that may pass the head: its client then
+        runs no more than the head's does."""
         num_running = self._ledger.num_running
         if not num_running[head.client]:
             return None
@@ -55,7 +58,11 @@ class RoomMaker:
         workers, num_then = set(self._workers(job)), self._num_then(job)
         candidates: list[tuple[float, str, int, Dispatch]] = []
         for dispatch in self._ledger:
-            if dispatch.spec.client != giver or dispatch.decode not in workers or Leg.DECODE not in dispatch.open_legs:
+            if (
+                dispatch.spec.client != giver
+                or dispatch.decode not in workers
+                or Leg.DECODE not in dispatch.open_legs
+            ):
                 continue
             if dispatch.state is DispatchState.FAILED:  # its place is not free yet
                 return None
@@ -63,7 +70,9 @@ class RoomMaker:
                 num_left = self._ledger.num_running[giver] - len(dispatch.spec.choices)
                 if num_left >= num_then:
                     worker = dispatch.decode
-                    candidates.append((decode_load(worker), worker.worker_id, -dispatch.transfer.attempt, dispatch))
+                    candidates.append(
+                        (decode_load(worker), worker.worker_id, -dispatch.transfer.attempt, dispatch)
+                    )
         return min(candidates, key=lambda candidate: candidate[:3])[3] if candidates else None
 
     def _num_then(self, job: Job) -> int:
@@ -79,11 +88,12 @@ class RoomMaker:
         is_little = not num_running[job.client] or num_then * LITTLE <= num_running[giver]
         return giver if is_little and num_then < num_running[giver] else None
 
-    def _workers(self, job: Job) -> list[Worker]:
-        """Those that could decode it. Without decode workers, prefill workers serve both phases, as `Placer.place` has it."""
+    def _workers(self, job: Job) -> list[RegisteredWorker]:
+        """Those that could decode it. Without decode workers, prefill workers serve both phases, as
+        `Placer.place` has it."""
         able = [
             worker
             for worker in self._registry
-            if worker.state is WorkerState.READY and worker.capacity_tokens >= job.num_total_tokens
+            if worker.state is RoutingState.READY and worker.capacity_tokens >= job.num_total_tokens
         ]
         return [worker for worker in able if worker.role.decodes] or able

@@ -1,7 +1,8 @@
-"""The router's shell: clients' streams on one side, workers' connections on the other, the pure router in between.
+"""The router's shell: clients' streams on one side, workers' connections on the other, the pure router in
+between.
 
-Runs on one asyncio loop. Every event goes through `RouterService.handle`, which carries out the commands before it returns.
-"""
+Runs on one asyncio loop. Every event goes through `RouterService.handle`, which carries out the commands
+before it returns."""
 
 import asyncio
 import logging
@@ -11,7 +12,7 @@ from typing import Protocol
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.errors import DuplicateRequest
-from ..core.handshake import Acceptor, HandshakeError, HandshakeStream, Purpose
+from ..core.handshake import HandshakeAcceptor, HandshakeError, HandshakeStream, Purpose
 from ..core.messages import WorkerMessage
 from ..core.peer_log import peer_log
 from ..core.pump import CommandPump
@@ -35,7 +36,7 @@ from .events import (
     WorkerIdle,
     WorkerReady,
 )
-from .recorder import Recorder
+from .recorder import RequestRecorder
 from .supervisor import ConnectionLost, WorkerProgress
 from .worker_sessions import HangUp, Refused, Say, SessionCommand, ToRouter, ToSupervisor, WorkerSessions
 
@@ -55,7 +56,9 @@ class WorkerObserver(Protocol):
 class RouterService:
     """Carries events to the router and its commands to streams and workers."""
 
-    def __init__(self, router: Router, observer: WorkerObserver, token: str, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, router: Router, observer: WorkerObserver, token: str, recorder: RequestRecorder | None = None
+    ) -> None:
         self.router = router
         self._observer = observer
         self._recorder = recorder
@@ -85,7 +88,8 @@ class RouterService:
             connection.close()
 
     async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
-        """The request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator cancels.
+        """The request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator
+        cancels.
 
         Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event.
         """
@@ -105,7 +109,9 @@ class RouterService:
                 yield event
         finally:
             del self._streams[request.request_id]
-            if stream.is_handed_over and not ended:  # one that was refused may have the name of another's live request
+            if (
+                stream.is_handed_over and not ended
+            ):  # one that was refused may have the name of another's live request
                 self.handle(Cancel(request.request_id))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
@@ -114,8 +120,8 @@ class RouterService:
         self.handle(Cancel(request_id, reason, choice))
 
     def handle(self, event: RouterEvent) -> None:
-        """One event through the router, its commands carried out. An observer may call this from within a command; what
-        follows from that is carried out after the commands that were decided before."""
+        """One event through the router, its commands carried out. An observer may call this from within a
+        command; what follows from that is carried out after the commands that were decided before."""
         loop = asyncio.get_running_loop()
         if self._recorder is not None:
             self._recorder.observe(event)
@@ -139,8 +145,8 @@ class RouterService:
                     self._recorder.closed(timeline)
 
     def _feed(self, stream: ClientStream, event: StreamEvent) -> None:
-        """More for a client. When one has left too much unread, its request leaves the workers, and comes back when
-        half of that is read. What it is handed at once because it comes back does not count."""
+        """More for a client. When one has left too much unread, its request leaves the workers, and comes
+        back when half of that is read. What it is handed at once because it comes back does not count."""
         stream.put(event)
         if not stream.is_unread and stream.num_unread > self.router.config.max_unread_tokens:
             stream.is_unread = True
@@ -185,7 +191,7 @@ class _WorkerConnection(asyncio.Protocol):
     def __init__(self, service: RouterService) -> None:
         self._service = service
         self._sessions = service.sessions
-        self._handshake = HandshakeStream(Acceptor(service.token, Purpose.CONTROL))
+        self._handshake = HandshakeStream(HandshakeAcceptor(service.token, Purpose.CONTROL))
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
         self._loop = asyncio.get_running_loop()

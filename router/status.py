@@ -7,7 +7,7 @@ import msgspec
 
 from ..core.messages import Role, WorkerLoad
 from ..core.request import FinishReason
-from .registry import Registry, Worker, WorkerState
+from .registry import RegisteredWorker, Registry, RoutingState
 
 
 @dataclass(slots=True)
@@ -18,7 +18,9 @@ class Counters:
     finished: int = 0  # ended by themselves
     cancelled: int = 0
     expired: int = 0  # deadline passed, or could not be met any more
-    hopeless: int = 0  # of those, ended before they cost a prefill, as their first token would have come too late
+    hopeless: int = (
+        0  # of those, ended before they cost a prefill, as their first token would have come too late
+    )
     failed: int = 0  # ended with an error
     rejected: int = 0  # refused because the queue was full
     dispatched: int = 0
@@ -43,13 +45,13 @@ class Counters:
             self.finished += 1
 
 
-class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+class RoutedWorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One worker's row."""
 
     worker_id: str
     incarnation: int
     role: Role
-    state: WorkerState
+    state: RoutingState
     node: str
     devices: tuple[str, ...]
     num_legs: int  # dispatches open there
@@ -64,7 +66,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Everything at one instant."""
 
-    workers: tuple[WorkerStatus, ...]
+    workers: tuple[RoutedWorkerStatus, ...]
     num_requests: int  # live
     num_queued: int
     num_workers_expected: int
@@ -72,8 +74,8 @@ class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
     degraded: str | None  # what is served otherwise than configured, in words
 
 
-def worker_status(worker: Worker, now_s: float) -> WorkerStatus:
-    return WorkerStatus(
+def worker_status(worker: RegisteredWorker, now_s: float) -> RoutedWorkerStatus:
+    return RoutedWorkerStatus(
         worker_id=worker.worker_id,
         incarnation=worker.incarnation,
         role=worker.role,
@@ -86,7 +88,9 @@ def worker_status(worker: Worker, now_s: float) -> WorkerStatus:
         load=worker.load,
         tokens_per_s=worker.tokens_per_s,
         stalled_s=worker.stalled_s(now_s),
-        prefix_hit_rate=worker.num_cached_tokens / worker.num_prompt_tokens if worker.num_prompt_tokens else 0.0,
+        prefix_hit_rate=worker.num_cached_tokens / worker.num_prompt_tokens
+        if worker.num_prompt_tokens
+        else 0.0,
     )
 
 

@@ -1,11 +1,13 @@
-"""One choice of a request as its client sees it: tokens 0, 1, 2, ... exactly once and in order, then one ending."""
+"""One choice of a request as its client sees it: tokens 0, 1, 2, ... exactly once and in order, then one
+ending."""
 
 from ..core.messages import TokenOutput
 from ..core.request import FinishReason
 
 
 class ChoiceStream:
-    """Puts tokens from any worker in order. Those that come early are held, those that came before are dropped."""
+    """Puts tokens from any worker in order. Those that come early are held, those that came before are
+    dropped."""
 
     __slots__ = ("_held", "choice", "finish_reason", "last_token_s", "token_ids")
 

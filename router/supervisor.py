@@ -201,7 +201,12 @@ class Supervisor(Generic[S]):
             case WorkerReady(info):
                 process = self.processes.get((info.worker_id, info.incarnation))
                 if process is not None and process.is_expected:
-                    process.state, process.info, process.phase, process.fraction = ProcessState.SERVING, info, "", 1.0
+                    process.state, process.info, process.phase, process.fraction = (
+                        ProcessState.SERVING,
+                        info,
+                        "",
+                        1.0,
+                    )
                     self._manage(event, now_s)
             case ConnectionLost():
                 self._connection_lost(event, now_s)
@@ -239,11 +244,14 @@ class Supervisor(Generic[S]):
     def _manage(self, event: FleetEvent, now_s: float) -> None:
         actions = self.fleet.handle(event, now_s)
         self._is_unsettled = True
-        self._out.append(WorkersExpected(self.fleet.num_expected))  # before workers drain whom others are to replace
+        self._out.append(
+            WorkersExpected(self.fleet.num_expected)
+        )  # before workers drain whom others are to replace
         self._act(actions, now_s)
 
     def _act(self, actions: list[FleetAction], now_s: float) -> None:
-        """One after the other, and what the fleet decides about a process that was only waiting behind them."""
+        """One after the other, and what the fleet decides about a process that was only waiting behind
+        them."""
         waiting = deque(actions)
         while waiting:
             match waiting.popleft():
@@ -263,7 +271,9 @@ class Supervisor(Generic[S]):
         newest = {spec.key[0]: spec.key for spec, _ in event.living}
         for spec, placement in event.living:
             self.places.adopt(spec.key, spec.role, placement, spec.need)
-            self.processes[spec.key] = SupervisedProcess(spec, now_s, ProcessState.STARTING, phase="reconnecting")
+            self.processes[spec.key] = SupervisedProcess(
+                spec, now_s, ProcessState.STARTING, phase="reconnecting"
+            )
         for spec, _ in event.living:
             if newest[spec.key[0]] != spec.key:
                 self._stop(spec.key, "replaced", now_s)

@@ -1,8 +1,9 @@
-"""A new router lives through what the router before has seen of its requests, as far as workers remember it."""
+"""A new router lives through what the router before has seen of its requests, as far as workers remember
+it."""
 
 from ..core.messages import Abort, Leg, TokenOutput
 from .adoption import Adoption, HeldDispatch
-from .candidates import Placement
+from .candidates import RoutingDecision
 from .dispatch import Dispatch, DispatchState, Job, LiveRequest
 from .events import EmitTokens, RouterCommand, SendCommand
 from .ledger import Ledger
@@ -15,7 +16,9 @@ from .request_events import GivenUp
 class TakeOver:
     """Once, when all workers are known to the registry."""
 
-    def __init__(self, registry: Registry, ledger: Ledger, requests: LiveRequests, reports: WorkerReports) -> None:
+    def __init__(
+        self, registry: Registry, ledger: Ledger, requests: LiveRequests, reports: WorkerReports
+    ) -> None:
         self._registry = registry
         self._ledger = ledger
         self._requests = requests
@@ -30,7 +33,9 @@ class TakeOver:
                 commands += self._resume(live, dispatch, now_s)
             for stranger in held.strangers:
                 for (worker_id, incarnation), _ in stranger.legs.values():
-                    commands.append(SendCommand(worker_id, incarnation, Abort(transfer=stranger.spec.transfer)))
+                    commands.append(
+                        SendCommand(worker_id, incarnation, Abort(transfer=stranger.spec.transfer))
+                    )
         self._reports.gaps.before.clear()  # tokens that are told again have no gaps of their own
         self._requests.claims_end_s = now_s + self._requests.config.claim_timeout_s
         return commands
@@ -52,7 +57,9 @@ class TakeOver:
         is_running = dispatch.state is DispatchState.RUNNING
         if is_running and not held.is_broken and unfinished and not unfinished & served:
             return commands
-        if is_running or held.is_broken:  # also one that has brought all its tokens, and waits for a taker of its KV
+        if (
+            is_running or held.is_broken
+        ):  # also one that has brought all its tokens, and waits for a taker of its KV
             commands += self._requests.handle(live, GivenUp(dispatch), now_s)
         return commands
 
@@ -64,7 +71,7 @@ class TakeOver:
         job = Job(live, held.spec.choices, held.spec.output_token_ids, now_s)
         dispatch = Dispatch(job, held.spec, prefill, decode, now_s)
         live.dispatches.append(dispatch)
-        self._ledger.open(dispatch, Placement(prefill, decode, 0, 0, 0.0, 0.0))
+        self._ledger.open(dispatch, RoutingDecision(prefill, decode, 0, 0, 0.0, 0.0))
         return dispatch
 
     def _recall(self, dispatch: Dispatch) -> None:

@@ -31,7 +31,8 @@ from .events import WorkerLost, WorkerReady
 from .supervisor import ConnectionLost, WorkerProgress
 
 CLOSED = "connection closed"  # by the peer
-# A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood still ourselves.
+# A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood
+# still ourselves.
 MAX_SILENT_BEATS = 6
 MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they are workers of this cluster
 
@@ -127,7 +128,9 @@ class WorkerSessions(Generic[C]):
         commands: list[SessionCommand[C]] = []
         if len(self._unproven) >= MAX_UNPROVEN:
             oldest = next(iter(self._unproven))
-            commands = self.hang_up(oldest, f"{MAX_UNPROVEN} newer connections have not introduced themselves yet")
+            commands = self.hang_up(
+                oldest, f"{MAX_UNPROVEN} newer connections have not introduced themselves yet"
+            )
         self._sessions[connection] = Session()
         self._unproven[connection] = None
         return commands
@@ -204,7 +207,9 @@ class WorkerSessions(Generic[C]):
             case StepReport() | LegEnded() | Probed():
                 return [ToRouter(message)]
             case LoadProgress():
-                progress = WorkerProgress(message.worker_id, message.incarnation, message.phase, message.fraction)
+                progress = WorkerProgress(
+                    message.worker_id, message.incarnation, message.phase, message.fraction
+                )
                 return [ToSupervisor(progress)]
             case Holds(held=held):
                 session.held += held

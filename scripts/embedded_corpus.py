@@ -1,8 +1,9 @@
-"""The text the embedded model is trained on: what the running Python itself ships with, as documents and as conversations.
+"""The text the embedded model is trained on: what the running Python itself ships with, as documents and as
+conversations.
 
-Help topics come from `pydoc_data`, docstrings from the standard library's sources (parsed, never executed), and those of
-modules written in C from the modules. Order, de-duplication and the held-out slice are deterministic.
-"""
+Help topics come from `pydoc_data`, docstrings from the standard library's sources (parsed, never executed),
+and those of modules written in C from the modules. Order, de-duplication and the held-out slice are
+deterministic."""
 
 import ast
 import hashlib
@@ -22,12 +23,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "turtledemo", "site-packages", "pydoc_data", "__pycache__", "idle_test"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "site-packages",
+    "pydoc_data",
+    "__pycache__",
+    "idle_test",
+}
 HELD_OUT_ONE_IN = 50
 MIN_CHARS = 24
 MAX_ANSWER_CHARS = 420
 _PLAIN_PUNCTUATION = str.maketrans(
-    {"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2026": "...", "\u2014": "-", "\u2013": "-"}
+    {
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u2026": "...",
+        "\u2014": "-",
+        "\u2013": "-",
+    }
 )
 
 
@@ -149,22 +167,55 @@ def _object_document(kind: str, name: str, value: object, group: str) -> Iterato
 # Conversations: questions a person would ask about a document, answered with its opening.
 
 _QUESTIONS = {
-    "topic": ("What is {}?", "Explain {}.", "Tell me about {}.", "What does Python's documentation say about {}?"),
-    "module": ("What is the {} module?", "What is {} for?", "What does the {} module do?", "What is {}?", "Tell me about {}."),
-    "class": ("What is {}?", "What does the class {} do?", "What is the {} class?", "Explain {}.", "What does {} do?"),
-    "function": ("What does {} do?", "What does the function {} do?", "What is {}?", "Explain {}.", "What does {}() do?"),
+    "topic": (
+        "What is {}?",
+        "Explain {}.",
+        "Tell me about {}.",
+        "What does Python's documentation say about {}?",
+    ),
+    "module": (
+        "What is the {} module?",
+        "What is {} for?",
+        "What does the {} module do?",
+        "What is {}?",
+        "Tell me about {}.",
+    ),
+    "class": (
+        "What is {}?",
+        "What does the class {} do?",
+        "What is the {} class?",
+        "Explain {}.",
+        "What does {} do?",
+    ),
+    "function": (
+        "What does {} do?",
+        "What does the function {} do?",
+        "What is {}?",
+        "Explain {}.",
+        "What does {}() do?",
+    ),
     "method": ("What does {} do?", "What does the method {} do?", "Explain {}.", "What does {}() do?"),
 }
 _ABOUT = (
     "I am a small language model, trained on the documentation that ships with Python. "
     "Ask me about a module, a function or a statement."
 )
-_GREETINGS = ("Hello", "Hello!", "Hi", "Hi there!", "Hello, who are you?", "Who are you?", "What can you do?", "Help")
+_GREETINGS = (
+    "Hello",
+    "Hello!",
+    "Hi",
+    "Hi there!",
+    "Hello, who are you?",
+    "Who are you?",
+    "What can you do?",
+    "Help",
+)
 _SYSTEM_PROMPTS = ("You are a helpful assistant.", "You answer questions about Python.", "Be concise.")
 
 
 def opening(text: str) -> str | None:
-    """The first sentences of a document, unwrapped to one paragraph; None where it does not open with prose."""
+    """The first sentences of a document, unwrapped to one paragraph; None where it does not open with
+    prose."""
     taken = ""
     for paragraph in re.split(r"\n\s*\n", text):
         line = re.sub(r"^[^\n]*\n[*=\-~^]{3,}(\n|$)", "", paragraph.strip("\n"))
@@ -188,13 +239,16 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def questions_and_answers(documents: list[Document]) -> list[tuple[tuple[str, ...], str, float]]:
-    """For each public document: every phrasing of its question, the answer, and how often to ask it in an epoch."""
+    """For each public document: every phrasing of its question, the answer, and how often to ask it in an
+    epoch."""
     num_of_name = Counter(document.short_name for document in documents)
     pairs: list[tuple[tuple[str, ...], str, float]] = [(_GREETINGS, _ABOUT, 30)]
     for document in documents:
         if document.is_public and (answer := opening(document.text)) is not None:
             names = _subject_names(document, num_of_name[document.short_name] == 1)
-            phrasings = tuple(phrasing.format(name) for name in names for phrasing in _QUESTIONS[document.kind])
+            phrasings = tuple(
+                phrasing.format(name) for name in names for phrasing in _QUESTIONS[document.kind]
+            )
             pairs.append((phrasings, answer, _times_asked(document)))
     return pairs
 
@@ -215,8 +269,12 @@ def _subject_names(document: Document, is_short_unique: bool) -> tuple[str, ...]
         return (document.name, document.short_name) if is_short_unique else (document.name,)
     title = document.text.splitlines()[0].replace('"', "").lower()
     topics = {**pydoc.Helper.topics, **pydoc.Helper.keywords}
-    targets = {word.lower(): target if isinstance(target, str) else target[0] for word, target in topics.items()}
-    return tuple(dict.fromkeys([title, *(word for word, target in targets.items() if target == document.name)]))
+    targets = {
+        word.lower(): target if isinstance(target, str) else target[0] for word, target in topics.items()
+    }
+    return tuple(
+        dict.fromkeys([title, *(word for word, target in targets.items() if target == document.name)])
+    )
 
 
 def conversation(rng: random.Random, turns: list[tuple[tuple[str, ...], str]]) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """What `scripts/fuzz` runs: bytes in, and nothing but the refusals that are meant for them out.
 
-validator   a client's message, as bytes or put together from them, through parsing, intake and the status of its refusal
+validator   a client's message, as bytes or put together, through parsing, intake and its refusal
 config      the text of a cluster.yaml, as `Apply` takes it
 frames      what a stranger says to the router: handshake, then frames
 """
@@ -16,7 +16,13 @@ with atheris.instrument_imports(include=["pdserve"]):
     from pdserve.core.config import LimitsSection
     from pdserve.core.config_file import parse_cluster_config
     from pdserve.core.errors import ConfigError, InvalidRequest
-    from pdserve.core.handshake import Acceptor, Dialler, HandshakeError, HandshakeStream, Purpose
+    from pdserve.core.handshake import (
+        HandshakeAcceptor,
+        HandshakeDialler,
+        HandshakeError,
+        HandshakeStream,
+        Purpose,
+    )
     from pdserve.core.messages import Hello, WorkerMessage
     from pdserve.gateway.app import model_info
     from pdserve.gateway.constraint import grammar_of
@@ -53,11 +59,18 @@ class Validator:
         self._loop = asyncio.new_event_loop()
 
     def seeds(self) -> list[bytes]:
-        text = pb.GenerateRequest(prompt=pb.Prompt(text="def f"), sampling=pb.SamplingParams(max_tokens=3, stop=["a"]))
-        ids = pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2])), request_id="r", resume_from=[1])
-        chat = pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])))
+        text = pb.GenerateRequest(
+            prompt=pb.Prompt(text="def f"), sampling=pb.SamplingParams(max_tokens=3, stop=["a"])
+        )
+        ids = pb.GenerateRequest(
+            prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2])), request_id="r", resume_from=[1]
+        )
+        chat = pb.GenerateRequest(
+            prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")]))
+        )
         json = pb.GenerateRequest(
-            prompt=pb.Prompt(text="a"), sampling=pb.SamplingParams(constraint=pb.Constraint(json_schema='{"type": "object"}'))
+            prompt=pb.Prompt(text="a"),
+            sampling=pb.SamplingParams(constraint=pb.Constraint(json_schema='{"type": "object"}')),
         )
         tools = pb.GenerateRequest()
         tools.CopyFrom(chat)
@@ -76,8 +89,13 @@ class Validator:
             _check_refusal(error)
             return
         sampling, num_prompt = request.sampling, len(request.prompt_token_ids)
-        assert 1 <= sampling.n <= LIMITS.max_n and 0 < num_prompt + sampling.max_tokens <= self._info.max_model_len
-        assert all(0 <= token < self._info.vocab_size for token in request.prompt_token_ids + sampling.stop_token_ids)
+        assert (
+            1 <= sampling.n <= LIMITS.max_n
+            and 0 < num_prompt + sampling.max_tokens <= self._info.max_model_len
+        )
+        assert all(
+            0 <= token < self._info.vocab_size for token in request.prompt_token_ids + sampling.stop_token_ids
+        )
         assert request.request_id.isprintable() and request.client.isprintable()
 
 
@@ -112,7 +130,9 @@ def _made(draw: atheris.FuzzedDataProvider) -> pb.GenerateRequest:
             for _ in range(draw.ConsumeIntInRange(0, 3)):
                 _add_message(message.prompt.chat, draw)
             for _ in range(draw.ConsumeIntInRange(0, 2)):
-                message.prompt.chat.tools.add(name=_text(draw), description=_text(draw), parameters=_json(draw))
+                message.prompt.chat.tools.add(
+                    name=_text(draw), description=_text(draw), parameters=_json(draw)
+                )
             if draw.ConsumeBool():
                 message.prompt.chat.tool_choice.function = _text(draw)
     message.request_id, message.client_id, message.cache_salt = _text(draw), _text(draw), _text(draw)
@@ -123,7 +143,9 @@ def _made(draw: atheris.FuzzedDataProvider) -> pb.GenerateRequest:
         message.sampling.logit_bias[draw.ConsumeIntInRange(0, 2**32 - 1)] = draw.ConsumeFloat()
     if draw.ConsumeBool():
         _constrain(message.sampling.constraint, draw)
-    message.resume_from.extend(draw.ConsumeIntInRange(0, 2**31 - 1) for _ in range(draw.ConsumeIntInRange(0, 2)))
+    message.resume_from.extend(
+        draw.ConsumeIntInRange(0, 2**31 - 1) for _ in range(draw.ConsumeIntInRange(0, 2))
+    )
     return message
 
 
@@ -142,13 +164,17 @@ def _set(sampling: pb.SamplingParams, field: object, draw: atheris.FuzzedDataPro
 
 
 def _add_message(chat: pb.Chat, draw: atheris.FuzzedDataProvider) -> None:
-    added = chat.messages.add(role=_text(draw), content=_text(draw), tool_call_id=_text(draw), name=_text(draw))
+    added = chat.messages.add(
+        role=_text(draw), content=_text(draw), tool_call_id=_text(draw), name=_text(draw)
+    )
     if draw.ConsumeBool():
         added.tool_calls.add(id=_text(draw), name=_text(draw), arguments=_json(draw))
 
 
 def _json(draw: atheris.FuzzedDataProvider) -> str:
-    return draw.PickValueInList([_text(draw), '{"a": 1}', '{"type": "object"}', "[" * 300, '{"a":' * 150 + "1" + "}" * 150])
+    return draw.PickValueInList(
+        [_text(draw), '{"a": 1}', '{"type": "object"}', "[" * 300, '{"a":' * 150 + "1" + "}" * 150]
+    )
 
 
 def _constrain(constraint: pb.Constraint, draw: atheris.FuzzedDataProvider) -> None:
@@ -169,7 +195,10 @@ class Config:
     """The text of a cluster.yaml."""
 
     def seeds(self) -> list[bytes]:
-        return [Path("cluster.yaml").read_bytes()[:3000], b"metadata: {pdserve: {pools: {decode: {instances: -1}}}}"]
+        return [
+            Path("cluster.yaml").read_bytes()[:3000],
+            b"metadata: {pdserve: {pools: {decode: {instances: -1}}}}",
+        ]
 
     def __call__(self, data: bytes) -> None:
         try:
@@ -187,12 +216,16 @@ class Frames:
 
     def seeds(self) -> list[bytes]:
         hello = FrameEncoder().encode(Hello(worker_id="w", incarnation=1))
-        return [b"\x00" + Dialler("t", Purpose.CONTROL).opening, b"\x01" + hello, b"\x01\x00\x00\x00\x00\x00\x00\x00\x00"]
+        return [
+            b"\x00" + HandshakeDialler("t", Purpose.CONTROL).opening,
+            b"\x01" + hello,
+            b"\x01\x00\x00\x00\x00\x00\x00\x00\x00",
+        ]
 
     def __call__(self, data: bytes) -> None:
         try:
             if data[:1] == b"\x00":
-                stream = HandshakeStream(Acceptor("t", Purpose.CONTROL))
+                stream = HandshakeStream(HandshakeAcceptor("t", Purpose.CONTROL))
                 for start in range(1, len(data), 7):
                     assert stream.feed(data[start : start + 7])[1] == b"", "a stranger came through"
             else:

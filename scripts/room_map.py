@@ -1,8 +1,8 @@
 """Draws the map of rooms in docs/architecture.md from the imports themselves.
 
-`python scripts/room_map.py` rewrites the picture, which stands between two marks; with `--check` it says whether it is fresh.
-An arrow means "imports". Arrows that others imply are left out (transitive reduction), so that the picture can be read.
-"""
+`python scripts/room_map.py` rewrites the picture, which stands between two marks; with `--check` it says
+whether it is fresh. An arrow means "imports". Arrows that others imply are left out (transitive reduction),
+so that the picture can be read."""
 
 import argparse
 import sys
@@ -44,8 +44,12 @@ def drawn() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 when the picture is stale")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 when the picture is stale"
+    )
     is_check = parser.parse_args().check
     text = DOCUMENT.read_text()
     before, _, rest = text.partition(BEGIN)
@@ -53,7 +57,10 @@ def main() -> int:
     fresh = before + drawn() + after
     if is_check:
         if text != fresh:
-            print(f"{DOCUMENT.name}: the map of rooms is stale; run `python scripts/room_map.py`", file=sys.stderr)
+            print(
+                f"{DOCUMENT.name}: the map of rooms is stale; run `python scripts/room_map.py`",
+                file=sys.stderr,
+            )
         return int(text != fresh)
     DOCUMENT.write_text(fresh)
     return 0

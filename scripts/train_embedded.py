@@ -2,10 +2,10 @@
 
     OMP_WAIT_POLICY=passive nice -n 19 python scripts/train_embedded.py --minutes 54
 
-On a machine with other work a thread that spins while it waits takes the core from the one it waits for: hence `passive`.
-The learning rate follows the budget (wall-clock, or optimizer steps for a run that can be repeated exactly), so any budget
-ends with a finished decay. Progress is kept in --work-dir; the same command goes on from there.
-"""
+On a machine with other work a thread that spins while it waits takes the core from the one it waits for:
+hence `passive`. The learning rate follows the budget (wall-clock, or optimizer steps for a run that can be
+repeated exactly), so any budget ends with a finished decay. Progress is kept in --work-dir; the same command
+goes on from there."""
 
 import argparse
 import json
@@ -21,19 +21,22 @@ import torch
 from embedded_corpus import Document, collect_documents, conversation, questions_and_answers
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 MODEL_DIR = Path(__file__).parents[1] / "embedded" / "model"
 SPECIAL_TOKENS = ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 END_OF_TEXT, END_OF_TURN = 0, 4
 CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] not in ('system', 'user', 'assistant') -%}"
-    "{{- raise_exception('role ' ~ message['role'] ~ ' is not supported; supported are system, user and assistant') -}}"
-    "{%- endif -%}"
-    "{{- '<|' ~ message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+    "{%- for message in messages -%}{%- if message['role'] not in ('system', 'user', 'assistant') -%}{{-"
+    " raise_exception('role ' ~ message['role'] ~ ' is not supported; supported are system, user and"
+    " assistant') -}}{%- endif -%}{{- '<|' ~ message['role'] ~ '|>' ~ message['content'] ~ '<|end|>' -}}{%-"
+    " endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 CONFIG = LlamaConfig(
     architectures=["LlamaForCausalLM"],
@@ -93,12 +96,15 @@ def make_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # the name every version knows
+    config = json.loads(path.read_text()) | {
+        "tokenizer_class": "PreTrainedTokenizerFast"
+    }  # the name every version knows
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 class Corpus:
-    """Token rows without end: every epoch sees each document and asks each question, in a new order and wording."""
+    """Token rows without end: every epoch sees each document and asks each question, in a new order and
+    wording."""
 
     def __init__(self, documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
@@ -153,12 +159,16 @@ class Corpus:
         return encoded
 
 
-def held_out_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> float:
+def held_out_perplexity(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]
+) -> float:
     """Per token, each held-out document on its own with its heading and its end."""
     loss, count = 0.0, 0
     for document in documents:
         if document.is_held_out:
-            ids = torch.tensor([[*tokenizer(document.render())["input_ids"], END_OF_TEXT]])[:, : CONFIG.max_position_embeddings]
+            ids = torch.tensor([[*tokenizer(document.render())["input_ids"], END_OF_TEXT]])[
+                :, : CONFIG.max_position_embeddings
+            ]
             with torch.inference_mode():
                 loss += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
@@ -166,7 +176,8 @@ def held_out_perplexity(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerF
 
 
 def rate(done: float) -> float:
-    """Of the peak learning rate, after this fraction of the budget: warm-up, plateau, linear decay to zero."""
+    """Of the peak learning rate, after this fraction of the budget: warm-up, plateau, linear decay to
+    zero."""
     return max(0.0, min(1.0, done / WARMUP, (1.0 - done) / DECAY))
 
 
@@ -199,21 +210,29 @@ def train(model: LlamaForCausalLM, corpus: Corpus, args: argparse.Namespace) -> 
         loss = train_step(model, optimizers, corpus.batch(progress.step), args.peak * rate(done))
         progress = Progress(progress.step + 1, time.monotonic() - started_s)
         if progress.step % 20 == 0:
-            print(f"step {progress.step} epoch {corpus.epoch} {progress.trained_s:.0f} s loss {loss:.3f}", flush=True)
+            print(
+                f"step {progress.step} epoch {corpus.epoch} {progress.trained_s:.0f} s loss {loss:.3f}",
+                flush=True,
+            )
         if time.monotonic() - saved_s > CHECKPOINT_S:
             save_checkpoint(checkpoint, model, optimizers, progress)
             saved_s = time.monotonic()
 
 
-def save_checkpoint(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: Progress) -> None:
+def save_checkpoint(
+    path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], progress: Progress
+) -> None:
     optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
     torch.save(
-        {"model": model.state_dict(), "optimizers": optimizer_states, "progress": vars(progress)}, path.with_suffix(".new")
+        {"model": model.state_dict(), "optimizers": optimizer_states, "progress": vars(progress)},
+        path.with_suffix(".new"),
     )
     os.replace(path.with_suffix(".new"), path)
 
 
-def train_step(model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], ids: torch.Tensor, lr: float) -> float:
+def train_step(
+    model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], ids: torch.Tensor, lr: float
+) -> float:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -245,12 +264,16 @@ def export(model: LlamaForCausalLM, folder: Path) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=54.0, help="wall-clock budget of training")
     parser.add_argument("--steps", type=int, help="budget in optimizer steps instead, for a repeatable run")
     parser.add_argument("--peak", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work-dir", type=Path, default=Path("build/embedded"), help="where progress is kept")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("build/embedded"), help="where progress is kept"
+    )
     parser.add_argument("--out", type=Path, default=MODEL_DIR)
     return parser.parse_args()
 
@@ -263,7 +286,9 @@ def main() -> None:
     torch.manual_seed(0)
     documents = collect_documents()
     if not (args.out / "tokenizer.json").exists():
-        save_tokenizer(make_tokenizer([document for document in documents if not document.is_held_out]), args.out)
+        save_tokenizer(
+            make_tokenizer([document for document in documents if not document.is_held_out]), args.out
+        )
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = LlamaForCausalLM(CONFIG)
     train(model.train(), Corpus(documents, tokenizer), args)

@@ -1,1 +1,2 @@
-"""The cluster in virtual time: production's own decisions driven by a seeded event loop, with faults and checks."""
+"""The cluster in virtual time: production's own decisions driven by a seeded event loop, with faults and
+checks."""

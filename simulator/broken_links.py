@@ -1,8 +1,7 @@
 """Links between hosts, as a bystander of the head's connections sees them.
 
-Where workers serve at both ends, a link is probed or used. When it has failed twice in a row, no request is sent over it for a
-while but for want of another place.
-"""
+Where workers serve at both ends, a link is probed or used. When it has failed twice in a row, no request is
+sent over it for a while but for want of another place."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,9 @@ class BrokenLinks:
 
     def __init__(self) -> None:
         self._under_way: dict[TransferId, Link] = {}
-        self._over: set[TransferId] = set()  # aborted, or decoded to the end: their failures say nothing any more
+        self._over: set[TransferId] = (
+            set()
+        )  # aborted, or decoded to the end: their failures say nothing any more
         self._num_failures: Counter[Link] = Counter()  # in a row
         self._failed_s: dict[Link, float] = {}  # last
         self._tried: set[Link] = set()

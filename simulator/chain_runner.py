@@ -1,5 +1,5 @@
-"""The modelled step: computes tokens from the KV that is there, at once or, as a device that runs ahead does, when it is
-collected."""
+"""The modelled step: computes tokens from the KV that is there, at once or, as a device that runs ahead does,
+when it is collected."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from ..core.messages import TokenLogprobs
-from ..engine.batch import Batch, Computed, Launched, SampledToken, ScheduledChunk
+from ..engine.batch import Batch, CompletedStep, Launched, SampledToken, ScheduledChunk
 from ..engine.block_pool import BlockPool
 from ..engine.sequence import Sequence
 from .kv_model import NUM_LAYERS, ChainStore, chain, prompt_logprob, salted, sample
@@ -21,7 +21,9 @@ class StepCost(Protocol):
     def of(self, num_tokens: int) -> float: ...
 
 
-OnSample = Callable[[Sequence, int, int], None]  # called with (sequence, choice, index) of each token that is computed
+OnSample = Callable[
+    [Sequence, int, int], None
+]  # called with (sequence, choice, index) of each token that is computed
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class _Row:
         seq = chunk.sequence
         known = tuple(seq.token_ids[chunk.start : chunk.end])
         draws = seq.may_sample or not chunk.choices
-        return cls(chunk, known, tuple(seq.block_ids), seq.num_output_tokens, draws, seq.wants_prompt_logprobs)
+        return cls(
+            chunk, known, tuple(seq.block_ids), seq.num_output_tokens, draws, seq.wants_prompt_logprobs
+        )
 
 
 class _Later:
@@ -54,10 +58,16 @@ class _Later:
 
 
 class ChainRunner:
-    """Implements `engine.batch.Runner`. Prompts are computed at once also where it runs ahead: their KV leaves by the layer."""
+    """Implements `engine.batch.Runner`. Prompts are computed at once also where it runs ahead: their KV
+    leaves by the layer."""
 
     def __init__(
-        self, store: ChainStore, pool: BlockPool, cost: StepCost, on_sample: OnSample, runs_ahead: bool = False
+        self,
+        store: ChainStore,
+        pool: BlockPool,
+        cost: StepCost,
+        on_sample: OnSample,
+        runs_ahead: bool = False,
     ) -> None:
         self.runs_ahead = runs_ahead
         self._store = store
@@ -65,7 +75,9 @@ class ChainRunner:
         self._size = pool.block_size
         self._cost = cost
         self._prompts: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
-        self._drawn: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()  # the last token, as a device keeps it
+        self._drawn: WeakKeyDictionary[Sequence, int] = (
+            WeakKeyDictionary()
+        )  # the last token, as a device keeps it
 
     def launch(
         self,
@@ -78,9 +90,11 @@ class ChainRunner:
         rows = [_Row.of(chunk) for chunk in batch.chunks]
         if self.runs_ahead and on_layer is None:
             return _Later(lambda: self._compute(batch, rows, None))
-        return Computed(self._compute(batch, rows, on_layer))
+        return CompletedStep(self._compute(batch, rows, on_layer))
 
-    def _compute(self, batch: Batch, rows: list[_Row], on_layer: Callable[[int], None] | None) -> list[list[SampledToken]]:
+    def _compute(
+        self, batch: Batch, rows: list[_Row], on_layer: Callable[[int], None] | None
+    ) -> list[list[SampledToken]]:
         for source, copy in batch.copies:
             self._store.copy_block(source, copy)
         duration_s = self._cost.of(batch.num_tokens)
@@ -95,7 +109,9 @@ class ChainRunner:
             final_s = self._cost()
             for row, words in zip(rows, states, strict=True):
                 for position, word in enumerate(words, row.chunk.start):
-                    self._store.write(layer, row.block_ids[position // self._size], position % self._size, word, final_s)
+                    self._store.write(
+                        layer, row.block_ids[position // self._size], position % self._size, word, final_s
+                    )
             if on_layer is not None:
                 on_layer(layer)
         return [self._tokens(row) if row.draws else [] for row in rows]
@@ -113,7 +129,9 @@ class ChainRunner:
         """Of what has been computed here without a gap, as the engine can tell no more."""
         gathered = self._prompts.setdefault(chunk.sequence, [])
         del gathered[chunk.start :]
-        gathered += (prompt_logprob(token_id) for token_id in chunk.sequence.token_ids[chunk.start + 1 : chunk.end + 1])
+        gathered += (
+            prompt_logprob(token_id) for token_id in chunk.sequence.token_ids[chunk.start + 1 : chunk.end + 1]
+        )
         return tuple(gathered)
 
     def _states(self, row: _Row) -> list[int]:

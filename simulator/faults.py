@@ -1,4 +1,5 @@
-"""What goes wrong, drawn by seed: rates for what may happen to any message, chunk or step, and a plan of accidents."""
+"""What goes wrong, drawn by seed: rates for what may happen to any message, chunk or step, and a plan of
+accidents."""
 
 import enum
 from collections import Counter

@@ -1,8 +1,9 @@
-"""The model and its KV in the simulator: a token is a pure function of the KV really present in the sequence's blocks.
+"""The model and its KV in the simulator: a token is a pure function of the KV really present in the
+sequence's blocks.
 
-The KV of the token at position p is the chain value of tokens 0..p, once per layer. A step sums up, per layer, all the KV that
-its block table names; the sums make the token. So a wrong, stale, missing or foreign block shows as a wrong token.
-"""
+The KV of the token at position p is the chain value of tokens 0..p, once per layer. A step sums up, per
+layer, all the KV that its block table names; the sums make the token. So a wrong, stale, missing or foreign
+block shows as a wrong token."""
 
 import zlib
 from collections.abc import Callable, Sequence as Seq
@@ -88,7 +89,9 @@ def _may_only_fail_by_a_drawn_fault(method: Method[P, R]) -> Method[P, R]:
 class ChainStore:
     """Implements `kv_transfer.interfaces.KVStore`, and checks who reads and writes which block."""
 
-    def __init__(self, pool: BlockPool, clock: "Clocks", violation: Callable[[str], None], fails: Callable[[], bool]) -> None:
+    def __init__(
+        self, pool: BlockPool, clock: "Clocks", violation: Callable[[str], None], fails: Callable[[], bool]
+    ) -> None:
         size = pool.num_blocks * pool.block_size
         self.layout = layout(pool.block_size)
         self.leases: dict[TransferId, frozenset[int]] = {}  # blocks that a transfer may write
@@ -97,7 +100,9 @@ class ChainStore:
         self._fails = fails
         self._words = [[0] * size for _ in range(NUM_LAYERS)]
         self._sums = [[0] * pool.num_blocks for _ in range(NUM_LAYERS)]  # of each block's words
-        self._final_s = [[0.0] * size for _ in range(NUM_LAYERS)]  # when a step that runs has computed each word
+        self._final_s = [
+            [0.0] * size for _ in range(NUM_LAYERS)
+        ]  # when a step that runs has computed each word
         self._clock = clock
 
     def write(self, layer: int, block_id: int, offset: int, word: int, final_s: float = 0.0) -> None:
@@ -110,7 +115,9 @@ class ChainStore:
     def check_writable(self, block_ids: Seq[int], whose: object) -> None:
         for block_id in block_ids:
             if self._pool.ref_count(block_id) != 1 or self._pool.is_cached(block_id):
-                state = f"{self._pool.ref_count(block_id)} holders" + ", cached" * self._pool.is_cached(block_id)
+                state = f"{self._pool.ref_count(block_id)} holders" + ", cached" * self._pool.is_cached(
+                    block_id
+                )
                 self._violation(f"{whose} writes block {block_id}: {state}")
 
     def check_held(self, block_ids: Seq[int], whose: object) -> None:
@@ -165,7 +172,9 @@ class ChainStore:
                 cell = block_ids[position // size] * size + position % size
                 words[index] = self._words[layer][cell]
                 if self._final_s[layer][cell] > now_s:
-                    self._violation(f"a transfer reads layer {layer} of token {position} before it is computed")
+                    self._violation(
+                        f"a transfer reads layer {layer} of token {position} before it is computed"
+                    )
                 index += 1
         return zlib.crc32(out)
 

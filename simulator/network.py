@@ -1,20 +1,21 @@
-"""Connections between processes: ordered streams with latency, which faults delay, cut, and rob of messages."""
+"""Connections between processes: ordered streams with latency, which faults delay, cut, and rob of
+messages."""
 
 from collections.abc import Callable
 from typing import Any
 
 from .faults import Faults, MessageFault
-from .virtual_time import Process, VirtualTime
+from .virtual_time import VirtualProcess, VirtualTime
 
 
 def _ignore(_: Any) -> None: ...
 
 
 class End:
-    """One side of a connection, with the interface of `kv_transfer.channel.Channel`. `on_lost` is called once, unless this
-    side closed."""
+    """One side of a connection, with the interface of `kv_transfer.channel.Channel`. `on_lost` is called
+    once, unless this side closed."""
 
-    def __init__(self, network: "Network", process: Process) -> None:
+    def __init__(self, network: "Network", process: VirtualProcess) -> None:
         self.process = process
         self.on_message: Callable[[Any], None] = _ignore
         self.on_lost: Callable[[str], None] = _ignore
@@ -51,10 +52,13 @@ class End:
             self._deliver(lambda: self.peer._lose("the peer closed the connection"))
 
     def cut(self) -> None:
-        """The network breaks the connection: what is under way is lost, and one side may hear of it long before the other."""
+        """The network breaks the connection: what is under way is lost, and one side may hear of it long
+        before the other."""
         for end in (self, self.peer):
             end._is_cut = True
-            heard_s = self._network.arrival_s(self.process, self.peer.process) + self._network.faults.half_open_s()
+            heard_s = (
+                self._network.arrival_s(self.process, self.peer.process) + self._network.faults.half_open_s()
+            )
             end.process.call_at(heard_s, end._reset)
 
     def _deliver(self, call: Callable[[], None]) -> None:
@@ -90,26 +94,26 @@ class Network:
         self._ends: list[End] = []
         self._healed_s: dict[frozenset[str], float] = {}  # pair of processes -> until when nothing passes
 
-    def connect(self, a: Process, b: Process) -> tuple[End, End]:
+    def connect(self, a: VirtualProcess, b: VirtualProcess) -> tuple[End, End]:
         ends = End(self, a), End(self, b)
         ends[0].peer, ends[1].peer = ends[1], ends[0]
         self._ends += ends
         return ends
 
-    def lose_last_words(self, process: Process) -> None:
+    def lose_last_words(self, process: VirtualProcess) -> None:
         """Of what a process that dies now has sent last, each of its peers hears all or nothing."""
         for end in self._ends:
             if end.process is process and end.is_open and self.faults.are_last_words_lost():
                 end.peer._is_cut = True
 
-    def cut(self, process: Process, spared: Process | None = None) -> None:
+    def cut(self, process: VirtualProcess, spared: VirtualProcess | None = None) -> None:
         """Break every connection of a process, but those to `spared`."""
         self._ends = [end for end in self._ends if end.is_open]
         for end in self._ends:
             if end.process is process and end.peer.process is not spared:
                 end.cut()
 
-    def arrival_s(self, a: Process, b: Process) -> float:
+    def arrival_s(self, a: VirtualProcess, b: VirtualProcess) -> float:
         """When something sent now arrives; during a partition it is sent again after it."""
         start_s = max(self._time.now_s, self._healed_s.get(frozenset((a.name, b.name)), 0.0))
         return start_s + self.faults.latency_s()
@@ -118,4 +122,6 @@ class Network:
         self._healed_s[frozenset((a, b))] = self._time.now_s + duration_s
 
     def deliver_late(self, end: End, call: Callable[[], None]) -> None:
-        end.peer.process.call_at(self.arrival_s(end.process, end.peer.process) + 10 * self.faults.latency_s(), call)
+        end.peer.process.call_at(
+            self.arrival_s(end.process, end.peer.process) + 10 * self.faults.latency_s(), call
+        )

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from .scenario import draw_scenario
-from .simulation import Outcome, Simulation
+from .simulation import Simulation, SimulationOutcome
 
 
 @dataclass
-class Tally:
+class SeedTally:
     """Of many seeds."""
 
     num_seeds: int = 0
@@ -23,9 +23,9 @@ class Tally:
     num_events: int = 0
     virtual_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
-    failures: list[Outcome] = field(default_factory=list)
+    failures: list[SimulationOutcome] = field(default_factory=list)
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: SimulationOutcome) -> None:
         self.num_seeds += 1
         self.num_requests += outcome.num_requests
         self.num_tokens += outcome.num_tokens
@@ -38,7 +38,7 @@ class Tally:
             self.failures.append(outcome)
 
 
-def simulate(seed: int, *, keep_timeline: bool = False) -> Outcome:
+def simulate(seed: int, *, keep_timeline: bool = False) -> SimulationOutcome:
     """One seed. What production logs of the faults is not shown: they are meant to be there."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -48,7 +48,7 @@ def simulate(seed: int, *, keep_timeline: bool = False) -> Outcome:
         logging.disable(level)
 
 
-def simulate_all(seeds: Iterable[int], num_processes: int | None = None) -> Iterator[Outcome]:
+def simulate_all(seeds: Iterable[int], num_processes: int | None = None) -> Iterator[SimulationOutcome]:
     """Each seed's outcome, in order of completion, on `num_processes` (default: every core we may use)."""
     num_processes = num_processes or len(os.sched_getaffinity(0))
     if num_processes == 1:

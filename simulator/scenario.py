@@ -1,4 +1,5 @@
-"""What one seed simulates: a cluster, its clients, and what goes wrong. All of it is drawn here, before anything runs."""
+"""What one seed simulates: a cluster, its clients, and what goes wrong. All of it is drawn here, before
+anything runs."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -60,7 +61,8 @@ class Scenario:
 
     @property
     def is_computed_once(self) -> bool:
-        """Nothing fails but the router, which may also stand still, and every client reads: then no token is computed twice."""
+        """Nothing fails but the router, which may also stand still, and every client reads: then no token is
+        computed twice."""
         rates = self.rates
         return (
             {accident.kind for accident in self.accidents} <= set(OF_THE_ROUTER)
@@ -73,7 +75,9 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     """The scenario of `seed`; the same in every process."""
     rng = Random(seed)
     pools = {Role.PREFILL: rng.choice((1, 1, 2, 3)), Role.DECODE: rng.choice((1, 1, 2, 3))}
-    is_crowded = rng.random() < 0.15  # nothing goes wrong, but memory is nearly full, steps are slow and leases short
+    is_crowded = (
+        rng.random() < 0.15
+    )  # nothing goes wrong, but memory is nearly full, steps are slow and leases short
     shapes = _draw_shapes(rng, is_crowded)
     rates = _draw_rates(rng)
     hosts = _draw_hosts(Random(f"hosts of {seed}"), sum(pools.values()))
@@ -105,7 +109,9 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
         rates=rates,
         requests=requests,
         accidents=tuple(
-            PlannedAccident(rng.uniform(0.3, CALM_S), rng.choice(kinds), rng.random(), rng.choice((0.05, 0.5, 2.0, 5.0)))
+            PlannedAccident(
+                rng.uniform(0.3, CALM_S), rng.choice(kinds), rng.random(), rng.choice((0.05, 0.5, 2.0, 5.0))
+            )
             for _ in range(num_accidents)
         ),
     )
@@ -114,16 +120,25 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
 
 
 def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
-    """Nothing goes wrong, but one client has twice as many long streams as there are places; others come later."""
+    """Nothing goes wrong, but one client has twice as many long streams as there are places; others come
+    later."""
     max_batch_size = rng.choice((2, 4, 16))
     shapes = {
-        role: replace(shape, num_blocks=10 * MAX_MODEL_LEN // shape.block_size, max_batch_size=max_batch_size, step_s=0.03)
+        role: replace(
+            shape,
+            num_blocks=10 * MAX_MODEL_LEN // shape.block_size,
+            max_batch_size=max_batch_size,
+            step_s=0.03,
+        )
         for role, shape in scenario.shapes.items()
     }
     n = 1 if max_batch_size == 2 else rng.choice((1, 2))
     num_greedy = 2 * max_batch_size * scenario.pools[Role.DECODE] // n
     greedy = [_plain_request(rng, f"greedy{number}", "greedy", 0.0, 110, n) for number in range(num_greedy)]
-    modest = [_plain_request(rng, f"modest{number}", f"c{number}", rng.uniform(2.5, 4.0), 5, 1) for number in range(3)]
+    modest = [
+        _plain_request(rng, f"modest{number}", f"c{number}", rng.uniform(2.5, 4.0), 5, 1)
+        for number in range(3)
+    ]
     return replace(
         scenario,
         shapes=shapes,
@@ -134,7 +149,9 @@ def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
     )
 
 
-def _plain_request(rng: Random, request_id: str, client: str, at_s: float, max_tokens: int, n: int) -> PlannedRequest:
+def _plain_request(
+    rng: Random, request_id: str, client: str, at_s: float, max_tokens: int, n: int
+) -> PlannedRequest:
     request = Request(
         request_id=request_id,
         prompt_token_ids=tuple(rng.randrange(VOCABULARY) for _ in range(9)),
@@ -145,7 +162,8 @@ def _plain_request(rng: Random, request_id: str, client: str, at_s: float, max_t
 
 
 def _draw_hosts(rng: Random, num_workers: int) -> tuple[PlannedHost, ...]:
-    """One host with more cores than are ever needed, or several with just enough of them, most of which join late."""
+    """One host with more cores than are ever needed, or several with just enough of them, most of which join
+    late."""
     if rng.random() < 0.5:
         return (PlannedHost(64, 0.0),)
     hosts = [PlannedHost(rng.choice((1, 1, 2, 3)), 0.0)]
@@ -188,16 +206,22 @@ def _draw_rates(rng: Random) -> FaultRates:
     )
 
 
-def _draw_requests(rng: Random, shapes: dict[Role, WorkerShape], num_requests: int) -> tuple[PlannedRequest, ...]:
+def _draw_requests(
+    rng: Random, shapes: dict[Role, WorkerShape], num_requests: int
+) -> tuple[PlannedRequest, ...]:
     stems = [[rng.randrange(VOCABULARY) for _ in range(60)] for _ in range(3)]
     burst_s = rng.choice((0.1, 2.0, CALM_S))
     max_n = min(3, *(shape.max_batch_size for shape in shapes.values()))
     return tuple(_draw_request(rng, number, stems, burst_s, max_n) for number in range(num_requests))
 
 
-def _draw_request(rng: Random, number: int, stems: list[list[int]], burst_s: float, max_n: int) -> PlannedRequest:
+def _draw_request(
+    rng: Random, number: int, stems: list[list[int]], burst_s: float, max_n: int
+) -> PlannedRequest:
     stem = rng.choice(stems)[: rng.choice((0, 7, 16, 40, 60))]
-    num_own = rng.choice((0, 1, 2, 9, 20)) if stem else rng.choice((1, 2, 9, 20))  # 0: the very prompt of others
+    num_own = (
+        rng.choice((0, 1, 2, 9, 20)) if stem else rng.choice((1, 2, 9, 20))
+    )  # 0: the very prompt of others
     prompt = stem + [rng.randrange(VOCABULARY) for _ in range(num_own)]
     max_tokens = rng.choice((1, 2, 5, 20, 40))
     salt = rng.choice(("", "", "salt"))

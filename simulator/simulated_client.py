@@ -39,14 +39,21 @@ class SimulatedClient:
         eos = plan.request.eos_token_ids[0] if plan.request.eos_token_ids else None
         self._expected = [
             expected_tokens(
-                plan.request.prompt_token_ids, sampling.seed, choice, sampling.max_tokens, eos, plan.request.cache_salt
+                plan.request.prompt_token_ids,
+                sampling.seed,
+                choice,
+                sampling.max_tokens,
+                eos,
+                plan.request.cache_salt,
             )
             for choice in range(sampling.n)
         ]
         wanted = () if sampling.prompt_logprobs is None else plan.request.prompt_token_ids[1:]
         self._expected_prompt = tuple(map(prompt_logprob, wanted))
         self._received: list[list[int]] = [[] for _ in range(sampling.n)]
-        self._positions = [0] * sampling.n  # in the present stream, which repeats what an earlier one has brought
+        self._positions = [
+            0
+        ] * sampling.n  # in the present stream, which repeats what an earlier one has brought
         self._reasons: list[FinishReason | None] = [None] * sampling.n
         self._stopped = self._cancelled = self._is_unread = self._was_unread = self._comes_back = False
         self._later(plan.at_s, self._submit)
@@ -130,7 +137,9 @@ class SimulatedClient:
 
     def _must_have_begun(self) -> None:
         if not (self.num_tokens or self.is_ended):
-            self._violation(f"{self.request_id}: waits for its first token while another client has all places")
+            self._violation(
+                f"{self.request_id}: waits for its first token while another client has all places"
+            )
 
     def _leave(self) -> None:
         self.is_ended = True
@@ -166,13 +175,18 @@ class SimulatedClient:
             index = self._positions[choice]
             self._positions[choice] += 1
             if token.index != index:
-                self._violation(f"{self.request_id}/{event.choice}: token {token.index} came, {index} was due")
+                self._violation(
+                    f"{self.request_id}/{event.choice}: token {token.index} came, {index} was due"
+                )
             elif index >= len(expected) or token.token_id != expected[index]:
                 right = expected[index : index + 1]
-                self._violation(f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is right")
+                self._violation(
+                    f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is right"
+                )
             if token.prompt_logprobs != (self._expected_prompt if choice == token.index == 0 else ()):
                 self._violation(
-                    f"{self.request_id}/{event.choice}: token {index} came with {len(token.prompt_logprobs)} others"
+                    f"{self.request_id}/{event.choice}: token {index} came with {len(token.prompt_logprobs)}"
+                    " others"
                 )
             if index == len(received):
                 received.append(token.token_id)
@@ -184,7 +198,11 @@ class SimulatedClient:
     def _look_at_position(self, position: int) -> None:
         """Of choice 0: it may be that a stop string is there, or that the client reads no further."""
         plan = self._plan
-        if not self._was_unread and plan.unread_after_tokens is not None and position >= plan.unread_after_tokens:
+        if (
+            not self._was_unread
+            and plan.unread_after_tokens is not None
+            and position >= plan.unread_after_tokens
+        ):
             self._was_unread = True
             self._tell(0.0, self._stop_reading)
         if not self._stopped and plan.stop_after_tokens is not None and position >= plan.stop_after_tokens:
@@ -212,7 +230,10 @@ class SimulatedClient:
         right = FinishReason.STOP if expected[-1] in eos_token_ids else FinishReason.LENGTH
         if by_itself and (self._positions[event.choice] != len(expected) or event.finish_reason is not right):
             num, of = self._positions[event.choice], len(expected)
-            self._violation(f"{self.request_id}/{event.choice}: ended ({event.finish_reason.value}) after {num} of {of} tokens")
+            self._violation(
+                f"{self.request_id}/{event.choice}: ended ({event.finish_reason.value}) after {num} of {of}"
+                " tokens"
+            )
 
     def _on_end(self, event: EmitEnd) -> None:
         self._leave()
@@ -227,7 +248,9 @@ class SimulatedClient:
                 pass
             case FinishReason.DEADLINE if deadline_s is not None and self._time.now_s >= deadline_s:
                 self._count("deadline missed")
-            case FinishReason.DEADLINE if deadline_s is not None and (self._comes_back or not self.num_tokens):
+            case FinishReason.DEADLINE if deadline_s is not None and (
+                self._comes_back or not self.num_tokens
+            ):
                 self._count("hopeless deadline")
             case FinishReason.ERROR if self._may_give_up and (event.error or "").startswith("gave up"):
                 self._count("given up")

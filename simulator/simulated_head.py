@@ -1,5 +1,5 @@
-"""The head in virtual time: production's `Router` and `Fleet`, around them what `RouterService` and `Controller` do with
-connections and processes."""
+"""The head in virtual time: production's `Router` and `Fleet`, around them what `RouterService` and
+`Controller` do with connections and processes."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ from ..router.hosts import (
 )
 from ..router.links import NUM_FAILURES
 from ..router.places import Places
-from ..router.registry import WorkerState
+from ..router.registry import RoutingState
 from ..router.supervisor import (
     GENERATION_STRIDE,
     EndProcess,
@@ -64,7 +64,7 @@ from .broken_links import BrokenLinks
 from .network import End
 from .simulated_hosts import SimulatedHosts
 from .simulated_worker import SimulatedWorker
-from .virtual_time import Process, Timer, VirtualTime
+from .virtual_time import Timer, VirtualProcess, VirtualTime
 from .wanted import WantedLegs
 
 LINKS_INTERVAL_S = 1.0
@@ -94,7 +94,7 @@ def _spec(action: StartWorker) -> InstanceSpec:
     return InstanceSpec(action.role, action.worker_id, action.incarnation)
 
 
-class Client(Protocol):
+class SimulatedStream(Protocol):
     """Who hears of a request."""
 
     def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None: ...
@@ -107,7 +107,7 @@ class SimulatedHead:
     def __init__(
         self,
         time: VirtualTime,
-        process: Process,
+        process: VirtualProcess,
         router: RouterConfig,
         fleet: FleetConfig,
         world: SimulatedHosts,
@@ -117,10 +117,12 @@ class SimulatedHead:
         note: Callable[[str], None] | None,
         generation: int = 0,
     ) -> None:
-        """`note` keeps the timeline; None for none. `generation` counts the heads before this one, whose workers it takes
-        over."""
+        """`note` keeps the timeline; None for none. `generation` counts the heads before this one, whose
+        workers it takes over."""
         self.process = process
-        self.router = Router(router, LatencyModel(), first_attempt=generation * GENERATION_STRIDE, adopts=generation > 0)
+        self.router = Router(
+            router, LatencyModel(), first_attempt=generation * GENERATION_STRIDE, adopts=generation > 0
+        )
         self.fleet = Fleet(fleet, first_incarnation=1 + generation * GENERATION_STRIDE)
         self.places = Places()
         self.hosts = Hosts(self.places)
@@ -128,7 +130,7 @@ class SimulatedHead:
         self._join_timeout_s = join_timeout_s
         self._supervisor = Supervisor(self.fleet, self.places, _spec)
         self._is_first = generation == 0
-        self.clients: dict[str, Client] = {}
+        self.clients: dict[str, SimulatedStream] = {}
         self.on_dispatch: Callable[[], object] = lambda: None
         self._time = time
         self._start_worker = start_worker
@@ -147,7 +149,9 @@ class SimulatedHead:
         """Match the pools. `survivors` are processes that an earlier head started, oldest first."""
         if self._is_first:
             self._meet_hosts()
-        living = [(InstanceSpec(worker.role, worker.worker_id, worker.incarnation), worker) for worker in survivors]
+        living = [
+            (InstanceSpec(worker.role, worker.worker_id, worker.incarnation), worker) for worker in survivors
+        ]
         for spec, worker in living:
             self._watch(spec.key, worker)
         self.manage(TakeOver(tuple((spec, worker.placement) for spec, worker in living)))
@@ -187,8 +191,9 @@ class SimulatedHead:
 
     # clients
 
-    def submit(self, request: Request, client: Client, *, comes_back: bool) -> PdserveError | None:
-        """Why the request is not admitted; None when it is. A client that comes back has been admitted before."""
+    def submit(self, request: Request, client: SimulatedStream, *, comes_back: bool) -> PdserveError | None:
+        """Why the request is not admitted; None when it is. A client that comes back has been admitted
+        before."""
         if request.request_id in self.clients:
             raise AssertionError("clients do not use an id twice at a time")
         self.clients[request.request_id] = client
@@ -199,13 +204,19 @@ class SimulatedHead:
             del self.clients[request.request_id]
             return error
         num_queued = self.router.status(self._time.now_s).num_queued
-        is_beside = comes_back or self.router.counters.displaced > num_displaced  # those dispatched before come back beside it
+        is_beside = (
+            comes_back or self.router.counters.displaced > num_displaced
+        )  # those dispatched before come back beside it
         if num_queued > self.router.config.max_queued_requests and not is_beside:
-            self._violation(f"{num_queued} requests are queued, {self.router.config.max_queued_requests} are allowed")
+            self._violation(
+                f"{num_queued} requests are queued, {self.router.config.max_queued_requests} are allowed"
+            )
         return None
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
-        self.handle(Cancel(request_id, FinishReason.CANCELLED if choice is None else FinishReason.STOP, choice))
+        self.handle(
+            Cancel(request_id, FinishReason.CANCELLED if choice is None else FinishReason.STOP, choice)
+        )
 
     # the router
 
@@ -232,7 +243,9 @@ class SimulatedHead:
                     connection.send(message)
                 self._wanted.sent((worker_id, incarnation), message)
                 started = self._started.get((worker_id, incarnation))
-                if started is not None and self._links.sent(started.placement.node_id, message, self._time.now_s):
+                if started is not None and self._links.sent(
+                    started.placement.node_id, message, self._time.now_s
+                ):
                     self._check_want_of_another_place(message)
                 if not isinstance(message, Abort | Probe):
                     self.on_dispatch()
@@ -258,11 +271,15 @@ class SimulatedHead:
         timeline = self.router.timeline(transfer.request_id, self._time.now_s)
         for dispatch in timeline.dispatches if timeline is not None else ():
             if dispatch.number == transfer.attempt and not dispatch.considered[0].has_failed:
-                self._violation(f"{transfer} takes a link between hosts that has just failed {NUM_FAILURES} times")
+                self._violation(
+                    f"{transfer} takes a link between hosts that has just failed {NUM_FAILURES} times"
+                )
 
     def _hosts_that_serve(self) -> set[str]:
         """By the router: workers there are ready."""
-        ready = (one for one in self.router.status(self._time.now_s).workers if one.state is WorkerState.READY)
+        ready = (
+            one for one in self.router.status(self._time.now_s).workers if one.state is RoutingState.READY
+        )
         started = (self._started.get((one.worker_id, one.incarnation)) for one in ready)
         return {worker.placement.node_id for worker in started if worker is not None}
 
@@ -319,9 +336,14 @@ class SimulatedHead:
                 self._wanted.heard(event)
                 self._links.heard(event, self._time.now_s)
                 if event.kind is FailureKind.DISAGREEMENT:
-                    self._violation(f"{event.worker_id}: {event.leg.value} of {event.transfer}: {event.error}")
+                    self._violation(
+                        f"{event.worker_id}: {event.leg.value} of {event.transfer}: {event.error}"
+                    )
                 how = event.error or "complete"
-                self._note_down(f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended, {how}")
+                self._note_down(
+                    f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended,"
+                    f" {how}"
+                )
 
     def _note_down(self, text: str) -> None:
         if self._note is not None:
@@ -362,12 +384,16 @@ class SimulatedHead:
         """A worker that is to serve is on a host that may be used."""
         for key, worker in self._started.items():
             if key[0] == command.worker_id and self._supervisor.expects(key):
-                self._world.serves(worker.placement.node_id, f"{command.worker_id} becomes {command.role.value}")
+                self._world.serves(
+                    worker.placement.node_id, f"{command.worker_id} becomes {command.role.value}"
+                )
 
     def waits_for_a_place(self, role: Role) -> bool:
         """Whether an instance of a pool does."""
         processes = self._supervisor.processes.values()
-        return any(process.state is ProcessState.WAITING and process.spec.role is role for process in processes)
+        return any(
+            process.state is ProcessState.WAITING and process.spec.role is role for process in processes
+        )
 
     def _watch(self, key: Key, worker: SimulatedWorker) -> None:
         self._started[key] = worker

@@ -65,7 +65,9 @@ class SimulatedHosts:
         """As Ray tells."""
         seen = [host for host in self.hosts if host.is_seen]
         self._told = {host.node_id for host in seen}
-        return tuple(SeenHost(host.node_id, host.name, host.name, is_head=host is self.hosts[0]) for host in seen)
+        return tuple(
+            SeenHost(host.node_id, host.name, host.name, is_head=host is self.hosts[0]) for host in seen
+        )
 
     def expected(self) -> ExpectedHosts:
         """As the configuration in force names them."""
@@ -91,21 +93,35 @@ class SimulatedHosts:
         self._time.call_later(max(seconds, notice_s) + 0.1, lambda: self._join(host))
 
     def on(self, host: SimulatedHost) -> list[SimulatedWorker]:
-        return [worker for worker, at in self._workers if at.node_id == host.node_id and worker.process.is_alive]
+        return [
+            worker for worker, at in self._workers if at.node_id == host.node_id and worker.process.is_alive
+        ]
 
-    def started(self, worker: SimulatedWorker, placement: Placement, is_waiting: Callable[[Role], bool]) -> None:
+    def started(
+        self, worker: SimulatedWorker, placement: Placement, is_waiting: Callable[[Role], bool]
+    ) -> None:
         """A head has started a worker there. `is_waiting`: an instance of a pool waits for a place."""
         self.serves(placement.node_id, f"{worker.process.name} is started")
         if placement.node_id not in self._told:
-            self._violation(f"{worker.process.name} is started on {placement.node_id}, which Ray has declared dead")
+            self._violation(
+                f"{worker.process.name} is started on {placement.node_id}, which Ray has declared dead"
+            )
         for other, taken in self._workers:
-            if taken.node_id == placement.node_id and other.process.is_alive and set(taken.cores) & set(placement.cores):
-                self._violation(f"{worker.process.name} gets cores of {other.process.name} on {placement.node_id}")
+            if (
+                taken.node_id == placement.node_id
+                and other.process.is_alive
+                and set(taken.cores) & set(placement.cores)
+            ):
+                self._violation(
+                    f"{worker.process.name} gets cores of {other.process.name} on {placement.node_id}"
+                )
         roles = [other.role for other, _ in self._workers if other.process.is_alive]
         if worker.role in roles and not all(host.num_joined for host in self.hosts):
             for role in (Role.PREFILL, Role.DECODE):
                 if role not in roles and role is not worker.role and is_waiting(role):
-                    self._violation(f"{worker.process.name} takes the room of the first {role.value} instance")
+                    self._violation(
+                        f"{worker.process.name} takes the room of the first {role.value} instance"
+                    )
         self._workers.append((worker, placement))
         host = self._of(placement.node_id)
         if host is None or not host.is_up:  # Ray will say so when it has heard of it

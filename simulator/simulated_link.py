@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 from ..kv_transfer.inbound import InboundPair
 from ..kv_transfer.link import LinkError, PeerLost, TransferTimeout
 from ..kv_transfer.outbound import OutboundPair
-from ..kv_transfer.protocol import Connect, Connected, Refused
+from ..kv_transfer.protocol import Connect, Connected, LinkRefused
 from .faults import Faults
 from .network import End, Network
 from .simulated_worker import SimulatedWorker
-from .virtual_time import Process, Timer
+from .virtual_time import Timer, VirtualProcess
 
 PREPARE_S = 0.001  # making a ring
 
@@ -64,21 +64,26 @@ class Ticket:
         if self._done is not None:
             self._done(error)
 
-    def when_done(self, process: Process, timeout_s: float, done: Callable[[BaseException | None], None]) -> None:
+    def when_done(
+        self, process: VirtualProcess, timeout_s: float, done: Callable[[BaseException | None], None]
+    ) -> None:
         """Implements `kv_transfer.pair.Wait` in virtual time."""
         self._done = done
         if self.is_done:
             process.call_later(0.0, lambda: done(self.error))
         else:
-            process.call_later(timeout_s, lambda: self.resolve(TransferTimeout(f"nothing within {timeout_s} s")))
+            process.call_later(
+                timeout_s, lambda: self.resolve(TransferTimeout(f"nothing within {timeout_s} s"))
+            )
 
 
 class CopyingRing(SharedRing):
-    """One side's ring of a link that copies, as gloo does: bytes travel apart from the stream that announces them."""
+    """One side's ring of a link that copies, as gloo does: bytes travel apart from the stream that announces
+    them."""
 
     name = "gloo"
 
-    def __init__(self, num_slots: int, slot_bytes: int, network: Network, process: Process) -> None:
+    def __init__(self, num_slots: int, slot_bytes: int, network: Network, process: VirtualProcess) -> None:
         super().__init__(num_slots, slot_bytes, network.faults)
         self.peer: CopyingRing = self
         self._network = network
@@ -123,7 +128,8 @@ class CopyingRing(SharedRing):
 
 
 class SimulatedDial:
-    """One attempt to connect; the doors of both sides, production's `Dialler` and `Acceptor`, in virtual time."""
+    """One attempt to connect; the doors of both sides, production's `Dialler` and `Acceptor`, in virtual
+    time."""
 
     def __init__(
         self,
@@ -133,7 +139,13 @@ class SimulatedDial:
         pair: OutboundPair,
         epoch: int,
     ) -> None:
-        self._network, self._source, self._target, self._pair, self._epoch = network, source, target, pair, epoch
+        self._network, self._source, self._target, self._pair, self._epoch = (
+            network,
+            source,
+            target,
+            pair,
+            epoch,
+        )
         self._ring: SharedRing | None = None
         self._is_over = False
         self._timer: Timer | None = None
@@ -145,7 +157,9 @@ class SimulatedDial:
         self._end.on_message, self._end.on_lost = self._on_answer, self._fail
         door.on_message = lambda message: self._on_greeting(door, message)
         timeout_s = source.local.config.connect_timeout_s
-        self._timer = source.process.call_later(timeout_s, lambda: self._fail(f"no answer within {timeout_s} s"))
+        self._timer = source.process.call_later(
+            timeout_s, lambda: self._fail(f"no answer within {timeout_s} s")
+        )
         self._end.send(pair.greeting(source.local.transport, epoch))
 
     def cancel(self) -> None:
@@ -161,7 +175,7 @@ class SimulatedDial:
             return
         pair = self._target.hub.admit(message)
         if isinstance(pair, str):
-            door.send(Refused(pair))
+            door.send(LinkRefused(pair))
             door.close()
             return
         pair.num_preparing += 1
@@ -191,7 +205,7 @@ class SimulatedDial:
     def _on_answer(self, answer: Any) -> None:
         if self._is_over:
             return
-        if isinstance(answer, Refused):
+        if isinstance(answer, LinkRefused):
             self._fail(f"refused: {answer.error}")
         elif isinstance(answer, Connected):
             assert self._ring is not None and self._end is not None

@@ -1,10 +1,10 @@
-"""The grammar process of a simulated worker: any token may come next, but that is known only after a while; after a long one
-when the process had to be started again."""
+"""The grammar process of a simulated worker: any token may come next, but that is known only after a while;
+after a long one when the process had to be started again."""
 
 from collections.abc import Callable
 from random import Random
 
-from .virtual_time import Process
+from .virtual_time import VirtualProcess
 
 MASK_S = 0.002  # at most; the steps of simulated workers take as long
 RESTART_S = 0.5
@@ -14,7 +14,13 @@ NO_TOKEN_IS_RULED_OUT = b""  # the model of the simulator does not look at it
 class SimulatedMasks:
     """Implements `engine.MaskPort`. Answers come in the order of the questions."""
 
-    def __init__(self, process: Process, rng: Random, now_s: Callable[[], float], answer: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        process: VirtualProcess,
+        rng: Random,
+        now_s: Callable[[], float],
+        answer: Callable[[int, int], None],
+    ) -> None:
         """`answer` gets (key, number of output tokens)."""
         self._process, self._rng, self._now_s, self._answer = process, rng, now_s, answer
         self._num_tokens: dict[int, int] = {}

@@ -1,4 +1,5 @@
-"""One worker in virtual time: production's `Worker`, block pool and transfer hub; threads, sockets and model are simulated.
+"""One worker in virtual time: production's `Worker`, block pool and transfer hub; threads, sockets and model
+are simulated.
 
 router's connection --commands--> inbox --> engine: Worker.step() --> messages --> router's connection
 transfer hub --endings--> inbox; engine --calls--> hub, a moment later, in their order
@@ -39,7 +40,7 @@ from .kv_model import ChainStore
 from .network import End
 from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .simulated_port import HOP_S, Port
-from .virtual_time import Process, VirtualTime
+from .virtual_time import VirtualProcess, VirtualTime
 
 FRAME_TOKENS = 64  # so few that what a worker holds often takes more than one frame
 
@@ -106,7 +107,7 @@ class SimulatedWorker:
         self,
         time: VirtualTime,
         rng: Random,
-        process: Process,
+        process: VirtualProcess,
         worker_id: str,
         incarnation: int,
         role: Role,
@@ -121,9 +122,15 @@ class SimulatedWorker:
         store_fails: Callable[[], bool],
         on_sample: OnSample,
     ) -> None:
-        """`connect` makes a connection to the router, or none while there is no router. `reach` tells how long it takes to
-        find out whether another worker can be reached, and why it cannot."""
-        self.process, self.worker_id, self.incarnation, self.role, self.shape = process, worker_id, incarnation, role, shape
+        """`connect` makes a connection to the router, or none while there is no router. `reach` tells how
+        long it takes to find out whether another worker can be reached, and why it cannot."""
+        self.process, self.worker_id, self.incarnation, self.role, self.shape = (
+            process,
+            worker_id,
+            incarnation,
+            role,
+            shape,
+        )
         self.placement = placement
         self.clock = StepClock(time, shape)
         self.pool = BlockPool(shape.num_blocks, shape.block_size)
@@ -318,7 +325,9 @@ class SimulatedWorker:
         for output in report.outputs:
             choice = output.transfer, output.choice
             if choice in self._over:
-                self._violation(f"{self.process.name}: tells token {output.index} of {choice}, which has ended")
+                self._violation(
+                    f"{self.process.name}: tells token {output.index} of {choice}, which has ended"
+                )
             if output.finish_reason is not None:
                 self._over.add(choice)
 

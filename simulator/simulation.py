@@ -1,4 +1,5 @@
-"""One seed from start to idle: builds the cluster, lets accidents happen, then waits until everything has come to rest."""
+"""One seed from start to idle: builds the cluster, lets accidents happen, then waits until everything has
+come to rest."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from .simulated_head import InstanceSpec, SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
 from .simulated_worker import SimulatedWorker
-from .virtual_time import Process, VirtualTime
+from .virtual_time import VirtualProcess, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
 MAX_EVENTS = 5_000_000
@@ -30,7 +31,7 @@ REACH_TIMEOUT_S = 3.0
 
 
 @dataclass
-class Outcome:
+class SimulationOutcome:
     """What a simulation showed. `violations` is empty when every promise was kept."""
 
     seed: int
@@ -53,7 +54,7 @@ class Simulation:
     """Runs once."""
 
     def __init__(self, scenario: Scenario, *, keep_timeline: bool = False) -> None:
-        self.outcome = Outcome(scenario.seed)
+        self.outcome = SimulationOutcome(scenario.seed)
         self._scenario = scenario
         self._keep_timeline = keep_timeline
         self._rng = Random(scenario.seed + 1)
@@ -71,11 +72,13 @@ class Simulation:
         self.head = self._make_head()
         self._ids: dict[str, SimulatedClient] = {}
         self.clients = [
-            SimulatedClient(self.time, lambda: self.head, self._ids, plan, self.violation, self.note, self._count)
+            SimulatedClient(
+                self.time, lambda: self.head, self._ids, plan, self.violation, self.note, self._count
+            )
             for plan in scenario.requests
         ]
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulationOutcome:
         """To the end, or to a violation that leaves nothing to check."""
         try:
             self._run()
@@ -124,11 +127,15 @@ class Simulation:
         if not self._wait_for(lambda: not self._leftovers()):
             for leftover in self._leftovers():
                 self.violation(f"left behind: {leftover}")
-        if self.head.router.counters.retried and self.faults.counts.keys() <= {accident.value for accident in ORDERLY}:
+        if self.head.router.counters.retried and self.faults.counts.keys() <= {
+            accident.value for accident in ORDERLY
+        }:
             self.violation(f"{self.head.router.counters.retried} dispatches failed without a fault")
         for member in self.head.fleet.status():
             if member.num_restarts > self._num_started[member.worker_id]:
-                self.violation(f"{member.worker_id} counts {member.num_restarts} restarts, more than its processes")
+                self.violation(
+                    f"{member.worker_id} counts {member.num_restarts} restarts, more than its processes"
+                )
         self.head.router.check_integrity()
         for worker in self._alive():
             worker.pool.check_integrity()
@@ -137,7 +144,7 @@ class Simulation:
         scenario = self._scenario
         return SimulatedHead(
             self.time,
-            Process(self.time, "router"),
+            VirtualProcess(self.time, "router"),
             RouterConfig(
                 max_queued_requests=scenario.max_queued_requests,
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
@@ -196,7 +203,7 @@ class Simulation:
 
     def _start_worker(self, spec: InstanceSpec, placement: Placement) -> SimulatedWorker:
         worker_id, incarnation = spec.key
-        process = Process(self.time, f"{worker_id}/{incarnation}")
+        process = VirtualProcess(self.time, f"{worker_id}/{incarnation}")
         worker = SimulatedWorker(
             self.time,
             self._rng,
@@ -208,7 +215,9 @@ class Simulation:
             self._scenario.shapes[spec.role],
             self._scenario.transport,
             TransferConfig(
-                chunk_bytes=self._scenario.chunk_bytes, ring_slots=self._scenario.ring_slots, lease_s=self._scenario.lease_s
+                chunk_bytes=self._scenario.chunk_bytes,
+                ring_slots=self._scenario.ring_slots,
+                lease_s=self._scenario.lease_s,
             ),
             lambda source: (
                 lambda pair, epoch: SimulatedDial(
@@ -327,7 +336,8 @@ class Simulation:
             self._apply(self._pools)
 
     def _kill_head(self, head: SimulatedHead, seconds: float, *, amid_dispatch: bool) -> None:
-        """For so many seconds there is none. `amid_dispatch`: with its next commands, if they come soon, half of them lost."""
+        """For so many seconds there is none. `amid_dispatch`: with its next commands, if they come soon, half
+        of them lost."""
 
         def kill() -> None:
             if not head.process.is_alive:
@@ -344,6 +354,6 @@ class Simulation:
             head.on_dispatch = lambda: self.time.call_later(0.0, kill)
         self.time.call_later(0.2 if amid_dispatch else 0.0, kill)
 
-    def _freeze(self, process: Process, seconds: float) -> None:
+    def _freeze(self, process: VirtualProcess, seconds: float) -> None:
         process.freeze()
         self.time.call_later(seconds, process.resume)

@@ -54,8 +54,9 @@ class VirtualTime:
         return True
 
 
-class Process:
-    """What an operating system's process is to the others: it may die for good, or stand still for a while."""
+class VirtualProcess:
+    """What an operating system's process is to the others: it may die for good, or stand still for a
+    while."""
 
     def __init__(self, time: VirtualTime, name: str) -> None:
         self.name = name

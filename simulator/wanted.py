@@ -1,4 +1,5 @@
-"""Who works for which request, as a bystander of the head's connections knows it: nobody for one that has ended."""
+"""Who works for which request, as a bystander of the head's connections knows it: nobody for one that has
+ended."""
 
 from collections.abc import Iterable, Set as AbstractSet
 from dataclasses import dataclass, field
@@ -11,14 +12,16 @@ Key = tuple[str, int]  # (worker_id, incarnation)
 
 @dataclass(slots=True)
 class _Wanted:
-    """One dispatch: choices whose last token no worker has brought, and workers that were not told to stop."""
+    """One dispatch: choices whose last token no worker has brought, and workers that were not told to
+    stop."""
 
     choices: set[int]
     workers: set[Key] = field(default_factory=set)
 
 
 class WantedLegs:
-    """Who was told to work for which dispatch, also by an earlier head, and has neither ended nor been told to stop."""
+    """Who was told to work for which dispatch, also by an earlier head, and has neither ended nor been told
+    to stop."""
 
     def __init__(self) -> None:
         self._wanted: dict[str, dict[TransferId, _Wanted]] = {}  # by request
@@ -37,7 +40,9 @@ class WantedLegs:
         for held in legs:
             of_request = self._wanted.setdefault(held.spec.transfer.request_id, {})
             wanted = of_request.setdefault(held.spec.transfer, _Wanted(set(held.spec.choices)))
-            wanted.choices.difference_update(output.choice for output in held.outputs if output.finish_reason is not None)
+            wanted.choices.difference_update(
+                output.choice for output in held.outputs if output.finish_reason is not None
+            )
             if held.ended is None:
                 wanted.workers.add(worker)
 
@@ -51,7 +56,8 @@ class WantedLegs:
                 wanted.choices.discard(output.choice)
 
     def ended(self, request_id: str, living: AbstractSet[Key]) -> list[str]:
-        """What is wrong at a request's end: a worker that does not know it by the last tokens must have been told."""
+        """What is wrong at a request's end: a worker that does not know it by the last tokens must have been
+        told."""
         return [
             f"{request_id} has ended, but {sorted(working)} go on with {transfer}"
             for transfer, wanted in self._wanted.pop(request_id, {}).items()

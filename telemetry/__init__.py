@@ -1,1 +1,2 @@
-"""What is told of serving: metrics, traces, logs, and the timelines of recent requests. Watches the router, decides nothing."""
+"""What is told of serving: metrics, traces, logs, and the timelines of recent requests. Watches the router,
+decides nothing."""

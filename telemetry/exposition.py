@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from itertools import product
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric as Family
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric as Family,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -14,8 +19,8 @@ from ..core.hosts import HostState
 from ..core.latency import LatencyModel
 from ..core.messages import Role
 from ..core.request import FinishReason
-from ..router.registry import WorkerState
-from ..router.status import RouterStatus, WorkerStatus
+from ..router.registry import RoutingState
+from ..router.status import RoutedWorkerStatus, RouterStatus
 from .catalogue import COUNTERS, GAUGES, GPU_COUNTERS, GPU_GAUGES, HISTOGRAMS, Metric
 from .steps import PHASES, StepCosts, StepTally
 from .tally import MET, MISSED, Labels, Tally
@@ -26,7 +31,11 @@ EXPECTED: Mapping[str, tuple[Labels, ...]] = {
     "request_success_total": tuple((reason.value,) for reason in FinishReason),
     "slo_requests_total": tuple((ttft, itl) for ttft in (MET, MISSED) for itl in (MET, MISSED)),
     **{metric.name: tuple((pool,) for pool in POOLS) for metric in COUNTERS if metric.labels == ("pool",)},
-    **{metric.name: tuple(product(POOLS, PHASES)) for metric in COUNTERS if metric.labels == ("pool", "phase")},
+    **{
+        metric.name: tuple(product(POOLS, PHASES))
+        for metric in COUNTERS
+        if metric.labels == ("pool", "phase")
+    },
 }
 
 
@@ -52,7 +61,12 @@ class Exposition(Collector):
     """Renders a registry of its own; `snapshot` is asked at each scrape."""
 
     def __init__(
-        self, tally: Tally, steps: StepTally, costs: StepCosts, model: LatencyModel, snapshot: Callable[[], Snapshot]
+        self,
+        tally: Tally,
+        steps: StepTally,
+        costs: StepCosts,
+        model: LatencyModel,
+        snapshot: Callable[[], Snapshot],
     ) -> None:
         self._tally = tally
         self._steps = steps
@@ -76,12 +90,16 @@ class Exposition(Collector):
         gpus = self._steps.gpus.rows((worker.role.value, worker.worker_id) for worker in now.status.workers)
         gauges, counters = {**_gauges(now, self._tally), **gpus}, _counters(now)
         for metric in (*GAUGES, *GPU_GAUGES):
-            yield _family(GaugeMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), gauges[metric.name])
+            yield _family(
+                GaugeMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), gauges[metric.name]
+            )
         for metric in COUNTERS:
             rows = [((), counters[metric.name])] if metric.name in counters else self._counted(metric)
             yield _family(CounterMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), rows)
         for metric in GPU_COUNTERS:
-            yield _family(CounterMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), gpus[metric.name])
+            yield _family(
+                CounterMetricFamily(metric.full_name, metric.meaning, labels=metric.labels), gpus[metric.name]
+            )
         for metric in HISTOGRAMS:
             yield self._histogram(metric, now)
 
@@ -130,16 +148,20 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 def _gauges(now: Snapshot, tally: Tally) -> Mapping[str, Rows]:
     workers = now.status.workers
 
-    def per_worker(value: Callable[[WorkerStatus], float]) -> Rows:
+    def per_worker(value: Callable[[RoutedWorkerStatus], float]) -> Rows:
         return [((worker.role.value, worker.worker_id), value(worker)) for worker in workers]
 
-    ready = [worker.role for worker in workers if worker.state is WorkerState.READY]
+    ready = [worker.role for worker in workers if worker.state is RoutingState.READY]
     return {
         "info": [((now.version, now.model), 1.0)],
         "num_requests_running": per_worker(lambda worker: worker.load.num_running),
         "num_requests_waiting": per_worker(lambda worker: worker.load.num_waiting),
-        "kv_cache_usage_perc": per_worker(lambda worker: 1.0 - worker.load.num_free_blocks / worker.num_blocks),
-        "worker_restarts": [((role.value, worker_id), count) for worker_id, (role, count) in now.restarts.items()],
+        "kv_cache_usage_perc": per_worker(
+            lambda worker: 1.0 - worker.load.num_free_blocks / worker.num_blocks
+        ),
+        "worker_restarts": [
+            ((role.value, worker_id), count) for worker_id, (role, count) in now.restarts.items()
+        ],
         "workers_ready": [((role.value,), ready.count(role)) for role in now.configured],
         "workers_configured": [((role.value,), count) for role, count in now.configured.items()],
         "hosts": [((state.value,), now.hosts.get(state, 0)) for state in HostState],

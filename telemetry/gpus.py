@@ -58,15 +58,22 @@ class GpuBoard:
         self._of_worker.pop(worker_id, None)
 
     def rows(self, workers: Iterable[tuple[str, str]]) -> dict[str, Rows]:
-        """By metric, of the GPUs of the workers that are there now: (pool, worker_id). What a GPU does not tell is absent."""
-        users = [(pool, worker_id, self._of_worker[worker_id]) for pool, worker_id in workers if worker_id in self._of_worker]
+        """By metric, of the GPUs of the workers that are there now: (pool, worker_id). What a GPU does not
+        tell is absent."""
+        users = [
+            (pool, worker_id, self._of_worker[worker_id])
+            for pool, worker_id in workers
+            if worker_id in self._of_worker
+        ]
         gpus = [self._gpus[uuid] for uuid in dict.fromkeys(uuid for *_, uuid in users)]
         rows: dict[str, Rows] = {metric.name: [] for metric in (*GPU_GAUGES, *GPU_COUNTERS)}
         for name, read in _DEVICE.items():
             rows[name] = [(gpu.labels, value) for gpu in gpus if (value := read(gpu.sample)) is not None]
         for gpu in gpus:
             if gpu.sample.throttled_by is not None:
-                rows["gpu_throttled"] += [((*gpu.labels, why), float(why in gpu.sample.throttled_by)) for why in THROTTLES]
+                rows["gpu_throttled"] += [
+                    ((*gpu.labels, why), float(why in gpu.sample.throttled_by)) for why in THROTTLES
+                ]
         for pool, worker_id, uuid in users:
             gpu = self._gpus[uuid]
             rows["gpu_info"].append(((pool, worker_id, *gpu.labels, gpu.sample.name), 1.0))

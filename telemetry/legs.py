@@ -1,4 +1,5 @@
-"""How long the legs of a dispatch took, by the router's clock and the workers' accounts. None: not known, or no such leg."""
+"""How long the legs of a dispatch took, by the router's clock and the workers' accounts. None: not known, or
+no such leg."""
 
 from ..core.messages import LegEnded
 from ..router.events import DispatchTimes, Timeline
@@ -10,7 +11,8 @@ def account(dispatch: DispatchTimes) -> LegEnded | None:
 
 
 def prefill_s(dispatch: DispatchTimes) -> float | None:
-    """From the first step of the prompt to its last. One worker's account of both phases tells no more than their sum."""
+    """From the first step of the prompt to its last. One worker's account of both phases tells no more than
+    their sum."""
     if dispatch.prefill is not None:
         return dispatch.prefill.compute_s
     told = account(dispatch)
@@ -22,7 +24,13 @@ def prefill_s(dispatch: DispatchTimes) -> float | None:
 def kv_wait_s(dispatch: DispatchTimes) -> float | None:
     """From the first token until the decode worker had the KV. Its leg waits from the dispatch on."""
     prefill, decode = dispatch.prefill, dispatch.decode
-    if prefill is None or prefill.stats is None or decode is None or decode.error is not None or dispatch.first_token_s is None:
+    if (
+        prefill is None
+        or prefill.stats is None
+        or decode is None
+        or decode.error is not None
+        or dispatch.first_token_s is None
+    ):
         return None
     return max(0.0, dispatch.dispatched_s + decode.queue_s - dispatch.first_token_s)
 

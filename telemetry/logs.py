@@ -1,7 +1,7 @@
 """Log lines: JSON for machines, text for terminals, one line a record whatever is in it.
 
-Names that clients choose end up in log lines; nothing in them can begin a line of its own or move a terminal's cursor.
-"""
+Names that clients choose end up in log lines; nothing in them can begin a line of its own or move a
+terminal's cursor."""
 
 import json
 import logging
@@ -63,7 +63,8 @@ class ConsoleFormatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that is not seen as what it is: line ends, control and formatting characters."""
+    """The text with everything escaped that is not seen as what it is: line ends, control and formatting
+    characters."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
@@ -118,7 +119,11 @@ def _time(record: logging.LogRecord) -> str:
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     values = record.__dict__
     fields = {name: values[name] for name in FIELDS if name in values}
-    return fields if "request_id" in fields or not (request_id := REQUEST_ID.get()) else {"request_id": request_id, **fields}
+    return (
+        fields
+        if "request_id" in fields or not (request_id := REQUEST_ID.get())
+        else {"request_id": request_id, **fields}
+    )
 
 
 def _value(value: object) -> str:

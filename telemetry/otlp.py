@@ -1,7 +1,8 @@
-"""Traces to an OpenTelemetry collector over gRPC, made after the fact from timelines: requests are not slowed by them.
+"""Traces to an OpenTelemetry collector over gRPC, made after the fact from timelines: requests are not slowed
+by them.
 
-Spans wait in a bounded queue and leave on a thread of their own; when the collector is gone, the oldest are dropped.
-"""
+Spans wait in a bounded queue and leave on a thread of their own; when the collector is gone, the oldest are
+dropped."""
 
 import os
 import threading
@@ -23,7 +24,8 @@ CLOSE_S = 2.0  # to get rid of what is left; a collector that does not answer ge
 
 
 class TraceExporter:
-    """One trace a request, below the client's span when it sent a `traceparent`; one that is not sampled is left out.
+    """One trace a request, below the client's span when it sent a `traceparent`; one that is not sampled is
+    left out.
 
     Samplers, limits, headers and certificates are those of OpenTelemetry's environment variables.
     """
@@ -32,7 +34,9 @@ class TraceExporter:
         """`exporter` is for tests; by default one to `endpoint`."""
         self.num_spans = 0
         name = os.environ.get("OTEL_SERVICE_NAME", "pdserve")
-        resource = Resource.create({"service.name": name, "service.version": __version__, "gen_ai.request.model": model})
+        resource = Resource.create(
+            {"service.name": name, "service.version": __version__, "gen_ai.request.model": model}
+        )
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter or OTLPSpanExporter(endpoint=endpoint)))
         self._tracer = self._provider.get_tracer("pdserve", __version__)
@@ -42,7 +46,9 @@ class TraceExporter:
         """`now_s` is now on the router's clock: the one place where its instants become wall-clock time."""
         wall_ns = time.time_ns() - round(now_s * 1e9)
         parent = (
-            self._propagator.extract({"traceparent": timeline.traceparent}, Context()) if timeline.traceparent else Context()
+            self._propagator.extract({"traceparent": timeline.traceparent}, Context())
+            if timeline.traceparent
+            else Context()
         )
         request = request_span(timeline)
         root = self._start(request, parent, wall_ns, SpanKind.SERVER)

@@ -1,4 +1,5 @@
-"""Where everything that is told of requests comes together: the router's shell calls it, nothing waits for it."""
+"""Where everything that is told of requests comes together: the router's shell calls it, nothing waits for
+it."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ class Traces(Protocol):
     def close(self) -> None: ...
 
 
-class Recorder:
+class TelemetryRecorder:
     """Counts, remembers, exports and logs. A mistake in here is logged and ends no request."""
 
     def __init__(
@@ -65,17 +66,29 @@ class Recorder:
 
 
 def _log_end(timeline: Timeline) -> None:
-    """Every request at debug, those that went wrong above it; each attempt that failed on a line of its own."""
+    """Every request at debug, those that went wrong above it; each attempt that failed on a line of its
+    own."""
     outcome = timeline.outcome
     assert outcome is not None
     for dispatch in timeline.dispatches:
         if dispatch.failure is not None:
-            where = {"request_id": timeline.request_id, "attempt": dispatch.number, "worker": dispatch.decode_worker}
+            where = {
+                "request_id": timeline.request_id,
+                "attempt": dispatch.number,
+                "worker": dispatch.decode_worker,
+            }
             log.info("an attempt failed: %s", dispatch.failure, extra=where)
     level = LEVELS.get(outcome, logging.DEBUG)
     if log.isEnabledFor(level):
         text = "%s after %.3f s, tokens: %d + %d, attempts: %d%s"
         error = f": {timeline.error}" if timeline.error else ""
         seconds, num_output_tokens = timeline.ended_s - timeline.submitted_s, sum(timeline.num_output_tokens)
-        values = outcome.value, seconds, timeline.num_prompt_tokens, num_output_tokens, len(timeline.dispatches), error
+        values = (
+            outcome.value,
+            seconds,
+            timeline.num_prompt_tokens,
+            num_output_tokens,
+            len(timeline.dispatches),
+            error,
+        )
         log.log(level, text, *values, extra={"request_id": timeline.request_id})

@@ -1,7 +1,8 @@
-"""Log lines of a cluster's processes, shown by the process that launched it: packets on a socket that only its user reaches.
+"""Log lines of a cluster's processes, shown by the process that launched it: packets on a socket that only
+its user reaches.
 
-A process that logs never waits: what the other end does not take is dropped, and the next line says how many were.
-"""
+A process that logs never waits: what the other end does not take is dropped, and the next line says how many
+were."""
 
 import contextlib
 import logging
@@ -86,7 +87,9 @@ class RelayHandler(logging.Handler):
             self.handleError(record)
             return
         if self.num_dropped:
-            told = logging.LogRecord(__name__, logging.WARNING, __file__, 0, "%d lines were dropped", (self.num_dropped,), None)
+            told = logging.LogRecord(
+                __name__, logging.WARNING, __file__, 0, "%d lines were dropped", (self.num_dropped,), None
+            )
             if self._send(self.format(told)):
                 self.num_dropped = 0
         if not self._send(line):

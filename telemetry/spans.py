@@ -1,4 +1,5 @@
-"""A request's timeline as the spans of its trace: one for the request, one below it for each leg of each attempt."""
+"""A request's timeline as the spans of its trace: one for the request, one below it for each leg of each
+attempt."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ class SpanTimes:
 
 
 def request_span(timeline: Timeline) -> SpanTimes:
-    """The request as a whole; names as in OpenTelemetry's conventions for generative AI where there are some."""
+    """The request as a whole; names as in OpenTelemetry's conventions for generative AI where there are
+    some."""
     outcome = timeline.outcome
     has_failed = outcome in (FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.INVALID)
     attributes: dict[str, Attribute] = {
@@ -30,11 +32,17 @@ def request_span(timeline: Timeline) -> SpanTimes:
         "pdserve.num_attempts": len(timeline.dispatches),
         "gen_ai.usage.input_tokens": timeline.num_prompt_tokens,
         "gen_ai.usage.output_tokens": sum(timeline.num_output_tokens),
-        "gen_ai.response.finish_reasons": tuple(reason.value for reason in timeline.finish_reasons if reason is not None),
+        "gen_ai.response.finish_reasons": tuple(
+            reason.value for reason in timeline.finish_reasons if reason is not None
+        ),
     }
     if timeline.first_token_s is not None:
         attributes["gen_ai.server.time_to_first_token"] = timeline.first_token_s - timeline.submitted_s
-    error = (timeline.error or f"the request ended with {outcome.value}") if outcome is not None and has_failed else None
+    error = (
+        (timeline.error or f"the request ended with {outcome.value}")
+        if outcome is not None and has_failed
+        else None
+    )
     return SpanTimes("request", timeline.submitted_s, timeline.ended_s, attributes, error)
 
 
@@ -57,11 +65,17 @@ def _legs(dispatch: DispatchTimes, ended_s: float) -> Iterator[SpanTimes]:
     stats = dispatch.prefill.stats if dispatch.prefill is not None else None
     if stats is not None:
         end_s = first_token_s + stats.exposed_s
-        route: dict[str, Attribute] = {"pdserve.num_bytes": stats.num_bytes, "pdserve.hidden_bytes": stats.hidden_bytes}
+        route: dict[str, Attribute] = {
+            "pdserve.num_bytes": stats.num_bytes,
+            "pdserve.hidden_bytes": stats.hidden_bytes,
+        }
         route |= {"pdserve.source": dispatch.prefill_worker, "pdserve.target": dispatch.decode_worker or ""}
         yield SpanTimes("transfer", end_s - stats.duration_s, end_s, shared | route)
     if dispatch.decode_worker is not None:
-        work: dict[str, Attribute] = {"pdserve.worker": dispatch.decode_worker, "pdserve.num_tokens": dispatch.num_steps}
+        work: dict[str, Attribute] = {
+            "pdserve.worker": dispatch.decode_worker,
+            "pdserve.num_tokens": dispatch.num_steps,
+        }
         yield SpanTimes("decode", first_token_s, max(ended_s, first_token_s), shared | work, failure)
 
 
@@ -77,4 +91,6 @@ def _prefill(dispatch: DispatchTimes, end_s: float, shared: dict[str, Attribute]
         work |= {"pdserve.num_cached_tokens": told.num_cached_tokens, "pdserve.worker_queue": told.queue_s}
         start_s = min(start_s + told.queue_s, end_s)
     has_failed = dispatch.failure is not None and dispatch.first_token_s is None
-    return SpanTimes("prefill", start_s, max(end_s, start_s), shared | work, dispatch.failure if has_failed else None)
+    return SpanTimes(
+        "prefill", start_s, max(end_s, start_s), shared | work, dispatch.failure if has_failed else None
+    )

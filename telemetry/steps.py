@@ -1,5 +1,5 @@
-"""What workers' reports came to since the head's start: how long their steps took, the arithmetic and memory traffic of
-their shapes, and how their GPUs fare.
+"""What workers' reports came to since the head's start: how long their steps took, the arithmetic and memory
+traffic of their shapes, and how their GPUs fare.
 
 Called with every report of every worker: no more is done there than adding up; the rest is for whoever asks.
 """
@@ -49,14 +49,18 @@ class StepCosts:
     kv_bytes_per_token: int
 
     def flops(self, steps: StepSums) -> float:
-        """Attention within a prompt counts as if it were not causal, and a prompt's only logits not at all."""
+        """Attention within a prompt counts as if it were not causal, and a prompt's only logits not at
+        all."""
         num_tokens = steps.num_prefill_tokens + steps.num_decode_sequences
         num_pairs = steps.sum_prefill_squares + steps.num_context_tokens
         samples = self.flops_per_sample * steps.num_decode_sequences
         return self.flops_per_token * num_tokens + self.flops_per_pair * num_pairs + samples
 
     def read_bytes(self, steps: StepSums) -> float:
-        return self.weight_bytes * steps.durations.num_measured + self.kv_bytes_per_token * steps.num_context_tokens
+        return (
+            self.weight_bytes * steps.durations.num_measured
+            + self.kv_bytes_per_token * steps.num_context_tokens
+        )
 
     def write_bytes(self, steps: StepSums) -> float:
         return self.kv_bytes_per_token * (steps.num_prefill_tokens + steps.num_decode_sequences)

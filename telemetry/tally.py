@@ -1,7 +1,7 @@
 """What requests and transfers came to since the head's start: timelines in, numbers out, no clock and no I/O.
 
-What the router counts by itself (`router.status.Counters`, `core.histogram.TokenGaps`) is not counted here again.
-"""
+What the router counts by itself (`router.status.Counters`, `core.histogram.TokenGaps`) is not counted here
+again."""
 
 from collections import defaultdict
 
@@ -88,7 +88,11 @@ class Tally:
         if dispatch.prefill is not None and dispatch.prefill.stats is not None:
             self._transfer(dispatch, dispatch.prefill.stats)
         if dispatch.first_token_s is not None and dispatch.expected_ttft_s > 0:
-            self._add("prediction_ratio", (dispatch.first_token_s - dispatch.dispatched_s) / dispatch.expected_ttft_s, "ttft")
+            self._add(
+                "prediction_ratio",
+                (dispatch.first_token_s - dispatch.dispatched_s) / dispatch.expected_ttft_s,
+                "ttft",
+            )
         gap_s = legs.gap_s(dispatch)
         if gap_s is not None and dispatch.expected_itl_s > 0:
             self._add("prediction_ratio", gap_s / dispatch.expected_itl_s, "itl")

@@ -32,7 +32,19 @@ class Authority:
         extensions = self._folder / f"{name}.ext"
         extensions.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")
         signing = ("-CA", self.pair.certificate, "-CAkey", self.pair.key, "-CAcreateserial")
-        _openssl("x509", "-req", "-in", request, *signing, "-out", pair.certificate, "-days", "2", "-extfile", extensions)
+        _openssl(
+            "x509",
+            "-req",
+            "-in",
+            request,
+            *signing,
+            "-out",
+            pair.certificate,
+            "-days",
+            "2",
+            "-extfile",
+            extensions,
+        )
         return pair
 
 

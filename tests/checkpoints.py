@@ -1,7 +1,7 @@
 """Small random checkpoints in Hugging Face format, one for every feature of the model definition.
 
-Weights are drawn so that every feature matters (no zero biases, no norm of ones) and so that the largest logit stands well
-clear of the second: greedy tokens are then a fair comparison between two implementations.
+Weights are drawn so that every feature matters (no zero biases, no norm of ones) and so that the largest
+logit stands well clear of the second: greedy tokens are then a fair comparison between two implementations.
 """
 
 from dataclasses import dataclass, field
@@ -66,7 +66,12 @@ class Variant:
 
 
 def _variant(
-    family: str, *, dtype: str = "float32", num_shards: int = 1, eos_token_ids: tuple[int, ...] = (), **options: Any
+    family: str,
+    *,
+    dtype: str = "float32",
+    num_shards: int = 1,
+    eos_token_ids: tuple[int, ...] = (),
+    **options: Any,
 ) -> Variant:
     return Variant(family, options, dtype, num_shards, eos_token_ids)
 
@@ -80,20 +85,26 @@ VARIANTS: dict[str, Variant] = {
     "llama-tied": _variant("llama", tie_word_embeddings=True),
     "llama-wide-heads": _variant("llama", head_dim=32),
     "llama-narrow-heads": _variant("llama", head_dim=8),
-    "llama-odd-head-count": _variant("llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=3, head_dim=24),
+    "llama-odd-head-count": _variant(
+        "llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=3, head_dim=24
+    ),
     "llama-attention-bias": _variant("llama", attention_bias=True),
     "llama-mlp-bias": _variant("llama", mlp_bias=True),
     "llama-all-biases-tied": _variant("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama-linear-rope": _variant("llama", rope_parameters=LINEAR),
     "llama3-rope": _variant("llama", rope_parameters=LLAMA3),
-    "llama3-rope-tied-bf16": _variant("llama", rope_parameters=LLAMA3, tie_word_embeddings=True, dtype="bfloat16"),
+    "llama3-rope-tied-bf16": _variant(
+        "llama", rope_parameters=LLAMA3, tie_word_embeddings=True, dtype="bfloat16"
+    ),
     "llama-yarn-rope": _variant("llama", rope_parameters=YARN),
     "llama-yarn-attention-factor": _variant("llama", rope_parameters={**YARN, "attention_factor": 1.25}),
     "llama-high-theta": _variant("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "llama-large-eps": _variant("llama", rms_norm_eps=1e-2),
     "llama-four-layers": _variant("llama", num_hidden_layers=4, hidden_size=32, head_dim=8),
     "llama-one-layer": _variant("llama", num_hidden_layers=1),
-    "llama-wide": _variant("llama", hidden_size=128, intermediate_size=344, num_attention_heads=8, vocab_size=1000),
+    "llama-wide": _variant(
+        "llama", hidden_size=128, intermediate_size=344, num_attention_heads=8, vocab_size=1000
+    ),
     "llama-sharded": _variant("llama", num_shards=3),
     "llama-sharded-fp16": _variant("llama", num_shards=3, dtype="float16"),
     "llama-bf16": _variant("llama", dtype="bfloat16"),
@@ -119,7 +130,8 @@ VARIANTS: dict[str, Variant] = {
 
 
 def small_checkpoint(directory: Path, name: str, seed: int = 0) -> Path:
-    """Write the checkpoint `VARIANTS[name]` below `directory`; returns its path. Equal arguments give equal weights."""
+    """Write the checkpoint `VARIANTS[name]` below `directory`; returns its path. Equal arguments give equal
+    weights."""
     variant = VARIANTS[name]
     options = DEFAULTS | variant.options
     if "head_dim" not in variant.options and variant.family == "qwen2":

@@ -1,5 +1,5 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter. Triton decides so when it is imported, and others import it
-too (transformers does), so the wish must stand before the first test module is read."""
+"""Where there is no GPU, Triton's kernels run in its interpreter. Triton decides so when it is imported, and
+others import it too (transformers does), so the wish must stand before the first test module is read."""
 
 import os
 

@@ -1,9 +1,8 @@
 """A GPU for code that only queues work: its tensors have shapes, types and a device, and no contents.
 
-Inside `fake_gpu()` host tensors are real and CUDA tensors are torch's fake ones, so that whatever would fail on a GPU for the
-place of a tensor fails here: operations on tensors of both, kernels that are given host memory, and every wait of the host for
-the device's results, or for a copy. Kernels are not run.
-"""
+Inside `fake_gpu()` host tensors are real and CUDA tensors are torch's fake ones, so that whatever would fail
+on a GPU for the place of a tensor fails here: operations on tensors of both, kernels that are given host
+memory, and every wait of the host for the device's results, or for a copy. Kernels are not run."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -65,7 +64,11 @@ class _FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return there
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -98,7 +101,9 @@ class _FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._check_copy("copy_", source if isinstance(to, FakeTensor) else to, non_blocking)
         return to
 
-    def _to(self, tensor: torch.Tensor, target: torch.device, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
+    def _to(
+        self, tensor: torch.Tensor, target: torch.device, non_blocking: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
         if isinstance(tensor, FakeTensor) and target.type == "cuda":
             return _aten._to_copy.default(tensor, non_blocking=non_blocking, **kwargs)  # type: ignore[no-any-return]
         if isinstance(tensor, FakeTensor):
@@ -118,12 +123,15 @@ class _FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_composite(func: Any) -> bool:
-    return bool(func.namespace == "aten" and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd))
+    return bool(
+        func.namespace == "aten" and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    )
 
 
 @contextmanager
 def fake_gpu() -> Iterator[FakeGpuDevice]:
-    """A GPU of compute capability 9.0, without contents. Kernels check their tensors' device and do nothing else."""
+    """A GPU of compute capability 9.0, without contents. Kernels check their tensors' device and do nothing
+    else."""
     device = FakeGpuDevice()
     mode = _FakeGpu(device)
 
@@ -142,7 +150,10 @@ def fake_gpu() -> Iterator[FakeGpuDevice]:
         patch.object(torch.Tensor, "__getitem__", _get(torch.Tensor.__getitem__)),
         patch.object(torch.Tensor, "__setitem__", _set(torch.Tensor.__setitem__)),
         *(patch.object(torch.Tensor, name, _read(getattr(torch.Tensor, name))) for name in _READING),
-        *(patch.object(module, "num_multiprocessors", lambda device: _NUM_MULTIPROCESSORS) for module in _USERS),
+        *(
+            patch.object(module, "num_multiprocessors", lambda device: _NUM_MULTIPROCESSORS)
+            for module in _USERS
+        ),
     ]
     with ExitStack() as stack:
         for each in patches:

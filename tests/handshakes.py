@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pdserve.core.handshake import Acceptor, Dialler, Purpose
+from pdserve.core.handshake import HandshakeAcceptor, HandshakeDialler, Purpose
 
 
 def read(sock: socket.socket, num_bytes: int) -> bytes:
@@ -19,7 +19,7 @@ def read(sock: socket.socket, num_bytes: int) -> bytes:
     return data
 
 
-def shake_hands(sock: socket.socket, side: Dialler | Acceptor) -> None:
+def shake_hands(sock: socket.socket, side: HandshakeDialler | HandshakeAcceptor) -> None:
     sock.sendall(side.opening)
     while side.num_wanted:
         sock.sendall(side.take(read(sock, side.num_wanted)))
@@ -27,12 +27,13 @@ def shake_hands(sock: socket.socket, side: Dialler | Acceptor) -> None:
 
 @contextmanager
 def greeted(door: socket.socket, token: str) -> Iterator["queue.SimpleQueue[socket.socket]"]:
-    """While a worker connects to `door`, a router's part of the handshake; then the queue has the connection."""
+    """While a worker connects to `door`, a router's part of the handshake; then the queue has the
+    connection."""
     accepted: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
 
     def greet() -> None:
         sock, _ = door.accept()
-        shake_hands(sock, Acceptor(token, Purpose.CONTROL))
+        shake_hands(sock, HandshakeAcceptor(token, Purpose.CONTROL))
         accepted.put(sock)
 
     thread = threading.Thread(target=greet)
@@ -44,7 +45,7 @@ def greeted(door: socket.socket, token: str) -> Iterator["queue.SimpleQueue[sock
 async def open_control(port: int, token: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A connection to a router, behind the handshake."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    side = Dialler(token, Purpose.CONTROL)
+    side = HandshakeDialler(token, Purpose.CONTROL)
     writer.write(side.opening)
     while side.num_wanted:
         writer.write(side.take(await reader.readexactly(side.num_wanted)))

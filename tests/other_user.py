@@ -36,7 +36,8 @@ def needs_root() -> None:
 
 
 def run_as_nobody(code: str, *arguments: str) -> list[str]:
-    """The lines that `code` prints when another user runs it. It may use `attempt(name, action)` and `connect(path)`."""
+    """The lines that `code` prints when another user runs it. It may use `attempt(name, action)` and
+    `connect(path)`."""
     needs_root()
     command = [sys.executable, "-c", _AS_NOBODY + code, *arguments]
     return subprocess.run(command, cwd="/", check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
@@ -46,9 +47,14 @@ def run_as_nobody(code: str, *arguments: str) -> list[str]:
 def listening_as_nobody() -> Iterator[int]:
     """The port on loopback on which another user's process listens."""
     needs_root()
-    code = "sock = socket.create_server(('127.0.0.1', 0)); print(sock.getsockname()[1], flush=True); sys.stdin.read()"
+    code = (
+        "sock = socket.create_server(('127.0.0.1', 0)); print(sock.getsockname()[1], flush=True);"
+        " sys.stdin.read()"
+    )
     command = [sys.executable, "-c", _AS_NOBODY + code]
-    with subprocess.Popen(command, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdin is not None
         yield int(process.stdout.readline())
         process.stdin.close()

@@ -12,7 +12,9 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def test_the_map_of_rooms_is_what_the_imports_say() -> None:
-    checked = subprocess.run([sys.executable, ROOT / "scripts" / "room_map.py", "--check"], capture_output=True, text=True)
+    checked = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "room_map.py", "--check"], capture_output=True, text=True
+    )
     assert checked.returncode == 0, checked.stderr
 
 

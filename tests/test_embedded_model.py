@@ -1,4 +1,5 @@
-"""The checkpoint that comes with the package: loads like any other, reads like its training text, ends its answers."""
+"""The checkpoint that comes with the package: loads like any other, reads like its training text, ends its
+answers."""
 
 import importlib
 import json
@@ -49,7 +50,9 @@ def model() -> Any:
 def continuation(prompt: str, max_new_tokens: int) -> list[int]:
     ids = tokenizer()(prompt, return_tensors="pt")
     with torch.inference_mode():
-        output = model().generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None)
+        output = model().generate(
+            **ids, max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None
+        )
     return list(map(int, output[0, ids["input_ids"].shape[1] :]))
 
 
@@ -63,7 +66,9 @@ def test_config_tokenizer_and_weights_agree() -> None:
     config = AutoConfig.from_pretrained(MODEL_DIR, local_files_only=True)
     assert config.architectures == ["LlamaForCausalLM"]
     assert config.vocab_size == len(tokenizer()) == model().get_input_embeddings().num_embeddings
-    assert config.eos_token_id == json.loads((MODEL_DIR / "generation_config.json").read_text())["eos_token_id"]
+    assert (
+        config.eos_token_id == json.loads((MODEL_DIR / "generation_config.json").read_text())["eos_token_id"]
+    )
     assert tokenizer().convert_ids_to_tokens(config.eos_token_id) == ["<|endoftext|>", "<|end|>"]
     assert config.eos_token_id == [END_OF_TEXT, END_OF_TURN]
 
@@ -92,13 +97,18 @@ def test_training_leaves_the_held_out_text_out() -> None:
 @pytest.mark.parametrize("prompt", ["The with statement is used", "Return a list of"])
 def test_a_continuation_is_made_of_the_corpus_own_words(prompt: str) -> None:
     known = {word for document in documents() for word in re.findall(r"\w+", document.render().lower())}
-    words = re.findall(r"\w+", tokenizer().decode(continuation(prompt, 80), skip_special_tokens=True).lower())[:-1]
+    words = re.findall(
+        r"\w+", tokenizer().decode(continuation(prompt, 80), skip_special_tokens=True).lower()
+    )[:-1]
     assert len(words) >= 5
     assert sum(word in known for word in words) / len(words) > 0.9
 
 
 def test_the_chat_template_marks_turns_and_asks_for_an_answer() -> None:
-    messages = [{"role": "system", "content": "Be concise."}, {"role": "user", "content": "What does len do?"}]
+    messages = [
+        {"role": "system", "content": "Be concise."},
+        {"role": "user", "content": "What does len do?"},
+    ]
     rendered = tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered == "<|system|>Be concise.<|end|><|user|>What does len do?<|end|><|assistant|>"
 
@@ -109,10 +119,13 @@ def test_the_chat_template_refuses_an_unknown_role() -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "expected"), [("What does len do?", "number of items"), ("What is the with statement?", "context manager")]
+    ("question", "expected"),
+    [("What does len do?", "number of items"), ("What is the with statement?", "context manager")],
 )
 def test_an_answer_is_about_the_question_and_ends(question: str, expected: str) -> None:
     messages = [{"role": "user", "content": question}]
-    tokens = continuation(tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True), 200)
+    tokens = continuation(
+        tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True), 200
+    )
     assert tokens[-1] == END_OF_TURN
     assert expected in tokenizer().decode(tokens)

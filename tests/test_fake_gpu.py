@@ -1,4 +1,5 @@
-"""The GPU that is not there tells code that waits for it, or mixes its tensors with the host's, from code that does not."""
+"""The GPU that is not there tells code that waits for it, or mixes its tensors with the host's, from code
+that does not."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,7 +72,9 @@ def test_mixed_devices_are_caught(work: Work) -> None:
 
 def test_work_that_is_queued_and_copied_aside_is_let_through() -> None:
     with fake_gpu() as gpu:
-        x = gpu.pinned(torch.from_numpy(np.ones((4, 6), dtype=np.float32)))[:4].to(gpu.torch_device, non_blocking=True)
+        x = gpu.pinned(torch.from_numpy(np.ones((4, 6), dtype=np.float32)))[:4].to(
+            gpu.torch_device, non_blocking=True
+        )
         x[1:3, 2] = x[0, 4:]
         x[:, -1] = 5.0
         x[torch.arange(2, device=gpu.torch_device)] = 0.0
@@ -83,7 +86,17 @@ def test_work_that_is_queued_and_copied_aside_is_let_through() -> None:
 
 
 @pytest.mark.parametrize(
-    "index", [0, -1, slice(1, 3), (slice(None), 2), (..., 1), (None, 0), (1, slice(None, None, 2)), (Ellipsis, None, slice(2))]
+    "index",
+    [
+        0,
+        -1,
+        slice(1, 3),
+        (slice(None), 2),
+        (..., 1),
+        (None, 0),
+        (1, slice(None, None, 2)),
+        (Ellipsis, None, slice(2)),
+    ],
 )
 def test_indexing_has_torchs_shapes(index: Any) -> None:
     expected = torch.zeros(4, 6, 3)[index].shape

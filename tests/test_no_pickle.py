@@ -1,5 +1,5 @@
-"""No code of ours turns bytes into objects that can run code: a client or a peer could send them. Ray pickles what it carries
-between its own processes, behind its own token (SECURITY.md)."""
+"""No code of ours turns bytes into objects that can run code: a client or a peer could send them. Ray pickles
+what it carries between its own processes, behind its own token (SECURITY.md)."""
 
 import ast
 from collections.abc import Iterator
@@ -35,7 +35,10 @@ METHODS = {
 }
 OBJECT_COLLECTIVES = "_object_list"  # torch.distributed pickles what these carry
 ALLOWED = {
-    ("simulator/run.py", "multiprocessing"),  # the simulator's own children, on one machine and without a peer
+    (
+        "simulator/run.py",
+        "multiprocessing",
+    ),  # the simulator's own children, on one machine and without a peer
     ("cluster/actors.py", "importlib.import_module"),  # a name of ours, by way of Ray
 }
 

@@ -1,4 +1,5 @@
-"""The wheel is whole: it works outside the checkout, with native kernels, generated protobuf code and the embedded model."""
+"""The wheel is whole: it works outside the checkout, with native kernels, generated protobuf code and the
+embedded model."""
 
 import os
 import subprocess
@@ -44,7 +45,9 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_works_outside_the_checkout(unpacked: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", USE], cwd=unpacked, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", USE], cwd=unpacked, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "tokens:" in result.stdout
 
@@ -54,6 +57,21 @@ def test_the_wheel_holds_the_package_and_nothing_else(unpacked: Path) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == {"pdserve"}
     rooms = {path.name for path in (unpacked / "pdserve").iterdir() if path.is_dir()}
     assert rooms == {
-        "cli", "cluster", "core", "decode_worker", "embedded", "engine", "gateway", "grammar", "kernels", "kv_transfer",
-        "loadgen", "planner", "prefill_worker", "proto", "router", "telemetry", "worker",
-    }  # fmt: skip
+        "cli",
+        "cluster",
+        "core",
+        "decode_worker",
+        "embedded",
+        "engine",
+        "gateway",
+        "grammar",
+        "kernels",
+        "kv_transfer",
+        "loadgen",
+        "planner",
+        "prefill_worker",
+        "proto",
+        "router",
+        "telemetry",
+        "worker",
+    }

@@ -10,7 +10,8 @@ from .spec import WorkerSpec
 
 
 def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
-    """Bind this process, and every thread it will start, to cores given by position; returns their numbers."""
+    """Bind this process, and every thread it will start, to cores given by position; returns their
+    numbers."""
     available = sorted(os.sched_getaffinity(0))
     cores = tuple(available[position] for position in positions)
     os.sched_setaffinity(0, cores)

@@ -1,5 +1,5 @@
-"""How a worker's GPU fares, asked for every few seconds on a thread of its own: a driver that takes its time holds up neither
-the engine nor the heartbeat."""
+"""How a worker's GPU fares, asked for every few seconds on a thread of its own: a driver that takes its time
+holds up neither the engine nor the heartbeat."""
 
 import logging
 import threading
@@ -19,7 +19,9 @@ class GpuMonitor:
         self._device = device
         self._newest: GpuSample | None = None  # None: taken, or none yet
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="gpu-monitor", daemon=True)  # the process may end without it
+        self._thread = threading.Thread(
+            target=self._run, name="gpu-monitor", daemon=True
+        )  # the process may end without it
 
     def start(self) -> None:
         self._thread.start()

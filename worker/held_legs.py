@@ -1,9 +1,9 @@
-"""What a worker can tell a router that knows nothing of it: the legs it carries out, those that ended lately, and their tokens.
+"""What a worker can tell a router that knows nothing of it: the legs it carries out, those that ended lately,
+and their tokens.
 
-A router that dies takes with it what it knew of its requests. The one that follows learns from here what has been computed, so
-that nothing is computed twice: also of legs whose end the dead one may have heard of without telling its client, and of those
-that it aborted to go on elsewhere.
-"""
+A router that dies takes with it what it knew of its requests. The one that follows learns from here what has
+been computed, so that nothing is computed twice: also of legs whose end the dead one may have heard of
+without telling its client, and of those that it aborted to go on elsewhere."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ MAX_FRAME_TOKENS = 1 << 15  # told at once: some 10 MB with the log probabilitie
 
 
 @dataclass(slots=True)
-class _Leg:
+class _RememberedLeg:
     spec: SequenceSpec
     leg: Leg
     has_partner: bool
@@ -37,13 +37,13 @@ class HeldLegs:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._open: dict[TransferId, _Leg] = {}
-        self._ended: deque[_Leg] = deque()  # oldest end first
+        self._open: dict[TransferId, _RememberedLeg] = {}
+        self._ended: deque[_RememberedLeg] = deque()  # oldest end first
         self._num_kept_tokens = 0  # of those
 
     def accepted(self, spec: SequenceSpec, leg: Leg, *, has_partner: bool) -> None:
         """The worker was given a leg; again, when the command came twice."""
-        self._open.setdefault(spec.transfer, _Leg(spec, leg, has_partner))
+        self._open.setdefault(spec.transfer, _RememberedLeg(spec, leg, has_partner))
 
     def told(self, outputs: Iterable[TokenOutput], ended: Iterable[LegEnded]) -> None:
         """What the worker says to whichever router listens."""
@@ -63,7 +63,13 @@ class HeldLegs:
         """Everything, for a router that has just been met."""
         self._forget()
         return tuple(
-            HeldLeg(spec=leg.spec, leg=leg.leg, has_partner=leg.has_partner, outputs=tuple(leg.outputs), ended=leg.ended)
+            HeldLeg(
+                spec=leg.spec,
+                leg=leg.leg,
+                has_partner=leg.has_partner,
+                outputs=tuple(leg.outputs),
+                ended=leg.ended,
+            )
             for leg in (*self._ended, *self._open.values())
         )
 

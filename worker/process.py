@@ -20,7 +20,7 @@ from contextlib import suppress
 import msgspec
 
 from ..core.failures import FailureKind
-from ..core.handshake import Dialler, Purpose
+from ..core.handshake import HandshakeDialler, Purpose
 from ..core.messages import (
     Probe,
     Probed,
@@ -35,7 +35,7 @@ from ..core.request import TransferId
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine
 from ..engine.sequence import Sequence as SequenceState
-from ..grammar.messages import Setup
+from ..grammar.messages import GrammarSetup
 from ..grammar.thread import GrammarThread
 from ..grammar.vocabulary import tokenizer_json
 from ..kv_transfer.cuda_memory import CudaGpu
@@ -49,7 +49,9 @@ from .worker import Worker
 
 log = logging.getLogger(__name__)
 
-SWITCH_INTERVAL_S = 0.0005  # at most so long does a busy engine thread hold back the transfer's and the connection's
+SWITCH_INTERVAL_S = (
+    0.0005  # at most so long does a busy engine thread hold back the transfer's and the connection's
+)
 
 
 def give_up(why: str) -> None:
@@ -66,14 +68,15 @@ MASK_WAIT_S = 0.002  # at most so long does a step that is computed wait for mas
 class WorkerProcess:
     """Lives from `run` to `stop`. The calling thread of `run` becomes the engine thread.
 
-    When its connection breaks, the worker works on and knocks at the router's address until a router answers, to which it
-    tells what it holds.
-    """
+    When its connection breaks, the worker works on and knocks at the router's address until a router answers,
+    to which it tells what it holds."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._masks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # apart, as a step in course takes them
+        self._masks: queue.SimpleQueue[Callable[[], None]] = (
+            queue.SimpleQueue()
+        )  # apart, as a step in course takes them
         self._stopping = threading.Event()
         self._info: WorkerInfo | None = None  # None until it serves
         self._monitor: GpuMonitor | None = None  # None on CPU
@@ -81,7 +84,8 @@ class WorkerProcess:
         self._session = RouterSession(spec.worker_id, spec.incarnation, time.monotonic())
 
     def run(self) -> None:
-        """Load, serve until stopped or until no router has been there for a while, and leave nothing behind."""
+        """Load, serve until stopped or until no router has been there for a while, and leave nothing
+        behind."""
         spec = self._spec
         cores = bind_to_cores(spec.cores)
         gpu = own_gpu(spec.device)
@@ -156,15 +160,19 @@ class WorkerProcess:
     def on_failed(self, key: int, why: str) -> None:
         self._inbox.put(lambda: self._worker.mask_failed(key, why, FailureKind.LOST))
 
-    def _grammar_setup(self, engine: Engine) -> Setup:
+    def _grammar_setup(self, engine: Engine) -> GrammarSetup:
         path = resolve_model_path(self._spec.config.model.path)
-        return Setup(tokenizer_json(path), engine.config.vocab_size, engine.config.eos_token_ids)
+        return GrammarSetup(tokenizer_json(path), engine.config.vocab_size, engine.config.eos_token_ids)
 
     def _load_engine(self) -> Engine:
         path = resolve_model_path(self._spec.config.model.path)
-        return Engine.open(path, engine_options(self._spec), lambda fraction: self._progress("loading weights", fraction))
+        return Engine.open(
+            path, engine_options(self._spec), lambda fraction: self._progress("loading weights", fraction)
+        )
 
-    def _serve(self, engine: Engine, endpoint: TransferEndpoint, grammars: GrammarThread, devices: tuple[str, ...]) -> None:
+    def _serve(
+        self, engine: Engine, endpoint: TransferEndpoint, grammars: GrammarThread, devices: tuple[str, ...]
+    ) -> None:
         spec, pool = self._spec, self._spec.pool
         self._worker = Worker(
             spec.worker_id,
@@ -215,7 +223,8 @@ class WorkerProcess:
             self._masks.get()()
 
     def _await_masks(self, sequences: Sequence[SequenceState]) -> None:
-        """They were asked for before the step was computed. A step in vain costs its sequence more than a moment's wait."""
+        """They were asked for before the step was computed. A step in vain costs its sequence more than a
+        moment's wait."""
         give_up_s = time.monotonic() + MASK_WAIT_S
         with suppress(queue.Empty):
             while not all(seq.may_sample for seq in sequences):
@@ -230,8 +239,10 @@ class WorkerProcess:
 
     def _probe(self, target: TransferAddress) -> None:
         """Reach the other worker as its KV would, up to the proof that both are of one cluster."""
-        dialler = Dialler(self._spec.token, Purpose.TRANSFER)
-        error = reach((target.tcp_host, target.tcp_port), lambda sock: shake_hands(sock, dialler, target.worker_id))
+        dialler = HandshakeDialler(self._spec.token, Purpose.TRANSFER)
+        error = reach(
+            (target.tcp_host, target.tcp_port), lambda sock: shake_hands(sock, dialler, target.worker_id)
+        )
         self._link.send(
             Probed(
                 worker_id=self._spec.worker_id,
@@ -252,7 +263,9 @@ class WorkerProcess:
         spec, session = self._spec, self._session
         while not self._stopping.is_set() and session.may_dial(time.monotonic()):
             try:
-                link = RouterLink(spec.router_address, spec.token, session.hello, self._on_command, self._on_lost)
+                link = RouterLink(
+                    spec.router_address, spec.token, session.hello, self._on_command, self._on_lost
+                )
             except OSError:
                 self._stopping.wait(RECONNECT_S)
                 continue

@@ -1,4 +1,5 @@
-"""A worker's end of its control connection to the router: frames up from any thread, commands down on a reader thread."""
+"""A worker's end of its control connection to the router: frames up from any thread, commands down on a
+reader thread."""
 
 import contextlib
 import socket
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
-from ..core.handshake import MAX_WAIT_S, Dialler, HandshakeError, Purpose
+from ..core.handshake import MAX_WAIT_S, HandshakeDialler, HandshakeError, Purpose
 from ..core.messages import HEARTBEAT_S, Heartbeat, Hello, StepReport, WorkerCommand
 from .router_session import RouterSilence
 
@@ -24,16 +25,18 @@ class RouterLink:
         on_command: Callable[[WorkerCommand], None],
         on_lost: Callable[["RouterLink"], None],
     ) -> None:
-        """Raises OSError when no router of this cluster answers. `on_lost` is called on the reader thread, once."""
+        """Raises OSError when no router of this cluster answers. `on_lost` is called on the reader thread,
+        once."""
         self._socket = socket.create_connection(address, timeout=10.0)
         try:
-            shake_hands(self._socket, Dialler(token, Purpose.CONTROL), "the router")
+            shake_hands(self._socket, HandshakeDialler(token, Purpose.CONTROL), "the router")
         except BaseException:
             self._socket.close()
             raise
         self._socket.settimeout(None)
         self._silence = RouterSilence(time.monotonic())
-        # A router that stands still stops reading too: a sender that it blocks must find out as the heartbeat would.
+        # A router that stands still stops reading too: a sender that it blocks must find out as the heartbeat
+        # would.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._silence.dead_after_s))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._on_command = on_command
@@ -99,7 +102,7 @@ class RouterLink:
             self._socket.shutdown(socket.SHUT_RDWR)
 
 
-def shake_hands(sock: socket.socket, dialler: Dialler, peer: str) -> None:
+def shake_hands(sock: socket.socket, dialler: HandshakeDialler, peer: str) -> None:
     """Proves this process to `peer`, and has it prove itself. Raises OSError."""
     due_s = time.monotonic() + MAX_WAIT_S
     message = dialler.opening

@@ -42,8 +42,12 @@ class RouterSilence:
 class RouterSession:
     """Owns what a worker knows of its routers, one after the other, from its start to its end."""
 
-    def __init__(self, worker_id: str, incarnation: int, now_s: float, max_frame_tokens: int = MAX_FRAME_TOKENS) -> None:
-        self.hello = Hello(worker_id=worker_id, incarnation=incarnation)  # the first frame of every connection
+    def __init__(
+        self, worker_id: str, incarnation: int, now_s: float, max_frame_tokens: int = MAX_FRAME_TOKENS
+    ) -> None:
+        self.hello = Hello(
+            worker_id=worker_id, incarnation=incarnation
+        )  # the first frame of every connection
         self._max_frame_tokens = max_frame_tokens
         self._connected_s = self._served_s = now_s  # when a router was reached, and when one was there last
         self._loading: LoadProgress | None = None  # the last that was reported

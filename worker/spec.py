@@ -1,4 +1,5 @@
-"""What a worker process is told at its start. Apart from the process itself, so that the head needs none of its imports."""
+"""What a worker process is told at its start. Apart from the process itself, so that the head needs none of
+its imports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from ..core.needs import Need
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker process is to be. `cores` are positions in the list of cores that its node lets it use."""
+    """What a worker process is to be. `cores` are positions in the list of cores that its node lets it
+    use."""
 
     worker_id: str
     incarnation: int

@@ -1,4 +1,5 @@
-"""Both roles over one engine, between an inbox and an outbox: what a worker does, without threads, sockets or processes.
+"""Both roles over one engine, between an inbox and an outbox: what a worker does, without threads, sockets or
+processes.
 
     command, or a transfer's ending -> role -> step(): prefill, then decode -> take_messages()
 
@@ -30,7 +31,7 @@ from ..core.messages import (
 )
 from ..core.request import TransferId
 from ..decode_worker.worker import DecodeWorker, ReceivePort
-from ..engine.batch import Runner
+from ..engine.batch import StepRunner
 from ..engine.kv_manager import KVManager
 from ..engine.outbox import Outbox
 from ..engine.token_masks import AwaitMasks, MaskPort, TokenMasks
@@ -50,7 +51,7 @@ class Worker:
         worker_id: str,
         incarnation: int,
         kv: KVManager,
-        runner: Runner,
+        runner: StepRunner,
         port: TransferPort,
         mask_port: MaskPort,
         await_masks: AwaitMasks,
@@ -65,7 +66,14 @@ class Worker:
         self._outbox = Outbox(worker_id, incarnation)
         self._masks = TokenMasks(mask_port)
         self._prefill = PrefillWorker(
-            kv, runner, port, self._outbox, self._masks, num_layers=num_layers, max_batch_tokens=max_batch_tokens, clock=clock
+            kv,
+            runner,
+            port,
+            self._outbox,
+            self._masks,
+            num_layers=num_layers,
+            max_batch_tokens=max_batch_tokens,
+            clock=clock,
         )
         self._decode = DecodeWorker(
             kv,
@@ -136,7 +144,8 @@ class Worker:
         return self._decode.step() or worked
 
     def take_messages(self) -> list[StepReport | LegEnded]:
-        """What the last events and steps brought: tokens first, then the legs that ended. At least one report."""
+        """What the last events and steps brought: tokens first, then the legs that ended. At least one
+        report."""
         outputs, ended, timings = self._outbox.take()
         self._held.told(outputs, ended)
         added, evicted = self._pool.take_events()
@@ -148,12 +157,15 @@ class Worker:
         return [*reports, *ended]
 
     def held_legs(self) -> tuple[HeldLeg, ...]:
-        """What a router has to know that meets this worker for the first time, up to the last `take_messages`."""
+        """What a router has to know that meets this worker for the first time, up to the last
+        `take_messages`."""
         return self._held.tell()
 
     def report(self, timing: StepTiming | None = None) -> StepReport:
         """The load after the last step; from any thread."""
-        return StepReport(worker_id=self._worker_id, incarnation=self._incarnation, load=self.load, timing=timing)
+        return StepReport(
+            worker_id=self._worker_id, incarnation=self._incarnation, load=self.load, timing=timing
+        )
 
     def _measure_load(self) -> WorkerLoad:
         prefill, decode = self._prefill.scheduler, self._decode.scheduler

@@ -1,16 +1,17 @@
-"""A real cluster under accidents: workers and their router are killed, frozen and cut off while streams run, and nothing may
-be lost.
+"""A real cluster under accidents: workers and their router are killed, frozen and cut off while streams run,
+and nothing may be lost.
 
     python -m bench.chaos                     200 rounds of kills and freezes, about half an hour on 2 cores
-    python -m bench.chaos --partitions        partitions too, in a network namespace; takes root, `unshare`, `ip` and `tc`
-    python -m bench.chaos --hosts             partitions too, on three hosts (tests/hosts); takes root, sshd and rsync
+    python -m bench.chaos --partitions        partitions too, in a network namespace; takes root, `tc`
+    python -m bench.chaos --hosts             partitions too, on three hosts; takes root, sshd and rsync
 
-Two prefill and two decode workers of the embedded model, half a core each. First the tokens of an undisturbed run are
-recorded. Then, in each round, six concurrent gRPC streams, greedy and seeded, long prompts and short, are disturbed by one to
-three accidents at drawn moments. A client whose router was killed comes back to the next one for the rest of its stream. Each
-stream must end by itself with exactly the undisturbed tokens, text and endings. Every few rounds the cluster has to become
-whole and idle, with every block free; at the end no process, socket, shared memory or file may be left. The same --seed draws
-the same accidents; when exactly they fall depends on the machine.
+Two prefill and two decode workers of the embedded model, half a core each. First the tokens of an undisturbed
+run are recorded. Then, in each round, six concurrent gRPC streams, greedy and seeded, long prompts and short,
+are disturbed by one to three accidents at drawn moments. A client whose router was killed comes back to the
+next one for the rest of its stream. Each stream must end by itself with exactly the undisturbed tokens, text
+and endings. Every few rounds the cluster has to become whole and idle, with every block free; at the end no
+process, socket, shared memory or file may be left. The same --seed draws the same accidents; when exactly
+they fall depends on the machine.
 
 Exit status 1 when a stream was lost or altered, or anything leaked.
 """
@@ -87,9 +88,15 @@ def running(templates: Sequence[Template], network: Network | None) -> Iterator[
         watch = Watch(rpc.ClusterStub(local), POOLS)
         watch.wait_for(watch.is_whole, SETTLE_TIMEOUT_S)
         generation = rpc.GenerationStub(channel)
-        undisturbed = [run_streams(generation, [template], f"alone {number}")[0] for number, template in enumerate(templates)]
+        undisturbed = [
+            run_streams(generation, [template], f"alone {number}")[0]
+            for number, template in enumerate(templates)
+        ]
         together = run_streams(generation, templates, "together")
-        outcomes = [stream.outcome(alone) for stream, alone in zip(undisturbed + together, undisturbed * 2, strict=True)]
+        outcomes = [
+            stream.outcome(alone)
+            for stream, alone in zip(undisturbed + together, undisturbed * 2, strict=True)
+        ]
         assert set(outcomes) == {"whole"}, f"without any accident: {outcomes}"
         watch.wait_for(watch.is_idle, SETTLE_TIMEOUT_S)
         try:
@@ -110,7 +117,9 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, account: Account)
             strike(accident, streams, ordeal.watch, rng, ordeal.network or Loopback())
 
     start_s = time.monotonic()
-    streams = run_streams(ordeal.generation, [ordeal.templates[index] for index in chosen], f"round {number}", disturb)
+    streams = run_streams(
+        ordeal.generation, [ordeal.templates[index] for index in chosen], f"round {number}", disturb
+    )
     for accident in accidents:
         if accident.ended is not None:
             accident.ended.join()
@@ -140,8 +149,8 @@ def settle(ordeal: Ordeal, account: Account) -> None:
 
 
 def check_holdings(before: dict[str, dict[str, int]], account: Account) -> None:
-    """The present head has no socket or file more than the first one had. Each worker has a ring, or none, with each of the
-    other pool."""
+    """The present head has no socket or file more than the first one had. Each worker has a ring, or none,
+    with each of the other pool."""
     head, workers = holdings("HeadActor"), holdings("WorkerActor")
     print(f"at start: {before}\nat the end: head {head}, workers {workers}, keeper {holdings('KeeperActor')}")
     for kind in ("processes", "sockets", "files"):
@@ -152,7 +161,9 @@ def check_holdings(before: dict[str, dict[str, int]], account: Account) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     where = parser.add_mutually_exclusive_group()
@@ -183,7 +194,9 @@ def main() -> int:
         settle(ordeal, account)
         check_holdings(before, account)
         table = account.lines(ordeal.watch)
-    account.leaks += [f"process {pid}: {command}" for pid, command in descendants().items() if pid not in others]
+    account.leaks += [
+        f"process {pid}: {command}" for pid, command in descendants().items() if pid not in others
+    ]
     account.leaks += sorted(traces() - found)
     report = "\n".join([*_heading(), "", *table, *(f"leaked: {leak}" for leak in account.leaks)])
     print(report)
@@ -195,10 +208,15 @@ def main() -> int:
 def _heading() -> list[str]:
     return [
         f"$ python {' '.join(sys.argv)}",
-        f"{date.today()}, {platform.machine()}, Linux {platform.release().split('-')[0]}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, ray {ray.__version__}, grpcio {grpc.__version__}",
-        f"embedded model, {POOLS['prefill']} prefill and {POOLS['decode']} decode workers, half a core each; "
-        f"{NUM_STREAMS} concurrent streams a round",
+        (
+            f"{date.today()}, {platform.machine()}, Linux {platform.release().split('-')[0]}, Python"
+            f" {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}, grpcio"
+            f" {grpc.__version__}"
+        ),
+        (
+            f"embedded model, {POOLS['prefill']} prefill and {POOLS['decode']} decode workers, half a core"
+            f" each; {NUM_STREAMS} concurrent streams a round"
+        ),
     ]
 
 

@@ -1,5 +1,5 @@
-"""What befalls workers and their router: killed, frozen for a while, cut off from each other. Drawn by seed, carried out at a
-moment of the streams' lives."""
+"""What befalls workers and their router: killed, frozen for a while, cut off from each other. Drawn by seed,
+carried out at a moment of the streams' lives."""
 
 import os
 import random
@@ -38,7 +38,8 @@ class Accident:
     is_whole_pool: bool
     duration_s: float  # of a freeze or a cut
     delay_s: float  # after the moment has come
-    aftermath_s: float  # between the death of a router and the next accident, which may strike the new one while it starts
+    # between the death of a router and the next accident, which may strike the new one while it starts
+    aftermath_s: float
     progress: float  # of a stream, 0 to 1, that "mid decode" waits for
     at_s: float | None = None
     victims: list[Victim] = field(default_factory=list)
@@ -46,12 +47,17 @@ class Accident:
 
     def __str__(self) -> str:
         lasting = "" if self.kind == "kill" else f" {self.duration_s:.1f} s"
-        whom = f"all {self.role} workers" if self.is_whole_pool else ", ".join(victim.worker_id for victim in self.victims)
+        whom = (
+            f"all {self.role} workers"
+            if self.is_whole_pool
+            else ", ".join(victim.worker_id for victim in self.victims)
+        )
         return f"{self.kind} {whom or 'nobody'}{lasting} {self.moment}"
 
 
 def draw(rng: random.Random, with_partitions: bool) -> Accident:
-    """A router is frozen for less than makes workers give it up; it is the other side of a worker that is cut off from it."""
+    """A router is frozen for less than makes workers give it up; it is the other side of a worker that is cut
+    off from it."""
     kind = rng.choice((*KINDS, *PARTITIONS) if with_partitions else KINDS)
     role = rng.choice(("prefill", "decode", ROUTER) if kind in KINDS else ("prefill", "decode"))
     return Accident(
@@ -66,8 +72,11 @@ def draw(rng: random.Random, with_partitions: bool) -> Accident:
     )
 
 
-def strike(accident: Accident, streams: list[Stream], watch: Watch, rng: random.Random, network: Network) -> None:
-    """Wait for the moment, then do it. A pool without a ready worker is spared, and so is a router that is not there yet."""
+def strike(
+    accident: Accident, streams: list[Stream], watch: Watch, rng: random.Random, network: Network
+) -> None:
+    """Wait for the moment, then do it. A pool without a ready worker is spared, and so is a router that is
+    not there yet."""
     _wait_for_moment(accident, streams, rng)
     chosen = _candidates(accident.role, watch)
     if not accident.is_whole_pool:
@@ -87,7 +96,9 @@ def _candidates(role: str, watch: Watch) -> list[Victim]:
         pid = router_pid()
         return [] if pid is None else [Victim(ROUTER, pid)]
     ready = [Victim(worker.worker_id, worker.pid) for worker in watch.ready_workers(role)]
-    return [victim for victim in ready if Path(f"/proc/{victim.pid}").exists()]  # the status is a little behind
+    return [
+        victim for victim in ready if Path(f"/proc/{victim.pid}").exists()
+    ]  # the status is a little behind
 
 
 def _begin(accident: Accident, pids: list[int], watch: Watch, network: Network) -> Callable[[], None] | None:
@@ -109,11 +120,15 @@ def _begin(accident: Accident, pids: list[int], watch: Watch, network: Network) 
     return mend
 
 
-def _cut_off(accident: Accident, pids: list[int], watch: Watch, network: Network) -> Callable[[], None] | None:
+def _cut_off(
+    accident: Accident, pids: list[int], watch: Watch, network: Network
+) -> Callable[[], None] | None:
     """None when one of the two sides is dead, or nothing lies between them."""
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         if accident.kind == PARTITIONS[1]:
-            return network.cut_from_peers(pids, [victim.pid for victim in _candidates(_other(accident.role), watch)])
+            return network.cut_from_peers(
+                pids, [victim.pid for victim in _candidates(_other(accident.role), watch)]
+            )
         if (router := router_pid()) is not None:
             return network.cut_from_router(pids, router)
     return None

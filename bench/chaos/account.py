@@ -28,14 +28,18 @@ class Account:
         self.hits: Counter[str] = Counter()  # where in its life a stream was when its worker went
         self.unexplained: Counter[str] = Counter()
         self.leaks: list[str] = []
-        self.acted_s: defaultdict[str, list[float]] = defaultdict(list)  # the router had taken the choice back
+        self.acted_s: defaultdict[str, list[float]] = defaultdict(
+            list
+        )  # the router had taken the choice back
         self.resumed_s: defaultdict[str, list[float]] = defaultdict(list)
         self.num_returned = 0  # streams whose clients came back
         self.returned_s: list[float] = []  # the next token after the router was killed
         self._timed: list[Accident] = []  # in rounds in which the router was spared
         self._router_kills_s: list[float] = []
 
-    def add_round(self, accidents: Sequence[Accident], streams: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
+    def add_round(
+        self, accidents: Sequence[Accident], streams: Sequence[Stream], undisturbed: Sequence[Stream]
+    ) -> list[str]:
         """What went wrong, in words."""
         self.num_rounds += 1
         struck = [accident for accident in accidents if accident.at_s is not None]
@@ -44,7 +48,9 @@ class Account:
             self._victims |= {victim.pid for victim in accident.victims}
             if accident.role == ROUTER and accident.kind == "kill":
                 self._router_kills_s.append(accident.at_s or 0.0)
-        is_timed = not any(accident.role == ROUTER for accident in struck)  # else it is not clear what followed from what
+        is_timed = not any(
+            accident.role == ROUTER for accident in struck
+        )  # else it is not clear what followed from what
         if is_timed:
             self._timed += struck
         problems = []
@@ -63,19 +69,31 @@ class Account:
     def add_replaced(self, watch: Watch) -> list[str]:
         """Workers that were replaced for no accident and were not counted before, in words."""
         replaced = watch.replaced_workers()
-        new = {pid: name for pid, name in replaced.items() if pid not in self._victims and pid not in self._replaced}
+        new = {
+            pid: name
+            for pid, name in replaced.items()
+            if pid not in self._victims and pid not in self._replaced
+        }
         self._replaced |= new
         return [f"replaced for no accident: {name}" for name in new.values()]
 
     def _has_reason_to_break(self, stream: Stream) -> bool:
         """Each time its connection broke the router had been killed just before."""
-        return all(any(0.0 <= at_s - kill_s < BREAK_S for kill_s in self._router_kills_s) for at_s in stream.breaks_s)
+        return all(
+            any(0.0 <= at_s - kill_s < BREAK_S for kill_s in self._router_kills_s) for at_s in stream.breaks_s
+        )
 
     def _count_return(self, stream: Stream) -> None:
-        """Of a stream that came back: how long after each kill that broke it there was a token again, if one was missing."""
+        """Of a stream that came back: how long after each kill that broke it there was a token again, if one
+        was missing."""
         self.num_returned += 1
-        causes = {max(kill_s for kill_s in self._router_kills_s if kill_s <= at_s): at_s for at_s in reversed(stream.breaks_s)}
-        arrivals_s = sorted(arrival_s for choice in stream.choices.values() for arrival_s in choice.arrivals_s)
+        causes = {
+            max(kill_s for kill_s in self._router_kills_s if kill_s <= at_s): at_s
+            for at_s in reversed(stream.breaks_s)
+        }
+        arrivals_s = sorted(
+            arrival_s for choice in stream.choices.values() for arrival_s in choice.arrivals_s
+        )
         for kill_s, broken_s in causes.items():
             next_s = next((arrival_s for arrival_s in arrivals_s if arrival_s > broken_s), None)
             if next_s is not None:
@@ -86,7 +104,13 @@ class Account:
             attempts = [attempt for attempt in stream.attempts if number in attempt.choices]
             for failed, following in pairwise(attempts):
                 position = following.prefill.num_tokens - len(stream.template.prompt)
-                self.hits["before the first token" if not position else "in transfer" if position == 1 else "in decode"] += 1
+                self.hits[
+                    "before the first token"
+                    if not position
+                    else "in transfer"
+                    if position == 1
+                    else "in decode"
+                ] += 1
                 cause = _cause(failed, stream.start_s + following.queued_s, accidents)
                 if cause is not None and cause.at_s is not None:
                     kind = f"{cause.kind}, {cause.role}"
@@ -104,7 +128,10 @@ class Account:
         rows += [f"{'leaked':44} {len(self.leaks)}"]
         rows += [f"{'workers replaced for no accident':44} {len(self._replaced)}"]
         rows += [f"{'streams whose clients came back':44} {self.num_returned}"]
-        rows += [f"{'choices that went on elsewhere: ' + hit:44} {count}" for hit, count in sorted(self.hits.items())]
+        rows += [
+            f"{'choices that went on elsewhere: ' + hit:44} {count}"
+            for hit, count in sorted(self.hits.items())
+        ]
         rows += [f"{'  of these, by no accident to their workers':44} {sum(self.unexplained.values())}", ""]
         rows += [f"{'seconds from the accident to':44} {'count':>6} {'median':>8} {'p95':>8} {'max':>8}"]
         return rows + self._times(watch)
@@ -117,12 +144,18 @@ class Account:
             for victim in accident.victims:
                 noticed_s = watch.noticed_after(accident.at_s, victim.worker_id, victim.pid)
                 if noticed_s is None or (accident.kind != "kill" and noticed_s > accident.duration_s + 2.0):
-                    continue  # it was over before anybody had to notice; what ended the process later was something else
+                    # it was over before anybody had to notice; what ended the process later was something
+                    # else
+                    continue
                 noticed[accident.kind].append(noticed_s)
                 back_s = watch.first_after(accident.at_s + noticed_s, watch.is_whole)
                 if back_s is not None:
                     back[accident.kind].append(noticed_s + back_s)
-        served_s = [seconds for kill_s in self._router_kills_s if (seconds := watch.served_again_after(kill_s)) is not None]
+        served_s = [
+            seconds
+            for kill_s in self._router_kills_s
+            if (seconds := watch.served_again_after(kill_s)) is not None
+        ]
         rows = [_row(f"in the router: {kind}", values) for kind, values in sorted(self.acted_s.items())]
         rows += [_row(f"in the status: {kind}", values) for kind, values in sorted(noticed.items())]
         rows += [_row("status served again: kill, router", served_s)] if served_s else []
@@ -133,8 +166,8 @@ class Account:
 
 
 def _cause(failed: pb.Attempt, failed_s: float, accidents: Sequence[Accident]) -> Accident | None:
-    """Which accident ended an attempt: a kill is noticed at once, anything else later. An attempt that had no token yet does
-    not tell which decode worker it had."""
+    """Which accident ended an attempt: a kill is noticed at once, anything else later. An attempt that had no
+    token yet does not tell which decode worker it had."""
 
     def concerns(accident: Accident) -> bool:
         names = {victim.worker_id for victim in accident.victims}
@@ -176,5 +209,7 @@ def slowness(streams: Sequence[Stream]) -> list[str]:
             arrivals_s = [stream.start_s, *choice.arrivals_s]
             pause_s, since_s = max((later - earlier, earlier) for earlier, later in pairwise(arrivals_s))
             if pause_s > LONG_PAUSE_S:
-                slow.append(f"a pause of {pause_s:.1f} s from {since_s - stream.start_s:.2f} s on: {_story(stream)}")
+                slow.append(
+                    f"a pause of {pause_s:.1f} s from {since_s - stream.start_s:.2f} s on: {_story(stream)}"
+                )
     return slow

@@ -1,8 +1,8 @@
 """A cluster on three hosts of one machine (tests/hosts), whose links can be cut.
 
-The hosts are what Ray and the workers see of the network; processes, files and shared memory are this machine's, so that what
-is left behind is found as it is elsewhere. This process and the head live on the first host, workers on the other two.
-"""
+The hosts are what Ray and the workers see of the network; processes, files and shared memory are this
+machine's, so that what is left behind is found as it is elsewhere. This process and the head live on the
+first host, workers on the other two."""
 
 import os
 import secrets
@@ -54,7 +54,9 @@ class HostNetwork:
     def _host_of(self, pid: int) -> str:
         """Raises FileNotFoundError for a process that is gone."""
         network = Path(f"/proc/{pid}/ns/net").stat().st_ino
-        spaces = {Path(NAMESPACES, self._hosts.space(name)).stat().st_ino: name for name in self._hosts.names()}
+        spaces = {
+            Path(NAMESPACES, self._hosts.space(name)).stat().st_ino: name for name in self._hosts.names()
+        }
         return spaces[network]
 
 
@@ -69,7 +71,8 @@ def entered() -> HostNetwork:
 
 
 def enter_hosts() -> int:
-    """Makes the hosts, with Ray on them, and runs this program again on the first one. Returns its exit status."""
+    """Makes the hosts, with Ray on them, and runs this program again on the first one. Returns its exit
+    status."""
     with Hosts(NETWORK) as hosts, tempfile.TemporaryDirectory(prefix="pdserve-ordeal-", dir="/tmp") as folder:
         hosts.up([HEAD, *WORKERS])
         token = Path(folder, "token")
@@ -85,12 +88,29 @@ def enter_hosts() -> int:
         }
         mark_descendants()  # Ray's processes too, which make those of the cluster
         for name in hosts.names():
-            role = ["--head", f"--port={PORT}", "--include-dashboard=false"] if name == HEAD else [f"--address={address}"]
-            options = [f"--node-ip-address={hosts.address(name)}", f"--num-cpus={CORES[name]}", f"--temp-dir={folder}/{name}"]
-            start = ["ray", "start", *role, *options, "--object-store-memory=80000000", "--include-log-monitor=false"]
+            role = (
+                ["--head", f"--port={PORT}", "--include-dashboard=false"]
+                if name == HEAD
+                else [f"--address={address}"]
+            )
+            options = [
+                f"--node-ip-address={hosts.address(name)}",
+                f"--num-cpus={CORES[name]}",
+                f"--temp-dir={folder}/{name}",
+            ]
+            start = [
+                "ray",
+                "start",
+                *role,
+                *options,
+                "--object-store-memory=80000000",
+                "--include-log-monitor=false",
+            ]
             _on(hosts, name, start, check=True)
         return _on(hosts, HEAD, [sys.executable, "-m", "bench.chaos", *sys.argv[1:]]).returncode
 
 
-def _on(hosts: Hosts, name: str, command: list[str], check: bool = False) -> "subprocess.CompletedProcess[bytes]":
+def _on(
+    hosts: Hosts, name: str, command: list[str], check: bool = False
+) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(["ip", "netns", "exec", hosts.space(name), *command], check=check)

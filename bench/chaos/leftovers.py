@@ -1,4 +1,5 @@
-"""What a cluster holds of the machine: processes, sockets, shared memory, files. Found by /proc, and a mark in environments."""
+"""What a cluster holds of the machine: processes, sockets, shared memory, files. Found by /proc, and a mark
+in environments."""
 
 import os
 import secrets
@@ -7,12 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "PDSERVE_ORDEAL"
-RAYS_IDLE = b"/ray/_private/workers/default_worker.py"  # Ray keeps some processes for later; those in use have another name
+# Ray keeps some processes for later; those in use have another name
+RAYS_IDLE = b"/ray/_private/workers/default_worker.py"
 TEMP_PREFIXES = ("ray", "plasma", "psm", "torch", "gloo")
 
 
 def mark_descendants() -> None:
-    """Everything that this process starts from now on is recognised by `descendants`. A mark that is there already stays."""
+    """Everything that this process starts from now on is recognised by `descendants`. A mark that is there
+    already stays."""
     os.environ.setdefault(MARK, secrets.token_hex(8))
 
 
@@ -36,7 +39,8 @@ def router_pid() -> int | None:
 
 
 def holdings(actor: str) -> dict[str, int]:
-    """Processes of this actor class among the descendants, and the sockets and rings of shared memory that they hold."""
+    """Processes of this actor class among the descendants, and the sockets and rings of shared memory that
+    they hold."""
     pids = [pid for pid, command in descendants().items() if actor in command]
     total: Counter[str] = Counter(processes=len(pids))
     for pid in pids:
@@ -56,6 +60,11 @@ def _target(descriptor: Path) -> str:
 
 
 def traces() -> set[str]:
-    """Names outside of any process: files in /tmp and /dev/shm. Not the cluster's own run folder in /tmp, whose name is for the
-    one who started it to know."""
-    return {str(path) for room in ("/tmp", "/dev/shm") for path in Path(room).iterdir() if path.name.startswith(TEMP_PREFIXES)}
+    """Names outside of any process: files in /tmp and /dev/shm. Not the cluster's own run folder in /tmp,
+    whose name is for the one who started it to know."""
+    return {
+        str(path)
+        for room in ("/tmp", "/dev/shm")
+        for path in Path(room).iterdir()
+        if path.name.startswith(TEMP_PREFIXES)
+    }

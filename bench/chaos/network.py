@@ -1,5 +1,5 @@
-"""A network that can be cut: here a network namespace of our own, whose loopback drops what crosses a partition; `hosts.py` has
-one of several hosts.
+"""A network that can be cut: here a network namespace of our own, whose loopback drops what crosses a
+partition; `hosts.py` has one of several hosts.
 
 Packets are classified by port (u32) into an HTB class whose queue is too short for any packet.
 """
@@ -27,9 +27,8 @@ ESTABLISHED, LISTEN = "01", "0A"  # as /proc/net/tcp writes them
 class Network(Protocol):
     """Cuts some processes off from others: what is sent between them is lost, and neither side gets an error.
 
-    Both return what mends it, or None where there is nothing to cut. Both raise FileNotFoundError, ProcessLookupError or
-    PermissionError when one of the processes has gone.
-    """
+    Both return what mends it, or None where there is nothing to cut. Both raise FileNotFoundError,
+    ProcessLookupError or PermissionError when one of the processes has gone."""
 
     def cut_from_router(self, pids: Iterable[int], router: int) -> Callable[[], None] | None: ...
 
@@ -48,7 +47,8 @@ class Loopback:
 
 
 def enter_namespace() -> None:
-    """Run this program again in a network namespace of its own, unless it is in one. Takes root and `unshare`, `ip`, `tc`."""
+    """Run this program again in a network namespace of its own, unless it is in one. Takes root and
+    `unshare`, `ip`, `tc`."""
     if INSIDE not in os.environ:
         os.environ[INSIDE] = "1"
         os.execvp("unshare", ["unshare", "--net", sys.executable, "-m", "bench.chaos", *sys.argv[1:]])
@@ -80,8 +80,17 @@ def _client_ports(pid: int, server: int) -> set[int]:
 
 def _ports_towards(pid: int, peers: Iterable[int]) -> set[int]:
     """Ports of `pid` by which any of `peers` talks to it, or could begin to."""
-    theirs = {(local, remote) for peer in peers for state, local, remote in _sockets_of(peer) if state == ESTABLISHED}
-    ours = {local for state, local, remote in _sockets_of(pid) if state == ESTABLISHED and (remote, local) in theirs}
+    theirs = {
+        (local, remote)
+        for peer in peers
+        for state, local, remote in _sockets_of(peer)
+        if state == ESTABLISHED
+    }
+    ours = {
+        local
+        for state, local, remote in _sockets_of(pid)
+        if state == ESTABLISHED and (remote, local) in theirs
+    }
     return ours | _listening_ports(pid)
 
 
@@ -96,7 +105,10 @@ def _cut(ports: set[int]) -> Callable[[], None] | None:
     preference = next(_preferences)
     for port in ports:
         for side in ("sport", "dport"):
-            rule = f"tc filter add dev lo parent 1: protocol ip pref {preference} u32 match ip {side} {port} 0xffff flowid 1:2"
+            rule = (
+                f"tc filter add dev lo parent 1: protocol ip pref {preference} u32 match ip {side} {port}"
+                " 0xffff flowid 1:2"
+            )
             subprocess.run(rule.split(), check=True)
     return lambda: _mend(preference)
 

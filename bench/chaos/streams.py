@@ -1,8 +1,7 @@
 """Clients' streams: what to ask, what came and when, and whether it is what an undisturbed run brings.
 
-A client whose router died comes back under the name of its request for what it does not have yet. What it is held to does not
-change by that: all connections together must bring what one would.
-"""
+A client whose router died comes back under the name of its request for what it does not have yet. What it is
+held to does not change by that: all connections together must bring what one would."""
 
 import random
 import time
@@ -23,8 +22,8 @@ SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95}
 
 @dataclass(frozen=True)
 class Template:
-    """A request that is made again and again, each time under another name, which is also its salt, so that its prompt is
-    computed and sent anew."""
+    """A request that is made again and again, each time under another name, which is also its salt, so that
+    its prompt is computed and sent anew."""
 
     prompt: tuple[int, ...]
     sampling: dict[str, Any]
@@ -104,14 +103,18 @@ class Stream:
         return sum(len(choice.token_ids) for choice in list(self.choices.values()))
 
     def outcome(self, undisturbed: "Stream") -> str:
-        """ "whole", "lost" (no ending of its own) or "altered" (other tokens, text or endings than the undisturbed run)."""
+        """ "whole", "lost" (no ending of its own) or "altered" (other tokens, text or endings than the
+        undisturbed run)."""
         if not self.is_ended:
             return "lost"
         if self.error is not None:
             return "altered"
         same = self.choices.keys() == undisturbed.choices.keys() and all(
-            (mine.token_ids, mine.text, mine.finish_reason) == (theirs.token_ids, theirs.text, theirs.finish_reason)
-            for mine, theirs in ((self.choices[number], undisturbed.choices[number]) for number in undisturbed.choices)
+            (mine.token_ids, mine.text, mine.finish_reason)
+            == (theirs.token_ids, theirs.text, theirs.finish_reason)
+            for mine, theirs in (
+                (self.choices[number], undisturbed.choices[number]) for number in undisturbed.choices
+            )
         )
         return "whole" if same else "altered"
 
@@ -130,7 +133,9 @@ class Stream:
             case "end":
                 self.is_ended = True
                 self.attempts = event.end.timeline.attempts
-                self.error = next(filter(None, (choice.error for choice in self.choices.values())), self.error)
+                self.error = next(
+                    filter(None, (choice.error for choice in self.choices.values())), self.error
+                )
 
     def break_off(self) -> list[int]:
         """The connection broke. Returns how many tokens of each choice need not come again."""
@@ -146,7 +151,11 @@ def make_templates(rng: random.Random, count: int) -> list[Template]:
     templates = []
     for number in range(count):
         prompt = tuple(rng.randrange(10, 4000) for _ in range(rng.choice((12, 200, 700, 1300))))
-        sampling: dict[str, Any] = {"max_tokens": rng.randrange(200, 700), "ignore_eos": True, "temperature": 0.0}
+        sampling: dict[str, Any] = {
+            "max_tokens": rng.randrange(200, 700),
+            "ignore_eos": True,
+            "temperature": 0.0,
+        }
         if number % 2:
             sampling |= SAMPLED | {"seed": rng.randrange(1 << 32), "n": rng.choice((1, 1, 2))}
         templates.append(Template(prompt, sampling))
@@ -165,7 +174,9 @@ def run_stream(stub: rpc.GenerationStub, stream: Stream, name: str) -> Stream:
     return stream
 
 
-def _run_connection(stub: rpc.GenerationStub, stream: Stream, request: pb.GenerateRequest) -> grpc.RpcError | None:
+def _run_connection(
+    stub: rpc.GenerationStub, stream: Stream, request: pb.GenerateRequest
+) -> grpc.RpcError | None:
     timeout_s = stream.start_s + STREAM_TIMEOUT_S - time.monotonic()
     try:
         for event in stub.GenerateStream(request, timeout=timeout_s, wait_for_ready=True):
@@ -177,16 +188,22 @@ def _run_connection(stub: rpc.GenerationStub, stream: Stream, request: pb.Genera
 
 def _is_without_router(error: grpc.RpcError) -> bool:
     """Whether gRPC lost its peer; every error of pdserve's own has details."""
-    return error.code() is grpc.StatusCode.UNAVAILABLE and rpc_status.from_call(error) is None  # type: ignore[arg-type]  # it is a call, too
+    # it is a call, too
+    return error.code() is grpc.StatusCode.UNAVAILABLE and rpc_status.from_call(error) is None  # type: ignore[arg-type]
 
 
 def run_streams(
-    stub: rpc.GenerationStub, templates: Sequence[Template], name: str, meanwhile: Callable[[list[Stream]], None] | None = None
+    stub: rpc.GenerationStub,
+    templates: Sequence[Template],
+    name: str,
+    meanwhile: Callable[[list[Stream]], None] | None = None,
 ) -> list[Stream]:
     """All at once; `meanwhile` runs beside them and may look at them. Returns when each has ended."""
     streams = [Stream(template, time.monotonic()) for template in templates]
     with ThreadPoolExecutor(max_workers=len(streams)) as pool:
-        running = [pool.submit(run_stream, stub, stream, f"{name}/{number}") for number, stream in enumerate(streams)]
+        running = [
+            pool.submit(run_stream, stub, stream, f"{name}/{number}") for number, stream in enumerate(streams)
+        ]
         if meanwhile is not None:
             meanwhile(streams)
         return [future.result() for future in running]

@@ -13,7 +13,8 @@ READY = pb.WORKER_STATE_READY
 
 
 class Watch:
-    """Follows WatchStatus on a thread of its own until it is closed, whoever the router is, and keeps all that it heard."""
+    """Follows WatchStatus on a thread of its own until it is closed, whoever the router is, and keeps all
+    that it heard."""
 
     def __init__(self, stub: rpc.ClusterStub, pools: Mapping[str, int]) -> None:
         self._stub = stub
@@ -53,7 +54,9 @@ class Watch:
         """The next status, from now on, for which `holds` is true. Raises TimeoutError with the last one."""
         start = len(self._heard)
         with self._news:
-            if not self._news.wait_for(lambda: any(holds(status) for _, status in self._heard[start:]), timeout_s):
+            if not self._news.wait_for(
+                lambda: any(holds(status) for _, status in self._heard[start:]), timeout_s
+            ):
                 raise TimeoutError(f"after {timeout_s} s:\n{self._heard[-1][1]}")
             return next(status for _, status in self._heard[start:] if holds(status))
 
@@ -71,26 +74,37 @@ class Watch:
 
     def ready_workers(self, role: str) -> list[pb.WorkerStatus]:
         """By the last message."""
-        return [worker for worker in self._heard[-1][1].workers if worker.role == role and worker.state == READY]
+        return [
+            worker for worker in self._heard[-1][1].workers if worker.role == role and worker.state == READY
+        ]
 
     def replaced_workers(self) -> dict[int, str]:
         """Process ids and names of workers that were ready once and are not there any more."""
-        ready = {w.pid: w.worker_id for _, status in list(self._heard) for w in status.workers if w.state == READY}
+        ready = {
+            w.pid: w.worker_id for _, status in list(self._heard) for w in status.workers if w.state == READY
+        }
         present = {worker.pid for worker in self._heard[-1][1].workers}
         return {pid: name for pid, name in ready.items() if pid not in present}
 
     def first_after(self, at_s: float, holds: Callable[[pb.ClusterStatus], bool]) -> float | None:
         """Seconds from `at_s` to the first message for which `holds` is true; None when there was none."""
-        return next((heard_s - at_s for heard_s, status in list(self._heard) if heard_s > at_s and holds(status)), None)
+        return next(
+            (heard_s - at_s for heard_s, status in list(self._heard) if heard_s > at_s and holds(status)),
+            None,
+        )
 
     def served_again_after(self, at_s: float) -> float | None:
         """Seconds from `at_s` to the first message of a new connection; None when there was none."""
-        return next((connected_s - at_s for connected_s in list(self._connected_s) if connected_s > at_s), None)
+        return next(
+            (connected_s - at_s for connected_s in list(self._connected_s) if connected_s > at_s), None
+        )
 
     def noticed_after(self, at_s: float, worker_id: str, pid: int) -> float | None:
         """Seconds until the status no longer shows this process as ready."""
 
         def is_gone(status: pb.ClusterStatus) -> bool:
-            return not any(w.worker_id == worker_id and w.pid == pid and w.state == READY for w in status.workers)
+            return not any(
+                w.worker_id == worker_id and w.pid == pid and w.state == READY for w in status.workers
+            )
 
         return self.first_after(at_s, is_gone)

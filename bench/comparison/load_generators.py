@@ -1,4 +1,5 @@
-"""`pdserve bench` beside GuideLLM and aiperf: the same load on one server, taking turns, and how far their tables are apart.
+"""`pdserve bench` beside GuideLLM and aiperf: the same load on one server, taking turns, and how far their
+tables are apart.
 
     python -m bench.comparison.load_generators --guidellm ENVIRONMENT --aiperf ENVIRONMENT
 
@@ -7,9 +8,9 @@ ENVIRONMENT is a virtual environment in which nothing but that tool was installe
     pip install torch==2.13.0 'guidellm==0.8.*'
     pip install 'aiperf==0.13.*'
 
-A figure is the median of a tool's turns, a ratio the median of those of the rounds, theirs over ours, from the least to the
-greatest. One worker has the first core; the tools run on the others, which they share with the router.
-"""
+A figure is the median of a tool's turns, a ratio the median of those of the rounds, theirs over ours, from
+the least to the greatest. One worker has the first core; the tools run on the others, which they share with
+the router."""
 
 import argparse
 import statistics
@@ -54,21 +55,33 @@ def served(model: Path) -> Iterator[str]:
 def take_turns(
     tools: Sequence[Tool], load: Load, num_rounds: int, seeds: Iterator[int], scratch: Path
 ) -> list[dict[str, Figures]]:
-    """Of each round, each tool's figures. Who begins changes from round to round, and no prompt comes twice."""
+    """Of each round, each tool's figures. Who begins changes from round to round, and no prompt comes
+    twice."""
     rounds = []
     for index in range(num_rounds):
         turned = [*tools[index % len(tools) :], *tools[: index % len(tools)]]
-        rounds.append({tool.name: take_turn(tool, load, next(seeds), scratch / f"{tool.name}-{index}") for tool in turned})
+        rounds.append(
+            {
+                tool.name: take_turn(tool, load, next(seeds), scratch / f"{tool.name}-{index}")
+                for tool in turned
+            }
+        )
     return rounds
 
 
 def table(rounds: Sequence[dict[str, Figures]], names: Sequence[str]) -> Iterator[str]:
     """`names`: ours first."""
     ours, *theirs = names
-    yield f"{'':16}" + "".join(f"{name:>12}" for name in names) + "".join(f"{f'{name} / {ours}':>32}" for name in theirs)
+    yield (
+        f"{'':16}"
+        + "".join(f"{name:>12}" for name in names)
+        + "".join(f"{f'{name} / {ours}':>32}" for name in theirs)
+    )
     for figure in rounds[0][ours]:
         cells = [_median(rounds, name, figure) for name in names]
-        line = f"{figure:16}" + "".join(f"{'-' if cell is None else format(cell, ',.2f'):>12}" for cell in cells)
+        line = f"{figure:16}" + "".join(
+            f"{'-' if cell is None else format(cell, ',.2f'):>12}" for cell in cells
+        )
         if figure not in _NOT_COMPARED:
             line += "".join(f"{_ratio(rounds, name, ours, figure):>32}" for name in theirs)
         yield line.rstrip()
@@ -86,7 +99,9 @@ def _ratio(rounds: Sequence[dict[str, Figures]], name: str, ours: str, figure: s
 
 def version(environment: Path, package: str) -> str:
     ask = f"from importlib.metadata import version; print(version({package!r}))"
-    answer = subprocess.run([environment / "bin" / "python", "-c", ask], check=True, capture_output=True, text=True)
+    answer = subprocess.run(
+        [environment / "bin" / "python", "-c", ask], check=True, capture_output=True, text=True
+    )
     return answer.stdout.strip()
 
 
@@ -97,7 +112,9 @@ def loads_of(args: argparse.Namespace, url: str, model: str) -> dict[str, Load]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--guidellm", type=Path, required=True)
     parser.add_argument("--aiperf", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
@@ -106,11 +123,19 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1.5, help="of the open load, per second")
     parser.add_argument("--concurrency", type=int, default=1, help="of the closed load")
-    parser.add_argument("--layers", type=int, default=40, help="of the embedded model, made slower; 5: as it is")
+    parser.add_argument(
+        "--layers", type=int, default=40, help="of the embedded model, made slower; 5: as it is"
+    )
     args = parser.parse_args()
     tools: list[Tool] = [Pdserve(), GuideLlm(args.guidellm), AiPerf(args.aiperf)]
-    print(f"{date.today()}, GuideLLM {version(args.guidellm, 'guidellm')}, aiperf {version(args.aiperf, 'aiperf')}")
-    print(f"{args.layers} layers, {args.prompt_tokens} tokens in, {args.output_tokens} out; medians of {args.rounds} rounds")
+    print(
+        f"{date.today()}, GuideLLM {version(args.guidellm, 'guidellm')}, aiperf"
+        f" {version(args.aiperf, 'aiperf')}"
+    )
+    print(
+        f"{args.layers} layers, {args.prompt_tokens} tokens in, {args.output_tokens} out; medians of"
+        f" {args.rounds} rounds"
+    )
     seeds = count()
     with tempfile.TemporaryDirectory(prefix="pdserve-judges-") as folder:
         scratch = Path(folder)

@@ -2,16 +2,16 @@
 
     python -m bench.gpu                        everything, under nine minutes on an H100 or H200
     python -m bench.gpu --only attention limits        these sections, in this order
-    python -m bench.gpu --only sweep profile   why a target is missed: other parameters, and where a step's time goes
-    python -m bench.gpu --only kernels --case "page 128"       the checks with this in their name; --patient for a sanitizer
-    python -m bench.gpu --interpret            correctness alone, at toy sizes in Triton's interpreter; needs no GPU
-    python -m bench.gpu --save [FOLDER]        keeps DATE-gpu.txt and DATE-gpu-stderr/, in bench/results by default
+    python -m bench.gpu --only sweep profile   why a target is missed: parameters, and a step's time
+    python -m bench.gpu --only kernels --case TEXT   checks with TEXT in their name; --patient: no budgets
+    python -m bench.gpu --interpret            correctness at toy sizes, without a GPU
+    python -m bench.gpu --save [FOLDER]        keeps DATE-gpu.txt and DATE-gpu-stderr/
 
-First it compares every Triton kernel with its torch reference and an engine with `transformers`, side by side; then it measures
-this GPU's limits, and how near attention, KV transfer, decode steps, prefill and serving come to them, beside peers in the same
-run. Exits with status 1 if anything was not correct; a missed target is only told. Needs torch, triton, transformers, numpy,
-safetensors, msgspec and nvidia-ml-py; not Ray, not gRPC.
-"""
+First it compares every Triton kernel with its torch reference and an engine with `transformers`, side by
+side; then it measures this GPU's limits, and how near attention, KV transfer, decode steps, prefill and
+serving come to them, beside peers in the same run. Exits with status 1 if anything was not correct; a missed
+target is only told. Needs torch, triton, transformers, numpy, safetensors, msgspec and nvidia-ml-py; not Ray,
+not gRPC."""
 
 import argparse
 import json
@@ -65,7 +65,8 @@ def run(sections: Sequence[Section], program: Program, record: Record, total_s: 
 
 
 def parts(sections: Sequence[Section]) -> Iterator[list[Section]]:
-    """Neighbouring correctness sections run side by side: they are not timed, and wait for the processor, which compiles."""
+    """Neighbouring correctness sections run side by side: they are not timed, and wait for the processor,
+    which compiles."""
     for key, group in groupby(sections, key=lambda section: section.is_correctness or section.name):
         del key
         yield list(group)
@@ -125,15 +126,28 @@ def _context(args: argparse.Namespace, emit: Callable[[Message | Begun], None]) 
 
 def _arguments() -> argparse.Namespace:
     names = [section.name for section in SECTIONS]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--interpret", action="store_true", help="at toy sizes, in Triton's interpreter")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=f"of {', '.join(names)}, in this order")
-    parser.add_argument("--case", default="", metavar="TEXT", help="only the checks with TEXT in their name")
-    parser.add_argument("--patient", action="store_true", help="budgets do not count: for a sanitizer, or a debugger")
-    parser.add_argument("--no-peers", action="store_true", help="nothing but ours is measured")
-    parser.add_argument("--total-s", type=float, default=_TOTAL_S, help=f"for all of it; {_TOTAL_S:g} by default")
     parser.add_argument(
-        "--save", nargs="?", type=Path, const=_FOLDER.parent / "results", metavar="FOLDER", help="keep table and stderr"
+        "--only", nargs="+", choices=names, metavar="SECTION", help=f"of {', '.join(names)}, in this order"
+    )
+    parser.add_argument("--case", default="", metavar="TEXT", help="only the checks with TEXT in their name")
+    parser.add_argument(
+        "--patient", action="store_true", help="budgets do not count: for a sanitizer, or a debugger"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="nothing but ours is measured")
+    parser.add_argument(
+        "--total-s", type=float, default=_TOTAL_S, help=f"for all of it; {_TOTAL_S:g} by default"
+    )
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        type=Path,
+        const=_FOLDER.parent / "results",
+        metavar="FOLDER",
+        help="keep table and stderr",
     )
     parser.add_argument("--section", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--limits", type=json.loads, default={}, help=argparse.SUPPRESS)

@@ -1,5 +1,5 @@
-"""Sections in processes of their own: one that takes too long is ended, one whose check took the GPU from it goes on in a new
-process, and what all of them wrote is kept."""
+"""Sections in processes of their own: one that takes too long is ended, one whose check took the GPU from it
+goes on in a new process, and what all of them wrote is kept."""
 
 import json
 import os
@@ -33,7 +33,14 @@ class Program:
     limits: dict[str, float] = field(default_factory=dict)
 
     def command(self, section: Section, left_s: float, first_check: int) -> list[str]:
-        command = [sys.executable, str(self.path), "--section", section.name, "--limits", json.dumps(self.limits)]
+        command = [
+            sys.executable,
+            str(self.path),
+            "--section",
+            section.name,
+            "--limits",
+            json.dumps(self.limits),
+        ]
         command += ["--budget-s", f"{left_s:.1f}", "--first-check", str(first_check)]
         return [*command, *(["--interpret"] if self.interpret else []), *self.arguments]
 
@@ -70,26 +77,30 @@ def run_side_by_side(sections: Sequence[Section], program: Program, stderr_folde
 def run_apart(section: Section, program: Program, stderr_folder: Path) -> Iterator[Message]:
     """The messages of one section, as they come; the last is a Broken one if it did not end well.
 
-    A check that ends its process, or after which nothing runs on its GPU, has failed; the section goes on behind it.
-    Standard error is written to `stderr_folder`, where it stays.
-    """
+    A check that ends its process, or after which nothing runs on its GPU, has failed; the section goes on
+    behind it. Standard error is written to `stderr_folder`, where it stays."""
     ends_s = time.monotonic() + section.budget_s
     first_check = 0
     path = stderr_folder / f"{section.name}.txt"
     with path.open("w+") as errors:
         while True:
-            process = _Process(program.command(section, ends_s - time.monotonic(), first_check), program, errors.fileno())
+            process = _Process(
+                program.command(section, ends_s - time.monotonic(), first_check), program, errors.fileno()
+            )
             yield from process.messages(section, ends_s)
             if process.has_ended_badly:
                 errors.seek(0)
-                print(*errors.read().splitlines()[-_LINES_OF_AN_ERROR:], sep="\n", file=sys.stderr, flush=True)
+                print(
+                    *errors.read().splitlines()[-_LINES_OF_AN_ERROR:], sep="\n", file=sys.stderr, flush=True
+                )
             if not process.may_go_on or time.monotonic() >= ends_s:
                 return
             first_check += process.num_begun
 
 
 class _Process:
-    """One process of a section. `may_go_on` once it has ended: a check ended it, and what is behind that can still be done."""
+    """One process of a section. `may_go_on` once it has ended: a check ended it, and what is behind that can
+    still be done."""
 
     def __init__(self, command: list[str], program: Program, errors: int) -> None:
         self.num_begun = 0
@@ -138,7 +149,11 @@ class _Process:
             yield Broken(section.name, f"not done after {section.budget_s:g} s")
         elif check is not None and not is_broken:
             ended = f"its process ended with status {status}"
-            problem = ended if watch.ended_at is None else f"not done after {section.budget_s * _SHARE_OF_A_CHECK:g} s"
+            problem = (
+                ended
+                if watch.ended_at is None
+                else f"not done after {section.budget_s * _SHARE_OF_A_CHECK:g} s"
+            )
             yield Check(check.name, nan, 0.0, problem)
             self.may_go_on = True
         elif status == GPU_LOST and self.num_begun:

@@ -19,7 +19,9 @@ _HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 64  # Llama 8B
 _SCALE = _HEAD_DIM**-0.5
 _CONTEXT_LEN = 4096
 _TOKEN_BYTES = 2 * _KV_HEADS * _HEAD_DIM * 2
-_CACHE_BYTES = 1 << 30  # calls rotate over at least as much, so that the L2 keeps nothing from one call to the next
+_CACHE_BYTES = (
+    1 << 30
+)  # calls rotate over at least as much, so that the L2 keeps nothing from one call to the next
 _BATCH_SIZES = (32, 1, 2, 4, 8, 16, 64, 128, 256)
 _JUDGED_FROM = 256e6  # bytes of keys and values
 _PROMPT_LEN = 8192
@@ -37,7 +39,10 @@ def measure(context: Context) -> None:
 def _measure_decode(context: Context, batch_size: int) -> None:
     batch, num_blocks = paged_batch([1] * batch_size, [_CONTEXT_LEN] * batch_size, _BLOCK_SIZE)
     num_bytes = batch_size * _CONTEXT_LEN * _TOKEN_BYTES
-    caches = [_random(2, num_blocks, _KV_HEADS, _BLOCK_SIZE, _HEAD_DIM) for _ in range(max(-(-_CACHE_BYTES // num_bytes), 2))]
+    caches = [
+        _random(2, num_blocks, _KV_HEADS, _BLOCK_SIZE, _HEAD_DIM)
+        for _ in range(max(-(-_CACHE_BYTES // num_bytes), 2))
+    ]
     q, kernels = _random(batch_size, _HEADS, _HEAD_DIM), _kernels()
 
     def attend(cache: torch.Tensor) -> Callable[[], object]:
@@ -45,7 +50,10 @@ def _measure_decode(context: Context, batch_size: int) -> None:
 
     step_s = median_in_graph_s([attend(cache) for cache in caches])
     share = context.share(COPY, num_bytes / step_s)
-    what, measured = f"decode attention, Llama 8B, batch {batch_size} at {_CONTEXT_LEN}", f"{step_s * 1e6:.0f} us"
+    what, measured = (
+        f"decode attention, Llama 8B, batch {batch_size} at {_CONTEXT_LEN}",
+        f"{step_s * 1e6:.0f} us",
+    )
     if batch_size == 32:
         context.emit(at_least(what, measured, share, 0.9, "copy"))
     elif num_bytes >= _JUDGED_FROM:
@@ -67,17 +75,25 @@ def _measure_prefill(context: Context) -> None:
     per_s = _flops() / seconds
     what, of_product = f"prefill attention, Llama 8B, {_PROMPT_LEN} tokens", context.share(PRODUCT, per_s)
     target = f">= {_PREFILL_WANTED / 1e12:.0f} TFLOP/s"
-    context.emit(Row(what, f"{per_s / 1e12:.0f} TFLOP/s", f"{of_product:.1%}", target, per_s >= _PREFILL_WANTED))
+    context.emit(
+        Row(what, f"{per_s / 1e12:.0f} TFLOP/s", f"{of_product:.1%}", target, per_s >= _PREFILL_WANTED)
+    )
     if not context.has_peers:
         return
     blocks = batch.block_tables[0].long().to(q.device)
     k, v = (part[blocks].transpose(0, 1).flatten(1, 2).contiguous() for part in cache)  # [Hkv, tokens, D]
-    for name, make in (("torch SDPA, cuDNN", _cudnn), ("FlexAttention, compiled", _flex), ("FlashInfer", _flashinfer)):
+    for name, make in (
+        ("torch SDPA, cuDNN", _cudnn),
+        ("FlexAttention, compiled", _flex),
+        ("FlashInfer", _flashinfer),
+    ):
         _measure_peer(context, f"  {name}", make, (q, k, v), out.view(q.shape))
 
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Peer = Callable[[Tensors], Callable[[], torch.Tensor] | None]  # given q, k, v: what computes [tokens, Hq, D]; None: not here
+Peer = Callable[
+    [Tensors], Callable[[], torch.Tensor] | None
+]  # given q, k, v: what computes [tokens, Hq, D]; None: not here
 
 
 def _measure_peer(context: Context, name: str, make: Peer, given: Tensors, ours: torch.Tensor) -> None:
@@ -103,7 +119,9 @@ def _cudnn(given: Tensors) -> Callable[[], torch.Tensor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = _batched(given)
-    k, v = (tensor.repeat_interleave(_HEADS // _KV_HEADS, dim=1) for tensor in (k, v))  # it knows no groups in every version
+    k, v = (
+        tensor.repeat_interleave(_HEADS // _KV_HEADS, dim=1) for tensor in (k, v)
+    )  # it knows no groups in every version
 
     def call() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -116,7 +134,9 @@ def _flex(given: Tensors) -> Callable[[], torch.Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, k, v = _batched(given)
-    mask = create_block_mask(lambda b, h, query, key: query >= key, None, None, _PROMPT_LEN, _PROMPT_LEN, device="cuda")
+    mask = create_block_mask(
+        lambda b, h, query, key: query >= key, None, None, _PROMPT_LEN, _PROMPT_LEN, device="cuda"
+    )
     compiled = torch.compile(flex_attention)
     return lambda: compiled(q, k, v, block_mask=mask, scale=_SCALE, enable_gqa=True)[0].transpose(0, 1)
 

@@ -1,4 +1,5 @@
-"""Attention of Triton's kernels beside the torch reference in float64, on the shapes of models that people serve."""
+"""Attention of Triton's kernels beside the torch reference in float64, on the shapes of models that people
+serve."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -39,7 +40,10 @@ class Attention:
 LLAMA_8B_HEADS = (32, 8, 128)
 _LLAMA_1B, _QWEN3_06B, _QWEN2_7B = (32, 8, 64), (16, 8, 128), (28, 4, 128)
 _UNEVEN = (4096, 1, 63, 64, 65, 2047, 4095, 700)
-_PROMPTS = ((1000, 1, 129, 500), (1000, 700, 1153, 2548))  # whole, a decode among prompts, and two with a cached prefix
+_PROMPTS = (
+    (1000, 1, 129, 500),
+    (1000, 700, 1153, 2548),
+)  # whole, a decode among prompts, and two with a cached prefix
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 REAL = (
@@ -72,7 +76,11 @@ def cases(device: str, is_toy: bool) -> Iterator[Case]:
     for attention in TOY if is_toy else REAL:
         yield Case(attention.name, TOLERANCES[attention.dtype], partial(_error, attention, device))
     attention = TOY[0] if is_toy else REAL[1]
-    yield Case(f"captured, {attention.name}", TOLERANCES[attention.dtype], partial(_captured_error, attention, device))
+    yield Case(
+        f"captured, {attention.name}",
+        TOLERANCES[attention.dtype],
+        partial(_captured_error, attention, device),
+    )
 
 
 def _random(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +106,8 @@ def _error(attention: Attention, device: str) -> float:
 
 
 def _captured_error(attention: Attention, device: str) -> float:
-    """Captured once, replayed on batches whose queries, lengths and plan were copied to where the graph looks."""
+    """Captured once, replayed on batches whose queries, lengths and plan were copied to where the graph
+    looks."""
     num_heads, num_kv_heads, head_dim = attention.heads
     scale, block_size, longest = head_dim**-0.5, attention.block_size, max(attention.context_lens)
     size, on = len(attention.context_lens), CudaDevice() if device == "cuda" else HostDevice()
@@ -107,9 +116,16 @@ def _captured_error(attention: Attention, device: str) -> float:
     shape = DecodeShape(size, 1, num_kv_heads, block_size, num_multiprocessors=8)
     plan = plan_decode(shape, [1], [1], longest).to(device)
     starts, tables = torch.arange(size + 1, dtype=torch.int32), whole.block_tables
-    batch = DecodeBatch(starts.to(there), torch.ones(size, dtype=torch.int32, device=there), tables.to(there), plan)
+    batch = DecodeBatch(
+        starts.to(there), torch.ones(size, dtype=torch.int32, device=there), tables.to(there), plan
+    )
     workspace = decode_workspace(shape, num_heads, head_dim, longest, device)
-    queries, keys, values, out = q.to(there), cache[0].to(there), cache[1].to(there), torch.empty_like(q, device=there)
+    queries, keys, values, out = (
+        q.to(there),
+        cache[0].to(there),
+        cache[1].to(there),
+        torch.empty_like(q, device=there),
+    )
 
     def step() -> None:
         out.copy_(decode_attention(queries, keys, values, batch, workspace, scale).view(q.shape))
@@ -122,11 +138,15 @@ def _captured_error(attention: Attention, device: str) -> float:
         todays = plan_decode(shape, [1] * used, lengths, longest)
         q = torch.randn(q.shape).to(q.dtype)
         on_host = (q, torch.tensor(lengths, dtype=torch.int32), todays.pieces, todays.partial_start)
-        for where, what in zip((queries, batch.context_lens[:used], plan.pieces, plan.partial_start), on_host, strict=True):
+        for where, what in zip(
+            (queries, batch.context_lens[:used], plan.pieces, plan.partial_start), on_host, strict=True
+        ):
             where.copy_(what)
         out.fill_(torch.nan)
         graph.replay()
-        todays_batch = replace(whole, query_start_loc=starts[: used + 1], context_lens=on_host[1], block_tables=tables[:used])
+        todays_batch = replace(
+            whole, query_start_loc=starts[: used + 1], context_lens=on_host[1], block_tables=tables[:used]
+        )
         exact = TorchKernels().paged_attention(q[:used].double(), *cache.double(), todays_batch, scale)
         errors.append(row_error(out[:used], exact.view(q[:used].shape)))
     return worst(*errors)

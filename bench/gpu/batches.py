@@ -7,8 +7,11 @@ import torch
 from pdserve.kernels import AttentionBatch
 
 
-def paged_batch(query_lens: list[int], context_lens: list[int], block_size: int) -> tuple[AttentionBatch, int]:
-    """Sequences over shuffled blocks, on the host; returns the batch and how many blocks its cache must have."""
+def paged_batch(
+    query_lens: list[int], context_lens: list[int], block_size: int
+) -> tuple[AttentionBatch, int]:
+    """Sequences over shuffled blocks, on the host; returns the batch and how many blocks its cache must
+    have."""
     counts = [-(-length // block_size) for length in context_lens]
     num_blocks = sum(counts)
     free, places = torch.randperm(num_blocks), count()
@@ -20,11 +23,14 @@ def paged_batch(query_lens: list[int], context_lens: list[int], block_size: int)
         positions = torch.arange(context_len - query_len, context_len)
         slots.append(table[positions // block_size].long() * block_size + positions % block_size)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
-    return AttentionBatch(starts, torch.tensor(context_lens, dtype=torch.int32), tables, torch.cat(slots)), num_blocks
+    return AttentionBatch(
+        starts, torch.tensor(context_lens, dtype=torch.int32), tables, torch.cat(slots)
+    ), num_blocks
 
 
 def poison_unused(cache: torch.Tensor, batch: AttentionBatch) -> None:
-    """Slots of `cache` [2, num_blocks, Hkv, block_size, D] that hold no token become NaN: nothing may come of reading them."""
+    """Slots of `cache` [2, num_blocks, Hkv, block_size, D] that hold no token become NaN: nothing may come of
+    reading them."""
     block_size = cache.shape[3]
     used = torch.zeros(cache.shape[1], block_size, dtype=torch.bool)
     for table, length in zip(batch.block_tables, batch.context_lens.tolist(), strict=True):

@@ -1,4 +1,5 @@
-"""Runs comparisons one after the other, each by itself: seeded by its name, and its failure is one finding."""
+"""Runs comparisons one after the other, each by itself: seeded by its name, and its failure is one
+finding."""
 
 import math
 import traceback
@@ -16,7 +17,8 @@ _SECONDS_OF_A_CHECK = 5.0  # with compiling, generously
 
 
 def run_checks(context: Context, cases: Iterable[Case]) -> None:
-    """Those from `context.first_check` on that are asked for. Raises GpuLostError after one that leaves its process no GPU."""
+    """Those from `context.first_check` on that are asked for. Raises GpuLostError after one that leaves its
+    process no GPU."""
     wanted = (case for case in cases if context.only_check in case.name)
     for number, case in enumerate(wanted):
         if number < context.first_check:

@@ -1,6 +1,6 @@
-"""A whole engine in float32, token by token: beside `transformers`, by captured graphs and without them; and as it serves, with
-as many blocks as fit and requests of every kind, beside the reference engine on the processor. Then KV on its way from cache
-to cache."""
+"""A whole engine in float32, token by token: beside `transformers`, by captured graphs and without them; and
+as it serves, with as many blocks as fit and requests of every kind, beside the reference engine on the
+processor. Then KV on its way from cache to cache."""
 
 import math
 from collections.abc import Iterator
@@ -53,8 +53,12 @@ def _all_cases(folder: Path, is_toy: bool) -> Iterator[Case]:
 def _cases(name: str, model: SmallModel, block_size: int, is_toy: bool) -> Iterator[Case]:
     what = f"engine, small {name} in float32, page {block_size}"
     error = partial(_num_wrong_tokens, model, block_size, is_toy)
-    yield Case(f"{what}: tokens of transformers, decoding by captured graphs", 0.0, partial(error, by_graphs=True))
-    yield Case(f"{what}: tokens of transformers, decoding without graphs", 0.0, partial(error, by_graphs=False))
+    yield Case(
+        f"{what}: tokens of transformers, decoding by captured graphs", 0.0, partial(error, by_graphs=True)
+    )
+    yield Case(
+        f"{what}: tokens of transformers, decoding without graphs", 0.0, partial(error, by_graphs=False)
+    )
     if block_size == _BLOCK_SIZE_OF_A_MIX:
         mix = partial(_num_differences_of_a_mix, model, block_size, is_toy)
         yield Case(f"{what}, as many blocks as fit: penalties, biases, log probabilities, masks", 0.0, mix)
@@ -85,13 +89,16 @@ def _num_wrong_tokens(model: SmallModel, block_size: int, is_toy: bool, *, by_gr
 
 
 def _num_differences_of_a_mix(model: SmallModel, block_size: int, is_toy: bool) -> float:
-    """From the reference engine on the processor; infinite where the engine did not take the blocks that fit."""
+    """From the reference engine on the processor; infinite where the engine did not take the blocks that
+    fit."""
     prompts = [prompt[:_LONGEST_TOY_PROMPT] for prompt in model.prompts] if is_toy else model.prompts
     num_new_tokens = 2 if is_toy else len(model.continuations[0])
     options = _options(block_size, 4 if is_toy else 16, is_toy)
     if is_toy:
         options = replace(options, max_model_len=_TOY_BATCH_TOKENS, max_batch_tokens=_TOY_BATCH_TOKENS)
-    measured = open_checkpoint_engine(model.path, replace(options, num_blocks=None, memory_fraction=_MEMORY_FRACTION))
+    measured = open_checkpoint_engine(
+        model.path, replace(options, num_blocks=None, memory_fraction=_MEMORY_FRACTION)
+    )
     assert options.num_blocks is not None
     if measured.cache.num_blocks <= options.num_blocks:
         return math.inf

@@ -19,11 +19,14 @@ from pdserve.kernels.triton.kernels import TritonKernels
 from .shapes import Shape
 
 BLOCK_SIZE = 64  # what `auto` is on a GPU
-_HOST_MEMORY_BYTES = 640 << 20  # where the blocks that fit are measured: links are reckoned with 256 MiB of it
+_HOST_MEMORY_BYTES = (
+    640 << 20
+)  # where the blocks that fit are measured: links are reckoned with 256 MiB of it
 
 
 class RandomReader:
-    """`read(name, shape)` of a model whose activations stay of a size: norms of ones, and all else drawn by its name."""
+    """`read(name, shape)` of a model whose activations stay of a size: norms of ones, and all else drawn by
+    its name."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
@@ -88,6 +91,8 @@ def options_for(
 def triton_on_host() -> Iterator[None]:
     """Engines for "cuda" compute in Triton's interpreter meanwhile, on the processor."""
     with patch.object(
-        engine_module, "load_kernels", lambda _device, requirements, _choice, _threads: TritonKernels(requirements)
+        engine_module,
+        "load_kernels",
+        lambda _device, requirements, _choice, _threads: TritonKernels(requirements),
     ):
         yield

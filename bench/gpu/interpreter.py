@@ -1,5 +1,6 @@
-"""Whether Triton's interpreter works with this machine's numpy: Triton 3.6's does not with numpy 2.4 and later, which no longer
-convert an array of one element to a number, and a loop to a bound that was loaded from memory needs that."""
+"""Whether Triton's interpreter works with this machine's numpy: Triton 3.6's does not with numpy 2.4 and
+later, which no longer convert an array of one element to a number, and a loop to a bound that was loaded from
+memory needs that."""
 
 from functools import cache
 

@@ -1,5 +1,5 @@
-"""Every Triton kernel beside its torch reference: on the GPU at sizes and in types that models have, or, in the interpreter,
-at toy sizes."""
+"""Every Triton kernel beside its torch reference: on the GPU at sizes and in types that models have, or, in
+the interpreter, at toy sizes."""
 
 import math
 from collections.abc import Iterator
@@ -55,7 +55,10 @@ def _norms(device: str, is_toy: bool) -> Iterator[Case]:
 def _norm_error(dtype: torch.dtype, num_tokens: int, width: int, device: str) -> float:
     x, weight = torch.randn(num_tokens, width).to(dtype), (torch.rand(width) + 0.5).to(dtype)
     spoil_memory(x.to(device))
-    return row_error(rms_norm(x.to(device), weight.to(device), _EPS), _reference.rms_norm(x.double(), weight.double(), _EPS))
+    return row_error(
+        rms_norm(x.to(device), weight.to(device), _EPS),
+        _reference.rms_norm(x.double(), weight.double(), _EPS),
+    )
 
 
 def _residual_error(dtype: torch.dtype, num_tokens: int, width: int, device: str) -> float:
@@ -69,16 +72,32 @@ def _residual_error(dtype: torch.dtype, num_tokens: int, width: int, device: str
 
 
 def _ropes(device: str, is_toy: bool) -> Iterator[Case]:
-    real = [((32, 8, 128), 64, torch.bfloat16), ((32, 8, 64), 16, torch.float16), ((16, 8, 128), 64, torch.bfloat16)]
+    real = [
+        ((32, 8, 128), 64, torch.bfloat16),
+        ((32, 8, 64), 16, torch.float16),
+        ((16, 8, 128), 64, torch.bfloat16),
+    ]
     toy = [((8, 2, 128), 64, torch.bfloat16), ((4, 2, 64), 16, torch.float16)]
     for index, (heads, block_size, dtype) in enumerate(toy if is_toy else real):
         norms = index != 0  # Llama has none, Qwen3 has
-        name = f"rope and cache, {_short(dtype)}, {'/'.join(map(str, heads))}, page {block_size}{', norms' if norms else ''}"
-        yield Case(name, TOLERANCES[dtype], partial(_rope_error, heads, block_size, dtype, norms, 5 if is_toy else 700, device))
+        name = (
+            f"rope and cache, {_short(dtype)}, {'/'.join(map(str, heads))}, page"
+            f" {block_size}{', norms' if norms else ''}"
+        )
+        yield Case(
+            name,
+            TOLERANCES[dtype],
+            partial(_rope_error, heads, block_size, dtype, norms, 5 if is_toy else 700, device),
+        )
 
 
 def _rope_error(
-    heads: tuple[int, int, int], block_size: int, dtype: torch.dtype, norms: bool, num_tokens: int, device: str
+    heads: tuple[int, int, int],
+    block_size: int,
+    dtype: torch.dtype,
+    norms: bool,
+    num_tokens: int,
+    device: str,
 ) -> float:
     """Of queries and keys; infinite where values, or slots of no token, are not the very same."""
     num_heads, num_kv_heads, head_dim = heads
@@ -102,13 +121,18 @@ def _rope_error(
     keys, exact_keys = (c[0].cpu().transpose(1, 2).flatten(0, 1) for c in (there, wide))
     untouched = torch.ones(len(keys), dtype=torch.bool)
     untouched[slots[:-1]] = False
-    if num_different(there[1], wide[1].to(dtype)) or num_different(keys[untouched], exact_keys[untouched].to(dtype)):
+    if num_different(there[1], wide[1].to(dtype)) or num_different(
+        keys[untouched], exact_keys[untouched].to(dtype)
+    ):
         return math.inf
     return worst(row_error(q[:-1], exact_q), row_error(keys, exact_keys))
 
 
 def _activations(device: str, is_toy: bool) -> Iterator[Case]:
-    for dtype, width in [(torch.bfloat16, 100 if is_toy else 14_336), (torch.float16, 64 if is_toy else 8192)]:
+    for dtype, width in [
+        (torch.bfloat16, 100 if is_toy else 14_336),
+        (torch.float16, 64 if is_toy else 8192),
+    ]:
         num_tokens = 3 if is_toy else 65
         name = f"silu and multiply, {_short(dtype)}, {num_tokens} x {width}"
         yield Case(name, TOLERANCES[dtype], partial(_silu_error, dtype, num_tokens, width, device))
@@ -122,7 +146,11 @@ def _silu_error(dtype: torch.dtype, num_tokens: int, width: int, device: str) ->
 
 def _products(device: str, is_toy: bool) -> Iterator[Case]:
     num_in, num_out = (64, 300) if is_toy else (2048, 128_256)
-    yield Case(f"logits in float32, bfloat16, {num_in} to {num_out}", 1e-4, partial(_logits_error, num_in, num_out, device))
+    yield Case(
+        f"logits in float32, bfloat16, {num_in} to {num_out}",
+        1e-4,
+        partial(_logits_error, num_in, num_out, device),
+    )
 
 
 def _logits_error(num_in: int, num_out: int, device: str) -> float:

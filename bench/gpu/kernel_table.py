@@ -20,7 +20,8 @@ class Interval:
 
 
 def table(title: str, intervals: Sequence[Interval], num_steps: int) -> list[Row]:
-    """One step, then its kernels, the longest first, then the gaps; shares are of the time from the first kernel to the last.
+    """One step, then its kernels, the longest first, then the gaps; shares are of the time from the first
+    kernel to the last.
 
     Where kernels run side by side, they have more than all of it together.
     """
@@ -37,7 +38,10 @@ def table(title: str, intervals: Sequence[Interval], num_steps: int) -> list[Row
     if others_us:
         rows.append(_row(f"{len(longest) - _MAX_KERNELS} other kernels", others_us, whole_us, num_steps))
     rows.append(_row("gaps between kernels", gaps_us, whole_us, num_steps))
-    return [Row(title, f"{whole_us / num_steps / 1e3:.3f} ms", "", f"{len(intervals) / num_steps:g} kernels"), *rows]
+    return [
+        Row(title, f"{whole_us / num_steps / 1e3:.3f} ms", "", f"{len(intervals) / num_steps:g} kernels"),
+        *rows,
+    ]
 
 
 def _row(name: str, times_us: Sequence[float], whole_us: float, num_steps: int) -> Row:

@@ -1,4 +1,5 @@
-"""What the GPU does at most: a large copy, a large matrix product. On random numbers: on zeros a product runs faster."""
+"""What the GPU does at most: a large copy, a large matrix product. On random numbers: on zeros a product runs
+faster."""
 
 import torch
 
@@ -16,10 +17,14 @@ def measure(context: Context) -> None:
     size = f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
     context.emit(Note(f"{properties.name}, {size}, CUDA {torch.version.cuda}"))
     per_s = _copied_per_s()
-    context.emit(Limit(COPY, per_s, f"{per_s / 1e12:.2f} TB/s, device to device, bytes read and bytes written"))
+    context.emit(
+        Limit(COPY, per_s, f"{per_s / 1e12:.2f} TB/s, device to device, bytes read and bytes written")
+    )
     a, b = (torch.randn(_SIDE, _SIDE, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     per_s = 2.0 * _SIDE**3 / median_s(lambda: a @ b, inner=10)
-    context.emit(Limit(PRODUCT, per_s, f"{per_s / 1e12:.0f} TFLOP/s, bfloat16 product of {_SIDE} x {_SIDE} matrices"))
+    context.emit(
+        Limit(PRODUCT, per_s, f"{per_s / 1e12:.0f} TFLOP/s, bfloat16 product of {_SIDE} x {_SIDE} matrices")
+    )
 
 
 def _copied_per_s() -> float:

@@ -1,4 +1,5 @@
-"""KV from one cache to another over shared memory, by the endpoints that serve: what workers on different GPUs of a host do.
+"""KV from one cache to another over shared memory, by the endpoints that serve: what workers on different
+GPUs of a host do.
 
 Both ends are in this process, on one device and behind its queue, through which a GPU's copies go in order.
 """
@@ -41,7 +42,10 @@ def cases(is_toy: bool) -> Iterator[Case]:
     heads, num_tokens = ((2, 32), 150) if is_toy else ((8, 128), 1000)
     wires: tuple[tuple[Literal["raw", "int8"], float], ...] = (("raw", 0.0), ("int8", 2e-2))
     for wire, tolerance in wires:
-        name = f"KV over shared memory, {wire}, {num_tokens} tokens from pages of {_PAGES[0]} to pages of {_PAGES[1]}"
+        name = (
+            f"KV over shared memory, {wire}, {num_tokens} tokens from pages of {_PAGES[0]} to pages of"
+            f" {_PAGES[1]}"
+        )
         yield Case(name, tolerance, partial(_error, wire, heads, num_tokens))
 
 
@@ -78,7 +82,9 @@ def _error(wire: Literal["raw", "int8"], heads: tuple[int, int], num_tokens: int
     return num_different(arrived, sent) if wire == "raw" else row_error(arrived, sent)
 
 
-def _cache(wire: Literal["raw", "int8"], heads: tuple[int, int], page: int, num_tokens: int, device: Device) -> KVCache:
+def _cache(
+    wire: Literal["raw", "int8"], heads: tuple[int, int], page: int, num_tokens: int, device: Device
+) -> KVCache:
     num_kv_heads, head_dim = heads
     layout = KVLayout(_NUM_LAYERS, num_kv_heads, head_dim, "bfloat16", page, "check", wire)
     kernels = TritonKernels(KernelRequirements(_DTYPE, head_dim, page))
@@ -93,7 +99,8 @@ def _tokens(cache: KVCache, block_ids: list[int], num_tokens: int) -> torch.Tens
 
 @contextmanager
 def _one_kernel_at_a_time() -> Iterator[None]:
-    """The interpreter knows one running program for the whole process, and each end has a thread of its own."""
+    """The interpreter knows one running program for the whole process, and each end has a thread of its
+    own."""
     lock, run = threading.Lock(), Launch.run
 
     def run_alone(launch: Launch) -> None:

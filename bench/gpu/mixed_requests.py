@@ -1,4 +1,5 @@
-"""Requests of every kind of sampling at once, and what an engine answers to them, masks of a grammar included.
+"""Requests of every kind of sampling at once, and what an engine answers to them, masks of a grammar
+included.
 
 The grammar has a process in production; here a rule that needs none takes its place, behind the same port.
 """
@@ -48,8 +49,11 @@ def mixed_requests(prompts: list[list[int]], num_new_tokens: int, vocab_size: in
     ]
 
 
-def answered(engine: Engine, specs: list[SequenceSpec], *, max_batch_size: int, max_batch_tokens: int) -> list[TokenOutput]:
-    """All tokens of all choices, in the order of their requests, choices and places; all requests are there from the start."""
+def answered(
+    engine: Engine, specs: list[SequenceSpec], *, max_batch_size: int, max_batch_tokens: int
+) -> list[TokenOutput]:
+    """All tokens of all choices, in the order of their requests, choices and places; all requests are there
+    from the start."""
     outbox, rule = Outbox("bench-0", 1), _Rule(engine.config.vocab_size)
     worker = DecodeWorker(
         engine.kv,
@@ -73,7 +77,8 @@ def answered(engine: Engine, specs: list[SequenceSpec], *, max_batch_size: int, 
 
 
 def num_differences(ours: list[TokenOutput], theirs: list[TokenOutput], tolerance: float) -> float:
-    """Tokens that are not the same, and log probabilities that are further apart than `tolerance` or of other tokens."""
+    """Tokens that are not the same, and log probabilities that are further apart than `tolerance` or of other
+    tokens."""
     if len(ours) != len(theirs):
         return float("inf")
     return float(sum(_differ(a, b, tolerance) for a, b in zip(ours, theirs, strict=True)))

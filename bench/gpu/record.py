@@ -1,4 +1,5 @@
-"""What a run leaves behind: the table, written again after every part, and all that each section wrote to standard error."""
+"""What a run leaves behind: the table, written again after every part, and all that each section wrote to
+standard error."""
 
 import platform
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers", "flashinfer-python")
 
 @dataclass(frozen=True)
 class Record:
-    """Below `folder`: `DATE-gpu.txt` and `DATE-gpu-stderr/SECTION.txt`. A run of the same day writes over them."""
+    """Below `folder`: `DATE-gpu.txt` and `DATE-gpu-stderr/SECTION.txt`. A run of the same day writes over
+    them."""
 
     folder: Path
     command: str

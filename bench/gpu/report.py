@@ -1,4 +1,5 @@
-"""What a section of the run has to say, how it travels from its process to the parent, and the table that is printed last."""
+"""What a section of the run has to say, how it travels from its process to the parent, and the table that is
+printed last."""
 
 import json
 from collections.abc import Iterable
@@ -22,7 +23,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Begun:
-    """A check is under way: should its process end before it does, this is the one that ended it. Readers never see it."""
+    """A check is under way: should its process end before it does, this is the one that ended it. Readers
+    never see it."""
 
     name: str
 
@@ -73,7 +75,9 @@ class Note:
 Message = Check | NotRun | Limit | Row | Broken | Note
 _WHAT = 76  # columns
 _Sent = Message | Begun
-_KINDS: dict[str, type[_Sent]] = {kind.__name__: kind for kind in (Check, NotRun, Limit, Row, Broken, Note, Begun)}
+_KINDS: dict[str, type[_Sent]] = {
+    kind.__name__: kind for kind in (Check, NotRun, Limit, Row, Broken, Note, Begun)
+}
 
 
 def at_least(what: str, measured: str, share: float, least: float, of: str) -> Row:
@@ -99,7 +103,9 @@ def is_correct(messages: Iterable[Message], correctness: Iterable[str]) -> bool:
     """Whether every check passed, and each of the sections named in `correctness` came to its end."""
     needed = set(correctness)
     return all(
-        message.ok if isinstance(message, Check) else not (isinstance(message, Broken) and message.section in needed)
+        message.ok
+        if isinstance(message, Check)
+        else not (isinstance(message, Broken) and message.section in needed)
         for message in messages
     )
 
@@ -127,7 +133,9 @@ def summary(messages: list[Message]) -> str:
     checks = [message for message in messages if isinstance(message, Check)]
     lines = [line_of(message) for message in messages if isinstance(message, Note)]
     not_run = [message for message in messages if isinstance(message, NotRun)]
-    left_out = f", {len(not_run)} not run: {'; '.join({each.reason: None for each in not_run})}" if not_run else ""
+    left_out = (
+        f", {len(not_run)} not run: {'; '.join({each.reason: None for each in not_run})}" if not_run else ""
+    )
     lines.append(f"correctness: {sum(check.ok for check in checks)} of {len(checks)} checks passed{left_out}")
     lines += [line_of(message) for message in messages if isinstance(message, Check) and not message.ok]
     lines += [line_of(message) for message in messages if isinstance(message, Broken)]

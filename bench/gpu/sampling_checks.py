@@ -26,7 +26,9 @@ _FILTERS = [  # temperature, top_k, top_p, min_p
 
 def cases(device: str, is_toy: bool) -> Iterator[Case]:
     for vocab_size in (500,) if is_toy else (128_256, 151_936, 50_257):
-        yield Case(f"sampling, {vocab_size} tokens", 0.0, partial(_error, vocab_size, 2 if is_toy else 8, device))
+        yield Case(
+            f"sampling, {vocab_size} tokens", 0.0, partial(_error, vocab_size, 2 if is_toy else 8, device)
+        )
         yield Case(f"a grammar's masks, {vocab_size} tokens", 0.0, partial(_mask_error, vocab_size, device))
 
 

@@ -1,5 +1,5 @@
-"""The parts of a run, and the process of one. An error on the GPU spoils whatever else its process does there, so each part
-has a process of its own (`apart.py` starts it and reads what it sends)."""
+"""The parts of a run, and the process of one. An error on the GPU spoils whatever else its process does
+there, so each part has a process of its own (`apart.py` starts it and reads what it sends)."""
 
 import importlib
 import os
@@ -89,7 +89,8 @@ def run_here(section: Section, context: Context) -> None:
 
 
 def serve(section: Section, context: Callable[[Callable[[Message | Begun], None]], Context]) -> NoReturn:
-    """The process of a section: messages on standard output, all else on standard error; `context` is made with what emits.
+    """The process of a section: messages on standard output, all else on standard error; `context` is made
+    with what emits.
 
     Its status is 1 if the section broke, GPU_LOST if it is to go on in another process.
     """
@@ -122,7 +123,8 @@ def _end_with_parent() -> None:
 
 
 def _claim_stdout() -> TextIO:
-    """A handle on standard output for messages alone; what libraries print goes to standard error from now on."""
+    """A handle on standard output for messages alone; what libraries print goes to standard error from now
+    on."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return out

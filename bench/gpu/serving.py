@@ -1,4 +1,5 @@
-"""Decode steps and prefill of a whole engine, scheduler and sampler included, beside the least that this GPU needs for them."""
+"""Decode steps and prefill of a whole engine, scheduler and sampler included, beside the least that this GPU
+needs for them."""
 
 import random
 import statistics
@@ -27,7 +28,9 @@ def measure_1b(context: Context) -> None:
     measure_shape(context, LLAMA_1B, least=0.6, batch_size=64, long_prompt=None)
 
 
-def measure_shape(context: Context, shape: Shape, *, least: float, batch_size: int, long_prompt: int | None) -> None:
+def measure_shape(
+    context: Context, shape: Shape, *, least: float, batch_size: int, long_prompt: int | None
+) -> None:
     """One decode step of one sequence and of a batch, and one prompt where `long_prompt` says so."""
     options = options_for(
         context.device,
@@ -67,10 +70,13 @@ def _measure_prefill(context: Context, shape: Shape, worker: ColocatedWorker, pr
 
 
 def steady_step(timeline: Timeline) -> tuple[float, float]:
-    """(median time of a step, mean output tokens of a sequence by then), of the later half of the steps with all sequences."""
+    """(median time of a step, mean output tokens of a sequence by then), of the later half of the steps with
+    all sequences."""
     opened_s = max(times[0] for times in timeline.arrivals_s)
     closed_s = min(times[-1] for times in timeline.arrivals_s)
-    steps_s = sorted({time_s for times in timeline.arrivals_s for time_s in times if opened_s <= time_s <= closed_s})
+    steps_s = sorted(
+        {time_s for times in timeline.arrivals_s for time_s in times if opened_s <= time_s <= closed_s}
+    )
     steps_s = steps_s[len(steps_s) // 2 :]  # before, memory is still being touched for the first time
     if len(steps_s) <= _MIN_STEPS:
         raise ValueError(f"{len(steps_s)} steps with all sequences, expected more than {_MIN_STEPS}")

@@ -1,5 +1,5 @@
-"""The models whose shapes are measured, and the floors under their steps: bytes that must be read, operations that must be
-done. Weights are random: speed does not depend on them."""
+"""The models whose shapes are measured, and the floors under their steps: bytes that must be read, operations
+that must be done. Weights are random: speed does not depend on them."""
 
 import math
 from dataclasses import dataclass
@@ -27,8 +27,12 @@ class Shape:
         return 2 * self.config.num_layers * self.config.kv_size * _BYTES
 
     def step_bytes(self, num_context_tokens: int) -> int:
-        """A decode step reads every weight once (of the embedding a few rows only) and the keys and values of all contexts."""
-        return _BYTES * (self._num_layer_parameters + self._num_head_parameters) + num_context_tokens * self.kv_bytes_per_token
+        """A decode step reads every weight once (of the embedding a few rows only) and the keys and values of
+        all contexts."""
+        return (
+            _BYTES * (self._num_layer_parameters + self._num_head_parameters)
+            + num_context_tokens * self.kv_bytes_per_token
+        )
 
     def prefill_flops(self, num_tokens: int) -> float:
         """Of one prompt: every layer's products, causal attention, and the head for the last token."""
@@ -59,7 +63,12 @@ def _llama3_rope(factor: float) -> dict[str, Any]:
 
 
 def _options(architecture: str, **options: Any) -> dict[str, Any]:
-    return {"architectures": [architecture], "dtype": "bfloat16", "eos_token_id": None, "bos_token_id": None} | options
+    return {
+        "architectures": [architecture],
+        "dtype": "bfloat16",
+        "eos_token_id": None,
+        "bos_token_id": None,
+    } | options
 
 
 LLAMA_8B = Shape(

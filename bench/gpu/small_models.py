@@ -22,7 +22,8 @@ class SmallModel:
 
 
 def small_model(name: str, folder: Path, is_toy: bool) -> SmallModel:
-    """Written below `folder`. `name` is "llama" or "qwen3", with norms of queries and keys and windows in upper layers."""
+    """Written below `folder`. `name` is "llama" or "qwen3", with norms of queries and keys and windows in
+    upper layers."""
     disable_progress_bar()
     config = _config(name, is_toy)
     lengths, num_new_tokens = ((1, 9, 27), 3) if is_toy else ((1, 9, 70, 200), 24)
@@ -30,7 +31,9 @@ def small_model(name: str, folder: Path, is_toy: bool) -> SmallModel:
         generator = torch.Generator().manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         _draw_weights(model, generator)
-        prompts = [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+        prompts = [
+            torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths
+        ]
         continued = [_continued(model, prompt, num_new_tokens) for prompt in prompts]
         if min(gap for _, gap in continued) > _LEAST_GAP:
             path = folder / name

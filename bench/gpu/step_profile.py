@@ -1,5 +1,5 @@
-"""Tables of kernels by time, for the decode steps that have a target. In the interpreter a toy's, of operators on the
-processor: those times say nothing."""
+"""Tables of kernels by time, for the decode steps that have a target. In the interpreter a toy's, of
+operators on the processor: those times say nothing."""
 
 import gc
 import os
@@ -43,7 +43,9 @@ class Model:
 
 def _alike(shape: Shape, count: int, prompt_len: int) -> Step:
     def requests() -> Requests:
-        return [(prompt, _WARM_UP_STEPS + _STEPS + 8, 0.0) for prompt in random_prompts(shape, count, prompt_len)]
+        return [
+            (prompt, _WARM_UP_STEPS + _STEPS + 8, 0.0) for prompt in random_prompts(shape, count, prompt_len)
+        ]
 
     return Step(f"batch {count} at {prompt_len}", requests)
 
@@ -92,7 +94,9 @@ def _profile(context: Context, model: Model) -> None:
     )
     engine = open_random_engine(model.shape, options)
     for name, requests in steps:
-        worker = ColocatedWorker(engine, max_batch_size=max_batch_size, max_batch_tokens=model.max_batch_tokens)
+        worker = ColocatedWorker(
+            engine, max_batch_size=max_batch_size, max_batch_tokens=model.max_batch_tokens
+        )
         for row in table(f"{model.shape.name}, {name}", _intervals(context, worker, requests), _STEPS):
             context.emit(row)
         if name != steps[-1][0]:  # the next one needs its blocks

@@ -1,7 +1,8 @@
-"""Attention and transfers by other parameters than those that serve: whether a target is missed for their sake.
+"""Attention and transfers by other parameters than those that serve: whether a target is missed for their
+sake.
 
-Every variant is compared with what serves before its time counts. In the interpreter that is all that there is.
-"""
+Every variant is compared with what serves before its time counts. In the interpreter that is all that there
+is."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,9 @@ from .timing import median_in_graph_s, median_s
 _DTYPE = torch.bfloat16
 _NEEDS_A_GPU = "needs a GPU"
 _CACHE_BYTES = 1 << 30  # calls rotate over at least as much, so that the L2 keeps nothing
-_MAX_ROWS_COMPARED = 512  # at about; all of a long prompt's would take the host longer than the GPU takes to compute them
+_MAX_ROWS_COMPARED = (
+    512  # at about; all of a long prompt's would take the host longer than the GPU takes to compute them
+)
 _SECONDS_OF_A_VARIANT = 6.0  # with compiling
 
 
@@ -79,7 +82,11 @@ DECODE_VARIANTS = (
 )
 PREFILL_BATCHES = (Batch("8192 tokens", 1, 8192, 8192), Batch("128 tokens behind 8064 cached", 1, 128, 8192))
 PREFILL_PAGES = (64, 128)
-PREFILL_VARIANTS = (Variant("as it serves"), Variant("2 stages", num_stages=2), Variant("4 stages", num_stages=4))
+PREFILL_VARIANTS = (
+    Variant("as it serves"),
+    Variant("2 stages", num_stages=2),
+    Variant("4 stages", num_stages=4),
+)
 CHUNK_MIB = (4, 8, 16)
 _TOY_DECODE = (Batch("batch 2 at 300", 2, 1, 300),)
 _TOY_PREFILL = (Batch("20 tokens behind 130 cached", 1, 20, 150),)
@@ -113,7 +120,9 @@ def _sweep_decode(context: Context, batch: Batch) -> None:
         lens = paged.query_start_loc.to(there), paged.context_lens.to(there)
         decode = DecodeBatch(*lens, paged.block_tables.to(there), plan.to(context.device))
         workspace = decode_workspace(shape, num_heads, head_dim, batch.context_len, context.device)
-        calls = [partial(decode_attention, q, cache[0], cache[1], decode, workspace, scale) for cache in caches]
+        calls = [
+            partial(decode_attention, q, cache[0], cache[1], decode, workspace, scale) for cache in caches
+        ]
         name = f"decode attention, {batch.name}: {variant.name}"
         out = _try(context, name, variant, calls, expected, COPY, num_bytes, is_short=True)
         expected = out if expected is None else expected
@@ -156,7 +165,8 @@ def _try(
     *,
     is_short: bool,
 ) -> torch.Tensor | None:
-    """Compares, then measures `work` bytes or operations beside `limit`; returns what came out, None where nothing did."""
+    """Compares, then measures `work` bytes or operations beside `limit`; returns what came out, None where
+    nothing did."""
     if context.left_s < _SECONDS_OF_A_VARIANT:
         context.emit(Note(f"{name}: there was no time left for it"))
         return None

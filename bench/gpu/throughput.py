@@ -1,5 +1,5 @@
-"""nano-vllm's benchmark (its bench.py: 256 requests at once, prompts and outputs of random lengths, seed 0), and a part of it
-on `transformers`' continuous batching in the same process."""
+"""nano-vllm's benchmark (its bench.py: 256 requests at once, prompts and outputs of random lengths, seed 0),
+and a part of it on `transformers`' continuous batching in the same process."""
 
 import gc
 import os
@@ -31,10 +31,14 @@ class Request:
     num_new_tokens: int
 
 
-def nano_requests(count: int = 256, shortest: int = 100, longest: int = 1024, vocab_size: int = 10_001) -> list[Request]:
+def nano_requests(
+    count: int = 256, shortest: int = 100, longest: int = 1024, vocab_size: int = 10_001
+) -> list[Request]:
     """The very ones of nano-vllm's bench.py by default: 133,966 output tokens."""
     rng = random.Random(0)
-    prompts = [[rng.randint(0, vocab_size - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
+    prompts = [
+        [rng.randint(0, vocab_size - 1) for _ in range(rng.randint(shortest, longest))] for _ in range(count)
+    ]
     return [Request(prompt, rng.randint(shortest, longest)) for prompt in prompts]
 
 
@@ -70,7 +74,9 @@ def _measure_ours(context: Context, shape: Shape, requests: list[Request], part:
     per_s = _output_per_s(_served(worker, requests))
     what = f"{shape.name}, {len(requests)} requests at once (nano-vllm)"
     target = f">= {_WANTED_PER_S:,} tokens/s"
-    context.emit(Row(what, f"{per_s:,.0f} tokens/s", f"{per_s / _WANTED_PER_S:.2f}x", target, per_s >= _WANTED_PER_S))
+    context.emit(
+        Row(what, f"{per_s:,.0f} tokens/s", f"{per_s / _WANTED_PER_S:.2f}x", target, per_s >= _WANTED_PER_S)
+    )
     context.emit(Note(f"{what}: {first_per_s:,.0f} tokens/s in the first round, which compiles"))
     return _output_per_s(_served(worker, part))
 
@@ -85,13 +91,15 @@ def _output_per_s(timeline: Timeline) -> float:
 
 
 def _measure_transformers(context: Context, shape: Shape, requests: list[Request], ours_per_s: float) -> None:
-    """Greedily, which is less work than ours. Where time runs out before all have ended, its figure is what it would be had
-    they ended then: more than it is."""
+    """Greedily, which is less work than ours. Where time runs out before all have ended, its figure is what
+    it would be had they ended then: more than it is."""
     os.environ |= {"HF_HUB_OFFLINE": "1"}
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     batching = ContinuousBatchingConfig(
-        num_blocks=sum(-(-(len(request.prompt) + request.num_new_tokens) // _PAGE) + 1 for request in requests),
+        num_blocks=sum(
+            -(-(len(request.prompt) + request.num_new_tokens) // _PAGE) + 1 for request in requests
+        ),
         max_batch_tokens=8192,
         max_requests_per_batch=len(requests),
         allow_block_sharing=False,
@@ -113,7 +121,10 @@ def _measure_transformers(context: Context, shape: Shape, requests: list[Request
 
 def _continue(manager: Any, requests: list[Request], context: Context) -> None:
     """Until all have ended, or little time is left."""
-    waiting = {manager.add_request(list(request.prompt), max_new_tokens=request.num_new_tokens) for request in requests}
+    waiting = {
+        manager.add_request(list(request.prompt), max_new_tokens=request.num_new_tokens)
+        for request in requests
+    }
     while waiting:
         output = manager.get_result(timeout=1)
         if output is None and not manager.is_running():
@@ -123,7 +134,12 @@ def _continue(manager: Any, requests: list[Request], context: Context) -> None:
         if output is not None and output.is_finished():
             waiting.remove(output.request_id)
         if context.left_s < _RESERVE_S:
-            context.emit(Note(f"transformers: {len(waiting)} of {len(requests)} requests had not ended when time ran out"))
+            context.emit(
+                Note(
+                    f"transformers: {len(waiting)} of {len(requests)} requests had not ended when time"
+                    " ran out"
+                )
+            )
             return
 
 

@@ -9,7 +9,8 @@ _WARM_UP = 3
 
 
 def median_s(call: Callable[[], object], *, inner: int = 1, repeats: int = 15) -> float:
-    """Of one call, `inner` of them in a row: for calls that take the GPU longer than the host, whose part then hides."""
+    """Of one call, `inner` of them in a row: for calls that take the GPU longer than the host, whose part
+    then hides."""
     for _ in range(_WARM_UP):
         call()
 
@@ -21,8 +22,8 @@ def median_s(call: Callable[[], object], *, inner: int = 1, repeats: int = 15) -
 
 
 def median_in_graph_s(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -> float:
-    """Of one of `calls`, which are captured together and replayed: nothing of the host is in it. Calls over different memory
-    keep each other's out of the cache."""
+    """Of one of `calls`, which are captured together and replayed: nothing of the host is in it. Calls over
+    different memory keep each other's out of the cache."""
     for call in calls:  # compiles, and copies what comes from the host
         call()
     torch.cuda.synchronize()

@@ -1,8 +1,8 @@
-"""One prefill and one decode worker (1P1D) as two processes on one GPU: how much of the KV's way does the prefill not hide?
+"""One prefill and one decode worker (1P1D) as two processes on one GPU: how much of the KV's way does the
+prefill not hide?
 
-The prefill side is a whole engine and a prefill worker, the decode side the cache and the endpoint of one. Both processes'
-transfers go through the real endpoints.
-"""
+The prefill side is a whole engine and a prefill worker, the decode side the cache and the endpoint of one.
+Both processes' transfers go through the real endpoints."""
 
 import multiprocessing
 import queue
@@ -68,9 +68,11 @@ def measure(context: Context) -> None:
     measure_shape(context, LLAMA_8B, "cuda_ipc", _PROMPT_LEN, [TransferConfig()])
 
 
-def measure_shape(context: Context, shape: Shape, transport: str, prompt_len: int, configs: Sequence[TransferConfig]) -> None:
-    """One prompt after the other by each of `configs`. A prompt fills either cache, so that the caches can be compared as a
-    whole."""
+def measure_shape(
+    context: Context, shape: Shape, transport: str, prompt_len: int, configs: Sequence[TransferConfig]
+) -> None:
+    """One prompt after the other by each of `configs`. A prompt fills either cache, so that the caches can be
+    compared as a whole."""
     options = EngineOptions(
         device="cuda" if context.device == "cuda" else "cpu",
         block_size=BLOCK_SIZE,
@@ -81,7 +83,9 @@ def measure_shape(context: Context, shape: Shape, transport: str, prompt_len: in
     )
     spawning = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     pipe, child_pipe = spawning.Pipe()
-    child = spawning.Process(target=decode_side, args=(child_pipe, shape, options, transport, prompt_len), daemon=True)
+    child = spawning.Process(
+        target=decode_side, args=(child_pipe, shape, options, transport, prompt_len), daemon=True
+    )
     child.start()
     child_pipe.close()
     try:
@@ -97,9 +101,20 @@ class _Pair:
     """The prefill side, and the decode side at the other end of `pipe`."""
 
     def __init__(
-        self, shape: Shape, options: EngineOptions, transport: str, prompt_len: int, pipe: "Connection[Any, Any]"
+        self,
+        shape: Shape,
+        options: EngineOptions,
+        transport: str,
+        prompt_len: int,
+        pipe: "Connection[Any, Any]",
     ) -> None:
-        self._shape, self._options, self._transport, self._prompt_len, self._pipe = shape, options, transport, prompt_len, pipe
+        self._shape, self._options, self._transport, self._prompt_len, self._pipe = (
+            shape,
+            options,
+            transport,
+            prompt_len,
+            pipe,
+        )
         self._engine = open_random_engine(shape, options)
         self._numbers = count()
 
@@ -123,7 +138,9 @@ class _Pair:
         for number in islice(self._numbers, _REPEATS + 1):
             self._pipe.send(number)
             self._pipe.recv()
-            ttft_s, stats = _prefill(worker, outbox, endings, _spec(self._shape, number, self._prompt_len), address)
+            ttft_s, stats = _prefill(
+                worker, outbox, endings, _spec(self._shape, number, self._prompt_len), address
+            )
             self._pipe.recv()
             times_s.append(ttft_s)
             all_stats.append(stats)
@@ -133,12 +150,22 @@ class _Pair:
         self._tell(context, config, there == here, times_s[1:], all_stats[1:])
 
     def _tell(
-        self, context: Context, config: TransferConfig, is_same: bool, times_s: list[float], all_stats: list[TransferStats]
+        self,
+        context: Context,
+        config: TransferConfig,
+        is_same: bool,
+        times_s: list[float],
+        all_stats: list[TransferStats],
     ) -> None:
         chunks = "" if config.chunk_bytes is None else f", chunks of {config.chunk_bytes / 2**20:g} MiB"
-        name = f"KV of {self._prompt_len} tokens over {self._transport}{chunks}: what arrived is what was sent"
+        name = (
+            f"KV of {self._prompt_len} tokens over {self._transport}{chunks}: what arrived is what was sent"
+        )
         context.emit(Check(name, float(not is_same), 0.0))
-        ttft_s, exposed_s = statistics.median(times_s), statistics.median(stats.exposed_s for stats in all_stats)
+        ttft_s, exposed_s = (
+            statistics.median(times_s),
+            statistics.median(stats.exposed_s for stats in all_stats),
+        )
         hidden = sum(stats.hidden_bytes for stats in all_stats) / sum(stats.num_bytes for stats in all_stats)
         what = f"KV transfer 1P1D, {self._shape.name}, {self._prompt_len} tokens{chunks}, exposed"
         share, target = exposed_s / ttft_s, f"<= {_MOST_EXPOSED:.0%} of TTFT"
@@ -169,12 +196,16 @@ def _spec(shape: Shape, number: int, prompt_len: int) -> SequenceSpec:
     generator = torch.Generator().manual_seed(number)
     return SequenceSpec(
         transfer=TransferId("bench", number),
-        prompt_token_ids=tuple(torch.randint(shape.config.vocab_size, (prompt_len,), generator=generator).tolist()),
+        prompt_token_ids=tuple(
+            torch.randint(shape.config.vocab_size, (prompt_len,), generator=generator).tolist()
+        ),
         sampling=SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True),
     )
 
 
-def decode_side(pipe: "Connection[Any, Any]", shape: Shape, options: EngineOptions, transport: str, prompt_len: int) -> None:
+def decode_side(
+    pipe: "Connection[Any, Any]", shape: Shape, options: EngineOptions, transport: str, prompt_len: int
+) -> None:
     """Expects what the other process announces, until that closes the pipe."""
     device, layout = device_of(options), layout_of(shape, options)
     requirements = KernelRequirements(getattr(torch, layout.dtype), layout.head_dim, layout.block_size)

@@ -3,13 +3,12 @@
     python -m bench.microbench.chunk_cost [--chunk-mib 16] [--slots 4] [--transfers 30]
                                 [--device-us 100] [--profile]
 
-Two processes, one worker each, over the `cuda_ipc` link: an 8B model's KV layout and prompts of 8K tokens, reported layer by
-layer in four prefill chunks. Kernels are not launched and the rings are host memory that nobody touches; all else is
-production's. A piece of work counts as done `--device-us` after it was queued.
+Two processes, one worker each, over the `cuda_ipc` link: an 8B model's KV layout and prompts of 8K tokens,
+reported layer by layer in four prefill chunks. Kernels are not launched and the rings are host memory that
+nobody touches; all else is production's. A piece of work counts as done `--device-us` after it was queued.
 
-Prints for each side the processor time a chunk takes (all threads of the process), and the rate that this allows, for the
-median transfer and the quickest. What Triton and CUDA take to launch comes on top.
-"""
+Prints for each side the processor time a chunk takes (all threads of the process), and the rate that this
+allows, for the median transfer and the quickest. What Triton and CUDA take to launch comes on top."""
 
 import argparse
 import cProfile
@@ -37,7 +36,9 @@ from pdserve.kernels.triton.kernels import TritonKernels
 from pdserve.kernels.triton.launch import Launch
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint
 
-LAYOUT = KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=64, model_fingerprint="bench")
+LAYOUT = KVLayout(
+    num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=64, model_fingerprint="bench"
+)
 NUM_TOKENS = 8192
 PREFILL_TOKENS = 2048
 NUM_BLOCKS = NUM_TOKENS // LAYOUT.block_size
@@ -98,7 +99,9 @@ class Side:
         torch.set_num_threads(1)
         chunk_bytes = None if arguments.chunk_mib is None else int(arguments.chunk_mib * (1 << 20))
         patch.object(Launch, "run", lambda self: None).start()
-        patch.object(kv_cache, "_zeros", lambda shape, dtype, on: torch.empty(shape, dtype=dtype, device=on)).start()
+        patch.object(
+            kv_cache, "_zeros", lambda shape, dtype, on: torch.empty(shape, dtype=dtype, device=on)
+        ).start()
         kernels = TritonKernels(KernelRequirements(torch.bfloat16, LAYOUT.head_dim, LAYOUT.block_size))
         self.endpoint = TransferEndpoint(
             KVCache(LAYOUT, NUM_BLOCKS, kernels, AheadDevice(arguments.device_us / 1e6)),
@@ -174,7 +177,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=TransferConfig().ring_slots)
     parser.add_argument("--transfers", type=int, default=30)
     parser.add_argument("--device-us", type=float, default=100.0, help="until queued work is done")
-    parser.add_argument("--profile", action="store_true", help="print where the endpoints' threads spend their time")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where the endpoints' threads spend their time"
+    )
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
@@ -196,7 +201,10 @@ def main() -> None:
     print(f"{stats.num_chunks} chunks of {chunk_mib:.1f} MiB a transfer, {arguments.transfers} transfers")
     for name, endings in (("P", sent[3:]), ("D", received[3:])):  # behind the warm-up
         each_us = [ending.processor_s / stats.num_chunks * 1e6 for ending in endings]
-        print(f"{name}: {statistics.median(each_us):.0f} us of processor time a chunk, {min(each_us):.0f} at least")
+        print(
+            f"{name}: {statistics.median(each_us):.0f} us of processor time a chunk, {min(each_us):.0f} at"
+            " least"
+        )
     rates = [stats.num_bytes / ending.wall_s / 1e9 for ending in sent[3:]]
     print(f"{statistics.median(rates):.1f} GB/s, {max(rates):.1f} at most")
     side.endpoint.close()

@@ -2,9 +2,9 @@
 
     python -m bench.microbench.constraints
 
-One worker of the 110M shape on this process's threads, driven as a worker process drives it, with a grammar process beside it.
-The tokenizer is the embedded model's. All outputs are sampled at temperature 1, so that both kinds take the sampler's long way.
-"""
+One worker of the 110M shape on this process's threads, driven as a worker process drives it, with a grammar
+process beside it. The tokenizer is the embedded model's. All outputs are sampled at temperature 1, so that
+both kinds take the sampler's long way."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from pdserve.embedded import MODEL_DIR
 from pdserve.engine.checkpoint import open_checkpoint
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.sequence import Sequence as SequenceState
-from pdserve.grammar.messages import Setup
+from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.sources import json_schema_grammar
 from pdserve.grammar.thread import GrammarThread
 from pdserve.grammar.vocabulary import tokenizer_json
@@ -32,7 +32,11 @@ from pdserve.worker.worker import Worker
 
 ITEM = {
     "type": "object",
-    "properties": {"name": {"type": "string"}, "size": {"type": "integer"}, "kind": {"enum": ["file", "folder", "link"]}},
+    "properties": {
+        "name": {"type": "string"},
+        "size": {"type": "integer"},
+        "kind": {"enum": ["file", "folder", "link"]},
+    },
     "required": ["name", "size", "kind"],
     "additionalProperties": False,
 }
@@ -46,7 +50,9 @@ class Bench:
         engine = Engine.open(checkpoint, EngineOptions(num_blocks=2048, max_model_len=2048))
         vocab_size, ends = engine.config.vocab_size, open_checkpoint(MODEL_DIR).config.eos_token_ids
         self._masks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._grammars = GrammarThread(lambda: Setup(tokenizer_json(MODEL_DIR), vocab_size, ends), self)
+        self._grammars = GrammarThread(
+            lambda: GrammarSetup(tokenizer_json(MODEL_DIR), vocab_size, ends), self
+        )
         self._worker = Worker(
             "w", 1, engine.kv, engine.runner, None, self._grammars, self._await_masks,  # type: ignore[arg-type]
             num_layers=engine.layout.num_layers, max_batch_tokens=2048, max_batch_size=64,
@@ -69,11 +75,15 @@ class Bench:
         """Of a batch after its prefill; its sequences end together, if nobody sits out."""
         self._num_runs += 1
         for index in range(batch_size):
-            params = SamplingParams(max_tokens=num_tokens, seed=index, grammar=grammar, ignore_eos=not grammar)
+            params = SamplingParams(
+                max_tokens=num_tokens, seed=index, grammar=grammar, ignore_eos=not grammar
+            )
             prompt = tuple((7 * i + index) % 4000 for i in range(16))
             name = f"{self._num_runs}-{index}"
             self._worker.handle(
-                Serve(spec=SequenceSpec(transfer=TransferId(name, 0), prompt_token_ids=prompt, sampling=params))
+                Serve(
+                    spec=SequenceSpec(transfer=TransferId(name, 0), prompt_token_ids=prompt, sampling=params)
+                )
             )
         num_emitted, started_s = 0, 0.0
         while self._worker.num_legs:
@@ -98,7 +108,9 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48)
     args = parser.parse_args()
@@ -108,7 +120,8 @@ def main() -> None:
         for batch_size in (1, 8, 32):
             bench.tokens_per_s(batch_size, 8, GRAMMAR)
             rounds = [
-                [bench.tokens_per_s(batch_size, args.tokens, grammar) for grammar in ("", GRAMMAR)] for _ in range(args.rounds)
+                [bench.tokens_per_s(batch_size, args.tokens, grammar) for grammar in ("", GRAMMAR)]
+                for _ in range(args.rounds)
             ]
             free, bound = (statistics.median(side) for side in zip(*rounds, strict=True))
             ratios = sorted(bound / free for free, bound in rounds)

@@ -1,10 +1,11 @@
-"""What a decode step costs the host: a worker's whole step, with all that the GPU would do replaced by nothing.
+"""What a decode step costs the host: a worker's whole step, with all that the GPU would do replaced by
+nothing.
 
 `python -m bench.microbench.decode_host_cost`
 
-No kernel runs, no graph is replayed, and torch's own operations on logits have next to nothing to do, so that what is left
-is scheduling, packing, sampling's lists, and reporting. The CUDA calls of a step, about 0.3 ms, come on top on a GPU.
-"""
+No kernel runs, no graph is replayed, and torch's own operations on logits have next to nothing to do, so that
+what is left is scheduling, packing, sampling's lists, and reporting. The CUDA calls of a step, about 0.3 ms,
+come on top on a GPU."""
 
 import argparse
 import contextlib
@@ -32,7 +33,10 @@ from pdserve.kernels.triton.kernels import TritonKernels
 from pdserve.kernels.triton.launch import Launch
 
 _NUM_MULTIPROCESSORS = 132  # an H200's: plans are as long as they are there
-_SHAPE = Shape("Qwen3-0.6B, narrow", QWEN3_06B.options | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1})
+_SHAPE = Shape(
+    "Qwen3-0.6B, narrow",
+    QWEN3_06B.options | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1},
+)
 
 
 class _NoGraph:
@@ -66,14 +70,20 @@ def _nothing_computes() -> Iterator[None]:
             (DeviceRunner, "_run_eagerly", _no_prefill),
             (paged_attention, "num_multiprocessors", lambda _device: _NUM_MULTIPROCESSORS),
             (decode_graphs, "num_multiprocessors", lambda _device: _NUM_MULTIPROCESSORS),
-            (engine_module, "load_kernels", lambda _device, requirements, _choice, _threads: TritonKernels(requirements)),
+            (
+                engine_module,
+                "load_kernels",
+                lambda _device, requirements, _choice, _threads: TritonKernels(requirements),
+            ),
         ):
             stack.enter_context(patch.object(owner, name, substitute))
         stack.enter_context(patch("gpu.engines.device_of", lambda _options: _NoDevice()))
         yield
 
 
-def _steps(batch_size: int, prompt_len: int, num_steps: int, temperature: float) -> tuple[list[float], list[float]]:
+def _steps(
+    batch_size: int, prompt_len: int, num_steps: int, temperature: float
+) -> tuple[list[float], list[float]]:
     """Wall and processor seconds of each step in which all sequences are decoded."""
     length = prompt_len + num_steps
     options = options_for(
@@ -113,7 +123,10 @@ def main() -> None:
         for batch_size in arguments.batch_sizes:
             wall_s, cpu_s = _steps(batch_size, arguments.prompt_len, arguments.steps, arguments.temperature)
             figures = (statistics.median(cpu_s), min(cpu_s), statistics.median(wall_s))
-            print(f"batch {batch_size:>3}  " + "  ".join(f"{1e3 * figure:6.3f}" for figure in figures), flush=True)
+            print(
+                f"batch {batch_size:>3}  " + "  ".join(f"{1e3 * figure:6.3f}" for figure in figures),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

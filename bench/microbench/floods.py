@@ -1,16 +1,16 @@
 """Floods a server on loopback, and tells what a newcomer notices.
 
-    pdserve up & python -m bench.microbench.floods [KIND ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http 127.0.0.1:8000]
-    python -m bench.microbench.floods unread --flood-key FILE --key FILE
+    pdserve up & python -m bench.microbench.floods [KIND ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http
+    127.0.0.1:8000] python -m bench.microbench.floods unread --flood-key FILE --key FILE
 
-grpc, http: connections that say nothing, as many as this process can hold and then new ones for the oldest. chunks: 40 HTTP
-bodies at a time, in chunks of one byte. calls: 50 gRPC connections at a time, each of which sends 20,000 calls of 17 bytes as
-fast as --megabytes a second allow, reads nothing and hangs up. headers: the same with calls of 4,000 references to one header.
-unread: 1,000 gRPC streams of --max-tokens each on one connection, which reads nothing; the server needs keys, and --flood-key
-and --key name files with one of two clients each.
-Meanwhile newcomers connect one after the other and ask for one token (unread: 8, which takes a place where streams are
-decoded); each line has their times. Only for a server on this machine, the others one without keys, and for a bounded time.
-"""
+grpc, http: connections that say nothing, as many as this process can hold and then new ones for the oldest.
+chunks: 40 HTTP bodies at a time, in chunks of one byte. calls: 50 gRPC connections at a time, each of which
+sends 20,000 calls of 17 bytes as fast as --megabytes a second allow, reads nothing and hangs up. headers: the
+same with calls of 4,000 references to one header. unread: 1,000 gRPC streams of --max-tokens each on one
+connection, which reads nothing; the server needs keys, and --flood-key and --key name files with one of two
+clients each. Meanwhile newcomers connect one after the other and ask for one token (unread: 8, which takes a
+place where streams are decoded); each line has their times. Only for a server on this machine, the others one
+without keys, and for a bounded time."""
 
 import argparse
 import json
@@ -33,7 +33,10 @@ from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 
 KINDS = ("grpc", "http", "chunks", "calls", "headers")  # and "unread", which needs keys
 MAX_HELD = 15_000
-CHUNKS = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 45_000
+CHUNKS = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    + b"1\r\n \r\n" * 45_000
+)
 NUM_CALLERS = 50
 NUM_UNREAD = 1000  # what one connection may have at once
 STREAM = b"/pdserve.v1.Generation/GenerateStream"
@@ -100,7 +103,11 @@ def calling(address: Address, until_s: float, data: bytes, bytes_per_s: float) -
 def unread(address: Address, until_s: float, key: str, max_tokens: int) -> int:
     """Streams of one connection that reads nothing; how many there were."""
     names = {b":method": b"POST", b":scheme": b"http", b":path": STREAM, b":authority": b"localhost"}
-    names |= {b"te": b"trailers", b"content-type": b"application/grpc", b"authorization": b"Bearer " + key.encode()}
+    names |= {
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
+        b"authorization": b"Bearer " + key.encode(),
+    }
     headers = b"".join(field(name, value) for name, value in names.items())
     again = bytes(0x80 | 62 + index for index in reversed(range(len(names))))
     sampling = pb.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
@@ -165,7 +172,9 @@ def over_grpc(address: str, key: str = "", max_tokens: int = 1) -> None:
 
 def over_http(address: str) -> None:
     with httpx.Client(trust_env=False, timeout=10) as client:
-        client.post(f"http://{address}/v1/completions", json={"prompt": "with", "max_tokens": 1}).raise_for_status()
+        client.post(
+            f"http://{address}/v1/completions", json={"prompt": "with", "max_tokens": 1}
+        ).raise_for_status()
 
 
 def newcomers(ask: Callable[[str], None], address: str, until_s: float) -> tuple[list[float], int]:
@@ -182,7 +191,9 @@ def newcomers(ask: Callable[[str], None], address: str, until_s: float) -> tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("floods", nargs="*", metavar="KIND", default=KINDS)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--megabytes", type=float, default=20.0, help="of calls or headers, a second")
@@ -199,8 +210,15 @@ def main() -> None:
         if flood not in (*KINDS, "unread"):
             parser.error(f"{flood!r} is no kind of flood, expected one of {', '.join((*KINDS, 'unread'))}")
         if flood == "unread" and not (args.flood_key and args.key):
-            parser.error("unread: expected --flood-key and --key, as clients of one address are one client without keys")
-        address, ask = (args.http, over_http) if flood in ("http", "chunks") else (args.grpc, partial(over_grpc, key=key))
+            parser.error(
+                "unread: expected --flood-key and --key, as clients of one address are one client without"
+                " keys"
+            )
+        address, ask = (
+            (args.http, over_http)
+            if flood in ("http", "chunks")
+            else (args.grpc, partial(over_grpc, key=key))
+        )
         if flood == "unread":
             ask = partial(over_grpc, key=key, max_tokens=8)
         host, _, port = address.rpartition(":")
@@ -215,7 +233,9 @@ def main() -> None:
             "calls": partial(calling, data=calls(20_000, 0), bytes_per_s=args.megabytes * 1e6),
             "headers": partial(calling, data=calls(100, 4000), bytes_per_s=args.megabytes * 1e6),
         }.get(flood, silent)
-        thread = threading.Thread(target=lambda attack=attack: sent.append(attack((host, int(port)), until_s)))  # noqa: B023
+        thread = threading.Thread(
+            target=lambda attack=attack: sent.append(attack((host, int(port)), until_s))  # noqa: B023
+        )
         thread.start()
         times, num_failed = newcomers(ask, address, until_s)
         thread.join()

@@ -1,5 +1,5 @@
-"""Compiles every Triton kernel for every GPU it is made for, as production launches it, and prints what each takes of a
-multiprocessor. Needs no GPU. Fails where a kernel spills registers to memory.
+"""Compiles every Triton kernel for every GPU it is made for, as production launches it, and prints what each
+takes of a multiprocessor. Needs no GPU. Fails where a kernel spills registers to memory.
 
 `python -m bench.microbench.kernel_footprints --jobs 2`
 """
@@ -41,14 +41,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     jobs = parser.parse_args().jobs
-    wanted = [(target, index) for target in TARGETS for index in range(len(list(production_launches(target))))]
+    wanted = [
+        (target, index) for target in TARGETS for index in range(len(list(production_launches(target))))
+    ]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         compiled = pool.map(_compile, wanted, chunksize=1)
     table: dict[tuple[str, str], dict[int, Footprint]] = {}
     for target, case, taken in compiled:
         table.setdefault((taken.kernel, case), {})[target] = taken
-    print(f"Triton {triton.__version__}; per target: registers of a thread, bytes spilled, bytes of shared memory of a block")
-    print(f"{'kernel':<{_KERNEL}} {'case':<{_CASE}} warps  " + "  ".join(f"{f'sm_{target}':>18}" for target in TARGETS))
+    print(
+        f"Triton {triton.__version__}; per target: registers of a thread, bytes spilled, bytes of shared"
+        " memory of a block"
+    )
+    print(
+        f"{'kernel':<{_KERNEL}} {'case':<{_CASE}} warps  "
+        + "  ".join(f"{f'sm_{target}':>18}" for target in TARGETS)
+    )
     for (_, case), by_target in table.items():
         print(_line(case, by_target))
     spilling = [(target, case, taken) for target, case, taken in compiled if taken.spill_bytes]

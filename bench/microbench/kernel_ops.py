@@ -1,8 +1,8 @@
 """Each native kernel beside torch, in turns in one run: time, rate, and share of what the machine can do.
 
-`python -m bench.microbench.kernel_ops --dtype bfloat16 --threads 2`. The machine's limits are measured first, by a loop of multiplies that
-never leaves the registers and by reading as many bytes as the cases with few tokens read, 96 MiB.
-"""
+`python -m bench.microbench.kernel_ops --dtype bfloat16 --threads 2`. The machine's limits are measured first,
+by a loop of multiplies that never leaves the registers and by reading as many bytes as the cases with few
+tokens read, 96 MiB."""
 
 import argparse
 import ctypes
@@ -94,7 +94,8 @@ def measure_peak(dtype: torch.dtype, num_threads: int) -> Peak:
     num_bytes = memory.numel() * 4 * num_threads
     return Peak(
         flops / min(in_threads(num_threads, lambda: multiply(count)) for _ in range(12)),
-        num_bytes / min(in_threads(num_threads, lambda: c.read(memory.data_ptr(), memory.numel())) for _ in range(12)),
+        num_bytes
+        / min(in_threads(num_threads, lambda: c.read(memory.data_ptr(), memory.numel())) for _ in range(12)),
     )
 
 
@@ -112,10 +113,14 @@ def linear_case(dtype: torch.dtype, num_out: int, num_in: int, num_tokens: int) 
             kernels.linear(x, each)
 
     flops = 2.0 * num_tokens * num_out * num_in * copies
-    return Case(f"linear {num_in}->{num_out}, {num_tokens} tokens", flops, sum(w.nbytes for w in weights), run)
+    return Case(
+        f"linear {num_in}->{num_out}, {num_tokens} tokens", flops, sum(w.nbytes for w in weights), run
+    )
 
 
-def attention_case(dtype: torch.dtype, heads: int, kv_heads: int, query_len: int, context: int, num_seqs: int) -> Case:
+def attention_case(
+    dtype: torch.dtype, heads: int, kv_heads: int, query_len: int, context: int, num_seqs: int
+) -> Case:
     head_dim, block_size = 64, 16
     blocks = -(-context // block_size)
     cache = torch.randn(2, num_seqs * blocks, kv_heads, block_size, head_dim).to(dtype)
@@ -184,9 +189,14 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
-    contestants = [load_kernels("cpu", requirements, choice, options.threads) for choice in ("torch", "native")]
+    contestants = [
+        load_kernels("cpu", requirements, choice, options.threads) for choice in ("torch", "native")
+    ]
     peak = measure_peak(dtype, options.threads)
-    print(f"{options.dtype}, {options.threads} threads: {peak.flops / 1e9:.0f} GFLOP/s, {peak.bytes / 1e9:.0f} GB/s at most")
+    print(
+        f"{options.dtype}, {options.threads} threads: {peak.flops / 1e9:.0f} GFLOP/s, {peak.bytes / 1e9:.0f}"
+        " GB/s at most"
+    )
     print(f"{'':44}{'native':>10}{'torch':>10}{'faster':>8}{'GFLOP/s':>9}{'GB/s':>7}{'of limit':>9}")
     for case in cases(dtype):
         torch_s, native_s = compare(case, contestants, options.threads, options.rounds)

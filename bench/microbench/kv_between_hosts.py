@@ -1,10 +1,10 @@
-"""KV transfer between two hosts over gloo, against plain TCP with the same bytes, in turns; in clear and through WireGuard.
+"""KV transfer between two hosts over gloo, against plain TCP with the same bytes, in turns; in clear and
+through WireGuard.
 
     python -m bench.microbench.kv_between_hosts [--rate 1gbit] [--rounds 9]
 
-The hosts are network namespaces on this machine (tests/hosts): takes root. Without --rate the link is as fast as the
-machine's memory, and both ends and the link share its processor.
-"""
+The hosts are network namespaces on this machine (tests/hosts): takes root. Without --rate the link is as fast
+as the machine's memory, and both ends and the link share its processor."""
 
 import argparse
 import multiprocessing
@@ -17,7 +17,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.microbench.kv_transfer import BLOCK_IDS, LAYOUT, NUM_BYTES, NUM_TOKENS, Endings, digest, paged_cache
+from bench.microbench.kv_transfer import (
+    BLOCK_IDS,
+    LAYOUT,
+    NUM_BYTES,
+    NUM_TOKENS,
+    Endings,
+    digest,
+    paged_cache,
+)
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint
@@ -27,9 +35,18 @@ from tests.hosts.wireguard import encrypt, has_module, whats_missing
 TIMEOUT_S = 60.0
 
 
-def open_endpoint(name: str, store: Any, endings: Endings, address: str) -> tuple[TransferEndpoint, TransferAddress]:
+def open_endpoint(
+    name: str, store: Any, endings: Endings, address: str
+) -> tuple[TransferEndpoint, TransferAddress]:
     endpoint = TransferEndpoint(
-        store, endings, worker_id=name, incarnation=1, token="bench", host=address, transport="gloo", config=TransferConfig()
+        store,
+        endings,
+        worker_id=name,
+        incarnation=1,
+        token="bench",
+        host=address,
+        transport="gloo",
+        config=TransferConfig(),
     )
     return endpoint, endpoint.start()
 
@@ -38,7 +55,9 @@ def receive(pipe: Connection, hosts: Hosts, host: str, addresses: dict[str, str]
     """The second host: receives whatever is announced, until the pipe closes."""
     hosts.enter(host)
     store, endings, buffer = paged_cache(None), Endings(), bytearray(NUM_BYTES)
-    opened = {name: open_endpoint(f"d-{name}", store, endings, address) for name, address in addresses.items()}
+    opened = {
+        name: open_endpoint(f"d-{name}", store, endings, address) for name, address in addresses.items()
+    }
     listeners = {name: socket.create_server((address, 0)) for name, address in addresses.items()}
     ports = {name: listener.getsockname()[1] for name, listener in listeners.items()}
     pipe.send(({name: address for name, (_, address) in opened.items()}, ports))
@@ -60,13 +79,17 @@ def receive(pipe: Connection, hosts: Hosts, host: str, addresses: dict[str, str]
         endpoint.close()
 
 
-def send(pipe: Connection, hosts: Hosts, host: str, addresses: dict[str, str], rounds: int, results: Connection) -> None:
+def send(
+    pipe: Connection, hosts: Hosts, host: str, addresses: dict[str, str], rounds: int, results: Connection
+) -> None:
     """The first host: sends in turns, and measures until the other has everything."""
     hosts.enter(host)
     store, endings = paged_cache(0), Endings()
     expected, data = digest(store), bytes(NUM_BYTES)
     targets, ports = pipe.recv()
-    opened = {name: open_endpoint(f"p-{name}", store, endings, address)[0] for name, address in addresses.items()}
+    opened = {
+        name: open_endpoint(f"p-{name}", store, endings, address)[0] for name, address in addresses.items()
+    }
     plain: dict[str, socket.socket] = {}
     for name, port in ports.items():
         plain[name] = socket.create_connection((targets[name].tcp_host, port), TIMEOUT_S)
@@ -105,7 +128,9 @@ def send(pipe: Connection, hosts: Hosts, host: str, addresses: dict[str, str], r
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rate", default="", help="of each host's link, as tc writes it: 1gbit")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
@@ -123,7 +148,9 @@ def main() -> None:
         results, their_results = multiprocessing.Pipe()
         sending = {name: addresses["one"] for name, addresses in networks.items()}
         receiving = {name: addresses["two"] for name, addresses in networks.items()}
-        sender = multiprocessing.Process(target=send, args=(ours, hosts, "one", sending, args.rounds, their_results))
+        sender = multiprocessing.Process(
+            target=send, args=(ours, hosts, "one", sending, args.rounds, their_results)
+        )
         receiver = multiprocessing.Process(target=receive, args=(theirs, hosts, "two", receiving))
         for process in (receiver, sender):
             process.start()
@@ -131,11 +158,15 @@ def main() -> None:
         for process in (receiver, sender):
             process.join()
     print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, link {args.rate or 'not limited'}, 64 MiB of KV"
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, link"
+        f" {args.rate or 'not limited'}, 64 MiB of KV"
     )
     for name in networks:
         plain, gloo = (statistics.median(seconds[name, kind]) for kind in ("plain", "gloo"))
-        figures = (f"plain TCP {NUM_BYTES / plain / 1e6:6.0f} MB/s", f"KV over gloo {NUM_BYTES / gloo / 1e6:6.0f} MB/s")
+        figures = (
+            f"plain TCP {NUM_BYTES / plain / 1e6:6.0f} MB/s",
+            f"KV over gloo {NUM_BYTES / gloo / 1e6:6.0f} MB/s",
+        )
         print(f"{name}: {', '.join(figures)} ({plain / gloo:.0%} of it)")
 
 

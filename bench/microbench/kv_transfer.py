@@ -1,11 +1,11 @@
-"""KV transfer against a plain shared-memory copy of the same bytes, both between two processes, interleaved in one run.
+"""KV transfer against a plain shared-memory copy of the same bytes, both between two processes, interleaved
+in one run.
 
     python -m bench.microbench.kv_transfer
 
-The plain copy is the least any shared-memory transfer must do: one process copies the source into a ring in shared memory,
-the other copies it out, pipelined by the same chunk. The transfer also picks tokens out of paged blocks, checks sums, and
-puts them into paged blocks.
-"""
+The plain copy is the least any shared-memory transfer must do: one process copies the source into a ring in
+shared memory, the other copies it out, pipelined by the same chunk. The transfer also picks tokens out of
+paged blocks, checks sums, and puts them into paged blocks."""
 
 import argparse
 import mmap
@@ -30,7 +30,9 @@ from pdserve.kernels.interface import KernelRequirements
 from pdserve.kernels.load import load_kernels
 from pdserve.kv_transfer import TransferConfig, TransferEndpoint
 
-LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=32, model_fingerprint="bench")
+LAYOUT = KVLayout(
+    num_layers=16, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=32, model_fingerprint="bench"
+)
 NUM_TOKENS = 1024
 NUM_BYTES = NUM_TOKENS * LAYOUT.bytes_per_token  # 64 MiB
 NUM_BLOCKS = NUM_TOKENS // LAYOUT.block_size
@@ -130,7 +132,9 @@ def decode_process(pipe: Connection, parents_pipe: Connection, plain: Plain, chu
     pin(1)
     store, flat = paged_cache(None), np.zeros(NUM_BYTES, np.uint8)
     endings = Endings()
-    endpoints = {name: open_endpoint(f"d-{name}", store, endings, name, chunk_bytes) for name in ("shm", "gloo")}
+    endpoints = {
+        name: open_endpoint(f"d-{name}", store, endings, name, chunk_bytes) for name in ("shm", "gloo")
+    }
     pipe.send({name: address for name, (_, address) in endpoints.items()})
     with suppress(EOFError):
         while True:
@@ -170,7 +174,9 @@ def timed(pipe: Connection, what: str, number: int, push: Callable[[], None]) ->
 
 def measure(chunk_bytes: int, repeats: int) -> dict[str, list[float]]:
     context = multiprocessing.get_context("fork")
-    ring = mmap.mmap(-1, RING_SLOTS * chunk_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    ring = mmap.mmap(
+        -1, RING_SLOTS * chunk_bytes, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    )
     plain = Plain(context.Semaphore(RING_SLOTS), context.Semaphore(0), ring, chunk_bytes)
     pipe, child_pipe = context.Pipe()
     child = context.Process(target=decode_process, args=(child_pipe, pipe, plain, chunk_bytes), daemon=True)
@@ -212,22 +218,35 @@ def measure(chunk_bytes: int, repeats: int) -> dict[str, list[float]]:
 
 
 def report(chunk_mib: int, rates: dict[str, list[float]]) -> str:
-    """One line: medians, and ratios both of medians and of the best passes (what the machine does when nobody disturbs)."""
+    """One line: medians, and ratios both of medians and of the best passes (what the machine does when nobody
+    disturbs)."""
     middle = {name: statistics.median(values) for name, values in rates.items()}
     best = {name: max(values) for name, values in rates.items()}
     cells = [f"{middle[name]:6.2f} ({best[name]:5.2f})" for name in ("memcpy", "plain", "shm", "gloo")]
-    ratios = [f"{middle[name] / middle['plain']:.0%} ({best[name] / best['plain']:.0%})" for name in ("shm", "gloo")]
+    ratios = [
+        f"{middle[name] / middle['plain']:.0%} ({best[name] / best['plain']:.0%})" for name in ("shm", "gloo")
+    ]
     return f"{chunk_mib:>2} MiB  " + "  ".join(cells + [f"{ratio:>11}" for ratio in ratios])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chunk-mib", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=25)
     args = parser.parse_args()
-    print(f"{NUM_BYTES >> 20} MiB, {RING_SLOTS} ring slots, median (best) of {args.repeats}, GB/s, {os.cpu_count()} cores")
+    print(
+        f"{NUM_BYTES >> 20} MiB, {RING_SLOTS} ring slots, median (best) of {args.repeats}, GB/s,"
+        f" {os.cpu_count()} cores"
+    )
     names = [f"{name:>14}" for name in ("memcpy", "plain", "shm", "gloo")]
-    print("chunk   " + "  ".join(names) + "  " + "  ".join(f"{name:>11}" for name in ("shm/plain", "gloo/plain")))
+    print(
+        "chunk   "
+        + "  ".join(names)
+        + "  "
+        + "  ".join(f"{name:>11}" for name in ("shm/plain", "gloo/plain"))
+    )
     for chunk_mib in args.chunk_mib:
         print(report(chunk_mib, measure(chunk_mib << 20, args.repeats)), flush=True)
 

@@ -1,10 +1,10 @@
-"""What the cluster (router, Ray, gRPC) adds to a bare engine at batch 1: time to first token, and time between tokens.
+"""What the cluster (router, Ray, gRPC) adds to a bare engine at batch 1: time to first token, and time
+between tokens.
 
     python -m bench.microbench.overhead
 
-The embedded model, whose steps are short, so that what is added shows. The bare engine and a cluster of one prefill and one
-decode worker, a core each, take turns; every prompt is new to all of them.
-"""
+The embedded model, whose steps are short, so that what is added shows. The bare engine and a cluster of one
+prefill and one decode worker, a core each, take turns; every prompt is new to all of them."""
 
 import argparse
 import os
@@ -41,7 +41,9 @@ class Latencies:
 
     def add(self, start_s: float, arrivals_s: tuple[float, ...]) -> None:
         self.ttft_s.append(arrivals_s[0] - start_s)
-        self.itl_s += [later - earlier for earlier, later in pairwise(arrivals_s[1:])]  # both by the decode worker
+        self.itl_s += [
+            later - earlier for earlier, later in pairwise(arrivals_s[1:])
+        ]  # both by the decode worker
 
 
 @contextmanager
@@ -52,7 +54,9 @@ def running_cluster() -> Iterator[rpc.GenerationStub]:
         grpc.insecure_channel(cluster.grpc_address) as channel,
     ):
         for status in rpc.ClusterStub(local).WatchStatus(pb.WatchStatusRequest()):
-            if len(status.workers) == 2 and all(worker.state == pb.WORKER_STATE_READY for worker in status.workers):
+            if len(status.workers) == 2 and all(
+                worker.state == pb.WORKER_STATE_READY for worker in status.workers
+            ):
                 break
         yield rpc.GenerationStub(channel)
 
@@ -70,7 +74,9 @@ def ask(stub: rpc.GenerationStub, prompt: list[int], num_new_tokens: int, into: 
     into.add(start_s, tuple(arrivals_s))
 
 
-def measure(num_requests: int = 40, num_prompt_tokens: int = 256, num_new_tokens: int = 64) -> tuple[Latencies, Latencies]:
+def measure(
+    num_requests: int = 40, num_prompt_tokens: int = 256, num_new_tokens: int = 64
+) -> tuple[Latencies, Latencies]:
     """(bare, cluster)."""
     rng = random.Random(0)
     bare, cluster = Latencies(), Latencies()
@@ -89,7 +95,9 @@ def measure(num_requests: int = 40, num_prompt_tokens: int = 256, num_new_tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -98,7 +106,10 @@ def main() -> None:
 
 
 def report(bare: Latencies, cluster: Latencies) -> None:
-    print(f"{'ms at batch 1':16} {'bare engine':>12} {'cluster':>12} {'added':>12}   (medians, {len(bare.ttft_s)} requests)")
+    print(
+        f"{'ms at batch 1':16} {'bare engine':>12} {'cluster':>12} {'added':>12}   (medians,"
+        f" {len(bare.ttft_s)} requests)"
+    )
     for name, ours, theirs in (("TTFT", bare.ttft_s, cluster.ttft_s), ("ITL", bare.itl_s, cluster.itl_s)):
         engine_ms, cluster_ms = statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
         print(f"{name:16} {engine_ms:12.3f} {cluster_ms:12.3f} {cluster_ms - engine_ms:12.3f}")

@@ -2,9 +2,8 @@
 
     python -m bench.microbench.router [--workers 1000]
 
-Each figure is the median over many calls of the real objects, after a warm-up. Budgets: 50 us a decision, well under 1 ms
-a report.
-"""
+Each figure is the median over many calls of the real objects, after a warm-up. Budgets: 50 us a decision,
+well under 1 ms a report."""
 
 import argparse
 import random
@@ -31,11 +30,20 @@ from pdserve.router.dispatch import Job, LiveRequest
 from pdserve.router.events import RouterEvent, Submit, WorkerReady
 
 BLOCK_SIZE = 16
-LAYOUT = KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=BLOCK_SIZE, model_fingerprint="m")
+LAYOUT = KVLayout(
+    num_layers=32,
+    num_kv_heads=8,
+    head_dim=128,
+    dtype="bfloat16",
+    block_size=BLOCK_SIZE,
+    model_fingerprint="m",
+)
 
 
 def worker(worker_id: str, role: Role) -> WorkerInfo:
-    address = TransferAddress(worker_id=worker_id, incarnation=1, host_id="h", unix_path="", tcp_host="", tcp_port=0)
+    address = TransferAddress(
+        worker_id=worker_id, incarnation=1, host_id="h", unix_path="", tcp_host="", tcp_port=0
+    )
     return WorkerInfo(
         worker_id=worker_id,
         incarnation=1,
@@ -75,20 +83,25 @@ def median_us(call: Callable[[int], object], count: int) -> float:
 
 
 def decision(num_workers: int, num_tokens: int, holders: int) -> tuple[float, float]:
-    """(decision alone, whole Submit) in us, on a loaded cluster, with half of the prompt cached at `holders` workers."""
+    """(decision alone, whole Submit) in us, on a loaded cluster, with half of the prompt cached at `holders`
+    workers."""
     router, rng = cluster(num_workers), random.Random(0)
     shared = tuple(rng.randrange(50_000) for _ in range(num_tokens // 2))
     hashes = tuple(block_hashes(shared, BLOCK_SIZE))
     for i in range(holders):
         for kind in ("prefill", "decode"):
-            report = StepReport(worker_id=f"{kind}-{i}", incarnation=1, load=WorkerLoad(), blocks_added=hashes)
+            report = StepReport(
+                worker_id=f"{kind}-{i}", incarnation=1, load=WorkerLoad(), blocks_added=hashes
+            )
             router.handle(report, 0.0)
 
     def prompt() -> tuple[int, ...]:
         return shared + tuple(rng.randrange(50_000) for _ in range(num_tokens - len(shared)))
 
     for i in range(2 * num_workers):
-        router.handle(Submit(request(f"w{i}", tuple(rng.randrange(50_000) for _ in range(rng.randrange(1, 500))))), 0.0)
+        router.handle(
+            Submit(request(f"w{i}", tuple(rng.randrange(50_000) for _ in range(rng.randrange(1, 500))))), 0.0
+        )
     jobs = [Job(LiveRequest(request(f"d{i}", prompt()), 0.0), (0,), (), 0.0) for i in range(500)]
     for job in jobs:
         router._placer.place(job)  # hashes the prompt, which is a cost per token and not per decision
@@ -97,7 +110,9 @@ def decision(num_workers: int, num_tokens: int, holders: int) -> tuple[float, fl
     return alone_us, median_us(lambda i: router.handle(submits[i], 0.0), len(submits))
 
 
-DECODE_APART = RouterConfig(max_prefill_backlog_tokens=1 << 30, prefill_on_decode_factor=None, max_unread_tokens=1 << 30)
+DECODE_APART = RouterConfig(
+    max_prefill_backlog_tokens=1 << 30, prefill_on_decode_factor=None, max_unread_tokens=1 << 30
+)
 
 
 def step(num_sequences: int, worker_id: str, index: int) -> StepReport:

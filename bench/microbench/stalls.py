@@ -1,14 +1,15 @@
-"""How long the head's loop stands still, and streams with it, while clients send what is made to stall a server.
+"""How long the head's loop stands still, and streams with it, while clients send what is made to stall a
+server.
 
-    python -m bench.microbench.stalls                  # every hostile request, one after the other, beside 16 streams
+    python -m bench.microbench.stalls   # every hostile request in turn, beside 16 streams
     python -m bench.microbench.stalls --only ids       # those whose name contains "ids"
     python -m bench.microbench.stalls --at-once 4      # four of them at any time
 
-The head runs in a process of its own, with the embedded model's tokenizer and a context of 131,072 tokens; a worker that
-computes nothing (`streaming.py`) gives every stream 50 tokens a second. A ticker on the head's loop is due every 2 ms: what it
-is late by is how long the loop stood still. Gaps between the tokens of the streams are seen by a client of them. The first
-row is a quiet run of the same length in the same processes: machines that do other things stall, too.
-"""
+The head runs in a process of its own, with the embedded model's tokenizer and a context of 131,072 tokens; a
+worker that computes nothing (`streaming.py`) gives every stream 50 tokens a second. A ticker on the head's
+loop is due every 2 ms: what it is late by is how long the loop stood still. Gaps between the tokens of the
+streams are seen by a client of them. The first row is a quiet run of the same length in the same processes:
+machines that do other things stall, too."""
 
 import argparse
 import asyncio
@@ -69,7 +70,8 @@ class Ticker:
 
 
 async def head() -> None:
-    """Serves until stdin ends; tells its addresses first, then, for each line, the longest stall since the last one."""
+    """Serves until stdin ends; tells its addresses first, then, for each line, the longest stall since the
+    last one."""
     config = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}})
     service = RouterService(Router(), streaming.Observer(), "token")
     port = await service.start("127.0.0.1")
@@ -79,7 +81,13 @@ async def head() -> None:
     gc.collect()
     gc.freeze()  # as `open_gateway` does
     print(
-        json.dumps({"worker": port, "grpc": gateway.port, "http": int((gateway.http_address or "").rpartition(":")[2])}),
+        json.dumps(
+            {
+                "worker": port,
+                "grpc": gateway.port,
+                "http": int((gateway.http_address or "").rpartition(":")[2]),
+            }
+        ),
         flush=True,
     )
     ticker = Ticker()
@@ -100,7 +108,8 @@ def worker(port: int, num_streams: int) -> None:
 
 
 class Streams:
-    """Ordinary streams, begun again when they end, and the longest gap in any of them since the last question."""
+    """Ordinary streams, begun again when they end, and the longest gap in any of them since the last
+    question."""
 
     def __init__(self, port: int, count: int) -> None:
         self._worst_s = 0.0
@@ -150,7 +159,9 @@ def over_http(port: int, make: Callable[[], tuple[str, bytes]]) -> Callable[[], 
     def ask() -> str:
         with httpx.Client(trust_env=False, timeout=300) as client:
             url = f"http://127.0.0.1:{port}{path}"
-            return str(client.post(url, content=body, headers={"content-type": "application/json"}).status_code)
+            return str(
+                client.post(url, content=body, headers={"content-type": "application/json"}).status_code
+            )
 
     return ask
 

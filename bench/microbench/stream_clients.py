@@ -20,7 +20,9 @@ class Count:
 
 async def over_http(num_tokens: int, port: int, count: Count) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    content = json.dumps({"prompt": PROMPT_TOKENS, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}).encode()
+    content = json.dumps(
+        {"prompt": PROMPT_TOKENS, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+    ).encode()
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     head += f"content-length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
@@ -43,7 +45,10 @@ async def over_grpc(requests: list[pb.GenerateRequest], port: int, count: Count)
     for number, request in enumerate(requests):
         message = request.SerializeToString()
         stream = 2 * number + 1
-        writer.write(_frame(1, 4, stream, _headers()) + _frame(0, 1, stream, struct.pack(">BI", 0, len(message)) + message))
+        writer.write(
+            _frame(1, 4, stream, _headers())
+            + _frame(0, 1, stream, struct.pack(">BI", 0, len(message)) + message)
+        )
     rest = b""
     while count.num_ended < len(requests) and (data := await reader.read(1 << 18)):
         rest += data
@@ -87,5 +92,6 @@ def _headers() -> bytes:
         ("content-type", "application/grpc"),
     ]
     return b"".join(
-        b"\x00" + bytes((len(name),)) + name.encode() + bytes((len(value),)) + value.encode() for name, value in fields
+        b"\x00" + bytes((len(name),)) + name.encode() + bytes((len(value),)) + value.encode()
+        for name, value in fields
     )

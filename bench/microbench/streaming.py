@@ -1,12 +1,13 @@
 """What the doors can stream: one head process on one core, 256 streams, a worker that computes nothing.
 
-    python -m bench.microbench.streaming [grpc|http ...] [--streams 256] [--tokens 400] [--rate TOKENS_PER_S] [--at-once N] [--profile FILE]
+    python -m bench.microbench.streaming [grpc|http ...] [--streams 256] [--tokens 400] [--rate TOKENS_PER_S]
+    [--at-once N] [--profile FILE]
 
-The head has the real router, its control connection and both doors. The worker speaks the control protocol and produces a
-token for every stream in each step: as fast as the head takes them, or at `--rate`. Clients write and read raw bytes, so that
-they cost little: HTTP/1.1, and HTTP/2 with gRPC's framing. The head runs on the first core, worker and clients on the second.
-Each line: tokens/s in total, the head's CPU time per token, and how many tokens an event had in the mean.
-"""
+The head has the real router, its control connection and both doors. The worker speaks the control protocol
+and produces a token for every stream in each step: as fast as the head takes them, or at `--rate`. Clients
+write and read raw bytes, so that they cost little: HTTP/1.1, and HTTP/2 with gRPC's framing. The head runs on
+the first core, worker and clients on the second. Each line: tokens/s in total, the head's CPU time per token,
+and how many tokens an event had in the mean."""
 
 import argparse
 import asyncio
@@ -50,7 +51,9 @@ from pdserve.router.service import RouterService
 from pdserve.worker.router_link import RouterLink
 
 HEAD_CORE, OTHER_CORE = 0, -1
-CONTINUATION = "The with statement is used to wrap the execution of a block with methods defined by a context manager. "
+CONTINUATION = (
+    "The with statement is used to wrap the execution of a block with methods defined by a context manager. "
+)
 
 
 # the head
@@ -74,13 +77,17 @@ class Frontend:
 
 
 async def head(profile: str | None) -> None:
-    """Serves until stdin ends; tells its addresses first, then its CPU seconds whenever it is asked by a line."""
+    """Serves until stdin ends; tells its addresses first, then its CPU seconds whenever it is asked by a
+    line."""
     config = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}})
     service = RouterService(Router(), Observer(), "token")
     port = await service.start("127.0.0.1")
     door = await serve(Frontend(service), config, Tokenizer.load(MODEL_DIR), model_info(config))  # type: ignore[arg-type]
     print(
-        json.dumps({"worker": port, "grpc": door.port, "http": int((door.http_address or "").rpartition(":")[2])}), flush=True
+        json.dumps(
+            {"worker": port, "grpc": door.port, "http": int((door.http_address or "").rpartition(":")[2])}
+        ),
+        flush=True,
     )
     profiler = cProfile.Profile() if profile else None
     if profiler:
@@ -103,11 +110,15 @@ class Worker:
     def __init__(self, port: int, rate: float | None) -> None:
         self._rate = rate
         self._token_ids = Tokenizer.load(MODEL_DIR).encode(CONTINUATION, add_special_tokens=False)
-        self._next: dict[TransferId, tuple[int, int]] = {}  # index of the next token, how many there are to be
+        self._next: dict[
+            TransferId, tuple[int, int]
+        ] = {}  # index of the next token, how many there are to be
         self._lock = threading.Lock()
         self._lost = threading.Event()
         hello = Hello(worker_id="both-0", incarnation=1)
-        self._link = RouterLink(("127.0.0.1", port), "token", hello, self._take, lambda link: self._lost.set())
+        self._link = RouterLink(
+            ("127.0.0.1", port), "token", hello, self._take, lambda link: self._lost.set()
+        )
         self._link.start()
         self._link.send(Ready(info=_info()))
 
@@ -137,7 +148,9 @@ class Worker:
         outputs, ended = [], []
         for transfer, (index, count) in self._next.items():
             reason = FinishReason.LENGTH if index + 1 == count else None
-            outputs.append(TokenOutput(transfer, 0, index, self._token_ids[index % len(self._token_ids)], reason))
+            outputs.append(
+                TokenOutput(transfer, 0, index, self._token_ids[index % len(self._token_ids)], reason)
+            )
             self._next[transfer] = index + 1, count
             if reason:
                 ended.append(transfer)
@@ -149,7 +162,9 @@ class Worker:
             num_context_tokens=len(outputs),
             duration_s=0.01,
         )
-        report = StepReport(worker_id="both-0", incarnation=1, load=load, outputs=tuple(outputs), timing=timing)
+        report = StepReport(
+            worker_id="both-0", incarnation=1, load=load, outputs=tuple(outputs), timing=timing
+        )
         for transfer in ended:
             del self._next[transfer]
         if outputs:
@@ -166,12 +181,16 @@ def _info() -> WorkerInfo:
         worker_id="both-0",
         incarnation=1,
         role=Role.BOTH,
-        layout=KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32", block_size=16, model_fingerprint="m"),
+        layout=KVLayout(
+            num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32", block_size=16, model_fingerprint="m"
+        ),
         num_blocks=1_000_000,
         max_model_len=32_768,
         max_batch_tokens=1 << 20,
         max_batch_size=4096,
-        address=TransferAddress(worker_id="both-0", incarnation=1, host_id="h", unix_path="", tcp_host="", tcp_port=0),
+        address=TransferAddress(
+            worker_id="both-0", incarnation=1, host_id="h", unix_path="", tcp_host="", tcp_port=0
+        ),
         devices=("cpu:1",),
         node="n",
         pid=1,
@@ -182,7 +201,9 @@ def _info() -> WorkerInfo:
 # the measurement
 
 
-def clients(door: str, num_streams: int, num_tokens: int, ports: dict[str, int], count: Count) -> list[asyncio.Task[None]]:
+def clients(
+    door: str, num_streams: int, num_tokens: int, ports: dict[str, int], count: Count
+) -> list[asyncio.Task[None]]:
     if door == "grpc":
         sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
         prompt = pb.Prompt(token_ids=pb.TokenIds(ids=PROMPT_TOKENS))
@@ -202,7 +223,9 @@ def _start(*arguments: str) -> "subprocess.Popen[str]":
 
 
 async def measure(door: str, args: argparse.Namespace) -> None:
-    process = _start("--head", "--at-once", str(args.at_once), *(["--profile", args.profile] if args.profile else []))
+    process = _start(
+        "--head", "--at-once", str(args.at_once), *(["--profile", args.profile] if args.profile else [])
+    )
     assert process.stdin and process.stdout
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(process.pid, {cores[HEAD_CORE]})
@@ -252,7 +275,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--at-once", type=int, default=client_stream.MAX_TOKENS_AT_ONCE, help="tokens an event, at most")
+    parser.add_argument(
+        "--at-once", type=int, default=client_stream.MAX_TOKENS_AT_ONCE, help="tokens an event, at most"
+    )
     parser.add_argument("--profile")
     parser.add_argument("--head", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

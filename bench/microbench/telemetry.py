@@ -2,10 +2,10 @@
 
     python -m bench.microbench.telemetry
 
-Steps: a decode step, from the worker's bytes into the clients' streams, in turns with a recorder and without; the gaps between
-its tokens, which the router counts itself, on their own. Requests: all that is told of one when it is over. Scrapes: one
-exposition. What clients see of it against an earlier revision: `bench/comparison/against.py`.
-"""
+Steps: a decode step, from the worker's bytes into the clients' streams, in turns with a recorder and without;
+the gaps between its tokens, which the router counts itself, on their own. Requests: all that is told of one
+when it is over. Scrapes: one exposition. What clients see of it against an earlier revision:
+`bench/comparison/against.py`."""
 
 import asyncio
 import statistics
@@ -28,27 +28,35 @@ from pdserve.router.stream import ChoiceStream
 from pdserve.telemetry.exposition import Exposition, Snapshot
 from pdserve.telemetry.otlp import TraceExporter
 from pdserve.telemetry.recent import RecentRequests
-from pdserve.telemetry.recorder import Recorder, Traces
+from pdserve.telemetry.recorder import TelemetryRecorder, Traces
 from pdserve.telemetry.steps import StepCosts, StepTally
 from pdserve.telemetry.tally import Tally
 
 COSTS = StepCosts(
-    flops_per_token=1e8, flops_per_sample=1e7, flops_per_pair=1e5, weight_bytes=1 << 28, kv_bytes_per_token=1 << 14
+    flops_per_token=1e8,
+    flops_per_sample=1e7,
+    flops_per_pair=1e5,
+    weight_bytes=1 << 28,
+    kv_bytes_per_token=1 << 14,
 )
 NUM_STEPS = 600
 
 
-def recorder(traces: Traces | None = None) -> Recorder:
+def recorder(traces: Traces | None = None) -> TelemetryRecorder:
     steps = StepTally()
-    return Recorder(Tally(steps, ttft_slo_s=0.2, itl_slo_s=0.05), steps, RecentRequests(), traces, time.monotonic)
+    return TelemetryRecorder(
+        Tally(steps, ttft_slo_s=0.2, itl_slo_s=0.05), steps, RecentRequests(), traces, time.monotonic
+    )
 
 
 class Side:
     """One router process's way of a step: decode the frame, route, fill the streams."""
 
-    def __init__(self, told: Recorder | None, num_sequences: int) -> None:
+    def __init__(self, told: TelemetryRecorder | None, num_sequences: int) -> None:
         self.service = RouterService(Router(DECODE_APART), SimpleNamespace(expects=None), "", told)
-        self.streams = [self.service._streams.setdefault(f"r{i}", ClientStream()) for i in range(num_sequences)]
+        self.streams = [
+            self.service._streams.setdefault(f"r{i}", ClientStream()) for i in range(num_sequences)
+        ]
         self.decoder: FrameDecoder[StepReport] = FrameDecoder(StepReport)
         self.times: list[float] = []
         decoding(self.service.handle, num_sequences)
@@ -94,7 +102,7 @@ def gaps_us(num_sequences: int) -> float:
     return median_us(step_through, NUM_STEPS)
 
 
-def closed(told: Recorder) -> Timeline:
+def closed(told: TelemetryRecorder) -> Timeline:
     """The timeline of a request of 500 prompt tokens from two workers of six."""
     router = Router(DECODE_APART)
 
@@ -107,16 +115,28 @@ def closed(told: Recorder) -> Timeline:
             handle(WorkerReady(worker(f"{role.value}-{i}", role)), 0.0)
     handle(Submit(request("r", tuple(range(500)))), 0.0)
     prefill, decode = "prefill-0", "decode-0"
-    handle(StepReport(worker_id=prefill, incarnation=1, load=step(0, prefill, 0).load, outputs=(_output(0),)), 0.1)
+    handle(
+        StepReport(worker_id=prefill, incarnation=1, load=step(0, prefill, 0).load, outputs=(_output(0),)),
+        0.1,
+    )
     for index in range(1, 20):
         handle(
-            StepReport(worker_id=decode, incarnation=1, load=step(0, decode, 0).load, outputs=(_output(index),)), 0.1 + index
+            StepReport(
+                worker_id=decode, incarnation=1, load=step(0, decode, 0).load, outputs=(_output(index),)
+            ),
+            0.1 + index,
         )
     handle(Cancel("r"), 20.0)
     stats = TransferStats(500 * LAYOUT.bytes_per_token, 30, 0.02, 0.002, 1 << 20)
-    handle(LegEnded(worker_id=prefill, incarnation=1, transfer=TransferId("r", 0), leg=Leg.PREFILL, stats=stats), 20.0)
+    handle(
+        LegEnded(worker_id=prefill, incarnation=1, transfer=TransferId("r", 0), leg=Leg.PREFILL, stats=stats),
+        20.0,
+    )
     (end,) = handle(
-        LegEnded(worker_id=decode, incarnation=1, transfer=TransferId("r", 0), leg=Leg.DECODE, error="aborted"), 20.0
+        LegEnded(
+            worker_id=decode, incarnation=1, transfer=TransferId("r", 0), leg=Leg.DECODE, error="aborted"
+        ),
+        20.0,
     )
     return end.timeline
 
@@ -161,8 +181,8 @@ async def main() -> None:
     for num_sequences in (1, 8, 32, 256):
         without_us, with_us = await step_us(num_sequences)
         print(
-            f"step of {num_sequences:3d} tokens: {without_us:6.1f} us without a recorder, {with_us:6.1f} us with: "
-            f"{with_us - without_us:+.1f} us; gaps within: {gaps_us(num_sequences):.1f} us"
+            f"step of {num_sequences:3d} tokens: {without_us:6.1f} us without a recorder, {with_us:6.1f} us"
+            f" with: {with_us - without_us:+.1f} us; gaps within: {gaps_us(num_sequences):.1f} us"
         )
     print(f"request told at its end: {closed_us(None):.0f} us")
     exporter = TraceExporter("", "", InMemorySpanExporter())

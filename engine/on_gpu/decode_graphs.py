@@ -1,10 +1,9 @@
 """A decode step as captured graphs, one for each of a ladder of batch sizes.
 
-A step of N sequences replays the graph of the least size that holds them; the rows behind them have no slot and no keys, so
-nothing is read or written for them. What changes from step to step is packed on the host and copied in one piece
-(`staging.py`), block tables only when they change. Token ids need not be known to the host: a row takes its own from among
-those that were drawn lately.
-"""
+A step of N sequences replays the graph of the least size that holds them; the rows behind them have no slot
+and no keys, so nothing is read or written for them. What changes from step to step is packed on the host and
+copied in one piece (`staging.py`), block tables only when they change. Token ids need not be known to the
+host: a row takes its own from among those that were drawn lately."""
 
 from dataclasses import dataclass
 
@@ -24,16 +23,31 @@ from .drawn_tokens import KNOWN, DrawnTokens
 from .staging import Array, Field, Staging
 
 _NO_SLOT = -1
-_FEW_ROWS = 8  # whose contexts seldom have as many pieces as they may: a program for each would mostly be idle
+_FEW_ROWS = (
+    8  # whose contexts seldom have as many pieces as they may: a program for each would mostly be idle
+)
 
 
 def ladder(max_batch_size: int) -> tuple[int, ...]:
-    """The batch sizes that get a graph: a row too many costs little, a graph some memory and time at start."""
+    """The batch sizes that get a graph: a row too many costs little, a graph some memory and time at
+    start."""
     sizes = []
     size = 1
     while size < max_batch_size:
         sizes.append(size)
-        size += 1 if size == 1 else 2 if size == 2 else 4 if size == 4 else 8 if size < 64 else 16 if size < 128 else 32
+        size += (
+            1
+            if size == 1
+            else 2
+            if size == 2
+            else 4
+            if size == 4
+            else 8
+            if size < 64
+            else 16
+            if size < 128
+            else 32
+        )
     return (*sizes, max_batch_size)
 
 
@@ -78,7 +92,9 @@ class DecodeGraphs:
         self._query_start_loc = torch.arange(max_batch_size + 1, dtype=torch.int32, device=there)
         self._logits = torch.empty((max_batch_size, model.config.vocab_size), device=there)
         self._workspaces = {
-            window: decode_workspace(shape, model.config.num_heads, model.config.head_dim, max_model_len, str(there))
+            window: decode_workspace(
+                shape, model.config.num_heads, model.config.head_dim, max_model_len, str(there)
+            )
             for window, shape in largest.items()
         }
         # The largest first: the memory of its intermediate results is enough for all that follow.
@@ -87,7 +103,9 @@ class DecodeGraphs:
     def takes(self, batch: Batch) -> bool:
         """Whether every sequence has one token, and draws from it."""
         chunks = batch.chunks
-        return len(chunks) <= self._max_batch_size and all(chunk.num_tokens == 1 and chunk.choices for chunk in chunks)
+        return len(chunks) <= self._max_batch_size and all(
+            chunk.num_tokens == 1 and chunk.choices for chunk in chunks
+        )
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Queue one step of a batch that it `takes`.
@@ -132,7 +150,9 @@ class DecodeGraphs:
     def _send_tables(self, block_lists: list[list[int]]) -> None:
         if self._host_tables.update(block_lists):
             used = self._host_tables.rows(len(block_lists))[:, : max(map(len, block_lists))]
-            self._tables[: len(used), : used.shape[1]].copy_(self._device.pinned(used.contiguous()), non_blocking=True)
+            self._tables[: len(used), : used.shape[1]].copy_(
+                self._device.pinned(used.contiguous()), non_blocking=True
+            )
 
     def _shapes(self, size: int) -> dict[int | None, DecodeShape]:
         config = self._model.config
@@ -169,7 +189,9 @@ class DecodeGraphs:
         def step() -> None:
             sources = there["sources"][:size]
             token_ids = self._drawn.take(sources, there["token_ids"][:size])
-            hidden = self._model.forward(ModelInput(token_ids, there["positions"][:size], batch, None), self._cache)
+            hidden = self._model.forward(
+                ModelInput(token_ids, there["positions"][:size], batch, None), self._cache
+            )
             self._kernels.linear_into(hidden, self._model.head, self._logits[:size])
 
         self._clear(shapes)

@@ -1,5 +1,5 @@
-"""The tokens that were drawn lately, on the device: the next step takes its inputs from them while the host does not know
-them yet."""
+"""The tokens that were drawn lately, on the device: the next step takes its inputs from them while the host
+does not know them yet."""
 
 import torch
 
@@ -9,11 +9,13 @@ from ..device import Device
 from ..sequence import Sequence
 
 KNOWN = -1  # in place of a place, as `take_drawn` has it: the host knows the token
-_NUM_STEPS = 4  # whose tokens are kept: a worker has at most two steps under way, and steps of the other role between them
+# whose tokens are kept: a worker has at most two steps under way, and steps of the other role between them
+_NUM_STEPS = 4
 
 
 class DrawnTokens:
-    """A ring of the last steps' tokens. A sequence's token is found until `_NUM_STEPS` more steps have drawn theirs."""
+    """A ring of the last steps' tokens. A sequence's token is found until `_NUM_STEPS` more steps have drawn
+    theirs."""
 
     def __init__(self, device: Device, max_batch_size: int) -> None:
         self._size = max_batch_size
@@ -26,7 +28,9 @@ class DrawnTokens:
         self._step = (self._step + 1) % _NUM_STEPS
         first, places, row = self._step * self._size, {}, 0
         for chunk in chunks:
-            if len(chunk.choices) == 1 and row < self._size:  # those of a fresh fork are known before its twins go on
+            if (
+                len(chunk.choices) == 1 and row < self._size
+            ):  # those of a fresh fork are known before its twins go on
                 places[chunk.sequence] = first + row
             row += len(chunk.choices)
         self._places[self._step] = places

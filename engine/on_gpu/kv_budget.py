@@ -1,4 +1,5 @@
-"""How many KV blocks a GPU has room for: measured when the weights are there, by a step of the largest kind."""
+"""How many KV blocks a GPU has room for: measured when the weights are there, by a step of the largest
+kind."""
 
 from ...core.errors import CapacityError
 from ...core.messages import KVLayout
@@ -10,7 +11,9 @@ from .warm_up import prompt_step
 
 _GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, generously
 _LINK_BYTES = 512 << 20  # of transfers: a ring of 64 MiB for each peer, and NCCL's own
-_LOGITS_COPIES = 8  # at most at a time: the step's and the graphs', and seven float32 ones that log probabilities take
+_LOGITS_COPIES = (
+    8  # at most at a time: the step's and the graphs', and seven float32 ones that log probabilities take
+)
 
 
 def num_blocks_that_fit(
@@ -29,7 +32,9 @@ def num_blocks_that_fit(
 
     Raises CapacityError where not even one sequence of `max_model_len` fits.
     """
-    peak = device.peak_bytes(lambda: _largest_step(device, model, layout, kernels, max_model_len, max_batch_tokens))
+    peak = device.peak_bytes(
+        lambda: _largest_step(device, model, layout, kernels, max_model_len, max_batch_tokens)
+    )
     logits_bytes = 4 * max_batch_size * model.config.vocab_size
     memory = device.memory()
     graph_bytes = peak * max_batch_size // max_batch_tokens + num_graphs * _GRAPH_BYTES
@@ -39,16 +44,22 @@ def num_blocks_that_fit(
     needed = -(-max_model_len // layout.block_size)
     if num_blocks < needed:
         raise CapacityError(
-            f"kv_cache_bytes: the GPU has room for {max(num_blocks, 0)} blocks of {layout.block_size} tokens beside "
-            f"{memory.used:,} bytes of weights and libraries and {reserved:,} bytes of intermediate results, within "
-            f"{memory_fraction:g} of its {memory.total:,} bytes; expected at least {needed}, for one sequence of "
-            f"model.max_model_len ({max_model_len}); lower it or max_batch_tokens, or raise gpus_per_instance"
+            f"kv_cache_bytes: the GPU has room for {max(num_blocks, 0)} blocks of {layout.block_size} tokens"
+            f" beside {memory.used:,} bytes of weights and libraries and {reserved:,} bytes of intermediate"
+            f" results, within {memory_fraction:g} of its {memory.total:,} bytes; expected at least {needed},"
+            f" for one sequence of model.max_model_len ({max_model_len}); lower it or max_batch_tokens, or"
+            " raise gpus_per_instance"
         )
     return num_blocks
 
 
 def _largest_step(
-    device: Device, model: Model, layout: KVLayout, kernels: Kernels, max_model_len: int, max_batch_tokens: int
+    device: Device,
+    model: Model,
+    layout: KVLayout,
+    kernels: Kernels,
+    max_model_len: int,
+    max_batch_tokens: int,
 ) -> None:
     """A step of as many prompt tokens as there may be."""
     lengths = [max_model_len] * (max_batch_tokens // max_model_len)

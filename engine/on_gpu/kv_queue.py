@@ -1,4 +1,5 @@
-"""KV out of and into a GPU's cache: queued on a stream of its own, behind the steps that write what is taken."""
+"""KV out of and into a GPU's cache: queued on a stream of its own, behind the steps that write what is
+taken."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -7,7 +8,7 @@ from itertools import count
 import torch
 
 from ...kernels.wire import KVPart, MovePart, WireFormat, part_bytes
-from ..device import Device, Event
+from ..device import Device, DeviceEvent
 
 _SMALLEST_BUFFER = 64
 
@@ -15,7 +16,7 @@ _SMALLEST_BUFFER = 64
 class Queued:
     """Implements `kv_transfer.interfaces.Pending`: a gather or a scatter on its way."""
 
-    def __init__(self, event: Event, collect: Callable[[], int], memory: torch.Tensor) -> None:
+    def __init__(self, event: DeviceEvent, collect: Callable[[], int], memory: torch.Tensor) -> None:
         self._event = event
         self._collect = collect
         self._memory = memory  # in use until the work is done
@@ -30,9 +31,9 @@ class Queued:
 class KVQueue:
     """Queues for one cache. `mark` is for the engine's thread, the rest is for the transfer's.
 
-    A gather comes behind the mark that was set when its tokens had been queued to be computed. A scatter comes behind one that
-    was set when its blocks were reserved: until there, a step may still write for a sequence which had them and has ended.
-    """
+    A gather comes behind the mark that was set when its tokens had been queued to be computed. A scatter
+    comes behind one that was set when its blocks were reserved: until there, a step may still write for a
+    sequence which had them and has ended."""
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class KVQueue:
         self._cache, self._device, self._format = cache, device, wire_format
         self._gather_part, self._scatter_part = gather_part, scatter_part
         self._pinned, self._sums = PinnedBuffers(device), PinnedSums(device)
-        self._marks: dict[int, Event] = {}  # oldest first; those before the first are reached
+        self._marks: dict[int, DeviceEvent] = {}  # oldest first; those before the first are reached
         self._numbers = count(1)
 
     def mark(self) -> int:
@@ -57,33 +58,46 @@ class KVQueue:
         self._marks[number] = event
         return number
 
-    def gather(self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview, after: int) -> Queued:
+    def gather(
+        self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview, after: int
+    ) -> Queued:
         """`out` is on the device, or the host's; then it is written by `collect`."""
         total = self._sums.take()
         with self._device.side_stream():
             self._come_behind(after)
             if isinstance(out, torch.Tensor):
-                total.copy_(self._gather_part(self._cache, block_ids, part, out, self._format), non_blocking=True)
+                total.copy_(
+                    self._gather_part(self._cache, block_ids, part, out, self._format), non_blocking=True
+                )
                 return self._queued(total, out)
             num_bytes = part_bytes(self._cache, part, self._format)
             staged = self._pinned.take(num_bytes)
             on_device = torch.empty(num_bytes, dtype=torch.uint8, device=self._device.torch_device)
-            total.copy_(self._gather_part(self._cache, block_ids, part, on_device, self._format), non_blocking=True)
+            total.copy_(
+                self._gather_part(self._cache, block_ids, part, on_device, self._format), non_blocking=True
+            )
             staged.copy_(on_device, non_blocking=True)
             return self._queued(total, staged, lambda: self._copy_out(staged, out))
 
-    def scatter(self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview, after: int) -> Queued:
-        """Its checksum is of what it wrote. What may fail for want of memory comes first: nothing is written when it raises."""
+    def scatter(
+        self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview, after: int
+    ) -> Queued:
+        """Its checksum is of what it wrote. What may fail for want of memory comes first: nothing is written
+        when it raises."""
         total = self._sums.take()
         with self._device.side_stream():
             self._come_behind(after)
             if isinstance(data, torch.Tensor):
-                total.copy_(self._scatter_part(self._cache, block_ids, part, data, self._format), non_blocking=True)
+                total.copy_(
+                    self._scatter_part(self._cache, block_ids, part, data, self._format), non_blocking=True
+                )
                 return self._queued(total, data)
             staged = self._pinned.take(len(data))
             staged.copy_(torch.frombuffer(data, dtype=torch.uint8))
             on_device = staged.to(self._device.torch_device, non_blocking=True)
-            total.copy_(self._scatter_part(self._cache, block_ids, part, on_device, self._format), non_blocking=True)
+            total.copy_(
+                self._scatter_part(self._cache, block_ids, part, on_device, self._format), non_blocking=True
+            )
             return self._queued(total, staged, lambda: self._pinned.give_back(staged))
 
     def warm_up(self) -> None:
@@ -105,7 +119,9 @@ class KVQueue:
         if event is not None:
             event.wait()
 
-    def _queued(self, total: torch.Tensor, memory: torch.Tensor, finish: Callable[[], None] = lambda: None) -> Queued:
+    def _queued(
+        self, total: torch.Tensor, memory: torch.Tensor, finish: Callable[[], None] = lambda: None
+    ) -> Queued:
         """The work ends here; `finish` follows when it is collected."""
         event = self._device.event()
         event.record()
@@ -143,7 +159,8 @@ class PinnedSums:
 
 
 class PinnedBuffers:
-    """Host memory to copy from and to while the host goes on, used again and again: to pin some takes milliseconds."""
+    """Host memory to copy from and to while the host goes on, used again and again: to pin some takes
+    milliseconds."""
 
     def __init__(self, device: Device) -> None:
         self._device = device

@@ -1,4 +1,5 @@
-"""What requests do to their logits, done on a GPU: the host lists it for all rows of a step, a few operations carry it out.
+"""What requests do to their logits, done on a GPU: the host lists it for all rows of a step, a few operations
+carry it out.
 
 What is done, and in which order, is that of `Penalties.apply`; results are equal, bit for bit.
 """
@@ -15,8 +16,11 @@ from ..sequence import Sequence
 from .packet import Array
 
 
-def list_edits(penalties: Penalties, rows: Iterable[tuple[int, Sequence]], vocab_size: int) -> dict[str, Array]:
-    """The arrays that `apply_edits` wants on the device, without those that no row needs. Each row is there once.
+def list_edits(
+    penalties: Penalties, rows: Iterable[tuple[int, Sequence]], vocab_size: int
+) -> dict[str, Array]:
+    """The arrays that `apply_edits` wants on the device, without those that no row needs. Each row is there
+    once.
 
     A place is `row * vocab_size + token id`:
     biased int64 [B]: places, biases float32 [B]: what is added there;
@@ -56,7 +60,9 @@ def apply_edits(logits: torch.Tensor, there: Mapping[str, torch.Tensor]) -> None
     if "seen" in there:
         places = there["seen"]
         strengths = there["strengths"].t().index_select(1, there["owners"])
-        flat.index_copy_(0, places, penalised(flat.index_select(0, places), there["counts"], strengths, torch.where))
+        flat.index_copy_(
+            0, places, penalised(flat.index_select(0, places), there["counts"], strengths, torch.where)
+        )
     if "banned" in there:
         flat.index_fill_(0, there["banned"], -torch.inf)
     if "masked" in there:

@@ -16,12 +16,15 @@ class Logprobs:
     top: torch.Tensor  # float64 [R, K]
 
     def to(self, device: str, non_blocking: bool = False) -> "Logprobs":
-        there = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.chosen, self.top_ids, self.top))
+        there = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in (self.chosen, self.top_ids, self.top)
+        )
         return Logprobs(*there)
 
 
 def logprobs_of(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
-    """Of logits float32 [R, V]: those of token `token_ids[n]` in row `rows[n]`, both int64 [N], and of each row's best."""
+    """Of logits float32 [R, V]: those of token `token_ids[n]` in row `rows[n]`, both int64 [N], and of each
+    row's best."""
     vocab_size = logits.shape[1]
     largest = logits.amax(dim=-1, keepdim=True)
     mass = (logits - largest).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
@@ -34,9 +37,12 @@ def logprobs_of(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tenso
 
 
 def _best(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Ids int64 [R, count]. Logit and id become one number, as torch says nothing of the order of equal ones."""
+    """Ids int64 [R, count]. Logit and id become one number, as torch says nothing of the order of equal
+    ones."""
     bits = logits.view(torch.int32)
-    in_order = torch.where(logits == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # as integers; both zeros are one
+    in_order = torch.where(
+        logits == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    )  # as integers; both zeros are one
     last = logits.shape[1] - 1
     back_to_front = torch.arange(last, -1, -1, device=logits.device)
     best = ((in_order.long() << 32) + back_to_front).topk(count, dim=-1).values

@@ -1,4 +1,5 @@
-"""Arrays whose number and sizes differ from step to step, on their way to the device: one piece of memory, one copy."""
+"""Arrays whose number and sizes differ from step to step, on their way to the device: one piece of memory,
+one copy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +25,8 @@ _DTYPES = {
 def send(device: Device, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
     """The arrays on the device, by name; the copy is queued, and nothing waits.
 
-    Each call takes pinned memory of its own: torch gives it to another only when the copy from it is done, so that any number
-    of steps may be under way.
-    """
+    Each call takes pinned memory of its own: torch gives it to another only when the copy from it is done, so
+    that any number of steps may be under way."""
     if not arrays:
         return {}
     places = {}
@@ -39,4 +39,7 @@ def send(device: Device, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]
     for name, array in arrays.items():
         packet[places[name]] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     there = device.pinned(torch.from_numpy(packet)).to(device.torch_device, non_blocking=True)
-    return {name: there[places[name]].view(_DTYPES[array.dtype]).view(array.shape) for name, array in arrays.items()}
+    return {
+        name: there[places[name]].view(_DTYPES[array.dtype]).view(array.shape)
+        for name, array in arrays.items()
+    }

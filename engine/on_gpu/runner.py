@@ -1,9 +1,8 @@
-"""Runs steps on a GPU. Nothing here waits for the device until a step's tokens are collected, so that the host prepares a
-step while the one before it is computed.
+"""Runs steps on a GPU. Nothing here waits for the device until a step's tokens are collected, so that the
+host prepares a step while the one before it is computed.
 
-A step in which every sequence has one token replays a captured graph (`decode_graphs.py`); any other is queued kernel by
-kernel, which its many tokens hide.
-"""
+A step in which every sequence has one token replays a captured graph (`decode_graphs.py`); any other is
+queued kernel by kernel, which its many tokens hide."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,7 +45,13 @@ class DeviceRunner:
         self._prompts = PromptLogprobs(model)
         self._drawn = DrawnTokens(device, max_batch_size)
         self._graphs = DecodeGraphs(
-            device, model, cache, kernels, self._drawn, max_batch_size=max_batch_size, max_model_len=max_model_len
+            device,
+            model,
+            cache,
+            kernels,
+            self._drawn,
+            max_batch_size=max_batch_size,
+            max_model_len=max_model_len,
         )
         if device.runs_ahead:  # a kernel that is compiled later holds up whoever is served then
             warm_up(device, model, cache, max_model_len)
@@ -91,7 +96,11 @@ class DeviceRunner:
         if places is not None:
             token_ids = self._drawn.take(places, token_ids)
         return replace(
-            inputs, token_ids=token_ids, positions=self._there(inputs.positions), attention=attention, sampled=sampled
+            inputs,
+            token_ids=token_ids,
+            positions=self._there(inputs.positions),
+            attention=attention,
+            sampled=sampled,
         )
 
     def _places(self, batch: Batch) -> torch.Tensor | None:
@@ -114,7 +123,9 @@ class DeviceRunner:
 class _Step:
     """A step under way."""
 
-    def __init__(self, batch: Batch, sampled: list[ScheduledChunk], tokens: DeviceTokens, prompts: PromptLogprobs) -> None:
+    def __init__(
+        self, batch: Batch, sampled: list[ScheduledChunk], tokens: DeviceTokens, prompts: PromptLogprobs
+    ) -> None:
         self._batch = batch
         self._sampled = sampled
         self._tokens = tokens

@@ -1,8 +1,9 @@
-"""Logits on a GPU in, tokens out: what `sampler.py` does, without a wait for the device until the tokens are read.
+"""Logits on a GPU in, tokens out: what `sampler.py` does, without a wait for the device until the tokens are
+read.
 
-The host lists what a step's rows need while the device still computes them (`prepare`); edits, draws and log probabilities
-are then queued behind the logits (`sample`), and the tokens stay on the device, for the next step, and travel to the host.
-"""
+The host lists what a step's rows need while the device still computes them (`prepare`); edits, draws and log
+probabilities are then queued behind the logits (`sample`), and the tokens stay on the device, for the next
+step, and travel to the host."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
@@ -24,16 +25,19 @@ _COLUMNS = [field.name for field in fields(SamplingBatch)]
 
 @dataclass(frozen=True)
 class PreparedSampling:
-    """A step's chunks, and what sampling them needs, on the device when its logits are. For one call of `sample`."""
+    """A step's chunks, and what sampling them needs, on the device when its logits are. For one call of
+    `sample`."""
 
     chunks: tuple[ScheduledChunk, ...]
     there: dict[str, torch.Tensor]  # by name: `list_edits`, the columns of a SamplingBatch, and:
-    # raw_rows int64 [W]: the rows with log probabilities; raw_of int64 [N]: each draw's among these, any where it wants none
+    # raw_rows int64 [W]: the rows with log probabilities; raw_of int64 [N]: each draw's among these, any
+    # where it wants none
     num_top: int
 
 
 class DeviceSampler:
-    """Draws the next token of every choice of every sampled row. Used by one thread, on its current stream."""
+    """Draws the next token of every choice of every sampled row. Used by one thread, on its current
+    stream."""
 
     def __init__(self, device: Device, vocab_size: int) -> None:
         self._device = device
@@ -41,7 +45,8 @@ class DeviceSampler:
         self._penalties = Penalties()
 
     def prepare(self, chunks: Seq[ScheduledChunk], rows: Seq[int] | None = None) -> PreparedSampling:
-        """Chunk i is to be drawn from row `rows[i]` of the logits, from row i by default. A row is of one chunk."""
+        """Chunk i is to be drawn from row `rows[i]` of the logits, from row i by default. A row is of one
+        chunk."""
         for chunk in chunks:
             _check_known(chunk)
         in_order = rows is None or list(rows) == list(range(len(chunks)))
@@ -72,7 +77,9 @@ class DeviceSampler:
 class DeviceTokens:
     """A step's tokens: on the device as soon as they are drawn, and on their way to the host."""
 
-    def __init__(self, device: Device, chunks: Seq[ScheduledChunk], token_ids: torch.Tensor, logprobs: Logprobs | None) -> None:
+    def __init__(
+        self, device: Device, chunks: Seq[ScheduledChunk], token_ids: torch.Tensor, logprobs: Logprobs | None
+    ) -> None:
         self.token_ids = token_ids  # int64 [N] on the device, in the order of chunks and their choices
         self._chunks = chunks
         # Torch takes pinned memory for what is copied so: nothing waits before `report`.
@@ -104,7 +111,9 @@ class DeviceTokens:
 def _check_known(chunk: ScheduledChunk) -> None:
     seq = chunk.sequence
     depends = has_penalties(seq.spec.sampling) or seq.spec.sampling.grammar
-    assert not (depends and seq.num_pending_tokens), f"{seq}: what may come next depends on a token that is not known"
+    assert not (depends and seq.num_pending_tokens), (
+        f"{seq}: what may come next depends on a token that is not known"
+    )
 
 
 def _takes_largest(chunk: ScheduledChunk) -> bool:

@@ -1,4 +1,5 @@
-"""The way of a step's numbers from the host to the device: packed into one piece of pinned memory, one copy a step."""
+"""The way of a step's numbers from the host to the device: packed into one piece of pinned memory, one copy a
+step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-from ..device import Device, Event
+from ..device import Device, DeviceEvent
 
 _ALIGNMENT = 16  # bytes; what Triton takes a pointer's alignment to be
 _NUM_BUFFERS = 2  # the host fills one while the device may still copy from the other
@@ -25,7 +26,8 @@ class Field:
 
 
 class Staging:
-    """Arrays that lie on the device for good, and are overwritten from the host step by step, all of them at once."""
+    """Arrays that lie on the device for good, and are overwritten from the host step by step, all of them at
+    once."""
 
     def __init__(self, device: Device, fields: Sequence[Field]) -> None:
         spans = []
@@ -38,19 +40,22 @@ class Staging:
         self._there = torch.zeros(end, dtype=torch.uint8, device=device.torch_device)
         self.on_device = _views(self._there, spans)  # by name
         buffers = [device.pinned(torch.zeros(end, dtype=torch.uint8)) for _ in range(_NUM_BUFFERS)]
-        self._buffers: list[tuple[torch.Tensor, dict[str, Array], Event]] = [
-            (buffer, {name: view.numpy() for name, view in _views(buffer, spans).items()}, device.event()) for buffer in buffers
+        self._buffers: list[tuple[torch.Tensor, dict[str, Array], DeviceEvent]] = [
+            (buffer, {name: view.numpy() for name, view in _views(buffer, spans).items()}, device.event())
+            for buffer in buffers
         ]
         self._next = 0
 
     def fill(self) -> dict[str, Array]:
-        """The host's arrays, by name, to be written before `send`. Waits while the device still copies from them."""
+        """The host's arrays, by name, to be written before `send`. Waits while the device still copies from
+        them."""
         _, arrays, copied = self._buffers[self._next]
         copied.synchronize()
         return arrays
 
     def send(self) -> None:
-        """Queue the copy; what the device does from now on sees the new numbers, what was queued before saw the old ones."""
+        """Queue the copy; what the device does from now on sees the new numbers, what was queued before saw
+        the old ones."""
         buffer, _, copied = self._buffers[self._next]
         self._there.copy_(buffer, non_blocking=True)
         copied.record()

@@ -1,4 +1,5 @@
-"""Steps that nobody asked for, before anybody asks: they compile the kernels, and show what memory a step takes."""
+"""Steps that nobody asked for, before anybody asks: they compile the kernels, and show what memory a step
+takes."""
 
 from dataclasses import fields
 
@@ -12,16 +13,22 @@ from ..device import Device
 from ..kv_cache import KVCache
 from ..model import Model, ModelInput
 
-# Chunks of these lengths take each kernel of attention that there is: by a few queries, rounded up, and by many.
+# Chunks of these lengths take each kernel of attention that there is: by a few queries, rounded up, and by
+# many.
 _CHUNK_LENGTHS = (2, 4, 8, 64)
 
 
 @torch.inference_mode()
 def prompt_step(
-    device: Device, model: Model, cache: KVCache, lengths: list[int], max_model_len: int, num_cached_tokens: int = 0
+    device: Device,
+    model: Model,
+    cache: KVCache,
+    lengths: list[int],
+    max_model_len: int,
+    num_cached_tokens: int = 0,
 ) -> None:
-    """A step of prompts of these lengths, each behind a cached prefix. What it computes means nothing: all keys lie in block
-    0 of `cache`, one on the other."""
+    """A step of prompts of these lengths, each behind a cached prefix. What it computes means nothing: all
+    keys lie in block 0 of `cache`, one on the other."""
     there, size = device.torch_device, cache.layout.block_size
     positions = torch.cat([torch.arange(length) for length in lengths]) + num_cached_tokens
     batch = AttentionBatch(
@@ -36,18 +43,27 @@ def prompt_step(
 
 @torch.inference_mode()
 def warm_up(device: Device, model: Model, cache: KVCache, max_model_len: int) -> None:
-    """Everything that requests may need beside captured graphs. Nothing may be in the cache yet: block 0 is written to."""
+    """Everything that requests may need beside captured graphs. Nothing may be in the cache yet: block 0 is
+    written to."""
     for length in _CHUNK_LENGTHS:
         prompt_step(device, model, cache, [min(length, max_model_len)], max_model_len)
     last = _CHUNK_LENGTHS[-1]
-    if max_model_len > last:  # and that many behind all the cached tokens that there may be, whose keys are shared out
+    if (
+        max_model_len > last
+    ):  # and that many behind all the cached tokens that there may be, whose keys are shared out
         prompt_step(device, model, cache, [last], max_model_len, max_model_len - last)
     there, vocab_size = device.torch_device, model.config.vocab_size
     logits = torch.zeros((1, vocab_size), device=there)
     bits = torch.full((1, -(-vocab_size // 8)), 255, dtype=torch.uint8, device=there)
     mask_tokens(logits, torch.zeros(1, dtype=torch.int32, device=there), bits)
-    columns = {field.name: torch.zeros(1, dtype=column_dtype(field.name), device=there) for field in fields(SamplingBatch)}
-    sample(logits, SamplingBatch(**columns | {"temperature": columns["temperature"] + 1, "top_p": columns["top_p"] + 1}))
+    columns = {
+        field.name: torch.zeros(1, dtype=column_dtype(field.name), device=there)
+        for field in fields(SamplingBatch)
+    }
+    sample(
+        logits,
+        SamplingBatch(**columns | {"temperature": columns["temperature"] + 1, "top_p": columns["top_p"] + 1}),
+    )
     event = device.event()
     event.record()
     event.synchronize()

@@ -1,1 +1,2 @@
-"""Who a client is and how much it may use: API keys, TLS, rate limits. `Access` owns the keys in force and their accounts."""
+"""Who a client is and how much it may use: API keys, TLS, rate limits. `Access` owns the keys in force and
+their accounts."""

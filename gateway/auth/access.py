@@ -1,7 +1,7 @@
 """Who is admitted, as whom, and how much of it: one object for all servers of a cluster.
 
-A server calls `admit` with what the client shows before it reads what the client asks for, and `charge` before any of that is
-done. Names of keys are the clients that take turns, and that cached prefixes belong to.
+A server calls `admit` with what the client shows before it reads what the client asks for, and `charge`
+before any of that is done. Names of keys are the clients that take turns, and that cached prefixes belong to.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ BEARER = "bearer "
 CacheSharing = Literal["key", "group", "all"]
 
 
-class Need(Enum):
+class RequiredAccess(Enum):
     """What a call asks of its client."""
 
     NOTHING = "nothing"  # health: load balancers have no keys
@@ -62,7 +62,8 @@ class Caller:
 
     @property
     def client(self) -> str:
-        """Whom its requests count for when clients take turns; nothing that a client says can make it another's."""
+        """Whom its requests count for when clients take turns; nothing that a client says can make it
+        another's."""
         return f"key:{self.name}"
 
     def scoped(self, request_id: str) -> str:
@@ -80,7 +81,8 @@ def cache_scope(caller: Caller | None, sharing: CacheSharing) -> str:
 
 
 def scoped_salt(scope: str, cache_salt: str) -> str:
-    """The salt inside: no name has a slash, so nothing that a client sends as its salt reaches another scope."""
+    """The salt inside: no name has a slash, so nothing that a client sends as its salt reaches another
+    scope."""
     return f"{scope}/{cache_salt}"
 
 
@@ -109,24 +111,26 @@ class Access:
             living = set(self._ring.names)
             self._buckets = {which: bucket for which, bucket in self._buckets.items() if which[0] in living}
 
-    def admit(self, need: Need, authorization: str | None, now_s: float) -> Caller | None:
-        """Whose key `authorization` (the header's value) shows; None where none is needed and none is shown that is known.
+    def admit(self, need: RequiredAccess, authorization: str | None, now_s: float) -> Caller | None:
+        """Whose key `authorization` (the header's value) shows; None where none is needed and none is shown
+        that is known.
 
         Raises Unauthenticated, NotPermitted or RateLimited."""
         self.look(now_s)
         key = self._ring.find(_shown(authorization))
-        if need is Need.NOTHING:
+        if need is RequiredAccess.NOTHING:
             return None if key is None else Caller(key)
         if key is None:
             raise Unauthenticated("authorization: not a key of this server, expected `Bearer KEY`")
         _check_marks(key, need)
-        if need is Need.REQUEST:
+        if need is RequiredAccess.REQUEST:
             self._take(key, "requests_per_minute", 1, now_s)
         return Caller(key)
 
-    def check_still(self, caller: Caller, need: Need) -> None:
-        """Whether a call that was admitted may go on, by the keys that `look` has found. Raises Revoked or NotPermitted."""
-        if need is Need.NOTHING:
+    def check_still(self, caller: Caller, need: RequiredAccess) -> None:
+        """Whether a call that was admitted may go on, by the keys that `look` has found. Raises Revoked or
+        NotPermitted."""
+        if need is RequiredAccess.NOTHING:
             return
         key = self._ring.of_digest(caller.key.digest)
         if key is None or key.name != caller.name:
@@ -134,7 +138,8 @@ class Access:
         _check_marks(key, need)
 
     def charge(self, caller: Caller | None, prices: Sequence[Price], now_s: float) -> list[Charge]:
-        """Take all that one call asks for, of both rates, before any of it is done; `admit` has counted its first request.
+        """Take all that one call asks for, of both rates, before any of it is done; `admit` has counted its
+        first request.
 
         Raises RateLimited, and takes nothing more then."""
         if caller is None:
@@ -150,7 +155,9 @@ class Access:
             raise
         return [Charge(price, bucket) for price in prices]
 
-    def _take(self, key: ApiKey, limit: str, amount: int, now_s: float, already: int = 0) -> TokenBucket | None:
+    def _take(
+        self, key: ApiKey, limit: str, amount: int, now_s: float, already: int = 0
+    ) -> TokenBucket | None:
         per_minute: int | None = getattr(key, limit)
         if per_minute is None:
             return None
@@ -161,11 +168,15 @@ class Access:
         return bucket
 
 
-def _check_marks(key: ApiKey, need: Need) -> None:
-    if need is Need.ADMIN and not key.is_admin:
-        raise NotPermitted(f"{key.name}: this key may not administer the cluster, expected one that is marked admin")
-    if need is Need.METRICS and not key.may_read_metrics:
-        raise NotPermitted(f"{key.name}: this key may not read metrics, expected one that is marked metrics or admin")
+def _check_marks(key: ApiKey, need: RequiredAccess) -> None:
+    if need is RequiredAccess.ADMIN and not key.is_admin:
+        raise NotPermitted(
+            f"{key.name}: this key may not administer the cluster, expected one that is marked admin"
+        )
+    if need is RequiredAccess.METRICS and not key.may_read_metrics:
+        raise NotPermitted(
+            f"{key.name}: this key may not read metrics, expected one that is marked metrics or admin"
+        )
 
 
 def _shown(authorization: str | None) -> str:

@@ -1,8 +1,10 @@
-"""The price of a request, in what its key may use per minute, and the account of one that is being carried out. Pure.
+"""The price of a request, in what its key may use per minute, and the account of one that is being carried
+out. Pure.
 
-A price is fixed before any of the work, from what the message says: a text is taken to have a token in four characters, about
-as English has them; in other scripts it may have more. Once its tokens are counted the account is corrected, and at the end
-what was not produced is given back. So a bucket has lost exactly what was used, when nothing is under way.
+A price is fixed before any of the work, from what the message says: a text is taken to have a token in four
+characters, about as English has them; in other scripts it may have more. Once its tokens are counted the
+account is corrected, and at the end what was not produced is given back. So a bucket has lost exactly what
+was used, when nothing is under way.
 
 A token that is reported with k alternatives counts 1 + k/10: each alternative is sorted out, kept and sent.
 """
@@ -53,9 +55,11 @@ def prompt_price(prompt: pb.Prompt) -> Price:
     return Price(num_prompt_tokens=estimated_tokens(num_chars))
 
 
-def request_price(message: pb.GenerateRequest, limits: LimitsSection, max_model_len: int, fills: bool) -> Price:
-    """The price of a request. What goes beyond the limits will be refused, and counts as far as they go. `fills`: without
-    `max_tokens` each choice may use all the room that there is."""
+def request_price(
+    message: pb.GenerateRequest, limits: LimitsSection, max_model_len: int, fills: bool
+) -> Price:
+    """The price of a request. What goes beyond the limits will be refused, and counts as far as they go.
+    `fills`: without `max_tokens` each choice may use all the room that there is."""
     prompt, sampling = prompt_price(message.prompt), message.sampling
     most = min(limits.max_tokens, max_model_len)
     default = max_model_len - prompt.num_prompt_tokens if fills else _DEFAULTS.max_tokens
@@ -78,7 +82,8 @@ def _within(value: int, low: int, high: int) -> int:
 
 
 class Charge:
-    """The account of one request with its key's bucket: at first all that it may use is taken, in the end what it did use."""
+    """The account of one request with its key's bucket: at first all that it may use is taken, in the end
+    what it did use."""
 
     def __init__(self, price: Price, bucket: TokenBucket | None) -> None:
         """`price` has been taken of `bucket` already; without a bucket nothing is counted."""
@@ -96,8 +101,9 @@ class Charge:
 
     @contextmanager
     def tokenizing(self) -> Iterator[None]:
-        """Around turning the prompt into tokens. It is paid for from here on, whatever becomes of the request, unless there is
-        no place for the work; what can be refused without it has been refused before."""
+        """Around turning the prompt into tokens. It is paid for from here on, whatever becomes of the
+        request, unless there is no place for the work; what can be refused without it has been refused
+        before."""
         self._is_prompt_used = self._price.is_text
         try:
             yield
@@ -113,7 +119,8 @@ class Charge:
         self._correct(self._price.tokens(self._num_prompt, self._max_output), now_s)
 
     def settle(self, num_output_tokens: int, now_s: float, has_begun: bool = True) -> None:
-        """The request is over: give back what was not used, which is the prompt too if nothing was done with it. Once."""
+        """The request is over: give back what was not used, which is the prompt too if nothing was done with
+        it. Once."""
         is_used = has_begun or self._is_prompt_used
         self._correct(self._price.tokens(self._num_prompt if is_used else 0, num_output_tokens), now_s)
         self._bucket = None

@@ -1,9 +1,8 @@
 """The file of the keys: read again when it has changed, and what counts while it is wrong or missing.
 
-A file that has changed counts when it has rested for a moment: until then it may be half written, and lack keys or what limits
-them. One that is wrong (a mistake in a line, rights that are too wide) leaves the keys before it in force. One that is missing,
-or cannot be read, for longer than a moment revokes them all.
-"""
+A file that has changed counts when it has rested for a moment: until then it may be half written, and lack
+keys or what limits them. One that is wrong (a mistake in a line, rights that are too wide) leaves the keys
+before it in force. One that is missing, or cannot be read, for longer than a moment revokes them all."""
 
 import logging
 import os
@@ -38,7 +37,8 @@ class KeyFile:
         self.keys = _read(self._path)
 
     def look(self, now_s: float) -> bool:
-        """Read the file again if it has changed; returns whether the keys in force may have. Costs one stat otherwise."""
+        """Read the file again if it has changed; returns whether the keys in force may have. Costs one stat
+        otherwise."""
         stamp = file_stamp(self._path)
         if stamp is not None and stamp == self._stamp:
             self._missing_since_s = None

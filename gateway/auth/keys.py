@@ -1,9 +1,8 @@
 """API keys: the file that names them, and the look-up of one that a client shows. Pure: text in, keys out.
 
-A line of the file is a name, the SHA-256 of a key, and what the key may: `alice sha256:9f86... tokens_per_minute=60000`.
-Keys are 256 random bits that `pdserve key new` draws, so a fast hash hides them as well as a slow one would: there is no
-dictionary to try, and nothing to make every call expensive for.
-"""
+A line of the file is a name, the SHA-256 of a key, and what the key may: `alice sha256:9f86...
+tokens_per_minute=60000`. Keys are 256 random bits that `pdserve key new` draws, so a fast hash hides them as
+well as a slow one would: there is no dictionary to try, and nothing to make every call expensive for."""
 
 import hashlib
 import hmac
@@ -22,7 +21,10 @@ MAX_LIMIT = 10**12
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _LIMITS = ("requests_per_minute", "tokens_per_minute")
 _FLAGS = ("admin", "metrics")
-_EXPECTED = "a name, sha256:HASH, then any of admin, metrics, group=NAME, requests_per_minute=N and tokens_per_minute=N"
+_EXPECTED = (
+    "a name, sha256:HASH, then any of admin, metrics, group=NAME, requests_per_minute=N and"
+    " tokens_per_minute=N"
+)
 _EXPECTED_NAME = "at most 64 letters, digits, dots, dashes and underscores"
 
 
@@ -46,7 +48,9 @@ class ApiKey:
     def line(self) -> str:
         """As the file has it."""
         flags = ["admin"] * self.is_admin + ["metrics"] * self.is_scraper
-        values = [f"{name}={value}" for name in ("group", *_LIMITS) if (value := getattr(self, name)) is not None]
+        values = [
+            f"{name}={value}" for name in ("group", *_LIMITS) if (value := getattr(self, name)) is not None
+        ]
         return " ".join([self.name, f"sha256:{self.digest.hex()}", *flags, *values])
 
 
@@ -59,8 +63,9 @@ def digest_of(key: str) -> bytes:
 
 
 class KeyRing:
-    """All keys that are let in. What a look-up takes tells nothing about them: it is of the hash, of which a client that
-    does not have the key cannot choose a part, and what has the same beginning is compared in constant time."""
+    """All keys that are let in. What a look-up takes tells nothing about them: it is of the hash, of which a
+    client that does not have the key cannot choose a part, and what has the same beginning is compared in
+    constant time."""
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
         keys = tuple(keys)
@@ -81,7 +86,8 @@ class KeyRing:
 
 
 def parse_keys(text: str, filename: str) -> tuple[ApiKey, ...]:
-    """The keys in `text`. Raises ConfigError: a line a mistake. No message repeats what stands in the file: it may be a key."""
+    """The keys in `text`. Raises ConfigError: a line a mistake. No message repeats what stands in the file:
+    it may be a key."""
     keys, problems = list[ApiKey](), list[str]()
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.partition("#")[0].split()

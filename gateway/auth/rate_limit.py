@@ -1,8 +1,7 @@
 """A token bucket: what one client may take of something per minute. Pure: whoever asks brings the time.
 
-It holds a minute's worth and fills at the same rate. What is larger than that is let through when the bucket is full, and
-leaves it in debt, so that nothing that is allowed at all has to wait for ever.
-"""
+It holds a minute's worth and fills at the same rate. What is larger than that is let through when the bucket
+is full, and leaves it in debt, so that nothing that is allowed at all has to wait for ever."""
 
 SECONDS = 60.0
 
@@ -17,8 +16,8 @@ class TokenBucket:
         self._filled_s = now_s
 
     def take(self, amount: float, now_s: float, already: float = 0.0) -> float:
-        """Take `amount`, of which `already` was taken before, and return 0; or take nothing more, and return after how many
-        seconds all of it will be there."""
+        """Take `amount`, of which `already` was taken before, and return 0; or take nothing more, and return
+        after how many seconds all of it will be there."""
         self._fill(now_s)
         missing = min(amount, self.per_minute) - self._level
         if missing > already:
@@ -27,7 +26,8 @@ class TokenBucket:
         return 0.0
 
     def give_back(self, amount: float, now_s: float) -> None:
-        """Return what was taken and not used; less than nothing takes more than was expected, without asking."""
+        """Return what was taken and not used; less than nothing takes more than was expected, without
+        asking."""
         self._fill(now_s)
         self._level = min(self._level + amount, float(self.per_minute))
 

@@ -1,4 +1,5 @@
-"""Ends the calls of keys that are taken away, soon after and without another call. `Access` decides; here is the timer."""
+"""Ends the calls of keys that are taken away, soon after and without another call. `Access` decides; here is
+the timer."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from ...core.errors import PdserveError
-from .access import Access, Caller, Need
+from .access import Access, Caller, RequiredAccess
 
 LOOK_S = 0.5
 
@@ -14,7 +15,7 @@ LOOK_S = 0.5
 @dataclass(eq=False)
 class _Call:
     caller: Caller
-    need: Need
+    need: RequiredAccess
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     reason: PdserveError | None = None
 
@@ -60,8 +61,9 @@ class Revocation:
                     call.limit.reschedule(now_s)
 
     @asynccontextmanager
-    async def watch(self, caller: Caller | None, need: Need) -> AsyncIterator[None]:
-        """Around a call, from when it was admitted. Raises Revoked or NotPermitted when its key may not do that any more."""
+    async def watch(self, caller: Caller | None, need: RequiredAccess) -> AsyncIterator[None]:
+        """Around a call, from when it was admitted. Raises Revoked or NotPermitted when its key may not do
+        that any more."""
         if self._access is None or caller is None:
             yield
             return

@@ -1,5 +1,5 @@
-"""Files that secrets depend on, such as the keys of clients and the private key of TLS: when they have changed, and who may
-own, read and write them."""
+"""Files that secrets depend on, such as the keys of clients and the private key of TLS: when they have
+changed, and who may own, read and write them."""
 
 import os
 from pathlib import Path
@@ -18,14 +18,18 @@ def file_stamp(path: Path) -> Stamp | None:
 
 
 def expected_rights(status: os.stat_result, euid: int) -> str | None:
-    """The rights that the file has to have instead of those in `status`, and how it gets them; None when they are right.
+    """The rights that the file has to have instead of those in `status`, and how it gets them; None when they
+    are right.
 
-    Its group may read it, as packages of certificates arrange it, and so does a secret that is mounted into a container.
-    """
+    Its group may read it, as packages of certificates arrange it, and so does a secret that is mounted into a
+    container."""
     if status.st_uid not in (euid, 0):
         owner = "root" if euid == 0 else f"the server's user (uid {euid}) or root"
         return f"a file that belongs to {owner}, not to uid {status.st_uid} (chown)"
     if status.st_mode & (OTHERS_READ_OR_WRITE | GROUP_WRITES):
         mode = f"{status.st_mode & 0o777:o}"
-        return f"a file that others cannot read and its owner alone can write, not one of mode {mode} (chmod 600, or 640)"
+        return (
+            f"a file that others cannot read and its owner alone can write, not one of mode {mode} (chmod"
+            " 600, or 640)"
+        )
     return None

@@ -1,7 +1,8 @@
-"""TLS of what clients connect to: certificate, key and client authorities, checked at start and read again when they change.
+"""TLS of what clients connect to: certificate, key and client authorities, checked at start and read again
+when they change.
 
-A file that is wrong when it changes leaves what was read before in force: one may be replaced before the other.
-"""
+A file that is wrong when it changes leaves what was read before in force: one may be replaced before the
+other."""
 
 import logging
 import os
@@ -65,7 +66,8 @@ class ServerTls:
         first = self.current()
         return grpc.dynamic_ssl_server_credentials(
             _grpc_configuration(first),
-            self._fetcher(first.version),  # type: ignore[arg-type]  # the stubs forget that None means no change
+            # the stubs forget that None means no change
+            self._fetcher(first.version),  # type: ignore[arg-type]
             require_client_authentication=first.client_ca is not None,
         )
 
@@ -96,7 +98,9 @@ class ServerTls:
             context.load_cert_chain(self._paths["certificate"], self._paths["key"], password=_no_passphrase)
         except (ssl.SSLError, OSError, ValueError) as error:
             raise _wrong(
-                "certificate", self._paths["certificate"], f"a PEM certificate that {_fits(self._paths['key'])}"
+                "certificate",
+                self._paths["certificate"],
+                f"a PEM certificate that {_fits(self._paths['key'])}",
             ) from error
         if "client_ca" in data:
             _trust(context, self._paths["client_ca"], data["client_ca"])

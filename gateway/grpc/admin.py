@@ -75,7 +75,9 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
         async with translated(context):
             refuse_unknown_fields(request)
             if request.shutdown and request.worker_ids:
-                raise InvalidRequest("worker_ids", list(request.worker_ids), "no names together with shutdown")
+                raise InvalidRequest(
+                    "worker_ids", list(request.worker_ids), "no names together with shutdown"
+                )
             drain = asyncio.create_task(self._frontend.drain(tuple(request.worker_ids), request.shutdown))
             self._drains.add(drain)
             drain.add_done_callback(self._drained)
@@ -92,7 +94,9 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
     async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.Explanation:
         async with translated(context):
             refuse_unknown_fields(request)
-            timeline = find_timeline(self._frontend.explain, request.request_id, CALLER.get(), self._shared.access)
+            timeline = find_timeline(
+                self._frontend.explain, request.request_id, CALLER.get(), self._shared.access
+            )
             if timeline is None:
                 raise UnknownRequest(request.request_id)
             return explanation(timeline)
@@ -127,7 +131,9 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             num_queued_requests=status.num_queued_requests,
             num_running_requests=status.num_running_requests,
             pools=[
-                pb.PoolStatus(role=role.value, instances=instances, ready=_num_ready(status.workers, role.value))
+                pb.PoolStatus(
+                    role=role.value, instances=instances, ready=_num_ready(status.workers, role.value)
+                )
                 for role, instances in status.instances.items()
             ],
             workers=[_worker(worker) for worker in status.workers],
@@ -220,7 +226,10 @@ def _values(config: ClusterConfig) -> dict[str, Any]:
     hosts = config.hosts
     named = "any host" if hosts.addresses is None else ", ".join(hosts.addresses) or "none"
     min_workers = ", ".join(f"{count} of {name}" for name, count in hosts.node_types.items()) or "none"
-    return config.model_dump() | {"provider": {"worker_ips": named}, "available_node_types": {"min_workers": min_workers}}
+    return config.model_dump() | {
+        "provider": {"worker_ips": named},
+        "available_node_types": {"min_workers": min_workers},
+    }
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

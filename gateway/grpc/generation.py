@@ -23,7 +23,8 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
 
-    # grpc.aio takes coroutines that write as well as generators; writing lets us see when a client does not read
+    # grpc.aio takes coroutines that write as well as generators; writing lets us see when a client does not
+    # read
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         with self._serving.shared.answer():
             async with translated(context), aclosing(self._events(request, context)) as events:
@@ -34,7 +35,9 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
         with self._serving.shared.answer():
             async with translated(context), aclosing(self._events(request, context)) as events:
                 if request.resume_from:
-                    raise InvalidRequest("resume_from", list(request.resume_from[:8]), "nothing: the answer comes as a whole")
+                    raise InvalidRequest(
+                        "resume_from", list(request.resume_from[:8]), "nothing: the answer comes as a whole"
+                    )
                 collector = Collector()
                 async for event in events:
                     collector.add(event)
@@ -56,7 +59,9 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
             return self._serving.model_info(request)
         raise AssertionError("translated() ends the call")
 
-    async def _events(self, message: pb.GenerateRequest, context: Context) -> AsyncGenerator[pb.GenerateEvent, None]:
+    async def _events(
+        self, message: pb.GenerateRequest, context: Context
+    ) -> AsyncGenerator[pb.GenerateEvent, None]:
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
         caller, traceparent = CALLER.get(), _metadata(context, "traceparent")

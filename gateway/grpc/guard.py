@@ -1,9 +1,9 @@
-"""Every gRPC call passes here before its handler: it is authenticated before its message is read, takes a place among the open
-calls, and its message is received and parsed within bounds.
+"""Every gRPC call passes here before its handler: it is authenticated before its message is read, takes a
+place among the open calls, and its message is received and parsed within bounds.
 
-All methods are served as streams on the wire's level, whatever they are to their handlers: gRPC would call the handler of
-a unary method only when the message has come, and a call whose message never comes could not be counted.
-"""
+All methods are served as streams on the wire's level, whatever they are to their handlers: gRPC would call
+the handler of a unary method only when the message has come, and a call whose message never comes could not
+be counted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest, PdserveError
 from ...proto import pdserve_pb2 as pb
-from ..auth.access import Access, Caller, Need, NotPermitted
+from ..auth.access import Access, Caller, NotPermitted, RequiredAccess
 from ..auth.revocation import Revocation
 from ..call_bounds import (
     MESSAGE_TIMEOUT_S,
@@ -38,16 +38,19 @@ MAX_HEADERS = 128  # of a call: more were put together from references to a few,
 CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
 
 _SERVICES = {
-    "grpc.health.v1.Health": Need.NOTHING,
-    f"{pb.DESCRIPTOR.package}.Generation": Need.REQUEST,
-    f"{pb.DESCRIPTOR.package}.Cluster": Need.ADMIN,
+    "grpc.health.v1.Health": RequiredAccess.NOTHING,
+    f"{pb.DESCRIPTOR.package}.Generation": RequiredAccess.REQUEST,
+    f"{pb.DESCRIPTOR.package}.Cluster": RequiredAccess.ADMIN,
 }
-_METHODS = {f"{pb.DESCRIPTOR.package}.Cluster/Explain": Need.KEY}  # of its own requests a client has been told most of it
+_METHODS = {
+    f"{pb.DESCRIPTOR.package}.Cluster/Explain": RequiredAccess.KEY
+}  # of its own requests a client has been told most of it
 
-ADMIN_SERVICES = tuple(name for name, need in _SERVICES.items() if need is Need.ADMIN)
+ADMIN_SERVICES = tuple(name for name, need in _SERVICES.items() if need is RequiredAccess.ADMIN)
 _ADMIN_IS_LOCAL = (
-    "without listen.api_keys only the user who started the cluster administers it, over a Unix socket on the head's host; "
-    "listen.api_keys with a key marked admin, or listen.admin_without_key: true, offer it over TCP"
+    "without listen.api_keys only the user who started the cluster administers it, over a Unix socket on the"
+    " head's host; listen.api_keys with a key marked admin, or listen.admin_without_key: true, offer it"
+    " over TCP"
 )
 
 MessageReader = Callable[[type[Message], bytes, str], Awaitable[Message]]  # as `Serving.message`
@@ -55,9 +58,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Any  # a grpc.RpcMethodHandler, whose fields its stubs do not name
 
 
-def need_of(method: str) -> Need:
-    """What the full name of a method (`/package.Service/Method`) asks; a key for whatever is not known here."""
-    return _METHODS.get(method.strip("/")) or _SERVICES.get(service_of(method), Need.KEY)
+def need_of(method: str) -> RequiredAccess:
+    """What the full name of a method (`/package.Service/Method`) asks; a key for whatever is not known
+    here."""
+    return _METHODS.get(method.strip("/")) or _SERVICES.get(service_of(method), RequiredAccess.KEY)
 
 
 def service_of(method: str) -> str:
@@ -66,7 +70,8 @@ def service_of(method: str) -> str:
 
 
 class CallBounds:
-    """The bounds on everything that the calls of one server hold open. `held_bytes` may be shared with another."""
+    """The bounds on everything that the calls of one server hold open. `held_bytes` may be shared with
+    another."""
 
     def __init__(self, limits: LimitsSection, held_bytes: HeldBytes, connections: GrpcConnections) -> None:
         self.open_calls = OpenCalls(limits.max_open_calls)
@@ -88,11 +93,16 @@ class CallBounds:
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
-    """Stands before all services of a server. Without `access`, clients need no keys, and only where `offers_admin` may they
-    administer the cluster."""
+    """Stands before all services of a server. Without `access`, clients need no keys, and only where
+    `offers_admin` may they administer the cluster."""
 
     def __init__(
-        self, access: Access | None, bounds: CallBounds, revocation: Revocation, reader: MessageReader, offers_admin: bool
+        self,
+        access: Access | None,
+        bounds: CallBounds,
+        revocation: Revocation,
+        reader: MessageReader,
+        offers_admin: bool,
     ) -> None:
         self._access = access
         self._offers_admin = offers_admin
@@ -114,7 +124,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
             return self._refusal(error, self.bounds.connections.close)
         try:
             if self._access is not None:
-                shown = [value for name, value in details.invocation_metadata or () if name == "authorization"]
+                shown = [
+                    value for name, value in details.invocation_metadata or () if name == "authorization"
+                ]
                 text = shown[0] if len(shown) == 1 and isinstance(shown[0], str) else None
                 CALLER.set(self._access.admit(need, text, asyncio.get_running_loop().time()))
             elif not self._offers_admin and service_of(details.method) in ADMIN_SERVICES:
@@ -129,14 +141,14 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         handler: grpc.RpcMethodHandler[Any, Any] = self._handlers[details.method]
         return handler
 
-    def _bounded(self, handler: Handler, need: Need) -> "grpc.RpcMethodHandler[Any, Any]":
+    def _bounded(self, handler: Handler, need: RequiredAccess) -> "grpc.RpcMethodHandler[Any, Any]":
         behaviour = handler.unary_unary or handler.unary_stream
         kind: type[Message] = getattr(handler.request_deserializer, "__self__", Message)  # of `FromString`
 
         async def call(messages: Any, context: Context) -> None:
             peer, caller = context.peer(), CALLER.get()
             client, connection = client_of(caller, host_of(peer)), connection_of(peer)
-            is_keyless = need is Need.NOTHING and caller is None and not peer.startswith("unix:")
+            is_keyless = need is RequiredAccess.NOTHING and caller is None and not peer.startswith("unix:")
             if is_keyless:
                 self._add_unpaid(connection)
             async with (
@@ -159,9 +171,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
     def _add_unpaid(self, connection: str) -> None:
         self.bounds.connections.add_unpaid(connection, asyncio.get_running_loop().time())
 
-    def _refusal(self, error: PdserveError, count: Callable[[str], None]) -> "grpc.RpcMethodHandler[Any, Any]":
-        """Ends any call, and has its connection counted. As a handler of streams it does not wait for the client's message,
-        which may be large."""
+    def _refusal(
+        self, error: PdserveError, count: Callable[[str], None]
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """Ends any call, and has its connection counted. As a handler of streams it does not wait for the
+        client's message, which may be large."""
 
         async def refuse(requests: Any, context: Context) -> None:
             count(connection_of(context.peer()))

@@ -1,9 +1,8 @@
-"""The sockets of a gRPC server, which its library keeps to itself: found among the process's own descriptors, looked at and
-ended under the library.
+"""The sockets of a gRPC server, which its library keeps to itself: found among the process's own descriptors,
+looked at and ended under the library.
 
-No call here lets go of the interpreter. While the loop is busy each that does waits 5 ms to get it back, and thousands of
-sockets would take seconds, during a flood of all times.
-"""
+No call here lets go of the interpreter. While the loop is busy each that does waits 5 ms to get it back, and
+thousands of sockets would take seconds, during a flood of all times."""
 
 import ctypes
 import re
@@ -36,15 +35,18 @@ class GrpcSocket:
     received: Received | None  # None: it receives no more
 
     def abort(self) -> None:
-        """End the connection. What has come and was not read is gone: after shutdown(2), or when the client hangs up, the
-        library still parses it to the last byte. The library sees its peer reset the connection."""
+        """End the connection. What has come and was not read is gone: after shutdown(2), or when the client
+        hangs up, the library still parses it to the last byte. The library sees its peer reset the
+        connection."""
         copy = _libc.dup(self.descriptor)
         if copy < 0:  # closed meanwhile
             return
         try:
             with suppress(OSError), _borrowed(copy) as sock:
                 if _cookie(sock) == self.cookie:
-                    _libc.connect(copy, _UNSPECIFIED, len(_UNSPECIFIED))  # connect(2): dissolves the association
+                    _libc.connect(
+                        copy, _UNSPECIFIED, len(_UNSPECIFIED)
+                    )  # connect(2): dissolves the association
         finally:
             _libc.close(copy)
 
@@ -58,19 +60,24 @@ class GrpcSockets:
         self._names: dict[bytes, str | None] = {}  # by their cookies; None: not a connection of the server's
 
     def look(self) -> dict[str, GrpcSocket]:
-        """All connections there are by their names. Those that were reset by their clients are aborted, and are not among
-        them."""
+        """All connections there are by their names. Those that were reset by their clients are aborted, and
+        are not among them."""
         match = _NUM_DESCRIPTORS.search(STATUS.read_text())
         assert match is not None, "proc(5) has it since Linux 2.6"
         self.num_reset = 0
         found, names = dict[str, GrpcSocket](), dict[bytes, str | None]()
         for descriptor in range(int(match[1])):
-            with suppress(OSError), _borrowed(descriptor) as sock:  # OSError: not open, no socket, or closed meanwhile
+            with (
+                suppress(OSError),
+                _borrowed(descriptor) as sock,
+            ):  # OSError: not open, no socket, or closed meanwhile
                 cookie = _cookie(sock)
                 name = names[cookie] = self._names[cookie] if cookie in self._names else self._name_of(sock)
                 if name is None:
                     continue
-                state, num_bytes = _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+                state, num_bytes = _TCP_INFO.unpack(
+                    sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+                )
                 received = None
                 if state in (_ESTABLISHED, _CLOSE_WAIT):
                     received = Received(num_bytes, _num_unread(descriptor), has_left=state == _CLOSE_WAIT)
@@ -97,7 +104,8 @@ class GrpcSockets:
 
 @contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """A descriptor of somebody else's as a socket; its kind is not asked. Raises OSError where it is not open."""
+    """A descriptor of somebody else's as a socket; its kind is not asked. Raises OSError where it is not
+    open."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, descriptor)
     try:
         yield sock

@@ -1,11 +1,11 @@
 """How many bytes a gRPC connection may bring beside calls with a key before it is closed. Pure.
 
-The library refuses calls by itself, beyond its bounds on streams and on calls that wait, and it parses what clients that have
-left leave in its sockets. None of this is seen as a call; all of it shows in the bytes that the kernel has received.
-An honest client sends no more than a window of flow control, 64 KiB a call, before its calls are seen, and then rests: a
-connection has brought too much where this is so at two looks, one after the other, and the library has had more to parse
-meanwhile. So calls with large messages may wait to be seen for as long as it takes.
-"""
+The library refuses calls by itself, beyond its bounds on streams and on calls that wait, and it parses what
+clients that have left leave in its sockets. None of this is seen as a call; all of it shows in the bytes that
+the kernel has received. An honest client sends no more than a window of flow control, 64 KiB a call, before
+its calls are seen, and then rests: a connection has brought too much where this is so at two looks, one after
+the other, and the library has had more to parse meanwhile. So calls with large messages may wait to be seen
+for as long as it takes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ class Verdict:
 
 
 class UnpaidBytes:
-    """Counts by connection in consecutive windows of time. One that has a call with a key, or had one in this window or the
-    last, is paid for."""
+    """Counts by connection in consecutive windows of time. One that has a call with a key, or had one in this
+    window or the last, is paid for."""
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}  # bytes of each connection at the last look
@@ -48,21 +48,29 @@ class UnpaidBytes:
         """A call with a key begins or ends on it."""
         self._paid.add(connection)
 
-    def judge(self, received: Mapping[str, Received], is_in_use: Callable[[str], bool], now_s: float) -> Verdict:
-        """Returns the connections that have brought too much, and those whose clients have left: their unread bytes would be
-        parsed for nobody."""
+    def judge(
+        self, received: Mapping[str, Received], is_in_use: Callable[[str], bool], now_s: float
+    ) -> Verdict:
+        """Returns the connections that have brought too much, and those whose clients have left: their unread
+        bytes would be parsed for nobody."""
         if now_s >= self._ends_s:
             self._before = self._last
             self._paid, self._paid_before = set(), self._paid
             self._ends_s = now_s + WINDOW_S
         at_last_look = self._last
         self._last = {name: connection.num_bytes for name, connection in received.items()}
-        self._before = {name: count for name, count in self._before.items() if count <= self._last.get(name, -1)}
+        self._before = {
+            name: count for name, count in self._before.items() if count <= self._last.get(name, -1)
+        }
         paid = self._paid | self._paid_before
         unpaid = {name for name in received if name not in paid and not is_in_use(name)}
         over = {name for name in unpaid if self._last[name] - self._before.get(name, 0) > MAX_IN_WINDOW}
         left = {name for name in unpaid if received[name].has_left}
-        resting = {name for name in over if not received[name].num_unread and self._last[name] == at_last_look.get(name)}
+        resting = {
+            name
+            for name in over
+            if not received[name].num_unread and self._last[name] == at_last_look.get(name)
+        }
         too_much = over & (self._suspects - resting | left)
         self._suspects = over - too_much
         return Verdict(too_much, left, is_suspicious=bool(over or left))

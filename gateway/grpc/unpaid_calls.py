@@ -1,8 +1,7 @@
 """How many calls without a key one gRPC connection may make before it is closed. Pure.
 
-A refusal costs the server more than the call cost its client. A connection that makes nothing but such calls, and very many
-of them, has to be opened again, which costs the client as much.
-"""
+A refusal costs the server more than the call cost its client. A connection that makes nothing but such calls,
+and very many of them, has to be opened again, which costs the client as much."""
 
 from collections import Counter
 

@@ -1,4 +1,5 @@
-"""The bodies of answers as OpenAPI describes them. They are written by `format`, without these models; a test compares."""
+"""The bodies of answers as OpenAPI describes them. They are written by `format`, without these models; a test
+compares."""
 
 from typing import Any, Literal
 
@@ -7,13 +8,13 @@ from pydantic import BaseModel, ConfigDict
 from .schema import FinishReason, Usage
 
 
-class Answer(BaseModel):
+class ResponseModel(BaseModel):
     """Answers have no other fields than these."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(ResponseModel):
     """One of each for every token."""
 
     tokens: list[str]
@@ -22,7 +23,7 @@ class CompletionLogprobs(Answer):
     text_offset: list[int]
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(ResponseModel):
     """One continuation."""
 
     index: int
@@ -34,7 +35,7 @@ class CompletionChoice(Answer):
     prompt_token_ids: list[int] | None = None
 
 
-class Completion(Answer):
+class Completion(ResponseModel):
     """The answer to a completion; in a stream, a chunk of it."""
 
     id: str
@@ -45,7 +46,7 @@ class Completion(Answer):
     usage: Usage | None = None
 
 
-class TokenLogprob(Answer):
+class TokenLogprob(ResponseModel):
     """A token and how probable it was."""
 
     token: str
@@ -59,35 +60,35 @@ class ChatTokenLogprob(TokenLogprob):
     top_logprobs: list[TokenLogprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(ResponseModel):
     """Of every token of the answer."""
 
     content: list[ChatTokenLogprob]
 
 
-class CalledFunction(Answer):
+class ReturnedFunction(ResponseModel):
     """What a tool call calls."""
 
     name: str
     arguments: str
 
 
-class ToolCall(Answer):
+class ReturnedToolCall(ResponseModel):
     """A call of a tool."""
 
     id: str
     type: Literal["function"]
-    function: CalledFunction
+    function: ReturnedFunction
 
 
-class CalledFunctionDelta(Answer):
+class CalledFunctionDelta(ResponseModel):
     """The name with the beginning of a call, and the next part of its arguments."""
 
     name: str | None = None
     arguments: str
 
 
-class ToolCallDelta(Answer):
+class ToolCallDelta(ResponseModel):
     """What comes next of a call; id and type with its beginning."""
 
     index: int
@@ -96,16 +97,16 @@ class ToolCallDelta(Answer):
     function: CalledFunctionDelta
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ResponseModel):
     """What the assistant says and calls."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ReturnedToolCall] | None = None
 
 
-class ChatAnswerDelta(Answer):
+class ChatAnswerDelta(ResponseModel):
     """What comes next of it."""
 
     role: Literal["assistant"] | None = None
@@ -113,7 +114,7 @@ class ChatAnswerDelta(Answer):
     tool_calls: list[ToolCallDelta] | None = None
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseModel):
     """One continuation."""
 
     index: int
@@ -124,7 +125,7 @@ class ChatChoice(Answer):
     token_ids: list[int] | None = None
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(ResponseModel):
     """The answer to a conversation."""
 
     id: str
@@ -136,7 +137,7 @@ class ChatCompletion(Answer):
     prompt_token_ids: list[int] | None = None
 
 
-class ChatChunkChoice(Answer):
+class ChatChunkChoice(ResponseModel):
     """What comes next of one continuation."""
 
     index: int
@@ -147,7 +148,7 @@ class ChatChunkChoice(Answer):
     token_ids: list[int] | None = None
 
 
-class ChatCompletionChunk(Answer):
+class ChatCompletionChunk(ResponseModel):
     """A chunk of a stream."""
 
     id: str
@@ -159,7 +160,7 @@ class ChatCompletionChunk(Answer):
     prompt_token_ids: list[int] | None = None
 
 
-class Tokens(Answer):
+class Tokens(ResponseModel):
     """The answer to /tokenize."""
 
     count: int
@@ -168,13 +169,13 @@ class Tokens(Answer):
     token_strs: list[str] | None
 
 
-class Prompt(Answer):
+class Prompt(ResponseModel):
     """The answer to /detokenize."""
 
     prompt: str
 
 
-class Model(Answer):
+class ServedModel(ResponseModel):
     """A model that is served."""
 
     id: str
@@ -184,27 +185,27 @@ class Model(Answer):
     max_model_len: int
 
 
-class Models(Answer):
+class Models(ResponseModel):
     """All models that are served: one."""
 
     object: Literal["list"]
-    data: list[Model]
+    data: list[ServedModel]
 
 
-class Version(Answer):
+class Version(ResponseModel):
     """The version of the server."""
 
     version: str
 
 
-class Health(Answer):
+class Health(ResponseModel):
     """How the cluster fares."""
 
     status: str
     reasons: list[str]
 
 
-class Startup(Answer):
+class Startup(ResponseModel):
     """How far the cluster's start is."""
 
     phase: Literal["starting", "started"]

@@ -20,7 +20,7 @@ from . import answers
 from .body import peer_of, read
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .completions import Completions
-from .errors import Refused, error_response
+from .errors import HttpRefusal, error_response
 from .gate import Gate
 from .hosts import AllowedHosts
 from .probes import Probes
@@ -38,7 +38,11 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
     app.add_exception_handler(PdserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)
-    completions, tokens, probes = Completions(serving), _Tokens(serving), Probes(serving.frontend, serving.shared)
+    completions, tokens, probes = (
+        Completions(serving),
+        _Tokens(serving),
+        Probes(serving.frontend, serving.shared),
+    )
     posts: dict[str, tuple[Handler, type[BaseModel], type[BaseModel]]] = {
         "/v1/completions": (completions.complete, CompletionRequest, answers.Completion),
         "/v1/chat/completions": (completions.chat, ChatCompletionRequest, answers.ChatCompletion),
@@ -48,7 +52,14 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
     for path, (handler, body, answer) in posts.items():
         _post(app, path, handler, body, answer)
     _get(app, "/v1/models", tokens.models, answers.Models)
-    _get(app, "/v1/models/{model:path}", tokens.retrieve, answers.Model, {404: {"model": ErrorResponse}}, _MODEL)
+    _get(
+        app,
+        "/v1/models/{model:path}",
+        tokens.retrieve,
+        answers.ServedModel,
+        {404: {"model": ErrorResponse}},
+        _MODEL,
+    )
     app.add_api_route("/metrics", probes.metrics, name="metrics", response_class=PlainTextResponse)
     _get(app, "/version", _version, answers.Version)
     _get(app, "/health", probes.health, answers.Health, {503: {"model": answers.Health}})
@@ -83,8 +94,14 @@ class _Tokens:
     async def tokenize(self, http: Request) -> Response:
         (message,), asked = await read(http, "tokenize", self._serving)
         assert isinstance(message, pb.TokenizeRequest)
-        tokens = await self._serving.tokenize(message, peer_of(http), http.state.caller, with_pieces=asked.token_texts)
-        told = {"count": len(tokens.token_ids), "max_model_len": tokens.max_model_len, "tokens": list(tokens.token_ids)}
+        tokens = await self._serving.tokenize(
+            message, peer_of(http), http.state.caller, with_pieces=asked.token_texts
+        )
+        told = {
+            "count": len(tokens.token_ids),
+            "max_model_len": tokens.max_model_len,
+            "tokens": list(tokens.token_ids),
+        }
         return _json(told | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
 
     async def detokenize(self, http: Request) -> Response:
@@ -110,10 +127,12 @@ async def _on_error(http: Request, error: Exception) -> Response:
 async def _on_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        response = error_response(Refused(405, "method_not_allowed", f"{http.url.path} does not take {http.method}"))
+        response = error_response(
+            HttpRefusal(405, "method_not_allowed", f"{http.url.path} does not take {http.method}")
+        )
         response.headers.update(error.headers or {})
         return response
-    return error_response(Refused(error.status_code, "not_found", f"there is no {http.url.path}"))
+    return error_response(HttpRefusal(error.status_code, "not_found", f"there is no {http.url.path}"))
 
 
 def _json(value: Any) -> Response:
@@ -123,8 +142,17 @@ def _json(value: Any) -> Response:
 _MODEL = {"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]}
 
 
-def _get(app: FastAPI, path: str, handler: Handler, answer: type[BaseModel], others: Any = None, described: Any = None) -> None:
-    app.add_api_route(path, handler, response_model=answer, responses=others, openapi_extra=described, name=_name(path))
+def _get(
+    app: FastAPI,
+    path: str,
+    handler: Handler,
+    answer: type[BaseModel],
+    others: Any = None,
+    described: Any = None,
+) -> None:
+    app.add_api_route(
+        path, handler, response_model=answer, responses=others, openapi_extra=described, name=_name(path)
+    )
 
 
 def _post(app: FastAPI, path: str, handler: Handler, body: type[BaseModel], answer: type[BaseModel]) -> None:
@@ -143,7 +171,11 @@ def _post(app: FastAPI, path: str, handler: Handler, body: type[BaseModel], answ
 def _refusals(path: str) -> dict[int | str, dict[str, Any]]:
     responses: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in REFUSALS}
     if "completions" in path:
-        responses[200] = {"content": {"text/event-stream": {"schema": {"description": "Events, each a chunk of the answer."}}}}
+        responses[200] = {
+            "content": {
+                "text/event-stream": {"schema": {"description": "Events, each a chunk of the answer."}}
+            }
+        }
     return responses
 
 

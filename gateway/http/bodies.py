@@ -24,7 +24,9 @@ Model = TypeVar("Model", bound=BaseModel)
 SMALL_BYTES = 1 << 16  # of a body or a message that the head reads by itself
 SMALL_VALUES = 1024  # lists and objects: 3 us each
 MAX_VALUES = 250_000  # of a body, numbers apart
-_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: linear also where none is closed
+_TEXT = re.compile(
+    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL
+)  # possessive: linear also where none is closed
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -56,7 +58,8 @@ def read_body(kind: str, data: bytes, request_id: str, bounds: Bounds) -> tuple[
 
 
 def _check_values(data: bytes) -> None:
-    """Before objects are made of them. Numbers cost little, and there may be as many as prompts have tokens."""
+    """Before objects are made of them. Numbers cost little, and there may be as many as prompts have
+    tokens."""
     if data.count(b'"') // 2 + data.count(b"[") + data.count(b"{") <= MAX_VALUES:
         return
     rest, num_texts = _TEXT.subn(b"", data)
@@ -73,7 +76,9 @@ def _validated(model: type[Model], data: bytes) -> Model:
 
 def _completions(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:
     body = _validated(CompletionRequest, data)
-    return completion_messages(body, request_id, bounds.limits), _asked(body, body.logprobs is not None, body.echo)
+    return completion_messages(body, request_id, bounds.limits), _asked(
+        body, body.logprobs is not None, body.echo
+    )
 
 
 def _chat(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from ..call_bounds import client_of, host_of
 from ..serving import Serving
 from .bodies import Asked
-from .errors import Refused
+from .errors import HttpRefusal
 
 
 async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Message], Asked]:
@@ -17,10 +17,16 @@ async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Me
     Raises InvalidRequest, UnknownModel or Refused; for large ones, QueueFull or NoWorkerAvailable.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):  # what a web page may send without being asked is not JSON
-        raise Refused(415, "unsupported_media_type", f"content-type: {kind!r} is not valid, expected application/json")
+    if kind != "application/json" and not kind.endswith(
+        "+json"
+    ):  # what a web page may send without being asked is not JSON
+        raise HttpRefusal(
+            415, "unsupported_media_type", f"content-type: {kind!r} is not valid, expected application/json"
+        )
     limits = serving.shared.config.limits
-    return await serving.intake.offload.body(route, await http.body(), http.state.request_id, limits, http_client(http))
+    return await serving.intake.offload.body(
+        route, await http.body(), http.state.request_id, limits, http_client(http)
+    )
 
 
 def http_client(http: Request) -> str:
@@ -29,5 +35,6 @@ def http_client(http: Request) -> str:
 
 
 def peer_of(http: Request) -> str:
-    """Whom a request counts for: its host, as the connections of one client are many here, unlike with gRPC."""
+    """Whom a request counts for: its host, as the connections of one client are many here, unlike with
+    gRPC."""
     return f"http:{http.client.host}" if http.client is not None else "http"

@@ -14,9 +14,13 @@ _MODES = {
 }
 
 
-def chat_prompt(messages: Sequence[ChatMessage], tools: Sequence[Tool], add_generation_prompt: bool) -> pb.Prompt:
+def chat_prompt(
+    messages: Sequence[ChatMessage], tools: Sequence[Tool], add_generation_prompt: bool
+) -> pb.Prompt:
     """Everything but which tools are to be called."""
-    chat = pb.Chat(messages=map(_message, messages), tools=map(_tool, tools), add_generation_prompt=add_generation_prompt)
+    chat = pb.Chat(
+        messages=map(_message, messages), tools=map(_tool, tools), add_generation_prompt=add_generation_prompt
+    )
     return pb.Prompt(chat=chat)
 
 
@@ -31,7 +35,10 @@ def set_choice(chat: pb.Chat, body: ChatCompletionRequest) -> None:
 
 
 def _message(message: ChatMessage) -> pb.ChatMessage:
-    calls = [pb.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments) for call in message.tool_calls]
+    calls = [
+        pb.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+        for call in message.tool_calls
+    ]
     return pb.ChatMessage(
         role=message.role,
         content=message.content,
@@ -44,4 +51,6 @@ def _message(message: ChatMessage) -> pb.ChatMessage:
 def _tool(tool: Tool) -> pb.Tool:
     function = tool.function
     parameters = "" if function.parameters is None else encode(function.parameters).decode()
-    return pb.Tool(name=function.name, description=function.description, parameters=parameters, strict=function.strict)
+    return pb.Tool(
+        name=function.name, description=function.description, parameters=parameters, strict=function.strict
+    )

@@ -81,7 +81,12 @@ def _choice(value: object) -> str | ChosenTool:
 
 
 _MODES = ("none", "auto", "required")
-_NAME = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": False}
+_NAME = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
 _CHOICE_SCHEMA = {
     "anyOf": [
         {"enum": list(_MODES)},
@@ -111,7 +116,8 @@ class ChatCompletionRequest(GenerationBody):
     tools: Tools = Field(default=[])
     """What the model may call, if its chat template has a place for tools."""
     tool_choice: ToolChoice | None = None
-    """Whether it calls any: "none", "auto" (the default, when there are tools), "required", or the one that it has to call."""
+    """Whether it calls any: "none", "auto" (the default, when there are tools), "required", or the one that
+    it has to call."""
     parallel_tool_calls: bool | None = None
     """Whether it may call several tools at once. By default it may."""
 

@@ -19,7 +19,9 @@ from .body import http_client, peer_of, read
 from .format import ChatFormat, CompletionFormat, Format, Wanted
 from .sse import EventStream, merged
 
-INLINE_TOKENS = 256  # of an answer that is put together on the loop: they may have log probabilities of many others
+INLINE_TOKENS = (
+    256  # of an answer that is put together on the loop: they may have log probabilities of many others
+)
 
 
 class Completions:
@@ -38,24 +40,33 @@ class Completions:
                 requests.append(await self._request(http, message, charge))
                 if asked.echo:
                     echoes.append(await self._text(http, message, requests[-1]))
-            form = self._format(CompletionFormat, f"cmpl-{http.state.request_id}", requests, _wanted(asked, tuple(echoes)))
+            form = self._format(
+                CompletionFormat, f"cmpl-{http.state.request_id}", requests, _wanted(asked, tuple(echoes))
+            )
             return await self._answer(http, asked, form, requests, charges, paying)
 
     async def chat(self, http: HttpRequest) -> Response:
         (message,), asked = await read(http, "chat", self._serving)
         assert isinstance(message, pb.GenerateRequest)
         with ExitStack() as paying:
-            # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens unless it asks for more
+            # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens unless it asks for
+            # more
             charges = paying.enter_context(self._serving.charged([message], http.state.caller, fills=True))
             requests = [await self._request(http, message, charges[0], fills=True)]
             form = self._format(ChatFormat, f"chatcmpl-{http.state.request_id}", requests, _wanted(asked))
             return await self._answer(http, asked, form, requests, charges, paying)
 
-    async def _request(self, http: HttpRequest, message: pb.GenerateRequest, charge: Charge, fills: bool = False) -> Request:
+    async def _request(
+        self, http: HttpRequest, message: pb.GenerateRequest, charge: Charge, fills: bool = False
+    ) -> Request:
         traceparent, caller = http.headers.get("traceparent"), http.state.caller
-        return await self._serving.request(message, peer_of(http), charge, traceparent=traceparent, caller=caller, fills=fills)
+        return await self._serving.request(
+            message, peer_of(http), charge, traceparent=traceparent, caller=caller, fills=fills
+        )
 
-    def _format(self, kind: type[Format], answer_id: str, requests: Sequence[Request], wanted: Wanted) -> Format:
+    def _format(
+        self, kind: type[Format], answer_id: str, requests: Sequence[Request], wanted: Wanted
+    ) -> Format:
         serving = self._serving
         return kind(answer_id, int(time.time()), serving.model.name, requests, serving.tokenizer, wanted)
 
@@ -71,14 +82,18 @@ class Completions:
         threads, client = self._serving.intake.offload.threads, http_client(http)
         events = merged([self._serving.events(*each) for each in zip(requests, charges, strict=True)])
         if not asked.stream:
-            return Response(await _whole(form, events, len(requests), threads, client), media_type="application/json")
+            return Response(
+                await _whole(form, events, len(requests), threads, client), media_type="application/json"
+            )
         chunks = _chunks(form, events, paying.pop_all(), threads, client)
         # a request that ends before its first token has an HTTP status of its own
         first = await anext(chunks)
         return EventStream(first, chunks, self._serving.shared.config.limits.max_unread_s)
 
     async def _text(self, http: HttpRequest, message: pb.GenerateRequest, request: Request) -> str:
-        return message.prompt.text or await self._serving.text(request.prompt_token_ids, True, http_client(http))
+        return message.prompt.text or await self._serving.text(
+            request.prompt_token_ids, True, http_client(http)
+        )
 
 
 async def _whole(
@@ -109,10 +124,16 @@ async def _chunks(
     """The events of a stream, which outlives its handler; `paying` is closed with it."""
     with paying:
         async with aclosing(events):
-            with_logprobs = set()  # prompts whose log probabilities have come, and go out with their first token
+            with_logprobs = (
+                set()
+            )  # prompts whose log probabilities have come, and go out with their first token
             async for prompt, event in events:
                 is_large = prompt in with_logprobs
-                chunk = await threads.run(client, form.chunk, prompt, event) if is_large else form.chunk(prompt, event)
+                chunk = (
+                    await threads.run(client, form.chunk, prompt, event)
+                    if is_large
+                    else form.chunk(prompt, event)
+                )
                 with_logprobs.discard(prompt)
                 if event.HasField("prompt"):
                     with_logprobs.add(prompt)

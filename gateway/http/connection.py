@@ -24,9 +24,9 @@ CHEAP_SLICE_BYTES, CHEAP_SHARE = 1 << 16, 64  # of a body whose length is known
 class Connection(H11Protocol):
     """Calls `on_lost` once, at its end.
 
-    What comes in waits in `_pending` until the feeder has a slice of it parsed, and the socket is not read meanwhile. Nothing
-    is parsed of what follows a request until that one is answered, nor of chunks whose answer is complete already.
-    """
+    What comes in waits in `_pending` until the feeder has a slice of it parsed, and the socket is not read
+    meanwhile. Nothing is parsed of what follows a request until that one is answered, nor of chunks whose
+    answer is complete already."""
 
     def __init__(
         self,
@@ -59,7 +59,11 @@ class Connection(H11Protocol):
 
     @property
     def wants_feeding(self) -> bool:
-        return bool(self._pending) and not self.transport.is_closing() and self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        return (
+            bool(self._pending)
+            and not self.transport.is_closing()
+            and self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        )
 
     @property
     def is_urgent(self) -> bool:
@@ -67,12 +71,14 @@ class Connection(H11Protocol):
 
     @property
     def _has_length(self) -> bool:
-        """Whether the head of the request in progress names the length of its body; beside chunks that length means nothing."""
+        """Whether the head of the request in progress names the length of its body; beside chunks that length
+        means nothing."""
         names = {name for name, _ in self.headers}
         return b"content-length" in names and b"transfer-encoding" not in names
 
     def feed(self) -> int:
-        """Parse one slice. A body of a length that its head names costs little, heads and chunks cost much."""
+        """Parse one slice. A body of a length that its head names costs little, heads and chunks cost
+        much."""
         is_body = self.conn.their_state is h11.SEND_BODY
         is_cheap = is_body and self._has_length
         if is_body and not is_cheap and self.conn.our_state not in (h11.SEND_RESPONSE, h11.SEND_BODY):

@@ -1,4 +1,5 @@
-"""What an output has to be: OpenAI's `response_format` or vLLM's `structured_outputs`, as the message of the gRPC door."""
+"""What an output has to be: OpenAI's `response_format` or vLLM's `structured_outputs`, as the message of the
+gRPC door."""
 
 import json
 from typing import Any
@@ -25,7 +26,9 @@ def _of_format(asked: ResponseFormat) -> pb.Constraint | None:
             raise InvalidRequest("response_format.json_schema", "", "a schema, with type json_schema")
         return pb.Constraint(json_schema=_text(asked.json_schema.json_schema))
     if asked.json_schema is not None:
-        raise InvalidRequest("response_format.json_schema", asked.json_schema.name, f"none, with type {asked.type}")
+        raise InvalidRequest(
+            "response_format.json_schema", asked.json_schema.name, f"none, with type {asked.type}"
+        )
     return pb.Constraint(json_object=True) if asked.type == "json_object" else None
 
 

@@ -1,4 +1,5 @@
-"""Errors in the shape that OpenAI's clients know. Which error is which status is decided in `translate`, for both doors."""
+"""Errors in the shape that OpenAI's clients know. Which error is which status is decided in `translate`, for
+both doors."""
 
 import logging
 import math
@@ -31,11 +32,17 @@ STATUSES = {
 CODES = {"UNKNOWN_MODEL": "model_not_found"}  # where OpenAI has a name for it
 
 
-class Refused(PdserveError):
+class HttpRefusal(PdserveError):
     """What only HTTP can be asked: an unknown path, a body that is too large, too many calls."""
 
     def __init__(
-        self, status: int, code: str, message: str, *, retry_after_s: float | None = None, closes: bool = False
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        closes: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -58,8 +65,11 @@ def error_response(error: Exception) -> Response:
     status, body, retry_after_s = describe(error)
     headers = {}
     if retry_after_s is not None:
-        headers = {"retry-after": str(math.ceil(retry_after_s)), "retry-after-ms": str(math.ceil(retry_after_s * 1e3))}
-    if isinstance(error, Refused) and error.closes:
+        headers = {
+            "retry-after": str(math.ceil(retry_after_s)),
+            "retry-after-ms": str(math.ceil(retry_after_s * 1e3)),
+        }
+    if isinstance(error, HttpRefusal) and error.closes:
         headers["connection"] = "close"
     return Response(error_json(body), status, headers, media_type="application/json")
 
@@ -70,7 +80,7 @@ def error_json(body: ErrorBody) -> bytes:
 
 def describe(error: Exception) -> tuple[int, ErrorBody, float | None]:
     """(HTTP status, what to tell, when to come back) of an error."""
-    if isinstance(error, Refused):
+    if isinstance(error, HttpRefusal):
         return error.status, ErrorBody(str(error), _type(error.status), None, error.code), error.retry_after_s
     if not isinstance(error, PdserveError):  # a bug of ours: its story is for the log, not for the client
         log.error("a request failed", exc_info=error)

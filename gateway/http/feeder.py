@@ -1,8 +1,8 @@
 """Feeds what HTTP connections have received to their parsers, a little in each turn of the loop.
 
-A parser takes some 10 microseconds for each header and each chunk, and one read may hold tens of thousands of them. All
-connections of a server share what one turn has, and short heads of requests come before chunks and long heads.
-"""
+A parser takes some 10 microseconds for each header and each chunk, and one read may hold tens of thousands of
+them. All connections of a server share what one turn has, and short heads of requests come before chunks and
+long heads."""
 
 import asyncio
 from collections import deque
@@ -40,7 +40,8 @@ class Feeder:
         self._turn: asyncio.Handle | None = None
 
     def run(self, connection: Fed) -> None:
-        """Feed `connection`: now, as far as this turn goes and nobody waits longer, and the rest in the next ones."""
+        """Feed `connection`: now, as far as this turn goes and nobody waits longer, and the rest in the next
+        ones."""
         if not self._waiting:
             while connection.wants_feeding and self._left > 0:
                 self._feed(connection)

@@ -1,8 +1,7 @@
 """From the messages of the gRPC door to JSON: the chunks of a stream, and whole answers.
 
-A chunk is put together from ready pieces of JSON: this is done for every token of every stream, so nothing is built here that
-is not sent.
-"""
+A chunk is put together from ready pieces of JSON: this is done for every token of every stream, so nothing is
+built here that is not sent."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -42,7 +41,13 @@ class Format(ABC):
     chunk_kind = ""
 
     def __init__(
-        self, answer_id: str, created: int, model: str, requests: Sequence[Request], tokenizer: Tokenizer, wanted: Wanted
+        self,
+        answer_id: str,
+        created: int,
+        model: str,
+        requests: Sequence[Request],
+        tokenizer: Tokenizer,
+        wanted: Wanted,
     ) -> None:
         self._answer = {"id": answer_id, "object": self.kind, "created": created, "model": model}
         self._requests = requests
@@ -86,7 +91,9 @@ class Format(ABC):
             self._num_tokens += len(token_ids)
             progress.last_token_id = token_ids[-1]
         extra = b',"token_ids":' + encode(list(token_ids)) if self._wanted.token_ids else b""
-        logprobs = encode(self._logprobs(number, token_ids, delta.logprobs)) if self._wanted.logprobs else b"null"
+        logprobs = (
+            encode(self._logprobs(number, token_ids, delta.logprobs)) if self._wanted.logprobs else b"null"
+        )
         if progress.has_begun:
             return self._text_chunk(number, delta, logprobs, extra)
         progress.has_begun = True
@@ -105,7 +112,9 @@ class Format(ABC):
     def _text_chunk(self, number: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes: ...
 
     @abstractmethod
-    def _first_chunk(self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes: ...
+    def _first_chunk(
+        self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes
+    ) -> bytes: ...
 
     # whole answers
 
@@ -117,7 +126,9 @@ class Format(ABC):
             self._num_tokens += response.usage.completion_tokens
             self._choices[prompt * self._n].prompt = response.prompt
             choices += [self._choice(prompt, index, choice) for index, choice in enumerate(response.choices)]
-        return encode(self._answer | {"choices": choices, "usage": self._usage(whole=True)} | self._whole_extra())
+        return encode(
+            self._answer | {"choices": choices, "usage": self._usage(whole=True)} | self._whole_extra()
+        )
 
     def _choice(self, prompt: int, index: int, choice: pb.Choice) -> dict[str, Any]:
         number = prompt * self._n + index
@@ -126,7 +137,9 @@ class Format(ABC):
             progress.last_token_id = choice.token_ids[-1]
         told: dict[str, Any] = {
             "index": number,
-            "logprobs": self._logprobs(number, choice.token_ids, choice.logprobs) if self._wanted.logprobs else None,
+            "logprobs": (
+                self._logprobs(number, choice.token_ids, choice.logprobs) if self._wanted.logprobs else None
+            ),
             "finish_reason": REASONS[choice.finish_reason],
             "stop_reason": self._stop_reason(number, choice),
         }
@@ -140,14 +153,18 @@ class Format(ABC):
     # both
 
     @abstractmethod
-    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]: ...
+    def _logprobs(
+        self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]
+    ) -> dict[str, Any]: ...
 
     def _stop_reason(self, number: int, end: pb.ChoiceEnd | pb.Choice) -> str | int | None:
         """The stop string or the stop token that ended a choice, as in vLLM; None when something else did."""
         if end.HasField("stop_string"):
             return end.stop_string
         last = self._choices[number].last_token_id
-        is_stop = end.finish_reason == pb.FINISH_REASON_STOP and last in self._requests[0].sampling.stop_token_ids
+        is_stop = (
+            end.finish_reason == pb.FINISH_REASON_STOP and last in self._requests[0].sampling.stop_token_ids
+        )
         return last if is_stop else None
 
     def _usage(self, whole: bool) -> dict[str, Any]:
@@ -156,7 +173,9 @@ class Format(ABC):
             "completion_tokens": self._num_tokens,
             "total_tokens": self._num_prompt_tokens + self._num_tokens,
         }
-        return usage | {"prompt_tokens_details": {"cached_tokens": self._num_cached_tokens}} if whole else usage
+        return (
+            usage | {"prompt_tokens_details": {"cached_tokens": self._num_cached_tokens}} if whole else usage
+        )
 
 
 class CompletionFormat(Format):
@@ -169,7 +188,9 @@ class CompletionFormat(Format):
             self._head, number, encode(delta.text), logprobs, extra, self._tail()
         )  # fmt: skip
 
-    def _first_chunk(self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes:
+    def _first_chunk(
+        self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes
+    ) -> bytes:
         if self._wanted.token_ids:
             extra += b',"prompt_token_ids":' + encode(self._requests[prompt].prompt_token_ids)
         return self._text_chunk(number, pb.TokenDelta(text=self._echo(prompt) + delta.text), logprobs, extra)
@@ -189,7 +210,9 @@ class CompletionFormat(Format):
     def _echo(self, prompt: int) -> str:
         return self._wanted.echoes[prompt] if self._wanted.echoes else ""
 
-    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(
+        self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]
+    ) -> dict[str, Any]:
         """With those of the prompt before the first, when the prompt is echoed."""
         progress = self._choices[number]
         before = None
@@ -213,14 +236,17 @@ class ChatFormat(Format):
             self._head, number, said, logprobs, extra, self._tail()
         )  # fmt: skip
 
-    def _first_chunk(self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes) -> bytes:
+    def _first_chunk(
+        self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes
+    ) -> bytes:
         """The role comes first, by itself."""
         tail = self._tail()
         if self._wanted.token_ids:
             tail = b'}],"prompt_token_ids":' + encode(self._requests[0].prompt_token_ids) + tail[2:]
-        role = b'%s{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null%s' % (
-            self._head, number, tail
-        )  # fmt: skip
+        role = (
+            b'%s{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null%s'
+            % (self._head, number, tail)
+        )
         return role + self._text_chunk(number, delta, logprobs, extra)
 
     def _end_chunk(self, number: int, reason: str, stop_reason: str | int | None) -> bytes:
@@ -239,7 +265,9 @@ class ChatFormat(Format):
     def _whole_extra(self) -> dict[str, Any]:
         return {"prompt_token_ids": self._requests[0].prompt_token_ids} if self._wanted.token_ids else {}
 
-    def _logprobs(self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(
+        self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]
+    ) -> dict[str, Any]:
         return chat_logprobs(self._tokenizer, ids, logprobs)
 
 
@@ -247,7 +275,11 @@ def _said(delta: pb.TokenDelta) -> dict[str, Any]:
     """The next of what an assistant says and calls."""
     parts = []
     for part in delta.tool_calls:
-        call = _call(part.id, part.name, part.arguments) if part.id else {"function": {"arguments": part.arguments}}
+        call = (
+            _call(part.id, part.name, part.arguments)
+            if part.id
+            else {"function": {"arguments": part.arguments}}
+        )
         parts.append({"index": part.index} | call)
     return ({"content": delta.text} if delta.text else {}) | {"tool_calls": parts}
 

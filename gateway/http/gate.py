@@ -1,4 +1,5 @@
-"""What every HTTP request passes before its handler: its id, its body within limits, and an end when its client goes away."""
+"""What every HTTP request passes before its handler: its id, its body within limits, and an end when its
+client goes away."""
 
 import asyncio
 import logging
@@ -9,12 +10,12 @@ from typing import Any
 
 from ...core.errors import PdserveError
 from ...core.validation import check_name
-from ..auth.access import Need, Revoked
+from ..auth.access import RequiredAccess, Revoked
 from ..call_bounds import MESSAGE_TIMEOUT_S, HeldBytes, OpenCalls, TooManyBytes, TooSlow, client_of
 from ..places import NoPlace
 from ..serving import Shared
 from ..translate import ClientStalled
-from .errors import Refused, describe, error_json, error_response
+from .errors import HttpRefusal, describe, error_json, error_response
 from .hosts import AllowedHosts
 
 log = logging.getLogger(__name__)
@@ -35,26 +36,29 @@ EVENTS = b"text/event-stream; charset=utf-8"
 
 
 def _check_framing(scope: Scope) -> None:
-    """What is in front of us may have read such a request, and what follows it, by the other one (RFC 9112, 6.1)."""
+    """What is in front of us may have read such a request, and what follows it, by the other one (RFC 9112,
+    6.1)."""
     names = {name for name, _ in scope["headers"]}
     if {b"content-length", b"transfer-encoding"} <= names:
         message = "content-length beside transfer-encoding, expected one of them"
-        raise Refused(400, "ambiguous_length", message, closes=True)
+        raise HttpRefusal(400, "ambiguous_length", message, closes=True)
 
 
-def need_of(method: str, path: str) -> Need:
+def need_of(method: str, path: str) -> RequiredAccess:
     """The right that a client needs for a request."""
     if method not in BODILESS:
-        return Need.REQUEST
+        return RequiredAccess.REQUEST
     if path in PROBES:
-        return Need.NOTHING
-    return Need.METRICS if path == METRICS else Need.KEY
+        return RequiredAccess.NOTHING
+    return RequiredAccess.METRICS if path == METRICS else RequiredAccess.KEY
 
 
 class Gate:
     """An ASGI application around the one with the handlers."""
 
-    def __init__(self, app: App, posts: Collection[str], shared: Shared, hosts: AllowedHosts | None = None) -> None:
+    def __init__(
+        self, app: App, posts: Collection[str], shared: Shared, hosts: AllowedHosts | None = None
+    ) -> None:
         """`posts` are the paths that take a body, all by POST."""
         self._app = app
         self._posts = posts
@@ -102,15 +106,17 @@ class Gate:
         if self._hosts is not None and host is not None and host.decode("latin-1") not in self._hosts:
             got = f"host: {host.decode('latin-1')[:100]!r} is not a name of this server"
             expected = "expected an address, localhost or a name in listen.allowed_hosts"
-            raise Refused(421, "unknown_host", f"{got}, {expected}", closes=True)
+            raise HttpRefusal(421, "unknown_host", f"{got}, {expected}", closes=True)
 
-    def _admit(self, scope: Scope, need: Need) -> None:
+    def _admit(self, scope: Scope, need: RequiredAccess) -> None:
         """Before anything of the body is read. Raises Unauthenticated, NotPermitted or RateLimited."""
         access = self._shared.access
         if access is None:
             return
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
-        text = shown[0].decode("latin-1") if len(shown) == 1 else None  # what is in front of us may have judged another one
+        text = (
+            shown[0].decode("latin-1") if len(shown) == 1 else None
+        )  # what is in front of us may have judged another one
         scope["state"]["caller"] = access.admit(need, text, asyncio.get_running_loop().time())
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,12 +130,18 @@ class Gate:
                         await _unless_gone(self._app(scope, _replay(body), send), receive)
         except (NoPlace, TooManyBytes) as error:
             code = "too_many_calls" if isinstance(error, NoPlace) else "too_many_bytes"
-            raise Refused(429, code, str(error), retry_after_s=error.retry_after_s, closes=True) from error
+            raise HttpRefusal(
+                429, code, str(error), retry_after_s=error.retry_after_s, closes=True
+            ) from error
 
     async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes | None:
         """None when the client has gone. Raises Refused or TooManyBytes."""
-        too_large = Refused(413, "body_too_large", f"the body is larger than {self._max_bytes} bytes", closes=True)
-        if any(name == b"content-length" and int(value) > self._max_bytes for name, value in scope["headers"]):
+        too_large = HttpRefusal(
+            413, "body_too_large", f"the body is larger than {self._max_bytes} bytes", closes=True
+        )
+        if any(
+            name == b"content-length" and int(value) > self._max_bytes for name, value in scope["headers"]
+        ):
             raise too_large
         parts = []
         try:
@@ -145,7 +157,9 @@ class Gate:
                     if not message["more_body"]:
                         return b"".join(parts)
         except TimeoutError:
-            raise Refused(408, "body_too_slow", str(TooSlow("body", MESSAGE_TIMEOUT_S)), closes=True) from None
+            raise HttpRefusal(
+                408, "body_too_slow", str(TooSlow("body", MESSAGE_TIMEOUT_S)), closes=True
+            ) from None
 
 
 class _Held:
@@ -188,7 +202,8 @@ class _Answer:
         await self._send(message)
 
     async def break_off(self, error: PdserveError) -> bool:
-        """End an answer that has begun with an event that says why; False when it is no stream, or nobody reads it."""
+        """End an answer that has begun with an event that says why; False when it is no stream, or nobody
+        reads it."""
         if not self._has_events:
             return False
         event = b"data: " + error_json(describe(error)[1]) + b"\n\n"
@@ -221,8 +236,8 @@ def _closing(send: Send) -> Send:
 
 
 async def _discard(scope: Scope, receive: Receive) -> None:
-    """Read what a client still sends for a while: it looks at the answer after that, and a connection that is closed before
-    may lose it."""
+    """Read what a client still sends for a while: it looks at the answer after that, and a connection that is
+    closed before may lose it."""
     if any(name == b"expect" for name, _ in scope["headers"]):
         return
     with suppress(TimeoutError):

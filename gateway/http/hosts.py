@@ -1,9 +1,8 @@
 """By which names a server without keys is asked. Pure.
 
-A web page may be served from a name that afterwards points to this machine (DNS rebinding): its scripts then reach a server on
-loopback as one of their own, and only the name in `Host` gives them away. Addresses are not names, and localhost cannot point
-elsewhere.
-"""
+A web page may be served from a name that afterwards points to this machine (DNS rebinding): its scripts then
+reach a server on loopback as one of their own, and only the name in `Host` gives them away. Addresses are not
+names, and localhost cannot point elsewhere."""
 
 import ipaddress
 import re

@@ -16,7 +16,8 @@ def completion_logprobs(
     offset: int,
     prompt: tuple[Sequence[int], Sequence[pb.TokenLogprobs]] | None,
 ) -> tuple[dict[str, Any], int]:
-    """Of the tokens of a completion, whose text begins at `offset`, after those of a `prompt`; with the offset of what follows.
+    """Of the tokens of a completion, whose text begins at `offset`, after those of a `prompt`; with the
+    offset of what follows.
 
     The first token of a prompt follows nothing: it has no log probability."""
     items: list[pb.TokenLogprobs | None] = list(logprobs)
@@ -43,7 +44,9 @@ def _top(tokenizer: Tokenizer, piece: str, item: pb.TokenLogprobs | None) -> dic
     return top | {piece: max(item.logprob, LEAST)}
 
 
-def chat_logprobs(tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> dict[str, Any]:
+def chat_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]
+) -> dict[str, Any]:
     """Of the tokens of a chat completion."""
     return {
         "content": [

@@ -13,8 +13,8 @@ STALLED_S = 30.0  # of a worker that has sequences to compute: longer than any s
 
 
 class Probes:
-    """The handlers of /health, /livez, /readyz and /startupz. Where there are keys, workers are named only to those who have
-    one: the others learn how many there are."""
+    """The handlers of /health, /livez, /readyz and /startupz. Where there are keys, workers are named only to
+    those who have one: the others learn how many there are."""
 
     def __init__(self, frontend: Frontend, shared: Shared) -> None:
         self._frontend = frontend
@@ -33,7 +33,8 @@ class Probes:
         """Requests are accepted, and steps end."""
         names_workers = self._names_workers(http)
         stalled = [
-            f"{worker.worker_id if names_workers else 'a worker'}: no step has ended for {worker.stalled_s:.0f} s"
+            f"{worker.worker_id if names_workers else 'a worker'}: no step has ended for"
+            f" {worker.stalled_s:.0f} s"
             for worker in self._frontend.status().workers
             if worker.stalled_s > STALLED_S
         ]
@@ -46,7 +47,10 @@ class Probes:
         num_wanted = sum(status.instances.values())
         progress = min(1.0, sum(fractions) / num_wanted) if num_wanted else 1.0
         self._has_started = self._has_started or progress == 1.0
-        answer: dict[str, Any] = {"phase": "started" if self._has_started else "starting", "progress": progress}
+        answer: dict[str, Any] = {
+            "phase": "started" if self._has_started else "starting",
+            "progress": progress,
+        }
         if self._names_workers(http):
             answer["workers"] = {
                 worker.worker_id: {"state": worker.state.value, "phase": worker.phase, "progress": fraction}

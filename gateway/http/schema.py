@@ -1,11 +1,21 @@
-"""The bodies of requests as OpenAPI describes them. Only types are checked here: what values may be is for `core.validation`.
+"""The bodies of requests as OpenAPI describes them. Only types are checked here: what values may be is for
+`core.validation`.
 
 Unknown fields are refused, as the gRPC door refuses them; a field that is null counts as not given.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 TEXT_OR_IDS = "a text, token ids, a list of texts or a list of token id lists"
@@ -32,7 +42,8 @@ def _is_ids(value: object) -> bool:
 
 
 def _prompts(value: object) -> list[str | list[int]]:
-    """One or more prompts, each a text or token ids. By hand, as a union would tell of every item that does not fit."""
+    """One or more prompts, each a text or token ids. By hand, as a union would tell of every item that does
+    not fit."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
@@ -108,7 +119,11 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+        return (
+            {name: item for name, item in value.items() if item is not None}
+            if isinstance(value, dict)
+            else value
+        )
 
 
 class StreamOptions(Body):
@@ -155,7 +170,8 @@ class StructuredOutputs(Body):
 
 
 class GenerationBody(Body):
-    """What completions and chat completions have in common. Fields that OpenAI does not have are those of vLLM."""
+    """What completions and chat completions have in common. Fields that OpenAI does not have are those of
+    vLLM."""
 
     model: str = ""
     """The name of the model, as /v1/models tells it; by default the one that is served."""
@@ -180,7 +196,8 @@ class GenerationBody(Body):
     frequency_penalty: float | None = None
     """Subtracted from a token's logit once for each time that the output contains it."""
     seed: int | None = None
-    """The same seed, prompt and parameters give the same output. Negative ones count as their two's complement of 64 bits."""
+    """The same seed, prompt and parameters give the same output. Negative ones count as their two's
+    complement of 64 bits."""
     n: int | None = None
     """How many choices to produce for each prompt."""
     stop: Texts = []

@@ -1,9 +1,8 @@
 """Listens for HTTP on the head's loop, by uvicorn's protocol without its process management.
 
-Connections are accepted here and not by asyncio: each needs a place before anything is done for it, and until its first byte
-comes it is a socket and nothing more, so that a flood of connections costs little. With TLS that is so until its first record
-is whole.
-"""
+Connections are accepted here and not by asyncio: each needs a place before anything is done for it, and until
+its first byte comes it is a socket and nothing more, so that a flood of connections costs little. With TLS
+that is so until its first record is whole."""
 
 import asyncio
 import itertools
@@ -67,7 +66,9 @@ class HttpServer:
         self._pause: asyncio.TimerHandle | None = None
 
     @staticmethod
-    async def open(app: Any, address: str, max_connections: int, tls: ServerTls | None = None) -> "HttpServer":
+    async def open(
+        app: Any, address: str, max_connections: int, tls: ServerTls | None = None
+    ) -> "HttpServer":
         """Listen on `address`. Raises ConfigError when it is taken."""
         server = HttpServer(app, address, max_connections, tls)
         server._tick()
@@ -114,7 +115,9 @@ class HttpServer:
                 sock, (host, *_) = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:  # out of descriptors or memory: who waits is served when there are some again
+            except (
+                OSError
+            ) as error:  # out of descriptors or memory: who waits is served when there are some again
                 peer_log.warning("listen.http: cannot accept connections: %s", error.strerror)
                 self._stop_accepting()
                 self._pause = asyncio.get_running_loop().call_later(OUT_OF_DESCRIPTORS_S, self._resume)
@@ -194,13 +197,17 @@ class HttpServer:
 
     def _begun(self, handshake: asyncio.Task[None], sock: socket.socket, number: int) -> None:
         self._handshakes.discard(handshake)
-        if handshake.cancelled() or handshake.exception() is not None:  # its TLS failed or was late, it has gone, or we end
+        if (
+            handshake.cancelled() or handshake.exception() is not None
+        ):  # its TLS failed or was late, it has gone, or we end
             sock.close()
             self._forget(number)
 
     def _connection(self, number: int) -> Connection:
         state = {"in_use": lambda: self._places.in_use(number)}
-        made = Connection(self._config, self._state, state, self._feeder, on_lost=lambda: self._forget(number))
+        made = Connection(
+            self._config, self._state, state, self._feeder, on_lost=lambda: self._forget(number)
+        )
         self._protocols[number] = made
         return made
 
@@ -223,7 +230,8 @@ def _listen(address: str) -> socket.socket:
     assert host_port is not None, address
     host, port = host_port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is told: else a chunk waits for the client's delayed ACK
+    # asyncio turns Nagle's algorithm off only where the protocol is told: else a chunk waits for the client's
+    # delayed ACK
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -20,7 +20,8 @@ HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies sh
 
 
 class EventStream(Response):
-    """Sends chunks as they come; each waits for room in the connection. What goes wrong after the first is an event too."""
+    """Sends chunks as they come; each waits for room in the connection. What goes wrong after the first is an
+    event too."""
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], max_unread_s: float) -> None:
         super().__init__(headers=HEADERS, media_type="text/event-stream")
@@ -31,7 +32,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
             await self._send(send, self._first)
             try:
                 async for chunk in self._rest:
@@ -43,7 +46,9 @@ class EventStream(Response):
         await self._send(send, b"", more=False)
 
     async def _send(self, send: Send, chunk: bytes, more: bool = True) -> None:
-        await in_time(send({"type": "http.response.body", "body": chunk, "more_body": more}), self._max_unread_s)
+        await in_time(
+            send({"type": "http.response.body", "body": chunk, "more_body": more}), self._max_unread_s
+        )
 
 
 async def in_time(sending: Awaitable[None], max_unread_s: float) -> None:
@@ -56,7 +61,8 @@ async def in_time(sending: Awaitable[None], max_unread_s: float) -> None:
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """What comes from any of the streams, with the number of the stream. Ends when all have, or with the first error."""
+    """What comes from any of the streams, with the number of the stream. Ends when all have, or with the
+    first error."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
             async for item in only:
@@ -80,7 +86,9 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[t
         await asyncio.gather(*pumps, return_exceptions=True)
 
 
-async def _pump(number: int, stream: AsyncGenerator[T, None], queue: "asyncio.Queue[tuple[int, T] | Exception | None]") -> None:
+async def _pump(
+    number: int, stream: AsyncGenerator[T, None], queue: "asyncio.Queue[tuple[int, T] | Exception | None]"
+) -> None:
     try:
         async with aclosing(stream):
             async for item in stream:

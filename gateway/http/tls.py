@@ -1,8 +1,7 @@
 """TLS of one HTTP connection: asyncio's, fed a few records at a time.
 
-asyncio's own reads 256 KiB at once and works through all of it, which may be ten thousand records that carry nothing.
-Here ciphertext waits for the feeder as requests do, and the socket is not read meanwhile.
-"""
+asyncio's own reads 256 KiB at once and works through all of it, which may be ten thousand records that carry
+nothing. Here ciphertext waits for the feeder as requests do, and the socket is not read meanwhile."""
 
 import asyncio
 import ssl
@@ -23,7 +22,8 @@ HANDSHAKE_TIMEOUT_S = 10
 
 
 def whole_records(received: bytearray) -> tuple[int, int]:
-    """How many bytes and records of `received` can be worked on now. What is no record counts as one: OpenSSL refuses it."""
+    """How many bytes and records of `received` can be worked on now. What is no record counts as one: OpenSSL
+    refuses it."""
     size = num_records = 0
     while num_records < SLICE_RECORDS and len(received) >= size + HEADER_BYTES:
         end = size + HEADER_BYTES + int.from_bytes(received[size + 3 : size + HEADER_BYTES], "big")

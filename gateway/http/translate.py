@@ -17,7 +17,9 @@ _SAME = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_pen
          "frequency_penalty", "n", "stop", "stop_token_ids", "ignore_eos")  # fmt: skip
 
 
-def completion_messages(body: CompletionRequest, request_id: str, limits: LimitsSection) -> list[pb.GenerateRequest]:
+def completion_messages(
+    body: CompletionRequest, request_id: str, limits: LimitsSection
+) -> list[pb.GenerateRequest]:
     """One message for each prompt, of which there is at least one. Raises InvalidRequest."""
     if len(body.prompt) > limits.max_prompts:
         raise InvalidRequest("prompt", f"{len(body.prompt)} prompts", f"at most {limits.max_prompts} prompts")
@@ -28,7 +30,11 @@ def completion_messages(body: CompletionRequest, request_id: str, limits: Limits
     sampling = _sampling(body, limits, body.logprobs)
     if body.echo and body.logprobs is not None:
         _set(sampling, "prompt_logprobs", body.logprobs)
-    names = [request_id] if len(body.prompt) == 1 or not request_id else [f"{request_id}-{i}" for i in range(len(body.prompt))]
+    names = (
+        [request_id]
+        if len(body.prompt) == 1 or not request_id
+        else [f"{request_id}-{i}" for i in range(len(body.prompt))]
+    )
     names *= len(body.prompt) // len(names)
     return [
         _message(body, _prompt(prompt, body.add_special_tokens), sampling, name)
@@ -52,7 +58,9 @@ def tokenize_message(body: TokenizeRequest) -> pb.TokenizeRequest:
     if (body.prompt is not None) is has_messages:
         raise InvalidRequest("prompt", "", "either prompt or messages")
     if has_messages:
-        return pb.TokenizeRequest(model=body.model, prompt=chat_prompt(body.messages, body.tools, body.add_generation_prompt))
+        return pb.TokenizeRequest(
+            model=body.model, prompt=chat_prompt(body.messages, body.tools, body.add_generation_prompt)
+        )
     if body.tools:
         raise InvalidRequest("tools", f"{len(body.tools)} tool(s)", "none without messages")
     return pb.TokenizeRequest(model=body.model, prompt=_prompt(body.prompt or "", body.add_special_tokens))
@@ -71,7 +79,9 @@ def token_ids(field: str, ids: Sequence[int]) -> Sequence[int]:
     return ids
 
 
-def _message(body: GenerationBody, prompt: pb.Prompt, sampling: pb.SamplingParams, request_id: str) -> pb.GenerateRequest:
+def _message(
+    body: GenerationBody, prompt: pb.Prompt, sampling: pb.SamplingParams, request_id: str
+) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         model=body.model,
         prompt=prompt,
@@ -143,7 +153,9 @@ def _max_tokens(body: GenerationBody) -> int | None:
     if body.max_tokens is None or body.max_completion_tokens is None:
         return body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     if body.max_tokens != body.max_completion_tokens:
-        raise InvalidRequest("max_completion_tokens", body.max_completion_tokens, f"max_tokens ({body.max_tokens})")
+        raise InvalidRequest(
+            "max_completion_tokens", body.max_completion_tokens, f"max_tokens ({body.max_tokens})"
+        )
     return body.max_tokens
 
 

@@ -1,8 +1,8 @@
-"""Threads for what takes the head some milliseconds: prompts of medium length, conversations, grammars of tools, long answers.
+"""Threads for what takes the head some milliseconds: prompts of medium length, conversations, grammars of
+tools, long answers.
 
-Clients take turns, as with the intake process: asyncio's own threads would take all jobs in the order in which they came, and
-with them a client's thousand prompts before anybody else's one.
-"""
+Clients take turns, as with the intake process: asyncio's own threads would take all jobs in the order in
+which they came, and with them a client's thousand prompts before anybody else's one."""
 
 import asyncio
 from collections import Counter
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from ...core.errors import NoWorkerAvailable
-from .job_queue import JobQueue
+from .job_queue import IntakeQueue
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class FairThreads:
 
     def __init__(self, max_jobs: int = MAX_JOBS, max_jobs_each: int = MAX_JOBS_EACH) -> None:
         self._executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="intake")
-        self._queue: JobQueue[_Job] = JobQueue(max_jobs, max_jobs_each)
+        self._queue: IntakeQueue[_Job] = IntakeQueue(max_jobs, max_jobs_each)
         self._running: Counter[str] = Counter()  # jobs on threads, by client; none is 0
         self._is_stopped = False
 
@@ -48,10 +48,11 @@ class FairThreads:
         return len(self._queue)
 
     async def run(self, client: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """The function's result, from a thread. Raises what it raises; QueueFull, or NoWorkerAvailable after `stop`.
+        """The function's result, from a thread. Raises what it raises; QueueFull, or NoWorkerAvailable after
+        `stop`.
 
-        A job whose caller is cancelled does not begin. One that runs goes on, and keeps its thread until it ends.
-        """
+        A job whose caller is cancelled does not begin. One that runs goes on, and keeps its thread until it
+        ends."""
         if self._is_stopped:
             raise NoWorkerAvailable("the server ends")
         work = partial(copy_context().run, function, *arguments, **named)

@@ -1,5 +1,5 @@
-"""Who is next. Pure: clients take turns, with one job in each, so that one with many costly jobs keeps the others waiting for
-one of them."""
+"""Who is next. Pure: clients take turns, with one job in each, so that one with many costly jobs keeps the
+others waiting for one of them."""
 
 from collections import OrderedDict, deque
 from collections.abc import Container
@@ -14,13 +14,15 @@ MAX_JOBS_EACH = 64
 RETRY_S = 1.0
 
 
-class JobQueue(Generic[T]):
+class IntakeQueue(Generic[T]):
     """Jobs that wait, of many clients. Their order within one client is kept."""
 
     def __init__(self, max_jobs: int = MAX_JOBS, max_jobs_each: int = MAX_JOBS_EACH) -> None:
         self._max_jobs = max_jobs
         self._max_jobs_each = max_jobs_each
-        self._lanes: OrderedDict[str, deque[T]] = OrderedDict()  # whose turn it is, then who comes next; none is empty
+        self._lanes: OrderedDict[str, deque[T]] = (
+            OrderedDict()
+        )  # whose turn it is, then who comes next; none is empty
         self._num_jobs = 0
 
     def __len__(self) -> int:
@@ -37,9 +39,11 @@ class JobQueue(Generic[T]):
         self._num_jobs += 1
 
     def pop(self, after_others: Container[str] = ()) -> T:
-        """The next one; there is one. The client's next turn comes after those of all others. `after_others`: clients whose
-        turn it is only when nobody else waits."""
-        client = next((client for client in self._lanes if client not in after_others), next(iter(self._lanes)))
+        """The next one; there is one. The client's next turn comes after those of all others. `after_others`:
+        clients whose turn it is only when nobody else waits."""
+        client = next(
+            (client for client in self._lanes if client not in after_others), next(iter(self._lanes))
+        )
         lane = self._lanes.pop(client)
         job = lane.popleft()
         if lane:

@@ -1,7 +1,7 @@
 """The intake process: jobs on its standard input, results on its standard output, until the input ends.
 
-A job that takes too much processor time or memory ends the process; who started it refuses that job, and starts another one.
-"""
+A job that takes too much processor time or memory ends the process; who started it refuses that job, and
+starts another one."""
 
 import os
 import sys
@@ -13,8 +13,8 @@ from ...core.codec import FrameDecoder, FrameEncoder
 from ...core.errors import InvalidRequest
 from ...core.limited_process import cpu_limit, limit_memory, write_all
 from ..translate import UnknownModel
-from .messages import Done, FromProcess, Job, Part, Refused, Setup, ToProcess, parts
-from .work import Worker
+from .messages import DataPart, Done, FromProcess, IntakeJob, IntakeSetup, JobRefused, ToProcess, parts
+from .work import IntakeWorker
 
 JOB_S = 10.0  # processor time; what the bounds of requests let through takes a few seconds at most
 MEMORY_BYTES = 3 << 30  # address space beside what the process has when it is ready
@@ -39,12 +39,12 @@ def _serve() -> None:
     setup = next(messages, None)
     if setup is None:
         return
-    assert isinstance(setup, Setup), "Setup comes first"
-    worker = Worker(setup, _payload(messages, setup.size))
+    assert isinstance(setup, IntakeSetup), "Setup comes first"
+    worker = IntakeWorker(setup, _payload(messages, setup.size))
     limit_memory(MEMORY_BYTES)
     _write(encoder.encode(Done(())))  # ready
     for job in messages:
-        assert isinstance(job, Job), "a part of nothing"
+        assert isinstance(job, IntakeJob), "a part of nothing"
         data = _payload(messages, job.size)
         with cpu_limit(JOB_S):
             answer, results = _answer(worker, job, data)
@@ -54,13 +54,13 @@ def _serve() -> None:
                 _write(encoder.encode(part))
 
 
-def _answer(worker: Worker, job: Job, data: bytes) -> tuple[FromProcess, list[bytes]]:
+def _answer(worker: IntakeWorker, job: IntakeJob, data: bytes) -> tuple[FromProcess, list[bytes]]:
     try:
         results, rest = worker.do(job, data)
     except InvalidRequest as error:
-        return Refused(str(error), error.field, error.expected), []
+        return JobRefused(str(error), error.field, error.expected), []
     except UnknownModel as error:
-        return Refused(str(error), unknown_model=(error.asked, error.served)), []
+        return JobRefused(str(error), unknown_model=(error.asked, error.served)), []
     return Done(tuple(map(len, results)), rest), list(results)
 
 
@@ -76,7 +76,7 @@ def _payload(messages: Iterator[ToProcess], size: int) -> bytes:
         part = next(messages, None)
         if part is None:
             os._exit(0)  # who started us has ended
-        assert isinstance(part, Part), "not the next part"
+        assert isinstance(part, DataPart), "not the next part"
         data += part.data
     return bytes(data)
 

@@ -15,7 +15,7 @@ import msgspec
 PART_BYTES = 1 << 18
 
 
-class Setup(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class IntakeSetup(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The model that prompts are for. Its parts: `TokenizerData`."""
 
     size: int
@@ -58,7 +58,7 @@ class ReadMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
 Work = Encode | EncodeChat | Decode | ReadBody | ReadMessage
 
 
-class Job(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class IntakeJob(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Something to do within the limits in force; its parts have `size` bytes."""
 
     work: Work
@@ -66,7 +66,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True, tag=True):
     size: int
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class DataPart(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The next bytes."""
 
     data: bytes
@@ -79,7 +79,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
     rest: bytes = b""
 
 
-class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class JobRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The error that the work raised: `InvalidRequest` of a field, or `UnknownModel`."""
 
     message: str
@@ -88,12 +88,12 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     unknown_model: tuple[str, str] | None = None  # asked and served
 
 
-ToProcess = Setup | Job | Part
-FromProcess = Done | Refused | Part
+ToProcess = IntakeSetup | IntakeJob | DataPart
+FromProcess = Done | JobRefused | DataPart
 
 
-def parts(data: bytes) -> Iterator[Part]:
+def parts(data: bytes) -> Iterator[DataPart]:
     """All of `data`."""
     view = memoryview(data)
     for start in range(0, len(view), PART_BYTES):
-        yield Part(bytes(view[start : start + PART_BYTES]))
+        yield DataPart(bytes(view[start : start + PART_BYTES]))

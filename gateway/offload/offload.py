@@ -1,4 +1,5 @@
-"""The head's side of the intake process: each kind of work as a call. Beside it the threads for smaller work."""
+"""The head's side of the intake process: each kind of work as a call. Beside it the threads for smaller
+work."""
 
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from ..in_turns import in_turns
 from ..text.tokenizer import Tokenizer
 from ..vetting import Bounds, has_unknown_fields, vet
 from .fair_threads import FairThreads
-from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup, Work
+from .messages import Decode, Encode, EncodeChat, IntakeJob, IntakeSetup, ReadBody, ReadMessage, Work
 from .process import IntakeProcess
 from .work import packed, parsed, unpacked
 
@@ -57,8 +58,8 @@ class Offload:
     async def body(
         self, route: str, data: bytes, request_id: str, limits: LimitsSection, client: str
     ) -> tuple[Sequence[Message], Asked]:
-        """As `bodies.read_body`. All methods raise QueueFull or NoWorkerAvailable, too, and InvalidRequest for what takes too
-        much."""
+        """As `bodies.read_body`. All methods raise QueueFull or NoWorkerAvailable, too, and InvalidRequest
+        for what takes too much."""
         if is_small(data):
             return read_body(route, data, request_id, self.bounds(limits))
         results, rest = await self._do(ReadBody(route, request_id), data, limits, client)
@@ -66,7 +67,8 @@ class Offload:
         return messages, msgspec.msgpack.decode(rest, type=Asked)
 
     async def message(self, kind: type[Message], data: bytes, limits: LimitsSection, client: str) -> Message:
-        """A client's message, parsed and, if it is of our kinds, vetted. Raises InvalidRequest or UnknownModel."""
+        """A client's message, parsed and, if it is of our kinds, vetted. Raises InvalidRequest or
+        UnknownModel."""
         if kind.DESCRIPTOR.file.package != pb.DESCRIPTOR.package:  # of a health check
             if len(data) > SMALL_BYTES:
                 raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
@@ -86,18 +88,24 @@ class Offload:
         (ids,), _ = await self._do(work, text.encode(), limits, client)
         return unpacked(ids)
 
-    async def encode_chat(self, chat: pb.Chat, limits: LimitsSection, client: str, is_counted: bool) -> tuple[int, ...]:
+    async def encode_chat(
+        self, chat: pb.Chat, limits: LimitsSection, client: str, is_counted: bool
+    ) -> tuple[int, ...]:
         """A conversation by the template, and then as `encoding.bounded_ids`."""
         (ids,), _ = await self._do(EncodeChat(is_counted), chat.SerializeToString(), limits, client)
         return unpacked(ids)
 
-    async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool, limits: LimitsSection, client: str) -> str:
+    async def decode(
+        self, token_ids: Sequence[int], skip_special_tokens: bool, limits: LimitsSection, client: str
+    ) -> str:
         """As `Tokenizer.decode`."""
         (text,), _ = await self._do(Decode(skip_special_tokens), packed(token_ids), limits, client)
         return text.decode()
 
-    async def _do(self, work: Work, data: bytes, limits: LimitsSection, client: str) -> tuple[list[bytes], bytes]:
-        job = Job(work, limits.model_dump_json().encode(), len(data))
+    async def _do(
+        self, work: Work, data: bytes, limits: LimitsSection, client: str
+    ) -> tuple[list[bytes], bytes]:
+        job = IntakeJob(work, limits.model_dump_json().encode(), len(data))
         return await self._running().do(job, data, client)
 
     def _running(self) -> IntakeProcess:
@@ -105,6 +113,8 @@ class Offload:
             self._process = IntakeProcess(self._setup)
         return self._process
 
-    def _setup(self) -> tuple[Setup, bytes]:
+    def _setup(self) -> tuple[IntakeSetup, bytes]:
         tokenizer = msgspec.msgpack.encode(self._tokenizer.data)
-        return Setup(size=len(tokenizer), model=self._model, max_model_len=self._max_model_len), tokenizer
+        return IntakeSetup(
+            size=len(tokenizer), model=self._model, max_model_len=self._max_model_len
+        ), tokenizer

@@ -1,4 +1,5 @@
-"""Runs the intake process: starts it, gives it one job after the other, and starts it again when it died of one."""
+"""Runs the intake process: starts it, gives it one job after the other, and starts it again when it died of
+one."""
 
 import asyncio
 import itertools
@@ -14,22 +15,29 @@ from dataclasses import dataclass
 from ...core.codec import FrameDecoder, FrameEncoder
 from ...core.errors import InvalidRequest, NoWorkerAvailable
 from ..translate import UnknownModel
-from .job_queue import JobQueue
-from .messages import Done, FromProcess, Job, Part, Refused, Setup, parts
+from .job_queue import IntakeQueue
+from .messages import DataPart, Done, FromProcess, IntakeJob, IntakeSetup, JobRefused, parts
 
 log = logging.getLogger(__name__)
 
-BLAMED = (-signal.SIGPROF, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # exit codes that are the job's fault
-SILENT_S = 60.0  # a process without an answer for so long is stopped or starved: its jobs end after 10 s of work
+BLAMED = (
+    -signal.SIGPROF,
+    -signal.SIGSEGV,
+    -signal.SIGBUS,
+    -signal.SIGABRT,
+)  # exit codes that are the job's fault
+SILENT_S = (
+    60.0  # a process without an answer for so long is stopped or starved: its jobs end after 10 s of work
+)
 READ_BYTES = 1 << 18
 START_AGAIN_S = 1.0  # after a process that did not get ready
 
 
 @dataclass(eq=False)
-class _Asked:
+class _PendingJob:
     """One job, and who waits for its result."""
 
-    job: Job
+    job: IntakeJob
     data: bytes
     result: "asyncio.Future[tuple[list[bytes], bytes]]"
 
@@ -37,12 +45,12 @@ class _Asked:
 class IntakeProcess:
     """Used on one asyncio loop."""
 
-    def __init__(self, set_up: Callable[[], tuple[Setup, bytes]]) -> None:
+    def __init__(self, set_up: Callable[[], tuple[IntakeSetup, bytes]]) -> None:
         """`set_up` is called on a thread, and may take a moment."""
         self._set_up = set_up
-        self._setup: tuple[Setup, bytes] | None = None  # the same for every process
-        self._queue: JobQueue[_Asked] = JobQueue()
-        self._current: _Asked | None = None  # the process has it
+        self._setup: tuple[IntakeSetup, bytes] | None = None  # the same for every process
+        self._queue: IntakeQueue[_PendingJob] = IntakeQueue()
+        self._current: _PendingJob | None = None  # the process has it
         self._is_needed = asyncio.Event()
         self._process: Process | None = None
         self._is_ready = False  # the process of now
@@ -67,15 +75,14 @@ class IntakeProcess:
         """Before there is a job, so that the first one does not wait for it."""
         self._is_needed.set()
 
-    async def do(self, job: Job, data: bytes, client: str) -> tuple[list[bytes], bytes]:
+    async def do(self, job: IntakeJob, data: bytes, client: str) -> tuple[list[bytes], bytes]:
         """The results, and what belongs to them.
 
-        Raises what the work raises; InvalidRequest when it takes too much, QueueFull when many jobs wait, NoWorkerAvailable
-        when there is no process.
-        """
+        Raises what the work raises; InvalidRequest when it takes too much, QueueFull when many jobs wait,
+        NoWorkerAvailable when there is no process."""
         if self._task.done():
             raise NoWorkerAvailable("the server ends")
-        asked = _Asked(job, data, asyncio.get_running_loop().create_future())
+        asked = _PendingJob(job, data, asyncio.get_running_loop().create_future())
         self._queue.push(client, asked)
         self._is_needed.set()
         try:
@@ -99,7 +106,9 @@ class IntakeProcess:
             if victim is not None and not victim.result.done():
                 if code in BLAMED:
                     expected = "what can be read with the time and memory that one request has"
-                    victim.result.set_exception(InvalidRequest("message", f"{len(victim.data)} bytes", expected))
+                    victim.result.set_exception(
+                        InvalidRequest("message", f"{len(victim.data)} bytes", expected)
+                    )
                 else:
                     victim.result.set_exception(NoWorkerAvailable("the intake process died over it"))
             if not self._is_ready:
@@ -118,7 +127,8 @@ class IntakeProcess:
                 asked.result.set_exception(NoWorkerAvailable(why))
 
     async def _live(self) -> int | None:
-        """One process from start to end. Its exit code; None when it could not be started, or had to be killed."""
+        """One process from start to end. Its exit code; None when it could not be started, or had to be
+        killed."""
         try:
             if self._setup is None:
                 self._setup = await asyncio.to_thread(self._set_up)
@@ -136,7 +146,9 @@ class IntakeProcess:
             log.exception("the intake process cannot be started")
             return None
         self._process = process
-        ended = asyncio.ensure_future(process.wait())  # one for all jobs: asyncio keeps each wait until the process ends
+        ended = asyncio.ensure_future(
+            process.wait()
+        )  # one for all jobs: asyncio keeps each wait until the process ends
         try:
             await self._converse(process, ended, *self._setup)
         except (ConnectionError, EOFError):
@@ -156,9 +168,11 @@ class IntakeProcess:
         log.warning("the intake process ended", extra={"exit_code": code})
         return code
 
-    async def _converse(self, process: Process, ended: "asyncio.Future[int]", setup: Setup, tokenizer: bytes) -> None:
-        """Until the process dies, which `ended` waits for. Raises EOFError or ConnectionError then, FrameError for what is no
-        answer, TimeoutError when none comes."""
+    async def _converse(
+        self, process: Process, ended: "asyncio.Future[int]", setup: IntakeSetup, tokenizer: bytes
+    ) -> None:
+        """Until the process dies, which `ended` waits for. Raises EOFError or ConnectionError then,
+        FrameError for what is no answer, TimeoutError when none comes."""
         encoder = FrameEncoder()
         async with aclosing(_answers(process)) as answers:
             async with asyncio.timeout(SILENT_S):
@@ -170,11 +184,15 @@ class IntakeProcess:
                 async with asyncio.timeout(SILENT_S):
                     await _send(process, encoder, self._current.job, self._current.data)
                     answer = await anext(answers)
-                    results = [await _result(answers, size) for size in answer.sizes] if isinstance(answer, Done) else []
+                    results = (
+                        [await _result(answers, size) for size in answer.sizes]
+                        if isinstance(answer, Done)
+                        else []
+                    )
                 self._settle(self._current, answer, results)
                 self._current = None
 
-    async def _next_job(self, ended: "asyncio.Future[int]") -> _Asked:
+    async def _next_job(self, ended: "asyncio.Future[int]") -> _PendingJob:
         """Waits for one. Raises EOFError when the process ends meanwhile."""
         while True:
             self._is_needed.clear()
@@ -195,21 +213,25 @@ class IntakeProcess:
             needed.cancel()
             await asyncio.wait((needed,))
 
-    def _settle(self, asked: _Asked, answer: FromProcess, results: list[bytes]) -> None:
+    def _settle(self, asked: _PendingJob, answer: FromProcess, results: list[bytes]) -> None:
         if asked.result.done():  # its client has gone
             return
         match answer:
             case Done(rest=rest):
                 asked.result.set_result((results, rest))
-            case Refused(unknown_model=None):
-                asked.result.set_exception(InvalidRequest.restored(answer.message, answer.field, answer.expected))
-            case Refused(unknown_model=(name, served)):
+            case JobRefused(unknown_model=None):
+                asked.result.set_exception(
+                    InvalidRequest.restored(answer.message, answer.field, answer.expected)
+                )
+            case JobRefused(unknown_model=(name, served)):
                 asked.result.set_exception(UnknownModel(name, served))
             case _:
                 raise ValueError("a part of nothing")
 
 
-async def _send(process: Process, encoder: FrameEncoder, message: Setup | Job, data: bytes) -> None:
+async def _send(
+    process: Process, encoder: FrameEncoder, message: IntakeSetup | IntakeJob, data: bytes
+) -> None:
     assert process.stdin is not None
     for frame in itertools.chain([message], parts(data)):
         process.stdin.write(encoder.encode(frame))
@@ -230,7 +252,7 @@ async def _result(answers: AsyncIterator[FromProcess], size: int) -> bytes:
     data = bytearray()
     while len(data) < size:
         part = await anext(answers)
-        assert isinstance(part, Part), "not the next part"
+        assert isinstance(part, DataPart), "not the next part"
         data += part.data
     return bytes(data)
 

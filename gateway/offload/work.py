@@ -14,21 +14,21 @@ from ..http.bodies import read_body
 from ..text.encoding import bounded_ids, chat_text
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_loading.messages import TokenizerData
-from ..tools.offer import Offer
+from ..tools.offer import OfferedTools
 from ..vetting import Bounds, check_message, refuse_unknown_fields
-from .messages import Decode, Encode, EncodeChat, Job, ReadBody, ReadMessage, Setup
+from .messages import Decode, Encode, EncodeChat, IntakeJob, IntakeSetup, ReadBody, ReadMessage
 
 WIRE_FORMAT = "the call's message in protobuf's wire format, with texts in UTF-8"
 
 
-class Worker:
+class IntakeWorker:
     """Carries jobs out, for one model."""
 
-    def __init__(self, setup: Setup, tokenizer: bytes) -> None:
+    def __init__(self, setup: IntakeSetup, tokenizer: bytes) -> None:
         self._tokenizer = Tokenizer(msgspec.msgpack.decode(tokenizer, type=TokenizerData))
         self._setup = setup
 
-    def do(self, job: Job, data: bytes) -> tuple[Sequence[bytes], bytes]:
+    def do(self, job: IntakeJob, data: bytes) -> tuple[Sequence[bytes], bytes]:
         """Results and what belongs to them. Raises InvalidRequest or UnknownModel."""
         bounds = Bounds(
             limits=LimitsSection.model_validate_json(job.limits),
@@ -41,7 +41,7 @@ class Worker:
                 return [packed(bounded_ids(self._tokenizer, data.decode(), add, bounds, is_counted))], b""
             case EncodeChat(is_counted=is_counted):
                 chat = pb.Chat.FromString(data)
-                text = chat_text(self._tokenizer, chat, Offer.read(chat, bounds.limits))
+                text = chat_text(self._tokenizer, chat, OfferedTools.read(chat, bounds.limits))
                 return [packed(bounded_ids(self._tokenizer, text, False, bounds, is_counted))], b""
             case Decode(skip_special_tokens=skip):
                 return [self._tokenizer.decode(unpacked(data), skip_special_tokens=skip).encode()], b""
@@ -54,7 +54,8 @@ class Worker:
 
 
 def read_message(kind: type[Message], data: bytes, bounds: Bounds) -> Message:
-    """Raises InvalidRequest for what is no message of the kind, InvalidRequest or UnknownModel for what is wrong with it."""
+    """Raises InvalidRequest for what is no message of the kind, InvalidRequest or UnknownModel for what is
+    wrong with it."""
     message = parsed(kind, data)
     refuse_unknown_fields(message)
     check_message(message, bounds)

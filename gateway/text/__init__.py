@@ -1,1 +1,2 @@
-"""Between text and tokens: tokenizer, chat template, detokenizer, stop strings. Nothing here knows gRPC or HTTP."""
+"""Between text and tokens: tokenizer, chat template, detokenizer, stop strings. Nothing here knows gRPC or
+HTTP."""

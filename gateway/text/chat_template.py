@@ -1,7 +1,8 @@
-"""A checkpoint's chat template: a conversation in, the prompt's text out. Clients never bring templates of their own.
+"""A checkpoint's chat template: a conversation in, the prompt's text out. Clients never bring templates of
+their own.
 
-It runs in a sandbox, with what transformers offers to templates, and within bounds of time and memory (`template/`).
-"""
+It runs in a sandbox, with what transformers offers to templates, and within bounds of time and memory
+(`template/`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,12 +31,16 @@ class ChatTemplate:
             parsed = sandbox.parsed(source)
             self.takes_tools = any(name.name == "tools" for name in parsed.find_all(nodes.Name))
             self._template = sandbox.compiled(parsed)
-        except Exception as error:  # jinja2's own, and Python's for deep nesting and long numbers: it is not our code
+        except (
+            Exception
+        ) as error:  # jinja2's own, and Python's for deep nesting and long numbers: it is not our code
             reason = shown_text(str(error) or type(error).__name__)
             raise CheckpointError(f"its chat template cannot be compiled: {reason}") from error
         self.source = source
         self.takes_calls = "tool_calls" in source
-        self._special_tokens = {name: str(token) for name, token in special_tokens.items() if isinstance(token, str)}
+        self._special_tokens = {
+            name: str(token) for name, token in special_tokens.items() if isinstance(token, str)
+        }
 
     def render(
         self,
@@ -45,14 +50,20 @@ class ChatTemplate:
         timeout_s: float = TIMEOUT_S,
         max_bytes: int = MAX_BYTES,
     ) -> str:
-        """The conversation as text, with `tools` as OpenAI's interface describes them. Raises InvalidRequest, or TooCostly."""
-        variables = self._special_tokens | {"messages": [dict(message) for message in messages], "tools": tools}
+        """The conversation as text, with `tools` as OpenAI's interface describes them. Raises InvalidRequest,
+        or TooCostly."""
+        variables = self._special_tokens | {
+            "messages": [dict(message) for message in messages],
+            "tools": tools,
+        }
         open_account(timeout_s, max_bytes)
         try:
             return self._text(variables | {"documents": None, "add_generation_prompt": add_generation_prompt})
         except TemplateBound as error:
             raise TooCostly("prompt.chat", f"{len(messages)} message(s)", str(error)) from error
-        except Exception as error:  # the template refuses, or fails over what it did not expect: it is not our code
+        except (
+            Exception
+        ) as error:  # the template refuses, or fails over what it did not expect: it is not our code
             reason = str(error) or type(error).__name__
             raise InvalidRequest("prompt.chat", [message["role"] for message in messages], reason) from error
 

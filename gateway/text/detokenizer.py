@@ -1,9 +1,9 @@
-"""From a choice's tokens to its text, token by token: never half a character, at a cost that does not grow with the text.
+"""From a choice's tokens to its text, token by token: never half a character, at a cost that does not grow
+with the text.
 
-A token's text depends on its neighbours: characters may be spread over tokens, and some decoders drop a space at the
-beginning. So tokens are decoded in a window that starts where the text before is complete; what the window's text has
-more than before is new.
-"""
+A token's text depends on its neighbours: characters may be spread over tokens, and some decoders drop a space
+at the beginning. So tokens are decoded in a window that starts where the text before is complete; what the
+window's text has more than before is new."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -43,7 +43,9 @@ class Detokenizer:
             return delta
         if len(self._window) > _MAX_WINDOW:
             return self._cut(text)
-        certain = text.rstrip(_REPLACEMENT)  # a run of byte tokens decodes as such until its last character is complete
+        certain = text.rstrip(
+            _REPLACEMENT
+        )  # a run of byte tokens decodes as such until its last character is complete
         delta = certain[len(self._emitted) :] if certain.startswith(self._emitted) else ""
         self._emitted += delta
         return delta

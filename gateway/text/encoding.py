@@ -1,4 +1,5 @@
-"""Prompts as token ids within bounds, for whoever has the time: threads of the head, or the intake process."""
+"""Prompts as token ids within bounds, for whoever has the time: threads of the head, or the intake
+process."""
 
 from collections.abc import Sequence
 
@@ -6,7 +7,7 @@ from ...core.errors import InvalidRequest
 from ...core.validation import check_prompt_length
 from ...proto import pdserve_pb2 as pb
 from ..tools.conversation import template_messages
-from ..tools.offer import Offer
+from ..tools.offer import OfferedTools
 from ..vetting import Bounds, check_chars, check_counted
 from .template.account import MAX_BYTES
 from .tokenizer import Tokenizer
@@ -18,8 +19,8 @@ USUAL_CHARS = 8  # of a token, at most, in texts that people write
 def bounded_ids(
     tokenizer: Tokenizer, text: str, add_special_tokens: bool, bounds: Bounds, is_counted: bool = False
 ) -> tuple[int, ...]:
-    """The token ids of `text`. `is_counted`: for Tokenize, which takes twice as many as a request. Raises InvalidRequest for
-    more, with their number where it is not far beyond."""
+    """The token ids of `text`. `is_counted`: for Tokenize, which takes twice as many as a request. Raises
+    InvalidRequest for more, with their number where it is not far beyond."""
     check_chars(len(text), bounds)
     max_tokens = bounds.max_counted_tokens if is_counted else bounds.max_prompt_tokens
     if len(text) > max(USUAL_CHARS * max_tokens, SLICE_CHARS):
@@ -38,18 +39,26 @@ def check_num_tokens(num_tokens: int, bounds: Bounds, is_counted: bool) -> None:
 
 
 def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
-    """Counts a text slice by slice that is longer than one of `max_tokens` usually is, so that most of it is never looked at
-    when it is far too much. A cut takes tokens apart: hence twice as many are let through, to be counted as a whole."""
+    """Counts a text slice by slice that is longer than one of `max_tokens` usually is, so that most of it is
+    never looked at when it is far too much. A cut takes tokens apart: hence twice as many are let through, to
+    be counted as a whole."""
     num_tokens = 0
     for start in range(0, len(text), SLICE_CHARS):
         num_tokens += tokenizer.count(text[start : start + SLICE_CHARS])
         if num_tokens > 2 * max_tokens:
-            raise InvalidRequest("prompt", f"more than {2 * max_tokens} tokens", f"at most {max_tokens} tokens")
+            raise InvalidRequest(
+                "prompt", f"more than {2 * max_tokens} tokens", f"at most {max_tokens} tokens"
+            )
 
 
-def chat_text(tokenizer: Tokenizer, chat: pb.Chat, offer: Offer | None, max_bytes: int = MAX_BYTES) -> str:
-    """A conversation by the checkpoint's template, with the tools that it comes with. Raises InvalidRequest, or TooCostly."""
+def chat_text(
+    tokenizer: Tokenizer, chat: pb.Chat, offer: OfferedTools | None, max_bytes: int = MAX_BYTES
+) -> str:
+    """A conversation by the checkpoint's template, with the tools that it comes with. Raises InvalidRequest,
+    or TooCostly."""
     messages = template_messages(chat, takes_calls=tokenizer.takes_calls or not tokenizer.has_chat_template)
     add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    tools: Sequence[dict[str, object]] | None = None if offer is None else [tool.for_template() for tool in offer.tools]
+    tools: Sequence[dict[str, object]] | None = (
+        None if offer is None else [tool.for_template() for tool in offer.tools]
+    )
     return tokenizer.render_chat(messages, add, tools, max_bytes)

@@ -1,7 +1,7 @@
 """Finds stop strings in text that comes in pieces, and holds back no more than could be the beginning of one.
 
-Knuth, Morris, Pratt, "Fast pattern matching in strings" (1977): one step a character and string, however the text is cut.
-"""
+Knuth, Morris, Pratt, "Fast pattern matching in strings" (1977): one step a character and string, however the
+text is cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A stop string; `borders[i]` is the length of the longest proper border of its first i + 1 characters."""
+    """A stop string; `borders[i]` is the length of the longest proper border of its first i + 1
+    characters."""
 
     text: str
     borders: tuple[int, ...]
@@ -33,7 +34,8 @@ class Pattern:
 
 
 class StopMatcher:
-    """Watches the text of one choice. The stop string that is complete first counts; of several, the longest."""
+    """Watches the text of one choice. The stop string that is complete first counts; of several, the
+    longest."""
 
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._patterns = patterns
@@ -42,12 +44,15 @@ class StopMatcher:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that may go out: before a stop string, and before what may become one. Nothing once one is `found`."""
+        """The text that may go out: before a stop string, and before what may become one. Nothing once one is
+        `found`."""
         if not self._patterns or self.found is not None:
             return text if self.found is None else ""
         for end, char in enumerate(text, start=1):
             self._matched = [p.advance(m, char) for p, m in zip(self._patterns, self._matched, strict=True)]
-            complete = [p.text for p, m in zip(self._patterns, self._matched, strict=True) if m == len(p.text)]
+            complete = [
+                p.text for p, m in zip(self._patterns, self._matched, strict=True) if m == len(p.text)
+            ]
             if complete:
                 self.found = max(complete, key=len)
                 seen = self._held + text[:end]

@@ -1,7 +1,7 @@
 """Between text and token ids, as the checkpoint defines it: its tokenizer, and its chat template.
 
-Prompts come in as text or conversations and go on as token ids; `gateway.text.detokenizer` uses it for the way back.
-"""
+Prompts come in as text or conversations and go on as token ids; `gateway.text.detokenizer` uses it for the
+way back."""
 
 import os
 import re
@@ -26,7 +26,9 @@ def _byte_letters() -> dict[str, int]:
     """GPT-2's letters for bytes: printable ones stand for themselves, the others are those from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
 
 
 _BYTE_OF_LETTER = _byte_letters()
@@ -45,7 +47,9 @@ class Tokenizer:
         self._template = _chat_template(data, "default")
         self._tool_template = _chat_template(data, "tool_use") or self._template
         self._tool_format = None if self._tool_template is None else tool_format(self._tool_template.source)
-        self.may_stall = may_stall(data.backend_json)  # over short texts too, which are then for the intake process
+        self.may_stall = may_stall(
+            data.backend_json
+        )  # over short texts too, which are then for the intake process
         self.max_token_chars = max(map(len, self._backend.get_vocab()), default=1)  # added tokens included
         self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
@@ -53,8 +57,8 @@ class Tokenizer:
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":
-        """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes seconds: another process loads it first,
-        so that a hostile one does no harm here."""
+        """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes seconds: another process
+        loads it first, so that a hostile one does no harm here."""
         data = load(path)
         try:
             return Tokenizer(data)
@@ -85,8 +89,9 @@ class Tokenizer:
         return str(self._backend.to_str())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The token ids of `text`; names of special tokens in it become these tokens. Raises InvalidRequest for a text that
-        the tokenizer fails over, as over an expression of its own that backtracks without end."""
+        """The token ids of `text`; names of special tokens in it become these tokens. Raises InvalidRequest
+        for a text that the tokenizer fails over, as over an expression of its own that backtracks without
+        end."""
         return tuple(self._encoding(text, add_special_tokens).ids)
 
     def count(self, text: str) -> int:
@@ -94,7 +99,8 @@ class Tokenizer:
         return len(self._encoding(text, add_special_tokens=False))
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:
-        """Without offsets, which nobody wants; as a batch, since `encode` holds the interpreter until it is done."""
+        """Without offsets, which nobody wants; as a batch, since `encode` holds the interpreter until it is
+        done."""
         try:
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except BaseException as error:
@@ -111,8 +117,8 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> str:
-        """A conversation as text, by the checkpoint's template. Raises InvalidRequest, or TooCostly when the template would
-        make more than `max_bytes` on its way. May take a second: not for a loop."""
+        """A conversation as text, by the checkpoint's template. Raises InvalidRequest, or TooCostly when the
+        template would make more than `max_bytes` on its way. May take a second: not for a loop."""
         template = self._template if tools is None else self._tool_template
         if template is None:
             expected = "text or token_ids, as the model has no chat template"
@@ -125,7 +131,8 @@ class Tokenizer:
 
     @property
     def added_tokens(self) -> Mapping[str, int]:
-        """The tokens that were added to the trained vocabulary, special ones and others, by the text that they stand for."""
+        """The tokens that were added to the trained vocabulary, special ones and others, by the text that
+        they stand for."""
         return self._added_ids
 
     def vocabulary(self) -> Mapping[str, int]:
@@ -152,8 +159,8 @@ class Tokenizer:
         return piece.encode()
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of tokens; bytes that are no UTF-8 become U+FFFD. Raises InvalidRequest for tokens that the tokenizer fails
-        over."""
+        """The text of tokens; bytes that are no UTF-8 become U+FFFD. Raises InvalidRequest for tokens that
+        the tokenizer fails over."""
         try:
             return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
         except BaseException as error:
@@ -164,7 +171,8 @@ class Tokenizer:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether Rust code has failed, which pyo3 raises as no Exception, so that it would pass all who expect one."""
+    """Whether Rust code has failed, which pyo3 raises as no Exception, so that it would pass all who expect
+    one."""
     return type(error).__name__ == "PanicException"
 
 

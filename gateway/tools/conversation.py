@@ -9,8 +9,8 @@ from .offer import json_object
 
 
 def template_messages(chat: pb.Chat, takes_calls: bool) -> list[dict[str, Any]]:
-    """What a message does not have, templates do not see. Raises InvalidRequest, also for calls that the template has no place
-    for, unless it `takes_calls`."""
+    """What a message does not have, templates do not see. Raises InvalidRequest, also for calls that the
+    template has no place for, unless it `takes_calls`."""
     if not chat.messages:
         raise InvalidRequest("prompt.chat.messages", [], "at least one message")
     told = []

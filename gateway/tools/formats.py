@@ -1,4 +1,5 @@
-"""How models write tool calls, as their checkpoint's chat template shows it to them. A call is written as one JSON object."""
+"""How models write tool calls, as their checkpoint's chat template shows it to them. A call is written as one
+JSON object."""
 
 import enum
 
@@ -36,8 +37,8 @@ _MARKERS = {ToolFormat.HERMES: "<tool_call>", ToolFormat.LLAMA3: "", ToolFormat.
 
 
 def tool_format(template: str) -> ToolFormat | None:
-    """The format that a chat template of this source shows its model; None when it is none of ours. Others use some of the
-    same markers around something else than JSON with these keys."""
+    """The format that a chat template of this source shows its model; None when it is none of ours. Others
+    use some of the same markers around something else than JSON with these keys."""
     if "<tool_call>" in template and '"arguments' in template:
         return ToolFormat.HERMES
     if "[TOOL_CALLS]" in template and "[ARGS]" not in template:

@@ -1,9 +1,8 @@
 """What a model may write when it has tools: a grammar for llguidance, in its dialect of Lark.
 
-Each call is exactly as the chat template shows it, down to the spaces; its arguments keep to their schema. A marker that is one
-token of the vocabulary must be that token, as the model has learnt it. Text cannot contain a marker, however it is spelled, so
-where the marker stands, a call begins.
-"""
+Each call is exactly as the chat template shows it, down to the spaces; its arguments keep to their schema. A
+marker that is one token of the vocabulary must be that token, as the model has learnt it. Text cannot contain
+a marker, however it is spelled, so where the marker stands, a call begins."""
 
 import json
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 from ...core.errors import InvalidRequest
 from .formats import CLOSING, PYTHON_TAG, ToolFormat
-from .offer import Offer, Tool
+from .offer import OfferedTool, OfferedTools
 
 # as templates write JSON, or without its spaces; free white space would let a model go on with it for ever
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
@@ -21,8 +20,11 @@ _ARGUMENTS = re.compile(r"arguments_(\d+): ")
 _COMPILING = "failed to compile JSON schema: "
 
 
-def tool_grammar(offer: Offer, form: ToolFormat, added: Mapping[str, int], eos_token_ids: Collection[int]) -> str:
-    """The grammar of all answers. `added` are the added tokens of the tokenizer: a marker may be one of them."""
+def tool_grammar(
+    offer: OfferedTools, form: ToolFormat, added: Mapping[str, int], eos_token_ids: Collection[int]
+) -> str:
+    """The grammar of all answers. `added` are the added tokens of the tokenizer: a marker may be one of
+    them."""
 
     def mark(marker: str) -> str:
         return f"<[{added[marker]}]>" if marker in added else json.dumps(marker)
@@ -41,14 +43,16 @@ def tool_grammar(offer: Offer, form: ToolFormat, added: Mapping[str, int], eos_t
     if offer.must_call and form.marker:
         rules.append(f"opening: {mark(form.marker)}")
     elif not offer.must_call:
-        others = sorted(set(added.values()) - set(eos_token_ids) - {added.get(marker) for marker in form.markers})
+        others = sorted(
+            set(added.values()) - set(eos_token_ids) - {added.get(marker) for marker in form.markers}
+        )
         rules += _said(form.marker, added.get(form.marker), others)
     return "\n".join([*rules, *_objects(offer, form.arguments_key)]) + "\n"
 
 
 def _said(marker: str, marker_id: int | None, others: Sequence[int]) -> list[str]:
-    """The rules of text, and of text up to the first call. Other added tokens, such as those around thoughts, may be among it;
-    two TEXTs never follow each other, as a marker could be spelled across them."""
+    """The rules of text, and of text up to the first call. Other added tokens, such as those around thoughts,
+    may be among it; two TEXTs never follow each other, as a marker could be spelled across them."""
     token = f"<[{','.join(map(str, others))}]>"
     if not marker:
         more = f" ({token} REST?)*" if others else ""
@@ -58,14 +62,19 @@ def _said(marker: str, marker_id: int | None, others: Sequence[int]) -> list[str
     if marker_id is not None:
         return [f"said: {before}TEXT?", f"opening: said <[{marker_id}]>", text]
     # as a text goes on as long as it can, it would swallow the marker
-    return [f"said: {before}TEXT?", f"opening: {before}last", f"last[lazy]: /(?s:.*){_escaped(marker)}/", text]
+    return [
+        f"said: {before}TEXT?",
+        f"opening: {before}last",
+        f"last[lazy]: /(?s:.*){_escaped(marker)}/",
+        text,
+    ]
 
 
 def _escaped(marker: str) -> str:
     return marker.replace("[", r"\[").replace("]", r"\]")
 
 
-def _objects(offer: Offer, arguments_key: str) -> Iterator[str]:
+def _objects(offer: OfferedTools, arguments_key: str) -> Iterator[str]:
     """The rules of a call's JSON, for any of the functions."""
     yield "object: " + " | ".join(f"object_{index}" for index in range(len(offer.callable)))
     for index, tool in enumerate(offer.callable):
@@ -74,18 +83,26 @@ def _objects(offer: Offer, arguments_key: str) -> Iterator[str]:
         yield f"arguments_{index}: %json {arguments_schema(tool)}"
 
 
-def arguments_schema(tool: Tool) -> str:
-    """The schema that a call's arguments keep to, as llguidance wants it: an object, whatever else its keywords say."""
-    parameters: Mapping[str, Any] = {"additionalProperties": False} if tool.parameters is None else tool.parameters
+def arguments_schema(tool: OfferedTool) -> str:
+    """The schema that a call's arguments keep to, as llguidance wants it: an object, whatever else its
+    keywords say."""
+    parameters: Mapping[str, Any] = (
+        {"additionalProperties": False} if tool.parameters is None else tool.parameters
+    )
     options = _SPACING | {"lenient": not tool.is_strict}
     return json.dumps({"type": "object"} | dict(parameters) | {"x-guidance": options})
 
 
-def refusal(offer: Offer, grammar: str, why: str) -> InvalidRequest:
-    """What a request is refused with whose grammar llguidance refuses for the reason `why`: a tool's schema, if it says so."""
+def refusal(offer: OfferedTools, grammar: str, why: str) -> InvalidRequest:
+    """What a request is refused with whose grammar llguidance refuses for the reason `why`: a tool's schema,
+    if it says so."""
     place = _PLACE.match(why)
     lines = grammar.splitlines()
-    rule = _ARGUMENTS.match(lines[int(place[1]) - 1]) if place is not None and int(place[1]) <= len(lines) else None
+    rule = (
+        _ARGUMENTS.match(lines[int(place[1]) - 1])
+        if place is not None and int(place[1]) <= len(lines)
+        else None
+    )
     if place is None or rule is None:
         return InvalidRequest("tools", f"{len(offer.tools)} tool(s)", f"schemas that can be followed ({why})")
     tool = offer.callable[int(rule[1])]

@@ -17,7 +17,7 @@ NAME = "1 to 64 letters, digits, underscores or hyphens"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tool:
+class OfferedTool:
     """One function."""
 
     name: str
@@ -36,16 +36,17 @@ class Tool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """The tools that the model is told of, and those that it may call: the same ones, unless the client chose one."""
+class OfferedTools:
+    """The tools that the model is told of, and those that it may call: the same ones, unless the client chose
+    one."""
 
-    tools: tuple[Tool, ...]
-    callable: tuple[Tool, ...]
+    tools: tuple[OfferedTool, ...]
+    callable: tuple[OfferedTool, ...]
     must_call: bool
     is_parallel: bool
 
     @staticmethod
-    def read(chat: pb.Chat, limits: LimitsSection) -> "Offer | None":
+    def read(chat: pb.Chat, limits: LimitsSection) -> "OfferedTools | None":
         """None when nothing is to be called. Raises InvalidRequest."""
         tools = _tools(chat.tools, limits)
         kind = chat.tool_choice.WhichOneof("kind")
@@ -53,10 +54,12 @@ class Offer:
         if kind == "mode" and mode not in _MODES:
             raise InvalidRequest("tool_choice", mode, "none, auto, required, or a function's name")
         if not tools and (kind == "function" or mode == pb.TOOL_CHOICE_MODE_REQUIRED):
-            raise InvalidRequest("tool_choice", chat.tool_choice.function or "required", "tools to choose from")
+            raise InvalidRequest(
+                "tool_choice", chat.tool_choice.function or "required", "tools to choose from"
+            )
         if not tools or mode == pb.TOOL_CHOICE_MODE_NONE:
             return None
-        return Offer(
+        return OfferedTools(
             tools=tools,
             callable=tools if kind != "function" else _chosen(tools, chat.tool_choice.function),
             must_call=kind == "function" or mode == pb.TOOL_CHOICE_MODE_REQUIRED,
@@ -67,19 +70,21 @@ class Offer:
 _MODES = (pb.TOOL_CHOICE_MODE_AUTO, pb.TOOL_CHOICE_MODE_NONE, pb.TOOL_CHOICE_MODE_REQUIRED)
 
 
-def _chosen(tools: Sequence[Tool], name: str) -> tuple[Tool, ...]:
+def _chosen(tools: Sequence[OfferedTool], name: str) -> tuple[OfferedTool, ...]:
     chosen = tuple(tool for tool in tools if tool.name == name)
     if not chosen:
         raise InvalidRequest("tool_choice", name, "the name of one of the tools")
     return chosen
 
 
-def _tools(messages: Sequence[pb.Tool], limits: LimitsSection) -> tuple[Tool, ...]:
+def _tools(messages: Sequence[pb.Tool], limits: LimitsSection) -> tuple[OfferedTool, ...]:
     if len(messages) > limits.max_tools:
         raise InvalidRequest("tools", f"{len(messages)} tools", f"at most {limits.max_tools} tools")
     num_bytes = sum(len(message.parameters.encode()) for message in messages)
     if num_bytes > limits.max_tool_bytes:
-        raise InvalidRequest("tools", f"{num_bytes} bytes of parameters", f"at most {limits.max_tool_bytes} bytes")
+        raise InvalidRequest(
+            "tools", f"{num_bytes} bytes of parameters", f"at most {limits.max_tool_bytes} bytes"
+        )
     tools = tuple(_tool(f"tools[{index}]", message) for index, message in enumerate(messages))
     seen: set[str] = set()
     for index, tool in enumerate(tools):
@@ -89,13 +94,15 @@ def _tools(messages: Sequence[pb.Tool], limits: LimitsSection) -> tuple[Tool, ..
     return tools
 
 
-def _tool(path: str, message: pb.Tool) -> Tool:
+def _tool(path: str, message: pb.Tool) -> OfferedTool:
     if not _NAME.fullmatch(message.name):
         raise InvalidRequest(f"{path}.name", message.name, NAME)
     parameters = json_object(f"{path}.parameters", message.parameters) if message.parameters else None
     if parameters is not None and parameters.get("type", "object") != "object":
         raise InvalidRequest(f"{path}.parameters", parameters["type"], "a schema of type object")
-    return Tool(name=message.name, description=message.description, parameters=parameters, is_strict=message.strict)
+    return OfferedTool(
+        name=message.name, description=message.description, parameters=parameters, is_strict=message.strict
+    )
 
 
 def json_object(field: str, text: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Tells tool calls from the text of one choice, as it comes. Pure: text in pieces, events out.
 
-It relies on the grammar: what looks like a call is one, of this very form. A step costs as much as the piece that it reads, as
-only what is undecided is kept: the beginning of a marker, or of a call up to its arguments.
+It relies on the grammar: what looks like a call is one, of this very form. A step costs as much as the piece
+that it reads, as only what is undecided is kept: the beginning of a marker, or of a call up to its arguments.
 """
 
 import enum
@@ -123,7 +123,9 @@ class ToolParser:
     def _num_held(self, text: str) -> int:
         """How many of the last characters may belong to a marker."""
         marker = self._form.marker
-        length = next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
+        length = next(
+            (n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0
+        )
         if self._form is ToolFormat.HERMES and text.endswith(LINE_END, 0, len(text) - length):
             length += len(LINE_END)
         return length

@@ -36,7 +36,8 @@ class CallReader:
 
 
 class _ShowingMarkers:
-    """A tokenizer for whom the marker of a call is a text, although it may be a special token, which have none."""
+    """A tokenizer for whom the marker of a call is a text, although it may be a special token, which have
+    none."""
 
     def __init__(self, tokenizer: Tokenizer, form: ToolFormat) -> None:
         self._tokenizer = tokenizer
@@ -51,9 +52,13 @@ class _ShowingMarkers:
 
 def call_id(request: Request, form: ToolFormat, choice: int, index: int) -> str:
     """The same for a stream that resumes. The prompt counts too, as a client may use a request's id again."""
-    told = f"{request.request_id}\n{choice}\n{index}\n".encode() + array("Q", request.prompt_token_ids).tobytes()
+    told = (
+        f"{request.request_id}\n{choice}\n{index}\n".encode() + array("Q", request.prompt_token_ids).tobytes()
+    )
     digest = hashlib.blake2b(told, digest_size=12).hexdigest()
-    return digest[:9] if form is ToolFormat.MISTRAL else f"call_{digest}"  # Mistral's templates want nine letters or digits
+    return (
+        digest[:9] if form is ToolFormat.MISTRAL else f"call_{digest}"
+    )  # Mistral's templates want nine letters or digits
 
 
 def _told(events: Sequence[ToolEvent], delta: pb.TokenDelta) -> str:

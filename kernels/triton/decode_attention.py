@@ -1,13 +1,13 @@
 """Attention of a few new tokens of each sequence (decode, or the check of a guess) over the paged cache.
 
-Split-KV (FlashDecoding, Dao et al. 2023): a program reads one piece of one sequence's keys at a time, for all query heads
-that share a kv head, packed as the rows of one matrix product. A sequence in one piece is written at once. Pieces of a split
-sequence leave partial results, which the program that finishes the last of them merges: who that is is found by counting
-arrivals, so that no second kernel is launched, and what it computes does not depend on who it is.
+Split-KV (FlashDecoding, Dao et al. 2023): a program reads one piece of one sequence's keys at a time, for all
+query heads that share a kv head, packed as the rows of one matrix product. A sequence in one piece is written
+at once. Pieces of a split sequence leave partial results, which the program that finishes the last of them
+merges: who that is is found by counting arrivals, so that no second kernel is launched, and what it computes
+does not depend on who it is.
 
-A captured graph's grid is that of its largest plan. Where most of it would be idle, a wave of n programs takes the pieces in
-turn, every n-th (`DecodeShape.takes_turns`); the loop costs registers.
-"""
+A captured graph's grid is that of its largest plan. Where most of it would be idle, a wave of n programs
+takes the pieces in turn, every n-th (`DecodeShape.takes_turns`); the loop costs registers."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,8 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """As `AttentionBatch`, of at most `shape.max_seqs` sequences; those behind the plan's are not looked at."""
+    """As `AttentionBatch`, of at most `shape.max_seqs` sequences; those behind the plan's are not looked
+    at."""
 
     query_start_loc: torch.Tensor  # int32 [max_seqs + 1]
     context_lens: torch.Tensor  # int32 [max_seqs]
@@ -34,18 +35,25 @@ class DecodeBatch:
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Where pieces leave their partial results, and are counted: one for all layers, since they run one after the other."""
+    """Where pieces leave their partial results, and are counted: one for all layers, since they run one after
+    the other."""
 
     outputs: torch.Tensor  # float32 [max_pieces, Hkv, rows, D]
     log_sums: torch.Tensor  # float32 [max_pieces, Hkv, rows]: log2 of the sum of exp2 of the scores
-    arrivals: torch.Tensor  # int32 [max_seqs, Hkv]: finished pieces of split sequences; zeros before and after each launch
+    arrivals: (
+        torch.Tensor
+    )  # int32 [max_seqs, Hkv]: finished pieces of split sequences; zeros before and after each launch
 
 
-def decode_workspace(shape: DecodeShape, num_heads: int, head_dim: int, max_context_len: int, device: str) -> DecodeWorkspace:
+def decode_workspace(
+    shape: DecodeShape, num_heads: int, head_dim: int, max_context_len: int, device: str
+) -> DecodeWorkspace:
     rows = num_heads // shape.num_kv_heads * shape.max_query_len
     lead = (shape.max_pieces(max_context_len), shape.num_kv_heads, rows)
     arrivals = torch.zeros((shape.max_seqs, shape.num_kv_heads), dtype=torch.int32, device=device)
-    return DecodeWorkspace(torch.empty((*lead, head_dim), device=device), torch.empty(lead, device=device), arrivals)
+    return DecodeWorkspace(
+        torch.empty((*lead, head_dim), device=device), torch.empty(lead, device=device), arrivals
+    )
 
 
 def decode_attention(
@@ -57,8 +65,8 @@ def decode_attention(
     scale: float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Kernels.paged_attention` for q [T, Hq, D]; the plan's shape says the window. Sequences have 1 to 8 queries; of those
-    that the plan leaves out nothing is written to `out`, alike q."""
+    """`Kernels.paged_attention` for q [T, Hq, D]; the plan's shape says the window. Sequences have 1 to 8
+    queries; of those that the plan leaves out nothing is written to `out`, alike q."""
     out = torch.empty_like(q) if out is None else out
     decode_launch(q, k_cache, v_cache, batch, workspace, scale, out).run()
     return out.flatten(1)
@@ -110,7 +118,8 @@ def decode_launch(
         "UPCAST": INTERPRETED,
         "IN_TURNS": num_programs < num_pieces,
     }
-    # Keys wait for their block's id: of five stages, two tiles of keys and values are in flight while one is computed.
+    # Keys wait for their block's id: of five stages, two tiles of keys and values are in flight while one is
+    # computed.
     return Launch(_attend_pieces, (num_kv_heads, num_programs), arguments, num_warps, num_stages=5)
 
 
@@ -271,7 +280,8 @@ def _attend_keys(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The keys [first_key, end_key): rows' outputs [BLOCK_M, BLOCK_D], and log2 of the sums of exp2 of their scores."""
+    """The keys [first_key, end_key): rows' outputs [BLOCK_M, BLOCK_D], and log2 of the sums of exp2 of their
+    scores."""
     dims = tl.arange(0, BLOCK_D)
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -279,7 +289,9 @@ def _attend_keys(
     for start in range(first_key, end_key, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         in_keys = (keys < end_key)[:, None] & (dims < HEAD_DIM)[None, :]
-        if BLOCK_SIZE % BLOCK_N == 0:  # rows of the cache, all heads', fit 32 bits on any GPU; elements do not
+        if (
+            BLOCK_SIZE % BLOCK_N == 0
+        ):  # rows of the cache, all heads', fit 32 bits on any GPU; elements do not
             block = tl.load(table + start // BLOCK_SIZE)
             slots = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, BLOCK_N)
         else:

@@ -1,5 +1,6 @@
-"""Cuts a decode batch's keys into pieces of about equal work. The number of pieces has a bound that depends on the batch's
-capacity alone, so a captured graph launches over that bound and finds the pieces of the day in its metadata.
+"""Cuts a decode batch's keys into pieces of about equal work. The number of pieces has a bound that depends
+on the batch's capacity alone, so a captured graph launches over that bound and finds the pieces of the day in
+its metadata.
 
 Made on the CPU, once a step (for each window that the model has), before the step is launched.
 """
@@ -32,14 +33,22 @@ class DecodeShape:
     block_size: int
     num_multiprocessors: int
     window: int | None = None
-    split_keys: int | None = None  # keys of a piece at most; None: by the batch's load, on which a sum's order then depends
-    takes_turns: bool = False  # a wave of programs shares the pieces; else each piece has a program, which balances better
+    split_keys: int | None = (
+        None  # keys of a piece at most; None: by the batch's load, on which a sum's order then depends
+    )
+    takes_turns: bool = (
+        False  # a wave of programs shares the pieces; else each piece has a program, which balances better
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_query_len <= MAX_QUERY_LEN:
-            raise ValueError(f"max_query_len: {self.max_query_len} is not valid, expected 1 to {MAX_QUERY_LEN}")
+            raise ValueError(
+                f"max_query_len: {self.max_query_len} is not valid, expected 1 to {MAX_QUERY_LEN}"
+            )
         if self.split_keys is not None and (self.split_keys < 1 or self.split_keys % self.tile):
-            raise ValueError(f"split_keys: {self.split_keys} is not valid, expected a multiple of {self.tile}")
+            raise ValueError(
+                f"split_keys: {self.split_keys} is not valid, expected a multiple of {self.tile}"
+            )
 
     @property
     def tile(self) -> int:
@@ -73,8 +82,8 @@ class DecodeShape:
 class DecodePlan:
     """Which keys each program reads, and where it writes.
 
-    A row of `pieces` is (sequence, first key, key behind the last, row of the partial results or NO_PARTIAL); rows behind the
-    plan's pieces have no sequence. The partial results of sequence s are rows
+    A row of `pieces` is (sequence, first key, key behind the last, row of the partial results or NO_PARTIAL);
+    rows behind the plan's pieces have no sequence. The partial results of sequence s are rows
     `partial_start[s]:partial_start[s + 1]`, in the order of their keys; none where one piece has all keys.
     """
 
@@ -90,8 +99,11 @@ class DecodePlan:
         return DecodePlan(self.shape, self.pieces.to(device), self.partial_start.to(device))
 
 
-def plan_decode(shape: DecodeShape, query_lens: list[int], context_lens: list[int], max_context_len: int) -> DecodePlan:
-    """The plan of a batch of `len(query_lens)` sequences; those of no queries, and those up to `max_seqs`, have no pieces.
+def plan_decode(
+    shape: DecodeShape, query_lens: list[int], context_lens: list[int], max_context_len: int
+) -> DecodePlan:
+    """The plan of a batch of `len(query_lens)` sequences; those of no queries, and those up to `max_seqs`,
+    have no pieces.
 
     Raises ValueError for a batch that does not fit the shape.
     """
@@ -99,7 +111,11 @@ def plan_decode(shape: DecodeShape, query_lens: list[int], context_lens: list[in
     ends = np.where(np.array(query_lens) > 0, context_lens, 0).astype(np.int64)
     starts = np.zeros_like(ends)
     if shape.window is not None:
-        starts = np.maximum(ends - np.array(query_lens, dtype=np.int64) - shape.window + 1, 0) // shape.tile * shape.tile
+        starts = (
+            np.maximum(ends - np.array(query_lens, dtype=np.int64) - shape.window + 1, 0)
+            // shape.tile
+            * shape.tile
+        )
     tiles = -(-(ends - starts) // shape.tile)
     counts = -(-tiles // _tiles_of_a_piece(shape, tiles))
     partials = np.where(counts > 1, counts, 0)
@@ -111,7 +127,9 @@ def plan_decode(shape: DecodeShape, query_lens: list[int], context_lens: list[in
     owners = np.repeat(np.arange(len(ends)), counts)
     ordinals = np.arange(len(owners)) - np.repeat(counts.cumsum() - counts, counts)
     # The pieces of a sequence differ by one tile at most: the last is not a mere rest.
-    begin, end = (starts[owners] + tiles[owners] * i // counts[owners] * shape.tile for i in (ordinals, ordinals + 1))
+    begin, end = (
+        starts[owners] + tiles[owners] * i // counts[owners] * shape.tile for i in (ordinals, ordinals + 1)
+    )
     used = pieces[: len(owners)]
     used[:, 0] = owners
     used[:, 1] = begin
@@ -133,6 +151,6 @@ def _check(shape: DecodeShape, query_lens: list[int], context_lens: list[int], m
     for query_len, context_len in zip(query_lens, context_lens, strict=True):
         if not 0 <= query_len <= min(shape.max_query_len, context_len) or context_len > max_context_len:
             raise ValueError(
-                f"batch: {query_len} queries over {context_len} keys do not fit a graph of {shape.max_query_len} queries "
-                f"and {max_context_len} keys"
+                f"batch: {query_len} queries over {context_len} keys do not fit a graph of"
+                f" {shape.max_query_len} queries and {max_context_len} keys"
             )

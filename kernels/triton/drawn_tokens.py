@@ -10,15 +10,25 @@ _BLOCK = 256
 
 
 def take_drawn(places: torch.Tensor, otherwise: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """int64 [N]: `drawn[places[n]]`, or `otherwise[n]` where the place is negative. All are int64, of one dimension."""
+    """int64 [N]: `drawn[places[n]]`, or `otherwise[n]` where the place is negative. All are int64, of one
+    dimension."""
     out = torch.empty_like(otherwise)
     if len(out):
         take_launch(places, otherwise, drawn, out).run()
     return out
 
 
-def take_launch(places: torch.Tensor, otherwise: torch.Tensor, drawn: torch.Tensor, out: torch.Tensor) -> Launch:
-    arguments = {"places": places, "otherwise": otherwise, "drawn": drawn, "out": out, "num_tokens": len(out), "BLOCK": _BLOCK}
+def take_launch(
+    places: torch.Tensor, otherwise: torch.Tensor, drawn: torch.Tensor, out: torch.Tensor
+) -> Launch:
+    arguments = {
+        "places": places,
+        "otherwise": otherwise,
+        "drawn": drawn,
+        "out": out,
+        "num_tokens": len(out),
+        "BLOCK": _BLOCK,
+    }
     return Launch(_take_tokens, (cdiv(len(out), _BLOCK),), arguments, num_warps=1, num_stages=1)
 
 

@@ -1,7 +1,8 @@
-"""Compiles a launch to machine code for a GPU that need not be there, and says what it takes of a multiprocessor.
+"""Compiles a launch to machine code for a GPU that need not be there, and says what it takes of a
+multiprocessor.
 
-Specialised as Triton's own launcher would (alignment, constants), by that launcher's code: hence the private names.
-"""
+Specialised as Triton's own launcher would (alignment, constants), by that launcher's code: hence the private
+names."""
 
 import contextlib
 import io
@@ -46,7 +47,12 @@ def footprint(launch: Launch, target: int) -> Footprint:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     log = io.StringIO()
     # A compiler's cache hit has no log, so every compilation is into a cache of its own.
-    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        knobs.cache.scope(),
+        knobs.nvidia.scope(),
+        contextlib.redirect_stdout(log),
+    ):
         knobs.cache.dir = cache
         knobs.nvidia.dump_ptxas_log = True
         compiled = triton.compile(source, target=gpu, options=options.__dict__)

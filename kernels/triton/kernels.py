@@ -1,12 +1,19 @@
-"""The kernels of the GPU behind the `Kernels` interface. Everything is queued on the device's current stream; what must wait
-for it says so."""
+"""The kernels of the GPU behind the `Kernels` interface. Everything is queued on the device's current stream;
+what must wait for it says so."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from ..interface import AttentionBatch, KernelRequirements, PackedLinear, check_block_pairs, check_token_range, check_wire
+from ..interface import (
+    AttentionBatch,
+    KernelRequirements,
+    PackedLinear,
+    check_block_pairs,
+    check_token_range,
+    check_wire,
+)
 from ..wire import KVPart, WireFormat
 from . import norm, rope_cache, transfer
 from .activation import silu_mul
@@ -14,7 +21,11 @@ from .launch import INTERPRETED
 from .paged_attention import MAX_GROUP, PagedAttention, to_device
 
 _MIN_HEAD_DIM = 16  # of a matrix unit's tile
-_MAX_HEAD_DIM = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}  # more does not fit every GPU's shared memory
+_MAX_HEAD_DIM = {
+    torch.float32: 128,
+    torch.bfloat16: 256,
+    torch.float16: 256,
+}  # more does not fit every GPU's shared memory
 _CAPABILITY_NEEDED = (8, 0)
 _WIRE_DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
@@ -25,7 +36,10 @@ def why_unavailable(requirements: KernelRequirements) -> str | None:
         return f"{requirements.dtype} has no Triton kernels"
     limit = _MAX_HEAD_DIM[requirements.dtype]
     if not _MIN_HEAD_DIM <= requirements.head_dim <= limit:
-        return f"head_dim {requirements.head_dim} is not within {_MIN_HEAD_DIM} to {limit}, as {requirements.dtype} needs"
+        return (
+            f"head_dim {requirements.head_dim} is not within {_MIN_HEAD_DIM} to {limit}, as"
+            f" {requirements.dtype} needs"
+        )
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < _CAPABILITY_NEEDED:
         return "this GPU's compute capability {}.{} is below {}.{}".format(*capability, *_CAPABILITY_NEEDED)
     return None
@@ -34,9 +48,9 @@ def why_unavailable(requirements: KernelRequirements) -> str | None:
 class TritonKernels:
     """Kernels for one model dtype, on CUDA tensors, or in Triton's interpreter on any.
 
-    Weights, activations and the cache are on the device. What the engine makes on the host for a step, positions, slots and
-    the attention batch, may stay there: it is copied without a wait. Linears are torch's matrix products. The last bits of a
-    token's attention depend on its batch: how its keys are split does.
+    Weights, activations and the cache are on the device. What the engine makes on the host for a step,
+    positions, slots and the attention batch, may stay there: it is copied without a wait. Linears are torch's
+    matrix products. The last bits of a token's attention depend on its batch: how its keys are split does.
     """
 
     name = "triton"
@@ -61,7 +75,9 @@ class TritonKernels:
             raise ValueError(f"up: shape {tuple(up.shape)} is not gate's {tuple(gate.shape)}")
         return PackedLinear(num_in, num_out, gate.dtype, torch.cat((gate, up)), None)
 
-    def linear(self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def linear(
+        self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """Logits are not rounded to x's dtype on their way: sums are float32, and come out as such."""
         self._check_rows(x, packed)
         if out_dtype not in (None, self._dtype, torch.float32):
@@ -71,7 +87,8 @@ class TritonKernels:
         return self.linear_into(x, packed, x.new_empty((len(x), packed.out_features), dtype=torch.float32))
 
     def linear_into(self, x: torch.Tensor, packed: PackedLinear, out: torch.Tensor) -> torch.Tensor:
-        """`linear` in float32, written to `out` [T, N]: logits have a place of their own, and are too large to be copied."""
+        """`linear` in float32, written to `out` [T, N]: logits have a place of their own, and are too large
+        to be copied."""
         self._check_rows(x, packed)
         expected = (len(x), packed.out_features)
         if out.dtype != torch.float32 or out.shape != expected:
@@ -95,7 +112,9 @@ class TritonKernels:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return norm.rms_norm(self._check("x", x), weight, eps)
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
         return norm.add_rms_norm(self._check("x", x), residual, weight, eps)
 
     def rope_and_cache(
@@ -114,7 +133,9 @@ class TritonKernels:
         self._check("qkv", qkv)
         self._check_cache(k_cache, v_cache)
         positions, slots = to_device(positions, qkv.device), to_device(slot_mapping, qkv.device)
-        return rope_cache.rope_and_cache(qkv, positions, cos_sin, q_norm, k_norm, eps, k_cache, v_cache, slots)
+        return rope_cache.rope_and_cache(
+            qkv, positions, cos_sin, q_norm, k_norm, eps, k_cache, v_cache, slots
+        )
 
     def paged_attention(
         self,
@@ -125,12 +146,14 @@ class TritonKernels:
         scale: float,
         sliding_window: int | None = None,
     ) -> torch.Tensor:
-        """The batch's lengths and tables must be on the host, and stay as they are as long as the batch lives: they are
-        planned and copied by its first call, for all of its layers."""
+        """The batch's lengths and tables must be on the host, and stay as they are as long as the batch
+        lives: they are planned and copied by its first call, for all of its layers."""
         num_heads, num_kv_heads = self._check("q", q).shape[1], k_cache.shape[1]
         self._check_cache(k_cache, v_cache)
         if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
-            raise ValueError(f"q: {num_heads} heads, expected up to {MAX_GROUP} for each of {num_kv_heads} kv heads")
+            raise ValueError(
+                f"q: {num_heads} heads, expected up to {MAX_GROUP} for each of {num_kv_heads} kv heads"
+            )
         return self.attention(q, k_cache, v_cache, batch, scale, sliding_window)
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -146,8 +169,8 @@ class TritonKernels:
         token_end: int,
         buffer: torch.Tensor,
     ) -> int:
-        """A buffer on the host gets the tokens by way of one as large on the device; waits for the device, as the checksum
-        and the bytes must be there on return."""
+        """A buffer on the host gets the tokens by way of one as large on the device; waits for the device, as
+        the checksum and the bytes must be there on return."""
         check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
         part = _part(cache, layer_start, layer_end, token_start, token_end)
         on_device = buffer if buffer.device == cache.device else torch.empty_like(buffer, device=cache.device)
@@ -159,7 +182,9 @@ class TritonKernels:
     def wire_checksum(self, buffer: torch.Tensor) -> int:
         """A buffer on the host is copied to the device; waits for the device."""
         check_wire(buffer)
-        return _unsigned(transfer.checksum(to_device(buffer, _WIRE_DEVICE) if buffer.device.type == "cpu" else buffer))
+        return _unsigned(
+            transfer.checksum(to_device(buffer, _WIRE_DEVICE) if buffer.device.type == "cpu" else buffer)
+        )
 
     def scatter_tokens(
         self,
@@ -171,8 +196,8 @@ class TritonKernels:
         token_end: int,
         buffer: torch.Tensor,
     ) -> None:
-        """A buffer on the host is copied to the device first, and may be reused on return; the cache is written in the order
-        of the device's stream."""
+        """A buffer on the host is copied to the device first, and may be reused on return; the cache is
+        written in the order of the device's stream."""
         check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
         part = _part(cache, layer_start, layer_end, token_start, token_end)
         transfer.scatter_part(cache, block_ids, part, to_device(buffer, cache.device), WireFormat.RAW)

@@ -1,4 +1,5 @@
-"""A kernel launch as a value, so that what the compile gate compiles is what production launches, meta-parameters included."""
+"""A kernel launch as a value, so that what the compile gate compiles is what production launches,
+meta-parameters included."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    max_registers: int | None = None  # of a thread; None: the assembler's choice, which may spill a few for another block
+    max_registers: int | None = (
+        None  # of a thread; None: the assembler's choice, which may spill a few for another block
+    )
 
     @property
     def options(self) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Searches of one row of logits by one program, a tile at a time: what `sampling.py` draws tokens with.
 
-A source is a row, or candidates copied from it, in order of their ids; a place is an index into the source. Logits are looked
-at as integers of the same order (keys), whose thresholds are exact. A weight is exp((logit - largest) * scale).
-"""
+A source is a row, or candidates copied from it, in order of their ids; a place is an index into the source.
+Logits are looked at as integers of the same order (keys), whose thresholds are exact. A weight is exp((logit
+- largest) * scale)."""
 
 import triton
 import triton.language as tl
@@ -11,7 +11,9 @@ LOWEST = tl.constexpr(-(2**31))  # below every token's key
 HIGHEST = tl.constexpr(2**31 - 1)  # the key of NaN
 KEY_OF_INFINITY = tl.constexpr(0x7F800000)
 KEY_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
-NUM_LINES = tl.constexpr(4)  # of a tile that is only added up: a thread adds up its own tokens of all lines first
+NUM_LINES = tl.constexpr(
+    4
+)  # of a tile that is only added up: a thread adds up its own tokens of all lines first
 
 
 @triton.jit
@@ -37,7 +39,8 @@ def _load_tile(source: tl.tensor, start: tl.tensor, size: tl.tensor, BLOCK: tl.c
 
 @triton.jit
 def _load_lines(source: tl.tensor, start: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
-    """As `_load_tile`, [NUM_LINES, BLOCK / NUM_LINES]: what is taken over the lines needs a quarter of the registers."""
+    """As `_load_tile`, [NUM_LINES, BLOCK / NUM_LINES]: what is taken over the lines needs a quarter of the
+    registers."""
     LENGTH: tl.constexpr = BLOCK // NUM_LINES
     places = start + tl.arange(0, NUM_LINES)[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
     logits = tl.load(source + places, mask=places < size, other=-float("inf"))
@@ -102,15 +105,18 @@ def highest_cut(
     BY_MASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The highest key in [low, high] with a number or mass of `target` at or above it; `low` has it, from `count` tokens.
+    """The highest key in [low, high] with a number or mass of `target` at or above it; `low` has it, from
+    `count` tokens.
 
-    Returns (source, size, that key, the number of tokens at or above it): the source of old, or the candidates in `values`.
-    """
+    Returns (source, size, that key, the number of tokens at or above it): the source of old, or the
+    candidates in `values`."""
     while low < high:
         # Half-way between the two logits and not between the keys, most of which belong to numbers near zero.
         halfway = _keys(0.5 * logit_of(low) + 0.5 * logit_of(high))
         middle = tl.minimum(tl.maximum(halfway, low + 1), high)
-        number, amount, lowest_above, highest_below = measure(source, size, middle, largest, scale, BY_MASS, BLOCK)
+        number, amount, lowest_above, highest_below = measure(
+            source, size, middle, largest, scale, BY_MASS, BLOCK
+        )
         enough = amount >= target
         low = tl.where(enough, lowest_above, low)
         count = tl.where(enough, number, count)
@@ -182,7 +188,8 @@ def inverse_cdf(
     scale: tl.tensor,
     BLOCK: tl.constexpr,
 ):
-    """The first place whose cumulative weight exceeds that share of the total; negative where rounding leaves none.
+    """The first place whose cumulative weight exceeds that share of the total; negative where rounding leaves
+    none.
 
     Found by tiles, then by lines of the tile, then in the line.
     """

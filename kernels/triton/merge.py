@@ -1,8 +1,9 @@
-"""Partial results of attention over pieces of a sequence's keys, put together (FlashDecoding, Dao et al. 2023).
+"""Partial results of attention over pieces of a sequence's keys, put together (FlashDecoding, Dao et al.
+2023).
 
-A partial result of a row is its normalised output and log2 of the sum of exp2 of its scores. They lie in float32
-[num_partials, Hkv, rows, D] and [num_partials, Hkv, rows], and are merged in their order, whoever came last.
-"""
+A partial result of a row is its normalised output and log2 of the sum of exp2 of its scores. They lie in
+float32 [num_partials, Hkv, rows, D] and [num_partials, Hkv, rows], and are merged in their order, whoever
+came last."""
 
 import triton
 import triton.language as tl
@@ -34,7 +35,8 @@ def merged(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """float32 [BLOCK_R, BLOCK_D]: `rows` of the partial results [first, end) as one; zeros for a row that has seen no key.
+    """float32 [BLOCK_R, BLOCK_D]: `rows` of the partial results [first, end) as one; zeros for a row that has
+    seen no key.
 
     Read past the L1, as another multiprocessor may have written them while this program ran.
     """
@@ -44,15 +46,21 @@ def merged(
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     # Of a tile of partial results, from its first on; 32 bits are enough for these.
-    places = (tl.arange(0, BLOCK_P) * (NUM_KV_HEADS * NUM_ROWS))[:, None] + rows[None, :]  # [BLOCK_P, BLOCK_R]
+    places = (tl.arange(0, BLOCK_P) * (NUM_KV_HEADS * NUM_ROWS))[:, None] + rows[
+        None, :
+    ]  # [BLOCK_P, BLOCK_R]
     offsets = places[:, :, None] * HEAD_DIM + dims[None, None, :]  # [BLOCK_P, BLOCK_R, BLOCK_D]
     row = (first.to(tl.int64) * NUM_KV_HEADS + kv_head) * NUM_ROWS
     for start in range(first, end, BLOCK_P):
         there = start + tl.arange(0, BLOCK_P) < end
         mask = there[:, None] & in_rows[None, :]
-        log_sums = tl.load(partial_log_sums + row + places, mask=mask, other=-float("inf"), cache_modifier=".cg")
+        log_sums = tl.load(
+            partial_log_sums + row + places, mask=mask, other=-float("inf"), cache_modifier=".cg"
+        )
         mask = there[:, None, None] & in_columns[None, :, :]
-        values = tl.load(partial_outputs + row * HEAD_DIM + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            partial_outputs + row * HEAD_DIM + offsets, mask=mask, other=0.0, cache_modifier=".cg"
+        )
         new_largest = tl.maximum(largest, tl.max(log_sums, 0))
         # A row that has seen no key yet has -inf: it must not meet itself in a difference.
         base = tl.where(new_largest == -float("inf"), 0.0, new_largest)

@@ -1,4 +1,5 @@
-"""The norms of the residual stream. A program has a whole row: a token's result never depends on its batch."""
+"""The norms of the residual stream. A program has a whole row: a token's result never depends on its
+batch."""
 
 import torch
 import triton
@@ -16,9 +17,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`Kernels.add_rms_norm`: residual [T, H] += x [T, H] in place; the norm is that of the sum as it is stored."""
+    """`Kernels.add_rms_norm`: residual [T, H] += x [T, H] in place; the norm is that of the sum as it is
+    stored."""
     if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
-        raise ValueError(f"residual: {residual.dtype} {tuple(residual.shape)} given, expected x's {x.dtype} {tuple(x.shape)}")
+        raise ValueError(
+            f"residual: {residual.dtype} {tuple(residual.shape)} given, expected x's {x.dtype}"
+            f" {tuple(x.shape)}"
+        )
     return _norm(x, residual, weight, eps)
 
 
@@ -33,7 +38,9 @@ def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, 
     return out
 
 
-def norm_launch(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor) -> Launch:
+def norm_launch(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor
+) -> Launch:
     num_tokens, width = x.shape
     block = power_of_two(width)
     arguments = {

@@ -1,9 +1,9 @@
-"""`Kernels.paged_attention`: which kernel a batch goes to, and what that kernel needs to know; once a step, for all layers.
+"""`Kernels.paged_attention`: which kernel a batch goes to, and what that kernel needs to know; once a step,
+for all layers.
 
-Sequences of a few queries go to decode attention, which shares their keys out, all others to prefill attention. A batch's
-lengths are read on the host, where the engine makes them, and its tensors follow to the device without a wait: nothing here
-asks the device for anything.
-"""
+Sequences of a few queries go to decode attention, which shares their keys out, all others to prefill
+attention. A batch's lengths are read on the host, where the engine makes them, and its tensors follow to the
+device without a wait: nothing here asks the device for anything."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +18,19 @@ from ..interface import AttentionBatch
 from .decode_attention import DecodeBatch, DecodeWorkspace, decode_attention, decode_workspace
 from .decode_plan import MAX_QUERY_LEN, DecodePlan, DecodeShape, plan_decode
 from .launch import power_of_two, target_of
-from .prefill_attention import PrefillBatch, PrefillWorkspace, prefill_attention, prefill_tile, prefill_workspace
+from .prefill_attention import (
+    PrefillBatch,
+    PrefillWorkspace,
+    prefill_attention,
+    prefill_tile,
+    prefill_workspace,
+)
 from .prefill_plan import PrefillPlan, plan_prefill
 
 MAX_GROUP = 64  # query heads of a kv head: the rows of the smallest tile
-_MAX_DECODE_ROWS = 64  # queries times their heads, packed: what the compile gate has seen a decode program hold
+_MAX_DECODE_ROWS = (
+    64  # queries times their heads, packed: what the compile gate has seen a decode program hold
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class _PrefillWork:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _AttentionWork:
     """A batch, by the kernels that its sequences go to."""
 
     decode: DecodeWork | None
@@ -64,18 +72,19 @@ class _Work:
 class _Plans(Protocol):
     """A batch's work by layer; layers differ in their window at most."""
 
-    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _Work: ...
+    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _AttentionWork: ...
 
 
 class PagedAttention:
-    """Holds the plans of batches that still live, and none of the batches: a step's plan goes when its batch goes."""
+    """Holds the plans of batches that still live, and none of the batches: a step's plan goes when its batch
+    goes."""
 
     def __init__(self) -> None:
         self._steps: WeakKeyDictionary[AttentionBatch, _Plans] = WeakKeyDictionary()
 
     def adopt(self, batch: AttentionBatch, works: Mapping[int | None, DecodeWork]) -> None:
-        """The batch is on the device and planned by its owner, for each window: a captured graph's, whose plan is overwritten
-        step by step."""
+        """The batch is on the device and planned by its owner, for each window: a captured graph's, whose
+        plan is overwritten step by step."""
         self._steps[batch] = _Planned(works)
 
     def __call__(
@@ -87,18 +96,21 @@ class PagedAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Arguments as in `Kernels.paged_attention`; the batch is on the host, and stays as it is while it lives."""
+        """Arguments as in `Kernels.paged_attention`; the batch is on the host, and stays as it is while it
+        lives."""
         if not len(q):
             return q.flatten(1)
         step = self._steps.get(batch)
         if step is None:
-            step = self._steps[batch] = _Step(batch, q.device)
+            step = self._steps[batch] = _AttentionStep(batch, q.device)
         work = step.work(q, k_cache, window)
         out = torch.empty_like(q)
         if work.decode is not None:
             decode_attention(q, k_cache, v_cache, work.decode.batch, work.decode.workspace, scale, out)
         if work.prefill is not None:
-            prefill_attention(q, k_cache, v_cache, work.prefill.batch, work.prefill.workspace, scale, window, out)
+            prefill_attention(
+                q, k_cache, v_cache, work.prefill.batch, work.prefill.workspace, scale, window, out
+            )
         return out.flatten(1)
 
 
@@ -106,11 +118,11 @@ class PagedAttention:
 class _Planned:
     works: Mapping[int | None, DecodeWork]
 
-    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _Work:
-        return _Work(self.works[window], None)
+    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _AttentionWork:
+        return _AttentionWork(self.works[window], None)
 
 
-class _Step:
+class _AttentionStep:
     """A batch on its device, and the plans that were made for it."""
 
     def __init__(self, batch: AttentionBatch, device: torch.device) -> None:
@@ -123,9 +135,9 @@ class _Step:
         self._context_lens_there = to_device(batch.context_lens, device)
         self._block_tables = to_device(batch.block_tables, device)
         self._device = device
-        self._work: dict[_Geometry, _Work] = {}
+        self._work: dict[_Geometry, _AttentionWork] = {}
 
-    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _Work:
+    def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _AttentionWork:
         _, num_heads, head_dim = q.shape
         _, num_kv_heads, block_size, _ = k_cache.shape
         geometry = _Geometry(num_heads, num_kv_heads, block_size, head_dim, q.dtype, window)
@@ -135,13 +147,17 @@ class _Step:
             few = [length if length <= most else 0 for length in self._query_lens]
             many = [length if length > most else 0 for length in self._query_lens]
             decode = self._decode(geometry, few) if any(few) else None
-            work = self._work[geometry] = _Work(decode, self._prefill(geometry, k_cache, many) if any(many) else None)
+            work = self._work[geometry] = _AttentionWork(
+                decode, self._prefill(geometry, k_cache, many) if any(many) else None
+            )
         return work
 
     def _decode(self, geometry: _Geometry, query_lens: list[int]) -> DecodeWork:
         shape = DecodeShape(
             max_seqs=len(self._query_lens),
-            max_query_len=power_of_two(max(query_lens)),  # a kernel is compiled for each, and not for each length
+            max_query_len=power_of_two(
+                max(query_lens)
+            ),  # a kernel is compiled for each, and not for each length
             num_kv_heads=geometry.num_kv_heads,
             block_size=geometry.block_size,
             num_multiprocessors=num_multiprocessors(self._device),
@@ -149,7 +165,9 @@ class _Step:
         )
         longest = max(self._context_lens)
         plan = plan_decode(shape, query_lens, self._context_lens, longest).trimmed()
-        there = DecodePlan(shape, to_device(plan.pieces, self._device), to_device(plan.partial_start, self._device))
+        there = DecodePlan(
+            shape, to_device(plan.pieces, self._device), to_device(plan.partial_start, self._device)
+        )
         return DecodeWork(
             DecodeBatch(self._query_start_loc, self._context_lens_there, self._block_tables, there),
             decode_workspace(shape, geometry.num_heads, geometry.head_dim, longest, str(self._device)),
@@ -158,8 +176,12 @@ class _Step:
     def _prefill(self, geometry: _Geometry, k_cache: torch.Tensor, query_lens: list[int]) -> _PrefillWork:
         target = target_of(self._device)
         tile = prefill_tile(k_cache, geometry.num_heads, geometry.window, target)
-        num_programs = num_multiprocessors(self._device) // geometry.num_kv_heads  # as a program takes a whole one
-        plan = plan_prefill(query_lens, self._context_lens, tile.num_tokens, tile.num_keys, num_programs, geometry.window)
+        num_programs = (
+            num_multiprocessors(self._device) // geometry.num_kv_heads
+        )  # as a program takes a whole one
+        plan = plan_prefill(
+            query_lens, self._context_lens, tile.num_tokens, tile.num_keys, num_programs, geometry.window
+        )
         there = PrefillPlan(
             to_device(plan.tiles, self._device),
             None if plan.pieces is None else to_device(plan.pieces, self._device),
@@ -170,7 +192,8 @@ class _Step:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` itself where it is there, else a copy on its way: from pinned memory, so that the host does not wait."""
+    """`tensor` itself where it is there, else a copy on its way: from pinned memory, so that the host does
+    not wait."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":

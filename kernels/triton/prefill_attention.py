@@ -1,11 +1,12 @@
-"""Attention of prompts' new tokens over their cached prefix and themselves: a ragged batch, cut into tiles of query rows.
+"""Attention of prompts' new tokens over their cached prefix and themselves: a ragged batch, cut into tiles of
+query rows.
 
-FlashAttention-2 (Dao 2023) over pages. A tile's rows are neighbouring tokens times the query heads of one kv head, so keys
-are read once for all of them. Keys that every row sees are computed without a mask, apart from those at the edges.
+FlashAttention-2 (Dao 2023) over pages. A tile's rows are neighbouring tokens times the query heads of one kv
+head, so keys are read once for all of them. Keys that every row sees are computed without a mask, apart from
+those at the edges.
 
-A few new tokens behind a long cached prefix make fewer tiles than a GPU has multiprocessors. Their keys are shared out too:
-programs leave partial results, and a second kernel merges them.
-"""
+A few new tokens behind a long cached prefix make fewer tiles than a GPU has multiprocessors. Their keys are
+shared out too: programs leave partial results, and a second kernel merges them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -60,18 +61,24 @@ class PrefillTile:
     num_keys: int  # read at a time
 
 
-def prefill_tile(k_cache: torch.Tensor, num_heads: int, window: int | None, target: int = HOPPER) -> PrefillTile:
+def prefill_tile(
+    k_cache: torch.Tensor, num_heads: int, window: int | None, target: int = HOPPER
+) -> PrefillTile:
     tiling = _tiling(k_cache, window, target)
     return PrefillTile(tiling.block_m // (num_heads // k_cache.shape[1]), tiling.block_n)
 
 
-def prefill_workspace(plan: PrefillPlan, k_cache: torch.Tensor, target: int = HOPPER) -> PrefillWorkspace | None:
+def prefill_workspace(
+    plan: PrefillPlan, k_cache: torch.Tensor, target: int = HOPPER
+) -> PrefillWorkspace | None:
     """None where nothing is split."""
     if plan.pieces is None:
         return None
     lead = (len(plan.pieces), k_cache.shape[1], _tiling(k_cache, None, target).block_m)
     device = k_cache.device
-    return PrefillWorkspace(torch.empty((*lead, k_cache.shape[3]), device=device), torch.empty(lead, device=device))
+    return PrefillWorkspace(
+        torch.empty((*lead, k_cache.shape[3]), device=device), torch.empty(lead, device=device)
+    )
 
 
 def prefill_attention(
@@ -84,10 +91,12 @@ def prefill_attention(
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Kernels.paged_attention` for q [T, Hq, D]; the batch is planned with its `prefill_tile`. What has no tile is not
-    written to `out`, alike q."""
+    """`Kernels.paged_attention` for q [T, Hq, D]; the batch is planned with its `prefill_tile`. What has no
+    tile is not written to `out`, alike q."""
     out = torch.empty_like(q) if out is None else out
-    for launch in prefill_launches(q, k_cache, v_cache, batch, workspace, scale, sliding_window, out, target_of(q.device)):
+    for launch in prefill_launches(
+        q, k_cache, v_cache, batch, workspace, scale, sliding_window, out, target_of(q.device)
+    ):
         launch.run()
     return out.flatten(1)
 
@@ -167,7 +176,9 @@ def _pages(cache: torch.Tensor, tiling: _Tiling, block_d: int) -> Any:
 def _tiling(k_cache: torch.Tensor, window: int | None, target: int) -> _Tiling:
     """The largest tiles that leave no register spilled (the compile gate holds it)."""
     _, _, block_size, head_dim = k_cache.shape
-    if k_cache.element_size() == 4:  # products without a matrix unit: sums and operands are all a thread's own
+    if (
+        k_cache.element_size() == 4
+    ):  # products without a matrix unit: sums and operands are all a thread's own
         return _Tiling(64, 16, num_warps=16, num_stages=2, use_descriptors=False, max_registers=128)
     wide = power_of_two(head_dim) * k_cache.element_size() > 256
     block_m = 64 if wide else 128
@@ -253,22 +264,29 @@ def _attend_tile(
     # fmt: off
     if WINDOW > 0:
         acc, largest, total = _attend_keys(
-            acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, first_key, full_start, context_len,
-            scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, True, USE_DESCRIPTORS, SPLIT, UPCAST,
+            acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, first_key, full_start,
+            context_len, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, True,
+            USE_DESCRIPTORS, SPLIT, UPCAST,
         )
     acc, largest, total = _attend_keys(
-        acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, full_start, full_end, context_len,
-        scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, False, USE_DESCRIPTORS, SPLIT, UPCAST,
+        acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, full_start, full_end,
+        context_len, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, False,
+        USE_DESCRIPTORS, SPLIT, UPCAST,
     )
     acc, largest, total = _attend_keys(
-        acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, full_end, end_key, context_len,
-        scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, True, USE_DESCRIPTORS, SPLIT, UPCAST,
+        acc, largest, total, queries, positions, k_cache, v_cache, table, kv_head, full_end, end_key,
+        context_len, scale, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, BLOCK_SIZE, WINDOW, BLOCK_N, True,
+        USE_DESCRIPTORS, SPLIT, UPCAST,
     )
     # fmt: on
     if SPLIT:
         sums = tl.where(total > 0.0, total, 1.0)  # a row may see no key of a piece
         partial_rows = (tl.program_id(1).to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_M + rows
-        tl.store(partial_outputs + partial_rows[:, None] * HEAD_DIM + dims[None, :], acc / sums[:, None], mask=in_rows)
+        tl.store(
+            partial_outputs + partial_rows[:, None] * HEAD_DIM + dims[None, :],
+            acc / sums[:, None],
+            mask=in_rows,
+        )
         tl.store(partial_log_sums + partial_rows, largest + tl.log2(sums), mask=rows < num_queries * GROUP)
     else:
         tl.store(out + offsets, (acc / total[:, None]).to(out.dtype.element_ty), mask=in_rows)

@@ -1,5 +1,5 @@
-"""Cuts a batch of prompts into tiles of queries, and, where these are fewer than the GPU has multiprocessors, their keys into
-pieces. Made on the host, once a step."""
+"""Cuts a batch of prompts into tiles of queries, and, where these are fewer than the GPU has multiprocessors,
+their keys into pieces. Made on the host, once a step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,12 @@ class PrefillPlan:
     """Which queries, and which of their keys, each program takes."""
 
     tiles: torch.Tensor  # int32 [num_tiles, 2]: (sequence, its first query of the tile)
-    pieces: torch.Tensor | None = None  # int32 [num_pieces, 3]: (tile, first key, key behind the last); None: nothing is split
-    partial_start: torch.Tensor | None = None  # int32 [num_tiles + 1]: tile t's pieces are rows [t]:[t + 1], by their keys
+    pieces: torch.Tensor | None = (
+        None  # int32 [num_pieces, 3]: (tile, first key, key behind the last); None: nothing is split
+    )
+    partial_start: torch.Tensor | None = (
+        None  # int32 [num_tiles + 1]: tile t's pieces are rows [t]:[t + 1], by their keys
+    )
 
 
 def plan_prefill(
@@ -28,9 +32,9 @@ def plan_prefill(
     num_programs: int,
     window: int | None = None,
 ) -> PrefillPlan:
-    """Tiles of `num_tokens` tokens, those with the most keys first: what starts last is soon done. Pieces of a multiple of
-    `num_keys` keys, at most `num_programs`, which is how many of a kv head run at a time; none where there are that many tiles
-    already."""
+    """Tiles of `num_tokens` tokens, those with the most keys first: what starts last is soon done. Pieces of
+    a multiple of `num_keys` keys, at most `num_programs`, which is how many of a kv head run at a time; none
+    where there are that many tiles already."""
     tiles = [
         (context_len - query_len + min(first + num_tokens, query_len), seq, first)
         for seq, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True))
@@ -45,7 +49,9 @@ def plan_prefill(
         first_position = context_lens[seq] - query_lens[seq] + first
         first_key = 0 if window is None else max(first_position - window + 1, 0) // num_keys * num_keys
         ranges.append((first_key, end_key))
-    counts = _num_pieces([cdiv(end - first, num_keys) for first, end in ranges], num_programs, cdiv(_MIN_PIECE_KEYS, num_keys))
+    counts = _num_pieces(
+        [cdiv(end - first, num_keys) for first, end in ranges], num_programs, cdiv(_MIN_PIECE_KEYS, num_keys)
+    )
     if max(counts) == 1:
         return PrefillPlan(ordered)
     pieces, starts = [], [0]
@@ -55,11 +61,14 @@ def plan_prefill(
         cuts = [first + blocks * i // count * num_keys for i in range(count)]
         pieces += [(tile, *piece) for piece in zip(cuts, [*cuts[1:], end], strict=True)]
         starts.append(len(pieces))
-    return PrefillPlan(ordered, torch.tensor(pieces, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32))
+    return PrefillPlan(
+        ordered, torch.tensor(pieces, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32)
+    )
 
 
 def _num_pieces(blocks: list[int], most: int, least_blocks: int) -> list[int]:
-    """Of each tile, `most` together: as small as that allows, but no less than `least_blocks` where a tile has more."""
+    """Of each tile, `most` together: as small as that allows, but no less than `least_blocks` where a tile
+    has more."""
     size = max(least_blocks, cdiv(sum(blocks), most))
     while sum(counts := [cdiv(each, size) for each in blocks]) > most:
         size += 1

@@ -1,4 +1,5 @@
-"""Every kernel as it is launched for models that people serve, on tensors without memory: what the compile gate compiles.
+"""Every kernel as it is launched for models that people serve, on tensors without memory: what the compile
+gate compiles.
 
 A shape stands here when it leads to other meta-parameters or another layout of registers than its neighbours.
 """
@@ -93,13 +94,18 @@ def _decode(target: int) -> Iterator[tuple[str, Launch]]:
         arrivals = _int32(max_seqs, heads.num_kv_heads)
         workspace = DecodeWorkspace(_float32(*partials, heads.head_dim), _float32(*partials), arrivals)
         launch = decode_launch(q, cache, cache, batch, workspace, 0.1, q)
-        case = f"{heads.name}, {max_seqs} x {max_query_len} queries, page {block_size}{_sliding(window)}{_wide(dtype)}"
+        case = (
+            f"{heads.name}, {max_seqs} x {max_query_len} queries, page"
+            f" {block_size}{_sliding(window)}{_wide(dtype)}"
+        )
         yield case, launch
 
 
 def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
     shapes = [
-        *([(LLAMA_8B, 128, None, torch.bfloat16)] if target == HOPPER else []),  # elsewhere its tiles are those of page 64
+        *(
+            [(LLAMA_8B, 128, None, torch.bfloat16)] if target == HOPPER else []
+        ),  # elsewhere its tiles are those of page 64
         (LLAMA_8B, 64, None, torch.bfloat16),
         (LLAMA_8B, 16, None, torch.bfloat16),
         (LLAMA_8B, 64, 4096, torch.bfloat16),
@@ -111,7 +117,10 @@ def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
     for heads, block_size, window, dtype in shapes:
         q, cache = _queries(4096, heads, dtype), _cache(heads, block_size, dtype)
         case = f"{heads.name}, page {block_size}{_sliding(window)}{_wide(dtype)}"
-        for kind, plan in [("", PrefillPlan(_int32(32, 2))), (", split", PrefillPlan(_int32(4, 2), _int32(16, 3), _int32(5)))]:
+        for kind, plan in [
+            ("", PrefillPlan(_int32(32, 2))),
+            (", split", PrefillPlan(_int32(4, 2), _int32(16, 3), _int32(5))),
+        ]:
             batch = PrefillBatch(_int32(9), _int32(8), _int32(8, _MAX_CONTEXT_LEN // block_size), plan)
             workspace = prefill_workspace(plan, cache, target)
             for launch in prefill_launches(q, cache, cache, batch, workspace, 0.1, window, q, target):
@@ -121,7 +130,10 @@ def _prefill(target: int) -> Iterator[tuple[str, Launch]]:
 def _norms() -> Iterator[tuple[str, Launch]]:
     for width, adds in [(4096, True), (4096, False), (8192, True)]:
         x = _bfloat16(64, width)
-        yield f"{width} wide{', residual' if adds else ''}", norm_launch(x, x if adds else None, x[0], 1e-5, x)
+        yield (
+            f"{width} wide{', residual' if adds else ''}",
+            norm_launch(x, x if adds else None, x[0], 1e-5, x),
+        )
 
 
 def _ropes() -> Iterator[tuple[str, Launch]]:
@@ -136,7 +148,9 @@ def _ropes() -> Iterator[tuple[str, Launch]]:
 
 def _samplings() -> Iterator[tuple[str, Launch]]:
     float64 = torch.empty(64, dtype=torch.float64, device="meta")
-    batch = SamplingBatch(_int32(64), float64, _int32(64), float64, float64, _int64(64), _int32(64), _int32(64))
+    batch = SamplingBatch(
+        _int32(64), float64, _int32(64), float64, float64, _int64(64), _int32(64), _int32(64)
+    )
     for model, vocab_size in [("Llama-3", 128_256), ("GPT-2", 50_257)]:
         logits, bits = _float32(64, vocab_size), _bytes(64, -(-vocab_size // 8))
         yield f"{model}, {vocab_size} tokens", sample_launch(logits, batch, _int64(64))

@@ -1,7 +1,8 @@
-"""From the packed queries, keys and values of new tokens to rotated queries and pages of the cache, in one kernel.
+"""From the packed queries, keys and values of new tokens to rotated queries and pages of the cache, in one
+kernel.
 
-A program has one token's heads that share a kv head: they take the same angles and are read once. Norms and rotation are
-computed in float32 and rounded once, at the end; a token's result never depends on its batch.
+A program has one token's heads that share a kv head: they take the same angles and are read once. Norms and
+rotation are computed in float32 and rounded once, at the end; a token's result never depends on its batch.
 """
 
 import torch
@@ -24,8 +25,8 @@ def rope_and_cache(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """`Kernels.rope_and_cache`. Tokens of a negative slot are the padding of a captured graph: nothing of theirs is read
-    or written, and their queries are undefined."""
+    """`Kernels.rope_and_cache`. Tokens of a negative slot are the padding of a captured graph: nothing of
+    theirs is read or written, and their queries are undefined."""
     _check(qkv, positions, cos_sin, q_norm, k_norm, k_cache, v_cache, slot_mapping)
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -84,20 +85,29 @@ def _check(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """Refuse what would be read or written outside a tensor; positions and slots themselves are the caller's word."""
+    """Refuse what would be read or written outside a tensor; positions and slots themselves are the caller's
+    word."""
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     if v_cache.shape != k_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError(f"v_cache: shape {tuple(v_cache.shape)} given, expected k_cache's {tuple(k_cache.shape)}, contiguous")
+        raise ValueError(
+            f"v_cache: shape {tuple(v_cache.shape)} given, expected k_cache's {tuple(k_cache.shape)},"
+            " contiguous"
+        )
     num_heads, rest = divmod(qkv.shape[1] - 2 * num_kv_heads * head_dim, head_dim)
     if rest or num_heads < 1 or num_heads % num_kv_heads or not qkv.is_contiguous():
         raise ValueError(
-            f"qkv: {qkv.shape[1]} wide, expected contiguous heads of {head_dim}, a group for each of {num_kv_heads}"
+            f"qkv: {qkv.shape[1]} wide, expected contiguous heads of {head_dim}, a group for each of"
+            f" {num_kv_heads}"
         )
     if cos_sin.dtype != torch.float32 or cos_sin.shape[1:] != (head_dim,) or not cos_sin.is_contiguous():
-        raise ValueError(f"cos_sin: {cos_sin.dtype} {tuple(cos_sin.shape)} given, expected float32 [max_pos, {head_dim}]")
+        raise ValueError(
+            f"cos_sin: {cos_sin.dtype} {tuple(cos_sin.shape)} given, expected float32 [max_pos, {head_dim}]"
+        )
     for name, index in (("positions", positions), ("slot_mapping", slot_mapping)):
         if index.dtype != torch.int64 or index.shape != qkv.shape[:1]:
-            raise ValueError(f"{name}: {index.dtype} {tuple(index.shape)} given, expected int64 [{qkv.shape[0]}]")
+            raise ValueError(
+                f"{name}: {index.dtype} {tuple(index.shape)} given, expected int64 [{qkv.shape[0]}]"
+            )
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm: expected both norms or neither")
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
@@ -164,7 +174,12 @@ def _rotate_and_store(
 
 @triton.jit
 def _norm_weights(
-    q_norm: tl.tensor, k_norm: tl.tensor, dims: tl.tensor, is_query: tl.tensor, is_value: tl.tensor, HALF: tl.constexpr
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    dims: tl.tensor,
+    is_query: tl.tensor,
+    is_value: tl.tensor,
+    HALF: tl.constexpr,
 ):
     """[rows, dims]: values keep their size."""
     of_queries = tl.load(q_norm + dims, mask=dims < HALF, other=0.0).to(tl.float32)[None, :]

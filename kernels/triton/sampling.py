@@ -1,17 +1,18 @@
-"""From logits to tokens without sorting and without the host: one program draws one token, so that a draw never depends on
-its batch.
+"""From logits to tokens without sorting and without the host: one program draws one token, so that a draw
+never depends on its batch.
 
-Top-k and top-p are each the highest cut with enough tokens, or enough mass, at or above it, found by bisection; each step goes
-on from the nearest logit that is there, so that ten to twenty suffice. As soon as the tokens left fit one tile they are
-copied, in their order, and the row is not read again (`logit_search.py`).
+Top-k and top-p are each the highest cut with enough tokens, or enough mass, at or above it, found by
+bisection; each step goes on from the nearest logit that is there, so that ten to twenty suffice. As soon as
+the tokens left fit one tile they are copied, in their order, and the row is not read again
+(`logit_search.py`).
 
 The random number is the very one of `engine/random_numbers.py`, and tokens lie on its line by id, as in
-`engine/distribution.py`. What differs from the CPU: a GPU's `exp` is off by about 1e-7 times the distance to the largest logit
-(over the temperature), relatively, and masses, float64 on both, are summed in another order. So the border between two
-neighbours may lie elsewhere, by some 1e-7 of the total, 1e-6 at worst: a random number just between the two borders draws the
-neighbour. Where the mass of some tokens is as near to what top-p wants, or a weight to min-p, one token more or less may be
-kept. Different logits whose weights round to the same number are told apart here by top-p, not on the CPU. Greedy rows and
-top-k are equal always.
+`engine/distribution.py`. What differs from the CPU: a GPU's `exp` is off by about 1e-7 times the distance to
+the largest logit (over the temperature), relatively, and masses, float64 on both, are summed in another
+order. So the border between two neighbours may lie elsewhere, by some 1e-7 of the total, 1e-6 at worst: a
+random number just between the two borders draws the neighbour. Where the mass of some tokens is as near to
+what top-p wants, or a weight to min-p, one token more or less may be kept. Different logits whose weights
+round to the same number are told apart here by top-p, not on the CPU. Greedy rows and top-k are equal always.
 """
 
 import torch
@@ -36,7 +37,8 @@ _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """`kernels.sampling.sample`: token ids int64 [N] from logits float32 [R, V]; those of padding are undefined."""
+    """`kernels.sampling.sample`: token ids int64 [N] from logits float32 [R, V]; those of padding are
+    undefined."""
     check_logits(logits)
     out = torch.empty(batch.rows.shape, dtype=torch.int64, device=logits.device)
     if out.numel():
@@ -125,7 +127,11 @@ def _draw_token(
         if num_at_cut < count - num_above:
             last_at_cut = place_at(source, size, cut, num_at_cut, BLOCK)
     # fmt: on
-    share = uniform(tl.load(seeds + n).to(tl.uint64), tl.load(choices + n).to(tl.uint64), tl.load(indices + n).to(tl.uint64))
+    share = uniform(
+        tl.load(seeds + n).to(tl.uint64),
+        tl.load(choices + n).to(tl.uint64),
+        tl.load(indices + n).to(tl.uint64),
+    )
     min_p = tl.load(min_ps + n).to(tl.float32)
     place = inverse_cdf(source, size, cut, last_at_cut, min_p, share, largest, scale, BLOCK)
     token = tl.where(place < 0, best, place)

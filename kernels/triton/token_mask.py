@@ -11,7 +11,8 @@ _BLOCK = 2048
 
 
 def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
-    """In place: of row `rows[m]` of float32 logits [R, V], token t becomes -inf unless bit t % 8 of `bits[m, t // 8]` is set.
+    """In place: of row `rows[m]` of float32 logits [R, V], token t becomes -inf unless bit t % 8 of `bits[m,
+    t // 8]` is set.
 
     rows int32 [M], each once; bits uint8 [M, ceil(V / 8)].
     """
@@ -20,7 +21,9 @@ def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) ->
     if rows.dtype != torch.int32 or rows.dim() != 1:
         raise ValueError(f"rows: {rows.dtype} {tuple(rows.shape)} given, expected int32 [M]")
     if bits.dtype != torch.uint8 or bits.shape != expected or not bits.is_contiguous():
-        raise ValueError(f"bits: {bits.dtype} {tuple(bits.shape)} given, expected contiguous uint8 {expected}")
+        raise ValueError(
+            f"bits: {bits.dtype} {tuple(bits.shape)} given, expected contiguous uint8 {expected}"
+        )
     if len(rows):
         mask_launch(logits, rows, bits).run()
 
@@ -33,7 +36,9 @@ def mask_launch(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) ->
 
 
 @triton.jit
-def _forbid_block(logits: tl.tensor, rows: tl.tensor, bits: tl.tensor, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _forbid_block(
+    logits: tl.tensor, rows: tl.tensor, bits: tl.tensor, VOCAB_SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
     m = tl.program_id(0).to(tl.int64)
     tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = tokens < VOCAB_SIZE

@@ -1,8 +1,7 @@
 """Between the paged cache and flat chunks for the wire: one kernel copies, converts and sums the chunk up.
 
-A program moves some tokens of one head. Sums of 64-bit words wrap around, so programs add theirs in any order and the checksum
-is the one that the CPU's kernels compute.
-"""
+A program moves some tokens of one head. Sums of 64-bit words wrap around, so programs add theirs in any order
+and the checksum is the one that the CPU's kernels compute."""
 
 from array import array
 from collections.abc import Sequence
@@ -30,7 +29,8 @@ _OF_A_CHUNK = ["first_layer", "first_token", "num_tokens"]
 def gather_part(
     cache: torch.Tensor, block_ids: Sequence[int], part: KVPart, buffer: torch.Tensor, wire_format: WireFormat
 ) -> torch.Tensor:
-    """`kernels.wire.gather_part`; in the int8 format a value just between two steps may be rounded to the other."""
+    """`kernels.wire.gather_part`; in the int8 format a value just between two steps may be rounded to the
+    other."""
     return _transfer(cache, block_ids, part, buffer, wire_format, to_wire=True)
 
 
@@ -143,7 +143,9 @@ def _mixed(words: tl.tensor, places: tl.tensor):
 def _sum_words(words: tl.tensor, num_words: tl.tensor, total: tl.tensor, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mine = tl.load(words + places, mask=places < num_words, other=0).to(tl.uint64)
-    tl.atomic_add(total, tl.sum(tl.where(places < num_words, _mixed(mine, places), 0), 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(
+        total, tl.sum(tl.where(places < num_words, _mixed(mine, places), 0), 0).to(tl.int64), sem="relaxed"
+    )
 
 
 @triton.jit
@@ -157,7 +159,8 @@ def _cache_rows(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The cache's rows, of D numbers each, with these tokens of a head; a plane is a layer's keys or its values."""
+    """The cache's rows, of D numbers each, with these tokens of a head; a plane is a layer's keys or its
+    values."""
     blocks = tl.load(block_ids + tokens // BLOCK_SIZE, mask=in_part, other=0).to(tl.int64)
     return ((plane * num_blocks + blocks) * NUM_KV_HEADS + head) * BLOCK_SIZE + tokens % BLOCK_SIZE
 
@@ -187,7 +190,14 @@ def _move_words(
     in_part = on_wire < num_tokens
     plane_in_cache = plane.to(tl.int64) + first_layer * 2
     rows = _cache_rows(
-        plane_in_cache, first_head + head, first_token + on_wire, in_part, block_ids, num_blocks, NUM_KV_HEADS, BLOCK_SIZE
+        plane_in_cache,
+        first_head + head,
+        first_token + on_wire,
+        in_part,
+        block_ids,
+        num_blocks,
+        NUM_KV_HEADS,
+        BLOCK_SIZE,
     )
     columns = tl.arange(0, BLOCK_WORDS)
     mask = in_part[:, None] & (columns < ROW_WORDS)[None, :]
@@ -241,7 +251,14 @@ def _move_int8(
     for side in tl.static_range(2):  # keys, values
         plane_in_cache = layer.to(tl.int64) * 2 + first_layer * 2 + side
         rows = _cache_rows(
-            plane_in_cache, first_head + head, first_token + on_wire, in_part, block_ids, num_blocks, NUM_KV_HEADS, BLOCK_SIZE
+            plane_in_cache,
+            first_head + head,
+            first_token + on_wire,
+            in_part,
+            block_ids,
+            num_blocks,
+            NUM_KV_HEADS,
+            BLOCK_SIZE,
         )
         in_cache = cache + rows[:, None] * HEAD_DIM + dims[None, :]
         wire_rows = ((layer * 2 + side) * num_heads + head).to(tl.int64) * num_tokens + on_wire
@@ -270,11 +287,15 @@ def _move_int8(
 def _quantise(values: tl.tensor, dims: tl.tensor, BLOCK_TOKENS: tl.constexpr, BLOCK_DIMS: tl.constexpr):
     """Rows [BLOCK_TOKENS, BLOCK_DIMS] as (words of eight int8 steps, the size of a row's step)."""
     sizes = tl.abs(values)
-    largest = tl.max(tl.where(sizes < float("inf"), sizes, float("inf")), 1)  # infinite where a value is NaN, too
+    largest = tl.max(
+        tl.where(sizes < float("inf"), sizes, float("inf")), 1
+    )  # infinite where a value is NaN, too
     spoilt = largest == float("inf")
     empty = largest < _SMALLEST_ROW
     divisor = tl.where(spoilt | empty, 1.0, largest)
-    scale = tl.where(spoilt, float("nan"), tl.where(empty, 0.0, tl.div_rn(largest, tl.zeros_like(largest) + _INT8_STEPS)))
+    scale = tl.where(
+        spoilt, float("nan"), tl.where(empty, 0.0, tl.div_rn(largest, tl.zeros_like(largest) + _INT8_STEPS))
+    )
     inverse = tl.where(spoilt | empty, 0.0, tl.div_rn(tl.zeros_like(largest) + _INT8_STEPS, divisor))
     steps = tl.floor(tl.where(spoilt[:, None], 0.0, values) * inverse[:, None] + 0.5).to(tl.int32)
     shifted = (steps & 0xFF).to(tl.uint64) << (dims % 8 * 8)[None, :].to(tl.uint64)

@@ -1,4 +1,5 @@
-"""What `python -m bench.chaos` counts as lost or altered, over one connection or several, and what it holds to be the cause."""
+"""What `python -m bench.chaos` counts as lost or altered, over one connection or several, and what it holds
+to be the cause."""
 
 import threading
 from collections.abc import Iterator
@@ -64,8 +65,12 @@ def test_a_resumption_is_measured_from_the_accident_to_the_next_token() -> None:
     resumed = stream(tokens(0, 7), tokens(1, 8, 9), CHOICE_END, END)
     resumed.choices[0].arrivals_s = [1.0, 1.1, 2.5]
     attempts = [
-        pb.Attempt(attempt=0, choices=[0], queued_s=0.0, prefill=pb.PrefillLeg(worker="prefill-0", num_tokens=3)),
-        pb.Attempt(attempt=1, choices=[0], queued_s=2.1, prefill=pb.PrefillLeg(worker="prefill-1", num_tokens=5)),
+        pb.Attempt(
+            attempt=0, choices=[0], queued_s=0.0, prefill=pb.PrefillLeg(worker="prefill-0", num_tokens=3)
+        ),
+        pb.Attempt(
+            attempt=1, choices=[0], queued_s=2.1, prefill=pb.PrefillLeg(worker="prefill-1", num_tokens=5)
+        ),
     ]
     attempts[0].decode.worker = "decode-0"
     resumed.attempts = attempts
@@ -103,7 +108,9 @@ class Router:
         self._connections = iter(connections)
         self.requests: list[pb.GenerateRequest] = []
 
-    def GenerateStream(self, request: pb.GenerateRequest, timeout: float, wait_for_ready: bool) -> Iterator[pb.GenerateEvent]:
+    def GenerateStream(
+        self, request: pb.GenerateRequest, timeout: float, wait_for_ready: bool
+    ) -> Iterator[pb.GenerateEvent]:
         self.requests.append(request)
         for event in next(self._connections):
             if isinstance(event, grpc.RpcError):
@@ -111,7 +118,9 @@ class Router:
             yield event
 
 
-def run(*connections: list[pb.GenerateEvent | grpc.RpcError], num_choices: int = 1) -> tuple[Stream, list[list[int]]]:
+def run(
+    *connections: list[pb.GenerateEvent | grpc.RpcError], num_choices: int = 1
+) -> tuple[Stream, list[list[int]]]:
     """The stream, and from where its client asked for it each time."""
     router = Router(*connections)
     template = Template(TEMPLATE.prompt, TEMPLATE.sampling | {"n": num_choices})
@@ -170,7 +179,9 @@ def test_any_difference_after_a_client_came_back_is_an_altered_stream(rest: list
 
 
 @pytest.mark.parametrize("rest", [[STOPPED, END], [tokens(3, 6), CHOICE_END, END], [END]])
-def test_a_choice_that_had_ended_ends_in_the_same_way_when_its_client_comes_back(rest: list[pb.GenerateEvent]) -> None:
+def test_a_choice_that_had_ended_ends_in_the_same_way_when_its_client_comes_back(
+    rest: list[pb.GenerateEvent],
+) -> None:
     ended: list[pb.GenerateEvent | grpc.RpcError] = [tokens(0, 7, 8, 9), STOPPED, Unavailable()]
     assert run(ended, [CHOICE_END, END])[0].outcome(UNDISTURBED) == "altered"
     ended[1] = CHOICE_END

@@ -34,9 +34,16 @@ def test_each_way_has_a_row_and_each_point_its_ratios() -> None:
 def test_what_a_prefix_cache_did_is_told() -> None:
     one = point("even", 1.0, 0.2)
     cached = {way: replace(report, num_cached_tokens=10) for way, report in one.reports.items()}
-    assert list(table([replace(one, reports=cached)]))[-1] == "careful: 20 of 40 prompt tokens were in a prefix cache"
+    assert (
+        list(table([replace(one, reports=cached)]))[-1]
+        == "careful: 20 of 40 prompt tokens were in a prefix cache"
+    )
 
 
 def test_curves_are_drawn_for_every_case(tmp_path: Path) -> None:
-    draw([point("even", 1.0, 0.2), point("even", 2.0, 0.6), point("other", 1.0, 0.3)], SLO, tmp_path / "curves.png")
+    draw(
+        [point("even", 1.0, 0.2), point("even", 2.0, 0.6), point("other", 1.0, 0.3)],
+        SLO,
+        tmp_path / "curves.png",
+    )
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from bench.comparison.peers.protocol import Timeline
-from bench.gpu import __main__ as command, attention_checks, checks, interpreter, kernel_checks, sampling_checks, wire_checks
+from bench.gpu import (
+    __main__ as command,
+    attention_checks,
+    checks,
+    interpreter,
+    kernel_checks,
+    sampling_checks,
+    wire_checks,
+)
 from bench.gpu.apart import Program
 from bench.gpu.cases import Case
 from bench.gpu.report import (
@@ -62,7 +70,9 @@ def test_the_profile_ends_with_the_gaps_between_kernels() -> None:
     assert "gaps between kernels" in run_interpreted("--only", "profile")
 
 
-def one_element(change: Callable[[torch.Tensor], torch.Tensor | float], real: Callable[..., Any]) -> Callable[..., Any]:
+def one_element(
+    change: Callable[[torch.Tensor], torch.Tensor | float], real: Callable[..., Any]
+) -> Callable[..., Any]:
     """`real`, but for one element of what it returns."""
 
     def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -80,20 +90,40 @@ def stale_graph(self: Any) -> None:
 BREAKAGES = [  # where, what, its replacement, the checks that must notice
     (kernel_checks, "silu_mul", one_element(lambda x: x + 1.0, kernel_checks.silu_mul), "silu"),
     (kernel_checks, "rms_norm", one_element(lambda x: math.nan, kernel_checks.rms_norm), "norm"),
-    (kernel_checks, "add_rms_norm", one_element(lambda x: x + 1.0, kernel_checks.add_rms_norm), "with residual"),
+    (
+        kernel_checks,
+        "add_rms_norm",
+        one_element(lambda x: x + 1.0, kernel_checks.add_rms_norm),
+        "with residual",
+    ),
     (kernel_checks, "rope_and_cache", lambda *args: torch.zeros(5, args[0].shape[1] // 2), "rope"),
-    (kernel_checks.TritonKernels, "linear", one_element(lambda x: x + 1e3, kernel_checks.TritonKernels.linear), "logits"),
+    (
+        kernel_checks.TritonKernels,
+        "linear",
+        one_element(lambda x: x + 1e3, kernel_checks.TritonKernels.linear),
+        "logits",
+    ),
     (
         attention_checks.TritonKernels,
         "paged_attention",
         one_element(lambda x: x + 1.0, attention_checks.TritonKernels.paged_attention),
         "attention",
     ),
-    (attention_checks.HostDevice, "capture", lambda self, work: type("Graph", (), {"replay": stale_graph})(), "captured"),
+    (
+        attention_checks.HostDevice,
+        "capture",
+        lambda self, work: type("Graph", (), {"replay": stale_graph})(),
+        "captured",
+    ),
     (sampling_checks, "sample", one_element(lambda x: x + 1, sampling_checks.sample), "sampling"),
     (sampling_checks, "mask_tokens", lambda logits, rows, bits: None, "masks"),
     (wire_checks.transfer, "checksum", one_element(lambda x: x + 1, wire_checks.transfer.checksum), "gather"),
-    (wire_checks.transfer, "scatter_part", lambda cache, *rest: wire_checks.transfer.checksum(rest[2]), "gather"),
+    (
+        wire_checks.transfer,
+        "scatter_part",
+        lambda cache, *rest: wire_checks.transfer.checksum(rest[2]),
+        "gather",
+    ),
 ]
 
 
@@ -103,12 +133,16 @@ def test_a_broken_kernel_is_noticed(
     monkeypatch: pytest.MonkeyPatch, where: Any, what: str, replacement: Callable[..., Any], noticing: str
 ) -> None:
     monkeypatch.setattr(where, what, replacement)
-    outcomes = [checks.checked(case) for case in kernel_checks.all_cases("cpu", is_toy=True) if noticing in case.name]
+    outcomes = [
+        checks.checked(case) for case in kernel_checks.all_cases("cpu", is_toy=True) if noticing in case.name
+    ]
     assert not all(isinstance(outcome, Check) and outcome.ok for outcome in outcomes)
 
 
 @interpreted
-def test_a_broken_kernel_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_kernel_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run_in_process(sections: list[Section], program: Program, stderr_folder: Path) -> Iterator[Message]:
         for section in sections:
             sent: list[Message | Begun] = []
@@ -160,7 +194,12 @@ def test_this_interpreter_works() -> None:
 def test_only_correctness_decides_the_exit_status() -> None:
     missed = Row("decode", "1 ms", "50.0%", ">= 90%", False)
     assert is_correct([Check("a", 0.1, 0.2), missed, Broken("transfer", "no GPU")], CORRECTNESS)
-    for wrong in (Check("b", math.nan, 0.2), Check("c", 0.3, 0.2), Check("d", 0.0, 0.2, "raised"), Broken("engine", "?")):
+    for wrong in (
+        Check("b", math.nan, 0.2),
+        Check("c", 0.3, 0.2),
+        Check("d", 0.0, 0.2, "raised"),
+        Broken("engine", "?"),
+    ):
         assert not is_correct([Check("a", 0.1, 0.2), wrong], CORRECTNESS)
 
 
@@ -181,7 +220,9 @@ def test_messages_arrive_as_they_were_sent(tmp_path: Path) -> None:
 
 def test_the_table_says_what_was_reached_and_what_was_missed() -> None:
     rows = [at_least("decode", "1 ms", 0.93, 0.9, "copy"), at_least("prefill", "2 ms", 0.5, 0.65, "product")]
-    text = summary([Check("a", 3.0, 1.0), Broken("transfer", "no link"), Limit("copy", 3e12, "3 TB/s"), *rows])
+    text = summary(
+        [Check("a", 3.0, 1.0), Broken("transfer", "no link"), Limit("copy", 3e12, "3 TB/s"), *rows]
+    )
     assert "0 of 1 checks passed" in text
     assert "FAILED a: error 3, at most 1" in text
     assert "BROKEN transfer: no link" in text
@@ -199,7 +240,8 @@ def test_the_requests_are_nano_vllms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "gigabytes", "kv_bytes"), [(LLAMA_8B, 15.01, 131_072), (LLAMA_1B, 2.47, 32_768), (QWEN3_06B, 1.19, 114_688)]
+    ("shape", "gigabytes", "kv_bytes"),
+    [(LLAMA_8B, 15.01, 131_072), (LLAMA_1B, 2.47, 32_768), (QWEN3_06B, 1.19, 114_688)],
 )
 def test_a_step_reads_the_weights_and_the_contexts(shape: Any, gigabytes: float, kv_bytes: int) -> None:
     assert round(shape.step_bytes(0) / 1e9, 2) == gigabytes

@@ -1,4 +1,5 @@
-"""The script that a GPU's minutes are spent by. In the benchmark's place stands a program that notes how it was called."""
+"""The script that a GPU's minutes are spent by. In the benchmark's place stands a program that notes how it
+was called."""
 
 import os
 import stat
@@ -41,9 +42,16 @@ class Day:
     def call(self, name: str, *arguments: str, **environment: str) -> int:
         self.notes = self.folder / f"notes-{name}"
         self.notes.mkdir()
-        there = {"PYTHON": str(self.python), "NOTES": str(self.notes), "CALL": name, "TMPDIR": str(self.folder)}
+        there = {
+            "PYTHON": str(self.python),
+            "NOTES": str(self.notes),
+            "CALL": name,
+            "TMPDIR": str(self.folder),
+        }
         command = [str(SCRIPT), name, "--out", str(self.folder / name), *arguments]
-        done = subprocess.run(command, env=os.environ | there | environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=os.environ | there | environment, capture_output=True, text=True, check=False
+        )
         return done.returncode
 
     @property

@@ -1,4 +1,5 @@
-"""The GPU benchmark's requests of every kind, and KV on its way: what is asked for, and that a difference is noticed."""
+"""The GPU benchmark's requests of every kind, and KV on its way: what is asked for, and that a difference is
+noticed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,9 @@ NUM_NEW_TOKENS = 4
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Engine:
-    options = EngineOptions(dtype="float32", num_blocks=64, max_model_len=64, max_batch_size=16, kernels="torch")
+    options = EngineOptions(
+        dtype="float32", num_blocks=64, max_model_len=64, max_batch_size=16, kernels="torch"
+    )
     return Engine.open(small_checkpoint(tmp_path, "llama-gqa"), options)
 
 
@@ -33,11 +36,20 @@ def answers(engine: Engine) -> list[TokenOutput]:
 
 
 def test_every_kind_of_sampling_is_asked_for_and_answered(engine: Engine) -> None:
-    specs = {spec.transfer: spec for spec in mixed_requests(PROMPTS, NUM_NEW_TOKENS, engine.config.vocab_size)}
+    specs = {
+        spec.transfer: spec for spec in mixed_requests(PROMPTS, NUM_NEW_TOKENS, engine.config.vocab_size)
+    }
     outputs = answers(engine)
     assert len(outputs) == NUM_NEW_TOKENS * sum(len(spec.choices) for spec in specs.values())
     asked = [spec.sampling for spec in specs.values()]
-    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "prompt_logprobs"):
+    for name in (
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "prompt_logprobs",
+    ):
         assert len({getattr(sampling, name) for sampling in asked}) > 1, name
     for output in outputs:
         sampling = specs[output.transfer].sampling
@@ -52,7 +64,9 @@ def test_what_differs_between_two_engines_is_counted(engine: Engine) -> None:
     assert num_differences(ours, answers(engine), 1e-3) == 0
     theirs = list(ours)
     theirs[0] = msgspec.structs.replace(ours[0], token_id=ours[0].token_id + 1)
-    place, logprob = next((place, output.logprob) for place, output in enumerate(ours) if output.logprob is not None)
+    place, logprob = next(
+        (place, output.logprob) for place, output in enumerate(ours) if output.logprob is not None
+    )
     theirs[place] = msgspec.structs.replace(ours[place], logprob=logprob + 0.01)
     assert num_differences(ours, theirs, 1e-3) == 2
     assert num_differences(ours, theirs[:-1], 1e-3) == float("inf")

@@ -1,5 +1,5 @@
-"""How the GPU benchmark shares out its time and what it keeps when a section's process ends early. The processes here are
-small programs in the place of sections."""
+"""How the GPU benchmark shares out its time and what it keeps when a section's process ends early. The
+processes here are small programs in the place of sections."""
 
 import re
 import textwrap
@@ -50,7 +50,9 @@ def program(tmp_path: Path) -> Write:
     return write
 
 
-def test_a_check_that_ends_its_process_has_failed_and_the_next_ones_are_run(program: Write, tmp_path: Path) -> None:
+def test_a_check_that_ends_its_process_has_failed_and_the_next_ones_are_run(
+    program: Write, tmp_path: Path
+) -> None:
     killed_by_the_second = program("""
         for number in range(4):
             if check(number):
@@ -69,7 +71,9 @@ def test_a_check_that_ends_its_process_has_failed_and_the_next_ones_are_run(prog
     assert not is_correct(messages, CORRECTNESS)
 
 
-def test_after_a_check_that_lost_the_gpu_the_section_goes_on_in_a_new_process(program: Write, tmp_path: Path) -> None:
+def test_after_a_check_that_lost_the_gpu_the_section_goes_on_in_a_new_process(
+    program: Write, tmp_path: Path
+) -> None:
     lost_after_the_first = program(f"""
         for number in range(3):
             if check(number):
@@ -83,7 +87,9 @@ def test_after_a_check_that_lost_the_gpu_the_section_goes_on_in_a_new_process(pr
     assert problems[0] != problems[1] == problems[2]
 
 
-def test_a_process_that_ends_before_its_first_check_is_not_started_again(program: Write, tmp_path: Path) -> None:
+def test_a_process_that_ends_before_its_first_check_is_not_started_again(
+    program: Write, tmp_path: Path
+) -> None:
     messages = list(run_apart(KERNELS, program(f"os._exit({GPU_LOST})"), tmp_path))
     assert messages == [Broken("kernels", f"its process ended with status {GPU_LOST}")]
 
@@ -123,7 +129,9 @@ def test_what_a_section_wrote_to_standard_error_is_kept_whole(program: Write, tm
                 passed(number)
     """)
     list(run_apart(KERNELS, writes, tmp_path))
-    assert (tmp_path / "kernels.txt").read_text().split() == [word for number in range(60) for word in ("at", str(number))]
+    assert (tmp_path / "kernels.txt").read_text().split() == [
+        word for number in range(60) for word in ("at", str(number))
+    ]
 
 
 def test_sections_side_by_side_wait_for_each_other_s_messages_only(program: Write, tmp_path: Path) -> None:
@@ -158,7 +166,10 @@ def test_budgets_end_with_the_run() -> None:
 
 
 def test_the_interpreter_and_a_sanitizer_have_as_long_as_the_run() -> None:
-    for sections in (command.chosen(None, interpret=True), command.chosen(["kernels", "attention"], is_patient=True)):
+    for sections in (
+        command.chosen(None, interpret=True),
+        command.chosen(["kernels", "attention"], is_patient=True),
+    ):
         assert {each.budget_s for each in command.within(sections, 500.0)} == {500.0}
 
 
@@ -174,7 +185,9 @@ def test_sections_run_in_the_order_in_which_they_are_named() -> None:
 
 
 def test_a_run_that_is_cut_off_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def cut_off_in_the_second(sections: list[Section], program: Program, stderr_folder: Path) -> Iterator[Message]:
+    def cut_off_in_the_second(
+        sections: list[Section], program: Program, stderr_folder: Path
+    ) -> Iterator[Message]:
         if sections[0].name == "attention":
             raise KeyboardInterrupt
         yield Row("copied", "4 TB/s")
@@ -187,11 +200,16 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch
     assert "s up to limits" in record.table.read_text()
 
 
-def test_sections_without_time_are_not_begun_and_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sections_without_time_are_not_begun_and_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     begun = Event()
     monkeypatch.setattr(command, "run_side_by_side", lambda *_: begun.set())
     record = Record(tmp_path, "python -m bench.gpu")
     messages = command.run([BY_NAME["kernels"], BY_NAME["attention"]], Program(Path("none")), record, 0.1)
     assert not begun.is_set()
-    assert [message.section for message in messages if isinstance(message, Broken)] == ["kernels", "attention"]
+    assert [message.section for message in messages if isinstance(message, Broken)] == [
+        "kernels",
+        "attention",
+    ]
     assert not is_correct(messages, CORRECTNESS)

@@ -13,7 +13,10 @@ from pdserve.embedded import MODEL_DIR
 
 def test_a_ratio_is_that_of_the_rounds_not_of_the_medians() -> None:
     def one(ours: float, theirs: float) -> dict[str, dict[str, float]]:
-        return {"ours": {"requests": 8, "TTFT p50": ours, "ITL p50": 1.0}, "theirs": {"requests": 8, "TTFT p50": theirs}}
+        return {
+            "ours": {"requests": 8, "TTFT p50": ours, "ITL p50": 1.0},
+            "theirs": {"requests": 8, "TTFT p50": theirs},
+        }
 
     lines = list(table([one(10, 11), one(100, 110), one(20, 40)], ["ours", "theirs"]))
     assert lines[0].split() == ["ours", "theirs", "theirs", "/", "ours"]

@@ -22,7 +22,8 @@ Run = Callable[..., Result]
 
 
 class ServerThread:
-    """A server in front of a scripted cluster, its socket where the launcher puts it; `call` runs something on its loop."""
+    """A server in front of a scripted cluster, its socket where the launcher puts it; `call` runs something
+    on its loop."""
 
     def __init__(self, config: ClusterConfig = CONFIG) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))
@@ -37,7 +38,9 @@ class ServerThread:
 
     async def _serve(self) -> GatewayServer:
         model = model_info(self.cluster.tokenizer)
-        return await serve(self.cluster, self._config, self.cluster.tokenizer, model, local=self.local_address)
+        return await serve(
+            self.cluster, self._config, self.cluster.tokenizer, model, local=self.local_address
+        )
 
     @property
     def address(self) -> str:
@@ -97,6 +100,8 @@ def run(server: ServerThread) -> Run:
     """Runs a command against the server."""
 
     def invoke(*arguments: str, stdin: str | None = None) -> Result:
-        return CliRunner().invoke(app, arguments, input=stdin, env={"PDSERVE_ADDRESS": server.address, "COLUMNS": "200"})
+        return CliRunner().invoke(
+            app, arguments, input=stdin, env={"PDSERVE_ADDRESS": server.address, "COLUMNS": "200"}
+        )
 
     return invoke

@@ -12,23 +12,41 @@ from tests.gateway.support import ScriptedCluster
 SHORT = ("--requests", "6", "--prompt-tokens", "8", "--output-tokens", "4", "--warm-up", "1")
 
 
-def test_an_open_load_is_reported_in_a_table_and_in_a_file(run: Run, cluster: ScriptedCluster, tmp_path: Path) -> None:
+def test_an_open_load_is_reported_in_a_table_and_in_a_file(
+    run: Run, cluster: ScriptedCluster, tmp_path: Path
+) -> None:
     file = tmp_path / "figures.json"
     result = run("bench", "--rate", "1000", "--slo", "ttft=100000,tpot=100000", *SHORT, "--json", str(file))
     assert result.exit_code == 0, result.output
     assert "6 requests ended well, 0 failed" in result.stdout
-    for word in ("goodput", "TTFT", "ITL", "TPOT", "E2E", "queue (router)", "transfer, exposed", "sent late", "tokens/s/user"):
+    for word in (
+        "goodput",
+        "TTFT",
+        "ITL",
+        "TPOT",
+        "E2E",
+        "queue (router)",
+        "transfer, exposed",
+        "sent late",
+        "tokens/s/user",
+    ):
         assert word in result.stdout
     assert len(cluster.requests) == 7  # one to warm up
     figures = json.loads(file.read_text())
     (target,) = figures["targets"]
-    assert (target["total"]["num_ok"], target["total"]["num_output_tokens"], target["total"]["good_share"]) == (6, 24, 1.0)
+    assert (
+        target["total"]["num_ok"],
+        target["total"]["num_output_tokens"],
+        target["total"]["good_share"],
+    ) == (6, 24, 1.0)
     assert figures["load"]["rate"] == 1000
 
 
 def test_two_targets_are_compared_and_drawn(run: Run, server: ServerThread, tmp_path: Path) -> None:
     names = [f"{name}={server.address}" for name in ("left", "right")]
-    result = run("bench", *names, "--concurrency", "2", "--rounds", "3", *SHORT, "--plots", str(tmp_path / "plots"))
+    result = run(
+        "bench", *names, "--concurrency", "2", "--rounds", "3", *SHORT, "--plots", str(tmp_path / "plots")
+    )
     assert result.exit_code == 0, result.output
     assert "left: 18 requests" in result.stdout
     assert "right: 18 requests" in result.stdout
@@ -39,8 +57,12 @@ def test_two_targets_are_compared_and_drawn(run: Run, server: ServerThread, tmp_
 
 def test_a_trace_is_replayed(run: Run, cluster: ScriptedCluster, tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
-    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,5,2\n2023-11-16 18:15:47,9000,3\n")
-    result = run("bench", "--trace", str(trace), "--speed", "1000", "--max-prompt-tokens", "20", "--warm-up", "0")
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,5,2\n2023-11-16 18:15:47,9000,3\n"
+    )
+    result = run(
+        "bench", "--trace", str(trace), "--speed", "1000", "--max-prompt-tokens", "20", "--warm-up", "0"
+    )
     assert result.exit_code == 0, result.output
     assert [(len(r.prompt_token_ids), r.sampling.max_tokens) for r in cluster.requests] == [(5, 2), (20, 3)]
 
@@ -49,7 +71,9 @@ def test_a_trace_is_replayed(run: Run, cluster: ScriptedCluster, tmp_path: Path)
 def test_prompts_that_the_server_knows_already_are_a_warning_unless_they_share_prefixes(
     run: Run, options: tuple[str, ...], warns: bool
 ) -> None:
-    result = run("bench", "--concurrency", "1", *SHORT, *options)  # of each prompt a token is said to be cached
+    result = run(
+        "bench", "--concurrency", "1", *SHORT, *options
+    )  # of each prompt a token is said to be cached
     assert ("take another --seed" in result.stdout) is warns
 
 

@@ -1,4 +1,5 @@
-"""`pdserve bench` comes in where other commands do: TLS by the options before its name, a key by the environment."""
+"""`pdserve bench` comes in where other commands do: TLS by the options before its name, a key by the
+environment."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,11 @@ def guarded(authority: Authority, tmp_path: Path) -> Iterator[ServerThread]:
     mine, keys = authority.sign("server"), tmp_path / "keys"
     keys.write_text(f"{make_key('alice', KEY).line}\n")
     keys.chmod(0o600)
-    tls = {"certificate": str(mine.certificate), "key": str(mine.key), "client_ca": str(authority.certificate)}
+    tls = {
+        "certificate": str(mine.certificate),
+        "key": str(mine.key),
+        "client_ca": str(authority.certificate),
+    }
     listen = CONFIG.listen.model_dump() | {"tls": tls, "api_keys": str(keys)}
     server = ServerThread(CONFIG.model_validate(CONFIG.model_dump() | {"listen": listen}))
     yield server
@@ -83,10 +88,14 @@ def test_without_the_key_neither_door_is_measured(guarded: ServerThread, options
         assert "not a key of this server" in result.stderr
 
 
-def test_without_the_right_certificates_neither_door_is_measured(guarded: ServerThread, options: tuple[str, ...]) -> None:
+def test_without_the_right_certificates_neither_door_is_measured(
+    guarded: ServerThread, options: tuple[str, ...]
+) -> None:
     for address in addresses(guarded):
         assert bench(address, *options[:2]).exit_code == 1, "it wants a certificate"
-        assert bench(address, "--tls-ca", trust.PUBLIC, *options[2:]).exit_code == 1, "no public authority has signed its own"
+        assert bench(address, "--tls-ca", trust.PUBLIC, *options[2:]).exit_code == 1, (
+            "no public authority has signed its own"
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +107,9 @@ def test_without_the_right_certificates_neither_door_is_measured(guarded: Server
     ],
 )
 @pytest.mark.parametrize("target", ["127.0.0.1:1", "https://127.0.0.1:1"])
-def test_files_that_cannot_be_used_are_said_in_one_line(target: str, given: tuple[str, ...], message: str) -> None:
+def test_files_that_cannot_be_used_are_said_in_one_line(
+    target: str, given: tuple[str, ...], message: str
+) -> None:
     result = bench(target, *given)
     assert result.exit_code == 1
     assert result.stderr.startswith("pdserve: ") and result.stderr.count("\n") == 1

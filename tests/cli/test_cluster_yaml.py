@@ -42,7 +42,9 @@ def test_ray_runs_at_the_address_at_which_ssh_has_reached_the_host(commands: str
     option = re.search(r"--node-ip-address=\$\(.*?\)", start)
     assert option is not None
     shown = subprocess.check_output(
-        ["sh", "-c", f"echo {option[0]}"], env=os.environ | {"SSH_CONNECTION": "10.0.0.9 50000 10.0.0.2 22"}, text=True
+        ["sh", "-c", f"echo {option[0]}"],
+        env=os.environ | {"SSH_CONNECTION": "10.0.0.9 50000 10.0.0.2 22"},
+        text=True,
     )
     assert shown == "--node-ip-address=10.0.0.2\n"
 

@@ -30,17 +30,28 @@ def test_generate_streams_the_text_to_stdout(run: Run, cluster: ScriptedCluster)
 
 def test_every_sampling_option_arrives(run: Run, cluster: ScriptedCluster) -> None:
     options = (
-        "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 "
-        "--presence-penalty 0.2 --frequency-penalty 0.3 --seed 42 -n 2 --stop one --stop two --stop-token-id 5 "
-        "--ignore-eos --logprobs 1 --prompt-logprobs 2 --logit-bias 7=-2.5 --logit-bias 9=100 --request-id mine --timeout 60"
+        "--max-tokens 9 --min-tokens 2 --temperature 0.5 --top-k 7 --top-p 0.9 --min-p 0.1"
+        " --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 --seed 42 -n 2 --stop one"
+        " --stop two --stop-token-id 5 --ignore-eos --logprobs 1 --prompt-logprobs 2 --logit-bias 7=-2.5"
+        " --logit-bias 9=100 --request-id mine --timeout 60"
     )
     assert run("generate", "hello", *options.split()).exit_code == 0
     (request,) = cluster.requests
     sampling = request.sampling
     assert (sampling.max_tokens, sampling.min_tokens, sampling.temperature, sampling.top_k) == (9, 2, 0.5, 7)
     assert (sampling.top_p, sampling.min_p, sampling.repetition_penalty) == (0.9, 0.1, 1.1)
-    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.seed, sampling.n) == (0.2, 0.3, 42, 2)
-    assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == (("one", "two"), (5,), True, 1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.seed, sampling.n) == (
+        0.2,
+        0.3,
+        42,
+        2,
+    )
+    assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == (
+        ("one", "two"),
+        (5,),
+        True,
+        1,
+    )
     assert (sampling.prompt_logprobs, sampling.logit_bias) == (2, ((7, -2.5), (9, 100.0)))
     assert request.request_id == "mine"
     assert request.deadline_s is not None
@@ -100,7 +111,10 @@ def test_chat_remembers_what_was_said(run: Run, cluster: ScriptedCluster) -> Non
     answer = cluster.tokenizer.decode(cluster.token_ids[:4])
     assert result.stdout == f"{answer}\n{answer}\n"
     prompt = cluster.tokenizer.decode(cluster.requests[1].prompt_token_ids)
-    assert f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\nand then?" in prompt
+    assert (
+        f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\nand"
+        " then?" in prompt
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +133,9 @@ def test_chat_remembers_what_was_said(run: Run, cluster: ScriptedCluster) -> Non
         (["plan", "{no_model}"], "/no/such/model: no such directory"),
     ],
 )
-def test_errors_are_one_clear_line_and_status_1(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_errors_are_one_clear_line_and_status_1(
+    run: Run, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     no_model = tmp_path / "no_model.yaml"
     no_model.write_text("metadata: {pdserve: {model: {path: /no/such/model}}}")
     result = run(*(argument.format(no_model=no_model) for argument in arguments))
@@ -131,13 +147,18 @@ def test_errors_are_one_clear_line_and_status_1(run: Run, tmp_path: Path, argume
 def test_a_full_queue_says_when_to_come_back(run: Run, cluster: ScriptedCluster) -> None:
     cluster.refusal = QueueFull(1024, 2.5)
     result = run("generate", "hello")
-    assert (result.exit_code, result.stderr) == (1, "pdserve: 1024 requests are queued already, retry in 2.5 s\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "pdserve: 1024 requests are queued already, retry in 2.5 s\n",
+    )
 
 
 def test_without_a_server_it_says_how_to_start_one() -> None:
     result = CliRunner().invoke(app, ["status", "--address", "127.0.0.1:1"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("pdserve: no pdserve server answers at 127.0.0.1:1; start one with `pdserve up`")
+    assert result.stderr.startswith(
+        "pdserve: no pdserve server answers at 127.0.0.1:1; start one with `pdserve up`"
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,13 +179,25 @@ def test_wrong_usage_is_status_2(run: Run, cluster: ScriptedCluster, arguments: 
 def test_status_reads_like_kubectl(run: Run) -> None:
     lines = run("status").stdout.splitlines()
     assert lines[0] == "tiny: serving for 61m; prefill 1/1 ready, decode 0/1 ready; 3 running, 2 queued"
-    assert lines[2].split() == ["NAME", "ROLE", "STATE", "RUNNING", "WAITING", "BLOCKS", "TOKENS/S", "AGE", "RESTARTS"]
+    assert lines[2].split() == [
+        "NAME",
+        "ROLE",
+        "STATE",
+        "RUNNING",
+        "WAITING",
+        "BLOCKS",
+        "TOKENS/S",
+        "AGE",
+        "RESTARTS",
+    ]
     assert lines[3].split() == ["prefill-0", "prefill", "Ready", "1", "0", "90/100", "1234", "61m", "0"]
     assert lines[4].split() == ["decode-0", "decode", "Starting(50%)", "0", "0", "0/0", "0", "0s", "0"]
     assert "NODE" in run("status", "-o", "wide").stdout
 
 
-def test_status_names_hosts_where_there_are_several_and_what_is_on_them(run: Run, server: ServerThread) -> None:
+def test_status_names_hosts_where_there_are_several_and_what_is_on_them(
+    run: Run, server: ServerThread
+) -> None:
     hosts = (
         HostStatus(
             address="10.0.0.1",
@@ -176,9 +209,26 @@ def test_status_names_hosts_where_there_are_several_and_what_is_on_them(run: Run
             memory_bytes=8 << 30,
             worker_ids=("decode-0", "prefill-0"),
         ),
-        HostStatus(address="10.0.0.2", name="b", state=HostState.REFUSED, since_s=7.0, message="it runs pdserve 0.0.9"),
-        HostStatus(address="10.0.0.3", name="c", state=HostState.JOINED, since_s=7.0, message="its clock is 3600 s ahead"),
-        HostStatus(address="10.0.0.4", state=HostState.AWAITED, since_s=12.0, message="has not joined; waiting for it"),
+        HostStatus(
+            address="10.0.0.2",
+            name="b",
+            state=HostState.REFUSED,
+            since_s=7.0,
+            message="it runs pdserve 0.0.9",
+        ),
+        HostStatus(
+            address="10.0.0.3",
+            name="c",
+            state=HostState.JOINED,
+            since_s=7.0,
+            message="its clock is 3600 s ahead",
+        ),
+        HostStatus(
+            address="10.0.0.4",
+            state=HostState.AWAITED,
+            since_s=12.0,
+            message="has not joined; waiting for it",
+        ),
     )
     degraded = "host 10.0.0.2: it runs pdserve 0.0.9; host 10.0.0.4: has not joined; waiting for it"
     server.call(lambda: server.cluster.change(hosts=hosts, degraded=degraded))
@@ -234,15 +284,26 @@ def test_explain_shows_each_leg_and_why_it_ran_there(run: Run) -> None:
 def test_explain_says_when_a_request_is_not_known(run: Run) -> None:
     result = run("explain", "never\nheard")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == ("pdserve: request_id: 'never\\nheard' is not being served, and not among those that ended last\n")
+    assert (
+        result.stderr
+        == "pdserve: request_id: 'never\\nheard' is not being served, and not among those that ended last\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("chosen", "following", "why"),
     [
         ({}, {"has_failed": True}, "because this request had failed at prefill-1 -> decode-0 before"),
-        ({}, {"itl_excess_s": 0.012}, "because gaps between tokens at prefill-1 -> decode-0 would exceed the SLO by 12 ms"),
-        ({"cost_s": 0.01}, {"load": 0.5}, "for the least predicted cost: 10 ms, against 30 ms at prefill-1 -> decode-0"),
+        (
+            {},
+            {"itl_excess_s": 0.012},
+            "because gaps between tokens at prefill-1 -> decode-0 would exceed the SLO by 12 ms",
+        ),
+        (
+            {"cost_s": 0.01},
+            {"load": 0.5},
+            "for the least predicted cost: 10 ms, against 30 ms at prefill-1 -> decode-0",
+        ),
         ({"load": 0.25}, {"load": 0.5}, "for the lower load: 25%, against 50% at prefill-1 -> decode-0"),
         ({}, {}, "by name: prefill-1 -> decode-0 was as good"),
     ],
@@ -280,7 +341,9 @@ def test_drain_waits_until_workers_are_idle(run: Run, server: ServerThread, clus
     assert cluster.drained == [(("prefill-0",), False)]
 
 
-def test_down_returns_when_nothing_answers_any_more(run: Run, server: ServerThread, cluster: ScriptedCluster) -> None:
+def test_down_returns_when_nothing_answers_any_more(
+    run: Run, server: ServerThread, cluster: ScriptedCluster
+) -> None:
     server.stop_when_shut_down()
     server.call(cluster.go_on.set)
     result = run("down")

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from pdserve.cli import trust
 from pdserve.cli.main import app
-from pdserve.gateway.auth.access import Access, Need
+from pdserve.gateway.auth.access import Access, RequiredAccess
 from pdserve.gateway.auth.keys import make_key
 from tests.cli.conftest import ServerThread
 from tests.gateway.conftest import CONFIG
@@ -29,10 +29,15 @@ def test_a_key_is_marked_for_metrics_and_put_into_a_group() -> None:
 
 def test_keys_are_added_to_a_file_that_others_may_not_read(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    shown = [CliRunner().invoke(app, ["key", "new", name, "--file", str(file)]).stdout.strip() for name in ("alice", "bob")]
+    shown = [
+        CliRunner().invoke(app, ["key", "new", name, "--file", str(file)]).stdout.strip()
+        for name in ("alice", "bob")
+    ]
     assert file.stat().st_mode & 0o777 == 0o600
     access = Access(str(file))
-    assert [getattr(access.admit(Need.KEY, f"Bearer {key}", 0.0), "name", None) for key in shown] == ["alice", "bob"]
+    assert [
+        getattr(access.admit(RequiredAccess.KEY, f"Bearer {key}", 0.0), "name", None) for key in shown
+    ] == ["alice", "bob"]
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a/b", "-", "x" * 65, "a\nb"])
@@ -48,9 +53,13 @@ def test_commands_show_the_key_of_the_environment(tmp_path: Path) -> None:
     server = ServerThread(CONFIG.model_validate(CONFIG.model_dump() | {"listen": listen}))
     try:
         for command in (["status"], ["generate", "the dog", "--max-tokens", "2"]):
-            shown = CliRunner().invoke(app, command, env={"PDSERVE_ADDRESS": server.address, trust.API_KEY: key})
+            shown = CliRunner().invoke(
+                app, command, env={"PDSERVE_ADDRESS": server.address, trust.API_KEY: key}
+            )
             assert shown.exit_code == 0, shown.output
-        refused = CliRunner().invoke(app, ["generate", "x"], env={"PDSERVE_ADDRESS": server.address, trust.API_KEY: ""})
+        refused = CliRunner().invoke(
+            app, ["generate", "x"], env={"PDSERVE_ADDRESS": server.address, trust.API_KEY: ""}
+        )
         assert refused.exit_code == 1 and "expected `Bearer KEY`" in refused.output
     finally:
         server.stop()

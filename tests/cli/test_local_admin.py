@@ -1,4 +1,5 @@
-"""Commands that administer need no options beside a cluster of the same user; others are told which way was tried."""
+"""Commands that administer need no options beside a cluster of the same user; others are told which way was
+tried."""
 
 import os
 from collections.abc import Iterator
@@ -29,7 +30,9 @@ def status(address: str, **environment: str) -> Result:
     return CliRunner().invoke(app, ["status", "--address", address], env=environment)
 
 
-def test_every_command_that_administers_works_without_options(server: ServerThread, run: Run, tmp_path: Path) -> None:
+def test_every_command_that_administers_works_without_options(
+    server: ServerThread, run: Run, tmp_path: Path
+) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(config_yaml())
     server.call(server.cluster.go_on.set)
@@ -67,7 +70,10 @@ def test_without_the_socket_a_user_learns_what_was_tried_and_what_to_do(
 def test_where_nobody_answers_the_way_is_named_too(runtime_folder: Path) -> None:
     result = status("127.0.0.1:1")
     assert result.exit_code == 1
-    assert "no pdserve server answers at 127.0.0.1:1" in result.stderr and f"{runtime_folder}/127.0.0.1_1.sock" in result.stderr
+    assert (
+        "no pdserve server answers at 127.0.0.1:1" in result.stderr
+        and f"{runtime_folder}/127.0.0.1_1.sock" in result.stderr
+    )
 
 
 def test_a_key_that_is_given_is_shown_over_tcp(server: ServerThread) -> None:
@@ -89,11 +95,17 @@ def test_a_key_that_may_not_administer_is_refused_where_the_user_may(tmp_path: P
         server.stop()
 
 
-def test_a_folder_that_somebody_else_made_is_not_used(server: ServerThread, runtime_folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_somebody_else_made_is_not_used(
+    server: ServerThread, runtime_folder: Path, tmp_path: Path
+) -> None:
     squatted = tmp_path / "squatted"
     squatted.symlink_to(runtime_folder)
     result = status(server.address, **{admin_socket.RUNTIME_FOLDER: str(squatted)})
-    assert result.exit_code == 1 and admin_socket.RUNTIME_FOLDER in result.stderr and str(squatted) in result.stderr
+    assert (
+        result.exit_code == 1
+        and admin_socket.RUNTIME_FOLDER in result.stderr
+        and str(squatted) in result.stderr
+    )
     needs_root()
     os.chown(runtime_folder, NOBODY, NOBODY)
     result = status(server.address)

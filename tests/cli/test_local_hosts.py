@@ -1,4 +1,5 @@
-"""How hosts join and leave a running Ray, with stand-ins for `ray` and `ssh` that note how they were called."""
+"""How hosts join and leave a running Ray, with stand-ins for `ray` and `ssh` that note how they were
+called."""
 
 import json
 from pathlib import Path
@@ -37,12 +38,16 @@ def follow(after: dict[str, Any], before: dict[str, Any]) -> list[str]:
     return Path("calls").read_text().splitlines() if Path("calls").exists() else []
 
 
-def test_a_new_host_is_noted_and_nothing_else_happens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_host_is_noted_and_nothing_else_happens(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert follow(config("a", "b"), config("a")) == ["ray get-worker-ips file"]
     assert capsys.readouterr().out == "b: joins\n"
 
 
-def test_ray_ends_on_the_host_that_has_left_and_on_no_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ray_ends_on_the_host_that_has_left_and_on_no_other(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     noted, ended = follow(config("a", "c"), config("a", "b", "c"))
     assert noted == "ray get-worker-ips file"
     assert ended.startswith("ssh -tt -i /key.pem ") and ended.endswith(

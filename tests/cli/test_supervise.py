@@ -1,4 +1,5 @@
-"""`pdserve supervise`, with stand-ins for `ray`, `pdserve up` and `crontab` that note how they were called."""
+"""`pdserve supervise`, with stand-ins for `ray`, `pdserve up` and `crontab` that note how they were
+called."""
 
 import fcntl
 import os
@@ -32,14 +33,17 @@ supervisor.run()
 STANDINS = {
     "ssh": 'echo "$*" > ended.new; mv ended.new ended; echo > ending',
     "crontab": 'if [ "$1" = -l ]; then cat crontab; else cat > crontab; fi',
-    "ray": """
+    "ray": (
+        """
         case "$1" in
             start) echo start >> calls; mkdir ray; echo 10.0.0.2:6379 > ray/ray_current_cluster; touch ray-lives;;
             stop) if [ -z "$2" ]; then echo stop >> calls; else kill "$2"; while kill -0 "$2" 2> /dev/null; do :; done; fi;;
-        esac""",
+        esac"""
+    ),
 }
 UNTIL_TERMINATED = (
-    "trap 'echo terminated >> calls; exit 0' TERM; echo up >> calls; echo > started; while :; do sleep 0.01; done"
+    "trap 'echo terminated >> calls; exit 0' TERM; echo up >> calls; echo > started; while :; do sleep 0.01;"
+    " done"
 )
 
 
@@ -65,7 +69,9 @@ def supervisor(up: str, lines: str = SUPERVISOR) -> "subprocess.Popen[bytes]":
     """Running in the current folder; `up`: what `pdserve up` does, in shell."""
     executable(Path("bin/pdserve"), up)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen([sys.executable, "-c", lines, str(Path("bin/pdserve").absolute())], env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", lines, str(Path("bin/pdserve").absolute())], env=environment
+    )
 
 
 @pytest.fixture
@@ -82,7 +88,9 @@ def calls() -> list[str]:
     return Path("calls").read_text().split("\n")[:-1]
 
 
-def test_what_crashes_is_started_again_in_the_ray_that_is_there_and_what_was_shut_down_is_not(folder: Path) -> None:
+def test_what_crashes_is_started_again_in_the_ray_that_is_there_and_what_was_shut_down_is_not(
+    folder: Path,
+) -> None:
     with supervisor("echo up $RAY_ADDRESS >> calls; [ $(grep -c up calls) = 2 ]"):
         pass
     assert calls() == ["stop", "start", "up 10.0.0.2:6379", "up 10.0.0.2:6379"]
@@ -90,7 +98,9 @@ def test_what_crashes_is_started_again_in_the_ray_that_is_there_and_what_was_shu
 
 
 def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder: Path) -> None:
-    with supervisor("echo up >> calls; touch ray/$(grep -c up calls); rm ray-lives; [ $(grep -c up calls) = 2 ]"):
+    with supervisor(
+        "echo up >> calls; touch ray/$(grep -c up calls); rm ray-lives; [ $(grep -c up calls) = 2 ]"
+    ):
         pass
     assert calls() == ["stop", "start", "up", "stop", "start", "up"]
     assert Path("ray-before", "1").exists() and Path("ray", "2").exists()
@@ -99,7 +109,9 @@ def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder:
 def test_what_it_starts_says_that_it_serves_when_the_supervisor_is_killed(folder: Path) -> None:
     os.mkfifo("started")
     os.mkfifo("end")
-    lines = SUPERVISOR.replace("supervisor.run()", "supervisor.serving = supervise._lock('serving')\nsupervisor.run()")
+    lines = SUPERVISOR.replace(
+        "supervisor.run()", "supervisor.serving = supervise._lock('serving')\nsupervisor.run()"
+    )
     lines = lines.replace("supervise.sweep", "supervise.FOLDER = Path('.')\nsupervise.sweep")
     with supervisor("echo > started; cat end", lines) as process:
         Path("started").read_text()
@@ -113,7 +125,9 @@ def test_what_it_starts_says_that_it_serves_when_the_supervisor_is_killed(folder
 
 def test_a_file_that_was_refused_is_not_what_starts_again(folder: Path) -> None:
     (folder / "cluster.yaml").write_text("good")
-    with supervisor("echo up $(cat $2) >> calls; echo bad > cluster.yaml; rm ray-lives; [ $(grep -c up calls) = 2 ]"):
+    with supervisor(
+        "echo up $(cat $2) >> calls; echo bad > cluster.yaml; rm ray-lives; [ $(grep -c up calls) = 2 ]"
+    ):
         pass
     assert calls() == ["stop", "start", "up good", "stop", "start", "up good"]
 
@@ -142,10 +156,15 @@ def test_a_host_that_shuts_down_starts_it_again_at_the_next_boot(serving: "subpr
     assert serving.wait() == 0
     assert calls()[-1] == "terminated"
     assert "@reboot" in Path("crontab").read_text()
-    assert "supervise --at-reboot" in Path("at_reboot").read_text() and Path("at_reboot").stat().st_mode & 0o777 == 0o700
+    assert (
+        "supervise --at-reboot" in Path("at_reboot").read_text()
+        and Path("at_reboot").stat().st_mode & 0o777 == 0o700
+    )
 
 
-@pytest.mark.parametrize("held", ["supervisor", "serving"])  # the latter: by a `pdserve up` whose supervisor was killed
+@pytest.mark.parametrize(
+    "held", ["supervisor", "serving"]
+)  # the latter: by a `pdserve up` whose supervisor was killed
 def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path, held: str) -> None:
     (folder / ".pdserve").mkdir()
     (folder / "cluster.yaml").write_text("metadata: {pdserve: {}}")
@@ -178,7 +197,9 @@ def test_in_place_of_a_refused_file_the_last_good_one_is_put_back(folder: Path) 
     code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.main import main; main()"
     words = ["supervise", "cluster.yaml", "--", "ray", "start", "--autoscaling-config=copy"]
     environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "cluster.yaml is refused; nothing has changed" in done.stderr
     assert (folder / "cluster.yaml").read_text() == "good" and not (folder / "calls").exists()
 
@@ -218,9 +239,13 @@ def test_a_script_runs_its_command_in_the_environment_of_today_less_the_session(
         "BASH_FUNC_x%%": "() {",
     }
     executable(tmp_path / "script", script_of(["env", "-0"], environment))
-    shown = subprocess.check_output([tmp_path / "script"], env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, text=True)
+    shown = subprocess.check_output(
+        [tmp_path / "script"], env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, text=True
+    )
     after = dict(line.split("=", 1) for line in shown.split("\0") if line)
-    assert after["RAY_AUTH_MODE"] == "token" and after["ODD"] == "it's $HOME" and after["PWD"] == str(tmp_path)
+    assert (
+        after["RAY_AUTH_MODE"] == "token" and after["ODD"] == "it's $HOME" and after["PWD"] == str(tmp_path)
+    )
     assert not {"SSH_CONNECTION", "XDG_RUNTIME_DIR", "BASH_FUNC_x%%"} & after.keys()
 
 

@@ -22,7 +22,11 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def guarded(authority: Authority) -> Iterator[ServerThread]:
     """A server that shows a certificate and wants one."""
     mine = authority.sign("server")
-    tls = {"certificate": str(mine.certificate), "key": str(mine.key), "client_ca": str(authority.certificate)}
+    tls = {
+        "certificate": str(mine.certificate),
+        "key": str(mine.key),
+        "client_ca": str(authority.certificate),
+    }
     listen = {"grpc": "127.0.0.1:0", "http": None, "tls": tls, "admin_without_key": True}
     server = ServerThread(CONFIG.model_validate(CONFIG.model_dump() | {"listen": listen}))
     yield server
@@ -36,19 +40,32 @@ def as_before() -> Iterator[None]:
 
 
 def run(server: ServerThread, *options: str, **environment: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [*options, "status"], env={"PDSERVE_ADDRESS": server.address, **environment})
+    result = CliRunner().invoke(
+        app, [*options, "status"], env={"PDSERVE_ADDRESS": server.address, **environment}
+    )
     return result.exit_code, result.output
 
 
-def test_a_command_shows_its_certificate_and_checks_the_servers(guarded: ServerThread, authority: Authority) -> None:
+def test_a_command_shows_its_certificate_and_checks_the_servers(
+    guarded: ServerThread, authority: Authority
+) -> None:
     mine = authority.sign("client")
-    options = ("--tls-ca", str(authority.certificate), "--cert", str(mine.certificate), "--key", str(mine.key))
+    options = (
+        "--tls-ca",
+        str(authority.certificate),
+        "--cert",
+        str(mine.certificate),
+        "--key",
+        str(mine.key),
+    )
     assert run(guarded, *options)[0] == 0
     environment = {trust.TLS_CA: options[1], trust.TLS_CERT: options[3], trust.TLS_KEY: options[5]}
     assert run(guarded, **environment)[0] == 0
 
 
-def test_a_command_without_the_right_certificates_says_so(guarded: ServerThread, authority: Authority, tmp_path: Path) -> None:
+def test_a_command_without_the_right_certificates_says_so(
+    guarded: ServerThread, authority: Authority, tmp_path: Path
+) -> None:
     code, said = run(guarded, "--tls-ca", str(authority.certificate))
     assert code == 1 and "with TLS and these certificates" in said
     assert run(guarded, "--tls-ca", trust.PUBLIC)[0] == 1

@@ -29,14 +29,20 @@ def status(*workers: pb.WorkerStatus) -> pb.ClusterStatus:
 
 
 def starting(phase: str, fraction: float) -> pb.WorkerStatus:
-    return pb.WorkerStatus(worker_id="decode-0", state=pb.WORKER_STATE_STARTING, phase=phase, fraction=fraction)
+    return pb.WorkerStatus(
+        worker_id="decode-0", state=pb.WORKER_STATE_STARTING, phase=phase, fraction=fraction
+    )
 
 
 def test_only_what_is_new_makes_a_line() -> None:
     lines = StatusLines()
-    assert list(lines.changes(status(starting("loading weights", 0.0)))) == ["decode-0: starting, loading weights 0%"]
+    assert list(lines.changes(status(starting("loading weights", 0.0)))) == [
+        "decode-0: starting, loading weights 0%"
+    ]
     assert list(lines.changes(status(starting("loading weights", 0.1)))) == []
-    assert list(lines.changes(status(starting("loading weights", 0.5)))) == ["decode-0: starting, loading weights 50%"]
+    assert list(lines.changes(status(starting("loading weights", 0.5)))) == [
+        "decode-0: starting, loading weights 50%"
+    ]
     ready = pb.WorkerStatus(worker_id="decode-0", state=pb.WORKER_STATE_READY)
     assert list(lines.changes(status(ready))) == ["decode-0: ready"]
     assert list(lines.changes(status(ready))) == []
@@ -55,7 +61,10 @@ def test_what_a_serving_cluster_lacks_is_a_line_once_and_so_is_its_end() -> None
 
 
 def test_a_cluster_is_ready_when_every_configured_instance_is() -> None:
-    pools = [pb.PoolStatus(role="prefill", instances=2, ready=2), pb.PoolStatus(role="decode", instances=1, ready=0)]
+    pools = [
+        pb.PoolStatus(role="prefill", instances=2, ready=2),
+        pb.PoolStatus(role="decode", instances=1, ready=0),
+    ]
     assert not is_ready(pb.ClusterStatus(pools=pools))
     pools[1].ready = 1
     assert is_ready(pb.ClusterStatus(pools=pools))
@@ -85,7 +94,9 @@ def test_following_until_ready_returns_while_the_cluster_serves(server: ServerTh
 
 
 def test_waiting_for_a_start_gives_up_on_a_worker_that_keeps_failing(server: ServerThread) -> None:
-    worker = replace(server.cluster.state.workers[1], state=WorkerState.FAILED, message="no memory", num_restarts=3)
+    worker = replace(
+        server.cluster.state.workers[1], state=WorkerState.FAILED, message="no memory", num_restarts=3
+    )
     server.call(lambda: server.cluster.change(workers=(worker,)))
     with (
         connect_to_administer(server.address) as client,
@@ -121,11 +132,16 @@ def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: i
     """In a process of its own, whose main thread the signal interrupts."""
     server.call(server.cluster.go_on.set)
     command = [sys.executable, "-c", UP, server.address, server.local_address]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    ) as process:
         assert process.stderr is not None
         assert any(line.startswith("decode-") for line in process.stderr), "it follows the cluster"
         process.send_signal(number)
-        assert process.stderr.read().splitlines()[-2:] == ["draining; interrupt again to stop at once", "stopped"]
+        assert process.stderr.read().splitlines()[-2:] == [
+            "draining; interrupt again to stop at once",
+            "stopped",
+        ]
     assert process.returncode == 0
     assert server.cluster.drained == [((), True)]
 

@@ -1,4 +1,5 @@
-"""Real clusters: Ray actors, sockets, shared memory. One Ray for the whole session, one cluster per test module or test."""
+"""Real clusters: Ray actors, sockets, shared memory. One Ray for the whole session, one cluster per test
+module or test."""
 
 import os
 import shutil
@@ -19,7 +20,9 @@ from .harness import SESSION_MARK, session_processes
 @pytest.fixture(scope="session", autouse=True)
 def ray_session() -> Iterator[None]:
     """Ray as `pdserve up` would start it, kept for all tests; gone without a trace at the end."""
-    temp_dir = tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp")  # mode 0700: Ray's own folder is open to everybody
+    temp_dir = tempfile.mkdtemp(
+        prefix="pdserve-test-", dir="/tmp"
+    )  # mode 0700: Ray's own folder is open to everybody
     os.environ[SESSION_MARK] = temp_dir
     os.environ[RUNTIME_FOLDER] = f"{temp_dir}/runtime"
     shared_memory, sockets = set(os.listdir("/dev/shm")), abandoned_sockets()
@@ -39,7 +42,11 @@ def ray_session() -> Iterator[None]:
     del os.environ[RUNTIME_FOLDER]
     assert session_processes() == {}
     assert abandoned_sockets() <= sockets, "workers' sockets lie in Ray's folder, and go with it"
-    assert not [name for name in set(os.listdir("/dev/shm")) - shared_memory if name.startswith(("plasma", "psm", "pdserve"))]
+    assert not [
+        name
+        for name in set(os.listdir("/dev/shm")) - shared_memory
+        if name.startswith(("plasma", "psm", "pdserve"))
+    ]
 
 
 def abandoned_sockets() -> set[Path]:

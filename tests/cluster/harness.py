@@ -17,7 +17,9 @@ from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 READY = pb.WORKER_STATE_READY
 
 
-SESSION_MARK = "PDSERVE_TEST_SESSION"  # an environment variable that every process of this test session inherits
+SESSION_MARK = (
+    "PDSERVE_TEST_SESSION"  # an environment variable that every process of this test session inherits
+)
 
 
 def session_processes() -> dict[int, str]:
@@ -40,8 +42,18 @@ class Cluster:
         self.settings: dict[str, Any] = {
             "model": {"path": str(path), "max_model_len": 2048},
             "pools": {
-                "prefill": {"instances": prefill, "cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64},
-                "decode": {"instances": decode, "cpus_per_instance": 0.5, "kv_cache_bytes": 64 << 20, "max_batch_size": 64},
+                "prefill": {
+                    "instances": prefill,
+                    "cpus_per_instance": 0.5,
+                    "kv_cache_bytes": 64 << 20,
+                    "max_batch_size": 64,
+                },
+                "decode": {
+                    "instances": decode,
+                    "cpus_per_instance": 0.5,
+                    "kv_cache_bytes": 64 << 20,
+                    "max_batch_size": 64,
+                },
             },
             "routing": {"prefill_on_decode": "never"},
             "listen": {"grpc": "127.0.0.1:0", "http": None},
@@ -77,7 +89,9 @@ class Cluster:
     def request(self, prompt: Sequence[int] | str, salt: str = "", **sampling: Any) -> pb.GenerateRequest:
         kind = {"text": prompt} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
         options = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | sampling
-        return pb.GenerateRequest(prompt=pb.Prompt(**kind), sampling=pb.SamplingParams(**options), cache_salt=salt)
+        return pb.GenerateRequest(
+            prompt=pb.Prompt(**kind), sampling=pb.SamplingParams(**options), cache_salt=salt
+        )
 
     def stream(self, request: pb.GenerateRequest) -> list[pb.GenerateEvent]:
         return list(self.generation.GenerateStream(request, timeout=120))
@@ -90,7 +104,10 @@ class Cluster:
     def check_all_blocks_free(self) -> None:
         """Every worker reports, within a few heartbeats, that nothing is held any more."""
         for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=30):
-            if all(w.num_free_blocks == w.num_blocks and not w.num_running + w.num_waiting for w in status.workers):
+            if all(
+                w.num_free_blocks == w.num_blocks and not w.num_running + w.num_waiting
+                for w in status.workers
+            ):
                 return
         raise AssertionError("the status stream ended")
 
@@ -107,7 +124,8 @@ class Cluster:
 
 
 def tokens_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> list[int]:
-    """The choice's tokens; their indices must be contiguous, with exactly one ending after them and one of the request."""
+    """The choice's tokens; their indices must be contiguous, with exactly one ending after them and one of
+    the request."""
     tokens: list[int] = []
     ended = False
     events = list(events)
@@ -127,7 +145,9 @@ def tokens_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> list[int]:
 
 
 def text_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> str:
-    return "".join(event.tokens.text for event in events if event.HasField("tokens") and event.tokens.choice == choice)
+    return "".join(
+        event.tokens.text for event in events if event.HasField("tokens") and event.tokens.choice == choice
+    )
 
 
 def workers_of(events: list[pb.GenerateEvent]) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-"""The connection between router and worker: both ends speak, and each notices when the other has fallen silent."""
+"""The connection between router and worker: both ends speak, and each notices when the other has fallen
+silent."""
 
 import asyncio
 import socket
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from pdserve.core.codec import FrameEncoder
-from pdserve.core.handshake import OPENING_BYTES, Dialler, Purpose
+from pdserve.core.handshake import OPENING_BYTES, HandshakeDialler, Purpose
 from pdserve.core.messages import (
     Abort,
     Heartbeat,
@@ -46,7 +47,9 @@ class Link:
     def __init__(self, port: int) -> None:
         self.commands: list[WorkerCommand] = []
         self.lost = threading.Event()
-        self.link = RouterLink(("127.0.0.1", port), "token", HELLO, self.commands.append, lambda _: self.lost.set())
+        self.link = RouterLink(
+            ("127.0.0.1", port), "token", HELLO, self.commands.append, lambda _: self.lost.set()
+        )
         self.link.start()
 
 
@@ -157,7 +160,8 @@ async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_w
     _, writer = await open_control(await routing.start("127.0.0.1"), "token")
     encoder = FrameEncoder()
     first, second, third = (
-        HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None) for name in "abc"
+        HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None)
+        for name in "abc"
     )
     ready = Ready(info=worker_info("decode-0", Role.DECODE), held=(third,))
     for message in (HELLO, Holds(held=(first,)), Holds(held=(second,)), ready):
@@ -177,10 +181,10 @@ async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_w
         b"",
         b"GET / HTTP/1.1\r\n\r\n",
         b"x" * OPENING_BYTES,
-        Dialler("token", Purpose.TRANSFER).opening,
-        Dialler("token", Purpose.CONTROL).opening,
-        Dialler("token", Purpose.CONTROL).opening + bytes(32),
-        Dialler("token", Purpose.CONTROL).opening + bytes(1 << 20),
+        HandshakeDialler("token", Purpose.TRANSFER).opening,
+        HandshakeDialler("token", Purpose.CONTROL).opening,
+        HandshakeDialler("token", Purpose.CONTROL).opening + bytes(32),
+        HandshakeDialler("token", Purpose.CONTROL).opening + bytes(1 << 20),
     ],
 )
 async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: None, said: bytes) -> None:
@@ -240,7 +244,9 @@ async def test_a_worker_gets_in_past_idle_connections(monkeypatch: pytest.Monkey
     await routing.stop()
 
 
-async def test_a_flood_of_connections_writes_few_lines_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_flood_of_connections_writes_few_lines_and_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     routing = RouterService(Router(), observer([]), "token")
     port = await routing.start("127.0.0.1")
     async with asyncio.timeout(WAIT_S):

@@ -1,4 +1,5 @@
-"""Workers that die or freeze: streams go on elsewhere with the very same tokens, and a new incarnation takes over."""
+"""Workers that die or freeze: streams go on elsewhere with the very same tokens, and a new incarnation takes
+over."""
 
 import os
 import signal
@@ -62,7 +63,9 @@ def begin(cluster: Cluster, requests: Sequence[pb.GenerateRequest]) -> tuple[lis
 
 def finish(calls: Sequence[Any], begun: Sequence[Events]) -> list[Events]:
     with ThreadPoolExecutor(max_workers=len(calls)) as pool:
-        return [first + rest for first, rest in zip(begun, pool.map(list[pb.GenerateEvent], calls), strict=True)]
+        return [
+            first + rest for first, rest in zip(begun, pool.map(list[pb.GenerateEvent], calls), strict=True)
+        ]
 
 
 def decoding_requests(cluster: Cluster) -> list[pb.GenerateRequest]:
@@ -100,7 +103,9 @@ def test_prompts_survive_the_death_of_their_prefill_worker(cluster: Cluster) -> 
     undisturbed = cluster.generate_all(cluster.request(prompt, salt="undisturbed") for prompt in LONG_PROMPTS)
     victim = worker(cluster, "prefill-0")
     with ThreadPoolExecutor(max_workers=len(LONG_PROMPTS)) as pool:
-        running = [pool.submit(cluster.stream, cluster.request(prompt, salt="disturbed")) for prompt in LONG_PROMPTS]
+        running = [
+            pool.submit(cluster.stream, cluster.request(prompt, salt="disturbed")) for prompt in LONG_PROMPTS
+        ]
         while not worker(cluster, "prefill-0").num_running:
             assert not all(future.done() for future in running)
         os.kill(victim.pid, signal.SIGKILL)
@@ -109,10 +114,15 @@ def test_prompts_survive_the_death_of_their_prefill_worker(cluster: Cluster) -> 
     assert_replaced(cluster, victim)
 
 
-def test_frozen_workers_are_given_up_and_what_they_say_when_they_wake_changes_nothing(cluster: Cluster) -> None:
-    """One of each pool, with streams that decode there and prompts that are sent there while nobody knows yet."""
+def test_frozen_workers_are_given_up_and_what_they_say_when_they_wake_changes_nothing(
+    cluster: Cluster,
+) -> None:
+    """One of each pool, with streams that decode there and prompts that are sent there while nobody knows
+    yet."""
     decoding = decoding_requests(cluster)
-    undisturbed = cluster.generate_all([*decoding, *(cluster.request(prompt, salt="awake") for prompt in LONG_PROMPTS)])
+    undisturbed = cluster.generate_all(
+        [*decoding, *(cluster.request(prompt, salt="awake") for prompt in LONG_PROMPTS)]
+    )
     frozen = [worker(cluster, worker_id) for worker_id in ("prefill-1", "decode-1")]
     processes = [os.pidfd_open(victim.pid) for victim in frozen]
     calls, begun = begin(cluster, decoding)
@@ -144,7 +154,9 @@ def test_prefill_workers_stand_in_while_no_decode_worker_is_left(cluster: Cluste
     assert "prefill workers serve both phases" in cluster.admin.GetStatus(pb.GetStatusRequest()).degraded
     streams = finish(calls, begun)
     assert_equal_streams(streams, undisturbed)
-    stand_ins = {attempt.decode.worker for events in streams for attempt in events[-1].end.timeline.attempts[1:]}
+    stand_ins = {
+        attempt.decode.worker for events in streams for attempt in events[-1].end.timeline.attempts[1:]
+    }
     assert stand_ins & {"prefill-0", "prefill-1"}
     for victim in victims:
         assert_replaced(cluster, victim)

@@ -1,4 +1,5 @@
-"""Through the whole cluster: what a gRPC client receives equals `transformers`, for every ratio, while the ratio changes."""
+"""Through the whole cluster: what a gRPC client receives equals `transformers`, for every ratio, while the
+ratio changes."""
 
 from typing import Any
 
@@ -16,8 +17,11 @@ pytestmark = pytest.mark.cluster
 RATIOS = ((1, 1), (2, 1), (1, 2))
 
 
-def check_round(streams: list[list[pb.GenerateEvent]], expected: list[tuple[list[int], list[float]]]) -> set[str]:
-    """Tokens and logprobs of every stream; returns the workers that served them, never one for both phases."""
+def check_round(
+    streams: list[list[pb.GenerateEvent]], expected: list[tuple[list[int], list[float]]]
+) -> set[str]:
+    """Tokens and logprobs of every stream; returns the workers that served them, never one for both
+    phases."""
     used = set()
     for events, (tokens, logprobs) in zip(streams, expected, strict=True):
         assert tokens_of(events) == tokens
@@ -29,7 +33,9 @@ def check_round(streams: list[list[pb.GenerateEvent]], expected: list[tuple[list
     return used
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral-sliding-100-mha", "qwen2-tied", "qwen3", "llama3-rope"])
+@pytest.mark.parametrize(
+    "name", ["llama-gqa", "mistral-sliding-100-mha", "qwen2-tied", "qwen3", "llama3-rope"]
+)
 def test_every_ratio_serves_the_tokens_of_transformers(name: str, checkpoints: Checkpoints) -> None:
     path = checkpoints[name]
     prompts = random_prompts((1, 5, 16, 40, 100, 300, 1500), seed=len(name))
@@ -40,8 +46,13 @@ def test_every_ratio_serves_the_tokens_of_transformers(name: str, checkpoints: C
             cluster.apply(prefill=prefill, decode=decode)
             cluster.wait_for(prefill=prefill, decode=decode)
             used: set[str] = set()
-            for number in range(20):  # the first round is cold; it takes load until every worker has had its share
-                requests = [cluster.request(prompt, salt=f"{prefill}{decode}{number}", logprobs=0) for prompt in prompts]
+            for number in range(
+                20
+            ):  # the first round is cold; it takes load until every worker has had its share
+                requests = [
+                    cluster.request(prompt, salt=f"{prefill}{decode}{number}", logprobs=0)
+                    for prompt in prompts
+                ]
                 used |= check_round(cluster.generate_all(requests), expected)
                 if len(used) == prefill + decode:
                     break

@@ -27,7 +27,11 @@ def cluster() -> Iterator[Cluster]:
 def run(*command: str) -> str:
     """What the example prints. Fails when it does."""
     paths = os.pathsep.join([str(ROOT), str(Path(sys.executable).parent)])
-    env = os.environ | {"PATH": f"{paths}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "NO_PROXY": "*"}
+    env = os.environ | {
+        "PATH": f"{paths}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "NO_PROXY": "*",
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

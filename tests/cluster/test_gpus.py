@@ -19,7 +19,9 @@ pytestmark = pytest.mark.cluster
 
 
 def spec(device: DeviceKind, gpus: float) -> WorkerSpec:
-    config = ClusterConfig.model_validate({"pools": {"decode": {"gpus_per_instance": gpus, "cpus_per_instance": 0.1}}})
+    config = ClusterConfig.model_validate(
+        {"pools": {"decode": {"gpus_per_instance": gpus, "cpus_per_instance": 0.1}}}
+    )
     return WorkerSpec("decode-0", 1, Role.DECODE, config, device, None, ("127.0.0.1", 1), "secret", None)
 
 
@@ -48,7 +50,9 @@ def test_ray_gives_out_gpus_by_the_rule_that_we_count_by() -> None:
 
 def test_a_worker_on_the_processor_takes_no_gpu() -> None:
     worker = spec("cpu", 0.5)
-    options = options_of(worker, CoreAllocator({ray.nodes()[0]["NodeID"]: Capacity(8)}).take(worker.key, worker.need))
+    options = options_of(
+        worker, CoreAllocator({ray.nodes()[0]["NodeID"]: Capacity(8)}).take(worker.key, worker.need)
+    )
     assert options["num_gpus"] is None
     assert set(options["runtime_env"]["env_vars"]) == {"OMP_NUM_THREADS"}
 

@@ -1,4 +1,5 @@
-"""Outputs that follow a grammar, from a real cluster: valid, the same whoever died, and nobody else's concern."""
+"""Outputs that follow a grammar, from a real cluster: valid, the same whoever died, and nobody else's
+concern."""
 
 import json
 import os
@@ -24,7 +25,12 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "kind": {"enum": ["statement", "function", "class"]},
-        "lines": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 12, "maxItems": 14},
+        "lines": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 9},
+            "minItems": 12,
+            "maxItems": 14,
+        },
         "name": {"type": "string", "minLength": 1, "maxLength": 12},
     },
     "required": ["kind", "lines", "name"],
@@ -54,12 +60,19 @@ def cluster(shared: Cluster) -> Iterator[Cluster]:
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
     http_client: Any = httpx.Client(trust_env=False)  # openai's types may be those of its successor
-    yield openai.OpenAI(base_url=f"http://{cluster._launched.http_address}/v1", api_key="none", http_client=http_client)
+    yield openai.OpenAI(
+        base_url=f"http://{cluster._launched.http_address}/v1", api_key="none", http_client=http_client
+    )
     http_client.close()
 
 
 def constrained(cluster: Cluster, constraint: pb.Constraint | None, **sampling: Any) -> pb.GenerateRequest:
-    options: dict[str, Any] = {"max_tokens": 1000, "temperature": 1.0, "seed": 3, "ignore_eos": False} | sampling
+    options: dict[str, Any] = {
+        "max_tokens": 1000,
+        "temperature": 1.0,
+        "seed": 3,
+        "ignore_eos": False,
+    } | sampling
     return cluster.request(PROMPT, constraint=constraint, **options)
 
 
@@ -83,7 +96,9 @@ def test_many_constrained_and_free_streams_run_together(cluster: Cluster) -> Non
         pb.Constraint(json_object=True),
         None,
     ]
-    requests = [constrained(cluster, kind, seed=number, max_tokens=40) for number in range(4) for kind in kinds]
+    requests = [
+        constrained(cluster, kind, seed=number, max_tokens=40) for number in range(4) for kind in kinds
+    ]
     streams = cluster.generate_all(requests)
     again = cluster.generate_all(requests[:4])
     assert [tokens_of(events) for events in streams[:4]] == [tokens_of(events) for events in again]
@@ -96,16 +111,25 @@ def test_the_official_client_gets_what_it_asked_for(client: openai.OpenAI) -> No
         score: Literal[1, 2, 3]
 
     completion = client.chat.completions.parse(
-        model="embedded", messages=[{"role": "user", "content": "How is it?"}], response_format=Answer, max_tokens=300
+        model="embedded",
+        messages=[{"role": "user", "content": "How is it?"}],
+        response_format=Answer,
+        max_tokens=300,
     )
     assert isinstance(completion.choices[0].message.parsed, Answer)
     with client.chat.completions.stream(
-        model="embedded", messages=[{"role": "user", "content": "How is it?"}], response_format=Answer, max_tokens=300
+        model="embedded",
+        messages=[{"role": "user", "content": "How is it?"}],
+        response_format=Answer,
+        max_tokens=300,
     ) as stream:
         final = stream.get_final_completion()
     assert isinstance(final.choices[0].message.parsed, Answer)
     answer = client.completions.create(
-        model="embedded", prompt=PROMPT, max_tokens=50, extra_body={"structured_outputs": {"regex": "[0-9]{4}"}}
+        model="embedded",
+        prompt=PROMPT,
+        max_tokens=50,
+        extra_body={"structured_outputs": {"regex": "[0-9]{4}"}},
     )
     assert answer.choices[0].text.isdigit() and len(answer.choices[0].text) == 4
 
@@ -115,7 +139,11 @@ def test_the_output_is_the_same_when_its_decode_worker_or_the_grammar_processes_
     expected = tokens_of(cluster.stream(request))
 
     def victims_of_worker() -> list[int]:
-        busy = [w for w in cluster.admin.GetStatus(pb.GetStatusRequest()).workers if w.role == "decode" and w.num_running]
+        busy = [
+            w
+            for w in cluster.admin.GetStatus(pb.GetStatusRequest()).workers
+            if w.role == "decode" and w.num_running
+        ]
         return [w.pid for w in busy]
 
     for victims in (victims_of_worker, lambda: sorted(grammar_processes())):

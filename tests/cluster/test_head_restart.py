@@ -1,4 +1,5 @@
-"""The head dies: workers go on, a new head takes over, and clients that come back get the rest of the very same stream."""
+"""The head dies: workers go on, a new head takes over, and clients that come back get the rest of the very
+same stream."""
 
 import os
 import signal
@@ -63,7 +64,10 @@ def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(clus
     events = [next(iter(call)) for _ in range(20)]
     kill_head()
     read_until_lost(call, events)
-    counts = [sum(len(event.tokens.token_ids) for event in events if event.tokens.choice == choice) for choice in range(2)]
+    counts = [
+        sum(len(event.tokens.token_ids) for event in events if event.tokens.choice == choice)
+        for choice in range(2)
+    ]
     request.resume_from[:] = counts
     rest = come_back(cluster, request)
     for choice in range(2):

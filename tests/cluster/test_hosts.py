@@ -1,4 +1,5 @@
-"""A cluster of several hosts, Ray nodes of this machine with addresses of their own: it grows and shrinks with them."""
+"""A cluster of several hosts, Ray nodes of this machine with addresses of their own: it grows and shrinks
+with them."""
 
 import os
 import signal
@@ -71,12 +72,21 @@ class Several:
         self.launched.stop()
 
     def wait_for(self, host: str, state: str, num_ready: int) -> pb.ClusterStatus:
-        """Until the other host is in a state, and so many workers are ready; also when the head dies meanwhile."""
+        """Until the other host is in a state, and so many workers are ready; also when the head dies
+        meanwhile."""
         while True:
             try:
-                for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60, wait_for_ready=True):
-                    rows = {row.address: pb.HostState.Name(row.state).removeprefix("HOST_STATE_") for row in status.hosts}
-                    if rows.get(host) == state and sum(worker.state == READY for worker in status.workers) == num_ready:
+                for status in self.admin.WatchStatus(
+                    pb.WatchStatusRequest(), timeout=60, wait_for_ready=True
+                ):
+                    rows = {
+                        row.address: pb.HostState.Name(row.state).removeprefix("HOST_STATE_")
+                        for row in status.hosts
+                    }
+                    if (
+                        rows.get(host) == state
+                        and sum(worker.state == READY for worker in status.workers) == num_ready
+                    ):
                         return status
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
@@ -106,11 +116,18 @@ def test_a_cluster_serves_on_what_is_there_and_grows_and_shrinks_with_its_hosts(
             assert list(row.worker_ids) == [waiting.worker_id]
             assert (row.num_cores_taken, row.num_cores) == (0.5, 1)
             assert not status.degraded
-            after = {worker.worker_id: worker.pid for worker in status.workers if worker.worker_id != waiting.worker_id}
+            after = {
+                worker.worker_id: worker.pid
+                for worker in status.workers
+                if worker.worker_id != waiting.worker_id
+            }
             assert after == {name: pid for name, pid in before.items() if pid}, "nobody was moved"
 
             taken_out = cluster.admin.Apply(pb.ApplyRequest(config_yaml=file(decode=fits)))
-            assert [change.key for change in taken_out.changes] == ["pools.decode.instances", "provider.worker_ips"]
+            assert [change.key for change in taken_out.changes] == [
+                "pools.decode.instances",
+                "provider.worker_ips",
+            ]
             status = cluster.wait_for(OTHER, "LEAVING", fits + 1)
             assert all(worker.pid in before.values() for worker in status.workers if worker.state == READY)
             with pytest.raises(grpc.RpcError, match=r"found no room"):
@@ -122,12 +139,16 @@ def test_a_cluster_serves_on_what_is_there_and_grows_and_shrinks_with_its_hosts(
         assert f"host {OTHER}: is lost" in status.degraded
         assert cluster.tokens() == expected
         with host(OTHER, 1):
-            before = {worker.worker_id: worker.pid for worker in cluster.wait_for(OTHER, "JOINED", fits + 2).workers}
+            before = {
+                worker.worker_id: worker.pid for worker in cluster.wait_for(OTHER, "JOINED", fits + 2).workers
+            }
             assert cluster.tokens() == expected
             (head,) = (pid for pid, command in session_processes().items() if "HeadActor" in command)
             os.kill(head, signal.SIGKILL)
             status = cluster.wait_for(OTHER, "JOINED", fits + 2)
-            assert {worker.worker_id: worker.pid for worker in status.workers} == before, "they were taken over"
+            assert {worker.worker_id: worker.pid for worker in status.workers} == before, (
+                "they were taken over"
+            )
             (row,) = (row for row in status.hosts if row.address == OTHER)
             assert list(row.worker_ids) == [waiting.worker_id]
             assert cluster.tokens() == expected

@@ -1,4 +1,5 @@
-"""The HTTP door of a real cluster: the same answers as by gRPC, and nothing left behind by clients that leave."""
+"""The HTTP door of a real cluster: the same answers as by gRPC, and nothing left behind by clients that
+leave."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ import pytest
 from .harness import Cluster, tokens_of
 
 pytestmark = pytest.mark.cluster
-PROMPT = "The with statement is used to wrap the execution of a block with methods defined by a context manager."
+PROMPT = (
+    "The with statement is used to wrap the execution of a block with methods defined by a context manager."
+)
 BODY = {"prompt": PROMPT, "temperature": 0, "ignore_eos": True}
 
 

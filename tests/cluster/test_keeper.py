@@ -65,15 +65,22 @@ def config_of(num_decode: int) -> ClusterConfig:
 def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> Head:
     """A head of which only `apply` can be called; `calls` are those that are on their way to its keeper."""
     monkeypatch.setattr(
-        head_module, "plan", lambda config, nodes, more_may_come: SimpleNamespace(check=lambda more_may_come: None)
+        head_module,
+        "plan",
+        lambda config, nodes, more_may_come: SimpleNamespace(check=lambda more_may_come: None),
     )
     remember = SimpleNamespace(remote=lambda *arguments: calls.append(arguments))
     keeper = RayKeeper(SimpleNamespace(remember=remember))
-    head = Head(HeadSpec(token="secret", host="127.0.0.1", generation=generation), keeper, NO_NODES, "127.0.0.1")
+    head = Head(
+        HeadSpec(token="secret", host="127.0.0.1", generation=generation), keeper, NO_NODES, "127.0.0.1"
+    )
     router = SimpleNamespace(configure=lambda config: None, status=lambda now_s: SimpleNamespace(workers=()))
     head._device = "cpu"
     head._watch = SimpleNamespace(  # type: ignore[assignment]
-        resolve=AsyncMock(), are_complete=lambda config: True, nodes=lambda config: (), expect=lambda config: None
+        resolve=AsyncMock(),
+        are_complete=lambda config: True,
+        nodes=lambda config: (),
+        expect=lambda config: None,
     )
     head._service = SimpleNamespace(router=router)  # type: ignore[assignment]
     head._controller = SimpleNamespace(handle=lambda event: None)  # type: ignore[assignment]
@@ -90,7 +97,8 @@ async def test_the_configuration_that_was_applied_last_is_kept_in_whichever_orde
     await head.apply(config_of(2), dry_run=False)
     await head.apply(config_of(3), dry_run=False)
     await head_of(1, calls, monkeypatch).apply(config_of(4), dry_run=False)
-    keeper = KeeperActor.__ray_metadata__.modified_class(config_of(1))  # type: ignore[attr-defined]  # made by ray.remote
+    # made by ray.remote
+    keeper = KeeperActor.__ray_metadata__.modified_class(config_of(1))  # type: ignore[attr-defined]
     for number in order:
         await keeper.remember(*calls[number])
     assert (await keeper.config()).pools.decode.instances == 4

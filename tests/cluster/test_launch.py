@@ -41,7 +41,9 @@ def test_what_cannot_run_is_not_launched(settings: dict[str, object], message: s
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def interrupted(**options: Any) -> None:
         assert Path(options["_temp_dir"]).parent.is_dir()
         assert options["address"] == "local", "no other Ray is looked for"
@@ -58,7 +60,9 @@ def test_a_launch_interrupted_while_ray_starts_leaves_no_directory(monkeypatch: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_squatted_runtime_folder_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_squatted_runtime_folder_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "runtime").symlink_to(tmp_path)
     monkeypatch.setenv(admin_socket.RUNTIME_FOLDER, str(tmp_path / "runtime"))
     with pytest.raises(admin_socket.UnsafeFolder, match=admin_socket.RUNTIME_FOLDER):
@@ -72,16 +76,23 @@ def test_the_command_line_finds_a_running_cluster_by_its_address() -> None:
         for host in ("127.0.0.1", "localhost"):
             result = CliRunner().invoke(app, ["status", "--address", f"{host}:{port}"])
             assert result.exit_code == 0 and "decode-0" in result.stdout, result.output
-        with grpc.insecure_channel(cluster.address) as channel, pytest.raises(grpc.RpcError, match=r"admin_without_key"):
+        with (
+            grpc.insecure_channel(cluster.address) as channel,
+            pytest.raises(grpc.RpcError, match=r"admin_without_key"),
+        ):
             rpc.ClusterStub(channel).GetStatus(pb.GetStatusRequest())
-        said = run_as_nobody("attempt('connect', lambda: connect(sys.argv[1]))", str(admin_socket.find(cluster.address)))
+        said = run_as_nobody(
+            "attempt('connect', lambda: connect(sys.argv[1]))", str(admin_socket.find(cluster.address))
+        )
         assert said == ["connect EACCES"]
     finally:
         cluster.close()
     assert not admin_socket.socket_link(cluster.address).is_symlink()
 
 
-def test_a_head_that_ray_takes_for_dead_is_ended_before_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_ray_takes_for_dead_is_ended_before_the_next_one_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     done: list[str] = []
     cluster = LaunchedCluster.__new__(LaunchedCluster)
     cluster._lock, cluster._stopped = threading.Lock(), False
@@ -113,7 +124,9 @@ def test_a_worker_that_cannot_load_says_why_until_the_checkpoint_is_mended(tmp_p
             if "truncated" in status.workers[0].message:
                 break
         assert status.workers[0].state == pb.WORKER_STATE_FAILED
-        assert tokens_of(cluster.stream(cluster.request("import this"))) == expected  # the prefill worker stands in
+        assert (
+            tokens_of(cluster.stream(cluster.request("import this"))) == expected
+        )  # the prefill worker stands in
         weights.write_bytes(whole)
         cluster.wait_for(prefill=1, decode=1)
     finally:

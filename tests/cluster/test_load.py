@@ -1,4 +1,5 @@
-"""A load on a real cluster: every request is accounted for, and its timeline explains its time to first token."""
+"""A load on a real cluster: every request is accounted for, and its timeline explains its time to first
+token."""
 
 import asyncio
 from collections.abc import Iterator
@@ -6,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pdserve.loadgen.arrivals import Poisson
-from pdserve.loadgen.campaign import Contender, Plan, Result, run_campaign
+from pdserve.loadgen.campaign import CampaignPlan, Contender, Result, run_campaign
 from pdserve.loadgen.grpc_target import GrpcTarget
 from pdserve.loadgen.lengths import Fixed, Uniform
 from pdserve.loadgen.slo import Slo
@@ -24,7 +25,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.close()
 
 
-def load(cluster: Cluster, plan: Plan) -> Result:
+def load(cluster: Cluster, plan: CampaignPlan) -> Result:
     async def run() -> Result:
         target = GrpcTarget(cluster.address)
         try:
@@ -37,7 +38,7 @@ def load(cluster: Cluster, plan: Plan) -> Result:
 
 
 def test_the_legs_explain_the_time_to_first_token(cluster: Cluster) -> None:
-    plan = Plan(Drawn(Poisson(50.0), Uniform(64, 256), Fixed(64)), max_requests=20, num_warm_up=2)
+    plan = CampaignPlan(Drawn(Poisson(50.0), Uniform(64, 256), Fixed(64)), max_requests=20, num_warm_up=2)
     result = load(cluster, plan)
     report = result.report(Slo(ttft=1e6))
     assert (report.num_ok, report.errors, report.num_output_tokens, report.good_share) == (20, {}, 1280, 1.0)
@@ -47,13 +48,15 @@ def test_the_legs_explain_the_time_to_first_token(cluster: Cluster) -> None:
         assert sum(chunk.num_tokens for chunk in record.chunks) == 64
         assert 0 <= legs.first_token_s <= record.ttft_s  # the router's view lies within the client's
         assert legs.queue_s <= legs.first_token_s
-        assert (legs.transfer_s is None) == (legs.exposed_s is None)  # a worker's account may come after a short stream's end
+        assert (legs.transfer_s is None) == (
+            legs.exposed_s is None
+        )  # a worker's account may come after a short stream's end
     assert {"queue", "transfer", "exposed_transfer", "first_decode"} <= set(report.legs_ms)
 
 
 def test_a_closed_loop_over_shared_prefixes_finds_them_cached(cluster: Cluster) -> None:
     workload = Drawn(None, Fixed(16), Fixed(4), SharedPrefixes(num_groups=2, num_tokens=128))
-    report = load(cluster, Plan(workload, max_requests=20, concurrency=1)).report(Slo())
+    report = load(cluster, CampaignPlan(workload, max_requests=20, concurrency=1)).report(Slo())
     assert report.num_ok == 20
     assert report.num_cached_tokens is not None
     assert report.num_cached_tokens >= 18 * 112  # all but the first of each group, but for the last block

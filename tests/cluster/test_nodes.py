@@ -41,7 +41,11 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What each host answers, by node id: an exception is raised, None never comes."""
     devices = [tuple(vars(gpu).values()) for gpu in GPUS]
     answers: dict[str, Any] = {B: look("embedded", None) | {"cores": [0, 1, 2], "devices": devices}}
-    found = [alive(B, "10.0.0.2", CPU=2.0, GPU=1.0), alive(HEAD, "10.0.0.1", CPU=1.0), alive(C, "10.0.0.3", False, CPU=1.0)]
+    found = [
+        alive(B, "10.0.0.2", CPU=2.0, GPU=1.0),
+        alive(HEAD, "10.0.0.1", CPU=1.0),
+        alive(C, "10.0.0.3", False, CPU=1.0),
+    ]
     context = SimpleNamespace(get_node_id=lambda: HEAD)
     cancelled: list[Any] = []
 
@@ -54,7 +58,9 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return answer
 
     task = SimpleNamespace(
-        options=lambda scheduling_strategy: SimpleNamespace(remote=lambda *arguments: there(scheduling_strategy.node_id))
+        options=lambda scheduling_strategy: SimpleNamespace(
+            remote=lambda *arguments: there(scheduling_strategy.node_id)
+        )
     )
     monkeypatch.setattr(nodes_module, "_look_there", task)
     monkeypatch.setattr(nodes_module, "CHECK_TIMEOUT_S", 0.05)
@@ -62,7 +68,9 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         nodes_module,
         "ray",
         SimpleNamespace(
-            nodes=lambda: found, get_runtime_context=lambda: context, cancel=lambda ref, force: cancelled.append(ref)
+            nodes=lambda: found,
+            get_runtime_context=lambda: context,
+            cancel=lambda ref, force: cancelled.append(ref),
         ),
     )
     return answers
@@ -92,7 +100,9 @@ async def test_a_host_has_what_it_tells_and_ray_was_given_of_it(machines: dict[s
         (ModuleNotFoundError("No module named 'pdserve'"), "No module named 'pdserve'"),
     ],
 )
-async def test_a_host_that_cannot_be_asked_is_refused_with_what_to_do(machines: dict[str, Any], answer: Any, said: str) -> None:
+async def test_a_host_that_cannot_be_asked_is_refused_with_what_to_do(
+    machines: dict[str, Any], answer: Any, said: str
+) -> None:
     machines[B] = answer
     nodes = RayNodes("embedded", ROUTER)
     await nodes.ask_here()
@@ -100,7 +110,9 @@ async def test_a_host_that_cannot_be_asked_is_refused_with_what_to_do(machines: 
 
 
 def judged(there: HostFacts, **pool: Any) -> str:
-    config = ClusterConfig.model_validate({"pools": {"prefill": pool, "decode": pool}, "model": {"path": "/models/m"}})
+    config = ClusterConfig.model_validate(
+        {"pools": {"prefill": pool, "decode": pool}, "model": {"path": "/models/m"}}
+    )
     return refusal(FACTS, there, config, "cpu", ROUTER)
 
 
@@ -126,7 +138,10 @@ def test_a_host_like_the_heads_may_serve() -> None:
         ),
         (
             {"router_error": "Connection refused"},
-            "from there 10.0.0.1:6700, where the head waits for workers, cannot be reached (Connection refused); let all TCP",
+            (
+                "from there 10.0.0.1:6700, where the head waits for workers, cannot be reached (Connection"
+                " refused); let all TCP"
+            ),
         ),
         (
             {"node": replace(NODE, cores=(0,))},

@@ -1,4 +1,5 @@
-"""What operators do while traffic flows, and what clients do to a cluster: nothing fails, nothing is left behind."""
+"""What operators do while traffic flows, and what clients do to a cluster: nothing fails, nothing is left
+behind."""
 
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from pdserve.proto import pdserve_pb2 as pb
 from .harness import Cluster, tokens_of, workers_of
 
 pytestmark = pytest.mark.cluster
-PROMPT = "The with statement is used to wrap the execution of a block with methods defined by a context manager."
+PROMPT = (
+    "The with statement is used to wrap the execution of a block with methods defined by a context manager."
+)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +170,9 @@ def test_no_request_fails_while_workers_are_added_drained_and_removed(cluster: C
 
 def test_a_drained_worker_finishes_its_streams_and_the_other_pool_stands_in(cluster: Cluster) -> None:
     workers = cluster.admin.GetStatus(pb.GetStatusRequest()).workers
-    (decoder,) = (worker.worker_id for worker in workers if worker.role == "decode")  # its number depends on who was removed
+    (decoder,) = (
+        worker.worker_id for worker in workers if worker.role == "decode"
+    )  # its number depends on who was removed
     long = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=400))
     events = [next(iter(long))]
     drain = cluster.admin.Drain(pb.DrainRequest(worker_ids=[decoder]))

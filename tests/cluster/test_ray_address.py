@@ -1,4 +1,5 @@
-"""The Ray that RAY_ADDRESS names: believed only where this user or root listens, and where a token keeps others out."""
+"""The Ray that RAY_ADDRESS names: believed only where this user or root listens, and where a token keeps
+others out."""
 
 import os
 import socket
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture
 def connecting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Tries to adopt the Ray at an address in RAY_ADDRESS, as `pdserve up` does; AssertionError: Ray would connect."""
+    """Tries to adopt the Ray at an address in RAY_ADDRESS, as `pdserve up` does; AssertionError: Ray would
+    connect."""
 
     def init(**options: object) -> None:
         raise AssertionError(options)
@@ -45,7 +47,9 @@ def answering(request: pytest.FixtureRequest) -> Iterator[str]:
     code: grpc.StatusCode = request.param
 
     def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
-        assert not dict(context.invocation_metadata()).get("authorization"), "our token is for nobody who has not proved itself"
+        assert not dict(context.invocation_metadata()).get("authorization"), (
+            "our token is for nobody who has not proved itself"
+        )
         if code is not grpc.StatusCode.OK:
             context.abort(code, "as the test wants it")
         return b""
@@ -62,7 +66,11 @@ def answering(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("text", "host", "port"),
-    [("127.0.0.1:6379", "127.0.0.1", 6379), ("head.example:1\n", "head.example", 1), ("[::1]:65535", "::1", 65535)],
+    [
+        ("127.0.0.1:6379", "127.0.0.1", 6379),
+        ("head.example:1\n", "head.example", 1),
+        ("[::1]:65535", "::1", 65535),
+    ],
 )
 def test_an_address_is_a_host_and_a_port(text: str, host: str, port: int) -> None:
     assert RayAddress.parse(text) == RayAddress(host, port)
@@ -94,23 +102,28 @@ def test_any_other_text_is_no_address(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["auto", "local", "Linux version 6.1 (gcc: 12)"])
-def test_no_ray_is_looked_for_where_the_address_names_none(connecting: Callable[[str], None], text: str) -> None:
+def test_no_ray_is_looked_for_where_the_address_names_none(
+    connecting: Callable[[str], None], text: str
+) -> None:
     with pytest.raises(LaunchError, match=r"RAY_ADDRESS: got .*, expected HOST:PORT"):
         connecting(text)
 
 
 HEADER = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
-TABLE = HEADER + (
-    "   0: 0100007F:18EB 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 11 1 0 100 0 0 10 0\n"
-    "   1: 00000000:18EB 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 12 1 0 100 0 0 10 0\n"
-    "   2: 0100007F:18EB 0100007F:B70A 01 00000000:00000000 00:00000000 00000000    33        0 13 1 0 20 4 30 10 -1\n"
-    "   3: 0100007F:18EC 00000000:0000 0A 00000000:00000000 00:00000000 00000000    34        0 14 1 0 100 0 0 10 0\n"
+TABLE = (
+    HEADER
+    + "   0: 0100007F:18EB 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 11 1 0 100"
+    " 0 0 10 0\n   1: 00000000:18EB 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0"
+    " 12 1 0 100 0 0 10 0\n   2: 0100007F:18EB 0100007F:B70A 01 00000000:00000000 00:00000000 00000000   "
+    " 33        0 13 1 0 20 4 30 10 -1\n   3: 0100007F:18EC 00000000:0000 0A 00000000:00000000 00:00000000"
+    " 00000000    34        0 14 1 0 100 0 0 10 0\n"
 )
-TABLE_6 = HEADER + (
-    "   4: 00000000000000000000000000000000:18EB 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000"
-    " 00000000 65534        0 15 1 0 100 0 0 10 0\n"
-    "   5: 0000000000000000FFFF00000100007F:A126 0000000000000000FFFF00000100007F:18EB 06 00000000:00000000 03:00001764"
-    " 00000000     0        0 0 3 0\n"
+TABLE_6 = (
+    HEADER
+    + "   4: 00000000000000000000000000000000:18EB 00000000000000000000000000000000:0000 0A 00000000:00000000"
+    " 00:00000000 00000000 65534        0 15 1 0 100 0 0 10 0\n   5: 0000000000000000FFFF00000100007F:A126"
+    " 0000000000000000FFFF00000100007F:18EB 06 00000000:00000000 03:00001764 00000000     0        0 0"
+    " 3 0\n"
 )
 
 
@@ -125,7 +138,9 @@ TABLE_6 = HEADER + (
         (HEADER, 1, []),
     ],
 )
-def test_the_users_who_listen_on_a_port_are_found_in_the_kernels_table(table: str, port: int, uids: list[int]) -> None:
+def test_the_users_who_listen_on_a_port_are_found_in_the_kernels_table(
+    table: str, port: int, uids: list[int]
+) -> None:
     assert list(listening_uids(table, port)) == uids
 
 
@@ -134,13 +149,20 @@ def test_a_port_of_this_host_that_this_user_listens_on_is_taken(host: str) -> No
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = RayAddress(host, server.getsockname()[1])
         check_listener(address)
-    with pytest.raises(LaunchError, match=f"no Ray cluster answers at RAY_ADDRESS={address}: nothing listens"):
+    with pytest.raises(
+        LaunchError, match=f"no Ray cluster answers at RAY_ADDRESS={address}: nothing listens"
+    ):
         check_listener(address)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.0.0.2"])
-def test_a_port_that_another_user_listens_on_is_not_connected_to(connecting: Callable[[str], None], host: str) -> None:
-    with listening_as_nobody() as port, pytest.raises(LaunchError, match=f"the user with id {NOBODY} listens on port {port}"):
+def test_a_port_that_another_user_listens_on_is_not_connected_to(
+    connecting: Callable[[str], None], host: str
+) -> None:
+    with (
+        listening_as_nobody() as port,
+        pytest.raises(LaunchError, match=f"the user with id {NOBODY} listens on port {port}"),
+    ):
         connecting(f"{host}:{port}")
 
 
@@ -159,7 +181,10 @@ def test_a_ray_with_a_token_is_taken() -> None:
 
 @pytest.mark.parametrize("answering", [grpc.StatusCode.OK], indirect=True)
 def test_a_ray_without_a_token_is_not_connected_to(
-    answering: str, connecting: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    answering: str,
+    connecting: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(LaunchError, match="has no token") as caught:
         connecting(answering)
@@ -174,7 +199,9 @@ def test_a_ray_without_a_token_is_not_connected_to(
 
 
 @pytest.mark.parametrize("answering", [grpc.StatusCode.UNAUTHENTICATED], indirect=True)
-def test_a_ray_that_refuses_a_call_without_a_token_is_connected_to(answering: str, connecting: Callable[[str], None]) -> None:
+def test_a_ray_that_refuses_a_call_without_a_token_is_connected_to(
+    answering: str, connecting: Callable[[str], None]
+) -> None:
     with pytest.raises(AssertionError, match=answering):
         connecting(answering)
 
@@ -216,7 +243,9 @@ shutil.rmtree(folder)
 def test_a_real_ray_without_a_token_is_refused_unless_it_is_accepted() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_AUTH_MODE": "disabled"}
-    ran = subprocess.run([sys.executable, "-c", WITHOUT_TOKEN, ACCEPT], env=env, capture_output=True, text=True, timeout=250)
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TOKEN, ACCEPT], env=env, capture_output=True, text=True, timeout=250
+    )
     refused, accepted = ran.stdout.splitlines()
     assert "LaunchError" in refused and "has no token" in refused, ran.stderr
     assert accepted == "_Ray(ours=True, token=None)", ran.stderr

@@ -66,7 +66,9 @@ def made(base: Path, *modes: int) -> Path:
         ((0o701, 0o777), "0/1"),
     ],
 )
-def test_a_folder_is_weak_where_others_can_change_a_step_to_it(base: Path, modes: tuple[int, ...], weak: str | None) -> None:
+def test_a_folder_is_weak_where_others_can_change_a_step_to_it(
+    base: Path, modes: tuple[int, ...], weak: str | None
+) -> None:
     found = weakness_of(made(base, *modes))
     if weak is None:
         assert found is None
@@ -102,7 +104,9 @@ def shared_session(base: Path) -> Path:
     return session
 
 
-def test_the_refusal_names_the_folder_and_what_mends_it(shared_session: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_refusal_names_the_folder_and_what_mends_it(
+    shared_session: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(SharedRayFolder) as caught:
         check(shared_session, (), accept=False)
     for part in (
@@ -136,7 +140,9 @@ def test_the_sockets_that_are_used_count_and_not_only_those_of_the_folder(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = ray_folder.sockets()
-    assert len(ours) == 2 and all(path.is_socket() and path.is_relative_to(ray_folder.session_folder()) for path in ours)
+    assert len(ours) == 2 and all(
+        path.is_socket() and path.is_relative_to(ray_folder.session_folder()) for path in ours
+    )
     lies_in_another = made(base, 0o777) / "raylet"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(lies_in_another))
@@ -226,7 +232,9 @@ def test_nobody_else_gets_at_the_logs_and_sockets_of_a_ray_of_our_own(tmp_path: 
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", OF_OUR_OWN, str(run_folder)]
-    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as started:
         assert started.stdout is not None and started.stdin is not None
         session = Path(started.stdout.readline().strip())
         try:
@@ -237,9 +245,13 @@ def test_nobody_else_gets_at_the_logs_and_sockets_of_a_ray_of_our_own(tmp_path: 
             transfer = len(str(session / ("kv-" + "x" * MKDTEMP_CHARS) / "s"))
             assert len(sockets) == 2 and max(*sockets, transfer) + spare <= MAX_SOCKET_PATH_BYTES
             token = (run_folder / "ray_token").read_bytes()
-            assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if token in read(path)], "others read them"
+            assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if token in read(path)], (
+                "others read them"
+            )
             if os.getuid() == 0:  # else there is nobody to attack
-                assert run_as_nobody(ATTACK, str(session), str(secret)) == [f"{step} EACCES" for step in STEPS]
+                assert run_as_nobody(ATTACK, str(session), str(secret)) == [
+                    f"{step} EACCES" for step in STEPS
+                ]
                 assert not (session / "logs" / "raylet.out").is_symlink() and secret.read_text() == "ours"
                 run_folder.chmod(0o755)
                 done = run_as_nobody(ATTACK, str(session), str(secret))

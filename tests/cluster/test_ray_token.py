@@ -37,11 +37,15 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str | None]]:
     seen: list[dict[str, str | None]] = []
     for name in (MODE, TOKEN, TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(ray_token, "_refresh", lambda: seen.append({n: os.environ.get(n) for n in (MODE, TOKEN_PATH)}))
+    monkeypatch.setattr(
+        ray_token, "_refresh", lambda: seen.append({n: os.environ.get(n) for n in (MODE, TOKEN_PATH)})
+    )
     return seen
 
 
-def test_the_token_is_long_and_for_its_user_alone(applied: list[dict[str, str | None]], tmp_path: Path) -> None:
+def test_the_token_is_long_and_for_its_user_alone(
+    applied: list[dict[str, str | None]], tmp_path: Path
+) -> None:
     token = RayToken(tmp_path)
     path = Path(os.environ[TOKEN_PATH])
     assert len(path.read_text()) == 64
@@ -65,7 +69,10 @@ def test_no_two_clusters_have_the_same_token(applied: list[dict[str, str | None]
 
 @pytest.mark.parametrize("chosen", [{MODE: "disabled"}, {TOKEN: "t"}, {TOKEN_PATH: "/operators"}])
 def test_what_an_operator_has_chosen_stays(
-    applied: list[dict[str, str | None]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chosen: dict[str, str]
+    applied: list[dict[str, str | None]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    chosen: dict[str, str],
 ) -> None:
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
@@ -79,5 +86,7 @@ def test_what_an_operator_has_chosen_stays(
 def test_a_ray_of_our_own_lets_in_nobody_without_its_token() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ran = subprocess.run([sys.executable, "-c", OF_OUR_OWN], env=env, capture_output=True, text=True, timeout=250)
+    ran = subprocess.run(
+        [sys.executable, "-c", OF_OUR_OWN], env=env, capture_output=True, text=True, timeout=250
+    )
     assert ran.stdout.split() == ["in", "out", "out"], ran.stderr

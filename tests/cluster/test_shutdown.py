@@ -1,4 +1,5 @@
-"""The end of a cluster: streams finish first, then nothing is left of it; also when what holds it together dies."""
+"""The end of a cluster: streams finish first, then nothing is left of it; also when what holds it together
+dies."""
 
 import os
 import select
@@ -42,11 +43,22 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(t
         "observability": {"log_format": "console"},
     }
     (tmp_path / "cluster.yaml").write_text(yaml.safe_dump({"metadata": {"pdserve": settings}}))
-    command = [sys.executable, "-c", "from pdserve.cli.main import main; main()", "up", str(tmp_path / "cluster.yaml")]
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": os.getcwd()}
+    command = [
+        sys.executable,
+        "-c",
+        "from pdserve.cli.main import main; main()",
+        "up",
+        str(tmp_path / "cluster.yaml"),
+    ]
+    environment = os.environ | {
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "PYTHONPATH": os.getcwd(),
+    }
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stderr is not None
-        address = next(line.split(" at ")[1].split(",")[0] for line in process.stderr if line.startswith("ready: "))
+        address = next(
+            line.split(" at ")[1].split(",")[0] for line in process.stderr if line.startswith("ready: ")
+        )
         request = pb.GenerateRequest(
             prompt=pb.Prompt(text="import this"), sampling=pb.SamplingParams(max_tokens=300, ignore_eos=True)
         )

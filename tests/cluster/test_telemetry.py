@@ -6,7 +6,10 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector_pb, trace_service_pb2_grpc as collector_rpc
+from opentelemetry.proto.collector.trace.v1 import (
+    trace_service_pb2 as collector_pb,
+    trace_service_pb2_grpc as collector_rpc,
+)
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from pdserve.proto import pdserve_pb2 as pb
@@ -15,7 +18,10 @@ from ..telemetry.support import nonzero
 from .harness import Cluster, tokens_of
 
 pytestmark = pytest.mark.cluster
-PROMPT = "A context manager is an object that defines the runtime context to be established when executing a with statement."
+PROMPT = (
+    "A context manager is an object that defines the runtime context to be established when executing a with"
+    " statement."
+)
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
@@ -32,7 +38,9 @@ class Collector(collector_rpc.TraceServiceServicer):
     def Export(
         self, request: collector_pb.ExportTraceServiceRequest, context: object
     ) -> collector_pb.ExportTraceServiceResponse:
-        self.spans += [span for of in request.resource_spans for scope in of.scope_spans for span in scope.spans]
+        self.spans += [
+            span for of in request.resource_spans for scope in of.scope_spans for span in scope.spans
+        ]
         return collector_pb.ExportTraceServiceResponse()
 
     def stop(self) -> None:
@@ -67,8 +75,13 @@ def num_closed(values: dict[str, float]) -> float:
 
 
 def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) -> None:
-    requests = [cluster.request(PROMPT, max_tokens=10 + number, salt=str(number), n=1 + number % 2) for number in range(8)]
-    requests += [cluster.request(PROMPT, max_tokens=12, salt="0") for _ in range(4)]  # a prompt that is cached
+    requests = [
+        cluster.request(PROMPT, max_tokens=10 + number, salt=str(number), n=1 + number % 2)
+        for number in range(8)
+    ]
+    requests += [
+        cluster.request(PROMPT, max_tokens=12, salt="0") for _ in range(4)
+    ]  # a prompt that is cached
     answers = cluster.generate_all(requests)
     call: Any = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=1500))
     next(call)
@@ -85,14 +98,22 @@ def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) 
     assert values["request_prompt_tokens_sum"] == sum(usage.prompt_tokens for usage in usages)
     assert values["prompt_tokens_total"] == 13 * usages[0].prompt_tokens
     assert values['prefix_cache_queries_total{pool="prefill"}'] == values["prompt_tokens_total"]
-    assert values['prefix_cache_hits_total{pool="prefill"}'] >= sum(usage.cached_tokens for usage in usages) > 0
+    assert (
+        values['prefix_cache_hits_total{pool="prefill"}'] >= sum(usage.cached_tokens for usage in usages) > 0
+    )
     assert values["inter_token_latency_seconds_count"] == values["generation_tokens_total"] - num_choices - 1
-    for name in ("e2e_request_latency_seconds", "request_decode_time_seconds", "request_time_per_output_token_seconds"):
+    for name in (
+        "e2e_request_latency_seconds",
+        "request_decode_time_seconds",
+        "request_time_per_output_token_seconds",
+    ):
         assert values[f"{name}_count"] == len(requests)
     for name in ("time_to_first_token_seconds", "request_queue_time_seconds"):
         assert values[f"{name}_count"] == len(requests) + 1
     assert values['request_prefill_time_seconds_count{pool="prefill"}'] == len(requests) + 1
-    assert sum(value for name, value in values.items() if name.startswith("slo_requests_total")) == len(requests)
+    assert sum(value for name, value in values.items() if name.startswith("slo_requests_total")) == len(
+        requests
+    )
     assert values["requests_admitted_total"] == values["dispatches_total"] == len(requests) + 1
     assert values["kv_transfer_bytes_count"] >= len(requests)
     assert values["kv_transfer_bytes_sum"] > 0
@@ -111,7 +132,10 @@ def test_the_parts_of_ttft_add_up_and_the_control_plane_is_the_least_of_them(clu
 
     def spent(name: str) -> float:
         """Of all pools together."""
-        sums = [{k: v for k, v in values.items() if k.startswith(f"{name}_seconds_sum")} for values in (after, before)]
+        sums = [
+            {k: v for k, v in values.items() if k.startswith(f"{name}_seconds_sum")}
+            for values in (after, before)
+        ]
         return sum(sums[0].values()) - sum(sums[1].values())
 
     parts = [spent(f"request_{part}_time") for part in ("queue", "worker_queue", "prefill", "overhead")]
@@ -144,7 +168,10 @@ def test_explain_tells_every_leg_of_a_request_that_is_over(cluster: Cluster) -> 
     request.request_id = "explained"
     cluster.stream(request)
     cluster.check_all_blocks_free()
-    until(cluster, lambda values: cluster.admin.Explain(pb.ExplainRequest(request_id="explained")).outcome == "length")
+    until(
+        cluster,
+        lambda values: cluster.admin.Explain(pb.ExplainRequest(request_id="explained")).outcome == "length",
+    )
     told = cluster.admin.Explain(pb.ExplainRequest(request_id="explained"))
     (attempt,) = told.attempts
     legs = {leg.leg: leg for leg in attempt.legs}
@@ -168,6 +195,8 @@ def test_explain_tells_of_a_request_that_is_running(cluster: Cluster) -> None:
 def test_a_collector_that_dies_disturbs_nobody(cluster: Cluster, collector: Collector) -> None:
     before = num_closed(nonzero(cluster._launched.metrics()))
     collector.stop()
-    answers = cluster.generate_all([cluster.request(PROMPT, max_tokens=8, salt=f"late/{number}") for number in range(16)])
+    answers = cluster.generate_all(
+        [cluster.request(PROMPT, max_tokens=8, salt=f"late/{number}") for number in range(16)]
+    )
     assert [len(tokens_of(events)) for events in answers] == [8] * 16
     until(cluster, lambda values: num_closed(values) == before + 16)

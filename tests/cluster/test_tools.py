@@ -15,7 +15,10 @@ from .harness import Cluster
 pytestmark = pytest.mark.cluster
 PARAMETERS = {
     "type": "object",
-    "properties": {"city": {"enum": ["Köln", "Aix"]}, "days": {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3}},
+    "properties": {
+        "city": {"enum": ["Köln", "Aix"]},
+        "days": {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3},
+    },
     "required": ["city", "days"],
     "additionalProperties": False,
 }
@@ -44,7 +47,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://{cluster._launched.http_address}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=f"http://{cluster._launched.http_address}/v1", api_key="none", max_retries=0
+    ) as client:
         yield client
     cluster.check_all_blocks_free()
 
@@ -55,7 +60,9 @@ def check(name: str, arguments: str) -> None:
 
 
 def test_calls_that_have_to_come_fit_their_schemas(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(**CHAT, tool_choice="required", parallel_tool_calls=False, n=4, seed=1)
+    answer = client.chat.completions.create(
+        **CHAT, tool_choice="required", parallel_tool_calls=False, n=4, seed=1
+    )
     for choice in answer.choices:
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
         (call,) = choice.message.tool_calls or []
@@ -65,8 +72,12 @@ def test_calls_that_have_to_come_fit_their_schemas(client: openai.OpenAI) -> Non
 
 def test_the_chosen_function_is_called_and_streamed_as_it_comes(client: openai.OpenAI) -> None:
     chosen: Any = {"type": "function", "function": {"name": "get_weather"}}
-    with client.chat.completions.stream(**CHAT, tool_choice=chosen, parallel_tool_calls=False, seed=2) as stream:
-        parts = [event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"]
+    with client.chat.completions.stream(
+        **CHAT, tool_choice=chosen, parallel_tool_calls=False, seed=2
+    ) as stream:
+        parts = [
+            event.arguments_delta for event in stream if event.type == "tool_calls.function.arguments.delta"
+        ]
         (choice,) = stream.get_final_completion().choices
     (call,) = choice.message.tool_calls or []
     assert len(parts) > 1
@@ -78,7 +89,9 @@ def test_a_model_may_call_or_end(client: openai.OpenAI) -> None:
     marker = qwen().added_tokens["<tool_call>"]
     likes = {"tool_calls": marker, "stop": eos_of(qwen())}
     for reason, token_id in likes.items():
-        answer = client.chat.completions.create(**CHAT, parallel_tool_calls=False, seed=3, logit_bias={str(token_id): 100})
+        answer = client.chat.completions.create(
+            **CHAT, parallel_tool_calls=False, seed=3, logit_bias={str(token_id): 100}
+        )
         (choice,) = answer.choices
         assert choice.finish_reason == reason
         assert len(choice.message.tool_calls or ()) == (reason == "tool_calls")

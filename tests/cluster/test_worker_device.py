@@ -25,7 +25,9 @@ WAIT_S = 10.0
 
 def spec(device: DeviceKind, num_blocks: int | None = None, **pool: float) -> WorkerSpec:
     config = ClusterConfig.model_validate({"pools": {"prefill": pool}})
-    return WorkerSpec("prefill-0", 1, Role.PREFILL, config, device, num_blocks, ("127.0.0.1", 1), "secret", None)
+    return WorkerSpec(
+        "prefill-0", 1, Role.PREFILL, config, device, num_blocks, ("127.0.0.1", 1), "secret", None
+    )
 
 
 def test_the_gpu_is_the_one_that_the_process_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +105,10 @@ def test_a_heartbeat_carries_the_gpu_when_there_is_news_of_it(monkeypatch: pytes
     report = StepReport(worker_id="prefill-0", incarnation=1, load=WorkerLoad(num_running=3))
     process._worker = SimpleNamespace(report=lambda: report)  # type: ignore[assignment]
     assert process._beat() == report
-    news = [None, GpuSample(index=1, uuid="GPU-11-1", name="H999", memory_total_bytes=5, throttled_by=("power",))]
+    news = [
+        None,
+        GpuSample(index=1, uuid="GPU-11-1", name="H999", memory_total_bytes=5, throttled_by=("power",)),
+    ]
     process._monitor = SimpleNamespace(take=news.pop)  # type: ignore[assignment]
     told = process._beat()
     decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)

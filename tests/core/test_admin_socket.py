@@ -1,4 +1,5 @@
-"""The socket by which a user administers their own clusters: found by its port, and in no folder that others prepared."""
+"""The socket by which a user administers their own clusters: found by its port, and in no folder that others
+prepared."""
 
 import os
 import shutil
@@ -71,7 +72,9 @@ def test_clusters_on_several_addresses_are_told_apart(
     assert (admin_socket.find(asked) == listening) is is_found
 
 
-def test_a_cluster_that_died_is_not_found_and_its_successor_takes_the_place(folder: Path, listening: Path) -> None:
+def test_a_cluster_that_died_is_not_found_and_its_successor_takes_the_place(
+    folder: Path, listening: Path
+) -> None:
     dead = listening.parent / "dead.sock"
     admin_socket.publish(ADDRESS, dead)
     assert admin_socket.find(ADDRESS) is None
@@ -84,7 +87,8 @@ def test_a_cluster_that_died_is_not_found_and_its_successor_takes_the_place(fold
 
 
 def test_a_run_folder_that_was_opened_to_others_is_not_trusted(folder: Path, listening: Path) -> None:
-    """A cluster that was killed leaves a symlink behind, to a name in /tmp that anybody can take when it is cleaned up."""
+    """A cluster that was killed leaves a symlink behind, to a name in /tmp that anybody can take when it is
+    cleaned up."""
     admin_socket.publish(ADDRESS, listening)
     listening.parent.chmod(0o755)
     with pytest.raises(UnsafeFolder, match=f"{listening.parent}: its mode is 0755"):
@@ -125,7 +129,12 @@ def linked_by_another(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "use", [lambda: admin_socket.find(ADDRESS), admin_socket.prepare, lambda: admin_socket.publish(ADDRESS, Path("/theirs"))]
+    "use",
+    [
+        lambda: admin_socket.find(ADDRESS),
+        admin_socket.prepare,
+        lambda: admin_socket.publish(ADDRESS, Path("/theirs")),
+    ],
 )
 def test_a_squatted_folder_is_refused_by_both_sides(
     folder: Path, squat: Callable[[Path], None], why: str, can_remove: bool, use: Callable[[], object]
@@ -134,7 +143,9 @@ def test_a_squatted_folder_is_refused_by_both_sides(
     with pytest.raises(UnsafeFolder, match=why) as caught:
         use()
     assert str(folder) in str(caught.value) and f"name another in {RUNTIME_FOLDER}" in str(caught.value)
-    assert str(caught.value).endswith(", or remove it") is can_remove, "in /tmp nobody can remove what is another user's"
+    assert str(caught.value).endswith(", or remove it") is can_remove, (
+        "in /tmp nobody can remove what is another user's"
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,7 +154,9 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch: pytest.MonkeyPatch, 
         admin_socket.prepare()
 
 
-def test_another_user_reaches_neither_the_symlink_nor_the_socket(listening: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_user_reaches_neither_the_symlink_nor_the_socket(
+    listening: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs_root()
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         os.chmod(parent, 0o755)

@@ -1,4 +1,5 @@
-"""A state is written by its automaton alone, which refuses what its table does not have and says how it came there."""
+"""A state is written by its automaton alone, which refuses what its table does not have and says how it came
+there."""
 
 import enum
 

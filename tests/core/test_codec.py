@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.codec import FrameDecoder, FrameEncoder, FrameError
-from pdserve.core.messages import Abort, Hello, LoadProgress, StepReport, TokenOutput, WorkerCommand, WorkerLoad, WorkerMessage
+from pdserve.core.messages import (
+    Abort,
+    Hello,
+    LoadProgress,
+    StepReport,
+    TokenOutput,
+    WorkerCommand,
+    WorkerLoad,
+    WorkerMessage,
+)
 from pdserve.core.request import FinishReason, TransferId
 
 MESSAGES = [
@@ -17,7 +26,9 @@ MESSAGES = [
         worker_id="decode-0",
         incarnation=3,
         load=WorkerLoad(num_running=2),
-        outputs=(TokenOutput(TransferId("r", 1), 0, 7, 42, FinishReason.STOP, -0.25, ((42, -0.25), (7, -1.5))),),
+        outputs=(
+            TokenOutput(TransferId("r", 1), 0, 7, 42, FinishReason.STOP, -0.25, ((42, -0.25), (7, -1.5))),
+        ),
         blocks_added=(b"\x00" * 16,),
     ),
 ]

@@ -54,7 +54,14 @@ def test_instances_may_share_a_core() -> None:
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("512MiB", 512 << 20), ("1.5 GiB", 3 << 29), ("64KiB", 65536), ("7B", 7), (4096, 4096), ("2TiB", 2 << 40)],
+    [
+        ("512MiB", 512 << 20),
+        ("1.5 GiB", 3 << 29),
+        ("64KiB", 65536),
+        ("7B", 7),
+        (4096, 4096),
+        ("2TiB", 2 << 40),
+    ],
 )
 def test_sizes_are_numbers_or_carry_a_binary_unit(text: str | int, num_bytes: int) -> None:
     assert PoolSection.model_validate({"kv_cache_bytes": text}).kv_cache_bytes == num_bytes
@@ -91,7 +98,9 @@ def test_loopback_needs_no_protection(address: str) -> None:
     assert config(listen={"grpc": address}).listen.grpc == address
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "gpu-host.example:1", "localhost.example:1"])
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "gpu-host.example:1", "localhost.example:1"]
+)
 def test_other_hosts_are_let_in_with_tls_or_on_purpose(address: str) -> None:
     with pytest.raises(ValidationError, match=r"listen\.tls, or listen\.allow_insecure: true"):
         config(listen={"grpc": address})
@@ -123,7 +132,12 @@ def test_tls_needs_a_certificate_and_its_key(tls: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("path", "served", "name"),
-    [("/models/llama-3/", None, "llama-3"), ("embedded", None, "embedded"), ("/m/x", "y", "y"), ("/", None, "/")],
+    [
+        ("/models/llama-3/", None, "llama-3"),
+        ("embedded", None, "embedded"),
+        ("/m/x", "y", "y"),
+        ("/", None, "/"),
+    ],
 )
 def test_a_model_is_served_under_the_last_part_of_its_path(path: str, served: str | None, name: str) -> None:
     assert config(model={"path": path, "served_name": served}).model.name == name
@@ -141,7 +155,10 @@ def test_instances_slo_and_limits_change_without_a_restart() -> None:
 
 @pytest.mark.parametrize("name", ["", "a:80", "http://a", "a b", ".a", 1])
 def test_hosts_that_are_allowed_are_names(name: object) -> None:
-    assert config(listen={"allowed_hosts": ["serve.example", "a"]}).listen.allowed_hosts == ("serve.example", "a")
+    assert config(listen={"allowed_hosts": ["serve.example", "a"]}).listen.allowed_hosts == (
+        "serve.example",
+        "a",
+    )
     with pytest.raises(ValidationError, match="the name of a host"):
         config(listen={"allowed_hosts": [name]})
 
@@ -160,6 +177,8 @@ def test_other_changes_are_named_by_their_keys() -> None:
 
 
 def test_a_configuration_survives_serialisation() -> None:
-    original = config(pools={"decode": {"kv_cache_bytes": "1GiB", "cpus_per_instance": 0.5}}, kv={"block_size": 32})
+    original = config(
+        pools={"decode": {"kv_cache_bytes": "1GiB", "cpus_per_instance": 0.5}}, kv={"block_size": 32}
+    )
     assert ClusterConfig.model_validate(original.model_dump()) == original
     assert ClusterConfig.model_validate_json(original.model_dump_json()) == original

@@ -26,7 +26,9 @@ def refusal(text: str) -> str:
 
 def ours(lines: str) -> str:
     """A file whose part of ours starts on line 4."""
-    return "cluster_name: x\nmetadata:\n  pdserve:\n" + "".join(f"    {line}\n" for line in lines.splitlines())
+    return "cluster_name: x\nmetadata:\n  pdserve:\n" + "".join(
+        f"    {line}\n" for line in lines.splitlines()
+    )
 
 
 def test_the_sample_file_spells_out_the_defaults() -> None:
@@ -38,8 +40,7 @@ def test_an_empty_part_means_the_defaults() -> None:
 
 
 def test_all_mistakes_are_told_at_once_in_line_order() -> None:
-    text = ours(
-        """\
+    text = ours("""\
 listen: {grpc: localhost, https: "127.0.0.1:8000"}
 pools:
   prefil: {instances: 1}
@@ -49,21 +50,28 @@ pools:
 model: {dtype: int8, path: ""}
 device: gpu
 slo:
-1: 2"""
-    )
+1: 2""")
     at = "metadata.pdserve"
     assert refusal(text).splitlines() == [
-        f"c.yaml:4: {at}.listen.grpc: got 'localhost', expected HOST:PORT such as 127.0.0.1:50051, with a port of 0 to 65535",
+        (
+            f"c.yaml:4: {at}.listen.grpc: got 'localhost', expected HOST:PORT such as 127.0.0.1:50051, with a"
+            " port of 0 to 65535"
+        ),
         f"c.yaml:4: {at}.listen.https: unknown key, did you mean 'http'?",
         f"c.yaml:6: {at}.pools.prefil: unknown key, did you mean 'prefill'?",
         f"c.yaml:8: {at}.pools.decode.instances: got -1, expected at least 0",
         f"c.yaml:9: {at}.pools.decode.threads: got 1.5, expected auto or a positive integer",
-        f"c.yaml:10: {at}.model.dtype: got 'int8', expected one of 'auto', 'float32', 'bfloat16' or 'float16'",
+        (
+            f"c.yaml:10: {at}.model.dtype: got 'int8', expected one of 'auto', 'float32', 'bfloat16' or"
+            " 'float16'"
+        ),
         f"c.yaml:10: {at}.model.path: got '', expected a text that is not empty",
         f"c.yaml:11: {at}.device: got 'gpu', expected one of 'auto', 'cpu' or 'cuda'",
         f"c.yaml:12: {at}.slo: got nothing, expected a mapping with keys of ttft_ms, itl_ms",
-        f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, routing, limits, listen, observability, "
-        "kernels, device, drain_timeout_s, join_timeout_s",
+        (
+            f"c.yaml:13: {at}.1: unknown key, expected one of model, pools, slo, kv, routing, limits, listen,"
+            " observability, kernels, device, drain_timeout_s, join_timeout_s"
+        ),
     ]
 
 
@@ -72,13 +80,28 @@ slo:
     [
         ("kernels: cuda", "kernels: got 'cuda', expected one of 'auto', 'native', 'torch' or 'triton'"),
         ("kernels: null", "kernels: got nothing, expected one of 'auto', 'native', 'torch' or 'triton'"),
-        ("kv: {transport: rdma}", "kv.transport: got 'rdma', expected one of 'auto', 'shm', 'gloo', 'cuda_ipc' or 'nccl'"),
+        (
+            "kv: {transport: rdma}",
+            "kv.transport: got 'rdma', expected one of 'auto', 'shm', 'gloo', 'cuda_ipc' or 'nccl'",
+        ),
         ("kv: {block_size: 12}", "kv.block_size: got 12, expected auto or a multiple of 8"),
-        ("pools: {prefill: {gpus_per_instance: 2}}", "pools.prefill.gpus_per_instance: got 2, expected at most 1"),
-        ("pools: {prefill: {gpus_per_instance: 0}}", "pools.prefill.gpus_per_instance: got 0, expected more than 0"),
+        (
+            "pools: {prefill: {gpus_per_instance: 2}}",
+            "pools.prefill.gpus_per_instance: got 2, expected at most 1",
+        ),
+        (
+            "pools: {prefill: {gpus_per_instance: 0}}",
+            "pools.prefill.gpus_per_instance: got 0, expected more than 0",
+        ),
         ("pools: {prefill: {gpus_per_instance: .nan}}", "pools.prefill.gpus_per_instance: got nan, expected"),
-        ("pools: {prefill: {gpus_per_instance: half}}", "pools.prefill.gpus_per_instance: got 'half', expected a number"),
-        ("limits: {max_prompt_logprobs: 300000}", "limits.max_prompt_logprobs: got 300000, expected at most 262144"),
+        (
+            "pools: {prefill: {gpus_per_instance: half}}",
+            "pools.prefill.gpus_per_instance: got 'half', expected a number",
+        ),
+        (
+            "limits: {max_prompt_logprobs: 300000}",
+            "limits.max_prompt_logprobs: got 300000, expected at most 262144",
+        ),
         ("limits: {max_n: '2'}", "limits.max_n: got '2', expected an integer"),
         ("limits: {max_n: true}", "limits.max_n: got true, expected an integer"),
         ("limits: {max_n: 0}", "limits.max_n: got 0, expected more than 0"),
@@ -89,17 +112,26 @@ slo:
         ("model: [embedded]", "model: got ['embedded'], expected a mapping with keys of path, dtype, "),
         ("model: {path: 7}", "model.path: got 7, expected a text that is not empty"),
         ("model: {max_model_len: 0}", "model.max_model_len: got 0, expected auto or a positive integer"),
-        ("pools: {prefill: {kv_cache_bytes: 5MB}}", "pools.prefill.kv_cache_bytes: got '5MB', expected auto, a number"),
+        (
+            "pools: {prefill: {kv_cache_bytes: 5MB}}",
+            "pools.prefill.kv_cache_bytes: got '5MB', expected auto, a number",
+        ),
         (
             "listen: {grpc: '0.0.0.0:50051'}",
-            "listen.grpc: got '0.0.0.0:50051', expected a loopback address such as 127.0.0.1:50051, or listen.tls, or",
+            (
+                "listen.grpc: got '0.0.0.0:50051', expected a loopback address such as 127.0.0.1:50051, or"
+                " listen.tls, or"
+            ),
         ),
         ("listen: {allow_insecure: 1}", "listen.allow_insecure: got 1, expected true or false"),
         (
             "listen: {tls: {certificate: c.pem}}",
             "listen.tls.certificate: got 'c.pem', expected the path of a file, from / or ~/",
         ),
-        ("listen: {tls: {key: /k}}", "listen.tls: got one without the other, expected certificate and key together"),
+        (
+            "listen: {tls: {key: /k}}",
+            "listen.tls: got one without the other, expected certificate and key together",
+        ),
         (
             "pools: {prefill: {max_batch_tokens: 12}}",
             "pools.prefill.max_batch_tokens: got 12, expected at least max_batch_size (256)",
@@ -124,10 +156,19 @@ def test_a_bad_value_is_told_with_what_was_expected(line: str, problem: str) -> 
         ("", "c.yaml:1: file: got nothing, expected a mapping with metadata"),
         ("- 1", "c.yaml:1: file: got [1], expected a mapping with metadata"),
         ("cluster_name: x", "c.yaml:1: metadata: missing, expected metadata.pdserve in this file"),
-        ("metdata: {}", "c.yaml:1: metadata: missing, found 'metdata', expected metadata.pdserve in this file"),
-        ("a: 1\nmetadata: {other: 1}", "c.yaml:2: metadata.pdserve: missing, expected metadata.pdserve in this file"),
+        (
+            "metdata: {}",
+            "c.yaml:1: metadata: missing, found 'metdata', expected metadata.pdserve in this file",
+        ),
+        (
+            "a: 1\nmetadata: {other: 1}",
+            "c.yaml:2: metadata.pdserve: missing, expected metadata.pdserve in this file",
+        ),
         ("a: 1\nmetadata:", "c.yaml:2: metadata: got nothing, expected a mapping with pdserve"),
-        ("metadata: {pdserve: }", "c.yaml:1: metadata.pdserve: got nothing, expected a mapping with keys of model"),
+        (
+            "metadata: {pdserve: }",
+            "c.yaml:1: metadata.pdserve: got nothing, expected a mapping with keys of model",
+        ),
         ("a: [1", "c.yaml:1: not valid YAML: expected ',' or ']'"),
         ("a: 1\nb: 1\na: 2", 'c.yaml:3: not valid YAML: found duplicate key "a"'),
         ("a: 1\n---\nb: 1", "c.yaml:2: not valid YAML:"),
@@ -147,7 +188,9 @@ def test_what_is_not_a_configuration_is_told_so(text: str, message: str) -> None
 def test_keys_merged_from_an_anchor_are_read() -> None:
     text = ours("pools:\n  prefill: &one {instances: 2}\n  decode: {<<: *one, threads: 1}")
     assert parse_cluster_config(text).pools.decode.instances == 2
-    assert refusal(text.replace("instances: 2", "instances: two")).count("got 'two', expected an integer") == 2
+    assert (
+        refusal(text.replace("instances: 2", "instances: two")).count("got 'two', expected an integer") == 2
+    )
 
 
 def test_a_file_that_cannot_be_read_is_told_so(tmp_path: Path) -> None:
@@ -161,7 +204,9 @@ def test_a_file_that_cannot_be_read_is_told_so(tmp_path: Path) -> None:
         load_cluster_config(bad)
 
 
-SCALARS = st.none() | st.booleans() | st.integers(-1, 10**25) | st.floats() | st.text(max_size=5) | st.just("auto")
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-1, 10**25) | st.floats() | st.text(max_size=5) | st.just("auto")
+)
 PATHS = [
     ("model",),
     ("model", "path"),
@@ -185,7 +230,10 @@ PATHS = [
 ]
 
 
-@given(path=st.sampled_from(PATHS), value=SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(), SCALARS))
+@given(
+    path=st.sampled_from(PATHS),
+    value=SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(), SCALARS),
+)
 def test_any_value_at_any_key_is_taken_or_refused_by_the_key(path: tuple[str, ...], value: Any) -> None:
     tree: Any = value
     for key in reversed(path):
@@ -211,7 +259,9 @@ def test_no_text_breaks_the_parser(text: str) -> None:
 
 def test_the_committed_schema_is_the_generated_one() -> None:
     committed = (ROOT / "docs" / "cluster.schema.json").read_text()
-    assert committed == cluster_schema_text(), "run: python -m pdserve.core.config_schema > docs/cluster.schema.json"
+    assert committed == cluster_schema_text(), (
+        "run: python -m pdserve.core.config_schema > docs/cluster.schema.json"
+    )
 
 
 def test_the_schema_accepts_the_sample_and_refuses_what_the_parser_refuses() -> None:
@@ -263,7 +313,10 @@ def test_the_file_that_ray_up_writes_on_the_head_is_read_too(tmp_path: Path) -> 
         ("provider: {type: local, head_ip: 10.0.0.1}", ExpectedHosts(())),
         ("provider: {type: local, coordinator_address: 10.0.0.1:80}", ExpectedHosts()),
         (
-            "provider: {type: aws}\navailable_node_types: {head: {}, gpu: {min_workers: 2}, cpu: {min_workers: 0}}",
+            (
+                "provider: {type: aws}\navailable_node_types: {head: {}, gpu: {min_workers: 2}, cpu:"
+                " {min_workers: 0}}"
+            ),
             ExpectedHosts(node_types={"gpu": 2}),
         ),
     ],

@@ -9,7 +9,9 @@ from pdserve.core.errors import MAX_SHOWN_CHARS, InvalidRequest
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(alphabet="ab\n", max_size=99),
-    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(alphabet="ab", max_size=9), inner, max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=9) | st.dictionaries(st.text(alphabet="ab", max_size=9), inner, max_size=9)
+    ),
 )
 
 

@@ -33,7 +33,9 @@ def test_what_is_given_back_is_free_again() -> None:
     assert shares.find(1.0) == 0
 
 
-@given(asked=st.lists(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 1.0]), max_size=30), num_gpus=st.integers(0, 4))
+@given(
+    asked=st.lists(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 1.0]), max_size=30), num_gpus=st.integers(0, 4)
+)
 def test_no_gpu_is_ever_overfull(asked: list[float], num_gpus: int) -> None:
     shares, taken = GpuShares(num_gpus), [0.0] * num_gpus
     for share in asked:

@@ -8,7 +8,9 @@ tokens = st.lists(st.integers(0, 2**32), max_size=70)
 
 
 @given(tokens, st.integers(1, 20), st.integers(0, 5))
-def test_a_chain_can_be_continued_without_its_start(token_ids: list[int], block_size: int, num_known: int) -> None:
+def test_a_chain_can_be_continued_without_its_start(
+    token_ids: list[int], block_size: int, num_known: int
+) -> None:
     whole = block_hashes(token_ids, block_size)
     known = whole[:num_known]
     if known:
@@ -18,7 +20,9 @@ def test_a_chain_can_be_continued_without_its_start(token_ids: list[int], block_
 
 
 @given(tokens, st.integers(1, 20), st.data())
-def test_a_changed_token_changes_its_block_and_all_that_follow(token_ids: list[int], size: int, data: st.DataObject) -> None:
+def test_a_changed_token_changes_its_block_and_all_that_follow(
+    token_ids: list[int], size: int, data: st.DataObject
+) -> None:
     before = block_hashes(token_ids, size)
     if not before:
         return

@@ -1,4 +1,5 @@
-"""The latency model follows what it measures, from priors that are far off, through noise, outliers and changes."""
+"""The latency model follows what it measures, from priors that are far off, through noise, outliers and
+changes."""
 
 import random
 
@@ -39,7 +40,9 @@ def trained(num_steps: int = 300, scale: float = 1.0, model: LatencyModel | None
     model = model or LatencyModel()
     for _ in range(num_steps):
         num_tokens, context = rng.randint(1, 2000), rng.choice([0, 0, rng.randint(1, 8000)])
-        model.observe_step(prefill(num_tokens, context, scale * true_prefill_s(num_tokens, context) * rng.gauss(1, 0.05)))
+        model.observe_step(
+            prefill(num_tokens, context, scale * true_prefill_s(num_tokens, context) * rng.gauss(1, 0.05))
+        )
     return model
 
 
@@ -99,9 +102,12 @@ def test_thousands_of_equal_steps_do_not_spoil_what_was_learnt_of_other_shapes()
 
 
 def test_shapes_that_do_not_tell_coefficients_apart_do_not_drive_them_away() -> None:
-    """Streams of one batch grow together and end one after the other; what a step costs hardly depends on its context."""
+    """Streams of one batch grow together and end one after the other; what a step costs hardly depends on its
+    context."""
     rng = random.Random(5)
-    model = LatencyModel(LatencyPriors(decode_step_s=2e-3, decode_context_token_s=1e-7, decode_sequence_s=1e-4))
+    model = LatencyModel(
+        LatencyPriors(decode_step_s=2e-3, decode_context_token_s=1e-7, decode_sequence_s=1e-4)
+    )
     for _ in range(40):
         lengths = [rng.choice((12, 200, 700, 1300)) for _ in range(rng.choice((1, 2, 5, 8)))]
         ends = [rng.randint(200, 700) for _ in lengths]
@@ -161,7 +167,9 @@ def test_a_prior_that_is_not_positive_is_refused_by_name(value: float) -> None:
 
 @given(
     st.lists(
-        st.tuples(st.floats(0, 1e6), st.floats(0, 1e10), st.floats(1e-9, 1e4, allow_nan=False, allow_infinity=False)),
+        st.tuples(
+            st.floats(0, 1e6), st.floats(0, 1e10), st.floats(1e-9, 1e4, allow_nan=False, allow_infinity=False)
+        ),
         max_size=80,
     ),
     st.tuples(st.floats(0, 1e6), st.floats(0, 1e12)),

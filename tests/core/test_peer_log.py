@@ -1,4 +1,5 @@
-"""Lines that unauthenticated peers cause: one budget for all of them, and no line is lost without being counted."""
+"""Lines that unauthenticated peers cause: one budget for all of them, and no line is lost without being
+counted."""
 
 import logging
 

@@ -91,7 +91,9 @@ def test_values_at_the_edge_of_their_range_are_valid(field: str, values: list[An
         ("prompt_logprobs", 6, "0 to 5"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_field_value_and_expectation(field: str, value: Any, expected: str) -> None:
+def test_a_value_out_of_range_is_refused_with_field_value_and_expectation(
+    field: str, value: Any, expected: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check(**{field: value})
     assert caught.value.field == field
@@ -105,7 +107,9 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def test_a_long_prompt_is_refused_with_its_length_and_the_limit() -> None:
-    with pytest.raises(InvalidRequest, match="prompt: '256 tokens' is not valid, expected at most 255 tokens"):
+    with pytest.raises(
+        InvalidRequest, match="prompt: '256 tokens' is not valid, expected at most 255 tokens"
+    ):
         check([1] * 256)
     with pytest.raises(InvalidRequest, match="prompt: '6 tokens' is not valid, expected at most 5 tokens"):
         check([1] * 6, LimitsSection(max_prompt_tokens=5))
@@ -113,7 +117,9 @@ def test_a_long_prompt_is_refused_with_its_length_and_the_limit() -> None:
 
 def test_the_longest_prompt_leaves_room_for_one_token() -> None:
     check([1] * 255, max_tokens=1)
-    with pytest.raises(InvalidRequest, match="max_tokens: 2 is not valid, expected at most 1: the model takes 256 tokens"):
+    with pytest.raises(
+        InvalidRequest, match="max_tokens: 2 is not valid, expected at most 1: the model takes 256 tokens"
+    ):
         check([1] * 255, max_tokens=2)
 
 
@@ -152,7 +158,9 @@ def test_as_many_biases_as_openai_takes_are_within_the_default_limit() -> None:
         (tuple((i, 1.0) for i in range(4)), "logit_bias: '4 tokens' is not valid, expected at most 3 tokens"),
     ],
 )
-def test_a_bad_bias_is_refused_with_its_token_and_value(bias: tuple[tuple[int, float], ...], message: str) -> None:
+def test_a_bad_bias_is_refused_with_its_token_and_value(
+    bias: tuple[tuple[int, float], ...], message: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check(logit_bias=bias)
     assert str(caught.value) == message
@@ -163,7 +171,9 @@ def test_log_probabilities_of_a_prompt_are_limited_in_all() -> None:
     with pytest.raises(InvalidRequest) as caught:
         check([1] * 101, prompt_logprobs=5)
     assert caught.value.field == "prompt_logprobs"
-    assert caught.value.expected == "at most 600 log probabilities: the prompt has 101 tokens, with 6 for each"
+    assert (
+        caught.value.expected == "at most 600 log probabilities: the prompt has 101 tokens, with 6 for each"
+    )
 
 
 ANY_FLOAT = st.floats(allow_nan=True, allow_infinity=True)
@@ -201,7 +211,10 @@ def test_whatever_a_client_sends_is_served_or_refused_by_a_field_of_its_own(
     assert not refused or refused in {*SamplingParams.__struct_fields__, "prompt", "prompt_token_ids"}
 
 
-@given(field=st.sampled_from(["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"]), value=ANY_FLOAT)
+@given(
+    field=st.sampled_from(["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"]),
+    value=ANY_FLOAT,
+)
 def test_an_accepted_number_stays_finite_in_float32(field: str, value: float) -> None:
     fields: dict[str, Any] = {field: value}
     try:

@@ -12,7 +12,9 @@ from pdserve.engine.sequence import Sequence
 VOCAB_SIZE = 50
 
 
-def make_chunk(prompt: list[int] | None = None, output: tuple[int, ...] = (), **sampling: Any) -> ScheduledChunk:
+def make_chunk(
+    prompt: list[int] | None = None, output: tuple[int, ...] = (), **sampling: Any
+) -> ScheduledChunk:
     params = SamplingParams(**({"max_tokens": 1000} | sampling))
     spec = SequenceSpec(
         transfer=TransferId("r", 0),

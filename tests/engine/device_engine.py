@@ -16,14 +16,19 @@ from pdserve.engine.weights import ReadTensor
 from pdserve.kernels.triton.kernels import TritonKernels
 
 
-def open_device_engine(path: Path, options: EngineOptions, device: Device, read: ReadTensor | None = None) -> Engine:
-    """As `Engine.open` on a GPU; `options.device` is "cuda". Weights are the checkpoint's, or what `read` gives."""
+def open_device_engine(
+    path: Path, options: EngineOptions, device: Device, read: ReadTensor | None = None
+) -> Engine:
+    """As `Engine.open` on a GPU; `options.device` is "cuda". Weights are the checkpoint's, or what `read`
+    gives."""
     checkpoint = open_checkpoint(path)
     layout = layout_of(checkpoint, options)
     read = read or TensorReader(checkpoint, getattr(torch, layout.dtype))
     torch.set_num_threads(1)
     with patch.object(
-        engine_module, "load_kernels", lambda _device, requirements, _choice, _threads: TritonKernels(requirements)
+        engine_module,
+        "load_kernels",
+        lambda _device, requirements, _choice, _threads: TritonKernels(requirements),
     ):
         return Engine.build(checkpoint.config, layout, read, options, device)
 
@@ -31,7 +36,9 @@ def open_device_engine(path: Path, options: EngineOptions, device: Device, read:
 @contextmanager
 def filled_with_nan() -> Iterator[None]:
     """Memory that nobody has written is NaN, so that it is noticed wherever it gets into a result."""
-    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, which is the default
+    torch.use_deterministic_algorithms(
+        True
+    )  # with torch.utils.deterministic.fill_uninitialized_memory, which is the default
     try:
         yield
     finally:

@@ -42,8 +42,9 @@ def run_to_end(
     use_cache: bool = True,
     on_layer: Callable[[int], None] | None = None,
 ) -> list[list[SampledToken]]:
-    """The output of each sequence; blocks are given back. A sequence with n > 1 is forked after its first token, and its
-    choices' outputs stand one after the other. One that holds blocks goes on from what is in them."""
+    """The output of each sequence; blocks are given back. A sequence with n > 1 is forked after its first
+    token, and its choices' outputs stand one after the other. One that holds blocks goes on from what is in
+    them."""
     for seq in sequences:
         if not seq.block_ids:
             engine.kv.admit(seq, use_cache and not seq.wants_prompt_logprobs)
@@ -56,7 +57,11 @@ def run_to_end(
             assert engine.kv.grow(seq, seq.num_computed_tokens + num_tokens)
             done = num_tokens == seq.num_uncomputed_tokens
             fresh = seq.num_output_tokens == 0
-            chunks.append(ScheduledChunk(seq, num_tokens, (seq.spec.choices if fresh else (seq.choice,)) if done else ()))
+            chunks.append(
+                ScheduledChunk(
+                    seq, num_tokens, (seq.spec.choices if fresh else (seq.choice,)) if done else ()
+                )
+            )
         sampled = engine.runner.launch(Batch(tuple(chunks), engine.kv.take_copies()), on_layer).collect()
         still = []
         for (seq, root), chunk, tokens in zip(running, chunks, sampled, strict=True):

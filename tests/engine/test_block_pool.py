@@ -14,7 +14,8 @@ def name(number: int) -> bytes:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """`holders` are lists of blocks with one reference each; `content` is what a block's cached hash promises."""
+    """`holders` are lists of blocks with one reference each; `content` is what a block's cached hash
+    promises."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +70,9 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree(self) -> None:
         self.pool.check_integrity()
-        assert [self.pool.ref_count(b) for b in range(NUM_BLOCKS)] == [self._refs(b) for b in range(NUM_BLOCKS)]
+        assert [self.pool.ref_count(b) for b in range(NUM_BLOCKS)] == [
+            self._refs(b) for b in range(NUM_BLOCKS)
+        ]
         assert self.pool.num_free_blocks == sum(not self._refs(b) for b in range(NUM_BLOCKS))
 
 

@@ -43,7 +43,10 @@ def write(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **chang
 def edit(path: Path, remove: str = "", **add: torch.Tensor) -> None:
     tensors = load_file(path / "model.safetensors")
     tensors.pop(remove, None)
-    save_file(tensors | {name.replace("__", "."): tensor for name, tensor in add.items()}, path / "model.safetensors")
+    save_file(
+        tensors | {name.replace("__", "."): tensor for name, tensor in add.items()},
+        path / "model.safetensors",
+    )
 
 
 def shard(path: Path) -> list[Path]:
@@ -72,7 +75,9 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
-def test_what_transformers_saves_is_opened_and_read(tmp_path: Path, family: str, tied: bool, max_shard_size: str) -> None:
+def test_what_transformers_saves_is_opened_and_read(
+    tmp_path: Path, family: str, tied: bool, max_shard_size: str
+) -> None:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{family}Config")(**SHAPE, tie_word_embeddings=tied, pad_token_id=0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
@@ -128,7 +133,9 @@ def refusal(path: Path) -> str:
 
 
 def test_a_missing_directory_is_told_so(tmp_path: Path) -> None:
-    assert "no such directory; expected a checkpoint directory, or 'embedded'" in refusal(tmp_path / "nothing")
+    assert "no such directory; expected a checkpoint directory, or 'embedded'" in refusal(
+        tmp_path / "nothing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,14 +146,28 @@ def test_a_missing_directory_is_told_so(tmp_path: Path) -> None:
         ("config.json", b"\xff\xfe{}", "config.json: not valid JSON"),
         ("config.json", b"[1]", "config.json: expected a JSON object"),
         ("generation_config.json", b"{", "generation_config.json: not valid JSON"),
-        ("model.safetensors", None, "has no weights, expected model.safetensors or model.safetensors.index.json"),
+        (
+            "model.safetensors",
+            None,
+            "has no weights, expected model.safetensors or model.safetensors.index.json",
+        ),
         ("model.safetensors", b"", "truncated or not a safetensors file"),
         ("model.safetensors", b"x" * 5000, "truncated or not a safetensors file"),
-        ("model.safetensors", (4).to_bytes(8, "little") + b"\xff" * 4, "corrupt: its header is not one of safetensors"),
-        ("model.safetensors", (2).to_bytes(8, "little") + b"{}", "tensor model.embed_tokens.weight of shape (64, 32)"),
+        (
+            "model.safetensors",
+            (4).to_bytes(8, "little") + b"\xff" * 4,
+            "corrupt: its header is not one of safetensors",
+        ),
+        (
+            "model.safetensors",
+            (2).to_bytes(8, "little") + b"{}",
+            "tensor model.embed_tokens.weight of shape (64, 32)",
+        ),
     ],
 )
-def test_a_missing_or_broken_file_is_told_so(path: Path, file: str, content: bytes | None, message: str) -> None:
+def test_a_missing_or_broken_file_is_told_so(
+    path: Path, file: str, content: bytes | None, message: str
+) -> None:
     (path / file).unlink(missing_ok=True)
     if content is not None:
         (path / file).write_bytes(content)
@@ -200,7 +221,9 @@ def test_a_shard_without_its_tensor_is_named(path: Path) -> None:
     assert "is missing, the index says it is there" in refusal(path)
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": "../model.safetensors"}, {"a": "/etc/passwd"}])
+@pytest.mark.parametrize(
+    "weight_map", [None, [], {"a": 1}, {"a": "../model.safetensors"}, {"a": "/etc/passwd"}]
+)
 def test_an_index_names_files_of_its_own_directory(path: Path, weight_map: object) -> None:
     shard(path)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -210,7 +233,9 @@ def test_an_index_names_files_of_its_own_directory(path: Path, weight_map: objec
 def test_a_file_that_breaks_after_opening_is_an_error_of_the_checkpoint(path: Path) -> None:
     reader = TensorReader(open_checkpoint(path), torch.float32)
     (path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: replaced or written to since it was checked"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: replaced or written to since it was checked"
+    ):
         reader("model.norm.weight", (32,))
 
 
@@ -233,7 +258,9 @@ def _swap_for_link(file: Path) -> None:
 def test_a_file_that_is_swapped_after_opening_is_refused(path: Path, swap: Callable[[Path], None]) -> None:
     reader = TensorReader(open_checkpoint(path), torch.float32)
     swap(path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: (not a regular file|replaced or written to since)"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: (not a regular file|replaced or written to since)"
+    ):
         reader("model.norm.weight", (32,))
 
 
@@ -242,7 +269,9 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_refused(path: Path) -> None:
     reader = TensorReader(open_checkpoint(path), torch.float32)
     assert reader("model.norm.weight", (32,)).shape == (32,)
     os.truncate(path / "model.safetensors", 4096)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: replaced or written to since it was checked"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: replaced or written to since it was checked"
+    ):
         reader("model.norm.weight", (32,))
 
 
@@ -274,7 +303,9 @@ def test_fingerprints_tell_weights_apart_and_not_places(tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "copy") == prints[0]
 
 
-def test_a_model_path_is_a_directory_or_the_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_path_is_a_directory_or_the_embedded_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model_path("~/models/x") == tmp_path / "models" / "x"
     assert resolve_model_path("/m") == Path("/m")

@@ -1,4 +1,5 @@
-"""A step on a GPU, as far as it can be seen without one: the host never waits, and nothing of the step is on the host."""
+"""A step on a GPU, as far as it can be seen without one: the host never waits, and nothing of the step is on
+the host."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

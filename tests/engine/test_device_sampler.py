@@ -37,15 +37,21 @@ def sample(
     return reported
 
 
-def assert_as_on_the_host(device: Device, logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[list[SampledToken]]:
+def assert_as_on_the_host(
+    device: Device, logits: torch.Tensor, chunks: list[ScheduledChunk]
+) -> list[list[SampledToken]]:
     sampled = sample(device, logits, chunks)
     expected = Sampler(TorchKernels()).sample(logits.clone(), chunks)
     assert [len(tokens) for tokens in sampled] == [len(tokens) for tokens in expected]
     for token, wanted in zip(chain(*sampled), chain(*expected), strict=True):
         assert token.token_id == wanted.token_id
         assert token.logprob == pytest.approx(wanted.logprob, abs=1e-5, nan_ok=True)
-        assert [token_id for token_id, _ in token.top_logprobs] == [token_id for token_id, _ in wanted.top_logprobs]
-        given, expected_top = ([value for _, value in tops] for tops in (token.top_logprobs, wanted.top_logprobs))
+        assert [token_id for token_id, _ in token.top_logprobs] == [
+            token_id for token_id, _ in wanted.top_logprobs
+        ]
+        given, expected_top = (
+            [value for _, value in tops] for tops in (token.top_logprobs, wanted.top_logprobs)
+        )
         assert given == pytest.approx(expected_top, abs=1e-5)
     return sampled
 
@@ -60,7 +66,9 @@ parameters = st.fixed_dictionaries(
         "repetition_penalty": st.sampled_from([0.7, 1.3]),
         "presence_penalty": st.sampled_from([-1.1, 0.7]),
         "frequency_penalty": st.sampled_from([-0.3, 0.9]),
-        "logit_bias": st.dictionaries(token_ids, st.floats(-100, 100), max_size=6).map(lambda bias: tuple(bias.items())),
+        "logit_bias": st.dictionaries(token_ids, st.floats(-100, 100), max_size=6).map(
+            lambda bias: tuple(bias.items())
+        ),
         "logprobs": st.sampled_from([0, 1, 6, 20]),
         "n": st.integers(2, 4),
         "min_tokens": st.integers(0, 4),
@@ -72,7 +80,12 @@ row = st.tuples(parameters, st.lists(token_ids, max_size=5), st.sets(token_ids, 
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(row, min_size=1, max_size=5), st.sampled_from([VOCAB_SIZE, 64, 2051]), st.integers(0, 10_000), st.booleans())
+@given(
+    st.lists(row, min_size=1, max_size=5),
+    st.sampled_from([VOCAB_SIZE, 64, 2051]),
+    st.integers(0, 10_000),
+    st.booleans(),
+)
 def test_tokens_and_logprobs_are_those_of_the_hosts_sampler(
     device: Device, rows: list[Any], vocab_size: int, seed: int, has_equal_logits: bool
 ) -> None:
@@ -99,11 +112,21 @@ def test_rows_of_more_than_one_tile_are_sampled_as_on_the_host(device: Device) -
 def test_logits_are_adjusted_to_the_very_bits_of_the_hosts(device: Device, vocab_size: int) -> None:
     logits = random_logits(2, 4, vocab_size)
     logits[0, 1] = -0.0
-    penalties: dict[str, Any] = {"repetition_penalty": 1.37, "presence_penalty": 0.61, "frequency_penalty": 0.27}
+    penalties: dict[str, Any] = {
+        "repetition_penalty": 1.37,
+        "presence_penalty": 0.61,
+        "frequency_penalty": 0.27,
+    }
     chunks = [
         make_chunk(output=(1, 1, 7), logit_bias=((1, 0.3), (4, -2.7)), min_tokens=9, logprobs=0, **penalties),
         make_chunk(min_tokens=1, stop_token_ids=(7, vocab_size)),
-        follow(make_chunk(output=(3, 3, 6), grammar="g", min_tokens=9, **penalties), 2, 5, 7, vocab_size=vocab_size),
+        follow(
+            make_chunk(output=(3, 3, 6), grammar="g", min_tokens=9, **penalties),
+            2,
+            5,
+            7,
+            vocab_size=vocab_size,
+        ),
         make_chunk(),
     ]
     there = logits.to(device.torch_device, copy=True)
@@ -170,7 +193,9 @@ def test_tokens_of_earlier_steps_stay_as_they_were_drawn(device: Device) -> None
 
 
 @pytest.mark.parametrize("options", [{"presence_penalty": 0.5}, {"grammar": "g"}])
-def test_a_row_that_depends_on_a_token_yet_unknown_is_refused(device: Device, options: dict[str, Any]) -> None:
+def test_a_row_that_depends_on_a_token_yet_unknown_is_refused(
+    device: Device, options: dict[str, Any]
+) -> None:
     plain, dependent = make_chunk(output=(0,), min_tokens=3), make_chunk(output=(0,), **options)
     for chunk in (plain, dependent):
         chunk.sequence.num_pending_tokens = 1
@@ -182,9 +207,15 @@ def test_a_row_that_depends_on_a_token_yet_unknown_is_refused(device: Device, op
 
 @pytest.mark.parametrize("is_inference", [False, True])
 def test_nothing_waits_for_a_gpu_before_tokens_are_read(is_inference: bool) -> None:
-    penalties: dict[str, Any] = {"repetition_penalty": 1.37, "presence_penalty": 0.61, "frequency_penalty": 0.27}
+    penalties: dict[str, Any] = {
+        "repetition_penalty": 1.37,
+        "presence_penalty": 0.61,
+        "frequency_penalty": 0.27,
+    }
     everything = [
-        make_chunk(output=(1, 1, 7), logit_bias=((1, 0.3), (4, -2.7)), min_tokens=9, logprobs=5, n=3, **penalties),
+        make_chunk(
+            output=(1, 1, 7), logit_bias=((1, 0.3), (4, -2.7)), min_tokens=9, logprobs=5, n=3, **penalties
+        ),
         make_chunk(temperature=0.0, logprobs=0),
         follow(make_chunk(output=(3, 6), grammar="g", min_tokens=9, **penalties), 2, 5, 7),
         make_chunk(min_tokens=1, stop_token_ids=(7,)),
@@ -192,7 +223,11 @@ def test_nothing_waits_for_a_gpu_before_tokens_are_read(is_inference: bool) -> N
     greedy = [make_chunk(temperature=0.0) for _ in range(3)]
     with torch.inference_mode(is_inference), fake_gpu() as gpu:
         sampler = DeviceSampler(gpu, VOCAB_SIZE)
-        for chunks, num_tokens, launched in ((everything, 6, ["_forbid_block", "_draw_token"]), (greedy, 3, []), ([], 0, [])):
+        for chunks, num_tokens, launched in (
+            (everything, 6, ["_forbid_block", "_draw_token"]),
+            (greedy, 3, []),
+            ([], 0, []),
+        ):
             gpu.launched.clear()
             logits = torch.empty(5, VOCAB_SIZE, device=gpu.torch_device)
             for rows in (None, list(range(len(chunks)))):

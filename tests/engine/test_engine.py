@@ -26,7 +26,9 @@ def test_there_are_variants_enough_and_each_differs() -> None:
 
 
 def test_the_layout_says_what_peers_must_agree_on(checkpoint: Callable[[str], Path]) -> None:
-    first, second = (Engine.open(checkpoint(name), EngineOptions(num_blocks=4)) for name in ("llama-bf16", "llama-gqa"))
+    first, second = (
+        Engine.open(checkpoint(name), EngineOptions(num_blocks=4)) for name in ("llama-bf16", "llama-gqa")
+    )
     assert (first.layout.num_layers, first.layout.num_kv_heads, first.layout.head_dim) == (2, 2, 16)
     assert first.layout.dtype == "bfloat16" and second.layout.dtype == "float32"
     assert isinstance(first.layout, KVLayout) and first.layout.mismatch(second.layout) is not None
@@ -38,13 +40,19 @@ def test_the_layout_says_what_peers_must_agree_on(checkpoint: Callable[[str], Pa
 def test_progress_rises_to_one(checkpoint: Callable[[str], Path]) -> None:
     fractions: list[float] = []
     Engine.open(checkpoint("llama-four-layers"), EngineOptions(num_blocks=4), fractions.append)
-    assert fractions == sorted(fractions) and fractions[0] < 0.2 and fractions[-1] == 1.0 and len(fractions) >= 4
+    assert (
+        fractions == sorted(fractions) and fractions[0] < 0.2 and fractions[-1] == 1.0 and len(fractions) >= 4
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (EngineOptions(num_blocks=4, max_model_len=5000), ConfigError, "max_model_len: 5000 is more than .* 4096"),
+        (
+            EngineOptions(num_blocks=4, max_model_len=5000),
+            ConfigError,
+            "max_model_len: 5000 is more than .* 4096",
+        ),
         (EngineOptions(num_blocks=4, block_size=12), ConfigError, "block_size: 12"),
         (EngineOptions(num_blocks=1 << 40), CapacityError, "no memory for a KV cache of"),
     ],
@@ -58,7 +66,9 @@ def test_options_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["llama-bf16", "qwen3"])
-def test_half_precision_stays_close_to_the_reference(name: str, dtype: str, checkpoint: Callable[[str], Path]) -> None:
+def test_half_precision_stays_close_to_the_reference(
+    name: str, dtype: str, checkpoint: Callable[[str], Path]
+) -> None:
     path = checkpoint(name)
     engine = Engine.open(path, EngineOptions(dtype=dtype, num_blocks=64))  # type: ignore[arg-type]
     prompt = random_prompt(384, 100, seed=1)
@@ -92,17 +102,25 @@ def test_kv_of_a_layer_is_final_when_its_hook_runs(sampled: bool, checkpoint: Ca
 
 
 @pytest.mark.parametrize("decode_block_size", [8, 16, 32])
-def test_a_decode_engine_continues_from_transferred_kv(decode_block_size: int, checkpoint: Callable[[str], Path]) -> None:
+def test_a_decode_engine_continues_from_transferred_kv(
+    decode_block_size: int, checkpoint: Callable[[str], Path]
+) -> None:
     path = checkpoint("qwen2-sliding-all")
     prefill = Engine.open(path, EngineOptions(num_blocks=64))
     decode = Engine.open(path, EngineOptions(num_blocks=64, block_size=decode_block_size))
     prompt = random_prompt(384, 45, seed=4)
-    expected = run_to_end(prefill, [make_sequence(prefill, prompt, max_tokens=12, logprobs=None)], use_cache=False)[0]
-    source, target = (make_sequence(engine, prompt, max_tokens=12, logprobs=None) for engine in (prefill, decode))
+    expected = run_to_end(
+        prefill, [make_sequence(prefill, prompt, max_tokens=12, logprobs=None)], use_cache=False
+    )[0]
+    source, target = (
+        make_sequence(engine, prompt, max_tokens=12, logprobs=None) for engine in (prefill, decode)
+    )
     for engine, seq in ((prefill, source), (decode, target)):
         engine.kv.admit(seq)
         assert engine.kv.grow(seq, 45)
-    first = prefill.runner.launch(Batch((ScheduledChunk(source, source.num_uncomputed_tokens, (0,)),))).collect()[0][0]
+    first = prefill.runner.launch(
+        Batch((ScheduledChunk(source, source.num_uncomputed_tokens, (0,)),))
+    ).collect()[0][0]
     wire = bytearray(45 * prefill.layout.bytes_per_token)
     num_layers = prefill.layout.num_layers
     prefill.cache.gather(0, num_layers, source.block_ids, 0, 45, memoryview(wire))
@@ -119,12 +137,16 @@ def test_a_decode_engine_continues_from_transferred_kv(decode_block_size: int, c
 
 
 @pytest.mark.parametrize("is_late", [True, False])
-def test_a_mask_that_is_late_keeps_nobody_else_from_his_token(is_late: bool, checkpoint: Callable[[str], Path]) -> None:
+def test_a_mask_that_is_late_keeps_nobody_else_from_his_token(
+    is_late: bool, checkpoint: Callable[[str], Path]
+) -> None:
     """Neither from the prompt's log probabilities that come with it."""
     engine = Engine.open(checkpoint("llama-gqa"), EngineOptions(num_blocks=64))
     free = make_sequence(engine, random_prompt(384, 20, seed=5), prompt_logprobs=0)
     bound = make_sequence(engine, random_prompt(384, 9, seed=6), grammar="g")
-    alone = run_to_end(engine, [make_sequence(engine, free.token_ids, prompt_logprobs=0, max_tokens=1)], use_cache=False)[0]
+    alone = run_to_end(
+        engine, [make_sequence(engine, free.token_ids, prompt_logprobs=0, max_tokens=1)], use_cache=False
+    )[0]
     for seq in (free, bound):
         engine.kv.admit(seq, use_cache=False)
         assert engine.kv.grow(seq, seq.num_tokens)

@@ -1,4 +1,5 @@
-"""The engine's greedy tokens and logprobs against transformers' `generate`, for every feature of the model definition."""
+"""The engine's greedy tokens and logprobs against transformers' `generate`, for every feature of the model
+definition."""
 
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +15,14 @@ from tests.engine.greedy import Reference, assert_equal, generate_greedily
 
 NUM_TOKENS = 8
 LENGTHS = (1, 17, 48, 130)
-LONG = ("llama-gqa", "llama-yarn-rope", "llama3-rope", "mistral-sliding-100-mha", "qwen2-sliding-upper-layers", "qwen3")
+LONG = (
+    "llama-gqa",
+    "llama-yarn-rope",
+    "llama3-rope",
+    "mistral-sliding-100-mha",
+    "qwen2-sliding-upper-layers",
+    "qwen3",
+)
 
 
 class Subject(NamedTuple):
@@ -52,15 +60,22 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_equals_transformers_alone_batched_and_chunked(name: str, subject: Callable[[str], Subject]) -> None:
+def test_every_variant_equals_transformers_alone_batched_and_chunked(
+    name: str, subject: Callable[[str], Subject]
+) -> None:
     checked = subject(name)
     engine = checked.engine
     num_free_blocks = engine.pool.num_free_blocks
     prompts = [checked.prompt(length) for length in LENGTHS]
     references = [checked.generate(prompt, NUM_TOKENS) for prompt in prompts]
-    alone = [run_to_end(engine, [make_sequence(engine, p, max_tokens=NUM_TOKENS)], use_cache=False)[0] for p in prompts]
+    alone = [
+        run_to_end(engine, [make_sequence(engine, p, max_tokens=NUM_TOKENS)], use_cache=False)[0]
+        for p in prompts
+    ]
     batched = run_to_end(
-        engine, [make_sequence(engine, p, max_tokens=NUM_TOKENS, cache_salt="new") for p in prompts], max_chunk=13
+        engine,
+        [make_sequence(engine, p, max_tokens=NUM_TOKENS, cache_salt="new") for p in prompts],
+        max_chunk=13,
     )
     sequences = [make_sequence(engine, p, max_tokens=NUM_TOKENS) for p in prompts]
     cached = run_to_end(engine, sequences)
@@ -73,22 +88,30 @@ def test_every_variant_equals_transformers_alone_batched_and_chunked(name: str, 
 
 @pytest.mark.parametrize("max_chunk", [4096, 700])
 @pytest.mark.parametrize("name", LONG)
-def test_long_prompts_equal_transformers(name: str, max_chunk: int, subject: Callable[[str], Subject]) -> None:
+def test_long_prompts_equal_transformers(
+    name: str, max_chunk: int, subject: Callable[[str], Subject]
+) -> None:
     checked = subject(name)
     engine, prompt = checked.engine, checked.prompt(2000)
-    output = run_to_end(engine, [make_sequence(engine, prompt, max_tokens=4)], max_chunk=max_chunk, use_cache=False)[0]
+    output = run_to_end(
+        engine, [make_sequence(engine, prompt, max_tokens=4)], max_chunk=max_chunk, use_cache=False
+    )[0]
     assert_equal(output, checked.generate(prompt, 4))
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-sliding-16", "qwen3-sliding-mixed"])
-def test_a_sequence_recomputed_with_its_output_goes_on_exactly(name: str, subject: Callable[[str], Subject]) -> None:
+def test_a_sequence_recomputed_with_its_output_goes_on_exactly(
+    name: str, subject: Callable[[str], Subject]
+) -> None:
     checked = subject(name)
     engine, prompt = checked.engine, checked.prompt(50)
     reference = checked.generate(prompt, NUM_TOKENS)
     seq = make_sequence(engine, prompt, max_tokens=NUM_TOKENS)
     for token_id in reference.token_ids[:5]:
         seq.append(token_id)
-    assert_equal(run_to_end(engine, [seq], max_chunk=20)[0], Reference(reference.token_ids[5:], reference.logprobs[5:]))
+    assert_equal(
+        run_to_end(engine, [seq], max_chunk=20)[0], Reference(reference.token_ids[5:], reference.logprobs[5:])
+    )
 
 
 def test_prompts_that_share_a_prefix_share_blocks_and_stay_exact(subject: Callable[[str], Subject]) -> None:
@@ -104,7 +127,9 @@ def test_prompts_that_share_a_prefix_share_blocks_and_stay_exact(subject: Callab
 
 
 @pytest.mark.parametrize("length", [1, 16, 29])
-def test_choices_forked_from_one_prompt_equal_those_computed_alone(length: int, subject: Callable[[str], Subject]) -> None:
+def test_choices_forked_from_one_prompt_equal_those_computed_alone(
+    length: int, subject: Callable[[str], Subject]
+) -> None:
     checked = subject("llama-gqa")
     engine, prompt = checked.engine, checked.prompt(length, seed=3)
     sampling: dict[str, Any] = {"temperature": 1.3, "seed": 5, "max_tokens": 20, "logprobs": None, "n": 4}
@@ -117,19 +142,34 @@ def test_choices_forked_from_one_prompt_equal_those_computed_alone(length: int, 
     assert len({tuple(output) for output in alone}) == 4
 
 
-def test_a_choice_resumed_by_another_worker_continues_with_the_same_tokens(subject: Callable[[str], Subject]) -> None:
+def test_a_choice_resumed_by_another_worker_continues_with_the_same_tokens(
+    subject: Callable[[str], Subject],
+) -> None:
     checked = subject("qwen3")
     engine, prompt = checked.engine, checked.prompt(21)
-    sampling: dict[str, Any] = {"temperature": 1.1, "seed": 8, "max_tokens": 24, "logprobs": None, "frequency_penalty": 0.4}
+    sampling: dict[str, Any] = {
+        "temperature": 1.1,
+        "seed": 8,
+        "max_tokens": 24,
+        "logprobs": None,
+        "frequency_penalty": 0.4,
+    }
     whole = run_to_end(engine, [make_sequence(engine, prompt, choices=(2,), **sampling)])[0]
     for done in (1, 11, 23):
         resumed = make_sequence(
-            engine, prompt, choices=(2,), output=[token.token_id for token in whole[:done]], cache_salt="new", **sampling
+            engine,
+            prompt,
+            choices=(2,),
+            output=[token.token_id for token in whole[:done]],
+            cache_salt="new",
+            **sampling,
         )
         assert run_to_end(engine, [resumed])[0] == whole[done:]
 
 
-def test_sampled_tokens_with_a_seed_are_the_same_alone_and_in_any_batch(subject: Callable[[str], Subject]) -> None:
+def test_sampled_tokens_with_a_seed_are_the_same_alone_and_in_any_batch(
+    subject: Callable[[str], Subject],
+) -> None:
     engine = (checked := subject("qwen2")).engine
     options: list[dict[str, Any]] = [
         {"temperature": 1.0, "seed": 1},

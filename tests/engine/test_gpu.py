@@ -46,7 +46,10 @@ def nvml(monkeypatch: pytest.MonkeyPatch, num_gpus: int = 2, **changes: Any) -> 
         "nvmlDeviceGetPowerUsage": lambda index: 345_600,
         "nvmlDeviceGetEnforcedPowerLimit": lambda index: 700_000,
         "nvmlDeviceGetTemperature": lambda index, sensor: 61,
-        "nvmlDeviceGetClockInfo": lambda index, clock: {pynvml.NVML_CLOCK_SM: 1980, pynvml.NVML_CLOCK_MEM: 2619}[clock],
+        "nvmlDeviceGetClockInfo": lambda index, clock: {
+            pynvml.NVML_CLOCK_SM: 1980,
+            pynvml.NVML_CLOCK_MEM: 2619,
+        }[clock],
         "nvmlDeviceGetPcieThroughput": lambda index, way: {
             pynvml.NVML_PCIE_UTIL_TX_BYTES: 7,
             pynvml.NVML_PCIE_UTIL_RX_BYTES: 8,
@@ -64,7 +67,12 @@ def nvml(monkeypatch: pytest.MonkeyPatch, num_gpus: int = 2, **changes: Any) -> 
 def test_devices_are_told_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = nvml(monkeypatch)
     first, second = probe_devices({})
-    assert (first.index, first.name, first.total_bytes, first.free_bytes) == (0, "NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB)
+    assert (first.index, first.name, first.total_bytes, first.free_bytes) == (
+        0,
+        "NVIDIA H100 80GB HBM3",
+        80 * GIB,
+        79 * GIB,
+    )
     assert second.uuid == "GPU-11-1"
     assert calls == ["init", "shutdown"]
 
@@ -84,16 +92,25 @@ def test_devices_are_told_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> 
         ("NoDevFiles", []),
     ],
 )
-def test_only_what_cuda_shows_the_process_is_there(variable: str, indices: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_cuda_shows_the_process_is_there(
+    variable: str, indices: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     nvml(monkeypatch, num_gpus=3)
     assert [device.index for device in probe_devices({"CUDA_VISIBLE_DEVICES": variable})] == indices
 
 
-def test_a_gpu_that_cannot_be_used_whole_is_left_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_gpu_that_cannot_be_used_whole_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def memory(index: int) -> SimpleNamespace:
         return SimpleNamespace(total=GIB, free=GIB) if index else unsupported()
 
-    nvml(monkeypatch, num_gpus=4, nvmlDeviceGetMigMode=lambda index: [int(index == 2), 0], nvmlDeviceGetMemoryInfo=memory)
+    nvml(
+        monkeypatch,
+        num_gpus=4,
+        nvmlDeviceGetMigMode=lambda index: [int(index == 2), 0],
+        nvmlDeviceGetMemoryInfo=memory,
+    )
     assert [device.index for device in probe_devices({})] == [1, 3]
     assert caplog.messages == ["GPU 0 is left out: Not Supported", "GPU 2 is left out: it is in MIG mode"]
     nvml(monkeypatch, nvmlDeviceGetMigMode=unsupported)
@@ -138,14 +155,23 @@ def test_a_sample_tells_how_a_gpu_fares_in_whole_units(monkeypatch: pytest.Monke
 
 
 def test_what_a_gpu_does_not_tell_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ("PowerUsage", "EnforcedPowerLimit", "Temperature", "ClockInfo", "PcieThroughput", "CurrentClocksEventReasons")
+    asked = (
+        "PowerUsage",
+        "EnforcedPowerLimit",
+        "Temperature",
+        "ClockInfo",
+        "PcieThroughput",
+        "CurrentClocksEventReasons",
+    )
     sample = sample_of(
         monkeypatch,
         **{f"nvmlDeviceGet{name}": unsupported for name in asked},
         nvmlDeviceGetFieldValues=lambda *_: [SimpleNamespace(nvmlReturn=pynvml.NVML_ERROR_NOT_SUPPORTED)],
         nvmlDeviceGetName=lambda _: "NVIDIA H999",
     )
-    assert sample == GpuSample(index=1, uuid="GPU-11-1", name="NVIDIA H999", memory_total_bytes=80 * GIB, memory_used_bytes=GIB)
+    assert sample == GpuSample(
+        index=1, uuid="GPU-11-1", name="NVIDIA H999", memory_total_bytes=80 * GIB, memory_used_bytes=GIB
+    )
 
 
 def test_a_gpu_whose_driver_is_gone_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +196,9 @@ def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
     def told(**environment: str) -> list[str]:
         command = [sys.executable, "-c", code]
         environment = {**os.environ, **environment}
-        done = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, check=True, timeout=60, capture_output=True, text=True, env=environment
+        )
         return done.stdout.split()
 
     assert told() == [str(torch.version.cuda), "False"]

@@ -1,4 +1,5 @@
-"""Checkpoints that were made to do harm: each is refused by name, in bounded time and memory, before anything is loaded."""
+"""Checkpoints that were made to do harm: each is refused by name, in bounded time and memory, before anything
+is loaded."""
 
 import json
 import os
@@ -146,7 +147,10 @@ def test_the_tensors_of_all_files_are_bounded_together(path: Path) -> None:
     for name, file in weight_map.items():
         entries = {f"{name}{index}": tensor([0]) for index in range(MAX_TENSORS // 2 + 1)}
         header_of(path / file, json.dumps(entries).encode())
-    assert refusal(path) == f"{path / 'b.safetensors'}: with it the checkpoint has more than {MAX_TENSORS} tensors"
+    assert (
+        refusal(path)
+        == f"{path / 'b.safetensors'}: with it the checkpoint has more than {MAX_TENSORS} tensors"
+    )
 
 
 def test_the_number_of_shards_is_bounded(path: Path) -> None:
@@ -277,7 +281,9 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("value", [DIGITS, -DIGITS, 10**400, -1, [DIGITS] * 100_000, "x" * 1_000_000, {"a": {}}])
+@pytest.mark.parametrize(
+    "value", [DIGITS, -DIGITS, 10**400, -1, [DIGITS] * 100_000, "x" * 1_000_000, {"a": {}}]
+)
 def test_each_number_of_a_config_is_bounded_and_not_repeated_at_length(name: str, value: object) -> None:
     scaling = {"rope_type": "yarn", "factor": 2.0}
     with pytest.raises(CheckpointError) as caught:
@@ -289,7 +295,9 @@ def test_each_number_of_a_config_is_bounded_and_not_repeated_at_length(name: str
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_layers_without_end_are_refused_before_anything_is_listed_for_each(family: str) -> None:
-    with pytest.raises(CheckpointError, match=f"num_hidden_layers: got 1000000000, expected .* at most {MAX_LAYERS}"):
+    with pytest.raises(
+        CheckpointError, match=f"num_hidden_layers: got 1000000000, expected .* at most {MAX_LAYERS}"
+    ):
         parse_model_config(LLAMA | {"architectures": [f"{family}ForCausalLM"], "num_hidden_layers": 10**9})
 
 
@@ -311,7 +319,12 @@ ROPE_FIELDS = [
 def test_a_rope_of_strange_numbers_is_refused_or_computed(kind: str, field: str, value: float) -> None:
     from pdserve.engine.rope import rope_table
 
-    values = {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    values = {
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     try:
         config = parse_model_config(LLAMA | {"rope_scaling": values | {"rope_type": kind, field: value}})
     except CheckpointError:
@@ -321,11 +334,19 @@ def test_a_rope_of_strange_numbers_is_refused_or_computed(kind: str, field: str,
 
 def planned(path: Path, **model: Any) -> None:
     node = Node("here", (0, 1), 64 << 30, 64 << 30)
-    make_plan(ClusterConfig.model_validate({"model": {"path": str(path), **model}}), open_checkpoint(path), (node,)).check()
+    make_plan(
+        ClusterConfig.model_validate({"model": {"path": str(path), **model}}), open_checkpoint(path), (node,)
+    ).check()
 
 
 def test_positions_that_no_memory_holds_are_refused_by_the_plan(tmp_path: Path) -> None:
-    longest = write(tmp_path / "longest", max_position_embeddings=1 << 24, num_hidden_layers=16, hidden_size=256, head_dim=64)
+    longest = write(
+        tmp_path / "longest",
+        max_position_embeddings=1 << 24,
+        num_hidden_layers=16,
+        hidden_size=256,
+        head_dim=64,
+    )
     with pytest.raises((CapacityError, ConfigError)):
         planned(longest)
     planned(longest, max_model_len=1024)
@@ -347,7 +368,12 @@ def test_the_tables_of_positions_count_as_memory(tmp_path: Path) -> None:
 
 def test_a_sparse_file_that_claims_all_memory_is_refused_by_the_plan(path: Path) -> None:
     rows = 2**31 - 1
-    config = LLAMA | {"vocab_size": rows, "tie_word_embeddings": True, "num_hidden_layers": 1, "torch_dtype": "float32"}
+    config = LLAMA | {
+        "vocab_size": rows,
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 1,
+        "torch_dtype": "float32",
+    }
     (path / "config.json").write_text(json.dumps(config))
     from pdserve.engine.tensor_names import expected_tensors
 
@@ -364,16 +390,24 @@ def test_a_sparse_file_that_claims_all_memory_is_refused_by_the_plan(path: Path)
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
 
 
 @pytest.fixture(scope="module", params=["config.json", "model.safetensors.index.json", "model.safetensors"])
-def mutated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
+def mutated(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str, dict[str, Any]]:
     """A checkpoint, a file of it, and the JSON in it."""
-    path = write(tmp_path_factory.mktemp("mutated") / "model", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    path = write(
+        tmp_path_factory.mktemp("mutated") / "model", rope_scaling={"rope_type": "yarn", "factor": 2.0}
+    )
     if request.param == "model.safetensors":
         data = (path / request.param).read_bytes()
         return path, request.param, json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -392,7 +426,9 @@ def test_any_change_of_a_files_json_gives_a_checkpoint_or_its_error(
     holder = values
     while True:
         keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
-        key = data.draw(st.sampled_from(keys) | st.text(max_size=4) if isinstance(holder, dict) else st.sampled_from(keys))
+        key = data.draw(
+            st.sampled_from(keys) | st.text(max_size=4) if isinstance(holder, dict) else st.sampled_from(keys)
+        )
         below = holder.get(key) if isinstance(holder, dict) else holder[key]
         if not below or not isinstance(below, dict | list) or data.draw(st.booleans()):
             break
@@ -408,4 +444,6 @@ def test_any_change_of_a_files_json_gives_a_checkpoint_or_its_error(
         outcome: Checkpoint | CheckpointError = open_checkpoint(path)
     except CheckpointError as error:
         outcome = error
-    assert isinstance(outcome, Checkpoint) or (str(outcome).isprintable() and len(str(outcome)) < MAX_MESSAGE_CHARS)
+    assert isinstance(outcome, Checkpoint) or (
+        str(outcome).isprintable() and len(str(outcome)) < MAX_MESSAGE_CHARS
+    )

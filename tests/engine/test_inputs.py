@@ -11,7 +11,9 @@ from pdserve.engine.sequence import Sequence
 
 
 def make_sequence(tokens: list[int], num_computed: int, block_ids: list[int]) -> Sequence:
-    spec = SequenceSpec(transfer=TransferId("r", 0), prompt_token_ids=tuple(tokens), sampling=SamplingParams())
+    spec = SequenceSpec(
+        transfer=TransferId("r", 0), prompt_token_ids=tuple(tokens), sampling=SamplingParams()
+    )
     seq = Sequence(spec, 0, 1000)
     seq.num_computed_tokens, seq.block_ids = num_computed, block_ids
     return seq
@@ -21,7 +23,9 @@ def test_a_mixed_batch_is_laid_out_row_by_row() -> None:
     decode = make_sequence([10, 11, 12, 13, 14, 15], 5, [7, 3])
     cut = make_sequence(list(range(20, 32)), 3, [1, 9, 5])
     last = make_sequence(list(range(40, 46)), 2, [8, 2])
-    batch = Batch((ScheduledChunk(decode, 1, (0,)), ScheduledChunk(cut, 6, ()), ScheduledChunk(last, 4, (0, 1))))
+    batch = Batch(
+        (ScheduledChunk(decode, 1, (0,)), ScheduledChunk(cut, 6, ()), ScheduledChunk(last, 4, (0, 1)))
+    )
     inputs = InputBuilder(block_size=4, max_model_len=64).build(batch)
     assert inputs.token_ids.tolist() == [15, 23, 24, 25, 26, 27, 28, 42, 43, 44, 45]
     assert inputs.positions.tolist() == [5, 3, 4, 5, 6, 7, 8, 2, 3, 4, 5]
@@ -41,7 +45,10 @@ def test_a_decode_batch_samples_every_row_without_selecting() -> None:
     seqs = [make_sequence([1, 2, 3], 2, [4]), make_sequence([1, 2], 1, [5])]
     inputs = InputBuilder(4, 64).build(Batch(tuple(ScheduledChunk(seq, 1, (0,)) for seq in seqs)))
     assert inputs.sampled is None
-    assert inputs.attention.block_tables.dtype == torch.int32 and inputs.attention.slot_mapping.dtype == torch.int64
+    assert (
+        inputs.attention.block_tables.dtype == torch.int32
+        and inputs.attention.slot_mapping.dtype == torch.int64
+    )
 
 
 def test_block_tables_follow_lists_that_grow_are_replaced_and_change_rows() -> None:

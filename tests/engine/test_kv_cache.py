@@ -58,4 +58,6 @@ def test_copies_are_made_one_after_the_other() -> None:
     cache.copy_blocks(((0, 1), (1, 2), (5, 1)))
     for index in range(3):
         for part, old in zip(cache.layer(index), before[index], strict=True):
-            assert torch.equal(part[2], old[0]) and torch.equal(part[1], old[5]) and torch.equal(part[0], old[0])
+            assert (
+                torch.equal(part[2], old[0]) and torch.equal(part[1], old[5]) and torch.equal(part[0], old[0])
+            )

@@ -1,4 +1,5 @@
-"""KVManager: whatever is admitted, grown, forked, preempted or evicted, a sequence reads back its own tokens."""
+"""KVManager: whatever is admitted, grown, forked, preempted or evicted, a sequence reads back its own
+tokens."""
 
 import itertools
 import subprocess

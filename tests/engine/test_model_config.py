@@ -25,13 +25,17 @@ def parse(family: str = "Llama", **changes: Any) -> ModelConfig:
 
 
 def saved_by_transformers(path: Path, family: str, **changes: Any) -> tuple[dict[str, Any], Any]:
-    config = getattr(transformers, f"{family}Config")(**SHAPE | changes, architectures=[f"{family}ForCausalLM"])
+    config = getattr(transformers, f"{family}Config")(
+        **SHAPE | changes, architectures=[f"{family}ForCausalLM"]
+    )
     config.save_pretrained(path)
     return json.loads((path / "config.json").read_text()), config
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}]
+)
 def test_shapes_agree_with_transformers(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
     saved, reference = saved_by_transformers(tmp_path, family, **changes)
     ours = parse_model_config(saved)
@@ -76,7 +80,11 @@ def test_biases_are_those_that_transformers_gives_the_layers(
         ("Mistral", {"sliding_window": 8}, (8,) * 4),
         ("Mistral", {"sliding_window": None}, (None,) * 4),
         ("Qwen2", {"sliding_window": 8}, (None,) * 4),
-        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, (None, None, None, 8)),
+        (
+            "Qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+            (None, None, None, 8),
+        ),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, (8,) * 4),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": None}, (None,) * 4),
         ("Qwen3", {"use_sliding_window": True, "sliding_window": 8}, (None,) * 4),
@@ -91,7 +99,9 @@ def test_biases_are_those_that_transformers_gives_the_layers(
         ),
     ],
 )
-def test_each_layer_has_its_window(family: str, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+def test_each_layer_has_its_window(
+    family: str, changes: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
     assert parse(family, **changes).sliding_windows == windows
 
 
@@ -118,11 +128,15 @@ SCALINGS: list[dict[str, Any]] = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
-def test_both_spellings_of_rope_scaling_mean_the_same_and_agree_with_transformers(scaling: dict[str, Any]) -> None:
+def test_both_spellings_of_rope_scaling_mean_the_same_and_agree_with_transformers(
+    scaling: dict[str, Any],
+) -> None:
     old = parse(rope_theta=500.0, rope_scaling=scaling, max_position_embeddings=256)
     new = parse(rope_parameters={**scaling, "rope_theta": 500.0}, max_position_embeddings=256)
     assert old == new
-    reference = transformers.LlamaConfig(**SHAPE, rope_parameters={**scaling, "rope_theta": 500.0}, max_position_embeddings=256)
+    reference = transformers.LlamaConfig(
+        **SHAPE, rope_parameters={**scaling, "rope_theta": 500.0}, max_position_embeddings=256
+    )
     theirs = reference.rope_parameters
     assert (new.rope.kind, new.rope.theta) == (theirs["rope_type"], 500.0)
     if new.rope.kind in ("llama3", "yarn"):
@@ -161,7 +175,10 @@ def test_end_tokens_come_from_the_generation_config_where_there_is_one(
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            "architecture 'MambaForCausalLM' is not supported; supported are LlamaForCausalLM, MistralForCausalLM, ",
+            (
+                "architecture 'MambaForCausalLM' is not supported; supported are LlamaForCausalLM,"
+                " MistralForCausalLM, "
+            ),
         ),
         ({"architectures": None}, "architectures is missing, expected a list of one of LlamaForCausalLM"),
         ({"architectures": []}, "architectures: got []"),
@@ -179,7 +196,10 @@ def test_end_tokens_come_from_the_generation_config_where_there_is_one(
         ({"rms_norm_eps": 0}, "rms_norm_eps: got 0, expected a positive number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: got 1, expected true or false"),
         ({"eos_token_id": [1, "x"]}, "eos_token_id: got [1, 'x'], expected an integer or a list of integers"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope type 'dynamic' is not supported; supported are default"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "rope type 'dynamic' is not supported; supported are default",
+        ),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
         ({"rope_parameters": {"full_attention": {}}}, "rope parameters per layer type are not supported"),
         ({"rope_scaling": "linear"}, "rope_scaling: got 'linear', expected a mapping"),

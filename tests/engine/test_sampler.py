@@ -1,4 +1,5 @@
-"""The sampler: what each parameter keeps and changes, and that draws follow the distribution and nothing else."""
+"""The sampler: what each parameter keeps and changes, and that draws follow the distribution and nothing
+else."""
 
 from typing import Any
 
@@ -6,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pdserve.core.request import SamplingParams
 from pdserve.engine.batch import SampledToken, ScheduledChunk
@@ -29,7 +35,9 @@ def support(logits: torch.Tensor, **sampling: Any) -> set[int]:
 
 
 def test_uniform_numbers_are_uniform_and_differ_in_each_argument() -> None:
-    numbers = np.array([uniform(seed, choice, index) for seed in range(20) for choice in range(5) for index in range(200)])
+    numbers = np.array(
+        [uniform(seed, choice, index) for seed in range(20) for choice in range(5) for index in range(200)]
+    )
     assert len(set(numbers)) == len(numbers)
     counts, _ = np.histogram(numbers, bins=50, range=(0, 1))
     assert float(((counts - 400) ** 2 / 400).sum()) < 85.4  # chi-square, 49 degrees of freedom, p = 0.001
@@ -46,7 +54,14 @@ def test_greedy_takes_the_first_of_the_largest_logits() -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [{}, {"temperature": 0.5}, {"top_k": 8}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}],
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 8},
+        {"top_p": 0.8},
+        {"min_p": 0.05},
+        {"top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    ],
     ids=str,
 )
 def test_draws_follow_the_filtered_distribution(sampling: dict[str, Any]) -> None:
@@ -114,7 +129,9 @@ def test_top_p_keeps_the_fewest_tokens_of_a_large_vocabulary(scale: float) -> No
 
 def test_equal_logits_are_cut_at_the_border_by_token_id() -> None:
     assert support(torch.zeros(VOCAB_SIZE), top_p=0.5) == set(range(25))
-    assert support(torch.zeros(VOCAB_SIZE), top_k=3) == set(range(VOCAB_SIZE))  # none is below the third largest
+    assert support(torch.zeros(VOCAB_SIZE), top_k=3) == set(
+        range(VOCAB_SIZE)
+    )  # none is below the third largest
 
 
 def test_a_masked_token_is_never_drawn_whatever_the_number() -> None:
@@ -149,7 +166,9 @@ def test_repetition_penalty_counts_prompt_and_output_as_transformers_does() -> N
 
 def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
     logits = random_logits(7)
-    chunk = make_chunk([4, 8], output=(9, 9, 4), temperature=0.0, presence_penalty=0.6, frequency_penalty=0.25)
+    chunk = make_chunk(
+        [4, 8], output=(9, 9, 4), temperature=0.0, presence_penalty=0.6, frequency_penalty=0.25
+    )
     expected = logits.clone()
     expected[0, 9] -= 0.6 + 2 * 0.25
     expected[0, 4] -= 0.6 + 0.25
@@ -160,7 +179,13 @@ def test_a_bias_is_added_to_the_raw_logits_before_penalties() -> None:
     logits = random_logits(13)
     bias = ((0, -3.0), (4, 1.5), (9, 7.25), (VOCAB_SIZE - 1, 100.0))
     chunk = make_chunk(
-        [4, 8], output=(9,), temperature=0.0, logit_bias=bias, repetition_penalty=1.3, presence_penalty=0.5, logprobs=1
+        [4, 8],
+        output=(9,),
+        temperature=0.0,
+        logit_bias=bias,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        logprobs=1,
     )
     biased = logits.clone()
     for token_id, value in bias:
@@ -170,7 +195,9 @@ def test_a_bias_is_added_to_the_raw_logits_before_penalties() -> None:
     _expect_adjusted(logits, expected, chunk)
     token = sample(logits, chunk)[0][0]
     assert token.token_id == VOCAB_SIZE - 1
-    assert token.logprob == pytest.approx(float(logits.log_softmax(-1)[0, -1]), abs=1e-6)  # of the model's own distribution
+    assert token.logprob == pytest.approx(
+        float(logits.log_softmax(-1)[0, -1]), abs=1e-6
+    )  # of the model's own distribution
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -212,7 +239,10 @@ def test_no_stop_token_is_drawn_before_min_tokens(num_output_tokens: int, temper
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, [5, 6]] = 50.0  # EOS and a stop token of the request
     chunk = make_chunk(
-        output=(9,) * num_output_tokens, temperature=temperature, min_tokens=2, stop_token_ids=(6, VOCAB_SIZE + 1)
+        output=(9,) * num_output_tokens,
+        temperature=temperature,
+        min_tokens=2,
+        stop_token_ids=(6, VOCAB_SIZE + 1),
     )
     assert (sample(logits, chunk)[0][0].token_id in (5, 6)) == (num_output_tokens >= 2)
 
@@ -260,10 +290,21 @@ def test_a_token_is_the_same_alone_and_in_any_batch() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 1000), st.sets(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8), st.sampled_from([0.0, 0.7, 3.0]))
+@given(
+    st.integers(0, 1000),
+    st.sets(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8),
+    st.sampled_from([0.0, 0.7, 3.0]),
+)
 def test_only_tokens_of_the_grammar_are_drawn(seed: int, allowed: set[int], temperature: float) -> None:
     logits = random_logits(seed)
-    for params in ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"logit_bias": ((7, 100.0),)}, {"logprobs": 2}):
+    for params in (
+        {},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"min_p": 0.2},
+        {"logit_bias": ((7, 100.0),)},
+        {"logprobs": 2},
+    ):
         chunk = make_chunk(seed=seed, temperature=temperature, grammar="g", n=4, **params)
         (tokens,) = sample(logits, follow(chunk, *allowed))
         assert {token.token_id for token in tokens} <= allowed

@@ -17,7 +17,9 @@ from tests.engine.device_engine import filled_with_nan, open_device_engine
 from tests.engine.driver import make_sequence, random_prompt, run_to_end
 from tests.engine.greedy import Reference, assert_equal, generate_greedily
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="an engine's tensors are on the host: only the interpreter takes them")
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="an engine's tensors are on the host: only the interpreter takes them"
+)
 
 NUM_TOKENS = 3
 VARIANTS = ["llama-gqa", "qwen3", "qwen3-sliding-mixed"]
@@ -44,7 +46,12 @@ def open_engine(checkpoint: Callable[[str], Path]) -> Open:
 
     def make(name: str, block_size: int) -> Engine:
         options = EngineOptions(
-            device="cuda", dtype="float32", block_size=block_size, num_blocks=40, max_model_len=128, max_batch_size=3
+            device="cuda",
+            dtype="float32",
+            block_size=block_size,
+            num_blocks=40,
+            max_model_len=128,
+            max_batch_size=3,
         )
         engine = open_device_engine(checkpoint(name), options, HostDevice())
         assert engine.kernels.name == "triton"
@@ -64,8 +71,11 @@ def prompt_of(length: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_prompts_of_mixed_lengths_in_chunks_equal_transformers(name: str, open_engine: Open, generate: Generate) -> None:
-    """Steps have long chunks, chunks of one token beside long ones, short ones alone, and single tokens alone."""
+def test_prompts_of_mixed_lengths_in_chunks_equal_transformers(
+    name: str, open_engine: Open, generate: Generate
+) -> None:
+    """Steps have long chunks, chunks of one token beside long ones, short ones alone, and single tokens
+    alone."""
     engine = open_engine(name, 16)
     prompts = [prompt_of(length) for length in (1, 9, 27)]
     sequences = [make_sequence(engine, prompt, max_tokens=NUM_TOKENS) for prompt in prompts]
@@ -74,7 +84,8 @@ def test_prompts_of_mixed_lengths_in_chunks_equal_transformers(name: str, open_e
 
 
 @pytest.mark.parametrize(
-    ("name", "page", "other_page"), [*((name, 16, 8) for name in VARIANTS), ("llama-gqa", 128, 64), ("llama-gqa", 16, 128)]
+    ("name", "page", "other_page"),
+    [*((name, 16, 8) for name in VARIANTS), ("llama-gqa", 128, 64), ("llama-gqa", 16, 128)],
 )
 def test_a_sequence_goes_on_exactly_in_an_engine_that_was_sent_its_kv(
     name: str, page: int, other_page: int, open_engine: Open, generate: Generate
@@ -101,7 +112,9 @@ def send(source: Engine, prefilled: Sequence, target: Engine, arrived: Sequence,
     for layer in range(source.config.num_layers):
         for start in range(0, num_tokens, 20):
             end = min(start + 20, num_tokens)
-            wire = memoryview(bytearray((end - start) * source.layout.bytes_per_token // source.config.num_layers))
+            wire = memoryview(
+                bytearray((end - start) * source.layout.bytes_per_token // source.config.num_layers)
+            )
             checksum = source.cache.gather(layer, layer + 1, prefilled.block_ids, start, end, wire)
             assert target.cache.checksum(wire) == checksum
             target.cache.scatter(layer, layer + 1, arrived.block_ids, start, end, wire)

@@ -1,4 +1,5 @@
-"""A prefill engine and a decode engine in one process, joined by a real link: what a cluster does, without the cluster."""
+"""A prefill engine and a decode engine in one process, joined by a real link: what a cluster does, without
+the cluster."""
 
 import queue
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from pdserve.decode_worker.worker import DecodeWorker
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.outbox import Outbox
 from pdserve.engine.token_masks import NoGrammars, TokenMasks
-from pdserve.grammar.messages import Setup
+from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.thread import GrammarThread
 from pdserve.kv_transfer.config import TransferConfig
 from pdserve.kv_transfer.endpoint import TransferEndpoint
@@ -43,7 +44,9 @@ class Listener:
 class MaskListener:
     """Carries a mask from the grammar thread to the test's."""
 
-    def __init__(self, inbox: "queue.SimpleQueue[Callable[[], None]]", masks: Callable[[], TokenMasks]) -> None:
+    def __init__(
+        self, inbox: "queue.SimpleQueue[Callable[[], None]]", masks: Callable[[], TokenMasks]
+    ) -> None:
         self._inbox, self._masks = inbox, masks
 
     def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
@@ -70,11 +73,12 @@ class JoinedEngines:
         max_batch_size: int = 64,
         kernels: str = "auto",
         dtype: str = "float32",
-        set_up: Callable[[], Setup] | None = None,
+        set_up: Callable[[], GrammarSetup] | None = None,
         open_engine: Callable[[Path, EngineOptions], Engine] = Engine.open,
         gpu: Gpu | None = None,
     ) -> None:
-        """`set_up`: of the grammar processes, where requests follow grammars. `gpu`: that holds the engines' caches."""
+        """`set_up`: of the grammar processes, where requests follow grammars. `gpu`: that holds the engines'
+        caches."""
         self.engines = [
             open_engine(
                 checkpoint,
@@ -111,7 +115,13 @@ class JoinedEngines:
         self._grammars = [] if set_up is None else [self._grammar_thread(set_up, index) for index in range(2)]
         self.masks = [TokenMasks(port) for port in self._grammars or (NoGrammars(), NoGrammars())]
         self.prefill = PrefillWorker(
-            p.kv, p.runner, self._ends[0], self.p_box, self.masks[0], num_layers=p.layout.num_layers, max_batch_tokens=budget
+            p.kv,
+            p.runner,
+            self._ends[0],
+            self.p_box,
+            self.masks[0],
+            num_layers=p.layout.num_layers,
+            max_batch_tokens=budget,
         )
         self.decode = DecodeWorker(
             d.kv,
@@ -137,7 +147,7 @@ class JoinedEngines:
             for thread in self._grammars:
                 thread.stop()
 
-    def _grammar_thread(self, set_up: Callable[[], Setup], index: int) -> GrammarThread:
+    def _grammar_thread(self, set_up: Callable[[], GrammarSetup], index: int) -> GrammarThread:
         return GrammarThread(set_up, MaskListener(self._inbox, lambda: self.masks[index]))
 
     def submit(
@@ -159,7 +169,9 @@ class JoinedEngines:
         )
         if spec.num_remaining_tokens > 1:
             self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
-        self.prefill.prefill(Prefill(spec=spec, target=self._address if spec.num_remaining_tokens > 1 else None))
+        self.prefill.prefill(
+            Prefill(spec=spec, target=self._address if spec.num_remaining_tokens > 1 else None)
+        )
         return spec
 
     def run(self) -> None:
@@ -183,6 +195,14 @@ class JoinedEngines:
         return [self.outputs_of(spec) for spec in specs]
 
     def outputs_of(self, spec: SequenceSpec) -> list[TokenOutput]:
-        """The tokens of all choices of a request, by (choice, index). The decode worker repeats the first token."""
-        outputs = [output for output in (*self.p_box.outputs, *self.d_box.outputs) if output.transfer == spec.transfer]
-        return [output for _, output in sorted({(output.choice, output.index): output for output in outputs}.items())]
+        """The tokens of all choices of a request, by (choice, index). The decode worker repeats the first
+        token."""
+        outputs = [
+            output
+            for output in (*self.p_box.outputs, *self.d_box.outputs)
+            if output.transfer == spec.transfer
+        ]
+        return [
+            output
+            for _, output in sorted({(output.choice, output.index): output for output in outputs}.items())
+        ]

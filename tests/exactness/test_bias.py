@@ -1,4 +1,5 @@
-"""A logit bias through a prefill and a decode engine: tokens equal those of `transformers` with the same bias on every step."""
+"""A logit bias through a prefill and a decode engine: tokens equal those of `transformers` with the same bias
+on every step."""
 
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def reference(path: Path, prompts: list[list[int]], bias: tuple[tuple[int, float
             return_dict_in_generate=True,
         )
         best = torch.cat(out.scores).topk(2).values
-        assert float((best[:, 0] - best[:, 1]).min()) > 1e-4, "greedy tokens are left to rounding: take another seed"
+        assert float((best[:, 0] - best[:, 1]).min()) > 1e-4, (
+            "greedy tokens are left to rounding: take another seed"
+        )
         results.append(out.sequences[0, len(prompt) :].tolist())
     return results
 
@@ -69,7 +72,9 @@ def test_biased_tokens_equal_transformers_on_both_workers(count: int, path: Path
     expected = reference(path, prompts, bias)
     if count > 1:
         unbiased = reference(path, prompts, ())
-        assert any(one[0] != other[0] for one, other in zip(expected, unbiased, strict=True)), "the first tokens are the same"
+        assert any(one[0] != other[0] for one, other in zip(expected, unbiased, strict=True)), (
+            "the first tokens are the same"
+        )
     joined = JoinedEngines(path, budget=48)
     try:
         sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True, logit_bias=bias)
@@ -109,6 +114,8 @@ def test_a_biased_draw_depends_on_the_seed_alone(path: Path) -> None:
         together = joined.generate(prompts, sampling)
         for prompt, outputs in zip(prompts, together, strict=True):
             (alone,) = joined.generate([prompt], sampling)
-            assert [(o.choice, o.index, o.token_id) for o in alone] == [(o.choice, o.index, o.token_id) for o in outputs]
+            assert [(o.choice, o.index, o.token_id) for o in alone] == [
+                (o.choice, o.index, o.token_id) for o in outputs
+            ]
     finally:
         joined.close()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.request import FinishReason, SamplingParams
-from pdserve.grammar.messages import Setup
+from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.sources import choice_grammar, json_schema_grammar, regex_grammar
 from pdserve.grammar.vocabulary import tokenizer_json
 
@@ -24,12 +24,17 @@ SCHEMA = {
     "properties": {"n": {"type": "integer", "maximum": 99999}, "s": {"type": "string", "maxLength": 6}},
     "required": ["n", "s"],
 }
-GRAMMARS = [json_schema_grammar(json.dumps(SCHEMA)), regex_grammar("[a-f]{3,9}(x|y)"), choice_grammar(["yes", "no", "maybe"])]
+GRAMMARS = [
+    json_schema_grammar(json.dumps(SCHEMA)),
+    regex_grammar("[a-f]{3,9}(x|y)"),
+    choice_grammar(["yes", "no", "maybe"]),
+]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its tokens are the bytes, and some that have no text; the end of text is known only to tokenizer_config.json."""
+    """Its tokens are the bytes, and some that have no text; the end of text is known only to
+    tokenizer_config.json."""
     path = small_checkpoint(tmp_path_factory.mktemp("checkpoints"), "llama-gqa")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
@@ -37,7 +42,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(path)
     config = json.loads((path / "tokenizer_config.json").read_text())
-    config["added_tokens_decoder"] = {str(EOS): {"content": "<end>", "special": True} | dict.fromkeys(FLAGS, False)}
+    config["added_tokens_decoder"] = {
+        str(EOS): {"content": "<end>", "special": True} | dict.fromkeys(FLAGS, False)
+    }
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
 
@@ -60,7 +67,9 @@ def reference(path: Path, prompt: list[int], grammar: str, max_tokens: int) -> l
 
 @pytest.fixture
 def joined(checkpoint: Path) -> Iterator[JoinedEngines]:
-    joined = JoinedEngines(checkpoint, budget=16, set_up=lambda: Setup(tokenizer_json(checkpoint), VOCAB_SIZE, (EOS,)))
+    joined = JoinedEngines(
+        checkpoint, budget=16, set_up=lambda: GrammarSetup(tokenizer_json(checkpoint), VOCAB_SIZE, (EOS,))
+    )
     yield joined
     joined.close()
 
@@ -80,7 +89,9 @@ def test_constrained_outputs_equal_the_reference(joined: JoinedEngines, checkpoi
         if grammar:
             expected = reference(checkpoint, prompts[number // 4], grammar, 60)
             assert [output.token_id for output in outputs] == expected
-            assert outputs[-1].finish_reason is (FinishReason.STOP if expected[-1] == EOS else FinishReason.LENGTH)
+            assert outputs[-1].finish_reason is (
+                FinishReason.STOP if expected[-1] == EOS else FinishReason.LENGTH
+            )
 
 
 @torch.inference_mode()

@@ -1,5 +1,5 @@
-"""Two engines as they are on one GPU, in Triton's interpreter: their KV stays on the device, and their tokens are those of
-`transformers`."""
+"""Two engines as they are on one GPU, in Triton's interpreter: their KV stays on the device, and their tokens
+are those of `transformers`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,9 @@ from .test_joined_engines import check, random_prompts, reference
 
 
 def open_engine(path: Path, options: EngineOptions) -> Engine:
-    return open_device_engine(path, replace(options, device="cuda", kernels="auto", max_batch_size=4), LateDevice())
+    return open_device_engine(
+        path, replace(options, device="cuda", kernels="auto", max_batch_size=4), LateDevice()
+    )
 
 
 @pytest.mark.parametrize("transport", ["auto", "shm"])

@@ -1,4 +1,5 @@
-"""Tokens of a prefill engine and a decode engine joined by a real link equal those of `transformers`, token for token."""
+"""Tokens of a prefill engine and a decode engine joined by a real link equal those of `transformers`, token
+for token."""
 
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def random_prompts(lengths: tuple[int, ...], seed: int) -> list[list[int]]:
     return [torch.randint(0, 300, (length,), generator=generator).tolist() for length in lengths]
 
 
-def reference(path: Path, prompts: list[list[int]], num_new: int = NUM_NEW) -> list[tuple[list[int], list[float]]]:
+def reference(
+    path: Path, prompts: list[list[int]], num_new: int = NUM_NEW
+) -> list[tuple[list[int], list[float]]]:
     """Greedy tokens of `generate` and their logprobs."""
     model = reference_model(path)
     results = []
@@ -41,7 +44,9 @@ def reference(path: Path, prompts: list[list[int]], num_new: int = NUM_NEW) -> l
     return results
 
 
-def check(joined: JoinedEngines, prompts: list[list[int]], expected: list[tuple[list[int], list[float]]]) -> None:
+def check(
+    joined: JoinedEngines, prompts: list[list[int]], expected: list[tuple[list[int], list[float]]]
+) -> None:
     for outputs, (tokens, logprobs) in zip(joined.generate(prompts, GREEDY), expected, strict=True):
         assert [output.index for output in outputs] == list(range(NUM_NEW))
         assert [output.token_id for output in outputs] == tokens
@@ -56,7 +61,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_joined_engines_equal_transformers(name: str, directory: Path) -> None:
-    """Batches of mixed lengths, cold and from the prefix cache, whole and in chunks, equal and unequal block sizes."""
+    """Batches of mixed lengths, cold and from the prefix cache, whole and in chunks, equal and unequal block
+    sizes."""
     path = small_checkpoint(directory, name)
     prompts = random_prompts(LENGTHS, seed=len(name))
     expected = reference(path, prompts)
@@ -112,7 +118,14 @@ def test_preemption_changes_no_token(kernels: str, directory: Path) -> None:
 def test_a_seed_gives_the_same_tokens_alone_and_in_any_batch(directory: Path) -> None:
     path = small_checkpoint(directory, "qwen3")
     sampling = SamplingParams(
-        max_tokens=10, temperature=0.9, top_p=0.95, top_k=50, seed=1234, n=3, repetition_penalty=1.1, ignore_eos=True
+        max_tokens=10,
+        temperature=0.9,
+        top_p=0.95,
+        top_k=50,
+        seed=1234,
+        n=3,
+        repetition_penalty=1.1,
+        ignore_eos=True,
     )
     prompts = random_prompts((5, 40, 77, 120), seed=11)
     joined = JoinedEngines(path)
@@ -120,7 +133,9 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_any_batch(directory: Path) ->
         together = joined.generate(prompts, sampling)
         for prompt, outputs in zip(prompts, together, strict=True):
             (alone,) = joined.generate([prompt], sampling)
-            assert [(o.choice, o.index, o.token_id) for o in alone] == [(o.choice, o.index, o.token_id) for o in outputs]
+            assert [(o.choice, o.index, o.token_id) for o in alone] == [
+                (o.choice, o.index, o.token_id) for o in outputs
+            ]
             assert len({tuple(o.token_id for o in alone if o.choice == choice) for choice in range(3)}) == 3
     finally:
         joined.close()
@@ -139,7 +154,11 @@ def test_an_eos_ends_the_stream_where_transformers_ends_it(directory: Path) -> N
         for prompt, outputs in zip(prompts, joined.generate(prompts, sampling), strict=True):
             ids = torch.tensor([prompt])
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False, eos_token_id=list(eos_token_ids)
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=200,
+                do_sample=False,
+                eos_token_id=list(eos_token_ids),
             )
             assert [output.token_id for output in outputs] == out[0, len(prompt) :].tolist()
             stopped = outputs[-1].token_id in eos_token_ids

@@ -1,4 +1,5 @@
-"""Log probabilities of prompt tokens, through a prefill and a decode engine and on one worker, against `transformers`."""
+"""Log probabilities of prompt tokens, through a prefill and a decode engine and on one worker, against
+`transformers`."""
 
 from collections.abc import Callable
 from functools import cache
@@ -30,7 +31,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 class Reference(NamedTuple):
-    """[tokens, V] of one prompt; row i is of token i + 1. `noise` is how far transformers' float32 is from its float64."""
+    """[tokens, V] of one prompt; row i is of token i + 1. `noise` is how far transformers' float32 is from
+    its float64."""
 
     logprobs: torch.Tensor
     noise: torch.Tensor
@@ -47,7 +49,9 @@ def reference(path: Path, prompts: list[list[int]]) -> list[Reference]:
     return references
 
 
-def check(logprobs: tuple[TokenLogprobs, ...], prompt: list[int], expected: Reference, top: int = TOP) -> None:
+def check(
+    logprobs: tuple[TokenLogprobs, ...], prompt: list[int], expected: Reference, top: int = TOP
+) -> None:
     assert len(logprobs) == len(prompt) - 1
     for token, token_id, row, noise in zip(logprobs, prompt[1:], *expected, strict=True):
         ids = [token_id, *(other for other, _ in token.top)]
@@ -59,7 +63,9 @@ def check(logprobs: tuple[TokenLogprobs, ...], prompt: list[int], expected: Refe
         assert values == pytest.approx(row.topk(top).values.tolist(), abs=1e-4 + float(noise.max()))
 
 
-def check_streams(streams: list[list[TokenOutput]], prompts: list[list[int]], expected: list[Reference]) -> None:
+def check_streams(
+    streams: list[list[TokenOutput]], prompts: list[list[int]], expected: list[Reference]
+) -> None:
     for outputs, prompt, rows in zip(streams, prompts, expected, strict=True):
         first = next(output for output in outputs if (output.choice, output.index) == (0, 0))
         check(first.prompt_logprobs, prompt, rows)
@@ -67,7 +73,9 @@ def check_streams(streams: list[list[TokenOutput]], prompts: list[list[int]], ex
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_prompts_logprobs_equal_transformers_whole_and_in_chunks(name: str, checkpoint: Callable[[str], Path]) -> None:
+def test_the_prompts_logprobs_equal_transformers_whole_and_in_chunks(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
     """Prompts of mixed lengths share steps, and a prefix that is cached on both workers changes nothing."""
     path = checkpoint(name)
     prompts = random_prompts(LENGTHS, seed=len(name))
@@ -83,7 +91,9 @@ def test_the_prompts_logprobs_equal_transformers_whole_and_in_chunks(name: str, 
                 [output.token_id for output in outputs] for outputs in plain
             ]
         assert {leg.num_cached_tokens for leg in joined.p_box.ended[num_before:]} == {0}
-        assert max(leg.num_cached_tokens for leg in joined.d_box.ended[num_before:]) >= 128  # which it does not compute
+        assert (
+            max(leg.num_cached_tokens for leg in joined.d_box.ended[num_before:]) >= 128
+        )  # which it does not compute
     finally:
         joined.close()
 
@@ -129,7 +139,9 @@ def test_both_workers_tell_them_so_that_none_is_lost_with_one(checkpoint: Callab
         joined.close()
 
 
-def test_a_prompt_that_begins_again_in_the_middle_has_each_logprob_once(checkpoint: Callable[[str], Path]) -> None:
+def test_a_prompt_that_begins_again_in_the_middle_has_each_logprob_once(
+    checkpoint: Callable[[str], Path],
+) -> None:
     """As after a preemption: its blocks are gone, and the first chunk comes again."""
     path = checkpoint("llama-gqa")
     (prompt,) = random_prompts((50,), seed=9)
@@ -142,7 +154,9 @@ def test_a_prompt_that_begins_again_in_the_middle_has_each_logprob_once(checkpoi
             for num_tokens in chunks:
                 assert engine.kv.grow(seq, seq.num_computed_tokens + num_tokens)
                 done = num_tokens == seq.num_uncomputed_tokens
-                (tokens,) = engine.runner.launch(Batch((ScheduledChunk(seq, num_tokens, (0,) if done else ()),))).collect()
+                (tokens,) = engine.runner.launch(
+                    Batch((ScheduledChunk(seq, num_tokens, (0,) if done else ()),))
+                ).collect()
                 engine.kv.computed(seq, num_tokens)
             engine.kv.reset(seq)
         check(tokens[0].prompt_logprobs, prompt, reference(path, [prompt])[0])
@@ -159,4 +173,7 @@ def test_the_largest_number_of_them_fits_into_a_hand_over() -> None:
     for num_top in (0, 20):
         top = tuple((2**31 + rank, -1 / 3) for rank in range(num_top))
         prompt = (TokenLogprobs(-1 / 3, top),) * (MAX_PROMPT_LOGPROBS // (num_top + 1))
-        assert len(HandOff((TokenOutput(TransferId("r", 0), 0, 0, 1, prompt_logprobs=prompt),)).encode()) < MAX_PAYLOAD_BYTES
+        assert (
+            len(HandOff((TokenOutput(TransferId("r", 0), 0, 0, 1, prompt_logprobs=prompt),)).encode())
+            < MAX_PAYLOAD_BYTES
+        )

@@ -16,4 +16,6 @@ async def stream(stub: Stub, request: pb.GenerateRequest) -> list[pb.GenerateEve
 
 
 def text_of(events: list[pb.GenerateEvent], choice: int = 0) -> str:
-    return "".join(event.tokens.text for event in events if event.HasField("tokens") and event.tokens.choice == choice)
+    return "".join(
+        event.tokens.text for event in events if event.HasField("tokens") and event.tokens.choice == choice
+    )

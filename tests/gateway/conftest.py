@@ -35,7 +35,9 @@ def local_address(tmp_path: Path) -> str:
 
 @pytest.fixture
 async def server(cluster: ScriptedCluster, local_address: str) -> AsyncIterator[GatewayServer]:
-    gateway = await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer), local=local_address)
+    gateway = await serve(
+        cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer), local=local_address
+    )
     yield gateway
     await gateway.stop(0)
 

@@ -14,7 +14,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 def request(**fields: Any) -> pb.GenerateRequest:
-    return pb.GenerateRequest(prompt=pb.Prompt(text="the dog"), sampling=pb.SamplingParams(max_tokens=2), **fields)
+    return pb.GenerateRequest(
+        prompt=pb.Prompt(text="the dog"), sampling=pb.SamplingParams(max_tokens=2), **fields
+    )
 
 
 def as_key(key: str) -> tuple[tuple[str, str], ...]:
@@ -25,8 +27,13 @@ def as_key(key: str) -> tuple[tuple[str, str], ...]:
 async def serving(
     cluster: ScriptedCluster, listen: dict[str, Any] | None = None, **limits: float
 ) -> AsyncIterator[GatewayServer]:
-    changes = {"limits": CONFIG.limits.model_copy(update=limits), "listen": CONFIG.listen.model_copy(update=listen or {})}
-    gateway = await serve(cluster, CONFIG.model_copy(update=changes), cluster.tokenizer, model_info(cluster.tokenizer))
+    changes = {
+        "limits": CONFIG.limits.model_copy(update=limits),
+        "listen": CONFIG.listen.model_copy(update=listen or {}),
+    }
+    gateway = await serve(
+        cluster, CONFIG.model_copy(update=changes), cluster.tokenizer, model_info(cluster.tokenizer)
+    )
     try:
         yield gateway
     finally:

@@ -6,7 +6,16 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer as Backend,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from pdserve.core.config import ClusterConfig
@@ -51,7 +60,9 @@ def byte_level() -> Built:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|im_start|>", EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=400,
+        special_tokens=["<|im_start|>", EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     backend.train_from_iterator(CORPUS, trainer)
     backend.add_tokens([AddedToken("<tool>", special=False)])
@@ -60,13 +71,25 @@ def byte_level() -> Built:
 
 @cache
 def sentencepiece_like() -> Built:
-    """Llama 2's kind: spaces are letters, what is not in the vocabulary is spelled in bytes, a text begins with a space."""
+    """Llama 2's kind: spaces are letters, what is not in the vocabulary is spelled in bytes, a text begins
+    with a space."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += sorted({char for text in CORPUS for char in text if char.isascii() and char.isalpha()})
-    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "d"), ("▁d", "o"), ("▁do", "g"), ("a", "n"), ("▁", "an")]
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("▁", "the"),
+        ("▁", "d"),
+        ("▁d", "o"),
+        ("▁do", "g"),
+        ("a", "n"),
+        ("▁", "an"),
+    ]
     pieces += ["".join(merge) for merge in merges]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend = Backend(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -82,7 +105,9 @@ def metaspace() -> Built:
     backend = Backend(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    backend.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>"))
+    backend.train_from_iterator(
+        CORPUS, trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>")
+    )
     return Built(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
 
 
@@ -91,13 +116,16 @@ def metaspace_with_bytes() -> Built:
     """Gemma's and Mistral's kind: SentencePiece's letters for spaces, byte fallback, nothing stripped."""
     backend = Backend.from_str(sentencepiece_like()._backend.to_str())
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return Built(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
 
 
 @cache
 def word_piece() -> Built:
-    """BERT's kind: pieces of words, a space before each that does not go on a word, and cleaning up afterwards."""
+    """BERT's kind: pieces of words, a space before each that does not go on a word, and cleaning up
+    afterwards."""
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -130,7 +158,9 @@ class Unchecked:
 def timeline(request: Request) -> Timeline:
     """One request that took 100 ms: 10 in the queue, first token at 40, its KV 75 % hidden."""
     transfer = TransferId(request.request_id, 0)
-    stats = TransferStats(num_bytes=4 << 20, num_chunks=4, duration_s=0.02, exposed_s=0.005, hidden_bytes=3 << 20)
+    stats = TransferStats(
+        num_bytes=4 << 20, num_chunks=4, duration_s=0.02, exposed_s=0.005, hidden_bytes=3 << 20
+    )
     prefill = LegEnded(
         worker_id="prefill-0",
         incarnation=1,
@@ -153,7 +183,10 @@ def timeline(request: Request) -> Timeline:
         expected_queue_s=0.002,
         expected_transfer_s=0.004,
         expected_itl_s=0.01,
-        considered=(place("prefill-0", "decode-0", cost_s=0.034), place("prefill-1", "decode-0", cost_s=0.05)),
+        considered=(
+            place("prefill-0", "decode-0", cost_s=0.034),
+            place("prefill-1", "decode-0", cost_s=0.05),
+        ),
         queued_s=100.0,
         dispatched_s=100.01,
         first_token_s=100.04,
@@ -181,9 +214,12 @@ def place(prefill_worker: str, decode_worker: str | None, **scores: Any) -> Cons
 
 
 class ScriptedCluster:
-    """Answers every request with the tokens of `says`, one at a time; `hold_after` tokens it waits for `say_on`."""
+    """Answers every request with the tokens of `says`, one at a time; `hold_after` tokens it waits for
+    `say_on`."""
 
-    def __init__(self, tokenizer: Tokenizer, says: str = "the quick brown fox jumps over the lazy dog") -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, says: str = "the quick brown fox jumps over the lazy dog"
+    ) -> None:
         self.tokenizer = tokenizer
         self.token_ids = tokenizer.encode(says, add_special_tokens=False)
         self.eos_after: int | None = None
@@ -224,7 +260,11 @@ class ScriptedCluster:
                     age_s=3700.0,
                 ),
                 WorkerStatus(
-                    worker_id="decode-0", role=Role.DECODE, state=WorkerState.STARTING, phase="loading weights", fraction=0.5
+                    worker_id="decode-0",
+                    role=Role.DECODE,
+                    state=WorkerState.STARTING,
+                    phase="loading weights",
+                    fraction=0.5,
                 ),
             ),
             uptime_s=3700.0,
@@ -276,7 +316,9 @@ class ScriptedCluster:
                 finish_reason=reason,
                 logprob=None if wanted is None else -0.5,
                 prompt_logprobs=self._prompt(request) if choice == index == 0 else (),
-                top_logprobs=tuple((rank, -0.5 - rank) for rank in range((wanted or 0) + self.num_extra_logprobs)),
+                top_logprobs=tuple(
+                    (rank, -0.5 - rank) for rank in range((wanted or 0) + self.num_extra_logprobs)
+                ),
             )
             events.append(EmitTokens(request.request_id, choice, (output,)))
             if reason is not None:
@@ -316,7 +358,9 @@ class ScriptedCluster:
         return b"# TYPE pdserve_info gauge\npdserve_info 1.0\n"
 
     def explain(self, request_id: str) -> Timeline | None:
-        return next((timeline(request) for request in self.requests if request.request_id == request_id), None)
+        return next(
+            (timeline(request) for request in self.requests if request.request_id == request_id), None
+        )
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> None:
         if self.refusal is not None:

@@ -42,7 +42,9 @@ async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[Gate
 
 
 @pytest.fixture
-async def local(server: GatewayServer, tmp_path: Path) -> AsyncIterator["pdserve_pb2_grpc.GenerationAsyncStub"]:
+async def local(
+    server: GatewayServer, tmp_path: Path
+) -> AsyncIterator["pdserve_pb2_grpc.GenerationAsyncStub"]:
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/door") as channel:
         yield pdserve_pb2_grpc.GenerationStub(channel)
 
@@ -54,7 +56,9 @@ def admin(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
 
 
 def request(max_tokens: int = 2, **fields: Any) -> pb.GenerateRequest:
-    return pb.GenerateRequest(prompt=pb.Prompt(text="the dog"), sampling=pb.SamplingParams(max_tokens=max_tokens), **fields)
+    return pb.GenerateRequest(
+        prompt=pb.Prompt(text="the dog"), sampling=pb.SamplingParams(max_tokens=max_tokens), **fields
+    )
 
 
 async def refusal(call: Any) -> grpc.aio.AioRpcError:
@@ -70,7 +74,9 @@ async def refusal(call: Any) -> grpc.aio.AioRpcError:
     return caught.value
 
 
-async def test_every_call_needs_a_key_but_a_health_check(server: GatewayServer, channel: grpc.aio.Channel) -> None:
+async def test_every_call_needs_a_key_but_a_health_check(
+    server: GatewayServer, channel: grpc.aio.Channel
+) -> None:
     generation, admin = pdserve_pb2_grpc.GenerationStub(channel), pdserve_pb2_grpc.ClusterStub(channel)
     reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
     calls = [
@@ -91,7 +97,9 @@ async def test_every_call_needs_a_key_but_a_health_check(server: GatewayServer, 
     assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status
 
 
-async def test_every_method_of_ours_is_known_to_need_a_key(server: GatewayServer, channel: grpc.aio.Channel) -> None:
+async def test_every_method_of_ours_is_known_to_need_a_key(
+    server: GatewayServer, channel: grpc.aio.Channel
+) -> None:
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
             call = channel.unary_unary(f"/{service.full_name}/{method.name}", None, None)
@@ -145,7 +153,8 @@ async def test_clients_of_two_keys_may_give_the_same_request_id(
 
 
 async def test_a_rate_that_is_used_up_is_told_with_the_time_to_wait(
-    generation: "pdserve_pb2_grpc.GenerationAsyncStub", details: Callable[[grpc.aio.AioRpcError], dict[str, Any]]
+    generation: "pdserve_pb2_grpc.GenerationAsyncStub",
+    details: Callable[[grpc.aio.AioRpcError], dict[str, Any]],
 ) -> None:
     for _ in range(2):
         await generation.Generate(request(), metadata=as_key(ALICE))

@@ -32,8 +32,16 @@ def config_yaml(**lines: str) -> str:
 
 async def test_status_tells_pools_and_workers(admin: Admin) -> None:
     status = await admin.GetStatus(pb.GetStatusRequest())
-    assert (status.model, status.serving, status.num_queued_requests, status.num_running_requests) == ("tiny", True, 2, 3)
-    assert [(pool.role, pool.instances, pool.ready) for pool in status.pools] == [("prefill", 1, 1), ("decode", 1, 0)]
+    assert (status.model, status.serving, status.num_queued_requests, status.num_running_requests) == (
+        "tiny",
+        True,
+        2,
+        3,
+    )
+    assert [(pool.role, pool.instances, pool.ready) for pool in status.pools] == [
+        ("prefill", 1, 1),
+        ("decode", 1, 0),
+    ]
     ready, starting = status.workers
     assert (ready.worker_id, ready.state, ready.num_free_blocks, ready.num_blocks) == (
         "prefill-0",
@@ -41,7 +49,11 @@ async def test_status_tells_pools_and_workers(admin: Admin) -> None:
         90,
         100,
     )
-    assert (starting.state, starting.phase, starting.fraction) == (pb.WORKER_STATE_STARTING, "loading weights", 0.5)
+    assert (starting.state, starting.phase, starting.fraction) == (
+        pb.WORKER_STATE_STARTING,
+        "loading weights",
+        0.5,
+    )
 
 
 async def following(call: Any) -> pb.ClusterStatus:
@@ -49,7 +61,9 @@ async def following(call: Any) -> pb.ClusterStatus:
     return cast(pb.ClusterStatus, await call.read())
 
 
-async def test_watch_sends_the_state_at_each_change_and_ends_with_the_cluster(admin: Admin, cluster: ScriptedCluster) -> None:
+async def test_watch_sends_the_state_at_each_change_and_ends_with_the_cluster(
+    admin: Admin, cluster: ScriptedCluster
+) -> None:
     call = admin.WatchStatus(pb.WatchStatusRequest())
     assert (await following(call)).num_queued_requests == 2
     cluster.change(num_queued_requests=5)
@@ -62,7 +76,9 @@ async def test_watch_sends_the_state_at_each_change_and_ends_with_the_cluster(ad
 async def test_apply_tells_what_changed_and_it_holds_from_then_on(
     admin: Admin, generation: "pdserve_pb2_grpc.GenerationAsyncStub", cluster: ScriptedCluster
 ) -> None:
-    new = config_yaml(pools="{decode: {instances: 2}}", limits="{max_message_bytes: 100000, max_tokens: 7, max_n: 4}")
+    new = config_yaml(
+        pools="{decode: {instances: 2}}", limits="{max_message_bytes: 100000, max_tokens: 7, max_n: 4}"
+    )
     response = await admin.Apply(pb.ApplyRequest(config_yaml=new))
     assert [(change.key, change.before, change.after) for change in response.changes] == [
         ("pools.decode.instances", "1", "2"),
@@ -80,14 +96,21 @@ async def test_a_dry_run_changes_nothing(admin: Admin, cluster: ScriptedCluster)
     assert cluster.applied == []
 
 
-async def test_what_needs_a_restart_is_refused_as_a_whole(admin: Admin, cluster: ScriptedCluster, details: Details) -> None:
-    request = pb.ApplyRequest(config_yaml=config_yaml(pools="{decode: {instances: 2, threads: 3}}", kv="{block_size: 32}"))
+async def test_what_needs_a_restart_is_refused_as_a_whole(
+    admin: Admin, cluster: ScriptedCluster, details: Details
+) -> None:
+    request = pb.ApplyRequest(
+        config_yaml=config_yaml(pools="{decode: {instances: 2, threads: 3}}", kv="{block_size: 32}")
+    )
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await admin.Apply(request)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     failure = details(caught.value)["PreconditionFailure"]
     assert isinstance(failure, error_details_pb2.PreconditionFailure)
-    assert {violation.subject for violation in failure.violations} == {"pools.decode.threads", "kv.block_size"}
+    assert {violation.subject for violation in failure.violations} == {
+        "pools.decode.threads",
+        "kv.block_size",
+    }
     assert cluster.applied == []
 
 
@@ -96,11 +119,15 @@ async def test_a_broken_file_is_refused_with_file_and_line(admin: Admin, details
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await admin.Apply(request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert (caught.value.details() or "").startswith("my.yaml:6: metadata.pdserve.pools.decode.instance: unknown key")
+    assert (caught.value.details() or "").startswith(
+        "my.yaml:6: metadata.pdserve.pools.decode.instance: unknown key"
+    )
     assert "BadRequest" in details(caught.value)
 
 
-async def test_more_instances_than_the_machine_holds_are_refused(admin: Admin, cluster: ScriptedCluster) -> None:
+async def test_more_instances_than_the_machine_holds_are_refused(
+    admin: Admin, cluster: ScriptedCluster
+) -> None:
     cluster.refusal = CapacityError("3 cores are missing")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await admin.Apply(pb.ApplyRequest(config_yaml=config_yaml(pools="{decode: {instances: 9}}")))
@@ -144,7 +171,10 @@ async def test_a_shutdown_is_done_only_when_all_answers_are_out(
     cluster.hold_after = 1
     answer = aiter(generation.GenerateStream(pb.GenerateRequest(prompt=pb.Prompt(text="hello"))))
     await anext(answer)
-    drain, watch = aiter(admin.Drain(pb.DrainRequest(shutdown=True))), aiter(admin.WatchStatus(pb.WatchStatusRequest()))
+    drain, watch = (
+        aiter(admin.Drain(pb.DrainRequest(shutdown=True))),
+        aiter(admin.WatchStatus(pb.WatchStatusRequest())),
+    )
     await anext(drain)
     cluster.go_on.set()
     while not (await anext(watch)).shutting_down:
@@ -166,9 +196,12 @@ async def _last(stream: AsyncIterator[Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "request_", [pb.DrainRequest(worker_ids=["nobody"]), pb.DrainRequest(worker_ids=["prefill-0"], shutdown=True)]
+    "request_",
+    [pb.DrainRequest(worker_ids=["nobody"]), pb.DrainRequest(worker_ids=["prefill-0"], shutdown=True)],
 )
-async def test_drains_that_make_no_sense_are_refused(admin: Admin, cluster: ScriptedCluster, request_: pb.DrainRequest) -> None:
+async def test_drains_that_make_no_sense_are_refused(
+    admin: Admin, cluster: ScriptedCluster, request_: pb.DrainRequest
+) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in admin.Drain(request_):
             pass
@@ -205,11 +238,18 @@ async def test_reflection_lists_the_services_and_their_file(channel: grpc.aio.Ch
 async def test_explain_tells_predicted_and_actual_times_of_each_leg(
     admin: Admin, generation: "pdserve_pb2_grpc.GenerationAsyncStub"
 ) -> None:
-    request = pb.GenerateRequest(prompt=pb.Prompt(text="hello"), sampling=pb.SamplingParams(max_tokens=7), request_id="mine")
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(text="hello"), sampling=pb.SamplingParams(max_tokens=7), request_id="mine"
+    )
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     await generation.Generate(request, metadata=(("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),))
     told = await admin.Explain(pb.ExplainRequest(request_id="mine"))
-    assert (told.request_id, told.outcome, told.completion_tokens, told.trace_id) == ("mine", "length", 7, trace_id)
+    assert (told.request_id, told.outcome, told.completion_tokens, told.trace_id) == (
+        "mine",
+        "length",
+        7,
+        trace_id,
+    )
     (attempt,) = told.attempts
     assert {leg.leg: (leg.predicted_s, leg.actual_s) for leg in attempt.legs} == {
         "queue": pytest.approx((0.0, 0.01)),

@@ -1,4 +1,5 @@
-"""What one door refuses, the other refuses, with the same message and status; what one takes, the other takes."""
+"""What one door refuses, the other refuses, with the same message and status; what one takes, the other
+takes."""
 
 import json
 from collections.abc import AsyncIterator
@@ -45,7 +46,9 @@ def chat(*roles: str) -> tuple[pb.GenerateRequest, dict[str, Any]]:
     return ask(prompt), {"messages": messages}
 
 
-def constrain(constraint: pb.Constraint, outputs: dict[str, Any], **sampling: Any) -> tuple[pb.GenerateRequest, dict[str, Any]]:
+def constrain(
+    constraint: pb.Constraint, outputs: dict[str, Any], **sampling: Any
+) -> tuple[pb.GenerateRequest, dict[str, Any]]:
     """The same constraint for both doors."""
     message = ask(sampling=pb.SamplingParams(constraint=constraint, **sampling))
     return message, {"prompt": "hello", "structured_outputs": outputs} | sampling
@@ -108,14 +111,18 @@ REFUSED = {
     "no constraint": constrain(pb.Constraint(), {}),
     "no JSON object": constrain(pb.Constraint(json_object=False), {"json_object": False}),
     "a schema that is none": constrain(pb.Constraint(json_schema="[1]"), {"json": "[1]"}),
-    "a schema of an unknown type": constrain(pb.Constraint(json_schema='{"type":"point"}'), {"json": {"type": "point"}}),
+    "a schema of an unknown type": constrain(
+        pb.Constraint(json_schema='{"type":"point"}'), {"json": {"type": "point"}}
+    ),
     "a schema with other servers' addresses": constrain(
         pb.Constraint(json_schema='{"$ref":"http://127.0.0.1/"}'), {"json": {"$ref": "http://127.0.0.1/"}}
     ),
     "a deep schema": constrain(pb.Constraint(json_schema=DEEP), {"json": DEEP}),
     "a wrong expression": constrain(pb.Constraint(regex="((("), {"regex": "((("}),
     "a grammar that is none": constrain(pb.Constraint(grammar="hello"), {"grammar": "hello"}),
-    "a grammar in another form": constrain(pb.Constraint(grammar=' {"grammars":[]}'), {"grammar": ' {"grammars":[]}'}),
+    "a grammar in another form": constrain(
+        pb.Constraint(grammar=' {"grammars":[]}'), {"grammar": ' {"grammars":[]}'}
+    ),
     "a grammar bomb": constrain(pb.Constraint(regex=BOMB), {"regex": BOMB}),
     "a long grammar": constrain(pb.Constraint(regex="a" * 65536), {"regex": "a" * 65536}),
     "no choice": constrain(pb.Constraint(choice=pb.Choices()), {"choice": []}),
@@ -151,7 +158,9 @@ TAKEN = {
         ask(sampling=pb.SamplingParams(constraint=pb.Constraint(json_schema='{"type":"integer"}'))),
         {"prompt": "hello", "response_format": {"type": "json_schema", "json_schema": INTEGER}},
     ),
-    "a schema as text": constrain(pb.Constraint(json_schema='{"type":"integer"}'), {"json": '{"type":"integer"}'}),
+    "a schema as text": constrain(
+        pb.Constraint(json_schema='{"type":"integer"}'), {"json": '{"type":"integer"}'}
+    ),
     "JSON as in vLLM": constrain(pb.Constraint(json_object=True), {"json_object": True}),
     "an expression": constrain(pb.Constraint(regex="a+"), {"regex": "a+"}),
     "a grammar": constrain(pb.Constraint(grammar='start: "a"'), {"grammar": 'start: "a"'}),
@@ -217,7 +226,9 @@ async def test_both_refuse_a_long_name(generation: Stub, http: httpx.AsyncClient
     check_same(refusal, await over_http(http, {"prompt": "hello"}, **{"x-request-id": "x" * 129}))
 
 
-@pytest.mark.parametrize("refusal", [QueueFull(1024, 1.5), DuplicateRequest("mine"), NoWorkerAvailable("no worker is ready")])
+@pytest.mark.parametrize(
+    "refusal", [QueueFull(1024, 1.5), DuplicateRequest("mine"), NoWorkerAvailable("no worker is ready")]
+)
 async def test_what_the_router_refuses_both_refuse(
     generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, refusal: PdserveError
 ) -> None:
@@ -225,7 +236,9 @@ async def test_what_the_router_refuses_both_refuse(
     check_same(await over_grpc(generation, ask()), await over_http(http, {"prompt": "hello"}))
 
 
-@pytest.mark.parametrize("reason", [FinishReason.DEADLINE, FinishReason.CANCELLED, FinishReason.ERROR, FinishReason.INVALID])
+@pytest.mark.parametrize(
+    "reason", [FinishReason.DEADLINE, FinishReason.CANCELLED, FinishReason.ERROR, FinishReason.INVALID]
+)
 async def test_what_ends_a_request_ends_it_for_both(
     generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, reason: FinishReason
 ) -> None:
@@ -233,7 +246,9 @@ async def test_what_ends_a_request_ends_it_for_both(
     check_same(await over_grpc(generation, ask()), await over_http(http, {"prompt": "hello"}))
 
 
-async def test_both_refuse_to_tokenize_and_detokenize_the_same(generation: Stub, http: httpx.AsyncClient) -> None:
+async def test_both_refuse_to_tokenize_and_detokenize_the_same(
+    generation: Stub, http: httpx.AsyncClient
+) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as tokenize:
         await generation.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text="")))
     check_same(tokenize.value, await http.post("/tokenize", json={"prompt": ""}))
@@ -261,22 +276,49 @@ async def test_both_tell_the_same_tokens_text_and_usage(generation: Stub, http: 
 
 ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({"prompt": "a", "temprature": 1}, "temprature: 1 is not valid, expected only fields"),
-    "unknown field of a message": ({"messages": [{"role": "user", "images": []}]}, "messages[0].images: [] is not valid"),
-    "wrong type": ({"prompt": "a", "temperature": "hot"}, "temperature: 'hot' is not valid, expected a valid number"),
+    "unknown field of a message": (
+        {"messages": [{"role": "user", "images": []}]},
+        "messages[0].images: [] is not valid",
+    ),
+    "wrong type": (
+        {"prompt": "a", "temperature": "hot"},
+        "temperature: 'hot' is not valid, expected a valid number",
+    ),
     "truth for a number": ({"prompt": "a", "n": True}, "n: True is not valid, expected a valid integer"),
     "no prompt": ({"n": 1}, "prompt: '' is not valid, expected a value"),
     "mixed prompts": ({"prompt": ["a", 1]}, "prompt: ['a', 1] is not valid, expected a text, token ids"),
-    "many prompts": ({"prompt": ["a"] * 65}, "prompt: '65 prompts' is not valid, expected at most 64 prompts"),
+    "many prompts": (
+        {"prompt": ["a"] * 65},
+        "prompt: '65 prompts' is not valid, expected at most 64 prompts",
+    ),
     "negative token": ({"prompt": [5, -1]}, "prompt_token_ids[1]: -1 is not valid"),
-    "huge number": ({"prompt": "a", "max_tokens": 2**40}, f"max_tokens: {2**40} is not valid, expected an integer of 32 bits"),
+    "huge number": (
+        {"prompt": "a", "max_tokens": 2**40},
+        f"max_tokens: {2**40} is not valid, expected an integer of 32 bits",
+    ),
     "huge seed": ({"prompt": "a", "seed": 2**64}, f"seed: {2**64} is not valid"),
-    "two lengths": ({"prompt": "a", "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens: 2 is not valid"),
-    "stream options without a stream": ({"prompt": "a", "stream_options": {}}, "stream_options: '' is not valid"),
-    "alternatives without logprobs": ({"messages": [{"role": "user"}], "top_logprobs": 1}, "top_logprobs: 1 is not valid"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content: "),
+    "two lengths": (
+        {"prompt": "a", "max_tokens": 1, "max_completion_tokens": 2},
+        "max_completion_tokens: 2 is not valid",
+    ),
+    "stream options without a stream": (
+        {"prompt": "a", "stream_options": {}},
+        "stream_options: '' is not valid",
+    ),
+    "alternatives without logprobs": (
+        {"messages": [{"role": "user"}], "top_logprobs": 1},
+        "top_logprobs: 1 is not valid",
+    ),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages[0].content: ",
+    ),
     "best of many": ({"prompt": "a", "best_of": 3}, "best_of: 3 is not valid"),
     "suffix": ({"prompt": "a", "suffix": "b"}, "suffix: 'b' is not valid"),
-    "bias of a text": ({"prompt": "a", "logit_bias": {"the": 1.0}}, "logit_bias: 'the' is not valid, expected token ids"),
+    "bias of a text": (
+        {"prompt": "a", "logit_bias": {"the": 1.0}},
+        "logit_bias: 'the' is not valid, expected token ids",
+    ),
     "two constraints": (
         {"prompt": "a", "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
         "structured_outputs: '' is not valid, expected nothing beside a response_format of JSON",
@@ -293,12 +335,17 @@ ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "a", "response_format": {"type": "text", "json_schema": {"name": "s", "schema": {}}}},
         "response_format.json_schema: 's' is not valid, expected none",
     ),
-    "unknown format": ({"prompt": "a", "response_format": {"type": "xml"}}, "response_format.type: 'xml' is not valid"),
+    "unknown format": (
+        {"prompt": "a", "response_format": {"type": "xml"}},
+        "response_format.type: 'xml' is not valid",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ONLY_HTTP)
-async def test_http_refuses_what_grpc_cannot_be_asked(http: httpx.AsyncClient, cluster: ScriptedCluster, name: str) -> None:
+async def test_http_refuses_what_grpc_cannot_be_asked(
+    http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
+) -> None:
     body, message = ONLY_HTTP[name]
     response = await over_http(http, body)
     assert response.status_code == 400

@@ -1,4 +1,5 @@
-"""Bounds under races and floods: nothing keeps a place that it lost, nothing is left behind, and no line is written for it."""
+"""Bounds under races and floods: nothing keeps a place that it lost, nothing is left behind, and no line is
+written for it."""
 
 import asyncio
 import os
@@ -60,7 +61,10 @@ async def test_a_pipelined_request_keeps_its_connection(cluster: ScriptedCluster
     """The request before it ends some turns after its own has begun."""
     cluster.hold_after = 1
     body = b'{"prompt": "hello", "max_tokens": 1}', b'{"prompt": "hello", "max_tokens": 2}'
-    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+        " application/json\r\ncontent-length: %d\r\n\r\n"
+    )
     async with serving(cluster, max_connections=16) as server:
         assert server.http_address is not None and server._http is not None
         ((reader, writer),) = await connect(server.http_address, 1)
@@ -88,7 +92,8 @@ async def test_an_http_server_that_stops_leaves_no_connection(cluster: ScriptedC
 
 
 async def test_a_call_without_a_client_ends_without_a_status() -> None:
-    """gRPC's library logs a traceback for a status beside a write that is pending, and sends one when a handler returns."""
+    """gRPC's library logs a traceback for a status beside a write that is pending, and sends one when a
+    handler returns."""
     context = Mock(grpc.aio.ServicerContext)
     with pytest.raises(asyncio.CancelledError):
         async with translated(context):
@@ -109,7 +114,10 @@ async def test_an_answer_that_is_not_read_ends(cluster: ScriptedCluster) -> None
             b"te": b"trailers",
             b"content-type": b"application/grpc",
         }
-        headers = b"".join(b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields.items())
+        headers = b"".join(
+            b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
+            for name, value in fields.items()
+        )
         message = pb.TokenizeRequest(prompt=pb.Prompt(text="hello")).SerializeToString()
         data = b"\x00" + len(message).to_bytes(4, "big") + message
         stream = (1).to_bytes(4, "big")
@@ -158,12 +166,19 @@ async def test_frames_that_grpc_does_not_like_write_no_lines() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SERVER, stdin=pipe, stdout=pipe, stderr=pipe, env=env
+    )
     assert process.stdout is not None
     while not (port := (await process.stdout.readline()).decode().strip()):
         pass  # a tokenizer that is trained prints empty lines
     address = f"127.0.0.1:{port}"
-    for sent in (PREFACE + SETTINGS + GOAWAY, PREFACE + b"\xff" * 64, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + bytes(64)):
+    for sent in (
+        PREFACE + SETTINGS + GOAWAY,
+        PREFACE + b"\xff" * 64,
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\x16\x03\x01" + bytes(64),
+    ):
         (reader, writer), *_ = await connect(address, 1)
         writer.write(sent)
         writer.write_eof()

@@ -1,4 +1,5 @@
-"""Attacks that hold things open: connections, calls, bodies that never end. Those who hold less are served all the same."""
+"""Attacks that hold things open: connections, calls, bodies that never end. Those who hold less are served
+all the same."""
 
 import asyncio
 import ssl
@@ -33,7 +34,9 @@ WATCH = health_pb2.HealthCheckRequest()
 @pytest.fixture
 def keys(tmp_path: Path) -> dict[str, Any]:
     path = tmp_path / "keys"
-    path.write_text("".join(f"{make_key(name, key).line}\n" for name, key in (("mallory", MALLORY), ("alice", ALICE))))
+    path.write_text(
+        "".join(f"{make_key(name, key).line}\n" for name, key in (("mallory", MALLORY), ("alice", ALICE)))
+    )
     path.chmod(0o600)
     return {"api_keys": str(path)}
 
@@ -55,7 +58,9 @@ async def test_http_streams_in_progress_keep_their_connections(cluster: Scripted
     cluster.hold_after = 1
     async with serving(cluster, max_connections=16) as server:
         async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
-            answer = asyncio.create_task(http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2}))
+            answer = asyncio.create_task(
+                http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 2})
+            )
             await cluster.held.wait()
             assert server.http_address is not None
             opened = await connect(server.http_address, 40)
@@ -78,7 +83,9 @@ async def test_tls_connections_that_never_speak_make_room(cluster: ScriptedClust
         hang_up(opened)
 
 
-async def test_grpc_connections_without_calls_make_room(cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_grpc_connections_without_calls_make_room(
+    cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those with calls stay, however many come."""
     monkeypatch.setattr(connections, "QUIET_S", 0.01)
     monkeypatch.setattr(connections, "BUSY_S", 0.01)
@@ -97,7 +104,9 @@ async def test_grpc_connections_without_calls_make_room(cluster: ScriptedCluster
 
 
 async def _generate(channel: grpc.aio.Channel) -> pb.GenerateResponse:
-    answer: pb.GenerateResponse = await pdserve_pb2_grpc.GenerationStub(channel).Generate(request(), wait_for_ready=True)
+    answer: pb.GenerateResponse = await pdserve_pb2_grpc.GenerationStub(channel).Generate(
+        request(), wait_for_ready=True
+    )
     return answer
 
 
@@ -105,7 +114,9 @@ def test_workers_keep_descriptors_whatever_clients_open() -> None:
     assert connections_of_each(4096, 1 << 16) == 4096
     for num_descriptors in (1024, 2048, 4096):
         each = connections_of_each(4096, num_descriptors)
-        assert each + each // 2 + each <= num_descriptors - RESERVED_DESCRIPTORS, "gRPC's with its slack, and HTTP's"
+        assert each + each // 2 + each <= num_descriptors - RESERVED_DESCRIPTORS, (
+            "gRPC's with its slack, and HTTP's"
+        )
 
 
 async def test_without_descriptors_accepting_pauses_and_says_so_once(
@@ -147,15 +158,24 @@ async def refusal(call: Any) -> grpc.aio.AioRpcError:
     return caught.value
 
 
-async def test_health_watches_of_one_connection_leave_room_for_calls(cluster: ScriptedCluster, keys: dict[str, Any]) -> None:
-    async with serving(cluster, keys, max_open_calls=8) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+async def test_health_watches_of_one_connection_leave_room_for_calls(
+    cluster: ScriptedCluster, keys: dict[str, Any]
+) -> None:
+    async with (
+        serving(cluster, keys, max_open_calls=8) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
         watches = [health_pb2_grpc.HealthStub(channel).Watch(WATCH) for _ in range(500)]
         answers = await asyncio.gather(*(anext(aiter(watch)) for watch in watches), return_exceptions=True)
         refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
         assert len(refused) == 500 - KeylessCalls.MAX_OF_ONE_CONNECTION
         assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        async with grpc.aio.insecure_channel(server.grpc_address, (("grpc.use_local_subchannel_pool", 1),)) as another:
-            assert (await health_pb2_grpc.HealthStub(another).Check(WATCH)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        async with grpc.aio.insecure_channel(
+            server.grpc_address, (("grpc.use_local_subchannel_pool", 1),)
+        ) as another:
+            assert (
+                await health_pb2_grpc.HealthStub(another).Check(WATCH)
+            ).status == health_pb2.HealthCheckResponse.NOT_SERVING
             stub = pdserve_pb2_grpc.GenerationStub(another)
             assert len((await stub.Generate(request(), metadata=as_key(ALICE))).choices) == 1
         for watch in watches:
@@ -192,9 +212,14 @@ async def test_no_key_takes_all_calls(
         await never.wait()
         yield b""
 
-    async with serving(cluster, keys, max_open_calls=8) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
+    async with (
+        serving(cluster, keys, max_open_calls=8) as server,
+        grpc.aio.insecure_channel(server.grpc_address) as channel,
+    ):
         silent = [
-            channel.stream_unary("/pdserve.v1.Generation/Generate", None, None)(messages(), metadata=as_key(MALLORY))
+            channel.stream_unary("/pdserve.v1.Generation/Generate", None, None)(
+                messages(), metadata=as_key(MALLORY)
+            )
             for _ in range(50)
         ]
         ends = asyncio.as_completed([asyncio.ensure_future(refusal(call)) for call in silent])
@@ -224,11 +249,16 @@ async def test_bodies_are_bounded_in_total_and_given_back(cluster: ScriptedClust
         assert server.http_address is not None
         opened = await connect(server.http_address, 2)
         for _, writer in opened:  # 90 KB each of the 128 KiB that one client may hold
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 95000\r\n\r\n" + b" " * 90_000)
+            writer.write(
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 95000\r\n\r\n"
+                + b" " * 90_000
+            )
         refused = await first_to_end(opened)
         hang_up([opened[1 - refused]])
         async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
-            while (answer := await http.post("/v1/completions", json={"prompt": "a" * 90_000})).status_code == 429:
+            while (
+                answer := await http.post("/v1/completions", json={"prompt": "a" * 90_000})
+            ).status_code == 429:
                 assert answer.json()["error"]["code"] == "too_many_bytes"
             assert answer.status_code == 400  # read, and refused for its length
         hang_up(opened)
@@ -281,7 +311,9 @@ async def test_a_message_that_comes_at_once_needs_no_place() -> None:
 
 async def test_a_message_that_never_comes_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_bounds, "MESSAGE_TIMEOUT_S", 0.01)
-    assert await _receive(PendingReads(4), "alice", asyncio.Event()) == "the message did not come within 0.01 s"
+    assert (
+        await _receive(PendingReads(4), "alice", asyncio.Event()) == "the message did not come within 0.01 s"
+    )
 
 
 @pytest.mark.parametrize(

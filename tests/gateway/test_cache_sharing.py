@@ -1,4 +1,5 @@
-"""Cached prefixes belong to whom they came from: what one key has sent shows in nothing that another is answered."""
+"""Cached prefixes belong to whom they came from: what one key has sent shows in nothing that another is
+answered."""
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -59,7 +60,11 @@ class CachingCluster(ScriptedCluster):
 
 
 def _changed(value: Any, **changes: Any) -> Any:
-    return msgspec.structs.replace(value, **changes) if isinstance(value, msgspec.Struct) else replace(value, **changes)
+    return (
+        msgspec.structs.replace(value, **changes)
+        if isinstance(value, msgspec.Struct)
+        else replace(value, **changes)
+    )
 
 
 @pytest.fixture
@@ -74,7 +79,9 @@ def sharing() -> str | None:
 
 
 @pytest.fixture
-async def server(cluster: ScriptedCluster, tmp_path: Path, sharing: str | None) -> AsyncIterator[GatewayServer]:
+async def server(
+    cluster: ScriptedCluster, tmp_path: Path, sharing: str | None
+) -> AsyncIterator[GatewayServer]:
     path = tmp_path / "keys"
     path.touch(0o600)
     path.write_text("".join(f"{key.line}\n" for key in KEYS))
@@ -83,7 +90,9 @@ async def server(cluster: ScriptedCluster, tmp_path: Path, sharing: str | None) 
     if sharing is not None:
         settings["kv"]["cache_sharing"] = sharing
     config = ClusterConfig.model_validate(settings)
-    gateway = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer), local=f"unix:{tmp_path}/local")
+    gateway = await serve(
+        cluster, config, cluster.tokenizer, model_info(cluster.tokenizer), local=f"unix:{tmp_path}/local"
+    )
     yield gateway
     await gateway.stop(0)
 
@@ -96,7 +105,9 @@ class Asker:
     http: httpx.AsyncClient
 
     async def over_grpc(self, key: str, text: str = SECRET, salt: str = "") -> int:
-        message = pb.GenerateRequest(prompt=pb.Prompt(text=text), sampling=pb.SamplingParams(max_tokens=1), cache_salt=salt)
+        message = pb.GenerateRequest(
+            prompt=pb.Prompt(text=text), sampling=pb.SamplingParams(max_tokens=1), cache_salt=salt
+        )
         answer = await self.generation.Generate(message, metadata=(("authorization", f"Bearer {key}"),))
         (attempt,) = answer.timeline.attempts
         assert attempt.prefill.num_cached_tokens == answer.usage.cached_tokens
@@ -104,7 +115,9 @@ class Asker:
 
     async def over_http(self, key: str, text: str = SECRET, salt: str = "") -> int:
         body = {"prompt": text, "max_tokens": 1, "cache_salt": salt}
-        answer = await self.http.post("/v1/completions", json=body, headers={"authorization": f"Bearer {key}"})
+        answer = await self.http.post(
+            "/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}
+        )
         details = json.loads(answer.text)["usage"]["prompt_tokens_details"]
         return int(details["cached_tokens"])
 
@@ -130,7 +143,9 @@ async def test_nor_over_http(ask: Asker) -> None:
     assert await ask.over_http(ALICE) > 0
 
 
-@pytest.mark.parametrize("salt", ["key:alice/", "alice/", "/key:alice/", "key:alice", "all/", "group:lab/", "../key:alice/"])
+@pytest.mark.parametrize(
+    "salt", ["key:alice/", "alice/", "/key:alice/", "key:alice", "all/", "group:lab/", "../key:alice/"]
+)
 async def test_no_salt_of_a_client_reaches_what_is_anothers(ask: Asker, salt: str) -> None:
     await ask.over_grpc(ALICE)
     assert await ask.over_grpc(BOB, salt=salt) == 0

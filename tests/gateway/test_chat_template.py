@@ -18,7 +18,10 @@ WITH_TOOLS: list[dict[str, Any]] = [
         "role": "assistant",
         "content": None,
         "tool_calls": [
-            {"id": "call-123456789", "function": {"name": "warmth", "arguments": {"where": "Pôrto", "deep": [1, {"b": True}]}}}
+            {
+                "id": "call-123456789",
+                "function": {"name": "warmth", "arguments": {"where": "Pôrto", "deep": [1, {"b": True}]}},
+            }
         ],
     },
     {"role": "tool", "content": [{"celsius": 21.5, "text": "21,5"}]},
@@ -26,36 +29,72 @@ WITH_TOOLS: list[dict[str, Any]] = [
     {"role": "user", "content": "<b>thanks</b>"},
 ]
 TEMPLATES = {
-    "loop": "{% for m in messages %}\n{{ loop.index }}{{ m['role'] + ':' + m.content | trim }}{{ eos_token }}\n{% endfor %}",
-    "loop variables": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "loop": (
+        "{% for m in messages %}\n{{ loop.index }}{{ m['role'] + ':' + m.content | trim }}{{ eos_token }}\n{%"
+        " endfor %}"
+    ),
+    "loop variables": (
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"
+    ),
     "conditions": "{% for m in messages if m.role != 'system' %}{{ m.content }}{% else %}none{% endfor %}",
-    "macro": "{% macro show(m) -%}[{{ m.role }}]{%- endmacro %}{% for m in messages %}{{ show(m) ~ '-' ~ 1 }}{% endfor %}",
-    "arguments": "{% macro all() %}{{ varargs }}{{ kwargs }}{% endmacro %}{{ all(1, 'x', a=[2]) }}{{ dict(messages[0], b=2) }}",
+    "macro": (
+        "{% macro show(m) -%}[{{ m.role }}]{%- endmacro %}{% for m in messages %}{{ show(m) ~ '-' ~ 1 }}{%"
+        " endfor %}"
+    ),
+    "arguments": (
+        "{% macro all() %}{{ varargs }}{{ kwargs }}{% endmacro %}{{ all(1, 'x', a=[2]) }}{{ dict(messages[0],"
+        " b=2) }}"
+    ),
     "json": "{{ messages | tojson(indent=2) }}{{ messages[0] | tojson }}",
     "break": "{% for m in messages %}{{ m.role }}{% break %}{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
-    "tools": "{% if tools %}tools{% elif tools is none %}no tools{% endif %}{% if add_generation_prompt %}go{% endif %}",
-    "slices": "{{ messages[1:][0].content.split(' ')[-1] }}{{ '-' * 3 }}{{ 2 ** 3 + 7 % 4 }}{{ [1, 2] * 2 + [3] }}"
-    "{{ 'abc'[::-1] }}",
-    "recursion": "{% for m in [[1], 2] recursive %}{% if m is iterable %}{{ loop(m) }}{% else %}{{ m }}{% endif %}{% endfor %}",
-    "call": "{% macro box() %}<{{ caller() }}>{% endmacro %}{% call box() %}{{ messages[0].content }}{% endcall %}",
-    "texts": "{{ 'a-b-a'.replace('a', 'cc', 1) }}{{ ' x '.strip() }}{{ 'xay'.rsplit('a', 1) }}{{ 'a\nb'.splitlines() }}"
-    "{{ 'xay'.partition('a') }}{{ 'aXa'.rfind('a') }}{{ 'x'.ljust(3) }}{{ '7'.zfill(3) }}{{ ', '.join(['a', 'b']) }}",
-    "formats": "{{ '{}-{b}-{}'.format(1, [2], b='c') }}{{ '%s=%05.2f' | format('x', 1.5) }}{{ '%d%%' % 3 }}"
-    "{{ '%(a)s' % {'a': 1} }}",
-    "filters": "{{ 'a b\nc' | title | indent(2, true) }}{{ [3, 1, 2] | sort | reverse | list }}{{ [1, 1.5] | sum }}"
-    "{{ 2.5 | round }}{{ 'aab' | list | unique | join('+') }}{{ '<a&b>' | e }}{{ [2, 1] | min }}{{ 'ab' | replace('a', '') }}"
-    "{{ '7' | int + 1 }}",
-    "blocks": "{% set t %}a{% block b %}<{{ t }}>{% endblock %}{% endset %}{{ t }}{% filter upper %}x{{ 'y' }}{% endfilter %}"
-    "{% with a = 1 %}{{ a }}{% endwith %}",
+    "tools": (
+        "{% if tools %}tools{% elif tools is none %}no tools{% endif %}{% if add_generation_prompt %}go{%"
+        " endif %}"
+    ),
+    "slices": (
+        "{{ messages[1:][0].content.split(' ')[-1] }}{{ '-' * 3 }}{{ 2 ** 3 + 7 % 4 }}{{ [1, 2] * 2 + [3] }}"
+        "{{ 'abc'[::-1] }}"
+    ),
+    "recursion": (
+        "{% for m in [[1], 2] recursive %}{% if m is iterable %}{{ loop(m) }}{% else %}{{ m }}{% endif %}{%"
+        " endfor %}"
+    ),
+    "call": (
+        "{% macro box() %}<{{ caller() }}>{% endmacro %}{% call box() %}{{ messages[0].content }}{%"
+        " endcall %}"
+    ),
+    "texts": (
+        "{{ 'a-b-a'.replace('a', 'cc', 1) }}{{ ' x '.strip() }}{{ 'xay'.rsplit('a', 1) }}{{"
+        " 'a\nb'.splitlines() }}{{ 'xay'.partition('a') }}{{ 'aXa'.rfind('a') }}{{ 'x'.ljust(3) }}{{"
+        " '7'.zfill(3) }}{{ ', '.join(['a', 'b']) }}"
+    ),
+    "formats": (
+        "{{ '{}-{b}-{}'.format(1, [2], b='c') }}{{ '%s=%05.2f' | format('x', 1.5) }}{{ '%d%%' % 3 }}"
+        "{{ '%(a)s' % {'a': 1} }}"
+    ),
+    "filters": (
+        "{{ 'a b\nc' | title | indent(2, true) }}{{ [3, 1, 2] | sort | reverse | list }}{{ [1, 1.5] | sum"
+        " }}{{ 2.5 | round }}{{ 'aab' | list | unique | join('+') }}{{ '<a&b>' | e }}{{ [2, 1] | min }}{{"
+        " 'ab' | replace('a', '') }}{{ '7' | int + 1 }}"
+    ),
+    "blocks": (
+        "{% set t %}a{% block b %}<{{ t }}>{% endblock %}{% endset %}{{ t }}{% filter upper %}x{{ 'y' }}{%"
+        " endfilter %}{% with a = 1 %}{{ a }}{% endwith %}"
+    ),
 }
 
 
 def _rendered_by_transformers(source: str, chat: list[dict[str, Any]], add_generation_prompt: bool) -> str:
     reference = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level()._backend, bos_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=source
+        tokenizer_object=byte_level()._backend,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=source,
     )
-    return str(reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt))
+    return str(
+        reference.apply_chat_template(chat, tokenize=False, add_generation_prompt=add_generation_prompt)
+    )
 
 
 def _template(source: str) -> ChatTemplate:
@@ -65,7 +104,9 @@ def _template(source: str) -> ChatTemplate:
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_renders_as_transformers_renders_it(name: str, add: bool) -> None:
-    assert _template(TEMPLATES[name]).render(CHAT, add) == _rendered_by_transformers(TEMPLATES[name], CHAT, add)
+    assert _template(TEMPLATES[name]).render(CHAT, add) == _rendered_by_transformers(
+        TEMPLATES[name], CHAT, add
+    )
 
 
 @pytest.mark.parametrize("chat", [CHAT, WITH_TOOLS], ids=["plain", "tools"])
@@ -78,7 +119,10 @@ def test_templates_of_the_well_known_families_render_as_transformers_renders_the
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_conversation_of_megabytes_is_rendered(name: str) -> None:
-    chat = [*CHAT, *({"role": role, "content": "wörd " * 4000} for _ in range(25) for role in ("assistant", "user"))]
+    chat = [
+        *CHAT,
+        *({"role": role, "content": "wörd " * 4000} for _ in range(25) for role in ("assistant", "user")),
+    ]
     assert len(_template(FAMILIES[name]).render(chat, timeout_s=60.0)) > 1_000_000
 
 

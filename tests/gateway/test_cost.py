@@ -37,7 +37,10 @@ def full_price(prompt: pb.Prompt = TEXT, fills: bool = False, **sampling: Any) -
         ({"max_tokens": 1, "prompt_logprobs": 1, "logprobs": 1}, 13),  # 11 + 1.1
         ({"fills": True}, 10 + 200),
         ({"fills": True, "max_tokens": 7}, 10 + 7),
-        ({"max_tokens": 10**9, "n": 10**9, "logprobs": 10**9}, 10 + 4 * 200 * 3),  # refused later: no more than the limits
+        (
+            {"max_tokens": 10**9, "n": 10**9, "logprobs": 10**9},
+            10 + 4 * 200 * 3,
+        ),  # refused later: no more than the limits
         ({"max_tokens": -1, "n": -1, "logprobs": -1, "prompt_logprobs": -1}, 10 + 1),
     ],
 )
@@ -119,7 +122,12 @@ def test_work_that_was_done_stays_paid_and_all_else_is_given_back(kind: str, fat
     share=st.floats(0, 1),
 )
 def test_in_the_end_a_bucket_has_lost_exactly_what_was_used(
-    estimate: int, num_prompt: int, max_tokens: int, num_choices: int, alternatives: tuple[int, int], share: float
+    estimate: int,
+    num_prompt: int,
+    max_tokens: int,
+    num_choices: int,
+    alternatives: tuple[int, int],
+    share: float,
 ) -> None:
     per_minute = 10**6
     bucket = TokenBucket(per_minute, 0.0)
@@ -139,4 +147,6 @@ def test_in_the_end_a_bucket_has_lost_exactly_what_was_used(
     charge.settle(num_output, 0.0)
     tenths = num_prompt * (10 + alternatives[0]) + num_output * (10 + alternatives[1])
     used = ceil(tenths / 10)
-    assert bucket.take(per_minute, 0.0) * per_minute / 60 == pytest.approx(used)  # how much of a minute's worth is missing
+    assert bucket.take(per_minute, 0.0) * per_minute / 60 == pytest.approx(
+        used
+    )  # how much of a minute's worth is missing

@@ -88,7 +88,9 @@ def test_a_prompt_cut_within_a_character_is_completed_and_not_repeated() -> None
     token_ids = list(tokenizer.encode("the dog 🦊 sleeps"))
     for split in range(1, len(token_ids)):
         before = tokenizer.decode(token_ids[:split]).rstrip("\ufffd")
-        assert before + "".join(stream(tokenizer, token_ids[:split], token_ids[split:])) == "the dog 🦊 sleeps"
+        assert (
+            before + "".join(stream(tokenizer, token_ids[:split], token_ids[split:])) == "the dog 🦊 sleeps"
+        )
 
 
 def test_the_space_between_prompt_and_output_is_kept() -> None:

@@ -1,4 +1,5 @@
-"""Whatever kind of tokenizer a checkpoint has: prompt and deltas together are the text of the whole, at every split."""
+"""Whatever kind of tokenizer a checkpoint has: prompt and deltas together are the text of the whole, at every
+split."""
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -16,7 +17,23 @@ KINDS = {
     "word pieces": word_piece,
 }
 words = st.sampled_from(
-    ["the", " dog", " and", "  ", "\n", ".", ",", "'s", " n't", "def", "é", "你好", "🦊", "👩\u200d🚀", "g\u0308"]
+    [
+        "the",
+        " dog",
+        " and",
+        "  ",
+        "\n",
+        ".",
+        ",",
+        "'s",
+        " n't",
+        "def",
+        "é",
+        "你好",
+        "🦊",
+        "👩\u200d🚀",
+        "g\u0308",
+    ]
 )
 texts = st.one_of(
     st.lists(words, max_size=12).map("".join),

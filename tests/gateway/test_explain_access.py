@@ -58,14 +58,18 @@ async def explained(admin: "pdserve_pb2_grpc.ClusterAsyncStub", request_id: str,
     return (await admin.Explain(pb.ExplainRequest(request_id=request_id), metadata=shown)).request_id
 
 
-async def code(admin: "pdserve_pb2_grpc.ClusterAsyncStub", request_id: str, key: str | None) -> grpc.StatusCode:
+async def code(
+    admin: "pdserve_pb2_grpc.ClusterAsyncStub", request_id: str, key: str | None
+) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await explained(admin, request_id, key)
     return caught.value.code()
 
 
 @pytest.mark.usefixtures("made")
-async def test_a_client_finds_its_own_requests_by_the_ids_it_gave(admin: "pdserve_pb2_grpc.ClusterAsyncStub") -> None:
+async def test_a_client_finds_its_own_requests_by_the_ids_it_gave(
+    admin: "pdserve_pb2_grpc.ClusterAsyncStub",
+) -> None:
     assert await explained(admin, "first", ALICE) == "alice/first"
     assert await explained(admin, "both", ALICE) == "alice/both"
     assert await explained(admin, "both", BOB) == "bob/both"

@@ -93,12 +93,15 @@ async def test_tiny_chunks_are_a_body_like_any_other(server: GatewayServer) -> N
 async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(
     server: GatewayServer, cluster: ScriptedCluster, length: bytes
 ) -> None:
-    """Others are answered while most of the flood is still unparsed, also where a length makes it look cheap."""
+    """Others are answered while most of the flood is still unparsed, also where a length makes it look
+    cheap."""
     assert server._http is not None
     opened = [await connection(server) for _ in range(20)]
     for _, writer in opened:
         writer.write(HEAD + length + b"transfer-encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 30_000)
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=30) as http:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=30
+    ) as http:
         for _ in range(3):
             assert (await http.get("/livez")).status_code == 200
     connections = cast(set[Connection], server._http._state.connections)

@@ -13,7 +13,9 @@ from tests.gateway.support import EOS, ScriptedCluster
 from tests.gateway.test_admin import config_yaml
 
 
-async def test_tokens_stream_with_contiguous_indices_then_one_end_each(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_tokens_stream_with_contiguous_indices_then_one_end_each(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     events = await stream(generation, ask(max_tokens=7))
     deltas = [event.tokens for event in events if event.HasField("tokens")]
     assert [delta.index for delta in deltas] == list(range(7))
@@ -55,11 +57,21 @@ async def test_the_timeline_tells_each_leg(generation: Stub) -> None:
     assert attempt.decode.duration_s == pytest.approx(0.06)
 
 
-async def test_unset_parameters_have_their_defaults_and_a_drawn_seed(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_unset_parameters_have_their_defaults_and_a_drawn_seed(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     await stream(generation, pb.GenerateRequest(prompt=pb.Prompt(text="hello")))
-    await stream(generation, ask(temperature=0.0, top_k=5, stop_token_ids=[7], ignore_eos=True, seed=2**64 - 1))
+    await stream(
+        generation, ask(temperature=0.0, top_k=5, stop_token_ids=[7], ignore_eos=True, seed=2**64 - 1)
+    )
     drawn, asked = (request.sampling for request in cluster.requests)
-    assert (drawn.max_tokens, drawn.temperature, drawn.n, drawn.logprobs, drawn.stop) == (16, 1.0, 1, None, ())
+    assert (drawn.max_tokens, drawn.temperature, drawn.n, drawn.logprobs, drawn.stop) == (
+        16,
+        1.0,
+        1,
+        None,
+        (),
+    )
     assert (asked.temperature, asked.top_k, asked.stop_token_ids, asked.ignore_eos) == (0.0, 5, (7,), True)
     assert asked.seed == 2**64 - 1
     assert drawn.logit_bias == ()
@@ -71,7 +83,9 @@ async def test_biases_reach_the_workers_in_one_order(generation: Stub, cluster: 
     assert cluster.requests[0].sampling.logit_bias == ((7, 100.0), (12, 0.0), (300, -1.5))
 
 
-async def test_an_end_of_text_token_ends_a_choice_without_text(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_an_end_of_text_token_ends_a_choice_without_text(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     cluster.eos_after = 3
     events = await stream(generation, ask(max_tokens=9))
     end = next(event.choice_end for event in events if event.HasField("choice_end"))
@@ -81,7 +95,9 @@ async def test_an_end_of_text_token_ends_a_choice_without_text(generation: Stub,
     assert events[-1].end.usage.completion_tokens == 4
 
 
-async def test_a_stop_string_across_tokens_ends_only_its_choice(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_a_stop_string_across_tokens_ends_only_its_choice(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     events = await stream(generation, ask(max_tokens=40, n=2, stop=["fox jumps", "no such"]))
     ends = [event.choice_end for event in events if event.HasField("choice_end")]
     assert [(end.choice, end.finish_reason, end.stop_string) for end in ends] == [
@@ -94,7 +110,9 @@ async def test_a_stop_string_across_tokens_ends_only_its_choice(generation: Stub
     assert events[-1].HasField("end")
 
 
-async def test_stop_strings_do_not_count_before_min_tokens(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_stop_strings_do_not_count_before_min_tokens(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     num_tokens = len(cluster.token_ids)
     events = await stream(generation, ask(max_tokens=2 * num_tokens, min_tokens=num_tokens, stop=["quick"]))
     assert text_of(events).count("quick") == 1
@@ -124,7 +142,9 @@ async def test_leaving_a_stream_frees_what_it_holds(generation: Stub, cluster: S
     await cluster.all_closed.wait()
 
 
-async def test_a_deadline_travels_with_the_request_and_ends_it(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_a_deadline_travels_with_the_request_and_ends_it(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     cluster.hold_after = 0
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await generation.Generate(ask(), timeout=0.2)
@@ -140,7 +160,9 @@ async def test_a_request_counts_for_the_client_it_names_or_for_its_connection(
     named.client_id = "alice"
     for request in (ask(), ask(), named):
         await generation.Generate(request)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", (("grpc.use_local_subchannel_pool", 1),)) as other:
+    async with grpc.aio.insecure_channel(
+        f"127.0.0.1:{server.port}", (("grpc.use_local_subchannel_pool", 1),)
+    ) as other:
         await pdserve_pb2_grpc.GenerationStub(other).Generate(ask())
     first, again, alice, elsewhere = (request.client for request in cluster.requests)
     assert first == again
@@ -197,7 +219,9 @@ async def test_a_client_that_comes_back_gets_the_tokens_and_the_text_that_it_lac
         before = "".join(delta.text for delta in deltas if delta.choice == 0 and delta.index < num_tokens)
         assert before + text_of(rest) == text_of(whole)
         lacking = [event.tokens for event in rest if event.HasField("tokens") and event.tokens.token_ids]
-        assert [(delta.choice, delta.index) for delta in lacking] == [(0, index) for index in range(num_tokens, 9)]
+        assert [(delta.choice, delta.index) for delta in lacking] == [
+            (0, index) for index in range(num_tokens, 9)
+        ]
         assert [event.choice_end.choice for event in rest if event.HasField("choice_end")] == [0, 1]
         assert rest[-1].end.usage == whole[-1].end.usage
 
@@ -212,7 +236,9 @@ async def test_a_stop_string_that_begins_before_the_gap_is_found_after_it(genera
     assert [event.choice_end.stop_string for event in rest if event.HasField("choice_end")] == ["brown"]
 
 
-async def test_without_a_seed_the_name_of_a_request_decides_its_output(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_without_a_seed_the_name_of_a_request_decides_its_output(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     for name in ("a", "a", "b", "", ""):
         await stream(generation, pb.GenerateRequest(prompt=pb.Prompt(text="hello"), request_id=name))
     first, again, *others = [request.sampling.seed for request in cluster.requests]

@@ -1,4 +1,5 @@
-"""What clients did to other servers, and what it does here: nothing to others, and a refusal that says why."""
+"""What clients did to other servers, and what it does here: nothing to others, and a refusal that says
+why."""
 
 import asyncio
 import socket
@@ -48,14 +49,20 @@ async def test_names_that_would_forge_lines_of_a_log_are_refused(
     assert cluster.requests == [] and forged not in caplog.text
 
 
-async def test_a_file_name_cannot_forge_the_lines_of_an_error(admin: "pdserve_pb2_grpc.ClusterAsyncStub") -> None:
+async def test_a_file_name_cannot_forge_the_lines_of_an_error(
+    admin: "pdserve_pb2_grpc.ClusterAsyncStub",
+) -> None:
     error = await refusal(admin.Apply(pb.ApplyRequest(config_yaml="x", filename="a\nb")))
     assert (error.details() or "").startswith("filename: ")
 
 
 @pytest.mark.parametrize("n", [17, 10**6, 2**31 - 1])
-async def test_a_bomb_of_choices_is_refused_before_it_takes_memory(generation: Stub, cluster: ScriptedCluster, n: int) -> None:
-    error = await refusal(generation.Generate(pb.GenerateRequest(prompt=TEXT, sampling=pb.SamplingParams(n=n))))
+async def test_a_bomb_of_choices_is_refused_before_it_takes_memory(
+    generation: Stub, cluster: ScriptedCluster, n: int
+) -> None:
+    error = await refusal(
+        generation.Generate(pb.GenerateRequest(prompt=TEXT, sampling=pb.SamplingParams(n=n)))
+    )
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and (error.details() or "").startswith("n: ")
     assert cluster.requests == []
 
@@ -71,7 +78,11 @@ UNREADABLE = {
 @pytest.mark.parametrize("what", UNREADABLE)
 @pytest.mark.parametrize("method", ["Generation/Generate", "Generation/GenerateStream", "Cluster/Apply"])
 async def test_bytes_that_are_no_message_are_the_clients_mistake(
-    local_channel: grpc.aio.Channel, generation: Stub, caplog: pytest.LogCaptureFixture, method: str, what: str
+    local_channel: grpc.aio.Channel,
+    generation: Stub,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    what: str,
 ) -> None:
     error = await refusal(local_channel.unary_unary(f"/pdserve.v1.{method}", None, None)(UNREADABLE[what]))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -88,7 +99,9 @@ def bombs() -> dict[str, pb.GenerateRequest]:
         "stop": pb.GenerateRequest(prompt=TEXT, sampling=pb.SamplingParams(stop=["a"] * 10_001)),
         "resume_from": pb.GenerateRequest(prompt=TEXT, request_id="r", resume_from=[0] * 10_001),
         "prompt": pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[0] * 90_000))),
-        "stop_token_ids": pb.GenerateRequest(prompt=TEXT, sampling=pb.SamplingParams(stop_token_ids=[0] * 1025)),
+        "stop_token_ids": pb.GenerateRequest(
+            prompt=TEXT, sampling=pb.SamplingParams(stop_token_ids=[0] * 1025)
+        ),
     }
 
 
@@ -102,18 +115,28 @@ async def test_more_items_than_anybody_needs_are_refused_by_their_number(
     assert cluster.requests == []
 
 
-async def test_a_configuration_of_a_size_that_none_has_is_refused(admin: "pdserve_pb2_grpc.ClusterAsyncStub") -> None:
+async def test_a_configuration_of_a_size_that_none_has_is_refused(
+    admin: "pdserve_pb2_grpc.ClusterAsyncStub",
+) -> None:
     error = await refusal(admin.Apply(pb.ApplyRequest(config_yaml="[" * 70_000)))
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and (error.details() or "").startswith("config_yaml: ")
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and (error.details() or "").startswith(
+        "config_yaml: "
+    )
 
 
-@pytest.mark.parametrize("text", ["[" * 60_000, "a: &a [1]\nb: [" + "*a," * 15_000 + "]", "{" * 60_000, "- " * 30_000])
-async def test_a_configuration_that_is_deep_or_grows_is_refused(admin: "pdserve_pb2_grpc.ClusterAsyncStub", text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["[" * 60_000, "a: &a [1]\nb: [" + "*a," * 15_000 + "]", "{" * 60_000, "- " * 30_000]
+)
+async def test_a_configuration_that_is_deep_or_grows_is_refused(
+    admin: "pdserve_pb2_grpc.ClusterAsyncStub", text: str
+) -> None:
     error = await refusal(admin.Apply(pb.ApplyRequest(config_yaml=text)))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_connection_that_says_nothing_is_closed(cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_says_nothing_is_closed(
+    cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tests.gateway.conftest import CONFIG
 
     monkeypatch.setattr(app, "HANDSHAKE_TIMEOUT_MS", 300)

@@ -1,4 +1,5 @@
-"""Tokenizers that were made to do harm end in an error of the checkpoint, and harm a process that is there for that alone."""
+"""Tokenizers that were made to do harm end in an error of the checkpoint, and harm a process that is there
+for that alone."""
 
 import base64
 import json
@@ -63,7 +64,9 @@ def doubling(times: int) -> Json:
 
 def template(num_texts: int, num_ids: int) -> Json:
     special = {"x": {"id": "x", "ids": [0] * num_ids, "tokens": ["x"] * num_ids}}
-    single = [{"Sequence": {"id": "A", "type_id": 0}}] * num_texts + [{"SpecialToken": {"id": "x", "type_id": 0}}]
+    single = [{"Sequence": {"id": "A", "type_id": 0}}] * num_texts + [
+        {"SpecialToken": {"id": "x", "type_id": 0}}
+    ]
     return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
 
 
@@ -73,7 +76,12 @@ def charsmap(*replacements: bytes) -> str:
 
 
 def byte_level_parts(add_prefix_space: bool = False) -> Json:
-    return {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": add_prefix_space,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
 
 
 def parts(**changes: Any) -> Parts:
@@ -84,13 +92,20 @@ GROWING = {
     "2^60 by one text": {"normalizer": doubling(60)},
     "2^60 over sequences": {"normalizer": sequence("normalizers", doubling(30), doubling(30))},
     "2^20 by bytes as letters": {"pre_tokenizer": sequence("pretokenizers", *[byte_level_parts()] * 20)},
-    "both together": {"normalizer": doubling(7), "pre_tokenizer": sequence("pretokenizers", *[byte_level_parts()] * 3)},
+    "both together": {
+        "normalizer": doubling(7),
+        "pre_tokenizer": sequence("pretokenizers", *[byte_level_parts()] * 3),
+    },
     "a long replacement": {"normalizer": replace("x" * 10_000, String="a")},
     "a replacement of nothing": {"normalizer": replace("x" * 1000, String="")},
     "an expression that matches nothing": {"normalizer": replace("x" * 1000, Regex="(?=a)")},
     "a long beginning": {"normalizer": {"type": "Prepend", "prepend": "x" * 2000}},
-    "a beginning that grows": {"normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "a" * 900}, doubling(2))},
-    "SentencePiece's map": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap(b"a", b"x" * 1000)}},
+    "a beginning that grows": {
+        "normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "a" * 900}, doubling(2))
+    },
+    "SentencePiece's map": {
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap(b"a", b"x" * 1000)}
+    },
     "normal forms": {"normalizer": sequence("normalizers", *[{"type": "NFKD"}] * 3)},
     "texts repeated": {"post_processor": template(1000, 0)},
     "texts repeated in turn": {"post_processor": sequence("processors", template(2, 0), template(2, 0))},
@@ -115,7 +130,9 @@ def test_growth_is_refused_by_arithmetic(name: str) -> None:
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("kind", [byte_level, sentencepiece_like, metaspace, metaspace_with_bytes, word_piece])
+@pytest.mark.parametrize(
+    "kind", [byte_level, sentencepiece_like, metaspace, metaspace_with_bytes, word_piece]
+)
 def test_usual_tokenizers_are_within_the_bounds(kind: Any) -> None:
     check_growth(msgspec.json.decode(kind().to_json(), type=Parts))
     check_vocabulary(kind().vocabulary())
@@ -123,14 +140,21 @@ def test_usual_tokenizers_are_within_the_bounds(kind: Any) -> None:
 
 def test_the_tokenizer_of_a_multilingual_sentencepiece_is_within_the_bounds() -> None:
     """Its longest replacement has 33 bytes, as that of U+FDFA."""
-    steps = ({"type": "Precompiled", "precompiled_charsmap": charsmap(b"x" * 33)}, replace(" ", Regex=" {2,}"))
+    steps = (
+        {"type": "Precompiled", "precompiled_charsmap": charsmap(b"x" * 33)},
+        replace(" ", Regex=" {2,}"),
+    )
     pre_tokenizer = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     check_growth(parts(normalizer=sequence("normalizers", *steps), pre_tokenizer=pre_tokenizer))
 
 
-@pytest.mark.parametrize("inner", [lambda part: part, lambda part: sequence("decoders", {"type": "Fuse"}, part)])
+@pytest.mark.parametrize(
+    "inner", [lambda part: part, lambda part: sequence("decoders", {"type": "Fuse"}, part)]
+)
 def test_a_decoder_has_no_expressions(inner: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"its decoder replaces an expression \(Regex\), expected a text \(String\)"):
+    with pytest.raises(
+        CheckpointError, match=r"its decoder replaces an expression \(Regex\), expected a text \(String\)"
+    ):
         check_growth(parts(decoder=inner(replace("", Regex=r"(?=w[i]th statement)(?:.|.|.|.|.|.|.){8}\b\B"))))
 
 
@@ -178,7 +202,8 @@ STEPS = st.sampled_from(
     ]
 )
 TEXTS = st.text(
-    st.sampled_from("abc ÄȺİ中\ufdfa\u0390\u1e69\U0001d160\0") | st.characters(exclude_categories=["Cs"]), max_size=20
+    st.sampled_from("abc ÄȺİ中\ufdfa\u0390\u1e69\U0001d160\0") | st.characters(exclude_categories=["Cs"]),
+    max_size=20,
 )
 
 
@@ -215,13 +240,19 @@ def refusal(path: Path, limits: Limits = DEFAULT_LIMITS) -> str:
 
 def test_the_server_imports_neither_transformers_nor_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from pdserve.gateway.text.tokenizer import Tokenizer; "
-        f"Tokenizer.load(Path({str(MODEL_DIR)!r})); print([name for name in ('transformers', 'torch') if name in sys.modules])"
+        "import sys; from pathlib import Path; from pdserve.gateway.text.tokenizer import Tokenizer;"
+        f" Tokenizer.load(Path({str(MODEL_DIR)!r})); print([name for name in ('transformers', 'torch') if"
+        " name in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
-@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "file", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "chat_template.jinja"]
+)
 def test_a_pipe_or_a_device_is_refused_before_anything_starts(
     tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,8 +283,9 @@ def test_a_large_file_is_refused_before_anything_starts(
 
 def test_a_normalizer_that_grows_a_text_without_end_is_refused(tmp_path: Path) -> None:
     path = directory(tmp_path / "model", normalizer=doubling(60))
-    assert "its tokenizer cannot be loaded: its normalizer and pre_tokenizer can make a text 1024 times as long" in refusal(
-        path
+    assert (
+        "its tokenizer cannot be loaded: its normalizer and pre_tokenizer can make a text 1024 times as long"
+        in refusal(path)
     )
 
 
@@ -266,18 +298,27 @@ def test_an_expression_that_backtracks_without_end_is_refused(tmp_path: Path) ->
 
 def test_a_tokenizer_that_takes_too_much_time_is_refused(tmp_path: Path) -> None:
     path = directory(tmp_path / "model")
-    assert refusal(path, Limits(load_s=0.001)) == f"{path}: its tokenizer cannot be loaded: it takes too much time"
+    assert (
+        refusal(path, Limits(load_s=0.001))
+        == f"{path}: its tokenizer cannot be loaded: it takes too much time"
+    )
 
 
 def test_a_tokenizer_that_waits_without_work_is_refused(tmp_path: Path) -> None:
     path = directory(tmp_path / "model")
-    assert refusal(path, Limits(wall_s=0.01)) == f"{path}: its tokenizer cannot be loaded: it takes too much time"
+    assert (
+        refusal(path, Limits(wall_s=0.01))
+        == f"{path}: its tokenizer cannot be loaded: it takes too much time"
+    )
 
 
 def test_a_text_that_takes_too_much_time_is_refused(tmp_path: Path) -> None:
     slow = {"type": "Split", "pattern": {"Regex": "(?:a|aa){1,18}b"}, "behavior": "Isolated", "invert": False}
     path = directory(tmp_path / "model", pre_tokenizer=sequence("pretokenizers", *[slow] * 10))
-    assert refusal(path, Limits(probe_s=0.05)) == f"{path}: its tokenizer cannot be loaded: it takes too much time"
+    assert (
+        refusal(path, Limits(probe_s=0.05))
+        == f"{path}: its tokenizer cannot be loaded: it takes too much time"
+    )
 
 
 def test_a_tokenizer_that_takes_too_much_memory_is_refused(tmp_path: Path) -> None:
@@ -285,7 +326,10 @@ def test_a_tokenizer_that_takes_too_much_memory_is_refused(tmp_path: Path) -> No
     vocabulary = {f"token{index}": index for index in range(300_000)}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "token0"}
     directory(path, model=model, added_tokens=[])
-    assert refusal(path, Limits(memory_bytes=32 << 20)) == f"{path}: its tokenizer cannot be loaded: it takes too much memory"
+    assert (
+        refusal(path, Limits(memory_bytes=32 << 20))
+        == f"{path}: its tokenizer cannot be loaded: it takes too much memory"
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,7 +378,9 @@ def test_a_text_that_the_tokenizer_fails_over_is_an_invalid_request() -> None:
 def test_tokens_that_the_tokenizer_fails_over_are_an_invalid_request() -> None:
     data = exported(byte_level().pretrained)
     backend = Backend.from_str(data.backend_json)
-    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Replace(Regex("(b+)+$"), "")])
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Fuse(), decoders.Replace(Regex("(b+)+$"), "")]
+    )
     tokenizer = Tokenizer(msgspec.structs.replace(data, backend_json=backend.to_str()))
     (token_id,) = tokenizer.encode("b", add_special_tokens=False)
     other = tokenizer.encode("!", add_special_tokens=False)
@@ -346,7 +392,9 @@ def test_tokens_that_the_tokenizer_fails_over_are_an_invalid_request() -> None:
 def changed(**changes: Any) -> Tokenizer:
     """A byte-level tokenizer whose JSON has `changes`."""
     data = exported(byte_level().pretrained)
-    return Tokenizer(msgspec.structs.replace(data, backend_json=json.dumps(json.loads(data.backend_json) | changes)))
+    return Tokenizer(
+        msgspec.structs.replace(data, backend_json=json.dumps(json.loads(data.backend_json) | changes))
+    )
 
 
 def split(**pattern: str) -> Json:
@@ -364,7 +412,9 @@ TEKKEN = (
 )
 
 
-@pytest.mark.parametrize("kind", [byte_level, sentencepiece_like, metaspace, metaspace_with_bytes, word_piece])
+@pytest.mark.parametrize(
+    "kind", [byte_level, sentencepiece_like, metaspace, metaspace_with_bytes, word_piece]
+)
 def test_usual_tokenizers_do_not_stall(kind: Any) -> None:
     assert not kind().may_stall
 
@@ -377,7 +427,9 @@ def test_the_expressions_of_public_checkpoints_do_not_stall(expression: str) -> 
 
 UNUSUAL = {
     "an expression": {"pre_tokenizer": split(Regex=LLAMA_3 + "|x")},
-    "an expression of a normalizer": {"normalizer": sequence("normalizers", {"type": "NFC"}, replace("", Regex="a?"))},
+    "an expression of a normalizer": {
+        "normalizer": sequence("normalizers", {"type": "NFC"}, replace("", Regex="a?"))
+    },
     "a long text": {"pre_tokenizer": split(String="a" * 17)},
     "growth": {"normalizer": replace("x" * 17, String="a")},
     "parts": {"normalizer": sequence("normalizers", *[{"type": "Lowercase"}] * 8)},

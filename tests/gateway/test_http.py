@@ -30,14 +30,19 @@ async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def client(server: GatewayServer) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0
+    ) as client:
         yield client
 
 
 async def chunks(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
     """The events of a stream; the last one must be the end."""
     response = await http.post(path, json=body | {"stream": True})
-    assert (response.status_code, response.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert (response.status_code, response.headers["content-type"]) == (
+        200,
+        "text/event-stream; charset=utf-8",
+    )
     events = [event.removeprefix("data: ") for event in response.text.removesuffix("\n\n").split("\n\n")]
     assert events.pop() == "[DONE]"
     return [json.loads(event) for event in events]
@@ -69,16 +74,25 @@ async def test_the_official_client_completes(client: openai.AsyncOpenAI, cluster
 async def test_the_official_client_chats(client: openai.AsyncOpenAI, cluster: ScriptedCluster) -> None:
     answer = await client.chat.completions.create(
         model="tiny",
-        messages=[{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}],
+        messages=[
+            {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}
+        ],
         max_completion_tokens=2,
         logprobs=True,
         top_logprobs=2,
         extra_body={"min_tokens": 1, "ignore_eos": True, "top_k": -1},
     )
     (choice,) = answer.choices
-    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "the quick", "length")
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == (
+        "assistant",
+        "the quick",
+        "length",
+    )
     assert choice.logprobs is not None and choice.logprobs.content is not None
-    assert [(item.token, len(item.top_logprobs)) for item in choice.logprobs.content] == [("the", 2), (" quick", 2)]
+    assert [(item.token, len(item.top_logprobs)) for item in choice.logprobs.content] == [
+        ("the", 2),
+        (" quick", 2),
+    ]
     sampling = cluster.requests[0].sampling
     assert (sampling.min_tokens, sampling.ignore_eos, sampling.top_k, sampling.logprobs) == (1, True, 0, 2)
     assert "hel\nlo" in cluster.tokenizer.decode(cluster.requests[0].prompt_token_ids)
@@ -108,10 +122,16 @@ async def test_the_synchronous_client_too(server: GatewayServer) -> None:
     assert await asyncio.to_thread(ask) == ["the quick", "the quick"]
 
 
-async def test_errors_are_those_of_the_official_client(client: openai.AsyncOpenAI, cluster: ScriptedCluster) -> None:
+async def test_errors_are_those_of_the_official_client(
+    client: openai.AsyncOpenAI, cluster: ScriptedCluster
+) -> None:
     with pytest.raises(openai.BadRequestError, match=r"temperature: -1.0 is not valid") as bad:
         await client.completions.create(model="tiny", prompt="hello", temperature=-1)
-    assert (bad.value.param, bad.value.code, bad.value.type) == ("temperature", "invalid_value", "invalid_request_error")
+    assert (bad.value.param, bad.value.code, bad.value.type) == (
+        "temperature",
+        "invalid_value",
+        "invalid_request_error",
+    )
     with pytest.raises(openai.NotFoundError, match="'gpt' is not served here") as unknown:
         await client.chat.completions.create(model="gpt", messages=[USER])
     assert unknown.value.code == "model_not_found"
@@ -119,18 +139,27 @@ async def test_errors_are_those_of_the_official_client(client: openai.AsyncOpenA
     cluster.refusal = QueueFull(1024, 1.25)
     with pytest.raises(openai.RateLimitError, match="1024 requests are queued") as full:
         await client.completions.create(model="tiny", prompt="hello", stream=True)
-    assert (full.value.response.headers["retry-after"], full.value.response.headers["retry-after-ms"]) == ("2", "1250")
+    assert (full.value.response.headers["retry-after"], full.value.response.headers["retry-after-ms"]) == (
+        "2",
+        "1250",
+    )
     cluster.refusal = NoWorkerAvailable("no worker is ready")
     with pytest.raises(openai.InternalServerError, match="no worker is ready") as gone:
         await client.completions.create(model="tiny", prompt="hello")
     assert (gone.value.status_code, gone.value.response.headers["retry-after"]) == (503, "1")
 
 
-async def test_the_official_client_comes_back_when_it_is_told_to(server: GatewayServer, cluster: ScriptedCluster) -> None:
+async def test_the_official_client_comes_back_when_it_is_told_to(
+    server: GatewayServer, cluster: ScriptedCluster
+) -> None:
     cluster.refusal = QueueFull(1024, 0.01)
     cluster.refuses_once = True
-    async with openai.AsyncOpenAI(base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=1) as client:
-        assert (await client.completions.create(model="tiny", prompt="hello", max_tokens=1)).choices[0].text == "the"
+    async with openai.AsyncOpenAI(
+        base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=1
+    ) as client:
+        assert (await client.completions.create(model="tiny", prompt="hello", max_tokens=1)).choices[
+            0
+        ].text == "the"
 
 
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.DEADLINE])
@@ -177,12 +206,21 @@ async def test_chunks_are_as_described(http: httpx.AsyncClient) -> None:
     body = {"prompt": [[7], [5, 6]], "logprobs": 1} | wanted
     for chunk in await chunks(http, "/v1/completions", **body):
         check(answers.Completion, chunk)
-    for chunk in await chunks(http, "/v1/chat/completions", messages=[USER], logprobs=True, top_logprobs=1, **wanted):
+    for chunk in await chunks(
+        http, "/v1/chat/completions", messages=[USER], logprobs=True, top_logprobs=1, **wanted
+    ):
         check(answers.ChatCompletionChunk, chunk)
 
 
 async def test_a_stream_put_together_is_the_whole_answer(http: httpx.AsyncClient) -> None:
-    body = {"prompt": ["hello", "hi"], "n": 2, "max_tokens": 9, "return_token_ids": True, "stop": "fox", "echo": True}
+    body = {
+        "prompt": ["hello", "hi"],
+        "n": 2,
+        "max_tokens": 9,
+        "return_token_ids": True,
+        "stop": "fox",
+        "echo": True,
+    }
     whole = (await http.post("/v1/completions", json=body)).json()
     parts = await chunks(http, "/v1/completions", **body)
     for choice in whole["choices"]:
@@ -190,7 +228,11 @@ async def test_a_stream_put_together_is_the_whole_answer(http: httpx.AsyncClient
         assert "".join(part["text"] for part in mine) == choice["text"]
         assert [token_id for part in mine for token_id in part["token_ids"]] == choice["token_ids"]
         assert mine[0]["prompt_token_ids"] == choice["prompt_token_ids"]
-        assert [part["finish_reason"] for part in mine if part["finish_reason"]] == [choice["finish_reason"]] == ["stop"]
+        assert (
+            [part["finish_reason"] for part in mine if part["finish_reason"]]
+            == [choice["finish_reason"]]
+            == ["stop"]
+        )
         assert mine[-1]["stop_reason"] == choice["stop_reason"] == "fox"
 
 
@@ -212,9 +254,14 @@ async def test_echo_begins_with_the_prompt(http: httpx.AsyncClient) -> None:
 async def test_an_echo_with_logprobs_tells_those_of_the_prompt(http: httpx.AsyncClient) -> None:
     body = {"prompt": [[258, 77], [80]], "max_tokens": 1, "echo": True, "logprobs": 1, "n": 2}
     answer = check(answers.Completion, (await http.post("/v1/completions", json=body)).json())
-    streamed = [check(answers.Completion, chunk)["choices"][0] for chunk in await chunks(http, "/v1/completions", **body)]
+    streamed = [
+        check(answers.Completion, chunk)["choices"][0]
+        for chunk in await chunks(http, "/v1/completions", **body)
+    ]
     for choice in answer["choices"]:
-        (told,) = (part["logprobs"] for part in streamed if part["index"] == choice["index"] and part["logprobs"])
+        (told,) = (
+            part["logprobs"] for part in streamed if part["index"] == choice["index"] and part["logprobs"]
+        )
         assert told == choice["logprobs"]
     first, _, second, _ = (choice["logprobs"] for choice in answer["choices"])
     assert first["tokens"] == ["he", "l", "the"]
@@ -230,36 +277,59 @@ async def test_metrics_are_those_of_the_cluster(http: httpx.AsyncClient, cluster
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def test_a_chat_without_a_limit_may_use_all_the_room_there_is(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_a_chat_without_a_limit_may_use_all_the_room_there_is(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
     await http.post("/v1/chat/completions", json={"messages": [USER]})
     await http.post("/v1/completions", json={"prompt": "hello"})
     await http.post("/v1/completions", json={"prompt": "hello", "max_tokens": None})
     assert [request.sampling.max_tokens for request in cluster.requests] == [200, 16, 16]
 
 
-async def test_a_request_keeps_the_id_that_it_came_with(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_a_request_keeps_the_id_that_it_came_with(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
     response = await http.post("/v1/completions", json={"prompt": "hello"}, headers={"X-Request-Id": "mine"})
     assert (response.headers["x-request-id"], response.json()["id"]) == ("mine", "cmpl-mine")
-    several = await http.post("/v1/completions", json={"prompt": ["a", "b"]}, headers={"X-Request-Id": "many"})
+    several = await http.post(
+        "/v1/completions", json={"prompt": ["a", "b"]}, headers={"X-Request-Id": "many"}
+    )
     assert several.headers["x-request-id"] == "many"
     assert {request.request_id for request in cluster.requests} == {"mine", "many-0", "many-1"}
-    nameless = [(await http.post("/v1/completions", json={"prompt": "hello"})).headers["x-request-id"] for _ in range(2)]
+    nameless = [
+        (await http.post("/v1/completions", json={"prompt": "hello"})).headers["x-request-id"]
+        for _ in range(2)
+    ]
     assert len(set(nameless)) == 2
 
 
-async def test_a_request_counts_for_its_user_or_for_its_host(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_a_request_counts_for_its_user_or_for_its_host(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
     for extra in ({"user": "alice"}, {}):
         await http.post("/v1/completions", json={"prompt": "hello"} | extra)
     assert [request.client for request in cluster.requests] == ["id:alice", "http:127.0.0.1"]
 
 
 async def test_fields_that_change_nothing_are_taken(http: httpx.AsyncClient) -> None:
-    nothing = {"logit_bias": {}, "response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "store": True}
-    body = {"messages": [USER | {"refusal": None, "tool_calls": None, "name": "x"}], "metadata": {"a": "b"}, "unknown": None}
+    nothing = {
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "store": True,
+    }
+    body = {
+        "messages": [USER | {"refusal": None, "tool_calls": None, "name": "x"}],
+        "metadata": {"a": "b"},
+        "unknown": None,
+    }
     assert (await http.post("/v1/chat/completions", json=body | nothing)).status_code == 200
 
 
-async def test_tokenize_and_detokenize_are_each_others_way_back(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_tokenize_and_detokenize_are_each_others_way_back(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
     text = "the dog 🙂 sleeps"
     tokens = (await http.post("/tokenize", json={"prompt": text, "return_token_strs": True})).json()
     assert tokens["tokens"] == list(cluster.tokenizer.encode(text))
@@ -271,11 +341,17 @@ async def test_tokenize_and_detokenize_are_each_others_way_back(http: httpx.Asyn
 
 async def test_probes_tell_how_the_cluster_fares(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
     async def statuses() -> list[int]:
-        return [(await http.get(f"/{probe}")).status_code for probe in ("livez", "readyz", "health", "startupz")]
+        return [
+            (await http.get(f"/{probe}")).status_code for probe in ("livez", "readyz", "health", "startupz")
+        ]
 
     starting = (await http.get("/startupz")).json()
     assert (starting["phase"], starting["progress"]) == ("starting", 0.75)
-    assert starting["workers"]["decode-0"] == {"state": "starting", "phase": "loading weights", "progress": 0.5}
+    assert starting["workers"]["decode-0"] == {
+        "state": "starting",
+        "phase": "loading weights",
+        "progress": 0.5,
+    }
     assert await statuses() == [200, 200, 200, 503]
     ready = tuple(replace(worker, state=WorkerState.READY) for worker in cluster.state.workers)
     cluster.change(workers=ready)
@@ -289,7 +365,7 @@ async def test_probes_tell_how_the_cluster_fares(http: httpx.AsyncClient, cluste
 
 async def test_models_and_version_are_told(http: httpx.AsyncClient) -> None:
     assert check(answers.Models, (await http.get("/v1/models")).json())["data"][0]["id"] == "tiny"
-    check(answers.Model, (await http.get("/v1/models/tiny")).json())
+    check(answers.ServedModel, (await http.get("/v1/models/tiny")).json())
     assert (await http.get("/v1/models/gpt")).status_code == 404
     assert (await http.get("/version")).json() == {"version": __version__}
     head = await http.get("/nothing")

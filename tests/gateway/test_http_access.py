@@ -52,7 +52,9 @@ async def test_every_path_needs_a_key_but_probes(server: GatewayServer) -> None:
             assert (await http.get(path)).status_code == 401
             assert (await http.get(path, headers={"authorization": f"Bearer {BOB}"})).status_code != 401
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
-            assert (await http.post(path, content=b"x" * 200_000)).status_code == 401, "before the body is looked at"
+            assert (await http.post(path, content=b"x" * 200_000)).status_code == 401, (
+                "before the body is looked at"
+            )
         for path in PROBES:
             assert (await http.get(path)).status_code != 401
 
@@ -79,12 +81,18 @@ async def test_workers_are_named_to_keys_alone(server: GatewayServer, cluster: S
     cluster.change(workers=stalled)
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
         for headers in ({}, bearer(new_key()), {"authorization": "Basic eA=="}):
-            assert (await http.get("/startupz", headers=headers)).json() == {"phase": "starting", "progress": 0.75}
+            assert (await http.get("/startupz", headers=headers)).json() == {
+                "phase": "starting",
+                "progress": 0.75,
+            }
             for path in PROBES:
                 text = (await http.get(path, headers=headers)).text
                 assert not any(worker.worker_id in text for worker in stalled), path
         assert (await http.get("/health")).json()["reasons"][0] == "a worker: no step has ended for 31 s"
-        assert set((await http.get("/startupz", headers=bearer(BOB))).json()["workers"]) == {"prefill-0", "decode-0"}
+        assert set((await http.get("/startupz", headers=bearer(BOB))).json()["workers"]) == {
+            "prefill-0",
+            "decode-0",
+        }
         assert "decode-0: no step" in (await http.get("/health", headers=bearer(BOB))).text
 
 
@@ -94,11 +102,20 @@ async def test_with_keys_any_host_may_be_asked_for(server: GatewayServer) -> Non
 
 
 async def test_a_page_whose_name_points_to_this_machine_reaches_nothing(cluster: ScriptedCluster) -> None:
-    config = CONFIG.model_copy(update={"listen": CONFIG.listen.model_copy(update={"allowed_hosts": ("Serve.example",)})})
+    config = CONFIG.model_copy(
+        update={"listen": CONFIG.listen.model_copy(update={"allowed_hosts": ("Serve.example",)})}
+    )
     server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
-        for method, path in (("GET", "/livez"), ("GET", "/metrics"), ("POST", "/v1/completions"), ("OPTIONS", "/tokenize")):
-            refused = await http.request(method, path, content=b"x" * 200_000, headers={"host": "evil.example:8000"})
+        for method, path in (
+            ("GET", "/livez"),
+            ("GET", "/metrics"),
+            ("POST", "/v1/completions"),
+            ("OPTIONS", "/tokenize"),
+        ):
+            refused = await http.request(
+                method, path, content=b"x" * 200_000, headers={"host": "evil.example:8000"}
+            )
             assert (refused.status_code, refused.json()["error"]["code"]) == (421, "unknown_host")
             assert "listen.allowed_hosts" in refused.json()["error"]["message"]
         for host in ("serve.example:80", "localhost:8000", "127.0.0.1", "[::1]:8000"):
@@ -133,14 +150,18 @@ def test_a_host_is_an_address_localhost_or_listed(host: str, is_allowed: bool) -
     assert (host in AllowedHosts(["A.b"])) is is_allowed
 
 
-async def test_the_official_client_comes_in_by_its_key(server: GatewayServer, cluster: ScriptedCluster) -> None:
+async def test_the_official_client_comes_in_by_its_key(
+    server: GatewayServer, cluster: ScriptedCluster
+) -> None:
     async with official(server, "sk-wrong") as stranger:
         with pytest.raises(openai.AuthenticationError, match="not a key of this server") as refused:
             await stranger.completions.create(model="tiny", prompt="hello")
         assert refused.value.code == "unauthenticated"
     async with official(server, BOB) as bob:
         headers = {"x-request-id": "mine"}
-        answer = await bob.completions.create(model="tiny", prompt="hello", user="alice", extra_headers=headers)
+        answer = await bob.completions.create(
+            model="tiny", prompt="hello", user="alice", extra_headers=headers
+        )
     assert answer.id == "cmpl-mine"
     assert (cluster.requests[0].client, cluster.requests[0].request_id) == ("key:bob", "bob/mine")
 

@@ -1,4 +1,5 @@
-"""Clients that go away, read too slowly, send too slowly, or send too much: none of them holds anything for long."""
+"""Clients that go away, read too slowly, send too slowly, or send too much: none of them holds anything for
+long."""
 
 import asyncio
 import json
@@ -77,11 +78,15 @@ async def test_a_client_that_goes_away_frees_what_it_holds(
     assert sorted(cluster.closed) == sorted(request.request_id for request in cluster.requests)
 
 
-async def test_one_prompt_that_is_refused_frees_the_others(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_one_prompt_that_is_refused_frees_the_others(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
     headers = {"x-request-id": "a"}
     cluster.refused_ids = {"a-2"}
     cluster.hold_after = 0
-    response = await http.post("/v1/completions", json={"prompt": ["a", "b", "c"], "stream": True}, headers=headers)
+    response = await http.post(
+        "/v1/completions", json={"prompt": ["a", "b", "c"], "stream": True}, headers=headers
+    )
     assert response.status_code == 429
     assert sorted(cluster.closed) == ["a-0", "a-1", "a-2"]
 
@@ -103,7 +108,9 @@ async def test_a_client_that_does_not_read_holds_its_stream_back_and_is_ended() 
     await server.stop(0)
 
 
-async def test_a_body_that_is_too_large_is_refused_before_it_is_read(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_a_body_that_is_too_large_is_refused_before_it_is_read(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
     async def parts() -> AsyncIterator[bytes]:
         for _ in range(200):
             yield b" " * 1000
@@ -134,7 +141,9 @@ async def test_a_wrong_body_makes_a_short_answer(http: httpx.AsyncClient) -> Non
 
 async def test_only_json_is_taken(http: httpx.AsyncClient) -> None:
     """A web page may send a form or a text to a server on this machine without asking it, but not JSON."""
-    response = await http.post("/v1/completions", content='{"prompt": "hello"}', headers={"content-type": "text/plain"})
+    response = await http.post(
+        "/v1/completions", content='{"prompt": "hello"}', headers={"content-type": "text/plain"}
+    )
     assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported_media_type")
 
 
@@ -160,7 +169,9 @@ async def test_a_client_that_does_not_finish_its_head_is_ended(
     client.writer.close()
 
 
-async def test_a_client_that_does_not_finish_its_body_is_ended(raw: RawClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_does_not_finish_its_body_is_ended(
+    raw: RawClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gate, "MESSAGE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(gate, "DISCARD_S", 0.05)
     raw.writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n{")
@@ -203,7 +214,9 @@ async def test_a_chunk_does_not_wait_until_the_one_before_is_acknowledged(
     assert delays_allowed == [False]
 
 
-async def test_stopping_gives_running_requests_their_time(server: GatewayServer, cluster: ScriptedCluster) -> None:
+async def test_stopping_gives_running_requests_their_time(
+    server: GatewayServer, cluster: ScriptedCluster
+) -> None:
     cluster.hold_after = 1
     raw = await RawClient.connect(server)
     raw.post("/v1/completions", prompt="hello", max_tokens=3)
@@ -229,7 +242,13 @@ async def test_stopping_at_once_ends_everything(server: GatewayServer, cluster: 
 async def test_a_port_in_use_is_named(server: GatewayServer) -> None:
     cluster = ScriptedCluster(byte_level())
     with pytest.raises(ConfigError, match=f"listen.http: cannot listen on {server.http_address}"):
-        await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer), http_address=server.http_address)
+        await serve(
+            cluster,
+            CONFIG,
+            cluster.tokenizer,
+            model_info(cluster.tokenizer),
+            http_address=server.http_address,
+        )
 
 
 async def test_http_can_be_left_out() -> None:

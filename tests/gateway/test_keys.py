@@ -14,9 +14,9 @@ from pdserve.gateway.auth import key_file
 from pdserve.gateway.auth.access import (
     Access,
     Caller,
-    Need,
     NotPermitted,
     RateLimited,
+    RequiredAccess,
     Revoked,
     Unauthenticated,
 )
@@ -51,7 +51,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Changes of it count at once."""
     monkeypatch.setattr(key_file, "SETTLE_S", 0.0)
     path = tmp_path / "keys"
-    write(path, make_key("alice", ALICE, requests_per_minute=2, tokens_per_minute=600), make_key("bob", BOB, is_admin=True))
+    write(
+        path,
+        make_key("alice", ALICE, requests_per_minute=2, tokens_per_minute=600),
+        make_key("bob", BOB, is_admin=True),
+    )
     return path
 
 
@@ -64,7 +68,7 @@ def price_of(num_prompt: int, max_tokens: int, n: int = 1) -> Price:
     return Price(num_prompt_tokens=num_prompt, num_choices=n, max_tokens=max_tokens)
 
 
-def admitted(access: Access, need: Need, key: str, now_s: float = 0.0) -> Caller:
+def admitted(access: Access, need: RequiredAccess, key: str, now_s: float = 0.0) -> Caller:
     caller = access.admit(need, shown(key), now_s)
     assert caller is not None
     return caller
@@ -78,26 +82,37 @@ def test_a_line_says_all_of_a_key_but_the_key(file: Path) -> None:
 
 def test_mistakes_are_told_by_line_and_without_what_stands_there() -> None:
     good = make_key("a", ALICE).line
-    text = f"{good}\n{ALICE}\nb sha256:12\n-x {good.split()[1]}\n{good} requests_per_minute=0\n{good} speed=1\n{good}\n"
+    text = (
+        f"{good}\n{ALICE}\nb sha256:12\n-x {good.split()[1]}\n{good} requests_per_minute=0\n{good}"
+        f" speed=1\n{good}\n"
+    )
     with pytest.raises(ConfigError) as caught:
         parse_keys(text, "keys")
     lines = str(caught.value).splitlines()
-    assert [line.split(" ")[0] for line in lines] == ["keys:2:", "keys:3:", "keys:4:", "keys:5:", "keys:6:", "keys:"]
+    assert [line.split(" ")[0] for line in lines] == [
+        "keys:2:",
+        "keys:3:",
+        "keys:4:",
+        "keys:5:",
+        "keys:6:",
+        "keys:",
+    ]
     assert ALICE not in str(caught.value) and digest_of(ALICE).hex() not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "value", [None, "", ALICE, f"Basic {ALICE}", "Bearer ", f"Bearer {ALICE}x", shown(new_key()), "Bearer \udcff"]
+    "value",
+    [None, "", ALICE, f"Basic {ALICE}", "Bearer ", f"Bearer {ALICE}x", shown(new_key()), "Bearer \udcff"],
 )
 def test_nobody_comes_in_without_a_known_key(file: Path, value: str | None) -> None:
-    for need in (Need.KEY, Need.REQUEST, Need.ADMIN):
+    for need in (RequiredAccess.KEY, RequiredAccess.REQUEST, RequiredAccess.ADMIN):
         with pytest.raises(Unauthenticated, match="expected `Bearer KEY`"):
             Access(str(file)).admit(need, value, 0.0)
-    assert Access(str(file)).admit(Need.NOTHING, value, 0.0) is None
+    assert Access(str(file)).admit(RequiredAccess.NOTHING, value, 0.0) is None
 
 
 def test_a_key_is_recognised_where_none_is_needed(file: Path) -> None:
-    assert admitted(Access(str(file)), Need.NOTHING, ALICE).name == "alice"
+    assert admitted(Access(str(file)), RequiredAccess.NOTHING, ALICE).name == "alice"
 
 
 def test_hashes_with_the_same_beginning_are_told_apart() -> None:
@@ -107,38 +122,43 @@ def test_hashes_with_the_same_beginning_are_told_apart() -> None:
 
 
 def test_only_keys_that_are_marked_read_metrics(file: Path) -> None:
-    write(file, make_key("alice", ALICE), make_key("bob", BOB, is_admin=True), make_key("prom", PROM, is_scraper=True))
+    write(
+        file,
+        make_key("alice", ALICE),
+        make_key("bob", BOB, is_admin=True),
+        make_key("prom", PROM, is_scraper=True),
+    )
     access = Access(str(file))
-    assert {admitted(access, Need.METRICS, key).name for key in (BOB, PROM)} == {"bob", "prom"}
+    assert {admitted(access, RequiredAccess.METRICS, key).name for key in (BOB, PROM)} == {"bob", "prom"}
     with pytest.raises(NotPermitted, match="alice: this key may not read metrics"):
-        access.admit(Need.METRICS, shown(ALICE), 0.0)
+        access.admit(RequiredAccess.METRICS, shown(ALICE), 0.0)
     with pytest.raises(NotPermitted):
-        access.admit(Need.ADMIN, shown(PROM), 0.0)
+        access.admit(RequiredAccess.ADMIN, shown(PROM), 0.0)
 
 
 def test_only_keys_that_are_marked_administer(file: Path) -> None:
     access = Access(str(file))
-    assert admitted(access, Need.ADMIN, BOB).name == "bob"
+    assert admitted(access, RequiredAccess.ADMIN, BOB).name == "bob"
     with pytest.raises(NotPermitted, match="alice"):
-        access.admit(Need.ADMIN, shown(ALICE), 0.0)
+        access.admit(RequiredAccess.ADMIN, shown(ALICE), 0.0)
 
 
 def test_requests_beyond_the_rate_are_refused_with_the_time_to_wait(file: Path) -> None:
     access = Access(str(file))
     for _ in range(2):
-        admitted(access, Need.REQUEST, ALICE)
+        admitted(access, RequiredAccess.REQUEST, ALICE)
     with pytest.raises(RateLimited) as caught:
-        access.admit(Need.REQUEST, shown(ALICE), 10.0)
+        access.admit(RequiredAccess.REQUEST, shown(ALICE), 10.0)
     assert caught.value.retry_after_s == pytest.approx(20.0)
-    admitted(access, Need.KEY, ALICE, 10.0)
-    admitted(access, Need.REQUEST, BOB, 10.0)
-    admitted(access, Need.REQUEST, ALICE, 30.0)
+    admitted(access, RequiredAccess.KEY, ALICE, 10.0)
+    admitted(access, RequiredAccess.REQUEST, BOB, 10.0)
+    admitted(access, RequiredAccess.REQUEST, ALICE, 30.0)
 
 
 def test_tokens_are_taken_for_all_that_may_be_produced_and_given_back_for_what_was_not(file: Path) -> None:
     write(file, make_key("alice", ALICE, tokens_per_minute=600))
     access = Access(str(file))
-    caller = admitted(access, Need.KEY, ALICE)
+    caller = admitted(access, RequiredAccess.KEY, ALICE)
     (charge,) = access.charge(caller, [price_of(100, 100, n=5)], 0.0)
     with pytest.raises(RateLimited, match="tokens_per_minute is 600"):
         access.charge(caller, [price_of(1, 1)], 0.0)
@@ -152,7 +172,7 @@ def test_tokens_are_taken_for_all_that_may_be_produced_and_given_back_for_what_w
 def test_a_request_that_is_refused_before_its_prompt_is_tokenised_costs_no_tokens(file: Path) -> None:
     write(file, make_key("alice", ALICE, tokens_per_minute=600))
     access = Access(str(file))
-    caller = admitted(access, Need.KEY, ALICE)
+    caller = admitted(access, RequiredAccess.KEY, ALICE)
     for _ in range(5):
         (charge,) = access.charge(caller, [price_of(500, 100)], 0.0)
         charge.settle(0, 0.0, has_begun=False)
@@ -161,82 +181,87 @@ def test_a_request_that_is_refused_before_its_prompt_is_tokenised_costs_no_token
 def test_prompts_and_choices_of_one_call_count_as_requests(file: Path) -> None:
     write(file, make_key("alice", ALICE, requests_per_minute=10))
     access = Access(str(file))
-    access.charge(admitted(access, Need.REQUEST, ALICE), [price_of(1, 1, n=2)] * 4, 0.0)  # 8 of 10
-    caller = admitted(access, Need.REQUEST, ALICE)
+    access.charge(admitted(access, RequiredAccess.REQUEST, ALICE), [price_of(1, 1, n=2)] * 4, 0.0)  # 8 of 10
+    caller = admitted(access, RequiredAccess.REQUEST, ALICE)
     with pytest.raises(RateLimited, match="requests_per_minute is 10"):
         access.charge(caller, [price_of(1, 1, n=3)], 0.0)
     access.charge(caller, [price_of(1, 1, n=2)], 0.0)
     with pytest.raises(RateLimited):
-        access.admit(Need.REQUEST, shown(ALICE), 0.0)
+        access.admit(RequiredAccess.REQUEST, shown(ALICE), 0.0)
 
 
 def test_a_call_of_more_requests_than_a_minute_has_passes_once_the_rate_is_unused(file: Path) -> None:
-    """Its first request is counted when it is admitted: the others wait for the rest of a minute, not for one more."""
+    """Its first request is counted when it is admitted: the others wait for the rest of a minute, not for one
+    more."""
     write(file, make_key("alice", ALICE, requests_per_minute=3))
     access = Access(str(file))
-    admitted(access, Need.REQUEST, ALICE)
-    caller = admitted(access, Need.REQUEST, ALICE)
+    admitted(access, RequiredAccess.REQUEST, ALICE)
+    caller = admitted(access, RequiredAccess.REQUEST, ALICE)
     with pytest.raises(RateLimited) as caught:
         access.charge(caller, [price_of(1, 1)] * 16, 0.0)
     now_s = caught.value.retry_after_s
-    access.charge(admitted(access, Need.REQUEST, ALICE, now_s), [price_of(1, 1)] * 16, now_s)
+    access.charge(admitted(access, RequiredAccess.REQUEST, ALICE, now_s), [price_of(1, 1)] * 16, now_s)
     with pytest.raises(RateLimited) as caught:
-        access.admit(Need.REQUEST, shown(ALICE), now_s)
+        access.admit(RequiredAccess.REQUEST, shown(ALICE), now_s)
     assert caught.value.retry_after_s == pytest.approx(14 * 20.0)
 
 
 def test_a_call_that_one_rate_refuses_takes_nothing_of_the_other(file: Path) -> None:
     write(file, make_key("alice", ALICE, requests_per_minute=4, tokens_per_minute=100))
     access = Access(str(file))
-    caller = admitted(access, Need.REQUEST, ALICE)
+    caller = admitted(access, RequiredAccess.REQUEST, ALICE)
     access.charge(caller, [price_of(1, 0)], 0.0)
     with pytest.raises(RateLimited, match="requests_per_minute"):
-        access.charge(admitted(access, Need.REQUEST, ALICE), [price_of(90, 0)] + [price_of(1, 0)] * 9, 0.0)
+        access.charge(
+            admitted(access, RequiredAccess.REQUEST, ALICE), [price_of(90, 0)] + [price_of(1, 0)] * 9, 0.0
+        )
     access.charge(caller, [price_of(99, 0)], 0.0)
 
 
 def test_a_key_without_limits_has_none(file: Path) -> None:
     access = Access(str(file))
     for _ in range(100):
-        access.charge(admitted(access, Need.REQUEST, BOB), [price_of(1000, 1000, n=16)] * 64, 0.0)
+        access.charge(admitted(access, RequiredAccess.REQUEST, BOB), [price_of(1000, 1000, n=16)] * 64, 0.0)
 
 
 def test_keys_that_are_added_or_taken_away_count_at_once(file: Path) -> None:
     access = Access(str(file))
-    alice = admitted(access, Need.KEY, ALICE)
+    alice = admitted(access, RequiredAccess.KEY, ALICE)
     write(file, make_key("carol", carol := new_key()))
-    admitted(access, Need.KEY, carol)
+    admitted(access, RequiredAccess.KEY, carol)
     with pytest.raises(Unauthenticated):
-        access.admit(Need.KEY, shown(ALICE), 0.0)
+        access.admit(RequiredAccess.KEY, shown(ALICE), 0.0)
     with pytest.raises(Revoked, match="alice"):
-        access.check_still(alice, Need.REQUEST)
+        access.check_still(alice, RequiredAccess.REQUEST)
 
 
 def test_a_call_may_go_on_only_as_what_its_key_may_still_do(file: Path) -> None:
     access = Access(str(file))
-    bob = admitted(access, Need.ADMIN, BOB)
+    bob = admitted(access, RequiredAccess.ADMIN, BOB)
     write(file, make_key("bob", BOB))
     access.look(0.0)
-    access.check_still(bob, Need.REQUEST)
+    access.check_still(bob, RequiredAccess.REQUEST)
     with pytest.raises(NotPermitted, match="administer"):
-        access.check_still(bob, Need.ADMIN)
+        access.check_still(bob, RequiredAccess.ADMIN)
     write(file, make_key("robert", BOB))  # another's now: what is open counts for the old name
     access.look(0.0)
     with pytest.raises(Revoked):
-        access.check_still(bob, Need.REQUEST)
-    access.check_still(bob, Need.NOTHING)
+        access.check_still(bob, RequiredAccess.REQUEST)
+    access.check_still(bob, RequiredAccess.NOTHING)
 
 
 def test_what_a_key_has_used_up_stays_used_up_when_the_file_changes(file: Path) -> None:
     access = Access(str(file))
     for _ in range(2):
-        admitted(access, Need.REQUEST, ALICE)
+        admitted(access, RequiredAccess.REQUEST, ALICE)
     write(file, make_key("alice", ALICE, requests_per_minute=2))
     with pytest.raises(RateLimited):
-        access.admit(Need.REQUEST, shown(ALICE), 5.0)
+        access.admit(RequiredAccess.REQUEST, shown(ALICE), 5.0)
 
 
-def test_a_file_that_is_being_written_neither_drops_nor_widens_a_key(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_being_written_neither_drops_nor_widens_a_key(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(key_file, "SETTLE_S", 0.2)
     access = Access(str(file))
     text = file.read_text()
@@ -247,7 +272,7 @@ def test_a_file_that_is_being_written_neither_drops_nor_widens_a_key(file: Path,
         assert access.names == ("alice", "bob")
         for _ in range(2):
             with suppress(RateLimited):
-                admitted(access, Need.REQUEST, ALICE, 0.15 * now_s)
+                admitted(access, RequiredAccess.REQUEST, ALICE, 0.15 * now_s)
     file.write_text(text + last)
     access.look(100.0)
     assert access.names == ("alice", "bob")
@@ -255,7 +280,9 @@ def test_a_file_that_is_being_written_neither_drops_nor_widens_a_key(file: Path,
     assert list(access.names) == ["alice", "bob", "carol"]
 
 
-def test_a_file_that_changes_while_it_is_read_is_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     access = Access(str(file))
     read, text = key_file._read, file.read_text()
 
@@ -285,8 +312,8 @@ def test_another_users_link_in_the_files_place_leaves_the_keys_in_force(file: Pa
     file.unlink()
     file.symlink_to(other)
     with pytest.raises(Unauthenticated):
-        access.admit(Need.KEY, shown(mallory), 0.0)
-    admitted(access, Need.KEY, ALICE)
+        access.admit(RequiredAccess.KEY, shown(mallory), 0.0)
+    admitted(access, RequiredAccess.KEY, ALICE)
 
 
 @pytest.mark.parametrize("change", ["text", "mode", "owner"])
@@ -303,38 +330,43 @@ def test_a_file_that_has_become_wrong_leaves_the_keys_in_force(
     else:
         os.chown(file, NOBODY, -1)
     for now_s in (0.0, 5.0, 10.0):
-        admitted(access, Need.KEY, ALICE, now_s)
-    assert len([record for record in caplog.records if "going on with the 2 keys before" in record.message]) == 1
+        admitted(access, RequiredAccess.KEY, ALICE, now_s)
+    assert (
+        len([record for record in caplog.records if "going on with the 2 keys before" in record.message]) == 1
+    )
 
 
 def test_a_missing_file_revokes_all_keys_after_a_moment(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     access = Access(str(file))
     text = file.read_text()
     for _ in range(2):
-        alice = admitted(access, Need.REQUEST, ALICE)
+        alice = admitted(access, RequiredAccess.REQUEST, ALICE)
     file.unlink()
-    admitted(access, Need.KEY, ALICE)
-    admitted(access, Need.KEY, ALICE, MISSING_GRACE_S - 0.1)
+    admitted(access, RequiredAccess.KEY, ALICE)
+    admitted(access, RequiredAccess.KEY, ALICE, MISSING_GRACE_S - 0.1)
     access.look(MISSING_GRACE_S)
     with pytest.raises(Revoked):
-        access.check_still(alice, Need.REQUEST)
+        access.check_still(alice, RequiredAccess.REQUEST)
     with pytest.raises(Unauthenticated):
-        access.admit(Need.KEY, shown(BOB), MISSING_GRACE_S)
-    assert [record.levelname for record in caplog.records if "revoked" in record.message] == ["ERROR", "ERROR"]
+        access.admit(RequiredAccess.KEY, shown(BOB), MISSING_GRACE_S)
+    assert [record.levelname for record in caplog.records if "revoked" in record.message] == [
+        "ERROR",
+        "ERROR",
+    ]
     file.write_text(text)
     file.chmod(0o600)
-    admitted(access, Need.KEY, ALICE, MISSING_GRACE_S)
+    admitted(access, RequiredAccess.KEY, ALICE, MISSING_GRACE_S)
     with pytest.raises(RateLimited):  # nor is what was used up forgotten
-        access.admit(Need.REQUEST, shown(ALICE), MISSING_GRACE_S)
+        access.admit(RequiredAccess.REQUEST, shown(ALICE), MISSING_GRACE_S)
 
 
 def test_a_file_that_is_replaced_by_renaming_revokes_nothing(file: Path) -> None:
     access = Access(str(file))
     away = file.rename(file.with_suffix(".old"))
-    admitted(access, Need.KEY, ALICE)
+    admitted(access, RequiredAccess.KEY, ALICE)
     away.rename(file)
     for now_s in (1.0, 10.0):
-        admitted(access, Need.KEY, ALICE, now_s)
+        admitted(access, RequiredAccess.KEY, ALICE, now_s)
 
 
 def test_a_file_that_may_not_be_read_any_more_revokes_all_keys(file: Path) -> None:
@@ -342,11 +374,11 @@ def test_a_file_that_may_not_be_read_any_more_revokes_all_keys(file: Path) -> No
     access = Access(str(file))
     file.chmod(0)
     with unprivileged():
-        admitted(access, Need.KEY, ALICE)
+        admitted(access, RequiredAccess.KEY, ALICE)
         with pytest.raises(Unauthenticated):
-            access.admit(Need.KEY, shown(ALICE), MISSING_GRACE_S)
+            access.admit(RequiredAccess.KEY, shown(ALICE), MISSING_GRACE_S)
     file.chmod(0o600)
-    admitted(access, Need.KEY, ALICE, MISSING_GRACE_S)
+    admitted(access, RequiredAccess.KEY, ALICE, MISSING_GRACE_S)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +393,9 @@ def test_a_file_that_may_not_be_read_any_more_revokes_all_keys(file: Path) -> No
         (b"alice", 0o640, "keys:1: no sha256:"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_at_start(tmp_path: Path, data: bytes | None, mode: int, problem: str) -> None:
+def test_a_file_that_cannot_be_used_is_refused_at_start(
+    tmp_path: Path, data: bytes | None, mode: int, problem: str
+) -> None:
     path = tmp_path / "keys"
     if data is not None:
         path.write_bytes(data)
@@ -393,7 +427,9 @@ def test_a_file_of_another_user_is_refused(file: Path) -> None:
         (0, 0, 0o602, False),
     ],
 )
-def test_a_secret_belongs_to_the_server_and_is_not_for_others(owner: int, euid: int, mode: int, is_right: bool) -> None:
+def test_a_secret_belongs_to_the_server_and_is_not_for_others(
+    owner: int, euid: int, mode: int, is_right: bool
+) -> None:
     status = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, owner, 100, 0, 0, 0, 0))
     assert (expected_rights(status, euid) is None) is is_right
 

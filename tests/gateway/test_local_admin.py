@@ -1,4 +1,5 @@
-"""Who administers a server without keys: the user who started it, over the Unix socket alone, unless a flag says otherwise."""
+"""Who administers a server without keys: the user who started it, over the Unix socket alone, unless a flag
+says otherwise."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -28,7 +29,9 @@ async def refusal(call: Any) -> grpc.aio.AioRpcError:
 @asynccontextmanager
 async def served(cluster: ScriptedCluster, **listen: object) -> AsyncIterator[GatewayServer]:
     settings = CONFIG.model_dump() | {"listen": CONFIG.listen.model_dump() | listen}
-    gateway = await serve(cluster, CONFIG.model_validate(settings), cluster.tokenizer, model_info(cluster.tokenizer))
+    gateway = await serve(
+        cluster, CONFIG.model_validate(settings), cluster.tokenizer, model_info(cluster.tokenizer)
+    )
     yield gateway
     await gateway.stop(0)
 
@@ -36,7 +39,13 @@ async def served(cluster: ScriptedCluster, **listen: object) -> AsyncIterator[Ga
 async def test_no_method_of_the_cluster_service_is_offered_over_tcp(
     server: GatewayServer, channel: grpc.aio.Channel, cluster: ScriptedCluster
 ) -> None:
-    assert {method.name for method in CLUSTER.methods} >= {"GetStatus", "WatchStatus", "Apply", "Drain", "Explain"}
+    assert {method.name for method in CLUSTER.methods} >= {
+        "GetStatus",
+        "WatchStatus",
+        "Apply",
+        "Drain",
+        "Explain",
+    }
     for method in CLUSTER.methods:
         error = await refusal(channel.unary_unary(f"/{CLUSTER.full_name}/{method.name}", None, None)(b""))
         assert error.code() is grpc.StatusCode.PERMISSION_DENIED, method.name
@@ -45,7 +54,9 @@ async def test_no_method_of_the_cluster_service_is_offered_over_tcp(
     assert cluster.drained == []
 
 
-async def test_the_refusal_does_not_wait_for_the_message(server: GatewayServer, channel: grpc.aio.Channel) -> None:
+async def test_the_refusal_does_not_wait_for_the_message(
+    server: GatewayServer, channel: grpc.aio.Channel
+) -> None:
     never = asyncio.Event()
 
     async def messages() -> AsyncIterator[bytes]:
@@ -61,7 +72,9 @@ async def test_everything_else_is_offered_over_tcp_and_all_of_it_locally(
     channel: grpc.aio.Channel, admin: "pdserve_pb2_grpc.ClusterAsyncStub"
 ) -> None:
     assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status
-    assert (await pdserve_pb2_grpc.GenerationStub(channel).GetModelInfo(pb.GetModelInfoRequest())).name == "tiny"
+    assert (
+        await pdserve_pb2_grpc.GenerationStub(channel).GetModelInfo(pb.GetModelInfoRequest())
+    ).name == "tiny"
     assert (await admin.GetStatus(pb.GetStatusRequest())).model == "tiny"
 
 
@@ -76,7 +89,11 @@ async def test_with_the_flag_whoever_reaches_the_port_administers(cluster: Scrip
 async def test_a_clients_certificate_makes_no_administrator(cluster: ScriptedCluster, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     mine, client = authority.sign("server"), authority.sign("client")
-    tls = {"certificate": str(mine.certificate), "key": str(mine.key), "client_ca": str(authority.certificate)}
+    tls = {
+        "certificate": str(mine.certificate),
+        "key": str(mine.key),
+        "client_ca": str(authority.certificate),
+    }
     credentials = grpc.ssl_channel_credentials(
         authority.certificate.read_bytes(), client.key.read_bytes(), client.certificate.read_bytes()
     )

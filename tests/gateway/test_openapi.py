@@ -1,4 +1,5 @@
-"""/openapi.json describes the door, and no request made from it, however wrong, brings anything but what it describes."""
+"""/openapi.json describes the door, and no request made from it, however wrong, brings anything but what it
+describes."""
 
 import asyncio
 import threading
@@ -10,7 +11,11 @@ import pytest
 import schemathesis
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance, status_code_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from pdserve.core.status import WorkerState
 from pdserve.gateway.app import GatewayServer, serve
@@ -29,7 +34,9 @@ def address() -> Iterator[str]:
 
     async def start() -> GatewayServer:
         cluster = ScriptedCluster(byte_level())
-        cluster.change(workers=tuple(replace(worker, state=WorkerState.READY) for worker in cluster.state.workers))
+        cluster.change(
+            workers=tuple(replace(worker, state=WorkerState.READY) for worker in cluster.state.workers)
+        )
         return await serve(cluster, CONFIG, cluster.tokenizer, model_info(cluster.tokenizer))
 
     server = asyncio.run_coroutine_threadsafe(start(), loop).result()
@@ -46,7 +53,9 @@ def description(address: str) -> schemathesis.BaseSchema:
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_every_operation_answers_as_it_is_described(description: schemathesis.BaseSchema, mode: GenerationMode) -> None:
+def test_every_operation_answers_as_it_is_described(
+    description: schemathesis.BaseSchema, mode: GenerationMode
+) -> None:
     names = []
     for result in description.get_all_operations():
         operation = result.ok()
@@ -55,7 +64,9 @@ def test_every_operation_answers_as_it_is_described(description: schemathesis.Ba
         names.append(f"{operation.method.upper()} {operation.path}")
 
         @hypothesis.seed(1)
-        @hypothesis.settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+        @hypothesis.settings(
+            max_examples=40, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        )
         @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
         def check(case: schemathesis.Case) -> None:
             case.call_and_validate(checks=CHECKS, headers={"accept-encoding": "identity"})

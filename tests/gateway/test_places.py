@@ -114,7 +114,9 @@ class Places(RuleBasedStateMachine):
             counts = {g: sum(self.model[h] == g for h in self.order) for g in self.model.values()}
             victim_group = self.model.pop(evicted)
             assert victim_group == group or counts[victim_group] == max(counts.values())
-            assert evicted == min((h for h in self.order if self._was(h, evicted, victim_group)), key=self.order.index)
+            assert evicted == min(
+                (h for h in self.order if self._was(h, evicted, victim_group)), key=self.order.index
+            )
             self.order.remove(evicted)
         self.model[holder] = group
         self.order.append(holder)

@@ -26,7 +26,9 @@ async def test_the_prompts_logprobs_come_before_the_first_token_in_messages_of_b
         (5, [105, 106, 107, 108]),
         (9, [109, 110]),
     ]
-    assert [token.logprob for delta in deltas for token in delta.logprobs] == [-float(index) for index in range(1, 11)]
+    assert [token.logprob for delta in deltas for token in delta.logprobs] == [
+        -float(index) for index in range(1, 11)
+    ]
     assert [(top.token_id, top.logprob) for top in deltas[2].logprobs[1].top] == [(0, 0.0), (1, -1.0)]
     assert all(not event.tokens.logprobs for event in events)
     whole = (await generation.Generate(request)).prompt
@@ -51,7 +53,9 @@ async def test_a_prompt_of_one_token_has_no_logprobs(generation: Stub) -> None:
     assert not (await generation.Generate(request)).HasField("prompt")
 
 
-async def test_a_conversation_goes_through_the_template_of_the_checkpoint(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_a_conversation_goes_through_the_template_of_the_checkpoint(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hello")])
     await stream(generation, pb.GenerateRequest(prompt=pb.Prompt(chat=chat)))
     prompt = cluster.tokenizer.decode(cluster.requests[0].prompt_token_ids)

@@ -14,7 +14,9 @@ GENERATED = ("pdserve_pb2.py", "pdserve_pb2.pyi", "pdserve_pb2_grpc.py", "pdserv
 
 def test_the_generated_code_is_fresh(tmp_path: Path) -> None:
     subprocess.run(
-        [ROOT / "scripts" / "generate_proto", tmp_path], check=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+        [ROOT / "scripts" / "generate_proto", tmp_path],
+        check=True,
+        env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
     )
     for name in GENERATED:
         fresh = (tmp_path / "pdserve" / "proto" / name).read_text()

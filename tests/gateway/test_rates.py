@@ -32,14 +32,18 @@ async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[Gate
     settings = CONFIG.model_dump()
     settings["listen"]["api_keys"] = str(path)
     settings["limits"] |= {"max_message_bytes": 4 << 20, "max_n": 16, "max_prompts": 64}
-    gateway = await serve(cluster, ClusterConfig.model_validate(settings), cluster.tokenizer, model_info(cluster.tokenizer))
+    gateway = await serve(
+        cluster, ClusterConfig.model_validate(settings), cluster.tokenizer, model_info(cluster.tokenizer)
+    )
     yield gateway
     await gateway.stop(0)
 
 
 @pytest.fixture
 async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=30) as client:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=30
+    ) as client:
         yield client
 
 
@@ -75,7 +79,8 @@ async def code(call: Any) -> grpc.StatusCode:
 async def test_many_prompts_choices_and_log_probabilities_are_not_one_request(
     http: httpx.AsyncClient, cluster: ScriptedCluster, num_encoded: list[int]
 ) -> None:
-    """64 x 16 are 1,024 requests: bob's bucket lets them through once, when it is full, and is in debt for an hour."""
+    """64 x 16 are 1,024 requests: bob's bucket lets them through once, when it is full, and is in debt for an
+    hour."""
     body = {"prompt": ["hello"] * 64, "n": 16, "best_of": 16, "logprobs": 20, "max_tokens": 1}
     small = {"prompt": "hello", "max_tokens": 1}
     assert (await http.post("/v1/completions", json=small, headers=bearer(BOB))).status_code == 200
@@ -88,7 +93,9 @@ async def test_many_prompts_choices_and_log_probabilities_are_not_one_request(
 
 
 async def test_choices_count_as_requests_over_grpc_too(generation: Stub, cluster: ScriptedCluster) -> None:
-    request = pb.GenerateRequest(prompt=pb.Prompt(text="hello"), sampling=pb.SamplingParams(max_tokens=1, n=16))
+    request = pb.GenerateRequest(
+        prompt=pb.Prompt(text="hello"), sampling=pb.SamplingParams(max_tokens=1, n=16)
+    )
     assert await code(generation.Generate(request, metadata=metadata(BOB))) is grpc.StatusCode.OK
     assert await code(generation.Generate(request, metadata=metadata(BOB))) is USED_UP
     assert len(cluster.requests) == 1
@@ -115,26 +122,36 @@ async def test_a_large_text_is_not_tokenised_again_and_again(
     assert statuses[2:] == [429, 429] or set(statuses) == {400}  # refused for its length alone
 
 
-async def test_tokenizing_and_detokenizing_cost_their_tokens(generation: Stub, http: httpx.AsyncClient) -> None:
+async def test_tokenizing_and_detokenizing_cost_their_tokens(
+    generation: Stub, http: httpx.AsyncClient
+) -> None:
     ids = list(range(10, 70))
     assert (
-        await code(generation.Detokenize(pb.DetokenizeRequest(token_ids=ids), metadata=metadata(ALICE))) is grpc.StatusCode.OK
+        await code(generation.Detokenize(pb.DetokenizeRequest(token_ids=ids), metadata=metadata(ALICE)))
+        is grpc.StatusCode.OK
     )
     prompt = pb.Prompt(token_ids=pb.TokenIds(ids=ids))
-    assert await code(generation.Tokenize(pb.TokenizeRequest(prompt=prompt), metadata=metadata(ALICE))) is grpc.StatusCode.OK
+    assert (
+        await code(generation.Tokenize(pb.TokenizeRequest(prompt=prompt), metadata=metadata(ALICE)))
+        is grpc.StatusCode.OK
+    )
     assert (await http.post("/detokenize", json={"tokens": ids}, headers=bearer(ALICE))).status_code == 200
     for refused in (
         generation.Tokenize(pb.TokenizeRequest(prompt=prompt), metadata=metadata(ALICE)),
         generation.Detokenize(pb.DetokenizeRequest(token_ids=ids), metadata=metadata(ALICE)),
     ):
         assert await code(refused) is USED_UP
-    assert (await http.post("/tokenize", json={"prompt": "x" * 240}, headers=bearer(ALICE))).status_code == 429
+    assert (
+        await http.post("/tokenize", json={"prompt": "x" * 240}, headers=bearer(ALICE))
+    ).status_code == 429
 
 
 async def test_a_request_that_is_refused_for_what_it_says_costs_no_tokens(http: httpx.AsyncClient) -> None:
     for _ in range(4):
         refused = await http.post(
-            "/v1/completions", json={"prompt": "hello", "model": "x"} | {"max_tokens": 150}, headers=bearer(ALICE)
+            "/v1/completions",
+            json={"prompt": "hello", "model": "x"} | {"max_tokens": 150},
+            headers=bearer(ALICE),
         )
         assert refused.status_code == 404
     assert (
@@ -144,12 +161,16 @@ async def test_a_request_that_is_refused_for_what_it_says_costs_no_tokens(http: 
 
 async def test_a_prompt_that_is_refused_once_counted_costs_its_tokens(http: httpx.AsyncClient) -> None:
     long, small = {"prompt": "ab9Z?q" * 16, "max_tokens": 170}, {"prompt": "hello", "max_tokens": 150}
-    assert (await http.post("/v1/completions", json=long, headers=bearer(ALICE))).status_code == 400  # too long in sum
+    assert (
+        await http.post("/v1/completions", json=long, headers=bearer(ALICE))
+    ).status_code == 400  # too long in sum
     assert (await http.post("/v1/completions", json=small, headers=bearer(ALICE))).status_code == 429
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_what_was_not_produced_is_given_back(http: httpx.AsyncClient, cluster: ScriptedCluster, stream: bool) -> None:
+async def test_what_was_not_produced_is_given_back(
+    http: httpx.AsyncClient, cluster: ScriptedCluster, stream: bool
+) -> None:
     cluster.eos_after = 2
     for _ in range(3):
         body = CHATS | {"max_tokens": 100, "stream": stream}

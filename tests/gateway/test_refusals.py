@@ -37,8 +37,16 @@ async def refusal(stub: Stub, request: pb.GenerateRequest) -> grpc.aio.AioRpcErr
 INVALID = {
     "no prompt": (pb.GenerateRequest(), "prompt", "one of text, chat or token_ids"),
     "empty text": (pb.GenerateRequest(prompt=pb.Prompt(text="")), "prompt.text", "not empty"),
-    "no tokens": (pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds())), "prompt", "at least one token"),
-    "long prompt": (pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 256))), "prompt", "at most 255"),
+    "no tokens": (
+        pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds())),
+        "prompt",
+        "at least one token",
+    ),
+    "long prompt": (
+        pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 256))),
+        "prompt",
+        "at most 255",
+    ),
     "unknown token": (
         pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[5, 500]))),
         "prompt_token_ids[1]",
@@ -64,12 +72,20 @@ INVALID = {
         "resume_from",
         "the answer comes as a whole",
     ),
-    "long request id": (pb.GenerateRequest(prompt=TEXT, request_id="x" * 129), "request_id", "at most 128 characters"),
+    "long request id": (
+        pb.GenerateRequest(prompt=TEXT, request_id="x" * 129),
+        "request_id",
+        "at most 128 characters",
+    ),
 }
 
 
 INVALID_RESUMPTIONS = {
-    "nameless resumption": (pb.GenerateRequest(prompt=TEXT, resume_from=[1]), "request_id", "the request to resume"),
+    "nameless resumption": (
+        pb.GenerateRequest(prompt=TEXT, resume_from=[1]),
+        "request_id",
+        "the request to resume",
+    ),
     "resumption of other choices": (
         pb.GenerateRequest(prompt=TEXT, request_id="x", resume_from=[1, 1]),
         "resume_from",
@@ -108,12 +124,17 @@ async def test_a_bad_field_is_named_in_message_and_details(
     assert cluster.requests == []
 
 
-async def test_an_unknown_sampling_field_is_refused_by_its_number(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_an_unknown_sampling_field_is_refused_by_its_number(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     request = ask(temperature=0.5)
     request.sampling.MergeFromString(b"\x98\x06\x01")  # field 99, varint 1
     error = await refusal(generation, request)
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.details() == "sampling: 'field 99' is not valid, expected only the fields of pdserve.v1.SamplingParams"
+    assert (
+        error.details()
+        == "sampling: 'field 99' is not valid, expected only the fields of pdserve.v1.SamplingParams"
+    )
     assert cluster.requests == []
 
 
@@ -179,7 +200,9 @@ async def test_messages_over_the_limit_are_refused(generation: Stub, cluster: Sc
     assert cluster.requests == []
 
 
-async def test_a_refused_request_does_not_disturb_a_running_one(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_a_refused_request_does_not_disturb_a_running_one(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     cluster.hold_after = 1
     call = aiter(generation.GenerateStream(ask(max_tokens=4)))
     await anext(call)
@@ -211,7 +234,9 @@ async def test_a_port_in_use_is_named(server: GatewayServer) -> None:
         await serve(ScriptedCluster(tokenizer), config, tokenizer, model_info(tokenizer))
 
 
-async def test_long_messages_are_cut_to_what_headers_can_carry(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_long_messages_are_cut_to_what_headers_can_carry(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     cluster.refusal = CapacityError("x" * 100_000)
     error = await refusal(generation, ask())
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION

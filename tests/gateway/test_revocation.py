@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pdserve.core.config import ClusterConfig
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.auth import key_file
-from pdserve.gateway.auth.access import Access, Need, NotPermitted, Revoked
+from pdserve.gateway.auth.access import Access, NotPermitted, RequiredAccess, Revoked
 from pdserve.gateway.auth.keys import ApiKey, make_key, new_key
 from pdserve.gateway.auth.revocation import Revocation
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
@@ -55,7 +55,9 @@ async def server(cluster: ScriptedCluster, file: Path) -> AsyncIterator[GatewayS
 
 @pytest.fixture
 async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False, timeout=30) as client:
+    async with httpx.AsyncClient(
+        base_url=f"http://{server.http_address}", trust_env=False, timeout=30
+    ) as client:
         yield client
 
 
@@ -93,7 +95,10 @@ async def test_streams_of_a_revoked_key_end_without_another_call(
         cluster.held.clear()
     write(file, *KEYS[1:])
     for call in (taken, whole):
-        assert await ending(call) == (grpc.StatusCode.UNAUTHENTICATED, "alice: the key of this call was revoked")
+        assert await ending(call) == (
+            grpc.StatusCode.UNAUTHENTICATED,
+            "alice: the key of this call was revoked",
+        )
     assert len(cluster.closed) == 2, "workers are free of them"
     cluster.say_on.set()
     while await kept.read():
@@ -105,7 +110,9 @@ async def test_an_http_stream_of_a_revoked_key_ends_with_an_event(
     http: httpx.AsyncClient, cluster: ScriptedCluster, file: Path
 ) -> None:
     lines = list[str]()
-    async with http.stream("POST", "/v1/completions", json=BODY | {"stream": True}, headers=bearer(ALICE)) as response:
+    async with http.stream(
+        "POST", "/v1/completions", json=BODY | {"stream": True}, headers=bearer(ALICE)
+    ) as response:
         async for line in response.aiter_lines():
             if line and not lines:
                 write(file, *KEYS[1:])
@@ -129,14 +136,18 @@ async def test_a_body_that_is_still_coming_is_not_waited_for(server: GatewayServ
     host, _, port = (server.http_address or "").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {ALICE}\r\n"
-    writer.write(f"{head}expect: 100-continue\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n".encode())
+    writer.write(
+        f"{head}expect: 100-continue\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n".encode()
+    )
     assert b"100" in await reader.readuntil(b"\r\n\r\n")  # it was admitted, and waits for the body
     write(file, *KEYS[1:])
     assert b" 401 " in await reader.readuntil(b"\r\n\r\n")
     writer.close()
 
 
-async def test_a_key_that_is_no_administrator_any_more_stops_watching(admin: Stub, generation: Stub, file: Path) -> None:
+async def test_a_key_that_is_no_administrator_any_more_stops_watching(
+    admin: Stub, generation: Stub, file: Path
+) -> None:
     watching = admin.WatchStatus(pb.WatchStatusRequest(), metadata=as_key(ROOT))
     await watching.read()
     write(file, *KEYS[:2], make_key("root", ROOT))
@@ -145,7 +156,9 @@ async def test_a_key_that_is_no_administrator_any_more_stops_watching(admin: Stu
     assert info.name == "tiny"
 
 
-async def test_reflection_ends_with_its_key(server: GatewayServer, channel: grpc.aio.Channel, file: Path) -> None:
+async def test_reflection_ends_with_its_key(
+    server: GatewayServer, channel: grpc.aio.Channel, file: Path
+) -> None:
     call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(metadata=as_key(ALICE))
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     assert (await call.read()).list_services_response.service
@@ -158,17 +171,19 @@ async def test_a_file_that_is_gone_ends_everything(generation: Stub, file: Path)
     await call.read()
     unlink(file)
     assert (await ending(call))[0] is grpc.StatusCode.UNAUTHENTICATED
-    assert (await ending(generation.Generate(REQUEST, metadata=as_key(BOB))))[0] is grpc.StatusCode.UNAUTHENTICATED
+    assert (await ending(generation.Generate(REQUEST, metadata=as_key(BOB))))[
+        0
+    ] is grpc.StatusCode.UNAUTHENTICATED
 
 
 async def test_only_calls_of_keys_that_have_changed_are_ended(file: Path) -> None:
     access = Access(str(file))
     revocation = Revocation(access)
-    callers = {key: access.admit(Need.KEY, f"Bearer {key}", 0.0) for key in (ALICE, BOB, ROOT)}
+    callers = {key: access.admit(RequiredAccess.KEY, f"Bearer {key}", 0.0) for key in (ALICE, BOB, ROOT)}
     started = asyncio.Semaphore(0)
     go_on = asyncio.Event()
 
-    async def call(key: str, need: Need) -> str:
+    async def call(key: str, need: RequiredAccess) -> str:
         try:
             async with revocation.watch(callers[key], need):
                 started.release()
@@ -177,7 +192,13 @@ async def test_only_calls_of_keys_that_have_changed_are_ended(file: Path) -> Non
             return type(error).__name__
         return "went on"
 
-    wanted = [(ALICE, Need.REQUEST), (ALICE, Need.NOTHING), (BOB, Need.KEY), (ROOT, Need.ADMIN), (ROOT, Need.REQUEST)]
+    wanted = [
+        (ALICE, RequiredAccess.REQUEST),
+        (ALICE, RequiredAccess.NOTHING),
+        (BOB, RequiredAccess.KEY),
+        (ROOT, RequiredAccess.ADMIN),
+        (ROOT, RequiredAccess.REQUEST),
+    ]
     calls = [asyncio.create_task(call(*each)) for each in wanted]
     for _ in calls:
         await started.acquire()
@@ -189,12 +210,14 @@ async def test_only_calls_of_keys_that_have_changed_are_ended(file: Path) -> Non
     go_on.set()
     assert await asyncio.gather(*calls) == ["Revoked", "went on", "went on", "NotPermitted", "went on"]
     assert len(revocation) == 0
-    assert await call(ALICE, Need.REQUEST) == "Revoked", "a call that was admitted before and begins only now"
+    assert await call(ALICE, RequiredAccess.REQUEST) == "Revoked", (
+        "a call that was admitted before and begins only now"
+    )
 
 
 async def test_a_timeout_of_the_call_itself_stays_one(file: Path) -> None:
     access = Access(str(file))
-    caller = access.admit(Need.KEY, f"Bearer {ALICE}", 0.0)
+    caller = access.admit(RequiredAccess.KEY, f"Bearer {ALICE}", 0.0)
     with pytest.raises(TimeoutError):
-        async with Revocation(access).watch(caller, Need.KEY):
+        async with Revocation(access).watch(caller, RequiredAccess.KEY):
             raise TimeoutError

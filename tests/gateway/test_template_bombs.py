@@ -20,9 +20,15 @@ GROW = "{% set ns = namespace(t='x', l=['x']) %}{% for i in range(90) %}"
 LONG = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "nested conditions": "{% for a in range(99999) if (range(99999) | list | sum) < 0 %}{% endfor %}",
-    "recursive macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "filters that hand on": "{% for i in range(99999) | map('string') %}{{ range(99999) | map('int') | max }}{% endfor %}",
-    "unpacked arguments": "{% macro m() %}{% endmacro %}{% for i in range(9999) %}{{ m(*range(99999)) }}{% endfor %}",
+    "recursive macros": (
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"
+    ),
+    "filters that hand on": (
+        "{% for i in range(99999) | map('string') %}{{ range(99999) | map('int') | max }}{% endfor %}"
+    ),
+    "unpacked arguments": (
+        "{% macro m() %}{% endmacro %}{% for i in range(9999) %}{{ m(*range(99999)) }}{% endfor %}"
+    ),
     "much output": "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
     "searches from the end": "{{ ('a' * 9999999).rfind('b' + 'a' * 4999999) }}",
     "splits from the end": "{{ ('a' * 9999999).rsplit('b' + 'a' * 4999999) }}",
@@ -45,15 +51,24 @@ HUGE = {
     "doubling by formats": GROW + "{% set ns.t = '{0}{0}'.format(ns.t) %}{% endfor %}",
     "doubling by %s": GROW + "{% set ns.t = '%s%s' | format(ns.t, ns.t) %}{% endfor %}",
     "doubling by a block": GROW + "{% set t %}{{ ns.t }}{{ ns.t }}{% endset %}{% set ns.t = t %}{% endfor %}",
-    "doubling by a macro": "{% macro m(t) %}{{ t }}{{ t }}{% endmacro %}" + GROW + "{% set ns.t = m(ns.t) %}{% endfor %}",
+    "doubling by a macro": (
+        "{% macro m(t) %}{{ t }}{{ t }}{% endmacro %}" + GROW + "{% set ns.t = m(ns.t) %}{% endfor %}"
+    ),
     "a list of a list": GROW + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
     "comparing": GROW + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l == [ns.l[0], ns.l[1]] }}",
     "hashing": GROW + "{% set ns.l = (ns.l, ns.l) %}{% endfor %}{{ {ns.l: 1} }}",
     "a mapping of a mapping": GROW + "{% set ns.l = {'a': ns.l, 'b': ns.l} %}{% endfor %}{{ ns.l | tojson }}",
     "a dict of a dict": GROW + "{% set ns.l = dict(a=ns.l, b=ns.l) %}{% endfor %}{{ ns.l }}",
-    "views": "{% set ns = namespace(l={}) %}{% for i in range(90) %}{% set ns.l = {1: ns.l.items(), 2: ns.l} %}{% endfor %}",
-    "arguments of arguments": "{% macro m(n) %}{{ m(n - 1, varargs, varargs) if n else varargs }}{% endmacro %}{{ m(90, 1) }}",
-    "named arguments": "{% macro m(n) %}{{ m(n - 1, a=kwargs, b=kwargs) if n else kwargs }}{% endmacro %}{{ m(90, c=1) }}",
+    "views": (
+        "{% set ns = namespace(l={}) %}{% for i in range(90) %}{% set ns.l = {1: ns.l.items(), 2: ns.l} %}{%"
+        " endfor %}"
+    ),
+    "arguments of arguments": (
+        "{% macro m(n) %}{{ m(n - 1, varargs, varargs) if n else varargs }}{% endmacro %}{{ m(90, 1) }}"
+    ),
+    "named arguments": (
+        "{% macro m(n) %}{{ m(n - 1, a=kwargs, b=kwargs) if n else kwargs }}{% endmacro %}{{ m(90, c=1) }}"
+    ),
     "levels": "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = [ns.l] %}{% endfor %}",
     "join": "{{ range(99999) | join('x' * 9999) }}",
     "join of a text": "{{ ('x' * 9999).join('y' * 99999) }}",
@@ -76,8 +91,13 @@ HUGE = {
     "wordwrap": "{{ ('x' * 9999) | wordwrap(1, wrapstring='y' * 9999999) }}",
     "indented JSON": "{{ [[1]] | tojson(indent=10 ** 10) }}",
     "separators of JSON": "{{ ([1] * 99999) | tojson(separators=['x' * 99999, 'y']) }}",
-    "kept texts": "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + ['x' * 9999999] %}{% endfor %}",
-    "repeated text of the template": "{% set t %}{% for i in range(99999) %}" + "x" * 99999 + "{% endfor %}{% endset %}",
+    "kept texts": (
+        "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + ['x' * 9999999] %}{%"
+        " endfor %}"
+    ),
+    "repeated text of the template": (
+        "{% set t %}{% for i in range(99999) %}" + "x" * 99999 + "{% endfor %}{% endset %}"
+    ),
     "words": "{{ ('x ' * 7999999).split() | length }}",
     "parts": "{{ ('x' * 9999999).split('x') | length }}",
     "lines": "{{ ('\n' * 9999999).splitlines() | length }}",
@@ -136,7 +156,11 @@ def test_a_method_that_is_not_known_to_be_bounded_is_not_called(call: str) -> No
 
 @pytest.mark.parametrize("name", sorted(FILTERS))
 def test_no_filter_makes_more_than_the_bound_of_a_large_text(name: str) -> None:
-    source = "{% set t = 'x<' * 2000000 %}{% for i in range(99) %}{{ t | " + name + " | string | length }}{% endfor %}"
+    source = (
+        "{% set t = 'x<' * 2000000 %}{% for i in range(99) %}{{ t | "
+        + name
+        + " | string | length }}{% endfor %}"
+    )
     template = ChatTemplate(source, {})
     with _little_memory(), contextlib.suppress(InvalidRequest):  # some make little of it
         template.render(CHAT, timeout_s=0.3)
@@ -157,7 +181,12 @@ COMPILED = {
     "choices": "{% if a %}" + "{% elif a %}" * 18_000 + "{% endif %}",
     "brackets": "{{ " + "[" * 100_000,
 }
-FOLDED = ("{{ 10 ** 10 ** 10 }}", "{{ 'a' * 10 ** 9 }}", "{{ 'a' | center(10 ** 9) }}", "{{ '%1000000000d' % 1 }}")
+FOLDED = (
+    "{{ 10 ** 10 ** 10 }}",
+    "{{ 'a' * 10 ** 9 }}",
+    "{{ 'a' | center(10 ** 9) }}",
+    "{{ '%1000000000d' % 1 }}",
+)
 BOUNDED = """
 import json, resource, sys
 from pdserve.core.errors import CheckpointError

@@ -46,13 +46,17 @@ def files(authority: Authority, tmp_path: Path) -> Pair:
     return copied
 
 
-@pytest.mark.parametrize(("mode", "is_refused"), [(0o600, False), (0o640, False), (0o644, True), (0o660, True)])
+@pytest.mark.parametrize(
+    ("mode", "is_refused"), [(0o600, False), (0o640, False), (0o644, True), (0o660, True)]
+)
 def test_a_private_key_that_others_can_read_is_refused(files: Pair, mode: int, is_refused: bool) -> None:
     files.key.chmod(mode)
     if not is_refused:
         ServerTls(section(files))
         return
-    with pytest.raises(ConfigError, match=r"listen\.tls\.key: .* others cannot read .* of mode 6\d\d \(chmod 600, or 640\)"):
+    with pytest.raises(
+        ConfigError, match=r"listen\.tls\.key: .* others cannot read .* of mode 6\d\d \(chmod 600, or 640\)"
+    ):
         ServerTls(section(files))
 
 
@@ -64,7 +68,9 @@ def test_a_private_key_of_another_user_is_refused(files: Pair) -> None:
         ServerTls(section(files))
 
 
-def test_a_private_key_that_others_can_read_later_is_not_taken_over(files: Pair, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_private_key_that_others_can_read_later_is_not_taken_over(
+    files: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
     tls = ServerTls(section(files))
     files.key.chmod(0o644)
     assert [tls.current().version for _ in range(3)] == [0, 0, 0]
@@ -73,12 +79,16 @@ def test_a_private_key_that_others_can_read_later_is_not_taken_over(files: Pair,
 
 def section(files: Pair, client_ca: Path | None = None) -> TlsSection:
     return TlsSection(
-        certificate=str(files.certificate), key=str(files.key), client_ca=None if client_ca is None else str(client_ca)
+        certificate=str(files.certificate),
+        key=str(files.key),
+        client_ca=None if client_ca is None else str(client_ca),
     )
 
 
 @asynccontextmanager
-async def served(cluster: ScriptedCluster, tls: TlsSection, local: str | None = None) -> AsyncIterator[GatewayServer]:
+async def served(
+    cluster: ScriptedCluster, tls: TlsSection, local: str | None = None
+) -> AsyncIterator[GatewayServer]:
     listen = CONFIG.listen.model_copy(update={"tls": tls})
     config: ClusterConfig = CONFIG.model_copy(update={"listen": listen})
     gateway = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer), local=local)
@@ -177,24 +187,42 @@ def test_files_that_do_not_fit_each_other_leave_the_old_ones_in_force(
 
 
 @pytest.mark.parametrize("name", ["certificate", "key", "client_ca"])
-def test_a_file_that_is_missing_is_named(files: Pair, authority: Authority, tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_missing_is_named(
+    files: Pair, authority: Authority, tmp_path: Path, name: str
+) -> None:
     tls = section(files, authority.certificate).model_copy(update={name: str(tmp_path / "none")})
-    with pytest.raises(ConfigError, match=rf"listen\.tls\.{name}: got '.*none', expected a file that can be read"):
+    with pytest.raises(
+        ConfigError, match=rf"listen\.tls\.{name}: got '.*none', expected a file that can be read"
+    ):
         ServerTls(tls)
 
 
-def test_a_key_of_another_certificate_or_with_a_passphrase_is_refused(files: Pair, authority: Authority) -> None:
+def test_a_key_of_another_certificate_or_with_a_passphrase_is_refused(
+    files: Pair, authority: Authority
+) -> None:
     files.key.write_bytes(authority.sign("other").key.read_bytes())
     with pytest.raises(ConfigError, match="expected a PEM certificate that belongs to the private key in"):
         ServerTls(section(files))
-    command = ["openssl", "ec", "-in", str(files.key), "-out", str(files.key), "-aes256", "-passout", "pass:x"]
+    command = [
+        "openssl",
+        "ec",
+        "-in",
+        str(files.key),
+        "-out",
+        str(files.key),
+        "-aes256",
+        "-passout",
+        "pass:x",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     with pytest.raises(ConfigError, match="no passphrase"):
         ServerTls(section(files))
 
 
 def test_what_is_no_authority_is_refused(files: Pair) -> None:
-    with pytest.raises(ConfigError, match=r"listen\.tls\.client_ca: got .*, expected PEM certificates of authorities"):
+    with pytest.raises(
+        ConfigError, match=r"listen\.tls\.client_ca: got .*, expected PEM certificates of authorities"
+    ):
         ServerTls(section(files, client_ca=files.key))
 
 
@@ -202,7 +230,9 @@ async def test_an_asyncio_server_shows_the_newest_certificate_as_well(
     files: Pair, authority: Authority, stranger: Authority
 ) -> None:
     tls = ServerTls(section(files))
-    server = await asyncio.start_server(lambda reader, writer: writer.close(), "localhost", 0, ssl=tls.ssl_context())
+    server = await asyncio.start_server(
+        lambda reader, writer: writer.close(), "localhost", 0, ssl=tls.ssl_context()
+    )
     port = server.sockets[0].getsockname()[1]
 
     async def accepts(ca: Authority) -> bool:

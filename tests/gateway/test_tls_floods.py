@@ -1,4 +1,5 @@
-"""Attacks on HTTPS by clients without key or certificate: handshakes that stop, and records that cost more than they carry."""
+"""Attacks on HTTPS by clients without key or certificate: handshakes that stop, and records that cost more
+than they carry."""
 
 import asyncio
 import ssl
@@ -13,7 +14,13 @@ from pdserve.core.config_listen import TlsSection
 from pdserve.gateway.http import tls as http_tls
 from pdserve.gateway.http.connection import Connection
 from pdserve.gateway.http.server import HttpServer
-from pdserve.gateway.http.tls import MAX_EMPTY_RECORDS, MAX_HANDSHAKE_BYTES, MAX_RECORD_BYTES, SLICE_RECORDS, whole_records
+from pdserve.gateway.http.tls import (
+    MAX_EMPTY_RECORDS,
+    MAX_HANDSHAKE_BYTES,
+    MAX_RECORD_BYTES,
+    SLICE_RECORDS,
+    whole_records,
+)
 from tests.certificates import Authority
 from tests.gateway.flooding import connect, first_to_end, hang_up, serving, until, until_closed
 from tests.gateway.support import ScriptedCluster
@@ -39,7 +46,9 @@ async def https(cluster: ScriptedCluster, authority: Authority) -> AsyncIterator
 
 
 @asynccontextmanager
-async def serving_https(cluster: ScriptedCluster, authority: Authority, **limits: int) -> AsyncIterator[HttpServer]:
+async def serving_https(
+    cluster: ScriptedCluster, authority: Authority, **limits: int
+) -> AsyncIterator[HttpServer]:
     pair = authority.sign("server")
     tls = TlsSection(certificate=str(pair.certificate), key=str(pair.key))
     async with serving(cluster, {"tls": tls}, **limits) as server:
@@ -124,7 +133,9 @@ async def test_http_without_tls_is_refused_at_once(https: HttpServer) -> None:
     writer.close()
 
 
-async def test_handshakes_that_stop_make_room(cluster: ScriptedCluster, authority: Authority, trusting: ssl.SSLContext) -> None:
+async def test_handshakes_that_stop_make_room(
+    cluster: ScriptedCluster, authority: Authority, trusting: ssl.SSLContext
+) -> None:
     async with serving_https(cluster, authority, max_connections=16) as server:
         opened = await connect(server.address, 8)  # what one address may have
         for reader, writer in opened:
@@ -149,7 +160,9 @@ async def test_a_handshake_has_its_bytes(https: HttpServer, monkeypatch: pytest.
 # records
 
 
-async def test_one_byte_records_are_a_body_like_any_other(https: HttpServer, trusting: ssl.SSLContext) -> None:
+async def test_one_byte_records_are_a_body_like_any_other(
+    https: HttpServer, trusting: ssl.SSLContext
+) -> None:
     """Requests in a row, so that reading pauses and goes on."""
     client = Client(trusting)
     reader, writer = await client.open(https.address)
@@ -189,7 +202,15 @@ async def test_floods_of_tiny_records_do_not_keep_others_waiting(
 
 async def test_records_without_data_end_their_connection(https: HttpServer, authority: Authority) -> None:
     """Key updates: OpenSSL's client makes one for each line `k` that it reads by itself."""
-    arguments = ("-connect", https.address, "-tls1_3", "-CAfile", str(authority.certificate), "-servername", "localhost")
+    arguments = (
+        "-connect",
+        https.address,
+        "-tls1_3",
+        "-CAfile",
+        str(authority.certificate),
+        "-servername",
+        "localhost",
+    )
     client = await asyncio.create_subprocess_exec(
         "openssl",
         "s_client",
@@ -226,7 +247,15 @@ async def test_records_without_data_end_their_connection(https: HttpServer, auth
         (b"GET / HTTP/1.1", (14, 1)),
         (b"\x16\x03\x01\xff\xff" + b"a" * 20_000, (MAX_RECORD_BYTES, 1)),
     ],
-    ids=["nothing", "half a header", "half a record", "one and a half", "many", "no record", "too long a record"],
+    ids=[
+        "nothing",
+        "half a header",
+        "half a record",
+        "one and a half",
+        "many",
+        "no record",
+        "too long a record",
+    ],
 )
 def test_records_are_worked_on_when_they_are_whole(received: bytes, whole: tuple[int, int]) -> None:
     assert whole_records(bytearray(received)) == whole

@@ -13,7 +13,11 @@ from tests.gateway.support import byte_level, metaspace, metaspace_with_bytes, s
 from tests.gateway.tools.models import MODELS
 
 TEXTS = ["the dog", " two  spaces ", "Grüße, 你好 🙂\n", "<|im_start|>user", "def f(x):\n\treturn x\n", "<s>"]
-CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "and?"}]
+CHAT = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "hi"},
+    {"role": "user", "content": "and?"},
+]
 
 
 BUILT = {
@@ -47,7 +51,9 @@ def test_all_that_serving_asks_is_as_transformers_loads_it(directory: Path, ours
     assert json.loads(ours.to_json()) == json.loads(reference.backend_tokenizer.to_str())
     special = [token_id for token_id, token in reference.added_tokens_decoder.items() if token.special]
     for token_id in sorted(reference.get_vocab().values())[::7]:
-        assert ours.piece(token_id) == reference.backend_tokenizer.decode([token_id], skip_special_tokens=False)
+        assert ours.piece(token_id) == reference.backend_tokenizer.decode(
+            [token_id], skip_special_tokens=False
+        )
         assert ours.has_text(token_id) == (token_id not in special)
 
 
@@ -86,7 +92,9 @@ def test_truncation_and_padding_of_training_do_not_reach_prompts(tmp_path: Path)
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}"])
-def test_a_missing_or_corrupt_tokenizer_is_named_with_its_directory(tmp_path: Path, content: str | None) -> None:
+def test_a_missing_or_corrupt_tokenizer_is_named_with_its_directory(
+    tmp_path: Path, content: str | None
+) -> None:
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=str(tmp_path)):

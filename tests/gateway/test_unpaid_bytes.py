@@ -1,4 +1,5 @@
-"""Floods that no call shows: calls that the gRPC library refuses by itself, and what clients leave behind when they hang up."""
+"""Floods that no call shows: calls that the gRPC library refuses by itself, and what clients leave behind
+when they hang up."""
 
 import asyncio
 import errno
@@ -48,7 +49,9 @@ class Looks:
         self.bytes = UnpaidBytes()
         self._in_use = in_use
 
-    def __call__(self, now_s: float, num_bytes: Mapping[str, int], left: tuple[str, ...] = (), num_unread: int = 0) -> Verdict:
+    def __call__(
+        self, now_s: float, num_bytes: Mapping[str, int], left: tuple[str, ...] = (), num_unread: int = 0
+    ) -> Verdict:
         received = {name: Received(count, num_unread, name in left) for name, count in num_bytes.items()}
         return self.bytes.judge(received, self._in_use.__contains__, now_s)
 
@@ -97,7 +100,9 @@ def test_bytes_count_by_window_and_connection() -> None:
     for window in range(5):
         assert not look(window * WINDOW_S, {"a": window * MAX_IN_WINDOW}).is_suspicious
     look(5 * WINDOW_S, {})
-    assert not look(5 * WINDOW_S + 1, {"a": MAX_IN_WINDOW}).is_suspicious, "another connection of the same name"
+    assert not look(5 * WINDOW_S + 1, {"a": MAX_IN_WINDOW}).is_suspicious, (
+        "another connection of the same name"
+    )
     assert look(5 * WINDOW_S + 2, {"a": MUCH}).is_suspicious
 
 
@@ -161,21 +166,27 @@ def test_a_descriptor_that_is_anothers_by_now_is_left_alone() -> None:
 
 
 def refused_calls() -> Iterator[bytes]:
-    """Calls of few bytes each by one table of headers, without end. The library refuses most of them: no SETTINGS are
-    acknowledged."""
+    """Calls of few bytes each by one table of headers, without end. The library refuses most of them: no
+    SETTINGS are acknowledged."""
     names = {b":method": b"POST", b":scheme": b"http", b":path": b"/a.B/C", b":authority": b"x"}
     names |= {b"te": b"trailers", b"content-type": b"application/grpc"}
     block = b"".join(literal(name, value, True) for name, value in names.items())
     again = bytes(0x80 | 62 + index for index in reversed(range(len(names))))
-    yield PREFACE + frame(SETTINGS_FRAME, 0, 0, b"") + frame(HEADERS_FRAME, END_HEADERS | END_STREAM, 1, block)
+    yield (
+        PREFACE + frame(SETTINGS_FRAME, 0, 0, b"") + frame(HEADERS_FRAME, END_HEADERS | END_STREAM, 1, block)
+    )
     for first in count(3, 2000):
-        yield b"".join(frame(HEADERS_FRAME, END_HEADERS | END_STREAM, first + 2 * index, again) for index in range(1000))
+        yield b"".join(
+            frame(HEADERS_FRAME, END_HEADERS | END_STREAM, first + 2 * index, again) for index in range(1000)
+        )
 
 
 async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pdserve.gateway.grpc.unpaid_calls.MAX_IN_WINDOW", 1 << 30)  # those that are seen do not end it
+    monkeypatch.setattr(
+        "pdserve.gateway.grpc.unpaid_calls.MAX_IN_WINDOW", 1 << 30
+    )  # those that are seen do not end it
     async with serving(cluster, keys) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)
         closed = asyncio.create_task(until_closed(reader))
@@ -233,7 +244,8 @@ async def test_large_messages_whose_calls_wait_to_be_seen_keep_their_connection(
 
 
 def _rests(sockets: GrpcSockets, counts: list[int], min_bytes: int) -> bool:
-    """Whether the one connection has brought so much, and nothing more in the last looks, which `counts` has."""
+    """Whether the one connection has brought so much, and nothing more in the last looks, which `counts`
+    has."""
     counts += [found.received.num_bytes for found in sockets.look().values() if found.received]
     return len(counts) > 20 and counts[-1] > min_bytes and len(set(counts[-20:])) == 1
 

@@ -1,4 +1,5 @@
-"""Floods of calls over gRPC that cost a client little: without a key, or with headers that refer to one another."""
+"""Floods of calls over gRPC that cost a client little: without a key, or with headers that refer to one
+another."""
 
 import asyncio
 from pathlib import Path
@@ -44,7 +45,12 @@ def bomb(stream: int, num_references: int) -> bytes:
     pseudo = {b":method": b"POST", b":scheme": b"http", b":path": b"/a.B/C", b":authority": b"localhost"}
     names = pseudo | {b"te": b"trailers", b"content-type": b"application/grpc"}
     block = b"".join(literal(name, value) for name, value in names.items())
-    return frame(HEADERS_FRAME, END_HEADERS, stream, block + literal(b"x", b"y" * 100, True) + ADDED_ENTRY * num_references)
+    return frame(
+        HEADERS_FRAME,
+        END_HEADERS,
+        stream,
+        block + literal(b"x", b"y" * 100, True) + ADDED_ENTRY * num_references,
+    )
 
 
 async def test_a_call_with_very_many_headers_ends_its_connection(cluster: ScriptedCluster) -> None:
@@ -61,7 +67,10 @@ async def test_a_call_with_very_many_headers_ends_its_connection(cluster: Script
 async def test_headers_of_usual_number_are_welcome(cluster: ScriptedCluster) -> None:
     async with serving(cluster) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
         extra = tuple((f"x-{index}", "a") for index in range(MAX_HEADERS - 28))
-        assert len((await pdserve_pb2_grpc.GenerationStub(channel).Generate(request(), metadata=extra)).choices) == 1
+        assert (
+            len((await pdserve_pb2_grpc.GenerationStub(channel).Generate(request(), metadata=extra)).choices)
+            == 1
+        )
 
 
 async def test_very_many_calls_without_a_key_end_their_connection(

@@ -1,4 +1,5 @@
-"""One key's streams that nobody reads, as many as a connection may have: another key's connections and calls notice nothing."""
+"""One key's streams that nobody reads, as many as a connection may have: another key's connections and calls
+notice nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,17 @@ STREAM = pb.GenerateRequest(prompt=pb.Prompt(text="the dog"), sampling=pb.Sampli
 
 def streams(count: int) -> bytes:
     """Calls of GenerateStream on one connection."""
-    names = {b":method": b"POST", b":scheme": b"http", b":path": b"/pdserve.v1.Generation/GenerateStream", b":authority": b"x"}
-    names |= {b"te": b"trailers", b"content-type": b"application/grpc", b"authorization": b"Bearer " + MALLORY.encode()}
+    names = {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/pdserve.v1.Generation/GenerateStream",
+        b":authority": b"x",
+    }
+    names |= {
+        b"te": b"trailers",
+        b"content-type": b"application/grpc",
+        b"authorization": b"Bearer " + MALLORY.encode(),
+    }
     headers = b"".join(literal(name, value, True) for name, value in names.items())
     again = bytes(0x80 | 62 + index for index in reversed(range(len(names))))
     text = STREAM.SerializeToString()
@@ -33,9 +43,13 @@ def streams(count: int) -> bytes:
     return b"".join(sent)
 
 
-async def test_unread_streams_of_one_key_keep_no_other_key_out(cluster: ScriptedCluster, tmp_path: Path) -> None:
+async def test_unread_streams_of_one_key_keep_no_other_key_out(
+    cluster: ScriptedCluster, tmp_path: Path
+) -> None:
     path = tmp_path / "keys"
-    path.write_text("".join(f"{make_key(name, key).line}\n" for name, key in (("mallory", MALLORY), ("alice", ALICE))))
+    path.write_text(
+        "".join(f"{make_key(name, key).line}\n" for name, key in (("mallory", MALLORY), ("alice", ALICE)))
+    )
     path.chmod(0o600)
     cluster.num_extra_logprobs = 200  # one message fills what the connection may have on its way
     listen: dict[str, Any] = {"api_keys": str(path)}

@@ -8,16 +8,16 @@ import numpy as np
 from llguidance import LLTokenizer
 
 from pdserve.engine.checkpoint import open_checkpoint, resolve_model_path
-from pdserve.grammar.messages import Setup
+from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.vocabulary import tokenizer_json
 
 PATH = resolve_model_path("embedded")
 
 
 @cache
-def setup() -> Setup:
+def setup() -> GrammarSetup:
     config = open_checkpoint(PATH).config
-    return Setup(tokenizer_json(PATH), config.vocab_size, config.eos_token_ids)
+    return GrammarSetup(tokenizer_json(PATH), config.vocab_size, config.eos_token_ids)
 
 
 @cache

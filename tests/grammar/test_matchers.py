@@ -1,4 +1,5 @@
-"""Masks let through what the grammar says and nothing else; what is no grammar, or too much of one, is refused with a word."""
+"""Masks let through what the grammar says and nothing else; what is no grammar, or too much of one, is
+refused with a word."""
 
 import itertools
 import json
@@ -8,12 +9,16 @@ import pytest
 
 from pdserve.core.errors import InvalidRequest
 from pdserve.grammar.matchers import MAX_CACHED_GRAMMARS, Matchers
-from pdserve.grammar.messages import Advance, Close, Mask, Open, Refused
+from pdserve.grammar.messages import Advance, Close, GrammarRefused, Mask, OpenOutput
 from pdserve.grammar.sources import choice_grammar, json_object_grammar, json_schema_grammar, regex_grammar
 
 from .support import allowed, setup, tokenizer, tokens
 
-POINT = {"type": "object", "properties": {"x": {"type": "integer"}, "y": {"enum": ["a", "b/c\n"]}}, "required": ["x", "y"]}
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "y": {"enum": ["a", "b/c\n"]}},
+    "required": ["x", "y"],
+}
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def matchers() -> Matchers:
 
 def accepts(matchers: Matchers, grammar: str, text: str) -> bool:
     """Whether `text` is a whole output: each token is allowed, and then the end."""
-    answer = matchers.handle(Open(1, grammar))
+    answer = matchers.handle(OpenOutput(1, grammar))
     assert isinstance(answer, Mask), answer
     for number, token_id in enumerate(tokens(text), start=1):
         if token_id not in allowed(answer.bits):
@@ -50,7 +55,9 @@ def accepts(matchers: Matchers, grammar: str, text: str) -> bool:
         ('start: a+ "."\na: "x" | "y"', "xyx.", "xyz."),
     ],
 )
-def test_an_output_is_complete_where_its_grammar_is(matchers: Matchers, grammar: str, good: str, bad: str) -> None:
+def test_an_output_is_complete_where_its_grammar_is(
+    matchers: Matchers, grammar: str, good: str, bad: str
+) -> None:
     assert accepts(matchers, grammar, good)
     assert not accepts(matchers, grammar, bad)
 
@@ -63,17 +70,19 @@ def test_whitespace_between_json_tokens_has_an_end(matchers: Matchers) -> None:
 
 
 def test_nothing_but_the_end_may_follow_what_is_complete(matchers: Matchers) -> None:
-    answer = matchers.handle(Open(1, regex_grammar("ab"), tuple(tokens("ab"))))
+    answer = matchers.handle(OpenOutput(1, regex_grammar("ab"), tuple(tokens("ab"))))
     assert isinstance(answer, Mask) and allowed(answer.bits) == set(setup().eos_token_ids)
 
 
-def test_an_output_that_is_taken_up_half_way_goes_on_as_if_it_had_been_followed_from_its_start(matchers: Matchers) -> None:
+def test_an_output_that_is_taken_up_half_way_goes_on_as_if_it_had_been_followed_from_its_start(
+    matchers: Matchers,
+) -> None:
     grammar, text = json_schema_grammar(json.dumps(POINT)), tokens('{"x": 17, "y": "b/')
-    first = matchers.handle(Open(1, grammar))
+    first = matchers.handle(OpenOutput(1, grammar))
     assert isinstance(first, Mask)
     for number, token_id in enumerate(text, start=1):
         followed = matchers.handle(Advance(1, number, token_id))
-    taken_up = matchers.handle(Open(2, grammar, tuple(text)))
+    taken_up = matchers.handle(OpenOutput(2, grammar, tuple(text)))
     assert isinstance(followed, Mask) and isinstance(taken_up, Mask)
     assert followed.bits == taken_up.bits
 
@@ -92,14 +101,18 @@ def test_an_output_that_is_taken_up_half_way_goes_on_as_if_it_had_been_followed_
         (json_schema_grammar('{"$ref": "http://169.254.169.254/latest"}'), "does not fetch resources"),
         (json_schema_grammar('{"type": "array", "uniqueItems": true}'), "Unimplemented"),
         (
-            json_schema_grammar(json.dumps({"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(3000)}})),
+            json_schema_grammar(
+                json.dumps({"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(3000)}})
+            ),
             "items; max is",
         ),
     ],
 )
-def test_what_is_no_grammar_or_too_much_of_one_is_refused_with_a_reason(matchers: Matchers, grammar: str, why: str) -> None:
-    answer = matchers.handle(Open(1, grammar, probe=True))
-    assert isinstance(answer, Refused) and why in answer.why
+def test_what_is_no_grammar_or_too_much_of_one_is_refused_with_a_reason(
+    matchers: Matchers, grammar: str, why: str
+) -> None:
+    answer = matchers.handle(OpenOutput(1, grammar, probe=True))
+    assert isinstance(answer, GrammarRefused) and why in answer.why
     assert "\n" not in answer.why and len(answer.why) < 500
 
 
@@ -110,21 +123,21 @@ def test_a_schema_is_a_json_object(schema: str) -> None:
 
 
 def test_a_token_that_was_not_allowed_ends_it(matchers: Matchers) -> None:
-    matchers.handle(Open(1, regex_grammar("ab")))
+    matchers.handle(OpenOutput(1, regex_grammar("ab")))
     answer = matchers.handle(Advance(1, 1, tokens("z")[0]))
-    assert isinstance(answer, Refused)
+    assert isinstance(answer, GrammarRefused)
 
 
 def test_an_output_whose_masks_take_long_is_refused_when_it_has_used_up_its_time() -> None:
     clock: Iterator[float] = itertools.count(step=0.3)  # what every job takes
     matchers = Matchers(tokenizer(), clock=lambda: next(clock))
-    assert isinstance(matchers.handle(Open(1, regex_grammar("a+"))), Mask)
+    assert isinstance(matchers.handle(OpenOutput(1, regex_grammar("a+"))), Mask)
     answer = matchers.handle(Advance(1, 1, tokens("a")[0]))
-    assert isinstance(answer, Refused) and "too long" in answer.why
+    assert isinstance(answer, GrammarRefused) and "too long" in answer.why
 
 
 def test_a_grammar_is_compiled_again_only_when_many_others_came_between(matchers: Matchers) -> None:
     for number in range(MAX_CACHED_GRAMMARS + 5):
-        matchers.handle(Open(number, regex_grammar(f"a{{{number}}}")))
+        matchers.handle(OpenOutput(number, regex_grammar(f"a{{{number}}}")))
     assert len(matchers._compiled) == MAX_CACHED_GRAMMARS
-    assert isinstance(matchers.handle(Open(-1, regex_grammar("a{0}"))), Mask)
+    assert isinstance(matchers.handle(OpenOutput(-1, regex_grammar("a{0}"))), Mask)

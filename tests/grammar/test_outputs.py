@@ -1,4 +1,5 @@
-"""What was asked of a grammar process survives its deaths: every question is answered once, in order; blame falls on one."""
+"""What was asked of a grammar process survives its deaths: every question is answered once, in order; blame
+falls on one."""
 
 import itertools
 from collections import deque
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from pdserve.core.codec import FrameError
-from pdserve.grammar.messages import Advance, Close, FromProcess, Mask, Open, Refused, ToProcess
+from pdserve.grammar.messages import Advance, Close, FromProcess, GrammarRefused, Mask, OpenOutput, ToProcess
 from pdserve.grammar.outputs import MAX_DEATHS, WINDOW, WINDOW_EACH, Death, Outputs
 
 BAD = "dies of it"
@@ -22,7 +23,7 @@ class Model:
 
     def take(self, message: ToProcess | None) -> None:
         match message:
-            case Open(key=key, token_ids=tokens):
+            case OpenOutput(key=key, token_ids=tokens):
                 self.tokens[key] = list(tokens)
                 self.due.append(Mask(key, len(tokens), b""))
             case Advance(key=key, num_tokens=num_tokens, token_id=token_id):
@@ -35,7 +36,9 @@ class Model:
 
 CLIENTS = ("a", "b")
 Action = tuple[str, int]
-ACTIONS = st.tuples(st.sampled_from(["open", "advance", "close", "answer", "die", "hand over"]), st.integers(0, 5))
+ACTIONS = st.tuples(
+    st.sampled_from(["open", "advance", "close", "answer", "die", "hand over"]), st.integers(0, 5)
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -100,16 +103,16 @@ def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list
 def test_the_output_that_a_process_died_of_is_given_up_and_the_others_are_asked_for_again() -> None:
     outputs = Outputs()
     outputs.open(1, "first")
-    assert outputs.requests() == [Open(1, "first")]
+    assert outputs.requests() == [OpenOutput(1, "first")]
     assert outputs.answered(Mask(1, 0, b""))
     outputs.open(2, BAD)
     outputs.advance(1, 5)
     outputs.open(3, "third", (7,))
-    assert outputs.requests() == [Open(2, BAD), Advance(1, 1, 5)]
+    assert outputs.requests() == [OpenOutput(2, BAD), Advance(1, 1, 5)]
     assert outputs.died(Death.TIME) == (2, True)
-    assert outputs.requests() == [Open(1, "first", (5,))]
+    assert outputs.requests() == [OpenOutput(1, "first", (5,))]
     assert outputs.answered(Mask(1, 1, b""))
-    assert outputs.requests() == [Open(3, "third", (7,))]
+    assert outputs.requests() == [OpenOutput(3, "third", (7,))]
 
 
 def test_a_stream_goes_on_before_all_but_one_of_the_outputs_that_are_to_be_opened() -> None:
@@ -139,9 +142,9 @@ def test_who_sees_processes_die_again_and_again_is_given_up(death: Death, is_to_
     outputs = Outputs()
     outputs.open(1, "g")
     for _ in range(MAX_DEATHS - 1):
-        assert outputs.requests() == [Open(1, "g")]
+        assert outputs.requests() == [OpenOutput(1, "g")]
         assert outputs.died(death) is None
-    assert outputs.requests() == [Open(1, "g")]
+    assert outputs.requests() == [OpenOutput(1, "g")]
     assert outputs.died(death) == (1, is_to_blame)
     assert outputs.requests() == []
 
@@ -163,7 +166,7 @@ def test_a_refused_output_is_asked_for_no_more() -> None:
     outputs = Outputs()
     outputs.open(1, "g")
     outputs.requests()
-    assert outputs.answered(Refused(1, "no grammar"))
+    assert outputs.answered(GrammarRefused(1, "no grammar"))
     outputs.advance(1, 5)
     assert outputs.close(1) is None and outputs.requests() == []
 
@@ -210,13 +213,13 @@ def test_a_newcomer_is_opened_after_one_of_those_that_another_client_has_waiting
     outputs = Outputs()
     for key in range(30):
         outputs.open(key, "g", client="many")
-    assert outputs.requests() == [Open(0, "g")]
+    assert outputs.requests() == [OpenOutput(0, "g")]
     outputs.open(30, "g", client="one")
     order = []
     for key in (0, 1):
         outputs.answered(Mask(key, 0, b""))
         order += outputs.requests()
-    assert order == [Open(1, "g"), Open(30, "g")]
+    assert order == [OpenOutput(1, "g"), OpenOutput(30, "g")]
 
 
 def test_what_one_process_was_asked_for_a_client_goes_on_in_another_and_is_answered_once() -> None:
@@ -230,10 +233,10 @@ def test_what_one_process_was_asked_for_a_client_goes_on_in_another_and_is_answe
     assert (keys, messages) == ([0, 1, 3], [Close(0), Close(1)])
     assert not outputs.answered(Mask(0, 1, b"")) and outputs.answered(Mask(2, 1, b""))
     assert not outputs.is_asked
-    assert others.requests() == [Open(0, "g", (7,))]
+    assert others.requests() == [OpenOutput(0, "g", (7,))]
     assert others.answered(Mask(0, 1, b""))
-    assert others.requests() == [Open(3, "g")]
+    assert others.requests() == [OpenOutput(3, "g")]
     assert others.answered(Mask(3, 0, b""))
     assert not others.is_asked
     others.advance(1, 7)
-    assert others.requests() == [Open(1, "g", (7,))]
+    assert others.requests() == [OpenOutput(1, "g", (7,))]

@@ -10,7 +10,7 @@ import pytest
 from pdserve.core.errors import NoWorkerAvailable, QueueFull
 from pdserve.grammar.checker import MAX_QUESTIONS_EACH, GrammarChecker
 from pdserve.grammar.lanes import GrammarLanes
-from pdserve.grammar.messages import Setup
+from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.process import GrammarProcess
 from pdserve.grammar.sources import regex_grammar
 from pdserve.grammar.thread import GrammarThread
@@ -52,7 +52,9 @@ async def test_it_starts_when_it_is_needed_and_tells_masks(process: GrammarProce
 
 
 @pytest.mark.parametrize("bomb", [SLOW_MASK, DEEP], ids=["slow mask", "deep rules"])
-async def test_who_brought_a_bomb_is_refused_and_the_others_go_on(process: GrammarProcess, told: Told, bomb: str) -> None:
+async def test_who_brought_a_bomb_is_refused_and_the_others_go_on(
+    process: GrammarProcess, told: Told, bomb: str
+) -> None:
     process.open(1, regex_grammar("ab+"))
     before = await told.answers.get()
     process.open(2, bomb)
@@ -76,14 +78,14 @@ async def test_a_process_that_somebody_kills_is_replaced(process: GrammarProcess
 
 
 async def test_a_process_that_cannot_start_fails_its_requests_without_blaming_them(told: Told) -> None:
-    process = GrammarProcess(lambda: Setup("no tokenizer", 10, (0,)), told)
+    process = GrammarProcess(lambda: GrammarSetup("no tokenizer", 10, (0,)), told)
     process.open(1, regex_grammar("ab"))
     assert await told.answers.get() == ("failed", 1, "the grammar process does not start")
     await process.stop()
 
 
 async def test_what_is_missing_for_its_start_is_told_to_those_who_wait(told: Told) -> None:
-    def missing() -> Setup:
+    def missing() -> GrammarSetup:
         raise FileNotFoundError("tokenizer.json")
 
     process = GrammarProcess(missing, told)
@@ -92,7 +94,9 @@ async def test_what_is_missing_for_its_start_is_told_to_those_who_wait(told: Tol
     await process.stop()
 
 
-async def test_an_output_that_is_taken_up_after_much_work_is_not_refused_for_it(process: GrammarProcess, told: Told) -> None:
+async def test_an_output_that_is_taken_up_after_much_work_is_not_refused_for_it(
+    process: GrammarProcess, told: Told
+) -> None:
     """What its tokens have cost before counts again when another process takes it up."""
     grammar = regex_grammar("(ab?c?){3000}d*")
     text = tuple(tokens("abc")) * 900
@@ -128,7 +132,12 @@ async def test_it_ends_with_its_owner() -> None:
         "asyncio.run(main())\n"
     )
     child = await asyncio.create_subprocess_exec("python", "-c", owner, stdout=asyncio.subprocess.PIPE)
-    told, _ = await child.communicate()  # its end of the pipe is the grammar process's standard error too, if anything
+    (
+        told,
+        _,
+    ) = (
+        await child.communicate()
+    )  # its end of the pipe is the grammar process's standard error too, if anything
     await asyncio.to_thread(await_end, int(told))
 
 
@@ -168,7 +177,9 @@ async def test_the_checker_tells_good_grammars_from_bad_ones(checker: GrammarChe
     assert await checker.check(regex_grammar("ab"), "me") is None
 
 
-async def test_a_client_with_many_costly_grammars_does_not_keep_the_others_waiting(checker: GrammarChecker) -> None:
+async def test_a_client_with_many_costly_grammars_does_not_keep_the_others_waiting(
+    checker: GrammarChecker,
+) -> None:
     order: list[str] = []
 
     async def check(grammar: str, client: str) -> None:
@@ -184,11 +195,15 @@ async def test_a_client_with_more_grammars_than_can_wait_is_refused_and_others_a
     checker: GrammarChecker,
 ) -> None:
     checks = [checker.check(regex_grammar(f"a{{{i}}}"), "me") for i in range(MAX_QUESTIONS_EACH + 1)]
-    results = await asyncio.gather(*checks, checker.check(regex_grammar("b"), "other"), return_exceptions=True)
+    results = await asyncio.gather(
+        *checks, checker.check(regex_grammar("b"), "other"), return_exceptions=True
+    )
     assert [type(result) for result in results if result is not None] == [QueueFull]
 
 
-async def test_a_client_waits_for_no_question_of_anothers_even_for_the_same_grammar(checker: GrammarChecker) -> None:
+async def test_a_client_waits_for_no_question_of_anothers_even_for_the_same_grammar(
+    checker: GrammarChecker,
+) -> None:
     order: list[str] = []
 
     async def check(grammar: str, client: str) -> None:
@@ -205,7 +220,9 @@ async def test_who_asks_the_same_at_once_gets_one_answer(checker: GrammarChecker
     assert set(await asyncio.gather(*checks)) == {None}
 
 
-async def test_a_client_that_goes_away_keeps_its_turn_until_its_question_is_answered(checker: GrammarChecker) -> None:
+async def test_a_client_that_goes_away_keeps_its_turn_until_its_question_is_answered(
+    checker: GrammarChecker,
+) -> None:
     """Else it could ask without end."""
     for number in range(MAX_QUESTIONS_EACH):
         asking = asyncio.ensure_future(checker.check(regex_grammar(f"a{{{number}}}"), "me"))
@@ -217,7 +234,7 @@ async def test_a_client_that_goes_away_keeps_its_turn_until_its_question_is_answ
 
 
 async def test_a_grammar_that_cannot_be_checked_is_not_called_bad() -> None:
-    checker = GrammarChecker(lambda: Setup("no tokenizer", 10, (0,)))
+    checker = GrammarChecker(lambda: GrammarSetup("no tokenizer", 10, (0,)))
     with pytest.raises(NoWorkerAvailable):
         await checker.check(regex_grammar("ab"), "me")
     await checker.stop()

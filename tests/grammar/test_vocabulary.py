@@ -29,10 +29,18 @@ def test_everything_but_training_settings_is_as_in_the_file() -> None:
 def test_tokens_that_only_the_config_knows_are_added_in_order(tmp_path: Path) -> None:
     added = {"id": 2, "content": "<b>", "special": True}
     config = {
-        "added_tokens_decoder": {"1": {"content": "<a>", "special": True, "__type": "AddedToken"}, "2": {"content": "<c>"}}
+        "added_tokens_decoder": {
+            "1": {"content": "<a>", "special": True, "__type": "AddedToken"},
+            "2": {"content": "<c>"},
+        }
     }
-    tokens = json.loads(tokenizer_json(directory(tmp_path, {"model": MODEL, "added_tokens": [added]}, config)))["added_tokens"]
-    assert [(token["id"], token["content"], token["special"]) for token in tokens] == [(1, "<a>", True), (2, "<b>", True)]
+    tokens = json.loads(
+        tokenizer_json(directory(tmp_path, {"model": MODEL, "added_tokens": [added]}, config))
+    )["added_tokens"]
+    assert [(token["id"], token["content"], token["special"]) for token in tokens] == [
+        (1, "<a>", True),
+        (2, "<b>", True),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,11 @@ class FakeKeeper:
         self._actor(key).end(ActorDiedError())
 
     async def living(self) -> list[tuple[WorkerSpec, Placement]]:
-        return [(actor.spec, Placement("node", actor.spec.cores)) for actor in self.actors if not actor.ended.done()]
+        return [
+            (actor.spec, Placement("node", actor.spec.cores))
+            for actor in self.actors
+            if not actor.ended.done()
+        ]
 
     async def config(self) -> ClusterConfig:
         return self._config
@@ -92,7 +96,8 @@ class FakeKeeper:
 
 
 class World:
-    """A controller and a router's service around fake actors, on `num_cores` cores; every instance takes one."""
+    """A controller and a router's service around fake actors, on `num_cores` cores; every instance takes
+    one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_cores: int = 2, **fleet: Any) -> None:
         self.keeper = FakeKeeper()
@@ -100,16 +105,22 @@ class World:
         monkeypatch.setattr(supervisor, "STOP_TIMEOUT_S", 0.01)
         self.start_controller(monkeypatch, Router(), num_cores, **fleet)
 
-    def start_controller(self, monkeypatch: pytest.MonkeyPatch, router: Router, num_cores: int = 2, **fleet: Any) -> None:
+    def start_controller(
+        self, monkeypatch: pytest.MonkeyPatch, router: Router, num_cores: int = 2, **fleet: Any
+    ) -> None:
         self.fleet = Fleet(FleetConfig(**fleet))
         self.places = Places(CoreAllocator({"node": Capacity(num_cores)}))
         self.suspected: list[str] = []
-        self.controller = Controller(self.fleet, self.places, self.keeper, _spec, lambda: None, self.suspected.append)
+        self.controller = Controller(
+            self.fleet, self.places, self.keeper, _spec, lambda: None, self.suspected.append
+        )
         self.service = RouterService(router, self.controller, "secret")
         self.controller.attach(self.service)
         handle = self.fleet.handle
         monkeypatch.setattr(
-            self.fleet, "handle", lambda event, now_s: (self.fleet_events.append(event), handle(event, now_s))[1]
+            self.fleet,
+            "handle",
+            lambda event, now_s: (self.fleet_events.append(event), handle(event, now_s))[1],
         )
 
     @property
@@ -139,11 +150,15 @@ class World:
         sessions: Any = self.service.sessions
         self.service.carry_out(sessions.received(sessions.connection(spec.key), message))
 
-    def disconnect(self, worker_id: str, reason: str = "connection closed", num_silent_beats: int = 0) -> None:
+    def disconnect(
+        self, worker_id: str, reason: str = "connection closed", num_silent_beats: int = 0
+    ) -> None:
         """Its connection breaks, or it says nothing for so many beats."""
         self.break_off(self.actor(worker_id).spec, reason, num_silent_beats)
 
-    def break_off(self, spec: WorkerSpec, reason: str = "connection closed", num_silent_beats: int = 0) -> None:
+    def break_off(
+        self, spec: WorkerSpec, reason: str = "connection closed", num_silent_beats: int = 0
+    ) -> None:
         sessions: Any = self.service.sessions
         connection = sessions.connection(spec.key)
         for _ in range(num_silent_beats):
@@ -162,7 +177,11 @@ class World:
         return next(member.last_error for member in self.fleet.status() if member.worker_id == worker_id)
 
     def losses(self, worker_id: str) -> list[WorkerLost]:
-        return [event for event in self.fleet_events if isinstance(event, WorkerLost) and event.worker_id == worker_id]
+        return [
+            event
+            for event in self.fleet_events
+            if isinstance(event, WorkerLost) and event.worker_id == worker_id
+        ]
 
     async def settle(self) -> None:
         """Until nobody has anything left to do but to wait for actors."""

@@ -20,7 +20,9 @@ from ..router.cluster import worker_info
 from .controller_world import D, FakeActor, P, World
 
 
-async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = World(monkeypatch, stable_s=0.0)
     world.up()
     frozen = world.actor("decode-0")
@@ -37,7 +39,9 @@ async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
     assert world.state("decode-0") is MemberState.READY
 
 
-async def test_a_worker_that_fell_silent_is_killed_without_being_asked_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_fell_silent_is_killed_without_being_asked_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = World(monkeypatch, stable_s=0.0)
     world.up()
     monkeypatch.setattr(supervisor, "STOP_TIMEOUT_S", 3600.0)
@@ -73,7 +77,9 @@ async def test_a_worker_that_was_told_to_stop_is_not_taken_for_gone_before_its_p
     assert actor.num_stops == 1
 
 
-async def test_a_worker_that_failed_says_why_also_when_its_connection_broke_first(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_failed_says_why_also_when_its_connection_broke_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = World(monkeypatch)
     world.up()
     actor = world.actor("decode-0")
@@ -103,7 +109,10 @@ async def test_a_killed_worker_is_lost_to_the_router_once_and_replaced_once(
         world.break_off(actor.spec)
     assert [actor.spec.incarnation for actor in world.actors if actor.spec.worker_id == "prefill-0"] == [2, 3]
     world.connect("prefill-0")
-    assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {"prefill-0", "decode-0"}
+    assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {
+        "prefill-0",
+        "decode-0",
+    }
 
 
 async def test_a_worker_that_waits_for_cores_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +126,9 @@ async def test_a_worker_that_waits_for_cores_can_be_stopped(monkeypatch: pytest.
     assert len(world.actors) == 1
 
 
-async def test_a_worker_that_becomes_ready_after_it_was_told_to_stop_is_given_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_becomes_ready_after_it_was_told_to_stop_is_given_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
     spec = world.actor("decode-0").spec
@@ -147,13 +158,18 @@ async def test_a_new_controller_takes_over_the_workers_that_live_and_ends_those_
     assert not world.controller.adopted.is_set()
     world.connect("decode-0")
     assert world.controller.adopted.is_set()
-    assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {"prefill-0", "decode-0"}
+    assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {
+        "prefill-0",
+        "decode-0",
+    }
     await world.settle()
     assert frozen.num_stops == 2
     assert len(world.actors) == 3
 
 
-async def test_a_worker_that_still_loads_is_taken_over_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_still_loads_is_taken_over_without_waiting_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
     world.connect("prefill-0")
@@ -164,7 +180,9 @@ async def test_a_worker_that_still_loads_is_taken_over_without_waiting_for_it(mo
     world.connect("prefill-0")
     assert not world.controller.adopted.is_set()
     assert world.introduce(spec)
-    world.say(spec, LoadProgress(worker_id="decode-0", incarnation=spec.incarnation, phase="loading", fraction=0.5))
+    world.say(
+        spec, LoadProgress(worker_id="decode-0", incarnation=spec.incarnation, phase="loading", fraction=0.5)
+    )
     assert world.controller.adopted.is_set()
     assert len(world.actors) == 2
 
@@ -189,7 +207,9 @@ async def test_a_worker_connects_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not world.introduce(spec)
 
 
-async def test_a_host_is_suspected_when_a_worker_there_is_lost_for_no_known_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_host_is_suspected_when_a_worker_there_is_lost_for_no_known_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     world = World(monkeypatch, stable_s=0.0)
     world.up()
     world.actor("decode-0").end(RayTaskError("run", "traceback", CheckpointError("layer 3 is gone")))
@@ -209,7 +229,9 @@ async def test_a_worker_waits_for_a_host_for_as_long_as_it_takes_and_starts_when
 ) -> None:
     world = World(monkeypatch, num_cores=1)
     world.controller.handle(Apply({P: 1, D: 1}))
-    (waiting,) = (key for key, process in world.controller.processes.items() if process.state is ProcessState.WAITING)
+    (waiting,) = (
+        key for key, process in world.controller.processes.items() if process.state is ProcessState.WAITING
+    )
     assert world.controller.processes[waiting].phase.startswith(f"waiting: {waiting[0]} needs 1 core(s)")
     world.places.cores.open("another", Capacity(1))
     world.controller.handle(Tick())

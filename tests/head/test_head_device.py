@@ -48,7 +48,8 @@ def test_workers_on_the_processor_are_told_their_blocks() -> None:
 
 
 def test_a_worker_knows_the_device_and_not_how_it_was_chosen() -> None:
-    """The configuration stays as it was written, so that the same file can be applied to the running cluster."""
+    """The configuration stays as it was written, so that the same file can be applied to the running
+    cluster."""
     spec = worker(ClusterConfig(), node())
     assert spec.config.device == "auto"
     assert spec.device == "cuda"

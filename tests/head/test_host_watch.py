@@ -69,7 +69,9 @@ def states(watch: HostWatch) -> dict[str, str]:
     return {host.address: host.state.value for host in watch.hosts.status(0.0)}
 
 
-async def test_hosts_that_join_while_it_runs_serve_once_they_have_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hosts_that_join_while_it_runs_serve_once_they_have_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(host_watch_module, "INTERVAL_S", 0.0)
     nodes = FakeNodes(HEAD)
     watch = watch_of(nodes)
@@ -81,7 +83,9 @@ async def test_hosts_that_join_while_it_runs_serve_once_they_have_answered(monke
     assert watch.are_complete(ClusterConfig())
     nodes.alive = ConnectionError("Ray's head is busy")
     await nodes.look_again()
-    assert states(watch) == {"10.0.0.1": "joined", "10.0.0.2": "awaited"}, "what it does not say changes nothing"
+    assert states(watch) == {"10.0.0.1": "joined", "10.0.0.2": "awaited"}, (
+        "what it does not say changes nothing"
+    )
     nodes.alive = (HEAD, B)
     await nodes.look_again()
     await nodes.answer("n2")

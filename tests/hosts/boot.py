@@ -1,11 +1,11 @@
-"""The first process of a host: mounts what is the host's own, starts sshd and cron, and reaps orphans until it is killed.
+"""The first process of a host: mounts what is the host's own, starts sshd and cron, and reaps orphans until
+it is killed.
 
     boot.py FOLDER NAME [KEPT ...]
 
-Prints a line when the host answers ssh. FOLDER is the host's part of the machine's disk. KEPT are folders of the
-machine (code, virtual environment) that stay visible where the host has a folder of its own around them. Runs in fresh
-mount, PID, UTS, IPC and network namespaces.
-"""
+Prints a line when the host answers ssh. FOLDER is the host's part of the machine's disk. KEPT are folders of
+the machine (code, virtual environment) that stay visible where the host has a folder of its own around them.
+Runs in fresh mount, PID, UTS, IPC and network namespaces."""
 
 import os
 import socket
@@ -54,7 +54,13 @@ def start_daemons(folder: Path) -> None:
         "MaxStartups": "100",
         "Subsystem": "sftp internal-sftp",
     }
-    sshd = ["/usr/sbin/sshd", "-D", "-f", "/dev/null", *(f"-o{name}={value}" for name, value in options.items())]
+    sshd = [
+        "/usr/sbin/sshd",
+        "-D",
+        "-f",
+        "/dev/null",
+        *(f"-o{name}={value}" for name, value in options.items()),
+    ]
     for daemon in (sshd, ["/usr/sbin/cron", "-f"]):  # cron also runs, now, what is scheduled for @reboot
         subprocess.Popen(daemon, stdin=subprocess.DEVNULL, stdout=sys.stderr)
 

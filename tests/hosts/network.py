@@ -1,9 +1,10 @@
-"""Hosts on one machine: network namespaces on a bridge, each with an sshd, a cron, a home, /tmp, /dev/shm, /run, a host
-name and a PID namespace of its own. They share the machine's processor, its clock, and its disk but for those folders.
+"""Hosts on one machine: network namespaces on a bridge, each with an sshd, a cron, a home, /tmp, /dev/shm,
+/run, a host name and a PID namespace of its own. They share the machine's processor, its clock, and its disk
+but for those folders.
 
-The namespaces are the state: who knows the network's name finds its hosts. What a host keeps over a reboot lies in
-`Hosts.folder`, of mode 0700. The first host is the operator's: it alone has the private key that all of them admit.
-"""
+The namespaces are the state: who knows the network's name finds its hosts. What a host keeps over a reboot
+lies in `Hosts.folder`, of mode 0700. The first host is the operator's: it alone has the private key that all
+of them admit."""
 
 import ctypes
 import json
@@ -65,7 +66,8 @@ class Hosts:
         self._booted: dict[str, subprocess.Popen[bytes]] = {}  # by this object, by host
 
     def up(self, hosts: Sequence[str]) -> None:
-        """Makes and boots hosts of these names; the first is the operator's. Their addresses are 10.77.0.1 and on."""
+        """Makes and boots hosts of these names; the first is the operator's. Their addresses are 10.77.0.1
+        and on."""
         if reason := whats_missing():
             raise HostsError(reason)
         if self.names():
@@ -107,9 +109,13 @@ class Hosts:
     def run(self, host: str, command: str, timeout_s: float = 60.0) -> str:
         """What the command prints. Raises HostsError, with all that it has printed, when it fails."""
         done = subprocess.run(
-            self.command(host, command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            self.command(host, command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
             timeout=timeout_s,
-        )  # fmt: skip
+        )
         if done.returncode:
             raise HostsError(f"{host}: `{command}` ended with {done.returncode}: {done.stdout}")
         return done.stdout
@@ -119,7 +125,8 @@ class Hosts:
         return f"{self.name}-host{self._index(host)}"
 
     def enter(self, host: str) -> None:
-        """Puts the calling thread, and whatever it starts, into the host's network; it stays in the machine otherwise."""
+        """Puts the calling thread, and whatever it starts, into the host's network; it stays in the machine
+        otherwise."""
         libc = ctypes.CDLL(None, use_errno=True)
         with (NAMESPACES / self.space(host)).open() as namespace:
             if libc.setns(namespace.fileno(), CLONE_NEWNET):
@@ -150,15 +157,31 @@ class Hosts:
         run("bridge", "-n", self._switch, "link", "set", "dev", self._port(host), "state", "3")
 
     def shape(self, host: str, rate: str = "", delay: str = "", loss: str = "") -> None:
-        """Limits the host's link both ways: `100mbit`, `5ms`, `1%`, in tc's units. Without any it is as fast as it gets."""
+        """Limits the host's link both ways: `100mbit`, `5ms`, `1%`, in tc's units. Without any it is as fast
+        as it gets."""
         ends = ((self.space(host), "eth0"), (self._switch, self._port(host)))
         for namespace, device in ends:
-            subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], stderr=subprocess.DEVNULL)
+            subprocess.run(
+                ["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], stderr=subprocess.DEVNULL
+            )
             if delay or loss:
                 wanted = {"delay": delay, "loss": loss, "rate": rate}
                 limits = [word for name, limit in wanted.items() if limit for word in (name, limit)]
                 try:
-                    run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "netem", "limit", "10000", *limits)
+                    run(
+                        "tc",
+                        "-n",
+                        namespace,
+                        "qdisc",
+                        "add",
+                        "dev",
+                        device,
+                        "root",
+                        "netem",
+                        "limit",
+                        "10000",
+                        *limits,
+                    )
                 except HostsError as error:
                     raise HostsError(f"delay and loss take the kernel's module sch_netem: {error}") from error
             elif rate:
@@ -173,20 +196,23 @@ class Hosts:
         self._signal_all(host, signal.SIGCONT)
 
     def fill(self, host: str, folder: str) -> None:
-        """Writes FOLDER/full until nothing more fits. Only in /dev/shm, /tmp and /run: the disk is all hosts'."""
+        """Writes FOLDER/full until nothing more fits. Only in /dev/shm, /tmp and /run: the disk is all
+        hosts'."""
         if folder not in ("/dev/shm", "/tmp", "/run"):
             raise HostsError(f"folder: got {folder!r}, expected /dev/shm, /tmp or /run")
         self.run(host, f"cat /dev/zero > {folder}/full 2> /dev/null || true")
 
     def halt(self, host: str, hard: bool = False) -> None:
-        """Kills all of its processes. `hard`: as by pulling the plug, so that peers see no connection close."""
+        """Kills all of its processes. `hard`: as by pulling the plug, so that peers see no connection
+        close."""
         if hard:
             self.isolate(host)
         _kill_all(self.space(host))
         self._reap(host)
 
     def boot(self, host: str) -> None:
-        """Starts a halted host, with its home and crontabs as they were, and with /tmp, /dev/shm and /run empty."""
+        """Starts a halted host, with its home and crontabs as they were, and with /tmp, /dev/shm and /run
+        empty."""
         folder = self.folder / host
         python = str(Path(sys.base_prefix, "bin", "python3"))
         kept = {str(REPOSITORY), *(os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix))}
@@ -232,11 +258,27 @@ class Hosts:
         space, port = self.space(host), self._port(host)
         run("ip", "netns", "add", space)
         run("ip", "-n", space, "link", "set", "lo", "up")
-        run("ip", "-n", space, "link", "add", "eth0", "type", "veth", "peer", "name", port, "netns", self._switch)
+        run(
+            "ip",
+            "-n",
+            space,
+            "link",
+            "add",
+            "eth0",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            port,
+            "netns",
+            self._switch,
+        )
         run("ip", "-n", self._switch, "link", "set", port, "master", "bridge", "up")
         run("ip", "-n", space, "addr", "add", f"{self.address(host)}/24", "dev", "eth0")
         run("ip", "-n", space, "link", "set", "eth0", "up")
-        run("ip", "-n", space, "link", "add", "wan", "type", "bridge")  # the default route leads elsewhere, to nobody
+        run(
+            "ip", "-n", space, "link", "add", "wan", "type", "bridge"
+        )  # the default route leads elsewhere, to nobody
         run("ip", "-n", space, "addr", "add", f"198.51.100.{self._index(host) + 1}/24", "dev", "wan")
         run("ip", "-n", space, "link", "set", "wan", "up")
         run("ip", "-n", space, "route", "add", "default", "via", "198.51.100.254", "dev", "wan")
@@ -254,7 +296,9 @@ class Hosts:
         addresses = {"localhost": "127.0.0.1"} | {name: self.address(name) for name in self.names()}
         (folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
         (home / "bin").mkdir()
-        (home / "bin" / "pdserve").write_text(f"#!{sys.prefix}/bin/python\nfrom pdserve.cli.main import main\n\nmain()\n")
+        (home / "bin" / "pdserve").write_text(
+            f"#!{sys.prefix}/bin/python\nfrom pdserve.cli.main import main\n\nmain()\n"
+        )
         (home / "bin" / "pdserve").chmod(0o755)
         settings = f"export PATH=/root/bin:{sys.prefix}/bin:$PATH PYTHONPATH={REPOSITORY} OMP_NUM_THREADS=1\n"
         for file in (".profile", ".bashrc"):  # of a login shell, and of one that runs a command of ssh's
@@ -263,7 +307,9 @@ class Hosts:
     def _index(self, host: str) -> int:
         names = self.names()
         if host not in names:
-            raise HostsError(f"host: got {host!r}, expected one of {', '.join(names) or 'none: there are no hosts'}")
+            raise HostsError(
+                f"host: got {host!r}, expected one of {', '.join(names) or 'none: there are no hosts'}"
+            )
         return names.index(host)
 
     def _port(self, host: str) -> str:
@@ -295,7 +341,8 @@ def _pids(space: str) -> list[int]:
 
 
 def _kill_all(space: str) -> None:
-    """Returns when none of the namespace's processes is left. Those around a PID namespace reap it, and end by themselves."""
+    """Returns when none of the namespace's processes is left. Those around a PID namespace reap it, and end
+    by themselves."""
     while pids := _pids(space):
         around = {_parent(pid) for pid in pids if _number_inside(pid) == 1}
         descriptors = []

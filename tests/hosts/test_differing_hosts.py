@@ -1,4 +1,5 @@
-"""Hosts that cannot serve beside the head: each is named in the status, with cause and fix, and the others serve."""
+"""Hosts that cannot serve beside the head: each is named in the status, with cause and fix, and the others
+serve."""
 
 import re
 import shutil
@@ -58,8 +59,8 @@ def cluster(hosts: Hosts) -> Hosts:
         hosts.run(name, "mkdir -m 700 ~/.pdserve; " + RAY.format(role=role, address=addresses[name]) + QUIET)
     hosts.run(
         "head",
-        f"RAY_AUTH_MODE=token RAY_ADDRESS={addresses['head']}:6379 setsid nohup pdserve up cluster.yaml > up.log 2>&1 &"
-        " until pdserve status > /dev/null 2>&1; do :; done",
+        f"RAY_AUTH_MODE=token RAY_ADDRESS={addresses['head']}:6379 setsid nohup pdserve up cluster.yaml >"
+        " up.log 2>&1 & until pdserve status > /dev/null 2>&1; do :; done",
         timeout_s=120.0,
     )
     return hosts
@@ -73,7 +74,9 @@ def message(status: Status, address: str) -> str:
 def test_a_host_without_the_checkpoint_is_refused_until_it_has_it(cluster: Hosts) -> None:
     worker2 = cluster.address("worker2")
     status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
-    assert "/root/model" in message(status, worker2) and "copy the head's checkpoint" in message(status, worker2)
+    assert "/root/model" in message(status, worker2) and "copy the head's checkpoint" in message(
+        status, worker2
+    )
     assert cluster.run("head", ASK)
     shutil.copytree(MODEL_DIR, cluster.home("worker2") / "model")
     await_status(cluster, is_whole)
@@ -106,7 +109,9 @@ def test_a_host_that_is_full_gets_no_instance_until_it_has_room(cluster: Hosts) 
     cluster.fill("worker2", "/dev/shm")
     cluster.run("worker2", LOSE_INSTANCES)
     status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
-    assert "no space is left in /dev/shm (2 GiB)" in message(status, worker2) and "make room" in message(status, worker2)
+    assert "no space is left in /dev/shm (2 GiB)" in message(status, worker2) and "make room" in message(
+        status, worker2
+    )
     assert cluster.run("head", ASK)
     cluster.run("worker2", "rm /dev/shm/full")
     await_status(cluster, is_whole)
@@ -133,7 +138,8 @@ def test_a_host_whose_clock_is_an_hour_ahead_serves_with_a_warning(cluster: Host
     restart_ray(cluster, environment="LD_PRELOAD=/root/clock.so")
     status = await_status(cluster, is_whole)
     assert re.search(
-        r"its clock is 3[56]\d\d s ahead of the head's.*set it by NTP", message(status, cluster.address("worker2"))
+        r"its clock is 3[56]\d\d s ahead of the head's.*set it by NTP",
+        message(status, cluster.address("worker2")),
     )
 
 

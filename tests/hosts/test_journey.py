@@ -1,8 +1,8 @@
-"""An operator's journey with the repository's cluster.yaml: `ray up` from another machine, over ssh, to three hosts.
+"""An operator's journey with the repository's cluster.yaml: `ray up` from another machine, over ssh, to three
+hosts.
 
-In the file only `provider` and `auth` are changed, and the number of decode instances: the head's host alone has no room for
-them. `make journey` shows how long each step took.
-"""
+In the file only `provider` and `auth` are changed, and the number of decode instances: the head's host alone
+has no room for them. `make journey` shows how long each step took."""
 
 import json
 import os
@@ -112,7 +112,9 @@ def processes(hosts: Hosts, host: str) -> dict[int, str]:
         with suppress(FileNotFoundError, ProcessLookupError):
             name = Path("/proc", str(pid), "comm").read_text().strip()
             words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
-            if name.startswith("ray") or any(b"/ray/" in word or word.endswith(b"/pdserve") for word in words):
+            if name.startswith("ray") or any(
+                b"/ray/" in word or word.endswith(b"/pdserve") for word in words
+            ):
                 found[pid] = name
     return found
 

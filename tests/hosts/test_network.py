@@ -14,7 +14,9 @@ SSH = "ssh -o StrictHostKeyChecking=no -o LogLevel=ERROR -o ConnectTimeout=5"
 
 def reaches(hosts: Hosts, one: str, other: str) -> bool:
     """Whether a connection to the other's sshd comes about within a second."""
-    done = subprocess.run(hosts.command(one, f"timeout 1 bash -c '< /dev/tcp/{other}/22'"), capture_output=True)
+    done = subprocess.run(
+        hosts.command(one, f"timeout 1 bash -c '< /dev/tcp/{other}/22'"), capture_output=True
+    )
     return done.returncode == 0
 
 
@@ -26,7 +28,10 @@ def test_the_operator_reaches_each_host_by_ssh_and_the_others_have_no_key(hosts:
 
 
 def test_commands_of_ssh_find_this_repository(hosts: Hosts) -> None:
-    there = hosts.run("operator", f"{SSH} head 'command -v pdserve && python -c \"import pdserve; print(pdserve.__file__)\"'")
+    there = hosts.run(
+        "operator",
+        f"{SSH} head 'command -v pdserve && python -c \"import pdserve; print(pdserve.__file__)\"'",
+    )
     assert there.split() == ["/root/bin/pdserve", str(Path(__file__).parents[2] / "pdserve" / "__init__.py")]
 
 
@@ -55,12 +60,17 @@ def test_a_cut_outlasts_a_reboot(hosts: Hosts) -> None:
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_a_reboot_ends_all_processes_and_keeps_the_home(hosts: Hosts, hard: bool) -> None:
-    hosts.run("worker1", "touch /tmp/gone /dev/shm/gone /run/gone kept; setsid sleep 1000 < /dev/null > /dev/null 2>&1 &")
+    hosts.run(
+        "worker1",
+        "touch /tmp/gone /dev/shm/gone /run/gone kept; setsid sleep 1000 < /dev/null > /dev/null 2>&1 &",
+    )
     assert "sleep 1000" in hosts.run("worker1", "ps -ef")
     others = set(hosts.pids("worker2"))
     hosts.reboot("worker1", hard)
     assert "sleep 1000" not in hosts.run("worker1", "ps -ef")
-    assert hosts.run("worker1", "ls -d kept /tmp/gone /dev/shm/gone /run/gone 2> /dev/null || true") == "kept\n"
+    assert (
+        hosts.run("worker1", "ls -d kept /tmp/gone /dev/shm/gone /run/gone 2> /dev/null || true") == "kept\n"
+    )
     assert others <= set(hosts.pids("worker2"))
     assert reaches(hosts, "head", "worker1")
 
@@ -73,7 +83,9 @@ def test_cron_runs_what_is_scheduled_for_a_reboot(hosts: Hosts) -> None:
 
 def test_a_frozen_host_does_nothing_until_it_thaws(hosts: Hosts) -> None:
     hosts.freeze("worker1")
-    states = {Path("/proc", str(pid), "stat").read_text().rpartition(") ")[2][0] for pid in hosts.pids("worker1")}
+    states = {
+        Path("/proc", str(pid), "stat").read_text().rpartition(") ")[2][0] for pid in hosts.pids("worker1")
+    }
     assert states == {"T"}
     hosts.thaw("worker1")
     assert hosts.run("operator", f"{SSH} worker1 hostname") == "worker1\n"
@@ -108,11 +120,15 @@ def test_a_full_folder_takes_no_more_and_a_disk_of_all_is_not_filled(hosts: Host
 
 
 def test_mistakes_are_named(hosts: Hosts) -> None:
-    with pytest.raises(HostsError, match="host: got 'worker9', expected one of operator, head, worker1, worker2"):
+    with pytest.raises(
+        HostsError, match="host: got 'worker9', expected one of operator, head, worker1, worker2"
+    ):
         hosts.reboot("worker9")
     with pytest.raises(HostsError, match="network: got 'a-b', expected at most 8 ASCII letters or digits"):
         Hosts("a-b")
-    with pytest.raises(HostsError, match="has hosts already: operator, head, worker1, worker2; take them away with `down`"):
+    with pytest.raises(
+        HostsError, match="has hosts already: operator, head, worker1, worker2; take them away with `down`"
+    ):
         hosts.up(["one"])
 
 

@@ -24,14 +24,16 @@ class Subject(NamedTuple):
 
 
 def make_subject(name: str, dtype: torch.dtype, num_threads: int = 1) -> Subject:
-    """The kernels of that name, Triton's in its interpreter where there is no GPU; or a skipped test where this machine has
-    none."""
+    """The kernels of that name, Triton's in its interpreter where there is no GPU; or a skipped test where
+    this machine has none."""
     requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
     if name == "triton":
         return Subject(TritonKernels(requirements), "cuda" if torch.cuda.is_available() else "cpu")
     if name == "native" and (reason := why_unavailable(requirements)):
         pytest.skip(reason)
-    return Subject(load_kernels("cpu", requirements, "native" if name == "native" else "torch", num_threads), "cpu")
+    return Subject(
+        load_kernels("cpu", requirements, "native" if name == "native" else "torch", num_threads), "cpu"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,9 @@ def halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return keys, values
 
 
-def paged_batch(query_lens: list[int], context_lens: list[int], block_size: int) -> tuple[AttentionBatch, int]:
+def paged_batch(
+    query_lens: list[int], context_lens: list[int], block_size: int
+) -> tuple[AttentionBatch, int]:
     """Sequences over shuffled blocks; returns the batch and how many blocks its cache must have."""
     counts = [-(-length // block_size) for length in context_lens]
     free = torch.randperm(sum(counts) + 2).tolist()
@@ -63,7 +67,9 @@ def paged_batch(query_lens: list[int], context_lens: list[int], block_size: int)
         positions = torch.arange(context_len - query_len, context_len)
         slots.append(tables[s, positions // block_size].long() * block_size + positions % block_size)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
-    return AttentionBatch(starts, torch.tensor(context_lens, dtype=torch.int32), tables, torch.cat(slots)), sum(counts) + 2
+    return AttentionBatch(
+        starts, torch.tensor(context_lens, dtype=torch.int32), tables, torch.cat(slots)
+    ), sum(counts) + 2
 
 
 def assert_close(actual: torch.Tensor, exact: torch.Tensor) -> None:

@@ -12,7 +12,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [2, 14, 31, 130])
-def test_a_linear_row_is_the_same_alone_and_in_any_batch(native: MakeKernels, dtype: torch.dtype, num_tokens: int) -> None:
+def test_a_linear_row_is_the_same_alone_and_in_any_batch(
+    native: MakeKernels, dtype: torch.dtype, num_tokens: int
+) -> None:
     x, weight, up = (torch.randn(n, 320).to(dtype) for n in (num_tokens, 100, 100))
     for num_threads in (1, 3):
         kernels = native(dtype, num_threads)
@@ -28,7 +30,12 @@ def test_a_linear_row_is_the_same_alone_and_in_any_batch(native: MakeKernels, dt
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 4, 64), (6, 2, 80), (7, 1, 128)])
 @pytest.mark.parametrize("window", [None, 100])
 def test_prefill_chunked_prefill_and_decode_agree_bit_for_bit(
-    native: MakeKernels, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+    native: MakeKernels,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int | None,
 ) -> None:
     num_tokens, block_size = 1200, 16
     batch, num_blocks = paged_batch([num_tokens], [num_tokens], block_size)
@@ -52,7 +59,9 @@ def test_prefill_chunked_prefill_and_decode_agree_bit_for_bit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_sequence_attends_the_same_alone_and_in_a_mixed_batch(native: MakeKernels, dtype: torch.dtype) -> None:
+def test_a_sequence_attends_the_same_alone_and_in_a_mixed_batch(
+    native: MakeKernels, dtype: torch.dtype
+) -> None:
     query_lens, context_lens = [1, 60, 1, 5], [900, 60, 3, 600]
     batch, num_blocks = paged_batch(query_lens, context_lens, 16)
     q = torch.randn(sum(query_lens), 8, 64).to(dtype)

@@ -33,7 +33,9 @@ def test_auto_takes_torch_where_native_cannot_serve_and_says_why(
         load_kernels("cpu", requirements, "native", 1)
 
 
-def test_a_missing_library_is_an_error_when_native_is_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_missing_library_is_an_error_when_native_is_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
     monkeypatch.setattr(native, "LIBRARY_PATH", native.LIBRARY_PATH.with_name("absent.so"))
     assert load_kernels("cpu", REQUIREMENTS, "auto", 1).name == "torch"
     with pytest.raises(ValueError, match="was not built"):
@@ -57,7 +59,9 @@ def test_bad_choices_are_refused(device: str, choice: str, num_threads: int, com
 
 
 @pytest.mark.parametrize("choice", ["auto", "triton"])
-def test_cuda_takes_tritons_kernels(choice: Literal["auto", "triton"], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_takes_tritons_kernels(
+    choice: Literal["auto", "triton"], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _pretend_gpu(monkeypatch, (9, 0))
     assert load_kernels("cuda", REQUIREMENTS, choice, 1).name == "triton"
 
@@ -72,7 +76,10 @@ def test_cuda_takes_tritons_kernels(choice: Literal["auto", "triton"], monkeypat
     ],
 )
 def test_what_tritons_kernels_cannot_do_is_refused(
-    requirements: KernelRequirements, capability: tuple[int, int], complaint: str, monkeypatch: pytest.MonkeyPatch
+    requirements: KernelRequirements,
+    capability: tuple[int, int],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _pretend_gpu(monkeypatch, capability)
     with pytest.raises(ValueError, match=f"'triton' cannot run here: .*{complaint}"):
@@ -85,7 +92,9 @@ def test_cuda_is_refused_where_triton_cannot_compile(monkeypatch: pytest.MonkeyP
 
     _pretend_gpu(monkeypatch, (9, 0))
     monkeypatch.setattr(load, "_build_launcher", fail)
-    with pytest.raises(ValueError, match="'triton' needs a C compiler and Python's headers: Failed to find C compiler"):
+    with pytest.raises(
+        ValueError, match="'triton' needs a C compiler and Python's headers: Failed to find C compiler"
+    ):
         load_kernels("cuda", REQUIREMENTS, "auto", 1)
 
 
@@ -106,7 +115,11 @@ def _pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
-    [((torch.float64, 64, 16), "dtype"), ((torch.float32, 12, 16), "head_dim"), ((torch.float32, 64, 0), "block_size")],
+    [
+        ((torch.float64, 64, 16), "dtype"),
+        ((torch.float32, 12, 16), "head_dim"),
+        ((torch.float32, 64, 0), "block_size"),
+    ],
 )
 def test_impossible_requirements_are_refused(arguments: tuple, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):

@@ -19,7 +19,11 @@ reference = TorchKernels()
 @pytest.mark.parametrize("num_tokens", [1, 2, 13, 14, 15, 29, 200])
 def test_linear(name: str, dtype: torch.dtype, num_out: int, num_in: int, num_tokens: int) -> None:
     subject = make_subject(name, dtype)
-    x, weight, bias = torch.randn(num_tokens, num_in).to(dtype), torch.randn(num_out, num_in).to(dtype), torch.randn(num_out)
+    x, weight, bias = (
+        torch.randn(num_tokens, num_in).to(dtype),
+        torch.randn(num_out, num_in).to(dtype),
+        torch.randn(num_out),
+    )
     exact = x.double() @ weight.double().T
     exact_biased = exact + bias.to(dtype).double()
     kernels, (x, weight, bias) = subject.kernels, subject.there(x, weight, bias.to(dtype))
@@ -80,7 +84,9 @@ def test_rope_and_cache(
     positions = torch.cat((torch.tensor([8]), torch.arange(5, 45)))
     cos_sin = torch.rand(50, head_dim)
     norms = [torch.rand(head_dim).to(dtype) for _ in range(2)] if with_norm else [None, None]
-    cache = torch.zeros(1, 2, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype, device=subject.device)
+    cache = torch.zeros(
+        1, 2, num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype, device=subject.device
+    )
     device_norms = [None if norm is None else norm.to(subject.device) for norm in norms]
     # fmt: off
     q = subject.kernels.rope_and_cache(

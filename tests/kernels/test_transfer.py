@@ -47,8 +47,12 @@ def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.Dat
     blocks = [data.draw(st.permutations(range(NUM_BLOCKS)))[: -(-token_end // size)] for size in sizes]
     source, target = (_random_cache(size, dtype).to(device) for size in sizes)
 
-    buffer = torch.empty(token_range_bytes(source, layer_end - layer_start, token_end - token_start), dtype=torch.uint8)
-    checksum = kernels.gather_tokens(source, layer_start, layer_end, blocks[0], token_start, token_end, buffer)
+    buffer = torch.empty(
+        token_range_bytes(source, layer_end - layer_start, token_end - token_start), dtype=torch.uint8
+    )
+    checksum = kernels.gather_tokens(
+        source, layer_start, layer_end, blocks[0], token_start, token_end, buffer
+    )
     assert checksum == kernels.wire_checksum(buffer) == _wire_checksum(buffer)
     expected = target.clone()
     kernels.scatter_tokens(target, layer_start, layer_end, blocks[1], token_start, token_end, buffer)
@@ -64,17 +68,23 @@ def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.Dat
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_a_checksum_tells_flipped_bits_swapped_words_and_zeroed_stretches(name: str, data: st.DataObject) -> None:
+def test_a_checksum_tells_flipped_bits_swapped_words_and_zeroed_stretches(
+    name: str, data: st.DataObject
+) -> None:
     kernels = make_subject(name, torch.float32).kernels
     num_words = data.draw(st.integers(2, 100))
-    words = torch.tensor(data.draw(st.lists(st.integers(1, 2**63 - 1), min_size=num_words, max_size=num_words, unique=True)))
+    words = torch.tensor(
+        data.draw(st.lists(st.integers(1, 2**63 - 1), min_size=num_words, max_size=num_words, unique=True))
+    )
     start, end = sorted(data.draw(st.permutations(range(num_words)))[:2])
     flipped, swapped, zeroed = words.clone(), words.clone(), words.clone()
     flipped[start] ^= 1 << data.draw(st.integers(0, 62))
     swapped[[start, end]] = words[[end, start]]
     zeroed[start:end] = 0
     for version in (flipped, swapped, zeroed):
-        assert kernels.wire_checksum(version.view(torch.uint8)) != kernels.wire_checksum(words.view(torch.uint8))
+        assert kernels.wire_checksum(version.view(torch.uint8)) != kernels.wire_checksum(
+            words.view(torch.uint8)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

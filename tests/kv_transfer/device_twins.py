@@ -1,4 +1,5 @@
-"""A GPU's twins on the processor: a queue that is done when a test says so, and memory that two endpoints see."""
+"""A GPU's twins on the processor: a queue that is done when a test says so, and memory that two endpoints
+see."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ NUM_BLOCKS = 24
 
 @contextmanager
 def one_kernel_at_a_time() -> Iterator[None]:
-    """Triton's interpreter knows one running program for the whole process; transfers have threads of their own."""
+    """Triton's interpreter knows one running program for the whole process; transfers have threads of their
+    own."""
     lock, run = threading.Lock(), Launch.run
 
     def run_alone(launch: Launch) -> None:
@@ -57,7 +59,8 @@ class LateEvent:
 
 
 class LateDevice(HostDevice):
-    """Work is done when it is queued, as the processor does it, but nobody hears of it before its event is reached."""
+    """Work is done when it is queued, as the processor does it, but nobody hears of it before its event is
+    reached."""
 
     runs_ahead = True
 

@@ -26,7 +26,8 @@ def open_things() -> tuple[int, int, int]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _gloo_is_warm() -> None:
-    """Torch takes longer to import than a pair may take to connect, and its first store opens two descriptors for good."""
+    """Torch takes longer to import than a pair may take to connect, and its first store opens two descriptors
+    for good."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     TCPStore("127.0.0.1", 0, 1, True)

@@ -1,5 +1,6 @@
-"""A device whose stream is a thread: gathers, scatters and copies that do not block are done on it, in order, while the host
-goes on. Whoever reads a result before its event, or reuses memory that a copy still needs, finds wrong bytes."""
+"""A device whose stream is a thread: gathers, scatters and copies that do not block are done on it, in order,
+while the host goes on. Whoever reads a result before its event, or reuses memory that a copy still needs,
+finds wrong bytes."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +97,11 @@ class StreamDevice(HostDevice):
         """The same kernel, launched: its sum is there when the stream has come so far."""
 
         def launch(
-            cache: torch.Tensor, block_ids: Sequence[int], part: KVPart, buffer: torch.Tensor, wire: WireFormat
+            cache: torch.Tensor,
+            block_ids: Sequence[int],
+            part: KVPart,
+            buffer: torch.Tensor,
+            wire: WireFormat,
         ) -> torch.Tensor:
             assert not self.is_pinned(buffer), "a kernel was given the host's memory"
             total, ids = torch.zeros(1, dtype=torch.int64), list(block_ids)
@@ -107,7 +112,8 @@ class StreamDevice(HostDevice):
 
 
 class _Deferred(TorchFunctionMode):
-    """Queues what a GPU's stream would: copies that say `non_blocking`, of which one side is pinned memory."""
+    """Queues what a GPU's stream would: copies that say `non_blocking`, of which one side is pinned
+    memory."""
 
     def __init__(self, device: StreamDevice) -> None:
         super().__init__()
@@ -122,7 +128,9 @@ class _Deferred(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        assert self._device.is_pinned(target) != self._device.is_pinned(source), "one side is pinned, the other a device's"
+        assert self._device.is_pinned(target) != self._device.is_pinned(source), (
+            "one side is pinned, the other a device's"
+        )
         self._device.count_copy()
         if target.dtype == torch.uint8:
             target.fill_(JUNK)

@@ -1,4 +1,5 @@
-"""A paged KV store in numpy that knows which blocks may be written, a listener to wait on, and pairs of endpoints."""
+"""A paged KV store in numpy that knows which blocks may be written, a listener to wait on, and pairs of
+endpoints."""
 
 import threading
 import zlib
@@ -20,12 +21,19 @@ from pdserve.kv_transfer.interfaces import Gpu
 WAIT_S = 60.0  # far more than anything here takes
 # No deadline of these is met by accident, however busy the machine: a test that is about one sets it itself.
 CALM = TransferConfig(
-    chunk_bytes=4096, connect_timeout_s=30.0, heartbeat_s=0.05, dead_after_s=30.0, chunk_timeout_s=30.0, lease_s=30.0
+    chunk_bytes=4096,
+    connect_timeout_s=30.0,
+    heartbeat_s=0.05,
+    dead_after_s=30.0,
+    chunk_timeout_s=30.0,
+    lease_s=30.0,
 )
 FAST = replace(CALM, dead_after_s=0.4, chunk_timeout_s=5.0)  # where a peer falls silent
 
 
-def layout(block_size: int = 8, dtype: str = "float32", num_layers: int = 3, num_kv_heads: int = 2) -> KVLayout:
+def layout(
+    block_size: int = 8, dtype: str = "float32", num_layers: int = 3, num_kv_heads: int = 2
+) -> KVLayout:
     return KVLayout(
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
@@ -37,7 +45,8 @@ def layout(block_size: int = 8, dtype: str = "float32", num_layers: int = 3, num
 
 
 class ArrayStore:
-    """Tokens of a transfer in blocks of a numpy array [layers, 2, heads, blocks * block_size, head_dim * item bytes]."""
+    """Tokens of a transfer in blocks of a numpy array [layers, 2, heads, blocks * block_size, head_dim * item
+    bytes]."""
 
     def __init__(self, kv_layout: KVLayout, num_blocks: int, seed: int | None = None) -> None:
         self.layout = kv_layout
@@ -101,7 +110,9 @@ class ArrayStore:
     ) -> None:
         size = self.layout.block_size
         written = set(block_ids[token_start // size : (token_end - 1) // size + 1])
-        assert written <= self.writable, f"blocks {written - self.writable} were written after their transfer ended"
+        assert written <= self.writable, (
+            f"blocks {written - self.writable} were written after their transfer ended"
+        )
         slots = self._slots(block_ids, token_start, token_end)
         part = self.cache[layer_start:layer_end]
         shape = (part.shape[0], 2, part.shape[2], len(slots), part.shape[4])
@@ -140,7 +151,9 @@ class Recorder:
 
     def wait(self, side: str, transfer: TransferId) -> object:
         with self._changed:
-            assert self._changed.wait_for(lambda: (side, transfer) in self.endings, WAIT_S), f"no ending of {transfer}"
+            assert self._changed.wait_for(lambda: (side, transfer) in self.endings, WAIT_S), (
+                f"no ending of {transfer}"
+            )
             endings = self.endings[(side, transfer)]
         assert len(endings) == 1, f"{transfer} ended {len(endings)} times: {endings}"
         return endings[0]
@@ -202,13 +215,23 @@ class Worker:
         self.address: TransferAddress = self.endpoint.start()
 
     def expect(
-        self, transfer: TransferId, source: tuple[str, int], block_ids: Sequence[int], num_tokens: int, cached: int = 0
+        self,
+        transfer: TransferId,
+        source: tuple[str, int],
+        block_ids: Sequence[int],
+        num_tokens: int,
+        cached: int = 0,
     ) -> None:
         self.ends.blocks[transfer] = block_ids
         self.endpoint.expect(transfer, source, block_ids, num_tokens, cached)
 
     def push(
-        self, transfer: TransferId, target: TransferAddress, block_ids: Sequence[int], num_tokens: int, payload: bytes = b""
+        self,
+        transfer: TransferId,
+        target: TransferAddress,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        payload: bytes = b"",
     ) -> None:
         """A whole prefill at once: everything computed, committed."""
         self.endpoint.send(transfer, target, block_ids, num_tokens)

@@ -42,7 +42,12 @@ def test_the_link_suits_both_places(mine: Place, theirs: Place, transport: str, 
 @pytest.mark.parametrize(
     ("mine", "theirs", "transport", "error"),
     [
-        (CPU, CPU_ELSEWHERE, "shm", "kv.transport: got 'shm', expected auto or gloo: the two workers cannot share memory"),
+        (
+            CPU,
+            CPU_ELSEWHERE,
+            "shm",
+            "kv.transport: got 'shm', expected auto or gloo: the two workers cannot share memory",
+        ),
         (
             GPU,
             GPU_ELSEWHERE,
@@ -55,12 +60,24 @@ def test_the_link_suits_both_places(mine: Place, theirs: Place, transport: str, 
             "cuda_ipc",
             "got 'cuda_ipc', expected auto or shm or gloo or nccl: the two workers are not on one",
         ),
-        (GPU, GPU, "nccl", "got 'nccl', expected auto or shm or gloo or cuda_ipc: the two workers are not on two GPUs"),
+        (
+            GPU,
+            GPU,
+            "nccl",
+            "got 'nccl', expected auto or shm or gloo or cuda_ipc: the two workers are not on two GPUs",
+        ),
         (GPU, CPU, "nccl", "got 'nccl', expected auto or shm or gloo: the two workers are not on two GPUs"),
-        (CPU, CPU, "cuda_ipc", "got 'cuda_ipc', expected auto or shm or gloo: the two workers are not on one GPU"),
+        (
+            CPU,
+            CPU,
+            "cuda_ipc",
+            "got 'cuda_ipc', expected auto or shm or gloo: the two workers are not on one GPU",
+        ),
     ],
 )
-def test_a_link_that_cannot_be_is_refused_by_name(mine: Place, theirs: Place, transport: str, error: str) -> None:
+def test_a_link_that_cannot_be_is_refused_by_name(
+    mine: Place, theirs: Place, transport: str, error: str
+) -> None:
     with pytest.raises(LinkError) as caught:
         choose_link(mine, theirs, transport)
     assert error in str(caught.value)
@@ -92,13 +109,20 @@ def greeting(link: str, gpu: str) -> Connect:
 
 def test_the_door_takes_a_link_within_its_own_gpu_alone(here: Callable[[SharedMemory | None], Local]) -> None:
     assert refusal(greeting("cuda_ipc", "GPU-0"), here(SharedMemory("GPU-0"))) is None
-    for gpu, mine in (("GPU-1", SharedMemory("GPU-0")), ("", SharedMemory("GPU-0")), ("", None), ("GPU-0", None)):
+    for gpu, mine in (
+        ("GPU-1", SharedMemory("GPU-0")),
+        ("", SharedMemory("GPU-0")),
+        ("", None),
+        ("GPU-0", None),
+    ):
         assert "link 'cuda_ipc' from GPU" in str(refusal(greeting("cuda_ipc", gpu), here(mine)))
     assert refusal(greeting("shm", "GPU-1"), here(SharedMemory("GPU-0"))) is None
     assert refusal(greeting("nccl", "GPU-1"), here(SharedMemory("GPU-0"))) is None
     for gpu, mine in (("GPU-0", SharedMemory("GPU-0")), ("", SharedMemory("GPU-0")), ("GPU-0", None)):
         assert "link 'nccl' from GPU" in str(refusal(greeting("nccl", gpu), here(mine)))
-    assert "link 'pigeon', expected one of shm, gloo, cuda_ipc, nccl" in str(refusal(greeting("pigeon", ""), here(None)))
+    assert "link 'pigeon', expected one of shm, gloo, cuda_ipc, nccl" in str(
+        refusal(greeting("pigeon", ""), here(None))
+    )
 
 
 def test_a_door_refuses_another_wire_format(here: Callable[[SharedMemory | None], Local]) -> None:

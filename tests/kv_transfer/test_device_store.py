@@ -1,4 +1,5 @@
-"""Caches on a device that is late: what is announced, what is told, and when, over real links and a GPU's twin."""
+"""Caches on a device that is late: what is announced, what is told, and when, over real links and a GPU's
+twin."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from .support import CALM
 SECOND = TransferId("second", 0)
 THEIRS, OURS = [5, 1, 9, 2], [3, 11, 4, 7]
 NUM_TOKENS = 29
-ONE_SLOT = TransferConfig(chunk_bytes=1 << 16, ring_slots=1, heartbeat_s=0.05, dead_after_s=5.0, chunk_timeout_s=30.0)
+ONE_SLOT = TransferConfig(
+    chunk_bytes=1 << 16, ring_slots=1, heartbeat_s=0.05, dead_after_s=5.0, chunk_timeout_s=30.0
+)
 
 
 @contextmanager
@@ -51,12 +54,15 @@ def push(sender: DeviceWorker, receiver: DeviceWorker, transfer: TransferId = T)
 
 
 def assert_arrived(sender: DeviceWorker, receiver: DeviceWorker) -> None:
-    """To the bit, or as int8 rounds: by half a step of 127 to the row's largest value, and then to the cache's own type."""
+    """To the bit, or as int8 rounds: by half a step of 127 to the row's largest value, and then to the
+    cache's own type."""
     sent, got = sender.store.tokens(THEIRS, 0, NUM_TOKENS), receiver.store.tokens(OURS, 0, NUM_TOKENS)
     if sender.store.layout.wire == "raw":
         assert torch.equal(got, sent)
     else:
-        bound = sent.abs().amax(-1, keepdim=True) * (0.5 / 127 + (0 if sender.store.layout.dtype == "float32" else 2**-8))
+        bound = sent.abs().amax(-1, keepdim=True) * (
+            0.5 / 127 + (0 if sender.store.layout.dtype == "float32" else 2**-8)
+        )
         assert ((got - sent).abs() <= bound * 1.0001).all() and not torch.equal(got, sent)
     assert not receiver.store.tokens(OURS, NUM_TOKENS, 32).any()
 
@@ -92,7 +98,10 @@ def test_tritons_kernels_move_it(wire: str, transport: str) -> None:
 
 
 def test_different_wire_formats_are_refused() -> None:
-    sender, receiver = DeviceWorker("p", device_layout("int8"), seed=1), DeviceWorker("d", device_layout("raw"))
+    sender, receiver = (
+        DeviceWorker("p", device_layout("int8"), seed=1),
+        DeviceWorker("d", device_layout("raw")),
+    )
     try:
         push(sender, receiver)
         assert "the KV layouts differ in wire: 'raw' here, 'int8' there" in sender.ends.send_error(T)
@@ -116,7 +125,9 @@ def test_nothing_is_told_before_the_device_is_done() -> None:
         assert_arrived(sender, receiver)
 
 
-def test_a_transfer_cancelled_while_it_is_gathered_ends_when_the_device_is_done_and_gives_its_slot_back() -> None:
+def test_a_transfer_cancelled_while_it_is_gathered_ends_when_the_device_is_done_and_gives_its_slot_back() -> (
+    None
+):
     with devices(config=ONE_SLOT) as (sender, receiver):
         sender.device.hold()
         push(sender, receiver)
@@ -131,7 +142,9 @@ def test_a_transfer_cancelled_while_it_is_gathered_ends_when_the_device_is_done_
         receiver.ends.received(SECOND)
         assert_arrived(sender, receiver)
         assert sender.endpoint.counters.num_links_opened == 1
-        assert receiver.endpoint.counters.num_stale_messages == 0, "a chunk of a transfer that had ended was announced"
+        assert receiver.endpoint.counters.num_stale_messages == 0, (
+            "a chunk of a transfer that had ended was announced"
+        )
 
 
 def test_blocks_are_not_given_back_while_the_device_writes_to_them() -> None:

@@ -15,7 +15,9 @@ from .support import WAIT_S, Worker, layout, pair
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("block_sizes", [(8, 8), (4, 16), (16, 8)])
-def test_kv_arrives_as_it_was_whatever_the_block_sizes(transport: str, dtype: str, block_sizes: tuple[int, int]) -> None:
+def test_kv_arrives_as_it_was_whatever_the_block_sizes(
+    transport: str, dtype: str, block_sizes: tuple[int, int]
+) -> None:
     with pair(layout(block_sizes[0], dtype), layout(block_sizes[1], dtype), transport) as (sender, receiver):
         theirs, ours = list(range(20, 0, -1)), [7, 3, 11, 30, 2, 9, 40, 41, 5]
         receiver.expect(T, sender.key, ours, 61)
@@ -36,7 +38,9 @@ def test_a_cached_prefix_is_neither_sent_nor_written(transport: str) -> None:
         assert sender.ends.sent(T).num_bytes == 9 * sender.store.layout.bytes_per_token
         assert (receiver.store.read([4, 2, 6], 0, 11) == 7).all()
         assert (receiver.store.read([4, 2, 6], 20, 24) == 7).all()
-        np.testing.assert_array_equal(receiver.store.read([4, 2, 6], 11, 20), sender.store.read([1, 2, 3], 11, 20))
+        np.testing.assert_array_equal(
+            receiver.store.read([4, 2, 6], 11, 20), sender.store.read([1, 2, 3], 11, 20)
+        )
 
 
 def test_a_wholly_cached_prompt_sends_nothing_and_is_received() -> None:
@@ -60,7 +64,9 @@ def test_an_offer_may_come_before_its_reservation() -> None:
 
 
 def test_chunks_leave_while_later_layers_and_tokens_are_computed() -> None:
-    config = TransferConfig(chunk_bytes=4096, ring_slots=1)  # the second chunk leaves when the first is acknowledged
+    config = TransferConfig(
+        chunk_bytes=4096, ring_slots=1
+    )  # the second chunk leaves when the first is acknowledged
     with pair(config=config) as (sender, receiver):
         arrived = threading.Semaphore(0)
         receiver.store.on_scatter = arrived.release
@@ -77,7 +83,8 @@ def test_chunks_leave_while_later_layers_and_tokens_are_computed() -> None:
         receiver.ends.received(T)
         assert sender.ends.sent(T).hidden_bytes > 0
         np.testing.assert_array_equal(
-            receiver.store.read([4, 5, 6, 7, 8, 9, 10, 11], 0, 64), sender.store.read(list(range(1, 9)), 0, 64)
+            receiver.store.read([4, 5, 6, 7, 8, 9, 10, 11], 0, 64),
+            sender.store.read(list(range(1, 9)), 0, 64),
         )
 
 
@@ -88,7 +95,13 @@ def test_many_transfers_of_a_pair_share_its_ring(transport: str) -> None:
         for index, transfer in enumerate(ids):
             receiver.expect(transfer, sender.key, list(range(index * 4, index * 4 + 4)), 30, cached=index)
         for index, transfer in enumerate(ids):
-            sender.push(transfer, receiver.address, list(range(50 - index * 4, 46 - index * 4, -1)), 30, bytes([index]))
+            sender.push(
+                transfer,
+                receiver.address,
+                list(range(50 - index * 4, 46 - index * 4, -1)),
+                30,
+                bytes([index]),
+            )
         for index, transfer in enumerate(ids):
             assert receiver.ends.received(transfer) == bytes([index])
             np.testing.assert_array_equal(

@@ -59,7 +59,9 @@ def test_cancelling_what_is_unknown_or_over_does_nothing() -> None:
 
 
 def test_a_reservation_without_an_offer_and_an_offer_without_a_reservation_end_with_the_lease() -> None:
-    config = TransferConfig(chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=30.0, lease_s=0.2, max_lease_s=0.5)
+    config = TransferConfig(
+        chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=30.0, lease_s=0.2, max_lease_s=0.5
+    )
     with pair(config=config) as (sender, receiver):
         receiver.expect(T, sender.key, [1], 8)
         assert "lease" in receiver.ends.receive_error(T)

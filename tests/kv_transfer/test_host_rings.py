@@ -18,7 +18,9 @@ from .support import CALM, Worker
 
 THEIRS, OURS = [5, 1, 9, 2], [3, 11, 4, 7]
 NUM_TOKENS = 29
-ONE_SLOT = replace(CALM, chunk_bytes=2048, ring_slots=1)  # of a page: every chunk takes what the one before it gave back
+ONE_SLOT = replace(
+    CALM, chunk_bytes=2048, ring_slots=1
+)  # of a page: every chunk takes what the one before it gave back
 
 
 class StreamWorker(Worker):
@@ -33,8 +35,12 @@ class StreamWorker(Worker):
             store._data.copy_(torch.randn(store._data.shape, generator=generator))
         queue = store._queue
         assert queue is not None
-        queue._gather_part, queue._scatter_part = (self.device.late(move) for move in (queue._gather_part, queue._scatter_part))
-        super().__init__(name, layout, transport=transport, config=ONE_SLOT, store=store, gpu=SharedMemory(f"GPU-{name}"))
+        queue._gather_part, queue._scatter_part = (
+            self.device.late(move) for move in (queue._gather_part, queue._scatter_part)
+        )
+        super().__init__(
+            name, layout, transport=transport, config=ONE_SLOT, store=store, gpu=SharedMemory(f"GPU-{name}")
+        )
 
     def close(self) -> None:
         self.device.go_on()

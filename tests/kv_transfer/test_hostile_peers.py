@@ -19,20 +19,20 @@ import pytest
 
 from pdserve.core.codec import FrameDecoder, FrameEncoder
 from pdserve.core.failures import FailureKind
-from pdserve.core.handshake import OPENING_BYTES, Dialler, Purpose
+from pdserve.core.handshake import OPENING_BYTES, HandshakeDialler, Purpose
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer.protocol import (
     PROTOCOL_VERSION,
     Accept,
     Ack,
-    Chunk,
     Commit,
     Connect,
     Connected,
-    Heartbeat,
+    KVChunk,
+    LinkHeartbeat,
     Nack,
-    Offer,
+    OfferTransfer,
     Prepare,
     ReceiverMessage,
 )
@@ -54,7 +54,7 @@ class RawPeer:
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(WAIT_S)
         self._sock.connect(target.unix_path)
-        shake_hands(self._sock, Dialler("secret", Purpose.TRANSFER))
+        shake_hands(self._sock, HandshakeDialler("secret", Purpose.TRANSFER))
         self._encoder = FrameEncoder()
         self._decoder: FrameDecoder[Any] = FrameDecoder(ReceiverMessage)
         self._inbox: list[Any] = []
@@ -94,19 +94,19 @@ class RawPeer:
         while True:
             while self._inbox:
                 message = self._inbox.pop(0)
-                if not isinstance(message, Heartbeat):
+                if not isinstance(message, LinkHeartbeat):
                     assert isinstance(message, kind), message
                     return message
             data = self._sock.recv(65536)
             assert data, f"closed while waiting for {kind.__name__}"
             self._inbox += self._decoder.feed(data)
 
-    def chunk(self, seq: int, span: Span, slot: int = 0, fill: int = 9, transfer: TransferId = T) -> Chunk:
+    def chunk(self, seq: int, span: Span, slot: int = 0, fill: int = 9, transfer: TransferId = T) -> KVChunk:
         """A correct chunk, its bytes in the ring."""
         num_bytes = span.num_cells * CELL_BYTES
         data = self.link.slot(slot, num_bytes)
         data[:] = bytes([fill]) * num_bytes
-        return Chunk(self.epoch, transfer, seq, slot, span, num_bytes, zlib.crc32(data))
+        return KVChunk(self.epoch, transfer, seq, slot, span, num_bytes, zlib.crc32(data))
 
     def is_closed(self) -> bool:
         while True:
@@ -127,7 +127,7 @@ def raw_pair() -> Iterator[tuple[RawPeer, Worker]]:
         receiver.expect(T, ("p", 1), [1, 2], 16)
         peer = RawPeer(receiver.address)
         try:
-            peer.say(Offer(peer.epoch, T, 16))
+            peer.say(OfferTransfer(peer.epoch, T, 16))
             assert peer.hear(Accept).token_start == 0
             yield peer, receiver
         finally:
@@ -218,12 +218,12 @@ def test_a_new_epoch_fences_the_old_one() -> None:
     "first",
     [
         b"\xff" * OPENING_BYTES,
-        FrameEncoder().encode(Offer(1, T, 3)),
+        FrameEncoder().encode(OfferTransfer(1, T, 3)),
         b"GET / HTTP/1.1\r\n\r\n",
         b"",
-        Dialler("secret", Purpose.CONTROL).opening,
-        Dialler("guess", Purpose.TRANSFER).opening + bytes(32),
-        Dialler("secret", Purpose.TRANSFER).opening + b"x" * (1 << 20),
+        HandshakeDialler("secret", Purpose.CONTROL).opening,
+        HandshakeDialler("guess", Purpose.TRANSFER).opening + bytes(32),
+        HandshakeDialler("secret", Purpose.TRANSFER).opening + b"x" * (1 << 20),
     ],
 )
 def test_strangers_are_shown_the_door_and_others_are_served(first: bytes) -> None:
@@ -270,12 +270,21 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 @pytest.mark.parametrize("what", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(transport: str, what: signal.Signals, socket_root: Path) -> None:
+def test_a_peer_that_is_killed_or_frozen_fails_its_transfers(
+    transport: str, what: signal.Signals, socket_root: Path
+) -> None:
     receiver = Worker("d", layout(), transport=transport, config=FAST if what == signal.SIGSTOP else CALM)
     arrived = threading.Semaphore(0)
     receiver.store.on_scatter = arrived.release
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, msgspec.json.encode(receiver.address).decode(), transport, str(socket_root)],
+        [
+            sys.executable,
+            "-c",
+            CHILD,
+            msgspec.json.encode(receiver.address).decode(),
+            transport,
+            str(socket_root),
+        ],
         stdin=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(["."] + sys.path)},
     )

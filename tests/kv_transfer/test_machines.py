@@ -1,4 +1,5 @@
-"""The sender and the receiver by example: credits, deadlines, leases, heartbeats, and transitions that do not exist."""
+"""The sender and the receiver by example: credits, deadlines, leases, heartbeats, and transitions that do not
+exist."""
 
 import pytest
 
@@ -10,15 +11,15 @@ from pdserve.core.request import TransferId
 from pdserve.kv_transfer.config import TransferConfig
 from pdserve.kv_transfer.counters import TransferCounters
 from pdserve.kv_transfer.events import (
-    Cancel,
+    CancelTransfer,
     CloseLink,
     CommitReady,
-    Computed,
     Expect,
     LinkDown,
     LinkUp,
-    Open,
     OpenLink,
+    OpenTransfer,
+    PartComputed,
     PrefillDone,
     Receive,
     ReceiveFailed,
@@ -26,10 +27,20 @@ from pdserve.kv_transfer.events import (
     SendChunk,
     SendFailed,
     Sent,
-    Tick,
+    TransferTick,
 )
 from pdserve.kv_transfer.outbound_transfer import OutboundTransfer
-from pdserve.kv_transfer.protocol import Abort, Accept, Ack, Chunk, Commit, Committed, Heartbeat, Nack, Offer
+from pdserve.kv_transfer.protocol import (
+    AbortTransfer,
+    Accept,
+    Ack,
+    Commit,
+    Committed,
+    KVChunk,
+    LinkHeartbeat,
+    Nack,
+    OfferTransfer,
+)
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.kv_transfer.span import Span
@@ -47,8 +58,8 @@ T = TransferId("request", 0)
 def open_sender(num_tokens: int = 64) -> TransferSender:
     """A link of 3 slots, and an offered transfer."""
     sender = TransferSender(LAYOUT, CONFIG, TransferCounters(), "d")
-    assert sender.handle(Open(T, tuple(range(8)), num_tokens), 0.0) == [OpenLink()]
-    assert sender.handle(LinkUp(1, "shm", 3, SLOT_BYTES), 0.0) == [Send(Offer(1, T, num_tokens))]
+    assert sender.handle(OpenTransfer(T, tuple(range(8)), num_tokens), 0.0) == [OpenLink()]
+    assert sender.handle(LinkUp(1, "shm", 3, SLOT_BYTES), 0.0) == [Send(OfferTransfer(1, T, num_tokens))]
     return sender
 
 
@@ -64,7 +75,7 @@ def chunks(commands: list[object]) -> list[int]:
 
 def test_no_more_chunks_are_under_way_than_slots_and_an_ack_returns_one() -> None:
     sender = open_sender()
-    sender.handle(Computed(T, Span(0, 2, 0, 64)), 0.0)
+    sender.handle(PartComputed(T, Span(0, 2, 0, 64)), 0.0)
     commands = sender.handle(Accept(1, T, 0, 3), 0.0)
     assert chunks(list(commands)) == [0, 1, 2]
     assert {c.slot for c in commands if isinstance(c, SendChunk)} == {0, 1, 2}
@@ -77,13 +88,15 @@ def test_no_more_chunks_are_under_way_than_slots_and_an_ack_returns_one() -> Non
 
 def test_a_transfer_keeps_to_the_credits_it_was_given() -> None:
     sender = open_sender()
-    sender.handle(Computed(T, Span(0, 2, 0, 64)), 0.0)
+    sender.handle(PartComputed(T, Span(0, 2, 0, 64)), 0.0)
     assert chunks(list(sender.handle(Accept(1, T, 0, 1), 0.0))) == [0]
 
 
 def test_a_small_transfer_leaves_in_eighths_so_that_most_of_it_hides() -> None:
-    large = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=32, model_fingerprint="m")
-    transfer = OutboundTransfer(Open(T, (0, 1), 64), large, 0.0)
+    large = KVLayout(
+        num_layers=16, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=32, model_fingerprint="m"
+    )
+    transfer = OutboundTransfer(OpenTransfer(T, (0, 1), 64), large, 0.0)
     transfer.accept(0, 100, "shm", 2 << 20)
     for layer in range(16):
         transfer.computed(Span(layer, layer + 1, 0, 64), mark=layer)
@@ -93,10 +106,10 @@ def test_a_small_transfer_leaves_in_eighths_so_that_most_of_it_hides() -> None:
 def test_the_figures_tell_hidden_from_exposed() -> None:
     sender = open_sender(num_tokens=8)
     sender.handle(Accept(1, T, 0, 3), 0.0)
-    sender.handle(Computed(T, Span(0, 1, 0, 8)), 1.0)
+    sender.handle(PartComputed(T, Span(0, 1, 0, 8)), 1.0)
     sender.handle(Ack(1, T, 0), 2.0)
     sender.handle(PrefillDone(T), 3.0)
-    sender.handle(Computed(T, Span(1, 2, 0, 8)), 3.0)
+    sender.handle(PartComputed(T, Span(1, 2, 0, 8)), 3.0)
     assert sender.handle(CommitReady(T, b"x"), 3.0) == [Send(Commit(1, T, b"x"))]
     (sent,) = sender.handle(Committed(1, T), 4.5)
     assert isinstance(sent, Sent)
@@ -107,19 +120,24 @@ def test_the_figures_tell_hidden_from_exposed() -> None:
 @pytest.mark.parametrize(
     ("prepare", "error"),
     [
-        ([Accept(1, T, 0, 3), Computed(T, Span(0, 2, 0, 64))], "chunk 0 was not acknowledged within 5.0 s"),
+        (
+            [Accept(1, T, 0, 3), PartComputed(T, Span(0, 2, 0, 64))],
+            "chunk 0 was not acknowledged within 5.0 s",
+        ),
         ([Accept(1, T, 64, 3), CommitReady(T, b"")], "was not committed within 5.0 s"),
     ],
 )
-def test_a_receiver_that_is_slow_loses_the_link(prepare: list[Accept | Computed | CommitReady], error: str) -> None:
+def test_a_receiver_that_is_slow_loses_the_link(
+    prepare: list[Accept | PartComputed | CommitReady], error: str
+) -> None:
     sender = open_sender()
     for event in prepare:
         sender.handle(event, 0.0)
     for tenth in range(0, 50):
-        sender.handle(Heartbeat(1), tenth / 10)
-        assert not any(isinstance(c, CloseLink) for c in sender.handle(Tick(), tenth / 10))
-    sender.handle(Heartbeat(1), 5.1)
-    close, failed = sender.handle(Tick(), 5.1)
+        sender.handle(LinkHeartbeat(1), tenth / 10)
+        assert not any(isinstance(c, CloseLink) for c in sender.handle(TransferTick(), tenth / 10))
+    sender.handle(LinkHeartbeat(1), 5.1)
+    close, failed = sender.handle(TransferTick(), 5.1)
     assert isinstance(close, CloseLink)
     assert isinstance(failed, SendFailed)
     assert error in failed.error
@@ -129,11 +147,11 @@ def test_a_receiver_that_is_slow_loses_the_link(prepare: list[Accept | Computed 
 def test_silence_ends_the_link_on_both_sides_and_heartbeats_go_out_until_then() -> None:
     sender, receiver = open_sender(), open_receiver()
     receiver.handle(Expect(T, (0,), 8, 0), 0.0)
-    receiver.handle(Offer(1, T, 8), 0.0)
+    receiver.handle(OfferTransfer(1, T, 8), 0.0)
     for machine in (sender, receiver):
-        assert machine.handle(Tick(), 0.6) == [Send(Heartbeat(1))]
-        assert machine.handle(Tick(), 0.7) == []
-        close, failed = machine.handle(Tick(), 3.1)
+        assert machine.handle(TransferTick(), 0.6) == [Send(LinkHeartbeat(1))]
+        assert machine.handle(TransferTick(), 0.7) == []
+        close, failed = machine.handle(TransferTick(), 3.1)
         assert close == CloseLink("no sign of life for 3.0 s")
         assert isinstance(failed, (SendFailed, ReceiveFailed))
 
@@ -141,49 +159,66 @@ def test_silence_ends_the_link_on_both_sides_and_heartbeats_go_out_until_then() 
 @pytest.mark.parametrize("has_offer", [True, False])
 def test_a_peer_that_lives_may_take_minutes_to_meet_an_offer_or_a_reservation(has_offer: bool) -> None:
     sender, receiver = open_sender(), open_receiver()
-    receiver.handle(Offer(1, T, 8) if has_offer else Expect(T, (0,), 8, 0), 0.0)
+    receiver.handle(OfferTransfer(1, T, 8) if has_offer else Expect(T, (0,), 8, 0), 0.0)
     for second in range(600):
         for machine in (sender, receiver):
-            machine.handle(Heartbeat(1), float(second))
-            machine.handle(Tick(), float(second))
-    receiver.handle(Heartbeat(1), 600.5)
-    assert receiver.handle(Expect(T, (0,), 8, 0) if has_offer else Offer(1, T, 8), 600.5) == [Send(Accept(1, T, 0, 3))]
+            machine.handle(LinkHeartbeat(1), float(second))
+            machine.handle(TransferTick(), float(second))
+    receiver.handle(LinkHeartbeat(1), 600.5)
+    assert receiver.handle(Expect(T, (0,), 8, 0) if has_offer else OfferTransfer(1, T, 8), 600.5) == [
+        Send(Accept(1, T, 0, 3))
+    ]
     assert isinstance(sender.handle(Accept(1, T, 0, 3), 600.5), list)
     assert not sender.is_idle
 
 
 def test_not_even_a_living_peer_is_waited_for_without_end() -> None:
     sender, receiver = open_sender(), open_receiver()
-    receiver.handle(Offer(1, T, 8), 0.0)
+    receiver.handle(OfferTransfer(1, T, 8), 0.0)
     for machine in (sender, receiver):
-        machine.handle(Heartbeat(1), 606.0)
-    abort, beat = receiver.handle(Tick(), 606.0)
-    assert abort == Send(Abort(1, T, "the lease ended after 606.0 s without a reservation", FailureKind.LOST))
-    assert beat == Send(Heartbeat(1))
-    assert SendFailed(T, "the offer was not answered within 605.0 s", FailureKind.LOST) in sender.handle(Tick(), 606.0)
+        machine.handle(LinkHeartbeat(1), 606.0)
+    abort, beat = receiver.handle(TransferTick(), 606.0)
+    assert abort == Send(
+        AbortTransfer(1, T, "the lease ended after 606.0 s without a reservation", FailureKind.LOST)
+    )
+    assert beat == Send(LinkHeartbeat(1))
+    assert SendFailed(T, "the offer was not answered within 605.0 s", FailureKind.LOST) in sender.handle(
+        TransferTick(), 606.0
+    )
 
 
 def test_a_reservation_outlives_its_link_by_one_lease() -> None:
     receiver = open_receiver()
     receiver.handle(Expect(T, (0,), 8, 0), 0.0)
-    receiver.handle(Heartbeat(1), 100.0)
+    receiver.handle(LinkHeartbeat(1), 100.0)
     receiver.handle(LinkDown(1, "reset"), 101.0)
-    assert receiver.handle(Tick(), 129.0) == []
-    (failed,) = receiver.handle(Tick(), 131.0)
+    assert receiver.handle(TransferTick(), 129.0) == []
+    (failed,) = receiver.handle(TransferTick(), 131.0)
     assert failed == ReceiveFailed(T, "the lease ended after 131.0 s without an offer", FailureKind.LOST)
 
 
 def test_a_refused_chunk_fails_its_transfer_with_the_receivers_words() -> None:
     sender = open_sender()
     nack = Nack(1, T, "wrong size", FailureKind.DISAGREEMENT)
-    assert sender.handle(nack, 0.0) == [SendFailed(T, "refused by the receiver: wrong size", FailureKind.DISAGREEMENT)]
+    assert sender.handle(nack, 0.0) == [
+        SendFailed(T, "refused by the receiver: wrong size", FailureKind.DISAGREEMENT)
+    ]
 
 
 def test_late_words_about_an_ended_transfer_are_ignored() -> None:
     sender = open_sender()
     why = "cancelled", FailureKind.CANCELLED
-    assert sender.handle(Cancel(T, "cancelled"), 0.0) == [Send(Abort(1, T, *why)), SendFailed(T, *why)]
-    for message in (Accept(1, T, 0, 3), Committed(1, T), Abort(1, T, *why), Nack(1, T, *why), Accept(7, T, 0, 3)):
+    assert sender.handle(CancelTransfer(T, "cancelled"), 0.0) == [
+        Send(AbortTransfer(1, T, *why)),
+        SendFailed(T, *why),
+    ]
+    for message in (
+        Accept(1, T, 0, 3),
+        Committed(1, T),
+        AbortTransfer(1, T, *why),
+        Nack(1, T, *why),
+        Accept(7, T, 0, 3),
+    ):
         assert sender.handle(message, 0.0) == []
 
 
@@ -191,15 +226,18 @@ def test_an_offer_of_another_length_than_expected_is_aborted() -> None:
     receiver = open_receiver()
     receiver.handle(Expect(T, (0, 1), 9, 0), 0.0)
     why = "8 tokens were offered, 9 are expected", FailureKind.DISAGREEMENT
-    assert receiver.handle(Offer(1, T, 8), 0.0) == [Send(Abort(1, T, *why)), ReceiveFailed(T, *why)]
+    assert receiver.handle(OfferTransfer(1, T, 8), 0.0) == [
+        Send(AbortTransfer(1, T, *why)),
+        ReceiveFailed(T, *why),
+    ]
 
 
 def test_chunks_of_a_cancelled_transfer_are_taken_and_dropped() -> None:
     receiver = open_receiver()
     receiver.handle(Expect(T, (0,), 8, 0), 0.0)
-    receiver.handle(Offer(1, T, 8), 0.0)
-    receiver.handle(Cancel(T, "cancelled"), 0.0)
-    chunk = Chunk(1, T, 0, 0, Span(0, 1, 0, 8), 8 * CELL_BYTES, 0)
+    receiver.handle(OfferTransfer(1, T, 8), 0.0)
+    receiver.handle(CancelTransfer(T, "cancelled"), 0.0)
+    chunk = KVChunk(1, T, 0, 0, Span(0, 1, 0, 8), 8 * CELL_BYTES, 0)
     assert receiver.handle(chunk, 0.0) == [Receive(chunk)]
 
 

@@ -1,4 +1,5 @@
-"""The link between two GPUs, over a twin of NCCL: whole transfers, the turn that senders take, and how a link is let go."""
+"""The link between two GPUs, over a twin of NCCL: whole transfers, the turn that senders take, and how a link
+is let go."""
 
 import threading
 from collections.abc import Iterator
@@ -44,7 +45,11 @@ def test_kv_goes_from_one_gpu_to_two_others_at_once() -> None:
     with ExitStack() as stack:
         sender = worker(stack, "p", "GPU-0", seed=1)
         receivers = [worker(stack, f"d{number}", f"GPU-{number}") for number in (1, 2)]
-        transfers = [(receiver, TransferId(f"{n} to {to}", 0)) for n in range(6) for to, receiver in enumerate(receivers)]
+        transfers = [
+            (receiver, TransferId(f"{n} to {to}", 0))
+            for n in range(6)
+            for to, receiver in enumerate(receivers)
+        ]
         for number, (receiver, transfer) in enumerate(transfers):
             blocks = [4 * (number // 2) + i for i in range(4)]
             receiver.expect(transfer, sender.key, blocks, NUM_TOKENS)
@@ -80,7 +85,8 @@ def links(on_stuck: list[str]) -> tuple[NcclLink, NcclLink]:
         for rank in (RECEIVER_RANK, SENDER_RANK)
     )
     building = [
-        link.executor.submit(link.build, meeting) for link, meeting in zip((ours, theirs), joined_meetings(), strict=True)
+        link.executor.submit(link.build, meeting)
+        for link, meeting in zip((ours, theirs), joined_meetings(), strict=True)
     ]
     for each in building:
         each.result(WAIT_S)
@@ -113,7 +119,9 @@ def test_an_operation_that_fails_loses_the_link() -> None:
     ours.join()
 
 
-def test_a_torch_whose_groups_know_no_errors_takes_an_operation_for_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torch_whose_groups_know_no_errors_takes_an_operation_for_what_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delattr(TwinGroup, "get_error")
     ours, theirs = links([])
     sent, received = theirs.send(0, 64, 1), ours.recv(0, 64, 1)
@@ -151,7 +159,9 @@ def test_an_abort_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did not let go" in why[0]
 
 
-def test_a_peer_that_goes_while_a_link_is_built_fails_the_transfer_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_goes_while_a_link_is_built_fails_the_transfer_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Both sides are in the driver, which would wait for ever."""
     entered, let_go = threading.Barrier(3), threading.Event()
 
@@ -172,7 +182,9 @@ def test_a_peer_that_goes_while_a_link_is_built_fails_the_transfer_and_leaves_no
         let_go.set()
 
 
-@given(st.lists(st.tuples(st.sampled_from(["take", "give", "behind", "drop"]), st.integers(0, 2)), max_size=60))
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "give", "behind", "drop"]), st.integers(0, 2)), max_size=60)
+)
 def test_one_link_at_a_time_and_each_in_its_order(calls: list[tuple[str, int]]) -> None:
     turn = SendTurn()
     asked: dict[int, list[int]] = {link: [] for link in range(3)}

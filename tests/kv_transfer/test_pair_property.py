@@ -1,5 +1,5 @@
-"""A sender and a receiver on a simulated wire: whatever happens between them, each transfer ends once on either side, what
-is received is what was sent, and no block is written after its transfer ended."""
+"""A sender and a receiver on a simulated wire: whatever happens between them, each transfer ends once on
+either side, what is received is what was sent, and no block is written after its transfer ended."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -12,20 +12,20 @@ from pdserve.kv_transfer.config import TransferConfig
 from pdserve.kv_transfer.counters import TransferCounters
 from pdserve.kv_transfer.events import (
     Arrived,
-    Cancel,
+    CancelTransfer,
     CloseLink,
     CommitReady,
-    Computed,
     Corrupt,
     Expect,
     Extend,
     LinkDown,
     LinkUp,
-    Open,
     OpenLink,
+    OpenTransfer,
+    PartComputed,
     PrefillDone,
     Receive,
-    Received,
+    ReceivedMessage,
     ReceiveFailed,
     Send,
     SendChunk,
@@ -33,9 +33,9 @@ from pdserve.kv_transfer.events import (
     Sent,
     Store,
     Stored,
-    Tick,
+    TransferTick,
 )
-from pdserve.kv_transfer.protocol import Chunk
+from pdserve.kv_transfer.protocol import KVChunk
 from pdserve.kv_transfer.receiver import TransferReceiver
 from pdserve.kv_transfer.sender import TransferSender
 from pdserve.kv_transfer.span import Span
@@ -78,8 +78,8 @@ class World:
         self.to_receiver: deque[Any] = deque()
         self.to_sender: deque[Any] = deque()
         self.late: list[Any] = []  # messages of links that are gone, to be delivered at any time
-        self.arriving: list[Chunk] = []
-        self.ring: dict[int, tuple[Chunk, dict[Cell, tuple[TransferId, int, int]]]] = {}
+        self.arriving: list[KVChunk] = []
+        self.ring: dict[int, tuple[KVChunk, dict[Cell, tuple[TransferId, int, int]]]] = {}
 
     def feed_sender(self, event: Any) -> None:
         for command in self.sender.handle(event, self.now_s):
@@ -94,7 +94,15 @@ class World:
                     assert not self.transfers[command.transfer].sent, "gathered from blocks that may be freed"
                     cells = cells_of(command.span)
                     self.to_receiver.append(
-                        Chunk(self.epoch, command.transfer, command.seq, command.slot, command.span, command.num_bytes, 0)
+                        KVChunk(
+                            self.epoch,
+                            command.transfer,
+                            command.seq,
+                            command.slot,
+                            command.span,
+                            command.num_bytes,
+                            0,
+                        )
                     )
                     self.ring[command.slot] = (
                         self.to_receiver[-1],
@@ -118,7 +126,7 @@ class World:
                         self.arriving.append(command.chunk)
                     case Store():
                         events.append(self.store(command))
-                    case Received():
+                    case ReceivedMessage():
                         self.transfers[command.transfer].received.append(command.payload)
                     case ReceiveFailed():
                         self.transfers[command.transfer].received.append(command.error)
@@ -172,16 +180,18 @@ class World:
             self.rare(draw, transfer)
         else:
             self.now_s += draw(st.sampled_from([0.0, 0.1, 0.6]))
-            self.feed_sender(Tick())
-            self.feed_receiver(Tick())
+            self.feed_sender(TransferTick())
+            self.feed_receiver(TransferTick())
 
     def rare(self, draw: Any, transfer: Transfer) -> None:
         kind = draw(st.integers(0, 5))
         if kind == 0:
-            self.feed_sender(Cancel(transfer.id, "cancelled"))
+            self.feed_sender(CancelTransfer(transfer.id, "cancelled"))
         elif kind == 1:
-            self.feed_receiver(Cancel(transfer.id, "cancelled"))
-        elif kind == 2 and self.epoch and not self.dialling:  # a link that is being dialled ends by its own result
+            self.feed_receiver(CancelTransfer(transfer.id, "cancelled"))
+        elif (
+            kind == 2 and self.epoch and not self.dialling
+        ):  # a link that is being dialled ends by its own result
             epoch = self.epoch
             self.break_link()
             self.feed_sender(LinkDown(epoch, "lost"))
@@ -198,7 +208,9 @@ class World:
     def expect(self, transfer: Transfer) -> None:
         transfer.is_expected = True
         num_blocks = -(-transfer.num_tokens // LAYOUT.block_size)
-        self.feed_receiver(Expect(transfer.id, tuple(range(num_blocks)), transfer.num_tokens, transfer.num_cached))
+        self.feed_receiver(
+            Expect(transfer.id, tuple(range(num_blocks)), transfer.num_tokens, transfer.num_cached)
+        )
 
     def settle(self) -> None:
         """No more accidents: everything is said, delivered, and time passes until all has ended."""
@@ -221,12 +233,16 @@ class World:
                 if self.to_sender:
                     self.feed_sender(self.to_sender.popleft())
             self.now_s += 0.2
-            self.feed_sender(Tick())
-            self.feed_receiver(Tick())
+            self.feed_sender(TransferTick())
+            self.feed_receiver(TransferTick())
 
 
 def cells_of(span: Span) -> list[Cell]:
-    return [(i, t) for i in range(span.layer_start, span.layer_end) for t in range(span.token_start, span.token_end)]
+    return [
+        (i, t)
+        for i in range(span.layer_start, span.layer_end)
+        for t in range(span.token_start, span.token_end)
+    ]
 
 
 @st.composite
@@ -235,11 +251,15 @@ def transfers(draw: st.DrawFn) -> list[Transfer]:
     for number in range(draw(st.integers(1, 3))):
         transfer_id = TransferId("r", number)
         num_tokens = draw(st.integers(1, 14))
-        steps: deque[Any] = deque([Open(transfer_id, (0, 1), num_tokens), Extend(transfer_id, (2, 3))])
+        steps: deque[Any] = deque(
+            [OpenTransfer(transfer_id, (0, 1), num_tokens), Extend(transfer_id, (2, 3))]
+        )
         cut = draw(st.integers(0, num_tokens))
         for start, end in ((0, cut), (cut, num_tokens)):
             if start < end:
-                steps += [Computed(transfer_id, Span(i, i + 1, start, end)) for i in range(LAYOUT.num_layers)]
+                steps += [
+                    PartComputed(transfer_id, Span(i, i + 1, start, end)) for i in range(LAYOUT.num_layers)
+                ]
         steps += [PrefillDone(transfer_id), CommitReady(transfer_id, b"first")]
         made.append(Transfer(transfer_id, num_tokens, draw(st.integers(0, num_tokens)), steps))
     return made

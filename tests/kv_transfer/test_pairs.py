@@ -1,4 +1,5 @@
-"""The shells of a pair: a link that breaks under an operation, and connections that are prepared at the same time."""
+"""The shells of a pair: a link that breaks under an operation, and connections that are prepared at the same
+time."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,14 +10,21 @@ import pytest
 
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
-from pdserve.kv_transfer.acceptor import Acceptor
+from pdserve.kv_transfer.acceptor import TransferAcceptor
 from pdserve.kv_transfer.config import TransferConfig
-from pdserve.kv_transfer.events import CommitReady, Computed, Expect, Open
+from pdserve.kv_transfer.events import CommitReady, Expect, OpenTransfer, PartComputed
 from pdserve.kv_transfer.inbound import InboundPair
 from pdserve.kv_transfer.link import Link, PeerLost
 from pdserve.kv_transfer.outbound import OutboundPair
 from pdserve.kv_transfer.pair import Local
-from pdserve.kv_transfer.protocol import PROTOCOL_VERSION, Accept, Chunk, Connect, Offer, SenderMessage
+from pdserve.kv_transfer.protocol import (
+    PROTOCOL_VERSION,
+    Accept,
+    Connect,
+    KVChunk,
+    OfferTransfer,
+    SenderMessage,
+)
 from pdserve.kv_transfer.span import Span
 
 from .support import ArrayStore, Recorder, layout
@@ -93,8 +101,8 @@ def test_a_link_that_breaks_under_a_receive_fails_its_transfer_at_once() -> None
     pair, wire, link = InboundPair(here, "p"), WireStub(), BrokenLink()
     pair.feed(Expect(T, (0,), 8, 0))
     pair.attach(wire, link, 1)
-    wire.on_message(Offer(1, T, 8))
-    wire.on_message(Chunk(1, T, 0, 0, WHOLE, NUM_BYTES, 0))
+    wire.on_message(OfferTransfer(1, T, 8))
+    wire.on_message(KVChunk(1, T, 0, 0, WHOLE, NUM_BYTES, 0))
     assert ends.receive_error(T) == "the connection broke"
     assert link.is_gone and not wire.is_open
     assert pair.is_idle
@@ -104,10 +112,14 @@ def test_a_link_that_breaks_under_a_send_fails_its_transfer_at_once() -> None:
     here, ends = local()
     dialling = SimpleNamespace(cancel=lambda: None)
     target = TransferAddress("d", 1, "here", "", "127.0.0.1", 1)
-    pair, wire, link = OutboundPair(here, target, lambda pair, epoch: dialling, lambda transfer: None), WireStub(), BrokenLink()
-    pair.feed(Open(T, (0,), 8))
+    pair, wire, link = (
+        OutboundPair(here, target, lambda pair, epoch: dialling, lambda transfer: None),
+        WireStub(),
+        BrokenLink(),
+    )
+    pair.feed(OpenTransfer(T, (0,), 8))
     pair.connected(wire, link, 1, ())
-    pair.feed(Computed(T, WHOLE))
+    pair.feed(PartComputed(T, WHOLE))
     pair.feed(CommitReady(T, b""))
     wire.on_message(Accept(1, T, 0, 1))
     assert ends.send_error(T) == "the connection broke"
@@ -115,7 +127,9 @@ def test_a_link_that_breaks_under_a_send_fails_its_transfer_at_once() -> None:
     assert pair.is_idle
 
 
-async def test_a_pair_waits_for_each_connection_that_is_being_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_pair_waits_for_each_connection_that_is_being_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     here, _ = local()
     pair, fails = InboundPair(here, "p"), [asyncio.Event(), asyncio.Event()]
 
@@ -123,7 +137,7 @@ async def test_a_pair_waits_for_each_connection_that_is_being_prepared(monkeypat
         await fails[epoch - 1].wait()
         raise OSError("no ring")
 
-    acceptor = Acceptor(here, lambda connect: pair)
+    acceptor = TransferAcceptor(here, lambda connect: pair)
     monkeypatch.setattr(acceptor, "_prepare_group", prepare)
     try:
         for epoch in (1, 2):

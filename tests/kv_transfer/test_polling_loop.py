@@ -1,4 +1,5 @@
-"""The endpoint's loop while its store has works under way: what it asks, what it reports, and what it serves meanwhile."""
+"""The endpoint's loop while its store has works under way: what it asks, what it reports, and what it serves
+meanwhile."""
 
 import asyncio
 import threading

@@ -10,7 +10,11 @@ from pdserve.kv_transfer.span import Coverage, Span, place_of
 
 
 def cells(span: Span) -> set[tuple[int, int]]:
-    return {(i, t) for i in range(span.layer_start, span.layer_end) for t in range(span.token_start, span.token_end)}
+    return {
+        (i, t)
+        for i in range(span.layer_start, span.layer_end)
+        for t in range(span.token_start, span.token_end)
+    }
 
 
 @st.composite
@@ -80,7 +84,9 @@ def test_layers_that_wait_for_slots_are_not_held_up_by_the_last_of_them() -> Non
     planner = ChunkPlanner(Span(0, 4, 0, 10), bytes_per_cell=1, chunk_bytes=10)
     for layer in range(4):
         planner.add(Span(layer, layer + 1, 0, 10), mark=layer)
-    assert [planner.take(flush=False) for _ in range(4)] == [(Span(layer, layer + 1, 0, 10), layer) for layer in range(4)]
+    assert [planner.take(flush=False) for _ in range(4)] == [
+        (Span(layer, layer + 1, 0, 10), layer) for layer in range(4)
+    ]
 
 
 def test_tails_of_token_chunks_grow_together_across_layers() -> None:
@@ -107,7 +113,9 @@ def test_a_token_larger_than_a_chunk_is_an_error() -> None:
 
 
 @given(st.integers(1, 8), st.integers(0, 40), st.integers(1, 40))
-def test_a_place_has_the_spans_tokens_and_no_block_beside_theirs(block_size: int, start: int, num_tokens: int) -> None:
+def test_a_place_has_the_spans_tokens_and_no_block_beside_theirs(
+    block_size: int, start: int, num_tokens: int
+) -> None:
     block_ids = list(range(100, 200))
     end = start + num_tokens
     place = place_of(Span(0, 1, start, end), block_ids, block_size)

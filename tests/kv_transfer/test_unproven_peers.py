@@ -1,4 +1,5 @@
-"""Peers that have not proved that they belong to the cluster: who can connect at all, and what a flood of them costs."""
+"""Peers that have not proved that they belong to the cluster: who can connect at all, and what a flood of
+them costs."""
 
 import errno
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.core.handshake import Dialler, Purpose
+from pdserve.core.handshake import HandshakeDialler, Purpose
 from pdserve.core.reach import reach
 from pdserve.kv_transfer import acceptor
 from pdserve.worker.router_link import shake_hands
@@ -67,11 +68,13 @@ def test_another_user_cannot_connect_and_does_not_find_it_among_abstract_names(r
     assert run_as_nobody(code, receiver.address.unix_path) == ["connect EACCES"]
 
 
-def test_a_probe_of_this_cluster_gets_through_and_is_no_refusal(receiver: Worker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_probe_of_this_cluster_gets_through_and_is_no_refusal(
+    receiver: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
     address = receiver.address.tcp_host, receiver.address.tcp_port
 
     def probe(token: str) -> str:
-        return reach(address, lambda sock: shake_hands(sock, Dialler(token, Purpose.TRANSFER), "d"))
+        return reach(address, lambda sock: shake_hands(sock, HandshakeDialler(token, Purpose.TRANSFER), "d"))
 
     assert probe("secret") == ""
     check_is_served(receiver)
@@ -124,4 +127,7 @@ def test_a_process_without_descriptors_accepts_again_when_there_are_some(
     monkeypatch.setattr(socket.socket, "accept", failing)
     check_is_served(receiver)
     assert failures == []
-    assert len([record for record in caplog.records if "accepting a connection failed" in record.getMessage()]) <= 3
+    assert (
+        len([record for record in caplog.records if "accepting a connection failed" in record.getMessage()])
+        <= 3
+    )

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from pdserve.loadgen.errors import RequestFailed
-from pdserve.loadgen.records import Answer, Chunk, GeneratorLoad, Legs, RequestRecord, Round
-from pdserve.loadgen.target import ModelFacts, OnTokens, Request
+from pdserve.loadgen.errors import LoadRequestFailed
+from pdserve.loadgen.records import CompletedRequest, GeneratorLoad, Legs, RequestRecord, Round, TokenChunk
+from pdserve.loadgen.target import LoadRequest, ModelFacts, OnTokens
 
 IDLE = GeneratorLoad(cpu_s=0.0, wall_s=1.0, loop_lags_s=())
 
@@ -20,9 +20,9 @@ def record(
     legs: Legs | None = None,
 ) -> RequestRecord:
     """One token at each of `at_s`."""
-    answer = None if error else Answer(num_prompt_tokens, len(at_s), 0, legs)
+    answer = None if error else CompletedRequest(num_prompt_tokens, len(at_s), 0, legs)
     ended_s = at_s[-1] if at_s else sent_s
-    chunks = tuple(Chunk(instant_s, 1) for instant_s in at_s)
+    chunks = tuple(TokenChunk(instant_s, 1) for instant_s in at_s)
     return RequestRecord(index, due_s, sent_s, ended_s, num_prompt_tokens, chunks, answer, error)
 
 
@@ -52,7 +52,7 @@ class ManualTarget:
         self._clock = clock
         self.at_once = at_once
         self.fails_with: str | None = None
-        self.requests: list[Request] = []
+        self.requests: list[LoadRequest] = []
         self.sent_s: list[float] = []
         self.num_open = 0
         self.max_open = 0
@@ -65,7 +65,7 @@ class ManualTarget:
     def answer_all(self) -> None:
         self._answer.set()
 
-    async def send(self, request: Request, on_tokens: OnTokens) -> Answer:
+    async def send(self, request: LoadRequest, on_tokens: OnTokens) -> CompletedRequest:
         self.requests.append(request)
         self.sent_s.append(self._clock.now_s())
         self.num_open += 1
@@ -74,10 +74,10 @@ class ManualTarget:
         try:
             await (asyncio.sleep(0) if self.at_once else self._answer.wait())
             if self.fails_with is not None:
-                raise RequestFailed(self.fails_with, "as told")
+                raise LoadRequestFailed(self.fails_with, "as told")
             for _ in range(request.max_tokens):
                 on_tokens(1)
-            return Answer(len(request.token_ids), request.max_tokens)
+            return CompletedRequest(len(request.token_ids), request.max_tokens)
         finally:
             self.num_open -= 1
 

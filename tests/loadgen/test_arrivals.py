@@ -47,14 +47,18 @@ def test_constant_gaps_are_all_the_same(rate: float) -> None:
 @given(st.floats(0.1, 10), st.integers(0, 2**32))
 @settings(max_examples=20, deadline=None)
 def test_instants_ascend_and_the_same_seed_gives_the_same(burstiness: float, seed: int) -> None:
-    first, second = (list(islice(arrival_times(Gamma(3.0, burstiness), np.random.default_rng(seed)), 1000)) for _ in range(2))
+    first, second = (
+        list(islice(arrival_times(Gamma(3.0, burstiness), np.random.default_rng(seed)), 1000))
+        for _ in range(2)
+    )
     assert first == second
     assert first == sorted(first)
     assert first[0] >= 0
 
 
 @pytest.mark.parametrize(
-    ("kind", "rate", "burstiness"), [("poisson", 0, 1), ("poisson", float("inf"), 1), ("gamma", 1, 0), ("often", 1, 1)]
+    ("kind", "rate", "burstiness"),
+    [("poisson", 0, 1), ("poisson", float("inf"), 1), ("gamma", 1, 0), ("often", 1, 1)],
 )
 def test_what_is_no_process_is_refused(kind: str, rate: float, burstiness: float) -> None:
     with pytest.raises(LoadError, match="is not valid"):

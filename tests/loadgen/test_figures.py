@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from pdserve.loadgen.compare import compare, ratio_of_means
 from pdserve.loadgen.errors import LoadError
-from pdserve.loadgen.records import Answer, Chunk, GeneratorLoad, Legs, RequestRecord
+from pdserve.loadgen.records import CompletedRequest, GeneratorLoad, Legs, RequestRecord, TokenChunk
 from pdserve.loadgen.report import make_report
 from pdserve.loadgen.slo import Slo, parse_slo
 from pdserve.loadgen.statistics import Summary
@@ -33,7 +33,9 @@ def test_percentiles_interpolate_between_neighbours(values: list[float]) -> None
     summary = Summary.of(values)
     assert summary is not None
     for percent in (50, 90, 95, 99):
-        assert getattr(summary, f"p{percent}") == pytest.approx(interpolated(values, percent), rel=1e-9, abs=1e-6)
+        assert getattr(summary, f"p{percent}") == pytest.approx(
+            interpolated(values, percent), rel=1e-9, abs=1e-6
+        )
         assert getattr(summary, f"p{percent}") == pytest.approx(float(np.percentile(values, percent)))
     assert (summary.count, summary.min, summary.max) == (len(values), min(values), max(values))
     assert summary.mean == pytest.approx(sum(values) / len(values), abs=1e-6)
@@ -51,8 +53,8 @@ def test_latencies_of_one_request() -> None:
 
 
 def test_tpot_counts_tokens_and_itl_counts_chunks() -> None:
-    chunks = (Chunk(0.1, 1), Chunk(0.3, 4))
-    seen = RequestRecord(0, None, 0.0, 0.3, 10, chunks, Answer(10, 5))
+    chunks = (TokenChunk(0.1, 1), TokenChunk(0.3, 4))
+    seen = RequestRecord(0, None, 0.0, 0.3, 10, chunks, CompletedRequest(10, 5))
     assert seen.tpot_s == pytest.approx(0.05)
     assert seen.itl_s == pytest.approx((0.2,))
 
@@ -91,9 +93,12 @@ def test_every_threshold_must_hold(slo: Slo, met: bool) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(times, st.booleans()), min_size=1, max_size=30), st.floats(1, 10_000))
-def test_goodput_counts_good_requests_over_the_time(requests: list[tuple[float, bool]], limit_ms: float) -> None:
+def test_goodput_counts_good_requests_over_the_time(
+    requests: list[tuple[float, bool]], limit_ms: float
+) -> None:
     records = [
-        record(index, at_s=(ttft_s,), error="timeout" if fails else None) for index, (ttft_s, fails) in enumerate(requests)
+        record(index, at_s=(ttft_s,), error="timeout" if fails else None)
+        for index, (ttft_s, fails) in enumerate(requests)
     ]
     report = make_report([one_round(*records)], Slo(ttft=limit_ms))
     good = sum(not fails and ttft_s * 1e3 <= limit_ms for ttft_s, fails in requests)
@@ -104,7 +109,10 @@ def test_goodput_counts_good_requests_over_the_time(requests: list[tuple[float, 
 
 
 def test_throughputs_count_what_ended_well_over_the_time_from_first_sent_to_last_ended() -> None:
-    ok = [record(0, 10.0, (11.0, 12.0, 13.0), num_prompt_tokens=100), record(1, 11.0, (13.0, 14.0), num_prompt_tokens=50)]
+    ok = [
+        record(0, 10.0, (11.0, 12.0, 13.0), num_prompt_tokens=100),
+        record(1, 11.0, (13.0, 14.0), num_prompt_tokens=50),
+    ]
     failed = record(2, 12.0, (13.0,), num_prompt_tokens=7, error="timeout")
     report = make_report([one_round(*ok, failed)], Slo())
     assert (report.num_requests, report.num_ok, report.errors) == (3, 2, {"timeout": 1})
@@ -132,7 +140,10 @@ def test_a_load_of_which_nothing_ended_well_has_a_report() -> None:
 
 
 def test_prompts_are_told_apart_by_powers_of_two() -> None:
-    records = [record(index, at_s=(0.1 * (index + 1),), num_prompt_tokens=n) for index, n in enumerate((1, 127, 128, 255, 256))]
+    records = [
+        record(index, at_s=(0.1 * (index + 1),), num_prompt_tokens=n)
+        for index, n in enumerate((1, 127, 128, 255, 256))
+    ]
     buckets = make_report([one_round(*records)], Slo()).ttft_by_prompt_tokens
     assert [(bucket.low, bucket.high, bucket.ttft_ms.count) for bucket in buckets] == [
         (1, 2, 1), (64, 128, 1), (128, 256, 2), (256, 512, 1),
@@ -140,7 +151,9 @@ def test_prompts_are_told_apart_by_powers_of_two() -> None:
 
 
 def test_the_legs_of_ttft_sum_up_to_it() -> None:
-    legs = Legs(queue_s=0.1, worker_queue_s=0.05, prefill_s=0.2, first_token_s=0.38, transfer_s=0.15, exposed_s=0.03)
+    legs = Legs(
+        queue_s=0.1, worker_queue_s=0.05, prefill_s=0.2, first_token_s=0.38, transfer_s=0.15, exposed_s=0.03
+    )
     report = make_report([one_round(record(at_s=(0.4, 0.5), legs=legs))], Slo())
     means = {name: summary.mean for name, summary in report.legs_ms.items()}
     assert means["queue"] + means["worker_queue"] + means["prefill"] + means["way"] == pytest.approx(400)
@@ -163,7 +176,9 @@ def test_a_generator_that_is_busy_or_slow_to_see_says_so() -> None:
 
 @given(st.lists(times, min_size=2, max_size=12), st.floats(0.1, 10))
 @settings(max_examples=30, deadline=None)
-def test_a_constant_ratio_is_found_exactly_however_the_rounds_differ(values: list[float], factor: float) -> None:
+def test_a_constant_ratio_is_found_exactly_however_the_rounds_differ(
+    values: list[float], factor: float
+) -> None:
     ratio = ratio_of_means("x", values, [value * factor for value in values])
     assert (ratio.ratio, ratio.low, ratio.high) == (pytest.approx(factor),) * 3
 

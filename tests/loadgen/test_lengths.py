@@ -54,9 +54,23 @@ def test_lengths_of_a_file_are_drawn_with_equal_probability() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "0", "-3", "many", "uniform:min=5,max=4", "uniform:min=5", "uniform:min=1,max=2,mean=3", "lognormal:mean=0,cv=1",
-     "lognormal:mean=5", "lognormal:mean=5,cv=1,min=9,max=8", "normal:mean=5", "file:", "file:empty", "file:words"],
-)  # fmt: skip
+    [
+        "",
+        "0",
+        "-3",
+        "many",
+        "uniform:min=5,max=4",
+        "uniform:min=5",
+        "uniform:min=1,max=2,mean=3",
+        "lognormal:mean=0,cv=1",
+        "lognormal:mean=5",
+        "lognormal:mean=5,cv=1,min=9,max=8",
+        "normal:mean=5",
+        "file:",
+        "file:empty",
+        "file:words",
+    ],
+)
 def test_what_is_no_length_is_refused_with_what_was_expected(text: str) -> None:
     with pytest.raises(LoadError, match="is not a length"):
         parse_lengths(text, {"empty": "", "words": "1 two"}.__getitem__)

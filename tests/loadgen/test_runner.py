@@ -1,4 +1,5 @@
-"""When requests are sent: when they are due, or when a client of a closed loop is free; and what is recorded of them."""
+"""When requests are sent: when they are due, or when a client of a closed loop is free; and what is recorded
+of them."""
 
 import asyncio
 from collections.abc import Iterator
@@ -7,28 +8,28 @@ from itertools import count, islice
 import pytest
 
 from pdserve.loadgen.arrivals import Constant
-from pdserve.loadgen.campaign import Contender, Plan, run_campaign, summed_up
+from pdserve.loadgen.campaign import CampaignPlan, Contender, run_campaign, summed_up
 from pdserve.loadgen.errors import LoadError
 from pdserve.loadgen.lengths import Fixed
-from pdserve.loadgen.runner import Load, Runner
+from pdserve.loadgen.runner import LoadRunner, OfferedLoad
 from pdserve.loadgen.slo import Slo
-from pdserve.loadgen.target import Request
-from pdserve.loadgen.workload import Drawn, Job
+from pdserve.loadgen.target import LoadRequest
+from pdserve.loadgen.workload import Drawn, ScheduledRequest
 from tests.loadgen.support import ManualClock, ManualTarget
 
-PLAN = Plan(Drawn(Constant(50.0), Fixed(8), Fixed(3)), max_requests=4)
+PLAN = CampaignPlan(Drawn(Constant(50.0), Fixed(8), Fixed(3)), max_requests=4)
 
 
-def due(*instants_s: float) -> Iterator[Job]:
-    return (Job(index, due_s, 4, 2) for index, due_s in enumerate(instants_s))
+def due(*instants_s: float) -> Iterator[ScheduledRequest]:
+    return (ScheduledRequest(index, due_s, 4, 2) for index, due_s in enumerate(instants_s))
 
 
-def endless() -> Iterator[Job]:
-    return (Job(index, None, 4, 2) for index in count())
+def endless() -> Iterator[ScheduledRequest]:
+    return (ScheduledRequest(index, None, 4, 2) for index in count())
 
 
-def make_request(job: Job) -> Request:
-    return Request([job.index] * job.num_prompt_tokens, job.num_output_tokens)
+def make_request(job: ScheduledRequest) -> LoadRequest:
+    return LoadRequest([job.index] * job.num_prompt_tokens, job.num_output_tokens)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ async def test_an_open_load_is_sent_when_due_although_nothing_has_been_answered(
     instants = [0.0, 0.5, 0.5, 2.0, 7.25]
     target.on_send = lambda: target.answer_all() if len(target.requests) == len(instants) else None
     clock.at_s = 100.0
-    records = await Runner(target, clock).run(Load(due(*instants), make_request))
+    records = await LoadRunner(target, clock).run(OfferedLoad(due(*instants), make_request))
     assert target.max_open == len(instants)
     assert target.sent_s == [100.0 + instant for instant in instants]
     assert [record.lateness_s for record in records] == [0.0] * len(instants)
@@ -59,17 +60,21 @@ async def test_a_generator_that_falls_behind_sends_at_once_and_records_how_late(
 ) -> None:
     target.answer_all()
 
-    def slow(job: Job) -> Request:
+    def slow(job: ScheduledRequest) -> LoadRequest:
         clock.at_s += 1.0  # making a request takes longer than the gap
         return make_request(job)
 
-    records = await Runner(target, clock).run(Load(due(0.0, 0.5, 5.0), slow))
+    records = await LoadRunner(target, clock).run(OfferedLoad(due(0.0, 0.5, 5.0), slow))
     assert [record.lateness_s for record in records] == [pytest.approx(1.0), pytest.approx(1.5), 0.0]
 
 
-async def test_a_closed_load_has_so_many_requests_open_and_no_more(clock: ManualClock, target: ManualTarget) -> None:
+async def test_a_closed_load_has_so_many_requests_open_and_no_more(
+    clock: ManualClock, target: ManualTarget
+) -> None:
     target.at_once = True
-    records = await Runner(target, clock).run(Load(islice(endless(), 20), make_request, concurrency=3))
+    records = await LoadRunner(target, clock).run(
+        OfferedLoad(islice(endless(), 20), make_request, concurrency=3)
+    )
     assert target.max_open == 3
     assert [request.token_ids[0] for request in target.requests] == list(range(20))
     assert all(record.lateness_s is None and record.answer is not None for record in records)
@@ -82,25 +87,31 @@ async def test_a_closed_load_sends_nothing_after_its_time(clock: ManualClock, ta
         clock.at_s += 1.0
 
     target.on_send = pass_time
-    await Runner(target, clock).run(Load(endless(), make_request, concurrency=1, duration_s=4.5))
+    await LoadRunner(target, clock).run(OfferedLoad(endless(), make_request, concurrency=1, duration_s=4.5))
     assert len(target.requests) == 5
 
 
-async def test_a_failed_request_is_recorded_by_kind_and_the_load_goes_on(clock: ManualClock, target: ManualTarget) -> None:
+async def test_a_failed_request_is_recorded_by_kind_and_the_load_goes_on(
+    clock: ManualClock, target: ManualTarget
+) -> None:
     target.at_once, target.fails_with = True, "http 429"
-    records = await Runner(target, clock).run(Load(due(0.0, 1.0), make_request))
-    assert [(record.error, record.message, record.answer) for record in records] == [("http 429", "as told", None)] * 2
+    records = await LoadRunner(target, clock).run(OfferedLoad(due(0.0, 1.0), make_request))
+    assert [(record.error, record.message, record.answer) for record in records] == [
+        ("http 429", "as told", None)
+    ] * 2
 
 
 async def test_a_request_that_takes_too_long_is_a_timeout(clock: ManualClock, target: ManualTarget) -> None:
-    (record,) = await Runner(target, clock).run(Load(due(0.0), make_request, timeout_s=0.0))
+    (record,) = await LoadRunner(target, clock).run(OfferedLoad(due(0.0), make_request, timeout_s=0.0))
     assert (record.error, target.num_open) == ("timeout", 0)
 
 
-async def test_a_load_that_is_cancelled_leaves_no_request_open(clock: ManualClock, target: ManualTarget) -> None:
+async def test_a_load_that_is_cancelled_leaves_no_request_open(
+    clock: ManualClock, target: ManualTarget
+) -> None:
     sent = asyncio.Event()
     target.on_send = sent.set
-    task = asyncio.create_task(Runner(target, clock).run(Load(due(0.0), make_request)))
+    task = asyncio.create_task(LoadRunner(target, clock).run(OfferedLoad(due(0.0), make_request)))
     await sent.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -120,7 +131,7 @@ async def test_targets_take_turns_with_the_same_lengths_and_prompts_of_their_own
         for name, target in zip("ab", targets, strict=True)
     ]
     results = await run_campaign(
-        Plan(PLAN.workload, num_rounds=3, max_requests=4, num_warm_up=2),
+        CampaignPlan(PLAN.workload, num_rounds=3, max_requests=4, num_warm_up=2),
         contenders,
     )
     assert "".join(order) == "abbaab"
@@ -134,7 +145,9 @@ async def test_targets_take_turns_with_the_same_lengths_and_prompts_of_their_own
 
 async def test_warm_up_requests_do_not_count(clock: ManualClock) -> None:
     target = ManualTarget(clock, at_once=True)
-    (result,) = await run_campaign(Plan(PLAN.workload, max_requests=4, num_warm_up=9), [Contender("a", target)])
+    (result,) = await run_campaign(
+        CampaignPlan(PLAN.workload, max_requests=4, num_warm_up=9), [Contender("a", target)]
+    )
     assert len(target.requests) == 13
     assert len(result.rounds[0].records) == 4
     summary = summed_up({}, [result], Slo())
@@ -142,14 +155,21 @@ async def test_warm_up_requests_do_not_count(clock: ManualClock) -> None:
     assert summary["ratios"] == []
 
 
-async def test_a_target_that_fails_to_warm_up_or_is_too_short_for_the_load_is_refused(clock: ManualClock) -> None:
+async def test_a_target_that_fails_to_warm_up_or_is_too_short_for_the_load_is_refused(
+    clock: ManualClock,
+) -> None:
     target = ManualTarget(clock, at_once=True)
     target.fails_with = "unavailable"
     with pytest.raises(LoadError, match="a: a warm-up request failed: unavailable: as told"):
-        await run_campaign(Plan(PLAN.workload, max_requests=4, num_warm_up=1), [Contender("a", target)])
+        await run_campaign(
+            CampaignPlan(PLAN.workload, max_requests=4, num_warm_up=1), [Contender("a", target)]
+        )
     target.fails_with, target.at_once = None, False
     with pytest.raises(LoadError, match="a: a warm-up request failed: timeout"):
-        await run_campaign(Plan(PLAN.workload, max_requests=4, num_warm_up=1, timeout_s=0.0), [Contender("a", target)])
+        await run_campaign(
+            CampaignPlan(PLAN.workload, max_requests=4, num_warm_up=1, timeout_s=0.0),
+            [Contender("a", target)],
+        )
     long = Drawn(Constant(1.0), Fixed(990), Fixed(11))
     with pytest.raises(LoadError, match="1001 tokens together, but the model takes 1000"):
-        await run_campaign(Plan(long, max_requests=1), [Contender("a", target)])
+        await run_campaign(CampaignPlan(long, max_requests=1), [Contender("a", target)])

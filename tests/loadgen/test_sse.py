@@ -7,7 +7,10 @@ from hypothesis import given, settings, strategies as st
 
 from pdserve.loadgen.sse import SseParser
 
-TEXT = 'data: {"text": "Grüße 🙂"}\n\n: a comment\r\n\r\nevent: x\nid: 7\ndata:first\ndata:  second\r\rdata\n\ndata: [DONE]\n\n'
+TEXT = (
+    'data: {"text": "Grüße 🙂"}\n\n: a comment\r\n\r\nevent: x\nid: 7\ndata:first\ndata: '
+    " second\r\rdata\n\ndata: [DONE]\n\n"
+)
 EVENTS = ['{"text": "Grüße 🙂"}', "first\n second", "", "[DONE]"]
 
 

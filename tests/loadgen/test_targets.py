@@ -1,4 +1,5 @@
-"""Both doors as a load sees them: pdserve's own gRPC server, and an OpenAI-compatible one that says what it is told to say."""
+"""Both doors as a load sees them: pdserve's own gRPC server, and an OpenAI-compatible one that says what it
+is told to say."""
 
 import asyncio
 import json
@@ -12,14 +13,14 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from pdserve.core.errors import QueueFull
 from pdserve.gateway.app import GatewayServer
-from pdserve.loadgen.errors import RequestFailed
+from pdserve.loadgen.errors import LoadRequestFailed
 from pdserve.loadgen.grpc_target import GrpcTarget, legs_of
 from pdserve.loadgen.http_target import HttpTarget
-from pdserve.loadgen.target import Request
+from pdserve.loadgen.target import LoadRequest
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.support import ScriptedCluster, model_info
 
-ASKED = Request([10, 11, 12], max_tokens=4)
+ASKED = LoadRequest([10, 11, 12], max_tokens=4)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -55,7 +56,12 @@ async def test_grpc_counts_tokens_and_takes_the_legs_from_the_timeline(
     over_grpc: GrpcTarget, cluster: ScriptedCluster, seen: Seen
 ) -> None:
     answer = await over_grpc.send(ASKED, seen)
-    assert (sum(seen.numbers), answer.num_output_tokens, answer.num_prompt_tokens, answer.num_cached_tokens) == (4, 4, 3, 1)
+    assert (
+        sum(seen.numbers),
+        answer.num_output_tokens,
+        answer.num_prompt_tokens,
+        answer.num_cached_tokens,
+    ) == (4, 4, 3, 1)
     legs = answer.legs
     assert legs is not None
     assert (legs.queue_s, legs.first_token_s) == (pytest.approx(0.01), pytest.approx(0.04))
@@ -69,9 +75,11 @@ async def test_grpc_counts_tokens_and_takes_the_legs_from_the_timeline(
     )
 
 
-async def test_grpc_errors_are_told_by_their_status(over_grpc: GrpcTarget, cluster: ScriptedCluster, seen: Seen) -> None:
+async def test_grpc_errors_are_told_by_their_status(
+    over_grpc: GrpcTarget, cluster: ScriptedCluster, seen: Seen
+) -> None:
     cluster.refusal = QueueFull(8, 1.5)
-    with pytest.raises(RequestFailed) as failure:
+    with pytest.raises(LoadRequestFailed) as failure:
         await over_grpc.send(ASKED, seen)
     assert failure.value.kind == "resource exhausted"
     assert "queued already" in failure.value.message
@@ -81,7 +89,7 @@ async def test_grpc_without_a_server_is_unavailable(seen: Seen, server: GatewayS
     await server.stop(0)
     target = GrpcTarget(f"127.0.0.1:{server.port}")
     for attempt in (target.facts(), target.send(ASKED, seen)):
-        with pytest.raises(RequestFailed) as failure:
+        with pytest.raises(LoadRequestFailed) as failure:
             await attempt
         assert failure.value.kind == "unavailable"
     await target.close()
@@ -99,10 +107,17 @@ async def test_a_grpc_request_that_is_given_up_is_cancelled_at_the_server(
 
 def test_legs_are_those_of_the_attempt_that_brought_the_first_token() -> None:
     lost = pb.Attempt(attempt=0, queued_s=0.0, dispatched_s=0.1)
-    good = pb.Attempt(attempt=1, queued_s=0.5, dispatched_s=0.6, first_token_s=0.9, prefill=pb.PrefillLeg(queue_s=0.1))
+    good = pb.Attempt(
+        attempt=1, queued_s=0.5, dispatched_s=0.6, first_token_s=0.9, prefill=pb.PrefillLeg(queue_s=0.1)
+    )
     legs = legs_of(pb.Timeline(attempts=[lost, good]))
     assert legs is not None
-    assert (legs.queue_s, legs.worker_queue_s, legs.prefill_s, legs.transfer_s) == (0.6, pytest.approx(0.1), None, None)
+    assert (legs.queue_s, legs.worker_queue_s, legs.prefill_s, legs.transfer_s) == (
+        0.6,
+        pytest.approx(0.1),
+        None,
+        None,
+    )
     assert legs_of(pb.Timeline(attempts=[lost])) is None
 
 
@@ -135,7 +150,9 @@ def events(*pieces: bytes) -> Response:
     return StreamingResponse(body(), media_type="text/event-stream")
 
 
-def chunk(text: str, finish_reason: str | None = None, usage: dict[str, Any] | None = None, **choice: Any) -> bytes:
+def chunk(
+    text: str, finish_reason: str | None = None, usage: dict[str, Any] | None = None, **choice: Any
+) -> bytes:
     choices = [{"index": 0, "text": text, "finish_reason": finish_reason, **choice}]
     return b"data: " + json.dumps({"choices": choices, "usage": usage}, ensure_ascii=False).encode() + b"\n\n"
 
@@ -171,7 +188,9 @@ async def over_http(openai: OpenAiServer) -> AsyncIterator[HttpTarget]:
     await target.close()
 
 
-async def test_http_asks_for_a_stream_of_the_first_model(over_http: HttpTarget, openai: OpenAiServer, seen: Seen) -> None:
+async def test_http_asks_for_a_stream_of_the_first_model(
+    over_http: HttpTarget, openai: OpenAiServer, seen: Seen
+) -> None:
     facts = await over_http.facts()
     assert (facts.name, facts.vocab_size, facts.max_model_len) == ("small", None, 64)
     await over_http.send(ASKED, seen)
@@ -186,7 +205,7 @@ async def test_http_asks_for_a_stream_of_the_first_model(over_http: HttpTarget, 
 async def test_http_takes_the_model_that_was_named(openai: OpenAiServer) -> None:
     target, other = HttpTarget(openai.address, "large"), HttpTarget(openai.address, "huge")
     assert (await target.facts()).name == "large"
-    with pytest.raises(RequestFailed, match="no model 'huge'"):
+    with pytest.raises(LoadRequestFailed, match="no model 'huge'"):
         await other.facts()
     await target.close()
     await other.close()
@@ -199,22 +218,53 @@ async def test_http_takes_the_model_that_was_named(openai: OpenAiServer) -> None
         ([chunk("a"), chunk(""), chunk("ü"), chunk("", "length"), DONE], [1, 1, 1], (3, 3, None)),
         ([chunk("a"), chunk("b", "length"), DONE], [1, 1], (3, 2, None)),
         # token ids tell how many
-        ([chunk("abc", token_ids=[1, 2, 3]), chunk("", token_ids=[]), chunk("", "length", token_ids=[4]), DONE], [3, 1],
-         (3, 4, None)),
+        (
+            [
+                chunk("abc", token_ids=[1, 2, 3]),
+                chunk("", token_ids=[]),
+                chunk("", "length", token_ids=[4]),
+                DONE,
+            ],
+            [3, 1],
+            (3, 4, None),
+        ),
         # and so does usage that goes on
-        ([chunk("a", usage={"completion_tokens": 1}), chunk("bc", "stop", usage={"completion_tokens": 3}), DONE], [1, 2],
-         (3, 3, None)),
+        (
+            [
+                chunk("a", usage={"completion_tokens": 1}),
+                chunk("bc", "stop", usage={"completion_tokens": 3}),
+                DONE,
+            ],
+            [1, 2],
+            (3, 3, None),
+        ),
         # totals are the server's, if it tells them
-        ([chunk("ab", "length"),
-          usage_chunk(prompt_tokens=5, completion_tokens=4, prompt_tokens_details={"cached_tokens": 2}), DONE], [1], (5, 4, 2)),
+        (
+            [
+                chunk("ab", "length"),
+                usage_chunk(prompt_tokens=5, completion_tokens=4, prompt_tokens_details={"cached_tokens": 2}),
+                DONE,
+            ],
+            [1],
+            (5, 4, 2),
+        ),
         # neither [DONE] nor its blank line is needed when the choice has ended
         ([chunk("a", "stop")], [1], (3, 1, None)),
         ([chunk("a"), b"data: [DONE]"], [1], (3, 1, None)),
-        ([b": ping\n\n", chunk("a")[:9], chunk("a")[9:], b"\n", chunk("b", "stop"), DONE], [1, 1], (3, 2, None)),
+        (
+            [b": ping\n\n", chunk("a")[:9], chunk("a")[9:], b"\n", chunk("b", "stop"), DONE],
+            [1, 1],
+            (3, 2, None),
+        ),
     ],
-)  # fmt: skip
+)
 async def test_http_counts_what_chunks_tell(
-    over_http: HttpTarget, openai: OpenAiServer, seen: Seen, pieces: list[bytes], numbers: list[int], totals: tuple[Any, ...]
+    over_http: HttpTarget,
+    openai: OpenAiServer,
+    seen: Seen,
+    pieces: list[bytes],
+    numbers: list[int],
+    totals: tuple[Any, ...],
 ) -> None:
     openai.answer = lambda: events(*pieces)
     answer = await over_http.send(ASKED, seen)
@@ -227,17 +277,26 @@ async def test_http_counts_what_chunks_tell(
     [
         (lambda: JSONResponse({"error": {"message": "busy"}}, 429), "http 429", "busy"),
         (lambda: PlainTextResponse("oh no", 500), "http 500", "oh no"),
-        (lambda: events(chunk("a"), b'data: {"error": {"message": "lost"}}\n\n'), "error in the stream", "lost"),
+        (
+            lambda: events(chunk("a"), b'data: {"error": {"message": "lost"}}\n\n'),
+            "error in the stream",
+            "lost",
+        ),
         (lambda: events(chunk("a")), "cut off", "without its ending"),
         (lambda: events(b"data: {nonsense\n\n"), "bad answer", "nonsense"),
         (lambda: events(), "cut off", "without its ending"),
     ],
-)  # fmt: skip
+)
 async def test_http_failures_are_told_by_their_kind(
-    over_http: HttpTarget, openai: OpenAiServer, seen: Seen, response: Callable[[], Response], kind: str, message: str
+    over_http: HttpTarget,
+    openai: OpenAiServer,
+    seen: Seen,
+    response: Callable[[], Response],
+    kind: str,
+    message: str,
 ) -> None:
     openai.answer = response
-    with pytest.raises(RequestFailed) as failure:
+    with pytest.raises(LoadRequestFailed) as failure:
         await over_http.send(ASKED, seen)
     assert failure.value.kind == kind
     assert message in failure.value.message
@@ -246,7 +305,7 @@ async def test_http_failures_are_told_by_their_kind(
 async def test_http_without_a_server_is_unreachable(seen: Seen) -> None:
     target = HttpTarget("http://127.0.0.1:1")
     for attempt in (target.facts(), target.send(ASKED, seen)):
-        with pytest.raises(RequestFailed) as failure:
+        with pytest.raises(LoadRequestFailed) as failure:
             await attempt
         assert failure.value.kind == "unreachable"
     await target.close()

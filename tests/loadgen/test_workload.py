@@ -9,7 +9,7 @@ from pdserve.loadgen.arrivals import Poisson
 from pdserve.loadgen.errors import LoadError
 from pdserve.loadgen.lengths import Fixed, LogNormal, Uniform
 from pdserve.loadgen.trace import TraceRow
-from pdserve.loadgen.workload import Drawn, Job, Prompts, Replayed, SharedPrefixes, limited
+from pdserve.loadgen.workload import Drawn, Prompts, Replayed, ScheduledRequest, SharedPrefixes, limited
 
 DRAWN = Drawn(Poisson(4.0), LogNormal(100, 0.8), Uniform(1, 50))
 ROWS = [TraceRow(0.0, 100, 10), TraceRow(2.0, 5000, 900), TraceRow(6.0, 30, 20)]
@@ -27,15 +27,17 @@ def test_a_seed_and_a_round_give_the_same_jobs_and_prompts(seed: int, index: int
 
 
 def test_no_two_prompts_are_the_same_among_jobs_rounds_targets_and_warm_up() -> None:
-    jobs = [Job(index, 0.0, 16, 1) for index in range(20)]
+    jobs = [ScheduledRequest(index, 0.0, 16, 1) for index in range(20)]
     targets = [Prompts(7, 3, 1000, salt=salt) for salt in range(2)]
-    prompts = [tuple(target.token_ids(job, index)) for target in targets for job in jobs for index in range(3)]
+    prompts = [
+        tuple(target.token_ids(job, index)) for target in targets for job in jobs for index in range(3)
+    ]
     prompts += [tuple(target.warm_up(index, 16)) for target in targets for index in range(20)]
     assert len(set(prompts)) == len(prompts)
 
 
 def test_prompts_have_their_length_and_only_allowed_ids() -> None:
-    token_ids = Prompts(0, 3, 10, excluded=(4, 7)).token_ids(Job(0, None, 500, 1), 0)
+    token_ids = Prompts(0, 3, 10, excluded=(4, 7)).token_ids(ScheduledRequest(0, None, 500, 1), 0)
     assert len(token_ids) == 500
     assert set(token_ids) == {3, 5, 6, 8, 9}
     with pytest.raises(LoadError, match="no token id is left"):
@@ -64,7 +66,11 @@ def test_a_closed_load_has_no_instants() -> None:
 
 def test_a_trace_is_replayed_at_its_speed_and_cut_where_it_is_too_long() -> None:
     jobs = list(Replayed(ROWS, speed=4.0, max_prompt_tokens=1000, max_output_tokens=100).jobs(0, 0))
-    assert jobs == [Job(0, 0.0, 100, 10), Job(1, 0.5, 1000, 100), Job(2, 1.5, 30, 20)]
+    assert jobs == [
+        ScheduledRequest(0, 0.0, 100, 10),
+        ScheduledRequest(1, 0.5, 1000, 100),
+        ScheduledRequest(2, 1.5, 30, 20),
+    ]
 
 
 def test_a_load_ends_with_its_requests_or_its_time() -> None:

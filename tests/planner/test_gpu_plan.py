@@ -18,7 +18,9 @@ H100 = "NVIDIA H100 80GB HBM3"
 HALF = {"prefill": {"gpus_per_instance": 0.5}, "decode": {"gpus_per_instance": 0.5}}
 
 
-def machine(num_gpus: int, name: str = "a", cores: int = 8, gpu_gib: float = 80, torch_cuda: str | None = "13.0") -> Node:
+def machine(
+    num_gpus: int, name: str = "a", cores: int = 8, gpu_gib: float = 80, torch_cuda: str | None = "13.0"
+) -> Node:
     """One whose own memory is scarce: what lies on GPUs does not count there."""
     size = int(gpu_gib * GIB)
     gpus = tuple(DeviceInfo(index, H100, f"GPU-{name}-{index}", size, size) for index in range(num_gpus))
@@ -30,7 +32,9 @@ def planned(*nodes: Node, **config: Any) -> Plan:
 
 
 def where(result: Plan) -> list[tuple[str, int, list[str]]]:
-    return [(gpu.node, gpu.index, [role.value for role in gpu.instances]) for gpu in result.gpus if gpu.instances]
+    return [
+        (gpu.node, gpu.index, [role.value for role in gpu.instances]) for gpu in result.gpus if gpu.instances
+    ]
 
 
 def test_auto_is_the_gpus_where_there_are_some_and_the_processor_elsewhere() -> None:
@@ -61,7 +65,11 @@ def test_each_instance_has_a_gpu_and_fills_what_it_may_of_it() -> None:
         assert pool.gpu_share == 1.0
         assert pool.is_measured
         block_bytes = 64 * result.kv_bytes_per_token
-        assert 80 * GIB * GPU_MEMORY_FRACTION - block_bytes < pool.instance_bytes <= 80 * GIB * GPU_MEMORY_FRACTION
+        assert (
+            80 * GIB * GPU_MEMORY_FRACTION - block_bytes
+            < pool.instance_bytes
+            <= 80 * GIB * GPU_MEMORY_FRACTION
+        )
 
 
 def test_a_pair_shares_one_gpu() -> None:
@@ -93,8 +101,9 @@ def test_a_pair_is_not_spread_over_machines() -> None:
 def test_too_few_gpus_are_counted_out_with_a_way_out() -> None:
     result = planned(machine(1))
     assert messages(result) == [
-        "pools: 1 prefill instance and 1 decode instance need 2 GPUs, but there is 1 on this machine, where 1 decode instance "
-        "found no room; lower instances, or set gpus_per_instance to a fraction so that instances share a GPU"
+        "pools: 1 prefill instance and 1 decode instance need 2 GPUs, but there is 1 on this machine, where 1"
+        " decode instance found no room; lower instances, or set gpus_per_instance to a fraction so that"
+        " instances share a GPU"
     ]
     with pytest.raises(CapacityError):
         result.check()
@@ -102,7 +111,9 @@ def test_too_few_gpus_are_counted_out_with_a_way_out() -> None:
 
 def test_instances_on_gpus_need_cores_too() -> None:
     (message,) = messages(planned(machine(2, cores=1)))
-    assert message.startswith("pools: 1 prefill instance and 1 decode instance need 2 cores, but there is 1 on this machine")
+    assert message.startswith(
+        "pools: 1 prefill instance and 1 decode instance need 2 cores, but there is 1 on this machine"
+    )
     (message,) = messages(planned(machine(2), pools={"decode": {"cpus_per_instance": 9.0}}))
     assert message.startswith("pools.decode.cpus_per_instance: 9 cores for one instance, but there are 8")
 
@@ -114,7 +125,10 @@ def test_a_model_that_its_share_cannot_hold_is_told_so() -> None:
     assert first.startswith(
         "GPU memory: a prefill instance needs 17.5 GiB (1 GiB of KV and 16.5 GiB beside it), but has 10.8 GiB"
     )
-    assert "on GPU 0 of a (0.9 of 24 GiB, times pools.prefill.gpus_per_instance: 0.5); raise gpus_per_instance" in first
+    assert (
+        "on GPU 0 of a (0.9 of 24 GiB, times pools.prefill.gpus_per_instance: 0.5); raise gpus_per_instance"
+        in first
+    )
     assert second.startswith("GPU memory: a decode instance")
     with pytest.raises(CapacityError):
         result.check()
@@ -122,18 +136,20 @@ def test_a_model_that_its_share_cannot_hold_is_told_so() -> None:
 
 def test_a_gpu_that_is_not_there_is_told_with_what_was_expected() -> None:
     assert messages(planned(machine(0), device="cuda")) == [
-        "device: got cuda, but no GPU was found; expected a machine with an NVIDIA driver and a GPU, or device: cpu"
+        "device: got cuda, but no GPU was found; expected a machine with an NVIDIA driver and a GPU, or"
+        " device: cpu"
     ]
     assert messages(planned(machine(1, torch_cuda=None), device="cuda", pools=HALF)) == [
-        "device: got cuda, but torch was built without CUDA; expected a torch that was built for CUDA, or device: cpu"
+        "device: got cuda, but torch was built without CUDA; expected a torch that was built for CUDA, or"
+        " device: cpu"
     ]
 
 
 def test_tensor_parallelism_is_refused() -> None:
     result = planned(machine(4), device="cuda", pools={"decode": {"devices_per_instance": 2}})
     assert messages(result) == [
-        "pools.decode.devices_per_instance: got 2, expected 1 on device cuda: an instance computes on one GPU (tensor "
-        "parallelism is not there); cores of its host process are cpus_per_instance"
+        "pools.decode.devices_per_instance: got 2, expected 1 on device cuda: an instance computes on one GPU"
+        " (tensor parallelism is not there); cores of its host process are cpus_per_instance"
     ]
     with pytest.raises(ConfigError):
         result.check()
@@ -141,7 +157,11 @@ def test_tensor_parallelism_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("device", "kernels", "expected"),
-    [("cuda", "native", "auto, triton"), ("cuda", "torch", "auto, triton"), ("cpu", "triton", "auto, native, torch")],
+    [
+        ("cuda", "native", "auto, triton"),
+        ("cuda", "torch", "auto, triton"),
+        ("cpu", "triton", "auto, native, torch"),
+    ],
 )
 def test_kernels_belong_to_a_device(device: str, kernels: str, expected: str) -> None:
     message = f"kernels: got {kernels}, expected one of {expected} on device {device}"
@@ -155,16 +175,28 @@ def test_kernels_belong_to_a_device(device: str, kernels: str, expected: str) ->
 def test_links_of_gpus_need_gpus(transport: str) -> None:
     message = f"kv.transport: got {transport}, which is for GPUs; expected auto, shm or gloo on device cpu"
     assert message in messages(planned(machine(2), device="cpu", kv={"transport": transport}))
-    assert not [text for text in messages(planned(machine(2), device="cuda", kv={"transport": transport})) if "kv." in text]
+    assert not [
+        text
+        for text in messages(planned(machine(2), device="cuda", kv={"transport": transport}))
+        if "kv." in text
+    ]
 
 
 def test_what_another_machine_could_serve_is_no_mistake() -> None:
-    (finding,) = (one for one in planned(machine(0), kernels="triton").findings if one.message.startswith("kernels"))
+    (finding,) = (
+        one for one in planned(machine(0), kernels="triton").findings if one.message.startswith("kernels")
+    )
     assert finding.error is CapacityError
 
 
 GPU_NODES = st.lists(
-    st.builds(machine, st.integers(0, 3), name=st.uuids().map(str), cores=st.integers(1, 4), gpu_gib=st.floats(8, 200)),
+    st.builds(
+        machine,
+        st.integers(0, 3),
+        name=st.uuids().map(str),
+        cores=st.integers(1, 4),
+        gpu_gib=st.floats(8, 200),
+    ),
     min_size=1,
     max_size=3,
 )
@@ -185,10 +217,17 @@ GPU_DEMANDS = st.lists(
 @given(nodes=GPU_NODES, demands=GPU_DEMANDS)
 def test_no_gpu_holds_more_than_it_has(nodes: list[Node], demands: list[Demand]) -> None:
     packing = Packing(demands, nodes)
-    held = [(device, on_gpu) for load in packing.loads for device, on_gpu in zip(load.node.devices, load.on_gpus, strict=True)]
+    held = [
+        (device, on_gpu)
+        for load in packing.loads
+        for device, on_gpu in zip(load.node.devices, load.on_gpus, strict=True)
+    ]
     assert all(sum(demand.gpu_share or 0.0 for demand in on_gpu) <= 1.0 + 1e-6 for _, on_gpu in held)
     left = packing.gpu_kv_bytes(GPU_MEMORY_FRACTION)
     assert list(packing.gpu_memory_findings(left, GPU_MEMORY_FRACTION)) == []
     if all(num_bytes >= 0 for num_bytes in left.values()):
         for device, on_gpu in held:
-            assert sum(demand.fixed_bytes + left[demand.role] for demand in on_gpu) <= device.total_bytes * GPU_MEMORY_FRACTION
+            assert (
+                sum(demand.fixed_bytes + left[demand.role] for demand in on_gpu)
+                <= device.total_bytes * GPU_MEMORY_FRACTION
+            )

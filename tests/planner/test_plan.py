@@ -36,7 +36,8 @@ LLAMA_8B: dict[str, Any] = {
 def checkpoint(**changes: Any) -> Checkpoint:
     config = parse_model_config(LLAMA_8B | changes)
     infos = {
-        name: TensorInfo(Path("f"), "BF16", shape, FileStamp(0, 0, 0, 0)) for name, shape in expected_tensors(config).items()
+        name: TensorInfo(Path("f"), "BF16", shape, FileStamp(0, 0, 0, 0))
+        for name, shape in expected_tensors(config).items()
     }
     return Checkpoint(Path("llama"), config, infos)
 
@@ -78,7 +79,8 @@ def test_a_wider_dtype_doubles_weights_and_kv() -> None:
 
 def test_automatic_kv_shares_what_memory_is_left() -> None:
     one, two = (
-        planned(node(4, 40), config={"pools": {"decode": {"instances": n}, "prefill": {"instances": 0}}}) for n in (1, 2)
+        planned(node(4, 40), config={"pools": {"decode": {"instances": n}, "prefill": {"instances": 0}}})
+        for n in (1, 2)
     )
     assert one.pools[1].kv_cache_bytes == AUTO_KV_MAX_BYTES > two.pools[1].kv_cache_bytes
     assert two.findings == ()
@@ -93,8 +95,12 @@ def test_automatic_kv_holds_one_longest_sequence_even_where_memory_is_short() ->
 
 
 def test_automatic_kv_of_a_small_model_is_no_more_than_it_can_use() -> None:
-    small = checkpoint(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16)
-    result = planned(model=small, config={"model": {"max_model_len": 256}, "pools": {"decode": {"max_batch_size": 8}}})
+    small = checkpoint(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16
+    )
+    result = planned(
+        model=small, config={"model": {"max_model_len": 256}, "pools": {"decode": {"max_batch_size": 8}}}
+    )
     assert result.pools[1].num_max_len_sequences == 8
 
 
@@ -104,13 +110,16 @@ def test_each_machine_fills_within_its_own_memory() -> None:
     assert result.findings == ()
     assert all(pool.instance_bytes <= 22 * GIB for pool in result.pools)
     assert messages(planned(node(1, 64, "a"), node(1, 12, "b"), config={"pools": pools}))[0].endswith(
-        "but 12 GiB are available on b; lower instances, model.max_model_len, max_batch_tokens or kv_cache_bytes"
+        "but 12 GiB are available on b; lower instances, model.max_model_len, max_batch_tokens or"
+        " kv_cache_bytes"
     )
 
 
 def test_while_more_machines_may_come_kv_is_what_the_first_has_for_all_instances_that_it_could_hold() -> None:
     def coming(*nodes: Node) -> int:
-        config = ClusterConfig.model_validate({"pools": {"decode": {"instances": 6}, "prefill": {"instances": 0}}})
+        config = ClusterConfig.model_validate(
+            {"pools": {"decode": {"instances": 6}, "prefill": {"instances": 0}}}
+        )
         return make_plan(config, checkpoint(), nodes, more_may_come=True).pools[1].kv_cache_bytes
 
     def together(there: Node, instances: int) -> int:
@@ -131,9 +140,9 @@ def test_what_machines_that_are_there_lack_others_may_bring_but_no_machine_mends
 def test_too_few_cores_are_counted_out() -> None:
     result = planned(config={"pools": {"decode": {"instances": 2}}})
     assert messages(result) == [
-        "pools: 1 prefill instance and 2 decode instances need 3 cores, but there are 2 on this machine, "
-        "where 1 decode instance found no room; lower instances, or set cpus_per_instance to a fraction so that "
-        "instances share a core"
+        "pools: 1 prefill instance and 2 decode instances need 3 cores, but there are 2 on this machine,"
+        " where 1 decode instance found no room; lower instances, or set cpus_per_instance to a fraction so"
+        " that instances share a core"
     ]
     with pytest.raises(CapacityError, match="need 3 cores, but there are 2"):
         result.check()
@@ -143,7 +152,9 @@ def test_fractions_let_instances_share_cores() -> None:
     half = {"instances": 2, "cpus_per_instance": 0.5}
     assert planned(node(2, 100), config={"pools": {"prefill": half, "decode": half}}).findings == ()
     tenth = {"instances": 10, "cpus_per_instance": 0.1}
-    assert planned(node(1, 500), config={"pools": {"prefill": {"instances": 0}, "decode": tenth}}).findings == ()
+    assert (
+        planned(node(1, 500), config={"pools": {"prefill": {"instances": 0}, "decode": tenth}}).findings == ()
+    )
 
 
 def test_an_instance_does_not_span_machines() -> None:
@@ -157,7 +168,9 @@ def test_an_instance_does_not_span_machines() -> None:
 
 def test_a_model_is_not_stretched_beyond_its_positions() -> None:
     result = planned(config={"model": {"max_model_len": 10000}})
-    assert messages(result) == ["model.max_model_len: got 10000, expected at most 8192, as the model was made for"]
+    assert messages(result) == [
+        "model.max_model_len: got 10000, expected at most 8192, as the model was made for"
+    ]
     with pytest.raises(ConfigError, match="expected at most 8192"):
         result.check()
 
@@ -165,14 +178,17 @@ def test_a_model_is_not_stretched_beyond_its_positions() -> None:
 def test_a_cache_for_less_than_one_longest_sequence_is_refused_with_the_least() -> None:
     config = {"pools": {"decode": {"kv_cache_bytes": "512MiB"}}}
     assert messages(planned(config=config)) == [
-        "pools.decode.kv_cache_bytes: 512 MiB holds 4096 tokens, expected at least 1073741824 bytes (1 GiB) for one "
-        "sequence of model.max_model_len (8192); raise it, or lower model.max_model_len"
+        "pools.decode.kv_cache_bytes: 512 MiB holds 4096 tokens, expected at least 1073741824 bytes (1 GiB)"
+        " for one sequence of model.max_model_len (8192); raise it, or lower model.max_model_len"
     ]
     assert planned(config=config | {"model": {"max_model_len": 4096}}).findings == ()
 
 
 def test_all_findings_are_told_at_once() -> None:
-    config = {"model": {"max_model_len": 10000}, "pools": {"decode": {"instances": 3, "kv_cache_bytes": "1MiB"}}}
+    config = {
+        "model": {"max_model_len": 10000},
+        "pools": {"decode": {"instances": 3, "kv_cache_bytes": "1MiB"}},
+    }
     with pytest.raises(ConfigError) as caught:
         planned(node(2, 4), config=config).check()
     assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
@@ -183,7 +199,9 @@ def test_all_findings_are_told_at_once() -> None:
     ]
 
 
-NODES = st.lists(st.builds(node, cores=st.integers(1, 8), available_gib=st.floats(0.1, 200)), min_size=1, max_size=4)
+NODES = st.lists(
+    st.builds(node, cores=st.integers(1, 8), available_gib=st.floats(0.1, 200)), min_size=1, max_size=4
+)
 DEMANDS = st.lists(
     st.builds(
         Demand,

@@ -53,10 +53,20 @@ def worker_info(
 ) -> WorkerInfo:
     """A worker called like its role (`prefill-0`, `decode-1`, `both-0`), unless told otherwise."""
     layout = KVLayout(
-        num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32", block_size=BLOCK_SIZE, model_fingerprint=fingerprint
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=8,
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        model_fingerprint=fingerprint,
     )
     address = TransferAddress(
-        worker_id=worker_id, incarnation=incarnation, host_id="here", unix_path=worker_id, tcp_host="", tcp_port=0
+        worker_id=worker_id,
+        incarnation=incarnation,
+        host_id="here",
+        unix_path=worker_id,
+        tcp_host="",
+        tcp_port=0,
     )
     return WorkerInfo(
         worker_id=worker_id,
@@ -179,13 +189,21 @@ class Cluster:
         )
 
     def token(
-        self, worker_id: str, index: int, finish: FinishReason | None = None, *, choice: int = 0, attempt: int | None = None,
+        self,
+        worker_id: str,
+        index: int,
+        finish: FinishReason | None = None,
+        *,
+        choice: int = 0,
+        attempt: int | None = None,
         request_id: str | None = None,
-    ) -> list[RouterCommand]:  # fmt: skip
+    ) -> list[RouterCommand]:
         """A token of the worker's last work (or of the given attempt)."""
         transfer = self.spec(worker_id).transfer
         if attempt is not None or request_id is not None:
-            transfer = TransferId(request_id or transfer.request_id, transfer.attempt if attempt is None else attempt)
+            transfer = TransferId(
+                request_id or transfer.request_id, transfer.attempt if attempt is None else attempt
+            )
         return self.report(worker_id, TokenOutput(transfer, choice, index, 100 + index, finish))
 
     def leg_ended(

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from pdserve import router
-from pdserve.router.registry import Worker
+from pdserve.router.registry import RegisteredWorker
 
 FOLDER = Path(router.__file__).parent
 OWNERS = {"ledger.py", "registry.py"}  # the registry makes workers
-FIELDS = set(Worker.__slots__) - {"info", "role", "worker_id"}
+FIELDS = set(RegisteredWorker.__slots__) - {"info", "role", "worker_id"}
 WRITERS = {"start_prefill", "end_prefill", "progress", "note_step", "count_tokens"}
 
 
@@ -20,7 +20,9 @@ def writes(tree: ast.AST) -> list[str]:
     targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
     targets += [node.target for node in nodes if isinstance(node, ast.AugAssign | ast.AnnAssign)]
     fields = [target for target in targets if isinstance(target, ast.Attribute) and target.attr in FIELDS]
-    calls = [node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    calls = [
+        node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
     found = [field for field in fields if ast.unparse(field.value) != "self"]
     found += [call for call in calls if call.attr in WRITERS]
     return [f"line {node.lineno}: {ast.unparse(node)}" for node in found]

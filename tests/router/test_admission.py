@@ -16,7 +16,9 @@ PAIRS_ONLY = RouterConfig(prefill_on_decode_factor=None)
 
 def full(max_queued_requests: int = 2) -> Cluster:
     """One worker with room for one sequence, which it has."""
-    cluster = Cluster(worker_info("both-0", max_batch_size=1), config=RouterConfig(max_queued_requests=max_queued_requests))
+    cluster = Cluster(
+        worker_info("both-0", max_batch_size=1), config=RouterConfig(max_queued_requests=max_queued_requests)
+    )
     cluster.submit(make_request("running"))
     return cluster
 

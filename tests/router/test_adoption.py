@@ -1,4 +1,5 @@
-"""A router that follows one that died: what workers hold becomes requests again, and clients that come back get all of it."""
+"""A router that follows one that died: what workers hold becomes requests again, and clients that come back
+get all of it."""
 
 import msgspec
 import pytest
@@ -27,17 +28,31 @@ def spec_of(request: Request, attempt: int = 0, output: tuple[int, ...] = ()) ->
 
 
 def held(
-    leg: Leg, spec: SequenceSpec, num_tokens: int = 0, *, partner: bool = True, error: str | None = "", last: bool = False
+    leg: Leg,
+    spec: SequenceSpec,
+    num_tokens: int = 0,
+    *,
+    partner: bool = True,
+    error: str | None = "",
+    last: bool = False,
 ) -> HeldLeg:
     """A leg that has brought tokens; `error` is None, or says why, when it ended."""
     first = len(spec.output_token_ids)
     outputs = tuple(
         TokenOutput(
-            spec.transfer, 0, index, 100 + index, FinishReason.LENGTH if last and index == first + num_tokens - 1 else None
+            spec.transfer,
+            0,
+            index,
+            100 + index,
+            FinishReason.LENGTH if last and index == first + num_tokens - 1 else None,
         )
         for index in range(first, first + num_tokens)
     )
-    ended = None if error == "" else LegEnded(worker_id=WHO[leg], incarnation=1, transfer=spec.transfer, leg=leg, error=error)
+    ended = (
+        None
+        if error == ""
+        else LegEnded(worker_id=WHO[leg], incarnation=1, transfer=spec.transfer, leg=leg, error=error)
+    )
     return HeldLeg(spec=spec, leg=leg, has_partner=partner, outputs=outputs, ended=ended)
 
 
@@ -65,7 +80,9 @@ def test_a_stream_goes_on_where_its_worker_is_and_its_client_gets_all_of_it() ->
     cluster.submit(request)
     assert cluster.tokens["r", 0] == [0, 1, 2, 3]
     cluster.report(
-        "decode-0", TokenOutput(spec.transfer, 0, 4, 104), TokenOutput(spec.transfer, 0, 5, 105, FinishReason.LENGTH)
+        "decode-0",
+        TokenOutput(spec.transfer, 0, 4, 104),
+        TokenOutput(spec.transfer, 0, 5, 105, FinishReason.LENGTH),
     )
     cluster.leg_ended("decode-0", Leg.DECODE, transfer=spec.transfer)
     assert cluster.tokens["r", 0] == [0, 1, 2, 3, 4, 5]
@@ -163,7 +180,11 @@ def test_another_request_of_the_same_name_takes_the_place_of_what_is_left_of_the
     cluster.submit(make_request(num_tokens=21))
     assert not cluster.tokens["r", 0]
     assert not cluster.ends["r"]
-    assert any(isinstance(command, Prefill | Reserve | Serve) for commands in cluster.sent.values() for command in commands)
+    assert any(
+        isinstance(command, Prefill | Reserve | Serve)
+        for commands in cluster.sent.values()
+        for command in commands
+    )
 
 
 @pytest.mark.parametrize("which", ["logprobs", "prompt_logprobs"])
@@ -228,7 +249,10 @@ def test_a_request_that_is_refused_takes_nothing_from_an_unclaimed_one_of_its_na
 
 def test_an_unclaimed_stream_makes_room_for_another_client_and_waits_for_its_own() -> None:
     requests = [make_request(name, max_tokens=6) for name in ("first", "second")]
-    specs = [msgspec.structs.replace(spec_of(request, attempt), client="much") for attempt, request in enumerate(requests)]
+    specs = [
+        msgspec.structs.replace(spec_of(request, attempt), client="much")
+        for attempt, request in enumerate(requests)
+    ]
     cluster = Cluster()
     cluster.router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
     cluster.incarnations["both-0"] = 1

@@ -1,4 +1,5 @@
-"""What waits for a client is taken in order, tokens of one choice together, and never so much that it would matter."""
+"""What waits for a client is taken in order, tokens of one choice together, and never so much that it would
+matter."""
 
 import asyncio
 
@@ -11,7 +12,9 @@ from pdserve.router.events import EmitChoiceEnd, EmitTokens
 
 
 def tokens(choice: int, *indices: int) -> EmitTokens:
-    return EmitTokens("r", choice, tuple(TokenOutput(TransferId("r", 0), choice, index, 7) for index in indices))
+    return EmitTokens(
+        "r", choice, tuple(TokenOutput(TransferId("r", 0), choice, index, 7) for index in indices)
+    )
 
 
 def end(choice: int) -> EmitChoiceEnd:
@@ -25,7 +28,15 @@ async def take(stream: ClientStream, count: int) -> list[StreamEvent]:
 async def test_tokens_that_wait_are_taken_together_by_choice() -> None:
     stream = ClientStream()
     stream.is_handed_over = True
-    for event in (tokens(0, 0), tokens(0, 1, 2), tokens(1, 0), tokens(1, 1), tokens(0, 3), end(0), tokens(1, 2)):
+    for event in (
+        tokens(0, 0),
+        tokens(0, 1, 2),
+        tokens(1, 0),
+        tokens(1, 1),
+        tokens(0, 3),
+        end(0),
+        tokens(1, 2),
+    ):
         stream.put(event)
     assert stream.num_unread == 7
     assert await take(stream, 5) == [tokens(0, 0, 1, 2), tokens(1, 0, 1), tokens(0, 3), end(0), tokens(1, 2)]

@@ -30,7 +30,9 @@ def test_each_instance_has_cores_of_its_own_on_the_emptiest_node() -> None:
 def test_instances_share_cores_when_they_are_told_to() -> None:
     allocator = hosts(a=Capacity(1))
     assert take(allocator, Need(1, 0.5), Need(1, 0.5)) == [Placement("a", (0,))] * 2
-    with pytest.raises(CapacityError, match=r"w-9 needs 1 core\(s\) with 0.5 of each free, but of the cluster's 1 core"):
+    with pytest.raises(
+        CapacityError, match=r"w-9 needs 1 core\(s\) with 0.5 of each free, but of the cluster's 1 core"
+    ):
         allocator.take(("w-9", 1), Need(1, 0.5))
 
 
@@ -55,9 +57,10 @@ def test_a_node_without_gpus_or_without_cores_is_passed_by() -> None:
     allocator = hosts(a=Capacity(8, 1))
     with pytest.raises(CapacityError) as caught:
         take(allocator, half(), Need(1, 1.0, 0.75))
-    assert str(caught.value) == (
-        "w-1 needs 1 core(s) with 1 of each free on a node with 0.75 of a GPU free, but of the cluster's 1 GPU(s) only 0.5, "
-        "and of its 8 core(s) only 7, are free"
+    assert (
+        str(caught.value)
+        == "w-1 needs 1 core(s) with 1 of each free on a node with 0.75 of a GPU free, but of the cluster's 1"
+        " GPU(s) only 0.5, and of its 8 core(s) only 7, are free"
     )
 
 
@@ -82,7 +85,9 @@ def spec(device: DeviceKind, **pool: float) -> WorkerSpec:
 
 
 def test_what_an_instance_needs_follows_from_its_pool_and_its_device() -> None:
-    assert spec("cpu", devices_per_instance=2, cpus_per_instance=1.0, gpus_per_instance=0.5).need == Need(2, 0.5)
+    assert spec("cpu", devices_per_instance=2, cpus_per_instance=1.0, gpus_per_instance=0.5).need == Need(
+        2, 0.5
+    )
     assert spec("cuda").need == Need(1, 1.0, 1.0)
     assert spec("cuda", gpus_per_instance=0.25, cpus_per_instance=0.5).need == Need(1, 0.5, 0.25)
     assert spec("cuda", cpus_per_instance=4.0).need == Need(4, 1.0, 1.0)

@@ -7,7 +7,16 @@ from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Leg, Prefill, Reserve, Role, Serve, WorkerInfo
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.events import Cancel, Tick, WorkerDraining, WorkerIdle, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
+from pdserve.router.events import (
+    Cancel,
+    Tick,
+    WorkerDraining,
+    WorkerIdle,
+    WorkerLost,
+    WorkerReady,
+    WorkerRole,
+    WorkersExpected,
+)
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -83,7 +92,9 @@ def test_when_no_pair_could_transfer_one_worker_does_both_phases_whatever_the_ro
     cluster.token("prefill-0", 0)
     for prefill in ("prefill-0", "prefill-1"):
         transfer = cluster.spec(prefill).transfer
-        assert cluster.last(prefill) == Prefill(spec=cluster.spec(prefill), target=worker_info("decode-0").address)
+        assert cluster.last(prefill) == Prefill(
+            spec=cluster.spec(prefill), target=worker_info("decode-0").address
+        )
         cluster.leg_ended(prefill, Leg.PREFILL, "no answer within 5 s", transfer=transfer)
         cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=transfer)
         cluster.now_s += 10.0
@@ -94,10 +105,14 @@ def test_when_no_pair_could_transfer_one_worker_does_both_phases_whatever_the_ro
 
 def at(worker_id: str, host: str) -> WorkerInfo:
     info = worker_info(worker_id)
-    return msgspec.structs.replace(info, node=host, address=msgspec.structs.replace(info.address, host_id=host))
+    return msgspec.structs.replace(
+        info, node=host, address=msgspec.structs.replace(info.address, host_id=host)
+    )
 
 
-def test_requests_avoid_hosts_that_do_not_reach_each_other_once_two_have_found_out_and_status_says_so() -> None:
+def test_requests_avoid_hosts_that_do_not_reach_each_other_once_two_have_found_out_and_status_says_so() -> (
+    None
+):
     cluster = Cluster(at("prefill-0", "a"), at("decode-0", "b"), at("decode-1", "c"), config=PAIRS_ONLY)
     for number in range(2):
         cluster.lose("decode-1")
@@ -278,7 +293,9 @@ def test_decode_workers_serve_alone_when_no_prefill_worker_is_left_and_status_sa
     assert cluster.router.status(0.0).degraded is None
     cluster.lose("prefill-0")
     assert isinstance(cluster.last("decode-0"), Serve)
-    assert cluster.router.status(0.0).degraded == "no prefill worker is ready: decode workers serve both phases"
+    assert (
+        cluster.router.status(0.0).degraded == "no prefill worker is ready: decode workers serve both phases"
+    )
     assert not cluster.sent["prefill-0"][1:]
 
 
@@ -287,7 +304,9 @@ def test_prefill_workers_serve_alone_when_no_decode_worker_is_left() -> None:
     cluster.lose("decode-0")
     cluster.submit(make_request())
     assert isinstance(cluster.last("prefill-0"), Serve)
-    assert cluster.router.status(0.0).degraded == "no decode worker is ready: prefill workers serve both phases"
+    assert (
+        cluster.router.status(0.0).degraded == "no decode worker is ready: prefill workers serve both phases"
+    )
 
 
 def test_requests_wait_for_the_replacement_of_the_only_worker() -> None:
@@ -340,7 +359,11 @@ def test_a_worker_takes_another_role_while_its_streams_go_on() -> None:
 
 
 def test_an_id_used_again_keeps_its_attempts_apart_from_legs_that_are_open_still() -> None:
-    cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(max_prefill_backlog_tokens=1, prefill_on_decode_factor=None))
+    cluster = Cluster(
+        "prefill-0",
+        "decode-0",
+        config=RouterConfig(max_prefill_backlog_tokens=1, prefill_on_decode_factor=None),
+    )
     cluster.submit(make_request())
     cluster.handle(Cancel("r"))  # its legs are open until the workers say so
     cluster.submit(make_request())

@@ -30,7 +30,9 @@ def take(queue: FairQueue[Item], paid: float = 1.0) -> Item:
 
 
 @given(backlogs)
-def test_all_that_is_queued_comes_out_once_and_each_clients_in_their_order(backlog: dict[str, list[int]]) -> None:
+def test_all_that_is_queued_comes_out_once_and_each_clients_in_their_order(
+    backlog: dict[str, list[int]],
+) -> None:
     queue, items = filled(backlog)
     assert sorted(queue) == sorted(items)
     taken = [take(queue) for _ in items]
@@ -57,7 +59,9 @@ def test_clients_that_wait_all_the_time_get_equal_shares_up_to_an_item_and_a_tur
 
 
 @given(st.integers(1, 50), st.integers(1, 300))
-def test_a_newcomer_waits_for_no_more_than_a_turn_of_each_of_those_before_it(num_others: int, cost: int) -> None:
+def test_a_newcomer_waits_for_no_more_than_a_turn_of_each_of_those_before_it(
+    num_others: int, cost: int
+) -> None:
     queue, _ = filled({f"other{number}": [cost] * 20 for number in range(num_others)})
     take(queue)
     queue.push("new", ("new", 0, QUANTUM), QUANTUM)

@@ -1,4 +1,5 @@
-"""The reconcile loop: from desired pools and what happens to workers to what is started, drained, flipped and stopped."""
+"""The reconcile loop: from desired pools and what happens to workers to what is started, drained, flipped and
+stopped."""
 
 import random
 

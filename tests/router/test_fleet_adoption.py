@@ -43,7 +43,9 @@ def test_an_adopted_worker_that_is_not_heard_of_is_replaced() -> None:
 def test_a_pause_of_the_controller_is_not_taken_for_the_silence_of_adopted_workers() -> None:
     fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
     fleet.apply({P: 1, D: 1})
-    assert fleet.handle(Tick(), after_s=60.0) == []  # it finds its timer due before it reads what workers have said
+    assert (
+        fleet.handle(Tick(), after_s=60.0) == []
+    )  # it finds its timer due before it reads what workers have said
     assert fleet.ready("prefill-0") == fleet.ready("decode-0") == []
     assert {state for _, state in fleet.states().values()} == {MemberState.READY}
 
@@ -55,8 +57,12 @@ def test_an_adopted_worker_that_is_loading_has_the_time_of_a_start_and_is_not_wa
     assert fleet.handle(Tick(), after_s=500.0) == []
 
 
-def test_a_worker_drained_by_hand_before_all_were_heard_of_does_not_come_back_to_a_pool_that_has_shrunk() -> None:
-    fleet = adopting(StartWorker(D, "decode-0", 1), StartWorker(D, "decode-1", 2), StartWorker(P, "prefill-0", 3))
+def test_a_worker_drained_by_hand_before_all_were_heard_of_does_not_come_back_to_a_pool_that_has_shrunk() -> (
+    None
+):
+    fleet = adopting(
+        StartWorker(D, "decode-0", 1), StartWorker(D, "decode-1", 2), StartWorker(P, "prefill-0", 3)
+    )
     fleet.apply({D: 1, P: 1})
     fleet.ready("decode-0"), fleet.ready("decode-1")
     assert fleet.handle(Drain("decode-1")) == [DrainWorker("decode-1")]

@@ -47,7 +47,11 @@ class Cluster:
 
     def see(self, *seen: SeenHost, after_s: float = 1.0) -> list[str]:
         """Whom to check."""
-        return [action.node_id for action in self.handle(HostsSeen(seen), after_s) if isinstance(action, CheckHost)]
+        return [
+            action.node_id
+            for action in self.handle(HostsSeen(seen), after_s)
+            if isinstance(action, CheckHost)
+        ]
 
     def join(self, *seen: SeenHost) -> None:
         for node_id in self.see(*seen):

@@ -4,16 +4,18 @@ import msgspec
 
 from pdserve.core.messages import Probed, Role
 from pdserve.router.links import MAX_PAUSE_S, PROBE_AGAIN_S, Links
-from pdserve.router.registry import Registry, Worker
+from pdserve.router.registry import RegisteredWorker, Registry
 
 from .cluster import worker_info
 
 
-def worker(worker_id: str, host: str) -> Worker:
+def worker(worker_id: str, host: str) -> RegisteredWorker:
     role = Role(worker_id.partition("-")[0])
     info = worker_info(worker_id, role)
-    address = msgspec.structs.replace(info.address, host_id=f"id of {host}", tcp_host=f"{host}.example", tcp_port=4000)
-    return Worker(msgspec.structs.replace(info, address=address, node=host), 0)
+    address = msgspec.structs.replace(
+        info.address, host_id=f"id of {host}", tcp_host=f"{host}.example", tcp_port=4000
+    )
+    return RegisteredWorker(msgspec.structs.replace(info, address=address, node=host), 0)
 
 
 A, B, C = worker("prefill-0", "a"), worker("decode-0", "b"), worker("decode-1", "c")
@@ -21,20 +23,22 @@ ALSO_B = worker("decode-2", "b")
 AT_A = worker("decode-3", "a")
 
 
-def serving(*workers: Worker) -> Registry:
+def serving(*workers: RegisteredWorker) -> Registry:
     registry = Registry()
     for one in workers:
         registry.add(one.info)
     return registry
 
 
-def probes(links: Links, registry: Registry, now_s: float) -> list[tuple[Worker, Worker]]:
+def probes(links: Links, registry: Registry, now_s: float) -> list[tuple[RegisteredWorker, RegisteredWorker]]:
     links.workers_changed()
     known = {one.worker_id: one for one in (A, B, C, ALSO_B, AT_A)}
-    return [(known[source.worker_id], known[target.worker_id]) for source, target in links.probes(registry, now_s)]
+    return [
+        (known[source.worker_id], known[target.worker_id]) for source, target in links.probes(registry, now_s)
+    ]
 
 
-def answer(source: Worker, target: Worker, error: str = "") -> Probed:
+def answer(source: RegisteredWorker, target: RegisteredWorker, error: str = "") -> Probed:
     return Probed(
         worker_id=source.worker_id,
         incarnation=source.incarnation,
@@ -143,6 +147,6 @@ def test_the_operator_reads_both_hosts_the_port_the_cause_and_what_to_do() -> No
     assert list(links.problems(registry)) == [], "nobody serves on the other host"
     registry.add(B.info)
     assert list(links.problems(registry)) == [
-        "KV does not get from host a to host b (b.example:4000; no answer within 5.0 s): their workers are not paired; "
-        "let all TCP between the hosts of the cluster through their firewalls"
+        "KV does not get from host a to host b (b.example:4000; no answer within 5.0 s): their workers are"
+        " not paired; let all TCP between the hosts of the cluster through their firewalls"
     ]

@@ -6,7 +6,15 @@ from pdserve.core.errors import NoWorkerAvailable, QueueFull
 from pdserve.core.messages import Leg, Reserve, StepReport, StepTiming, WorkerLoad
 from pdserve.core.request import FinishReason, Request, SequenceSpec, TransferId
 from pdserve.router.config import RouterConfig
-from pdserve.router.events import Cancel, Closing, StreamRead, StreamUnread, WorkerDraining, WorkerIdle, WorkersExpected
+from pdserve.router.events import (
+    Cancel,
+    Closing,
+    StreamRead,
+    StreamUnread,
+    WorkerDraining,
+    WorkerIdle,
+    WorkersExpected,
+)
 
 from .cluster import Cluster, make_request, worker_info
 
@@ -15,7 +23,9 @@ PAIRS_ONLY = RouterConfig(prefill_on_decode_factor=None, max_prefill_backlog_tok
 
 def request_of(client: str, request_id: str, num_tokens: int = 20, **values: object) -> Request:
     request = make_request(request_id, num_tokens, **values)  # type: ignore[arg-type]
-    return Request(**{name: getattr(request, name) for name in request.__struct_fields__} | {"client": client})
+    return Request(
+        **{name: getattr(request, name) for name in request.__struct_fields__} | {"client": client}
+    )
 
 
 def one_at_a_time(max_queued_requests: int = 1024) -> Cluster:
@@ -156,7 +166,9 @@ def test_a_request_whose_first_token_would_come_too_late_never_costs_a_prefill()
 
 
 @pytest.mark.parametrize(("deadline_s", "learnt"), [(0.8, True), (0.3, False)])
-def test_a_request_is_not_given_up_on_a_close_prediction_nor_on_a_guess(deadline_s: float, learnt: bool) -> None:
+def test_a_request_is_not_given_up_on_a_close_prediction_nor_on_a_guess(
+    deadline_s: float, learnt: bool
+) -> None:
     cluster = behind_a_long_prompt(deadline_s, learnt=learnt)
     assert cluster.spec("prefill-0").transfer.request_id == "hurried"
 
@@ -171,7 +183,9 @@ def test_a_model_that_is_too_dark_is_put_right_by_a_request_on_an_idle_worker() 
 # one client has all places
 
 
-def with_all_places_taken(num_requests: int, n: int = 1, max_batch_size: int = 8, num_blocks: int = 256) -> Cluster:
+def with_all_places_taken(
+    num_requests: int, n: int = 1, max_batch_size: int = 8, num_blocks: int = 256
+) -> Cluster:
     """One client decodes everywhere, and has as much waiting."""
     worker = worker_info("decode-0", max_batch_size=max_batch_size, num_blocks=num_blocks)
     cluster = Cluster("prefill-0", worker, config=RouterConfig(prefill_on_decode_factor=None))
@@ -341,7 +355,9 @@ def test_an_unread_request_can_end(end: Cancel) -> None:
     assert cluster.spec("decode-0").transfer.request_id == "other"
 
 
-def test_a_request_unread_before_it_was_dispatched_waits_for_its_client_and_takes_no_place_in_the_queue() -> None:
+def test_a_request_unread_before_it_was_dispatched_waits_for_its_client_and_takes_no_place_in_the_queue() -> (
+    None
+):
     cluster = one_at_a_time(max_queued_requests=1)
     cluster.submit(make_request("slow"))
     cluster.handle(StreamUnread("slow"))

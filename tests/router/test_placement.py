@@ -21,7 +21,10 @@ def test_prompts_go_to_the_prefill_worker_with_the_shortest_queue() -> None:
     cluster.submit(make_request("b", num_tokens=100))
     cluster.submit(make_request("c", num_tokens=50))
     assert cluster.spec("prefill-0").transfer.request_id == "a"
-    assert [c.spec.transfer.request_id for c in cluster.sent["prefill-1"] if isinstance(c, Prefill)] == ["b", "c"]
+    assert [c.spec.transfer.request_id for c in cluster.sent["prefill-1"] if isinstance(c, Prefill)] == [
+        "b",
+        "c",
+    ]
 
 
 def test_streams_go_to_the_least_loaded_decode_worker() -> None:
@@ -125,13 +128,17 @@ def test_workers_of_another_model_are_never_paired() -> None:
 
 def test_the_model_learns_from_reports_and_status_shows_loads() -> None:
     cluster = Cluster("prefill-0", "decode-0")
-    cluster.handle(StepReport(worker_id="decode-0", incarnation=1, load=WorkerLoad(num_running=3, num_free_blocks=7)))
+    cluster.handle(
+        StepReport(worker_id="decode-0", incarnation=1, load=WorkerLoad(num_running=3, num_free_blocks=7))
+    )
     row = {worker.worker_id: worker for worker in cluster.router.status(0.0).workers}["decode-0"]
     assert (row.load.num_running, row.load.num_free_blocks, row.num_blocks) == (3, 7, 256)
 
 
 def test_a_timeline_has_the_best_few_places_with_the_chosen_one_first_and_what_was_predicted() -> None:
-    cluster = Cluster("prefill-0", "prefill-1", "decode-0", "decode-1", config=RouterConfig(prefill_on_decode_factor=None))
+    cluster = Cluster(
+        "prefill-0", "prefill-1", "decode-0", "decode-1", config=RouterConfig(prefill_on_decode_factor=None)
+    )
     cluster.submit(make_request("ahead", 2000, max_tokens=2))
     cluster.submit(make_request("r", 2000, max_tokens=2))
     timeline = cluster.router.timeline("r", 0.0)

@@ -1,4 +1,5 @@
-"""The prefix index finds the longest cached prefix and who holds it, and hashes no more of a prompt than it has to."""
+"""The prefix index finds the longest cached prefix and who holds it, and hashes no more of a prompt than it
+has to."""
 
 from hypothesis import given, strategies as st
 

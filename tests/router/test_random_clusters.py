@@ -1,5 +1,5 @@
-"""Random clients, workers and accidents: whatever happens, streams are contiguous, endings unique, accounts balanced, and
-once the accidents stop, everything ends and nothing is left."""
+"""Random clients, workers and accidents: whatever happens, streams are contiguous, endings unique, accounts
+balanced, and once the accidents stop, everything ends and nothing is left."""
 
 import random
 
@@ -81,10 +81,14 @@ def test_a_long_life_with_many_accidents_loses_no_stream_and_leaks_nothing(seed:
     for name in WORKERS[1:3]:
         world.start_or_kill(name, Role(name.rpartition("-")[0]))
     for _ in range(800):
-        match rng.choices(["submit", "run", "cancel", "wait", "kill", "drain", "break"], [12, 50, 3, 4, 3, 1, 6])[0]:
+        match rng.choices(
+            ["submit", "run", "cancel", "wait", "kill", "drain", "break"], [12, 50, 3, 4, 3, 1, 6]
+        )[0]:
             case "submit":
                 patience_s = rng.choice([None, None, rng.uniform(0.1, 10.0)])
-                world.submit(rng.choice(NAMES), rng.randint(1, 50), rng.randint(1, 8), rng.randint(1, 3), patience_s)
+                world.submit(
+                    rng.choice(NAMES), rng.randint(1, 50), rng.randint(1, 8), rng.randint(1, 3), patience_s
+                )
             case "run":
                 world.run_workers([(rng.randrange(4), rng.choice(MOVES)) for _ in range(5)])
             case "cancel":

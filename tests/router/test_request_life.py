@@ -1,4 +1,5 @@
-"""A request is one automaton: a table that leaves nothing open, and errors that tell what became of it before."""
+"""A request is one automaton: a table that leaves nothing open, and errors that tell what became of it
+before."""
 
 import random
 import typing
@@ -63,12 +64,16 @@ def test_every_event_is_handled_ignored_with_a_reason_or_illegal_in_every_state(
     for event, reactions in TABLE.items():
         assert list(reactions) == list(RequestState), event
         for reaction in reactions.values():
-            assert isinstance(reaction, Illegal) or (reaction.reason if isinstance(reaction, Ignored) else callable(reaction))
+            assert isinstance(reaction, Illegal) or (
+                reaction.reason if isinstance(reaction, Ignored) else callable(reaction)
+            )
 
 
 def test_every_reaction_of_the_life_is_in_its_table() -> None:
     used = {reaction for reactions in TABLE.values() for reaction in reactions.values()}
-    public = {value for name, value in vars(RequestLife).items() if callable(value) and not name.startswith("_")}
+    public = {
+        value for name, value in vars(RequestLife).items() if callable(value) and not name.startswith("_")
+    }
     assert public - used == {RequestLife.handle, RequestLife.begin}
 
 
@@ -90,7 +95,9 @@ def test_the_drawn_states_are_those_of_the_code(page: str) -> None:
     arrows = [line.partition(":")[0].split(" --> ") for line in diagram.splitlines() if "-->" in line]
     drawn = {(source.strip(), target.strip()) for source, target in arrows}
     entries = {("[*]", "QUEUED"), ("[*]", "UNCLAIMED"), ("CLOSED", "[*]")}
-    assert drawn - entries == {(state.name, target.name) for state, targets in TRANSITIONS.items() for target in targets}
+    assert drawn - entries == {
+        (state.name, target.name) for state, targets in TRANSITIONS.items() for target in targets
+    }
     assert entries < drawn
 
 
@@ -125,7 +132,8 @@ def test_an_illegal_event_leaves_the_request_to_go_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "event", [End(FinishReason.CANCELLED), CancelChoice(0, FinishReason.STOP), StreamUnread("r"), StreamRead("r")]
+    "event",
+    [End(FinishReason.CANCELLED), CancelChoice(0, FinishReason.STOP), StreamUnread("r"), StreamRead("r")],
 )
 def test_a_client_may_speak_of_a_request_that_has_ended(event: RequestEvent) -> None:
     cluster = Cluster("both-0")
@@ -168,7 +176,8 @@ ENDINGS = ["", "", "", None, "broken"]  # of a held leg: none yet, well, or not
 
 
 class AnyEvents(RuleBasedStateMachine):
-    """Whatever comes, in whatever order: workers that break every rule, clients that come and go, routers that die."""
+    """Whatever comes, in whatever order: workers that break every rule, clients that come and go, routers
+    that die."""
 
     router: Router
 
@@ -196,7 +205,9 @@ class AnyEvents(RuleBasedStateMachine):
     def submit(self, name: str, n: int, patience_s: float | None) -> None:
         deadline_s = None if patience_s is None else self.now_s + patience_s
         try:
-            self.handle(Submit(make_request(name, max_tokens=NUM_TOKENS, n=n, deadline_s=deadline_s, client=name)))
+            self.handle(
+                Submit(make_request(name, max_tokens=NUM_TOKENS, n=n, deadline_s=deadline_s, client=name))
+            )
         except (DuplicateRequest, NoWorkerAvailable, QueueFull):
             self.router.check_integrity()
 
@@ -226,12 +237,19 @@ class AnyEvents(RuleBasedStateMachine):
     def drain_or_assign(self, name: str, role: Role | None) -> None:
         self.handle(WorkerDraining(name) if role is None else WorkerRole(name, role))
 
-    @rule(pick=st.integers(0, NUM_RECENT - 1), at=st.integers(0, NUM_TOKENS), choice=st.integers(0, 1), last=st.booleans())
+    @rule(
+        pick=st.integers(0, NUM_RECENT - 1),
+        at=st.integers(0, NUM_TOKENS),
+        choice=st.integers(0, 1),
+        last=st.booleans(),
+    )
     def token(self, pick: int, at: int, choice: int, last: bool) -> None:
         if (given := self.given(pick)) is not None:
             worker, _, spec = given
             output = TokenOutput(spec.transfer, choice, at, 100 + at, FinishReason.STOP if last else None)
-            report = StepReport(worker_id=worker, incarnation=self.incarnations[worker], load=WorkerLoad(), outputs=(output,))
+            report = StepReport(
+                worker_id=worker, incarnation=self.incarnations[worker], load=WorkerLoad(), outputs=(output,)
+            )
             self.handle(report)
 
     @rule(pick=st.integers(0, NUM_RECENT - 1), how=st.sampled_from(WAYS_TO_END))
@@ -246,12 +264,20 @@ class AnyEvents(RuleBasedStateMachine):
         legs: dict[str, dict[tuple[object, Leg], HeldLeg]] = {name: {} for name in WORKERS}
         for (worker, leg, spec), (num_tokens, error) in zip(reversed(self.specs), held, strict=False):
             outputs = tuple(
-                TokenOutput(spec.transfer, choice, index, 100 + index, FinishReason.LENGTH if index == NUM_TOKENS - 1 else None)
+                TokenOutput(
+                    spec.transfer,
+                    choice,
+                    index,
+                    100 + index,
+                    FinishReason.LENGTH if index == NUM_TOKENS - 1 else None,
+                )
                 for choice in spec.choices
                 for index in range(len(spec.output_token_ids), num_tokens)
             )
             ended = None if error == "" else self.ended(worker, leg, spec, error, False)
-            legs[worker][spec.transfer, leg] = HeldLeg(spec=spec, leg=leg, has_partner=True, outputs=outputs, ended=ended)
+            legs[worker][spec.transfer, leg] = HeldLeg(
+                spec=spec, leg=leg, has_partner=True, outputs=outputs, ended=ended
+            )
         self.num_routers += 1
         config = RouterConfig(max_queued_requests=3, claim_timeout_s=5.0, retry_delay_s=5.0, max_attempts=4)
         self.router = Router(config, first_attempt=1000 * self.num_routers, adopts=True)
@@ -262,9 +288,18 @@ class AnyEvents(RuleBasedStateMachine):
 
     def info(self, name: str) -> WorkerInfo:
         role = Role(name.rpartition("-")[0])
-        return worker_info(name, role, incarnation=self.incarnations[name], num_blocks=16, max_batch_size=2, max_model_len=256)
+        return worker_info(
+            name,
+            role,
+            incarnation=self.incarnations[name],
+            num_blocks=16,
+            max_batch_size=2,
+            max_model_len=256,
+        )
 
-    def ended(self, worker: str, leg: Leg, spec: SequenceSpec, error: str | None, is_invalid: bool) -> LegEnded:
+    def ended(
+        self, worker: str, leg: Leg, spec: SequenceSpec, error: str | None, is_invalid: bool
+    ) -> LegEnded:
         return LegEnded(
             worker_id=worker,
             incarnation=self.incarnations[worker],
@@ -277,7 +312,9 @@ class AnyEvents(RuleBasedStateMachine):
 
 def a_random_step(cluster: AnyEvents, rng: random.Random) -> None:
     pick, name = rng.randrange(NUM_RECENT), rng.choice("abc")
-    match rng.choices(["submit", "cancel", "read", "wait", "go", "drain", "token", "end", "restart"], WEIGHTS)[0]:
+    match rng.choices(
+        ["submit", "cancel", "read", "wait", "go", "drain", "token", "end", "restart"], WEIGHTS
+    )[0]:
         case "submit":
             cluster.submit(name, rng.choice([1, 2, 2]), rng.choice([None, None, 3.0]))
         case "cancel":
@@ -295,7 +332,12 @@ def a_random_step(cluster: AnyEvents, rng: random.Random) -> None:
         case "end":
             cluster.end_leg(pick, rng.choice(WAYS_TO_END))
         case "restart":
-            cluster.restart([(rng.randrange(NUM_TOKENS + 1), rng.choice(ENDINGS)) for _ in range(rng.randrange(NUM_RECENT))])
+            cluster.restart(
+                [
+                    (rng.randrange(NUM_TOKENS + 1), rng.choice(ENDINGS))
+                    for _ in range(rng.randrange(NUM_RECENT))
+                ]
+            )
 
 
 def test_random_lives_reach_every_reaction_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""The router's shell: commands are carried out in the order of their decision, also when one brings the next event."""
+"""The router's shell: commands are carried out in the order of their decision, also when one brings the next
+event."""
 
 import asyncio
 from types import SimpleNamespace
@@ -39,11 +40,14 @@ from .cluster import make_request, worker_info
 
 OBSERVER = SimpleNamespace(expects=lambda key: True, handle=lambda event: None)
 TOKENS = EmitTokens("r", 0, (TokenOutput(TransferId("r", 0), 0, 0, 7),))
-END = EmitEnd("r", None, None, Timeline(request_id="r", submitted_s=0.0, first_token_s=None, ended_s=0.0, dispatches=()))
+END = EmitEnd(
+    "r", None, None, Timeline(request_id="r", submitted_s=0.0, first_token_s=None, ended_s=0.0, dispatches=())
+)
 
 
 class ScriptedRouter:
-    """A worker becomes idle before a token is out; the stream's end follows from what the observer says about that."""
+    """A worker becomes idle before a token is out; the stream's end follows from what the observer says about
+    that."""
 
     config = RouterConfig()
 
@@ -62,14 +66,19 @@ class ScriptedRouter:
 
 async def test_what_an_observer_causes_is_carried_out_after_what_was_decided_before() -> None:
     service: RouterService
-    observer = SimpleNamespace(expects=lambda key: True, handle=lambda event: service.handle(WorkersExpected(0)))
+    observer = SimpleNamespace(
+        expects=lambda key: True, handle=lambda event: service.handle(WorkersExpected(0))
+    )
     service = RouterService(ScriptedRouter(), observer, "token")  # type: ignore[arg-type]
-    request = Request(request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1), eos_token_ids=())
+    request = Request(
+        request_id="r", prompt_token_ids=(1,), sampling=SamplingParams(max_tokens=1), eos_token_ids=()
+    )
     assert [event async for event in service.generate(request)] == [TOKENS, END]
 
 
 class TokenMachine:
-    """Stands for the connection to a worker that serves both phases: a token for each of its streams at each step."""
+    """Stands for the connection to a worker that serves both phases: a token for each of its streams at each
+    step."""
 
     def __init__(self, service: RouterService) -> None:
         self._service = service
@@ -86,7 +95,9 @@ class TokenMachine:
             case Serve(spec=spec) | Prefill(spec=spec):
                 self._next[spec.transfer] = len(spec.output_token_ids)
             case Abort(transfer=transfer) if self._next.pop(transfer, None) is not None:
-                ended = LegEnded(worker_id="both-0", incarnation=1, transfer=transfer, leg=Leg.DECODE, error="aborted")
+                ended = LegEnded(
+                    worker_id="both-0", incarnation=1, transfer=transfer, leg=Leg.DECODE, error="aborted"
+                )
                 asyncio.get_running_loop().call_soon(self._service.handle, ended)
 
     def goes_on(self, transfer: TransferId, index: int) -> None:
@@ -94,10 +105,14 @@ class TokenMachine:
         self._next[transfer] = index
 
     def step(self) -> None:
-        outputs = tuple(TokenOutput(transfer, 0, index, index, None) for transfer, index in self._next.items())
+        outputs = tuple(
+            TokenOutput(transfer, 0, index, index, None) for transfer, index in self._next.items()
+        )
         self._next = {transfer: index + 1 for transfer, index in self._next.items()}
         self.num_sent += len(outputs)
-        self._service.handle(StepReport(worker_id="both-0", incarnation=1, load=WorkerLoad(), outputs=outputs))
+        self._service.handle(
+            StepReport(worker_id="both-0", incarnation=1, load=WorkerLoad(), outputs=outputs)
+        )
 
 
 @pytest.fixture
@@ -151,7 +166,9 @@ async def test_a_client_that_does_not_read_is_set_aside_and_takes_nothing_from_o
     assert service.router.status(0.0).num_requests == 0
 
 
-async def test_a_client_that_reads_again_gets_every_token_once(served: tuple[RouterService, TokenMachine]) -> None:
+async def test_a_client_that_reads_again_gets_every_token_once(
+    served: tuple[RouterService, TokenMachine],
+) -> None:
     service, machine = served
     service.handle(WorkerReady(worker_info("both-0")))
     stream = service.generate(make_request("slow", max_tokens=1000))
@@ -183,7 +200,10 @@ def took_over() -> tuple[RouterService, TokenMachine]:
 def adopt(service: RouterService, machine: TokenMachine) -> None:
     request = make_request(max_tokens=1000)
     spec = SequenceSpec(
-        transfer=TransferId("r", 0), prompt_token_ids=request.prompt_token_ids, sampling=request.sampling, choices=(0,)
+        transfer=TransferId("r", 0),
+        prompt_token_ids=request.prompt_token_ids,
+        sampling=request.sampling,
+        choices=(0,),
     )
     outputs = tuple(TokenOutput(spec.transfer, 0, index, index) for index in range(50))
     machine.goes_on(spec.transfer, len(outputs))

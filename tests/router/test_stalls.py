@@ -1,4 +1,5 @@
-"""A worker that has sequences to compute and ends no step shows in its status, however alive it says it is."""
+"""A worker that has sequences to compute and ends no step shows in its status, however alive it says it
+is."""
 
 import pytest
 
@@ -6,7 +7,9 @@ from pdserve.core.messages import StepReport, StepTiming, WorkerLoad
 
 from .cluster import Cluster
 
-TIMING = StepTiming(num_prefill_tokens=0, sum_prefill_squares=0, num_decode_sequences=1, num_context_tokens=9, duration_s=0.01)
+TIMING = StepTiming(
+    num_prefill_tokens=0, sum_prefill_squares=0, num_decode_sequences=1, num_context_tokens=9, duration_s=0.01
+)
 
 
 def report(cluster: Cluster, num_running: int, timing: StepTiming | None = None) -> None:

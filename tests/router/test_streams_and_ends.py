@@ -1,4 +1,5 @@
-"""What clients see: contiguous tokens, one ending for each choice, one for the request, and what workers are told."""
+"""What clients see: contiguous tokens, one ending for each choice, one for the request, and what workers are
+told."""
 
 import pytest
 
@@ -199,7 +200,11 @@ def test_the_timeline_tells_workers_instants_and_the_workers_own_account() -> No
     timeline = cluster.ends["r"][0].timeline
     (dispatch,) = timeline.dispatches
     assert (timeline.submitted_s, timeline.first_token_s, timeline.ended_s) == (0.0, 1.0, 2.0)
-    assert (dispatch.prefill_worker, dispatch.decode_worker, dispatch.num_tokens) == ("prefill-0", "decode-0", 20)
+    assert (dispatch.prefill_worker, dispatch.decode_worker, dispatch.num_tokens) == (
+        "prefill-0",
+        "decode-0",
+        20,
+    )
     assert dispatch.prefill is not None
     assert dispatch.decode is None
     cluster.leg_ended("decode-0", Leg.DECODE)

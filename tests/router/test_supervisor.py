@@ -74,7 +74,10 @@ def news_left_out(commands: list[SupervisorCommand[Spec]]) -> list[SupervisorCom
 def test_the_router_hears_what_to_expect_before_and_after_what_is_done() -> None:
     commands = World().handle(Apply({P: 1, D: 1}))
     assert commands[0] == commands[-1] == WorkersExpected(2)
-    assert [c.spec.key for c in commands if isinstance(c, LaunchProcess)] == [("decode-0", 1), ("prefill-0", 2)]
+    assert [c.spec.key for c in commands if isinstance(c, LaunchProcess)] == [
+        ("decode-0", 1),
+        ("prefill-0", 2),
+    ]
 
 
 def test_a_process_waits_for_a_place_and_starts_when_another_is_gone() -> None:
@@ -97,7 +100,9 @@ def test_a_process_that_was_only_waiting_is_gone_at_once() -> None:
 def test_a_process_that_does_not_end_in_time_is_killed_once() -> None:
     world = World()
     world.up()
-    assert EndProcess(("decode-0", 1)) in world.handle(ConnectionLost("decode-0", 1, "reset", is_silent=False))
+    assert EndProcess(("decode-0", 1)) in world.handle(
+        ConnectionLost("decode-0", 1, "reset", is_silent=False)
+    )
     world.now_s = STOP_TIMEOUT_S - 0.01
     assert world.supervisor.processes["decode-0", 1].kill_s == STOP_TIMEOUT_S
     assert KillProcess(("decode-0", 1)) not in world.handle(Tick())
@@ -126,7 +131,9 @@ def test_nobody_is_suspected_when_the_end_is_explained_or_was_wanted() -> None:
     world = World()
     world.up()
     world.handle(Drain("prefill-0"))
-    assert SuspectHost("node") not in world.handle(ProcessEnded("decode-0", 1, "layer 3 is gone", is_explained=True))
+    assert SuspectHost("node") not in world.handle(
+        ProcessEnded("decode-0", 1, "layer 3 is gone", is_explained=True)
+    )
     world.handle(ConnectionLost("prefill-0", 2, "reset", is_silent=True))
     assert SuspectHost("node") not in world.handle(ProcessEnded("prefill-0", 2, "killed"))
 

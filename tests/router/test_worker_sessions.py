@@ -83,7 +83,10 @@ def test_what_a_worker_holds_is_reported_as_a_whole(sessions: WorkerSessions[str
     sessions.received("a", HELLO)
     assert sessions.received("a", Holds(held=(held("x"), held("y")))) == []
     ready = WorkerReady(READY.info, (held("x"), held("y"), held("z")))
-    assert sessions.received("a", Ready(info=READY.info, held=(held("z"),))) == [ToRouter(ready), ToSupervisor(ready)]
+    assert sessions.received("a", Ready(info=READY.info, held=(held("z"),))) == [
+        ToRouter(ready),
+        ToSupervisor(ready),
+    ]
 
 
 def test_progress_is_for_the_supervisor_and_reports_are_for_the_router(sessions: WorkerSessions[str]) -> None:
@@ -114,7 +117,9 @@ def test_a_ready_worker_that_falls_silent_is_hung_up_on_and_lost(sessions: Worke
     assert sessions.connection(KEY) is None
 
 
-def test_whatever_comes_breaks_the_silence_of_a_worker_and_not_of_an_unproven_peer(sessions: WorkerSessions[str]) -> None:
+def test_whatever_comes_breaks_the_silence_of_a_worker_and_not_of_an_unproven_peer(
+    sessions: WorkerSessions[str],
+) -> None:
     sessions.opened("worker")
     sessions.received("worker", HELLO)
     sessions.received("worker", READY)
@@ -132,7 +137,9 @@ def test_a_worker_that_loads_may_be_silent(sessions: WorkerSessions[str]) -> Non
         assert sessions.beat("a") == [Say("a", Heartbeat())]
 
 
-def test_the_oldest_of_too_many_unproven_peers_goes_and_no_worker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_of_too_many_unproven_peers_goes_and_no_worker_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(worker_sessions, "MAX_UNPROVEN", 2)
     sessions: WorkerSessions[str] = WorkerSessions(lambda key: True)
     sessions.opened("worker")

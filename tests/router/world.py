@@ -1,4 +1,5 @@
-"""A world for the router: clients that check their streams, workers that obey in their own time, and accidents."""
+"""A world for the router: clients that check their streams, workers that obey in their own time, and
+accidents."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -132,7 +133,8 @@ class Client:
 
 
 class World:
-    """Checks with every command that streams are contiguous and endings unique, with every event that accounts balance."""
+    """Checks with every command that streams are contiguous and endings unique, with every event that
+    accounts balance."""
 
     def __init__(self, prefill_on_decode_factor: float | None) -> None:
         self.router = Router(
@@ -183,7 +185,9 @@ class World:
     def submit(self, name: str, num_tokens: int, max_tokens: int, n: int, patience_s: float | None) -> None:
         deadline_s = None if patience_s is None else self.now_s + patience_s
         client = "greedy" if name < "e" else name
-        request = make_request(name, num_tokens, max_tokens=max_tokens, n=n, deadline_s=deadline_s, client=client)
+        request = make_request(
+            name, num_tokens, max_tokens=max_tokens, n=n, deadline_s=deadline_s, client=client
+        )
         before = self.clients.get(name)
         is_live = before is not None and not before.is_ended
         is_full = self.router.status(self.now_s).num_queued >= MAX_QUEUED
@@ -221,7 +225,9 @@ class World:
 
     def start_worker(self, name: str, role: Role) -> None:
         self.incarnation += 1
-        info = worker_info(name, role, incarnation=self.incarnation, num_blocks=16, max_batch_size=4, max_model_len=256)
+        info = worker_info(
+            name, role, incarnation=self.incarnation, num_blocks=16, max_batch_size=4, max_model_len=256
+        )
         self.workers[name] = SimWorker(info)
         self.handle(WorkerReady(info))
 
@@ -299,7 +305,9 @@ class World:
         for name in ("prefill-9", "decode-9"):
             self.start_worker(name, Role(name.rpartition("-")[0]))
         for _ in range(10_000):
-            moved = [self.move(w, what) for w in list(self.workers.values()) for what in ("obey", "work", "report")]
+            moved = [
+                self.move(w, what) for w in list(self.workers.values()) for what in ("obey", "work", "report")
+            ]
             due_s = self.router.next_tick_s()
             if not any(moved):
                 if due_s is None:

@@ -1,7 +1,8 @@
-"""The simulator can fail: each of these planted bugs breaks a promise within 2,000 seeds, which all keep it without the bug.
+"""The simulator can fail: each of these planted bugs breaks a promise within 2,000 seeds, which all keep it
+without the bug.
 
-The first seed that finds a bug is noted beside it and tried first. Where a change lets it miss the bug, all seeds are
-searched, and a warning gives the seed to note."""
+The first seed that finds a bug is noted beside it and tried first. Where a change lets it miss the bug, all
+seeds are searched, and a warning gives the seed to note."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -74,7 +75,9 @@ def forget_the_epoch_check() -> Iterator[None]:
     """Both of them: where a chunk's arrival is waited for, and in the machine."""
     original = TransferReceiver.handle
 
-    def on_waited(self: InboundPair, epoch: int, then: Callable[[], None], error: BaseException | None) -> None:
+    def on_waited(
+        self: InboundPair, epoch: int, then: Callable[[], None], error: BaseException | None
+    ) -> None:
         then()
 
     def handle(self: TransferReceiver, event: ReceiverEvent, now_s: float) -> list[ReceiverCommand]:
@@ -126,7 +129,9 @@ def lose_a_wake_up() -> Planted:
 
 def forget_to_renew_a_lease() -> Planted:
     original = InboundTransfer.lease_ends_s
-    return patch.object(InboundTransfer, "lease_ends_s", lambda self, heard_s, config: original(self, 0.0, config))
+    return patch.object(
+        InboundTransfer, "lease_ends_s", lambda self, heard_s, config: original(self, 0.0, config)
+    )
 
 
 def lose_a_credit() -> Planted:
@@ -176,7 +181,9 @@ def announce_layers_before_they_are_computed() -> Planted:
 
 def share_kv_between_salts() -> Planted:
     original = sequence.block_hashes
-    return patch.object(sequence, "block_hashes", lambda tokens, size, salt, parent: original(tokens, size, "", parent))
+    return patch.object(
+        sequence, "block_hashes", lambda tokens, size, salt, parent: original(tokens, size, "", parent)
+    )
 
 
 def leave_workers_at_work_for_a_request_that_has_ended() -> Planted:
@@ -237,7 +244,9 @@ def forget_to_abort_the_broken_dispatches_that_a_new_router_finds() -> Planted:
 def count_attempts_from_0_in_a_new_router() -> Planted:
     original = Router.__init__
 
-    def init(self: Router, config: RouterConfig, model: LatencyModel, *, first_attempt: int, adopts: bool) -> None:
+    def init(
+        self: Router, config: RouterConfig, model: LatencyModel, *, first_attempt: int, adopts: bool
+    ) -> None:
         original(self, config, model, adopts=adopts)
 
     return patch.object(Router, "__init__", init)
@@ -378,7 +387,9 @@ def keep_from_the_supervisor_that_a_connection_broke() -> Planted:
     original = WorkerSessions.closed
 
     def closed(self: WorkerSessions[Any], connection: Any, error: str | None) -> list[Any]:
-        return [command for command in original(self, connection, error) if not isinstance(command, ToSupervisor)]
+        return [
+            command for command in original(self, connection, error) if not isinstance(command, ToSupervisor)
+        ]
 
     return patch.object(WorkerSessions, "closed", closed)
 
@@ -396,7 +407,9 @@ def take_only_the_last_frame_of_what_a_worker_holds() -> Planted:
 def greet_only_the_first_router() -> Planted:
     original = RouterSession.greeting
 
-    def greeting(self: RouterSession, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]) -> list[Any]:
+    def greeting(
+        self: RouterSession, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]
+    ) -> list[Any]:
         return original(self, connection, info, held) if self._greeted is None else []
 
     return patch.object(RouterSession, "greeting", greeting)
@@ -466,4 +479,7 @@ def test_a_planted_bug_is_found(mutation: Mutation) -> None:
             return
         found = next((seed for seed in range(MAX_SEEDS) if simulate(seed).violations), None)
     assert found is not None
-    warnings.warn(f"a planted bug is found by another seed: write {mutation.__name__}: {found} into FIRST_FOUND", stacklevel=1)
+    warnings.warn(
+        f"a planted bug is found by another seed: write {mutation.__name__}: {found} into FIRST_FOUND",
+        stacklevel=1,
+    )

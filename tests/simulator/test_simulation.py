@@ -19,7 +19,10 @@ FAULTS = ("worker killed", "worker frozen", "message lost", "chunk corrupted", "
 def test_no_seed_breaks_a_promise() -> None:
     script = "from pdserve.cli.main import app; app()"
     run = subprocess.run(
-        [sys.executable, "-c", script, "simulate", "--seeds", str(NUM_SEEDS)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, "simulate", "--seeds", str(NUM_SEEDS)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     figures = {name.strip(): int(number.replace(",", "")) for name, number in FIGURE.findall(run.stdout)}
@@ -30,10 +33,17 @@ def test_no_seed_breaks_a_promise() -> None:
 
 @pytest.mark.parametrize("seed", [3, 42])
 def test_a_seed_replays_exactly_also_in_another_process(seed: int) -> None:
-    script = f"from pdserve.simulator.run import simulate; print(*simulate({seed}, keep_timeline=True).timeline, sep='\\n')"
+    script = (
+        f"from pdserve.simulator.run import simulate; print(*simulate({seed}, keep_timeline=True).timeline,"
+        " sep='\\n')"
+    )
     ours = simulate(seed, keep_timeline=True).timeline
     theirs = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert ours
     assert theirs.stdout.splitlines() == ours

@@ -11,7 +11,9 @@ from pdserve.telemetry.tally import Tally
 
 from ..router.cluster import Cluster
 
-COSTS = StepCosts(flops_per_token=100.0, flops_per_sample=10.0, flops_per_pair=1.0, weight_bytes=1000, kv_bytes_per_token=8)
+COSTS = StepCosts(
+    flops_per_token=100.0, flops_per_sample=10.0, flops_per_pair=1.0, weight_bytes=1000, kv_bytes_per_token=8
+)
 STATS = TransferStats(num_bytes=3 << 20, num_chunks=3, duration_s=0.02, exposed_s=0.004, hidden_bytes=2 << 20)
 
 
@@ -65,7 +67,9 @@ def nonzero(exposition: bytes) -> dict[str, float]:
     return {name.removeprefix("pdserve_"): float(value) for name, value in series if float(value)}
 
 
-def timing(prefill: int = 0, squares: int = 0, sequences: int = 0, context: int = 0, seconds: float = 0.01) -> StepTiming:
+def timing(
+    prefill: int = 0, squares: int = 0, sequences: int = 0, context: int = 0, seconds: float = 0.01
+) -> StepTiming:
     return StepTiming(
         num_prefill_tokens=prefill,
         sum_prefill_squares=squares,

@@ -61,7 +61,8 @@ def test_the_operations_page_has_every_metric_with_its_type_labels_and_meaning()
     text = (ROOT / "docs" / "operations.md").read_text()
     rows = re.findall(r"^\| `pdserve_(\w+)` \| (\w+) \| (.*?) \| (.*) \|$", text, re.MULTILINE)
     assert rows == [
-        (metric.name, metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.meaning) for metric in CATALOGUE
+        (metric.name, metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.meaning)
+        for metric in CATALOGUE
     ]
 
 

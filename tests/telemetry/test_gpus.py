@@ -43,7 +43,9 @@ def test_all_that_a_gpu_tells_is_exposed() -> None:
     assert gpu_values(watched) == {}
     beat(watched, "prefill-0", FULL)
     assert gpu_values(watched) == {
-        'gpu_info{gpu="GPU-a",index="3",name="NVIDIA H100 80GB HBM3",node="here",pool="prefill",worker="prefill-0"}': 1,
+        'gpu_info{gpu="GPU-a",index="3",name="NVIDIA H100 80GB HBM3",node="here",pool="prefill",worker="prefill-0"}': (
+            1
+        ),
         f"gpu_memory_used_bytes{{{GPU}}}": 400,
         f"gpu_memory_total_bytes{{{GPU}}}": 1000,
         f"gpu_power_watts{{{GPU}}}": 345.5,

@@ -12,14 +12,26 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.log_settings import LogFormat, LogSettings
-from pdserve.telemetry.logs import REQUEST_ID, ConsoleFormatter, JsonFormatter, are_json, configured, printable
+from pdserve.telemetry.logs import (
+    REQUEST_ID,
+    ConsoleFormatter,
+    JsonFormatter,
+    are_json,
+    configured,
+    printable,
+)
 from pdserve.telemetry.relay import LogRelay, RelayHandler
 
-FORGED = 'r1\n{"level": "error", "message": "forged"}\r\n2026-01-01T00:00:00.000Z error head: forged\x1b[2J\u2028\u202e\x00'
+FORGED = (
+    'r1\n{"level": "error", "message": "forged"}\r\n2026-01-01T00:00:00.000Z error head:'
+    " forged\x1b[2J\u2028\u202e\x00"
+)
 
 
 def record(message: str = "%s happened", *args: object, **fields: object) -> logging.LogRecord:
-    made = logging.LogRecord("pdserve.router.service", logging.WARNING, __file__, 1, message, args or ("it",), None)
+    made = logging.LogRecord(
+        "pdserve.router.service", logging.WARNING, __file__, 1, message, args or ("it",), None
+    )
     made.__dict__.update(fields)
     return made
 
@@ -175,7 +187,12 @@ def test_a_configured_process_logs_what_is_loud_enough_until_the_end_of_the_bloc
         logging.getLogger("other").warning("theirs")
     made.close()
     assert logging.getLogger().handlers == before
-    assert [word for line in screen.lines() for word in ("heard", "too quiet", "not ours", "theirs") if word in line] == [
+    assert [
+        word
+        for line in screen.lines()
+        for word in ("heard", "too quiet", "not ours", "theirs")
+        if word in line
+    ] == [
         "heard",
         "theirs",
     ]

@@ -9,14 +9,21 @@ from pdserve.core.messages import Leg, LegEnded
 from pdserve.core.request import FinishReason, TransferId
 from pdserve.router.events import ConsideredPlace, DispatchTimes, Tick, Timeline
 from pdserve.telemetry.recent import RecentRequests
-from pdserve.telemetry.recorder import Recorder
+from pdserve.telemetry.recorder import TelemetryRecorder
 
 from .support import STATS, Watched
 
 
-def timeline(request_id: str = "r", num_dispatches: int = 1, failure: str | None = None, **fields: object) -> Timeline:
+def timeline(
+    request_id: str = "r", num_dispatches: int = 1, failure: str | None = None, **fields: object
+) -> Timeline:
     ended = LegEnded(
-        worker_id="prefill-0", incarnation=1, transfer=TransferId(request_id, 7), leg=Leg.PREFILL, queue_s=0.1, stats=STATS
+        worker_id="prefill-0",
+        incarnation=1,
+        transfer=TransferId(request_id, 7),
+        leg=Leg.PREFILL,
+        queue_s=0.1,
+        stats=STATS,
     )
     place = ConsideredPlace(
         prefill_worker="prefill-0",
@@ -73,7 +80,9 @@ def test_of_an_id_that_is_used_again_the_last_request_is_remembered() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 30)), max_size=60))
-def test_neither_many_requests_nor_long_ones_take_more_than_the_bounds(requests: list[tuple[int, int]]) -> None:
+def test_neither_many_requests_nor_long_ones_take_more_than_the_bounds(
+    requests: list[tuple[int, int]],
+) -> None:
     recent = RecentRequests(max_requests=8, max_bytes=8000)
     for number, num_dispatches in requests:
         recent.add(timeline(f"r{number}", num_dispatches))
@@ -91,7 +100,7 @@ class Recorded:
         self.num_spans = 0
         self.exported: list[tuple[str, float]] = []
         watched = Watched("prefill-0")
-        self.recorder = Recorder(watched.tally, watched.steps, RecentRequests(), self, lambda: 42.0)
+        self.recorder = TelemetryRecorder(watched.tally, watched.steps, RecentRequests(), self, lambda: 42.0)
 
     def export(self, timeline: Timeline, now_s: float) -> None:
         self.exported.append((timeline.request_id, now_s))
@@ -108,7 +117,9 @@ def test_a_closed_request_is_counted_remembered_and_exported() -> None:
     assert recorded.exported == [("one", 42.0)]
 
 
-def test_a_mistake_in_telling_is_logged_with_the_request_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mistake_in_telling_is_logged_with_the_request_and_goes_no_further(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     recorded = Recorded()
     recorded.recorder.closed(timeline("unfinished", finish_reasons=(None,)))
     (record,) = caplog.records

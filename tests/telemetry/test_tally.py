@@ -14,7 +14,11 @@ from pdserve.router.events import Cancel, StreamUnread, Tick, Timeline, WorkerRo
 from ..router.cluster import make_request
 from .support import STATS, Watched, timing
 
-STEPS = (("decode", "decode"), ("prefill", "prefill"), ("decode", "mixed"))  # of which pools, and what they compute
+STEPS = (
+    ("decode", "decode"),
+    ("prefill", "prefill"),
+    ("decode", "mixed"),
+)  # of which pools, and what they compute
 
 
 @pytest.fixture
@@ -22,14 +26,19 @@ def cluster() -> Watched:
     return Watched("prefill-0", "decode-0", config=RouterConfig(prefill_on_decode_factor=None))
 
 
-def serve(cluster: Watched, request_id: str = "r", num_tokens: int = 3, gap_s: float = 0.01, finish: bool = True) -> None:
-    """A request of 20 tokens: 10 ms of queue at its worker, 25 ms of prefill, 5 more until its first token is here."""
+def serve(
+    cluster: Watched, request_id: str = "r", num_tokens: int = 3, gap_s: float = 0.01, finish: bool = True
+) -> None:
+    """A request of 20 tokens: 10 ms of queue at its worker, 25 ms of prefill, 5 more until its first token is
+    here."""
     cluster.submit(make_request(request_id, 20, max_tokens=num_tokens))
     cluster.now_s += 0.04
     cluster.token("prefill-0", 0)
     cluster.now_s += 0.006
     cluster.token("decode-0", 0)  # comes again with the KV
-    cluster.end_leg("prefill-0", Leg.PREFILL, num_cached_tokens=16, queue_s=0.01, compute_s=0.025, stats=STATS)
+    cluster.end_leg(
+        "prefill-0", Leg.PREFILL, num_cached_tokens=16, queue_s=0.01, compute_s=0.025, stats=STATS
+    )
     cluster.now_s -= 0.006
     for index in range(1, num_tokens):
         cluster.now_s += gap_s
@@ -42,15 +51,26 @@ def test_one_request_is_counted_once_in_each_of_its_parts(cluster: Watched) -> N
     serve(cluster)
     values = cluster.values()
     once = (
-        "requests_admitted_total", "dispatches_total", 'request_success_total{finished_reason="length"}',
-        "time_to_first_token_seconds_count", "e2e_request_latency_seconds_count", "request_queue_time_seconds_count",
-        'request_worker_queue_time_seconds_count{pool="prefill"}', 'request_prefill_time_seconds_count{pool="prefill"}',
+        "requests_admitted_total",
+        "dispatches_total",
+        'request_success_total{finished_reason="length"}',
+        "time_to_first_token_seconds_count",
+        "e2e_request_latency_seconds_count",
+        "request_queue_time_seconds_count",
+        'request_worker_queue_time_seconds_count{pool="prefill"}',
+        'request_prefill_time_seconds_count{pool="prefill"}',
         "request_overhead_time_seconds_count",
-        "request_kv_wait_time_seconds_count", "request_decode_time_seconds_count", "kv_transfer_bytes_count",
-        "kv_transfer_seconds_count", "kv_transfer_exposed_seconds_count", "request_time_per_output_token_seconds_count",
-        'prediction_ratio_count{of="ttft"}', 'prediction_ratio_count{of="transfer"}', 'prediction_ratio_count{of="itl"}',
+        "request_kv_wait_time_seconds_count",
+        "request_decode_time_seconds_count",
+        "kv_transfer_bytes_count",
+        "kv_transfer_seconds_count",
+        "kv_transfer_exposed_seconds_count",
+        "request_time_per_output_token_seconds_count",
+        'prediction_ratio_count{of="ttft"}',
+        'prediction_ratio_count{of="transfer"}',
+        'prediction_ratio_count{of="itl"}',
         'slo_requests_total{itl="met",ttft="met"}',
-    )  # fmt: skip
+    )
     assert {name: values.get(name) for name in once} == dict.fromkeys(once, 1.0)
     assert values["prompt_tokens_total"] == values['prefix_cache_queries_total{pool="prefill"}'] == 20
     assert values['prefix_cache_hits_total{pool="prefill"}'] == 16
@@ -63,7 +83,12 @@ def test_the_parts_of_the_time_to_the_first_token_add_up_to_it(cluster: Watched)
     at_worker = '{pool="prefill"}'
     parts = {
         part: values.get(f"request_{part}_time_seconds_sum{labels}", 0.0)
-        for part, labels in (("queue", ""), ("worker_queue", at_worker), ("prefill", at_worker), ("overhead", ""))
+        for part, labels in (
+            ("queue", ""),
+            ("worker_queue", at_worker),
+            ("prefill", at_worker),
+            ("overhead", ""),
+        )
     }
     assert parts == pytest.approx({"queue": 0.0, "worker_queue": 0.01, "prefill": 0.025, "overhead": 0.005})
     assert values["time_to_first_token_seconds_sum"] == pytest.approx(sum(parts.values()))
@@ -132,7 +157,9 @@ def test_a_request_that_misses_its_deadline_misses_both_objectives(cluster: Watc
         cluster.end_leg(worker_id, leg, error="aborted")
     values = cluster.values()
     assert values['slo_requests_total{itl="missed",ttft="missed"}'] == 1
-    assert values["requests_expired_total"] == values['request_success_total{finished_reason="deadline"}'] == 1
+    assert (
+        values["requests_expired_total"] == values['request_success_total{finished_reason="deadline"}'] == 1
+    )
     assert "e2e_request_latency_seconds_count" not in values
 
 
@@ -143,7 +170,11 @@ def test_refused_requests_are_counted_and_not_admitted(cluster: Watched) -> None
     with pytest.raises(QueueFull):
         cluster.submit(make_request("refused"))
     values = cluster.values()
-    assert (values["requests_admitted_total"], values["requests_rejected_total"], values["num_requests_queued"]) == (2, 1, 1)
+    assert (
+        values["requests_admitted_total"],
+        values["requests_rejected_total"],
+        values["num_requests_queued"],
+    ) == (2, 1, 1)
 
 
 def test_a_lost_worker_makes_a_retry_and_a_resumed_stream() -> None:
@@ -158,7 +189,11 @@ def test_a_lost_worker_makes_a_retry_and_a_resumed_stream() -> None:
     cluster.token("prefill-0", 2, FinishReason.LENGTH)
     cluster.end_leg("prefill-0", Leg.PREFILL)
     values = cluster.values()
-    assert (values["dispatches_retried_total"], values["streams_resumed_total"], values["dispatches_total"]) == (1, 1, 2)
+    assert (
+        values["dispatches_retried_total"],
+        values["streams_resumed_total"],
+        values["dispatches_total"],
+    ) == (1, 1, 2)
     (timeline,) = cluster.timelines
     assert [dispatch.failure for dispatch in timeline.dispatches] == [f"{decoder}: killed", None]
     assert [dispatch.num_steps for dispatch in timeline.dispatches] == [2, 1]
@@ -172,7 +207,10 @@ def test_steps_are_timed_by_pool_and_phase_and_measured_against_their_prediction
     assert values['step_duration_seconds_sum{phase="prefill",pool="prefill"}'] == pytest.approx(0.03)
     assert values['step_duration_seconds_sum{phase="decode",pool="decode"}'] == pytest.approx(0.01)
     assert values['step_duration_seconds_sum{phase="mixed",pool="decode"}'] == pytest.approx(0.02)
-    assert {values[f'prediction_ratio_count{{of="{phase}_step"}}'] for phase in ("prefill", "decode")} == {2, 1}
+    assert {values[f'prediction_ratio_count{{of="{phase}_step"}}'] for phase in ("prefill", "decode")} == {
+        2,
+        1,
+    }
 
 
 def test_arithmetic_and_traffic_are_counted_from_the_shapes_of_steps(cluster: Watched) -> None:

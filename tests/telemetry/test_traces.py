@@ -8,7 +8,10 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as collector_pb, trace_service_pb2_grpc as collector_rpc
+from opentelemetry.proto.collector.trace.v1 import (
+    trace_service_pb2 as collector_pb,
+    trace_service_pb2_grpc as collector_rpc,
+)
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -33,7 +36,10 @@ def served(traceparent: str = "", *, is_lost: bool = False) -> Timeline:
     cluster.now_s = 100.0
     request = make_request(max_tokens=3)
     cluster.submit(
-        type(request)(**{name: getattr(request, name) for name in request.__struct_fields__} | {"traceparent": traceparent})
+        type(request)(
+            **{name: getattr(request, name) for name in request.__struct_fields__}
+            | {"traceparent": traceparent}
+        )
     )
     cluster.now_s = 100.04
     cluster.token("prefill-0", 0)
@@ -61,7 +67,9 @@ def exported() -> Iterator[tuple[TraceExporter, InMemorySpanExporter]]:
     exporter.close()
 
 
-def export(exported: tuple[TraceExporter, InMemorySpanExporter], timeline: Timeline) -> dict[str, ReadableSpan]:
+def export(
+    exported: tuple[TraceExporter, InMemorySpanExporter], timeline: Timeline
+) -> dict[str, ReadableSpan]:
     exporter, memory = exported
     exporter.export(timeline, timeline.ended_s)
     exporter.close()
@@ -80,7 +88,10 @@ def test_each_leg_is_a_span_with_its_worker_its_tokens_and_its_time() -> None:
     assert spans["prefill"].attributes["pdserve.worker"] == "prefill-0"
     assert spans["prefill"].attributes["pdserve.num_cached_tokens"] == 16
     assert spans["transfer"].attributes["pdserve.num_bytes"] == STATS.num_bytes
-    assert (spans["decode"].attributes["pdserve.worker"], spans["decode"].attributes["pdserve.num_tokens"]) == ("decode-0", 3)
+    assert (
+        spans["decode"].attributes["pdserve.worker"],
+        spans["decode"].attributes["pdserve.num_tokens"],
+    ) == ("decode-0", 3)
 
 
 def test_a_failed_attempt_has_spans_of_its_own_that_say_why() -> None:
@@ -128,14 +139,18 @@ def test_spans_lie_in_wall_clock_time(exported: tuple[TraceExporter, InMemorySpa
     assert request.end_time - request.start_time == pytest.approx(60e6, abs=1e3)
 
 
-def test_a_request_without_a_parent_has_a_trace_of_its_own(exported: tuple[TraceExporter, InMemorySpanExporter]) -> None:
+def test_a_request_without_a_parent_has_a_trace_of_its_own(
+    exported: tuple[TraceExporter, InMemorySpanExporter],
+) -> None:
     root = export(exported, served())["request"]
     assert root.parent is None
     assert root.attributes is not None
     assert root.attributes["gen_ai.usage.output_tokens"] == 3
 
 
-def test_what_the_client_does_not_sample_is_not_exported(exported: tuple[TraceExporter, InMemorySpanExporter]) -> None:
+def test_what_the_client_does_not_sample_is_not_exported(
+    exported: tuple[TraceExporter, InMemorySpanExporter],
+) -> None:
     assert export(exported, served(f"00-{TRACE}-{SPAN}-00")) == {}
     assert exported[0].num_spans == 0
 
@@ -170,7 +185,9 @@ def test_spans_reach_a_collector_over_otlp() -> None:
     assert {span.trace_id.hex() for scope in resource.scope_spans for span in scope.spans} == {TRACE}
 
 
-def test_a_collector_that_is_not_there_costs_no_more_than_the_oldest_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collector_that_is_not_there_costs_no_more_than_the_oldest_spans(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "64")

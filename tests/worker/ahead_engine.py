@@ -1,5 +1,5 @@
-"""The modelled engine with a queue: a step is computed when it is collected, from what was known when it was launched and from
-the tokens that were drawn before it."""
+"""The modelled engine with a queue: a step is computed when it is collected, from what was known when it was
+launched and from the tokens that were drawn before it."""
 
 from collections import deque
 from collections.abc import Callable
@@ -74,7 +74,9 @@ class AheadEngine(ChainEngine):
 
     def _run(self, row: _Row) -> list[SampledToken]:
         first, end = row.start // self.block_size, -(-(row.start + len(row.token_ids)) // self.block_size)
-        assert row.sequence.block_ids[first:end] == row.block_ids[first:end], f"{row.sequence} has given its blocks away"
+        assert row.sequence.block_ids[first:end] == row.block_ids[first:end], (
+            f"{row.sequence} has given its blocks away"
+        )
         state = self.read(row.block_ids, row.start - 1) if row.start else 0
         for position, token_id in enumerate(row.token_ids, row.start):
             state = chain(state, self.drawn[row.sequence] if token_id is None else token_id)

@@ -1,5 +1,6 @@
-"""A model whose next token is a pure function of the KV really present in a sequence's blocks: wrong, stale or foreign
-blocks show up as wrong tokens. Stands in for the engine where scheduling and transfers are under test."""
+"""A model whose next token is a pure function of the KV really present in a sequence's blocks: wrong, stale
+or foreign blocks show up as wrong tokens. Stands in for the engine where scheduling and transfers are under
+test."""
 
 import random
 from collections.abc import Callable, Sequence as Seq
@@ -10,7 +11,7 @@ from typing import Any
 from pdserve.core.failures import FailureKind
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
-from pdserve.engine.batch import Batch, Computed, Launched, SampledToken
+from pdserve.engine.batch import Batch, CompletedStep, Launched, SampledToken
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.kv_manager import KVManager
 from pdserve.engine.token_masks import TokenMasks
@@ -79,9 +80,12 @@ class ChainEngine:
             on_layer(0)
         if before_sampling is not None:
             before_sampling()
-        return Computed(
+        return CompletedStep(
             [
-                [SampledToken(next_token(state, choice, chunk.sequence.num_output_tokens)) for choice in chunk.choices]
+                [
+                    SampledToken(next_token(state, choice, chunk.sequence.num_output_tokens))
+                    for choice in chunk.choices
+                ]
                 if chunk.sequence.may_sample
                 else []
                 for chunk, state in zip(batch.chunks, states, strict=True)
@@ -130,15 +134,24 @@ class Wire:
 
     # SendPort
 
-    def send(self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int) -> None:
+    def send(
+        self, transfer: TransferId, target: TransferAddress, block_ids: Seq[int], num_tokens: int
+    ) -> None:
         assert target == self.address
-        self._sends[transfer] = {"blocks": tuple(block_ids), "ready": set(), "num": num_tokens, "payload": None}
+        self._sends[transfer] = {
+            "blocks": tuple(block_ids),
+            "ready": set(),
+            "num": num_tokens,
+            "payload": None,
+        }
 
     def extend(self, transfer: TransferId, block_ids: Seq[int]) -> None:
         if self._sends.get(transfer) is not None:
             self._sends[transfer]["blocks"] += tuple(block_ids)
 
-    def computed(self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int) -> None:
+    def computed(
+        self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int
+    ) -> None:
         if self._sends.get(transfer) is not None:
             self._sends[transfer]["ready"] |= set(range(token_start, token_end))
 
@@ -152,7 +165,12 @@ class Wire:
     # ReceivePort
 
     def expect(
-        self, transfer: TransferId, source: tuple[str, int], block_ids: Seq[int], num_tokens: int, num_cached_tokens: int
+        self,
+        transfer: TransferId,
+        source: tuple[str, int],
+        block_ids: Seq[int],
+        num_tokens: int,
+        num_cached_tokens: int,
     ) -> None:
         self._expects[transfer] = (tuple(block_ids), num_tokens, num_cached_tokens)
 

@@ -1,10 +1,11 @@
-"""With a runner that runs ahead, the decode role launches the next step before it knows the tokens of the one under way."""
+"""With a runner that runs ahead, the decode role launches the next step before it knows the tokens of the one
+under way."""
 
 import pytest
 
 from pdserve.core.messages import Serve
 from pdserve.core.request import FinishReason
-from pdserve.engine.batch import Batch, Computed
+from pdserve.engine.batch import Batch, CompletedStep
 
 from .ahead_engine import AheadEngine
 from .chain_model import expected_tokens, spec
@@ -38,7 +39,9 @@ def test_the_next_step_is_launched_before_the_tokens_of_the_one_under_way_are_kn
     pair.check_at_rest()
 
 
-def test_a_stream_that_ends_by_a_token_has_one_row_in_vain_and_keeps_its_blocks_until_that_is_computed() -> None:
+def test_a_stream_that_ends_by_a_token_has_one_row_in_vain_and_keeps_its_blocks_until_that_is_computed() -> (
+    None
+):
     eos = expected_tokens(range(4), 0, 3)[2]
     pair, request = ahead_pair(), spec("a", range(4), 20, eos=eos)
     pair.decode.serve(Serve(spec=request))
@@ -145,7 +148,7 @@ def test_a_step_that_was_done_when_it_was_launched_is_collected_at_once() -> Non
     for told in range(1, 4):
         assert pair.decode.step() and len(pair.d_box.outputs) == told
     assert not pair.decode.step()
-    assert isinstance(pair.d.launch(Batch(())), Computed)
+    assert isinstance(pair.d.launch(Batch(())), CompletedStep)
 
 
 def test_nothing_runs_ahead_of_a_request_with_more_choices_than_a_batch_has_rows() -> None:
@@ -154,7 +157,9 @@ def test_nothing_runs_ahead_of_a_request_with_more_choices_than_a_batch_has_rows
     pair.decode.serve(Serve(spec=request))
     while pair.decode.step():
         assert len(engine_of(pair).queue) == 0 or pair.decode.scheduler.num_running <= 8
-    assert [pair.tokens(request, choice) for choice in range(12)] == [expected_tokens(range(4), c, 5) for c in range(12)]
+    assert [pair.tokens(request, choice) for choice in range(12)] == [
+        expected_tokens(range(4), c, 5) for c in range(12)
+    ]
     pair.check_at_rest()
 
 

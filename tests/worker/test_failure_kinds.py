@@ -6,7 +6,9 @@ from pdserve.core.request import TransferId
 
 
 def ended(kind: FailureKind | None) -> LegEnded:
-    return LegEnded(worker_id="decode-0", incarnation=1, transfer=TransferId("r", 0), leg=Leg.DECODE, error="x", kind=kind)
+    return LegEnded(
+        worker_id="decode-0", incarnation=1, transfer=TransferId("r", 0), leg=Leg.DECODE, error="x", kind=kind
+    )
 
 
 def test_only_a_failure_of_kind_invalid_blames_the_request() -> None:

@@ -1,4 +1,5 @@
-"""Who gets the tokens of a prefill step: long prompts and short ones hold each other up by a bounded amount only."""
+"""Who gets the tokens of a prefill step: long prompts and short ones hold each other up by a bounded amount
+only."""
 
 from hypothesis import given, settings, strategies as st
 

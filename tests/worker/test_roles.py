@@ -1,4 +1,5 @@
-"""The two roles over a modelled engine and wire: every stream carries exactly the tokens its KV stands for."""
+"""The two roles over a modelled engine and wire: every stream carries exactly the tokens its KV stands
+for."""
 
 import random
 from collections.abc import Callable, Sequence as Seq
@@ -78,7 +79,8 @@ class Pair:
         raise AssertionError("the workers never came to rest")
 
     def tokens(self, spec: SequenceSpec, choice: int = 0) -> list[int]:
-        """The choice's tokens by index; each worker must have emitted each index once, and both the same first token."""
+        """The choice's tokens by index; each worker must have emitted each index once, and both the same
+        first token."""
         ours = [
             [output for output in box.outputs if output.transfer == spec.transfer and output.choice == choice]
             for box in (self.p_box, self.d_box)
@@ -93,7 +95,9 @@ class Pair:
 
     def check_at_rest(self) -> None:
         assert self.prefill.num_legs == self.decode.num_legs == 0
-        assert not self.p_port.num_tokens and not self.d_port.num_tokens, "outputs that the grammar process still follows"
+        assert not self.p_port.num_tokens and not self.d_port.num_tokens, (
+            "outputs that the grammar process still follows"
+        )
         for engine in (self.p, self.d):
             engine.pool.check_integrity()
             assert engine.pool.num_free_blocks == engine.num_blocks

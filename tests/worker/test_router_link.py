@@ -21,9 +21,13 @@ from ..handshakes import greeted, read
 WAIT_S = 60.0  # far more than anything here takes
 
 
-def test_a_router_that_reads_no_more_is_lost_also_while_a_sender_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_reads_no_more_is_lost_also_while_a_sender_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(router_session, "DEAD_AFTER_S", 0.2)
-    monkeypatch.setattr(worker_link, "HEARTBEAT_S", WAIT_S)  # the heartbeat's thread waits behind the sender: it cannot tell
+    monkeypatch.setattr(
+        worker_link, "HEARTBEAT_S", WAIT_S
+    )  # the heartbeat's thread waits behind the sender: it cannot tell
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as door:
         hello = Hello(worker_id="decode-0", incarnation=1)
@@ -135,4 +139,10 @@ def test_a_router_that_does_not_know_the_token_is_told_nothing() -> None:
 def test_a_router_that_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_link, "MAX_WAIT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
-        RouterLink(silent.getsockname(), "secret", Hello(worker_id="d", incarnation=1), lambda _: None, lambda _: None)
+        RouterLink(
+            silent.getsockname(),
+            "secret",
+            Hello(worker_id="d", incarnation=1),
+            lambda _: None,
+            lambda _: None,
+        )

@@ -1,4 +1,5 @@
-"""Sequences that follow a grammar wait for their masks, hold nobody up, and end when a mask is not to be had."""
+"""Sequences that follow a grammar wait for their masks, hold nobody up, and end when a mask is not to be
+had."""
 
 import msgspec
 import pytest
@@ -17,7 +18,10 @@ def constrained(name: str, length: int, max_tokens: int = 6, *, n: int = 1) -> S
 
 def fail_masks(pair: Pair, kind: FailureKind) -> None:
     """What the worker does when the grammar process gives an output up."""
-    for port, masks, role in ((pair.p_port, pair.p_masks, pair.prefill), (pair.d_port, pair.d_masks, pair.decode)):
+    for port, masks, role in (
+        (pair.p_port, pair.p_masks, pair.prefill),
+        (pair.d_port, pair.d_masks, pair.decode),
+    ):
         for key in port.due:
             transfer = masks.given_up(key)
             if transfer is not None:
@@ -86,7 +90,9 @@ def test_each_choice_follows_the_grammar_by_itself(n: int) -> None:
 @pytest.mark.parametrize("kind", [FailureKind.LOST, FailureKind.INVALID])
 @pytest.mark.parametrize("ticks", range(10))
 @pytest.mark.parametrize("both", [False, True])
-def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(ticks: int, kind: FailureKind, both: bool) -> None:
+def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(
+    ticks: int, kind: FailureKind, both: bool
+) -> None:
     pair, request = Pair(seed=ticks), constrained("a", 10, 30, n=2)
     if both:
         pair.decode.serve(Serve(spec=request))
@@ -113,7 +119,9 @@ def is_no_mask(leg: LegEnded) -> bool:
 def test_an_output_that_its_grammar_ends_ends_before_min_tokens() -> None:
     eos = expected_tokens(range(10), 0, 3)[2]
     request = spec("a", range(10), 30, grammar="g", eos=eos)
-    request = msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, min_tokens=20))
+    request = msgspec.structs.replace(
+        request, sampling=msgspec.structs.replace(request.sampling, min_tokens=20)
+    )
     pair = Pair()
     pair.submit(request)
     pair.run()

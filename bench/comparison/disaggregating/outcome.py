@@ -13,8 +13,9 @@ from pdserve.loadgen.slo import Slo
 from pdserve.loadgen.statistics import Summary
 
 _HEAD = (
-    f"{'case':<14} {'rate/s':>6}  {'way':<12} {'goodput/s':>9} {'good':>5} {'req/s':>6} {'out tok/s':>9}"
-    f"  {'TTFT p50':>8} {'p90':>6} {'p99':>6}  {'TPOT p50':>8} {'p90':>5}  {'ITL p50':>7} {'p99':>5} {'failed':>6}"
+    f"{'case':<14} {'rate/s':>6}  {'way':<12} {'goodput/s':>9} {'good':>5} {'req/s':>6} {'out tok/s':>9} "
+    f" {'TTFT p50':>8} {'p90':>6} {'p99':>6}  {'TPOT p50':>8} {'p90':>5}  {'ITL p50':>7} {'p99':>5}"
+    f" {'failed':>6}"
 )
 _RATIOS = ("goodput_per_s", "ttft_ms.p50", "ttft_ms.p90", "tpot_ms.p50", "itl_ms.p99", "e2e_ms.p50")
 
@@ -40,8 +41,15 @@ def table(points: Sequence[Point]) -> Iterator[str]:
     yield f"{'case':<14} {'rate/s':>6}  " + " ".join(f"{name:>22}" for name in _RATIOS)
     for point in points:
         ratios = {ratio.figure: ratio for ratio in point.ratios}
-        yield f"{point.case:<14} {point.rate:>6g}  " + " ".join(f"{_ratio(ratios.get(name)):>22}" for name in _RATIOS)
-    warnings = {warning for point in points for report in point.reports.values() for warning in report.generator.warnings}
+        yield f"{point.case:<14} {point.rate:>6g}  " + " ".join(
+            f"{_ratio(ratios.get(name)):>22}" for name in _RATIOS
+        )
+    warnings = {
+        warning
+        for point in points
+        for report in point.reports.values()
+        for warning in report.generator.warnings
+    }
     cached = sum(report.num_cached_tokens or 0 for point in points for report in point.reports.values())
     prompts = sum(report.num_input_tokens for point in points for report in point.reports.values())
     if cached > 0.001 * prompts:
@@ -52,10 +60,10 @@ def table(points: Sequence[Point]) -> Iterator[str]:
 def _row(point: Point, way: str, report: Report) -> str:
     ttft, tpot, itl = report.ttft_ms, report.tpot_ms, report.itl_ms
     return (
-        f"{point.case:<14} {point.rate:>6g}  {way:<12} {report.goodput_per_s:>9.2f} {report.good_share:>5.0%} "
-        f"{report.requests_per_s:>6.2f} {report.output_tokens_per_s:>9.1f}  "
-        f"{_of(ttft, 'p50'):>8} {_of(ttft, 'p90'):>6} {_of(ttft, 'p99'):>6}  {_of(tpot, 'p50'):>8} {_of(tpot, 'p90'):>5}  "
-        f"{_of(itl, 'p50'):>7} {_of(itl, 'p99'):>5} {report.num_requests - report.num_ok:>6}"
+        f"{point.case:<14} {point.rate:>6g}  {way:<12} {report.goodput_per_s:>9.2f} {report.good_share:>5.0%}"
+        f" {report.requests_per_s:>6.2f} {report.output_tokens_per_s:>9.1f}  {_of(ttft, 'p50'):>8}"
+        f" {_of(ttft, 'p90'):>6} {_of(ttft, 'p99'):>6}  {_of(tpot, 'p50'):>8} {_of(tpot, 'p90'):>5} "
+        f" {_of(itl, 'p50'):>7} {_of(itl, 'p99'):>5} {report.num_requests - report.num_ok:>6}"
     )
 
 
@@ -84,12 +92,16 @@ def draw(points: Sequence[Point], slo: Slo, path: Path) -> None:
             for color, way in enumerate(group[0].reports):
                 for statistic, style in zip(statistics, ("-", "--"), strict=True):
                     summaries = [getattr(point.reports[way], field) for point in group]
-                    values = [None if summary is None else getattr(summary, statistic) for summary in summaries]
+                    values = [
+                        None if summary is None else getattr(summary, statistic) for summary in summaries
+                    ]
                     rates = [point.rate for point in group]
                     axes.plot(rates, values, style, marker="o", color=f"C{color}", label=f"{way} {statistic}")
             if limit is not None:
                 axes.axhline(limit, color="grey", linestyle=":", label="SLO")
-            axes.set(title=f"{name}: {field[:-3].upper()}", xlabel="offered requests/s", ylabel="ms", yscale="log")
+            axes.set(
+                title=f"{name}: {field[:-3].upper()}", xlabel="offered requests/s", ylabel="ms", yscale="log"
+            )
             axes.grid(alpha=0.3)
             axes.legend(fontsize="x-small", framealpha=0.4)
         _draw_goodput(row[3], name, group)

@@ -1,8 +1,8 @@
 """Each load generator: its command for a load, and its figures from the file that it writes.
 
-GuideLLM and aiperf run as they were installed, each from an environment of its own. All three are asked for streamed
-`/v1/completions` at temperature 0, outputs as long as they were asked for, and the server's count of tokens.
-"""
+GuideLLM and aiperf run as they were installed, each from an environment of its own. All three are asked for
+streamed `/v1/completions` at temperature 0, outputs as long as they were asked for, and the server's count of
+tokens."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from pdserve.embedded import MODEL_DIR
 
 Figures = dict[str, float]  # requests/s, ..., "TTFT p50", ...; latencies in ms
 NUM_WARM_UP = 4  # requests that do not count; not of aiperf, which would send their prompts again
-# a token without text is a token here and in vLLM's benchmark, but is not seen by the two others: special ones do not come
+# a token without text is a token here and in vLLM's benchmark, but is not seen by the two others: special
+# ones do not come
 EXTRA = {"temperature": 0, "logit_bias": {f"{token_id}": -100 for token_id in range(5)}}
 STATISTICS = ("mean", "p50", "p90", "p99")
 
@@ -62,7 +63,9 @@ def take_turn(tool: Tool, load: Load, seed: int, folder: Path) -> Figures:
     with _off_the_first_core():
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{tool.name} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{tool.name} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
     return tool.figures(folder)
 
 
@@ -84,7 +87,11 @@ class Pdserve:
     name: str = "pdserve"
 
     def command(self, load: Load, seed: int, folder: Path) -> Sequence[str]:
-        way = {"--rate": f"{load.rate}", "--arrivals": "constant"} if load.rate else {"--concurrency": f"{load.concurrency}"}
+        way = (
+            {"--rate": f"{load.rate}", "--arrivals": "constant"}
+            if load.rate
+            else {"--concurrency": f"{load.concurrency}"}
+        )
         options = {
             **way,
             "--requests": f"{load.num_requests}",
@@ -123,7 +130,9 @@ class GuideLlm:
     name: str = "GuideLLM"
 
     def command(self, load: Load, seed: int, folder: Path) -> Sequence[str]:
-        way = f"kind=constant,rate={load.rate}" if load.rate else f"kind=concurrent,streams={load.concurrency}"
+        way = (
+            f"kind=constant,rate={load.rate}" if load.rate else f"kind=concurrent,streams={load.concurrency}"
+        )
         backend = {
             "kind": "openai_http",
             "target": load.url,
@@ -142,7 +151,12 @@ class GuideLlm:
             "--seed": f"kind=static,value={seed}",
             "--output": f"kind=json,path={folder / 'guidellm.json'}",
         }
-        return [str(self.environment_folder / "bin" / "guidellm"), "run", *_words(options), "--disable-console"]
+        return [
+            str(self.environment_folder / "bin" / "guidellm"),
+            "run",
+            *_words(options),
+            "--disable-console",
+        ]
 
     def environment(self) -> Mapping[str, str]:
         return _clean_environment() | {"HF_HUB_OFFLINE": "1"}
@@ -169,8 +183,8 @@ class GuideLlm:
 
 @dataclass(frozen=True)
 class AiPerf:
-    """It loads the tokenizer's folder without a network only while HF_HUB_OFFLINE is unset. Its inter token latency is TPOT
-    here, its inter chunk latency ITL."""
+    """It loads the tokenizer's folder without a network only while HF_HUB_OFFLINE is unset. Its inter token
+    latency is TPOT here, its inter chunk latency ITL."""
 
     environment_folder: Path
     name: str = "aiperf"

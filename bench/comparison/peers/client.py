@@ -1,8 +1,9 @@
-"""The benchmark's end of a peer: a process kept alive with its model loaded, asked for one case after another.
+"""The benchmark's end of a peer: a process kept alive with its model loaded, asked for one case after
+another.
 
-All peers can be alive at once, so that a runner can take turns between them and a busy machine is busy for everyone. A peer
-is stopped (SIGSTOP) while it is not its turn: some keep polling when they have nothing to do.
-"""
+All peers can be alive at once, so that a runner can take turns between them and a busy machine is busy for
+everyone. A peer is stopped (SIGSTOP) while it is not its turn: some keep polling when they have nothing to
+do."""
 
 import json
 import signal
@@ -49,7 +50,8 @@ class Peer:
         self._name = f"{spec.module} ({shape}, {dtype})"
         options = ["--checkpoint", str(checkpoint.resolve()), "--shape", shape, "--dtype", dtype]
         counts = ["--threads", str(num_threads), "--repeats", str(num_repeats)]
-        # Started in the folder of the package `peers`, not in the repository's: there the rooms' names would hide installed packages.
+        # Started in the folder of the package `peers`, not in the repository's: there the rooms' names would
+        # hide installed packages.
         self._process = subprocess.Popen(
             [spec.python, "-m", spec.module, *options, *counts],
             cwd=_FOLDER,
@@ -82,7 +84,9 @@ class Peer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """The end of its input ends a peer; one that is in the middle of a case is killed."""
         self._process.send_signal(signal.SIGCONT)
         try:

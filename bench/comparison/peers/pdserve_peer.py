@@ -19,7 +19,8 @@ NUM_TOKENS = 16_384
 
 
 class ColocatedWorker:
-    """A decode worker that serves both phases; every prompt carries a salt of its own, so that none is cached."""
+    """A decode worker that serves both phases; every prompt carries a salt of its own, so that none is
+    cached."""
 
     def __init__(self, engine: "Engine", *, max_batch_size: int = 64, max_batch_tokens: int = 4096) -> None:
         from pdserve.decode_worker.worker import DecodeWorker

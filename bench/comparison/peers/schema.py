@@ -1,4 +1,5 @@
-"""What the benchmark measures and how a measurement is written down; shared by every engine and by every interpreter.
+"""What the benchmark measures and how a measurement is written down; shared by every engine and by every
+interpreter.
 
 Standard library only: peers run in environments that have none of our dependencies.
 """
@@ -11,7 +12,8 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table: `batch_size` prompts of `num_prompt_tokens`, each continued by `num_new_tokens`."""
+    """One row of the table: `batch_size` prompts of `num_prompt_tokens`, each continued by
+    `num_new_tokens`."""
 
     name: str
     phase: Literal["prefill", "decode"]
@@ -63,7 +65,8 @@ class CellResult:
 
 
 def pool_repeats(results: Iterable[CellResult]) -> list[CellResult]:
-    """One result per (engine, variant, threads, cell), holding all its repeats: for rounds that were interleaved."""
+    """One result per (engine, variant, threads, cell), holding all its repeats: for rounds that were
+    interleaved."""
     pooled: dict[CellResult, tuple[float, ...]] = {}
     for result in results:
         key = replace(result, repeats_tokens_per_s=())

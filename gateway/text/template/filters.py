@@ -1,7 +1,8 @@
-"""The filters that templates have: jinja2's where those make nothing large, and others in their place that count first.
+"""The filters that templates have: jinja2's where those make nothing large, and others in their place that
+count first.
 
-The rest of jinja2's are there by name, and refused when one is reached: a model that needs none of its chats can be served.
-"""
+The rest of jinja2's are there by name, and refused when one is reached: a model that needs none of its chats
+can be served."""
 
 import json
 import re
@@ -44,15 +45,25 @@ def slice_of(value: Any, start: Any, stop: Any, step: Any) -> Any:
     return value[which]
 
 
-def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     """As transformers has it."""
     weight, width = account().weight(value), 0
     if indent is not None:
         width = len(indent) if isinstance(indent, str) else int(indent)
     if width > MAX_INDENT or (separators is not None and max(map(len, separators)) > MAX_INDENT):
         raise TemplateBound(f"JSON indented by at most {MAX_INDENT} in the chat template")
-    account().charge(weight.num_bytes + weight.num_bytes // NODE_BYTES * (MAX_INDENT + width * weight.num_levels))
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    account().charge(
+        weight.num_bytes + weight.num_bytes // NODE_BYTES * (MAX_INDENT + width * weight.num_levels)
+    )
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
     if indent is None:
         return encoder.encode(value)  # in C, unlike the other
     return "".join(account().each(encoder.iterencode(value)))
@@ -76,7 +87,9 @@ def _title(value: Any) -> str:
 
 
 def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
-    return replaced(account().text(value), account().text(old), account().text(new), -1 if count is None else count)
+    return replaced(
+        account().text(value), account().text(old), account().text(new), -1 if count is None else count
+    )
 
 
 def _escape(value: Any) -> str:
@@ -99,7 +112,9 @@ def _format(value: Any, *arguments: Any, **named: Any) -> str:
 
 
 @pass_environment
-def _join(environment: Environment, values: Iterable[Any], d: Any = "", attribute: str | int | None = None) -> str:
+def _join(
+    environment: Environment, values: Iterable[Any], d: Any = "", attribute: str | int | None = None
+) -> str:
     if attribute is not None:
         values = map(make_attrgetter(environment, attribute), values)
     return joined(account().text(d), map(account().text, values))
@@ -114,7 +129,9 @@ def _reverse(values: Any) -> Any:
 
 
 @pass_environment
-def _sum(environment: Environment, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
+def _sum(
+    environment: Environment, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0
+) -> Any:
     if attribute is not None:
         values = map(make_attrgetter(environment, attribute), values)
     total = start
@@ -174,7 +191,10 @@ FILTERS: dict[str, Filter] = {
     **{name: _refused(name) for name in JINJA},
     **{name: JINJA[name] for name in _HARMLESS},
     **{name: _text_filter(name) for name in ("capitalize", "lower", "upper")},
-    **{name: _over_each(name) for name in ("map", "max", "min", "reject", "rejectattr", "select", "selectattr", "unique")},
+    **{
+        name: _over_each(name)
+        for name in ("map", "max", "min", "reject", "rejectattr", "select", "selectattr", "unique")
+    },
     "dictsort": _dictsort,
     "e": _escape,
     "escape": _escape,
@@ -185,7 +205,9 @@ FILTERS: dict[str, Filter] = {
     "replace": _replace,
     "reverse": _reverse,
     "round": _round,
-    "safe": lambda value: account().text(value),  # nothing is escaped unless asked for, so nothing needs a mark
+    "safe": lambda value: account().text(
+        value
+    ),  # nothing is escaped unless asked for, so nothing needs a mark
     "sort": _sort,
     "string": lambda value: account().text(value),
     "sum": _sum,

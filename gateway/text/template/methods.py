@@ -1,4 +1,5 @@
-"""The methods of texts and containers that templates may call. Others are refused: nothing is known of what they cost."""
+"""The methods of texts and containers that templates may call. Others are refused: nothing is known of what
+they cost."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -131,9 +132,19 @@ def formatted(text: str, *arguments: Any, **named: Any) -> str:
 
 
 _TESTS = (
-    "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace",
-    "istitle", "isupper",
-)  # fmt: skip
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "isidentifier",
+    "islower",
+    "isnumeric",
+    "isprintable",
+    "isspace",
+    "istitle",
+    "isupper",
+)
 _PLAIN: dict[type, tuple[str, ...]] = {
     str: ("count", "endswith", "find", "index", "startswith", *_TESTS),
     list: ("count", "index"),
@@ -142,7 +153,10 @@ _PLAIN: dict[type, tuple[str, ...]] = {
 }
 METHODS: dict[tuple[type, str], Method] = {
     **{(kind, name): _plain(name) for kind, names in _PLAIN.items() for name in names},
-    **{(str, name): _cased(name) for name in ("capitalize", "casefold", "lower", "swapcase", "title", "upper")},
+    **{
+        (str, name): _cased(name)
+        for name in ("capitalize", "casefold", "lower", "swapcase", "title", "upper")
+    },
     **{(str, name): _padded(name) for name in ("center", "ljust", "rjust", "zfill")},
     **{(str, name): _without(name) for name in ("removeprefix", "removesuffix")},
     **{(str, name): _backwards(name) for name in ("rfind", "rindex")},

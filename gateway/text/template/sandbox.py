@@ -1,8 +1,8 @@
 """jinja2's sandbox, with each operation of a template going through something that knows a bound on it.
 
-Templates are rewritten before they are compiled: what jinja2 leaves to Python (literals, slices, comparisons, loops) becomes a
-call, too. A kind of expression or statement that is not known here is refused, and so is a call of anything not named here.
-"""
+Templates are rewritten before they are compiled: what jinja2 leaves to Python (literals, slices, comparisons,
+loops) becomes a call, too. A kind of expression or statement that is not known here is refused, and so is a
+call of anything not named here."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -29,15 +29,54 @@ MAX_BITS = 4096
 MAX_DATE_CHARS = 256
 
 _STATEMENTS = (
-    nodes.Template, nodes.Output, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Block,
-    nodes.ExprStmt, nodes.Assign, nodes.AssignBlock, nodes.Continue, nodes.Break,
-)  # fmt: skip
+    nodes.Template,
+    nodes.Output,
+    nodes.For,
+    nodes.If,
+    nodes.Macro,
+    nodes.CallBlock,
+    nodes.FilterBlock,
+    nodes.With,
+    nodes.Block,
+    nodes.ExprStmt,
+    nodes.Assign,
+    nodes.AssignBlock,
+    nodes.Continue,
+    nodes.Break,
+)
 _EXPRESSIONS = (
-    nodes.Name, nodes.NSRef, nodes.Const, nodes.TemplateData, nodes.Tuple, nodes.List, nodes.Dict, nodes.Pair, nodes.Keyword,
-    nodes.CondExpr, nodes.Filter, nodes.Test, nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice, nodes.Concat,
-    nodes.Compare, nodes.Operand, nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Add, nodes.Sub, nodes.Mod, nodes.Pow, nodes.And,
-    nodes.Or, nodes.Not, nodes.Neg, nodes.Pos,
-)  # fmt: skip
+    nodes.Name,
+    nodes.NSRef,
+    nodes.Const,
+    nodes.TemplateData,
+    nodes.Tuple,
+    nodes.List,
+    nodes.Dict,
+    nodes.Pair,
+    nodes.Keyword,
+    nodes.CondExpr,
+    nodes.Filter,
+    nodes.Test,
+    nodes.Call,
+    nodes.Getitem,
+    nodes.Getattr,
+    nodes.Slice,
+    nodes.Concat,
+    nodes.Compare,
+    nodes.Operand,
+    nodes.Mul,
+    nodes.Div,
+    nodes.FloorDiv,
+    nodes.Add,
+    nodes.Sub,
+    nodes.Mod,
+    nodes.Pow,
+    nodes.And,
+    nodes.Or,
+    nodes.Not,
+    nodes.Neg,
+    nodes.Pos,
+)
 _KNOWN = frozenset((*_STATEMENTS, *_EXPRESSIONS))
 
 
@@ -82,7 +121,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         called = __self._allowed(__obj)
         if isinstance(called, Macro):
             account().built(args)
-            account().built({name: value for name, value in kwargs.items() if not name.startswith("_")})  # not jinja2's
+            account().built(
+                {name: value for name, value in kwargs.items() if not name.startswith("_")}
+            )  # not jinja2's
         account().tick()
         return super().call(__context, called, *args, **kwargs)
 
@@ -91,7 +132,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if operator == "**" and isinstance(right, int | float) and right > MAX_EXPONENT:
             raise TemplateBound(f"exponents of at most {MAX_EXPONENT} in the chat template")
         if isinstance(left, int) and isinstance(right, int):
-            num_bits = left.bit_length() * max(1, right) if operator == "**" else left.bit_length() + right.bit_length()
+            num_bits = (
+                left.bit_length() * max(1, right)
+                if operator == "**"
+                else left.bit_length() + right.bit_length()
+            )
             if num_bits > MAX_BITS:
                 raise TemplateBound(f"numbers of at most {MAX_BITS} bits in the chat template")
         if operator == "%" and isinstance(left, str):
@@ -114,9 +159,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 return partial(method, called.__self__)
         elif isinstance(called, MethodType):
             owner = called.__self__
-            if isinstance(owner, _Counted) or (isinstance(owner, LoopContext) and called.__name__ in ("changed", "cycle")):
+            if isinstance(owner, _Counted) or (
+                isinstance(owner, LoopContext) and called.__name__ in ("changed", "cycle")
+            ):
                 return called
-        elif isinstance(called, Macro | LoopContext | BlockReference | Undefined) or any(called is f for f in self._functions):
+        elif isinstance(called, Macro | LoopContext | BlockReference | Undefined) or any(
+            called is f for f in self._functions
+        ):
             return called
         name = getattr(called, "__qualname__", type(called).__name__)
         raise SecurityError(f"the chat template may not call {name}")
@@ -197,7 +246,9 @@ def _replaced(node: Any) -> Any:
         case nodes.Concat():
             return _call("concatenation", *node.nodes)
         case nodes.Getitem(arg=nodes.Slice(start=start, stop=stop, step=step)):
-            return _call("slice_of", node.node, *(bound or nodes.Const(None) for bound in (start, stop, step)))
+            return _call(
+                "slice_of", node.node, *(bound or nodes.Const(None) for bound in (start, stop, step))
+            )
         case nodes.Compare() | nodes.Test():
             return nodes.And(_call("tick"), node)
     return node

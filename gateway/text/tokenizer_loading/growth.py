@@ -1,8 +1,9 @@
-"""How much longer a text can become on its way through a tokenizer, told from the tokenizer's parts without running them.
+"""How much longer a text can become on its way through a tokenizer, told from the tokenizer's parts without
+running them.
 
-Lengths are bytes of UTF-8, of tokens where a post-processor counts. Each part turns n into at most factor * n + constant, and
-so does a chain of parts. A part that is not known here is refused: nothing is known of its growth.
-"""
+Lengths are bytes of UTF-8, of tokens where a post-processor counts. Each part turns n into at most factor * n
++ constant, and so does a chain of parts. A part that is not known here is refused: nothing is known of its
+growth."""
 
 import base64
 import binascii
@@ -14,7 +15,9 @@ import msgspec
 from ....core.checkpoint_files import shown
 from ....core.errors import CheckpointError
 
-MAX_TEXT_GROWTH = 512  # by normaliser and pre-tokeniser; 6 is usual, SentencePiece's normalisation has 33 at worst
+MAX_TEXT_GROWTH = (
+    512  # by normaliser and pre-tokeniser; 6 is usual, SentencePiece's normalisation has 33 at worst
+)
 MAX_TOKEN_GROWTH = 2  # by the post-processor
 MAX_DECODED_GROWTH = 8  # by the decoder, of each token; 3 is usual
 MAX_ADDED = 1024  # bytes or tokens, whatever the length
@@ -74,11 +77,14 @@ def check_growth(parts: Parts) -> None:
     if parts.model.max_input_chars_per_word > MAX_WORD_CHARS:
         raise CheckpointError(f"its model's max_input_chars_per_word is above {MAX_WORD_CHARS}")
     if parts.model.dropout:
-        raise CheckpointError(f"its model's dropout is {parts.model.dropout:g}, expected none: a text's tokens would be random")
+        raise CheckpointError(
+            f"its model's dropout is {parts.model.dropout:g}, expected none: a text's tokens would be random"
+        )
 
 
 def check_text_growth(parts: Parts, max_factor: float = MAX_TEXT_GROWTH, max_parts: int = MAX_PARTS) -> None:
-    """Raises CheckpointError where a text can grow beyond the bounds on its way to the model, or has more parts to pass."""
+    """Raises CheckpointError where a text can grow beyond the bounds on its way to the model, or has more
+    parts to pass."""
     text = _Chain("normalizer and pre_tokenizer", max_factor, max_parts)
     text.add(parts.normalizer, _NORMALIZERS)
     text.add(parts.pre_tokenizer, _PRE_TOKENIZERS)
@@ -107,15 +113,22 @@ class _Chain:
         for step in _chain(part, self._max_parts):
             kind = kinds.get(str(step.get("type")))
             if kind is None:
-                raise CheckpointError(f"its {self._name} has a part of type {shown(step.get('type'))}, which is not supported")
+                raise CheckpointError(
+                    f"its {self._name} has a part of type {shown(step.get('type'))}, which is not supported"
+                )
             if any(len(text) > MAX_PATTERN_CHARS for text in _pattern(step).values()):
-                raise CheckpointError(f"its {self._name} has a pattern of more than {MAX_PATTERN_CHARS} characters")
+                raise CheckpointError(
+                    f"its {self._name} has a pattern of more than {MAX_PATTERN_CHARS} characters"
+                )
             factor, constant = kind(step)
             self._factor, self._constant = self._factor * factor, self._constant * factor + constant
-            if self._factor > self._max_factor or self._constant > MAX_ADDED:  # at once, before a product overflows
+            if (
+                self._factor > self._max_factor or self._constant > MAX_ADDED
+            ):  # at once, before a product overflows
                 raise CheckpointError(
-                    f"its {self._name} can make a text {self._factor:.6g} times as long and {self._constant:.6g} longer, "
-                    f"expected at most {self._max_factor:g} times and {MAX_ADDED}"
+                    f"its {self._name} can make a text {self._factor:.6g} times as long and"
+                    f" {self._constant:.6g} longer, expected at most {self._max_factor:g} times and"
+                    f" {MAX_ADDED}"
                 )
 
 
@@ -152,7 +165,8 @@ def _fixed(factor: float, constant: float = 0.0) -> Callable[[Part], Growth]:
 
 
 def _replace(part: Part) -> Growth:
-    """A text is found at most once in its own length; an expression may match nothing, before each byte and at the end."""
+    """A text is found at most once in its own length; an expression may match nothing, before each byte and
+    at the end."""
     pattern, put = _pattern(part), _num_bytes(part["content"])
     if "String" not in pattern:
         return 1.0 + put, put
@@ -162,12 +176,15 @@ def _replace(part: Part) -> Growth:
 
 
 def _replace_decoded(part: Part) -> Growth:
-    """No texts that are tried can show that an expression is never slow, and no known tokenizer decodes with one."""
+    """No texts that are tried can show that an expression is never slow, and no known tokenizer decodes with
+    one."""
     pattern = _pattern(part)
     if "String" not in pattern:
         raise CheckpointError("its decoder replaces an expression (Regex), expected a text (String)")
     if len(pattern["String"]) > MAX_DECODED_PATTERN_CHARS:
-        raise CheckpointError(f"its decoder replaces a text of more than {MAX_DECODED_PATTERN_CHARS} characters")
+        raise CheckpointError(
+            f"its decoder replaces a text of more than {MAX_DECODED_PATTERN_CHARS} characters"
+        )
     return _replace(part)
 
 
@@ -176,7 +193,8 @@ def _prepend(part: Part) -> Growth:
 
 
 def _precompiled(part: Part) -> Growth:
-    """SentencePiece's map: the length of a search tree, the tree, and all replacements, each with NUL behind it."""
+    """SentencePiece's map: the length of a search tree, the tree, and all replacements, each with NUL behind
+    it."""
     try:
         data = base64.b64decode(part.get("precompiled_charsmap") or "")
     except binascii.Error as error:
@@ -200,7 +218,9 @@ def _template(part: Part) -> Growth:
     """A text may be repeated; special tokens stand for as many as they list."""
     named = part.get("special_tokens") or {}
     special = [piece["SpecialToken"]["id"] for piece in part["single"] if "SpecialToken" in piece]
-    return sum("Sequence" in piece for piece in part["single"]), sum(len(named[name]["ids"]) for name in special)
+    return sum("Sequence" in piece for piece in part["single"]), sum(
+        len(named[name]["ids"]) for name in special
+    )
 
 
 def _unless_empty(name: str) -> Callable[[Part], Growth]:
@@ -209,7 +229,9 @@ def _unless_empty(name: str) -> Callable[[Part], Growth]:
 
 
 _NORMALIZERS: dict[str, Callable[[Part], Growth]] = {
-    "BertNormalizer": _fixed(5 / 3 * _NFC * _LOWER),  # spaces around CJK characters, accents apart, lower case
+    "BertNormalizer": _fixed(
+        5 / 3 * _NFC * _LOWER
+    ),  # spaces around CJK characters, accents apart, lower case
     "ByteLevel": _byte_level,
     "Lowercase": _fixed(_LOWER),
     "NFC": _fixed(_NFC),

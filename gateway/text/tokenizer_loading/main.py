@@ -1,7 +1,8 @@
-"""The loading process: `main DIRECTORY LIMITS` writes one `Outcome` and ends, or dies of a limit or of the tokenizer.
+"""The loading process: `main DIRECTORY LIMITS` writes one `Outcome` and ends, or dies of a limit or of the
+tokenizer.
 
-Beside loading it tries the tokenizer out, and compiles its chat templates, as the server will do both in its own process.
-"""
+Beside loading it tries the tokenizer out, and compiles its chat templates, as the server will do both in its
+own process."""
 
 import os
 import signal
@@ -38,7 +39,9 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no outcome
     data = msgspec.json.encode(_outcome(Path(sys.argv[1]), limits))
     if len(data) > MAX_OUTCOME_BYTES:
-        data = msgspec.json.encode(LoadFailure(f"it takes {len(data)} bytes, expected at most {MAX_OUTCOME_BYTES}"))
+        data = msgspec.json.encode(
+            LoadFailure(f"it takes {len(data)} bytes, expected at most {MAX_OUTCOME_BYTES}")
+        )
     with os.fdopen(output, "wb") as stream:
         stream.write(data)
 
@@ -48,13 +51,20 @@ def _outcome(path: Path, limits: Limits) -> Outcome:
         return _load(path, limits)
     except MemoryError:
         os.abort()  # as Rust does when it finds none
-    except BaseException as error:  # of transformers all kinds, of tokenizers also a panic, which is no Exception
+    except (
+        BaseException
+    ) as error:  # of transformers all kinds, of tokenizers also a panic, which is no Exception
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return LoadFailure("".join(shown_text(char) if not char.isprintable() else char for char in reason[:MAX_REASON_CHARS]))
+        return LoadFailure(
+            "".join(
+                shown_text(char) if not char.isprintable() else char for char in reason[:MAX_REASON_CHARS]
+            )
+        )
 
 
 def _load(path: Path, limits: Limits) -> TokenizerData:
-    sys.modules["torch"] = None  # type: ignore[assignment]  # tokenizers need none, and it takes seconds to import
+    # tokenizers need none, and it takes seconds to import
+    sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers import AutoTokenizer
 
     limit_memory(limits.memory_bytes)
@@ -78,7 +88,11 @@ def exported(pretrained: Any) -> TokenizerData:
         backend_json=backend.to_str(),
         encode_special_tokens=bool(backend.encode_special_tokens),
         chat_templates={"default": templates} if isinstance(templates, str) else dict(templates),
-        special_tokens={name: str(token) for name, token in pretrained.special_tokens_map.items() if isinstance(token, str)},
+        special_tokens={
+            name: str(token)
+            for name, token in pretrained.special_tokens_map.items()
+            if isinstance(token, str)
+        },
     )
 
 
@@ -87,7 +101,9 @@ def check(data: TokenizerData, limits: Limits) -> None:
     parts = msgspec.json.decode(data.backend_json, type=Parts)
     check_growth(parts)
     if len(data.chat_templates) > MAX_TEMPLATES:
-        raise CheckpointError(f"it has {len(data.chat_templates)} chat templates, expected at most {MAX_TEMPLATES}")
+        raise CheckpointError(
+            f"it has {len(data.chat_templates)} chat templates, expected at most {MAX_TEMPLATES}"
+        )
     if any(len(token) > MAX_NAME_CHARS for token in data.special_tokens.values()):
         raise CheckpointError(f"it has a special token of more than {MAX_NAME_CHARS} characters")
     tokenizer = Tokenizer(data)
@@ -108,7 +124,8 @@ def check(data: TokenizerData, limits: Limits) -> None:
 
 
 def _probes(patterns: Iterable[str], vocabulary: Iterable[str]) -> Iterator[str]:
-    """Texts that find out what is slow: nothing, the letters that it knows, and those it searches for over and over."""
+    """Texts that find out what is slow: nothing, the letters that it knows, and those it searches for over
+    and over."""
     yield from ("", " ", "\0", "a" * PROBED_LENGTH, " " * PROBED_LENGTH)
     letters = sorted(_first(NUM_PROBED_LETTERS, (char for token in vocabulary for char in token)))
     yield from ("".join(letters[i : i + PROBED_LENGTH]) for i in range(0, len(letters), PROBED_LENGTH))

@@ -1,4 +1,5 @@
-"""Starts the loading process for a checkpoint, and makes an error of whatever becomes of it but a tokenizer."""
+"""Starts the loading process for a checkpoint, and makes an error of whatever becomes of it but a
+tokenizer."""
 
 import os
 import signal
@@ -43,9 +44,17 @@ _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_H
 
 
 def load(path: Path, limits: Limits = DEFAULT_LIMITS) -> TokenizerData:
-    """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes a second or more, on a thread."""
+    """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes a second or more, on a
+    thread."""
     check_files(path)
-    command = [sys.executable, "-P", "-m", f"{__package__}.main", str(path), msgspec.json.encode(limits).decode()]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        f"{__package__}.main",
+        str(path),
+        msgspec.json.encode(limits).decode(),
+    ]
     try:
         ended = subprocess.run(
             command,
@@ -75,9 +84,12 @@ def load(path: Path, limits: Limits = DEFAULT_LIMITS) -> TokenizerData:
 
 
 def check_files(path: Path) -> None:
-    """Raises CheckpointError for a file that is no regular one, or too large, before anything is read of it."""
+    """Raises CheckpointError for a file that is no regular one, or too large, before anything is read of
+    it."""
     templates = sorted((path / _TEMPLATES).glob("*")) if (path / _TEMPLATES).is_dir() else []
-    files = {path / name: max_bytes for name, max_bytes in _FILES.items()} | dict.fromkeys(templates, MAX_TEMPLATE_BYTES)
+    files = {path / name: max_bytes for name, max_bytes in _FILES.items()} | dict.fromkeys(
+        templates, MAX_TEMPLATE_BYTES
+    )
     for file, max_bytes in files.items():
         if file.exists():
             with open_regular(file) as stream:

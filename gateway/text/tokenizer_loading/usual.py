@@ -1,7 +1,8 @@
-"""Whether short texts take a tokenizer next to no time whatever is in them: told from its parts, as those of usual checkpoints.
+"""Whether short texts take a tokenizer next to no time whatever is in them: told from its parts, as those of
+usual checkpoints.
 
-The texts that are tried when a tokenizer is loaded cannot find all that an expression is slow over. So only expressions that
-are known, none of which backtracks for longer than its text, may run on the server's loop.
+The texts that are tried when a tokenizer is loaded cannot find all that an expression is slow over. So only
+expressions that are known, none of which backtracks for longer than its text, may run on the server's loop.
 """
 
 import msgspec
@@ -44,7 +45,8 @@ _EXPRESSIONS = frozenset(
 
 
 def may_stall(backend_json: str) -> bool:
-    """Whether even a short text may take the tokenizer long enough to be noticed, so that it is not for a loop."""
+    """Whether even a short text may take the tokenizer long enough to be noticed, so that it is not for a
+    loop."""
     parts = msgspec.json.decode(backend_json, type=Parts)
     try:
         check_text_growth(parts, MAX_TEXT_GROWTH, MAX_PARTS)

@@ -7,7 +7,12 @@ from typing import Any
 from pdserve.proto import pdserve_pb2 as pb
 
 CONTEXT = 131_072
-COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/tokenize",
+    "/detokenize",
+)
 USER = {"role": "user", "content": "hello"}
 
 
@@ -27,31 +32,51 @@ def _deep(levels: int) -> str:
 HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
     "one letter": lambda: (COMPLETIONS, json.dumps({"prompt": "a" * 16_000_000}).encode()),
     "one letter, fewer": lambda: (COMPLETIONS, json.dumps({"prompt": "a" * 1_000_000}).encode()),
-    "special tokens": lambda: (COMPLETIONS, json.dumps({"prompt": "<|im_start|>" * 120_000, "max_tokens": 1}).encode()),
+    "special tokens": lambda: (
+        COMPLETIONS,
+        json.dumps({"prompt": "<|im_start|>" * 120_000, "max_tokens": 1}).encode(),
+    ),
     "blanks": lambda: (TOKENIZE, json.dumps({"prompt": " " * 1_500_000}).encode()),
-    "other scripts": lambda: (TOKENIZE, json.dumps({"prompt": "你好" * 300_000}, ensure_ascii=False).encode()),
+    "other scripts": lambda: (
+        TOKENIZE,
+        json.dumps({"prompt": "你好" * 300_000}, ensure_ascii=False).encode(),
+    ),
     "escapes": lambda: (COMPLETIONS, json.dumps({"prompt": "\x00" * 2_000_000}).encode()),
-    "many tokens": lambda: (TOKENIZE, json.dumps({"prompt": "a " * 125_000, "return_token_strs": True}).encode()),
+    "many tokens": lambda: (
+        TOKENIZE,
+        json.dumps({"prompt": "a " * 125_000, "return_token_strs": True}).encode(),
+    ),
     "many texts": lambda: (COMPLETIONS, json.dumps({"prompt": ["a" * 4000] * 64, "max_tokens": 1}).encode()),
     "too many texts": lambda: (COMPLETIONS, _joined('{"prompt":[', '"a"', 3_000_000, "]}")),
     "ids": lambda: (COMPLETIONS, json.dumps({"prompt": [[300] * 130_000] * 4, "max_tokens": 1}).encode()),
     "ids, few bytes": lambda: (COMPLETIONS, json.dumps({"prompt": [7] * 21_000, "max_tokens": 1}).encode()),
-    "ids, echoed": lambda: (COMPLETIONS, json.dumps({"prompt": [70] * 130_000, "max_tokens": 1, "echo": True}).encode()),
+    "ids, echoed": lambda: (
+        COMPLETIONS,
+        json.dumps({"prompt": [70] * 130_000, "max_tokens": 1, "echo": True}).encode(),
+    ),
     "log probabilities of a prompt": lambda: (
         COMPLETIONS,
         json.dumps({"prompt": [70] * 130_000, "max_tokens": 1, "echo": True, "logprobs": 0}).encode(),
     ),
     "log probabilities, streamed": lambda: (
         COMPLETIONS,
-        json.dumps({"prompt": [70] * 6_000, "max_tokens": 1, "echo": True, "logprobs": 20, "stream": True}).encode(),
+        json.dumps(
+            {"prompt": [70] * 6_000, "max_tokens": 1, "echo": True, "logprobs": 20, "stream": True}
+        ).encode(),
     ),
     "too many ids": lambda: (COMPLETIONS, _joined('{"prompt":[', "7", 8_000_000, "]}")),
-    "ids beyond the vocabulary": lambda: (COMPLETIONS, json.dumps({"prompt": [7] * 130_000 + [10**6]}).encode()),
+    "ids beyond the vocabulary": lambda: (
+        COMPLETIONS,
+        json.dumps({"prompt": [7] * 130_000 + [10**6]}).encode(),
+    ),
     "empty lists": lambda: (COMPLETIONS, _joined('{"prompt":[', "[]", 5_000_000, "]}")),
     "empty lists, fewer": lambda: (COMPLETIONS, _joined('{"prompt":[', "[]", 20_000, "]}")),
     "deep lists": lambda: (COMPLETIONS, b'{"prompt":' + b"[" * 8_000_000),
     "deep objects": lambda: (CHAT, b'{"messages":' + b'{"a":' * 3_000_000),
-    "unknown fields": lambda: (COMPLETIONS, ("{" + ",".join(f'"{i:x}":1' for i in range(1_000_000)) + "}").encode()),
+    "unknown fields": lambda: (
+        COMPLETIONS,
+        ("{" + ",".join(f'"{i:x}":1' for i in range(1_000_000)) + "}").encode(),
+    ),
     "metadata": lambda: (
         COMPLETIONS,
         ('{"prompt":"a","metadata":{' + ",".join(f'"{i:x}":"1"' for i in range(900_000)) + "}}").encode(),
@@ -71,19 +96,40 @@ HTTP: dict[str, Callable[[], tuple[str, bytes]]] = {
     "stop strings": lambda: (COMPLETIONS, _joined('{"prompt":"a","stop":[', '"a"', 200_000, "]}")),
     "long stop string": lambda: (COMPLETIONS, json.dumps({"prompt": "a", "stop": "a" * 8_000_000}).encode()),
     "stop ids": lambda: (COMPLETIONS, _joined('{"prompt":"a","stop_token_ids":[', "7", 6_000_000, "]}")),
-    "choices": lambda: (COMPLETIONS, _joined('{"prompt":"a","structured_outputs":{"choice":[', '"a"', 200_000, "]}}")),
+    "choices": lambda: (
+        COMPLETIONS,
+        _joined('{"prompt":"a","structured_outputs":{"choice":[', '"a"', 200_000, "]}}"),
+    ),
     "schema": lambda: (
         COMPLETIONS,
-        ('{"prompt":"a","structured_outputs":{"json":' + _joined('{"enum":[', '"a"', 200_000, "]}").decode() + "}}").encode(),
+        (
+            '{"prompt":"a","structured_outputs":{"json":'
+            + _joined('{"enum":[', '"a"', 200_000, "]}").decode()
+            + "}}"
+        ).encode(),
     ),
     "messages": lambda: (CHAT, _joined('{"messages":[', json.dumps(USER), 400_000, "]}")),
-    "messages, as many as may be": lambda: (CHAT, _joined('{"max_tokens":1,"messages":[', json.dumps(USER), 9_000, "]}")),
-    "messages, few bytes": lambda: (CHAT, _joined('{"max_tokens":1,"messages":[', '{"role":"u"}', 4_900, "]}")),
+    "messages, as many as may be": lambda: (
+        CHAT,
+        _joined('{"max_tokens":1,"messages":[', json.dumps(USER), 9_000, "]}"),
+    ),
+    "messages, few bytes": lambda: (
+        CHAT,
+        _joined('{"max_tokens":1,"messages":[', '{"role":"u"}', 4_900, "]}"),
+    ),
     "calls": lambda: (
         CHAT,
-        _joined('{"messages":[{"role":"a","tool_calls":[', '{"function":{"name":"f","arguments":""}}', 9_000, "]}]}"),
+        _joined(
+            '{"messages":[{"role":"a","tool_calls":[',
+            '{"function":{"name":"f","arguments":""}}',
+            9_000,
+            "]}]}",
+        ),
     ),
-    "long message": lambda: (CHAT, json.dumps({"messages": [{"role": "user", "content": "a " * 4_000_000}]}).encode()),
+    "long message": lambda: (
+        CHAT,
+        json.dumps({"messages": [{"role": "user", "content": "a " * 4_000_000}]}).encode(),
+    ),
     "parts of a message": lambda: (
         CHAT,
         _joined('{"messages":[{"role":"user","content":[', '{"type":"text","text":"a"}', 200_000, "]}]}"),
@@ -106,8 +152,14 @@ TOOLS: dict[str, Callable[[], tuple[str, bytes]]] = {
             + "}}]}"
         ).encode(),
     ),
-    "large schemas": lambda: (CHAT, json.dumps({"max_tokens": 1, "messages": [USER], "tools": _tools(8, 1000)}).encode()),
-    "small schemas": lambda: (CHAT, json.dumps({"max_tokens": 1, "messages": [USER], "tools": _tools(100, 9)}).encode()),
+    "large schemas": lambda: (
+        CHAT,
+        json.dumps({"max_tokens": 1, "messages": [USER], "tools": _tools(8, 1000)}).encode(),
+    ),
+    "small schemas": lambda: (
+        CHAT,
+        json.dumps({"max_tokens": 1, "messages": [USER], "tools": _tools(100, 9)}).encode(),
+    ),
     "too large schemas": lambda: (CHAT, json.dumps({"messages": [USER], "tools": _tools(8, 2000)}).encode()),
     "calls": lambda: (
         CHAT,
@@ -148,10 +200,16 @@ def _request(**fields: Any) -> bytes:
 
 GRPC: dict[str, Callable[[], tuple[str, bytes]]] = {
     "text": lambda: ("Generate", _request(prompt=pb.Prompt(text="a" * 16_000_000))),
-    "text to tokenize": lambda: ("Tokenize", pb.TokenizeRequest(prompt=pb.Prompt(text="a " * 125_000)).SerializeToString()),
+    "text to tokenize": lambda: (
+        "Tokenize",
+        pb.TokenizeRequest(prompt=pb.Prompt(text="a " * 125_000)).SerializeToString(),
+    ),
     "ids": lambda: (
         "Generate",
-        _request(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[300] * 131_000)), sampling=pb.SamplingParams(max_tokens=1)),
+        _request(
+            prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[300] * 131_000)),
+            sampling=pb.SamplingParams(max_tokens=1),
+        ),
     ),
     "log probabilities": lambda: (
         "Generate",
@@ -160,7 +218,10 @@ GRPC: dict[str, Callable[[], tuple[str, bytes]]] = {
             sampling=pb.SamplingParams(max_tokens=1, prompt_logprobs=20),
         ),
     ),
-    "too many ids": lambda: ("Generate", _request(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[7] * 16_000_000)))),
+    "too many ids": lambda: (
+        "Generate",
+        _request(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[7] * 16_000_000))),
+    ),
     "ids one by one": lambda: ("Generate", _field(2, _field(3, b"\x08\x07" * 8_000_000))),
     "unknown fields": lambda: ("Generate", b"\xf8\x07\x01" * 5_000_000),
     "unknown fields, fewer": lambda: ("Generate", b"\xf8\x07\x01" * 20_000),
@@ -171,8 +232,14 @@ GRPC: dict[str, Callable[[], tuple[str, bytes]]] = {
     "empty calls, fewer": lambda: ("Generate", _chat(_field(1, b"\xa2\x01\x00" * 5_000) * 4)),
     "biases": lambda: ("Generate", _field(3, b"".join(map(_bias, range(20_000, 920_000))))),
     "stop strings": lambda: ("Generate", _field(3, _field(12, b"a") * 5_000_000)),
-    "resumptions": lambda: ("Generate", _request(prompt=pb.Prompt(text="a"), request_id="r", resume_from=[0] * 9_000)),
+    "resumptions": lambda: (
+        "Generate",
+        _request(prompt=pb.Prompt(text="a"), request_id="r", resume_from=[0] * 9_000),
+    ),
     "choices": lambda: ("Generate", _field(3, _field(18, _field(5, _field(1, b"a") * 4_000_000)))),
     "detokenize": lambda: ("Detokenize", pb.DetokenizeRequest(token_ids=[70] * 131_000).SerializeToString()),
-    "detokenize too many": lambda: ("Detokenize", pb.DetokenizeRequest(token_ids=[70] * 4_000_000).SerializeToString()),
+    "detokenize too many": lambda: (
+        "Detokenize",
+        pb.DetokenizeRequest(token_ids=[70] * 4_000_000).SerializeToString(),
+    ),
 }

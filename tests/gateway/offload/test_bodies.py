@@ -1,4 +1,5 @@
-"""A body or a message is read to the same messages, or refused with the same words, in the head and in the intake process."""
+"""A body or a message is read to the same messages, or refused with the same words, in the head and in the
+intake process."""
 
 import asyncio
 import json
@@ -32,11 +33,30 @@ LONG = "the quick brown fox " * 100
 
 COMPLETIONS: list[Any] = [
     {"prompt": "hello"},
-    {"prompt": ["hello", "you"], "echo": True, "logprobs": 1, "stream": True, "stream_options": {"include_usage": True}},
-    {"prompt": [1, 2, 3], "return_token_ids": True, "seed": -1, "stop": "a", "logit_bias": {"5": 1.5}, "top_k": -1},
+    {
+        "prompt": ["hello", "you"],
+        "echo": True,
+        "logprobs": 1,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    },
+    {
+        "prompt": [1, 2, 3],
+        "return_token_ids": True,
+        "seed": -1,
+        "stop": "a",
+        "logit_bias": {"5": 1.5},
+        "top_k": -1,
+    },
     {"prompt": [[1], [2, 3]], "metadata": {"a": "b"}, "user": "somebody", "max_completion_tokens": 3},
     {"prompt": "a", "structured_outputs": {"regex": "a+"}},
-    {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}},
+    {
+        "prompt": "a",
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "n", "schema": {"type": "object"}},
+        },
+    },
     {},
     [],
     {"prompt": None},
@@ -67,7 +87,11 @@ COMPLETIONS: list[Any] = [
 ]
 CHATS: list[Any] = [
     {"messages": [USER], "tools": [TOOL], "tool_choice": "auto", "logprobs": True, "top_logprobs": 2},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+        ]
+    },
     {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
     {"messages": []},
     MANY_MESSAGES,
@@ -85,15 +109,35 @@ TOKENIZE: list[Any] = [
     {"prompt": "a", "tools": [TOOL]},
     {"prompt": LONG * 3},
 ]
-DETOKENIZE: list[Any] = [{"tokens": [1, 2]}, {"tokens": [1, -1]}, {"tokens": ["a"]}, {"tokens": [1] * 257}, {"model": "other"}]
+DETOKENIZE: list[Any] = [
+    {"tokens": [1, 2]},
+    {"tokens": [1, -1]},
+    {"tokens": ["a"]},
+    {"tokens": [1] * 257},
+    {"model": "other"},
+]
 TABLE = [
     *(("completions", body) for body in COMPLETIONS),
     *(("chat", body) for body in CHATS),
     *(("tokenize", body) for body in TOKENIZE),
     *(("detokenize", body) for body in DETOKENIZE),
 ]
-BROKEN = [b"", b"{", b"[" * 5000, b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b'{"prompt": 1e999}', b"null", b'"' * 9]
-PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions", "tokenize": "/tokenize", "detokenize": "/detokenize"}
+BROKEN = [
+    b"",
+    b"{",
+    b"[" * 5000,
+    b'{"prompt": "\xff"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": 1e999}',
+    b"null",
+    b'"' * 9,
+]
+PATHS = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "tokenize": "/tokenize",
+    "detokenize": "/detokenize",
+}
 
 Outcome = tuple[list[bytes], Asked] | tuple[type[Exception], str, object, object]
 
@@ -121,7 +165,9 @@ class Reader:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bodies, "SMALL_BYTES", -1)
             try:
-                messages, asked = self.loop.run_until_complete(self.offload.body(route, data, "id", LIMITS, "a"))
+                messages, asked = self.loop.run_until_complete(
+                    self.offload.body(route, data, "id", LIMITS, "a")
+                )
             except (InvalidRequest, UnknownModel) as error:
                 return refusal(error)
         assert all(isinstance(message, MESSAGES[route]) for message in messages)
@@ -166,7 +212,8 @@ def test_what_is_no_body_is_refused_alike_in_both_places(reader: Reader, data: b
 
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
 _VALUES = st.recursive(
-    _SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
 )
 _FIELDS = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, "json", "other"})
 
@@ -177,7 +224,9 @@ _FIELDS = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_
     changed=st.dictionaries(st.sampled_from(_FIELDS), _VALUES, max_size=3),
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_a_body_says_it_is_read_alike(reader: Reader, route: str, good: Any, changed: dict[str, Any]) -> None:
+def test_whatever_a_body_says_it_is_read_alike(
+    reader: Reader, route: str, good: Any, changed: dict[str, Any]
+) -> None:
     data = json.dumps(good | changed).encode()
     assert reader.here(route, data) == reader.there(route, data)
 
@@ -205,7 +254,9 @@ MESSAGES_OF_GRPC: list[tuple[type[Message], bytes]] = [
 @pytest.mark.parametrize(("kind", "data"), MESSAGES_OF_GRPC)
 def test_a_message_is_read_alike_in_both_places(reader: Reader, kind: type[Message], data: bytes) -> None:
     here = reader.message_here(kind, data)
-    assert here == reader.message(kind, data, small_bytes=1 << 20) == reader.message(kind, data, small_bytes=-1)
+    assert (
+        here == reader.message(kind, data, small_bytes=1 << 20) == reader.message(kind, data, small_bytes=-1)
+    )
 
 
 def test_a_message_comes_back_without_what_its_later_fields_overwrite(reader: Reader) -> None:
@@ -218,7 +269,9 @@ CALLS = b"\xa2\x01\x00"  # an empty tool call, in a message of a conversation
 
 def nested(num_messages: int, num_calls: int) -> bytes:
     message = pb.ChatMessage.FromString(CALLS * num_calls)
-    return pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat(messages=[message] * num_messages))).SerializeToString()
+    return pb.GenerateRequest(
+        prompt=pb.Prompt(chat=pb.Chat(messages=[message] * num_messages))
+    ).SerializeToString()
 
 
 def test_a_message_of_too_many_parts_is_refused_though_no_list_of_it_is_long(reader: Reader) -> None:
@@ -268,7 +321,9 @@ async def server() -> AsyncIterator[GatewayServer]:
     await gateway.stop(0)
 
 
-async def test_clients_cannot_see_where_their_request_was_read(server: GatewayServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_clients_cannot_see_where_their_request_was_read(
+    server: GatewayServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as client:
 
         async def answers() -> list[tuple[int, str]]:

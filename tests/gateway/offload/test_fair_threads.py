@@ -28,12 +28,16 @@ class Held:
         self._holding: list[asyncio.Task[bool]] = []
 
     async def hold(self, client: str) -> None:
-        self._holding = [asyncio.create_task(self.threads.run(client, self._is_free.wait)) for _ in range(NUM_THREADS)]
+        self._holding = [
+            asyncio.create_task(self.threads.run(client, self._is_free.wait)) for _ in range(NUM_THREADS)
+        ]
         await asyncio.sleep(0)  # so that they run to where they wait
 
     async def queue(self, *clients: str) -> "list[asyncio.Task[None]]":
         """A job of each, which writes its client down."""
-        tasks = [asyncio.create_task(self.threads.run(client, self.done.append, client)) for client in clients]
+        tasks = [
+            asyncio.create_task(self.threads.run(client, self.done.append, client)) for client in clients
+        ]
         await asyncio.sleep(0)
         return tasks
 
@@ -64,7 +68,9 @@ def failing() -> None:
     raise InvalidRequest("prompt", "x", "y")
 
 
-async def test_another_clients_job_is_next_however_many_one_client_has(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_clients_job_is_next_however_many_one_client_has(
+    held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await held.hold("greedy")
     begun = order_of_beginning(held.threads, monkeypatch)
     tasks = await held.queue(*["greedy"] * 20, "other")
@@ -74,7 +80,8 @@ async def test_another_clients_job_is_next_however_many_one_client_has(held: Hel
 
 
 def order_of_beginning(threads: FairThreads, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The clients of jobs from now on, in the order in which threads are asked to do them: they may end in another one."""
+    """The clients of jobs from now on, in the order in which threads are asked to do them: they may end in
+    another one."""
     begun, executor = list[str](), threads._executor
     submit = executor.submit
 
@@ -143,7 +150,9 @@ PROMPTS: dict[str, tuple[pb.Prompt, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-async def test_all_that_threads_do_for_a_prompt_counts_for_its_client(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_all_that_threads_do_for_a_prompt_counts_for_its_client(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt, expected = PROMPTS[kind]
     info = replace(model_info(qwen()), max_model_len=60_000, eos_token_ids=(eos_of(qwen()),))
     intake = Intake(qwen(), info, Unchecked())

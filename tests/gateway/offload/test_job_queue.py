@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from pdserve.core.errors import QueueFull
-from pdserve.gateway.offload.job_queue import JobQueue
+from pdserve.gateway.offload.job_queue import IntakeQueue
 
 
 def test_clients_take_turns_however_many_jobs_one_of_them_has() -> None:
-    queue: JobQueue[str] = JobQueue()
+    queue: IntakeQueue[str] = IntakeQueue()
     for index in range(3):
         queue.push("greedy", f"greedy {index}")
     queue.push("other", "other 0")
@@ -16,7 +16,7 @@ def test_clients_take_turns_however_many_jobs_one_of_them_has() -> None:
 
 
 def test_one_client_cannot_take_all_places() -> None:
-    queue: JobQueue[int] = JobQueue(max_jobs=16, max_jobs_each=4)
+    queue: IntakeQueue[int] = IntakeQueue(max_jobs=16, max_jobs_each=4)
     for index in range(4):
         queue.push("greedy", index)
     with pytest.raises(QueueFull) as refused:
@@ -26,14 +26,14 @@ def test_one_client_cannot_take_all_places() -> None:
 
 
 def test_clients_that_come_after_others_wait_for_them_alone() -> None:
-    queue: JobQueue[str] = JobQueue()
+    queue: IntakeQueue[str] = IntakeQueue()
     for client in ("a", "b", "a", "c"):
         queue.push(client, client)
     assert [queue.pop(after_others={"a", "b"}) for _ in range(4)] == ["c", "a", "b", "a"]
 
 
 def test_the_last_places_are_for_clients_that_have_nothing_waiting() -> None:
-    queue: JobQueue[int] = JobQueue(max_jobs=16, max_jobs_each=14)
+    queue: IntakeQueue[int] = IntakeQueue(max_jobs=16, max_jobs_each=14)
     for index in range(14):
         queue.push("first", index)
     queue.push("second", 0)
@@ -48,7 +48,7 @@ def test_the_last_places_are_for_clients_that_have_nothing_waiting() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["push", "pop", "remove"])), max_size=60))
 def test_no_job_is_lost_or_done_twice_and_each_client_keeps_its_order(steps: list[tuple[str, str]]) -> None:
-    queue: JobQueue[tuple[str, int]] = JobQueue()
+    queue: IntakeQueue[tuple[str, int]] = IntakeQueue()
     waiting: list[tuple[str, int]] = []
     for number, (client, step) in enumerate(steps):
         if step == "push":

@@ -14,10 +14,10 @@ from pdserve.core.codec import FrameEncoder
 from pdserve.core.config import LimitsSection
 from pdserve.core.errors import InvalidRequest, NoWorkerAvailable
 from pdserve.gateway.offload import main, process as shell
-from pdserve.gateway.offload.messages import Decode, Encode, Job, Setup, parts
+from pdserve.gateway.offload.messages import Decode, Encode, IntakeJob, IntakeSetup, parts
 from pdserve.gateway.offload.offload import Offload
 from pdserve.gateway.offload.process import IntakeProcess
-from pdserve.gateway.offload.work import Worker, packed
+from pdserve.gateway.offload.work import IntakeWorker, packed
 from pdserve.gateway.text.encoding import bounded_ids
 from pdserve.proto import pdserve_pb2 as pb
 from tests.gateway.support import byte_level
@@ -40,7 +40,9 @@ async def test_it_starts_with_the_first_job_or_before_when_it_is_asked_to(offloa
     assert offload.pid is not None
 
 
-@pytest.mark.parametrize("text", ["x", "the quick brown fox " * 20_000, "你好🙂" * 30_000, "<|im_start|> <tool>\n" * 9])
+@pytest.mark.parametrize(
+    "text", ["x", "the quick brown fox " * 20_000, "你好🙂" * 30_000, "<|im_start|> <tool>\n" * 9]
+)
 async def test_a_text_has_the_same_tokens_wherever_it_is_encoded(offload: Offload, text: str) -> None:
     assert await offload.encode(text, True, LIMITS, "a", is_counted=True) == byte_level().encode(text)
 
@@ -92,13 +94,13 @@ class Killable:
         return text.decode()
 
 
-def _job() -> Job:
-    return Job(Decode(True), LIMITS.model_dump_json().encode(), 4)
+def _job() -> IntakeJob:
+    return IntakeJob(Decode(True), LIMITS.model_dump_json().encode(), 4)
 
 
-def set_up() -> tuple[Setup, bytes]:
+def set_up() -> tuple[IntakeSetup, bytes]:
     tokenizer = msgspec.msgpack.encode(byte_level().data)
-    return Setup(len(tokenizer), "tiny", CONTEXT), tokenizer
+    return IntakeSetup(len(tokenizer), "tiny", CONTEXT), tokenizer
 
 
 @pytest.fixture
@@ -121,7 +123,9 @@ async def stopped_at_work(killable: Killable) -> "asyncio.Task[str]":
 
 
 @pytest.mark.parametrize("cause", [signal.SIGPROF, signal.SIGABRT, signal.SIGSEGV])
-async def test_a_job_that_takes_too_much_is_refused_and_the_others_go_on(killable: Killable, cause: signal.Signals) -> None:
+async def test_a_job_that_takes_too_much_is_refused_and_the_others_go_on(
+    killable: Killable, cause: signal.Signals
+) -> None:
     victim = await stopped_at_work(killable)
     others = [asyncio.create_task(killable.ask(client)) for client in ("a", "b", "a")]
     await asyncio.sleep(0)
@@ -167,7 +171,9 @@ async def test_who_waits_is_refused_when_the_server_ends(killable: Killable) -> 
             await task
 
 
-async def test_a_process_that_is_silent_is_killed(killable: Killable, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_is_silent_is_killed(
+    killable: Killable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await killable.ask("first")
     monkeypatch.setattr(shell, "SILENT_S", 0.05)
     with pytest.raises(NoWorkerAvailable):
@@ -177,8 +183,8 @@ async def test_a_process_that_is_silent_is_killed(killable: Killable, monkeypatc
 
 
 async def test_who_waits_hears_that_the_process_cannot_start() -> None:
-    def broken() -> tuple[Setup, bytes]:
-        return Setup(4, "tiny", CONTEXT), b"none"
+    def broken() -> tuple[IntakeSetup, bytes]:
+        return IntakeSetup(4, "tiny", CONTEXT), b"none"
 
     process = IntakeProcess(broken)
     with pytest.raises(NoWorkerAvailable) as refused:
@@ -207,7 +213,9 @@ async def test_one_that_cannot_start_is_tried_again_only_for_a_job(monkeypatch: 
     await process.stop()
 
 
-async def test_its_end_is_waited_for_once_however_many_jobs_it_has(killable: Killable, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_its_end_is_waited_for_once_however_many_jobs_it_has(
+    killable: Killable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """asyncio keeps each of these waits until the process ends, also cancelled ones."""
     num_waits, wait = 0, asyncio.subprocess.Process.wait
 
@@ -279,13 +287,18 @@ async def test_a_job_without_end_ends_the_process(resource: str, exit_code: int)
 
 def test_the_worker_needs_no_transformers() -> None:
     """It would take seconds to import."""
-    script = "import sys, pdserve.gateway.offload.main; print('transformers' in sys.modules, 'torch' in sys.modules)"
+    script = (
+        "import sys, pdserve.gateway.offload.main; print('transformers' in sys.modules, 'torch' in"
+        " sys.modules)"
+    )
     told = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True, text=True)
     assert told.stdout.split() == ["False", "False"]
     assert main.JOB_S < shell.SILENT_S
 
 
 def test_a_worker_takes_what_a_tokenizer_tells_of_itself() -> None:
-    worker = Worker(*set_up())
-    (ids,), _ = worker.do(Job(Encode(True, False), LIMITS.model_dump_json().encode(), 0), "<tool> Köln".encode())
+    worker = IntakeWorker(*set_up())
+    (ids,), _ = worker.do(
+        IntakeJob(Encode(True, False), LIMITS.model_dump_json().encode(), 0), "<tool> Köln".encode()
+    )
     assert ids == packed(byte_level().encode("<tool> Köln"))

@@ -1,4 +1,5 @@
-"""No request that a client can make keeps the loop busy for long in one turn: see `turns` for what is counted, and how."""
+"""No request that a client can make keeps the loop busy for long in one turn: see `turns` for what is
+counted, and how."""
 
 import asyncio
 import json
@@ -24,7 +25,9 @@ from tests.gateway.support import ScriptedCluster, byte_level, model_info
 from tests.gateway.tools.models import eos_of, qwen
 
 MOST = Counts(lines=20_000, blocks=300_000, bytes_parsed=1 << 16, chars_encoded=4096, ids_decoded=4096)
-CONFIG = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}, "model": {"path": "tiny"}})
+CONFIG = ClusterConfig.model_validate(
+    {"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}, "model": {"path": "tiny"}}
+)
 
 
 on_the_servers_loop = pytest.mark.asyncio(loop_scope="module")
@@ -33,7 +36,9 @@ on_the_servers_loop = pytest.mark.asyncio(loop_scope="module")
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server() -> AsyncIterator[GatewayServer]:
     cluster = ScriptedCluster(byte_level())
-    gateway = await serve(cluster, CONFIG, cluster.tokenizer, replace(model_info(cluster.tokenizer), max_model_len=CONTEXT))
+    gateway = await serve(
+        cluster, CONFIG, cluster.tokenizer, replace(model_info(cluster.tokenizer), max_model_len=CONTEXT)
+    )
     yield gateway
     await gateway.stop(0)
 
@@ -49,13 +54,17 @@ async def server_with_tools() -> AsyncIterator[GatewayServer]:
 
 @on_the_servers_loop
 @pytest.mark.parametrize("name", HTTP)
-async def test_no_body_stalls_the_loop(server: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_body_stalls_the_loop(
+    server: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await check_http(server, *HTTP[name](), monkeypatch)
 
 
 @on_the_servers_loop
 @pytest.mark.parametrize("name", TOOLS)
-async def test_no_tools_stall_the_loop(server_with_tools: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_tools_stall_the_loop(
+    server_with_tools: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await check_http(server_with_tools, *TOOLS[name](), monkeypatch)
 
 
@@ -74,11 +83,15 @@ async def check_http(server: GatewayServer, path: str, body: bytes, monkeypatch:
 
 @on_the_servers_loop
 @pytest.mark.parametrize("name", GRPC)
-async def test_no_message_stalls_the_loop(server: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_message_stalls_the_loop(
+    server: GatewayServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method, data = GRPC[name]()
 
     def ask() -> str:
-        with grpc.insecure_channel(f"127.0.0.1:{server.port}", options=[("grpc.max_receive_message_length", -1)]) as channel:
+        with grpc.insecure_channel(
+            f"127.0.0.1:{server.port}", options=[("grpc.max_receive_message_length", -1)]
+        ) as channel:
             try:
                 channel.unary_unary(f"/pdserve.v1.Generation/{method}", bytes, bytes)(data, timeout=300)
             except grpc.RpcError as error:
@@ -131,7 +144,9 @@ def fuzzed() -> Iterator[Fuzzed]:
 def test_no_field_full_of_values_stalls_the_loop(
     fuzzed: Fuzzed, path: str, field: str, shape: str, is_object: bool, levels: int, num_bytes: int
 ) -> None:
-    items = (f'"{i}":{shape}' if is_object else shape for i in range(num_bytes // (len(shape) + 6 * is_object + 1)))
+    items = (
+        f'"{i}":{shape}' if is_object else shape for i in range(num_bytes // (len(shape) + 6 * is_object + 1))
+    )
     opening, closing = "{}" if is_object else "[]"
     inside = opening + ",".join(items) + closing
     good = {"prompt": '"prompt":"a"', "messages": f'"messages":[{USER}]', "tokens": '"tokens":[1]'}

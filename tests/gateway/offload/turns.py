@@ -1,16 +1,16 @@
-"""Counts what the loop does in a single turn, which is what all streams of all clients wait for. No clock takes part.
+"""Counts what the loop does in a single turn, which is what all streams of all clients wait for. No clock
+takes part.
 
 Three counts, each of which catches what the others miss:
 
 - lines of Python that were run, by `sys.settrace`: loops over what a client sent, whoever's code they are in;
-- blocks that Python's allocator has given out: calls into C that make many objects (parsers, conversions of ids), as each of
+- blocks that Python's allocator has given out: calls into C that make many objects (parsers), as each of
   them takes a block or more. Threads allocate, too, so this one is an upper bound;
-- the sizes of what was handed to C calls that make few objects but work on all of it: texts that are tokenised, ids that are
+- the sizes of what was handed to C calls that make few objects but work on all: texts that are tokenised, ids
   decoded, bytes that are parsed. They are at few places, which are patched here (`SIZED`).
 
-What remains are calls into C whose work for a byte is a nanosecond: copies, comparisons, UTF-8. A message of 16 MiB takes 10 ms
-of them at most.
-"""
+What remains are calls into C whose work for a byte is a nanosecond: copies, comparisons, UTF-8. A message of
+16 MiB takes 10 ms of them at most."""
 
 import asyncio
 import sys

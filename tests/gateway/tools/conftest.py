@@ -28,7 +28,11 @@ def cluster(model: str) -> ScriptedCluster:
 
 @pytest.fixture
 async def server(cluster: ScriptedCluster) -> AsyncIterator[GatewayServer]:
-    info = replace(model_info(cluster.tokenizer), max_model_len=2048, eos_token_ids=(eos_of(cast(Built, cluster.tokenizer)),))
+    info = replace(
+        model_info(cluster.tokenizer),
+        max_model_len=2048,
+        eos_token_ids=(eos_of(cast(Built, cluster.tokenizer)),),
+    )
     config = CONFIG.model_copy(update={"limits": CONFIG.limits.model_copy(update={"max_tool_bytes": 20_000})})
     gateway = await serve(cluster, config, cluster.tokenizer, info)
     yield gateway
@@ -43,5 +47,7 @@ async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 async def client(server: GatewayServer) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"http://{server.http_address}/v1", api_key="none", max_retries=0
+    ) as client:
         yield client

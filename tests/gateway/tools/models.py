@@ -1,4 +1,5 @@
-"""Tokenizers of models that call tools: templates in the style of each family, markers as their vocabularies have them."""
+"""Tokenizers of models that call tools: templates in the style of each family, markers as their vocabularies
+have them."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pdserve.gateway.text.tokenizer import Tokenizer
 from pdserve.gateway.tools.formats import ToolFormat
-from pdserve.gateway.tools.offer import Offer, Tool
+from pdserve.gateway.tools.offer import OfferedTool, OfferedTools
 from tests.gateway.support import EOS, Built, byte_level, metaspace_with_bytes
 
 HERMES = """
@@ -83,7 +84,9 @@ MISTRAL = """
 TEMPLATES = {ToolFormat.HERMES: HERMES, ToolFormat.LLAMA3: LLAMA3, ToolFormat.MISTRAL: MISTRAL}
 
 
-def _model(base: Tokenizer, template: str, special: Sequence[str] = (), added: Sequence[str] = (), **names: str) -> Built:
+def _model(
+    base: Tokenizer, template: str, special: Sequence[str] = (), added: Sequence[str] = (), **names: str
+) -> Built:
     backend = Backend.from_str(base.to_json())
     backend.add_special_tokens([AddedToken(name, special=True) for name in special])
     backend.add_tokens([AddedToken(name, special=False) for name in (*added, "<think>", "</think>")])
@@ -112,7 +115,9 @@ def llama3() -> Built:
 @cache
 def mistral() -> Built:
     """Its marker is a special token, in SentencePiece's kind of vocabulary."""
-    return _model(metaspace_with_bytes(), MISTRAL, special=["[TOOL_CALLS]", "[INST]"], bos_token="<s>", eos_token="</s>")
+    return _model(
+        metaspace_with_bytes(), MISTRAL, special=["[TOOL_CALLS]", "[INST]"], bos_token="<s>", eos_token="</s>"
+    )
 
 
 @cache
@@ -152,20 +157,30 @@ def written(form: ToolFormat, calls: Sequence[tuple[str, str]], text: str = "") 
 
 WEATHER = {
     "type": "object",
-    "properties": {"city": {"type": "string"}, "unit": {"enum": ["C", "F"]}, "days": {"$ref": "#/$defs/days"}},
+    "properties": {
+        "city": {"type": "string"},
+        "unit": {"enum": ["C", "F"]},
+        "days": {"$ref": "#/$defs/days"},
+    },
     "required": ["city"],
     "$defs": {"days": {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 3}},
 }
 TOOLS = (
-    Tool(name="get_weather", description="The weather, in a city", parameters=WEATHER, is_strict=False),
-    Tool(name="stop", description="", parameters=None, is_strict=False),
+    OfferedTool(
+        name="get_weather", description="The weather, in a city", parameters=WEATHER, is_strict=False
+    ),
+    OfferedTool(name="stop", description="", parameters=None, is_strict=False),
 )
 
 
 def offer(
-    tools: Sequence[Tool] = TOOLS, *, must_call: bool = False, is_parallel: bool = True, chosen: Sequence[Tool] | None = None
-) -> Offer:
-    return Offer(
+    tools: Sequence[OfferedTool] = TOOLS,
+    *,
+    must_call: bool = False,
+    is_parallel: bool = True,
+    chosen: Sequence[OfferedTool] | None = None,
+) -> OfferedTools:
+    return OfferedTools(
         tools=tuple(tools),
         callable=tuple(tools if chosen is None else chosen),
         must_call=must_call or chosen is not None,

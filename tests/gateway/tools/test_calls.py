@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletionMessageToolCall
 
 from pdserve.core.messages import TokenOutput
 from pdserve.core.request import FinishReason, Request, SamplingParams, TransferId
-from pdserve.gateway.answer import Answer, Collector
+from pdserve.gateway.answer import Collector, ResponseEvents
 from pdserve.gateway.app import GatewayServer
 from pdserve.gateway.frontend import StreamEvent
 from pdserve.gateway.http import answers
@@ -37,8 +37,10 @@ def test_calls_are_told_apart_from_text_however_tokens_come(model: str, size: in
         for index, token_id in enumerate(told.token_ids)
     ]
     request = Request(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(), has_tools=True)
-    answer, collector = Answer(request, told.tokenizer, lambda choice: None), Collector()
-    events: list[StreamEvent] = [EmitTokens("r", 0, tuple(outputs[i : i + size])) for i in range(0, len(outputs), size)]
+    answer, collector = ResponseEvents(request, told.tokenizer, lambda choice: None), Collector()
+    events: list[StreamEvent] = [
+        EmitTokens("r", 0, tuple(outputs[i : i + size])) for i in range(0, len(outputs), size)
+    ]
     for event in [*events, EmitChoiceEnd("r", 0, FinishReason.STOP)]:
         for out in answer.handle(event):
             collector.add(out)
@@ -50,12 +52,15 @@ def test_calls_are_told_apart_from_text_however_tokens_come(model: str, size: in
     ids = [item.id for item in choice.tool_calls]
     assert len(set(ids)) == len(ids)
     assert all(
-        len(name) == 9 and name.isalnum() if model in ("mistral", "tekken") else name.startswith("call_") for name in ids
+        len(name) == 9 and name.isalnum() if model in ("mistral", "tekken") else name.startswith("call_")
+        for name in ids
     )
 
 
 @pytest.mark.parametrize("model", ["qwen", "llama3"])
-async def test_an_answer_without_calls_is_text(generation: Stub, cluster: ScriptedCluster, model: str) -> None:
+async def test_an_answer_without_calls_is_text(
+    generation: Stub, cluster: ScriptedCluster, model: str
+) -> None:
     told = saying(model, [], "No {tool} can <tell>.")
     cluster.token_ids, cluster.eos_after = told.token_ids, told.eos_after
     (choice,) = (await generation.Generate(ask(openai_tools(), max_tokens=200)[0])).choices
@@ -73,7 +78,9 @@ async def test_without_tools_nothing_is_a_call(generation: Stub, cluster: Script
         assert choice.finish_reason == pb.FINISH_REASON_STOP
 
 
-async def test_a_call_that_is_cut_short_ends_by_its_length(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_a_call_that_is_cut_short_ends_by_its_length(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     cut = len(cluster.token_ids) - 4
     (choice,) = (await generation.Generate(ask(openai_tools(), max_tokens=cut)[0])).choices
     assert choice.finish_reason == pb.FINISH_REASON_LENGTH
@@ -81,20 +88,30 @@ async def test_a_call_that_is_cut_short_ends_by_its_length(generation: Stub, clu
 
 
 async def test_a_stop_string_ends_the_text_and_is_not_looked_for_in_calls(generation: Stub) -> None:
-    (choice,) = (await generation.Generate(ask(openai_tools(), max_tokens=200, stop=["Köln", "see.X"])[0])).choices
+    (choice,) = (
+        await generation.Generate(ask(openai_tools(), max_tokens=200, stop=["Köln", "see.X"])[0])
+    ).choices
     assert (choice.text, choice.finish_reason) == ("Let me see.", pb.FINISH_REASON_TOOL_CALLS)
     (choice,) = (await generation.Generate(ask(openai_tools(), max_tokens=200, stop=["see"])[0])).choices
-    assert (choice.text, choice.finish_reason, choice.stop_string) == ("Let me ", pb.FINISH_REASON_STOP, "see")
+    assert (choice.text, choice.finish_reason, choice.stop_string) == (
+        "Let me ",
+        pb.FINISH_REASON_STOP,
+        "see",
+    )
     assert not choice.tool_calls
 
 
-async def test_a_stream_that_resumes_goes_on_with_the_same_calls(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_a_stream_that_resumes_goes_on_with_the_same_calls(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     request, _ = ask(openai_tools(), max_tokens=200, seed=1)
     request.request_id = "mine"
     events = [event.tokens async for event in generation.GenerateStream(request) if event.HasField("tokens")]
     for first in (5, 30, len(cluster.token_ids) - 3):
         request.resume_from[:] = [first]
-        rest = [event.tokens async for event in generation.GenerateStream(request) if event.HasField("tokens")]
+        rest = [
+            event.tokens async for event in generation.GenerateStream(request) if event.HasField("tokens")
+        ]
         assert [d for d in rest if d.token_ids] == [d for d in events if d.index >= first and d.token_ids]
 
 
@@ -107,39 +124,56 @@ async def test_the_official_client_calls_tools(client: openai.AsyncOpenAI, clust
     assert [(item.function.name, item.function.arguments) for item in told] == CALLS
     results: list[Any] = [{"role": "tool", "tool_call_id": item.id, "content": "sunny"} for item in told]
     await client.chat.completions.create(
-        model="tiny", messages=[USER, cast(Any, choice.message), *results], tools=openai_tools(), tool_choice="none"
+        model="tiny",
+        messages=[USER, cast(Any, choice.message), *results],
+        tools=openai_tools(),
+        tool_choice="none",
     )
     prompt = cluster.tokenizer.decode(cluster.requests[1].prompt_token_ids)
     assert written(ToolFormat.HERMES, CALLS, "Let me see.") in prompt
     assert prompt.count("<tool_response>\nsunny\n</tool_response>") == 2
 
 
-async def test_the_official_client_streams_calls(client: openai.AsyncOpenAI, cluster: ScriptedCluster) -> None:
-    async with client.chat.completions.stream(model="tiny", messages=[USER], tools=openai_tools(), n=2) as stream:
+async def test_the_official_client_streams_calls(
+    client: openai.AsyncOpenAI, cluster: ScriptedCluster
+) -> None:
+    async with client.chat.completions.stream(
+        model="tiny", messages=[USER], tools=openai_tools(), n=2
+    ) as stream:
         kinds = {event.type async for event in stream}
         answer = await stream.get_final_completion()
     assert "tool_calls.function.arguments.delta" in kinds
     for choice in answer.choices:
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
-        assert [(item.function.name, item.function.arguments) for item in choice.message.tool_calls or ()] == CALLS
+        assert [
+            (item.function.name, item.function.arguments) for item in choice.message.tool_calls or ()
+        ] == CALLS
 
 
 async def test_the_synchronous_client_too(server: GatewayServer) -> None:
     def ask_it() -> tuple[list[str], str]:
         with openai.OpenAI(base_url=f"http://{server.http_address}/v1", api_key="none") as client:
-            given: Any = {"model": "tiny", "messages": [USER], "tools": openai_tools(), "tool_choice": named("get_weather")}
+            given: Any = {
+                "model": "tiny",
+                "messages": [USER],
+                "tools": openai_tools(),
+                "tool_choice": named("get_weather"),
+            }
             whole = client.chat.completions.create(**given).choices[0].message.tool_calls or ()
             parts = ""
             for chunk in client.chat.completions.create(**given, stream=True):
                 parts += "".join(
-                    (part.function and part.function.arguments) or "" for part in chunk.choices[0].delta.tool_calls or ()
+                    (part.function and part.function.arguments) or ""
+                    for part in chunk.choices[0].delta.tool_calls or ()
                 )
             return [item.function.arguments for item in whole if item.type == "function"], parts
 
     assert await asyncio.to_thread(ask_it) == ([ARGUMENTS, "{}"], ARGUMENTS + "{}")
 
 
-async def test_answers_are_as_openapi_describes_them(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_answers_are_as_openapi_describes_them(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
     _, body = ask(openai_tools(), max_tokens=200)
     check(answers.ChatCompletion, (await over_http(http, body)).json())
     events = await chunks(http, "/v1/chat/completions", **body)

@@ -1,4 +1,5 @@
-"""A model with tools writes text, calls that fit their schemas, and nothing between: for each family, by llguidance itself."""
+"""A model with tools writes text, calls that fit their schemas, and nothing between: for each family, by
+llguidance itself."""
 
 import json
 import random
@@ -11,7 +12,7 @@ from llguidance import LLMatcher
 
 from pdserve.gateway.tools.formats import ToolFormat
 from pdserve.gateway.tools.grammar import refusal, tool_grammar
-from pdserve.gateway.tools.offer import Offer, Tool
+from pdserve.gateway.tools.offer import OfferedTool, OfferedTools
 from pdserve.gateway.tools.parser import Arguments, CallBegins, CallEnds, Text, ToolParser
 from tests.gateway.tools.models import MODELS, TOOLS, WEATHER, eos_of, for_grammars, offer, written
 
@@ -30,19 +31,19 @@ WRONG = {
 }
 
 
-def grammar_of(model: str, offered: Offer) -> str:
+def grammar_of(model: str, offered: OfferedTools) -> str:
     tokenizer = MODELS[model]()
     assert tokenizer.tool_format is not None
     return tool_grammar(offered, tokenizer.tool_format, tokenizer.added_tokens, [eos_of(tokenizer)])
 
 
-def matcher(model: str, offered: Offer) -> LLMatcher:
+def matcher(model: str, offered: OfferedTools) -> LLMatcher:
     found = LLMatcher(for_grammars(model), grammar_of(model, offered), log_level=0)
     assert not found.is_error(), found.get_error()
     return found
 
 
-def accepts(model: str, offered: Offer, text: str) -> bool:
+def accepts(model: str, offered: OfferedTools, text: str) -> bool:
     """Whether `text` is a whole answer: all of its tokens may come, and then its end."""
     token_ids = [*MODELS[model]().encode(text, add_special_tokens=False), eos_of(MODELS[model]())]
     return matcher(model, offered).validate_tokens(token_ids) == len(token_ids)
@@ -96,7 +97,9 @@ def test_other_added_tokens_are_text_like_any_other(model: str) -> None:
 
 def test_no_token_lets_a_marker_be_spelled_in_text() -> None:
     tokenizer = MODELS["qwen"]()
-    spelled = [token_id for piece in ("<think>", "<", "tool_call>", " x") for token_id in tokenizer.encode(piece)]
+    spelled = [
+        token_id for piece in ("<think>", "<", "tool_call>", " x") for token_id in tokenizer.encode(piece)
+    ]
     assert matcher("qwen", offer()).validate_tokens(spelled) < len(spelled)
 
 
@@ -135,10 +138,13 @@ def test_a_marker_that_is_a_token_is_that_token() -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("must_call", [True, False])
 def test_whatever_a_model_likes_to_write_is_text_and_calls_that_fit(model: str, must_call: bool) -> None:
-    """Random tokens of those allowed: none of them leads astray, and what is read from them fits the schemas."""
+    """Random tokens of those allowed: none of them leads astray, and what is read from them fits the
+    schemas."""
     rng = random.Random(f"{model} {must_call}")
     tokenizer, eos = MODELS[model](), eos_of(MODELS[model]())
-    likely = [token_id for token_id in range(eos, 400) if tokenizer.piece(token_id) in {*'{}[]":,0', "</tool_call>"}] + [eos]
+    likely = [
+        token_id for token_id in range(eos, 400) if tokenizer.piece(token_id) in {*'{}[]":,0', "</tool_call>"}
+    ] + [eos]
     num_calls = 0
     for _ in range(15):
         walk = matcher(model, offer(must_call=must_call))
@@ -155,7 +161,11 @@ def test_whatever_a_model_likes_to_write_is_text_and_calls_that_fit(model: str, 
 def check_calls(model: str, token_ids: list[int], is_whole: bool) -> int:
     """How many complete calls there are."""
     tokenizer = MODELS[model]()
-    shown = [t for t in token_ids if tokenizer.has_text(t) or t == tokenizer.added_tokens.get(form_of(model).marker)]
+    shown = [
+        t
+        for t in token_ids
+        if tokenizer.has_text(t) or t == tokenizer.added_tokens.get(form_of(model).marker)
+    ]
     parser = ToolParser(form_of(model), str)
     events = parser.push(tokenizer.decode(shown))
     texts = {event.index: "" for event in events if isinstance(event, CallBegins)}
@@ -181,7 +191,7 @@ BAD_SCHEMAS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def refused(tool: Tool) -> str:
+def refused(tool: OfferedTool) -> str:
     offered = offer([*TOOLS, tool])
     grammar = grammar_of("qwen", offered)
     why = LLMatcher.validate_grammar(grammar, for_grammars("qwen"))
@@ -191,7 +201,7 @@ def refused(tool: Tool) -> str:
 @pytest.mark.parametrize("name", BAD_SCHEMAS)
 def test_a_schema_that_cannot_be_followed_is_named(name: str) -> None:
     schema, why = BAD_SCHEMAS[name]
-    told = refused(Tool(name="bad", description="", parameters=schema, is_strict=False))
+    told = refused(OfferedTool(name="bad", description="", parameters=schema, is_strict=False))
     assert told.startswith("tools[2].parameters: ")
     assert why in told
 
@@ -199,18 +209,24 @@ def test_a_schema_that_cannot_be_followed_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     "schema", [{"properties": {"a": {"type": "string", "format": "colour"}}}, {"not": {"required": ["a"]}}]
 )
-def test_what_calls_are_not_kept_to_is_refused_only_when_the_client_is_strict(schema: dict[str, object]) -> None:
-    assert refused(Tool(name="lax", description="", parameters=schema, is_strict=False)) == ""
-    assert "tools[2].parameters" in refused(Tool(name="strict", description="", parameters=schema, is_strict=True))
+def test_what_calls_are_not_kept_to_is_refused_only_when_the_client_is_strict(
+    schema: dict[str, object],
+) -> None:
+    assert refused(OfferedTool(name="lax", description="", parameters=schema, is_strict=False)) == ""
+    assert "tools[2].parameters" in refused(
+        OfferedTool(name="strict", description="", parameters=schema, is_strict=True)
+    )
 
 
 def test_a_grammar_that_is_refused_as_a_whole_is_told_of_as_a_whole() -> None:
     error = refusal(offer(), grammar_of("qwen", offer()), "it takes too long to follow")
-    assert str(error).startswith("tools: '2 tool(s)' is not valid, expected schemas that can be followed (it takes too long")
+    assert str(error).startswith(
+        "tools: '2 tool(s)' is not valid, expected schemas that can be followed (it takes too long"
+    )
 
 
 def test_parameters_are_an_object_whatever_their_schema_leaves_open() -> None:
-    tools = [Tool(name="any", description="", parameters={"description": "anything"}, is_strict=True)]
+    tools = [OfferedTool(name="any", description="", parameters={"description": "anything"}, is_strict=True)]
     assert accepts("qwen", offer(tools), written(ToolFormat.HERMES, [("any", '{"a": [{}]}')]))
     assert not accepts("qwen", offer(tools), written(ToolFormat.HERMES, [("any", "1")]))
     assert WEATHER["required"] == ["city"]

@@ -1,4 +1,5 @@
-"""However the text of an answer is cut into pieces, the same text and calls are read from it, as soon as they are certain."""
+"""However the text of an answer is cut into pieces, the same text and calls are read from it, as soon as they
+are certain."""
 
 import json
 from itertools import pairwise
@@ -24,7 +25,9 @@ ARGUMENTS = st.builds(
 )
 NAMES = st.text("abcXYZ019_-", min_size=1, max_size=64)
 CALLS = st.lists(st.tuples(NAMES, ARGUMENTS), max_size=3)
-TEXTS = st.lists(st.text(max_size=5) | st.sampled_from(["<tool_call", "[TOOL_CALLS", "<", "\n", "[", "{", "TOOL"])).map("".join)
+TEXTS = st.lists(
+    st.text(max_size=5) | st.sampled_from(["<tool_call", "[TOOL_CALLS", "<", "\n", "[", "{", "TOOL"])
+).map("".join)
 
 
 def pieces(text: str, cuts: list[int]) -> list[str]:
@@ -38,7 +41,8 @@ def read(form: ToolFormat, texts: list[str]) -> list[ToolEvent]:
 
 
 def joined(events: list[ToolEvent]) -> tuple[str, list[tuple[str, str, str]]]:
-    """The text, and id, name and arguments of each call; checks that calls come after each other and after the text."""
+    """The text, and id, name and arguments of each call; checks that calls come after each other and after
+    the text."""
     text, is_open = "", False
     calls: list[tuple[str, str, str]] = []
     for event in events:
@@ -73,7 +77,10 @@ def test_text_and_calls_are_read_wherever_they_are_cut(
     if form is ToolFormat.LLAMA3:
         text, calls = ("" if calls else text.lstrip("{")), calls[:1]
     told = read(form, pieces(written(form, calls, text), cuts))
-    assert joined(told) == (text, [(f"id{index}", name, arguments) for index, (name, arguments) in enumerate(calls)])
+    assert joined(told) == (
+        text,
+        [(f"id{index}", name, arguments) for index, (name, arguments) in enumerate(calls)],
+    )
 
 
 @pytest.mark.parametrize("form", ToolFormat)
@@ -127,5 +134,7 @@ def test_a_template_tells_its_format() -> None:
     for form, template in TEMPLATES.items():
         assert tool_format(template) is form
     assert tool_format("{% for m in messages %}{{ m.content }}{% endfor %}") is None
-    assert tool_format("{{ tools }}<tool_call>\n<function=name>\n<parameter=a>{{ tool_call.arguments }}") is None
+    assert (
+        tool_format("{{ tools }}<tool_call>\n<function=name>\n<parameter=a>{{ tool_call.arguments }}") is None
+    )
     assert tool_format("{{ tools }}[TOOL_CALLS]{{ name }}[ARGS]{{ arguments }}") is None

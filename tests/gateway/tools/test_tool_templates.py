@@ -13,30 +13,49 @@ from tests.gateway.tools.models import TEMPLATES, openai_tools
 CHAT: list[dict[str, Any]] = [{"role": "user", "content": 'say "hé" <b>'}]
 CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "the weather?"},
-    {"role": "assistant", "content": "", "tool_calls": [
-        {"id": "a23456789", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Köln", "days": [1]}}}
-    ]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": "a23456789",
+                "type": "function",
+                "function": {"name": "get_weather", "arguments": {"city": "Köln", "days": [1]}},
+            }
+        ],
+    },
     {"role": "tool", "content": '{"sky": "<blue>"}', "tool_call_id": "a23456789", "name": "get_weather"},
     {"role": "user", "content": "and then?"},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("form", ToolFormat)
 @pytest.mark.parametrize("tools", [None, openai_tools()])
-def test_tools_and_calls_render_as_transformers_renders_them(form: ToolFormat, tools: list[dict[str, Any]] | None) -> None:
+def test_tools_and_calls_render_as_transformers_renders_them(
+    form: ToolFormat, tools: list[dict[str, Any]] | None
+) -> None:
     source, backend = TEMPLATES[form], byte_level()._backend
-    reference = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<s>", chat_template=source)
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<s>", chat_template=source
+    )
     template = ChatTemplate(source, reference.special_tokens_map)
     assert template.takes_tools
     for chat in (CHAT, CALLED):
-        expected = reference.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True)
+        expected = reference.apply_chat_template(
+            chat, tools=tools, tokenize=False, add_generation_prompt=True
+        )
         assert template.render(chat, tools=tools) == expected
         assert ("get_weather" in expected) == (tools is not None or chat is CALLED)
 
 
 def test_a_checkpoint_may_have_a_template_of_its_own_for_tools() -> None:
-    templates = {"default": "{{ messages[0].content }}", "tool_use": '{{ tools | length }}<tool_call>"arguments"'}
-    tokenizer = Built(PreTrainedTokenizerFast(tokenizer_object=byte_level()._backend, chat_template=templates))
+    templates = {
+        "default": "{{ messages[0].content }}",
+        "tool_use": '{{ tools | length }}<tool_call>"arguments"',
+    }
+    tokenizer = Built(
+        PreTrainedTokenizerFast(tokenizer_object=byte_level()._backend, chat_template=templates)
+    )
     assert tokenizer.render_chat(CHAT) == CHAT[0]["content"]
     assert tokenizer.render_chat(CHAT, tools=openai_tools()) == '2<tool_call>"arguments"'
     assert (tokenizer.takes_tools, tokenizer.tool_format) == (True, ToolFormat.HERMES)

@@ -18,7 +18,9 @@ Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
 def talk(**message: Any) -> tuple[pb.GenerateRequest, dict[str, Any]]:
     """A conversation with a message of the assistant."""
     calls = [
-        pb.ToolCall(id=call.get("id", ""), name=call["function"]["name"], arguments=call["function"]["arguments"])
+        pb.ToolCall(
+            id=call.get("id", ""), name=call["function"]["name"], arguments=call["function"]["arguments"]
+        )
         for call in message.get("tool_calls", ())
     ]
     told = pb.ChatMessage(role="assistant", content=message.get("content", ""), tool_calls=calls)
@@ -34,27 +36,51 @@ REFUSED = {
     "no name": (ask([tool("")]), "tools[0].name: '' is not valid, expected 1 to 64 letters"),
     "a name with a blank": (ask([tool("a b")]), "tools[0].name: 'a b' is not valid"),
     "a long name": (ask([tool("a" * 65)]), "tools[0].name: "),
-    "a name twice": (ask([tool("a"), tool("b"), tool("a")]), "tools[2].name: 'a' is not valid, expected a name that no other"),
-    "many tools": (ask([tool(f"f{i}") for i in range(129)]), "tools: '129 tools' is not valid, expected at most 128 tools"),
-    "an argument for all": (ask([tool(parameters={"type": "array"})]), "tools[0].parameters: 'array' is not valid"),
+    "a name twice": (
+        ask([tool("a"), tool("b"), tool("a")]),
+        "tools[2].name: 'a' is not valid, expected a name that no other",
+    ),
+    "many tools": (
+        ask([tool(f"f{i}") for i in range(129)]),
+        "tools: '129 tools' is not valid, expected at most 128 tools",
+    ),
+    "an argument for all": (
+        ask([tool(parameters={"type": "array"})]),
+        "tools[0].parameters: 'array' is not valid",
+    ),
     "a schema that is none": (
         ask([*openai_tools(), tool(parameters={"properties": {"a": {"type": "text"}}})]),
-        "tools[2].parameters: {'properties': {'a': {'type': 'text'}}} is not valid, expected a schema that can be followed (",
+        (
+            "tools[2].parameters: {'properties': {'a': {'type': 'text'}}} is not valid, expected a schema"
+            " that can be followed ("
+        ),
     ),
     "an unknown format, strictly": (
         ask([tool(parameters={"properties": {"a": {"type": "string", "format": "colour"}}}, strict=True)]),
         "tools[0].parameters: ",
     ),
-    "a choice without tools": (ask([], "required"), "tool_choice: 'required' is not valid, expected tools to choose from"),
-    "a function without tools": (ask([], named("f")), "tool_choice: 'f' is not valid, expected tools to choose from"),
-    "an unknown function": (ask([tool("f")], named("g")), "tool_choice: 'g' is not valid, expected the name of one of"),
+    "a choice without tools": (
+        ask([], "required"),
+        "tool_choice: 'required' is not valid, expected tools to choose from",
+    ),
+    "a function without tools": (
+        ask([], named("f")),
+        "tool_choice: 'f' is not valid, expected tools to choose from",
+    ),
+    "an unknown function": (
+        ask([tool("f")], named("g")),
+        "tool_choice: 'g' is not valid, expected the name of one of",
+    ),
     "no end": (ask([tool("f")], ignore_eos=True), "ignore_eos: True is not valid, expected false with tools"),
     "a call of nothing": (talk(tool_calls=[call("", "{}")]), "prompt.chat.messages[1].tool_calls[0].name: "),
     "arguments that are no JSON": (
         talk(tool_calls=[call("f", "{}"), call("f", "{a}")]),
         "prompt.chat.messages[1].tool_calls[1].arguments: '{a}' is not valid, expected a JSON object",
     ),
-    "arguments that are no object": (talk(tool_calls=[call("f", "[1]")]), "prompt.chat.messages[1].tool_calls[0].arguments: "),
+    "arguments that are no object": (
+        talk(tool_calls=[call("f", "[1]")]),
+        "prompt.chat.messages[1].tool_calls[0].arguments: ",
+    ),
 }
 TAKEN = {
     "tools": ask(openai_tools()),
@@ -63,7 +89,9 @@ TAKEN = {
     "one of them": ask(openai_tools(), named("stop")),
     "none of them": ask(openai_tools(), "none"),
     "no tools": ask([], "none", parallel=True),
-    "an unknown format": ask([tool(parameters={"properties": {"a": {"type": "string", "format": "colour"}}})]),
+    "an unknown format": ask(
+        [tool(parameters={"properties": {"a": {"type": "string", "format": "colour"}}})]
+    ),
     "a call": talk(tool_calls=[call("f", ""), call("g", '{"b": 1, "a": [1.5, null]}')]),
 }
 
@@ -88,12 +116,16 @@ async def test_both_take_it_and_make_the_same_request_of_it(
     request.request_id = request.client_id = "mine"
     request.sampling.max_tokens = 9
     await generation.Generate(request)
-    assert (await over_http(http, body | {"max_tokens": 9, "user": "mine"}, **{"x-request-id": "mine"})).status_code == 200
+    assert (
+        await over_http(http, body | {"max_tokens": 9, "user": "mine"}, **{"x-request-id": "mine"})
+    ).status_code == 200
     over_one, over_the_other = cluster.requests
     assert over_one == over_the_other
 
 
-async def test_what_the_model_is_told_and_kept_to_is_what_the_client_chose(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_what_the_model_is_told_and_kept_to_is_what_the_client_chose(
+    generation: Stub, cluster: ScriptedCluster
+) -> None:
     for name in ("none of them", "tools", "required", "one of them"):
         await generation.Generate(TAKEN[name][0])
     none, auto, required, one = cluster.requests
@@ -107,17 +139,25 @@ async def test_what_the_model_is_told_and_kept_to_is_what_the_client_chose(gener
 async def test_tokenizing_a_conversation_counts_its_tools(generation: Stub, http: httpx.AsyncClient) -> None:
     request, body = TAKEN["tools"]
     told = (await http.post("/tokenize", json=body)).json()
-    assert told["tokens"] == list((await generation.Tokenize(pb.TokenizeRequest(prompt=request.prompt))).token_ids)
+    assert told["tokens"] == list(
+        (await generation.Tokenize(pb.TokenizeRequest(prompt=request.prompt))).token_ids
+    )
     assert "get_weather" in (await http.post("/detokenize", json={"tokens": told["tokens"]})).json()["prompt"]
     refused = await http.post("/tokenize", json={"prompt": "a", "tools": body["tools"]})
-    assert refused.json()["error"]["message"].startswith("tools: '2 tool(s)' is not valid, expected none without messages")
+    assert refused.json()["error"]["message"].startswith(
+        "tools: '2 tool(s)' is not valid, expected none without messages"
+    )
 
 
-async def test_tools_and_another_constraint_do_not_go_together(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_tools_and_another_constraint_do_not_go_together(
+    http: httpx.AsyncClient, cluster: ScriptedCluster
+) -> None:
     _, body = TAKEN["tools"]
     body = body | {"response_format": {"type": "json_object"}}
     error = (await over_http(http, body)).json()["error"]
-    assert error["message"].startswith("constraint: 'json_object' is not valid, expected none beside tools, unless")
+    assert error["message"].startswith(
+        "constraint: 'json_object' is not valid, expected none beside tools, unless"
+    )
     assert (await over_http(http, body | {"tool_choice": "none"})).status_code == 200
     assert len(cluster.requests) == 1
 
@@ -133,8 +173,14 @@ ONLY_GRPC = {
     ),
     "no number": (pb.Tool(name="f", parameters='{"default": NaN}'), "tools[0].parameters: "),
     "half a character": (pb.Tool(name="f", parameters='{"default": "\\ud800"}'), "tools[0].parameters: "),
-    "deep parameters": (pb.Tool(name="f", parameters='{"a":' * 100 + "[]" + "}" * 100), 'tools[0].parameters: \'{"a":{"a":'),
-    "endlessly deep parameters": (pb.Tool(name="f", parameters='{"a":' * 2500 + "1" + "}" * 2500), "tools[0].parameters: "),
+    "deep parameters": (
+        pb.Tool(name="f", parameters='{"a":' * 100 + "[]" + "}" * 100),
+        'tools[0].parameters: \'{"a":{"a":',
+    ),
+    "endlessly deep parameters": (
+        pb.Tool(name="f", parameters='{"a":' * 2500 + "1" + "}" * 2500),
+        "tools[0].parameters: ",
+    ),
     "long parameters": (
         pb.Tool(name="f", parameters=json.dumps({"description": "a" * 20_000})),
         "tools: '20019 bytes of parameters' is not valid, expected at most 20000 bytes",
@@ -143,7 +189,9 @@ ONLY_GRPC = {
 
 
 @pytest.mark.parametrize("name", ONLY_GRPC)
-async def test_grpc_refuses_what_http_cannot_be_asked(generation: Stub, cluster: ScriptedCluster, name: str) -> None:
+async def test_grpc_refuses_what_http_cannot_be_asked(
+    generation: Stub, cluster: ScriptedCluster, name: str
+) -> None:
     message, told = ONLY_GRPC[name]
     chat = pb.Chat(messages=[pb.ChatMessage(**USER)], tools=[message])
     refusal = await over_grpc(generation, pb.GenerateRequest(prompt=pb.Prompt(chat=chat)))
@@ -155,8 +203,9 @@ async def test_an_unknown_mode_is_refused(generation: Stub) -> None:
     for mode in (0, 9):
         request, _ = ask(openai_tools())
         request.prompt.chat.tool_choice.mode = mode  # type: ignore[assignment]
-        assert (await over_grpc(generation, request)).details() == (
-            f"tool_choice: {mode} is not valid, expected none, auto, required, or a function's name"
+        assert (
+            (await over_grpc(generation, request)).details()
+            == f"tool_choice: {mode} is not valid, expected none, auto, required, or a function's name"
         )
 
 
@@ -177,7 +226,9 @@ ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", ONLY_HTTP)
-async def test_http_refuses_what_grpc_cannot_be_asked(http: httpx.AsyncClient, cluster: ScriptedCluster, name: str) -> None:
+async def test_http_refuses_what_grpc_cannot_be_asked(
+    http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
+) -> None:
     body, message = ONLY_HTTP[name]
     response = await over_http(http, body)
     assert response.status_code == 400
@@ -189,10 +240,15 @@ async def test_http_refuses_what_grpc_cannot_be_asked(http: httpx.AsyncClient, c
 async def test_a_template_without_a_place_for_tools_or_calls_gets_none(
     generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster
 ) -> None:
-    for (request, body), field in ((TAKEN["tools"], "tools"), (TAKEN["a call"], "prompt.chat.messages[1].tool_calls")):
+    for (request, body), field in (
+        (TAKEN["tools"], "tools"),
+        (TAKEN["a call"], "prompt.chat.messages[1].tool_calls"),
+    ):
         refusal = await over_grpc(generation, request)
         check_same(refusal, await over_http(http, body))
         assert (refusal.details() or "").startswith(f"{field}: '2 ")
-        assert (refusal.details() or "").endswith("expected none, as the model's chat template has no place for them")
+        assert (refusal.details() or "").endswith(
+            "expected none, as the model's chat template has no place for them"
+        )
     assert cluster.requests == []
     assert (await over_http(http, TAKEN["none of them"][1])).status_code == 200

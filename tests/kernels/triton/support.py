@@ -26,9 +26,15 @@ def poison_unused_slots(cache: torch.Tensor, batch: AttentionBatch, block_size: 
 
 
 def random_case(
-    dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, lens: tuple[list[int], list[int]]
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    lens: tuple[list[int], list[int]],
 ) -> tuple[AttentionBatch, torch.Tensor, torch.Tensor]:
-    """A batch of these query and context lengths, its queries, and keys and values with nothing but NaN beside them."""
+    """A batch of these query and context lengths, its queries, and keys and values with nothing but NaN
+    beside them."""
     batch, num_blocks = paged_batch(*lens, block_size)
     q = torch.randn(sum(lens[0]), num_heads, head_dim).to(dtype)
     cache = torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).to(dtype)

@@ -1,4 +1,5 @@
-"""Decode attention in pieces computes what the torch reference computes at once, and a plan's pieces are each key once."""
+"""Decode attention in pieces computes what the torch reference computes at once, and a plan's pieces are each
+key once."""
 
 import pytest
 import torch
@@ -70,11 +71,15 @@ def test_decode_attention(
     lengths: tuple[list[int], list[int], int | None],
 ) -> None:
     query_lens, context_lens, window = lengths
-    batch, q, cache = random_case(dtype, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens))
+    batch, q, cache = random_case(
+        dtype, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens)
+    )
     shape = decode_shape(num_kv_heads, block_size, window=window, takes_turns=takes_turns)
     plan = plan_decode(shape, query_lens, context_lens, MAX_CONTEXT_LEN)
     workspace = decode_workspace(shape, num_heads, head_dim, MAX_CONTEXT_LEN, DEVICE)
-    out = decode_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), padded(batch, plan), workspace, head_dim**-0.5)
+    out = decode_attention(
+        q.to(DEVICE), *halves(cache.to(DEVICE)), padded(batch, plan), workspace, head_dim**-0.5
+    )
     exact = reference.paged_attention(q.double(), *halves(cache.double()), batch, head_dim**-0.5, window)
     assert_close_in_dtype(out, exact)
     assert not workspace.arrivals.any()  # the next layer counts from zero
@@ -90,7 +95,11 @@ def test_whichever_piece_is_finished_last_the_merged_bits_are_the_same(takes_tur
     for order in (slice(None), torch.arange(len(plan.pieces)).flip(0), torch.randperm(len(plan.pieces))):
         shuffled = DecodePlan(shape, plan.pieces[order].contiguous(), plan.partial_start)
         workspace = decode_workspace(shape, 4, 64, MAX_CONTEXT_LEN, DEVICE)
-        outs.append(decode_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), padded(batch, shuffled), workspace, 0.125))
+        outs.append(
+            decode_attention(
+                q.to(DEVICE), *halves(cache.to(DEVICE)), padded(batch, shuffled), workspace, 0.125
+            )
+        )
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
@@ -103,12 +112,17 @@ def test_with_pieces_of_fixed_size_a_sequence_attends_the_same_alone_and_in_comp
     def attend(first: int, end: int) -> torch.Tensor:
         starts = batch.query_start_loc[first : end + 1]
         part = AttentionBatch(
-            starts - starts[0], batch.context_lens[first:end], batch.block_tables[first:end], batch.slot_mapping
+            starts - starts[0],
+            batch.context_lens[first:end],
+            batch.block_tables[first:end],
+            batch.slot_mapping,
         )
         shape = decode_shape(2, 16, split_keys=128)
         plan = plan_decode(shape, query_lens[first:end], context_lens[first:end], MAX_CONTEXT_LEN)
         workspace = decode_workspace(shape, 4, 64, MAX_CONTEXT_LEN, DEVICE)
-        return decode_attention(q[starts[0] : starts[-1]], cache[0], cache[1], padded(part, plan), workspace, 0.125)
+        return decode_attention(
+            q[starts[0] : starts[-1]], cache[0], cache[1], padded(part, plan), workspace, 0.125
+        )
 
     assert torch.equal(attend(0, 3), torch.cat([attend(s, s + 1) for s in range(3)]))
 
@@ -160,6 +174,8 @@ def test_a_plan_shares_a_long_context_among_all_multiprocessors() -> None:
 @pytest.mark.parametrize(
     ("query_lens", "context_lens"), [([1] * 7, [9] * 7), ([-1], [9]), ([9], [9]), ([2], [1]), ([1], [1025])]
 )
-def test_a_batch_that_does_not_fit_its_graph_is_refused(query_lens: list[int], context_lens: list[int]) -> None:
+def test_a_batch_that_does_not_fit_its_graph_is_refused(
+    query_lens: list[int], context_lens: list[int]
+) -> None:
     with pytest.raises(ValueError, match="batch:"):
         plan_decode(decode_shape(2, 16), query_lens, context_lens, MAX_CONTEXT_LEN)

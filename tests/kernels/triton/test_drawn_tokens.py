@@ -15,5 +15,6 @@ def test_a_row_takes_what_was_drawn_for_it_or_what_the_host_knows(count: int) ->
     otherwise = torch.randint(1000, 2000, (count,))
     taken = take_drawn(places.to(DEVICE), otherwise.to(DEVICE), drawn.to(DEVICE)).tolist()
     assert taken == [
-        known if place < 0 else drawn[place].item() for place, known in zip(places, otherwise.tolist(), strict=True)
+        known if place < 0 else drawn[place].item()
+        for place, known in zip(places, otherwise.tolist(), strict=True)
     ]

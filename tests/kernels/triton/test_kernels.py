@@ -29,15 +29,21 @@ def test_short_and_mixed_batches_of_small_and_large_groups(
 ) -> None:
     batch, q, cache = random_case(torch.float32, num_heads, num_kv_heads, 16, 16, (query_lens, [40, 17, 90]))
     out = make_kernels().paged_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), batch, 0.25, window)
-    assert_close_in_dtype(out, reference.paged_attention(q.double(), *halves(cache.double()), batch, 0.25, window))
+    assert_close_in_dtype(
+        out, reference.paged_attention(q.double(), *halves(cache.double()), batch, 0.25, window)
+    )
 
 
 @pytest.mark.parametrize("window", [None, 500])
-def test_on_a_gpu_a_few_tokens_behind_a_prefix_take_all_of_it(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_a_few_tokens_behind_a_prefix_take_all_of_it(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(paged_attention, "num_multiprocessors", lambda device: 20)
     plans = []
     plan_prefill = paged_attention.plan_prefill
-    monkeypatch.setattr(paged_attention, "plan_prefill", lambda *args: plans.append(plan_prefill(*args)) or plans[-1])
+    monkeypatch.setattr(
+        paged_attention, "plan_prefill", lambda *args: plans.append(plan_prefill(*args)) or plans[-1]
+    )
     batch, q, cache = random_case(torch.float32, 4, 2, 16, 16, ([12, 1], [900, 60]))
     out = make_kernels().paged_attention(q.to(DEVICE), *cache.to(DEVICE), batch, 0.25, window)
     assert_close_in_dtype(out, reference.paged_attention(q.double(), *cache.double(), batch, 0.25, window))
@@ -53,7 +59,9 @@ def test_positions_and_slots_may_lie_on_the_host() -> None:
     q = make_kernels().rope_and_cache(
         qkv.to(DEVICE), positions, cos_sin.to(DEVICE), None, None, 1e-6, *halves(there), batch.slot_mapping
     )
-    exact = reference.rope_and_cache(qkv, positions, cos_sin, None, None, 1e-6, *halves(written), batch.slot_mapping)
+    exact = reference.rope_and_cache(
+        qkv, positions, cos_sin, None, None, 1e-6, *halves(written), batch.slot_mapping
+    )
     assert_close_in_dtype(q, exact.double())
     assert_close_in_dtype(there, written.double())
 
@@ -61,12 +69,16 @@ def test_positions_and_slots_may_lie_on_the_host() -> None:
 def test_a_batch_is_planned_once_for_all_layers_of_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[int | None] = []
     monkeypatch.setattr(
-        paged_attention, "plan_decode", lambda shape, *rest: plans.append(shape.window) or plan_decode(shape, *rest)
+        paged_attention,
+        "plan_decode",
+        lambda shape, *rest: plans.append(shape.window) or plan_decode(shape, *rest),
     )
     kernels = make_kernels()
     batch, q, cache = random_case(torch.float32, 2, 1, 16, 16, ([1, 1], [20, 40]))
     q, cache = q.to(DEVICE), cache.to(DEVICE)
-    whole, windowed = (kernels.paged_attention(q, *halves(cache), batch, 0.25, window) for window in (None, 8))
+    whole, windowed = (
+        kernels.paged_attention(q, *halves(cache), batch, 0.25, window) for window in (None, 8)
+    )
     assert not torch.equal(whole, windowed)
     for window, out in ((None, whole), (8, windowed)):
         assert torch.equal(kernels.paged_attention(q, *halves(cache), batch, 0.25, window), out)
@@ -92,7 +104,11 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["query_start_loc", "context_lens", "block_tables"])
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [(torch.Tensor.long, "int64"), (strided, "strided"), (lambda tensor: tensor.to("meta"), "on meta, expected on the host")],
+    [
+        (torch.Tensor.long, "int64"),
+        (strided, "strided"),
+        (lambda tensor: tensor.to("meta"), "on meta, expected on the host"),
+    ],
 )
 def test_a_batch_that_cannot_be_planned_is_refused(name: str, change: object, complaint: str) -> None:
     batch, q, cache = random_case(torch.float32, 2, 1, 16, 16, ([1, 1], [20, 40]))

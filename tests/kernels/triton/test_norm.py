@@ -27,7 +27,9 @@ def test_add_rms_norm(dtype: torch.dtype, num_tokens: int, width: int) -> None:
 
 def assert_sum(actual: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
     if DEVICE == "cpu" and actual.dtype == torch.bfloat16:
-        assert_close_in_dtype(actual, first.double() + second)  # the interpreter cuts bfloat16 off where GPUs round it
+        assert_close_in_dtype(
+            actual, first.double() + second
+        )  # the interpreter cuts bfloat16 off where GPUs round it
     else:
         assert torch.equal(actual, first + second)
 

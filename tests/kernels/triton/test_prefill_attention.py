@@ -1,4 +1,5 @@
-"""Prefill attention in tiles computes what the torch reference computes at once, whatever was cached before."""
+"""Prefill attention in tiles computes what the torch reference computes at once, whatever was cached
+before."""
 
 import pytest
 import torch
@@ -6,7 +7,12 @@ from hypothesis import given, settings, strategies as st
 
 from pdserve.kernels import AttentionBatch
 from pdserve.kernels.reference import TorchKernels
-from pdserve.kernels.triton.prefill_attention import PrefillBatch, prefill_attention, prefill_tile, prefill_workspace
+from pdserve.kernels.triton.prefill_attention import (
+    PrefillBatch,
+    prefill_attention,
+    prefill_tile,
+    prefill_workspace,
+)
 from pdserve.kernels.triton.prefill_plan import PrefillPlan, plan_prefill
 
 from .support import DEVICE, assert_close_in_dtype, random_case
@@ -45,11 +51,17 @@ def attend(
     query_lens, context_lens = batch.query_start_loc.diff().tolist(), batch.context_lens.tolist()
     tile = prefill_tile(cache[0], q.shape[1], window)
     plan = plan_prefill(query_lens, context_lens, tile.num_tokens, tile.num_keys, num_programs, window)
-    there = PrefillPlan(*(None if t is None else t.to(DEVICE) for t in (plan.tiles, plan.pieces, plan.partial_start)))
-    planned = PrefillBatch(*(t.to(DEVICE) for t in (batch.query_start_loc, batch.context_lens, batch.block_tables)), there)
+    there = PrefillPlan(
+        *(None if t is None else t.to(DEVICE) for t in (plan.tiles, plan.pieces, plan.partial_start))
+    )
+    planned = PrefillBatch(
+        *(t.to(DEVICE) for t in (batch.query_start_loc, batch.context_lens, batch.block_tables)), there
+    )
     k_cache, v_cache = cache.to(DEVICE)
     workspace = prefill_workspace(there, k_cache)
-    return prefill_attention(q.to(DEVICE), k_cache, v_cache, planned, workspace, q.shape[2] ** -0.5, window), plan
+    return prefill_attention(
+        q.to(DEVICE), k_cache, v_cache, planned, workspace, q.shape[2] ** -0.5, window
+    ), plan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,7 +75,9 @@ def test_prefill_attention(
     lengths: tuple[list[int], list[int], int | None],
 ) -> None:
     query_lens, context_lens, window = lengths
-    batch, q, cache = random_case(dtype, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens))
+    batch, q, cache = random_case(
+        dtype, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens)
+    )
     out, plan = attend(q, cache, batch, window, num_programs=1)
     assert plan.pieces is None
     exact = TorchKernels().paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)
@@ -79,7 +93,9 @@ def test_few_new_tokens_behind_a_long_prefix_share_its_keys_out(
     lengths: tuple[list[int], list[int], int | None],
 ) -> None:
     query_lens, context_lens, window = lengths
-    batch, q, cache = random_case(torch.float32, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens))
+    batch, q, cache = random_case(
+        torch.float32, num_heads, num_kv_heads, head_dim, block_size, (query_lens, context_lens)
+    )
     out, plan = attend(q, cache, batch, window, num_programs=11)
     assert plan.pieces is not None and len(plan.pieces) > len(plan.tiles)
     exact = TorchKernels().paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)
@@ -89,7 +105,9 @@ def test_few_new_tokens_behind_a_long_prefix_share_its_keys_out(
 def test_a_plan_has_each_query_in_one_tile_and_the_longest_work_first() -> None:
     query_lens, context_lens = [300, 1, 64, 65], [300, 900, 1000, 70]
     tiles = plan_prefill(query_lens, context_lens, 32, 64, num_programs=1).tiles.tolist()
-    covered = sorted((seq, token) for seq, first in tiles for token in range(first, min(first + 32, query_lens[seq])))
+    covered = sorted(
+        (seq, token) for seq, first in tiles for token in range(first, min(first + 32, query_lens[seq]))
+    )
     assert covered == [(seq, token) for seq, length in enumerate(query_lens) for token in range(length)]
     ends = [context_lens[seq] - query_lens[seq] + min(first + 32, query_lens[seq]) for seq, first in tiles]
     assert ends == sorted(ends, reverse=True)

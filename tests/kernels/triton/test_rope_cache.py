@@ -65,7 +65,10 @@ def test_rope_and_cache(
     assert torch.equal(given["v_cache"].cpu(), exact["v_cache"].to(dtype))
     untouched = torch.ones(NUM_BLOCKS * block_size, dtype=torch.bool)
     untouched[inputs["slot_mapping"]] = False
-    before, after = (cache.cpu().transpose(1, 2).flatten(0, 1)[untouched] for cache in (inputs["k_cache"], given["k_cache"]))
+    before, after = (
+        cache.cpu().transpose(1, 2).flatten(0, 1)[untouched]
+        for cache in (inputs["k_cache"], given["k_cache"])
+    )
     assert torch.equal(before, after)
 
 
@@ -75,7 +78,9 @@ def test_padding_of_a_captured_graph_is_neither_read_nor_written() -> None:
     q = rope_and_cache(**alone, eps=EPS)
     padded = on_device(inputs)
     rubbish = torch.full((2,), 10**12, device=DEVICE)
-    padded["qkv"] = torch.cat((padded["qkv"], torch.full((2, padded["qkv"].shape[1]), torch.nan, device=DEVICE)))
+    padded["qkv"] = torch.cat(
+        (padded["qkv"], torch.full((2, padded["qkv"].shape[1]), torch.nan, device=DEVICE))
+    )
     padded["positions"] = torch.cat((padded["positions"], rubbish))
     padded["slot_mapping"] = torch.cat((padded["slot_mapping"], torch.full_like(rubbish, -1)))
     assert torch.equal(rope_and_cache(**padded, eps=EPS)[:3], q)

@@ -35,7 +35,9 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
-def batch_of(sampling: list[SamplingParams], rows: list[int], choices: list[int], indices: list[int]) -> SamplingBatch:
+def batch_of(
+    sampling: list[SamplingParams], rows: list[int], choices: list[int], indices: list[int]
+) -> SamplingBatch:
     return SamplingBatch(
         torch.tensor(rows, dtype=torch.int32),
         torch.tensor([s.temperature for s in sampling], dtype=torch.float64),
@@ -48,7 +50,9 @@ def batch_of(sampling: list[SamplingParams], rows: list[int], choices: list[int]
     )
 
 
-def draws_of(logits: torch.Tensor, sampling: SamplingParams, indices: list[int]) -> tuple[list[int], list[int], list[int]]:
+def draws_of(
+    logits: torch.Tensor, sampling: SamplingParams, indices: list[int]
+) -> tuple[list[int], list[int], list[int]]:
     """What the kernel, its reference and the engine draw from one row."""
     count = len(indices)
     batch = batch_of([sampling] * count, [0] * count, [1] * count, indices)
@@ -96,7 +100,9 @@ def test_masked_tokens_are_never_drawn() -> None:
         (dict.fromkeys(range(64), -torch.inf), 0),
     ],
 )
-def test_the_first_of_the_largest_is_taken_greedily_and_where_the_model_overflowed(special: dict, expected: int) -> None:
+def test_the_first_of_the_largest_is_taken_greedily_and_where_the_model_overflowed(
+    special: dict, expected: int
+) -> None:
     logits = torch.full((64,), -1.0)
     logits[list(special)] = torch.tensor(list(special.values()))
     greedy = batch_of([SamplingParams(temperature=0.0)], [0], [0], [0])
@@ -107,7 +113,9 @@ def test_the_first_of_the_largest_is_taken_greedily_and_where_the_model_overflow
 
 
 def test_a_draw_is_the_same_alone_and_in_company() -> None:
-    sampling = [SamplingParams(seed=seed, **filters) for seed, filters in enumerate(FILTERS[:5] + FILTERS[7:8])]
+    sampling = [
+        SamplingParams(seed=seed, **filters) for seed, filters in enumerate(FILTERS[:5] + FILTERS[7:8])
+    ]
     logits = torch.randn(3, 500).to(DEVICE) * 3
     rows, choices, indices = [2, 0, 1, 1, 0, -1], [0, 1, 0, 2, 3, 0], [9, 8, 7, 6, 5, 4]
     together = sample(logits, batch_of(sampling, rows, choices, indices).to(DEVICE))
@@ -120,7 +128,9 @@ def test_a_draw_is_the_same_alone_and_in_company() -> None:
 def _store_uniforms(seeds, choices, indices, out, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     numbers = (tl.load(seeds + lanes), tl.load(choices + lanes), tl.load(indices + lanes))
-    tl.store(out + lanes, uniform(numbers[0].to(tl.uint64), numbers[1].to(tl.uint64), numbers[2].to(tl.uint64)))
+    tl.store(
+        out + lanes, uniform(numbers[0].to(tl.uint64), numbers[1].to(tl.uint64), numbers[2].to(tl.uint64))
+    )
 
 
 def test_random_numbers_are_the_engines_bit_for_bit() -> None:
@@ -133,7 +143,9 @@ def test_random_numbers_are_the_engines_bit_for_bit() -> None:
     given = (torch.from_numpy(array).to(DEVICE) for array in (seeds.view(np.int64), choices, indices))
     _store_uniforms[(1,)](*given, out, BLOCK=64)
     assert out.tolist() == wanted
-    assert [reference_uniform(int(s), int(c), int(i)) for s, c, i in zip(seeds, choices, indices, strict=True)] == wanted
+    assert [
+        reference_uniform(int(s), int(c), int(i)) for s, c, i in zip(seeds, choices, indices, strict=True)
+    ] == wanted
 
 
 def test_parameters_and_logits_of_another_type_are_refused() -> None:

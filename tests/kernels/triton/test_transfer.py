@@ -1,4 +1,5 @@
-"""Parts of a paged cache leave for the wire and arrive in another cache, as the torch reference moves them."""
+"""Parts of a paged cache leave for the wire and arrive in another cache, as the torch reference moves
+them."""
 
 import pytest
 import torch
@@ -37,7 +38,12 @@ def empty_wire(cache: torch.Tensor, part: KVPart, wire_format: WireFormat) -> to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_kv_heads", "head_dim", "block_sizes", "part"), CASES)
 def test_a_part_travels_as_the_reference_moves_it(
-    wire_format: WireFormat, dtype: torch.dtype, num_kv_heads: int, head_dim: int, block_sizes: tuple[int, int], part: KVPart
+    wire_format: WireFormat,
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    head_dim: int,
+    block_sizes: tuple[int, int],
+    part: KVPart,
 ) -> None:
     here, there = (random_cache(dtype, num_kv_heads, block_size, head_dim) for block_size in block_sizes)
     blocks = [random_blocks(part, block_size) for block_size in block_sizes]
@@ -57,7 +63,9 @@ def test_a_part_travels_as_the_reference_moves_it(
         assert_close_in_dtype(arrived, there.double())
 
 
-def assert_same_wire(actual: torch.Tensor, expected: torch.Tensor, wire_format: WireFormat, num_values: int) -> None:
+def assert_same_wire(
+    actual: torch.Tensor, expected: torch.Tensor, wire_format: WireFormat, num_values: int
+) -> None:
     """A GPU may round a value half-way between two int8 steps to the other."""
     if wire_format is WireFormat.RAW or DEVICE == "cpu":
         assert torch.equal(actual, expected)
@@ -70,7 +78,10 @@ def assert_same_wire(actual: torch.Tensor, expected: torch.Tensor, wire_format: 
 def test_the_raw_wire_of_all_heads_is_the_one_of_the_cpus_kernels() -> None:
     cache = random_cache(torch.bfloat16, 4, 16, 64)
     blocks = random_blocks(WHOLE, 16)
-    expected, buffer = empty_wire(cache, WHOLE, WireFormat.RAW), empty_wire(cache, WHOLE, WireFormat.RAW).to(DEVICE)
+    expected, buffer = (
+        empty_wire(cache, WHOLE, WireFormat.RAW),
+        empty_wire(cache, WHOLE, WireFormat.RAW).to(DEVICE),
+    )
     checksum = TorchKernels().gather_tokens(cache, 0, 3, blocks, 0, 40, expected)
     total = transfer.gather_part(cache.to(DEVICE), blocks, WHOLE, buffer, WireFormat.RAW)
     assert torch.equal(buffer.cpu(), expected)
@@ -117,7 +128,9 @@ def test_a_checksum_tells_swapped_and_zeroed_words_and_flipped_bits(wire_format:
         flipped[8 * second] ^= 1
         for corrupt in (swapped, zeroed, flipped):
             assert transfer.checksum(corrupt).item() != total.item()
-            assert transfer.scatter_part(cache.clone(), [4], part, corrupt, wire_format).item() != total.item()
+            assert (
+                transfer.scatter_part(cache.clone(), [4], part, corrupt, wire_format).item() != total.item()
+            )
 
 
 @pytest.mark.parametrize(

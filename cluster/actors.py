@@ -46,9 +46,8 @@ def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
     other."""
     variables = {"OMP_NUM_THREADS": str(spec.pool.num_threads)}
     if spec.device == "cuda":
-        variables["CUDA_DEVICE_ORDER"] = (
-            "PCI_BUS_ID"  # indices mean to CUDA what they mean to NVML and to Ray
-        )
+        # indices mean to CUDA what they mean to NVML and to Ray
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return {
         "num_cpus": spec.pool.num_cpus,
         "num_gpus": spec.need.gpu_share,

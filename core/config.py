@@ -16,9 +16,8 @@ from .devices import DeviceKind
 from .hosts import ExpectedHosts
 from .messages import Role
 
-MAX_INSTANCES = (
-    4096  # of one pool: each of them is listed and planned before it is known whether there is room
-)
+# of one pool: each of them is listed and planned before it is known whether there is room
+MAX_INSTANCES = 4096
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 MAX_PROMPT_LOGPROBS = (
     1 << 18

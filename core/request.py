@@ -38,9 +38,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives to report beside each token; None: no logprobs at all
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first; None: none
-    grammar: str = (
-        ""  # that the output follows, in llguidance's text form; a gateway has checked it; "": none
-    )
+    # that the output follows, in llguidance's text form; a gateway has checked it; "": none
+    grammar: str = ""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,9 +23,8 @@ log = logging.getLogger(__name__)
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # as CUDA reads it: which GPUs a process has, and in which order
-GPU_MEMORY_FRACTION = (
-    0.9  # of a GPU's memory that its instances may fill; the rest is left to other processes
-)
+# of a GPU's memory that its instances may fill; the rest is left to other processes
+GPU_MEMORY_FRACTION = 0.9
 ALL_LINKS = 0xFFFFFFFF  # NVML's scope for the sum over a GPU's links
 THROTTLES = {
     "power": pynvml.nvmlClocksEventReasonSwPowerCap | pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,

@@ -23,9 +23,8 @@ class Sequence:
         self.num_pending_tokens = 0  # 1: that step draws a token, which is not among `token_ids` yet
         self.num_cached_tokens = 0  # of these, how many came from the prefix cache when it was admitted
         self.block_ids: list[int] = []
-        self.token_mask: bytes | None = (
-            None  # of the next token, one bit each, when the output follows a grammar
-        )
+        # of the next token, one bit each, when the output follows a grammar
+        self.token_mask: bytes | None = None
         self.is_mask_late = True  # it was not there when it was needed, or nothing was computed for it yet
         self._block_hashes: list[bytes] = []
         self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)

@@ -27,9 +27,8 @@ from .shm import ShmLink
 
 _PAGE_BYTES = 4096
 MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they belong to the cluster
-ACCEPT_PAUSE_S = (
-    0.5  # until the next attempt, when the process has no descriptor or memory left for a connection
-)
+# until the next attempt, when the process has no descriptor or memory left for a connection
+ACCEPT_PAUSE_S = 0.5
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 

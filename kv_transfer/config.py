@@ -12,14 +12,12 @@ MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
 class TransferConfig:
     """Sizes of the staging ring and every deadline of the protocol."""
 
-    chunk_bytes: int | None = (
-        None  # of one ring slot of ours, and of a chunk at most; None: what suits the link
-    )
+    # of one ring slot of ours, and of a chunk at most; None: what suits the link
+    chunk_bytes: int | None = None
     ring_slots: int = 4  # chunks under way per pair, shared by its transfers
     connect_timeout_s: float = 5.0
-    nccl_timeout_s: float = (
-        60.0  # to join two GPUs: NCCL looks for their ways to each other, for seconds the first time
-    )
+    # to join two GPUs: NCCL looks for their ways to each other, for seconds the first time
+    nccl_timeout_s: float = 60.0
     heartbeat_s: float = 0.5
     dead_after_s: float = 3.0  # without a sign of life
     chunk_timeout_s: float = 5.0  # chunk to ACK, COMMIT to COMMITTED

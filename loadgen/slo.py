@@ -13,9 +13,8 @@ class Slo:
 
     ttft: float | None = None
     tpot: float | None = None  # the request's mean gap
-    itl: float | None = (
-        None  # each of the request's gaps: a stall of the stream is a miss, even if the mean is fine
-    )
+    # each of the request's gaps: a stall of the stream is a miss, even if the mean is fine
+    itl: float | None = None
     e2e: float | None = None
 
     def is_met(self, record: RequestRecord) -> bool:

@@ -17,9 +17,8 @@ from .device_choice import device_findings, resolve_device, why_device
 from .packing import Demand, Finding, Packing
 
 AUTO_KV_MAX_BYTES = 4 << 30
-AUTO_MEMORY_FRACTION = (
-    0.8  # of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
-)
+# of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
+AUTO_MEMORY_FRACTION = 0.8
 RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
 GPU_RUNTIME_BYTES = (
     1 << 30

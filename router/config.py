@@ -9,18 +9,15 @@ class RouterConfig:
     """How much may wait, and what placement weighs."""
 
     max_queued_requests: int = 1024
-    max_unread_tokens: int = (
-        1024  # of one stream; beyond that it leaves its workers until its client has read half of them
-    )
+    # of one stream; beyond that it leaves its workers until its client has read half of them
+    max_unread_tokens: int = 1024
     itl_slo_s: float = 0.05  # placement avoids workers on which a token would take longer
     max_attempts: int = 5  # dispatches of a choice before its request ends with an error
     max_prefill_backlog_tokens: int | None = None  # per worker; None: twice its max_batch_tokens
-    prefill_on_decode_factor: float | None = (
-        2.0  # a decode worker's prefill seconds count so often; None: never there
-    )
-    num_candidates: int = (
-        3  # least loaded workers a decision looks at, per role, beside those that hold the prefix
-    )
+    # a decode worker's prefill seconds count so often; None: never there
+    prefill_on_decode_factor: float | None = 2.0
+    # least loaded workers a decision looks at, per role, beside those that hold the prefix
+    num_candidates: int = 3
     retry_delay_s: float = 0.02  # before the second retry after workers' errors; four times longer each time
     max_retry_delay_s: float = 1.0
     claim_timeout_s: float = 30.0  # how long what an earlier router served waits for its client to come back

@@ -50,9 +50,8 @@ from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
 
 CLOSING = "the cluster is shutting down"
-CAUTION = (
-    2.0  # so many times longer than it takes may a prefill be predicted, and no request is given up wrongly
-)
+# so many times longer than it takes may a prefill be predicted, and no request is given up wrongly
+CAUTION = 2.0
 STARTING_S = 1.0  # between dispatches, as told to clients while no worker is ready
 
 

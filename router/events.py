@@ -157,9 +157,8 @@ class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
     ended_s: float | None = None  # its last token, or its failure; None while it runs
     num_steps: int = 0  # tokens of the choice that got most
     failure: str | None = None  # why it did not produce all that it was to
-    prefill: LegEnded | None = (
-        None  # the workers' own account (queue, compute, cached tokens, transfer), once it came
-    )
+    # the workers' own account (queue, compute, cached tokens, transfer), once it came
+    prefill: LegEnded | None = None
     decode: LegEnded | None = None
 
 
@@ -177,9 +176,8 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: tuple[int, ...] = (0,)  # of each choice
     traceparent: str = ""
     num_times_unread: int = 0  # and then it left its workers
-    is_adopted: bool = (
-        False  # an earlier router took it: instants before the take-over are those of the take-over
-    )
+    # an earlier router took it: instants before the take-over are those of the take-over
+    is_adopted: bool = False
 
     @property
     def outcome(self) -> FinishReason | None:

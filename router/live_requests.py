@@ -22,9 +22,8 @@ class LiveRequests:
     """Request id -> live request, from admission until no worker holds anything for it."""
 
     def __init__(self, queue: JobQueue, ledger: Ledger, config: RouterConfig) -> None:
-        self.claims_end_s: float | None = (
-            None  # when adopted requests that wait for their clients are given up
-        )
+        # when adopted requests that wait for their clients are given up
+        self.claims_end_s: float | None = None
         self.deadlines = Deadlines()
         self._life = RequestLife(queue, ledger, config)
         self._queue = queue

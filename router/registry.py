@@ -72,9 +72,8 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
         self.num_grown_tokens = 0  # that they have brought since
-        self.num_pending_blocks = (
-            0  # reserved by legs that have not begun to decode: reports may not show them yet
-        )
+        # reserved by legs that have not begun to decode: reports may not show them yet
+        self.num_pending_blocks = 0
         self.num_prompt_tokens = 0  # of all ended prefills, for the hit rate
         self.num_cached_tokens = 0
         self.tokens_per_s = 0.0

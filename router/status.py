@@ -18,9 +18,8 @@ class Counters:
     finished: int = 0  # ended by themselves
     cancelled: int = 0
     expired: int = 0  # deadline passed, or could not be met any more
-    hopeless: int = (
-        0  # of those, ended before they cost a prefill, as their first token would have come too late
-    )
+    # of those, ended before they cost a prefill, as their first token would have come too late
+    hopeless: int = 0
     failed: int = 0  # ended with an error
     rejected: int = 0  # refused because the queue was full
     dispatched: int = 0

@@ -49,9 +49,8 @@ from .worker import Worker
 
 log = logging.getLogger(__name__)
 
-SWITCH_INTERVAL_S = (
-    0.0005  # at most so long does a busy engine thread hold back the transfer's and the connection's
-)
+# at most so long does a busy engine thread hold back the transfer's and the connection's
+SWITCH_INTERVAL_S = 0.0005
 
 
 def give_up(why: str) -> None:

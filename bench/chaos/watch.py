@@ -29,7 +29,7 @@ class Watch:
 
     def close(self) -> None:
         self._closed.set()
-        self._call.cancel()  # or the next call, that the thread has just made
+        self._call.cancel()  # type: ignore[no-untyped-call]  # or the next call, that the thread has just made
         self._thread.join()
 
     def _connect(self) -> "grpc.CallIterator[pb.ClusterStatus]":
@@ -40,7 +40,7 @@ class Watch:
             with suppress(grpc.RpcError):  # cancelled, or the router is gone
                 self._listen()
             self._call = self._connect()
-        self._call.cancel()
+        self._call.cancel()  # type: ignore[no-untyped-call]
 
     def _listen(self) -> None:
         for number, status in enumerate(self._call):

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -123,24 +124,24 @@ class Switch:
                 return
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._channel.close(None)
 
 
 async def sweep(address: str, switch: Switch, case: Case, slo: Slo, plan: CampaignPlan) -> list[Point]:
     """One point for each rate."""
-    lengths = [
+    prompts, outputs = (
         parse_lengths(text, lambda path: Path(path).read_text())
         for text in (case.prompt_tokens, case.output_tokens)
-    ]
+    )
     target = GrpcTarget(address)
     points = []
     try:
         for rate in case.rates:
-            contenders = [Contender(way, target, lambda way=way: switch.to(way)) for way in WAYS]
+            contenders = [Contender(way, target, partial(switch.to, way)) for way in WAYS]
             # prompts of its own for each point: what an earlier one left in the prefix caches must not help
             seed = plan.seed + zlib.crc32(f"{case.name} {rate:g}".encode())
             results = await run_campaign(
-                replace(plan, workload=Drawn(Poisson(rate), *lengths), seed=seed), contenders
+                replace(plan, workload=Drawn(Poisson(rate), prompts, outputs), seed=seed), contenders
             )
             reports = {result.name: result.report(slo) for result in results}
             points.append(Point(case.name, rate, reports, tuple(ratios_of(results[::-1], slo))))
@@ -194,7 +195,7 @@ def main() -> None:
     if args.rates:
         cases = [replace(case, rates=tuple(map(float, args.rates.split(",")))) for case in cases]
     slo = parse_slo(args.slo)
-    unused = Drawn(None, *[parse_lengths("1", str)] * 2)
+    unused = Drawn(None, parse_lengths("1", str), parse_lengths("1", str))
     plan = CampaignPlan(
         unused, seed=args.seed, num_rounds=args.rounds, duration_s=args.round_s, num_warm_up=2
     )

@@ -101,7 +101,8 @@ def _error(attention: Attention, device: str) -> float:
     there = cache.to(device)
     spoil_memory(there.new_empty(q.shape))
     out = kernels.paged_attention(q.to(device), there[0], there[1], batch, scale, attention.window)
-    exact = TorchKernels().paged_attention(q.double(), *cache.double(), batch, scale, attention.window)
+    keys, values = cache.double()
+    exact = TorchKernels().paged_attention(q.double(), keys, values, batch, scale, attention.window)
     return row_error(out.view(q.shape), exact.view(q.shape))
 
 
@@ -147,6 +148,7 @@ def _captured_error(attention: Attention, device: str) -> float:
         todays_batch = replace(
             whole, query_start_loc=starts[: used + 1], context_lens=on_host[1], block_tables=tables[:used]
         )
-        exact = TorchKernels().paged_attention(q[:used].double(), *cache.double(), todays_batch, scale)
+        keys, values = cache.double()
+        exact = TorchKernels().paged_attention(q[:used].double(), keys, values, todays_batch, scale)
         errors.append(row_error(out[:used], exact.view(q[:used].shape)))
     return worst(*errors)

@@ -12,8 +12,8 @@ import triton.language as tl
 from pdserve.kernels.triton.launch import INTERPRETED
 
 
-@triton.jit
-def _count(out: tl.tensor, end: tl.tensor):
+@triton.jit  # type: ignore[untyped-decorator]
+def _count(out: tl.tensor, end: tl.tensor) -> None:
     for number in range(tl.load(end)):
         tl.store(out + number, 1)
 

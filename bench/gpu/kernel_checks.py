@@ -111,12 +111,14 @@ def _rope_error(
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
     q_norm, k_norm = (torch.rand(2, head_dim) + 0.5).to(dtype) if norms else (None, None)
     there = cache.clone().to(device)
-    weights = [None if norm is None else norm.to(device) for norm in (q_norm, k_norm)]
-    inputs = [tensor.to(device) for tensor in (qkv, positions, cos_sin)]
-    q = rope_and_cache(*inputs, *weights, _EPS, there[0], there[1], slots.to(device))
-    wide, wide_norms = cache.float(), [None if norm is None else norm.float() for norm in (q_norm, k_norm)]
+    qkv_there, positions_there, cos_sin_there = (tensor.to(device) for tensor in (qkv, positions, cos_sin))
+    q_there, k_there = (None if norm is None else norm.to(device) for norm in (q_norm, k_norm))
+    inputs = qkv_there, positions_there, cos_sin_there, q_there, k_there
+    q = rope_and_cache(*inputs, _EPS, there[0], there[1], slots.to(device))
+    wide = cache.float()
+    q_wide, k_wide = (None if norm is None else norm.float() for norm in (q_norm, k_norm))
     exact_q = _reference.rope_and_cache(
-        qkv[:-1].float(), positions[:-1], cos_sin, *wide_norms, _EPS, wide[0], wide[1], slots[:-1]
+        qkv[:-1].float(), positions[:-1], cos_sin, q_wide, k_wide, _EPS, wide[0], wide[1], slots[:-1]
     )
     keys, exact_keys = (c[0].cpu().transpose(1, 2).flatten(0, 1) for c in (there, wide))
     untouched = torch.ones(len(keys), dtype=torch.bool)

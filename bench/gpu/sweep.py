@@ -34,9 +34,8 @@ from .timing import median_in_graph_s, median_s
 _DTYPE = torch.bfloat16
 _NEEDS_A_GPU = "needs a GPU"
 _CACHE_BYTES = 1 << 30  # calls rotate over at least as much, so that the L2 keeps nothing
-_MAX_ROWS_COMPARED = (
-    512  # at about; all of a long prompt's would take the host longer than the GPU takes to compute them
-)
+# at about; all of a long prompt's would take the host longer than the GPU takes to compute them
+_MAX_ROWS_COMPARED = 512
 _SECONDS_OF_A_VARIANT = 6.0  # with compiling
 
 

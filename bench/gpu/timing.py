@@ -37,10 +37,17 @@ def median_in_graph_s(calls: Sequence[Callable[[], object]], *, repeats: int = 1
 
 
 def _median_s(call: Callable[[], object], repeats: int) -> float:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    events = [
+        [
+            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            for _ in range(2)
+        ]
+        for _ in range(repeats)
+    ]
     for start, end in events:
         start.record()
         call()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+    times_ms: list[float] = [start.elapsed_time(end) for start, end in events]
+    return statistics.median(times_ms) / 1e3

@@ -26,6 +26,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # no GPU's driver is looked for; nothing i
 
 import torch
 
+from pdserve.core.failures import FailureKind
 from pdserve.core.messages import KVLayout, TransferStats
 from pdserve.core.request import TransferId
 from pdserve.engine import kv_cache
@@ -124,7 +125,7 @@ class Side:
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
         self._endings.put((stats, time.process_time()))
 
-    def on_send_failed(self, transfer: TransferId, error: str) -> None:
+    def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
         self._endings.put((RuntimeError(error), 0.0))
 
     on_receive_failed = on_send_failed

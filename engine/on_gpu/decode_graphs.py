@@ -23,9 +23,8 @@ from .drawn_tokens import KNOWN, DrawnTokens
 from .staging import Array, Field, Staging
 
 _NO_SLOT = -1
-_FEW_ROWS = (
-    8  # whose contexts seldom have as many pieces as they may: a program for each would mostly be idle
-)
+# whose contexts seldom have as many pieces as they may: a program for each would mostly be idle
+_FEW_ROWS = 8
 
 
 def ladder(max_batch_size: int) -> tuple[int, ...]:

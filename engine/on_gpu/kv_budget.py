@@ -11,9 +11,8 @@ from .warm_up import prompt_step
 
 _GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, generously
 _LINK_BYTES = 512 << 20  # of transfers: a ring of 64 MiB for each peer, and NCCL's own
-_LOGITS_COPIES = (
-    8  # at most at a time: the step's and the graphs', and seven float32 ones that log probabilities take
-)
+# at most at a time: the step's and the graphs', and seven float32 ones that log probabilities take
+_LOGITS_COPIES = 8
 
 
 def num_blocks_that_fit(

@@ -19,9 +19,8 @@ from .body import http_client, peer_of, read
 from .format import ChatFormat, CompletionFormat, Format, Wanted
 from .sse import EventStream, merged
 
-INLINE_TOKENS = (
-    256  # of an answer that is put together on the loop: they may have log probabilities of many others
-)
+# of an answer that is put together on the loop: they may have log probabilities of many others
+INLINE_TOKENS = 256
 
 
 class Completions:

@@ -26,9 +26,8 @@ BLAMED = (
     -signal.SIGBUS,
     -signal.SIGABRT,
 )  # exit codes that are the job's fault
-SILENT_S = (
-    60.0  # a process without an answer for so long is stopped or starved: its jobs end after 10 s of work
-)
+# a process without an answer for so long is stopped or starved: its jobs end after 10 s of work
+SILENT_S = 60.0
 READ_BYTES = 1 << 18
 START_AGAIN_S = 1.0  # after a process that did not get ready
 

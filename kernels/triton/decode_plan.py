@@ -33,12 +33,10 @@ class DecodeShape:
     block_size: int
     num_multiprocessors: int
     window: int | None = None
-    split_keys: int | None = (
-        None  # keys of a piece at most; None: by the batch's load, on which a sum's order then depends
-    )
-    takes_turns: bool = (
-        False  # a wave of programs shares the pieces; else each piece has a program, which balances better
-    )
+    # keys of a piece at most; None: by the batch's load, on which a sum's order then depends
+    split_keys: int | None = None
+    # a wave of programs shares the pieces; else each piece has a program, which balances better
+    takes_turns: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_query_len <= MAX_QUERY_LEN:

@@ -22,9 +22,8 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    max_registers: int | None = (
-        None  # of a thread; None: the assembler's choice, which may spill a few for another block
-    )
+    # of a thread; None: the assembler's choice, which may spill a few for another block
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:

@@ -28,9 +28,8 @@ from .prefill_attention import (
 from .prefill_plan import PrefillPlan, plan_prefill
 
 MAX_GROUP = 64  # query heads of a kv head: the rows of the smallest tile
-_MAX_DECODE_ROWS = (
-    64  # queries times their heads, packed: what the compile gate has seen a decode program hold
-)
+# queries times their heads, packed: what the compile gate has seen a decode program hold
+_MAX_DECODE_ROWS = 64
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,10 @@ class PrefillPlan:
     """Which queries, and which of their keys, each program takes."""
 
     tiles: torch.Tensor  # int32 [num_tiles, 2]: (sequence, its first query of the tile)
-    pieces: torch.Tensor | None = (
-        None  # int32 [num_pieces, 3]: (tile, first key, key behind the last); None: nothing is split
-    )
-    partial_start: torch.Tensor | None = (
-        None  # int32 [num_tiles + 1]: tile t's pieces are rows [t]:[t + 1], by their keys
-    )
+    # int32 [num_pieces, 3]: (tile, first key, key behind the last); None: nothing is split
+    pieces: torch.Tensor | None = None
+    # int32 [num_tiles + 1]: tile t's pieces are rows [t]:[t + 1], by their keys
+    partial_start: torch.Tensor | None = None
 
 
 def plan_prefill(

@@ -97,7 +97,7 @@ class Unavailable(grpc.RpcError):
     def details(self) -> str:
         return "unavailable"
 
-    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+    def trailing_metadata(self) -> Any:
         return self._trailers
 
 

@@ -76,7 +76,7 @@ def one_element(
     """`real`, but for one element of what it returns."""
 
     def broken(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out = real(*args, **kwargs)
+        out: torch.Tensor = real(*args, **kwargs)
         out.view(-1)[-1] = change(out.view(-1)[-1])
         return out
 
@@ -204,7 +204,7 @@ def test_only_correctness_decides_the_exit_status() -> None:
 
 
 def test_messages_arrive_as_they_were_sent(tmp_path: Path) -> None:
-    messages = [
+    messages: list[Message | Begun] = [
         Check("a", 0.5, 1.0),
         Limit("copy", 3e12, "3 TB/s"),
         Row("x", "1 ms"),

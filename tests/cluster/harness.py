@@ -17,9 +17,8 @@ from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc as rpc
 READY = pb.WORKER_STATE_READY
 
 
-SESSION_MARK = (
-    "PDSERVE_TEST_SESSION"  # an environment variable that every process of this test session inherits
-)
+# an environment variable that every process of this test session inherits
+SESSION_MARK = "PDSERVE_TEST_SESSION"
 
 
 def session_processes() -> dict[int, str]:

@@ -4,7 +4,7 @@ time."""
 import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -53,7 +53,7 @@ class WireStub:
 class BrokenLink:
     """Each operation finds the connection broken."""
 
-    name = "gloo"
+    name: ClassVar[str] = "gloo"
     executor = None
     takes_turns = False
     num_slots, slot_bytes = 1, NUM_BYTES

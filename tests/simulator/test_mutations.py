@@ -180,7 +180,7 @@ def announce_layers_before_they_are_computed() -> Planted:
 
 
 def share_kv_between_salts() -> Planted:
-    original = sequence.block_hashes
+    original = sequence.block_hashes  # type: ignore[attr-defined]
     return patch.object(
         sequence, "block_hashes", lambda tokens, size, salt, parent: original(tokens, size, "", parent)
     )

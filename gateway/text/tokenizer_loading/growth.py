@@ -15,9 +15,8 @@ import msgspec
 from ....core.checkpoint_files import shown
 from ....core.errors import CheckpointError
 
-MAX_TEXT_GROWTH = (
-    512  # by normaliser and pre-tokeniser; 6 is usual, SentencePiece's normalisation has 33 at worst
-)
+# by normaliser and pre-tokeniser; 6 is usual, SentencePiece's normalisation has 33 at worst
+MAX_TEXT_GROWTH = 512
 MAX_TOKEN_GROWTH = 2  # by the post-processor
 MAX_DECODED_GROWTH = 8  # by the decoder, of each token; 3 is usual
 MAX_ADDED = 1024  # bytes or tokens, whatever the length

@@ -15,6 +15,7 @@ from pdserve.kernels.triton.prefill_attention import (
 )
 from pdserve.kernels.triton.prefill_plan import PrefillPlan, plan_prefill
 
+from ..conftest import halves
 from .support import DEVICE, assert_close_in_dtype, random_case
 
 MIXED = ([33, 1, 140, 2], [33, 90, 270, 253], None)  # query lengths, context lengths, window
@@ -51,12 +52,12 @@ def attend(
     query_lens, context_lens = batch.query_start_loc.diff().tolist(), batch.context_lens.tolist()
     tile = prefill_tile(cache[0], q.shape[1], window)
     plan = plan_prefill(query_lens, context_lens, tile.num_tokens, tile.num_keys, num_programs, window)
-    there = PrefillPlan(
-        *(None if t is None else t.to(DEVICE) for t in (plan.tiles, plan.pieces, plan.partial_start))
+    pieces, starts = (None if t is None else t.to(DEVICE) for t in (plan.pieces, plan.partial_start))
+    there = PrefillPlan(plan.tiles.to(DEVICE), pieces, starts)
+    starts, lens, tables = (
+        t.to(DEVICE) for t in (batch.query_start_loc, batch.context_lens, batch.block_tables)
     )
-    planned = PrefillBatch(
-        *(t.to(DEVICE) for t in (batch.query_start_loc, batch.context_lens, batch.block_tables)), there
-    )
+    planned = PrefillBatch(starts, lens, tables, there)
     k_cache, v_cache = cache.to(DEVICE)
     workspace = prefill_workspace(there, k_cache)
     return prefill_attention(
@@ -80,7 +81,7 @@ def test_prefill_attention(
     )
     out, plan = attend(q, cache, batch, window, num_programs=1)
     assert plan.pieces is None
-    exact = TorchKernels().paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)
+    exact = TorchKernels().paged_attention(q.double(), *halves(cache.double()), batch, head_dim**-0.5, window)
     assert_close_in_dtype(out, exact)
 
 
@@ -98,7 +99,7 @@ def test_few_new_tokens_behind_a_long_prefix_share_its_keys_out(
     )
     out, plan = attend(q, cache, batch, window, num_programs=11)
     assert plan.pieces is not None and len(plan.pieces) > len(plan.tiles)
-    exact = TorchKernels().paged_attention(q.double(), *cache.double(), batch, head_dim**-0.5, window)
+    exact = TorchKernels().paged_attention(q.double(), *halves(cache.double()), batch, head_dim**-0.5, window)
     assert_close_in_dtype(out, exact)
 
 

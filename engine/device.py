@@ -165,7 +165,7 @@ class HostDevice:
     torch_device = torch.device("cpu")
     runs_ahead = False
 
-    def __init__(self, memory_bytes: int = 1 << 30) -> None:
+    def __init__(self, memory_bytes: int = 2 << 30) -> None:
         self._memory_bytes = memory_bytes  # of what a GPU would have of its own
 
     def event(self) -> DeviceEvent:

@@ -174,11 +174,12 @@ def test_a_worker_refuses_to_run_where_others_can_change_rays_folder(
     monkeypatch.setattr(ray_folder, "session_folder", lambda: shared_session)
     monkeypatch.setattr(Recorder, "ran", [])
     actor = WorkerActor.__ray_metadata__.modified_class  # type: ignore[attr-defined]  # made by ray.remote
-    asked, entry_point = spec("cpu", gpus=1.0), f"{__name__}:Recorder"
+    monkeypatch.setattr("pdserve.worker.process.WorkerProcess", Recorder)
+    asked = spec("cpu", gpus=1.0)
     with pytest.raises(SharedRayFolder):
-        actor(entry_point, asked).run()
+        actor(asked).run()
     assert Recorder.ran == []
-    actor(entry_point, replace(asked, accept_open_ray=True)).run()
+    actor(replace(asked, accept_open_ray=True)).run()
     assert [run.socket_root for run in Recorder.ran] == [shared_session]
 
 

@@ -59,7 +59,7 @@ def test_prompts_decodes_and_mixtures_are_queued_without_a_wait(engine: Engine) 
 
 def test_the_cache_takes_what_memory_is_left(engine: Engine) -> None:
     block_bytes = 64 * engine.layout.bytes_per_token
-    assert engine.pool.num_blocks * block_bytes < 0.9 * (1 << 30) < 2 * engine.pool.num_blocks * block_bytes
+    assert engine.pool.num_blocks * block_bytes < 0.9 * (2 << 30) < 2 * engine.pool.num_blocks * block_bytes
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ PROMPTS: dict[str, tuple[pb.Prompt, list[str]]] = {
     "conversation": (pb.Prompt(chat=pb.Chat(messages=HELLO)), ["chat_text", "bounded_ids"]),
     "tools": (
         pb.Prompt(chat=pb.Chat(messages=HELLO, tools=[LONG_TOOL])),
-        ["Offer.read", "chat_text", "bounded_ids", "tool_grammar"],
+        ["OfferedTools.read", "chat_text", "bounded_ids", "tool_grammar"],
     ),
 }
 

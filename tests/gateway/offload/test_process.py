@@ -274,7 +274,7 @@ async def test_a_job_without_end_ends_the_process(resource: str, exit_code: int)
         "main.JOB_S, main.MEMORY_BYTES = 0.2, 1 << 28\n"
         "def do(self, job, data):\n"
         f"    {work}\n"
-        "main.Worker.do = do\n"
+        "main.IntakeWorker.do = do\n"
         "main.main()\n"
     )
     setup, tokenizer = set_up()

@@ -1,4 +1,4 @@
-"""A request's timeline against what was predicted for it, as operators get it."""
+"""Compares a request's timeline with its predictions, for operators."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,17 +8,17 @@ from ..router.events import ConsideredPlace, DispatchTimes, Timeline
 from ..telemetry import legs
 from .auth.access import Access, Caller
 
-_HTTP_PREFIXES = ("chatcmpl-", "cmpl-")  # of answers: what follows is the request's id
+_HTTP_PREFIXES = ("chatcmpl-", "cmpl-")  # prefixes of response ids: the request's id follows
 MAX_TOLD = 5
 
 
 def find_timeline(
     known: Callable[[str], Timeline | None], request_id: str, caller: Caller | None, access: Access | None
 ) -> Timeline | None:
-    """Of the request that an operator, or its client, calls `request_id`. Raises InvalidRequest when several
-    are called so.
+    """Explains the request that an operator, or its client, calls `request_id`. Raises InvalidRequest if
+    several have that id.
 
-    Inside, ids are scoped by the names of keys. A client finds its own; who may administer finds all, and
+    Internal ids are scoped by key name. A client finds only its own requests; an administrator finds all, and
     need not know whose a request is."""
     bare = next((request_id[len(start) :] for start in _HTTP_PREFIXES if request_id.startswith(start)), None)
     ids = [request_id] if bare is None else [request_id, bare]
@@ -74,7 +74,7 @@ def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
 
 
 def _legs(dispatch: DispatchTimes) -> Iterator[pb.ExplainedLeg]:
-    """Predictions of an adopted dispatch were its first router's."""
+    """The predictions of an adopted dispatch were made by its first router."""
     is_predicted = dispatch.expected_ttft_s > 0
     told = legs.account(dispatch)
     stats = None if dispatch.prefill is None else dispatch.prefill.stats

@@ -1,4 +1,4 @@
-"""The routes of the HTTP door, and their description at /openapi.json."""
+"""The routes of the HTTP server, and their description at /openapi.json."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -33,7 +33,7 @@ REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
 def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
-    """The whole server as an ASGI application; `hosts`: requests for other names are refused."""
+    """Returns the whole server as an ASGI application, which refuses requests for names not in `hosts`."""
     app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(PdserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -78,7 +78,7 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
 
 
 class _Tokens:
-    """The handlers around the model itself."""
+    """The handlers other than those that generate."""
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
@@ -184,7 +184,7 @@ def _name(path: str) -> str:
 
 
 def _described(generate: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """The description that FastAPI makes, with the bodies that our handlers read by themselves."""
+    """Returns FastAPI's description, extended by the bodies that our handlers read by themselves."""
 
     def openapi() -> dict[str, Any]:
         description = generate()

@@ -1,4 +1,4 @@
-"""The bodies around conversations, which may have tools in them."""
+"""The bodies of conversations, with their tools."""
 
 from contextlib import suppress
 from typing import Annotated, Any, Literal

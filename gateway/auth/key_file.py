@@ -84,7 +84,7 @@ def _read(path: Path) -> tuple[ApiKey, ...]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
         try:
             status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):  # a mount can turn a missing file into a directory
+            if stat.S_ISDIR(status.st_mode):  # a missing file becomes a directory when it is mounted
                 raise Unreadable(f"{where} a file, not a directory")
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{where} a regular file")

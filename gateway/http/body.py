@@ -19,7 +19,7 @@ async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Me
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith(
         "+json"
-    ):  # a web page may send anything but JSON without a preflight request
+    ):  # a web page can send no JSON without a preflight request
         raise HttpRefusal(
             415, "unsupported_media_type", f"content-type: {kind!r} is not valid, expected application/json"
         )

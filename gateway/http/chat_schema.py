@@ -9,7 +9,7 @@ from .schema import Body, GenerationBody, Text, TokenIds, expected
 
 
 class CalledFunction(Body):
-    """What a tool call calls."""
+    """The function that a tool call names, and its arguments."""
 
     name: str
     arguments: str
@@ -17,7 +17,7 @@ class CalledFunction(Body):
 
 
 class ToolCall(Body):
-    """A call of a tool, as an earlier answer told it."""
+    """A tool call, as an earlier answer reported it."""
 
     id: str = ""
     type: Literal["function"] = "function"
@@ -64,14 +64,14 @@ class ChosenFunction(Body):
 
 
 class ChosenTool(Body):
-    """The tool that has to be called."""
+    """The tool that must be called."""
 
     type: Literal["function"]
     function: ChosenFunction
 
 
 def _choice(value: object) -> str | ChosenTool:
-    """By hand, as a union would tell of each of its members that does not fit."""
+    """Validates by hand, as a union would report each of its members that does not fit."""
     if isinstance(value, str) and value in _MODES:
         return value
     if isinstance(value, dict):
@@ -123,7 +123,8 @@ class ChatCompletionRequest(GenerationBody):
 
 
 class TokenizeRequest(Body):
-    """The token ids of a prompt, exactly as a completion would use them: of a text, or of a conversation."""
+    """The token ids of a prompt, exactly as a completion would use them: from a text, or from a
+    conversation."""
 
     model: str = ""
     prompt: str | None = None

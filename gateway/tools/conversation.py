@@ -1,4 +1,4 @@
-"""The messages of a conversation as chat templates take them, calls and their results included."""
+"""The messages of a conversation in the form that chat templates expect, calls and their results included."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from .offer import json_object
 
 
 def template_messages(chat: pb.Chat, takes_calls: bool) -> list[dict[str, Any]]:
-    """What a message does not have, templates do not see. Raises InvalidRequest, also for calls that the
+    """Returns the messages without their absent fields. Raises InvalidRequest, also for calls that the
     template has no place for, unless it `takes_calls`."""
     if not chat.messages:
         raise InvalidRequest("prompt.chat.messages", [], "at least one message")
@@ -40,6 +40,6 @@ def _calls(path: str, message: pb.ChatMessage) -> Iterator[dict[str, Any]]:
         field = f"{path}.tool_calls[{index}]"
         if not call.name:
             raise InvalidRequest(f"{field}.name", "", "the name of a tool")
-        # templates write arguments as JSON themselves; some clients send nothing for none
+        # templates write arguments as JSON themselves; some clients send an empty string for none
         arguments = json_object(f"{field}.arguments", call.arguments) if call.arguments else {}
         yield {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}

@@ -1,5 +1,4 @@
-"""Whatever kind of tokenizer a checkpoint has: prompt and deltas together are the text of the whole, at every
-split."""
+"""For every kind of tokenizer, prompt and deltas together are the text of the whole, at every split."""
 
 import pytest
 from hypothesis import given, settings, strategies as st

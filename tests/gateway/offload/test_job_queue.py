@@ -1,4 +1,4 @@
-"""Whose job is next."""
+"""The order of jobs."""
 
 import pytest
 from hypothesis import given, strategies as st
@@ -25,7 +25,7 @@ def test_one_client_cannot_take_all_places() -> None:
     queue.push("other", 0)
 
 
-def test_clients_that_come_after_others_wait_for_them_alone() -> None:
+def test_deferred_clients_wait_only_for_the_others() -> None:
     queue: IntakeQueue[str] = IntakeQueue()
     for client in ("a", "b", "a", "c"):
         queue.push(client, client)

@@ -1,4 +1,4 @@
-"""Calls come out of an answer as each door tells them, to the official clients too."""
+"""Calls are returned in each API's format, to the official clients too."""
 
 import asyncio
 from typing import Any, TypeAlias, cast
@@ -28,8 +28,8 @@ Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @pytest.mark.parametrize("model", MODELS)
-def test_calls_are_told_apart_from_text_however_tokens_come(model: str, size: int) -> None:
-    """By one, in handfuls, all at once."""
+def test_calls_are_separated_from_text_however_tokens_arrive(model: str, size: int) -> None:
+    """Feeds tokens one by one, in handfuls, and all at once."""
     calls, text = (CALLS, "Let me see.") if model != "llama3" else (CALLS[:1], "")
     told = saying(model, calls, text)
     outputs = [
@@ -78,16 +78,14 @@ async def test_without_tools_nothing_is_a_call(generation: Stub, cluster: Script
         assert choice.finish_reason == pb.FINISH_REASON_STOP
 
 
-async def test_a_call_that_is_cut_short_ends_by_its_length(
-    generation: Stub, cluster: ScriptedCluster
-) -> None:
+async def test_a_truncated_call_ends_by_its_length(generation: Stub, cluster: ScriptedCluster) -> None:
     cut = len(cluster.token_ids) - 4
     (choice,) = (await generation.Generate(ask(openai_tools(), max_tokens=cut)[0])).choices
     assert choice.finish_reason == pb.FINISH_REASON_LENGTH
     assert choice.tool_calls[0].arguments == ARGUMENTS
 
 
-async def test_a_stop_string_ends_the_text_and_is_not_looked_for_in_calls(generation: Stub) -> None:
+async def test_a_stop_string_ends_text_and_is_ignored_in_calls(generation: Stub) -> None:
     (choice,) = (
         await generation.Generate(ask(openai_tools(), max_tokens=200, stop=["Köln", "see.X"])[0])
     ).choices
@@ -101,7 +99,7 @@ async def test_a_stop_string_ends_the_text_and_is_not_looked_for_in_calls(genera
     assert not choice.tool_calls
 
 
-async def test_a_stream_that_resumes_goes_on_with_the_same_calls(
+async def test_a_resumed_stream_continues_with_the_same_calls(
     generation: Stub, cluster: ScriptedCluster
 ) -> None:
     request, _ = ask(openai_tools(), max_tokens=200, seed=1)

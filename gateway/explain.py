@@ -58,7 +58,7 @@ def explanation(timeline: Timeline) -> pb.Explanation:
 
 
 def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
-    told = legs.account(dispatch)
+    measured = legs.account(dispatch)
     return pb.ExplainedAttempt(
         attempt=dispatch.attempt,
         dispatch=dispatch.number,
@@ -66,7 +66,7 @@ def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
         decode_worker=dispatch.decode_worker or "",
         num_tokens=dispatch.num_tokens,
         expected_cached_tokens=dispatch.expected_cached_tokens,
-        cached_tokens=None if told is None else told.num_cached_tokens,
+        cached_tokens=None if measured is None else measured.num_cached_tokens,
         legs=_legs(dispatch),
         failure=dispatch.failure or "",
         considered=[_place(place) for place in dispatch.considered],
@@ -76,7 +76,7 @@ def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
 def _legs(dispatch: DispatchTimes) -> Iterator[pb.ExplainedLeg]:
     """The predictions of an adopted dispatch were made by its first router."""
     is_predicted = dispatch.expected_ttft_s > 0
-    told = legs.account(dispatch)
+    measured = legs.account(dispatch)
     stats = None if dispatch.prefill is None else dispatch.prefill.stats
     first_token_s = None if dispatch.first_token_s is None else dispatch.first_token_s - dispatch.dispatched_s
 
@@ -84,7 +84,7 @@ def _legs(dispatch: DispatchTimes) -> Iterator[pb.ExplainedLeg]:
         return pb.ExplainedLeg(leg=name, predicted_s=predicted_s if is_predicted else None, actual_s=actual_s)
 
     yield leg("queue", None, dispatch.dispatched_s - dispatch.queued_s)
-    yield leg("worker queue", dispatch.expected_queue_s, None if told is None else told.queue_s)
+    yield leg("worker queue", dispatch.expected_queue_s, None if measured is None else measured.queue_s)
     yield leg("prefill", dispatch.expected_ttft_s - dispatch.expected_queue_s, legs.prefill_s(dispatch))
     yield leg("first token", dispatch.expected_ttft_s, first_token_s)
     if dispatch.decode_worker not in (None, dispatch.prefill_worker):

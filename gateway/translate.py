@@ -38,7 +38,7 @@ RETRY_UNAVAILABLE_S = 1.0  # roughly the least time to replace a worker
 
 
 class UnknownModel(PdserveError):
-    """A client asked for a model that is not the one served."""
+    """A client requested a model other than the one served."""
 
     def __init__(self, asked: str, served: str) -> None:
         super().__init__(f"model: {asked!r} is not served here, expected {served!r}")

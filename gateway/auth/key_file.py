@@ -58,7 +58,7 @@ class KeyFile:
             return False
         self._stamp, self._missing_since_s = stamp, None
         self.keys = keys
-        log.info("listen.api_keys: took over %d keys", len(keys))
+        log.info("listen.api_keys: loaded %d keys", len(keys))
         return True
 
     def _rests(self, stamp: Stamp, now_s: float) -> bool:
@@ -69,7 +69,7 @@ class KeyFile:
     def _miss(self, error: Unreadable, now_s: float) -> bool:
         if self._missing_since_s is None:
             self._missing_since_s = now_s
-            log.error("%s; all keys are revoked in %g s, unless it is back", error, MISSING_GRACE_S)
+            log.error("%s; all keys are revoked in %g s, unless it returns", error, MISSING_GRACE_S)
         if not self.keys or now_s - self._missing_since_s < MISSING_GRACE_S:
             return False
         log.error("%s; all %d keys are revoked until it can be read", error, len(self.keys))

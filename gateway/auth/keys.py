@@ -2,7 +2,7 @@
 
 A line of the file is a name, the SHA-256 of a key, and its permissions and limits: `alice sha256:9f86...
 tokens_per_minute=60000`. Keys are 256 random bits that `pdserve key new` draws, so a fast hash hides them as
-well as a slow one would: there is no dictionary to try, and nothing to make every call expensive for."""
+well as a slow one would: there is no dictionary to try, so every call can stay cheap."""
 
 import hashlib
 import hmac

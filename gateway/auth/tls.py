@@ -56,9 +56,9 @@ class ServerTls:
                 self._stamp = stamp  # also on failure: each problem is logged once
                 try:
                     self._loaded = self._load(self._loaded.version + 1)
-                    log.info("listen.tls: took over changed files")
+                    log.info("listen.tls: reloaded changed files")
                 except ConfigError as error:
-                    log.error("%s; going on with what was there before", error)
+                    log.error("%s; the previous files stay in force", error)
             return self._loaded
 
     def grpc_credentials(self) -> grpc.ServerCredentials:

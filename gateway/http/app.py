@@ -97,12 +97,12 @@ class _Tokens:
         tokens = await self._serving.tokenize(
             message, peer_of(http), http.state.caller, with_pieces=asked.token_texts
         )
-        told = {
+        payload = {
             "count": len(tokens.token_ids),
             "max_model_len": tokens.max_model_len,
             "tokens": list(tokens.token_ids),
         }
-        return _json(told | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
+        return _json(payload | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
 
     async def detokenize(self, http: Request) -> Response:
         (message,), _ = await read(http, "detokenize", self._serving)
@@ -112,8 +112,8 @@ class _Tokens:
 
     def _model(self) -> dict[str, Any]:
         info = self._serving.model_info(pb.GetModelInfoRequest())
-        told = {"id": info.name, "object": "model", "created": self._created, "owned_by": "pdserve"}
-        return told | {"max_model_len": info.max_model_len}
+        payload = {"id": info.name, "object": "model", "created": self._created, "owned_by": "pdserve"}
+        return payload | {"max_model_len": info.max_model_len}
 
 
 async def _version(http: Request) -> Response:

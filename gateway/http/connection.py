@@ -85,7 +85,7 @@ class Connection(H11Protocol):
             return 0
         size = CHEAP_SLICE_BYTES if is_cheap else SLICE_BYTES
         if not is_body and (end := self._pending.find(HEAD_END, 0, size)) >= 0:
-            size = end + len(HEAD_END)  # a head by itself: what follows it may cost more
+            size = end + len(HEAD_END)  # a head by itself: the data after it may cost more
         piece = bytes(self._pending[:size])
         del self._pending[: len(piece)]
         super().data_received(piece)

@@ -135,7 +135,7 @@ class Format(ABC):
         progress = self._choices[number]
         if choice.token_ids:
             progress.last_token_id = choice.token_ids[-1]
-        told: dict[str, Any] = {
+        formatted: dict[str, Any] = {
             "index": number,
             "logprobs": (
                 self._logprobs(number, choice.token_ids, choice.logprobs) if self._wanted.logprobs else None
@@ -144,8 +144,8 @@ class Format(ABC):
             "stop_reason": self._stop_reason(number, choice),
         }
         if self._wanted.token_ids:
-            told["token_ids"] = list(choice.token_ids)
-        return told
+            formatted["token_ids"] = list(choice.token_ids)
+        return formatted
 
     def _whole_extra(self) -> dict[str, Any]:
         return {}
@@ -203,10 +203,10 @@ class CompletionFormat(Format):
         )  # fmt: skip
 
     def _choice(self, prompt: int, index: int, choice: pb.Choice) -> dict[str, Any]:
-        told = super()._choice(prompt, index, choice) | {"text": self._echo(prompt) + choice.text}
+        formatted = super()._choice(prompt, index, choice) | {"text": self._echo(prompt) + choice.text}
         if self._wanted.token_ids:
-            told["prompt_token_ids"] = self._requests[prompt].prompt_token_ids
-        return told
+            formatted["prompt_token_ids"] = self._requests[prompt].prompt_token_ids
+        return formatted
 
     def _echo(self, prompt: int) -> str:
         return self._wanted.echoes[prompt] if self._wanted.echoes else ""
@@ -221,8 +221,10 @@ class CompletionFormat(Format):
             request = self._requests[number // self._n]
             before = (request.prompt_token_ids, self._choices[number - number % self._n].prompt.logprobs)
         progress.has_logprobs = True
-        told, progress.offset = completion_logprobs(self._tokenizer, ids, logprobs, progress.offset, before)
-        return told
+        formatted, progress.offset = completion_logprobs(
+            self._tokenizer, ids, logprobs, progress.offset, before
+        )
+        return formatted
 
 
 class ChatFormat(Format):

@@ -36,7 +36,7 @@ EVENTS = b"text/event-stream; charset=utf-8"
 
 
 def _check_framing(scope: Scope) -> None:
-    """A proxy in front of us may have parsed such a request, and what follows it, by the other header (RFC
+    """A proxy in front of us may have parsed such a request, and the data after it, by the other header (RFC
     9112, 6.1)."""
     names = {name for name, _ in scope["headers"]}
     if {b"content-length", b"transfer-encoding"} <= names:

@@ -28,13 +28,13 @@ def completion_logprobs(
     for piece in pieces:
         offsets.append(offset)
         offset += len(piece)
-    told = {
+    formatted = {
         "tokens": pieces,
         "token_logprobs": [None if item is None else max(item.logprob, LEAST) for item in items],
         "top_logprobs": [_top(tokenizer, piece, item) for piece, item in zip(pieces, items, strict=True)],
         "text_offset": offsets,
     }
-    return told, offset
+    return formatted, offset
 
 
 def _top(tokenizer: Tokenizer, piece: str, item: pb.TokenLogprobs | None) -> dict[str, float] | None:

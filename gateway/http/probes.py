@@ -80,5 +80,5 @@ def _fraction(worker: WorkerStatus) -> float:
 
 
 def _answer(reasons: list[str]) -> Response:
-    told = {"status": "unavailable" if reasons else "ok", "reasons": reasons}
-    return Response(encode(told), 503 if reasons else 200, media_type="application/json")
+    report = {"status": "unavailable" if reasons else "ok", "reasons": reasons}
+    return Response(encode(report), 503 if reasons else 200, media_type="application/json")

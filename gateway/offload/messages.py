@@ -86,7 +86,7 @@ class JobRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     message: str
     field: str = ""
     expected: str = ""
-    unknown_model: tuple[str, str] | None = None  # asked and served
+    unknown_model: tuple[str, str] | None = None  # requested and served
 
 
 ToProcess = IntakeSetup | IntakeJob | DataPart

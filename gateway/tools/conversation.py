@@ -13,26 +13,26 @@ def template_messages(chat: pb.Chat, takes_calls: bool) -> list[dict[str, Any]]:
     template has no place for, unless it `takes_calls`."""
     if not chat.messages:
         raise InvalidRequest("prompt.chat.messages", [], "at least one message")
-    told = []
+    converted = []
     for index, message in enumerate(chat.messages):
         path = f"prompt.chat.messages[{index}]"
         if message.tool_calls and not takes_calls:
             expected = "none, as the model's chat template has no place for them"
             raise InvalidRequest(f"{path}.tool_calls", f"{len(message.tool_calls)} call(s)", expected)
-        told.append(_message(path, message))
-    return told
+        converted.append(_message(path, message))
+    return converted
 
 
 def _message(path: str, message: pb.ChatMessage) -> dict[str, Any]:
     if not message.role:
         raise InvalidRequest(f"{path}.role", "", "a role such as user")
-    told: dict[str, Any] = {"role": message.role, "content": message.content}
+    converted: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        told["tool_calls"] = list(_calls(path, message))
+        converted["tool_calls"] = list(_calls(path, message))
     for name in ("tool_call_id", "name"):
         if value := getattr(message, name):
-            told[name] = value
-    return told
+            converted[name] = value
+    return converted
 
 
 def _calls(path: str, message: pb.ChatMessage) -> Iterator[dict[str, Any]]:

@@ -53,10 +53,10 @@ class _ShowingMarkers:
 def call_id(request: Request, form: ToolFormat, choice: int, index: int) -> str:
     """Returns the same id for a stream that resumes. The prompt counts too, as a client may reuse a request's
     id."""
-    told = (
+    identity = (
         f"{request.request_id}\n{choice}\n{index}\n".encode() + array("Q", request.prompt_token_ids).tobytes()
     )
-    digest = hashlib.blake2b(told, digest_size=12).hexdigest()
+    digest = hashlib.blake2b(identity, digest_size=12).hexdigest()
     return (
         digest[:9] if form is ToolFormat.MISTRAL else f"call_{digest}"
     )  # Mistral's templates require nine letters or digits

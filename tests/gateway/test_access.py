@@ -97,16 +97,14 @@ async def test_every_call_except_a_health_check_needs_a_key(
     assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status
 
 
-async def test_every_own_method_has_its_required_access(
-    server: GatewayServer, channel: grpc.aio.Channel
-) -> None:
+async def test_every_own_method_requires_a_key(server: GatewayServer, channel: grpc.aio.Channel) -> None:
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
             call = channel.unary_unary(f"/{service.full_name}/{method.name}", None, None)
             assert (await refusal(call(b""))).code() is grpc.StatusCode.UNAUTHENTICATED, method.full_name
 
 
-async def test_a_client_without_a_key_is_refused_before_its_message_is_read(
+async def test_a_keyless_client_is_refused_before_its_message_is_read(
     server: GatewayServer, channel: grpc.aio.Channel
 ) -> None:
     """The stream's messages never arrive, and the answer does."""

@@ -62,7 +62,7 @@ async def following(call: Any) -> pb.ClusterStatus:
     return cast(pb.ClusterStatus, await call.read())
 
 
-async def test_watch_sends_the_state_at_each_change_and_ends_with_the_cluster(
+async def test_watch_sends_each_state_change_and_ends_with_the_cluster(
     admin: Admin, cluster: ScriptedCluster
 ) -> None:
     call = admin.WatchStatus(pb.WatchStatusRequest())
@@ -244,14 +244,14 @@ async def test_explain_reports_predicted_and_actual_times_of_each_leg(
     )
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     await generation.Generate(request, metadata=(("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),))
-    told = await admin.Explain(pb.ExplainRequest(request_id="mine"))
-    assert (told.request_id, told.outcome, told.completion_tokens, told.trace_id) == (
+    explained = await admin.Explain(pb.ExplainRequest(request_id="mine"))
+    assert (explained.request_id, explained.outcome, explained.completion_tokens, explained.trace_id) == (
         "mine",
         "length",
         7,
         trace_id,
     )
-    (attempt,) = told.attempts
+    (attempt,) = explained.attempts
     assert {leg.leg: (leg.predicted_s, leg.actual_s) for leg in attempt.legs} == {
         "queue": pytest.approx((0.0, 0.01)),
         "worker queue": pytest.approx((0.002, 0.001)),

@@ -260,11 +260,11 @@ async def test_both_report_the_same_tokens_text_and_usage(generation: Stub, http
     request, body = sample(max_tokens=9, n=2, stop=["jumps"], seed=1)
     one = await generation.Generate(request)
     other = (await over_http(http, body | {"return_token_ids": True})).json()
-    for choice, told in zip(one.choices, other["choices"], strict=True):
+    for choice, http_choice in zip(one.choices, other["choices"], strict=True):
         assert (choice.text, list(choice.token_ids), choice.stop_string) == (
-            told["text"],
-            told["token_ids"],
-            told["stop_reason"],
+            http_choice["text"],
+            http_choice["token_ids"],
+            http_choice["stop_reason"],
         )
     assert (one.usage.prompt_tokens, one.usage.completion_tokens, one.usage.cached_tokens) == (
         other["usage"]["prompt_tokens"],

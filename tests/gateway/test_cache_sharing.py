@@ -127,7 +127,7 @@ async def ask(server: GatewayServer, generation: Any) -> AsyncIterator[Asker]:
         yield Asker(generation, http)
 
 
-async def test_a_key_learns_nothing_of_anothers_prompt_and_finds_its_own_again(ask: Asker) -> None:
+async def test_a_key_hits_only_its_own_cached_prompts(ask: Asker) -> None:
     assert await ask.over_grpc(ALICE) == 0
     for other in (BOB, CAROL):
         assert await ask.over_grpc(other) == 0

@@ -48,7 +48,7 @@ def test_a_price_covers_everything_a_request_asks_for(sampling: dict[str, Any], 
     assert full_price(**sampling) == price
 
 
-def test_a_prompt_is_priced_by_its_tokens_or_else_by_its_characters() -> None:
+def test_a_prompt_is_priced_by_tokens_or_else_by_characters() -> None:
     chat = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="x" * 400)]))
     tools = pb.Prompt(chat=pb.Chat(tools=[pb.Tool(name="f", parameters="x" * 400)]))
     assert prompt_price(pb.Prompt(token_ids=pb.TokenIds(ids=range(7)))).num_prompt_tokens == 7
@@ -59,7 +59,7 @@ def test_a_prompt_is_priced_by_its_tokens_or_else_by_its_characters() -> None:
     assert 100 < prompt_price(tools).num_prompt_tokens < 110
 
 
-def test_a_chat_without_a_limit_is_priced_by_the_room_beside_its_prompt() -> None:
+def test_a_chat_without_a_limit_is_priced_by_its_remaining_room() -> None:
     assert full_price(pb.Prompt(text="x" * 800), fills=True) == 200 + 56
     assert full_price(pb.Prompt(text="x" * 8000), fills=True) == 2000 + 1
 

@@ -37,7 +37,7 @@ def test_prompt_and_deltas_together_are_the_text(kind: str, text: str, cut: floa
 
 @given(token_ids=st.lists(st.integers(0, 450), max_size=80))
 @settings(max_examples=100, deadline=None)
-def test_any_tokens_of_a_byte_level_vocabulary_give_the_text_of_the_whole(token_ids: list[int]) -> None:
+def test_any_byte_level_tokens_give_the_text_of_the_whole(token_ids: list[int]) -> None:
     tokenizer = byte_level()
     assert "".join(stream(tokenizer, [], token_ids)) == tokenizer.decode(token_ids, skip_special_tokens=True)
 

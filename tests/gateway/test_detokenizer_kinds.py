@@ -47,7 +47,7 @@ def decoded(tokenizer: Tokenizer, token_ids: list[int]) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=texts)
 @settings(max_examples=150, deadline=None)
-def test_at_every_split_prompt_and_deltas_are_the_text_of_the_whole(kind: str, text: str) -> None:
+def test_prompt_and_deltas_form_the_whole_text_at_every_split(kind: str, text: str) -> None:
     tokenizer = KINDS[kind]()
     token_ids = list(tokenizer.encode(text))
     whole = decoded(tokenizer, token_ids)

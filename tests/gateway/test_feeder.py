@@ -132,10 +132,10 @@ NEXT = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"
         (b"host: another\r\ncontent-length: 2\r\n", b"{}"),
     ],
 )
-async def test_a_request_whose_end_is_ambiguous_is_the_last_of_its_connection(
+async def test_a_request_with_an_ambiguous_end_closes_its_connection(
     server: GatewayServer, head: bytes, body: bytes
 ) -> None:
-    """A proxy that parses it differently has taken what follows for another client's request."""
+    """A proxy that parses it differently has taken the data after it for another client's request."""
     reader, writer = await connection(server)
     writer.write(HEAD + head + b"\r\n" + body + NEXT)
     answer = await asyncio.wait_for(reader.read(), 30)

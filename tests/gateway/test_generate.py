@@ -153,7 +153,7 @@ async def test_a_deadline_travels_with_the_request_and_ends_it(
     assert cluster.requests[0].deadline_s is not None
 
 
-async def test_a_request_counts_for_the_client_it_names_or_for_its_connection(
+async def test_a_request_counts_for_its_named_client_or_its_connection(
     generation: Stub, server: GatewayServer, cluster: ScriptedCluster
 ) -> None:
     named = ask()
@@ -226,7 +226,7 @@ async def test_a_reconnecting_client_gets_its_missing_tokens_and_text(generation
         assert rest[-1].end.usage == whole[-1].end.usage
 
 
-async def test_a_stop_string_that_begins_before_the_gap_is_found_after_it(generation: Stub) -> None:
+async def test_a_stop_string_across_the_resumption_point_is_found(generation: Stub) -> None:
     request = ask(max_tokens=9, stop=["brown"])
     request.request_id = "mine"
     whole = await stream(generation, request)

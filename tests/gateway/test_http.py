@@ -259,10 +259,10 @@ async def test_an_echo_with_logprobs_includes_those_of_the_prompt(http: httpx.As
         for chunk in await chunks(http, "/v1/completions", **body)
     ]
     for choice in answer["choices"]:
-        (told,) = (
+        (part_logprobs,) = (
             part["logprobs"] for part in streamed if part["index"] == choice["index"] and part["logprobs"]
         )
-        assert told == choice["logprobs"]
+        assert part_logprobs == choice["logprobs"]
     first, _, second, _ = (choice["logprobs"] for choice in answer["choices"])
     assert first["tokens"] == ["he", "l", "the"]
     assert first["token_logprobs"] == [None, -1.0, -0.5]
@@ -277,7 +277,7 @@ async def test_metrics_are_those_of_the_cluster(http: httpx.AsyncClient, cluster
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def test_a_chat_without_a_limit_may_use_all_the_room_there_is(
+async def test_a_chat_without_a_limit_may_use_all_room(
     http: httpx.AsyncClient, cluster: ScriptedCluster
 ) -> None:
     await http.post("/v1/chat/completions", json={"messages": [USER]})

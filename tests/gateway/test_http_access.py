@@ -155,9 +155,9 @@ def test_a_host_is_an_address_localhost_or_listed(host: str, is_allowed: bool) -
 async def test_the_official_client_is_admitted_by_its_key(
     server: GatewayServer, cluster: ScriptedCluster
 ) -> None:
-    async with official(server, "sk-wrong") as stranger:
+    async with official(server, "sk-wrong") as unauthenticated:
         with pytest.raises(openai.AuthenticationError, match="not a key of this server") as refused:
-            await stranger.completions.create(model="tiny", prompt="hello")
+            await unauthenticated.completions.create(model="tiny", prompt="hello")
         assert refused.value.code == "unauthenticated"
     async with official(server, BOB) as bob:
         headers = {"x-request-id": "mine"}

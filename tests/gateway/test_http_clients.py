@@ -88,7 +88,7 @@ async def test_a_refused_prompt_frees_the_others(http: httpx.AsyncClient, cluste
     assert sorted(cluster.closed) == ["a-0", "a-1", "a-2"]
 
 
-async def test_a_client_that_does_not_read_stalls_its_stream_and_is_ended() -> None:
+async def test_a_client_that_does_not_read_is_ended() -> None:
     cluster = ScriptedCluster(byte_level())
     limits = CONFIG.limits.model_copy(update={"max_unread_s": 0.05})
     config = CONFIG.model_copy(update={"limits": limits})
@@ -105,7 +105,7 @@ async def test_a_client_that_does_not_read_stalls_its_stream_and_is_ended() -> N
     await server.stop(0)
 
 
-async def test_a_body_that_is_too_large_is_refused_before_it_is_read(
+async def test_an_oversized_body_is_refused_before_it_is_read(
     http: httpx.AsyncClient, cluster: ScriptedCluster
 ) -> None:
     async def parts() -> AsyncIterator[bytes]:

@@ -100,7 +100,9 @@ INVALID_RESUMPTIONS = {
 
 
 @pytest.mark.parametrize("name", INVALID_RESUMPTIONS)
-async def test_resuming_beyond_the_end_reports_each_choices_length(generation: Stub, name: str) -> None:
+async def test_an_invalid_resumption_is_refused_with_field_and_expectation(
+    generation: Stub, name: str
+) -> None:
     request, field, expected = INVALID_RESUMPTIONS[name]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(generation.GenerateStream(request)))

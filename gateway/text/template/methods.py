@@ -33,7 +33,7 @@ def _cased(name: str) -> Method:
 
 
 def stripped(text: str, chars: str | None = None, how: Callable[..., str] = str.strip) -> str:
-    """Each character of the text is looked up among `chars`."""
+    """Looks up each character of the text among `chars`."""
     account().charge_text(len(text), text)
     account().charge(len(text) * len(chars or "") // 16)
     return how(text, chars)

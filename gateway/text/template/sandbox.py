@@ -190,7 +190,7 @@ def _chained(left: Any, right: Any) -> Any:
 @pass_context  # jinja2 renders output that needs no context by itself, and uncounted
 def _written(_: Context, value: Any) -> str:
     text = account().text(value)
-    account().charge_text(2 * len(text), text)  # by itself, and in what it becomes a part of
+    account().charge_text(2 * len(text), text)  # by itself, and in its container
     return text
 
 
@@ -268,7 +268,7 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # not what it holds, which can change and hold others
+        return "<Namespace>"  # not its content, which can change and hold others
 
 
 def _dict(*values: Any, **named: Any) -> Any:

@@ -23,7 +23,7 @@ MAX_DECODER_PARTS = 8  # every output token passes through them, on the server's
 MAX_DECODED_PATTERN_CHARS = 16
 MAX_PATTERN_CHARS = 4096
 MAX_TOKEN_CHARS = 1024
-MAX_AFFIX_CHARS = 64  # of what a model puts before or after each piece of a word
+MAX_AFFIX_CHARS = 64  # of the affix that a model adds to each piece of a word
 MAX_WORD_CHARS = 1000  # WordPiece's work grows with its square
 MAX_TOKEN_ID = 1 << 24  # tables have a place for each id
 MAX_TOKENS = 2_000_000
@@ -264,7 +264,7 @@ _POST_PROCESSORS: dict[str, Callable[[Part], Growth]] = {
 _DECODERS: dict[str, Callable[[Part], Growth]] = {
     "BPEDecoder": _unless_empty("suffix"),
     "ByteFallback": _fixed(1),
-    "ByteLevel": _fixed(3),  # a byte that is no UTF-8 becomes U+FFFD
+    "ByteLevel": _fixed(3),  # a byte that is invalid UTF-8 becomes U+FFFD
     "CTC": _unless_empty("word_delimiter_token"),
     "Fuse": _fixed(1),
     "Metaspace": _fixed(1),

@@ -272,7 +272,7 @@ def nested(num_messages: int, num_calls: int) -> bytes:
     ).SerializeToString()
 
 
-def test_a_message_of_too_many_parts_is_refused_though_no_list_of_it_is_long(reader: Reader) -> None:
+def test_a_message_of_too_many_parts_is_refused_despite_short_lists(reader: Reader) -> None:
     kind, told, *_ = reader.message(pb.GenerateRequest, nested(20, 9_000), small_bytes=-1)
     assert kind is InvalidRequest and "parts" in str(told)
 
@@ -297,7 +297,7 @@ def test_the_content_of_a_string_is_not_counted(text: str) -> None:
     bodies._check_values(json.dumps({"prompt": text}).encode())
 
 
-def test_a_body_of_as_many_token_ids_as_prompts_may_have_is_read() -> None:
+def test_a_body_with_the_maximum_of_token_ids_is_read() -> None:
     bodies._check_values(json.dumps({"prompt": [[7] * 100_000] * 64}).encode())
 
 

@@ -76,8 +76,8 @@ def test_text_and_calls_are_read_wherever_they_are_cut(
     assume(not form.marker or form.marker not in text)
     if form is ToolFormat.LLAMA3:
         text, calls = ("" if calls else text.lstrip("{")), calls[:1]
-    told = read(form, pieces(written(form, calls, text), cuts))
-    assert joined(told) == (
+    parsed = read(form, pieces(written(form, calls, text), cuts))
+    assert joined(parsed) == (
         text,
         [(f"id{index}", name, arguments) for index, (name, arguments) in enumerate(calls)],
     )
@@ -89,8 +89,8 @@ def test_text_and_calls_are_read_letter_by_letter(form: ToolFormat) -> None:
         : 1 if form is ToolFormat.LLAMA3 else 2
     ]
     text = "" if form is ToolFormat.LLAMA3 else "so\n"
-    told = joined(read(form, list(written(form, calls, text))))
-    assert told == (text, [(f"id{index}", *call) for index, call in enumerate(calls)])
+    parsed = joined(read(form, list(written(form, calls, text))))
+    assert parsed == (text, [(f"id{index}", *call) for index, call in enumerate(calls)])
 
 
 def test_arguments_are_emitted_as_they_arrive() -> None:

@@ -211,4 +211,4 @@ class Startup(ResponseModel):
     phase: Literal["starting", "started"]
     progress: float
     workers: dict[str, Any] = {}
-    """By name; missing where there are keys and none was shown."""
+    """By name; missing if keys are required and none was given."""

@@ -28,14 +28,14 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: str
-    """As the chat template knows them: mostly "system", "user", "assistant" and "tool"."""
+    """A role of the chat template: usually "system", "user", "assistant" or "tool"."""
     content: Text = ""
     tool_calls: Annotated[list[ToolCall], FailFast()] = Field(default=[])
-    """What the assistant called."""
+    """The assistant's tool calls."""
     tool_call_id: str = ""
-    """Which call a message of a tool answers."""
+    """The call that a tool's message answers."""
     name: str = ""
-    """For templates that want to know whose message it is."""
+    """The author of the message, for templates that use it."""
 
 
 class Function(Body):
@@ -45,7 +45,7 @@ class Function(Body):
     """1 to 64 letters, digits, underscores or hyphens."""
     description: str = ""
     parameters: dict[str, Any] | None = None
-    """The JSON schema of its arguments, which calls keep to."""
+    """The JSON schema of its arguments, which calls follow."""
     strict: bool = False
     """Refuse `parameters` with keywords or formats that calls are not kept to, instead of ignoring them."""
 
@@ -114,7 +114,7 @@ class ChatCompletionRequest(GenerationBody):
     add_generation_prompt: bool = True
     """Whether the template opens the assistant's turn after the last message."""
     tools: Tools = Field(default=[])
-    """What the model may call, if its chat template has a place for tools."""
+    """The tools that the model may call, if its chat template has a place for tools."""
     tool_choice: ToolChoice | None = None
     """Whether it calls any: "none", "auto" (the default, when there are tools), "required", or the one that
     it has to call."""
@@ -134,7 +134,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
-    """Tell the text of each token too."""
+    """Report the text of each token too."""
 
 
 class DetokenizeRequest(Body):

@@ -139,11 +139,11 @@ class JsonSchema(Body):
     """A JSON schema, with the fields that OpenAI's clients send with it."""
 
     name: str
-    """Without effect, as are `description` and `strict`: what is produced always fits the schema."""
+    """Without effect, as are `description` and `strict`: the output always fits the schema."""
     description: str = ""
     strict: bool = True
     json_schema: dict[str, Any] = Field(alias="schema", default={})
-    """Members of objects come in the order of the schema."""
+    """Members of objects appear in the order of the schema."""
 
 
 class ResponseFormat(Body):
@@ -158,9 +158,9 @@ class StructuredOutputs(Body):
     """The constraint on the text of each choice, as in vLLM: exactly one of these."""
 
     json_schema: dict[str, Any] | str | None = Field(alias="json", default=None)
-    """JSON of this schema, given as an object or as its text."""
+    """JSON of this schema, given as an object or as text."""
     regex: str | None = None
-    """What this regular expression, of Rust's regex syntax, matches as a whole."""
+    """A full match of this regular expression, in Rust's regex syntax."""
     choice: Annotated[list[str], FailFast()] = []
     """One of these texts."""
     grammar: str | None = None
@@ -173,21 +173,21 @@ class GenerationBody(Body):
     """The fields that completions and chat completions share. Those that OpenAI lacks are vLLM's."""
 
     model: str = ""
-    """The name of the model, as /v1/models tells it; by default the one that is served."""
+    """The name of the model, as /v1/models reports it; by default the served one."""
     max_tokens: int | None = None
-    """Output tokens of each choice, at most."""
+    """The maximum of output tokens of each choice."""
     max_completion_tokens: int | None = None
     """Another name of `max_tokens`."""
     min_tokens: int | None = None
-    """Output tokens before which nothing ends a choice."""
+    """The number of output tokens before which nothing ends a choice."""
     temperature: float | None = None
-    """Divides the logits; 0 takes the most probable token each time."""
+    """Divides the logits; 0 always selects the most probable token."""
     top_p: float | None = None
-    """Draw among the most probable tokens that make up this probability."""
+    """Sample among the most probable tokens whose probabilities sum up to this."""
     top_k: int | None = None
-    """Draw among this many most probable tokens only; 0 or -1: among all."""
+    """Sample among this many most probable tokens only; 0 or -1: among all."""
     min_p: float | None = None
-    """Draw among tokens that are at least this fraction as probable as the most probable one."""
+    """Sample among tokens that are at least this fraction as probable as the most probable one."""
     repetition_penalty: float | None = None
     """Divides the logits of tokens that prompt or output contain."""
     presence_penalty: float | None = None
@@ -204,21 +204,21 @@ class GenerationBody(Body):
     stop_token_ids: TokenIds = []
     """A choice ends with the first of these tokens."""
     ignore_eos: bool = False
-    """Go on after an end-of-text token."""
+    """Continue after an end-of-text token."""
     stream: bool = False
-    """Send the answer as server-sent events, as its tokens come."""
+    """Send the answer as server-sent events, as its tokens are produced."""
     stream_options: StreamOptions | None = None
     """Only with `stream`."""
     return_token_ids: bool = False
-    """Tell the token ids of prompt and output too."""
+    """Report the token ids of prompt and output too."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     user: str = ""
-    """Whom this request counts for when clients take turns under load; by default the host it came from."""
+    """The client that this request counts for when clients take turns under load; by default its host."""
     logit_bias: dict[str, float] | None = None
     """Added to the logits of these tokens: token id -> -100 to 100."""
     response_format: ResponseFormat | None = None
-    """JSON, if asked for; by default anything."""
+    """JSON, if requested; by default anything."""
     structured_outputs: StructuredOutputs | None = None
     """Other constraints; not together with a `response_format` of JSON."""
     metadata: Metadata | None = None
@@ -237,7 +237,7 @@ class CompletionRequest(GenerationBody):
     logprobs: int | None = None
     """Report the log probability of each token, and of this many most probable alternatives."""
     echo: bool = False
-    """Begin the text of each choice with its prompt. With `logprobs` those of the prompt come too."""
+    """Begin the text of each choice with its prompt. With `logprobs` those of the prompt are included."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its special tokens to a text."""
     best_of: int | None = None

@@ -32,7 +32,7 @@ TICK_S = 1.0
 
 
 class HttpServer:
-    """From `open` to `stop`."""
+    """The HTTP server, which is running from `open` to `stop`."""
 
     def __init__(self, app: Any, address: str, max_connections: int, tls: ServerTls | None = None) -> None:
         """Raises ConfigError when the address is taken."""

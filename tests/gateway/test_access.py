@@ -141,7 +141,7 @@ async def test_clients_take_turns_by_key_name_not_by_client_id(
 async def test_clients_of_two_keys_may_choose_the_same_request_id(
     cluster: ScriptedCluster, generation: "pdserve_pb2_grpc.GenerationAsyncStub"
 ) -> None:
-    """So no client can take another's id, nor resume another's stream."""
+    """No client can take another's id, nor resume another's stream."""
     for key in (ALICE, BOB):
         answer = await generation.Generate(request(request_id="mine"), metadata=as_key(key))
         assert answer.request_id == "mine"

@@ -12,7 +12,8 @@ def matcher(*stops: str) -> StopMatcher:
 
 
 def expected(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """By definition: the earliest end wins, and of the stop strings that end there the longest."""
+    """Implements the definition: the earliest end wins, and of the stop strings that end there the
+    longest."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:

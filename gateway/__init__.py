@@ -1,7 +1,7 @@
-"""The clients' doors: the gRPC server, and the way from text to tokens and back."""
+"""The servers that clients connect to (gRPC and HTTP), and the path from text to tokens and back."""
 
 import os
 
-# gRPC's core would write a line to stderr for each frame of any peer that it does not like; its first use
-# reads this
+# gRPC's core would log a line to stderr for each malformed frame of any peer; the variable is read at its
+# first use
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

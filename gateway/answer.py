@@ -1,5 +1,5 @@
-"""From the router's events to the messages of one stream: text, stop strings, endings, the account of where
-time went.
+"""Turns the router's events into the messages of one stream: text, stop strings, finish reasons and the
+timeline.
 
 Pure: one `ResponseEvents` per request, events in, messages out.
 """
@@ -28,7 +28,7 @@ FINISH_REASONS = {
 
 
 class ResponseEvents:
-    """The messages of one request. `stop_choice` is called for a choice whose stop string was found."""
+    """The messages of one request. Calls `stop_choice` for a choice whose stop string was found."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class ResponseEvents:
         stop_choice: Callable[[int], None],
         resume_from: Sequence[int] = (),
     ) -> None:
-        """`resume_from` is the first index that the client wants of each choice; by default all of it."""
+        """`resume_from` holds, for each choice, the first token index that the client wants; by default 0."""
         self._request = request
         self._stop_choice = stop_choice
         patterns = [Pattern.compile(text) for text in request.sampling.stop]
@@ -55,12 +55,12 @@ class ResponseEvents:
 
     @property
     def num_tokens(self) -> int:
-        """Of all choices, so far."""
+        """The number of tokens of all choices so far."""
         return sum(choice.num_tokens for choice in self._choices)
 
     def handle(self, event: StreamEvent) -> Iterator[pb.GenerateEvent]:
-        """The messages that an event brings. Raises RequestFailed when the request ended before its choices
-        did."""
+        """Yields the messages that result from an event. Raises RequestFailed if the request ended before its
+        choices did."""
         match event:
             case EmitTokens(choice=choice, tokens=tokens):
                 yield from self._tokens(choice, tokens)
@@ -97,7 +97,7 @@ class ResponseEvents:
             yield from self._end_choice(index, FinishReason.STOP)
 
     def _prompt(self, logprobs: tuple[TokenLogprobs, ...]) -> Iterator[pb.GenerateEvent]:
-        """In messages of a size that every client takes."""
+        """Yields the prompt's log probabilities in messages small enough for every client."""
         count = max(1, MAX_LOGPROBS_PER_MESSAGE // (1 + (self._request.sampling.prompt_logprobs or 0)))
         for start in range(0, len(logprobs), count):
             part = logprobs[start : start + count]
@@ -134,7 +134,7 @@ class ResponseEvents:
 
 
 class _Choice:
-    """The text and the calls of one choice as far as they have come."""
+    """The text and tool calls of one choice so far."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Choice:
         first_index: int,
         calls: CallReader | None,
     ) -> None:
-        self.first_index = first_index  # that its client wants
+        self.first_index = first_index  # the first index that the client wants
         self._min_tokens = request.sampling.min_tokens
         self._calls = calls
         self._detokenizer = Detokenizer(
@@ -159,7 +159,7 @@ class _Choice:
         return self._calls is not None and self._calls.has_called
 
     def push(self, token: TokenOutput, delta: pb.TokenDelta) -> None:
-        """Add what may go out with this token. One that ends the choice by its id has no text."""
+        """Adds what may be sent with this token. A token that ends the choice by its id has no text."""
         self.num_tokens += 1
         if token.finish_reason is FinishReason.STOP:
             return
@@ -171,7 +171,7 @@ class _Choice:
             self._end_text(delta)
 
     def flush(self, delta: pb.TokenDelta) -> None:
-        """Add the rest. Its text may still complete a stop string."""
+        """Adds the remaining text, which may still complete a stop string."""
         if self.stops.found is not None:
             return
         text = self._detokenizer.flush()
@@ -181,8 +181,8 @@ class _Choice:
         self._end_text(delta)
 
     def _end_text(self, delta: pb.TokenDelta) -> None:
-        """All of the text is there, as calls come after it, unless a stop string has ended the choice before
-        them."""
+        """Completes the text, as only calls follow it; drops the calls if a stop string ended the choice
+        before them."""
         if self.stops.found is None:
             delta.text += self.stops.flush()
         else:
@@ -196,11 +196,11 @@ def _logprobs(logprob: float, top: tuple[tuple[int, float], ...]) -> pb.TokenLog
 
 
 class Collector:
-    """Puts a stream's messages together to the answer of the unary call."""
+    """Assembles a stream's messages into the response of the unary call."""
 
     def __init__(self) -> None:
         self._texts: defaultdict[int, list[str]] = defaultdict(list)
-        self._arguments: defaultdict[tuple[int, int], list[str]] = defaultdict(list)  # of a choice's calls
+        self._arguments: defaultdict[tuple[int, int], list[str]] = defaultdict(list)  # by (choice, call)
         self._choices: defaultdict[int, pb.Choice] = defaultdict(pb.Choice)
         self._prompt: pb.PromptDelta | None = None
         self._end = pb.RequestEnd()

@@ -1,8 +1,8 @@
-"""Both doors: the gRPC server with its services, health and reflection, and the HTTP server. The head opens
-them; everything inside runs on its loop.
+"""The gRPC server with its services, health and reflection, and the HTTP server. The head starts both;
+everything inside runs on its loop.
 
-gRPC answers on a Unix socket as well, for the process that launched the cluster: who may open its folder is
-let in."""
+gRPC also listens on a Unix socket, for the process that launched the cluster: access to its folder is the
+only credential."""
 
 import asyncio
 import gc
@@ -38,19 +38,19 @@ from .serving import Serving, Shared
 from .text.tokenizer import Tokenizer
 
 HANDSHAKE_TIMEOUT_MS = 10_000  # for TLS, and for the first bytes of HTTP/2
-# a connection that is silent for so long is asked whether its client is there, and closed after as long
+# a connection silent for this long is pinged, and closed after the same time without an answer
 KEEPALIVE_MS = 60_000
-IDLE_MS = 900_000  # a connection without a call for so long is closed; clients come back by themselves
+IDLE_MS = 900_000  # a connection without a call for this long is closed; clients reconnect by themselves
 LOOKAHEAD_BYTES = 64 << 10
-MAX_STREAMS = 1000  # at once on one connection; clients keep more waiting
+MAX_STREAMS = 1000  # concurrent, per connection; clients queue more on their side
 MAX_PENDING_CALLS = 1000
 MAX_REFUSALS = 1024  # calls that are being refused
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 
 
 class GatewayServer:
-    """Running doors. gRPC says NOT_SERVING to health checks until told otherwise; calls are answered all the
-    same."""
+    """The running servers. gRPC health checks report NOT_SERVING until `set_serving`; calls are answered all
+    the same."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class GatewayServer:
 
     @property
     def port(self) -> int:
-        """Of gRPC."""
+        """The gRPC port."""
         return int(self.grpc_address.rpartition(":")[2])
 
     async def _start(self) -> None:
@@ -92,13 +92,13 @@ class GatewayServer:
         self._connections.start(self.port)
 
     def set_serving(self, serving: bool) -> None:
-        """What health checks are told from now on."""
+        """Sets the status that health checks report from now on."""
         update = asyncio.get_running_loop().create_task(self._set_health(serving))
         self._updates.add(update)
         update.add_done_callback(self._updates.discard)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls, give running ones `grace_s` to end, then end them; idempotent."""
+        """Accepts no new calls, gives running ones `grace_s` to end, then ends them; idempotent."""
         self._connections.stop()
         await self._health.enter_graceful_shutdown()
         await self._admin.close()
@@ -125,8 +125,8 @@ async def serve(
     http_address: str | None = None,
     local: str | None = None,
 ) -> GatewayServer:
-    """Open both doors, by default where `config.listen` says, and the Unix socket `local`, if one is given.
-    Raises ConfigError when an address is taken, or files of TLS or keys are wrong."""
+    """Starts both servers, by default at the addresses in `config.listen`, and the Unix socket `local` if
+    given. Raises ConfigError if an address is in use or TLS or key files are invalid."""
     address, http_address = grpc_address or config.listen.grpc, http_address or config.listen.http
     tls = ServerTls(config.listen.tls) if config.listen.tls.is_on else None
     access = Access(config.listen.api_keys) if config.listen.api_keys else None
@@ -149,7 +149,7 @@ async def serve(
     ]
     if (
         local is not None
-    ):  # bounds of its own: whatever clients elsewhere do, this is for who runs the cluster
+    ):  # separate bounds: whatever remote clients do, the operator of the cluster gets through
         own = CallBounds(
             config.limits, HeldBytes(config.limits.max_held_bytes), GrpcConnections(max_connections)
         )
@@ -190,8 +190,8 @@ def _server(
         interceptors=(guard,),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
-            ("grpc.max_send_message_length", -1),  # answers have limits of their own
-            ("grpc.so_reuseport", 0),  # else two servers could share a port without knowing
+            ("grpc.max_send_message_length", -1),  # responses have limits of their own
+            ("grpc.so_reuseport", 0),  # else two servers could share a port unnoticed
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
@@ -199,17 +199,17 @@ def _server(
             (
                 "grpc.max_concurrent_streams",
                 MAX_STREAMS,
-            ),  # the library holds the headers of each, also of those refused
-            # calls that wait for the loop, with their headers; the library refuses more
+            ),  # the library holds the headers of each, refused ones included
+            # calls waiting for the loop, with their headers; the library refuses more
             ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
             ("grpc.max_allowed_incoming_connections", guard.bounds.connections.max_accepted),
-            # a stream that nobody reads yet may bring no more than this; by itself gRPC would raise it with
+            # a stream that is not being read may receive at most this; by default gRPC would raise it with
             # the bandwidth
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
         ),
-        # the guard's bounds are below this, and it tells clients apart
+        # the guard's bounds are lower, and are kept per client
         maximum_concurrent_rpcs=2 * config.limits.max_open_calls + MAX_REFUSALS,
     )
     pdserve_pb2_grpc.add_GenerationServicer_to_server(generation, server)
@@ -224,12 +224,12 @@ async def open_gateway(
     http_address: str | None = None,
     local: str | None = None,
 ) -> GatewayServer:
-    """`serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
+    """Calls `serve` for the checkpoint that `config` names. Raises ConfigError or CheckpointError."""
     tokenizer, model = await asyncio.to_thread(_load, config)
     gateway = await serve(frontend, config, tokenizer, model, grpc_address, http_address, local)
     gateway.offload.start()
     gc.collect()
-    # what is there now stays: a full collection would walk through all of it, for 60 ms, while streams wait
+    # these objects are permanent: a full collection would traverse them for 60 ms while streams wait
     gc.freeze()
     return gateway
 
@@ -240,7 +240,7 @@ def _load(config: ClusterConfig) -> tuple[Tokenizer, ModelInfo]:
 
 
 def model_info(config: ClusterConfig) -> ModelInfo:
-    """What config and checkpoint say of the model that is served."""
+    """Describes the served model, from the configuration and the checkpoint."""
     checkpoint = open_checkpoint(resolve_model_path(config.model.path))
     asked_len, asked_dtype = config.model.max_model_len, config.model.dtype
     return ModelInfo(

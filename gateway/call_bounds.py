@@ -1,8 +1,8 @@
-"""Bounds on what clients hold open: calls, bytes of messages and bodies, and messages that have not come in
-whole yet.
+"""Bounds on the resources that clients hold: calls, bytes of messages and bodies, and messages still being
+received.
 
-Each is bounded in total, and for one client within that, so that no client can take all of it. `client` is
-the name that `client_of` gives: that of the key, or else a group of addresses."""
+Each is bounded in total, and within that per client, so that no client can take all of it. `client` is the
+name that `client_of` returns: the key's name, or else a group of addresses."""
 
 import asyncio
 from collections import Counter
@@ -14,16 +14,16 @@ from ..core.errors import PdserveError
 from .auth.access import Caller
 from .places import FairPlaces, NoPlace, address_group
 
-CALLS_OF_ONE_CLIENT = 0.5  # of all
+CALLS_OF_ONE_CLIENT = 0.5  # in total
 BYTES_OF_ONE_CLIENT = 0.25
 READS_OF_ONE_CLIENT = 0.25
 MESSAGE_TIMEOUT_S = 60.0  # for a whole message, or the whole body of an HTTP request
-QUICK_S = 0.1  # a message that takes longer than this needs a place among the slow ones
+QUICK_S = 0.1  # a message that takes longer than this needs one of the places for slow ones
 RETRY_S = 1.0
 
 
 class TooManyBytes(PdserveError):
-    """Messages and bodies that are being worked on have used up the memory that they may take."""
+    """Messages and bodies in progress have used up their memory budget."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -32,21 +32,21 @@ class TooManyBytes(PdserveError):
 
 
 class TooSlow(PdserveError):
-    """A message did not come in whole in time."""
+    """A message was not received in full in time."""
 
     def __init__(self, what: str, after_s: float) -> None:
         super().__init__(f"the {what} did not come within {after_s:g} s")
 
 
 def client_of(caller: Caller | None, host: str) -> str:
-    """Whom open calls, held bytes and work before the queue count for. Nothing that a client says makes it
-    another one."""
+    """Returns the client that open calls, held bytes and work ahead of the queue count for. Nothing that a
+    client sends can change it."""
     return f"address:{address_group(host)}" if caller is None else caller.client
 
 
 def host_of(peer: str) -> str:
-    """The host in gRPC's name for a peer, such as `ipv4:10.1.2.3:4567` or `ipv6:%5B::1%5D:4567`, or in ours,
-    `http:HOST`."""
+    """Returns the host in gRPC's name for a peer, such as `ipv4:10.1.2.3:4567` or `ipv6:%5B::1%5D:4567`, or
+    in ours, `http:HOST`."""
     kind, _, rest = unquote(peer).partition(":")
     if kind == "http":
         return rest
@@ -54,13 +54,13 @@ def host_of(peer: str) -> str:
 
 
 def expire(limit: asyncio.Timeout) -> None:
-    """End what the timeout is around, now."""
+    """Expires the timeout at once."""
     with suppress(RuntimeError):  # it is ending already
         limit.reschedule(asyncio.get_running_loop().time())
 
 
 class HeldBytes:
-    """Counts the bytes of messages and bodies from when they come in until their call ends. Pure."""
+    """Counts the bytes of messages and bodies from their receipt until their call ends. Pure."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -69,7 +69,7 @@ class HeldBytes:
         self.total = 0
 
     def take(self, client: str, num_bytes: int) -> None:
-        """Raises TooManyBytes, and takes nothing then."""
+        """Raises TooManyBytes, and then takes nothing."""
         if self._num_bytes[client] + num_bytes > self._max_of_one:
             raise TooManyBytes(self._max_of_one)
         if self.total + num_bytes > self._max_bytes:
@@ -86,7 +86,7 @@ class HeldBytes:
 
     @contextmanager
     def hold(self, client: str, num_bytes: int) -> Iterator[None]:
-        """Around working on a message. Raises TooManyBytes."""
+        """Wraps the processing of a message. Raises TooManyBytes."""
         self.take(client, num_bytes)
         try:
             yield
@@ -95,7 +95,8 @@ class HeldBytes:
 
 
 class OpenCalls:
-    """Places for calls, each held from the call's start to its end, whether its message has come or not."""
+    """Places for calls, each held from the call's start to its end, whether its message has arrived or
+    not."""
 
     def __init__(self, max_calls: int) -> None:
         self._places: FairPlaces[object] = FairPlaces(
@@ -107,7 +108,7 @@ class OpenCalls:
 
     @contextmanager
     def enter(self, client: str) -> Iterator[None]:
-        """Around a call. Raises NoPlace."""
+        """Wraps a call. Raises NoPlace."""
         call = object()
         with self._places.in_use(call):
             self._places.take(client, call)
@@ -118,8 +119,8 @@ class OpenCalls:
 
 
 class KeylessCalls:
-    """Places for calls that anybody may make, such as health checks. They are few, and a newcomer takes the
-    oldest's place."""
+    """Places for unauthenticated calls, such as health checks. They are few, and a new call takes the oldest
+    one's place."""
 
     MAX_CALLS = 256
     MAX_OF_ONE_ADDRESS = 64
@@ -136,7 +137,7 @@ class KeylessCalls:
 
     @asynccontextmanager
     async def enter(self, client: str, connection: str) -> AsyncIterator[None]:
-        """Around a call. Raises NoPlace at its start, or later when a newcomer needed its place."""
+        """Wraps a call. Raises NoPlace at its start, or later when a new call takes its place."""
         if self._of_connection[connection] >= self.MAX_OF_ONE_CONNECTION:
             raise NoPlace("keyless calls of this connection", self.MAX_OF_ONE_CONNECTION)
         self._of_connection[connection] += 1
@@ -159,10 +160,11 @@ class KeylessCalls:
 
 
 class PendingReads:
-    """Messages that are being received: gRPC assembles each in memory before anybody sees a byte of it.
+    """Messages being received: gRPC assembles each in memory before any of our code sees a byte of it.
 
-    A message that has not come within `QUICK_S` needs a place, of which there are as many as memory allows; a
-    newcomer takes that of the oldest. What comes in before it needs one is bounded by the network's speed.
+    A message that has not arrived within `QUICK_S` needs a place, of which there are as many as memory
+    allows; a new one takes the oldest one's. The network's speed bounds how much arrives before a place is
+    needed.
     """
 
     def __init__(self, max_reads: int) -> None:
@@ -176,7 +178,7 @@ class PendingReads:
 
     @asynccontextmanager
     async def read(self, client: str) -> AsyncIterator[None]:
-        """Around receiving a message. Raises TooSlow, or NoPlace when a newcomer needed its place."""
+        """Wraps the receipt of a message. Raises TooSlow, or NoPlace when a new message takes its place."""
         loop = asyncio.get_running_loop()
         limit = asyncio.timeout(MESSAGE_TIMEOUT_S)
         due_s = loop.time() + MESSAGE_TIMEOUT_S

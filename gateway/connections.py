@@ -1,8 +1,8 @@
-"""The connections of a server: how many it may hold, from whom, and which one ends for a newcomer.
+"""The connections of a server: how many it may hold, from whom, and which one is closed for a new one.
 
 `FairPlaces` decides. HTTP asks it when it accepts a connection. gRPC's library accepts by itself and has one
-bound for all peers, so `GrpcConnections` looks at the server's sockets twice a second, oftener in a flood,
-and ends those that have lost their places or misuse them."""
+bound for all peers, so `GrpcConnections` looks at the server's sockets twice a second, more often in a flood,
+and closes those that have lost their places or misuse them."""
 
 import asyncio
 import logging
@@ -23,16 +23,16 @@ Found = TypeVar("Found")
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS_OF_ONE_ADDRESS = 0.5  # of all
+CONNECTIONS_OF_ONE_ADDRESS = 0.5  # in total
 RESERVED_DESCRIPTORS = 512  # for workers, files and whatever else the head opens
 WANTED_DESCRIPTORS = 1 << 16
-QUIET_S, BUSY_S = 0.5, 0.02  # between two looks
-BUSY_SHARE = 0.25  # of the time may go into looking
+QUIET_S, BUSY_S = 0.5, 0.02  # between two scans
+BUSY_SHARE = 0.25  # the share of time that scans may take
 
 
 def raise_descriptor_limit() -> int:
-    """As many descriptors as this process may have, up to `WANTED_DESCRIPTORS`; returns how many these
-    are."""
+    """Raises the process's descriptor limit as far as allowed, up to `WANTED_DESCRIPTORS`; returns the new
+    limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(WANTED_DESCRIPTORS, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -42,8 +42,8 @@ def raise_descriptor_limit() -> int:
 
 
 def connections_of_each(wanted: int, num_descriptors: int) -> int:
-    """How many connections each of the two servers may hold. gRPC's has room for half as many again, until it
-    has looked."""
+    """Returns how many connections each of the two servers may hold. gRPC's accepts half as many again until
+    the next scan."""
     allowed = max(8, (num_descriptors - RESERVED_DESCRIPTORS) * 2 // 5)
     if allowed < wanted:
         log.warning(
@@ -66,29 +66,30 @@ class GrpcConnections:
     """Keeps a gRPC server's connections within bounds, from `start` to `stop`."""
 
     def __init__(self, max_connections: int) -> None:
-        self.places: FairPlaces[str] = places_for(max_connections)  # by their names
+        self.places: FairPlaces[str] = places_for(max_connections)  # by name
         self._ended: set[str] = set()  # connections that were shut down, until they are gone
         self._unpaid = UnpaidCalls()
         self._unpaid_bytes = UnpaidBytes()
-        self._closing: set[str] = set()  # connections to shut down at the next look
+        self._closing: set[str] = set()  # connections to shut down at the next scan
         self._wake = asyncio.Event()  # there are some
         self._thread = ThreadPoolExecutor(1, "grpc-connections")  # of its own: clients can fill the loop's
         self._task: asyncio.Task[None] | None = None
 
     @property
     def max_accepted(self) -> int:
-        """How many the library may accept: some more than there are places, so that newcomers are seen."""
+        """How many connections the library may accept: more than there are places, so that new ones are
+        seen."""
         return self.places.max_places + self.places.max_places // 2
 
     def add_unpaid(self, name: str, now_s: float) -> None:
-        """Count a call without a key. A connection that makes too many is closed, unless a proxy has others
-        on it too."""
+        """Counts a call without a key. Closes a connection that makes too many, unless it is a proxy's with
+        other clients on it too."""
         if self._unpaid.add(name, now_s) and not self.places.is_in_use(name):
             self.close(name)
 
     @contextmanager
     def in_use(self, name: str) -> Iterator[None]:
-        """Around a call with a key, or where none are needed: its connection stays."""
+        """Wraps a call with a key, or any call if no keys are needed: its connection is kept."""
         self._unpaid_bytes.add_paid(name)
         try:
             with self.places.in_use(name):
@@ -97,12 +98,12 @@ class GrpcConnections:
             self._unpaid_bytes.add_paid(name)
 
     def close(self, name: str) -> None:
-        """Shut the connection down, soon."""
+        """Shuts the connection down soon."""
         self._closing.add(name)
         self._wake.set()
 
     def start(self, port: int) -> None:
-        """Watch the connections to `port`. Without /proc only the library's own bound holds."""
+        """Starts to watch the connections to `port`. Without /proc only the library's own bound holds."""
         if STATUS.exists():
             self._task = asyncio.get_running_loop().create_task(self._watch(GrpcSockets(port)))
 
@@ -119,15 +120,15 @@ class GrpcConnections:
             except (
                 OSError,
                 RuntimeError,
-            ) as error:  # out of descriptors or threads: the next look may find some
+            ) as error:  # out of descriptors or threads: the next scan may find some
                 peer_log.warning("listen.grpc: connections cannot be counted: %s", error)
             await asyncio.sleep(work_s / BUSY_SHARE)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), BUSY_S if is_busy else QUIET_S)
 
     async def _keep_bounds(self, sockets: GrpcSockets) -> tuple[float, bool]:
-        """Look, and end connections that have no place or misuse it. How many seconds of work the look was,
-        and whether the next one should come soon."""
+        """Scans the sockets and closes connections that have no place or misuse it. Returns how many seconds
+        of work the scan took, and whether the next should follow soon."""
         closing, self._closing = self._closing, set()
         self._wake.clear()
         loop = asyncio.get_running_loop()
@@ -158,7 +159,7 @@ class GrpcConnections:
         return work_s, is_busy
 
     def settle(self, found: dict[str, Found]) -> dict[str, Found]:
-        """Give each connection of `found`, by its name, a place; returns those that have none."""
+        """Assigns a place to each connection in `found`, keyed by name; returns those that got none."""
         for name in [name for name in self.places.holders() if name not in found]:
             self.places.leave(name)
         self._ended &= found.keys()  # the library may still hold those that were shut down
@@ -175,7 +176,7 @@ class GrpcConnections:
 
 
 def _timed(look: Callable[[], Found]) -> tuple[Found, float]:
-    """Returns the result of `look`, and the seconds of processor time that it took this thread."""
+    """Returns the result of `look`, and the processor time in seconds that it took this thread."""
     began_s = time.thread_time()
     return look(), time.thread_time() - began_s
 

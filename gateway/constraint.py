@@ -1,4 +1,4 @@
-"""What an output has to be, from a client's message to the grammar that workers follow."""
+"""Constraints on the output: from a client's message to the grammar that workers follow."""
 
 from typing import Protocol
 
@@ -12,20 +12,20 @@ KINDS = "one of json_object, json_schema, regex, grammar or choice"
 
 
 class GrammarCheck(Protocol):
-    """Makes grammars that can be followed."""
+    """Builds grammars that workers can follow."""
 
     async def grammar(self, message: pb.Constraint, client: str) -> str:
         """Raises InvalidRequest, QueueFull or NoWorkerAvailable."""
         ...
 
     async def why_not(self, grammar: str, client: str) -> str | None:
-        """Why a grammar of our own making cannot be followed; None when it can. Raises QueueFull or
+        """Returns why a grammar of our own making cannot be followed; None if it can. Raises QueueFull or
         NoWorkerAvailable."""
         ...
 
 
 class Constraints:
-    """`GrammarCheck` by llguidance. The message has passed `check_constraint`."""
+    """Implements `GrammarCheck` with llguidance. The message has passed `check_constraint`."""
 
     def __init__(self, checker: GrammarChecker) -> None:
         self._checker = checker
@@ -44,7 +44,7 @@ class Constraints:
 
 
 def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
-    """Raises InvalidRequest for what is wrong at first sight."""
+    """Raises InvalidRequest for errors that need no compilation."""
     kind = message.WhichOneof("kind")
     if kind is None:
         raise InvalidRequest("constraint", "", KINDS)
@@ -59,7 +59,7 @@ def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
                 raise InvalidRequest(f"constraint.choice[{index}]", text, "a text that is not empty")
     if kind == "grammar" and message.grammar.lstrip().startswith(
         "{"
-    ):  # llguidance would take it for its own form
+    ):  # llguidance would take it for its own format
         raise InvalidRequest("constraint.grammar", message.grammar, "a grammar in Lark's syntax")
     if message.ByteSize() > limits.max_constraint_bytes:
         raise InvalidRequest(
@@ -70,7 +70,8 @@ def check_constraint(message: pb.Constraint, limits: LimitsSection) -> None:
 
 
 def grammar_of(message: pb.Constraint) -> str:
-    """Its text, which may be no grammar. Raises InvalidRequest for what is no JSON schema."""
+    """Returns the constraint's text, which may not be a valid grammar. Raises InvalidRequest if it is not a
+    JSON schema."""
     match message.WhichOneof("kind"):
         case "json_schema":
             return json_schema_grammar(message.json_schema)
@@ -84,6 +85,6 @@ def grammar_of(message: pb.Constraint) -> str:
 
 
 def _shown(message: pb.Constraint) -> object:
-    """What the client asked for."""
+    """Returns the constraint that the client asked for."""
     kind = message.WhichOneof("kind")
     return list(message.choice.texts[:8]) if kind == "choice" else getattr(message, kind or "")

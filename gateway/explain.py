@@ -1,4 +1,4 @@
-"""A request's timeline against what was predicted for it, as operators get it."""
+"""Compares a request's timeline with its predictions, for operators."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,17 +8,17 @@ from ..router.events import ConsideredPlace, DispatchTimes, Timeline
 from ..telemetry import legs
 from .auth.access import Access, Caller
 
-_HTTP_PREFIXES = ("chatcmpl-", "cmpl-")  # of answers: what follows is the request's id
+_HTTP_PREFIXES = ("chatcmpl-", "cmpl-")  # prefixes of response ids: the request's id follows
 MAX_TOLD = 5
 
 
 def find_timeline(
     known: Callable[[str], Timeline | None], request_id: str, caller: Caller | None, access: Access | None
 ) -> Timeline | None:
-    """Of the request that an operator, or its client, calls `request_id`. Raises InvalidRequest when several
-    are called so.
+    """Explains the request that an operator, or its client, calls `request_id`. Raises InvalidRequest if
+    several have that id.
 
-    Inside, ids are scoped by the names of keys. A client finds its own; who may administer finds all, and
+    Internal ids are scoped by key name. A client finds only its own requests; an administrator finds all, and
     need not know whose a request is."""
     bare = next((request_id[len(start) :] for start in _HTTP_PREFIXES if request_id.startswith(start)), None)
     ids = [request_id] if bare is None else [request_id, bare]
@@ -58,7 +58,7 @@ def explanation(timeline: Timeline) -> pb.Explanation:
 
 
 def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
-    told = legs.account(dispatch)
+    measured = legs.account(dispatch)
     return pb.ExplainedAttempt(
         attempt=dispatch.attempt,
         dispatch=dispatch.number,
@@ -66,7 +66,7 @@ def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
         decode_worker=dispatch.decode_worker or "",
         num_tokens=dispatch.num_tokens,
         expected_cached_tokens=dispatch.expected_cached_tokens,
-        cached_tokens=None if told is None else told.num_cached_tokens,
+        cached_tokens=None if measured is None else measured.num_cached_tokens,
         legs=_legs(dispatch),
         failure=dispatch.failure or "",
         considered=[_place(place) for place in dispatch.considered],
@@ -74,9 +74,9 @@ def _attempt(dispatch: DispatchTimes) -> pb.ExplainedAttempt:
 
 
 def _legs(dispatch: DispatchTimes) -> Iterator[pb.ExplainedLeg]:
-    """Predictions of an adopted dispatch were its first router's."""
+    """The predictions of an adopted dispatch were made by its first router."""
     is_predicted = dispatch.expected_ttft_s > 0
-    told = legs.account(dispatch)
+    measured = legs.account(dispatch)
     stats = None if dispatch.prefill is None else dispatch.prefill.stats
     first_token_s = None if dispatch.first_token_s is None else dispatch.first_token_s - dispatch.dispatched_s
 
@@ -84,7 +84,7 @@ def _legs(dispatch: DispatchTimes) -> Iterator[pb.ExplainedLeg]:
         return pb.ExplainedLeg(leg=name, predicted_s=predicted_s if is_predicted else None, actual_s=actual_s)
 
     yield leg("queue", None, dispatch.dispatched_s - dispatch.queued_s)
-    yield leg("worker queue", dispatch.expected_queue_s, None if told is None else told.queue_s)
+    yield leg("worker queue", dispatch.expected_queue_s, None if measured is None else measured.queue_s)
     yield leg("prefill", dispatch.expected_ttft_s - dispatch.expected_queue_s, legs.prefill_s(dispatch))
     yield leg("first token", dispatch.expected_ttft_s, first_token_s)
     if dispatch.decode_worker not in (None, dispatch.prefill_worker):

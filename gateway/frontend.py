@@ -1,7 +1,8 @@
-"""What the gateway asks of the cluster behind it: to carry out requests, and to tell and change its state.
+"""The interface through which the gateway reaches the cluster: to carry out requests, and to report and
+change its state.
 
-The only way from here to the router and the workers. The cluster implements it; tests put a small one of
-their own here."""
+It is the only path from the gateway to the router and the workers. The cluster implements it; tests implement
+small test doubles."""
 
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
@@ -17,46 +18,47 @@ StreamEvent = EmitTokens | EmitChoiceEnd | EmitEnd
 
 
 class Frontend(Protocol):
-    """All calls come on one asyncio loop."""
+    """All calls are made on one asyncio loop."""
 
     def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
-        """The request's stream, ended by one EmitEnd. Closing the iterator cancels the request.
+        """Streams the request's events, ended by one EmitEnd. Closing the iterator cancels the request.
 
         Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event.
         """
         ...
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
-        """End a request, or one choice of it because its stop string was found."""
+        """Ends a request, or one choice of it because its stop string was found."""
         ...
 
     def status(self) -> ClusterStatus: ...
 
     def watch(self) -> AsyncGenerator[ClusterStatus, None]:
-        """The state now and after each change, a few times a second at most; ends when the cluster shuts
-        down."""
+        """Yields the state now and after each change, at most a few times a second; ends when the cluster
+        shuts down."""
         ...
 
     def metrics(self) -> bytes:
-        """All metrics in Prometheus' text format (Content-Type: text/plain; version=0.0.4; charset=utf-8)."""
+        """Returns all metrics in the Prometheus text format (Content-Type: text/plain; version=0.0.4;
+        charset=utf-8)."""
         ...
 
     def explain(self, request_id: str) -> Timeline | None:
-        """Where the time of a request went that is being served, or that ended lately; None when it is not
-        known (any more)."""
+        """Returns the time account of a running or recently ended request; None if it is not known (any
+        more)."""
         ...
 
     async def apply(self, config: ClusterConfig, dry_run: bool) -> object:
-        """Start to make the cluster match `config`; with `dry_run`, only check that it could.
+        """Starts to reconcile the cluster with `config`; with `dry_run`, only checks that this is possible.
 
-        `config` differs from the one in force only in keys that may change while it runs. Raises
+        `config` differs from the one in force only in keys that may change at run time. Raises
         CapacityError."""
         ...
 
     async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
-        """Give no more work to these workers, or to any if none is named; returns when they are idle, or
-        after `drain_timeout_s`. With `shutdown`, the cluster ends after that.
+        """Assigns no more work to these workers, or to any if none is named; returns when they are idle, or
+        after `drain_timeout_s`. With `shutdown`, the cluster then ends.
 
-        Raises InvalidRequest when a name is unknown.
+        Raises InvalidRequest if a name is unknown.
         """
         ...

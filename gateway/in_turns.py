@@ -1,4 +1,4 @@
-"""Work on the loop that is longer than a turn of it, in pieces."""
+"""Splits work on the loop that is longer than one turn."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -9,7 +9,7 @@ STEPS = 256
 
 
 async def in_turns(items: Iterable[T], every: int = STEPS) -> AsyncIterator[T]:
-    """The same, with a turn for everybody else after so many of them."""
+    """Yields the same items, and yields the loop to other tasks after every few of them."""
     for index, item in enumerate(items, 1):
         yield item
         if index % every == 0:

@@ -1,4 +1,4 @@
-"""From a client's message to a validated `Request`: nothing goes on to the router that a worker could not
+"""Turns a client's message into a validated `Request`: nothing reaches the router that a worker could not
 carry out."""
 
 import asyncio
@@ -31,16 +31,16 @@ MAX_STOP_CHARS = 1024
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?P<trace>[0-9a-f]{32})-(?P<span>[0-9a-f]{16})-[0-9a-f]{2}", re.ASCII
 )
-INLINE_CHARS = 4096  # longer prompts are encoded on a thread (`FairThreads`), so that other streams go on
-THREAD_CHARS = 1 << 16  # and longer ones than these in the intake process
+INLINE_CHARS = 4096  # longer prompts are encoded on a thread (`FairThreads`), so that other streams continue
+THREAD_CHARS = 1 << 16  # and prompts longer than these in the intake process
 THREAD_RENDER_BYTES = (
     8 << 20
-)  # what a template makes on a thread, which holds the interpreter for each single operation
+)  # template output made on a thread, which holds the GIL for each single operation
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What clients may know of the model."""
+    """The model's properties that clients may see."""
 
     name: str
     architecture: str
@@ -72,12 +72,12 @@ class Intake:
         fills: bool = False,
         charge: Charge | None = None,
     ) -> Request:
-        """The request that `message` asks for; `peer` is the connection it came by, `traceparent` the header
-        of that name, `caller` who was let in by a key, `charge` what that key pays. `fills`: without
-        `max_tokens` it may use all the room that there is.
+        """Returns the request that `message` asks for. `peer` is the connection it arrived on, `traceparent`
+        the header of that name, `caller` the client that its key admitted, `charge` the account of that key.
+        `fills`: without `max_tokens` it may use all the remaining room.
 
-        Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable when it cannot be worked on now.
-        A `traceparent` that is malformed counts as none, as its standard wants it."""
+        Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable if it cannot be processed now. A
+        malformed `traceparent` is ignored, as its standard requires."""
         charge = charge or Charge.free()
         await self.vet(message, limits)
         worked_for = client_of(caller, host_of(peer))
@@ -87,7 +87,7 @@ class Intake:
         offer = await self.offer(message.prompt, limits, worked_for)
         with charge.tokenizing():
             token_ids = await self.token_ids(message.prompt, limits, worked_for, offer)
-        # it is paid for by its tokens, also where the request is refused below
+        # its tokens are charged, even if the request is refused below
         charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
         if fills and not message.sampling.HasField("max_tokens"):
             room = min(limits.max_tokens, self._model.max_model_len - len(token_ids))
@@ -116,7 +116,7 @@ class Intake:
         limits: LimitsSection,
         client: str,
     ) -> SamplingParams:
-        """With the grammar of the constraint, or of calls of the tools."""
+        """Adds the grammar of the constraint, or of the tool calls."""
         if message is not None:
             check_constraint(message, limits)
         if message is not None and offer is not None:
@@ -148,12 +148,12 @@ class Intake:
         return grammar
 
     async def vet(self, message: Message, limits: LimitsSection) -> None:
-        """Checks all that can be seen before anything is tokenised. Raises InvalidRequest or UnknownModel."""
+        """Makes all checks that need no tokenisation. Raises InvalidRequest or UnknownModel."""
         await vet(message, self.offload.bounds(limits))
 
     async def offer(self, prompt: pb.Prompt, limits: LimitsSection, client: str) -> OfferedTools | None:
-        """The tools of a conversation that the model may call; None when there are none. Raises
-        InvalidRequest; QueueFull or NoWorkerAvailable when they are many."""
+        """Returns the tools of a conversation that the model may call; None if there are none. Raises
+        InvalidRequest; QueueFull or NoWorkerAvailable if they are many."""
         offer = None
         if prompt.HasField("chat"):
             is_small = not prompt.chat.tools or prompt.chat.ByteSize() <= INLINE_CHARS
@@ -177,10 +177,9 @@ class Intake:
         offer: OfferedTools | None = None,
         is_counted: bool = False,
     ) -> tuple[int, ...]:
-        """The tokens of a prompt of any kind, which has been vetted; `offer` are the tools that a
-        conversation comes with.
+        """Returns the tokens of a vetted prompt of any kind; `offer` holds the tools of a conversation.
 
-        `is_counted`: for Tokenize, which takes longer ones. Raises InvalidRequest; for long ones and
+        `is_counted`: for Tokenize, which accepts longer ones. Raises InvalidRequest; for long prompts and
         conversations, QueueFull or NoWorkerAvailable."""
         match prompt.WhichOneof("kind"):
             case "text":
@@ -210,7 +209,7 @@ class Intake:
             try:
                 text = await run(client, chat_text, self._tokenizer, chat, offer, THREAD_RENDER_BYTES)
             except TooCostly:
-                pass  # for a thread
+                pass  # runs on a thread
             else:
                 if len(text) > THREAD_CHARS:
                     return await self.offload.encode(text, False, limits, client, is_counted)
@@ -220,27 +219,27 @@ class Intake:
 
 
 def checked_traceparent(header: str | None) -> str:
-    """The header, or "" when it is none that W3C Trace Context allows."""
+    """Returns the header, or "" if W3C Trace Context does not allow it."""
     match = _TRACEPARENT.fullmatch(header or "")
     return "" if match is None or match["trace"] == "0" * 32 or match["span"] == "0" * 16 else match[0]
 
 
 def shown_id(request: Request) -> str:
-    """A request's id as its client knows it."""
+    """Returns a request's id as its client knows it."""
     kind, _, name = request.client.partition(":")
     return request.request_id.removeprefix(f"{name}/") if kind == "key" else request.request_id
 
 
 def _client(message: pb.GenerateRequest, peer: str, caller: Caller | None) -> str:
-    """Whom a request counts for. Between keys nothing that a message says counts."""
+    """Returns the client that a request counts for. With keys, nothing in the message affects it."""
     if caller is not None:
         return caller.client
     return f"id:{message.client_id}" if message.client_id else peer
 
 
 def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingParams:
-    """The parameters as set, but for a constraint, with defaults for the rest. Ranges are for
-    `validate_request`."""
+    """Returns the parameters as set, except a constraint, with defaults for the rest. `validate_request`
+    checks ranges."""
     values = {
         descriptor.name: value
         for descriptor, value in message.ListFields()
@@ -257,7 +256,7 @@ def sampling_params(message: pb.SamplingParams, default_seed: int) -> SamplingPa
 
 
 def _seed_of(request_id: str) -> int:
-    """A client that comes back for the rest of its stream needs no more than the name of its request."""
+    """A client that reconnects for the rest of its stream only needs to name its request."""
     return int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "little")
 
 

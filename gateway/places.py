@@ -1,9 +1,10 @@
-"""A bounded number of places, shared fairly among groups: who gets one, and whose is taken for it. Pure.
+"""A bounded number of places, shared fairly among groups: decides which holder gets one, and which one loses
+its place for it. Pure.
 
-Connections and keyless calls are holders, the addresses they come from are groups. When places run out, a
-newcomer takes that of the oldest holder that may be evicted, in the group that has most of these. So whoever
-takes many places loses them to those who take few, and nobody can keep a newcomer out by holding places
-without using them."""
+Connections and keyless calls are holders; the addresses they come from are groups. When places run out, a new
+holder takes the place of the oldest evictable one in the group that has most of these. So clients that take
+many places lose them to those that take few, and none can keep others out by holding places without using
+them."""
 
 import ipaddress
 from collections import Counter
@@ -17,8 +18,7 @@ Holder = TypeVar("Holder", bound=Hashable)
 
 
 class NoPlace(PdserveError):
-    """All places are taken, and none of them may be evicted for this newcomer. Retry after
-    `retry_after_s`."""
+    """All places are taken, and none of them may be evicted for this holder. Retry after `retry_after_s`."""
 
     def __init__(self, what: str, limit: int, retry_after_s: float = 1.0) -> None:
         super().__init__(f"{limit} {what} are open already, retry in {retry_after_s:.1f} s")
@@ -27,7 +27,8 @@ class NoPlace(PdserveError):
 
 
 class FairPlaces(Generic[Holder]):
-    """Holders are evictable unless they are in use, in the order in which they came or were last in use."""
+    """Holders are evictable unless they are in use, in the order in which they arrived or were last in
+    use."""
 
     def __init__(self, what: str, max_places: int, max_per_group: int) -> None:
         assert 0 < max_per_group <= max_places
@@ -35,10 +36,10 @@ class FairPlaces(Generic[Holder]):
         self.max_places = max_places
         self.max_per_group = max_per_group
         self._group_of: dict[Holder, str] = {}
-        self._num_held: dict[str, int] = {}  # by group, those in use too
+        self._num_held: dict[str, int] = {}  # by group, including those in use
         self._num_uses: Counter[Holder] = Counter()
         self._evictable: dict[str, dict[Holder, None]] = {}  # by group, oldest first; no group is empty
-        self._by_size: dict[int, dict[str, None]] = {}  # groups by how many evictable holders they have
+        self._by_size: dict[int, dict[str, None]] = {}  # groups by their number of evictable holders
         self._largest = 0  # an upper bound of the keys of `_by_size`
 
     def __len__(self) -> int:
@@ -48,11 +49,11 @@ class FairPlaces(Generic[Holder]):
         return holder in self._group_of
 
     def holders(self) -> Iterable[Holder]:
-        """Everyone with a place; not to be iterated over while places change."""
+        """All holders of a place; not to be iterated over while places change."""
         return self._group_of.keys()
 
     def take(self, group: str, holder: Holder) -> Holder | None:
-        """Give `holder` a place; returns the holder that lost its own for it, if one did. Raises NoPlace."""
+        """Gives `holder` a place; returns the holder that was evicted for it, if any. Raises NoPlace."""
         assert holder not in self._group_of, "a holder has one place"
         evicted = None
         if self._num_held.get(group, 0) >= self.max_per_group:
@@ -68,9 +69,9 @@ class FairPlaces(Generic[Holder]):
 
     @contextmanager
     def in_use(self, holder: Holder) -> Iterator[None]:
-        """Around a use of it, of which there may be several at once: nobody takes its place. Afterwards it
-        may be evicted again, as the youngest of its group. It need not have its place yet, and may have lost
-        it."""
+        """Wraps a use of the place, of which there may be several at once: meanwhile it cannot be evicted.
+        Afterwards it is evictable again, as the youngest of its group. The holder need not have a place yet,
+        and may have lost it."""
         self._num_uses[holder] += 1
         self._settle(holder)
         try:
@@ -85,7 +86,7 @@ class FairPlaces(Generic[Holder]):
         return bool(self._num_uses.get(holder))
 
     def leave(self, holder: Holder) -> None:
-        """Give the place back; idempotent."""
+        """Returns the place; idempotent."""
         group = self._group_of.get(holder)
         if group is None:
             return
@@ -97,7 +98,7 @@ class FairPlaces(Generic[Holder]):
             del self._num_held[group]
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when the counts disagree."""
+        """Raises AssertionError if the counts disagree."""
         held: dict[str, int] = {}
         for group in self._group_of.values():
             held[group] = held.get(group, 0) + 1
@@ -110,7 +111,7 @@ class FairPlaces(Generic[Holder]):
             assert all(self._group_of[holder] == group for holder in holders)
 
     def _settle(self, holder: Holder) -> None:
-        """Evictable is who has a place and does not use it."""
+        """A holder is evictable if it has a place and does not use it."""
         group = self._group_of.get(holder)
         if group is None:
             return
@@ -126,7 +127,7 @@ class FairPlaces(Generic[Holder]):
         return next(iter(self._evictable[group]))
 
     def _largest_group(self, preferred: str) -> str | None:
-        """The group with most evictable holders; of several, `preferred` if it is among them."""
+        """Returns the group with most evictable holders; `preferred` if it is among several."""
         while self._largest and not self._by_size.get(self._largest):
             self._largest -= 1
         groups = self._by_size.get(self._largest, {})
@@ -155,8 +156,8 @@ class FairPlaces(Generic[Holder]):
 
 
 def address_group(host: str) -> str:
-    """Addresses that one client is likely to have: all of loopback, an IPv6 network of 64 bits, else the
-    address itself."""
+    """Returns the group of addresses that one client is likely to have: all of loopback, an IPv6 /64 network,
+    else the address itself."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -171,7 +172,7 @@ def address_group(host: str) -> str:
 
 
 def connection_name(host: str, port: int | str) -> str:
-    """The same for one connection, however its peer's address is written."""
+    """Returns the same name for one connection, however its peer's address is written."""
     with suppress(ValueError):
         address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None

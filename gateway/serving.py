@@ -1,7 +1,7 @@
-"""What both doors do with a client's message, gRPC's or one that HTTP's JSON was translated to: check it,
-carry it out.
+"""Serves a client's message for both servers, whether from gRPC or translated from HTTP's JSON: checks it and
+carries it out.
 
-Whatever ends an answer (its end, an error, a client that went away, a deadline), closing `events` closes the
+However a response ends (completion, an error, a disconnected client, a deadline), closing `events` closes the
 router's stream, and that frees all that workers hold for the request."""
 
 import asyncio
@@ -31,20 +31,20 @@ from .offload.offload import Offload
 from .text.tokenizer import Tokenizer
 from .vetting import check_model, refuse_unknown_fields
 
-INLINE_TOKENS = 4096  # so many are decoded on the loop
-FLUSH_S = 5.0  # how long clients may take to read the rest of their answers when the cluster ends
+INLINE_TOKENS = 4096  # up to this many tokens are decoded on the loop
+FLUSH_S = 5.0  # how long clients may take to read the rest of their responses when the cluster ends
 
 
 class Shared:
-    """What all services have in common: the configuration in force, who is let in, how many answers are being
-    given."""
+    """The state that all services share: the configuration in force, access, and the number of responses in
+    progress."""
 
     def __init__(self, config: ClusterConfig, access: Access | None = None) -> None:
         self.config = config
         self.access = access
         self.held_bytes = HeldBytes(
             config.limits.max_held_bytes // 2
-        )  # the other half: what gRPC is receiving
+        )  # the other half: data that gRPC is receiving
         self.revocation = Revocation(access)
         self._num_answers = 0
         self._idle = asyncio.Event()
@@ -52,7 +52,7 @@ class Shared:
 
     @contextmanager
     def answer(self) -> Iterator[None]:
-        """Around giving an answer."""
+        """Wraps a response in progress."""
         self._num_answers += 1
         self._idle.clear()
         try:
@@ -63,14 +63,14 @@ class Shared:
                 self._idle.set()
 
     async def answered(self) -> None:
-        """Returns when all answers are out, or after a while: the router may be done with a request before
-        its client."""
+        """Returns when all responses are sent, or after a timeout: the router may finish a request before its
+        client has read it."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), FLUSH_S)
 
 
 class Serving:
-    """One model, served."""
+    """One served model."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Serving:
         self.intake = Intake(tokenizer, model, grammars, offload)
 
     async def message(self, kind: type[Message], data: bytes, client: str) -> Message:
-        """A message of gRPC, parsed and vetted, as `Offload.message` has it."""
+        """Returns a gRPC message, parsed and vetted, as by `Offload.message`."""
         return await self.intake.offload.message(kind, data, self.shared.config.limits, client)
 
     async def request(
@@ -102,7 +102,7 @@ class Serving:
         caller: Caller | None = None,
         fills: bool = False,
     ) -> Request:
-        """The request that `message` asks for, as `Intake.request` has it. Raises InvalidRequest or
+        """Returns the request that `message` asks for, as by `Intake.request`. Raises InvalidRequest or
         UnknownModel."""
         config = self.shared.config
         request = await self.intake.request(
@@ -121,8 +121,8 @@ class Serving:
     async def events(
         self, request: Request, charge: Charge, resume_from: Sequence[int] = ()
     ) -> AsyncGenerator[pb.GenerateEvent, None]:
-        """The messages of the answer. Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the
-        first."""
+        """Yields the messages of the response. Raises QueueFull, DuplicateRequest or NoWorkerAvailable before
+        the first."""
         answer = ResponseEvents(
             request,
             self.tokenizer,
@@ -133,14 +133,14 @@ class Serving:
             async for event in events:
                 for out in answer.handle(event):
                     yield out
-                    if out.HasField("prompt"):  # there may be many of them in one event
+                    if out.HasField("prompt"):  # one event may bring many of them
                         await asyncio.sleep(0)
 
     def charged(
         self, messages: Sequence[pb.GenerateRequest], caller: Caller | None, fills: bool = False
     ) -> AbstractContextManager[list[Charge]]:
-        """Around all that one call asks for, before any of it is tokenised: takes it of the key's rates, and
-        gives back what was not used. Raises RateLimited."""
+        """Wraps all work of one call, before any of it is tokenised: charges the key's rates, and refunds
+        what was not used. Raises RateLimited."""
         limits, max_model_len = self.shared.config.limits, self.model.max_model_len
         return self._charged(
             [request_price(message, limits, max_model_len, fills) for message in messages], caller
@@ -156,11 +156,12 @@ class Serving:
             yield charges
         finally:
             for charge in charges:
-                charge.settle(0, loop.time(), has_begun=False)  # nothing happens to those that are settled
+                charge.settle(0, loop.time(), has_begun=False)  # a no-op for settled accounts
 
     @asynccontextmanager
     async def _paid(self, request: Request, charge: Charge, answer: ResponseEvents) -> AsyncIterator[None]:
-        """Around carrying a request out: what it did not produce is given back as soon as it ends."""
+        """Wraps the execution of a request: tokens that it did not produce are refunded as soon as it
+        ends."""
         loop = asyncio.get_running_loop()
         has_begun = True
         try:
@@ -206,7 +207,8 @@ class Serving:
         return pb.DetokenizeResponse(text=await self.text(ids, skip, client_of(caller, host_of(peer))))
 
     async def text(self, token_ids: Sequence[int], skip_special_tokens: bool, client: str) -> str:
-        """The text of tokens, however many. Raises QueueFull or NoWorkerAvailable when they are many."""
+        """Returns the text of any number of tokens. Raises QueueFull or NoWorkerAvailable if they are
+        many."""
         if len(token_ids) <= INLINE_TOKENS:
             return self.tokenizer.decode(token_ids, skip_special_tokens)
         return await self.intake.offload.decode(

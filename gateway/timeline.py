@@ -7,7 +7,7 @@ from ..router.events import DispatchTimes, Timeline
 
 
 def num_cached_tokens(timeline: Timeline) -> int:
-    """How many tokens of the prompt came from a prefix cache at the first attempt."""
+    """Returns how many tokens of the prompt came from a prefix cache at the first attempt."""
     if not timeline.dispatches:
         return 0
     first = timeline.dispatches[0]

@@ -1,6 +1,6 @@
-"""Errors of the world as gRPC statuses: the code, one line for people, and google.rpc details for programs.
+"""Maps errors to gRPC statuses: the code, one line for people, and google.rpc details for programs.
 
-The only place where that is decided; docs/protocol.md has the table.
+No other module decides this; docs/protocol.md has the table.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 DOMAIN = "pdserve"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_CHARS = 1500  # message and details travel as HTTP/2 headers, which peers limit to 8 KiB
-RETRY_UNAVAILABLE_S = 1.0  # about what replacing a worker takes at least
+RETRY_UNAVAILABLE_S = 1.0  # roughly the least time to replace a worker
 
 
 class UnknownModel(PdserveError):
-    """A client asked for a model that is not the one served."""
+    """A client requested a model other than the one served."""
 
     def __init__(self, asked: str, served: str) -> None:
         super().__init__(f"model: {asked!r} is not served here, expected {served!r}")
@@ -47,7 +47,7 @@ class UnknownModel(PdserveError):
 
 
 class UnknownRequest(PdserveError):
-    """Nothing is known of a request of this id."""
+    """No request of this id is known."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(
@@ -56,7 +56,7 @@ class UnknownRequest(PdserveError):
 
 
 class NeedsRestart(PdserveError):
-    """A configuration differs in keys that a running cluster cannot take over."""
+    """A configuration differs in keys that a running cluster cannot adopt."""
 
     def __init__(self, old: ClusterConfig, new: ClusterConfig) -> None:
         self.keys = old.changes_needing_restart(new)
@@ -79,7 +79,7 @@ class ClientStalled(PdserveError):
 
 
 class ClientGone(Exception):
-    """Nobody is left to answer."""
+    """The client has disconnected; there is nobody to answer."""
 
 
 _ENDINGS = {
@@ -94,7 +94,7 @@ _ENDINGS = {
 
 
 def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
-    """The code and the details of an error."""
+    """Returns the code and the details of an error."""
     match error:
         case InvalidRequest():
             return grpc.StatusCode.INVALID_ARGUMENT, [
@@ -146,7 +146,7 @@ def to_status(error: PdserveError) -> tuple[grpc.StatusCode, list[Message]]:
 
 @asynccontextmanager
 async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Around a handler's body: ends the call with the status of the error that comes out of it."""
+    """Wraps a handler's body: ends the call with the status of the error that it raises."""
     try:
         yield
     except PdserveError as error:
@@ -156,7 +156,7 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         raise asyncio.CancelledError from None
     except grpc.aio.AbortError:
         raise
-    except Exception:  # a bug of ours: its story is for the log, not for the client
+    except Exception:  # a bug of ours: its details are for the log, not for the client
         log.exception("a call failed")
         code, details, message = (
             grpc.StatusCode.INTERNAL,
@@ -171,16 +171,16 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
     try:
         await context.abort(code, message, ((DETAILS_KEY, packed.SerializeToString()),))
     except (grpc.aio.UsageError, grpc.aio.InternalError):
-        # it is ended already, its client is gone, or that reads nothing, also no status: gRPC forgets the
-        # call without a line
+        # the call is already over, or its client is gone or not reading; also without a status: gRPC drops
+        # the call without a log line
         raise asyncio.CancelledError from None
 
 
 async def write(
     context: grpc.aio.ServicerContext[Any, Any], message: object, max_unread_s: float | None = None
 ) -> None:
-    """Send a message to a client. Raises ClientStalled when it has not room for it within `max_unread_s`,
-    ClientGone when the call is over."""
+    """Sends a message to a client. Raises ClientStalled if it has no room for it within `max_unread_s`,
+    ClientGone if the call is over."""
     try:
         async with asyncio.timeout(max_unread_s):
             await context.write(message)

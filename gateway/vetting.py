@@ -1,6 +1,7 @@
-"""Checks of a client's message that need no tokens: its shape, its names, how much there is of everything.
+"""Checks of a client's message that need no tokens: its shape, its names, and the number and size of its
+parts.
 
-They come first, in the head or, for what is large, in the intake process (`offload/`), with the same result.
+They come first, in the head or, for large messages, in the intake process (`offload/`), with the same result.
 """
 
 from collections.abc import Iterator
@@ -17,14 +18,14 @@ from .in_turns import in_turns
 from .translate import UnknownModel
 
 MAX_ITEMS = 10_000  # of a repeated field, other than token ids
-ONE_TURN_BYTES = 512  # of a message that is walked through without a pause: each part has two bytes at least
+ONE_TURN_BYTES = 512  # of a message that is traversed without a pause: each part has two bytes at least
 MAX_PARTS = 100_000  # messages inside one message, at all levels
-_TOKEN_IDS = ("ids", "token_ids")  # bounded by what the model takes
+_TOKEN_IDS = ("ids", "token_ids")  # bounded by the model's length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The most that one request to one model may have."""
+    """The maxima of one request to one model."""
 
     limits: LimitsSection
     model: str
@@ -37,26 +38,26 @@ class Bounds:
 
     @property
     def max_prompt_chars(self) -> int:
-        """No text with more characters than these fits into the model, if every character is in some
-        token."""
+        """The length beyond which no text fits into the model, if every character is in some token."""
         return self.max_prompt_tokens * self.max_token_chars
 
     @property
     def max_counted_tokens(self) -> int:
-        """Tokenize shows by how much a prompt is too long, but not for any prompt."""
+        """The most tokens that Tokenize counts: it shows by how much a prompt is too long, but not for any
+        prompt."""
         return 2 * self.max_prompt_tokens
 
 
 def refuse_unknown_fields(message: Message) -> None:
-    """Raises InvalidRequest when a client, newer than us or mistaken, sent fields that would otherwise be
-    ignored; also for more items than anybody needs, before each of them is looked at. The types of messages
-    bound how deep it goes."""
+    """Raises InvalidRequest if a client, newer than us or mistaken, sent fields that would otherwise be
+    ignored; also for too many items, before each of them is examined. The message types bound the recursion
+    depth."""
     for _ in walk(message):
         pass
 
 
 def has_unknown_fields(message: Message) -> bool:
-    """At any level; for less than a look at each of them."""
+    """Returns whether there are any, at any level; cheaper than examining each field."""
     known = type(message)()
     known.CopyFrom(message)
     known.DiscardUnknownFields()
@@ -113,14 +114,13 @@ def _children(message: Message) -> Iterator[tuple[str, Message]]:
 
 
 def check_message(message: Message, bounds: Bounds) -> None:
-    """After `walk`: raises InvalidRequest or UnknownModel for what can be seen before anything is
-    tokenised."""
+    """Runs after `walk`: raises InvalidRequest or UnknownModel for errors that show before tokenisation."""
     match message:
         case pb.GenerateRequest():
             check_model(message.model, bounds.model)
             for name in ("request_id", "cache_salt", "client_id"):
                 check_name(name, getattr(message, name))
-            if message.prompt.HasField("token_ids"):  # before millions of them are looked at
+            if message.prompt.HasField("token_ids"):  # before millions of them are examined
                 check_prompt_length(len(message.prompt.token_ids.ids), bounds.limits, bounds.max_model_len)
             check_prompt_size(message.prompt, bounds)
             sampling = message.sampling
@@ -149,11 +149,11 @@ def check_model(name: str, served: str) -> None:
 
 
 def check_prompt_size(prompt: pb.Prompt, bounds: Bounds) -> None:
-    """Before it is rendered or tokenised. Raises InvalidRequest.
+    """Checks a prompt before it is rendered or tokenised. Raises InvalidRequest.
 
-    What counts are the characters that were sent. A tokenizer that makes fewer of them (a normalizer that
-    drops some, an added token that takes the blanks around it, one token for a long unknown word) is no
-    reason to look at more of them."""
+    The characters that were sent count. A tokenizer that makes fewer of them (a normalizer that drops some,
+    an added token that absorbs the blanks around it, one token for a long unknown word) is no reason to
+    process more of them."""
     if prompt.HasField("text") and not prompt.text:
         raise InvalidRequest("prompt.text", prompt.text, "a text that is not empty")
     if prompt.ByteSize() <= bounds.max_prompt_chars:
@@ -174,7 +174,7 @@ def check_chars(num_chars: int, bounds: Bounds) -> None:
 
 
 def check_counted(num_tokens: int, bounds: Bounds) -> None:
-    """Raises InvalidRequest for more tokens than Tokenize tells."""
+    """Raises InvalidRequest for more tokens than Tokenize counts."""
     if num_tokens > bounds.max_counted_tokens:
         expected = f"at most {bounds.max_counted_tokens} tokens, twice what a prompt may have"
         raise InvalidRequest("prompt", f"{num_tokens} tokens", expected)

@@ -1,2 +1,2 @@
-"""Who a client is and how much it may use: API keys, TLS, rate limits. `Access` owns the keys in force and
-their accounts."""
+"""Authentication and rate limits: API keys, TLS, usage per client. `Access` owns the keys in force and their
+usage."""

@@ -1,7 +1,8 @@
-"""Who is admitted, as whom, and how much of it: one object for all servers of a cluster.
+"""Decides which client is admitted, under which name and with which quota: one object for all servers of a
+cluster.
 
-A server calls `admit` with what the client shows before it reads what the client asks for, and `charge`
-before any of that is done. Names of keys are the clients that take turns, and that cached prefixes belong to.
+A server calls `admit` with the client's credentials before it reads the request, and `charge` before it does
+any of the work. Key names identify the clients that take turns and that own cached prefixes.
 """
 
 from collections.abc import Sequence
@@ -20,29 +21,29 @@ CacheSharing = Literal["key", "group", "all"]
 
 
 class RequiredAccess(Enum):
-    """What a call asks of its client."""
+    """The access that a call requires."""
 
     NOTHING = "nothing"  # health: load balancers have no keys
     KEY = "key"
-    REQUEST = "request"  # a key, and a place in its rate
-    METRICS = "metrics"  # a key that may read those of the whole cluster
+    REQUEST = "request"  # a key, and room in its rate limit
+    METRICS = "metrics"  # a key that may read the metrics of the whole cluster
     ADMIN = "admin"
 
 
 class Unauthenticated(PdserveError):
-    """No key, or none that is known."""
+    """The key is missing or unknown."""
 
 
 class Revoked(Unauthenticated):
-    """The key of a call was taken away while the call was open."""
+    """The key was revoked while its call was open."""
 
 
 class NotPermitted(PdserveError):
-    """The key is known, but not for this."""
+    """The key is known but lacks permission for this call."""
 
 
 class RateLimited(PdserveError):
-    """A key has used up what it may per minute; retry after `retry_after_s`."""
+    """A key has exhausted its quota per minute; retry after `retry_after_s`."""
 
     def __init__(self, name: str, limit: str, value: int, retry_after_s: float) -> None:
         super().__init__(f"{name}: {limit} is {value}, retry in {retry_after_s:.1f} s")
@@ -62,17 +63,18 @@ class Caller:
 
     @property
     def client(self) -> str:
-        """Whom its requests count for when clients take turns; nothing that a client says can make it
-        another's."""
+        """The client that its requests count for when clients take turns; nothing that a client sends can
+        change it."""
         return f"key:{self.name}"
 
     def scoped(self, request_id: str) -> str:
-        """A request's id inside: two clients may give the same, and neither may claim the other's."""
+        """The internal id of a request: two clients may choose the same id, and neither may claim the
+        other's."""
         return f"{self.name}/{request_id}"
 
 
 def cache_scope(caller: Caller | None, sharing: CacheSharing) -> str:
-    """Whose requests may use each other's cached prefixes. Without keys there is nobody to tell apart."""
+    """The scope within which requests share cached prefixes. Without keys, all clients share one."""
     if caller is None or sharing == "all":
         return "all"
     if sharing == "group" and caller.key.group is not None:
@@ -81,20 +83,19 @@ def cache_scope(caller: Caller | None, sharing: CacheSharing) -> str:
 
 
 def scoped_salt(scope: str, cache_salt: str) -> str:
-    """The salt inside: no name has a slash, so nothing that a client sends as its salt reaches another
-    scope."""
+    """The internal salt: no name contains a slash, so no salt that a client sends reaches another scope."""
     return f"{scope}/{cache_salt}"
 
 
 class Access:
-    """The keys in a file, and what each has used of its rate."""
+    """The keys in a file, and the usage of each."""
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError."""
         self._file = KeyFile(path)
         self._ring = KeyRing(self._file.keys)
         self._buckets: dict[tuple[str, str, int], TokenBucket] = {}  # (name, limit, per minute)
-        self.version = 0  # how often the keys have changed
+        self.version = 0  # the number of times the keys have changed
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,18 +103,18 @@ class Access:
         return self._ring.names
 
     def look(self, now_s: float) -> None:
-        """Take over the file's keys if they have changed."""
+        """Adopts the file's keys if they have changed."""
         if not self._file.look(now_s):
             return
         self.version += 1
         self._ring = KeyRing(self._file.keys)
-        if self._file.keys:  # else the file is missing, and may come back: what was used stays used
+        if self._file.keys:  # else the file is missing and may return: usage is kept
             living = set(self._ring.names)
             self._buckets = {which: bucket for which, bucket in self._buckets.items() if which[0] in living}
 
     def admit(self, need: RequiredAccess, authorization: str | None, now_s: float) -> Caller | None:
-        """Whose key `authorization` (the header's value) shows; None where none is needed and none is shown
-        that is known.
+        """Returns the client whose key `authorization` (the header's value) holds; None if no key is needed
+        and no known one is given.
 
         Raises Unauthenticated, NotPermitted or RateLimited."""
         self.look(now_s)
@@ -128,8 +129,8 @@ class Access:
         return Caller(key)
 
     def check_still(self, caller: Caller, need: RequiredAccess) -> None:
-        """Whether a call that was admitted may go on, by the keys that `look` has found. Raises Revoked or
-        NotPermitted."""
+        """Checks that an admitted call may continue under the keys that the last `look` found. Raises Revoked
+        or NotPermitted."""
         if need is RequiredAccess.NOTHING:
             return
         key = self._ring.of_digest(caller.key.digest)
@@ -138,10 +139,10 @@ class Access:
         _check_marks(key, need)
 
     def charge(self, caller: Caller | None, prices: Sequence[Price], now_s: float) -> list[Charge]:
-        """Take all that one call asks for, of both rates, before any of it is done; `admit` has counted its
-        first request.
+        """Charges a call's full price, in both rates, before any work is done; `admit` has counted its first
+        request.
 
-        Raises RateLimited, and takes nothing more then."""
+        Raises RateLimited, and then charges nothing."""
         if caller is None:
             return [Charge.free() for _ in prices]
         num_tokens = sum(price.tokens(price.num_prompt_tokens, price.max_output_tokens) for price in prices)
@@ -180,7 +181,7 @@ def _check_marks(key: ApiKey, need: RequiredAccess) -> None:
 
 
 def _shown(authorization: str | None) -> str:
-    """The key in `Bearer KEY`, or nothing."""
+    """The key in `Bearer KEY`, or an empty string."""
     if authorization is None or authorization[: len(BEARER)].lower() != BEARER:
         return ""
     return authorization[len(BEARER) :].strip()

@@ -1,12 +1,12 @@
-"""The price of a request, in what its key may use per minute, and the account of one that is being carried
-out. Pure.
+"""The price of a request in units of its key's quota per minute, and the account of a request in progress.
+Pure.
 
-A price is fixed before any of the work, from what the message says: a text is taken to have a token in four
-characters, about as English has them; in other scripts it may have more. Once its tokens are counted the
-account is corrected, and at the end what was not produced is given back. So a bucket has lost exactly what
-was used, when nothing is under way.
+A price is fixed before any of the work, from the message alone: a text is estimated at one token per four
+characters, about right for English; other scripts may have more. Once the tokens are counted the account is
+corrected, and at the end the output that was not produced is refunded. So with no request in progress, a
+bucket has lost exactly what was used.
 
-A token that is reported with k alternatives counts 1 + k/10: each alternative is sorted out, kept and sent.
+A token that is reported with k alternatives counts 1 + k/10, as each alternative is sorted, stored and sent.
 """
 
 from collections.abc import Iterator
@@ -26,17 +26,17 @@ _DEFAULTS = SamplingParams()
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """The most that a request can cost, by what is known before it is tokenised."""
+    """The most that a request can cost, as far as is known before it is tokenised."""
 
-    num_prompt_tokens: int  # estimated, unless they are given
+    num_prompt_tokens: int  # estimated, unless token ids are given
     num_choices: int = 1
-    max_tokens: int = 0  # of each choice
+    max_tokens: int = 0  # per choice
     num_prompt_alternatives: int = 0
     num_alternatives: int = 0
-    is_text: bool = True  # there is work before the cluster hears of it
+    is_text: bool = True  # some work precedes the submission to the cluster
 
     def tokens(self, num_prompt: int, num_output: int) -> int:
-        """The price in tokens of a prompt and of the output of all choices, rounded up in sum."""
+        """The price in tokens of a prompt and the output of all choices; the sum is rounded up."""
         prompt = num_prompt * (ALTERNATIVES_PER_TOKEN + self.num_prompt_alternatives)
         output = num_output * (ALTERNATIVES_PER_TOKEN + self.num_alternatives)
         return -(-(prompt + output) // ALTERNATIVES_PER_TOKEN)
@@ -47,7 +47,7 @@ class Price:
 
 
 def prompt_price(prompt: pb.Prompt) -> Price:
-    """The price of a prompt alone, as for tokenising it."""
+    """The price of a prompt alone, e.g. for tokenising it."""
     kind = prompt.WhichOneof("kind")
     if kind == "token_ids":
         return Price(num_prompt_tokens=len(prompt.token_ids.ids), is_text=False)
@@ -58,8 +58,8 @@ def prompt_price(prompt: pb.Prompt) -> Price:
 def request_price(
     message: pb.GenerateRequest, limits: LimitsSection, max_model_len: int, fills: bool
 ) -> Price:
-    """The price of a request. What goes beyond the limits will be refused, and counts as far as they go.
-    `fills`: without `max_tokens` each choice may use all the room that there is."""
+    """The price of a request. Values beyond the limits, which will be refused, count as the limits. `fills`:
+    without `max_tokens` each choice may use all the remaining room."""
     prompt, sampling = prompt_price(message.prompt), message.sampling
     most = min(limits.max_tokens, max_model_len)
     default = max_model_len - prompt.num_prompt_tokens if fills else _DEFAULTS.max_tokens
@@ -82,11 +82,11 @@ def _within(value: int, low: int, high: int) -> int:
 
 
 class Charge:
-    """The account of one request with its key's bucket: at first all that it may use is taken, in the end
-    what it did use."""
+    """The account of one request with its key's bucket: the maximum is charged first, and the unused part
+    refunded at the end."""
 
     def __init__(self, price: Price, bucket: TokenBucket | None) -> None:
-        """`price` has been taken of `bucket` already; without a bucket nothing is counted."""
+        """`price` has already been taken from `bucket`; without a bucket nothing is counted."""
         self._price = price
         self._bucket = bucket
         self._num_prompt = price.num_prompt_tokens
@@ -96,14 +96,14 @@ class Charge:
 
     @staticmethod
     def free() -> "Charge":
-        """For clients that nothing is counted for."""
+        """Returns an account for clients that are not metered."""
         return Charge(Price(num_prompt_tokens=0), None)
 
     @contextmanager
     def tokenizing(self) -> Iterator[None]:
-        """Around turning the prompt into tokens. It is paid for from here on, whatever becomes of the
-        request, unless there is no place for the work; what can be refused without it has been refused
-        before."""
+        """Wraps the tokenisation of the prompt. From here on the prompt is charged whatever becomes of the
+        request, unless there is no capacity for the work; all refusals that need no tokenisation come
+        earlier."""
         self._is_prompt_used = self._price.is_text
         try:
             yield
@@ -112,15 +112,15 @@ class Charge:
             raise
 
     def settle_prompt(self, num_tokens: int, now_s: float, max_output_tokens: int | None = None) -> None:
-        """The prompt has been counted, and with it the room for output where that depended on it."""
+        """Corrects the price to the counted prompt, and to the room for output where that depended on it."""
         self._num_prompt = num_tokens
         if max_output_tokens is not None:
             self._max_output = max_output_tokens
         self._correct(self._price.tokens(self._num_prompt, self._max_output), now_s)
 
     def settle(self, num_output_tokens: int, now_s: float, has_begun: bool = True) -> None:
-        """The request is over: give back what was not used, which is the prompt too if nothing was done with
-        it. Once."""
+        """Ends the request: refunds what was not used, including the prompt if nothing was done with it. Call
+        once."""
         is_used = has_begun or self._is_prompt_used
         self._correct(self._price.tokens(self._num_prompt if is_used else 0, num_output_tokens), now_s)
         self._bucket = None

@@ -1,8 +1,8 @@
-"""The file of the keys: read again when it has changed, and what counts while it is wrong or missing.
+"""The key file: read again when it changes, with rules for while it is invalid or missing.
 
-A file that has changed counts when it has rested for a moment: until then it may be half written, and lack
-keys or what limits them. One that is wrong (a mistake in a line, rights that are too wide) leaves the keys
-before it in force. One that is missing, or cannot be read, for longer than a moment revokes them all."""
+A changed file takes effect once it has been stable for a moment: until then it may be half written, and lack
+keys or their limits. An invalid file (a syntax error, permissions that are too wide) leaves the previous keys
+in force. A file that is missing or unreadable for longer than a moment revokes all keys."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ class Unreadable(ConfigError):
 
 
 class KeyFile:
-    """The keys in force are those of the last `look`."""
+    """Holds the keys that the last `look` found."""
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError."""
@@ -37,8 +37,8 @@ class KeyFile:
         self.keys = _read(self._path)
 
     def look(self, now_s: float) -> bool:
-        """Read the file again if it has changed; returns whether the keys in force may have. Costs one stat
-        otherwise."""
+        """Reads the file again if it has changed; returns whether the keys in force may have changed. Costs
+        one stat otherwise."""
         stamp = file_stamp(self._path)
         if stamp is not None and stamp == self._stamp:
             self._missing_since_s = None
@@ -51,14 +51,14 @@ class KeyFile:
         except Unreadable as error:
             return self._miss(error, now_s)
         except ConfigError as error:
-            self._stamp, self._missing_since_s = stamp, None  # so that what is wrong is logged once
+            self._stamp, self._missing_since_s = stamp, None  # so that each problem is logged once
             log.error("%s; going on with the %d keys before", error, len(self.keys))
             return False
-        if file_stamp(self._path) != stamp:  # it changed while it was read
+        if file_stamp(self._path) != stamp:  # the file changed while it was read
             return False
         self._stamp, self._missing_since_s = stamp, None
         self.keys = keys
-        log.info("listen.api_keys: took over %d keys", len(keys))
+        log.info("listen.api_keys: loaded %d keys", len(keys))
         return True
 
     def _rests(self, stamp: Stamp, now_s: float) -> bool:
@@ -69,7 +69,7 @@ class KeyFile:
     def _miss(self, error: Unreadable, now_s: float) -> bool:
         if self._missing_since_s is None:
             self._missing_since_s = now_s
-            log.error("%s; all keys are revoked in %g s, unless it is back", error, MISSING_GRACE_S)
+            log.error("%s; all keys are revoked in %g s, unless it returns", error, MISSING_GRACE_S)
         if not self.keys or now_s - self._missing_since_s < MISSING_GRACE_S:
             return False
         log.error("%s; all %d keys are revoked until it can be read", error, len(self.keys))
@@ -78,13 +78,13 @@ class KeyFile:
 
 
 def _read(path: Path) -> tuple[ApiKey, ...]:
-    """Raises ConfigError, and Unreadable as one of its kind."""
+    """Raises ConfigError, or its subclass Unreadable."""
     where = f"listen.api_keys: got {str(path)!r}, expected"
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hold us up
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block us
         try:
             status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):  # as a missing file becomes one when it is mounted
+            if stat.S_ISDIR(status.st_mode):  # a missing file becomes a directory when it is mounted
                 raise Unreadable(f"{where} a file, not a directory")
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError(f"{where} a regular file")

@@ -1,8 +1,8 @@
-"""API keys: the file that names them, and the look-up of one that a client shows. Pure: text in, keys out.
+"""API keys: the parser of the key file, and the lookup of a client's key. Pure: text in, keys out.
 
-A line of the file is a name, the SHA-256 of a key, and what the key may: `alice sha256:9f86...
+A line of the file is a name, the SHA-256 of a key, and its permissions and limits: `alice sha256:9f86...
 tokens_per_minute=60000`. Keys are 256 random bits that `pdserve key new` draws, so a fast hash hides them as
-well as a slow one would: there is no dictionary to try, and nothing to make every call expensive for."""
+well as a slow one would: there is no dictionary to try, so every call can stay cheap."""
 
 import hashlib
 import hmac
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ...core.errors import ConfigError
 
-PREFIX = "pdk_"  # so that scanners of sources find keys that were left there
+PREFIX = "pdk_"  # lets secret scanners find keys that were left in source code
 KEY_CHARS = len(PREFIX) + 43
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_KEYS = 10_000
@@ -30,7 +30,7 @@ _EXPECTED_NAME = "at most 64 letters, digits, dots, dashes and underscores"
 
 @dataclass(frozen=True)
 class ApiKey:
-    """What a key stands for. A name may have several keys, so that one can take another's place."""
+    """A key's name, permissions and limits. A name may have several keys, so that keys can be rotated."""
 
     name: str
     digest: bytes
@@ -46,7 +46,7 @@ class ApiKey:
 
     @property
     def line(self) -> str:
-        """As the file has it."""
+        """The entry as it stands in the file."""
         flags = ["admin"] * self.is_admin + ["metrics"] * self.is_scraper
         values = [
             f"{name}={value}" for name in ("group", *_LIMITS) if (value := getattr(self, name)) is not None
@@ -63,9 +63,8 @@ def digest_of(key: str) -> bytes:
 
 
 class KeyRing:
-    """All keys that are let in. What a look-up takes tells nothing about them: it is of the hash, of which a
-    client that does not have the key cannot choose a part, and what has the same beginning is compared in
-    constant time."""
+    """All accepted keys. The time of a lookup leaks nothing about them: it compares hashes, of which a client
+    without the key cannot choose any part, and entries with the same prefix are compared in constant time."""
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
         keys = tuple(keys)
@@ -86,8 +85,8 @@ class KeyRing:
 
 
 def parse_keys(text: str, filename: str) -> tuple[ApiKey, ...]:
-    """The keys in `text`. Raises ConfigError: a line a mistake. No message repeats what stands in the file:
-    it may be a key."""
+    """Parses the keys in `text`. Raises ConfigError, with a line per mistake. No message quotes the file's
+    content: it may be a key."""
     keys, problems = list[ApiKey](), list[str]()
     for number, line in enumerate(text.splitlines(), start=1):
         words = line.partition("#")[0].split()
@@ -114,7 +113,7 @@ def make_key(
     group: str | None = None,
     **limits: int | None,
 ) -> ApiKey:
-    """Raises ValueError when a name or a limit is not valid."""
+    """Raises ValueError if a name or a limit is not valid."""
     flags = ["admin"] * is_admin + ["metrics"] * is_scraper
     values = [f"{word}={value}" for word, value in {"group": group, **limits}.items() if value is not None]
     return _key_of([name, f"sha256:{digest_of(key).hex()}", *flags, *values])

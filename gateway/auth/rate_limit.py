@@ -1,13 +1,13 @@
-"""A token bucket: what one client may take of something per minute. Pure: whoever asks brings the time.
+"""A token bucket: one client's quota of a resource per minute. Pure: the caller passes the time.
 
-It holds a minute's worth and fills at the same rate. What is larger than that is let through when the bucket
-is full, and leaves it in debt, so that nothing that is allowed at all has to wait for ever."""
+It holds a minute's worth and refills at the same rate. A larger amount is admitted when the bucket is full
+and leaves it in debt, so that no permitted request waits for ever."""
 
 SECONDS = 60.0
 
 
 class TokenBucket:
-    """Full at first. Time that goes back counts as time that stands still."""
+    """Starts full. If the clock goes backwards, time counts as standing still."""
 
     def __init__(self, per_minute: int, now_s: float) -> None:
         assert per_minute > 0
@@ -16,8 +16,8 @@ class TokenBucket:
         self._filled_s = now_s
 
     def take(self, amount: float, now_s: float, already: float = 0.0) -> float:
-        """Take `amount`, of which `already` was taken before, and return 0; or take nothing more, and return
-        after how many seconds all of it will be there."""
+        """Takes `amount`, of which `already` was taken before, and returns 0; or takes nothing more, and
+        returns the seconds until all of it is available."""
         self._fill(now_s)
         missing = min(amount, self.per_minute) - self._level
         if missing > already:
@@ -26,8 +26,7 @@ class TokenBucket:
         return 0.0
 
     def give_back(self, amount: float, now_s: float) -> None:
-        """Return what was taken and not used; less than nothing takes more than was expected, without
-        asking."""
+        """Refunds what was taken and not used; a negative amount charges an excess unconditionally."""
         self._fill(now_s)
         self._level = min(self._level + amount, float(self.per_minute))
 

@@ -1,5 +1,5 @@
-"""Ends the calls of keys that are taken away, soon after and without another call. `Access` decides; here is
-the timer."""
+"""Ends the calls of revoked keys promptly, without waiting for another call. `Access` decides; this module
+owns the timer."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,9 +24,9 @@ class Revocation:
     """The open calls of one server's keys."""
 
     def __init__(self, access: Access | None) -> None:
-        """Without keys there is nothing to do."""
+        """Does nothing if the server has no keys."""
         self._access = access
-        self._version = 0  # of the keys that the calls have been compared with
+        self._version = 0  # the version of the keys that the calls have been checked against
         self._calls: set[_Call] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -34,7 +34,7 @@ class Revocation:
         return len(self._calls)
 
     def start(self) -> None:
-        """Look now and then, from now on; on the running loop."""
+        """Starts periodic checks on the running loop."""
         if self._access is not None:
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self.start)
             self.look()
@@ -45,7 +45,7 @@ class Revocation:
             self._timer = None
 
     def look(self) -> None:
-        """End what is open by keys that are not in force any more."""
+        """Ends the open calls of keys that are no longer in force."""
         assert self._access is not None
         now_s = asyncio.get_running_loop().time()
         self._access.look(now_s)
@@ -62,12 +62,12 @@ class Revocation:
 
     @asynccontextmanager
     async def watch(self, caller: Caller | None, need: RequiredAccess) -> AsyncIterator[None]:
-        """Around a call, from when it was admitted. Raises Revoked or NotPermitted when its key may not do
-        that any more."""
+        """Wraps a call from its admission on. Raises Revoked or NotPermitted once its key no longer permits
+        the call."""
         if self._access is None or caller is None:
             yield
             return
-        self._access.check_still(caller, need)  # time may have passed, and a look
+        self._access.check_still(caller, need)  # time may have passed since, and another look
         call = _Call(caller, need)
         self._calls.add(call)
         try:

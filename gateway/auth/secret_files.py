@@ -1,5 +1,5 @@
-"""Files that secrets depend on, such as the keys of clients and the private key of TLS: when they have
-changed, and who may own, read and write them."""
+"""Files that hold or protect secrets, such as clients' keys and the TLS private key: change detection, and
+checks of owner and permissions."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,8 @@ OTHERS_READ_OR_WRITE, GROUP_WRITES = 0o006, 0o020
 
 
 def file_stamp(path: Path) -> Stamp | None:
-    """Different after each change, also of owner and mode; None when there is no such file."""
+    """Returns a value that differs after each change, including owner and mode; None if there is no such
+    file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -18,11 +19,10 @@ def file_stamp(path: Path) -> Stamp | None:
 
 
 def expected_rights(status: os.stat_result, euid: int) -> str | None:
-    """The rights that the file has to have instead of those in `status`, and how it gets them; None when they
-    are right.
+    """Returns the permissions that the file requires instead of those in `status`, and how to set them; None
+    if they are right.
 
-    Its group may read it, as packages of certificates arrange it, and so does a secret that is mounted into a
-    container."""
+    Its group may read it, as certificate packages and secrets mounted into containers arrange it."""
     if status.st_uid not in (euid, 0):
         owner = "root" if euid == 0 else f"the server's user (uid {euid}) or root"
         return f"a file that belongs to {owner}, not to uid {status.st_uid} (chown)"

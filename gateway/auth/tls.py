@@ -1,7 +1,7 @@
-"""TLS of what clients connect to: certificate, key and client authorities, checked at start and read again
+"""TLS of the servers that clients connect to: certificate, key and client CAs, checked at start and reloaded
 when they change.
 
-A file that is wrong when it changes leaves what was read before in force: one may be replaced before the
+Files that become invalid leave the previous ones in force: certificate and key may be replaced one after the
 other."""
 
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the files held when they were read; `version` counts the readings."""
+    """The files' contents when they were read; `version` counts the reads."""
 
     version: int
     certificate: bytes
@@ -34,10 +34,10 @@ class Loaded:
 
 
 class ServerTls:
-    """What a server shows to its clients. Both doors may use one; thread-safe."""
+    """The TLS material of a server. Both servers may share one; thread-safe."""
 
     def __init__(self, section: TlsSection) -> None:
-        """Raises ConfigError for what cannot be read or does not belong together."""
+        """Raises ConfigError for files that cannot be read or do not match."""
         assert section.certificate and section.key
         self._paths = {
             name: Path(path).expanduser()
@@ -49,30 +49,31 @@ class ServerTls:
         self._loaded = self._load(version=0)
 
     def current(self) -> Loaded:
-        """What the files hold now, or held when they were last right."""
+        """Returns the files' current contents, or the last valid ones."""
         with self._lock:
             stamp = self._stamp_now()
             if stamp != self._stamp:
-                self._stamp = stamp  # also when it fails: what is wrong is said once
+                self._stamp = stamp  # also on failure: each problem is logged once
                 try:
                     self._loaded = self._load(self._loaded.version + 1)
-                    log.info("listen.tls: took over changed files")
+                    log.info("listen.tls: reloaded changed files")
                 except ConfigError as error:
-                    log.error("%s; going on with what was there before", error)
+                    log.error("%s; the previous files stay in force", error)
             return self._loaded
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """For one gRPC server, which asks again before each handshake."""
+        """Returns credentials for one gRPC server, which checks for new files before each handshake."""
         first = self.current()
         return grpc.dynamic_ssl_server_credentials(
             _grpc_configuration(first),
-            # the stubs forget that None means no change
+            # the stubs omit that None means no change
             self._fetcher(first.version),  # type: ignore[arg-type]
             require_client_authentication=first.client_ca is not None,
         )
 
     def ssl_context(self) -> ssl.SSLContext:
-        """For one asyncio server, such as uvicorn's, which asks again before each handshake."""
+        """Returns a context for one asyncio server, such as uvicorn's, which checks for new files before each
+        handshake."""
         return _CurrentContext.of(self)
 
     def _fetcher(self, version: int) -> Callable[[], "grpc.ServerCertificateConfiguration | None"]:
@@ -108,7 +109,7 @@ class ServerTls:
 
 
 class _CurrentContext(ssl.SSLContext):
-    """Hands every connection to the newest context."""
+    """Switches every new connection to the latest context."""
 
     _tls: ServerTls
 
@@ -136,7 +137,7 @@ def _trust(context: ssl.SSLContext, path: Path, data: bytes) -> None:
 
 
 def _no_passphrase() -> str:
-    raise ValueError("the key has a passphrase")  # else OpenSSL would ask for it on the terminal
+    raise ValueError("the key has a passphrase")  # else OpenSSL would prompt for it on the terminal
 
 
 def _fits(key: Path) -> str:

@@ -23,13 +23,13 @@ from .guard import CALLER
 
 log = logging.getLogger(__name__)
 
-MAX_CONFIG_CHARS = 64 << 10  # of a cluster.yaml; larger ones would hold up the loop that streams run on
+MAX_CONFIG_CHARS = 64 << 10  # of a cluster.yaml; a larger one would block the loop that streams run on
 MAX_FILENAME_CHARS = 4096
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ClusterService(pdserve_pb2_grpc.ClusterServicer):
-    """The operator's door."""
+    """The operator's endpoint."""
 
     def __init__(self, frontend: Frontend, shared: Shared) -> None:
         self._frontend = frontend
@@ -38,7 +38,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
         self._drains: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Give up on drains that are still going on."""
+        """Abandons drains that are still in progress."""
         for drain in self._drains:
             drain.cancel()
         await asyncio.gather(*self._drains, return_exceptions=True)
@@ -84,7 +84,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             async with aclosing(self._until(drain)) as states:
                 async for status in states:
                     await write(context, _progress(status, request.worker_ids))
-            await asyncio.shield(drain)  # it goes on when the client leaves
+            await asyncio.shield(drain)  # it continues when the client disconnects
             if request.shutdown:
                 await self._shared.answered()
             last = _progress(self._frontend.status(), request.worker_ids)
@@ -108,7 +108,7 @@ class ClusterService(pdserve_pb2_grpc.ClusterServicer):
             log.warning("drain: %s", error)
 
     async def _until(self, drain: "asyncio.Task[None]") -> AsyncGenerator[ClusterStatus, None]:
-        """The states of the cluster until a drain is over."""
+        """Yields the states of the cluster until a drain is over."""
         async with aclosing(self._frontend.watch()) as states:
             while True:
                 following = asyncio.ensure_future(anext(states, None))

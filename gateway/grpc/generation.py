@@ -1,4 +1,4 @@
-"""The Generation service of gRPC: one handler per call, around what `serving` does for both doors."""
+"""The gRPC Generation service: one handler per call, around `serving`, which both servers share."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -23,8 +23,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
 
-    # grpc.aio takes coroutines that write as well as generators; writing lets us see when a client does not
-    # read
+    # grpc.aio accepts coroutines that write as well as generators; writing shows when a client does not read
     async def GenerateStream(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         with self._serving.shared.answer():
             async with translated(context), aclosing(self._events(request, context)) as events:
@@ -75,7 +74,7 @@ class GenerationService(pdserve_pb2_grpc.GenerationServicer):
 
 
 def _metadata(context: Context, key: str) -> str | None:
-    """The value that a client sent along with its call under `key`."""
+    """Returns the metadata value that a client sent with its call under `key`."""
     for name, value in context.invocation_metadata() or ():
         if name == key:
             return value if isinstance(value, str) else None

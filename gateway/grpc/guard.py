@@ -1,9 +1,8 @@
-"""Every gRPC call passes here before its handler: it is authenticated before its message is read, takes a
-place among the open calls, and its message is received and parsed within bounds.
+"""The interceptor that every gRPC call passes before its handler: the call is authenticated before its
+message is read, takes a place among the open calls, and has its message received and parsed within bounds.
 
-All methods are served as streams on the wire's level, whatever they are to their handlers: gRPC would call
-the handler of a unary method only when the message has come, and a call whose message never comes could not
-be counted."""
+All methods are served as streams at the protocol level, whatever their handlers are: gRPC would call a unary
+handler only once the message has arrived, and a call whose message never arrives could not be counted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,8 +33,8 @@ from ..offload.offload import SMALL_BYTES
 from ..places import connection_name
 from ..translate import translated, write
 
-MAX_HEADERS = 128  # of a call: more were put together from references to a few, to use up memory
-CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # of the call whose task this is
+MAX_HEADERS = 128  # metadata entries per call: HPACK references expand to more, to exhaust memory
+CALLER: ContextVar[Caller | None] = ContextVar("caller", default=None)  # the call that this task serves
 
 _SERVICES = {
     "grpc.health.v1.Health": RequiredAccess.NOTHING,
@@ -44,7 +43,7 @@ _SERVICES = {
 }
 _METHODS = {
     f"{pb.DESCRIPTOR.package}.Cluster/Explain": RequiredAccess.KEY
-}  # of its own requests a client has been told most of it
+}  # for its own requests a client has received most of it
 
 ADMIN_SERVICES = tuple(name for name, need in _SERVICES.items() if need is RequiredAccess.ADMIN)
 _ADMIN_IS_LOCAL = (
@@ -59,19 +58,19 @@ Handler = Any  # a grpc.RpcMethodHandler, whose fields its stubs do not name
 
 
 def need_of(method: str) -> RequiredAccess:
-    """What the full name of a method (`/package.Service/Method`) asks; a key for whatever is not known
-    here."""
+    """Returns the access that a method (`/package.Service/Method`) requires; unknown methods require a
+    key."""
     return _METHODS.get(method.strip("/")) or _SERVICES.get(service_of(method), RequiredAccess.KEY)
 
 
 def service_of(method: str) -> str:
-    """The full name of a method's service."""
+    """Returns the service in a method's full name."""
     return method.strip("/").partition("/")[0]
 
 
 class CallBounds:
     """The bounds on everything that the calls of one server hold open. `held_bytes` may be shared with
-    another."""
+    another server."""
 
     def __init__(self, limits: LimitsSection, held_bytes: HeldBytes, connections: GrpcConnections) -> None:
         self.open_calls = OpenCalls(limits.max_open_calls)
@@ -83,7 +82,7 @@ class CallBounds:
 
     @asynccontextmanager
     async def enter(self, is_keyless: bool, client: str, connection: str) -> AsyncIterator[None]:
-        """Around a call. Raises NoPlace."""
+        """Wraps a call. Raises NoPlace."""
         if is_keyless:
             async with self.keyless_calls.enter(client, connection):
                 yield
@@ -93,8 +92,8 @@ class CallBounds:
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
-    """Stands before all services of a server. Without `access`, clients need no keys, and only where
-    `offers_admin` may they administer the cluster."""
+    """Guards all services of a server. Without `access`, clients need no keys, and may administer the cluster
+    only if `offers_admin`."""
 
     def __init__(
         self,
@@ -109,7 +108,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
         self.bounds = bounds
         self._revocation = revocation
         self._read = reader
-        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, as far as there is one
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}  # by method, for those that exist
 
     async def intercept_service(
         self,
@@ -135,8 +134,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
             return self._refusal(error, self._add_unpaid)
         if details.method not in self._handlers:
             found: Handler = await continuation(details)
-            if found is None:  # there is no such method, and there may be any number of their names
-                return None  # type: ignore[return-value]  # the stubs forget it
+            if found is None:  # unknown methods are not cached: clients can name any number of them
+                return None  # type: ignore[return-value]  # omitted by the stubs
             self._handlers[details.method] = self._bounded(found, need)
         handler: grpc.RpcMethodHandler[Any, Any] = self._handlers[details.method]
         return handler
@@ -174,8 +173,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
     def _refusal(
         self, error: PdserveError, count: Callable[[str], None]
     ) -> "grpc.RpcMethodHandler[Any, Any]":
-        """Ends any call, and has its connection counted. As a handler of streams it does not wait for the
-        client's message, which may be large."""
+        """Ends any call and has its connection counted. As a stream handler it does not wait for the client's
+        message, which may be large."""
 
         async def refuse(requests: Any, context: Context) -> None:
             count(connection_of(context.peer()))
@@ -186,7 +185,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
     @asynccontextmanager
     async def _message(self, messages: Any, client: str, kind: type[Message]) -> AsyncIterator[Message]:
-        """The one message of a call; its bytes count until the call ends.
+        """Returns the one message of a call; its bytes count until the call ends.
 
         Raises InvalidRequest, TooSlow or TooManyBytes, and what `MessageReader` raises.
         """
@@ -201,7 +200,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
 
 async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-    """The messages of a stream that is not ours, which are small. Raises InvalidRequest or TooSlow."""
+    """Yields the messages of a third-party service's stream, which are small. Raises InvalidRequest or
+    TooSlow."""
     while True:
         try:
             async with asyncio.timeout(MESSAGE_TIMEOUT_S):
@@ -216,6 +216,6 @@ async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], Any])
 
 
 def connection_of(peer: str) -> str:
-    """The connection of gRPC's name for a peer."""
+    """Returns the connection name in gRPC's name for a peer."""
     host = host_of(peer)
     return connection_name(host, peer.rpartition(":")[2]) if peer.startswith("ip") else peer

@@ -1,8 +1,8 @@
 """The sockets of a gRPC server, which its library keeps to itself: found among the process's own descriptors,
-looked at and ended under the library.
+inspected, and closed underneath the library.
 
-No call here lets go of the interpreter. While the loop is busy each that does waits 5 ms to get it back, and
-thousands of sockets would take seconds, during a flood of all times."""
+No call here releases the GIL. While the loop is busy each release costs 5 ms to get it back, and thousands of
+sockets would take seconds, just when a flood is under way."""
 
 import ctypes
 import re
@@ -19,7 +19,7 @@ from .unpaid_bytes import Received
 
 STATUS = Path("/proc/self/status")
 _NUM_DESCRIPTORS = re.compile(r"^FDSize:\s*(\d+)", re.MULTILINE)
-SO_COOKIE = 57  # asm-generic/socket.h: a number that no other socket of this host has or will have
+SO_COOKIE = 57  # asm-generic/socket.h: a number unique among this host's sockets
 _ESTABLISHED, _CLOSED, _CLOSE_WAIT = 1, 7, 8  # linux/tcp.h
 _TCP_INFO = struct.Struct("B127xQ")  # the same: tcpi_state and tcpi_bytes_received
 _UNSPECIFIED = struct.pack("H14x", socket.AF_UNSPEC)  # a struct sockaddr
@@ -28,18 +28,18 @@ _libc = ctypes.PyDLL(None)
 
 @dataclass(frozen=True)
 class GrpcSocket:
-    """A connection's socket when it was looked at; by now its descriptor may be another's."""
+    """A connection's socket at the time of the scan; its descriptor may have been reused since."""
 
     descriptor: int
     cookie: bytes
     received: Received | None  # None: it receives no more
 
     def abort(self) -> None:
-        """End the connection. What has come and was not read is gone: after shutdown(2), or when the client
-        hangs up, the library still parses it to the last byte. The library sees its peer reset the
-        connection."""
+        """Aborts the connection and discards what was received but not read: after shutdown(2), or when the
+        client disconnects, the library would still parse it to the last byte. The library sees a connection
+        reset by its peer."""
         copy = _libc.dup(self.descriptor)
-        if copy < 0:  # closed meanwhile
+        if copy < 0:  # closed in the meantime
             return
         try:
             with suppress(OSError), _borrowed(copy) as sock:
@@ -52,16 +52,16 @@ class GrpcSocket:
 
 
 class GrpcSockets:
-    """Those of the server that listens on `port`."""
+    """The connections of the server that listens on `port`."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self.num_reset = 0  # connections that the last look aborted
-        self._names: dict[bytes, str | None] = {}  # by their cookies; None: not a connection of the server's
+        self.num_reset = 0  # connections that the last scan aborted
+        self._names: dict[bytes, str | None] = {}  # by socket cookie; None: not the server's
 
     def look(self) -> dict[str, GrpcSocket]:
-        """All connections there are by their names. Those that were reset by their clients are aborted, and
-        are not among them."""
+        """Returns all open connections by name. Aborts those that were reset by their clients, and omits
+        them."""
         match = _NUM_DESCRIPTORS.search(STATUS.read_text())
         assert match is not None, "proc(5) has it since Linux 2.6"
         self.num_reset = 0
@@ -70,7 +70,7 @@ class GrpcSockets:
             with (
                 suppress(OSError),
                 _borrowed(descriptor) as sock,
-            ):  # OSError: not open, no socket, or closed meanwhile
+            ):  # OSError: not open, not a socket, or closed in the meantime
                 cookie = _cookie(sock)
                 name = names[cookie] = self._names[cookie] if cookie in self._names else self._name_of(sock)
                 if name is None:
@@ -97,14 +97,14 @@ class GrpcSockets:
             return None
         try:
             host, peer_port = sock.getpeername()[:2]
-        except OSError:  # its client has reset it
+        except OSError:  # reset by its client
             return "reset"
         return connection_name(host, peer_port)
 
 
 @contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """A descriptor of somebody else's as a socket; its kind is not asked. Raises OSError where it is not
+    """Wraps a descriptor owned elsewhere as a socket, without checking its kind. Raises OSError if it is not
     open."""
     sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, descriptor)
     try:
@@ -114,7 +114,7 @@ def _borrowed(descriptor: int) -> Iterator[socket.socket]:
 
 
 def _num_unread(descriptor: int) -> int:
-    """Raises OSError where it is not open."""
+    """Raises OSError if it is not open."""
     count = ctypes.c_int()
     if _libc.ioctl(descriptor, ctypes.c_ulong(termios.FIONREAD), ctypes.byref(count)):
         raise OSError(f"ioctl(FIONREAD) of descriptor {descriptor} failed")

@@ -1,11 +1,11 @@
-"""How many bytes a gRPC connection may bring beside calls with a key before it is closed. Pure.
+"""Bounds how many bytes a gRPC connection may send outside calls with a key before it is closed. Pure.
 
-The library refuses calls by itself, beyond its bounds on streams and on calls that wait, and it parses what
-clients that have left leave in its sockets. None of this is seen as a call; all of it shows in the bytes that
-the kernel has received. An honest client sends no more than a window of flow control, 64 KiB a call, before
-its calls are seen, and then rests: a connection has brought too much where this is so at two looks, one after
-the other, and the library has had more to parse meanwhile. So calls with large messages may wait to be seen
-for as long as it takes."""
+The library itself refuses calls beyond its bounds on streams and on pending calls, and it parses the data
+that disconnected clients leave in its sockets. None of this appears as a call; all of it shows in the bytes
+that the kernel has received. An honest client sends no more than one flow-control window, 64 KiB a call,
+before its calls are seen, and then pauses: a connection has sent too much if it exceeds this in two
+consecutive scans and the library has had more to parse in between. So calls with large messages may wait to
+be seen for as long as it takes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ MAX_IN_WINDOW = 96 << 10
 
 @dataclass(frozen=True)
 class Received:
-    """One connection as the kernel has it."""
+    """One connection as the kernel reports it."""
 
-    num_bytes: int  # since it began
-    num_unread: int  # of them, which the library has not parsed yet
+    num_bytes: int  # since the connection was opened
+    num_unread: int  # received, and not yet parsed by the library
     has_left: bool  # its client sends no more
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Connections to close, and whether to look again soon."""
+    """The connections to close, and whether to scan again soon."""
 
     too_much: set[str]
     left: set[str]
@@ -33,26 +33,26 @@ class Verdict:
 
 
 class UnpaidBytes:
-    """Counts by connection in consecutive windows of time. One that has a call with a key, or had one in this
-    window or the last, is paid for."""
+    """Counts bytes by connection in consecutive windows of time. A connection that has a call with a key, or
+    had one in this window or the last, is paid for."""
 
     def __init__(self) -> None:
-        self._last: dict[str, int] = {}  # bytes of each connection at the last look
-        self._before: dict[str, int] = {}  # and at the last look of the last window
-        self._suspects: set[str] = set()  # of the last look
+        self._last: dict[str, int] = {}  # bytes of each connection at the last scan
+        self._before: dict[str, int] = {}  # and at the last scan of the last window
+        self._suspects: set[str] = set()  # of the last scan
         self._paid: set[str] = set()
         self._paid_before: set[str] = set()
         self._ends_s = 0.0
 
     def add_paid(self, connection: str) -> None:
-        """A call with a key begins or ends on it."""
+        """Records that a call with a key begins or ends on it."""
         self._paid.add(connection)
 
     def judge(
         self, received: Mapping[str, Received], is_in_use: Callable[[str], bool], now_s: float
     ) -> Verdict:
-        """Returns the connections that have brought too much, and those whose clients have left: their unread
-        bytes would be parsed for nobody."""
+        """Returns the connections that have sent too much, and those whose clients have disconnected: parsing
+        their unread bytes would be wasted."""
         if now_s >= self._ends_s:
             self._before = self._last
             self._paid, self._paid_before = set(), self._paid

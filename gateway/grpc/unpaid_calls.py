@@ -1,7 +1,7 @@
-"""How many calls without a key one gRPC connection may make before it is closed. Pure.
+"""Bounds how many calls without a key one gRPC connection may make before it is closed. Pure.
 
-A refusal costs the server more than the call cost its client. A connection that makes nothing but such calls,
-and very many of them, has to be opened again, which costs the client as much."""
+A refusal costs the server more than the call cost its client. A connection that makes only such calls, and
+very many of them, is closed and has to be reopened, which costs the client as much."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ class UnpaidCalls:
         self._ends_s = 0.0
 
     def add(self, connection: str, now_s: float) -> bool:
-        """Count one call; whether the connection has made too many of them in this window."""
+        """Counts one call; returns whether the connection has made too many of them in this window."""
         if now_s >= self._ends_s:
             self._counts.clear()
             self._ends_s = now_s + WINDOW_S

@@ -1,2 +1,2 @@
-"""The OpenAI-compatible HTTP door: JSON to the messages of the gRPC door and back; everything else is shared
-with that door."""
+"""The OpenAI-compatible HTTP server: translates JSON to the messages of the gRPC API and back; everything
+else is shared."""

@@ -1,4 +1,4 @@
-"""The bodies of answers as OpenAPI describes them. They are written by `format`, without these models; a test
+"""The bodies of responses as OpenAPI describes them. `format` writes them without these models; a test
 compares."""
 
 from typing import Any, Literal
@@ -9,13 +9,13 @@ from .schema import FinishReason, Usage
 
 
 class ResponseModel(BaseModel):
-    """Answers have no other fields than these."""
+    """Base of responses, which have no undeclared fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class CompletionLogprobs(ResponseModel):
-    """One of each for every token."""
+    """Lists with one item per token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -47,7 +47,7 @@ class Completion(ResponseModel):
 
 
 class TokenLogprob(ResponseModel):
-    """A token and how probable it was."""
+    """A token and its log probability."""
 
     token: str
     logprob: float
@@ -55,19 +55,19 @@ class TokenLogprob(ResponseModel):
 
 
 class ChatTokenLogprob(TokenLogprob):
-    """A token of the answer, with the most probable ones in its place."""
+    """A token of the answer, with the most probable ones at its position."""
 
     top_logprobs: list[TokenLogprob]
 
 
 class ChatLogprobs(ResponseModel):
-    """Of every token of the answer."""
+    """The log probabilities of every token of the answer."""
 
     content: list[ChatTokenLogprob]
 
 
 class ReturnedFunction(ResponseModel):
-    """What a tool call calls."""
+    """The function that a tool call names, and its arguments."""
 
     name: str
     arguments: str
@@ -82,14 +82,14 @@ class ReturnedToolCall(ResponseModel):
 
 
 class CalledFunctionDelta(ResponseModel):
-    """The name with the beginning of a call, and the next part of its arguments."""
+    """The name, at the beginning of a call, and the next part of its arguments."""
 
     name: str | None = None
     arguments: str
 
 
 class ToolCallDelta(ResponseModel):
-    """What comes next of a call; id and type with its beginning."""
+    """The next part of a call; id and type at its beginning."""
 
     index: int
     id: str | None = None
@@ -98,7 +98,7 @@ class ToolCallDelta(ResponseModel):
 
 
 class ChatAnswer(ResponseModel):
-    """What the assistant says and calls."""
+    """The assistant's text and calls."""
 
     role: Literal["assistant"]
     content: str | None
@@ -107,7 +107,7 @@ class ChatAnswer(ResponseModel):
 
 
 class ChatAnswerDelta(ResponseModel):
-    """What comes next of it."""
+    """The next part of the assistant's text and calls."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -138,7 +138,7 @@ class ChatCompletion(ResponseModel):
 
 
 class ChatChunkChoice(ResponseModel):
-    """What comes next of one continuation."""
+    """The next part of one continuation."""
 
     index: int
     delta: ChatAnswerDelta
@@ -186,7 +186,7 @@ class ServedModel(ResponseModel):
 
 
 class Models(ResponseModel):
-    """All models that are served: one."""
+    """All served models: one."""
 
     object: Literal["list"]
     data: list[ServedModel]
@@ -199,16 +199,16 @@ class Version(ResponseModel):
 
 
 class Health(ResponseModel):
-    """How the cluster fares."""
+    """The health of the cluster."""
 
     status: str
     reasons: list[str]
 
 
 class Startup(ResponseModel):
-    """How far the cluster's start is."""
+    """The progress of the cluster's start."""
 
     phase: Literal["starting", "started"]
     progress: float
     workers: dict[str, Any] = {}
-    """By name; missing where there are keys and none was shown."""
+    """By name; missing if keys are required and none was given."""

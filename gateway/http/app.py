@@ -1,4 +1,4 @@
-"""The routes of the HTTP door, and their description at /openapi.json."""
+"""The routes of the HTTP server, and their description at /openapi.json."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -33,7 +33,7 @@ REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
 def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
-    """The whole server as an ASGI application; `hosts`: requests for other names are refused."""
+    """Returns the whole server as an ASGI application, which refuses requests for names not in `hosts`."""
     app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(PdserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -78,7 +78,7 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
 
 
 class _Tokens:
-    """The handlers around the model itself."""
+    """The handlers other than those that generate."""
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
@@ -97,12 +97,12 @@ class _Tokens:
         tokens = await self._serving.tokenize(
             message, peer_of(http), http.state.caller, with_pieces=asked.token_texts
         )
-        told = {
+        payload = {
             "count": len(tokens.token_ids),
             "max_model_len": tokens.max_model_len,
             "tokens": list(tokens.token_ids),
         }
-        return _json(told | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
+        return _json(payload | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
 
     async def detokenize(self, http: Request) -> Response:
         (message,), _ = await read(http, "detokenize", self._serving)
@@ -112,8 +112,8 @@ class _Tokens:
 
     def _model(self) -> dict[str, Any]:
         info = self._serving.model_info(pb.GetModelInfoRequest())
-        told = {"id": info.name, "object": "model", "created": self._created, "owned_by": "pdserve"}
-        return told | {"max_model_len": info.max_model_len}
+        payload = {"id": info.name, "object": "model", "created": self._created, "owned_by": "pdserve"}
+        return payload | {"max_model_len": info.max_model_len}
 
 
 async def _version(http: Request) -> Response:
@@ -184,7 +184,7 @@ def _name(path: str) -> str:
 
 
 def _described(generate: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """The description that FastAPI makes, with the bodies that our handlers read by themselves."""
+    """Returns FastAPI's description, extended by the bodies that our handlers read by themselves."""
 
     def openapi() -> dict[str, Any]:
         description = generate()

@@ -1,4 +1,4 @@
-"""From the bytes of a body to the messages that gRPC's clients send, and what the answer is to look like.
+"""Translates the bytes of a body to the messages that gRPC clients send, and to the shape of the answer.
 
 Pure, and the same wherever it runs: in the head for small bodies, in the intake process for large ones.
 """
@@ -21,12 +21,10 @@ from .translate import chat_message, completion_messages, detokenize_message, to
 
 Model = TypeVar("Model", bound=BaseModel)
 
-SMALL_BYTES = 1 << 16  # of a body or a message that the head reads by itself
+SMALL_BYTES = 1 << 16  # the largest body or message that the head reads by itself
 SMALL_VALUES = 1024  # lists and objects: 3 us each
 MAX_VALUES = 250_000  # of a body, numbers apart
-_TEXT = re.compile(
-    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL
-)  # possessive: linear also where none is closed
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: linear even if none is closed
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -42,12 +40,13 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 def is_small(data: bytes) -> bool:
-    """Whether it can be read on a loop: in a few milliseconds at most."""
+    """Returns whether the body can be read on a loop, i.e. in a few milliseconds."""
     return len(data) <= SMALL_BYTES and data.count(b"{") + data.count(b"[") <= SMALL_VALUES
 
 
 def read_body(kind: str, data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:
-    """The messages in a body for the route `kind`, at least one. Raises InvalidRequest or UnknownModel."""
+    """Returns the messages in a body for the route `kind`, at least one. Raises InvalidRequest or
+    UnknownModel."""
     if len(data) > SMALL_BYTES:
         _check_values(data)
     messages, asked = _READERS[kind](data, request_id, bounds)
@@ -58,8 +57,8 @@ def read_body(kind: str, data: bytes, request_id: str, bounds: Bounds) -> tuple[
 
 
 def _check_values(data: bytes) -> None:
-    """Before objects are made of them. Numbers cost little, and there may be as many as prompts have
-    tokens."""
+    """Counts values before objects are made of them. Numbers are cheap, and there may be as many as prompts
+    have tokens."""
     if data.count(b'"') // 2 + data.count(b"[") + data.count(b"{") <= MAX_VALUES:
         return
     rest, num_texts = _TEXT.subn(b"", data)

@@ -1,4 +1,4 @@
-"""Reads the body of a request. Its size is limited before (`gate`), its depth by the parser: 200 levels."""
+"""Reads the body of a request. `gate` has limited its size; the parser limits its depth to 200 levels."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from .errors import HttpRefusal
 
 
 async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Message], Asked]:
-    """The messages that the body has for `route`, at least one, and what the answer is to look like.
+    """Returns the messages that the body has for `route`, at least one, and the shape of the answer.
 
     Raises InvalidRequest, UnknownModel or Refused; for large ones, QueueFull or NoWorkerAvailable.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith(
         "+json"
-    ):  # what a web page may send without being asked is not JSON
+    ):  # a web page can send no JSON without a preflight request
         raise HttpRefusal(
             415, "unsupported_media_type", f"content-type: {kind!r} is not valid, expected application/json"
         )
@@ -30,11 +30,11 @@ async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Me
 
 
 def http_client(http: Request) -> str:
-    """Whom work before the queue counts for."""
+    """Returns the client that work ahead of the queue counts for."""
     return client_of(http.state.caller, host_of(peer_of(http)))
 
 
 def peer_of(http: Request) -> str:
-    """Whom a request counts for: its host, as the connections of one client are many here, unlike with
-    gRPC."""
+    """Returns the client that a request counts for: its host, as over HTTP, unlike gRPC, one client opens
+    many connections."""
     return f"http:{http.client.host}" if http.client is not None else "http"

@@ -1,4 +1,4 @@
-"""A conversation and its tools, as OpenAI's interface tells them, as the message of the gRPC door."""
+"""Translates a conversation and its tools from OpenAI's format to the message of the gRPC API."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ _MODES = {
 def chat_prompt(
     messages: Sequence[ChatMessage], tools: Sequence[Tool], add_generation_prompt: bool
 ) -> pb.Prompt:
-    """Everything but which tools are to be called."""
+    """Returns everything but the tool choice."""
     chat = pb.Chat(
         messages=map(_message, messages), tools=map(_tool, tools), add_generation_prompt=add_generation_prompt
     )
@@ -25,7 +25,7 @@ def chat_prompt(
 
 
 def set_choice(chat: pb.Chat, body: ChatCompletionRequest) -> None:
-    """Whether tools are to be called, and which."""
+    """Returns whether tools are to be called, and which."""
     if isinstance(body.tool_choice, ChosenTool):
         chat.tool_choice.function = body.tool_choice.function.name
     elif body.tool_choice is not None:

@@ -1,4 +1,4 @@
-"""The bodies around conversations, which may have tools in them."""
+"""The bodies of conversations, with their tools."""
 
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -9,7 +9,7 @@ from .schema import Body, GenerationBody, Text, TokenIds, expected
 
 
 class CalledFunction(Body):
-    """What a tool call calls."""
+    """The function that a tool call names, and its arguments."""
 
     name: str
     arguments: str
@@ -17,7 +17,7 @@ class CalledFunction(Body):
 
 
 class ToolCall(Body):
-    """A call of a tool, as an earlier answer told it."""
+    """A tool call, as an earlier answer reported it."""
 
     id: str = ""
     type: Literal["function"] = "function"
@@ -28,14 +28,14 @@ class ChatMessage(Body):
     """One message of a conversation."""
 
     role: str
-    """As the chat template knows them: mostly "system", "user", "assistant" and "tool"."""
+    """A role of the chat template: usually "system", "user", "assistant" or "tool"."""
     content: Text = ""
     tool_calls: Annotated[list[ToolCall], FailFast()] = Field(default=[])
-    """What the assistant called."""
+    """The assistant's tool calls."""
     tool_call_id: str = ""
-    """Which call a message of a tool answers."""
+    """The call that a tool's message answers."""
     name: str = ""
-    """For templates that want to know whose message it is."""
+    """The author of the message, for templates that use it."""
 
 
 class Function(Body):
@@ -45,7 +45,7 @@ class Function(Body):
     """1 to 64 letters, digits, underscores or hyphens."""
     description: str = ""
     parameters: dict[str, Any] | None = None
-    """The JSON schema of its arguments, which calls keep to."""
+    """The JSON schema of its arguments, which calls follow."""
     strict: bool = False
     """Refuse `parameters` with keywords or formats that calls are not kept to, instead of ignoring them."""
 
@@ -64,14 +64,14 @@ class ChosenFunction(Body):
 
 
 class ChosenTool(Body):
-    """The tool that has to be called."""
+    """The tool that must be called."""
 
     type: Literal["function"]
     function: ChosenFunction
 
 
 def _choice(value: object) -> str | ChosenTool:
-    """By hand, as a union would tell of each of its members that does not fit."""
+    """Validates by hand, as a union would report each of its members that does not fit."""
     if isinstance(value, str) and value in _MODES:
         return value
     if isinstance(value, dict):
@@ -114,7 +114,7 @@ class ChatCompletionRequest(GenerationBody):
     add_generation_prompt: bool = True
     """Whether the template opens the assistant's turn after the last message."""
     tools: Tools = Field(default=[])
-    """What the model may call, if its chat template has a place for tools."""
+    """The tools that the model may call, if its chat template has a place for tools."""
     tool_choice: ToolChoice | None = None
     """Whether it calls any: "none", "auto" (the default, when there are tools), "required", or the one that
     it has to call."""
@@ -123,7 +123,8 @@ class ChatCompletionRequest(GenerationBody):
 
 
 class TokenizeRequest(Body):
-    """The token ids of a prompt, exactly as a completion would use them: of a text, or of a conversation."""
+    """The token ids of a prompt, exactly as a completion would use them: from a text, or from a
+    conversation."""
 
     model: str = ""
     prompt: str | None = None
@@ -133,7 +134,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
-    """Tell the text of each token too."""
+    """Report the text of each token too."""
 
 
 class DetokenizeRequest(Body):

@@ -19,12 +19,12 @@ from .body import http_client, peer_of, read
 from .format import ChatFormat, CompletionFormat, Format, Wanted
 from .sse import EventStream, merged
 
-# of an answer that is put together on the loop: they may have log probabilities of many others
+# of a response that is assembled on the loop: they may hold many other tokens' log probabilities
 INLINE_TOKENS = 256
 
 
 class Completions:
-    """The handlers of both."""
+    """The handlers of both routes."""
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
@@ -48,7 +48,7 @@ class Completions:
         (message,), asked = await read(http, "chat", self._serving)
         assert isinstance(message, pb.GenerateRequest)
         with ExitStack() as paying:
-            # as OpenAI has it, an answer is as long as it gets; a completion has 16 tokens unless it asks for
+            # as at OpenAI, a chat answer has no default limit; a completion has 16 tokens unless it asks for
             # more
             charges = paying.enter_context(self._serving.charged([message], http.state.caller, fills=True))
             requests = [await self._request(http, message, charges[0], fills=True)]
@@ -120,12 +120,12 @@ async def _chunks(
     threads: FairThreads,
     client: str,
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a stream, which outlives its handler; `paying` is closed with it."""
+    """Yields the events of a stream, which outlives its handler; `paying` is closed with it."""
     with paying:
         async with aclosing(events):
             with_logprobs = (
                 set()
-            )  # prompts whose log probabilities have come, and go out with their first token
+            )  # prompts whose log probabilities have arrived, and are sent with their first token
             async for prompt, event in events:
                 is_large = prompt in with_logprobs
                 chunk = (

@@ -1,4 +1,4 @@
-"""One client's connection: uvicorn's, with limits on those that send or read too slowly."""
+"""One client's connection: uvicorn's, with limits on clients that send or read too slowly."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,17 +16,17 @@ KEEP_ALIVE_S = 75  # longer than the pools of common clients keep theirs
 MAX_HEADER_BYTES = 32 << 10
 MAX_HEADER_LINES = 128
 HEAD_END = b"\r\n\r\n"
-SHORT_HEAD_BYTES = 4096  # longer heads than common clients send are parsed after others' short ones
+SHORT_HEAD_BYTES = 4096  # heads longer than common clients send are parsed after short ones
 SLICE_BYTES = 2048
 CHEAP_SLICE_BYTES, CHEAP_SHARE = 1 << 16, 64  # of a body whose length is known
 
 
 class Connection(H11Protocol):
-    """Calls `on_lost` once, at its end.
+    """Calls `on_lost` once, when the connection ends.
 
-    What comes in waits in `_pending` until the feeder has a slice of it parsed, and the socket is not read
-    meanwhile. Nothing is parsed of what follows a request until that one is answered, nor of chunks whose
-    answer is complete already."""
+    Received data waits in `_pending` until the feeder has a slice of it parsed, and the socket is not read
+    meanwhile. Data after a request is not parsed until that request is answered, nor are chunks of a request
+    whose answer is complete."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Connection(H11Protocol):
         self._feeder = feeder
         self._pending = bytearray()
         self.num_received_bytes = 0
-        self._head_bytes = 0  # of a head that is not complete
+        self._head_bytes = 0  # of an incomplete head
         self._head_lines = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._on_lost = on_lost
@@ -71,22 +71,21 @@ class Connection(H11Protocol):
 
     @property
     def _has_length(self) -> bool:
-        """Whether the head of the request in progress names the length of its body; beside chunks that length
-        means nothing."""
+        """Whether the head of the request in progress states the length of its body; with chunked encoding
+        that length is meaningless."""
         names = {name for name, _ in self.headers}
         return b"content-length" in names and b"transfer-encoding" not in names
 
     def feed(self) -> int:
-        """Parse one slice. A body of a length that its head names costs little, heads and chunks cost
-        much."""
+        """Parses one slice. A body of stated length is cheap; heads and chunks are expensive."""
         is_body = self.conn.their_state is h11.SEND_BODY
         is_cheap = is_body and self._has_length
         if is_body and not is_cheap and self.conn.our_state not in (h11.SEND_RESPONSE, h11.SEND_BODY):
-            self.transport.close()  # it is answered, and its chunks go on
+            self.transport.close()  # it is answered, and its chunks continue
             return 0
         size = CHEAP_SLICE_BYTES if is_cheap else SLICE_BYTES
         if not is_body and (end := self._pending.find(HEAD_END, 0, size)) >= 0:
-            size = end + len(HEAD_END)  # a head by itself: what follows it may cost more
+            size = end + len(HEAD_END)  # a head by itself: the data after it may cost more
         piece = bytes(self._pending[:size])
         del self._pending[: len(piece)]
         super().data_received(piece)
@@ -102,7 +101,7 @@ class Connection(H11Protocol):
         return cost
 
     def _check_head(self, piece: bytes) -> None:
-        """Counts `piece` of a head that is not complete, and refuses the request when it is too large."""
+        """Counts `piece` of an incomplete head, and refuses the request if it is too large."""
         self._await_head()
         self._head_bytes += len(piece)
         self._head_lines += piece.count(b"\n")
@@ -120,7 +119,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def timeout_keep_alive_handler(self) -> None:
-        """Nothing came for long; what is unread of the last answer by now will not be read."""
+        """Handles a long silence: any part of the last answer that is still unread will not be read."""
         if self.transport.get_write_buffer_size():
             self.transport.abort()
         else:

@@ -1,5 +1,5 @@
-"""What an output has to be: OpenAI's `response_format` or vLLM's `structured_outputs`, as the message of the
-gRPC door."""
+"""Constraints on the output: translates OpenAI's `response_format` or vLLM's `structured_outputs` to the
+message of the gRPC API."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from .schema import GenerationBody, ResponseFormat, StructuredOutputs
 
 
 def constraint_message(body: GenerationBody) -> pb.Constraint | None:
-    """None when the output may be anything. Raises InvalidRequest."""
+    """Returns None if the output is unconstrained. Raises InvalidRequest."""
     asked = None if body.response_format is None else _of_format(body.response_format)
     if body.structured_outputs is None:
         return asked

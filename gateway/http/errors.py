@@ -1,5 +1,4 @@
-"""Errors in the shape that OpenAI's clients know. Which error is which status is decided in `translate`, for
-both doors."""
+"""Errors in OpenAI's format. `translate` maps errors to statuses, for both servers."""
 
 import logging
 import math
@@ -33,7 +32,7 @@ CODES = {"UNKNOWN_MODEL": "model_not_found"}  # where OpenAI has a name for it
 
 
 class HttpRefusal(PdserveError):
-    """What only HTTP can be asked: an unknown path, a body that is too large, too many calls."""
+    """Refusals that exist only in HTTP: an unknown path, a body that is too large, too many calls."""
 
     def __init__(
         self,
@@ -61,7 +60,7 @@ class ErrorBody(msgspec.Struct):
 
 
 def error_response(error: Exception) -> Response:
-    """The whole answer to a request that failed before its answer began."""
+    """Returns the whole response to a request that failed before its response began."""
     status, body, retry_after_s = describe(error)
     headers = {}
     if retry_after_s is not None:
@@ -79,10 +78,10 @@ def error_json(body: ErrorBody) -> bytes:
 
 
 def describe(error: Exception) -> tuple[int, ErrorBody, float | None]:
-    """(HTTP status, what to tell, when to come back) of an error."""
+    """Returns an error's HTTP status, the text to report, and when to retry."""
     if isinstance(error, HttpRefusal):
         return error.status, ErrorBody(str(error), _type(error.status), None, error.code), error.retry_after_s
-    if not isinstance(error, PdserveError):  # a bug of ours: its story is for the log, not for the client
+    if not isinstance(error, PdserveError):  # a bug of ours: its details are for the log, not for the client
         log.error("a request failed", exc_info=error)
         return 500, ErrorBody("internal error, see the server's log", _type(500), None, "internal"), None
     grpc_code, details = to_status(error)
@@ -108,7 +107,7 @@ def _type(status: int) -> str:
 
 
 def malformed(error: ValidationError) -> InvalidRequest:
-    """What a body that is not of its schema is refused with: the first thing that is wrong with it."""
+    """Returns the refusal of a body that violates its schema: the first violation."""
     (first, *_) = error.errors(include_url=False, include_context=False)
     field, kind = _path(first["loc"]), first["type"]
     if kind == "json_invalid":

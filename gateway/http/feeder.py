@@ -1,21 +1,21 @@
-"""Feeds what HTTP connections have received to their parsers, a little in each turn of the loop.
+"""Feeds received HTTP data to the connections' parsers, a little in each turn of the loop.
 
 A parser takes some 10 microseconds for each header and each chunk, and one read may hold tens of thousands of
-them. All connections of a server share what one turn has, and short heads of requests come before chunks and
-long heads."""
+them. All connections of a server share one turn's budget, and short request heads come before chunks and long
+heads."""
 
 import asyncio
 from collections import deque
 from typing import Protocol
 
-TURN_BYTES = 4096  # that may cost much, in one turn of the loop
+TURN_BYTES = 4096  # of possibly expensive input, in one turn of the loop
 
 
 class Fed(Protocol):
-    """A connection with bytes that wait."""
+    """A connection with pending bytes."""
 
     def feed(self) -> int:
-        """Feed one slice; returns how many bytes that cost. May close the connection."""
+        """Feeds one slice; returns its cost in bytes. May close the connection."""
         ...
 
     @property
@@ -25,7 +25,7 @@ class Fed(Protocol):
 
     @property
     def is_urgent(self) -> bool:
-        """Whether its next slice comes before those of connections that are not."""
+        """Whether its next slice precedes those of connections without priority."""
         ...
 
 
@@ -40,8 +40,8 @@ class Feeder:
         self._turn: asyncio.Handle | None = None
 
     def run(self, connection: Fed) -> None:
-        """Feed `connection`: now, as far as this turn goes and nobody waits longer, and the rest in the next
-        ones."""
+        """Feeds `connection`: at once, as far as this turn's budget allows and none has waited longer, and
+        the rest in later turns."""
         if not self._waiting:
             while connection.wants_feeding and self._left > 0:
                 self._feed(connection)

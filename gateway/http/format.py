@@ -1,6 +1,6 @@
-"""From the messages of the gRPC door to JSON: the chunks of a stream, and whole answers.
+"""Formats the messages of the gRPC API as JSON: the chunks of a stream, and whole responses.
 
-A chunk is put together from ready pieces of JSON: this is done for every token of every stream, so nothing is
+A chunk is assembled from ready pieces of JSON: this is done for every token of every stream, so nothing is
 built here that is not sent."""
 
 from abc import ABC, abstractmethod
@@ -25,17 +25,17 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a client asked to be told."""
+    """The details that a client asked for."""
 
     token_ids: bool = False
     logprobs: bool = False
     usage: bool = False  # before the end of a stream
     running_usage: bool = False  # in each chunk
-    echoes: tuple[str, ...] = ()  # the text of each prompt, to begin its choices with
+    echoes: tuple[str, ...] = ()  # the text of each prompt, with which its choices begin
 
 
 class Format(ABC):
-    """The answer to one HTTP request, which may have several prompts. Choices are counted across prompts."""
+    """The answer to one HTTP request, which may have several prompts. Choices are numbered across prompts."""
 
     kind = ""  # of a whole answer
     chunk_kind = ""
@@ -63,7 +63,7 @@ class Format(ABC):
     # streams
 
     def chunk(self, prompt: int, event: pb.GenerateEvent) -> bytes:
-        """What goes out for a message of one of the prompts."""
+        """Returns the output for a message of one of the prompts."""
         match event.WhichOneof("event"):
             case "tokens":
                 return self._delta(prompt, event.tokens)
@@ -79,7 +79,7 @@ class Format(ABC):
                 return b""
 
     def last(self) -> bytes:
-        """What goes out at the end."""
+        """Returns the final output."""
         if not self._wanted.usage:
             return DONE
         return b'%s],"usage":%s}\n\n%s' % (self._head, encode(self._usage(whole=True)), DONE)
@@ -100,7 +100,7 @@ class Format(ABC):
         return self._first_chunk(number, prompt, delta, logprobs, extra)
 
     def _tail(self) -> bytes:
-        """The end of a chunk, after its choice."""
+        """Returns the end of a chunk, after its choice."""
         if self._wanted.running_usage:
             return b'}],"usage":%s}\n\n' % encode(self._usage(whole=False))
         return b'}],"usage":null}\n\n' if self._wanted.usage else b"}]}\n\n"
@@ -119,7 +119,7 @@ class Format(ABC):
     # whole answers
 
     def whole(self, responses: Sequence[pb.GenerateResponse]) -> bytes:
-        """The answer, from that to each prompt."""
+        """Returns the answer, given the response to each prompt."""
         choices = []
         for prompt, response in enumerate(responses):
             self._num_cached_tokens += response.usage.cached_tokens
@@ -135,7 +135,7 @@ class Format(ABC):
         progress = self._choices[number]
         if choice.token_ids:
             progress.last_token_id = choice.token_ids[-1]
-        told: dict[str, Any] = {
+        formatted: dict[str, Any] = {
             "index": number,
             "logprobs": (
                 self._logprobs(number, choice.token_ids, choice.logprobs) if self._wanted.logprobs else None
@@ -144,8 +144,8 @@ class Format(ABC):
             "stop_reason": self._stop_reason(number, choice),
         }
         if self._wanted.token_ids:
-            told["token_ids"] = list(choice.token_ids)
-        return told
+            formatted["token_ids"] = list(choice.token_ids)
+        return formatted
 
     def _whole_extra(self) -> dict[str, Any]:
         return {}
@@ -158,7 +158,8 @@ class Format(ABC):
     ) -> dict[str, Any]: ...
 
     def _stop_reason(self, number: int, end: pb.ChoiceEnd | pb.Choice) -> str | int | None:
-        """The stop string or the stop token that ended a choice, as in vLLM; None when something else did."""
+        """Returns the stop string or stop token that ended a choice, as in vLLM; None if something else
+        did."""
         if end.HasField("stop_string"):
             return end.stop_string
         last = self._choices[number].last_token_id
@@ -202,10 +203,10 @@ class CompletionFormat(Format):
         )  # fmt: skip
 
     def _choice(self, prompt: int, index: int, choice: pb.Choice) -> dict[str, Any]:
-        told = super()._choice(prompt, index, choice) | {"text": self._echo(prompt) + choice.text}
+        formatted = super()._choice(prompt, index, choice) | {"text": self._echo(prompt) + choice.text}
         if self._wanted.token_ids:
-            told["prompt_token_ids"] = self._requests[prompt].prompt_token_ids
-        return told
+            formatted["prompt_token_ids"] = self._requests[prompt].prompt_token_ids
+        return formatted
 
     def _echo(self, prompt: int) -> str:
         return self._wanted.echoes[prompt] if self._wanted.echoes else ""
@@ -213,15 +214,17 @@ class CompletionFormat(Format):
     def _logprobs(
         self, number: int, ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]
     ) -> dict[str, Any]:
-        """With those of the prompt before the first, when the prompt is echoed."""
+        """Includes those of the prompt before the first token, if the prompt is echoed."""
         progress = self._choices[number]
         before = None
         if self._wanted.echoes and not progress.has_logprobs:
             request = self._requests[number // self._n]
             before = (request.prompt_token_ids, self._choices[number - number % self._n].prompt.logprobs)
         progress.has_logprobs = True
-        told, progress.offset = completion_logprobs(self._tokenizer, ids, logprobs, progress.offset, before)
-        return told
+        formatted, progress.offset = completion_logprobs(
+            self._tokenizer, ids, logprobs, progress.offset, before
+        )
+        return formatted
 
 
 class ChatFormat(Format):
@@ -239,7 +242,7 @@ class ChatFormat(Format):
     def _first_chunk(
         self, number: int, prompt: int, delta: pb.TokenDelta, logprobs: bytes, extra: bytes
     ) -> bytes:
-        """The role comes first, by itself."""
+        """Sends the role first, by itself."""
         tail = self._tail()
         if self._wanted.token_ids:
             tail = b'}],"prompt_token_ids":' + encode(self._requests[0].prompt_token_ids) + tail[2:]
@@ -272,7 +275,7 @@ class ChatFormat(Format):
 
 
 def _said(delta: pb.TokenDelta) -> dict[str, Any]:
-    """The next of what an assistant says and calls."""
+    """Returns the next part of an assistant's text and calls."""
     parts = []
     for part in delta.tool_calls:
         call = (
@@ -289,7 +292,7 @@ def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 class _Progress:
-    """How far one choice is."""
+    """The progress of one choice."""
 
     __slots__ = ("has_begun", "has_logprobs", "last_token_id", "offset", "prompt")
 
@@ -298,4 +301,4 @@ class _Progress:
         self.last_token_id: int | None = None
         self.has_logprobs = False
         self.prompt = pb.PromptDelta()  # of its prompt, at the first choice of it
-        self.offset = 0  # in its text, of the next token
+        self.offset = 0  # of the next token, in its text

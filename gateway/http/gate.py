@@ -1,5 +1,5 @@
-"""What every HTTP request passes before its handler: its id, its body within limits, and an end when its
-client goes away."""
+"""Processes every HTTP request before its handler: assigns its id, limits its body, and ends it when its
+client disconnects."""
 
 import asyncio
 import logging
@@ -26,8 +26,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-DISCARD_S = 1.0  # for the rest of a body that is refused
-BREAK_OFF_S = 1.0  # for the last event of a stream that is ended by us
+DISCARD_S = 1.0  # for the rest of a refused body
+BREAK_OFF_S = 1.0  # for the last event of a stream that we end
 BODILESS = ("GET", "HEAD")
 PROBES = ("/health", "/livez", "/readyz", "/startupz")  # load balancers have no keys
 METRICS = "/metrics"
@@ -36,8 +36,8 @@ EVENTS = b"text/event-stream; charset=utf-8"
 
 
 def _check_framing(scope: Scope) -> None:
-    """What is in front of us may have read such a request, and what follows it, by the other one (RFC 9112,
-    6.1)."""
+    """A proxy in front of us may have parsed such a request, and the data after it, by the other header (RFC
+    9112, 6.1)."""
     names = {name for name, _ in scope["headers"]}
     if {b"content-length", b"transfer-encoding"} <= names:
         message = "content-length beside transfer-encoding, expected one of them"
@@ -45,7 +45,7 @@ def _check_framing(scope: Scope) -> None:
 
 
 def need_of(method: str, path: str) -> RequiredAccess:
-    """The right that a client needs for a request."""
+    """Returns the access that a request requires."""
     if method not in BODILESS:
         return RequiredAccess.REQUEST
     if path in PROBES:
@@ -89,7 +89,7 @@ class Gate:
             scope["state"]["abort"]()
             await _gone(receive)
         except PdserveError as error:
-            if out.has_begun:  # its key was taken away
+            if out.has_begun:  # its key was revoked
                 if not out.is_complete and not await out.break_off(error):
                     scope["state"]["abort"]()
                 return
@@ -109,14 +109,15 @@ class Gate:
             raise HttpRefusal(421, "unknown_host", f"{got}, {expected}", closes=True)
 
     def _admit(self, scope: Scope, need: RequiredAccess) -> None:
-        """Before anything of the body is read. Raises Unauthenticated, NotPermitted or RateLimited."""
+        """Authenticates before any of the body is read. Raises Unauthenticated, NotPermitted or
+        RateLimited."""
         access = self._shared.access
         if access is None:
             return
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
         text = (
             shown[0].decode("latin-1") if len(shown) == 1 else None
-        )  # what is in front of us may have judged another one
+        )  # a proxy in front of us may have judged another one
         scope["state"]["caller"] = access.admit(need, text, asyncio.get_running_loop().time())
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,7 +127,7 @@ class Gate:
             with self._calls.enter(client), self._shared.answer(), held:
                 body = await self._body(scope, receive, held)
                 if body is not None:
-                    with scope["state"]["in_use"]():  # not before: a body that never ends keeps no place
+                    with scope["state"]["in_use"]():  # not earlier: an endless body must not hold a place
                         await _unless_gone(self._app(scope, _replay(body), send), receive)
         except (NoPlace, TooManyBytes) as error:
             code = "too_many_calls" if isinstance(error, NoPlace) else "too_many_bytes"
@@ -135,7 +136,7 @@ class Gate:
             ) from error
 
     async def _body(self, scope: Scope, receive: Receive, held: "_Held") -> bytes | None:
-        """None when the client has gone. Raises Refused or TooManyBytes."""
+        """Returns None if the client has disconnected. Raises Refused or TooManyBytes."""
         too_large = HttpRefusal(
             413, "body_too_large", f"the body is larger than {self._max_bytes} bytes", closes=True
         )
@@ -163,7 +164,7 @@ class Gate:
 
 
 class _Held:
-    """One request's part of the bytes that all may hold; given back at its end."""
+    """One request's share of the bytes that all requests may hold; returned at its end."""
 
     def __init__(self, all_bytes: HeldBytes, client: str) -> None:
         self._all = all_bytes
@@ -183,7 +184,7 @@ class _Held:
 
 
 class _Answer:
-    """Adds the request's id to its answer, and knows whether there is one."""
+    """Adds the request's id to its response, and records whether the response has started."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -202,8 +203,8 @@ class _Answer:
         await self._send(message)
 
     async def break_off(self, error: PdserveError) -> bool:
-        """End an answer that has begun with an event that says why; False when it is no stream, or nobody
-        reads it."""
+        """Ends a started response with an event that states the reason; returns False if it is not a stream
+        or is not being read."""
         if not self._has_events:
             return False
         event = b"data: " + error_json(describe(error)[1]) + b"\n\n"
@@ -216,7 +217,7 @@ class _Answer:
 
 
 def _replay(body: bytes) -> Receive:
-    """Handlers read the body from here; that their client has gone they see by being cancelled."""
+    """The handlers' source of the body; they are cancelled when their client disconnects."""
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -225,7 +226,7 @@ def _replay(body: bytes) -> Receive:
 
 
 def _closing(send: Send) -> Send:
-    """An answer after which the connection ends, as a body may follow that nobody reads."""
+    """Sends a response after which the connection closes, as an unread body may follow."""
 
     async def closing(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -236,8 +237,8 @@ def _closing(send: Send) -> Send:
 
 
 async def _discard(scope: Scope, receive: Receive) -> None:
-    """Read what a client still sends for a while: it looks at the answer after that, and a connection that is
-    closed before may lose it."""
+    """Reads the rest of what a client sends, for a limited time: a client looks at the response only after
+    sending, and may lose it if the connection closes earlier."""
     if any(name == b"expect" for name, _ in scope["headers"]):
         return
     with suppress(TimeoutError):
@@ -247,13 +248,13 @@ async def _discard(scope: Scope, receive: Receive) -> None:
 
 
 async def _gone(receive: Receive) -> None:
-    """Returns when the client has gone, or when its answer is complete."""
+    """Returns when the client has disconnected, or when its response is complete."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _unless_gone(work: Awaitable[None], receive: Receive) -> None:
-    """Carry out `work`; cancel it when the client goes away."""
+    """Carries out `work`; cancels it when the client disconnects."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -1,8 +1,8 @@
-"""By which names a server without keys is asked. Pure.
+"""The host names accepted by a server without keys. Pure.
 
-A web page may be served from a name that afterwards points to this machine (DNS rebinding): its scripts then
-reach a server on loopback as one of their own, and only the name in `Host` gives them away. Addresses are not
-names, and localhost cannot point elsewhere."""
+A web page may be served from a name that later resolves to this machine (DNS rebinding): its scripts then
+reach a server on loopback as same-origin, and only the name in `Host` reveals them. IP addresses are not
+names, and localhost cannot resolve elsewhere."""
 
 import ipaddress
 import re
@@ -12,13 +12,13 @@ _HOST = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")
 
 
 class AllowedHosts:
-    """The names that a request's `Host` may have, beside addresses and localhost."""
+    """The names that a request's `Host` may have, besides addresses and localhost."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(name.lower() for name in names) | {"localhost"}
 
     def __contains__(self, host: str) -> bool:
-        """Whether `host`, the header's value, is one of them."""
+        """Returns whether `host`, the header's value, is accepted."""
         match = _HOST.fullmatch(host)
         if match is None:
             return False

@@ -1,4 +1,4 @@
-"""Log probabilities as OpenAI's two interfaces tell them."""
+"""Log probabilities in the formats of OpenAI's two APIs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,10 +16,10 @@ def completion_logprobs(
     offset: int,
     prompt: tuple[Sequence[int], Sequence[pb.TokenLogprobs]] | None,
 ) -> tuple[dict[str, Any], int]:
-    """Of the tokens of a completion, whose text begins at `offset`, after those of a `prompt`; with the
-    offset of what follows.
+    """Formats the tokens of a completion, whose text begins at `offset`, after those of a `prompt`; also
+    returns the offset after them.
 
-    The first token of a prompt follows nothing: it has no log probability."""
+    The first token of a prompt has no predecessor, and so no log probability."""
     items: list[pb.TokenLogprobs | None] = list(logprobs)
     if prompt is not None:
         token_ids, items = [*prompt[0], *token_ids], [None, *prompt[1], *items]
@@ -28,13 +28,13 @@ def completion_logprobs(
     for piece in pieces:
         offsets.append(offset)
         offset += len(piece)
-    told = {
+    formatted = {
         "tokens": pieces,
         "token_logprobs": [None if item is None else max(item.logprob, LEAST) for item in items],
         "top_logprobs": [_top(tokenizer, piece, item) for piece, item in zip(pieces, items, strict=True)],
         "text_offset": offsets,
     }
-    return told, offset
+    return formatted, offset
 
 
 def _top(tokenizer: Tokenizer, piece: str, item: pb.TokenLogprobs | None) -> dict[str, float] | None:
@@ -47,7 +47,7 @@ def _top(tokenizer: Tokenizer, piece: str, item: pb.TokenLogprobs | None) -> dic
 def chat_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]
 ) -> dict[str, Any]:
-    """Of the tokens of a chat completion."""
+    """Formats the tokens of a chat completion."""
     return {
         "content": [
             _token(tokenizer, token_id, item.logprob)

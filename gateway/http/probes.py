@@ -1,4 +1,4 @@
-"""How the cluster fares, for load balancers and orchestrators."""
+"""The cluster's health, for load balancers and orchestrators."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from starlette.responses import Response
 from ..frontend import Frontend, WorkerState, WorkerStatus
 from ..serving import Shared
 
-STALLED_S = 30.0  # of a worker that has sequences to compute: longer than any step should take
+STALLED_S = 30.0  # of a worker with sequences to compute: longer than any step should take
 
 
 class Probes:
-    """The handlers of /health, /livez, /readyz and /startupz. Where there are keys, workers are named only to
-    those who have one: the others learn how many there are."""
+    """The handlers of /health, /livez, /readyz and /startupz. If there are keys, only clients with one see
+    the workers' names; others see their number."""
 
     def __init__(self, frontend: Frontend, shared: Shared) -> None:
         self._frontend = frontend
@@ -59,7 +59,7 @@ class Probes:
         return Response(encode(answer), 200 if self._has_started else 503, media_type="application/json")
 
     async def metrics(self, http: Request) -> Response:
-        """All metrics in Prometheus' text format."""
+        """Returns all metrics in the Prometheus text format."""
         return Response(self._frontend.metrics(), media_type="text/plain; version=0.0.4")
 
     def _names_workers(self, http: Request) -> bool:
@@ -73,12 +73,12 @@ class Probes:
 
 
 def _fraction(worker: WorkerStatus) -> float:
-    """How much of a worker's start is done; 1 when it is ready, and only then."""
+    """Returns the completed fraction of a worker's start; 1 only once it is ready."""
     if worker.state is WorkerState.STARTING:
         return min(worker.fraction, 0.99)
     return 0.0 if worker.state is WorkerState.FAILED else 1.0
 
 
 def _answer(reasons: list[str]) -> Response:
-    told = {"status": "unavailable" if reasons else "ok", "reasons": reasons}
-    return Response(encode(told), 503 if reasons else 200, media_type="application/json")
+    report = {"status": "unavailable" if reasons else "ok", "reasons": reasons}
+    return Response(encode(report), 503 if reasons else 200, media_type="application/json")

@@ -1,7 +1,7 @@
-"""The bodies of requests as OpenAPI describes them. Only types are checked here: what values may be is for
-`core.validation`.
+"""The bodies of requests as OpenAPI describes them. Only types are checked here: `core.validation` checks
+values.
 
-Unknown fields are refused, as the gRPC door refuses them; a field that is null counts as not given.
+Unknown fields are refused, as over gRPC; a null field counts as absent.
 """
 
 from typing import Annotated, Any, Literal
@@ -33,7 +33,7 @@ TokenIds = Annotated[list[int], FailFast()]
 
 
 def expected(what: str) -> PydanticCustomError:
-    """The error of a value that is not `what`."""
+    """Returns the error for a value that is not `what`."""
     return PydanticCustomError("expected", "expected {what}", {"what": what})
 
 
@@ -42,8 +42,8 @@ def _is_ids(value: object) -> bool:
 
 
 def _prompts(value: object) -> list[str | list[int]]:
-    """One or more prompts, each a text or token ids. By hand, as a union would tell of every item that does
-    not fit."""
+    """Reads one or more prompts, each a text or token ids. Validates by hand, as a union would report every
+    item that does not fit."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
@@ -59,7 +59,7 @@ def _texts(value: object) -> object:
 
 
 def _text(value: object) -> object:
-    """The text of a message: as it is, or put together from its parts, as vLLM does."""
+    """Returns the text of a message: as given, or joined from its parts, as in vLLM."""
     if not isinstance(value, list):
         return value
     texts = []
@@ -93,7 +93,7 @@ MAX_METADATA_CHARS = 64, 512  # of a name and of a value
 
 
 def _metadata(value: object) -> dict[str, str]:
-    """Within OpenAI's limits, which are looked at first."""
+    """Checks OpenAI's limits, before anything else."""
     max_name, max_value = MAX_METADATA_CHARS
     if isinstance(value, dict) and len(value) <= MAX_METADATA:
         texts = all(isinstance(item, str) and len(item) <= max_value for item in value.values())
@@ -112,7 +112,7 @@ Metadata = Annotated[dict[str, str], PlainValidator(_metadata), WithJsonSchema(_
 
 
 class Body(BaseModel):
-    """What all bodies have in common."""
+    """The fields that all bodies share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -127,7 +127,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """What a stream tells beside its tokens."""
+    """The options of a stream."""
 
     include_usage: bool = False
     """A chunk with the usage of the whole request before the end."""
@@ -136,18 +136,18 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    """A JSON schema, with what OpenAI's clients tell beside it."""
+    """A JSON schema, with the fields that OpenAI's clients send with it."""
 
     name: str
-    """Without effect, as are `description` and `strict`: what is produced always fits the schema."""
+    """Without effect, as are `description` and `strict`: the output always fits the schema."""
     description: str = ""
     strict: bool = True
     json_schema: dict[str, Any] = Field(alias="schema", default={})
-    """Members of objects come in the order of the schema."""
+    """Members of objects appear in the order of the schema."""
 
 
 class ResponseFormat(Body):
-    """What the text of each choice has to be."""
+    """The constraint on the text of each choice."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -155,12 +155,12 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """What the text of each choice has to be, as in vLLM: exactly one of these."""
+    """The constraint on the text of each choice, as in vLLM: exactly one of these."""
 
     json_schema: dict[str, Any] | str | None = Field(alias="json", default=None)
-    """JSON of this schema, given as an object or as its text."""
+    """JSON of this schema, given as an object or as text."""
     regex: str | None = None
-    """What this regular expression, of Rust's regex syntax, matches as a whole."""
+    """A full match of this regular expression, in Rust's regex syntax."""
     choice: Annotated[list[str], FailFast()] = []
     """One of these texts."""
     grammar: str | None = None
@@ -170,25 +170,24 @@ class StructuredOutputs(Body):
 
 
 class GenerationBody(Body):
-    """What completions and chat completions have in common. Fields that OpenAI does not have are those of
-    vLLM."""
+    """The fields that completions and chat completions share. Those that OpenAI lacks are vLLM's."""
 
     model: str = ""
-    """The name of the model, as /v1/models tells it; by default the one that is served."""
+    """The name of the model, as /v1/models reports it; by default the served one."""
     max_tokens: int | None = None
-    """Output tokens of each choice, at most."""
+    """The maximum of output tokens of each choice."""
     max_completion_tokens: int | None = None
     """Another name of `max_tokens`."""
     min_tokens: int | None = None
-    """Output tokens before which nothing ends a choice."""
+    """The number of output tokens before which nothing ends a choice."""
     temperature: float | None = None
-    """Divides the logits; 0 takes the most probable token each time."""
+    """Divides the logits; 0 always selects the most probable token."""
     top_p: float | None = None
-    """Draw among the most probable tokens that make up this probability."""
+    """Sample among the most probable tokens whose probabilities sum up to this."""
     top_k: int | None = None
-    """Draw among this many most probable tokens only; 0 or -1: among all."""
+    """Sample among this many most probable tokens only; 0 or -1: among all."""
     min_p: float | None = None
-    """Draw among tokens that are at least this fraction as probable as the most probable one."""
+    """Sample among tokens that are at least this fraction as probable as the most probable one."""
     repetition_penalty: float | None = None
     """Divides the logits of tokens that prompt or output contain."""
     presence_penalty: float | None = None
@@ -205,21 +204,21 @@ class GenerationBody(Body):
     stop_token_ids: TokenIds = []
     """A choice ends with the first of these tokens."""
     ignore_eos: bool = False
-    """Go on after an end-of-text token."""
+    """Continue after an end-of-text token."""
     stream: bool = False
-    """Send the answer as server-sent events, as its tokens come."""
+    """Send the answer as server-sent events, as its tokens are produced."""
     stream_options: StreamOptions | None = None
     """Only with `stream`."""
     return_token_ids: bool = False
-    """Tell the token ids of prompt and output too."""
+    """Report the token ids of prompt and output too."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     user: str = ""
-    """Whom this request counts for when clients take turns under load; by default the host it came from."""
+    """The client that this request counts for when clients take turns under load; by default its host."""
     logit_bias: dict[str, float] | None = None
     """Added to the logits of these tokens: token id -> -100 to 100."""
     response_format: ResponseFormat | None = None
-    """JSON, if asked for; by default anything."""
+    """JSON, if requested; by default anything."""
     structured_outputs: StructuredOutputs | None = None
     """Other constraints; not together with a `response_format` of JSON."""
     metadata: Metadata | None = None
@@ -238,7 +237,7 @@ class CompletionRequest(GenerationBody):
     logprobs: int | None = None
     """Report the log probability of each token, and of this many most probable alternatives."""
     echo: bool = False
-    """Begin the text of each choice with its prompt. With `logprobs` those of the prompt come too."""
+    """Begin the text of each choice with its prompt. With `logprobs` those of the prompt are included."""
     add_special_tokens: bool = True
     """Whether the tokenizer adds its special tokens to a text."""
     best_of: int | None = None
@@ -248,10 +247,10 @@ class CompletionRequest(GenerationBody):
 
 
 class Usage(BaseModel):
-    """What a request cost."""
+    """The token usage of a request."""
 
     class PromptDetails(BaseModel):
-        """How much of the prompt was in a prefix cache."""
+        """The part of the prompt that was in a prefix cache."""
 
         cached_tokens: int
 
@@ -265,7 +264,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorResponse(BaseModel):
-    """Why a request was refused or failed."""
+    """The reason why a request was refused or failed."""
 
     class Error(BaseModel):
         """OpenAI's error object."""

@@ -1,8 +1,8 @@
-"""Listens for HTTP on the head's loop, by uvicorn's protocol without its process management.
+"""Listens for HTTP on the head's loop, with uvicorn's protocol but without its process management.
 
-Connections are accepted here and not by asyncio: each needs a place before anything is done for it, and until
-its first byte comes it is a socket and nothing more, so that a flood of connections costs little. With TLS
-that is so until its first record is whole."""
+Connections are accepted here and not by asyncio: each needs a place before any work is done for it, and until
+its first byte arrives it is only a socket, so that a flood of connections costs little. With TLS this holds
+until its first record is complete."""
 
 import asyncio
 import itertools
@@ -32,7 +32,7 @@ TICK_S = 1.0
 
 
 class HttpServer:
-    """From `open` to `stop`."""
+    """The HTTP server, which is running from `open` to `stop`."""
 
     def __init__(self, app: Any, address: str, max_connections: int, tls: ServerTls | None = None) -> None:
         """Raises ConfigError when the address is taken."""
@@ -40,10 +40,10 @@ class HttpServer:
         self.address = f"{address.rpartition(':')[0]}:{self._listener.getsockname()[1]}"
         self._places: FairPlaces[int] = places_for(max_connections)
         self._numbers = itertools.count()  # of connections
-        self._sockets: dict[int, socket.socket] = {}  # by their connections' numbers
+        self._sockets: dict[int, socket.socket] = {}  # by connection number
         self._protocols: dict[int, Connection] = {}  # from their first byte on
         self._silent: dict[int, float] = {}  # connections that have not begun, and since when; oldest first
-        self._hellos: dict[int, bytearray] = {}  # their first bytes, of TLS
+        self._hellos: dict[int, bytearray] = {}  # the first bytes of TLS connections
         self._feeder = Feeder()
         self._handshakes: set[asyncio.Task[None]] = set()
         self._context = None if tls is None else tls.ssl_context()
@@ -69,7 +69,7 @@ class HttpServer:
     async def open(
         app: Any, address: str, max_connections: int, tls: ServerTls | None = None
     ) -> "HttpServer":
-        """Listen on `address`. Raises ConfigError when it is taken."""
+        """Listens on `address`. Raises ConfigError if it is in use."""
         server = HttpServer(app, address, max_connections, tls)
         server._tick()
         server._listener.setblocking(False)
@@ -78,7 +78,7 @@ class HttpServer:
         return server
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new connections, give running requests `grace_s` to end, then end them; idempotent."""
+        """Accepts no new connections, gives running requests `grace_s` to end, then ends them; idempotent."""
         self._stop_accepting()
         self._listener.close()
         self._end_silent_ones(float("inf"))
@@ -109,7 +109,7 @@ class HttpServer:
             asyncio.get_running_loop().remove_reader(self._listener)
 
     def _accept(self) -> None:
-        """Those who wait, up to a number: streams want their turn, too."""
+        """Accepts a bounded number of pending connections, so that streams get their turn."""
         for _ in range(MAX_ACCEPTED_AT_ONCE):
             try:
                 sock, (host, *_) = self._listener.accept()
@@ -117,7 +117,7 @@ class HttpServer:
                 return
             except (
                 OSError
-            ) as error:  # out of descriptors or memory: who waits is served when there are some again
+            ) as error:  # out of descriptors or memory: pending connections are served once some are free
                 peer_log.warning("listen.http: cannot accept connections: %s", error.strerror)
                 self._stop_accepting()
                 self._pause = asyncio.get_running_loop().call_later(OUT_OF_DESCRIPTORS_S, self._resume)
@@ -125,7 +125,7 @@ class HttpServer:
             self._welcome(sock, address_group(host), next(self._numbers))
 
     def _welcome(self, sock: socket.socket, group: str, number: int) -> None:
-        """Give a connection a place, and serve it."""
+        """Assigns a place to a connection, and serves it."""
         try:
             evicted = self._places.take(group, number)
         except NoPlace as error:
@@ -164,7 +164,7 @@ class HttpServer:
         handshake.add_done_callback(lambda done: self._begun(done, sock, number))
 
     def _end(self, number: int) -> None:
-        """End a connection that has lost its place, or its time."""
+        """Ends a connection that has lost its place, or exceeded its time."""
         sock = self._sockets[number]
         if self._silent.pop(number, None) is not None:
             asyncio.get_running_loop().remove_reader(sock)
@@ -173,11 +173,11 @@ class HttpServer:
         elif (opened := self._protocols.get(number)) is not None and opened.transport is not None:
             opened.transport.abort()
         else:
-            with suppress(OSError):  # its TLS sees its peer hang up
+            with suppress(OSError):  # its TLS sees its peer disconnect
                 sock.shutdown(socket.SHUT_RDWR)
 
     def _end_silent_ones(self, until_s: float) -> None:
-        """End those that have said nothing since then."""
+        """Ends the connections that have been silent since then."""
         while self._silent and (oldest := next(iter(self._silent.items())))[1] <= until_s:
             self._end(oldest[0])
 
@@ -199,7 +199,7 @@ class HttpServer:
         self._handshakes.discard(handshake)
         if (
             handshake.cancelled() or handshake.exception() is not None
-        ):  # its TLS failed or was late, it has gone, or we end
+        ):  # its TLS failed or was late, it disconnected, or we are stopping
             sock.close()
             self._forget(number)
 
@@ -218,7 +218,7 @@ class HttpServer:
         self._protocols.pop(number, None)
 
     def _tick(self) -> None:
-        """Every second: the Date header of answers, and an end to connections that say nothing."""
+        """Runs every second: updates the Date header of responses, and ends silent connections."""
         loop = asyncio.get_running_loop()
         self._clock = loop.call_later(TICK_S, self._tick)
         self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
@@ -230,7 +230,7 @@ def _listen(address: str) -> socket.socket:
     assert host_port is not None, address
     host, port = host_port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is told: else a chunk waits for the client's
+    # asyncio disables Nagle's algorithm only where the protocol is given: else a chunk waits for the client's
     # delayed ACK
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:

@@ -16,12 +16,12 @@ from .gate import Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies shall pass on each event at once
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # proxies must forward each event at once
 
 
 class EventStream(Response):
-    """Sends chunks as they come; each waits for room in the connection. What goes wrong after the first is an
-    event too."""
+    """Sends chunks as they arrive; each waits for room in the connection. An error after the first is sent as
+    an event too."""
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], max_unread_s: float) -> None:
         super().__init__(headers=HEADERS, media_type="text/event-stream")
@@ -52,7 +52,7 @@ class EventStream(Response):
 
 
 async def in_time(sending: Awaitable[None], max_unread_s: float) -> None:
-    """Raises ClientStalled when the client does not read for so long."""
+    """Raises ClientStalled if the client does not read for that long."""
     try:
         async with asyncio.timeout(max_unread_s):
             await sending
@@ -61,7 +61,7 @@ async def in_time(sending: Awaitable[None], max_unread_s: float) -> None:
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """What comes from any of the streams, with the number of the stream. Ends when all have, or with the
+    """Yields the items of all streams, each with its stream's number. Ends when all have ended, or with the
     first error."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
@@ -94,5 +94,5 @@ async def _pump(
             async for item in stream:
                 await queue.put((number, item))
         await queue.put(None)
-    except Exception as error:  # whatever it is, the reader of the queue raises it
+    except Exception as error:  # any exception: the reader of the queue raises it
         await queue.put(error)

@@ -1,7 +1,7 @@
 """TLS of one HTTP connection: asyncio's, fed a few records at a time.
 
-asyncio's own reads 256 KiB at once and works through all of it, which may be ten thousand records that carry
-nothing. Here ciphertext waits for the feeder as requests do, and the socket is not read meanwhile."""
+asyncio's own TLS reads 256 KiB at once and processes all of it, which may be ten thousand empty records. Here
+ciphertext waits for the feeder as requests do, and the socket is not read meanwhile."""
 
 import asyncio
 import ssl
@@ -15,15 +15,15 @@ HEADER_BYTES = 5
 MAX_RECORD_BYTES = HEADER_BYTES + (1 << 14) + 256  # RFC 8446, 5.2
 RECORD_TYPES = range(20, 24)
 SLICE_RECORDS = 64
-RECORD_COST = 32  # as many bytes of HTTP take as long
+RECORD_COST = 32  # this many bytes of HTTP take as long
 MAX_EMPTY_RECORDS = 64  # in a row: key updates and the like
 MAX_HANDSHAKE_BYTES = 32 << 10  # OpenSSL keeps up to 128 KiB of a hello, 100 KiB of certificates
 HANDSHAKE_TIMEOUT_S = 10
 
 
 def whole_records(received: bytearray) -> tuple[int, int]:
-    """How many bytes and records of `received` can be worked on now. What is no record counts as one: OpenSSL
-    refuses it."""
+    """Returns how many bytes and records of `received` can be processed now. Invalid data counts as one
+    record: OpenSSL refuses it."""
     size = num_records = 0
     while num_records < SLICE_RECORDS and len(received) >= size + HEADER_BYTES:
         end = size + HEADER_BYTES + int.from_bytes(received[size + 3 : size + HEADER_BYTES], "big")
@@ -36,7 +36,8 @@ def whole_records(received: bytearray) -> tuple[int, int]:
 
 
 class TlsProtocol(SSLProtocol):
-    """Between a socket and its connection. `handshake` is done when the handshake is, and has its error."""
+    """Sits between a socket and its connection. `handshake` completes with the handshake, and carries its
+    error."""
 
     max_size = MAX_RECORD_BYTES
 
@@ -48,7 +49,7 @@ class TlsProtocol(SSLProtocol):
         feeder: Feeder,
         received: bytearray,
     ) -> None:
-        """`received`: what has come of the handshake so far."""
+        """`received` holds the data of the handshake so far."""
         super().__init__(
             asyncio.get_running_loop(),
             connection,
@@ -62,7 +63,7 @@ class TlsProtocol(SSLProtocol):
         self._feeder = feeder
         self._ciphertext = received
         self._handshake_bytes = 0
-        self._num_empty = 0  # records in a row without data for the connection
+        self._num_empty = 0  # consecutive records without data for the connection
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -89,7 +90,7 @@ class TlsProtocol(SSLProtocol):
         return len(self._ciphertext) < SHORT_HEAD_BYTES
 
     def feed(self) -> int:
-        """Work on one slice. In a handshake all bytes cost much, then each record does."""
+        """Processes one slice. In a handshake every byte is expensive, afterwards every record."""
         size, num_records = whole_records(self._ciphertext)
         is_handshake, num_received = not self._handshake.done(), self._connection.num_received_bytes
         self.get_buffer(size)[:size] = self._ciphertext[:size]

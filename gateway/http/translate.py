@@ -1,4 +1,4 @@
-"""From a body of JSON to the very messages that the gRPC door gets."""
+"""Translates a JSON body to the same messages that gRPC clients send."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ _SAME = ("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_pen
 def completion_messages(
     body: CompletionRequest, request_id: str, limits: LimitsSection
 ) -> list[pb.GenerateRequest]:
-    """One message for each prompt, of which there is at least one. Raises InvalidRequest."""
+    """Returns one message for each prompt, of which there is at least one. Raises InvalidRequest."""
     if len(body.prompt) > limits.max_prompts:
         raise InvalidRequest("prompt", f"{len(body.prompt)} prompts", f"at most {limits.max_prompts} prompts")
     if body.suffix:
@@ -72,7 +72,7 @@ def detokenize_message(body: DetokenizeRequest) -> pb.DetokenizeRequest:
 
 
 def token_ids(field: str, ids: Sequence[int]) -> Sequence[int]:
-    """Raises InvalidRequest for what is no token id in any vocabulary."""
+    """Raises InvalidRequest for a number that is a token id in no vocabulary."""
     if ids and not (min(ids) >= 0 and max(ids) < 2**32):
         index = list(map(range(2**32).__contains__, ids)).index(False)
         raise InvalidRequest(f"{field}[{index}]", ids[index], "a token id")
@@ -127,7 +127,7 @@ def _sampling(body: GenerationBody, limits: LimitsSection, logprobs: int | None)
 
 
 def _biased(token: str) -> int:
-    """JSON has no keys but texts."""
+    """JSON keys are always strings."""
     if not (token.isascii() and token.isdigit() and len(token) < 10):
         raise InvalidRequest("logit_bias", token, "token ids for keys")
     return int(token)

@@ -1,10 +1,11 @@
-"""Work that would stall the head's loop, in one limited process beside it: reading large bodies and messages,
-and tokenising long prompts.
+"""Work that would stall the head's loop, in one process with limited resources: reading large bodies and
+messages, and tokenising long prompts.
 
-    gateway/http/body.py, gateway/grpc/guard.py, gateway/intake.py -> Offload -> JobQueue -> the intake
-    process -> Worker gateway/intake.py, http/completions.py -> FairThreads -> JobQueue -> two threads of the
-    head
+    gateway/http/body.py, gateway/grpc/guard.py, gateway/intake.py
+        -> Offload -> JobQueue -> the intake process -> Worker
+    gateway/intake.py, http/completions.py
+        -> FairThreads -> JobQueue -> two threads of the head
 
-What is small stays in the head, by the same functions: where something was read cannot be told from the
-result, nor from the refusal. A job that takes too much time or memory ends the process, and is refused; the
-others are asked of the next one."""
+Small inputs stay in the head and use the same functions, so results and refusals are the same in both places.
+A job that takes too much time or memory ends the process and is refused; the other jobs go to the next
+process."""

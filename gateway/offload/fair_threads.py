@@ -1,8 +1,8 @@
-"""Threads for what takes the head some milliseconds: prompts of medium length, conversations, grammars of
-tools, long answers.
+"""Threads for work that takes the head some milliseconds: prompts of medium length, conversations, tool
+grammars, long answers.
 
-Clients take turns, as with the intake process: asyncio's own threads would take all jobs in the order in
-which they came, and with them a client's thousand prompts before anybody else's one."""
+Clients take turns, as with the intake process: asyncio's own threads would run all jobs in order of arrival,
+and so a client's thousand prompts before any other client's one."""
 
 import asyncio
 from collections import Counter
@@ -19,14 +19,14 @@ from .job_queue import IntakeQueue
 P = ParamSpec("P")
 T = TypeVar("T")
 
-NUM_THREADS = 2  # they share one interpreter: more would only make each of them slower
+NUM_THREADS = 2  # they share one GIL: more would only slow each of them down
 MAX_JOBS = 2048
 MAX_JOBS_EACH = 1024  # so that a burst that fits into the router's queue is not refused here
 
 
 @dataclass(eq=False)
 class _Job:
-    """One job, and who waits for its result."""
+    """One job, and the future that its caller awaits."""
 
     client: str
     work: Callable[[], Any]
@@ -44,14 +44,14 @@ class FairThreads:
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that are on no thread yet."""
+        """The number of jobs that are not on a thread yet."""
         return len(self._queue)
 
     async def run(self, client: str, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """The function's result, from a thread. Raises what it raises; QueueFull, or NoWorkerAvailable after
-        `stop`.
+        """Returns the function's result, computed on a thread. Raises the function's exceptions; QueueFull,
+        or NoWorkerAvailable after `stop`.
 
-        A job whose caller is cancelled does not begin. One that runs goes on, and keeps its thread until it
+        A job whose caller is cancelled does not start. A running one continues, and keeps its thread until it
         ends."""
         if self._is_stopped:
             raise NoWorkerAvailable("the server ends")
@@ -66,7 +66,7 @@ class FairThreads:
             self._queue.remove(client, job)
 
     async def stop(self) -> None:
-        """End the threads; idempotent. Those who wait are refused, and what runs comes to its end."""
+        """Ends the threads; idempotent. Waiting jobs are refused, running ones are completed."""
         self._is_stopped = True
         for _ in range(len(self._queue)):
             job = self._queue.pop()
@@ -75,10 +75,10 @@ class FairThreads:
         await asyncio.to_thread(self._executor.shutdown)
 
     def _begin(self) -> None:
-        """Jobs on all threads that are free."""
+        """Starts jobs on all free threads."""
         while len(self._queue) and self._running.total() < NUM_THREADS:
             job = self._queue.pop(after_others=self._running)
-            if not job.result.done():  # somebody waits
+            if not job.result.done():  # its caller still waits
                 self._running[job.client] += 1
                 running = asyncio.get_running_loop().run_in_executor(self._executor, job.work)
                 running.add_done_callback(partial(self._end, job))

@@ -1,5 +1,5 @@
-"""Who is next. Pure: clients take turns, with one job in each, so that one with many costly jobs keeps the
-others waiting for one of them."""
+"""Chooses the next job. Pure: clients take turns, with one job each, so that a client with many costly jobs
+delays the others by at most one of them."""
 
 from collections import OrderedDict, deque
 from collections.abc import Container
@@ -15,21 +15,22 @@ RETRY_S = 1.0
 
 
 class IntakeQueue(Generic[T]):
-    """Jobs that wait, of many clients. Their order within one client is kept."""
+    """The waiting jobs of many clients. Their order within one client is kept."""
 
     def __init__(self, max_jobs: int = MAX_JOBS, max_jobs_each: int = MAX_JOBS_EACH) -> None:
         self._max_jobs = max_jobs
         self._max_jobs_each = max_jobs_each
         self._lanes: OrderedDict[str, deque[T]] = (
             OrderedDict()
-        )  # whose turn it is, then who comes next; none is empty
+        )  # the client whose turn it is first, then the following ones; none is empty
         self._num_jobs = 0
 
     def __len__(self) -> int:
         return self._num_jobs
 
     def push(self, client: str, job: T) -> None:
-        """Raises QueueFull. One place in eight is kept for clients that have nothing waiting."""
+        """Adds a job. Raises QueueFull. One place in eight is reserved for clients that have no waiting
+        job."""
         lane = self._lanes.get(client, ())
         max_jobs = self._max_jobs * 7 // 8 if lane else self._max_jobs
         for num_jobs, limit in ((len(lane), self._max_jobs_each), (self._num_jobs, max_jobs)):
@@ -39,8 +40,8 @@ class IntakeQueue(Generic[T]):
         self._num_jobs += 1
 
     def pop(self, after_others: Container[str] = ()) -> T:
-        """The next one; there is one. The client's next turn comes after those of all others. `after_others`:
-        clients whose turn it is only when nobody else waits."""
+        """Removes and returns the next job; there must be one. The client's next turn comes after those of
+        all others. `after_others`: clients whose turn comes only when no other client waits."""
         client = next(
             (client for client in self._lanes if client not in after_others), next(iter(self._lanes))
         )
@@ -52,7 +53,7 @@ class IntakeQueue(Generic[T]):
         return job
 
     def remove(self, client: str, job: T) -> None:
-        """One that nobody waits for any more; nothing happens when it is not there."""
+        """Removes a job that is no longer needed; does nothing if it is not there."""
         lane = self._lanes.get(client, deque())
         if job in lane:
             lane.remove(job)

@@ -1,7 +1,7 @@
 """The intake process: jobs on its standard input, results on its standard output, until the input ends.
 
-A job that takes too much processor time or memory ends the process; who started it refuses that job, and
-starts another one."""
+A job that takes too much processor time or memory ends the process; its parent refuses that job and starts a
+new process."""
 
 import os
 import sys
@@ -16,9 +16,9 @@ from ..translate import UnknownModel
 from .messages import DataPart, Done, FromProcess, IntakeJob, IntakeSetup, JobRefused, ToProcess, parts
 from .work import IntakeWorker
 
-JOB_S = 10.0  # processor time; what the bounds of requests let through takes a few seconds at most
-MEMORY_BYTES = 3 << 30  # address space beside what the process has when it is ready
-NICENESS = 5  # the head goes first
+JOB_S = 10.0  # processor time; a request within bounds takes a few seconds at most
+MEMORY_BYTES = 3 << 30  # address space beyond the process's use when it is ready
+NICENESS = 5  # the head has priority
 READ_BYTES = 1 << 18
 
 
@@ -75,7 +75,7 @@ def _payload(messages: Iterator[ToProcess], size: int) -> bytes:
     while len(data) < size:
         part = next(messages, None)
         if part is None:
-            os._exit(0)  # who started us has ended
+            os._exit(0)  # the parent process has ended
         assert isinstance(part, DataPart), "not the next part"
         data += part.data
     return bytes(data)

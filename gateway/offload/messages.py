@@ -1,11 +1,11 @@
-"""The conversation with the intake process, in frames (`core.codec`). It has one job at a time.
+"""The protocol of the intake process, in frames (`core.codec`). It has one job at a time.
 
 Setup(size), Part...    ---->   once, before all others: the tokenizer
                         <---- Done()
 Job(work, size), Part... ---->
                         <---- Done(sizes), Part..., or Refused(why)
 
-Texts and messages travel in parts, so that the head never copies much at once.
+Texts and messages are sent in parts, so that the head never copies much at once.
 """
 
 from collections.abc import Iterator
@@ -24,33 +24,34 @@ class IntakeSetup(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Encode(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A text as token ids, packed as little-endian integers of 32 bits."""
+    """Encodes a text to token ids, packed as little-endian integers of 32 bits."""
 
     add_special_tokens: bool
     is_counted: bool
 
 
 class EncodeChat(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A `pb.Chat` as token ids."""
+    """Renders and encodes a `pb.Chat` to token ids."""
 
     is_counted: bool
 
 
 class Decode(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Packed token ids as text."""
+    """Decodes packed token ids to text."""
 
     skip_special_tokens: bool
 
 
 class ReadBody(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The body of an HTTP request as one or more messages."""
+    """Reads the body of an HTTP request as one or more messages."""
 
     route: str
     request_id: str
 
 
 class ReadMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A message of gRPC, as short as it can be written: fields that are overwritten later are gone."""
+    """Reads a gRPC message and serialises it as compactly as possible: fields that are overwritten later are
+    gone."""
 
     name: str
 
@@ -59,7 +60,7 @@ Work = Encode | EncodeChat | Decode | ReadBody | ReadMessage
 
 
 class IntakeJob(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Something to do within the limits in force; its parts have `size` bytes."""
+    """A job within the limits in force; its parts have `size` bytes."""
 
     work: Work
     limits: bytes  # `LimitsSection` in JSON
@@ -73,7 +74,7 @@ class DataPart(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The results, one after the other in the parts that follow; `rest` is what belongs to them."""
+    """The results, one after the other in the parts that follow; `rest` holds their metadata."""
 
     sizes: tuple[int, ...]
     rest: bytes = b""
@@ -85,7 +86,7 @@ class JobRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
     message: str
     field: str = ""
     expected: str = ""
-    unknown_model: tuple[str, str] | None = None  # asked and served
+    unknown_model: tuple[str, str] | None = None  # requested and served
 
 
 ToProcess = IntakeSetup | IntakeJob | DataPart

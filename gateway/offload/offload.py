@@ -1,5 +1,5 @@
-"""The head's side of the intake process: each kind of work as a call. Beside it the threads for smaller
-work."""
+"""The head's side of the intake process, with a method for each kind of work. Also owns the threads for
+smaller work."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from .messages import Decode, Encode, EncodeChat, IntakeJob, IntakeSetup, ReadBo
 from .process import IntakeProcess
 from .work import packed, parsed, unpacked
 
-FEW_BYTES = 1 << 12  # of one that it reads though there are unknown fields, which are listed one by one
+FEW_BYTES = 1 << 12  # of a message with unknown fields that it still reads, as they are listed one by one
 
 
 class Offload:
@@ -33,11 +33,11 @@ class Offload:
 
     @property
     def pid(self) -> int | None:
-        """The process's id, when there is a process."""
+        """The process id, if the process is running."""
         return None if self._process is None else self._process.pid
 
     def bounds(self, limits: LimitsSection) -> Bounds:
-        """The bounds of a request to the model, within the limits in force."""
+        """Returns the bounds of a request to the model, within the limits in force."""
         return Bounds(
             limits=limits,
             model=self._model,
@@ -46,11 +46,11 @@ class Offload:
         )
 
     def start(self) -> None:
-        """Before there is a job, so that the first one does not wait for it."""
+        """Starts the process ahead of the first job, so that this one does not wait for it."""
         self._running().start()
 
     async def stop(self) -> None:
-        """End the process and the threads; idempotent."""
+        """Ends the process and the threads; idempotent."""
         if self._process is not None:
             await self._process.stop()
         await self.threads.stop()
@@ -58,8 +58,8 @@ class Offload:
     async def body(
         self, route: str, data: bytes, request_id: str, limits: LimitsSection, client: str
     ) -> tuple[Sequence[Message], Asked]:
-        """As `bodies.read_body`. All methods raise QueueFull or NoWorkerAvailable, too, and InvalidRequest
-        for what takes too much."""
+        """Like `bodies.read_body`. All methods also raise QueueFull or NoWorkerAvailable, and InvalidRequest
+        for input that takes too many resources."""
         if is_small(data):
             return read_body(route, data, request_id, self.bounds(limits))
         results, rest = await self._do(ReadBody(route, request_id), data, limits, client)
@@ -67,7 +67,7 @@ class Offload:
         return messages, msgspec.msgpack.decode(rest, type=Asked)
 
     async def message(self, kind: type[Message], data: bytes, limits: LimitsSection, client: str) -> Message:
-        """A client's message, parsed and, if it is of our kinds, vetted. Raises InvalidRequest or
+        """Returns a client's message, parsed and, if its type is ours, vetted. Raises InvalidRequest or
         UnknownModel."""
         if kind.DESCRIPTOR.file.package != pb.DESCRIPTOR.package:  # of a health check
             if len(data) > SMALL_BYTES:
@@ -83,7 +83,7 @@ class Offload:
     async def encode(
         self, text: str, add_special_tokens: bool, limits: LimitsSection, client: str, is_counted: bool
     ) -> tuple[int, ...]:
-        """As `encoding.bounded_ids`."""
+        """Like `encoding.bounded_ids`."""
         work = Encode(add_special_tokens, is_counted)
         (ids,), _ = await self._do(work, text.encode(), limits, client)
         return unpacked(ids)
@@ -91,14 +91,14 @@ class Offload:
     async def encode_chat(
         self, chat: pb.Chat, limits: LimitsSection, client: str, is_counted: bool
     ) -> tuple[int, ...]:
-        """A conversation by the template, and then as `encoding.bounded_ids`."""
+        """Renders a conversation with the template, and then works like `encoding.bounded_ids`."""
         (ids,), _ = await self._do(EncodeChat(is_counted), chat.SerializeToString(), limits, client)
         return unpacked(ids)
 
     async def decode(
         self, token_ids: Sequence[int], skip_special_tokens: bool, limits: LimitsSection, client: str
     ) -> str:
-        """As `Tokenizer.decode`."""
+        """Like `Tokenizer.decode`."""
         (text,), _ = await self._do(Decode(skip_special_tokens), packed(token_ids), limits, client)
         return text.decode()
 

@@ -1,5 +1,5 @@
-"""Runs the intake process: starts it, gives it one job after the other, and starts it again when it died of
-one."""
+"""Runs the intake process: starts it, gives it one job after the other, and restarts it when a job has killed
+it."""
 
 import asyncio
 import itertools
@@ -26,15 +26,15 @@ BLAMED = (
     -signal.SIGBUS,
     -signal.SIGABRT,
 )  # exit codes that are the job's fault
-# a process without an answer for so long is stopped or starved: its jobs end after 10 s of work
+# a process without an answer for this long is stopped or starved: its jobs end after 10 s of work
 SILENT_S = 60.0
 READ_BYTES = 1 << 18
-START_AGAIN_S = 1.0  # after a process that did not get ready
+START_AGAIN_S = 1.0  # after a process that failed to become ready
 
 
 @dataclass(eq=False)
 class _PendingJob:
-    """One job, and who waits for its result."""
+    """One job, and the future that its caller awaits."""
 
     job: IntakeJob
     data: bytes
@@ -45,24 +45,24 @@ class IntakeProcess:
     """Used on one asyncio loop."""
 
     def __init__(self, set_up: Callable[[], tuple[IntakeSetup, bytes]]) -> None:
-        """`set_up` is called on a thread, and may take a moment."""
+        """`set_up` runs later, on a thread; it may take a moment."""
         self._set_up = set_up
         self._setup: tuple[IntakeSetup, bytes] | None = None  # the same for every process
         self._queue: IntakeQueue[_PendingJob] = IntakeQueue()
         self._current: _PendingJob | None = None  # the process has it
         self._is_needed = asyncio.Event()
         self._process: Process | None = None
-        self._is_ready = False  # the process of now
+        self._is_ready = False  # the current process
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
     def pid(self) -> int | None:
-        """The process's id, when there is a process."""
+        """The process id, if the process is running."""
         return None if self._process is None else self._process.pid
 
     @property
     def num_waiting(self) -> int:
-        """Jobs that the process does not have yet."""
+        """The number of jobs that the process does not have yet."""
         return len(self._queue)
 
     @property
@@ -71,14 +71,14 @@ class IntakeProcess:
         return self._current is not None
 
     def start(self) -> None:
-        """Before there is a job, so that the first one does not wait for it."""
+        """Starts the process ahead of the first job, so that this one does not wait for it."""
         self._is_needed.set()
 
     async def do(self, job: IntakeJob, data: bytes, client: str) -> tuple[list[bytes], bytes]:
-        """The results, and what belongs to them.
+        """Returns the results and their metadata.
 
-        Raises what the work raises; InvalidRequest when it takes too much, QueueFull when many jobs wait,
-        NoWorkerAvailable when there is no process."""
+        Raises the work's exceptions; InvalidRequest if it takes too much, QueueFull if many jobs wait,
+        NoWorkerAvailable if there is no process."""
         if self._task.done():
             raise NoWorkerAvailable("the server ends")
         asked = _PendingJob(job, data, asyncio.get_running_loop().create_future())
@@ -90,7 +90,7 @@ class IntakeProcess:
             self._queue.remove(client, asked)
 
     async def stop(self) -> None:
-        """End the process; idempotent. Those who wait are refused."""
+        """Ends the process; idempotent. Waiting jobs are refused."""
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
@@ -126,8 +126,8 @@ class IntakeProcess:
                 asked.result.set_exception(NoWorkerAvailable(why))
 
     async def _live(self) -> int | None:
-        """One process from start to end. Its exit code; None when it could not be started, or had to be
-        killed."""
+        """Runs one process from start to end. Returns its exit code; None if it could not be started, or had
+        to be killed."""
         try:
             if self._setup is None:
                 self._setup = await asyncio.to_thread(self._set_up)
@@ -141,13 +141,13 @@ class IntakeProcess:
                 env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
                 start_new_session=True,
             )
-        except Exception:  # whatever is missing here, those who wait have to hear of it
+        except Exception:  # whatever is missing here, waiting callers must be informed
             log.exception("the intake process cannot be started")
             return None
         self._process = process
         ended = asyncio.ensure_future(
             process.wait()
-        )  # one for all jobs: asyncio keeps each wait until the process ends
+        )  # one wait for all jobs: asyncio keeps each until the process ends
         try:
             await self._converse(process, ended, *self._setup)
         except (ConnectionError, EOFError):
@@ -156,7 +156,7 @@ class IntakeProcess:
             _kill(process)
             await ended
             raise
-        except Exception:  # it is silent, or talks nonsense: it is not to be trusted any more
+        except Exception:  # it is silent, or violates the protocol: it is no longer trusted
             log.exception("the intake process is killed")
             _kill(process)
             await ended
@@ -170,8 +170,8 @@ class IntakeProcess:
     async def _converse(
         self, process: Process, ended: "asyncio.Future[int]", setup: IntakeSetup, tokenizer: bytes
     ) -> None:
-        """Until the process dies, which `ended` waits for. Raises EOFError or ConnectionError then,
-        FrameError for what is no answer, TimeoutError when none comes."""
+        """Serves jobs until the process dies, which `ended` waits for. Then raises EOFError or
+        ConnectionError; FrameError for an invalid answer, TimeoutError if none arrives."""
         encoder = FrameEncoder()
         async with aclosing(_answers(process)) as answers:
             async with asyncio.timeout(SILENT_S):
@@ -192,12 +192,12 @@ class IntakeProcess:
                 self._current = None
 
     async def _next_job(self, ended: "asyncio.Future[int]") -> _PendingJob:
-        """Waits for one. Raises EOFError when the process ends meanwhile."""
+        """Waits for a job. Raises EOFError if the process ends meanwhile."""
         while True:
             self._is_needed.clear()
             while len(self._queue):
                 asked = self._queue.pop()
-                if not asked.result.done():  # somebody waits
+                if not asked.result.done():  # its caller still waits
                     return asked
             await self._need_or_end(ended)
 
@@ -213,7 +213,7 @@ class IntakeProcess:
             await asyncio.wait((needed,))
 
     def _settle(self, asked: _PendingJob, answer: FromProcess, results: list[bytes]) -> None:
-        if asked.result.done():  # its client has gone
+        if asked.result.done():  # its client has disconnected
             return
         match answer:
             case Done(rest=rest):

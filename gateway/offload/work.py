@@ -22,14 +22,14 @@ WIRE_FORMAT = "the call's message in protobuf's wire format, with texts in UTF-8
 
 
 class IntakeWorker:
-    """Carries jobs out, for one model."""
+    """Carries out jobs for one model."""
 
     def __init__(self, setup: IntakeSetup, tokenizer: bytes) -> None:
         self._tokenizer = Tokenizer(msgspec.msgpack.decode(tokenizer, type=TokenizerData))
         self._setup = setup
 
     def do(self, job: IntakeJob, data: bytes) -> tuple[Sequence[bytes], bytes]:
-        """Results and what belongs to them. Raises InvalidRequest or UnknownModel."""
+        """Returns the results and their metadata. Raises InvalidRequest or UnknownModel."""
         bounds = Bounds(
             limits=LimitsSection.model_validate_json(job.limits),
             model=self._setup.model,
@@ -54,8 +54,8 @@ class IntakeWorker:
 
 
 def read_message(kind: type[Message], data: bytes, bounds: Bounds) -> Message:
-    """Raises InvalidRequest for what is no message of the kind, InvalidRequest or UnknownModel for what is
-    wrong with it."""
+    """Raises InvalidRequest for data that is not a message of the kind, InvalidRequest or UnknownModel for an
+    invalid message."""
     message = parsed(kind, data)
     refuse_unknown_fields(message)
     check_message(message, bounds)
@@ -71,7 +71,7 @@ def parsed(kind: type[Message], data: bytes) -> Message:
 
 
 def packed(token_ids: Sequence[int]) -> bytes:
-    """Little-endian integers of 32 bits."""
+    """Packs token ids as little-endian integers of 32 bits."""
     values = array("I", token_ids)
     if sys.byteorder == "big":
         values.byteswap()

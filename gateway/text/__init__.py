@@ -1,2 +1,2 @@
-"""Between text and tokens: tokenizer, chat template, detokenizer, stop strings. Nothing here knows gRPC or
-HTTP."""
+"""Translates between text and tokens: tokenizer, chat template, detokenizer, stop strings. Independent of
+gRPC and HTTP."""

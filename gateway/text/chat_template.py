@@ -1,8 +1,7 @@
-"""A checkpoint's chat template: a conversation in, the prompt's text out. Clients never bring templates of
-their own.
+"""A checkpoint's chat template: a conversation in, the prompt's text out. Clients cannot supply templates.
 
-It runs in a sandbox, with what transformers offers to templates, and within bounds of time and memory
-(`template/`)."""
+It runs in a sandbox, with the functions that transformers offers to templates, and within bounds of time and
+memory (`template/`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,14 +17,14 @@ TIMEOUT_S = 1.0
 
 
 class TooCostly(InvalidRequest):
-    """The template takes more time or memory for a conversation than it may."""
+    """The template exceeds its time or memory bound on a conversation."""
 
 
 class ChatTemplate:
     """One compiled template. Renders on any thread."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, object]) -> None:
-        """Raises CheckpointError when `source` is no template."""
+        """Raises CheckpointError if `source` is not a template."""
         sandbox = Sandbox()
         try:
             parsed = sandbox.parsed(source)
@@ -33,7 +32,7 @@ class ChatTemplate:
             self._template = sandbox.compiled(parsed)
         except (
             Exception
-        ) as error:  # jinja2's own, and Python's for deep nesting and long numbers: it is not our code
+        ) as error:  # jinja2's errors, and Python's for deep nesting and long numbers: it is third-party code
             reason = shown_text(str(error) or type(error).__name__)
             raise CheckpointError(f"its chat template cannot be compiled: {reason}") from error
         self.source = source
@@ -50,8 +49,8 @@ class ChatTemplate:
         timeout_s: float = TIMEOUT_S,
         max_bytes: int = MAX_BYTES,
     ) -> str:
-        """The conversation as text, with `tools` as OpenAI's interface describes them. Raises InvalidRequest,
-        or TooCostly."""
+        """Renders the conversation as text, with `tools` in OpenAI's format. Raises InvalidRequest, or
+        TooCostly."""
         variables = self._special_tokens | {
             "messages": [dict(message) for message in messages],
             "tools": tools,
@@ -63,7 +62,7 @@ class ChatTemplate:
             raise TooCostly("prompt.chat", f"{len(messages)} message(s)", str(error)) from error
         except (
             Exception
-        ) as error:  # the template refuses, or fails over what it did not expect: it is not our code
+        ) as error:  # the template refuses, or fails on unexpected input: it is third-party code
             reason = str(error) or type(error).__name__
             raise InvalidRequest("prompt.chat", [message["role"] for message in messages], reason) from error
 

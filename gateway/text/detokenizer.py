@@ -1,21 +1,21 @@
-"""From a choice's tokens to its text, token by token: never half a character, at a cost that does not grow
-with the text.
+"""Detokenises a choice token by token: never emits half a character, at a cost independent of the text's
+length.
 
-A token's text depends on its neighbours: characters may be spread over tokens, and some decoders drop a space
-at the beginning. So tokens are decoded in a window that starts where the text before is complete; what the
-window's text has more than before is new."""
+A token's text depends on its neighbours: characters may be spread over tokens, and some decoders drop a
+leading space. So tokens are decoded in a window that starts where the previous text is complete; whatever the
+window's text has gained is new."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
 _MAX_TAIL = 3  # bytes, hence replacement characters, that an incomplete character can have
-_NUM_CONTEXT = 6  # tokens of the prompt that the first window begins with
-_MAX_WINDOW = 64  # tokens; reached only in output that is no UTF-8
+_NUM_CONTEXT = 6  # prompt tokens at the start of the first window
+_MAX_WINDOW = 64  # tokens; reached only in output that is not UTF-8
 
 
 class TokenDecoder(Protocol):
-    """What detokenising needs of a tokenizer."""
+    """The tokenizer interface that detokenising needs."""
 
     def has_text(self, token_id: int) -> bool: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
@@ -27,12 +27,12 @@ class Detokenizer:
     def __init__(self, tokenizer: TokenDecoder, prompt_token_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._window, text = _context(tokenizer, prompt_token_ids)
-        self._emitted = text[: _complete(text)]  # the window's text that is out
-        # tokens of the window up to which all text is out
+        self._emitted = text[: _complete(text)]  # the window's text that was emitted
+        # tokens of the window whose text was all emitted
         self._num_settled = len(self._window) if self._emitted == text else 0
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now that the choice has this token too."""
+        """Adds a token; returns the text that is now certain."""
         if not self._tokenizer.has_text(token_id):
             return ""
         self._window.append(token_id)
@@ -51,21 +51,21 @@ class Detokenizer:
         return delta
 
     def flush(self) -> str:
-        """What is left at the end: the replacement characters of an incomplete character."""
+        """Returns the text that remains at the end: the replacement characters of an incomplete character."""
         text = self._tokenizer.decode(self._window) if self._window else ""
         delta = text[len(self._emitted) :]
         self._emitted = text
         return delta
 
     def _shift(self) -> None:
-        """All text is out: the next window begins with the tokens that brought the last of it."""
+        """Starts the next window, once all text is emitted, at the tokens that produced the end of it."""
         if self._num_settled < len(self._window):
             del self._window[: self._num_settled]
         self._num_settled = len(self._window)
         self._emitted = self._tokenizer.decode(self._window)
 
     def _cut(self, text: str) -> str:
-        """Give up on finding a place where the text is complete: go on from the last tokens."""
+        """Stops looking for a place where the text is complete, and continues from the last tokens."""
         delta = text[len(self._emitted) : _complete(text)]
         del self._window[:-_NUM_CONTEXT]
         self._num_settled = 0
@@ -75,7 +75,7 @@ class Detokenizer:
 
 
 def _complete(text: str) -> int:
-    """How much of `text` there is before an incomplete character at its end."""
+    """Returns the length of `text` before an incomplete character at its end."""
     end = len(text)
     while end and len(text) - end < _MAX_TAIL and text[end - 1] == _REPLACEMENT:
         end -= 1
@@ -83,7 +83,7 @@ def _complete(text: str) -> int:
 
 
 def _context(tokenizer: TokenDecoder, prompt_token_ids: Sequence[int]) -> tuple[list[int], str]:
-    """The last tokens of a prompt, from a place where a character begins, and their text."""
+    """Returns the last tokens of a prompt, from a character boundary, and their text."""
     tail = [token_id for token_id in prompt_token_ids[-4 * _NUM_CONTEXT :] if tokenizer.has_text(token_id)]
     for count in range(_NUM_CONTEXT, _NUM_CONTEXT + _MAX_TAIL + 1):
         window = tail[-count:]

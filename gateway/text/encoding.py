@@ -1,5 +1,4 @@
-"""Prompts as token ids within bounds, for whoever has the time: threads of the head, or the intake
-process."""
+"""Encodes prompts to token ids within bounds, on threads of the head or in the intake process."""
 
 from collections.abc import Sequence
 
@@ -13,14 +12,14 @@ from .template.account import MAX_BYTES
 from .tokenizer import Tokenizer
 
 SLICE_CHARS = 1 << 16
-USUAL_CHARS = 8  # of a token, at most, in texts that people write
+USUAL_CHARS = 8  # of a token, at most, in natural text
 
 
 def bounded_ids(
     tokenizer: Tokenizer, text: str, add_special_tokens: bool, bounds: Bounds, is_counted: bool = False
 ) -> tuple[int, ...]:
-    """The token ids of `text`. `is_counted`: for Tokenize, which takes twice as many as a request. Raises
-    InvalidRequest for more, with their number where it is not far beyond."""
+    """Returns the token ids of `text`. `is_counted`: for Tokenize, which accepts twice as many as a request.
+    Raises InvalidRequest for more, with their number if the excess is moderate."""
     check_chars(len(text), bounds)
     max_tokens = bounds.max_counted_tokens if is_counted else bounds.max_prompt_tokens
     if len(text) > max(USUAL_CHARS * max_tokens, SLICE_CHARS):
@@ -39,9 +38,9 @@ def check_num_tokens(num_tokens: int, bounds: Bounds, is_counted: bool) -> None:
 
 
 def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
-    """Counts a text slice by slice that is longer than one of `max_tokens` usually is, so that most of it is
-    never looked at when it is far too much. A cut takes tokens apart: hence twice as many are let through, to
-    be counted as a whole."""
+    """Counts a text slice by slice if it is longer than `max_tokens` tokens usually are, so that most of a
+    far too long text is never processed. A cut splits tokens: hence twice as many are admitted, to be counted
+    as a whole."""
     num_tokens = 0
     for start in range(0, len(text), SLICE_CHARS):
         num_tokens += tokenizer.count(text[start : start + SLICE_CHARS])
@@ -54,8 +53,8 @@ def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
 def chat_text(
     tokenizer: Tokenizer, chat: pb.Chat, offer: OfferedTools | None, max_bytes: int = MAX_BYTES
 ) -> str:
-    """A conversation by the checkpoint's template, with the tools that it comes with. Raises InvalidRequest,
-    or TooCostly."""
+    """Renders a conversation with the checkpoint's template and its tools. Raises InvalidRequest, or
+    TooCostly."""
     messages = template_messages(chat, takes_calls=tokenizer.takes_calls or not tokenizer.has_chat_template)
     add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
     tools: Sequence[dict[str, object]] | None = (

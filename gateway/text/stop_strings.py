@@ -1,7 +1,7 @@
-"""Finds stop strings in text that comes in pieces, and holds back no more than could be the beginning of one.
+"""Finds stop strings in streamed text, and holds back no more than a possible beginning of one.
 
-Knuth, Morris, Pratt, "Fast pattern matching in strings" (1977): one step a character and string, however the
-text is cut."""
+Knuth, Morris, Pratt, "Fast pattern matching in strings" (1977): one step per character and string, however
+the text is split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,15 +27,14 @@ class Pattern:
         return Pattern(text, tuple(borders))
 
     def advance(self, matched: int, char: str) -> int:
-        """How many characters are matched after `char`, when `matched` were before it."""
+        """Returns how many characters are matched after `char`, if `matched` were before it."""
         while matched and self.text[matched] != char:
             matched = self.borders[matched - 1]
         return matched + (self.text[matched] == char)
 
 
 class StopMatcher:
-    """Watches the text of one choice. The stop string that is complete first counts; of several, the
-    longest."""
+    """Watches the text of one choice. The stop string that completes first wins; of several, the longest."""
 
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._patterns = patterns
@@ -44,8 +43,8 @@ class StopMatcher:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that may go out: before a stop string, and before what may become one. Nothing once one is
-        `found`."""
+        """Returns the text that may be sent: before a stop string, and before what may become one. Empty once
+        one is `found`."""
         if not self._patterns or self.found is not None:
             return text if self.found is None else ""
         for end, char in enumerate(text, start=1):
@@ -64,6 +63,6 @@ class StopMatcher:
         return seen[:certain]
 
     def flush(self) -> str:
-        """What was held back, at the end."""
+        """Returns the text that was held back, at the end."""
         held, self._held = self._held, ""
         return held

@@ -1,7 +1,7 @@
-"""Between text and token ids, as the checkpoint defines it: its tokenizer, and its chat template.
+"""Translates between text and token ids, as the checkpoint defines it: its tokenizer, and its chat template.
 
-Prompts come in as text or conversations and go on as token ids; `gateway.text.detokenizer` uses it for the
-way back."""
+Prompts arrive as text or conversations and leave as token ids; `gateway.text.detokenizer` uses it for the
+reverse."""
 
 import os
 import re
@@ -19,11 +19,11 @@ from .tokenizer_loading.messages import TokenizerData
 from .tokenizer_loading.process import load
 from .tokenizer_loading.usual import may_stall
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece spells what is not in its vocabulary
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's spelling of bytes outside its vocabulary
 
 
 def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones stand for themselves, the others are those from U+0100 on."""
+    """Returns GPT-2's letters for bytes: printable ones stand for themselves, the others start at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -38,8 +38,8 @@ class Tokenizer:
     """One checkpoint's tokenizer. Encoding and decoding may run on several threads at once."""
 
     def __init__(self, data: TokenizerData) -> None:
-        """Raises CheckpointError for a chat template that is none."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: no pool of threads
+        """Raises CheckpointError if a chat template is invalid."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time: no thread pool
         self.data = data
         self._backend = Backend.from_str(data.backend_json)
         self._backend.encode_special_tokens = data.encode_special_tokens
@@ -49,7 +49,7 @@ class Tokenizer:
         self._tool_format = None if self._tool_template is None else tool_format(self._tool_template.source)
         self.may_stall = may_stall(
             data.backend_json
-        )  # over short texts too, which are then for the intake process
+        )  # even on short texts, which then go to the intake process
         self.max_token_chars = max(map(len, self._backend.get_vocab()), default=1)  # added tokens included
         self._pieces: dict[int, str] = {}  # at most as many as the vocabulary has
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
@@ -57,8 +57,8 @@ class Tokenizer:
 
     @staticmethod
     def load(path: Path) -> "Tokenizer":
-        """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes seconds: another process
-        loads it first, so that a hostile one does no harm here."""
+        """Loads the tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes seconds: another
+        process loads it first, so that a hostile one does no harm here."""
         data = load(path)
         try:
             return Tokenizer(data)
@@ -81,7 +81,7 @@ class Tokenizer:
 
     @property
     def tool_format(self) -> ToolFormat | None:
-        """How the model writes tool calls; None when it is not known."""
+        """The model's format of tool calls; None if it is unknown."""
         return self._tool_format
 
     def to_json(self) -> str:
@@ -89,17 +89,17 @@ class Tokenizer:
         return str(self._backend.to_str())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The token ids of `text`; names of special tokens in it become these tokens. Raises InvalidRequest
-        for a text that the tokenizer fails over, as over an expression of its own that backtracks without
-        end."""
+        """Returns the token ids of `text`; names of special tokens in it become these tokens. Raises
+        InvalidRequest for a text that the tokenizer fails on, e.g. because one of its regular expressions
+        backtracks endlessly."""
         return tuple(self._encoding(text, add_special_tokens).ids)
 
     def count(self, text: str) -> int:
-        """How many tokens `text` has by itself. Raises as `encode`."""
+        """Returns how many tokens `text` has by itself. Raises as `encode`."""
         return len(self._encoding(text, add_special_tokens=False))
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Any:
-        """Without offsets, which nobody wants; as a batch, since `encode` holds the interpreter until it is
+        """Encodes without offsets, which are not needed; as a batch, since `encode` holds the GIL until it is
         done."""
         try:
             (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -117,8 +117,8 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         max_bytes: int = MAX_BYTES,
     ) -> str:
-        """A conversation as text, by the checkpoint's template. Raises InvalidRequest, or TooCostly when the
-        template would make more than `max_bytes` on its way. May take a second: not for a loop."""
+        """Renders a conversation as text, with the checkpoint's template. Raises InvalidRequest, or TooCostly
+        if the template would create more than `max_bytes`. May take a second: must not run on a loop."""
         template = self._template if tools is None else self._tool_template
         if template is None:
             expected = "text or token_ids, as the model has no chat template"
@@ -136,18 +136,18 @@ class Tokenizer:
         return self._added_ids
 
     def vocabulary(self) -> Mapping[str, int]:
-        """The ids of all tokens, by their names. A copy, which takes a moment."""
+        """Returns the ids of all tokens, by their names. A copy, which takes a moment."""
         return self._backend.get_vocab(with_added_tokens=True)
 
     def piece(self, token_id: int) -> str:
-        """The text of a token by itself; a part of a character shows as U+FFFD."""
+        """Returns the text of a token by itself; a part of a character shows as U+FFFD."""
         piece = self._pieces.get(token_id)
         if piece is None:
             piece = self._pieces[token_id] = self.decode([token_id])
         return piece
 
     def piece_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, which may be a part of a character."""
+        """Returns the bytes that a token stands for, which may be a part of a character."""
         piece = self.piece(token_id)
         name = self._backend.id_to_token(token_id) or ""
         if "\ufffd" not in piece:
@@ -159,8 +159,8 @@ class Tokenizer:
         return piece.encode()
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """The text of tokens; bytes that are no UTF-8 become U+FFFD. Raises InvalidRequest for tokens that
-        the tokenizer fails over."""
+        """Returns the text of tokens; invalid UTF-8 becomes U+FFFD. Raises InvalidRequest for tokens that the
+        tokenizer fails on."""
         try:
             return str(self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens))
         except BaseException as error:
@@ -171,12 +171,12 @@ class Tokenizer:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether Rust code has failed, which pyo3 raises as no Exception, so that it would pass all who expect
-    one."""
+    """Returns whether Rust code has panicked, which pyo3 does not raise as an Exception, so that it would
+    bypass handlers that expect one."""
     return type(error).__name__ == "PanicException"
 
 
 def _chat_template(data: TokenizerData, name: str) -> ChatTemplate | None:
-    """The template that the checkpoint calls so."""
+    """Returns the template that the checkpoint calls so."""
     source = data.chat_templates.get(name)
     return None if source is None else ChatTemplate(source, data.special_tokens)

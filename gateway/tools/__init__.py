@@ -1,2 +1,2 @@
-"""Tool calls: what a request offers, the grammar that keeps a model to it, and calls read from the text of an
-answer."""
+"""Tool calls: a request's tools, the grammar that constrains a model to them, and the calls parsed from a
+response's text."""

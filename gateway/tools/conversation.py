@@ -1,4 +1,4 @@
-"""The messages of a conversation as chat templates take them, calls and their results included."""
+"""The messages of a conversation in the form that chat templates expect, calls and their results included."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,30 +9,30 @@ from .offer import json_object
 
 
 def template_messages(chat: pb.Chat, takes_calls: bool) -> list[dict[str, Any]]:
-    """What a message does not have, templates do not see. Raises InvalidRequest, also for calls that the
+    """Returns the messages without their absent fields. Raises InvalidRequest, also for calls that the
     template has no place for, unless it `takes_calls`."""
     if not chat.messages:
         raise InvalidRequest("prompt.chat.messages", [], "at least one message")
-    told = []
+    converted = []
     for index, message in enumerate(chat.messages):
         path = f"prompt.chat.messages[{index}]"
         if message.tool_calls and not takes_calls:
             expected = "none, as the model's chat template has no place for them"
             raise InvalidRequest(f"{path}.tool_calls", f"{len(message.tool_calls)} call(s)", expected)
-        told.append(_message(path, message))
-    return told
+        converted.append(_message(path, message))
+    return converted
 
 
 def _message(path: str, message: pb.ChatMessage) -> dict[str, Any]:
     if not message.role:
         raise InvalidRequest(f"{path}.role", "", "a role such as user")
-    told: dict[str, Any] = {"role": message.role, "content": message.content}
+    converted: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        told["tool_calls"] = list(_calls(path, message))
+        converted["tool_calls"] = list(_calls(path, message))
     for name in ("tool_call_id", "name"):
         if value := getattr(message, name):
-            told[name] = value
-    return told
+            converted[name] = value
+    return converted
 
 
 def _calls(path: str, message: pb.ChatMessage) -> Iterator[dict[str, Any]]:
@@ -40,6 +40,6 @@ def _calls(path: str, message: pb.ChatMessage) -> Iterator[dict[str, Any]]:
         field = f"{path}.tool_calls[{index}]"
         if not call.name:
             raise InvalidRequest(f"{field}.name", "", "the name of a tool")
-        # templates write arguments as JSON themselves; some clients send nothing for none
+        # templates write arguments as JSON themselves; some clients send an empty string for none
         arguments = json_object(f"{field}.arguments", call.arguments) if call.arguments else {}
         yield {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}

@@ -1,11 +1,11 @@
-"""How models write tool calls, as their checkpoint's chat template shows it to them. A call is written as one
-JSON object."""
+"""The formats of tool calls, as the checkpoint's chat template shows them to the model. A call is written as
+one JSON object."""
 
 import enum
 
 
 class ToolFormat(enum.Enum):
-    """Named after the models that began with it."""
+    """Named after the models that introduced them."""
 
     HERMES = "hermes"  # text, then for each call: <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>
     LLAMA3 = "llama3"  # text, or one call and nothing else: {"name": ..., "parameters": ...}
@@ -13,12 +13,12 @@ class ToolFormat(enum.Enum):
 
     @property
     def marker(self) -> str:
-        """What the text before a call ends with; empty where calls have no text before them."""
+        """The end of the text before a call; empty where calls have no text before them."""
         return _MARKERS[self]
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """All texts that mean something in this format, where they are tokens of their own."""
+        """All texts with a meaning in this format, where they are tokens of their own."""
         return _ALL_MARKERS[self]
 
     @property
@@ -37,8 +37,8 @@ _MARKERS = {ToolFormat.HERMES: "<tool_call>", ToolFormat.LLAMA3: "", ToolFormat.
 
 
 def tool_format(template: str) -> ToolFormat | None:
-    """The format that a chat template of this source shows its model; None when it is none of ours. Others
-    use some of the same markers around something else than JSON with these keys."""
+    """Returns the format that a chat template of this source shows its model; None if it is unsupported.
+    Other formats use some of the same markers around something other than JSON with these keys."""
     if "<tool_call>" in template and '"arguments' in template:
         return ToolFormat.HERMES
     if "[TOOL_CALLS]" in template and "[ARGS]" not in template:

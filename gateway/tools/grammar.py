@@ -1,8 +1,8 @@
-"""What a model may write when it has tools: a grammar for llguidance, in its dialect of Lark.
+"""The possible outputs of a model with tools: a grammar for llguidance, in its dialect of Lark.
 
-Each call is exactly as the chat template shows it, down to the spaces; its arguments keep to their schema. A
+Each call is exactly as the chat template shows it, down to the spaces; its arguments follow their schema. A
 marker that is one token of the vocabulary must be that token, as the model has learnt it. Text cannot contain
-a marker, however it is spelled, so where the marker stands, a call begins."""
+a marker, however it is spelled, so a marker always begins a call."""
 
 import json
 import re
@@ -13,9 +13,9 @@ from ...core.errors import InvalidRequest
 from .formats import CLOSING, PYTHON_TAG, ToolFormat
 from .offer import OfferedTool, OfferedTools
 
-# as templates write JSON, or without its spaces; free white space would let a model go on with it for ever
+# as templates write JSON, or without its spaces; with free white space a model could continue it for ever
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-_PLACE = re.compile(r"at (\d+)\(\d+\): (.*)")  # in what llguidance says: line and column
+_PLACE = re.compile(r"at (\d+)\(\d+\): (.*)")  # in llguidance's messages: line and column
 _ARGUMENTS = re.compile(r"arguments_(\d+): ")
 _COMPILING = "failed to compile JSON schema: "
 
@@ -23,8 +23,8 @@ _COMPILING = "failed to compile JSON schema: "
 def tool_grammar(
     offer: OfferedTools, form: ToolFormat, added: Mapping[str, int], eos_token_ids: Collection[int]
 ) -> str:
-    """The grammar of all answers. `added` are the added tokens of the tokenizer: a marker may be one of
-    them."""
+    """Returns the grammar of all answers. `added` are the added tokens of the tokenizer: a marker may be one
+    of them."""
 
     def mark(marker: str) -> str:
         return f"<[{added[marker]}]>" if marker in added else json.dumps(marker)
@@ -51,8 +51,8 @@ def tool_grammar(
 
 
 def _said(marker: str, marker_id: int | None, others: Sequence[int]) -> list[str]:
-    """The rules of text, and of text up to the first call. Other added tokens, such as those around thoughts,
-    may be among it; two TEXTs never follow each other, as a marker could be spelled across them."""
+    """Returns the rules of text, and of text up to the first call. Text may include other added tokens, such
+    as those around reasoning; two TEXTs are never adjacent, as a marker could be spelled across them."""
     token = f"<[{','.join(map(str, others))}]>"
     if not marker:
         more = f" ({token} REST?)*" if others else ""
@@ -61,7 +61,7 @@ def _said(marker: str, marker_id: int | None, others: Sequence[int]) -> list[str
     text = f"TEXT: /(?s:.+)/ & ~/(?s:.*){_escaped(marker)}(?s:.*)/"
     if marker_id is not None:
         return [f"said: {before}TEXT?", f"opening: said <[{marker_id}]>", text]
-    # as a text goes on as long as it can, it would swallow the marker
+    # as a text is matched greedily, it would swallow the marker
     return [
         f"said: {before}TEXT?",
         f"opening: {before}last",
@@ -75,7 +75,7 @@ def _escaped(marker: str) -> str:
 
 
 def _objects(offer: OfferedTools, arguments_key: str) -> Iterator[str]:
-    """The rules of a call's JSON, for any of the functions."""
+    """Returns the rules of a call's JSON, for any of the functions."""
     yield "object: " + " | ".join(f"object_{index}" for index in range(len(offer.callable)))
     for index, tool in enumerate(offer.callable):
         beginning = json.dumps(f'{{"name": "{tool.name}", "{arguments_key}": ')
@@ -84,8 +84,7 @@ def _objects(offer: OfferedTools, arguments_key: str) -> Iterator[str]:
 
 
 def arguments_schema(tool: OfferedTool) -> str:
-    """The schema that a call's arguments keep to, as llguidance wants it: an object, whatever else its
-    keywords say."""
+    """Returns the schema of a call's arguments for llguidance: an object, whatever its other keywords are."""
     parameters: Mapping[str, Any] = (
         {"additionalProperties": False} if tool.parameters is None else tool.parameters
     )
@@ -94,8 +93,8 @@ def arguments_schema(tool: OfferedTool) -> str:
 
 
 def refusal(offer: OfferedTools, grammar: str, why: str) -> InvalidRequest:
-    """What a request is refused with whose grammar llguidance refuses for the reason `why`: a tool's schema,
-    if it says so."""
+    """Returns the refusal of a request whose grammar llguidance rejects for the reason `why`: names a tool's
+    schema, if `why` does."""
     place = _PLACE.match(why)
     lines = grammar.splitlines()
     rule = (

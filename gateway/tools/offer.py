@@ -1,4 +1,4 @@
-"""What a request lets the model call, read from the client's message and checked."""
+"""The tools that a request lets the model call, read from the client's message and checked."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ class OfferedTool:
     is_strict: bool
 
     def for_template(self) -> dict[str, Any]:
-        """As OpenAI's interface describes a tool, which is what chat templates are written for."""
+        """Returns the tool in OpenAI's format, for which chat templates are written."""
         function: dict[str, Any] = {"name": self.name}
         if self.description:
             function["description"] = self.description
@@ -37,7 +37,7 @@ class OfferedTool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfferedTools:
-    """The tools that the model is told of, and those that it may call: the same ones, unless the client chose
+    """The tools that the model sees, and those that it may call: the same ones, unless the client chose
     one."""
 
     tools: tuple[OfferedTool, ...]
@@ -47,7 +47,7 @@ class OfferedTools:
 
     @staticmethod
     def read(chat: pb.Chat, limits: LimitsSection) -> "OfferedTools | None":
-        """None when nothing is to be called. Raises InvalidRequest."""
+        """Returns None if nothing is to be called. Raises InvalidRequest."""
         tools = _tools(chat.tools, limits)
         kind = chat.tool_choice.WhichOneof("kind")
         mode = chat.tool_choice.mode if kind == "mode" else pb.TOOL_CHOICE_MODE_UNSPECIFIED
@@ -106,7 +106,7 @@ def _tool(path: str, message: pb.Tool) -> OfferedTool:
 
 
 def json_object(field: str, text: str) -> dict[str, Any]:
-    """Raises InvalidRequest when `text` is no JSON object, or a deep one: what works on it later recurses."""
+    """Raises InvalidRequest if `text` is not a JSON object, or a deep one: later stages recurse."""
     try:
         value = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError) as error:

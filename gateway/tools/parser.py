@@ -1,7 +1,8 @@
-"""Tells tool calls from the text of one choice, as it comes. Pure: text in pieces, events out.
+"""Parses tool calls incrementally from the text of one choice. Pure: text in pieces, events out.
 
-It relies on the grammar: what looks like a call is one, of this very form. A step costs as much as the piece
-that it reads, as only what is undecided is kept: the beginning of a marker, or of a call up to its arguments.
+It relies on the grammar: whatever looks like a call is one, in exactly this form. A step costs as much as the
+piece that it reads, as only undecided text is kept: the beginning of a marker, or of a call up to its
+arguments.
 """
 
 import enum
@@ -12,14 +13,14 @@ from dataclasses import dataclass
 from .formats import ToolFormat
 
 _OPENING = re.compile(r'[\s\[]*\{"name": "([^"]*)", "(?:arguments|parameters)": ')
-_STRUCTURE = re.compile(r'["{}\[\]]')  # outside of JSON's strings
+_STRUCTURE = re.compile(r'["{}\[\]]')  # outside JSON strings
 _STRING = re.compile(r'["\\]')  # inside
-LINE_END = "\n"  # which Hermes' templates put before a call: it is no part of the text
+LINE_END = "\n"  # Hermes' templates put it before a call: it is not part of the text
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What the assistant says."""
+    """A piece of the assistant's text."""
 
     text: str
 
@@ -60,10 +61,10 @@ class _State(enum.Enum):
 
 
 class ToolParser:
-    """Reads one choice."""
+    """Parses one choice."""
 
     def __init__(self, form: ToolFormat, call_id: Callable[[int], str]) -> None:
-        """`call_id` makes the id of the call of an index."""
+        """`call_id` returns the id of the call with an index."""
         self._form = form
         self._call_id = call_id
         self._state = _State.TEXT if form.marker else _State.BEGINNING
@@ -75,11 +76,11 @@ class ToolParser:
 
     @property
     def has_called(self) -> bool:
-        """Whether it ends here with calls, all of them complete."""
+        """Whether the text so far ends with calls, all of them complete."""
         return self._state is _State.BETWEEN
 
     def push(self, text: str) -> list[ToolEvent]:
-        """What is certain now."""
+        """Returns the events that are now certain."""
         events: list[ToolEvent] = []
         self._rest += text
         while self._rest and self._step(events):
@@ -87,12 +88,12 @@ class ToolParser:
         return events
 
     def flush(self) -> list[ToolEvent]:
-        """What was undecided, at the end. A call that has not got as far as its arguments is none."""
+        """Returns the remaining events at the end. A call that has not reached its arguments is dropped."""
         rest, self._rest = self._rest, ""
         return [Text(rest)] if rest and self._state is _State.TEXT else []
 
     def _step(self, events: list[ToolEvent]) -> bool:
-        """Read some of the rest; whether that may have made more of it readable."""
+        """Reads some of the rest; returns whether more of it may have become readable."""
         match self._state:
             case _State.BEGINNING:
                 self._state = _State.OPENING if self._rest[0] == "{" else _State.TEXT
@@ -121,7 +122,7 @@ class ToolParser:
         return bool(found)
 
     def _num_held(self, text: str) -> int:
-        """How many of the last characters may belong to a marker."""
+        """Returns how many of the last characters may belong to a marker."""
         marker = self._form.marker
         length = next(
             (n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0
@@ -151,7 +152,7 @@ class ToolParser:
         return True
 
     def _end_of_json(self, text: str) -> int | None:
-        """Where the arguments end that go on with `text`; None: not there."""
+        """Returns where the arguments that continue in `text` end; None if not there."""
         at = int(self._after_backslash)
         self._after_backslash = False
         while (match := (_STRING if self._in_string else _STRUCTURE).search(text, at)) is not None:
@@ -168,7 +169,7 @@ class ToolParser:
         return None
 
     def _read_between(self) -> bool:
-        """Look for another call."""
+        """Looks for another call."""
         beginning = self._form.marker if self._form is ToolFormat.HERMES else "{"
         at = self._rest.find(beginning)
         if at < 0:

@@ -1,4 +1,4 @@
-"""One choice of a request with tools: its calls, from its text to the messages that go out."""
+"""The calls of one choice of a request with tools: from its text to the messages for the client."""
 
 import hashlib
 from array import array
@@ -13,7 +13,7 @@ from .parser import Arguments, CallBegins, CallEnds, Text, ToolEvent, ToolParser
 
 
 class CallReader:
-    """Takes the calls out of a choice's text."""
+    """Extracts the calls from a choice's text."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, choice: int) -> None:
         form = tokenizer.tool_format
@@ -27,16 +27,16 @@ class CallReader:
         return self._parser.has_called
 
     def push(self, text: str, delta: pb.TokenDelta) -> str:
-        """What of the choice's next text is said. What belongs to calls is added to `delta`."""
+        """Returns the part of the choice's next text that is not in calls. Calls are added to `delta`."""
         return _told(self._parser.push(text), delta)
 
     def flush(self, delta: pb.TokenDelta) -> str:
-        """What else is said, at the end."""
+        """Returns the remaining text at the end."""
         return _told(self._parser.flush(), delta)
 
 
 class _ShowingMarkers:
-    """A tokenizer for whom the marker of a call is a text, although it may be a special token, which have
+    """A tokenizer that decodes the marker of a call as text, although it may be a special token, which have
     none."""
 
     def __init__(self, tokenizer: Tokenizer, form: ToolFormat) -> None:
@@ -51,14 +51,15 @@ class _ShowingMarkers:
 
 
 def call_id(request: Request, form: ToolFormat, choice: int, index: int) -> str:
-    """The same for a stream that resumes. The prompt counts too, as a client may use a request's id again."""
-    told = (
+    """Returns the same id for a stream that resumes. The prompt counts too, as a client may reuse a request's
+    id."""
+    identity = (
         f"{request.request_id}\n{choice}\n{index}\n".encode() + array("Q", request.prompt_token_ids).tobytes()
     )
-    digest = hashlib.blake2b(told, digest_size=12).hexdigest()
+    digest = hashlib.blake2b(identity, digest_size=12).hexdigest()
     return (
         digest[:9] if form is ToolFormat.MISTRAL else f"call_{digest}"
-    )  # Mistral's templates want nine letters or digits
+    )  # Mistral's templates require nine letters or digits
 
 
 def _told(events: Sequence[ToolEvent], delta: pb.TokenDelta) -> str:

@@ -1,4 +1,4 @@
-"""Requests for tests, and what came back for them."""
+"""Requests for tests, and the answers to them."""
 
 from typing import Any, TypeAlias
 

@@ -1,5 +1,4 @@
-"""Chat templates that say what those of well-known model families say, in the same constructs, but in fewer
-words."""
+"""Chat templates with the output of well-known model families, in the same constructs but fewer words."""
 
 LLAMA_3 = """{{- bos_token }}
 {%- if not date_string is defined %}{%- set date_string = strftime_now("%d %b %Y") | length | string %}{%- endif %}

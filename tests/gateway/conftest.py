@@ -1,4 +1,4 @@
-"""A real server on a free port, in front of a cluster that says what it is told to say."""
+"""A real server on a free port, in front of a scripted cluster."""
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
@@ -55,7 +55,7 @@ def generation(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.GenerationAsyncSt
 
 @pytest.fixture
 async def local_channel(server: GatewayServer, local_address: str) -> AsyncIterator[grpc.aio.Channel]:
-    """As the user who started the server."""
+    """Connects as the user who started the server."""
     async with grpc.aio.insecure_channel(local_address) as channel:
         yield channel
 
@@ -67,7 +67,7 @@ def admin(local_channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub
 
 @pytest.fixture
 def details() -> Callable[[grpc.aio.AioRpcError], dict[str, object]]:
-    """The google.rpc details of an error, by the name of their type."""
+    """Returns the google.rpc details of an error, by type name."""
 
     def unpack(error: grpc.aio.AioRpcError) -> dict[str, object]:
         metadata = dict(cast(Iterable[tuple[str, str | bytes]], error.trailing_metadata()))

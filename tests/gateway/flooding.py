@@ -46,7 +46,7 @@ async def connect(address: str, count: int) -> list[tuple[asyncio.StreamReader, 
 
 
 async def first_to_end(opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> int:
-    """Which connection is the first that its server closes."""
+    """Returns the first connection that its server closes."""
     reads = {asyncio.create_task(until_closed(reader)): index for index, (reader, _) in enumerate(opened)}
     done, pending = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED, timeout=30)
     for task in pending:

@@ -1,4 +1,4 @@
-"""Tokenizers built on the spot, and a cluster of the gateway's tests: it says what it is told to say."""
+"""Tokenizers built on the spot, and the scripted cluster of the gateway's tests."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -46,7 +46,7 @@ EOS = "<|im_end|>"
 
 
 class Built(Tokenizer):
-    """A tokenizer, beside the one of transformers that it was made of."""
+    """A tokenizer, and the transformers one that it was made of."""
 
     def __init__(self, pretrained: PreTrainedTokenizerFast) -> None:
         super().__init__(exported(pretrained))
@@ -71,8 +71,7 @@ def byte_level() -> Built:
 
 @cache
 def sentencepiece_like() -> Built:
-    """Llama 2's kind: spaces are letters, what is not in the vocabulary is spelled in bytes, a text begins
-    with a space."""
+    """Llama 2's kind: spaces are letters, unknown text is spelled in bytes, a text begins with a space."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     pieces += sorted({char for text in CORPUS for char in text if char.isascii() and char.isalpha()})
     merges = [
@@ -101,7 +100,7 @@ def sentencepiece_like() -> Built:
 
 @cache
 def metaspace() -> Built:
-    """SentencePiece's unigram kind without bytes: what is not in the vocabulary is unknown."""
+    """SentencePiece's unigram kind without bytes: text outside the vocabulary is unknown."""
     backend = Backend(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
@@ -124,8 +123,8 @@ def metaspace_with_bytes() -> Built:
 
 @cache
 def word_piece() -> Built:
-    """BERT's kind: pieces of words, a space before each that does not go on a word, and cleaning up
-    afterwards."""
+    """BERT's kind: pieces of words, a space before each that does not continue a word, and a final
+    clean-up."""
     backend = Backend(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -146,7 +145,7 @@ def model_info(tokenizer: Tokenizer) -> ModelInfo:
 
 
 class Unchecked:
-    """Implements GrammarCheck: every grammar is a good one."""
+    """Implements GrammarCheck: accepts every grammar."""
 
     async def grammar(self, message: pb.Constraint, client: str) -> str:
         return grammar_of(message)
@@ -208,13 +207,13 @@ def timeline(request: Request) -> Timeline:
 
 
 def place(prefill_worker: str, decode_worker: str | None, **scores: Any) -> ConsideredPlace:
-    """As good as a place can be, but for `scores`."""
+    """Returns the best possible placement, except for `scores`."""
     values = {"has_failed": False, "itl_excess_s": 0.0, "cost_s": 0.03, "load": 0.0, "ttft_s": 0.03} | scores
     return ConsideredPlace(prefill_worker=prefill_worker, decode_worker=decode_worker, **values)
 
 
 class ScriptedCluster:
-    """Answers every request with the tokens of `says`, one at a time; `hold_after` tokens it waits for
+    """Answers every request with the tokens of `says`, one at a time; after `hold_after` tokens it waits for
     `say_on`."""
 
     def __init__(
@@ -298,7 +297,7 @@ class ScriptedCluster:
             self.all_closed.set()
 
     def _step(self, request: Request, index: int) -> list[StreamEvent]:
-        """Token `index` of each choice."""
+        """Returns token `index` of each choice."""
         events: list[StreamEvent] = []
         for choice in range(request.sampling.n):
             reason = FinishReason.LENGTH if index + 1 == request.sampling.max_tokens else None
@@ -326,7 +325,7 @@ class ScriptedCluster:
         return events
 
     def _prompt(self, request: Request) -> tuple[TokenLogprobs, ...]:
-        """Of token i: -i, and alternatives that count from 0."""
+        """Returns log probability -i for token i, and alternatives that count from 0."""
         count = request.sampling.prompt_logprobs
         if count is None:
             return ()

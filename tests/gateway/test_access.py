@@ -1,4 +1,4 @@
-"""The gRPC door with keys: which calls need which, and what a key's name decides."""
+"""The gRPC server with keys: which calls need which, and the effects of a key's name."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -51,7 +51,7 @@ async def local(
 
 @pytest.fixture
 def admin(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
-    """Over TCP."""
+    """Connects over TCP."""
     return pdserve_pb2_grpc.ClusterStub(channel)
 
 
@@ -74,7 +74,7 @@ async def refusal(call: Any) -> grpc.aio.AioRpcError:
     return caught.value
 
 
-async def test_every_call_needs_a_key_but_a_health_check(
+async def test_every_call_except_a_health_check_needs_a_key(
     server: GatewayServer, channel: grpc.aio.Channel
 ) -> None:
     generation, admin = pdserve_pb2_grpc.GenerationStub(channel), pdserve_pb2_grpc.ClusterStub(channel)
@@ -97,19 +97,17 @@ async def test_every_call_needs_a_key_but_a_health_check(
     assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status
 
 
-async def test_every_method_of_ours_is_known_to_need_a_key(
-    server: GatewayServer, channel: grpc.aio.Channel
-) -> None:
+async def test_every_own_method_requires_a_key(server: GatewayServer, channel: grpc.aio.Channel) -> None:
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
             call = channel.unary_unary(f"/{service.full_name}/{method.name}", None, None)
             assert (await refusal(call(b""))).code() is grpc.StatusCode.UNAUTHENTICATED, method.full_name
 
 
-async def test_a_client_without_a_key_is_refused_before_its_message_is_read(
+async def test_a_keyless_client_is_refused_before_its_message_is_read(
     server: GatewayServer, channel: grpc.aio.Channel
 ) -> None:
-    """The stream's messages never come, and the answer does."""
+    """The stream's messages never arrive, and the answer does."""
     never = asyncio.Event()
 
     async def messages() -> AsyncIterator[bytes]:
@@ -128,7 +126,7 @@ async def test_only_a_marked_key_administers(admin: "pdserve_pb2_grpc.ClusterAsy
     assert (await admin.GetStatus(pb.GetStatusRequest(), metadata=as_key(ROOT))).model == "tiny"
 
 
-async def test_a_keys_name_takes_turns_whatever_its_client_calls_itself(
+async def test_clients_take_turns_by_key_name_not_by_client_id(
     cluster: ScriptedCluster,
     generation: "pdserve_pb2_grpc.GenerationAsyncStub",
     local: "pdserve_pb2_grpc.GenerationAsyncStub",
@@ -140,10 +138,10 @@ async def test_a_keys_name_takes_turns_whatever_its_client_calls_itself(
     assert [made.client for made in cluster.requests] == ["key:root"] * 4 + ["key:bob", "id:root"]
 
 
-async def test_clients_of_two_keys_may_give_the_same_request_id(
+async def test_clients_of_two_keys_may_choose_the_same_request_id(
     cluster: ScriptedCluster, generation: "pdserve_pb2_grpc.GenerationAsyncStub"
 ) -> None:
-    """So that nobody can take another's name, nor come back for another's stream."""
+    """No client can take another's id, nor resume another's stream."""
     for key in (ALICE, BOB):
         answer = await generation.Generate(request(request_id="mine"), metadata=as_key(key))
         assert answer.request_id == "mine"
@@ -152,7 +150,7 @@ async def test_clients_of_two_keys_may_give_the_same_request_id(
     assert first.sampling.seed == second.sampling.seed
 
 
-async def test_a_rate_that_is_used_up_is_told_with_the_time_to_wait(
+async def test_an_exhausted_rate_is_reported_with_the_retry_delay(
     generation: "pdserve_pb2_grpc.GenerationAsyncStub",
     details: Callable[[grpc.aio.AioRpcError], dict[str, Any]],
 ) -> None:

@@ -21,7 +21,8 @@ Admin: TypeAlias = "pdserve_pb2_grpc.ClusterAsyncStub"
 
 
 def config_yaml(**lines: str) -> str:
-    """The configuration of the server under test, with `key="value"` lines under metadata.pdserve changed."""
+    """Returns the configuration of the server under test, with the `key="value"` lines under metadata.pdserve
+    changed."""
     values = {
         "model": "{path: tiny}",
         "listen": '{grpc: "127.0.0.1:0", http: "127.0.0.1:0"}',
@@ -30,7 +31,7 @@ def config_yaml(**lines: str) -> str:
     return "metadata:\n  pdserve:\n" + "".join(f"    {key}: {value}\n" for key, value in values.items())
 
 
-async def test_status_tells_pools_and_workers(admin: Admin) -> None:
+async def test_status_reports_pools_and_workers(admin: Admin) -> None:
     status = await admin.GetStatus(pb.GetStatusRequest())
     assert (status.model, status.serving, status.num_queued_requests, status.num_running_requests) == (
         "tiny",
@@ -57,11 +58,11 @@ async def test_status_tells_pools_and_workers(admin: Admin) -> None:
 
 
 async def following(call: Any) -> pb.ClusterStatus:
-    """The stream's next message, for whose type grpc's stubs have no name."""
+    """Returns the stream's next message, whose type has no name in grpc's stubs."""
     return cast(pb.ClusterStatus, await call.read())
 
 
-async def test_watch_sends_the_state_at_each_change_and_ends_with_the_cluster(
+async def test_watch_sends_each_state_change_and_ends_with_the_cluster(
     admin: Admin, cluster: ScriptedCluster
 ) -> None:
     call = admin.WatchStatus(pb.WatchStatusRequest())
@@ -73,7 +74,7 @@ async def test_watch_sends_the_state_at_each_change_and_ends_with_the_cluster(
     assert await call.read() is cast(Any, grpc.aio).EOF
 
 
-async def test_apply_tells_what_changed_and_it_holds_from_then_on(
+async def test_apply_reports_the_changes_and_they_stay_in_force(
     admin: Admin, generation: "pdserve_pb2_grpc.GenerationAsyncStub", cluster: ScriptedCluster
 ) -> None:
     new = config_yaml(
@@ -96,7 +97,7 @@ async def test_a_dry_run_changes_nothing(admin: Admin, cluster: ScriptedCluster)
     assert cluster.applied == []
 
 
-async def test_what_needs_a_restart_is_refused_as_a_whole(
+async def test_a_change_that_needs_a_restart_is_refused_as_a_whole(
     admin: Admin, cluster: ScriptedCluster, details: Details
 ) -> None:
     request = pb.ApplyRequest(
@@ -147,7 +148,7 @@ async def test_drain_shows_progress_until_done(admin: Admin, cluster: ScriptedCl
     assert cluster.drained == [(("prefill-0",), False)]
 
 
-async def test_a_drain_goes_on_when_its_client_leaves(admin: Admin, cluster: ScriptedCluster) -> None:
+async def test_a_drain_continues_when_its_client_disconnects(admin: Admin, cluster: ScriptedCluster) -> None:
     call = admin.Drain(pb.DrainRequest())
     await call.read()
     call.cancel()
@@ -165,7 +166,7 @@ async def test_draining_for_shutdown_ends_with_done(admin: Admin, cluster: Scrip
     assert cluster.drained == [((), True)]
 
 
-async def test_a_shutdown_is_done_only_when_all_answers_are_out(
+async def test_a_shutdown_ends_only_after_all_answers_are_sent(
     admin: Admin, generation: "pdserve_pb2_grpc.GenerationAsyncStub", cluster: ScriptedCluster
 ) -> None:
     cluster.hold_after = 1
@@ -199,7 +200,7 @@ async def _last(stream: AsyncIterator[Any]) -> Any:
     "request_",
     [pb.DrainRequest(worker_ids=["nobody"]), pb.DrainRequest(worker_ids=["prefill-0"], shutdown=True)],
 )
-async def test_drains_that_make_no_sense_are_refused(
+async def test_invalid_drains_are_refused(
     admin: Admin, cluster: ScriptedCluster, request_: pb.DrainRequest
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -235,7 +236,7 @@ async def test_reflection_lists_the_services_and_their_file(channel: grpc.aio.Ch
     await call.done_writing()
 
 
-async def test_explain_tells_predicted_and_actual_times_of_each_leg(
+async def test_explain_reports_predicted_and_actual_times_of_each_leg(
     admin: Admin, generation: "pdserve_pb2_grpc.GenerationAsyncStub"
 ) -> None:
     request = pb.GenerateRequest(
@@ -243,14 +244,14 @@ async def test_explain_tells_predicted_and_actual_times_of_each_leg(
     )
     trace_id = "4bf92f3577b34da6a3ce929d0e0e4736"
     await generation.Generate(request, metadata=(("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),))
-    told = await admin.Explain(pb.ExplainRequest(request_id="mine"))
-    assert (told.request_id, told.outcome, told.completion_tokens, told.trace_id) == (
+    explained = await admin.Explain(pb.ExplainRequest(request_id="mine"))
+    assert (explained.request_id, explained.outcome, explained.completion_tokens, explained.trace_id) == (
         "mine",
         "length",
         7,
         trace_id,
     )
-    (attempt,) = told.attempts
+    (attempt,) = explained.attempts
     assert {leg.leg: (leg.predicted_s, leg.actual_s) for leg in attempt.legs} == {
         "queue": pytest.approx((0.0, 0.01)),
         "worker queue": pytest.approx((0.002, 0.001)),
@@ -264,7 +265,7 @@ async def test_explain_tells_predicted_and_actual_times_of_each_leg(
     assert attempt.dispatch == 7
 
 
-async def test_explaining_a_request_that_is_not_known_is_not_found(admin: Admin, details: Details) -> None:
+async def test_explaining_an_unknown_request_is_not_found(admin: Admin, details: Details) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await admin.Explain(pb.ExplainRequest(request_id="never heard of"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND

@@ -1,5 +1,4 @@
-"""What one door refuses, the other refuses, with the same message and status; what one takes, the other
-takes."""
+"""Both servers, gRPC and HTTP, accept and refuse the same requests, with the same message and status."""
 
 import json
 from collections.abc import AsyncIterator
@@ -32,7 +31,7 @@ def ask(prompt: pb.Prompt = TEXT, **fields: Any) -> pb.GenerateRequest:
 
 
 def sample(**sampling: Any) -> tuple[pb.GenerateRequest, dict[str, Any]]:
-    """The same parameters for both doors."""
+    """The same parameters for both servers."""
     return ask(sampling=pb.SamplingParams(**sampling)), {"prompt": "hello"} | sampling
 
 
@@ -49,7 +48,7 @@ def chat(*roles: str) -> tuple[pb.GenerateRequest, dict[str, Any]]:
 def constrain(
     constraint: pb.Constraint, outputs: dict[str, Any], **sampling: Any
 ) -> tuple[pb.GenerateRequest, dict[str, Any]]:
-    """The same constraint for both doors."""
+    """The same constraint for both servers."""
     message = ask(sampling=pb.SamplingParams(constraint=constraint, **sampling))
     return message, {"prompt": "hello", "structured_outputs": outputs} | sampling
 
@@ -205,7 +204,7 @@ async def test_both_refuse_it_with_the_same_message(
 
 
 @pytest.mark.parametrize("name", TAKEN)
-async def test_both_take_it_and_make_the_same_request_of_it(
+async def test_both_accept_it_and_make_the_same_request_of_it(
     generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
 ) -> None:
     request, body = TAKEN[name]
@@ -229,7 +228,7 @@ async def test_both_refuse_a_long_name(generation: Stub, http: httpx.AsyncClient
 @pytest.mark.parametrize(
     "refusal", [QueueFull(1024, 1.5), DuplicateRequest("mine"), NoWorkerAvailable("no worker is ready")]
 )
-async def test_what_the_router_refuses_both_refuse(
+async def test_both_report_the_routers_refusals(
     generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, refusal: PdserveError
 ) -> None:
     cluster.refusal = refusal
@@ -239,7 +238,7 @@ async def test_what_the_router_refuses_both_refuse(
 @pytest.mark.parametrize(
     "reason", [FinishReason.DEADLINE, FinishReason.CANCELLED, FinishReason.ERROR, FinishReason.INVALID]
 )
-async def test_what_ends_a_request_ends_it_for_both(
+async def test_both_report_how_a_request_ended(
     generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, reason: FinishReason
 ) -> None:
     cluster.ending = (reason, None)
@@ -257,15 +256,15 @@ async def test_both_refuse_to_tokenize_and_detokenize_the_same(
     check_same(detokenize.value, await http.post("/detokenize", json={"tokens": [1, 500]}))
 
 
-async def test_both_tell_the_same_tokens_text_and_usage(generation: Stub, http: httpx.AsyncClient) -> None:
+async def test_both_report_the_same_tokens_text_and_usage(generation: Stub, http: httpx.AsyncClient) -> None:
     request, body = sample(max_tokens=9, n=2, stop=["jumps"], seed=1)
     one = await generation.Generate(request)
     other = (await over_http(http, body | {"return_token_ids": True})).json()
-    for choice, told in zip(one.choices, other["choices"], strict=True):
+    for choice, http_choice in zip(one.choices, other["choices"], strict=True):
         assert (choice.text, list(choice.token_ids), choice.stop_string) == (
-            told["text"],
-            told["token_ids"],
-            told["stop_reason"],
+            http_choice["text"],
+            http_choice["token_ids"],
+            http_choice["stop_reason"],
         )
     assert (one.usage.prompt_tokens, one.usage.completion_tokens, one.usage.cached_tokens) == (
         other["usage"]["prompt_tokens"],
@@ -343,7 +342,7 @@ ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", ONLY_HTTP)
-async def test_http_refuses_what_grpc_cannot_be_asked(
+async def test_http_refuses_requests_that_grpc_cannot_express(
     http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
 ) -> None:
     body, message = ONLY_HTTP[name]

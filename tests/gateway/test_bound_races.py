@@ -1,5 +1,4 @@
-"""Bounds under races and floods: nothing keeps a place that it lost, nothing is left behind, and no line is
-written for it."""
+"""Bounds under races and floods: no place is kept once lost, nothing leaks, and no log line is written."""
 
 import asyncio
 import os
@@ -26,7 +25,7 @@ WATCH = health_pb2.HealthCheckRequest()
 # races
 
 
-def test_a_connection_that_lost_its_place_gets_no_other_one() -> None:
+def test_a_connection_that_lost_its_place_gets_no_new_one() -> None:
     """The library may hold it for a while after it was shut down."""
     watched = GrpcConnections(16)  # 8 of one address
     found = {f"10.0.0.1 {port}": port for port in range(8)}
@@ -39,7 +38,7 @@ def test_a_connection_that_lost_its_place_gets_no_other_one() -> None:
     watched.stop()
 
 
-async def test_the_watch_on_connections_outlives_errors(
+async def test_watching_connections_survives_errors(
     cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     looked = asyncio.Event()
@@ -58,7 +57,7 @@ async def test_the_watch_on_connections_outlives_errors(
 
 
 async def test_a_pipelined_request_keeps_its_connection(cluster: ScriptedCluster) -> None:
-    """The request before it ends some turns after its own has begun."""
+    """The previous request ends some turns after its own has begun."""
     cluster.hold_after = 1
     body = b'{"prompt": "hello", "max_tokens": 1}', b'{"prompt": "hello", "max_tokens": 2}'
     head = (
@@ -79,7 +78,7 @@ async def test_a_pipelined_request_keeps_its_connection(cluster: ScriptedCluster
 
 
 async def test_an_http_server_that_stops_leaves_no_connection(cluster: ScriptedCluster) -> None:
-    """Also one whose first byte has just come."""
+    """Includes one whose first byte has just arrived."""
     async with serving(cluster) as server:
         http = server._http
         assert http is not None
@@ -102,7 +101,7 @@ async def test_a_call_without_a_client_ends_without_a_status() -> None:
 
 
 async def test_an_answer_that_is_not_read_ends(cluster: ScriptedCluster) -> None:
-    """A client of HTTP/2 whose windows stay closed."""
+    """An HTTP/2 client whose flow-control windows stay closed."""
     async with serving(cluster, max_unread_s=0.05) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)
         closed_window = bytes([0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0])
@@ -162,7 +161,7 @@ SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 GOAWAY = bytes([0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2])
 
 
-async def test_frames_that_grpc_does_not_like_write_no_lines() -> None:
+async def test_malformed_frames_log_no_lines() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("GRPC_")}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     pipe = asyncio.subprocess.PIPE
@@ -171,7 +170,7 @@ async def test_frames_that_grpc_does_not_like_write_no_lines() -> None:
     )
     assert process.stdout is not None
     while not (port := (await process.stdout.readline()).decode().strip()):
-        pass  # a tokenizer that is trained prints empty lines
+        pass  # training a tokenizer prints empty lines
     address = f"127.0.0.1:{port}"
     for sent in (
         PREFACE + SETTINGS + GOAWAY,

@@ -1,5 +1,5 @@
-"""Attacks that hold things open: connections, calls, bodies that never end. Those who hold less are served
-all the same."""
+"""Attacks that hold resources open: connections, calls, endless bodies. Clients that hold less are served all
+the same."""
 
 import asyncio
 import ssl
@@ -47,7 +47,7 @@ def keys(tmp_path: Path) -> dict[str, Any]:
 async def test_idle_http_connections_make_room_for_newcomers(cluster: ScriptedCluster) -> None:
     async with serving(cluster, max_connections=16) as server:
         assert server.http_address is not None
-        opened = await connect(server.http_address, 8)  # what one address may have
+        opened = await connect(server.http_address, 8)  # the bound of one address
         async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
             assert (await http.get("/livez")).status_code == 200
         assert await first_to_end(opened) == 0
@@ -69,7 +69,7 @@ async def test_http_streams_in_progress_keep_their_connections(cluster: Scripted
         hang_up(opened)
 
 
-async def test_tls_connections_that_never_speak_make_room(cluster: ScriptedCluster, tmp_path: Path) -> None:
+async def test_silent_tls_connections_make_room(cluster: ScriptedCluster, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair = authority.sign("server")
     tls = TlsSection(certificate=str(pair.certificate), key=str(pair.key))
@@ -86,7 +86,7 @@ async def test_tls_connections_that_never_speak_make_room(cluster: ScriptedClust
 async def test_grpc_connections_without_calls_make_room(
     cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those with calls stay, however many come."""
+    """Connections with calls are kept, however many arrive."""
     monkeypatch.setattr(connections, "QUIET_S", 0.01)
     monkeypatch.setattr(connections, "BUSY_S", 0.01)
     cluster.hold_after = 1
@@ -119,7 +119,7 @@ def test_workers_keep_descriptors_whatever_clients_open() -> None:
         )
 
 
-async def test_without_descriptors_accepting_pauses_and_says_so_once(
+async def test_without_descriptors_accepting_pauses_and_logs_once(
     cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(http_server, "OUT_OF_DESCRIPTORS_S", 0.01)
@@ -205,7 +205,7 @@ async def test_a_keyless_newcomer_takes_the_place_of_the_oldest(monkeypatch: pyt
 async def test_no_key_takes_all_calls(
     cluster: ScriptedCluster, keys: dict[str, Any], details: Callable[[grpc.aio.AioRpcError], dict[str, Any]]
 ) -> None:
-    """Calls whose message never comes are calls, too."""
+    """Calls whose message never arrives count as calls, too."""
     never = asyncio.Event()
 
     async def messages() -> AsyncIterator[bytes]:
@@ -236,15 +236,15 @@ async def test_no_key_takes_all_calls(
 
 
 @pytest.mark.parametrize("path", ["/health", "/livez", "/metrics", "/v1/models", "/nothing"])
-async def test_a_body_that_nothing_takes_is_not_read(server: GatewayServer, path: str) -> None:
+async def test_an_unwanted_body_is_not_read(server: GatewayServer, path: str) -> None:
     (reader, writer), *_ = await connect(server.http_address or "", 1)
     writer.write(f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999\r\n\r\n{{".encode())
-    answer = await asyncio.wait_for(reader.read(), 30)  # to the end of the connection; the body never comes
+    answer = await asyncio.wait_for(reader.read(), 30)  # to the end of the connection; the body never arrives
     assert answer.split()[1] in (b"404", b"405")
     writer.close()
 
 
-async def test_bodies_are_bounded_in_total_and_given_back(cluster: ScriptedCluster) -> None:
+async def test_bodies_are_bounded_in_total_and_released(cluster: ScriptedCluster) -> None:
     async with serving(cluster, max_held_bytes=1 << 20) as server:
         assert server.http_address is not None
         opened = await connect(server.http_address, 2)
@@ -303,13 +303,13 @@ async def test_slow_messages_are_bounded_and_the_oldest_makes_room(monkeypatch: 
     assert len(reads) == 0
 
 
-async def test_a_message_that_comes_at_once_needs_no_place() -> None:
+async def test_a_message_that_arrives_at_once_needs_no_place() -> None:
     reads, came = PendingReads(4), asyncio.Event()
     came.set()
     assert {await _receive(reads, "alice", came) for _ in range(100)} == {"came"}
 
 
-async def test_a_message_that_never_comes_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_message_that_never_arrives_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_bounds, "MESSAGE_TIMEOUT_S", 0.01)
     assert (
         await _receive(PendingReads(4), "alice", asyncio.Event()) == "the message did not come within 0.01 s"
@@ -326,11 +326,11 @@ async def test_a_message_that_never_comes_has_its_time(monkeypatch: pytest.Monke
         ("unix:", "unix"),
     ],
 )
-def test_the_host_of_a_peer_is_found_whatever_its_server_calls_it(peer: str, host: str) -> None:
+def test_a_peers_host_is_found_in_either_servers_notation(peer: str, host: str) -> None:
     assert call_bounds.host_of(peer) == host
 
 
-async def test_reflection_takes_small_messages_alone(channel: grpc.aio.Channel) -> None:
+async def test_reflection_accepts_only_small_messages(channel: grpc.aio.Channel) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     large = reflection_pb2.ServerReflectionRequest(file_by_filename="x" * 70_000)
     with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -1,5 +1,4 @@
-"""Cached prefixes belong to whom they came from: what one key has sent shows in nothing that another is
-answered."""
+"""Cached prefixes belong to their sender: the prompts of one key show in no answer to another."""
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -36,7 +35,7 @@ SECRET = "the quick brown fox jumps over the lazy dog and then the dog sleeps"
 
 
 class CachingCluster(ScriptedCluster):
-    """Remembers the blocks of prompts as workers do, and accounts for those that it finds again."""
+    """Remembers the blocks of prompts as workers do, and counts those that it finds again."""
 
     def __init__(self) -> None:
         super().__init__(byte_level())
@@ -74,7 +73,7 @@ def cluster() -> ScriptedCluster:
 
 @pytest.fixture
 def sharing() -> str | None:
-    """None: as it is by default."""
+    """None: the default."""
     return None
 
 
@@ -99,7 +98,7 @@ async def server(
 
 @dataclass
 class Asker:
-    """Asks both servers, and reads all that answers say of cached tokens."""
+    """Queries both servers, and returns everything that responses reveal about cached tokens."""
 
     generation: Any
     http: httpx.AsyncClient
@@ -128,7 +127,7 @@ async def ask(server: GatewayServer, generation: Any) -> AsyncIterator[Asker]:
         yield Asker(generation, http)
 
 
-async def test_a_key_learns_nothing_of_anothers_prompt_and_finds_its_own_again(ask: Asker) -> None:
+async def test_a_key_hits_only_its_own_cached_prompts(ask: Asker) -> None:
     assert await ask.over_grpc(ALICE) == 0
     for other in (BOB, CAROL):
         assert await ask.over_grpc(other) == 0
@@ -136,7 +135,7 @@ async def test_a_key_learns_nothing_of_anothers_prompt_and_finds_its_own_again(a
     assert await ask.over_grpc(ALICES_OTHER) > 0, "two keys of one name are one client"
 
 
-async def test_nor_over_http(ask: Asker) -> None:
+async def test_a_key_learns_nothing_of_anothers_prompt_over_http(ask: Asker) -> None:
     assert await ask.over_http(ALICE) == 0
     for other in (BOB, CAROL):
         assert await ask.over_http(other) == 0
@@ -146,13 +145,13 @@ async def test_nor_over_http(ask: Asker) -> None:
 @pytest.mark.parametrize(
     "salt", ["key:alice/", "alice/", "/key:alice/", "key:alice", "all/", "group:lab/", "../key:alice/"]
 )
-async def test_no_salt_of_a_client_reaches_what_is_anothers(ask: Asker, salt: str) -> None:
+async def test_no_clients_salt_reaches_anothers_prefixes(ask: Asker, salt: str) -> None:
     await ask.over_grpc(ALICE)
     assert await ask.over_grpc(BOB, salt=salt) == 0
     assert await ask.over_http(CAROL, salt=salt) == 0
 
 
-async def test_a_clients_salt_still_parts_its_own_requests(ask: Asker) -> None:
+async def test_a_clients_salt_still_separates_its_own_requests(ask: Asker) -> None:
     assert await ask.over_grpc(ALICE, salt="a") == 0
     assert await ask.over_grpc(ALICE, salt="b") == 0
     assert await ask.over_grpc(ALICE, salt="a") > 0
@@ -167,7 +166,7 @@ async def test_keys_of_one_group_share_and_those_without_are_alone(ask: Asker) -
 
 
 @pytest.mark.parametrize("sharing", ["all"])
-async def test_all_keys_share_where_it_is_said_so(ask: Asker) -> None:
+async def test_all_keys_share_if_configured(ask: Asker) -> None:
     assert await ask.over_grpc(ALICE) == 0
     assert await ask.over_http(BOB) > 0
     assert await ask.over_grpc(CAROL) > 0
@@ -184,7 +183,7 @@ CALLERS = st.builds(lambda name, group: Caller(ApiKey(name, b"", group=group)), 
     st.text(max_size=20),
     st.sampled_from(["key", "group", "all"]),
 )
-def test_two_requests_have_one_salt_only_if_scope_and_salt_are_the_same(
+def test_internal_salts_are_equal_only_if_scope_and_salt_are(
     one: Caller | None, other: Caller | None, salt: str, other_salt: str, sharing: Any
 ) -> None:
     scopes = cache_scope(one, sharing), cache_scope(other, sharing)

@@ -1,4 +1,4 @@
-"""Templates of checkpoints render as transformers renders them, in a sandbox."""
+"""Checkpoints' templates render as in transformers, in a sandbox."""
 
 from typing import Any
 
@@ -142,7 +142,7 @@ def test_the_sandbox_holds(source: str) -> None:
         ChatTemplate(source, {}).render(CHAT)
 
 
-def test_what_a_template_makes_of_an_unexpected_conversation_is_the_clients_error() -> None:
+def test_a_template_failing_on_a_conversation_is_the_clients_error() -> None:
     with pytest.raises(InvalidRequest, match=r"prompt.chat: .*user"):
         ChatTemplate("{{ messages[0].content + 1 }}", {}).render(CHAT)
 

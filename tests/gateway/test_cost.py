@@ -1,4 +1,4 @@
-"""The prices of requests as a table, and what is left of a bucket after one."""
+"""A table of request prices, and the remaining level of a bucket after one."""
 
 from contextlib import suppress
 from math import ceil
@@ -44,11 +44,11 @@ def full_price(prompt: pb.Prompt = TEXT, fills: bool = False, **sampling: Any) -
         ({"max_tokens": -1, "n": -1, "logprobs": -1, "prompt_logprobs": -1}, 10 + 1),
     ],
 )
-def test_a_request_is_priced_by_all_that_it_asks_for(sampling: dict[str, Any], price: int) -> None:
+def test_a_price_covers_everything_a_request_asks_for(sampling: dict[str, Any], price: int) -> None:
     assert full_price(**sampling) == price
 
 
-def test_a_prompt_is_priced_by_its_tokens_or_else_by_its_characters() -> None:
+def test_a_prompt_is_priced_by_tokens_or_else_by_characters() -> None:
     chat = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="x" * 400)]))
     tools = pb.Prompt(chat=pb.Chat(tools=[pb.Tool(name="f", parameters="x" * 400)]))
     assert prompt_price(pb.Prompt(token_ids=pb.TokenIds(ids=range(7)))).num_prompt_tokens == 7
@@ -59,7 +59,7 @@ def test_a_prompt_is_priced_by_its_tokens_or_else_by_its_characters() -> None:
     assert 100 < prompt_price(tools).num_prompt_tokens < 110
 
 
-def test_a_chat_without_a_limit_is_priced_by_the_room_beside_its_prompt() -> None:
+def test_a_chat_without_a_limit_is_priced_by_its_remaining_room() -> None:
     assert full_price(pb.Prompt(text="x" * 800), fills=True) == 200 + 56
     assert full_price(pb.Prompt(text="x" * 8000), fills=True) == 2000 + 1
 
@@ -79,7 +79,7 @@ REFUSALS = {
 
 
 def level_after(kind: str, fate: str, num_prompt: int = 30, num_output: int = 4) -> float:
-    """The level of a bucket of 1,000 when a request of that kind has met its fate."""
+    """Returns the level of a bucket of 1,000 after a request of that kind has ended."""
     bucket = TokenBucket(1000, 0.0)
     estimate = num_prompt if kind == "token_ids" else 20
     price = Price(num_prompt_tokens=estimate, max_tokens=50, num_alternatives=10, **KINDS[kind])
@@ -109,7 +109,7 @@ def level_after(kind: str, fate: str, num_prompt: int = 30, num_output: int = 4)
         ("token_ids", "served", 30 + 8),
     ],
 )
-def test_work_that_was_done_stays_paid_and_all_else_is_given_back(kind: str, fate: str, cost: int) -> None:
+def test_completed_work_stays_charged_and_the_rest_is_refunded(kind: str, fate: str, cost: int) -> None:
     assert level_after(kind, fate) == pytest.approx(1000 - cost)
 
 
@@ -149,4 +149,4 @@ def test_in_the_end_a_bucket_has_lost_exactly_what_was_used(
     used = ceil(tenths / 10)
     assert bucket.take(per_minute, 0.0) * per_minute / 60 == pytest.approx(
         used
-    )  # how much of a minute's worth is missing
+    )  # the missing share of a minute's worth

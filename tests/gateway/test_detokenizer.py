@@ -1,4 +1,4 @@
-"""Text comes out token by token exactly as the whole would decode, and never half a character."""
+"""Text emitted token by token equals the whole decoded at once, and never contains half a character."""
 
 from collections.abc import Sequence
 
@@ -37,14 +37,14 @@ def test_prompt_and_deltas_together_are_the_text(kind: str, text: str, cut: floa
 
 @given(token_ids=st.lists(st.integers(0, 450), max_size=80))
 @settings(max_examples=100, deadline=None)
-def test_any_tokens_of_a_byte_level_vocabulary_give_the_text_of_the_whole(token_ids: list[int]) -> None:
+def test_any_byte_level_tokens_give_the_text_of_the_whole(token_ids: list[int]) -> None:
     tokenizer = byte_level()
     assert "".join(stream(tokenizer, [], token_ids)) == tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 @given(token_ids=st.lists(st.integers(3 + 0x80, 330), max_size=80))
 @settings(max_examples=100, deadline=None)
-def test_bytes_that_are_no_text_do_not_disturb_the_text_around_them(token_ids: list[int]) -> None:
+def test_invalid_bytes_do_not_disturb_the_surrounding_text(token_ids: list[int]) -> None:
     tokenizer = sentencepiece_like()
     out = "".join(stream(tokenizer, [], token_ids))
     whole = tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -54,7 +54,7 @@ def test_bytes_that_are_no_text_do_not_disturb_the_text_around_them(token_ids: l
 
 
 @kinds
-def test_a_character_comes_out_with_its_last_byte(kind: str) -> None:
+def test_a_character_is_emitted_with_its_last_byte(kind: str) -> None:
     tokenizer = KINDS[kind]()
     output = list(tokenizer.encode("🦊", add_special_tokens=False))
     assert len(output) > 2, "the vocabulary must not have this character"
@@ -65,7 +65,7 @@ def test_a_character_comes_out_with_its_last_byte(kind: str) -> None:
 
 
 @kinds
-def test_long_runs_of_split_characters_come_out_one_by_one(kind: str) -> None:
+def test_long_runs_of_split_characters_are_emitted_one_by_one(kind: str) -> None:
     tokenizer = KINDS[kind]()
     output = list(tokenizer.encode("🦊" * 100, add_special_tokens=False))
     deltas = stream(tokenizer, [], output)
@@ -74,7 +74,7 @@ def test_long_runs_of_split_characters_come_out_one_by_one(kind: str) -> None:
 
 
 @kinds
-def test_an_incomplete_character_at_the_end_comes_out_by_flush(kind: str) -> None:
+def test_an_incomplete_character_at_the_end_is_flushed(kind: str) -> None:
     tokenizer = KINDS[kind]()
     output = list(tokenizer.encode("the dog 🦊", add_special_tokens=False))[:-1]
     deltas = stream(tokenizer, [], output)
@@ -129,7 +129,7 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text(kind: str, text: str) -
     tokenizer = KINDS[kind]()
     unit = list(tokenizer.encode(text, add_special_tokens=False))
     if text == "\x80":
-        unit = unit[-1:]  # a byte that is no UTF-8
+        unit = unit[-1:]  # a byte that is not UTF-8
     counting = Counting(tokenizer)
     detokenizer = Detokenizer(counting)
     for token_id in unit * (1000 // len(unit)):

@@ -1,5 +1,4 @@
-"""Whatever kind of tokenizer a checkpoint has: prompt and deltas together are the text of the whole, at every
-split."""
+"""For every kind of tokenizer, prompt and deltas together are the text of the whole, at every split."""
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -48,7 +47,7 @@ def decoded(tokenizer: Tokenizer, token_ids: list[int]) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=texts)
 @settings(max_examples=150, deadline=None)
-def test_at_every_split_prompt_and_deltas_are_the_text_of_the_whole(kind: str, text: str) -> None:
+def test_prompt_and_deltas_form_the_whole_text_at_every_split(kind: str, text: str) -> None:
     tokenizer = KINDS[kind]()
     token_ids = list(tokenizer.encode(text))
     whole = decoded(tokenizer, token_ids)

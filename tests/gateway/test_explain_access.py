@@ -1,4 +1,4 @@
-"""Where keys scope the ids of requests, a request is found by the id that its client knows."""
+"""If keys scope request ids, a request is found by the id that its client knows."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -37,13 +37,13 @@ async def local(server: GatewayServer, tmp_path: Path) -> AsyncIterator["pdserve
 
 @pytest.fixture
 def admin(channel: grpc.aio.Channel) -> "pdserve_pb2_grpc.ClusterAsyncStub":
-    """Over TCP."""
+    """Connects over TCP."""
     return pdserve_pb2_grpc.ClusterStub(channel)
 
 
 @pytest.fixture
 async def made(generation: "pdserve_pb2_grpc.GenerationAsyncStub") -> None:
-    """alice/first, alice/both, bob/both."""
+    """Sends alice/first, alice/both and bob/both."""
     for key, request_id in ((ALICE, "first"), (ALICE, "both"), (BOB, "both")):
         prompt, sampling = pb.Prompt(text="the dog"), pb.SamplingParams(max_tokens=2)
         await generation.Generate(
@@ -53,7 +53,7 @@ async def made(generation: "pdserve_pb2_grpc.GenerationAsyncStub") -> None:
 
 
 async def explained(admin: "pdserve_pb2_grpc.ClusterAsyncStub", request_id: str, key: str | None) -> str:
-    """The request's id inside."""
+    """Returns the request's internal id."""
     shown = (("authorization", f"Bearer {key}"),) if key else ()
     return (await admin.Explain(pb.ExplainRequest(request_id=request_id), metadata=shown)).request_id
 
@@ -76,14 +76,14 @@ async def test_a_client_finds_its_own_requests_by_the_ids_it_gave(
 
 
 @pytest.mark.usefixtures("made")
-async def test_a_client_finds_nobody_elses(admin: "pdserve_pb2_grpc.ClusterAsyncStub") -> None:
+async def test_a_client_finds_no_other_clients_requests(admin: "pdserve_pb2_grpc.ClusterAsyncStub") -> None:
     for request_id in ("first", "alice/first", "cmpl-first", "../alice/first"):
         assert await code(admin, request_id, BOB) is grpc.StatusCode.NOT_FOUND
     assert await code(admin, "first", None) is grpc.StatusCode.UNAUTHENTICATED
 
 
 @pytest.mark.usefixtures("made")
-async def test_an_operator_finds_any_request_and_is_asked_whose_where_two_have_one_id(
+async def test_an_operator_finds_any_request_and_must_resolve_ambiguous_ids(
     admin: "pdserve_pb2_grpc.ClusterAsyncStub", local: "pdserve_pb2_grpc.ClusterAsyncStub"
 ) -> None:
     for door, key in ((admin, ROOT), (local, None)):
@@ -96,12 +96,12 @@ async def test_an_operator_finds_any_request_and_is_asked_whose_where_two_have_o
 
 
 @pytest.mark.usefixtures("made")
-async def test_the_id_in_an_answer_over_http_does_too(admin: "pdserve_pb2_grpc.ClusterAsyncStub") -> None:
+async def test_a_request_is_found_by_its_http_response_id(admin: "pdserve_pb2_grpc.ClusterAsyncStub") -> None:
     assert await explained(admin, "cmpl-first", ALICE) == "alice/first"
     assert await explained(admin, "chatcmpl-first", ROOT) == "alice/first"
 
 
-async def test_a_request_over_http_that_was_given_no_id_is_found_by_that_of_its_answer(
+async def test_an_http_request_without_an_id_is_found_by_its_response_id(
     server: GatewayServer, admin: "pdserve_pb2_grpc.ClusterAsyncStub"
 ) -> None:
     async with openai.AsyncOpenAI(base_url=f"http://{server.http_address}/v1", api_key=BOB) as client:

@@ -1,4 +1,4 @@
-"""HTTP is parsed a little in each turn of the loop, whoever sends how much of what costs most."""
+"""HTTP is parsed a little in each turn of the loop, however much expensive input clients send."""
 
 import asyncio
 from collections import Counter
@@ -14,7 +14,7 @@ from tests.gateway.support import ScriptedCluster
 
 
 class Bytes:
-    """A connection whose bytes all cost much."""
+    """A connection whose bytes are all expensive."""
 
     def __init__(self, name: str, count: int, fed: list[tuple[str, int]], is_urgent: bool = False) -> None:
         self._name, self._left, self._fed = name, count, fed
@@ -32,7 +32,7 @@ class Bytes:
 
 
 async def turns_of(feeder: Feeder, fed: list[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    """The feeding of each turn, until there is none."""
+    """Returns the feeding of each turn, until there is none."""
     turns = [list(fed)]
     while True:
         before = len(fed)
@@ -42,7 +42,7 @@ async def turns_of(feeder: Feeder, fed: list[tuple[str, int]]) -> list[list[tupl
         turns.append(fed[before:])
 
 
-async def test_no_turn_parses_more_than_its_part_however_many_connections_there_are() -> None:
+async def test_no_turn_parses_more_than_its_share_for_any_connection_count() -> None:
     fed: list[tuple[str, int]] = []
     feeder = Feeder()
     for index in range(40):
@@ -55,7 +55,7 @@ async def test_no_turn_parses_more_than_its_part_however_many_connections_there_
     assert set(totals.values()) == {45_000}
 
 
-async def test_heads_come_before_chunks_that_wait_longer() -> None:
+async def test_heads_precede_chunks_that_wait_longer() -> None:
     fed: list[tuple[str, int]] = []
     feeder = Feeder()
     for index in range(200):
@@ -90,7 +90,7 @@ async def test_tiny_chunks_are_a_body_like_any_other(server: GatewayServer) -> N
 
 
 @pytest.mark.parametrize("length", [b"", b"content-length: 1\r\n"])
-async def test_floods_of_tiny_chunks_do_not_keep_others_waiting(
+async def test_floods_of_tiny_chunks_do_not_delay_others(
     server: GatewayServer, cluster: ScriptedCluster, length: bytes
 ) -> None:
     """Others are answered while most of the flood is still unparsed, also where a length makes it look
@@ -132,10 +132,10 @@ NEXT = b"GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n"
         (b"host: another\r\ncontent-length: 2\r\n", b"{}"),
     ],
 )
-async def test_a_request_whose_end_is_ambiguous_is_the_last_of_its_connection(
+async def test_a_request_with_an_ambiguous_end_closes_its_connection(
     server: GatewayServer, head: bytes, body: bytes
 ) -> None:
-    """A proxy that reads it differently has taken what follows for another client's request."""
+    """A proxy that parses it differently has taken the data after it for another client's request."""
     reader, writer = await connection(server)
     writer.write(HEAD + head + b"\r\n" + body + NEXT)
     answer = await asyncio.wait_for(reader.read(), 30)
@@ -148,7 +148,7 @@ async def test_a_request_whose_end_is_ambiguous_is_the_last_of_its_connection(
     [b"x: " + b"a" * (MAX_HEADER_BYTES + 4096), b"a:\r\n" * (MAX_HEADER_LINES + SLICE_BYTES)],
     ids=["bytes", "lines"],
 )
-async def test_a_head_has_its_bounds_also_when_it_comes_whole(server: GatewayServer, head: bytes) -> None:
+async def test_a_head_received_at_once_is_bounded_too(server: GatewayServer, head: bytes) -> None:
     reader, writer = await connection(server)
     writer.write(b"GET /livez HTTP/1.1\r\nhost: localhost\r\n" + head + b"\r\n\r\n")
     assert (await asyncio.wait_for(reader.readline(), 30)).startswith(b"HTTP/1.1 400 ")

@@ -1,4 +1,4 @@
-"""What clients get for a good request: text, tokens, endings and the account of where the time went."""
+"""The responses to valid requests: text, tokens, finish reasons and the timeline."""
 
 from typing import cast
 
@@ -31,7 +31,7 @@ async def test_tokens_stream_with_contiguous_indices_then_one_end_each(
     )
 
 
-async def test_the_unary_answer_is_the_stream_put_together(generation: Stub) -> None:
+async def test_the_unary_answer_is_the_assembled_stream(generation: Stub) -> None:
     request = ask(max_tokens=9, n=2, logprobs=1, seed=1)
     events = await stream(generation, request)
     response = await generation.Generate(request)
@@ -44,7 +44,7 @@ async def test_the_unary_answer_is_the_stream_put_together(generation: Stub) -> 
     assert response.timeline == events[-1].end.timeline
 
 
-async def test_the_timeline_tells_each_leg(generation: Stub) -> None:
+async def test_the_timeline_reports_each_leg(generation: Stub) -> None:
     timeline = (await stream(generation, ask(max_tokens=2)))[-1].end.timeline
     assert timeline.first_token_s == pytest.approx(0.04)
     assert timeline.ended_s == pytest.approx(0.1)
@@ -119,21 +119,21 @@ async def test_stop_strings_do_not_count_before_min_tokens(
     assert events[-2].choice_end.stop_string == "quick"
 
 
-async def test_text_held_back_comes_at_the_end(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_text_held_back_is_sent_at_the_end(generation: Stub, cluster: ScriptedCluster) -> None:
     num_tokens = len(cluster.token_ids)
     events = await stream(generation, ask(max_tokens=num_tokens, stop=["lazy dog and more"]))
     assert text_of(events) == "the quick brown fox jumps over the lazy dog"
     assert events[-2].choice_end.finish_reason == pb.FINISH_REASON_LENGTH
 
 
-async def test_logprobs_come_with_their_tokens(generation: Stub) -> None:
+async def test_logprobs_are_sent_with_their_tokens(generation: Stub) -> None:
     events = await stream(generation, ask(max_tokens=2, logprobs=2))
     (first,) = events[0].tokens.logprobs
     assert first.logprob == -0.5
     assert [(top.token_id, top.logprob) for top in first.top] == [(0, -0.5), (1, -1.5)]
 
 
-async def test_leaving_a_stream_frees_what_it_holds(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_closing_a_stream_frees_its_resources(generation: Stub, cluster: ScriptedCluster) -> None:
     cluster.hold_after = 1
     call = generation.GenerateStream(ask(max_tokens=9))
     await call.read()
@@ -153,7 +153,7 @@ async def test_a_deadline_travels_with_the_request_and_ends_it(
     assert cluster.requests[0].deadline_s is not None
 
 
-async def test_a_request_counts_for_the_client_it_names_or_for_its_connection(
+async def test_a_request_counts_for_its_named_client_or_its_connection(
     generation: Stub, server: GatewayServer, cluster: ScriptedCluster
 ) -> None:
     named = ask()
@@ -175,7 +175,7 @@ async def test_without_a_deadline_a_request_has_none(generation: Stub, cluster: 
     assert cluster.requests[0].deadline_s is None
 
 
-async def test_a_client_that_stops_reading_frees_what_it_holds(
+async def test_a_client_that_stops_reading_frees_its_resources(
     generation: Stub, admin: "pdserve_pb2_grpc.ClusterAsyncStub", cluster: ScriptedCluster
 ) -> None:
     limits = "{max_message_bytes: 100000, max_tokens: 200, max_n: 4, max_unread_s: 0.05}"
@@ -196,7 +196,7 @@ async def test_a_client_that_stops_reading_frees_what_it_holds(
         (FinishReason.ERROR, grpc.StatusCode.UNAVAILABLE),
     ],
 )
-async def test_a_request_that_cannot_go_on_ends_with_its_status(
+async def test_a_request_that_cannot_continue_ends_with_its_status(
     generation: Stub, cluster: ScriptedCluster, reason: FinishReason, code: grpc.StatusCode
 ) -> None:
     cluster.ending = (reason, None)
@@ -208,7 +208,7 @@ async def test_a_request_that_cannot_go_on_ends_with_its_status(
     assert caught.value.code() is code
 
 
-async def test_a_client_that_comes_back_gets_the_tokens_and_the_text_that_it_lacks(generation: Stub) -> None:
+async def test_a_reconnecting_client_gets_its_missing_tokens_and_text(generation: Stub) -> None:
     request = ask(max_tokens=9, n=2, seed=1)
     request.request_id = "mine"
     whole = await stream(generation, request)
@@ -226,7 +226,7 @@ async def test_a_client_that_comes_back_gets_the_tokens_and_the_text_that_it_lac
         assert rest[-1].end.usage == whole[-1].end.usage
 
 
-async def test_a_stop_string_that_begins_before_the_gap_is_found_after_it(generation: Stub) -> None:
+async def test_a_stop_string_across_the_resumption_point_is_found(generation: Stub) -> None:
     request = ask(max_tokens=9, stop=["brown"])
     request.request_id = "mine"
     whole = await stream(generation, request)
@@ -236,7 +236,7 @@ async def test_a_stop_string_that_begins_before_the_gap_is_found_after_it(genera
     assert [event.choice_end.stop_string for event in rest if event.HasField("choice_end")] == ["brown"]
 
 
-async def test_without_a_seed_the_name_of_a_request_decides_its_output(
+async def test_without_a_seed_the_request_id_determines_the_output(
     generation: Stub, cluster: ScriptedCluster
 ) -> None:
     for name in ("a", "a", "b", "", ""):
@@ -258,7 +258,7 @@ async def test_without_a_seed_the_name_of_a_request_decides_its_output(
         ("", False),
     ],
 )
-async def test_a_request_carries_its_clients_span_when_that_is_well_formed(
+async def test_a_request_carries_its_clients_well_formed_span(
     header: str, is_taken: bool, generation: Stub, cluster: ScriptedCluster
 ) -> None:
     await generation.Generate(ask(max_tokens=1), metadata=(("traceparent", header),))

@@ -1,5 +1,5 @@
-"""What clients did to other servers, and what it does here: nothing to others, and a refusal that says
-why."""
+"""Attacks known from other servers have no effect on other clients here, and get a refusal that states the
+reason."""
 
 import asyncio
 import socket
@@ -39,7 +39,7 @@ async def still_serves(stub: Stub) -> bool:
 @pytest.mark.parametrize(
     "forged", ["a\nINFO all is well", "a\r", "\x1b[2Jgone", "a\x00b", "\u202eabc", "a\u2028b", "\x7f", "a\tb"]
 )
-async def test_names_that_would_forge_lines_of_a_log_are_refused(
+async def test_names_that_would_forge_log_lines_are_refused(
     generation: Stub, cluster: ScriptedCluster, caplog: pytest.LogCaptureFixture, field: str, forged: str
 ) -> None:
     names: dict[str, Any] = {field: forged}
@@ -77,7 +77,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("what", UNREADABLE)
 @pytest.mark.parametrize("method", ["Generation/Generate", "Generation/GenerateStream", "Cluster/Apply"])
-async def test_bytes_that_are_no_message_are_the_clients_mistake(
+async def test_malformed_bytes_are_the_clients_error(
     local_channel: grpc.aio.Channel,
     generation: Stub,
     caplog: pytest.LogCaptureFixture,
@@ -92,7 +92,7 @@ async def test_bytes_that_are_no_message_are_the_clients_mistake(
 
 
 def bombs() -> dict[str, pb.GenerateRequest]:
-    """Small for who sends them, large for who looks at each part."""
+    """Small to send, expensive to examine part by part."""
     messages = [pb.ChatMessage(role="u")] * 10_001
     return {
         "messages": pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat(messages=messages))),
@@ -106,7 +106,7 @@ def bombs() -> dict[str, pb.GenerateRequest]:
 
 
 @pytest.mark.parametrize("field", bombs())
-async def test_more_items_than_anybody_needs_are_refused_by_their_number(
+async def test_excessive_items_are_refused_by_their_number(
     generation: Stub, cluster: ScriptedCluster, field: str
 ) -> None:
     error = await refusal(anext(aiter(generation.GenerateStream(bombs()[field]))))
@@ -115,7 +115,7 @@ async def test_more_items_than_anybody_needs_are_refused_by_their_number(
     assert cluster.requests == []
 
 
-async def test_a_configuration_of_a_size_that_none_has_is_refused(
+async def test_an_oversized_configuration_is_refused(
     admin: "pdserve_pb2_grpc.ClusterAsyncStub",
 ) -> None:
     error = await refusal(admin.Apply(pb.ApplyRequest(config_yaml="[" * 70_000)))
@@ -134,7 +134,7 @@ async def test_a_configuration_that_is_deep_or_grows_is_refused(
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_connection_that_says_nothing_is_closed(
+async def test_a_silent_connection_is_closed(
     cluster: ScriptedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.gateway.conftest import CONFIG
@@ -150,7 +150,9 @@ async def test_a_connection_that_says_nothing_is_closed(
         await server.stop(0)
 
 
-async def test_what_is_no_http2_is_hung_up_on(server: GatewayServer, generation: Stub) -> None:
+async def test_a_peer_that_does_not_speak_http2_is_disconnected(
+    server: GatewayServer, generation: Stub
+) -> None:
     for said in (
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"\x16\x03\x01" + bytes(64),

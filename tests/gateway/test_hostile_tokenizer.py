@@ -1,5 +1,4 @@
-"""Tokenizers that were made to do harm end in an error of the checkpoint, and harm a process that is there
-for that alone."""
+"""Malicious tokenizers end in a checkpoint error, and harm only the process that exists for loading them."""
 
 import base64
 import json
@@ -71,7 +70,7 @@ def template(num_texts: int, num_ids: int) -> Json:
 
 
 def charsmap(*replacements: bytes) -> str:
-    """SentencePiece's, without a tree."""
+    """SentencePiece's map without a tree."""
     return base64.b64encode(bytes(4) + b"\0".join(replacements)).decode()
 
 
@@ -139,7 +138,7 @@ def test_usual_tokenizers_are_within_the_bounds(kind: Any) -> None:
 
 
 def test_the_tokenizer_of_a_multilingual_sentencepiece_is_within_the_bounds() -> None:
-    """Its longest replacement has 33 bytes, as that of U+FDFA."""
+    """Its longest replacement has 33 bytes, like that of U+FDFA."""
     steps = (
         {"type": "Precompiled", "precompiled_charsmap": charsmap(b"x" * 33)},
         replace(" ", Regex=" {2,}"),
@@ -164,7 +163,7 @@ def test_a_decoder_searches_for_short_texts_only() -> None:
         check_growth(parts(decoder=replace("", String="x" * 17)))
 
 
-def test_tokens_at_random_are_refused() -> None:
+def test_a_randomised_tokenizer_is_refused() -> None:
     check_growth(parts(model={"dropout": 0.0}))
     with pytest.raises(CheckpointError, match=r"its model's dropout is 0\.5, expected none"):
         check_growth(parts(model={"dropout": 0.5}))
@@ -221,7 +220,7 @@ def test_no_text_grows_beyond_the_bound(steps: list[Any], text: str) -> None:
 
 
 def directory(path: Path, **changes: Any) -> Path:
-    """A checkpoint's directory with a tokenizer whose JSON has `changes`."""
+    """Returns a checkpoint directory with a tokenizer whose JSON has `changes`."""
     path.mkdir(exist_ok=True)
     (path / "tokenizer.json").write_text(json.dumps(json.loads(byte_level().to_json()) | changes))
     (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -349,7 +348,7 @@ def test_json_of_all_kinds_is_refused(tmp_path: Path, content: str) -> None:
     assert "its tokenizer cannot be loaded: " in refusal(path)
 
 
-def test_a_chat_template_that_is_none_is_refused_with_the_tokenizer(tmp_path: Path) -> None:
+def test_an_invalid_chat_template_is_refused_with_the_tokenizer(tmp_path: Path) -> None:
     path = directory(tmp_path / "model")
     (path / "chat_template.jinja").write_text("{{ " + "9" * 5000 + " }}")
     assert "its chat template cannot be compiled: Exceeds the limit" in refusal(path)
@@ -365,7 +364,7 @@ def test_code_that_comes_with_a_checkpoint_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_text_that_the_tokenizer_fails_over_is_an_invalid_request() -> None:
+def test_a_text_that_the_tokenizer_fails_on_is_an_invalid_request() -> None:
     data = exported(byte_level().pretrained)
     backend = Backend.from_str(data.backend_json)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("(b+)+$"), "isolated")
@@ -375,7 +374,7 @@ def test_a_text_that_the_tokenizer_fails_over_is_an_invalid_request() -> None:
         tokenizer.encode("b" * 64 + "!")
 
 
-def test_tokens_that_the_tokenizer_fails_over_are_an_invalid_request() -> None:
+def test_tokens_that_the_tokenizer_fails_on_are_an_invalid_request() -> None:
     data = exported(byte_level().pretrained)
     backend = Backend.from_str(data.backend_json)
     backend.decoder = decoders.Sequence(

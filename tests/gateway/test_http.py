@@ -1,4 +1,4 @@
-"""The HTTP door as clients see it: the official client, sync and async, streams, errors, probes."""
+"""The HTTP server as clients see it: the official client, sync and async, streams, errors, probes."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ async def client(server: GatewayServer) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 async def chunks(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
-    """The events of a stream; the last one must be the end."""
+    """Returns the events of a stream; the last one must be the end."""
     response = await http.post(path, json=body | {"stream": True})
     assert (response.status_code, response.headers["content-type"]) == (
         200,
@@ -49,7 +49,7 @@ async def chunks(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
 
 
 def check(model: type[BaseModel], answer: Any) -> Any:
-    """The answer, which must be as OpenAPI describes it."""
+    """Returns the response, which must match its OpenAPI description."""
     model.model_validate(answer)
     return answer
 
@@ -149,7 +149,7 @@ async def test_errors_are_those_of_the_official_client(
     assert (gone.value.status_code, gone.value.response.headers["retry-after"]) == (503, "1")
 
 
-async def test_the_official_client_comes_back_when_it_is_told_to(
+async def test_the_official_client_retries_after_the_stated_delay(
     server: GatewayServer, cluster: ScriptedCluster
 ) -> None:
     cluster.refusal = QueueFull(1024, 0.01)
@@ -163,7 +163,7 @@ async def test_the_official_client_comes_back_when_it_is_told_to(
 
 
 @pytest.mark.parametrize("reason", [FinishReason.ERROR, FinishReason.DEADLINE])
-async def test_what_goes_wrong_within_a_stream_is_an_event_of_it(
+async def test_an_error_within_a_stream_is_an_event_of_it(
     client: openai.AsyncOpenAI, cluster: ScriptedCluster, reason: FinishReason
 ) -> None:
     cluster.ending = (reason, "it went wrong")
@@ -173,7 +173,7 @@ async def test_what_goes_wrong_within_a_stream_is_an_event_of_it(
             pass
 
 
-async def test_a_bug_of_ours_tells_clients_nothing_but_that(
+async def test_an_internal_error_reveals_no_details_to_clients(
     http: httpx.AsyncClient, cluster: ScriptedCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster.refusal = RuntimeError("a secret")  # type: ignore[assignment]
@@ -212,7 +212,7 @@ async def test_chunks_are_as_described(http: httpx.AsyncClient) -> None:
         check(answers.ChatCompletionChunk, chunk)
 
 
-async def test_a_stream_put_together_is_the_whole_answer(http: httpx.AsyncClient) -> None:
+async def test_an_assembled_stream_is_the_whole_answer(http: httpx.AsyncClient) -> None:
     body = {
         "prompt": ["hello", "hi"],
         "n": 2,
@@ -236,7 +236,7 @@ async def test_a_stream_put_together_is_the_whole_answer(http: httpx.AsyncClient
         assert mine[-1]["stop_reason"] == choice["stop_reason"] == "fox"
 
 
-async def test_usage_goes_on_with_each_chunk_when_asked_for(http: httpx.AsyncClient) -> None:
+async def test_usage_is_in_each_chunk_on_request(http: httpx.AsyncClient) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     parts = await chunks(http, "/v1/completions", prompt="hello", max_tokens=4, stream_options=options)
     assert [part["usage"]["completion_tokens"] for part in parts] == [1, 2, 3, 4, 4, 4]
@@ -251,7 +251,7 @@ async def test_echo_begins_with_the_prompt(http: httpx.AsyncClient) -> None:
     assert ids["choices"][0]["text"] == "thethe"
 
 
-async def test_an_echo_with_logprobs_tells_those_of_the_prompt(http: httpx.AsyncClient) -> None:
+async def test_an_echo_with_logprobs_includes_those_of_the_prompt(http: httpx.AsyncClient) -> None:
     body = {"prompt": [[258, 77], [80]], "max_tokens": 1, "echo": True, "logprobs": 1, "n": 2}
     answer = check(answers.Completion, (await http.post("/v1/completions", json=body)).json())
     streamed = [
@@ -259,10 +259,10 @@ async def test_an_echo_with_logprobs_tells_those_of_the_prompt(http: httpx.Async
         for chunk in await chunks(http, "/v1/completions", **body)
     ]
     for choice in answer["choices"]:
-        (told,) = (
+        (part_logprobs,) = (
             part["logprobs"] for part in streamed if part["index"] == choice["index"] and part["logprobs"]
         )
-        assert told == choice["logprobs"]
+        assert part_logprobs == choice["logprobs"]
     first, _, second, _ = (choice["logprobs"] for choice in answer["choices"])
     assert first["tokens"] == ["he", "l", "the"]
     assert first["token_logprobs"] == [None, -1.0, -0.5]
@@ -277,7 +277,7 @@ async def test_metrics_are_those_of_the_cluster(http: httpx.AsyncClient, cluster
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def test_a_chat_without_a_limit_may_use_all_the_room_there_is(
+async def test_a_chat_without_a_limit_may_use_all_room(
     http: httpx.AsyncClient, cluster: ScriptedCluster
 ) -> None:
     await http.post("/v1/chat/completions", json={"messages": [USER]})
@@ -286,9 +286,7 @@ async def test_a_chat_without_a_limit_may_use_all_the_room_there_is(
     assert [request.sampling.max_tokens for request in cluster.requests] == [200, 16, 16]
 
 
-async def test_a_request_keeps_the_id_that_it_came_with(
-    http: httpx.AsyncClient, cluster: ScriptedCluster
-) -> None:
+async def test_a_request_keeps_its_clients_id(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
     response = await http.post("/v1/completions", json={"prompt": "hello"}, headers={"X-Request-Id": "mine"})
     assert (response.headers["x-request-id"], response.json()["id"]) == ("mine", "cmpl-mine")
     several = await http.post(
@@ -311,7 +309,7 @@ async def test_a_request_counts_for_its_user_or_for_its_host(
     assert [request.client for request in cluster.requests] == ["id:alice", "http:127.0.0.1"]
 
 
-async def test_fields_that_change_nothing_are_taken(http: httpx.AsyncClient) -> None:
+async def test_fields_without_effect_are_accepted(http: httpx.AsyncClient) -> None:
     nothing = {
         "logit_bias": {},
         "response_format": {"type": "text"},
@@ -339,7 +337,7 @@ async def test_tokenize_and_detokenize_are_each_others_way_back(
     assert cluster.tokenizer.decode(chat["tokens"]) == "<|im_start|>user\nhello<|im_end|>\n"
 
 
-async def test_probes_tell_how_the_cluster_fares(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
+async def test_probes_report_the_clusters_health(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
     async def statuses() -> list[int]:
         return [
             (await http.get(f"/{probe}")).status_code for probe in ("livez", "readyz", "health", "startupz")
@@ -363,7 +361,7 @@ async def test_probes_tell_how_the_cluster_fares(http: httpx.AsyncClient, cluste
     assert await statuses() == [200, 503, 503, 200]
 
 
-async def test_models_and_version_are_told(http: httpx.AsyncClient) -> None:
+async def test_models_and_version_are_reported(http: httpx.AsyncClient) -> None:
     assert check(answers.Models, (await http.get("/v1/models")).json())["data"][0]["id"] == "tiny"
     check(answers.ServedModel, (await http.get("/v1/models/tiny")).json())
     assert (await http.get("/v1/models/gpt")).status_code == 404

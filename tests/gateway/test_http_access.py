@@ -1,4 +1,4 @@
-"""Keys and TLS hold on the HTTP door as they hold on that of gRPC."""
+"""Keys and TLS protect the HTTP server as they protect gRPC's."""
 
 import ssl
 from collections.abc import AsyncIterator
@@ -46,7 +46,7 @@ def official(server: GatewayServer, key: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(base_url=f"http://{server.http_address}/v1", api_key=key, max_retries=0)
 
 
-async def test_every_path_needs_a_key_but_probes(server: GatewayServer) -> None:
+async def test_every_path_except_probes_needs_a_key(server: GatewayServer) -> None:
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
         for path in ("/v1/models", "/v1/models/tiny", "/version", "/openapi.json", "/nothing"):
             assert (await http.get(path)).status_code == 401
@@ -67,7 +67,7 @@ async def test_a_probe_without_a_key_is_get_or_head(server: GatewayServer, metho
             assert (await http.head(path)).status_code != 401
 
 
-async def test_metrics_are_for_keys_that_are_marked(server: GatewayServer, cluster: ScriptedCluster) -> None:
+async def test_metrics_require_a_marked_key(server: GatewayServer, cluster: ScriptedCluster) -> None:
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
         refused = await http.get("/metrics", headers=bearer(BOB))
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_permitted")
@@ -76,7 +76,9 @@ async def test_metrics_are_for_keys_that_are_marked(server: GatewayServer, clust
             assert (await http.get("/metrics", headers=bearer(key))).content == cluster.metrics()
 
 
-async def test_workers_are_named_to_keys_alone(server: GatewayServer, cluster: ScriptedCluster) -> None:
+async def test_workers_are_named_only_to_clients_with_a_key(
+    server: GatewayServer, cluster: ScriptedCluster
+) -> None:
     stalled = tuple(replace(worker, stalled_s=31.0) for worker in cluster.state.workers)
     cluster.change(workers=stalled)
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
@@ -96,7 +98,7 @@ async def test_workers_are_named_to_keys_alone(server: GatewayServer, cluster: S
         assert "decode-0: no step" in (await http.get("/health", headers=bearer(BOB))).text
 
 
-async def test_with_keys_any_host_may_be_asked_for(server: GatewayServer) -> None:
+async def test_with_keys_any_host_is_accepted(server: GatewayServer) -> None:
     async with httpx.AsyncClient(base_url=f"http://{server.http_address}", trust_env=False) as http:
         assert (await http.get("/livez", headers={"host": "serve.example"})).status_code == 200
 
@@ -150,12 +152,12 @@ def test_a_host_is_an_address_localhost_or_listed(host: str, is_allowed: bool) -
     assert (host in AllowedHosts(["A.b"])) is is_allowed
 
 
-async def test_the_official_client_comes_in_by_its_key(
+async def test_the_official_client_is_admitted_by_its_key(
     server: GatewayServer, cluster: ScriptedCluster
 ) -> None:
-    async with official(server, "sk-wrong") as stranger:
+    async with official(server, "sk-wrong") as unauthenticated:
         with pytest.raises(openai.AuthenticationError, match="not a key of this server") as refused:
-            await stranger.completions.create(model="tiny", prompt="hello")
+            await unauthenticated.completions.create(model="tiny", prompt="hello")
         assert refused.value.code == "unauthenticated"
     async with official(server, BOB) as bob:
         headers = {"x-request-id": "mine"}
@@ -166,7 +168,7 @@ async def test_the_official_client_comes_in_by_its_key(
     assert (cluster.requests[0].client, cluster.requests[0].request_id) == ("key:bob", "bob/mine")
 
 
-async def test_a_key_that_has_used_up_its_rate_is_told_when_to_come_back(server: GatewayServer) -> None:
+async def test_an_exhausted_key_is_informed_when_to_retry(server: GatewayServer) -> None:
     async with official(server, ALICE) as alice:
         await alice.completions.create(model="tiny", prompt="hello", max_tokens=140)
         with pytest.raises(openai.RateLimitError, match="alice: tokens_per_minute is 150") as much:

@@ -1,5 +1,4 @@
-"""Clients that go away, read too slowly, send too slowly, or send too much: none of them holds anything for
-long."""
+"""Clients that disconnect, read or send too slowly, or send too much hold no resource for long."""
 
 import asyncio
 import json
@@ -20,7 +19,7 @@ JSON = {"content-type": "application/json"}
 
 
 class RawClient:
-    """A client that writes bytes."""
+    """A client that writes raw bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -37,7 +36,7 @@ class RawClient:
         self.writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
 
     async def until_closed(self) -> bytes:
-        """What still comes."""
+        """Returns the rest of the received data."""
         parts = []
         try:
             while part := await self.reader.read(65536):
@@ -62,7 +61,7 @@ async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("num_prompts", [1, 3])
-async def test_a_client_that_goes_away_frees_what_it_holds(
+async def test_a_disconnecting_client_frees_its_resources(
     raw: RawClient, cluster: ScriptedCluster, stream: bool, num_prompts: int
 ) -> None:
     cluster.hold_after = 1
@@ -78,9 +77,7 @@ async def test_a_client_that_goes_away_frees_what_it_holds(
     assert sorted(cluster.closed) == sorted(request.request_id for request in cluster.requests)
 
 
-async def test_one_prompt_that_is_refused_frees_the_others(
-    http: httpx.AsyncClient, cluster: ScriptedCluster
-) -> None:
+async def test_a_refused_prompt_frees_the_others(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
     headers = {"x-request-id": "a"}
     cluster.refused_ids = {"a-2"}
     cluster.hold_after = 0
@@ -91,13 +88,13 @@ async def test_one_prompt_that_is_refused_frees_the_others(
     assert sorted(cluster.closed) == ["a-0", "a-1", "a-2"]
 
 
-async def test_a_client_that_does_not_read_holds_its_stream_back_and_is_ended() -> None:
+async def test_a_client_that_does_not_read_is_ended() -> None:
     cluster = ScriptedCluster(byte_level())
     limits = CONFIG.limits.model_copy(update={"max_unread_s": 0.05})
     config = CONFIG.model_copy(update={"limits": limits})
     server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))
     client = await RawClient.connect(server)
-    cluster.num_extra_logprobs = 50_000  # each message is larger than what a connection holds
+    cluster.num_extra_logprobs = 50_000  # each message exceeds a connection's buffers
     messages = [{"role": "user", "content": "hello"}]
     client.post("/v1/chat/completions", messages=messages, max_tokens=200, logprobs=True, stream=True)
     await cluster.all_closed.wait()
@@ -108,7 +105,7 @@ async def test_a_client_that_does_not_read_holds_its_stream_back_and_is_ended() 
     await server.stop(0)
 
 
-async def test_a_body_that_is_too_large_is_refused_before_it_is_read(
+async def test_an_oversized_body_is_refused_before_it_is_read(
     http: httpx.AsyncClient, cluster: ScriptedCluster
 ) -> None:
     async def parts() -> AsyncIterator[bytes]:
@@ -128,7 +125,7 @@ async def test_a_deep_body_is_refused(http: httpx.AsyncClient) -> None:
         assert "recursion limit" in response.json()["error"]["message"]
 
 
-async def test_a_wrong_body_makes_a_short_answer(http: httpx.AsyncClient) -> None:
+async def test_an_invalid_body_gets_a_short_answer(http: httpx.AsyncClient) -> None:
     for body in (
         {"prompt": [True] * 9000},
         {"prompt": "a", "stop": [1] * 9000},
@@ -139,8 +136,9 @@ async def test_a_wrong_body_makes_a_short_answer(http: httpx.AsyncClient) -> Non
         assert len(response.content) < 500
 
 
-async def test_only_json_is_taken(http: httpx.AsyncClient) -> None:
-    """A web page may send a form or a text to a server on this machine without asking it, but not JSON."""
+async def test_only_json_is_accepted(http: httpx.AsyncClient) -> None:
+    """A web page may send a form or a text to a server on this machine without a preflight request, but not
+    JSON."""
     response = await http.post(
         "/v1/completions", content='{"prompt": "hello"}', headers={"content-type": "text/plain"}
     )
@@ -152,7 +150,7 @@ async def test_a_head_that_is_too_large_is_refused(raw: RawClient) -> None:
     assert (await raw.until_closed()).startswith(b"HTTP/1.1 400 ")
 
 
-async def test_what_is_not_http_is_refused(raw: RawClient) -> None:
+async def test_other_protocols_than_http_are_refused(raw: RawClient) -> None:
     raw.writer.write(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
     assert (await raw.until_closed()).startswith(b"HTTP/1.1 400 ")
 
@@ -251,7 +249,7 @@ async def test_a_port_in_use_is_named(server: GatewayServer) -> None:
         )
 
 
-async def test_http_can_be_left_out() -> None:
+async def test_http_can_be_disabled() -> None:
     cluster = ScriptedCluster(byte_level())
     config = CONFIG.model_copy(update={"listen": CONFIG.listen.model_copy(update={"http": None})})
     server = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer))

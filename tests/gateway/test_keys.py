@@ -48,7 +48,7 @@ def shown(key: str) -> str:
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Changes of it count at once."""
+    """Changes to the file take effect at once."""
     monkeypatch.setattr(key_file, "SETTLE_S", 0.0)
     path = tmp_path / "keys"
     write(
@@ -74,13 +74,13 @@ def admitted(access: Access, need: RequiredAccess, key: str, now_s: float = 0.0)
     return caller
 
 
-def test_a_line_says_all_of_a_key_but_the_key(file: Path) -> None:
+def test_a_line_describes_a_key_without_revealing_it(file: Path) -> None:
     for key in parse_keys(file.read_text(), "keys"):
         assert parse_keys(key.line, "keys") == (key,)
     assert ALICE not in file.read_text() and digest_of(ALICE).hex() in file.read_text()
 
 
-def test_mistakes_are_told_by_line_and_without_what_stands_there() -> None:
+def test_mistakes_are_reported_by_line_without_its_content() -> None:
     good = make_key("a", ALICE).line
     text = (
         f"{good}\n{ALICE}\nb sha256:12\n-x {good.split()[1]}\n{good} requests_per_minute=0\n{good}"
@@ -104,7 +104,7 @@ def test_mistakes_are_told_by_line_and_without_what_stands_there() -> None:
     "value",
     [None, "", ALICE, f"Basic {ALICE}", "Bearer ", f"Bearer {ALICE}x", shown(new_key()), "Bearer \udcff"],
 )
-def test_nobody_comes_in_without_a_known_key(file: Path, value: str | None) -> None:
+def test_a_client_without_a_known_key_is_refused(file: Path, value: str | None) -> None:
     for need in (RequiredAccess.KEY, RequiredAccess.REQUEST, RequiredAccess.ADMIN):
         with pytest.raises(Unauthenticated, match="expected `Bearer KEY`"):
             Access(str(file)).admit(need, value, 0.0)
@@ -115,13 +115,13 @@ def test_a_key_is_recognised_where_none_is_needed(file: Path) -> None:
     assert admitted(Access(str(file)), RequiredAccess.NOTHING, ALICE).name == "alice"
 
 
-def test_hashes_with_the_same_beginning_are_told_apart() -> None:
+def test_hashes_with_the_same_prefix_are_distinguished() -> None:
     twin = ApiKey("twin", digest_of(ALICE)[:4] + bytes(28))
     assert KeyRing([twin]).find(ALICE) is None
     assert KeyRing([twin, make_key("alice", ALICE), twin]).find(ALICE) == make_key("alice", ALICE)
 
 
-def test_only_keys_that_are_marked_read_metrics(file: Path) -> None:
+def test_only_marked_keys_read_metrics(file: Path) -> None:
     write(
         file,
         make_key("alice", ALICE),
@@ -136,14 +136,14 @@ def test_only_keys_that_are_marked_read_metrics(file: Path) -> None:
         access.admit(RequiredAccess.ADMIN, shown(PROM), 0.0)
 
 
-def test_only_keys_that_are_marked_administer(file: Path) -> None:
+def test_only_marked_keys_administer(file: Path) -> None:
     access = Access(str(file))
     assert admitted(access, RequiredAccess.ADMIN, BOB).name == "bob"
     with pytest.raises(NotPermitted, match="alice"):
         access.admit(RequiredAccess.ADMIN, shown(ALICE), 0.0)
 
 
-def test_requests_beyond_the_rate_are_refused_with_the_time_to_wait(file: Path) -> None:
+def test_requests_beyond_the_rate_are_refused_with_a_retry_delay(file: Path) -> None:
     access = Access(str(file))
     for _ in range(2):
         admitted(access, RequiredAccess.REQUEST, ALICE)
@@ -155,7 +155,7 @@ def test_requests_beyond_the_rate_are_refused_with_the_time_to_wait(file: Path) 
     admitted(access, RequiredAccess.REQUEST, ALICE, 30.0)
 
 
-def test_tokens_are_taken_for_all_that_may_be_produced_and_given_back_for_what_was_not(file: Path) -> None:
+def test_possible_tokens_are_charged_and_unproduced_ones_refunded(file: Path) -> None:
     write(file, make_key("alice", ALICE, tokens_per_minute=600))
     access = Access(str(file))
     caller = admitted(access, RequiredAccess.KEY, ALICE)
@@ -169,7 +169,7 @@ def test_tokens_are_taken_for_all_that_may_be_produced_and_given_back_for_what_w
         access.charge(caller, [price_of(1, 1)], 0.0)
 
 
-def test_a_request_that_is_refused_before_its_prompt_is_tokenised_costs_no_tokens(file: Path) -> None:
+def test_a_request_refused_before_tokenisation_costs_no_tokens(file: Path) -> None:
     write(file, make_key("alice", ALICE, tokens_per_minute=600))
     access = Access(str(file))
     caller = admitted(access, RequiredAccess.KEY, ALICE)
@@ -190,8 +190,8 @@ def test_prompts_and_choices_of_one_call_count_as_requests(file: Path) -> None:
         access.admit(RequiredAccess.REQUEST, shown(ALICE), 0.0)
 
 
-def test_a_call_of_more_requests_than_a_minute_has_passes_once_the_rate_is_unused(file: Path) -> None:
-    """Its first request is counted when it is admitted: the others wait for the rest of a minute, not for one
+def test_a_call_above_the_rate_passes_once_its_bucket_is_full(file: Path) -> None:
+    """Its first request is counted on admission: the others wait for the rest of a minute, not for one
     more."""
     write(file, make_key("alice", ALICE, requests_per_minute=3))
     access = Access(str(file))
@@ -206,7 +206,7 @@ def test_a_call_of_more_requests_than_a_minute_has_passes_once_the_rate_is_unuse
     assert caught.value.retry_after_s == pytest.approx(14 * 20.0)
 
 
-def test_a_call_that_one_rate_refuses_takes_nothing_of_the_other(file: Path) -> None:
+def test_a_call_refused_by_one_rate_charges_no_other(file: Path) -> None:
     write(file, make_key("alice", ALICE, requests_per_minute=4, tokens_per_minute=100))
     access = Access(str(file))
     caller = admitted(access, RequiredAccess.REQUEST, ALICE)
@@ -224,7 +224,7 @@ def test_a_key_without_limits_has_none(file: Path) -> None:
         access.charge(admitted(access, RequiredAccess.REQUEST, BOB), [price_of(1000, 1000, n=16)] * 64, 0.0)
 
 
-def test_keys_that_are_added_or_taken_away_count_at_once(file: Path) -> None:
+def test_added_and_removed_keys_take_effect_at_once(file: Path) -> None:
     access = Access(str(file))
     alice = admitted(access, RequiredAccess.KEY, ALICE)
     write(file, make_key("carol", carol := new_key()))
@@ -235,7 +235,7 @@ def test_keys_that_are_added_or_taken_away_count_at_once(file: Path) -> None:
         access.check_still(alice, RequiredAccess.REQUEST)
 
 
-def test_a_call_may_go_on_only_as_what_its_key_may_still_do(file: Path) -> None:
+def test_a_call_continues_only_while_its_key_permits_it(file: Path) -> None:
     access = Access(str(file))
     bob = admitted(access, RequiredAccess.ADMIN, BOB)
     write(file, make_key("bob", BOB))
@@ -243,14 +243,14 @@ def test_a_call_may_go_on_only_as_what_its_key_may_still_do(file: Path) -> None:
     access.check_still(bob, RequiredAccess.REQUEST)
     with pytest.raises(NotPermitted, match="administer"):
         access.check_still(bob, RequiredAccess.ADMIN)
-    write(file, make_key("robert", BOB))  # another's now: what is open counts for the old name
+    write(file, make_key("robert", BOB))  # another's now: open calls count for the old name
     access.look(0.0)
     with pytest.raises(Revoked):
         access.check_still(bob, RequiredAccess.REQUEST)
     access.check_still(bob, RequiredAccess.NOTHING)
 
 
-def test_what_a_key_has_used_up_stays_used_up_when_the_file_changes(file: Path) -> None:
+def test_a_keys_usage_survives_changes_of_the_file(file: Path) -> None:
     access = Access(str(file))
     for _ in range(2):
         admitted(access, RequiredAccess.REQUEST, ALICE)
@@ -259,7 +259,7 @@ def test_what_a_key_has_used_up_stays_used_up_when_the_file_changes(file: Path) 
         access.admit(RequiredAccess.REQUEST, shown(ALICE), 5.0)
 
 
-def test_a_file_that_is_being_written_neither_drops_nor_widens_a_key(
+def test_a_half_written_file_neither_drops_nor_widens_a_key(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(key_file, "SETTLE_S", 0.2)
@@ -267,7 +267,7 @@ def test_a_file_that_is_being_written_neither_drops_nor_widens_a_key(
     text = file.read_text()
     last = make_key("carol", new_key()).line
     for now_s, length in enumerate(range(0, len(text), 5)):
-        file.write_text(text[:length])  # as far as it has come
+        file.write_text(text[:length])  # as far as it is written
         access.look(0.15 * now_s)
         assert access.names == ("alice", "bob")
         for _ in range(2):
@@ -301,8 +301,8 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
     assert access.names == ("alice", "bob")
 
 
-def test_another_users_link_in_the_files_place_leaves_the_keys_in_force(file: Path, tmp_path: Path) -> None:
-    """What it leads to must be the server's user's as well."""
+def test_another_users_link_to_the_file_leaves_the_keys_in_force(file: Path, tmp_path: Path) -> None:
+    """The link's target must belong to the server's user as well."""
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
     access = Access(str(file))
@@ -317,7 +317,7 @@ def test_another_users_link_in_the_files_place_leaves_the_keys_in_force(file: Pa
 
 
 @pytest.mark.parametrize("change", ["text", "mode", "owner"])
-def test_a_file_that_has_become_wrong_leaves_the_keys_in_force(
+def test_a_file_that_becomes_invalid_leaves_the_keys_in_force(
     file: Path, caplog: pytest.LogCaptureFixture, change: str
 ) -> None:
     if change == "owner" and os.geteuid() != 0:
@@ -356,7 +356,7 @@ def test_a_missing_file_revokes_all_keys_after_a_moment(file: Path, caplog: pyte
     file.write_text(text)
     file.chmod(0o600)
     admitted(access, RequiredAccess.KEY, ALICE, MISSING_GRACE_S)
-    with pytest.raises(RateLimited):  # nor is what was used up forgotten
+    with pytest.raises(RateLimited):  # usage is kept, too
         access.admit(RequiredAccess.REQUEST, shown(ALICE), MISSING_GRACE_S)
 
 
@@ -369,8 +369,8 @@ def test_a_file_that_is_replaced_by_renaming_revokes_nothing(file: Path) -> None
         admitted(access, RequiredAccess.KEY, ALICE, now_s)
 
 
-def test_a_file_that_may_not_be_read_any_more_revokes_all_keys(file: Path) -> None:
-    """Root may read everything, and is somebody else for a while."""
+def test_a_file_that_becomes_unreadable_revokes_all_keys(file: Path) -> None:
+    """Root may read everything, so it becomes another user for a while."""
     access = Access(str(file))
     file.chmod(0)
     with unprivileged():
@@ -405,7 +405,7 @@ def test_a_file_that_cannot_be_used_is_refused_at_start(
 
 
 def test_a_file_of_another_user_is_refused(file: Path) -> None:
-    """Whoever owns it can add a key at any time."""
+    """The owner can add a key at any time."""
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
     os.chown(file, NOBODY, -1)
@@ -417,7 +417,7 @@ def test_a_file_of_another_user_is_refused(file: Path) -> None:
     ("owner", "euid", "mode", "is_right"),
     [
         (1000, 1000, 0o600, True),
-        (0, 1000, 0o640, True),  # as a package or a container has it
+        (0, 1000, 0o640, True),  # as a package or a container installs it
         (0, 1000, 0o400, True),
         (1001, 1000, 0o600, False),
         (1000, 0, 0o600, False),
@@ -427,14 +427,14 @@ def test_a_file_of_another_user_is_refused(file: Path) -> None:
         (0, 0, 0o602, False),
     ],
 )
-def test_a_secret_belongs_to_the_server_and_is_not_for_others(
+def test_a_secret_belongs_to_the_server_and_is_unreadable_for_others(
     owner: int, euid: int, mode: int, is_right: bool
 ) -> None:
     status = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, owner, 100, 0, 0, 0, 0))
     assert (expected_rights(status, euid) is None) is is_right
 
 
-def test_a_pipe_in_place_of_the_file_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_the_file_blocks_nothing(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "keys", 0o600)
     with pytest.raises(ConfigError, match="a regular file"):
         Access(str(tmp_path / "keys"))
@@ -452,7 +452,7 @@ def test_a_pipe_in_place_of_the_file_holds_nobody_up(tmp_path: Path) -> None:
         ("tokens_per_minute", "not known"),
     ],
 )
-def test_a_word_that_is_wrong_is_refused(words: str, problem: str) -> None:
+def test_an_invalid_word_is_refused(words: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         parse_keys(f"{make_key('a', ALICE).line} {words}\n", "keys")
 
@@ -467,7 +467,7 @@ def test_all_words_of_a_line_are_read_back() -> None:
     st.integers(1, 1000),
     st.lists(st.tuples(st.floats(0, 100), st.integers(0, 2000), st.booleans()), max_size=30),
 )
-def test_a_bucket_lets_through_no_more_than_a_minutes_worth_and_what_time_brings(
+def test_a_bucket_admits_at_most_its_burst_plus_its_refill(
     per_minute: int, steps: list[tuple[float, int, bool]]
 ) -> None:
     bucket, now_s, taken, largest = TokenBucket(per_minute, 0.0), 0.0, 0.0, 0
@@ -476,7 +476,7 @@ def test_a_bucket_lets_through_no_more_than_a_minutes_worth_and_what_time_brings
         delay_s = bucket.take(amount, now_s)
         if delay_s and waits:
             now_s += delay_s + 1e-6
-            assert bucket.take(amount, now_s) == 0.0  # what was promised holds
+            assert bucket.take(amount, now_s) == 0.0  # the promised delay suffices
             delay_s = 0.0
         if not delay_s:
             taken += amount
@@ -484,7 +484,7 @@ def test_a_bucket_lets_through_no_more_than_a_minutes_worth_and_what_time_brings
         assert taken <= per_minute + now_s * per_minute / 60 + largest + 1e-3
 
 
-def test_time_that_goes_back_brings_nothing() -> None:
+def test_a_clock_that_goes_back_refills_nothing() -> None:
     bucket = TokenBucket(60, 100.0)
     assert bucket.take(60, 100.0) == 0.0
     assert bucket.take(1, 0.0) > 0
@@ -493,7 +493,7 @@ def test_time_that_goes_back_brings_nothing() -> None:
 
 
 def test_a_directory_in_the_files_place_leaves_no_descriptor_open(tmp_path: Path) -> None:
-    """A file that is missing becomes one when it is mounted into a container."""
+    """A missing file becomes a directory when it is mounted into a container."""
     path = tmp_path / "keys"
     path.mkdir()
     before = len(os.listdir("/proc/self/fd"))

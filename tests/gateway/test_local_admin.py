@@ -1,5 +1,5 @@
-"""Who administers a server without keys: the user who started it, over the Unix socket alone, unless a flag
-says otherwise."""
+"""The administrator of a server without keys: only the user who started it, over the Unix socket, unless a
+flag says otherwise."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -78,7 +78,7 @@ async def test_everything_else_is_offered_over_tcp_and_all_of_it_locally(
     assert (await admin.GetStatus(pb.GetStatusRequest())).model == "tiny"
 
 
-async def test_with_the_flag_whoever_reaches_the_port_administers(cluster: ScriptedCluster) -> None:
+async def test_with_the_flag_any_client_of_the_port_administers(cluster: ScriptedCluster) -> None:
     async with (
         served(cluster, admin_without_key=True) as server,
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,

@@ -1,5 +1,5 @@
-"""/openapi.json describes the door, and no request made from it, however wrong, brings anything but what it
-describes."""
+"""/openapi.json describes the HTTP server, and every request made from it, however wrong, gets a response
+that it describes."""
 
 import asyncio
 import threading
@@ -27,7 +27,7 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A server on a thread of its own."""
+    """A server on a separate thread."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -60,7 +60,7 @@ def test_every_operation_answers_as_it_is_described(
     for result in description.get_all_operations():
         operation = result.ok()
         if mode is GenerationMode.NEGATIVE and operation.method == "get":
-            continue  # there is nothing to be wrong
+            continue  # there is nothing to get wrong
         names.append(f"{operation.method.upper()} {operation.path}")
 
         @hypothesis.seed(1)

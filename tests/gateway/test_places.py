@@ -1,4 +1,4 @@
-"""Places that are bounded and fairly shared: nobody keeps others out by taking many."""
+"""Bounded places, fairly shared: no client keeps others out by taking many."""
 
 from contextlib import AbstractContextManager, ExitStack
 
@@ -90,7 +90,7 @@ def test_addresses_of_one_client_are_one_group(host: str, group: str) -> None:
 
 
 class Places(RuleBasedStateMachine):
-    """Against a model that is simple and slow."""
+    """Compares with a simple, slow model."""
 
     def __init__(self) -> None:
         super().__init__()

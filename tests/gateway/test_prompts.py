@@ -1,4 +1,4 @@
-"""Prompts of all kinds: texts, conversations, token ids; and what is told of their tokens."""
+"""Prompts of all kinds: texts, conversations, token ids; and the reports about their tokens."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def prompt_of(events: list[pb.GenerateEvent]) -> list[pb.PromptDelta]:
     return [event.prompt for event in events if event.HasField("prompt")]
 
 
-async def test_the_prompts_logprobs_come_before_the_first_token_in_messages_of_bounded_size(
+async def test_prompt_logprobs_precede_the_first_token_in_bounded_messages(
     generation: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(answer, "MAX_LOGPROBS_PER_MESSAGE", 12)
@@ -36,7 +36,7 @@ async def test_the_prompts_logprobs_come_before_the_first_token_in_messages_of_b
     assert list(whole.logprobs) == [token for delta in deltas for token in delta.logprobs]
 
 
-async def test_the_prompts_logprobs_are_not_repeated_to_a_client_that_has_a_token(generation: Stub) -> None:
+async def test_prompt_logprobs_are_not_repeated_when_a_stream_resumes(generation: Stub) -> None:
     request = ask("the quick brown fox", max_tokens=4, n=2, seed=1, prompt_logprobs=0)
     request.request_id = "mine"
     whole = await stream(generation, request)
@@ -62,7 +62,7 @@ async def test_a_conversation_goes_through_the_template_of_the_checkpoint(
     assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
 
 
-async def test_token_ids_are_used_as_they_are(generation: Stub, cluster: ScriptedCluster) -> None:
+async def test_token_ids_are_used_unchanged(generation: Stub, cluster: ScriptedCluster) -> None:
     await stream(generation, pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[5, 6, 7]))))
     assert cluster.requests[0].prompt_token_ids == (5, 6, 7)
 
@@ -77,7 +77,7 @@ async def test_tokenize_and_detokenize_are_each_others_way_back(generation: Stub
     assert (await generation.Detokenize(special)).text == EOS
 
 
-async def test_model_info_tells_name_and_limits(generation: Stub) -> None:
+async def test_model_info_reports_name_and_limits(generation: Stub) -> None:
     info = await generation.GetModelInfo(pb.GetModelInfoRequest())
     assert (info.name, info.max_model_len, info.has_chat_template) == ("tiny", 256, True)
     assert (info.limits.max_tokens, info.limits.max_n, info.limits.max_prompt_tokens) == (200, 4, 255)

@@ -1,4 +1,4 @@
-"""The committed code is what the .proto file says, and every field of it is explained or plain."""
+"""The committed code matches the .proto file, and every field has a comment or is self-explanatory."""
 
 import subprocess
 import sys

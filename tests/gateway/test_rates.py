@@ -24,7 +24,7 @@ Stub = Any
 
 @pytest.fixture
 async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[GatewayServer]:
-    """alice has many requests and few tokens a minute, bob few requests and no end of tokens."""
+    """Gives alice many requests and few tokens a minute, bob few requests and unlimited tokens."""
     path = tmp_path / "keys"
     path.touch(0o600)
     keys = make_key("alice", ALICE, tokens_per_minute=200), make_key("bob", BOB, requests_per_minute=20)
@@ -79,8 +79,7 @@ async def code(call: Any) -> grpc.StatusCode:
 async def test_many_prompts_choices_and_log_probabilities_are_not_one_request(
     http: httpx.AsyncClient, cluster: ScriptedCluster, num_encoded: list[int]
 ) -> None:
-    """64 x 16 are 1,024 requests: bob's bucket lets them through once, when it is full, and is in debt for an
-    hour."""
+    """64 x 16 are 1,024 requests: bob's full bucket admits them once, and is then in debt for an hour."""
     body = {"prompt": ["hello"] * 64, "n": 16, "best_of": 16, "logprobs": 20, "max_tokens": 1}
     small = {"prompt": "hello", "max_tokens": 1}
     assert (await http.post("/v1/completions", json=small, headers=bearer(BOB))).status_code == 200
@@ -102,7 +101,7 @@ async def test_choices_count_as_requests_over_grpc_too(generation: Stub, cluster
 
 
 async def test_log_probabilities_count_as_tokens(http: httpx.AsyncClient) -> None:
-    """Each with 20 alternatives is worth 3 tokens: 60 of them do not fit twice into 200."""
+    """A token with 20 alternatives counts as 3: 60 of them do not fit twice into 200."""
     body = {"prompt": "hello", "max_tokens": 60}
     statuses = [
         (await http.post("/v1/completions", json=body | extra, headers=bearer(ALICE))).status_code
@@ -112,7 +111,7 @@ async def test_log_probabilities_count_as_tokens(http: httpx.AsyncClient) -> Non
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/completions", "/v1/chat/completions"])
-async def test_a_large_text_is_not_tokenised_again_and_again(
+async def test_a_large_text_is_not_tokenised_repeatedly(
     http: httpx.AsyncClient, num_encoded: list[int], path: str
 ) -> None:
     text = "the dog " * (1 << 14)
@@ -146,7 +145,7 @@ async def test_tokenizing_and_detokenizing_cost_their_tokens(
     ).status_code == 429
 
 
-async def test_a_request_that_is_refused_for_what_it_says_costs_no_tokens(http: httpx.AsyncClient) -> None:
+async def test_a_request_refused_for_its_content_costs_no_tokens(http: httpx.AsyncClient) -> None:
     for _ in range(4):
         refused = await http.post(
             "/v1/completions",
@@ -168,7 +167,7 @@ async def test_a_prompt_that_is_refused_once_counted_costs_its_tokens(http: http
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_what_was_not_produced_is_given_back(
+async def test_unproduced_tokens_are_refunded(
     http: httpx.AsyncClient, cluster: ScriptedCluster, stream: bool
 ) -> None:
     cluster.eos_after = 2

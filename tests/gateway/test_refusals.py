@@ -1,4 +1,4 @@
-"""Each kind of bad request has its own status, message and details, and disturbs nobody."""
+"""Each kind of invalid request has its own status, message and details, and affects no other request."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -100,7 +100,9 @@ INVALID_RESUMPTIONS = {
 
 
 @pytest.mark.parametrize("name", INVALID_RESUMPTIONS)
-async def test_a_resumption_tells_how_much_there_is_of_each_choice(generation: Stub, name: str) -> None:
+async def test_an_invalid_resumption_is_refused_with_field_and_expectation(
+    generation: Stub, name: str
+) -> None:
     request, field, expected = INVALID_RESUMPTIONS[name]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(generation.GenerateStream(request)))
@@ -164,7 +166,7 @@ async def test_another_model_is_not_found(generation: Stub, details: Details) ->
         (NoWorkerAvailable("no worker is ready"), grpc.StatusCode.UNAVAILABLE, "NO_WORKER_AVAILABLE", 1.0),
     ],
 )
-async def test_what_the_router_refuses_has_its_status_and_retry_delay(
+async def test_router_refusals_have_their_status_and_retry_delay(
     generation: Stub,
     cluster: ScriptedCluster,
     details: Details,
@@ -184,7 +186,7 @@ async def test_what_the_router_refuses_has_its_status_and_retry_delay(
         assert found["RetryInfo"].retry_delay.ToNanoseconds() == retry_s * 1e9  # type: ignore[attr-defined]
 
 
-async def test_a_bug_of_ours_tells_clients_nothing_but_that(
+async def test_an_internal_error_reveals_no_details_to_clients(
     generation: Stub, cluster: ScriptedCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster.refusal = RuntimeError("a secret")  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A key that is taken away: what it has open ends by itself, with an answer that says why."""
+"""The open calls of a revoked key end by themselves, with an answer that states the reason."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ Stub = Any
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Changes of it count at once."""
+    """Changes to the file take effect at once."""
     monkeypatch.setattr(key_file, "SETTLE_S", 0.0)
     path = tmp_path / "keys"
     write(path, *KEYS)
@@ -63,7 +63,7 @@ async def http(server: GatewayServer) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def admin(channel: grpc.aio.Channel) -> Stub:
-    """Over TCP."""
+    """Connects over TCP."""
     return pdserve_pb2_grpc.ClusterStub(channel)
 
 
@@ -121,7 +121,7 @@ async def test_an_http_stream_of_a_revoked_key_ends_with_an_event(
     assert "data: [DONE]" not in lines and len(cluster.closed) == 1
 
 
-async def test_a_whole_http_answer_of_a_revoked_key_is_its_refusal(
+async def test_an_unary_http_request_of_a_revoked_key_is_refused(
     http: httpx.AsyncClient, cluster: ScriptedCluster, file: Path
 ) -> None:
     call = asyncio.ensure_future(http.post("/v1/completions", json=BODY, headers=bearer(ALICE)))
@@ -132,7 +132,7 @@ async def test_a_whole_http_answer_of_a_revoked_key_is_its_refusal(
     assert len(cluster.closed) == 1
 
 
-async def test_a_body_that_is_still_coming_is_not_waited_for(server: GatewayServer, file: Path) -> None:
+async def test_revocation_does_not_wait_for_a_body(server: GatewayServer, file: Path) -> None:
     host, _, port = (server.http_address or "").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {ALICE}\r\n"
@@ -145,7 +145,7 @@ async def test_a_body_that_is_still_coming_is_not_waited_for(server: GatewayServ
     writer.close()
 
 
-async def test_a_key_that_is_no_administrator_any_more_stops_watching(
+async def test_a_key_that_loses_admin_rights_stops_watching(
     admin: Stub, generation: Stub, file: Path
 ) -> None:
     watching = admin.WatchStatus(pb.WatchStatusRequest(), metadata=as_key(ROOT))
@@ -166,7 +166,7 @@ async def test_reflection_ends_with_its_key(
     assert (await ending(call))[0] is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_a_file_that_is_gone_ends_everything(generation: Stub, file: Path) -> None:
+async def test_a_missing_key_file_ends_all_calls(generation: Stub, file: Path) -> None:
     call = generation.GenerateStream(REQUEST, metadata=as_key(ALICE))
     await call.read()
     unlink(file)
@@ -176,7 +176,7 @@ async def test_a_file_that_is_gone_ends_everything(generation: Stub, file: Path)
     ] is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_only_calls_of_keys_that_have_changed_are_ended(file: Path) -> None:
+async def test_only_calls_of_changed_keys_are_ended(file: Path) -> None:
     access = Access(str(file))
     revocation = Revocation(access)
     callers = {key: access.admit(RequiredAccess.KEY, f"Bearer {key}", 0.0) for key in (ALICE, BOB, ROOT)}
@@ -215,7 +215,7 @@ async def test_only_calls_of_keys_that_have_changed_are_ended(file: Path) -> Non
     )
 
 
-async def test_a_timeout_of_the_call_itself_stays_one(file: Path) -> None:
+async def test_a_calls_own_timeout_stays_a_timeout(file: Path) -> None:
     access = Access(str(file))
     caller = access.admit(RequiredAccess.KEY, f"Bearer {ALICE}", 0.0)
     with pytest.raises(TimeoutError):

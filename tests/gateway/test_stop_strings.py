@@ -1,4 +1,4 @@
-"""Stop strings are found however the text is cut, and no more than necessary is held back."""
+"""Stop strings are found however the text is split, and no more text than necessary is held back."""
 
 from hypothesis import given, strategies as st
 
@@ -12,7 +12,8 @@ def matcher(*stops: str) -> StopMatcher:
 
 
 def expected(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """By definition: the end that comes first, and of the stop strings that end there the longest."""
+    """Implements the definition: the earliest end wins, and of the stop strings that end there the
+    longest."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -22,7 +23,7 @@ def expected(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 
 @given(pieces=st.lists(st.text("abc", max_size=6), max_size=8), stops=st.lists(words, min_size=1, max_size=4))
-def test_the_result_does_not_depend_on_how_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
+def test_the_result_does_not_depend_on_the_splitting(pieces: list[str], stops: list[str]) -> None:
     watched = matcher(*stops)
     out = "".join(watched.push(piece) for piece in pieces) + watched.flush()
     assert (out, watched.found) == expected("".join(pieces), stops)
@@ -46,7 +47,7 @@ def test_text_that_only_looked_like_a_stop_string_comes_later() -> None:
     assert watched.flush() == ""
 
 
-def test_nothing_comes_after_a_stop_string() -> None:
+def test_no_text_follows_a_stop_string() -> None:
     watched = matcher("end")
     assert watched.push("the end of") == "the "
     assert watched.push(" it all") == ""

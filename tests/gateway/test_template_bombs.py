@@ -1,4 +1,4 @@
-"""No chat template takes long, or much memory: each is ended with an error before."""
+"""No chat template uses much time or memory: it fails with an error first."""
 
 import contextlib
 import json
@@ -120,20 +120,20 @@ def _little_memory() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("source", LONG.values(), ids=LONG)
-def test_a_template_that_goes_on_and_on_is_ended(source: str) -> None:
+def test_an_endless_template_is_ended(source: str) -> None:
     template = ChatTemplate(source, {})
     with _little_memory(), pytest.raises(InvalidRequest):
         template.render(CHAT, timeout_s=0.05)
 
 
 @pytest.mark.parametrize("source", HUGE.values(), ids=HUGE)
-def test_a_template_that_builds_something_huge_is_ended_before(source: str) -> None:
+def test_a_template_that_builds_a_huge_value_is_ended_first(source: str) -> None:
     template = ChatTemplate(source, {})
     with _little_memory(), pytest.raises(InvalidRequest):
         template.render(CHAT, timeout_s=1.0)
 
 
-def test_a_loop_is_ended_for_its_time() -> None:
+def test_a_loop_is_ended_at_its_time_limit() -> None:
     with pytest.raises(InvalidRequest, match="in time"):
         ChatTemplate(LONG["nested loops"], {}).render(CHAT, timeout_s=0.05)
 
@@ -149,7 +149,7 @@ def test_a_loop_is_ended_for_its_time() -> None:
         "[1].sort()",
     ],
 )
-def test_a_method_that_is_not_known_to_be_bounded_is_not_called(call: str) -> None:
+def test_a_method_without_a_known_bound_is_not_called(call: str) -> None:
     with pytest.raises(InvalidRequest, match=r"may not call|not safely callable|is unsafe"):
         ChatTemplate("{{ " + call + " }}", {}).render(CHAT)
 
@@ -162,7 +162,7 @@ def test_no_filter_makes_more_than_the_bound_of_a_large_text(name: str) -> None:
         + " | string | length }}{% endfor %}"
     )
     template = ChatTemplate(source, {})
-    with _little_memory(), contextlib.suppress(InvalidRequest):  # some make little of it
+    with _little_memory(), contextlib.suppress(InvalidRequest):  # some produce little from it
         template.render(CHAT, timeout_s=0.3)
 
 
@@ -202,13 +202,13 @@ for name, source in json.load(sys.stdin).items():
 """
 
 
-def test_a_template_that_is_too_much_to_compile_is_refused_in_bounded_time_and_memory() -> None:
+def test_a_template_too_large_to_compile_is_refused_within_bounds() -> None:
     command = [sys.executable, "-c", BOUNDED]
     ended = subprocess.run(command, input=json.dumps(COMPILED), capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines() == [f"{name} refused" for name in COMPILED]
 
 
-def test_nothing_is_computed_when_a_template_is_compiled() -> None:
+def test_compiling_a_template_computes_nothing() -> None:
     templates = {f"template{index}": source for index, source in enumerate(FOLDED)}
     command = [sys.executable, "-c", BOUNDED]
     ended = subprocess.run(command, input=json.dumps(templates), capture_output=True, text=True, check=True)

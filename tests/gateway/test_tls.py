@@ -1,4 +1,5 @@
-"""TLS on the clients' door: who is let in, what is refused at start, and what happens when files change."""
+"""TLS of the servers: which clients are admitted, which files are refused at start, and the effect of changed
+files."""
 
 import asyncio
 import logging
@@ -68,7 +69,7 @@ def test_a_private_key_of_another_user_is_refused(files: Pair) -> None:
         ServerTls(section(files))
 
 
-def test_a_private_key_that_others_can_read_later_is_not_taken_over(
+def test_a_private_key_that_becomes_readable_is_not_reloaded(
     files: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
     tls = ServerTls(section(files))
@@ -122,7 +123,7 @@ def secure(server: GatewayServer, ca: Authority, mine: Pair | None = None) -> gr
 NO_RETRY = (("grpc.use_local_subchannel_pool", 1),)
 
 
-async def test_a_client_that_knows_the_authority_is_served_and_others_are_not(
+async def test_only_clients_that_trust_the_authority_are_served(
     cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority
 ) -> None:
     async with served(cluster, section(files)) as server:
@@ -148,7 +149,7 @@ async def test_the_launching_process_needs_no_certificate(
         assert await answers(grpc.aio.insecure_channel(local))
 
 
-async def test_a_certificate_that_changes_is_shown_to_the_next_client(
+async def test_a_changed_certificate_is_presented_to_the_next_client(
     cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority
 ) -> None:
     async with served(cluster, section(files)) as server:
@@ -160,7 +161,7 @@ async def test_a_certificate_that_changes_is_shown_to_the_next_client(
         assert not await answers(secure(server, authority))
 
 
-async def test_a_client_authority_that_is_taken_away_is_trusted_no_more(
+async def test_a_removed_client_authority_is_no_longer_trusted(
     cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority, tmp_path: Path
 ) -> None:
     client_ca = tmp_path / "clients.pem"
@@ -172,7 +173,7 @@ async def test_a_client_authority_that_is_taken_away_is_trusted_no_more(
         assert not await answers(secure(server, authority, mine))
 
 
-def test_files_that_do_not_fit_each_other_leave_the_old_ones_in_force(
+def test_files_that_do_not_match_leave_the_old_ones_in_force(
     files: Pair, authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     tls = ServerTls(section(files))
@@ -219,14 +220,14 @@ def test_a_key_of_another_certificate_or_with_a_passphrase_is_refused(
         ServerTls(section(files))
 
 
-def test_what_is_no_authority_is_refused(files: Pair) -> None:
+def test_an_invalid_authority_is_refused(files: Pair) -> None:
     with pytest.raises(
         ConfigError, match=r"listen\.tls\.client_ca: got .*, expected PEM certificates of authorities"
     ):
         ServerTls(section(files, client_ca=files.key))
 
 
-async def test_an_asyncio_server_shows_the_newest_certificate_as_well(
+async def test_an_asyncio_server_presents_the_newest_certificate(
     files: Pair, authority: Authority, stranger: Authority
 ) -> None:
     tls = ServerTls(section(files))

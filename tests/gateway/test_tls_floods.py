@@ -1,5 +1,5 @@
-"""Attacks on HTTPS by clients without key or certificate: handshakes that stop, and records that cost more
-than they carry."""
+"""Attacks on HTTPS by unauthenticated peers: handshakes that stall, and records that cost more than they
+carry."""
 
 import asyncio
 import ssl
@@ -102,7 +102,7 @@ class Client:
 # handshakes
 
 
-async def test_half_a_hello_is_bytes_and_nothing_more(https: HttpServer, trusting: ssl.SSLContext) -> None:
+async def test_half_a_client_hello_costs_only_its_bytes(https: HttpServer, trusting: ssl.SSLContext) -> None:
     hello = Client(trusting).hello()
     opened = await connect(https.address, 30)
     for _, writer in opened:
@@ -137,7 +137,7 @@ async def test_handshakes_that_stop_make_room(
     cluster: ScriptedCluster, authority: Authority, trusting: ssl.SSLContext
 ) -> None:
     async with serving_https(cluster, authority, max_connections=16) as server:
-        opened = await connect(server.address, 8)  # what one address may have
+        opened = await connect(server.address, 8)  # the bound of one address
         for reader, writer in opened:
             writer.write(Client(trusting).hello())
             await reader.readexactly(1)  # of its answer
@@ -146,8 +146,8 @@ async def test_handshakes_that_stop_make_room(
         hang_up(opened)
 
 
-async def test_a_handshake_has_its_bytes(https: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hello of 128 KiB, as OpenSSL would take it."""
+async def test_a_handshake_is_bounded_in_bytes(https: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ClientHello of 128 KiB, as OpenSSL would accept it."""
     monkeypatch.setattr(http_tls, "HANDSHAKE_TIMEOUT_S", 1000)
     ((reader, writer),) = await connect(https.address, 1)
     piece = b"\x16\x03\x01\x40\x00" + b"\x01\x01\xff\xff\x03\x03" + b"a" * ((1 << 14) - 6)
@@ -163,7 +163,7 @@ async def test_a_handshake_has_its_bytes(https: HttpServer, monkeypatch: pytest.
 async def test_one_byte_records_are_a_body_like_any_other(
     https: HttpServer, trusting: ssl.SSLContext
 ) -> None:
-    """Requests in a row, so that reading pauses and goes on."""
+    """Consecutive requests, so that reading pauses and resumes."""
     client = Client(trusting)
     reader, writer = await client.open(https.address)
     body = b'{"prompt": "hello", "max_tokens": 1}' + b" " * 3000
@@ -175,7 +175,7 @@ async def test_one_byte_records_are_a_body_like_any_other(
     writer.transport.abort()
 
 
-async def test_floods_of_tiny_records_do_not_keep_others_waiting(
+async def test_floods_of_tiny_records_do_not_delay_others(
     https: HttpServer, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others are answered while most of the flood is unread."""
@@ -201,7 +201,7 @@ async def test_floods_of_tiny_records_do_not_keep_others_waiting(
 
 
 async def test_records_without_data_end_their_connection(https: HttpServer, authority: Authority) -> None:
-    """Key updates: OpenSSL's client makes one for each line `k` that it reads by itself."""
+    """Sends key updates: OpenSSL's client makes one for each line `k` in its input."""
     arguments = (
         "-connect",
         https.address,
@@ -257,5 +257,5 @@ async def test_records_without_data_end_their_connection(https: HttpServer, auth
         "too long a record",
     ],
 )
-def test_records_are_worked_on_when_they_are_whole(received: bytes, whole: tuple[int, int]) -> None:
+def test_only_complete_records_are_processed(received: bytes, whole: tuple[int, int]) -> None:
     assert whole_records(bytearray(received)) == whole

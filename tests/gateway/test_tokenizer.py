@@ -1,4 +1,4 @@
-"""Texts and conversations become the very tokens that transformers makes of them."""
+"""Texts and conversations are encoded to the same tokens as in transformers."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def ours(directory: Path) -> Tokenizer:
     return Tokenizer.load(directory)
 
 
-def test_all_that_serving_asks_is_as_transformers_loads_it(directory: Path, ours: Tokenizer) -> None:
+def test_tokenizer_properties_match_those_loaded_by_transformers(directory: Path, ours: Tokenizer) -> None:
     reference = AutoTokenizer.from_pretrained(directory)
     assert ours.vocabulary() == reference.get_vocab()
     assert json.loads(ours.to_json()) == json.loads(reference.backend_tokenizer.to_str())
@@ -57,7 +57,7 @@ def test_all_that_serving_asks_is_as_transformers_loads_it(directory: Path, ours
         assert ours.has_text(token_id) == (token_id not in special)
 
 
-def test_texts_become_the_tokens_of_transformers(directory: Path, ours: Tokenizer) -> None:
+def test_texts_are_tokenised_as_in_transformers(directory: Path, ours: Tokenizer) -> None:
     reference = AutoTokenizer.from_pretrained(directory)
     for text in TEXTS:
         for add in (True, False):
@@ -69,7 +69,7 @@ def test_texts_become_the_tokens_of_transformers(directory: Path, ours: Tokenize
                 )
 
 
-def test_conversations_become_the_tokens_of_transformers(directory: Path, ours: Tokenizer) -> None:
+def test_conversations_are_tokenised_as_in_transformers(directory: Path, ours: Tokenizer) -> None:
     reference = AutoTokenizer.from_pretrained(directory)
     if not ours.has_chat_template:
         with pytest.raises(InvalidRequest, match="no chat template"):

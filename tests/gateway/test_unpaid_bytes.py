@@ -1,5 +1,5 @@
-"""Floods that no call shows: calls that the gRPC library refuses by itself, and what clients leave behind
-when they hang up."""
+"""Floods that never appear as calls: calls that the gRPC library refuses by itself, and data left by
+disconnected clients."""
 
 import asyncio
 import errno
@@ -43,7 +43,7 @@ def keys(tmp_path: Path) -> dict[str, Any]:
 
 
 class Looks:
-    """Looks at connections that have brought so many bytes."""
+    """Scans connections that have received this many bytes."""
 
     def __init__(self, *in_use: str) -> None:
         self.bytes = UnpaidBytes()
@@ -56,14 +56,14 @@ class Looks:
         return self.bytes.judge(received, self._in_use.__contains__, now_s)
 
 
-def test_a_connection_that_brings_much_without_a_call_is_closed_at_the_second_look() -> None:
+def test_much_data_without_a_call_closes_at_the_second_scan() -> None:
     look = Looks()
     assert look(0.0, {"a": MUCH, "b": MAX_IN_WINDOW}) == Verdict(set(), set(), is_suspicious=True)
     assert look(0.1, {"a": MUCH + 1, "b": MAX_IN_WINDOW}) == Verdict({"a"}, set(), is_suspicious=True)
     assert look(0.2, {"b": MAX_IN_WINDOW}) == Verdict(set(), set(), is_suspicious=False)
 
 
-def test_a_connection_whose_bytes_are_all_parsed_may_wait_for_its_calls() -> None:
+def test_a_connection_with_all_bytes_parsed_may_wait_for_its_calls() -> None:
     look = Looks()
     for now_s in (0.0, 0.1, 0.2):
         assert look(now_s, {"a": 8 * MUCH}) == Verdict(set(), set(), is_suspicious=True)
@@ -73,7 +73,7 @@ def test_a_connection_whose_bytes_are_all_parsed_may_wait_for_its_calls() -> Non
     assert look(0.1, {"a": MUCH}, num_unread=1).too_much == {"a"}, "what came at once is being parsed still"
 
 
-def test_a_client_that_has_left_is_not_waited_for() -> None:
+def test_a_disconnected_client_is_not_waited_for() -> None:
     verdict = Looks()(0.0, {"a": 10, "b": 10, "c": MUCH}, left=("b", "c"))
     assert verdict == Verdict({"c"}, {"b", "c"}, is_suspicious=True)
 
@@ -131,7 +131,7 @@ def test_an_aborted_connection_has_nothing_left_to_read(has_left: bool) -> None:
             assert caught.value.errno == errno.ENOTCONN
 
 
-def test_what_a_reset_connection_left_is_dropped_by_the_look() -> None:
+def test_data_of_a_reset_connection_is_dropped_by_the_scan() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sockets = GrpcSockets(listener.getsockname()[1])
         client = socket.create_connection(listener.getsockname())
@@ -139,13 +139,13 @@ def test_what_a_reset_connection_left_is_dropped_by_the_look() -> None:
             server.sendall(b"unread")
             client.sendall(bytes(50_000))
             assert client.recv(1, socket.MSG_PEEK)
-            client.close()  # with something unread: a reset
+            client.close()  # unread data causes a reset
             assert sockets.look() == {} and sockets.num_reset == 1
             with pytest.raises(OSError):
                 server.recv(1)
 
 
-def test_a_descriptor_that_is_anothers_by_now_is_left_alone() -> None:
+def test_a_reused_descriptor_is_left_alone() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sockets = GrpcSockets(listener.getsockname()[1])
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as old:
@@ -166,7 +166,7 @@ def test_a_descriptor_that_is_anothers_by_now_is_left_alone() -> None:
 
 
 def refused_calls() -> Iterator[bytes]:
-    """Calls of few bytes each by one table of headers, without end. The library refuses most of them: no
+    """Sends endless calls of few bytes each from one header table. The library refuses most of them: no
     SETTINGS are acknowledged."""
     names = {b":method": b"POST", b":scheme": b"http", b":path": b"/a.B/C", b":authority": b"x"}
     names |= {b"te": b"trailers", b"content-type": b"application/grpc"}
@@ -186,7 +186,7 @@ async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
 ) -> None:
     monkeypatch.setattr(
         "pdserve.gateway.grpc.unpaid_calls.MAX_IN_WINDOW", 1 << 30
-    )  # those that are seen do not end it
+    )  # the calls that are seen do not end it
     async with serving(cluster, keys) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)
         closed = asyncio.create_task(until_closed(reader))
@@ -205,7 +205,7 @@ async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
 async def test_large_messages_of_calls_with_a_key_keep_their_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many on one new connection, with looks all the time."""
+    """Many on one new connection, with continuous scans."""
     monkeypatch.setattr(connections, "QUIET_S", 0.0)
     monkeypatch.setattr(connections, "BUSY_SHARE", 1.0)
     message = pb.TokenizeRequest(prompt=pb.Prompt(text="hello " * 20_000))
@@ -220,7 +220,7 @@ async def test_large_messages_of_calls_with_a_key_keep_their_connection(
 async def test_large_messages_whose_calls_wait_to_be_seen_keep_their_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head stands still while a new client sends as much as it may."""
+    """The head is blocked while a new client sends as much as it may."""
     seen = asyncio.Event()
     intercept = Guard.intercept_service
 
@@ -244,8 +244,8 @@ async def test_large_messages_whose_calls_wait_to_be_seen_keep_their_connection(
 
 
 def _rests(sockets: GrpcSockets, counts: list[int], min_bytes: int) -> bool:
-    """Whether the one connection has brought so much, and nothing more in the last looks, which `counts`
-    has."""
+    """Returns whether the one connection has received this much, and nothing more in the last scans, recorded
+    in `counts`."""
     counts += [found.received.num_bytes for found in sockets.look().values() if found.received]
     return len(counts) > 20 and counts[-1] > min_bytes and len(set(counts[-20:])) == 1
 

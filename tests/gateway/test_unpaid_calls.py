@@ -1,4 +1,4 @@
-"""Floods of calls over gRPC that cost a client little: without a key, or with headers that refer to one
+"""Floods of gRPC calls that cost a client little: without a key, or with headers that refer to one
 another."""
 
 import asyncio
@@ -41,7 +41,7 @@ def literal(name: bytes, value: bytes, is_indexed: bool = False) -> bytes:
 
 
 def bomb(stream: int, num_references: int) -> bytes:
-    """One call whose headers are `num_references` references, of a byte each, to one entry."""
+    """Returns one call whose headers are `num_references` references, of a byte each, to one entry."""
     pseudo = {b":method": b"POST", b":scheme": b"http", b":path": b"/a.B/C", b":authority": b"localhost"}
     names = pseudo | {b"te": b"trailers", b"content-type": b"application/grpc"}
     block = b"".join(literal(name, value) for name, value in names.items())
@@ -64,7 +64,7 @@ async def test_a_call_with_very_many_headers_ends_its_connection(cluster: Script
             assert len((await pdserve_pb2_grpc.GenerationStub(channel).Generate(request())).choices) == 1
 
 
-async def test_headers_of_usual_number_are_welcome(cluster: ScriptedCluster) -> None:
+async def test_a_usual_number_of_headers_is_accepted(cluster: ScriptedCluster) -> None:
     async with serving(cluster) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
         extra = tuple((f"x-{index}", "a") for index in range(MAX_HEADERS - 28))
         assert (
@@ -86,7 +86,7 @@ async def test_very_many_calls_without_a_key_end_their_connection(
 
 
 async def _watch_end(channel: grpc.aio.Channel, closed: asyncio.Event) -> None:
-    """A health watch without a key ends with its connection alone."""
+    """A health watch without a key ends only with its connection."""
     try:
         async for _ in health_pb2_grpc.HealthStub(channel).Watch(CHECK):
             pass

@@ -1,5 +1,5 @@
-"""One key's streams that nobody reads, as many as a connection may have: another key's connections and calls
-notice nothing."""
+"""Unread streams of one key, as many as a connection may have, do not affect another key's connections and
+calls."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ STREAM = pb.GenerateRequest(prompt=pb.Prompt(text="the dog"), sampling=pb.Sampli
 
 
 def streams(count: int) -> bytes:
-    """Calls of GenerateStream on one connection."""
+    """Returns the bytes of GenerateStream calls on one connection."""
     names = {
         b":method": b"POST",
         b":scheme": b"http",
@@ -51,7 +51,7 @@ async def test_unread_streams_of_one_key_keep_no_other_key_out(
         "".join(f"{make_key(name, key).line}\n" for name, key in (("mallory", MALLORY), ("alice", ALICE)))
     )
     path.chmod(0o600)
-    cluster.num_extra_logprobs = 200  # one message fills what the connection may have on its way
+    cluster.num_extra_logprobs = 200  # one message fills a connection's buffers
     listen: dict[str, Any] = {"api_keys": str(path)}
     async with serving(cluster, listen) as server:
         opened = await connect(server.grpc_address, 1)

@@ -1,2 +1,2 @@
-"""What a chat template may do: a closed set of operations, each with a bound on its result that is known
-before it runs."""
+"""The operations of chat templates: a closed set, each with a bound on its result that is known before it
+runs."""

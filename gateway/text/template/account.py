@@ -1,8 +1,8 @@
-"""What one rendering has used up: time, and the bytes of all that it has put together.
+"""The resources that one rendering has used: time, and the bytes of everything that it has created.
 
-Bytes are never given back, so whatever a template keeps is less than the bound. Containers are weighed when
-they are made: a list of a list twice, and so on, is short to write and endless to walk through, and
-comparing, printing and sorting walk."""
+Bytes are never refunded, so whatever a template keeps is below the bound. Containers are weighed when they
+are created: a list that holds a list twice, and so on, is short to write and endless to traverse, and
+comparing, printing and sorting traverse."""
 
 import time
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_CHARS = 16 << 20  # of one text; as many bytes as a message has by default
-MAX_BYTES = 256 << 20  # of all texts and containers that a rendering makes
+MAX_BYTES = 256 << 20  # of all texts and containers that a rendering creates
 MAX_LEVELS = 100
 NODE_BYTES = 64  # of a value by itself, and of its place in a container
 ESCAPED = (12, 6)  # characters that one can become in JSON or in a repr: of any text, of ASCII
@@ -20,13 +20,13 @@ _CONTAINERS = (list, tuple, dict, ItemsView, KeysView, ValuesView)
 
 
 class TemplateBound(Exception):
-    """A template does more than it may."""
+    """A template exceeds its bounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Of a value with all levels of it unfolded: no text of it has more bytes, no walk through it more than
-    bytes / NODE_BYTES steps."""
+    """The weight of a value with all its levels unfolded: no text of it has more bytes, and no traversal more
+    than bytes / NODE_BYTES steps."""
 
     num_bytes: int
     num_levels: int = 0
@@ -34,38 +34,40 @@ class Weight:
 
 @dataclass(slots=True)
 class Account:
-    """Of one rendering."""
+    """The account of one rendering."""
 
     give_up_s: float
     max_bytes: int = MAX_BYTES
     num_bytes: int = 0
-    _weights: dict[int, tuple[object, Weight]] = field(default_factory=dict)  # by id; it holds what it names
+    _weights: dict[int, tuple[object, Weight]] = field(default_factory=dict)  # by id; keeps the object alive
 
     def tick(self) -> None:
-        """Raises TemplateBound when the time is over."""
+        """Raises TemplateBound if the time is over."""
         if time.monotonic() > self.give_up_s:
             raise TemplateBound("a conversation that the chat template renders in time")
 
     def charge(self, num_bytes: int) -> None:
-        """Before so much is made, or done at a comparable cost. Raises TemplateBound."""
+        """Charges before this many bytes are created, or work of comparable cost is done. Raises
+        TemplateBound."""
         self.num_bytes += num_bytes
         if self.num_bytes > self.max_bytes:
             raise TemplateBound(f"at most {self.max_bytes} bytes of texts and lists from the chat template")
         self.tick()
 
     def charge_text(self, num_chars: int, *sources: str) -> None:
-        """Before a text of so many characters is made of `sources`. Raises TemplateBound."""
+        """Charges before a text of this many characters is made from `sources`. Raises TemplateBound."""
         check_chars(num_chars)
         self.charge(num_chars * (1 if all(map(str.isascii, sources)) else 4))
 
     def built(self, value: Any, weight: Weight | None = None) -> Any:
-        """The same container, charged and weighed; give its weight where it can be told without a walk."""
+        """Returns the same container, charged and weighed; pass its weight if it is known without a
+        traversal."""
         self.charge(NODE_BYTES * (4 + len(value)))
         self._remember(value, weight or self._unfolded(value, 0))
         return value
 
     def weight(self, value: object, level: int = 0) -> Weight:
-        """Raises TemplateBound when the value cannot be handled."""
+        """Raises TemplateBound if the value cannot be handled."""
         if isinstance(value, str):
             return Weight(NODE_BYTES + len(value) * ESCAPED[value.isascii()])
         if isinstance(value, _CONTAINERS):
@@ -74,20 +76,20 @@ class Account:
         return Weight(4 * NODE_BYTES + (value.bit_length() if isinstance(value, int) else 0))
 
     def text(self, value: object) -> str:
-        """As `str`."""
+        """Like `str`."""
         if isinstance(value, str):
             return value
         self.charge(self.weight(value).num_bytes)
         return str(value)
 
     def each(self, values: Iterable[Any]) -> Iterator[Any]:
-        """The same, looking at the clock."""
+        """Yields the same items, and checks the clock."""
         for value in values:
             self.tick()
             yield value
 
     def listed(self, values: Iterable[Any]) -> list[Any]:
-        """As `list`."""
+        """Like `list`."""
         items = []
         for value in values:
             self.charge(NODE_BYTES)
@@ -133,10 +135,10 @@ _current: ContextVar[Account] = ContextVar("account")
 
 
 def account() -> Account:
-    """Of the rendering that is going on in this thread."""
+    """The account of the rendering that this thread is running."""
     return _current.get()
 
 
 def open_account(timeout_s: float, max_bytes: int = MAX_BYTES) -> None:
-    """A rendering begins."""
+    """Starts a rendering."""
     _current.set(Account(time.monotonic() + timeout_s, max_bytes))

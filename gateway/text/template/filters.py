@@ -1,8 +1,7 @@
-"""The filters that templates have: jinja2's where those make nothing large, and others in their place that
-count first.
+"""The filters of templates: jinja2's where they create nothing large, and replacements that charge first.
 
-The rest of jinja2's are there by name, and refused when one is reached: a model that needs none of its chats
-can be served."""
+jinja2's other filters exist by name, and are refused when reached: a model none of whose chats need one can
+be served."""
 
 import json
 import re
@@ -27,7 +26,7 @@ _CONVERSION = re.compile(r"%(?:\(\w+\))?[-#0 +]*\d{0,2}(?:\.\d{0,2})?[hlL]?[a-zA
 
 
 def printf(text: str, values: Any) -> str:
-    """As the % of a text: widths are of two digits at most."""
+    """Like the % of a text: widths have at most two digits."""
     num_values = len(_CONVERSION.findall(text))
     if "%" in _CONVERSION.sub("", text):
         raise TemplateBound("conversions with widths below 100 in the chat template")
@@ -52,7 +51,7 @@ def tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it."""
+    """Like the filter of transformers."""
     weight, width = account().weight(value), 0
     if indent is not None:
         width = len(indent) if isinstance(indent, str) else int(indent)
@@ -82,7 +81,7 @@ def _trim(value: Any, chars: str | None = None) -> str:
 
 def _title(value: Any) -> str:
     text = account().text(value)
-    account().charge(4 * NODE_BYTES * len(text))  # a part and its two halves a letter, at worst
+    account().charge(4 * NODE_BYTES * len(text))  # a part and its two halves per letter, at worst
     return do_title(text)
 
 
@@ -161,13 +160,13 @@ def _dictsort(value: Mapping[Any, Any], *arguments: Any, **named: Any) -> Any:
 
 
 def _charge_sorting(values: Any) -> None:
-    """Each comparison may walk through what it compares."""
+    """Each comparison may traverse its operands."""
     num_rounds = len(values).bit_length()
     account().charge(len(values) * NODE_BYTES + account().weight(values).num_bytes * num_rounds // 8)
 
 
 def _over_each(name: str) -> Filter:
-    """jinja2's, which takes values one by one, with a look at the clock for each."""
+    """Returns jinja2's filter, which takes values one by one, with a check of the clock for each."""
     original = JINJA[name]
 
     @pass_context
@@ -207,7 +206,7 @@ FILTERS: dict[str, Filter] = {
     "round": _round,
     "safe": lambda value: account().text(
         value
-    ),  # nothing is escaped unless asked for, so nothing needs a mark
+    ),  # nothing is escaped unless requested, so nothing needs a mark
     "sort": _sort,
     "string": lambda value: account().text(value),
     "sum": _sum,

@@ -1,5 +1,5 @@
-"""The methods of texts and containers that templates may call. Others are refused: nothing is known of what
-they cost."""
+"""The methods of texts and containers that templates may call. Others are refused, as their cost is
+unknown."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -15,7 +15,7 @@ Method = Callable[..., Any]  # of the object, then of the arguments
 
 
 def _plain(name: str) -> Method:
-    """What takes time for the text or the container at most, and makes nothing."""
+    """Returns a method that takes at most linear time in the text or the container, and creates nothing."""
 
     def method(value: Any, *arguments: Any) -> Any:
         account().tick()
@@ -33,7 +33,7 @@ def _cased(name: str) -> Method:
 
 
 def stripped(text: str, chars: str | None = None, how: Callable[..., str] = str.strip) -> str:
-    """Each character of the text is looked up among `chars`."""
+    """Looks up each character of the text among `chars`."""
     account().charge_text(len(text), text)
     account().charge(len(text) * len(chars or "") // 16)
     return how(text, chars)
@@ -103,7 +103,7 @@ def _backwards(name: str) -> Method:
 
 
 def _charge_backwards(text: str, wanted: str) -> None:
-    """Searching from the end takes the product of both lengths at worst, other than from the start."""
+    """A search from the end takes at worst the product of both lengths, unlike one from the start."""
     account().charge(len(text) * (1 + len(wanted) // 4))
 
 
@@ -117,7 +117,7 @@ def _parted(text: str, num_parts: int, max_splits: int, part: Callable[[], Any])
 
 
 def formatted(text: str, *arguments: Any, **named: Any) -> str:
-    """As str.format, of fields without a format of their own and without attributes."""
+    """Like str.format, for fields without a format spec and without attributes."""
     parts, following = [], 0
     for literal, name, form, conversion in Formatter().parse(text):
         parts.append(literal)

@@ -1,8 +1,8 @@
-"""jinja2's sandbox, with each operation of a template going through something that knows a bound on it.
+"""jinja2's sandbox, in which every operation of a template goes through a function with a known bound.
 
-Templates are rewritten before they are compiled: what jinja2 leaves to Python (literals, slices, comparisons,
-loops) becomes a call, too. A kind of expression or statement that is not known here is refused, and so is a
-call of anything not named here."""
+Templates are rewritten before they are compiled: operations that jinja2 leaves to Python (literals, slices,
+comparisons, loops) become calls, too. Unknown kinds of expressions and statements are refused, and so are
+calls of anything not named here."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -81,7 +81,7 @@ _KNOWN = frozenset((*_STATEMENTS, *_EXPRESSIONS))
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """With what transformers offers to templates."""
+    """An environment with the functions that transformers offers to templates."""
 
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
@@ -89,7 +89,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         extensions: list[type[Extension] | str] = [_Generation, _Counted, loopcontrols]
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False, finalize=_written
-        )  # nothing is computed when it compiles, so that all is counted
+        )  # no constant folding, so that everything is counted
         self.filters = dict(FILTERS)
         self.globals = {
             "range": safe_range,
@@ -101,7 +101,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._functions = tuple(self.globals.values())
 
     def parsed(self, source: str) -> nodes.Template:
-        """Raises TemplateError, or what Python's own parser raises for what is nested too deeply."""
+        """Raises TemplateError, or the errors of Python's parser for deep nesting."""
         if len(source) > MAX_SOURCE_CHARS:
             raise TemplateError(f"it has {len(source)} characters, expected at most {MAX_SOURCE_CHARS}")
         parsed = self.parse(source)
@@ -110,14 +110,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return parsed
 
     def compiled(self, parsed: nodes.Template) -> Template:
-        """A template to render; uses up `parsed`. Raises as `parsed`."""
+        """Returns a template to render; uses up `parsed`. Raises as `parsed`."""
         return self.from_string(_rewritten(parsed))
 
     def wrap_str_format(self, value: Any) -> None:
-        """Not here: `call` has a str.format of its own."""
+        """Disabled: `call` has a str.format of its own."""
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """As jinja2 calls it: names of keyword arguments are the template's."""
+        """Called by jinja2; the template chooses the names of keyword arguments."""
         called = __self._allowed(__obj)
         if isinstance(called, Macro):
             account().built(args)
@@ -152,7 +152,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def _allowed(self, called: Any) -> Any:
-        """What to call for it. Raises SecurityError."""
+        """Returns the function to call for it. Raises SecurityError."""
         if isinstance(called, BuiltinMethodType):
             method = METHODS.get((type(called.__self__), called.__name__))
             if method is not None:
@@ -187,15 +187,15 @@ def _chained(left: Any, right: Any) -> Any:
     return account().built(left + right, Weight(sum(weight.num_bytes for weight in weights), num_levels))
 
 
-@pass_context  # jinja2 writes out by itself, and uncounted, what needs no context
+@pass_context  # jinja2 renders output that needs no context by itself, and uncounted
 def _written(_: Context, value: Any) -> str:
     text = account().text(value)
-    account().charge_text(2 * len(text), text)  # by itself, and in what it becomes a part of
+    account().charge_text(2 * len(text), text)  # by itself, and in its container
     return text
 
 
 class _Counted(Extension):
-    """What a rewritten template calls."""
+    """The functions that a rewritten template calls."""
 
     def tick(self) -> bool:
         account().tick()
@@ -212,7 +212,7 @@ class _Counted(Extension):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for training; here it changes nothing."""
+    """`{% generation %}` marks the assistant's output for training; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -222,7 +222,8 @@ class _Generation(Extension):
 
 
 def _rewritten(node: Any) -> Any:
-    """The node with all below it, operations that could be large as calls. Raises TemplateError."""
+    """Rewrites the node and all below it, with potentially large operations as calls. Raises
+    TemplateError."""
     if type(node) not in _KNOWN:
         raise TemplateError(f"{type(node).__name__} is not for chat templates")
     for name, value in node.iter_fields():
@@ -259,7 +260,7 @@ def _call(method: str, *arguments: nodes.Expr) -> nodes.Call:
 
 
 class _Namespace(Namespace):
-    """As in transformers: no attribute by which a template could reach Python's own."""
+    """As in transformers: excludes attributes by which a template could reach Python's own."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -267,7 +268,7 @@ class _Namespace(Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # not what it holds, which can change and hold others
+        return "<Namespace>"  # not its content, which can change and hold others
 
 
 def _dict(*values: Any, **named: Any) -> Any:

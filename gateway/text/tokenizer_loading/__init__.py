@@ -1,2 +1,2 @@
-"""Loads a checkpoint's tokenizer in a process of its own, which a hostile one may kill, and brings back what
-it is as data."""
+"""Loads a checkpoint's tokenizer in a separate process, which a hostile one may kill, and returns it as
+data."""

@@ -1,9 +1,7 @@
-"""How much longer a text can become on its way through a tokenizer, told from the tokenizer's parts without
-running them.
+"""Bounds how much a tokenizer can lengthen a text, derived from the tokenizer's parts without running them.
 
-Lengths are bytes of UTF-8, of tokens where a post-processor counts. Each part turns n into at most factor * n
-+ constant, and so does a chain of parts. A part that is not known here is refused: nothing is known of its
-growth."""
+Lengths are in bytes of UTF-8, in tokens where a post-processor counts. Each part turns n into at most factor
+* n + constant, and so does a chain of parts. An unknown part is refused, as its growth is unknown."""
 
 import base64
 import binascii
@@ -21,11 +19,11 @@ MAX_TOKEN_GROWTH = 2  # by the post-processor
 MAX_DECODED_GROWTH = 8  # by the decoder, of each token; 3 is usual
 MAX_ADDED = 1024  # bytes or tokens, whatever the length
 MAX_PARTS = 64  # of one kind
-MAX_DECODER_PARTS = 8  # every token that goes out passes through them, on the server's loop
+MAX_DECODER_PARTS = 8  # every output token passes through them, on the server's loop
 MAX_DECODED_PATTERN_CHARS = 16
 MAX_PATTERN_CHARS = 4096
 MAX_TOKEN_CHARS = 1024
-MAX_AFFIX_CHARS = 64  # of what a model puts before or after each piece of a word
+MAX_AFFIX_CHARS = 64  # of the affix that a model adds to each piece of a word
 MAX_WORD_CHARS = 1000  # WordPiece's work grows with its square
 MAX_TOKEN_ID = 1 << 24  # tables have a place for each id
 MAX_TOKENS = 2_000_000
@@ -56,17 +54,18 @@ class Parts(msgspec.Struct):
     decoder: dict[str, Any] | None = None
 
     def patterns(self) -> list[str]:
-        """The texts and expressions that parts search for."""
+        """Returns the texts and expressions that parts search for."""
         decoded = [_pattern(part) for part in _chain(self.decoder)]
         return [text for pattern in [*self.searched(), *decoded] for text in pattern.values()]
 
     def searched(self) -> list[Mapping[str, str]]:
-        """The patterns that are searched for in a text on its way to tokens: each a `String` or a `Regex`."""
+        """Returns the patterns that are searched for in a text on its path to tokens: each a `String` or a
+        `Regex`."""
         return [_pattern(part) for chain in (self.normalizer, self.pre_tokenizer) for part in _chain(chain)]
 
 
 def check_growth(parts: Parts) -> None:
-    """Raises CheckpointError where a text, its tokens or their text can grow beyond the bounds above."""
+    """Raises CheckpointError if a text, its tokens or their text can grow beyond the bounds above."""
     check_text_growth(parts)
     _Chain("post_processor", MAX_TOKEN_GROWTH).add(parts.post_processor, _POST_PROCESSORS)
     _Chain("decoder", MAX_DECODED_GROWTH, MAX_DECODER_PARTS).add(parts.decoder, _DECODERS)
@@ -82,7 +81,7 @@ def check_growth(parts: Parts) -> None:
 
 
 def check_text_growth(parts: Parts, max_factor: float = MAX_TEXT_GROWTH, max_parts: int = MAX_PARTS) -> None:
-    """Raises CheckpointError where a text can grow beyond the bounds on its way to the model, or has more
+    """Raises CheckpointError if a text can grow beyond the bounds on its path to the model, or has too many
     parts to pass."""
     text = _Chain("normalizer and pre_tokenizer", max_factor, max_parts)
     text.add(parts.normalizer, _NORMALIZERS)
@@ -102,7 +101,7 @@ def check_vocabulary(vocabulary: Mapping[str, int], num_added: int = 0) -> None:
 
 
 class _Chain:
-    """Parts one after the other."""
+    """The growth of consecutive parts."""
 
     def __init__(self, name: str, max_factor: float, max_parts: int = MAX_PARTS) -> None:
         self._name, self._max_factor, self._max_parts = name, max_factor, max_parts
@@ -132,7 +131,7 @@ class _Chain:
 
 
 def _chain(part: Part | None, max_parts: int = MAX_PARTS) -> Iterator[Part]:
-    """The parts that a part consists of, in order."""
+    """Returns the parts of a composite part, in order."""
     waiting = [] if part is None else [part]
     num_parts = 0
     while waiting:
@@ -164,7 +163,7 @@ def _fixed(factor: float, constant: float = 0.0) -> Callable[[Part], Growth]:
 
 
 def _replace(part: Part) -> Growth:
-    """A text is found at most once in its own length; an expression may match nothing, before each byte and
+    """A text matches at most once per its own length; an expression may match nothing, before each byte and
     at the end."""
     pattern, put = _pattern(part), _num_bytes(part["content"])
     if "String" not in pattern:
@@ -175,8 +174,7 @@ def _replace(part: Part) -> Growth:
 
 
 def _replace_decoded(part: Part) -> Growth:
-    """No texts that are tried can show that an expression is never slow, and no known tokenizer decodes with
-    one."""
+    """No sample texts can prove that an expression is never slow, and no known tokenizer decodes with one."""
     pattern = _pattern(part)
     if "String" not in pattern:
         raise CheckpointError("its decoder replaces an expression (Regex), expected a text (String)")
@@ -192,8 +190,8 @@ def _prepend(part: Part) -> Growth:
 
 
 def _precompiled(part: Part) -> Growth:
-    """SentencePiece's map: the length of a search tree, the tree, and all replacements, each with NUL behind
-    it."""
+    """Reads SentencePiece's map: the length of a search tree, the tree, and all replacements, each terminated
+    by NUL."""
     try:
         data = base64.b64decode(part.get("precompiled_charsmap") or "")
     except binascii.Error as error:
@@ -266,7 +264,7 @@ _POST_PROCESSORS: dict[str, Callable[[Part], Growth]] = {
 _DECODERS: dict[str, Callable[[Part], Growth]] = {
     "BPEDecoder": _unless_empty("suffix"),
     "ByteFallback": _fixed(1),
-    "ByteLevel": _fixed(3),  # a byte that is no UTF-8 becomes U+FFFD
+    "ByteLevel": _fixed(3),  # a byte that is invalid UTF-8 becomes U+FFFD
     "CTC": _unless_empty("word_delimiter_token"),
     "Fuse": _fixed(1),
     "Metaspace": _fixed(1),

@@ -1,8 +1,8 @@
-"""The loading process: `main DIRECTORY LIMITS` writes one `Outcome` and ends, or dies of a limit or of the
+"""The loading process: `main DIRECTORY LIMITS` writes one `Outcome` and ends, or is killed by a limit or the
 tokenizer.
 
-Beside loading it tries the tokenizer out, and compiles its chat templates, as the server will do both in its
-own process."""
+Besides loading it exercises the tokenizer and compiles its chat templates, as the server will do in its own
+process."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ MAX_OUTCOME_BYTES = 128 << 20
 MAX_REASON_CHARS = 400
 MAX_TEMPLATES = 16
 NUM_PROBED_LETTERS = 4096
-PROBED_LENGTH = 64  # enough for an expression that backtracks to be noticed
+PROBED_LENGTH = 64  # enough to notice an expression that backtracks
 
 
 def main() -> None:
@@ -34,9 +34,9 @@ def main() -> None:
     limits = msgspec.json.decode(sys.argv[2], type=Limits)
     signal.setitimer(signal.ITIMER_REAL, limits.wall_s)
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # it ends before others do, when memory is short
+        Path("/proc/self/oom_score_adj").write_text("1000")  # killed first when memory is short
     output = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no outcome
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output printed by libraries is not an outcome
     data = msgspec.json.encode(_outcome(Path(sys.argv[1]), limits))
     if len(data) > MAX_OUTCOME_BYTES:
         data = msgspec.json.encode(
@@ -53,7 +53,7 @@ def _outcome(path: Path, limits: Limits) -> Outcome:
         os.abort()  # as Rust does when it finds none
     except (
         BaseException
-    ) as error:  # of transformers all kinds, of tokenizers also a panic, which is no Exception
+    ) as error:  # transformers raises all kinds; tokenizers also a panic, which is not an Exception
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         return LoadFailure(
             "".join(
@@ -63,7 +63,7 @@ def _outcome(path: Path, limits: Limits) -> Outcome:
 
 
 def _load(path: Path, limits: Limits) -> TokenizerData:
-    # tokenizers need none, and it takes seconds to import
+    # tokenizers need none, and its import takes seconds
     sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers import AutoTokenizer
 
@@ -79,9 +79,9 @@ def _load(path: Path, limits: Limits) -> TokenizerData:
 
 
 def exported(pretrained: Any) -> TokenizerData:
-    """`pretrained`, a transformers tokenizer that is backed by the tokenizers library, as values."""
+    """Returns `pretrained`, a transformers tokenizer that is backed by the tokenizers library, as values."""
     backend = pretrained.backend_tokenizer
-    backend.no_truncation()  # what tokenizer.json says about these is for training
+    backend.no_truncation()  # these settings in tokenizer.json are for training
     backend.no_padding()
     templates = pretrained.chat_template or {}
     return TokenizerData(
@@ -97,7 +97,7 @@ def exported(pretrained: Any) -> TokenizerData:
 
 
 def check(data: TokenizerData, limits: Limits) -> None:
-    """Raises CheckpointError, or dies, where the server could not bear what `data` does."""
+    """Raises CheckpointError, or dies, if the server could not bear the behaviour of `data`."""
     parts = msgspec.json.decode(data.backend_json, type=Parts)
     check_growth(parts)
     if len(data.chat_templates) > MAX_TEMPLATES:
@@ -115,7 +115,7 @@ def check(data: TokenizerData, limits: Limits) -> None:
             token_ids = tokenizer.encode(text)
         except InvalidRequest:
             raise CheckpointError(f"it fails over the text {shown(text)}") from None
-        except Exception:  # a text of letters that it does not know is refused, one request at a time
+        except Exception:  # a text with letters that it does not know is refused, one request at a time
             continue
         tokenizer.decode(token_ids)
     signal.setitimer(signal.ITIMER_PROF, limits.load_s)
@@ -124,8 +124,8 @@ def check(data: TokenizerData, limits: Limits) -> None:
 
 
 def _probes(patterns: Iterable[str], vocabulary: Iterable[str]) -> Iterator[str]:
-    """Texts that find out what is slow: nothing, the letters that it knows, and those it searches for over
-    and over."""
+    """Returns texts that reveal slowness: an empty one, the known letters, and the searched ones repeated
+    many times."""
     yield from ("", " ", "\0", "a" * PROBED_LENGTH, " " * PROBED_LENGTH)
     letters = sorted(_first(NUM_PROBED_LETTERS, (char for token in vocabulary for char in token)))
     yield from ("".join(letters[i : i + PROBED_LENGTH]) for i in range(0, len(letters), PROBED_LENGTH))

@@ -1,5 +1,4 @@
-"""Starts the loading process for a checkpoint, and makes an error of whatever becomes of it but a
-tokenizer."""
+"""Starts the loading process for a checkpoint, and turns every outcome except a tokenizer into an error."""
 
 import os
 import signal
@@ -21,7 +20,7 @@ from ....core.errors import CheckpointError
 from .messages import DEFAULT_LIMITS, Limits, LoadFailure, Outcome, TokenizerData
 
 MAX_TEMPLATE_BYTES = 1 << 20
-_FILES = {  # all that transformers may read, with most bytes of each
+_FILES = {  # all files that transformers may read, with the most bytes of each
     "config.json": MAX_CONFIG_BYTES,
     "tokenizer_config.json": MAX_TOKENIZER_CONFIG_BYTES,
     "special_tokens_map.json": MAX_CONFIG_BYTES,
@@ -39,12 +38,12 @@ _FILES = {  # all that transformers may read, with most bytes of each
 }
 _TEMPLATES = "additional_chat_templates"  # a directory of more of them
 _TOO_LONG = (signal.SIGPROF, signal.SIGALRM, signal.SIGXCPU)
-_TOO_LARGE = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL)  # SIGKILL: memory was short
+_TOO_LARGE = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL)  # SIGKILL: out of memory
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def load(path: Path, limits: Limits = DEFAULT_LIMITS) -> TokenizerData:
-    """The tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes a second or more, on a
+    """Returns the tokenizer of the checkpoint in `path`. Raises CheckpointError. Takes a second or more, on a
     thread."""
     check_files(path)
     command = [
@@ -60,7 +59,7 @@ def load(path: Path, limits: Limits = DEFAULT_LIMITS) -> TokenizerData:
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # the checkpoint may decide what is printed there
+            stderr=subprocess.DEVNULL,  # the checkpoint may control the output there
             env=os.environ | _ENVIRONMENT,
             timeout=2 * limits.wall_s,
             start_new_session=True,
@@ -84,8 +83,7 @@ def load(path: Path, limits: Limits = DEFAULT_LIMITS) -> TokenizerData:
 
 
 def check_files(path: Path) -> None:
-    """Raises CheckpointError for a file that is no regular one, or too large, before anything is read of
-    it."""
+    """Raises CheckpointError for a file that is not regular, or too large, before any of it is read."""
     templates = sorted((path / _TEMPLATES).glob("*")) if (path / _TEMPLATES).is_dir() else []
     files = {path / name: max_bytes for name, max_bytes in _FILES.items()} | dict.fromkeys(
         templates, MAX_TEMPLATE_BYTES

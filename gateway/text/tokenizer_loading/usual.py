@@ -1,8 +1,8 @@
-"""Whether short texts take a tokenizer next to no time whatever is in them: told from its parts, as those of
-usual checkpoints.
+"""Decides whether a tokenizer is fast on any short text: derived from its parts, compared with those of usual
+checkpoints.
 
-The texts that are tried when a tokenizer is loaded cannot find all that an expression is slow over. So only
-expressions that are known, none of which backtracks for longer than its text, may run on the server's loop.
+The sample texts of the loading process cannot reveal every slow case of an expression. So only known
+expressions, none of which backtracks for longer than its text, may run on the server's loop.
 """
 
 import msgspec
@@ -12,7 +12,7 @@ from .growth import Parts, check_text_growth
 
 MAX_TEXT_GROWTH = 16
 MAX_PARTS = 8
-MAX_SEARCHED_CHARS = 16  # of a plain text: a search may compare all of it at each place
+MAX_SEARCHED_CHARS = 16  # of a plain text: a search may compare all of it at each position
 MAX_WORD_CHARS = 100  # WordPiece's work grows with its square
 
 _SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -45,7 +45,7 @@ _EXPRESSIONS = frozenset(
 
 
 def may_stall(backend_json: str) -> bool:
-    """Whether even a short text may take the tokenizer long enough to be noticed, so that it is not for a
+    """Returns whether even a short text may take the tokenizer noticeably long, so that it must not run on a
     loop."""
     parts = msgspec.json.decode(backend_json, type=Parts)
     try:

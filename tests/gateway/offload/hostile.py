@@ -1,4 +1,4 @@
-"""Requests that are made to stall a server: each is small to send, within 16 MiB, and much to look at."""
+"""Requests built to stall a server: each is small to send, within 16 MiB, and expensive to examine."""
 
 import json
 from collections.abc import Callable
@@ -174,7 +174,7 @@ TOOLS: dict[str, Callable[[], tuple[str, bytes]]] = {
 
 
 def _field(number: int, data: bytes) -> bytes:
-    """A field of bytes on the wire."""
+    """Returns a field of bytes in wire format."""
     return _varint(number << 3 | 2) + _varint(len(data)) + data
 
 

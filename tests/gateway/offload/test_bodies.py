@@ -1,4 +1,4 @@
-"""A body or a message is read to the same messages, or refused with the same words, in the head and in the
+"""A body or a message is parsed to the same messages, or refused with the same words, in the head and in the
 intake process."""
 
 import asyncio
@@ -147,7 +147,7 @@ def refusal(error: Exception) -> Outcome:
 
 
 class Reader:
-    """Both ways, on a loop of its own."""
+    """Reads it in both places, on a separate loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -161,7 +161,7 @@ class Reader:
         return [message.SerializeToString() for message in messages], asked
 
     def there(self, route: str, data: bytes) -> Outcome:
-        """With the limits on what is small set to nothing, in the head alone."""
+        """Reads it in the intake process: only the head's threshold for small bodies is reduced."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bodies, "SMALL_BYTES", -1)
             try:
@@ -204,7 +204,7 @@ def test_a_body_is_read_alike_in_both_places(reader: Reader, route: str, body: A
 
 
 @pytest.mark.parametrize("data", BROKEN)
-def test_what_is_no_body_is_refused_alike_in_both_places(reader: Reader, data: bytes) -> None:
+def test_an_invalid_body_is_refused_alike_in_both_places(reader: Reader, data: bytes) -> None:
     outcome = reader.here("completions", data)
     assert outcome == reader.there("completions", data)
     assert outcome[0] is InvalidRequest
@@ -224,9 +224,7 @@ _FIELDS = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_
     changed=st.dictionaries(st.sampled_from(_FIELDS), _VALUES, max_size=3),
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_a_body_says_it_is_read_alike(
-    reader: Reader, route: str, good: Any, changed: dict[str, Any]
-) -> None:
+def test_any_body_is_read_alike(reader: Reader, route: str, good: Any, changed: dict[str, Any]) -> None:
     data = json.dumps(good | changed).encode()
     assert reader.here(route, data) == reader.there(route, data)
 
@@ -274,7 +272,7 @@ def nested(num_messages: int, num_calls: int) -> bytes:
     ).SerializeToString()
 
 
-def test_a_message_of_too_many_parts_is_refused_though_no_list_of_it_is_long(reader: Reader) -> None:
+def test_a_message_of_too_many_parts_is_refused_despite_short_lists(reader: Reader) -> None:
     kind, told, *_ = reader.message(pb.GenerateRequest, nested(20, 9_000), small_bytes=-1)
     assert kind is InvalidRequest and "parts" in str(told)
 
@@ -295,11 +293,11 @@ def test_a_body_of_too_many_values_is_refused_by_their_number(reader: Reader, da
 
 
 @pytest.mark.parametrize("text", [',"[]{}' * 100_000, '\\"' * 100_000, "a" * 700_000])
-def test_what_stands_in_a_text_is_no_value(text: str) -> None:
+def test_the_content_of_a_string_is_not_counted(text: str) -> None:
     bodies._check_values(json.dumps({"prompt": text}).encode())
 
 
-def test_a_body_of_as_many_token_ids_as_prompts_may_have_is_read() -> None:
+def test_a_body_with_the_maximum_of_token_ids_is_read() -> None:
     bodies._check_values(json.dumps({"prompt": [[7] * 100_000] * 64}).encode())
 
 

@@ -1,4 +1,4 @@
-"""Whose job the head's threads do next, and what becomes of jobs whose caller has gone."""
+"""The order of jobs on the head's threads, and the fate of jobs whose caller was cancelled."""
 
 import asyncio
 import threading
@@ -31,10 +31,10 @@ class Held:
         self._holding = [
             asyncio.create_task(self.threads.run(client, self._is_free.wait)) for _ in range(NUM_THREADS)
         ]
-        await asyncio.sleep(0)  # so that they run to where they wait
+        await asyncio.sleep(0)  # so that they reach the point where they wait
 
     async def queue(self, *clients: str) -> "list[asyncio.Task[None]]":
-        """A job of each, which writes its client down."""
+        """Submits a job for each client, which records that client."""
         tasks = [
             asyncio.create_task(self.threads.run(client, self.done.append, client)) for client in clients
         ]
@@ -42,7 +42,7 @@ class Held:
         return tasks
 
     def leave(self) -> None:
-        """Those who wait for the jobs that hold the threads go away."""
+        """Cancels the callers of the jobs that hold the threads."""
         for task in self._holding:
             task.cancel()
 
@@ -58,7 +58,7 @@ async def held() -> AsyncIterator[Held]:
     await held.threads.stop()
 
 
-async def test_a_job_is_done_on_a_thread_or_raises_what_it_raised(held: Held) -> None:
+async def test_a_job_runs_on_a_thread_and_its_exception_is_raised(held: Held) -> None:
     assert await held.threads.run("a", threading.get_ident) != threading.get_ident()
     with pytest.raises(InvalidRequest):
         await held.threads.run("a", failing)
@@ -80,8 +80,8 @@ async def test_another_clients_job_is_next_however_many_one_client_has(
 
 
 def order_of_beginning(threads: FairThreads, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The clients of jobs from now on, in the order in which threads are asked to do them: they may end in
-    another one."""
+    """Records the clients of jobs from now on, in the order in which jobs are submitted to threads: they may
+    end in another one."""
     begun, executor = list[str](), threads._executor
     submit = executor.submit
 
@@ -93,17 +93,17 @@ def order_of_beginning(threads: FairThreads, monkeypatch: pytest.MonkeyPatch) ->
     return begun
 
 
-async def test_a_job_whose_caller_went_away_does_not_begin(held: Held) -> None:
+async def test_a_job_whose_caller_was_cancelled_does_not_start(held: Held) -> None:
     await held.hold("a")
     gone, stays = await held.queue("gone", "stays")
     gone.cancel()
-    held.free()  # in the same turn: nobody has taken the job out of the queue yet
+    held.free()  # in the same turn: the job is still in the queue
     await stays
     await asyncio.wait([gone])
     assert held.done == ["stays"] and held.threads.num_waiting == 0
 
 
-async def test_a_running_job_keeps_its_thread_when_its_caller_goes_away(held: Held) -> None:
+async def test_a_running_job_keeps_its_thread_when_its_caller_is_cancelled(held: Held) -> None:
     await held.hold("a")
     (waits,) = await held.queue("b")
     held.leave()
@@ -125,7 +125,7 @@ async def test_one_client_cannot_take_all_places(held: Held) -> None:
     assert held.done.count("other") == 1
 
 
-async def test_who_waits_is_refused_when_the_server_ends_and_later_too(held: Held) -> None:
+async def test_waiting_and_later_callers_are_refused_when_the_server_ends(held: Held) -> None:
     await held.hold("a")
     (waits,) = await held.queue("b")
     stopping = asyncio.create_task(held.threads.stop())
@@ -150,7 +150,7 @@ PROMPTS: dict[str, tuple[pb.Prompt, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
-async def test_all_that_threads_do_for_a_prompt_counts_for_its_client(
+async def test_all_thread_work_for_a_prompt_counts_for_its_client(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt, expected = PROMPTS[kind]

@@ -1,4 +1,4 @@
-"""Whose job is next."""
+"""The order of jobs."""
 
 import pytest
 from hypothesis import given, strategies as st
@@ -25,7 +25,7 @@ def test_one_client_cannot_take_all_places() -> None:
     queue.push("other", 0)
 
 
-def test_clients_that_come_after_others_wait_for_them_alone() -> None:
+def test_deferred_clients_wait_only_for_the_others() -> None:
     queue: IntakeQueue[str] = IntakeQueue()
     for client in ("a", "b", "a", "c"):
         queue.push(client, client)
@@ -47,7 +47,7 @@ def test_the_last_places_are_for_clients_that_have_nothing_waiting() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["push", "pop", "remove"])), max_size=60))
-def test_no_job_is_lost_or_done_twice_and_each_client_keeps_its_order(steps: list[tuple[str, str]]) -> None:
+def test_each_job_is_done_once_in_its_clients_order(steps: list[tuple[str, str]]) -> None:
     queue: IntakeQueue[tuple[str, int]] = IntakeQueue()
     waiting: list[tuple[str, int]] = []
     for number, (client, step) in enumerate(steps):

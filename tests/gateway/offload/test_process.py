@@ -1,4 +1,4 @@
-"""The real process: what it answers, and what becomes of jobs when it dies of one."""
+"""The real intake process: its answers, and the fate of jobs when it dies."""
 
 import asyncio
 import os
@@ -34,7 +34,7 @@ async def offload() -> AsyncIterator[Offload]:
     await offload.stop()
 
 
-async def test_it_starts_with_the_first_job_or_before_when_it_is_asked_to(offload: Offload) -> None:
+async def test_it_starts_with_the_first_job_or_on_request(offload: Offload) -> None:
     assert offload.pid is None
     assert await offload.decode((70, 71), True, LIMITS, "a") == byte_level().decode((70, 71))
     assert offload.pid is not None
@@ -66,7 +66,7 @@ async def test_a_prompt_of_far_too_many_tokens_is_refused(offload: Offload, text
     assert refused.value.field == "prompt" and "at most" in refused.value.expected
 
 
-async def test_a_refusal_is_the_one_that_the_head_would_have_made(offload: Offload) -> None:
+async def test_refusals_are_the_same_as_in_the_head(offload: Offload) -> None:
     text = "the quick brown fox " * 20_000
     small = Offload(byte_level(), "tiny", 300)
     try:
@@ -84,7 +84,7 @@ async def test_a_refusal_is_the_one_that_the_head_would_have_made(offload: Offlo
 
 
 class Killable:
-    """The process, with a job that never ends in it."""
+    """The process, occupied by a job that never ends."""
 
     def __init__(self, process: IntakeProcess) -> None:
         self.process = process
@@ -111,19 +111,19 @@ async def killable() -> AsyncIterator[Killable]:
 
 
 async def stopped_at_work(killable: Killable) -> "asyncio.Task[str]":
-    """A job in a process that does not go on."""
+    """Submits a job to a process that is stopped."""
     await killable.ask("first")
     assert killable.process.pid is not None
     os.kill(killable.process.pid, signal.SIGSTOP)
     task = asyncio.create_task(killable.ask("victim"))
-    for _ in range(50):  # turns of the loop; no answer of anybody is needed
+    for _ in range(50):  # turns of the loop; no external answer is needed
         await asyncio.sleep(0)
     assert killable.process.is_busy and not killable.process.num_waiting
     return task
 
 
 @pytest.mark.parametrize("cause", [signal.SIGPROF, signal.SIGABRT, signal.SIGSEGV])
-async def test_a_job_that_takes_too_much_is_refused_and_the_others_go_on(
+async def test_an_excessive_job_is_refused_and_the_others_continue(
     killable: Killable, cause: signal.Signals
 ) -> None:
     victim = await stopped_at_work(killable)
@@ -138,7 +138,7 @@ async def test_a_job_that_takes_too_much_is_refused_and_the_others_go_on(
     assert await asyncio.gather(*others) == [byte_level().decode([70])] * 3
 
 
-async def test_a_process_that_somebody_kills_is_replaced_and_nobody_is_blamed(killable: Killable) -> None:
+async def test_a_process_killed_from_outside_is_replaced_without_blame(killable: Killable) -> None:
     victim = await stopped_at_work(killable)
     other = asyncio.create_task(killable.ask("other"))
     assert killable.process.pid is not None
@@ -148,7 +148,7 @@ async def test_a_process_that_somebody_kills_is_replaced_and_nobody_is_blamed(ki
     assert await other == byte_level().decode([70])
 
 
-async def test_a_client_that_goes_away_leaves_its_place(killable: Killable) -> None:
+async def test_a_disconnecting_client_frees_its_place(killable: Killable) -> None:
     victim = await stopped_at_work(killable)
     gone = asyncio.create_task(killable.ask("gone"))
     await asyncio.sleep(0)
@@ -161,7 +161,7 @@ async def test_a_client_that_goes_away_leaves_its_place(killable: Killable) -> N
     assert await victim
 
 
-async def test_who_waits_is_refused_when_the_server_ends(killable: Killable) -> None:
+async def test_waiting_callers_are_refused_when_the_server_ends(killable: Killable) -> None:
     victim = await stopped_at_work(killable)
     other = asyncio.create_task(killable.ask("other"))
     await asyncio.sleep(0)
@@ -182,7 +182,7 @@ async def test_a_process_that_is_silent_is_killed(
     assert await killable.ask("first") == byte_level().decode([70])
 
 
-async def test_who_waits_hears_that_the_process_cannot_start() -> None:
+async def test_waiting_callers_are_informed_that_the_process_cannot_start() -> None:
     def broken() -> tuple[IntakeSetup, bytes]:
         return IntakeSetup(4, "tiny", CONTEXT), b"none"
 
@@ -193,7 +193,7 @@ async def test_who_waits_hears_that_the_process_cannot_start() -> None:
     await process.stop()
 
 
-async def test_one_that_cannot_start_is_tried_again_only_for_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_start_is_retried_only_for_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     num_starts = 0
 
     async def fails(*_: object, **__: object) -> None:
@@ -213,7 +213,7 @@ async def test_one_that_cannot_start_is_tried_again_only_for_a_job(monkeypatch: 
     await process.stop()
 
 
-async def test_its_end_is_waited_for_once_however_many_jobs_it_has(
+async def test_its_end_is_awaited_once_for_any_number_of_jobs(
     killable: Killable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """asyncio keeps each of these waits until the process ends, also cancelled ones."""
@@ -248,7 +248,7 @@ async def test_it_is_gone_when_it_was_stopped(killable: Killable) -> None:
 
 
 async def test_it_ends_with_its_owner() -> None:
-    """Also when the owner had no time to say so."""
+    """Holds also if the owner had no time to stop it."""
     owner = (
         "import asyncio, os\n"
         "from tests.gateway.offload.test_process import Killable, set_up\n"
@@ -266,8 +266,8 @@ async def test_it_ends_with_its_owner() -> None:
 
 
 @pytest.mark.parametrize(("resource", "exit_code"), [("time", -signal.SIGPROF), ("memory", -signal.SIGABRT)])
-async def test_a_job_without_end_ends_the_process(resource: str, exit_code: int) -> None:
-    """By the process's own limits, which are made small here."""
+async def test_an_endless_job_ends_the_process(resource: str, exit_code: int) -> None:
+    """Relies on the process's own limits, which are reduced here."""
     work = {"time": "while True: pass", "memory": "bytearray(1 << 30)"}[resource]
     script = (
         "from pdserve.gateway.offload import main\n"
@@ -286,7 +286,7 @@ async def test_a_job_without_end_ends_the_process(resource: str, exit_code: int)
 
 
 def test_the_worker_needs_no_transformers() -> None:
-    """It would take seconds to import."""
+    """Its import would take seconds."""
     script = (
         "import sys, pdserve.gateway.offload.main; print('transformers' in sys.modules, 'torch' in"
         " sys.modules)"
@@ -296,7 +296,7 @@ def test_the_worker_needs_no_transformers() -> None:
     assert main.JOB_S < shell.SILENT_S
 
 
-def test_a_worker_takes_what_a_tokenizer_tells_of_itself() -> None:
+def test_a_worker_accepts_a_tokenizers_own_data() -> None:
     worker = IntakeWorker(*set_up())
     (ids,), _ = worker.do(
         IntakeJob(Encode(True, False), LIMITS.model_dump_json().encode(), 0), "<tool> Köln".encode()

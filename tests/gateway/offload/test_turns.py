@@ -1,5 +1,4 @@
-"""No request that a client can make keeps the loop busy for long in one turn: see `turns` for what is
-counted, and how."""
+"""No client's request keeps the loop busy for long in one turn; `turns` explains what is counted, and how."""
 
 import asyncio
 import json
@@ -111,7 +110,7 @@ FIELDS = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_f
 
 
 class Fuzzed:
-    """A server on a loop of its own."""
+    """A server on a separate loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -169,7 +168,7 @@ BUSY: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("kind", BUSY)
-async def test_a_turn_that_does_too_much_is_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_turn_that_does_too_much_is_detected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[object] = []
     with metered(monkeypatch) as meter:
         asyncio.get_running_loop().call_soon(lambda: kept.append(BUSY[kind]()))

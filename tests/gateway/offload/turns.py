@@ -1,5 +1,4 @@
-"""Counts what the loop does in a single turn, which is what all streams of all clients wait for. No clock
-takes part.
+"""Counts the loop's work in a single turn, which all streams of all clients wait for. No clock is involved.
 
 Three counts, each of which catches what the others miss:
 
@@ -9,8 +8,8 @@ Three counts, each of which catches what the others miss:
 - the sizes of what was handed to C calls that make few objects but work on all: texts that are tokenised, ids
   decoded, bytes that are parsed. They are at few places, which are patched here (`SIZED`).
 
-What remains are calls into C whose work for a byte is a nanosecond: copies, comparisons, UTF-8. A message of
-16 MiB takes 10 ms of them at most."""
+The remainder is calls into C that take a nanosecond per byte: copies, comparisons, UTF-8. A message of 16 MiB
+takes at most 10 ms of them."""
 
 import asyncio
 import sys
@@ -31,7 +30,7 @@ from tests.gateway import support
 
 @dataclass
 class Counts:
-    """The work of one turn, or the most of any turn."""
+    """The work of one turn, or the maximum over all turns."""
 
     lines: int = 0
     blocks: int = 0
@@ -44,7 +43,7 @@ class Counts:
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
     def excess(self, bound: "Counts") -> dict[str, int]:
-        """Those that are more than `bound` has."""
+        """Returns the counts that exceed those of `bound`."""
         return {name: count for name, count in vars(self).items() if count > getattr(bound, name)}
 
 
@@ -57,13 +56,13 @@ class Meter:
         self._thread = threading.get_ident()
 
     def count(self, name: str, size: int) -> None:
-        """Work of `size`, if it is done on the loop."""
+        """Records work of `size`, if it is done on the loop."""
         if threading.get_ident() == self._thread:
             setattr(self.turn, name, getattr(self.turn, name) + size)
 
     def trace(self, frame: FrameType, event: str, _: Any) -> Any:
         if frame.f_code.co_filename == support.__file__:
-            return None  # the scripted cluster is none of the gateway
+            return None  # the scripted cluster is not part of the gateway
         self.turn.lines += 1
         return self.trace
 
@@ -81,7 +80,7 @@ class Meter:
 
 @contextmanager
 def metered(patch: pytest.MonkeyPatch) -> Iterator[Meter]:
-    """All turns of this thread's loop from now on."""
+    """Observes all turns of this thread's loop from now on."""
     meter = Meter()
     run = asyncio.Handle._run
     patch.setattr(asyncio.Handle, "_run", lambda handle: meter.run(handle, run))

@@ -1,4 +1,4 @@
-"""The same requests for both doors, and a cluster that answers with calls."""
+"""The same requests for both servers, and a cluster that answers with tool calls."""
 
 import json
 from typing import Any
@@ -36,7 +36,7 @@ def as_messages(tools: list[dict[str, Any]]) -> list[pb.Tool]:
 def ask(
     tools: list[dict[str, Any]], choice: Any = None, parallel: bool | None = None, **sampling: Any
 ) -> tuple[pb.GenerateRequest, dict[str, Any]]:
-    """The same request for both doors."""
+    """The same request for both servers."""
     chat = pb.Chat(messages=[pb.ChatMessage(**USER)], tools=as_messages(tools))
     body: dict[str, Any] = {"messages": [USER], "tools": tools} | sampling
     if isinstance(choice, dict):

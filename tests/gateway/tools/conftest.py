@@ -1,4 +1,4 @@
-"""Both doors, before a model that calls tools."""
+"""Both servers, in front of a model that calls tools."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""Tokenizers of models that call tools: templates in the style of each family, markers as their vocabularies
-have them."""
+"""Tokenizers of models that call tools: templates in the style of each family, with the markers of their
+vocabularies."""
 
 import json
 from collections.abc import Sequence
@@ -122,7 +122,7 @@ def mistral() -> Built:
 
 @cache
 def tekken() -> Built:
-    """The same in a vocabulary of bytes, where the marker is no special token."""
+    """The same in a vocabulary of bytes, where the marker is not a special token."""
     return _model(byte_level(), MISTRAL, added=["[TOOL_CALLS]"], eos_token=EOS, bos_token="<|im_start|>")
 
 
@@ -137,13 +137,13 @@ def eos_of(tokenizer: Built) -> int:
 
 @cache
 def for_grammars(name: str) -> LLTokenizer:
-    """The model's tokenizer as the grammar process has it."""
+    """Returns the model's tokenizer as the grammar process has it."""
     tokenizer = MODELS[name]()
     return LLTokenizer(tokenizer.to_json(), eos_token=eos_of(tokenizer))
 
 
 def written(form: ToolFormat, calls: Sequence[tuple[str, str]], text: str = "") -> str:
-    """Text, and calls of these names and arguments, as a model writes them."""
+    """Returns text, and calls of these names and arguments, as a model writes them."""
     objects = [f'{{"name": "{name}", "{form.arguments_key}": {arguments}}}' for name, arguments in calls]
     match form:
         case ToolFormat.HERMES:
@@ -189,5 +189,5 @@ def offer(
 
 
 def openai_tools() -> list[Any]:
-    """TOOLS, as clients send them."""
+    """Returns TOOLS as clients send them."""
     return list(json.loads(json.dumps([tool.for_template() for tool in TOOLS])))

@@ -1,4 +1,4 @@
-"""Calls come out of an answer as each door tells them, to the official clients too."""
+"""Calls are returned in each API's format, to the official clients too."""
 
 import asyncio
 from typing import Any, TypeAlias, cast
@@ -28,16 +28,16 @@ Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @pytest.mark.parametrize("model", MODELS)
-def test_calls_are_told_apart_from_text_however_tokens_come(model: str, size: int) -> None:
-    """By one, in handfuls, all at once."""
+def test_calls_are_separated_from_text_however_tokens_arrive(model: str, size: int) -> None:
+    """Feeds tokens one by one, in handfuls, and all at once."""
     calls, text = (CALLS, "Let me see.") if model != "llama3" else (CALLS[:1], "")
-    told = saying(model, calls, text)
+    output = saying(model, calls, text)
     outputs = [
         TokenOutput(transfer=TransferId("r", 0), choice=0, index=index, token_id=token_id)
-        for index, token_id in enumerate(told.token_ids)
+        for index, token_id in enumerate(output.token_ids)
     ]
     request = Request(request_id="r", prompt_token_ids=(1, 2), sampling=SamplingParams(), has_tools=True)
-    answer, collector = ResponseEvents(request, told.tokenizer, lambda choice: None), Collector()
+    answer, collector = ResponseEvents(request, output.tokenizer, lambda choice: None), Collector()
     events: list[StreamEvent] = [
         EmitTokens("r", 0, tuple(outputs[i : i + size])) for i in range(0, len(outputs), size)
     ]
@@ -61,8 +61,8 @@ def test_calls_are_told_apart_from_text_however_tokens_come(model: str, size: in
 async def test_an_answer_without_calls_is_text(
     generation: Stub, cluster: ScriptedCluster, model: str
 ) -> None:
-    told = saying(model, [], "No {tool} can <tell>.")
-    cluster.token_ids, cluster.eos_after = told.token_ids, told.eos_after
+    output = saying(model, [], "No {tool} can <tell>.")
+    cluster.token_ids, cluster.eos_after = output.token_ids, output.eos_after
     (choice,) = (await generation.Generate(ask(openai_tools(), max_tokens=200)[0])).choices
     assert (choice.text, choice.finish_reason, list(choice.tool_calls)) == (
         "No {tool} can <tell>.",
@@ -78,16 +78,14 @@ async def test_without_tools_nothing_is_a_call(generation: Stub, cluster: Script
         assert choice.finish_reason == pb.FINISH_REASON_STOP
 
 
-async def test_a_call_that_is_cut_short_ends_by_its_length(
-    generation: Stub, cluster: ScriptedCluster
-) -> None:
+async def test_a_truncated_call_ends_by_its_length(generation: Stub, cluster: ScriptedCluster) -> None:
     cut = len(cluster.token_ids) - 4
     (choice,) = (await generation.Generate(ask(openai_tools(), max_tokens=cut)[0])).choices
     assert choice.finish_reason == pb.FINISH_REASON_LENGTH
     assert choice.tool_calls[0].arguments == ARGUMENTS
 
 
-async def test_a_stop_string_ends_the_text_and_is_not_looked_for_in_calls(generation: Stub) -> None:
+async def test_a_stop_string_ends_text_and_is_ignored_in_calls(generation: Stub) -> None:
     (choice,) = (
         await generation.Generate(ask(openai_tools(), max_tokens=200, stop=["Köln", "see.X"])[0])
     ).choices
@@ -101,7 +99,7 @@ async def test_a_stop_string_ends_the_text_and_is_not_looked_for_in_calls(genera
     assert not choice.tool_calls
 
 
-async def test_a_stream_that_resumes_goes_on_with_the_same_calls(
+async def test_a_resumed_stream_continues_with_the_same_calls(
     generation: Stub, cluster: ScriptedCluster
 ) -> None:
     request, _ = ask(openai_tools(), max_tokens=200, seed=1)
@@ -120,9 +118,9 @@ async def test_the_official_client_calls_tools(client: openai.AsyncOpenAI, clust
     (choice,) = answer.choices
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
     assert choice.message.tool_calls is not None
-    told = [item for item in choice.message.tool_calls if isinstance(item, ChatCompletionMessageToolCall)]
-    assert [(item.function.name, item.function.arguments) for item in told] == CALLS
-    results: list[Any] = [{"role": "tool", "tool_call_id": item.id, "content": "sunny"} for item in told]
+    output = [item for item in choice.message.tool_calls if isinstance(item, ChatCompletionMessageToolCall)]
+    assert [(item.function.name, item.function.arguments) for item in output] == CALLS
+    results: list[Any] = [{"role": "tool", "tool_call_id": item.id, "content": "sunny"} for item in output]
     await client.chat.completions.create(
         model="tiny",
         messages=[USER, cast(Any, choice.message), *results],
@@ -189,8 +187,8 @@ async def test_answers_are_as_openapi_describes_them(
 
 
 async def test_calls_alone_have_no_content(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
-    told = saying("qwen", CALLS)
-    cluster.token_ids, cluster.eos_after = told.token_ids, told.eos_after
+    output = saying("qwen", CALLS)
+    cluster.token_ids, cluster.eos_after = output.token_ids, output.eos_after
     message = (await over_http(http, ask(openai_tools(), max_tokens=200)[1])).json()["choices"][0]["message"]
     assert message["content"] is None
     assert len(message["tool_calls"]) == len(TOOLS)

@@ -1,4 +1,4 @@
-"""A model with tools writes text, calls that fit their schemas, and nothing between: for each family, by
+"""A model with tools writes text, calls that fit their schemas, and nothing else: for each family, checked by
 llguidance itself."""
 
 import json
@@ -44,7 +44,7 @@ def matcher(model: str, offered: OfferedTools) -> LLMatcher:
 
 
 def accepts(model: str, offered: OfferedTools, text: str) -> bool:
-    """Whether `text` is a whole answer: all of its tokens may come, and then its end."""
+    """Returns whether `text` is a whole answer: all of its tokens are allowed, and then its end."""
     token_ids = [*MODELS[model]().encode(text, add_special_tokens=False), eos_of(MODELS[model]())]
     return matcher(model, offered).validate_tokens(token_ids) == len(token_ids)
 
@@ -57,27 +57,27 @@ def form_of(model: str) -> ToolFormat:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("call", [SUNNY, COMPACT, STOP])
-def test_a_call_may_come_whether_it_has_to_or_not(model: str, call: tuple[str, str]) -> None:
+def test_a_call_is_accepted_whether_required_or_not(model: str, call: tuple[str, str]) -> None:
     for must_call in (True, False):
         assert accepts(model, offer(must_call=must_call), written(form_of(model), [call]))
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_no_call_is_wrong(model: str, wrong: str) -> None:
+def test_invalid_calls_are_not_accepted(model: str, wrong: str) -> None:
     for must_call in (True, False):
         assert not accepts(model, offer(must_call=must_call), written(form_of(model), [WRONG[wrong]]))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_text_may_come_instead_of_calls_unless_they_have_to(model: str) -> None:
+def test_text_may_replace_calls_unless_they_are_required(model: str) -> None:
     for text in ("", "It is sunny.", "a\n\n{}", "1 < 2", "<tool_call", "[TOOL_", "\n"):
         assert accepts(model, offer(), text), text
         assert not accepts(model, offer(must_call=True), text), text
 
 
 @pytest.mark.parametrize("model", sorted(set(MODELS) - {"llama3"}))
-def test_text_may_come_before_calls_and_not_after(model: str) -> None:
+def test_text_may_precede_calls_but_not_follow_them(model: str) -> None:
     text = written(form_of(model), [SUNNY, STOP], "I look.")
     assert accepts(model, offer(), text)
     assert not accepts(model, offer(must_call=True), text)
@@ -86,7 +86,7 @@ def test_text_may_come_before_calls_and_not_after(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_other_added_tokens_are_text_like_any_other(model: str) -> None:
-    """As models have them around their thoughts."""
+    """Tokens like those around models' reasoning."""
     form, thought = form_of(model), "a<think>b</think>\n\nc"
     assert {"<think>", "</think>"} <= MODELS[model]().added_tokens.keys()
     for text in (thought, thought + "</think>"):
@@ -95,7 +95,7 @@ def test_other_added_tokens_are_text_like_any_other(model: str) -> None:
     assert accepts(model, offer(), written(form, [STOP], thought)) or form is ToolFormat.LLAMA3
 
 
-def test_no_token_lets_a_marker_be_spelled_in_text() -> None:
+def test_no_token_allows_spelling_a_marker_in_text() -> None:
     tokenizer = MODELS["qwen"]()
     spelled = [
         token_id for piece in ("<think>", "<", "tool_call>", " x") for token_id in tokenizer.encode(piece)
@@ -113,7 +113,7 @@ def test_llama3_calls_or_talks() -> None:
 
 
 @pytest.mark.parametrize("model", sorted(set(MODELS) - {"llama3"}))
-def test_several_calls_come_only_where_they_may(model: str) -> None:
+def test_several_calls_are_accepted_only_if_allowed(model: str) -> None:
     text = written(form_of(model), [SUNNY, STOP, STOP])
     assert accepts(model, offer(must_call=True), text)
     assert not accepts(model, offer(must_call=True, is_parallel=False), text)
@@ -137,9 +137,8 @@ def test_a_marker_that_is_a_token_is_that_token() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("must_call", [True, False])
-def test_whatever_a_model_likes_to_write_is_text_and_calls_that_fit(model: str, must_call: bool) -> None:
-    """Random tokens of those allowed: none of them leads astray, and what is read from them fits the
-    schemas."""
+def test_random_output_is_text_and_valid_calls(model: str, must_call: bool) -> None:
+    """Random allowed tokens: none of them leads to a dead end, and the parsed result fits the schemas."""
     rng = random.Random(f"{model} {must_call}")
     tokenizer, eos = MODELS[model](), eos_of(MODELS[model]())
     likely = [
@@ -159,7 +158,7 @@ def test_whatever_a_model_likes_to_write_is_text_and_calls_that_fit(model: str, 
 
 
 def check_calls(model: str, token_ids: list[int], is_whole: bool) -> int:
-    """How many complete calls there are."""
+    """Returns the number of complete calls."""
     tokenizer = MODELS[model]()
     shown = [
         t
@@ -209,7 +208,7 @@ def test_a_schema_that_cannot_be_followed_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     "schema", [{"properties": {"a": {"type": "string", "format": "colour"}}}, {"not": {"required": ["a"]}}]
 )
-def test_what_calls_are_not_kept_to_is_refused_only_when_the_client_is_strict(
+def test_unsupported_schema_keywords_are_refused_only_in_strict_mode(
     schema: dict[str, object],
 ) -> None:
     assert refused(OfferedTool(name="lax", description="", parameters=schema, is_strict=False)) == ""
@@ -218,7 +217,7 @@ def test_what_calls_are_not_kept_to_is_refused_only_when_the_client_is_strict(
     )
 
 
-def test_a_grammar_that_is_refused_as_a_whole_is_told_of_as_a_whole() -> None:
+def test_a_grammar_refused_as_a_whole_is_reported_as_a_whole() -> None:
     error = refusal(offer(), grammar_of("qwen", offer()), "it takes too long to follow")
     assert str(error).startswith(
         "tools: '2 tool(s)' is not valid, expected schemas that can be followed (it takes too long"

@@ -1,5 +1,5 @@
-"""However the text of an answer is cut into pieces, the same text and calls are read from it, as soon as they
-are certain."""
+"""However an answer's text is split, the same text and calls are parsed from it, as soon as they are
+certain."""
 
 import json
 from itertools import pairwise
@@ -41,8 +41,8 @@ def read(form: ToolFormat, texts: list[str]) -> list[ToolEvent]:
 
 
 def joined(events: list[ToolEvent]) -> tuple[str, list[tuple[str, str, str]]]:
-    """The text, and id, name and arguments of each call; checks that calls come after each other and after
-    the text."""
+    """Returns the text, and id, name and arguments of each call; checks that calls follow each other and the
+    text."""
     text, is_open = "", False
     calls: list[tuple[str, str, str]] = []
     for event in events:
@@ -76,24 +76,24 @@ def test_text_and_calls_are_read_wherever_they_are_cut(
     assume(not form.marker or form.marker not in text)
     if form is ToolFormat.LLAMA3:
         text, calls = ("" if calls else text.lstrip("{")), calls[:1]
-    told = read(form, pieces(written(form, calls, text), cuts))
-    assert joined(told) == (
+    parsed = read(form, pieces(written(form, calls, text), cuts))
+    assert joined(parsed) == (
         text,
         [(f"id{index}", name, arguments) for index, (name, arguments) in enumerate(calls)],
     )
 
 
 @pytest.mark.parametrize("form", ToolFormat)
-def test_letter_by_letter_too(form: ToolFormat) -> None:
+def test_text_and_calls_are_read_letter_by_letter(form: ToolFormat) -> None:
     calls = [("a", '{"x": "\\\\\\"}]<tool_call>[TOOL_CALLS]", "y": [{}, [1]]}'), ("b", "{}")][
         : 1 if form is ToolFormat.LLAMA3 else 2
     ]
     text = "" if form is ToolFormat.LLAMA3 else "so\n"
-    told = joined(read(form, list(written(form, calls, text))))
-    assert told == (text, [(f"id{index}", *call) for index, call in enumerate(calls)])
+    parsed = joined(read(form, list(written(form, calls, text))))
+    assert parsed == (text, [(f"id{index}", *call) for index, call in enumerate(calls)])
 
 
-def test_arguments_go_out_as_they_come() -> None:
+def test_arguments_are_emitted_as_they_arrive() -> None:
     parser = ToolParser(ToolFormat.HERMES, str)
     assert parser.push("Wait.") == [Text("Wait.")]
     assert parser.push('\n<tool_call>\n{"name": "f", "arg') == []
@@ -114,7 +114,7 @@ def test_only_what_may_be_a_marker_is_held_back() -> None:
 
 
 @pytest.mark.parametrize("form", ToolFormat)
-def test_a_call_that_is_cut_short_is_no_text(form: ToolFormat) -> None:
+def test_a_truncated_call_is_not_text(form: ToolFormat) -> None:
     whole = written(form, [("look", '{"a": "b"}')])
     for end in range(len(form.marker) or 1, len(whole)):
         events = read(form, [whole[:end]])
@@ -122,7 +122,7 @@ def test_a_call_that_is_cut_short_is_no_text(form: ToolFormat) -> None:
 
 
 @pytest.mark.parametrize("form", ToolFormat)
-def test_the_rest_that_is_kept_does_not_grow(form: ToolFormat) -> None:
+def test_the_retained_text_does_not_grow(form: ToolFormat) -> None:
     parser = ToolParser(form, str)
     parser.push(written(form, [("a", '{"x": "')]).partition("}")[0])
     for piece in ["word "] * 1000 + ['"}'] + ["\n"] * 1000:
@@ -130,7 +130,7 @@ def test_the_rest_that_is_kept_does_not_grow(form: ToolFormat) -> None:
         assert len(parser._rest) < 16
 
 
-def test_a_template_tells_its_format() -> None:
+def test_the_format_is_detected_from_the_template() -> None:
     for form, template in TEMPLATES.items():
         assert tool_format(template) is form
     assert tool_format("{% for m in messages %}{{ m.content }}{% endfor %}") is None

@@ -1,4 +1,4 @@
-"""Templates are told of tools, calls and results as transformers tells them."""
+"""Templates receive tools, calls and results in the form that transformers gives them."""
 
 from typing import Any
 

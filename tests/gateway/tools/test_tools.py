@@ -1,4 +1,4 @@
-"""Tools at both doors: the same requests are refused and taken, with the same words."""
+"""Tools on both servers: the same requests are refused and accepted, with the same words."""
 
 import json
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ Stub: TypeAlias = "pdserve_pb2_grpc.GenerationAsyncStub"
 
 
 def talk(**message: Any) -> tuple[pb.GenerateRequest, dict[str, Any]]:
-    """A conversation with a message of the assistant."""
+    """Returns a conversation with a message of the assistant."""
     calls = [
         pb.ToolCall(
             id=call.get("id", ""), name=call["function"]["name"], arguments=call["function"]["arguments"]
@@ -108,7 +108,7 @@ async def test_both_refuse_it_with_the_same_message(
 
 
 @pytest.mark.parametrize("name", TAKEN)
-async def test_both_take_it_and_make_the_same_request_of_it(
+async def test_both_accept_it_and_make_the_same_request_of_it(
     generation: Stub, http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
 ) -> None:
     request, body = TAKEN[name]
@@ -123,7 +123,7 @@ async def test_both_take_it_and_make_the_same_request_of_it(
     assert over_one == over_the_other
 
 
-async def test_what_the_model_is_told_and_kept_to_is_what_the_client_chose(
+async def test_prompt_and_grammar_contain_the_tools_that_the_client_chose(
     generation: Stub, cluster: ScriptedCluster
 ) -> None:
     for name in ("none of them", "tools", "required", "one of them"):
@@ -149,9 +149,7 @@ async def test_tokenizing_a_conversation_counts_its_tools(generation: Stub, http
     )
 
 
-async def test_tools_and_another_constraint_do_not_go_together(
-    http: httpx.AsyncClient, cluster: ScriptedCluster
-) -> None:
+async def test_tools_exclude_another_constraint(http: httpx.AsyncClient, cluster: ScriptedCluster) -> None:
     _, body = TAKEN["tools"]
     body = body | {"response_format": {"type": "json_object"}}
     error = (await over_http(http, body)).json()["error"]
@@ -189,7 +187,7 @@ ONLY_GRPC = {
 
 
 @pytest.mark.parametrize("name", ONLY_GRPC)
-async def test_grpc_refuses_what_http_cannot_be_asked(
+async def test_grpc_refuses_requests_that_http_cannot_express(
     generation: Stub, cluster: ScriptedCluster, name: str
 ) -> None:
     message, told = ONLY_GRPC[name]
@@ -226,7 +224,7 @@ ONLY_HTTP: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", ONLY_HTTP)
-async def test_http_refuses_what_grpc_cannot_be_asked(
+async def test_http_refuses_requests_that_grpc_cannot_express(
     http: httpx.AsyncClient, cluster: ScriptedCluster, name: str
 ) -> None:
     body, message = ONLY_HTTP[name]

@@ -110,7 +110,7 @@ class TransferHub:
 
     @property
     def num_transfers(self) -> int:
-        """Returns the open transfers on the prefill side."""
+        """The number of open transfers on the prefill side."""
         return len(self._pair_of)
 
     def _end_pairs(self, key: Key, error: str) -> None:

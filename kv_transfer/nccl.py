@@ -2,8 +2,8 @@
 
 Sends and receives are queued on a stream of the group's; the bytes have left, or have arrived, when the
 operation's event is reached. An operation whose peer is gone never completes: the pair's control stream
-reports the loss, and `kill` aborts the operation. Torch's watchdog would end the
-process, so it is disabled and reports no failure to any group.
+reports the loss, and `kill` aborts the operation. Torch's watchdog would end the process, so it is disabled
+and reports no failure to any group.
 
 Operations of several groups on one GPU can wait for one another in a circle, where their streams share one of
 the device's queues. So a sender has chunks under way to one peer at a time (`send_turn.py`), and D posts only

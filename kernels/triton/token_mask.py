@@ -1,4 +1,4 @@
-"""A grammar's masks over rows of logits, taken as they come from the host: a bit for each token."""
+"""Applies a grammar's masks to rows of logits, in the host's format: a bit for each token."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ _BLOCK = 2048
 
 
 def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
-    """In place: of row `rows[m]` of float32 logits [R, V], token t becomes -inf unless bit t % 8 of `bits[m,
+    """In place: in row `rows[m]` of float32 logits [R, V], token t becomes -inf unless bit t % 8 of `bits[m,
     t // 8]` is set.
 
     rows int32 [M], each once; bits uint8 [M, ceil(V / 8)].

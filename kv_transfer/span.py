@@ -84,7 +84,7 @@ class Coverage:
             raise ValueError(f"{span} is empty or outside of {whole}")
         layers = self._edges[span.layer_start - whole.layer_start : span.layer_end - whole.layer_start]
         if any(_overlaps(edges, span.token_start, span.token_end) for edges in layers):
-            raise ValueError(f"part of {span} has come before")
+            raise ValueError(f"part of {span} has arrived before")
         for edges in layers:
             _insert(edges, span.token_start, span.token_end)
         self.num_missing -= span.num_cells

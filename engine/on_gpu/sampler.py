@@ -45,7 +45,7 @@ class DeviceSampler:
         self._penalties = Penalties()
 
     def prepare(self, chunks: Seq[ScheduledChunk], rows: Seq[int] | None = None) -> PreparedSampling:
-        """Prepares draws of chunk i from row `rows[i]` of the logits, from row i by default. A row belongs to one
+        """Prepares to draw chunk i from row `rows[i]` of the logits, row i by default. A row belongs to one
         chunk."""
         for chunk in chunks:
             _check_known(chunk)

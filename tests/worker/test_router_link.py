@@ -1,4 +1,4 @@
-"""A worker's end of its connection: what becomes of it when the router stands still."""
+"""A worker's end of its connection: its behaviour when the router stalls."""
 
 import socket
 import threading
@@ -21,13 +21,13 @@ from ..handshakes import greeted, read
 WAIT_S = 60.0  # far more than anything here takes
 
 
-def test_a_router_that_reads_no_more_is_lost_also_while_a_sender_waits_for_it(
+def test_a_router_that_stops_reading_is_lost_even_while_a_sender_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(router_session, "DEAD_AFTER_S", 0.2)
     monkeypatch.setattr(
         worker_link, "HEARTBEAT_S", WAIT_S
-    )  # the heartbeat's thread waits behind the sender: it cannot tell
+    )  # the heartbeat's thread waits behind the sender: it cannot report the loss
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as door:
         hello = Hello(worker_id="decode-0", incarnation=1)
@@ -82,7 +82,9 @@ def run_until_it_fails(worker: WorkerProcess) -> None:
         worker.run()
 
 
-def test_a_worker_that_cannot_go_on_does_not_look_for_another_router(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_continue_does_not_look_for_another_router(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
     with socket.create_server(("127.0.0.1", 0)) as door:
         with greeted(door, "secret") as accepted, pytest.raises(CheckpointError):
@@ -93,7 +95,7 @@ def test_a_worker_that_cannot_go_on_does_not_look_for_another_router(monkeypatch
             door.accept()
 
 
-def test_a_worker_that_lost_its_router_before_it_said_anything_tells_the_next_one_that_it_loads(
+def test_a_worker_that_lost_its_router_early_reports_loading_to_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
@@ -115,8 +117,8 @@ def test_a_worker_that_lost_its_router_before_it_said_anything_tells_the_next_on
     assert [type(message) for message in decoder.feed(data)] == [Hello, LoadProgress]
 
 
-def test_a_router_that_does_not_know_the_token_is_told_nothing() -> None:
-    """Not even who calls."""
+def test_a_router_that_does_not_know_the_token_learns_nothing() -> None:
+    """Not even the caller's identity."""
     heard = []
     with socket.create_server(("127.0.0.1", 0)) as door:
 
@@ -136,7 +138,7 @@ def test_a_router_that_does_not_know_the_token_is_told_nothing() -> None:
     assert heard[1] == b"" and b"secret" not in heard[0] and b"decode-0" not in heard[0]
 
 
-def test_a_router_that_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_router_is_not_awaited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_link, "MAX_WAIT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
         RouterLink(

@@ -90,15 +90,15 @@ class DecodeScheduler:
         if not first_tokens:
             self._kv.release(seq)
             return []
-        twins = [seq]
+        siblings = [seq]
         for choice, _ in first_tokens[1:]:
-            twins.append(seq.fork(choice))
-            self._kv.fork(seq, twins[-1])
+            siblings.append(seq.fork(choice))
+            self._kv.fork(seq, siblings[-1])
         seq.choice = first_tokens[0][0]
-        for twin, (_, token_id) in zip(twins, first_tokens, strict=True):
-            twin.append(token_id)
-        self._running.extend(twins)
-        return twins
+        for sibling, (_, token_id) in zip(siblings, first_tokens, strict=True):
+            sibling.append(token_id)
+        self._running.extend(siblings)
+        return siblings
 
     @property
     def may_run_ahead(self) -> bool:
@@ -258,19 +258,19 @@ class DecodeScheduler:
         self, chunk: ScheduledChunk, tokens: list[SampledToken], going_on: set[Sequence]
     ) -> list[Emission]:
         parent = chunk.sequence
-        twins = [parent, *(parent.fork(choice) for choice in chunk.choices[1:])]
-        for twin in twins[1:]:
-            self._kv.fork(parent, twin)
-        if len(twins) > 1:
-            self._running.extend(twins[1:])
+        siblings = [parent, *(parent.fork(choice) for choice in chunk.choices[1:])]
+        for sibling in siblings[1:]:
+            self._kv.fork(parent, sibling)
+        if len(siblings) > 1:
+            self._running.extend(siblings[1:])
         emissions = []
-        for twin, choice, token in zip(twins, chunk.choices, tokens, strict=True):
-            twin.choice = choice
-            index = twin.num_output_tokens
-            reason = twin.append(token.token_id)
-            if reason is not None and twin in going_on:
-                self._ended_ahead.add(twin)
+        for sibling, choice, token in zip(siblings, chunk.choices, tokens, strict=True):
+            sibling.choice = choice
+            index = sibling.num_output_tokens
+            reason = sibling.append(token.token_id)
+            if reason is not None and sibling in going_on:
+                self._ended_ahead.add(sibling)
             elif reason is not None:
-                self._kv.release(twin)
-            emissions.append(Emission(twin, choice, index, token, reason))
+                self._kv.release(sibling)
+            emissions.append(Emission(sibling, choice, index, token, reason))
         return emissions

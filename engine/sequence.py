@@ -139,12 +139,14 @@ class Sequence:
 
     def fork(self, choice: int) -> "Sequence":
         """Returns another choice with the same tokens; the pool's owner shares its blocks."""
-        twin = Sequence(msgspec.structs.replace(self.spec, choices=(choice,)), choice, self._max_num_tokens)
-        twin.token_ids = list(self.token_ids)
-        twin.num_computed_tokens = self.num_computed_tokens
-        twin.num_cached_tokens = self.num_cached_tokens
-        twin._block_hashes = list(self._block_hashes)
-        return twin
+        sibling = Sequence(
+            msgspec.structs.replace(self.spec, choices=(choice,)), choice, self._max_num_tokens
+        )
+        sibling.token_ids = list(self.token_ids)
+        sibling.num_computed_tokens = self.num_computed_tokens
+        sibling.num_cached_tokens = self.num_cached_tokens
+        sibling._block_hashes = list(self._block_hashes)
+        return sibling
 
     def __repr__(self) -> str:
         return f"Sequence({self.transfer}/{self.choice}, {self.num_computed_tokens}/{self.num_tokens} tokens)"

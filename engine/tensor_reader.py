@@ -25,7 +25,7 @@ class TensorReader:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = torch.device("cpu") if device is None else device
-        self._files: dict[Path, tuple[BinaryIO, Any]] = {}  # and what safetensors has of each
+        self._files: dict[Path, tuple[BinaryIO, Any]] = {}  # with safetensors' view of each
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises CheckpointError where the tensor cannot be read or is not of `shape`."""

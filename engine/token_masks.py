@@ -98,11 +98,11 @@ def allowed_bits(seq: Sequence, vocab_size: int) -> npt.NDArray[np.uint8] | None
     if seq.token_mask is None:
         return None
     length = -(-vocab_size // 8)
-    told = np.frombuffer(seq.token_mask, dtype=np.uint8)[:length]
-    if len(told) == length:
-        return told
+    given = np.frombuffer(seq.token_mask, dtype=np.uint8)[:length]
+    if len(given) == length:
+        return given
     bits = np.zeros(length, dtype=np.uint8)  # a model may have more tokens than its vocabulary
-    bits[: len(told)] = told
+    bits[: len(given)] = given
     return bits
 
 

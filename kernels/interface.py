@@ -28,7 +28,7 @@ class KernelRequirements:
                 raise ValueError(f"{name}: {value} is not valid, expected a positive multiple of 8")
 
 
-@dataclass(frozen=True, eq=False)  # a batch is itself alone: what is derived from it may be kept under it
+@dataclass(frozen=True, eq=False)  # compared by identity: values derived from a batch may be keyed by it
 class AttentionBatch:
     """Locates each sequence's tokens and cached keys in a mixed prefill and decode batch.
 

@@ -4,9 +4,9 @@ scattering it.
 The raw format is `Kernels.gather_tokens`' with fewer heads: [layers, 2, heads, tokens, D] in the cache's
 dtype. The int8 format about halves a bfloat16 cache's: int8 [layers, 2, heads, tokens, D], then float32
 [layers, heads, tokens, 2]: a scale for each row of D keys, and of D values. A scale for each row and not for
-a chunk, so that one large key costs no other token its precision, and what arrives does not depend on how the
-transfer was cut. int8 rather than e4m3: it is off by 1/254 of the row's largest value at most, where e4m3 is
-off by 1/16 of each value, and a GPU need not know 8-bit floats."""
+a chunk, so that one large key costs no other token its precision, and the received values do not depend on
+how the transfer was cut. int8 rather than e4m3: it is off by 1/254 of the row's largest value at most, where
+e4m3 is off by 1/16 of each value, and a GPU need not know 8-bit floats."""
 
 import enum
 from collections.abc import Callable, Sequence

@@ -39,7 +39,7 @@ class TransferAcceptor:
     def __init__(self, local: Local, admit: Callable[[Connect], InboundPair | str]) -> None:
         self._local = local
         self._admit = admit  # returns the pair to which a greeting belongs, or why it is refused
-        # A process that is killed leaves the folder behind: it goes with what `socket_root` belongs to.
+        # A killed process leaves the folder behind: it is removed with the owner of `socket_root`.
         self._folder = Path(tempfile.mkdtemp(prefix="kv-", dir=local.socket_root))
         self.unix_path = str(self._folder / "s")
         self._unix = socket.socket(socket.AF_UNIX)

@@ -69,8 +69,8 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
                 local.notify(local.listener.on_received, command.transfer, command.payload)
             case ReceiveFailed():
                 failed = command.transfer, command.error, command.kind
-                tell = partial(local.notify, local.listener.on_receive_failed, *failed)
-                self._work.after(command.transfer, tell)  # a device may still write to its blocks
+                report = partial(local.notify, local.listener.on_receive_failed, *failed)
+                self._work.after(command.transfer, report)  # a device may still write to its blocks
             case CloseLink():
                 self._drop_link()
 

@@ -6,8 +6,8 @@ reports the loss, and `kill` aborts the operation. Torch's watchdog would end th
 and reports no failure to any group.
 
 Operations of several groups on one GPU can wait for one another in a circle, where their streams share one of
-the device's queues. So a sender has chunks under way to one peer at a time (`send_turn.py`), and D posts only
-what was announced."""
+the device's queues. So a sender has chunks under way to one peer at a time (`send_turn.py`), and D posts
+receives only for announced chunks."""
 
 import os
 import threading

@@ -10,7 +10,7 @@ from .store_work import StoreWaits
 
 POLL_S = 20e-6  # far below the duration of a chunk
 MAX_POLL_S = 500e-6
-# of a wait: what is behind a prefill's steps is asked for less often, and keeps the processor less busy
+# of a wait: work behind a prefill's steps is polled less often, and keeps the CPU less busy
 _LATENESS = 0.125
 _MAX_SELECT_FD = 1023  # `select` is alone in waiting for less than a millisecond, and takes no higher ones
 

@@ -7,8 +7,8 @@
     P --COMMIT(payload)---------------> D     D --COMMITTED--> P
     P <--------------ABORT, HEARTBEAT-------------> D
 
-Every message carries its epoch, those of a transfer its id (request, attempt); what does not fit is dropped
-as stale."""
+Every message carries its epoch, those of a transfer its id (request, attempt); those that do not fit are
+dropped as stale."""
 
 import msgspec
 

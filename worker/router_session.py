@@ -1,5 +1,5 @@
-"""A worker's side of its connections with the router: when to dial, what to say first, when a router is lost,
-when to give up.
+"""A worker's side of its connections with the router: when to dial, how to greet, when a router is lost, when
+to give up.
 
 SEEKING --connected--> CONNECTED --loaded, greeting--> GREETED
    ^                        |                             |

@@ -194,7 +194,7 @@ class DecodeGraphs:
             self._kernels.linear_into(hidden, self._model.head, self._logits[:size])
 
         self._clear(shapes)
-        step()  # compiles what is to be captured
+        step()  # compiles the kernels to be captured
         return _Rung(size, shapes, self._device.capture(step))
 
     def _clear(self, shapes: dict[int | None, DecodeShape]) -> None:

@@ -22,7 +22,7 @@ def list_edits(
     once.
 
     A place is `row * vocab_size + token id`:
-    biased int64 [B]: places, biases float32 [B]: what is added there;
+    biased int64 [B]: places, biases float32 [B]: added there;
     seen int64 [S]: places, counts float32 [S] and owners int32 [S]: whose `strengths` float32 [P, 3];
     banned int64 [E]: places;
     masked int32 [M]: rows, masks uint8 [M, ceil(V / 8)].

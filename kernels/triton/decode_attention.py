@@ -3,8 +3,8 @@
 Split-KV (FlashDecoding, Dao et al. 2023): a program reads one piece of one sequence's keys at a time, for all
 query heads that share a kv head, packed as the rows of one matrix product. A sequence in one piece is written
 at once. Pieces of a split sequence leave partial results, which the program that finishes the last of them
-merges: who that is is found by counting arrivals, so that no second kernel is launched, and what it computes
-does not depend on who it is.
+merges: it is found by counting arrivals, so that no second kernel is launched, and the result does not depend
+on which program it is.
 
 A captured graph's grid is that of its largest plan. Where most of it would be idle, a wave of n programs
 takes the pieces in turn, every n-th (`DecodeShape.takes_turns`); the loop costs registers."""
@@ -242,7 +242,7 @@ def _attend_piece(
         first = tl.load(partial_start + seq)
         end = tl.load(partial_start + seq + 1)
         arrived = arrivals + seq * NUM_KV_HEADS + kv_head
-        tl.debug_barrier()  # all threads have stored, before one of them says so to other multiprocessors
+        tl.debug_barrier()  # all threads have stored, before one of them reports it to other multiprocessors
         if tl.atomic_add(arrived, 1, sem="acq_rel") == end - first - 1:
             tl.store(arrived, 0)
             merged_rows = tl.arange(0, BLOCK_R)

@@ -1,4 +1,4 @@
-"""Searches of one row of logits by one program, a tile at a time: what `sampling.py` draws tokens with.
+"""Searches of one row of logits by one program, a tile at a time: used by `sampling.py` to draw tokens.
 
 A source is a row, or candidates copied from it, in order of their ids; a place is an index into the source.
 Logits are looked at as integers of the same order (keys), whose thresholds are exact. A weight is exp((logit

@@ -28,7 +28,7 @@ from .prefill_attention import (
 from .prefill_plan import PrefillPlan, plan_prefill
 
 MAX_GROUP = 64  # query heads of a kv head: the rows of the smallest tile
-# queries times their heads, packed: what the compile gate has seen a decode program hold
+# queries times their heads, packed: the most that the compile gate has verified for a decode program
 _MAX_DECODE_ROWS = 64
 
 

@@ -237,7 +237,7 @@ def _attend_tile(
     queries = tl.load(q + offsets, mask=in_rows, other=0.0)  # [BLOCK_M, BLOCK_D]
     if UPCAST:
         queries = queries.to(tl.float32)
-    # Rows without a query see what the last one sees, so that no row is without keys.
+    # Rows without a query see the keys of the last one, so that no row is without keys.
     positions = first_position + tl.minimum(rows // GROUP, num_queries - 1)
 
     end_key = first_position + num_queries

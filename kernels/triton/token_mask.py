@@ -42,7 +42,7 @@ def _forbid_block(
     m = tl.program_id(0).to(tl.int64)
     tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = tokens < VOCAB_SIZE
-    told = tl.load(bits + m * ((VOCAB_SIZE + 7) // 8) + tokens // 8, mask=in_row, other=0).to(tl.int32)
-    forbidden = in_row & (((told >> (tokens % 8)) & 1) == 0)
+    allowed = tl.load(bits + m * ((VOCAB_SIZE + 7) // 8) + tokens // 8, mask=in_row, other=0).to(tl.int32)
+    forbidden = in_row & (((allowed >> (tokens % 8)) & 1) == 0)
     row = tl.load(rows + m).to(tl.int64)
     tl.store(logits + row * VOCAB_SIZE + tokens, -float("inf"), mask=forbidden)

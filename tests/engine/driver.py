@@ -66,15 +66,15 @@ def run_to_end(
         still = []
         for (seq, root), chunk, tokens in zip(running, chunks, sampled, strict=True):
             engine.kv.computed(seq, chunk.num_tokens)
-            twins = [seq, *(seq.fork(choice) for choice in chunk.choices[1:])]
-            for twin in twins[1:]:
-                engine.kv.fork(seq, twin)
-            for twin, token in zip(twins, tokens, strict=False):
-                outputs[id(root)].setdefault(twin.choice, []).append(token)
-                if twin.append(token.token_id) is None:
-                    still.append((twin, root))
+            siblings = [seq, *(seq.fork(choice) for choice in chunk.choices[1:])]
+            for sibling in siblings[1:]:
+                engine.kv.fork(seq, sibling)
+            for sibling, token in zip(siblings, tokens, strict=False):
+                outputs[id(root)].setdefault(sibling.choice, []).append(token)
+                if sibling.append(token.token_id) is None:
+                    still.append((sibling, root))
                 else:
-                    engine.kv.release(twin)
+                    engine.kv.release(sibling)
             if not tokens:
                 still.append((seq, root))
         running = still

@@ -193,7 +193,7 @@ def test_peaks_are_known_by_nvml_name() -> None:
 def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
     code = "import sys, pdserve.engine.gpu as gpu; print(gpu.probe_torch_cuda(), 'torch' in sys.modules)"
 
-    def told(**environment: str) -> list[str]:
+    def torch_cuda(**environment: str) -> list[str]:
         command = [sys.executable, "-c", code]
         environment = {**os.environ, **environment}
         done = subprocess.run(
@@ -201,7 +201,7 @@ def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
         )
         return done.stdout.split()
 
-    assert told() == [str(torch.version.cuda), "False"]
+    assert torch_cuda() == [str(torch.version.cuda), "False"]
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('not to be imported')")
     paths = os.pathsep.join([str(tmp_path), *sys.path])
@@ -212,7 +212,7 @@ def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
         ("", "None"),
     ]:
         (tmp_path / "torch" / "version.py").write_text(text)
-        assert told(PYTHONPATH=paths) == [cuda, "False"]
+        assert torch_cuda(PYTHONPATH=paths) == [cuda, "False"]
 
 
 def machine(tmp_path: Path, cgroup: str, files: dict[str, str]) -> tuple[int, int]:

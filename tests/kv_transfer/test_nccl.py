@@ -134,7 +134,7 @@ def test_without_group_errors_an_operation_counts_as_torch_reports_it(
 
 def test_an_abort_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl, "ABORT_S", 0.01)
-    told, let_go = threading.Event(), threading.Event()
+    reported, let_go = threading.Event(), threading.Event()
     why: list[str] = []
     ours, theirs = links(why)
     abort = ours._group.abort
@@ -145,12 +145,12 @@ def test_an_abort_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def on_stuck(text: str) -> None:
         why.append(text)
-        told.set()
+        reported.set()
 
     ours._group.abort = hang
     ours._on_stuck = on_stuck
     ours.kill()
-    assert told.wait(WAIT_S)
+    assert reported.wait(WAIT_S)
     assert not ours.is_gone
     let_go.set()
     theirs.kill()

@@ -31,9 +31,9 @@ def test_the_next_step_is_launched_before_the_current_tokens_are_known() -> None
     pair.decode.serve(Serve(spec=request))
     assert pair.decode.step()
     assert not pair.d_box.outputs and len(engine_of(pair).queue) == 1
-    for told in range(1, 5):
+    for num_reported in range(1, 5):
         assert pair.decode.step()
-        assert len(pair.d_box.outputs) == told and len(engine_of(pair).queue) == 1
+        assert len(pair.d_box.outputs) == num_reported and len(engine_of(pair).queue) == 1
     drain(pair)
     assert pair.tokens(request) == expected_tokens(range(4), 0, 9)
     pair.check_at_rest()
@@ -143,8 +143,8 @@ def test_chunks_of_a_long_prompt_do_not_wait_for_each_other() -> None:
 def test_a_step_completed_at_launch_is_collected_at_once() -> None:
     pair, request = Pair(), spec("a", range(4), 3)
     pair.decode.serve(Serve(spec=request))
-    for told in range(1, 4):
-        assert pair.decode.step() and len(pair.d_box.outputs) == told
+    for num_reported in range(1, 4):
+        assert pair.decode.step() and len(pair.d_box.outputs) == num_reported
     assert not pair.decode.step()
     assert isinstance(pair.d.launch(Batch(())), CompletedStep)
 

@@ -1,2 +1,2 @@
-"""The bandwidth-bound half: KV comes in, tokens go out. Serves whole requests too, when it is asked for both
+"""The bandwidth-bound half: KV comes in, tokens go out. Also serves whole requests when it is asked for both
 phases."""

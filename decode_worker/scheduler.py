@@ -1,4 +1,5 @@
-"""Continuous batching: who takes part in the next step, who waits for blocks, who gives them up. Pure.
+"""Continuous batching: decides which sequences run in the next step, which wait for blocks and which give
+them up. Pure.
 
 add -----> waiting --schedule--> running --complete--> finished (released)
 reserve -> waiting --schedule--> receiving --received--> running
@@ -16,7 +17,7 @@ from ..engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A step to run, if any, and the sequences that got their blocks reserved and now wait for KV."""
+    """A step to run, if any, and the sequences whose blocks are now reserved and which wait for KV."""
 
     batch: Batch | None
     granted: tuple[Sequence, ...]
@@ -34,8 +35,8 @@ class Emission:
 
 
 class DecodeScheduler:
-    """Every step admits and retires. A running sequence that finds no block preempts the youngest of the
-    client that has most, which recomputes later.
+    """Admits and retires sequences at every step. A running sequence that finds no block preempts the
+    youngest sequence of the client that has most; the preempted one recomputes later.
 
     Waiting sequences are admitted in order, preempted ones first, while the batch has room and a block per
     running sequence stays free, so that admission does not cause the next preemption. Prompt tokens share the
@@ -64,7 +65,7 @@ class DecodeScheduler:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Prompt tokens accepted for this worker to compute and not yet computed."""
+        """Returns the number of prompt tokens that this worker has accepted and not yet computed."""
         waiting = (seq for seq in self._waiting if seq.transfer not in self._reservations)
         return sum(seq.num_uncomputed_tokens for queue in (waiting, self._running) for seq in queue)
 
@@ -73,37 +74,36 @@ class DecodeScheduler:
         return sum(seq.num_tokens for seq in self._running)
 
     def add(self, seq: Sequence) -> None:
-        """A sequence whose prompt is computed here."""
+        """Adds a sequence whose prompt is computed here."""
         self._waiting.append(seq)
 
     def reserve(self, seq: Sequence) -> None:
-        """A sequence whose KV will arrive."""
+        """Adds a sequence whose KV will arrive."""
         self._reservations.add(seq.transfer)
         self._waiting.append(seq)
 
     def received(self, transfer: TransferId, first_tokens: tuple[tuple[int, int], ...]) -> list[Sequence]:
-        """All KV of a granted reservation is in its blocks: decode from the given (choice, token) pairs on,
-        if any. Returns the sequences that do."""
+        """All KV of a granted reservation is in its blocks: decodes from the given (choice, token) pairs on,
+        if any. Returns the sequences that start to decode."""
         seq = self._receiving.pop(transfer)
         self._kv.received(seq, seq.num_tokens)
         if not first_tokens:
             self._kv.release(seq)
             return []
-        twins = [seq]
+        siblings = [seq]
         for choice, _ in first_tokens[1:]:
-            twins.append(seq.fork(choice))
-            self._kv.fork(seq, twins[-1])
+            siblings.append(seq.fork(choice))
+            self._kv.fork(seq, siblings[-1])
         seq.choice = first_tokens[0][0]
-        for twin, (_, token_id) in zip(twins, first_tokens, strict=True):
-            twin.append(token_id)
-        self._running.extend(twins)
-        return twins
+        for sibling, (_, token_id) in zip(siblings, first_tokens, strict=True):
+            sibling.append(token_id)
+        self._running.extend(siblings)
+        return siblings
 
     @property
     def may_run_ahead(self) -> bool:
-        """Whether a step can be scheduled while the one before it is under way: nobody's needs to know the
-        token that is drawn, nobody has to give up blocks for it, and one request of many choices does not
-        exceed the batch."""
+        """Whether a step can be scheduled while the previous one is under way: no sequence needs to know the
+        token being drawn or has to give up blocks, and no request with many choices exceeds the batch."""
         kv, running = self._kv, self._running
         if len(running) > self._max_batch_size or any(seq.needs_known_tokens for seq in running):
             return False
@@ -113,14 +113,15 @@ class DecodeScheduler:
         )
 
     def launched(self, batch: Batch) -> None:
-        """The batch is under way: until it is completed, `schedule` goes on from what it will bring."""
+        """The batch is under way: until it is completed, `schedule` builds on the tokens that it will
+        produce."""
         for chunk in batch.chunks:
             if chunk.sequence not in self._ended_ahead:
                 chunk.sequence.num_in_flight_tokens = chunk.num_tokens
                 chunk.sequence.num_pending_tokens = int(bool(chunk.choices))
 
     def schedule(self) -> StepPlan:
-        """Blocks for everyone who runs, then for those who wait."""
+        """Finds blocks for all running sequences, then for those that wait."""
         chunks, budget = self._schedule_running()
         granted: list[Sequence] = []
         while self._waiting and self._has_room_for(self._waiting[0]):
@@ -144,10 +145,11 @@ class DecodeScheduler:
     def complete(
         self, batch: Batch, sampled: list[list[SampledToken]], ahead: Batch | None = None
     ) -> list[Emission]:
-        """Account for a computed batch: append what was sampled, fork fresh choices, retire who ended.
+        """Accounts for a computed batch: appends the sampled tokens, forks fresh choices, retires the
+        sequences that ended.
 
-        `ahead` was launched meanwhile. A sequence that ended has a row in it that nobody needs; it keeps its
-        blocks until that is computed, so that what the row writes hits nobody else's."""
+        `ahead` was launched meanwhile. A sequence that ended has an unneeded row in it; it keeps its blocks
+        until that row is computed, so that the row's writes hit no other sequence's blocks."""
         going_on = {chunk.sequence for chunk in ahead.chunks} if ahead else set()
         emissions: list[Emission] = []
         for chunk, tokens in zip(batch.chunks, sampled, strict=True):
@@ -168,7 +170,7 @@ class DecodeScheduler:
         return emissions
 
     def remove(self, transfer: TransferId) -> None:
-        """Drop all of a dispatch that waits or runs, between two steps."""
+        """Drops all waiting and running sequences of a dispatch, between two steps."""
         for seq in (*self._waiting, *self._running):
             if seq.transfer == transfer:
                 self._kv.release(seq)
@@ -177,26 +179,26 @@ class DecodeScheduler:
         self._running = [seq for seq in self._running if seq.transfer != transfer]
 
     def has_ended(self, seq: Sequence) -> bool:
-        """Whether it has nothing but a row in vain in the step under way."""
+        """Whether all that the sequence has is a wasted row in the step under way."""
         return seq in self._ended_ahead
 
     def is_receiving(self, transfer: TransferId) -> bool:
         return transfer in self._receiving
 
     def receive_failed(self, transfer: TransferId) -> None:
-        """The transfer is over without success and writes no more: give its blocks back."""
+        """The transfer has failed and writes no more: frees its blocks."""
         self._kv.release(self._receiving.pop(transfer))
 
     def has_sequences(self, transfer: TransferId) -> bool:
-        """Whether any choice of the dispatch still runs or waits here, or holds blocks for a row in vain."""
+        """Whether any choice of the dispatch still runs or waits here, or holds blocks for a wasted row."""
         queues = (self._running, self._waiting, self._ended_ahead)
         return any(seq.transfer == transfer for queue in queues for seq in queue)
 
     def _schedule_running(self) -> tuple[list[ScheduledChunk], int]:
-        """A chunk for each running sequence that has or finds blocks, and the tokens left over.
+        """Returns a chunk for each running sequence that has or finds blocks, and the tokens left over.
 
-        Each gets one token for sure, so that a long prompt never holds up those who decode; prompts share the
-        rest. Those whose mask is late sit out."""
+        Each is certain to get one token, so that a long prompt never holds up decoding sequences; prompts
+        share the rest. Sequences whose mask is late sit out."""
         chunks: list[ScheduledChunk] = []
         spare = max(self._max_batch_tokens - len(self._running), 0)
         order = self._by_claim()
@@ -212,16 +214,16 @@ class DecodeScheduler:
         return chunks, spare
 
     def _by_claim(self) -> deque[Sequence]:
-        """The running sequences, first those that keep their blocks longest: of clients with few of them, and
-        the oldest."""
+        """Returns the running sequences, beginning with those that keep their blocks longest: of clients with
+        few sequences, and the oldest."""
         num_running = Counter(seq.spec.client for seq in self._running)
         if len(num_running) <= 1:
             return deque(self._running)
         return deque(sorted(self._running, key=lambda seq: num_running[seq.spec.client]))
 
     def _grow(self, seq: Sequence, num_tokens: int, order: deque[Sequence]) -> bool:
-        """Find blocks, preempting from the end of `order`, which begins with `seq`; False when that had to go
-        itself."""
+        """Finds blocks, preempting from the end of `order`, which begins with `seq`; returns False when `seq`
+        itself had to be preempted."""
         while not self._kv.grow(seq, num_tokens):
             victim = order.pop()
             assert not victim.num_in_flight_tokens, f"{victim} has a step under way"
@@ -239,7 +241,7 @@ class DecodeScheduler:
         return num_sequences == 0 or num_sequences + len(seq.spec.choices) <= self._max_batch_size
 
     def _admit(self, seq: Sequence) -> bool:
-        """Blocks for all tokens of `seq`, leaving one for each running sequence."""
+        """Finds blocks for all tokens of `seq`, leaving one for each running sequence."""
         is_computed_elsewhere = seq.transfer in self._reservations
         self._kv.admit(seq, use_cache=is_computed_elsewhere or not seq.wants_prompt_logprobs)
         if self._kv.grow(seq, seq.num_tokens) and self._kv.pool.num_free_blocks >= len(self._running):
@@ -256,19 +258,19 @@ class DecodeScheduler:
         self, chunk: ScheduledChunk, tokens: list[SampledToken], going_on: set[Sequence]
     ) -> list[Emission]:
         parent = chunk.sequence
-        twins = [parent, *(parent.fork(choice) for choice in chunk.choices[1:])]
-        for twin in twins[1:]:
-            self._kv.fork(parent, twin)
-        if len(twins) > 1:
-            self._running.extend(twins[1:])
+        siblings = [parent, *(parent.fork(choice) for choice in chunk.choices[1:])]
+        for sibling in siblings[1:]:
+            self._kv.fork(parent, sibling)
+        if len(siblings) > 1:
+            self._running.extend(siblings[1:])
         emissions = []
-        for twin, choice, token in zip(twins, chunk.choices, tokens, strict=True):
-            twin.choice = choice
-            index = twin.num_output_tokens
-            reason = twin.append(token.token_id)
-            if reason is not None and twin in going_on:
-                self._ended_ahead.add(twin)
+        for sibling, choice, token in zip(siblings, chunk.choices, tokens, strict=True):
+            sibling.choice = choice
+            index = sibling.num_output_tokens
+            reason = sibling.append(token.token_id)
+            if reason is not None and sibling in going_on:
+                self._ended_ahead.add(sibling)
             elif reason is not None:
-                self._kv.release(twin)
-            emissions.append(Emission(twin, choice, index, token, reason))
+                self._kv.release(sibling)
+            emissions.append(Emission(sibling, choice, index, token, reason))
         return emissions

@@ -1,8 +1,8 @@
-"""The decode role of a worker: reserves blocks for KV that others compute, then produces tokens until each
-choice ends.
+"""The decode role of a worker: reserves blocks for KV that prefill workers compute, then produces tokens
+until each choice ends.
 
-Runs on the engine thread. Serves whole requests as well (both phases on one worker), which is also how a
-preempted sequence comes back. What it has to say goes into the outbox."""
+Runs on the engine thread. Also serves whole requests (both phases on one worker), which is also how a
+preempted sequence resumes. Its reports go into the outbox."""
 
 import time
 from collections.abc import Callable, Sequence as Seq
@@ -40,7 +40,8 @@ class ReceivePort(Protocol):
 
 @dataclass(slots=True)
 class _DecodeLeg:
-    """One dispatch in this worker's hands; `source` is who sends its KV, None when it is computed here."""
+    """One dispatch that this worker carries out; `source` is the worker that sends its KV, None when it is
+    computed here."""
 
     clock: LegClock
     source: tuple[str, int] | None
@@ -50,7 +51,7 @@ class _DecodeLeg:
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
-    """A step that was launched and not collected."""
+    """A step that was launched and not yet collected."""
 
     batch: Batch
     step: Launched
@@ -58,11 +59,11 @@ class _Flight:
 
 
 class DecodeWorker:
-    """Scheduler, model and reservations of the decode role, tied together step by step.
+    """Ties scheduler, model and reservations of the decode role together, step by step.
 
-    Over a runner that runs ahead, a step is launched before the one before it is collected, wherever the
-    scheduler says that it may be. Whatever may free blocks of a sequence that has a step under way settles
-    that step first."""
+    Over a runner that runs ahead, a step is launched before the previous one is collected, wherever the
+    scheduler allows it. Any call that may free blocks of a sequence with a step under way settles that step
+    first."""
 
     def __init__(
         self,
@@ -94,20 +95,20 @@ class DecodeWorker:
         return len(self._legs)
 
     def reserve(self, command: Reserve) -> None:
-        """Accept a dispatch whose KV another worker computes."""
+        """Accepts a dispatch whose KV another worker computes."""
         seq = self._accept(command.spec, (command.source_worker_id, command.source_incarnation))
         if seq is not None:
             self.scheduler.reserve(seq)
 
     def serve(self, command: Serve) -> None:
-        """Accept a dispatch to be computed from its first token on."""
+        """Accepts a dispatch to be computed from its first token on."""
         seq = self._accept(command.spec, None)
         if seq is not None:
             self.scheduler.add(seq)
             self._masks.want(seq)
 
     def step(self) -> bool:
-        """Grant reservations and launch one batch, if there is work; collect the one before it."""
+        """Grants reservations and launches one batch, if there is work; collects the previous one."""
         if self._flight is not None and not self.scheduler.may_run_ahead:
             self.settle()
         plan = self.scheduler.schedule()
@@ -133,9 +134,10 @@ class DecodeWorker:
         return True
 
     def settle(self, ahead: Batch | None = None) -> bool:
-        """Collect the step that is under way, before which `ahead` was launched; False when there is none.
+        """Collects the step that is under way, before which `ahead` was launched; returns False when there is
+        none.
 
-        A step takes from its launch, or from the end of the one before it, to its own end.
+        A step's duration runs from its launch, or from the end of the previous one, to its own end.
         """
         flight, self._flight = self._flight, None
         if flight is None:
@@ -166,7 +168,7 @@ class DecodeWorker:
     def received(self, transfer: TransferId, payload: bytes) -> None:
         """The KV of a reservation is complete; `payload` is the prefill worker's hand-off."""
         leg = self._legs[transfer]
-        if leg.aborted:  # the KV had arrived before the endpoint heard of the abort
+        if leg.aborted:  # the KV had arrived before the endpoint received the abort
             self.receive_failed(transfer, "aborted", FailureKind.CANCELLED)
             return
         try:
@@ -182,12 +184,12 @@ class DecodeWorker:
             self._end(transfer)
 
     def receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        """The transfer is over and writes no more."""
+        """The transfer has ended and writes no more."""
         self.scheduler.receive_failed(transfer)
         self._end(transfer, error=error, kind=kind)
 
     def fail(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        """A dispatch cannot go on, as the mask of a next token is not to be had; an unknown one is
+        """A dispatch cannot go on, as the mask of a next token is unavailable; an unknown dispatch is
         ignored."""
         if transfer in self._legs:
             self.settle()
@@ -196,7 +198,7 @@ class DecodeWorker:
             self._end(transfer, error=error, kind=kind)
 
     def abort(self, transfer: TransferId) -> None:
-        """Stop a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when
+        """Stops a dispatch; an unknown one is ignored. Blocks that a transfer may still write are freed when
         it has ended."""
         self.settle()  # a leg that has ended may have a row in it
         leg = self._legs.get(transfer)
@@ -210,7 +212,7 @@ class DecodeWorker:
             self._end(transfer, error="aborted", kind=FailureKind.CANCELLED)
 
     def _accept(self, spec: SequenceSpec, source: tuple[str, int] | None) -> Sequence | None:
-        """A new leg's sequence; None when the command came twice."""
+        """Returns a new leg's sequence; None when the command is a duplicate."""
         if spec.transfer in self._legs:
             return None
         self._legs[spec.transfer] = _DecodeLeg(LegClock(self._clock()), source)

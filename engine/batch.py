@@ -1,5 +1,4 @@
-"""What one step computes and what comes out of it: the values that pass between a scheduler and the model
-runner."""
+"""The input and output of one step: the values that pass between a scheduler and the model runner."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ class Batch:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     def timing(self, duration_s: float) -> StepTiming:
-        """The batch's shape beside how long it took, for the latency model."""
+        """Returns the batch's shape, which the latency model pairs with the step's duration."""
         decodes = [chunk for chunk in self.chunks if chunk.num_tokens == 1]
         prefills = [chunk for chunk in self.chunks if chunk.num_tokens > 1]
         return StepTiming(
@@ -62,9 +61,7 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    prompt_logprobs: tuple[
-        TokenLogprobs, ...
-    ] = ()  # with the first token of choice 0, when they are asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token of choice 0, when requested
 
 
 class Launched(Protocol):
@@ -88,9 +85,9 @@ class CompletedStep:
 class StepRunner(Protocol):
     """Computes batches, in the order in which they are launched.
 
-    `on_layer(i)` is called when layer i is to write, or has written, the batch's KV: what reads it from now
-    on finds it final. `before_sampling()` is called when all is computed, and is given where masks are
-    missing; a chunk that has none after it gets no token."""
+    `on_layer(i)` is called when layer i is about to write, or has written, the batch's KV: later reads find
+    it final. `before_sampling()` is called with the batch's computation done, when masks are missing; a chunk
+    that still has none afterwards gets no token."""
 
     runs_ahead: (
         bool  # `launch` returns before the step is done, and takes sequences whose last token is pending

@@ -1,5 +1,5 @@
-"""Which KV blocks are in use, which hold a cached prefix, and which may be taken. Pure bookkeeping; the bytes
-lie in KVCache.
+"""Tracks which KV blocks are in use, which hold a cached prefix, and which may be taken. Pure bookkeeping;
+the bytes are in KVCache.
 
 Every block is in exactly one of three places:
 
@@ -28,7 +28,7 @@ class BlockPool:
 
     @property
     def num_free_blocks(self) -> int:
-        """How many blocks `allocate` can give now: free or evictable."""
+        """Returns how many blocks `allocate` can give now: free or evictable."""
         return len(self._free) + len(self._evictable)
 
     @property
@@ -42,7 +42,7 @@ class BlockPool:
         return self._hash_of[block_id] is not None
 
     def match_prefix(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of `hashes`. They may be evicted until they are
+        """Returns the blocks of the longest cached prefix of `hashes`. They may be evicted until they are
         acquired."""
         block_ids = []
         for block_hash in hashes:
@@ -53,15 +53,15 @@ class BlockPool:
         return block_ids
 
     def acquire(self, block_ids: Iterable[int]) -> None:
-        """Take one more reference to blocks that are held or evictable."""
+        """Takes one more reference to blocks that are held or evictable."""
         for block_id in block_ids:
             if self._ref_counts[block_id] == 0:
                 del self._evictable[block_id]
             self._ref_counts[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[int] | None:
-        """`num_blocks` blocks with one reference each and undefined content; None, and no change, when there
-        are fewer."""
+        """Returns `num_blocks` blocks with one reference each and undefined content; None, and no change,
+        when there are fewer."""
         if num_blocks > self.num_free_blocks:
             return None
         block_ids = [self._free.pop() if self._free else self._evict() for _ in range(num_blocks)]
@@ -70,8 +70,8 @@ class BlockPool:
         return block_ids
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Give back one reference to each block of a sequence, given head first. The tail is evicted before
-        the head."""
+        """Drops one reference to each block of a sequence, given head first. The tail is evicted before the
+        head."""
         for block_id in reversed(block_ids):
             assert self._ref_counts[block_id] > 0, f"block {block_id} is not held"
             self._ref_counts[block_id] -= 1
@@ -83,7 +83,7 @@ class BlockPool:
                 self._evictable[block_id] = None
 
     def cache(self, block_id: int, block_hash: bytes) -> None:
-        """Offer a held block's content to later prefixes. A hash that is cached already keeps its first
+        """Offers a held block's content to later prefixes. A hash that is cached already keeps its first
         block."""
         assert self._ref_counts[block_id] > 0, f"block {block_id} is not held"
         if block_hash in self._cached:
@@ -97,7 +97,7 @@ class BlockPool:
             self._added[block_hash] = None
 
     def take_events(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-        """Net change of the prefix cache since the last call: hashes added, hashes evicted."""
+        """Returns the net change of the prefix cache since the last call: hashes added, hashes evicted."""
         events = tuple(self._added), tuple(self._evicted)
         self._added, self._evicted = {}, {}
         return events
@@ -115,7 +115,7 @@ class BlockPool:
         return block_id
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless every block is in exactly one place and the cache's two maps agree.
+        """Raises AssertionError unless every block is in exactly one place and the cache's two maps agree.
         O(num_blocks)."""
         free, evictable = set(self._free), set(self._evictable)
         held = {block_id for block_id, count in enumerate(self._ref_counts) if count > 0}

@@ -1,4 +1,4 @@
-"""A checkpoint directory of Hugging Face format, checked against its own config.json before any weight is
+"""A checkpoint directory in Hugging Face format, checked against its own config.json before any weight is
 loaded.
 
 Opening reads only JSON and the headers of the safetensors files (no torch); `engine.tensor_reader` loads the
@@ -37,14 +37,14 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 16 << 20  # 65,536 names of 255 characters; parsed, it takes up to 320 MiB
 MAX_SHARDS = 1024
-_KNOWN_BUFFERS = ("rotary_emb.inv_freq",)  # old checkpoints carry what the model computes by itself
+_KNOWN_BUFFERS = ("rotary_emb.inv_freq",)  # old checkpoints carry buffers that the model computes by itself
 _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: all that `config` needs is there, in its shapes."""
+    """An opened checkpoint: all tensors that `config` needs are present, in the right shapes."""
 
     path: Path
     config: ModelConfig
@@ -52,7 +52,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """What config.json says the weights are, or else what most of them are."""
+        """Returns the dtype that config.json states, or else that of most weights."""
         return (
             self.config.dtype
             or Counter(DTYPE_NAMES[info.dtype] for info in self.tensors.values()).most_common(1)[0][0]
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 def resolve_model_path(path: str) -> Path:
-    """The directory that `model.path` of the configuration means; `embedded` is the model that comes with
+    """Returns the directory that the configuration's `model.path` names; `embedded` is the model bundled with
     pdserve."""
     if path == "embedded":
         from ..embedded import MODEL_DIR
@@ -74,7 +74,8 @@ def resolve_model_path(path: str) -> Path:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointError for what is missing, corrupt, not supported or does not fit config.json."""
+    """Raises CheckpointError for tensors or fields that are missing, corrupt, unsupported or do not fit
+    config.json."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory; expected a checkpoint directory, or 'embedded'")
     try:
@@ -88,16 +89,17 @@ def _opened(path: Path) -> Checkpoint:
     generation = read_json(generation_file) if generation_file.exists() else None
     config = parse_model_config(read_json(path / CONFIG_FILE), generation, str(path / CONFIG_FILE))
     found = _tensors(path)
-    if HEAD in found:  # tied by its config, and yet with a head: transformers uses the head it has
+    if HEAD in found:  # its config ties the head, yet it has one: transformers uses it
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return Checkpoint(path, config, _checked(path, found, expected_tensors(config)))
 
 
 def fingerprint(path: Path) -> str:
-    """Tells the weights in `path` from others, also of the same shape, at the cost of a few small reads.
+    """Distinguishes the weights in `path` from others, even of the same shape, at the cost of a few small
+    reads.
 
-    Equal directories give equal fingerprints on every host. Hashed are config.json, and of each weights file
-    its name, its size and samples spread over it, the first of which covers the header."""
+    Equal directories give equal fingerprints on every host. The hash covers config.json and, for each weights
+    file, its name, its size and samples spread over it, the first of which covers the header."""
     digest = blake2b(read_bytes(path / CONFIG_FILE, MAX_CONFIG_BYTES), digest_size=16)
     for file in sorted({info.file for info in _tensors(path).values()}):
         with open_regular(file) as stream:
@@ -114,7 +116,7 @@ class _Index(msgspec.Struct):
 
 
 def _tensors(path: Path) -> dict[str, TensorInfo]:
-    """All tensors of the checkpoint's safetensors files."""
+    """Returns all tensors of the checkpoint's safetensors files."""
     if (path / WEIGHTS_FILE).exists():
         return HeaderReader().read(path / WEIGHTS_FILE)
     if (path / INDEX_FILE).exists():
@@ -156,8 +158,8 @@ def _sharded_tensors(path: Path) -> dict[str, TensorInfo]:
 def _checked(
     path: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
 ) -> dict[str, TensorInfo]:
-    """The tensors of `expected`, none missing, none of another shape, and nothing beside them that would
-    change results."""
+    """Returns the tensors of `expected`. Refuses missing tensors, other shapes, and additional tensors that
+    would change results."""
     for name, shape in expected.items():
         info = found.get(name)
         if info is None:

@@ -1,9 +1,9 @@
-"""Where an engine computes: events between queues of work, graphs of captured work, pinned memory to copy
+"""The device of an engine: events between queues of work, graphs of captured work, pinned memory to copy
 from.
 
-`CudaDevice` is a GPU. `HostDevice` has the same face over the processor, where all work is done when a call
-returns: it is what an engine on Triton's interpreter runs on, and it replays a captured graph by calling its
-function again."""
+`CudaDevice` is a GPU. `HostDevice` has the same interface over the CPU, where all work is done when a call
+returns: an engine on Triton's interpreter runs on it, and it replays a captured graph by calling its function
+again."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +12,12 @@ from typing import Protocol
 
 import torch
 
-_CONTEXT_BYTES = 600 << 20  # of the driver and the libraries, which torch does not count
+_CONTEXT_BYTES = 600 << 20  # used by the driver and the libraries, which torch does not count
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes. Others may use the device too: what is free may be less than `total` less `used`."""
+    """In bytes. Other processes may use the device too: free memory may be less than `total` minus `used`."""
 
     total: int
     free: int
@@ -28,27 +28,27 @@ class DeviceEvent(Protocol):
     """A point in a queue of work; the calls are those of `torch.cuda.Event`."""
 
     def record(self) -> None:
-        """The point is behind all that is in the current stream now."""
+        """Places the point behind all work now in the current stream."""
         ...
 
     def wait(self) -> None:
-        """What the current stream is given from now on comes after the point; the host goes on."""
+        """Makes later work of the current stream follow the point; the host does not wait."""
         ...
 
     def synchronize(self) -> None:
-        """The host waits for the point."""
+        """Blocks the host until the point is reached."""
         ...
 
     def query(self) -> bool:
-        """Whether the point is reached."""
+        """Returns whether the point is reached."""
         ...
 
 
 class Graph(Protocol):
-    """Captured work over memory that stays where it is."""
+    """Captured work over memory at fixed addresses."""
 
     def replay(self) -> None:
-        """Queue the work once more."""
+        """Queues the work once more."""
         ...
 
 
@@ -61,34 +61,33 @@ class Device(Protocol):
     def event(self) -> DeviceEvent: ...
 
     def side_stream(self) -> AbstractContextManager[object]:
-        """A stream of its own for whatever is queued inside; the same one in every call of what is
-        returned."""
+        """Returns a context manager that queues work on a separate stream, the same one in each use."""
         ...
 
     def pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor's copy in memory from which the device copies while the host goes on."""
+        """Returns a copy of a host tensor in memory from which the device copies while the host continues."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Capture what `work` queues. It was called before, so that all kernels are compiled, and touches no
-        memory but what stays alive as long as the graph, and what it allocates itself."""
+        """Captures the work that `work` queues. It was called before, so that all kernels are compiled, and
+        touches no memory but its own allocations and memory that stays alive as long as the graph."""
         ...
 
     def memory(self) -> DeviceMemory: ...
 
     def peak_bytes(self, work: Callable[[], None]) -> int:
-        """Do `work`; returns the memory that it needed for a while, beside what was held before."""
+        """Runs `work`; returns its peak temporary memory, in addition to the memory held before."""
         ...
 
 
 class CudaDevice:
-    """The GPU that is this process' current one."""
+    """The current GPU of this process."""
 
     runs_ahead = True
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        # Of a high priority: what is short, and others wait for, is not to queue behind the blocks of a
+        # High priority: short work that others wait for must not queue behind the blocks of a
         # matrix product.
         self._side_stream = torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
         self._pool = (
@@ -96,7 +95,7 @@ class CudaDevice:
         )  # graphs never run side by side, so they share their memory
 
     def event(self) -> DeviceEvent:
-        """Who waits for it sleeps: a worker has a core or two for all of its threads."""
+        """A thread that waits for the event sleeps: a worker has a core or two for all of its threads."""
         return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def side_stream(self) -> AbstractContextManager[object]:
@@ -107,14 +106,12 @@ class CudaDevice:
 
     def capture(self, work: Callable[[], None]) -> Graph:
         graph = torch.cuda.CUDAGraph()
-        # Another thread's calls, such as a transfer's, are no part of it and are not to spoil it.
+        # Calls of other threads, such as a transfer's, are not captured and must not invalidate the capture.
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work()
         except Exception as error:
-            reason = (
-                error.__context__ or error
-            )  # the end of a capture that has failed fails too, and says less
+            reason = error.__context__ or error  # ending a failed capture fails too, and says less
             raise RuntimeError(f"capturing a decode step failed: {reason}") from reason
         return graph
 
@@ -134,7 +131,7 @@ class CudaDevice:
 
 
 class HostEvent:
-    """Everything before it is done already."""
+    """Does nothing: all previous work is done already."""
 
     def record(self) -> None:
         pass
@@ -150,7 +147,7 @@ class HostEvent:
 
 
 class HostGraph:
-    """The function itself."""
+    """Calls the function itself."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -160,13 +157,13 @@ class HostGraph:
 
 
 class HostDevice:
-    """The processor, in whose one queue everything is done at once."""
+    """The CPU, whose single queue does all work at once."""
 
     torch_device = torch.device("cpu")
     runs_ahead = False
 
     def __init__(self, memory_bytes: int = 2 << 30) -> None:
-        self._memory_bytes = memory_bytes  # of what a GPU would have of its own
+        self._memory_bytes = memory_bytes  # simulates a GPU's own memory
 
     def event(self) -> DeviceEvent:
         return HostEvent()

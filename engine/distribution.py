@@ -22,8 +22,8 @@ _BLOCK = 512  # tokens whose weights are summed before the draw looks inside
 
 
 def draw(logits: Floats, sampling: SamplingParams, uniforms: Iterable[float]) -> list[int]:
-    """A token id for each uniform number, from the distribution after temperature, top-k, top-p and min-p, in
-    this order.
+    """Returns a token id for each uniform number, from the distribution after temperature, top-k, top-p and
+    min-p, in this order.
 
     Tokens are ordered by id on the line that a uniform number falls on, so that rounding noise in the logits
     moves tokens' borders a little but never swaps their places."""
@@ -45,7 +45,7 @@ def draw(logits: Floats, sampling: SamplingParams, uniforms: Iterable[float]) ->
 
 
 def best_tokens(logits: Floats, count: int) -> Indices:
-    """The ids of the `count` largest logits, best first; of equal ones the lower id."""
+    """Returns the ids of the `count` largest logits, best first; of equal ones the lower id."""
     ids = _top_k(logits, count)
     if ids is None:
         ids = np.arange(len(logits))
@@ -54,7 +54,7 @@ def best_tokens(logits: Floats, count: int) -> Indices:
 
 
 def log_sum_exp(logits: Floats) -> float:
-    """NaN when the model overflowed."""
+    """Returns NaN when the model overflowed."""
     largest = logits.max()
     if not np.isfinite(largest):
         return float("nan")
@@ -62,8 +62,8 @@ def log_sum_exp(logits: Floats) -> float:
 
 
 def _weights(logits: Floats, largest: np.float32, scale: float) -> Floats:
-    """exp((logits - largest) * scale): the largest is 1. One allocation, as a row's pages cost more than its
-    arithmetic."""
+    """Returns exp((logits - largest) * scale): the largest is 1. One allocation, as a row's pages cost more
+    than its arithmetic."""
     weights: Floats = np.subtract(logits, largest)
     weights *= np.float32(scale)
     return np.exp(weights, out=weights)
@@ -74,7 +74,7 @@ def _narrow(candidates: Indices | None, kept: Indices) -> Indices:
 
 
 def _top_k(logits: Floats, k: int) -> Indices | None:
-    """Ascending ids of all logits not below the k-th largest; None for all of them."""
+    """Returns ascending ids of all logits not below the k-th largest; None for all of them."""
     if not 0 < k < len(logits):
         return None
     edge = len(logits) - k
@@ -82,11 +82,11 @@ def _top_k(logits: Floats, k: int) -> Indices | None:
 
 
 def _top_p(weights: Floats, top_p: float) -> Indices:
-    """Ascending indices of the fewest weights that hold `top_p` of the mass; of equal ones at the border the
-    first."""
+    """Returns ascending indices of the fewest weights that hold `top_p` of the mass; of equal ones at the
+    border the first."""
     total = float(weights.sum(dtype=np.float64))
     target = top_p * total
-    # What lies below the last floor holds less than 1 - top_p of the mass, whatever the weights are.
+    # The weights below the last floor hold less than 1 - top_p of the mass, whatever they are.
     for floor in (*_FLOORS, min(_FLOORS[-1], (1.0 - top_p) / len(weights))):
         indices = np.flatnonzero(weights >= floor * total)
         top = weights[indices]
@@ -102,7 +102,8 @@ def _top_p(weights: Floats, top_p: float) -> Indices:
 
 
 def _inverse_cdf(weights: Floats, uniforms: Iterable[float]) -> list[int]:
-    """For each uniform number the first index whose cumulative weight exceeds that share of the total."""
+    """Returns for each uniform number the first index whose cumulative weight exceeds that share of the
+    total."""
     starts = np.arange(0, len(weights), _BLOCK)
     cumulative = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
     drawn = []

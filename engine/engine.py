@@ -1,5 +1,5 @@
-"""Everything one worker computes with: model, kernels, KV memory and its bookkeeping, put together once at
-start."""
+"""All components that one worker computes with: model, kernels, KV memory and its bookkeeping, assembled once
+at start."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,24 +28,24 @@ Progress = Callable[[float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How a checkpoint is to be run."""
+    """The options for running a checkpoint."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: the checkpoint's
     device: Literal["cpu", "cuda"] = "cpu"
     block_size: int = 16
     num_blocks: int | None = None  # None: as many as the GPU has room for; on CPU a number is needed
-    memory_fraction: float = 0.9  # of the GPU's memory, for all that this process has there
+    memory_fraction: float = 0.9  # fraction of the GPU's memory that this process may use in all
     max_model_len: int | None = None  # None: as many positions as the model was made for
     max_batch_size: int = 256
     max_batch_tokens: int = 2048
     kernels: Literal["auto", "native", "torch", "triton"] = "auto"
     num_threads: int = 1
-    wire: Literal["raw", "int8"] = "raw"  # how KV travels to other workers
+    wire: Literal["raw", "int8"] = "raw"  # format of KV between workers
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Used by one thread, save for `cache`: a transfer's thread may gather and scatter blocks that no step
+    """Used by one thread, except `cache`: a transfer's thread may gather and scatter blocks that no step
     touches."""
 
     config: ModelConfig
@@ -61,7 +61,7 @@ class Engine:
 
     @classmethod
     def open(cls, path: Path, options: EngineOptions, on_progress: Progress = lambda _: None) -> "Engine":
-        """Load the checkpoint in `path`; `on_progress` is told the fraction loaded, up to 1.0.
+        """Loads the checkpoint in `path`; `on_progress` is called with the fraction loaded, up to 1.0.
 
         Raises CheckpointError, ConfigError for options that do not fit the model, CapacityError for too
         little memory."""
@@ -81,7 +81,7 @@ class Engine:
         device: Device,
         on_progress: Progress = lambda _: None,
     ) -> "Engine":
-        """As `open`, of weights that come from anywhere; `read` gives them on the device."""
+        """Like `open`, for weights from any source; `read` returns them on the device."""
         max_model_len = _max_model_len(config, options)
         kernels = _load_kernels(layout, options)
         with torch.inference_mode():
@@ -118,7 +118,7 @@ def _on_gpu(
     options: EngineOptions,
     max_model_len: int,
 ) -> tuple[KVCache, StepRunner]:
-    from ..kernels.triton.kernels import TritonKernels  # brought along by torch's CUDA builds alone
+    from ..kernels.triton.kernels import TritonKernels  # only torch's CUDA builds include triton
     from .on_gpu.decode_graphs import ladder
     from .on_gpu.kv_budget import num_blocks_that_fit
     from .on_gpu.runner import DeviceRunner
@@ -143,7 +143,7 @@ def _on_gpu(
 
 
 def layout_of(checkpoint: Checkpoint, options: EngineOptions) -> KVLayout:
-    """How the KV of a model is laid out."""
+    """Returns the layout of a model's KV."""
     config = checkpoint.config
     return KVLayout(
         num_layers=config.num_layers,

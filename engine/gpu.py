@@ -1,4 +1,4 @@
-"""What a machine has: GPUs by NVML, cores and memory by the kernel. The only importer of pynvml.
+"""Describes a machine: GPUs by NVML, cores and memory by the kernel. The only importer of pynvml.
 
 Without an NVIDIA driver there are simply no GPUs; nothing here imports torch.
 """
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 VISIBLE = "CUDA_VISIBLE_DEVICES"  # as CUDA reads it: which GPUs a process has, and in which order
-# of a GPU's memory that its instances may fill; the rest is left to other processes
+# share of a GPU's memory that its instances may fill; the rest is left to other processes
 GPU_MEMORY_FRACTION = 0.9
 ALL_LINKS = 0xFFFFFFFF  # NVML's scope for the sum over a GPU's links
 THROTTLES = {
@@ -31,7 +31,7 @@ THROTTLES = {
     "temperature": pynvml.nvmlClocksEventReasonSwThermalSlowdown
     | pynvml.nvmlClocksEventReasonHwThermalSlowdown,
     "hardware": pynvml.nvmlClocksEventReasonHwSlowdown,
-}  # why a GPU runs below the clocks that it would have
+}  # reasons why a GPU runs below its usual clocks
 
 T = TypeVar("T")
 
@@ -65,15 +65,15 @@ class Node:
 
 
 def probe_node() -> Node:
-    """This machine."""
+    """Returns this machine."""
     total, available = probe_memory()
     cores = tuple(sorted(os.sched_getaffinity(0)))
     return Node(socket.gethostname(), cores, total, available, probe_devices(), probe_torch_cuda())
 
 
 def probe_torch_cuda() -> str | None:
-    """The CUDA that torch was built for, read beside torch: importing it takes a second and hundreds of
-    megabytes."""
+    """Returns the CUDA version that torch was built for, read from torch's files: importing it takes a second
+    and hundreds of megabytes."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -88,8 +88,8 @@ def probe_torch_cuda() -> str | None:
 
 
 def probe_devices(environment: Mapping[str, str] = os.environ) -> tuple[DeviceInfo, ...]:
-    """The GPUs that NVML reports and CUDA would show this process, in CUDA's order; none where there is no
-    driver."""
+    """Returns the GPUs that NVML reports and that CUDA would make visible to this process, in CUDA's order;
+    none without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -105,7 +105,8 @@ def probe_devices(environment: Mapping[str, str] = os.environ) -> tuple[DeviceIn
 
 
 def _visible(devices: Sequence[DeviceInfo], names: str) -> Iterator[DeviceInfo]:
-    """What CUDA makes of its variable: indices or beginnings of UUIDs, up to the first that names nothing."""
+    """Interprets the variable like CUDA: indices or prefixes of UUIDs, up to the first that matches
+    nothing."""
     for name in map(str.strip, names.split(",")):
         found = [
             one
@@ -118,7 +119,7 @@ def _visible(devices: Sequence[DeviceInfo], names: str) -> Iterator[DeviceInfo]:
 
 
 def _device(index: int) -> DeviceInfo | None:
-    """None for one that is broken, has no memory of its own, or is cut into MIG instances."""
+    """Returns None for a GPU that is broken, has no memory of its own, or is divided into MIG instances."""
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         name, uuid = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetUUID(handle)
@@ -133,7 +134,7 @@ def _device(index: int) -> DeviceInfo | None:
 
 
 class GpuProbe:
-    """Asks NVML how one GPU fares; a context manager, used by one thread."""
+    """Samples the state of one GPU; a context manager, used by one thread."""
 
     def __init__(self, device: DeviceInfo, handle: object) -> None:
         self._device = device
@@ -142,7 +143,7 @@ class GpuProbe:
 
     @classmethod
     def open(cls, device: DeviceInfo) -> "GpuProbe | None":
-        """None when the driver does not answer."""
+        """Returns None when the driver does not answer."""
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError:
@@ -154,7 +155,7 @@ class GpuProbe:
             return None
 
     def sample(self) -> GpuSample:
-        """What the GPU does not tell is None."""
+        """Values that the GPU does not report are None."""
         device, handle, peaks = self._device, self._handle, self._peaks
         memory = _told(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
         return GpuSample(
@@ -195,7 +196,7 @@ class GpuProbe:
 
 
 def _told(ask: Callable[[], T]) -> T | None:
-    """The answer, or None where this GPU or this driver has none."""
+    """Returns the answer, or None where this GPU or this driver has none."""
     try:
         return ask()
     except pynvml.NVMLError:
@@ -203,12 +204,12 @@ def _told(ask: Callable[[], T]) -> T | None:
 
 
 def _pcie_bytes_per_s(handle: object, direction: int) -> float:
-    """NVML counts 20 ms and answers in units of 1000 bytes."""
+    """Returns PCIe throughput; NVML measures for 20 ms and answers in units of 1000 bytes."""
     return float(pynvml.nvmlDeviceGetPcieThroughput(handle, direction)) * 1e3
 
 
 def _link_bytes(handle: object, field: int) -> int:
-    """A counter of KiB, over all NVLinks, since the driver was loaded."""
+    """Returns a counter of KiB, over all NVLinks, since the driver was loaded."""
     (answer,) = pynvml.nvmlDeviceGetFieldValues(handle, [(field, ALL_LINKS)])
     if answer.nvmlReturn != pynvml.NVML_SUCCESS:
         raise pynvml.NVMLError(answer.nvmlReturn)
@@ -220,7 +221,8 @@ def _throttles(reasons: int) -> tuple[str, ...]:
 
 
 def probe_memory(proc: Path = PROC, cgroup_root: Path = CGROUP_ROOT) -> tuple[int, int]:
-    """Total and available bytes of memory, the lesser of what the machine and each enclosing cgroup grant."""
+    """Returns total and available bytes of memory, the lesser of the limits that the machine and each
+    enclosing cgroup grant."""
     fields = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
     total, available = (int(fields[name].split()[0]) << 10 for name in ("MemTotal", "MemAvailable"))
     for limit, used in _cgroup_limits(proc, cgroup_root):
@@ -230,8 +232,8 @@ def probe_memory(proc: Path = PROC, cgroup_root: Path = CGROUP_ROOT) -> tuple[in
 
 
 def _cgroup_limits(proc: Path, root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use that cannot be reclaimed) of every cgroup around this process, of version 1 or
-    2."""
+    """Returns (limit, bytes in use that cannot be reclaimed) of every cgroup around this process, of version
+    1 or 2."""
     for line in (proc / "self" / "cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":

@@ -1,18 +1,18 @@
-"""What GPUs can do at most, by the name that NVML gives them: what measured steps are compared with."""
+"""Peak performance of GPUs, by their NVML name: the reference for measured steps."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of one GPU."""
+    """The peaks of one GPU."""
 
     flops_per_s: float  # bfloat16 products added in float32, dense
     bytes_per_s: float  # between its memory and its processors
 
 
 def peaks_of(name: str) -> Peaks | None:
-    """None for a GPU that is not in the table.
+    """Returns None for a GPU that is not in the table.
 
     From NVIDIA's data sheets: H100 (2023; its figures with sparsity, halved), H200 (2024), A100 (2022), L4
     and L40S (2023), HGX B200 (2025)."""

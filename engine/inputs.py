@@ -12,7 +12,7 @@ from .model import ModelInput, SampledRows
 
 
 class BlockTables:
-    """The block table of each row of the batch, kept up to date by what changed since the last step.
+    """The block table of each row of the batch, kept up to date by the changes since the last step.
 
     A sequence's block list only grows, or is replaced by another list (see KVManager): a row whose list is
     the one it mirrored before only needs the new blocks. Decode batches keep their order, so that is nearly
@@ -25,7 +25,7 @@ class BlockTables:
         self._lengths: list[int] = []
 
     def update(self, block_lists: list[list[int]]) -> bool:
-        """The rows of this step; whether any is not what it was."""
+        """Sets the rows of this step; returns whether any row has changed."""
         self._reserve(len(block_lists))
         changed = False
         for row, block_ids in enumerate(block_lists):
@@ -40,7 +40,7 @@ class BlockTables:
         return changed
 
     def rows(self, num_rows: int) -> torch.Tensor:
-        """int32 [num_rows, max_blocks]; valid until the next `update`."""
+        """Returns int32 [num_rows, max_blocks]; valid until the next `update`."""
         return torch.from_numpy(self._tables[:num_rows])
 
     def _reserve(self, num_rows: int) -> None:

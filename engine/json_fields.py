@@ -1,5 +1,5 @@
-"""Typed access to the fields of a checkpoint's JSON files; what is missing or of another type is refused by
-name."""
+"""Typed access to the fields of a checkpoint's JSON files; errors name the field that is missing or of
+another type."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from ..core.errors import CheckpointError
 
 MAX_INT = 2**31 - 1  # kernels count in 32 bits
 MAX_INTS = 256
-MAX_FLOAT = 1e30  # what is computed of such numbers neither overflows nor vanishes
+MAX_FLOAT = 1e30  # results computed from numbers up to this one neither overflow nor vanish
 
 
 class JsonFields:
@@ -20,7 +20,7 @@ class JsonFields:
         self.source = source
 
     def refuse(self, name: str, expected: str) -> CheckpointError:
-        """The error to raise for field `name`."""
+        """Returns the error to raise for field `name`."""
         if self.values.get(name) is None:
             return CheckpointError(f"{self.source}: {name} is missing, expected {expected}")
         return CheckpointError(f"{self.source}: {name}: got {shown(self.values[name])}, expected {expected}")
@@ -73,7 +73,7 @@ class JsonFields:
         return value
 
     def ints(self, name: str) -> tuple[int, ...]:
-        """A field that is an integer, a list of integers, or absent."""
+        """Returns a field that is an integer, a list of integers, or absent."""
         value = self.values.get(name)
         items = value if isinstance(value, list) else [] if value is None else [value]
         if any(

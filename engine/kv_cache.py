@@ -14,19 +14,19 @@ from ..kernels.wire import KVPart, WireFormat, movers
 from .device import Device, HostDevice
 from .on_gpu.kv_queue import KVQueue, Queued
 
-Slot = torch.Tensor | memoryview  # of a link's ring: on the device, or the host's
+Slot = torch.Tensor | memoryview  # slot of a link's ring: on the device, or in host memory
 _ALL_BITS = 0xFFFFFFFFFFFFFFFF
 
 
 class KVCache:
-    """Allocated once at start. Which block belongs to whom is `BlockPool`'s business; this is the `KVStore`
-    of transfers."""
+    """Allocated once at start. `BlockPool` tracks which block belongs to which sequence; this is the
+    `KVStore` of transfers."""
 
     def __init__(
         self, layout: KVLayout, num_blocks: int, kernels: Kernels, device: Device | None = None
     ) -> None:
-        """Without a device: the processor's memory. Raises RuntimeError where there is too little,
-        ConfigError for a wire format that does not suit the model."""
+        """Without a device: in host memory. Raises RuntimeError where there is too little, ConfigError for a
+        wire format that does not suit the model."""
         if layout.wire == "int8" and layout.head_dim % 8:
             raise ConfigError(
                 f"kv.wire: got 'int8', expected 'raw' for a head_dim of {layout.head_dim}, no multiple of 8"
@@ -49,15 +49,15 @@ class KVCache:
             self._queue.warm_up()
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's keys and values, each [num_blocks, Hkv, block_size, D]."""
+        """Returns the layer's keys and values, each [num_blocks, Hkv, block_size, D]."""
         return self._layers[index]
 
     def mark(self) -> int:
-        """Names all that the engine's current stream has been given until now; 0 where nothing runs ahead."""
+        """Names all work queued on the engine's current stream until now; 0 where nothing runs ahead."""
         return 0 if self._queue is None else self._queue.mark()
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy block source to block destination in every layer, pair after pair."""
+        """Copies block source to block destination in every layer, pair after pair."""
         self._kernels.copy_blocks(self._data, copies)
 
     def gather(
@@ -70,8 +70,8 @@ class KVCache:
         out: Slot,
         after: int = 0,
     ) -> int | Queued:
-        """Copy the KV of a token range out of its blocks, and sum it up; `out` is [layers, 2, Hkv, tokens, D]
-        in C order, or what `kernels.wire` says of int8. It comes behind the mark `after`."""
+        """Copies the KV of a token range out of its blocks and returns its checksum; `out` is [layers, 2,
+        Hkv, tokens, D] in C order, or the int8 format of `kernels.wire`. Runs behind the mark `after`."""
         part = self._part(layer_start, layer_end, token_start, token_end)
         if self._queue is not None:
             return self._queue.gather(block_ids, part, out, after)
@@ -85,8 +85,8 @@ class KVCache:
         )
 
     def checksum(self, data: Slot) -> int | None:
-        """What `gather` returned elsewhere, if these are the bytes that it wrote. None on a device: there
-        `scatter` tells."""
+        """Returns the checksum that `gather` returned elsewhere, if these are the bytes that it wrote. None
+        on a device: there `scatter` reports it."""
         return None if self._queue is not None else self._kernels.wire_checksum(_as_tensor(data))
 
     def scatter(
@@ -99,7 +99,7 @@ class KVCache:
         data: Slot,
         after: int = 0,
     ) -> Queued | None:
-        """Copy what `gather` wrote elsewhere into blocks here; no other token of them is touched."""
+        """Copies bytes that `gather` wrote elsewhere into blocks here; touches no other token of them."""
         part = self._part(layer_start, layer_end, token_start, token_end)
         if self._queue is not None:
             return self._queue.scatter(block_ids, part, data, after)
@@ -119,9 +119,9 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A host's is touched at once, so that memory that is not there is noticed now and not in the middle of a
-    request; in huge pages where the system has them, since blocks that lie anywhere would otherwise cost an
-    address translation each."""
+    """Host memory is touched at once, so that a lack of it shows now and not in the middle of a request; it
+    uses huge pages where the system has them, since scattered blocks would otherwise cost an address
+    translation each."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     try:

@@ -1,8 +1,8 @@
 """Gives sequences their blocks: cached prefixes at admission, room as they grow, sharing between choices.
-Pure; both schedulers use it, and so does the simulator.
+Pure; both schedulers and the simulator use it.
 
 A sequence's `block_ids` list only grows at its end; any other change replaces the list by a new one, so that
-whoever mirrors it (the model runner's block table) sees by identity and length what is new."""
+a component that mirrors it (the model runner's block table) detects changes by identity and length."""
 
 from .block_pool import BlockPool
 from .sequence import Sequence
@@ -18,14 +18,14 @@ class KVManager:
 
     @property
     def max_num_tokens(self) -> int:
-        """The longest sequence that can be held when it is alone."""
+        """Returns the length of the longest sequence that fits when it is alone."""
         return min(self.max_model_len, self.pool.num_blocks * self.pool.block_size)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.block_size)
 
     def admit(self, seq: Sequence, use_cache: bool = True) -> int:
-        """Acquire the cached prefix of a sequence that holds nothing; returns its number of tokens.
+        """Acquires the cached prefix of a sequence that holds nothing; returns its number of tokens.
 
         At least the last token stays uncomputed, and cached blocks are never written: a prompt that is cached
         as a whole gives up its last block."""
@@ -40,10 +40,10 @@ class KVManager:
         return seq.num_computed_tokens
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Make tokens `[num_computed_tokens, num_tokens)` writable: blocks for all, and none of them shared.
+        """Makes tokens `[num_computed_tokens, num_tokens)` writable: blocks for all, and none of them shared.
 
-        False, and no change, when the pool has too few blocks. A shared block is replaced by a copy, see
-        `take_copies`."""
+        Returns False, without a change, when the pool has too few blocks. A shared block is replaced by a
+        copy, see `take_copies`."""
         assert num_tokens <= self.max_model_len, f"{seq} would exceed {self.max_model_len} tokens"
         num_missing, shared = self._missing(seq, num_tokens)
         if not num_missing and shared is None:
@@ -57,13 +57,13 @@ class KVManager:
         return True
 
     def num_blocks_to_grow(self, seq: Sequence, num_tokens: int) -> int:
-        """How many free blocks `grow` would take."""
+        """Returns how many free blocks `grow` would take."""
         num_missing, shared = self._missing(seq, num_tokens)
         return num_missing + (shared is not None)
 
     def _missing(self, seq: Sequence, num_tokens: int) -> tuple[int, int | None]:
-        """How many blocks a sequence lacks for so many tokens, and which of its own has to be replaced as it
-        is shared."""
+        """Returns how many blocks a sequence lacks for `num_tokens` tokens, and which of its own must be
+        replaced because it is shared."""
         first = seq.num_computed_tokens // self.pool.block_size
         is_shared = first < len(seq.block_ids) and self.pool.ref_count(seq.block_ids[first]) > 1
         return max(self.num_blocks_for(num_tokens) - len(seq.block_ids), 0), first if is_shared else None
@@ -75,19 +75,19 @@ class KVManager:
         seq.block_ids = [*seq.block_ids[:index], copy, *seq.block_ids[index + 1 :]]
 
     def take_copies(self) -> tuple[tuple[int, int], ...]:
-        """Block copies (source, destination) since the last call, to be made in this order before the next
-        step writes."""
+        """Returns block copies (source, destination) since the last call, to be made in this order before the
+        next step writes."""
         copies = tuple((source, copy) for copy, source in self._copies.items())
         self._copies.clear()
         return copies
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
-        """The next `num_tokens` tokens have KV now; blocks they filled enter the prefix cache."""
+        """The next `num_tokens` tokens now have KV; blocks that they filled enter the prefix cache."""
         self.received(seq, seq.num_computed_tokens + num_tokens)
 
     def received(self, seq: Sequence, num_tokens: int) -> None:
-        """Tokens `[0, num_tokens)` have KV now, however it came; blocks that became full enter the prefix
-        cache."""
+        """Tokens `[0, num_tokens)` now have KV, from whatever source; blocks that became full enter the
+        prefix cache."""
         size = self.pool.block_size
         assert seq.num_computed_tokens <= num_tokens <= min(seq.num_tokens, len(seq.block_ids) * size), (
             f"{seq}: {num_tokens}"
@@ -100,7 +100,7 @@ class KVManager:
                 self.pool.cache(seq.block_ids[index], hashes[index])
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let `child`, made by `parent.fork`, share the blocks that hold KV; the first to write a shared
+        """Lets `child`, made by `parent.fork`, share the blocks that hold KV; the first to write a shared
         block copies it."""
         assert not child.block_ids and child.num_computed_tokens == parent.num_computed_tokens, (
             f"{child}, {parent}"
@@ -109,15 +109,15 @@ class KVManager:
         self.pool.acquire(child.block_ids)
 
     def release(self, seq: Sequence) -> None:
-        """Give the sequence's blocks back; it must not take part in a step any more."""
+        """Releases the sequence's blocks; it must not take part in a step any more."""
         for block_id in seq.block_ids if self._copies else ():
             if self.pool.ref_count(block_id) == 1:
-                self._copies.pop(block_id, None)  # nobody will read it; its next owner's content must stay
+                self._copies.pop(block_id, None)  # no one will read it; its next owner's content must stay
         self.pool.free(seq.block_ids)
         seq.block_ids = []
 
     def reset(self, seq: Sequence) -> None:
-        """Preempt: give the blocks back and forget what was computed. The tokens stay; `admit` starts it
+        """Preempts: releases the blocks and forgets their computation. The tokens stay; `admit` starts it
         again."""
         self.release(seq)
         seq.num_computed_tokens = 0

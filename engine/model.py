@@ -1,7 +1,7 @@
-"""The decoder: flattened tokens of many sequences in, final states of the sampled ones out, and their logits;
-the KV of all goes into the paged cache.
+"""The decoder: takes the flattened tokens of many sequences and returns the final states of the sampled ones,
+and their logits; writes the KV of all tokens to the paged cache.
 
-One definition for Llama, Mistral, Qwen2 and Qwen3: `ModelConfig` says which biases, norms and windows a
+One definition for Llama, Mistral, Qwen2 and Qwen3: `ModelConfig` states which biases, norms and windows a
 checkpoint has."""
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from .weights import LayerWeights, ModelWeights
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """The rows of a batch that need logits, each the last one of its sequence, and their attention by
-    themselves."""
+    """The rows of a batch that need logits, each the last one of its sequence, and their own attention
+    batch."""
 
     rows: torch.Tensor  # int64 [R]
     attention: AttentionBatch | None  # None: R is 0
@@ -34,7 +34,7 @@ class ModelInput:
     positions: torch.Tensor  # int64 [T]
     attention: AttentionBatch
     sampled: SampledRows | None  # None: every row is sampled
-    needs_all_rows: bool = False  # also the final states of rows that are not sampled are asked for
+    needs_all_rows: bool = False  # final states of rows that are not sampled are needed too
 
 
 class Model:
@@ -54,10 +54,11 @@ class Model:
     def forward(
         self, inputs: ModelInput, cache: KVCache, on_layer: Callable[[int], None] | None = None
     ) -> torch.Tensor:
-        """Final states [R, H] of the sampled rows, or of all; the KV of all tokens is in `cache` afterwards.
+        """Returns final states [R, H] of the sampled rows, or of all; the KV of all tokens is in `cache`
+        afterwards.
 
         `on_layer(i)` is called as soon as layer i's KV is final. Beyond its KV, the last layer computes only
-        rows asked for."""
+        the requested rows."""
         kernels, weights, eps = self._kernels, self._weights, self.config.rms_norm_eps
         residual = weights.embedding[inputs.token_ids]  # [T, H]
         hidden = kernels.rms_norm(residual, weights.layers[0].input_norm, eps)
@@ -80,11 +81,11 @@ class Model:
 
     @property
     def head(self) -> PackedLinear:
-        """From final states to logits."""
+        """Computes logits from final states."""
         return self._weights.head
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [R, V] for final states [R, H]."""
+        """Returns float32 [R, V] for final states [R, H]."""
         if not len(hidden):
             return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         return self._kernels.linear(hidden, self._weights.head, torch.float32)

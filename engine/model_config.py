@@ -1,7 +1,7 @@
 """A model's shape and options, read from the config.json of a Hugging Face checkpoint.
 
-Comes in: the parsed JSON. Goes out: one frozen `ModelConfig` that drives the model definition, KV layout and
-`plan`. What our model definition cannot compute exactly is refused here, by name."""
+Takes the parsed JSON and returns one frozen `ModelConfig`, which drives the model definition, KV layout and
+`plan`. Features that our model definition cannot compute exactly are refused here, by name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from .rope_config import RopeConfig, parse_rope
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 SUPPORTED_DTYPES = ("float32", "bfloat16", "float16")
 MAX_LAYERS = 1024  # the largest models have some 130; windows, names and shapes are listed for each
-MAX_POSITIONS = 1 << 24  # so far the rope's table counts exactly in float32
+MAX_POSITIONS = 1 << 24  # up to here the rope's table counts exactly in float32
 
 
 @dataclass(frozen=True)
 class _Family:
-    """What an architecture's config class assumes when config.json is silent."""
+    """The defaults of an architecture's config class where config.json is silent."""
 
     max_position_embeddings: int
     num_kv_heads: int | None  # None: as many as query heads
@@ -60,7 +60,7 @@ class ModelConfig:
     ]  # per layer: a query sees itself and the window - 1 keys before it; None: all
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
-    dtype: str | None  # what config.json says the weights are; None: it does not say
+    dtype: str | None  # the weights' dtype by config.json; None: not stated
 
     @property
     def q_size(self) -> int:
@@ -78,8 +78,8 @@ class ModelConfig:
 def parse_model_config(
     config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None, source: str = "config.json"
 ) -> ModelConfig:
-    """The model that `config` describes. Raises CheckpointError for what is missing, malformed or not
-    supported.
+    """Returns the model that `config` describes. Raises CheckpointError for fields that are missing,
+    malformed or unsupported.
 
     `generation_config` is the parsed generation_config.json where the checkpoint has one; its end tokens then
     replace those of `config`, as in transformers' `generate`."""
@@ -182,7 +182,7 @@ def _sliding_windows(fields: JsonFields, architecture: str, num_layers: int) -> 
 
 
 def _sliding_layers(fields: JsonFields, num_layers: int, window: int | None) -> list[bool]:
-    """Which layers of a Qwen model slide."""
+    """Returns which layers of a Qwen model use a sliding window."""
     layer_types = fields.values.get("layer_types")
     if layer_types is None:
         first = fields.optional_int("max_window_layers")

@@ -1,5 +1,4 @@
-"""What a worker's roles have to tell the router, gathered until the end of a step and then sent as one
-frame."""
+"""Gathers the reports of a worker's roles to the router until the end of a step, to be sent as one frame."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +11,8 @@ from .sequence import Sequence
 
 @dataclass(slots=True)
 class LegClock:
-    """When one leg of a dispatch was accepted, first took part in a step, and was last computed on."""
+    """The times at which one leg of a dispatch was accepted, first took part in a step, and was last computed
+    on."""
 
     accepted_s: float
     started_s: float | None = None
@@ -23,7 +23,7 @@ class LegClock:
             self.started_s = now_s
 
     def durations(self, now_s: float) -> tuple[float, float]:
-        """(waiting, working) seconds. A leg that computes to its end has worked until now."""
+        """Returns (waiting, working) seconds. A leg that computes to its end has worked until now."""
         started_s = now_s if self.started_s is None else self.started_s
         return started_s - self.accepted_s, (self.computed_s or now_s) - started_s
 
@@ -41,7 +41,7 @@ class Outbox:
     def token(
         self, seq: Sequence, choice: int, index: int, token: SampledToken, reason: FinishReason | None
     ) -> TokenOutput:
-        """One token of a choice, the last one when `reason` is given."""
+        """Adds one token of a choice, the last one when `reason` is given."""
         output = TokenOutput(
             seq.transfer,
             choice,
@@ -67,7 +67,7 @@ class Outbox:
         num_cached_tokens: int = 0,
         stats: TransferStats | None = None,
     ) -> None:
-        """The worker holds nothing for this leg any more."""
+        """The worker no longer holds anything for this leg."""
         queue_s, compute_s = clock.durations(now_s)
         self.ended.append(
             LegEnded(
@@ -85,7 +85,7 @@ class Outbox:
         )
 
     def take(self) -> tuple[tuple[TokenOutput, ...], tuple[LegEnded, ...], tuple[StepTiming, ...]]:
-        """What has been gathered since the last call."""
+        """Returns the reports gathered since the last call."""
         taken = tuple(self.outputs), tuple(self.ended), tuple(self.timings)
         self.outputs, self.ended, self.timings = [], [], []
         return taken

@@ -1,9 +1,7 @@
-"""What a request does to its logits before a token is drawn: its bias, then what depends on the tokens that
-the sequence has so far: repetition, presence, frequency, and which tokens may come at all, by min_tokens and
-by a grammar.
+"""Edits a request's logits before a token is drawn: by its bias, then by the sequence's tokens so far
+(repetition, presence, frequency), and by which tokens are allowed at all, under min_tokens and a grammar.
 
-`Penalties.apply` does it to a row on the host, `logit_edits.py` to rows on a GPU, from what is defined here.
-"""
+`Penalties.apply` edits a row on the host, `logit_edits.py` rows on a GPU, from the definitions here."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -23,7 +21,8 @@ Numbers = TypeVar("Numbers", Floats, torch.Tensor)
 
 
 class TokenCounts:
-    """The distinct tokens of one sequence and how often each is in its output, extended as tokens come."""
+    """The distinct tokens of one sequence and how often each occurs in its output, extended token by
+    token."""
 
     def __init__(self) -> None:
         self._slot_of: dict[int, int] = {}
@@ -37,7 +36,7 @@ class TokenCounts:
 
     @property
     def counts(self) -> Floats:
-        """Of `ids`; 0 for what only the prompt has."""
+        """Returns the counts of `ids`; 0 for tokens that only the prompt has."""
         return self._counts[: len(self._slot_of)]
 
     def update(self, seq: Sequence) -> None:
@@ -59,14 +58,15 @@ class TokenCounts:
 
 
 class Penalties:
-    """What sequences' parameters ask for; remembers counts and biases as long as a sequence lives."""
+    """Applies the edits that sequences' parameters ask for; remembers counts and biases as long as a sequence
+    exists."""
 
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
         self._biases: WeakKeyDictionary[Sequence, tuple[Indices, Floats]] = WeakKeyDictionary()
 
     def apply(self, seq: Sequence, logits: Floats) -> None:
-        """Adjust one row of logits [V] in place."""
+        """Adjusts one row of logits [V] in place."""
         if bias := self.bias(seq):
             token_ids, values = bias
             logits[token_ids] += values
@@ -80,7 +80,7 @@ class Penalties:
             logits[~unpacked(bits, len(logits))] = -np.inf
 
     def bias(self, seq: Sequence) -> tuple[Indices, Floats] | None:
-        """Token ids, each once, and what is added to their logits."""
+        """Returns token ids, each once, and the biases to add to their logits."""
         if not seq.spec.sampling.logit_bias:
             return None
         bias = self._biases.get(seq)
@@ -90,7 +90,7 @@ class Penalties:
         return bias
 
     def seen(self, seq: Sequence) -> TokenCounts | None:
-        """The tokens so far, when they are penalised."""
+        """Returns the tokens so far, when they are penalised."""
         if not has_penalties(seq.spec.sampling):
             return None
         counts = self._counts.get(seq)
@@ -101,7 +101,7 @@ class Penalties:
 
 
 def is_adjusted(seq: Sequence) -> bool:
-    """Whether anything here is done to the logits of its next token."""
+    """Returns whether anything here edits the logits of the sequence's next token."""
     sampling = seq.spec.sampling
     return bool(sampling.logit_bias or sampling.grammar) or has_penalties(sampling) or must_go_on(seq)
 
@@ -115,7 +115,7 @@ def has_penalties(sampling: SamplingParams) -> bool:
 
 
 def strengths_of(sampling: SamplingParams) -> Floats:
-    """float32 [3], as `penalised` takes them."""
+    """Returns float32 [3], in the form that `penalised` takes."""
     return np.array(
         (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty), dtype=np.float32
     )
@@ -124,12 +124,12 @@ def strengths_of(sampling: SamplingParams) -> Floats:
 def penalised(
     logits: Numbers, counts: Numbers, strengths: Numbers, where: Callable[[Any, Any, Any], Numbers]
 ) -> Numbers:
-    """The new logits of tokens that the sequence has, `counts` times in its output; float32 throughout,
-    operation by operation.
+    """Returns the new logits of tokens that the sequence has, `counts` times in its output; float32
+    throughout, operation by operation.
 
     `strengths` [3, N or 1] are those of repetition, frequency and presence; an array, as torch divides by a
-    number by way of its reciprocal. Repetition looks at prompt and output (arXiv 1909.05858, section 4.1),
-    the others at the output alone."""
+    number by way of its reciprocal. Repetition considers prompt and output (arXiv 1909.05858, section 4.1),
+    the others the output alone."""
     repetition, frequency, presence = strengths
     logits = where(logits > 0, logits / repetition, logits * repetition)
     logits = logits - frequency * counts
@@ -138,8 +138,8 @@ def penalised(
 
 
 def restriction(seq: Sequence, vocab_size: int) -> tuple[list[int], Bits | None]:
-    """Tokens that may not come next, and a mask (see `allowed_bits`) of those that may, None: all others.
-    What is complete by its grammar ends, also before min_tokens."""
+    """Returns tokens that may not come next, and a mask (see `allowed_bits`) of those that may, None: all
+    others. An output that is complete by its grammar ends, also before min_tokens."""
     bits = allowed_bits(seq, vocab_size)
     if not must_go_on(seq):
         return [], bits
@@ -153,5 +153,5 @@ def restriction(seq: Sequence, vocab_size: int) -> tuple[list[int], Bits | None]
 
 
 def must_go_on(seq: Sequence) -> bool:
-    """Whether the next token may not be one that ends the sequence."""
+    """Returns whether the next token may not be one that ends the sequence."""
     return seq.num_output_tokens < seq.spec.sampling.min_tokens

@@ -15,15 +15,15 @@ _NUM_ROWS = 64  # logits at a time: a whole chunk of them can be larger than the
 
 
 class PromptLogprobs:
-    """What the chunks so far brought for each sequence that asks for it, as long as it lives."""
+    """The log probabilities gathered so far for each sequence that asks for them, as long as it exists."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._gathered: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
 
     def add(self, chunks: tuple[ScheduledChunk, ...], hidden: torch.Tensor) -> None:
-        """`hidden` [T, H] are the final states of all tokens of the chunks; each tells of the token that
-        follows."""
+        """`hidden` [T, H] are the final states of all tokens of the chunks; each yields the log probability
+        of the token that follows."""
         row = 0
         for chunk in chunks:
             if chunk.sequence.wants_prompt_logprobs:
@@ -32,7 +32,7 @@ class PromptLogprobs:
             row += chunk.num_tokens
 
     def complete(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[SampledToken]:
-        """What the prompt's tokens brought goes with the first token of choice 0: one for each token of the
+        """Returns the log probabilities that go with the first token of choice 0: one for each token of the
         prompt but the first, which follows nothing."""
         if not tokens or not self._gathered or chunk.sequence not in self._gathered:
             return tokens

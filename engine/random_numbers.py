@@ -1,12 +1,12 @@
-"""The random number of a token: a function of (seed, choice, token index) alone, so that whichever worker
-draws the token, in whatever batch, it draws the same one."""
+"""The random number of a token: a function of (seed, choice, token index) alone, so that every worker, in
+every batch, draws the same token."""
 
 _MASK = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 def uniform(seed: int, choice: int, index: int) -> float:
-    """A number in [0, 1) with 53 random bits."""
+    """Returns a number in [0, 1) with 53 random bits."""
     state = _mix(seed & _MASK)
     state = _mix(state ^ choice)
     return (_mix(state ^ index) >> 11) * 2.0**-53

@@ -9,14 +9,14 @@ from .rope_config import RopeConfig
 
 
 def rope_table(rope: RopeConfig, head_dim: int, num_positions: int) -> torch.Tensor:
-    """float32 [num_positions, head_dim]: per position head_dim / 2 cosines, then as many sines."""
+    """Returns float32 [num_positions, head_dim]: per position head_dim / 2 cosines, then as many sines."""
     positions = torch.arange(num_positions, dtype=torch.float32)
     angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.attention_factor
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """float32 [head_dim / 2], highest frequency first."""
+    """Returns float32 [head_dim / 2], highest frequency first."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     wavelengths = rope.theta**exponents
     if rope.kind == "linear":
@@ -55,6 +55,6 @@ def _yarn(wavelengths: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
 
 
 def _yarn_dimension(num_rotations: float, head_dim: int, rope: RopeConfig) -> float:
-    """The dimension that turns `num_rotations` times within the original context."""
+    """Returns the dimension that turns `num_rotations` times within the original context."""
     turns = rope.original_max_position_embeddings / (num_rotations * 2 * math.pi)
     return head_dim * math.log(turns) / (2 * math.log(rope.theta))

@@ -17,7 +17,7 @@ MIN_THETA = 2.0  # YaRN divides by its logarithm
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """How positions become angles; the fields are named as in transformers' `modeling_rope_utils`.
+    """The mapping from positions to angles; the fields are named as in transformers' `modeling_rope_utils`.
 
     Fields that a kind does not use keep their neutral defaults. `attention_factor` multiplies cos and sin.
     """
@@ -35,8 +35,7 @@ class RopeConfig:
 
 
 def parse_rope(config: Mapping[str, Any], max_position_embeddings: int, source: str) -> RopeConfig:
-    """The rope of `config` (the whole config.json). Raises CheckpointError for kinds that are not
-    supported."""
+    """Returns the rope of `config` (the whole config.json). Raises CheckpointError for unsupported kinds."""
     fields = _scaling_fields(config, source)
     kind = fields.optional_str("rope_type") or fields.optional_str("type") or "default"
     if kind not in SUPPORTED_ROPE_KINDS:
@@ -115,7 +114,7 @@ def _yarn(fields: JsonFields, theta: float, original: int, max_position_embeddin
 
 
 def _not_negative(fields: JsonFields, name: str) -> float | None:
-    """Zero counts as absent, as in transformers."""
+    """Treats zero as absent, as in transformers."""
     return fields.positive_float(name) if fields.values.get(name) else None
 
 

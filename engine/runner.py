@@ -15,7 +15,7 @@ from .sampler import Sampler
 
 
 class ModelRunner:
-    """One model on the processor. Used by one thread."""
+    """One model on the CPU. Used by one thread."""
 
     runs_ahead = False
 

@@ -1,4 +1,4 @@
-"""The headers of a checkpoint's safetensors files: what is in them, without loading any of it. No torch."""
+"""The headers of a checkpoint's safetensors files: lists their tensors without loading any. No torch."""
 
 import math
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class _Entry(msgspec.Struct):
-    """A tensor in the header; bounded before anything is computed of it, or repeated in a message."""
+    """A tensor in the header; bounded before anything is computed from it, or repeated in a message."""
 
     dtype: Annotated[str, msgspec.Meta(max_length=16)]
     shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=8)]
@@ -73,7 +73,7 @@ class HeaderReader:
         self._tensors_left = MAX_TENSORS
 
     def read(self, file: Path) -> dict[str, TensorInfo]:
-        """The tensors of `file` by name. Raises CheckpointError where it is missing, truncated or not
+        """Returns the tensors of `file` by name. Raises CheckpointError where it is missing, truncated or not
         safetensors."""
         with open_regular(file) as stream:
             stamp = stamp_of(stream)

@@ -1,5 +1,5 @@
-"""Logits in, tokens out: the last thing a step does. Follows vLLM in what parameters mean and in which order
-they apply: logit bias, penalties, min_tokens and grammar, temperature, top-k, top-p, min-p."""
+"""Samples tokens from logits, the last part of a step. Follows vLLM in the meaning of parameters and in the
+order in which they apply: logit bias, penalties, min_tokens and grammar, temperature, top-k, top-p, min-p."""
 
 import torch
 
@@ -20,8 +20,8 @@ class Sampler:
         self._penalties = Penalties()
 
     def sample(self, logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[list[SampledToken]]:
-        """Row i of float32 logits [R, V] is of `chunks[i]`; returns a token for each of its choices. Spoils
-        `logits`."""
+        """Row i of float32 logits [R, V] belongs to `chunks[i]`; returns a token for each of its choices.
+        Overwrites `logits`."""
         if all(_is_plain(chunk) for chunk in chunks):
             best = self._kernels.argmax(logits).tolist()
             return [
@@ -54,7 +54,7 @@ def _is_greedy(sampling: SamplingParams) -> bool:
 
 
 def _is_plain(chunk: ScheduledChunk) -> bool:
-    """Whether the largest logit is the token, and all that is asked for."""
+    """Returns whether the sequence wants the token of the largest logit and nothing more."""
     sampling = _sampling(chunk)
     return _is_greedy(sampling) and sampling.logprobs is None and not is_adjusted(chunk.sequence)
 
@@ -65,7 +65,7 @@ def _draw(logits: Floats, chunk: ScheduledChunk) -> list[int]:
 
 
 def _report(token_ids: list[int], raw: Floats | None, sampling: SamplingParams) -> list[SampledToken]:
-    """`raw` is the row as the model gave it, where logprobs are asked for."""
+    """`raw` is the model's original row, where logprobs are requested."""
     if raw is None or sampling.logprobs is None:
         return [SampledToken(token_id) for token_id in token_ids]
     normaliser = log_sum_exp(raw)

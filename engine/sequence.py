@@ -1,5 +1,5 @@
-"""One worker's mutable view of one choice of a dispatch: its tokens, how many of them have KV, and where that
-lies."""
+"""One worker's mutable view of one choice of a dispatch: its tokens, how many of them have KV, and the blocks
+of that KV."""
 
 import msgspec
 
@@ -25,7 +25,7 @@ class Sequence:
         self.block_ids: list[int] = []
         # of the next token, one bit each, when the output follows a grammar
         self.token_mask: bytes | None = None
-        self.is_mask_late = True  # it was not there when it was needed, or nothing was computed for it yet
+        self.is_mask_late = True  # it was missing when it was needed, or nothing was computed for it yet
         self._block_hashes: list[bytes] = []
         self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)
         sampling = spec.sampling
@@ -53,13 +53,13 @@ class Sequence:
 
     @property
     def num_launched_tokens(self) -> int:
-        """Tokens that have KV, or will have it when the step under way is done."""
+        """Returns the number of tokens that have KV, or will have it when the step under way is done."""
         return self.num_computed_tokens + self.num_in_flight_tokens
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far, by this and by earlier attempts, a pending one included: the index of the
-        next one."""
+        """Returns the number of tokens generated so far, by this and by earlier attempts, including a pending
+        one: the index of the next one."""
         return len(self.token_ids) + self.num_pending_tokens - len(self.spec.prompt_token_ids)
 
     @property
@@ -72,13 +72,14 @@ class Sequence:
 
     @property
     def may_sample(self) -> bool:
-        """Whether it is known which tokens may come next."""
+        """Returns whether it is known which tokens may come next."""
         return self.token_mask is not None or not self.spec.sampling.grammar
 
     @property
     def num_computable_tokens(self) -> int:
-        """Tokens that the next step may take: uncomputed ones, and a pending one unless the sequence is sure
-        to end with it. While a mask is late not the last one, as that brings the next token."""
+        """Returns how many tokens the next step may take: uncomputed ones, and a pending one unless the
+        sequence is certain to end with it. Excludes the last one while a mask is late, as it produces the
+        next token."""
         if self.num_pending_tokens:
             return 0 if self.num_tokens + 1 >= self._max_num_tokens else 1
         late = self.is_mask_late and not self.may_sample
@@ -86,27 +87,28 @@ class Sequence:
 
     @property
     def needs_known_tokens(self) -> bool:
-        """Whether its next step can only be prepared when all its tokens are known, and not while the last is
-        pending."""
+        """Returns whether its next step can only be prepared when all its tokens are known, and not while the
+        last is pending."""
         return self._needs_known_tokens or (len(self.spec.choices) > 1 and self.is_fresh)
 
     @property
     def is_fresh(self) -> bool:
-        """Whether this dispatch has brought no token yet."""
+        """Returns whether this dispatch has produced no token yet."""
         return self.num_output_tokens - self.num_pending_tokens == len(self.spec.output_token_ids)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether its next token brings those of the prompt: until then, none of it may come from a cache."""
+        """Returns whether its next token carries the prompt's log probabilities: until then, none of the
+        prompt may come from a cache."""
         return self.spec.wants_prompt_logprobs and not self.num_output_tokens
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        """Token ids that end this sequence: EOS, unless it is ignored, and the request's own."""
+        """Returns the token ids that end this sequence: EOS, unless it is ignored, and the request's own."""
         return self._stop_token_ids
 
     def finish_reason_with(self, token_id: int) -> FinishReason | None:
-        """Why the sequence would end if `token_id` came next; None when it would go on."""
+        """Returns why the sequence would end if `token_id` came next; None when it would go on."""
         sampling = self.spec.sampling
         if token_id in self._stop_token_ids and self.num_output_tokens >= sampling.min_tokens:
             return FinishReason.STOP
@@ -119,7 +121,7 @@ class Sequence:
         return None
 
     def append(self, token_id: int) -> FinishReason | None:
-        """Take one sampled token; says why the sequence ends with it, if it does."""
+        """Appends one sampled token; returns the reason if the sequence ends with it."""
         reason = self.finish_reason_with(token_id)
         self.token_ids.append(token_id)
         self.token_mask = None
@@ -127,7 +129,7 @@ class Sequence:
         return reason
 
     def block_hashes(self, block_size: int) -> list[bytes]:
-        """Hashes of the full blocks of `token_ids`, extended as tokens come."""
+        """Returns hashes of the full blocks of `token_ids`, extended as tokens come."""
         done = len(self._block_hashes)
         if (done + 1) * block_size <= len(self.token_ids):
             parent = self._block_hashes[-1] if done else None
@@ -136,13 +138,15 @@ class Sequence:
         return self._block_hashes
 
     def fork(self, choice: int) -> "Sequence":
-        """Another choice with the same tokens; its blocks are shared by whoever owns the pool."""
-        twin = Sequence(msgspec.structs.replace(self.spec, choices=(choice,)), choice, self._max_num_tokens)
-        twin.token_ids = list(self.token_ids)
-        twin.num_computed_tokens = self.num_computed_tokens
-        twin.num_cached_tokens = self.num_cached_tokens
-        twin._block_hashes = list(self._block_hashes)
-        return twin
+        """Returns another choice with the same tokens; the pool's owner shares its blocks."""
+        sibling = Sequence(
+            msgspec.structs.replace(self.spec, choices=(choice,)), choice, self._max_num_tokens
+        )
+        sibling.token_ids = list(self.token_ids)
+        sibling.num_computed_tokens = self.num_computed_tokens
+        sibling.num_cached_tokens = self.num_cached_tokens
+        sibling._block_hashes = list(self._block_hashes)
+        return sibling
 
     def __repr__(self) -> str:
         return f"Sequence({self.transfer}/{self.choice}, {self.num_computed_tokens}/{self.num_tokens} tokens)"

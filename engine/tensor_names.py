@@ -7,7 +7,8 @@ HEAD = "lm_head.weight"
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, in the order of the forward pass; tied embeddings have no head of their own."""
+    """Returns names and shapes, in the order of the forward pass; tied embeddings have no head of their
+    own."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     layer = _layer(config)
     for index in range(config.num_layers):

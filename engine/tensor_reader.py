@@ -16,8 +16,8 @@ from .safetensors_header import TensorInfo
 class TensorReader:
     """`reader(name, shape)` is the tensor of that name, copied into memory of its own on `device` in `dtype`.
 
-    Files are opened when first needed, once, and stay open as long as the reader lives. They are the files
-    whose headers were checked, unchanged, or they are refused."""
+    Files are opened once, when first needed, and stay open as long as the reader exists. They must be the
+    unchanged files whose headers were checked; others are refused."""
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | None = None
@@ -25,7 +25,7 @@ class TensorReader:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = torch.device("cpu") if device is None else device
-        self._files: dict[Path, tuple[BinaryIO, Any]] = {}  # and what safetensors has of each
+        self._files: dict[Path, tuple[BinaryIO, Any]] = {}  # with safetensors' view of each
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Raises CheckpointError where the tensor cannot be read or is not of `shape`."""
@@ -43,8 +43,8 @@ class TensorReader:
         return tensor.to(dtype=self._dtype, copy=self._device.type == "cpu")  # a file of the host's is mapped
 
     def _opened(self, info: TensorInfo) -> Any:
-        """The file of a tensor. safetensors opens it by a name, which may mean another file by now: that of
-        our descriptor does not."""
+        """Opens the file of a tensor. safetensors opens it by a name, which may meanwhile refer to another
+        file; our descriptor's name does not."""
         if info.file not in self._files:
             stream = open_regular(info.file)
             weakref.finalize(self, stream.close)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors, fused and packed for the kernels, one tensor at a time so that nothing is held
+"""A checkpoint's tensors, fused and packed for the kernels, one tensor at a time so that none is held
 twice."""
 
 from collections.abc import Callable
@@ -39,10 +39,10 @@ class ModelWeights:
 def load_weights(
     config: ModelConfig, read: ReadTensor, kernels: Kernels, on_progress: Callable[[float], None]
 ) -> ModelWeights:
-    """`read(name, shape)` gives a tensor by its Hugging Face name, in the model's dtype and of that shape, or
-    raises.
+    """`read(name, shape)` returns a tensor by its Hugging Face name, in the model's dtype and of that shape,
+    or raises.
 
-    `on_progress` is told the fraction of layers done, last of all 1.0.
+    `on_progress` is called with the fraction of layers done, finally 1.0.
     """
     embedding = read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
     layers = []

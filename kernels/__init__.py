@@ -1,4 +1,4 @@
-"""The floor under the engine: every operation of the model, over one paged KV cache, chosen once for the
+"""The foundation of the engine: every operation of the model, over one paged KV cache, chosen once for the
 device."""
 
 from .interface import AttentionBatch, KernelRequirements, Kernels, PackedLinear, token_range_bytes

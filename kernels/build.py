@@ -15,11 +15,11 @@ LIBRARY_NAME = "libpdserve_kernels.so"
 _SOURCES = Path(__file__).resolve().parent / "native"
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fvisibility=default"]
 _VECTOR_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"]
-_BASELINE_SOURCES = {"cpu.cpp"}  # asks what the CPU can do, so it must run on any
+_BASELINE_SOURCES = {"cpu.cpp"}  # queries the CPU's features, so it must run on any CPU
 
 
 def build(out_dir: Path) -> list[Path]:
-    """Compile the library into `out_dir`; returns what was made, nothing where there is no compiler for this
+    """Compiles the library into `out_dir`; returns the files it created, none without a compiler for this
     platform."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:

@@ -1,4 +1,5 @@
-"""What every kernel implementation offers, as types only: the engine's model calls these and knows no device.
+"""The interface of every kernel implementation, as types only: the engine's model calls these and knows no
+device.
 
 Shapes: T tokens of a mixed batch, S sequences, Hq/Hkv query/key-value heads, D head_dim, K/N inputs/outputs
 of a linear."""
@@ -12,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class KernelRequirements:
-    """What a model will ask of its kernels; the implementation is chosen by it once, at start."""
+    """The model's requirements of its kernels; the implementation is chosen from them once, at start."""
 
     dtype: torch.dtype
     head_dim: int
@@ -27,13 +28,13 @@ class KernelRequirements:
                 raise ValueError(f"{name}: {value} is not valid, expected a positive multiple of 8")
 
 
-@dataclass(frozen=True, eq=False)  # a batch is itself alone: what is derived from it may be kept under it
+@dataclass(frozen=True, eq=False)  # compared by identity: values derived from a batch may be keyed by it
 class AttentionBatch:
-    """Where each sequence of a mixed prefill and decode batch has its tokens and its cached keys.
+    """Locates each sequence's tokens and cached keys in a mixed prefill and decode batch.
 
     Sequence s owns the query rows `query_start_loc[s]:query_start_loc[s + 1]` (at least one); they are the
-    last of its `context_lens[s]` keys. Key i of sequence s lies in block `block_tables[s, i // block_size]`.
-    A token's slot is `block_id * block_size + offset`."""
+    last of its `context_lens[s]` keys. Key i of sequence s is in block `block_tables[s, i // block_size]`. A
+    token's slot is `block_id * block_size + offset`."""
 
     query_start_loc: torch.Tensor  # int32 [S + 1]
     context_lens: torch.Tensor  # int32 [S]
@@ -43,7 +44,7 @@ class AttentionBatch:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A linear's weights in the layout of the implementation that packed them; opaque to everyone else."""
+    """A linear's weights in the layout of the implementation that packed them; opaque to all other code."""
 
     in_features: int
     out_features: int
@@ -63,22 +64,22 @@ class Kernels(Protocol):
     name: str
 
     def set_num_threads(self, num_threads: int) -> None:
-        """How many threads a call may use from now on, the caller's included; process-wide, torch's own
+        """Sets how many threads a call may use from now on, the caller's included; process-wide, torch's own
         included."""
         ...
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
-        """Lay out a weight [N, K] and bias [N] for `linear`; the originals may be dropped."""
+        """Lays out a weight [N, K] and bias [N] for `linear`; the originals may be dropped."""
         ...
 
     def linear(
         self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """x [T, K] -> [T, N] in x's dtype, or in float32 where `out_dtype` says so (logits)."""
+        """Maps x [T, K] -> [T, N] in x's dtype, or in float32 where `out_dtype` says so (logits)."""
         ...
 
     def pack_gate_up(self, gate: torch.Tensor, up: torch.Tensor) -> PackedLinear:
-        """Lay out the two weights [I, K] of a gated MLP for `gated_linear`."""
+        """Lays out the two weights [I, K] of a gated MLP for `gated_linear`."""
         ...
 
     def gated_linear(self, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
@@ -107,7 +108,7 @@ class Kernels(Protocol):
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """Rotate queries and keys (half rotation, as Hugging Face does) and write keys and values to the
+        """Rotates queries and keys (half rotation, like Hugging Face) and writes keys and values to the
         cache.
 
         qkv [T, (Hq + 2 Hkv) * D], positions int64 [T], cos_sin float32 [max_pos, D]: D/2 cosines then D/2
@@ -144,14 +145,14 @@ class Kernels(Protocol):
         token_end: int,
         buffer: torch.Tensor,
     ) -> int:
-        """Copy tokens [token_start, token_end) of the sequence lying in `block_ids`, of layers [layer_start,
-        layer_end), to `buffer`, uint8 [exactly the bytes needed], laid out [layers, 2, Hkv, tokens, D]: the
-        wire knows no blocks. Block i of the sequence holds its tokens from i * block_size on. Returns the
-        buffer's `wire_checksum`."""
+        """Copies tokens [token_start, token_end) of the sequence stored in `block_ids`, of layers
+        [layer_start, layer_end), to `buffer`, uint8 [exactly the bytes needed], laid out [layers, 2, Hkv,
+        tokens, D]: the wire knows no blocks. Block i of the sequence holds its tokens from i * block_size on.
+        Returns the buffer's `wire_checksum`."""
         ...
 
     def wire_checksum(self, buffer: torch.Tensor) -> int:
-        """64 bits of `buffer`, uint8 [a multiple of 8 bytes], the same from every implementation.
+        """Returns 64 bits of `buffer`, uint8 [a multiple of 8 bytes], the same from every implementation.
 
         The sum, modulo 2^64, over the little-endian 64-bit words w_i, of w_i + low32(m_i) * high32(m_i),
         where m_i is w_i xor (i + 1) * 0x9E3779B185EBCA87: XXH3's accumulation (a word, and the product of its
@@ -173,12 +174,12 @@ class Kernels(Protocol):
         ...
 
     def copy_blocks(self, cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy block src to block dst in every layer, for each (src, dst) in order: copy-on-write."""
+        """Copies block src to block dst in every layer, for each (src, dst) in order: copy-on-write."""
         ...
 
 
 def token_range_bytes(cache: torch.Tensor, num_layers: int, num_tokens: int) -> int:
-    """Bytes on the wire for `num_tokens` tokens of `num_layers` layers."""
+    """Returns the bytes on the wire for `num_tokens` tokens of `num_layers` layers."""
     _, _, _, num_kv_heads, _, head_dim = cache.shape
     return num_layers * 2 * num_kv_heads * num_tokens * head_dim * cache.element_size()
 
@@ -192,7 +193,7 @@ def check_token_range(
     token_end: int,
     buffer: torch.Tensor,
 ) -> None:
-    """Refuse a transfer that would touch memory outside the cache or the buffer."""
+    """Refuses a transfer that would touch memory outside the cache or the buffer."""
     check_cells(cache, layer_start, layer_end, block_ids, token_start, token_end)
     check_buffer(buffer, token_range_bytes(cache, layer_end - layer_start, token_end - token_start))
 
@@ -205,7 +206,7 @@ def check_cells(
     token_start: int,
     token_end: int,
 ) -> None:
-    """Refuse layers and tokens that the cache does not have."""
+    """Refuses layers and tokens that the cache does not have."""
     num_layers, _, num_blocks, _, block_size, _ = cache.shape
     if not 0 <= layer_start < layer_end <= num_layers:
         raise ValueError(
@@ -221,7 +222,7 @@ def check_cells(
 
 
 def check_buffer(buffer: torch.Tensor, num_bytes: int) -> None:
-    """Refuse a buffer that is not of that size."""
+    """Refuses a buffer that is not of that size."""
     if (
         buffer.dtype != torch.uint8
         or buffer.dim() != 1
@@ -234,7 +235,7 @@ def check_buffer(buffer: torch.Tensor, num_bytes: int) -> None:
 
 
 def check_wire(buffer: torch.Tensor) -> None:
-    """Refuse what has no checksum."""
+    """Refuses a buffer that has no checksum."""
     if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() % 8 or not buffer.is_contiguous():
         raise ValueError(
             f"buffer: {buffer.dtype} {tuple(buffer.shape)} given, expected contiguous uint8 [a multiple of 8]"
@@ -242,7 +243,7 @@ def check_wire(buffer: torch.Tensor) -> None:
 
 
 def check_block_pairs(cache: torch.Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-    """Refuse a copy from or to a block that the cache does not have."""
+    """Refuses a copy from or to a block that the cache does not have."""
     num_blocks = cache.shape[2]
     for src, dst in pairs:
         if not (0 <= src < num_blocks and 0 <= dst < num_blocks):

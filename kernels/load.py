@@ -20,7 +20,7 @@ def load_kernels(
     choice: Literal["auto", "native", "torch", "triton"],
     num_threads: int,
 ) -> Kernels:
-    """The kernels for `device`, "cpu" or "cuda"; a `choice` other than "auto" is binding.
+    """Returns the kernels for `device`, "cpu" or "cuda"; a `choice` other than "auto" is binding.
 
     Raises ValueError for an unknown device, choice or thread count, and where the chosen kernels cannot run.
     """
@@ -47,7 +47,7 @@ def load_kernels(
 
 def _triton_kernels(requirements: KernelRequirements) -> Kernels:
     try:
-        from .triton.kernels import TritonKernels  # a package that only torch's CUDA builds bring along
+        from .triton.kernels import TritonKernels  # a package that only torch's CUDA builds include
     except ModuleNotFoundError as error:
         raise ValueError(f"kernels: 'triton' cannot run here: {error}") from error
     if not torch.cuda.is_available():
@@ -61,7 +61,8 @@ def _triton_kernels(requirements: KernelRequirements) -> Kernels:
 
 
 def _build_launcher() -> None:
-    """Triton compiles what it launches kernels by; better now than when a worker has loaded its weights."""
+    """Checks for the compiler with which Triton builds launchers; better now than after a worker has loaded
+    its weights."""
     from triton.runtime import driver
 
     _ = driver.active.utils

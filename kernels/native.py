@@ -1,4 +1,4 @@
-"""The native library behind the `Kernels` interface: checks what it is given, then hands raw pointers to C++.
+"""The native library behind the `Kernels` interface: checks its arguments, then passes raw pointers to C++.
 
 ctypes releases the GIL for the length of every call.
 """
@@ -44,9 +44,9 @@ _RESULTS = {"pd_gather_tokens": ctypes.c_uint64, "pd_wire_checksum": ctypes.c_ui
 
 
 def why_unavailable(requirements: KernelRequirements) -> str | None:
-    """Why the native kernels cannot serve these requirements on this machine; None where they can."""
+    """Returns why the native kernels cannot serve these requirements on this machine; None where they can."""
     if requirements.dtype not in _CPU_LEVEL_NEEDED:
-        # float16 is not worth its own: CPUs multiply it by widening
+        # float16 is not worth its own kernels: CPUs multiply it by widening
         return f"{requirements.dtype} has no native kernels"
     if requirements.head_dim > _MAX_HEAD_DIM:
         return f"head_dim {requirements.head_dim} is above {_MAX_HEAD_DIM}"
@@ -310,8 +310,8 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 def _token_range(
     cache: torch.Tensor, layers: range, block_ids: Sequence[int], tokens: range, buffer: torch.Tensor
 ) -> tuple[Any, ...]:
-    """What C++ wants to know; only of the blocks touched, so that a chunk of a long sequence costs no more
-    than of a short."""
+    """Returns the arguments for C++; only of the blocks touched, so that a chunk of a long sequence costs no
+    more than one of a short sequence."""
     check_token_range(cache, layers.start, layers.stop, block_ids, tokens.start, tokens.stop, buffer)
     _, _, num_blocks, num_kv_heads, block_size, head_dim = cache.shape
     start = cache.data_ptr() + layers.start * cache.stride(0) * cache.element_size()

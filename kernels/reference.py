@@ -1,5 +1,4 @@
-"""The kernels in plain torch: the meaning of each operation, and what runs where the native library
-cannot."""
+"""The kernels in plain torch: they define each operation, and run where the native library cannot."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -9,12 +8,12 @@ import torch.nn.functional as F
 
 from .interface import AttentionBatch, PackedLinear, check_block_pairs, check_token_range, check_wire
 
-_KEY_STEP = 0x9E3779B185EBCA87 - 2**64  # torch knows signed integers only
-_MAX_QUERY_ROWS = 512  # of one attention call: bounds the mask of a long prefill
+_KEY_STEP = 0x9E3779B185EBCA87 - 2**64  # torch has signed integers only
+_MAX_QUERY_ROWS = 512  # per attention call: bounds the mask of a long prefill
 
 
 class TorchKernels:
-    """Any dtype, any head_dim, any CPU."""
+    """Supports any dtype, any head_dim, any CPU."""
 
     name = "torch"
 
@@ -189,14 +188,14 @@ def _attend(
 
 
 def _wire_view(cache: torch.Tensor, num_layers: int, num_tokens: int, buffer: torch.Tensor) -> torch.Tensor:
-    """The buffer as [layers, 2, Hkv, tokens, D]."""
+    """Returns the buffer as [layers, 2, Hkv, tokens, D]."""
     return buffer.view(cache.dtype).view(num_layers, 2, cache.shape[3], num_tokens, cache.shape[5])
 
 
 def _token_slots(
     cache: torch.Tensor, block_ids: Sequence[int], start: int, end: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(block, offset) of each token in [start, end)."""
+    """Returns (block, offset) of each token in [start, end)."""
     block_size = cache.shape[4]
     tokens = torch.arange(start, end)
     return torch.tensor(block_ids, dtype=torch.int64)[tokens // block_size], tokens % block_size

@@ -1,10 +1,10 @@
-"""What a sampler on the GPU is asked for, and its meaning in plain torch."""
+"""The input of a sampler on the GPU, and its meaning in plain torch."""
 
 from dataclasses import dataclass, fields
 
 import torch
 
-GREEDY_BELOW = 1e-5  # a temperature below it takes the largest logit
+GREEDY_BELOW = 1e-5  # a lower temperature takes the largest logit
 _MASK = (1 << 64) - 1
 _DTYPES = {
     "rows": torch.int32,
@@ -20,9 +20,9 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """N draws, each from a row of the logits; several may share one. Parameters mean what
-    `core.request.SamplingParams` says; a random number is a function of (seed, choice, index) alone. Draws of
-    a negative row are padding."""
+    """N draws, each from a row of the logits; several may share one. `core.request.SamplingParams` defines
+    the parameters; a random number is a function of (seed, choice, index) alone. Draws of a negative row are
+    padding."""
 
     rows: torch.Tensor  # int32 [N]
     temperature: torch.Tensor  # float64 [N]
@@ -52,7 +52,7 @@ class SamplingBatch:
 
 
 def column_dtype(name: str) -> torch.dtype:
-    """Of a SamplingBatch's column."""
+    """The dtype of a SamplingBatch's column."""
     return _DTYPES[name]
 
 
@@ -64,9 +64,9 @@ def check_logits(logits: torch.Tensor) -> None:
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """Token ids int64 [N] from logits float32 [R, V], as `engine/distribution.py` draws them: temperature,
-    top-k, top-p and min-p in this order, then the first token by id whose cumulative weight exceeds the
-    random share of the total."""
+    """Returns token ids int64 [N] from logits float32 [R, V], drawn as in `engine/distribution.py`:
+    temperature, top-k, top-p and min-p in this order, then the first token by id whose cumulative weight
+    exceeds the random share of the total."""
     check_logits(logits)
     out = torch.zeros(batch.rows.shape, dtype=torch.int64)
     for n, row in enumerate(batch.rows.tolist()):
@@ -97,7 +97,7 @@ def _draw(logits: torch.Tensor, batch: SamplingBatch, n: int) -> int:
 
 
 def uniform(seed: int, choice: int, index: int) -> float:
-    """A number in [0, 1) with 53 random bits: that of `engine/random_numbers.py`."""
+    """Returns a number in [0, 1) with 53 random bits: that of `engine/random_numbers.py`."""
     state = _mix(seed & _MASK)
     state = _mix(state ^ choice)
     return (_mix(state ^ index) >> 11) * 2.0**-53

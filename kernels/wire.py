@@ -1,12 +1,12 @@
-"""A part of a sequence's KV as it travels: which cells, in which format, and what gathering and scattering
-them means.
+"""A part of a sequence's KV on the wire: its cells, its format, and the definition of gathering and
+scattering it.
 
 The raw format is `Kernels.gather_tokens`' with fewer heads: [layers, 2, heads, tokens, D] in the cache's
 dtype. The int8 format about halves a bfloat16 cache's: int8 [layers, 2, heads, tokens, D], then float32
 [layers, heads, tokens, 2]: a scale for each row of D keys, and of D values. A scale for each row and not for
-a chunk, so that one large key costs no other token its precision, and what arrives does not depend on how the
-transfer was cut. int8 rather than e4m3: it is off by 1/254 of the row's largest value at most, where e4m3 is
-off by 1/16 of each value, and a GPU need not know 8-bit floats."""
+a chunk, so that one large key costs no other token its precision, and the received values do not depend on
+how the transfer was cut. int8 rather than e4m3: it is off by 1/254 of the row's largest value at most, where
+e4m3 is off by 1/16 of each value, and a GPU need not know 8-bit floats."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -41,12 +41,12 @@ class KVPart:
 
     @property
     def num_rows(self) -> int:
-        """(layer, head, token) cells, each with a row of keys and one of values."""
+        """Returns the number of (layer, head, token) cells, each with a row of keys and one of values."""
         return len(self.layers) * len(self.heads) * len(self.tokens)
 
 
 def part_bytes(cache: torch.Tensor, part: KVPart, wire_format: WireFormat) -> int:
-    """On the wire."""
+    """Returns the number of bytes on the wire."""
     head_dim = cache.shape[-1]
     if wire_format is WireFormat.RAW:
         return part.num_rows * 2 * head_dim * cache.element_size()
@@ -56,7 +56,7 @@ def part_bytes(cache: torch.Tensor, part: KVPart, wire_format: WireFormat) -> in
 def check_part(
     cache: torch.Tensor, block_ids: Sequence[int], part: KVPart, buffer: torch.Tensor, wire_format: WireFormat
 ) -> None:
-    """Refuse a transfer that would touch memory outside the cache or the buffer."""
+    """Refuses a transfer that would touch memory outside the cache or the buffer."""
     _, _, _, num_kv_heads, _, head_dim = cache.shape
     if head_dim % 8 or not cache.is_contiguous():
         raise ValueError(f"cache: head_dim {head_dim} given, expected a multiple of 8, contiguous")
@@ -74,10 +74,10 @@ def check_part(
 def gather_part(
     cache: torch.Tensor, block_ids: Sequence[int], part: KVPart, buffer: torch.Tensor, wire_format: WireFormat
 ) -> torch.Tensor:
-    """Copy a part of the sequence lying in `block_ids` to `buffer`, uint8 [`part_bytes`].
+    """Copies a part of the sequence stored in `block_ids` to `buffer`, uint8 [`part_bytes`].
 
-    Returns `checksum` of the buffer. In the int8 format a row with a value that is not finite arrives as NaN,
-    whole."""
+    Returns `checksum` of the buffer. In the int8 format a row with a value that is not finite arrives
+    entirely as NaN."""
     check_part(cache, block_ids, part, buffer, wire_format)
     rows = cache[_cells(cache, block_ids, part)].permute(1, 2, 3, 0, 4)  # [layers, 2, heads, tokens, D]
     if wire_format is WireFormat.RAW:
@@ -99,8 +99,8 @@ def gather_part(
 def scatter_part(
     cache: torch.Tensor, block_ids: Sequence[int], part: KVPart, buffer: torch.Tensor, wire_format: WireFormat
 ) -> torch.Tensor:
-    """The inverse of `gather_part`: writes no slot, layer or head outside the part; returns `checksum` of
-    what it read."""
+    """The inverse of `gather_part`: writes no slot, layer or head outside the part; returns `checksum` of the
+    bytes that it read."""
     check_part(cache, block_ids, part, buffer, wire_format)
     shape = (len(part.layers), 2, len(part.heads), len(part.tokens), cache.shape[-1])
     if wire_format is WireFormat.RAW:
@@ -114,7 +114,8 @@ def scatter_part(
 
 
 def movers(kernels: Kernels) -> tuple[MovePart, MovePart]:
-    """`gather_part` and `scatter_part` where these kernels' tensors are; beside native kernels, torch's."""
+    """Returns `gather_part` and `scatter_part` where these kernels' tensors are; beside native kernels,
+    torch's."""
     if kernels.name != "triton":
         return gather_part, scatter_part
     from .triton import transfer
@@ -123,14 +124,14 @@ def movers(kernels: Kernels) -> tuple[MovePart, MovePart]:
 
 
 def checksum(buffer: torch.Tensor) -> torch.Tensor:
-    """`Kernels.wire_checksum`'s bits as int64 [1], where the buffer is: they can be awaited with other
-    work."""
+    """Returns `Kernels.wire_checksum`'s bits as int64 [1], where the buffer is: they can be awaited with
+    other work."""
     unsigned = TorchKernels().wire_checksum(buffer)
     return torch.tensor([unsigned - 2**64 if unsigned >= 2**63 else unsigned])
 
 
 def _cells(cache: torch.Tensor, block_ids: Sequence[int], part: KVPart) -> tuple[slice | torch.Tensor, ...]:
-    """The cache's index of the part; advanced indices around slices put the token axis first."""
+    """Returns the cache's index of the part; advanced indices around slices put the token axis first."""
     block_size = cache.shape[4]
     tokens = torch.arange(part.tokens.start, part.tokens.stop)
     blocks = torch.tensor(block_ids, dtype=torch.int64)[tokens // block_size]
@@ -139,6 +140,6 @@ def _cells(cache: torch.Tensor, block_ids: Sequence[int], part: KVPart) -> tuple
 
 
 def _split(buffer: torch.Tensor, cache: torch.Tensor, part: KVPart) -> tuple[torch.Tensor, torch.Tensor]:
-    """An int8 buffer's (values, scales), as bytes."""
+    """Returns an int8 buffer's (values, scales), as bytes."""
     num_values = part.num_rows * 2 * cache.shape[-1]
     return buffer[:num_values], buffer[num_values:]

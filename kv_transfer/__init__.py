@@ -1,4 +1,4 @@
-"""Moving one request's KV blocks from a prefill worker (P) to a decode worker (D).
+"""Moves one request's KV blocks from a prefill worker (P) to a decode worker (D).
 
     P: send -> computed... -> prefill_done -> commit   D: expect -> on_received -> it is scheduled
 

@@ -26,20 +26,20 @@ from .protocol import Connect, Connected, LinkRefused, Meet, Prepare, SenderMess
 from .shm import ShmLink
 
 _PAGE_BYTES = 4096
-MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they belong to the cluster
-# until the next attempt, when the process has no descriptor or memory left for a connection
+MAX_UNPROVEN = 256  # connections whose peers have not yet proved that they belong to the cluster
+# pause before the next attempt, when the process has no descriptor or memory left for a connection
 ACCEPT_PAUSE_S = 0.5
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class TransferAcceptor:
-    """Listens on a Unix socket in a folder of its own, which no other user can enter, and on TCP. A
-    connection that does not greet in time is closed."""
+    """Listens on TCP and on a Unix socket in a private folder, which no other user can enter. Closes a
+    connection that does not greet in time."""
 
     def __init__(self, local: Local, admit: Callable[[Connect], InboundPair | str]) -> None:
         self._local = local
-        self._admit = admit  # says to which pair a greeting belongs, or why it is refused
-        # A process that is killed leaves the folder behind: it goes with what `socket_root` belongs to.
+        self._admit = admit  # returns the pair to which a greeting belongs, or why it is refused
+        # A killed process leaves the folder behind: it is removed with the owner of `socket_root`.
         self._folder = Path(tempfile.mkdtemp(prefix="kv-", dir=local.socket_root))
         self.unix_path = str(self._folder / "s")
         self._unix = socket.socket(socket.AF_UNIX)
@@ -57,7 +57,7 @@ class TransferAcceptor:
         self._preparing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """On the endpoint's loop."""
+        """Starts to listen; called on the endpoint's loop."""
         for sock in (self._unix, self._tcp):
             sock.setblocking(False)
             self._listen(sock)
@@ -86,9 +86,7 @@ class TransferAcceptor:
         loop = asyncio.get_running_loop()
         try:
             sock, _ = listener.accept()
-        except (
-            OSError
-        ) as error:  # the peer was gone again, or we are out of descriptors: others may still connect
+        except OSError as error:  # the peer is gone, or descriptors ran out: others may connect
             peer_log.warning("accepting a connection failed: %s", error)
             if (
                 error.errno in _EXHAUSTED
@@ -99,7 +97,7 @@ class TransferAcceptor:
         sock.setblocking(False)
         if (
             len(self._unproven) >= MAX_UNPROVEN
-        ):  # a peer proves itself at once: the oldest is the least likely one
+        ):  # a genuine peer proves itself at once: the oldest is the least likely one
             oldest = next(iter(self._unproven))
             self._unproven.pop(oldest)
             oldest.cancel()
@@ -109,7 +107,8 @@ class TransferAcceptor:
         task.add_done_callback(lambda done: self._unproven.pop(done, None))
 
     async def _meet(self, sock: socket.socket) -> None:
-        """Learn whether the peer is of this cluster; one that is may greet, in what is left of the time."""
+        """Checks whether the peer belongs to this cluster; one that does may greet in the time that
+        remains."""
         loop = asyncio.get_running_loop()
         due_s = loop.time() + self._local.config.connect_timeout_s
         try:
@@ -160,7 +159,7 @@ class TransferAcceptor:
         self._local.counters.num_connects_refused += 1
 
     async def _prepare(self, channel: Channel[SenderMessage], pair: InboundPair, connect: Connect) -> None:
-        """Set the ring up and hand the connection over."""
+        """Sets up the ring and hands the connection over."""
         pair.num_preparing += 1
         try:
             if connect.link == "shm":
@@ -169,7 +168,7 @@ class TransferAcceptor:
                 link = self._prepare_cuda_ipc(channel, connect.epoch)
             else:
                 link = await self._prepare_group(channel, connect.link, connect.epoch)
-        except Exception as error:  # memory, descriptors, sockets: this connection fails alone
+        except Exception as error:  # memory, descriptors, sockets: only this connection fails
             self._refuse(channel, f"preparing the link failed: {error}")
             return
         finally:
@@ -232,7 +231,7 @@ class TransferAcceptor:
             building.add_done_callback(lambda done: done.cancelled() or done.exception())
             async with asyncio.timeout(self._local.config.build_timeout_s(kind)):
                 await asyncio.wait((building, lost), return_when=asyncio.FIRST_COMPLETED)
-            if lost.done():  # the link may not learn of it by itself
+            if lost.done():  # the link may not notice by itself
                 raise LinkError(f"the source has gone: {lost.result()}")
             await building
         except BaseException:

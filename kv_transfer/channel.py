@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Channel(Generic[T]):
-    """Messages of type `kind` come in by `on_message`; `on_lost` is called once when the peer or the stream
+    """Passes messages of type `kind` to `on_message`; calls `on_lost` once when the peer or the stream
     fails."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Channel(Generic[T]):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.on_message = on_message
         self.on_lost = on_lost
-        self.fds: list[int] = []  # file descriptors that came and were not taken yet
+        self.fds: list[int] = []  # file descriptors that were received and not taken yet
         self._takes_fd = takes_fd and sock.family == socket.AF_UNIX
         self._sock = sock
         self._encoder = FrameEncoder()
@@ -46,8 +46,8 @@ class Channel(Generic[T]):
         return self._is_open
 
     def send(self, message: object, fd: int | None = None) -> None:
-        """Send now, or as soon as the peer reads again; a closed channel swallows. `fd` is for a stream's
-        first frame."""
+        """Sends now, or as soon as the peer reads again; a closed channel drops the message. `fd` may
+        accompany only the first frame of a stream."""
         if not self._is_open:
             return
         frame = self._encoder.encode(message)
@@ -66,7 +66,7 @@ class Channel(Generic[T]):
             self._loop.add_writer(self._sock, self._on_writable)
 
     def close(self) -> None:
-        """Close without a word to `on_lost`; idempotent."""
+        """Closes without calling `on_lost`; idempotent."""
         if not self._is_open:
             return
         self._is_open = False
@@ -83,7 +83,7 @@ class Channel(Generic[T]):
             self.on_lost(error)
 
     def _read_and_lose(self, error: str) -> None:
-        """The peer's last words may say why it closed."""
+        """Reads the peer's last messages, which may state why it closed."""
         if self._is_open:
             self._on_readable()
         self._lose(error)

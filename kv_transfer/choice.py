@@ -1,4 +1,4 @@
-"""Which link a pair takes: by where the two workers keep their KV, and by what `kv.transport` asks for."""
+"""Chooses a pair's link from where the two workers keep their KV and from the setting `kv.transport`."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,14 @@ TRANSPORTS = ("auto", *LINKS)
 
 
 class Place(NamedTuple):
-    """Of one worker's KV."""
+    """Where one worker keeps its KV."""
 
     host_id: str
-    gpu: str  # a UUID; empty on a processor
+    gpu: str  # a UUID; empty on a CPU
 
 
 def choose_link(mine: Place, theirs: Place, transport: str) -> str:
-    """One of LINKS. A GPU and a processor meet in host memory. Raises LinkError."""
+    """Returns one of LINKS. A GPU and a CPU meet in host memory. Raises LinkError."""
     possible = [link for link in LINKS if _is_possible(link, mine, theirs)]
     if transport == "auto":
         return next(link for link in (*GPU_LINKS, "shm", "gloo") if link in possible)

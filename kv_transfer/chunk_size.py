@@ -1,22 +1,21 @@
-"""How large chunks are: a decision of the link that carries them and of the transfer that they are parts of.
+"""Chooses chunk sizes, from the link that carries the chunks and the transfer that they are parts of.
 Pure."""
 
 from typing import NamedTuple
 
-WANTED_CHUNKS = 8  # of a transfer, at least
+WANTED_CHUNKS = 8  # per transfer, at least
 
 
 class ChunkBytes(NamedTuple):
-    """What a link's chunks are to have."""
+    """The bounds of a link's chunk sizes, in bytes."""
 
-    smallest: int  # one that is smaller costs more than it hides
-    largest: int  # the ring's slots on the receiving side
+    smallest: int  # a smaller one costs more than it hides
+    largest: int  # the size of the ring's slots on the receiving side
 
 
-# Shared memory's ring should stay in the processors' last cache; gloo pays more for every message. Between
-# GPUs a chunk costs
-# either side's processor the same whatever its size (`bench/microbench/chunk_cost.py`), and the bytes next to
-# nothing.
+# Shared memory's ring should stay in the CPUs' last-level cache; gloo pays more for every message. Between
+# GPUs a chunk costs either side's CPU the same whatever its size (`bench/microbench/chunk_cost.py`), and the
+# bytes next to nothing.
 CHUNK_BYTES = {
     "shm": ChunkBytes(256 << 10, 2 << 20),
     "gloo": ChunkBytes(256 << 10, 4 << 20),
@@ -26,7 +25,7 @@ CHUNK_BYTES = {
 
 
 def chunk_bytes(link: str, slot_bytes: int, num_cells: int, bytes_per_cell: int) -> int:
-    """How large the chunks of a transfer of `num_cells` (layer, token) cells may be. The last one cannot hide
-    behind the prefill: of a small transfer it should not be the greater part."""
+    """Returns the maximum chunk size for a transfer of `num_cells` (layer, token) cells. The last chunk
+    cannot hide behind the prefill: it should not be the greater part of a small transfer."""
     wanted_bytes = num_cells * bytes_per_cell // WANTED_CHUNKS
     return min(slot_bytes, max(wanted_bytes, CHUNK_BYTES[link].smallest, bytes_per_cell))

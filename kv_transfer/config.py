@@ -12,16 +12,16 @@ MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
 class TransferConfig:
     """Sizes of the staging ring and every deadline of the protocol."""
 
-    # of one ring slot of ours, and of a chunk at most; None: what suits the link
+    # size of one of our ring slots, and the maximum of a chunk; None: the link's default
     chunk_bytes: int | None = None
     ring_slots: int = 4  # chunks under way per pair, shared by its transfers
     connect_timeout_s: float = 5.0
-    # to join two GPUs: NCCL looks for their ways to each other, for seconds the first time
+    # to join two GPUs: the first time, NCCL searches for seconds for the paths between them
     nccl_timeout_s: float = 60.0
     heartbeat_s: float = 0.5
     dead_after_s: float = 3.0  # without a sign of life
-    chunk_timeout_s: float = 5.0  # chunk to ACK, COMMIT to COMMITTED
-    # a reservation without an offer, an offer without a reservation; the peer's every word renews it
+    chunk_timeout_s: float = 5.0  # from chunk to ACK, from COMMIT to COMMITTED
+    # a reservation without an offer, or an offer without a reservation; any message of the peer renews it
     lease_s: float = 30.0
     max_lease_s: float = 600.0  # however often it is renewed
     max_idle_s: float = 300.0  # a link without transfers is closed after this
@@ -37,9 +37,9 @@ class TransferConfig:
             )
 
     def build_timeout_s(self, link: str) -> float:
-        """Until both sides of a link over a group have met."""
+        """Returns how long both sides of a link over a group may take to meet."""
         return self.nccl_timeout_s if link == "nccl" else self.connect_timeout_s
 
     def chunk_bytes_of(self, link: str) -> int:
-        """Of one slot of our ring for a link of this kind."""
+        """Returns the size of one slot of our ring for a link of this kind."""
         return CHUNK_BYTES[link].largest if self.chunk_bytes is None else self.chunk_bytes

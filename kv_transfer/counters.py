@@ -1,5 +1,5 @@
-"""What happened on an endpoint since its start, for metrics and tests. Written on the endpoint's thread
-alone."""
+"""Counts the events on an endpoint since its start, for metrics and tests. Only the endpoint's thread writes
+them."""
 
 from dataclasses import dataclass
 

@@ -13,7 +13,7 @@ class CudaIpcLink:
     takes_turns = False
 
     def __init__(self, ring: Slot, num_slots: int, slot_bytes: int, rings: "RingShelf | None" = None) -> None:
-        """`rings` gets D's ring back."""
+        """Creates the view; D's ring is returned to `rings`."""
         self.is_gone = False
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
@@ -24,16 +24,16 @@ class CudaIpcLink:
         return self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
 
     def send(self, slot: int, num_bytes: int, seq: int) -> None:
-        """The bytes are in the ring since they were gathered."""
+        """Does nothing: the bytes have been in the ring since they were gathered."""
 
     def recv(self, slot: int, num_bytes: int, seq: int) -> None:
-        """The bytes were in the ring before they were announced."""
+        """Does nothing: the bytes were in the ring before they were announced."""
 
     def wait(self, ticket: Any, timeout_s: float) -> None:
         raise AssertionError("a link within a GPU has no tickets")
 
     def kill(self) -> None:
-        """Slots that the store still works on live on with it."""
+        """Slots that the store still uses keep the memory alive."""
         if not self.is_gone:
             self.is_gone = True
             if self._rings is not None:
@@ -41,15 +41,15 @@ class CudaIpcLink:
             self._ring = None
 
     def join(self) -> None:
-        """Nothing outlives `kill`."""
+        """Returns at once: nothing outlives `kill`."""
 
 
 class RingShelf:
-    """D's rings: never freed, since a peer may have one open, but used again.
+    """D's rings: reused and never freed, since a peer may have one open.
 
-    A peer that was taken for dead may still write into a ring which is another pair's by now. Chunks are
-    checked in the same pass that writes them to their blocks, so that costs the other pair a NACK, and nobody
-    a wrong byte."""
+    A peer that was taken for dead may still write into a ring that another pair uses by now. Chunks are
+    checked in the same pass that writes them to their blocks, so this costs the other pair a NACK, and never
+    delivers a wrong byte."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
@@ -57,7 +57,7 @@ class RingShelf:
         self._handles: dict[int, bytes] = {}  # by the ring's id
 
     def take(self, num_bytes: int) -> tuple[Slot, bytes]:
-        """A ring, and its handle. All are of one size. Raises LinkError."""
+        """Returns a ring and its handle. All rings are of one size. Raises LinkError."""
         if not self._unused:
             ring, handle = self._gpu.allocate(num_bytes)
             self._unused.append(ring)

@@ -1,7 +1,8 @@
-"""Memory of a GPU that two processes see, through CUDA's driver.
+"""GPU memory that two processes share, through the CUDA driver.
 
-Not through torch: what its allocator gives lies among other tensors, which a peer would see too, its handles
-hold for one release of torch only, and it counts readers in files that stay when one of them is killed."""
+Torch does not allocate it: its allocations lie among other tensors, which a peer would see too, its handles
+are valid within one release of torch only, and it counts readers in files that remain when one of them is
+killed."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ import torch
 from .link import LinkError
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
-_GRANULE = 2 << 20  # what is smaller may share its pages, and so its handle, with other memory
-_LAZY_ENABLE_PEER_ACCESS = 1  # the only flags that there are, and wanted
+_GRANULE = 2 << 20  # smaller allocations may share their pages, and so their handle, with other memory
+_LAZY_ENABLE_PEER_ACCESS = 1  # the only flag that exists, and the one we want
 
 
 class _Handle(ctypes.Structure):
@@ -58,7 +59,7 @@ class CudaGpu:
         return self._tensor(address.value, num_bytes, lambda: None), bytes(handle)
 
     def open(self, handle: bytes, num_bytes: int) -> torch.Tensor:
-        """What is opened more than once is mapped once; CUDA counts."""
+        """Memory that is opened more than once is mapped once; CUDA counts."""
         if len(handle) != HANDLE_BYTES:
             raise LinkError(f"the peer's handle has {len(handle)} bytes, expected {HANDLE_BYTES}")
         address = ctypes.c_uint64()
@@ -72,7 +73,7 @@ class CudaGpu:
         return self._tensor(address.value, num_bytes, partial(self._close, address.value))
 
     def _close(self, address: int) -> None:
-        with suppress(LinkError), self._in_context():  # nobody is there to hear of it
+        with suppress(LinkError), self._in_context():  # there is no caller left to report it to
             self._call("cuIpcCloseMemHandle", address)
 
     def _tensor(self, address: int, num_bytes: int, on_release: Callable[[], None]) -> torch.Tensor:
@@ -95,7 +96,7 @@ class CudaGpu:
 
 
 class _Memory:
-    """What torch makes a tensor of; the tensor holds it, and so do all that are views of it."""
+    """The object from which torch makes a tensor; the tensor and all views of it keep it alive."""
 
     def __init__(self, address: int, num_bytes: int, on_release: Callable[[], None]) -> None:
         self._on_release = on_release
@@ -112,7 +113,7 @@ class _Memory:
 
 
 def load_driver() -> Any:
-    """Of the machine, not of torch."""
+    """The CUDA driver's library, which belongs to the machine, not to torch."""
     driver = ctypes.CDLL("libcuda.so.1")
     for name, argument_types in _SIGNATURES.items():
         getattr(driver, name).argtypes = argument_types

@@ -1,4 +1,4 @@
-"""P's way to D: connect, greet, build the link, and hand both to the pair."""
+"""P's connection to D: connects, greets, builds the link, and hands both to the pair."""
 
 import asyncio
 import logging
@@ -46,7 +46,9 @@ class TransferDialler:
             pair.not_connected(f"no answer within {timeout_s} s, or no link in its time")
         except (OSError, LinkError, handshake.HandshakeError) as problem:
             pair.not_connected(str(problem))
-        except Exception as problem:  # a bug; whoever waits for this link must hear of it all the same
+        except (
+            Exception
+        ) as problem:  # a bug; the component that waits for this link must be informed all the same
             logger.exception("connecting to %s failed", pair.target)
             pair.not_connected(repr(problem))
         else:
@@ -96,8 +98,7 @@ class TransferDialler:
 
 
 async def _build(link: GroupLink, meeting: Meeting, answers: Answers) -> None:
-    """Returns when both sides stand. Raises as soon as D is not there any more: the link may not learn of it
-    by itself."""
+    """Returns when both sides are up. Raises as soon as D is gone: the link may not notice by itself."""
     loop = asyncio.get_running_loop()
     building = loop.run_in_executor(link.executor, link.build, meeting)
     building.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -114,14 +115,14 @@ async def _build(link: GroupLink, meeting: Meeting, answers: Answers) -> None:
 
 
 async def _meet(answers: Answers, meeting: Meeting) -> None:
-    """Until D's side of the link stands. Raises LinkError."""
+    """Waits until D's side of the link is up. Raises LinkError."""
     while isinstance(answer := await answers.get(), Meet):
         meeting.put(answer.key, answer.value)
     _expected(answer, Connected)
 
 
 async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) -> socket.socket:
-    """Connected, and both sides know each other."""
+    """Returns a connection on which both sides have authenticated each other."""
     address: Any
     if is_near:
         family, address = socket.AF_UNIX, target.unix_path

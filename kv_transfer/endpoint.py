@@ -1,5 +1,5 @@
 """A worker's end of every transfer: one thread, one loop, a pair for each peer. The worker calls in from its
-own threads and hears how each transfer ended through its listener."""
+own threads; the endpoint reports the end of each transfer to its listener."""
 
 import asyncio
 import threading
@@ -27,8 +27,8 @@ from .span import Span
 
 
 class TransferEndpoint:
-    """Sends and receives KV. All methods but `start` and `close` are thread-safe and never block; what they
-    ask for is done in the order of the calls. Each `send` and each `expect` ends in exactly one call of the
+    """Sends and receives KV. All methods but `start` and `close` are thread-safe and never block; requests
+    are carried out in the order of the calls. Each `send` and each `expect` ends in exactly one call of the
     listener, also at `close`."""
 
     def __init__(
@@ -46,10 +46,10 @@ class TransferEndpoint:
         on_stuck: Callable[[str], None] | None = None,
         socket_root: Path = Path("/tmp"),
     ) -> None:
-        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` is where
-        the store's blocks are, if not in the processor's memory; `on_stuck` hears why the process has to end,
-        when a link there does not let go; without it, that is logged. The folder of mode 0700 for the Unix
-        socket is made in `socket_root`."""
+        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` holds the
+        store's blocks, if they are not in host memory. `on_stuck` is called with the reason why the process
+        has to end when a link on the GPU does not terminate; without it, the reason is logged. The folder of
+        mode 0700 for the Unix socket is created in `socket_root`."""
         valid = [name for name in TRANSPORTS if gpu is not None or name not in GPU_LINKS]
         if transport not in valid:
             where = "" if gpu is not None else " on a processor"
@@ -71,17 +71,17 @@ class TransferEndpoint:
         )
         self._hub = TransferHub(self._local, TransferDialler(self._local))
         self._inbox: deque[Callable[[], None]] = deque()
-        self._lock = threading.Lock()  # of the three below
+        self._lock = threading.Lock()  # guards the three below
         self._is_woken = False
         self._is_open = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
         self._thread: threading.Thread | None = None
 
-    # life
+    # life cycle
 
     def start(self) -> TransferAddress:
-        """Listen, and say where. Raises OSError when `host` cannot be bound."""
+        """Starts to listen and returns the address. Raises OSError when `host` cannot be bound."""
         assert self._thread is None, "an endpoint starts once"
         local, acceptor = self._local, TransferAcceptor(self._local, self._hub.admit)
         started = threading.Event()
@@ -101,7 +101,7 @@ class TransferEndpoint:
         )
 
     def close(self) -> None:
-        """Fail what is open, leave nothing behind. Idempotent; not to be called by the listener."""
+        """Fails all open transfers and cleans up. Idempotent; must not be called by the listener."""
         thread = self._thread
         if thread is None:
             return
@@ -126,9 +126,10 @@ class TransferEndpoint:
         num_tokens: int,
         num_cached_tokens: int = 0,
     ) -> None:
-        """Blocks are reserved for what `source` (worker_id, incarnation) will push. The first
-        `num_cached_tokens` are in them already: they are neither sent nor written. What this thread gave the
-        device until now may still write to the blocks. Raises ValueError for what does not fit."""
+        """Announces that blocks are reserved for the KV that `source` (worker_id, incarnation) will push. The
+        first `num_cached_tokens` are in them already: they are neither sent nor written. Device work that
+        this thread has queued until now may still write to the blocks. Raises ValueError for arguments that
+        do not fit."""
         self._check_table(block_ids, num_tokens)
         if not 0 <= num_cached_tokens <= num_tokens:
             raise ValueError(
@@ -142,7 +143,7 @@ class TransferEndpoint:
     def send(
         self, transfer: TransferId, target: TransferAddress, block_ids: Sequence[int], num_tokens: int
     ) -> None:
-        """Open a transfer of `num_tokens` tokens. `block_ids` may still be short, or empty: `extend` adds to
+        """Opens a transfer of `num_tokens` tokens. `block_ids` may still be short, or empty: `extend` adds to
         it. Call it as soon as the target is known, so that the pair is connected and the offer accepted when
         KV is ready."""
         if num_tokens < 1:
@@ -152,26 +153,26 @@ class TransferEndpoint:
         )
 
     def extend(self, transfer: TransferId, block_ids: Sequence[int]) -> None:
-        """Append blocks to the transfer's table; before `computed` of the tokens in them."""
+        """Appends blocks to the transfer's table; must precede `computed` of the tokens in them."""
         self._post(partial(self._hub.feed_sender, transfer, Extend(transfer, tuple(block_ids))))
 
     def computed(
         self, transfer: TransferId, layer_start: int, layer_end: int, token_start: int, token_end: int
     ) -> None:
-        """The KV of these layers and tokens is final, or will be when the device has done what this thread
-        gave it until now; it may leave. Every cell is to be reported exactly once, also those that the
-        worker's own prefix cache had; what the target has already is not sent."""
+        """Reports that the KV of these layers and tokens is final, or will be when the device has done the
+        work that this thread has queued until now; it may be sent. Every cell must be reported exactly once,
+        including those from the worker's own prefix cache; cells that the target has already are not sent."""
         span = Span(layer_start, layer_end, token_start, token_end)
         self._post(
             partial(self._hub.feed_sender, transfer, PartComputed(transfer, span, self._local.store.mark()))
         )
 
     def prefill_done(self, transfer: TransferId) -> None:
-        """The last layer is computed: what is acknowledged by now was hidden behind the prefill."""
+        """The last layer is computed: all bytes acknowledged by now were hidden behind the prefill."""
         self._post(partial(self._hub.feed_sender, transfer, PrefillDone(transfer)))
 
     def commit(self, transfer: TransferId, payload: bytes) -> None:
-        """All is computed; `payload` reaches the target's listener with the last byte."""
+        """All KV is computed; `payload` reaches the target's listener with the last byte."""
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"payload: {len(payload)} bytes, expected {MAX_PAYLOAD_BYTES} at most")
         self._post(partial(self._hub.feed_sender, transfer, CommitReady(transfer, payload)))
@@ -179,12 +180,12 @@ class TransferEndpoint:
     # either side
 
     def cancel(self, transfer: TransferId) -> None:
-        """Give the transfer up, unless it has ended already; unknown ones are ignored."""
+        """Aborts the transfer, unless it has ended already; unknown ones are ignored."""
         self._post(partial(self._hub.cancel, CancelTransfer(transfer, "cancelled")))
 
     def forget_peer(self, worker_id: str, incarnation: int) -> None:
-        """The worker is gone for good: kill its links, fail its transfers, refuse it and its predecessors
-        from now on."""
+        """The worker is permanently gone: kills its links, fails its transfers, and refuses it and its
+        predecessors from now on."""
         self._post(partial(self._hub.forget_peer, worker_id, incarnation))
 
     # on the endpoint's thread

@@ -1,5 +1,5 @@
-"""What the two machines of a pair are told, and what they ask for. Messages of the peer are events as they
-are."""
+"""The events that a pair's two state machines receive, and the commands that they issue. The peer's messages
+are events as they are."""
 
 import msgspec
 
@@ -21,7 +21,7 @@ from .span import Span
 
 
 class TransferEvent(msgspec.Struct, frozen=True):
-    """Base of what the shell tells a machine."""
+    """Base of the events that the shell passes to a machine."""
 
 
 class TransferTick(TransferEvent, frozen=True):
@@ -36,14 +36,14 @@ class LinkUp(TransferEvent, frozen=True):
 
 
 class LinkDown(TransferEvent, frozen=True):
-    """The link of `epoch` is gone (None: it never came up)."""
+    """The link of `epoch` has failed (None: it never came up)."""
 
     epoch: int | None
     error: str
 
 
 class PeerGone(TransferEvent, frozen=True):
-    """The peer will not come back, or we are closing."""
+    """The peer will not return, or we are closing."""
 
     error: str
 
@@ -54,7 +54,7 @@ class CancelTransfer(TransferEvent, frozen=True):
 
 
 class OpenTransfer(TransferEvent, frozen=True):
-    """P: a transfer begins; nothing of it need be computed."""
+    """P: a transfer begins; none of it need be computed yet."""
 
     transfer: TransferId
     block_ids: tuple[int, ...]
@@ -119,8 +119,8 @@ class Stored(TransferEvent, frozen=True):
 
 
 class Corrupt(TransferEvent, frozen=True):
-    """The chunk's bytes are not those that were announced. The transfer's own blocks may have them, if its
-    store checks what it writes; nobody reads them before COMMIT."""
+    """The chunk's bytes differ from those announced. The transfer's own blocks may hold them, if its store
+    checks bytes as it writes; nothing reads them before COMMIT."""
 
     epoch: int
     seq: int
@@ -136,7 +136,7 @@ class StoreFailed(TransferEvent, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """Base of what a machine asks of the shell."""
+    """Base of the commands that a machine gives to the shell."""
 
 
 class OpenLink(Command, frozen=True):
@@ -144,7 +144,7 @@ class OpenLink(Command, frozen=True):
 
 
 class CloseLink(Command, frozen=True):
-    """Kill the link and close the control stream, behind what was sent before; not answered."""
+    """Kills the link and closes the control stream, after all that was sent before; not answered."""
 
     error: str
 
@@ -166,7 +166,7 @@ class SendChunk(Command, frozen=True):
 
 
 class Receive(Command, frozen=True):
-    """D: take the chunk's bytes into its slot; answered by Arrived or LinkDown."""
+    """D: receive the chunk's bytes into its slot; answered by Arrived or LinkDown."""
 
     chunk: KVChunk
 

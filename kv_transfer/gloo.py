@@ -1,7 +1,8 @@
-"""Link for two hosts, through their memory.
+"""Link between two hosts, through host memory.
 
-Gloo aborts a receiver that is sent more than it posted, so D posts what P announced and P sends exactly that.
-A wait that times out spoils the group for good: whoever sees one kills the link."""
+Gloo aborts a receiver that is sent more than it posted, so D posts receives for the chunks that P announced
+and P sends exactly those. A wait that times out makes the group permanently unusable: the side that observes
+it kills the link."""
 
 import ipaddress
 import socket
@@ -17,17 +18,17 @@ if TYPE_CHECKING:
 
 
 def address_family(host: str) -> socket.AddressFamily:
-    """Of an IP address in text. Raises ValueError."""
+    """Returns the address family of an IP address in text form. Raises ValueError."""
     return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
 
 
 def listening_socket(host: str) -> socket.socket:
-    """A listening TCP socket on a free port of `host`. Raises OSError."""
+    """Opens a listening TCP socket on a free port of `host`. Raises OSError."""
     return socket.create_server((host, 0), family=address_family(host))
 
 
 class GlooLink(GroupLink):
-    """Its ring is the host's memory."""
+    """A link whose ring is in host memory."""
 
     name = "gloo"
 
@@ -66,7 +67,7 @@ class GlooLink(GroupLink):
 
 
 def _store(meeting: Meeting, timeout_s: float) -> Any:
-    """The meeting as torch's gloo asks for it."""
+    """Adapts the meeting to the interface that torch's gloo expects."""
     from torch.distributed import Store  # type: ignore[attr-defined]
 
     class MeetingStore(Store):

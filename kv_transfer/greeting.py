@@ -7,8 +7,8 @@ from ..core.handshake import HandshakeAcceptor, HandshakeDialler, HandshakeError
 
 
 async def shake_hands(sock: socket.socket, side: HandshakeDialler | HandshakeAcceptor) -> None:
-    """Returns when both sides know each other; not a byte of what follows is read. Raises HandshakeError or
-    OSError."""
+    """Returns when both sides have authenticated each other; reads no byte of what follows. Raises
+    HandshakeError or OSError."""
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(sock, side.opening)
     while side.num_wanted:

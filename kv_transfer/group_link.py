@@ -19,7 +19,7 @@ RECEIVER_RANK, SENDER_RANK = 0, 1
 
 
 class GroupLink(ABC):
-    """One rank of the pair. Everything that may block runs on the link's own helper thread."""
+    """One rank of the pair. Every call that may block runs on the link's own helper thread."""
 
     name: ClassVar[str]
     takes_turns = False
@@ -40,7 +40,7 @@ class GroupLink(ABC):
         return timedelta(seconds=self._timeout_s)
 
     def build(self, meeting: Meeting) -> None:
-        """On the helper thread: build this rank; returns when the other one is there too. Raises
+        """Builds this rank, on the helper thread; returns when the other rank has joined. Raises
         LinkError."""
         with self._errors():
             self._group = self._build(meeting)
@@ -63,15 +63,15 @@ class GroupLink(ABC):
 
     @abstractmethod
     def _build(self, meeting: Meeting) -> Any:
-        """This rank of the group; returns when the other one is there too."""
+        """Builds this rank of the group; returns when the other one has joined."""
 
     @abstractmethod
     def _tensor(self, slot: int, num_bytes: int) -> "torch.Tensor":
-        """A slot's memory, as the group takes it."""
+        """Returns a slot's memory in the form that the group accepts."""
 
     @abstractmethod
     def _release(self) -> None:
-        """On the helper thread, behind any wait that is still under way: an operation's buffers must outlive
+        """Runs on the helper thread, after any wait still under way: an operation's buffers must outlive
         it."""
 
     def kill(self) -> None:
@@ -85,7 +85,7 @@ class GroupLink(ABC):
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Torch says everything by RuntimeError."""
+        """Translates RuntimeError, by which torch reports every failure."""
         try:
             yield
         except RuntimeError as error:

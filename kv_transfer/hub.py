@@ -1,5 +1,5 @@
-"""All of a worker's pairs, on one thread: where a call of the worker, or a stranger at the door, finds its
-pair.
+"""All of a worker's pairs, on one thread: finds the pair for a call of the worker or for an incoming
+connection.
 
 The endpoint owns the thread and the sockets around it; the simulator owns neither.
 """
@@ -24,7 +24,7 @@ Key = tuple[str, int]  # (worker_id, incarnation) of the peer
 
 
 class TransferHub:
-    """Outbound pairs by target and inbound pairs by source; a pair lives while it has something to do."""
+    """Outbound pairs by target and inbound pairs by source; a pair exists while it has something to do."""
 
     def __init__(self, local: Local, dial: Dial) -> None:
         self._local = local
@@ -47,8 +47,8 @@ class TransferHub:
             pair.feed(event)
 
     def admit(self, connect: Connect) -> "InboundPair | str":
-        """The pair that a connection belongs to, whose older epochs are fenced from now on; or why it is
-        refused."""
+        """Returns the pair that a connection belongs to, whose older epochs are fenced from now on; or the
+        reason for refusal."""
         error = refusal(connect, self._local)
         if error is not None:
             return error
@@ -95,7 +95,7 @@ class TransferHub:
                 self._end_pairs(key, f"{worker_id} (incarnation {key[1]}) is gone")
 
     def tick(self) -> None:
-        """Time has passed; to be called a few times per heartbeat."""
+        """Handles the passage of time; to be called a few times per heartbeat."""
         for outbound in list(self._outbound.values()):
             guarded(partial(outbound.feed, TransferTick()))
         for inbound in list(self._inbound.values()):
@@ -104,13 +104,13 @@ class TransferHub:
         self._inbound = {key: pair for key, pair in self._inbound.items() if not pair.is_idle}
 
     def close(self, error: str) -> None:
-        """End every pair and fail what is open."""
+        """Ends every pair and fails all open transfers."""
         for key in list(dict.fromkeys([*self._outbound, *self._inbound])):
             self._end_pairs(key, error)
 
     @property
     def num_transfers(self) -> int:
-        """Open on the prefill side."""
+        """The number of open transfers on the prefill side."""
         return len(self._pair_of)
 
     def _end_pairs(self, key: Key, error: str) -> None:
@@ -123,7 +123,7 @@ class TransferHub:
         return key[1] <= self._gone.get(key[0], -1)
 
     def _inbound_pair(self, key: Key) -> InboundPair | None:
-        """The pair with this source; None when it is known to be gone."""
+        """Returns the pair with this source; None when the source is known to be gone."""
         if self._is_gone(key):
             return None
         if key not in self._inbound:
@@ -135,7 +135,7 @@ class TransferHub:
 
 
 def refusal(connect: Connect, local: Local) -> str | None:
-    """Why `connect` must not be served, in words."""
+    """Returns why `connect` must be refused, in words."""
     if connect.version != PROTOCOL_VERSION:
         return f"protocol version {connect.version}, expected {PROTOCOL_VERSION}"
     if (connect.target_worker_id, connect.target_incarnation) != (local.worker_id, local.incarnation):

@@ -1,5 +1,5 @@
-"""D's shell of one pair: takes chunks out of the ring into the blocks, carries the receiver's commands
-out."""
+"""D's shell of one pair: moves chunks from the ring into the blocks and carries out the receiver's
+commands."""
 
 import logging
 from functools import partial
@@ -34,7 +34,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
 
     def __init__(self, local: Local, source_worker_id: str) -> None:
         super().__init__(local)
-        self.last_epoch = 0  # the newest that asked; those before it are fenced
+        self.last_epoch = 0  # the newest that was requested; earlier ones are fenced
         self.num_preparing = 0  # connections that the acceptor is about to `attach`
         self._receiver = TransferReceiver(local.layout, local.config, local.counters, source_worker_id)
 
@@ -43,7 +43,7 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         return self._receiver.is_idle and not self.num_preparing and self._work.is_idle
 
     def attach(self, channel: Stream, link: Link, epoch: int) -> None:
-        """A new link; one that still stands is of an older epoch and falls."""
+        """Attaches a new link; one that is still up is of an older epoch and is killed."""
         if self._epoch is not None:
             self._link_failed(self._epoch, f"the source connected anew (epoch {epoch})")
         self._adopt(channel, link, epoch)
@@ -69,8 +69,8 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
                 local.notify(local.listener.on_received, command.transfer, command.payload)
             case ReceiveFailed():
                 failed = command.transfer, command.error, command.kind
-                tell = partial(local.notify, local.listener.on_receive_failed, *failed)
-                self._work.after(command.transfer, tell)  # a device may still write to its blocks
+                report = partial(local.notify, local.listener.on_receive_failed, *failed)
+                self._work.after(command.transfer, report)  # a device may still write to its blocks
             case CloseLink():
                 self._drop_link()
 
@@ -91,11 +91,11 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
     def _store(self, command: Store) -> None:
         chunk = command.chunk
         if self._link is None or self._epoch != chunk.epoch:
-            return  # it broke while the commands before this one were carried out; LinkDown is on its way
+            return  # it broke while the previous commands were carried out; LinkDown is on its way
         data = self._link.slot(chunk.slot, chunk.num_bytes)
         try:
             pending = self._write(command, data)
-        except Exception as error:  # whatever the store could not do ends this transfer, not the pair
+        except Exception as error:  # any failure of the store ends this transfer, not the pair
             outcome = self._outcome(chunk, error)
         else:
             if not isinstance(pending, int):
@@ -108,8 +108,8 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
         self.feed(outcome)
 
     def _write(self, command: Store, data: Slot) -> int | Pending:
-        """The data's checksum; when it is wrong, nothing is written unless the store learns of it too
-        late."""
+        """Returns the data's checksum; when it is wrong, nothing is written unless the store computes it only
+        while it writes."""
         store, chunk, span = self.local.store, command.chunk, command.chunk.span
         checksum = store.checksum(data)
         if checksum is not None and checksum != chunk.checksum:

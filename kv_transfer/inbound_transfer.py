@@ -1,4 +1,5 @@
-"""One transfer as its receiver sees it: which blocks are reserved for how long, and what of it has come."""
+"""One transfer as its receiver sees it: the reserved blocks and their lease, and the parts that have
+arrived."""
 
 import math
 
@@ -43,14 +44,14 @@ class InboundTransfer:
         return self.reservation.num_cached_tokens
 
     def lease_ends_s(self, heard_s: float, config: TransferConfig) -> float:
-        """When to give up that offer and reservation meet, if the peer was last heard at `heard_s`; once they
-        have, never."""
+        """Returns when to give up waiting for offer and reservation to meet, if the peer's last message
+        arrived at `heard_s`; once they have met, never."""
         if self.state not in (InboundState.EXPECTED, InboundState.OFFERED):
             return math.inf
         return min(max(self.since_s, heard_s) + config.lease_s, self.since_s + config.max_lease_s)
 
     def begin(self, num_layers: int) -> None:
-        """Offer and reservation are both here. Raises ValueError when they do not fit."""
+        """Returns whether both offer and reservation are here. Raises ValueError when they do not fit."""
         reserved = self.reservation
         assert reserved is not None
         self.machine.transition(InboundState.RECEIVING)
@@ -61,7 +62,7 @@ class InboundTransfer:
         self._coverage = Coverage(Span(0, num_layers, reserved.num_cached_tokens, reserved.num_tokens))
 
     def announced(self, span: Span) -> None:
-        """Raises ValueError when part of `span` has come before or was not asked for."""
+        """Raises ValueError when part of `span` has arrived before or was not asked for."""
         assert self._coverage is not None
         self._coverage.add(span)
         self.num_unstored += 1

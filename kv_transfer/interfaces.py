@@ -1,5 +1,5 @@
-"""What the transfer needs of the worker around it: its KV blocks, and someone to tell how a transfer
-ended."""
+"""The interfaces that the transfer needs of the worker around it: its KV blocks, and a listener for the end
+of each transfer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -8,37 +8,38 @@ from ..core.failures import FailureKind
 from ..core.messages import KVLayout, TransferStats
 from ..core.request import TransferId
 
-# memory of a link's slot, handed to the store as it is: a memoryview, or a uint8 tensor on the link's GPU
+# memory of a link's slot, passed to the store as it is: a memoryview, or a uint8 tensor on the link's GPU
 Slot = Any
 
 
 class Pending(Protocol):
-    """A store's work that its device has yet to do. A store's works are done in the order in which they were
-    asked for."""
+    """A store's work that its device has yet to do. Works are done in the order in which they were
+    requested."""
 
     def is_done(self) -> bool:
-        """Cheap. Raises what went wrong."""
+        """Returns whether the work is done; cheap. Raises the error that occurred."""
         ...
 
     def collect(self) -> int:
-        """Once it is done, and once: the checksum of the bytes that were read or written."""
+        """Returns the checksum of the bytes that were read or written; called once, after the work is
+        done."""
         ...
 
 
 class KVStore(Protocol):
-    """Paged KV memory. Token `t` of a transfer lives in `block_ids[t // block_size]`; ranges are half-open
-    and count from the transfer's first token. Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens,
-    head_dim], C-contiguous; another format is the layout's `wire`.
+    """Paged KV memory. Token `t` of a transfer is in `block_ids[t // block_size]`; ranges are half-open and
+    count from the transfer's first token. Bytes on the wire are [layers, 2 (K, V), kv_heads, tokens,
+    head_dim], C-contiguous; the layout's `wire` states any other format.
 
-    A store on a device answers before the work is done, comes behind a mark, and checks what it scatters as
-    it reads it."""
+    A store on a device returns before the work is done, works behind a mark, and checks the bytes it scatters
+    as it reads them."""
 
     @property
     def layout(self) -> KVLayout: ...
 
     def mark(self) -> int:
-        """On the thread that gives steps to the device: names all that it was given until now. 0 where
-        nothing is ahead."""
+        """Names all work queued until now, on the thread that queues steps on the device. 0 where nothing is
+        ahead."""
         ...
 
     def gather(
@@ -51,13 +52,13 @@ class KVStore(Protocol):
         out: Slot,
         after: int = 0,
     ) -> int | Pending:
-        """Copy KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of
-        what was copied. The mark `after` was set when the last of it was computed, or given to the device to
-        be."""
+        """Copies KV out of the blocks into `out`, whose size is that of the ranges; returns the `checksum` of
+        the copy. The mark `after` was set when the last of the KV was computed, or its computation was
+        queued."""
         ...
 
     def checksum(self, data: Slot) -> int | None:
-        """64 bits, the same on either side; None where `scatter` tells it."""
+        """Returns 64 bits, the same on either side; None where `scatter` reports the checksum."""
         ...
 
     def scatter(
@@ -70,24 +71,24 @@ class KVStore(Protocol):
         data: Slot,
         after: int = 0,
     ) -> Pending | None:
-        """Copy `data` into the blocks; touches no other token of them. None: it is done. The mark `after` was
-        set when the blocks were reserved."""
+        """Copies `data` into the blocks; touches no other token of them. None: it is done. The mark `after`
+        was set when the blocks were reserved."""
         ...
 
 
 class Gpu(Protocol):
-    """The GPU that holds a store's blocks, and memory on it that two processes see."""
+    """The GPU that holds a store's blocks, and memory on it that two processes share."""
 
     uuid: str
-    device: Any  # torch's
+    device: Any  # a torch device
 
     def allocate(self, num_bytes: int) -> "tuple[Slot, bytes]":
-        """Memory that lives as long as this process, and what another needs to `open` it. Raises
-        LinkError."""
+        """Allocates memory that lasts as long as this process; returns it with the handle that another
+        process needs to `open` it. Raises LinkError."""
         ...
 
     def open(self, handle: bytes, num_bytes: int) -> Slot:
-        """Memory of another process; it is let go with the last tensor over it. Raises LinkError."""
+        """Opens memory of another process; it is released with the last tensor over it. Raises LinkError."""
         ...
 
 
@@ -102,11 +103,12 @@ class Stream(Protocol):
 
 
 class TransferListener(Protocol):
-    """Called on the endpoint's thread; must not block. Each `send` and each `expect` ends in exactly one of
-    its two."""
+    """Called on the endpoint's thread; must not block. Each `send` and each `expect` ends in exactly one call
+    of its two callbacks."""
 
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
-        """Every byte is verified and in the blocks; `payload` is what the sender gave to `commit`."""
+        """Every byte is verified and in the blocks; `payload` is the value that the sender gave to
+        `commit`."""
         ...
 
     def on_receive_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
@@ -114,7 +116,7 @@ class TransferListener(Protocol):
         ...
 
     def on_sent(self, transfer: TransferId, stats: TransferStats) -> None:
-        """The receiver has it all: the blocks may be freed."""
+        """The receiver has all KV: the blocks may be freed."""
         ...
 
     def on_send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:

@@ -1,4 +1,4 @@
-"""What moves a chunk's bytes: one direction, one pair, one epoch. Slots number the staging ring on either
+"""Links move a chunk's bytes: one direction, one pair, one epoch. Slots number the staging ring on either
 side."""
 
 from concurrent.futures import Executor
@@ -10,7 +10,7 @@ from .interfaces import Slot
 
 
 class LinkError(PdserveError):
-    """The link is of no use any more."""
+    """The link is no longer usable."""
 
 
 class PeerLost(LinkError):
@@ -18,11 +18,11 @@ class PeerLost(LinkError):
 
 
 class TransferTimeout(LinkError):
-    """The other side did not keep up."""
+    """The other side was too slow."""
 
 
 class Link(Protocol):
-    """A ticket is what `wait` waits for; None says that the operation is done already."""
+    """Moves chunks' bytes. `wait` waits for a ticket; None says that the operation is done already."""
 
     name: ClassVar[str]  # one of `choice.LINKS`
     num_slots: int
@@ -31,11 +31,11 @@ class Link(Protocol):
 
     @property
     def executor(self) -> Executor | None:
-        """Where `wait` belongs; None for links that never return a ticket."""
+        """The thread on which `wait` runs; None for links that never return a ticket."""
         ...
 
     def slot(self, slot: int, num_bytes: int) -> Slot:
-        """The first `num_bytes` of this side's memory of `slot`."""
+        """Returns the first `num_bytes` of this side's memory of `slot`."""
         ...
 
     def send(self, slot: int, num_bytes: int, seq: int) -> Any | None: ...
@@ -43,26 +43,28 @@ class Link(Protocol):
     def recv(self, slot: int, num_bytes: int, seq: int) -> Any | None: ...
 
     def wait(self, ticket: Any, timeout_s: float) -> None:
-        """Blocks until what the ticket stands for is done. Raises PeerLost or TransferTimeout; the link must
-        be killed then."""
+        """Blocks until the ticket's operation is done. Raises PeerLost or TransferTimeout; the link must then
+        be killed."""
         ...
 
     def kill(self) -> None:
-        """Idempotent, never blocks."""
+        """Kills the link. Idempotent, never blocks."""
         ...
 
     @property
     def is_gone(self) -> bool:
-        """Killed, and nothing of it is left."""
+        """Whether the link is killed and all its resources are released."""
         ...
 
     def join(self) -> None:
-        """After `kill`: blocks until nothing of the link is left, at most a wait's timeout."""
+        """Blocks, after `kill`, until the link has released everything, for at most the timeout of one
+        wait."""
         ...
 
 
 def release(slot: Slot) -> None:
-    """Take a slot's view back from whoever kept it, so that the ring's memory can go with its link."""
+    """Releases a slot's view, whichever component kept it, so that the ring's memory can be freed with its
+    link."""
     if isinstance(slot, memoryview):
-        with suppress(BufferError):  # somebody built on it; then it goes when they do
+        with suppress(BufferError):  # another view was built on it; it is then released with that one
             slot.release()

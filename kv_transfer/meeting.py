@@ -1,8 +1,8 @@
-"""Where the two ends of a link that is being built leave what the other one needs: addresses, ids.
+"""Where the two ends of a link under construction exchange what they need of each other: addresses, ids.
 
-Entries travel on the pair's control stream, by which both know each other. So a link over gloo needs no port
-beside that of its data, and no name service: torch's own store looks the peer's name up, and without a name
-server that takes longer than a link may."""
+Entries travel on the pair's authenticated control stream. So a link over gloo needs no port beside that of
+its data, and no name service: torch's own store looks the peer's name up, and without a name server that
+takes longer than a link may."""
 
 import asyncio
 import threading
@@ -13,15 +13,15 @@ from .channel import Channel
 from .link import LinkError, PeerLost, TransferTimeout
 from .protocol import Meet
 
-MAX_ENTRIES = 64  # of the peer: a link needs a few
+MAX_ENTRIES = 64  # from the peer: a link needs a few
 
 
 class Meeting:
-    """Entries by key. `put` and `close` are the loop's; `set` and `get` belong to the thread that builds the
-    link."""
+    """Entries by key. The loop calls `put` and `close`; the thread that builds the link calls `set` and
+    `get`."""
 
     def __init__(self, send: Callable[[str, bytes], None]) -> None:
-        """`send` has the other end `put` an entry, and may be called on any thread."""
+        """`send` makes the other end `put` an entry, and may be called on any thread."""
         self._send = send
         self._entries: dict[str, bytes] = {}
         self._num_put = 0
@@ -29,19 +29,20 @@ class Meeting:
         self._changed = threading.Condition()
 
     def set(self, key: str, value: bytes) -> None:
-        """Leave an entry, for both ends."""
+        """Leaves an entry, for both ends."""
         self._add(key, value)
         self._send(key, value)
 
     def put(self, key: str, value: bytes) -> None:
-        """The other end has left an entry. Raises LinkError for more of them than any link needs."""
+        """Records an entry of the other end. Raises LinkError for more of them than any link needs."""
         self._num_put += 1
         if self._num_put > MAX_ENTRIES:
             raise LinkError(f"the peer left more than {MAX_ENTRIES} entries")
         self._add(key, value)
 
     def get(self, key: str, timeout_s: float) -> bytes:
-        """The entry, when it is there. Raises TransferTimeout, or PeerLost when nothing more will come."""
+        """Returns the entry once it has arrived. Raises TransferTimeout, or PeerLost when nothing more will
+        arrive."""
         with self._changed:
             if not self._changed.wait_for(lambda: key in self._entries or self._is_closed, timeout_s):
                 raise TransferTimeout(f"the peer did not leave {key!r} within {timeout_s:g} s")
@@ -50,7 +51,7 @@ class Meeting:
             return self._entries[key]
 
     def close(self) -> None:
-        """Nothing more will come; idempotent."""
+        """Nothing more will arrive; idempotent."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -62,8 +63,8 @@ class Meeting:
 
 
 def meeting_over(channel: Channel[Any], epoch: int) -> Meeting:
-    """Its entries leave by `channel`, which belongs to the running loop; who reads the channel puts those
-    that come."""
+    """Sends its entries over `channel`, which belongs to the running loop; the channel's reader puts those
+    that arrive."""
     loop = asyncio.get_running_loop()
 
     def send(key: str, value: bytes) -> None:

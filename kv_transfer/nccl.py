@@ -1,12 +1,13 @@
-"""Link for two GPUs, within a host or between hosts.
+"""Link between two GPUs, within a host or between hosts.
 
-What is sent or received is queued on a stream of the group's; the bytes have left, or are there, when the
-operation's event is reached. An operation whose peer has gone is never done: the pair's control stream tells,
-and `kill` aborts it. No group is told of a failure by torch's watchdog, which would end the process.
+Sends and receives are queued on a stream of the group's; the bytes have left, or have arrived, when the
+operation's event is reached. An operation whose peer is gone never completes: the pair's control stream
+reports the loss, and `kill` aborts the operation. Torch's watchdog would end the process, so it is disabled
+and reports no failure to any group.
 
 Operations of several groups on one GPU can wait for one another in a circle, where their streams share one of
-the device's queues. So a sender has chunks under way to one peer at a time (`send_turn.py`), and D posts only
-what was announced."""
+the device's queues. So a sender has chunks under way to one peer at a time (`send_turn.py`), and D posts
+receives only for announced chunks."""
 
 import os
 import threading
@@ -29,12 +30,13 @@ from .meeting import Meeting
 ABORT_S = 5.0  # an abort that takes longer is stuck in the driver
 _POLL_S = 20e-6
 _HELLO_BYTES = 8
-_STORE = "store"  # the entry that says where it is
+_STORE = "store"  # the entry with the store's address
 _NO_ERROR = "SUCCESS"  # of torch's `ErrorType`
 
 
 class NcclLink(GroupLink):
-    """Its ring is the GPU's memory. `on_stuck` is told why this process cannot go on."""
+    """A link whose ring is in GPU memory. `on_stuck` is called with the reason why this process cannot go
+    on."""
 
     name = "nccl"
     takes_turns = True
@@ -68,8 +70,8 @@ class NcclLink(GroupLink):
         return self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
 
     def _build(self, meeting: Meeting) -> Any:
-        """NCCL connects at the first operation, and waits there for the peer without an end: so both say
-        first that they are there, and then exchange a few bytes."""
+        """NCCL connects at the first operation, and waits there for the peer without a limit: so both sides
+        first announce that they are there, and then exchange a few bytes."""
         store = self._store = self._meet(meeting)
         store.set(f"rank {self._rank}", "here")
         store.wait([f"rank {1 - self._rank}"], self.timeout)
@@ -86,7 +88,7 @@ class NcclLink(GroupLink):
         return group
 
     def _meet(self, meeting: Meeting) -> TCPStore:
-        """A store that D serves: groups of NCCL go on using theirs, on threads of their own."""
+        """Returns a store that D serves: NCCL groups keep using theirs, on threads of their own."""
         if self._rank == SENDER_RANK:
             host, _, port = meeting.get(_STORE, self._timeout_s).decode().rpartition(" ")
             return TCPStore(host, int(port), 2, False, self.timeout)
@@ -120,9 +122,10 @@ class NcclLink(GroupLink):
         self._check_group()
 
     def _check_group(self) -> None:
-        """Raises PeerLost when an operation of the group has failed, which makes torch call it completed too.
-        Torch's watchdog says so up to a tenth of a second later; a chunk that is taken meanwhile does not
-        have its checksum. Builds of torch without `get_error` leave it to that, and to the control stream."""
+        """Raises PeerLost when an operation of the group has failed, which torch reports as completed.
+        Torch's watchdog reports it up to a tenth of a second later; a chunk that is received meanwhile fails
+        its checksum. For builds of torch without `get_error`, detection relies on that and on the control
+        stream."""
         get_error = getattr(self._group, "get_error", None)
         if get_error is not None and (error := get_error().name) != _NO_ERROR:
             raise PeerLost(f"nccl: an operation failed ({error})")
@@ -132,8 +135,8 @@ class NcclLink(GroupLink):
         super().kill()
 
     def _release(self) -> None:
-        """Aborts what is under way: only then is the ring nobody's. An abort that hangs leaves nothing but
-        the process' end."""
+        """Aborts pending operations: only then is the ring free. After an abort that hangs, the process has
+        to end."""
         watch = threading.Timer(ABORT_S, self._on_stuck, (f"nccl: a link did not let go within {ABORT_S} s",))
         watch.daemon = True
         watch.start()
@@ -147,21 +150,20 @@ class NcclLink(GroupLink):
             self._released.set()
 
     def join(self) -> None:
-        """One that hangs where it was built, in the driver, is left behind."""
+        """An abort that hangs in the driver, while the link is built, is left behind."""
         self._released.wait(ABORT_S)
 
 
 @cache
 def own_stream(device: torch.device) -> Any:
-    """Operations come behind what the current stream has been given: not behind the engine's steps. And what
-    was the engine's is never this stream's memory. Torch has 32 streams of a priority, which it gives to one
-    after the other: the engine takes one of this priority, for the gathers and scatters that are next to
-    it."""
+    """Returns a stream whose operations follow the work queued on the current stream, not the engine's steps,
+    and never use the engine's memory. Torch has 32 streams of a priority and hands them out in turn: the
+    engine takes one of this priority, for the gathers and scatters that are next to it."""
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def make_group(store: Any, rank: int, timeout: timedelta) -> Any:
-    """A two-rank group on its own, on the process' GPU."""
+    """A separate two-rank group on the process' GPU."""
     os.environ |= {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
         "TORCH_NCCL_ENABLE_MONITORING": "0",

@@ -1,4 +1,4 @@
-"""P's shell of one pair: gathers chunks into the ring, carries the sender's commands out."""
+"""P's shell of one pair: gathers chunks into the ring and carries out the sender's commands."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -106,12 +106,12 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
     def _send_chunk(self, command: SendChunk) -> None:
         link, epoch, span = self._link, self._epoch, command.span
         if link is None or epoch is None:
-            return  # it broke while the commands before this one were carried out; LinkDown is on its way
+            return  # it broke while the previous commands were carried out; LinkDown is on its way
         data = link.slot(command.slot, command.num_bytes)
         place = place_of(span, command.block_ids, self.local.layout.block_size)
         try:
             gathered = self.local.store.gather(span.layer_start, span.layer_end, *place, data, command.mark)
-        except Exception as error:  # whatever the store could not do ends this transfer, not the pair
+        except Exception as error:  # any failure of the store ends this transfer, not the pair
             release(data)
             self._spoilt.add(command.transfer)
             self._on_gathered(epoch, command, error)
@@ -123,7 +123,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             self._work.add(command.transfer, gathered, data, partial(self._on_gathered, epoch, command))
 
     def _on_gathered(self, epoch: int, command: SendChunk, result: int | BaseException) -> None:
-        """The chunk is in its slot, with this checksum, or it is not."""
+        """The chunk is in its slot, with this checksum, or its gather has failed."""
         transfer, seq = command.transfer, command.seq
         if epoch != self._epoch:
             return
@@ -142,7 +142,9 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             chunk = KVChunk(epoch, transfer, seq, command.slot, command.span, command.num_bytes, result)
             link = self._link
             assert link is not None, "it goes with its epoch"
-            if link.takes_turns:  # D posts what was announced: not before it is sent
+            if (
+                link.takes_turns
+            ):  # D posts a receive for each announced chunk: announce it only when it is sent
                 self.local.turn.take(
                     link, partial(self._announce, chunk, lambda: self.local.turn.give_back(link))
                 )
@@ -168,8 +170,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             self._send_commit(commit)
 
     def _send_commit(self, commit: Commit) -> None:
-        """Unless the transfer cannot be complete: it was decided before the machine knew, and would be a
-        breach of the protocol."""
+        """Commits, unless the transfer cannot be complete: the commit was decided before the machine knew,
+        and would violate the protocol."""
         if self._channel is not None and commit.epoch == self._epoch and commit.transfer not in self._spoilt:
             self._channel.send(commit)
 
@@ -186,7 +188,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
     # dialling
 
     def greeting(self, kind: str, epoch: int) -> Connect:
-        """The first frame of a connection."""
+        """Returns the first frame of a connection."""
         local, target = self.local, self.target
         return Connect(
             version=PROTOCOL_VERSION,
@@ -203,7 +205,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
     def connected(
         self, channel: Stream, link: Link, epoch: int, early: Iterable[ReceiverMessage | LinkError]
     ) -> None:
-        """The link stands on both sides; `early` came in meanwhile."""
+        """The link is up on both sides; `early` arrived meanwhile."""
         self._dialling = None
         self._adopt(channel, link, epoch)
         for answer in early:

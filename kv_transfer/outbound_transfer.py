@@ -1,4 +1,4 @@
-"""One transfer as its sender sees it: what may leave, what is under way, what it cost."""
+"""One transfer as its sender sees it: the parts that may leave, those under way, and the cost."""
 
 from ..core.automaton import Automaton
 from ..core.messages import KVLayout, TransferStats
@@ -11,7 +11,7 @@ from .states import OUTBOUND_TRANSITIONS, OutboundState
 
 
 class OutboundTransfer:
-    """P's view of one transfer. Before ACCEPT only the ready spans are kept: D decides from which token on it
+    """P's view of one transfer. Before ACCEPT it only keeps the ready spans: D decides from which token on it
     needs them."""
 
     def __init__(self, event: OpenTransfer, layout: KVLayout, now_s: float) -> None:
@@ -40,7 +40,8 @@ class OutboundTransfer:
         return self.machine.state
 
     def accept(self, token_start: int, num_credits: int, link: str, slot_bytes: int) -> None:
-        """D wants tokens from `token_start` on. Raises ValueError when it asks for what is not there."""
+        """D wants tokens from `token_start` on. Raises ValueError when it asks for tokens that do not
+        exist."""
         if not 0 <= token_start <= self.num_tokens or num_credits < 1:
             raise ValueError(
                 f"accepted from token {token_start} of {self.num_tokens} with {num_credits} credits"
@@ -56,7 +57,7 @@ class OutboundTransfer:
         self._early.clear()
 
     def computed(self, span: Span, mark: int = 0) -> None:
-        """Raises ValueError for spans that have come before, lie outside, or have no blocks."""
+        """Raises ValueError for spans that were reported before, lie outside, or have no blocks."""
         if span.token_end > len(self.block_ids) * self._layout.block_size:
             raise ValueError(f"{span} was computed, but there are {len(self.block_ids)} blocks only")
         if self._planner is None:
@@ -71,7 +72,7 @@ class OutboundTransfer:
 
     @property
     def is_announced(self) -> bool:
-        """All chunks have left and the worker has committed."""
+        """Whether all chunks have left and the worker has committed."""
         return self.payload is not None and self._planner is not None and self._planner.is_empty
 
     @property

@@ -1,4 +1,4 @@
-"""What the two directions' shells have in common: the endpoint around them, and the loop of events and
+"""The common part of the two directions' shells: the endpoint around them, and the loop of events and
 commands."""
 
 import asyncio
@@ -26,18 +26,17 @@ from .store_work import StoreWaits, StoreWork
 
 logger = logging.getLogger(__name__)
 
-# of a chunk's time, for one that others wait behind: two that hang in a row cost nobody else its link
+# share of a chunk's time for an operation that others wait behind: two in a row that hang cost no other link
 TURN_SHARE = 0.4
 
 
-# (link, ticket, timeout_s, done): calls `done` with the error of what the ticket stands for, or None, when it
-# is over
+# (link, ticket, timeout_s, done): calls `done` with the error of the ticket's operation, or None, at its end
 Wait = Callable[[Link, Any, float, Callable[[BaseException | None], None]], None]
 
 
 @dataclass
 class Local:
-    """This side of every pair: who we are, our blocks, whom to tell."""
+    """This side of every pair: its identity, its blocks and its listener."""
 
     worker_id: str
     incarnation: int
@@ -53,8 +52,8 @@ class Local:
     wait: Wait = field(default_factory=lambda: wait_on_executor)
     epochs: Iterator[int] = field(default_factory=lambda: count(1))  # one for each link that we open
     counters: TransferCounters = field(default_factory=TransferCounters)
-    retired: list[Link] = field(default_factory=list)  # killed, and not gone yet
-    gpu: Gpu | None = None  # that holds the store's blocks
+    retired: list[Link] = field(default_factory=list)  # killed, and not yet released
+    gpu: Gpu | None = None  # holds the store's blocks
     on_stuck: Callable[[str], None] = field(default_factory=lambda: log_stuck)
     socket_root: Path = Path("/tmp")
     rings: RingShelf | None = field(init=False)  # on the GPU
@@ -73,7 +72,7 @@ class Local:
         return f"{self.worker_id} (incarnation {self.incarnation})"
 
     def notify(self, method: Callable[..., None], *args: object) -> None:
-        """The worker's mistakes are logged; they must not take other transfers with them."""
+        """Logs the worker's mistakes; they must not affect other transfers."""
         try:
             method(*args)
         except Exception:
@@ -81,7 +80,7 @@ class Local:
 
 
 def log_stuck(why: str) -> None:
-    """For a process that nobody would start again."""
+    """Default for a process that no supervisor would restart."""
     logger.critical("%s", why)
 
 
@@ -90,7 +89,7 @@ C = TypeVar("C")
 
 
 class Pair(ABC, Generic[E, C]):
-    """Feeds a machine and carries out what it asks for, on the endpoint's thread."""
+    """Feeds a machine and carries out its commands, on the endpoint's thread."""
 
     def __init__(self, local: Local) -> None:
         self.local = local
@@ -102,19 +101,19 @@ class Pair(ABC, Generic[E, C]):
 
     @abstractmethod
     def _handle(self, event: E | LinkUp | LinkDown, now_s: float) -> list[C]:
-        """Ask the machine."""
+        """Passes the event to the machine and returns its commands."""
 
     @abstractmethod
     def _execute(self, command: C) -> None:
-        """Do what the machine asked for."""
+        """Carries out a command of the machine."""
 
     def feed(self, event: E | LinkUp | LinkDown) -> None:
-        """Handle `event` and what follows from it. An event that comes meanwhile is decided at once, and
-        carried out after what was decided before."""
+        """Handles `event` and its consequences. An event that arrives meanwhile is decided at once, and
+        carried out after the earlier decisions."""
         self._pump.run(self._handle(event, self.local.clock()))
 
     def _adopt(self, channel: Stream, link: Link, epoch: int) -> None:
-        """The link of `epoch` stands; from now on the stream's messages are the machine's events."""
+        """The link of `epoch` is up; from now on the stream's messages are the machine's events."""
         self._channel, self._link, self._epoch = channel, link, epoch
         channel.on_message = self._on_message
         channel.on_lost = partial(self._link_failed, epoch)
@@ -122,10 +121,10 @@ class Pair(ABC, Generic[E, C]):
 
     @abstractmethod
     def _on_message(self, message: Any) -> None:
-        """A frame of the peer."""
+        """Handles a frame of the peer."""
 
     def _link_failed(self, epoch: int, error: str) -> None:
-        """The stream or the link broke; the machine hears of it once, of an old epoch not at all."""
+        """The stream or the link broke; reports it to the machine once, and ignores an old epoch."""
         if epoch == self._epoch:
             self._drop_link()
             self.feed(LinkDown(epoch, error))
@@ -140,7 +139,7 @@ class Pair(ABC, Generic[E, C]):
             self._link = None
 
     def _when_done(self, ticket: Any, then: Callable[[], None]) -> None:
-        """Call `then` when the link's operation is done, unless the link has gone by then."""
+        """Calls `then` when the link's operation is done, unless the link has gone by then."""
         link, epoch = self._link, self._epoch
         assert link is not None and epoch is not None
         timeout_s = self.local.config.chunk_timeout_s * (TURN_SHARE if link.takes_turns else 1.0)
@@ -160,17 +159,17 @@ class Pair(ABC, Generic[E, C]):
 def wait_on_executor(
     link: Link, ticket: Any, timeout_s: float, done: Callable[[BaseException | None], None]
 ) -> None:
-    """Wait on the link's own thread; `done` hears of it on the running loop. Asyncio's own way to do so costs
-    a chunk twice as much."""
+    """Waits on the link's own thread; calls `done` on the running loop. Asyncio's own mechanism costs a chunk
+    twice as much."""
     loop = asyncio.get_running_loop()
 
     def wait() -> None:
         error: BaseException | None = None
         try:
             link.wait(ticket, timeout_s)
-        except Exception as problem:  # whatever it is, `done` is told
+        except Exception as problem:  # any error is passed to `done`
             error = problem
-        with suppress(RuntimeError):  # the loop has been closed: nobody is left to hear of it
+        with suppress(RuntimeError):  # the loop has been closed: there is no receiver left
             loop.call_soon_threadsafe(done, error)
 
     assert link.executor is not None, "it gave a ticket"
@@ -178,6 +177,6 @@ def wait_on_executor(
 
 
 def retire(local: Local, link: Link) -> None:
-    """Kill the link, and remember it until nothing of it is left."""
+    """Kills the link, and tracks it until it has released everything."""
     link.kill()
     local.retired = [other for other in (*local.retired, link) if not other.is_gone]

@@ -1,4 +1,4 @@
-"""P's chunk plan: what the forward pass has finished comes in, chunks of the right size go out."""
+"""P's chunk plan: finished parts of the forward pass come in, chunks of the right size go out."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class ReadyPart(NamedTuple):
 
 
 class ChunkPlanner:
-    """Joins what is ready until a chunk is full, and cuts what is too large. Each cell leaves exactly
+    """Joins ready parts until a chunk is full, and cuts parts that are too large. Each cell leaves exactly
     once."""
 
     def __init__(self, whole: Span, bytes_per_cell: int, chunk_bytes: int) -> None:
@@ -34,11 +34,11 @@ class ChunkPlanner:
 
     @property
     def num_missing(self) -> int:
-        """Cells that have not been computed."""
+        """Returns the number of cells that have not been computed."""
         return self._coverage.num_missing
 
     def add(self, span: Span, mark: int = 0) -> None:
-        """`span` is final. Raises ValueError when part of it was added before or is no part of the
+        """Adds `span`, which is final. Raises ValueError when part of it was added before or is outside the
         transfer."""
         wanted = span.without_tokens_before(self._whole.token_start)
         if wanted is None:
@@ -49,7 +49,7 @@ class ChunkPlanner:
             continue
 
     def take(self, flush: bool) -> ReadyPart | None:
-        """The next chunk, or None; `flush` takes what is not full too."""
+        """Returns the next chunk, or None; with `flush`, also one that is not full."""
         for index, (span, mark) in enumerate(self._ready):
             if flush or self._is_full(span):
                 chunk, rest = self._cut(span)
@@ -59,8 +59,8 @@ class ChunkPlanner:
         return None
 
     def _join(self, index: int) -> bool:
-        """Let the span at `index`, if there is one, continue the one before it, if it does. One that fills a
-        chunk is not to wait for more, which is computed later."""
+        """Merges the span at `index`, if there is one, with the previous span, if it continues it. A span
+        that fills a chunk must not wait for more, which is computed later."""
         if not 0 < index < len(self._ready):
             return False
         before, this = self._ready[index - 1 : index + 1]

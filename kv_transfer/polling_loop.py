@@ -8,20 +8,20 @@ from selectors import EpollSelector, SelectorKey
 
 from .store_work import StoreWaits
 
-POLL_S = 20e-6  # far below what a chunk takes
+POLL_S = 20e-6  # far below the duration of a chunk
 MAX_POLL_S = 500e-6
-# of a wait: what is behind a prefill's steps is asked for less often, and keeps the processor less busy
+# of a wait: work behind a prefill's steps is polled less often, and keeps the CPU less busy
 _LATENESS = 0.125
 _MAX_SELECT_FD = 1023  # `select` is alone in waiting for less than a millisecond, and takes no higher ones
 
 
 class PollingSelector(EpollSelector):
-    """Returns also when works of a store have ended: they are reported in the loop's turn that follows."""
+    """Also returns when works of a store have ended: they are reported in the next turn of the loop."""
 
     def __init__(self, waits: StoreWaits) -> None:
         super().__init__()
         self._waits = waits
-        self._since_s = time.monotonic()  # nothing was waited for, or the last work ended
+        self._since_s = time.monotonic()  # since when nothing was waited for, or the last work ended
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
@@ -53,7 +53,7 @@ class PollingSelector(EpollSelector):
 
 
 def polling_loop(waits: StoreWaits) -> asyncio.AbstractEventLoop:
-    """A new loop, for `asyncio.Runner`."""
+    """Returns a new loop, for `asyncio.Runner`."""
     selector = PollingSelector(waits)
     selector.loop = asyncio.SelectorEventLoop(selector)
     return selector.loop

@@ -7,8 +7,8 @@
     P --COMMIT(payload)---------------> D     D --COMMITTED--> P
     P <--------------ABORT, HEARTBEAT-------------> D
 
-Every message carries its epoch, those of a transfer its id (request, attempt); what does not fit is dropped
-as stale."""
+Every message carries its epoch, those of a transfer its id (request, attempt); those that do not fit are
+dropped as stale."""
 
 import msgspec
 
@@ -21,7 +21,7 @@ PROTOCOL_VERSION = 7
 
 
 class Connect(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
-    """P's first frame: who asks for whom, and what its KV looks like."""
+    """P's first frame: names both workers and states the layout of P's KV."""
 
     version: int
     source_worker_id: str
@@ -53,13 +53,13 @@ class Meet(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """D's side of the link stands."""
+    """D's side of the link is up."""
 
     epoch: int
 
 
 class LinkRefused(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """D will not talk to this peer."""
+    """D refuses this peer."""
 
     error: str
 
@@ -98,7 +98,7 @@ class KVChunk(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Ack(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The chunk is dealt with; its slot is free again."""
+    """The chunk has been handled; its slot is free again."""
 
     epoch: int
     transfer: TransferId

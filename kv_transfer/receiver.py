@@ -50,16 +50,16 @@ from .states import LINK_TRANSITIONS, InboundState, LinkState
 
 class _UnderWay(NamedTuple):
     chunk: KVChunk
-    transfer: InboundTransfer | None  # None: it had ended already, the bytes are taken and dropped
+    transfer: InboundTransfer | None  # None: it had ended already, the bytes are received and dropped
 
 
 class TransferReceiver:
     """All transfers from one peer. A transfer that has ended is in no table, so that nothing can be written
     for it.
 
-    Its lease runs until offer and reservation have met: short when the peer is silent, long while it lives,
-    since either side may rightly be busy with others. From then on it is the link's life that holds the
-    blocks."""
+    Its lease runs until offer and reservation have met: short when the peer is silent, long while it is
+    alive, since either side may rightly be busy with others. From then on the blocks are held for as long as
+    the link is up."""
 
     def __init__(
         self, layout: KVLayout, config: TransferConfig, counters: TransferCounters, peer: str
@@ -75,7 +75,7 @@ class TransferReceiver:
         self._last_seq = -1
         self._under_way: dict[int, _UnderWay] = {}  # by seq
         self._transfers: dict[TransferId, InboundTransfer] = {}
-        self._refused_until_s: dict[TransferId, float] = {}  # cancelled before their offer came
+        self._refused_until_s: dict[TransferId, float] = {}  # cancelled before their offer arrived
         self._now_s = 0.0
         self._heard_s = 0.0
         self._beat_s = 0.0
@@ -83,11 +83,11 @@ class TransferReceiver:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing would be lost with this object."""
+        """Whether this object holds no state that would be lost with it."""
         return self._link.state is LinkState.DOWN and not self._transfers and not self._refused_until_s
 
     def handle(self, event: ReceiverEvent, now_s: float) -> list[ReceiverCommand]:
-        """What to do about `event`, in this order."""
+        """Returns the commands that answer `event`, in order."""
         self._now_s = now_s
         self._out = []
         match event:
@@ -199,7 +199,7 @@ class TransferReceiver:
         self._out.append(Receive(chunk))
 
     def _refusal(self, chunk: KVChunk, transfer: InboundTransfer | None) -> str | None:
-        """Why the bytes of `chunk` must not even be received, in words."""
+        """Returns why the bytes of `chunk` must not even be received, in words."""
         expected_bytes = chunk.span.num_cells * self._bytes_per_cell
         if chunk.seq <= self._last_seq:
             return f"chunk {chunk.seq} came after chunk {self._last_seq}"
@@ -271,7 +271,7 @@ class TransferReceiver:
             self._beat_s = self._now_s
             self._send(LinkHeartbeat(self._epoch or 0))
 
-    # what follows
+    # consequences
 
     def _send(self, message: Accept | Ack | Committed | Nack | AbortTransfer | LinkHeartbeat) -> None:
         self._out.append(Send(message))
@@ -292,7 +292,7 @@ class TransferReceiver:
             self._out.append(ReceiveFailed(transfer.id, error, kind))
 
     def _fail(self, transfer: InboundTransfer, error: str, kind: FailureKind) -> None:
-        """Give up: its chunks under way are taken and dropped, the link stays."""
+        """Gives up: its chunks under way are received and dropped, the link stays."""
         if transfer.state is not InboundState.EXPECTED and self._link.state is LinkState.UP:
             self._send(AbortTransfer(self._epoch or 0, transfer.id, error, kind))
         self._end(transfer, InboundState.FAILED)
@@ -301,8 +301,7 @@ class TransferReceiver:
     def _nack(
         self, transfer_id: TransferId, error: str, kind: FailureKind = FailureKind.DISAGREEMENT
     ) -> None:
-        """The peer does not keep to the protocol, or memory between us is not what it should be: end this
-        link."""
+        """The peer violates the protocol, or the memory between us is corrupt: ends this link."""
         self._counters.num_nacks += 1
         self._send(Nack(self._epoch or 0, transfer_id, error, kind))
         transfer = self._transfers.get(transfer_id)
@@ -317,8 +316,8 @@ class TransferReceiver:
             self._link_lost(error, kind)
 
     def _link_lost(self, error: str, kind: FailureKind) -> None:
-        """Transfers that were under way fail; reservations wait for their source to come back, as long as
-        their lease."""
+        """Fails transfers that were under way; reservations wait for their source to reconnect, for the
+        length of their lease."""
         self._link.transition(LinkState.DOWN)
         self._counters.num_links_closed += 1
         self._epoch = None

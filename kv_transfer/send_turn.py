@@ -1,4 +1,4 @@
-"""Whose chunks are under way, where links of one process must not send side by side."""
+"""Decides which link sends, where links of one process must not send concurrently."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,8 +7,8 @@ Call = Callable[[], None]
 
 
 class SendTurn:
-    """Pure. Links take it in the order in which they asked; the one that has it may take it again while
-    nobody waits."""
+    """Pure. Links take turns in the order in which they asked; the one whose turn it is may send again while
+    none waits."""
 
     def __init__(self) -> None:
         self._holder: object | None = None
@@ -18,20 +18,20 @@ class SendTurn:
         )  # the last: chunks that the call brings under way
 
     def take(self, link: object, call: Call) -> None:
-        """Call now, or when it is this link's turn; it has one chunk more under way then, until
+        """Calls now, or when it is this link's turn; the link then has one more chunk under way, until
         `give_back`."""
         self._waiting.append((link, call, 1))
         self._go_on()
 
     def behind(self, link: object, call: Call) -> None:
-        """Call now, or behind what this link has asked for and not begun."""
+        """Calls now, or after all that this link has asked for and not begun."""
         if any(waiting[0] is link for waiting in self._waiting):
             self._waiting.append((link, call, 0))
         else:
             call()
 
     def give_back(self, link: object) -> None:
-        """One chunk of it has left."""
+        """One of the link's chunks has left."""
         if link is self._holder:
             self._num_under_way -= 1
             self._go_on()

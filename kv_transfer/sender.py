@@ -72,11 +72,11 @@ class TransferSender:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing would be lost with this object."""
+        """Whether this object holds no state that would be lost with it."""
         return self._link.state is LinkState.DOWN and not self._transfers
 
     def handle(self, event: SenderEvent, now_s: float) -> list[SenderCommand]:
-        """What to do about `event`, in this order."""
+        """Returns the commands that answer `event`, in order."""
         self._now_s = now_s
         self._out = []
         match event:
@@ -239,7 +239,7 @@ class TransferSender:
                 self._fail(transfer, f"the offer was not answered within {limit_s} s", FailureKind.LOST)
         return None
 
-    # what follows
+    # consequences
 
     def _offer(self, transfer: OutboundTransfer) -> None:
         transfer.machine.transition(OutboundState.OFFERED)
@@ -247,7 +247,7 @@ class TransferSender:
         self._send(OfferTransfer(self._epoch or 0, transfer.id, transfer.num_tokens))
 
     def _pump(self) -> None:
-        """Send what is ready as far as slots reach, and commit what is complete."""
+        """Sends ready chunks while slots are free, and commits transfers that are complete."""
         for transfer in list(self._transfers.values()):
             if transfer.state is not OutboundState.SENDING:
                 continue
@@ -284,7 +284,7 @@ class TransferSender:
             self._counters.num_send_failures += 1
 
     def _fail(self, transfer: OutboundTransfer, error: str, kind: FailureKind) -> None:
-        """Give up: chunks under way come back by their ACK, nothing else of it leaves, the link stays."""
+        """Gives up: chunks under way are freed by their ACK, no other chunk of it leaves, the link stays."""
         if transfer.state is not OutboundState.WAITING and self._link.state is LinkState.UP:
             self._send(AbortTransfer(self._epoch or 0, transfer.id, error, kind))
         self._end(transfer, OutboundState.FAILED)

@@ -1,5 +1,5 @@
-"""Link for two processes of one host: P gathers straight into D's staging ring, a sealed memfd without a
-name."""
+"""Link between two processes of one host: P gathers straight into D's staging ring, an anonymous sealed
+memfd."""
 
 import fcntl
 import mmap
@@ -14,13 +14,14 @@ _MAP_FLAGS = mmap.MAP_SHARED | mmap.MAP_POPULATE
 
 
 def host_id() -> str:
-    """Equal for processes that reach each other's Unix sockets by path: same boot, same mount namespace."""
+    """Returns an identity, equal for processes that reach each other's Unix sockets by path: same boot, same
+    mount namespace."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot_id}/{os.stat('/proc/self/ns/mnt').st_ino}"
 
 
 class ShmLink:
-    """Both sides' view of the ring. D makes it and hands the descriptor to P; each epoch has a ring of its
+    """Both sides' view of the ring. D creates it and passes the descriptor to P; each epoch has a ring of its
     own."""
 
     name: ClassVar = "shm"
@@ -36,7 +37,8 @@ class ShmLink:
 
     @classmethod
     def create(cls, num_slots: int, slot_bytes: int) -> "tuple[ShmLink, int]":
-        """D: a new ring, and its descriptor for the caller to send and to close. Raises OSError."""
+        """D: creates a ring, and returns its descriptor for the caller to send and to close. Raises
+        OSError."""
         fd = os.memfd_create("pdserve-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, num_slots * slot_bytes)
@@ -48,8 +50,8 @@ class ShmLink:
 
     @classmethod
     def attach(cls, fd: int, num_slots: int, slot_bytes: int) -> "ShmLink":
-        """P: the ring of D. Raises LinkError when it is not of the announced size, or could still shrink
-        under us."""
+        """P: maps D's ring. Raises LinkError when it is not of the announced size, or could still shrink
+        while mapped."""
         size = os.fstat(fd).st_size
         if num_slots < 1 or slot_bytes < 1 or size != num_slots * slot_bytes:
             raise LinkError(f"the peer's ring has {size} bytes, announced were {num_slots} x {slot_bytes}")
@@ -62,10 +64,10 @@ class ShmLink:
         return self._view[start : start + num_bytes]
 
     def send(self, slot: int, num_bytes: int, seq: int) -> None:
-        """The bytes are in the ring since they were gathered."""
+        """Does nothing: the bytes have been in the ring since they were gathered."""
 
     def recv(self, slot: int, num_bytes: int, seq: int) -> None:
-        """The bytes were in the ring before they were announced."""
+        """Does nothing: the bytes were in the ring before they were announced."""
 
     def wait(self, ticket: Any, timeout_s: float) -> None:
         raise AssertionError("a shared-memory link has no tickets")
@@ -76,7 +78,7 @@ class ShmLink:
             self._view.release()
             self._map.close()
         except BufferError:
-            pass  # a view is still held, by an exception's frames for one: the memory goes with it
+            pass  # a view is still held, for example by an exception's frames: the memory is freed with it
 
     def join(self) -> None:
-        """Nothing outlives `kill`."""
+        """Returns at once: nothing outlives `kill`."""

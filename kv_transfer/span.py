@@ -28,7 +28,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
         return (self.layer_end - self.layer_start) * (self.token_end - self.token_start)
 
     def joined(self, other: "Span") -> "Span | None":
-        """Both as one rectangle when `other` continues this one in layers or in tokens."""
+        """Returns both as one rectangle when `other` continues this one in layers or in tokens."""
         same_tokens = (self.token_start, self.token_end) == (other.token_start, other.token_end)
         if same_tokens and self.layer_end == other.layer_start:
             return Span(self.layer_start, other.layer_end, self.token_start, self.token_end)
@@ -38,7 +38,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
         return None
 
     def without_tokens_before(self, token: int) -> "Span | None":
-        """The part from `token` on; None when nothing of it is left."""
+        """Returns the part from `token` on; None when nothing of it is left."""
         if token <= self.token_start:
             return self
         if token >= self.token_end:
@@ -55,15 +55,15 @@ class Place(NamedTuple):
 
 
 def place_of(span: Span, block_ids: Sequence[int], block_size: int) -> Place:
-    """Where a transfer's `span` lies, without the blocks before and behind it: a store looks at every block
-    it is given."""
+    """Returns the location of a transfer's `span`, without the blocks before and behind it: a store visits
+    every block it is given."""
     first = span.token_start // block_size
     touched = block_ids[first : -(-span.token_end // block_size)]
     return Place(touched, span.token_start - first * block_size, span.token_end - first * block_size)
 
 
 class Coverage:
-    """Which cells of `whole` have come: each at most once, none outside."""
+    """The cells of `whole` that have arrived: each at most once, none outside."""
 
     def __init__(self, whole: Span) -> None:
         self._whole = whole
@@ -73,7 +73,7 @@ class Coverage:
         self.num_missing = whole.num_cells
 
     def add(self, span: Span) -> None:
-        """Account for `span`. Raises ValueError, changing nothing, when part of it is outside or has come
+        """Accounts for `span`. Raises ValueError, changing nothing, when part of it is outside or has arrived
         before."""
         whole = self._whole
         inside = (
@@ -84,7 +84,7 @@ class Coverage:
             raise ValueError(f"{span} is empty or outside of {whole}")
         layers = self._edges[span.layer_start - whole.layer_start : span.layer_end - whole.layer_start]
         if any(_overlaps(edges, span.token_start, span.token_end) for edges in layers):
-            raise ValueError(f"part of {span} has come before")
+            raise ValueError(f"part of {span} has arrived before")
         for edges in layers:
             _insert(edges, span.token_start, span.token_end)
         self.num_missing -= span.num_cells
@@ -98,7 +98,7 @@ def _overlaps(edges: list[int], start: int, end: int) -> bool:
 
 
 def _insert(edges: list[int], start: int, end: int) -> None:
-    """Add the interval, which overlaps none, joining it with its neighbours."""
+    """Adds the interval, which overlaps none, joining it with its neighbours."""
     if edges and edges[-1] == start:
         edges[-1] = end
         return

@@ -5,7 +5,7 @@ import enum
 
 
 class LinkState(enum.Enum):
-    """Of one pair, seen from either side."""
+    """The states of a pair's link, seen from either side."""
 
     DOWN = "down"
     CONNECTING = "connecting"  # P only
@@ -13,7 +13,7 @@ class LinkState(enum.Enum):
 
 
 class OutboundState(enum.Enum):
-    """Of one transfer, on P."""
+    """The states of a transfer on P."""
 
     WAITING = "waiting"  # for the link
     OFFERED = "offered"
@@ -24,7 +24,7 @@ class OutboundState(enum.Enum):
 
 
 class InboundState(enum.Enum):
-    """Of one transfer, on D."""
+    """The states of a transfer on D."""
 
     EXPECTED = "expected"  # blocks, no offer
     OFFERED = "offered"  # an offer, no blocks

@@ -1,4 +1,4 @@
-"""What a store's device has yet to do for transfers: their endings wait for it, since it still reads or
+"""Work that a store's device has yet to do for transfers: their ends wait for it, since it still reads or
 writes their blocks."""
 
 import asyncio
@@ -15,13 +15,14 @@ from .link import LinkError, release
 if TYPE_CHECKING:
     from .pair import Local
 
-Done = Callable[[int | BaseException], None]  # hears the checksum, or what went wrong
+Done = Callable[[int | BaseException], None]  # receives the checksum, or the error
 
 
 class StoreWaits:
-    """The works of all of an endpoint's pairs, in the order in which the store's device does them. It cannot
-    call us, so it is asked: by the endpoint's loop, where that waits for its sockets (`PollingSelector`). A
-    thread that asks costs a chunk as much as all else that its host does for it."""
+    """The works of all of an endpoint's pairs, in the order in which the store's device does them. The device
+    cannot call us, so it is polled by the endpoint's loop, where that waits for its sockets
+    (`PollingSelector`). A polling thread costs a chunk as much as all other work that its host does for
+    it."""
 
     def __init__(self) -> None:
         self._works: deque[tuple[Pending, Done]] = deque()
@@ -30,8 +31,8 @@ class StoreWaits:
         self._is_stopped = False
 
     def add(self, pending: Pending, done: Done) -> None:
-        """Call `done` when the store has done the work, as long as that takes: a device that is late still
-        touches the blocks. Deadlines are the machines' business."""
+        """Calls `done` when the store has done the work, however long that takes: a device that is late still
+        accesses the blocks. Deadlines are the machines' responsibility."""
         self._works.append((pending, done))
         self._nobody_waits.clear()
 
@@ -40,7 +41,7 @@ class StoreWaits:
         return not self._works
 
     def take_ended(self) -> list[Callable[[], None]]:
-        """The calls by which works that have ended are reported, each once."""
+        """Returns the calls by which completed works are reported, each once."""
         ended: list[Callable[[], None]] = []
         while self._works and (result := self._result(self._works[0][0])) is not None:
             ended.append(partial(self._works.popleft()[1], result))
@@ -49,7 +50,7 @@ class StoreWaits:
         return ended
 
     async def finish(self, timeout_s: float) -> None:
-        """Wait for what is under way, and give up on what is later than that."""
+        """Waits for works under way, and gives up on those that take longer than that."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._nobody_waits.wait()
@@ -61,12 +62,12 @@ class StoreWaits:
         try:
             if pending.is_done():
                 return pending.collect()
-        except Exception as error:  # of the device: it ends that transfer, and not those that wait behind it
+        except Exception as error:  # a device error: it ends that transfer, and not those that wait behind it
             return error
         return LinkError("the endpoint was closed before the device was done") if self._is_stopped else None
 
     def _settle(self) -> None:
-        if not self._works:  # the reports before this one may have brought new ones
+        if not self._works:  # the previous reports may have added works
             self._nobody_waits.set()
 
 
@@ -86,12 +87,12 @@ class StoreWork:
         return transfer in self._num
 
     def add(self, transfer: TransferId, pending: Pending, slot: Slot, done: Done) -> None:
-        """`done` is called also when the link has gone by then; `slot` is kept until then."""
+        """Calls `done` even when the link has gone by then; `slot` is kept until then."""
         self._num[transfer] += 1
         self._local.store_waits.add(pending, partial(self._on_done, transfer, slot, done))
 
     def after(self, transfer: TransferId, call: Callable[[], None]) -> None:
-        """Call now, or when nothing is under way for the transfer."""
+        """Calls now, or when nothing is under way for the transfer."""
         if transfer in self._num:
             self._behind.setdefault(transfer, []).append(call)
         else:

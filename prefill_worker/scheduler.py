@@ -1,4 +1,4 @@
-"""Which prompt tokens the next step computes. Pure: sequences and free blocks in, batches out.
+"""Chooses the prompt tokens that the next step computes. Pure: sequences and free blocks in, batches out.
 
 add -> waiting --schedule--> running (chunk by chunk) --complete--> handed to the caller, blocks still held
 """
@@ -14,22 +14,22 @@ class PrefillScheduler:
     """First come, first served, within a budget of tokens per step; but a long prompt leaves half of it to
     shorter ones.
 
-    The oldest prompt gets the budget. While there are prompts shorter than what is left of it, they share the
-    other half, the shortest first: so none waits more than twice as long as it would without those that
-    overtake it, and a short one waits for no long one. A chunk that fills the budget is cut; its rest goes on
-    in the next step.
+    The oldest prompt gets the budget. While some prompts are shorter than the remainder of the oldest one,
+    they share the other half, the shortest first: so no prompt waits more than twice as long as it would
+    without those that overtake it, and a short prompt never waits for a long one. A chunk that fills the
+    budget is cut; its rest continues in the next step.
 
     A prompt is admitted when blocks for all of it are free, so that two half-computed prompts never wait for
-    each other; nobody is admitted before the oldest, so that the short ones do not take its blocks for ever.
+    each other; none is admitted before the oldest, so that short prompts do not take its blocks for ever.
 
-    The last token of a prompt waits for the mask of its output's first token, if that has to follow a
+    The last token of a prompt waits for the mask of its output's first token, if the output has to follow a
     grammar."""
 
     def __init__(self, kv: KVManager, max_batch_tokens: int) -> None:
         self._kv = kv
         self._max_batch_tokens = max_batch_tokens
         self._sequences: list[Sequence] = []  # oldest first
-        self._running: set[Sequence] = set()  # those of them that have their blocks
+        self._running: set[Sequence] = set()  # those with blocks
 
     @property
     def has_sequences(self) -> bool:
@@ -45,14 +45,14 @@ class PrefillScheduler:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Prompt tokens accepted and not yet computed."""
+        """Returns the number of prompt tokens accepted and not yet computed."""
         return sum(seq.num_uncomputed_tokens for seq in self._sequences)
 
     def add(self, seq: Sequence) -> None:
         self._sequences.append(seq)
 
     def schedule(self) -> Batch | None:
-        """The next step's chunks, or None when nothing can be computed now."""
+        """Returns the next step's chunks, or None when nothing can be computed now."""
         if not self._sequences:
             return None
         oldest, *others = self._sequences
@@ -70,20 +70,20 @@ class PrefillScheduler:
         return Batch(chunks, self._kv.take_copies()) if chunks else None
 
     def complete(self, batch: Batch) -> None:
-        """Account for a computed batch. Sequences whose prompt is done leave; their blocks stay held."""
+        """Accounts for a computed batch. Sequences whose prompt is done leave; their blocks stay held."""
         for chunk in batch.chunks:
             self._kv.computed(chunk.sequence, chunk.num_tokens)
             if chunk.sequence.num_uncomputed_tokens == 0:
                 self.remove(chunk.sequence)
 
     def remove(self, seq: Sequence) -> None:
-        """Take a sequence that waits or runs out, between two steps; the caller releases its blocks."""
+        """Removes a waiting or running sequence, between two steps; the caller releases its blocks."""
         self._sequences.remove(seq)
         self._running.discard(seq)
 
     def _share(self, sequences: Iterable[Sequence], limit: int, shares: dict[Sequence, int]) -> None:
-        """Give tokens to one sequence after the other, until all have `limit` together. Nobody is admitted
-        behind one that finds no blocks."""
+        """Gives tokens to one sequence after the other, up to `limit` in total. None is admitted behind one
+        that finds no blocks."""
         left = limit - sum(shares.values())
         has_blocks = True
         for seq in sequences:
@@ -99,7 +99,7 @@ class PrefillScheduler:
                 left -= more
 
     def _is_admitted(self, seq: Sequence) -> bool:
-        """Whether it has its blocks; it gets them when they are free."""
+        """Whether the sequence has its blocks; allocates them when they are free."""
         if seq in self._running:
             return True
         self._kv.admit(seq, use_cache=not seq.wants_prompt_logprobs)

@@ -1,8 +1,8 @@
 """The prefill role of a worker: computes a prompt, emits its first token at once and pushes the KV while
 still computing.
 
-Runs on the engine thread. Commands come from the router, endings of transfers from the transfer endpoint;
-what it has to say goes into the outbox."""
+Runs on the engine thread. Commands come from the router, ends of transfers from the transfer endpoint; its
+reports go into the outbox."""
 
 import time
 from collections.abc import Callable, Sequence as Seq
@@ -38,19 +38,19 @@ class SendPort(Protocol):
 
 @dataclass(slots=True)
 class _PrefillLeg:
-    """One dispatch in this worker's hands. Blocks are held until `sending` is over: the transfer reads
+    """One dispatch that this worker carries out. Blocks are held until `sending` is over: the transfer reads
     them."""
 
     sequence: Sequence
     sending: bool
     clock: LegClock
-    queued: bool = True  # the scheduler has it
+    queued: bool = True  # it is with the scheduler
     started: bool = False  # its blocks are allocated and known to the transfer
-    failure: tuple[str, FailureKind] | None = None  # why it is aborted, when not because somebody said so
+    failure: tuple[str, FailureKind] | None = None  # the cause of an abort that was not requested
 
 
 class PrefillWorker:
-    """Scheduler, model and transfers of the prefill role, tied together step by step."""
+    """Ties scheduler, model and transfers of the prefill role together, step by step."""
 
     def __init__(
         self,
@@ -79,11 +79,11 @@ class PrefillWorker:
         return len(self._legs)
 
     def prefill(self, command: Prefill) -> None:
-        """Accept one dispatch. The transfer opens at once, so that the peer is connected and ready when there
-        is KV."""
+        """Accepts one dispatch. The transfer opens at once, so that the peer is connected and ready when
+        there is KV."""
         spec = command.spec
         if spec.transfer in self._legs:
-            return  # the command came twice
+            return  # a duplicate of the command
         seq = Sequence(spec, spec.choices[0], self._kv.max_model_len)
         self._legs[spec.transfer] = _PrefillLeg(seq, command.target is not None, LegClock(self._clock()))
         if command.target is not None:
@@ -92,7 +92,7 @@ class PrefillWorker:
         self._masks.want(seq)
 
     def step(self) -> bool:
-        """Compute one batch, if there is work. Chunks of KV leave as soon as a layer has written them."""
+        """Computes one batch, if there is work. Chunks of KV leave as soon as a layer has written them."""
         batch = self.scheduler.schedule()
         if batch is None:
             return False
@@ -111,7 +111,7 @@ class PrefillWorker:
         return True
 
     def fail(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        """A dispatch cannot go on, as the mask of its first token is not to be had; an unknown one is
+        """A dispatch cannot go on, as the mask of its first token is unavailable; an unknown dispatch is
         ignored."""
         leg = self._legs.get(transfer)
         if leg is None:
@@ -120,7 +120,7 @@ class PrefillWorker:
         self.abort(transfer)
 
     def abort(self, transfer: TransferId) -> None:
-        """Stop a dispatch; an unknown one is ignored. The current chunk of its transfer still goes out."""
+        """Stops a dispatch; an unknown one is ignored. The current chunk of its transfer is still sent."""
         leg = self._legs.get(transfer)
         if leg is None:
             return
@@ -131,11 +131,11 @@ class PrefillWorker:
             self._end(leg, failure=("aborted", FailureKind.CANCELLED))
 
     def sent(self, transfer: TransferId, stats: TransferStats) -> None:
-        """The peer has it all: the blocks may go back to the cache."""
+        """The peer has all KV: the blocks may return to the cache."""
         self._end(self._legs[transfer], stats=stats)
 
     def send_failed(self, transfer: TransferId, error: str, kind: FailureKind) -> None:
-        """The transfer is over and reads the blocks no more."""
+        """The transfer has ended and no longer reads the blocks."""
         leg = self._legs[transfer]
         self._unqueue(leg)
         self._end(leg, failure=(error, kind))
@@ -163,12 +163,12 @@ class PrefillWorker:
         return on_layer
 
     def _finish(self, leg: _PrefillLeg, tokens: list[SampledToken]) -> None:
-        """The prompt is computed: emit each choice's first token and hand over, also when no choice goes on:
-        the peer's word may reach the router before ours, and has to be the same."""
+        """The prompt is computed: emits each choice's first token and hands over, even when no choice goes
+        on: the peer's report may reach the router before ours, and must agree with it."""
         seq = leg.sequence
         leg.queued = False
         self._masks.forget([seq])
-        leg.clock.computed_s = self._clock()  # what follows is the transfer's time
+        leg.clock.computed_s = self._clock()  # the time that follows is the transfer's
         index = seq.num_output_tokens
         first_tokens = tuple(
             self._outbox.token(seq, choice, index, token, seq.finish_reason_with(token.token_id))

@@ -1,4 +1,4 @@
-"""What a worker's process computes on: its cores, its GPU, and how much of them its engine may take."""
+"""The resources that a worker's process computes on: its cores, its GPU, and the engine's share of them."""
 
 import os
 
@@ -10,7 +10,7 @@ from .spec import WorkerSpec
 
 
 def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
-    """Bind this process, and every thread it will start, to cores given by position; returns their
+    """Binds this process, and every thread it will start, to cores given by position; returns their
     numbers."""
     available = sorted(os.sched_getaffinity(0))
     cores = tuple(available[position] for position in positions)
@@ -19,7 +19,8 @@ def bind_to_cores(positions: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def own_gpu(device: DeviceKind) -> DeviceInfo | None:
-    """The GPU that torch will use, the first that this process is shown; None for a worker that needs none.
+    """Returns the GPU that torch will use, the first that is visible to this process; None for a worker that
+    needs none.
 
     Raises CapacityError when there is none.
     """
@@ -32,7 +33,7 @@ def own_gpu(device: DeviceKind) -> DeviceInfo | None:
 
 
 def names_of(cores: tuple[int, ...], gpu: DeviceInfo | None) -> tuple[str, ...]:
-    """As `WorkerInfo.devices` has them."""
+    """Returns the devices in the form of `WorkerInfo.devices`."""
     return tuple(f"cpu:{core}" for core in cores) if gpu is None else (f"cuda:{gpu.uuid}",)
 
 

@@ -1,5 +1,5 @@
-"""How a worker's GPU fares, asked for every few seconds on a thread of its own: a driver that takes its time
-holds up neither the engine nor the heartbeat."""
+"""Samples the state of a worker's GPU every few seconds on a thread of its own: a slow driver holds up
+neither the engine nor the heartbeat."""
 
 import logging
 import threading
@@ -13,11 +13,11 @@ INTERVAL_S = 5.0
 
 
 class GpuMonitor:
-    """Lives from `start` to `stop`."""
+    """Runs from `start` to `stop`."""
 
     def __init__(self, device: DeviceInfo) -> None:
         self._device = device
-        self._newest: GpuSample | None = None  # None: taken, or none yet
+        self._newest: GpuSample | None = None  # None: already taken, or none yet
         self._stopping = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="gpu-monitor", daemon=True
@@ -27,12 +27,12 @@ class GpuMonitor:
         self._thread.start()
 
     def take(self) -> GpuSample | None:
-        """The newest sample, once; from any one thread."""
+        """Returns the newest sample, once; may be called from any one thread."""
         newest, self._newest = self._newest, None
         return newest
 
     def stop(self) -> None:
-        """Ask the thread to end; one that waits for the driver is left behind."""
+        """Asks the thread to end; a thread that waits for the driver is left behind."""
         self._stopping.set()
 
     def _run(self) -> None:

@@ -1,9 +1,9 @@
-"""What a worker can tell a router that knows nothing of it: the legs it carries out, those that ended lately,
-and their tokens.
+"""Remembers what a worker reports to a router that knows nothing of it: its open legs, those that ended
+lately, and their tokens.
 
-A router that dies takes with it what it knew of its requests. The one that follows learns from here what has
-been computed, so that nothing is computed twice: also of legs whose end the dead one may have heard of
-without telling its client, and of those that it aborted to go on elsewhere."""
+A router that dies loses its knowledge of its requests. Its successor learns from this report which tokens
+have been computed, so that nothing is computed twice: including legs whose end the dead router may have
+received without informing its client, and legs that it aborted to continue elsewhere."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from ..core.messages import HeldLeg, Leg, LegEnded, TokenOutput
 from ..core.request import SequenceSpec, TransferId
 
-KEPT_S = 30.0  # after its end
+KEPT_S = 30.0  # after the leg's end
 MAX_KEPT_TOKENS = 1 << 18  # of all ended legs together, prompts and their log probabilities included
-MAX_FRAME_TOKENS = 1 << 15  # told at once: some 10 MB with the log probabilities of 20 tokens each
+MAX_FRAME_TOKENS = 1 << 15  # sent at once: some 10 MB with the log probabilities of 20 tokens each
 
 
 @dataclass(slots=True)
@@ -39,14 +39,14 @@ class HeldLegs:
         self._clock = clock
         self._open: dict[TransferId, _RememberedLeg] = {}
         self._ended: deque[_RememberedLeg] = deque()  # oldest end first
-        self._num_kept_tokens = 0  # of those
+        self._num_kept_tokens = 0  # of the ended legs
 
     def accepted(self, spec: SequenceSpec, leg: Leg, *, has_partner: bool) -> None:
-        """The worker was given a leg; again, when the command came twice."""
+        """The worker has accepted a leg; called again for a duplicate command."""
         self._open.setdefault(spec.transfer, _RememberedLeg(spec, leg, has_partner))
 
     def told(self, outputs: Iterable[TokenOutput], ended: Iterable[LegEnded]) -> None:
-        """What the worker says to whichever router listens."""
+        """Records the worker's reports to the current router."""
         for output in outputs:
             if (leg := self._open.get(output.transfer)) is not None:
                 leg.outputs.append(output)
@@ -60,7 +60,7 @@ class HeldLegs:
             self._forget()
 
     def tell(self) -> tuple[HeldLeg, ...]:
-        """Everything, for a router that has just been met."""
+        """Returns all legs, for a newly connected router."""
         self._forget()
         return tuple(
             HeldLeg(
@@ -74,7 +74,7 @@ class HeldLegs:
         )
 
     def _forget(self) -> None:
-        """Ended legs that are too old or too many."""
+        """Forgets ended legs that are too old or too many."""
         oldest_s = self._clock() - KEPT_S
         while self._ended and (self._ended[0].ended_s < oldest_s or self._num_kept_tokens > MAX_KEPT_TOKENS):
             self._num_kept_tokens -= self._ended.popleft().num_tokens
@@ -85,7 +85,7 @@ def _num_prompt_logprobs(output: TokenOutput) -> int:
 
 
 def in_frames(legs: Sequence[HeldLeg], max_tokens: int = MAX_FRAME_TOKENS) -> Iterator[tuple[HeldLeg, ...]]:
-    """All of them in turn, at least once, no more at a time than a frame can hold."""
+    """Yields all legs in turn, at least once, each time at most as many as fit a frame."""
     frame: list[HeldLeg] = []
     num_tokens = 0
     for leg in legs:
@@ -99,7 +99,7 @@ def in_frames(legs: Sequence[HeldLeg], max_tokens: int = MAX_FRAME_TOKENS) -> It
 
 
 def _weight(spec: SequenceSpec) -> int:
-    """In tokens, of some four bytes: a client may send much besides them."""
+    """Returns the weight in tokens, of some four bytes each: a client may send much besides tokens."""
     sampling = spec.sampling
     num_chars = len(sampling.grammar) + sum(map(len, sampling.stop))
     return spec.num_tokens + num_chars // 4 + 3 * len(sampling.logit_bias)

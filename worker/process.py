@@ -49,33 +49,33 @@ from .worker import Worker
 
 log = logging.getLogger(__name__)
 
-# at most so long does a busy engine thread hold back the transfer's and the connection's
+# upper bound on how long a busy engine thread holds back those of the transfer and the connection
 SWITCH_INTERVAL_S = 0.0005
 
 
 def give_up(why: str) -> None:
-    """End this process now, whatever its threads hang in; the cluster starts another."""
+    """Ends this process immediately, whatever its threads hang in; the cluster starts another."""
     log.critical("%s: this worker ends", why)
     logging.shutdown()
     os._exit(1)
 
 
-DEVICE_SILENT_S = 120.0  # a GPU that has not done what it was asked for by then never will
-MASK_WAIT_S = 0.002  # at most so long does a step that is computed wait for masks
+DEVICE_SILENT_S = 120.0  # a GPU that has not completed its work by then never will
+MASK_WAIT_S = 0.002  # upper bound on how long a computed step waits for masks
 
 
 class WorkerProcess:
-    """Lives from `run` to `stop`. The calling thread of `run` becomes the engine thread.
+    """Runs from `run` to `stop`. The calling thread of `run` becomes the engine thread.
 
-    When its connection breaks, the worker works on and knocks at the router's address until a router answers,
-    to which it tells what it holds."""
+    When its connection breaks, the worker continues its work and reconnects to the router's address until a
+    router answers, to which it reports all that it holds."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._masks: queue.SimpleQueue[Callable[[], None]] = (
             queue.SimpleQueue()
-        )  # apart, as a step in course takes them
+        )  # separate, as a step in progress takes them
         self._stopping = threading.Event()
         self._info: WorkerInfo | None = None  # None until it serves
         self._monitor: GpuMonitor | None = None  # None on CPU
@@ -83,8 +83,8 @@ class WorkerProcess:
         self._session = RouterSession(spec.worker_id, spec.incarnation, time.monotonic())
 
     def run(self) -> None:
-        """Load, serve until stopped or until no router has been there for a while, and leave nothing
-        behind."""
+        """Loads the model and serves until stopped, or until no router has answered for a while; then cleans
+        up."""
         spec = self._spec
         cores = bind_to_cores(spec.cores)
         gpu = own_gpu(spec.device)
@@ -127,12 +127,12 @@ class WorkerProcess:
                 grammars.stop()
 
     def stop(self) -> None:
-        """End `run` after the current step; from any thread."""
+        """Ends `run` after the current step; may be called from any thread."""
 
         self._stopping.set()
         self._inbox.put(lambda: None)
 
-    # endings of transfers, called on the transfer thread
+    # ends of transfers, called on the transfer thread
 
     def on_received(self, transfer: TransferId, payload: bytes) -> None:
         self._inbox.put(lambda: self._worker.received(transfer, payload))
@@ -222,7 +222,7 @@ class WorkerProcess:
             self._masks.get()()
 
     def _await_masks(self, sequences: Sequence[SequenceState]) -> None:
-        """They were asked for before the step was computed. A step in vain costs its sequence more than a
+        """The masks were requested before the step was computed. A wasted step costs its sequence more than a
         moment's wait."""
         give_up_s = time.monotonic() + MASK_WAIT_S
         with suppress(queue.Empty):
@@ -230,14 +230,15 @@ class WorkerProcess:
                 self._masks.get(timeout=max(0.0, give_up_s - time.monotonic()))()
 
     def _on_command(self, command: WorkerCommand) -> None:
-        """Called on the reader thread."""
+        """Handles a command; called on the reader thread."""
         if isinstance(command, Probe):
             threading.Thread(target=self._probe, args=(command.target,), name="probe", daemon=True).start()
         else:
             self._inbox.put(lambda: self._worker.handle(command))
 
     def _probe(self, target: TransferAddress) -> None:
-        """Reach the other worker as its KV would, up to the proof that both are of one cluster."""
+        """Connects to the other worker along the path of its KV, up to the proof that both belong to one
+        cluster."""
         dialler = HandshakeDialler(self._spec.token, Purpose.TRANSFER)
         error = reach(
             (target.tcp_host, target.tcp_port), lambda sock: shake_hands(sock, dialler, target.worker_id)
@@ -258,7 +259,7 @@ class WorkerProcess:
     # the router
 
     def _find_router(self) -> RouterLink | None:
-        """A connection to whoever is the router now; None when there is none for too long."""
+        """Returns a connection to the current router; None when none has answered for too long."""
         spec, session = self._spec, self._session
         while not self._stopping.is_set() and session.may_dial(time.monotonic()):
             try:
@@ -273,7 +274,7 @@ class WorkerProcess:
         return None
 
     def _on_lost(self, link: RouterLink) -> None:
-        """Called on the link's reader thread, which ends here."""
+        """Handles the loss of the link; called on its reader thread, which ends here."""
         link.close()
         self._session.lost(time.monotonic())
         self._stopping.wait(RECONNECT_S)
@@ -289,7 +290,7 @@ class WorkerProcess:
         self._inbox.put(lambda: self._greet(found))
 
     def _greet(self, link: RouterLink) -> None:
-        """On the engine thread: what is said from now on follows what is told here."""
+        """Sends the greeting, on the engine thread: all later reports build on it."""
         assert self._info is not None
         greeting = self._session.greeting(link, self._info, self._worker.held_legs())
         if greeting:
@@ -298,7 +299,7 @@ class WorkerProcess:
             self._link = link
 
     def _beat(self) -> StepReport:
-        """On the heartbeat's thread: how the worker stands and, every few seconds, its GPU."""
+        """Returns the worker's state and, every few seconds, its GPU's; called on the heartbeat's thread."""
         since_s = self._stepping_since_s
         if self._monitor is not None and since_s is not None and time.monotonic() - since_s > DEVICE_SILENT_S:
             give_up(f"the GPU has not answered for {DEVICE_SILENT_S:.0f} s")

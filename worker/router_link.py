@@ -15,7 +15,7 @@ from .router_session import RouterSilence
 
 
 class RouterLink:
-    """Sends block while the router does not read, so a worker never runs ahead of it without bound."""
+    """Sends block while the router does not read, so that a worker never runs ahead of it without bound."""
 
     def __init__(
         self,
@@ -25,8 +25,8 @@ class RouterLink:
         on_command: Callable[[WorkerCommand], None],
         on_lost: Callable[["RouterLink"], None],
     ) -> None:
-        """Raises OSError when no router of this cluster answers. `on_lost` is called on the reader thread,
-        once."""
+        """Raises OSError when no router of this cluster answers. `on_lost` is called once, on the reader
+        thread."""
         self._socket = socket.create_connection(address, timeout=10.0)
         try:
             shake_hands(self._socket, HandshakeDialler(token, Purpose.CONTROL), "the router")
@@ -42,7 +42,7 @@ class RouterLink:
         self._on_command = on_command
         self._on_lost = on_lost
         self._encoder = FrameEncoder()
-        self._write_lock = threading.Lock()  # of the encoder and the socket
+        self._write_lock = threading.Lock()  # guards the encoder and the socket
         self._closed = threading.Event()
         self._heartbeat: Callable[[], StepReport] | None = None
         self._threads = [
@@ -56,11 +56,12 @@ class RouterLink:
             thread.start()
 
     def start_heartbeat(self, report: Callable[[], StepReport]) -> None:
-        """Send `report()` every `HEARTBEAT_S` from now on."""
+        """Sends `report()` every `HEARTBEAT_S` from now on."""
         self._heartbeat = report
 
     def send(self, *messages: object) -> None:
-        """All messages in one write; dropped when the connection is gone, which `on_lost` tells."""
+        """Sends all messages in one write; drops them when the connection is gone, which `on_lost`
+        reports."""
         try:
             with self._write_lock:
                 self._socket.sendall(b"".join(map(self._encoder.encode, messages)))
@@ -68,7 +69,7 @@ class RouterLink:
             self._hang_up()
 
     def close(self) -> None:
-        """Hang up; idempotent."""
+        """Disconnects; idempotent."""
         self._hang_up()
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
@@ -96,14 +97,15 @@ class RouterLink:
                 self.send(self._heartbeat())
 
     def _hang_up(self) -> None:
-        """End the reader, which tells; a frame may have left in part, so that nothing can follow it."""
+        """Ends the reader, which reports the loss; a frame may have left in part, so that nothing can follow
+        it."""
         self._closed.set()
-        with contextlib.suppress(OSError):  # the peer was faster
+        with contextlib.suppress(OSError):  # the peer closed first
             self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def shake_hands(sock: socket.socket, dialler: HandshakeDialler, peer: str) -> None:
-    """Proves this process to `peer`, and has it prove itself. Raises OSError."""
+    """Authenticates this process to `peer`, and the peer to this process. Raises OSError."""
     due_s = time.monotonic() + MAX_WAIT_S
     message = dialler.opening
     while True:

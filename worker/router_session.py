@@ -1,5 +1,5 @@
-"""A worker's side of its connections with the router: when to dial, what to say first, when a router is lost,
-when to give up.
+"""A worker's side of its connections with the router: when to dial, how to greet, when a router is lost, when
+to give up.
 
 SEEKING --connected--> CONNECTED --loaded, greeting--> GREETED
    ^                        |                             |
@@ -17,30 +17,30 @@ from collections.abc import Iterable
 from ..core.messages import HeldLeg, Hello, Holds, LoadProgress, Ready, WorkerInfo
 from .held_legs import MAX_FRAME_TOKENS, in_frames
 
-DEAD_AFTER_S = 10.0  # a router that says nothing for so long is lost; it speaks every heartbeat
+DEAD_AFTER_S = 10.0  # silence after which a router counts as lost; it sends a message every heartbeat
 RECONNECT_S = 0.1  # between two attempts to reach a router
 BRIEF_S = 1.0  # a connection that lasted less was refused
-ROUTER_LOST_TIMEOUT_S = 30.0  # for so long a worker goes on without a router
+ROUTER_LOST_TIMEOUT_S = 30.0  # how long a worker continues without a router
 
 
 class RouterSilence:
-    """How long a router has said nothing, on one connection."""
+    """Measures how long a router has been silent, on one connection."""
 
     def __init__(self, now_s: float) -> None:
         self.dead_after_s = DEAD_AFTER_S
         self._heard_s = now_s
 
     def heard(self, now_s: float) -> None:
-        """Something came, whatever it is."""
+        """A message of any kind has arrived."""
         self._heard_s = now_s
 
     def is_lost(self, now_s: float) -> bool:
-        """Asked at each heartbeat: whether to hang up."""
+        """Returns whether to disconnect; called at each heartbeat."""
         return now_s - self._heard_s > self.dead_after_s
 
 
 class RouterSession:
-    """Owns what a worker knows of its routers, one after the other, from its start to its end."""
+    """Owns a worker's knowledge of its routers, one after the other, from its start to its end."""
 
     def __init__(
         self, worker_id: str, incarnation: int, now_s: float, max_frame_tokens: int = MAX_FRAME_TOKENS
@@ -49,13 +49,15 @@ class RouterSession:
             worker_id=worker_id, incarnation=incarnation
         )  # the first frame of every connection
         self._max_frame_tokens = max_frame_tokens
-        self._connected_s = self._served_s = now_s  # when a router was reached, and when one was there last
-        self._loading: LoadProgress | None = None  # the last that was reported
+        self._connected_s = self._served_s = (
+            now_s  # when a router was reached, and when one was last connected
+        )
+        self._loading: LoadProgress | None = None  # the last report
         self.is_loaded = False
         self._greeted: object = None  # the connection
 
     def may_dial(self, now_s: float) -> bool:
-        """False when no router has been there for too long: the worker ends."""
+        """Whether to dial again; False when no router has answered for too long: the worker ends."""
         return now_s - self._served_s < ROUTER_LOST_TIMEOUT_S
 
     def connected(self, now_s: float) -> None:
@@ -63,29 +65,29 @@ class RouterSession:
         self._connected_s = now_s
 
     def lost(self, now_s: float) -> None:
-        """The connection is gone; dial again after `RECONNECT_S`."""
+        """The connection is gone; dials again after `RECONNECT_S`."""
         if now_s - self._connected_s > BRIEF_S:
             self._served_s = now_s
 
     def progress(self, phase: str, fraction: float) -> LoadProgress:
-        """How far the start is, for the router that is there."""
+        """Records and returns the progress of loading, for the connected router."""
         self._loading = LoadProgress(
             worker_id=self.hello.worker_id, incarnation=self.hello.incarnation, phase=phase, fraction=fraction
         )
         return self._loading
 
     def loaded(self) -> None:
-        """From now on every connection is greeted."""
+        """The worker has loaded: from now on every connection is greeted."""
         self.is_loaded = True
 
     def catch_up(self) -> LoadProgress | None:
-        """For a router that is reached while the worker loads; None when there is nothing to say, or a
-        greeting is due."""
+        """Returns the progress for a router that is reached while the worker loads; None when there is
+        nothing to report, or a greeting is due."""
         return None if self.is_loaded else self._loading
 
     def greeting(self, connection: object, info: WorkerInfo, held: Iterable[HeldLeg]) -> list[Holds | Ready]:
-        """What the worker is and all that it holds: whatever is said from now on follows this. Once for each
-        connection."""
+        """Returns the worker's identity and all that it holds, on which all later reports build. Once for
+        each connection."""
         if connection is self._greeted:
             return []
         self._greeted = connection

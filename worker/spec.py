@@ -1,5 +1,5 @@
-"""What a worker process is told at its start. Apart from the process itself, so that the head needs none of
-its imports."""
+"""The parameters that a worker process receives at its start. Separate from the process itself, so that the
+head needs none of its imports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +13,22 @@ from ..core.needs import Need
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a worker process is to be. `cores` are positions in the list of cores that its node lets it
-    use."""
+    """Describes a worker process. `cores` are positions in the list of cores that its node lets it use."""
 
     worker_id: str
     incarnation: int
     role: Role
     config: ClusterConfig
-    device: DeviceKind  # what the configuration's came to
+    device: DeviceKind  # resolved from the configuration's
     num_blocks: int | None  # None: as many as the GPU has room for
     router_address: tuple[str, int]
     token: str
-    host: str | None  # the address that peers reach this node by; None: as Ray knows it
-    log: LogSettings | None = None  # None: as Python does by default
+    host: str | None  # the address at which peers reach this node; None: Ray's address of it
+    log: LogSettings | None = None  # None: Python's default
     cores: tuple[int, ...] = ()  # decided when the process is placed
-    socket_root: Path = Path("/tmp")  # where the transfer endpoint makes its private folder
-    accept_open_ray: bool = False  # nobody else reaches the hosts
-    memory_bytes: int = 0  # of its host, that it will fill; 0 on GPUs, where the host's is not planned
+    socket_root: Path = Path("/tmp")  # the transfer endpoint creates its private folder here
+    accept_open_ray: bool = False  # no other user can reach the hosts
+    memory_bytes: int = 0  # host memory that it will fill; 0 on GPUs, where host memory is not planned
 
     @property
     def key(self) -> tuple[str, int]:
@@ -37,7 +36,7 @@ class WorkerSpec:
 
     @property
     def need(self) -> Need:
-        """What it takes of its node."""
+        """Returns the resources that it takes of its node."""
         pool = self.pool
         on_gpu = self.device == "cuda"
         num_cores = pool.num_host_cores if on_gpu else pool.devices_per_instance
@@ -46,5 +45,5 @@ class WorkerSpec:
 
     @property
     def pool(self) -> PoolSection:
-        """The pool whose limits hold for this worker."""
+        """Returns the pool whose limits apply to this worker."""
         return self.config.pools.decode if self.role is Role.DECODE else self.config.pools.prefill

@@ -1,5 +1,5 @@
-"""Both roles over one engine, between an inbox and an outbox: what a worker does, without threads, sockets or
-processes.
+"""Both roles over one engine, between an inbox and an outbox: a worker's behaviour, without threads, sockets
+or processes.
 
     command, or a transfer's ending -> role -> step(): prefill, then decode -> take_messages()
 
@@ -94,7 +94,7 @@ class Worker:
         return self._prefill.num_legs + self._decode.num_legs
 
     def handle(self, command: WorkerCommand) -> None:
-        """Take on, or stop, a dispatch. One that is here already, or is not known, is left as it is."""
+        """Accepts or stops a dispatch. One that is here already, or is not known, is left unchanged."""
         match command:
             case Prefill():
                 self._held.accepted(command.spec, Leg.PREFILL, has_partner=command.target is not None)
@@ -111,7 +111,7 @@ class Worker:
             case Heartbeat() | Probe():
                 pass
 
-    # endings of transfers, see `kv_transfer.TransferListener`
+    # ends of transfers, see `kv_transfer.TransferListener`
 
     def received(self, transfer: TransferId, payload: bytes) -> None:
         self._decode.received(transfer, payload)
@@ -137,15 +137,15 @@ class Worker:
             self._decode.fail(transfer, error, kind)
 
     def step(self) -> bool:
-        """One batch of each role that has work; False when there was none."""
-        if self._prefill.scheduler.has_sequences:  # what is under way is no part of a prompt's time
+        """Runs one batch of each role that has work; returns False when there was none."""
+        if self._prefill.scheduler.has_sequences:  # a step under way must not count towards a prompt's time
             self._decode.settle()
         worked = self._prefill.step()
         return self._decode.step() or worked
 
     def take_messages(self) -> list[StepReport | LegEnded]:
-        """What the last events and steps brought: tokens first, then the legs that ended. At least one
-        report."""
+        """Returns the output of the last events and steps: tokens first, then the legs that ended. Always
+        contains at least one report."""
         outputs, ended, timings = self._outbox.take()
         self._held.told(outputs, ended)
         added, evicted = self._pool.take_events()
@@ -157,12 +157,11 @@ class Worker:
         return [*reports, *ended]
 
     def held_legs(self) -> tuple[HeldLeg, ...]:
-        """What a router has to know that meets this worker for the first time, up to the last
-        `take_messages`."""
+        """Returns the legs that a newly connected router has to know, up to the last `take_messages`."""
         return self._held.tell()
 
     def report(self, timing: StepTiming | None = None) -> StepReport:
-        """The load after the last step; from any thread."""
+        """Returns the load after the last step; may be called from any thread."""
         return StepReport(
             worker_id=self._worker_id, incarnation=self._incarnation, load=self.load, timing=timing
         )

@@ -1,2 +1,2 @@
-"""An engine on a GPU: steps that are queued and collected later, captured graphs, a sampler that nothing
-waits for."""
+"""An engine on a GPU: steps that are queued and collected later, captured graphs, a sampler that never waits
+for the device."""

@@ -1,9 +1,9 @@
 """A decode step as captured graphs, one for each of a ladder of batch sizes.
 
-A step of N sequences replays the graph of the least size that holds them; the rows behind them have no slot
-and no keys, so nothing is read or written for them. What changes from step to step is packed on the host and
-copied in one piece (`staging.py`), block tables only when they change. Token ids need not be known to the
-host: a row takes its own from among those that were drawn lately."""
+A step of N sequences replays the smallest graph that holds them; surplus rows have no slot and no keys, so
+nothing is read or written for them. Data that changes from step to step is packed on the host and copied in
+one piece (`staging.py`), block tables only when they change. The host need not know the token ids: a row
+takes its own from among the recently drawn ones."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ _FEW_ROWS = 8
 
 
 def ladder(max_batch_size: int) -> tuple[int, ...]:
-    """The batch sizes that get a graph: a row too many costs little, a graph some memory and time at
+    """Returns the batch sizes that get a graph: a surplus row costs little, a graph some memory and time at
     start."""
     sizes = []
     size = 1
@@ -52,7 +52,7 @@ def ladder(max_batch_size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Rung:
-    """The graph of one batch size, and where its logits come out."""
+    """The graph of one batch size, and the tensor of its logits."""
 
     size: int
     shapes: dict[int | None, DecodeShape]  # by window
@@ -60,7 +60,7 @@ class _Rung:
 
 
 class DecodeGraphs:
-    """Captured when made; `run` is called by the engine's thread."""
+    """Captured at construction; the engine's thread calls `run`."""
 
     def __init__(
         self,
@@ -100,14 +100,14 @@ class DecodeGraphs:
         self._rungs = [self._capture(size) for size in reversed(ladder(max_batch_size))][::-1]
 
     def takes(self, batch: Batch) -> bool:
-        """Whether every sequence has one token, and draws from it."""
+        """Returns whether every sequence has one token, and draws from it."""
         chunks = batch.chunks
         return len(chunks) <= self._max_batch_size and all(
             chunk.num_tokens == 1 and chunk.choices for chunk in chunks
         )
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Queue one step of a batch that it `takes`.
+        """Queues one step of a batch that it `takes`.
 
         Returns logits, float32 [len(batch.chunks), V], valid until the next call.
         """
@@ -194,11 +194,11 @@ class DecodeGraphs:
             self._kernels.linear_into(hidden, self._model.head, self._logits[:size])
 
         self._clear(shapes)
-        step()  # compiles what is to be captured
+        step()  # compiles the kernels to be captured
         return _Rung(size, shapes, self._device.capture(step))
 
     def _clear(self, shapes: dict[int | None, DecodeShape]) -> None:
-        """No row has a slot or keys."""
+        """Clears all rows: none has a slot or keys."""
         arrays = self._staging.fill()
         for array in arrays.values():
             array[:] = 0

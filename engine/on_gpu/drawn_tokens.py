@@ -1,5 +1,5 @@
-"""The tokens that were drawn lately, on the device: the next step takes its inputs from them while the host
-does not know them yet."""
+"""The recently drawn tokens, on the device: the next step takes its inputs from them before the host knows
+them."""
 
 import torch
 
@@ -8,14 +8,14 @@ from ..batch import ScheduledChunk
 from ..device import Device
 from ..sequence import Sequence
 
-KNOWN = -1  # in place of a place, as `take_drawn` has it: the host knows the token
+KNOWN = -1  # instead of a place, as in `take_drawn`: the host knows the token
 # whose tokens are kept: a worker has at most two steps under way, and steps of the other role between them
 _NUM_STEPS = 4
 
 
 class DrawnTokens:
-    """A ring of the last steps' tokens. A sequence's token is found until `_NUM_STEPS` more steps have drawn
-    theirs."""
+    """A ring of the last steps' tokens. A sequence's token can be found until `_NUM_STEPS` more steps have
+    drawn theirs."""
 
     def __init__(self, device: Device, max_batch_size: int) -> None:
         self._size = max_batch_size
@@ -24,13 +24,14 @@ class DrawnTokens:
         self._places: list[dict[Sequence, int]] = [{} for _ in range(_NUM_STEPS)]
 
     def keep(self, chunks: list[ScheduledChunk], token_ids: torch.Tensor) -> None:
-        """`token_ids` int64 [N] on the device: those drawn for the chunks, one for each of their choices."""
+        """Records `token_ids`, int64 [N] on the device: those drawn for the chunks, one for each of their
+        choices."""
         self._step = (self._step + 1) % _NUM_STEPS
         first, places, row = self._step * self._size, {}, 0
         for chunk in chunks:
             if (
                 len(chunk.choices) == 1 and row < self._size
-            ):  # those of a fresh fork are known before its twins go on
+            ):  # a fresh fork's are known before its sibling sequences go on
                 places[chunk.sequence] = first + row
             row += len(chunk.choices)
         self._places[self._step] = places
@@ -38,7 +39,7 @@ class DrawnTokens:
         self._ids[first : first + kept].copy_(token_ids[:kept])
 
     def place_of(self, seq: Sequence) -> int:
-        """Where its last token is."""
+        """Returns the place of the sequence's last token."""
         for back in range(_NUM_STEPS):
             place = self._places[self._step - back].get(seq)
             if place is not None:
@@ -46,5 +47,6 @@ class DrawnTokens:
         raise RuntimeError(f"{seq}: its last token is not on the device any more")
 
     def take(self, places: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-        """int64 [N]: the tokens at `places` int64 [N], and those of `otherwise` where a place is KNOWN."""
+        """Returns int64 [N]: the tokens at `places` int64 [N], and those of `otherwise` where a place is
+        KNOWN."""
         return take_drawn(places, otherwise, self._ids)

@@ -1,4 +1,4 @@
-"""How many KV blocks a GPU has room for: measured when the weights are there, by a step of the largest
+"""Determines how many KV blocks fit a GPU: measured after the weights are loaded, by a step of the largest
 kind."""
 
 from ...core.errors import CapacityError
@@ -9,8 +9,8 @@ from ..kv_cache import KVCache
 from ..model import Model
 from .warm_up import prompt_step
 
-_GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, generously
-_LINK_BYTES = 512 << 20  # of transfers: a ring of 64 MiB for each peer, and NCCL's own
+_GRAPH_BYTES = 8 << 20  # the driver's part of one captured graph, a generous estimate
+_LINK_BYTES = 512 << 20  # for transfers: a ring of 64 MiB for each peer, and NCCL's own memory
 # at most at a time: the step's and the graphs', and seven float32 ones that log probabilities take
 _LOGITS_COPIES = 8
 
@@ -27,7 +27,8 @@ def num_blocks_that_fit(
     max_batch_tokens: int,
     num_graphs: int,
 ) -> int:
-    """Within `memory_fraction` of the device's memory, all else of this process included.
+    """Returns the number of blocks within `memory_fraction` of the device's memory, all else of this process
+    included.
 
     Raises CapacityError where not even one sequence of `max_model_len` fits.
     """
@@ -60,7 +61,7 @@ def _largest_step(
     max_model_len: int,
     max_batch_tokens: int,
 ) -> None:
-    """A step of as many prompt tokens as there may be."""
+    """Runs a step with the maximum number of prompt tokens."""
     lengths = [max_model_len] * (max_batch_tokens // max_model_len)
     if max_batch_tokens % max_model_len:
         lengths.append(max_batch_tokens % max_model_len)

@@ -1,5 +1,4 @@
-"""KV out of and into a GPU's cache: queued on a stream of its own, behind the steps that write what is
-taken."""
+"""Moves KV out of and into a GPU's cache: queued on a separate stream, behind the steps that write it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ _SMALLEST_BUFFER = 64
 
 
 class Queued:
-    """Implements `kv_transfer.interfaces.Pending`: a gather or a scatter on its way."""
+    """Implements `kv_transfer.interfaces.Pending`: a gather or a scatter under way."""
 
     def __init__(self, event: DeviceEvent, collect: Callable[[], int], memory: torch.Tensor) -> None:
         self._event = event
@@ -29,11 +28,11 @@ class Queued:
 
 
 class KVQueue:
-    """Queues for one cache. `mark` is for the engine's thread, the rest is for the transfer's.
+    """Queues for one cache. The engine's thread calls `mark`, the transfer's thread all else.
 
-    A gather comes behind the mark that was set when its tokens had been queued to be computed. A scatter
-    comes behind one that was set when its blocks were reserved: until there, a step may still write for a
-    sequence which had them and has ended."""
+    A gather follows the mark that was set when the computation of its tokens had been queued. A scatter
+    follows the mark that was set when its blocks were reserved: until then, a step may still write for a
+    sequence that had them and has ended."""
 
     def __init__(
         self,
@@ -46,11 +45,11 @@ class KVQueue:
         self._cache, self._device, self._format = cache, device, wire_format
         self._gather_part, self._scatter_part = gather_part, scatter_part
         self._pinned, self._sums = PinnedBuffers(device), PinnedSums(device)
-        self._marks: dict[int, DeviceEvent] = {}  # oldest first; those before the first are reached
+        self._marks: dict[int, DeviceEvent] = {}  # oldest first; those before the first have been reached
         self._numbers = count(1)
 
     def mark(self) -> int:
-        """Names all that the current stream has been given until now. Never 0, increasing."""
+        """Names all work queued on the current stream until now. Never 0, increasing."""
         while self._marks and self._marks[oldest := next(iter(self._marks))].query():
             del self._marks[oldest]
         event, number = self._device.event(), next(self._numbers)
@@ -61,7 +60,7 @@ class KVQueue:
     def gather(
         self, block_ids: Sequence[int], part: KVPart, out: torch.Tensor | memoryview, after: int
     ) -> Queued:
-        """`out` is on the device, or the host's; then it is written by `collect`."""
+        """Gathers into `out`, on the device or in host memory; the latter is written by `collect`."""
         total = self._sums.take()
         with self._device.side_stream():
             self._come_behind(after)
@@ -82,8 +81,8 @@ class KVQueue:
     def scatter(
         self, block_ids: Sequence[int], part: KVPart, data: torch.Tensor | memoryview, after: int
     ) -> Queued:
-        """Its checksum is of what it wrote. What may fail for want of memory comes first: nothing is written
-        when it raises."""
+        """The checksum covers the bytes that it wrote. Calls that may fail for lack of memory come first:
+        nothing is written when it raises."""
         total = self._sums.take()
         with self._device.side_stream():
             self._come_behind(after)
@@ -101,7 +100,7 @@ class KVQueue:
             return self._queued(total, staged, lambda: self._pinned.give_back(staged))
 
     def warm_up(self) -> None:
-        """Compile the kernels while nobody waits for them: block 0 is taken, and put back."""
+        """Compiles the kernels before any transfer waits for them: block 0 is gathered and scattered back."""
         part = KVPart(range(1), range(self._cache.shape[3]), range(self._cache.shape[4]))
         num_bytes = part_bytes(self._cache, part, self._format)
         filled = self.mark()
@@ -140,26 +139,26 @@ class KVQueue:
 
 
 class PinnedSums:
-    """Places for checksums on the host, used again and again."""
+    """A pool of slots for checksums in host memory."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._free: list[torch.Tensor] = []
 
     def take(self) -> torch.Tensor:
-        """int64 [1], whatever is in it."""
+        """Returns int64 [1], with undefined content."""
         try:
             return self._free.pop()
         except IndexError:
             return self._device.pinned(torch.empty(1, dtype=torch.int64))
 
     def give_back(self, taken: torch.Tensor) -> None:
-        """What `take` gave, when the device is through with it."""
+        """Takes back a slot from `take`, once the device no longer uses it."""
         self._free.append(taken)
 
 
 class PinnedBuffers:
-    """Host memory to copy from and to while the host goes on, used again and again: to pin some takes
+    """A pool of host memory for copies in both directions while the host continues: pinning takes
     milliseconds."""
 
     def __init__(self, device: Device) -> None:
@@ -167,7 +166,7 @@ class PinnedBuffers:
         self._free: defaultdict[int, list[torch.Tensor]] = defaultdict(list)  # by size
 
     def take(self, num_bytes: int) -> torch.Tensor:
-        """uint8 [num_bytes], whatever is in it."""
+        """Returns uint8 [num_bytes], with undefined content."""
         size = 1 << (max(num_bytes, _SMALLEST_BUFFER) - 1).bit_length()
         try:
             whole = self._free[size].pop()
@@ -176,6 +175,6 @@ class PinnedBuffers:
         return whole[:num_bytes]
 
     def give_back(self, taken: torch.Tensor) -> None:
-        """What `take` gave, when the device is through with it."""
+        """Takes back memory from `take`, once the device no longer uses it."""
         whole = torch.empty(0, dtype=torch.uint8).set_(taken.untyped_storage())
         self._free[len(whole)].append(whole)

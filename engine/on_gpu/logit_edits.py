@@ -1,8 +1,7 @@
-"""What requests do to their logits, done on a GPU: the host lists it for all rows of a step, a few operations
-carry it out.
+"""Applies requests' edits to their logits on a GPU: the host lists them for all rows of a step, a few
+operations carry them out.
 
-What is done, and in which order, is that of `Penalties.apply`; results are equal, bit for bit.
-"""
+Edits and their order are those of `Penalties.apply`; results are equal, bit for bit."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -23,7 +22,7 @@ def list_edits(
     once.
 
     A place is `row * vocab_size + token id`:
-    biased int64 [B]: places, biases float32 [B]: what is added there;
+    biased int64 [B]: places, biases float32 [B]: added there;
     seen int64 [S]: places, counts float32 [S] and owners int32 [S]: whose `strengths` float32 [P, 3];
     banned int64 [E]: places;
     masked int32 [M]: rows, masks uint8 [M, ceil(V / 8)].
@@ -52,7 +51,7 @@ def list_edits(
 
 
 def apply_edits(logits: torch.Tensor, there: Mapping[str, torch.Tensor]) -> None:
-    """Adjust float32 logits [R, V] in place by the arrays of `list_edits`."""
+    """Adjusts float32 logits [R, V] in place by the arrays of `list_edits`."""
     flat = logits.view(-1)
     if "biased" in there:
         places = there["biased"]

@@ -1,15 +1,15 @@
-"""Log probabilities of rows of logits that lie on a GPU; `distribution.py` says what they are."""
+"""Log probabilities of rows of logits that are on a GPU; `distribution.py` defines them."""
 
 from dataclasses import dataclass
 
 import torch
 
-_NUM_ROWS = 32  # ranked at a time: what that takes is several times the rows
+_NUM_ROWS = 32  # ranked at a time: ranking takes several times the rows' memory
 
 
 @dataclass(frozen=True)
 class Logprobs:
-    """NaN where the model overflowed."""
+    """The log probabilities; NaN where the model overflowed."""
 
     chosen: torch.Tensor  # float64 [N]
     top_ids: torch.Tensor  # int64 [R, K], best first; of equal ones the lower id first
@@ -23,8 +23,8 @@ class Logprobs:
 
 
 def logprobs_of(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
-    """Of logits float32 [R, V]: those of token `token_ids[n]` in row `rows[n]`, both int64 [N], and of each
-    row's best."""
+    """Returns log probabilities from logits float32 [R, V]: those of token `token_ids[n]` in row `rows[n]`,
+    both int64 [N], and of each row's best."""
     vocab_size = logits.shape[1]
     largest = logits.amax(dim=-1, keepdim=True)
     mass = (logits - largest).exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
@@ -37,12 +37,12 @@ def logprobs_of(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tenso
 
 
 def _best(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """Ids int64 [R, count]. Logit and id become one number, as torch says nothing of the order of equal
-    ones."""
+    """Returns ids int64 [R, count]. Logit and id become one number, as torch does not define the order of
+    equal ones."""
     bits = logits.view(torch.int32)
     in_order = torch.where(
         logits == 0.0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    )  # as integers; both zeros are one
+    )  # as integers; both zeros are equal
     last = logits.shape[1] - 1
     back_to_front = torch.arange(last, -1, -1, device=logits.device)
     best = ((in_order.long() << 32) + back_to_front).topk(count, dim=-1).values

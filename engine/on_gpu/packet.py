@@ -1,5 +1,4 @@
-"""Arrays whose number and sizes differ from step to step, on their way to the device: one piece of memory,
-one copy."""
+"""Moves arrays whose number and sizes vary from step to step to the device: one piece of memory, one copy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from ..device import Device
 
 Array = npt.NDArray[Any]
 
-_ALIGNMENT = 16  # bytes; a pointer aligned otherwise would make Triton compile its kernels anew
+_ALIGNMENT = 16  # bytes; with another pointer alignment Triton would recompile its kernels
 _DTYPES = {
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.int32): torch.int32,
@@ -23,10 +22,10 @@ _DTYPES = {
 
 
 def send(device: Device, arrays: Mapping[str, Array]) -> dict[str, torch.Tensor]:
-    """The arrays on the device, by name; the copy is queued, and nothing waits.
+    """Returns the arrays on the device, by name; the copy is queued without a wait.
 
-    Each call takes pinned memory of its own: torch gives it to another only when the copy from it is done, so
-    that any number of steps may be under way."""
+    Each call takes separate pinned memory: torch reuses it only when the copy from it is done, so that any
+    number of steps may be under way."""
     if not arrays:
         return {}
     places = {}

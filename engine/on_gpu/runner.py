@@ -1,5 +1,5 @@
 """Runs steps on a GPU. Nothing here waits for the device until a step's tokens are collected, so that the
-host prepares a step while the one before it is computed.
+host prepares a step while the previous one is computed.
 
 A step in which every sequence has one token replays a captured graph (`decode_graphs.py`); any other is
 queued kernel by kernel, which its many tokens hide."""
@@ -53,7 +53,7 @@ class DeviceRunner:
             max_batch_size=max_batch_size,
             max_model_len=max_model_len,
         )
-        if device.runs_ahead:  # a kernel that is compiled later holds up whoever is served then
+        if device.runs_ahead:  # a kernel that is compiled later delays the requests of that moment
             warm_up(device, model, cache, max_model_len)
 
     @torch.inference_mode()
@@ -80,7 +80,8 @@ class DeviceRunner:
         return _Step(batch, sampled, tokens, self._prompts)
 
     def _run_eagerly(self, batch: Batch, on_layer: Callable[[int], None] | None) -> torch.Tensor:
-        """Logits of the sampled rows. Attention is planned on the host, so the batch's lengths stay there."""
+        """Returns logits of the sampled rows. Attention is planned on the host, so the batch's lengths stay
+        there."""
         inputs = self._on_device(self._inputs.build(batch), batch)
         hidden = self._model.forward(inputs, self._cache, on_layer)
         if inputs.needs_all_rows:
@@ -104,7 +105,8 @@ class DeviceRunner:
         )
 
     def _places(self, batch: Batch) -> torch.Tensor | None:
-        """Where each token of the batch is among those drawn lately; None where the host knows all."""
+        """Returns the place of each token of the batch among the recently drawn ones; None where the host
+        knows all."""
         if not any(chunk.sequence.num_pending_tokens for chunk in batch.chunks):
             return None
         places: list[int] = []
@@ -116,7 +118,7 @@ class DeviceRunner:
         return self._there(torch.tensor(places))
 
     def _there(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy on the device, on its way while the host goes on."""
+        """Queues a copy to the device, without a wait on the host."""
         return to_device(tensor, self._device.torch_device)
 
 

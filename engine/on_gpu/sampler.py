@@ -1,9 +1,9 @@
-"""Logits on a GPU in, tokens out: what `sampler.py` does, without a wait for the device until the tokens are
+"""Samples tokens from logits on a GPU, like `sampler.py`, without a wait for the device until the tokens are
 read.
 
-The host lists what a step's rows need while the device still computes them (`prepare`); edits, draws and log
-probabilities are then queued behind the logits (`sample`), and the tokens stay on the device, for the next
-step, and travel to the host."""
+The host lists the sampling parameters of a step's rows while the device still computes them (`prepare`);
+edits, draws and log probabilities are then queued behind the logits (`sample`), and the tokens stay on the
+device, for the next step, and are copied to the host."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
@@ -25,8 +25,8 @@ _COLUMNS = [field.name for field in fields(SamplingBatch)]
 
 @dataclass(frozen=True)
 class PreparedSampling:
-    """A step's chunks, and what sampling them needs, on the device when its logits are. For one call of
-    `sample`."""
+    """A step's chunks and their sampling parameters, on the device by the time its logits are. For one call
+    of `sample`."""
 
     chunks: tuple[ScheduledChunk, ...]
     there: dict[str, torch.Tensor]  # by name: `list_edits`, the columns of a SamplingBatch, and:
@@ -45,7 +45,7 @@ class DeviceSampler:
         self._penalties = Penalties()
 
     def prepare(self, chunks: Seq[ScheduledChunk], rows: Seq[int] | None = None) -> PreparedSampling:
-        """Chunk i is to be drawn from row `rows[i]` of the logits, from row i by default. A row is of one
+        """Prepares to draw chunk i from row `rows[i]` of the logits, row i by default. A row belongs to one
         chunk."""
         for chunk in chunks:
             _check_known(chunk)
@@ -62,7 +62,7 @@ class DeviceSampler:
         return PreparedSampling(tuple(chunks), send(self._device, arrays), num_top)
 
     def sample(self, logits: torch.Tensor, prepared: PreparedSampling) -> "DeviceTokens":
-        """From contiguous float32 logits [R, V], which it spoils."""
+        """Samples from contiguous float32 logits [R, V], which it overwrites."""
         there = prepared.there
         raw = logits.index_select(0, there["raw_rows"]) if "raw_rows" in there else None
         apply_edits(logits, there)
@@ -89,7 +89,7 @@ class DeviceTokens:
         self._copied.record()
 
     def report(self) -> list[list[SampledToken]]:
-        """The tokens of each chunk, one for each of its choices. Waits for them."""
+        """Returns the tokens of each chunk, one for each of its choices. Waits for them."""
         self._copied.synchronize()
         token_ids = iter(self._token_ids.tolist())
         if self._logprobs is None:
@@ -117,12 +117,12 @@ def _check_known(chunk: ScheduledChunk) -> None:
 
 
 def _takes_largest(chunk: ScheduledChunk) -> bool:
-    """Whether the row's largest logit is the token, and the only one."""
+    """Returns whether the row's largest logit is the token, and the only candidate."""
     return chunk.sequence.spec.sampling.temperature < GREEDY_BELOW and len(chunk.choices) == 1
 
 
 def _draws(chunks: Seq[ScheduledChunk], rows: Seq[int]) -> dict[str, Array]:
-    """The columns of a SamplingBatch."""
+    """Returns the columns of a SamplingBatch."""
     draws = [
         (row, chunk.sequence.spec.sampling, choice, chunk.sequence.num_output_tokens)
         for row, chunk in zip(rows, chunks, strict=True)

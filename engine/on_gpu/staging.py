@@ -1,4 +1,4 @@
-"""The way of a step's numbers from the host to the device: packed into one piece of pinned memory, one copy a
+"""Moves a step's numbers from the host to the device: packed into one piece of pinned memory, one copy a
 step."""
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 from ..device import Device, DeviceEvent
 
-_ALIGNMENT = 16  # bytes; what Triton takes a pointer's alignment to be
+_ALIGNMENT = 16  # bytes; the pointer alignment that Triton assumes
 _NUM_BUFFERS = 2  # the host fills one while the device may still copy from the other
 
 Array = npt.NDArray[Any]
@@ -26,8 +26,7 @@ class Field:
 
 
 class Staging:
-    """Arrays that lie on the device for good, and are overwritten from the host step by step, all of them at
-    once."""
+    """Arrays that stay on the device and are overwritten from the host step by step, all at once."""
 
     def __init__(self, device: Device, fields: Sequence[Field]) -> None:
         spans = []
@@ -47,15 +46,15 @@ class Staging:
         self._next = 0
 
     def fill(self) -> dict[str, Array]:
-        """The host's arrays, by name, to be written before `send`. Waits while the device still copies from
-        them."""
+        """Returns the host's arrays, by name, to be written before `send`. Waits while the device still
+        copies from them."""
         _, arrays, copied = self._buffers[self._next]
         copied.synchronize()
         return arrays
 
     def send(self) -> None:
-        """Queue the copy; what the device does from now on sees the new numbers, what was queued before saw
-        the old ones."""
+        """Queues the copy; work queued later on the device sees the new numbers, work queued before saw the
+        old ones."""
         buffer, _, copied = self._buffers[self._next]
         self._there.copy_(buffer, non_blocking=True)
         copied.record()

@@ -1,5 +1,4 @@
-"""Steps that nobody asked for, before anybody asks: they compile the kernels, and show what memory a step
-takes."""
+"""Steps that run before any request: they compile the kernels, and show how much memory a step takes."""
 
 from dataclasses import fields
 
@@ -27,8 +26,8 @@ def prompt_step(
     max_model_len: int,
     num_cached_tokens: int = 0,
 ) -> None:
-    """A step of prompts of these lengths, each behind a cached prefix. What it computes means nothing: all
-    keys lie in block 0 of `cache`, one on the other."""
+    """Runs a step of prompts of these lengths, each behind a cached prefix. Its results are meaningless:
+    all keys are in block 0 of `cache`, one on the other."""
     there, size = device.torch_device, cache.layout.block_size
     positions = torch.cat([torch.arange(length) for length in lengths]) + num_cached_tokens
     batch = AttentionBatch(
@@ -43,7 +42,7 @@ def prompt_step(
 
 @torch.inference_mode()
 def warm_up(device: Device, model: Model, cache: KVCache, max_model_len: int) -> None:
-    """Everything that requests may need beside captured graphs. Nothing may be in the cache yet: block 0 is
+    """Warms up all that requests may need besides captured graphs. The cache must still be empty: block 0 is
     written to."""
     for length in _CHUNK_LENGTHS:
         prompt_step(device, model, cache, [min(length, max_model_len)], max_model_len)

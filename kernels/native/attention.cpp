@@ -11,7 +11,7 @@
 namespace pd {
 namespace {
 
-constexpr int64_t kMaxRows = 12 * kTileRows;  // of one task: enough that packing its keys is cheap
+constexpr int64_t kMaxRows = 12 * kTileRows;  // per task: enough that packing its keys is cheap
 
 std::vector<Rows> cut_rows(const Attention& a) {
   const int64_t tokens_per_task = std::max<int64_t>(1, kMaxRows / a.group());

@@ -1,4 +1,4 @@
-// Flash attention over one stretch of keys: what the scheduling in attention.cpp is made of.
+// Flash attention over one stretch of keys: the building block of the scheduling in attention.cpp.
 //
 // A row is one (token, query head) pair of a sequence and a kv head. Keys are taken in blocks of 64 at multiples of 64 from
 // the start of the sequence, and the running softmax starts anew at every segment of 512 keys; segments are merged in
@@ -86,7 +86,8 @@ class RowAttention {
     return 4 * (rows * dim + 2 * dim * kKeys + kTileRows * kKeys * 2 + 2 * Partial::floats(rows, dim)) + 1024;
   }
 
-  // `next` are the rows this thread will probably do next: their first keys are asked for at the end of these.
+  // `next` are the rows this thread will probably do next: their first keys are prefetched at the end of
+  // these.
   RowAttention(const Attention& a, const Rows& rows, const Rows& next, void* memory)
       : a_(a),
         rows_(rows),
@@ -112,7 +113,7 @@ class RowAttention {
   int64_t num_rows() const { return num_rows_; }
   const Partial& total() const { return total_; }
 
-  // The keys of segment `index` that any of the rows sees.
+  // Attends to the keys of segment `index` that any of the rows sees.
   void attend_segment(int64_t index, Partial& to) {
     to.clear(num_rows_, dim_);
     const int64_t begin = std::max(rows_.key_begin(a_.window), index * kSegment) / kKeys * kKeys;
@@ -204,7 +205,7 @@ class RowAttention {
       for (int j = 0; j < VECS; ++j) _mm512_store_ps(scores_ + i * kKeys + k + j * kLanes, acc[i][j]);
   }
 
-  // Turns row i of scores_ into weights under the row's running maximum, rescaling what was summed before.
+  // Turns row i of scores_ into weights under the row's running maximum, rescaling the earlier sums.
   void softmax_row(int i, int64_t row, int64_t key, int64_t num_keys, Partial& to) {
     const int64_t position = rows_.position + row / a_.group();
     const int64_t begin = std::max<int64_t>(0, position - a_.window + 1 - key), end = std::min(num_keys, position + 1 - key);

@@ -1,6 +1,6 @@
-// Compiled without vector flags: it must run on every x86-64 CPU, to say what the other files may do.
+// Compiled without vector flags: it must run on every x86-64 CPU, to report which other files may run.
 
-// 0: nothing here runs; 1: the float32 kernels; 2: bf16 too.
+// 0: no kernels run here; 1: the float32 kernels; 2: bf16 too.
 extern "C" int pd_cpu_level() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||

@@ -1,6 +1,6 @@
-// Reading the cached keys and values of one block of 64 keys into the layout that products want.
+// Reading the cached keys and values of one block of 64 keys into the layout of the products.
 //
-// Everything here also asks for the same places of the next key block, so that memory is busy all the time.
+// Everything here also prefetches the same places of the next key block, so that memory is busy all the time.
 #pragma once
 
 #include <algorithm>
@@ -14,16 +14,16 @@ namespace pd {
 
 constexpr int kKeys = 64;  // of one key block
 
-// Where up to 64 keys of a kv head lie, eight by eight: a cache block holds a multiple of 8 tokens.
+// The locations of up to 64 keys of a kv head, eight by eight: a cache block holds a multiple of 8 tokens.
 template <class T>
 struct KeyBlock {
   int64_t key = -1;  // the first one
   int64_t count = 0;
-  const T *keys[kKeys / 8], *values[kKeys / 8];  // of groups without a key: any readable memory
+  const T *keys[kKeys / 8], *values[kKeys / 8];  // for groups without a key: any readable memory
 };
 
-// r[i] = dwords [d, d + 16) of keys k .. k + 15, one dword of 16 keys in each register. What comes of absent
-// keys has no meaning.
+// r[i] = dwords [d, d + 16) of keys k .. k + 15, one dword of 16 keys in each register. The values of absent
+// keys are undefined.
 template <class T>
 PD_INLINE void read_keys(const KeyBlock<T>& block, const KeyBlock<T>& next, int64_t head_dim, int64_t k, int64_t d,
                       __m512i (&r)[16]) {

@@ -1,8 +1,9 @@
 // Workers spin for a moment after each job, since the next kernel usually follows within microseconds, then sleep.
 //
-// A job is open from `open = epoch` to `open = 0`. A worker announces itself in `active` before it looks at `open`; the
-// caller closes the job and then waits until `active` is 0. So a worker that wakes late finds the job closed, and nobody
-// waits for a worker that never came (it may have no core, or be on the other side of a fork).
+// A job is open from `open = epoch` to `open = 0`. A worker announces itself in `active` before it looks at
+// `open`; the caller closes the job and then waits until `active` is 0. So a worker that wakes late finds the
+// job closed, and no one waits for a worker that never came (it may have no core, or be on the other side of
+// a fork).
 #include "pool.h"
 
 #include <immintrin.h>
@@ -101,7 +102,7 @@ class Pool {
   std::condition_variable wake_;
 };
 
-std::mutex g_caller;           // held by the one caller that has the pool
+std::mutex g_caller;           // held by the one caller that uses the pool
 Pool* g_pool = nullptr;        // leaked at exit: joining threads from a static destructor may hang
 std::atomic<int> g_threads{1};
 

@@ -12,7 +12,7 @@ int num_threads();
 
 // Runs f(task) for every task in [0, num_tasks), in any order, on the pool's threads and the caller's; returns when all are
 // done.
-// A second caller at the same time works its tasks off alone.
+// A second, concurrent caller runs all of its tasks by itself.
 void run_tasks(int64_t num_tasks, TaskFn f, void* context);
 
 template <class F>

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 8;
 
-// Calls f(row) for every row; few rows are not worth waking anyone for.
+// Calls f(row) for every row; few rows are not worth waking a thread for.
 template <class F>
 void for_rows(int64_t rows, F&& f) {
   parallel_for(rows < 4 * kRowsPerTask ? 1 : ceil_div(rows, kRowsPerTask), [&](int64_t task) {
@@ -30,7 +30,8 @@ float inverse_rms(const typename E::T* x, int64_t n, float eps) {
   return 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(n) + eps);
 }
 
-// out = x / rms(x) * weight for each row; with a residual, x is added to it first and the sum is what gets normed.
+// out = x / rms(x) * weight for each row; with a residual, x is added to it first and the norm is that of the
+// sum.
 template <class E>
 void rms_norm(const typename E::T* x, typename E::T* residual, const typename E::T* weight, typename E::T* out,
               int64_t rows, int64_t n, float eps) {

@@ -1,4 +1,4 @@
-// The register tile every matrix product here is made of.
+// The register tile of every matrix product here.
 //
 // Each output element is one accumulator that walks the inner dimension from first to last, so its bits depend neither on
 // the tile's height nor on where the rows were cut into tiles: a token's result is the same alone and in any batch.
@@ -20,7 +20,7 @@ struct Tile {
   int64_t depth;  // inner dimension in dwords
 };
 
-constexpr int64_t kAhead = 16;  // rows of b to ask for in advance where it streams from memory
+constexpr int64_t kAhead = 16;  // rows of b to prefetch where it streams from memory
 
 // acc[i][j] += sum over d of a[i][d] * b[d][16 j ..]
 template <class E, bool STREAM = false, int ROWS, int VECS>

@@ -13,13 +13,13 @@ namespace {
 
 constexpr int64_t kLine = 64;
 constexpr int64_t kWord = 8;
-constexpr int64_t kAhead = 4096;  // bytes between what is copied and what memory is asked for meanwhile
+constexpr int64_t kAhead = 4096;  // bytes between the copy and the prefetch
 constexpr uint64_t kKeyStep = 0x9E3779B185EBCA87;
 
 // The wire's checksum as `Kernels` defines it, eight words at a time.
 class Checksum {
  public:
-  // The next words added stand at this offset of the wire.
+  // The next words added are at this offset of the wire.
   void seek(int64_t offset) {
     const __m512i lanes = _mm512_set_epi64(8 * kKeyStep, 7 * kKeyStep, 6 * kKeyStep, 5 * kKeyStep, 4 * kKeyStep, 3 * kKeyStep,
                                            2 * kKeyStep, kKeyStep);
@@ -43,8 +43,9 @@ class Checksum {
 
 __mmask8 words_mask(int64_t bytes) { return static_cast<__mmask8>((1u << bytes / kWord) - 1); }
 
-// Calls f(cache offset, wire offset, bytes) for every run of tokens that is contiguous on both sides. A block's heads come one
-// after the other, as they lie in the cache: memory likes one long walk through a block better than many short ones.
+// Calls f(cache offset, wire offset, bytes) for every run of tokens that is contiguous on both sides. A
+// block's heads come one after the other, as in the cache: memory serves one long pass over a block better
+// than many short ones.
 template <class F>
 void for_runs(int64_t planes, int64_t num_blocks, int64_t heads, int64_t block_size, int64_t row, const int64_t* block_ids,
               int64_t token_start, int64_t token_end, F&& f) {
@@ -60,8 +61,9 @@ void for_runs(int64_t planes, int64_t num_blocks, int64_t heads, int64_t block_s
     }
 }
 
-// Copies a run of whole words and sums it up. Memory is asked meanwhile for what is copied soon, in this run or the next:
-// blocks lie anywhere, the hardware cannot foresee them. The checksum goes by value, for it to stay in registers.
+// Copies a run of whole words and checksums it, and prefetches the data that is copied soon, in this run or
+// the next: blocks are anywhere, the hardware cannot predict them. The checksum is passed by value, to stay
+// in registers.
 Checksum copy_summing(char* to, const char* from, int64_t bytes, const char* next, Checksum checksum) {
   int64_t i = 0;
   for (; i + kLine <= bytes; i += kLine) {
@@ -90,7 +92,7 @@ void copy_streaming(char* to, const char* from, int64_t bytes) {
 
 }  // namespace
 
-// Returns the checksum of what it wrote.
+// Returns the checksum of the bytes that it wrote.
 extern "C" uint64_t pd_gather_tokens(const char* cache, char* wire, int64_t planes, int64_t num_blocks, int64_t heads,
                                      int64_t block_size, int64_t row, const int64_t* block_ids, int64_t token_start,
                                      int64_t token_end) {
@@ -125,7 +127,7 @@ extern "C" void pd_scatter_tokens(char* cache, const char* wire, int64_t planes,
                                   int64_t token_end) {
   for_runs(planes, num_blocks, heads, block_size, row, block_ids, token_start, token_end,
            [&](int64_t in_cache, int64_t on_wire, int64_t bytes) { copy_streaming(cache + in_cache, wire + on_wire, bytes); });
-  _mm_sfence();  // streamed stores become visible before what says that they are done
+  _mm_sfence();  // streamed stores become visible before the signal that they are done
 }
 
 // pairs: (source, destination) blocks, copied in order in every plane.

@@ -3,8 +3,8 @@
 Split-KV (FlashDecoding, Dao et al. 2023): a program reads one piece of one sequence's keys at a time, for all
 query heads that share a kv head, packed as the rows of one matrix product. A sequence in one piece is written
 at once. Pieces of a split sequence leave partial results, which the program that finishes the last of them
-merges: who that is is found by counting arrivals, so that no second kernel is launched, and what it computes
-does not depend on who it is.
+merges: it is found by counting arrivals, so that no second kernel is launched, and the result does not depend
+on which program it is.
 
 A captured graph's grid is that of its largest plan. Where most of it would be idle, a wave of n programs
 takes the pieces in turn, every n-th (`DecodeShape.takes_turns`); the loop costs registers."""
@@ -24,8 +24,8 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """As `AttentionBatch`, of at most `shape.max_seqs` sequences; those behind the plan's are not looked
-    at."""
+    """The tensors of `AttentionBatch`, for at most `shape.max_seqs` sequences; those beyond the plan's are
+    not read."""
 
     query_start_loc: torch.Tensor  # int32 [max_seqs + 1]
     context_lens: torch.Tensor  # int32 [max_seqs]
@@ -35,8 +35,8 @@ class DecodeBatch:
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Where pieces leave their partial results, and are counted: one for all layers, since they run one after
-    the other."""
+    """The memory in which pieces leave and count their partial results: one for all layers, since they run
+    one after the other."""
 
     outputs: torch.Tensor  # float32 [max_pieces, Hkv, rows, D]
     log_sums: torch.Tensor  # float32 [max_pieces, Hkv, rows]: log2 of the sum of exp2 of the scores
@@ -65,8 +65,8 @@ def decode_attention(
     scale: float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Kernels.paged_attention` for q [T, Hq, D]; the plan's shape says the window. Sequences have 1 to 8
-    queries; of those that the plan leaves out nothing is written to `out`, alike q."""
+    """`Kernels.paged_attention` for q [T, Hq, D]; the plan's shape states the window. Sequences have 1 to 8
+    queries; for those that the plan leaves out nothing is written to `out`, shaped like q."""
     out = torch.empty_like(q) if out is None else out
     decode_launch(q, k_cache, v_cache, batch, workspace, scale, out).run()
     return out.flatten(1)
@@ -242,7 +242,7 @@ def _attend_piece(
         first = tl.load(partial_start + seq)
         end = tl.load(partial_start + seq + 1)
         arrived = arrivals + seq * NUM_KV_HEADS + kv_head
-        tl.debug_barrier()  # all threads have stored, before one of them says so to other multiprocessors
+        tl.debug_barrier()  # all threads have stored, before one of them reports it to other multiprocessors
         if tl.atomic_add(arrived, 1, sem="acq_rel") == end - first - 1:
             tl.store(arrived, 0)
             merged_rows = tl.arange(0, BLOCK_R)
@@ -280,8 +280,8 @@ def _attend_keys(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """The keys [first_key, end_key): rows' outputs [BLOCK_M, BLOCK_D], and log2 of the sums of exp2 of their
-    scores."""
+    """Attends to the keys [first_key, end_key): returns rows' outputs [BLOCK_M, BLOCK_D], and log2 of the
+    sums of exp2 of their scores."""
     dims = tl.arange(0, BLOCK_D)
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

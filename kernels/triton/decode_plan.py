@@ -1,9 +1,8 @@
 """Cuts a decode batch's keys into pieces of about equal work. The number of pieces has a bound that depends
-on the batch's capacity alone, so a captured graph launches over that bound and finds the pieces of the day in
+on the batch's capacity alone, so a captured graph launches over that bound and finds the current pieces in
 its metadata.
 
-Made on the CPU, once a step (for each window that the model has), before the step is launched.
-"""
+Made on the CPU, once a step (for each window that the model has), before the step is launched."""
 
 from dataclasses import dataclass
 
@@ -16,16 +15,16 @@ from .launch import cdiv
 Ints = npt.NDArray[np.int32]
 
 MAX_QUERY_LEN = 8
-NO_PARTIAL = -1  # the piece is all of its sequence's keys: its result is the result
+NO_PARTIAL = -1  # the piece has all of its sequence's keys: its result is the final one
 _NO_SEQUENCE = -1
 _WAVES = 4
 _BLOCKS_PER_MULTIPROCESSOR = 3  # that fit, by the shared memory of a decode program on Hopper
-_MIN_PAGES = 2  # of a piece: less is not worth a partial result
+_MIN_PAGES = 2  # per piece: fewer are not worth a partial result
 
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """What a captured graph is captured for."""
+    """The parameters for which a graph is captured."""
 
     max_seqs: int
     max_query_len: int
@@ -50,35 +49,37 @@ class DecodeShape:
 
     @property
     def tile(self) -> int:
-        """Pieces begin at multiples of it: pages, or several where they are small."""
+        """Pieces begin at multiples of it: a page, or several where pages are small."""
         return self.block_size * cdiv(64, self.block_size)
 
     @property
     def wanted_pieces(self) -> int:
-        """Of one kv head, where the load is large enough."""
+        """The number of pieces per kv head, where the load is large enough."""
         return cdiv(_WAVES * _BLOCKS_PER_MULTIPROCESSOR * self.num_multiprocessors, self.num_kv_heads)
 
     def max_pieces(self, max_context_len: int) -> int:
-        """No plan for this shape has more, as long as contexts stay within `max_context_len`."""
+        """The maximum number of pieces of a plan for this shape, as long as contexts stay within
+        `max_context_len`."""
         if self.split_keys is not None:
             return self.max_seqs * cdiv(max_context_len, self.split_keys)
         most = cdiv(cdiv(max_context_len, self.tile), self.min_tiles)
         return min(self.wanted_pieces + self.max_seqs, self.max_seqs * most)
 
     def num_programs(self, num_pieces: int) -> int:
-        """Of one kv head."""
+        """The number of programs per kv head."""
         wave = cdiv(_BLOCKS_PER_MULTIPROCESSOR * self.num_multiprocessors, self.num_kv_heads)
         return min(num_pieces, wave) if self.takes_turns else num_pieces
 
     @property
     def min_tiles(self) -> int:
-        """Of a piece, where the load decides; less only where a sequence has no more."""
+        """The minimum number of tiles of a piece, where the load decides; fewer only where a sequence has no
+        more."""
         return cdiv(_MIN_PAGES * self.block_size, self.tile)
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """Which keys each program reads, and where it writes.
+    """Lists the keys that each program reads, and where it writes.
 
     A row of `pieces` is (sequence, first key, key behind the last, row of the partial results or NO_PARTIAL);
     rows behind the plan's pieces have no sequence. The partial results of sequence s are rows
@@ -90,7 +91,7 @@ class DecodePlan:
     partial_start: torch.Tensor  # int32 [max_seqs + 1]
 
     def trimmed(self) -> "DecodePlan":
-        """Without rows that have no sequence; for a plan on the host."""
+        """Returns the pieces without rows that have no sequence; for a plan on the host."""
         return DecodePlan(self.shape, self.pieces[self.pieces[:, 0] != _NO_SEQUENCE], self.partial_start)
 
     def to(self, device: str) -> "DecodePlan":
@@ -100,8 +101,8 @@ class DecodePlan:
 def plan_decode(
     shape: DecodeShape, query_lens: list[int], context_lens: list[int], max_context_len: int
 ) -> DecodePlan:
-    """The plan of a batch of `len(query_lens)` sequences; those of no queries, and those up to `max_seqs`,
-    have no pieces.
+    """Returns the plan of a batch of `len(query_lens)` sequences; those of no queries, and those up to
+    `max_seqs`, have no pieces.
 
     Raises ValueError for a batch that does not fit the shape.
     """
@@ -137,7 +138,8 @@ def plan_decode(
 
 
 def _tiles_of_a_piece(shape: DecodeShape, tiles: npt.NDArray[np.int64]) -> int:
-    """At most; such that the batch has about the wanted number of pieces."""
+    """Returns the maximum number of keys of a piece, such that the batch has about the wanted number of
+    pieces."""
     if shape.split_keys is not None:
         return shape.split_keys // shape.tile
     return max(cdiv(int(tiles.sum()), shape.wanted_pieces), shape.min_tiles)

@@ -1,4 +1,4 @@
-"""A step's input tokens: those that the host knows, and those that only the device does."""
+"""A step's input tokens: those that the host knows, and those that only the device knows."""
 
 import torch
 import triton
@@ -10,8 +10,8 @@ _BLOCK = 256
 
 
 def take_drawn(places: torch.Tensor, otherwise: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """int64 [N]: `drawn[places[n]]`, or `otherwise[n]` where the place is negative. All are int64, of one
-    dimension."""
+    """Computes int64 [N]: `drawn[places[n]]`, or `otherwise[n]` where the place is negative. All are int64,
+    of one dimension."""
     out = torch.empty_like(otherwise)
     if len(out):
         take_launch(places, otherwise, drawn, out).run()

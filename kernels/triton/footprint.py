@@ -1,7 +1,7 @@
-"""Compiles a launch to machine code for a GPU that need not be there, and says what it takes of a
-multiprocessor.
+"""Compiles a launch to machine code for a GPU that need not be present, and reports the multiprocessor
+resources that it takes.
 
-Specialised as Triton's own launcher would (alignment, constants), by that launcher's code: hence the private
+Specialises like Triton's own launcher (alignment, constants), by that launcher's code: hence the private
 names."""
 
 import contextlib
@@ -23,18 +23,18 @@ _WARP_SIZE = 32
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one block of threads."""
+    """The resources of one block of threads."""
 
     kernel: str
     num_warps: int
     num_stages: int
-    registers: int  # of a thread
+    registers: int  # per thread
     spill_bytes: int  # stored and loaded by a thread
     shared_bytes: int
 
 
 def footprint(launch: Launch, target: int) -> Footprint:
-    """Compile for compute capability `target`, 90 for 9.0. Raises what Triton and ptxas raise."""
+    """Compiles for compute capability `target`, 90 for 9.0. Raises the errors of Triton and ptxas."""
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile")
     gpu = GPUTarget("cuda", target, _WARP_SIZE)

@@ -1,5 +1,5 @@
-"""The kernels of the GPU behind the `Kernels` interface. Everything is queued on the device's current stream;
-what must wait for it says so."""
+"""The GPU kernels behind the `Kernels` interface. All work is queued on the device's current stream; calls
+that must wait for it say so."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ _WIRE_DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 def why_unavailable(requirements: KernelRequirements) -> str | None:
-    """Why Triton's kernels cannot serve these requirements on this machine; None where they can."""
+    """Returns why Triton's kernels cannot serve these requirements on this machine; None where they can."""
     if requirements.dtype not in _MAX_HEAD_DIM:
         return f"{requirements.dtype} has no Triton kernels"
     limit = _MAX_HEAD_DIM[requirements.dtype]
@@ -48,9 +48,10 @@ def why_unavailable(requirements: KernelRequirements) -> str | None:
 class TritonKernels:
     """Kernels for one model dtype, on CUDA tensors, or in Triton's interpreter on any.
 
-    Weights, activations and the cache are on the device. What the engine makes on the host for a step,
-    positions, slots and the attention batch, may stay there: it is copied without a wait. Linears are torch's
-    matrix products. The last bits of a token's attention depend on its batch: how its keys are split does.
+    Weights, activations and the cache are on the device. Tensors that the engine makes on the host for a step
+    (positions, slots and the attention batch) may stay there: they are copied without a wait. Linears are
+    torch's matrix products. The last bits of a token's attention depend on its batch, which determines how
+    its keys are split.
     """
 
     name = "triton"
@@ -78,7 +79,7 @@ class TritonKernels:
     def linear(
         self, x: torch.Tensor, packed: PackedLinear, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """Logits are not rounded to x's dtype on their way: sums are float32, and come out as such."""
+        """Logits are not rounded to x's dtype: sums are float32, and are returned as such."""
         self._check_rows(x, packed)
         if out_dtype not in (None, self._dtype, torch.float32):
             raise ValueError(f"out_dtype: {out_dtype} is not valid, expected {self._dtype} or torch.float32")
@@ -87,7 +88,7 @@ class TritonKernels:
         return self.linear_into(x, packed, x.new_empty((len(x), packed.out_features), dtype=torch.float32))
 
     def linear_into(self, x: torch.Tensor, packed: PackedLinear, out: torch.Tensor) -> torch.Tensor:
-        """`linear` in float32, written to `out` [T, N]: logits have a place of their own, and are too large
+        """Computes `linear` in float32 into `out` [T, N]: logits have memory of their own, and are too large
         to be copied."""
         self._check_rows(x, packed)
         expected = (len(x), packed.out_features)
@@ -129,7 +130,7 @@ class TritonKernels:
         v_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """Positions and slots on the host are copied, call by call."""
+        """Positions and slots on the host are copied at each call."""
         self._check("qkv", qkv)
         self._check_cache(k_cache, v_cache)
         positions, slots = to_device(positions, qkv.device), to_device(slot_mapping, qkv.device)
@@ -146,8 +147,8 @@ class TritonKernels:
         scale: float,
         sliding_window: int | None = None,
     ) -> torch.Tensor:
-        """The batch's lengths and tables must be on the host, and stay as they are as long as the batch
-        lives: they are planned and copied by its first call, for all of its layers."""
+        """The batch's lengths and tables must be on the host, and stay unchanged as long as the batch exists:
+        its first call plans and copies them, for all of its layers."""
         num_heads, num_kv_heads = self._check("q", q).shape[1], k_cache.shape[1]
         self._check_cache(k_cache, v_cache)
         if num_heads % num_kv_heads or num_heads // num_kv_heads > MAX_GROUP:
@@ -169,8 +170,8 @@ class TritonKernels:
         token_end: int,
         buffer: torch.Tensor,
     ) -> int:
-        """A buffer on the host gets the tokens by way of one as large on the device; waits for the device, as
-        the checksum and the bytes must be there on return."""
+        """A buffer on the host receives the tokens through an equally large one on the device; waits for the
+        device, as the checksum and the bytes must be there on return."""
         check_token_range(cache, layer_start, layer_end, block_ids, token_start, token_end, buffer)
         part = _part(cache, layer_start, layer_end, token_start, token_end)
         on_device = buffer if buffer.device == cache.device else torch.empty_like(buffer, device=cache.device)
@@ -219,7 +220,7 @@ class TritonKernels:
 
 
 def _part(cache: torch.Tensor, layer_start: int, layer_end: int, token_start: int, token_end: int) -> KVPart:
-    """All heads of these layers and tokens."""
+    """Returns all heads of these layers and tokens."""
     return KVPart(range(layer_start, layer_end), range(cache.shape[3]), range(token_start, token_end))
 
 

@@ -1,4 +1,4 @@
-"""A kernel launch as a value, so that what the compile gate compiles is what production launches,
+"""A kernel launch as a value, so that the compile gate compiles exactly the launches of production,
 meta-parameters included."""
 
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    # of a thread; None: the assembler's choice, which may spill a few for another block
+    # per thread; None: the assembler's choice, which may spill a few for another block
     max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        """As Triton's launcher takes them."""
+        """Returns the arguments in the form that Triton's launcher takes."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
@@ -37,7 +37,7 @@ class Launch:
 
 @lru_cache
 def target_of(device: torch.device) -> int:
-    """The compute capability, 90 for 9.0; a device without one gets what Hopper would."""
+    """Returns the compute capability, 90 for 9.0; a device without one gets Hopper's."""
     if device.type != "cuda":
         return HOPPER
     major, minor = torch.cuda.get_device_capability(device)
@@ -45,7 +45,7 @@ def target_of(device: torch.device) -> int:
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is not below `number`."""
+    """Returns the least power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()
 
 

@@ -1,4 +1,4 @@
-"""Searches of one row of logits by one program, a tile at a time: what `sampling.py` draws tokens with.
+"""Searches of one row of logits by one program, a tile at a time: used by `sampling.py` to draw tokens.
 
 A source is a row, or candidates copied from it, in order of their ids; a place is an index into the source.
 Logits are looked at as integers of the same order (keys), whose thresholds are exact. A weight is exp((logit
@@ -31,7 +31,7 @@ def logit_of(key: tl.tensor):
 
 @triton.jit
 def _load_tile(source: tl.tensor, start: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
-    """(places, logits, keys) [BLOCK]; behind the end, what no cut lets through."""
+    """Returns (places, logits, keys) [BLOCK]; behind the end, values that no cut lets through."""
     places = start + tl.arange(0, BLOCK)
     logits = tl.load(source + places, mask=places < size, other=-float("inf"))
     return places, logits, tl.where(places < size, _keys(logits), LOWEST)
@@ -39,7 +39,7 @@ def _load_tile(source: tl.tensor, start: tl.tensor, size: tl.tensor, BLOCK: tl.c
 
 @triton.jit
 def _load_lines(source: tl.tensor, start: tl.tensor, size: tl.tensor, BLOCK: tl.constexpr):
-    """As `_load_tile`, [NUM_LINES, BLOCK / NUM_LINES]: what is taken over the lines needs a quarter of the
+    """Like `_load_tile`, [NUM_LINES, BLOCK / NUM_LINES]: reductions over the lines need a quarter of the
     registers."""
     LENGTH: tl.constexpr = BLOCK // NUM_LINES
     places = start + tl.arange(0, NUM_LINES)[:, None] * LENGTH + tl.arange(0, LENGTH)[None, :]
@@ -49,7 +49,7 @@ def _load_lines(source: tl.tensor, start: tl.tensor, size: tl.tensor, BLOCK: tl.
 
 @triton.jit
 def first_largest(source: tl.tensor, size: tl.constexpr, BLOCK: tl.constexpr):
-    """The first of the largest logits, and its key."""
+    """Returns the place of the first of the largest logits, and its key."""
     best_keys = tl.full([BLOCK // NUM_LINES], LOWEST, tl.int32)
     best_places = tl.zeros([BLOCK // NUM_LINES], tl.int32)
     for start in range(0, size, BLOCK):
@@ -72,7 +72,8 @@ def measure(
     BY_MASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of the tokens at or above a cut: (number, mass or number, lowest key); and the highest key below it."""
+    """Returns (number, mass or number, lowest key) of the tokens at or above a cut; and the highest key below
+    it."""
     number = tl.zeros([BLOCK // NUM_LINES], tl.int32)
     mass = tl.zeros([BLOCK // NUM_LINES], tl.float64)
     lowest_above = tl.full([BLOCK // NUM_LINES], HIGHEST, tl.int32)
@@ -105,10 +106,10 @@ def highest_cut(
     BY_MASS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The highest key in [low, high] with a number or mass of `target` at or above it; `low` has it, from
-    `count` tokens.
+    """Finds the highest key in [low, high] with a number or mass of `target` at or above it; `low` has it,
+    from `count` tokens.
 
-    Returns (source, size, that key, the number of tokens at or above it): the source of old, or the
+    Returns (source, size, that key, the number of tokens at or above it): the original source, or the
     candidates in `values`."""
     while low < high:
         # Half-way between the two logits and not between the keys, most of which belong to numbers near zero.
@@ -133,7 +134,7 @@ def highest_cut(
 def _copy_candidates(
     source: tl.tensor, size: tl.tensor, cut: tl.tensor, values: tl.tensor, ids: tl.tensor, BLOCK: tl.constexpr
 ):
-    """Tokens at or above a cut, a tile of them at most, in order of their ids."""
+    """Copies tokens at or above a cut, at most a tile of them, in order of their ids."""
     filled = tl.full([], 0, tl.int32)
     for start in range(0, size, BLOCK // 2):
         places, logits, keys = _load_tile(source, start, size, BLOCK // 2)
@@ -147,7 +148,7 @@ def _copy_candidates(
 
 @triton.jit
 def place_at(source: tl.tensor, size: tl.tensor, cut: tl.tensor, rank: tl.tensor, BLOCK: tl.constexpr):
-    """Where the `rank`-th token (from 1) with just that key lies."""
+    """Returns the place of the `rank`-th token (from 1) with exactly that key."""
     found = size
     before = tl.full([], 0, tl.int32)
     for start in range(0, size, BLOCK // 2):
@@ -170,7 +171,7 @@ def _kept_weights(
     largest: tl.tensor,
     scale: tl.tensor,
 ):
-    """float64, of a tile in any shape."""
+    """Returns weights in float64, for a tile of any shape; 0 for tokens that are not kept."""
     weights = tl.exp((logits - largest) * scale)
     kept = ((keys > cut) | ((keys == cut) & (places <= last_at_cut))) & (weights >= min_p)
     return tl.where(kept, weights, 0.0).to(tl.float64)
@@ -188,10 +189,10 @@ def inverse_cdf(
     scale: tl.tensor,
     BLOCK: tl.constexpr,
 ):
-    """The first place whose cumulative weight exceeds that share of the total; negative where rounding leaves
-    none.
+    """Returns the first place whose cumulative weight exceeds that share of the total; negative where
+    rounding leaves none.
 
-    Found by tiles, then by lines of the tile, then in the line.
+    The search goes by tiles, then by lines of the tile, then within the line.
     """
     LENGTH: tl.constexpr = BLOCK // NUM_LINES
     masses = tl.zeros([LENGTH], tl.float64)

@@ -1,9 +1,8 @@
-"""Partial results of attention over pieces of a sequence's keys, put together (FlashDecoding, Dao et al.
-2023).
+"""Merges partial results of attention over pieces of a sequence's keys (FlashDecoding, Dao et al. 2023).
 
-A partial result of a row is its normalised output and log2 of the sum of exp2 of its scores. They lie in
-float32 [num_partials, Hkv, rows, D] and [num_partials, Hkv, rows], and are merged in their order, whoever
-came last."""
+A partial result of a row is its normalised output and log2 of the sum of exp2 of its scores. Partial results
+are stored in float32 [num_partials, Hkv, rows, D] and [num_partials, Hkv, rows], and are merged in their
+order, regardless of which finished last."""
 
 import triton
 import triton.language as tl
@@ -15,7 +14,7 @@ _MAX_PARTIALS = 8
 
 
 def partials_at_a_time(num_rows: int, block_d: int, num_warps: int) -> int:
-    """How many partial results `merged` is to take in one go for `num_rows` rows."""
+    """Returns how many partial results `merged` takes at once for `num_rows` rows."""
     return max(1, min(_MAX_PARTIALS, _THREAD_ELEMENTS * 32 * num_warps // (power_of_two(num_rows) * block_d)))
 
 
@@ -35,8 +34,8 @@ def merged(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """float32 [BLOCK_R, BLOCK_D]: `rows` of the partial results [first, end) as one; zeros for a row that has
-    seen no key.
+    """Returns float32 [BLOCK_R, BLOCK_D]: `rows` of the partial results [first, end) as one; zeros for a row
+    that has seen no key.
 
     Read past the L1, as another multiprocessor may have written them while this program ran.
     """

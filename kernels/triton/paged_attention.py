@@ -1,9 +1,9 @@
-"""`Kernels.paged_attention`: which kernel a batch goes to, and what that kernel needs to know; once a step,
-for all layers.
+"""`Kernels.paged_attention`: selects the kernels for a batch, and prepares their metadata; once a step, for
+all layers.
 
-Sequences of a few queries go to decode attention, which shares their keys out, all others to prefill
-attention. A batch's lengths are read on the host, where the engine makes them, and its tensors follow to the
-device without a wait: nothing here asks the device for anything."""
+Sequences of a few queries go to decode attention, which splits their keys, all others to prefill attention. A
+batch's lengths are read on the host, where the engine makes them, and its tensors follow to the device
+without a wait: nothing here synchronises with the device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ from .prefill_attention import (
 from .prefill_plan import PrefillPlan, plan_prefill
 
 MAX_GROUP = 64  # query heads of a kv head: the rows of the smallest tile
-# queries times their heads, packed: what the compile gate has seen a decode program hold
+# queries times their heads, packed: the most that the compile gate has verified for a decode program
 _MAX_DECODE_ROWS = 64
 
 
 @dataclass(frozen=True)
 class _Geometry:
-    """What a batch's plan depends on beside the batch; layers differ in their window at most."""
+    """The parameters of a plan besides the batch; layers differ at most in their window."""
 
     num_heads: int
     num_kv_heads: int
@@ -46,7 +46,7 @@ class _Geometry:
 
 @dataclass(frozen=True)
 class DecodeWork:
-    """What decode attention of one batch needs, on the device."""
+    """The tensors for decode attention of one batch, on the device."""
 
     batch: DecodeBatch
     workspace: DecodeWorkspace
@@ -54,7 +54,7 @@ class DecodeWork:
 
 @dataclass(frozen=True)
 class _PrefillWork:
-    """What prefill attention of one batch needs, on the device."""
+    """The tensors for prefill attention of one batch, on the device."""
 
     batch: PrefillBatch
     workspace: PrefillWorkspace | None
@@ -62,28 +62,28 @@ class _PrefillWork:
 
 @dataclass(frozen=True)
 class _AttentionWork:
-    """A batch, by the kernels that its sequences go to."""
+    """A batch, divided by the kernels that its sequences go to."""
 
     decode: DecodeWork | None
     prefill: _PrefillWork | None
 
 
 class _Plans(Protocol):
-    """A batch's work by layer; layers differ in their window at most."""
+    """A batch's work by layer; layers differ at most in their window."""
 
     def work(self, q: torch.Tensor, k_cache: torch.Tensor, window: int | None) -> _AttentionWork: ...
 
 
 class PagedAttention:
-    """Holds the plans of batches that still live, and none of the batches: a step's plan goes when its batch
+    """Holds the plans of batches that still exist, and none of the batches: a step's plan goes when its batch
     goes."""
 
     def __init__(self) -> None:
         self._steps: WeakKeyDictionary[AttentionBatch, _Plans] = WeakKeyDictionary()
 
     def adopt(self, batch: AttentionBatch, works: Mapping[int | None, DecodeWork]) -> None:
-        """The batch is on the device and planned by its owner, for each window: a captured graph's, whose
-        plan is overwritten step by step."""
+        """The batch is on the device and planned by its owner, for each window: it belongs to a captured
+        graph, whose plan is overwritten step by step."""
         self._steps[batch] = _Planned(works)
 
     def __call__(
@@ -95,8 +95,8 @@ class PagedAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Arguments as in `Kernels.paged_attention`; the batch is on the host, and stays as it is while it
-        lives."""
+        """Takes the arguments of `Kernels.paged_attention`; the batch is on the host, and stays unchanged
+        while it exists."""
         if not len(q):
             return q.flatten(1)
         step = self._steps.get(batch)
@@ -156,7 +156,7 @@ class _AttentionStep:
             max_seqs=len(self._query_lens),
             max_query_len=power_of_two(
                 max(query_lens)
-            ),  # a kernel is compiled for each, and not for each length
+            ),  # one kernel is compiled for each of these, not for each length
             num_kv_heads=geometry.num_kv_heads,
             block_size=geometry.block_size,
             num_multiprocessors=num_multiprocessors(self._device),
@@ -191,8 +191,8 @@ class _AttentionStep:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` itself where it is there, else a copy on its way: from pinned memory, so that the host does
-    not wait."""
+    """Returns `tensor` itself where it is on the device, else a copy under way: from pinned memory, so that
+    the host does not wait."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -37,7 +37,7 @@ class _Tiling:
 
 @dataclass(frozen=True)
 class PrefillBatch:
-    """As `AttentionBatch`, and its plan."""
+    """The tensors of `AttentionBatch`, and its plan."""
 
     query_start_loc: torch.Tensor  # int32 [S + 1]
     context_lens: torch.Tensor  # int32 [S]
@@ -47,7 +47,8 @@ class PrefillBatch:
 
 @dataclass(frozen=True)
 class PrefillWorkspace:
-    """Where pieces of a plan that splits tiles leave their partial results: one for all layers."""
+    """The memory in which pieces of a plan that splits tiles leave their partial results: one for all
+    layers."""
 
     outputs: torch.Tensor  # float32 [num_pieces, Hkv, rows of a tile, D]
     log_sums: torch.Tensor  # float32 [num_pieces, Hkv, rows of a tile]: log2 of the sum of exp2 of the scores
@@ -55,7 +56,7 @@ class PrefillWorkspace:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """What to plan a batch with."""
+    """The parameters for planning a batch."""
 
     num_tokens: int
     num_keys: int  # read at a time
@@ -71,7 +72,7 @@ def prefill_tile(
 def prefill_workspace(
     plan: PrefillPlan, k_cache: torch.Tensor, target: int = HOPPER
 ) -> PrefillWorkspace | None:
-    """None where nothing is split."""
+    """Returns None where nothing is split."""
     if plan.pieces is None:
         return None
     lead = (len(plan.pieces), k_cache.shape[1], _tiling(k_cache, None, target).block_m)
@@ -91,8 +92,8 @@ def prefill_attention(
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Kernels.paged_attention` for q [T, Hq, D]; the batch is planned with its `prefill_tile`. What has no
-    tile is not written to `out`, alike q."""
+    """`Kernels.paged_attention` for q [T, Hq, D]; the batch is planned with its `prefill_tile`. Rows without
+    a tile are not written to `out`, shaped like q."""
     out = torch.empty_like(q) if out is None else out
     for launch in prefill_launches(
         q, k_cache, v_cache, batch, workspace, scale, sliding_window, out, target_of(q.device)
@@ -112,7 +113,7 @@ def prefill_launches(
     out: torch.Tensor,
     target: int,
 ) -> list[Launch]:
-    """The second, of a workspace alone, merges."""
+    """The second launch, which needs only a workspace, merges."""
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     tiling = _tiling(k_cache, sliding_window, target)
@@ -166,7 +167,7 @@ def prefill_launches(
 
 
 def _pages(cache: torch.Tensor, tiling: _Tiling, block_d: int) -> Any:
-    """The cache as rows [num_blocks * Hkv * block_size, D]: a page of a head is consecutive rows."""
+    """Returns the cache as rows [num_blocks * Hkv * block_size, D]: a page of a head is consecutive rows."""
     if not tiling.use_descriptors:
         return cache
     rows = cache.view(-1, cache.shape[-1])
@@ -174,7 +175,7 @@ def _pages(cache: torch.Tensor, tiling: _Tiling, block_d: int) -> Any:
 
 
 def _tiling(k_cache: torch.Tensor, window: int | None, target: int) -> _Tiling:
-    """The largest tiles that leave no register spilled (the compile gate holds it)."""
+    """Returns the largest tiles that leave no register spilled (the compile gate enforces it)."""
     _, _, block_size, head_dim = k_cache.shape
     if (
         k_cache.element_size() == 4
@@ -236,7 +237,7 @@ def _attend_tile(
     queries = tl.load(q + offsets, mask=in_rows, other=0.0)  # [BLOCK_M, BLOCK_D]
     if UPCAST:
         queries = queries.to(tl.float32)
-    # Rows without a query see what the last one sees, so that no row is without keys.
+    # Rows without a query see the keys of the last one, so that no row is without keys.
     positions = first_position + tl.minimum(rows // GROUP, num_queries - 1)
 
     end_key = first_position + num_queries
@@ -318,7 +319,7 @@ def _attend_keys(
     SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Add the keys [start_key, end_key) to a running softmax; `start_key` is a multiple of BLOCK_N."""
+    """Adds the keys [start_key, end_key) to a running softmax; `start_key` is a multiple of BLOCK_N."""
     dims = tl.arange(0, BLOCK_D)
     for start in range(start_key, end_key, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)

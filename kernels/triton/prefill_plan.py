@@ -13,7 +13,7 @@ _MIN_PIECE_KEYS = 256  # less is not worth a partial result
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """Which queries, and which of their keys, each program takes."""
+    """Lists the queries, and the keys of these, that each program takes."""
 
     tiles: torch.Tensor  # int32 [num_tiles, 2]: (sequence, its first query of the tile)
     # int32 [num_pieces, 3]: (tile, first key, key behind the last); None: nothing is split
@@ -30,9 +30,9 @@ def plan_prefill(
     num_programs: int,
     window: int | None = None,
 ) -> PrefillPlan:
-    """Tiles of `num_tokens` tokens, those with the most keys first: what starts last is soon done. Pieces of
-    a multiple of `num_keys` keys, at most `num_programs`, which is how many of a kv head run at a time; none
-    where there are that many tiles already."""
+    """Returns tiles of `num_tokens` tokens, those with the most keys first, so that the last to start finish
+    soon. Pieces have a multiple of `num_keys` keys, and number at most `num_programs`, which is how many of a
+    kv head run at a time; none where there are that many tiles already."""
     tiles = [
         (context_len - query_len + min(first + num_tokens, query_len), seq, first)
         for seq, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True))
@@ -65,8 +65,8 @@ def plan_prefill(
 
 
 def _num_pieces(blocks: list[int], most: int, least_blocks: int) -> list[int]:
-    """Of each tile, `most` together: as small as that allows, but no less than `least_blocks` where a tile
-    has more."""
+    """Returns the number of pieces of each tile, `most` together: as small as that allows, but no less than
+    `least_blocks` where a tile has more."""
     size = max(least_blocks, cdiv(sum(blocks), most))
     while sum(counts := [cdiv(each, size) for each in blocks]) > most:
         size += 1

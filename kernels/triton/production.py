@@ -1,8 +1,8 @@
-"""Every kernel as it is launched for models that people serve, on tensors without memory: what the compile
-gate compiles.
+"""Every kernel with the launches of popular models, on tensors without memory: the compile gate compiles
+these.
 
-A shape stands here when it leads to other meta-parameters or another layout of registers than its neighbours.
-"""
+A shape is listed here when it leads to other meta-parameters or another layout of registers than its
+neighbours."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ HEAD_DIM_256 = Heads("head_dim 256", 16, 2, 256)
 
 
 def production_launches(target: int) -> Iterator[tuple[str, Launch]]:
-    """(what for, launch) for a GPU of that compute capability."""
+    """Yields (purpose, launch) for a GPU of that compute capability."""
     yield from _decode(target)
     yield from _prefill(target)
     yield from _norms()

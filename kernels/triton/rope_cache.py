@@ -1,4 +1,4 @@
-"""From the packed queries, keys and values of new tokens to rotated queries and pages of the cache, in one
+"""Turns the packed queries, keys and values of new tokens into rotated queries and pages of the cache, in one
 kernel.
 
 A program has one token's heads that share a kv head: they take the same angles and are read once. Norms and
@@ -25,8 +25,8 @@ def rope_and_cache(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """`Kernels.rope_and_cache`. Tokens of a negative slot are the padding of a captured graph: nothing of
-    theirs is read or written, and their queries are undefined."""
+    """`Kernels.rope_and_cache`. Tokens of a negative slot are the padding of a captured graph: none of their
+    data is read or written, and their queries are undefined."""
     _check(qkv, positions, cos_sin, q_norm, k_norm, k_cache, v_cache, slot_mapping)
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -85,8 +85,8 @@ def _check(
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """Refuse what would be read or written outside a tensor; positions and slots themselves are the caller's
-    word."""
+    """Refuses arguments that would cause reads or writes outside a tensor; the caller vouches for positions
+    and slots themselves."""
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     if v_cache.shape != k_cache.shape or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError(

@@ -1,19 +1,18 @@
-"""From logits to tokens without sorting and without the host: one program draws one token, so that a draw
-never depends on its batch.
+"""Samples tokens from logits without sorting and without the host: one program draws one token, so that a
+draw never depends on its batch.
 
 Top-k and top-p are each the highest cut with enough tokens, or enough mass, at or above it, found by
-bisection; each step goes on from the nearest logit that is there, so that ten to twenty suffice. As soon as
-the tokens left fit one tile they are copied, in their order, and the row is not read again
+bisection; each step continues from the nearest existing logit, so that ten to twenty suffice. As soon as the
+remaining tokens fit one tile they are copied, in their order, and the row is not read again
 (`logit_search.py`).
 
-The random number is the very one of `engine/random_numbers.py`, and tokens lie on its line by id, as in
-`engine/distribution.py`. What differs from the CPU: a GPU's `exp` is off by about 1e-7 times the distance to
+The random number is exactly that of `engine/random_numbers.py`, and tokens are on its line by id, as in
+`engine/distribution.py`. Differences from the CPU: a GPU's `exp` is off by about 1e-7 times the distance to
 the largest logit (over the temperature), relatively, and masses, float64 on both, are summed in another
-order. So the border between two neighbours may lie elsewhere, by some 1e-7 of the total, 1e-6 at worst: a
-random number just between the two borders draws the neighbour. Where the mass of some tokens is as near to
-what top-p wants, or a weight to min-p, one token more or less may be kept. Different logits whose weights
-round to the same number are told apart here by top-p, not on the CPU. Greedy rows and top-k are equal always.
-"""
+order. So the border between two neighbours may shift, by some 1e-7 of the total, 1e-6 at worst: a random
+number just between the two borders draws the neighbour. Where the mass of some tokens is that close to the
+top-p bound, or a weight to min-p, one token more or less may be kept. Top-p distinguishes different logits
+whose weights round to the same number here, but not on the CPU. Greedy rows and top-k are always equal."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""A grammar's masks over rows of logits, taken as they come from the host: a bit for each token."""
+"""Applies a grammar's masks to rows of logits, in the host's format: a bit for each token."""
 
 import torch
 import triton
@@ -11,7 +11,7 @@ _BLOCK = 2048
 
 
 def mask_tokens(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
-    """In place: of row `rows[m]` of float32 logits [R, V], token t becomes -inf unless bit t % 8 of `bits[m,
+    """In place: in row `rows[m]` of float32 logits [R, V], token t becomes -inf unless bit t % 8 of `bits[m,
     t // 8]` is set.
 
     rows int32 [M], each once; bits uint8 [M, ceil(V / 8)].
@@ -42,7 +42,7 @@ def _forbid_block(
     m = tl.program_id(0).to(tl.int64)
     tokens = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = tokens < VOCAB_SIZE
-    told = tl.load(bits + m * ((VOCAB_SIZE + 7) // 8) + tokens // 8, mask=in_row, other=0).to(tl.int32)
-    forbidden = in_row & (((told >> (tokens % 8)) & 1) == 0)
+    allowed = tl.load(bits + m * ((VOCAB_SIZE + 7) // 8) + tokens // 8, mask=in_row, other=0).to(tl.int32)
+    forbidden = in_row & (((allowed >> (tokens % 8)) & 1) == 0)
     row = tl.load(rows + m).to(tl.int64)
     tl.store(logits + row * VOCAB_SIZE + tokens, -float("inf"), mask=forbidden)

@@ -1,7 +1,8 @@
-"""Between the paged cache and flat chunks for the wire: one kernel copies, converts and sums the chunk up.
+"""Moves KV between the paged cache and flat chunks for the wire: one kernel copies, converts and checksums
+the chunk.
 
 A program moves some tokens of one head. Sums of 64-bit words wrap around, so programs add theirs in any order
-and the checksum is the one that the CPU's kernels compute."""
+and the checksum equals that of the CPU's kernels."""
 
 from array import array
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ _VALUES_PER_PROGRAM = 4096
 _KEY_STEP = tl.constexpr(0x9E3779B185EBCA87)
 _INT8_STEPS = tl.constexpr(float(INT8_STEPS))
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
-# Each chunk has its own: kernels made for some of them would be compiled in the middle of transfers.
+# They differ from chunk to chunk: kernels specialised for them would be compiled in the middle of transfers.
 _OF_A_CHUNK = ["first_layer", "first_token", "num_tokens"]
 
 
@@ -134,7 +135,7 @@ def _int8_launch(cache: torch.Tensor, part: KVPart, buffer: torch.Tensor, common
 
 @triton.jit
 def _mixed(words: tl.tensor, places: tl.tensor):
-    """What each uint64 word adds to the checksum, by its place (`Kernels.wire_checksum`)."""
+    """Returns each uint64 word's contribution to the checksum, by its place (`Kernels.wire_checksum`)."""
     keyed = words ^ ((places + 1).to(tl.uint64) * _KEY_STEP)
     return words + (keyed & 0xFFFFFFFF) * (keyed >> 32)
 
@@ -159,8 +160,8 @@ def _cache_rows(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The cache's rows, of D numbers each, with these tokens of a head; a plane is a layer's keys or its
-    values."""
+    """Returns the cache's rows, of D numbers each, with these tokens of a head; a plane is a layer's keys or
+    its values."""
     blocks = tl.load(block_ids + tokens // BLOCK_SIZE, mask=in_part, other=0).to(tl.int64)
     return ((plane * num_blocks + blocks) * NUM_KV_HEADS + head) * BLOCK_SIZE + tokens % BLOCK_SIZE
 
@@ -285,7 +286,7 @@ def _move_int8(
 
 @triton.jit
 def _quantise(values: tl.tensor, dims: tl.tensor, BLOCK_TOKENS: tl.constexpr, BLOCK_DIMS: tl.constexpr):
-    """Rows [BLOCK_TOKENS, BLOCK_DIMS] as (words of eight int8 steps, the size of a row's step)."""
+    """Returns rows [BLOCK_TOKENS, BLOCK_DIMS] as (words of eight int8 steps, the size of a row's step)."""
     sizes = tl.abs(values)
     largest = tl.max(
         tl.where(sizes < float("inf"), sizes, float("inf")), 1

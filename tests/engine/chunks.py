@@ -1,4 +1,4 @@
-"""Rows that are to be sampled, as a scheduler hands them over, and logits for them."""
+"""Chunks whose last rows are to be sampled, in the form that a scheduler passes them, and logits for them."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def random_logits(seed: int, num_rows: int = 1, vocab_size: int = VOCAB_SIZE) ->
 
 
 def follow(chunk: ScheduledChunk, *allowed: int, vocab_size: int = VOCAB_SIZE) -> ScheduledChunk:
-    """With the mask that the grammar process would tell."""
+    """With the mask that the grammar process would report."""
     bits = np.zeros(vocab_size, dtype=np.bool_)
     bits[list(allowed)] = True
     chunk.sequence.token_mask = np.packbits(bits, bitorder="little").tobytes() + b"\0\0\0\0"

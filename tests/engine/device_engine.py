@@ -1,4 +1,4 @@
-"""Engines as they are on a GPU, on a device that takes its place."""
+"""Engines configured for a GPU, on a test double of that device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ from pdserve.kernels.triton.kernels import TritonKernels
 def open_device_engine(
     path: Path, options: EngineOptions, device: Device, read: ReadTensor | None = None
 ) -> Engine:
-    """As `Engine.open` on a GPU; `options.device` is "cuda". Weights are the checkpoint's, or what `read`
-    gives."""
+    """Like `Engine.open` on a GPU; `options.device` is "cuda". Weights are the checkpoint's, or those that
+    `read` returns."""
     checkpoint = open_checkpoint(path)
     layout = layout_of(checkpoint, options)
     read = read or TensorReader(checkpoint, getattr(torch, layout.dtype))
@@ -35,7 +35,7 @@ def open_device_engine(
 
 @contextmanager
 def filled_with_nan() -> Iterator[None]:
-    """Memory that nobody has written is NaN, so that it is noticed wherever it gets into a result."""
+    """Fills unwritten memory with NaN, so that it shows wherever it gets into a result."""
     torch.use_deterministic_algorithms(
         True
     )  # with torch.utils.deterministic.fill_uninitialized_memory, which is the default

@@ -20,7 +20,7 @@ def make_sequence(
     cache_salt: str = "",
     **sampling: Any,
 ) -> Sequence:
-    """A dispatch of `choices` (by default all), greedy and with logprobs unless `sampling` says otherwise."""
+    """A dispatch of `choices` (by default all), greedy and with logprobs unless `sampling` overrides it."""
     params = SamplingParams(**({"temperature": 0.0, "logprobs": 0, "ignore_eos": True} | sampling))
     spec = SequenceSpec(
         transfer=TransferId("r", 0),
@@ -42,9 +42,9 @@ def run_to_end(
     use_cache: bool = True,
     on_layer: Callable[[int], None] | None = None,
 ) -> list[list[SampledToken]]:
-    """The output of each sequence; blocks are given back. A sequence with n > 1 is forked after its first
-    token, and its choices' outputs stand one after the other. One that holds blocks goes on from what is in
-    them."""
+    """Returns the output of each sequence and releases its blocks. A sequence with n > 1 is forked after its
+    first token, and its choices' outputs follow one another. One that holds blocks continues from their
+    content."""
     for seq in sequences:
         if not seq.block_ids:
             engine.kv.admit(seq, use_cache and not seq.wants_prompt_logprobs)
@@ -66,15 +66,15 @@ def run_to_end(
         still = []
         for (seq, root), chunk, tokens in zip(running, chunks, sampled, strict=True):
             engine.kv.computed(seq, chunk.num_tokens)
-            twins = [seq, *(seq.fork(choice) for choice in chunk.choices[1:])]
-            for twin in twins[1:]:
-                engine.kv.fork(seq, twin)
-            for twin, token in zip(twins, tokens, strict=False):
-                outputs[id(root)].setdefault(twin.choice, []).append(token)
-                if twin.append(token.token_id) is None:
-                    still.append((twin, root))
+            siblings = [seq, *(seq.fork(choice) for choice in chunk.choices[1:])]
+            for sibling in siblings[1:]:
+                engine.kv.fork(seq, sibling)
+            for sibling, token in zip(siblings, tokens, strict=False):
+                outputs[id(root)].setdefault(sibling.choice, []).append(token)
+                if sibling.append(token.token_id) is None:
+                    still.append((sibling, root))
                 else:
-                    engine.kv.release(twin)
+                    engine.kv.release(sibling)
             if not tokens:
                 still.append((seq, root))
         running = still

@@ -1,4 +1,4 @@
-"""What transformers answers to a prompt, and how equal an engine's output must be."""
+"""The output of transformers for a prompt, and the tolerance for an engine's output."""
 
 from typing import Any, NamedTuple
 

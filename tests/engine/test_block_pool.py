@@ -14,14 +14,14 @@ def name(number: int) -> bytes:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """`holders` are lists of blocks with one reference each; `content` is what a block's cached hash
-    promises."""
+    """`holders` are lists of blocks with one reference each; `content` is the prefix that a block's cached
+    hash promises."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, 16)
         self.holders: list[list[int]] = []
-        self.index: set[bytes] = set()  # a router's view, kept from events alone
+        self.index: set[bytes] = set()  # a router's view, built from events alone
 
     def _refs(self, block_id: int) -> int:
         return sum(blocks.count(block_id) for blocks in self.holders)
@@ -114,7 +114,7 @@ def test_uncached_blocks_are_taken_before_a_prefix_is_evicted() -> None:
     assert len(pool.match_prefix([name(1), name(2)])) == 2
 
 
-def test_a_hash_that_left_and_came_back_between_reports_is_not_reported() -> None:
+def test_a_hash_evicted_and_cached_again_between_reports_is_not_reported() -> None:
     pool = BlockPool(1, 16)
     pool.free(cached_sequence(pool, [1]))
     assert pool.take_events() == ((name(1),), ())
@@ -124,7 +124,7 @@ def test_a_hash_that_left_and_came_back_between_reports_is_not_reported() -> Non
     assert pool.take_events() == ((), ())
 
 
-def test_freeing_a_block_nobody_holds_is_noticed() -> None:
+def test_freeing_an_unheld_block_raises() -> None:
     pool = BlockPool(2, 16)
     with pytest.raises(AssertionError, match="not held"):
         pool.free([0])

@@ -27,7 +27,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 2, **SHAPE}
 
 
 def write(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A random checkpoint of the shape above."""
+    """Writes a random checkpoint of the shape above."""
     from pdserve.engine.model_config import parse_model_config
 
     path.mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("max_shard_size", ["10GB", "20KB"])
-def test_what_transformers_saves_is_opened_and_read(
+def test_checkpoints_saved_by_transformers_are_opened_and_read(
     tmp_path: Path, family: str, tied: bool, max_shard_size: str
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -92,13 +92,13 @@ def test_what_transformers_saves_is_opened_and_read(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tensors_come_in_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_tensors_have_the_requested_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     checkpoint = open_checkpoint(write(tmp_path / "model", dtype=dtype))
     assert checkpoint.dtype == str(dtype).removeprefix("torch.")
     assert {tensor.dtype for tensor in read_all(checkpoint, torch.bfloat16).values()} == {torch.bfloat16}
 
 
-def test_config_json_decides_the_dtype_where_it_names_one(tmp_path: Path) -> None:
+def test_config_json_decides_the_dtype_if_stated(tmp_path: Path) -> None:
     assert open_checkpoint(write(tmp_path / "model", torch_dtype="bfloat16")).dtype == "bfloat16"
 
 
@@ -109,7 +109,7 @@ def test_a_tensor_outlives_its_file(path: Path) -> None:
     assert all(bool(tensor.any()) for tensor in before.values())
 
 
-def test_a_head_that_is_there_is_used_though_the_config_ties_it(path: Path) -> None:
+def test_an_existing_head_is_used_though_the_config_ties_it(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert open_checkpoint(path).config.tie_word_embeddings is False
@@ -132,7 +132,7 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_missing_directory_is_told_so(tmp_path: Path) -> None:
+def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
     assert "no such directory; expected a checkpoint directory, or 'embedded'" in refusal(
         tmp_path / "nothing"
     )
@@ -165,7 +165,7 @@ def test_a_missing_directory_is_told_so(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_missing_or_broken_file_is_told_so(
+def test_a_missing_or_broken_file_is_reported(
     path: Path, file: str, content: bytes | None, message: str
 ) -> None:
     (path / file).unlink(missing_ok=True)
@@ -175,13 +175,13 @@ def test_a_missing_or_broken_file_is_told_so(
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
-def test_a_truncated_file_is_told_so(path: Path, kept: float) -> None:
+def test_a_truncated_file_is_reported(path: Path, kept: float) -> None:
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(data[: int(len(data) * kept)])
     assert "truncated" in refusal(path)
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert_them(path: Path) -> None:
+def test_pickled_weights_are_refused_with_conversion_advice(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     assert "only pickled weights" in refusal(path)
     assert "save_pretrained" in refusal(path)
@@ -197,7 +197,7 @@ def test_a_tensor_of_another_shape_is_named_with_both(path: Path) -> None:
     assert "tensor model.norm.weight has shape (31,), config.json implies (32,)" in refusal(path)
 
 
-def test_a_tensor_that_the_model_would_not_use_is_named(path: Path) -> None:
+def test_an_unused_tensor_is_named(path: Path) -> None:
     edit(path, model__layers__0__self_attn__q_proj__bias=torch.zeros(32))
     assert "tensor model.layers.0.self_attn.q_proj.bias is unexpected" in refusal(path)
 
@@ -230,7 +230,7 @@ def test_an_index_names_files_of_its_own_directory(path: Path, weight_map: objec
     assert "weight_map" in refusal(path)
 
 
-def test_a_file_that_breaks_after_opening_is_an_error_of_the_checkpoint(path: Path) -> None:
+def test_a_file_that_breaks_after_opening_raises_checkpoint_error(path: Path) -> None:
     reader = TensorReader(open_checkpoint(path), torch.float32)
     (path / "model.safetensors").write_bytes(b"")
     with pytest.raises(
@@ -241,7 +241,7 @@ def test_a_file_that_breaks_after_opening_is_an_error_of_the_checkpoint(path: Pa
 
 def _swap_for_pipe(file: Path) -> None:
     file.unlink()
-    os.mkfifo(file)  # safetensors would wait for who writes to it
+    os.mkfifo(file)  # safetensors would wait for a writer
 
 
 def _swap_for_copy(file: Path) -> None:
@@ -255,7 +255,7 @@ def _swap_for_link(file: Path) -> None:
 
 
 @pytest.mark.parametrize("swap", [_swap_for_pipe, _swap_for_copy, _swap_for_link])
-def test_a_file_that_is_swapped_after_opening_is_refused(path: Path, swap: Callable[[Path], None]) -> None:
+def test_a_file_swapped_after_opening_is_refused(path: Path, swap: Callable[[Path], None]) -> None:
     reader = TensorReader(open_checkpoint(path), torch.float32)
     swap(path / "model.safetensors")
     with pytest.raises(
@@ -264,8 +264,8 @@ def test_a_file_that_is_swapped_after_opening_is_refused(path: Path, swap: Calla
         reader("model.norm.weight", (32,))
 
 
-def test_a_file_that_is_cut_off_while_it_is_read_is_refused(path: Path) -> None:
-    """It is mapped: to read on would be the end of the process."""
+def test_a_file_truncated_while_it_is_read_is_refused(path: Path) -> None:
+    """The file is mapped: reading past its end would kill the process."""
     reader = TensorReader(open_checkpoint(path), torch.float32)
     assert reader("model.norm.weight", (32,)).shape == (32,)
     os.truncate(path / "model.safetensors", 4096)
@@ -275,7 +275,7 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_refused(path: Path) -> None:
         reader("model.norm.weight", (32,))
 
 
-def test_a_file_that_is_open_is_read_whatever_its_name_means(path: Path) -> None:
+def test_an_open_file_is_read_even_after_its_name_is_reused(path: Path) -> None:
     reader = TensorReader(open_checkpoint(path), torch.float32)
     norm = reader("model.norm.weight", (32,))
     _swap_for_pipe(path / "model.safetensors")
@@ -290,7 +290,7 @@ def test_the_reader_checks_name_and_shape(path: Path) -> None:
         reader("model.norm.weight", (33,))
 
 
-def test_fingerprints_tell_weights_apart_and_not_places(tmp_path: Path) -> None:
+def test_fingerprints_distinguish_weights_but_not_places(tmp_path: Path) -> None:
     one = write(tmp_path / "one")
     shutil.copytree(one, tmp_path / "copy")
     prints = [

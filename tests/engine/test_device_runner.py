@@ -1,5 +1,5 @@
-"""A step on a GPU, as far as it can be seen without one: the host never waits, and nothing of the step is on
-the host."""
+"""A step on a GPU, as far as it can be tested without one: the host never waits, and no data of the step is
+on the host."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_prompts_decodes_and_mixtures_are_queued_without_a_wait(engine: Engine) 
     engine.runner.launch(Batch((*decodes, ScheduledChunk(new, 30, ()))))
 
 
-def test_the_cache_takes_what_memory_is_left(engine: Engine) -> None:
+def test_the_cache_takes_the_remaining_memory(engine: Engine) -> None:
     block_bytes = 64 * engine.layout.bytes_per_token
     assert engine.pool.num_blocks * block_bytes < 0.9 * (2 << 30) < 2 * engine.pool.num_blocks * block_bytes
 
@@ -81,7 +81,7 @@ def test_the_fake_gpu_notices_every_wait(wait: Callable[[torch.Tensor], object])
 
 
 @pytest.mark.parametrize("largest", [1, 3, 8, 200, 256])
-def test_the_ladder_holds_every_batch_with_few_rows_too_many(largest: int) -> None:
+def test_the_ladder_fits_every_batch_with_few_surplus_rows(largest: int) -> None:
     rungs = ladder(largest)
     assert rungs == tuple(sorted(set(rungs))) and rungs[-1] == largest
     for size in range(1, largest + 1):

@@ -1,4 +1,4 @@
-"""The sampler for logits on a device draws what the host's draws, and reports the same."""
+"""The sampler for logits on a device draws the same tokens as the host's, and reports the same."""
 
 from itertools import chain
 from typing import Any
@@ -86,7 +86,7 @@ row = st.tuples(parameters, st.lists(token_ids, max_size=5), st.sets(token_ids, 
     st.integers(0, 10_000),
     st.booleans(),
 )
-def test_tokens_and_logprobs_are_those_of_the_hosts_sampler(
+def test_tokens_and_logprobs_equal_those_of_the_hosts_sampler(
     device: Device, rows: list[Any], vocab_size: int, seed: int, has_equal_logits: bool
 ) -> None:
     chunks = []
@@ -109,7 +109,7 @@ def test_rows_of_more_than_one_tile_are_sampled_as_on_the_host(device: Device) -
 
 
 @pytest.mark.parametrize("vocab_size", [8, 50, 64, MULTI_TILE])
-def test_logits_are_adjusted_to_the_very_bits_of_the_hosts(device: Device, vocab_size: int) -> None:
+def test_edited_logits_equal_the_hosts_bit_for_bit(device: Device, vocab_size: int) -> None:
     logits = random_logits(2, 4, vocab_size)
     logits[0, 1] = -0.0
     penalties: dict[str, Any] = {
@@ -138,7 +138,7 @@ def test_logits_are_adjusted_to_the_very_bits_of_the_hosts(device: Device, vocab
     assert torch.equal(there.cpu(), logits)
 
 
-def test_plain_greedy_rows_bring_nothing_to_the_device(device: Device) -> None:
+def test_plain_greedy_rows_copy_nothing_to_the_device(device: Device) -> None:
     logits = random_logits(3, 2)
     logits[0, [7, 9]] = 50.0
     chunks = [make_chunk(temperature=0.0), make_chunk(temperature=1e-9)]
@@ -152,7 +152,7 @@ def test_a_step_that_samples_nothing_has_no_tokens(device: Device) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_that_are_not_to_be_drawn_are_left_out(device: Device, temperature: float) -> None:
+def test_rows_that_are_not_sampled_are_left_out(device: Device, temperature: float) -> None:
     logits = random_logits(4, 4)
     options: list[dict[str, Any]] = [{"frequency_penalty": 2.0}, {"logprobs": 2}]
     chunks = [make_chunk(output=(9,), temperature=temperature, seed=6, **given) for given in options]
@@ -181,7 +181,7 @@ def test_penalties_follow_the_sequence_from_step_to_step(device: Device) -> None
     assert drawn == list(range(100))  # each token is taken once before any is taken twice
 
 
-def test_tokens_of_earlier_steps_stay_as_they_were_drawn(device: Device) -> None:
+def test_tokens_of_earlier_steps_are_not_overwritten(device: Device) -> None:
     sampler = DeviceSampler(device, VOCAB_SIZE)
     chunk = make_chunk(n=4, seed=1, logprobs=3)
     logits = torch.cat([random_logits(seed) for seed in range(6)])
@@ -193,9 +193,7 @@ def test_tokens_of_earlier_steps_stay_as_they_were_drawn(device: Device) -> None
 
 
 @pytest.mark.parametrize("options", [{"presence_penalty": 0.5}, {"grammar": "g"}])
-def test_a_row_that_depends_on_a_token_yet_unknown_is_refused(
-    device: Device, options: dict[str, Any]
-) -> None:
+def test_a_row_that_depends_on_a_pending_token_is_refused(device: Device, options: dict[str, Any]) -> None:
     plain, dependent = make_chunk(output=(0,), min_tokens=3), make_chunk(output=(0,), **options)
     for chunk in (plain, dependent):
         chunk.sequence.num_pending_tokens = 1

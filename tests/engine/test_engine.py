@@ -1,4 +1,4 @@
-"""Loading an engine: options, refusals, progress; and what a step promises to a transfer."""
+"""Loading an engine: options, refusals, progress; and the guarantees of a step to a transfer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +20,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return lambda name: small_checkpoint(directory, name)
 
 
-def test_there_are_variants_enough_and_each_differs() -> None:
+def test_there_are_enough_variants_and_each_differs() -> None:
     assert len(VARIANTS) >= 30
     assert len({repr(variant) for variant in VARIANTS.values()}) == len(VARIANTS)
 
 
-def test_the_layout_says_what_peers_must_agree_on(checkpoint: Callable[[str], Path]) -> None:
+def test_the_layout_states_everything_that_peers_must_agree_on(checkpoint: Callable[[str], Path]) -> None:
     first, second = (
         Engine.open(checkpoint(name), EngineOptions(num_blocks=4)) for name in ("llama-bf16", "llama-gqa")
     )
@@ -137,10 +137,10 @@ def test_a_decode_engine_continues_from_transferred_kv(
 
 
 @pytest.mark.parametrize("is_late", [True, False])
-def test_a_mask_that_is_late_keeps_nobody_else_from_his_token(
+def test_a_late_mask_delays_no_other_sequences_token(
     is_late: bool, checkpoint: Callable[[str], Path]
 ) -> None:
-    """Neither from the prompt's log probabilities that come with it."""
+    """Not even when the prompt's log probabilities come with that token."""
     engine = Engine.open(checkpoint("llama-gqa"), EngineOptions(num_blocks=64))
     free = make_sequence(engine, random_prompt(384, 20, seed=5), prompt_logprobs=0)
     bound = make_sequence(engine, random_prompt(384, 9, seed=6), grammar="g")
@@ -153,7 +153,7 @@ def test_a_mask_that_is_late_keeps_nobody_else_from_his_token(
 
     def arrive() -> None:
         if not is_late:
-            bound.token_mask = (1 << 7).to_bytes(48, "little")  # token 7 and no other
+            bound.token_mask = (1 << 7).to_bytes(48, "little")  # only token 7
 
     batch = Batch(tuple(ScheduledChunk(seq, seq.num_tokens, (0,)) for seq in (bound, free)))
     of_bound, of_free = engine.runner.launch(batch, before_sampling=arrive).collect()

@@ -26,7 +26,7 @@ LONG = (
 
 
 class Subject(NamedTuple):
-    """One checkpoint: our engine, and what transformers answers to a prompt."""
+    """One checkpoint: our engine, and the output of transformers for a prompt."""
 
     engine: Engine
     generate: Callable[[tuple[int, ...], int], Reference]
@@ -100,7 +100,7 @@ def test_long_prompts_equal_transformers(
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-sliding-16", "qwen3-sliding-mixed"])
-def test_a_sequence_recomputed_with_its_output_goes_on_exactly(
+def test_a_sequence_recomputed_with_its_output_continues_exactly(
     name: str, subject: Callable[[str], Subject]
 ) -> None:
     checked = subject(name)

@@ -25,7 +25,7 @@ def test_a_machine_without_a_driver_has_no_devices(monkeypatch: pytest.MonkeyPat
 
 
 def nvml(monkeypatch: pytest.MonkeyPatch, num_gpus: int = 2, **changes: Any) -> list[str]:
-    """A driver of H100s that answers all that is asked; returns the calls that open and close it."""
+    """Installs a driver of H100s that answers every query; returns the calls that open and close it."""
     calls: list[str] = []
 
     def field(handle: int, asked: list[tuple[int, int]]) -> list[Any]:
@@ -64,7 +64,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch, num_gpus: int = 2, **changes: Any) -> 
     return calls
 
 
-def test_devices_are_told_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_are_listed_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = nvml(monkeypatch)
     first, second = probe_devices({})
     assert (first.index, first.name, first.total_bytes, first.free_bytes) == (
@@ -92,14 +92,14 @@ def test_devices_are_told_with_their_memory(monkeypatch: pytest.MonkeyPatch) -> 
         ("NoDevFiles", []),
     ],
 )
-def test_only_what_cuda_shows_the_process_is_there(
+def test_only_gpus_visible_to_cuda_are_listed(
     variable: str, indices: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nvml(monkeypatch, num_gpus=3)
     assert [device.index for device in probe_devices({"CUDA_VISIBLE_DEVICES": variable})] == indices
 
 
-def test_a_gpu_that_cannot_be_used_whole_is_left_out(
+def test_a_gpu_that_is_not_usable_as_a_whole_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def memory(index: int) -> SimpleNamespace:
@@ -132,7 +132,7 @@ def sample_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> GpuSample:
     return sample
 
 
-def test_a_sample_tells_how_a_gpu_fares_in_whole_units(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_reports_a_gpus_state_in_whole_units(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample_of(monkeypatch) == GpuSample(
         index=1,
         uuid="GPU-11-1",
@@ -154,7 +154,7 @@ def test_a_sample_tells_how_a_gpu_fares_in_whole_units(monkeypatch: pytest.Monke
     )
 
 
-def test_what_a_gpu_does_not_tell_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_a_gpu_does_not_report_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = (
         "PowerUsage",
         "EnforcedPowerLimit",
@@ -174,7 +174,7 @@ def test_what_a_gpu_does_not_tell_is_absent(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_a_gpu_whose_driver_is_gone_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_a_responding_driver_is_not_monitored(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = nvml(monkeypatch, nvmlDeviceGetHandleByUUID=unsupported)
     device, _ = probe_devices({})
     assert GpuProbe.open(device) is None
@@ -183,7 +183,7 @@ def test_a_gpu_whose_driver_is_gone_is_not_watched(monkeypatch: pytest.MonkeyPat
     assert GpuProbe.open(device) is None
 
 
-def test_peaks_are_known_by_the_names_that_nvml_gives() -> None:
+def test_peaks_are_known_by_nvml_name() -> None:
     peaks = peaks_of("NVIDIA A100-SXM4-80GB")
     assert peaks is not None
     assert (peaks.flops_per_s, peaks.bytes_per_s) == (312e12, 2.039e12)
@@ -193,7 +193,7 @@ def test_peaks_are_known_by_the_names_that_nvml_gives() -> None:
 def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
     code = "import sys, pdserve.engine.gpu as gpu; print(gpu.probe_torch_cuda(), 'torch' in sys.modules)"
 
-    def told(**environment: str) -> list[str]:
+    def torch_cuda(**environment: str) -> list[str]:
         command = [sys.executable, "-c", code]
         environment = {**os.environ, **environment}
         done = subprocess.run(
@@ -201,7 +201,7 @@ def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
         )
         return done.stdout.split()
 
-    assert told() == [str(torch.version.cuda), "False"]
+    assert torch_cuda() == [str(torch.version.cuda), "False"]
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('not to be imported')")
     paths = os.pathsep.join([str(tmp_path), *sys.path])
@@ -212,11 +212,12 @@ def test_torchs_cuda_is_read_without_torch(tmp_path: Path) -> None:
         ("", "None"),
     ]:
         (tmp_path / "torch" / "version.py").write_text(text)
-        assert told(PYTHONPATH=paths) == [cuda, "False"]
+        assert torch_cuda(PYTHONPATH=paths) == [cuda, "False"]
 
 
 def machine(tmp_path: Path, cgroup: str, files: dict[str, str]) -> tuple[int, int]:
-    """What is probed on a machine of 16 GiB, 12 of them available, with these files below the cgroup root."""
+    """Returns the memory detected on a machine of 16 GiB, 12 of them available, with these files below the
+    cgroup root."""
     proc, root = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text(f"MemTotal: {16 << 20} kB\nMemFree: 1 kB\nMemAvailable: {12 << 20} kB\n")

@@ -1,5 +1,4 @@
-"""Checkpoints that were made to do harm: each is refused by name, in bounded time and memory, before anything
-is loaded."""
+"""Malicious checkpoints: each is refused by name, in bounded time and memory, before any weight is loaded."""
 
 import json
 import os
@@ -45,7 +44,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def header_of(path: Path, header: bytes, data_bytes: int = 0) -> Path:
-    """A safetensors file with this header; its data is a hole."""
+    """Writes a safetensors file with this header; its data is a hole."""
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(path, 8 + len(header) + data_bytes)
     return path
@@ -56,7 +55,7 @@ def tensor(shape: object, offsets: object = (0, 0), dtype: str = "F32") -> dict[
 
 
 def bounded_refusal(path: Path) -> str:
-    """As `refusal`, in a process of little memory and processor time."""
+    """Like `refusal`, in a process with little memory and CPU time."""
     command = [sys.executable, "-c", BOUNDED, str(path), str(MEMORY_BYTES)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 7, ended
@@ -73,7 +72,7 @@ FILES = [
 
 
 def with_file(path: Path, file: str) -> Path:
-    """The place of `file` in a checkpoint that has use for it, empty."""
+    """Returns the path of `file` in a checkpoint that uses it; the file does not exist."""
     if "model-" in file or "index" in file:
         shard(path)
     (path / file).unlink(missing_ok=True)
@@ -81,7 +80,7 @@ def with_file(path: Path, file: str) -> Path:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_pipe_in_a_files_place_is_refused(path: Path, file: str) -> None:
+def test_a_pipe_instead_of_a_file_is_refused(path: Path, file: str) -> None:
     os.mkfifo(with_file(path, file))
     assert refusal(path) == f"{path / file}: not a regular file"
 
@@ -102,7 +101,7 @@ def test_links_to_regular_files_are_followed(path: Path, tmp_path: Path) -> None
     assert fingerprint(path)
 
 
-def test_a_pipe_that_takes_a_files_place_later_does_not_hold_the_fingerprint(path: Path) -> None:
+def test_a_pipe_that_replaces_a_file_later_does_not_block_the_fingerprint(path: Path) -> None:
     (path / "config.json").unlink()
     os.mkfifo(path / "config.json")
     with pytest.raises(CheckpointError, match="not a regular file"):
@@ -176,7 +175,7 @@ def test_a_header_of_many_names_is_refused_in_bounded_memory(path: Path, entry: 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json"])
-def test_numbers_that_json_does_not_have_are_refused(path: Path, file: str, number: str) -> None:
+def test_numbers_that_are_not_json_are_refused(path: Path, file: str, number: str) -> None:
     place = with_file(path, file)
     place.write_text('{"eos_token_id": NUMBER, "weight_map": {"a": NUMBER}}'.replace("NUMBER", number))
     message = refusal(path)
@@ -214,7 +213,7 @@ def test_a_header_nested_without_end_is_refused(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("is_file", [True, False])
-def test_an_index_names_nothing_but_plain_files_and_tensors(path: Path, name: str, is_file: bool) -> None:
+def test_an_index_may_only_name_plain_files_and_tensors(path: Path, name: str, is_file: bool) -> None:
     weight_map = {"tensor": name} if is_file else {name: "model-1-of-2.safetensors"}
     with_file(path, "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     message = refusal(path)
@@ -247,7 +246,7 @@ def test_an_index_names_nothing_but_plain_files_and_tensors(path: Path, name: st
     ],
     ids=lambda entry: repr(entry)[:40],
 )
-def test_what_a_header_says_of_a_tensor_is_bounded_before_it_is_used(path: Path, entry: object) -> None:
+def test_tensor_fields_of_a_header_are_bounded_before_use(path: Path, entry: object) -> None:
     header_of(path / "model.safetensors", json.dumps({"model.norm.weight": entry}).encode(), data_bytes=64)
     message = refusal(path)
     assert message.isprintable()
@@ -255,7 +254,7 @@ def test_what_a_header_says_of_a_tensor_is_bounded_before_it_is_used(path: Path,
 
 
 @pytest.mark.parametrize("name", ["\0", "x" * 10_000, "\x1b[2J", ""])
-def test_a_header_names_tensors_in_print(path: Path, name: str) -> None:
+def test_tensor_names_in_a_header_are_printable(path: Path, name: str) -> None:
     header_of(path / "model.safetensors", json.dumps({name: tensor([0])}).encode())
     message = refusal(path)
     assert "a tensor is named" in message
@@ -284,7 +283,7 @@ NUMBERS = [
 @pytest.mark.parametrize(
     "value", [DIGITS, -DIGITS, 10**400, -1, [DIGITS] * 100_000, "x" * 1_000_000, {"a": {}}]
 )
-def test_each_number_of_a_config_is_bounded_and_not_repeated_at_length(name: str, value: object) -> None:
+def test_each_number_of_a_config_is_bounded_and_abbreviated_in_messages(name: str, value: object) -> None:
     scaling = {"rope_type": "yarn", "factor": 2.0}
     with pytest.raises(CheckpointError) as caught:
         parse_model_config(LLAMA | {"rope_scaling": scaling, name: value})
@@ -294,7 +293,7 @@ def test_each_number_of_a_config_is_bounded_and_not_repeated_at_length(name: str
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_layers_without_end_are_refused_before_anything_is_listed_for_each(family: str) -> None:
+def test_unbounded_layers_are_refused_before_anything_is_listed_per_layer(family: str) -> None:
     with pytest.raises(
         CheckpointError, match=f"num_hidden_layers: got 1000000000, expected .* at most {MAX_LAYERS}"
     ):
@@ -316,7 +315,7 @@ ROPE_FIELDS = [
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
 @pytest.mark.parametrize("field", ROPE_FIELDS)
 @pytest.mark.parametrize("value", [0, -1, 1, 1e-300, 1e300, 1e-29, 1e29, 2.0])
-def test_a_rope_of_strange_numbers_is_refused_or_computed(kind: str, field: str, value: float) -> None:
+def test_a_rope_of_unusual_numbers_is_refused_or_computed(kind: str, field: str, value: float) -> None:
     from pdserve.engine.rope import rope_table
 
     values = {
@@ -339,7 +338,7 @@ def planned(path: Path, **model: Any) -> None:
     ).check()
 
 
-def test_positions_that_no_memory_holds_are_refused_by_the_plan(tmp_path: Path) -> None:
+def test_positions_that_exceed_memory_are_refused_by_the_plan(tmp_path: Path) -> None:
     longest = write(
         tmp_path / "longest",
         max_position_embeddings=1 << 24,
@@ -352,7 +351,7 @@ def test_positions_that_no_memory_holds_are_refused_by_the_plan(tmp_path: Path) 
     planned(longest, max_model_len=1024)
 
 
-def test_the_tables_of_positions_count_as_memory(tmp_path: Path) -> None:
+def test_the_position_tables_count_as_memory(tmp_path: Path) -> None:
     """One wide head: keys and values of a million tokens take 8 GiB, their angles three times as much."""
     shape: dict[str, Any] = {
         "num_hidden_layers": 1,
@@ -418,7 +417,7 @@ def mutated(
 
 @settings(max_examples=200)
 @given(data=st.data())
-def test_any_change_of_a_files_json_gives_a_checkpoint_or_its_error(
+def test_any_change_of_json_gives_a_checkpoint_or_its_error(
     mutated: tuple[Path, str, dict[str, Any]], data: st.DataObject
 ) -> None:
     path, file, original = mutated

@@ -51,7 +51,7 @@ def test_a_decode_batch_samples_every_row_without_selecting() -> None:
     )
 
 
-def test_block_tables_follow_lists_that_grow_are_replaced_and_change_rows() -> None:
+def test_block_tables_follow_lists_that_grow_change_rows_or_are_replaced() -> None:
     numbers = random.Random(0)
     tables = BlockTables(max_blocks=8)
     lists: list[list[int]] = [[] for _ in range(5)]

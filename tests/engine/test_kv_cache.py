@@ -1,4 +1,4 @@
-"""KVCache: what a transfer takes out of one cache and puts into another, also of another block size."""
+"""KVCache: a transfer moves KV from one cache to another, even with another block size."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_data_may_be_read_only_memory() -> None:
     assert torch.equal(tokens(target, 1, [1])[:, :, 2:6], tokens(source, 1, [1])[:, :, 2:6])
 
 
-def test_copies_are_made_one_after_the_other() -> None:
+def test_copies_are_made_in_order() -> None:
     cache = make_cache()
     fill(cache, 3)
     before = [[part.clone() for part in cache.layer(index)] for index in range(3)]

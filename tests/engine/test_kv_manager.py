@@ -1,4 +1,4 @@
-"""KVManager: whatever is admitted, grown, forked, preempted or evicted, a sequence reads back its own
+"""KVManager: after any admission, growth, fork, preemption or eviction, a sequence reads back its own
 tokens."""
 
 import itertools
@@ -30,7 +30,7 @@ def make_sequence(tokens: list[int], salt: str = "", name: str = "r") -> Sequenc
 
 
 class Memory:
-    """What a KV cache would hold: per slot the whole chain of tokens its KV was computed from."""
+    """Models the content of a KV cache: per slot the whole chain of tokens its KV was computed from."""
 
     def __init__(self, manager: KVManager) -> None:
         self.manager = manager
@@ -179,7 +179,7 @@ def test_only_a_partly_filled_shared_block_is_copied() -> None:
     assert children[1].block_ids[1] == shared  # the last one to write keeps it
 
 
-def test_a_preempted_choice_takes_its_pending_copy_along() -> None:
+def test_a_preempted_choice_discards_its_pending_copy() -> None:
     manager = new_manager()
     parent = computed_sequence(manager, list(range(6)))
     child = parent.fork(1)

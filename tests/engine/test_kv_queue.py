@@ -1,4 +1,4 @@
-"""Behind which work of the engine a gather and a scatter are queued, and whose memory they use."""
+"""The engine work behind which a gather and a scatter are queued, and the memory that they use."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def gather(cache: KVCache, layers: tuple[int, int], after: int = 0) -> tuple[Que
     return queued, out
 
 
-def test_a_gather_and_a_scatter_come_behind_their_mark_and_no_later_one() -> None:
+def test_a_gather_and_a_scatter_follow_exactly_their_mark() -> None:
     cache, device = make_cache()
     device.hold()
     before = device.recorded()
@@ -41,19 +41,19 @@ def test_a_gather_and_a_scatter_come_behind_their_mark_and_no_later_one() -> Non
     assert device.waited == [before + 2, before + 1]
 
 
-def test_what_comes_behind_a_mark_that_is_reached_waits_for_nothing() -> None:
+def test_work_behind_a_reached_mark_waits_for_nothing() -> None:
     cache, device = make_cache()
     mark = cache.mark()
-    cache.mark()  # which notices
+    cache.mark()  # drops marks that have been reached
     gather(cache, (1, 2), after=mark)
     assert not device.waited
 
 
-def test_a_processors_cache_has_no_marks() -> None:
+def test_a_cpu_cache_has_no_marks() -> None:
     assert KVCache(KVLayout(3, 2, 8, "float32", 8, "model"), 6, TorchKernels()).mark() == 0
 
 
-def test_a_cache_that_runs_ahead_tells_the_checksum_by_its_works() -> None:
+def test_a_cache_that_runs_ahead_reports_checksums_through_its_works() -> None:
     cache, _ = make_cache("int8")
     queued, data = gather(cache, (0, 2))
     assert queued.is_done() and cache.checksum(data) is None
@@ -62,7 +62,7 @@ def test_a_cache_that_runs_ahead_tells_the_checksum_by_its_works() -> None:
 
 
 @pytest.mark.parametrize("wire", ["raw", "int8"])
-def test_a_cache_that_the_engine_makes_for_inference_is_written_by_others_too(wire: str) -> None:
+def test_a_cache_created_in_inference_mode_is_writable_outside_it(wire: str) -> None:
     layout = KVLayout(3, 2, 8, "float32", 8, "model", wire)  # type: ignore[arg-type]
     with torch.inference_mode():
         cache = KVCache(layout, 6, TorchKernels())
@@ -73,7 +73,7 @@ def test_a_cache_that_the_engine_makes_for_inference_is_written_by_others_too(wi
 
 @pytest.mark.parametrize("wire", ["raw", "int8"])
 @pytest.mark.parametrize("ring", ["device", "host"])
-def test_the_host_goes_on_while_a_gpu_gathers_and_scatters(wire: str, ring: str) -> None:
+def test_the_host_continues_while_a_gpu_gathers_and_scatters(wire: str, ring: str) -> None:
     layout = KVLayout(3, 2, 16, "bfloat16", 8, "model", wire)  # type: ignore[arg-type]
     num_bytes = 2 * 5 * layout.wire_bytes_per_cell
     with fake_gpu() as device:
@@ -88,7 +88,7 @@ def test_the_host_goes_on_while_a_gpu_gathers_and_scatters(wire: str, ring: str)
         assert isinstance(cache.scatter(1, 3, [4, 2], 6, 11, slot, cache.mark()), Queued)
 
 
-def test_pinned_memory_is_used_again_when_it_is_given_back() -> None:
+def test_pinned_memory_is_reused_when_it_is_given_back() -> None:
     buffers = PinnedBuffers(LateDevice())
     first = buffers.take(100)
     other = buffers.take(100)
@@ -98,6 +98,6 @@ def test_pinned_memory_is_used_again_when_it_is_given_back() -> None:
     assert buffers.take(129).data_ptr() != first.data_ptr()
 
 
-def test_int8_wants_whole_words() -> None:
+def test_int8_requires_whole_words() -> None:
     with pytest.raises(ConfigError, match="got 'int8', expected 'raw' for a head_dim of 12"):
         make_cache("int8", head_dim=12)

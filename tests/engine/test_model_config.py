@@ -59,7 +59,7 @@ def test_shapes_agree_with_transformers(tmp_path: Path, family: str, changes: di
         ("Qwen3", {"attention_bias": True}, (True, True, False)),
     ],
 )
-def test_biases_are_those_that_transformers_gives_the_layers(
+def test_biases_are_those_of_the_layers_in_transformers(
     family: str, changes: dict[str, Any], biases: tuple[bool, bool, bool]
 ) -> None:
     ours = parse(family, **changes)
@@ -128,7 +128,7 @@ SCALINGS: list[dict[str, Any]] = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
-def test_both_spellings_of_rope_scaling_mean_the_same_and_agree_with_transformers(
+def test_both_spellings_of_rope_scaling_agree_with_transformers(
     scaling: dict[str, Any],
 ) -> None:
     old = parse(rope_theta=500.0, rope_scaling=scaling, max_position_embeddings=256)
@@ -163,7 +163,7 @@ def test_an_original_length_beside_the_rope_fields_wins() -> None:
         (2, {}, ()),
     ],
 )
-def test_end_tokens_come_from_the_generation_config_where_there_is_one(
+def test_end_tokens_come_from_an_existing_generation_config(
     eos: object, generation: dict[str, Any] | None, expected: tuple[int, ...]
 ) -> None:
     config = {"architectures": ["LlamaForCausalLM"], **SHAPE, "eos_token_id": eos}
@@ -208,7 +208,7 @@ def test_end_tokens_come_from_the_generation_config_where_there_is_one(
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor below 1 is not supported"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_features_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         parse(**changes)
     assert message in str(caught.value)
@@ -216,7 +216,7 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], messa
 
 
 @pytest.mark.parametrize("layer_types", [["full_attention"], ["chunked_attention"] * 4, "full", [[]] * 4])
-def test_layer_types_that_are_not_known_are_refused(layer_types: object) -> None:
+def test_unknown_layer_types_are_refused(layer_types: object) -> None:
     with pytest.raises(CheckpointError, match="expected 4 of 'full_attention' or 'sliding_attention'"):
         parse("Qwen3", layer_types=layer_types)
 

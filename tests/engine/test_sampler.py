@@ -1,5 +1,4 @@
-"""The sampler: what each parameter keeps and changes, and that draws follow the distribution and nothing
-else."""
+"""The sampler: the effect of each parameter, and that draws follow the distribution and nothing else."""
 
 from typing import Any
 
@@ -30,7 +29,7 @@ def sample(logits: torch.Tensor, *chunks: ScheduledChunk) -> list[list[SampledTo
 
 
 def support(logits: torch.Tensor, **sampling: Any) -> set[int]:
-    """All tokens that a fine grid of uniform numbers reaches."""
+    """Returns all tokens that a fine grid of uniform numbers reaches."""
     return set(draw(logits.view(-1).numpy(), SamplingParams(**sampling), GRID))
 
 
@@ -83,7 +82,7 @@ def test_draws_follow_the_filtered_distribution(sampling: dict[str, Any]) -> Non
 
 
 def _filtered(logits: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-    """transformers' warpers, in its order."""
+    """Applies transformers' warpers, in its order."""
     ids = torch.zeros(1, 1, dtype=torch.int64)
     if "top_k" in params:
         logits = TopKLogitsWarper(params["top_k"])(ids, logits)
@@ -150,7 +149,7 @@ def test_a_row_that_overflowed_does_not_stop_the_others(overflow: float) -> None
     assert other == sample(logits[1], chunks[1])[0]
 
 
-def test_a_tiny_temperature_is_greedy_and_a_small_one_nearly() -> None:
+def test_a_tiny_temperature_is_greedy_and_a_small_one_nearly_so() -> None:
     logits = random_logits(5)
     best = int(logits.argmax())
     for temperature in (1e-9, 1e-4):
@@ -201,7 +200,7 @@ def test_a_bias_is_added_to_the_raw_logits_before_penalties() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_bias_demands_and_forbids_tokens(temperature: float) -> None:
+def test_a_bias_forces_and_forbids_tokens(temperature: float) -> None:
     logits = random_logits(14)
     best = int(logits.argmax())
     for seed in range(20):
@@ -324,7 +323,7 @@ def test_other_rows_of_the_batch_are_not_restricted() -> None:
     assert free.token_id == int(logits[0].argmax()) and bound.token_id == 3
 
 
-def test_min_tokens_puts_off_an_end_that_the_grammar_permits_but_not_one_that_it_demands() -> None:
+def test_min_tokens_delays_a_permitted_end_but_not_a_forced_one() -> None:
     logits = torch.zeros(1, VOCAB_SIZE)
     logits[0, 5] = 9.0  # the end-of-text token
     chunk = make_chunk(temperature=0.0, grammar="g", min_tokens=3)

@@ -1,4 +1,4 @@
-"""An engine over Triton's kernels, in the interpreter, answers as transformers does."""
+"""An engine over Triton's kernels, in the interpreter, produces the same output as transformers."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -74,8 +74,8 @@ def prompt_of(length: int) -> tuple[int, ...]:
 def test_prompts_of_mixed_lengths_in_chunks_equal_transformers(
     name: str, open_engine: Open, generate: Generate
 ) -> None:
-    """Steps have long chunks, chunks of one token beside long ones, short ones alone, and single tokens
-    alone."""
+    """Steps have long chunks, chunks of one token beside long ones, only short ones, and only single
+    tokens."""
     engine = open_engine(name, 16)
     prompts = [prompt_of(length) for length in (1, 9, 27)]
     sequences = [make_sequence(engine, prompt, max_tokens=NUM_TOKENS) for prompt in prompts]
@@ -87,7 +87,7 @@ def test_prompts_of_mixed_lengths_in_chunks_equal_transformers(
     ("name", "page", "other_page"),
     [*((name, 16, 8) for name in VARIANTS), ("llama-gqa", 128, 64), ("llama-gqa", 16, 128)],
 )
-def test_a_sequence_goes_on_exactly_in_an_engine_that_was_sent_its_kv(
+def test_a_sequence_continues_exactly_in_an_engine_that_received_its_kv(
     name: str, page: int, other_page: int, open_engine: Open, generate: Generate
 ) -> None:
     source, target = open_engine(name, page), open_engine(name, other_page)
@@ -108,7 +108,7 @@ def test_a_sequence_goes_on_exactly_in_an_engine_that_was_sent_its_kv(
 
 
 def send(source: Engine, prefilled: Sequence, target: Engine, arrived: Sequence, num_tokens: int) -> None:
-    """Layer by layer, in chunks of tokens."""
+    """Transfers KV layer by layer, in chunks of tokens."""
     for layer in range(source.config.num_layers):
         for start in range(0, num_tokens, 20):
             end = min(start + 20, num_tokens)

@@ -24,8 +24,8 @@ class Subject(NamedTuple):
 
 
 def make_subject(name: str, dtype: torch.dtype, num_threads: int = 1) -> Subject:
-    """The kernels of that name, Triton's in its interpreter where there is no GPU; or a skipped test where
-    this machine has none."""
+    """Returns the kernels of that name, Triton's in its interpreter where there is no GPU; skips the test
+    where this machine has none."""
     requirements = KernelRequirements(dtype, head_dim=64, block_size=16)
     if name == "triton":
         return Subject(TritonKernels(requirements), "cuda" if torch.cuda.is_available() else "cpu")
@@ -43,13 +43,14 @@ def _seeded() -> None:
 
 @pytest.fixture
 def native() -> MakeKernels:
-    """native(dtype, num_threads=1): the native kernels, or a skipped test where this machine has none."""
+    """Returns native(dtype, num_threads=1): the native kernels; skips the test where this machine has
+    none."""
 
     return lambda dtype, num_threads=1: make_subject("native", dtype, num_threads).kernels
 
 
 def halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and the values of a layer's cache."""
+    """Returns the keys and the values of a layer's cache."""
     keys, values = cache
     return keys, values
 
@@ -57,7 +58,7 @@ def halves(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def paged_batch(
     query_lens: list[int], context_lens: list[int], block_size: int
 ) -> tuple[AttentionBatch, int]:
-    """Sequences over shuffled blocks; returns the batch and how many blocks its cache must have."""
+    """Builds sequences over shuffled blocks; returns the batch and how many blocks its cache must have."""
     counts = [-(-length // block_size) for length in context_lens]
     free = torch.randperm(sum(counts) + 2).tolist()
     tables = torch.full((len(counts), max(counts)), 10**6, dtype=torch.int32)
@@ -73,7 +74,8 @@ def paged_batch(
 
 
 def assert_close(actual: torch.Tensor, exact: torch.Tensor) -> None:
-    """`actual` in its dtype against the float64 result: errors in units of that dtype's precision."""
+    """Compares `actual` in its dtype with the float64 result: errors are in units of that dtype's
+    precision."""
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 1e-2}[actual.dtype]
     error = (actual.cpu().double() - exact).abs().max().item()
     assert error <= tolerance * max(1.0, exact.abs().max().item()), error

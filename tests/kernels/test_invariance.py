@@ -1,4 +1,5 @@
-"""A token's bits do not depend on what else is computed beside it: not on batch, chunking or threads."""
+"""A token's bits do not depend on other tokens computed in the same call: not on batch, chunking or
+threads."""
 
 import pytest
 import torch

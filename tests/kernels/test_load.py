@@ -1,4 +1,4 @@
-"""Kernels are chosen once, aloud, and a choice that cannot be met is an error."""
+"""Kernels are chosen once, the choice is logged, and a choice that cannot be met is an error."""
 
 import logging
 import sys
@@ -23,7 +23,7 @@ def test_auto_takes_the_native_kernels_where_they_run(native: MakeKernels) -> No
 @pytest.mark.parametrize(
     "requirements", [KernelRequirements(torch.float16, 64, 16), KernelRequirements(torch.float32, 264, 16)]
 )
-def test_auto_takes_torch_where_native_cannot_serve_and_says_why(
+def test_auto_takes_torch_where_native_is_unavailable_and_logs_why(
     requirements: KernelRequirements, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -75,7 +75,7 @@ def test_cuda_takes_tritons_kernels(
         (REQUIREMENTS, (7, 5), "capability 7.5 is below 8.0"),
     ],
 )
-def test_what_tritons_kernels_cannot_do_is_refused(
+def test_requirements_beyond_tritons_kernels_are_refused(
     requirements: KernelRequirements,
     capability: tuple[int, int],
     complaint: str,
@@ -126,7 +126,7 @@ def test_impossible_requirements_are_refused(arguments: tuple, complaint: str) -
         KernelRequirements(*arguments)
 
 
-def test_native_operations_refuse_what_they_would_misread(native: MakeKernels) -> None:
+def test_native_operations_refuse_arguments_they_would_misread(native: MakeKernels) -> None:
     kernels = native(torch.bfloat16)
     packed = kernels.pack_linear(torch.randn(32, 64).bfloat16())
     for x in (torch.randn(2, 64), torch.randn(64, 2).bfloat16().T, torch.randn(2, 62).bfloat16()):
@@ -138,5 +138,5 @@ def test_native_operations_refuse_what_they_would_misread(native: MakeKernels) -
         kernels.linear(torch.randn(2, 64).bfloat16(), packed, torch.float16)
 
 
-def test_the_choices_that_a_configuration_is_checked_by_are_those_that_there_are() -> None:
+def test_the_choices_a_configuration_accepts_are_those_that_exist() -> None:
     assert load._CHOICES == KERNELS

@@ -1,4 +1,4 @@
-"""Each operation, native or in Triton, computes what the torch reference computes in float64."""
+"""Each operation, native or in Triton, computes the same as the torch reference in float64."""
 
 import pytest
 import torch
@@ -126,7 +126,7 @@ ATTENTION_BATCHES = [  # query lengths, context lengths, sliding window
 
 ATTENTION_SUBJECTS = [  # name, threads, shape
     *(("native", num_threads, shape) for shape in ATTENTION_SHAPES for num_threads in (1, 3)),
-    *(("triton", 1, shape) for shape in [(4, 2, 80, 8), (3, 3, 16, 24)]),  # the interpreter takes its time
+    *(("triton", 1, shape) for shape in [(4, 2, 80, 8), (3, 3, 16, 24)]),  # the interpreter is slow
 ]
 
 
@@ -155,7 +155,7 @@ def test_paged_attention(
 
 
 def _poison_unused_slots(cache: torch.Tensor, batch: AttentionBatch, block_size: int) -> None:
-    """Slots that hold no token of the batch become NaN: nothing may come of reading them."""
+    """Fills slots that hold no token of the batch with NaN: no result may depend on them."""
     used = torch.zeros(cache.shape[1], block_size, dtype=torch.bool)
     for table, length in zip(batch.block_tables, batch.context_lens.tolist(), strict=True):
         keys = torch.arange(length)

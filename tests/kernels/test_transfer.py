@@ -20,12 +20,12 @@ def _random_cache(block_size: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _tokens(cache: torch.Tensor, block_ids: list[int]) -> torch.Tensor:
-    """The sequence in `block_ids`: [layers, 2, Hkv, tokens, D]."""
+    """Returns the sequence in `block_ids`: [layers, 2, Hkv, tokens, D]."""
     return cache[:, :, block_ids].transpose(2, 3).flatten(3, 4)
 
 
 def _wire_checksum(buffer: torch.Tensor) -> int:
-    """As `Kernels` defines it, word by word."""
+    """Computes the definition in `Kernels`, word by word."""
     total = 0
     for index, word in enumerate(array("Q", buffer.numpy().tobytes())):
         mixed = word ^ (index + 1) * 0x9E3779B185EBCA87 % 2**64
@@ -36,7 +36,7 @@ def _wire_checksum(buffer: torch.Tensor) -> int:
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.DataObject) -> None:
+def test_a_round_trip_moves_exactly_the_requested_tokens(name: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     kernels, device = make_subject(name, dtype)
     sizes = [data.draw(st.sampled_from([8, 16, 24, 32])) for _ in range(2)]
@@ -68,7 +68,7 @@ def test_a_round_trip_moves_exactly_the_tokens_asked_for(name: str, data: st.Dat
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_a_checksum_tells_flipped_bits_swapped_words_and_zeroed_stretches(
+def test_a_checksum_detects_flipped_bits_swapped_words_and_zeroed_stretches(
     name: str, data: st.DataObject
 ) -> None:
     kernels = make_subject(name, torch.float32).kernels

@@ -1,5 +1,5 @@
-"""A GPU's twins on the processor: a queue that is done when a test says so, and memory that two endpoints
-see."""
+"""Test doubles of a GPU on the CPU: a queue that completes when a test lets it, and memory that two endpoints
+share."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,8 +26,7 @@ NUM_BLOCKS = 24
 
 @contextmanager
 def one_kernel_at_a_time() -> Iterator[None]:
-    """Triton's interpreter knows one running program for the whole process; transfers have threads of their
-    own."""
+    """Triton's interpreter supports one running program per process; transfers have threads of their own."""
     lock, run = threading.Lock(), Launch.run
 
     def run_alone(launch: Launch) -> None:
@@ -39,7 +38,7 @@ def one_kernel_at_a_time() -> Iterator[None]:
 
 
 class LateEvent:
-    """Reached when its device has been let come so far."""
+    """Reached when the test has let its device proceed to it."""
 
     def __init__(self, device: "LateDevice") -> None:
         self._device = device
@@ -59,8 +58,7 @@ class LateEvent:
 
 
 class LateDevice(HostDevice):
-    """Work is done when it is queued, as the processor does it, but nobody hears of it before its event is
-    reached."""
+    """Work is done when it is queued, as on the CPU, but is not reported before its event is reached."""
 
     runs_ahead = True
 
@@ -71,7 +69,7 @@ class LateDevice(HostDevice):
         self._places = count(1)
         self._recorded = self._reached = 0
         self._num_late = 0  # works of the side stream
-        self._in_side_stream = False  # where the transfer's thread is; the engine's is never
+        self._in_side_stream = False  # where the transfer's thread is; the engine's never is
         self._changed = threading.Condition()
 
     def event(self) -> LateEvent:
@@ -99,7 +97,7 @@ class LateDevice(HostDevice):
         return place <= self._reached
 
     def hold(self) -> None:
-        """What is queued from now on is late."""
+        """Makes all work that is queued from now on late."""
         with self._changed:
             self._lags, self._num_late = True, 0
 
@@ -108,13 +106,13 @@ class LateDevice(HostDevice):
             self._lags, self._reached = False, self._recorded
 
     def wait_for_work(self, num_works: int = 1) -> None:
-        """Until so many works are late."""
+        """Waits until `num_works` works are late."""
         with self._changed:
             assert self._changed.wait_for(lambda: self._num_late >= num_works, WAIT_S), "nothing was queued"
 
 
 class SharedMemory:
-    """Implements `interfaces.Gpu`: a handle is good for every endpoint of this process."""
+    """Implements `interfaces.Gpu`: a handle is valid for every endpoint of this process."""
 
     _given: dict[bytes, torch.Tensor] = {}  # noqa: RUF012  (what a driver keeps)
 
@@ -132,7 +130,7 @@ class SharedMemory:
 
 
 class WatchedCache(KVCache):
-    """Knows which blocks may still be written; may lie about what it gathered."""
+    """Tracks which blocks may still be written; can be made to corrupt the bytes that it gathers."""
 
     def __init__(self, layout: KVLayout, kernels: Kernels, device: HostDevice) -> None:
         super().__init__(layout, NUM_BLOCKS, kernels, device)
@@ -151,7 +149,7 @@ class WatchedCache(KVCache):
         return super().scatter(layer_start, layer_end, block_ids, *rest)
 
     def tokens(self, block_ids: Sequence[int], start: int, end: int) -> torch.Tensor:
-        """[layers, 2, Hkv, tokens, D] as float32."""
+        """Returns [layers, 2, Hkv, tokens, D] as float32."""
         blocks = self._data[:, :, list(block_ids)].transpose(2, 3)  # [layers, 2, Hkv, blocks, block_size, D]
         return blocks.flatten(3, 4)[..., start:end, :].float()
 
@@ -161,7 +159,7 @@ def device_layout(wire: Any = "raw", dtype: str = "bfloat16", block_size: int = 
 
 
 class DeviceWorker(Worker):
-    """An endpoint over a cache on a `LateDevice`, or on the processor."""
+    """An endpoint over a cache on a `LateDevice`, or on the CPU."""
 
     store: WatchedCache
 
@@ -186,7 +184,7 @@ class DeviceWorker(Worker):
         super().__init__(name, kv_layout, transport=transport, config=config, store=store, gpu=gpu)
 
     def settle(self) -> None:
-        """Returns when the endpoint has done what it was asked for before, as far as it can."""
+        """Returns when the endpoint has carried out its earlier requests, as far as it can."""
         done = threading.Event()
         self.endpoint._post(done.set)
         assert done.wait(WAIT_S)

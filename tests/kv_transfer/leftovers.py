@@ -1,4 +1,4 @@
-"""Nothing is left behind by a test of endpoints: fixtures for the modules that have such tests."""
+"""Checks that tests of endpoints leave no resources behind: fixtures for the modules that have such tests."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ T = TransferId("request", 0)
 
 
 def open_things() -> tuple[int, int, int]:
-    """File descriptors, threads and staging rings of this process."""
+    """Lists file descriptors, threads and staging rings of this process."""
     gc.collect()
     rings = Path("/proc/self/maps").read_text().count("pdserve-kv")
     threads = [t for t in threading.enumerate() if t.name.startswith(("pdserve", "asyncio"))]
@@ -27,7 +27,7 @@ def open_things() -> tuple[int, int, int]:
 @pytest.fixture(scope="module", autouse=True)
 def _gloo_is_warm() -> None:
     """Torch takes longer to import than a pair may take to connect, and its first store opens two descriptors
-    for good."""
+    permanently."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     TCPStore("127.0.0.1", 0, 1, True)

@@ -4,7 +4,7 @@ from pdserve.kv_transfer.meeting import Meeting
 
 
 def joined_meetings() -> tuple[Meeting, Meeting]:
-    """Two joined ends: entries set at one appear at the other."""
+    """Returns two joined ends: entries set at one appear at the other."""
     one = Meeting(lambda key, value: other.put(key, value))
     other = Meeting(one.put)
     return one, other

@@ -1,7 +1,6 @@
-"""NCCL's twin on the processor: a gloo group that is watched as a GPU's is, and can be aborted.
+"""A test double of NCCL on the CPU: a gloo group that is monitored like a GPU's, and can be aborted.
 
-Its operations are torch's own `Work`: a call which that does not have fails here as it would on a GPU.
-"""
+Its operations are torch's own `Work`: a call that `Work` lacks fails here as it would on a GPU."""
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -14,7 +13,7 @@ WAIT = timedelta(seconds=30)
 
 
 class Aborted(RuntimeError):
-    """The group was."""
+    """The group was aborted."""
 
 
 class TwinGroup:
@@ -48,11 +47,11 @@ class TwinGroup:
         return self._error
 
     def settle(self) -> None:
-        """Returns when every operation until now is over."""
+        """Returns when all operations queued until now are over."""
         self._thread.submit(lambda: None).result()
 
     def _driven(self, operation: Any, *args: Any) -> Work:
-        """Gloo's operations are completed by whoever waits for them, NCCL's by themselves."""
+        """Gloo's operations are completed by their waiters, NCCL's by themselves."""
         if self._is_aborted:
             raise Aborted("the group was aborted")
         work: Work = operation(*args)

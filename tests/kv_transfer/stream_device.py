@@ -1,6 +1,6 @@
-"""A device whose stream is a thread: gathers, scatters and copies that do not block are done on it, in order,
-while the host goes on. Whoever reads a result before its event, or reuses memory that a copy still needs,
-finds wrong bytes."""
+"""A device whose stream is a thread: gathers, scatters and non-blocking copies run on it, in order, while the
+host continues. Code that reads a result before its event, or reuses memory that a copy still needs, finds
+wrong bytes."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ class StreamEvent:
         self._reached = self._device.queue(lambda: None)
 
     def wait(self) -> None:
-        """There is one stream."""
+        """There is only one stream."""
 
     def synchronize(self) -> None:
         if self._reached is not None:
@@ -39,7 +39,7 @@ class StreamEvent:
 
 
 class StreamDevice(HostDevice):
-    """Its work may be held up."""
+    """A stream whose work may be held up."""
 
     runs_ahead = True
 
@@ -48,7 +48,7 @@ class StreamDevice(HostDevice):
         self._stream = ThreadPoolExecutor(1, thread_name_prefix="twin-stream")
         self._may_work = threading.Event()
         self._may_work.set()
-        self._pinned: set[int] = set()  # where such memory begins
+        self._pinned: set[int] = set()  # start addresses of such memory
         self.num_copies = 0  # between the device and pinned memory
         self._has_copies = threading.Event()
 
@@ -86,7 +86,7 @@ class StreamDevice(HostDevice):
         self._has_copies.set()
 
     def wait_for_copies(self) -> None:
-        """Until the first one is queued."""
+        """Waits until the first one is queued."""
         assert self._has_copies.wait(WAIT_S), "nothing was queued"
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class StreamDevice(HostDevice):
         self._stream.shutdown()
 
     def late(self, move: MovePart) -> MovePart:
-        """The same kernel, launched: its sum is there when the stream has come so far."""
+        """Launches the same kernel: its sum is there when the stream has reached it."""
 
         def launch(
             cache: torch.Tensor,
@@ -112,7 +112,7 @@ class StreamDevice(HostDevice):
 
 
 class _Deferred(TorchFunctionMode):
-    """Queues what a GPU's stream would: copies that say `non_blocking`, of which one side is pinned
+    """Queues the work that a GPU's stream would: copies with `non_blocking`, of which one side is pinned
     memory."""
 
     def __init__(self, device: StreamDevice) -> None:

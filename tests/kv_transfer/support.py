@@ -19,7 +19,7 @@ from pdserve.kv_transfer import TransferConfig, TransferEndpoint
 from pdserve.kv_transfer.interfaces import Gpu
 
 WAIT_S = 60.0  # far more than anything here takes
-# No deadline of these is met by accident, however busy the machine: a test that is about one sets it itself.
+# None of these deadlines expires by accident, however busy the machine: a test about a deadline sets it.
 CALM = TransferConfig(
     chunk_bytes=4096,
     connect_timeout_s=30.0,
@@ -122,7 +122,7 @@ class ArrayStore:
 
 
 class Recorder:
-    """Every ending, in order; `wait` blocks until the one asked for is there."""
+    """Records every end of a transfer, in order; `wait` blocks until the requested one is there."""
 
     def __init__(self, store: ArrayStore) -> None:
         self.store = store
@@ -233,7 +233,7 @@ class Worker:
         num_tokens: int,
         payload: bytes = b"",
     ) -> None:
-        """A whole prefill at once: everything computed, committed."""
+        """Runs a whole prefill at once: everything computed, committed."""
         self.endpoint.send(transfer, target, block_ids, num_tokens)
         self.endpoint.computed(transfer, 0, self.store.layout.num_layers, 0, num_tokens)
         self.endpoint.prefill_done(transfer)
@@ -247,7 +247,7 @@ def pair(
     transport: str = "auto",
     config: TransferConfig = CALM,
 ) -> Iterator[tuple[Worker, Worker]]:
-    """P with random KV and D with zeros; both closed at the end."""
+    """Yields P with random KV and D with zeros; both are closed at the end."""
     sender = Worker("p", sender_layout or layout(), seed=1, transport=transport, config=config)
     receiver = Worker("d", receiver_layout or layout(), transport=transport, config=config)
     try:

@@ -1,4 +1,4 @@
-"""Which link a pair takes, and who is refused at the door for it."""
+"""The link that a pair chooses, and the peers that the acceptor refuses because of it."""
 
 from collections.abc import Callable
 
@@ -75,7 +75,7 @@ def test_the_link_suits_both_places(mine: Place, theirs: Place, transport: str, 
         ),
     ],
 )
-def test_a_link_that_cannot_be_is_refused_by_name(
+def test_an_impossible_link_is_refused_by_name(
     mine: Place, theirs: Place, transport: str, error: str
 ) -> None:
     with pytest.raises(LinkError) as caught:
@@ -107,7 +107,9 @@ def greeting(link: str, gpu: str) -> Connect:
     )
 
 
-def test_the_door_takes_a_link_within_its_own_gpu_alone(here: Callable[[SharedMemory | None], Local]) -> None:
+def test_the_acceptor_allows_cuda_ipc_only_within_its_own_gpu(
+    here: Callable[[SharedMemory | None], Local],
+) -> None:
     assert refusal(greeting("cuda_ipc", "GPU-0"), here(SharedMemory("GPU-0"))) is None
     for gpu, mine in (
         ("GPU-1", SharedMemory("GPU-0")),
@@ -125,12 +127,12 @@ def test_the_door_takes_a_link_within_its_own_gpu_alone(here: Callable[[SharedMe
     )
 
 
-def test_a_door_refuses_another_wire_format(here: Callable[[SharedMemory | None], Local]) -> None:
+def test_the_acceptor_refuses_another_wire_format(here: Callable[[SharedMemory | None], Local]) -> None:
     local = here(None)
     local.layout = device_layout("int8")
     assert refusal(greeting("shm", ""), local) == "the KV layouts differ in wire: 'int8' here, 'raw' there"
 
 
-def test_a_processor_has_no_link_within_a_gpu() -> None:
+def test_a_cpu_has_no_link_within_a_gpu() -> None:
     with pytest.raises(ValueError, match="got 'cuda_ipc', expected one of auto, shm, gloo on a processor"):
         DeviceWorker("p", device_layout(), on_gpu=False, transport="cuda_ipc")

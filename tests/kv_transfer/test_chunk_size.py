@@ -1,4 +1,4 @@
-"""How large chunks are, on each link and of each transfer."""
+"""Chunk sizes, by link and by transfer."""
 
 import pytest
 from hypothesis import given, strategies as st
@@ -36,7 +36,7 @@ def test_every_link_has_its_sizes() -> None:
         ("cuda_ipc", 8 * MIB, 4 * MIB),
     ],
 )
-def test_chunks_are_eighths_within_what_the_link_is_good_for(
+def test_chunks_are_eighths_within_their_links_bounds(
     link: str, transfer_bytes: int, expected_bytes: int
 ) -> None:
     slot_bytes = TransferConfig().chunk_bytes_of(link)
@@ -54,7 +54,7 @@ def test_a_chunk_holds_a_cell_and_fits_the_slot(
 
 
 @pytest.mark.parametrize(("link", "layers_a_chunk"), [("gloo", 1), ("cuda_ipc", 2)])
-def test_a_sender_cuts_as_its_link_wants(link: str, layers_a_chunk: int) -> None:
+def test_a_sender_cuts_to_the_links_chunk_size(link: str, layers_a_chunk: int) -> None:
     """The same prompt, 2 MiB a layer."""
     layout = KVLayout(
         num_layers=4, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=64, model_fingerprint="m"

@@ -1,5 +1,5 @@
-"""Caches on a device that is late: what is announced, what is told, and when, over real links and a GPU's
-twin."""
+"""Caches on a late device: announcements and reports, and their timing, over real links and a test double of
+a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def devices(
     kernels: Kernels | None = None,
     dtype: str = "bfloat16",
 ) -> Iterator[tuple[DeviceWorker, DeviceWorker]]:
-    """P with random KV, D with zeros, of other block sizes; closed at the end."""
+    """Yields P with random KV, D with zeros, of other block sizes; both are closed at the end."""
     common: dict[str, Any] = {"transport": transport, "config": config, "kernels": kernels}
     sender = DeviceWorker("p", device_layout(wire, dtype), on_gpu=on_gpu[0], seed=1, **common)
     receiver = DeviceWorker("d", device_layout(wire, dtype, 16), on_gpu=on_gpu[1], **common)
@@ -54,8 +54,8 @@ def push(sender: DeviceWorker, receiver: DeviceWorker, transfer: TransferId = T)
 
 
 def assert_arrived(sender: DeviceWorker, receiver: DeviceWorker) -> None:
-    """To the bit, or as int8 rounds: by half a step of 127 to the row's largest value, and then to the
-    cache's own type."""
+    """Compares bit for bit, or within int8 rounding: half a step of 127 to the row's largest value, and then
+    to the cache's own type."""
     sent, got = sender.store.tokens(THEIRS, 0, NUM_TOKENS), receiver.store.tokens(OURS, 0, NUM_TOKENS)
     if sender.store.layout.wire == "raw":
         assert torch.equal(got, sent)
@@ -80,7 +80,7 @@ def test_kv_goes_from_device_to_device(wire: str, transport: str, dtype: str) ->
 
 @pytest.mark.parametrize("wire", ["raw", "int8"])
 @pytest.mark.parametrize("on_gpu", [(True, False), (False, True), (False, False)])
-def test_a_device_and_a_processor_meet_in_host_memory(wire: str, on_gpu: tuple[bool, bool]) -> None:
+def test_a_device_and_a_cpu_meet_in_host_memory(wire: str, on_gpu: tuple[bool, bool]) -> None:
     with devices(wire, on_gpu=on_gpu) as (sender, receiver):
         push(sender, receiver)
         assert receiver.ends.received(T) == b"payload"
@@ -89,7 +89,7 @@ def test_a_device_and_a_processor_meet_in_host_memory(wire: str, on_gpu: tuple[b
 
 @pytest.mark.parametrize("wire", ["raw", "int8"])
 @pytest.mark.parametrize("transport", ["cuda_ipc", "shm"])
-def test_tritons_kernels_move_it(wire: str, transport: str) -> None:
+def test_tritons_kernels_move_kv(wire: str, transport: str) -> None:
     kernels = TritonKernels(KernelRequirements(torch.bfloat16, 16, 8))
     with one_kernel_at_a_time(), devices(wire, transport=transport, kernels=kernels) as (sender, receiver):
         push(sender, receiver)
@@ -110,7 +110,7 @@ def test_different_wire_formats_are_refused() -> None:
         receiver.endpoint.close()
 
 
-def test_nothing_is_told_before_the_device_is_done() -> None:
+def test_nothing_is_reported_before_the_device_is_done() -> None:
     with devices(config=ONE_SLOT) as (sender, receiver):
         sender.device.hold()
         receiver.device.hold()
@@ -125,9 +125,7 @@ def test_nothing_is_told_before_the_device_is_done() -> None:
         assert_arrived(sender, receiver)
 
 
-def test_a_transfer_cancelled_while_it_is_gathered_ends_when_the_device_is_done_and_gives_its_slot_back() -> (
-    None
-):
+def test_a_transfer_cancelled_during_its_gather_ends_with_it_and_frees_its_slot() -> None:
     with devices(config=ONE_SLOT) as (sender, receiver):
         sender.device.hold()
         push(sender, receiver)
@@ -147,7 +145,7 @@ def test_a_transfer_cancelled_while_it_is_gathered_ends_when_the_device_is_done_
         )
 
 
-def test_blocks_are_not_given_back_while_the_device_writes_to_them() -> None:
+def test_blocks_are_not_freed_while_the_device_writes_to_them() -> None:
     with devices(config=ONE_SLOT) as (sender, receiver):
         receiver.device.hold()
         push(sender, receiver)
@@ -163,7 +161,7 @@ def test_blocks_are_not_given_back_while_the_device_writes_to_them() -> None:
         assert sender.endpoint.counters.num_links_opened == 1
 
 
-def test_a_link_that_breaks_while_a_chunk_is_gathered_leaves_nothing_to_the_next() -> None:
+def test_a_link_that_breaks_during_a_gather_does_not_affect_the_next() -> None:
     with devices(config=ONE_SLOT) as (sender, receiver):
         sender.device.hold()
         push(sender, receiver)
@@ -183,7 +181,7 @@ def test_a_link_that_breaks_while_a_chunk_is_gathered_leaves_nothing_to_the_next
         assert counters.num_links_opened == 2 and counters.num_nacks == 0 and counters.num_stale_messages == 0
 
 
-def test_bytes_that_are_not_what_was_announced_end_the_link_when_the_device_is_done() -> None:
+def test_wrong_bytes_end_the_link_once_the_device_is_done() -> None:
     with devices(config=ONE_SLOT) as (sender, receiver):
         sender.store.lies = True
         push(sender, receiver)
@@ -198,7 +196,7 @@ def test_bytes_that_are_not_what_was_announced_end_the_link_when_the_device_is_d
 
 
 @pytest.mark.parametrize("side", ["send", "receive"])
-def test_an_error_of_the_device_ends_the_transfer_and_not_the_link(side: str) -> None:
+def test_a_device_error_ends_the_transfer_but_not_the_link(side: str) -> None:
     with devices(config=ONE_SLOT) as (sender, receiver):
         failing = sender if side == "send" else receiver
         failing.device.hold()
@@ -216,7 +214,7 @@ def test_an_error_of_the_device_ends_the_transfer_and_not_the_link(side: str) ->
         assert sender.endpoint.counters.num_links_opened == 1
 
 
-def test_close_does_not_wait_for_a_device_for_ever() -> None:
+def test_close_does_not_wait_for_a_device_indefinitely() -> None:
     config = TransferConfig(chunk_bytes=1 << 16, heartbeat_s=0.05, dead_after_s=5.0, chunk_timeout_s=0.05)
     with devices(config=config) as (sender, receiver):
         sender.device.hold()

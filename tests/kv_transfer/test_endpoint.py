@@ -1,4 +1,4 @@
-"""Two endpoints in one process, over real links: content, concurrency, and nothing left behind."""
+"""Two endpoints in one process, over real links: content, concurrency, and no leftover resources."""
 
 import threading
 
@@ -15,7 +15,7 @@ from .support import WAIT_S, Worker, layout, pair
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("block_sizes", [(8, 8), (4, 16), (16, 8)])
-def test_kv_arrives_as_it_was_whatever_the_block_sizes(
+def test_kv_arrives_unchanged_whatever_the_block_sizes(
     transport: str, dtype: str, block_sizes: tuple[int, int]
 ) -> None:
     with pair(layout(block_sizes[0], dtype), layout(block_sizes[1], dtype), transport) as (sender, receiver):
@@ -51,7 +51,7 @@ def test_a_wholly_cached_prompt_sends_nothing_and_is_received() -> None:
         assert sender.ends.sent(T).num_chunks == 0
 
 
-def test_an_offer_may_come_before_its_reservation() -> None:
+def test_an_offer_may_precede_its_reservation() -> None:
     with pair() as (sender, receiver):
         sender.push(T, receiver.address, [1, 2], 16)
         other = TransferId("other", 0)
@@ -138,7 +138,7 @@ def test_bad_arguments_are_refused_at_once() -> None:
         TransferConfig(chunk_bytes=0)
 
 
-def test_close_is_idempotent_and_ends_what_is_open() -> None:
+def test_close_is_idempotent_and_ends_open_transfers() -> None:
     with pair() as (sender, receiver):
         receiver.expect(T, sender.key, [1], 8)
         sender.endpoint.send(T, receiver.address, [1], 8)

@@ -1,4 +1,5 @@
-"""Two endpoints in one process: transfers that are given up, refused or cut off end alone, and say why."""
+"""Two endpoints in one process: transfers that are aborted, refused or cut off end without affecting others,
+and report why."""
 
 import msgspec
 import numpy as np
@@ -32,7 +33,7 @@ def test_an_aborted_transfer_never_writes_into_reused_blocks(transport: str, sid
         assert receiver.endpoint.counters.num_links_opened == 1, "a cancel keeps the link"
 
 
-def test_a_cancel_before_the_offer_is_told_to_the_sender() -> None:
+def test_a_cancel_before_the_offer_is_reported_to_the_sender() -> None:
     with pair() as (sender, receiver):
         receiver.expect(T, sender.key, [1], 8)
         receiver.endpoint.cancel(T)
@@ -41,7 +42,7 @@ def test_a_cancel_before_the_offer_is_told_to_the_sender() -> None:
         assert sender.ends.send_error(T) == "cancelled by the receiver"
 
 
-def test_cancelling_what_is_unknown_or_over_does_nothing() -> None:
+def test_cancelling_an_unknown_or_ended_transfer_does_nothing() -> None:
     with pair() as (sender, receiver):
         sender.endpoint.cancel(TransferId("nobody", 3))
         receiver.expect(T, sender.key, [1], 8)
@@ -58,7 +59,7 @@ def test_cancelling_what_is_unknown_or_over_does_nothing() -> None:
         sender.ends.sent(T)
 
 
-def test_a_reservation_without_an_offer_and_an_offer_without_a_reservation_end_with_the_lease() -> None:
+def test_an_unmatched_reservation_or_offer_ends_with_the_lease() -> None:
     config = TransferConfig(
         chunk_bytes=4096, heartbeat_s=0.05, dead_after_s=30.0, lease_s=0.2, max_lease_s=0.5
     )
@@ -71,7 +72,7 @@ def test_a_reservation_without_an_offer_and_an_offer_without_a_reservation_end_w
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_layouts_that_differ_are_refused_by_the_name_of_the_field(transport: str) -> None:
+def test_differing_layouts_are_refused_by_field_name(transport: str) -> None:
     with pair(layout(num_kv_heads=2), layout(num_kv_heads=4), transport) as (sender, receiver):
         sender.push(T, receiver.address, [1], 8)
         assert "num_kv_heads: 4 here, 2 there" in sender.ends.send_error(T)
@@ -87,7 +88,7 @@ def test_a_wrong_token_is_refused() -> None:
         receiver.endpoint.close()
 
 
-def test_a_worker_that_was_replaced_is_not_mistaken_for_its_successor() -> None:
+def test_a_replaced_worker_is_not_mistaken_for_its_successor() -> None:
     sender, receiver = Worker("p", layout()), Worker("d", layout(), incarnation=2)
     try:
         old = msgspec.structs.replace(receiver.address, incarnation=1)
@@ -138,7 +139,7 @@ def test_a_forgotten_peer_is_fenced() -> None:
         assert "known to be gone" in sender.ends.send_error(fourth)
 
 
-def test_what_the_store_cannot_do_ends_one_transfer_alone() -> None:
+def test_a_store_failure_ends_only_its_transfer() -> None:
     with pair() as (sender, receiver):
         other = TransferId("request", 1)
         receiver.expect(other, sender.key, [2], 8)

@@ -50,7 +50,7 @@ class StreamWorker(Worker):
 
 @contextmanager
 def devices(wire: str = "raw", transport: str = "shm") -> Iterator[tuple[StreamWorker, StreamWorker]]:
-    """P with random KV, D with zeros."""
+    """Yields P with random KV, D with zeros."""
     sender, receiver = StreamWorker("p", wire, transport, seed=1), StreamWorker("d", wire, transport)
     try:
         yield sender, receiver
@@ -102,7 +102,7 @@ def test_nothing_is_reported_before_the_copies_are_done(wire: str, held: str) ->
         assert_arrived(sender, receiver)
 
 
-def test_a_transfer_cancelled_under_its_copies_gives_its_buffers_back() -> None:
+def test_a_transfer_cancelled_during_its_copies_returns_its_buffers() -> None:
     with devices() as (sender, receiver):
         receiver.device.hold()
         push(sender, receiver)

@@ -1,4 +1,4 @@
-"""Peers that die, freeze, or do not keep to the protocol: D's blocks stay whole and every transfer ends."""
+"""Peers that die, freeze, or violate the protocol: D's blocks stay intact and every transfer ends."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ CELL_BYTES = layout().bytes_per_token // layout().num_layers
 
 
 class RawPeer:
-    """A sender that says exactly what a test tells it to."""
+    """A sender that a test controls message by message."""
 
     def __init__(self, target: TransferAddress, epoch: int = 1) -> None:
         self.epoch = epoch
@@ -90,7 +90,7 @@ class RawPeer:
         self._sock.sendall(self._encoder.encode(message))
 
     def hear(self, kind: type[Any]) -> Any:
-        """The next message of `kind`; heartbeats in between are passed over."""
+        """Returns the next message of `kind`; skips heartbeats."""
         while True:
             while self._inbox:
                 message = self._inbox.pop(0)
@@ -102,7 +102,7 @@ class RawPeer:
             self._inbox += self._decoder.feed(data)
 
     def chunk(self, seq: int, span: Span, slot: int = 0, fill: int = 9, transfer: TransferId = T) -> KVChunk:
-        """A correct chunk, its bytes in the ring."""
+        """Announces a correct chunk, its bytes in the ring."""
         num_bytes = span.num_cells * CELL_BYTES
         data = self.link.slot(slot, num_bytes)
         data[:] = bytes([fill]) * num_bytes
@@ -121,7 +121,7 @@ class RawPeer:
 
 @contextmanager
 def raw_pair() -> Iterator[tuple[RawPeer, Worker]]:
-    """An accepted transfer of 16 tokens into blocks 1 and 2."""
+    """Opens an accepted transfer of 16 tokens into blocks 1 and 2."""
     receiver = Worker("d", layout())
     try:
         receiver.expect(T, ("p", 1), [1, 2], 16)
@@ -164,12 +164,12 @@ def test_a_wrong_chunk_is_refused_before_it_reaches_the_blocks(change: dict[str,
         assert receiver.endpoint.counters.num_nacks == 1
 
 
-def test_a_chunk_that_comes_twice_is_refused() -> None:
+def test_a_duplicate_chunk_is_refused() -> None:
     with raw_pair() as (peer, receiver):
         peer.say(peer.chunk(0, HALF))
         peer.hear(Ack)
         peer.say(peer.chunk(1, HALF, fill=1))
-        assert "has come before" in peer.hear(Nack).error
+        assert "has arrived before" in peer.hear(Nack).error
         receiver.ends.receive_error(T)
         assert (receiver.store.read([1, 2], 0, 8) == 9).all()
 
@@ -226,12 +226,12 @@ def test_a_new_epoch_fences_the_old_one() -> None:
         HandshakeDialler("secret", Purpose.TRANSFER).opening + b"x" * (1 << 20),
     ],
 )
-def test_strangers_are_shown_the_door_and_others_are_served(first: bytes) -> None:
-    """Also those who say only half, or nothing: their time is bounded."""
+def test_unauthenticated_peers_are_disconnected_and_others_are_served(first: bytes) -> None:
+    """Also peers that send only half a greeting, or nothing: their time is bounded."""
     receiver = Worker("d", layout(), config=replace(CALM, connect_timeout_s=0.3))
     try:
         address = receiver.address.tcp_host, receiver.address.tcp_port
-        # what was not read when the door was shut makes it a reset
+        # bytes left unread when the server closed the connection turn the close into a reset
         with socket.create_connection(address, WAIT_S) as sock, suppress(ConnectionError):
             sock.sendall(first)
             while sock.recv(4096):
@@ -245,7 +245,7 @@ def test_strangers_are_shown_the_door_and_others_are_served(first: bytes) -> Non
 
 @pytest.fixture
 def socket_root() -> Iterator[Path]:
-    """Takes what a killed process leaves behind; its path is short enough for sockets."""
+    """A folder for the remains of a killed process; its path is short enough for sockets."""
     with tempfile.TemporaryDirectory(dir="/tmp") as root:
         yield Path(root)
 

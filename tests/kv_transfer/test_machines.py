@@ -73,7 +73,7 @@ def chunks(commands: list[object]) -> list[int]:
     return [command.seq for command in commands if isinstance(command, SendChunk)]
 
 
-def test_no_more_chunks_are_under_way_than_slots_and_an_ack_returns_one() -> None:
+def test_at_most_as_many_chunks_as_slots_are_under_way_until_acked() -> None:
     sender = open_sender()
     sender.handle(PartComputed(T, Span(0, 2, 0, 64)), 0.0)
     commands = sender.handle(Accept(1, T, 0, 3), 0.0)
@@ -86,13 +86,13 @@ def test_no_more_chunks_are_under_way_than_slots_and_an_ack_returns_one() -> Non
     assert sender.handle(Ack(1, T, 1), 0.0) == []
 
 
-def test_a_transfer_keeps_to_the_credits_it_was_given() -> None:
+def test_a_transfer_stays_within_its_credits() -> None:
     sender = open_sender()
     sender.handle(PartComputed(T, Span(0, 2, 0, 64)), 0.0)
     assert chunks(list(sender.handle(Accept(1, T, 0, 1), 0.0))) == [0]
 
 
-def test_a_small_transfer_leaves_in_eighths_so_that_most_of_it_hides() -> None:
+def test_a_small_transfer_leaves_in_eighths_so_that_most_is_hidden() -> None:
     large = KVLayout(
         num_layers=16, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=32, model_fingerprint="m"
     )
@@ -103,7 +103,7 @@ def test_a_small_transfer_leaves_in_eighths_so_that_most_of_it_hides() -> None:
         assert transfer.next_chunk() == ((Span(layer - 1, layer + 1, 0, 64), layer) if layer % 2 else None)
 
 
-def test_the_figures_tell_hidden_from_exposed() -> None:
+def test_the_figures_distinguish_hidden_from_exposed() -> None:
     sender = open_sender(num_tokens=8)
     sender.handle(Accept(1, T, 0, 3), 0.0)
     sender.handle(PartComputed(T, Span(0, 1, 0, 8)), 1.0)
@@ -127,7 +127,7 @@ def test_the_figures_tell_hidden_from_exposed() -> None:
         ([Accept(1, T, 64, 3), CommitReady(T, b"")], "was not committed within 5.0 s"),
     ],
 )
-def test_a_receiver_that_is_slow_loses_the_link(
+def test_a_slow_receiver_loses_the_link(
     prepare: list[Accept | PartComputed | CommitReady], error: str
 ) -> None:
     sender = open_sender()
@@ -144,7 +144,7 @@ def test_a_receiver_that_is_slow_loses_the_link(
     assert sender.is_idle
 
 
-def test_silence_ends_the_link_on_both_sides_and_heartbeats_go_out_until_then() -> None:
+def test_silence_ends_the_link_on_both_sides_after_heartbeats() -> None:
     sender, receiver = open_sender(), open_receiver()
     receiver.handle(Expect(T, (0,), 8, 0), 0.0)
     receiver.handle(OfferTransfer(1, T, 8), 0.0)
@@ -157,7 +157,7 @@ def test_silence_ends_the_link_on_both_sides_and_heartbeats_go_out_until_then() 
 
 
 @pytest.mark.parametrize("has_offer", [True, False])
-def test_a_peer_that_lives_may_take_minutes_to_meet_an_offer_or_a_reservation(has_offer: bool) -> None:
+def test_a_live_peer_may_take_minutes_to_match_offer_and_reservation(has_offer: bool) -> None:
     sender, receiver = open_sender(), open_receiver()
     receiver.handle(OfferTransfer(1, T, 8) if has_offer else Expect(T, (0,), 8, 0), 0.0)
     for second in range(600):
@@ -172,7 +172,7 @@ def test_a_peer_that_lives_may_take_minutes_to_meet_an_offer_or_a_reservation(ha
     assert not sender.is_idle
 
 
-def test_not_even_a_living_peer_is_waited_for_without_end() -> None:
+def test_even_a_live_peer_is_not_awaited_indefinitely() -> None:
     sender, receiver = open_sender(), open_receiver()
     receiver.handle(OfferTransfer(1, T, 8), 0.0)
     for machine in (sender, receiver):
@@ -197,7 +197,7 @@ def test_a_reservation_outlives_its_link_by_one_lease() -> None:
     assert failed == ReceiveFailed(T, "the lease ended after 131.0 s without an offer", FailureKind.LOST)
 
 
-def test_a_refused_chunk_fails_its_transfer_with_the_receivers_words() -> None:
+def test_a_refused_chunk_fails_its_transfer_with_the_receivers_message() -> None:
     sender = open_sender()
     nack = Nack(1, T, "wrong size", FailureKind.DISAGREEMENT)
     assert sender.handle(nack, 0.0) == [
@@ -205,7 +205,7 @@ def test_a_refused_chunk_fails_its_transfer_with_the_receivers_words() -> None:
     ]
 
 
-def test_late_words_about_an_ended_transfer_are_ignored() -> None:
+def test_late_messages_about_an_ended_transfer_are_ignored() -> None:
     sender = open_sender()
     why = "cancelled", FailureKind.CANCELLED
     assert sender.handle(CancelTransfer(T, "cancelled"), 0.0) == [
@@ -222,7 +222,7 @@ def test_late_words_about_an_ended_transfer_are_ignored() -> None:
         assert sender.handle(message, 0.0) == []
 
 
-def test_an_offer_of_another_length_than_expected_is_aborted() -> None:
+def test_an_offer_of_an_unexpected_length_is_aborted() -> None:
     receiver = open_receiver()
     receiver.handle(Expect(T, (0, 1), 9, 0), 0.0)
     why = "8 tokens were offered, 9 are expected", FailureKind.DISAGREEMENT
@@ -232,7 +232,7 @@ def test_an_offer_of_another_length_than_expected_is_aborted() -> None:
     ]
 
 
-def test_chunks_of_a_cancelled_transfer_are_taken_and_dropped() -> None:
+def test_chunks_of_a_cancelled_transfer_are_received_and_dropped() -> None:
     receiver = open_receiver()
     receiver.handle(Expect(T, (0,), 8, 0), 0.0)
     receiver.handle(OfferTransfer(1, T, 8), 0.0)
@@ -241,7 +241,7 @@ def test_chunks_of_a_cancelled_transfer_are_taken_and_dropped() -> None:
     assert receiver.handle(chunk, 0.0) == [Receive(chunk)]
 
 
-def test_a_transition_that_the_table_does_not_have_is_a_bug_and_says_what_happened_before() -> None:
+def test_an_illegal_transition_is_a_bug_and_reports_its_history() -> None:
     machine = Automaton(OUTBOUND_TRANSITIONS, OutboundState.WAITING, name="outbound x")
     machine.transition(OutboundState.OFFERED)
     with pytest.raises(InvalidTransition, match=r"outbound x.*COMMITTING.*'waiting', 'offered'"):

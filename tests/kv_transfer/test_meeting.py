@@ -1,4 +1,4 @@
-"""How the two ends of a link that is being built find each other."""
+"""How the two ends of a link under construction find each other."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +14,14 @@ from .meetings import joined_meetings
 from .support import pair
 
 
-def test_what_either_end_sets_both_have() -> None:
+def test_entries_set_at_either_end_reach_both() -> None:
     one, other = joined_meetings()
     one.set("a", b"1")
     other.set("b", b"2")
     assert [end.get(key, 0.0) for end in (one, other) for key in "ab"] == [b"1", b"2"] * 2
 
 
-async def test_an_entry_is_waited_for() -> None:
+async def test_get_waits_for_an_entry() -> None:
     one, other = joined_meetings()
     with ThreadPoolExecutor(1) as executor:
         waiting = asyncio.get_running_loop().run_in_executor(executor, other.get, "a", 30.0)
@@ -29,7 +29,7 @@ async def test_an_entry_is_waited_for() -> None:
         assert await waiting == b"1"
 
 
-async def test_a_peer_that_goes_ends_the_wait() -> None:
+async def test_a_lost_peer_ends_the_wait() -> None:
     meeting = Meeting(lambda key, value: None)
     with ThreadPoolExecutor(1) as executor:
         waiting = asyncio.get_running_loop().run_in_executor(executor, meeting.get, "a", 30.0)
@@ -38,12 +38,12 @@ async def test_a_peer_that_goes_ends_the_wait() -> None:
             await waiting
 
 
-def test_a_peer_that_leaves_nothing_has_its_time() -> None:
+def test_a_peer_that_leaves_no_entry_times_out() -> None:
     with pytest.raises(TransferTimeout, match="'a'"):
         Meeting(lambda key, value: None).get("a", 0.0)
 
 
-def test_a_peer_does_not_fill_the_memory() -> None:
+def test_a_peer_cannot_fill_the_memory() -> None:
     meeting = Meeting(lambda key, value: None)
     for number in range(MAX_ENTRIES):
         meeting.put(str(number), b"")
@@ -51,7 +51,7 @@ def test_a_peer_does_not_fill_the_memory() -> None:
         meeting.put("one more", b"")
 
 
-def test_gloo_asks_no_name_service(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gloo_uses_no_name_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's store would: without a name server, for longer than a link may take."""
 
     def refuse(*args: object, **options: object) -> None:

@@ -1,5 +1,5 @@
-"""The link between two GPUs, over a twin of NCCL: whole transfers, the turn that senders take, and how a link
-is let go."""
+"""The link between two GPUs, over a test double of NCCL: whole transfers, the senders' turns, and the release
+of a link."""
 
 import threading
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def worker(stack: ExitStack, name: str, gpu: str, seed: int | None = None) -> De
 
 
 def test_kv_goes_from_one_gpu_to_two_others_at_once() -> None:
-    """To each in turns; every transfer arrives, to the bit."""
+    """To each in turns; every transfer arrives bit for bit."""
     with ExitStack() as stack:
         sender = worker(stack, "p", "GPU-0", seed=1)
         receivers = [worker(stack, f"d{number}", f"GPU-{number}") for number in (1, 2)]
@@ -62,7 +62,7 @@ def test_kv_goes_from_one_gpu_to_two_others_at_once() -> None:
         assert sum(group.num_sends for group in TwinGroup.living) > len(transfers)
 
 
-def test_a_peer_that_goes_fails_its_transfers_and_holds_up_nobody_else() -> None:
+def test_a_lost_peer_fails_only_its_own_transfers() -> None:
     with ExitStack() as stack:
         sender, lost = worker(stack, "p", "GPU-0", seed=1), worker(stack, "d1", "GPU-1")
         other = worker(stack, "d2", "GPU-2")
@@ -79,7 +79,7 @@ def test_a_peer_that_goes_fails_its_transfers_and_holds_up_nobody_else() -> None
 
 
 def links(on_stuck: list[str]) -> tuple[NcclLink, NcclLink]:
-    """Two ranks in one process, joined."""
+    """Yields two ranks in one process, joined."""
     ours, theirs = (
         NcclLink(rank, "127.0.0.1", 1, 4096, WAIT_S, torch.device("cpu"), on_stuck.append)
         for rank in (RECEIVER_RANK, SENDER_RANK)
@@ -106,8 +106,8 @@ def test_a_wait_ends_when_the_link_is_killed() -> None:
     assert ours.is_gone and theirs.is_gone
 
 
-def test_an_operation_that_fails_loses_the_link() -> None:
-    """Torch calls it completed, as it does one that went well; its group knows better."""
+def test_a_failed_operation_loses_the_link() -> None:
+    """Torch reports it as completed, like a successful one; its group reports the error."""
     ours, theirs = links([])
     ticket = ours.recv(0, 64, 1)
     theirs.kill()
@@ -119,7 +119,7 @@ def test_an_operation_that_fails_loses_the_link() -> None:
     ours.join()
 
 
-def test_a_torch_whose_groups_know_no_errors_takes_an_operation_for_what_it_says(
+def test_without_group_errors_an_operation_counts_as_torch_reports_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(TwinGroup, "get_error")
@@ -132,9 +132,9 @@ def test_a_torch_whose_groups_know_no_errors_takes_an_operation_for_what_it_says
         link.join()
 
 
-def test_an_abort_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_abort_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl, "ABORT_S", 0.01)
-    told, let_go = threading.Event(), threading.Event()
+    reported, let_go = threading.Event(), threading.Event()
     why: list[str] = []
     ours, theirs = links(why)
     abort = ours._group.abort
@@ -145,12 +145,12 @@ def test_an_abort_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def on_stuck(text: str) -> None:
         why.append(text)
-        told.set()
+        reported.set()
 
     ours._group.abort = hang
     ours._on_stuck = on_stuck
     ours.kill()
-    assert told.wait(WAIT_S)
+    assert reported.wait(WAIT_S)
     assert not ours.is_gone
     let_go.set()
     theirs.kill()
@@ -159,7 +159,7 @@ def test_an_abort_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "did not let go" in why[0]
 
 
-def test_a_peer_that_goes_while_a_link_is_built_fails_the_transfer_and_leaves_nothing(
+def test_a_peer_lost_while_a_link_is_built_fails_the_transfer_cleanly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both sides are in the driver, which would wait for ever."""
@@ -185,7 +185,7 @@ def test_a_peer_that_goes_while_a_link_is_built_fails_the_transfer_and_leaves_no
 @given(
     st.lists(st.tuples(st.sampled_from(["take", "give", "behind", "drop"]), st.integers(0, 2)), max_size=60)
 )
-def test_one_link_at_a_time_and_each_in_its_order(calls: list[tuple[str, int]]) -> None:
+def test_one_link_sends_at_a_time_and_each_in_its_order(calls: list[tuple[str, int]]) -> None:
     turn = SendTurn()
     asked: dict[int, list[int]] = {link: [] for link in range(3)}
     begun: dict[int, list[int]] = {link: [] for link in range(3)}

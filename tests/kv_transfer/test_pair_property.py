@@ -1,5 +1,5 @@
-"""A sender and a receiver on a simulated wire: whatever happens between them, each transfer ends once on
-either side, what is received is what was sent, and no block is written after its transfer ended."""
+"""A sender and a receiver on a simulated wire: under any events, each transfer ends once on either side, the
+received bytes are those that were sent, and no block is written after its transfer ended."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -51,12 +51,12 @@ Cell = tuple[int, int]
 
 @dataclass
 class Transfer:
-    """What the two workers know of one transfer. P's KV of a cell is (transfer, layer, token)."""
+    """The two workers' knowledge of one transfer. P's KV of a cell is (transfer, layer, token)."""
 
     id: TransferId
     num_tokens: int
     num_cached: int
-    steps: deque[Any]  # what P's worker still says
+    steps: deque[Any]  # reports that P's worker has yet to make
     cells: dict[Cell, tuple[TransferId, int, int]] = field(default_factory=dict)  # D's blocks
     sent: list[object] = field(default_factory=list)
     received: list[object] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Transfer:
 
 
 class World:
-    """Both machines and what lies between them. Every choice is drawn, time moves when it is told to."""
+    """Both machines and the wire between them. Every choice is drawn, time moves only on request."""
 
     def __init__(self, transfers: list[Transfer]) -> None:
         self.transfers = {transfer.id: transfer for transfer in transfers}
@@ -149,7 +149,7 @@ class World:
         self.feed_sender(LinkUp(self.epoch, "shm", CONFIG.ring_slots, SLOT_BYTES))
 
     def break_link(self) -> None:
-        """What was under way may still turn up, long after."""
+        """Messages that were under way may still arrive, long after."""
         self.dialling = False
         self.late += [("receiver", m) for m in self.to_receiver] + [("sender", m) for m in self.to_sender]
         self.late += [("receiver", Arrived(chunk.epoch, chunk.seq)) for chunk in self.arriving]
@@ -159,7 +159,7 @@ class World:
         self.ring.clear()
 
     def act(self, draw: Any) -> None:
-        """One random thing happens."""
+        """Performs one random action."""
         transfer = draw(st.sampled_from(list(self.transfers.values())))
         action = draw(st.integers(0, 19))
         if action <= 5 and self.to_receiver:
@@ -213,7 +213,7 @@ class World:
         )
 
     def settle(self) -> None:
-        """No more accidents: everything is said, delivered, and time passes until all has ended."""
+        """Runs without further faults: everything is sent, delivered, and time passes until all has ended."""
         for transfer in self.transfers.values():
             if not transfer.is_expected:
                 self.expect(transfer)
@@ -277,7 +277,7 @@ def check(transfer: Transfer) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(transfers(), st.data())
-def test_whatever_happens_each_transfer_ends_once_and_received_is_what_was_sent(
+def test_each_transfer_ends_once_and_received_bytes_are_those_sent(
     made: list[Transfer], data: st.DataObject
 ) -> None:
     world = World(made)
@@ -291,7 +291,7 @@ def test_whatever_happens_each_transfer_ends_once_and_received_is_what_was_sent(
 
 @settings(max_examples=50, deadline=None)
 @given(transfers())
-def test_without_accidents_everything_is_received(made: list[Transfer]) -> None:
+def test_without_faults_everything_is_received(made: list[Transfer]) -> None:
     world = World(made)
     world.settle()
     for transfer in made:

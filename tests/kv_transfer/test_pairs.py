@@ -1,5 +1,5 @@
-"""The shells of a pair: a link that breaks under an operation, and connections that are prepared at the same
-time."""
+"""The shells of a pair: a link that breaks during an operation, and connections that are prepared
+concurrently."""
 
 import asyncio
 from collections.abc import Callable
@@ -35,7 +35,7 @@ NUM_BYTES = 8 * layout().bytes_per_token
 
 
 class WireStub:
-    """A control stream that keeps what is said."""
+    """A control stream that records the messages sent."""
 
     def __init__(self) -> None:
         self.on_message: Callable[[Any], None] = lambda _: None
@@ -96,7 +96,7 @@ def local() -> tuple[Local, Recorder]:
     return made, ends
 
 
-def test_a_link_that_breaks_under_a_receive_fails_its_transfer_at_once() -> None:
+def test_a_link_that_breaks_during_a_receive_fails_its_transfer_at_once() -> None:
     here, ends = local()
     pair, wire, link = InboundPair(here, "p"), WireStub(), BrokenLink()
     pair.feed(Expect(T, (0,), 8, 0))
@@ -108,7 +108,7 @@ def test_a_link_that_breaks_under_a_receive_fails_its_transfer_at_once() -> None
     assert pair.is_idle
 
 
-def test_a_link_that_breaks_under_a_send_fails_its_transfer_at_once() -> None:
+def test_a_link_that_breaks_during_a_send_fails_its_transfer_at_once() -> None:
     here, ends = local()
     dialling = SimpleNamespace(cancel=lambda: None)
     target = TransferAddress("d", 1, "here", "", "127.0.0.1", 1)

@@ -1,5 +1,4 @@
-"""The endpoint's loop while its store has works under way: what it asks, what it reports, and what it serves
-meanwhile."""
+"""The endpoint's loop while its store has works under way: what it polls, reports and serves meanwhile."""
 
 import asyncio
 import threading
@@ -16,12 +15,12 @@ from .support import WAIT_S
 
 
 class Work:
-    """Done when it is let be."""
+    """Done when the test releases it."""
 
     def __init__(self, checksum: int = 0) -> None:
         self.is_reached = False
         self.error: Exception | None = None
-        self.was_asked = asyncio.Event()  # again and again
+        self.was_asked = asyncio.Event()  # set at every poll
         self.num_collected = 0
         self._num_asked = 0
         self._checksum = checksum
@@ -40,7 +39,7 @@ class Work:
 
 
 class Reports(list[int | BaseException]):
-    """As many as are expected can be awaited."""
+    """Lets a test wait for the expected number of reports."""
 
     def __init__(self, num_expected: int) -> None:
         super().__init__()
@@ -120,7 +119,7 @@ def test_timers_and_other_threads_are_served_while_a_work_is_late() -> None:
     run(test)
 
 
-def test_a_work_that_fails_is_reported_with_its_error_and_the_next_one_goes_on() -> None:
+def test_a_failed_work_is_reported_with_its_error_and_the_next_continues() -> None:
     async def test(waits: StoreWaits) -> None:
         reported = Reports(2)
         bad, good = Work(), Work(1)
@@ -133,7 +132,7 @@ def test_a_work_that_fails_is_reported_with_its_error_and_the_next_one_goes_on()
     run(test)
 
 
-def test_a_report_that_raises_keeps_no_other_from_its_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_report_that_raises_does_not_suppress_the_others(caplog: pytest.LogCaptureFixture) -> None:
     async def test(waits: StoreWaits) -> None:
         works, reported = [Work(), Work(1)], Reports(1)
 
@@ -150,7 +149,7 @@ def test_a_report_that_raises_keeps_no_other_from_its_own(caplog: pytest.LogCapt
     run(test)
 
 
-def test_finish_gives_up_on_what_is_late_and_reports_it() -> None:
+def test_finish_gives_up_on_late_works_and_reports_them() -> None:
     async def test(waits: StoreWaits) -> None:
         reported = Reports(1)
         late = Work()

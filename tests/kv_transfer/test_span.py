@@ -103,7 +103,7 @@ def test_tails_of_token_chunks_grow_together_across_layers() -> None:
 def test_a_cell_computed_twice_is_an_error() -> None:
     planner = ChunkPlanner(Span(0, 2, 0, 8), 1, 4)
     planner.add(Span(0, 1, 0, 8))
-    with pytest.raises(ValueError, match="has come before"):
+    with pytest.raises(ValueError, match="has arrived before"):
         planner.add(Span(0, 2, 4, 8))
 
 
@@ -113,7 +113,7 @@ def test_a_token_larger_than_a_chunk_is_an_error() -> None:
 
 
 @given(st.integers(1, 8), st.integers(0, 40), st.integers(1, 40))
-def test_a_place_has_the_spans_tokens_and_no_block_beside_theirs(
+def test_a_place_has_the_spans_tokens_and_no_extra_block(
     block_size: int, start: int, num_tokens: int
 ) -> None:
     block_ids = list(range(100, 200))

@@ -1,5 +1,5 @@
-"""Peers that have not proved that they belong to the cluster: who can connect at all, and what a flood of
-them costs."""
+"""Peers that have not proved that they belong to the cluster: which can connect at all, and the cost of a
+flood of them."""
 
 import errno
 import socket
@@ -20,7 +20,7 @@ from ..other_user import run_as_nobody
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
 from .support import CALM, WAIT_S, Worker, layout
 
-NUM_LINES = 100  # of a log, whatever others do in the time of a test
+NUM_LINES = 100  # of a log, whatever other tests log meanwhile
 WAYS = ("unix", "tcp")
 
 
@@ -41,7 +41,7 @@ def connected(receiver: Worker, way: str) -> socket.socket:
 
 
 def check_is_served(receiver: Worker) -> None:
-    """A peer of the cluster's connects and pushes its KV."""
+    """A peer of the cluster connects and pushes its KV."""
     sender = Worker("p", layout(), seed=1)
     try:
         receiver.expect(T, sender.key, [1], 8)
@@ -51,7 +51,7 @@ def check_is_served(receiver: Worker) -> None:
         sender.endpoint.close()
 
 
-def test_the_socket_lies_in_a_folder_that_ends_with_the_endpoint() -> None:
+def test_the_socket_is_in_a_folder_that_ends_with_the_endpoint() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as root:
         worker = Worker("d", layout(), socket_root=Path(root))
         folder = Path(worker.address.unix_path).parent
@@ -62,13 +62,13 @@ def test_the_socket_lies_in_a_folder_that_ends_with_the_endpoint() -> None:
         assert list(Path(root).iterdir()) == []
 
 
-def test_another_user_cannot_connect_and_does_not_find_it_among_abstract_names(receiver: Worker) -> None:
+def test_another_user_cannot_connect_and_finds_no_abstract_socket(receiver: Worker) -> None:
     assert not [line for line in Path("/proc/net/unix").read_text().splitlines() if "@pdserve" in line]
     code = "attempt('connect', lambda: connect(sys.argv[1]))"
     assert run_as_nobody(code, receiver.address.unix_path) == ["connect EACCES"]
 
 
-def test_a_probe_of_this_cluster_gets_through_and_is_no_refusal(
+def test_a_probe_of_this_cluster_succeeds_and_is_no_refusal(
     receiver: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
     address = receiver.address.tcp_host, receiver.address.tcp_port
@@ -99,7 +99,7 @@ def test_a_flood_of_connections_writes_few_lines_and_is_counted(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_connections_that_are_held_keep_nobody_out(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_connections_do_not_lock_out_others(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(acceptor, "MAX_UNPROVEN", 8)
     receiver = Worker("d", layout(), config=replace(CALM, connect_timeout_s=WAIT_S))
     try:
@@ -113,7 +113,7 @@ def test_connections_that_are_held_keep_nobody_out(way: str, monkeypatch: pytest
         receiver.endpoint.close()
 
 
-def test_a_process_without_descriptors_accepts_again_when_there_are_some(
+def test_a_process_out_of_descriptors_accepts_again_when_some_are_free(
     receiver: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(acceptor, "ACCEPT_PAUSE_S", 0.01)

@@ -1,5 +1,5 @@
-"""The modelled engine with a queue: a step is computed when it is collected, from what was known when it was
-launched and from the tokens that were drawn before it."""
+"""The modelled engine with a queue: a step is computed when it is collected, from the values known at its
+launch and from the tokens that were drawn before it."""
 
 from collections import deque
 from collections.abc import Callable
@@ -50,7 +50,7 @@ class AheadEngine(ChainEngine):
         before_sampling: Callable[[], None] | None = None,
     ) -> Launched:
         self.num_rows.append(len(batch.chunks))
-        if on_layer is not None or batch.copies:  # these are for now
+        if on_layer is not None or batch.copies:  # these must happen at once
             while self.queue:
                 self.run_oldest()
             if on_layer is not None:

@@ -1,6 +1,5 @@
 """A model whose next token is a pure function of the KV really present in a sequence's blocks: wrong, stale
-or foreign blocks show up as wrong tokens. Stands in for the engine where scheduling and transfers are under
-test."""
+or foreign blocks show up as wrong tokens. Replaces the engine in tests of scheduling and transfers."""
 
 import random
 from collections.abc import Callable, Sequence as Seq
@@ -29,7 +28,7 @@ def next_token(state: int, choice: int, index: int) -> int:
 
 
 def expected_tokens(prompt: Seq[int], choice: int, num_tokens: int, eos: int | None = None) -> list[int]:
-    """What a choice must produce, whoever serves it."""
+    """Returns the tokens that a choice must produce on any worker."""
     state = 0
     for token_id in prompt:
         state = chain(state, token_id)
@@ -175,14 +174,14 @@ class Wire:
         self._expects[transfer] = (tuple(block_ids), num_tokens, num_cached_tokens)
 
     def cancel(self, transfer: TransferId) -> None:
-        """Both sides' transfers end without success (the peer hears of it)."""
+        """Fails both sides' transfers (the peer is informed)."""
         tables: tuple[dict[TransferId, Any], ...] = (self._sends, self._expects)
         for table in tables:
             if transfer in table:
                 table[transfer] = None
 
     def deliver(self, prefill, decode) -> bool:  # type: ignore[no-untyped-def]
-        """Let one pending event happen; False when there is none."""
+        """Delivers one pending event; returns False when there is none."""
         events: list[Callable[[], None]] = []
         for transfer, send in self._sends.items():
             if send is None:
@@ -216,7 +215,7 @@ class Wire:
 
 
 class LateMasks:
-    """Implements MaskPort: the grammar lets everything through, but says so only when it is asked to."""
+    """Implements MaskPort: the grammar permits every token, but answers only when `tell` is called."""
 
     def __init__(self) -> None:
         self.num_tokens: dict[int, int] = {}
@@ -236,7 +235,7 @@ class LateMasks:
         del self.num_tokens[key]
 
     def tell(self, rng: random.Random, masks: TokenMasks) -> bool:
-        """Let one mask arrive; False when none is due."""
+        """Delivers one mask; returns False when none is due."""
         if not self.due:
             return False
         key = self.due.pop(rng.randrange(len(self.due)))

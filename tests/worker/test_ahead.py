@@ -1,5 +1,5 @@
-"""With a runner that runs ahead, the decode role launches the next step before it knows the tokens of the one
-under way."""
+"""With a runner that runs ahead, the decode role launches the next step before it knows the tokens of the
+current one."""
 
 import pytest
 
@@ -26,22 +26,20 @@ def drain(pair: Pair) -> None:
         pass
 
 
-def test_the_next_step_is_launched_before_the_tokens_of_the_one_under_way_are_known() -> None:
+def test_the_next_step_is_launched_before_the_current_tokens_are_known() -> None:
     pair, request = ahead_pair(), spec("a", range(4), 9)
     pair.decode.serve(Serve(spec=request))
     assert pair.decode.step()
     assert not pair.d_box.outputs and len(engine_of(pair).queue) == 1
-    for told in range(1, 5):
+    for num_reported in range(1, 5):
         assert pair.decode.step()
-        assert len(pair.d_box.outputs) == told and len(engine_of(pair).queue) == 1
+        assert len(pair.d_box.outputs) == num_reported and len(engine_of(pair).queue) == 1
     drain(pair)
     assert pair.tokens(request) == expected_tokens(range(4), 0, 9)
     pair.check_at_rest()
 
 
-def test_a_stream_that_ends_by_a_token_has_one_row_in_vain_and_keeps_its_blocks_until_that_is_computed() -> (
-    None
-):
+def test_a_stream_ended_by_a_token_wastes_one_row_and_keeps_blocks_meanwhile() -> None:
     eos = expected_tokens(range(4), 0, 3)[2]
     pair, request = ahead_pair(), spec("a", range(4), 20, eos=eos)
     pair.decode.serve(Serve(spec=request))
@@ -57,7 +55,7 @@ def test_a_stream_that_ends_by_a_token_has_one_row_in_vain_and_keeps_its_blocks_
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
-def test_a_stream_that_ends_by_its_length_has_no_row_in_vain(max_tokens: int) -> None:
+def test_a_stream_ended_by_its_length_wastes_no_row(max_tokens: int) -> None:
     pair, request = ahead_pair(), spec("a", range(4), max_tokens)
     pair.decode.serve(Serve(spec=request))
     drain(pair)
@@ -67,7 +65,7 @@ def test_a_stream_that_ends_by_its_length_has_no_row_in_vain(max_tokens: int) ->
     pair.check_at_rest()
 
 
-def test_who_ends_leaves_the_others_ahead() -> None:
+def test_an_ending_sequence_leaves_the_others_ahead() -> None:
     long, short = spec("long", range(4), 12), spec("short", range(5, 9), 3)
     pair = ahead_pair()
     for request in (long, short):
@@ -95,7 +93,7 @@ def test_an_abort_waits_for_the_step_under_way_and_then_frees_everything(steps: 
     pair.check_at_rest()
 
 
-def test_nobody_is_preempted_while_a_step_is_under_way() -> None:
+def test_no_sequence_is_preempted_while_a_step_is_under_way() -> None:
     pair = ahead_pair(decode_blocks=17)
     requests = [spec(f"r{i}", range(i, i + 8), 40) for i in range(4)]
     for request in requests:
@@ -107,7 +105,7 @@ def test_nobody_is_preempted_while_a_step_is_under_way() -> None:
     pair.check_at_rest()
 
 
-def test_an_output_that_follows_a_grammar_is_waited_for_as_long_as_it_is_there() -> None:
+def test_steps_do_not_run_ahead_while_an_output_follows_a_grammar() -> None:
     pair, free, bound = ahead_pair(), spec("free", range(4), 12), spec("bound", range(5), 3, grammar="g")
     pair.decode.serve(Serve(spec=free))
     pair.decode.step()
@@ -142,18 +140,18 @@ def test_chunks_of_a_long_prompt_do_not_wait_for_each_other() -> None:
     pair.check_at_rest()
 
 
-def test_a_step_that_was_done_when_it_was_launched_is_collected_at_once() -> None:
+def test_a_step_completed_at_launch_is_collected_at_once() -> None:
     pair, request = Pair(), spec("a", range(4), 3)
     pair.decode.serve(Serve(spec=request))
-    for told in range(1, 4):
-        assert pair.decode.step() and len(pair.d_box.outputs) == told
+    for num_reported in range(1, 4):
+        assert pair.decode.step() and len(pair.d_box.outputs) == num_reported
     assert not pair.decode.step()
     assert isinstance(pair.d.launch(Batch(())), CompletedStep)
 
 
-def test_nothing_runs_ahead_of_a_request_with_more_choices_than_a_batch_has_rows() -> None:
-    """A device keeps the tokens of so many rows."""
-    pair, request = ahead_pair(), spec("many", range(4), 5, n=12)  # of a worker with 8
+def test_steps_do_not_run_ahead_of_a_request_with_more_choices_than_rows() -> None:
+    """A device keeps the tokens of only that many rows."""
+    pair, request = ahead_pair(), spec("many", range(4), 5, n=12)  # on a worker with 8
     pair.decode.serve(Serve(spec=request))
     while pair.decode.step():
         assert len(engine_of(pair).queue) == 0 or pair.decode.scheduler.num_running <= 8
@@ -163,7 +161,7 @@ def test_nothing_runs_ahead_of_a_request_with_more_choices_than_a_batch_has_rows
     pair.check_at_rest()
 
 
-def test_a_request_of_several_choices_is_counted_with_all_of_them_before_they_are_there() -> None:
+def test_all_choices_of_a_request_count_before_they_are_forked() -> None:
     pair = ahead_pair()
     requests = [spec("many", range(4), 5, n=4), *(spec(f"{n}", range(n, n + 3), 5) for n in range(6))]
     for request in requests:

@@ -1,4 +1,4 @@
-"""A leg that fails says of which kind its failure is, beside the words for people."""
+"""A failed leg reports the kind of its failure, beside the text for people."""
 
 from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Leg, LegEnded
@@ -11,6 +11,6 @@ def ended(kind: FailureKind | None) -> LegEnded:
     )
 
 
-def test_only_a_failure_of_kind_invalid_blames_the_request() -> None:
+def test_only_an_invalid_failure_blames_the_request() -> None:
     assert {kind for kind in FailureKind if ended(kind).is_invalid} == {FailureKind.INVALID}
     assert not ended(None).is_invalid

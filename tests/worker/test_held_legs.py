@@ -1,4 +1,4 @@
-"""What a worker remembers for a router that has never heard of it."""
+"""The legs that a worker remembers for a router that does not know them."""
 
 from pdserve.core.messages import Leg, LegEnded, TokenLogprobs, TokenOutput
 from pdserve.core.request import TransferId
@@ -23,7 +23,7 @@ def token(name: str, index: int) -> TokenOutput:
     return TokenOutput(TransferId(name, 0), 0, index, 7)
 
 
-def test_a_leg_is_told_with_all_its_tokens_also_for_a_while_after_its_end() -> None:
+def test_a_leg_is_reported_with_all_tokens_for_a_while_after_its_end() -> None:
     clock = Clock()
     legs = HeldLegs(clock)
     legs.accepted(spec("a", range(4)), Leg.DECODE, has_partner=True)
@@ -36,7 +36,7 @@ def test_a_leg_is_told_with_all_its_tokens_also_for_a_while_after_its_end() -> N
     assert legs.tell() == ()
 
 
-def test_log_probabilities_of_prompts_count_among_what_is_kept() -> None:
+def test_log_probabilities_of_prompts_count_towards_the_limit() -> None:
     legs = HeldLegs(Clock())
     prompt = (TokenLogprobs(-1.0, ((1, -1.0), (2, -2.0))),) * (MAX_KEPT_TOKENS // 6)
     for name in ("a", "b", "c"):
@@ -47,7 +47,7 @@ def test_log_probabilities_of_prompts_count_among_what_is_kept() -> None:
     assert leg.outputs[0].prompt_logprobs == prompt
 
 
-def test_what_is_kept_of_ended_legs_is_bounded() -> None:
+def test_remembered_ended_legs_are_bounded() -> None:
     legs = HeldLegs(Clock())
     for number in range(5):
         legs.accepted(spec(f"{number}", range(MAX_KEPT_TOKENS // 4)), Leg.DECODE, has_partner=False)
@@ -55,7 +55,7 @@ def test_what_is_kept_of_ended_legs_is_bounded() -> None:
     assert [leg.spec.transfer.request_id for leg in legs.tell()] == ["2", "3", "4"]
 
 
-def test_all_that_is_held_is_told_in_order_also_when_no_frame_can_hold_it() -> None:
+def test_all_held_legs_are_reported_in_order_across_frames() -> None:
     legs = HeldLegs(Clock())
     for number in range(7):
         legs.accepted(spec(f"{number}", range(MAX_FRAME_TOKENS // 3)), Leg.DECODE, has_partner=False)

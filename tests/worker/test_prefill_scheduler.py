@@ -1,5 +1,5 @@
-"""Who gets the tokens of a prefill step: long prompts and short ones hold each other up by a bounded amount
-only."""
+"""Prefill steps divide their tokens so that long and short prompts delay each other only by a bounded
+amount."""
 
 from hypothesis import given, settings, strategies as st
 
@@ -11,7 +11,7 @@ from .chain_model import ChainEngine, spec
 
 
 class Prefills:
-    """A scheduler and its block pool. Blocks of a computed prompt are given back at once."""
+    """A scheduler and its block pool. Blocks of a computed prompt are released at once."""
 
     def __init__(self, num_blocks: int = 64, budget: int = 16) -> None:
         self.engine = ChainEngine(num_blocks, max_model_len=128)
@@ -27,7 +27,7 @@ class Prefills:
         return seq
 
     def step(self) -> dict[str, int]:
-        """The tokens that each prompt gets in one step."""
+        """Returns the tokens that each prompt gets in one step."""
         batch = self.scheduler.schedule()
         if batch is None:
             return {}
@@ -58,7 +58,7 @@ def test_a_long_prompt_leaves_half_of_each_step_to_short_ones() -> None:
     assert prefills.step() == {"long": 12, "c": 4}
 
 
-def test_a_short_prompt_waits_for_no_long_one_however_many_there_are() -> None:
+def test_a_short_prompt_waits_for_no_long_ones() -> None:
     prefills = Prefills(budget=16)
     for number in range(3):
         prefills.add(f"long{number}", 50)
@@ -67,7 +67,7 @@ def test_a_short_prompt_waits_for_no_long_one_however_many_there_are() -> None:
     assert prefills.step()["short"] == 5
 
 
-def test_short_prompts_that_keep_coming_do_not_hold_a_long_one_up_for_more_than_twice_its_time() -> None:
+def test_a_stream_of_short_prompts_at_most_doubles_a_long_ones_time() -> None:
     prefills = Prefills(budget=16)
     prefills.add("long", 80)
     steps = 0
@@ -79,7 +79,7 @@ def test_short_prompts_that_keep_coming_do_not_hold_a_long_one_up_for_more_than_
     assert steps == 2 * 80 // 16
 
 
-def test_prompts_as_long_as_the_oldest_wait_for_it_and_may_find_its_prefix_cached() -> None:
+def test_prompts_as_long_as_the_oldest_wait_and_may_find_its_prefix_cached() -> None:
     prefills = Prefills(budget=16)
     prefills.add("a", 40)
     prefills.add("b", 40)
@@ -88,14 +88,16 @@ def test_prompts_as_long_as_the_oldest_wait_for_it_and_may_find_its_prefix_cache
     assert prefills.step() == {"a": 8, "b": 8}
 
 
-def test_nobody_takes_blocks_before_the_oldest_that_waits_for_them() -> None:
+def test_no_prompt_takes_blocks_before_the_oldest_waiting_one() -> None:
     prefills = Prefills(num_blocks=10, budget=16)
     block_size = prefills.engine.pool.block_size
     running = prefills.add("running", 6 * block_size)
     prefills.step()
     prefills.add("large", 8 * block_size)
     prefills.add("small", block_size)
-    prefills.scheduler.remove(running)  # as when it is computed and its transfer still holds the blocks
+    prefills.scheduler.remove(
+        running
+    )  # as when the prompt is computed and its transfer still holds the blocks
     assert prefills.step() == {}
     prefills.engine.kv.release(running)
     assert "large" in prefills.step()
@@ -107,7 +109,7 @@ def test_nobody_takes_blocks_before_the_oldest_that_waits_for_them() -> None:
     st.integers(3, 32),
     st.integers(16, 40),
 )
-def test_every_step_is_full_or_everyone_who_has_blocks_is_done_and_all_prompts_end(
+def test_every_step_is_full_or_exhausts_admitted_prompts_and_all_end(
     arrivals: list[tuple[int, int]], budget: int, num_blocks: int
 ) -> None:
     prefills = Prefills(num_blocks=num_blocks, budget=budget)

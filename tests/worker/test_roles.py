@@ -1,5 +1,5 @@
-"""The two roles over a modelled engine and wire: every stream carries exactly the tokens its KV stands
-for."""
+"""The two roles over a modelled engine and wire: every stream carries exactly the tokens that its KV
+implies."""
 
 import random
 from collections.abc import Callable, Sequence as Seq
@@ -52,7 +52,7 @@ class Pair:
         )
 
     def await_masks(self, sequences: Seq[Sequence]) -> None:
-        """Some are there in time, others are late."""
+        """Delivers some masks in time, others late."""
         for _ in range(self.rng.randrange(3)):
             self.d_port.tell(self.rng, self.d_masks)
 
@@ -69,7 +69,7 @@ class Pair:
             lambda: self.d_port.tell(self.rng, self.d_masks),
         ]
         self.rng.shuffle(actions)
-        outcomes = [action() for action in actions]  # all of them, whatever the first says
+        outcomes = [action() for action in actions]  # all of them, whatever the first returns
         return any(outcomes)
 
     def run(self) -> None:
@@ -79,8 +79,8 @@ class Pair:
         raise AssertionError("the workers never came to rest")
 
     def tokens(self, spec: SequenceSpec, choice: int = 0) -> list[int]:
-        """The choice's tokens by index; each worker must have emitted each index once, and both the same
-        first token."""
+        """Returns the choice's tokens by index; each worker must have emitted each index once, and both the
+        same first token."""
         ours = [
             [output for output in box.outputs if output.transfer == spec.transfer and output.choice == choice]
             for box in (self.p_box, self.d_box)
@@ -158,7 +158,7 @@ def test_several_choices_share_one_prefill_and_one_transfer() -> None:
     pair.check_at_rest()
 
 
-def test_a_request_that_ends_with_its_first_token_leaves_nothing_on_either_worker() -> None:
+def test_a_request_that_ends_with_its_first_token_leaves_nothing_behind() -> None:
     eos = expected_tokens(range(10), 0, 1)[0]
     pair, request = Pair(), spec("a", range(10), 6, eos=eos)
     pair.submit(request)
@@ -179,7 +179,7 @@ def test_one_worker_serves_both_phases() -> None:
     pair.check_at_rest()
 
 
-def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
+def test_a_long_prompt_does_not_hold_up_decoding_sequences() -> None:
     pair = Pair(budget=8)
     pair.decode.serve(Serve(spec=spec("short", range(4), 20)))
     pair.decode.step()
@@ -190,7 +190,7 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
         assert len(pair.d_box.outputs) == before + 1
 
 
-def test_a_resumed_request_goes_on_where_its_client_is() -> None:
+def test_a_resumed_request_continues_where_its_client_is() -> None:
     whole = expected_tokens(range(10), 0, 8)
     pair, request = Pair(), spec("a", range(10), 8, output=whole[:3], attempt=2)
     pair.submit(request)
@@ -210,8 +210,8 @@ def test_preempted_sequences_lose_no_token() -> None:
     pair.check_at_rest()
 
 
-def test_a_client_with_one_sequence_loses_it_to_none_of_another_with_many() -> None:
-    """It is the youngest, and there are blocks for two of four."""
+def test_a_client_with_one_sequence_is_not_preempted_for_one_with_many() -> None:
+    """Its sequence is the youngest, and there are blocks for two of four."""
     pair = Pair(decode_blocks=30)
     for number in range(3):
         pair.decode.serve(Serve(spec=spec(f"r{number}", range(number, number + 8), 40, client="many")))
@@ -238,7 +238,7 @@ def test_an_abort_at_any_point_frees_everything_on_both_workers(steps: int) -> N
     assert len(pair.p_box.ended) == len(pair.d_box.ended) == 1
 
 
-def test_aborting_what_nobody_knows_is_ignored() -> None:
+def test_aborting_an_unknown_dispatch_is_ignored() -> None:
     pair = Pair()
     pair.prefill.abort(TransferId("nobody", 0))
     pair.decode.abort(TransferId("nobody", 0))

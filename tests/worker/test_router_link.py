@@ -1,4 +1,4 @@
-"""A worker's end of its connection: what becomes of it when the router stands still."""
+"""A worker's end of its connection: its behaviour when the router stalls."""
 
 import socket
 import threading
@@ -21,18 +21,18 @@ from ..handshakes import greeted, read
 WAIT_S = 60.0  # far more than anything here takes
 
 
-def test_a_router_that_reads_no_more_is_lost_also_while_a_sender_waits_for_it(
+def test_a_router_that_stops_reading_is_lost_even_while_a_sender_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(router_session, "DEAD_AFTER_S", 0.2)
     monkeypatch.setattr(
         worker_link, "HEARTBEAT_S", WAIT_S
-    )  # the heartbeat's thread waits behind the sender: it cannot tell
+    )  # the heartbeat's thread waits behind the sender: it cannot report the loss
     lost = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as door:
+    with socket.create_server(("127.0.0.1", 0)) as server:
         hello = Hello(worker_id="decode-0", incarnation=1)
-        with greeted(door, "secret") as accepted:
-            link = RouterLink(door.getsockname(), "secret", hello, lambda _: None, lambda _: lost.set())
+        with greeted(server, "secret") as accepted:
+            link = RouterLink(server.getsockname(), "secret", hello, lambda _: None, lambda _: lost.set())
         with accepted.get() as frozen:
             assert frozen.getsockname()
             link.start()
@@ -82,29 +82,31 @@ def run_until_it_fails(worker: WorkerProcess) -> None:
         worker.run()
 
 
-def test_a_worker_that_cannot_go_on_does_not_look_for_another_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        with greeted(door, "secret") as accepted, pytest.raises(CheckpointError):
-            Unloadable(door.getsockname()).run()
-        accepted.get().close()
-        door.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            door.accept()
-
-
-def test_a_worker_that_lost_its_router_before_it_said_anything_tells_the_next_one_that_it_loads(
+def test_a_worker_that_cannot_continue_does_not_look_for_another_router(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        door.settimeout(WAIT_S)
-        worker = Unloadable(door.getsockname(), tells_late=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with greeted(server, "secret") as accepted, pytest.raises(CheckpointError):
+            Unloadable(server.getsockname()).run()
+        accepted.get().close()
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_a_worker_that_lost_its_router_early_reports_loading_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(WAIT_S)
+        worker = Unloadable(server.getsockname(), tells_late=True)
         thread = threading.Thread(target=run_until_it_fails, args=(worker,), daemon=True)
-        with greeted(door, "secret") as accepted:
+        with greeted(server, "secret") as accepted:
             thread.start()
         accepted.get().close()
-        with greeted(door, "secret") as accepted:
+        with greeted(server, "secret") as accepted:
             pass
         with accepted.get() as connection:
             data = b""
@@ -115,28 +117,28 @@ def test_a_worker_that_lost_its_router_before_it_said_anything_tells_the_next_on
     assert [type(message) for message in decoder.feed(data)] == [Hello, LoadProgress]
 
 
-def test_a_router_that_does_not_know_the_token_is_told_nothing() -> None:
-    """Not even who calls."""
+def test_a_router_that_does_not_know_the_token_learns_nothing() -> None:
+    """Not even the caller's identity."""
     heard = []
-    with socket.create_server(("127.0.0.1", 0)) as door:
+    with socket.create_server(("127.0.0.1", 0)) as server:
 
         def pretend() -> None:
-            stranger, _ = door.accept()
-            with stranger:
-                heard.append(read(stranger, OPENING_BYTES))
-                stranger.sendall(bytes(64))
-                heard.append(stranger.recv(4096))
+            peer, _ = server.accept()
+            with peer:
+                heard.append(read(peer, OPENING_BYTES))
+                peer.sendall(bytes(64))
+                heard.append(peer.recv(4096))
 
         thread = threading.Thread(target=pretend)
         thread.start()
         hello = Hello(worker_id="decode-0", incarnation=1)
         with pytest.raises(ConnectionError, match="does not know this cluster's token"):
-            RouterLink(door.getsockname(), "secret", hello, lambda _: None, lambda _: None)
+            RouterLink(server.getsockname(), "secret", hello, lambda _: None, lambda _: None)
         thread.join(WAIT_S)
     assert heard[1] == b"" and b"secret" not in heard[0] and b"decode-0" not in heard[0]
 
 
-def test_a_router_that_says_nothing_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_router_is_not_awaited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_link, "MAX_WAIT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
         RouterLink(

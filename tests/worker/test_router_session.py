@@ -24,13 +24,13 @@ def held(name: str) -> HeldLeg:
     return HeldLeg(spec=spec(name, range(4)), leg=Leg.DECODE, has_partner=False, outputs=(), ended=None)
 
 
-def test_a_worker_dials_until_no_router_was_there_for_too_long() -> None:
+def test_a_worker_dials_until_no_router_answered_for_too_long() -> None:
     worker = session()
     assert worker.may_dial(100.0 + ROUTER_LOST_TIMEOUT_S - 0.1)
     assert not worker.may_dial(100.0 + ROUTER_LOST_TIMEOUT_S)
 
 
-def test_patience_begins_again_when_a_router_is_lost() -> None:
+def test_the_timeout_restarts_when_a_router_is_lost() -> None:
     worker = session()
     worker.connected(101.0)
     worker.lost(200.0)
@@ -38,7 +38,7 @@ def test_patience_begins_again_when_a_router_is_lost() -> None:
     assert not worker.may_dial(200.0 + ROUTER_LOST_TIMEOUT_S)
 
 
-def test_a_router_that_refuses_at_once_was_none() -> None:
+def test_a_router_that_refuses_at_once_does_not_count() -> None:
     worker = session()
     for now_s in range(101, 100 + int(ROUTER_LOST_TIMEOUT_S)):
         assert worker.may_dial(now_s)
@@ -47,7 +47,7 @@ def test_a_router_that_refuses_at_once_was_none() -> None:
     assert not worker.may_dial(100.0 + ROUTER_LOST_TIMEOUT_S)
 
 
-def test_a_router_that_says_nothing_is_lost_after_a_while() -> None:
+def test_a_silent_router_is_lost_after_a_while() -> None:
     silence = RouterSilence(100.0)
     assert not silence.is_lost(100.0 + DEAD_AFTER_S)
     silence.heard(105.0)
@@ -55,7 +55,7 @@ def test_a_router_that_says_nothing_is_lost_after_a_while() -> None:
     assert silence.is_lost(105.1 + DEAD_AFTER_S)
 
 
-def test_a_router_that_is_reached_while_weights_load_hears_how_far_they_are() -> None:
+def test_a_router_reached_while_weights_load_receives_the_progress() -> None:
     worker = session()
     assert worker.catch_up() is None, "nothing was reported"
     last = worker.progress("loading weights", 0.5)
@@ -72,7 +72,7 @@ def test_each_router_is_greeted_once_with_all_that_the_worker_holds() -> None:
     assert worker.greeting("second", INFO, []) == [Ready(info=INFO)]
 
 
-def test_what_is_too_much_for_a_frame_is_told_before_ready() -> None:
+def test_legs_that_exceed_a_frame_are_reported_before_ready() -> None:
     a, b, c = held("a"), held("b"), held("c")
     greeting = session(max_frame_tokens=8).greeting("router", INFO, [a, b, c])
     assert greeting == [Holds(held=(a, b)), Ready(info=INFO, held=(c,))]

@@ -1,5 +1,5 @@
-"""Sequences that follow a grammar wait for their masks, hold nobody up, and end when a mask is not to be
-had."""
+"""Sequences that follow a grammar wait for their masks, hold up no other sequence, and end when a mask is
+unavailable."""
 
 import msgspec
 import pytest
@@ -17,7 +17,7 @@ def constrained(name: str, length: int, max_tokens: int = 6, *, n: int = 1) -> S
 
 
 def fail_masks(pair: Pair, kind: FailureKind) -> None:
-    """What the worker does when the grammar process gives an output up."""
+    """Simulates the worker's reaction when the grammar process gives up an output."""
     for port, masks, role in (
         (pair.p_port, pair.p_masks, pair.prefill),
         (pair.d_port, pair.d_masks, pair.decode),
@@ -29,7 +29,7 @@ def fail_masks(pair: Pair, kind: FailureKind) -> None:
         port.due.clear()
 
 
-def test_a_prompt_is_computed_up_to_its_last_token_while_the_mask_is_awaited() -> None:
+def test_a_prompt_is_computed_up_to_its_last_token_while_awaiting_the_mask() -> None:
     pair, request = Pair(budget=16), constrained("a", 10)
     pair.prefill.prefill(Prefill(spec=request, target=None))
     assert pair.prefill.step()
@@ -40,7 +40,7 @@ def test_a_prompt_is_computed_up_to_its_last_token_while_the_mask_is_awaited() -
     assert [output.token_id for output in pair.p_box.outputs] == expected_tokens(range(10), 0, 1)
 
 
-def test_who_waits_for_a_mask_holds_nobody_up() -> None:
+def test_a_sequence_that_waits_for_a_mask_holds_up_no_other() -> None:
     pair, waiting, other = Pair(), constrained("waiting", 5), spec("other", range(7), 9)
     pair.decode.serve(Serve(spec=waiting))
     pair.decode.serve(Serve(spec=other))
@@ -61,12 +61,12 @@ def test_a_prompt_of_one_token_waits_too() -> None:
     assert pair.tokens(request) == expected_tokens(range(1), 0, 6)
 
 
-def test_a_mask_that_comes_while_the_step_is_computed_is_in_time_and_a_late_one_costs_a_step() -> None:
+def test_a_mask_may_arrive_during_the_step_and_a_late_one_costs_a_step() -> None:
     pair, request = Pair(), constrained("a", 3, 3)
     pair.decode.serve(Serve(spec=request))
     pair.d_port.tell(pair.rng, pair.d_masks)
     pair.decode.step()
-    pair.rng.randrange = lambda *_: 0  # none comes
+    pair.rng.randrange = lambda *_: 0  # none arrives
     assert pair.decode.step() and len(pair.d_box.outputs) == 1
     assert not pair.decode.step()
     pair.d_port.tell(pair.rng, pair.d_masks)
@@ -102,7 +102,7 @@ def test_a_leg_without_a_mask_ends_with_the_reason_and_leaves_nothing(
         pair.tick()
     had_due = bool(pair.p_port.due or pair.d_port.due)
     fail_masks(pair, kind)
-    if had_due:  # as the router does when it hears of it
+    if had_due:  # as the router does when it is informed
         pair.prefill.abort(request.transfer)
         pair.decode.abort(request.transfer)
     pair.run()

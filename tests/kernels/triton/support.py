@@ -1,4 +1,4 @@
-"""Where Triton's kernels run in tests, and how near to the exact result they must come."""
+"""The device of Triton's kernels in tests, and the tolerances for their results."""
 
 import torch
 
@@ -10,14 +10,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def assert_close_in_dtype(actual: torch.Tensor, exact: torch.Tensor) -> None:
-    """`actual` in its dtype against the float64 result: errors in units of that dtype's precision."""
+    """Compares `actual` in its dtype with the float64 result: errors are in units of that dtype's
+    precision."""
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[actual.dtype]
     error = (actual.cpu().double() - exact).abs().max().item()
     assert error <= tolerance * max(1.0, exact.abs().max().item()), error
 
 
 def poison_unused_slots(cache: torch.Tensor, batch: AttentionBatch, block_size: int) -> None:
-    """Slots that hold no token of the batch become NaN: nothing may come of reading them."""
+    """Fills slots that hold no token of the batch with NaN: no result may depend on them."""
     used = torch.zeros(cache.shape[1], block_size, dtype=torch.bool)
     for table, length in zip(batch.block_tables, batch.context_lens.tolist(), strict=True):
         keys = torch.arange(length)
@@ -33,8 +34,7 @@ def random_case(
     block_size: int,
     lens: tuple[list[int], list[int]],
 ) -> tuple[AttentionBatch, torch.Tensor, torch.Tensor]:
-    """A batch of these query and context lengths, its queries, and keys and values with nothing but NaN
-    beside them."""
+    """A batch of these query and context lengths, its queries, and keys and values surrounded by NaN."""
     batch, num_blocks = paged_batch(*lens, block_size)
     q = torch.randn(sum(lens[0]), num_heads, head_dim).to(dtype)
     cache = torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).to(dtype)

@@ -1,4 +1,4 @@
-"""Gates and ups meet as in the torch reference, whatever their number."""
+"""Gates and ups are combined as in the torch reference, whatever their number."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""Decode attention in pieces computes what the torch reference computes at once, and a plan's pieces are each
-key once."""
+"""Decode attention in pieces equals the torch reference, and a plan's pieces contain each key once."""
 
 import pytest
 import torch
@@ -48,7 +47,7 @@ def decode_shape(
 
 
 def padded(batch: AttentionBatch, plan: DecodePlan) -> DecodeBatch:
-    """The batch in the tensors of a captured graph: sequences behind it are rubbish."""
+    """The batch in the tensors of a captured graph: sequences behind it are garbage."""
     missing = plan.shape.max_seqs - len(batch.context_lens)
     rubbish = torch.full((missing,), 10**6, dtype=torch.int32)
     return DecodeBatch(
@@ -86,7 +85,7 @@ def test_decode_attention(
 
 
 @pytest.mark.parametrize("takes_turns", [False, True])
-def test_whichever_piece_is_finished_last_the_merged_bits_are_the_same(takes_turns: bool) -> None:
+def test_the_merged_bits_do_not_depend_on_which_piece_finishes_last(takes_turns: bool) -> None:
     query_lens, context_lens = [1, 2], [900, 500]
     batch, q, cache = random_case(torch.float32, 4, 2, 64, 16, (query_lens, context_lens))
     shape = decode_shape(2, 16, split_keys=64, takes_turns=takes_turns)
@@ -103,7 +102,7 @@ def test_whichever_piece_is_finished_last_the_merged_bits_are_the_same(takes_tur
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
-def test_with_pieces_of_fixed_size_a_sequence_attends_the_same_alone_and_in_company() -> None:
+def test_with_pieces_of_fixed_size_attention_does_not_depend_on_the_batch() -> None:
     query_lens, context_lens = [1, 2, 1], [900, 130, 300]
     batch, num_blocks = paged_batch(query_lens, context_lens, 16)
     q = torch.randn(4, 4, 64).bfloat16().to(DEVICE)
@@ -129,7 +128,7 @@ def test_with_pieces_of_fixed_size_a_sequence_attends_the_same_alone_and_in_comp
 
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_plan_has_each_visible_key_in_one_piece_and_stays_within_its_graph(data: st.DataObject) -> None:
+def test_a_plan_covers_each_visible_key_once_and_fits_its_graph(data: st.DataObject) -> None:
     block_size = data.draw(st.sampled_from([16, 24, 64, 128]))
     window = data.draw(st.sampled_from([None, 1, 100, 1000]))
     max_len = data.draw(st.sampled_from([100, 5000, 100_000]))
@@ -151,7 +150,7 @@ def test_a_plan_has_each_visible_key_in_one_piece_and_stays_within_its_graph(dat
         assert [row for _, _, row in pieces] == (rows or [-1])
 
 
-def test_a_graph_of_short_contexts_has_room_for_their_pieces_alone() -> None:
+def test_a_graph_of_short_contexts_has_room_only_for_their_pieces() -> None:
     shape = DecodeShape(4, 1, 8, 64, 132)
     assert shape.max_pieces(2048) == 4 * 16  # two pages each
     assert shape.max_pieces(131_072) == shape.wanted_pieces + 4

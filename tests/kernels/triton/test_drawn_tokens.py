@@ -1,4 +1,4 @@
-"""A row's token is the host's, or the one that was drawn for it."""
+"""A row's token is either the host's or the one that was drawn for it."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from .support import DEVICE
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
-def test_a_row_takes_what_was_drawn_for_it_or_what_the_host_knows(count: int) -> None:
+def test_a_row_takes_its_drawn_token_or_the_hosts(count: int) -> None:
     drawn = torch.randint(1000, (40,))
     places = torch.randint(-1, 40, (count,))
     otherwise = torch.randint(1000, 2000, (count,))

@@ -1,4 +1,4 @@
-"""The compile gate: every kernel compiles for every GPU it is made for, and none spills registers."""
+"""The compile gate: every kernel compiles for each of its target GPUs, and none spills registers."""
 
 import os
 import re

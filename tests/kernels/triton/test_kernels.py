@@ -1,4 +1,5 @@
-"""TritonKernels: which batches its attention takes, what it plans once, and what it refuses."""
+"""TritonKernels: the batches that its attention accepts, the plans that it reuses, and the arguments that it
+refuses."""
 
 import dataclasses
 from typing import Any
@@ -36,7 +37,7 @@ def test_short_and_mixed_batches_of_small_and_large_groups(
 
 
 @pytest.mark.parametrize("window", [None, 500])
-def test_on_a_gpu_a_few_tokens_behind_a_prefix_take_all_of_it(
+def test_on_a_gpu_a_few_tokens_behind_a_prefix_use_all_of_it(
     window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged_attention, "num_multiprocessors", lambda device: 20)
@@ -54,7 +55,7 @@ def test_on_a_gpu_a_few_tokens_behind_a_prefix_take_all_of_it(
     assert len(plan.pieces) > len(plan.tiles) == 1
 
 
-def test_positions_and_slots_may_lie_on_the_host() -> None:
+def test_positions_and_slots_may_be_on_the_host() -> None:
     batch, num_blocks = paged_batch([2], [9], 16)
     qkv, cos_sin, cache = torch.randn(2, 64), torch.rand(9, 16), torch.zeros(2, num_blocks, 1, 16, 16)
     there, written = cache.to(DEVICE), cache.clone()
@@ -120,7 +121,7 @@ def test_a_batch_that_cannot_be_planned_is_refused(name: str, change: object, co
         make_kernels().paged_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), changed, 0.25)
 
 
-def test_operations_refuse_what_they_would_misread() -> None:
+def test_operations_refuse_arguments_they_would_misread() -> None:
     kernels = make_kernels(torch.bfloat16)
     packed = kernels.pack_linear(torch.randn(32, 64).bfloat16())
     gate_up = kernels.pack_gate_up(*torch.randn(2, 32, 64).bfloat16())
@@ -140,7 +141,7 @@ def test_operations_refuse_what_they_would_misread() -> None:
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(3, 2), (65, 1)])
-def test_groups_that_no_tile_holds_are_refused(num_heads: int, num_kv_heads: int) -> None:
+def test_groups_too_large_for_a_tile_are_refused(num_heads: int, num_kv_heads: int) -> None:
     batch, q, cache = random_case(torch.float32, num_heads, num_kv_heads, 16, 16, ([1], [20]))
     with pytest.raises(ValueError, match="q:"):
         make_kernels().paged_attention(q.to(DEVICE), *halves(cache.to(DEVICE)), batch, 0.25)

@@ -1,4 +1,4 @@
-"""The norms add and normalise as the torch reference does, whatever the row's width."""
+"""The norms add and normalise like the torch reference, whatever the row's width."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def assert_sum(actual: torch.Tensor, first: torch.Tensor, second: torch.Tensor) 
     if DEVICE == "cpu" and actual.dtype == torch.bfloat16:
         assert_close_in_dtype(
             actual, first.double() + second
-        )  # the interpreter cuts bfloat16 off where GPUs round it
+        )  # the interpreter truncates bfloat16 where GPUs round it
     else:
         assert torch.equal(actual, first + second)
 
 
 def _exact_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The reference is given float32, so that it rounds nothing before the end."""
+    """Gives the reference float32, so that it rounds nothing before the end."""
     return reference.rms_norm(x.float(), weight.float(), EPS).double()
 
 

@@ -1,5 +1,4 @@
-"""Prefill attention in tiles computes what the torch reference computes at once, whatever was cached
-before."""
+"""Prefill attention in tiles equals the torch reference, whatever the cached prefix."""
 
 import pytest
 import torch
@@ -86,7 +85,7 @@ def test_prefill_attention(
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "block_size", "lengths"), SPLIT_CASES)
-def test_few_new_tokens_behind_a_long_prefix_share_its_keys_out(
+def test_few_new_tokens_behind_a_long_prefix_split_its_keys(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -116,7 +115,7 @@ def test_a_plan_has_each_query_in_one_tile_and_the_longest_work_first() -> None:
 
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_pieces_of_a_tile_are_its_visible_keys_and_all_run_at_once(data: st.DataObject) -> None:
+def test_pieces_of_a_tile_cover_its_visible_keys_and_run_together(data: st.DataObject) -> None:
     window = data.draw(st.sampled_from([None, 1, 100, 1000]))
     num_keys = data.draw(st.sampled_from([32, 64, 128]))
     num_programs = data.draw(st.integers(1, 40))

@@ -1,4 +1,4 @@
-"""New tokens' queries are rotated and their keys and values land in their slots, and nowhere else."""
+"""New tokens' queries are rotated, and their keys and values are written to their slots and nowhere else."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CASES = [  # query heads, kv heads, head_dim, block_size
 def random_inputs(
     dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, num_tokens: int
 ) -> dict:
-    """Arguments of `rope_and_cache`; tokens lie at any positions, in any slots."""
+    """Arguments of `rope_and_cache`; tokens are at any positions, in any slots."""
     q_norm, k_norm = (torch.rand(2, head_dim) + 0.5).to(dtype)
     k_cache, v_cache = torch.randn(2, NUM_BLOCKS, num_kv_heads, block_size, head_dim).to(dtype)
     angles = torch.rand(NUM_POSITIONS, head_dim // 2) * 6
@@ -43,7 +43,7 @@ def on_device(inputs: dict) -> dict:
 
 
 def wide(inputs: dict) -> dict:
-    """In float32, so that the reference rounds nothing before the end."""
+    """Computes in float32, so that the reference rounds nothing before the end."""
     return {name: t.float() if t is not None and t.is_floating_point() else t for name, t in inputs.items()}
 
 

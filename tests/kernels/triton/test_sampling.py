@@ -1,4 +1,4 @@
-"""One kernel draws the tokens that the CPU's sampler draws, from the same random numbers."""
+"""One kernel draws the same tokens as the CPU's sampler, from the same random numbers."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from pdserve.kernels.triton.sampling import sample, uniform
 
 from .support import DEVICE
 
-MULTI_TILE = 9001  # tokens: tiles, and a rest
+MULTI_TILE = 9001  # tokens: several tiles and a remainder
 FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
@@ -53,7 +53,7 @@ def batch_of(
 def draws_of(
     logits: torch.Tensor, sampling: SamplingParams, indices: list[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """What the kernel, its reference and the engine draw from one row."""
+    """Draws from one row with the kernel, its reference and the engine."""
     count = len(indices)
     batch = batch_of([sampling] * count, [0] * count, [1] * count, indices)
     kernel = sample(logits[None].to(DEVICE), batch.to(DEVICE)).tolist()
@@ -72,7 +72,7 @@ def test_draws_are_those_of_the_reference_and_of_the_engine(filters: dict) -> No
         assert kernel == reference == engine
 
 
-def test_tokens_of_equal_logits_are_kept_and_ordered_as_the_engine_does() -> None:
+def test_tokens_of_equal_logits_are_kept_and_ordered_like_the_engines() -> None:
     few_values = (torch.randn(MULTI_TILE) * 2).round()  # far more tokens at a border than fit behind it
     flat = torch.zeros(MULTI_TILE)
     for logits in (few_values, flat):
@@ -100,9 +100,7 @@ def test_masked_tokens_are_never_drawn() -> None:
         (dict.fromkeys(range(64), -torch.inf), 0),
     ],
 )
-def test_the_first_of_the_largest_is_taken_greedily_and_where_the_model_overflowed(
-    special: dict, expected: int
-) -> None:
+def test_greedy_and_overflowed_rows_take_the_first_of_the_largest(special: dict, expected: int) -> None:
     logits = torch.full((64,), -1.0)
     logits[list(special)] = torch.tensor(list(special.values()))
     greedy = batch_of([SamplingParams(temperature=0.0)], [0], [0], [0])
@@ -112,7 +110,7 @@ def test_the_first_of_the_largest_is_taken_greedily_and_where_the_model_overflow
         assert kernel == reference == [expected]
 
 
-def test_a_draw_is_the_same_alone_and_in_company() -> None:
+def test_a_draw_does_not_depend_on_its_batch() -> None:
     sampling = [
         SamplingParams(seed=seed, **filters) for seed, filters in enumerate(FILTERS[:5] + FILTERS[7:8])
     ]

@@ -23,7 +23,7 @@ def test_tokens_without_a_bit_become_impossible(vocab_size: int) -> None:
     torch.testing.assert_close(there.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_no_rows_are_no_work() -> None:
+def test_an_empty_batch_is_a_no_op() -> None:
     logits = torch.ones(2, 9, device=DEVICE)
     no_bits = torch.empty((0, 2), dtype=torch.uint8, device=DEVICE)
     mask_tokens(logits, torch.empty(0, dtype=torch.int32, device=DEVICE), no_bits)

@@ -1,5 +1,4 @@
-"""Parts of a paged cache leave for the wire and arrive in another cache, as the torch reference moves
-them."""
+"""Parts of a paged cache are sent and arrive in another cache exactly as by the torch reference."""
 
 import pytest
 import torch
@@ -37,7 +36,7 @@ def empty_wire(cache: torch.Tensor, part: KVPart, wire_format: WireFormat) -> to
 @pytest.mark.parametrize("wire_format", list(WireFormat))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_kv_heads", "head_dim", "block_sizes", "part"), CASES)
-def test_a_part_travels_as_the_reference_moves_it(
+def test_a_part_is_moved_as_by_the_reference(
     wire_format: WireFormat,
     dtype: torch.dtype,
     num_kv_heads: int,
@@ -75,7 +74,7 @@ def assert_same_wire(
     assert (next(steps) - next(steps)).abs().max() <= 1
 
 
-def test_the_raw_wire_of_all_heads_is_the_one_of_the_cpus_kernels() -> None:
+def test_the_raw_wire_of_all_heads_equals_the_cpu_kernels() -> None:
     cache = random_cache(torch.bfloat16, 4, 16, 64)
     blocks = random_blocks(WHOLE, 16)
     expected, buffer = (
@@ -88,7 +87,7 @@ def test_the_raw_wire_of_all_heads_is_the_one_of_the_cpus_kernels() -> None:
     assert total.item() % 2**64 == checksum
 
 
-def test_int8_is_off_by_half_a_step_of_its_own_row_at_most() -> None:
+def test_int8_is_off_by_at_most_half_a_step_of_its_row() -> None:
     part = KVPart(range(2), range(4), range(3, 60))
     cache = random_cache(torch.float32, 4, 16, 64)
     blocks = random_blocks(part, 16)
@@ -101,7 +100,7 @@ def test_int8_is_off_by_half_a_step_of_its_own_row_at_most() -> None:
     assert not torch.equal(arrived.cpu(), cache)
 
 
-def test_int8_rows_without_numbers_arrive_as_nan_and_tiny_ones_as_zeros_alone() -> None:
+def test_non_finite_int8_rows_arrive_as_nan_and_tiny_ones_as_zeros() -> None:
     part = KVPart(range(1), range(1), range(5))
     cache = torch.ones(1, 2, 1, 1, 8, 8)
     cache[0, 0, 0, 0, 0, 3], cache[0, 1, 0, 0, 1, 7] = torch.inf, torch.nan
@@ -116,7 +115,7 @@ def test_int8_rows_without_numbers_arrive_as_nan_and_tiny_ones_as_zeros_alone() 
 
 
 @pytest.mark.parametrize("wire_format", list(WireFormat))
-def test_a_checksum_tells_swapped_and_zeroed_words_and_flipped_bits(wire_format: WireFormat) -> None:
+def test_a_checksum_detects_swapped_and_zeroed_words_and_flipped_bits(wire_format: WireFormat) -> None:
     part = KVPart(range(1), range(2), range(9))
     cache = random_cache(torch.bfloat16, 2, 16, 64).to(DEVICE)
     buffer = empty_wire(cache, part, wire_format).to(DEVICE)

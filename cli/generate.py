@@ -105,7 +105,7 @@ def chat(
 
 
 def typed_lines(prompt: str) -> Iterator[str]:
-    """What is typed, or piped in, until its end or an empty line; `prompt` is shown on a terminal only."""
+    """Lines typed or piped in, until end of input or an empty line; `prompt` is shown on a terminal only."""
     while True:
         try:
             line = input(prompt if sys.stdin.isatty() else "")

@@ -19,7 +19,7 @@ from .options import DEFAULT_ADDRESS, Address
 
 
 class _Commands(TyperGroup):
-    """Errors of the world end a command with one message on stderr and status 1."""
+    """Environment errors end a command with one message on stderr and status 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -20,7 +20,7 @@ class StatusLines:
         self._degraded = ""
 
     def changes(self, status: pb.ClusterStatus) -> Iterator[str]:
-        """What a person should hear of this state, after those before."""
+        """Returns the lines that report this state, given the previous ones."""
         names = {worker.worker_id for worker in status.workers}
         for worker in status.workers:
             shown = (worker.state, worker.phase, int(worker.fraction / STEP), worker.message)

@@ -1,5 +1,4 @@
-"""What `pdserve bench` does with its options: files in, targets, a campaign, a report on stdout, and files
-out."""
+"""The implementation of `pdserve bench`: files in, targets, a campaign, a report on stdout, and files out."""
 
 import asyncio
 import json

@@ -54,7 +54,7 @@ class Pauses:
         self._next_s = 1.0
 
     def after(self, lived_s: float) -> float:
-        """In seconds, after a try that lived so long."""
+        """The pause in seconds after a try that ran for `lived_s`."""
         pause_s = 1.0 if lived_s > MAX_PAUSE_S else self._next_s
         self._next_s = min(2 * pause_s, MAX_PAUSE_S)
         return pause_s

@@ -1,5 +1,5 @@
-"""What a command shows to a server, and by what it knows the server: options before the command, or the
-environment."""
+"""The credentials that a command presents to a server, and those by which it verifies the server: options
+before the command, or the environment."""
 
 import os
 import ssl
@@ -108,7 +108,7 @@ def use(trust: Trust) -> None:
 
 
 def current_trust() -> Trust:
-    """What the running command was told, or the environment says where no command runs."""
+    """The settings of the running command, or those of the environment where no command runs."""
     return _told.get() or Trust(os.environ.get(TLS_CA), os.environ.get(TLS_CERT), os.environ.get(TLS_KEY))
 
 

@@ -35,7 +35,7 @@ END_TIMEOUT_S = 10.0  # from the last status to the end of the head
 
 
 def up(config: ClusterConfig) -> None:
-    """Serve until told to end."""
+    """Serves until it is asked to end."""
     from .plan import check
 
     check(config)

@@ -61,7 +61,7 @@ def open_regular(file: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Tells whether a name still means the same file, and whether it was written to since."""
+    """Detects whether a name still refers to the same file, and whether it has been modified since."""
 
     device: int
     inode: int

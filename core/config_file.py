@@ -54,7 +54,7 @@ def _read_text(path: Path) -> str:
 
 
 def _our_part(document: Document) -> Any:
-    """What stands under `metadata.pdserve`."""
+    """Returns the value under `metadata.pdserve`."""
     values = document.values
     for depth, key in enumerate(ROOT):
         here = ROOT[:depth]

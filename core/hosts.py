@@ -41,7 +41,7 @@ class HostState(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostStatus:
-    """One host's row. Of a host that has not joined only its name is known."""
+    """One host's row. Only the name is known of a host that has not joined."""
 
     address: str  # of one that has not joined: as the file names it
     name: str = ""  # its host name

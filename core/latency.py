@@ -215,8 +215,8 @@ class LatencyModel:
         return self._alpha + max(0.0, self._byte_s * num_bytes - compute_s) + FLOOR_S
 
     def observe_step(self, timing: StepTiming) -> None:
-        """Learn from a step. Of a mixed one the prefill's share is learnt: what the decode rows do not
-        explain."""
+        """Learns from a step. From a mixed one it learns the prefill's share: the time that the decode rows
+        do not explain."""
         seconds = timing.duration_s
         context, sequences = timing.num_context_tokens, timing.num_decode_sequences
         if timing.num_prefill_tokens:

@@ -18,7 +18,7 @@ def set_up(niceness: int = 0) -> None:
     for limit in (
         signal.SIGPROF,
         signal.SIGALRM,
-    ):  # nobody handles them, and whoever started us may have ignored them
+    ):  # they have no handlers, and the parent may have ignored them
         signal.signal(limit, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {limit})
     os.nice(niceness)

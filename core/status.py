@@ -1,4 +1,4 @@
-"""The cluster as an operator sees it: values that the head puts together and the doors pass on."""
+"""The cluster as an operator sees it: values that the head assembles and the servers return."""
 
 import enum
 from dataclasses import dataclass

@@ -80,7 +80,7 @@ class GrammarChecker:
                 del self._num_questions[client], self._turns[client]
 
     async def _ask(self, grammar: str, client: str) -> str | None:
-        """What is wrong with it, if anything."""
+        """Returns why the grammar is refused, or None."""
         if self._lanes is None:
             self._lanes = GrammarLanes(self._set_up, self)
         key = next(self._keys)
@@ -111,5 +111,5 @@ class GrammarChecker:
 
 
 def _digest(grammar: str) -> bytes:
-    """What is remembered of a grammar, which may be long."""
+    """The digest that is cached in place of a grammar, which may be long."""
     return hashlib.blake2b(grammar.encode(), digest_size=16).digest()

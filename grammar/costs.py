@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 CHEAP_S = 0.005  # processor time of a job that holds up nobody, however many of them there are
 ALLOWED_S = 0.25  # beyond that, of all jobs of a client
-FORGIVEN = 0.05  # seconds of it in a second: who stays below a twentieth of a processor is never costly
+FORGIVEN = 0.05  # seconds of it in a second: a client below a twentieth of a processor is never costly
 MAX_DEBT_S = 3.0  # so that a client is one among others again a minute after its last costly job
 MAX_CLIENTS = 1024  # with a debt; beyond that, those without one are looked for and forgotten
 

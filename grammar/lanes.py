@@ -10,7 +10,7 @@ from .costs import ClientCosts
 from .messages import GrammarSetup
 from .process import GrammarListener, GrammarProcess
 
-NICENESS_OF_COSTLY = 19  # whoever else needs the processor goes first
+NICENESS_OF_COSTLY = 19  # all other work on the processor goes first
 
 
 class GrammarLanes:

@@ -72,8 +72,8 @@ def _set_up(setup: GrammarSetup) -> Matchers:
 
 
 def _limit_s(message: ToProcess) -> float:
-    """Of processor time, for a job. An output that is taken up half-way may have used what its tokens gave
-    it."""
+    """The CPU time limit of a job. An output that is resumed half-way may have used the time that its tokens
+    granted."""
     return JOB_S + S_PER_TOKEN * len(message.token_ids) if isinstance(message, OpenOutput) else JOB_S
 
 

@@ -1,5 +1,5 @@
-"""What a grammar process has been asked for, so that neither its death nor its work for one costs the others
-much. Pure.
+"""The requests to a grammar process, managed so that neither its death nor its work for one request costs the
+others much. Pure.
 
 It works off requests one after the other: when it dies, the oldest one that has no answer is the one it died
 of. Which requests come next is decided here: clients take turns."""
@@ -18,7 +18,7 @@ MAX_DEATHS = 2  # of processes that were at work on an output, when nothing says
 
 
 class Death(enum.Enum):
-    """What a process died of."""
+    """The cause of a process's death."""
 
     TIME = enum.auto()  # of its job, which is to blame
     RESOURCES = (
@@ -29,7 +29,7 @@ class Death(enum.Enum):
 
 @dataclass(slots=True)
 class _Output:
-    """One output that follows a grammar, as far as it has come."""
+    """One output that follows a grammar, with its tokens so far."""
 
     client: str
     grammar: str
@@ -130,14 +130,14 @@ class Outputs:
         self._opening.push(client, key)
 
     def advance(self, key: int, token_id: int) -> None:
-        """One more token of an output, whose last mask has come. Nothing, when the output was given up."""
+        """Adds a token to an output whose last mask has arrived. No-op when the output was abandoned."""
         output = self._outputs.get(key)
         if output is not None:
             output.token_ids.append(token_id)
             (self._advancing if output.is_open else self._opening).push(output.client, key)
 
     def close(self, key: int) -> Close | None:
-        """Forget an output; what to tell the process, if it knows of it."""
+        """Forgets an output; returns the message for the process, if it holds the output."""
         output = self._outputs.pop(key, None)
         if output is None:
             return None
@@ -146,8 +146,8 @@ class Outputs:
         return Close(key) if output.is_open else None
 
     def hand_over(self, client: str, other: "Outputs") -> tuple[list[int], list[Close]]:
-        """Give all outputs of a client to those of another process. Their keys, and what to tell this one's
-        process."""
+        """Moves all outputs of a client to those of another process. Returns their keys, and the messages for
+        this one's process."""
         asked = set(self._keys_asked())
         keys, messages = [key for key, output in self._outputs.items() if output.client == client], []
         for key in keys:
@@ -161,7 +161,7 @@ class Outputs:
         return keys, messages
 
     def requests(self) -> list[ToProcess]:
-        """What to ask the process now."""
+        """Returns the requests to send to the process now."""
         requests: list[ToProcess] = []
         if not any(isinstance(entry.request, OpenOutput) for entry in self._asked):
             key = self._opening.pop(self._num_asked, WINDOW_EACH)

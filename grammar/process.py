@@ -23,7 +23,7 @@ DEATHS = {  # by exit code; all others are OTHER
     -signal.SIGBUS: Death.RESOURCES,
     -signal.SIGABRT: Death.RESOURCES,
 }
-# a process without an answer for so long is stopped or starved; its jobs end after half a second of work
+# a process without an answer for this long is stopped or starved; its jobs end after half a second of work
 SILENT_S = 30.0
 READ_BYTES = 1 << 18
 START_AGAIN_S = 1.0  # after a process that never answered
@@ -68,7 +68,7 @@ class GrammarProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, when there is one."""
+        """The process id, or None when there is no process."""
         return None if self._process is None else self._process.pid
 
     def open(
@@ -92,7 +92,7 @@ class GrammarProcess:
         self._ask()
 
     def close(self, key: int) -> None:
-        """Forget an output; nothing more is told of it."""
+        """Forgets an output; the listener receives nothing more about it."""
         message = self._outputs.close(key)
         if message is not None:
             self._send(message)
@@ -159,7 +159,7 @@ class GrammarProcess:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, *arguments, stdin=PIPE, stdout=PIPE, start_new_session=True
             )
-        except Exception:  # whatever is missing here, those who wait have to hear of it
+        except Exception:  # any error here has to reach those who wait
             log.exception("the grammar process cannot be started")
             return Death.OTHER
         try:

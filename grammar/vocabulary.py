@@ -44,7 +44,7 @@ class _Tokenizer(msgspec.Struct, omit_defaults=True):
 
 def tokenizer_json(path: Path) -> str:
     """tokenizer.json of the checkpoint in `path`, with those added tokens that only tokenizer_config.json
-    tells of.
+    lists.
 
     Raises CheckpointError. Neither truncation nor padding, which are for training, comes along.
     """

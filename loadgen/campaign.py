@@ -14,14 +14,14 @@ from .slo import Slo
 from .target import LoadRequest, ModelFacts, Target
 from .workload import Drawn, Prompts, ScheduledRequest, Workload, limited
 
-_DEFAULT_VOCABULARY = 1000  # when a target does not tell its own: every model has so many tokens
+_DEFAULT_VOCABULARY = 1000  # when a target does not report its own: every model has at least this many tokens
 _FIRST_ID = 3  # most tokenizers have their special tokens before it
 _WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class CampaignPlan:
-    """What every target gets."""
+    """The load that every target receives."""
 
     workload: Workload
     seed: int = 0
@@ -33,7 +33,7 @@ class CampaignPlan:
     timeout_s: float | None = None
     ignore_eos: bool = True
     temperature: float = 0.0
-    vocab_size: int | None = None  # token ids below it; by default what the target tells
+    vocab_size: int | None = None  # token ids below it; by default the target's own
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def compare(first: Sequence[Round], second: Sequence[Round], slo: Slo, seed: int
 
 
 def ratio_of_means(figure: str, first: Sequence[float], second: Sequence[float], seed: int = 0) -> Ratio:
-    """Of values paired by position."""
+    """The ratio of the means of values paired by position."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     mean_a, mean_b = float(a.mean()), float(b.mean())
     ratio = mean_b / mean_a if mean_a > 0 else None

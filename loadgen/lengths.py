@@ -1,5 +1,5 @@
-"""How many tokens prompts and outputs have: distributions over whole numbers from 1 on, and how they are
-written.
+"""The numbers of tokens in prompts and outputs: distributions over whole numbers from 1 on, and their
+notation.
 
 512                                       always
 uniform:min=64,max=512                    both ends included

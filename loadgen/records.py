@@ -1,4 +1,4 @@
-"""What was seen of one request, and what follows from it alone.
+"""The observations of one request, and the figures derived from them alone.
 
 Instants are seconds of the generator's clock. Definitions, beside those of vLLM (`vllm bench serve`),
 GuideLLM and aiperf:
@@ -102,7 +102,7 @@ class RequestRecord:
 
     @property
     def way_s(self) -> float | None:
-        """What of TTFT is none of the server's named legs."""
+        """The part of TTFT outside the server's named legs."""
         legs = None if self.answer is None else self.answer.legs
         if legs is None or self.ttft_s is None or legs.worker_queue_s is None or legs.prefill_s is None:
             return None

@@ -32,7 +32,7 @@ class GeneratorReport:
 
     cpu_share: float  # of one core
     lateness_ms: Summary | None  # sent after due; None in a closed loop
-    loop_lag_ms: Summary | None  # what is seen may be seen so much too late
+    loop_lag_ms: Summary | None  # observations may be late by this much
     warnings: tuple[str, ...]
 
 

@@ -36,7 +36,7 @@ class RealClock:
 
 @dataclass(frozen=True)
 class OfferedLoad:
-    """What is sent in one round: jobs that have instants, or `concurrency` clients who share them."""
+    """The load of one round: jobs with send times, or `concurrency` clients that share them."""
 
     jobs: Iterator[ScheduledRequest]
     make_request: MakeRequest

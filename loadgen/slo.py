@@ -1,4 +1,4 @@
-"""What latency counts as good. Goodput is requests per second that ended well within every threshold
+"""The latency objectives. Goodput is the rate of requests that succeeded within every threshold
 (DistServe, section 2)."""
 
 from dataclasses import asdict, dataclass

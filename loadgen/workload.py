@@ -1,5 +1,5 @@
-"""What is sent and when: jobs, from distributions or from a trace, and their prompts. The same seed gives the
-same workload.
+"""The workload: jobs and their send times, from distributions or from a trace, and their prompts. The same
+seed gives the same workload.
 
 Two targets of a comparison get the same jobs in each round (arrivals and lengths), but each its own token
 ids: were both names of one server, the second would find the first one's prompts in its prefix cache."""

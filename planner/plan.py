@@ -1,4 +1,5 @@
-"""Says before anything starts what a configuration needs, what fits, and what does not fit and why. No torch.
+"""Computes before anything starts the resources that a configuration needs, the parts that fit, and those
+that do not and why. No torch.
 
 `pdserve plan` prints it, `validate` and `up` call `check()`, and the workers are started with the sizes it
 chose."""
@@ -61,7 +62,7 @@ class GpuPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration comes to on given machines."""
+    """The resources that a configuration uses on given machines."""
 
     model: str
     architecture: str
@@ -209,8 +210,8 @@ class _Sizes:
         return None if pool.kv_cache_bytes == "auto" else pool.kv_cache_bytes
 
     def _kv_bytes(self, pool: PoolSection, auto_kv_bytes: int | None) -> int:
-        """What is asked for, or else a share of memory: one sequence at least, a full batch of longest ones
-        at most."""
+        """The configured bytes, or else a share of memory: one sequence at least, a full batch of longest
+        ones at most."""
         if pool.kv_cache_bytes != "auto":
             return pool.kv_cache_bytes
         if self._on_gpu:  # all that is left keeps prefixes

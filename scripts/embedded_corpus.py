@@ -264,7 +264,7 @@ def _times_asked(document: Document) -> float:
 
 
 def _subject_names(document: Document, is_short_unique: bool) -> tuple[str, ...]:
-    """What people call a document's subject, the full name first."""
+    """The names that people use for a document's subject, the full name first."""
     if document.kind != "topic":
         return (document.name, document.short_name) if is_short_unique else (document.name,)
     title = document.text.splitlines()[0].replace('"', "").lower()

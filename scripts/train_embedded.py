@@ -176,8 +176,8 @@ def held_out_perplexity(
 
 
 def rate(done: float) -> float:
-    """Of the peak learning rate, after this fraction of the budget: warm-up, plateau, linear decay to
-    zero."""
+    """The fraction of the peak learning rate after this fraction of the budget: warm-up, plateau, linear
+    decay to zero."""
     return max(0.0, min(1.0, done / WARMUP, (1.0 - done) / DECAY))
 
 

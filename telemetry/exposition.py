@@ -1,4 +1,4 @@
-"""Metrics as a scrape finds them: the tally, the router's own counts, and how things stand at the moment."""
+"""Metrics as a scrape reads them: the tally, the router's own counts, and the current state."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ EXPECTED: Mapping[str, tuple[Labels, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """How things stand when somebody asks."""
+    """The current state, taken at each scrape."""
 
     status: RouterStatus
     token_gaps: Histogram

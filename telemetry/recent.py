@@ -1,4 +1,4 @@
-"""The timelines of requests that ended lately, for `pdserve explain`: as many as fit, the newest."""
+"""The timelines of the newest ended requests, for `pdserve explain`: as many as fit."""
 
 from collections import OrderedDict
 
@@ -26,7 +26,7 @@ class RecentRequests:
         return len(self._packed)
 
     def add(self, timeline: Timeline) -> None:
-        """The oldest make room."""
+        """Adds a timeline, evicting the oldest."""
         packed = self._encoder.encode(timeline)
         self._forget(timeline.request_id)
         self._packed[timeline.request_id] = packed

@@ -13,7 +13,7 @@ Attribute = str | int | float | tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class SpanTimes:
-    """One span; instants are on the router's clock. `error`: what it failed with."""
+    """One span; instants are on the router's clock. `error`: its failure."""
 
     name: str
     start_s: float

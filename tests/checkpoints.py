@@ -130,7 +130,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def small_checkpoint(directory: Path, name: str, seed: int = 0) -> Path:
-    """Write the checkpoint `VARIANTS[name]` below `directory`; returns its path. Equal arguments give equal
+    """Writes the checkpoint `VARIANTS[name]` below `directory`; returns its path. Equal arguments give equal
     weights."""
     variant = VARIANTS[name]
     options = DEFAULTS | variant.options

@@ -31,7 +31,7 @@ _aten = torch.ops.aten
 
 
 class HostWaits(AssertionError):
-    """The host waits for the device, or gives it host memory to work on."""
+    """The host waits for the device, or passes host memory to it."""
 
 
 class FakeGpuDevice(HostDevice):
@@ -50,7 +50,7 @@ class FakeGpuDevice(HostDevice):
 
 
 class _FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Above torch's own fake mode: decides what of an operation is on the host, and does that for real."""
+    """Sits above torch's own fake mode: determines the host part of an operation, and executes it for real."""
 
     def __init__(self, device: FakeGpuDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,5 +1,4 @@
-"""The GPU that is not there tells code that waits for it, or mixes its tensors with the host's, from code
-that does not."""
+"""The fake GPU detects code that waits for it, or mixes its tensors with the host's."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,5 +1,5 @@
-"""What befalls workers and their router: killed, frozen for a while, cut off from each other. Drawn by seed,
-carried out at a moment of the streams' lives."""
+"""Faults of workers and their router: a kill, a temporary freeze, a partition. Drawn by seed and injected at
+a chosen point of the streams' progress."""
 
 import os
 import random
@@ -30,7 +30,7 @@ class Victim:
 
 @dataclass
 class Accident:
-    """What is to happen; `at_s` and `victims` are known when it has."""
+    """A planned fault; `at_s` and `victims` are set once it has been injected."""
 
     kind: str
     role: str

@@ -1,5 +1,5 @@
-"""What a cluster holds of the machine: processes, sockets, shared memory, files. Found by /proc, and a mark
-in environments."""
+"""The machine's resources that a cluster holds: processes, sockets, shared memory, files. Found through /proc
+and a marker in the environment."""
 
 import os
 import secrets
@@ -34,7 +34,7 @@ def descendants() -> dict[int, str]:
 
 
 def router_pid() -> int | None:
-    """Of the present head; None while there is none."""
+    """The process id of the current head; None while there is none."""
     return next((pid for pid, command in descendants().items() if "HeadActor" in command), None)
 
 

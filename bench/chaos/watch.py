@@ -1,4 +1,4 @@
-"""The cluster as its status stream tells it, with the time of each message."""
+"""The cluster as its status stream reports it, with the time of each message."""
 
 import threading
 import time
@@ -13,8 +13,8 @@ READY = pb.WORKER_STATE_READY
 
 
 class Watch:
-    """Follows WatchStatus on a thread of its own until it is closed, whoever the router is, and keeps all
-    that it heard."""
+    """Follows WatchStatus on a thread of its own until it is closed, across router restarts, and keeps all
+    messages."""
 
     def __init__(self, stub: rpc.ClusterStub, pools: Mapping[str, int]) -> None:
         self._stub = stub

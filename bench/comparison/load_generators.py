@@ -36,7 +36,7 @@ _NOT_COMPARED = ("requests", "failed", "cached tokens")
 
 @contextmanager
 def served(model: Path) -> Iterator[str]:
-    """One worker for both phases, on the first core; the address of its HTTP door."""
+    """One worker for both phases, on the first core; the address of its HTTP server."""
     config = ClusterConfig.model_validate(
         {
             "model": {"path": str(model)},
@@ -55,8 +55,8 @@ def served(model: Path) -> Iterator[str]:
 def take_turns(
     tools: Sequence[Tool], load: Load, num_rounds: int, seeds: Iterator[int], scratch: Path
 ) -> list[dict[str, Figures]]:
-    """Of each round, each tool's figures. Who begins changes from round to round, and no prompt comes
-    twice."""
+    """Returns each tool's figures for each round. The starting tool changes from round to round, and no
+    prompt is repeated."""
     rounds = []
     for index in range(num_rounds):
         turned = [*tools[index % len(tools) :], *tools[: index % len(tools)]]

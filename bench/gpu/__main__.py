@@ -80,7 +80,7 @@ def within(sections: Sequence[Section], left_s: float) -> list[Section]:
 
 
 def chosen(only: Sequence[str] | None, *, interpret: bool = False, is_patient: bool = False) -> list[Section]:
-    """What is measured is measured by the limits, so those come before it."""
+    """Measurements are relative to the limits, so the limits come first."""
     if interpret:
         names = list(only or CORRECTNESS)
     else:
@@ -112,7 +112,7 @@ def main() -> int:
 
 
 def _context(args: argparse.Namespace, emit: Callable[[Message | Begun], None]) -> Context:
-    """Of a section's process."""
+    """The context of a section's process."""
     return Context(
         emit,
         interpret=args.interpret,

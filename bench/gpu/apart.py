@@ -173,7 +173,7 @@ class _Watch:
         self.limit(None)
 
     def limit(self, most_s: float | None) -> None:
-        """From now on it may take so long, at most until its section's time is over."""
+        """Restarts its time limit, bounded by the end of its section's time."""
         self.end()
         now_s = time.monotonic()
         ends_s = self._ends_s if most_s is None else min(now_s + most_s, self._ends_s)

@@ -97,7 +97,7 @@ Peer = Callable[
 
 
 def _measure_peer(context: Context, name: str, make: Peer, given: Tensors, ours: torch.Tensor) -> None:
-    """What it computes has to be what we do, else its time says nothing."""
+    """Requires the peer's result to equal ours; otherwise its time is meaningless."""
     if context.left_s < _SECONDS_OF_A_PEER:
         context.emit(Note(f"{name.strip()}: there was no time left for it"))
         return

@@ -66,7 +66,7 @@ def _gaps_us(intervals: Iterable[Interval]) -> list[float]:
 
 
 def _short(name: str) -> str:
-    """What tells C++ kernels apart stands in their last arguments, so both ends are kept."""
+    """Shortens a name but keeps both ends, as C++ kernels differ in their last arguments."""
     name = name.removeprefix("void ").replace("at::native::", "")
     if len(name) <= _MAX_NAME:
         return name

@@ -1,5 +1,4 @@
-"""What a run leaves behind: the table, written again after every part, and all that each section wrote to
-standard error."""
+"""The files of a run: the table, rewritten after every part, and each section's standard error."""
 
 import platform
 from dataclasses import dataclass

@@ -41,7 +41,7 @@ _SECONDS_OF_A_VARIANT = 6.0  # with compiling
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the launch that serves; None: nothing does."""
+    """The differences from the production launch; None: no difference."""
 
     name: str
     num_stages: int | None = None

@@ -1,4 +1,4 @@
-"""Floods a server on loopback, and tells what a newcomer notices.
+"""Floods a server on loopback, and reports the effect on new clients.
 
     pdserve up & python -m bench.microbench.floods [KIND ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http
     127.0.0.1:8000] python -m bench.microbench.floods unread --flood-key FILE --key FILE

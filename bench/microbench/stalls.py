@@ -70,7 +70,7 @@ class Ticker:
 
 
 async def head() -> None:
-    """Serves until stdin ends; tells its addresses first, then, for each line, the longest stall since the
+    """Serves until stdin ends; prints its addresses first, then, for each line, the longest stall since the
     last one."""
     config = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}})
     service = RouterService(Router(), streaming.Observer(), "token")

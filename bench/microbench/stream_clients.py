@@ -1,4 +1,4 @@
-"""Clients of streams for `doors.py` that cost little: they write and read raw bytes, and count events."""
+"""Cheap stream clients for `streaming.py`: they write and read raw bytes, and count events."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ PROMPT_TOKENS = [100 + i for i in range(16)]
 
 @dataclass
 class Count:
-    """What all clients have got."""
+    """The totals received by all clients."""
 
     num_events: int = 0
     num_ended: int = 0

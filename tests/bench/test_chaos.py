@@ -1,5 +1,5 @@
-"""What `python -m bench.chaos` counts as lost or altered, over one connection or several, and what it holds
-to be the cause."""
+"""`python -m bench.chaos` classifies streams as lost or altered, over one connection or several, and finds
+the cause."""
 
 import threading
 from collections.abc import Iterator

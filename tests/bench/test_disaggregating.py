@@ -1,4 +1,4 @@
-"""The sweep's table and curves tell what was measured, misses and doubts included."""
+"""The sweep's table and curves report every measurement, misses and doubtful ones included."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`pdserve bench` comes in where other commands do: TLS by the options before its name, a key by the
+"""`pdserve bench` authenticates like other commands: TLS by the options before its name, a key by the
 environment."""
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the repository's cluster.yaml says, as Ray's launcher and pdserve read it."""
+"""The repository's cluster.yaml, as Ray's launcher and pdserve read it."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""What a person sees: text on stdout, one clear line on stderr and status 1 for errors, 2 for wrong usage."""
+"""The output of commands: text on stdout, one clear line on stderr and status 1 for errors, 2 for wrong
+usage."""
 
 import json
 import shutil

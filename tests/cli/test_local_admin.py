@@ -1,5 +1,5 @@
-"""Commands that administer need no options beside a cluster of the same user; others are told which way was
-tried."""
+"""Administrative commands need no options on the host of the same user's cluster; other users get a message
+naming the path tried."""
 
 import os
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def follow(after: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """What is called when the file changes."""
+    """The callback for changes of the file."""
     Path("file").write_text(json.dumps(after))
     Path("copy").write_text(json.dumps(before))
     local_hosts.follow(Path("file"), Path("copy"))

@@ -1,4 +1,4 @@
-"""What `plan` and `validate` say of GPUs."""
+"""The output of `plan` and `validate` about GPUs."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `pdserve up` says while a cluster starts, serves and ends."""
+"""The output of `pdserve up` while a cluster starts, serves and ends."""
 
 import json
 import os

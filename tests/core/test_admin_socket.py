@@ -1,5 +1,5 @@
-"""The socket by which a user administers their own clusters: found by its port, and in no folder that others
-prepared."""
+"""The socket through which users administer their own clusters: found by its port, never in a folder that
+others prepared."""
 
 import os
 import shutil

@@ -1,5 +1,5 @@
-"""A state is written by its automaton alone, which refuses what its table does not have and says how it came
-there."""
+"""A state is written only by its automaton, which refuses transitions outside its table and reports its
+history."""
 
 import enum
 

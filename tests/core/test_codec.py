@@ -1,4 +1,4 @@
-"""Frames survive any cut of the stream; what is no frame ends it."""
+"""Frames survive any fragmentation of the stream; an invalid frame ends it."""
 
 import struct
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A prefill engine and a decode engine in one process, joined by a real link: what a cluster does, without
+"""A prefill engine and a decode engine in one process, joined by a real link: a cluster's data path without
 the cluster."""
 
 import queue

@@ -1,5 +1,4 @@
-"""What was asked of a grammar process survives its deaths: every question is answered once, in order; blame
-falls on one."""
+"""Requests to a grammar process survive its crashes: each is answered once, in order; only one is blamed."""
 
 import itertools
 from collections import deque
@@ -15,7 +14,7 @@ BAD = "dies of it"
 
 
 class Model:
-    """A process that knows what it was told, and answers in order."""
+    """A process that keeps the outputs it was sent, and answers in order."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
@@ -48,7 +47,7 @@ def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list
     outputs, processes = (Outputs(), Outputs()), [Model(), Model()]
     keys = itertools.count()
     side_of: dict[int, int] = {}
-    told: dict[int, int] = {}  # of live outputs: the tokens that the last mask was told for
+    told: dict[int, int] = {}  # for live outputs: the tokens that the last mask covered
     wanted: dict[int, int] = {}
 
     def ask() -> None:
@@ -182,7 +181,7 @@ def test_an_answer_that_is_not_due_is_no_answer() -> None:
 
 
 def opened(*clients: str) -> Outputs:
-    """An output of each, by number, whose first mask has come."""
+    """Opens an output for each, by number, and delivers its first mask."""
     outputs = Outputs()
     for key, client in enumerate(clients):
         outputs.open(key, "g", client=client)
@@ -223,7 +222,8 @@ def test_a_newcomer_is_opened_after_one_of_those_that_another_client_has_waiting
 
 
 def test_what_one_process_was_asked_for_a_client_goes_on_in_another_and_is_answered_once() -> None:
-    """An output at work, one that waits for its turn and one whose mask has come; another client's stays."""
+    """One output in progress, one waiting for its turn and one whose mask has arrived; another client's
+    stays."""
     outputs, others = opened("costly", "costly", "other"), Outputs()
     outputs.advance(0, 7)
     outputs.advance(2, 7)

@@ -97,7 +97,7 @@ async def test_what_is_missing_for_its_start_is_told_to_those_who_wait(told: Tol
 async def test_an_output_that_is_taken_up_after_much_work_is_not_refused_for_it(
     process: GrammarProcess, told: Told
 ) -> None:
-    """What its tokens have cost before counts again when another process takes it up."""
+    """The cost of its earlier tokens is granted again when another process resumes it."""
     grammar = regex_grammar("(ab?c?){3000}d*")
     text = tuple(tokens("abc")) * 900
     process.open(1, grammar, text)

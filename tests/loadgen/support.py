@@ -1,4 +1,4 @@
-"""Records made by hand, and a target and a clock that do as they are told."""
+"""Handmade records, and a scripted target and clock."""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -1,5 +1,4 @@
-"""Both doors as a load sees them: pdserve's own gRPC server, and an OpenAI-compatible one that says what it
-is told to say."""
+"""Both servers as a load sees them: pdserve's own gRPC server, and a scripted OpenAI-compatible one."""
 
 import asyncio
 import json
@@ -217,7 +216,7 @@ async def test_http_takes_the_model_that_was_named(openai: OpenAiServer) -> None
         # a chunk is a token, also one whose text is not there yet; one that only ends the stream is none
         ([chunk("a"), chunk(""), chunk("ü"), chunk("", "length"), DONE], [1, 1, 1], (3, 3, None)),
         ([chunk("a"), chunk("b", "length"), DONE], [1, 1], (3, 2, None)),
-        # token ids tell how many
+        # token ids give the number
         (
             [
                 chunk("abc", token_ids=[1, 2, 3]),
@@ -238,7 +237,7 @@ async def test_http_takes_the_model_that_was_named(openai: OpenAiServer) -> None
             [1, 2],
             (3, 3, None),
         ),
-        # totals are the server's, if it tells them
+        # totals are the server's, if it reports them
         (
             [
                 chunk("ab", "length"),

@@ -114,7 +114,7 @@ def test_a_record_made_while_a_call_is_served_has_its_request_id() -> None:
 
 
 class Screen(io.StringIO):
-    """What the process that shows the lines has written."""
+    """The output of the process that shows the lines."""
 
     def lines(self) -> list[str]:
         return self.getvalue().splitlines()

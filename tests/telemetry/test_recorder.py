@@ -1,4 +1,4 @@
-"""What is remembered of requests is bounded, and telling of requests never ends them."""
+"""The memory of past requests is bounded, and recording requests never ends them."""
 
 import logging
 
@@ -94,7 +94,7 @@ def test_neither_many_requests_nor_long_ones_take_more_than_the_bounds(
 
 
 class Recorded:
-    """A recorder, with what it was told to export."""
+    """A recorder, with the traces it exported."""
 
     def __init__(self) -> None:
         self.num_spans = 0

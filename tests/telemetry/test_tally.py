@@ -1,4 +1,4 @@
-"""What requests, steps and transfers add to which numbers, seen through the exposition that a scrape gets."""
+"""The effects of requests, steps and transfers on the metrics, read through a scrape's exposition."""
 
 from typing import cast
 

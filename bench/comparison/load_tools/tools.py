@@ -26,7 +26,7 @@ STATISTICS = ("mean", "p50", "p90", "p99")
 
 @dataclass(frozen=True)
 class Load:
-    """What each tool is told to send; `rate` is an open load with even gaps, `concurrency` a closed one."""
+    """The load that each tool sends; `rate` is an open load with even gaps, `concurrency` a closed one."""
 
     url: str
     model: str
@@ -71,7 +71,7 @@ def take_turn(tool: Tool, load: Load, seed: int, folder: Path) -> Figures:
 
 @contextmanager
 def _off_the_first_core() -> Iterator[None]:
-    """What is started meanwhile leaves it to the worker."""
+    """Keeps processes started in the block off the first core, which is the worker's."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[1:] or cores)
     try:

@@ -81,7 +81,7 @@ class ColocatedWorker:
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """Of each of the last requests, so far."""
+        """The output so far of each of the last requests."""
         return list(self._token_ids.values())
 
     def _spec(self, prompt: Sequence[int], num_new_tokens: int, temperature: float) -> "SequenceSpec":

@@ -77,7 +77,7 @@ def suspects(source: str) -> Iterator[str]:
         "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
     ],
 )
-def test_what_is_looked_for_is_found(source: str) -> None:
+def test_every_forbidden_use_is_found(source: str) -> None:
     assert list(suspects(source))
 
 

@@ -45,9 +45,7 @@ def test_a_new_host_is_noted_and_nothing_else_happens(
     assert capsys.readouterr().out == "b: joins\n"
 
 
-def test_ray_ends_on_the_host_that_has_left_and_on_no_other(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ray_ends_only_on_the_host_that_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noted, ended = follow(config("a", "c"), config("a", "b", "c"))
     assert noted == "ray get-worker-ips file"
     assert ended.startswith("ssh -tt -i /key.pem ") and ended.endswith(

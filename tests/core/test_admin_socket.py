@@ -65,16 +65,14 @@ def test_a_cluster_is_found_by_its_port_until_it_withdraws(folder: Path, listeni
         ("[::1]:1", "127.0.0.1:1", False),
     ],
 )
-def test_clusters_on_several_addresses_are_told_apart(
+def test_clusters_on_several_addresses_are_distinguished(
     folder: Path, listening: Path, listens: str, asked: str, is_found: bool
 ) -> None:
     admin_socket.publish(listens, listening)
     assert (admin_socket.find(asked) == listening) is is_found
 
 
-def test_a_cluster_that_died_is_not_found_and_its_successor_takes_the_place(
-    folder: Path, listening: Path
-) -> None:
+def test_a_dead_cluster_is_not_found_and_its_successor_replaces_it(folder: Path, listening: Path) -> None:
     dead = listening.parent / "dead.sock"
     admin_socket.publish(ADDRESS, dead)
     assert admin_socket.find(ADDRESS) is None

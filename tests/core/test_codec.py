@@ -58,7 +58,7 @@ def test_messages_survive_any_cut_of_the_stream(cuts: list[int]) -> None:
         (frames([Abort(transfer=TransferId("r", 0))]), "malformed"),  # a command is no report
     ],
 )
-def test_what_is_no_frame_of_the_protocol_is_refused(data: bytes, message: str) -> None:
+def test_an_invalid_frame_is_refused(data: bytes, message: str) -> None:
     decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
     with pytest.raises(FrameError, match=message):
         list(decoder.feed(data))

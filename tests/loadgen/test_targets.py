@@ -45,7 +45,7 @@ async def over_grpc(server: GatewayServer) -> AsyncIterator[GrpcTarget]:
     await target.close()
 
 
-async def test_grpc_tells_its_model(over_grpc: GrpcTarget, cluster: ScriptedCluster) -> None:
+async def test_grpc_reports_its_model(over_grpc: GrpcTarget, cluster: ScriptedCluster) -> None:
     facts = await over_grpc.facts()
     assert (facts.name, facts.vocab_size, facts.max_model_len) == ("tiny", 500, 256)
     assert facts.special_token_ids == model_info(cluster.tokenizer).eos_token_ids
@@ -74,7 +74,7 @@ async def test_grpc_counts_tokens_and_takes_the_legs_from_the_timeline(
     )
 
 
-async def test_grpc_errors_are_told_by_their_status(
+async def test_grpc_errors_are_classified_by_status(
     over_grpc: GrpcTarget, cluster: ScriptedCluster, seen: Seen
 ) -> None:
     cluster.refusal = QueueFull(8, 1.5)
@@ -94,7 +94,7 @@ async def test_grpc_without_a_server_is_unavailable(seen: Seen, server: GatewayS
     await target.close()
 
 
-async def test_a_grpc_request_that_is_given_up_is_cancelled_at_the_server(
+async def test_an_abandoned_grpc_request_is_cancelled_at_the_server(
     over_grpc: GrpcTarget, cluster: ScriptedCluster, seen: Seen
 ) -> None:
     cluster.hold_after = 1
@@ -257,7 +257,7 @@ async def test_http_takes_the_model_that_was_named(openai: OpenAiServer) -> None
         ),
     ],
 )
-async def test_http_counts_what_chunks_tell(
+async def test_http_counts_the_tokens_that_chunks_report(
     over_http: HttpTarget,
     openai: OpenAiServer,
     seen: Seen,
@@ -286,7 +286,7 @@ async def test_http_counts_what_chunks_tell(
         (lambda: events(), "cut off", "without its ending"),
     ],
 )
-async def test_http_failures_are_told_by_their_kind(
+async def test_http_failures_are_classified_by_kind(
     over_http: HttpTarget,
     openai: OpenAiServer,
     seen: Seen,

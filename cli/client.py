@@ -28,7 +28,7 @@ class CommandFailed(PdserveError):
 
 
 class Client:
-    """Both services at one address."""
+    """A client of both services at one address."""
 
     def __init__(self, address: str, channel: grpc.Channel) -> None:
         self.address = address
@@ -132,7 +132,7 @@ def is_gone(error: grpc.RpcError) -> bool:
 
 
 def as_call(error: grpc.RpcError) -> grpc.Call:
-    """The same object: errors of calls are calls."""
+    """Casts an error to the call that it is."""
     return cast(grpc.Call, error)
 
 

@@ -11,7 +11,7 @@ import grpc
 from ..proto import pdserve_pb2 as pb
 from .client import Client, is_unreachable
 
-PATIENCE_S = 30.0  # for so long workers keep what they have for a client that is gone
+PATIENCE_S = 30.0  # the time for which workers keep the output of a disconnected client
 
 
 class _Given:

@@ -1,4 +1,4 @@
-"""How far workers' start is: bars on a terminal, else lines that say only what is new."""
+"""The progress of the workers' start: bars on a terminal, else lines for changes only."""
 
 import sys
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ _CACHED_SHARE = 0.02  # random prompts share next to nothing by chance
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """As given on the command line."""
+    """The load options of the command line."""
 
     rate: float | None
     arrivals: str
@@ -55,7 +55,7 @@ class LoadOptions:
     vocab_size: int | None
 
     def words(self) -> dict[str, Any]:
-        """For JSON: what was asked for."""
+        """Returns the options for JSON."""
         return asdict(self) | {"trace": None if self.trace is None else str(self.trace)}
 
 

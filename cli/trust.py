@@ -52,7 +52,7 @@ class Trust:
         return grpc.secure_channel(address, credentials, options=options)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """For gRPC; None without TLS. Raises BadTrust."""
+        """The gRPC credentials; None without TLS. Raises BadTrust."""
         if not self.is_tls:
             return None
         self._check_pair()
@@ -63,7 +63,7 @@ class Trust:
         )
 
     def tls_context(self) -> ssl.SSLContext:
-        """For HTTP, where the address says that there is TLS. Raises BadTrust."""
+        """The TLS context for an https address. Raises BadTrust."""
         self._check_pair()
         try:
             context = ssl.create_default_context(
@@ -103,7 +103,7 @@ _told: ContextVar[Trust | None] = ContextVar("trust", default=None)
 
 
 def use(trust: Trust) -> None:
-    """From now on, in place of what the environment says."""
+    """Overrides the environment's settings from now on."""
     _told.set(trust)
 
 

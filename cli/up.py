@@ -60,7 +60,7 @@ def up(config: ClusterConfig) -> None:
 
 @contextmanager
 def logging_here(config: ClusterConfig) -> Iterator[LogSettings]:
-    """All of the cluster's processes log to this one's stderr, for the time of the block."""
+    """Routes the logs of all the cluster's processes to this one's stderr within the block."""
     asked = config.observability.log_format
     kind: LogFormat = asked if asked != "auto" else "console" if sys.stderr.isatty() else "json"
     with closing(LogRelay(sys.stderr)) as relay:
@@ -185,7 +185,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """To stderr: stdout belongs to answers."""
+    """Prints to stderr: stdout belongs to answers."""
     if logs.are_json():
         log.info("%s", line)
     else:

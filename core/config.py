@@ -236,8 +236,8 @@ class ClusterConfig(ConfigSection):
     """Compute kernels: on CPU the compiled ones (native), or torch only; on GPUs triton. auto: native where
     it is there, and triton."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What instances compute on; auto: on GPUs where the cluster has some that torch can use, else on CPU.
-    Settled when the cluster starts."""
+    """The device that instances compute on; auto: GPUs where the cluster has some that torch can use, else
+    CPU. Decided when the cluster starts."""
     drain_timeout_s: PositiveFloat = 120.0
     """How long running requests may take to end when an instance is removed or the cluster stops."""
     join_timeout_s: PositiveFloat = 300.0
@@ -248,17 +248,17 @@ class ClusterConfig(ConfigSection):
 
     @property
     def hosts(self) -> ExpectedHosts:
-        """Those of the file's `provider`, beside the head's."""
+        """The hosts of the file's `provider`, besides the head's."""
         return self._hosts
 
     def expecting(self, hosts: ExpectedHosts) -> "ClusterConfig":
-        """The same, with these hosts."""
+        """Returns a copy with these hosts."""
         copy = self.model_copy()
         copy._hosts = hosts
         return copy
 
     def on(self, device: DeviceKind) -> "ClusterConfig":
-        """The same, with `device: auto` settled."""
+        """Returns a copy with `device: auto` resolved."""
         return self.model_copy(update={"device": device})
 
     def changes_needing_restart(self, new: "ClusterConfig") -> list[str]:

@@ -4,7 +4,7 @@ import enum
 
 
 class FailureKind(enum.Enum):
-    """Why a leg, or the transfer between two of them, has failed."""
+    """The cause of a failed leg or of a failed transfer between two legs."""
 
     LOST = "lost"  # the peer, the link, a lease or a helper process is gone: an environment failure
     CANCELLED = "cancelled"  # by the party that requested it

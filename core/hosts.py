@@ -28,7 +28,7 @@ class ExpectedHosts:
 
 
 class HostState(enum.Enum):
-    """Where a host is on its way to serve."""
+    """The state of a host."""
 
     AWAITED = "awaited"  # it has not joined
     CHECKING = "checking"  # it has joined, or is in doubt: nothing starts there until it has answered

@@ -1,5 +1,5 @@
-"""How long prefills, decode steps and transfers take. One model for placement, admission, `explain` and the
-planner.
+"""The durations of prefills, decode steps and transfers. One model for placement, admission, `explain` and
+the planner.
 
 The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token counts, in token products
 (attention) and in bytes. Seeded with priors, refined by recursive least squares from every step and transfer
@@ -90,7 +90,7 @@ class RecursiveLeastSquares:
 
     @property
     def is_warm(self) -> bool:
-        """Whether it has seen enough since the start, or since the last change of what it measures."""
+        """Whether it has enough measurements since the start, or since the last change in speed."""
         return self._num_seen >= WARM_UP
 
     def observe(self, features: Sequence[float], seconds: float) -> bool:

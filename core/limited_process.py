@@ -49,7 +49,7 @@ def address_space() -> int:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """All of `data`, however little is taken at once."""
+    """Writes all of `data`, over as many writes as it takes."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

@@ -105,5 +105,5 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_remaining_tokens(self) -> int:
-        """How many tokens each choice may still produce."""
+        """The number of tokens that each choice may still produce."""
         return self.sampling.max_tokens - len(self.output_token_ids)

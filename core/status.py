@@ -8,7 +8,7 @@ from .messages import Role
 
 
 class WorkerState(enum.Enum):
-    """Where a worker is in its life."""
+    """The state of a worker."""
 
     STARTING = "starting"
     READY = "ready"

@@ -38,7 +38,7 @@ class GrammarChecker:
         self._num_questions: Counter[str] = Counter()  # by client
 
     async def check(self, grammar: str, client: str) -> str | None:
-        """Why requests cannot follow `grammar`, or None when they can.
+        """Returns why requests cannot follow `grammar`, or None when they can.
 
         Raises QueueFull when many wait for an answer; NoWorkerAvailable when it cannot be found out.
         """

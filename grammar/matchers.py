@@ -26,7 +26,7 @@ class _MatchedOutput:
 
 
 class Matchers:
-    """Not thread-safe. A single job may take for ever: who runs it has to bound it."""
+    """Not thread-safe. A single job may never end: the caller has to bound it."""
 
     def __init__(self, tokenizer: LLTokenizer, clock: Callable[[], float] = time.process_time) -> None:
         """`clock` returns the CPU time used."""

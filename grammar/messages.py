@@ -48,7 +48,7 @@ class Close(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Mask(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Which tokens may come after the first `num_tokens` of the output: bit i, counted from the lowest of the
+    """The tokens allowed after the first `num_tokens` of the output: bit i, counted from the lowest of the
     first byte, is set where token i may. Tokens that end the output are among them where the grammar is
     complete."""
 

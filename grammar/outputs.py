@@ -92,7 +92,7 @@ class _PendingMask:
 
 
 class Outputs:
-    """All outputs of one process, across those that come and go in its place. Keys are never used again.
+    """All outputs of one process and its successors. Keys are never reused.
 
     The process has few requests at a time, and one at most that opens an output, which may take long: a
     stream that needs its next mask waits for little of what others have asked, and for less of what one
@@ -230,7 +230,7 @@ class Outputs:
                 self._opening.push(output.client, key)
 
     def give_up(self) -> list[int]:
-        """All keys whose answers are due, after a death, are forgotten."""
+        """Forgets all keys whose answers are due, after a death."""
         keys = list(self._opening)
         for key in keys:
             self.close(key)

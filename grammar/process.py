@@ -98,7 +98,7 @@ class GrammarProcess:
             self._send(message)
 
     def hand_over(self, client: str, other: "GrammarProcess") -> list[int]:
-        """All outputs of a client go on in another process. Their keys."""
+        """Moves all outputs of a client to another process. Returns their keys."""
         other._note_question()
         keys, messages = self._outputs.hand_over(client, other._outputs)
         for message in messages:
@@ -186,7 +186,8 @@ class GrammarProcess:
         self._ask()
 
     async def _read(self, process: Process) -> None:
-        """Until the process ends. Raises FrameError for what is no answer, TimeoutError when none comes."""
+        """Reads until the process ends. Raises FrameError for an invalid answer, TimeoutError when none
+        arrives."""
         assert process.stdout is not None
         decoder: FrameDecoder[FromProcess] = FrameDecoder(FromProcess)
         reading = asyncio.ensure_future(process.stdout.read(READ_BYTES))
@@ -220,7 +221,7 @@ class GrammarProcess:
 
 
 def _kill(process: Process) -> None:
-    """Not for one that ends by itself: who asks subprocess to kill it takes its exit code away from
-    asyncio."""
+    """Kills the process. Not for one that ends by itself: a kill through subprocess takes its exit code away
+    from asyncio."""
     with suppress(ProcessLookupError):
         process.kill()

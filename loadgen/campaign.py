@@ -47,7 +47,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Result:
-    """All rounds of one target."""
+    """The results of all rounds of one target."""
 
     name: str
     rounds: tuple[Round, ...]
@@ -143,7 +143,7 @@ def _endless(jobs: Iterator[ScheduledRequest]) -> Iterator[ScheduledRequest]:
 
 
 def _check_fits(plan: CampaignPlan, name: str, facts: ModelFacts) -> None:
-    """Before anything is sent, where the bounds are known."""
+    """Checks lengths before anything is sent, where the bounds are known."""
     if not isinstance(plan.workload, Drawn) or facts.max_model_len is None:
         return
     lengths = (plan.workload.prompt_tokens.longest, plan.workload.output_tokens.longest)
@@ -157,8 +157,8 @@ def _check_fits(plan: CampaignPlan, name: str, facts: ModelFacts) -> None:
 
 
 def summed_up(plan_words: dict[str, Any], results: Sequence[Result], slo: Slo) -> dict[str, Any]:
-    """For JSON: the load in the caller's words, each target's figures (all rounds, and each), and the ratios
-    of two."""
+    """Summarizes for JSON: the load in the caller's words, each target's figures (all rounds, and each), and
+    the ratios of two."""
     targets = [
         {
             "name": result.name,

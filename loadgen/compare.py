@@ -56,7 +56,7 @@ class Ratio:
 
 
 def compare(first: Sequence[Round], second: Sequence[Round], slo: Slo, seed: int = 0) -> list[Ratio]:
-    """For each figure that all rounds of both have. Round i of one belongs to round i of the other."""
+    """Compares each figure that all rounds of both have. Round i of one is paired with that of the other."""
     pairs = [(make_report([a], slo), make_report([b], slo)) for a, b in zip(first, second, strict=True)]
     ratios = []
     for name, figure in FIGURES.items():

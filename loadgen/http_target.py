@@ -153,7 +153,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _refused(response: httpx.Response) -> LoadRequestFailed:
-    """By the status; the message from OpenAI's error shape, or what there is."""
+    """Returns the failure by status; the message is that of OpenAI's error format, or the body."""
     message: object = response.text
     try:
         body = response.json()

@@ -64,7 +64,7 @@ class Report:
     generator: GeneratorReport
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the figures for JSON."""
         return asdict(self)
 
 

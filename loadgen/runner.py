@@ -53,14 +53,14 @@ class LoadRunner:
         self._clock = clock or RealClock()
 
     async def run(self, load: OfferedLoad) -> tuple[RequestRecord, ...]:
-        """Until every request has ended; in the order in which they were sent."""
+        """Runs until every request has ended; returns records in the order of sending."""
         records: list[RequestRecord] = []
         send = self._open_loop if load.concurrency is None else self._closed_loop
         await send(load, records)
         return tuple(sorted(records, key=lambda record: record.sent_s))
 
     async def measured(self, load: OfferedLoad) -> Round:
-        """The same, and how busy the generator was."""
+        """Like `run`, with the generator's own load."""
         lags_s: list[float] = []
         cpu_s, start_s = time.process_time(), time.perf_counter()
         async with _lags_watched(self._clock, lags_s):

@@ -38,7 +38,7 @@ class Slo:
 
 
 def parse_slo(text: str) -> Slo:
-    """From `ttft=200,tpot=50`. Raises LoadError."""
+    """Parses `ttft=200,tpot=50`. Raises LoadError."""
     limits: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")

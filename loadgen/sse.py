@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 
 class SseParser:
-    """Only `data` matters here; names, ids, retry times and comments are read and dropped."""
+    """A parser of server-sent events that keeps only `data`; names, ids, retry times and comments are
+    dropped."""
 
     def __init__(self) -> None:
         self._rest = b""  # of a line that is not complete

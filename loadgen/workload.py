@@ -49,7 +49,7 @@ class Drawn:
     prefixes: SharedPrefixes | None = None
 
     def jobs(self, seed: int, round_index: int) -> Iterator[ScheduledRequest]:
-        """Without end."""
+        """Yields jobs without end."""
         rngs = [generator(seed, round_index, stream) for stream in range(4)]
         due = None if self.arrivals is None else arrival_times(self.arrivals, rngs[_ARRIVALS])
         for index in count():

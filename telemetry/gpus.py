@@ -58,7 +58,7 @@ class GpuBoard:
         self._of_worker.pop(worker_id, None)
 
     def rows(self, workers: Iterable[tuple[str, str]]) -> dict[str, Rows]:
-        """By metric, of the GPUs of the workers that are there now: (pool, worker_id). Figures that a GPU
+        """The rows by metric, for the GPUs of the present workers: (pool, worker_id). Figures that a GPU
         does not report are absent."""
         users = [
             (pool, worker_id, self._of_worker[worker_id])

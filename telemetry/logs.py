@@ -71,7 +71,7 @@ def printable(text: str) -> str:
 
 
 def configure(settings: LogSettings, process: str) -> None:
-    """All of this process's logging from now on: ours from `settings.level` on, others' from warnings on."""
+    """Configures all of this process's logging: ours from `settings.level` on, others' from warnings on."""
     handler = _handler(settings)
     handler.setFormatter(JsonFormatter(process) if settings.format == "json" else ConsoleFormatter(process))
     root = logging.getLogger()

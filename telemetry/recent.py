@@ -11,8 +11,8 @@ MAX_BYTES = 8 << 20
 
 
 class RecentRequests:
-    """By request id; of an id that was used again, the last. Kept packed, so that the bound on bytes is
-    one."""
+    """Timelines by request id; a reused id refers to the last request. Kept packed, so that the bound on
+    bytes is exact."""
 
     def __init__(self, max_requests: int = MAX_REQUESTS, max_bytes: int = MAX_BYTES) -> None:
         self.num_bytes = 0

@@ -20,7 +20,7 @@ LEVELS: Mapping[FinishReason, int] = {
 
 
 class Traces(Protocol):
-    """Where spans go."""
+    """The exporter of spans."""
 
     num_spans: int  # that were made
 

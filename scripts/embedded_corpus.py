@@ -63,7 +63,7 @@ class Document:
 
     @property
     def short_name(self) -> str:
-        """Without the module: "copytree", "Path.exists"."""
+        """The name without the module: "copytree", "Path.exists"."""
         return ".".join(self.name.split(".")[-2 if self.kind == "method" else -1 :])
 
     @property

@@ -123,7 +123,7 @@ def _begin(accident: Accident, pids: list[int], watch: Watch, network: Network) 
 def _cut_off(
     accident: Accident, pids: list[int], watch: Watch, network: Network
 ) -> Callable[[], None] | None:
-    """None when one of the two sides is dead, or nothing lies between them."""
+    """Cuts the link; None when one of the two sides is dead, or no link exists between them."""
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         if accident.kind == PARTITIONS[1]:
             return network.cut_from_peers(
@@ -157,6 +157,6 @@ def _wait_for_moment(accident: Accident, streams: list[Stream], rng: random.Rand
 
 
 def _wait_until(stream: Stream, num_tokens: int) -> None:
-    """Or until nothing more can come."""
+    """Waits for the moment, or until no further progress is possible."""
     while stream.num_tokens < num_tokens and not stream.is_ended and stream.error is None:
         time.sleep(0.0005)

@@ -14,8 +14,7 @@ TEMP_PREFIXES = ("ray", "plasma", "psm", "torch", "gloo")
 
 
 def mark_descendants() -> None:
-    """Everything that this process starts from now on is recognised by `descendants`. A mark that is there
-    already stays."""
+    """Marks every process started from now on for `descendants`. An existing mark stays."""
     os.environ.setdefault(MARK, secrets.token_hex(8))
 
 

@@ -73,7 +73,7 @@ class Watch:
         )
 
     def ready_workers(self, role: str) -> list[pb.WorkerStatus]:
-        """By the last message."""
+        """The ready workers of the last message."""
         return [
             worker for worker in self._heard[-1][1].workers if worker.role == role and worker.state == READY
         ]

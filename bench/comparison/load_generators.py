@@ -106,7 +106,7 @@ def version(environment: Path, package: str) -> str:
 
 
 def loads_of(args: argparse.Namespace, url: str, model: str) -> dict[str, Load]:
-    """Both, by the name of a folder."""
+    """Both loads, by the name of their folder."""
     load = Load(url, model, args.requests, args.prompt_tokens, args.output_tokens)
     return {"open": replace(load, rate=args.rate), "closed": replace(load, concurrency=args.concurrency)}
 

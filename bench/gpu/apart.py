@@ -25,7 +25,7 @@ _SHARE_OF_A_CHECK = 0.5  # of its section's time: one that takes more hangs
 
 @dataclass(frozen=True)
 class Program:
-    """How the processes of sections are started."""
+    """The command that starts the processes of sections."""
 
     path: Path
     arguments: Sequence[str] = ()

@@ -56,7 +56,7 @@ def row_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def num_different(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """How many elements are not the same."""
+    """The number of elements that differ."""
     return float((actual.cpu().view(expected.shape) != expected.cpu()).sum())
 
 

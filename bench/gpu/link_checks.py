@@ -50,7 +50,7 @@ def cases(is_toy: bool) -> Iterator[Case]:
 
 
 def _error(wire: Literal["raw", "int8"], heads: tuple[int, int], num_tokens: int) -> float:
-    """How far what arrived is from what was sent; raw: how many numbers differ."""
+    """The error of the received data; raw: the count of numbers that differ."""
     device: Device = CudaDevice() if torch.cuda.is_available() else _QueuedHost()
     sender, receiver = (_cache(wire, heads, page, num_tokens, device) for page in _PAGES)
     for layer in range(_NUM_LAYERS):

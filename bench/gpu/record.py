@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers", "flashinfer-python")
 
 @dataclass(frozen=True)
 class Record:
-    """Below `folder`: `DATE-gpu.txt` and `DATE-gpu-stderr/SECTION.txt`. A run of the same day writes over
+    """Below `folder`: `DATE-gpu.txt` and `DATE-gpu-stderr/SECTION.txt`. A run on the same day overwrites
     them."""
 
     folder: Path

@@ -111,7 +111,7 @@ def is_correct(messages: Iterable[Message], correctness: Iterable[str]) -> bool:
 
 
 def line_of(message: Message) -> str:
-    """For reading along."""
+    """The line that is printed during the run."""
     match message:
         case Check():
             error = message.problem or f"error {message.error:.2g}, at most {message.tolerance:.2g}"

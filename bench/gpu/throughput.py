@@ -120,7 +120,7 @@ def _measure_transformers(context: Context, shape: Shape, requests: list[Request
 
 
 def _continue(manager: Any, requests: list[Request], context: Context) -> None:
-    """Until all have ended, or little time is left."""
+    """Continues until all have ended, or little time is left."""
     waiting = {
         manager.add_request(list(request.prompt), max_new_tokens=request.num_new_tokens)
         for request in requests

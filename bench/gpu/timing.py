@@ -1,4 +1,4 @@
-"""How long the GPU takes, by its own events; medians."""
+"""GPU times, by the GPU's own events; medians."""
 
 import statistics
 from collections.abc import Callable, Sequence

@@ -38,7 +38,7 @@ async def over_http(num_tokens: int, port: int, count: Count) -> None:
 
 
 async def over_grpc(requests: list[pb.GenerateRequest], port: int, count: Count) -> None:
-    """All streams on one connection, with windows that never close."""
+    """Runs all streams on one connection, with windows that never close."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, struct.pack(">HI", 4, 2**31 - 1)))
     writer.write(_frame(8, 0, 0, struct.pack(">I", 2**31 - 1 - 65535)))

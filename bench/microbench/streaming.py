@@ -213,7 +213,7 @@ def clients(
 
 
 def _start(*arguments: str) -> "subprocess.Popen[str]":
-    """This file in another process."""
+    """Starts this file in another process."""
     return subprocess.Popen(
         [sys.executable, "-m", "bench.microbench.streaming", *arguments],
         stdin=subprocess.PIPE,

@@ -76,7 +76,7 @@ class Side:
 
 
 async def step_us(num_sequences: int) -> tuple[float, float]:
-    """Without a recorder and with one."""
+    """The time of a step without a recorder and with one."""
     sides = Side(None, num_sequences), Side(recorder(), num_sequences)
     encoder = FrameEncoder()
     for index in range(1, NUM_STEPS + 1):

@@ -166,7 +166,7 @@ def test_a_check_for_which_there_was_no_time_has_not_passed() -> None:
 
 
 def test_checks_are_alike_however_many_have_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that one that failed can be run alone."""
+    """A failed check can thus be run alone."""
     case = Case("drawn", math.inf, lambda: float(torch.rand(())))
     first = checks.checked(case)
     torch.rand(7)

@@ -1,5 +1,5 @@
-"""How the GPU benchmark shares out its time and what it keeps when a section's process ends early. The
-processes here are small programs in the place of sections."""
+"""The GPU benchmark's division of time, and the results kept when a section's process ends early. Small
+programs stand in for the sections' processes."""
 
 import re
 import textwrap
@@ -114,7 +114,7 @@ def test_a_check_that_hangs_leaves_time_for_the_next_ones(
 
 
 def test_a_sections_standard_error_is_kept_whole(program: Write, tmp_path: Path) -> None:
-    """Also of checks that failed without ending it, and across its processes."""
+    """This includes failed checks that did not end it, and all of its processes."""
     writes = program("""
         for number in range(60):
             if check(number):
@@ -168,7 +168,7 @@ def test_the_interpreter_and_a_sanitizer_have_as_long_as_the_run() -> None:
 
 
 def test_sections_run_in_the_order_in_which_they_are_named() -> None:
-    """Those that are measured come after the limits that they are measured by."""
+    """Measurements run after the limits that they refer to."""
     named = command.chosen(["engine", "profile", "attention"])
     assert [section.name for section in named] == ["engine", "limits", "profile", "attention"]
     named = command.chosen(["attention", "limits"])

@@ -1,4 +1,4 @@
-"""Where the time of a profiled step goes."""
+"""The time breakdown of a profiled step."""
 
 from hypothesis import given, strategies as st
 

@@ -52,7 +52,7 @@ def test_the_cluster_is_found_by_its_address(server: ServerThread, host: str) ->
 def test_without_the_socket_the_error_names_the_attempt_and_the_fix(
     server: ServerThread, runtime_folder: Path, tmp_path: Path
 ) -> None:
-    """As another user, whose runtime folder has no such socket."""
+    """Runs as another user, whose runtime folder has no such socket."""
     elsewhere = tmp_path / "elsewhere"
     result = status(server.address, **{admin_socket.RUNTIME_FOLDER: str(elsewhere)})
     assert result.exit_code == 1

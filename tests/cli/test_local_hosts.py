@@ -1,5 +1,4 @@
-"""How hosts join and leave a running Ray, with stand-ins for `ray` and `ssh` that note how they were
-called."""
+"""Hosts join and leave a running Ray; stubs of `ray` and `ssh` record their calls."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""`pdserve supervise`, with stand-ins for `ray`, `pdserve up` and `crontab` that note how they were
-called."""
+"""`pdserve supervise`, with stubs of `ray`, `pdserve up` and `crontab` that record their calls."""
 
 import fcntl
 import os
@@ -49,7 +48,7 @@ UNTIL_TERMINATED = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the supervisor runs, with the stand-ins on its PATH."""
+    """The supervisor's folder, with the stubs on its PATH."""
     for name, lines in STANDINS.items():
         executable(tmp_path / "bin" / name, lines)
     (tmp_path / "cluster.yaml").write_text("provider: {type: local, worker_ips: [10.0.0.3]}")

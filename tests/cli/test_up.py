@@ -129,7 +129,7 @@ up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: int) -> None:
-    """In a process of its own, whose main thread the signal interrupts."""
+    """Runs in a process of its own, whose main thread the signal interrupts."""
     server.call(server.cluster.go_on.set)
     command = [sys.executable, "-c", UP, server.address, server.local_address]
     with subprocess.Popen(

@@ -142,7 +142,7 @@ def test_both_workers_report_them_so_that_none_is_lost(checkpoint: Callable[[str
 def test_a_prompt_restarted_half_way_has_each_logprob_once(
     checkpoint: Callable[[str], Path],
 ) -> None:
-    """As after a preemption: its blocks are gone, and the first chunk comes again."""
+    """This happens after a preemption: its blocks are gone, and the first chunk is repeated."""
     path = checkpoint("llama-gqa")
     (prompt,) = random_prompts((50,), seed=9)
     joined = JoinedEngines(path)

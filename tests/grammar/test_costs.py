@@ -1,4 +1,4 @@
-"""Who is costly: by the processor time of long jobs, and not for good."""
+"""Clients are costly by the CPU time of long jobs, and not permanently."""
 
 from hypothesis import given, strategies as st
 

@@ -115,7 +115,7 @@ async def test_it_is_gone_when_it_was_stopped(told: Told) -> None:
 
 
 async def test_it_ends_with_its_owner() -> None:
-    """Also when the owner had no time to say so."""
+    """This holds even when the owner could not announce its end."""
     owner = (
         "import asyncio, os\n"
         "from pdserve.grammar.process import GrammarProcess\n"
@@ -221,7 +221,7 @@ async def test_simultaneous_equal_questions_get_one_answer(checker: GrammarCheck
 async def test_a_departed_client_keeps_its_turn_until_its_question_is_answered(
     checker: GrammarChecker,
 ) -> None:
-    """Else it could ask without end."""
+    """Otherwise it could ask without end."""
     for number in range(MAX_QUESTIONS_EACH):
         asking = asyncio.ensure_future(checker.check(regex_grammar(f"a{{{number}}}"), "me"))
         await asyncio.sleep(0)

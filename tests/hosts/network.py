@@ -94,11 +94,11 @@ class Hosts:
         return names.read_text().split("\n") if names.exists() else []
 
     def address(self, host: str) -> str:
-        """As all hosts reach it; its default route leads out of another one."""
+        """The address by which all hosts reach it; its default route uses another one."""
         return f"10.77.0.{self._index(host) + 1}"
 
     def home(self, host: str) -> Path:
-        """Where the host's home lies on the machine."""
+        """The path of the host's home on the machine."""
         return self.folder / host / "home"
 
     def command(self, host: str, command: str) -> list[str]:
@@ -336,7 +336,7 @@ class Hosts:
 
 
 def _pids(space: str) -> list[int]:
-    """All processes in a network namespace."""
+    """Returns all processes in a network namespace."""
     return [int(pid) for pid in run("ip", "netns", "pids", space).split()]
 
 
@@ -357,7 +357,7 @@ def _kill_all(space: str) -> None:
 
 
 def _parent(pid: int) -> int | None:
-    """None when the process has ended."""
+    """The parent's id; None when the process has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for line in Path("/proc", str(pid), "status").read_text().splitlines():
             if line.startswith("PPid:"):

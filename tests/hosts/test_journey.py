@@ -106,7 +106,7 @@ def clients(hosts: Hosts) -> Iterator[list[str]]:
 
 
 def processes(hosts: Hosts, host: str) -> dict[int, str]:
-    """Those of Ray and of pdserve there, by the machine's numbers."""
+    """The processes of Ray and pdserve there, by the machine's numbers."""
     found = {}
     for pid in hosts.pids(host):
         with suppress(FileNotFoundError, ProcessLookupError):

@@ -1,5 +1,4 @@
-"""When requests are sent: when they are due, or when a client of a closed loop is free; and what is recorded
-of them."""
+"""Requests are sent when due, or when a client of a closed loop is free; the records of both."""
 
 import asyncio
 from collections.abc import Iterator

@@ -24,7 +24,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Seen:
-    """How many tokens came each time."""
+    """The number of tokens of each chunk."""
 
     def __init__(self) -> None:
         self.numbers: list[int] = []

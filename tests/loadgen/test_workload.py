@@ -1,4 +1,4 @@
-"""The same seed gives the same workload; prompts share what they are to share and nothing else."""
+"""The same seed gives the same workload; prompts share exactly the configured prefixes."""
 
 from itertools import islice
 

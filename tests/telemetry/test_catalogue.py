@@ -25,7 +25,7 @@ def exposition() -> str:
 
 
 def series_names() -> set[str]:
-    """All that a query may name."""
+    """All series names that a query may use."""
     names: set[str] = set()
     for metric in CATALOGUE:
         suffixes = ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",)

@@ -243,7 +243,7 @@ def _words(options: Mapping[str, str]) -> list[str]:
 
 
 def _clean_environment() -> dict[str, str]:
-    """Without what says where this tree's modules are."""
+    """The environment without the path to this tree's modules."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
 
 

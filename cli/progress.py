@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from ..proto import pdserve_pb2 as pb
 from .status import STATES
 
-STEP = 0.25  # of a start; smaller progress makes no line
+STEP = 0.25  # share of a start; smaller progress makes no line
 
 
 class StatusLines:

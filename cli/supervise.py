@@ -32,10 +32,10 @@ from .plan import read_config
 
 FOLDER = Path("~/.pdserve")
 LOG = Path("~/pdserve.log")
-TEMP_DIR, AUTOSCALING_CONFIG = "--temp-dir=", "--autoscaling-config="  # of `ray start`
+TEMP_DIR, AUTOSCALING_CONFIG = "--temp-dir=", "--autoscaling-config="  # options of `ray start`
 MAX_PAUSE_S = 60.0
 MAX_OPEN_FILES = 65536
-END_S = 3.0  # of the 5 s that `ray stop` leaves a process
+END_S = 3.0  # part of the 5 s that `ray stop` leaves a process
 RAY_PROCESSES = {"gcs_server", "raylet"}
 OWN_NAME = b"ray::supervise"  # at most 15 bytes
 HIDDEN_NAME = b"pdserve"  # while it runs `ray stop` itself

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 2  # of a worker, before somebody who waits for its start gives up
+MAX_RESTARTS = 2  # restarts of a worker before the wait for its start gives up
 RESTART_TIMEOUT_S = 60.0  # for another head to take the place of one that died
 END_TIMEOUT_S = 10.0  # from the last status to the end of the head
 

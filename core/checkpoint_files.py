@@ -19,7 +19,7 @@ from .errors import CheckpointError
 MAX_CONFIG_BYTES = 4 << 20  # values of JSON take up to 30 times their text: 120 MiB
 MAX_TOKENIZER_CONFIG_BYTES = 8 << 20  # some list thousands of added tokens
 MAX_TOKENIZER_BYTES = 64 << 20  # the largest that are known have 35 MiB
-MAX_NAME_CHARS = 255  # of a tensor, and of a file as the operating system has it
+MAX_NAME_CHARS = 255  # the limit for a tensor's name, and the operating system's for a file
 MAX_SHOWN_CHARS = 80
 
 T = TypeVar("T")

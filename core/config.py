@@ -16,7 +16,7 @@ from .devices import DeviceKind
 from .hosts import ExpectedHosts
 from .messages import Role
 
-# of one pool: each of them is listed and planned before it is known whether there is room
+# limit per pool: each instance is listed and planned before it is known whether there is room
 MAX_INSTANCES = 4096
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 MAX_PROMPT_LOGPROBS = (

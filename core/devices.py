@@ -10,4 +10,4 @@ KERNELS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("auto", "native", "torch"),
     "cuda": ("auto", "triton"),
 }
-GPU_LINKS = ("cuda_ipc", "nccl")  # of `kv.transport`
+GPU_LINKS = ("cuda_ipc", "nccl")  # values of `kv.transport`

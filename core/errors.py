@@ -4,7 +4,7 @@ them once."""
 from collections.abc import Iterator
 
 MAX_EXPECTED_CHARS = 400  # longer than any of ours
-MAX_SHOWN_CHARS = 80  # of a value that was refused
+MAX_SHOWN_CHARS = 80  # shown part of a refused value
 
 
 class PdserveError(Exception):

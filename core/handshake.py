@@ -26,8 +26,8 @@ MAX_WAIT_S = 5.0  # for the whole of it
 class Purpose(Enum):
     """The purpose of a connection."""
 
-    CONTROL = b"control "  # of a worker by the router
-    TRANSFER = b"transfer"  # of KV from worker to worker
+    CONTROL = b"control "  # control of a worker by the router
+    TRANSFER = b"transfer"  # transfer of KV between workers
 
 
 OPENING_BYTES = len(_PROTOCOL) + len(Purpose.CONTROL.value) + NONCE_BYTES

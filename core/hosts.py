@@ -43,11 +43,11 @@ class HostState(enum.Enum):
 class HostStatus:
     """One host's row. Only the name is known of a host that has not joined."""
 
-    address: str  # of one that has not joined: as the file names it
+    address: str  # as in the file, for a host that has not joined
     name: str = ""  # its host name
     state: HostState
     since_s: float  # for how long it has been in its state
-    message: str = ""  # what is wrong with it, and what to do
+    message: str = ""  # its problem, and the remedy
     num_cores: int = 0  # that instances may have
     num_cores_taken: float = 0.0
     num_gpus: int = 0

@@ -89,7 +89,7 @@ class TransferAddress(msgspec.Struct, frozen=True):
     worker_id: str
     incarnation: int
     host_id: str  # equal on workers that can share memory
-    unix_path: str  # of a Unix socket, for peers on the same host
+    unix_path: str  # path of a Unix socket, for peers on the same host
     tcp_host: str
     tcp_port: int
     gpu: str = ""  # the UUID of the GPU that holds its KV; empty on a processor
@@ -130,14 +130,14 @@ class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
     num_prefill_tokens: int
     sum_prefill_squares: int  # sum over chunks of new_tokens * (context + new_tokens)
     num_decode_sequences: int
-    num_context_tokens: int  # of the decoding sequences
+    num_context_tokens: int  # sum over the decoding sequences
     duration_s: float
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities at one position, of the model's own distribution."""
 
-    logprob: float  # of the token that stands there
+    logprob: float  # log probability of the token at that position
     top: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
 
 
@@ -153,7 +153,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
     prompt_logprobs: tuple[
         TokenLogprobs, ...
-    ] = ()  # of prompt tokens 1, 2, ...: only with token 0 of choice 0, if asked for
+    ] = ()  # for prompt tokens 1, 2, ...: only with token 0 of choice 0, if requested
 
 
 class TransferStats(msgspec.Struct, frozen=True):
@@ -176,7 +176,7 @@ class LegEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer: TransferId
     leg: Leg
     error: str | None = None
-    kind: FailureKind | None = None  # of the error
+    kind: FailureKind | None = None  # kind of the error
     num_cached_tokens: int = 0
     queue_s: float = 0.0  # accepted to first step
     compute_s: float = 0.0  # first step to last token of this leg
@@ -206,7 +206,7 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     nvlink_sent_bytes: int | None = None  # since its driver was loaded
     nvlink_received_bytes: int | None = None
     throttled_by: tuple[str, ...] | None = None  # some of power, temperature, hardware
-    peak_flops_per_s: float | None = None  # of bfloat16, dense; None: unknown for this GPU
+    peak_flops_per_s: float | None = None  # bfloat16, dense; None: unknown for this GPU
     peak_bytes_per_s: float | None = None
 
 
@@ -220,7 +220,7 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     timing: StepTiming | None = None
     blocks_added: tuple[bytes, ...] = ()  # hashes that entered the prefix cache
     blocks_evicted: tuple[bytes, ...] = ()
-    gpu: GpuSample | None = None  # of the worker's GPU, with a heartbeat every few seconds
+    gpu: GpuSample | None = None  # sample of the worker's GPU, with a heartbeat every few seconds
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -12,7 +12,7 @@ from .messages import GrammarSetup
 
 MAX_KNOWN = 1024  # grammars whose answers are remembered
 MAX_QUESTIONS = 1024  # that wait for an answer
-MAX_QUESTIONS_EACH = 64  # of one client
+MAX_QUESTIONS_EACH = 64  # per client
 RETRY_S = 1.0
 
 
@@ -33,7 +33,7 @@ class GrammarChecker:
         )  # by digest what is wrong; least recently used first
         self._questions: dict[
             tuple[str, str], asyncio.Task[str | None]
-        ] = {}  # by client, who waits for none of another's
+        ] = {}  # by client; none waits for another's
         self._turns: dict[str, asyncio.Lock] = {}
         self._num_questions: Counter[str] = Counter()  # by client
 
@@ -54,7 +54,7 @@ class GrammarChecker:
             question = asyncio.get_running_loop().create_task(self._find_out(grammar, client))
             question.add_done_callback(
                 lambda task: task.cancelled() or task.exception()
-            )  # who asked may be gone
+            )  # the caller may be gone
             self._questions[client, grammar] = question
         return await asyncio.shield(question)
 
@@ -93,7 +93,7 @@ class GrammarChecker:
             del self._answers[key]
             self._lanes.close(key)
 
-    # of GrammarListener
+    # methods of GrammarListener
 
     def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
         self._settle(key, None)

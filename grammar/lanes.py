@@ -50,7 +50,7 @@ class GrammarLanes:
             for key in self._common.hand_over(client, self._costly):
                 self._process_of[key] = self._costly
 
-    # of GrammarListener
+    # methods of GrammarListener
 
     def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
         self._listener.on_mask(key, num_tokens, bits)

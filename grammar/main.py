@@ -21,7 +21,7 @@ from .messages import JOB_S, GrammarSetup, OpenOutput, ToProcess
 SETUP_BYTES = 4 << 30  # address space for the vocabulary, which is the checkpoint's
 MEMORY_BYTES = 2 << 30  # address space beside what the process has when it is ready
 CACHE_BYTES = 512 << 20  # when it has grown by so much, what is kept of earlier grammars goes
-STACK_BYTES = 64 << 20  # of which mostly nothing is touched; nested rules recurse
+STACK_BYTES = 64 << 20  # mostly untouched; nested rules recurse
 READ_BYTES = 1 << 16
 
 

@@ -11,7 +11,7 @@ from llguidance import LLMatcher, LLTokenizer
 from .messages import Advance, Close, FromProcess, GrammarRefused, Mask, OpenOutput, ToProcess
 
 MAX_CACHED_GRAMMARS = 32
-MAX_REASON_CHARS = 200  # of each line: the error of an invalid expression quotes it
+MAX_REASON_CHARS = 200  # limit per line: the error of an invalid expression quotes it
 FREE_S = 0.5  # processor time that every output has
 S_PER_TOKEN = 0.001  # and that each of its tokens adds
 
@@ -52,7 +52,7 @@ class Matchers:
         free_s = FREE_S + S_PER_TOKEN * output.num_tokens
         if isinstance(answer, Mask) and output.used_s > (
             free_s / 2 if is_probe else free_s
-        ):  # what is let in has room
+        ):  # admitted outputs have room
             answer = GrammarRefused(message.key, "it takes too long to follow")
         if isinstance(answer, GrammarRefused) or is_probe:
             del self._outputs[message.key]

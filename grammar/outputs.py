@@ -13,14 +13,14 @@ from ..core.codec import FrameError
 from .messages import Advance, Close, FromProcess, GrammarRefused, OpenOutput, ToProcess
 
 WINDOW = 8  # requests that the process has at once
-WINDOW_EACH = 4  # of one client
-MAX_DEATHS = 2  # of processes that were at work on an output, when nothing says at once that it was to blame
+WINDOW_EACH = 4  # per client
+MAX_DEATHS = 2  # deaths of processes at work on an output, when none shows at once that it was to blame
 
 
 class Death(enum.Enum):
     """The cause of a process's death."""
 
-    TIME = enum.auto()  # of its job, which is to blame
+    TIME = enum.auto()  # the job exceeded its time and is to blame
     RESOURCES = (
         enum.auto()
     )  # of memory or stack; memory is everybody's, so who is there again the next time is to blame
@@ -46,7 +46,7 @@ class _Turns:
     def __init__(self) -> None:
         self._lanes: OrderedDict[str, dict[int, None]] = (
             OrderedDict()
-        )  # whose turn it is, then who comes next; none is empty
+        )  # the client whose turn it is comes first; none is empty
 
     def __bool__(self) -> bool:
         return bool(self._lanes)
@@ -103,7 +103,7 @@ class Outputs:
         self._opening = _Turns()  # keys that are to be asked for: those that the process does not know,
         self._advancing = _Turns()  # and those that it knows
         self._asked: deque[_PendingMask] = deque()  # oldest first
-        self._num_asked: Counter[str] = Counter()  # of those, by client
+        self._num_asked: Counter[str] = Counter()  # asked requests by client
 
     @property
     def is_asked(self) -> bool:

@@ -26,8 +26,8 @@ class CampaignPlan:
     workload: Workload
     seed: int = 0
     num_rounds: int = 1
-    max_requests: int | None = None  # of one round
-    duration_s: float | None = None  # of one round: nothing is sent after it
+    max_requests: int | None = None  # limit per round
+    duration_s: float | None = None  # length of one round: nothing is sent after it
     concurrency: int | None = None
     num_warm_up: int = 0  # requests before each turn, one after the other, that do not count
     timeout_s: float | None = None

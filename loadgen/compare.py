@@ -51,7 +51,7 @@ class Ratio:
     first: float  # means over rounds
     second: float
     ratio: float | None  # None where the first is 0
-    low: float | None  # of the 95 % interval; None with less than two rounds
+    low: float | None  # bounds of the 95 % interval; None with fewer than two rounds
     high: float | None
 
 

@@ -120,7 +120,7 @@ class RequestRecord:
 class GeneratorLoad:
     """The generator's own utilization during a load."""
 
-    cpu_s: float  # of its process
+    cpu_s: float  # CPU time of its process
     wall_s: float
     loop_lags_s: tuple[float, ...]  # by how much a timer of its loop came late, over and over
 

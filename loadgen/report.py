@@ -30,7 +30,7 @@ class PromptBucket:
 class GeneratorReport:
     """Whether the figures are the server's or the generator's own."""
 
-    cpu_share: float  # of one core
+    cpu_share: float  # share of one core
     lateness_ms: Summary | None  # sent after due; None in a closed loop
     loop_lag_ms: Summary | None  # observations may be late by this much
     warnings: tuple[str, ...]
@@ -54,7 +54,7 @@ class Report:
     tokens_per_s_per_user: Summary | None
     slo: dict[str, float | None]
     goodput_per_s: float
-    good_share: float  # of all requests, failed ones included
+    good_share: float  # share of all requests, failed ones included
     ttft_ms: Summary | None
     itl_ms: Summary | None
     tpot_ms: Summary | None

@@ -41,8 +41,8 @@ class OfferedLoad:
     jobs: Iterator[ScheduledRequest]
     make_request: MakeRequest
     concurrency: int | None = None  # None: an open loop
-    duration_s: float | None = None  # of a closed loop: after it nothing new is sent
-    timeout_s: float | None = None  # of one request
+    duration_s: float | None = None  # for a closed loop: after it nothing new is sent
+    timeout_s: float | None = None  # limit per request
 
 
 class LoadRunner:

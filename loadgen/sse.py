@@ -8,7 +8,7 @@ class SseParser:
     dropped."""
 
     def __init__(self) -> None:
-        self._rest = b""  # of a line that is not complete
+        self._rest = b""  # an incomplete line
         self._data: list[bytes] = []
         self._skip_newline = False  # the last line ended with a CR: a LF that follows belongs to it
         self._at_start = True

@@ -32,7 +32,7 @@ class Demand:
     num_cores: int  # that it runs on, shared or not
     fixed_bytes: int  # all but the KV cache
     kv_bytes: int | None  # None: by free memory
-    gpu_share: float | None = None  # of one GPU; None: it computes on its cores
+    gpu_share: float | None = None  # share of one GPU; None: it computes on its cores
 
 
 @dataclass

@@ -18,13 +18,13 @@ from .device_choice import device_findings, resolve_device, why_device
 from .packing import Demand, Finding, Packing
 
 AUTO_KV_MAX_BYTES = 4 << 30
-# of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
+# share of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
 AUTO_MEMORY_FRACTION = 0.8
 RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
 GPU_RUNTIME_BYTES = (
     1 << 30
 )  # on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
-ROPE_COPIES = 3  # of the rope's table while it is made: angles, cosines and sines, and both side by side
+ROPE_COPIES = 3  # copies of the rope table in its making: angles, cosines and sines, and both side by side
 TYPICAL_TOKENS = 2048
 
 
@@ -44,7 +44,7 @@ class PoolPlan:
         bool  # the workers take as many blocks as they find room for; `num_blocks` is what is expected
     )
     num_max_len_sequences: int
-    num_typical_sequences: int  # of TYPICAL_TOKENS tokens
+    num_typical_sequences: int  # sequences of TYPICAL_TOKENS tokens
 
 
 @dataclass(frozen=True)

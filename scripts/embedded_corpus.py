@@ -52,7 +52,7 @@ _PLAIN_PUNCTUATION = str.maketrans(
 @dataclass(frozen=True)
 class Document:
     kind: str  # topic, module, class, function or method
-    name: str  # what a person would ask for: "shutil.copytree", "with"
+    name: str  # the name a person would ask for: "shutil.copytree", "with"
     heading: str  # the line before the text, a signature mostly; "" for topics, which bring their own
     text: str
     group: str  # documents of one group belong together and stay in order

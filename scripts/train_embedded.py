@@ -108,7 +108,7 @@ class Corpus:
 
     def __init__(self, documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        # what private names do is about the implementation: left out
+        # private names concern the implementation: left out
         documents = [document for document in documents if document.is_public and not document.is_held_out]
         self.groups: dict[str, list[Document]] = {}
         for document in documents:

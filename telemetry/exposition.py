@@ -79,7 +79,7 @@ class Exposition(Collector):
         self._snapshot = snapshot
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
-        ProcessCollector(namespace="pdserve", registry=self._registry)  # of the head
+        ProcessCollector(namespace="pdserve", registry=self._registry)  # the head's process
 
     def render(self) -> bytes:
         """Prometheus' text format."""

@@ -18,8 +18,8 @@ from .relay import RelayHandler
 
 MAX_MESSAGE_CHARS = 4096
 MAX_EXCEPTION_CHARS = 8192  # its end says most
-FIELDS = ("request_id", "attempt", "worker")  # what a record may carry as `extra`
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # of the call that a task serves
+FIELDS = ("request_id", "attempt", "worker")  # the keys that a record may carry as `extra`
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # id of the call that a task serves
 _PLAIN = re.compile(r"[\w.:/#+-]+", re.ASCII)
 
 

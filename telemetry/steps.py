@@ -42,9 +42,9 @@ class StepSums:
 class StepCosts:
     """Arithmetic and memory traffic of a model's steps, by their shapes."""
 
-    flops_per_token: float  # of the layers
-    flops_per_sample: float  # of the logits of one token
-    flops_per_pair: float  # of attention: a query and a key, all layers and heads
+    flops_per_token: float  # FLOPs of the layers
+    flops_per_sample: float  # FLOPs of the logits of one token
+    flops_per_pair: float  # FLOPs of attention: a query and a key, all layers and heads
     weight_bytes: int
     kv_bytes_per_token: int
 

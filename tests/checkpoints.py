@@ -60,7 +60,7 @@ class Variant:
 
     family: str
     options: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"  # of the stored weights
+    dtype: str = "float32"  # type of the stored weights
     num_shards: int = 1
     eos_token_ids: tuple[int, ...] = ()  # stated in generation_config.json
 

@@ -164,7 +164,7 @@ def fake_gpu() -> Iterator[FakeGpuDevice]:
 
 
 _READING = ("nonzero", "__int__", "__float__", "__bool__", "__index__")
-_USERS = (paged_attention, decode_graphs)  # of the number of multiprocessors
+_USERS = (paged_attention, decode_graphs)  # users of the number of multiprocessors
 
 
 def _copy(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

@@ -36,11 +36,11 @@ class Accident:
     role: str
     moment: str
     is_whole_pool: bool
-    duration_s: float  # of a freeze or a cut
+    duration_s: float  # length of a freeze or a cut
     delay_s: float  # after the moment has come
     # between the death of a router and the next accident, which may strike the new one while it starts
     aftermath_s: float
-    progress: float  # of a stream, 0 to 1, that "mid decode" waits for
+    progress: float  # share of a stream, 0 to 1, that "mid decode" waits for
     at_s: float | None = None
     victims: list[Victim] = field(default_factory=list)
     ended: threading.Timer | None = None  # the end of a freeze or a cut

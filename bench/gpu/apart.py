@@ -20,7 +20,7 @@ from .sections import GPU_LOST, Section
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # where the package `bench` lies
 _LINES_OF_AN_ERROR = 12
-_SHARE_OF_A_CHECK = 0.5  # of its section's time: one that takes more hangs
+_SHARE_OF_A_CHECK = 0.5  # share of its section's time: a check that takes more hangs
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Process:
         watch = _Watch(process, ends_s)
         try:
             for line in process.stdout:
-                if not line.endswith("\n"):  # of one that was ended, the last may be cut
+                if not line.endswith("\n"):  # the last line of a killed process may be cut
                     continue
                 message = received(line)
                 if isinstance(message, Begun):

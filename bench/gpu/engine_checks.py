@@ -28,7 +28,7 @@ from .small_models import SmallModel, small_model
 
 _MAX_BATCH_TOKENS = 64  # so that long prompts come in chunks, beside others that decode
 _MEMORY_FRACTION = 0.5  # the kernels' checks run beside
-_BLOCK_SIZE_OF_A_MIX = 64  # what `auto` is on a GPU
+_BLOCK_SIZE_OF_A_MIX = 64  # the value of `auto` on a GPU
 _LONGEST_TOY_PROMPT, _TOY_BATCH_TOKENS = 5, 16
 _LOGPROB_TOLERANCE = 1e-3
 

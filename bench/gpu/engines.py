@@ -18,7 +18,7 @@ from pdserve.kernels.triton.kernels import TritonKernels
 
 from .shapes import Shape
 
-BLOCK_SIZE = 64  # what `auto` is on a GPU
+BLOCK_SIZE = 64  # the value of `auto` on a GPU
 _HOST_MEMORY_BYTES = (
     640 << 20
 )  # where the blocks that fit are measured: links are reckoned with 256 MiB of it

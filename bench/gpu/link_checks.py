@@ -27,7 +27,7 @@ from .cases import Case
 from .transfer import Endings, endpoint_of
 
 _NUM_LAYERS = 2
-_PAGES = 64, 16  # of the one that sends, and of the one that receives
+_PAGES = 64, 16  # page sizes of the sender and of the receiver
 _SMALL_CHUNKS = TransferConfig(chunk_bytes=1 << 16, dead_after_s=30.0, chunk_timeout_s=30.0)
 _DTYPE = torch.bfloat16
 

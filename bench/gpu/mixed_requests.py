@@ -105,7 +105,7 @@ class _Rule:
     def __init__(self, vocab_size: int) -> None:
         self.masks = TokenMasks(self)
         self._rests = np.arange(vocab_size) % _RESTS
-        self._num_tokens: dict[int, int] = {}  # of each output
+        self._num_tokens: dict[int, int] = {}  # by output
 
     def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None:
         self._num_tokens[key] = len(token_ids)

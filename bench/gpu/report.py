@@ -14,7 +14,7 @@ class Check:
     name: str
     error: float
     tolerance: float
-    problem: str = ""  # what was raised instead
+    problem: str = ""  # the error raised instead
 
     @property
     def ok(self) -> bool:

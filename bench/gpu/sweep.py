@@ -47,7 +47,7 @@ class Variant:
     num_stages: int | None = None
     num_warps: int | None = None
     constants: Mapping[str, int] = field(default_factory=dict)
-    waves: float = 1.0  # of decode's programs, and so the number of pieces: times the usual
+    waves: float = 1.0  # factor on decode's programs, and so on the number of pieces
 
     def of(self, launch: Launch) -> Launch:
         return replace(

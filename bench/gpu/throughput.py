@@ -21,7 +21,7 @@ from .shapes import QWEN3_06B, Shape
 _WANTED_PER_S = 24_000
 _MAX_BATCH_TOKENS = 16_384  # nano-vllm's
 TEMPERATURE = 0.6  # nano-vllm's
-_PAGE = 256  # of transformers' cache
+_PAGE = 256  # page size of transformers' cache
 _RESERVE_S = 3.0
 
 

@@ -37,7 +37,7 @@ _PROMPT_LEN = 8192
 _MAX_BATCH_TOKENS = 2048
 _REPEATS = 5
 _TIMEOUT_S = 30.0
-_MOST_EXPOSED = 0.05  # of TTFT
+_MOST_EXPOSED = 0.05  # share of TTFT
 
 
 class Endings:

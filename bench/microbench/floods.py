@@ -38,7 +38,7 @@ CHUNKS = (
     + b"1\r\n \r\n" * 45_000
 )
 NUM_CALLERS = 50
-NUM_UNREAD = 1000  # what one connection may have at once
+NUM_UNREAD = 1000  # the limit of one connection
 STREAM = b"/pdserve.v1.Generation/GenerateStream"
 Address = tuple[str, int]
 

@@ -122,7 +122,7 @@ from pdserve.core.config import ClusterConfig
 address, local_address = sys.argv[1:]
 launched = SimpleNamespace(grpc_address=address, local_address=local_address, http_address=None, ended=True, poll=lambda: None)
 launch.launch = lambda config, settings: nullcontext(launched)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
 """
 

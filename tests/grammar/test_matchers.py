@@ -129,7 +129,7 @@ def test_a_token_that_was_not_allowed_ends_it(matchers: Matchers) -> None:
 
 
 def test_an_output_that_exhausts_its_mask_time_is_refused() -> None:
-    clock: Iterator[float] = itertools.count(step=0.3)  # what every job takes
+    clock: Iterator[float] = itertools.count(step=0.3)  # the time of every job
     matchers = Matchers(tokenizer(), clock=lambda: next(clock))
     assert isinstance(matchers.handle(OpenOutput(1, regex_grammar("a+"))), Mask)
     answer = matchers.handle(Advance(1, 1, tokens("a")[0]))

@@ -301,7 +301,7 @@ class Hosts:
         )
         (home / "bin" / "pdserve").chmod(0o755)
         settings = f"export PATH=/root/bin:{sys.prefix}/bin:$PATH PYTHONPATH={REPOSITORY} OMP_NUM_THREADS=1\n"
-        for file in (".profile", ".bashrc"):  # of a login shell, and of one that runs a command of ssh's
+        for file in (".profile", ".bashrc"):  # for a login shell, and for one that runs an ssh command
             (home / file).write_text(settings)
 
     def _index(self, host: str) -> int:

@@ -18,7 +18,7 @@ STEPS = (
     ("decode", "decode"),
     ("prefill", "prefill"),
     ("decode", "mixed"),
-)  # of which pools, and what they compute
+)  # their pools, and the computation of each
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ class GuideLlm:
             "request_format": "/v1/completions",
             "extras": {"body": EXTRA},
         }
-        way += f",warmup={NUM_WARM_UP}"  # of its processes: they start when the load does
+        way += f",warmup={NUM_WARM_UP}"  # warm-up of its processes: they start when the load does
         lengths = f"prompt_tokens={load.num_prompt_tokens},output_tokens={load.num_output_tokens}"
         options = {
             "--backend": json.dumps(backend),

@@ -1,4 +1,4 @@
-"""`pdserve generate` and `pdserve chat`: their options. What they do stands in generate.py, imported when
+"""`pdserve generate` and `pdserve chat`: their options. Their implementation is in generate.py, imported when
 they run."""
 
 import sys

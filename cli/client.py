@@ -24,7 +24,7 @@ OPTIONS = (
 
 
 class CommandFailed(PdserveError):
-    """A command could not do what it was asked; the message is for its user."""
+    """A command failed; the message is for its user."""
 
 
 class Client:

@@ -1,4 +1,4 @@
-"""A stream that survives the death of the router: the client comes back for the rest, its reader sees a
+"""A stream that survives the death of the router: the client reconnects for the rest, its reader sees a
 pause."""
 
 import time

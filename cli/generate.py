@@ -1,4 +1,4 @@
-"""`pdserve generate` and `pdserve chat`: prompts in, text on stdout as it comes."""
+"""`pdserve generate` and `pdserve chat`: prompts in, text on stdout as it arrives."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The hosts of `provider: local`, as Ray's autoscaler on the head goes to them.
+"""The hosts of `provider: local`, as Ray's autoscaler on the head reads them.
 
 Ray reads its file every five seconds, but takes new hosts from its notes (a state file), which it makes once;
 and where the file has fewer, it ends any of them. So it reads a copy, which follows the file when the notes

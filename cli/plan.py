@@ -1,4 +1,4 @@
-"""`pdserve validate` and `pdserve plan`: what a cluster.yaml asks for, before anything starts."""
+"""`pdserve validate` and `pdserve plan`: the requirements of a cluster.yaml, before anything starts."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`pdserve up`: starts a cluster, shows how it fares, and ends it on Ctrl-C, SIGTERM or `pdserve down`.
+"""`pdserve up`: starts a cluster, shows its state, and ends it on Ctrl-C, SIGTERM or `pdserve down`.
 
 The first signal drains, the second stops at once.
 """
@@ -119,7 +119,7 @@ def _say_changes(lines: StatusLines, status: pb.ClusterStatus) -> None:
 
 
 def _is_back(cluster: "LaunchedCluster", client: Client) -> bool:
-    """The server is gone: whether another one takes its place, as it does when nobody has ended it."""
+    """Returns whether another server replaces the one that is gone, as happens when nobody has ended it."""
     give_up_s = time.monotonic() + RESTART_TIMEOUT_S
     while not cluster.ended and time.monotonic() < give_up_s:
         try:
@@ -130,7 +130,7 @@ def _is_back(cluster: "LaunchedCluster", client: Client) -> bool:
 
 
 def _check_end(cluster: "LaunchedCluster") -> None:
-    """The server is gone: fine when somebody ended it, an error when the head died."""
+    """Checks why the server is gone: fine when it was ended on purpose, an error when the head died."""
     give_up_s = time.monotonic() + END_TIMEOUT_S
     while not cluster.ended and time.monotonic() < give_up_s:
         time.sleep(0.05)

@@ -1,7 +1,7 @@
 """The operator's description of the cluster: the `metadata.pdserve` part of cluster.yaml, parsed once and
 immutable.
 
-`core.config_file` reads it from a file; `planner.plan` says whether a machine can hold it. The docstring
+`core.config_file` reads it from a file; `planner.plan` decides whether a machine can hold it. The docstring
 under a field is also its description in the JSON schema."""
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The `listen:` part of cluster.yaml: where clients connect, and by what they are known and protected."""
+"""The `listen:` part of cluster.yaml: the clients' endpoints, authentication and protection."""
 
 from typing import Annotated, Any
 

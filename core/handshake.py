@@ -6,9 +6,9 @@ in, bytes out.
     dialler --HMAC(token, "dialler" and all that)-------------------------> acceptor
 
 Every message has a fixed length, so the reader knows how much to wait for, and an unauthenticated peer cannot
-make it more. The roles in the HMACs keep a proof from being sent back to whom it came from, the purpose from
-being used on another kind of connection. It says who is there when a connection begins; it neither encrypts
-nor signs what follows."""
+make it more. The roles in the HMACs keep a proof from being reflected to its sender, the purpose from being
+used on another kind of connection. The handshake authenticates peers when a connection begins; it neither
+encrypts nor signs later data."""
 
 import hashlib
 import hmac

@@ -1,4 +1,4 @@
-"""Counts of measurements by size: what becomes a Prometheus histogram. Plain numbers, cheap enough for every
+"""Counts of measurements by size, exported as a Prometheus histogram. Plain numbers, cheap enough for every
 step and token."""
 
 from bisect import bisect_left

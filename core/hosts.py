@@ -1,4 +1,4 @@
-"""The hosts of a cluster: those that cluster.yaml asks for, and how each of them stands."""
+"""The hosts of a cluster: those that cluster.yaml asks for, and the state of each."""
 
 import enum
 from collections.abc import Mapping

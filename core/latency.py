@@ -162,7 +162,7 @@ class RecursiveLeastSquares:
 
 
 class LatencyModel:
-    """Predicts from what it was seeded with and what it has seen. Every prediction is positive and finite."""
+    """Predicts from its priors and its measurements. Every prediction is positive and finite."""
 
     def __init__(
         self, priors: LatencyPriors | None = None, *, forgetting: float = 0.995, large_batch: int = 32

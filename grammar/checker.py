@@ -1,4 +1,4 @@
-"""The gateway's question about a grammar before it lets a request in: is it one, and can it be afforded?"""
+"""The gateway's check of a grammar before it admits a request: whether it is valid and affordable."""
 
 import asyncio
 import hashlib
@@ -20,7 +20,7 @@ class GrammarChecker:
     """Used on one asyncio loop. A process starts with the first question.
 
     Each client has one grammar checked at a time, so that one with many costly ones does not keep the others
-    waiting. A question goes on when who asked it is gone: its client may have asked the same again, or would.
+    waiting. A question continues when its caller is gone: the client may have asked the same again, or would.
     """
 
     def __init__(self, set_up: Callable[[], GrammarSetup]) -> None:

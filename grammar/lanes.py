@@ -1,4 +1,4 @@
-"""Two grammar processes: one for everybody, and one for the clients whose grammars cost much processor time.
+"""Two grammar processes: one shared by all clients, and one for those whose grammars cost much CPU time.
 
 A process is at work on one job at a time, for up to half a second. So the outputs of a client that turns
 costly leave the common process, and those of others never wait for them."""

@@ -1,7 +1,7 @@
 """The grammar process: requests on its standard input, answers on its standard output, until the input ends.
 
-A job that takes too much processor time, memory or stack ends the process; who started it blames the oldest
-request that has no answer, and starts another one."""
+A job that takes too much CPU time, memory or stack ends the process; its parent blames the oldest unanswered
+request, and starts another process."""
 
 import os
 import sys

@@ -1,5 +1,4 @@
-"""The inside of the grammar process: a matcher for each output that follows a grammar. Requests in, answers
-out."""
+"""The core of the grammar process: a matcher for each constrained output. Requests in, answers out."""
 
 import time
 from collections import OrderedDict

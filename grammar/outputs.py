@@ -1,8 +1,8 @@
 """The requests to a grammar process, managed so that neither its death nor its work for one request costs the
 others much. Pure.
 
-It works off requests one after the other: when it dies, the oldest one that has no answer is the one it died
-of. Which requests come next is decided here: clients take turns."""
+It handles requests one at a time: when it dies, the oldest unanswered one is the cause. This module chooses
+the next requests: clients take turns."""
 
 import enum
 from collections import Counter, OrderedDict, deque
@@ -23,8 +23,8 @@ class Death(enum.Enum):
     TIME = enum.auto()  # the job exceeded its time and is to blame
     RESOURCES = (
         enum.auto()
-    )  # of memory or stack; memory is everybody's, so who is there again the next time is to blame
-    OTHER = enum.auto()  # nobody here is to blame
+    )  # out of memory or stack; memory is shared, so the output at work again at the next death is to blame
+    OTHER = enum.auto()  # no output is to blame
 
 
 @dataclass(slots=True)
@@ -188,7 +188,7 @@ class Outputs:
                 yield entry.request.key
 
     def answered(self, answer: FromProcess) -> bool:
-        """Whether somebody still wants to know. Raises FrameError for an answer to nothing."""
+        """Whether the answer is still wanted. Raises FrameError for an answer without a request."""
         if not self._asked or self._asked[0].request.key != answer.key:
             raise FrameError(
                 f"an answer for {answer.key} came, {self._asked[0] if self._asked else 'none'} was due"

@@ -1,5 +1,4 @@
-"""Runs the grammar process: starts it when it is needed, starts it again when it died, and never waits for
-it."""
+"""Runs the grammar process: starts it on demand, restarts it after a death, and never waits for it."""
 
 import asyncio
 import logging

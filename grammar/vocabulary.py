@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as the grammar process takes it, for workers: they have no use of their own for a
+"""A checkpoint's tokenizer in the grammar process's format, for workers, which have no other use for a
 tokenizer."""
 
 from pathlib import Path

@@ -1,8 +1,7 @@
 """The due times of an open load's requests: seconds since its start, ascending and without end.
 
 The first request comes after the first gap. Gaps are used as they were drawn; vLLM stretches them so that the
-whole run has exactly the rate that was asked for, which takes from a short run the very randomness that it
-was asked to have."""
+whole run has exactly the requested rate, which removes from a short run the randomness that was requested."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""From records to figures. Throughputs count requests that ended well, over the time from the first request
-sent to the last ended; latencies are those of requests that ended well. Where several rounds are summed up,
-their times are added."""
+"""Computes figures from records. Throughputs count requests that ended well, over the time from the first
+request sent to the last ended; latencies are those of requests that ended well. Where several rounds are
+summed up, their times are added."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

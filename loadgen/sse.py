@@ -1,4 +1,4 @@
-"""Server-sent events, parsed as their bytes come (WHATWG HTML, section 9.2), however those were cut."""
+"""Server-sent events, parsed as their bytes arrive (WHATWG HTML, section 9.2), under any fragmentation."""
 
 from collections.abc import Iterator
 

@@ -117,7 +117,7 @@ def _parsed(data: bytes) -> pb.GenerateRequest | None:
 
 
 def _made(draw: atheris.FuzzedDataProvider) -> pb.GenerateRequest:
-    """Fields of the right kinds with any values: random bytes rarely produce so many at once."""
+    """Fields of the right kinds with any values: random bytes rarely set many at once."""
     message = pb.GenerateRequest()
     match draw.ConsumeIntInRange(0, 2):
         case 0:

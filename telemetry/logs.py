@@ -63,7 +63,7 @@ class ConsoleFormatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that is not seen as what it is: line ends, control and formatting
+    """The text with all invisible or misleading characters escaped: line ends, control and formatting
     characters."""
     if text.isprintable():
         return text

@@ -19,7 +19,7 @@ CLOSE_S = 2.0
 
 
 class LogRelay:
-    """The end that shows: writes each line to `stream`, on a thread of its own."""
+    """The displaying end: writes each line to `stream`, on a thread of its own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -67,7 +67,7 @@ class LogRelay:
 
 
 class RelayHandler(logging.Handler):
-    """The end that logs. Raises OSError when nobody is at `path`."""
+    """The logging end. Raises OSError when nothing listens at `path`."""
 
     def __init__(self, path: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Documents that are drawn from the code are fresh, and links between documents lead somewhere."""
+"""Documents that are drawn from the code are fresh, and links between documents resolve."""
 
 import re
 import subprocess

@@ -1,5 +1,5 @@
 """No code of ours turns bytes into objects that can run code: a client or a peer could send them. Ray pickles
-what it carries between its own processes, behind its own token (SECURITY.md)."""
+data between its own processes, behind its own token (SECURITY.md)."""
 
 import ast
 from collections.abc import Iterator

@@ -60,7 +60,7 @@ def _target(descriptor: Path) -> str:
 
 def traces() -> set[str]:
     """Names outside of any process: files in /tmp and /dev/shm. Not the cluster's own run folder in /tmp,
-    whose name is for the one who started it to know."""
+    whose name only its owner knows."""
     return {
         str(path)
         for room in ("/tmp", "/dev/shm")

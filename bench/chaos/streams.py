@@ -1,7 +1,7 @@
 """Clients' streams: what to ask, what came and when, and whether it is what an undisturbed run brings.
 
-A client whose router died comes back under the name of its request for what it does not have yet. What it is
-held to does not change by that: all connections together must bring what one would."""
+A client whose router died reconnects under its request's name for the missing tokens. The requirement stays
+the same: all connections together must return what a single one would."""
 
 import random
 import time

@@ -163,7 +163,7 @@ class _Process:
 
 
 class _Watch:
-    """Ends a process when its section's time is over, or that of what it does now."""
+    """Ends a process when the time of its section, or of its current work, is over."""
 
     def __init__(self, process: "subprocess.Popen[str]", ends_s: float) -> None:
         self.ended_at: float | None = None  # the time that was over

@@ -85,7 +85,7 @@ def test_a_dead_cluster_is_not_found_and_its_successor_replaces_it(folder: Path,
 
 
 def test_a_run_folder_that_was_opened_to_others_is_not_trusted(folder: Path, listening: Path) -> None:
-    """A cluster that was killed leaves a symlink behind, to a name in /tmp that anybody can take when it is
+    """A cluster that was killed leaves a symlink behind, to a name in /tmp that any user can take once it is
     cleaned up."""
     admin_socket.publish(ADDRESS, listening)
     listening.parent.chmod(0o755)

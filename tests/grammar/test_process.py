@@ -1,4 +1,4 @@
-"""The real process: it dies of grammars that would take for ever, and nobody but their owners notices."""
+"""The real process: it dies of grammars that would take for ever, and only their owners are affected."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Log lines: a record is one line whatever is in it, and a process that logs waits for nobody."""
+"""Log lines: a record is one line whatever is in it, and a logging process never waits."""
 
 import contextlib
 import io

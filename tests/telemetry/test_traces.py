@@ -1,4 +1,4 @@
-"""One trace a request, below its client's span, and a collector that is not there disturbs nobody."""
+"""One trace per request, below its client's span; an absent collector affects nothing."""
 
 import socket
 import time

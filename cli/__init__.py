@@ -1,2 +1,2 @@
-"""A person's doors: the `pdserve` command. All but `up`, `demo`, `validate` and `plan` are clients of a
-running server."""
+"""The command line interface: the `pdserve` command. All but `up`, `demo`, `validate` and `plan` are clients
+of a running server."""

@@ -1,4 +1,4 @@
-"""`pdserve status`, `apply`, `drain` and `down`: what an operator asks of a running cluster."""
+"""`pdserve status`, `apply`, `drain` and `down`: the operator's commands for a running cluster."""
 
 import sys
 import time

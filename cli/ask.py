@@ -1,4 +1,4 @@
-"""`pdserve generate` and `pdserve chat`: their options. What they do stands in generate.py, imported when
+"""`pdserve generate` and `pdserve chat`: their options. Their implementation is in generate.py, imported when
 they run."""
 
 import sys
@@ -19,7 +19,7 @@ System = Annotated[str | None, typer.Option(help="The system message of a conver
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from stdin.")],
     max_tokens: MaxTokens = 128,
-    min_tokens: Annotated[int | None, typer.Option(help="Do not end before so many tokens.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Minimum number of tokens before the end.")] = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -47,7 +47,7 @@ def generate(
         bool | None, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
     ] = None,
     logprobs: Annotated[
-        int | None, typer.Option(help="Report so many alternatives a token; seen with --json.")
+        int | None, typer.Option(help="Number of alternatives to report per token; shown with --json.")
     ] = None,
     prompt_logprobs: Annotated[
         int | None, typer.Option(help="The same for the prompt's tokens; seen with --json.")

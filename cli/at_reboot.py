@@ -1,4 +1,4 @@
-"""Has this user's cron start a command when the host has booted."""
+"""Makes this user's cron start a command after the host has booted."""
 
 import shlex
 import shutil

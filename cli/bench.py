@@ -29,13 +29,13 @@ def bench(
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Open load: requests per second.")] = None,
     arrivals: Annotated[ArrivalKind, typer.Option(help="How they are spread.")] = ArrivalKind.POISSON,
-    burstiness: Annotated[float, typer.Option(help="Of gamma: 1 is poisson, below 1 is burstier.")] = 1.0,
+    burstiness: Annotated[float, typer.Option(help="For gamma: 1 is poisson, below 1 is burstier.")] = 1.0,
     trace: Annotated[
         Path | None, typer.Option(help="Open load: a CSV of TIMESTAMP,ContextTokens,GeneratedTokens.")
     ] = None,
-    speed: Annotated[float, typer.Option(help="Replay the trace so many times as fast.")] = 1.0,
+    speed: Annotated[float, typer.Option(help="Speed-up factor of the replay.")] = 1.0,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Closed load: so many clients, one request each.")
+        int | None, typer.Option(min=1, help="Closed load: number of clients, one request each.")
     ] = None,
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests of one round; 100 if there is no --duration.")

@@ -24,11 +24,11 @@ OPTIONS = (
 
 
 class CommandFailed(PdserveError):
-    """A command could not do what it was asked; the message is for its user."""
+    """A command failed; the message is for its user."""
 
 
 class Client:
-    """Both services at one address."""
+    """A client of both services at one address."""
 
     def __init__(self, address: str, channel: grpc.Channel) -> None:
         self.address = address
@@ -37,7 +37,7 @@ class Client:
         self.cluster: pdserve_pb2_grpc.ClusterStub = pdserve_pb2_grpc.ClusterStub(channel)
 
     def is_answered(self, timeout: float) -> bool:
-        """Whether a server accepts connections within so many seconds."""
+        """Whether a server accepts connections within the given number of seconds."""
         try:
             grpc.channel_ready_future(self._channel).result(timeout)
         except grpc.FutureTimeoutError:
@@ -78,7 +78,8 @@ def connect_to_administer(address: str) -> Iterator[Client]:
 
 @contextmanager
 def connect_locally(cluster: "LaunchedCluster") -> Iterator[Client]:
-    """A client of the cluster that this process launched, whatever strangers have to show there."""
+    """A client of the cluster that this process launched, without the credentials that remote clients must
+    present."""
     with _client(
         cluster.grpc_address, grpc.insecure_channel(cluster.local_address, options=OPTIONS)
     ) as client:
@@ -105,7 +106,7 @@ def _way_in(error: grpc.RpcError, way: str) -> str:
 
 
 def describe(error: grpc.RpcError, address: str) -> str:
-    """What went wrong in a call, in one line where the server said no more."""
+    """Describes a call's error, in one line where the server gave no details."""
     call = as_call(error)
     if is_unreachable(error):
         if current_trust().is_tls:
@@ -131,7 +132,7 @@ def is_gone(error: grpc.RpcError) -> bool:
 
 
 def as_call(error: grpc.RpcError) -> grpc.Call:
-    """The same object: errors of calls are calls."""
+    """Casts an error to the call that it is."""
     return cast(grpc.Call, error)
 
 

@@ -1,4 +1,4 @@
-"""A stream that survives the death of the router: the client comes back for the rest, its reader sees a
+"""A stream that survives the death of the router: the client reconnects for the rest, its reader sees a
 pause."""
 
 import time
@@ -11,11 +11,11 @@ import grpc
 from ..proto import pdserve_pb2 as pb
 from .client import Client, is_unreachable
 
-PATIENCE_S = 30.0  # for so long workers keep what they have for a client that is gone
+PATIENCE_S = 30.0  # the time for which workers keep the output of a disconnected client
 
 
 class _Given:
-    """What the reader of a stream has been given, so that nothing is given twice."""
+    """The output that a stream's reader has received, so that nothing is delivered twice."""
 
     def __init__(self) -> None:
         self._num_tokens: defaultdict[int, int] = defaultdict(int)
@@ -28,7 +28,7 @@ class _Given:
         return [self._num_tokens[choice] for choice in range(num_choices)]
 
     def take(self, event: pb.GenerateEvent) -> Iterator[pb.GenerateEvent]:
-        """What is new of it, or of what was held back."""
+        """Returns the new part of it, and of the output held back."""
         match event.WhichOneof("event"):
             case "tokens" if not event.tokens.token_ids:
                 self._held[event.tokens.choice] = event

@@ -1,5 +1,4 @@
-"""`pdserve explain`: where one request's time went against what was predicted, and why it was placed where it
-was."""
+"""`pdserve explain`: one request's actual and predicted times, and the reasons for its placement."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""`pdserve generate` and `pdserve chat`: prompts in, text on stdout as it comes."""
+"""`pdserve generate` and `pdserve chat`: prompts in, text on stdout as it arrives."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ Write = Callable[[str], None]
 
 
 def write_out(text: str) -> None:
-    """To stdout, at once."""
+    """Writes to stdout and flushes."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -29,7 +29,7 @@ def chat_prompt(text: str, system: str | None) -> pb.Prompt:
 
 
 def token_ids_prompt(text: str) -> pb.Prompt:
-    """From numbers separated by commas or spaces."""
+    """Parses numbers separated by commas or spaces."""
     words = text.replace(",", " ").split()
     if not words or not all(word.isascii() and word.isdigit() and int(word) < 2**32 for word in words):
         raise CommandFailed(f"--token-ids: {text!r} is not valid, expected numbers such as 1,15,27")
@@ -37,7 +37,7 @@ def token_ids_prompt(text: str) -> pb.Prompt:
 
 
 def logit_bias(texts: Iterable[str]) -> dict[int, float]:
-    """From TOKEN=BIAS; whether the values are any good says the server."""
+    """Parses TOKEN=BIAS; the server validates the values."""
     biases = {}
     for text in texts:
         token, _, bias = text.partition("=")
@@ -88,7 +88,7 @@ def _print_choices(response: pb.GenerateResponse) -> pb.RequestEnd:
 
 
 def print_timeline(end: pb.RequestEnd) -> None:
-    """On stderr, so that stdout is the answer alone."""
+    """Prints to stderr, so that stdout carries only the answer."""
     print("", *timeline_lines(end), sep="\n", file=sys.stderr)
 
 
@@ -105,7 +105,7 @@ def chat(
 
 
 def typed_lines(prompt: str) -> Iterator[str]:
-    """What is typed, or piped in, until its end or an empty line; `prompt` is shown on a terminal only."""
+    """Lines typed or piped in, until end of input or an empty line; `prompt` is shown on a terminal only."""
     while True:
         try:
             line = input(prompt if sys.stdin.isatty() else "")

@@ -1,7 +1,7 @@
-"""Streams of gRPC for a main thread that Ctrl-C interrupts.
+"""gRPC streams for a main thread that Ctrl-C interrupts.
 
-KeyboardInterrupt comes wherever the main thread is. Inside gRPC it can leave a lock held for ever, behind
-which every later call of the channel waits. So another thread, where no interrupt comes, reads the stream.
+KeyboardInterrupt is raised wherever the main thread is. Inside gRPC it can leave a lock held for ever, which
+blocks every later call of the channel. So another thread, which gets no interrupts, reads the stream.
 """
 
 import queue

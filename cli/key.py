@@ -10,7 +10,7 @@ import typer
 from ..gateway.auth.keys import make_key, new_key
 
 key_app = typer.Typer(no_args_is_help=True, help="Keys that clients show to the server (listen.api_keys).")
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many a minute.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="The limit per minute.")]
 
 
 @key_app.callback()

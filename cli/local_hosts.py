@@ -1,4 +1,4 @@
-"""The hosts of `provider: local`, as Ray's autoscaler on the head goes to them.
+"""The hosts of `provider: local`, as Ray's autoscaler on the head reads them.
 
 Ray reads its file every five seconds, but takes new hosts from its notes (a state file), which it makes once;
 and where the file has fewer, it ends any of them. So it reads a copy, which follows the file when the notes
@@ -55,7 +55,7 @@ def end_ray(file: Path) -> None:
 
 
 def write_copy(file: Path, copy: Path) -> None:
-    """At once: Ray may read it meanwhile."""
+    """Writes atomically, as Ray may read the file meanwhile."""
     new = copy.with_suffix(".new")
     new.touch(0o600)
     new.write_bytes(file.read_bytes())
@@ -86,5 +86,5 @@ def ssh_command(file: Mapping[str, Any], host: str, command: str) -> list[str]:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """As Ray has written it, which has checked it; nothing where there is no file."""
+    """Reads the file that Ray has checked and written; returns nothing where there is none."""
     return yaml.safe_load(file.read_text()) if file.exists() else {}

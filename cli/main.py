@@ -1,4 +1,4 @@
-"""The `pdserve` command: options and their help. What a command does stands in a module of its own, imported
+"""The `pdserve` command: options and their help. Each command is implemented in a module of its own, imported
 when it runs."""
 
 import os
@@ -19,7 +19,7 @@ from .options import DEFAULT_ADDRESS, Address
 
 
 class _Commands(TyperGroup):
-    """Errors of the world end a command with one message on stderr and status 1."""
+    """Environment errors end a command with one message on stderr and status 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -42,7 +42,7 @@ app = typer.Typer(
 
 
 class Output(StrEnum):
-    """How `status` prints."""
+    """The output formats of `status`."""
 
     TABLE = "table"
     WIDE = "wide"
@@ -50,7 +50,7 @@ class Output(StrEnum):
 
 
 class PlanOutput(StrEnum):
-    """How `plan` prints."""
+    """The output formats of `plan`."""
 
     TEXT = "text"
     JSON = "json"
@@ -134,7 +134,7 @@ def status(
 @app.command()
 def explain(
     request_id: Annotated[
-        str, typer.Argument(help="Of a request that is being served, or that ended lately.")
+        str, typer.Argument(help="The id of a request that is being served, or that ended recently.")
     ],
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
@@ -149,7 +149,7 @@ def explain(
 @app.command()
 def apply(
     file: Annotated[Path, typer.Argument(help="The file that the cluster is to match.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would change.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would change.")] = False,
     address: Address = DEFAULT_ADDRESS,
 ) -> None:
     """Make the running cluster match a file: instances are added, or drained and removed; no request
@@ -214,10 +214,10 @@ def simulate(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Run this seed alone and print its timeline.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Run so many seeds.")] = 100,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run.")] = 100,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="On so many processes; by default one per core.")
+        int | None, typer.Option(min=1, help="Number of processes; by default one per core.")
     ] = None,
 ) -> None:
     """Run the cluster's own decisions in virtual time, with faults everywhere; exits with 1 if a promise was

@@ -1,4 +1,4 @@
-"""`pdserve validate` and `pdserve plan`: what a cluster.yaml asks for, before anything starts."""
+"""`pdserve validate` and `pdserve plan`: the requirements of a cluster.yaml, before anything starts."""
 
 import json
 import sys
@@ -25,7 +25,8 @@ def read_config(file: Path | None) -> ClusterConfig:
 
 
 def validate(file: Path | None) -> None:
-    """Raises for what is wrong on any machine; tells what this one is too small for."""
+    """Raises for errors that hold on any machine; reports those that hold only for this one because it is too
+    small."""
     from ..gateway.text.tokenizer import Tokenizer
 
     config = read_config(file)

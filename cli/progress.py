@@ -1,4 +1,4 @@
-"""How far workers' start is: bars on a terminal, else lines that say only what is new."""
+"""The progress of the workers' start: bars on a terminal, else lines for changes only."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from ..proto import pdserve_pb2 as pb
 from .status import STATES
 
-STEP = 0.25  # of a start; smaller progress makes no line
+STEP = 0.25  # share of a start; smaller progress makes no line
 
 
 class StatusLines:
@@ -20,7 +20,7 @@ class StatusLines:
         self._degraded = ""
 
     def changes(self, status: pb.ClusterStatus) -> Iterator[str]:
-        """What a person should hear of this state, after those before."""
+        """Returns the lines that report this state, given the previous ones."""
         names = {worker.worker_id for worker in status.workers}
         for worker in status.workers:
             shown = (worker.state, worker.phase, int(worker.fraction / STEP), worker.message)

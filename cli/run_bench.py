@@ -1,5 +1,4 @@
-"""What `pdserve bench` does with its options: files in, targets, a campaign, a report on stdout, and files
-out."""
+"""The implementation of `pdserve bench`: files in, targets, a campaign, a report on stdout, and files out."""
 
 import asyncio
 import json
@@ -31,7 +30,7 @@ _CACHED_SHARE = 0.02  # random prompts share next to nothing by chance
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """As given on the command line."""
+    """The load options of the command line."""
 
     rate: float | None
     arrivals: str
@@ -56,7 +55,7 @@ class LoadOptions:
     vocab_size: int | None
 
     def words(self) -> dict[str, Any]:
-        """For JSON: what was asked for."""
+        """Returns the options for JSON."""
         return asdict(self) | {"trace": None if self.trace is None else str(self.trace)}
 
 

@@ -60,7 +60,7 @@ def summary(status: pb.ClusterStatus) -> str:
 
 
 def age(seconds: float) -> str:
-    """As kubectl shows it: 12s, 5m, 3h, 2d."""
+    """Formats an age as kubectl does: 12s, 5m, 3h, 2d."""
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= 2 * length or (unit == "m" and seconds >= length):
             return f"{int(seconds // length)}{unit}"

@@ -32,10 +32,10 @@ from .plan import read_config
 
 FOLDER = Path("~/.pdserve")
 LOG = Path("~/pdserve.log")
-TEMP_DIR, AUTOSCALING_CONFIG = "--temp-dir=", "--autoscaling-config="  # of `ray start`
+TEMP_DIR, AUTOSCALING_CONFIG = "--temp-dir=", "--autoscaling-config="  # options of `ray start`
 MAX_PAUSE_S = 60.0
 MAX_OPEN_FILES = 65536
-END_S = 3.0  # of the 5 s that `ray stop` leaves a process
+END_S = 3.0  # part of the 5 s that `ray stop` leaves a process
 RAY_PROCESSES = {"gcs_server", "raylet"}
 OWN_NAME = b"ray::supervise"  # at most 15 bytes
 HIDDEN_NAME = b"pdserve"  # while it runs `ray stop` itself
@@ -48,13 +48,13 @@ REQUESTS_TO_END = {signal.SIGTERM, signal.SIGINT}
 
 
 class Pauses:
-    """How long to wait before the next try: twice as long after each one that was short."""
+    """The pauses before the next try, doubling after each short one."""
 
     def __init__(self) -> None:
         self._next_s = 1.0
 
     def after(self, lived_s: float) -> float:
-        """In seconds, after a try that lived so long."""
+        """The pause in seconds after a try that ran for `lived_s`."""
         pause_s = 1.0 if lived_s > MAX_PAUSE_S else self._next_s
         self._next_s = min(2 * pause_s, MAX_PAUSE_S)
         return pause_s
@@ -142,8 +142,7 @@ def _apply(config: ClusterConfig, file: Path) -> None:
 
 
 def _await_drained_hosts(client: Client) -> None:
-    """Until nothing runs on hosts that leave, which takes `drain_timeout_s` at most: their Ray is ended
-    next."""
+    """Waits until nothing runs on leaving hosts, for at most `drain_timeout_s`: their Ray is ended next."""
     said: set[str] = set()
     for status in client.cluster.WatchStatus(pb.WatchStatusRequest()):
         leaving = [host for host in status.hosts if host.state == pb.HOST_STATE_LEAVING and host.worker_ids]
@@ -184,7 +183,7 @@ class _Supervisor:
             local_hosts.write_copy(self._file, self._copy)
 
     def put_back_file(self) -> None:
-        """In place of one that was refused: `ray up` does not send a file again that it has sent with success
+        """Restores the file after a refusal: `ray up` does not resend a file that it has sent successfully
         before."""
         if self._copy != self._file and self._copy.exists():
             local_hosts.write_copy(self._copy, self._file)
@@ -198,7 +197,7 @@ class _Supervisor:
         self._at_reboot.install(command, os.environ)
 
     def start_ray(self) -> None:
-        """In place of what is left of another one, whose logs stay until the next. Raises CommandFailed."""
+        """Starts Ray in place of a dead one, whose logs stay until the next start. Raises CommandFailed."""
         subprocess.run(["ray", "stop"], stdin=subprocess.DEVNULL)
         before = self._folder / "ray-before"
         shutil.rmtree(before, ignore_errors=True)
@@ -208,7 +207,7 @@ class _Supervisor:
             raise CommandFailed(f"Ray does not start: `{' '.join(self._ray_start)}`")
 
     def run(self) -> None:
-        """Until somebody ends it."""
+        """Runs until it is asked to end."""
         signal.pthread_sigmask(signal.SIG_BLOCK, {*REQUESTS_TO_END, signal.SIGCHLD})
         _call_itself(OWN_NAME)
         pauses = Pauses()

@@ -1,4 +1,4 @@
-"""Draws where a request's time went: one line a leg, to scale.
+"""Draws a request's time: one line per leg, to scale.
 
 queue                 █                                         0.4 ms
 prefill   prefill-0    ███████                                   41 ms  18 tokens

@@ -1,5 +1,5 @@
-"""What a command shows to a server, and by what it knows the server: options before the command, or the
-environment."""
+"""The credentials that a command presents to a server, and those by which it verifies the server: options
+before the command, or the environment."""
 
 import os
 import ssl
@@ -52,7 +52,7 @@ class Trust:
         return grpc.secure_channel(address, credentials, options=options)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """For gRPC; None without TLS. Raises BadTrust."""
+        """The gRPC credentials; None without TLS. Raises BadTrust."""
         if not self.is_tls:
             return None
         self._check_pair()
@@ -63,7 +63,7 @@ class Trust:
         )
 
     def tls_context(self) -> ssl.SSLContext:
-        """For HTTP, where the address says that there is TLS. Raises BadTrust."""
+        """The TLS context for an https address. Raises BadTrust."""
         self._check_pair()
         try:
             context = ssl.create_default_context(
@@ -103,12 +103,12 @@ _told: ContextVar[Trust | None] = ContextVar("trust", default=None)
 
 
 def use(trust: Trust) -> None:
-    """From now on, in place of what the environment says."""
+    """Overrides the environment's settings from now on."""
     _told.set(trust)
 
 
 def current_trust() -> Trust:
-    """What the running command was told, or the environment says where no command runs."""
+    """The settings of the running command, or those of the environment where no command runs."""
     return _told.get() or Trust(os.environ.get(TLS_CA), os.environ.get(TLS_CERT), os.environ.get(TLS_KEY))
 
 

@@ -1,4 +1,4 @@
-"""`pdserve up`: starts a cluster, shows how it fares, and ends it on Ctrl-C, SIGTERM or `pdserve down`.
+"""`pdserve up`: starts a cluster, shows its state, and ends it on Ctrl-C, SIGTERM or `pdserve down`.
 
 The first signal drains, the second stops at once.
 """
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 2  # of a worker, before somebody who waits for its start gives up
+MAX_RESTARTS = 2  # restarts of a worker before the wait for its start gives up
 RESTART_TIMEOUT_S = 60.0  # for another head to take the place of one that died
 END_TIMEOUT_S = 10.0  # from the last status to the end of the head
 
 
 def up(config: ClusterConfig) -> None:
-    """Serve until told to end."""
+    """Serves until it is asked to end."""
     from .plan import check
 
     check(config)
@@ -60,7 +60,7 @@ def up(config: ClusterConfig) -> None:
 
 @contextmanager
 def logging_here(config: ClusterConfig) -> Iterator[LogSettings]:
-    """All of the cluster's processes log to this one's stderr, for the time of the block."""
+    """Routes the logs of all the cluster's processes to this one's stderr within the block."""
     asked = config.observability.log_format
     kind: LogFormat = asked if asked != "auto" else "console" if sys.stderr.isatty() else "json"
     with closing(LogRelay(sys.stderr)) as relay:
@@ -119,7 +119,7 @@ def _say_changes(lines: StatusLines, status: pb.ClusterStatus) -> None:
 
 
 def _is_back(cluster: "LaunchedCluster", client: Client) -> bool:
-    """The server is gone: whether another one takes its place, as it does when nobody has ended it."""
+    """Returns whether another server replaces the one that is gone, as happens when nobody has ended it."""
     give_up_s = time.monotonic() + RESTART_TIMEOUT_S
     while not cluster.ended and time.monotonic() < give_up_s:
         try:
@@ -130,7 +130,7 @@ def _is_back(cluster: "LaunchedCluster", client: Client) -> bool:
 
 
 def _check_end(cluster: "LaunchedCluster") -> None:
-    """The server is gone: fine when somebody ended it, an error when the head died."""
+    """Checks why the server is gone: fine when it was ended on purpose, an error when the head died."""
     give_up_s = time.monotonic() + END_TIMEOUT_S
     while not cluster.ended and time.monotonic() < give_up_s:
         time.sleep(0.05)
@@ -185,7 +185,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """To stderr: stdout belongs to answers."""
+    """Prints to stderr: stdout belongs to answers."""
     if logs.are_json():
         log.info("%s", line)
     else:

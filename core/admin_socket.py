@@ -1,8 +1,8 @@
-"""Finds the Unix socket on which a cluster of this user is administered without a key.
+"""Finds the Unix socket through which a user administers their cluster without a key.
 
 The launcher puts a symlink named by the gRPC server's address into the user's runtime folder; the command
 line looks for it there. The folder is for its user alone, and both sides verify that before they use it:
-anybody can make a folder of its name in /tmp."""
+any user can create a folder of that name in /tmp."""
 
 import os
 import socket
@@ -17,11 +17,11 @@ RUNTIME_FOLDER = "PDSERVE_RUNTIME_DIR"  # in the environment: overrides the fold
 
 
 class UnsafeFolder(PdserveError):
-    """A folder that should be for this user alone is not."""
+    """A folder that must be private to this user is not."""
 
 
 def runtime_folder() -> Path:
-    """Where this user's clusters leave their sockets; it may not exist yet."""
+    """The folder in which this user's clusters publish their sockets; it may not exist yet."""
     return Path(os.environ.get(RUNTIME_FOLDER) or f"/tmp/pdserve-{os.getuid()}")
 
 
@@ -32,7 +32,7 @@ def socket_link(address: str) -> Path:
 
 
 def _canonical(host: str) -> str:
-    """The same for each way to write an address, and for localhost."""
+    """Returns one spelling for all notations of an address, and for localhost."""
     host = "127.0.0.1" if host == "localhost" else host.strip("[]")
     try:
         return ip_address(host).compressed
@@ -76,8 +76,8 @@ def withdraw(address: str, target: Path) -> None:
 
 
 def find(address: str) -> Path | None:
-    """The socket of a cluster of ours on `address`, or on all addresses and that port, that accepts
-    connections.
+    """Returns the socket of a cluster of this user on `address`, or on all addresses and that port, that
+    accepts connections.
 
     Raises UnsafeFolder."""
     port = address.rpartition(":")[2]
@@ -101,7 +101,7 @@ def _accepting(link: Path) -> Path | None:
 
 
 def _verify(folder: Path) -> None:
-    """Raises UnsafeFolder, or FileNotFoundError."""
+    """Verifies the folder's owner, kind and mode. Raises UnsafeFolder, or FileNotFoundError."""
     status = os.lstat(folder)
     if status.st_uid != os.getuid():
         raise _unsafe(folder, f"it belongs to the user with id {status.st_uid}")

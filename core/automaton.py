@@ -1,7 +1,7 @@
-"""A state, the transitions that its table allows, and the story of how it came there.
+"""A state, the transitions that its table allows, and the history that led to it.
 
-Transfers and KV links have one (`kv_transfer/states.py`); live requests, dispatches, workers and members of
-the fleet are one (`router/`)."""
+Transfers and KV links hold one (`kv_transfer/states.py`); live requests, dispatches, workers and fleet
+members derive from it (`router/`)."""
 
 import enum
 from collections.abc import Mapping, Set
@@ -9,13 +9,13 @@ from typing import Generic, TypeVar
 
 from .errors import InvalidTransition
 
-MAX_STORY = 16  # states that an error tells of
+MAX_STORY = 16  # states that an error message lists
 
 S = TypeVar("S", bound=enum.Enum)
 
 
 class Automaton(Generic[S]):
-    """One object's state. Whoever asks reads `state`; `transition` alone writes it."""
+    """One object's state. Any code may read `state`; only `transition` writes it."""
 
     __slots__ = ("_name", "_story", "_transitions", "state")
 
@@ -28,11 +28,11 @@ class Automaton(Generic[S]):
         self.state = initial
 
     def __str__(self) -> str:
-        """Its name in errors."""
+        """The object's name in error messages."""
         return self._name
 
     def transition(self, target: S, at_s: float | None = None, why: str = "") -> None:
-        """Enters `target`. Raises InvalidTransition, with the story so far, when the table lacks the
+        """Enters `target`. Raises InvalidTransition, with the history so far, when the table lacks the
         transition."""
         if target not in self._transitions[self.state]:
             raise InvalidTransition(str(self), self.state, target, self.story())

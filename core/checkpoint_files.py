@@ -19,7 +19,7 @@ from .errors import CheckpointError
 MAX_CONFIG_BYTES = 4 << 20  # values of JSON take up to 30 times their text: 120 MiB
 MAX_TOKENIZER_CONFIG_BYTES = 8 << 20  # some list thousands of added tokens
 MAX_TOKENIZER_BYTES = 64 << 20  # the largest that are known have 35 MiB
-MAX_NAME_CHARS = 255  # of a tensor, and of a file as the operating system has it
+MAX_NAME_CHARS = 255  # the limit for a tensor's name, and the operating system's for a file
 MAX_SHOWN_CHARS = 80
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def open_regular(file: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class FileStamp:
-    """Tells whether a name still means the same file, and whether it was written to since."""
+    """Detects whether a name still refers to the same file, and whether it has been modified since."""
 
     device: int
     inode: int

@@ -1,9 +1,9 @@
 """Frames on a stream: length and number, four little-endian bytes each, and one msgpack message. Pure: bytes
 in, messages out.
 
-Numbers count the frames of one direction. A stream that lost, repeated or swapped a frame, by whoever's
-mistake, is a broken stream: its reader says so instead of guessing, and everything above it may rely on
-having heard all that was said before."""
+Numbers count the frames of one direction. A stream that lost, repeated or swapped a frame is broken,
+whichever side is at fault: its reader reports that instead of guessing, and all layers above may rely on
+having received every earlier message."""
 
 import struct
 from collections.abc import Iterator
@@ -18,18 +18,18 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class FrameError(Exception):
-    """The peer sent what is not a frame of this protocol; the stream cannot be trusted any more."""
+    """The peer sent data that is not a frame of this protocol; the stream can no longer be trusted."""
 
 
 class FrameEncoder:
     """One direction of one stream; not thread-safe."""
 
     def __init__(self, first_number: int = 0) -> None:
-        """`first_number` is 0, unless somebody else has encoded what comes before."""
+        """`first_number` is 0, unless another encoder has produced the earlier frames."""
         self._number = first_number
 
     def encode(self, message: object) -> bytes:
-        """`message` (a msgspec struct) as the next frame."""
+        """`message` (a msgspec struct), encoded as the next frame."""
         body = _encoder.encode(message)
         header = _HEADER.pack(len(body), self._number)
         self._number = (self._number + 1) & 0xFFFFFFFF
@@ -46,8 +46,8 @@ class FrameDecoder(Generic[T]):
         self._max_frame_bytes = max_frame_bytes
 
     def feed(self, data: bytes) -> Iterator[T]:
-        """The messages completed by `data`. Raises FrameError for frames that are oversized, malformed or not
-        the next one."""
+        """Returns the messages completed by `data`. Raises FrameError for frames that are oversized,
+        malformed or out of order."""
         self._buffer += data
         start = 0
         try:

@@ -1,7 +1,7 @@
-"""The cluster as its operator describes it: the `metadata.pdserve` part of cluster.yaml, parsed once and
-never changed.
+"""The operator's description of the cluster: the `metadata.pdserve` part of cluster.yaml, parsed once and
+immutable.
 
-`core.config_file` reads it from a file; `planner.plan` says whether a machine can hold it. The docstring
+`core.config_file` reads it from a file; `planner.plan` decides whether a machine can hold it. The docstring
 under a field is also its description in the JSON schema."""
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from .devices import DeviceKind
 from .hosts import ExpectedHosts
 from .messages import Role
 
-# of one pool: each of them is listed and planned before it is known whether there is room
+# limit per pool: each instance is listed and planned before it is known whether there is room
 MAX_INSTANCES = 4096
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
 MAX_PROMPT_LOGPROBS = (
@@ -81,7 +81,7 @@ class PoolSection(ConfigSection):
 
     @property
     def num_cpus(self) -> float:
-        """Cores that one instance reserves."""
+        """The cores that one instance reserves."""
         return self.devices_per_instance if self.cpus_per_instance is None else self.cpus_per_instance
 
     @property
@@ -91,7 +91,7 @@ class PoolSection(ConfigSection):
 
     @property
     def gpu_share(self) -> float:
-        """Of its GPU, how much one instance takes where it computes on one."""
+        """The share of its GPU that one instance takes, where it computes on one."""
         return 1.0 if self.gpus_per_instance is None else self.gpus_per_instance
 
     @property
@@ -116,7 +116,7 @@ class PoolsSection(ConfigSection):
 
 
 class SloSection(ConfigSection):
-    """What latency counts as good: placement keeps to it, goodput is measured against it."""
+    """The latency objectives: placement keeps to them, goodput is measured against them."""
 
     ttft_ms: PositiveFloat = 200.0
     """Time to the first token."""
@@ -125,7 +125,7 @@ class SloSection(ConfigSection):
 
 
 class KvSection(ConfigSection):
-    """The paged KV cache and its way from prefill to decode."""
+    """The paged KV cache and its transfer from prefill to decode."""
 
     block_size: AutoBlockSize = "auto"
     """Tokens a block, a multiple of 8; auto: 16 on CPU, 64 on GPUs."""
@@ -146,7 +146,7 @@ class KvSection(ConfigSection):
 
 
 class RoutingSection(ConfigSection):
-    """How requests are given to workers."""
+    """How requests are assigned to workers."""
 
     prefill_on_decode: Literal["auto", "never"] = "auto"
     """auto: a decode worker computes a prompt itself when that is predicted to be sooner, as for short or
@@ -154,7 +154,7 @@ class RoutingSection(ConfigSection):
 
 
 class LimitsSection(ConfigSection):
-    """What one client, or all of them together, may ask for."""
+    """The limits on one client's requests, and on those of all clients together."""
 
     max_queued_requests: Positive = 1024
     """Requests that wait for a worker; more are refused with a retry delay. One place in eight is kept for
@@ -210,7 +210,7 @@ class LimitsSection(ConfigSection):
 
 
 class ObservabilitySection(ConfigSection):
-    """What is told of requests and processes. Metrics are always there."""
+    """The logs and traces of requests and processes. Metrics are always there."""
 
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto: text where `pdserve up` writes to a terminal, else one JSON object a line."""
@@ -236,8 +236,8 @@ class ClusterConfig(ConfigSection):
     """Compute kernels: on CPU the compiled ones (native), or torch only; on GPUs triton. auto: native where
     it is there, and triton."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What instances compute on; auto: on GPUs where the cluster has some that torch can use, else on CPU.
-    Settled when the cluster starts."""
+    """The device that instances compute on; auto: GPUs where the cluster has some that torch can use, else
+    CPU. Decided when the cluster starts."""
     drain_timeout_s: PositiveFloat = 120.0
     """How long running requests may take to end when an instance is removed or the cluster stops."""
     join_timeout_s: PositiveFloat = 300.0
@@ -248,17 +248,17 @@ class ClusterConfig(ConfigSection):
 
     @property
     def hosts(self) -> ExpectedHosts:
-        """Those of the file's `provider`, beside the head's."""
+        """The hosts of the file's `provider`, besides the head's."""
         return self._hosts
 
     def expecting(self, hosts: ExpectedHosts) -> "ClusterConfig":
-        """The same, with these hosts."""
+        """Returns a copy with these hosts."""
         copy = self.model_copy()
         copy._hosts = hosts
         return copy
 
     def on(self, device: DeviceKind) -> "ClusterConfig":
-        """The same, with `device: auto` settled."""
+        """Returns a copy with `device: auto` resolved."""
         return self.model_copy(update={"device": device})
 
     def changes_needing_restart(self, new: "ClusterConfig") -> list[str]:

@@ -1,5 +1,5 @@
-"""From the text of cluster.yaml to a `ClusterConfig`, or to one ConfigError that lists every mistake with its
-line.
+"""Parses the text of cluster.yaml into a `ClusterConfig`, or raises one ConfigError that lists every mistake
+with its line.
 
 One file serves `ray up` and pdserve: Ray checks its own keys, ours lie under `metadata.pdserve`.
 """
@@ -54,7 +54,7 @@ def _read_text(path: Path) -> str:
 
 
 def _our_part(document: Document) -> Any:
-    """What stands under `metadata.pdserve`."""
+    """Returns the value under `metadata.pdserve`."""
     values = document.values
     for depth, key in enumerate(ROOT):
         here = ROOT[:depth]

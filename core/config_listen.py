@@ -1,4 +1,4 @@
-"""The `listen:` part of cluster.yaml: where clients connect, and by what they are known and protected."""
+"""The `listen:` part of cluster.yaml: the clients' endpoints, authentication and protection."""
 
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ class TlsSection(ConfigSection):
 
 
 class ListenSection(ConfigSection):
-    """Where clients connect, and by what they are let in. Other hosts reach only what is protected by TLS."""
+    """The clients' endpoints, and their authentication. Other hosts reach only endpoints protected by TLS."""
 
     tls: TlsSection = TlsSection()
     api_keys: AbsolutePath | None = None
@@ -52,12 +52,12 @@ class ListenSection(ConfigSection):
     localhost. Others are refused, so that a web page cannot reach it by a name of its own that points to this
     machine."""
     admin_without_key: bool = False
-    """Answer the `Cluster` service over TCP although there are no keys: whoever reaches the port can see,
-    change and stop the cluster, on loopback every local user. By default only the user who started it can,
-    over a Unix socket of theirs."""
+    """Answer the `Cluster` service over TCP without keys: any client that reaches the port can see, change
+    and stop the cluster, on loopback every local user. By default only the user who started it can, over
+    their own Unix socket."""
     allow_insecure: bool = False
-    """Listen to other hosts without TLS, or without knowing clients: for a network that keeps strangers out
-    by itself."""
+    """Listen to other hosts without TLS, or without authenticating clients: for a network that itself keeps
+    unauthorized peers out."""
     grpc: HostPort = "127.0.0.1:50051"
     """HOST:PORT of the gRPC server; port 0 takes a free one. Addresses other than loopback need `tls`, and
     `api_keys` or `tls.client_ca`; or `allow_insecure`."""

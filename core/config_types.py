@@ -1,5 +1,5 @@
-"""What the sections of cluster.yaml are made of: their base, and field types that pydantic does not have,
-such as `auto` or a number, sizes such as 512MiB, host:port."""
+"""The building blocks of cluster.yaml's sections: their base class, and field types that pydantic lacks, such
+as `auto` or a number, sizes such as 512MiB, host:port."""
 
 import ipaddress
 import re
@@ -24,13 +24,13 @@ class ConfigSection(BaseModel):
 
 
 def expected(what: str, got: str | None = None) -> PydanticCustomError:
-    """The error of a field whose value is not `what`. `got` tells what was there where the value itself would
-    not."""
+    """The error of a field whose value is not `what`. `got` describes the value where the value itself would
+    not do."""
     return PydanticCustomError("expected", "expected {expected}", {"expected": what, "got": got})
 
 
 def parse_size(value: object) -> int | None:
-    """Bytes from a positive integer or a string such as 512MiB; None for anything else."""
+    """Returns the bytes of a positive integer or a string such as 512MiB; None for anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value if value > 0 else None
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
@@ -40,7 +40,7 @@ def parse_size(value: object) -> int | None:
 
 
 def format_size(num_bytes: int) -> str:
-    """Bytes in the largest unit that keeps them at 1 or above: 1.5 GiB."""
+    """Formats bytes in the largest unit that keeps the number at 1 or above: 1.5 GiB."""
     for unit, unit_bytes in reversed(_UNIT_BYTES.items()):
         if num_bytes >= unit_bytes:
             return f"{num_bytes / unit_bytes:.3g} {unit}"
@@ -48,7 +48,7 @@ def format_size(num_bytes: int) -> str:
 
 
 def parse_host_port(value: object) -> tuple[str, int] | None:
-    """Host and port from `127.0.0.1:50051` or `[::1]:50051`; None for anything else."""
+    """Returns host and port of `127.0.0.1:50051` or `[::1]:50051`; None for anything else."""
     match = _HOST_PORT.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match["port"]) > 65535:
         return None

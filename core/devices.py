@@ -1,13 +1,13 @@
-"""What an instance computes on, and which choices go with it."""
+"""The kinds of device that an instance computes on, and the settings that each implies."""
 
 from collections.abc import Mapping
 from typing import Literal
 
 DeviceKind = Literal["cpu", "cuda"]
 
-# As `kernels.load` has them, for who knows no torch.
+# The names that `kernels.load` uses, for callers that do not import torch.
 KERNELS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("auto", "native", "torch"),
     "cuda": ("auto", "triton"),
 }
-GPU_LINKS = ("cuda_ipc", "nccl")  # of `kv.transport`
+GPU_LINKS = ("cuda_ipc", "nccl")  # values of `kv.transport`

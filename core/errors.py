@@ -1,10 +1,10 @@
-"""Errors of the world. Each says what was wrong, where, and what was expected; gateways translate them
-once."""
+"""Environment and user errors. Each states the fault, its place, and the expected value; gateways translate
+them once."""
 
 from collections.abc import Iterator
 
 MAX_EXPECTED_CHARS = 400  # longer than any of ours
-MAX_SHOWN_CHARS = 80  # of a value that was refused
+MAX_SHOWN_CHARS = 80  # shown part of a refused value
 
 
 class PdserveError(Exception):
@@ -12,8 +12,8 @@ class PdserveError(Exception):
 
 
 class InvalidRequest(PdserveError):
-    """A client's request cannot be served as it stands. What is told fits into headers, and nothing in it
-    acts on a terminal, also where `expected` repeats what the client said, as a chat template may."""
+    """A client's request cannot be served as it stands. Its text fits into headers and contains no terminal
+    control sequences, even where `expected` repeats the client's input, as a chat template may."""
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         expected = _printable(expected[:MAX_EXPECTED_CHARS])
@@ -23,7 +23,7 @@ class InvalidRequest(PdserveError):
 
     @classmethod
     def restored(cls, message: str, field: str, expected: str) -> "InvalidRequest":
-        """The same refusal in another process."""
+        """Rebuilds the same refusal in another process."""
         error = cls.__new__(cls)
         Exception.__init__(error, message)
         error.field, error.expected = field, expected
@@ -73,7 +73,7 @@ class CheckpointError(PdserveError):
 
 
 class CapacityError(PdserveError):
-    """The machine or cluster has too few devices or too little memory for what was asked."""
+    """The machine or cluster has too few devices or too little memory for the configuration."""
 
 
 class QueueFull(PdserveError):
@@ -86,7 +86,7 @@ class QueueFull(PdserveError):
 
 
 class DuplicateRequest(PdserveError):
-    """A live request has this id already."""
+    """A live request already has this id."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(f"request_id: {request_id!r} is being served already")
@@ -106,7 +106,7 @@ class InvalidTransition(AssertionError):
 
 
 class UnexpectedEvent(AssertionError):
-    """A state machine was given an event that cannot come in its state: a bug of ours. Carries the object's
+    """A state machine was given an event that cannot occur in its state: a bug of ours. Carries the object's
     history."""
 
     def __init__(self, what: str, state: object, event: object, history: object) -> None:

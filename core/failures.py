@@ -4,10 +4,10 @@ import enum
 
 
 class FailureKind(enum.Enum):
-    """Why a leg, or the transfer between two of them, has failed."""
+    """The cause of a failed leg or of a failed transfer between two legs."""
 
-    LOST = "lost"  # the peer, the link, a lease or a helper process is gone: the world's doing
-    CANCELLED = "cancelled"  # by whoever wanted it
+    LOST = "lost"  # the peer, the link, a lease or a helper process is gone: an environment failure
+    CANCELLED = "cancelled"  # by the party that requested it
     CORRUPT = "corrupt"  # bytes did not arrive as they were sent
     STORE = "store"  # a worker's blocks could not be read or written
     INVALID = "invalid"  # the request is to blame: no other worker would do better

@@ -1,4 +1,4 @@
-"""How much of each GPU of one machine is taken, by the rule by which Ray gives GPUs to actors. Pure
+"""The share of each GPU of one machine that is taken, by Ray's rule for assigning GPUs to actors. Pure
 bookkeeping."""
 
 _EPSILON = 1e-6  # three shares of 0.3333 and their sum
@@ -18,7 +18,7 @@ class GpuShares:
         return min(fitting, key=lambda gpu: round(self._free[gpu] / _EPSILON), default=None)
 
     def rank(self, share: float) -> tuple[float, float]:
-        """By which machines with room are compared: the least keeps instances closest together."""
+        """The key that orders machines with room: the least keeps instances closest together."""
         gpu = self.find(share)
         assert gpu is not None
         return round(self._free[gpu], 4), round(sum(self._free), 4)

@@ -1,4 +1,5 @@
-"""What a prefill worker tells a decode worker on COMMIT, besides the KV: the first token of each choice."""
+"""The data that a prefill worker sends to a decode worker on COMMIT, besides the KV: the first token of each
+choice."""
 
 import msgspec
 
@@ -6,8 +7,8 @@ from .messages import TokenOutput
 
 
 class HandOff(msgspec.Struct, frozen=True):
-    """`first_tokens` are as the prefill worker told them to the router. Choices that ended with theirs do not
-    go on."""
+    """`first_tokens` are those that the prefill worker reported to the router. Choices that ended with theirs
+    are not continued."""
 
     first_tokens: tuple[TokenOutput, ...]
 

@@ -5,10 +5,10 @@ in, bytes out.
     dialler <--nonce of the acceptor, HMAC(token, "acceptor" and all that)-- acceptor
     dialler --HMAC(token, "dialler" and all that)-------------------------> acceptor
 
-Every message has a fixed length, so whoever reads knows how much to wait for, and a stranger cannot make it
-more. The roles in the HMACs keep a proof from being sent back to whom it came from, the purpose from being
-used on another kind of connection. It says who is there when a connection begins; it neither encrypts nor
-signs what follows."""
+Every message has a fixed length, so the reader knows how much to wait for, and an unauthenticated peer cannot
+make it more. The roles in the HMACs keep a proof from being reflected to its sender, the purpose from being
+used on another kind of connection. The handshake authenticates peers when a connection begins; it neither
+encrypts nor signs later data."""
 
 import hashlib
 import hmac
@@ -24,10 +24,10 @@ MAX_WAIT_S = 5.0  # for the whole of it
 
 
 class Purpose(Enum):
-    """What a connection is for."""
+    """The purpose of a connection."""
 
-    CONTROL = b"control "  # of a worker by the router
-    TRANSFER = b"transfer"  # of KV from worker to worker
+    CONTROL = b"control "  # control of a worker by the router
+    TRANSFER = b"transfer"  # transfer of KV between workers
 
 
 OPENING_BYTES = len(_PROTOCOL) + len(Purpose.CONTROL.value) + NONCE_BYTES
@@ -88,7 +88,7 @@ class HandshakeStream:
         self._data = bytearray()  # less than a message
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """What to answer, and what of `data` came behind the handshake. Raises HandshakeError."""
+        """Returns the answer to send, and the part of `data` behind the handshake. Raises HandshakeError."""
         if not self._side.num_wanted:
             return b"", data
         self._data += data

@@ -1,4 +1,4 @@
-"""Counts of measurements by size: what becomes a Prometheus histogram. Plain numbers, cheap enough for every
+"""Counts of measurements by size, exported as a Prometheus histogram. Plain numbers, cheap enough for every
 step and token."""
 
 from bisect import bisect_left
@@ -55,7 +55,7 @@ class Histogram:
 
 
 def merged(histograms: Sequence[Histogram]) -> Histogram:
-    """All measurements of histograms with the same bounds together."""
+    """Merges the measurements of histograms with the same bounds."""
     total = Histogram(histograms[0].bounds)
     for histogram in histograms:
         assert histogram.bounds == total.bounds, "these cannot be added"

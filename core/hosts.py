@@ -1,4 +1,4 @@
-"""The hosts of a cluster: those that cluster.yaml asks for, and how each of them stands."""
+"""The hosts of a cluster: those that cluster.yaml asks for, and the state of each."""
 
 import enum
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class ExpectedHosts:
 
 
 class HostState(enum.Enum):
-    """Where a host is on its way to serve."""
+    """The state of a host."""
 
     AWAITED = "awaited"  # it has not joined
     CHECKING = "checking"  # it has joined, or is in doubt: nothing starts there until it has answered
@@ -41,13 +41,13 @@ class HostState(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostStatus:
-    """One host's row. Of a host that has not joined only its name is known."""
+    """One host's row. Only the name is known of a host that has not joined."""
 
-    address: str  # of one that has not joined: as the file names it
+    address: str  # as in the file, for a host that has not joined
     name: str = ""  # its host name
     state: HostState
     since_s: float  # for how long it has been in its state
-    message: str = ""  # what is wrong with it, and what to do
+    message: str = ""  # its problem, and the remedy
     num_cores: int = 0  # that instances may have
     num_cores_taken: float = 0.0
     num_gpus: int = 0

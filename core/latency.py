@@ -1,5 +1,5 @@
-"""How long prefills, decode steps and transfers take. One model for placement, admission, `explain` and the
-planner.
+"""The durations of prefills, decode steps and transfers. One model for placement, admission, `explain` and
+the planner.
 
 The form is DistServe's (Zhong et al., OSDI 2024, appendix A): linear in token counts, in token products
 (attention) and in bytes. Seeded with priors, refined by recursive least squares from every step and transfer
@@ -90,7 +90,7 @@ class RecursiveLeastSquares:
 
     @property
     def is_warm(self) -> bool:
-        """Whether it has seen enough since the start, or since the last change of what it measures."""
+        """Whether it has enough measurements since the start, or since the last change in speed."""
         return self._num_seen >= WARM_UP
 
     def observe(self, features: Sequence[float], seconds: float) -> bool:
@@ -162,7 +162,7 @@ class RecursiveLeastSquares:
 
 
 class LatencyModel:
-    """Predicts from what it was seeded with and what it has seen. Every prediction is positive and finite."""
+    """Predicts from its priors and its measurements. Every prediction is positive and finite."""
 
     def __init__(
         self, priors: LatencyPriors | None = None, *, forgetting: float = 0.995, large_batch: int = 32
@@ -215,8 +215,8 @@ class LatencyModel:
         return self._alpha + max(0.0, self._byte_s * num_bytes - compute_s) + FLOOR_S
 
     def observe_step(self, timing: StepTiming) -> None:
-        """Learn from a step. Of a mixed one the prefill's share is learnt: what the decode rows do not
-        explain."""
+        """Learns from a step. From a mixed one it learns the prefill's share: the time that the decode rows
+        do not explain."""
         seconds = timing.duration_s
         context, sequences = timing.num_context_tokens, timing.num_decode_sequences
         if timing.num_prefill_tokens:

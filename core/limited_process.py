@@ -18,7 +18,7 @@ def set_up(niceness: int = 0) -> None:
     for limit in (
         signal.SIGPROF,
         signal.SIGALRM,
-    ):  # nobody handles them, and whoever started us may have ignored them
+    ):  # they have no handlers, and the parent may have ignored them
         signal.signal(limit, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {limit})
     os.nice(niceness)
@@ -49,7 +49,7 @@ def address_space() -> int:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """All of `data`, however little is taken at once."""
+    """Writes all of `data`, over as many writes as it takes."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

@@ -1,4 +1,4 @@
-"""How a process writes its log lines: the value that is passed to each process of a cluster at its start."""
+"""The log settings of a process, passed to each process of a cluster at its start."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What router and workers say to each other, one frame each: commands go down, reports come up.
+"""The messages between router and workers, one frame each: commands to workers, reports to the router.
 
     router --Prefill(spec, target)--> P      P --StepReport(first token), LegEnded--> router
     router --Reserve(spec)---------> D      D --StepReport(all tokens), LegEnded--> router
@@ -7,9 +7,9 @@
     router --Probe(target)---------> any     any --Probed--> router  (whether it reaches another worker)
     router --Heartbeat-------------> all
 
-D repeats the first token, which came with the KV: its leg tells all of the request, also to a router that
-never heard P. Every report names the (worker_id, incarnation) it comes from, so that those of a replaced
-worker are recognisably old."""
+D repeats the first token, which came with the KV: its leg reports the whole request, also to a router that
+received nothing from P. Every report names the (worker_id, incarnation) it comes from, so that reports of a
+replaced worker are recognisable as stale."""
 
 import enum
 from typing import Literal
@@ -21,8 +21,8 @@ from .request import FinishReason, SequenceSpec, TransferId
 
 
 class Role(enum.Enum):
-    """Which phases a worker is asked for. Every worker can do both; the role says what the router sends
-    it."""
+    """The phases that a worker serves. Every worker can do both; the role determines the work that the router
+    sends it."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -53,12 +53,12 @@ class KVLayout(msgspec.Struct, frozen=True):
     head_dim: int
     dtype: str  # "float32", "bfloat16", "float16"
     block_size: int  # tokens a block; may differ between workers
-    model_fingerprint: str  # tells weights apart that have the same shape
+    model_fingerprint: str  # distinguishes weights of the same shape
     wire: Literal["raw", "int8"] = "raw"  # `kernels.wire` has the formats
 
     @property
     def bytes_per_token(self) -> int:
-        """In the cache."""
+        """The bytes of one token in the cache."""
         item = 4 if self.dtype == "float32" else 2
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * item
 
@@ -68,7 +68,8 @@ class KVLayout(msgspec.Struct, frozen=True):
 
     @property
     def wire_bytes_per_cell(self) -> int:
-        """Of one layer of one token. In int8 each row of keys, and of values, brings a float32 scale."""
+        """The bytes of one layer of one token. In int8 each row of keys, and of values, carries a float32
+        scale."""
         if self.wire == "int8":
             return 2 * self.num_kv_heads * (self.head_dim + 4)
         return self.bytes_per_token // self.num_layers
@@ -83,19 +84,19 @@ class KVLayout(msgspec.Struct, frozen=True):
 
 
 class TransferAddress(msgspec.Struct, frozen=True):
-    """Where a worker accepts KV. Comes from the registry of workers, never from a client."""
+    """The address at which a worker accepts KV. It comes from the workers' registry, never from a client."""
 
     worker_id: str
     incarnation: int
     host_id: str  # equal on workers that can share memory
-    unix_path: str  # of a Unix socket, for peers on the same host
+    unix_path: str  # path of a Unix socket, for peers on the same host
     tcp_host: str
     tcp_port: int
     gpu: str = ""  # the UUID of the GPU that holds its KV; empty on a processor
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker says of itself when it is ready."""
+    """A worker's description of itself when it is ready."""
 
     worker_id: str
     incarnation: int
@@ -129,14 +130,14 @@ class StepTiming(msgspec.Struct, frozen=True, kw_only=True):
     num_prefill_tokens: int
     sum_prefill_squares: int  # sum over chunks of new_tokens * (context + new_tokens)
     num_decode_sequences: int
-    num_context_tokens: int  # of the decoding sequences
+    num_context_tokens: int  # sum over the decoding sequences
     duration_s: float
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities at one position, of the model's own distribution."""
 
-    logprob: float  # of the token that stands there
+    logprob: float  # log probability of the token at that position
     top: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
 
 
@@ -152,12 +153,12 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token_id, logprob), best first
     prompt_logprobs: tuple[
         TokenLogprobs, ...
-    ] = ()  # of prompt tokens 1, 2, ...: only with token 0 of choice 0, if asked for
+    ] = ()  # for prompt tokens 1, 2, ...: only with token 0 of choice 0, if requested
 
 
 class TransferStats(msgspec.Struct, frozen=True):
-    """What moving one request's KV cost. Hidden bytes had been acknowledged before the prefill's last layer
-    was done."""
+    """The cost of transferring one request's KV. Hidden bytes had been acknowledged before the prefill's last
+    layer was done."""
 
     num_bytes: int
     num_chunks: int
@@ -175,7 +176,7 @@ class LegEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer: TransferId
     leg: Leg
     error: str | None = None
-    kind: FailureKind | None = None  # of the error
+    kind: FailureKind | None = None  # kind of the error
     num_cached_tokens: int = 0
     queue_s: float = 0.0  # accepted to first step
     compute_s: float = 0.0  # first step to last token of this leg
@@ -183,12 +184,12 @@ class LegEnded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def is_invalid(self) -> bool:
-        """The request is to blame for the error: no other worker would do better."""
+        """Whether the request caused the error, so that it would fail on any worker."""
         return self.kind is FailureKind.INVALID
 
 
 class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
-    """How a GPU fares, whoever uses it. None: it does not tell."""
+    """A GPU's figures, for all its users together. None: the GPU does not report the figure."""
 
     index: int  # on its node
     uuid: str
@@ -205,12 +206,12 @@ class GpuSample(msgspec.Struct, frozen=True, kw_only=True):
     nvlink_sent_bytes: int | None = None  # since its driver was loaded
     nvlink_received_bytes: int | None = None
     throttled_by: tuple[str, ...] | None = None  # some of power, temperature, hardware
-    peak_flops_per_s: float | None = None  # of bfloat16, dense; None: not known of such a GPU
+    peak_flops_per_s: float | None = None  # bfloat16, dense; None: unknown for this GPU
     peak_bytes_per_s: float | None = None
 
 
 class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Everything one step brought. Sent without tokens every 0.5 s as a heartbeat."""
+    """The results of one step. Sent without tokens every 0.5 s as a heartbeat."""
 
     worker_id: str
     incarnation: int
@@ -219,18 +220,18 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     timing: StepTiming | None = None
     blocks_added: tuple[bytes, ...] = ()  # hashes that entered the prefix cache
     blocks_evicted: tuple[bytes, ...] = ()
-    gpu: GpuSample | None = None  # of the worker's GPU, with a heartbeat every few seconds
+    gpu: GpuSample | None = None  # sample of the worker's GPU, with a heartbeat every few seconds
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's first frame: who it is."""
+    """A worker's first frame: its identity."""
 
     worker_id: str
     incarnation: int
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """How far a worker's start is."""
+    """The progress of a worker's start."""
 
     worker_id: str
     incarnation: int
@@ -239,7 +240,7 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class HeldLeg(msgspec.Struct, frozen=True, kw_only=True):
-    """A leg that a worker was given by an earlier router, and what it has said of it so far."""
+    """A leg that a worker received from an earlier router, and its reports on it so far."""
 
     spec: SequenceSpec
     leg: Leg
@@ -249,7 +250,7 @@ class HeldLeg(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Holds(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Some of what `Ready` tells, sent before it: all of it may be more than a frame can hold."""
+    """A part of the legs that `Ready` reports, sent before it: together they may exceed a frame."""
 
     held: tuple[HeldLeg, ...]
 
@@ -296,7 +297,7 @@ class Probe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Probed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Whether a worker has reached another one. `error` is empty when it has."""
+    """The result of a `Probe`. `error` is empty when the worker has reached the other one."""
 
     worker_id: str
     incarnation: int
@@ -305,11 +306,11 @@ class Probed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: str
 
 
-HEARTBEAT_S = 0.5  # so often do router and worker speak to each other at least
+HEARTBEAT_S = 0.5  # the longest interval between messages of router and worker
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """The router lives. Sent every `HEARTBEAT_S`; a worker that hears nothing for long has lost its
+    """The router is running. Sent every `HEARTBEAT_S`; a worker that receives nothing for long has lost its
     router."""
 
 

@@ -8,6 +8,6 @@ class Need:
     """The resources that one instance takes of its host."""
 
     num_cores: int
-    core_share: float  # of each of them, 0 to 1
-    gpu_share: float | None = None  # of one GPU; None: it needs none
-    num_bytes: int = 0  # of the host's memory, where that is planned
+    core_share: float  # share of each of them, 0 to 1
+    gpu_share: float | None = None  # share of one GPU; None: it needs none
+    num_bytes: int = 0  # bytes of the host's memory, where that is planned

@@ -1,8 +1,8 @@
 """The logger for lines that a peer can cause before it has authenticated: one rate limit for all of them in a
 process.
 
-Whoever may connect could otherwise fill a disk. Suppressed lines are counted, and the next line that passes
-says how many."""
+Any peer that can connect could otherwise fill a disk. Suppressed lines are counted, and the next line that
+passes states their number."""
 
 import logging
 import threading
@@ -28,8 +28,8 @@ class LineBudget:
         self._num_suppressed = 0
 
     def take(self, now_s: float) -> int | None:
-        """How many lines were suppressed since the last one that passed; None when this one is suppressed
-        too."""
+        """Returns the number of lines suppressed since the last one that passed; None when this one is
+        suppressed too."""
         if self._filled_s is not None:
             self._level = min(
                 float(BURST_LINES), self._level + max(0.0, now_s - self._filled_s) * LINES_PER_S

@@ -1,5 +1,5 @@
-"""One loop for every shell: a machine's commands are carried out in the order of their decision, whoever
-causes more."""
+"""One loop for every shell: a state machine's commands are executed in the order in which they were decided,
+even when executing one causes more."""
 
 from collections import deque
 from collections.abc import Callable, Iterable

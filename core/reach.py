@@ -1,4 +1,4 @@
-"""Tries whether a port on another host can be reached."""
+"""Tests whether a port on another host can be reached."""
 
 import os
 import socket

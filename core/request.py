@@ -1,5 +1,4 @@
-"""What a client asked for. Made once by a gateway, immutable from there on, carried to the workers as it
-is."""
+"""A client's request. Made once by a gateway, immutable from then on, sent to the workers unchanged."""
 
 import enum
 
@@ -53,7 +52,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None  # on the router's monotonic clock
     client: str = ""  # whom it counts for when clients take turns
     traceparent: str = ""  # the client's span, as in W3C Trace Context; changes nothing of what is done
-    has_tools: bool = False  # its output may have tool calls in it, which the gateway tells from the text
+    has_tools: bool = False  # its output may have tool calls in it, which the gateway separates from the text
 
 
 class TransferId(msgspec.Struct, frozen=True, array_like=True):
@@ -74,7 +73,8 @@ class TransferId(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What one dispatch asks of a worker: continue `prompt + output_token_ids` for each of `choices`.
+    """The work that one dispatch assigns to a worker: continue `prompt + output_token_ids` for each of
+    `choices`.
 
     A fresh request lists all its choices and no output. After a failure each unfinished choice is dispatched
     by itself, with the tokens its client already has in `output_token_ids`."""
@@ -105,5 +105,5 @@ class SequenceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_remaining_tokens(self) -> int:
-        """How many tokens each choice may still produce."""
+        """The number of tokens that each choice may still produce."""
         return self.sampling.max_tokens - len(self.output_token_ids)

@@ -1,4 +1,4 @@
-"""The cluster as an operator sees it: values that the head puts together and the doors pass on."""
+"""The cluster as an operator sees it: values that the head assembles and the servers return."""
 
 import enum
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from .messages import Role
 
 
 class WorkerState(enum.Enum):
-    """Where a worker is in its life."""
+    """The state of a worker."""
 
     STARTING = "starting"
     READY = "ready"
@@ -25,7 +25,7 @@ class WorkerStatus:
     worker_id: str
     role: Role
     state: WorkerState
-    phase: str = ""  # what a starting worker is doing
+    phase: str = ""  # the current phase of a starting worker
     fraction: float = 0.0  # how much of it is done
     message: str = ""  # the last failure
     node: str = ""
@@ -52,5 +52,5 @@ class ClusterStatus:
     instances: dict[Role, int]  # as configured
     workers: tuple[WorkerStatus, ...]
     uptime_s: float
-    degraded: str | None = None  # what is served otherwise than configured, in words
+    degraded: str | None = None  # deviation of service from the configuration, as text
     hosts: tuple[HostStatus, ...] = ()

@@ -1,6 +1,6 @@
-"""The one check of a request, for every door: what passes here can be carried out by any worker.
+"""The single validation of requests, for every server: a request that passes can be executed by any worker.
 
-A gateway calls it after tokenising and before the router hears of the request. The ranges are those of the
+A gateway calls it after tokenising and before the router receives the request. The ranges are those of the
 OpenAI and vLLM interfaces where these have one, and otherwise wide enough for any use but inside what float32
 can compute."""
 

@@ -50,7 +50,7 @@ def parse_yaml(text: str, filename: str) -> Document:
         raise ConfigError(
             f"{filename}:1: more than {MAX_DEPTH} levels or {MAX_VALUES} values, expected a configuration"
         ) from None
-    except Exception as error:  # ruamel raises all kinds for what nobody writes, such as a mapping as a key
+    except Exception as error:  # ruamel raises all kinds for odd input, such as a mapping as a key
         raise ConfigError(f"{filename}:1: not valid YAML: {' '.join(str(error).split())}") from None
 
 

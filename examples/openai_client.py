@@ -1,4 +1,4 @@
-"""The cluster by the `openai` package: `python examples/openai_client.py http://127.0.0.1:8000/v1`.
+"""A client that uses the `openai` package: `python examples/openai_client.py http://127.0.0.1:8000/v1`.
 
 With `api_keys` in cluster.yaml, put the key into the environment variable OPENAI_API_KEY.
 """

@@ -1,4 +1,4 @@
-"""The gateway's question about a grammar before it lets a request in: is it one, and can it be afforded?"""
+"""The gateway's check of a grammar before it admits a request: whether it is valid and affordable."""
 
 import asyncio
 import hashlib
@@ -12,7 +12,7 @@ from .messages import GrammarSetup
 
 MAX_KNOWN = 1024  # grammars whose answers are remembered
 MAX_QUESTIONS = 1024  # that wait for an answer
-MAX_QUESTIONS_EACH = 64  # of one client
+MAX_QUESTIONS_EACH = 64  # per client
 RETRY_S = 1.0
 
 
@@ -20,7 +20,7 @@ class GrammarChecker:
     """Used on one asyncio loop. A process starts with the first question.
 
     Each client has one grammar checked at a time, so that one with many costly ones does not keep the others
-    waiting. A question goes on when who asked it is gone: its client may have asked the same again, or would.
+    waiting. A question continues when its caller is gone: the client may have asked the same again, or would.
     """
 
     def __init__(self, set_up: Callable[[], GrammarSetup]) -> None:
@@ -33,12 +33,12 @@ class GrammarChecker:
         )  # by digest what is wrong; least recently used first
         self._questions: dict[
             tuple[str, str], asyncio.Task[str | None]
-        ] = {}  # by client, who waits for none of another's
+        ] = {}  # by client; none waits for another's
         self._turns: dict[str, asyncio.Lock] = {}
         self._num_questions: Counter[str] = Counter()  # by client
 
     async def check(self, grammar: str, client: str) -> str | None:
-        """Why requests cannot follow `grammar`, or None when they can.
+        """Returns why requests cannot follow `grammar`, or None when they can.
 
         Raises QueueFull when many wait for an answer; NoWorkerAvailable when it cannot be found out.
         """
@@ -54,7 +54,7 @@ class GrammarChecker:
             question = asyncio.get_running_loop().create_task(self._find_out(grammar, client))
             question.add_done_callback(
                 lambda task: task.cancelled() or task.exception()
-            )  # who asked may be gone
+            )  # the caller may be gone
             self._questions[client, grammar] = question
         return await asyncio.shield(question)
 
@@ -80,7 +80,7 @@ class GrammarChecker:
                 del self._num_questions[client], self._turns[client]
 
     async def _ask(self, grammar: str, client: str) -> str | None:
-        """What is wrong with it, if anything."""
+        """Returns why the grammar is refused, or None."""
         if self._lanes is None:
             self._lanes = GrammarLanes(self._set_up, self)
         key = next(self._keys)
@@ -93,7 +93,7 @@ class GrammarChecker:
             del self._answers[key]
             self._lanes.close(key)
 
-    # of GrammarListener
+    # methods of GrammarListener
 
     def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
         self._settle(key, None)
@@ -111,5 +111,5 @@ class GrammarChecker:
 
 
 def _digest(grammar: str) -> bytes:
-    """What is remembered of a grammar, which may be long."""
+    """The digest that is cached in place of a grammar, which may be long."""
     return hashlib.blake2b(grammar.encode(), digest_size=16).digest()

@@ -1,11 +1,11 @@
-"""The clients whose grammars cost so much processor time lately that their outputs have to wait for each
-other alone. Pure."""
+"""The clients whose grammars recently cost so much CPU time that their outputs wait only for each other.
+Pure."""
 
 from dataclasses import dataclass
 
-CHEAP_S = 0.005  # processor time of a job that holds up nobody, however many of them there are
+CHEAP_S = 0.005  # CPU time of a job that delays no other client, in any number
 ALLOWED_S = 0.25  # beyond that, of all jobs of a client
-FORGIVEN = 0.05  # seconds of it in a second: who stays below a twentieth of a processor is never costly
+FORGIVEN = 0.05  # seconds of it in a second: a client below a twentieth of a processor is never costly
 MAX_DEBT_S = 3.0  # so that a client is one among others again a minute after its last costly job
 MAX_CLIENTS = 1024  # with a debt; beyond that, those without one are looked for and forgotten
 

@@ -1,4 +1,4 @@
-"""Two grammar processes: one for everybody, and one for the clients whose grammars cost much processor time.
+"""Two grammar processes: one shared by all clients, and one for those whose grammars cost much CPU time.
 
 A process is at work on one job at a time, for up to half a second. So the outputs of a client that turns
 costly leave the common process, and those of others never wait for them."""
@@ -10,7 +10,7 @@ from .costs import ClientCosts
 from .messages import GrammarSetup
 from .process import GrammarListener, GrammarProcess
 
-NICENESS_OF_COSTLY = 19  # whoever else needs the processor goes first
+NICENESS_OF_COSTLY = 19  # all other work on the processor goes first
 
 
 class GrammarLanes:
@@ -50,7 +50,7 @@ class GrammarLanes:
             for key in self._common.hand_over(client, self._costly):
                 self._process_of[key] = self._costly
 
-    # of GrammarListener
+    # methods of GrammarListener
 
     def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
         self._listener.on_mask(key, num_tokens, bits)

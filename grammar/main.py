@@ -1,7 +1,7 @@
 """The grammar process: requests on its standard input, answers on its standard output, until the input ends.
 
-A job that takes too much processor time, memory or stack ends the process; who started it blames the oldest
-request that has no answer, and starts another one."""
+A job that takes too much CPU time, memory or stack ends the process; its parent blames the oldest unanswered
+request, and starts another process."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ from .messages import JOB_S, GrammarSetup, OpenOutput, ToProcess
 SETUP_BYTES = 4 << 30  # address space for the vocabulary, which is the checkpoint's
 MEMORY_BYTES = 2 << 30  # address space beside what the process has when it is ready
 CACHE_BYTES = 512 << 20  # when it has grown by so much, what is kept of earlier grammars goes
-STACK_BYTES = 64 << 20  # of which mostly nothing is touched; nested rules recurse
+STACK_BYTES = 64 << 20  # mostly untouched; nested rules recurse
 READ_BYTES = 1 << 16
 
 
@@ -72,8 +72,8 @@ def _set_up(setup: GrammarSetup) -> Matchers:
 
 
 def _limit_s(message: ToProcess) -> float:
-    """Of processor time, for a job. An output that is taken up half-way may have used what its tokens gave
-    it."""
+    """The CPU time limit of a job. An output that is resumed half-way may have used the time that its tokens
+    granted."""
     return JOB_S + S_PER_TOKEN * len(message.token_ids) if isinstance(message, OpenOutput) else JOB_S
 
 

@@ -1,5 +1,4 @@
-"""The inside of the grammar process: a matcher for each output that follows a grammar. Requests in, answers
-out."""
+"""The core of the grammar process: a matcher for each constrained output. Requests in, answers out."""
 
 import time
 from collections import OrderedDict
@@ -11,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 from .messages import Advance, Close, FromProcess, GrammarRefused, Mask, OpenOutput, ToProcess
 
 MAX_CACHED_GRAMMARS = 32
-MAX_REASON_CHARS = 200  # of each line: an expression that is none comes back in what is said of it
+MAX_REASON_CHARS = 200  # limit per line: the error of an invalid expression quotes it
 FREE_S = 0.5  # processor time that every output has
 S_PER_TOKEN = 0.001  # and that each of its tokens adds
 
@@ -26,10 +25,10 @@ class _MatchedOutput:
 
 
 class Matchers:
-    """Not thread-safe. A single job may take for ever: who runs it has to bound it."""
+    """Not thread-safe. A single job may never end: the caller has to bound it."""
 
     def __init__(self, tokenizer: LLTokenizer, clock: Callable[[], float] = time.process_time) -> None:
-        """`clock` tells the processor time used."""
+        """`clock` returns the CPU time used."""
         self._tokenizer = tokenizer
         self._clock = clock
         self._outputs: dict[int, _MatchedOutput] = {}
@@ -52,7 +51,7 @@ class Matchers:
         free_s = FREE_S + S_PER_TOKEN * output.num_tokens
         if isinstance(answer, Mask) and output.used_s > (
             free_s / 2 if is_probe else free_s
-        ):  # what is let in has room
+        ):  # admitted outputs have room
             answer = GrammarRefused(message.key, "it takes too long to follow")
         if isinstance(answer, GrammarRefused) or is_probe:
             del self._outputs[message.key]
@@ -103,7 +102,8 @@ def _first_token(bits: bytes) -> int | None:
 
 
 def _reason(error: str) -> str:
-    """In one line: the first, and the one that tells what is wrong where that shows a place."""
+    """Returns the reason in one line: the first line, and the one that explains the error where the first
+    shows a position."""
     first, *others = error.strip().splitlines() or [""]
     if first in ("NoExtension", "NoExtensionBias"):
         return "no text fits it"

@@ -1,4 +1,4 @@
-"""What goes to the grammar process and what comes back, one frame each (`core.codec`). Keys are the caller's.
+"""The messages to and from the grammar process, one frame each (`core.codec`). Keys are the caller's.
 
 Setup(tokenizer)           ---->   once, before all others
 Open(key, grammar, tokens) ---->
@@ -22,7 +22,7 @@ class GrammarSetup(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class OpenOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Compile `grammar`, take the output so far, and tell the mask of the next token.
+    """Compile `grammar`, consume the output so far, and return the mask of the next token.
 
     With `probe` nothing is kept: the mask after one more token is computed too, as some grammars show what
     they cost, or that they are too complex, only then."""
@@ -34,7 +34,7 @@ class OpenOutput(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Advance(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """One more token of the output, the one at `num_tokens - 1`; tell the mask of the next."""
+    """One more token of the output, the one at `num_tokens - 1`; return the mask of the next."""
 
     key: int
     num_tokens: int
@@ -48,7 +48,7 @@ class Close(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Mask(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Which tokens may come after the first `num_tokens` of the output: bit i, counted from the lowest of the
+    """The tokens allowed after the first `num_tokens` of the output: bit i, counted from the lowest of the
     first byte, is set where token i may. Tokens that end the output are among them where the grammar is
     complete."""
 

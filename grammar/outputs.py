@@ -1,8 +1,8 @@
-"""What a grammar process has been asked for, so that neither its death nor its work for one costs the others
-much. Pure.
+"""The requests to a grammar process, managed so that neither its death nor its work for one request costs the
+others much. Pure.
 
-It works off requests one after the other: when it dies, the oldest one that has no answer is the one it died
-of. Which requests come next is decided here: clients take turns."""
+It handles requests one at a time: when it dies, the oldest unanswered one is the cause. This module chooses
+the next requests: clients take turns."""
 
 import enum
 from collections import Counter, OrderedDict, deque
@@ -13,23 +13,23 @@ from ..core.codec import FrameError
 from .messages import Advance, Close, FromProcess, GrammarRefused, OpenOutput, ToProcess
 
 WINDOW = 8  # requests that the process has at once
-WINDOW_EACH = 4  # of one client
-MAX_DEATHS = 2  # of processes that were at work on an output, when nothing says at once that it was to blame
+WINDOW_EACH = 4  # per client
+MAX_DEATHS = 2  # deaths of processes at work on an output, when none shows at once that it was to blame
 
 
 class Death(enum.Enum):
-    """What a process died of."""
+    """The cause of a process's death."""
 
-    TIME = enum.auto()  # of its job, which is to blame
+    TIME = enum.auto()  # the job exceeded its time and is to blame
     RESOURCES = (
         enum.auto()
-    )  # of memory or stack; memory is everybody's, so who is there again the next time is to blame
-    OTHER = enum.auto()  # nobody here is to blame
+    )  # out of memory or stack; memory is shared, so the output at work again at the next death is to blame
+    OTHER = enum.auto()  # no output is to blame
 
 
 @dataclass(slots=True)
 class _Output:
-    """One output that follows a grammar, as far as it has come."""
+    """One output that follows a grammar, with its tokens so far."""
 
     client: str
     grammar: str
@@ -46,7 +46,7 @@ class _Turns:
     def __init__(self) -> None:
         self._lanes: OrderedDict[str, dict[int, None]] = (
             OrderedDict()
-        )  # whose turn it is, then who comes next; none is empty
+        )  # the client whose turn it is comes first; none is empty
 
     def __bool__(self) -> bool:
         return bool(self._lanes)
@@ -92,7 +92,7 @@ class _PendingMask:
 
 
 class Outputs:
-    """All outputs of one process, across those that come and go in its place. Keys are never used again.
+    """All outputs of one process and its successors. Keys are never reused.
 
     The process has few requests at a time, and one at most that opens an output, which may take long: a
     stream that needs its next mask waits for little of what others have asked, and for less of what one
@@ -103,7 +103,7 @@ class Outputs:
         self._opening = _Turns()  # keys that are to be asked for: those that the process does not know,
         self._advancing = _Turns()  # and those that it knows
         self._asked: deque[_PendingMask] = deque()  # oldest first
-        self._num_asked: Counter[str] = Counter()  # of those, by client
+        self._num_asked: Counter[str] = Counter()  # asked requests by client
 
     @property
     def is_asked(self) -> bool:
@@ -130,14 +130,14 @@ class Outputs:
         self._opening.push(client, key)
 
     def advance(self, key: int, token_id: int) -> None:
-        """One more token of an output, whose last mask has come. Nothing, when the output was given up."""
+        """Adds a token to an output whose last mask has arrived. No-op when the output was abandoned."""
         output = self._outputs.get(key)
         if output is not None:
             output.token_ids.append(token_id)
             (self._advancing if output.is_open else self._opening).push(output.client, key)
 
     def close(self, key: int) -> Close | None:
-        """Forget an output; what to tell the process, if it knows of it."""
+        """Forgets an output; returns the message for the process, if it holds the output."""
         output = self._outputs.pop(key, None)
         if output is None:
             return None
@@ -146,8 +146,8 @@ class Outputs:
         return Close(key) if output.is_open else None
 
     def hand_over(self, client: str, other: "Outputs") -> tuple[list[int], list[Close]]:
-        """Give all outputs of a client to those of another process. Their keys, and what to tell this one's
-        process."""
+        """Moves all outputs of a client to those of another process. Returns their keys, and the messages for
+        this one's process."""
         asked = set(self._keys_asked())
         keys, messages = [key for key, output in self._outputs.items() if output.client == client], []
         for key in keys:
@@ -161,7 +161,7 @@ class Outputs:
         return keys, messages
 
     def requests(self) -> list[ToProcess]:
-        """What to ask the process now."""
+        """Returns the requests to send to the process now."""
         requests: list[ToProcess] = []
         if not any(isinstance(entry.request, OpenOutput) for entry in self._asked):
             key = self._opening.pop(self._num_asked, WINDOW_EACH)
@@ -188,7 +188,7 @@ class Outputs:
                 yield entry.request.key
 
     def answered(self, answer: FromProcess) -> bool:
-        """Whether somebody still wants to know. Raises FrameError for an answer to nothing."""
+        """Whether the answer is still wanted. Raises FrameError for an answer without a request."""
         if not self._asked or self._asked[0].request.key != answer.key:
             raise FrameError(
                 f"an answer for {answer.key} came, {self._asked[0] if self._asked else 'none'} was due"
@@ -230,7 +230,7 @@ class Outputs:
                 self._opening.push(output.client, key)
 
     def give_up(self) -> list[int]:
-        """All keys whose answers are due, after a death, are forgotten."""
+        """Forgets all keys whose answers are due, after a death."""
         keys = list(self._opening)
         for key in keys:
             self.close(key)

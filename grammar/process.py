@@ -1,5 +1,4 @@
-"""Runs the grammar process: starts it when it is needed, starts it again when it died, and never waits for
-it."""
+"""Runs the grammar process: starts it on demand, restarts it after a death, and never waits for it."""
 
 import asyncio
 import logging
@@ -23,7 +22,7 @@ DEATHS = {  # by exit code; all others are OTHER
     -signal.SIGBUS: Death.RESOURCES,
     -signal.SIGABRT: Death.RESOURCES,
 }
-# a process without an answer for so long is stopped or starved; its jobs end after half a second of work
+# a process without an answer for this long is stopped or starved; its jobs end after half a second of work
 SILENT_S = 30.0
 READ_BYTES = 1 << 18
 START_AGAIN_S = 1.0  # after a process that never answered
@@ -68,7 +67,7 @@ class GrammarProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, when there is one."""
+        """The process id, or None when there is no process."""
         return None if self._process is None else self._process.pid
 
     def open(
@@ -92,13 +91,13 @@ class GrammarProcess:
         self._ask()
 
     def close(self, key: int) -> None:
-        """Forget an output; nothing more is told of it."""
+        """Forgets an output; the listener receives nothing more about it."""
         message = self._outputs.close(key)
         if message is not None:
             self._send(message)
 
     def hand_over(self, client: str, other: "GrammarProcess") -> list[int]:
-        """All outputs of a client go on in another process. Their keys."""
+        """Moves all outputs of a client to another process. Returns their keys."""
         other._note_question()
         keys, messages = self._outputs.hand_over(client, other._outputs)
         for message in messages:
@@ -159,7 +158,7 @@ class GrammarProcess:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, *arguments, stdin=PIPE, stdout=PIPE, start_new_session=True
             )
-        except Exception:  # whatever is missing here, those who wait have to hear of it
+        except Exception:  # any error here has to reach those who wait
             log.exception("the grammar process cannot be started")
             return Death.OTHER
         try:
@@ -186,7 +185,8 @@ class GrammarProcess:
         self._ask()
 
     async def _read(self, process: Process) -> None:
-        """Until the process ends. Raises FrameError for what is no answer, TimeoutError when none comes."""
+        """Reads until the process ends. Raises FrameError for an invalid answer, TimeoutError when none
+        arrives."""
         assert process.stdout is not None
         decoder: FrameDecoder[FromProcess] = FrameDecoder(FromProcess)
         reading = asyncio.ensure_future(process.stdout.read(READ_BYTES))
@@ -220,7 +220,7 @@ class GrammarProcess:
 
 
 def _kill(process: Process) -> None:
-    """Not for one that ends by itself: who asks subprocess to kill it takes its exit code away from
-    asyncio."""
+    """Kills the process. Not for one that ends by itself: a kill through subprocess takes its exit code away
+    from asyncio."""
     with suppress(ProcessLookupError):
         process.kill()

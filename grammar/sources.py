@@ -1,6 +1,6 @@
-"""A client's constraint as a grammar in llguidance's text form, which is all that workers get to see.
+"""A client's constraint as a grammar in llguidance's text form, the only form that workers receive.
 
-Nothing is compiled here: whether a grammar is one, and can be afforded, is found out by `checker`.
+Nothing is compiled here: `checker` finds out whether a grammar is valid and affordable.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer as the grammar process takes it, for workers: they have no use of their own for a
+"""A checkpoint's tokenizer in the grammar process's format, for workers, which have no other use for a
 tokenizer."""
 
 from pathlib import Path
@@ -44,7 +44,7 @@ class _Tokenizer(msgspec.Struct, omit_defaults=True):
 
 def tokenizer_json(path: Path) -> str:
     """tokenizer.json of the checkpoint in `path`, with those added tokens that only tokenizer_config.json
-    tells of.
+    lists.
 
     Raises CheckpointError. Neither truncation nor padding, which are for training, comes along.
     """

@@ -1,4 +1,4 @@
-"""The load generator behind `pdserve bench`: requests by a plan, their latencies, and what they amount to.
+"""The load generator behind `pdserve bench`: planned requests, their latencies, and the resulting figures.
 
 Pure (no clock, no I/O): `arrivals`, `lengths`, `trace`, `workload`, `records`, `statistics`, `slo`, `report`,
 `compare` and `tables`. The shell around them: `runner` sends, `grpc_target` and `http_target` speak with a

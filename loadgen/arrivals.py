@@ -1,8 +1,7 @@
-"""When requests of an open load are due: instants in seconds since its start, ascending and without end.
+"""The due times of an open load's requests: seconds since its start, ascending and without end.
 
 The first request comes after the first gap. Gaps are used as they were drawn; vLLM stretches them so that the
-whole run has exactly the rate that was asked for, which takes from a short run the very randomness that it
-was asked to have."""
+whole run has exactly the requested rate, which removes from a short run the randomness that was requested."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ def arrival_times(arrivals: Arrivals, rng: np.random.Generator) -> Iterator[floa
 
 
 def make_arrivals(kind: str, rate: float, burstiness: float = 1.0) -> Arrivals:
-    """By the names of the command line. Raises LoadError."""
+    """Makes arrivals by their command-line name. Raises LoadError."""
     if not 0 < rate < float("inf"):
         raise LoadError(f"rate: {rate:g} is not valid, expected requests per second above 0")
     if not 0 < burstiness < float("inf"):

@@ -14,26 +14,26 @@ from .slo import Slo
 from .target import LoadRequest, ModelFacts, Target
 from .workload import Drawn, Prompts, ScheduledRequest, Workload, limited
 
-_DEFAULT_VOCABULARY = 1000  # when a target does not tell its own: every model has so many tokens
+_DEFAULT_VOCABULARY = 1000  # when a target does not report its own: every model has at least this many tokens
 _FIRST_ID = 3  # most tokenizers have their special tokens before it
 _WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class CampaignPlan:
-    """What every target gets."""
+    """The load that every target receives."""
 
     workload: Workload
     seed: int = 0
     num_rounds: int = 1
-    max_requests: int | None = None  # of one round
-    duration_s: float | None = None  # of one round: nothing is sent after it
+    max_requests: int | None = None  # limit per round
+    duration_s: float | None = None  # length of one round: nothing is sent after it
     concurrency: int | None = None
     num_warm_up: int = 0  # requests before each turn, one after the other, that do not count
     timeout_s: float | None = None
     ignore_eos: bool = True
     temperature: float = 0.0
-    vocab_size: int | None = None  # token ids below it; by default what the target tells
+    vocab_size: int | None = None  # token ids below it; by default the target's own
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Result:
-    """All rounds of one target."""
+    """The results of all rounds of one target."""
 
     name: str
     rounds: tuple[Round, ...]
@@ -143,7 +143,7 @@ def _endless(jobs: Iterator[ScheduledRequest]) -> Iterator[ScheduledRequest]:
 
 
 def _check_fits(plan: CampaignPlan, name: str, facts: ModelFacts) -> None:
-    """Before anything is sent, where the bounds are known."""
+    """Checks lengths before anything is sent, where the bounds are known."""
     if not isinstance(plan.workload, Drawn) or facts.max_model_len is None:
         return
     lengths = (plan.workload.prompt_tokens.longest, plan.workload.output_tokens.longest)
@@ -157,8 +157,8 @@ def _check_fits(plan: CampaignPlan, name: str, facts: ModelFacts) -> None:
 
 
 def summed_up(plan_words: dict[str, Any], results: Sequence[Result], slo: Slo) -> dict[str, Any]:
-    """For JSON: the load in the caller's words, each target's figures (all rounds, and each), and the ratios
-    of two."""
+    """Summarizes for JSON: the load in the caller's words, each target's figures (all rounds, and each), and
+    the ratios of two."""
     targets = [
         {
             "name": result.name,

@@ -51,12 +51,12 @@ class Ratio:
     first: float  # means over rounds
     second: float
     ratio: float | None  # None where the first is 0
-    low: float | None  # of the 95 % interval; None with less than two rounds
+    low: float | None  # bounds of the 95 % interval; None with fewer than two rounds
     high: float | None
 
 
 def compare(first: Sequence[Round], second: Sequence[Round], slo: Slo, seed: int = 0) -> list[Ratio]:
-    """For each figure that all rounds of both have. Round i of one belongs to round i of the other."""
+    """Compares each figure that all rounds of both have. Round i of one is paired with that of the other."""
     pairs = [(make_report([a], slo), make_report([b], slo)) for a, b in zip(first, second, strict=True)]
     ratios = []
     for name, figure in FIGURES.items():
@@ -68,7 +68,7 @@ def compare(first: Sequence[Round], second: Sequence[Round], slo: Slo, seed: int
 
 
 def ratio_of_means(figure: str, first: Sequence[float], second: Sequence[float], seed: int = 0) -> Ratio:
-    """Of values paired by position."""
+    """The ratio of the means of values paired by position."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     mean_a, mean_b = float(a.mean()), float(b.mean())
     ratio = mean_b / mean_a if mean_a > 0 else None

@@ -1,4 +1,4 @@
-"""What a person who describes a load can get wrong, and what a request can end with."""
+"""The errors in a user's description of a load, and the failures of a request."""
 
 from ..core.errors import PdserveError
 

@@ -1,4 +1,4 @@
-"""pdserve's gRPC door as a target. Its streams end with a timeline, from which the legs of TTFT come."""
+"""pdserve's gRPC server as a target. Its streams end with a timeline, from which the legs of TTFT come."""
 
 import grpc
 
@@ -70,7 +70,7 @@ def _failed(error: grpc.aio.AioRpcError) -> LoadRequestFailed:
 
 
 def legs_of(timeline: pb.Timeline) -> Legs | None:
-    """Of the attempt that brought the first token; None when none did."""
+    """The legs of the attempt that produced the first token; None when none did."""
     attempt = next((attempt for attempt in timeline.attempts if attempt.HasField("first_token_s")), None)
     if attempt is None:
         return None

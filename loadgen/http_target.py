@@ -1,6 +1,6 @@
 """An OpenAI-compatible server as a target: `/v1/completions` with token ids for prompts, streamed.
 
-A chunk counts as the tokens that it tells of: by `token_ids` of its choice, or by usage that goes on with
+A chunk counts as the tokens that it reports: by `token_ids` of its choice, or by usage that goes on with
 each chunk, else as one, as vLLM's benchmark has it. The totals come from the usage at the end where the
 server sends one."""
 
@@ -21,7 +21,7 @@ _DONE = "[DONE]"
 
 class HttpTarget:
     """`address` is http(s)://HOST:PORT, with or without /v1. `extra` is added to each request's body; `tls`
-    says whom to trust, by default public authorities."""
+    names the trusted authorities, by default the public ones."""
 
     def __init__(
         self,
@@ -36,10 +36,10 @@ class HttpTarget:
         self._client = httpx.AsyncClient(
             base_url=address.rstrip("/").removesuffix("/v1"),
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=None,  # the runner ends what takes too long
+            timeout=None,  # the runner cancels requests that take too long
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             verify=True if tls is None else tls,
-            trust_env=False,  # a load never takes the way through a proxy
+            trust_env=False,  # a load never goes through a proxy
         )
 
     async def facts(self) -> ModelFacts:
@@ -153,7 +153,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _refused(response: httpx.Response) -> LoadRequestFailed:
-    """By the status; the message from OpenAI's error shape, or what there is."""
+    """Returns the failure by status; the message is that of OpenAI's error format, or the body."""
     message: object = response.text
     try:
         body = response.json()

@@ -1,5 +1,5 @@
-"""How many tokens prompts and outputs have: distributions over whole numbers from 1 on, and how they are
-written.
+"""The numbers of tokens in prompts and outputs: distributions over whole numbers from 1 on, and their
+notation.
 
 512                                       always
 uniform:min=64,max=512                    both ends included
@@ -26,7 +26,7 @@ class Lengths(Protocol):
 
     @property
     def longest(self) -> int | None:
-        """None: there is no bound."""
+        """The largest possible length; None: unbounded."""
         ...
 
 
@@ -92,7 +92,7 @@ class Empirical:
 
 
 def parse_lengths(text: str, read: ReadText) -> Lengths:
-    """From the notation above. Raises LoadError."""
+    """Parses the notation above. Raises LoadError."""
     kind, _, rest = text.partition(":")
     try:
         match kind:

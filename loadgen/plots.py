@@ -25,7 +25,7 @@ def draw_all(results: Sequence[Result], slo: Slo, folder: Path) -> list[Path]:
 
 
 def _distributions(results: Sequence[Result], slo: Slo, path: Path) -> Path:
-    """Which share of requests (of gaps, for ITL) took at most so long."""
+    """The share of requests (of gaps, for ITL) that took at most a given time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")

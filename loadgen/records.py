@@ -1,4 +1,4 @@
-"""What was seen of one request, and what follows from it alone.
+"""The observations of one request, and the figures derived from them alone.
 
 Instants are seconds of the generator's clock. Definitions, beside those of vLLM (`vllm bench serve`),
 GuideLLM and aiperf:
@@ -29,8 +29,8 @@ class TokenChunk:
 
 @dataclass(frozen=True)
 class Legs:
-    """Where the time up to the second token went, by the server's own timeline. In seconds; None: it did not
-    say.
+    """The parts of the time up to the second token, by the server's own timeline. In seconds; None: not
+    reported.
 
     TTFT = queue + worker queue + prefill + `way`, which is all the rest: client, gateway, and to the worker
     and back."""
@@ -45,7 +45,7 @@ class Legs:
 
 @dataclass(frozen=True)
 class CompletedRequest:
-    """How a request ended that went well."""
+    """The result of a successful request."""
 
     num_prompt_tokens: int
     num_output_tokens: int
@@ -69,12 +69,12 @@ class RequestRecord:
 
     @property
     def lateness_s(self) -> float | None:
-        """By how much the generator sent it after it was due: its own fault, never the server's."""
+        """The delay of sending after the due time: the generator's fault, never the server's."""
         return None if self.due_s is None else max(0.0, self.sent_s - self.due_s)
 
     @property
     def num_output_tokens(self) -> int:
-        """By the server's account where there is one."""
+        """The server's count where it reports one."""
         return (
             self.answer.num_output_tokens
             if self.answer is not None
@@ -91,7 +91,7 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float | None:
-        """None for a single token."""
+        """The time per output token; None for a single token."""
         if not self.chunks or self.num_output_tokens < 2:
             return None
         return (self.chunks[-1].at_s - self.chunks[0].at_s) / (self.num_output_tokens - 1)
@@ -102,7 +102,7 @@ class RequestRecord:
 
     @property
     def way_s(self) -> float | None:
-        """What of TTFT is none of the server's named legs."""
+        """The part of TTFT outside the server's named legs."""
         legs = None if self.answer is None else self.answer.legs
         if legs is None or self.ttft_s is None or legs.worker_queue_s is None or legs.prefill_s is None:
             return None
@@ -110,7 +110,7 @@ class RequestRecord:
 
     @property
     def first_decode_s(self) -> float | None:
-        """From first to second token, less what of the transfer was not hidden behind the prefill."""
+        """The time from first to second token, less the transfer's part not hidden behind the prefill."""
         if self.answer is None or self.answer.legs is None or len(self.chunks) < 2:
             return None
         return max(0.0, self.itl_s[0] - (self.answer.legs.exposed_s or 0.0))
@@ -118,9 +118,9 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class GeneratorLoad:
-    """How busy the generator itself was during a load."""
+    """The generator's own utilization during a load."""
 
-    cpu_s: float  # of its process
+    cpu_s: float  # CPU time of its process
     wall_s: float
     loop_lags_s: tuple[float, ...]  # by how much a timer of its loop came late, over and over
 
@@ -139,7 +139,7 @@ class Round:
 
     @property
     def duration_s(self) -> float:
-        """From the first request sent to the last one ended: what throughputs are divided by."""
+        """The time from the first request sent to the last one ended: the denominator of throughputs."""
         if not self.records:
             return 0.0
         return max(record.ended_s for record in self.records) - min(record.sent_s for record in self.records)

@@ -1,6 +1,6 @@
-"""From records to figures. Throughputs count requests that ended well, over the time from the first request
-sent to the last ended; latencies are those of requests that ended well. Where several rounds are summed up,
-their times are added."""
+"""Computes figures from records. Throughputs count requests that ended well, over the time from the first
+request sent to the last ended; latencies are those of requests that ended well. Where several rounds are
+summed up, their times are added."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -30,9 +30,9 @@ class PromptBucket:
 class GeneratorReport:
     """Whether the figures are the server's or the generator's own."""
 
-    cpu_share: float  # of one core
+    cpu_share: float  # share of one core
     lateness_ms: Summary | None  # sent after due; None in a closed loop
-    loop_lag_ms: Summary | None  # what is seen may be seen so much too late
+    loop_lag_ms: Summary | None  # observations may be late by this much
     warnings: tuple[str, ...]
 
 
@@ -54,7 +54,7 @@ class Report:
     tokens_per_s_per_user: Summary | None
     slo: dict[str, float | None]
     goodput_per_s: float
-    good_share: float  # of all requests, failed ones included
+    good_share: float  # share of all requests, failed ones included
     ttft_ms: Summary | None
     itl_ms: Summary | None
     tpot_ms: Summary | None
@@ -64,7 +64,7 @@ class Report:
     generator: GeneratorReport
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the figures for JSON."""
         return asdict(self)
 
 

@@ -36,13 +36,13 @@ class RealClock:
 
 @dataclass(frozen=True)
 class OfferedLoad:
-    """What is sent in one round: jobs that have instants, or `concurrency` clients who share them."""
+    """The load of one round: jobs with send times, or `concurrency` clients that share them."""
 
     jobs: Iterator[ScheduledRequest]
     make_request: MakeRequest
     concurrency: int | None = None  # None: an open loop
-    duration_s: float | None = None  # of a closed loop: after it nothing new is sent
-    timeout_s: float | None = None  # of one request
+    duration_s: float | None = None  # for a closed loop: after it nothing new is sent
+    timeout_s: float | None = None  # limit per request
 
 
 class LoadRunner:
@@ -53,14 +53,14 @@ class LoadRunner:
         self._clock = clock or RealClock()
 
     async def run(self, load: OfferedLoad) -> tuple[RequestRecord, ...]:
-        """Until every request has ended; in the order in which they were sent."""
+        """Runs until every request has ended; returns records in the order of sending."""
         records: list[RequestRecord] = []
         send = self._open_loop if load.concurrency is None else self._closed_loop
         await send(load, records)
         return tuple(sorted(records, key=lambda record: record.sent_s))
 
     async def measured(self, load: OfferedLoad) -> Round:
-        """The same, and how busy the generator was."""
+        """Like `run`, with the generator's own load."""
         lags_s: list[float] = []
         cpu_s, start_s = time.process_time(), time.perf_counter()
         async with _lags_watched(self._clock, lags_s):

@@ -1,4 +1,4 @@
-"""What latency counts as good. Goodput is requests per second that ended well within every threshold
+"""The latency objectives. Goodput is the rate of requests that succeeded within every threshold
 (DistServe, section 2)."""
 
 from dataclasses import asdict, dataclass
@@ -38,7 +38,7 @@ class Slo:
 
 
 def parse_slo(text: str) -> Slo:
-    """From `ttft=200,tpot=50`. Raises LoadError."""
+    """Parses `ttft=200,tpot=50`. Raises LoadError."""
     limits: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")

@@ -1,13 +1,14 @@
-"""Server-sent events, parsed as their bytes come (WHATWG HTML, section 9.2), however those were cut."""
+"""Server-sent events, parsed as their bytes arrive (WHATWG HTML, section 9.2), under any fragmentation."""
 
 from collections.abc import Iterator
 
 
 class SseParser:
-    """Only `data` matters here; names, ids, retry times and comments are read and dropped."""
+    """A parser of server-sent events that keeps only `data`; names, ids, retry times and comments are
+    dropped."""
 
     def __init__(self) -> None:
-        self._rest = b""  # of a line that is not complete
+        self._rest = b""  # an incomplete line
         self._data: list[bytes] = []
         self._skip_newline = False  # the last line ended with a CR: a LF that follows belongs to it
         self._at_start = True

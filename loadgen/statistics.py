@@ -23,7 +23,7 @@ class Summary:
 
     @staticmethod
     def of(values: Sequence[float]) -> "Summary | None":
-        """None for no values."""
+        """Summarizes values; None for no values."""
         if not len(values):
             return None
         array = np.asarray(values, dtype=np.float64)
@@ -33,6 +33,6 @@ class Summary:
         )
 
     def scaled(self, factor: float) -> "Summary":
-        """In another unit."""
+        """Converts to another unit."""
         values = asdict(self)
         return Summary(count=values.pop("count"), **{name: value * factor for name, value in values.items()})

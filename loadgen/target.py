@@ -1,4 +1,4 @@
-"""What a load is sent to, whichever door it has."""
+"""The interface of a load's target, whichever protocol it serves."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ OnTokens = Callable[[int], None]  # called with their number when tokens have co
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a target tells about its model; None: it does not say."""
+    """The facts that a target reports about its model; None: not reported."""
 
     name: str
     vocab_size: int | None = None
@@ -21,7 +21,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What one request of a load asks for."""
+    """The parameters of one request of a load."""
 
     token_ids: Sequence[int]
     max_tokens: int

@@ -1,5 +1,5 @@
-"""What is sent and when: jobs, from distributions or from a trace, and their prompts. The same seed gives the
-same workload.
+"""The workload: jobs and their send times, from distributions or from a trace, and their prompts. The same
+seed gives the same workload.
 
 Two targets of a comparison get the same jobs in each round (arrivals and lengths), but each its own token
 ids: were both names of one server, the second would find the first one's prompts in its prefix cache."""
@@ -49,7 +49,7 @@ class Drawn:
     prefixes: SharedPrefixes | None = None
 
     def jobs(self, seed: int, round_index: int) -> Iterator[ScheduledRequest]:
-        """Without end."""
+        """Yields jobs without end."""
         rngs = [generator(seed, round_index, stream) for stream in range(4)]
         due = None if self.arrivals is None else arrival_times(self.arrivals, rngs[_ARRIVALS])
         for index in count():

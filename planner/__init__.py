@@ -1,6 +1,6 @@
-"""Planning before anything starts: what a configuration needs, which hosts hold it, and on what device it
-computes.
+"""Planning before anything starts: a configuration's resources, the hosts that hold it, and the device it
+computes on.
 
 In: a `ClusterConfig`, a checkpoint's header, what hosts have (`engine.gpu.Node`). Out: a `Plan`, or findings
-that say what does not fit and why. Pure but for reading the checkpoint's header; nobody's state is changed.
+that say what does not fit and why. Pure but for reading the checkpoint's header; it changes no state.
 """

@@ -1,5 +1,5 @@
-"""What instances compute on, and what of a configuration does not go with it. Pure: machines in, a device or
-findings out."""
+"""The device that instances compute on, and the settings that it does not support. Pure: machines in, a
+device or findings out."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,14 +11,14 @@ from .packing import Finding
 
 
 def resolve_device(config: ClusterConfig, nodes: Sequence[Node]) -> DeviceKind:
-    """What `device: auto` comes to: cuda where a machine has GPUs that its torch can use."""
+    """Resolves `device: auto`: cuda where a machine has GPUs that its torch can use."""
     if config.device != "auto":
         return config.device
     return "cuda" if any(node.usable_devices for node in nodes) else "cpu"
 
 
 def why_device(config: ClusterConfig, nodes: Sequence[Node]) -> str:
-    """In a few words."""
+    """Explains the choice in a few words."""
     if config.device != "auto":
         return "as configured"
     num_present, num_usable = (
@@ -31,7 +31,7 @@ def why_device(config: ClusterConfig, nodes: Sequence[Node]) -> str:
 
 
 def device_findings(config: ClusterConfig, device: DeviceKind, nodes: Sequence[Node]) -> Iterator[Finding]:
-    """What cannot be computed on the device, and a device that is not there."""
+    """Reports settings that the device does not support, and a device that is unavailable."""
     wrong = (
         CapacityError if config.device == "auto" else ConfigError
     )  # another machine may come to another device

@@ -1,4 +1,4 @@
-"""Which machine would hold which instances, by GPUs and cores first and then by memory. Pure arithmetic for
+"""The assignment of instances to machines, by GPUs and cores first and then by memory. Pure arithmetic for
 `planner.plan`."""
 
 from collections import Counter
@@ -24,14 +24,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Demand:
-    """What one instance needs. Its bytes are the GPU's where it computes on one, and else the machine's."""
+    """The resources that one instance needs. Its bytes are the GPU's where it computes on one, otherwise the
+    machine's."""
 
     role: Role
     num_cpus: float  # reserved
     num_cores: int  # that it runs on, shared or not
     fixed_bytes: int  # all but the KV cache
     kv_bytes: int | None  # None: by free memory
-    gpu_share: float | None = None  # of one GPU; None: it computes on its cores
+    gpu_share: float | None = None  # share of one GPU; None: it computes on its cores
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Packing:
         return []
 
     def gpu_kv_bytes(self, memory_fraction: float) -> Mapping[Role, int]:
-        """What is left for KV in the share of an instance, by role, where it is least."""
+        """The bytes left for KV in an instance's share, by role, where they are fewest."""
         left: dict[Role, int] = {}
         for _, device, demand in self._on_gpus():
             num_bytes = share_bytes(device, demand, memory_fraction) - demand.fixed_bytes
@@ -117,7 +118,7 @@ class Packing:
         return left
 
     def core_findings(self) -> Iterator[Finding]:
-        """Of cores and GPUs that are too few. That there is no GPU at all is told elsewhere."""
+        """Reports too few cores or GPUs. The absence of any GPU is reported elsewhere."""
         if not self._unplaced or (
             self._unplaced[0].gpu_share is not None and not any(load.on_gpus for load in self.loads)
         ):
@@ -173,8 +174,8 @@ class Packing:
             )
 
     def gpu_memory_findings(self, kv_bytes: Mapping[Role, int], memory_fraction: float) -> Iterator[Finding]:
-        """`kv_bytes`: the KV cache of an instance of each pool. The first of each pool that does not fit is
-        told."""
+        """`kv_bytes`: the KV cache of an instance of each pool. Reports the first of each pool that does not
+        fit."""
         told: set[Role] = set()
         for node, device, demand in self._on_gpus():
             needed, share = (

@@ -1,4 +1,5 @@
-"""Says before anything starts what a configuration needs, what fits, and what does not fit and why. No torch.
+"""Computes before anything starts the resources that a configuration needs, the parts that fit, and those
+that do not and why. No torch.
 
 `pdserve plan` prints it, `validate` and `up` call `check()`, and the workers are started with the sizes it
 chose."""
@@ -17,13 +18,13 @@ from .device_choice import device_findings, resolve_device, why_device
 from .packing import Demand, Finding, Packing
 
 AUTO_KV_MAX_BYTES = 4 << 30
-# of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
+# share of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
 AUTO_MEMORY_FRACTION = 0.8
 RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
 GPU_RUNTIME_BYTES = (
     1 << 30
 )  # on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
-ROPE_COPIES = 3  # of the rope's table while it is made: angles, cosines and sines, and both side by side
+ROPE_COPIES = 3  # copies of the rope table in its making: angles, cosines and sines, and both side by side
 TYPICAL_TOKENS = 2048
 
 
@@ -43,7 +44,7 @@ class PoolPlan:
         bool  # the workers take as many blocks as they find room for; `num_blocks` is what is expected
     )
     num_max_len_sequences: int
-    num_typical_sequences: int  # of TYPICAL_TOKENS tokens
+    num_typical_sequences: int  # sequences of TYPICAL_TOKENS tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class GpuPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration comes to on given machines."""
+    """The resources that a configuration uses on given machines."""
 
     model: str
     architecture: str
@@ -209,8 +210,8 @@ class _Sizes:
         return None if pool.kv_cache_bytes == "auto" else pool.kv_cache_bytes
 
     def _kv_bytes(self, pool: PoolSection, auto_kv_bytes: int | None) -> int:
-        """What is asked for, or else a share of memory: one sequence at least, a full batch of longest ones
-        at most."""
+        """The configured bytes, or else a share of memory: one sequence at least, a full batch of longest
+        ones at most."""
         if pool.kv_cache_bytes != "auto":
             return pool.kv_cache_bytes
         if self._on_gpu:  # all that is left keeps prefixes

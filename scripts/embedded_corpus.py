@@ -52,7 +52,7 @@ _PLAIN_PUNCTUATION = str.maketrans(
 @dataclass(frozen=True)
 class Document:
     kind: str  # topic, module, class, function or method
-    name: str  # what a person would ask for: "shutil.copytree", "with"
+    name: str  # the name a person would ask for: "shutil.copytree", "with"
     heading: str  # the line before the text, a signature mostly; "" for topics, which bring their own
     text: str
     group: str  # documents of one group belong together and stay in order
@@ -63,7 +63,7 @@ class Document:
 
     @property
     def short_name(self) -> str:
-        """Without the module: "copytree", "Path.exists"."""
+        """The name without the module: "copytree", "Path.exists"."""
         return ".".join(self.name.split(".")[-2 if self.kind == "method" else -1 :])
 
     @property
@@ -264,7 +264,7 @@ def _times_asked(document: Document) -> float:
 
 
 def _subject_names(document: Document, is_short_unique: bool) -> tuple[str, ...]:
-    """What people call a document's subject, the full name first."""
+    """The names that people use for a document's subject, the full name first."""
     if document.kind != "topic":
         return (document.name, document.short_name) if is_short_unique else (document.name,)
     title = document.text.splitlines()[0].replace('"', "").lower()

@@ -1,8 +1,8 @@
-"""What `scripts/fuzz` runs: bytes in, and nothing but the refusals that are meant for them out.
+"""The targets of `scripts/fuzz`: bytes in, and only the intended refusals out.
 
 validator   a client's message, as bytes or put together, through parsing, intake and its refusal
 config      the text of a cluster.yaml, as `Apply` takes it
-frames      what a stranger says to the router: handshake, then frames
+frames      the bytes that an unauthenticated peer sends to the router: handshake, then frames
 """
 
 import asyncio
@@ -41,7 +41,7 @@ LIMITS = LimitsSection()
 
 
 class Unchecked:
-    """Whether a grammar can be followed is for a process of its own to say."""
+    """Skips the check of grammars, which takes a process of its own."""
 
     async def grammar(self, message: pb.Constraint, client: str) -> str:
         return grammar_of(message)
@@ -117,7 +117,7 @@ def _parsed(data: bytes) -> pb.GenerateRequest | None:
 
 
 def _made(draw: atheris.FuzzedDataProvider) -> pb.GenerateRequest:
-    """Fields of the right kinds with any values: bytes seldom hit on so many at once."""
+    """Fields of the right kinds with any values: random bytes rarely set many at once."""
     message = pb.GenerateRequest()
     match draw.ConsumeIntInRange(0, 2):
         case 0:

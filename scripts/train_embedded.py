@@ -108,7 +108,7 @@ class Corpus:
 
     def __init__(self, documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        # what private names do is about the implementation: left out
+        # private names concern the implementation: left out
         documents = [document for document in documents if document.is_public and not document.is_held_out]
         self.groups: dict[str, list[Document]] = {}
         for document in documents:
@@ -176,8 +176,8 @@ def held_out_perplexity(
 
 
 def rate(done: float) -> float:
-    """Of the peak learning rate, after this fraction of the budget: warm-up, plateau, linear decay to
-    zero."""
+    """The fraction of the peak learning rate after this fraction of the budget: warm-up, plateau, linear
+    decay to zero."""
     return max(0.0, min(1.0, done / WARMUP, (1.0 - done) / DECAY))
 
 

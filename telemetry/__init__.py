@@ -1,2 +1,2 @@
-"""What is told of serving: metrics, traces, logs, and the timelines of recent requests. Watches the router,
-decides nothing."""
+"""The observability of serving: metrics, traces, logs, and the timelines of recent requests. It observes the
+router and decides nothing."""

@@ -1,7 +1,7 @@
 """Every metric: its name, type, labels and meaning. docs/operations.md has the same table, dashboards use
 these names.
 
-Names are vLLM's where they mean the same. All have the prefix `pdserve_`; counters end in `_total`.
+Names are vLLM's where the meaning is the same. All have the prefix `pdserve_`; counters end in `_total`.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Metrics as a scrape finds them: the tally, the router's own counts, and how things stand at the moment."""
+"""Metrics as a scrape reads them: the tally, the router's own counts, and the current state."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ EXPECTED: Mapping[str, tuple[Labels, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """How things stand when somebody asks."""
+    """The current state, taken at each scrape."""
 
     status: RouterStatus
     token_gaps: Histogram
@@ -79,7 +79,7 @@ class Exposition(Collector):
         self._snapshot = snapshot
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
-        ProcessCollector(namespace="pdserve", registry=self._registry)  # of the head
+        ProcessCollector(namespace="pdserve", registry=self._registry)  # the head's process
 
     def render(self) -> bytes:
         """Prometheus' text format."""

@@ -1,6 +1,6 @@
-"""How the workers' GPUs fare: the newest sample of each GPU, whichever of its workers has sent it.
+"""The state of the workers' GPUs: the newest sample of each GPU, from any of its workers.
 
-Workers that share a GPU each tell of all of it, so that its figures are kept by GPU, and only once.
+Workers that share a GPU each report all of it, so its figures are kept once per GPU.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -54,12 +54,12 @@ class GpuBoard:
         self._of_worker[worker_id] = sample.uuid
 
     def forget(self, worker_id: str) -> None:
-        """Another process has that name now."""
+        """Forgets a worker whose name another process has taken."""
         self._of_worker.pop(worker_id, None)
 
     def rows(self, workers: Iterable[tuple[str, str]]) -> dict[str, Rows]:
-        """By metric, of the GPUs of the workers that are there now: (pool, worker_id). What a GPU does not
-        tell is absent."""
+        """The rows by metric, for the GPUs of the present workers: (pool, worker_id). Figures that a GPU
+        does not report are absent."""
         users = [
             (pool, worker_id, self._of_worker[worker_id])
             for pool, worker_id in workers

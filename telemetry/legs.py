@@ -1,4 +1,4 @@
-"""How long the legs of a dispatch took, by the router's clock and the workers' accounts. None: not known, or
+"""The durations of a dispatch's legs, by the router's clock and the workers' reports. None: not known, or
 no such leg."""
 
 from ..core.messages import LegEnded
@@ -6,12 +6,12 @@ from ..router.events import DispatchTimes, Timeline
 
 
 def account(dispatch: DispatchTimes) -> LegEnded | None:
-    """Of the worker that computed the prompt."""
+    """The report of the worker that computed the prompt."""
     return dispatch.decode if dispatch.decode_worker == dispatch.prefill_worker else dispatch.prefill
 
 
 def prefill_s(dispatch: DispatchTimes) -> float | None:
-    """From the first step of the prompt to its last. One worker's account of both phases tells no more than
+    """The time from the first step of the prompt to its last. One worker's report of both phases gives only
     their sum."""
     if dispatch.prefill is not None:
         return dispatch.prefill.compute_s
@@ -22,7 +22,7 @@ def prefill_s(dispatch: DispatchTimes) -> float | None:
 
 
 def kv_wait_s(dispatch: DispatchTimes) -> float | None:
-    """From the first token until the decode worker had the KV. Its leg waits from the dispatch on."""
+    """The time from the first token until the decode worker had the KV. Its leg waits from dispatch on."""
     prefill, decode = dispatch.prefill, dispatch.decode
     if (
         prefill is None
@@ -36,20 +36,20 @@ def kv_wait_s(dispatch: DispatchTimes) -> float | None:
 
 
 def decode_s(dispatch: DispatchTimes) -> float | None:
-    """From the first token of this dispatch to its last."""
+    """The time from the first token of this dispatch to its last."""
     if dispatch.decode_worker is None or dispatch.first_token_s is None or dispatch.ended_s is None:
         return None
     return max(0.0, dispatch.ended_s - dispatch.first_token_s)
 
 
 def gap_s(dispatch: DispatchTimes) -> float | None:
-    """Between two tokens, in the mean."""
+    """The mean gap between two tokens."""
     seconds = decode_s(dispatch)
     return None if seconds is None or dispatch.num_steps < 2 else seconds / (dispatch.num_steps - 1)
 
 
 def request_gap_s(timeline: Timeline) -> float | None:
-    """Between two tokens of the longest choice, in the mean."""
+    """The mean gap between two tokens of the longest choice."""
     num_steps = max(timeline.num_output_tokens)
     if timeline.first_token_s is None or num_steps < 2:
         return None

@@ -18,8 +18,8 @@ from .relay import RelayHandler
 
 MAX_MESSAGE_CHARS = 4096
 MAX_EXCEPTION_CHARS = 8192  # its end says most
-FIELDS = ("request_id", "attempt", "worker")  # what a record may carry as `extra`
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # of the call that a task serves
+FIELDS = ("request_id", "attempt", "worker")  # the keys that a record may carry as `extra`
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # id of the call that a task serves
 _PLAIN = re.compile(r"[\w.:/#+-]+", re.ASCII)
 
 
@@ -63,7 +63,7 @@ class ConsoleFormatter(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """The text with everything escaped that is not seen as what it is: line ends, control and formatting
+    """The text with all invisible or misleading characters escaped: line ends, control and formatting
     characters."""
     if text.isprintable():
         return text
@@ -71,7 +71,7 @@ def printable(text: str) -> str:
 
 
 def configure(settings: LogSettings, process: str) -> None:
-    """All of this process's logging from now on: ours from `settings.level` on, others' from warnings on."""
+    """Configures all of this process's logging: ours from `settings.level` on, others' from warnings on."""
     handler = _handler(settings)
     handler.setFormatter(JsonFormatter(process) if settings.format == "json" else ConsoleFormatter(process))
     root = logging.getLogger()

@@ -1,4 +1,4 @@
-"""The timelines of requests that ended lately, for `pdserve explain`: as many as fit, the newest."""
+"""The timelines of the newest ended requests, for `pdserve explain`: as many as fit."""
 
 from collections import OrderedDict
 
@@ -11,8 +11,8 @@ MAX_BYTES = 8 << 20
 
 
 class RecentRequests:
-    """By request id; of an id that was used again, the last. Kept packed, so that the bound on bytes is
-    one."""
+    """Timelines by request id; a reused id refers to the last request. Kept packed, so that the bound on
+    bytes is exact."""
 
     def __init__(self, max_requests: int = MAX_REQUESTS, max_bytes: int = MAX_BYTES) -> None:
         self.num_bytes = 0
@@ -26,7 +26,7 @@ class RecentRequests:
         return len(self._packed)
 
     def add(self, timeline: Timeline) -> None:
-        """The oldest make room."""
+        """Adds a timeline, evicting the oldest."""
         packed = self._encoder.encode(timeline)
         self._forget(timeline.request_id)
         self._packed[timeline.request_id] = packed

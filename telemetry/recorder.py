@@ -1,5 +1,4 @@
-"""Where everything that is told of requests comes together: the router's shell calls it, nothing waits for
-it."""
+"""Collects all events of requests: the router's shell calls it, nothing waits for it."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ LEVELS: Mapping[FinishReason, int] = {
 
 
 class Traces(Protocol):
-    """Where spans go."""
+    """The exporter of spans."""
 
     num_spans: int  # that were made
 
@@ -30,7 +29,7 @@ class Traces(Protocol):
 
 
 class TelemetryRecorder:
-    """Counts, remembers, exports and logs. A mistake in here is logged and ends no request."""
+    """Counts, remembers, exports and logs. An error in here is logged and ends no request."""
 
     def __init__(
         self,
@@ -47,14 +46,14 @@ class TelemetryRecorder:
         self._clock = clock
 
     def observe(self, event: RouterEvent) -> None:
-        """Before the router handles it."""
+        """Records an event before the router handles it."""
         try:
             self.steps.observe(event)
         except Exception:  # telling of requests must not end them
             log.exception("an event could not be counted")
 
     def closed(self, timeline: Timeline) -> None:
-        """Nobody holds anything for the request any more."""
+        """Records a request for which nothing is held any more."""
         try:
             self.tally.closed(timeline)
             self.recent.add(timeline)

@@ -1,8 +1,8 @@
 """Log lines of a cluster's processes, shown by the process that launched it: packets on a socket that only
 its user reaches.
 
-A process that logs never waits: what the other end does not take is dropped, and the next line says how many
-were."""
+A process that logs never waits: lines that the other end does not accept are dropped, and the next line
+states their number."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ CLOSE_S = 2.0
 
 
 class LogRelay:
-    """The end that shows: writes each line to `stream`, on a thread of its own."""
+    """The displaying end: writes each line to `stream`, on a thread of its own."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -33,7 +33,7 @@ class LogRelay:
         self._thread.start()
 
     def close(self) -> None:
-        """Show what has come so far, and no more."""
+        """Shows the lines that have arrived so far, and no more."""
         self._end.close()
         self._thread.join(CLOSE_S)  # a terminal that is held writes nothing
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -67,7 +67,7 @@ class LogRelay:
 
 
 class RelayHandler(logging.Handler):
-    """The end that logs. Raises OSError when nobody is at `path`."""
+    """The logging end. Raises OSError when nothing listens at `path`."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class RelayHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-        except Exception:  # a record that cannot be put together must not end what it tells of
+        except Exception:  # a record that cannot be formatted must not end the operation it describes
             self.handleError(record)
             return
         if self.num_dropped:

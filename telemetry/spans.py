@@ -13,7 +13,7 @@ Attribute = str | int | float | tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class SpanTimes:
-    """One span; instants are on the router's clock. `error`: what it failed with."""
+    """One span; instants are on the router's clock. `error`: its failure."""
 
     name: str
     start_s: float
@@ -47,7 +47,7 @@ def request_span(timeline: Timeline) -> SpanTimes:
 
 
 def leg_spans(timeline: Timeline) -> Iterator[SpanTimes]:
-    """In order of their attempts. A request that never left the queue has the queue only."""
+    """The spans of legs in order of attempts. A request that never left the queue has the queue only."""
     for dispatch in timeline.dispatches:
         yield from _legs(dispatch, timeline.ended_s if dispatch.ended_s is None else dispatch.ended_s)
     if not timeline.dispatches:

@@ -1,7 +1,7 @@
-"""What workers' reports came to since the head's start: how long their steps took, the arithmetic and memory
-traffic of their shapes, and how their GPUs fare.
+"""The sums of workers' reports since the head's start: the durations of their steps, the arithmetic and
+memory traffic of their shapes, and their GPUs' figures.
 
-Called with every report of every worker: no more is done there than adding up; the rest is for whoever asks.
+Called with every report of every worker: it only adds up; the rest is done when a scrape asks.
 """
 
 from bisect import bisect_left
@@ -42,9 +42,9 @@ class StepSums:
 class StepCosts:
     """Arithmetic and memory traffic of a model's steps, by their shapes."""
 
-    flops_per_token: float  # of the layers
-    flops_per_sample: float  # of the logits of one token
-    flops_per_pair: float  # of attention: a query and a key, all layers and heads
+    flops_per_token: float  # FLOPs of the layers
+    flops_per_sample: float  # FLOPs of the logits of one token
+    flops_per_pair: float  # FLOPs of attention: a query and a key, all layers and heads
     weight_bytes: int
     kv_bytes_per_token: int
 
@@ -74,7 +74,7 @@ class _Worker:
     def __init__(self, info: WorkerInfo, sums: defaultdict[tuple[str, str], StepSums]) -> None:
         self.incarnation = info.incarnation
         self.node = info.node
-        self.num_preemptions: int | None = None  # as last told; None: it has not said
+        self.num_preemptions: int | None = None  # as last reported; None: never reported
         self.join(info.role.value, sums)
 
     def join(self, pool: str, sums: defaultdict[tuple[str, str], StepSums]) -> None:
@@ -101,7 +101,7 @@ class StepTally:
             self._workers[event.worker_id].join(event.role.value, self.sums)
 
     def pool_of(self, worker_id: str) -> str:
-        """Of a worker that was ready once."""
+        """The pool of a worker that has been ready."""
         return self._workers[worker_id].pool
 
     def _on_report(self, report: StepReport) -> None:

@@ -1,7 +1,6 @@
-"""What requests and transfers came to since the head's start: timelines in, numbers out, no clock and no I/O.
+"""The sums of requests and transfers since the head's start: timelines in, numbers out, no clock and no I/O.
 
-What the router counts by itself (`router.status.Counters`, `core.histogram.TokenGaps`) is not counted here
-again."""
+The router's own counters (`router.status.Counters`, `core.histogram.TokenGaps`) are not repeated here."""
 
 from collections import defaultdict
 
@@ -20,7 +19,7 @@ MET, MISSED = "met", "missed"
 
 
 class Tally:
-    """Fed with every timeline that is complete. `steps` is what tells the pools of workers."""
+    """Fed with every timeline that is complete. `steps` supplies the pools of workers."""
 
     def __init__(self, steps: StepTally, *, ttft_slo_s: float, itl_slo_s: float) -> None:
         self.ttft_slo_s, self.itl_slo_s = ttft_slo_s, itl_slo_s  # may change
@@ -30,7 +29,7 @@ class Tally:
         self._bounds = {metric.name: metric.bounds for metric in HISTOGRAMS}
 
     def closed(self, timeline: Timeline) -> None:
-        """A request is over, and nobody has anything to add."""
+        """Records a request that is over and will not be reported on again."""
         outcome = timeline.outcome
         assert outcome is not None, "a closed request has ended"
         self.counts["request_success_total", (outcome.value,)] += 1

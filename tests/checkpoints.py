@@ -60,7 +60,7 @@ class Variant:
 
     family: str
     options: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"  # of the stored weights
+    dtype: str = "float32"  # type of the stored weights
     num_shards: int = 1
     eos_token_ids: tuple[int, ...] = ()  # stated in generation_config.json
 
@@ -130,7 +130,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def small_checkpoint(directory: Path, name: str, seed: int = 0) -> Path:
-    """Write the checkpoint `VARIANTS[name]` below `directory`; returns its path. Equal arguments give equal
+    """Writes the checkpoint `VARIANTS[name]` below `directory`; returns its path. Equal arguments give equal
     weights."""
     variant = VARIANTS[name]
     options = DEFAULTS | variant.options

@@ -31,7 +31,7 @@ _aten = torch.ops.aten
 
 
 class HostWaits(AssertionError):
-    """The host waits for the device, or gives it host memory to work on."""
+    """The host waits for the device, or passes host memory to it."""
 
 
 class FakeGpuDevice(HostDevice):
@@ -50,7 +50,7 @@ class FakeGpuDevice(HostDevice):
 
 
 class _FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Above torch's own fake mode: decides what of an operation is on the host, and does that for real."""
+    """Sits above torch's own fake mode: determines the host part of an operation, and executes it for real."""
 
     def __init__(self, device: FakeGpuDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -164,7 +164,7 @@ def fake_gpu() -> Iterator[FakeGpuDevice]:
 
 
 _READING = ("nonzero", "__int__", "__float__", "__bool__", "__index__")
-_USERS = (paged_attention, decode_graphs)  # of the number of multiprocessors
+_USERS = (paged_attention, decode_graphs)  # users of the number of multiprocessors
 
 
 def _copy(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

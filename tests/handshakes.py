@@ -26,13 +26,13 @@ def shake_hands(sock: socket.socket, side: HandshakeDialler | HandshakeAcceptor)
 
 
 @contextmanager
-def greeted(door: socket.socket, token: str) -> Iterator["queue.SimpleQueue[socket.socket]"]:
-    """While a worker connects to `door`, a router's part of the handshake; then the queue has the
+def greeted(listener: socket.socket, token: str) -> Iterator["queue.SimpleQueue[socket.socket]"]:
+    """Performs a router's part of the handshake while a worker connects to `listener`; then the queue has the
     connection."""
     accepted: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
 
     def greet() -> None:
-        sock, _ = door.accept()
+        sock, _ = listener.accept()
         shake_hands(sock, HandshakeAcceptor(token, Purpose.CONTROL))
         accepted.put(sock)
 

@@ -1,4 +1,4 @@
-"""Acting as another local user, one without rights: what they can do to files and sockets of ours."""
+"""Acts as another, unprivileged local user, to test access to our files and sockets."""
 
 import os
 import subprocess
@@ -36,7 +36,7 @@ def needs_root() -> None:
 
 
 def run_as_nobody(code: str, *arguments: str) -> list[str]:
-    """The lines that `code` prints when another user runs it. It may use `attempt(name, action)` and
+    """Returns the lines that `code` prints when another user runs it. It may use `attempt(name, action)` and
     `connect(path)`."""
     needs_root()
     command = [sys.executable, "-c", _AS_NOBODY + code, *arguments]

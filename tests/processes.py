@@ -5,7 +5,7 @@ import select
 
 
 def await_end(pid: int) -> None:
-    """Returns when there is no such process (any more). Raises AssertionError when it lives on."""
+    """Returns when there is no such process (any more). Raises AssertionError when it keeps running."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Documents that are drawn from the code are fresh, and links between documents lead somewhere."""
+"""Documents that are drawn from the code are fresh, and links between documents resolve."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def test_the_map_of_rooms_is_what_the_imports_say() -> None:
+def test_the_map_of_rooms_matches_the_imports() -> None:
     checked = subprocess.run(
         [sys.executable, ROOT / "scripts" / "room_map.py", "--check"], capture_output=True, text=True
     )

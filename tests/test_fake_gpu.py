@@ -1,5 +1,4 @@
-"""The GPU that is not there tells code that waits for it, or mixes its tensors with the host's, from code
-that does not."""
+"""The fake GPU detects code that waits for it, or mixes its tensors with the host's."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -44,7 +43,7 @@ def _inference(request: pytest.FixtureRequest) -> Iterator[None]:
         lambda gpu, x: x.__setitem__(x > 0, 1.0),
     ],
 )
-def test_what_waits_for_the_device_is_caught(work: Work) -> None:
+def test_code_that_waits_for_the_device_is_caught(work: Work) -> None:
     with fake_gpu() as gpu:
         x = torch.zeros(4, 6, device=gpu.torch_device)
         with pytest.raises(HostWaits):

@@ -1,5 +1,5 @@
 """No code of ours turns bytes into objects that can run code: a client or a peer could send them. Ray pickles
-what it carries between its own processes, behind its own token (SECURITY.md)."""
+data between its own processes, behind its own token (SECURITY.md)."""
 
 import ast
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def suspects(source: str) -> Iterator[str]:
         "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
     ],
 )
-def test_what_is_looked_for_is_found(source: str) -> None:
+def test_every_forbidden_use_is_found(source: str) -> None:
     assert list(suspects(source))
 
 

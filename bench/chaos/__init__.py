@@ -1,2 +1,2 @@
-"""What `python -m bench.chaos` is made of: streams that are checked token for token, a view of the cluster,
-what may be left over."""
+"""The parts of `python -m bench.chaos`: streams checked token for token, a view of the cluster, a search for
+leaks."""

@@ -49,7 +49,7 @@ NUM_TEMPLATES = 24
 NUM_STREAMS = 6
 ROUNDS_TO_SETTLE = 10
 SETTLE_TIMEOUT_S = 180.0
-# while there is no router clients try again at least so often; gRPC would pause for up to two minutes
+# the longest pause of clients between retries without a router; gRPC would pause for up to two minutes
 RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
 
 
@@ -79,7 +79,7 @@ def config(transport: str) -> ClusterConfig:
 
 @contextmanager
 def running(templates: Sequence[Template], network: Network | None) -> Iterator[Ordeal]:
-    """Up, and with the undisturbed tokens known: each request alone, then all at once."""
+    """Starts the cluster and records the undisturbed tokens: each request alone, then all at once."""
     with (
         launch(config("auto" if network is None else "gloo")) as cluster,
         grpc.insecure_channel(cluster.local_address, RECONNECT) as local,
@@ -106,7 +106,7 @@ def running(templates: Sequence[Template], network: Network | None) -> Iterator[
 
 
 def run_round(ordeal: Ordeal, rng: random.Random, number: int, account: Account) -> list[str]:
-    """One set of streams and its accidents; returns what went wrong."""
+    """Runs one set of streams and its accidents; returns the problems."""
     chosen = rng.sample(range(len(ordeal.templates)), NUM_STREAMS)
     accidents = [draw(rng, ordeal.network is not None) for _ in range(rng.choice((1, 1, 2, 3)))]
     order = ("before the first token", "during the transfer", "mid decode")
@@ -136,7 +136,7 @@ def run_round(ordeal: Ordeal, rng: random.Random, number: int, account: Account)
 
 
 def settle(ordeal: Ordeal, account: Account) -> None:
-    """Whole and idle again, or it is a leak."""
+    """Waits until the cluster is whole and idle again; otherwise there is a leak."""
     start_s = time.monotonic()
     try:
         ordeal.watch.wait_for(ordeal.watch.is_idle, SETTLE_TIMEOUT_S)

@@ -1,5 +1,5 @@
-"""What befalls workers and their router: killed, frozen for a while, cut off from each other. Drawn by seed,
-carried out at a moment of the streams' lives."""
+"""Faults of workers and their router: a kill, a temporary freeze, a partition. Drawn by seed and injected at
+a chosen point of the streams' progress."""
 
 import os
 import random
@@ -30,17 +30,17 @@ class Victim:
 
 @dataclass
 class Accident:
-    """What is to happen; `at_s` and `victims` are known when it has."""
+    """A planned fault; `at_s` and `victims` are set once it has been injected."""
 
     kind: str
     role: str
     moment: str
     is_whole_pool: bool
-    duration_s: float  # of a freeze or a cut
+    duration_s: float  # length of a freeze or a cut
     delay_s: float  # after the moment has come
     # between the death of a router and the next accident, which may strike the new one while it starts
     aftermath_s: float
-    progress: float  # of a stream, 0 to 1, that "mid decode" waits for
+    progress: float  # share of a stream, 0 to 1, that "mid decode" waits for
     at_s: float | None = None
     victims: list[Victim] = field(default_factory=list)
     ended: threading.Timer | None = None  # the end of a freeze or a cut
@@ -123,7 +123,7 @@ def _begin(accident: Accident, pids: list[int], watch: Watch, network: Network) 
 def _cut_off(
     accident: Accident, pids: list[int], watch: Watch, network: Network
 ) -> Callable[[], None] | None:
-    """None when one of the two sides is dead, or nothing lies between them."""
+    """Cuts the link; None when one of the two sides is dead, or no link exists between them."""
     with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         if accident.kind == PARTITIONS[1]:
             return network.cut_from_peers(
@@ -157,6 +157,6 @@ def _wait_for_moment(accident: Accident, streams: list[Stream], rng: random.Rand
 
 
 def _wait_until(stream: Stream, num_tokens: int) -> None:
-    """Or until nothing more can come."""
+    """Waits for the moment, or until no further progress is possible."""
     while stream.num_tokens < num_tokens and not stream.is_ended and stream.error is None:
         time.sleep(0.0005)

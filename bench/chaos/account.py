@@ -1,4 +1,4 @@
-"""What the rounds have shown: outcomes, and how long it took to notice, to resume and to be whole again."""
+"""The results of the rounds: outcomes, and the times to detection, to resumption and to full recovery."""
 
 import statistics
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ BREAK_S = 5.0  # so soon after its router was killed, at the latest, must a clie
 
 
 class Account:
-    """Filled round by round."""
+    """Results, accumulated round by round."""
 
     def __init__(self) -> None:
         self.num_rounds = 0
@@ -40,7 +40,7 @@ class Account:
     def add_round(
         self, accidents: Sequence[Accident], streams: Sequence[Stream], undisturbed: Sequence[Stream]
     ) -> list[str]:
-        """What went wrong, in words."""
+        """Returns the problems of a round as text."""
         self.num_rounds += 1
         struck = [accident for accident in accidents if accident.at_s is not None]
         for accident in struck:
@@ -67,7 +67,7 @@ class Account:
         return problems
 
     def add_replaced(self, watch: Watch) -> list[str]:
-        """Workers that were replaced for no accident and were not counted before, in words."""
+        """Reports workers that were replaced without an accident and had not been counted before, as text."""
         replaced = watch.replaced_workers()
         new = {
             pid: name
@@ -78,14 +78,14 @@ class Account:
         return [f"replaced for no accident: {name}" for name in new.values()]
 
     def _has_reason_to_break(self, stream: Stream) -> bool:
-        """Each time its connection broke the router had been killed just before."""
+        """Whether the router had been killed just before each time its connection broke."""
         return all(
             any(0.0 <= at_s - kill_s < BREAK_S for kill_s in self._router_kills_s) for at_s in stream.breaks_s
         )
 
     def _count_return(self, stream: Stream) -> None:
-        """Of a stream that came back: how long after each kill that broke it there was a token again, if one
-        was missing."""
+        """Counts, for a resumed stream, the time from each kill that broke it to its next token, if one was
+        missing."""
         self.num_returned += 1
         causes = {
             max(kill_s for kill_s in self._router_kills_s if kill_s <= at_s): at_s
@@ -166,8 +166,8 @@ class Account:
 
 
 def _cause(failed: pb.Attempt, failed_s: float, accidents: Sequence[Accident]) -> Accident | None:
-    """Which accident ended an attempt: a kill is noticed at once, anything else later. An attempt that had no
-    token yet does not tell which decode worker it had."""
+    """Returns the accident that ended an attempt: a kill is noticed at once, anything else later. An attempt
+    without a token does not show which decode worker it had."""
 
     def concerns(accident: Accident) -> bool:
         names = {victim.worker_id for victim in accident.victims}
@@ -188,7 +188,7 @@ def _row(name: str, values: Sequence[float]) -> str:
 
 
 def _story(stream: Stream) -> str:
-    """A stream's attempts: who, and when each began to wait, was dispatched and brought its first token."""
+    """A stream's attempts: their workers, and when each was queued, dispatched and got its first token."""
     attempts = [
         f"{a.attempt}: {a.prefill.worker} -> {a.decode.worker or '?'} with {a.prefill.num_tokens} tokens "
         f"[{a.queued_s:.2f} {a.dispatched_s:.2f} {a.first_token_s:.2f}]"
@@ -202,7 +202,7 @@ def _story(stream: Stream) -> str:
 
 
 def slowness(streams: Sequence[Stream]) -> list[str]:
-    """Streams that paused for longer than any accident should make them, in words."""
+    """Reports streams that paused for longer than any accident justifies, as text."""
     slow = []
     for stream in streams:
         for choice in stream.choices.values():

@@ -37,7 +37,7 @@ class HostNetwork:
         return self._cut(pids, peers)
 
     def _cut(self, pids: Iterable[int], peers: Iterable[int]) -> Callable[[], None] | None:
-        """None where all of them are on one host."""
+        """Cuts the hosts apart; None where all processes are on one host."""
         pairs = product({self._host_of(pid) for pid in pids}, {self._host_of(pid) for pid in peers})
         links = {frozenset(pair) for pair in pairs if len(set(pair)) == 2}
         for link in links:

@@ -1,5 +1,5 @@
-"""What a cluster holds of the machine: processes, sockets, shared memory, files. Found by /proc, and a mark
-in environments."""
+"""The machine's resources that a cluster holds: processes, sockets, shared memory, files. Found through /proc
+and a marker in the environment."""
 
 import os
 import secrets
@@ -14,8 +14,7 @@ TEMP_PREFIXES = ("ray", "plasma", "psm", "torch", "gloo")
 
 
 def mark_descendants() -> None:
-    """Everything that this process starts from now on is recognised by `descendants`. A mark that is there
-    already stays."""
+    """Marks every process started from now on for `descendants`. An existing mark stays."""
     os.environ.setdefault(MARK, secrets.token_hex(8))
 
 
@@ -34,7 +33,7 @@ def descendants() -> dict[int, str]:
 
 
 def router_pid() -> int | None:
-    """Of the present head; None while there is none."""
+    """The process id of the current head; None while there is none."""
     return next((pid for pid, command in descendants().items() if "HeadActor" in command), None)
 
 
@@ -61,7 +60,7 @@ def _target(descriptor: Path) -> str:
 
 def traces() -> set[str]:
     """Names outside of any process: files in /tmp and /dev/shm. Not the cluster's own run folder in /tmp,
-    whose name is for the one who started it to know."""
+    whose name only its owner knows."""
     return {
         str(path)
         for room in ("/tmp", "/dev/shm")

@@ -36,7 +36,7 @@ class Network(Protocol):
 
 
 class Loopback:
-    """All of them in one network namespace."""
+    """A network with all processes in one network namespace."""
 
     def cut_from_router(self, pids: Iterable[int], router: int) -> Callable[[], None] | None:
         return _cut(set().union(*(_client_ports(pid, router) for pid in pids)))
@@ -99,7 +99,7 @@ def _listening_ports(pid: int) -> set[int]:
 
 
 def _cut(ports: set[int]) -> Callable[[], None] | None:
-    """From now on no packet from or to these ports arrives."""
+    """Drops all packets from or to these ports from now on."""
     if not ports:
         return None
     preference = next(_preferences)

@@ -1,7 +1,7 @@
 """Clients' streams: what to ask, what came and when, and whether it is what an undisturbed run brings.
 
-A client whose router died comes back under the name of its request for what it does not have yet. What it is
-held to does not change by that: all connections together must bring what one would."""
+A client whose router died reconnects under its request's name for the missing tokens. The requirement stays
+the same: all connections together must return what a single one would."""
 
 import random
 import time
@@ -59,7 +59,7 @@ class Choice:
 
     @property
     def error(self) -> str | None:
-        """Why it has not ended as promised."""
+        """The reason why it has not ended as promised."""
         if self.finish_reason is None:
             return "the request ended before its choices"
         if self.earlier_endings - {(self.last_text, self.finish_reason)}:
@@ -67,7 +67,7 @@ class Choice:
         return None
 
     def take(self, delta: pb.TokenDelta) -> str | None:
-        """More of it; returns why that is wrong."""
+        """Adds a part; returns the error in it, if any."""
         error = None
         if self.finish_reason is not None or self.last_text or delta.index != len(self.token_ids):
             error = f"choice {delta.choice}: index {delta.index} after {len(self.token_ids)} tokens"
@@ -80,7 +80,7 @@ class Choice:
         return error
 
     def forget_ending(self) -> None:
-        """It comes again with the next connection, and must be the same."""
+        """Forgets the ending, which the next connection repeats and which must be the same."""
         if self.finish_reason is not None:
             self.earlier_endings.add((self.last_text, self.finish_reason))
         self.last_text, self.finish_reason = "", None
@@ -163,7 +163,7 @@ def make_templates(rng: random.Random, count: int) -> list[Template]:
 
 
 def run_stream(stub: rpc.GenerationStub, stream: Stream, name: str) -> Stream:
-    """To its end, whatever that is, over as many connections as it takes."""
+    """Runs a stream to its end, however it ends, over as many connections as it takes."""
     stream.start_s = time.monotonic()
     request = stream.template.request(name)
     while (error := _run_connection(stub, stream, request)) is not None and not stream.is_ended:
@@ -198,7 +198,8 @@ def run_streams(
     name: str,
     meanwhile: Callable[[list[Stream]], None] | None = None,
 ) -> list[Stream]:
-    """All at once; `meanwhile` runs beside them and may look at them. Returns when each has ended."""
+    """Runs all streams at once; `meanwhile` runs beside them and may inspect them. Returns when each has
+    ended."""
     streams = [Stream(template, time.monotonic()) for template in templates]
     with ThreadPoolExecutor(max_workers=len(streams)) as pool:
         running = [

@@ -1,4 +1,4 @@
-"""The cluster as its status stream tells it, with the time of each message."""
+"""The cluster as its status stream reports it, with the time of each message."""
 
 import threading
 import time
@@ -13,8 +13,8 @@ READY = pb.WORKER_STATE_READY
 
 
 class Watch:
-    """Follows WatchStatus on a thread of its own until it is closed, whoever the router is, and keeps all
-    that it heard."""
+    """Follows WatchStatus on a thread of its own until it is closed, across router restarts, and keeps all
+    messages."""
 
     def __init__(self, stub: rpc.ClusterStub, pools: Mapping[str, int]) -> None:
         self._stub = stub
@@ -73,7 +73,7 @@ class Watch:
         )
 
     def ready_workers(self, role: str) -> list[pb.WorkerStatus]:
-        """By the last message."""
+        """The ready workers of the last message."""
         return [
             worker for worker in self._heard[-1][1].workers if worker.role == role and worker.state == READY
         ]

@@ -77,7 +77,7 @@ CASES = {case.name: case for case in (EVEN, PREFILL_HEAVY)}
 
 
 def settings(checkpoint: Path, slo: Slo, max_batch_tokens: int) -> dict[str, Any]:
-    """Of the cluster; its placement is told the SLO."""
+    """The cluster's settings; its placement uses the SLO."""
     pool = {"kv_cache_bytes": 2 << 30, "max_batch_tokens": max_batch_tokens, "max_batch_size": 64}
     return {
         "model": {"path": str(checkpoint), "served_name": LLAMA_110M.name},
@@ -89,7 +89,7 @@ def settings(checkpoint: Path, slo: Slo, max_batch_tokens: int) -> dict[str, Any
 
 @contextmanager
 def made_checkpoint(dtype: Any) -> Iterator[Path]:
-    """With a tokenizer of as many words as the model has tokens."""
+    """Makes a checkpoint with a tokenizer of as many words as the model has tokens."""
     with TemporaryDirectory(prefix="pdserve-bench-") as folder:
         path = ensure_checkpoint(LLAMA_110M, dtype, Path(folder) / LLAMA_110M.name)
         words = Tokenizer(
@@ -101,7 +101,7 @@ def made_checkpoint(dtype: Any) -> Iterator[Path]:
 
 
 class Switch:
-    """Makes a running cluster serve one way or the other."""
+    """Switches a running cluster between the two modes."""
 
     def __init__(self, address: str, cluster_settings: dict[str, Any]) -> None:
         self._channel = grpc.aio.insecure_channel(address)
@@ -109,7 +109,7 @@ class Switch:
         self._settings = cluster_settings
 
     async def to(self, way: str) -> None:
-        """Until its workers are ready as they are to be, and idle."""
+        """Returns when its workers are ready in their new roles, and idle."""
         pools = {
             role: pool | {"instances": WAYS[way][role]} for role, pool in self._settings["pools"].items()
         }
@@ -128,7 +128,7 @@ class Switch:
 
 
 async def sweep(address: str, switch: Switch, case: Case, slo: Slo, plan: CampaignPlan) -> list[Point]:
-    """One point for each rate."""
+    """Measures one point for each rate."""
     prompts, outputs = (
         parse_lengths(text, lambda path: Path(path).read_text())
         for text in (case.prompt_tokens, case.output_tokens)

@@ -36,7 +36,7 @@ _NOT_COMPARED = ("requests", "failed", "cached tokens")
 
 @contextmanager
 def served(model: Path) -> Iterator[str]:
-    """One worker for both phases, on the first core; the address of its HTTP door."""
+    """One worker for both phases, on the first core; the address of its HTTP server."""
     config = ClusterConfig.model_validate(
         {
             "model": {"path": str(model)},
@@ -55,8 +55,8 @@ def served(model: Path) -> Iterator[str]:
 def take_turns(
     tools: Sequence[Tool], load: Load, num_rounds: int, seeds: Iterator[int], scratch: Path
 ) -> list[dict[str, Figures]]:
-    """Of each round, each tool's figures. Who begins changes from round to round, and no prompt comes
-    twice."""
+    """Returns each tool's figures for each round. The starting tool changes from round to round, and no
+    prompt is repeated."""
     rounds = []
     for index in range(num_rounds):
         turned = [*tools[index % len(tools) :], *tools[: index % len(tools)]]
@@ -106,7 +106,7 @@ def version(environment: Path, package: str) -> str:
 
 
 def loads_of(args: argparse.Namespace, url: str, model: str) -> dict[str, Load]:
-    """Both, by the name of a folder."""
+    """Both loads, by the name of their folder."""
     load = Load(url, model, args.requests, args.prompt_tokens, args.output_tokens)
     return {"open": replace(load, rate=args.rate), "closed": replace(load, concurrency=args.concurrency)}
 

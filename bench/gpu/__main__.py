@@ -37,7 +37,7 @@ _LEAST_S = 5.0  # a section that has less is not begun
 
 
 def run(sections: Sequence[Section], program: Program, record: Record, total_s: float) -> list[Message]:
-    """All messages; each is printed when it comes.
+    """Runs the sections and returns all messages; each is printed when it arrives.
 
     Most sections take less than they may; where they do not, it is the last ones that are cut short.
     """
@@ -73,14 +73,14 @@ def parts(sections: Sequence[Section]) -> Iterator[list[Section]]:
 
 
 def within(sections: Sequence[Section], left_s: float) -> list[Section]:
-    """As they are, but for their budgets, which end when the run does; none where that is too soon."""
+    """The sections with budgets that end with the run; none where that is too soon."""
     if left_s < _LEAST_S:
         return []
     return [replace(section, budget_s=min(section.budget_s, left_s)) for section in sections]
 
 
 def chosen(only: Sequence[str] | None, *, interpret: bool = False, is_patient: bool = False) -> list[Section]:
-    """What is measured is measured by the limits, so those come before it."""
+    """Measurements are relative to the limits, so the limits come first."""
     if interpret:
         names = list(only or CORRECTNESS)
     else:
@@ -112,7 +112,7 @@ def main() -> int:
 
 
 def _context(args: argparse.Namespace, emit: Callable[[Message | Begun], None]) -> Context:
-    """Of a section's process."""
+    """The context of a section's process."""
     return Context(
         emit,
         interpret=args.interpret,

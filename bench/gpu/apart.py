@@ -20,12 +20,12 @@ from .sections import GPU_LOST, Section
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # where the package `bench` lies
 _LINES_OF_AN_ERROR = 12
-_SHARE_OF_A_CHECK = 0.5  # of its section's time: one that takes more hangs
+_SHARE_OF_A_CHECK = 0.5  # share of its section's time: a check that takes more hangs
 
 
 @dataclass(frozen=True)
 class Program:
-    """How the processes of sections are started."""
+    """The command that starts the processes of sections."""
 
     path: Path
     arguments: Sequence[str] = ()
@@ -123,7 +123,7 @@ class _Process:
         watch = _Watch(process, ends_s)
         try:
             for line in process.stdout:
-                if not line.endswith("\n"):  # of one that was ended, the last may be cut
+                if not line.endswith("\n"):  # the last line of a killed process may be cut
                     continue
                 message = received(line)
                 if isinstance(message, Begun):
@@ -163,7 +163,7 @@ class _Process:
 
 
 class _Watch:
-    """Ends a process when its section's time is over, or that of what it does now."""
+    """Ends a process when the time of its section, or of its current work, is over."""
 
     def __init__(self, process: "subprocess.Popen[str]", ends_s: float) -> None:
         self.ended_at: float | None = None  # the time that was over
@@ -173,7 +173,7 @@ class _Watch:
         self.limit(None)
 
     def limit(self, most_s: float | None) -> None:
-        """From now on it may take so long, at most until its section's time is over."""
+        """Restarts its time limit, bounded by the end of its section's time."""
         self.end()
         now_s = time.monotonic()
         ends_s = self._ends_s if most_s is None else min(now_s + most_s, self._ends_s)

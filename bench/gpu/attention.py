@@ -97,7 +97,7 @@ Peer = Callable[
 
 
 def _measure_peer(context: Context, name: str, make: Peer, given: Tensors, ours: torch.Tensor) -> None:
-    """What it computes has to be what we do, else its time says nothing."""
+    """Requires the peer's result to equal ours; otherwise its time is meaningless."""
     if context.left_s < _SECONDS_OF_A_PEER:
         context.emit(Note(f"{name.strip()}: there was no time left for it"))
         return
@@ -108,7 +108,7 @@ def _measure_peer(context: Context, name: str, make: Peer, given: Tensors, ours:
             return
         difference = row_error(call(), ours)
         per_s = _flops() / median_s(call, inner=_INNER)
-    except Exception as error:  # a peer that does not run here is told, and is no failure of ours
+    except Exception as error:  # a peer that does not run here is reported, and is no failure of ours
         context.emit(Note(f"{name.strip()}: {type(error).__name__}: {str(error)[:200]}"))
         return
     agrees = "" if difference < 0.02 else f"(differs from ours by {difference:.2g})"

@@ -40,7 +40,7 @@ def poison_unused(cache: torch.Tensor, batch: AttentionBatch) -> None:
 
 
 def spoil_memory(like: torch.Tensor) -> None:
-    """What is allocated next in this size finds NaN there, so that an element that is never written shows."""
+    """Makes the next allocation of this size contain NaN, so that an element that is never written shows."""
     spoilt = [torch.full_like(like, torch.nan) for _ in range(2)]
     del spoilt
 
@@ -56,7 +56,7 @@ def row_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def num_different(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """How many elements are not the same."""
+    """The number of elements that differ."""
     return float((actual.cpu().view(expected.shape) != expected.cpu()).sum())
 
 

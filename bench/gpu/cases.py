@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Of a row, relatively: a few roundings of the dtype. float32 products are exact ones, not tf32.
+# The relative tolerance of a row: a few roundings of the dtype. float32 products are exact ones, not tf32.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 

@@ -17,7 +17,7 @@ _SECONDS_OF_A_CHECK = 5.0  # with compiling, generously
 
 
 def run_checks(context: Context, cases: Iterable[Case]) -> None:
-    """Those from `context.first_check` on that are asked for. Raises GpuLostError after one that leaves its
+    """Runs the requested checks from `context.first_check` on. Raises GpuLostError after one that leaves its
     process no GPU."""
     wanted = (case for case in cases if context.only_check in case.name)
     for number, case in enumerate(wanted):
@@ -45,7 +45,7 @@ def checked(case: Case) -> Check | NotRun:
 
 
 def _is_gpu_lost() -> bool:
-    """After an error on the GPU, every call of its process fails."""
+    """Whether the GPU is lost: after an error on it, every call of its process fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:

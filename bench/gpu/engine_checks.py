@@ -28,7 +28,7 @@ from .small_models import SmallModel, small_model
 
 _MAX_BATCH_TOKENS = 64  # so that long prompts come in chunks, beside others that decode
 _MEMORY_FRACTION = 0.5  # the kernels' checks run beside
-_BLOCK_SIZE_OF_A_MIX = 64  # what `auto` is on a GPU
+_BLOCK_SIZE_OF_A_MIX = 64  # the value of `auto` on a GPU
 _LONGEST_TOY_PROMPT, _TOY_BATCH_TOKENS = 5, 16
 _LOGPROB_TOLERANCE = 1e-3
 
@@ -65,7 +65,7 @@ def _cases(name: str, model: SmallModel, block_size: int, is_toy: bool) -> Itera
 
 
 def _num_wrong_tokens(model: SmallModel, block_size: int, is_toy: bool, *, by_graphs: bool) -> float:
-    """All prompts at once. Infinite where no step went the way that is looked at."""
+    """The wrong tokens, with all prompts at once. Infinite where no step took the path under test."""
     batch_size = len(model.prompts)
     options = _options(block_size, batch_size, is_toy)
     engine = open_checkpoint_engine(model.path, options)
@@ -89,8 +89,8 @@ def _num_wrong_tokens(model: SmallModel, block_size: int, is_toy: bool, *, by_gr
 
 
 def _num_differences_of_a_mix(model: SmallModel, block_size: int, is_toy: bool) -> float:
-    """From the reference engine on the processor; infinite where the engine did not take the blocks that
-    fit."""
+    """The differences from the reference engine on the CPU; infinite where the engine did not take the blocks
+    that fit."""
     prompts = [prompt[:_LONGEST_TOY_PROMPT] for prompt in model.prompts] if is_toy else model.prompts
     num_new_tokens = 2 if is_toy else len(model.continuations[0])
     options = _options(block_size, 4 if is_toy else 16, is_toy)

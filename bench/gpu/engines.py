@@ -58,7 +58,7 @@ def open_random_engine(shape: Shape, options: EngineOptions) -> Engine:
 
 
 def open_checkpoint_engine(path: Path, options: EngineOptions) -> Engine:
-    """As a worker opens it; on the host under `triton_on_host`."""
+    """Opens a checkpoint as a worker does; on the host under `triton_on_host`."""
     if torch.cuda.is_available():
         return Engine.open(path, options)
     checkpoint, device = open_checkpoint(path), HostDevice(_HOST_MEMORY_BYTES)
@@ -74,7 +74,7 @@ def device_of(options: EngineOptions) -> Device:
 def options_for(
     device: str, *, num_tokens: int, max_model_len: int, max_batch_size: int, max_batch_tokens: int
 ) -> EngineOptions:
-    """With room for sequences of `num_tokens` tokens together."""
+    """Options with room for sequences of `num_tokens` tokens together."""
     return EngineOptions(
         device="cuda" if device == "cuda" else "cpu",
         block_size=BLOCK_SIZE,

@@ -62,7 +62,7 @@ def _norm_error(dtype: torch.dtype, num_tokens: int, width: int, device: str) ->
 
 
 def _residual_error(dtype: torch.dtype, num_tokens: int, width: int, device: str) -> float:
-    """Of the new residual and of its norm."""
+    """The error of the new residual and of its norm."""
     x, residual = torch.randn(2, num_tokens, width).to(dtype)
     weight, there = (torch.rand(width) + 0.5).to(dtype), residual.clone().to(device)
     spoil_memory(there)
@@ -99,7 +99,7 @@ def _rope_error(
     num_tokens: int,
     device: str,
 ) -> float:
-    """Of queries and keys; infinite where values, or slots of no token, are not the very same."""
+    """The error of queries and keys; infinite where values, or slots without a token, are not identical."""
     num_heads, num_kv_heads, head_dim = heads
     num_blocks = num_tokens // block_size + 3
     cache = torch.randn(2, num_blocks, num_kv_heads, block_size, head_dim).to(dtype)

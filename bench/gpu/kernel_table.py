@@ -1,4 +1,4 @@
-"""Where the time of steps goes: kernels by their share, and what no kernel runs in."""
+"""The breakdown of steps' time: kernels by their share, and the time without a kernel."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -55,7 +55,7 @@ def _row(name: str, times_us: Sequence[float], whole_us: float, num_steps: int) 
 
 
 def _gaps_us(intervals: Iterable[Interval]) -> list[float]:
-    """How long no kernel runs, each time."""
+    """The lengths of the gaps without a kernel."""
     gaps: list[float] = []
     busy_until_us: float | None = None
     for each in sorted(intervals, key=lambda interval: interval.start_us):
@@ -66,7 +66,7 @@ def _gaps_us(intervals: Iterable[Interval]) -> list[float]:
 
 
 def _short(name: str) -> str:
-    """What tells C++ kernels apart stands in their last arguments, so both ends are kept."""
+    """Shortens a name but keeps both ends, as C++ kernels differ in their last arguments."""
     name = name.removeprefix("void ").replace("at::native::", "")
     if len(name) <= _MAX_NAME:
         return name

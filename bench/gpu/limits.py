@@ -1,5 +1,5 @@
-"""What the GPU does at most: a large copy, a large matrix product. On random numbers: on zeros a product runs
-faster."""
+"""The GPU's peak rates: a large copy and a large matrix product. Inputs are random, as a product of zeros
+runs faster."""
 
 import torch
 

@@ -27,7 +27,7 @@ from .cases import Case
 from .transfer import Endings, endpoint_of
 
 _NUM_LAYERS = 2
-_PAGES = 64, 16  # of the one that sends, and of the one that receives
+_PAGES = 64, 16  # page sizes of the sender and of the receiver
 _SMALL_CHUNKS = TransferConfig(chunk_bytes=1 << 16, dead_after_s=30.0, chunk_timeout_s=30.0)
 _DTYPE = torch.bfloat16
 
@@ -50,7 +50,7 @@ def cases(is_toy: bool) -> Iterator[Case]:
 
 
 def _error(wire: Literal["raw", "int8"], heads: tuple[int, int], num_tokens: int) -> float:
-    """How far what arrived is from what was sent; raw: how many numbers differ."""
+    """The error of the received data; raw: the count of numbers that differ."""
     device: Device = CudaDevice() if torch.cuda.is_available() else _QueuedHost()
     sender, receiver = (_cache(wire, heads, page, num_tokens, device) for page in _PAGES)
     for layer in range(_NUM_LAYERS):

@@ -52,8 +52,8 @@ def mixed_requests(prompts: list[list[int]], num_new_tokens: int, vocab_size: in
 def answered(
     engine: Engine, specs: list[SequenceSpec], *, max_batch_size: int, max_batch_tokens: int
 ) -> list[TokenOutput]:
-    """All tokens of all choices, in the order of their requests, choices and places; all requests are there
-    from the start."""
+    """Returns all tokens of all choices, ordered by request, choice and position; all requests are submitted
+    at the start."""
     outbox, rule = Outbox("bench-0", 1), _Rule(engine.config.vocab_size)
     worker = DecodeWorker(
         engine.kv,
@@ -105,7 +105,7 @@ class _Rule:
     def __init__(self, vocab_size: int) -> None:
         self.masks = TokenMasks(self)
         self._rests = np.arange(vocab_size) % _RESTS
-        self._num_tokens: dict[int, int] = {}  # of each output
+        self._num_tokens: dict[int, int] = {}  # by output
 
     def open(self, key: int, grammar: str, token_ids: tuple[int, ...], client: str) -> None:
         self._num_tokens[key] = len(token_ids)

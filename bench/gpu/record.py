@@ -1,5 +1,4 @@
-"""What a run leaves behind: the table, written again after every part, and all that each section wrote to
-standard error."""
+"""The files of a run: the table, rewritten after every part, and each section's standard error."""
 
 import platform
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ _PACKAGES = ("torch", "triton", "numpy", "transformers", "flashinfer-python")
 
 @dataclass(frozen=True)
 class Record:
-    """Below `folder`: `DATE-gpu.txt` and `DATE-gpu-stderr/SECTION.txt`. A run of the same day writes over
+    """Below `folder`: `DATE-gpu.txt` and `DATE-gpu-stderr/SECTION.txt`. A run on the same day overwrites
     them."""
 
     folder: Path

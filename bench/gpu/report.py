@@ -1,4 +1,4 @@
-"""What a section of the run has to say, how it travels from its process to the parent, and the table that is
+"""The entries that a section reports, their format between its process and the parent, and the table that is
 printed last."""
 
 import json
@@ -14,7 +14,7 @@ class Check:
     name: str
     error: float
     tolerance: float
-    problem: str = ""  # what was raised instead
+    problem: str = ""  # the error raised instead
 
     @property
     def ok(self) -> bool:
@@ -39,7 +39,7 @@ class NotRun:
 
 @dataclass(frozen=True)
 class Limit:
-    """What this GPU does at most, measured in this run."""
+    """A peak rate of this GPU, measured in this run."""
 
     name: str
     per_s: float  # bytes or operations
@@ -67,7 +67,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Note:
-    """What a reader of the table has to know: versions, parts that could not be run."""
+    """Information for the table's reader: versions, parts that could not be run."""
 
     text: str
 
@@ -111,7 +111,7 @@ def is_correct(messages: Iterable[Message], correctness: Iterable[str]) -> bool:
 
 
 def line_of(message: Message) -> str:
-    """For reading along."""
+    """The line that is printed during the run."""
     match message:
         case Check():
             error = message.problem or f"error {message.error:.2g}, at most {message.tolerance:.2g}"
@@ -129,7 +129,7 @@ def line_of(message: Message) -> str:
 
 
 def summary(messages: list[Message]) -> str:
-    """What is left when everything has run."""
+    """The closing summary, printed when everything has run."""
     checks = [message for message in messages if isinstance(message, Check)]
     lines = [line_of(message) for message in messages if isinstance(message, Note)]
     not_run = [message for message in messages if isinstance(message, NotRun)]

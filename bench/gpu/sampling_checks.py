@@ -33,7 +33,7 @@ def cases(device: str, is_toy: bool) -> Iterator[Case]:
 
 
 def _error(vocab_size: int, num_rows: int, device: str) -> float:
-    """How many of the draws differ; every filter on every row, and one row of equal logits."""
+    """The number of draws that differ; every filter on every row, and one row of equal logits."""
     logits = torch.randn(num_rows, vocab_size) * 4
     logits[0] = 0.0
     filters = _FILTERS * num_rows
@@ -53,7 +53,7 @@ def _error(vocab_size: int, num_rows: int, device: str) -> float:
 
 
 def _mask_error(vocab_size: int, device: str) -> float:
-    """How many logits are not as they must be; one row of three has no mask."""
+    """The number of incorrect logits; one row of three has no mask."""
     logits, rows = torch.randn(3, vocab_size), torch.tensor([2, 0], dtype=torch.int32)
     bits = torch.randint(256, (2, -(-vocab_size // 8)), dtype=torch.uint8)
     allowed = torch.stack([bits >> bit & 1 for bit in range(8)], dim=-1).flatten(1)[:, :vocab_size].bool()

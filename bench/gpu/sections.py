@@ -22,7 +22,7 @@ class GpuLostError(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    """What a section is given."""
+    """A section's inputs."""
 
     emit: Callable[[Message | Begun], None]
     interpret: bool = False  # toy sizes, on the processor, in Triton's interpreter
@@ -78,7 +78,7 @@ CORRECTNESS = tuple(section.name for section in SECTIONS if section.is_correctne
 
 
 def run_here(section: Section, context: Context) -> None:
-    """An error is told as what it is."""
+    """Reports an error under its own name."""
     try:
         section.call(context)
     except GpuLostError:

@@ -35,7 +35,7 @@ class Shape:
         )
 
     def prefill_flops(self, num_tokens: int) -> float:
-        """Of one prompt: every layer's products, causal attention, and the head for the last token."""
+        """The FLOPs of one prompt: every layer's products, causal attention, the head for the last token."""
         config = self.config
         products = 2.0 * self._num_layer_parameters * num_tokens
         attention = 2.0 * num_tokens**2 * config.q_size * config.num_layers

@@ -14,7 +14,7 @@ _MAX_SEEDS = 20
 
 @dataclass(frozen=True)
 class SmallModel:
-    """What is compared: a checkpoint, prompts, and their greedy continuations."""
+    """One case of the comparison: a checkpoint, prompts, and their greedy continuations."""
 
     path: Path
     prompts: list[list[int]]

@@ -105,7 +105,7 @@ def _profile(context: Context, model: Model) -> None:
 
 
 def _intervals(context: Context, worker: ColocatedWorker, requests: Requests) -> list[Interval]:
-    """Of a few steps, as soon as all requests have decoded for a while."""
+    """The intervals of a few steps, once all requests have decoded for a while."""
     worker.submit(requests)
     while min(map(len, worker.token_ids)) < _WARM_UP_STEPS:
         worker.step()

@@ -41,13 +41,13 @@ _SECONDS_OF_A_VARIANT = 6.0  # with compiling
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the launch that serves; None: nothing does."""
+    """The differences from the production launch; None: no difference."""
 
     name: str
     num_stages: int | None = None
     num_warps: int | None = None
     constants: Mapping[str, int] = field(default_factory=dict)
-    waves: float = 1.0  # of decode's programs, and so the number of pieces: times the usual
+    waves: float = 1.0  # factor on decode's programs, and so on the number of pieces
 
     def of(self, launch: Launch) -> Launch:
         return replace(

@@ -21,7 +21,7 @@ from .shapes import QWEN3_06B, Shape
 _WANTED_PER_S = 24_000
 _MAX_BATCH_TOKENS = 16_384  # nano-vllm's
 TEMPERATURE = 0.6  # nano-vllm's
-_PAGE = 256  # of transformers' cache
+_PAGE = 256  # page size of transformers' cache
 _RESERVE_S = 3.0
 
 
@@ -120,7 +120,7 @@ def _measure_transformers(context: Context, shape: Shape, requests: list[Request
 
 
 def _continue(manager: Any, requests: list[Request], context: Context) -> None:
-    """Until all have ended, or little time is left."""
+    """Continues until all have ended, or little time is left."""
     waiting = {
         manager.add_request(list(request.prompt), max_new_tokens=request.num_new_tokens)
         for request in requests

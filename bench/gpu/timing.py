@@ -1,4 +1,4 @@
-"""How long the GPU takes, by its own events; medians."""
+"""GPU times, by the GPU's own events; medians."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ _WARM_UP = 3
 
 
 def median_s(call: Callable[[], object], *, inner: int = 1, repeats: int = 15) -> float:
-    """Of one call, `inner` of them in a row: for calls that take the GPU longer than the host, whose part
-    then hides."""
+    """The median time of one call, over `inner` calls in a row: for calls that take the GPU longer than the
+    host, whose part is then hidden."""
     for _ in range(_WARM_UP):
         call()
 
@@ -22,8 +22,8 @@ def median_s(call: Callable[[], object], *, inner: int = 1, repeats: int = 15) -
 
 
 def median_in_graph_s(calls: Sequence[Callable[[], object]], *, repeats: int = 15) -> float:
-    """Of one of `calls`, which are captured together and replayed: nothing of the host is in it. Calls over
-    different memory keep each other's out of the cache."""
+    """The median time of one of `calls`, which are captured together and replayed, without any host time.
+    Calls on different memory evict each other's data from the cache."""
     for call in calls:  # compiles, and copies what comes from the host
         call()
     torch.cuda.synchronize()

@@ -37,11 +37,11 @@ _PROMPT_LEN = 8192
 _MAX_BATCH_TOKENS = 2048
 _REPEATS = 5
 _TIMEOUT_S = 30.0
-_MOST_EXPOSED = 0.05  # of TTFT
+_MOST_EXPOSED = 0.05  # share of TTFT
 
 
 class Endings:
-    """How transfers end, for whoever waits for the one under way."""
+    """The results of transfers, for the caller that waits for the current one."""
 
     def __init__(self) -> None:
         self._ended: queue.SimpleQueue[TransferStats | RuntimeError | None] = queue.SimpleQueue()
@@ -256,6 +256,6 @@ def endpoint_of(
 
 
 def _digest(cache: KVCache, num_layers: int) -> int:
-    """Of all its bytes, in whatever blocks they lie."""
+    """The digest of all its bytes, independent of the blocks that hold them."""
     parts = (part.view(torch.int16) for layer in range(num_layers) for part in cache.layer(layer))
     return sum((index + 1) * int(part.sum(dtype=torch.int64)) for index, part in enumerate(parts))

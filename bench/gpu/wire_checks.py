@@ -37,8 +37,7 @@ def cases(device: str, is_toy: bool) -> Iterator[Case]:
 
 
 def _error(wire_format: WireFormat, heads: tuple[int, int], part: KVPart, device: str) -> float:
-    """How far what arrives is from what the reference makes arrive; infinite where bytes or sums are not as
-    they must be."""
+    """The error of received data against the reference; infinite where bytes or checksums are wrong."""
     num_kv_heads, head_dim = heads
     here, there = (_cache(part, num_kv_heads, block_size, head_dim) for block_size in (64, 16))
     sent, arriving = (

@@ -1,4 +1,4 @@
-"""What a KV chunk between two workers on one GPU costs their hosts, the GPU's own work replaced by nothing.
+"""The host cost of a KV chunk between two workers on one GPU, with the GPU's own work stubbed out.
 
     python -m bench.microbench.chunk_cost [--chunk-mib 16] [--slots 4] [--transfers 30]
                                 [--device-us 100] [--profile]

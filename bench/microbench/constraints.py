@@ -1,4 +1,5 @@
-"""What following a grammar costs a decode worker: the same batch free and constrained, in turns.
+"""The cost of grammar-constrained output to a decode worker: the same batch unconstrained and constrained,
+alternating.
 
     python -m bench.microbench.constraints
 
@@ -72,7 +73,7 @@ class Bench:
         raise AssertionError(why)
 
     def tokens_per_s(self, batch_size: int, num_tokens: int, grammar: str) -> float:
-        """Of a batch after its prefill; its sequences end together, if nobody sits out."""
+        """The throughput of a batch after its prefill; its sequences end together unless one sits out."""
         self._num_runs += 1
         for index in range(batch_size):
             params = SamplingParams(

@@ -1,5 +1,4 @@
-"""What a decode step costs the host: a worker's whole step, with all that the GPU would do replaced by
-nothing.
+"""The host cost of a decode step: a worker's whole step, with all GPU work stubbed out.
 
 `python -m bench.microbench.decode_host_cost`
 
@@ -45,7 +44,7 @@ class _NoGraph:
 
 
 class _NoDevice(HostDevice):
-    """Takes all work and does none."""
+    """Accepts all work and does none."""
 
     runs_ahead = True
 
@@ -84,7 +83,7 @@ def _nothing_computes() -> Iterator[None]:
 def _steps(
     batch_size: int, prompt_len: int, num_steps: int, temperature: float
 ) -> tuple[list[float], list[float]]:
-    """Wall and processor seconds of each step in which all sequences are decoded."""
+    """The wall-clock and CPU seconds of each step in which all sequences are decoded."""
     length = prompt_len + num_steps
     options = options_for(
         "cuda",

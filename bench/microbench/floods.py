@@ -1,4 +1,4 @@
-"""Floods a server on loopback, and tells what a newcomer notices.
+"""Floods a server on loopback, and reports the effect on new clients.
 
     pdserve up & python -m bench.microbench.floods [KIND ...] [--seconds 8] [--grpc 127.0.0.1:50051] [--http
     127.0.0.1:8000] python -m bench.microbench.floods unread --flood-key FILE --key FILE
@@ -38,7 +38,7 @@ CHUNKS = (
     + b"1\r\n \r\n" * 45_000
 )
 NUM_CALLERS = 50
-NUM_UNREAD = 1000  # what one connection may have at once
+NUM_UNREAD = 1000  # the limit of one connection
 STREAM = b"/pdserve.v1.Generation/GenerateStream"
 Address = tuple[str, int]
 

@@ -100,7 +100,7 @@ def measure_peak(dtype: torch.dtype, num_threads: int) -> Peak:
 
 
 def linear_case(dtype: torch.dtype, num_out: int, num_in: int, num_tokens: int) -> Case:
-    """Over enough copies of the weights that a step cannot keep them in the cache."""
+    """A case over enough copies of the weights that a step cannot keep them in the cache."""
     copies = max(1, (96 << 20) // (num_out * num_in * dtype.itemsize)) if num_tokens <= 64 else 1
     weights = [torch.randn(num_out, num_in).to(dtype) for _ in range(copies)]
     x = torch.randn(num_tokens, num_in).to(dtype)

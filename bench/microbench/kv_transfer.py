@@ -58,7 +58,7 @@ def digest(cache: KVCache) -> int:
 
 
 class Endings:
-    """Wakes whoever waits for the one transfer under way."""
+    """Wakes the caller that waits for the current transfer."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()

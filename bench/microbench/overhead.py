@@ -1,5 +1,5 @@
-"""What the cluster (router, Ray, gRPC) adds to a bare engine at batch 1: time to first token, and time
-between tokens.
+"""The overhead of the cluster (router, Ray, gRPC) over a bare engine at batch 1: time to first token, and
+time between tokens.
 
     python -m bench.microbench.overhead
 
@@ -34,7 +34,7 @@ CONFIG = {
 
 @dataclass
 class Latencies:
-    """Of many requests, in seconds."""
+    """The latencies of many requests, in seconds."""
 
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)

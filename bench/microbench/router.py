@@ -129,7 +129,7 @@ def step(num_sequences: int, worker_id: str, index: int) -> StepReport:
 
 
 def decoding(handle: Callable[[RouterEvent], object], num_sequences: int) -> None:
-    """Two workers, and so many requests with their first token."""
+    """Sets up two workers, and `num_sequences` requests with their first token."""
     handle(WorkerReady(worker("prefill-0", Role.PREFILL)))
     handle(WorkerReady(worker("decode-0", Role.DECODE)))
     for i in range(num_sequences):

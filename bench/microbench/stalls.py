@@ -1,4 +1,4 @@
-"""How long the head's loop stands still, and streams with it, while clients send what is made to stall a
+"""The stalls of the head's loop, and of streams with it, while clients send requests designed to stall a
 server.
 
     python -m bench.microbench.stalls   # every hostile request in turn, beside 16 streams
@@ -49,7 +49,7 @@ TOKENS_PER_S = 50
 
 
 class Ticker:
-    """How late the loop has been since the last question."""
+    """The loop's lateness since the last query."""
 
     def __init__(self) -> None:
         self.worst_s = 0.0
@@ -70,7 +70,7 @@ class Ticker:
 
 
 async def head() -> None:
-    """Serves until stdin ends; tells its addresses first, then, for each line, the longest stall since the
+    """Serves until stdin ends; prints its addresses first, then, for each line, the longest stall since the
     last one."""
     config = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}})
     service = RouterService(Router(), streaming.Observer(), "token")
@@ -98,7 +98,7 @@ async def head() -> None:
 
 
 def worker(port: int, num_streams: int) -> None:
-    """That of `streaming.py`, with a longer context."""
+    """The worker of `streaming.py`, with a longer context."""
     info = structs.replace(streaming._info(), max_model_len=CONTEXT)
     streaming._info = lambda: info
     streaming.Worker(port, num_streams * TOKENS_PER_S).run()
@@ -238,7 +238,7 @@ def _wanted(family: Family, only: str) -> Family:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--at-once", type=int, default=1, help="so many of each request together")
+    parser.add_argument("--at-once", type=int, default=1, help="number of each request at any time")
     parser.add_argument("--only", default="", help="requests whose name contains this")
     parser.add_argument("--head", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Clients of streams for `doors.py` that cost little: they write and read raw bytes, and count events."""
+"""Cheap stream clients for `streaming.py`: they write and read raw bytes, and count events."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ PROMPT_TOKENS = [100 + i for i in range(16)]
 
 @dataclass
 class Count:
-    """What all clients have got."""
+    """The totals received by all clients."""
 
     num_events: int = 0
     num_ended: int = 0
@@ -38,7 +38,7 @@ async def over_http(num_tokens: int, port: int, count: Count) -> None:
 
 
 async def over_grpc(requests: list[pb.GenerateRequest], port: int, count: Count) -> None:
-    """All streams on one connection, with windows that never close."""
+    """Runs all streams on one connection, with windows that never close."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(4, 0, 0, struct.pack(">HI", 4, 2**31 - 1)))
     writer.write(_frame(8, 0, 0, struct.pack(">I", 2**31 - 1 - 65535)))

@@ -1,13 +1,14 @@
-"""What the doors can stream: one head process on one core, 256 streams, a worker that computes nothing.
+"""The streaming throughput of the gRPC and HTTP servers: one head process on one core, 256 streams, a worker
+that computes nothing.
 
     python -m bench.microbench.streaming [grpc|http ...] [--streams 256] [--tokens 400] [--rate TOKENS_PER_S]
     [--at-once N] [--profile FILE]
 
-The head has the real router, its control connection and both doors. The worker speaks the control protocol
+The head has the real router, its control connection and both servers. The worker speaks the control protocol
 and produces a token for every stream in each step: as fast as the head takes them, or at `--rate`. Clients
 write and read raw bytes, so that they cost little: HTTP/1.1, and HTTP/2 with gRPC's framing. The head runs on
 the first core, worker and clients on the second. Each line: tokens/s in total, the head's CPU time per token,
-and how many tokens an event had in the mean."""
+and the mean number of tokens per event."""
 
 import argparse
 import asyncio
@@ -60,7 +61,7 @@ CONTINUATION = (
 
 
 class Observer:
-    """Expects the one worker that comes."""
+    """Waits for the one worker."""
 
     def expects(self, key: tuple[str, int]) -> bool:
         return True
@@ -77,8 +78,7 @@ class Frontend:
 
 
 async def head(profile: str | None) -> None:
-    """Serves until stdin ends; tells its addresses first, then its CPU seconds whenever it is asked by a
-    line."""
+    """Serves until stdin ends; prints its addresses first, then its CPU seconds for each line it reads."""
     config = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}})
     service = RouterService(Router(), Observer(), "token")
     port = await service.start("127.0.0.1")
@@ -133,7 +133,7 @@ class Worker:
                     self._link.send(_ended(transfer, "aborted"))
 
     def run(self) -> None:
-        """Until the head hangs up."""
+        """Runs until the head closes the connection."""
         started_s, num_sent = time.perf_counter(), 0
         while not self._lost.is_set():
             if not self._next:
@@ -213,7 +213,7 @@ def clients(
 
 
 def _start(*arguments: str) -> "subprocess.Popen[str]":
-    """This file in another process."""
+    """Starts this file in another process."""
     return subprocess.Popen(
         [sys.executable, "-m", "bench.microbench.streaming", *arguments],
         stdin=subprocess.PIPE,
@@ -257,7 +257,7 @@ async def measure(door: str, args: argparse.Namespace) -> None:
 
 
 async def _until_ready(port: int) -> None:
-    """Until the head takes requests."""
+    """Returns when the head accepts requests."""
     count = Count()
     while not count.num_events:
         await over_http(1, port, count)

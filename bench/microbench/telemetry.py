@@ -1,10 +1,10 @@
-"""What metrics, traces and recent timelines cost the router.
+"""The cost of metrics, traces and recent timelines to the router.
 
     python -m bench.microbench.telemetry
 
 Steps: a decode step, from the worker's bytes into the clients' streams, in turns with a recorder and without;
-the gaps between its tokens, which the router counts itself, on their own. Requests: all that is told of one
-when it is over. Scrapes: one exposition. What clients see of it against an earlier revision:
+the gaps between its tokens, which the router counts itself, on their own. Requests: everything recorded of
+one when it is over. Scrapes: one exposition. What clients see of it against an earlier revision:
 `bench/comparison/against.py`."""
 
 import asyncio
@@ -76,7 +76,7 @@ class Side:
 
 
 async def step_us(num_sequences: int) -> tuple[float, float]:
-    """Without a recorder and with one."""
+    """The time of a step without a recorder and with one."""
     sides = Side(None, num_sequences), Side(recorder(), num_sequences)
     encoder = FrameEncoder()
     for index in range(1, NUM_STEPS + 1):
@@ -88,7 +88,7 @@ async def step_us(num_sequences: int) -> tuple[float, float]:
 
 
 def gaps_us(num_sequences: int) -> float:
-    """Of one step: what `WorkerReports` does for each token, and at the end."""
+    """The time of one step: the work of `WorkerReports` for each token, and at the end."""
     gaps = TokenGaps()
     streams = [ChoiceStream(0) for _ in range(num_sequences)]
 

@@ -1,5 +1,5 @@
-"""What `python -m bench.chaos` counts as lost or altered, over one connection or several, and what it holds
-to be the cause."""
+"""`python -m bench.chaos` classifies streams as lost or altered, over one connection or several, and finds
+the cause."""
 
 import threading
 from collections.abc import Iterator
@@ -129,7 +129,7 @@ def run(
     return stream, [list(request.resume_from) for request in router.requests]
 
 
-def test_a_client_comes_back_for_what_it_has_not_got_until_it_has_all() -> None:
+def test_a_client_reconnects_for_missing_tokens_until_complete() -> None:
     resumed, asked = run(
         [Unavailable()],
         [tokens(0, 7), Unavailable()],
@@ -140,7 +140,7 @@ def test_a_client_comes_back_for_what_it_has_not_got_until_it_has_all() -> None:
     assert resumed.outcome(UNDISTURBED) == "whole"
 
 
-def test_endings_come_again_with_each_connection_and_the_text_that_belongs_to_them_counts_once() -> None:
+def test_repeated_endings_count_their_text_once() -> None:
     last_text = pb.GenerateEvent(tokens=pb.TokenDelta(index=3, text="!"))
     other = pb.GenerateEvent(tokens=pb.TokenDelta(choice=1, token_ids=[5]))
     other_end = pb.GenerateEvent(choice_end=pb.ChoiceEnd(choice=1, finish_reason=pb.FINISH_REASON_LENGTH))
@@ -179,7 +179,7 @@ def test_any_difference_after_a_client_came_back_is_an_altered_stream(rest: list
 
 
 @pytest.mark.parametrize("rest", [[STOPPED, END], [tokens(3, 6), CHOICE_END, END], [END]])
-def test_a_choice_that_had_ended_ends_in_the_same_way_when_its_client_comes_back(
+def test_an_ended_choice_ends_the_same_way_after_a_reconnect(
     rest: list[pb.GenerateEvent],
 ) -> None:
     ended: list[pb.GenerateEvent | grpc.RpcError] = [tokens(0, 7, 8, 9), STOPPED, Unavailable()]
@@ -206,7 +206,7 @@ def came_back(broken_s: list[float], arrivals_s: list[float]) -> Stream:
     return taken
 
 
-def test_a_return_is_measured_from_the_death_of_the_router_to_the_next_token() -> None:
+def test_recovery_is_measured_from_router_death_to_next_token() -> None:
     """The next router died as well, before it had brought a token."""
     account = Account()
     streams = [came_back([2.1], [1.0, 2.05, 5.0]), came_back([2.1, 4.1, 4.2], [1.0, 6.0, 6.1])]
@@ -215,13 +215,13 @@ def test_a_return_is_measured_from_the_death_of_the_router_to_the_next_token() -
     assert sorted(account.returned_s) == [2.0, 3.0, 4.0]
 
 
-def test_a_connection_that_broke_although_the_router_lived_is_a_lost_stream() -> None:
+def test_a_connection_broken_under_a_running_router_is_a_lost_stream() -> None:
     account = Account()
     account.add_round([killed("decode", 2.0)], [came_back([2.1], [1.0, 1.1, 2.5])], [UNDISTURBED])
     assert account.outcomes == {"lost": 1}
 
 
-def test_what_followed_from_accidents_to_workers_is_not_measured_while_the_router_is_struck_as_well() -> None:
+def test_worker_recovery_is_not_measured_during_router_faults() -> None:
     account = Account()
     resumed = came_back([], [1.0, 1.1, 2.5])
     resumed.attempts = [pb.Attempt(choices=[0]), pb.Attempt(attempt=1, choices=[0])]
@@ -229,7 +229,7 @@ def test_what_followed_from_accidents_to_workers_is_not_measured_while_the_route
     assert not account.hits
 
 
-def test_a_worker_that_was_replaced_for_no_accident_is_told_once() -> None:
+def test_a_worker_replaced_without_an_accident_is_reported_once() -> None:
     account = Account()
     account.add_round([killed("decode", 2.0)], [], [])
     watch: Any = SimpleNamespace(replaced_workers=lambda: {1: "decode-0", 2: "prefill-0"})

@@ -1,4 +1,4 @@
-"""The sweep's table and curves tell what was measured, misses and doubts included."""
+"""The sweep's table and curves report every measurement, misses and doubtful ones included."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_each_way_has_a_row_and_each_point_its_ratios() -> None:
     assert not any(line.startswith("careful") for line in lines)
 
 
-def test_what_a_prefix_cache_did_is_told() -> None:
+def test_prefix_cache_hits_are_reported() -> None:
     one = point("even", 1.0, 0.2)
     cached = {way: replace(report, num_cached_tokens=10) for way, report in one.reports.items()}
     assert (

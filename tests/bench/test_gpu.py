@@ -60,7 +60,7 @@ def test_every_kernel_and_a_whole_engine_are_right_in_the_interpreter() -> None:
     run_interpreted()
 
 
-def test_every_variant_of_the_sweep_computes_the_same_and_says_what_needs_a_gpu() -> None:
+def test_every_sweep_variant_computes_the_same_and_names_gpu_needs() -> None:
     printed = run_interpreted("--only", "sweep")
     assert re.search(r"decode attention.*tile of 128 keys +needs a GPU", printed)
     assert re.search(r"chunks of .* MiB, exposed +needs a GPU", printed)
@@ -166,7 +166,7 @@ def test_a_check_for_which_there_was_no_time_has_not_passed() -> None:
 
 
 def test_checks_are_alike_however_many_have_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that one that failed can be run alone."""
+    """A failed check can thus be run alone."""
     case = Case("drawn", math.inf, lambda: float(torch.rand(())))
     first = checks.checked(case)
     torch.rand(7)
@@ -218,7 +218,7 @@ def test_messages_arrive_as_they_were_sent(tmp_path: Path) -> None:
     assert [received(line) for line in (tmp_path / "messages").read_text().splitlines()] == messages
 
 
-def test_the_table_says_what_was_reached_and_what_was_missed() -> None:
+def test_the_table_shows_targets_reached_and_missed() -> None:
     rows = [at_least("decode", "1 ms", 0.93, 0.9, "copy"), at_least("prefill", "2 ms", 0.5, 0.65, "product")]
     text = summary(
         [Check("a", 3.0, 1.0), Broken("transfer", "no link"), Limit("copy", 3e12, "3 TB/s"), *rows]

@@ -59,7 +59,7 @@ class Day:
         return (self.notes / "arguments").read_text().split()
 
 
-def test_the_cache_comes_back_from_a_call_that_fails_and_goes_along_with_the_next(day: Day) -> None:
+def test_the_cache_survives_a_failed_call(day: Day) -> None:
     assert day.call("first") == 1
     tar = day.folder / "first" / "triton-cache.tar"
     with tarfile.open(tar) as archive:
@@ -71,7 +71,7 @@ def test_the_cache_comes_back_from_a_call_that_fails_and_goes_along_with_the_nex
     assert not list(day.folder.glob("tmp.*"))  # nothing else is left
 
 
-def test_the_first_call_looks_for_what_is_wrong_and_the_second_for_why(day: Day) -> None:
+def test_the_first_call_checks_and_the_second_diagnoses(day: Day) -> None:
     day.call("first")
     first = day.bench_arguments
     assert first[first.index("--only") + 1 :] == [
@@ -94,7 +94,7 @@ def test_the_first_call_looks_for_what_is_wrong_and_the_second_for_why(day: Day)
     assert second[second.index("--total-s") + 1] == "200"
 
 
-def test_what_the_machine_lacks_is_taken_from_the_wheels_that_were_brought(day: Day) -> None:
+def test_missing_packages_are_installed_from_the_supplied_wheels(day: Day) -> None:
     wheels = day.folder / "wheels"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:

@@ -59,7 +59,7 @@ def test_every_kind_of_sampling_is_asked_for_and_answered(engine: Engine) -> Non
     assert any(output.prompt_logprobs for output in outputs)
 
 
-def test_what_differs_between_two_engines_is_counted(engine: Engine) -> None:
+def test_differences_between_two_engines_are_counted(engine: Engine) -> None:
     ours = answers(engine)
     assert num_differences(ours, answers(engine), 1e-3) == 0
     theirs = list(ours)

@@ -1,5 +1,5 @@
-"""How the GPU benchmark shares out its time and what it keeps when a section's process ends early. The
-processes here are small programs in the place of sections."""
+"""The GPU benchmark's division of time, and the results kept when a section's process ends early. Small
+programs stand in for the sections' processes."""
 
 import re
 import textwrap
@@ -50,9 +50,7 @@ def program(tmp_path: Path) -> Write:
     return write
 
 
-def test_a_check_that_ends_its_process_has_failed_and_the_next_ones_are_run(
-    program: Write, tmp_path: Path
-) -> None:
+def test_a_check_that_crashes_its_process_fails_and_later_checks_run(program: Write, tmp_path: Path) -> None:
     killed_by_the_second = program("""
         for number in range(4):
             if check(number):
@@ -71,9 +69,7 @@ def test_a_check_that_ends_its_process_has_failed_and_the_next_ones_are_run(
     assert not is_correct(messages, CORRECTNESS)
 
 
-def test_after_a_check_that_lost_the_gpu_the_section_goes_on_in_a_new_process(
-    program: Write, tmp_path: Path
-) -> None:
+def test_a_section_continues_in_a_new_process_after_losing_the_gpu(program: Write, tmp_path: Path) -> None:
     lost_after_the_first = program(f"""
         for number in range(3):
             if check(number):
@@ -87,14 +83,12 @@ def test_after_a_check_that_lost_the_gpu_the_section_goes_on_in_a_new_process(
     assert problems[0] != problems[1] == problems[2]
 
 
-def test_a_process_that_ends_before_its_first_check_is_not_started_again(
-    program: Write, tmp_path: Path
-) -> None:
+def test_a_process_that_ends_before_its_first_check_is_not_restarted(program: Write, tmp_path: Path) -> None:
     messages = list(run_apart(KERNELS, program(f"os._exit({GPU_LOST})"), tmp_path))
     assert messages == [Broken("kernels", f"its process ended with status {GPU_LOST}")]
 
 
-def test_a_section_that_takes_too_long_is_ended_and_is_not_correct(program: Write, tmp_path: Path) -> None:
+def test_a_section_over_its_time_is_ended_and_fails(program: Write, tmp_path: Path) -> None:
     waits = program("time.sleep(600)")
     messages = list(run_apart(replace(KERNELS, budget_s=0.01), waits, tmp_path))
     assert messages == [Broken("kernels", "not done after 0.01 s")]
@@ -119,8 +113,8 @@ def test_a_check_that_hangs_leaves_time_for_the_next_ones(
     assert second == Check("check 1", 0.0, 0.0)
 
 
-def test_what_a_section_wrote_to_standard_error_is_kept_whole(program: Write, tmp_path: Path) -> None:
-    """Also of checks that failed without ending it, and across its processes."""
+def test_a_sections_standard_error_is_kept_whole(program: Write, tmp_path: Path) -> None:
+    """This includes failed checks that did not end it, and all of its processes."""
     writes = program("""
         for number in range(60):
             if check(number):
@@ -174,7 +168,7 @@ def test_the_interpreter_and_a_sanitizer_have_as_long_as_the_run() -> None:
 
 
 def test_sections_run_in_the_order_in_which_they_are_named() -> None:
-    """Those that are measured come after the limits that they are measured by."""
+    """Measurements run after the limits that they refer to."""
     named = command.chosen(["engine", "profile", "attention"])
     assert [section.name for section in named] == ["engine", "limits", "profile", "attention"]
     named = command.chosen(["attention", "limits"])
@@ -184,7 +178,7 @@ def test_sections_run_in_the_order_in_which_they_are_named() -> None:
     assert asked_for == {section.name for section in SECTIONS} - {"sweep", "profile"}
 
 
-def test_a_run_that_is_cut_off_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_its_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def cut_off_in_the_second(
         sections: list[Section], program: Program, stderr_folder: Path
     ) -> Iterator[Message]:
@@ -200,7 +194,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch
     assert "s up to limits" in record.table.read_text()
 
 
-def test_sections_without_time_are_not_begun_and_are_told(
+def test_sections_without_time_are_skipped_and_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     begun = Event()

@@ -1,4 +1,4 @@
-"""Where the time of a profiled step goes."""
+"""The time breakdown of a profiled step."""
 
 from hypothesis import given, strategies as st
 
@@ -31,7 +31,7 @@ def test_a_step_without_kernels_says_so() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 20)), min_size=1, max_size=40))
-def test_gaps_are_what_no_kernel_covers(runs: list[tuple[int, int]]) -> None:
+def test_gaps_are_the_times_without_a_kernel(runs: list[tuple[int, int]]) -> None:
     intervals = [Interval(f"k{start % 20}", float(start), float(start + length)) for start, length in runs]
     covered = {moment for start, length in runs for moment in range(start, start + length)}
     gap_us = max(covered) + 1 - min(covered) - len(covered)

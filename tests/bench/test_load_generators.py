@@ -27,7 +27,7 @@ def test_a_ratio_is_that_of_the_rounds_not_of_the_medians() -> None:
     ]
 
 
-def test_the_slowed_model_says_what_the_embedded_one_says(tmp_path: Path) -> None:
+def test_the_slowed_model_answers_like_the_embedded_one(tmp_path: Path) -> None:
     slowed = AutoModelForCausalLM.from_pretrained(make_slowed(tmp_path / "slowed", num_layers=7))
     embedded = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     token_ids = torch.arange(10, 40)[None]  # [1, num_tokens]

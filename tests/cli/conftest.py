@@ -57,7 +57,7 @@ class ServerThread:
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     def stop_when_shut_down(self) -> None:
-        """End the server once the cluster is told to shut down, as the head does."""
+        """Ends the server once the cluster receives a shutdown, as the head does."""
         self.cluster.on_shutdown = lambda: self._stop_soon(1.0)
 
     def stop_when_watched(self) -> None:

@@ -12,7 +12,7 @@ from tests.gateway.support import ScriptedCluster
 SHORT = ("--requests", "6", "--prompt-tokens", "8", "--output-tokens", "4", "--warm-up", "1")
 
 
-def test_an_open_load_is_reported_in_a_table_and_in_a_file(
+def test_an_open_load_is_reported_as_table_and_file(
     run: Run, cluster: ScriptedCluster, tmp_path: Path
 ) -> None:
     file = tmp_path / "figures.json"
@@ -68,7 +68,7 @@ def test_a_trace_is_replayed(run: Run, cluster: ScriptedCluster, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("options", "warns"), [((), True), (("--prefix-tokens", "4"), False)])
-def test_prompts_that_the_server_knows_already_are_a_warning_unless_they_share_prefixes(
+def test_cached_prompts_cause_a_warning_unless_prefixes_are_shared(
     run: Run, options: tuple[str, ...], warns: bool
 ) -> None:
     result = run(
@@ -99,7 +99,7 @@ def test_failed_requests_are_counted_by_kind(run: Run, cluster: ScriptedCluster)
         (("--rate", "1", "http://127.0.0.1:1", "--extra", "[]"), "--extra: expected a JSON object"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(run: Run, options: tuple[str, ...], message: str) -> None:
+def test_an_impossible_load_is_refused_in_one_line(run: Run, options: tuple[str, ...], message: str) -> None:
     result = run("bench", *options)
     assert result.exit_code == 1
     assert result.stderr.startswith("pdserve: ")

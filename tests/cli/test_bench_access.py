@@ -1,4 +1,4 @@
-"""`pdserve bench` comes in where other commands do: TLS by the options before its name, a key by the
+"""`pdserve bench` authenticates like other commands: TLS by the options before its name, a key by the
 environment."""
 
 from collections.abc import Iterator
@@ -73,7 +73,9 @@ def addresses(server: ServerThread) -> tuple[str, str]:
     return server.address, f"https://{server.gateway.http_address}"
 
 
-def test_both_doors_are_measured_behind_tls_and_keys(guarded: ServerThread, options: tuple[str, ...]) -> None:
+def test_both_servers_are_measured_behind_tls_and_keys(
+    guarded: ServerThread, options: tuple[str, ...]
+) -> None:
     for address in addresses(guarded):
         result = bench(address, *options)
         assert result.exit_code == 0, result.output
@@ -81,14 +83,14 @@ def test_both_doors_are_measured_behind_tls_and_keys(guarded: ServerThread, opti
     assert {request.client for request in guarded.cluster.requests} == {"key:alice"}
 
 
-def test_without_the_key_neither_door_is_measured(guarded: ServerThread, options: tuple[str, ...]) -> None:
+def test_without_the_key_neither_server_is_measured(guarded: ServerThread, options: tuple[str, ...]) -> None:
     for address in addresses(guarded):
         result = bench(address, *options, key="pdk_other")
         assert result.exit_code == 1
         assert "not a key of this server" in result.stderr
 
 
-def test_without_the_right_certificates_neither_door_is_measured(
+def test_without_the_right_certificates_neither_server_is_measured(
     guarded: ServerThread, options: tuple[str, ...]
 ) -> None:
     for address in addresses(guarded):

@@ -1,4 +1,4 @@
-"""What the repository's cluster.yaml says, as Ray's launcher and pdserve read it."""
+"""The repository's cluster.yaml, as Ray's launcher and pdserve read it."""
 
 import os
 import re
@@ -37,7 +37,7 @@ def test_ray_accepts_the_file_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
-def test_ray_runs_at_the_address_at_which_ssh_has_reached_the_host(commands: str) -> None:
+def test_ray_runs_at_the_address_that_ssh_reached(commands: str) -> None:
     start = as_ray_reads_it(TEXT)[commands][-1]
     option = re.search(r"--node-ip-address=\$\(.*?\)", start)
     assert option is not None
@@ -50,7 +50,7 @@ def test_ray_runs_at_the_address_at_which_ssh_has_reached_the_host(commands: str
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
-def test_ray_accepts_the_lines_for_a_cloud_and_pools_have_node_types_with_gpus(cloud: str) -> None:
+def test_ray_accepts_the_cloud_sections_with_gpu_node_types(cloud: str) -> None:
     config = as_ray_reads_it(for_cloud(cloud))
     assert config["provider"]["type"] == CLOUDS[cloud]
     types = config["available_node_types"]

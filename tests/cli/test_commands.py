@@ -1,4 +1,5 @@
-"""What a person sees: text on stdout, one clear line on stderr and status 1 for errors, 2 for wrong usage."""
+"""The output of commands: text on stdout, one clear line on stderr and status 1 for errors, 2 for wrong
+usage."""
 
 import json
 import shutil
@@ -105,7 +106,7 @@ def test_prompts_come_from_stdin_as_chat_or_as_token_ids(run: Run, cluster: Scri
     assert ids == (5, 6, 7)
 
 
-def test_chat_remembers_what_was_said(run: Run, cluster: ScriptedCluster) -> None:
+def test_chat_keeps_the_conversation(run: Run, cluster: ScriptedCluster) -> None:
     result = run("chat", "--max-tokens", "4", stdin="hi\nand then?\n")
     assert result.exit_code == 0
     answer = cluster.tokenizer.decode(cluster.token_ids[:4])
@@ -195,9 +196,7 @@ def test_status_reads_like_kubectl(run: Run) -> None:
     assert "NODE" in run("status", "-o", "wide").stdout
 
 
-def test_status_names_hosts_where_there_are_several_and_what_is_on_them(
-    run: Run, server: ServerThread
-) -> None:
+def test_status_lists_several_hosts_and_their_instances(run: Run, server: ServerThread) -> None:
     hosts = (
         HostStatus(
             address="10.0.0.1",
@@ -368,7 +367,7 @@ def test_a_client_command_loads_neither_torch_nor_ray_nor_transformers() -> None
     assert result.stdout == "[]\n"
 
 
-def test_validate_and_plan_tell_what_a_file_asks_for(run: Run, tmp_path: Path) -> None:
+def test_validate_and_plan_report_a_files_requirements(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("metadata: {pdserve: {pools: {decode: {instances: 4000}}}}\n")
     result = run("validate", str(file))
@@ -397,7 +396,7 @@ def test_validate_finds_a_tokenizer_that_was_made_to_do_harm(run: Run, tmp_path:
     assert f"{model}: its tokenizer cannot be loaded: its normalizer" in result.stderr
 
 
-def test_validate_refuses_what_no_machine_can_serve(run: Run, tmp_path: Path) -> None:
+def test_validate_refuses_an_unservable_configuration(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("metadata:\n  pdserve:\n    pools: {decode: {instances: many}}\n")
     result = run("validate", str(file))

@@ -1,4 +1,4 @@
-"""A stream that Ctrl-C interrupts: it is read on another thread, and left when its reader leaves."""
+"""A stream that Ctrl-C interrupts: it is read on another thread, and cancelled when its reader leaves."""
 
 import os
 import queue
@@ -43,7 +43,7 @@ def interrupts() -> Iterator[None]:
 
 
 def wait_interrupted(messages: Iterator[int]) -> None:
-    """For a message that does not come, with a Ctrl-C meanwhile."""
+    """Waits for a message that never arrives, interrupted by Ctrl-C."""
     threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
     next(messages)
 

@@ -1,5 +1,5 @@
-"""Commands that administer need no options beside a cluster of the same user; others are told which way was
-tried."""
+"""Administrative commands need no options on the host of the same user's cluster; other users get a message
+naming the path tried."""
 
 import os
 from collections.abc import Iterator
@@ -49,10 +49,10 @@ def test_the_cluster_is_found_by_its_address(server: ServerThread, host: str) ->
     assert result.exit_code == 0, result.output
 
 
-def test_without_the_socket_a_user_learns_what_was_tried_and_what_to_do(
+def test_without_the_socket_the_error_names_the_attempt_and_the_fix(
     server: ServerThread, runtime_folder: Path, tmp_path: Path
 ) -> None:
-    """As another user, whose runtime folder has no such socket."""
+    """Runs as another user, whose runtime folder has no such socket."""
     elsewhere = tmp_path / "elsewhere"
     result = status(server.address, **{admin_socket.RUNTIME_FOLDER: str(elsewhere)})
     assert result.exit_code == 1
@@ -81,7 +81,7 @@ def test_a_key_that_is_given_is_shown_over_tcp(server: ServerThread) -> None:
     assert result.exit_code == 1 and f"asked over TCP with the key in {trust.API_KEY})" in result.stderr
 
 
-def test_a_key_that_may_not_administer_is_refused_where_the_user_may(tmp_path: Path) -> None:
+def test_a_key_without_admin_is_refused_where_the_user_is_admitted(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{make_key('alice', KEY).line}\n")
     keys.chmod(0o600)

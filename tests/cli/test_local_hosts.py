@@ -1,5 +1,4 @@
-"""How hosts join and leave a running Ray, with stand-ins for `ray` and `ssh` that note how they were
-called."""
+"""Hosts join and leave a running Ray; stubs of `ray` and `ssh` record their calls."""
 
 import json
 from pathlib import Path
@@ -30,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def follow(after: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """What is called when the file changes."""
+    """The callback for changes of the file."""
     Path("file").write_text(json.dumps(after))
     Path("copy").write_text(json.dumps(before))
     local_hosts.follow(Path("file"), Path("copy"))
@@ -45,9 +44,7 @@ def test_a_new_host_is_noted_and_nothing_else_happens(
     assert capsys.readouterr().out == "b: joins\n"
 
 
-def test_ray_ends_on_the_host_that_has_left_and_on_no_other(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ray_ends_only_on_the_host_that_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     noted, ended = follow(config("a", "c"), config("a", "b", "c"))
     assert noted == "ray get-worker-ips file"
     assert ended.startswith("ssh -tt -i /key.pem ") and ended.endswith(

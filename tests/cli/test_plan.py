@@ -1,4 +1,4 @@
-"""What `plan` and `validate` say of GPUs."""
+"""The output of `plan` and `validate` about GPUs."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "cluster.yaml"
 
 
-def test_plan_shows_the_gpus_and_who_is_on_them(
+def test_plan_shows_the_gpus_and_their_instances(
     run: Run, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -39,7 +39,7 @@ def test_plan_shows_the_gpus_and_who_is_on_them(
     assert [pool["gpu_share"] for pool in as_json["pools"]] == [0.5, 0.5]
 
 
-def test_a_gpu_that_is_missing_here_is_no_mistake_in_the_file(
+def test_a_missing_gpu_is_not_a_configuration_error(
     run: Run, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "probe_node", lambda: Node("here", (0, 1), 1 << 30, 1 << 30))

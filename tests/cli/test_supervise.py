@@ -1,5 +1,4 @@
-"""`pdserve supervise`, with stand-ins for `ray`, `pdserve up` and `crontab` that note how they were
-called."""
+"""`pdserve supervise`, with stubs of `ray`, `pdserve up` and `crontab` that record their calls."""
 
 import fcntl
 import os
@@ -49,7 +48,7 @@ UNTIL_TERMINATED = (
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the supervisor runs, with the stand-ins on its PATH."""
+    """The supervisor's folder, with the stubs on its PATH."""
     for name, lines in STANDINS.items():
         executable(tmp_path / "bin" / name, lines)
     (tmp_path / "cluster.yaml").write_text("provider: {type: local, worker_ips: [10.0.0.3]}")
@@ -88,7 +87,7 @@ def calls() -> list[str]:
     return Path("calls").read_text().split("\n")[:-1]
 
 
-def test_what_crashes_is_started_again_in_the_ray_that_is_there_and_what_was_shut_down_is_not(
+def test_only_a_crash_is_restarted_within_the_running_ray(
     folder: Path,
 ) -> None:
     with supervisor("echo up $RAY_ADDRESS >> calls; [ $(grep -c up calls) = 2 ]"):
@@ -97,7 +96,7 @@ def test_what_crashes_is_started_again_in_the_ray_that_is_there_and_what_was_shu
     assert Path("crontab").read_text() == "5 4 * * * backup\n"
 
 
-def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder: Path) -> None:
+def test_a_dead_ray_is_restarted_and_both_logs_are_kept(folder: Path) -> None:
     with supervisor(
         "echo up >> calls; touch ray/$(grep -c up calls); rm ray-lives; [ $(grep -c up calls) = 2 ]"
     ):
@@ -106,7 +105,7 @@ def test_a_ray_that_died_is_started_again_and_the_logs_of_both_are_there(folder:
     assert Path("ray-before", "1").exists() and Path("ray", "2").exists()
 
 
-def test_what_it_starts_says_that_it_serves_when_the_supervisor_is_killed(folder: Path) -> None:
+def test_its_child_keeps_serving_when_the_supervisor_is_killed(folder: Path) -> None:
     os.mkfifo("started")
     os.mkfifo("end")
     lines = SUPERVISOR.replace(
@@ -123,7 +122,7 @@ def test_what_it_starts_says_that_it_serves_when_the_supervisor_is_killed(folder
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def test_a_file_that_was_refused_is_not_what_starts_again(folder: Path) -> None:
+def test_a_refused_file_is_not_used_for_a_restart(folder: Path) -> None:
     (folder / "cluster.yaml").write_text("good")
     with supervisor(
         "echo up $(cat $2) >> calls; echo bad > cluster.yaml; rm ray-lives; [ $(grep -c up calls) = 2 ]"
@@ -151,7 +150,7 @@ def test_ray_stop_on_the_head_ends_ray_on_the_other_hosts(serving: "subprocess.P
     assert "10.0.0.3 bash" in words and "ray stop" in words
 
 
-def test_a_host_that_shuts_down_starts_it_again_at_the_next_boot(serving: "subprocess.Popen[bytes]") -> None:
+def test_a_host_restarts_the_supervisor_at_boot(serving: "subprocess.Popen[bytes]") -> None:
     serving.send_signal(signal.SIGTERM)
     assert serving.wait() == 0
     assert calls()[-1] == "terminated"
@@ -190,7 +189,7 @@ def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path, held: 
     assert not Path("calls").exists()
 
 
-def test_in_place_of_a_refused_file_the_last_good_one_is_put_back(folder: Path) -> None:
+def test_a_refused_file_is_replaced_by_the_last_good_one(folder: Path) -> None:
     executable(folder / "bin" / "pdserve", "echo $1 is wrong; exit 1")
     (folder / "cluster.yaml").write_text("bad")
     (folder / "copy").write_text("good")
@@ -204,15 +203,13 @@ def test_in_place_of_a_refused_file_the_last_good_one_is_put_back(folder: Path) 
     assert (folder / "cluster.yaml").read_text() == "good" and not (folder / "calls").exists()
 
 
-def test_pauses_double_up_to_a_minute_and_begin_again_after_a_long_life() -> None:
+def test_pauses_double_up_to_a_minute_and_reset_after_long_runs() -> None:
     pauses = Pauses()
     assert [pauses.after(lived_s=3.0) for _ in range(8)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     assert [pauses.after(lived_s=61.0), pauses.after(lived_s=3.0)] == [1.0, 2.0]
 
 
-def test_folders_of_a_launcher_that_died_go_and_those_of_one_that_lives_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_folders_of_dead_launchers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = tmp_path / "runtime"
     monkeypatch.setenv("PDSERVE_RUNTIME_DIR", str(runtime))
     for folder in ("pdserve-dead", "pdserve-lives", "pdserve-other", "runtime"):
@@ -230,7 +227,7 @@ def test_folders_of_a_launcher_that_died_go_and_those_of_one_that_lives_stay(
     assert [path.name for path in runtime.iterdir()] == ["127.0.0.1_2.sock"]
 
 
-def test_a_script_runs_its_command_in_the_environment_of_today_less_the_session(tmp_path: Path) -> None:
+def test_a_script_runs_in_the_current_environment_without_session_variables(tmp_path: Path) -> None:
     environment = {
         "RAY_AUTH_MODE": "token",
         "ODD": "it's $HOME",

@@ -1,4 +1,4 @@
-"""What commands show to a server that wants TLS, and what they say when that does not do."""
+"""The credentials that commands present to a TLS server, and their messages when these are refused."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `pdserve up` says while a cluster starts, serves and ends."""
+"""The output of `pdserve up` while a cluster starts, serves and ends."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def starting(phase: str, fraction: float) -> pb.WorkerStatus:
     )
 
 
-def test_only_what_is_new_makes_a_line() -> None:
+def test_only_changes_make_a_line() -> None:
     lines = StatusLines()
     assert list(lines.changes(status(starting("loading weights", 0.0)))) == [
         "decode-0: starting, loading weights 0%"
@@ -51,7 +51,7 @@ def test_only_what_is_new_makes_a_line() -> None:
     assert list(lines.changes(status())) == ["decode-0: gone"]
 
 
-def test_what_a_serving_cluster_lacks_is_a_line_once_and_so_is_its_end() -> None:
+def test_missing_workers_and_the_end_are_each_reported_once() -> None:
     lines = StatusLines()
     lacks = "host 10.0.0.2: has not joined; waiting for it"
     assert list(lines.changes(pb.ClusterStatus(degraded=lacks))) == []
@@ -93,7 +93,7 @@ def test_following_until_ready_returns_while_the_cluster_serves(server: ServerTh
     assert not server.cluster.state.shutting_down
 
 
-def test_waiting_for_a_start_gives_up_on_a_worker_that_keeps_failing(server: ServerThread) -> None:
+def test_a_start_gives_up_on_a_worker_that_keeps_failing(server: ServerThread) -> None:
     worker = replace(
         server.cluster.state.workers[1], state=WorkerState.FAILED, message="no memory", num_restarts=3
     )
@@ -122,14 +122,14 @@ from pdserve.core.config import ClusterConfig
 address, local_address = sys.argv[1:]
 launched = SimpleNamespace(grpc_address=address, local_address=local_address, http_address=None, ended=True, poll=lambda: None)
 launch.launch = lambda config, settings: nullcontext(launched)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: int) -> None:
-    """In a process of its own, whose main thread the signal interrupts."""
+    """Runs in a process of its own, whose main thread the signal interrupts."""
     server.call(server.cluster.go_on.set)
     command = [sys.executable, "-c", UP, server.address, server.local_address]
     with subprocess.Popen(
@@ -153,7 +153,7 @@ def test_sigterm_is_an_interrupt_for_a_while_only() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_both_addresses_are_told_when_there_are_two() -> None:
+def test_both_addresses_are_shown_when_there_are_two() -> None:
     assert ready_line(pb.ClusterStatus(model="m"), "127.0.0.1:1", "127.0.0.1:2").startswith(
         "ready: m at 127.0.0.1:1 (gRPC) and http://127.0.0.1:2/v1, "
     )

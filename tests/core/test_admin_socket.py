@@ -1,5 +1,5 @@
-"""The socket by which a user administers their own clusters: found by its port, and in no folder that others
-prepared."""
+"""The socket through which users administer their own clusters: found by its port, never in a folder that
+others prepared."""
 
 import os
 import shutil
@@ -65,16 +65,14 @@ def test_a_cluster_is_found_by_its_port_until_it_withdraws(folder: Path, listeni
         ("[::1]:1", "127.0.0.1:1", False),
     ],
 )
-def test_clusters_on_several_addresses_are_told_apart(
+def test_clusters_on_several_addresses_are_distinguished(
     folder: Path, listening: Path, listens: str, asked: str, is_found: bool
 ) -> None:
     admin_socket.publish(listens, listening)
     assert (admin_socket.find(asked) == listening) is is_found
 
 
-def test_a_cluster_that_died_is_not_found_and_its_successor_takes_the_place(
-    folder: Path, listening: Path
-) -> None:
+def test_a_dead_cluster_is_not_found_and_its_successor_replaces_it(folder: Path, listening: Path) -> None:
     dead = listening.parent / "dead.sock"
     admin_socket.publish(ADDRESS, dead)
     assert admin_socket.find(ADDRESS) is None
@@ -87,7 +85,7 @@ def test_a_cluster_that_died_is_not_found_and_its_successor_takes_the_place(
 
 
 def test_a_run_folder_that_was_opened_to_others_is_not_trusted(folder: Path, listening: Path) -> None:
-    """A cluster that was killed leaves a symlink behind, to a name in /tmp that anybody can take when it is
+    """A cluster that was killed leaves a symlink behind, to a name in /tmp that any user can take once it is
     cleaned up."""
     admin_socket.publish(ADDRESS, listening)
     listening.parent.chmod(0o755)

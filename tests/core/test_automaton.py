@@ -1,5 +1,5 @@
-"""A state is written by its automaton alone, which refuses what its table does not have and says how it came
-there."""
+"""A state is written only by its automaton, which refuses transitions outside its table and reports its
+history."""
 
 import enum
 
@@ -18,7 +18,7 @@ class Lamp(enum.Enum):
 TRANSITIONS = {Lamp.OFF: {Lamp.ON}, Lamp.ON: {Lamp.OFF, Lamp.BROKEN}, Lamp.BROKEN: set[Lamp]()}
 
 
-def test_a_transition_that_the_table_lacks_changes_nothing_and_tells_the_story() -> None:
+def test_an_illegal_transition_changes_nothing_and_reports_the_history() -> None:
     lamp = Automaton(TRANSITIONS, Lamp.OFF, name="lamp 7", at_s=0.5)
     lamp.transition(Lamp.ON, 1.0)
     lamp.transition(Lamp.BROKEN, 2.25, "it fell")

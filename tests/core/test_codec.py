@@ -1,4 +1,4 @@
-"""Frames survive any cut of the stream; what is no frame ends it."""
+"""Frames survive any fragmentation of the stream; an invalid frame ends it."""
 
 import struct
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ def test_messages_survive_any_cut_of_the_stream(cuts: list[int]) -> None:
         (frames([Abort(transfer=TransferId("r", 0))]), "malformed"),  # a command is no report
     ],
 )
-def test_what_is_no_frame_of_the_protocol_is_refused(data: bytes, message: str) -> None:
+def test_an_invalid_frame_is_refused(data: bytes, message: str) -> None:
     decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
     with pytest.raises(FrameError, match=message):
         list(decoder.feed(data))

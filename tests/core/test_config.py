@@ -118,7 +118,7 @@ def test_there_is_one_way_to_administer() -> None:
         config(listen={"admin_without_key": True, "api_keys": "/etc/pdserve/keys"})
 
 
-def test_one_client_may_send_a_message_of_any_size_that_is_allowed() -> None:
+def test_one_client_may_send_a_message_of_any_allowed_size() -> None:
     config(limits={"max_message_bytes": 64 << 20, "max_held_bytes": 512 << 20})
     with pytest.raises(ValidationError, match="max_held_bytes of at least 8 times max_message_bytes"):
         config(limits={"max_message_bytes": 65 << 20, "max_held_bytes": 512 << 20})

@@ -39,7 +39,7 @@ def test_an_empty_part_means_the_defaults() -> None:
     assert parse_cluster_config("metadata: {pdserve: {}}") == ClusterConfig()
 
 
-def test_all_mistakes_are_told_at_once_in_line_order() -> None:
+def test_all_mistakes_are_reported_together_in_line_order() -> None:
     text = ours("""\
 listen: {grpc: localhost, https: "127.0.0.1:8000"}
 pools:
@@ -146,7 +146,7 @@ slo:
         ),
     ],
 )
-def test_a_bad_value_is_told_with_what_was_expected(line: str, problem: str) -> None:
+def test_a_bad_value_is_reported_with_the_expected_one(line: str, problem: str) -> None:
     assert refusal(ours(line)).startswith(f"c.yaml:4: metadata.pdserve.{problem}")
 
 
@@ -181,7 +181,7 @@ def test_a_bad_value_is_told_with_what_was_expected(line: str, problem: str) -> 
         (f"a: {'9' * 5000}", "c.yaml:1: not valid YAML:"),
     ],
 )
-def test_what_is_not_a_configuration_is_told_so(text: str, message: str) -> None:
+def test_a_file_without_a_configuration_is_reported(text: str, message: str) -> None:
     assert refusal(text).startswith(message)
 
 
@@ -193,7 +193,7 @@ def test_keys_merged_from_an_anchor_are_read() -> None:
     )
 
 
-def test_a_file_that_cannot_be_read_is_told_so(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.yaml: no such file"):
         load_cluster_config(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -234,7 +234,7 @@ PATHS = [
     path=st.sampled_from(PATHS),
     value=SCALARS | st.lists(SCALARS, max_size=2) | st.dictionaries(st.text(), SCALARS),
 )
-def test_any_value_at_any_key_is_taken_or_refused_by_the_key(path: tuple[str, ...], value: Any) -> None:
+def test_any_value_is_accepted_or_refused_by_its_key(path: tuple[str, ...], value: Any) -> None:
     tree: Any = value
     for key in reversed(path):
         tree = {key: tree}
@@ -264,7 +264,7 @@ def test_the_committed_schema_is_the_generated_one() -> None:
     )
 
 
-def test_the_schema_accepts_the_sample_and_refuses_what_the_parser_refuses() -> None:
+def test_the_schema_agrees_with_the_parser() -> None:
     validator = jsonschema.Draft202012Validator(cluster_schema())
     validator.check_schema(cluster_schema())
     sample = yaml.safe_load(SAMPLE.read_text())
@@ -292,7 +292,7 @@ def test_rays_own_validator_accepts_the_sample() -> None:
         validate_config({**prepared, "pdserve": {}})
 
 
-def test_the_file_that_ray_up_writes_on_the_head_is_read_too(tmp_path: Path) -> None:
+def test_the_file_written_by_ray_up_on_the_head_is_readable(tmp_path: Path) -> None:
     import json
 
     from ray.autoscaler._private.util import prepare_config

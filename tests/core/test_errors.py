@@ -28,7 +28,7 @@ class Unshown:
 
 
 @pytest.mark.parametrize("value", [["a" * 100, Unshown()], {"a" * 100: Unshown()}, [[[1] * 100, Unshown()]]])
-def test_what_is_not_shown_is_not_looked_at(value: Any) -> None:
+def test_values_beyond_the_shown_part_are_not_inspected(value: Any) -> None:
     assert "..." in str(InvalidRequest("field", value, "x"))
 
 

@@ -25,7 +25,7 @@ def test_thirds_fill_a_gpu() -> None:
     assert shares.find(1.0) == 0
 
 
-def test_what_is_given_back_is_free_again() -> None:
+def test_a_returned_share_is_free_again() -> None:
     shares = GpuShares(1)
     gpu = shares.take(0.7)
     assert shares.find(0.7) is None

@@ -1,4 +1,4 @@
-"""Both sides of the handshake against each other, and against those who do not know the token."""
+"""Both sides of the handshake against each other, and against peers without the token."""
 
 import contextlib
 
@@ -39,13 +39,13 @@ def test_no_two_conversations_are_alike() -> None:
     assert first[-32:] != second[-32:]
 
 
-def test_a_dialler_does_not_answer_an_acceptor_that_does_not_know_the_token() -> None:
+def test_a_dialler_does_not_answer_an_acceptor_without_the_token() -> None:
     dialler, acceptor = HandshakeDialler(TOKEN, Purpose.CONTROL), HandshakeAcceptor("guess", Purpose.CONTROL)
     with pytest.raises(HandshakeError, match="does not know this cluster's token"):
         dialler.take(acceptor.take(dialler.opening))
 
 
-def test_an_acceptor_does_not_let_in_a_dialler_that_does_not_know_the_token() -> None:
+def test_an_acceptor_rejects_a_dialler_without_the_token() -> None:
     acceptor = HandshakeAcceptor(TOKEN, Purpose.CONTROL)
     acceptor.take(HandshakeDialler("guess", Purpose.CONTROL).opening)
     with pytest.raises(HandshakeError, match="does not know this cluster's token"):
@@ -73,8 +73,7 @@ def test_an_acceptors_own_proof_sent_back_to_it_is_worth_nothing() -> None:
 
 
 def test_a_peer_that_makes_us_dial_ourselves_learns_no_proof() -> None:
-    """It sends a dialler's opening on to an acceptor that dials it: what that says fits no acceptor's
-    part."""
+    """It relays a dialler's opening to an acceptor that dials it: the reply does not fit an acceptor's part."""
     dialler, other = HandshakeDialler(TOKEN, Purpose.TRANSFER), HandshakeDialler(TOKEN, Purpose.TRANSFER)
     with pytest.raises(HandshakeError):
         dialler.take((other.opening + bytes(64))[-64:])
@@ -104,7 +103,7 @@ def pieces(data: st.DataObject, whole: bytes) -> list[bytes]:
     return [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
 
 
-def test_who_speaks_out_of_turn_is_refused() -> None:
+def test_a_peer_that_speaks_out_of_turn_is_refused() -> None:
     stream = HandshakeStream(HandshakeAcceptor(TOKEN, Purpose.CONTROL))
     with pytest.raises(HandshakeError, match="wait for its turn"):
         stream.feed(HandshakeDialler(TOKEN, Purpose.CONTROL).opening + b"x")

@@ -64,7 +64,7 @@ def test_decode_is_fitted_in_two_ranges() -> None:
     assert model.decode_s(128, 128 * 300) == pytest.approx(0.0628, rel=0.1)
 
 
-def test_transfers_are_learnt_from_what_was_not_hidden_behind_compute() -> None:
+def test_transfers_are_learnt_from_their_exposed_part() -> None:
     rng = random.Random(3)
     model = LatencyModel()
     for _ in range(200):
@@ -92,7 +92,7 @@ def test_a_lasting_speedup_is_followed() -> None:
     assert model.prefill_s(1000, 1_000_000) == pytest.approx(0.2 * true_prefill_s(1000, 0), rel=0.2)
 
 
-def test_thousands_of_equal_steps_do_not_spoil_what_was_learnt_of_other_shapes() -> None:
+def test_thousands_of_equal_steps_preserve_predictions_for_other_shapes() -> None:
     model = trained()
     for _ in range(20_000):
         model.observe_step(prefill(512, 0, true_prefill_s(512, 0)))
@@ -101,7 +101,7 @@ def test_thousands_of_equal_steps_do_not_spoil_what_was_learnt_of_other_shapes()
         assert predicted == pytest.approx(true_prefill_s(num_tokens, 0), rel=0.3)
 
 
-def test_shapes_that_do_not_tell_coefficients_apart_do_not_drive_them_away() -> None:
+def test_collinear_shapes_do_not_make_coefficients_drift() -> None:
     """Streams of one batch grow together and end one after the other; what a step costs hardly depends on its
     context."""
     rng = random.Random(5)
@@ -120,7 +120,7 @@ def test_shapes_that_do_not_tell_coefficients_apart_do_not_drive_them_away() -> 
         assert model.decode_s(num_sequences, 1000 * num_sequences) < 3 * (3e-4 + 1e-4 * num_sequences)
 
 
-def test_of_a_mixed_step_the_prefill_part_is_learnt() -> None:
+def test_a_mixed_step_teaches_its_prefill_part() -> None:
     rng = random.Random(4)
     model = LatencyModel(LatencyPriors(decode_sequence_s=1e-3, decode_context_token_s=1e-9))
     for _ in range(300):

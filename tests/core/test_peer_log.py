@@ -20,7 +20,7 @@ def test_a_burst_passes_and_then_one_line_a_second() -> None:
 
 @given(st.lists(st.floats(0, 1e6), max_size=200))
 def test_passed_and_suppressed_lines_add_up_to_all(times: list[float]) -> None:
-    """Also when the clock goes back."""
+    """This holds even when the clock goes back."""
     budget = LineBudget()
     taken = [budget.take(now_s) for now_s in times]
     passed = [count for count in taken if count is not None]

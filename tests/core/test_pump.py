@@ -1,4 +1,4 @@
-"""The loop that carries commands out: order, re-entrance, and what an error leaves."""
+"""The loop that executes commands: order, re-entrance, and the state after an error."""
 
 import pytest
 

@@ -91,7 +91,7 @@ def test_values_at_the_edge_of_their_range_are_valid(field: str, values: list[An
         ("prompt_logprobs", 6, "0 to 5"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_field_value_and_expectation(
+def test_an_out_of_range_value_is_refused_with_field_and_expectation(
     field: str, value: Any, expected: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -200,9 +200,7 @@ SAMPLING = st.builds(
 
 
 @given(prompt=st.lists(st.integers(-1, 1000), max_size=8), sampling=SAMPLING)
-def test_whatever_a_client_sends_is_served_or_refused_by_a_field_of_its_own(
-    prompt: list[int], sampling: SamplingParams
-) -> None:
+def test_any_request_is_served_or_refused_by_a_field(prompt: list[int], sampling: SamplingParams) -> None:
     refused = ""
     try:
         validate_request(prompt, sampling, LIMITS, MAX_MODEL_LEN, VOCAB_SIZE)
@@ -224,7 +222,7 @@ def test_an_accepted_number_stays_finite_in_float32(field: str, value: float) ->
     assert abs(value) <= 100
 
 
-def test_a_refusal_that_repeats_what_was_said_stays_short_and_printable() -> None:
+def test_a_refusal_that_quotes_input_stays_short_and_printable() -> None:
     error = InvalidRequest("prompt.chat", "x", "role \x1b[2J\n\u202e is not known" + "x" * 10**6)
     assert str(error).isprintable() and len(str(error)) < 1000
     assert error.expected.startswith(r"role \x1b[2J\n\u202e is not known")

@@ -1,4 +1,4 @@
-"""A prefill engine and a decode engine in one process, joined by a real link: what a cluster does, without
+"""A prefill engine and a decode engine in one process, joined by a real link: a cluster's data path without
 the cluster."""
 
 import queue
@@ -60,7 +60,7 @@ class MaskListener:
 
 
 class JoinedEngines:
-    """Both workers' roles on the calling thread; the transfers on threads of their own."""
+    """Runs both workers' roles on the calling thread, and the transfers on threads of their own."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class JoinedEngines:
         self._num_requests = 0
 
     def close(self) -> None:
-        """Both pools are whole again, then everything ends."""
+        """Checks that both pools are whole again, then ends everything."""
         try:
             for engine in self.engines:
                 engine.pool.check_integrity()
@@ -175,7 +175,7 @@ class JoinedEngines:
         return spec
 
     def run(self) -> None:
-        """Until both legs of every request have ended."""
+        """Runs until both legs of every request have ended."""
         while self.prefill.num_legs or self.decode.num_legs:
             worked = self.prefill.step()
             worked = self.decode.step() or worked

@@ -18,7 +18,7 @@ VOCAB_SIZE = 384
 
 
 class Bias(LogitsProcessor):  # type: ignore[misc]
-    """What the request asks for, as torch computes it."""
+    """The request's bias, as torch computes it."""
 
     def __init__(self, bias: tuple[tuple[int, float], ...]) -> None:
         self._bias = torch.zeros(VOCAB_SIZE)

@@ -95,7 +95,7 @@ def test_constrained_outputs_equal_the_reference(joined: JoinedEngines, checkpoi
 
 
 @torch.inference_mode()
-def test_an_output_that_is_taken_up_by_another_worker_goes_on_as_it_would_have(joined: JoinedEngines) -> None:
+def test_an_output_resumed_by_another_worker_continues_unchanged(joined: JoinedEngines) -> None:
     sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=7, grammar=GRAMMARS[0])
     whole = joined.submit(range(30), sampling, eos=(EOS,))
     joined.run()

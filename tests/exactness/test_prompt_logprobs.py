@@ -110,7 +110,7 @@ def test_as_many_alternatives_come_as_are_asked_for(top: int, checkpoint: Callab
         joined.close()
 
 
-def test_they_come_once_with_choice_0_and_not_again_after_a_resume(checkpoint: Callable[[str], Path]) -> None:
+def test_they_arrive_once_with_choice_0_even_after_a_resume(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("qwen3")
     prompts = random_prompts((40, 9), seed=2)
     expected = reference(path, prompts)
@@ -127,7 +127,7 @@ def test_they_come_once_with_choice_0_and_not_again_after_a_resume(checkpoint: C
         joined.close()
 
 
-def test_both_workers_tell_them_so_that_none_is_lost_with_one(checkpoint: Callable[[str], Path]) -> None:
+def test_both_workers_report_them_so_that_none_is_lost(checkpoint: Callable[[str], Path]) -> None:
     prompts = random_prompts((30,), seed=5)
     joined = JoinedEngines(checkpoint("llama-gqa"))
     try:
@@ -139,10 +139,10 @@ def test_both_workers_tell_them_so_that_none_is_lost_with_one(checkpoint: Callab
         joined.close()
 
 
-def test_a_prompt_that_begins_again_in_the_middle_has_each_logprob_once(
+def test_a_prompt_restarted_half_way_has_each_logprob_once(
     checkpoint: Callable[[str], Path],
 ) -> None:
-    """As after a preemption: its blocks are gone, and the first chunk comes again."""
+    """This happens after a preemption: its blocks are gone, and the first chunk is repeated."""
     path = checkpoint("llama-gqa")
     (prompt,) = random_prompts((50,), seed=9)
     joined = JoinedEngines(path)

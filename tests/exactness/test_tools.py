@@ -81,7 +81,7 @@ def test_a_call_that_has_to_come_fits_its_schema(joined: JoinedEngines, model: s
 
 
 def read(tokenizer: Tokenizer, spec: SequenceSpec, outputs: list[TokenOutput]) -> pb.Choice:
-    """What a client gets of a choice that ended by itself."""
+    """Returns the message that a client receives for a choice that ended by itself."""
     assert outputs[-1].finish_reason is FinishReason.STOP
     request = Request(
         request_id="r", prompt_token_ids=spec.prompt_token_ids, sampling=spec.sampling, has_tools=True

@@ -34,7 +34,7 @@ def allowed(bits: bytes) -> set[int]:
 
 
 class Told:
-    """A listener that keeps what it hears."""
+    """A listener that keeps what it receives."""
 
     def __init__(self) -> None:
         self.answers: asyncio.Queue[tuple[str, int, Any]] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""Who is costly: by the processor time of long jobs, and not for good."""
+"""Clients are costly by the CPU time of long jobs, and not permanently."""
 
 from hypothesis import given, strategies as st
 
@@ -18,7 +18,7 @@ def test_long_jobs_make_their_client_costly_once_and_nobody_else() -> None:
 
 
 @given(st.lists(st.floats(0.0, 100.0), min_size=1, max_size=50))
-def test_a_client_is_forgiven_a_known_time_after_its_last_long_job(jobs: list[float]) -> None:
+def test_a_client_is_forgiven_a_fixed_time_after_its_last_long_job(jobs: list[float]) -> None:
     costs = ClientCosts()
     for job_s in jobs:
         costs.charge("me", job_s, 10.0)

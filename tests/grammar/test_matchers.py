@@ -69,12 +69,12 @@ def test_whitespace_between_json_tokens_has_an_end(matchers: Matchers) -> None:
         assert not accepts(matchers, json_object_grammar(), "{" + bad + "}")
 
 
-def test_nothing_but_the_end_may_follow_what_is_complete(matchers: Matchers) -> None:
+def test_only_the_end_may_follow_a_complete_output(matchers: Matchers) -> None:
     answer = matchers.handle(OpenOutput(1, regex_grammar("ab"), tuple(tokens("ab"))))
     assert isinstance(answer, Mask) and allowed(answer.bits) == set(setup().eos_token_ids)
 
 
-def test_an_output_that_is_taken_up_half_way_goes_on_as_if_it_had_been_followed_from_its_start(
+def test_an_output_resumed_half_way_gets_the_same_masks(
     matchers: Matchers,
 ) -> None:
     grammar, text = json_schema_grammar(json.dumps(POINT)), tokens('{"x": 17, "y": "b/')
@@ -108,7 +108,7 @@ def test_an_output_that_is_taken_up_half_way_goes_on_as_if_it_had_been_followed_
         ),
     ],
 )
-def test_what_is_no_grammar_or_too_much_of_one_is_refused_with_a_reason(
+def test_an_invalid_or_excessive_grammar_is_refused_with_a_reason(
     matchers: Matchers, grammar: str, why: str
 ) -> None:
     answer = matchers.handle(OpenOutput(1, grammar, probe=True))
@@ -128,8 +128,8 @@ def test_a_token_that_was_not_allowed_ends_it(matchers: Matchers) -> None:
     assert isinstance(answer, GrammarRefused)
 
 
-def test_an_output_whose_masks_take_long_is_refused_when_it_has_used_up_its_time() -> None:
-    clock: Iterator[float] = itertools.count(step=0.3)  # what every job takes
+def test_an_output_that_exhausts_its_mask_time_is_refused() -> None:
+    clock: Iterator[float] = itertools.count(step=0.3)  # the time of every job
     matchers = Matchers(tokenizer(), clock=lambda: next(clock))
     assert isinstance(matchers.handle(OpenOutput(1, regex_grammar("a+"))), Mask)
     answer = matchers.handle(Advance(1, 1, tokens("a")[0]))

@@ -1,5 +1,4 @@
-"""What was asked of a grammar process survives its deaths: every question is answered once, in order; blame
-falls on one."""
+"""Requests to a grammar process survive its crashes: each is answered once, in order; only one is blamed."""
 
 import itertools
 from collections import deque
@@ -15,7 +14,7 @@ BAD = "dies of it"
 
 
 class Model:
-    """A process that knows what it was told, and answers in order."""
+    """A process that keeps the outputs it was sent, and answers in order."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
@@ -43,12 +42,12 @@ ACTIONS = st.tuples(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(ACTIONS, max_size=60))
-def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list[Action]) -> None:
+def test_every_output_gets_each_mask_once_across_crashes(actions: list[Action]) -> None:
     """Two clients, and two processes: what one was asked for a client may go on in the other."""
     outputs, processes = (Outputs(), Outputs()), [Model(), Model()]
     keys = itertools.count()
     side_of: dict[int, int] = {}
-    told: dict[int, int] = {}  # of live outputs: the tokens that the last mask was told for
+    told: dict[int, int] = {}  # for live outputs: the tokens that the last mask covered
     wanted: dict[int, int] = {}
 
     def ask() -> None:
@@ -100,7 +99,7 @@ def test_every_output_is_told_each_of_its_masks_once_whatever_dies(actions: list
     assert all(told[key] == wanted[key] for key in told)
 
 
-def test_the_output_that_a_process_died_of_is_given_up_and_the_others_are_asked_for_again() -> None:
+def test_only_the_output_that_killed_a_process_is_abandoned() -> None:
     outputs = Outputs()
     outputs.open(1, "first")
     assert outputs.requests() == [OpenOutput(1, "first")]
@@ -115,7 +114,7 @@ def test_the_output_that_a_process_died_of_is_given_up_and_the_others_are_asked_
     assert outputs.requests() == [OpenOutput(3, "third", (7,))]
 
 
-def test_a_stream_goes_on_before_all_but_one_of_the_outputs_that_are_to_be_opened() -> None:
+def test_a_running_stream_waits_for_at_most_one_opening_output() -> None:
     outputs = Outputs()
     outputs.open(0, "stream")
     outputs.requests()
@@ -138,7 +137,7 @@ def test_an_output_that_was_closed_before_its_turn_is_never_opened() -> None:
 
 
 @pytest.mark.parametrize(("death", "is_to_blame"), [(Death.OTHER, False), (Death.RESOURCES, True)])
-def test_who_sees_processes_die_again_and_again_is_given_up(death: Death, is_to_blame: bool) -> None:
+def test_an_output_that_keeps_killing_processes_is_abandoned(death: Death, is_to_blame: bool) -> None:
     outputs = Outputs()
     outputs.open(1, "g")
     for _ in range(MAX_DEATHS - 1):
@@ -149,7 +148,7 @@ def test_who_sees_processes_die_again_and_again_is_given_up(death: Death, is_to_
     assert outputs.requests() == []
 
 
-def test_nobody_is_told_of_an_output_that_was_closed() -> None:
+def test_a_closed_output_gets_no_answers() -> None:
     outputs = Outputs()
     outputs.open(1, "g")
     outputs.requests()
@@ -182,7 +181,7 @@ def test_an_answer_that_is_not_due_is_no_answer() -> None:
 
 
 def opened(*clients: str) -> Outputs:
-    """An output of each, by number, whose first mask has come."""
+    """Opens an output for each, by number, and delivers its first mask."""
     outputs = Outputs()
     for key, client in enumerate(clients):
         outputs.open(key, "g", client=client)
@@ -209,7 +208,7 @@ def test_no_client_has_all_that_the_process_is_given_at_once() -> None:
     assert outputs.requests() == [Advance(WINDOW_EACH, 1, 7)]
 
 
-def test_a_newcomer_is_opened_after_one_of_those_that_another_client_has_waiting() -> None:
+def test_a_newcomer_waits_for_at_most_one_output_of_another_client() -> None:
     outputs = Outputs()
     for key in range(30):
         outputs.open(key, "g", client="many")
@@ -222,8 +221,9 @@ def test_a_newcomer_is_opened_after_one_of_those_that_another_client_has_waiting
     assert order == [OpenOutput(1, "g"), OpenOutput(30, "g")]
 
 
-def test_what_one_process_was_asked_for_a_client_goes_on_in_another_and_is_answered_once() -> None:
-    """An output at work, one that waits for its turn and one whose mask has come; another client's stays."""
+def test_a_clients_outputs_move_to_another_process_and_are_answered_once() -> None:
+    """One output in progress, one waiting for its turn and one whose mask has arrived; another client's
+    stays."""
     outputs, others = opened("costly", "costly", "other"), Outputs()
     outputs.advance(0, 7)
     outputs.advance(2, 7)

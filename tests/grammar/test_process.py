@@ -1,4 +1,4 @@
-"""The real process: it dies of grammars that would take for ever, and nobody but their owners notices."""
+"""The real process: it dies of grammars that would take for ever, and only their owners are affected."""
 
 import asyncio
 import os
@@ -42,7 +42,7 @@ async def checker() -> AsyncIterator[GrammarChecker]:
     await checker.stop()
 
 
-async def test_it_starts_when_it_is_needed_and_tells_masks(process: GrammarProcess, told: Told) -> None:
+async def test_it_starts_on_demand_and_returns_masks(process: GrammarProcess, told: Told) -> None:
     assert process.pid is None
     process.open(1, regex_grammar("ab"))
     kind, key, (num_tokens, allowed) = await told.answers.get()
@@ -52,7 +52,7 @@ async def test_it_starts_when_it_is_needed_and_tells_masks(process: GrammarProce
 
 
 @pytest.mark.parametrize("bomb", [SLOW_MASK, DEEP], ids=["slow mask", "deep rules"])
-async def test_who_brought_a_bomb_is_refused_and_the_others_go_on(
+async def test_only_the_request_with_a_grammar_bomb_is_refused(
     process: GrammarProcess, told: Told, bomb: str
 ) -> None:
     process.open(1, regex_grammar("ab+"))
@@ -84,7 +84,7 @@ async def test_a_process_that_cannot_start_fails_its_requests_without_blaming_th
     await process.stop()
 
 
-async def test_what_is_missing_for_its_start_is_told_to_those_who_wait(told: Told) -> None:
+async def test_a_failed_start_is_reported_to_waiting_callers(told: Told) -> None:
     def missing() -> GrammarSetup:
         raise FileNotFoundError("tokenizer.json")
 
@@ -94,10 +94,8 @@ async def test_what_is_missing_for_its_start_is_told_to_those_who_wait(told: Tol
     await process.stop()
 
 
-async def test_an_output_that_is_taken_up_after_much_work_is_not_refused_for_it(
-    process: GrammarProcess, told: Told
-) -> None:
-    """What its tokens have cost before counts again when another process takes it up."""
+async def test_an_output_resumed_after_much_work_is_not_refused(process: GrammarProcess, told: Told) -> None:
+    """The cost of its earlier tokens is granted again when another process resumes it."""
     grammar = regex_grammar("(ab?c?){3000}d*")
     text = tuple(tokens("abc")) * 900
     process.open(1, grammar, text)
@@ -117,7 +115,7 @@ async def test_it_is_gone_when_it_was_stopped(told: Told) -> None:
 
 
 async def test_it_ends_with_its_owner() -> None:
-    """Also when the owner had no time to say so."""
+    """This holds even when the owner could not announce its end."""
     owner = (
         "import asyncio, os\n"
         "from pdserve.grammar.process import GrammarProcess\n"
@@ -141,7 +139,7 @@ async def test_it_ends_with_its_owner() -> None:
     await asyncio.to_thread(await_end, int(told))
 
 
-async def test_the_outputs_of_a_client_that_costs_much_keep_nobody_else_waiting(told: Told) -> None:
+async def test_a_costly_clients_outputs_do_not_delay_others(told: Told) -> None:
     """Each of the attacker's takes some hundred times as long as all of the victim's."""
     lanes = GrammarLanes(setup, told)
     lanes.open(0, SLOW_MASK, (), "attacker")
@@ -169,7 +167,7 @@ async def test_a_client_that_turns_costly_goes_on_where_it_was(told: Told) -> No
     await lanes.stop()
 
 
-async def test_the_checker_tells_good_grammars_from_bad_ones(checker: GrammarChecker) -> None:
+async def test_the_checker_separates_good_grammars_from_bad_ones(checker: GrammarChecker) -> None:
     assert await checker.check(regex_grammar("ab"), "me") is None
     assert "regex parse error" in str(await checker.check(regex_grammar("((("), "me"))
     for bomb in (SLOW_MASK, LATE_BOMB):
@@ -177,7 +175,7 @@ async def test_the_checker_tells_good_grammars_from_bad_ones(checker: GrammarChe
     assert await checker.check(regex_grammar("ab"), "me") is None
 
 
-async def test_a_client_with_many_costly_grammars_does_not_keep_the_others_waiting(
+async def test_many_costly_grammars_of_one_client_do_not_delay_others(
     checker: GrammarChecker,
 ) -> None:
     order: list[str] = []
@@ -191,7 +189,7 @@ async def test_a_client_with_many_costly_grammars_does_not_keep_the_others_waiti
     assert order.index("victim") <= 1
 
 
-async def test_a_client_with_more_grammars_than_can_wait_is_refused_and_others_are_not(
+async def test_a_client_over_its_grammar_quota_is_refused_alone(
     checker: GrammarChecker,
 ) -> None:
     checks = [checker.check(regex_grammar(f"a{{{i}}}"), "me") for i in range(MAX_QUESTIONS_EACH + 1)]
@@ -201,7 +199,7 @@ async def test_a_client_with_more_grammars_than_can_wait_is_refused_and_others_a
     assert [type(result) for result in results if result is not None] == [QueueFull]
 
 
-async def test_a_client_waits_for_no_question_of_anothers_even_for_the_same_grammar(
+async def test_a_client_never_waits_for_another_clients_question(
     checker: GrammarChecker,
 ) -> None:
     order: list[str] = []
@@ -215,15 +213,15 @@ async def test_a_client_waits_for_no_question_of_anothers_even_for_the_same_gram
     assert order.index("victim") <= 1
 
 
-async def test_who_asks_the_same_at_once_gets_one_answer(checker: GrammarChecker) -> None:
+async def test_simultaneous_equal_questions_get_one_answer(checker: GrammarChecker) -> None:
     checks = [checker.check(regex_grammar("ab"), "me") for _ in range(10 * MAX_QUESTIONS_EACH)]
     assert set(await asyncio.gather(*checks)) == {None}
 
 
-async def test_a_client_that_goes_away_keeps_its_turn_until_its_question_is_answered(
+async def test_a_departed_client_keeps_its_turn_until_its_question_is_answered(
     checker: GrammarChecker,
 ) -> None:
-    """Else it could ask without end."""
+    """Otherwise it could ask without end."""
     for number in range(MAX_QUESTIONS_EACH):
         asking = asyncio.ensure_future(checker.check(regex_grammar(f"a{{{number}}}"), "me"))
         await asyncio.sleep(0)
@@ -240,7 +238,7 @@ async def test_a_grammar_that_cannot_be_checked_is_not_called_bad() -> None:
     await checker.stop()
 
 
-def test_a_thread_asks_and_is_told_on_another() -> None:
+def test_a_thread_asks_and_another_receives_the_answer() -> None:
     import queue
 
     answers: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()

@@ -53,7 +53,7 @@ def test_tokens_that_only_the_config_knows_are_added_in_order(tmp_path: Path) ->
         {"model": MODEL, "added_tokens": [{"id": 10**400, "content": "a"}]},
     ],
 )
-def test_what_is_no_tokenizer_is_refused_with_its_file(tmp_path: Path, tokenizer: object) -> None:
+def test_an_invalid_tokenizer_is_refused_with_its_file(tmp_path: Path, tokenizer: object) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: "):
         tokenizer_json(directory(tmp_path, tokenizer))
 

@@ -2,9 +2,9 @@
 /run, a host name and a PID namespace of its own. They share the machine's processor, its clock, and its disk
 but for those folders.
 
-The namespaces are the state: who knows the network's name finds its hosts. What a host keeps over a reboot
-lies in `Hosts.folder`, of mode 0700. The first host is the operator's: it alone has the private key that all
-of them admit."""
+The namespaces are the state: the network's name suffices to find its hosts. Files that survive a host's
+reboot are in `Hosts.folder`, of mode 0700. The first host is the operator's: it alone has the private key
+that all of them admit."""
 
 import ctypes
 import json
@@ -31,7 +31,7 @@ NEEDED = {  # a command, and the packages of Debian and of Fedora that have it
     "rsync": ("rsync", "rsync"),
     "/usr/sbin/cron": ("cron", "cronie"),
 }
-NOBODYS_MAC = "02:00:00:00:00:00"  # what is sent there reaches nobody
+NOBODYS_MAC = "02:00:00:00:00:00"  # packets to this address reach nobody
 LOGIN = ("HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8")
 NEW_NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
 BOOT_TIMEOUT_S = 30.0
@@ -40,11 +40,11 @@ MIN_BURST_BYTES = 256 << 10  # a veth passes segments of 64 KiB
 
 
 class HostsError(Exception):
-    """Hosts cannot be made, or do not do what was asked of them."""
+    """Hosts cannot be created, or an operation on them failed."""
 
 
 def whats_missing() -> str | None:
-    """Why hosts cannot be made here, and what helps; None where they can."""
+    """Why hosts cannot be created here, and the remedy; None where they can."""
     if os.getuid() != 0:
         return "hosts are made of namespaces, which takes root"
     missing = [name for name in NEEDED if shutil.which(name) is None]
@@ -55,7 +55,7 @@ def whats_missing() -> str | None:
 
 
 class Hosts:
-    """The hosts of one network. `name` tells networks apart: at most 8 letters or digits."""
+    """The hosts of one network. `name` identifies the network: at most 8 letters or digits."""
 
     def __init__(self, name: str = "pdserve") -> None:
         if not (name.isalnum() and name.isascii() and len(name) <= 8):
@@ -94,20 +94,20 @@ class Hosts:
         return names.read_text().split("\n") if names.exists() else []
 
     def address(self, host: str) -> str:
-        """As all hosts reach it; its default route leads out of another one."""
+        """The address by which all hosts reach it; its default route uses another one."""
         return f"10.77.0.{self._index(host) + 1}"
 
     def home(self, host: str) -> Path:
-        """Where the host's home lies on the machine."""
+        """The path of the host's home on the machine."""
         return self.folder / host / "home"
 
     def command(self, host: str, command: str) -> list[str]:
-        """What runs a shell's command on the host when the machine executes it."""
+        """The machine's command that runs a shell command on the host."""
         login = ["env", "-i", *LOGIN, "bash", "-lc", f"cd; {command}"]
         return ["nsenter", f"--target={self._first(host)}", "-m", "-u", "-i", "-n", "-p", *login]
 
     def run(self, host: str, command: str, timeout_s: float = 60.0) -> str:
-        """What the command prints. Raises HostsError, with all that it has printed, when it fails."""
+        """Returns the command's output. Raises HostsError, with the whole output, when it fails."""
         done = subprocess.run(
             self.command(host, command),
             stdin=subprocess.DEVNULL,
@@ -137,23 +137,23 @@ class Hosts:
         return [pid for pid in _pids(self.space(host)) if _number_inside(pid) is not None]
 
     def cut(self, one: str, other: str) -> None:
-        """What either sends to the other is lost, as in a firewall that drops it. Survives a reboot."""
+        """Drops all packets between the two, as a firewall would. Survives a reboot."""
         for sender, receiver in ((one, other), (other, one)):
             entry = (self.address(receiver), "lladdr", NOBODYS_MAC, "dev", "eth0", "nud", "permanent")
             run("ip", "-n", self.space(sender), "neigh", "replace", *entry)
 
     def heal(self, one: str, other: str) -> None:
-        """Takes a cut back; idempotent."""
+        """Undoes a cut; idempotent."""
         for sender, receiver in ((one, other), (other, one)):
             entry = (self.address(receiver), "lladdr", self._mac(receiver), "dev", "eth0", "nud", "reachable")
             run("ip", "-n", self.space(sender), "neigh", "replace", *entry)
 
     def isolate(self, host: str) -> None:
-        """The switch passes nothing from or to the host, which sees its carrier all the same."""
+        """The switch forwards nothing from or to the host, which still sees its carrier."""
         run("bridge", "-n", self._switch, "link", "set", "dev", self._port(host), "state", "0")
 
     def join(self, host: str) -> None:
-        """Takes `isolate` back; idempotent."""
+        """Undoes `isolate`; idempotent."""
         run("bridge", "-n", self._switch, "link", "set", "dev", self._port(host), "state", "3")
 
     def shape(self, host: str, rate: str = "", delay: str = "", loss: str = "") -> None:
@@ -235,7 +235,7 @@ class Hosts:
         self.boot(host)
 
     def down(self) -> None:
-        """Takes all hosts away, with their homes; idempotent."""
+        """Removes all hosts, with their homes; idempotent."""
         prefix = f"{self.name}-"
         for space in [path.name for path in NAMESPACES.glob(f"{prefix}*")]:
             _kill_all(space)
@@ -284,7 +284,7 @@ class Hosts:
         run("ip", "-n", space, "route", "add", "default", "via", "198.51.100.254", "dev", "wan")
 
     def _furnish(self, host: str) -> None:
-        """What lies on its disk when it boots for the first time."""
+        """Creates the disk contents of a first boot."""
         folder, home = self.folder / host, self.home(host)
         for part in (folder, home, home / ".ssh", folder / "crontabs", folder / "stage"):
             part.mkdir(mode=0o700)
@@ -301,7 +301,7 @@ class Hosts:
         )
         (home / "bin" / "pdserve").chmod(0o755)
         settings = f"export PATH=/root/bin:{sys.prefix}/bin:$PATH PYTHONPATH={REPOSITORY} OMP_NUM_THREADS=1\n"
-        for file in (".profile", ".bashrc"):  # of a login shell, and of one that runs a command of ssh's
+        for file in (".profile", ".bashrc"):  # for a login shell, and for one that runs an ssh command
             (home / file).write_text(settings)
 
     def _index(self, host: str) -> int:
@@ -326,7 +326,7 @@ class Hosts:
         raise HostsError(f"{host} is halted")
 
     def _signal_all(self, host: str, number: signal.Signals) -> None:
-        """Until no process has come that has not had it."""
+        """Repeats until no new process appears that has not received it."""
         signalled: set[int] = set()
         while fresh := set(self.pids(host)) - signalled:
             for pid in fresh:
@@ -336,7 +336,7 @@ class Hosts:
 
 
 def _pids(space: str) -> list[int]:
-    """All processes in a network namespace."""
+    """Returns all processes in a network namespace."""
     return [int(pid) for pid in run("ip", "netns", "pids", space).split()]
 
 
@@ -357,7 +357,7 @@ def _kill_all(space: str) -> None:
 
 
 def _parent(pid: int) -> int | None:
-    """None when the process has ended."""
+    """The parent's id; None when the process has ended."""
     with suppress(FileNotFoundError, ProcessLookupError):
         for line in Path("/proc", str(pid), "status").read_text().splitlines():
             if line.startswith("PPid:"):
@@ -380,7 +380,7 @@ def _make_key(file: Path, comment: str) -> None:
 
 
 def run(*command: str) -> str:
-    """What the command prints. Raises HostsError when it fails."""
+    """Returns the command's output. Raises HostsError when it fails."""
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode:
         raise HostsError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")

@@ -62,7 +62,7 @@ def timed(what: str) -> Iterator[None]:
 
 
 def configure(hosts: Hosts) -> None:
-    """What the operator has at the beginning: the file, and Ray's token."""
+    """Sets up the operator's initial files: the configuration, and Ray's token."""
     _, head, *workers = (hosts.address(host) for host in hosts.names())
     text = FILE.read_text()
     for ours, theirs in (
@@ -106,7 +106,7 @@ def clients(hosts: Hosts) -> Iterator[list[str]]:
 
 
 def processes(hosts: Hosts, host: str) -> dict[int, str]:
-    """Those of Ray and of pdserve there, by the machine's numbers."""
+    """The processes of Ray and pdserve there, by the machine's numbers."""
     found = {}
     for pid in hosts.pids(host):
         with suppress(FileNotFoundError, ProcessLookupError):

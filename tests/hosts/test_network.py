@@ -20,7 +20,7 @@ def reaches(hosts: Hosts, one: str, other: str) -> bool:
     return done.returncode == 0
 
 
-def test_the_operator_reaches_each_host_by_ssh_and_the_others_have_no_key(hosts: Hosts) -> None:
+def test_only_the_operator_reaches_each_host_by_ssh(hosts: Hosts) -> None:
     for host in hosts.names()[1:]:
         assert hosts.run("operator", f"{SSH} {host} hostname") == f"{host}\n"
     with pytest.raises(HostsError, match="Permission denied"):
@@ -35,7 +35,7 @@ def test_commands_of_ssh_find_this_repository(hosts: Hosts) -> None:
     assert there.split() == ["/root/bin/pdserve", str(Path(__file__).parents[2] / "pdserve" / "__init__.py")]
 
 
-def test_a_cut_link_is_cut_both_ways_and_no_other_one_is(hosts: Hosts) -> None:
+def test_only_the_cut_link_is_cut_in_both_directions(hosts: Hosts) -> None:
     hosts.cut("worker1", "worker2")
     assert not reaches(hosts, "worker1", "worker2") and not reaches(hosts, "worker2", "worker1")
     assert reaches(hosts, "head", "worker1") and reaches(hosts, "worker2", "head")
@@ -75,7 +75,7 @@ def test_a_reboot_ends_all_processes_and_keeps_the_home(hosts: Hosts, hard: bool
     assert reaches(hosts, "head", "worker1")
 
 
-def test_cron_runs_what_is_scheduled_for_a_reboot(hosts: Hosts) -> None:
+def test_cron_runs_reboot_jobs(hosts: Hosts) -> None:
     hosts.run("worker1", "mkfifo started; echo '@reboot echo \"$(hostname)\" > started' | crontab -")
     hosts.reboot("worker1")
     assert hosts.run("worker1", "timeout 30 cat started; crontab -r") == "worker1\n"
@@ -110,7 +110,7 @@ def test_a_kernel_without_netem_is_named(hosts: Hosts) -> None:
         hosts.shape("worker1", delay="1ms")
 
 
-def test_a_full_folder_takes_no_more_and_a_disk_of_all_is_not_filled(hosts: Hosts) -> None:
+def test_fill_exhausts_a_private_folder_and_refuses_the_shared_disk(hosts: Hosts) -> None:
     hosts.fill("worker1", "/run")
     with pytest.raises(HostsError, match="No space left"):
         hosts.run("worker1", "echo x > /run/more")

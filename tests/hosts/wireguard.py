@@ -14,7 +14,7 @@ MTU = 1420
 
 
 def whats_missing() -> str | None:
-    """Why hosts cannot be encrypted here, and what helps; None where they can."""
+    """Why traffic between hosts cannot be encrypted here, and the remedy; None where it can."""
     needed = {"wg": "wireguard-tools"} | ({} if has_module() else {"wireguard-go": "wireguard-go"})
     missing = [package for command, package in needed.items() if shutil.which(command) is None]
     return f"not found: apt-get install {' '.join(missing)}" if missing else None

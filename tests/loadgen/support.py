@@ -1,4 +1,4 @@
-"""Records made by hand, and a target and a clock that do as they are told."""
+"""Handmade records, and a scripted target and clock."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def one_round(*records: RequestRecord, generator: GeneratorLoad = IDLE) -> Round
 
 
 class ManualClock:
-    """Time passes when somebody waits for it, and everybody else has had a turn before."""
+    """Time advances when a task waits for it, after all other tasks have had a turn."""
 
     def __init__(self) -> None:
         self.at_s = 0.0

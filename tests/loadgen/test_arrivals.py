@@ -60,6 +60,6 @@ def test_instants_ascend_and_the_same_seed_gives_the_same(burstiness: float, see
     ("kind", "rate", "burstiness"),
     [("poisson", 0, 1), ("poisson", float("inf"), 1), ("gamma", 1, 0), ("often", 1, 1)],
 )
-def test_what_is_no_process_is_refused(kind: str, rate: float, burstiness: float) -> None:
+def test_an_invalid_arrival_process_is_refused(kind: str, rate: float, burstiness: float) -> None:
     with pytest.raises(LoadError, match="is not valid"):
         make_arrivals(kind, rate, burstiness)

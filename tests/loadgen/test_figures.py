@@ -67,7 +67,7 @@ def test_one_token_has_neither_tpot_nor_gaps() -> None:
 
 @settings(deadline=None)
 @given(st.lists(times, min_size=2, max_size=20))
-def test_the_mean_of_the_gaps_is_tpot_when_tokens_come_one_by_one(gaps: list[float]) -> None:
+def test_the_mean_gap_is_tpot_for_single_token_chunks(gaps: list[float]) -> None:
     seen = record(at_s=tuple(np.cumsum(gaps)))
     assert sum(seen.itl_s) / len(seen.itl_s) == pytest.approx(seen.tpot_s)
 
@@ -108,7 +108,7 @@ def test_goodput_counts_good_requests_over_the_time(
     assert report.goodput_per_s <= report.requests_per_s + 1e-9
 
 
-def test_throughputs_count_what_ended_well_over_the_time_from_first_sent_to_last_ended() -> None:
+def test_throughput_counts_successful_requests_over_the_whole_run() -> None:
     ok = [
         record(0, 10.0, (11.0, 12.0, 13.0), num_prompt_tokens=100),
         record(1, 11.0, (13.0, 14.0), num_prompt_tokens=50),
@@ -127,7 +127,7 @@ def test_throughputs_count_what_ended_well_over_the_time_from_first_sent_to_last
     assert report.tokens_per_s_per_user.mean == pytest.approx(1.0)
 
 
-def test_the_times_of_rounds_are_added_and_pauses_between_them_are_not() -> None:
+def test_round_times_are_summed_without_pauses() -> None:
     report = make_report([one_round(record(0, 0.0, (1.0,))), one_round(record(0, 100.0, (103.0,)))], Slo())
     assert report.duration_s == pytest.approx(4.0)
     assert report.requests_per_s == pytest.approx(0.5)
@@ -139,7 +139,7 @@ def test_a_load_of_which_nothing_ended_well_has_a_report() -> None:
     assert "1 x unreachable" in "\n".join(report_lines("it", report))
 
 
-def test_prompts_are_told_apart_by_powers_of_two() -> None:
+def test_prompts_are_grouped_by_powers_of_two() -> None:
     records = [
         record(index, at_s=(0.1 * (index + 1),), num_prompt_tokens=n)
         for index, n in enumerate((1, 127, 128, 255, 256))
@@ -194,13 +194,13 @@ def test_the_interval_holds_the_truth_mostly() -> None:
     assert hits >= 80
 
 
-def test_one_round_has_a_ratio_and_no_interval_and_zero_has_none() -> None:
+def test_one_round_gives_a_ratio_without_interval_and_zero_none() -> None:
     ratio = ratio_of_means("x", [2.0], [3.0])
     assert (ratio.ratio, ratio.low, ratio.high) == (1.5, None, None)
     assert ratio_of_means("x", [0.0, 0.0], [3.0, 1.0]).ratio is None
 
 
-def test_a_comparison_has_what_both_targets_have() -> None:
+def test_a_comparison_has_the_figures_common_to_both_targets() -> None:
     def rounds(ttft_s: float, at_s: tuple[float, ...] = ()) -> list[Any]:
         return [one_round(record(at_s=(ttft_s, *at_s))), one_round(record(at_s=(ttft_s, *at_s)))]
 

@@ -71,6 +71,6 @@ def test_lengths_of_a_file_are_drawn_with_equal_probability() -> None:
         "file:words",
     ],
 )
-def test_what_is_no_length_is_refused_with_what_was_expected(text: str) -> None:
+def test_an_invalid_length_is_refused_with_the_expected_form(text: str) -> None:
     with pytest.raises(LoadError, match="is not a length"):
         parse_lengths(text, {"empty": "", "words": "1 two"}.__getitem__)

@@ -1,5 +1,4 @@
-"""When requests are sent: when they are due, or when a client of a closed loop is free; and what is recorded
-of them."""
+"""Requests are sent when due, or when a client of a closed loop is free; the records of both."""
 
 import asyncio
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ def target(clock: ManualClock) -> ManualTarget:
     return ManualTarget(clock)
 
 
-async def test_an_open_load_is_sent_when_due_although_nothing_has_been_answered(
+async def test_an_open_load_is_sent_when_due_regardless_of_answers(
     clock: ManualClock, target: ManualTarget
 ) -> None:
     instants = [0.0, 0.5, 0.5, 2.0, 7.25]
@@ -55,7 +54,7 @@ async def test_an_open_load_is_sent_when_due_although_nothing_has_been_answered(
     assert [record.index for record in records] == [0, 1, 2, 3, 4]
 
 
-async def test_a_generator_that_falls_behind_sends_at_once_and_records_how_late(
+async def test_a_late_generator_sends_at_once_and_records_its_lateness(
     clock: ManualClock, target: ManualTarget
 ) -> None:
     target.answer_all()
@@ -91,7 +90,7 @@ async def test_a_closed_load_sends_nothing_after_its_time(clock: ManualClock, ta
     assert len(target.requests) == 5
 
 
-async def test_a_failed_request_is_recorded_by_kind_and_the_load_goes_on(
+async def test_a_failed_request_is_recorded_by_kind_without_stopping_the_load(
     clock: ManualClock, target: ManualTarget
 ) -> None:
     target.at_once, target.fails_with = True, "http 429"
@@ -119,7 +118,7 @@ async def test_a_load_that_is_cancelled_leaves_no_request_open(
     assert target.num_open == 0
 
 
-async def test_targets_take_turns_with_the_same_lengths_and_prompts_of_their_own(clock: ManualClock) -> None:
+async def test_targets_alternate_with_equal_lengths_and_distinct_prompts(clock: ManualClock) -> None:
     order: list[str] = []
     targets = [ManualTarget(clock, at_once=True) for _ in range(2)]
 
@@ -155,7 +154,7 @@ async def test_warm_up_requests_do_not_count(clock: ManualClock) -> None:
     assert summary["ratios"] == []
 
 
-async def test_a_target_that_fails_to_warm_up_or_is_too_short_for_the_load_is_refused(
+async def test_a_target_that_fails_warm_up_or_is_too_short_is_refused(
     clock: ManualClock,
 ) -> None:
     target = ManualTarget(clock, at_once=True)

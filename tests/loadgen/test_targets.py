@@ -1,5 +1,4 @@
-"""Both doors as a load sees them: pdserve's own gRPC server, and an OpenAI-compatible one that says what it
-is told to say."""
+"""Both servers as a load sees them: pdserve's own gRPC server, and a scripted OpenAI-compatible one."""
 
 import asyncio
 import json
@@ -25,7 +24,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Seen:
-    """How many tokens came each time."""
+    """The number of tokens of each chunk."""
 
     def __init__(self) -> None:
         self.numbers: list[int] = []
@@ -46,7 +45,7 @@ async def over_grpc(server: GatewayServer) -> AsyncIterator[GrpcTarget]:
     await target.close()
 
 
-async def test_grpc_tells_its_model(over_grpc: GrpcTarget, cluster: ScriptedCluster) -> None:
+async def test_grpc_reports_its_model(over_grpc: GrpcTarget, cluster: ScriptedCluster) -> None:
     facts = await over_grpc.facts()
     assert (facts.name, facts.vocab_size, facts.max_model_len) == ("tiny", 500, 256)
     assert facts.special_token_ids == model_info(cluster.tokenizer).eos_token_ids
@@ -75,7 +74,7 @@ async def test_grpc_counts_tokens_and_takes_the_legs_from_the_timeline(
     )
 
 
-async def test_grpc_errors_are_told_by_their_status(
+async def test_grpc_errors_are_classified_by_status(
     over_grpc: GrpcTarget, cluster: ScriptedCluster, seen: Seen
 ) -> None:
     cluster.refusal = QueueFull(8, 1.5)
@@ -95,7 +94,7 @@ async def test_grpc_without_a_server_is_unavailable(seen: Seen, server: GatewayS
     await target.close()
 
 
-async def test_a_grpc_request_that_is_given_up_is_cancelled_at_the_server(
+async def test_an_abandoned_grpc_request_is_cancelled_at_the_server(
     over_grpc: GrpcTarget, cluster: ScriptedCluster, seen: Seen
 ) -> None:
     cluster.hold_after = 1
@@ -217,7 +216,7 @@ async def test_http_takes_the_model_that_was_named(openai: OpenAiServer) -> None
         # a chunk is a token, also one whose text is not there yet; one that only ends the stream is none
         ([chunk("a"), chunk(""), chunk("ü"), chunk("", "length"), DONE], [1, 1, 1], (3, 3, None)),
         ([chunk("a"), chunk("b", "length"), DONE], [1, 1], (3, 2, None)),
-        # token ids tell how many
+        # token ids give the number
         (
             [
                 chunk("abc", token_ids=[1, 2, 3]),
@@ -238,7 +237,7 @@ async def test_http_takes_the_model_that_was_named(openai: OpenAiServer) -> None
             [1, 2],
             (3, 3, None),
         ),
-        # totals are the server's, if it tells them
+        # totals are the server's, if it reports them
         (
             [
                 chunk("ab", "length"),
@@ -258,7 +257,7 @@ async def test_http_takes_the_model_that_was_named(openai: OpenAiServer) -> None
         ),
     ],
 )
-async def test_http_counts_what_chunks_tell(
+async def test_http_counts_the_tokens_that_chunks_report(
     over_http: HttpTarget,
     openai: OpenAiServer,
     seen: Seen,
@@ -287,7 +286,7 @@ async def test_http_counts_what_chunks_tell(
         (lambda: events(), "cut off", "without its ending"),
     ],
 )
-async def test_http_failures_are_told_by_their_kind(
+async def test_http_failures_are_classified_by_kind(
     over_http: HttpTarget,
     openai: OpenAiServer,
     seen: Seen,

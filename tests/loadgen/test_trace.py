@@ -8,12 +8,12 @@ from pdserve.loadgen.trace import TraceRow, parse_trace
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens"
 
 
-def test_the_trace_of_2023_has_seven_digits_and_no_zone() -> None:
+def test_the_2023_trace_has_seven_digits_and_no_zone() -> None:
     rows = parse_trace([HEAD, "2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109"])
     assert rows == [TraceRow(0.0, 374, 44), TraceRow(pytest.approx(4.314579), 396, 109)]  # type: ignore[arg-type]
 
 
-def test_the_trace_of_2024_has_a_zone_and_times_without_a_fraction() -> None:
+def test_the_2024_trace_has_a_zone_and_may_lack_fractions() -> None:
     rows = parse_trace([HEAD, "2024-05-10 00:00:00.009930+00:00,2162,5", "2024-05-10 00:00:01+00:00,2399,6"])
     assert [row.offset_s for row in rows] == [0.0, pytest.approx(0.99007)]
 

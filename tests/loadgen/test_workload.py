@@ -1,4 +1,4 @@
-"""The same seed gives the same workload; prompts share what they are to share and nothing else."""
+"""The same seed gives the same workload; prompts share exactly the configured prefixes."""
 
 from itertools import islice
 
@@ -26,7 +26,7 @@ def test_a_seed_and_a_round_give_the_same_jobs_and_prompts(seed: int, index: int
     assert prompts == [Prompts(seed, 3, 1000).token_ids(job, index) for job in reversed(second)][::-1]
 
 
-def test_no_two_prompts_are_the_same_among_jobs_rounds_targets_and_warm_up() -> None:
+def test_prompts_are_unique_across_jobs_rounds_targets_and_warm_up() -> None:
     jobs = [ScheduledRequest(index, 0.0, 16, 1) for index in range(20)]
     targets = [Prompts(7, 3, 1000, salt=salt) for salt in range(2)]
     prompts = [
@@ -64,7 +64,7 @@ def test_a_closed_load_has_no_instants() -> None:
     assert [job.due_s for job in Replayed(ROWS, is_open=False).jobs(0, 0)] == [None, None, None]
 
 
-def test_a_trace_is_replayed_at_its_speed_and_cut_where_it_is_too_long() -> None:
+def test_a_trace_is_replayed_at_its_speed_and_truncated() -> None:
     jobs = list(Replayed(ROWS, speed=4.0, max_prompt_tokens=1000, max_output_tokens=100).jobs(0, 0))
     assert jobs == [
         ScheduledRequest(0, 0.0, 100, 10),

@@ -37,7 +37,7 @@ def where(result: Plan) -> list[tuple[str, int, list[str]]]:
     ]
 
 
-def test_auto_is_the_gpus_where_there_are_some_and_the_processor_elsewhere() -> None:
+def test_auto_means_gpus_where_available_and_else_the_cpu() -> None:
     assert (planned(machine(2)).device, planned(machine(2)).why_device) == ("cuda", "2 GPUs found")
     assert (planned(machine(0)).device, planned(machine(0)).why_device) == ("cpu", "no GPUs found")
     assert planned(machine(0, "a"), machine(1, "b")).device == "cuda"
@@ -57,7 +57,7 @@ def test_blocks_are_larger_on_gpus() -> None:
     assert planned(machine(2), kv={"block_size": 32}).block_size == 32
 
 
-def test_each_instance_has_a_gpu_and_fills_what_it_may_of_it() -> None:
+def test_each_instance_has_a_gpu_and_fills_its_share() -> None:
     result = planned(machine(2))
     assert result.findings == ()
     assert where(result) == [("a", 0, ["prefill"]), ("a", 1, ["decode"])]
@@ -118,7 +118,7 @@ def test_instances_on_gpus_need_cores_too() -> None:
     assert message.startswith("pools.decode.cpus_per_instance: 9 cores for one instance, but there are 8")
 
 
-def test_a_model_that_its_share_cannot_hold_is_told_so() -> None:
+def test_a_model_too_large_for_its_share_is_reported() -> None:
     assert messages(planned(machine(1, gpu_gib=40), pools=HALF)) == []
     result = planned(machine(1, gpu_gib=24), pools=HALF)
     first, second = messages(result)
@@ -134,7 +134,7 @@ def test_a_model_that_its_share_cannot_hold_is_told_so() -> None:
         result.check()
 
 
-def test_a_gpu_that_is_not_there_is_told_with_what_was_expected() -> None:
+def test_an_absent_gpu_is_reported_with_the_expected_one() -> None:
     assert messages(planned(machine(0), device="cuda")) == [
         "device: got cuda, but no GPU was found; expected a machine with an NVIDIA driver and a GPU, or"
         " device: cpu"
@@ -182,7 +182,7 @@ def test_links_of_gpus_need_gpus(transport: str) -> None:
     ]
 
 
-def test_what_another_machine_could_serve_is_no_mistake() -> None:
+def test_a_demand_that_another_machine_meets_is_no_mistake() -> None:
     (finding,) = (
         one for one in planned(machine(0), kernels="triton").findings if one.message.startswith("kernels")
     )

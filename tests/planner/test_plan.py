@@ -77,7 +77,7 @@ def test_a_wider_dtype_doubles_weights_and_kv() -> None:
     assert full.kv_bytes_per_token == 2 * half.kv_bytes_per_token
 
 
-def test_automatic_kv_shares_what_memory_is_left() -> None:
+def test_automatic_kv_shares_the_remaining_memory() -> None:
     one, two = (
         planned(node(4, 40), config={"pools": {"decode": {"instances": n}, "prefill": {"instances": 0}}})
         for n in (1, 2)
@@ -94,7 +94,7 @@ def test_automatic_kv_holds_one_longest_sequence_even_where_memory_is_short() ->
         result.check()
 
 
-def test_automatic_kv_of_a_small_model_is_no_more_than_it_can_use() -> None:
+def test_automatic_kv_of_a_small_model_is_bounded_by_its_use() -> None:
     small = checkpoint(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16
     )
@@ -115,7 +115,7 @@ def test_each_machine_fills_within_its_own_memory() -> None:
     )
 
 
-def test_while_more_machines_may_come_kv_is_what_the_first_has_for_all_instances_that_it_could_hold() -> None:
+def test_kv_is_sized_by_the_first_machine_while_others_may_join() -> None:
     def coming(*nodes: Node) -> int:
         config = ClusterConfig.model_validate(
             {"pools": {"decode": {"instances": 6}, "prefill": {"instances": 0}}}
@@ -131,7 +131,7 @@ def test_while_more_machines_may_come_kv_is_what_the_first_has_for_all_instances
     assert coming(node(0, 40, "head"), large) == together(large, 6)
 
 
-def test_what_machines_that_are_there_lack_others_may_bring_but_no_machine_mends_a_mistake() -> None:
+def test_later_machines_may_add_capacity_but_not_fix_mistakes() -> None:
     planned(config={"pools": {"decode": {"instances": 2}}}).check(more_may_come=True)
     with pytest.raises(ConfigError, match=r"model\.max_model_len"):
         planned(config={"model": {"max_model_len": 10**6}}).check(more_may_come=True)
@@ -175,7 +175,7 @@ def test_a_model_is_not_stretched_beyond_its_positions() -> None:
         result.check()
 
 
-def test_a_cache_for_less_than_one_longest_sequence_is_refused_with_the_least() -> None:
+def test_a_cache_below_one_longest_sequence_is_refused_with_the_minimum() -> None:
     config = {"pools": {"decode": {"kv_cache_bytes": "512MiB"}}}
     assert messages(planned(config=config)) == [
         "pools.decode.kv_cache_bytes: 512 MiB holds 4096 tokens, expected at least 1073741824 bytes (1 GiB)"
@@ -184,7 +184,7 @@ def test_a_cache_for_less_than_one_longest_sequence_is_refused_with_the_least() 
     assert planned(config=config | {"model": {"max_model_len": 4096}}).findings == ()
 
 
-def test_all_findings_are_told_at_once() -> None:
+def test_all_findings_are_reported_together() -> None:
     config = {
         "model": {"max_model_len": 10000},
         "pools": {"decode": {"instances": 3, "kv_cache_bytes": "1MiB"}},

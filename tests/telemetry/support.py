@@ -18,7 +18,7 @@ STATS = TransferStats(num_bytes=3 << 20, num_chunks=3, duration_s=0.02, exposed_
 
 
 class Watched(Cluster):
-    """Everything that happens is tallied; `values` is what a scrape would find."""
+    """Tallies all events; `values` is the result of a scrape."""
 
     def __init__(self, *workers: Any, **options: Any) -> None:
         self.steps = StepTally()

@@ -38,7 +38,7 @@ def gpu_values(watched: Watched) -> dict[str, float]:
     return {name: value for name, value in watched.values().items() if name.startswith("gpu_")}
 
 
-def test_all_that_a_gpu_tells_is_exposed() -> None:
+def test_every_figure_that_a_gpu_reports_is_exposed() -> None:
     watched = Watched("prefill-0", "decode-0")
     assert gpu_values(watched) == {}
     beat(watched, "prefill-0", FULL)
@@ -64,7 +64,7 @@ def test_all_that_a_gpu_tells_is_exposed() -> None:
     assert f'pdserve_gpu_throttled{{{GPU},reason="temperature"}} 0.0' in watched.exposition.render().decode()
 
 
-def test_what_a_gpu_does_not_tell_has_no_series() -> None:
+def test_an_unreported_figure_has_no_series() -> None:
     watched = Watched("prefill-0", "decode-0")
     beat(watched, "prefill-0", GpuSample(index=3, uuid="GPU-a", name="H999", memory_total_bytes=1000))
     text = watched.exposition.render().decode()
@@ -72,7 +72,7 @@ def test_what_a_gpu_does_not_tell_has_no_series() -> None:
     assert series == {"pdserve_gpu_info", "pdserve_gpu_memory_total_bytes"}
 
 
-def test_a_gpu_that_two_workers_share_is_told_once_as_it_was_last() -> None:
+def test_a_shared_gpu_is_reported_once_by_its_latest_sample() -> None:
     watched = Watched("prefill-0", "decode-0")
     beat(watched, "prefill-0", FULL)
     beat(watched, "decode-0", msgspec.structs.replace(FULL, power_watts=200.0))

@@ -1,4 +1,4 @@
-"""Log lines: a record is one line whatever is in it, and a process that logs waits for nobody."""
+"""Log lines: a record is one line whatever is in it, and a logging process never waits."""
 
 import contextlib
 import io
@@ -73,7 +73,7 @@ def test_no_name_that_a_client_chooses_makes_a_second_line(formatter: logging.Fo
 
 
 @given(st.text() | st.just(FORGED))
-def test_what_a_json_line_escapes_is_there_when_it_is_read(text: str) -> None:
+def test_escaped_characters_survive_a_json_line(text: str) -> None:
     line = json.loads(JsonFormatter("head").format(record("%s", text, request_id=text)))
     assert (line["message"], line["request_id"]) == (text, text)
 
@@ -104,7 +104,7 @@ def test_printable_text_stays_as_it_is() -> None:
     assert printable("a\tb\ud800") == "a\\tb\\ud800"
 
 
-def test_a_record_made_while_a_call_is_served_has_its_request_id() -> None:
+def test_a_record_made_during_a_call_has_its_request_id() -> None:
     token = REQUEST_ID.set("r9")
     try:
         assert json.loads(JsonFormatter("head").format(record()))["request_id"] == "r9"
@@ -114,7 +114,7 @@ def test_a_record_made_while_a_call_is_served_has_its_request_id() -> None:
 
 
 class Screen(io.StringIO):
-    """What the process that shows the lines has written."""
+    """The output of the process that shows the lines."""
 
     def lines(self) -> list[str]:
         return self.getvalue().splitlines()
@@ -134,7 +134,7 @@ def relay() -> Iterator[Callable[..., tuple[LogRelay, Screen]]]:
         made.close()
 
 
-def test_lines_of_all_processes_are_shown_whole_by_the_one_that_launched_them(relay: Any) -> None:
+def test_the_launcher_shows_whole_lines_of_all_processes(relay: Any) -> None:
     made, screen = relay()
     handlers = [RelayHandler(made.path) for _ in range(3)]
     for number in range(30):
@@ -153,7 +153,7 @@ def drain(reader: socket.socket) -> None:
             pass
 
 
-def test_a_process_that_logs_does_not_wait_for_the_one_that_shows(tmp_path: Any) -> None:
+def test_a_logging_process_does_not_wait_for_the_displaying_one(tmp_path: Any) -> None:
     path = str(tmp_path / "lines")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)
@@ -174,7 +174,7 @@ def test_a_process_that_logs_does_not_wait_for_the_one_that_shows(tmp_path: Any)
 
 
 @pytest.mark.parametrize(("kind", "is_json"), [("json", True), ("console", False)])
-def test_a_configured_process_logs_what_is_loud_enough_until_the_end_of_the_block(
+def test_a_process_logs_from_its_level_until_the_block_ends(
     kind: LogFormat, is_json: bool, relay: Any
 ) -> None:
     made, screen = relay()

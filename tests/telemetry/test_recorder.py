@@ -1,4 +1,4 @@
-"""What is remembered of requests is bounded, and telling of requests never ends them."""
+"""The memory of past requests is bounded, and recording requests never ends them."""
 
 import logging
 
@@ -68,7 +68,7 @@ def test_a_recent_request_comes_back_as_it_was() -> None:
     assert recent.get("two") is None
 
 
-def test_of_an_id_that_is_used_again_the_last_request_is_remembered() -> None:
+def test_a_reused_id_refers_to_its_last_request() -> None:
     recent = RecentRequests()
     recent.add(timeline("again", ended_s=3.0))
     recent.add(timeline("again", ended_s=4.0))
@@ -94,7 +94,7 @@ def test_neither_many_requests_nor_long_ones_take_more_than_the_bounds(
 
 
 class Recorded:
-    """A recorder, with what it was told to export."""
+    """A recorder, with the traces it exported."""
 
     def __init__(self) -> None:
         self.num_spans = 0
@@ -117,7 +117,7 @@ def test_a_closed_request_is_counted_remembered_and_exported() -> None:
     assert recorded.exported == [("one", 42.0)]
 
 
-def test_a_mistake_in_telling_is_logged_with_the_request_and_goes_no_further(
+def test_a_recording_error_is_logged_with_its_request_and_contained(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     recorded = Recorded()

@@ -1,4 +1,4 @@
-"""What requests, steps and transfers add to which numbers, seen through the exposition that a scrape gets."""
+"""The effects of requests, steps and transfers on the metrics, read through a scrape's exposition."""
 
 from typing import cast
 
@@ -18,7 +18,7 @@ STEPS = (
     ("decode", "decode"),
     ("prefill", "prefill"),
     ("decode", "mixed"),
-)  # of which pools, and what they compute
+)  # their pools, and the computation of each
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_one_request_is_counted_once_in_each_of_its_parts(cluster: Watched) -> N
     assert values["generation_tokens_total"] == values["request_generation_tokens_sum"] == 3
 
 
-def test_the_parts_of_the_time_to_the_first_token_add_up_to_it(cluster: Watched) -> None:
+def test_the_parts_of_ttft_add_up_to_it(cluster: Watched) -> None:
     serve(cluster)
     values = cluster.values()
     at_worker = '{pool="prefill"}'
@@ -119,7 +119,7 @@ def test_streams_of_one_report_are_counted_each_with_its_own_gap(cluster: Watche
     assert values["inter_token_latency_seconds_count"] == 2
 
 
-def test_a_pause_is_no_gap_and_a_client_that_does_not_read_is_not_judged(cluster: Watched) -> None:
+def test_a_pause_is_not_a_gap_and_unread_streams_are_not_judged(cluster: Watched) -> None:
     serve(cluster, num_tokens=2, finish=False)
     cluster.handle(StreamUnread("r"))
     cluster.now_s += 60.0
@@ -199,7 +199,7 @@ def test_a_lost_worker_makes_a_retry_and_a_resumed_stream() -> None:
     assert [dispatch.num_steps for dispatch in timeline.dispatches] == [2, 1]
 
 
-def test_steps_are_timed_by_pool_and_phase_and_measured_against_their_prediction(cluster: Watched) -> None:
+def test_steps_are_timed_by_pool_and_phase_against_predictions(cluster: Watched) -> None:
     cluster.step("prefill-0", timing(prefill=100, squares=10_000, seconds=0.03))
     cluster.step("decode-0", timing(sequences=4, context=400, seconds=0.01))
     cluster.step("decode-0", timing(prefill=10, squares=100, sequences=4, context=404, seconds=0.02))
@@ -229,7 +229,7 @@ def test_arithmetic_and_traffic_are_counted_from_the_shapes_of_steps(cluster: Wa
     assert values[f"step_duration_seconds_count{mixed}"] == 1, "what MFU divides by has the same labels"
 
 
-def test_preemptions_are_counted_from_what_a_worker_said_first(cluster: Watched) -> None:
+def test_preemptions_are_counted_from_a_workers_first_report(cluster: Watched) -> None:
     for count in (3, 3, 5, 6):
         cluster.step("decode-0", num_preemptions=count)
     assert cluster.values()['num_preemptions_total{pool="decode"}'] == 3

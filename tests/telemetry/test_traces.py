@@ -1,4 +1,4 @@
-"""One trace a request, below its client's span, and a collector that is not there disturbs nobody."""
+"""One trace per request, below its client's span; an absent collector affects nothing."""
 
 import socket
 import time
@@ -76,7 +76,7 @@ def export(
     return {span.name: span for span in memory.get_finished_spans()}
 
 
-def test_each_leg_is_a_span_with_its_worker_its_tokens_and_its_time() -> None:
+def test_each_leg_is_a_span_with_worker_tokens_and_time() -> None:
     spans = {span.name: span for span in leg_spans(served())}
     times = {name: (span.start_s - 100.0, span.end_s - 100.0) for name, span in spans.items()}
     assert times == {
@@ -148,7 +148,7 @@ def test_a_request_without_a_parent_has_a_trace_of_its_own(
     assert root.attributes["gen_ai.usage.output_tokens"] == 3
 
 
-def test_what_the_client_does_not_sample_is_not_exported(
+def test_an_unsampled_trace_is_not_exported(
     exported: tuple[TraceExporter, InMemorySpanExporter],
 ) -> None:
     assert export(exported, served(f"00-{TRACE}-{SPAN}-00")) == {}
@@ -185,7 +185,7 @@ def test_spans_reach_a_collector_over_otlp() -> None:
     assert {span.trace_id.hex() for scope in resource.scope_spans for span in scope.spans} == {TRACE}
 
 
-def test_a_collector_that_is_not_there_costs_no_more_than_the_oldest_spans(
+def test_an_absent_collector_costs_only_the_oldest_spans(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:

@@ -1,4 +1,4 @@
-"""What the sweep found: a table and curves."""
+"""The results of the sweep: a table and curves."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The embedded model, made slower: further layers that add nothing to what it says.
+"""The embedded model, slowed by further layers that do not change its output.
 
 On a machine with few cores a client's own work per token delays the server's next one. Beside a step of half
 a millisecond that is most of what there is to see; beside one of some milliseconds it is not, and the text

@@ -26,7 +26,7 @@ STATISTICS = ("mean", "p50", "p90", "p99")
 
 @dataclass(frozen=True)
 class Load:
-    """What each tool is told to send; `rate` is an open load with even gaps, `concurrency` a closed one."""
+    """The load that each tool sends; `rate` is an open load with even gaps, `concurrency` a closed one."""
 
     url: str
     model: str
@@ -71,7 +71,7 @@ def take_turn(tool: Tool, load: Load, seed: int, folder: Path) -> Figures:
 
 @contextmanager
 def _off_the_first_core() -> Iterator[None]:
-    """What is started meanwhile leaves it to the worker."""
+    """Keeps processes started in the block off the first core, which is the worker's."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[1:] or cores)
     try:
@@ -140,7 +140,7 @@ class GuideLlm:
             "request_format": "/v1/completions",
             "extras": {"body": EXTRA},
         }
-        way += f",warmup={NUM_WARM_UP}"  # of its processes: they start when the load does
+        way += f",warmup={NUM_WARM_UP}"  # warm-up of its processes: they start when the load does
         lengths = f"prompt_tokens={load.num_prompt_tokens},output_tokens={load.num_output_tokens}"
         options = {
             "--backend": json.dumps(backend),
@@ -243,7 +243,7 @@ def _words(options: Mapping[str, str]) -> list[str]:
 
 
 def _clean_environment() -> dict[str, str]:
-    """Without what says where this tree's modules are."""
+    """The environment without the path to this tree's modules."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
 
 

@@ -55,7 +55,7 @@ class ColocatedWorker:
         return Timeline(start_s, tuple(map(tuple, self._arrivals_s.values())))
 
     def submit(self, requests: Iterable[tuple[Sequence[int], int, float]]) -> None:
-        """As for `serve`; those before are forgotten. `step` computes them."""
+        """Submits requests as `serve` does and forgets earlier ones. `step` computes them."""
         from pdserve.core.messages import Serve
 
         self._arrivals_s, self._token_ids = {}, {}
@@ -81,7 +81,7 @@ class ColocatedWorker:
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """Of each of the last requests, so far."""
+        """The output so far of each of the last requests."""
         return list(self._token_ids.values())
 
     def _spec(self, prompt: Sequence[int], num_new_tokens: int, temperature: float) -> "SequenceSpec":

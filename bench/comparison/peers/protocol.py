@@ -1,5 +1,5 @@
-"""How every engine is measured, ours included: the same prompts, a run as warm-up, then repeats read off one
-clock.
+"""The measurement protocol of every engine, ours included: the same prompts, a warm-up run, then repeats read
+off one clock.
 
 An engine only says when each token arrived; the rates are computed here, so no engine's own accounting
 enters. A peer's program writes one JSON line when its model is loaded, and one (a list of results) for each
@@ -20,7 +20,7 @@ from .schema import Case, CellResult
 
 @dataclass(frozen=True)
 class Timeline:
-    """When things happened in one run, on `time.perf_counter`."""
+    """The instants of one run, on `time.perf_counter`."""
 
     start_s: float
     arrivals_s: tuple[tuple[float, ...], ...]  # [batch_size][num_new_tokens]

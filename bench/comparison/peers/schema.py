@@ -1,5 +1,4 @@
-"""What the benchmark measures and how a measurement is written down; shared by every engine and by every
-interpreter.
+"""The benchmark's measurements and their file format; shared by every engine and every interpreter.
 
 Standard library only: peers run in environments that have none of our dependencies.
 """
@@ -48,7 +47,7 @@ class CellResult:
 
     @property
     def best_tokens_per_s(self) -> float:
-        """What the engine can do where other processes disturb some of the repeats."""
+        """The engine's throughput where other processes disturb some of the repeats."""
         return max(self.repeats_tokens_per_s)
 
     @property

@@ -54,7 +54,7 @@ class _StepClock:
 
 
 class ContinuousBatchingEngine:
-    """`transformers`' continuous batching: a paged cache and a generation thread that lives as long as the
+    """`transformers`' continuous batching: a paged cache and a generation thread that runs as long as the
     engine."""
 
     variant = "continuous_batching"

@@ -78,9 +78,9 @@ def load_engine(options: PeerOptions) -> VllmEngine:
 
 
 def environment(num_threads: int) -> dict[str, str]:
-    """What vLLM sets for the worker processes it starts. In process it has to stand before the interpreter
-    starts, with Intel's OpenMP (a dependency of vLLM's) loaded in place of torch's, as vLLM's manual
-    advises."""
+    """The environment that vLLM sets for the worker processes it starts. In-process use needs it set before
+    the interpreter starts, with Intel's OpenMP (a dependency of vLLM's) loaded in place of torch's, as vLLM's
+    manual advises."""
     cpus = sorted(os.sched_getaffinity(0))[:num_threads]
     cpu_list = ",".join(map(str, cpus))
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"

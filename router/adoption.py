@@ -89,8 +89,8 @@ class Adoption:
 
 
 def _tells_all(spec: SequenceSpec) -> bool:
-    """Whether the leg can report all log probabilities: those of an earlier attempt's tokens, and those of
-    the prompt that came with its first token, are lost."""
+    """Whether all log probabilities are available: those of an earlier attempt's tokens, and those of the
+    prompt that came with its first token, are lost."""
     sampling = spec.sampling
     return (sampling.logprobs is None and sampling.prompt_logprobs is None) or not spec.output_token_ids
 

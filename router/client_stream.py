@@ -19,7 +19,7 @@ class ClientStream:
         self.num_unread = 0  # tokens emitted since `is_handed_over`
         self.is_unread = False  # too much is unread, and the router has been informed
         self.is_handed_over = False  # everything emitted before the client arrived
-        self._events: deque[tuple[StreamEvent, int]] = deque()  # each with its number of tokens that count as unread
+        self._events: deque[tuple[StreamEvent, int]] = deque()  # event, its tokens that count
         self._came: asyncio.Future[None] | None = None
 
     def put(self, event: StreamEvent) -> None:

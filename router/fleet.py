@@ -183,7 +183,7 @@ class Fleet:
             case MemberState.DRAINING | MemberState.STOPPING:
                 self._remove(member, now_s)
             case MemberState.BACKOFF:
-                member.last_error = reason  # its connection was lost before; the end of its process is more specific
+                member.last_error = reason  # its connection was lost before; this reason is more specific
             case MemberState.DRAINED | MemberState.GONE:
                 pass
 

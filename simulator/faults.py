@@ -24,7 +24,7 @@ class Accident(enum.Enum):
     PARTITION_ROUTER = "worker cut off from the router"
     PARTITION_WORKERS = "two workers cut off from each other"
     CUT = "connections of a worker reset"
-    CUT_TRANSFERS = "transfer connections of a worker reset"  # no worker dies of it
+    CUT_TRANSFERS = "transfer connections of a worker reset"  # not the router's, so that no worker dies
     DRAIN = "worker drained"
     SCALE = "pools resized"
     HOST_DOWN = "host down"

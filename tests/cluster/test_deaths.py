@@ -114,7 +114,7 @@ def test_prompts_survive_the_death_of_their_prefill_worker(cluster: Cluster) -> 
     assert_replaced(cluster, victim)
 
 
-def test_frozen_workers_are_given_up_and_what_they_say_when_they_wake_changes_nothing(
+def test_frozen_workers_are_given_up_and_their_late_reports_ignored(
     cluster: Cluster,
 ) -> None:
     """One of each pool, with streams that decode there and prompts that are sent there while nobody knows

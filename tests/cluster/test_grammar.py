@@ -134,7 +134,7 @@ def test_the_official_client_gets_what_it_asked_for(client: openai.OpenAI) -> No
     assert answer.choices[0].text.isdigit() and len(answer.choices[0].text) == 4
 
 
-def test_the_output_is_the_same_when_its_decode_worker_or_the_grammar_processes_die(cluster: Cluster) -> None:
+def test_constrained_output_survives_deaths_of_decode_worker_and_grammar_processes(cluster: Cluster) -> None:
     request = constrained(cluster, pb.Constraint(json_schema=json.dumps(SCHEMA)), seed=11)
     expected = tokens_of(cluster.stream(request))
 

@@ -54,7 +54,7 @@ def come_back(cluster: Cluster, request: pb.GenerateRequest) -> list[pb.Generate
         return events
 
 
-def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(cluster: Cluster) -> None:
+def test_a_client_that_reconnects_after_a_head_death_gets_the_rest(cluster: Cluster) -> None:
     request = cluster.request("A generator is a function", max_tokens=1500, n=2, temperature=0.8, seed=5)
     request.request_id = "undisturbed"
     expected = cluster.stream(request)

@@ -100,7 +100,7 @@ class Several:
         return tokens_of(self.generation.GenerateStream(request, timeout=60))
 
 
-def test_a_cluster_serves_on_what_is_there_and_grows_and_shrinks_with_its_hosts() -> None:
+def test_a_cluster_grows_and_shrinks_with_its_hosts() -> None:
     num_cores = len(os.sched_getaffinity(0))
     fits = 2 * num_cores - 1  # decode instances on the head, beside one prefill instance
     with closing(Several(file(OTHER, decode=fits + 1))) as cluster:
@@ -154,7 +154,7 @@ def test_a_cluster_serves_on_what_is_there_and_grows_and_shrinks_with_its_hosts(
             assert cluster.tokens() == expected
 
 
-def test_a_host_with_another_version_is_refused_with_cause_and_fix_and_nothing_starts_there(
+def test_a_host_with_another_version_is_refused_with_cause_and_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import pdserve; pdserve.__version__ = '0.0.9'")

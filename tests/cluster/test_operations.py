@@ -100,7 +100,9 @@ def test_a_deadline_ends_the_stream_and_frees_everything(cluster: Cluster) -> No
         ("sampling.n", lambda c: c.request(PROMPT, n=1000)),
     ],
 )
-def test_bad_input_is_named_and_disturbs_nobody(cluster: Cluster, field: str, request_of) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_input_is_named_and_disturbs_no_other_request(
+    cluster: Cluster, field: str, request_of
+) -> None:  # type: ignore[no-untyped-def]
     good = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=40))
     next(iter(good))
     with pytest.raises(grpc.RpcError) as caught:
@@ -198,7 +200,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(cluster: Cluster) -> No
         launch(ClusterConfig.model_validate({"listen": {"grpc": address}}))
 
 
-def test_what_cannot_run_is_refused_before_anything_starts(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_an_infeasible_configuration_is_refused_before_anything_starts(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(CapacityError, match="cores"):
         plan(ClusterConfig.model_validate({"pools": {"prefill": {"instances": 400}}})).check()
     with pytest.raises(CheckpointError, match="nowhere"):

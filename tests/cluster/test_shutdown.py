@@ -80,7 +80,7 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(t
         assert process.wait(60) == 0
 
 
-def test_the_death_of_the_keeper_is_told_and_takes_head_and_workers_with_it() -> None:
+def test_the_keepers_death_is_reported_and_ends_head_and_workers() -> None:
     cluster = Cluster("embedded")
     try:
         (keeper,) = (pid for pid, command in session_processes().items() if "KeeperActor" in command)

@@ -125,7 +125,7 @@ def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) 
     assert "router_takeovers_total" not in values
 
 
-def test_the_parts_of_ttft_add_up_and_the_control_plane_is_the_least_of_them(cluster: Cluster) -> None:
+def test_the_parts_of_ttft_add_up_and_the_control_plane_is_smallest(cluster: Cluster) -> None:
     before = nonzero(cluster._launched.metrics())
     cluster.stream(cluster.request(PROMPT, max_tokens=4, salt="parts"))
     after = until(cluster, lambda values: num_closed(values) == num_closed(before) + 1)
@@ -163,7 +163,7 @@ def test_a_request_is_one_trace_below_its_client(cluster: Cluster, collector: Co
     assert told.trace_id == TRACE
 
 
-def test_explain_tells_every_leg_of_a_request_that_is_over(cluster: Cluster) -> None:
+def test_explain_shows_every_leg_of_a_finished_request(cluster: Cluster) -> None:
     request = cluster.request(PROMPT, max_tokens=20, salt="explained")
     request.request_id = "explained"
     cluster.stream(request)
@@ -182,7 +182,7 @@ def test_explain_tells_every_leg_of_a_request_that_is_over(cluster: Cluster) -> 
     assert attempt.considered[0].prefill_worker == attempt.prefill_worker == "prefill-0"
 
 
-def test_explain_tells_of_a_request_that_is_running(cluster: Cluster) -> None:
+def test_explain_shows_a_running_request(cluster: Cluster) -> None:
     request = cluster.request(PROMPT, max_tokens=1500)
     request.request_id = "running"
     call: Any = cluster.generation.GenerateStream(request)
@@ -192,7 +192,7 @@ def test_explain_tells_of_a_request_that_is_running(cluster: Cluster) -> None:
     cluster.check_all_blocks_free()
 
 
-def test_a_collector_that_dies_disturbs_nobody(cluster: Cluster, collector: Collector) -> None:
+def test_a_collectors_death_disturbs_no_request(cluster: Cluster, collector: Collector) -> None:
     before = num_closed(nonzero(cluster._launched.metrics()))
     collector.stop()
     answers = cluster.generate_all(

@@ -33,5 +33,5 @@ def test_only_the_ledger_writes_a_workers_account(name: str) -> None:
     assert writes(ast.parse((FOLDER / name).read_text())) == []
 
 
-def test_the_ledgers_own_writes_are_seen() -> None:
+def test_the_check_detects_the_ledgers_own_writes() -> None:
     assert len(writes(ast.parse((FOLDER / "ledger.py").read_text()))) > 10

@@ -59,7 +59,7 @@ def live_request(cluster: Cluster, name: str = "r") -> LiveRequest:
     return cluster.router._requests._requests[name]
 
 
-def test_every_event_is_handled_ignored_with_a_reason_or_illegal_in_every_state() -> None:
+def test_every_state_defines_a_reaction_to_every_event() -> None:
     assert set(TABLE) == set(typing.get_args(RequestEvent))
     for event, reactions in TABLE.items():
         assert list(reactions) == list(RequestState), event
@@ -101,7 +101,7 @@ def test_the_drawn_states_are_those_of_the_code(page: str) -> None:
     assert entries < drawn
 
 
-def test_an_event_that_cannot_come_tells_the_requests_story() -> None:
+def test_an_illegal_event_reports_the_requests_story() -> None:
     cluster = Cluster("prefill-0", "decode-0", "decode-1", config=RouterConfig(prefill_on_decode_factor=None))
     cluster.now_s = 1.5
     cluster.submit(make_request())
@@ -121,7 +121,7 @@ def test_an_event_that_cannot_come_tells_the_requests_story() -> None:
     assert live.state is RequestState.RUNNING
 
 
-def test_an_illegal_event_leaves_the_request_to_go_on() -> None:
+def test_a_request_continues_after_an_illegal_event() -> None:
     cluster = Cluster("both-0")
     cluster.submit(make_request())
     with pytest.raises(UnexpectedEvent):

@@ -64,7 +64,7 @@ class ScriptedRouter:
         return None
 
 
-async def test_what_an_observer_causes_is_carried_out_after_what_was_decided_before() -> None:
+async def test_commands_caused_by_an_observer_follow_those_decided_before() -> None:
     service: RouterService
     observer = SimpleNamespace(
         expects=lambda key: True, handle=lambda event: service.handle(WorkersExpected(0))
@@ -130,7 +130,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_client_that_does_not_read_is_set_aside_and_takes_nothing_from_others(
+async def test_a_slow_reader_is_set_aside_without_harm_to_others(
     served: tuple[RouterService, TokenMachine],
 ) -> None:
     service, machine = served
@@ -212,7 +212,7 @@ def adopt(service: RouterService, machine: TokenMachine) -> None:
     service.handle(Adopted())
 
 
-async def test_what_a_client_is_handed_when_it_comes_back_does_not_count_as_unread(
+async def test_events_handed_to_a_returning_client_do_not_count_as_unread(
     took_over: tuple[RouterService, TokenMachine],
 ) -> None:
     service, machine = took_over
@@ -235,7 +235,7 @@ async def test_what_a_client_is_handed_when_it_comes_back_does_not_count_as_unre
     await stream.aclose()
 
 
-async def test_a_request_that_is_refused_for_its_name_leaves_the_one_of_that_name_alone(
+async def test_a_refused_duplicate_leaves_the_live_request_alone(
     took_over: tuple[RouterService, TokenMachine],
 ) -> None:
     service, machine = took_over

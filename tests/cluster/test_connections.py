@@ -1,5 +1,5 @@
-"""The connection between router and worker: both ends speak, and each notices when the other has fallen
-silent."""
+"""The connection between router and worker: both ends send heartbeats, and each notices the other's
+silence."""
 
 import asyncio
 import socket
@@ -42,7 +42,7 @@ WAIT_S = 20.0
 
 
 class Link:
-    """A worker's end, and what it was told."""
+    """A worker's end, and the messages that it received."""
 
     def __init__(self, port: int) -> None:
         self.commands: list[WorkerCommand] = []

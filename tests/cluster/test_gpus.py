@@ -1,4 +1,4 @@
-"""GPUs as Ray gives them to workers' actors, which we count on and cannot choose."""
+"""The assignment of GPUs to workers' actors by Ray, which we rely on and cannot choose."""
 
 import os
 from typing import Any
@@ -26,7 +26,7 @@ def spec(device: DeviceKind, gpus: float) -> WorkerSpec:
 
 
 class Shown:
-    """What an actor's process is shown."""
+    """The devices visible to an actor's process."""
 
     def variables(self) -> tuple[str | None, str | None]:
         return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
@@ -58,7 +58,7 @@ def test_a_worker_on_a_cpu_takes_no_gpu() -> None:
 
 
 async def test_a_machines_gpus_are_its_physical_ones() -> None:
-    """Ray was told of two, and there is no driver."""
+    """Ray was given two, and there is no driver."""
     (node,) = await RayNodes("embedded", ("127.0.0.1", 1)).ask_all(60.0)
     assert node.name == ray.nodes()[0]["NodeID"]
     assert node.devices == ()

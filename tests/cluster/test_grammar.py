@@ -1,5 +1,5 @@
-"""Outputs that follow a grammar, from a real cluster: valid, the same whoever died, and nobody else's
-concern."""
+"""Outputs that follow a grammar, from a real cluster: valid, unchanged by deaths, and harmless to other
+requests."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def shared() -> Iterator[Cluster]:
     processes = grammar_processes()
     assert processes
     cluster.close()
-    for pid in processes:  # that of a worker which was killed outlives it by a moment
+    for pid in processes:  # a killed worker's grammar process outlives it briefly
         await_end(pid)
 
 

@@ -1,5 +1,5 @@
-"""The head dies: workers go on, a new head takes over, and clients that come back get the rest of the very
-same stream."""
+"""The head dies: workers continue, a new head takes over, and clients that come back get the rest of the same
+stream."""
 
 import os
 import signal
@@ -37,12 +37,12 @@ def pids(cluster: Cluster) -> dict[str, int]:
 
 def read_until_lost(call: Iterable[pb.GenerateEvent], events: list[pb.GenerateEvent]) -> None:
     with pytest.raises(grpc.RpcError) as lost:
-        events.extend(call)  # what comes before the error stays
+        events.extend(call)  # keeps events before the error
     assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def come_back(cluster: Cluster, request: pb.GenerateRequest) -> list[pb.GenerateEvent]:
-    """As a client does: again and again while nobody answers."""
+    """Retries like a client while no server answers."""
     while True:
         events: list[pb.GenerateEvent] = []
         try:

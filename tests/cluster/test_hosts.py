@@ -28,7 +28,7 @@ OTHER = "127.0.0.2"
 
 @contextmanager
 def host(address: str, num_cpus: int) -> Iterator[None]:
-    """Joins the Ray of this test session, and fails in the end."""
+    """A Ray node that joins this test session's Ray, and fails in the end."""
     context = ray.get_runtime_context()
     params = RayParams(
         gcs_address=context.gcs_address,
@@ -72,8 +72,8 @@ class Several:
         self.launched.stop()
 
     def wait_for(self, host: str, state: str, num_ready: int) -> pb.ClusterStatus:
-        """Until the other host is in a state, and so many workers are ready; also when the head dies
-        meanwhile."""
+        """Waits until the other host is in a state, and the given number of workers is ready, even if the
+        head dies meanwhile."""
         while True:
             try:
                 for status in self.admin.WatchStatus(

@@ -1,4 +1,4 @@
-"""The HTTP door of a real cluster: the same answers as by gRPC, and nothing left behind by clients that
+"""The HTTP server of a real cluster: the same answers as by gRPC, and no resources held for clients that
 leave."""
 
 import json

@@ -17,11 +17,11 @@ from pdserve.head.spec import HeadSpec
 from pdserve.router.cores import Placement
 
 SPEC: Any = SimpleNamespace(key=("decode-0", 1))
-NO_NODES: Any = SimpleNamespace()  # they are not asked for
+NO_NODES: Any = SimpleNamespace()  # not used
 
 
 class OvertakingActor:
-    """A handle whose calls arrive in the opposite order: the last first, once the caller waits."""
+    """A handle whose calls arrive in reverse order, once the caller waits."""
 
     def __init__(self) -> None:
         self._calls: list[tuple[str, asyncio.Future[Outcome]]] = []
@@ -63,7 +63,7 @@ def config_of(num_decode: int) -> ClusterConfig:
 
 
 def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> Head:
-    """A head of which only `apply` can be called; `calls` are those that are on their way to its keeper."""
+    """Returns a head of which only `apply` can be called, and the calls in flight to its keeper."""
     monkeypatch.setattr(
         head_module,
         "plan",

@@ -1,4 +1,4 @@
-"""Launches and workers that fail: they say why in a few words, and leave nothing behind or come back."""
+"""Launches and workers that fail: they report why concisely, and leave nothing behind or come back."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The hosts of a Ray cluster, as the head hears of them, and whether they may serve beside it."""
+"""The hosts of a Ray cluster as the head sees them, and whether they may serve beside it."""
 
 import asyncio
 import shutil
@@ -38,7 +38,7 @@ def alive(name: str, address: str, is_alive: bool = True, **resources: float) ->
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What each host answers, by node id: an exception is raised, None never comes."""
+    """Patches each host's answer, by node id: an exception is raised, None never arrives."""
     devices = [tuple(vars(gpu).values()) for gpu in GPUS]
     answers: dict[str, Any] = {B: look("embedded", None) | {"cores": [0, 1, 2], "devices": devices}}
     found = [

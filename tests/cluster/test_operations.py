@@ -1,5 +1,4 @@
-"""What operators do while traffic flows, and what clients do to a cluster: nothing fails, nothing is left
-behind."""
+"""Operators' actions under traffic, and clients' actions: nothing fails, and no resource is left behind."""
 
 import threading
 from collections.abc import Iterator
@@ -174,7 +173,7 @@ def test_a_drained_worker_finishes_its_streams_and_the_other_pool_stands_in(clus
     workers = cluster.admin.GetStatus(pb.GetStatusRequest()).workers
     (decoder,) = (
         worker.worker_id for worker in workers if worker.role == "decode"
-    )  # its number depends on who was removed
+    )  # its number depends on which was removed
     long = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=400))
     events = [next(iter(long))]
     drain = cluster.admin.Drain(pb.DrainRequest(worker_ids=[decoder]))

@@ -1,4 +1,4 @@
-"""The Ray that RAY_ADDRESS names: believed only where this user or root listens, and where a token keeps
+"""The Ray that RAY_ADDRESS names: trusted only where this user or root listens, and where a token keeps
 others out."""
 
 import os
@@ -172,7 +172,7 @@ def test_a_host_that_has_no_address_is_refused() -> None:
 
 
 def test_the_address_of_another_host_is_left_to_the_network() -> None:
-    check_listener(RayAddress("203.0.113.1", 1))  # kept for documentation: nobody has it
+    check_listener(RayAddress("203.0.113.1", 1))  # reserved for documentation: no host has it
 
 
 def test_a_ray_with_a_token_is_adopted() -> None:

@@ -1,4 +1,5 @@
-"""Ray's folder: no other local user changes what Ray writes to or connects to, whoever started Ray."""
+"""Ray's folder: no other local user can change the files and sockets that Ray uses, regardless of who started
+Ray."""
 
 import os
 import shutil
@@ -25,14 +26,14 @@ from ..other_user import NOBODY, needs_root, run_as_nobody
 from .test_gpus import spec
 
 pytestmark = pytest.mark.cluster
-MAX_SOCKET_PATH_BYTES = 107  # of Linux; the kernel refuses longer ones
+MAX_SOCKET_PATH_BYTES = 107  # on Linux; the kernel refuses longer ones
 MAX_PID_DIGITS = 7
 MKDTEMP_CHARS = 8
 
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """A folder that every user can enter, and only this one can change."""
+    """A folder that every user can enter and only this one can change."""
     folder = Path(tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp"))
     folder.chmod(0o755)
     yield folder
@@ -40,7 +41,7 @@ def base() -> Iterator[Path]:
 
 
 def made(base: Path, *modes: int) -> Path:
-    """Folders inside one another: `base`/0/1/..., of these modes."""
+    """Creates nested folders `base`/0/1/... with these modes."""
     folder = base
     for number, mode in enumerate(modes):
         folder = folder / str(number)
@@ -56,7 +57,7 @@ def made(base: Path, *modes: int) -> Path:
         ((0o700, 0o777, 0o777), None),  # as we start Ray
         ((0o755, 0o700, 0o777), None),
         ((0o1777, 0o755), None),  # as /tmp
-        ((0o777, 0o777, 0o777), "0"),  # as Ray does by itself
+        ((0o777, 0o777, 0o777), "0"),  # as Ray does by default
         ((0o755, 0o777), "0/1"),
         ((0o755, 0o1777), "0/1"),  # others can put files there before Ray does
         ((0o755, 0o775), "0/1"),
@@ -194,7 +195,7 @@ def test_cluster_yaml_starts_ray_in_a_private_folder(commands: str, tmp_path: Pa
 
 
 def read(path: Path) -> bytes:
-    """The contents of a file of /proc; nothing when the process is gone."""
+    """Returns the contents of a file in /proc; empty when the process is gone."""
     try:
         return path.read_bytes()
     except OSError:
@@ -248,7 +249,7 @@ def test_other_users_cannot_reach_our_own_rays_logs_and_sockets(tmp_path: Path) 
             assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if token in read(path)], (
                 "others read them"
             )
-            if os.getuid() == 0:  # else there is nobody to attack
+            if os.getuid() == 0:  # otherwise there is no other user to attack
                 assert run_as_nobody(ATTACK, str(session), str(secret)) == [
                     f"{step} EACCES" for step in STEPS
                 ]

@@ -33,7 +33,7 @@ shutil.rmtree(folder)
 
 @pytest.fixture
 def applied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str | None]]:
-    """What Ray is told to read again. The tests' own Ray keeps the token that it has."""
+    """The environments that Ray is made to reload. The tests' own Ray keeps its token."""
     seen: list[dict[str, str | None]] = []
     for name in (MODE, TOKEN, TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)

@@ -1,5 +1,4 @@
-"""The end of a cluster: streams finish first, then nothing is left of it; also when what holds it together
-dies."""
+"""The end of a cluster: streams finish first, then nothing is left of it, even when its keeper dies."""
 
 import os
 import select

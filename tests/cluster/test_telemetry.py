@@ -1,4 +1,4 @@
-"""What a running cluster tells of the requests that it served: counted, traced and explained."""
+"""A running cluster's telemetry of the requests that it served: counted, traced and explained."""
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -26,7 +26,7 @@ TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 class Collector(collector_rpc.TraceServiceServicer):
-    """Takes traces, until it is stopped."""
+    """A collector that accepts traces until it is stopped."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -62,7 +62,7 @@ def cluster(collector: Collector) -> Iterator[Cluster]:
 
 
 def until(cluster: Cluster, is_so: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-    """The metrics, once they say so: looked at with every state that the cluster sends."""
+    """Returns the metrics once the condition holds; checks them with every state that the cluster sends."""
     for _ in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60):
         values = nonzero(cluster._launched.metrics())
         if is_so(values):
@@ -131,7 +131,7 @@ def test_the_parts_of_ttft_add_up_and_the_control_plane_is_smallest(cluster: Clu
     after = until(cluster, lambda values: num_closed(values) == num_closed(before) + 1)
 
     def spent(name: str) -> float:
-        """Of all pools together."""
+        """Returns the sum over all pools."""
         sums = [
             {k: v for k, v in values.items() if k.startswith(f"{name}_seconds_sum")}
             for values in (after, before)

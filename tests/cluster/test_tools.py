@@ -1,4 +1,5 @@
-"""Tools with real workers: even a model with random weights makes calls that fit, streamed and whole."""
+"""Tools with real workers: even a model with random weights makes calls that fit the schema, streamed and
+whole."""
 
 import json
 from collections.abc import Iterator

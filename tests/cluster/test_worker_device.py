@@ -1,4 +1,4 @@
-"""What a worker's process computes on, and how it tells of its GPU."""
+"""The device of a worker's process, and its reports about its GPU."""
 
 import threading
 from types import SimpleNamespace
@@ -59,7 +59,7 @@ def test_an_engine_on_a_cpu_has_the_planned_blocks() -> None:
 
 
 class Sampled(GpuProbe):
-    """Tells that it was asked."""
+    """A probe that records that it was asked."""
 
     asked = threading.Event()
 
@@ -79,7 +79,7 @@ def test_a_monitor_returns_each_sample_once(monkeypatch: pytest.MonkeyPatch) -> 
     monitor.start()
     assert Sampled.asked.wait(WAIT_S)
     Sampled.asked.clear()
-    assert Sampled.asked.wait(WAIT_S)  # so that the one before is there
+    assert Sampled.asked.wait(WAIT_S)  # so that the previous one is present
     monitor.stop()
     monitor._thread.join(WAIT_S)
     assert not monitor._thread.is_alive()

@@ -1,4 +1,4 @@
-"""Workers' lives as the controller sees them, over actors that do what a test says."""
+"""Workers' lives as the controller sees them, over actors that a test controls."""
 
 import asyncio
 

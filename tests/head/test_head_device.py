@@ -1,4 +1,4 @@
-"""What the head makes of a plan for GPUs: what its workers are told."""
+"""The head passes the plan for GPUs on to its workers."""
 
 from types import SimpleNamespace
 from typing import Any

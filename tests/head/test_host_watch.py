@@ -1,4 +1,4 @@
-"""The watch feeds what Ray and hosts say to `Hosts`, and does what it decides."""
+"""The watch feeds the reports of Ray and hosts to `Hosts`, and carries out its decisions."""
 
 import asyncio
 from typing import Any
@@ -22,7 +22,7 @@ WITH_B = ClusterConfig().expecting(ExpectedHosts(("10.0.0.2",)))
 
 
 class FakeNodes:
-    """Hosts that answer when the test says so, and a Ray that fails when it says so."""
+    """Hosts that answer, and a Ray that fails, on the test's request."""
 
     def __init__(self, *seen: SeenHost) -> None:
         self.alive: tuple[SeenHost, ...] | Exception = seen
@@ -50,7 +50,7 @@ class FakeNodes:
         await settled()
 
     async def look_again(self) -> None:
-        """Until the watch has looked once more."""
+        """Waits until the watch has polled once more."""
         self.looked.clear()
         await self.looked.wait()
         await settled()

@@ -1,4 +1,4 @@
-"""Who may write a worker's account: the ledger. Placement trusts it, and so nobody else touches it."""
+"""Only the ledger writes a worker's account, on which placement relies."""
 
 import ast
 from pathlib import Path
@@ -15,7 +15,7 @@ WRITERS = {"start_prefill", "end_prefill", "progress", "note_step", "count_token
 
 
 def writes(tree: ast.AST) -> list[str]:
-    """Assignments to an account's fields in objects of others, and calls of the methods that write them."""
+    """Yields assignments to an account's fields from outside, and calls of the methods that write them."""
     nodes = list(ast.walk(tree))
     targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
     targets += [node.target for node in nodes if isinstance(node, ast.AugAssign | ast.AnnAssign)]

@@ -1,4 +1,4 @@
-"""Who gets in, and who waits for what."""
+"""Admission of requests, and the reasons why they wait."""
 
 import pytest
 
@@ -15,7 +15,7 @@ PAIRS_ONLY = RouterConfig(prefill_on_decode_factor=None)
 
 
 def full(max_queued_requests: int = 2) -> Cluster:
-    """One worker with room for one sequence, which it has."""
+    """A cluster of one worker whose room for one sequence is taken."""
     cluster = Cluster(
         worker_info("both-0", max_batch_size=1), config=RouterConfig(max_queued_requests=max_queued_requests)
     )

@@ -1,5 +1,5 @@
-"""A router that follows one that died: what workers hold becomes requests again, and clients that come back
-get all of it."""
+"""A router that succeeds one that died: workers' held legs become requests again, and clients that come back
+get their whole streams."""
 
 import msgspec
 import pytest
@@ -36,7 +36,7 @@ def held(
     error: str | None = "",
     last: bool = False,
 ) -> HeldLeg:
-    """A leg that has brought tokens; `error` is None, or says why, when it ended."""
+    """Returns a leg that has produced tokens; `error` is its error when it has ended, or None."""
     first = len(spec.output_token_ids)
     outputs = tuple(
         TokenOutput(
@@ -120,7 +120,7 @@ def test_a_request_that_ended_without_a_router_waits_for_its_client() -> None:
 def test_tokens_of_a_lost_leg_are_not_recomputed() -> None:
     request = make_request(max_tokens=6)
     cluster = Successor(held(Leg.DECODE, spec_of(request), 2, error="its pool is gone"))
-    assert not cluster.sent  # nobody asks for the rest yet
+    assert not cluster.sent  # no client asks for the rest yet
     cluster.submit(request)
     assert cluster.tokens["r", 0] == [0, 1]
     assert cluster.spec("decode-0").output_token_ids == (100, 101)

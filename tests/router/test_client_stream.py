@@ -1,5 +1,4 @@
-"""What waits for a client is taken in order, tokens of one choice together, and never so much that it would
-matter."""
+"""Events that wait for a client are read in order, tokens of one choice together, in bounded portions."""
 
 import asyncio
 

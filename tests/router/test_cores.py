@@ -1,4 +1,4 @@
-"""Who gets which cores and which machine's GPU."""
+"""The allocation of cores and of machines' GPUs."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def hosts(**capacities: Capacity) -> CoreAllocator:
 
 
 def take(allocator: CoreAllocator, *needs: Need) -> list[Placement]:
-    """For workers that are called by their number."""
+    """An allocator for workers that are named by a number."""
     return [allocator.take((f"w-{number}", 1), need) for number, need in enumerate(needs)]
 
 

@@ -1,4 +1,4 @@
-"""Any worker may die at any moment: streams go on elsewhere from where their clients are."""
+"""Any worker may die at any moment: streams continue elsewhere from their clients' positions."""
 
 import msgspec
 import pytest
@@ -86,7 +86,7 @@ def test_a_failed_transfer_is_repeated_on_another_pair() -> None:
 
 
 def test_one_worker_serves_both_phases_when_no_pair_can_transfer() -> None:
-    """Two pools that cannot reach each other, while the router reaches both."""
+    """A cluster of two pools that cannot reach each other, while the router reaches both."""
     cluster = Cluster("prefill-0", "prefill-1", "decode-0", config=PAIRS_ONLY)
     cluster.submit(make_request())
     cluster.token("prefill-0", 0)
@@ -363,9 +363,9 @@ def test_a_reused_id_keeps_its_attempts_apart_from_open_legs() -> None:
         config=RouterConfig(max_prefill_backlog_tokens=1, prefill_on_decode_factor=None),
     )
     cluster.submit(make_request())
-    cluster.handle(Cancel("r"))  # its legs are open until the workers say so
+    cluster.handle(Cancel("r"))  # its legs stay open until the workers report
     cluster.submit(make_request())
-    cluster.handle(Cancel("r"))  # ends while it waits behind them
+    cluster.handle(Cancel("r"))  # ends while waiting behind them
     cluster.submit(make_request())
     cluster.leg_ended("prefill-0", Leg.PREFILL, "aborted", transfer=TransferId("r", 0))
     cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=TransferId("r", 0))

@@ -1,4 +1,4 @@
-"""Turns among clients: nobody is starved, whatever others queue."""
+"""Turns among clients: none is starved, whatever others queue."""
 
 from collections import Counter
 

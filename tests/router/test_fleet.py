@@ -1,5 +1,4 @@
-"""The reconcile loop: from desired pools and what happens to workers to what is started, drained, flipped and
-stopped."""
+"""The reconcile loop: from desired pools and workers' events to starts, drains, flips and stops."""
 
 import random
 

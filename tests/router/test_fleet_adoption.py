@@ -16,7 +16,7 @@ from .fleet_at import D, FleetAt, P
 
 
 def adopting(*workers: StartWorker) -> FleetAt:
-    """The fleet of a new controller, which knows what the one before has started."""
+    """Returns the fleet of a new controller, which knows the workers that its predecessor started."""
     fleet = FleetAt()
     fleet.fleet = Fleet(FleetConfig(start_timeout_s=600.0), first_incarnation=1000)
     assert fleet.handle(AdoptWorkers(workers)) == []
@@ -43,9 +43,7 @@ def test_an_adopted_worker_that_does_not_report_is_replaced() -> None:
 def test_a_pause_of_the_controller_is_not_mistaken_for_workers_silence() -> None:
     fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
     fleet.apply({P: 1, D: 1})
-    assert (
-        fleet.handle(Tick(), after_s=60.0) == []
-    )  # it finds its timer due before it reads what workers have said
+    assert fleet.handle(Tick(), after_s=60.0) == []  # its timer is due before it reads workers' messages
     assert fleet.ready("prefill-0") == fleet.ready("decode-0") == []
     assert {state for _, state in fleet.states().values()} == {MemberState.READY}
 

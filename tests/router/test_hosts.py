@@ -1,4 +1,4 @@
-"""Which hosts serve, by what the configuration asks for, what Ray sees and what hosts answer."""
+"""The hosts that serve, given the configuration, Ray's view and the hosts' answers."""
 
 from collections.abc import Iterable
 
@@ -34,7 +34,7 @@ CAPACITY = Capacity(2)
 
 
 class Cluster:
-    """Hosts at a time, of which B and C are asked for, beside the head's."""
+    """Hosts with a clock; the configuration asks for B and C besides the head's."""
 
     def __init__(self, expected: ExpectedHosts | None = None, join_timeout_s: float = 60.0) -> None:
         self.hosts = Hosts(Places())
@@ -46,7 +46,7 @@ class Cluster:
         return self.hosts.handle(event, self.now_s)
 
     def see(self, *seen: SeenHost, after_s: float = 1.0) -> list[str]:
-        """Whom to check."""
+        """The hosts to check."""
         return [
             action.node_id
             for action in self.handle(HostsSeen(seen), after_s)
@@ -62,7 +62,7 @@ class Cluster:
         return {host.address: host.state.value for host in self.hosts.status(self.now_s)}
 
     def place(self, worker_id: str, role: Role = Role.DECODE) -> str | None:
-        """The node on which the worker gets a place."""
+        """Returns the node on which the worker gets a place."""
         self.hosts.places.ask((worker_id, 1), role, Need(1, 1.0))
         found = self.hosts.places.next()
         return None if found is None else found[1].node_id

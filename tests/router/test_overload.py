@@ -1,4 +1,4 @@
-"""More than the workers can do: who is refused, who waits for whom, who is given up, who does not read."""
+"""Overload: refused requests, queueing among clients, requests given up, and slow readers."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def request_of(client: str, request_id: str, num_tokens: int = 20, **values: obj
 
 
 def one_at_a_time(max_queued_requests: int = 1024) -> Cluster:
-    """A worker with room for one sequence, which it has."""
+    """A cluster of one worker whose room for one sequence is taken."""
     config = RouterConfig(max_queued_requests=max_queued_requests)
     cluster = Cluster(worker_info("both-0", max_batch_size=1), config=config)
     cluster.submit(make_request("running", max_tokens=1))
@@ -37,7 +37,7 @@ def one_at_a_time(max_queued_requests: int = 1024) -> Cluster:
 
 
 def finish(cluster: Cluster, worker_id: str = "both-0") -> str:
-    """End the request of one token that runs there; returns what runs next."""
+    """Ends the one-token request that is running there; returns the next running one."""
     transfer = cluster.spec(worker_id).transfer
     cluster.token(worker_id, 0, FinishReason.LENGTH)
     cluster.leg_ended(worker_id, Leg.PREFILL, transfer=transfer)
@@ -45,7 +45,7 @@ def finish(cluster: Cluster, worker_id: str = "both-0") -> str:
 
 
 def teach(cluster: Cluster, token_s: float, count: int = 20) -> None:
-    """Prefills of 100 tokens on prefill-0, each of which took so long."""
+    """Reports prefills of 100 tokens on prefill-0, each of the given duration."""
     timing = StepTiming(
         duration_s=100 * token_s,
         num_prefill_tokens=100,
@@ -150,7 +150,8 @@ def test_a_deadline_that_has_passed_ends_a_request_at_once() -> None:
 
 
 def behind_a_long_prompt(deadline_s: float, *, learnt: bool = True) -> Cluster:
-    """A request with a deadline behind a prefill of 1000 tokens, which takes a second."""
+    """A cluster in which a request with a deadline waits behind a prefill of 1000 tokens, which takes a
+    second."""
     cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(prefill_on_decode_factor=None))
     teach(cluster, 1e-3, 40 if learnt else 2)
     cluster.submit(make_request("long", 1000))
@@ -184,7 +185,7 @@ def test_a_request_on_an_idle_worker_corrects_a_pessimistic_model() -> None:
 def with_all_places_taken(
     num_requests: int, n: int = 1, max_batch_size: int = 8, num_blocks: int = 256
 ) -> Cluster:
-    """One client decodes everywhere, and has as much waiting."""
+    """A cluster in which one client decodes everywhere, and has as much waiting."""
     worker = worker_info("decode-0", max_batch_size=max_batch_size, num_blocks=num_blocks)
     cluster = Cluster("prefill-0", worker, config=RouterConfig(prefill_on_decode_factor=None))
     for number in range(2 * num_requests):
@@ -204,14 +205,14 @@ def start(cluster: Cluster, name: str, attempt: int, n: int = 1) -> None:
 
 
 def make_room(cluster: Cluster) -> TransferId:
-    """The worker ends what it was asked to abort last."""
+    """The worker ends the leg that it was last asked to abort."""
     transfer = cluster.aborts("decode-0")[-1]
     cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=transfer)
     return transfer
 
 
 def reserved(cluster: Cluster, name: str) -> list[SequenceSpec]:
-    """What the decode worker was given of a request."""
+    """Returns the spec of a request that the decode worker was given."""
     commands = [command for command in cluster.sent["decode-0"] if isinstance(command, Reserve)]
     return [command.spec for command in commands if command.spec.transfer.request_id == name]
 
@@ -227,7 +228,7 @@ def test_an_idle_client_gets_a_place_from_one_that_has_all(num_requests: int, n:
 
 
 def test_room_is_also_made_where_prefill_workers_serve_both_phases() -> None:
-    """As they do while the decode workers start again."""
+    """The case while the decode workers restart."""
     cluster = Cluster(worker_info("prefill-0", max_batch_size=8))
     for number in range(9):
         cluster.submit(request_of("greedy", f"g{number}", max_tokens=50, first_token=1000 * number))
@@ -313,7 +314,7 @@ def test_a_client_alone_has_all_places_and_keeps_them() -> None:
 
 
 def decoding(*names: str) -> Cluster:
-    """Requests that are being decoded; each client has two tokens."""
+    """A cluster with requests that are being decoded; each client has two tokens."""
     cluster = Cluster("prefill-0", worker_info("decode-0", max_batch_size=len(names)), config=PAIRS_ONLY)
     for attempt, name in enumerate(names):
         cluster.submit(make_request(name, max_tokens=6))

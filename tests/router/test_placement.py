@@ -1,4 +1,4 @@
-"""Where work goes: queues, loads, cached prefixes, and what is predicted of a place."""
+"""Placement by queues, loads, cached prefixes, and predictions for a place."""
 
 from typing import cast
 

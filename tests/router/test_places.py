@@ -1,4 +1,4 @@
-"""Who gets a place, and who waits for one."""
+"""The order in which instances get places or wait."""
 
 from pdserve.core.messages import Role
 from pdserve.core.needs import Need

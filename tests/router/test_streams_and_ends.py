@@ -1,5 +1,5 @@
-"""What clients see: contiguous tokens, one ending for each choice, one for the request, and what workers are
-told."""
+"""Clients see contiguous tokens, one ending per choice and one per request; workers get the matching
+commands."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The supervisor's decisions: places, patience, and who is suspected, without a clock or a process."""
+"""The supervisor's decisions: places, timeouts, and suspected hosts, without a clock or a process."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ def make_spec(action: StartWorker) -> Spec:
 
 
 class World:
-    """A supervisor over one host; time stands still unless a test says so."""
+    """A supervisor over one host; time stands still unless a test advances it."""
 
     def __init__(self, num_cores: int = 2) -> None:
         self.now_s = 0.0

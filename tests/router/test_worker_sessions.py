@@ -1,5 +1,4 @@
-"""Connections to the workers' port, without a socket: who is admitted, when a worker is ready, when it is
-lost."""
+"""Connections to the workers' port, without a socket: admission, readiness and loss of workers."""
 
 import pytest
 
@@ -40,7 +39,7 @@ SILENT = f"silent for {MAX_SILENT_BEATS * 0.5:.1f} s"
 
 @pytest.fixture
 def sessions() -> WorkerSessions[str]:
-    """One connection, named `a`, whose peer has said nothing; one worker is expected."""
+    """Sessions with one silent connection, named `a`; one worker is expected."""
     sessions: WorkerSessions[str] = WorkerSessions(lambda key: key == KEY)
     assert sessions.opened("a") == []
     return sessions

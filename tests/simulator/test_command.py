@@ -1,4 +1,4 @@
-"""`pdserve simulate` tells what it ran, and its status tells whether a promise was broken."""
+"""`pdserve simulate` prints what it ran, and its exit status shows whether a promise was broken."""
 
 import re
 from unittest.mock import patch

@@ -72,7 +72,7 @@ def free_on_abort_before_the_transfer_has_drained() -> Planted:
 
 @contextmanager
 def forget_the_epoch_check() -> Iterator[None]:
-    """Both of them: where a chunk's arrival is waited for, and in the machine."""
+    """Removes both checks: where a chunk's arrival is awaited, and in the state machine."""
     original = TransferReceiver.handle
 
     def on_waited(
@@ -371,7 +371,7 @@ def reassign_the_cores_of_a_process_before_it_is_gone() -> Planted:
 
 
 def forget_a_process_that_ends_by_itself() -> Planted:
-    """Its cores are free again, and nobody hears of its end."""
+    """Frees its cores without reporting its end."""
     original = Supervisor._ended
 
     def ended(self: Supervisor[Any], event: ProcessEnded, now_s: float) -> None:

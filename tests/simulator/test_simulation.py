@@ -1,4 +1,4 @@
-"""Every promise holds in every seed, and a seed is the whole truth about its run."""
+"""Every promise holds in every seed, and a seed fully determines its run."""
 
 import os
 import re

@@ -197,7 +197,7 @@ class LaunchedCluster:
             return options.remote(config, log_settings)
         except ValueError as error:  # the name is taken
             raise LaunchError(
-                "a pdserve cluster runs in this Ray cluster already; stop it with `pdserve down`"
+                "a pdserve cluster is already running in this Ray cluster; stop it with `pdserve down`"
             ) from error
 
     def _create_head(self) -> None:

@@ -86,13 +86,13 @@ class RayNodes:
             ray.cancel(asked, force=True)
             return (
                 f"it has not answered within {CHECK_TIMEOUT_S:g} s: it is frozen, overloaded or cut off from"
-                " the head; see whether processes start there, and whether all TCP between the hosts passes"
+                " the head; check that processes start there, and that all TCP between the hosts passes"
                 " the firewalls"
             )
         except (RayError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = reason_of(error) if isinstance(error, RayError) else f"{type(error).__name__}: {error}"
             return (
-                f"pdserve cannot be asked there ({reason}); see whether pdserve {__version__} is installed"
+                f"pdserve does not answer there ({reason}); see whether pdserve {__version__} is installed"
                 " there"
             )
         return ""

@@ -122,7 +122,7 @@ class Controller:
             case SuspectHost(node_id):
                 self._suspect_host(node_id)
             case _:
-                assert self._service is not None, "attach() comes first"
+                assert self._service is not None, "attach() must be called first"
                 self._service.handle(command)
 
     def _settle(self) -> list[SupervisorCommand[WorkerSpec]]:

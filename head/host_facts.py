@@ -101,7 +101,7 @@ def refusal(
         )
     if there.full:
         folders = ", ".join(f"{folder} ({format_size(num_bytes)})" for folder, num_bytes in there.full)
-        return f"no space is left in {folders} there; make room: it is used again by itself when there is"
+        return f"no space is left in {folders} there; make room: the host is then used again"
     if there.checkpoint_error:
         return (
             f"model.path: {there.checkpoint_error} (on this host); copy the head's checkpoint to the same"

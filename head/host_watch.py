@@ -126,6 +126,6 @@ class HostWatch:
             except (
                 Exception
             ) as error:  # any error of Ray when its own head is slow or gone: hosts stay as they are
-                log.warning("Ray does not say which hosts there are: %s: %s", type(error).__name__, error)
+                log.warning("Ray does not list its hosts: %s: %s", type(error).__name__, error)
                 continue
             self.handle(HostsSeen(seen))

@@ -147,7 +147,7 @@ class JobQueue:
 
 
 class Deadlines:
-    """The live requests that have one, soonest first. Ended requests leave lazily."""
+    """Live requests with a deadline, soonest first. Ended requests are removed lazily."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, LiveRequest]] = []

@@ -102,7 +102,7 @@ class LiveRequest(Automaton[RequestState]):
         """Raises AssertionError when the state disagrees with where the work is. `queued`: ids of the queue's
         jobs."""
         state = self.state
-        assert state is not RequestState.CLOSED, f"{self}: closed and still known"
+        assert state is not RequestState.CLOSED, f"{self}: closed but still registered"
         assert state is not RequestState.ENDED or self.num_open_legs, (
             f"{self}: ended, without legs, and not closed"
         )
@@ -117,13 +117,13 @@ class LiveRequest(Automaton[RequestState]):
         )
         is_aside = not state.is_served
         assert all((id(job) in queued) != is_aside for job in self.jobs), (
-            f"{self}: {state}, and its jobs are elsewhere"
+            f"{self}: {state}, but its jobs are elsewhere"
         )
         match state:
             case RequestState.QUEUED | RequestState.BACKING_OFF | RequestState.UNREAD:
                 assert not running and waiting, f"{self}: {state}, {running} run, {waiting} wait"
             case RequestState.RUNNING:
-                assert running, f"{self}: runs nowhere"
+                assert running, f"{self}: is running nowhere"
             case _:
                 assert not waiting, f"{self}: {state}, and {waiting} wait"
         if state.is_served or state is RequestState.UNREAD:

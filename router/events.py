@@ -79,14 +79,15 @@ class WorkerDraining(msgspec.Struct, frozen=True):
 
 
 class WorkerRole(msgspec.Struct, frozen=True):
-    """The worker serves as `role` from now on, also when it was draining. Its streams go on undisturbed."""
+    """The worker serves as `role` from now on, even if it was draining. Its streams continue undisturbed."""
 
     worker_id: str
     role: Role
 
 
 class WorkersExpected(msgspec.Struct, frozen=True):
-    """How many workers are starting or being replaced: while there are some, requests may wait for them."""
+    """The number of workers that are starting or being replaced: while it is positive, requests may wait for
+    them."""
 
     num_workers: int
 

@@ -240,7 +240,7 @@ class Fleet:
             member.num_beats_left -= 1
             member.due_s = now_s + self.config.adoption_beat_s
             return
-        reason = f"not {'heard of' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
+        reason = f"not {'reconnected' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
         self._out.append(StopWorker(member.worker_id, member.incarnation, reason))
         self._back_off(member, reason, member.num_failures + 1, now_s)
 

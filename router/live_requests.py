@@ -157,7 +157,7 @@ class LiveRequests:
         for live in self._requests.values():
             live.check_integrity(waiting)
         num_jobs = sum(len(live.jobs) for live in self._requests.values() if live.state.is_served)
-        assert num_jobs == len(queued), f"{len(queued)} jobs are queued, the requests have {num_jobs}"
+        assert num_jobs == len(queued), f"{len(queued)} jobs are queued, but the requests have {num_jobs}"
         assert self.num_live == sum(not live.state.is_over for live in self._requests.values())
 
 

@@ -68,9 +68,9 @@ class Illegal:
 
 
 never = Illegal()
-OVER = Ignored("the request has ended, and whoever says this did not know yet")
-AWAY = Ignored("its client is not there: what is unread was an earlier router's to count")
-ASIDE = Ignored("it is set aside already")
+OVER = Ignored("the request has ended, and the sender did not know yet")
+AWAY = Ignored("its client is absent: an earlier router counted its unread tokens")
+ASIDE = Ignored("it is already set aside")
 READS = Ignored("it is not set aside")
 
 

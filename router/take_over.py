@@ -66,7 +66,7 @@ class TakeOver:
         workers = {leg: self._registry.current(*key) for leg, (key, _) in held.legs.items()}
         decode = workers.get(Leg.DECODE)
         prefill = workers.get(Leg.PREFILL) or decode
-        assert prefill is not None, "workers were made known before their legs"
+        assert prefill is not None, "workers were registered before their legs"
         job = Job(live, held.spec.choices, held.spec.output_token_ids, now_s)
         dispatch = Dispatch(job, held.spec, prefill, decode, now_s)
         live.dispatches.append(dispatch)

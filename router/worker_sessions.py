@@ -196,7 +196,7 @@ class WorkerSessions(Generic[C]):
             return self.hang_up(connection, "the first frame was not Hello")
         key = message.worker_id, message.incarnation
         if not self._expects(key) or key in self._workers:
-            return self.hang_up(connection, f"it calls itself {key[0]}/{key[1]}, which is not waited for")
+            return self.hang_up(connection, f"it identifies as {key[0]}/{key[1]}, which is not expected")
         session.state, session.key, session.num_silent_beats = SessionState.ADMITTED, key, 0
         self._workers[key] = connection
         del self._unproven[connection]

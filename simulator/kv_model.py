@@ -124,7 +124,7 @@ class ChainStore:
     def check_held(self, block_ids: Seq[int], whose: object) -> None:
         for block_id in block_ids:
             if self._pool.ref_count(block_id) == 0:
-                self._violation(f"{whose} reads block {block_id}, which nobody holds")
+                self._violation(f"{whose} reads block {block_id}, which has no holder")
 
     def total(self, layer: int, block_ids: Seq[int], num_tokens: int) -> int:
         """Returns the sum over the first `num_tokens` tokens of a block table."""

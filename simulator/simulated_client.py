@@ -133,7 +133,7 @@ class SimulatedClient:
 
     def _must_have_ended(self, when: str) -> None:
         if not self.is_ended:
-            self._violation(f"{self.request_id}: goes on after {when}")
+            self._violation(f"{self.request_id}: continues after {when}")
 
     def _must_have_begun(self) -> None:
         if not (self.num_tokens or self.is_ended):
@@ -181,7 +181,7 @@ class SimulatedClient:
             elif index >= len(expected) or token.token_id != expected[index]:
                 right = expected[index : index + 1]
                 self._violation(
-                    f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is right"
+                    f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is correct"
                 )
             if token.prompt_logprobs != (self._expected_prompt if choice == token.index == 0 else ()):
                 self._violation(

@@ -287,7 +287,7 @@ class SimulatedHead:
 
     def _check_links(self) -> None:
         for link in self._links.untried(self._hosts_that_serve(), self._time.now_s):
-            self._violation(f"nobody has tried the link from {link[0]} to {link[1]}")
+            self._violation(f"no worker has tried the link from {link[0]} to {link[1]}")
 
     # workers' connections
 

@@ -326,7 +326,7 @@ class SimulatedWorker:
             choice = output.transfer, output.choice
             if choice in self._over:
                 self._violation(
-                    f"{self.process.name}: tells token {output.index} of {choice}, which has ended"
+                    f"{self.process.name}: reports token {output.index} of {choice}, which has ended"
                 )
             if output.finish_reason is not None:
                 self._over.add(choice)

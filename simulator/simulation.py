@@ -187,7 +187,7 @@ class Simulation:
                 if not self.time.step(limit_s):
                     return condition()
             if self.time.num_events > MAX_EVENTS:
-                self.violation(f"{MAX_EVENTS} events, and no end")
+                self.violation(f"{MAX_EVENTS} events without an end")
                 return False
         return True
 

@@ -63,7 +63,7 @@ def config_of(num_decode: int) -> ClusterConfig:
 
 
 def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> Head:
-    """Returns a head of which only `apply` can be called, and the calls in flight to its keeper."""
+    """Returns a head of which only `apply` can be called; `calls` collects those in flight to its keeper."""
     monkeypatch.setattr(
         head_module,
         "plan",

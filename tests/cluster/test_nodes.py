@@ -38,7 +38,7 @@ def alive(name: str, address: str, is_alive: bool = True, **resources: float) ->
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Patches each host's answer, by node id: an exception is raised, None never arrives."""
+    """Returns each host's answer, by node id: an exception is raised, None never arrives."""
     devices = [tuple(vars(gpu).values()) for gpu in GPUS]
     answers: dict[str, Any] = {B: look("embedded", None) | {"cores": [0, 1, 2], "devices": devices}}
     found = [

@@ -36,7 +36,7 @@ def test_an_adopted_worker_that_does_not_report_is_replaced() -> None:
     for beat in range(1, 6):
         assert fleet.fleet.next_tick_s() == 0.5 * beat
         assert fleet.handle(Tick(), after_s=0.5) == []
-    assert fleet.handle(Tick(), after_s=0.5) == [StopWorker("decode-0", 2, "not heard of after 3 s")]
+    assert fleet.handle(Tick(), after_s=0.5) == [StopWorker("decode-0", 2, "not reconnected after 3 s")]
     assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "decode-0", 1000)]
 
 

@@ -29,7 +29,7 @@ NAMESPACE = "pdserve"
 
 
 def reason_of(error: RayError) -> str:
-    """Why an actor ended, or a call of it failed, in one line unless it is a message of ours."""
+    """Returns why an actor ended, or a call of it failed, in one line unless it is a message of ours."""
     if isinstance(error, RayTaskError) and error.cause is not None:
         return (
             str(error.cause)
@@ -42,11 +42,11 @@ def reason_of(error: RayError) -> str:
 
 
 def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
-    """Of a worker's actor. Which of its node's GPUs it gets is Ray's choice; Ray shows the process no
-    other."""
+    """Returns the Ray options of a worker's actor. Ray chooses which of the node's GPUs it gets, and hides
+    the others from the process."""
     variables = {"OMP_NUM_THREADS": str(spec.pool.num_threads)}
     if spec.device == "cuda":
-        # indices mean to CUDA what they mean to NVML and to Ray
+        # indices mean the same to CUDA, NVML and Ray
         variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     return {
         "num_cpus": spec.pool.num_cpus,
@@ -58,11 +58,13 @@ def options_of(spec: WorkerSpec, placement: Placement) -> dict[str, Any]:
 
 @ray.remote(max_restarts=0, max_concurrency=2)
 class WorkerActor:
-    """Hosts one worker. `run` occupies one of the actor's threads for as long as the worker lives, `stop`
-    needs the other."""
+    """Hosts one worker. `run` occupies one of the actor's threads while the worker is running, `stop` needs
+    the other."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        from ..worker.process import WorkerProcess  # torch, which the actors of head and keeper do without
+        from ..worker.process import (
+            WorkerProcess,
+        )  # imports torch, which other actors do not need
 
         if spec.log is not None:
             configure(spec.log, f"{spec.worker_id}/{spec.incarnation}")
@@ -73,8 +75,8 @@ class WorkerActor:
         self._worker = WorkerProcess(replace(spec, socket_root=self._session))
 
     def run(self) -> None:
-        """Raises SharedRayFolder, so that `status` shows it, when other users of this node could hijack the
-        worker."""
+        """Runs the worker. Raises SharedRayFolder, so that `status` shows it, when other users of this node
+        could hijack the worker."""
         ray_folder.check(self._session, ray_folder.sockets(), self._accept_open_ray)
         self._worker.run()
 
@@ -83,7 +85,7 @@ class WorkerActor:
 
 
 async def outcome_of(run: Awaitable[None]) -> Outcome:
-    """Of a worker's `run`, once it is over."""
+    """Returns the outcome of a worker's `run`, once it is over."""
     try:
         await run
     except RayError as error:
@@ -102,8 +104,9 @@ class _Kept:
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
 class KeeperActor:
-    """What outlives a head: the workers' actors, and the configuration in force. Ray ends actors with the one
-    that made them: workers end with the keeper, and the keeper with the process that launched the cluster."""
+    """Holds the state that outlives a head: the workers' actors, and the configuration in force. Ray ends
+    actors together with their creator: workers end with the keeper, and the keeper with the process that
+    launched the cluster."""
 
     def __init__(self, config: ClusterConfig, log_settings: LogSettings | None = None) -> None:
         if log_settings is not None:
@@ -117,7 +120,7 @@ class KeeperActor:
         await asyncio.Event().wait()
 
     async def start(self, spec: WorkerSpec, placement: Placement) -> Outcome:
-        """Start a worker's process. Returns when nothing is left of it."""
+        """Starts a worker's process. Returns when nothing is left of it."""
         actor = WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
             **options_of(spec, placement)
         ).remote(replace(spec, cores=placement.cores))
@@ -129,12 +132,12 @@ class KeeperActor:
         """Returns when nothing is left of the process."""
         kept = self._kept[key]
         outcome = await asyncio.shield(kept.outcome)
-        ray.kill(kept.actor)  # one whose `run` returned lives still
+        ray.kill(kept.actor)  # an actor whose `run` has returned is still running
         self._kept.pop(key, None)
         return outcome
 
     async def stop(self, key: tuple[str, int]) -> None:
-        """Ask the process to end."""
+        """Asks the process to end."""
         if key in self._kept:
             self._kept[key].actor.stop.remote()
 
@@ -143,11 +146,11 @@ class KeeperActor:
             ray.kill(self._kept[key].actor)
 
     async def living(self) -> list[tuple[WorkerSpec, Placement]]:
-        """Oldest first."""
+        """Returns the running processes, oldest first."""
         return [(kept.spec, kept.placement) for kept in self._kept.values() if not kept.outcome.done()]
 
     async def remember(self, config: ClusterConfig, version: Version) -> None:
-        """The newest is kept, in whichever order they come."""
+        """Stores the configuration; the newest is kept, regardless of the order of arrival."""
         if version > self._version:
             self._config, self._version = config, version
 
@@ -160,7 +163,9 @@ class HeadActor:
     """Hosts the head: gateway, router and controller."""
 
     def __init__(self, spec: HeadSpec, keeper: Any) -> None:
-        from ..head.head import Head  # the gateway, which the actors of keeper and workers do without
+        from ..head.head import (
+            Head,
+        )  # imports the gateway, which other actors do not need
         from .keeper import RayKeeper
         from .nodes import RayNodes
 
@@ -169,7 +174,7 @@ class HeadActor:
         self._head = Head(spec, RayKeeper(keeper), RayNodes, spec.host or ray.util.get_node_ip_address())
 
     async def start(self) -> Endpoints:
-        """Begin to listen."""
+        """Starts the head; returns its addresses once it listens."""
         return await self._head.start()
 
     async def wait(self) -> None:

@@ -12,8 +12,8 @@ from .actors import reason_of
 
 
 class RayKeeper:
-    """`KeeperActor`, by its handle. Calls of an async actor may overtake each other: one starts a worker and
-    tells its end."""
+    """Calls `KeeperActor` through its handle. Calls of an async actor may overtake each other: so a single
+    call starts a worker and reports its end."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor

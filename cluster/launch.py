@@ -1,7 +1,7 @@
 """From a configuration to a running head: finds or starts Ray, starts the head actor in it, and ends what it
 started.
 
-The cluster lives as long as the process that launched it.
+The cluster ends with the process that launched it.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ from .ray_token import RayToken
 
 log = logging.getLogger(__name__)
 
-OBJECT_STORE_BYTES = 80 << 20  # Ray's least: nothing of ours goes through it
-RESTART_PAUSE_S = 1.0  # before a head is started after one that lived no longer than this
+OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: pdserve does not use it
+RESTART_PAUSE_S = 1.0  # before a head is started after one that ran no longer than this
 
 
 @dataclass(frozen=True)
 class _Ray:
-    """A Ray cluster we are connected to: one that was there before, unless it has a `token`. `ours`: we
+    """A Ray cluster that this process is connected to: an existing one, unless it has a `token`. `ours`: we
     connected to it."""
 
     ours: bool = True
@@ -50,11 +50,10 @@ class _Ray:
 
     @staticmethod
     def connect(run_folder: Path) -> "_Ray":
-        """Adopt the cluster that this process is connected to or RAY_ADDRESS names, else start one of our own
-        in `run_folder`.
+        """Adopts the cluster that this process is connected to or that RAY_ADDRESS names, else starts one in
+        `run_folder`.
 
-        Raises LaunchError, also when others than this user could run code through a cluster that was there
-        before."""
+        Raises LaunchError, also when other users could run code through an existing cluster."""
         options: dict[str, Any] = {
             "namespace": NAMESPACE,
             "log_to_driver": False,
@@ -72,7 +71,7 @@ class _Ray:
 
     @staticmethod
     def _adopt(options: dict[str, Any]) -> "_Ray | None":
-        """Looks at no file in /tmp, where `ray start` leaves its address: anybody can write there."""
+        """Reads no file in /tmp, where `ray start` leaves its address: anybody can write there."""
         if ray.is_initialized():
             ray_address.check_token(ray.get_runtime_context().gcs_address, ray_folder.is_accepted())
             return _Ray(ours=False)
@@ -84,7 +83,12 @@ class _Ray:
         ray_address.check_token(str(address), ray_folder.is_accepted())
         try:
             ray.init(address=str(address), **options)
-        except (OSError, RuntimeError, ValueError, RayError) as error:  # also when it does not take our token
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            RayError,
+        ) as error:  # or it rejects our token
             raise LaunchError(
                 f"cannot connect to the Ray cluster at {ray_address.VARIABLE}={address}: {error}"
             ) from error
@@ -96,7 +100,7 @@ class _Ray:
         node = probe_node()
         if (
             node.usable_devices
-        ):  # by name: Ray counts from 0, and some of the machine's GPUs may not be for us
+        ):  # by name: Ray counts from 0, and some of the machine's GPUs may be hidden from us
             os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in node.usable_devices)
         try:
             ray.init(
@@ -105,10 +109,10 @@ class _Ray:
                 num_gpus=len(node.usable_devices),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(run_folder / "ray"),  # Ray opens it to everybody: nobody gets that far
+                _temp_dir=str(run_folder / "ray"),  # Ray makes it world-writable: other users cannot reach it
                 _system_config={
                     "worker_niceness": 0
-                },  # Ray would let any other process of the machine starve ours
+                },  # Ray would lower our processes' priority below any other on the machine
                 **options,
             )
         except BaseException:  # Ctrl-C as well
@@ -124,19 +128,19 @@ class _Ray:
 
 
 class LaunchedCluster:
-    """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends it all, and
-    Ray too when we started it."""
+    """A running head, replaced when it dies: workers and their streams outlive it. `stop` ends everything,
+    including Ray when we started it."""
 
     def __init__(self, config: ClusterConfig, log_settings: LogSettings | None) -> None:
         self._folder = Path(
             tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
-        )  # for this user alone; sockets want short paths
+        )  # for this user alone; sockets need short paths
         try:
             self._ray = _Ray.connect(self._folder)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        self._lock = threading.Lock()  # of `_stopped` and `_head`
+        self._lock = threading.Lock()  # guards `_stopped` and `_head`
         self._stopped = False
         self._head: Any = None
         self._keeper: Any = None
@@ -174,7 +178,7 @@ class LaunchedCluster:
 
     @property
     def local_address(self) -> str:
-        """The same services for this user's processes alone: without TLS and without a key."""
+        """The address of the same services for this user's processes alone: without TLS and without a key."""
         return f"unix:{self._socket}"
 
     @property
@@ -186,31 +190,31 @@ class LaunchedCluster:
         return _get(self._head.start.remote())
 
     def _create_keeper(self, config: ClusterConfig, log_settings: LogSettings | None) -> Any:
-        """One to a Ray cluster: its name says that pdserve runs there."""
+        """Creates the keeper, one per Ray cluster: its name marks that pdserve runs there."""
         here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)
         try:
             options = KeeperActor.options(name=KEEPER_NAME, scheduling_strategy=here)  # type: ignore[attr-defined]
             return options.remote(config, log_settings)
         except ValueError as error:  # the name is taken
             raise LaunchError(
-                "a pdserve cluster runs in this Ray cluster already; stop it with `pdserve down`"
+                "a pdserve cluster is already running in this Ray cluster; stop it with `pdserve down`"
             ) from error
 
     def _create_head(self) -> None:
-        here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)  # where clients look for it
+        here = NodeAffinitySchedulingStrategy(_this_node(), soft=False)  # where clients expect it
         self._head = HeadActor.options(  # type: ignore[attr-defined]  # made by ray.remote
             max_concurrency=1000, scheduling_strategy=here
         ).remote(self._spec, self._keeper)
 
     def _supervise(self) -> None:
-        """Until the head has ended as it was told to, or none can be started."""
+        """Replaces the head until it has ended as requested, or none can be started."""
         keeper = self._keeper.live.remote()
         try:
             while not self._stopped:
                 started_s = time.monotonic()
                 ended = self._head.wait.remote()
                 ray.wait([ended, keeper])
-                with contextlib.suppress(GetTimeoutError):  # it lives
+                with contextlib.suppress(GetTimeoutError):  # it is running
                     ray.get(keeper, timeout=0.0)
                 try:
                     ray.get(ended)
@@ -235,18 +239,19 @@ class LaunchedCluster:
         with self._lock:
             if self._stopped:
                 return
-            ray.kill(self._head)  # Ray also takes one for dead that it cannot reach for a while
+            ray.kill(self._head)  # Ray also declares a head dead that it cannot reach for a while
             self._create_head()
-        with contextlib.suppress(RayActorError):  # dead again: `wait` will say so
+        with contextlib.suppress(RayActorError):  # dead again: `wait` will report it
             ray.get(self._head.start.remote())
 
     def metrics(self) -> bytes:
-        """The head's metrics in Prometheus' text format. Raises RayActorError when it has just died."""
+        """Returns the head's metrics in Prometheus' text format. Raises RayActorError when it has just
+        died."""
         metrics: bytes = ray.get(self._head.metrics.remote())
         return metrics
 
     def poll(self) -> str | None:
-        """Why the cluster is gone, or None while it is there or has ended as it was told to."""
+        """Returns why the cluster is gone; None while it is running or has ended as requested."""
         return self._error
 
     @property
@@ -255,7 +260,7 @@ class LaunchedCluster:
         return self._over.is_set()
 
     def stop(self) -> None:
-        """End the cluster now, without draining; idempotent."""
+        """Ends the cluster now, without draining; idempotent."""
         with self._lock:
             if self._stopped:
                 return
@@ -263,12 +268,12 @@ class LaunchedCluster:
         if self._endpoints is not None:
             admin_socket.withdraw(self.grpc_address, self._socket)
         if self._head is not None:
-            # if it does not answer it is dead, or about to be
+            # a head that does not answer is dead, or about to be
             with contextlib.suppress(RayActorError, RayTaskError, GetTimeoutError):
                 ray.get(self._head.stop.remote(), timeout=10.0)
             ray.kill(self._head)
         if self._keeper is not None:
-            ray.kill(self._keeper)  # workers that are left die with it
+            ray.kill(self._keeper)  # remaining workers die with it
         if self._supervisor.is_alive():
             self._supervisor.join(timeout=10.0)
         self._ray.disconnect()
@@ -284,8 +289,8 @@ class LaunchedCluster:
 
 
 def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> LaunchedCluster:
-    """Start a cluster; its workers load while this returns. Without `log_settings`, its processes' warnings
-    go to Ray's logs.
+    """Starts a cluster and returns while its workers load. Without `log_settings`, its processes' warnings go
+    to Ray's logs.
 
     Raises ConfigError when the address to listen on is taken, UnsafeFolder when this user's runtime folder is
     not private, LaunchError when Ray or the head does not start, or when the model cannot be read or does not
@@ -298,7 +303,8 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
 
 
 def _otlp_endpoint() -> str | None:
-    """Of this process's environment: the head's may be another's, when Ray was here before."""
+    """Returns the endpoint in this process's environment: the head's may differ when Ray is an existing
+    one."""
     return (
         os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
         or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -1,4 +1,4 @@
-"""The hosts of the Ray cluster: which there are, and what each of them is like."""
+"""The hosts of the Ray cluster, and their properties."""
 
 import asyncio
 import time
@@ -20,26 +20,25 @@ from ..router.cores import Capacity
 from ..router.hosts import HostChecked, SeenHost
 from .actors import reason_of
 
-CHECK_TIMEOUT_S = 20.0  # for a process to start there and to answer
+CHECK_TIMEOUT_S = 20.0  # for a process to start on the host and answer
 NODE_TYPE = "ray.io/node-group"  # Ray's label for a cloud's node type
 
 _look_there: Any = ray.remote(num_cpus=0, max_retries=0)(look)
 
 
 class RayNodes:
-    """Asks Ray which hosts there are, and hosts what they are like. The one that this process runs on is the
-    head's."""
+    """Asks Ray for the hosts, and the hosts for their properties. The host of this process is the head's."""
 
     def __init__(self, model_path: str, router_address: tuple[str, int]) -> None:
         self._model_path = model_path
         self._router_address = router_address
         self._head = str(ray.get_runtime_context().get_node_id())
-        self._resources: Mapping[str, Mapping[str, float]] = {}  # by node id, as Ray was told
+        self._resources: Mapping[str, Mapping[str, float]] = {}  # by node id, as declared to Ray
         self._facts: dict[str, HostFacts] = {}
-        self._asking: dict[str, asyncio.Task[str]] = {}  # answers that nobody has waited for yet
+        self._asking: dict[str, asyncio.Task[str]] = {}  # answers that nothing has awaited yet
 
     async def seen(self) -> tuple[SeenHost, ...]:
-        """Those that are alive, the head's first."""
+        """Returns the hosts that are alive, the head's first."""
         nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
         self._resources = {node["NodeID"]: node["Resources"] for node in nodes}
         found = [
@@ -55,11 +54,11 @@ class RayNodes:
         return tuple(sorted(found, key=lambda host: not host.is_head))
 
     def node(self, node_id: str) -> Node:
-        """The resources of a host that has answered, as far as Ray may use them."""
+        """Returns the resources of a host that has answered, as far as Ray may use them."""
         return with_resources(self._facts[node_id].node, self._resources.get(node_id, {}))
 
     async def ask_all(self, timeout_s: float) -> tuple[Node, ...]:
-        """All that are there and answer in time, the head's first; the others' answers may come later."""
+        """Returns all hosts that answer in time, the head's first; the others' answers may arrive later."""
         for host in await self.seen():
             self._asking[host.node_id] = asyncio.create_task(self._ask(host.node_id))
         done, _ = await asyncio.wait(self._asking.values(), timeout=timeout_s)
@@ -68,13 +67,13 @@ class RayNodes:
         )
 
     async def ask_here(self) -> tuple[Node, ...]:
-        """The head's host alone."""
+        """Returns the head's host alone."""
         await self.seen()
         await self._ask(self._head)
         return (self.node(self._head),)
 
     async def _ask(self, node_id: str) -> str:
-        """Learn what the host is like. Why that cannot be had, and what to do; empty when it can."""
+        """Collects the host's facts. Returns why they are unavailable, and the fix; empty on success."""
         if node_id == self._head:
             answer = await asyncio.to_thread(look, self._model_path, None)
             self._facts[node_id] = HostFacts.parse(answer, node_id)
@@ -87,19 +86,19 @@ class RayNodes:
             ray.cancel(asked, force=True)
             return (
                 f"it has not answered within {CHECK_TIMEOUT_S:g} s: it is frozen, overloaded or cut off from"
-                " the head; see whether processes start there, and whether all TCP between the hosts passes"
+                " the head; check that processes start there, and that all TCP between the hosts passes"
                 " the firewalls"
             )
         except (RayError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = reason_of(error) if isinstance(error, RayError) else f"{type(error).__name__}: {error}"
             return (
-                f"pdserve cannot be asked there ({reason}); see whether pdserve {__version__} is installed"
+                f"pdserve does not answer there ({reason}); see whether pdserve {__version__} is installed"
                 " there"
             )
         return ""
 
     async def check(self, node_id: str, config: ClusterConfig, device: DeviceKind) -> HostChecked:
-        """Ask the host, and judge whether instances may start there."""
+        """Asks the host, and judges whether instances may start there."""
         asked_s = time.time()
         asked = self._asking.pop(node_id, None)
         failure = await (self._ask(node_id) if asked is None else asked)
@@ -122,6 +121,6 @@ class RayNodes:
 
 
 def with_resources(node: Node, resources: Mapping[str, float]) -> Node:
-    """Ray may have been given fewer cores and GPUs than there are."""
+    """Limits a node to the cores and GPUs that Ray was given, which may be fewer than exist."""
     num_cores = int(resources.get("CPU", 0))
     return replace(node, cores=node.cores[:num_cores], devices=node.devices[: int(resources.get("GPU", 0))])

@@ -1,8 +1,8 @@
 """Checks the Ray cluster that RAY_ADDRESS names, before Ray connects to it.
 
-Ray's calls carry pickles, so whoever answers at that address runs code in this process, and whoever may call
-the cluster runs code in all of its processes. A token proves a client to the cluster, and the cluster to
-nobody."""
+Ray's calls carry pickles, so a server at that address can run code in this process, and any client of the
+cluster can run code in all of its processes. A token authenticates a client to the cluster, but not the
+cluster to its clients."""
 
 import logging
 import os
@@ -39,8 +39,8 @@ class RayAddress:
 
     @staticmethod
     def parse(text: str) -> "RayAddress":
-        """Raises LaunchError for all but HOST:PORT. Ray would look for `auto` among the processes of all
-        users."""
+        """Parses HOST:PORT; raises LaunchError for anything else. Ray would look for `auto` among the
+        processes of all users."""
         host, _, port = text.strip().rpartition(":")
         name = host[1:-1] if host.startswith("[") and host.endswith("]") else host
         is_host = (
@@ -55,10 +55,9 @@ class RayAddress:
 
 
 def check_listener(address: RayAddress) -> None:
-    """Raises LaunchError unless this user or root listens on the port, where the address is one of this
-    host's.
+    """Raises LaunchError unless this user or root listens on the port, if the address is one of this host's.
 
-    Listeners on all of the host's addresses count: Ray itself replaces 127.0.0.1 by another of them."""
+    Listeners on any of the host's addresses count: Ray itself replaces 127.0.0.1 by another of them."""
     if not _is_of_this_host(address):
         return
     uids = set(_listeners(address.port))
@@ -77,8 +76,7 @@ def check_listener(address: RayAddress) -> None:
 
 
 def check_token(address: str, accept: bool) -> None:
-    """Raises LaunchError unless the cluster refuses a call without a token; with `accept` it only warns that
-    it does not."""
+    """Raises LaunchError unless the cluster refuses a call without a token; with `accept` it only warns."""
     with _channel(address) as channel:
         try:
             channel.unary_unary(CALL, None, None)(b"", timeout=ANSWER_TIMEOUT_S)
@@ -97,7 +95,7 @@ def check_token(address: str, accept: bool) -> None:
 
 
 def listening_uids(table: str, port: int) -> Iterator[int]:
-    """The users of the sockets that listen on `port`, in a table of the form of /proc/net/tcp."""
+    """Yields the uids of the sockets that listen on `port`, from a table in the format of /proc/net/tcp."""
     for line in table.splitlines()[1:]:
         _, local, _, state, _, _, _, uid, *_ = line.split()
         if state == LISTENING and int(local.rpartition(":")[2], 16) == port:
@@ -111,7 +109,7 @@ def _listeners(port: int) -> Iterator[int]:
 
 
 def _is_of_this_host(address: RayAddress) -> bool:
-    """Whether any of the addresses that the host's name stands for can be bound here."""
+    """Whether any of the addresses to which the host's name resolves can be bound here."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -129,7 +127,7 @@ def _can_bind(family: int, host: str) -> bool:
 
 
 def _channel(address: str) -> grpc.Channel:
-    """One that sends no token, to the address itself."""
+    """Returns a channel to the address itself that sends no token."""
     options = (("grpc.enable_http_proxy", 0),)
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         return grpc.insecure_channel(address, options)

@@ -1,8 +1,8 @@
 """Checks that no other local user can change the folder in which Ray keeps a node's sockets and logs.
 
-Ray gives everybody the right to write there (mode 0777, without the sticky bit). Whoever can reach it
-replaces a log by a symlink to any file of the cluster's user, or the sockets that its processes connect to.
-So it has to lie inside a folder that keeps others out."""
+Ray makes it world-writable (mode 0777, without the sticky bit). A user who can reach it can replace a log by
+a symlink to any file of the cluster's user, or the sockets that its processes connect to. So it has to lie
+inside a folder that keeps others out."""
 
 import logging
 import os
@@ -29,21 +29,21 @@ WRITTEN = ("sockets", "logs", "runtime_resources")  # in a session folder
 
 
 def session_folder() -> Path:
-    """This node's, of the Ray cluster that this process is connected to."""
+    """Returns this node's session folder of the Ray cluster that this process is connected to."""
     context = ray.get_runtime_context()
     return Path(str(context.get_temp_dir()), str(context.get_session_name()))
 
 
 def sockets() -> tuple[Path, ...]:
-    """Those over which this process really talks to its node, whatever the cluster calls its session
-    folder."""
+    """Returns the sockets over which this process actually reaches its node, whatever session folder the
+    cluster reports."""
     node = ray_worker._global_node
     assert node is not None, "this process is connected to Ray"
     return Path(node.raylet_socket_name), Path(node.plasma_store_socket_name)
 
 
 def is_accepted() -> bool:
-    """Whether this process's environment says that nobody else reaches the hosts."""
+    """Whether this process's environment states that no other user reaches the hosts."""
     return os.environ.get(ACCEPT) == "1"
 
 
@@ -70,10 +70,10 @@ def _weakness_of_socket(path: Path) -> str | None:
 
 
 def weakness_of(folder: Path) -> str | None:
-    """How a user other than this one and root could change what `folder` means or holds; None when nobody
-    could.
+    """Describes how a user other than this one and root could redirect `folder` or change its contents; None
+    if impossible.
 
-    Walks down from the root. A directory that others can neither enter nor replace ends the walk: what is
+    Walks down from the root. A directory that others can neither enter nor replace ends the walk: everything
     below is private."""
     for step in (*reversed(folder.parents), folder):
         try:
@@ -84,12 +84,11 @@ def weakness_of(folder: Path) -> str | None:
             return f"{step} belongs to the user with id {status.st_uid}"
         if stat.S_ISLNK(status.st_mode):
             return weakness_of(step.resolve() / folder.relative_to(step))
-        if not status.st_mode & 0o011:  # a symlink below may lead out again
+        if not status.st_mode & 0o011:  # a symlink below may lead outside again
             real = folder.resolve()
             return None if real == folder else weakness_of(real)
-        is_sticky = (
-            bool(status.st_mode & stat.S_ISVTX) and step != folder
-        )  # others cannot replace the next step
+        # others cannot replace the next path component
+        is_sticky = bool(status.st_mode & stat.S_ISVTX) and step != folder
         if status.st_mode & 0o022 and not is_sticky:
             return f"{step} has mode {stat.S_IMODE(status.st_mode):04o}"
     return None

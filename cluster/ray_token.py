@@ -1,7 +1,8 @@
-"""The token of a Ray that we start: Ray's token mode on, with a token that nobody but this user can read.
+"""The token of a Ray cluster that we start: token mode is on, with a token that only this user can read.
 
-By itself Ray would write its token to ~/.ray with the rights that the umask leaves, for all of a user's
-clusters and for good. Ours is drawn for one cluster, lies in its run folder, and goes with the cluster."""
+By default, Ray would write its token to ~/.ray with the permissions that the umask leaves, permanently and
+for all of a user's clusters. Ours is drawn for one cluster, stored in its run folder, and removed with the
+cluster."""
 
 import os
 import secrets
@@ -13,11 +14,11 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 
 
 class RayToken:
-    """In force in this process, and in all that it starts, until `withdraw`."""
+    """A token, in force in this process and its children until `withdraw`."""
 
     def __init__(self, run_folder: Path) -> None:
-        """Written into `run_folder`. An operator who has chosen a mode other than token, or has a token,
-        keeps that."""
+        """Writes the token into `run_folder`. An operator's own token, or choice of another mode, takes
+        precedence."""
         self._before: dict[str, str | None] = {}
         if os.environ.get(MODE, "token") != "token" or os.environ.get(TOKEN) or os.environ.get(TOKEN_PATH):
             return
@@ -29,7 +30,7 @@ class RayToken:
         _refresh()
 
     def withdraw(self) -> None:
-        """Idempotent."""
+        """Withdraws the token; idempotent."""
         before, self._before = self._before, {}
         for name, value in before.items():
             if value is None:
@@ -41,6 +42,6 @@ class RayToken:
 
 
 def _refresh() -> None:
-    """Ray has read its settings when it was imported, and keeps the token that it has read once."""
+    """Makes Ray reload its settings, which it reads at import, and its token, which it caches."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -19,9 +19,8 @@ from .messages import Role
 # limit per pool: each instance is listed and planned before it is known whether there is room
 MAX_INSTANCES = 4096
 BLOCK_SIZES = {"cpu": 16, "cuda": 64}
-MAX_PROMPT_LOGPROBS = (
-    1 << 18
-)  # 15 bytes each: they go from worker to worker in the message that hands a request over
+# 15 bytes each: they go from worker to worker in the message that hands a request over
+MAX_PROMPT_LOGPROBS = 1 << 18
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]

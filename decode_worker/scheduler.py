@@ -50,9 +50,8 @@ class DecodeScheduler:
         self._reservations: set[TransferId] = set()  # of the waiting: those whose KV will be sent
         self._receiving: dict[TransferId, Sequence] = {}
         self._running: list[Sequence] = []  # oldest first
-        self._ended_ahead: set[Sequence] = (
-            set()
-        )  # they take part in a step that was launched before their end was known
+        # they take part in a step that was launched before their end was known
+        self._ended_ahead: set[Sequence] = set()
         self.num_preemptions = 0
 
     @property

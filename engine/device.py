@@ -90,9 +90,8 @@ class CudaDevice:
         # High priority: short work that others wait for must not queue behind the blocks of a
         # matrix product.
         self._side_stream = torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
-        self._pool = (
-            torch.cuda.graph_pool_handle()
-        )  # graphs never run side by side, so they share their memory
+        # graphs never run side by side, so they share their memory
+        self._pool = torch.cuda.graph_pool_handle()
 
     def event(self) -> DeviceEvent:
         """A thread that waits for the event sleeps: a worker has a core or two for all of its threads."""

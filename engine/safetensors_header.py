@@ -19,9 +19,8 @@ from ..core.checkpoint_files import (
 )
 from ..core.errors import CheckpointError
 
-MAX_HEADER_BYTES = (
-    16 << 20
-)  # of one file; 1,024 layers of our models come to 3 MiB. Parsed, it takes up to 320 MiB
+# of one file; 1,024 layers of our models come to 3 MiB. Parsed, it takes up to 320 MiB
+MAX_HEADER_BYTES = 16 << 20
 MAX_HEADERS_BYTES = 64 << 20  # of all files of a checkpoint
 MAX_TENSORS = 1 << 16  # of a checkpoint: a few times those of 1,024 layers
 _LENGTH_BYTES = 8

@@ -33,9 +33,8 @@ _TRACEPARENT = re.compile(
 )
 INLINE_CHARS = 4096  # longer prompts are encoded on a thread (`FairThreads`), so that other streams continue
 THREAD_CHARS = 1 << 16  # and prompts longer than these in the intake process
-THREAD_RENDER_BYTES = (
-    8 << 20
-)  # template output made on a thread, which holds the GIL for each single operation
+# template output made on a thread, which holds the GIL for each single operation
+THREAD_RENDER_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,8 @@ class GrammarChecker:
         self._lanes: GrammarLanes | None = None
         self._keys = itertools.count()
         self._answers: dict[int, asyncio.Future[str | None]] = {}
-        self._known: OrderedDict[bytes, str | None] = (
-            OrderedDict()
-        )  # by digest what is wrong; least recently used first
+        # by digest what is wrong; least recently used first
+        self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._questions: dict[
             tuple[str, str], asyncio.Task[str | None]
         ] = {}  # by client; none waits for another's

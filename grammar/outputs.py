@@ -21,9 +21,8 @@ class Death(enum.Enum):
     """The cause of a process's death."""
 
     TIME = enum.auto()  # the job exceeded its time and is to blame
-    RESOURCES = (
-        enum.auto()
-    )  # out of memory or stack; memory is shared, so the output at work again at the next death is to blame
+    # out of memory or stack; memory is shared, so the output at work again at the next death is to blame
+    RESOURCES = enum.auto()
     OTHER = enum.auto()  # no output is to blame
 
 
@@ -44,9 +43,8 @@ class _Turns:
     came."""
 
     def __init__(self) -> None:
-        self._lanes: OrderedDict[str, dict[int, None]] = (
-            OrderedDict()
-        )  # the client whose turn it is comes first; none is empty
+        # the client whose turn it is comes first; none is empty
+        self._lanes: OrderedDict[str, dict[int, None]] = OrderedDict()
 
     def __bool__(self) -> bool:
         return bool(self._lanes)

@@ -1,5 +1,5 @@
-"""Carries out what the supervisor decides about workers' processes: started, watched, asked to end, killed,
-over the keeper.
+"""Carries out the supervisor's decisions about workers' processes: starts, watches, stops and kills them
+through the keeper.
 
 Runs on the head's asyncio loop. Events come from workers' connections (through the router's service), from
 the keeper, and from the head.
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Controller:
-    """The supervisor's shell: timers, the keeper's processes, and the way to the router."""
+    """The supervisor's shell: timers, the keeper's processes, and the link to the router."""
 
     def __init__(
         self,
@@ -51,9 +51,7 @@ class Controller:
         """`suspect_host` is called with the node id of a host on which a worker was lost for no known
         reason."""
         self.fleet = fleet
-        self.adopted = (
-            asyncio.Event()
-        )  # whatever an earlier controller has started was heard of, or is given up
+        self.adopted = asyncio.Event()  # each process of an earlier controller has reported, or is given up
         self._supervisor = Supervisor(fleet, places, make_spec)
         self._keeper = keeper
         self._on_change = on_change
@@ -66,27 +64,27 @@ class Controller:
 
     @property
     def processes(self) -> Mapping[Key, SupervisedProcess[WorkerSpec]]:
-        """Oldest first."""
+        """The processes, oldest first."""
         return self._supervisor.processes
 
     def expects(self, key: Key) -> bool:
-        """Whether a worker that calls itself so may serve."""
+        """Whether a worker that identifies itself by `key` may serve."""
         return self._supervisor.expects(key)
 
     def attach(self, service: RouterService) -> None:
-        """The router whose workers these are."""
+        """Attaches the router that these workers serve."""
         self._service = service
 
     def adopt(self, living: Sequence[tuple[WorkerSpec, Placement]]) -> None:
-        """Take over what an earlier controller has started, oldest first. Of one name only the newest is
+        """Takes over the processes of an earlier controller, oldest first. Only the newest of each name is
         kept."""
         for spec, _ in living:
             self._watch(spec.key)
         self.handle(TakeOver(tuple(living)))
 
     def handle(self, event: SupervisorEvent[WorkerSpec]) -> None:
-        """One event through the supervisor, its commands carried out. What follows from a command that leads
-        here again is carried out after the commands that were decided before."""
+        """Passes one event through the supervisor and carries out its commands. Commands that result from a
+        re-entrant call are carried out after those decided before."""
         if self._is_closed:
             return
         if isinstance(event, ConnectionLost) and self._supervisor.is_serving(event.key):
@@ -99,7 +97,7 @@ class Controller:
         self._on_change()
 
     async def close(self) -> None:
-        """Kill whatever still runs, and start nothing more."""
+        """Kills all running processes, and starts no more."""
         self._is_closed = True
         if self._tick is not None:
             self._tick.cancel()
@@ -124,7 +122,7 @@ class Controller:
             case SuspectHost(node_id):
                 self._suspect_host(node_id)
             case _:
-                assert self._service is not None, "attach() comes first"
+                assert self._service is not None, "attach() must be called first"
                 self._service.handle(command)
 
     def _settle(self) -> list[SupervisorCommand[WorkerSpec]]:
@@ -136,7 +134,7 @@ class Controller:
         self._watching[key].add_done_callback(lambda _: self._watching.pop(key))
 
     async def _follow(self, key: Key) -> None:
-        """One process to its end, whatever that is."""
+        """Follows one process until it ends, for whatever reason."""
         outcome = await self._keeper.ended(key)
         level = logging.WARNING if self._supervisor.expects(key) else logging.INFO
         log.log(level, "%s/%d ended: %s", *key, outcome.reason, extra={"worker": key[0]})

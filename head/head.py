@@ -39,8 +39,8 @@ from .telemetry import HeadTelemetry
 
 log = logging.getLogger(__name__)
 
-FIRST_CHECK_S = 5.0  # for hosts that are there at the start; those that answer later join later
-STATUS_INTERVAL_S = 0.2  # at most so often does a watcher hear of changes
+FIRST_CHECK_S = 5.0  # for hosts that are present at the start; those that answer later join later
+STATUS_INTERVAL_S = 0.2  # minimum interval between updates to a watcher
 STATES = {
     MemberState.STARTING: WorkerState.STARTING,
     MemberState.READY: WorkerState.READY,
@@ -52,7 +52,7 @@ STATES = {
 
 
 class Head:
-    """Lives from `start` to `stop`; also the `Frontend` that the gateway calls."""
+    """The head's components, running from `start` to `stop`; also the `Frontend` that the gateway calls."""
 
     def __init__(self, spec: HeadSpec, keeper: Keeper, find_nodes: FindNodes, host: str) -> None:
         """`host` is the address at which workers reach the router."""
@@ -65,15 +65,15 @@ class Head:
         self._num_applied = 0
         self._gateway: GatewayServer | None = None
         self._is_listening = False
-        self._reported_serving = False  # to health checks, last
+        self._reported_serving = False  # last, to health checks
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
 
     async def start(self) -> Endpoints:
-        """Open the gateway, then start the workers; or take over those of the head before, then open the
-        gateway.
+        """Opens the gateway, then starts the workers; or takes over those of the previous head, then opens
+        the gateway.
 
-        Raises CheckpointError, or ConfigError or CapacityError for what does not fit.
+        Raises CheckpointError, ConfigError or CapacityError.
         """
         spec = self._spec
         config = self._config = await self._keeper.config()
@@ -118,14 +118,14 @@ class Head:
         self._watch.on_vacate = lambda workers: self._controller.handle(ReplaceWorkers(workers))
         self._watch.on_change = lambda: self._controller.handle(
             Tick()
-        )  # whoever waits for a place may have one now
+        )  # waiting instances may have a place now
         await self._service.start(self._host, listener=listener)
         self._is_listening = True
         if spec.generation:
             self._controller.adopt(await self._keeper.living())
             self._controller.handle(Apply(pool_sizes(config)))
             await self._controller.adopted.wait()
-            await self._watch.start(config)  # now that it is known who runs where
+            await self._watch.start(config)  # now that the placement of running workers is known
         addresses = (
             (spec.endpoints.grpc, spec.endpoints.http)
             if spec.endpoints
@@ -144,7 +144,7 @@ class Head:
         await self._ended.wait()
 
     async def stop(self) -> None:
-        """End everything now."""
+        """Ends everything immediately."""
         self._end()
         if self._gateway is not None:
             await self._gateway.stop(0.0)
@@ -191,7 +191,7 @@ class Head:
         return self._service.router.timeline(request_id, now_s) or self._telemetry.recent(request_id)
 
     async def watch(self) -> AsyncGenerator[ClusterStatus, None]:
-        """The state now, and again whenever it may have changed."""
+        """Yields the state now, and again whenever it may have changed."""
         while not self._ended.is_set():
             self._changed.clear()
             yield self.status()
@@ -239,7 +239,7 @@ class Head:
                 return
 
     async def _states(self) -> AsyncIterator[None]:
-        """Once now, and after each change."""
+        """Yields once now, and after each change."""
         while True:
             self._changed.clear()
             yield
@@ -329,6 +329,6 @@ class Head:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The port for workers, before anybody is accepted: hosts are asked whether they reach it."""
+    """Opens the port for workers, before any are accepted: hosts are asked whether they reach it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=1024)

@@ -18,7 +18,7 @@ from ..engine.checkpoint import fingerprint, resolve_model_path
 from ..engine.gpu import DeviceInfo, Node, probe_node
 
 MIN_FREE_BYTES = 4 << 20  # of a folder that is not full
-CLOCK_TOLERANCE_S = 60.0  # nothing of ours compares clocks of two hosts but people, in logs and traces
+CLOCK_TOLERANCE_S = 60.0  # only people compare clocks of two hosts, in logs and traces
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class HostFacts:
 
     @staticmethod
     def parse(answer: Mapping[str, Any], name: str) -> "HostFacts":
-        """From what `look` returned there. Raises KeyError or TypeError for that of another version."""
+        """Parses the result of `look`. Raises KeyError or TypeError for that of another version."""
         node = Node(
             name,
             tuple(answer["cores"]),
@@ -52,7 +52,8 @@ class HostFacts:
 
 
 def look(model_path: str, router_address: tuple[str, int] | None) -> dict[str, Any]:
-    """Runs on the host in question, which may have another version: plain values in, plain values out."""
+    """Collects the facts. Runs on the host in question, which may have another version: plain values in,
+    plain values out."""
     node = probe_node()
     found, checkpoint_error = None, ""
     try:
@@ -75,7 +76,7 @@ def look(model_path: str, router_address: tuple[str, int] | None) -> dict[str, A
 
 
 def _full_folders() -> Iterator[tuple[str, int]]:
-    """Of those that Ray and workers write to."""
+    """Yields the full folders among those that Ray and workers write to, with their sizes in bytes."""
     for folder in sorted({"/dev/shm", tempfile.gettempdir(), os.path.expanduser("~")}):
         with suppress(OSError):
             found = os.statvfs(folder)
@@ -86,7 +87,7 @@ def _full_folders() -> Iterator[tuple[str, int]]:
 def refusal(
     here: HostFacts, there: HostFacts, config: ClusterConfig, device: DeviceKind, router: tuple[str, int]
 ) -> str:
-    """Why no instance may start there, and what to do; empty when they may."""
+    """Explains why no instance may start there, and the fix; empty when instances may."""
     if there.version != here.version:
         return (
             f"it runs pdserve {there.version}, the head {here.version}; install {here.version} there, and"
@@ -100,7 +101,7 @@ def refusal(
         )
     if there.full:
         folders = ", ".join(f"{folder} ({format_size(num_bytes)})" for folder, num_bytes in there.full)
-        return f"no space is left in {folders} there; make room: it is used again by itself when there is"
+        return f"no space is left in {folders} there; make room: the host is then used again"
     if there.checkpoint_error:
         return (
             f"model.path: {there.checkpoint_error} (on this host); copy the head's checkpoint to the same"

@@ -1,4 +1,4 @@
-"""Follows the hosts of the Ray cluster for `router.hosts.Hosts`, and does what it says."""
+"""Follows the hosts of the Ray cluster for `router.hosts.Hosts`, and carries out its decisions."""
 
 import asyncio
 import contextlib
@@ -26,15 +26,15 @@ from .ports import Nodes
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 1.0  # between two looks at what Ray knows
+INTERVAL_S = 1.0  # between two polls of Ray
 
 
 class HostWatch:
-    """Lives from `start` to `close`. `on_vacate` is called with workers that must leave their host,
-    `on_change` after each change."""
+    """The watch, running from `start` to `close`. `on_vacate` is called with workers that must leave their
+    host, `on_change` after each change."""
 
     def __init__(self, hosts: Hosts, nodes: Nodes, device: DeviceKind, *, is_alone: bool) -> None:
-        """`is_alone`: in a Ray of our own, which nobody can join."""
+        """`is_alone`: Ray is our own, and no other host can join it."""
         self.hosts = hosts
         self.on_vacate: Callable[[tuple[Key, ...]], None] = lambda workers: None
         self.on_change: Callable[[], None] = lambda: None
@@ -47,14 +47,14 @@ class HostWatch:
         self._following: asyncio.Task[None] | None = None
 
     async def start(self, config: ClusterConfig) -> None:
-        """Find the hosts that are there; each is checked before it serves."""
+        """Finds the hosts that are present; each is checked before it serves."""
         await self.resolve(config)
         self.expect(config)
         self.handle(HostsSeen(await self._nodes.seen()))
         self._following = asyncio.get_running_loop().create_task(self._follow())
 
     async def settle(self, timeout_s: float) -> None:
-        """Returns when no host is being checked any more, or after a while."""
+        """Returns when no host is being checked any more, or after `timeout_s`."""
         if self._checks:
             await asyncio.wait(self._checks, timeout=timeout_s)
 
@@ -63,11 +63,11 @@ class HostWatch:
         return self.hosts.are_complete(self._expected(config))
 
     def nodes(self, config: ClusterConfig) -> tuple[Node, ...]:
-        """The hosts of a configuration that serve, the head's first."""
+        """Returns the serving hosts of a configuration, the head's first."""
         return tuple(map(self._nodes.node, self.hosts.serving(self._expected(config))))
 
     async def resolve(self, config: ClusterConfig) -> None:
-        """Look up the names of a configuration's hosts; one that nobody knows may still be a host's own
+        """Resolves the names of a configuration's hosts; one that does not resolve may still be a host's own
         name."""
         for name in config.hosts.addresses or ():
             with contextlib.suppress(OSError):
@@ -75,13 +75,13 @@ class HostWatch:
                 self._resolved[name] = str(found[0][4][0])
 
     def expect(self, config: ClusterConfig) -> None:
-        """This configuration is in force from now on."""
+        """Puts a configuration in force."""
         self._config = config
         self.handle(ExpectHosts(self._expected(config), config.join_timeout_s))
 
     def suspect(self, node_id: str) -> None:
-        """A worker there was lost, and nobody knows why. `on_change` is not called: nobody can have a place
-        by this, and the fleet has yet to hear of the loss."""
+        """Suspects a host on which a worker was lost for no known reason. `on_change` is not called: no
+        instance gains a place by this, and the fleet has yet to learn of the loss."""
         self._carry_out(HostSuspected(node_id))
 
     def handle(self, event: HostEvent) -> None:
@@ -125,7 +125,7 @@ class HostWatch:
                 seen = await self._nodes.seen()
             except (
                 Exception
-            ) as error:  # whatever Ray raises when its own head is slow or gone: hosts stay as they are
-                log.warning("Ray does not say which hosts there are: %s: %s", type(error).__name__, error)
+            ) as error:  # any error of Ray when its own head is slow or gone: hosts stay as they are
+                log.warning("Ray does not list its hosts: %s: %s", type(error).__name__, error)
                 continue
             self.handle(HostsSeen(seen))

@@ -20,59 +20,59 @@ Version = tuple[
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a worker's process ended. `is_told`: the worker itself said why."""
+    """The way a worker's process ended. `is_told`: the worker itself reported why."""
 
     reason: str
     is_told: bool = False
 
 
 class Keeper(Protocol):
-    """Holds what outlives a head: the workers' processes, and the configuration in force."""
+    """Holds the state that outlives a head: the workers' processes, and the configuration in force."""
 
     def start(self, spec: WorkerSpec, placement: Placement) -> None: ...
 
     async def ended(self, key: Key) -> Outcome:
-        """Returns when nothing is left of the process, or of the keeper, which no process outlives."""
+        """Returns when nothing is left of the process, or of the keeper, which every process dies with."""
         ...
 
     def stop(self, key: Key) -> None:
-        """Ask the process to end."""
+        """Asks the process to end."""
         ...
 
     def kill(self, key: Key) -> None: ...
 
     async def living(self) -> list[tuple[WorkerSpec, Placement]]:
-        """The processes that this head or one before it has started, oldest first."""
+        """Returns the running processes that this head or an earlier one has started, oldest first."""
         ...
 
     async def config(self) -> ClusterConfig: ...
 
     def remember(self, config: ClusterConfig, version: Version) -> None:
-        """The newest version is kept, in whichever order they arrive."""
+        """Stores the configuration; the newest version is kept, regardless of the order of arrival."""
         ...
 
 
 class Nodes(Protocol):
-    """The hosts that have joined: which there are, and what each of them is like."""
+    """The hosts that have joined, and their properties."""
 
     async def seen(self) -> tuple[SeenHost, ...]:
-        """Those that are alive, the head's first."""
+        """Returns the hosts that are alive, the head's first."""
         ...
 
     def node(self, node_id: str) -> Node:
-        """The resources of a host that has answered, as far as instances may use them."""
+        """Returns the resources of a host that has answered, as far as instances may use them."""
         ...
 
     async def ask_all(self, timeout_s: float) -> tuple[Node, ...]:
-        """All that are there and answer in time, the head's first; the others' answers may come later."""
+        """Returns all hosts that answer in time, the head's first; the others' answers may arrive later."""
         ...
 
     async def ask_here(self) -> tuple[Node, ...]:
-        """The head's host alone."""
+        """Returns the head's host alone."""
         ...
 
     async def check(self, node_id: str, config: ClusterConfig, device: DeviceKind) -> HostChecked:
-        """Ask the host, and judge whether instances may start there."""
+        """Asks the host, and judges whether instances may start there."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a configuration means to the parts of the head."""
+"""Derives the settings of the head's parts from a configuration."""
 
 from dataclasses import replace
 
@@ -11,13 +11,13 @@ from ..planner.plan import Plan
 from ..router.config import RouterConfig
 from ..telemetry.steps import StepCosts
 
-# what a core, a GPU and links of ordinary machines do; only the first placements depend on it
+# performance of ordinary cores, GPUs and links; only the first placements depend on it
 CORE_FLOPS_PER_S = 1e11
 MEMORY_BYTES_PER_S = 2e10
 LINK_BYTES_PER_S = 5e9
-GPU_PEAKS = Peaks(312e12, 1.555e12)  # of one whose name says nothing to us
+GPU_PEAKS = Peaks(312e12, 1.555e12)  # for a GPU with an unknown name
 GPU_LINK_BYTES_PER_S = 2e10
-REACHED = 0.5  # of a GPU's peaks
+REACHED = 0.5  # fraction of a GPU's peaks
 
 
 def pool_sizes(config: ClusterConfig) -> dict[Role, int]:
@@ -44,8 +44,8 @@ def router_config(config: ClusterConfig) -> RouterConfig:
 
 
 def priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
-    """What steps should take, by arithmetic on an ordinary core or the GPU that is there; the model learns
-    the rest from the first steps on."""
+    """Estimates the duration of steps from the arithmetic of an ordinary core or the present GPU; the model
+    learns the rest from the first steps on."""
     flops_per_s, bytes_per_s, link_bytes_per_s = _rates(plan)
     checkpoint = open_checkpoint(resolve_model_path(config.model.path)).config
     return LatencyPriors.roofline(
@@ -60,7 +60,7 @@ def priors(config: ClusterConfig, plan: Plan) -> LatencyPriors:
 
 
 def _rates(plan: Plan) -> tuple[float, float, float]:
-    """Of an instance: arithmetic, reading memory, and what its link carries, a second."""
+    """Returns an instance's rates per second: arithmetic, memory reads, and its link's throughput."""
     if plan.device == "cpu":
         return (
             CORE_FLOPS_PER_S * max(pool.num_threads for pool in plan.pools),
@@ -72,8 +72,8 @@ def _rates(plan: Plan) -> tuple[float, float, float]:
 
 
 def step_costs(config: ClusterConfig, plan: Plan) -> StepCosts:
-    """By the model's shape. Embeddings are looked up, so only the output's matrix computes, once a sampled
-    token."""
+    """Returns the costs of a step from the model's shape. Embeddings are looked up, so only the output matrix
+    computes, once per sampled token."""
     model = open_checkpoint(resolve_model_path(config.model.path)).config
     embedding = model.vocab_size * model.hidden_size
     num_in_layers = plan.num_parameters - embedding * (1 if model.tie_word_embeddings else 2)

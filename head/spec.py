@@ -1,4 +1,4 @@
-"""What a head is told at its start."""
+"""The parameters of a head's start."""
 
 from dataclasses import dataclass
 
@@ -18,13 +18,13 @@ class Endpoints:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a head needs to know."""
+    """The parameters of a head."""
 
     token: str
     host: str | None  # where workers reach the head; None: the node's address, and hosts may join
     log: LogSettings | None = None  # None: as Python does by default
     otlp_endpoint: str | None = None  # where traces go
     local: str | None = None  # a Unix socket for the process that launched the cluster, as `unix:PATH`
-    accept_open_ray: bool = False  # nobody else reaches the hosts
-    generation: int = 0  # how many heads were before it
-    endpoints: Endpoints | None = None  # where those listened
+    accept_open_ray: bool = False  # no other user reaches the hosts
+    generation: int = 0  # number of heads before it
+    endpoints: Endpoints | None = None  # addresses at which those listened

@@ -1,4 +1,4 @@
-"""What the head tells of itself and of requests: puts the parts of `telemetry` together for one cluster."""
+"""The head's telemetry: assembles the parts of `telemetry` for one cluster."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class HeadTelemetry:
         otlp_endpoint: str | None,
         snapshot: Callable[[int], Snapshot],
     ) -> None:
-        """`snapshot` is how things stand, given the number of spans that were made."""
+        """`snapshot` returns the current state, given the number of spans that were made."""
         slo = config.slo
         steps = StepTally()
         self._tally = Tally(steps, ttft_slo_s=slo.ttft_ms / 1e3, itl_slo_s=slo.itl_ms / 1e3)
@@ -36,7 +36,7 @@ class HeadTelemetry:
         )
 
     def configure(self, config: ClusterConfig) -> None:
-        """Another SLO is in force."""
+        """Applies the SLO of a new configuration."""
         self._tally.ttft_slo_s, self._tally.itl_slo_s = config.slo.ttft_ms / 1e3, config.slo.itl_ms / 1e3
 
     def metrics(self) -> bytes:
@@ -50,7 +50,7 @@ class HeadTelemetry:
         return 0 if self._traces is None else self._traces.num_spans
 
     async def close(self) -> None:
-        """Spans that wait leave, if they can soon."""
+        """Sends pending spans, if that is quick."""
         if self._traces is not None:
             await asyncio.to_thread(self._traces.close)
 

@@ -64,9 +64,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         self._on_end = on_end
         self._sender = TransferSender(local.layout, local.config, local.counters, target.worker_id)
         self._dialling: Dialling | None = None
-        self._spoilt: set[TransferId] = (
-            set()
-        )  # a chunk of theirs cannot leave, and one side has yet to hear of it
+        # a chunk of theirs cannot leave, and one side has yet to hear of it
+        self._spoilt: set[TransferId] = set()
 
     @property
     def is_idle(self) -> bool:

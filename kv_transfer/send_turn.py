@@ -13,9 +13,8 @@ class SendTurn:
     def __init__(self) -> None:
         self._holder: object | None = None
         self._num_under_way = 0
-        self._waiting: deque[tuple[object, Call, int]] = (
-            deque()
-        )  # the last: chunks that the call brings under way
+        # the last: chunks that the call brings under way
+        self._waiting: deque[tuple[object, Call, int]] = deque()
 
     def take(self, link: object, call: Call) -> None:
         """Calls now, or when it is this link's turn; the link then has one more chunk under way, until

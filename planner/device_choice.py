@@ -32,9 +32,8 @@ def why_device(config: ClusterConfig, nodes: Sequence[Node]) -> str:
 
 def device_findings(config: ClusterConfig, device: DeviceKind, nodes: Sequence[Node]) -> Iterator[Finding]:
     """Reports settings that the device does not support, and a device that is unavailable."""
-    wrong = (
-        CapacityError if config.device == "auto" else ConfigError
-    )  # another machine may come to another device
+    # another machine may come to another device
+    wrong = CapacityError if config.device == "auto" else ConfigError
     if device == "cuda" and not any(node.usable_devices for node in nodes):
         has_gpus = any(node.devices for node in nodes)
         why = "torch was built without CUDA" if has_gpus else "no GPU was found"

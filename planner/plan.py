@@ -21,9 +21,8 @@ AUTO_KV_MAX_BYTES = 4 << 30
 # share of the available memory that `kv_cache_bytes: auto` lets a machine's instances fill
 AUTO_MEMORY_FRACTION = 0.8
 RUNTIME_BYTES = 384 << 20  # an instance's interpreter, libraries and transfer buffers
-GPU_RUNTIME_BYTES = (
-    1 << 30
-)  # on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
+# on the GPU, of one instance: CUDA's context, captured graphs and transfer buffers
+GPU_RUNTIME_BYTES = 1 << 30
 ROPE_COPIES = 3  # copies of the rope table in its making: angles, cosines and sines, and both side by side
 TYPICAL_TOKENS = 2048
 
@@ -195,9 +194,8 @@ class _Sizes:
         """Memory of one instance beside its KV cache: activations, logits with room to sort them, the rope's
         table."""
         model = self._model
-        is_copied = (
-            model.tie_word_embeddings and not self._on_gpu
-        )  # CPU kernels lay out the output's matrix in their own way
+        # CPU kernels lay out the output's matrix in their own way
+        is_copied = model.tie_word_embeddings and not self._on_gpu
         packed_head = model.vocab_size * model.hidden_size if is_copied else 0
         per_token = 3 * model.hidden_size + model.q_size + 2 * model.kv_size + 2 * model.intermediate_size
         activations = (packed_head + pool.max_batch_tokens * per_token) * self._item_bytes

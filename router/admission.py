@@ -1,4 +1,4 @@
-"""Who waits: a bounded queue of jobs, retries in front, clients in turns; and the deadlines of all live
+"""Admission: a bounded queue of jobs, retries first, then clients in turns; and the deadlines of all live
 requests."""
 
 from collections import deque
@@ -13,13 +13,13 @@ from .fair_queue import FairQueue
 MIN_RETRY_AFTER_S = 0.1
 MAX_RETRY_AFTER_S = 60.0
 SMOOTHING = 0.1  # weight of the newest interval between dispatches
-NEWCOMERS = 8  # one place in so many is kept for clients that have nothing queued
+NEWCOMERS = 8  # one in this many places is kept for clients that have nothing queued
 
 
 class JobQueue:
-    """Jobs in order of dispatch: first what was dispatched before, then clients in turns. Beside them retries
-    that back off, and stranded jobs that no present worker could ever serve and that wait for another to
-    come."""
+    """Jobs in order of dispatch: those dispatched before come first, then clients in turns. Retries that back
+    off are held separately, as are stranded jobs, which no present worker could ever serve and which wait for
+    another to join."""
 
     def __init__(self) -> None:
         self._front: deque[Job] = deque()
@@ -29,7 +29,7 @@ class JobQueue:
         self._stranded: list[Job] = []
         self._sequence = count()
         self._last_dispatch_s: float | None = None
-        self._interval_s: float | None = None  # between dispatches while jobs wait
+        self._interval_s: float | None = None  # mean time between dispatches while jobs wait
 
     def __len__(self) -> int:
         places = (self._stranded, self._returning, self._front, self._fair, self._backing_off)
@@ -43,21 +43,22 @@ class JobQueue:
         yield from (job for _, _, job in self._backing_off)
 
     def check_room(self, client: str, limit: int, now_s: float, job_s: float) -> None:
-        """Raises QueueFull when a new request has to be refused. No client, nor all that wait, can fill the
-        places that are kept for newcomers. `job_s`: seconds between dispatches by prediction, for as long as
-        none was measured."""
+        """Raises QueueFull when a new request has to be refused. Neither one client nor all waiting clients
+        can fill the places kept for newcomers. `job_s` is the predicted time between dispatches, used until
+        one has been measured."""
         if self._fair.num_queued(client):
             limit -= limit // NEWCOMERS
         if len(self) >= limit:
             raise QueueFull(limit, self.retry_after_s(now_s, job_s))
 
     def retry_after_s(self, now_s: float, job_s: float) -> float:
-        """When the present backlog will be gone, at the pace of late."""
+        """Returns the seconds until the present backlog has drained at the recent pace."""
         expected_s = len(self) * self._pace_s(now_s, job_s)
         return min(max(expected_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S)
 
     def _pace_s(self, now_s: float, job_s: float) -> float:
-        """Seconds between dispatches. When none has come for longer than that, as if one came now."""
+        """Returns the seconds between dispatches; a longer wait since the last one counts as if a dispatch
+        happened now."""
         pace_s = job_s if self._interval_s is None else self._interval_s
         if self._last_dispatch_s is None:
             return pace_s
@@ -67,25 +68,26 @@ class JobQueue:
         self._fair.push(job.client, job, job.num_tokens)
 
     def push_front(self, jobs: Sequence[Job], now_s: float) -> None:
-        """Retries: they pass all others, behind those of the same event. Until `ready_s` they back off."""
+        """Queues retries ahead of all other jobs, in order within one event. They back off until
+        `ready_s`."""
         self._returning += [job for job in jobs if job.ready_s <= now_s]
         for job in reversed(jobs):
             if job.ready_s > now_s:
                 heappush(self._backing_off, (job.ready_s, next(self._sequence), job))
 
     def push_back(self, jobs: Sequence[Job]) -> None:
-        """They gave up their places to another client: they wait for their client's turn, before what it has
-        queued."""
+        """Queues jobs that gave up their places to another client: they wait for their client's turn, ahead
+        of its other jobs."""
         for job in reversed(jobs):
             self._fair.push(job.client, job, job.num_tokens, is_first=True)
 
     def favour(self, job: Job) -> None:
-        """A waiting job passes all others."""
+        """Moves a waiting job ahead of all others."""
         self.remove(job)
         self._front.appendleft(job)
 
     def candidates(self) -> Iterator[Job]:
-        """At least the first job of each client that could be dispatched now."""
+        """Yields at least the first job of each client that could be dispatched now."""
         yield from self._front
         yield from self._fair.firsts()
 
@@ -93,7 +95,7 @@ class JobQueue:
         return self._front[0] if self._front else self._fair.head()
 
     def pop(self, now_s: float, cost: int) -> Job:
-        """Take the head out for dispatch. Its client is charged `cost` tokens, but not for a retry."""
+        """Takes the head out for dispatch. Its client is charged `cost` tokens, except for a retry."""
         job = self.head()
         assert job is not None
         if self._front:
@@ -125,12 +127,12 @@ class JobQueue:
         self._stranded.append(job)
 
     def unstrand(self) -> None:
-        """Workers changed: look at the stranded again, in their order."""
+        """Re-examines stranded jobs, in their order, after workers have changed."""
         self._returning[:0] = self._stranded
         self._stranded.clear()
 
     def wake(self, now_s: float) -> list[Job]:
-        """Puts in front what returns, and what has backed off for long enough: the jobs that this returns."""
+        """Puts returning jobs, and those whose backoff has elapsed, in front; returns the latter."""
         if self._returning:
             self._front.extendleft(reversed(self._returning))
             self._returning.clear()
@@ -145,7 +147,7 @@ class JobQueue:
 
 
 class Deadlines:
-    """The live requests that have one, soonest first. Ended requests leave lazily."""
+    """Live requests with a deadline, soonest first. Ended requests are removed lazily."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, LiveRequest]] = []
@@ -163,7 +165,7 @@ class Deadlines:
         heappush(self._heap, (live.request.deadline_s, next(self._sequence), live))
 
     def expired(self, now_s: float) -> Iterable[LiveRequest]:
-        """Take out the requests whose deadline has passed while they were live."""
+        """Takes out the requests whose deadline has passed while they were live."""
         while self._heap and self._heap[0][0] <= now_s:
             live = heappop(self._heap)[2]
             if not live.state.is_over:

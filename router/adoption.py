@@ -1,8 +1,8 @@
-"""What a new router takes over from the one before: the legs that workers hold, put together to dispatches
-and requests.
+"""The state that a new router takes over from its predecessor: the legs that workers hold, assembled into
+dispatches and requests.
 
-Nothing is decided before every worker has told what it holds (or is given up): one worker's leg is only half
-the story."""
+Nothing is decided until every worker has reported what it holds or is given up: one worker's leg is only half
+of a dispatch."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -18,14 +18,15 @@ WorkerKey = tuple[str, int]  # (worker_id, incarnation)
 
 @dataclass(slots=True)
 class HeldDispatch:
-    """The legs of one dispatch, by whoever holds them."""
+    """The legs of one dispatch and the workers that hold them."""
 
     spec: SequenceSpec
     legs: dict[Leg, tuple[WorkerKey, HeldLeg]] = field(default_factory=dict)
 
     @property
     def is_broken(self) -> bool:
-        """A leg waits for KV, or for a taker of its KV, in vain: its partner's leg is gone."""
+        """Whether a leg waits for KV, or for a receiver of its KV, that cannot arrive: its partner's leg is
+        gone."""
         return self._waits(Leg.PREFILL, Leg.DECODE) or (
             self._waits(Leg.DECODE, Leg.PREFILL) and not self.legs[Leg.DECODE][1].outputs
         )
@@ -40,8 +41,8 @@ class HeldDispatch:
 
 @dataclass(slots=True)
 class HeldRequest:
-    """What is left of one request. `strangers` are of no use to it, mostly of an earlier one that had
-    its id."""
+    """The remains of one request. `strangers` are dispatches that it cannot use, mostly those of an earlier
+    request with the same id."""
 
     request: Request
     dispatches: list[HeldDispatch]  # newest first
@@ -49,22 +50,22 @@ class HeldRequest:
 
 
 class Adoption:
-    """Gathers what workers say until all have spoken."""
+    """Gathers workers' reports until all workers have reported."""
 
     def __init__(self) -> None:
         self.ready: list[WorkerReady] = []
-        self.later: list[RouterEvent] = []  # what came besides, to be handled afterwards
+        self.later: list[RouterEvent] = []  # other events, to be handled afterwards
 
     def take(self, event: RouterEvent) -> None:
-        """Raises NoWorkerAvailable for a Submit: a worker that has not spoken may be serving just this
-        request."""
+        """Records an event. Raises NoWorkerAvailable for a Submit: a worker that has not reported may be
+        serving this very request."""
         match event:
             case Submit():
                 raise NoWorkerAvailable("the router has just started and waits for its workers")
             case WorkerReady():
                 self.ready.append(event)
             case WorkerLost(worker_id, incarnation) if not self._has_spoken(worker_id, incarnation):
-                pass  # its connection broke before it spoke; it may come again
+                pass  # its connection broke before it reported; it may reconnect
             case _:
                 self.later.append(event)
 
@@ -72,7 +73,7 @@ class Adoption:
         return any((r.info.worker_id, r.info.incarnation) == (worker_id, incarnation) for r in self.ready)
 
     def requests(self) -> Iterator[HeldRequest]:
-        """In the order in which workers told of them."""
+        """Yields the requests in the order in which workers reported them."""
         dispatches: defaultdict[str, dict[TransferId, HeldDispatch]] = defaultdict(dict)
         for ready in self.ready:
             for held in ready.held:
@@ -88,14 +89,14 @@ class Adoption:
 
 
 def _tells_all(spec: SequenceSpec) -> bool:
-    """Nobody knows the log probabilities of an earlier attempt's tokens, or those of the prompt that came
-    with its first."""
+    """Whether all log probabilities are available: those of an earlier attempt's tokens, and those of the
+    prompt that came with its first token, are lost."""
     sampling = spec.sampling
     return (sampling.logprobs is None and sampling.prompt_logprobs is None) or not spec.output_token_ids
 
 
 def request_of(spec: SequenceSpec) -> Request:
-    """What the client asked for, but for its deadline and its turn."""
+    """Rebuilds the client's request, except for its deadline and its turn."""
     return Request(
         request_id=spec.transfer.request_id,
         prompt_token_ids=spec.prompt_token_ids,

@@ -1,4 +1,4 @@
-"""What placement weighs and what it decides: values, with the predictions that they rest on."""
+"""The options that placement weighs and its decisions: values, with the predictions behind them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ NUM_KEPT = 4  # candidates whose predictions go with a placement
 
 @dataclass(slots=True)
 class PrefillOption:
-    """A worker seen as the one that prefills the job."""
+    """A worker considered for the job's prefill."""
 
     worker: RegisteredWorker
     num_cached_tokens: int
     num_new_tokens: int
     queue_s: float
     compute_s: float
-    stall_s: float  # gap that this prefill makes in streams which the worker decodes; 0 when there are none
+    stall_s: float  # gap that this prefill causes in streams that the worker decodes; 0 when there are none
 
     @property
     def ttft_s(self) -> float:
@@ -34,8 +34,8 @@ Candidate = tuple[
 
 
 class RoutingDecision(msgspec.Struct, frozen=True):
-    """A decision. `decode` is None when the prefill's token is the last; equal to `prefill`: one worker
-    serves."""
+    """A placement decision. `decode` is None when the prefill's token is the last, and equals `prefill` when
+    one worker serves both phases."""
 
     prefill: RegisteredWorker
     decode: RegisteredWorker | None
@@ -43,16 +43,16 @@ class RoutingDecision(msgspec.Struct, frozen=True):
     num_new_tokens: int
     prefill_s: float
     queue_s: float
-    transfer_s: float = 0.0  # what of it comes after the prefill
+    transfer_s: float = 0.0  # the part of it that remains exposed after the prefill
     itl_s: float = 0.0
-    best: Sequence[Candidate] = ()  # the chosen one and those next to it
+    best: Sequence[Candidate] = ()  # the chosen candidate and the runners-up
 
     @property
     def ttft_s(self) -> float:
         return self.queue_s + self.prefill_s
 
     def considered(self) -> tuple[ConsideredPlace, ...]:
-        """`best`, for people."""
+        """Returns `best` in human-readable form."""
         return tuple(_considered(candidate) for candidate in self.best)
 
 

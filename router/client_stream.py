@@ -1,4 +1,4 @@
-"""Between the router and one client's call: what was said and not taken yet."""
+"""The buffer between the router and one client's call."""
 
 import asyncio
 from collections import deque
@@ -7,19 +7,19 @@ from .events import EmitChoiceEnd, EmitEnd, EmitTokens
 
 StreamEvent = EmitTokens | EmitChoiceEnd | EmitEnd
 
-MAX_TOKENS_AT_ONCE = 64  # of those that wait; a client that keeps pace gets each as it comes
+MAX_TOKENS_AT_ONCE = 64  # of those that wait; a client that keeps up gets each token as it arrives
 
 
 class ClientStream:
-    """What the router has said to one client and the client has not taken yet. Tokens of a choice that wait
-    one behind the other are taken together: when clients or doors are behind, they have less to do for
+    """The events that the router has emitted for one client and that the client has not read yet. Consecutive
+    tokens of one choice are read together: clients and servers that have fallen behind then spend less on
     each."""
 
     def __init__(self) -> None:
-        self.num_unread = 0  # tokens, of those that came after `is_handed_over`
-        self.is_unread = False  # too much is unread, and the router knows
-        self.is_handed_over = False  # all that was there before its client
-        self._events: deque[tuple[StreamEvent, int]] = deque()  # with the tokens that count
+        self.num_unread = 0  # tokens emitted since `is_handed_over`
+        self.is_unread = False  # too much is unread, and the router has been informed
+        self.is_handed_over = False  # everything emitted before the client arrived
+        self._events: deque[tuple[StreamEvent, int]] = deque()  # event, its tokens that count
         self._came: asyncio.Future[None] | None = None
 
     def put(self, event: StreamEvent) -> None:

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """How much may wait, and what placement weighs."""
+    """Limits of the queue, and the parameters of placement."""
 
     max_queued_requests: int = 1024
-    # of one stream; beyond that it leaves its workers until its client has read half of them
+    # of one stream; beyond that, the stream leaves its workers until its client has read half of them
     max_unread_tokens: int = 1024
-    itl_slo_s: float = 0.05  # placement avoids workers on which a token would take longer
+    itl_slo_s: float = 0.05  # placement avoids workers whose predicted time per token is longer
     max_attempts: int = 5  # dispatches of a choice before its request ends with an error
     max_prefill_backlog_tokens: int | None = None  # per worker; None: twice its max_batch_tokens
-    # a decode worker's prefill seconds count so often; None: never there
+    # weight of prefill seconds on a decode worker; None: never prefill there
     prefill_on_decode_factor: float | None = 2.0
     # least loaded workers a decision looks at, per role, beside those that hold the prefix
     num_candidates: int = 3
-    retry_delay_s: float = 0.02  # before the second retry after workers' errors; four times longer each time
+    retry_delay_s: float = 0.02  # before the second retry after workers' errors; quadruples each time
     max_retry_delay_s: float = 1.0
-    claim_timeout_s: float = 30.0  # how long what an earlier router served waits for its client to come back
+    claim_timeout_s: float = 30.0  # how long a request of an earlier router waits for its client to come back

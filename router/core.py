@@ -50,13 +50,13 @@ from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
 
 CLOSING = "the cluster is shutting down"
-# so many times longer than it takes may a prefill be predicted, and no request is given up wrongly
+# a prediction may exceed the actual prefill time by this factor before a request is given up wrongly
 CAUTION = 2.0
-STARTING_S = 1.0  # between dispatches, as told to clients while no worker is ready
+STARTING_S = 1.0  # assumed between dispatches, in retry delays for clients, while no worker is ready
 
 
 class Router:
-    """Feed it events in order of arrival; `now_s` never goes back."""
+    """The router's decisions. Events are handled in order of arrival; `now_s` never decreases."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Router:
         adopts: bool = False,
     ) -> None:
         """A router that `adopts` takes over workers of an earlier one: it decides nothing before `Adopted`.
-        Attempts count from `first_attempt`, which is above those of every earlier router: no two dispatches
-        ever have one transfer id."""
+        Attempts count from `first_attempt`, which is above those of every earlier router, so that no two
+        dispatches ever share a transfer id."""
         config = config or RouterConfig()
         self.model = model or LatencyModel()
         self._registry = Registry()
@@ -92,7 +92,7 @@ class Router:
         return self._requests.config
 
     def configure(self, config: RouterConfig) -> None:
-        """Limits and SLO for what comes from now on."""
+        """Applies new limits and a new SLO to subsequent events."""
         self._requests.config = self._placer.config = config
 
     @property
@@ -100,8 +100,8 @@ class Router:
         return self._requests.counters
 
     def handle(self, event: RouterEvent, now_s: float) -> list[RouterCommand]:
-        """What to do about `event`. Raises QueueFull, DuplicateRequest or NoWorkerAvailable for a Submit;
-        nothing has changed then."""
+        """Returns the commands that `event` leads to. Raises QueueFull, DuplicateRequest or NoWorkerAvailable
+        for a Submit; nothing has changed then."""
         if self._adoption is None:
             commands = self._react(event, now_s)
         elif isinstance(event, Adopted):
@@ -146,7 +146,7 @@ class Router:
         return []
 
     def next_tick_s(self) -> float | None:
-        """When the next deadline or retry is due; None when only events can change anything."""
+        """Returns when the next deadline or retry is due; None when only events can change anything."""
         due = self._requests.deadlines.next_s(), self._queue.next_wake_s(), self._requests.claims_end_s
         return min((at_s for at_s in due if at_s is not None), default=None)
 
@@ -164,11 +164,11 @@ class Router:
 
     @property
     def token_gaps(self) -> TokenGaps:
-        """Times between tokens since the router's start."""
+        """Returns the times between tokens since the router's start."""
         return self._reports.gaps
 
     def timeline(self, request_id: str, now_s: float) -> Timeline | None:
-        """Of a request that is being served; None when there is none of this name."""
+        """Returns the timeline of a request that is being served; None for an unknown id."""
         return self._requests.timeline(request_id, now_s)
 
     def check_integrity(self) -> None:
@@ -197,7 +197,8 @@ class Router:
         return self._requests.admit(request, adopted, now_s)
 
     def _job_s(self, request: Request) -> float:
-        """Seconds between dispatches, if all were like this one: what to go by before there were any."""
+        """Returns the seconds between dispatches if all requests were like this one: the estimate until there
+        has been a dispatch."""
         num_workers = max(self._registry.num_ready(prefills=True), self._registry.num_ready(prefills=False))
         if not num_workers:
             return STARTING_S
@@ -207,7 +208,7 @@ class Router:
         )
 
     def _dispatch(self, now_s: float) -> list[RouterCommand]:
-        """Place jobs in order until the first that has to wait."""
+        """Places jobs in order until the first that has to wait."""
         commands: list[RouterCommand] = []
         while (job := self._queue.head()) is not None:
             placement = self._placer.place(job)
@@ -235,14 +236,14 @@ class Router:
         return commands
 
     def _make_room(self, head: Job, now_s: float) -> list[RouterCommand]:
-        """The head waits for the place of a dispatch of a client that runs much."""
+        """Takes back a dispatch of a client that runs much, to make room for the head of the queue."""
         victim = self._room.victim(head)
         return [] if victim is None else self._requests.handle(victim.live, Displaced(victim), now_s)
 
     def _comes_too_late(self, job: Job, placement: RoutingDecision, now_s: float) -> bool:
-        """Whether the first token would come after the deadline, by a prediction that errs on the client's
-        side: the model has learnt, and half of what it predicts is too long already. A worker without prompts
-        takes any: that holds up nobody, and what it measures corrects a model that has become too dark."""
+        """Whether the first token would miss the deadline, by a prediction that errs in the client's favour:
+        the model has learnt, and half of its prediction is already too long. A worker without prompts accepts
+        any: that delays nobody, and the measurement corrects a model that has become too pessimistic."""
         live = job.live
         if (
             live.request.deadline_s is None
@@ -282,7 +283,7 @@ class Router:
         if worker is None:
             return []
         if worker.state is RoutingState.READY:
-            self._num_expected += 1  # until the shell says otherwise
+            self._num_expected += 1  # until the shell reports otherwise
         return self._lose(worker, event.reason, now_s)
 
     def _lose(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:

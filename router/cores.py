@@ -1,4 +1,4 @@
-"""Which cores, and which host's GPU, an instance gets. Pure bookkeeping: hosts in, positions of cores and
+"""Allocates cores and a GPU of a host to each instance. Pure bookkeeping: hosts in, positions of cores and
 GPUs out."""
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ class Capacity:
 class Placement:
     """Cores of one host, by their position among those that Ray's node may use.
 
-    `gpu` is the GPU that Ray will give the instance, as we keep count of them by Ray's rule. It is for
-    counting alone: Ray knows what others have taken, so the worker is told its GPU by Ray."""
+    `gpu` is the GPU that Ray will give the instance, as we count them by Ray's rule. It serves bookkeeping
+    alone: Ray knows which GPUs others have taken, so the worker gets its GPU from Ray."""
 
     node_id: str
     cores: tuple[int, ...]
@@ -50,7 +50,7 @@ class _Free:
         self.num_bytes = self.capacity.num_bytes
 
     def change(self, placement: Placement, need: Need, sign: int) -> None:
-        """Take (-1), or give back (1)."""
+        """Takes (-1) or gives back (1) the resources of a placement."""
         for core in placement.cores:
             self.cores[core] += sign * need.core_share
         self.num_bytes += sign * need.num_bytes
@@ -73,36 +73,36 @@ class _Free:
 
 
 class CoreAllocator:
-    """Gives each instance cores of its own, or shares of cores when instances are configured to share; of
-    GPUs likewise."""
+    """Gives each instance cores of its own, or shares of cores when instances are configured to share;
+    likewise for GPUs."""
 
     def __init__(self, hosts: Mapping[str, Capacity] | None = None) -> None:
         self._free = {node_id: _Free(capacity) for node_id, capacity in (hosts or {}).items()}
         self._taken: dict[Key, tuple[Placement, Need]] = {}
 
     def open(self, node_id: str, capacity: Capacity) -> None:
-        """Instances may be placed there from now on. Those that run there are counted."""
+        """Opens a host for placement. Instances that are already running there are counted."""
         free = self._free[node_id] = _Free(capacity)
         for placement, need in self._taken.values():
             if placement.node_id == node_id:
                 free.change(placement, need, -1)
 
     def close(self, node_id: str) -> None:
-        """No instance is placed there any more; those that run there stay until they give back what they
-        have."""
+        """Closes a host for placement; instances that are running there stay until they give back their
+        resources."""
         self._free.pop(node_id, None)
 
     def on(self, node_id: str) -> list[Key]:
-        """The instances there."""
+        """Returns the instances on a host."""
         return [worker for worker, (placement, _) in self._taken.items() if placement.node_id == node_id]
 
     def node_of(self, worker: Key) -> str | None:
-        """Where an instance runs; None for one that has no place."""
+        """Returns the node on which an instance runs; None for one without a place."""
         taken = self._taken.get(worker)
         return None if taken is None else taken[0].node_id
 
     def num_taken(self, node_id: str) -> tuple[float, float]:
-        """Cores and GPUs of a host that instances have."""
+        """Returns the numbers of cores and GPUs of a host that instances have taken."""
         needs = [need for placement, need in self._taken.values() if placement.node_id == node_id]
         return sum(need.num_cores * need.core_share for need in needs), sum(
             need.gpu_share or 0.0 for need in needs
@@ -112,10 +112,10 @@ class CoreAllocator:
         return sum(need.num_bytes for placement, need in self._taken.values() if placement.node_id == node_id)
 
     def take(self, worker: Key, need: Need) -> Placement:
-        """Cores of one host, the emptiest first. On GPUs the fullest that has room, close to those that are
-        in use.
+        """Allocates cores of one host, the emptiest first. With GPUs, the fullest host that has room, close
+        to the GPUs in use.
 
-        Raises CapacityError when no host has them.
+        Raises CapacityError when no host has room.
         """
         assert worker not in self._taken
         fitting = [node_id for node_id, free in self._free.items() if free.fits(need)]
@@ -130,19 +130,19 @@ class CoreAllocator:
         return placement
 
     def take_back(self, worker: Key, placement: Placement, need: Need) -> None:
-        """The instance runs there already, on a host that may not be open."""
+        """Registers an instance that is already running, on a host that may not be open."""
         if placement.node_id in self._free:
             self._free[placement.node_id].change(placement, need, -1)
         self._taken[worker] = (placement, need)
 
     def give_back(self, worker: Key) -> None:
-        """Free what an instance has; one that has nothing is ignored."""
+        """Frees the resources of an instance; one that has none is ignored."""
         placement, need = self._taken.pop(worker, (None, None))
         if placement is not None and need is not None and placement.node_id in self._free:
             self._free[placement.node_id].change(placement, need, 1)
 
     def what_is_missing(self, worker_id: str, need: Need) -> str | None:
-        """In words; None when there is room."""
+        """Describes the missing resources; None when there is room."""
         hosts = self._free.values()
         if any(free.fits(need) for free in hosts):
             return None

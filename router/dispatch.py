@@ -1,5 +1,4 @@
-"""What the router knows of a live request: its choices' streams, and the dispatches that legs at workers are
-open for.
+"""The router's state of a live request: its choices' streams, and the dispatches with open legs at workers.
 
 LiveRequest --has--> ChoiceStream per choice        (what the client sees)
             --has--> Job, queued                     (choices that wait for workers)
@@ -25,7 +24,7 @@ class DispatchState(enum.Enum):
 
     RUNNING = "running"
     FINISHED = "finished"  # each of its choices has ended, for whatever reason
-    FAILED = "failed"  # its unfinished choices are in other hands
+    FAILED = "failed"  # its unfinished choices are served elsewhere
 
 
 DISPATCH_TRANSITIONS = {
@@ -68,7 +67,7 @@ class LiveRequest(Automaton[RequestState]):
         self.error: str | None = None
         self.dispatches: list[Dispatch] = []
         self.jobs: list[Job] = []  # in the queue; when it is UNREAD, set aside
-        self.kept: list[StreamCommand] = []  # for its client, which is not there
+        self.kept: list[StreamCommand] = []  # for its client, which is not connected
         self.num_times_unread = 0
         self.is_adopted = is_adopted
         self.num_open_legs = 0
@@ -81,11 +80,11 @@ class LiveRequest(Automaton[RequestState]):
         return self.request.request_id
 
     def running(self) -> list["Dispatch"]:
-        """The dispatches that workers have work of."""
+        """Returns the dispatches that workers are working on."""
         return [dispatch for dispatch in self.dispatches if dispatch.state is DispatchState.RUNNING]
 
     def settle(self, now_s: float) -> None:
-        """Enters the state that follows from where its work is."""
+        """Enters the state that follows from where the request's work is."""
         if any(dispatch.state is DispatchState.RUNNING for dispatch in self.dispatches):
             target = RequestState.RUNNING
         elif any(job.ready_s <= now_s for job in self.jobs):
@@ -96,14 +95,14 @@ class LiveRequest(Automaton[RequestState]):
             self.transition(target, now_s)
 
     def story(self) -> list[str]:
-        """Its recent states, then its attempts."""
+        """Returns the request's recent states, then its attempts."""
         return super().story() + [dispatch.summary() for dispatch in self.dispatches]
 
     def check_integrity(self, queued: set[int]) -> None:
-        """Raises AssertionError when its state is not where its work is. `queued`: ids of the queue's
+        """Raises AssertionError when the state disagrees with where the work is. `queued`: ids of the queue's
         jobs."""
         state = self.state
-        assert state is not RequestState.CLOSED, f"{self}: closed and still known"
+        assert state is not RequestState.CLOSED, f"{self}: closed but still registered"
         assert state is not RequestState.ENDED or self.num_open_legs, (
             f"{self}: ended, without legs, and not closed"
         )
@@ -118,13 +117,13 @@ class LiveRequest(Automaton[RequestState]):
         )
         is_aside = not state.is_served
         assert all((id(job) in queued) != is_aside for job in self.jobs), (
-            f"{self}: {state}, and its jobs are elsewhere"
+            f"{self}: {state}, but its jobs are elsewhere"
         )
         match state:
             case RequestState.QUEUED | RequestState.BACKING_OFF | RequestState.UNREAD:
                 assert not running and waiting, f"{self}: {state}, {running} run, {waiting} wait"
             case RequestState.RUNNING:
-                assert running, f"{self}: runs nowhere"
+                assert running, f"{self}: is running nowhere"
             case _:
                 assert not waiting, f"{self}: {state}, and {waiting} wait"
         if state.is_served or state is RequestState.UNREAD:
@@ -132,7 +131,7 @@ class LiveRequest(Automaton[RequestState]):
             assert sorted(left) == unfinished, f"{self}: {unfinished} are left, {running} run, {waiting} wait"
 
     def keep(self, commands: list[RouterCommand]) -> list[RouterCommand]:
-        """Keeps what is for its client; returns the rest."""
+        """Keeps the commands for the request's client; returns the rest."""
         self.kept += [command for command in commands if isinstance(command, StreamCommand)]
         return [command for command in commands if not isinstance(command, StreamCommand)]
 
@@ -142,13 +141,13 @@ class LiveRequest(Automaton[RequestState]):
         return kept
 
     def unserved_jobs(self, now_s: float) -> list["Job"]:
-        """What no running dispatch is to produce."""
+        """Returns jobs for the choices that no running dispatch is to produce."""
         served = {choice for dispatch in self.running() for choice in dispatch.streams}
         return self.jobs_for((stream for stream in self.streams if stream.choice not in served), now_s)
 
     def jobs_for(self, streams: Iterable[ChoiceStream], now_s: float) -> list["Job"]:
-        """What is left to do: choices without a token together, each other one by itself from where its
-        client is."""
+        """Returns the remaining work: choices without a token together, each other choice by itself from its
+        client's position."""
         unfinished = [stream for stream in streams if stream.finish_reason is None]
         for stream in unfinished:
             stream.forget_held()
@@ -196,9 +195,8 @@ class Job:
         self.queued_s = now_s
         self.ready_s = now_s
         self.num_failures = 0
-        self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = (
-            frozenset()
-        )  # these incarnations of them
+        # these incarnations
+        self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = frozenset()
         self._chains: dict[int, PrefixChain] = {}
 
     @property
@@ -211,8 +209,8 @@ class Job:
 
     @property
     def computes_whole_prompt(self) -> bool:
-        """No cached prefix is of use: the log probabilities of the prompt are still to come, with choice 0's
-        first token."""
+        """Whether a cached prefix is useless: the log probabilities of the prompt are still due, with choice
+        0's first token."""
         return (
             self.live.request.sampling.prompt_logprobs is not None
             and 0 in self.choices
@@ -227,7 +225,7 @@ class Job:
 
     @property
     def num_total_tokens(self) -> int:
-        """What a worker's KV cache must be able to hold to finish one choice."""
+        """The number of tokens that a worker's KV cache must be able to hold to finish one choice."""
         return len(self.live.request.prompt_token_ids) + self.live.request.sampling.max_tokens
 
     def chain(self, block_size: int) -> PrefixChain:
@@ -251,7 +249,7 @@ class Job:
 
 
 class Dispatch(Automaton[DispatchState]):
-    """One attempt of a job at one worker or a pair of them, and what it is accounted with there."""
+    """One attempt of a job at one worker or a pair of workers, and its account there."""
 
     __slots__ = (
         "cancelled",
@@ -300,8 +298,8 @@ class Dispatch(Automaton[DispatchState]):
             self.open_legs.add(Leg.DECODE)
         self.streams = {choice: self.live.streams[choice] for choice in job.choices}
         self.num_unfinished = sum(stream.finish_reason is None for stream in self.streams.values())
-        self.cancelled = False  # a choice ended by decision: workers do not know
-        self.decode_started = False  # a token came from the decode worker: it has all the KV
+        self.cancelled = False  # a choice ended by decision, unknown to workers
+        self.decode_started = False  # the decode worker has sent a token, so it has all the KV
         self.is_prefilling = True
         self.num_grown_tokens = 0
         self.num_reserved_blocks = 0
@@ -325,7 +323,7 @@ class Dispatch(Automaton[DispatchState]):
 
     @property
     def is_served_by_one(self) -> bool:
-        """One worker does both phases, as one leg (DECODE)."""
+        """Whether one worker does both phases, as one leg (DECODE)."""
         return self.prefill is self.decode
 
     @property
@@ -333,51 +331,52 @@ class Dispatch(Automaton[DispatchState]):
         return self.prefill, self.decode
 
     def worker_of(self, leg: Leg) -> RegisteredWorker | None:
-        """Who carries out `leg`; None when this dispatch has no such leg."""
+        """Returns the worker of `leg`; None when this dispatch has no such leg."""
         if leg is Leg.DECODE:
             return self.decode
         return None if self.is_served_by_one else self.prefill
 
     def leg_at(self, worker: RegisteredWorker) -> Leg:
-        """The leg that `worker` carries out."""
+        """Returns the leg that `worker` carries out."""
         return Leg.DECODE if worker is self.decode else Leg.PREFILL
 
     def needs(self, leg: Leg) -> bool:
         """Whether the dispatch fails with this leg. A prefill has done its part once the decode worker has
-        brought a token (so it has all the KV) and the client has all first tokens."""
+        produced a token (so it has all the KV) and the client has all first tokens."""
         if self.state is not DispatchState.RUNNING:
             return False
         return leg is Leg.DECODE or not (self.decode_started and self._has_all_first_tokens())
 
     def _has_all_first_tokens(self) -> bool:
-        """Every choice has the token that its prefill samples."""
+        """Whether every choice has the token that its prefill samples."""
         return all(
             len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values()
         )
 
     def summary(self) -> str:
-        """In a line, for the request's story."""
+        """Returns one line for the request's story."""
         workers = " and ".join(worker.worker_id for worker in dict.fromkeys(self.pair) if worker is not None)
         legs = ", ".join(leg.value for leg in Leg if leg in self.open_legs) or "none"
         return f"attempt {self.transfer.attempt} at {workers}: {', '.join(self.story())}; open legs: {legs}"
 
     def unfinished_jobs(self, now_s: float) -> list[Job]:
-        """What this dispatch leaves to do."""
+        """Returns jobs for the work that this dispatch has not finished."""
         return self.live.jobs_for(self.streams.values(), now_s)
 
     def fail(self, failure: str, now_s: float) -> None:
-        """Its unfinished choices will be in other hands."""
+        """Marks the dispatch as failed: its unfinished choices will be served elsewhere."""
         self.transition(DispatchState.FAILED, now_s, failure)
         self.failure, self.ended_s, self.num_steps = failure, now_s, self._num_steps()
 
     def _num_steps(self) -> int:
-        """Tokens that the choice with most of them has from this dispatch."""
+        """Returns the largest number of tokens that a choice has from this dispatch."""
         return max(len(stream.token_ids) for stream in self.streams.values()) - len(
             self.spec.output_token_ids
         )
 
     def times(self, attempt: int) -> DispatchTimes:
-        """Its row in the timeline of the request, as number `attempt` of this router's dispatches of it."""
+        """Returns the row of the request's timeline for this dispatch, as this router's attempt number
+        `attempt`."""
         placement = self.placement
         assert placement is not None, f"{self.transfer} was never booked"
         ended_s, num_steps = self.ended_s, self.num_steps

@@ -1,7 +1,7 @@
-"""What goes into the router and what comes out. Values only: the shell carries them.
+"""The router's inputs and outputs. Values only: the shell carries them.
 
-`Router.handle(event, now_s)` takes a `RouterEvent` and returns `RouterCommand`s, in the order to carry them
-out. Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire."""
+`Router.handle(event, now_s)` takes a `RouterEvent` and returns `RouterCommand`s in the order of execution.
+Workers' `StepReport`s and `LegEnded`s are events just as they come off the wire."""
 
 import msgspec
 
@@ -22,14 +22,14 @@ class Submit(msgspec.Struct, frozen=True):
     """A client's request. `handle` raises QueueFull, DuplicateRequest or NoWorkerAvailable when it is not
     admitted.
 
-    When an earlier router served the very same request, with this id, it goes on; its stream begins with
-    token 0 all the same."""
+    When an earlier router served the very same request under this id, it continues; its stream begins with
+    token 0 nevertheless."""
 
     request: Request
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """End a request, or one `choice` of it (a stop string was found: reason STOP). Unknown ones are
+    """Ends a request, or one `choice` of it (a stop string was found: reason STOP). Unknown ones are
     ignored."""
 
     request_id: str
@@ -38,8 +38,8 @@ class Cancel(msgspec.Struct, frozen=True):
 
 
 class StreamUnread(msgspec.Struct, frozen=True):
-    """The request's client leaves too much unread: it takes no room at workers and gets no token until
-    `StreamRead`. Unknown ones are ignored."""
+    """The request's client leaves too much unread: the request takes no room at workers and gets no token
+    until `StreamRead`. Unknown ones are ignored."""
 
     request_id: str
 
@@ -51,12 +51,12 @@ class StreamRead(msgspec.Struct, frozen=True):
 
 
 class Closing(msgspec.Struct, frozen=True):
-    """The cluster shuts down: nothing is admitted any more, what runs may finish."""
+    """The cluster shuts down: no more requests are admitted; running ones may finish."""
 
 
 class WorkerReady(msgspec.Struct, frozen=True):
-    """A worker serves from now on. A higher incarnation of a known worker means that the one before is lost.
-    `held` is what it does for an earlier router; only a router that adopts workers hears of it."""
+    """A worker serves from now on. A higher incarnation of a known worker means that the previous one is
+    lost. `held` lists its legs for an earlier router; only a router that adopts workers receives it."""
 
     info: WorkerInfo
     held: tuple[HeldLeg, ...] = ()
@@ -79,25 +79,26 @@ class WorkerDraining(msgspec.Struct, frozen=True):
 
 
 class WorkerRole(msgspec.Struct, frozen=True):
-    """The worker serves as `role` from now on, also when it was draining. Its streams go on undisturbed."""
+    """The worker serves as `role` from now on, even if it was draining. Its streams continue undisturbed."""
 
     worker_id: str
     role: Role
 
 
 class WorkersExpected(msgspec.Struct, frozen=True):
-    """How many workers are starting or being replaced: while there are some, requests may wait for them."""
+    """The number of workers that are starting or being replaced: while it is positive, requests may wait for
+    them."""
 
     num_workers: int
 
 
 class Adopted(msgspec.Struct, frozen=True):
-    """Every worker of an earlier router has become ready or is given up: what they hold is all there is to
-    take over."""
+    """Every worker of an earlier router has become ready or is given up: nothing else is left to take
+    over."""
 
 
 class Tick(msgspec.Struct, frozen=True):
-    """Time has passed: deadlines and delayed retries are looked at. Due by `Router.next_tick_s()`."""
+    """Time has passed: deadlines and delayed retries are checked. Due by `Router.next_tick_s()`."""
 
 
 RouterEvent = (
@@ -120,12 +121,13 @@ RouterEvent = (
 
 
 class ConsideredPlace(msgspec.Struct, frozen=True, kw_only=True):
-    """A place that was weighed for a dispatch, with what decided: in this order, the smaller the better."""
+    """A place that was weighed for a dispatch, with the deciding figures: in this order, the smaller the
+    better."""
 
     prefill_worker: str
     decode_worker: str | None
-    has_failed: bool  # this request, before
-    itl_excess_s: float  # of a gap between tokens there over the SLO
+    has_failed: bool  # this request failed there before
+    itl_excess_s: float  # by which a gap between tokens there exceeds the SLO
     cost_s: (
         float  # to the first token and until the KV has arrived; a prefill on a decode worker counts for more
     )
@@ -138,7 +140,7 @@ class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
     predictions from when it was placed."""
 
     attempt: int  # of this request's
-    number: int  # of all dispatches: what workers call the attempt
+    number: int  # of all dispatches: the attempt as workers know it
     choices: tuple[int, ...]
     prefill_worker: str
     decode_worker: (
@@ -155,9 +157,9 @@ class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
     dispatched_s: float
     first_token_s: float | None = None
     ended_s: float | None = None  # its last token, or its failure; None while it runs
-    num_steps: int = 0  # tokens of the choice that got most
-    failure: str | None = None  # why it did not produce all that it was to
-    # the workers' own account (queue, compute, cached tokens, transfer), once it came
+    num_steps: int = 0  # tokens of the choice that got the most
+    failure: str | None = None  # why it did not finish its work
+    # the workers' own account (queue, compute, cached tokens, transfer), once it has arrived
     prefill: LegEnded | None = None
     decode: LegEnded | None = None
 
@@ -175,13 +177,13 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int = 0
     num_output_tokens: tuple[int, ...] = (0,)  # of each choice
     traceparent: str = ""
-    num_times_unread: int = 0  # and then it left its workers
+    num_times_unread: int = 0  # each time, the request left its workers
     # an earlier router took it: instants before the take-over are those of the take-over
     is_adopted: bool = False
 
     @property
     def outcome(self) -> FinishReason | None:
-        """The ending that a request with these choices' endings has; None while it runs."""
+        """Returns the request's ending, given those of its choices; None while it runs."""
         if None in self.finish_reasons:
             return None
         return max((reason for reason in self.finish_reasons if reason is not None), key=_WORST_LAST.index)
@@ -191,7 +193,7 @@ _WORST_LAST = list(FinishReason)
 
 
 class SendCommand(msgspec.Struct, frozen=True):
-    """Send `command` to this incarnation of the worker; if that fails, the shell reports `WorkerLost`."""
+    """Sends `command` to this incarnation of the worker; if that fails, the shell reports `WorkerLost`."""
 
     worker_id: str
     incarnation: int
@@ -219,7 +221,7 @@ class EmitEnd(msgspec.Struct, frozen=True):
 
     `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE or ERROR (with
     `error`, UNAVAILABLE to clients). The timeline holds what is known now; workers' accounts of the last legs
-    may come after it."""
+    may arrive later."""
 
     request_id: str
     finish_reason: FinishReason | None

@@ -1,9 +1,9 @@
 """Turns among clients: deficit round robin (Shreedhar and Varghese, SIGCOMM 1995) over each client's own
 queue.
 
-A client's turn is worth `quantum` tokens; what a turn leaves is kept while the client has something queued.
-So of N clients each gets at least about 1/N of the tokens, however many requests another has queued and
-however long they are, and a client that is alone never waits for its own turn."""
+A client's turn is worth `quantum` tokens; the unused part is kept while the client has something queued. So
+each of N clients gets at least about 1/N of the tokens, regardless of the number and length of others'
+requests, and a client that is alone never waits for its own turn."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ QUANTUM_TOKENS = 512
 
 
 class _Lane(Generic[T]):
-    """What one client has queued, oldest first. `credit` holds the coming turn's quantum already."""
+    """The items that one client has queued, oldest first. `credit` already includes the next turn's
+    quantum."""
 
     __slots__ = ("credit", "items")
 
@@ -25,12 +26,12 @@ class _Lane(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Items of many clients. A push, a look, a pop and a removal take constant time, apart from the turns
-    that an item larger than the quantum has to wait for."""
+    """Items of many clients. Push, peek, pop and removal take constant time, apart from the turns that an
+    item larger than the quantum has to wait for."""
 
     def __init__(self, quantum: int = QUANTUM_TOKENS) -> None:
         self._quantum = quantum
-        self._lanes: OrderedDict[str, _Lane[T]] = OrderedDict()  # whose turn it is, then who comes next
+        self._lanes: OrderedDict[str, _Lane[T]] = OrderedDict()  # in order of turns, the current one first
         self._size = 0
 
     def __len__(self) -> int:
@@ -41,7 +42,7 @@ class FairQueue(Generic[T]):
             yield from (item for item, _ in lane.items.values())
 
     def firsts(self) -> Iterator[T]:
-        """Each client's first item, by turns."""
+        """Yields each client's first item, in order of turns."""
         return (next(iter(lane.items.values()))[0] for lane in self._lanes.values())
 
     def num_queued(self, client: str) -> int:
@@ -49,7 +50,8 @@ class FairQueue(Generic[T]):
         return len(lane.items) if lane is not None else 0
 
     def push(self, client: str, item: T, max_cost: int, *, is_first: bool = False) -> None:
-        """`max_cost`: the most that a `pop` can charge for the item. `is_first`: of its client's."""
+        """Adds an item. `max_cost`: the most that `pop` can charge for it. `is_first`: ahead of its client's
+        other items."""
         lane = self._lanes.get(client)
         if lane is None:
             lane = self._lanes[client] = _Lane(self._quantum)
@@ -59,7 +61,7 @@ class FairQueue(Generic[T]):
         self._size += 1
 
     def head(self) -> T | None:
-        """Whose turn it is; the same until it is taken out."""
+        """Returns the item whose turn it is; the same one until it is taken out."""
         while self._lanes:
             client, lane = next(iter(self._lanes.items()))
             item, max_cost = next(iter(lane.items.values()))
@@ -70,13 +72,13 @@ class FairQueue(Generic[T]):
         return None
 
     def pop(self, client: str, item: T, cost: int) -> None:
-        """Take the head out and charge its client what it turned out to cost."""
+        """Takes the head out and charges its client the actual cost."""
         lane = self._lanes[client]
-        lane.credit = max(0, lane.credit - cost)  # below only when nobody else waited
+        lane.credit = max(0, lane.credit - cost)  # negative only when nobody else waited
         self.remove(client, item)
 
     def remove(self, client: str, item: T) -> bool:
-        """Take an item out free of charge; False when it is not there."""
+        """Takes an item out free of charge; returns False when it is absent."""
         lane = self._lanes.get(client)
         if lane is None or lane.items.pop(id(item), None) is None:
             return False

@@ -1,5 +1,5 @@
-"""The reconcile loop: desired pool sizes and what happens to workers in, what to start, drain, flip and stop
-out."""
+"""The reconcile loop. In: desired pool sizes and workers' events. Out: workers to start, drain, flip and
+stop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,18 +30,18 @@ REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING,
 class FleetConfig:
     drain_timeout_s: float = 120.0
     start_timeout_s: float = 600.0
-    # A worker of an earlier controller is to be heard of within so many beats: a pause of our own counts as
+    # A worker of an earlier controller must report within this many beats: a pause of our own counts as
     # one.
     adoption_beat_s: float = 0.5
     num_adoption_beats: int = 6
-    backoff_s: float = 1.0  # after the first failure in a row; doubles with each
+    backoff_s: float = 1.0  # after the first consecutive failure; doubles with each
     max_backoff_s: float = 60.0
-    stable_s: float = 30.0  # a worker that was ready for so long has not failed to start
-    can_flip: bool = True  # pools are alike enough that a worker of one can serve in another
+    stable_s: float = 30.0  # a worker that was ready for at least this long has not failed to start
+    can_flip: bool = True  # pools are similar enough for a worker of one to serve in another
 
 
 class Fleet:
-    """Keeps the observed workers on their way to the desired pools."""
+    """Moves the observed workers towards the desired pools."""
 
     def __init__(self, config: FleetConfig | None = None, first_incarnation: int = 1) -> None:
         """`first_incarnation` is above every incarnation that an earlier controller has started."""
@@ -55,17 +55,17 @@ class Fleet:
 
     @property
     def is_stopped(self) -> bool:
-        """Shut down, and no process is left."""
+        """Whether the fleet is shut down and no process is left."""
         return self.is_shutting_down and not self._members
 
     @property
     def is_settled(self) -> bool:
-        """Each adopted worker was heard of, or is given up."""
+        """Whether each adopted worker has reported or is given up."""
         return not any(m.is_awaited and m.state is MemberState.STARTING for m in self._members.values())
 
     @property
     def num_expected(self) -> int:
-        """Workers that are starting or will be: the router's WorkersExpected."""
+        """The number of workers that are starting or will be: the router's WorkersExpected."""
         return sum(m.state in (MemberState.STARTING, MemberState.BACKOFF) for m in self._members.values())
 
     def status(self) -> tuple[MemberStatus, ...]:
@@ -169,7 +169,7 @@ class Fleet:
                     self._retire(member, now_s)
 
     def _ended(self, worker_id: str, incarnation: int, reason: str, now_s: float) -> None:
-        """A process is gone, whoever wanted it."""
+        """A process is gone, for whatever reason."""
         member = self._current(worker_id, incarnation)
         if member is None:
             return
@@ -183,15 +183,15 @@ class Fleet:
             case MemberState.DRAINING | MemberState.STOPPING:
                 self._remove(member, now_s)
             case MemberState.BACKOFF:
-                member.last_error = reason  # its connection was lost before; the end of its process says more
+                member.last_error = reason  # its connection was lost before; this reason is more specific
             case MemberState.DRAINED | MemberState.GONE:
                 pass
 
     def _back_off(
         self, member: Member, reason: str, num_failures: int, now_s: float, served_s: float = float("inf")
     ) -> None:
-        """A pause spares the machine loading weights for nothing: one that has served pauses no longer than
-        it did."""
+        """A pause avoids wasted loading of weights: a worker that has served pauses no longer than it
+        served."""
         member.last_error, member.num_failures = reason, num_failures
         least_s, most_s = (
             self.config.backoff_s,
@@ -201,7 +201,7 @@ class Fleet:
         member.enter(MemberState.BACKOFF, now_s, now_s + delay_s)
 
     def _remove(self, member: Member, now_s: float) -> None:
-        """Its process is gone: out of the fleet, or out of service until the next Apply."""
+        """Takes a member whose process is gone out of the fleet, or out of service until the next Apply."""
         if member.by_hand:
             member.enter(MemberState.DRAINED, now_s)
         else:
@@ -213,14 +213,14 @@ class Fleet:
         self._out.append(StopWorker(member.worker_id, member.incarnation))
 
     def _retire(self, member: Member, now_s: float) -> None:
-        """Out of service, gently where there are streams."""
+        """Takes a member out of service, gently when it has streams."""
         match member.state:
             case MemberState.READY:
                 member.enter(MemberState.DRAINING, now_s, now_s + self.config.drain_timeout_s)
                 self._out.append(DrainWorker(member.worker_id))
             case MemberState.STARTING:
                 self._stop(member, now_s)
-            case MemberState.DRAINED:  # by hand, and nobody waits for it to come back
+            case MemberState.DRAINED:  # by hand, and nobody waits for its return
                 member.by_hand = False
                 self._remove(member, now_s)
             case _:
@@ -240,7 +240,7 @@ class Fleet:
             member.num_beats_left -= 1
             member.due_s = now_s + self.config.adoption_beat_s
             return
-        reason = f"not {'heard of' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
+        reason = f"not {'reconnected' if member.is_awaited else 'ready'} after {now_s - member.since_s:.0f} s"
         self._out.append(StopWorker(member.worker_id, member.incarnation, reason))
         self._back_off(member, reason, member.num_failures + 1, now_s)
 
@@ -269,7 +269,7 @@ class Fleet:
         self._restart_due(now_s)
 
     def _first_to_go(self, members: list[Member]) -> list[Member]:
-        """Those that serve nobody, then the least loaded, of those the newest."""
+        """Returns members in order of removal: idle ones, then the least loaded, of those the newest."""
         going = [member for member in members if member.state in REMOVAL_ORDER]
         return sorted(
             going,
@@ -277,7 +277,7 @@ class Fleet:
         )
 
     def _donor(self, role: Role, surplus: list[Member]) -> Member | None:
-        """A running worker that would otherwise go: no weights are loaded for nothing."""
+        """Returns a running worker that would otherwise be removed, which saves loading weights."""
         draining = [
             m
             for m in self._members.values()

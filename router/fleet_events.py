@@ -1,5 +1,5 @@
-"""What goes into the fleet's reconcile loop and what comes out; beside these it takes the router's
-WorkerReady, WorkerLost, WorkerIdle and Tick."""
+"""The inputs and outputs of the fleet's reconcile loop, which also takes the router's WorkerReady,
+WorkerLost, WorkerIdle and Tick."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from .events import Tick, WorkerIdle, WorkerLost, WorkerReady
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Make the pools have these sizes. Takes back earlier drains by hand."""
+    """Sets the pools' sizes. Reverts earlier drains by hand."""
 
     pools: Mapping[Role, int]
     num_legs: Mapping[str, int] = field(
@@ -20,27 +20,27 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Take a worker out of service until the next Apply; it is not replaced. Unknown ones are ignored."""
+    """Takes a worker out of service until the next Apply; it is not replaced. Unknown ones are ignored."""
 
     worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """Drain and stop everything; `Fleet.is_stopped` tells when it is done."""
+    """Drains and stops everything; `Fleet.is_stopped` reports completion."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdoptWorkers:
-    """These were started by an earlier controller and live. Until each has become ready, or is found to be
-    loading or lost, nothing is started or stopped to match the pools."""
+    """These workers were started by an earlier controller and are running. Until each has become ready, or is
+    found to be loading or lost, nothing is started or stopped to match the pools."""
 
     workers: tuple["StartWorker", ...]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoading:
-    """The worker is not ready, but on its way. Unknown ones are ignored."""
+    """The worker is still loading. Unknown ones are ignored."""
 
     worker_id: str
     incarnation: int
@@ -48,8 +48,8 @@ class WorkerLoading:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlaced:
-    """The worker has a place on some host, and starts: until then it may wait for as long as it takes.
-    Unknown ones are ignored."""
+    """The worker has a place on some host and is starting; it may wait for that indefinitely. Unknown ones
+    are ignored."""
 
     worker_id: str
     incarnation: int
@@ -57,8 +57,8 @@ class WorkerPlaced:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceWorkers:
-    """Drain these, as (worker_id, incarnation), and start others in their place: their host is not to be used
-    any more. Unknown ones are ignored."""
+    """Drains these workers, given as (worker_id, incarnation), and starts others in their place: their host
+    is no longer to be used. Unknown ones are ignored."""
 
     workers: tuple[tuple[str, int], ...]
 
@@ -80,8 +80,8 @@ FleetEvent = (
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """Start a process as soon as there is a place for it; answered by WorkerPlaced then, by WorkerReady, and
-    by WorkerLost when it ends, whenever and why ever."""
+    """Starts a process as soon as there is a place for it; answered by WorkerPlaced then, by WorkerReady, and
+    by WorkerLost when it ends for any reason."""
 
     role: Role
     worker_id: str
@@ -90,14 +90,14 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True)
 class DrainWorker:
-    """Give the worker nothing new (the router's WorkerDraining); answered by WorkerIdle."""
+    """Gives the worker no new work (the router's WorkerDraining); answered by WorkerIdle."""
 
     worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class AssignRole:
-    """Let the worker serve as `role` from now on, also if it was draining (the router's WorkerRole)."""
+    """Lets the worker serve as `role` from now on, even if it was draining (the router's WorkerRole)."""
 
     worker_id: str
     role: Role
@@ -105,7 +105,7 @@ class AssignRole:
 
 @dataclass(frozen=True, slots=True)
 class StopWorker:
-    """End the process; answered by WorkerLost, with this reason unless the process has one of its own."""
+    """Ends the process; answered by WorkerLost, with this reason unless the process reports its own."""
 
     worker_id: str
     incarnation: int

@@ -14,7 +14,7 @@ from ..core.messages import Role
 
 
 class MemberState(enum.Enum):
-    """Where a member of the fleet is in its life."""
+    """The stages of a fleet member's life."""
 
     STARTING = "starting"
     READY = "ready"
@@ -44,13 +44,13 @@ class Member(Automaton[MemberState]):
     role: Role
     incarnation: int
     since_s: float  # when it entered its state
-    num_failures: int = 0  # in a row
-    num_restarts: int = 0  # in all
+    num_failures: int = 0  # consecutive
+    num_restarts: int = 0  # in total
     last_error: str | None = None
     due_s: float | None = None  # BACKOFF: next start; STARTING, DRAINING: patience ends
     by_hand: bool = False  # drained by an operator
-    is_replaced: bool = False  # drains, and another takes its place: it must not come back
-    is_awaited: bool = False  # started by an earlier controller, not heard of yet
+    is_replaced: bool = False  # draining, and another takes its place: it must not return
+    is_awaited: bool = False  # started by an earlier controller, has not reported yet
     num_beats_left: int = 0  # until it is no longer awaited
 
     def __post_init__(self) -> None:

@@ -1,5 +1,5 @@
-"""Which hosts serve: those that the configuration asks for and those that Ray sees in, whom to check and whom
-to vacate out.
+"""Decides which hosts serve. In: the hosts that the configuration asks for and those that Ray sees. Out:
+hosts to check and to vacate.
 
 AWAITED -> CHECKING -> JOINED -> LOST -> CHECKING ...   LOST: Ray declared it dead; back under another node id
               |  ^        |                                  REFUSED: checked again after a pause
@@ -18,13 +18,13 @@ from .cores import Capacity, Key
 from .events import Tick
 from .places import Places
 
-CHECK_AGAIN_S = 5.0  # after the first refusal in a row; doubles with each
+CHECK_AGAIN_S = 5.0  # after the first consecutive refusal; doubles with each
 MAX_CHECK_AGAIN_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class SeenHost:
-    """One of Ray's nodes that are alive."""
+    """A live Ray node."""
 
     node_id: str
     address: str
@@ -35,7 +35,7 @@ class SeenHost:
 
 @dataclass(frozen=True, slots=True)
 class ExpectHosts:
-    """The configuration in force asks for these, and waits so long for each."""
+    """The hosts that the configuration in force asks for, and how long it waits for each."""
 
     hosts: ExpectedHosts
     join_timeout_s: float
@@ -43,7 +43,7 @@ class ExpectHosts:
 
 @dataclass(frozen=True, slots=True)
 class HostsSeen:
-    """All that are alive now, by Ray."""
+    """All nodes that are alive now, according to Ray."""
 
     hosts: tuple[SeenHost, ...]
 
@@ -55,12 +55,12 @@ class HostChecked:
     node_id: str
     capacity: Capacity
     refusal: str = ""  # why it cannot serve, and what to do; empty: it can
-    warning: str = ""  # what is odd
+    warning: str = ""  # a problem that does not keep it from serving
 
 
 @dataclass(frozen=True, slots=True)
 class HostSuspected:
-    """A worker there was lost, and nobody knows why: the host may be down or cut off, which Ray may notice
+    """A worker there was lost for no known reason: the host may be down or cut off, which Ray may notice
     later. Nothing starts there until it has answered again."""
 
     node_id: str
@@ -71,14 +71,14 @@ HostEvent = ExpectHosts | HostsSeen | HostChecked | HostSuspected | Tick
 
 @dataclass(frozen=True, slots=True)
 class CheckHost:
-    """Ask the host what it is like; answered by HostChecked."""
+    """Asks the host for its facts; answered by HostChecked."""
 
     node_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class VacateHost:
-    """Drain these instances and start others elsewhere in their place."""
+    """Drains these instances and starts others elsewhere in their place."""
 
     workers: tuple[Key, ...]
 
@@ -104,7 +104,7 @@ TRANSITIONS = {
 
 @dataclass(slots=True)
 class _Host:
-    """One that is there."""
+    """A host that is present."""
 
     seen: SeenHost
     since_s: float
@@ -112,7 +112,7 @@ class _Host:
     capacity: Capacity | None = None  # None until it has answered for the first time
     message: str = ""
     check_again_s: float | None = None
-    num_refusals: int = 0  # in a row
+    num_refusals: int = 0  # consecutive
 
     def transition(self, target: HostState, now_s: float, message: str = "") -> None:
         if target not in TRANSITIONS[self.state]:
@@ -122,7 +122,7 @@ class _Host:
 
 @dataclass(slots=True)
 class _Missing:
-    """One that is asked for and not there."""
+    """A host that is asked for and absent."""
 
     since_s: float
     state: HostState = HostState.AWAITED
@@ -131,7 +131,7 @@ class _Missing:
 
 @dataclass
 class Hosts:
-    """Keeps `places` to the hosts that serve."""
+    """Restricts `places` to the hosts that serve."""
 
     places: Places
     _expected: ExpectedHosts = field(default_factory=ExpectedHosts)
@@ -161,12 +161,12 @@ class Hosts:
         return self._out
 
     def are_complete(self, expected: ExpectedHosts) -> bool:
-        """Whether all hosts of a configuration serve: no more can be hoped for."""
+        """Whether all hosts of a configuration serve, so that no more are expected."""
         there = [host for host in self._hosts.values() if _is_listed(host.seen, expected)]
         return all(host.state is HostState.JOINED for host in there) and not any(self._absent(expected))
 
     def serving(self, expected: ExpectedHosts) -> tuple[str, ...]:
-        """The node ids of a configuration's hosts on which instances may start."""
+        """Returns the node ids of a configuration's hosts on which instances may start."""
         return tuple(
             node_id
             for node_id, host in self._hosts.items()
@@ -174,7 +174,7 @@ class Hosts:
         )
 
     def status(self, now_s: float) -> tuple[HostStatus, ...]:
-        """The head's host first, then as they joined, then those that are missing."""
+        """Returns the status of each host: the head's first, then in order of joining, then missing ones."""
         seen = sorted(self._hosts.values(), key=lambda host: not host.seen.is_head)
         missing = [
             HostStatus(address=name, state=one.state, since_s=now_s - one.since_s, message=self._why(one))
@@ -184,11 +184,11 @@ class Hosts:
 
     @property
     def names(self) -> dict[str, str]:
-        """Node id -> the host's name, of those that are there."""
+        """Returns node id -> host name for the hosts that are present."""
         return {node_id: host.seen.name for node_id, host in self._hosts.items()}
 
     def problems(self) -> str | None:
-        """The hosts that do not serve and should, in words; None when there are none."""
+        """Describes the hosts that should serve and do not; None when there are none."""
         return "; ".join(f"host {name}: {why}" for name, why in self._problems()) or None
 
     def _problems(self) -> Iterator[tuple[str, str]]:
@@ -265,7 +265,7 @@ class Hosts:
             return
         host.transition(HostState.JOINED, now_s, event.warning)
         host.num_refusals = 0
-        if first:  # later, its memory is taken by the instances that are counted there
+        if first:  # later on, the instances that are counted there occupy its memory
             num_bytes = event.capacity.num_bytes + self.places.cores.num_bytes_taken(event.node_id)
             host.capacity = replace(event.capacity, num_bytes=num_bytes)
         assert host.capacity is not None
@@ -294,7 +294,7 @@ class Hosts:
                 self._out.append(HostChanged(name, HostState.AWAITED, self._why(missing)))
 
     def _absent(self, expected: ExpectedHosts) -> Iterator[str]:
-        """The names of those that are asked for and not there."""
+        """Yields the names of hosts that are asked for and absent."""
         named = {expected.name_of(host.seen.address, host.seen.name) for host in self._hosts.values()}
         yield from (address for address in expected.addresses or () if address not in named)
         there = Counter(host.seen.node_type for host in self._hosts.values() if not host.seen.is_head)

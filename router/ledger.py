@@ -1,5 +1,5 @@
-"""Who has what open: every dispatch with an open leg, and its account at its workers. Only this file writes
-accounts."""
+"""The ledger of open work: every dispatch with an open leg, and its account at its workers. Only this file
+writes accounts."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -12,15 +12,14 @@ from .registry import RegisteredWorker, Registry
 
 
 class Ledger:
-    """Books dispatches on their workers when they start and off when their legs close: all is zero when all
-    is idle."""
+    """Books dispatches on their workers when they start and off when their legs close: all accounts are zero
+    when idle."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._dispatches: dict[TransferId, Dispatch] = {}
-        self.num_running: Counter[str] = (
-            Counter()
-        )  # by client: choices of dispatches with an open leg; none is 0
+        # by client: choices of dispatches with an open leg; absent means 0
+        self.num_running: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Dispatch]:
         return iter(self._dispatches.values())
@@ -32,11 +31,11 @@ class Ledger:
         return self._dispatches.get(transfer)
 
     def at(self, worker: RegisteredWorker) -> list[Dispatch]:
-        """The dispatches with an open leg at the worker, oldest first."""
+        """Returns the dispatches with an open leg at the worker, oldest first."""
         return [self._dispatches[transfer] for transfer in worker.open_legs]
 
     def open(self, dispatch: Dispatch, placement: RoutingDecision) -> None:
-        """Book a dispatch on its workers."""
+        """Books a dispatch on its workers."""
         dispatch.num_new_tokens = placement.num_new_tokens
         dispatch.prefill_s = placement.prefill_s
         dispatch.placement = placement
@@ -60,7 +59,7 @@ class Ledger:
         self._registry.rank(worker)
 
     def note_report(self, worker: RegisteredWorker, report: StepReport, now_s: float) -> None:
-        """A worker's load, and the progress that its step has made."""
+        """Records a worker's load and the progress of its step."""
         worker.load = report.load
         worker.note_step(report.timing is not None, now_s)
         if report.timing is not None and report.timing.num_prefill_tokens:
@@ -68,12 +67,12 @@ class Ledger:
         worker.count_tokens(len(report.outputs), now_s)
 
     def note_time(self, now_s: float) -> None:
-        """Brings every worker's token rate up to now: one that has not reported has brought nothing."""
+        """Updates every worker's token rate: one that has not reported has produced nothing."""
         for worker in self._registry:
             worker.count_tokens(0, now_s)
 
     def note_ending(self, dispatch: Dispatch, ended: LegEnded) -> None:
-        """A worker's own account of its leg, for the timeline and the worker's hit rate."""
+        """Records a worker's own account of its leg, for the timeline and the worker's hit rate."""
         if ended.leg is Leg.PREFILL:
             dispatch.prefill_ended = ended
         else:
@@ -83,7 +82,7 @@ class Ledger:
             dispatch.prefill.num_cached_tokens += ended.num_cached_tokens
 
     def count_token(self, dispatch: Dispatch, worker: RegisteredWorker) -> None:
-        """A token of a running dispatch came from one of its workers."""
+        """Counts a token of a running dispatch from one of its workers."""
         if dispatch.is_prefilling:
             self._end_prefill(dispatch)
         if worker is dispatch.decode:
@@ -100,7 +99,7 @@ class Ledger:
         self._registry.rank(dispatch.prefill)
 
     def close(self, dispatch: Dispatch, leg: Leg) -> RegisteredWorker:
-        """The worker holds nothing for this leg any more: take it off its account."""
+        """Takes a leg for which the worker holds nothing any more off its account."""
         worker = dispatch.worker_of(leg)
         assert worker is not None and leg in dispatch.open_legs, f"{dispatch.transfer} has no open {leg} leg"
         dispatch.open_legs.remove(leg)
@@ -132,7 +131,8 @@ class Ledger:
         self._registry.rank(worker)
 
     def check_integrity(self) -> None:
-        """Every account equals the sum over the open legs. For tests, and for status when all is idle."""
+        """Checks that every account equals the sum over the open legs. For tests, and for status when
+        idle."""
         num_running: Counter[str] = Counter()
         for dispatch in self:
             num_running[dispatch.spec.client] += len(dispatch.spec.choices)

@@ -1,9 +1,9 @@
-"""Links between hosts on which KV does not get through, as where a firewall lets each of them reach the head
-alone: their workers are paired last, so that requests do not pay for finding out one by one.
+"""Links between hosts on which KV transfers fail, for instance where a firewall lets each host reach the head
+alone: their workers are paired last, so that requests do not pay for discovering this one by one.
 
-A link is broken after two failures in a row, of transfers or of probes. One that no transfer has used is
-probed as soon as workers serve at both ends, one that has failed is probed after a pause, which doubles with
-each failure; a probe that passes lets one request try. Failures of single requests are dealt with elsewhere
+A link is broken after two consecutive failures of transfers or probes. One that no transfer has used is
+probed as soon as workers serve at both ends; one that has failed is probed after a pause, which doubles with
+each failure; a successful probe lets one request try. Failures of single requests are handled elsewhere
 (`Job.failed_pairs`)."""
 
 from collections.abc import Iterator
@@ -14,33 +14,32 @@ from math import inf
 from ..core.messages import Probed
 from .registry import RegisteredWorker, Registry, RoutingState
 
-NUM_FAILURES = 2  # in a row; one may be a worker that died
+NUM_FAILURES = 2  # consecutive; a single one may be a worker that died
 PROBE_AGAIN_S = 4.0  # after the first failure: by then it is known whether a worker died
 PAUSE_S = 10.0
 MAX_PAUSE_S = 120.0
 
-Link = tuple[str, str]  # from host to host, by the ids that workers give
+Link = tuple[str, str]  # from host to host, by the ids that workers report
 
 
 @dataclass(slots=True)
 class _Breaker:
-    """A link that has failed, and has not worked since."""
+    """A link that has failed and not worked since."""
 
-    num_failures: int = 0  # in a row
-    has_lost_kv: bool = False  # a transfer failed: that a probe passes is not enough
+    num_failures: int = 0  # consecutive
+    has_lost_kv: bool = False  # a transfer failed: a successful probe is not enough
     try_again_s: float = 0.0
     problem: str = ""
 
 
 class Links:
-    """A circuit breaker for each link, and what is known of the others."""
+    """A circuit breaker for each failed link, and the knowledge about the others."""
 
     def __init__(self) -> None:
         self._breakers: dict[Link, _Breaker] = {}
         self._avoided: set[Link] = set()
-        self._passed: set[Link] = (
-            set()
-        )  # where a transfer or a probe came through, and nothing has failed since
+        # links on which a transfer or a probe has succeeded and nothing has failed since
+        self._passed: set[Link] = set()
         self._asked: dict[
             Link, tuple[RegisteredWorker, RegisteredWorker]
         ] = {}  # probes that have not been answered
@@ -50,7 +49,7 @@ class Links:
         return bool(self._avoided) and _link(prefill, decode) in self._avoided
 
     def probes(self, registry: Registry, now_s: float) -> Iterator[tuple[RegisteredWorker, RegisteredWorker]]:
-        """Pairs of workers, the first of which shall try to reach the second now; `probed` takes the
+        """Yields pairs of workers, the first of which is to try to reach the second now; `probed` takes the
         answer."""
         if now_s < self._next_probe_s:
             return
@@ -70,16 +69,16 @@ class Links:
             yield source, target
 
     def workers_changed(self) -> None:
-        """A worker serves, or does not any more."""
+        """Records that a worker has started or stopped serving."""
         self._next_probe_s = 0.0
 
     def lost(self, worker: RegisteredWorker) -> None:
-        """What it was asked, or was to be tried with, is open again."""
+        """Reopens the probes and trials that involved a lost worker."""
         self._asked = {link: workers for link, workers in self._asked.items() if worker not in workers}
         self.workers_changed()
 
     def probed(self, event: Probed, now_s: float) -> None:
-        """Answers to questions that are not open any more are ignored."""
+        """Records a probe's answer. Answers to probes that are no longer pending are ignored."""
         question = (event.worker_id, event.incarnation), (event.target_worker_id, event.target_incarnation)
         for link, (source, target) in list(self._asked.items()):
             if question == (_key(source), _key(target)):
@@ -87,8 +86,8 @@ class Links:
                 self._answered(link, source, target, event.error, now_s)
 
     def started(self, prefill: RegisteredWorker, decode: RegisteredWorker, now_s: float) -> None:
-        """A request is dispatched: nobody else tries a link that was broken before it is known how this one
-        fares."""
+        """Records a dispatch: no other request tries a link that was broken until the outcome of this one is
+        known."""
         link = _link(prefill, decode)
         breaker = self._breakers.get(link)
         if breaker is not None and breaker.num_failures >= NUM_FAILURES:
@@ -102,7 +101,7 @@ class Links:
         self._passed.add(link)
 
     def failed(self, prefill: RegisteredWorker, decode: RegisteredWorker, error: str, now_s: float) -> None:
-        """A transfer did. Within a host there is no network to blame."""
+        """Records a failed transfer. Within a host there is no network to blame."""
         link = _link(prefill, decode)
         if link[0] == link[1]:
             return

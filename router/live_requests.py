@@ -1,4 +1,4 @@
-"""The live requests by their ids: which of them an event is for. What it does to one is in
+"""The live requests by id, to which events are routed. The effect of an event on a request is in
 `request_life.py`."""
 
 import msgspec
@@ -44,16 +44,16 @@ class LiveRequests:
 
     @property
     def num_live(self) -> int:
-        """Requests that are not over."""
+        """The number of requests that are not over."""
         return self._life.num_live
 
     def timeline(self, request_id: str, now_s: float) -> Timeline | None:
-        """Of a live request so far; None when there is none of this name."""
+        """Returns the timeline of a live request so far; None for an unknown id."""
         live = self._requests.get(request_id)
         return None if live is None else live.timeline(now_s)
 
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> list[RouterCommand]:
-        """What the event does to the request, which is forgotten when it is closed."""
+        """Applies the event to the request, which is forgotten once it is closed."""
         commands = self._life.handle(live, event, now_s)
         if live.state is RequestState.CLOSED and self._requests.get(live.request_id) is live:
             del self._requests[live.request_id]
@@ -62,9 +62,9 @@ class LiveRequests:
     # requests come
 
     def adopted(self, request: Request) -> LiveRequest | None:
-        """The request of an earlier router that waits for the client of this one.
+        """Returns the request of an earlier router that waits for the client of this one.
 
-        Raises DuplicateRequest when it is another one with the same id, or is being served already.
+        Raises DuplicateRequest when a different request has the same id, or when it is being served already.
         """
         live = self._requests.get(request.request_id)
         if live is None or (live.state.is_over and live.state.has_client):
@@ -74,20 +74,21 @@ class LiveRequests:
         return live
 
     def admit(self, request: Request, adopted: LiveRequest | None, now_s: float) -> list[RouterCommand]:
-        """Queues a new request. Who waited for its client under the same id does so no more."""
+        """Queues a new request. A request that waited for its client under the same id is abandoned."""
         commands = [] if adopted is None else self.handle(adopted, Abandoned(), now_s)
         live = self._begin(LiveRequest(request, now_s), now_s)
         self.deadlines.add(live, self.num_live)
         return commands
 
     def claim(self, adopted: LiveRequest, request: Request, now_s: float) -> list[RouterCommand]:
-        """Its client is back."""
+        """Hands an adopted request to its client, which is back."""
         commands = self.handle(adopted, Claimed(request), now_s)
         self.deadlines.add(adopted, self.num_live)
         return commands
 
     def adopt(self, request: Request, now_s: float) -> LiveRequest:
-        """A request of an earlier router; its stream is kept for its client until `claims_end_s`."""
+        """Takes over a request of an earlier router; its stream is kept for its client until
+        `claims_end_s`."""
         return self._begin(LiveRequest(request, now_s, is_adopted=True), now_s)
 
     def _begin(self, live: LiveRequest, now_s: float) -> LiveRequest:
@@ -98,7 +99,7 @@ class LiveRequests:
     # what clients say
 
     def cancel(self, event: Cancel, now_s: float) -> list[RouterCommand]:
-        """Ends a request, or one choice of it. Ignored when there is none of this name."""
+        """Ends a request, or one choice of it. Ignored for an unknown id."""
         live = self._requests.get(event.request_id)
         if live is None:
             return []
@@ -107,7 +108,7 @@ class LiveRequests:
         return self.handle(live, CancelChoice(event.choice, event.reason), now_s)
 
     def note_reading(self, event: StreamUnread | StreamRead, now_s: float) -> list[RouterCommand]:
-        """A client leaves too much unread, or reads again. Ignored when there is no request of this name."""
+        """Records that a client leaves too much unread, or reads again. Ignored for an unknown id."""
         live = self._requests.get(event.request_id)
         return [] if live is None else self.handle(live, event, now_s)
 
@@ -116,12 +117,13 @@ class LiveRequests:
     def end_leg(
         self, dispatch: Dispatch, leg: Leg, error: str | None, is_invalid: bool, now_s: float
     ) -> list[RouterCommand]:
-        """A worker says that it is done with its leg; `is_invalid`: and that nobody can carry out the
+        """Handles a worker's report that it is done with its leg; `is_invalid`: no worker can carry out the
         request."""
         return self.handle(dispatch.live, LegOver(dispatch, leg, error, is_invalid=is_invalid), now_s)
 
     def lose_worker(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:
-        """All legs there are over; what they were needed for is dispatched again, in the order it was."""
+        """Closes all legs at a lost worker; work that needed them is dispatched again, in the original
+        order."""
         commands: list[RouterCommand] = []
         for dispatch in self._ledger.at(worker):
             error = f"{worker.worker_id}: {reason}"
@@ -132,7 +134,8 @@ class LiveRequests:
     # what time does
 
     def pass_time(self, now_s: float) -> list[RouterCommand]:
-        """Ends what is past its deadline or unclaimed for too long; what has backed off is queued again."""
+        """Ends requests that are past their deadline or unclaimed for too long; queues jobs whose backoff has
+        elapsed."""
         commands: list[RouterCommand] = []
         for live in self.deadlines.expired(now_s):
             commands += self.handle(live, End(FinishReason.DEADLINE), now_s)
@@ -145,8 +148,8 @@ class LiveRequests:
         return commands
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when a state, the queue or a count disagrees with where the requests' work
-        is."""
+        """Raises AssertionError when a state, the queue or a count disagrees with the location of the
+        requests' work."""
         queued = list(self._queue)
         for job in queued:
             assert job.choices, f"{job.live}: a job without choices is queued"
@@ -154,10 +157,10 @@ class LiveRequests:
         for live in self._requests.values():
             live.check_integrity(waiting)
         num_jobs = sum(len(live.jobs) for live in self._requests.values() if live.state.is_served)
-        assert num_jobs == len(queued), f"{len(queued)} jobs are queued, the requests have {num_jobs}"
+        assert num_jobs == len(queued), f"{len(queued)} jobs are queued, but the requests have {num_jobs}"
         assert self.num_live == sum(not live.state.is_over for live in self._requests.values())
 
 
 def is_same(adopted: Request, request: Request) -> bool:
-    """Workers do not remember a request's deadline, nor its client's turn."""
+    """Whether two requests are equal but for deadline and client's turn, which workers do not remember."""
     return msgspec.structs.replace(request, deadline_s=None, client="", traceparent="") == adopted

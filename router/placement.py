@@ -1,9 +1,9 @@
-"""Where a job runs: the (prefill, decode) pair, or the one worker, with the least predicted cost.
+"""Chooses where a job runs: the (prefill, decode) pair, or the single worker, with the least predicted cost.
 
-Cost is predicted TTFT (queue and uncached prompt tokens on P) plus what of the transfer stays visible behind
-the compute. Workers on which a token would take longer than the SLO come last, the least excess first. A
-decision looks at the few least loaded workers of each role and at those that hold most of the prefix, never
-at all pairs."""
+Cost is predicted TTFT (queue and uncached prompt tokens on P) plus the part of the transfer that compute does
+not hide. Workers on which a token would take longer than the SLO come last, the least excess first. A
+decision considers the few least loaded workers of each role and those that hold most of the prefix, never all
+pairs."""
 
 from itertools import islice
 from operator import itemgetter
@@ -18,7 +18,7 @@ from .registry import RegisteredWorker, Registry, RoutingState, decode_load
 
 
 class Placer:
-    """Decides; changes nothing."""
+    """Makes placement decisions; changes no state."""
 
     def __init__(
         self, registry: Registry, index: PrefixIndex, model: LatencyModel, links: Links, config: RouterConfig
@@ -30,7 +30,7 @@ class Placer:
         self._model = model
 
     def place(self, job: Job) -> RoutingDecision | None:
-        """The best place that has room now; None when the job has to wait."""
+        """Returns the best place that has room now; None when the job has to wait."""
         prefills, decodes, depths = self._workers(job)
         options = [self._prefill_option(job, worker, depths) for worker in prefills]
         options = [option for option in options if self._has_prefill_room(option.worker)] or options
@@ -71,8 +71,8 @@ class Placer:
         return worker.has_prefill_room(self.config.max_prefill_backlog_tokens)
 
     def _workers(self, job: Job) -> tuple[list[RegisteredWorker], list[RegisteredWorker], dict[int, int]]:
-        """Prefill and decode workers to look at, and the longest cached prefix anywhere, in blocks by block
-        size."""
+        """Returns the prefill and decode workers to consider, and the longest cached prefix anywhere, in
+        blocks by block size."""
         count = self.config.num_candidates
         num_decode_tokens = job.num_total_tokens
         decodes = self._registry.best_decode(num_decode_tokens, count)
@@ -100,7 +100,7 @@ class Placer:
         return prefills, decodes, depths
 
     def _cached_tokens(self, job: Job, worker: RegisteredWorker, depths: dict[int, int]) -> int:
-        """By the index; one token at least is always computed."""
+        """Returns the cached tokens according to the index; at least one token is always computed."""
         block_size = worker.info.layout.block_size
         depth = depths.get(block_size, 0)
         if not depth:
@@ -165,9 +165,9 @@ class Placer:
     def _on_one(
         self, job: Job, workers: list[RegisteredWorker], depths: dict[int, int], others_prefill: bool
     ) -> list[Candidate]:
-        """Both phases on one worker. Where others prefill, a decode worker's time is dear: it must keep its
-        streams inside the SLO, and its prefill counts `prefill_on_decode_factor` times, as it delays those
-        that come next."""
+        """Returns the candidates that serve both phases on one worker. Where others prefill, a decode
+        worker's time is precious: it must keep its streams inside the SLO, and its prefill counts
+        `prefill_on_decode_factor` times, as it delays later ones."""
         candidates: list[Candidate] = []
         for worker in workers:
             if not (

@@ -1,6 +1,7 @@
-"""Who gets a place on which host, and who waits for one: hosts that join, leave or fail in, placements out.
+"""Assigns instances to places on hosts and queues those that wait. In: hosts that join, leave or fail. Out:
+placements.
 
-An instance that has a place keeps it: nothing that runs is moved because a host joins.
+An instance that has a place keeps it: a host that joins moves nothing that is running.
 """
 
 from collections import Counter
@@ -20,7 +21,8 @@ class _Instance:
 
 
 class Places:
-    """Counts what instances have of each host, and decides who comes next when there is room."""
+    """Counts the resources that instances use on each host, and decides which instance is next when there is
+    room."""
 
     def __init__(self, cores: CoreAllocator | None = None) -> None:
         self.cores = cores or CoreAllocator()
@@ -29,22 +31,22 @@ class Places:
         self._placed: dict[Key, _Instance] = {}
 
     def ask(self, worker: Key, role: Role, need: Need) -> None:
-        """The instance waits for a place from now on; `next` gives it one."""
+        """Queues an instance for a place; `next` gives it one."""
         self._waiting[worker] = _Instance(role, need)
 
     def adopt(self, worker: Key, role: Role, placement: Placement, need: Need) -> None:
-        """An earlier head has placed it."""
+        """Registers an instance that an earlier head has placed."""
         self.cores.take_back(worker, placement, need)
         self._placed[worker] = _Instance(role, need)
 
     def assign(self, worker_id: str, role: Role) -> None:
-        """The instance serves in another pool now."""
+        """Moves an instance to another pool."""
         for worker, instance in self._placed.items():
             if worker[0] == worker_id:
                 self._placed[worker] = _Instance(role, instance.need)
 
     def give_back(self, worker: Key) -> None:
-        """Nothing is left of the instance, or it does not wait any more; unknown ones are ignored."""
+        """Releases an instance that has ended, or that no longer waits; unknown ones are ignored."""
         self._waiting.pop(worker, None)
         self._placed.pop(worker, None)
         self.cores.give_back(worker)
@@ -54,11 +56,11 @@ class Places:
         return tuple(self._waiting)
 
     def next(self) -> tuple[Key, Placement] | None:
-        """Who gets a place now; None when nobody can.
+        """Returns the instance that gets a place now, and the place; None when none can.
 
-        First comes the pool of which the least part is placed, so that the first prefill and the first decode
-        instance come before all others and pools grow by their ratio; of equal ones the larger instance, as
-        it fits in fewer places."""
+        The pool with the smallest placed fraction comes first, so that the first prefill and the first decode
+        instance precede all others and pools grow by their ratio; among equals, the larger instance, as it
+        fits in fewer places."""
         num_placed = Counter(instance.role for instance in self._placed.values())
         order = sorted(self._waiting.items(), key=lambda item: self._rank(item[1], num_placed))
         for worker, instance in order:
@@ -75,5 +77,5 @@ class Places:
         return part, -instance.need.num_cores * instance.need.core_share
 
     def why_waiting(self, worker: Key) -> str:
-        """In words, after `next` found no room for it."""
+        """Describes why an instance waits, after `next` found no room for it."""
         return self.cores.what_is_missing(worker[0], self._waiting[worker].need) or ""

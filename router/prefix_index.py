@@ -1,16 +1,15 @@
-"""Which worker holds which prefix: built from workers' reports alone, hence possibly stale. A hint, never a
-promise."""
+"""The index of prefixes that workers hold: built from workers' reports alone, hence possibly stale. A hint,
+never a promise."""
 
 from collections.abc import Iterable, Sequence
 
 from ..core.hashing import block_hashes
 
-HASHED_AT_ONCE = 16  # blocks by which the search for the longest prefix goes forward
+HASHED_AT_ONCE = 16  # blocks by which the search for the longest prefix advances
 
 
 class PrefixChain:
-    """The block hashes of one token sequence, computed as far as somebody asks: an unknown prompt costs one
-    hash."""
+    """The block hashes of one token sequence, computed lazily: an unknown prompt costs one hash."""
 
     def __init__(self, token_ids: Sequence[int], block_size: int, salt: str) -> None:
         self._token_ids = token_ids
@@ -29,8 +28,8 @@ class PrefixChain:
 
 
 class PrefixIndex:
-    """(block hash -> workers) and back. A worker that holds a block is taken to hold those before it, as
-    caches evict from the tail: so the length of a cached prefix is found by bisection."""
+    """(block hash -> workers) and back. A worker that holds a block is assumed to hold those before it, as
+    caches evict from the tail: so bisection finds the length of a cached prefix."""
 
     def __init__(self) -> None:
         self._holders: dict[
@@ -39,7 +38,7 @@ class PrefixIndex:
         self._blocks: dict[str, set[bytes]] = {}
 
     def update(self, worker_id: str, added: Iterable[bytes], evicted: Iterable[bytes]) -> None:
-        """What a worker's cache gained and lost in a step."""
+        """Records the blocks that a worker's cache gained and lost in a step."""
         blocks = self._blocks.setdefault(worker_id, set())
         for block_hash in added:
             blocks.add(block_hash)
@@ -50,7 +49,7 @@ class PrefixIndex:
                 self._forget(worker_id, block_hash)
 
     def remove_worker(self, worker_id: str) -> None:
-        """The worker's cache is gone."""
+        """Removes a worker whose cache is gone."""
         for block_hash in self._blocks.pop(worker_id, ()):
             self._forget(worker_id, block_hash)
 
@@ -61,12 +60,13 @@ class PrefixIndex:
             del self._holders[block_hash]
 
     def longest(self, chain: PrefixChain) -> tuple[int, Iterable[str]]:
-        """The most blocks of `chain` that any worker holds, and which workers those are."""
+        """Returns the largest number of leading blocks of `chain` that any worker holds, and those
+        workers."""
         low, high, step = (
             0,
             chain.num_blocks,
             1,
-        )  # `low` blocks are held by somebody; `high`: nobody holds more
+        )  # some worker holds `low` blocks; none holds more than `high`
         while low < high:  # an unknown prompt costs one hash, a known one few more than its cached blocks
             middle = min(low + step, high)
             if chain[middle - 1] in self._holders:
@@ -76,7 +76,7 @@ class PrefixIndex:
         return low, self._holders[chain[low - 1]] if low else ()
 
     def cached_blocks(self, worker_id: str, chain: PrefixChain, limit: int) -> int:
-        """How many of the first `limit` blocks of `chain` the worker holds."""
+        """Returns how many of the first `limit` blocks of `chain` the worker holds."""
         blocks = self._blocks.get(worker_id)
         if not blocks or not limit or chain[0] not in blocks:
             return 0

@@ -1,5 +1,4 @@
-"""Items in the order of a key that changes often: reading the best few is free, a change costs two
-bisections."""
+"""Items ordered by a key that changes often: reading the best few is free, a change costs two bisections."""
 
 from bisect import bisect_left, insort
 from typing import Generic, TypeVar
@@ -19,7 +18,7 @@ class Ranking(Generic[T]):
         return len(self._order)
 
     def put(self, name: str, key: float, item: T) -> None:
-        """Add an item, or move it to where `key` puts it."""
+        """Adds an item, or moves it to the position of its new `key`."""
         old = self._keys.get(name)
         if old == key:
             self._items[name] = item
@@ -31,12 +30,12 @@ class Ranking(Generic[T]):
         self._items[name] = item
 
     def discard(self, name: str) -> None:
-        """Remove an item if it is there."""
+        """Removes an item if present."""
         key = self._keys.pop(name, None)
         if key is not None:
             del self._order[bisect_left(self._order, (key, name))]
             del self._items[name]
 
     def best(self, count: int) -> list[T]:
-        """The first `count` items."""
+        """Returns the first `count` items."""
         return [self._items[name] for _, name in self._order[:count]]

@@ -1,4 +1,4 @@
-"""Who is told what becomes of requests, without a say in it: metrics, traces, logs."""
+"""Passive observers of requests: metrics, traces, logs."""
 
 from typing import Protocol
 
@@ -6,12 +6,12 @@ from .events import RouterEvent, Timeline
 
 
 class RequestRecorder(Protocol):
-    """Called on the router's loop; whoever implements it returns soon."""
+    """Called on the router's loop; implementations return soon."""
 
     def observe(self, event: RouterEvent) -> None:
-        """Before the router handles it."""
+        """Receives an event before the router handles it."""
         ...
 
     def closed(self, timeline: Timeline) -> None:
-        """No worker holds anything for the request any more."""
+        """Called when no worker holds anything for the request any more."""
         ...

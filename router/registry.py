@@ -1,5 +1,4 @@
-"""The workers that are there, what they were given and have not finished, and who comes first for the next
-request."""
+"""The registry of current workers: their unfinished work, and their ranking for the next request."""
 
 import enum
 from collections.abc import Hashable, Iterator
@@ -27,7 +26,7 @@ TRANSITIONS = {
 
 class RegisteredWorker(Automaton[RoutingState]):
     """One incarnation of a worker, with the account of what is open there. The router's own account leads the
-    reported load: it knows what is on its way."""
+    reported load: it includes work that is on its way."""
 
     __slots__ = (
         "_progress_s",
@@ -62,17 +61,17 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.layout = layout  # equal for workers that can exchange KV
         self.capacity_tokens = min(info.max_model_len, info.num_blocks * info.layout.block_size)
         self.load = WorkerLoad(num_free_blocks=info.num_blocks)
-        self._stepped_s: float | None = None  # when a step ended last, or there was none to do
+        self._stepped_s: float | None = None  # when a step last ended, or there was nothing to do
         self.open_legs: dict[TransferId, None] = {}  # ordered, so that a loss is handled in order of dispatch
         self.prefilling = 0  # dispatches that have not brought their first token
         self.num_queued_tokens = 0  # uncached prompt tokens of those
         self.queued_prefill_s = 0.0  # predicted compute of those
-        self._progress_s = 0.0  # computed already of those
+        self._progress_s = 0.0  # the part of that which is already computed
         self.num_sequences = 0  # choices of open decode legs
         self.num_context_tokens = 0  # of those, prompt and output
         self.num_reserved_blocks = 0  # that those took at dispatch
-        self.num_grown_tokens = 0  # that they have brought since
-        # reserved by legs that have not begun to decode: reports may not show them yet
+        self.num_grown_tokens = 0  # that they have produced since
+        # reserved by legs that have not begun to decode: reports may not include them yet
         self.num_pending_blocks = 0
         self.num_prompt_tokens = 0  # of all ended prefills, for the hit rate
         self.num_cached_tokens = 0
@@ -89,18 +88,18 @@ class RegisteredWorker(Automaton[RoutingState]):
 
     @property
     def queue_s(self) -> float:
-        """Predicted seconds of prefill ahead of a new prompt."""
+        """Returns the predicted seconds of prefill ahead of a new prompt."""
         return max(0.0, self.queued_prefill_s - self._progress_s)
 
     @property
     def num_free_blocks(self) -> int:
-        """Two cautious views, the less cautious of them: ours counts shared prefixes twice, the reported one
+        """Returns the larger of two conservative counts: ours counts shared prefixes twice, the reported one
         counts reservations twice while they are pending."""
         ours = self.num_reserved_blocks + self.num_grown_tokens // self.info.layout.block_size
         return max(self.info.num_blocks - ours, self.load.num_free_blocks - self.num_pending_blocks)
 
     def blocks_for(self, num_tokens: int, num_choices: int) -> int:
-        """Blocks of a prompt whose choices share it and grow by a block each."""
+        """Returns the number of blocks of a prompt whose choices share it and grow by a block each."""
         return -(-num_tokens // self.info.layout.block_size) + num_choices
 
     def has_prefill_room(self, limit_tokens: int | None) -> bool:
@@ -110,7 +109,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         )
 
     def has_decode_room(self, num_tokens: int, num_choices: int) -> bool:
-        """A worker without work has room for whatever fits it at all."""
+        """Whether the worker has room now. An idle worker has room for anything that it can hold at all."""
         if not self.open_legs:
             return True
         if self.num_sequences + num_choices > self.info.max_batch_size:
@@ -131,21 +130,21 @@ class RegisteredWorker(Automaton[RoutingState]):
             self.queued_prefill_s = self._progress_s = 0.0
 
     def progress(self, seconds: float) -> None:
-        """A step of `seconds` computed some of the queued prefill."""
+        """Accounts for a step of `seconds` that computed some of the queued prefill."""
         if self.prefilling:
             self._progress_s += seconds
 
     def note_step(self, is_step: bool, now_s: float) -> None:
-        """After each report; `is_step`: it tells of a step, and not only that the worker lives."""
+        """Called after each report; `is_step`: it reports a step and is not a mere heartbeat."""
         if is_step or not self.load.num_running or self._stepped_s is None:
             self._stepped_s = now_s
 
     def stalled_s(self, now_s: float) -> float:
-        """For how long it has had sequences to compute and has ended no step."""
+        """Returns for how long the worker has had sequences to compute and has ended no step."""
         return now_s - self._stepped_s if self.load.num_running and self._stepped_s is not None else 0.0
 
     def count_tokens(self, num_tokens: int, now_s: float) -> None:
-        """For `tokens_per_s`, over windows of at least a second."""
+        """Counts tokens for `tokens_per_s`, over windows of at least a second."""
         self._window_tokens += num_tokens
         elapsed_s = now_s - self._window_start_s
         if elapsed_s >= 1.0:
@@ -170,7 +169,7 @@ class Registry:
         return self._workers.get(worker_id)
 
     def current(self, worker_id: str, incarnation: int) -> RegisteredWorker | None:
-        """The worker if this incarnation is the living one; None for messages of the dead."""
+        """Returns the worker if this incarnation is the current one; None for a lost one."""
         worker = self._workers.get(worker_id)
         return worker if worker is not None and worker.info.incarnation == incarnation else None
 
@@ -206,7 +205,7 @@ class Registry:
         self._unrank(worker)
 
     def assign(self, worker: RegisteredWorker, role: Role) -> None:
-        """The worker is ready, as `role`."""
+        """Makes the worker ready, as `role`."""
         if worker.state is RoutingState.DRAINING:
             worker.transition(RoutingState.READY)
         self._unrank(worker)
@@ -214,7 +213,7 @@ class Registry:
         self.rank(worker)
 
     def rank(self, worker: RegisteredWorker) -> None:
-        """Put the worker where its present account belongs."""
+        """Updates the worker's rank from its present account."""
         if worker.state is not RoutingState.READY:
             return
         if worker.role.prefills:
@@ -230,12 +229,13 @@ class Registry:
                 ranking.discard(worker.worker_id)
 
     def best_prefill(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
-        """The ready prefill workers with the shortest queues that can hold `num_tokens`: `count` of each
-        capacity."""
+        """Returns the ready prefill workers with the shortest queues that can hold `num_tokens`: `count` of
+        each capacity."""
         return _best(self._by_prefill, num_tokens, count)
 
     def best_decode(self, num_tokens: int, count: int) -> list[RegisteredWorker]:
-        """The least loaded ready decode workers that can hold `num_tokens`: `count` of each capacity."""
+        """Returns the least loaded ready decode workers that can hold `num_tokens`: `count` of each
+        capacity."""
         return _best(self._by_decode, num_tokens, count)
 
     def can_hold(self, num_tokens: int) -> bool:
@@ -259,6 +259,6 @@ def _best(
 
 
 def decode_load(worker: RegisteredWorker) -> float:
-    """Fraction of the batch, and of the blocks, that open decode legs take."""
+    """Returns the fraction of the batch, and of the blocks, that open decode legs take."""
     info = worker.info
     return worker.num_sequences / info.max_batch_size + worker.num_reserved_blocks / info.num_blocks

@@ -1,5 +1,5 @@
-"""What workers say of their legs: tokens go to their streams, loads and times to the accounts, ends close
-legs."""
+"""Handles workers' reports on their legs: tokens go to their streams, loads and times to the accounts,
+endings close legs."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from .request_states import RequestState
 
 
 class WorkerReports:
-    """Drops what comes from incarnations that are lost, and what belongs to no open leg."""
+    """Drops reports from lost incarnations and those that belong to no open leg."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class WorkerReports:
         self._model = model
         self._links = links
         self.gaps = TokenGaps()
-        self._tokens_before = self.gaps.before  # one look-up less a token
+        self._tokens_before = self.gaps.before  # saves one look-up per token
 
     def on_report(self, report: StepReport, now_s: float) -> list[RouterCommand]:
         worker = self._registry.current(report.worker_id, report.incarnation)
@@ -55,7 +55,8 @@ class WorkerReports:
     def on_tokens(
         self, worker: RegisteredWorker, outputs: Sequence[TokenOutput], now_s: float
     ) -> list[RouterCommand]:
-        """Tokens of running dispatches: each goes to its stream, and what is due there to the client."""
+        """Handles tokens of running dispatches: each goes to its stream, and those that are due go to the
+        client."""
         commands: list[RouterCommand] = []
         dispatch_of, open_legs, count_token = self._ledger.get, worker.open_legs, self._ledger.count_token
         for output in outputs:
@@ -110,6 +111,6 @@ class WorkerReports:
         self._ledger.note_ending(dispatch, event)
         leg = dispatch.leg_at(worker)
         if event.leg is not leg and event.error is None:
-            return []  # the prefill of a worker that serves both phases: its leg goes on
+            return []  # the prefill of a worker that serves both phases: its leg continues
         error = None if event.error is None else f"{worker.worker_id}: {event.error}"
         return self._requests.end_leg(dispatch, leg, error, event.is_invalid, now_s)

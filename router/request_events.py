@@ -1,6 +1,6 @@
-"""What can happen to a request, as `request_life.py` has it: one value for each column of its table.
+"""The events of a request's life: one value for each row of the table in `request_life.py`.
 
-Two of the router's own events are among them as they come: `StreamUnread` and `StreamRead`.
+Two of the router's own events are used unchanged: `StreamUnread` and `StreamRead`.
 """
 
 import msgspec
@@ -14,7 +14,7 @@ from .stream import ChoiceStream
 
 
 class Placed(msgspec.Struct, frozen=True):
-    """Workers take one of its jobs, which has left the queue."""
+    """Workers take one of the request's jobs, which has left the queue."""
 
     job: Job
     placement: RoutingDecision
@@ -22,37 +22,37 @@ class Placed(msgspec.Struct, frozen=True):
 
 
 class LastToken(msgspec.Struct, frozen=True):
-    """A choice has ended by itself: its stream has the last token, which `dispatch` has brought."""
+    """A choice has ended by itself: its stream has the last token, which `dispatch` has produced."""
 
     dispatch: Dispatch
     stream: ChoiceStream
 
 
 class LegOver(msgspec.Struct, frozen=True):
-    """A worker holds nothing for a leg any more: it has said so, or is lost."""
+    """A worker holds nothing for a leg any more: it has reported so, or is lost."""
 
     dispatch: Dispatch
     leg: Leg
     error: str | None
-    is_invalid: bool = False  # the error is the request's own: nobody can carry it out
+    is_invalid: bool = False  # the error is the request's own: no worker can carry it out
     is_worker_lost: bool = False
 
 
 class Displaced(msgspec.Struct, frozen=True):
-    """One of its dispatches makes room for another client."""
+    """One of the request's dispatches makes room for another client."""
 
     dispatch: Dispatch
 
 
 class GivenUp(msgspec.Struct, frozen=True):
-    """An earlier router's dispatch is of no use: others serve its choices, they have ended, or half of it is
-    gone."""
+    """An earlier router's dispatch is useless: others serve its choices, they have ended, or one of its legs
+    is gone."""
 
     dispatch: Dispatch
 
 
 class Due(msgspec.Struct, frozen=True):
-    """A job of it that backed off may be dispatched again."""
+    """A job of the request that backed off may be dispatched again."""
 
 
 class CancelChoice(msgspec.Struct, frozen=True):
@@ -63,7 +63,7 @@ class CancelChoice(msgspec.Struct, frozen=True):
 
 
 class End(msgspec.Struct, frozen=True):
-    """All of it ends; `reason` is None when each choice has ended already."""
+    """The whole request ends; `reason` is None when each choice has ended already."""
 
     reason: FinishReason | None
     error: str | None = None

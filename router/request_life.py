@@ -1,9 +1,9 @@
-"""A request's life, from its admission until no worker holds anything for it: what each event does in each
-state.
+"""A request's life, from its admission until no worker holds anything for it: the effect of each event in
+each state.
 
-`RequestLife.REACTIONS` is the whole of it. A reaction changes the request, the queue and the ledger, and
-returns commands. It leaves QUEUED, RUNNING and BACKING_OFF alone: they follow from where the request's work
-is afterwards."""
+`RequestLife.REACTIONS` is the complete table. A reaction changes the request, the queue and the ledger, and
+returns commands. It does not set QUEUED, RUNNING or BACKING_OFF: they follow from where the request's work is
+afterwards."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ Row = tuple[type[RequestEvent], Reaction, Reaction, Reaction, Reaction, Reaction
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """The event may come in this state, and means nothing there."""
+    """The event may occur in this state and has no effect."""
 
     reason: str
 
@@ -61,26 +61,26 @@ class Ignored:
 
 @dataclass(frozen=True, slots=True)
 class Illegal:
-    """The event cannot come in this state, unless by a bug of ours."""
+    """The event can occur in this state only through a bug of ours."""
 
     def __call__(self, life: "RequestLife", live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
         raise UnexpectedEvent(str(live), live.state, type(event).__name__, live.story())
 
 
 never = Illegal()
-OVER = Ignored("the request has ended, and whoever says this did not know yet")
-AWAY = Ignored("its client is not there: what is unread was an earlier router's to count")
-ASIDE = Ignored("it is set aside already")
+OVER = Ignored("the request has ended, and the sender did not know yet")
+AWAY = Ignored("its client is absent: an earlier router counted its unread tokens")
+ASIDE = Ignored("it is already set aside")
 READS = Ignored("it is not set aside")
 
 
 def _table(*rows: Row) -> dict[type[RequestEvent], dict[RequestState, Reaction]]:
-    """Event -> state -> reaction. Each row has all states but CLOSED, which nothing happens to."""
+    """Builds event -> state -> reaction. Each row has all states except CLOSED, in which nothing happens."""
     return {event: dict(zip(RequestState, (*reactions, never), strict=True)) for event, *reactions in rows}
 
 
 class RequestLife:
-    """The automaton of all requests. It knows none of them by itself: `LiveRequests` does."""
+    """The automaton of all requests. It holds none of them: `LiveRequests` does."""
 
     def __init__(self, queue: JobQueue, ledger: Ledger, config: RouterConfig) -> None:
         self.config = config
@@ -103,7 +103,7 @@ class RequestLife:
         return self.REACTIONS[type(event)][live.state](self, live, event, now_s)
 
     def begin(self, live: LiveRequest, now_s: float) -> None:
-        """A new request is admitted (QUEUED) or taken over (UNCLAIMED)."""
+        """Begins a request that is admitted (QUEUED) or taken over (UNCLAIMED)."""
         self.num_live += 1
         self.counters.submitted += 1
         if live.state is RequestState.QUEUED:
@@ -135,7 +135,8 @@ class RequestLife:
         return commands + _send(prefill, Prefill(spec=spec, target=decode.info.address if decode else None))
 
     def end_leg(self, live: LiveRequest, event: LegOver, now_s: float) -> Commands:
-        """A leg whose dispatch may be running: if it was needed and failed, what is left is queued again."""
+        """Ends a leg whose dispatch may be running: if it was needed and failed, the remaining work is queued
+        again."""
         dispatch, error = event.dispatch, event.error
         commands: Commands = []
         if error is not None and dispatch.needs(event.leg):
@@ -151,11 +152,11 @@ class RequestLife:
         return commands + self._close_if_done(live, now_s)
 
     def close_leg(self, live: LiveRequest, event: LegOver, now_s: float) -> Commands:
-        """A leg of a dispatch that nobody waits for any more."""
+        """Closes a leg of a dispatch that nobody waits for any more."""
         return self._close_leg(event) + self._close_if_done(live, now_s)
 
     def displace(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
-        """Its work waits for its client's next turn."""
+        """Lets the dispatch's work wait for its client's next turn."""
         self.counters.displaced += 1
         jobs, commands = self._take_back(
             event.dispatch, event.dispatch.open_legs, "made room for another client", now_s
@@ -165,25 +166,25 @@ class RequestLife:
         return commands
 
     def take_back(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
-        """As `displace`, but what is left is queued when its client comes."""
+        """Same as `displace`, but the remaining work is queued when its client arrives."""
         self.counters.displaced += 1
         return self._take_back(
             event.dispatch, event.dispatch.open_legs, "made room for another client", now_s
         )[1]
 
     def give_up(self, live: LiveRequest, event: GivenUp, now_s: float) -> Commands:
-        """Aborts what an earlier router's dispatch has open."""
+        """Aborts the open legs of an earlier router's dispatch."""
         if event.dispatch.state is DispatchState.RUNNING:
             event.dispatch.fail("given up when its router was replaced", now_s)
         return self._abort(event.dispatch, event.dispatch.open_legs)
 
     def come_due(self, live: LiveRequest, event: Due, now_s: float) -> Commands:
-        return []  # the job is in the queue's front: the request is queued, if none of its work is running
+        return []  # the job is at the queue's front: the request is queued if none of its work is running
 
     # its client
 
     def set_aside(self, live: LiveRequest, event: StreamUnread, now_s: float) -> Commands:
-        """Takes it from the queue and from its workers; it keeps the tokens that its client has been
+        """Takes a request from the queue and from its workers; it keeps the tokens that its client has been
         given."""
         live.num_times_unread += 1
         self.counters.unread += 1
@@ -200,7 +201,7 @@ class RequestLife:
         return commands
 
     def read_on(self, live: LiveRequest, event: StreamRead, now_s: float) -> Commands:
-        """Its work goes to the front, as it was dispatched before."""
+        """Moves the request's work to the front, as it was dispatched before."""
         for job in live.jobs:
             job.ready_s = now_s
         self._queue.push_front(live.jobs, now_s)
@@ -208,7 +209,7 @@ class RequestLife:
         return []
 
     def hand_over(self, live: LiveRequest, event: Claimed, now_s: float) -> Commands:
-        """Its client gets all there is, and what no worker serves is queued, in front."""
+        """Gives the client everything produced so far, and queues unserved work in front."""
         live.request = event.request
         live.jobs = live.unserved_jobs(now_s)
         self._queue.push_front(live.jobs, now_s)
@@ -216,13 +217,13 @@ class RequestLife:
         return live.take_kept()
 
     def deliver(self, live: LiveRequest, event: Claimed, now_s: float) -> Commands:
-        """Its client gets its whole stream, to the end."""
+        """Gives the client its whole stream, to the end."""
         live.request = event.request
         live.transition(RequestState.ENDED, now_s)
         return live.take_kept() + self._close_if_done(live, now_s)
 
     def abandon(self, live: LiveRequest, event: Abandoned, now_s: float) -> Commands:
-        """Ends it, and drops what was kept for its client."""
+        """Ends the request, and drops what was kept for its client."""
         ended = live.keep(self._react(live, End(FinishReason.CANCELLED), now_s))
         return ended + self._react(live, event, now_s)
 
@@ -234,7 +235,7 @@ class RequestLife:
     # endings
 
     def complete(self, live: LiveRequest, event: LastToken, now_s: float) -> Commands:
-        """One choice is whole; with the last of them, so is the request."""
+        """Completes one choice; with the last of them, the request."""
         return self._choice_ended(live, event.stream, event.dispatch, now_s)
 
     def cancel_one(self, live: LiveRequest, event: CancelChoice, now_s: float) -> Commands:
@@ -257,7 +258,7 @@ class RequestLife:
         return self._choice_ended(live, stream, dispatches[0] if dispatches else None, now_s)
 
     def end(self, live: LiveRequest, event: End, now_s: float) -> Commands:
-        """The request's only ending. Its legs are aborted; they stay accounted until their workers end
+        """Emits the request's only ending. Its legs are aborted; they stay accounted until their workers end
         them."""
         commands: Commands = []
         for stream in live.streams:
@@ -297,7 +298,7 @@ class RequestLife:
         return commands
 
     def _finish(self, dispatch: Dispatch, now_s: float) -> Commands:
-        """Workers end by themselves when they saw the last tokens; tell those that did not."""
+        """Aborts legs at workers that have not seen the last tokens; the others end by themselves."""
         dispatch.transition(DispatchState.FINISHED, now_s)
         if dispatch.cancelled or (Leg.DECODE in dispatch.open_legs and not dispatch.decode_started):
             return self._abort(dispatch, dispatch.open_legs)
@@ -317,12 +318,13 @@ class RequestLife:
     # failures
 
     def _fail(self, dispatch: Dispatch, leg: Leg, error: str, due_s: float, now_s: float) -> Commands:
-        """One leg failed: aborts the other, and queues what is left to do, from where its client is."""
+        """Handles a failed leg: aborts the other, and queues the remaining work from the client's
+        position."""
         live = dispatch.live
         self.counters.retried += 1
         jobs, commands = self._take_back(dispatch, dispatch.open_legs - {leg}, error, now_s)
         if not live.state.has_client:
-            return commands  # what is left of it is queued when its client comes
+            return commands  # the remaining work is queued when its client arrives
         num_failures = dispatch.job.num_failures + 1
         if num_failures >= self.config.max_attempts:
             text = f"gave up after {num_failures} attempts, the last failed: {error}"
@@ -339,7 +341,7 @@ class RequestLife:
     def _take_back(
         self, dispatch: Dispatch, legs: set[Leg], why: str, now_s: float
     ) -> tuple[list[Job], Commands]:
-        """Aborts `legs` of a dispatch; the jobs are what is left to do, elsewhere."""
+        """Aborts `legs` of a dispatch; returns jobs for the remaining work, to be done elsewhere."""
         dispatch.fail(why, now_s)
         commands = self._abort(dispatch, legs)
         jobs = dispatch.unfinished_jobs(now_s)
@@ -357,7 +359,8 @@ class RequestLife:
         return commands
 
     def _due_s(self, dispatch: Dispatch, now_s: float) -> float:
-        """At once the first time; later it backs off, as a peer often reports a worker's death first."""
+        """Returns when to retry: at once the first time, later with backoff, as a peer often reports a
+        worker's death first."""
         num_failures = dispatch.job.num_failures
         if not num_failures:
             return now_s

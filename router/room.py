@@ -1,9 +1,9 @@
-"""Room for clients that run little, where others run much: who may take it, and from whom. Pure; decides and
-changes nothing.
+"""Makes room for clients that run little where others run much: decides which client may take it, and from
+which. Pure; changes no state.
 
-Turns in the queue share what becomes free. They do not help a client that comes when another one has all
-places, with streams that go on for long: then one of those is taken back. It goes on in its client's turn,
-with the same tokens."""
+Turns in the queue share capacity that becomes free. They do not help a client that arrives when another holds
+all places with long streams: then one of those is taken back. It continues in its client's turn, with the
+same tokens."""
 
 from collections.abc import Iterable
 
@@ -12,31 +12,31 @@ from .dispatch import Dispatch, DispatchState, Job
 from .ledger import Ledger
 from .registry import RegisteredWorker, Registry, RoutingState, decode_load
 
-LITTLE = 8  # who runs something takes only what leaves the other one so many times as much
+LITTLE = 8  # a client that runs something takes only what leaves the other this many times as much
 
 
 class RoomMaker:
-    """Asked when the head of the queue has to wait. Whoever gives up room still runs at least as much as who
-    takes it, so that no two clients take it from each other in turn, and nobody is left with nothing."""
+    """Consulted when the head of the queue has to wait. The client that gives up room still runs at least as
+    much as the one that takes it, so that no two clients take it from each other in turn, and none is left
+    with nothing."""
 
     def __init__(self, registry: Registry, ledger: Ledger) -> None:
         self._registry = registry
         self._ledger = ledger
 
     def waits_for_decode(self, job: Job) -> bool:
-        """Whether no worker has a place for its sequences; otherwise it waits for prompts of others, which is
-        soon over."""
+        """Whether no worker has a place for the job's sequences; otherwise it waits for others' prompts,
+        which end soon."""
         return job.needs_decode and not any(
             worker.has_decode_room(job.num_tokens, len(job.choices)) for worker in self._workers(job)
         )
 
     def may_take(self, job: Job) -> bool:
-        """Whether the job's client runs so little that room is made for it, by another client that runs
-        most."""
+        """Whether the job's client runs so little that the client that runs most makes room for it."""
         return self._giver(job) is not None
 
     def newcomer(self, head: Job, jobs: Iterable[Job]) -> Job | None:
-        """The first of the waiting jobs that room is made for, and that may pass the head: its client then
+        """Returns the first waiting job for which room is made and that may pass the head: its client then
         runs no more than the head's does."""
         num_running = self._ledger.num_running
         if not num_running[head.client]:
@@ -48,9 +48,10 @@ class RoomMaker:
         return None
 
     def victim(self, job: Job) -> Dispatch | None:
-        """The dispatch whose place the job takes; None when nobody can give one up, or somebody is about to.
+        """Returns the dispatch whose place the job takes; None when no client can give one up, or one is
+        already doing so.
 
-        It is the youngest of those on the least loaded worker, which has least to compute again.
+        It is the youngest on the least loaded worker, which has the least to recompute.
         """
         giver = self._giver(job)
         if giver is None:
@@ -79,7 +80,7 @@ class RoomMaker:
         return self._ledger.num_running[job.client] + len(job.choices)
 
     def _giver(self, job: Job) -> str | None:
-        """The client that runs most, if it is to give up some of that for the job."""
+        """Returns the client that runs most, if it is to give up some of that for the job."""
         num_running = self._ledger.num_running
         giver = max(num_running, key=lambda client: (num_running[client], client), default=None)
         if giver is None or giver == job.client:
@@ -89,8 +90,8 @@ class RoomMaker:
         return giver if is_little and num_then < num_running[giver] else None
 
     def _workers(self, job: Job) -> list[RegisteredWorker]:
-        """Those that could decode it. Without decode workers, prefill workers serve both phases, as
-        `Placer.place` has it."""
+        """Returns the workers that could decode the job. Without decode workers, prefill workers serve both
+        phases, as in `Placer.place`."""
         able = [
             worker
             for worker in self._registry

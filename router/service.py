@@ -44,10 +44,10 @@ log = logging.getLogger(__name__)
 
 
 class WorkerObserver(Protocol):
-    """Who wants to know how workers fare: the fleet's controller."""
+    """An observer of workers' states: the fleet's controller."""
 
     def expects(self, key: Key) -> bool:
-        """Whether it was started, lives as far as we know, and is not to end."""
+        """Whether the worker was started, is presumed to be running, and is not to end."""
         ...
 
     def handle(self, event: WorkerProgress | WorkerReady | WorkerIdle | ConnectionLost) -> None: ...
@@ -70,7 +70,7 @@ class RouterService:
         self._tick: asyncio.TimerHandle | None = None
 
     async def start(self, host: str, port: int = 0, listener: socket.socket | None = None) -> int:
-        """Accept workers on `port` of `host`, or a free one, or on a `listener`; returns the port."""
+        """Accepts workers on `port` of `host`, on a free port, or on a `listener`; returns the port."""
         loop = asyncio.get_running_loop()
         if listener is None:
             self._server = await loop.create_server(lambda: _WorkerConnection(self), host, port)
@@ -79,7 +79,7 @@ class RouterService:
         return int(self._server.sockets[0].getsockname()[1])
 
     async def stop(self) -> None:
-        """Close every connection. Streams have been closed before, by the door that opened them."""
+        """Closes every connection. Streams have already been closed by the server that opened them."""
         if self._tick is not None:
             self._tick.cancel()
         if self._server is not None:
@@ -88,7 +88,7 @@ class RouterService:
             connection.close()
 
     async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
-        """The request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator
+        """Yields the request's stream: tokens, the end of each choice, then one EmitEnd. Closing the iterator
         cancels.
 
         Raises QueueFull, DuplicateRequest or NoWorkerAvailable before the first event.
@@ -111,17 +111,17 @@ class RouterService:
             del self._streams[request.request_id]
             if (
                 stream.is_handed_over and not ended
-            ):  # one that was refused may have the name of another's live request
+            ):  # a refused request may share the id of another live request
                 self.handle(Cancel(request.request_id))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
-        """End a request, or one choice of it because its stop string was found."""
+        """Ends a request, or one choice of it because its stop string was found."""
         reason = FinishReason.CANCELLED if choice is None else FinishReason.STOP
         self.handle(Cancel(request_id, reason, choice))
 
     def handle(self, event: RouterEvent) -> None:
-        """One event through the router, its commands carried out. An observer may call this from within a
-        command; what follows from that is carried out after the commands that were decided before."""
+        """Passes one event through the router and carries out its commands. An observer may call this from
+        within a command; the resulting commands are carried out after those decided before."""
         loop = asyncio.get_running_loop()
         if self._recorder is not None:
             self._recorder.observe(event)
@@ -145,8 +145,8 @@ class RouterService:
                     self._recorder.closed(timeline)
 
     def _feed(self, stream: ClientStream, event: StreamEvent) -> None:
-        """More for a client. When one has left too much unread, its request leaves the workers, and comes
-        back when half of that is read. What it is handed at once because it comes back does not count."""
+        """Feeds an event to a client's stream. When too much is unread, the request leaves the workers, and
+        returns when half of that is read. Events handed over at once to a returning client do not count."""
         stream.put(event)
         if not stream.is_unread and stream.num_unread > self.router.config.max_unread_tokens:
             stream.is_unread = True
@@ -169,7 +169,7 @@ class RouterService:
     # workers' connections
 
     def carry_out(self, commands: Iterable[SessionCommand["_WorkerConnection"]]) -> None:
-        """What `sessions` has decided."""
+        """Carries out the commands of `sessions`."""
         for command in commands:
             match command:
                 case ToRouter(event):
@@ -227,7 +227,7 @@ class _WorkerConnection(asyncio.Protocol):
         self._transport.abort()
 
     def close(self) -> None:
-        """Hang up when everything said so far has left."""
+        """Hangs up once everything written so far has been sent."""
         self._reason = "stopped"
         self._transport.close()
 

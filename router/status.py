@@ -15,9 +15,9 @@ class Counters:
     """Totals since the router's start."""
 
     submitted: int = 0  # admitted requests
-    finished: int = 0  # ended by themselves
+    finished: int = 0  # ended on their own
     cancelled: int = 0
-    expired: int = 0  # deadline passed, or could not be met any more
+    expired: int = 0  # deadline passed, or could no longer be met
     # of those, ended before they cost a prefill, as their first token would have come too late
     hopeless: int = 0
     failed: int = 0  # ended with an error
@@ -33,7 +33,7 @@ class Counters:
     stale: int = 0  # messages of lost incarnations, dropped
 
     def count_end(self, reason: FinishReason | None) -> None:
-        """A request ended; None or a normal reason: by itself."""
+        """Counts a request's ending; None or a normal reason: it ended by itself."""
         if reason is FinishReason.CANCELLED:
             self.cancelled += 1
         elif reason is FinishReason.DEADLINE:
@@ -58,7 +58,7 @@ class RoutedWorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     load: WorkerLoad  # as last reported
     tokens_per_s: float
-    stalled_s: float  # for how long it has had sequences to compute and has ended no step
+    stalled_s: float  # how long it has had sequences to compute without ending a step
     prefix_hit_rate: float  # cached fraction of the prompt tokens prefilled there
 
 
@@ -70,7 +70,7 @@ class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_queued: int
     num_workers_expected: int
     counters: Counters
-    degraded: str | None  # what is served otherwise than configured, in words
+    degraded: str | None  # describes how serving deviates from the configuration
 
 
 def worker_status(worker: RegisteredWorker, now_s: float) -> RoutedWorkerStatus:
@@ -94,7 +94,7 @@ def worker_status(worker: RegisteredWorker, now_s: float) -> RoutedWorkerStatus:
 
 
 def degradation(registry: Registry) -> str | None:
-    """In words, when one pool stands in for another."""
+    """Describes one pool standing in for another; None otherwise."""
     num_prefill, num_decode = registry.num_ready(prefills=True), registry.num_ready(prefills=False)
     if num_prefill and num_decode:
         return None

@@ -6,20 +6,20 @@ from ..core.request import FinishReason
 
 
 class ChoiceStream:
-    """Puts tokens from any worker in order. Those that come early are held, those that came before are
-    dropped."""
+    """Puts tokens from any worker in order. Early tokens are held, duplicates are dropped."""
 
     __slots__ = ("_held", "choice", "finish_reason", "last_token_s", "token_ids")
 
     def __init__(self, choice: int) -> None:
         self.choice = choice
-        self.token_ids: list[int] = []  # what the client has; a later attempt starts from here
+        self.token_ids: list[int] = []  # the client's tokens; a later attempt starts from here
         self.finish_reason: FinishReason | None = None
-        self.last_token_s: float | None = None  # when it grew last, unless its client has made it wait since
+        self.last_token_s: float | None = None  # when it last grew, unless its client has made it wait since
         self._held: dict[int, TokenOutput] = {}
 
     def accept(self, output: TokenOutput) -> tuple[TokenOutput, ...]:
-        """The tokens that are due now that `output` is here; sets `finish_reason` with the last one."""
+        """Returns the tokens that are due now that `output` has arrived; sets `finish_reason` with the last
+        one."""
         due = len(self.token_ids)
         if self.finish_reason is not None or output.index < due:
             return ()
@@ -45,11 +45,11 @@ class ChoiceStream:
         self.finish_reason = output.finish_reason
 
     def end(self, reason: FinishReason) -> None:
-        """The choice is over by decision, not by its last token."""
+        """Ends the choice by decision, not by its last token."""
         assert self.finish_reason is None, f"choice {self.choice} ended already: {self.finish_reason}"
         self.finish_reason = reason
         self._held.clear()
 
     def forget_held(self) -> None:
-        """The attempt that the held tokens belong to has failed."""
+        """Drops the held tokens of an attempt that has failed."""
         self._held.clear()

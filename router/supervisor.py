@@ -1,12 +1,12 @@
-"""Which worker processes there are to be, and when each starts, is asked to end, and is killed.
+"""Decides which worker processes exist, and when each starts, is asked to end, and is killed.
 
-The fleet says which workers are wanted, `Places` where there is room; the supervisor follows each process
-from StartWorker to its end. It knows no Ray and no clock: the head's controller carries its commands out over
-Ray, the simulator in virtual time.
+The fleet decides which workers are wanted, `Places` where there is room; the supervisor follows each process
+from StartWorker to its end. It uses neither Ray nor a clock: the head's controller carries its commands out
+over Ray, the simulator in virtual time.
 
 WAITING -> STARTING -> SERVING -> ENDING -> KILLED -> gone
     |          |          |          |
-    +----------+----------+----------+-> gone: whoever wanted it; only then are its cores given to another
+    +----------+----------+----------+-> gone, for any reason; only then are its cores given to another
 """
 
 import enum
@@ -39,7 +39,7 @@ STOP_TIMEOUT_S = 5.0  # a process that does not end by itself is killed after th
 
 
 class Launchable(Protocol):
-    """Describes one incarnation of a worker to whoever starts its process."""
+    """Describes one incarnation of a worker to the component that starts its process."""
 
     @property
     def key(self) -> Key: ...
@@ -53,19 +53,18 @@ S = TypeVar("S", bound=Launchable)
 
 
 class ProcessState(enum.Enum):
-    """Where a process is between StartWorker and its end."""
+    """The stages of a process between StartWorker and its end."""
 
     WAITING = "waiting"  # for a place
-    STARTING = "starting"  # or reconnecting: an earlier head has started it
-    SERVING = "serving"  # it was ready
-    ENDING = "ending"  # asked to end, killed when it takes too long
+    STARTING = "starting"  # or reconnecting: an earlier head started it
+    SERVING = "serving"  # it has been ready
+    ENDING = "ending"  # asked to end, killed if it takes too long
     KILLED = "killed"
 
 
 @dataclass(slots=True)
 class SupervisedProcess(Generic[S]):
-    """One incarnation of a worker, from StartWorker, or from when it was taken over, until its process is
-    gone."""
+    """One incarnation of a worker, from StartWorker or its take-over until its process is gone."""
 
     spec: S
     started_s: float
@@ -78,7 +77,7 @@ class SupervisedProcess(Generic[S]):
 
     @property
     def is_expected(self) -> bool:
-        """It lives as far as we know, and is not to end."""
+        """Whether the process is presumed to be running, and is not to end."""
         return self.end_reason is None
 
     @property
@@ -88,14 +87,14 @@ class SupervisedProcess(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class TakeOver(Generic[S]):
-    """An earlier head has started these, oldest first. Of one name only the newest is kept."""
+    """Processes that an earlier head has started, oldest first. Only the newest of each name is kept."""
 
     living: tuple[tuple[S, Placement], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgress:
-    """The worker is on its way; `fraction` of its present phase is done."""
+    """The worker is still starting; `fraction` of its present phase is done."""
 
     worker_id: str
     incarnation: int
@@ -105,7 +104,7 @@ class WorkerProgress:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLost:
-    """The router has lost a worker. `is_silent`: nothing came any more, and the router hung up."""
+    """The router has lost a worker. `is_silent`: it fell silent, and the router hung up."""
 
     worker_id: str
     incarnation: int
@@ -119,7 +118,7 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnded:
-    """Nothing is left of a process. `is_explained`: the worker itself said why."""
+    """Nothing is left of a process. `is_explained`: the worker itself reported why."""
 
     worker_id: str
     incarnation: int
@@ -132,7 +131,7 @@ SupervisorEvent = FleetEvent | TakeOver[S] | WorkerProgress | ConnectionLost | P
 
 @dataclass(frozen=True, slots=True)
 class LaunchProcess(Generic[S]):
-    """Start the process; answered by ProcessEnded when it ends, whenever and why ever."""
+    """Starts the process; answered by ProcessEnded when it ends for any reason."""
 
     spec: S
     placement: Placement
@@ -140,21 +139,21 @@ class LaunchProcess(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class EndProcess:
-    """Ask the process to end."""
+    """Asks the process to end."""
 
     key: Key
 
 
 @dataclass(frozen=True, slots=True)
 class KillProcess:
-    """End the process, whatever it is doing."""
+    """Ends the process immediately."""
 
     key: Key
 
 
 @dataclass(frozen=True, slots=True)
 class SuspectHost:
-    """A process there ended, or its connection broke, and nobody knows why: the host may be in trouble."""
+    """A process there ended, or its connection broke, for no known reason: the host may be in trouble."""
 
     node_id: str
 
@@ -164,20 +163,20 @@ SupervisorCommand = RouterNews | LaunchProcess[S] | EndProcess | KillProcess | S
 
 
 class Supervisor(Generic[S]):
-    """Owns the processes' states. Each process is reported lost in the end, whoever wanted it to end."""
+    """Owns the processes' states. Each process is eventually reported lost, whatever made it end."""
 
     def __init__(self, fleet: Fleet, places: Places, make_spec: Callable[[StartWorker], S]) -> None:
         """`make_spec` describes a worker when the fleet wants it; it may wait for a place after that."""
         self.fleet = fleet
         self.places = places
         self.processes: dict[Key, SupervisedProcess[S]] = {}  # oldest first
-        self.is_adopted = False  # whatever an earlier head has started was heard of, or is given up
+        self.is_adopted = False  # each process of an earlier head has reported, or is given up
         self._make_spec = make_spec
         self._out: list[SupervisorCommand[S]] = []
-        self._is_unsettled = False  # the fleet has decided something since `settle` had nothing to say
+        self._is_unsettled = False  # the fleet has decided something since `settle` returned nothing
 
     def expects(self, key: Key) -> bool:
-        """Whether a worker that calls itself so may serve: it was started, and is not to end."""
+        """Whether a worker that identifies itself by `key` may serve: it was started, and is not to end."""
         process = self.processes.get(key)
         return process is not None and process.is_expected
 
@@ -191,7 +190,8 @@ class Supervisor(Generic[S]):
         return min(due if fleet_s is None else [*due, fleet_s], default=None)
 
     def handle(self, event: SupervisorEvent[S], now_s: float) -> list[SupervisorCommand[S]]:
-        """What to do about `event`, in this order; `settle` gives places after that."""
+        """Returns the commands that `event` leads to, in order of execution; `settle` gives places after
+        that."""
         self._out = []
         match event:
             case TakeOver():
@@ -220,8 +220,8 @@ class Supervisor(Generic[S]):
         return self._out
 
     def settle(self, now_s: float) -> list[SupervisorCommand[S]]:
-        """Asked when everything decided so far is carried out, until there is nothing left: starts the next
-        process for which there is room; the others wait."""
+        """Called repeatedly once everything decided so far is carried out, until it returns nothing: starts
+        the next process for which there is room; the others wait."""
         if not self._is_unsettled:
             return []
         self._out = []
@@ -246,12 +246,12 @@ class Supervisor(Generic[S]):
         self._is_unsettled = True
         self._out.append(
             WorkersExpected(self.fleet.num_expected)
-        )  # before workers drain whom others are to replace
+        )  # before workers drain that others are to replace
         self._act(actions, now_s)
 
     def _act(self, actions: list[FleetAction], now_s: float) -> None:
-        """One after the other, and what the fleet decides about a process that was only waiting behind
-        them."""
+        """Carries out actions one by one, then the fleet's decisions about processes that were only
+        waiting."""
         waiting = deque(actions)
         while waiting:
             match waiting.popleft():
@@ -288,8 +288,9 @@ class Supervisor(Generic[S]):
                 self._manage(WorkerLoading(event.worker_id, event.incarnation), now_s)
 
     def _connection_lost(self, event: ConnectionLost, now_s: float) -> None:
-        """One that was to end, or has not begun to serve, tells more by the end of its process. One that fell
-        silent may be frozen, and a new incarnation needs its cores: it is not asked to end, but killed."""
+        """A worker that was to end, or has not begun to serve, is better explained by the end of its process.
+        One that fell silent may be frozen, and a new incarnation needs its cores: it is killed, not asked to
+        end."""
         key = event.key
         if not self.is_serving(key):
             return
@@ -312,7 +313,7 @@ class Supervisor(Generic[S]):
             self._out.append(SuspectHost(node_id))
 
     def _stop(self, key: Key, reason: str, now_s: float, *, may_ask: bool = True) -> list[FleetAction]:
-        """End a process, or its wait for a place; returns what the fleet does about that."""
+        """Ends a process, or its wait for a place; returns the fleet's resulting actions."""
         process = self.processes.get(key)
         if process is None or not process.is_expected:
             return []  # its end was reported already, or will be
@@ -329,7 +330,7 @@ class Supervisor(Generic[S]):
         return []
 
     def _forget(self, key: Key, reason: str) -> None:
-        """Nothing is left of a process: its cores are for those who wait."""
+        """Forgets a process of which nothing is left: its cores go to waiting ones."""
         del self.processes[key]
         self.places.give_back(key)
         self._out.append(WorkerLost(*key, reason))

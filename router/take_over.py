@@ -1,5 +1,4 @@
-"""A new router lives through what the router before has seen of its requests, as far as workers remember
-it."""
+"""A new router replays its predecessor's view of the requests, as far as workers remember it."""
 
 from ..core.messages import Abort, Leg, TokenOutput
 from .adoption import Adoption, HeldDispatch
@@ -14,7 +13,7 @@ from .request_events import GivenUp
 
 
 class TakeOver:
-    """Once, when all workers are known to the registry."""
+    """The take-over, carried out once, when all workers are known to the registry."""
 
     def __init__(
         self, registry: Registry, ledger: Ledger, requests: LiveRequests, reports: WorkerReports
@@ -25,7 +24,7 @@ class TakeOver:
         self._reports = reports
 
     def carry_out(self, adoption: Adoption, now_s: float) -> list[RouterCommand]:
-        """Requests wait for their clients from now on; dispatches of no use are aborted."""
+        """Lets requests wait for their clients; useless dispatches are aborted."""
         commands: list[RouterCommand] = []
         for held in adoption.requests():
             live = self._requests.adopt(held.request, now_s)
@@ -36,12 +35,12 @@ class TakeOver:
                     commands.append(
                         SendCommand(worker_id, incarnation, Abort(transfer=stranger.spec.transfer))
                     )
-        self._reports.gaps.before.clear()  # tokens that are told again have no gaps of their own
+        self._reports.gaps.before.clear()  # replayed tokens have no gaps of their own
         self._requests.claims_end_s = now_s + self._requests.config.claim_timeout_s
         return commands
 
     def _resume(self, live: LiveRequest, held: HeldDispatch, now_s: float) -> list[RouterCommand]:
-        """Take over one dispatch, which goes on if it has something to produce that no newer one does."""
+        """Takes over one dispatch, which continues if it has something to produce that no newer one does."""
         served = {choice for dispatch in live.running() for choice in dispatch.streams}
         dispatch = self._open(live, held, now_s)
         self._recall(dispatch)
@@ -59,7 +58,7 @@ class TakeOver:
             return commands
         if (
             is_running or held.is_broken
-        ):  # also one that has brought all its tokens, and waits for a taker of its KV
+        ):  # also one that has produced all its tokens, and waits for a receiver of its KV
             commands += self._requests.handle(live, GivenUp(dispatch), now_s)
         return commands
 
@@ -67,7 +66,7 @@ class TakeOver:
         workers = {leg: self._registry.current(*key) for leg, (key, _) in held.legs.items()}
         decode = workers.get(Leg.DECODE)
         prefill = workers.get(Leg.PREFILL) or decode
-        assert prefill is not None, "workers were made known before their legs"
+        assert prefill is not None, "workers were registered before their legs"
         job = Job(live, held.spec.choices, held.spec.output_token_ids, now_s)
         dispatch = Dispatch(job, held.spec, prefill, decode, now_s)
         live.dispatches.append(dispatch)
@@ -75,7 +74,7 @@ class TakeOver:
         return dispatch
 
     def _recall(self, dispatch: Dispatch) -> None:
-        """The tokens of earlier attempts, which this one was given to go on from."""
+        """Replays the tokens of earlier attempts, from which this one continues."""
         for stream in dispatch.streams.values():
             for index, token_id in enumerate(dispatch.spec.output_token_ids):
                 output = TokenOutput(dispatch.transfer, stream.choice, index, token_id)

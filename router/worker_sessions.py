@@ -1,5 +1,5 @@
-"""The router's side of its connections with workers: who may speak, when a worker is ready, and when silence
-is a loss.
+"""The router's side of its connections with workers: which peers are admitted, when a worker is ready, and
+when silence means a loss.
 
 UNPROVEN --Hello of an expected worker--> ADMITTED --Ready--> READY
     |                                        |                  |
@@ -31,19 +31,19 @@ from .events import WorkerLost, WorkerReady
 from .supervisor import ConnectionLost, WorkerProgress
 
 CLOSED = "connection closed"  # by the peer
-# A worker that says nothing between so many beats of ours is lost: for 3 s, not counting how long we stood
+# A worker that is silent for this many beats of ours is lost: for 3 s, not counting how long we stood
 # still ourselves.
 MAX_SILENT_BEATS = 6
-MAX_UNPROVEN = 256  # connections whose peers have not proved yet that they are workers of this cluster
+MAX_UNPROVEN = 256  # connections of unauthenticated peers
 
 
 class SessionState(enum.Enum):
-    """How far a connection has come."""
+    """The progress of a connection."""
 
     UNPROVEN = "unproven"  # it has not introduced itself
-    ADMITTED = "admitted"  # an expected worker, which may take its time to load
-    READY = "ready"  # it serves, and speaks at least every heartbeat
-    CLOSING = "closing"  # we hung up; nothing it says counts any more
+    ADMITTED = "admitted"  # an expected worker, which may still be loading
+    READY = "ready"  # it serves, and sends something at least every heartbeat
+    CLOSING = "closing"  # we hung up; its messages are ignored
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +55,7 @@ class Session:
     held: tuple[HeldLeg, ...] = ()  # reported before Ready
     num_silent_beats: int = 0
     has_spoken: bool = False
-    is_silent: bool = False  # that is why we hung up
+    is_silent: bool = False  # the reason why we hung up
     reason: str = CLOSED  # until we hang up
 
 
@@ -70,7 +70,7 @@ class Say(Generic[C]):
 
 @dataclass(frozen=True, slots=True)
 class HangUp(Generic[C]):
-    """Answered by `WorkerSessions.closed`, as the end of every connection is."""
+    """Closes a connection; answered by `WorkerSessions.closed`, as the end of every connection is."""
 
     connection: C
 
@@ -87,8 +87,8 @@ class ToSupervisor:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The peer is not, or not known to be, a worker of this cluster. `is_probe`: it only tried whether it
-    reaches us, as hosts that join do."""
+    """The peer is not, or not known to be, a worker of this cluster. `is_probe`: it only tested whether it
+    reaches us, as joining hosts do."""
 
     reason: str
     is_probe: bool
@@ -101,8 +101,8 @@ class WorkerSessions(Generic[C]):
     """Owns the state of every connection to the workers' port."""
 
     def __init__(self, expects: Callable[[Key], bool]) -> None:
-        """`expects`: whether a worker that calls itself so may serve (`Supervisor.expects`)."""
-        self.num_refused = 0  # connections that did not prove in time that they are workers of this cluster
+        """`expects`: whether a worker that identifies itself by this key may serve (`Supervisor.expects`)."""
+        self.num_refused = 0  # connections whose peers did not authenticate in time
         self.heartbeat_s = HEARTBEAT_S  # between two calls of `beat`
         self._expects = expects
         self._sessions: dict[C, Session] = {}
@@ -111,7 +111,7 @@ class WorkerSessions(Generic[C]):
 
     @property
     def num_unproven(self) -> int:
-        """Connections that have not introduced themselves yet."""
+        """The number of connections that have not introduced themselves yet."""
         return len(self._unproven)
 
     @property
@@ -119,12 +119,12 @@ class WorkerSessions(Generic[C]):
         return tuple(self._sessions)
 
     def connection(self, key: Key) -> C | None:
-        """None when the worker's loss is being reported already."""
+        """Returns the worker's connection; None when its loss is being reported already."""
         return self._workers.get(key)
 
     def opened(self, connection: C) -> list[SessionCommand[C]]:
-        """A new connection. Workers introduce themselves at once: when there are too many others, the oldest
-        goes."""
+        """Records a new connection. Workers introduce themselves at once: when there are too many others, the
+        oldest is closed."""
         commands: list[SessionCommand[C]] = []
         if len(self._unproven) >= MAX_UNPROVEN:
             oldest = next(iter(self._unproven))
@@ -136,7 +136,7 @@ class WorkerSessions(Generic[C]):
         return commands
 
     def heard(self, connection: C) -> None:
-        """Something came, whatever it is. Before Hello a peer has its time, however it speaks."""
+        """Records that something was received. It does not extend the time that a peer has for its Hello."""
         session = self._sessions[connection]
         session.has_spoken = True
         if session.state is not SessionState.UNPROVEN:
@@ -153,8 +153,8 @@ class WorkerSessions(Generic[C]):
                 return self._report(connection, session, message)
 
     def beat(self, connection: C) -> list[SessionCommand[C]]:
-        """Say that we live; hang up on a peer that is silent: not introduced in time, or ready once and
-        frozen now."""
+        """Sends heartbeats; hangs up on silent peers: not introduced in time, or ready once and frozen
+        now."""
         session = self._sessions[connection]
         if session.state is SessionState.CLOSING:
             return []
@@ -173,7 +173,7 @@ class WorkerSessions(Generic[C]):
         return [*refused, HangUp(connection)]
 
     def closed(self, connection: C, error: str | None) -> list[SessionCommand[C]]:
-        """Nothing is left of a connection; `error` is what broke it, if anything did."""
+        """Handles the end of a connection; `error` is the cause, if it broke."""
         session = self._sessions.pop(connection)
         if session.key is None:
             is_probe = not session.has_spoken and error is None
@@ -184,7 +184,7 @@ class WorkerSessions(Generic[C]):
         return [ToRouter(WorkerLost(*session.key, reason)), ToSupervisor(lost)]
 
     def _refuse(self, connection: C, refused: Refused) -> list[SessionCommand[C]]:
-        """Once, and only a peer that was not admitted."""
+        """Refuses a peer, once, and only one that was not admitted."""
         if connection not in self._unproven:
             return []
         del self._unproven[connection]
@@ -196,7 +196,7 @@ class WorkerSessions(Generic[C]):
             return self.hang_up(connection, "the first frame was not Hello")
         key = message.worker_id, message.incarnation
         if not self._expects(key) or key in self._workers:
-            return self.hang_up(connection, f"it calls itself {key[0]}/{key[1]}, which is not waited for")
+            return self.hang_up(connection, f"it identifies as {key[0]}/{key[1]}, which is not expected")
         session.state, session.key, session.num_silent_beats = SessionState.ADMITTED, key, 0
         self._workers[key] = connection
         del self._unproven[connection]

@@ -1,7 +1,7 @@
-"""Links between hosts, as a bystander of the head's connections sees them.
+"""Links between hosts, as an observer of the head's connections sees them.
 
-Where workers serve at both ends, a link is probed or used. When it has failed twice in a row, no request is
-sent over it for a while but for want of another place."""
+Where workers serve at both ends, a link is probed or used. After two consecutive failures, no request is sent
+over it for a while unless there is no other place."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,24 +13,23 @@ from ..router.links import NUM_FAILURES, PAUSE_S
 
 Link = tuple[str, str]  # from host to host
 
-SETTLE_S = 2.0  # so long workers serve before their links must have been tried
+SETTLE_S = 2.0  # how long workers may serve before their links must have been tried
 
 
 class BrokenLinks:
-    """By what one router hears."""
+    """The state of links according to the events of one router."""
 
     def __init__(self) -> None:
         self._under_way: dict[TransferId, Link] = {}
-        self._over: set[TransferId] = (
-            set()
-        )  # aborted, or decoded to the end: their failures say nothing any more
-        self._num_failures: Counter[Link] = Counter()  # in a row
+        # aborted, or decoded to the end: their failures are no longer meaningful
+        self._over: set[TransferId] = set()
+        self._num_failures: Counter[Link] = Counter()  # consecutive
         self._failed_s: dict[Link, float] = {}  # last
         self._tried: set[Link] = set()
-        self._serving_s: dict[str, float] = {}  # since when, by host
+        self._serving_s: dict[str, float] = {}  # start of service, by host
 
     def sent(self, host: str, command: WorkerCommand, now_s: float) -> bool:
-        """To a worker on a host. Whether it goes over a link that is broken."""
+        """Records a command to a worker on a host. Returns whether it uses a broken link."""
         if isinstance(command, Probe):
             self._tried.add((host, command.target.host_id))
         if isinstance(command, Abort):
@@ -55,7 +54,7 @@ class BrokenLinks:
             self._failed_s[link] = now_s
 
     def untried(self, serving: Iterable[str], now_s: float) -> Iterator[Link]:
-        """Links that nobody has tried between hosts on which workers have served for a while."""
+        """Yields untried links between hosts on which workers have served for a while."""
         self._serving_s = {host: self._serving_s.get(host, now_s) for host in serving}
         settled = [host for host, since_s in self._serving_s.items() if now_s - since_s >= SETTLE_S]
         yield from (link for link in permutations(settled, 2) if link not in self._tried)

@@ -1,5 +1,5 @@
-"""The modelled step: computes tokens from the KV that is there, at once or, as a device that runs ahead does,
-when it is collected."""
+"""The modelled step: computes tokens from the KV that is present, at once or, as a device that runs ahead
+does, when it is collected."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from .kv_model import NUM_LAYERS, ChainStore, chain, prompt_logprob, salted, sam
 
 
 class StepCost(Protocol):
-    """How long a step takes; `spend` lets the worker's clock run on."""
+    """The duration of a step; `spend` advances the worker's clock."""
 
     def __call__(self) -> float: ...
     def spend(self, seconds: float) -> None: ...
@@ -48,7 +48,7 @@ class _Row:
 
 
 class _Later:
-    """A step that is computed when it is collected: by then, what it uses must still be its own."""
+    """A step that is computed when it is collected: until then, its blocks must remain its own."""
 
     def __init__(self, compute: Callable[[], list[list[SampledToken]]]) -> None:
         self._compute = compute
@@ -58,8 +58,8 @@ class _Later:
 
 
 class ChainRunner:
-    """Implements `engine.batch.Runner`. Prompts are computed at once also where it runs ahead: their KV
-    leaves by the layer."""
+    """Implements `engine.batch.Runner`. Prompts are computed at once even when it runs ahead: their KV is
+    sent layer by layer."""
 
     def __init__(
         self,
@@ -75,9 +75,8 @@ class ChainRunner:
         self._size = pool.block_size
         self._cost = cost
         self._prompts: WeakKeyDictionary[Sequence, list[TokenLogprobs]] = WeakKeyDictionary()
-        self._drawn: WeakKeyDictionary[Sequence, int] = (
-            WeakKeyDictionary()
-        )  # the last token, as a device keeps it
+        # the last token, as kept on a device
+        self._drawn: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
 
     def launch(
         self,
@@ -126,7 +125,7 @@ class ChainRunner:
         return tokens
 
     def _prompt_logprobs(self, chunk: ScheduledChunk) -> tuple[TokenLogprobs, ...]:
-        """Of what has been computed here without a gap, as the engine can tell no more."""
+        """Returns log probabilities of the tokens computed here without a gap: the engine knows no others."""
         gathered = self._prompts.setdefault(chunk.sequence, [])
         del gathered[chunk.start :]
         gathered += (

@@ -1,5 +1,4 @@
-"""What goes wrong, drawn by seed: rates for what may happen to any message, chunk or step, and a plan of
-accidents."""
+"""Faults, drawn by seed: rates of faults of messages, chunks and steps, and a plan of accidents."""
 
 import enum
 from collections import Counter
@@ -9,7 +8,7 @@ from typing import Any
 
 
 class MessageFault(enum.Enum):
-    """What the network does to one message."""
+    """A network fault of one message."""
 
     LOSE = "message lost"
     DUPLICATE = "message duplicated"
@@ -17,7 +16,7 @@ class MessageFault(enum.Enum):
 
 
 class Accident(enum.Enum):
-    """What happens to a process, a connection, or the cluster, once."""
+    """A one-off event that hits a process, a connection, or the cluster."""
 
     KILL = "worker killed"
     FREEZE = "worker frozen"
@@ -25,7 +24,7 @@ class Accident(enum.Enum):
     PARTITION_ROUTER = "worker cut off from the router"
     PARTITION_WORKERS = "two workers cut off from each other"
     CUT = "connections of a worker reset"
-    CUT_TRANSFERS = "transfer connections of a worker reset"  # the router's stands, so that nobody dies of it
+    CUT_TRANSFERS = "transfer connections of a worker reset"  # not the router's, so that no worker dies
     DRAIN = "worker drained"
     SCALE = "pools resized"
     HOST_DOWN = "host down"
@@ -38,7 +37,7 @@ class Accident(enum.Enum):
 
 ORDERLY = (Accident.DRAIN, Accident.SCALE, Accident.HOST_REMOVED)  # nothing may fail for these
 OF_HOSTS = (Accident.HOST_DOWN, Accident.HOST_CUT, Accident.HOSTS_PARTED, Accident.HOST_REMOVED)
-OF_THE_ROUTER = (Accident.ROUTER_RESTART, Accident.ROUTER_FREEZE)  # workers go on
+OF_THE_ROUTER = (Accident.ROUTER_RESTART, Accident.ROUTER_FREEZE)  # workers continue
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class FaultRates:
 
 
 class Faults:
-    """Draws faults until it is told to stop, and counts them by kind."""
+    """Draws faults until `calm`, and counts them by kind."""
 
     def __init__(self, rng: Random, rates: FaultRates) -> None:
         self.counts: Counter[str] = Counter()
@@ -65,17 +64,17 @@ class Faults:
         self._is_calm = False
 
     def calm(self) -> None:
-        """No more faults from now on."""
+        """Stops all further faults."""
         self._is_calm = True
 
     def latency_s(self) -> float:
-        """Of one message: usually short, now and then a hundred times as long."""
+        """Draws the latency of one message: usually short, occasionally a hundred times as long."""
         rates, draw = self._rates, self._rng.random()
         latency_s = rates.latency_s * (0.5 + rates.jitter * draw)
         return latency_s * 100 if draw < 0.002 and not self._is_calm else latency_s
 
     def half_open_s(self) -> float:
-        """How much later than the network allows one side of a broken connection hears of it."""
+        """Draws how much later than the network allows one side of a broken connection notices."""
         return self._rng.choice((0.0, 0.0, 0.1, 2.0))
 
     def are_last_words_lost(self) -> bool:

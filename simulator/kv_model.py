@@ -1,8 +1,8 @@
 """The model and its KV in the simulator: a token is a pure function of the KV really present in the
 sequence's blocks.
 
-The KV of the token at position p is the chain value of tokens 0..p, once per layer. A step sums up, per
-layer, all the KV that its block table names; the sums make the token. So a wrong, stale, missing or foreign
+The KV of the token at position p is the chain value of tokens 0..p, once per layer. A step sums, per layer,
+all the KV that its block table names; the sums determine the token. So a wrong, stale, missing or foreign
 block shows as a wrong token."""
 
 import zlib
@@ -31,19 +31,19 @@ def chain(state: int, token_id: int) -> int:
 
 
 def sample(total: int, seed: int, choice: int, index: int) -> int:
-    """The token that a step draws: by KV, seed, choice and index alone."""
+    """Returns the token that a step draws: a function of KV, seed, choice and index alone."""
     return chain(chain(total ^ seed, choice), index) % VOCABULARY
 
 
 def salted(salt: str) -> int:
-    """Where a chain starts: KV of one cache salt is wrong for every other."""
+    """Returns the start of a chain: KV of one cache salt is wrong for every other."""
     return zlib.crc32(salt.encode())
 
 
 def expected_tokens(
     prompt: Seq[int], seed: int, choice: int, max_tokens: int, eos: int | None = None, salt: str = ""
 ) -> list[int]:
-    """What a choice must produce, whoever serves it and whatever happens."""
+    """Returns the tokens that a choice must produce, regardless of workers and faults."""
     state, total = salted(salt), 0
     for token_id in prompt:
         state = chain(state, token_id)
@@ -63,7 +63,7 @@ def prompt_logprob(token_id: int) -> TokenLogprobs:
 
 
 class StoreFault(Exception):
-    """What a store raises when a fault is drawn."""
+    """The error that a store raises when a fault is drawn."""
 
 
 P = ParamSpec("P")
@@ -72,14 +72,14 @@ Method = Callable[Concatenate["ChainStore", P], R]
 
 
 def _may_only_fail_by_a_drawn_fault(method: Method[P, R]) -> Method[P, R]:
-    """Whatever else a store's method raises is a mistake of ours; a retry would hide it from the client."""
+    """Reports any other error of a store's method as a bug of ours; a retry would hide it from the client."""
 
     def call(self: "ChainStore", /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return method(self, *args, **kwargs)
         except StoreFault:
             raise
-        except Exception as error:  # that it is passed on as a failed transfer is what must not hide it
+        except Exception as error:  # passing it on as a failed transfer must not hide it
             self._violation(f"{method.__name__} failed: {error!r}")
             raise
 
@@ -87,7 +87,8 @@ def _may_only_fail_by_a_drawn_fault(method: Method[P, R]) -> Method[P, R]:
 
 
 class ChainStore:
-    """Implements `kv_transfer.interfaces.KVStore`, and checks who reads and writes which block."""
+    """Implements `kv_transfer.interfaces.KVStore`, and checks each read and write of a block for
+    permission."""
 
     def __init__(
         self, pool: BlockPool, clock: "Clocks", violation: Callable[[str], None], fails: Callable[[], bool]
@@ -102,11 +103,11 @@ class ChainStore:
         self._sums = [[0] * pool.num_blocks for _ in range(NUM_LAYERS)]  # of each block's words
         self._final_s = [
             [0.0] * size for _ in range(NUM_LAYERS)
-        ]  # when a step that runs has computed each word
+        ]  # when a running step has computed each word
         self._clock = clock
 
     def write(self, layer: int, block_id: int, offset: int, word: int, final_s: float = 0.0) -> None:
-        """`final_s`: before then nobody else may read it."""
+        """Writes a word, which no other reader may read before `final_s`."""
         words, index = self._words[layer], block_id * self._pool.block_size + offset
         self._sums[layer][block_id] += word - words[index]
         words[index] = word
@@ -123,10 +124,10 @@ class ChainStore:
     def check_held(self, block_ids: Seq[int], whose: object) -> None:
         for block_id in block_ids:
             if self._pool.ref_count(block_id) == 0:
-                self._violation(f"{whose} reads block {block_id}, which nobody holds")
+                self._violation(f"{whose} reads block {block_id}, which has no holder")
 
     def total(self, layer: int, block_ids: Seq[int], num_tokens: int) -> int:
-        """Of the first `num_tokens` tokens of a block table."""
+        """Returns the sum over the first `num_tokens` tokens of a block table."""
         size, sums = self._pool.block_size, self._sums[layer]
         num_full = num_tokens // size
         total = sum([sums[block_id] for block_id in block_ids[:num_full]])
@@ -148,7 +149,7 @@ class ChainStore:
     # KVStore
 
     def mark(self) -> int:
-        return 0  # `_final_s` says when a step's words are there
+        return 0  # `_final_s` holds the time when a step's words are there
 
     @_may_only_fail_by_a_drawn_fault
     def gather(
@@ -208,7 +209,7 @@ class ChainStore:
 
 
 class Clocks(Protocol):
-    """What the store must know of time."""
+    """The clocks that the store needs."""
 
     @property
     def time(self) -> VirtualTime: ...

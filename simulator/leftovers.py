@@ -1,4 +1,4 @@
-"""What somebody holds still, and in what the parts of a cluster disagree; nothing, once all is idle."""
+"""Resources still held, and disagreements between the parts of a cluster; none once all is idle."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from .simulated_worker import SimulatedWorker
 
 
 def leftovers(head: SimulatedHead, alive: Sequence[SimulatedWorker], now_s: float) -> list[str]:
-    """Of the head and the workers that live."""
+    """Returns descriptions of the leftovers of the head and the running workers."""
     left = [f"router: request {request_id}" for request_id in head.clients]
     workers = head.router.status(now_s).workers
     left += [f"router: {worker.num_legs} legs at {worker.worker_id}" for worker in workers if worker.num_legs]

@@ -1,5 +1,5 @@
-"""Connections between processes: ordered streams with latency, which faults delay, cut, and rob of
-messages."""
+"""Connections between processes: ordered streams with latency, which faults delay and cut, and whose messages
+they drop."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ class End:
         process.when_it_dies(self.close)
 
     def send(self, message: object, fd: int | None = None) -> None:
-        """Deliver after the latency, behind what was sent before; a closed end swallows."""
+        """Delivers after the latency, behind earlier messages; a closed end drops the message."""
         if not self.is_open:
             return
         number = self._num_sent
@@ -38,7 +38,7 @@ class End:
                 return
             case MessageFault.DUPLICATE:
                 self._deliver(lambda: self.peer._receive(number, message))
-            case MessageFault.OVERTAKE:  # by what is sent after it
+            case MessageFault.OVERTAKE:  # by the message sent after it
                 self._network.deliver_late(self, lambda: self.peer._receive(number, message))
                 return
             case None:
@@ -46,13 +46,13 @@ class End:
         self._deliver(lambda: self.peer._receive(number, message))
 
     def close(self) -> None:
-        """Idempotent; the other side hears of it behind what was sent before."""
+        """Closes the connection; idempotent. The other side notices after all earlier messages."""
         if self.is_open:
             self.is_open = False
             self._deliver(lambda: self.peer._lose("the peer closed the connection"))
 
     def cut(self) -> None:
-        """The network breaks the connection: what is under way is lost, and one side may hear of it long
+        """Breaks the connection in the network: messages in flight are lost, and one side may notice long
         before the other."""
         for end in (self, self.peer):
             end._is_cut = True
@@ -86,13 +86,13 @@ class End:
 
 
 class Network:
-    """Who reaches whom, and how fast."""
+    """The reachability and latency between processes."""
 
     def __init__(self, time: VirtualTime, faults: "Faults") -> None:
         self.faults = faults
         self._time = time
         self._ends: list[End] = []
-        self._healed_s: dict[frozenset[str], float] = {}  # pair of processes -> until when nothing passes
+        self._healed_s: dict[frozenset[str], float] = {}  # pair of processes -> end of their partition
 
     def connect(self, a: VirtualProcess, b: VirtualProcess) -> tuple[End, End]:
         ends = End(self, a), End(self, b)
@@ -101,20 +101,20 @@ class Network:
         return ends
 
     def lose_last_words(self, process: VirtualProcess) -> None:
-        """Of what a process that dies now has sent last, each of its peers hears all or nothing."""
+        """Drops, for each peer of a dying process, all or none of the messages that it sent last."""
         for end in self._ends:
             if end.process is process and end.is_open and self.faults.are_last_words_lost():
                 end.peer._is_cut = True
 
     def cut(self, process: VirtualProcess, spared: VirtualProcess | None = None) -> None:
-        """Break every connection of a process, but those to `spared`."""
+        """Breaks every connection of a process, except those to `spared`."""
         self._ends = [end for end in self._ends if end.is_open]
         for end in self._ends:
             if end.process is process and end.peer.process is not spared:
                 end.cut()
 
     def arrival_s(self, a: VirtualProcess, b: VirtualProcess) -> float:
-        """When something sent now arrives; during a partition it is sent again after it."""
+        """Returns when a message sent now arrives; during a partition it is resent afterwards."""
         start_s = max(self._time.now_s, self._healed_s.get(frozenset((a.name, b.name)), 0.0))
         return start_s + self.faults.latency_s()
 

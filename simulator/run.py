@@ -13,7 +13,7 @@ from .simulation import Simulation, SimulationOutcome
 
 @dataclass
 class SeedTally:
-    """Of many seeds."""
+    """The tally of many seeds."""
 
     num_seeds: int = 0
     num_requests: int = 0
@@ -39,7 +39,7 @@ class SeedTally:
 
 
 def simulate(seed: int, *, keep_timeline: bool = False) -> SimulationOutcome:
-    """One seed. What production logs of the faults is not shown: they are meant to be there."""
+    """Simulates one seed. Production's log messages about faults are hidden: the faults are intended."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -49,7 +49,8 @@ def simulate(seed: int, *, keep_timeline: bool = False) -> SimulationOutcome:
 
 
 def simulate_all(seeds: Iterable[int], num_processes: int | None = None) -> Iterator[SimulationOutcome]:
-    """Each seed's outcome, in order of completion, on `num_processes` (default: every core we may use)."""
+    """Yields each seed's outcome, in order of completion, from `num_processes` processes (default: one per
+    usable core)."""
     num_processes = num_processes or len(os.sched_getaffinity(0))
     if num_processes == 1:
         yield from map(simulate, seeds)

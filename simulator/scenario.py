@@ -1,5 +1,5 @@
-"""What one seed simulates: a cluster, its clients, and what goes wrong. All of it is drawn here, before
-anything runs."""
+"""The scenario of one seed: a cluster, its clients, and its faults. All of it is drawn here, before anything
+runs."""
 
 from dataclasses import dataclass, replace
 from random import Random
@@ -15,28 +15,28 @@ from .simulated_worker import WorkerShape
 
 MAX_MODEL_LEN = 128
 CALM_S = 6.0  # faults end here
-SOON_S = 1.0  # when a client that runs nothing has its first token, whatever one other has running
+SOON_S = 1.0  # deadline for the first token of a client that runs nothing, whatever one other is running
 
 
 @dataclass(frozen=True)
 class PlannedRequest:
-    """One client's request, and what the client will do to it."""
+    """One client's request, and the client's planned actions on it."""
 
     at_s: float
     request: Request
     cancel_after_s: float | None = None
     stop_after_tokens: int | None = None  # of choice 0: its stop string is found then
-    stop_delay_s: float = 0.0  # until the router hears of that
+    stop_delay_s: float = 0.0  # until the router receives that
     unread_after_tokens: int | None = None  # of choice 0: the client does not read for a while then
     unread_s: float = 0.0
-    first_token_within_s: float | None = None  # a promise to this client
+    first_token_within_s: float | None = None  # promised to this client
 
 
 @dataclass(frozen=True)
 class PlannedAccident:
     at_s: float
     kind: Accident
-    draw: float  # 0 to 1: whom it hits
+    draw: float  # 0 to 1: selects the target
     duration_s: float
 
 
@@ -52,7 +52,7 @@ class Scenario:
     max_queued_requests: int
     max_attempts: int
     prefill_on_decode: bool
-    start_s: float  # what a worker's start takes
+    start_s: float  # duration of a worker's start
     hosts: tuple[PlannedHost, ...]
     join_timeout_s: float
     rates: FaultRates
@@ -61,8 +61,8 @@ class Scenario:
 
     @property
     def is_computed_once(self) -> bool:
-        """Nothing fails but the router, which may also stand still, and every client reads: then no token is
-        computed twice."""
+        """Whether only the router fails or freezes, and every client reads: then no token is computed
+        twice."""
         rates = self.rates
         return (
             {accident.kind for accident in self.accidents} <= set(OF_THE_ROUTER)
@@ -72,12 +72,10 @@ class Scenario:
 
 
 def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bool = True) -> Scenario:
-    """The scenario of `seed`; the same in every process."""
+    """Returns the scenario of `seed`, which is the same in every process."""
     rng = Random(seed)
     pools = {Role.PREFILL: rng.choice((1, 1, 2, 3)), Role.DECODE: rng.choice((1, 1, 2, 3))}
-    is_crowded = (
-        rng.random() < 0.15
-    )  # nothing goes wrong, but memory is nearly full, steps are slow and leases short
+    is_crowded = rng.random() < 0.15  # no faults, but memory is nearly full, steps are slow and leases short
     shapes = _draw_shapes(rng, is_crowded)
     rates = _draw_rates(rng)
     hosts = _draw_hosts(Random(f"hosts of {seed}"), sum(pools.values()))
@@ -89,7 +87,7 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
     elif rng.random() < 0.1:
         rates, kinds = FaultRates(accidents_per_s=0.5), list(OF_THE_ROUTER)
     requests = _draw_requests(rng, shapes, num_requests or rng.randint(5, 30))
-    if kinds == list(OF_THE_ROUTER):  # a stream that waits for its reader is computed again from where it was
+    if kinds == list(OF_THE_ROUTER):  # an unread stream is recomputed from its last position
         requests = tuple(replace(plan, unread_after_tokens=None) for plan in requests)
     num_accidents = int(rates.accidents_per_s * CALM_S)
     scenario = Scenario(
@@ -120,8 +118,8 @@ def draw_scenario(seed: int, num_requests: int | None = None, *, with_faults: bo
 
 
 def _with_greedy_client(rng: Random, scenario: Scenario) -> Scenario:
-    """Nothing goes wrong, but one client has twice as many long streams as there are places; others come
-    later."""
+    """Returns a scenario without faults in which one client has twice as many long streams as there are
+    places; others arrive later."""
     max_batch_size = rng.choice((2, 4, 16))
     shapes = {
         role: replace(
@@ -162,7 +160,7 @@ def _plain_request(
 
 
 def _draw_hosts(rng: Random, num_workers: int) -> tuple[PlannedHost, ...]:
-    """One host with more cores than are ever needed, or several with just enough of them, most of which join
+    """Draws one host with more cores than are ever needed, or several with just enough, most of which join
     late."""
     if rng.random() < 0.5:
         return (PlannedHost(64, 0.0),)
@@ -221,7 +219,7 @@ def _draw_request(
     stem = rng.choice(stems)[: rng.choice((0, 7, 16, 40, 60))]
     num_own = (
         rng.choice((0, 1, 2, 9, 20)) if stem else rng.choice((1, 2, 9, 20))
-    )  # 0: the very prompt of others
+    )  # 0: identical to others' prompt
     prompt = stem + [rng.randrange(VOCABULARY) for _ in range(num_own)]
     max_tokens = rng.choice((1, 2, 5, 20, 40))
     salt = rng.choice(("", "", "salt"))

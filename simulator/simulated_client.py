@@ -1,4 +1,4 @@
-"""A client that knows what it must get: contiguous tokens, each the right one, and exactly one ending."""
+"""A client that checks its stream: contiguous tokens, each the right one, and exactly one ending."""
 
 from collections.abc import Callable
 
@@ -10,14 +10,14 @@ from .scenario import PlannedRequest
 from .simulated_head import SimulatedHead
 from .virtual_time import VirtualTime
 
-FEW_ATTEMPTS = 10  # with so few it may be that all of them fail
+FEW_ATTEMPTS = 10  # with so few, all of them may fail
 RECONNECT_S = 0.05
-IMPATIENT_S = 10.0  # a client that was refused does not wait longer, whatever it is told
+IMPATIENT_S = 10.0  # a refused client waits no longer, whatever retry delay it gets
 BY_ITSELF = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class SimulatedClient:
-    """Submits its request, again after a while when it is refused, and checks what comes back."""
+    """Submits its request, again after a while when it is refused, and checks its stream."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class SimulatedClient:
         note: Callable[[str], None],
         count: Callable[[str], None],
     ) -> None:
-        """`head` is the present one; `ids` are those in use, and by whom."""
+        """`head` returns the present head; `ids` maps each id in use to its client."""
         self.is_ended = False
         self.was_resumed = False
         self._time, self._get_head, self._ids, self._plan = time, head, ids, plan
@@ -62,7 +62,7 @@ class SimulatedClient:
 
     @property
     def _head(self) -> SimulatedHead:
-        """The present one; it may be dead."""
+        """Returns the present head, which may be dead."""
         return self._get_head()
 
     @property
@@ -78,7 +78,7 @@ class SimulatedClient:
         return sum(map(len, self._received))
 
     def _later(self, delay_s: float, call: Callable[[], None]) -> None:
-        """`call` comes to the router after `delay_s`; one that stands still does not hear it."""
+        """Delivers `call` to the router after `delay_s`; a frozen router does not receive it."""
 
         def arrive() -> None:
             if self._head.process.is_alive and self._head.process.is_frozen:
@@ -89,7 +89,7 @@ class SimulatedClient:
         self._time.call_later(delay_s, arrive)
 
     def _tell(self, delay_s: float, call: Callable[[SimulatedHead], None]) -> None:
-        """What concerns the present stream; not said when that has ended or broken."""
+        """Sends a message about the present stream; dropped when that has ended or broken."""
         head = self._head
         self._later(delay_s, lambda: call(head) if self._is_connected and self._head is head else None)
 
@@ -102,7 +102,7 @@ class SimulatedClient:
             return
         head = self._head
         if not head.process.is_alive or self._ids.setdefault(self.request_id, self) is not self:
-            self._later(RECONNECT_S, self._submit)  # no router, or an id that another client uses now
+            self._later(RECONNECT_S, self._submit)  # no router, or the id is in use by another client
             return
         error = head.submit(self._plan.request, self, comes_back=self._comes_back)
         if error is not None and not self._comes_back:
@@ -133,7 +133,7 @@ class SimulatedClient:
 
     def _must_have_ended(self, when: str) -> None:
         if not self.is_ended:
-            self._violation(f"{self.request_id}: goes on after {when}")
+            self._violation(f"{self.request_id}: continues after {when}")
 
     def _must_have_begun(self) -> None:
         if not (self.num_tokens or self.is_ended):
@@ -147,7 +147,7 @@ class SimulatedClient:
             del self._ids[self.request_id]
 
     def on_lost(self) -> None:
-        """The router died: come back for the rest."""
+        """Handles the router's death: comes back for the rest."""
         self._note(f"{self.request_id}: lost its connection")
         self._comes_back = True
         self._positions = [0] * len(self._positions)
@@ -181,7 +181,7 @@ class SimulatedClient:
             elif index >= len(expected) or token.token_id != expected[index]:
                 right = expected[index : index + 1]
                 self._violation(
-                    f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is right"
+                    f"{self.request_id}/{event.choice}: token {index} is {token.token_id}, {right} is correct"
                 )
             if token.prompt_logprobs != (self._expected_prompt if choice == token.index == 0 else ()):
                 self._violation(
@@ -196,7 +196,7 @@ class SimulatedClient:
             self._look_at_position(self._positions[0])
 
     def _look_at_position(self, position: int) -> None:
-        """Of choice 0: it may be that a stop string is there, or that the client reads no further."""
+        """Checks whether choice 0 has a stop string at this position, or the client stops reading there."""
         plan = self._plan
         if (
             not self._was_unread

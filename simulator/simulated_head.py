@@ -1,5 +1,5 @@
-"""The head in virtual time: production's `Router` and `Fleet`, around them what `RouterService` and
-`Controller` do with connections and processes."""
+"""The head in virtual time: production's `Router` and `Fleet`, inside a simulation of the connections and
+processes that `RouterService` and `Controller` handle."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -68,10 +68,10 @@ from .virtual_time import Timer, VirtualProcess, VirtualTime
 from .wanted import WantedLegs
 
 LINKS_INTERVAL_S = 1.0
-HOSTS_INTERVAL_S = 0.5  # between two looks at what Ray tells of hosts
-NEED = Need(1, 1.0)  # of an instance
-END_S = 0.001  # a process that is asked to end takes so long
-HEARD_S = 0.005  # the end of a process is heard of so much later
+HOSTS_INTERVAL_S = 0.5  # between two polls of Ray's hosts
+NEED = Need(1, 1.0)  # per instance
+END_S = 0.001  # until a process that is asked to end has ended
+HEARD_S = 0.005  # until the end of a process is noticed
 
 Key = tuple[str, int]
 
@@ -95,7 +95,7 @@ def _spec(action: StartWorker) -> InstanceSpec:
 
 
 class SimulatedStream(Protocol):
-    """Who hears of a request."""
+    """The receiver of a request's stream."""
 
     def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None: ...
     def on_lost(self) -> None: ...
@@ -117,8 +117,8 @@ class SimulatedHead:
         note: Callable[[str], None] | None,
         generation: int = 0,
     ) -> None:
-        """`note` keeps the timeline; None for none. `generation` counts the heads before this one, whose
-        workers it takes over."""
+        """`note` records the timeline; None: no timeline. `generation` counts the heads before this one,
+        whose workers it takes over."""
         self.process = process
         self.router = Router(
             router, LatencyModel(), first_attempt=generation * GENERATION_STRIDE, adopts=generation > 0
@@ -146,7 +146,8 @@ class SimulatedHead:
         self._fleet_tick: Timer | None = None
 
     def start(self, pools: Mapping[Role, int], survivors: Iterable[SimulatedWorker]) -> None:
-        """Match the pools. `survivors` are processes that an earlier head started, oldest first."""
+        """Starts workers to match the pools. `survivors` are processes that an earlier head started, oldest
+        first."""
         if self._is_first:
             self._meet_hosts()
         living = [
@@ -160,7 +161,7 @@ class SimulatedHead:
     # hosts
 
     def _meet_hosts(self) -> None:
-        """Once it is known who runs where."""
+        """Starts following the hosts, once the placement of running workers is known."""
         self.expect_hosts()
         self._look()
         self.process.every(HOSTS_INTERVAL_S, self._look)
@@ -170,7 +171,7 @@ class SimulatedHead:
         self.host_event(HostsSeen(self._world.seen()))
 
     def expect_hosts(self) -> None:
-        """As the configuration in force says."""
+        """Expects the hosts of the configuration in force."""
         self.host_event(ExpectHosts(self._world.expected(), self._join_timeout_s))
 
     def host_event(self, event: HostEvent) -> None:
@@ -192,8 +193,8 @@ class SimulatedHead:
     # clients
 
     def submit(self, request: Request, client: SimulatedStream, *, comes_back: bool) -> PdserveError | None:
-        """Why the request is not admitted; None when it is. A client that comes back has been admitted
-        before."""
+        """Returns why the request is not admitted; None when it is. A client that comes back has been
+        admitted before."""
         if request.request_id in self.clients:
             raise AssertionError("clients do not use an id twice at a time")
         self.clients[request.request_id] = client
@@ -204,9 +205,8 @@ class SimulatedHead:
             del self.clients[request.request_id]
             return error
         num_queued = self.router.status(self._time.now_s).num_queued
-        is_beside = (
-            comes_back or self.router.counters.displaced > num_displaced
-        )  # those dispatched before come back beside it
+        # those dispatched before return beside it
+        is_beside = comes_back or self.router.counters.displaced > num_displaced
         if num_queued > self.router.config.max_queued_requests and not is_beside:
             self._violation(
                 f"{num_queued} requests are queued, {self.router.config.max_queued_requests} are allowed"
@@ -225,7 +225,7 @@ class SimulatedHead:
             commands = self.router.handle(event, self._time.now_s)
         except PdserveError:
             raise
-        except Exception as error:  # what would end the head's process
+        except Exception as error:  # an error that would end the head's process
             self._violation(f"the router failed at {type(event).__name__}: {error!r}")
             raise
         if not self._commands.run(commands):
@@ -265,7 +265,8 @@ class SimulatedHead:
                 self.manage(WorkerIdle(worker_id, incarnation))
 
     def _check_want_of_another_place(self, command: WorkerCommand) -> None:
-        """It goes over a broken link: its placement must know of it, and have found nothing better."""
+        """Checks that the placement of a command over a broken link considered that, and found nothing
+        better."""
         assert isinstance(command, Prefill)
         transfer = command.spec.transfer
         timeline = self.router.timeline(transfer.request_id, self._time.now_s)
@@ -276,7 +277,7 @@ class SimulatedHead:
                 )
 
     def _hosts_that_serve(self) -> set[str]:
-        """By the router: workers there are ready."""
+        """Returns the hosts on which workers are ready, according to the router."""
         ready = (
             one for one in self.router.status(self._time.now_s).workers if one.state is RoutingState.READY
         )
@@ -285,12 +286,12 @@ class SimulatedHead:
 
     def _check_links(self) -> None:
         for link in self._links.untried(self._hosts_that_serve(), self._time.now_s):
-            self._violation(f"nobody has tried the link from {link[0]} to {link[1]}")
+            self._violation(f"no worker has tried the link from {link[0]} to {link[1]}")
 
     # workers' connections
 
     def accept(self, end: End) -> None:
-        """Somebody connects to the workers' port."""
+        """Accepts a connection to the workers' port."""
         end.on_message = lambda message: self._received(end, message)
         end.on_lost = lambda reason: self._on_session(self._sessions.closed(end, reason))
         self._on_session(self._sessions.opened(end))
@@ -320,11 +321,11 @@ class SimulatedHead:
                     self._on_session(self._sessions.closed(end, None))
 
     def _connected(self) -> set[Key]:
-        """Workers that live and can be reached."""
+        """Returns the workers that are running and reachable."""
         return {key for key in self._started if self._sessions.connection(key) is not None}
 
     def _observe(self, event: RouterEvent) -> None:
-        """Check what a worker reports, before the router handles it."""
+        """Checks a worker's report before the router handles it."""
         match event:
             case WorkerReady(info, held):
                 self._wanted.told((info.worker_id, info.incarnation), held)
@@ -363,7 +364,7 @@ class SimulatedHead:
         match command:
             case LaunchProcess(spec, placement):
                 self._watch(spec.key, self._start_worker(spec, placement))
-            case EndProcess(key):  # one that is frozen or out of reach lives on
+            case EndProcess(key):  # a frozen or unreachable process keeps running
                 process = self._started[key].process
                 process.call_later(END_S, process.kill)
             case KillProcess(key):
@@ -381,7 +382,7 @@ class SimulatedHead:
         return self._supervisor.settle(self._time.now_s)
 
     def _check_role(self, command: WorkerRole) -> None:
-        """A worker that is to serve is on a host that may be used."""
+        """Checks that a worker that is to serve is on a host that may be used."""
         for key, worker in self._started.items():
             if key[0] == command.worker_id and self._supervisor.expects(key):
                 self._world.serves(
@@ -389,7 +390,7 @@ class SimulatedHead:
                 )
 
     def waits_for_a_place(self, role: Role) -> bool:
-        """Whether an instance of a pool does."""
+        """Whether an instance of a pool waits for a place."""
         processes = self._supervisor.processes.values()
         return any(
             process.state is ProcessState.WAITING and process.spec.role is role for process in processes
@@ -405,7 +406,7 @@ class SimulatedHead:
 
 
 def describe(command: WorkerCommand) -> str:
-    """One line of the timeline."""
+    """Returns one line of the timeline."""
     name = type(command).__name__
     if isinstance(command, Heartbeat):
         return name

@@ -1,4 +1,5 @@
-"""The hosts of a simulated cluster as they are, as Ray tells of them, and whether the head keeps to them."""
+"""The hosts of a simulated cluster: their actual state, Ray's view, and a check that the head uses only
+permitted ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ class SimulatedHost:
     def __init__(self, name: str, plan: PlannedHost) -> None:
         self.name = name
         self.plan = plan
-        self.num_joined = 0  # how often; Ray names it anew each time
+        self.num_joined = 0  # number of joins; Ray gives it a new id each time
         self.is_up = False
-        self.is_seen = False  # by Ray, which hears of a death later
+        self.is_seen = False  # by Ray, which notices a death later
         self.is_listed = True  # in the configuration in force
         self.cut_until_s = 0.0
 
@@ -42,7 +43,7 @@ class SimulatedHost:
 
 
 class SimulatedHosts:
-    """Up and down by plan and by accident."""
+    """All hosts, which go up and down by plan and by accident."""
 
     def __init__(
         self, time: VirtualTime, rng: Random, plans: tuple[PlannedHost, ...], violation: Callable[[str], None]
@@ -52,17 +53,17 @@ class SimulatedHosts:
         self._violation = violation
         self.hosts = [SimulatedHost(f"h{number}", plan) for number, plan in enumerate(plans)]
         self._workers: list[tuple[SimulatedWorker, Placement]] = []
-        self._told: set[str] = set()  # the node ids that a head has heard of last
+        self._told: set[str] = set()  # the node ids last reported to a head
         for host in self.hosts:
             time.call_at(host.plan.joins_s, lambda host=host: self._join(host))  # type: ignore[misc]
 
     @property
     def others(self) -> list[SimulatedHost]:
-        """Those that may go: not the head's."""
+        """Returns the hosts that may go down: all but the head's."""
         return self.hosts[1:]
 
     def seen(self) -> tuple[SeenHost, ...]:
-        """As Ray tells."""
+        """Returns the hosts as Ray reports them."""
         seen = [host for host in self.hosts if host.is_seen]
         self._told = {host.node_id for host in seen}
         return tuple(
@@ -70,18 +71,20 @@ class SimulatedHosts:
         )
 
     def expected(self) -> ExpectedHosts:
-        """As the configuration in force names them."""
+        """Returns the hosts as the configuration in force names them."""
         return ExpectedHosts(tuple(host.name for host in self.others if host.is_listed))
 
     def check(self, node_id: str) -> tuple[float, HostChecked]:
-        """How long the host takes to answer, and what; one that is cut off does not."""
+        """Returns the time that the host takes to answer, and the answer; a host that is cut off gives
+        none."""
         host = self._of(node_id)
         if host is None or not host.is_up or self._time.now_s < host.cut_until_s:
             return CUT_CHECK_S, HostChecked(node_id, Capacity(0), "it has not answered")
         return self._rng.choice(CHECK_S), HostChecked(node_id, Capacity(host.plan.num_cores))
 
     def take_down(self, host: SimulatedHost, seconds: float) -> None:
-        """Its processes die at once; Ray hears of it later, and the host comes back after that."""
+        """Takes a host down: its processes die at once; Ray notices later, and the host comes back after
+        that."""
         if not host.is_up:
             return
         host.is_up = False
@@ -100,7 +103,8 @@ class SimulatedHosts:
     def started(
         self, worker: SimulatedWorker, placement: Placement, is_waiting: Callable[[Role], bool]
     ) -> None:
-        """A head has started a worker there. `is_waiting`: an instance of a pool waits for a place."""
+        """Records that a head has started a worker there. `is_waiting`: an instance of a pool waits for a
+        place."""
         self.serves(placement.node_id, f"{worker.process.name} is started")
         if placement.node_id not in self._told:
             self._violation(
@@ -124,11 +128,11 @@ class SimulatedHosts:
                     )
         self._workers.append((worker, placement))
         host = self._of(placement.node_id)
-        if host is None or not host.is_up:  # Ray will say so when it has heard of it
+        if host is None or not host.is_up:  # Ray will report this once it notices
             self._time.call_later(max(NOTICE_S), worker.process.kill)
 
     def serves(self, node_id: str, what: str) -> None:
-        """Something is done on a host, which must be one that the configuration names."""
+        """Checks that a host in use is one that the configuration names."""
         host = self._of(node_id)
         if host is not None and not host.is_listed:
             self._violation(f"{what} on {node_id}, which the configuration does not name")

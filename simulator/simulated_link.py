@@ -1,4 +1,4 @@
-"""The wire between two workers: a connection for the control stream, and a staging ring that both see."""
+"""The link between two workers: a connection for the control stream, and a staging ring that both see."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from .network import End, Network
 from .simulated_worker import SimulatedWorker
 from .virtual_time import Timer, VirtualProcess
 
-PREPARE_S = 0.001  # making a ring
+PREPARE_S = 0.001  # to create a ring
 
 
 class SharedRing:
@@ -78,8 +78,8 @@ class Ticket:
 
 
 class CopyingRing(SharedRing):
-    """One side's ring of a link that copies, as gloo does: bytes travel apart from the stream that announces
-    them."""
+    """One side's ring of a link that copies, as gloo does: bytes travel separately from the stream that
+    announces them."""
 
     name = "gloo"
 
@@ -112,7 +112,7 @@ class CopyingRing(SharedRing):
         return ticket
 
     def kill(self) -> None:
-        """As gloo does: who waits finds out when the time for it is over."""
+        """Kills the link as gloo does: a waiting side notices when its timeout expires."""
         self._is_dead = True
 
     def _arrive(self, seq: int, data: bytes) -> None:
@@ -128,7 +128,7 @@ class CopyingRing(SharedRing):
 
 
 class SimulatedDial:
-    """One attempt to connect; the doors of both sides, production's `Dialler` and `Acceptor`, in virtual
+    """One attempt to connect; the endpoints of both sides, production's `Dialler` and `Acceptor`, in virtual
     time."""
 
     def __init__(

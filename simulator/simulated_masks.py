@@ -1,5 +1,5 @@
-"""The grammar process of a simulated worker: any token may come next, but that is known only after a while;
-after a long one when the process had to be started again."""
+"""The grammar process of a simulated worker: any token may come next, but that is known only after a delay; a
+long one when the process had to be restarted."""
 
 from collections.abc import Callable
 from random import Random
@@ -8,7 +8,7 @@ from .virtual_time import VirtualProcess
 
 MASK_S = 0.002  # at most; the steps of simulated workers take as long
 RESTART_S = 0.5
-NO_TOKEN_IS_RULED_OUT = b""  # the model of the simulator does not look at it
+NO_TOKEN_IS_RULED_OUT = b""  # the simulator's model ignores it
 
 
 class SimulatedMasks:

@@ -1,4 +1,4 @@
-"""The way from a simulated worker's engine to its transfer hub: two threads in production, two moments
+"""The path from a simulated worker's engine to its transfer hub: two threads in production, two instants
 here."""
 
 from collections.abc import Callable, Sequence as Seq
@@ -25,7 +25,7 @@ HOP_S = 0.00005  # between a worker's two threads
 
 
 class Port:
-    """Implements `worker.TransferPort`: what the engine asks of the hub happens a moment later, in order."""
+    """Implements `worker.TransferPort`: the engine's calls reach the hub a moment later, in order."""
 
     def __init__(
         self,

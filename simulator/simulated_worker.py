@@ -42,7 +42,7 @@ from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .simulated_port import HOP_S, Port
 from .virtual_time import VirtualProcess, VirtualTime
 
-FRAME_TOKENS = 64  # so few that what a worker holds often takes more than one frame
+FRAME_TOKENS = 64  # so few that a worker's held legs often take more than one frame
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Listener:
 
 
 class SimulatedWorker:
-    """Alive as long as its process."""
+    """A worker, alive as long as its process."""
 
     def __init__(
         self,
@@ -122,8 +122,8 @@ class SimulatedWorker:
         store_fails: Callable[[], bool],
         on_sample: OnSample,
     ) -> None:
-        """`connect` makes a connection to the router, or none while there is no router. `reach` tells how
-        long it takes to find out whether another worker can be reached, and why it cannot."""
+        """`connect` makes a connection to the router; None while there is no router. `reach` returns how long
+        it takes to determine whether another worker is reachable, and why it is not."""
         self.process, self.worker_id, self.incarnation, self.role, self.shape = (
             process,
             worker_id,
@@ -171,22 +171,22 @@ class SimulatedWorker:
         self._session = RouterSession(worker_id, incarnation, time.now_s, FRAME_TOKENS)
         self._silence = RouterSilence(time.now_s)
         self._connection: End | None = None  # to the router
-        self._router: End | None = None  # the same, once it is greeted
+        self._router: End | None = None  # the same connection, once greeted
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
         self._violation = violation
         self._aborted: set[TransferId] = set()
-        self._over: set[tuple[TransferId, int]] = set()  # choices whose last token was told
+        self._over: set[tuple[TransferId, int]] = set()  # choices whose last token was reported
         self._tell_sample = on_sample
 
     def start(self, load_s: float) -> None:
-        """The process is there; after `load_s` its weights are."""
+        """Starts the process, whose weights are loaded after `load_s`."""
         self.process.every(HEARTBEAT_S, self._beat)
         self._dial()
         self.process.call_later(load_s, self._serve)
 
     def _serve(self) -> None:
-        """The worker is loaded."""
+        """Begins to serve, once the worker is loaded."""
         self.process.every(self.local.config.heartbeat_s / 2, self.hub.tick)
         self._session.loaded()
         if self._connection is not None:
@@ -195,7 +195,7 @@ class SimulatedWorker:
     # the router
 
     def _dial(self) -> None:
-        """Connect, again and again; without a router the worker works on for a while, and ends then."""
+        """Connects repeatedly; without a router the worker continues for a while, then ends."""
         now_s = self._time.now_s
         if not self._session.may_dial(now_s):
             self.process.kill()
@@ -224,7 +224,7 @@ class SimulatedWorker:
             self._router.send(self.worker.report())
 
     def _greet_soon(self, connection: End) -> None:
-        """On the engine's thread."""
+        """Greets the router from the engine's thread."""
         self.post(lambda: self._greet(connection))
 
     def _greet(self, connection: End) -> None:
@@ -295,14 +295,14 @@ class SimulatedWorker:
         self.store.leases.pop(transfer, None)
 
     def post(self, event: Callable[[], None]) -> None:
-        """Let the engine thread handle `event` before its next step."""
+        """Lets the engine thread handle `event` before its next step."""
         self._inbox.append(event)
         if not self._is_awake:
             self._is_awake = True
             self.process.call_later(HOP_S, self._turn)
 
     def _turn(self) -> None:
-        """One turn of the engine's loop; what the step brought leaves when it is over."""
+        """Runs one turn of the engine's loop; the step's messages are sent when it is over."""
         while self._inbox:
             self._inbox.popleft()()
         self.clock.ahead_s = 0.0
@@ -326,7 +326,7 @@ class SimulatedWorker:
             choice = output.transfer, output.choice
             if choice in self._over:
                 self._violation(
-                    f"{self.process.name}: tells token {output.index} of {choice}, which has ended"
+                    f"{self.process.name}: reports token {output.index} of {choice}, which has ended"
                 )
             if output.finish_reason is not None:
                 self._over.add(choice)

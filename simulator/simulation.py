@@ -1,5 +1,5 @@
-"""One seed from start to idle: builds the cluster, lets accidents happen, then waits until everything has
-come to rest."""
+"""Simulates one seed from start to idle: builds the cluster, lets accidents happen, then waits until
+everything is idle."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -32,11 +32,11 @@ REACH_TIMEOUT_S = 3.0
 
 @dataclass
 class SimulationOutcome:
-    """What a simulation showed. `violations` is empty when every promise was kept."""
+    """The outcome of a simulation. `violations` is empty when every promise was kept."""
 
     seed: int
     violations: list[str] = field(default_factory=list)
-    timeline: list[str] = field(default_factory=list)  # kept on demand
+    timeline: list[str] = field(default_factory=list)  # recorded on demand
     faults: Counter[str] = field(default_factory=Counter)
     num_requests: int = 0
     num_tokens: int = 0
@@ -47,11 +47,11 @@ class SimulationOutcome:
 
 
 class TooManyViolations(Exception):
-    """Nothing more is to be learnt from this seed."""
+    """Raised when this seed has nothing more to reveal."""
 
 
 class Simulation:
-    """Runs once."""
+    """A simulation of one scenario, to be run once."""
 
     def __init__(self, scenario: Scenario, *, keep_timeline: bool = False) -> None:
         self.outcome = SimulationOutcome(scenario.seed)
@@ -64,7 +64,7 @@ class Simulation:
         self.network = Network(self.time, self.faults)
         self.hosts = SimulatedHosts(self.time, Random(scenario.seed + 2), scenario.hosts, self.violation)
         self.workers: dict[tuple[str, int], SimulatedWorker] = {}
-        self._pools = scenario.pools  # as they are wanted
+        self._pools = scenario.pools  # the desired sizes
         self._computed: set[tuple[str, int, int, int]] = set()  # (request id, seed, choice, index) of tokens
         self._num_started: Counter[str] = Counter()  # processes, by worker
         self._generation = 0
@@ -79,7 +79,7 @@ class Simulation:
         ]
 
     def run(self) -> SimulationOutcome:
-        """To the end, or to a violation that leaves nothing to check."""
+        """Runs to the end, or to a violation that makes further checks useless."""
         try:
             self._run()
         except TooManyViolations:
@@ -120,7 +120,7 @@ class Simulation:
         self.faults.calm()
         for host in self.hosts.hosts:
             host.is_listed = True
-        self._apply(self._scenario.pools)  # whoever was drained comes back
+        self._apply(self._scenario.pools)  # drained workers come back
         if not self._wait_for(self._are_clients_done):
             waiting = [client.request_id for client in self.clients if not client.is_ended]
             self.violation(f"still waiting {PATIENCE_S:.0f} s after the last fault: {', '.join(waiting)}")
@@ -149,7 +149,7 @@ class Simulation:
                 max_queued_requests=scenario.max_queued_requests,
                 prefill_on_decode_factor=2.0 if scenario.prefill_on_decode else None,
                 max_attempts=scenario.max_attempts,
-                claim_timeout_s=10.0,  # longer than the router stands still
+                claim_timeout_s=10.0,  # longer than the router freezes
             ),
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=5.0, backoff_s=0.2, max_backoff_s=2.0),
             self.hosts,
@@ -169,7 +169,8 @@ class Simulation:
 
     @property
     def _num_displaced(self) -> int:
-        """Dispatches that gave up their places: a token that was under way then is computed again."""
+        """Returns the number of dispatches that gave up their places: tokens in flight then are
+        recomputed."""
         return self._num_displaced_before + self.head.router.counters.displaced
 
     def _restart_head(self) -> None:
@@ -186,7 +187,7 @@ class Simulation:
                 if not self.time.step(limit_s):
                     return condition()
             if self.time.num_events > MAX_EVENTS:
-                self.violation(f"{MAX_EVENTS} events, and no end")
+                self.violation(f"{MAX_EVENTS} events without an end")
                 return False
         return True
 
@@ -298,7 +299,7 @@ class Simulation:
             case Accident.DRAIN:
                 members = self.head.fleet.status()
                 num_ready = sum(member.state is MemberState.READY for member in members)
-                # else nobody might be left to serve
+                # else no worker might be left
                 if num_ready > 2 and self.head.process.is_alive and self.head.fleet.is_settled:
                     self.head.manage(Drain(worker.worker_id))
             case Accident.HOST_DOWN | Accident.HOST_CUT | Accident.HOSTS_PARTED | Accident.HOST_REMOVED:
@@ -336,8 +337,8 @@ class Simulation:
             self._apply(self._pools)
 
     def _kill_head(self, head: SimulatedHead, seconds: float, *, amid_dispatch: bool) -> None:
-        """For so many seconds there is none. `amid_dispatch`: with its next commands, if they come soon, half
-        of them lost."""
+        """Kills the head; there is none for `seconds`. `amid_dispatch`: it dies amid its next commands, if
+        they come soon, half of which are lost."""
 
         def kill() -> None:
             if not head.process.is_alive:

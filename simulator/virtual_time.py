@@ -10,7 +10,7 @@ Callback = Callable[[], object]
 
 
 class Timer:
-    """One call to come."""
+    """One pending call."""
 
     __slots__ = ("call",)
 
@@ -22,7 +22,7 @@ class Timer:
 
 
 class VirtualTime:
-    """Runs callbacks in order of their time; those of one instant in an order drawn by `rng`."""
+    """Runs callbacks in order of time; those of one instant in an order drawn from `rng`."""
 
     def __init__(self, rng: Random) -> None:
         self.now_s = 0.0
@@ -40,7 +40,7 @@ class VirtualTime:
         return self.call_at(self.now_s + delay_s, call)
 
     def step(self, until_s: float) -> bool:
-        """Run the next callback; False when there is none before `until_s`."""
+        """Runs the next callback; returns False when there is none before `until_s`."""
         while self._heap and self._heap[0][3].call is None:
             heappop(self._heap)
         if not self._heap or self._heap[0][0] > until_s:
@@ -55,26 +55,25 @@ class VirtualTime:
 
 
 class VirtualProcess:
-    """What an operating system's process is to the others: it may die for good, or stand still for a
-    while."""
+    """An operating system's process as others see it: it may die for good, or freeze for a while."""
 
     def __init__(self, time: VirtualTime, name: str) -> None:
         self.name = name
         self.is_alive = True
         self.is_frozen = False
         self._time = time
-        self._waiting: deque[Callback] = deque()  # what came due while it was frozen
+        self._waiting: deque[Callback] = deque()  # callbacks that came due while it was frozen
         self._on_death: list[Callback] = []
 
     def call_at(self, at_s: float, call: Callback) -> Timer:
-        """Run `call` in this process: not when it is dead by then, later when it is frozen by then."""
+        """Runs `call` in this process: never if it is dead by then, later if it is frozen by then."""
         return self._time.call_at(at_s, lambda: self._run(call))
 
     def call_later(self, delay_s: float, call: Callback) -> Timer:
         return self.call_at(self._time.now_s + delay_s, call)
 
     def every(self, interval_s: float, call: Callback) -> None:
-        """Run `call` again and again while the process lives."""
+        """Runs `call` periodically while the process is alive."""
 
         def again() -> None:
             call()
@@ -83,7 +82,7 @@ class VirtualProcess:
         self.call_later(interval_s, again)
 
     def when_it_dies(self, call: Callback) -> None:
-        """What its kernel does then: closing connections, telling the parent."""
+        """Registers a kernel action on the process's death: closing connections, informing the parent."""
         self._on_death.append(call)
 
     def kill(self) -> None:
@@ -98,7 +97,7 @@ class VirtualProcess:
         self.is_frozen = True
 
     def resume(self) -> None:
-        """Everything that came due meanwhile happens now, in its order."""
+        """Resumes the process; all calls that came due meanwhile run now, in order."""
         self.is_frozen = False
         waiting, self._waiting = self._waiting, deque()
         for call in waiting:

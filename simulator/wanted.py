@@ -1,5 +1,5 @@
-"""Who works for which request, as a bystander of the head's connections knows it: nobody for one that has
-ended."""
+"""The workers of each request, as an observer of the head's connections knows them: none for a request that
+has ended."""
 
 from collections.abc import Iterable, Set as AbstractSet
 from dataclasses import dataclass, field
@@ -12,16 +12,15 @@ Key = tuple[str, int]  # (worker_id, incarnation)
 
 @dataclass(slots=True)
 class _Wanted:
-    """One dispatch: choices whose last token no worker has brought, and workers that were not told to
-    stop."""
+    """One dispatch: choices whose last token no worker has sent, and workers that received no abort."""
 
     choices: set[int]
     workers: set[Key] = field(default_factory=set)
 
 
 class WantedLegs:
-    """Who was told to work for which dispatch, also by an earlier head, and has neither ended nor been told
-    to stop."""
+    """The workers that were given each dispatch, also by an earlier head, and have neither ended it nor
+    received an abort."""
 
     def __init__(self) -> None:
         self._wanted: dict[str, dict[TransferId, _Wanted]] = {}  # by request
@@ -36,7 +35,7 @@ class WantedLegs:
                 of_request.setdefault(spec.transfer, _Wanted(set(spec.choices))).workers.add(worker)
 
     def told(self, worker: Key, legs: Iterable[HeldLeg]) -> None:
-        """What a worker holds that an earlier head has sent to it."""
+        """Records the legs that a worker holds from an earlier head."""
         for held in legs:
             of_request = self._wanted.setdefault(held.spec.transfer.request_id, {})
             wanted = of_request.setdefault(held.spec.transfer, _Wanted(set(held.spec.choices)))
@@ -56,8 +55,8 @@ class WantedLegs:
                 wanted.choices.discard(output.choice)
 
     def ended(self, request_id: str, living: AbstractSet[Key]) -> list[str]:
-        """What is wrong at a request's end: a worker that does not know it by the last tokens must have been
-        told."""
+        """Returns the violations at a request's end: a worker that has not seen the last tokens must have
+        received an abort."""
         return [
             f"{request_id} has ended, but {sorted(working)} go on with {transfer}"
             for transfer, wanted in self._wanted.pop(request_id, {}).items()

@@ -73,9 +73,8 @@ class WorkerProcess:
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._masks: queue.SimpleQueue[Callable[[], None]] = (
-            queue.SimpleQueue()
-        )  # separate, as a step in progress takes them
+        # separate, as a step in progress takes them
+        self._masks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._info: WorkerInfo | None = None  # None until it serves
         self._monitor: GpuMonitor | None = None  # None on CPU

@@ -19,9 +19,8 @@ _HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 64  # Llama 8B
 _SCALE = _HEAD_DIM**-0.5
 _CONTEXT_LEN = 4096
 _TOKEN_BYTES = 2 * _KV_HEADS * _HEAD_DIM * 2
-_CACHE_BYTES = (
-    1 << 30
-)  # calls rotate over at least as much, so that the L2 keeps nothing from one call to the next
+# calls rotate over at least as much, so that the L2 keeps nothing from one call to the next
+_CACHE_BYTES = 1 << 30
 _BATCH_SIZES = (32, 1, 2, 4, 8, 16, 64, 128, 256)
 _JUDGED_FROM = 256e6  # bytes of keys and values
 _PROMPT_LEN = 8192

@@ -123,9 +123,8 @@ async def _chunks(
     """Yields the events of a stream, which outlives its handler; `paying` is closed with it."""
     with paying:
         async with aclosing(events):
-            with_logprobs = (
-                set()
-            )  # prompts whose log probabilities have arrived, and are sent with their first token
+            # prompts whose log probabilities have arrived, and are sent with their first token
+            with_logprobs = set()
             async for prompt, event in events:
                 is_large = prompt in with_logprobs
                 chunk = (

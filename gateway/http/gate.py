@@ -115,9 +115,8 @@ class Gate:
         if access is None:
             return
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
-        text = (
-            shown[0].decode("latin-1") if len(shown) == 1 else None
-        )  # a proxy in front of us may have judged another one
+        # a proxy in front of us may have judged another one
+        text = shown[0].decode("latin-1") if len(shown) == 1 else None
         scope["state"]["caller"] = access.admit(need, text, asyncio.get_running_loop().time())
 
     async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -20,9 +20,8 @@ class IntakeQueue(Generic[T]):
     def __init__(self, max_jobs: int = MAX_JOBS, max_jobs_each: int = MAX_JOBS_EACH) -> None:
         self._max_jobs = max_jobs
         self._max_jobs_each = max_jobs_each
-        self._lanes: OrderedDict[str, deque[T]] = (
-            OrderedDict()
-        )  # the client whose turn it is first, then the following ones; none is empty
+        # the client whose turn it is first, then the following ones; none is empty
+        self._lanes: OrderedDict[str, deque[T]] = OrderedDict()
         self._num_jobs = 0
 
     def __len__(self) -> int:

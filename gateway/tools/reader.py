@@ -57,9 +57,8 @@ def call_id(request: Request, form: ToolFormat, choice: int, index: int) -> str:
         f"{request.request_id}\n{choice}\n{index}\n".encode() + array("Q", request.prompt_token_ids).tobytes()
     )
     digest = hashlib.blake2b(identity, digest_size=12).hexdigest()
-    return (
-        digest[:9] if form is ToolFormat.MISTRAL else f"call_{digest}"
-    )  # Mistral's templates require nine letters or digits
+    # Mistral's templates require nine letters or digits
+    return digest[:9] if form is ToolFormat.MISTRAL else f"call_{digest}"
 
 
 def _told(events: Sequence[ToolEvent], delta: pb.TokenDelta) -> str:

@@ -175,9 +175,8 @@ class _AttentionStep:
     def _prefill(self, geometry: _Geometry, k_cache: torch.Tensor, query_lens: list[int]) -> _PrefillWork:
         target = target_of(self._device)
         tile = prefill_tile(k_cache, geometry.num_heads, geometry.window, target)
-        num_programs = (
-            num_multiprocessors(self._device) // geometry.num_kv_heads
-        )  # as a program takes a whole one
+        # as a program takes a whole one
+        num_programs = num_multiprocessors(self._device) // geometry.num_kv_heads
         plan = plan_prefill(
             query_lens, self._context_lens, tile.num_tokens, tile.num_keys, num_programs, geometry.window
         )

@@ -19,16 +19,16 @@ from .harness import SESSION_MARK, session_processes
 
 @pytest.fixture(scope="session", autouse=True)
 def ray_session() -> Iterator[None]:
-    """Ray as `pdserve up` would start it, kept for all tests; gone without a trace at the end."""
+    """Ray as `pdserve up` would start it, shared by all tests; removed without a trace at the end."""
     temp_dir = tempfile.mkdtemp(
         prefix="pdserve-test-", dir="/tmp"
-    )  # mode 0700: Ray's own folder is open to everybody
+    )  # mode 0700: Ray's own folder is world-writable
     os.environ[SESSION_MARK] = temp_dir
     os.environ[RUNTIME_FOLDER] = f"{temp_dir}/runtime"
     shared_memory, sockets = set(os.listdir("/dev/shm")), abandoned_sockets()
     ray.init(
         num_cpus=len(os.sched_getaffinity(0)),
-        num_gpus=2,  # to Ray they are numbers: nothing computes on them
+        num_gpus=2,  # mere numbers to Ray: nothing computes on them
         include_dashboard=False,
         namespace="pdserve",
         object_store_memory=80 << 20,
@@ -50,7 +50,8 @@ def ray_session() -> Iterator[None]:
 
 
 def abandoned_sockets() -> set[Path]:
-    """The folders for workers' sockets in /tmp where nobody listens: other tests may run beside these."""
+    """Returns folders for workers' sockets in /tmp that have no listener: other tests may run beside
+    these."""
     folders = set(Path("/tmp").glob("kv-*"))
     listeners = Path("/proc/net/unix").read_text()
     return {folder for folder in folders if f"{folder}/" not in listeners and folder.exists()}

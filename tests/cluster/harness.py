@@ -1,4 +1,4 @@
-"""A launched cluster and its gRPC stubs, with what the tests ask of it again and again."""
+"""A launched cluster and its gRPC stubs, with the tests' common operations."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ SESSION_MARK = "PDSERVE_TEST_SESSION"
 
 
 def session_processes() -> dict[int, str]:
-    """The other processes that descend from this test session, with their commands."""
+    """Returns the other descendants of this test session, with their commands."""
     mark = f"{SESSION_MARK}={os.environ[SESSION_MARK]}".encode()
     found = {}
     for process in Path("/proc").iterdir():
@@ -35,7 +35,7 @@ def session_processes() -> dict[int, str]:
 
 
 class Cluster:
-    """Up when made; `close` checks that every block is free before it ends."""
+    """A cluster, started on construction; `close` checks that every block is free before it ends."""
 
     def __init__(self, path: str | Path, prefill: int = 1, decode: int = 1, **settings: Any) -> None:
         self.settings: dict[str, Any] = {
@@ -66,12 +66,12 @@ class Cluster:
         self.admin = rpc.ClusterStub(self._local)
         try:
             self.wait_for(prefill=prefill, decode=decode)
-        except BaseException:  # one cluster fits into Ray at a time: the next test must find room
+        except BaseException:  # Ray has room for one cluster at a time
             self._end()
             raise
 
     def wait_for(self, **ready: int) -> pb.ClusterStatus:
-        """Until the pools have exactly so many ready workers and no others."""
+        """Waits until the pools have exactly these numbers of ready workers and no others."""
         for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=120):
             counts = {role: sum(w.role == role for w in status.workers) for role in ready}
             if counts == ready and all(worker.state == READY for worker in status.workers):
@@ -79,7 +79,7 @@ class Cluster:
         raise AssertionError("the status stream ended")
 
     def apply(self, **instances: int) -> list[pb.ConfigChange]:
-        """Change the pools' sizes; returns what the cluster says about it."""
+        """Changes the pools' sizes; returns the cluster's answer."""
         for pool, count in instances.items():
             self.settings["pools"][pool]["instances"] = count
         text = yaml.safe_dump({"metadata": {"pdserve": self.settings}})
@@ -96,12 +96,12 @@ class Cluster:
         return list(self.generation.GenerateStream(request, timeout=120))
 
     def generate_all(self, requests: Iterable[pb.GenerateRequest]) -> list[list[pb.GenerateEvent]]:
-        """All at once; each stream's events."""
+        """Runs all requests at once; returns each stream's events."""
         with ThreadPoolExecutor(max_workers=32) as pool:
             return list(pool.map(self.stream, requests))
 
     def check_all_blocks_free(self) -> None:
-        """Every worker reports, within a few heartbeats, that nothing is held any more."""
+        """Waits until every worker has reported, within a few heartbeats, that it holds nothing any more."""
         for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=30):
             if all(
                 w.num_free_blocks == w.num_blocks and not w.num_running + w.num_waiting
@@ -123,8 +123,8 @@ class Cluster:
 
 
 def tokens_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> list[int]:
-    """The choice's tokens; their indices must be contiguous, with exactly one ending after them and one of
-    the request."""
+    """Returns the choice's tokens; checks that indices are contiguous, with exactly one ending after them and
+    one of the request."""
     tokens: list[int] = []
     ended = False
     events = list(events)
@@ -150,6 +150,6 @@ def text_of(events: Iterable[pb.GenerateEvent], choice: int = 0) -> str:
 
 
 def workers_of(events: list[pb.GenerateEvent]) -> tuple[str, str]:
-    """Who prefilled and who decoded, by the last attempt of the timeline."""
+    """Returns the prefill and decode workers of the timeline's last attempt."""
     attempt = events[-1].end.timeline.attempts[-1]
     return attempt.prefill.worker, attempt.decode.worker

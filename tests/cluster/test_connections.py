@@ -1,5 +1,5 @@
-"""The connection between router and worker: both ends speak, and each notices when the other has fallen
-silent."""
+"""The connection between router and worker: both ends send heartbeats, and each notices the other's
+silence."""
 
 import asyncio
 import socket
@@ -42,7 +42,7 @@ WAIT_S = 20.0
 
 
 class Link:
-    """A worker's end, and what it was told."""
+    """A worker's end, and the messages that it received."""
 
     def __init__(self, port: int) -> None:
         self.commands: list[WorkerCommand] = []
@@ -73,7 +73,7 @@ async def read_beats(reader: asyncio.StreamReader, count: int) -> None:
     await reader.readexactly(count * len(FrameEncoder().encode(Heartbeat())))
 
 
-async def test_a_router_that_has_nothing_to_say_says_that_it_lives(hasty: None) -> None:
+async def test_an_idle_router_sends_heartbeats(hasty: None) -> None:
     routing = RouterService(Router(), observer([]), "token")
     reader, writer = await open_control(await routing.start("127.0.0.1"), "token")
     writer.write(FrameEncoder().encode(HELLO))
@@ -96,7 +96,7 @@ async def test_a_worker_that_falls_silent_is_lost(hasty: None) -> None:
     await routing.stop()
 
 
-async def test_a_router_that_stood_still_does_not_take_its_own_pause_for_a_workers_silence(
+async def test_a_router_does_not_mistake_its_own_pause_for_workers_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost: list[str] = []
@@ -116,7 +116,7 @@ async def test_a_router_that_stood_still_does_not_take_its_own_pause_for_a_worke
     await routing.stop()
 
 
-def test_a_worker_that_hears_nothing_has_lost_its_router(hasty: None) -> None:
+def test_a_worker_that_receives_nothing_has_lost_its_router(hasty: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with greeted(silent, "token") as accepted:
             link = Link(silent.getsockname()[1])
@@ -153,7 +153,7 @@ def test_a_worker_hangs_up_when_a_frame_was_lost() -> None:
     assert link.commands == [Abort(transfer=TransferId("r", 0))]
 
 
-async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_whole() -> None:
+async def test_held_legs_arrive_in_several_frames_and_are_adopted_together() -> None:
     router, is_ready, observing = Router(adopts=True), asyncio.Event(), observer([])
     observing.handle = lambda event: is_ready.set() if isinstance(event, WorkerReady) else None
     routing = RouterService(router, observing, "token")
@@ -187,7 +187,7 @@ async def test_what_a_worker_holds_comes_in_several_frames_and_is_adopted_as_a_w
         HandshakeDialler("token", Purpose.CONTROL).opening + bytes(1 << 20),
     ],
 )
-async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: None, said: bytes) -> None:
+async def test_an_unauthenticated_peer_is_disconnected_whatever_it_sends(hasty: None, said: bytes) -> None:
     lost: list[str] = []
     routing = RouterService(Router(), observer(lost), "token")
     reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
@@ -200,7 +200,7 @@ async def test_a_stranger_is_hung_up_on_whatever_it_says_or_does_not_say(hasty: 
     await routing.stop()
 
 
-async def test_a_stranger_that_dribbles_does_not_stay_longer_than_a_silent_one(hasty: None) -> None:
+async def test_a_peer_that_sends_slowly_stays_no_longer_than_a_silent_one(hasty: None) -> None:
     routing = RouterService(Router(), observer([]), "token")
     reader, writer = await asyncio.open_connection("127.0.0.1", await routing.start("127.0.0.1"))
     hung_up = asyncio.ensure_future(reader.read())
@@ -213,7 +213,7 @@ async def test_a_stranger_that_dribbles_does_not_stay_longer_than_a_silent_one(h
     await routing.stop()
 
 
-async def test_a_worker_that_knows_the_token_is_refused_when_nobody_waits_for_it(hasty: None) -> None:
+async def test_an_unexpected_worker_with_the_token_is_refused(hasty: None) -> None:
     nobody = observer([])
     nobody.expects = lambda key: False
     routing = RouterService(Router(), nobody, "token")

@@ -1,4 +1,4 @@
-"""Workers that die or freeze: streams go on elsewhere with the very same tokens, and a new incarnation takes
+"""Workers that die or freeze: streams continue elsewhere with identical tokens, and a new incarnation takes
 over."""
 
 import os
@@ -34,7 +34,7 @@ def shared() -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(shared: Cluster) -> Iterator[Cluster]:
-    """The module's cluster; every test must leave all workers ready, all blocks free and no process over."""
+    """The module's cluster; every test must leave all workers ready, all blocks free and no extra process."""
     yield shared
     shared.wait_for(prefill=2, decode=2)
     shared.check_all_blocks_free()
@@ -47,7 +47,7 @@ def worker(cluster: Cluster, worker_id: str) -> pb.WorkerStatus:
 
 
 def wait_until_lost(cluster: Cluster, workers: Sequence[pb.WorkerStatus]) -> None:
-    """Until the cluster counts on none of these processes any more."""
+    """Waits until the cluster relies on none of these processes any more."""
     pids = {worker.pid for worker in workers}
     for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60):
         if not any(worker.pid in pids and worker.state == READY for worker in status.workers):
@@ -56,7 +56,7 @@ def wait_until_lost(cluster: Cluster, workers: Sequence[pb.WorkerStatus]) -> Non
 
 
 def begin(cluster: Cluster, requests: Sequence[pb.GenerateRequest]) -> tuple[list[Any], list[Events]]:
-    """The calls, each of which has brought its first tokens."""
+    """Returns the calls, each of which has received its first tokens."""
     calls = [cluster.generation.GenerateStream(request, timeout=120) for request in requests]
     return calls, [[next(iter(call))] for call in calls]
 
@@ -114,11 +114,11 @@ def test_prompts_survive_the_death_of_their_prefill_worker(cluster: Cluster) -> 
     assert_replaced(cluster, victim)
 
 
-def test_frozen_workers_are_given_up_and_what_they_say_when_they_wake_changes_nothing(
+def test_frozen_workers_are_given_up_and_their_late_reports_ignored(
     cluster: Cluster,
 ) -> None:
-    """One of each pool, with streams that decode there and prompts that are sent there while nobody knows
-    yet."""
+    """Hits one worker of each pool, with streams that decode there and prompts sent there before the failure
+    is detected."""
     decoding = decoding_requests(cluster)
     undisturbed = cluster.generate_all(
         [*decoding, *(cluster.request(prompt, salt="awake") for prompt in LONG_PROMPTS)]

@@ -1,5 +1,5 @@
-"""Through the whole cluster: what a gRPC client receives equals `transformers`, for every ratio, while the
-ratio changes."""
+"""End to end: a gRPC client's output equals that of `transformers`, for every ratio, while the ratio
+changes."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ RATIOS = ((1, 1), (2, 1), (1, 2))
 def check_round(
     streams: list[list[pb.GenerateEvent]], expected: list[tuple[list[int], list[float]]]
 ) -> set[str]:
-    """Tokens and logprobs of every stream; returns the workers that served them, never one for both
+    """Checks tokens and logprobs of every stream; returns the workers that served them, never one for both
     phases."""
     used = set()
     for events, (tokens, logprobs) in zip(streams, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Each example does what it says against a real cluster."""
+"""Each example works as documented against a real cluster."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def run(*command: str) -> str:
-    """What the example prints. Fails when it does."""
+    """Returns the example's output; fails if the example fails."""
     paths = os.pathsep.join([str(ROOT), str(Path(sys.executable).parent)])
     env = os.environ | {
         "PATH": f"{paths}{os.pathsep}{os.environ['PATH']}",

@@ -1,4 +1,4 @@
-"""GPUs as Ray gives them to workers' actors, which we count on and cannot choose."""
+"""The assignment of GPUs to workers' actors by Ray, which we rely on and cannot choose."""
 
 import os
 from typing import Any
@@ -26,13 +26,13 @@ def spec(device: DeviceKind, gpus: float) -> WorkerSpec:
 
 
 class Shown:
-    """What an actor's process is shown."""
+    """The devices visible to an actor's process."""
 
     def variables(self) -> tuple[str | None, str | None]:
         return os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER")
 
 
-def test_ray_gives_out_gpus_by_the_rule_that_we_count_by() -> None:
+def test_ray_assigns_gpus_by_the_rule_that_we_assume() -> None:
     Shown.__module__ = "__main__"  # so that its code travels with it
     (node_id,) = (node["NodeID"] for node in ray.nodes())
     allocator = CoreAllocator({node_id: Capacity(8, 2)})
@@ -48,7 +48,7 @@ def test_ray_gives_out_gpus_by_the_rule_that_we_count_by() -> None:
             ray.kill(actor)
 
 
-def test_a_worker_on_the_processor_takes_no_gpu() -> None:
+def test_a_worker_on_a_cpu_takes_no_gpu() -> None:
     worker = spec("cpu", 0.5)
     options = options_of(
         worker, CoreAllocator({ray.nodes()[0]["NodeID"]: Capacity(8)}).take(worker.key, worker.need)
@@ -57,8 +57,8 @@ def test_a_worker_on_the_processor_takes_no_gpu() -> None:
     assert set(options["runtime_env"]["env_vars"]) == {"OMP_NUM_THREADS"}
 
 
-async def test_a_machines_gpus_are_those_that_it_has_itself() -> None:
-    """Ray was told of two, and there is no driver."""
+async def test_a_machines_gpus_are_its_physical_ones() -> None:
+    """Ray was given two, and there is no driver."""
     (node,) = await RayNodes("embedded", ("127.0.0.1", 1)).ask_all(60.0)
     assert node.name == ray.nodes()[0]["NodeID"]
     assert node.devices == ()

@@ -1,5 +1,5 @@
-"""Outputs that follow a grammar, from a real cluster: valid, the same whoever died, and nobody else's
-concern."""
+"""Outputs that follow a grammar, from a real cluster: valid, unchanged by deaths, and harmless to other
+requests."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def shared() -> Iterator[Cluster]:
     processes = grammar_processes()
     assert processes
     cluster.close()
-    for pid in processes:  # that of a worker which was killed outlives it by a moment
+    for pid in processes:  # a killed worker's grammar process outlives it briefly
         await_end(pid)
 
 
@@ -134,7 +134,7 @@ def test_the_official_client_gets_what_it_asked_for(client: openai.OpenAI) -> No
     assert answer.choices[0].text.isdigit() and len(answer.choices[0].text) == 4
 
 
-def test_the_output_is_the_same_when_its_decode_worker_or_the_grammar_processes_die(cluster: Cluster) -> None:
+def test_constrained_output_survives_deaths_of_decode_worker_and_grammar_processes(cluster: Cluster) -> None:
     request = constrained(cluster, pb.Constraint(json_schema=json.dumps(SCHEMA)), seed=11)
     expected = tokens_of(cluster.stream(request))
 

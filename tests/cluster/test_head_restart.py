@@ -1,5 +1,5 @@
-"""The head dies: workers go on, a new head takes over, and clients that come back get the rest of the very
-same stream."""
+"""The head dies: workers continue, a new head takes over, and clients that come back get the rest of the same
+stream."""
 
 import os
 import signal
@@ -37,12 +37,12 @@ def pids(cluster: Cluster) -> dict[str, int]:
 
 def read_until_lost(call: Iterable[pb.GenerateEvent], events: list[pb.GenerateEvent]) -> None:
     with pytest.raises(grpc.RpcError) as lost:
-        events.extend(call)  # what comes before the error stays
+        events.extend(call)  # keeps events before the error
     assert lost.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def come_back(cluster: Cluster, request: pb.GenerateRequest) -> list[pb.GenerateEvent]:
-    """As a client does: again and again while nobody answers."""
+    """Retries like a client while no server answers."""
     while True:
         events: list[pb.GenerateEvent] = []
         try:
@@ -54,7 +54,7 @@ def come_back(cluster: Cluster, request: pb.GenerateRequest) -> list[pb.Generate
         return events
 
 
-def test_a_client_that_comes_back_after_the_death_of_the_head_gets_the_rest(cluster: Cluster) -> None:
+def test_a_client_that_reconnects_after_a_head_death_gets_the_rest(cluster: Cluster) -> None:
     request = cluster.request("A generator is a function", max_tokens=1500, n=2, temperature=0.8, seed=5)
     request.request_id = "undisturbed"
     expected = cluster.stream(request)

@@ -28,7 +28,7 @@ OTHER = "127.0.0.2"
 
 @contextmanager
 def host(address: str, num_cpus: int) -> Iterator[None]:
-    """Joins the Ray of this test session, and fails in the end."""
+    """A Ray node that joins this test session's Ray, and fails in the end."""
     context = ray.get_runtime_context()
     params = RayParams(
         gcs_address=context.gcs_address,
@@ -72,8 +72,8 @@ class Several:
         self.launched.stop()
 
     def wait_for(self, host: str, state: str, num_ready: int) -> pb.ClusterStatus:
-        """Until the other host is in a state, and so many workers are ready; also when the head dies
-        meanwhile."""
+        """Waits until the other host is in a state, and the given number of workers is ready, even if the
+        head dies meanwhile."""
         while True:
             try:
                 for status in self.admin.WatchStatus(
@@ -100,7 +100,7 @@ class Several:
         return tokens_of(self.generation.GenerateStream(request, timeout=60))
 
 
-def test_a_cluster_serves_on_what_is_there_and_grows_and_shrinks_with_its_hosts() -> None:
+def test_a_cluster_grows_and_shrinks_with_its_hosts() -> None:
     num_cores = len(os.sched_getaffinity(0))
     fits = 2 * num_cores - 1  # decode instances on the head, beside one prefill instance
     with closing(Several(file(OTHER, decode=fits + 1))) as cluster:
@@ -154,7 +154,7 @@ def test_a_cluster_serves_on_what_is_there_and_grows_and_shrinks_with_its_hosts(
             assert cluster.tokens() == expected
 
 
-def test_a_host_with_another_version_is_refused_with_cause_and_fix_and_nothing_starts_there(
+def test_a_host_with_another_version_is_refused_with_cause_and_fix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text("import pdserve; pdserve.__version__ = '0.0.9'")

@@ -1,4 +1,4 @@
-"""The HTTP door of a real cluster: the same answers as by gRPC, and nothing left behind by clients that
+"""The HTTP server of a real cluster: the same answers as by gRPC, and no resources held for clients that
 leave."""
 
 import json
@@ -31,7 +31,7 @@ def http(cluster: Cluster) -> Iterator[httpx.Client]:
     cluster.check_all_blocks_free()
 
 
-def test_both_doors_give_the_same_tokens(cluster: Cluster, http: httpx.Client) -> None:
+def test_both_servers_give_the_same_tokens(cluster: Cluster, http: httpx.Client) -> None:
     events = cluster.stream(cluster.request(PROMPT, max_tokens=20))
     body = BODY | {"max_tokens": 20, "return_token_ids": True, "n": 2}
     answer = http.post("/v1/completions", json=body).json()
@@ -47,7 +47,7 @@ def test_a_client_that_leaves_frees_everything_on_both_workers(cluster: Cluster,
     cluster.check_all_blocks_free()
 
 
-def test_a_started_cluster_says_so(http: httpx.Client) -> None:
+def test_a_started_cluster_reports_itself_started(http: httpx.Client) -> None:
     started = http.get("/startupz")
     assert (started.status_code, started.json()["phase"], started.json()["progress"]) == (200, "started", 1.0)
     assert [http.get(path).status_code for path in ("/health", "/readyz", "/livez")] == [200, 200, 200]

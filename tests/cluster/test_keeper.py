@@ -17,11 +17,11 @@ from pdserve.head.spec import HeadSpec
 from pdserve.router.cores import Placement
 
 SPEC: Any = SimpleNamespace(key=("decode-0", 1))
-NO_NODES: Any = SimpleNamespace()  # they are not asked for
+NO_NODES: Any = SimpleNamespace()  # not used
 
 
 class OvertakingActor:
-    """A handle whose calls arrive in the opposite order: the last first, once the caller waits."""
+    """A handle whose calls arrive in reverse order, once the caller waits."""
 
     def __init__(self) -> None:
         self._calls: list[tuple[str, asyncio.Future[Outcome]]] = []
@@ -45,14 +45,14 @@ class OvertakingActor:
             result.set_exception(KeyError("not started"))
 
 
-async def test_the_end_of_a_worker_is_not_asked_for_before_it_was_started() -> None:
+async def test_a_workers_end_is_not_awaited_before_its_start() -> None:
     actor = OvertakingActor()
     keeper = RayKeeper(actor)
     keeper.start(SPEC, Placement("node", (0,)))
     assert (await keeper.ended(SPEC.key)).reason == "the process ended"
 
 
-async def test_the_end_of_a_worker_that_another_head_started_is_asked_for() -> None:
+async def test_the_end_of_another_heads_worker_is_awaited() -> None:
     actor = OvertakingActor()
     actor.arrived.append("start")
     assert (await RayKeeper(actor).ended(SPEC.key)).reason == "the process ended"
@@ -63,7 +63,7 @@ def config_of(num_decode: int) -> ClusterConfig:
 
 
 def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> Head:
-    """A head of which only `apply` can be called; `calls` are those that are on their way to its keeper."""
+    """Returns a head of which only `apply` can be called; `calls` collects those in flight to its keeper."""
     monkeypatch.setattr(
         head_module,
         "plan",
@@ -89,7 +89,7 @@ def head_of(generation: int, calls: list[tuple[Any, ...]], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-async def test_the_configuration_that_was_applied_last_is_kept_in_whichever_order_the_keeper_hears_of_them(
+async def test_the_last_applied_configuration_is_kept_despite_overtaking_calls(
     order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[Any, ...]] = []

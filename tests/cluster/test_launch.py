@@ -1,4 +1,4 @@
-"""Launches and workers that fail: they say why in a few words, and leave nothing behind or come back."""
+"""Launches and workers that fail: they report why concisely, and leave nothing behind or come back."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.cluster
         ({"pools": {"prefill": {"instances": 400}}}, r"core"),
     ],
 )
-def test_what_cannot_run_is_not_launched(settings: dict[str, object], message: str) -> None:
+def test_an_infeasible_configuration_is_not_launched(settings: dict[str, object], message: str) -> None:
     with pytest.raises(LaunchError, match=message) as caught:
         launch(ClusterConfig.model_validate(settings | {"listen": {"grpc": "127.0.0.1:0", "http": None}}))
     assert "Traceback" not in str(caught.value)
@@ -90,7 +90,7 @@ def test_the_command_line_finds_a_running_cluster_by_its_address() -> None:
     assert not admin_socket.socket_link(cluster.address).is_symlink()
 
 
-def test_a_head_that_ray_takes_for_dead_is_ended_before_the_next_one_is_made(
+def test_a_head_declared_dead_is_killed_before_its_successor_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[str] = []
@@ -110,7 +110,7 @@ def test_a_head_that_ray_takes_for_dead_is_ended_before_the_next_one_is_made(
     assert done == ["old head killed", "new head made"]
 
 
-def test_a_worker_that_cannot_load_says_why_until_the_checkpoint_is_mended(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_load_reports_why_until_the_checkpoint_is_repaired(tmp_path: Path) -> None:
     path = shutil.copytree(MODEL_DIR, tmp_path / "model")
     weights = path / "model.safetensors"
     whole = weights.read_bytes()

@@ -46,11 +46,11 @@ def test_the_legs_explain_the_time_to_first_token(cluster: Cluster) -> None:
         assert record.answer is not None and record.answer.legs is not None and record.ttft_s is not None
         legs = record.answer.legs
         assert sum(chunk.num_tokens for chunk in record.chunks) == 64
-        assert 0 <= legs.first_token_s <= record.ttft_s  # the router's view lies within the client's
+        assert 0 <= legs.first_token_s <= record.ttft_s  # the router's interval lies within the client's
         assert legs.queue_s <= legs.first_token_s
         assert (legs.transfer_s is None) == (
             legs.exposed_s is None
-        )  # a worker's account may come after a short stream's end
+        )  # a worker's account may arrive after a short stream's end
     assert {"queue", "transfer", "exposed_transfer", "first_decode"} <= set(report.legs_ms)
 
 
@@ -59,4 +59,4 @@ def test_a_closed_loop_over_shared_prefixes_finds_them_cached(cluster: Cluster) 
     report = load(cluster, CampaignPlan(workload, max_requests=20, concurrency=1)).report(Slo())
     assert report.num_ok == 20
     assert report.num_cached_tokens is not None
-    assert report.num_cached_tokens >= 18 * 112  # all but the first of each group, but for the last block
+    assert report.num_cached_tokens >= 18 * 112  # all but the first of each group, except for the last block

@@ -1,4 +1,4 @@
-"""The hosts of a Ray cluster, as the head hears of them, and whether they may serve beside it."""
+"""The hosts of a Ray cluster as the head sees them, and whether they may serve beside it."""
 
 import asyncio
 import shutil
@@ -38,7 +38,7 @@ def alive(name: str, address: str, is_alive: bool = True, **resources: float) ->
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What each host answers, by node id: an exception is raised, None never comes."""
+    """Returns each host's answer, by node id: an exception is raised, None never arrives."""
     devices = [tuple(vars(gpu).values()) for gpu in GPUS]
     answers: dict[str, Any] = {B: look("embedded", None) | {"cores": [0, 1, 2], "devices": devices}}
     found = [
@@ -83,7 +83,7 @@ async def test_hosts_that_are_alive_are_seen_the_head_first(machines: dict[str, 
     )
 
 
-async def test_a_host_has_what_it_tells_and_ray_was_given_of_it(machines: dict[str, Any]) -> None:
+async def test_a_host_has_the_resources_that_it_reports_and_ray_was_given(machines: dict[str, Any]) -> None:
     machines[B]["torch_cuda"] = "13.0"
     nodes = RayNodes("embedded", ROUTER)
     head, other = await nodes.ask_all(60.0)
@@ -100,7 +100,7 @@ async def test_a_host_has_what_it_tells_and_ray_was_given_of_it(machines: dict[s
         (ModuleNotFoundError("No module named 'pdserve'"), "No module named 'pdserve'"),
     ],
 )
-async def test_a_host_that_cannot_be_asked_is_refused_with_what_to_do(
+async def test_an_unreachable_host_is_refused_with_a_fix(
     machines: dict[str, Any], answer: Any, said: str
 ) -> None:
     machines[B] = answer
@@ -160,11 +160,11 @@ def test_clocks_that_differ_are_a_warning_as_nothing_depends_on_them() -> None:
     assert warning(FACTS, replace(FACTS, clock_s=FACTS.clock_s - 59), "cpu", 0.1) == ""
 
 
-def test_a_host_without_gpus_beside_those_that_have_some_is_said_to_take_no_instance() -> None:
+def test_a_host_without_gpus_in_a_gpu_cluster_is_reported_unusable() -> None:
     assert "no GPU that torch can use" in warning(FACTS, FACTS, "cuda", 0.1)
 
 
-def test_looking_finds_the_checkpoint_and_the_way_to_the_head(tmp_path: Path) -> None:
+def test_looking_finds_the_checkpoint_and_the_link_to_the_head(tmp_path: Path) -> None:
     here = HostFacts.parse(look("embedded", None), "here")
     assert here.fingerprint and not here.router_error
     copy = shutil.copytree(MODEL_DIR, tmp_path / "copy")

@@ -1,5 +1,4 @@
-"""What operators do while traffic flows, and what clients do to a cluster: nothing fails, nothing is left
-behind."""
+"""Operators' actions under traffic, and clients' actions: nothing fails, and no resource is left behind."""
 
 import threading
 from collections.abc import Iterator
@@ -100,7 +99,9 @@ def test_a_deadline_ends_the_stream_and_frees_everything(cluster: Cluster) -> No
         ("sampling.n", lambda c: c.request(PROMPT, n=1000)),
     ],
 )
-def test_bad_input_is_named_and_disturbs_nobody(cluster: Cluster, field: str, request_of) -> None:  # type: ignore[no-untyped-def]
+def test_invalid_input_is_named_and_disturbs_no_other_request(
+    cluster: Cluster, field: str, request_of
+) -> None:  # type: ignore[no-untyped-def]
     good = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=40))
     next(iter(good))
     with pytest.raises(grpc.RpcError) as caught:
@@ -172,7 +173,7 @@ def test_a_drained_worker_finishes_its_streams_and_the_other_pool_stands_in(clus
     workers = cluster.admin.GetStatus(pb.GetStatusRequest()).workers
     (decoder,) = (
         worker.worker_id for worker in workers if worker.role == "decode"
-    )  # its number depends on who was removed
+    )  # its number depends on which was removed
     long = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=400))
     events = [next(iter(long))]
     drain = cluster.admin.Drain(pb.DrainRequest(worker_ids=[decoder]))
@@ -198,7 +199,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(cluster: Cluster) -> No
         launch(ClusterConfig.model_validate({"listen": {"grpc": address}}))
 
 
-def test_what_cannot_run_is_refused_before_anything_starts(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_an_infeasible_configuration_is_refused_before_anything_starts(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(CapacityError, match="cores"):
         plan(ClusterConfig.model_validate({"pools": {"prefill": {"instances": 400}}})).check()
     with pytest.raises(CheckpointError, match="nowhere"):

@@ -1,4 +1,4 @@
-"""The Ray that RAY_ADDRESS names: believed only where this user or root listens, and where a token keeps
+"""The Ray that RAY_ADDRESS names: trusted only where this user or root listens, and where a token keeps
 others out."""
 
 import os
@@ -138,14 +138,14 @@ TABLE_6 = (
         (HEADER, 1, []),
     ],
 )
-def test_the_users_who_listen_on_a_port_are_found_in_the_kernels_table(
+def test_listening_users_are_found_in_the_kernels_socket_table(
     table: str, port: int, uids: list[int]
 ) -> None:
     assert list(listening_uids(table, port)) == uids
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
-def test_a_port_of_this_host_that_this_user_listens_on_is_taken(host: str) -> None:
+def test_a_local_port_that_this_user_listens_on_is_accepted(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = RayAddress(host, server.getsockname()[1])
         check_listener(address)
@@ -172,10 +172,10 @@ def test_a_host_that_has_no_address_is_refused() -> None:
 
 
 def test_the_address_of_another_host_is_left_to_the_network() -> None:
-    check_listener(RayAddress("203.0.113.1", 1))  # kept for documentation: nobody has it
+    check_listener(RayAddress("203.0.113.1", 1))  # reserved for documentation: no host has it
 
 
-def test_a_ray_with_a_token_is_taken() -> None:
+def test_a_ray_with_a_token_is_adopted() -> None:
     check_token(ray.get_runtime_context().gcs_address, accept=False)
 
 
@@ -207,12 +207,12 @@ def test_a_ray_that_refuses_a_call_without_a_token_is_connected_to(
 
 
 @pytest.mark.parametrize("answering", [grpc.StatusCode.UNIMPLEMENTED], indirect=True)
-def test_what_answers_otherwise_is_no_ray(answering: str, connecting: Callable[[str], None]) -> None:
+def test_a_server_with_another_answer_is_no_ray(answering: str, connecting: Callable[[str], None]) -> None:
     with pytest.raises(LaunchError, match=f"no Ray cluster answers at {answering}: UNIMPLEMENTED"):
         connecting(answering)
 
 
-def test_a_process_that_is_connected_to_a_ray_without_a_token_is_refused(
+def test_an_existing_connection_to_a_ray_without_a_token_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def refuse(address: str, accept: bool) -> None:

@@ -1,4 +1,5 @@
-"""Ray's folder: no other local user changes what Ray writes to or connects to, whoever started Ray."""
+"""Ray's folder: no other local user can change the files and sockets that Ray uses, regardless of who started
+Ray."""
 
 import os
 import shutil
@@ -25,14 +26,14 @@ from ..other_user import NOBODY, needs_root, run_as_nobody
 from .test_gpus import spec
 
 pytestmark = pytest.mark.cluster
-MAX_SOCKET_PATH_BYTES = 107  # of Linux; the kernel refuses longer ones
+MAX_SOCKET_PATH_BYTES = 107  # on Linux; the kernel refuses longer ones
 MAX_PID_DIGITS = 7
 MKDTEMP_CHARS = 8
 
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """A folder that every user can enter, and only this one can change."""
+    """A folder that every user can enter and only this one can change."""
     folder = Path(tempfile.mkdtemp(prefix="pdserve-test-", dir="/tmp"))
     folder.chmod(0o755)
     yield folder
@@ -40,7 +41,7 @@ def base() -> Iterator[Path]:
 
 
 def made(base: Path, *modes: int) -> Path:
-    """Folders inside one another: `base`/0/1/..., of these modes."""
+    """Creates nested folders `base`/0/1/... with these modes."""
     folder = base
     for number, mode in enumerate(modes):
         folder = folder / str(number)
@@ -56,7 +57,7 @@ def made(base: Path, *modes: int) -> Path:
         ((0o700, 0o777, 0o777), None),  # as we start Ray
         ((0o755, 0o700, 0o777), None),
         ((0o1777, 0o755), None),  # as /tmp
-        ((0o777, 0o777, 0o777), "0"),  # as Ray does by itself
+        ((0o777, 0o777, 0o777), "0"),  # as Ray does by default
         ((0o755, 0o777), "0/1"),
         ((0o755, 0o1777), "0/1"),  # others can put files there before Ray does
         ((0o755, 0o775), "0/1"),
@@ -66,7 +67,7 @@ def made(base: Path, *modes: int) -> Path:
         ((0o701, 0o777), "0/1"),
     ],
 )
-def test_a_folder_is_weak_where_others_can_change_a_step_to_it(
+def test_a_folder_is_weak_where_others_can_change_its_path(
     base: Path, modes: tuple[int, ...], weak: str | None
 ) -> None:
     found = weakness_of(made(base, *modes))
@@ -84,7 +85,7 @@ def test_a_symlink_out_of_a_private_folder_is_followed(base: Path) -> None:
     assert weakness_of(private / "sockets") == f"{shared} has mode 0777"
 
 
-def test_what_belongs_to_another_user_is_weak_whatever_its_mode(base: Path) -> None:
+def test_another_users_folder_is_weak_whatever_its_mode(base: Path) -> None:
     needs_root()
     theirs = made(base, 0o755, 0o700)
     os.chown(theirs.parent, NOBODY, NOBODY)
@@ -104,7 +105,7 @@ def shared_session(base: Path) -> Path:
     return session
 
 
-def test_the_refusal_names_the_folder_and_what_mends_it(
+def test_the_refusal_names_the_folder_and_the_fix(
     shared_session: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(SharedRayFolder) as caught:
@@ -136,7 +137,7 @@ def test_a_ray_that_others_can_change_is_not_adopted(
     assert _Ray.connect(tmp_path) == _Ray(ours=False)
 
 
-def test_the_sockets_that_are_used_count_and_not_only_those_of_the_folder(
+def test_the_sockets_in_use_are_checked_besides_those_of_the_folder(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = ray_folder.sockets()
@@ -184,7 +185,7 @@ def test_a_worker_refuses_to_run_where_others_can_change_rays_folder(
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
-def test_cluster_yaml_starts_ray_in_a_folder_that_it_has_closed(commands: str, tmp_path: Path) -> None:
+def test_cluster_yaml_starts_ray_in_a_private_folder(commands: str, tmp_path: Path) -> None:
     lines = yaml.safe_load((Path(__file__).parents[2] / "cluster.yaml").read_text())[commands]
     (start,) = (number for number, line in enumerate(lines) if "ray start" in line)
     assert "--temp-dir=$HOME/.pdserve/ray" in lines[start]
@@ -195,7 +196,7 @@ def test_cluster_yaml_starts_ray_in_a_folder_that_it_has_closed(commands: str, t
 
 
 def read(path: Path) -> bytes:
-    """The contents of a file of /proc; nothing when the process is gone."""
+    """Returns the contents of a file in /proc; empty when the process is gone."""
     try:
         return path.read_bytes()
     except OSError:
@@ -225,7 +226,7 @@ attempt("connect", lambda: connect(session + "/sockets/raylet"))
 STEPS = ("rename log", "link log", "rename sockets", "make sockets", "connect")
 
 
-def test_nobody_else_gets_at_the_logs_and_sockets_of_a_ray_of_our_own(tmp_path: Path) -> None:
+def test_other_users_cannot_reach_our_own_rays_logs_and_sockets(tmp_path: Path) -> None:
     run_folder = Path(tempfile.mkdtemp(prefix="pdserve-", dir="/tmp"))
     secret = tmp_path / "secret"
     secret.write_text("ours")
@@ -249,7 +250,7 @@ def test_nobody_else_gets_at_the_logs_and_sockets_of_a_ray_of_our_own(tmp_path: 
             assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if token in read(path)], (
                 "others read them"
             )
-            if os.getuid() == 0:  # else there is nobody to attack
+            if os.getuid() == 0:  # otherwise there is no other user to attack
                 assert run_as_nobody(ATTACK, str(session), str(secret)) == [
                     f"{step} EACCES" for step in STEPS
                 ]

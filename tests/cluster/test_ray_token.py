@@ -33,7 +33,7 @@ shutil.rmtree(folder)
 
 @pytest.fixture
 def applied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str | None]]:
-    """What Ray is told to read again. The tests' own Ray keeps the token that it has."""
+    """The environments that Ray is made to reload. The tests' own Ray keeps its token."""
     seen: list[dict[str, str | None]] = []
     for name in (MODE, TOKEN, TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
@@ -43,7 +43,7 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str | None]]:
     return seen
 
 
-def test_the_token_is_long_and_for_its_user_alone(
+def test_the_token_is_long_and_readable_by_its_user_alone(
     applied: list[dict[str, str | None]], tmp_path: Path
 ) -> None:
     token = RayToken(tmp_path)
@@ -68,7 +68,7 @@ def test_no_two_clusters_have_the_same_token(applied: list[dict[str, str | None]
 
 
 @pytest.mark.parametrize("chosen", [{MODE: "disabled"}, {TOKEN: "t"}, {TOKEN_PATH: "/operators"}])
-def test_what_an_operator_has_chosen_stays(
+def test_an_operators_choice_of_token_mode_is_kept(
     applied: list[dict[str, str | None]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -83,7 +83,7 @@ def test_what_an_operator_has_chosen_stays(
     assert dict(os.environ) == before and applied == []
 
 
-def test_a_ray_of_our_own_lets_in_nobody_without_its_token() -> None:
+def test_our_own_ray_refuses_clients_without_its_token() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run(

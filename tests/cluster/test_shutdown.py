@@ -1,5 +1,4 @@
-"""The end of a cluster: streams finish first, then nothing is left of it; also when what holds it together
-dies."""
+"""The end of a cluster: streams finish first, then nothing is left of it, even when its keeper dies."""
 
 import os
 import select
@@ -80,7 +79,7 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(t
         assert process.wait(60) == 0
 
 
-def test_the_death_of_the_keeper_is_told_and_takes_head_and_workers_with_it() -> None:
+def test_the_keepers_death_is_reported_and_ends_head_and_workers() -> None:
     cluster = Cluster("embedded")
     try:
         (keeper,) = (pid for pid, command in session_processes().items() if "KeeperActor" in command)

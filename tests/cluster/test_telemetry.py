@@ -1,4 +1,4 @@
-"""What a running cluster tells of the requests that it served: counted, traced and explained."""
+"""A running cluster's telemetry of the requests that it served: counted, traced and explained."""
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -26,7 +26,7 @@ TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 class Collector(collector_rpc.TraceServiceServicer):
-    """Takes traces, until it is stopped."""
+    """A collector that accepts traces until it is stopped."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -62,7 +62,7 @@ def cluster(collector: Collector) -> Iterator[Cluster]:
 
 
 def until(cluster: Cluster, is_so: Callable[[dict[str, float]], bool]) -> dict[str, float]:
-    """The metrics, once they say so: looked at with every state that the cluster sends."""
+    """Returns the metrics once the condition holds; checks them with every state that the cluster sends."""
     for _ in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60):
         values = nonzero(cluster._launched.metrics())
         if is_so(values):
@@ -125,13 +125,13 @@ def test_after_some_requests_the_counters_equal_what_was_done(cluster: Cluster) 
     assert "router_takeovers_total" not in values
 
 
-def test_the_parts_of_ttft_add_up_and_the_control_plane_is_the_least_of_them(cluster: Cluster) -> None:
+def test_the_parts_of_ttft_add_up_and_the_control_plane_is_smallest(cluster: Cluster) -> None:
     before = nonzero(cluster._launched.metrics())
     cluster.stream(cluster.request(PROMPT, max_tokens=4, salt="parts"))
     after = until(cluster, lambda values: num_closed(values) == num_closed(before) + 1)
 
     def spent(name: str) -> float:
-        """Of all pools together."""
+        """Returns the sum over all pools."""
         sums = [
             {k: v for k, v in values.items() if k.startswith(f"{name}_seconds_sum")}
             for values in (after, before)
@@ -163,7 +163,7 @@ def test_a_request_is_one_trace_below_its_client(cluster: Cluster, collector: Co
     assert told.trace_id == TRACE
 
 
-def test_explain_tells_every_leg_of_a_request_that_is_over(cluster: Cluster) -> None:
+def test_explain_shows_every_leg_of_a_finished_request(cluster: Cluster) -> None:
     request = cluster.request(PROMPT, max_tokens=20, salt="explained")
     request.request_id = "explained"
     cluster.stream(request)
@@ -182,7 +182,7 @@ def test_explain_tells_every_leg_of_a_request_that_is_over(cluster: Cluster) -> 
     assert attempt.considered[0].prefill_worker == attempt.prefill_worker == "prefill-0"
 
 
-def test_explain_tells_of_a_request_that_is_running(cluster: Cluster) -> None:
+def test_explain_shows_a_running_request(cluster: Cluster) -> None:
     request = cluster.request(PROMPT, max_tokens=1500)
     request.request_id = "running"
     call: Any = cluster.generation.GenerateStream(request)
@@ -192,7 +192,7 @@ def test_explain_tells_of_a_request_that_is_running(cluster: Cluster) -> None:
     cluster.check_all_blocks_free()
 
 
-def test_a_collector_that_dies_disturbs_nobody(cluster: Cluster, collector: Collector) -> None:
+def test_a_collectors_death_disturbs_no_request(cluster: Cluster, collector: Collector) -> None:
     before = num_closed(nonzero(cluster._launched.metrics()))
     collector.stop()
     answers = cluster.generate_all(

@@ -1,4 +1,5 @@
-"""Tools with real workers: even a model with random weights makes calls that fit, streamed and whole."""
+"""Tools with real workers: even a model with random weights makes calls that fit the schema, streamed and
+whole."""
 
 import json
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def check(name: str, arguments: str) -> None:
     jsonschema.validate(json.loads(arguments), schemas[name])
 
 
-def test_calls_that_have_to_come_fit_their_schemas(client: openai.OpenAI) -> None:
+def test_required_calls_fit_their_schemas(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         **CHAT, tool_choice="required", parallel_tool_calls=False, n=4, seed=1
     )
@@ -70,7 +71,7 @@ def test_calls_that_have_to_come_fit_their_schemas(client: openai.OpenAI) -> Non
         check(call.function.name, call.function.arguments)
 
 
-def test_the_chosen_function_is_called_and_streamed_as_it_comes(client: openai.OpenAI) -> None:
+def test_the_chosen_function_is_called_and_streamed_incrementally(client: openai.OpenAI) -> None:
     chosen: Any = {"type": "function", "function": {"name": "get_weather"}}
     with client.chat.completions.stream(
         **CHAT, tool_choice=chosen, parallel_tool_calls=False, seed=2

@@ -1,4 +1,4 @@
-"""What a worker's process computes on, and how it tells of its GPU."""
+"""The device of a worker's process, and its reports about its GPU."""
 
 import threading
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def spec(device: DeviceKind, num_blocks: int | None = None, **pool: float) -> Wo
     )
 
 
-def test_the_gpu_is_the_one_that_the_process_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_the_one_visible_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml(monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     gpu = own_gpu("cuda")
@@ -46,20 +46,20 @@ def test_a_worker_without_its_gpu_does_not_start(monkeypatch: pytest.MonkeyPatch
         own_gpu("cuda")
 
 
-def test_an_engine_fills_its_share_of_the_gpu_and_counts_its_own_blocks() -> None:
+def test_an_engine_sizes_its_blocks_to_its_share_of_the_gpu() -> None:
     options = engine_options(spec("cuda", gpus_per_instance=0.5, max_batch_size=7, max_batch_tokens=100))
     assert (options.device, options.num_blocks, options.block_size) == ("cuda", None, 64)
     assert options.memory_fraction == 0.45
     assert (options.max_batch_size, options.max_batch_tokens) == (7, 100)
 
 
-def test_an_engine_on_the_processor_has_the_blocks_that_were_planned() -> None:
+def test_an_engine_on_a_cpu_has_the_planned_blocks() -> None:
     options = engine_options(spec("cpu", num_blocks=12))
     assert (options.device, options.num_blocks, options.block_size) == ("cpu", 12, 16)
 
 
 class Sampled(GpuProbe):
-    """Tells that it was asked."""
+    """A probe that records that it was asked."""
 
     asked = threading.Event()
 
@@ -70,7 +70,7 @@ class Sampled(GpuProbe):
             self.asked.set()
 
 
-def test_a_monitor_hands_out_each_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_monitor_returns_each_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml(monkeypatch)
     monkeypatch.setattr(monitor_module, "GpuProbe", Sampled)
     monkeypatch.setattr(monitor_module, "INTERVAL_S", 0.0)
@@ -79,7 +79,7 @@ def test_a_monitor_hands_out_each_sample_once(monkeypatch: pytest.MonkeyPatch) -
     monitor.start()
     assert Sampled.asked.wait(WAIT_S)
     Sampled.asked.clear()
-    assert Sampled.asked.wait(WAIT_S)  # so that the one before is there
+    assert Sampled.asked.wait(WAIT_S)  # so that the previous one is present
     monitor.stop()
     monitor._thread.join(WAIT_S)
     assert not monitor._thread.is_alive()
@@ -89,7 +89,7 @@ def test_a_monitor_hands_out_each_sample_once(monkeypatch: pytest.MonkeyPatch) -
     assert monitor.take() is None
 
 
-def test_a_driver_that_does_not_answer_ends_the_monitor_alone(
+def test_an_unresponsive_driver_ends_only_the_monitor(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     nvml(monkeypatch, nvmlInit=unsupported)
@@ -100,7 +100,7 @@ def test_a_driver_that_does_not_answer_ends_the_monitor_alone(
     assert "NVIDIA H100 80GB HBM3 is not watched" in caplog.text
 
 
-def test_a_heartbeat_carries_the_gpu_when_there_is_news_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_carries_new_gpu_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     process = WorkerProcess(spec("cuda"))
     report = StepReport(worker_id="prefill-0", incarnation=1, load=WorkerLoad(num_running=3))
     process._worker = SimpleNamespace(report=lambda: report)  # type: ignore[assignment]

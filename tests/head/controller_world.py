@@ -1,4 +1,4 @@
-"""A controller over actors that do what a test says."""
+"""A controller over actors that a test controls."""
 
 import asyncio
 from dataclasses import replace
@@ -29,7 +29,7 @@ P, D = Role.PREFILL, Role.DECODE
 
 
 class FakeActor:
-    """A worker's actor, whose `run` ends when the test, `stop` or a kill says so."""
+    """A worker's actor, whose `run` ends on request of the test, `stop` or a kill."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
@@ -52,14 +52,14 @@ class FakeActor:
 
 
 class FakeConnection:
-    """A worker's connection; what is said on it is not kept."""
+    """A worker's connection; messages are discarded."""
 
     def send(self, message: object) -> None: ...
     def hang_up(self) -> None: ...
 
 
 class FakeKeeper:
-    """Keeps the actors that it made."""
+    """A keeper that records the actors that it made."""
 
     def __init__(self) -> None:
         self.actors: list[FakeActor] = []
@@ -128,17 +128,17 @@ class World:
         return self.keeper.actors
 
     def actor(self, worker_id: str) -> FakeActor:
-        """The newest of this name."""
+        """Returns the newest actor of this name."""
         return next(actor for actor in reversed(self.actors) if actor.spec.worker_id == worker_id)
 
     def connect(self, worker_id: str) -> None:
-        """The worker says hello and that it is ready."""
+        """The worker sends Hello and Ready."""
         spec = self.actor(worker_id).spec
         self.introduce(spec)
         self.say(spec, Ready(info=worker_info(worker_id, spec.role, incarnation=spec.incarnation)))
 
     def introduce(self, spec: WorkerSpec) -> bool:
-        """A worker says hello on a new connection; whether it is admitted."""
+        """A worker sends Hello on a new connection; returns whether it is admitted."""
         sessions: Any = self.service.sessions
         connection = FakeConnection()
         self.service.carry_out(sessions.opened(connection))
@@ -146,14 +146,14 @@ class World:
         return sessions.connection(spec.key) is connection
 
     def say(self, spec: WorkerSpec, message: WorkerMessage) -> None:
-        """On the worker's connection."""
+        """Sends a message on the worker's connection."""
         sessions: Any = self.service.sessions
         self.service.carry_out(sessions.received(sessions.connection(spec.key), message))
 
     def disconnect(
         self, worker_id: str, reason: str = "connection closed", num_silent_beats: int = 0
     ) -> None:
-        """Its connection breaks, or it says nothing for so many beats."""
+        """Its connection breaks, or it is silent for the given number of beats."""
         self.break_off(self.actor(worker_id).spec, reason, num_silent_beats)
 
     def break_off(
@@ -184,7 +184,7 @@ class World:
         ]
 
     async def settle(self) -> None:
-        """Until nobody has anything left to do but to wait for actors."""
+        """Waits until only waiting for actors is left."""
         for _ in range(10):
             await asyncio.sleep(0)
 

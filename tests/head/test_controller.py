@@ -1,4 +1,4 @@
-"""Workers' lives as the controller sees them, over actors that do what a test says."""
+"""Workers' lives as the controller sees them, over actors that a test controls."""
 
 import asyncio
 
@@ -59,7 +59,7 @@ async def frozen_is_killed(actor: FakeActor) -> None:
         await asyncio.shield(actor.ended)
 
 
-async def test_a_worker_that_was_told_to_stop_is_not_taken_for_gone_before_its_process_is(
+async def test_a_stopped_worker_counts_until_its_process_is_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch)
@@ -77,7 +77,7 @@ async def test_a_worker_that_was_told_to_stop_is_not_taken_for_gone_before_its_p
     assert actor.num_stops == 1
 
 
-async def test_a_worker_that_failed_says_why_also_when_its_connection_broke_first(
+async def test_a_failed_worker_reports_why_even_after_its_connection_broke(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch)
@@ -126,7 +126,7 @@ async def test_a_worker_that_waits_for_cores_can_be_stopped(monkeypatch: pytest.
     assert len(world.actors) == 1
 
 
-async def test_a_worker_that_becomes_ready_after_it_was_told_to_stop_is_given_nothing(
+async def test_a_worker_that_becomes_ready_while_stopping_gets_no_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch)
@@ -139,7 +139,7 @@ async def test_a_worker_that_becomes_ready_after_it_was_told_to_stop_is_given_no
     assert world.service.router.status(0.0).workers == ()
 
 
-async def test_a_new_controller_takes_over_the_workers_that_live_and_ends_those_that_were_replaced(
+async def test_a_new_controller_adopts_running_workers_and_ends_replaced_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch, num_cores=3, stable_s=0.0)
@@ -167,7 +167,7 @@ async def test_a_new_controller_takes_over_the_workers_that_live_and_ends_those_
     assert len(world.actors) == 3
 
 
-async def test_a_worker_that_still_loads_is_taken_over_without_waiting_for_it(
+async def test_a_loading_worker_is_adopted_without_waiting_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch)
@@ -207,7 +207,7 @@ async def test_a_worker_connects_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not world.introduce(spec)
 
 
-async def test_a_host_is_suspected_when_a_worker_there_is_lost_for_no_known_reason(
+async def test_an_unexplained_loss_of_a_worker_makes_its_host_suspect(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch, stable_s=0.0)
@@ -224,7 +224,7 @@ async def test_a_host_is_suspected_when_a_worker_there_is_lost_for_no_known_reas
     assert world.suspected == ["node", "node"]
 
 
-async def test_a_worker_waits_for_a_host_for_as_long_as_it_takes_and_starts_when_it_joins(
+async def test_a_worker_waits_indefinitely_for_a_host_to_join(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch, num_cores=1)

@@ -1,4 +1,4 @@
-"""What the head makes of a plan for GPUs: what its workers are told."""
+"""The head passes the plan for GPUs on to its workers."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ def worker(config: ClusterConfig, *nodes: Node) -> WorkerSpec:
     return head._worker_spec(StartWorker(Role.DECODE, "decode-0", 1))
 
 
-def test_workers_on_gpus_count_their_blocks_themselves_unless_they_are_told() -> None:
+def test_workers_on_gpus_size_their_blocks_unless_configured() -> None:
     spec = worker(ClusterConfig(), node())
     assert (spec.device, spec.num_blocks) == ("cuda", None)
     told = ClusterConfig.model_validate({"pools": {"decode": {"kv_cache_bytes": "1GiB"}}})
@@ -41,7 +41,7 @@ def test_workers_on_gpus_count_their_blocks_themselves_unless_they_are_told() ->
     assert num_blocks > 0
 
 
-def test_workers_on_the_processor_are_told_their_blocks() -> None:
+def test_workers_on_cpus_get_their_number_of_blocks() -> None:
     spec = worker(ClusterConfig(), node(num_gpus=0))
     assert spec.device == "cpu"
     assert spec.num_blocks is not None
@@ -56,7 +56,7 @@ def test_a_worker_knows_the_device_and_not_how_it_was_chosen() -> None:
 
 
 @pytest.mark.parametrize(("name", "bytes_per_s"), [(H100, 3.35e12), (UNKNOWN, GPU_PEAKS.bytes_per_s)])
-def test_the_first_predictions_are_of_the_gpu_that_is_there(name: str, bytes_per_s: float) -> None:
+def test_the_first_predictions_assume_the_present_gpu(name: str, bytes_per_s: float) -> None:
     planned = plan(ClusterConfig(), [node(name)])
     found = priors(ClusterConfig(), planned)
     assert found.decode_context_token_s == pytest.approx(planned.kv_bytes_per_token / (REACHED * bytes_per_s))

@@ -1,4 +1,4 @@
-"""The watch feeds what Ray and hosts say to `Hosts`, and does what it decides."""
+"""The watch feeds the reports of Ray and hosts to `Hosts`, and carries out its decisions."""
 
 import asyncio
 from typing import Any
@@ -22,7 +22,7 @@ WITH_B = ClusterConfig().expecting(ExpectedHosts(("10.0.0.2",)))
 
 
 class FakeNodes:
-    """Hosts that answer when the test says so, and a Ray that fails when it says so."""
+    """Hosts that answer, and a Ray that fails, on the test's request."""
 
     def __init__(self, *seen: SeenHost) -> None:
         self.alive: tuple[SeenHost, ...] | Exception = seen
@@ -50,7 +50,7 @@ class FakeNodes:
         await settled()
 
     async def look_again(self) -> None:
-        """Until the watch has looked once more."""
+        """Waits until the watch has polled once more."""
         self.looked.clear()
         await self.looked.wait()
         await settled()
@@ -95,7 +95,7 @@ async def test_hosts_that_join_while_it_runs_serve_once_they_have_answered(
     await watch.close()
 
 
-async def test_a_host_in_doubt_is_checked_and_nobody_is_told_of_a_change() -> None:
+async def test_a_suspected_host_is_checked_without_reporting_a_change() -> None:
     nodes = FakeNodes(HEAD, B)
     watch = watch_of(nodes)
     await watch.start(WITH_B)
@@ -112,7 +112,7 @@ async def test_a_host_in_doubt_is_checked_and_nobody_is_told_of_a_change() -> No
     await watch.close()
 
 
-async def test_workers_of_a_host_that_is_taken_out_are_named() -> None:
+async def test_workers_of_a_removed_host_are_named() -> None:
     nodes = FakeNodes(B)
     watch = watch_of(nodes)
     await watch.start(WITH_B)
@@ -126,7 +126,7 @@ async def test_workers_of_a_host_that_is_taken_out_are_named() -> None:
     await watch.close()
 
 
-async def test_in_a_ray_of_our_own_nobody_is_waited_for_whatever_the_file_names() -> None:
+async def test_in_our_own_ray_no_named_host_is_awaited() -> None:
     nodes = FakeNodes(HEAD)
     watch = watch_of(nodes, is_alone=True)
     await watch.start(WITH_B)
@@ -136,7 +136,7 @@ async def test_in_a_ray_of_our_own_nobody_is_waited_for_whatever_the_file_names(
     await watch.close()
 
 
-async def test_a_host_may_be_named_by_what_its_address_is_looked_up_from() -> None:
+async def test_a_host_may_be_named_by_its_dns_name() -> None:
     nodes = FakeNodes(SeenHost("n2", "127.0.0.1", "its-own-name"))
     watch = watch_of(nodes)
     named = ClusterConfig().expecting(ExpectedHosts(("localhost", "nowhere.invalid")))

@@ -1,4 +1,4 @@
-"""Workers as the router sees them, in a few lines: they obey commands and report, when the test says so."""
+"""Minimal workers as the router sees them: they obey commands and report on the test's request."""
 
 from collections import defaultdict
 
@@ -51,7 +51,7 @@ def worker_info(
     max_batch_tokens: int = 2048,
     fingerprint: str = "model",
 ) -> WorkerInfo:
-    """A worker called like its role (`prefill-0`, `decode-1`, `both-0`), unless told otherwise."""
+    """Returns a worker named after its role (`prefill-0`, `decode-1`, `both-0`) by default."""
     layout = KVLayout(
         num_layers=2,
         num_kv_heads=2,
@@ -111,13 +111,13 @@ def prefix_hashes(request: Request) -> tuple[bytes, ...]:
 
 
 class Cluster:
-    """A router with workers; keeps what the router sent to each worker and what each client got."""
+    """A router with workers; records the commands sent to each worker and the events of each client."""
 
     def __init__(self, *workers: str | WorkerInfo, config: RouterConfig | None = None) -> None:
         self.router = Router(config)
         self.now_s = 0.0
         self.sent: dict[str, list[WorkerCommand]] = defaultdict(list)
-        self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)  # indices, as they came
+        self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)  # indices, in order of arrival
         self.choice_ends: dict[tuple[str, int], list[FinishReason]] = defaultdict(list)
         self.ends: dict[str, list[EmitEnd]] = defaultdict(list)
         self.closed: dict[str, list[RequestClosed]] = defaultdict(list)
@@ -134,7 +134,7 @@ class Cluster:
         for command in commands:
             match command:
                 case SendCommand(_, _, Probe()):
-                    pass  # of links, which have tests of their own
+                    pass  # about links, which have tests of their own
                 case SendCommand(worker_id, incarnation, message):
                     assert incarnation == self.incarnations[worker_id]
                     self.sent[worker_id].append(message)
@@ -162,7 +162,7 @@ class Cluster:
         return self.sent[worker_id][-1]
 
     def spec(self, worker_id: str) -> SequenceSpec:
-        """Of the last piece of work that the worker was given."""
+        """Returns the spec of the last piece of work that the worker was given."""
         commands = [c for c in self.sent[worker_id] if isinstance(c, Prefill | Reserve | Serve)]
         return commands[-1].spec
 
@@ -198,7 +198,7 @@ class Cluster:
         attempt: int | None = None,
         request_id: str | None = None,
     ) -> list[RouterCommand]:
-        """A token of the worker's last work (or of the given attempt)."""
+        """Reports a token of the worker's last work (or of the given attempt)."""
         transfer = self.spec(worker_id).transfer
         if attempt is not None or request_id is not None:
             transfer = TransferId(
@@ -227,7 +227,7 @@ class Cluster:
         )
 
     def hold_prefix(self, worker_id: str, request: Request) -> None:
-        """Let the worker report that it caches the prompt's full blocks."""
+        """Lets the worker report that it caches the prompt's full blocks."""
         self.report(worker_id, added=prefix_hashes(request))
 
     def num_legs(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A fleet and the time, for tests."""
+"""A fleet with a clock, for tests."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ P, D = Role.PREFILL, Role.DECODE
 
 
 class FleetAt:
-    """A fleet and the time; workers become ready when told so."""
+    """A fleet with a clock; workers become ready on the test's request."""
 
     def __init__(self, *ready: str, config: FleetConfig | None = None) -> None:
         self.fleet = Fleet(config)

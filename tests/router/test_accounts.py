@@ -1,4 +1,4 @@
-"""Who may write a worker's account: the ledger. Placement trusts it, and so nobody else touches it."""
+"""Only the ledger writes a worker's account, on which placement relies."""
 
 import ast
 from pathlib import Path
@@ -15,7 +15,7 @@ WRITERS = {"start_prefill", "end_prefill", "progress", "note_step", "count_token
 
 
 def writes(tree: ast.AST) -> list[str]:
-    """Assignments to an account's fields in objects of others, and calls of the methods that write them."""
+    """Yields assignments to an account's fields from outside, and calls of the methods that write them."""
     nodes = list(ast.walk(tree))
     targets = [target for node in nodes if isinstance(node, ast.Assign) for target in node.targets]
     targets += [node.target for node in nodes if isinstance(node, ast.AugAssign | ast.AnnAssign)]
@@ -33,5 +33,5 @@ def test_only_the_ledger_writes_a_workers_account(name: str) -> None:
     assert writes(ast.parse((FOLDER / name).read_text())) == []
 
 
-def test_the_ledgers_own_writes_are_seen() -> None:
+def test_the_check_detects_the_ledgers_own_writes() -> None:
     assert len(writes(ast.parse((FOLDER / "ledger.py").read_text()))) > 10

@@ -1,4 +1,4 @@
-"""Where KV goes is decided by what workers say of themselves, and by nothing that a client can write."""
+"""The destination of KV depends on workers' own reports, and on nothing that a client can write."""
 
 import pytest
 

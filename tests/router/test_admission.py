@@ -1,4 +1,4 @@
-"""Who gets in, and who waits for what."""
+"""Admission of requests, and the reasons why they wait."""
 
 import pytest
 
@@ -15,7 +15,7 @@ PAIRS_ONLY = RouterConfig(prefill_on_decode_factor=None)
 
 
 def full(max_queued_requests: int = 2) -> Cluster:
-    """One worker with room for one sequence, which it has."""
+    """A cluster of one worker whose room for one sequence is taken."""
     cluster = Cluster(
         worker_info("both-0", max_batch_size=1), config=RouterConfig(max_queued_requests=max_queued_requests)
     )
@@ -50,7 +50,7 @@ def test_the_retry_delay_grows_with_the_backlog_at_the_pace_of_dispatches() -> N
     assert error.value.retry_after_s == pytest.approx(4 * 3.0)
 
 
-def test_a_live_id_is_refused_and_the_request_it_names_goes_on() -> None:
+def test_a_live_id_is_refused_and_its_request_continues() -> None:
     cluster = full()
     with pytest.raises(DuplicateRequest):
         cluster.submit(make_request("running"))
@@ -58,7 +58,7 @@ def test_a_live_id_is_refused_and_the_request_it_names_goes_on() -> None:
     assert cluster.tokens["running", 0] == [0]
 
 
-def test_without_any_worker_a_request_is_refused_but_waits_for_one_that_is_loading() -> None:
+def test_a_request_waits_for_a_loading_worker_and_is_refused_without_one() -> None:
     cluster = Cluster()
     with pytest.raises(NoWorkerAvailable):
         cluster.submit(make_request())
@@ -68,7 +68,7 @@ def test_without_any_worker_a_request_is_refused_but_waits_for_one_that_is_loadi
     assert isinstance(cluster.last("both-0"), Serve)
 
 
-def test_a_request_that_no_worker_could_ever_hold_is_refused_while_others_are_served() -> None:
+def test_a_request_too_large_for_every_worker_is_refused() -> None:
     cluster = Cluster(worker_info("prefill-0", num_blocks=4), worker_info("decode-0", num_blocks=4))
     with pytest.raises(NoWorkerAvailable, match="can hold the 65 tokens"):
         cluster.submit(make_request(num_tokens=60, max_tokens=5))
@@ -76,7 +76,7 @@ def test_a_request_that_no_worker_could_ever_hold_is_refused_while_others_are_se
     assert cluster.sent["decode-0"]
 
 
-def test_a_request_that_waits_for_a_bigger_worker_does_not_hold_up_those_behind_it() -> None:
+def test_a_request_that_waits_for_a_bigger_worker_delays_no_others() -> None:
     cluster = Cluster(worker_info("both-0", num_blocks=4))
     cluster.handle(WorkersExpected(1))
     cluster.submit(make_request("big", num_tokens=100))
@@ -135,7 +135,7 @@ def test_prompts_wait_in_the_router_when_ps_backlog_is_long_enough() -> None:
     assert cluster.spec("prefill-0").transfer.request_id == "c"
 
 
-def test_a_decode_worker_gets_no_more_sequences_than_its_batch_or_its_blocks_hold() -> None:
+def test_a_decode_workers_sequences_fit_its_batch_and_its_blocks() -> None:
     by_batch = Cluster("prefill-0", worker_info("decode-0", max_batch_size=2), config=PAIRS_ONLY)
     by_blocks = Cluster("prefill-0", worker_info("decode-0", num_blocks=8), config=PAIRS_ONLY)
     for cluster in (by_batch, by_blocks):
@@ -166,7 +166,7 @@ def test_limits_can_change_while_requests_run() -> None:
 
 
 @pytest.mark.parametrize("workers", [["both-0"], ["prefill-0", "decode-0"]])
-def test_a_request_larger_than_what_is_free_runs_once_the_worker_is_empty(workers: list[str]) -> None:
+def test_a_request_larger_than_the_free_room_runs_on_an_empty_worker(workers: list[str]) -> None:
     cluster = Cluster(*(worker_info(name, num_blocks=8) for name in workers))
     cluster.submit(make_request("a", num_tokens=100, max_tokens=20))
     cluster.submit(make_request("b", num_tokens=100, max_tokens=28))
@@ -186,7 +186,7 @@ def test_a_refused_request_leaves_nothing_behind() -> None:
     assert router.next_tick_s() is None
 
 
-def test_a_running_request_can_be_asked_for_and_an_ended_one_not() -> None:
+def test_only_a_running_request_has_a_timeline() -> None:
     cluster = Cluster("both-0")
     cluster.submit(make_request("r"))
     timeline = cluster.router.timeline("r", 1.0)

@@ -1,5 +1,5 @@
-"""A router that follows one that died: what workers hold becomes requests again, and clients that come back
-get all of it."""
+"""A router that succeeds one that died: workers' held legs become requests again, and clients that come back
+get their whole streams."""
 
 import msgspec
 import pytest
@@ -36,7 +36,7 @@ def held(
     error: str | None = "",
     last: bool = False,
 ) -> HeldLeg:
-    """A leg that has brought tokens; `error` is None, or says why, when it ended."""
+    """Returns a leg that has produced tokens; `error` is its error when it has ended, or None."""
     first = len(spec.output_token_ids)
     outputs = tuple(
         TokenOutput(
@@ -71,7 +71,7 @@ class Successor(Cluster):
         self.handle(Adopted())
 
 
-def test_a_stream_goes_on_where_its_worker_is_and_its_client_gets_all_of_it() -> None:
+def test_an_adopted_stream_continues_and_its_client_gets_all_of_it() -> None:
     request = make_request(max_tokens=6)
     spec = spec_of(request)
     cluster = Successor(held(Leg.PREFILL, spec, 1, error=None), held(Leg.DECODE, spec, 3))
@@ -90,7 +90,7 @@ def test_a_stream_goes_on_where_its_worker_is_and_its_client_gets_all_of_it() ->
     assert not cluster.sent
 
 
-def test_tokens_that_are_told_again_make_no_gaps_and_the_timeline_says_who_took_the_request() -> None:
+def test_replayed_tokens_make_no_gaps_and_the_timeline_marks_the_take_over() -> None:
     request = make_request(max_tokens=5)
     spec = spec_of(request)
     cluster = Successor(held(Leg.DECODE, spec, 3, partner=False))
@@ -106,7 +106,7 @@ def test_tokens_that_are_told_again_make_no_gaps_and_the_timeline_says_who_took_
     assert timeline.dispatches[0].considered == ()
 
 
-def test_what_ended_without_a_router_waits_for_its_client() -> None:
+def test_a_request_that_ended_without_a_router_waits_for_its_client() -> None:
     request = make_request(max_tokens=3)
     spec = spec_of(request)
     cluster = Successor(held(Leg.DECODE, spec, 3, partner=False, error=None, last=True))
@@ -117,10 +117,10 @@ def test_what_ended_without_a_router_waits_for_its_client() -> None:
     assert len(cluster.ends["r"]) == 1
 
 
-def test_tokens_of_a_leg_that_is_gone_are_not_computed_again() -> None:
+def test_tokens_of_a_lost_leg_are_not_recomputed() -> None:
     request = make_request(max_tokens=6)
     cluster = Successor(held(Leg.DECODE, spec_of(request), 2, error="its pool is gone"))
-    assert not cluster.sent  # nobody asks for the rest yet
+    assert not cluster.sent  # no client asks for the rest yet
     cluster.submit(request)
     assert cluster.tokens["r", 0] == [0, 1]
     assert cluster.spec("decode-0").output_token_ids == (100, 101)
@@ -134,7 +134,7 @@ def test_a_leg_whose_partner_is_gone_is_ended(leg: Leg) -> None:
     assert cluster.aborts(WHO[leg]) == [spec.transfer]
 
 
-def test_a_prefill_whose_first_token_is_the_last_is_ended_when_nobody_takes_its_kv() -> None:
+def test_a_single_token_prefill_ends_when_no_worker_takes_its_kv() -> None:
     spec = spec_of(make_request(max_tokens=6))
     cluster = Successor(held(Leg.PREFILL, spec, 1, last=True))
     assert cluster.aborts("prefill-0") == [spec.transfer]
@@ -148,7 +148,7 @@ def test_a_decode_leg_that_has_its_kv_needs_no_partner() -> None:
     assert not Successor(held(Leg.DECODE, spec_of(make_request()), 1)).sent
 
 
-def test_of_two_dispatches_that_produce_the_same_choice_the_newer_goes_on() -> None:
+def test_of_two_dispatches_of_a_choice_the_newer_continues() -> None:
     request = make_request(max_tokens=6)
     older, newer = spec_of(request, 3), spec_of(request, 5, output=(100,))
     cluster = Successor(held(Leg.DECODE, older, 2, partner=False), held(Leg.DECODE, newer, 3, partner=False))
@@ -169,13 +169,13 @@ def test_a_request_whose_client_does_not_come_back_is_ended() -> None:
     assert len(cluster.closed["r"]) == 1
 
 
-def test_another_request_of_the_same_name_is_refused_while_a_worker_serves_the_first() -> None:
+def test_a_different_request_with_a_served_id_is_refused() -> None:
     cluster = Successor(held(Leg.DECODE, spec_of(make_request()), 1, partner=False))
     with pytest.raises(DuplicateRequest):
         cluster.submit(make_request(num_tokens=21))
 
 
-def test_another_request_of_the_same_name_takes_the_place_of_what_is_left_of_the_first() -> None:
+def test_a_different_request_replaces_an_unserved_one_with_its_id() -> None:
     cluster = Successor(held(Leg.DECODE, spec_of(make_request()), 1, error="broken"))
     cluster.submit(make_request(num_tokens=21))
     assert not cluster.tokens["r", 0]
@@ -188,7 +188,7 @@ def test_another_request_of_the_same_name_takes_the_place_of_what_is_left_of_the
 
 
 @pytest.mark.parametrize("which", ["logprobs", "prompt_logprobs"])
-def test_log_probabilities_that_nobody_knows_are_computed_again(which: str) -> None:
+def test_lost_log_probabilities_are_recomputed(which: str) -> None:
     request = make_request()
     request = Request(
         request_id="r",
@@ -202,7 +202,7 @@ def test_log_probabilities_that_nobody_knows_are_computed_again(which: str) -> N
     assert cluster.tokens["r", 0] == []
 
 
-def test_nothing_is_admitted_before_every_worker_has_spoken() -> None:
+def test_nothing_is_admitted_before_every_worker_has_reported() -> None:
     router = Router(adopts=True)
     router.handle(WorkerReady(worker_info("both-0")), 0.0)
     with pytest.raises(NoWorkerAvailable):
@@ -211,7 +211,7 @@ def test_nothing_is_admitted_before_every_worker_has_spoken() -> None:
     assert router.handle(Submit(make_request()), 0.0)
 
 
-def test_a_worker_that_is_lost_again_before_the_others_have_spoken_takes_only_its_own_legs_with_it() -> None:
+def test_a_worker_lost_during_adoption_takes_only_its_own_legs() -> None:
     request = make_request(max_tokens=6)
     cluster = Successor()
     cluster.router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
@@ -224,7 +224,7 @@ def test_a_worker_that_is_lost_again_before_the_others_have_spoken_takes_only_it
     assert cluster.spec("prefill-0").output_token_ids == (100, 101)
 
 
-def test_a_worker_whose_connection_broke_before_it_spoke_is_not_lost_when_it_has_come_again() -> None:
+def test_a_worker_that_reconnects_during_adoption_is_not_lost() -> None:
     spec = spec_of(make_request(max_tokens=6))
     cluster = Successor()
     cluster.router = Router(first_attempt=FIRST_ATTEMPT, adopts=True)
@@ -237,7 +237,7 @@ def test_a_worker_whose_connection_broke_before_it_spoke_is_not_lost_when_it_has
     assert cluster.tokens["r", 0] == [0, 1, 2]
 
 
-def test_a_request_that_is_refused_takes_nothing_from_an_unclaimed_one_of_its_name() -> None:
+def test_a_refused_request_leaves_an_unclaimed_one_with_its_id_alone() -> None:
     request = make_request(max_tokens=3)
     cluster = Successor(held(Leg.DECODE, spec_of(request), 3, partner=False, error=None, last=True))
     with pytest.raises(NoWorkerAvailable):
@@ -247,7 +247,7 @@ def test_a_request_that_is_refused_takes_nothing_from_an_unclaimed_one_of_its_na
     assert len(cluster.closed["r"]) == 1
 
 
-def test_an_unclaimed_stream_makes_room_for_another_client_and_waits_for_its_own() -> None:
+def test_an_unclaimed_stream_makes_room_and_waits_for_its_client() -> None:
     requests = [make_request(name, max_tokens=6) for name in ("first", "second")]
     specs = [
         msgspec.structs.replace(spec_of(request, attempt), client="much")

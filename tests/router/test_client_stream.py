@@ -1,5 +1,4 @@
-"""What waits for a client is taken in order, tokens of one choice together, and never so much that it would
-matter."""
+"""Events that wait for a client are read in order, tokens of one choice together, in bounded portions."""
 
 import asyncio
 
@@ -25,7 +24,7 @@ async def take(stream: ClientStream, count: int) -> list[StreamEvent]:
     return [await stream.get() for _ in range(count)]
 
 
-async def test_tokens_that_wait_are_taken_together_by_choice() -> None:
+async def test_waiting_tokens_of_a_choice_are_read_together() -> None:
     stream = ClientStream()
     stream.is_handed_over = True
     for event in (
@@ -43,7 +42,7 @@ async def test_tokens_that_wait_are_taken_together_by_choice() -> None:
     assert stream.num_unread == 0
 
 
-async def test_a_client_that_keeps_pace_gets_each_token_as_it_comes() -> None:
+async def test_a_client_that_keeps_up_gets_each_token_as_it_arrives() -> None:
     stream = ClientStream()
     for index in range(3):
         waiting = asyncio.ensure_future(stream.get())
@@ -52,7 +51,7 @@ async def test_a_client_that_keeps_pace_gets_each_token_as_it_comes() -> None:
         assert await waiting == tokens(0, index)
 
 
-async def test_waiting_can_be_given_up_and_begun_again() -> None:
+async def test_waiting_can_be_cancelled_and_resumed() -> None:
     stream = ClientStream()
     waiting = asyncio.ensure_future(stream.get())
     await asyncio.sleep(0)

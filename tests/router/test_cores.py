@@ -1,4 +1,4 @@
-"""Who gets which cores and which machine's GPU."""
+"""The allocation of cores and of machines' GPUs."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def hosts(**capacities: Capacity) -> CoreAllocator:
 
 
 def take(allocator: CoreAllocator, *needs: Need) -> list[Placement]:
-    """For workers that are called by their number."""
+    """An allocator for workers that are named by a number."""
     return [allocator.take((f"w-{number}", 1), need) for number, need in enumerate(needs)]
 
 
@@ -27,7 +27,7 @@ def test_each_instance_has_cores_of_its_own_on_the_emptiest_node() -> None:
     assert placements == [Placement("b", (0,)), Placement("a", (0,)), Placement("b", (1, 2))]
 
 
-def test_instances_share_cores_when_they_are_told_to() -> None:
+def test_instances_share_cores_when_configured_to() -> None:
     allocator = hosts(a=Capacity(1))
     assert take(allocator, Need(1, 0.5), Need(1, 0.5)) == [Placement("a", (0,))] * 2
     with pytest.raises(
@@ -45,13 +45,13 @@ def test_a_pair_that_can_share_a_gpu_does() -> None:
     assert [(one.node_id, one.gpu) for one in placements] == [("a", 0), ("a", 0), ("a", 1)]
 
 
-def test_instances_on_whole_gpus_stay_on_one_machine_as_long_as_it_has_some() -> None:
+def test_whole_gpu_instances_stay_on_one_machine_while_it_has_room() -> None:
     whole = Need(1, 1.0, 1.0)
     placements = take(hosts(a=Capacity(8, 2), b=Capacity(9, 2)), whole, whole, whole)
     assert [(one.node_id, one.gpu) for one in placements] == [("b", 0), ("b", 1), ("a", 0)]
 
 
-def test_a_node_without_gpus_or_without_cores_is_passed_by() -> None:
+def test_a_node_without_gpus_or_cores_is_skipped() -> None:
     allocator = hosts(many=Capacity(64), few=Capacity(1, 8), right=Capacity(2, 1))
     assert take(allocator, half(2)) == [Placement("right", (0, 1), 0)]
     allocator = hosts(a=Capacity(8, 1))
@@ -64,7 +64,7 @@ def test_a_node_without_gpus_or_without_cores_is_passed_by() -> None:
     )
 
 
-def test_what_a_worker_had_goes_to_the_next() -> None:
+def test_a_workers_resources_go_to_the_next() -> None:
     allocator = hosts(a=Capacity(1, 1))
     need = Need(1, 1.0, 1.0)
     (placement,) = take(allocator, need)

@@ -1,4 +1,4 @@
-"""Any worker may die at any moment: streams go on elsewhere from where their clients are."""
+"""Any worker may die at any moment: streams continue elsewhere from their clients' positions."""
 
 import msgspec
 import pytest
@@ -24,7 +24,7 @@ PAIRS_ONLY = RouterConfig(prefill_on_decode_factor=None)
 ERROR, LENGTH, STOP = FinishReason.ERROR, FinishReason.LENGTH, FinishReason.STOP
 
 
-def test_a_stream_goes_on_at_the_next_index_when_d_dies() -> None:
+def test_a_stream_continues_at_the_next_index_when_d_dies() -> None:
     cluster = Cluster("prefill-0", "decode-0", "decode-1")
     cluster.submit(make_request(max_tokens=5))
     cluster.token("prefill-0", 0)
@@ -42,7 +42,7 @@ def test_a_stream_goes_on_at_the_next_index_when_d_dies() -> None:
     assert (counters.retried, counters.resumed) == (1, 1)
 
 
-def test_the_other_leg_is_aborted_and_its_late_tokens_are_dropped_when_p_dies() -> None:
+def test_when_p_dies_ds_leg_is_aborted_and_late_tokens_dropped() -> None:
     cluster = Cluster("prefill-0", "prefill-1", "decode-0")
     cluster.submit(make_request())
     cluster.lose("prefill-0")
@@ -66,7 +66,7 @@ def test_losing_p_after_d_has_begun_to_decode_disturbs_nothing() -> None:
     assert len(cluster.ends["r"]) == 1
 
 
-def test_losing_p_before_its_first_token_came_repeats_the_prompt_though_d_has_tokens() -> None:
+def test_losing_p_before_its_first_token_repeats_the_prompt() -> None:
     cluster = Cluster("prefill-0", "prefill-1", "decode-0")
     cluster.submit(make_request(max_tokens=3))
     cluster.token("decode-0", 1)
@@ -85,8 +85,8 @@ def test_a_failed_transfer_is_repeated_on_another_pair() -> None:
     assert isinstance(cluster.last("decode-0"), Reserve)
 
 
-def test_when_no_pair_could_transfer_one_worker_does_both_phases_whatever_the_routing_says() -> None:
-    """Two pools that cannot reach each other, while the router reaches both."""
+def test_one_worker_serves_both_phases_when_no_pair_can_transfer() -> None:
+    """A cluster of two pools that cannot reach each other, while the router reaches both."""
     cluster = Cluster("prefill-0", "prefill-1", "decode-0", config=PAIRS_ONLY)
     cluster.submit(make_request())
     cluster.token("prefill-0", 0)
@@ -110,9 +110,7 @@ def at(worker_id: str, host: str) -> WorkerInfo:
     )
 
 
-def test_requests_avoid_hosts_that_do_not_reach_each_other_once_two_have_found_out_and_status_says_so() -> (
-    None
-):
+def test_requests_and_status_react_to_a_broken_link_after_two_failures() -> None:
     cluster = Cluster(at("prefill-0", "a"), at("decode-0", "b"), at("decode-1", "c"), config=PAIRS_ONLY)
     for number in range(2):
         cluster.lose("decode-1")
@@ -135,7 +133,7 @@ def test_requests_avoid_hosts_that_do_not_reach_each_other_once_two_have_found_o
     assert cluster.router.counters.retried == num_retried
 
 
-def test_choices_without_a_token_are_repeated_together_and_the_others_each_by_itself() -> None:
+def test_only_choices_without_a_token_are_repeated_together() -> None:
     cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
     cluster.submit(make_request(n=3, max_tokens=5))
     cluster.add(worker_info("decode-1"))
@@ -178,7 +176,7 @@ def test_after_max_attempts_the_request_ends_with_the_last_error() -> None:
 
 
 @pytest.mark.parametrize("is_at_prefill", [True, False])
-def test_what_no_worker_can_carry_out_is_not_tried_again(is_at_prefill: bool) -> None:
+def test_an_invalid_request_is_not_retried(is_at_prefill: bool) -> None:
     cluster = Cluster("prefill-0", "prefill-1", "decode-0", "decode-1", config=PAIRS_ONLY)
     cluster.submit(make_request(n=2))
     if is_at_prefill:
@@ -198,7 +196,7 @@ def test_what_no_worker_can_carry_out_is_not_tried_again(is_at_prefill: bool) ->
     assert len(cluster.closed["r"]) == 1
 
 
-def test_giving_up_on_one_choice_takes_back_the_retry_of_another_that_failed_with_it() -> None:
+def test_giving_up_on_one_choice_withdraws_its_siblings_retry() -> None:
     cluster = Cluster("both-0", config=RouterConfig(max_attempts=3))
     cluster.submit(make_request(n=2, max_tokens=9))
     for choice in (0, 1):
@@ -215,7 +213,7 @@ def test_giving_up_on_one_choice_takes_back_the_retry_of_another_that_failed_wit
     assert cluster.router.status(1.0).num_queued == 0
 
 
-def test_legs_that_end_badly_for_the_last_time_close_the_request_once() -> None:
+def test_the_last_failed_legs_close_the_request_once() -> None:
     cluster = Cluster("both-0", config=RouterConfig(max_attempts=1))
     cluster.submit(make_request())
     cluster.leg_ended("both-0", Leg.DECODE)
@@ -223,7 +221,7 @@ def test_legs_that_end_badly_for_the_last_time_close_the_request_once() -> None:
     assert len(cluster.closed["r"]) == 1
 
 
-def test_repeated_errors_pause_longer_and_longer_but_the_first_retry_is_at_once() -> None:
+def test_the_first_retry_is_immediate_and_later_ones_back_off() -> None:
     cluster = Cluster("both-0", config=RouterConfig(retry_delay_s=0.02))
     cluster.submit(make_request())
     pauses = []
@@ -236,7 +234,7 @@ def test_repeated_errors_pause_longer_and_longer_but_the_first_retry_is_at_once(
     assert pauses == [0.0, 0.02, 0.08, 0.32]
 
 
-def test_retries_go_before_the_queue_in_their_order_and_are_not_refused_by_its_bound() -> None:
+def test_retries_precede_the_queue_in_order_and_ignore_its_bound() -> None:
     small = worker_info("both-0", max_batch_size=2)
     cluster = Cluster(small, config=RouterConfig(max_queued_requests=1))
     for name in ("a", "b", "c"):
@@ -257,7 +255,7 @@ def test_legs_that_end_without_the_last_tokens_are_a_failure() -> None:
     assert cluster.spec("decode-0").transfer == TransferId("r", 1)
 
 
-def test_tokens_held_when_ds_leg_ended_are_delivered_once_ps_first_token_comes() -> None:
+def test_held_tokens_are_delivered_once_ps_first_token_arrives() -> None:
     cluster = Cluster("prefill-0", "decode-0")
     cluster.submit(make_request(max_tokens=2))
     cluster.token("decode-0", 1, LENGTH)
@@ -279,7 +277,7 @@ def test_reports_of_an_old_incarnation_are_dropped() -> None:
     assert [w.incarnation for w in cluster.router.status(0.0).workers] == [1, 2]
 
 
-def test_a_new_incarnation_means_that_the_one_before_is_lost() -> None:
+def test_a_new_incarnation_implies_the_loss_of_the_previous_one() -> None:
     cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
     cluster.submit(make_request())
     cluster.add(worker_info("prefill-0", incarnation=2))
@@ -287,7 +285,7 @@ def test_a_new_incarnation_means_that_the_one_before_is_lost() -> None:
     assert cluster.spec("prefill-0").transfer.attempt == 1
 
 
-def test_decode_workers_serve_alone_when_no_prefill_worker_is_left_and_status_says_so() -> None:
+def test_decode_workers_serve_alone_without_prefill_workers_and_status_reports_it() -> None:
     cluster = Cluster("prefill-0", "decode-0")
     cluster.submit(make_request("a"))
     assert cluster.router.status(0.0).degraded is None
@@ -327,7 +325,7 @@ def test_requests_end_with_an_error_when_no_worker_is_expected_any_more() -> Non
     assert (end.finish_reason, end.error) == (ERROR, "no worker is left that can serve the request")
 
 
-def test_a_draining_worker_finishes_its_streams_gets_no_new_ones_and_then_is_idle() -> None:
+def test_a_draining_worker_finishes_its_streams_and_becomes_idle() -> None:
     cluster = Cluster("prefill-0", "decode-0", "decode-1")
     cluster.submit(make_request("a", max_tokens=2))
     assert cluster.handle(WorkerDraining("decode-0")) == []
@@ -358,16 +356,16 @@ def test_a_worker_takes_another_role_while_its_streams_go_on() -> None:
     assert isinstance(cluster.last("decode-0"), Prefill)
 
 
-def test_an_id_used_again_keeps_its_attempts_apart_from_legs_that_are_open_still() -> None:
+def test_a_reused_id_keeps_its_attempts_apart_from_open_legs() -> None:
     cluster = Cluster(
         "prefill-0",
         "decode-0",
         config=RouterConfig(max_prefill_backlog_tokens=1, prefill_on_decode_factor=None),
     )
     cluster.submit(make_request())
-    cluster.handle(Cancel("r"))  # its legs are open until the workers say so
+    cluster.handle(Cancel("r"))  # its legs stay open until the workers report
     cluster.submit(make_request())
-    cluster.handle(Cancel("r"))  # ends while it waits behind them
+    cluster.handle(Cancel("r"))  # ends while waiting behind them
     cluster.submit(make_request())
     cluster.leg_ended("prefill-0", Leg.PREFILL, "aborted", transfer=TransferId("r", 0))
     cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=TransferId("r", 0))

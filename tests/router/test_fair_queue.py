@@ -1,4 +1,4 @@
-"""Turns among clients: nobody is starved, whatever others queue."""
+"""Turns among clients: none is starved, whatever others queue."""
 
 from collections import Counter
 
@@ -30,7 +30,7 @@ def take(queue: FairQueue[Item], paid: float = 1.0) -> Item:
 
 
 @given(backlogs)
-def test_all_that_is_queued_comes_out_once_and_each_clients_in_their_order(
+def test_every_item_comes_out_once_in_its_clients_order(
     backlog: dict[str, list[int]],
 ) -> None:
     queue, items = filled(backlog)
@@ -45,7 +45,7 @@ def test_all_that_is_queued_comes_out_once_and_each_clients_in_their_order(
 
 
 @given(backlogs, st.floats(0.1, 1.0))
-def test_clients_that_wait_all_the_time_get_equal_shares_up_to_an_item_and_a_turn(
+def test_backlogged_clients_get_equal_shares_up_to_an_item_and_a_turn(
     backlog: dict[str, list[int]], paid: float
 ) -> None:
     queue, items = filled(backlog)
@@ -59,9 +59,7 @@ def test_clients_that_wait_all_the_time_get_equal_shares_up_to_an_item_and_a_tur
 
 
 @given(st.integers(1, 50), st.integers(1, 300))
-def test_a_newcomer_waits_for_no_more_than_a_turn_of_each_of_those_before_it(
-    num_others: int, cost: int
-) -> None:
+def test_a_newcomer_waits_for_at_most_one_turn_of_each_earlier_client(num_others: int, cost: int) -> None:
     queue, _ = filled({f"other{number}": [cost] * 20 for number in range(num_others)})
     take(queue)
     queue.push("new", ("new", 0, QUANTUM), QUANTUM)
@@ -71,7 +69,7 @@ def test_a_newcomer_waits_for_no_more_than_a_turn_of_each_of_those_before_it(
     assert tokens_before <= num_others * max(QUANTUM, cost)
 
 
-def test_new_clients_that_keep_coming_do_not_starve_one_with_a_long_prompt() -> None:
+def test_a_stream_of_new_clients_does_not_starve_a_long_prompt() -> None:
     queue, _ = filled({"long": [10 * QUANTUM], "first": [QUANTUM]})
     for number in range(40):
         queue.push(f"new{number}", (f"new{number}", 0, QUANTUM), QUANTUM)
@@ -81,7 +79,7 @@ def test_new_clients_that_keep_coming_do_not_starve_one_with_a_long_prompt() -> 
 
 
 @given(backlogs, st.randoms(use_true_random=False))
-def test_what_is_removed_is_gone_and_the_others_stay(backlog: dict[str, list[int]], rng) -> None:  # type: ignore[no-untyped-def]
+def test_removing_an_item_leaves_the_others(backlog: dict[str, list[int]], rng) -> None:  # type: ignore[no-untyped-def]
     queue, items = filled(backlog)
     removed = {item for item in items if rng.random() < 0.5}
     for item in removed:

@@ -1,5 +1,4 @@
-"""The reconcile loop: from desired pools and what happens to workers to what is started, drained, flipped and
-stopped."""
+"""The reconcile loop: from desired pools and workers' events to starts, drains, flips and stops."""
 
 import random
 
@@ -36,7 +35,7 @@ def test_apply_starts_what_is_missing_under_stable_names() -> None:
     assert fleet.apply({P: 1, D: 2}) == []
 
 
-def test_a_lost_worker_is_replaced_at_once_under_its_name_and_a_new_incarnation() -> None:
+def test_a_lost_worker_is_replaced_at_once_as_a_new_incarnation() -> None:
     fleet = FleetAt("prefill-0", "decode-0")
     assert fleet.lost("decode-0", after_s=100.0) == [StartWorker(D, "decode-0", 3)]
     assert fleet.handle(WorkerLost("decode-0", 1, "late")) == []
@@ -58,7 +57,7 @@ def test_repeated_start_failures_back_off_exponentially_and_keep_their_message()
     assert pauses == [1.0, 2.0, 4.0, 4.0]
 
 
-def test_a_worker_that_dies_soon_after_each_start_backs_off_and_a_stable_one_does_not() -> None:
+def test_only_a_worker_that_dies_soon_after_each_start_backs_off() -> None:
     fleet = FleetAt("decode-0", config=FleetConfig(stable_s=30.0))
     assert fleet.lost("decode-0", after_s=1.0) == []
     fleet.handle(Tick(), after_s=1.0)
@@ -66,7 +65,7 @@ def test_a_worker_that_dies_soon_after_each_start_backs_off_and_a_stable_one_doe
     assert fleet.lost("decode-0", after_s=31.0) == [StartWorker(D, "decode-0", 3)]
 
 
-def test_a_worker_that_is_killed_again_and_again_pauses_no_longer_than_it_served() -> None:
+def test_a_repeatedly_killed_worker_pauses_no_longer_than_it_served() -> None:
     fleet = FleetAt("decode-0", config=FleetConfig(stable_s=30.0))
     pauses = []
     for _ in range(5):
@@ -79,7 +78,7 @@ def test_a_worker_that_is_killed_again_and_again_pauses_no_longer_than_it_served
     assert pauses == [1.0, 2.0, 3.0, 3.0, 3.0]
 
 
-def test_a_start_that_never_ends_is_given_up_and_repeated() -> None:
+def test_a_start_that_never_completes_is_given_up_and_repeated() -> None:
     fleet = FleetAt(config=FleetConfig(start_timeout_s=10.0))
     fleet.apply({D: 1})
     assert fleet.handle(Tick(), after_s=3600.0) == [], "it has no place yet"
@@ -118,7 +117,7 @@ def test_a_worker_lost_while_draining_is_not_replaced() -> None:
     assert set(fleet.states()) == {"decode-0"}
 
 
-def test_scaling_down_takes_workers_that_serve_nobody_first() -> None:
+def test_scaling_down_takes_idle_workers_first() -> None:
     fleet = FleetAt("decode-0")
     fleet.apply({D: 3})
     assert fleet.handle(WorkerLost("decode-1", 2, "out of memory")) == []
@@ -134,7 +133,7 @@ def test_a_pool_that_grows_takes_the_worker_of_one_that_shrinks() -> None:
     assert fleet.apply({P: 2, D: 2}) == [StartWorker(P, "prefill-2", 4)]
 
 
-def test_roles_do_not_flip_between_pools_that_are_not_alike() -> None:
+def test_roles_do_not_flip_between_dissimilar_pools() -> None:
     fleet = FleetAt("prefill-0", "prefill-1", "decode-0", config=FleetConfig(can_flip=False))
     assert fleet.apply({P: 1, D: 2}) == [StartWorker(D, "decode-1", 4), DrainWorker("prefill-1")]
 
@@ -157,7 +156,7 @@ def test_a_worker_drained_by_hand_stays_out_until_the_next_apply() -> None:
 
 
 @pytest.mark.parametrize("worker_id", ["unknown", "decode-1"])
-def test_draining_what_is_unknown_or_going_already_changes_nothing(worker_id: str) -> None:
+def test_draining_an_unknown_or_leaving_worker_changes_nothing(worker_id: str) -> None:
     fleet = FleetAt("decode-0", "decode-1")
     fleet.apply({D: 1})
     assert fleet.handle(Drain(worker_id)) == []
@@ -186,7 +185,7 @@ def test_an_illegal_transition_raises_with_the_members_history() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_whatever_happens_the_pools_become_what_was_applied_last(seed: int) -> None:
+def test_pools_always_converge_to_the_last_applied_sizes(seed: int) -> None:
     rng = random.Random(seed)
     fleet = FleetAt(config=FleetConfig(can_flip=rng.random() < 0.5))
     processes: dict[str, int] = {}
@@ -237,7 +236,7 @@ def test_whatever_happens_the_pools_become_what_was_applied_last(seed: int) -> N
     assert len(states) == sum(desired.values())
 
 
-def test_workers_of_a_host_that_is_given_up_drain_while_others_take_their_place() -> None:
+def test_workers_of_a_vacated_host_drain_while_replacements_start() -> None:
     fleet = FleetAt("decode-0", "decode-1")
     moved = fleet.handle(ReplaceWorkers((("decode-1", 2), ("decode-0", 99))))
     assert moved == [DrainWorker("decode-1"), StartWorker(D, "decode-2", 3)]
@@ -245,7 +244,7 @@ def test_workers_of_a_host_that_is_given_up_drain_while_others_take_their_place(
     assert fleet.handle(WorkerLost("decode-1", 2, "stopped")) == []
 
 
-def test_a_worker_that_leaves_its_host_is_not_called_back_when_its_pool_grows() -> None:
+def test_a_growing_pool_does_not_recall_a_worker_leaving_its_host() -> None:
     fleet = FleetAt("decode-0")
     fleet.handle(ReplaceWorkers((("decode-0", 1),)))
     assert fleet.apply({D: 2}) == [StartWorker(D, "decode-2", 3)]

@@ -16,50 +16,46 @@ from .fleet_at import D, FleetAt, P
 
 
 def adopting(*workers: StartWorker) -> FleetAt:
-    """The fleet of a new controller, which knows what the one before has started."""
+    """Returns the fleet of a new controller, which knows the workers that its predecessor started."""
     fleet = FleetAt()
     fleet.fleet = Fleet(FleetConfig(start_timeout_s=600.0), first_incarnation=1000)
     assert fleet.handle(AdoptWorkers(workers)) == []
     return fleet
 
 
-def test_adopted_workers_serve_on_and_nothing_is_started_before_each_was_heard_of() -> None:
+def test_no_worker_starts_before_each_adopted_one_has_reported() -> None:
     fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
     assert fleet.apply({P: 1, D: 2}) == fleet.ready("prefill-0") == []
     assert fleet.ready("decode-0") == [StartWorker(D, "decode-1", 1000)]
 
 
-def test_an_adopted_worker_that_is_not_heard_of_is_replaced() -> None:
+def test_an_adopted_worker_that_does_not_report_is_replaced() -> None:
     fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
     fleet.apply({P: 1, D: 1})
     fleet.ready("prefill-0")
     for beat in range(1, 6):
         assert fleet.fleet.next_tick_s() == 0.5 * beat
         assert fleet.handle(Tick(), after_s=0.5) == []
-    assert fleet.handle(Tick(), after_s=0.5) == [StopWorker("decode-0", 2, "not heard of after 3 s")]
+    assert fleet.handle(Tick(), after_s=0.5) == [StopWorker("decode-0", 2, "not reconnected after 3 s")]
     assert fleet.handle(Tick(), after_s=1.0) == [StartWorker(D, "decode-0", 1000)]
 
 
-def test_a_pause_of_the_controller_is_not_taken_for_the_silence_of_adopted_workers() -> None:
+def test_a_pause_of_the_controller_is_not_mistaken_for_workers_silence() -> None:
     fleet = adopting(StartWorker(P, "prefill-0", 1), StartWorker(D, "decode-0", 2))
     fleet.apply({P: 1, D: 1})
-    assert (
-        fleet.handle(Tick(), after_s=60.0) == []
-    )  # it finds its timer due before it reads what workers have said
+    assert fleet.handle(Tick(), after_s=60.0) == []  # its timer is due before it reads workers' messages
     assert fleet.ready("prefill-0") == fleet.ready("decode-0") == []
     assert {state for _, state in fleet.states().values()} == {MemberState.READY}
 
 
-def test_an_adopted_worker_that_is_loading_has_the_time_of_a_start_and_is_not_waited_for() -> None:
+def test_a_loading_adopted_worker_gets_the_start_timeout_and_delays_nothing() -> None:
     fleet = adopting(StartWorker(D, "decode-0", 1))
     fleet.apply({D: 2})
     assert fleet.handle(WorkerLoading("decode-0", 1)) == [StartWorker(D, "decode-1", 1000)]
     assert fleet.handle(Tick(), after_s=500.0) == []
 
 
-def test_a_worker_drained_by_hand_before_all_were_heard_of_does_not_come_back_to_a_pool_that_has_shrunk() -> (
-    None
-):
+def test_a_worker_drained_during_adoption_does_not_rejoin_a_shrunk_pool() -> None:
     fleet = adopting(
         StartWorker(D, "decode-0", 1), StartWorker(D, "decode-1", 2), StartWorker(P, "prefill-0", 3)
     )

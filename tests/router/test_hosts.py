@@ -1,4 +1,4 @@
-"""Which hosts serve, by what the configuration asks for, what Ray sees and what hosts answer."""
+"""The hosts that serve, given the configuration, Ray's view and the hosts' answers."""
 
 from collections.abc import Iterable
 
@@ -34,7 +34,7 @@ CAPACITY = Capacity(2)
 
 
 class Cluster:
-    """Hosts at a time, of which B and C are asked for, beside the head's."""
+    """Hosts with a clock; the configuration asks for B and C besides the head's."""
 
     def __init__(self, expected: ExpectedHosts | None = None, join_timeout_s: float = 60.0) -> None:
         self.hosts = Hosts(Places())
@@ -46,7 +46,7 @@ class Cluster:
         return self.hosts.handle(event, self.now_s)
 
     def see(self, *seen: SeenHost, after_s: float = 1.0) -> list[str]:
-        """Whom to check."""
+        """The hosts to check."""
         return [
             action.node_id
             for action in self.handle(HostsSeen(seen), after_s)
@@ -62,7 +62,7 @@ class Cluster:
         return {host.address: host.state.value for host in self.hosts.status(self.now_s)}
 
     def place(self, worker_id: str, role: Role = Role.DECODE) -> str | None:
-        """The node on which the worker gets a place."""
+        """Returns the node on which the worker gets a place."""
         self.hosts.places.ask((worker_id, 1), role, Need(1, 1.0))
         found = self.hosts.places.next()
         return None if found is None else found[1].node_id
@@ -87,7 +87,7 @@ def test_hosts_serve_once_they_have_joined_and_answered() -> None:
     assert cluster.see(HEAD, B, C) == []
 
 
-def test_a_host_that_has_not_joined_in_its_time_is_said_to_be_late_once_and_joins_all_the_same() -> None:
+def test_a_late_host_is_reported_once_and_may_still_join() -> None:
     cluster = Cluster(ExpectedHosts(("10.0.0.2",)), join_timeout_s=60.0)
     cluster.join(HEAD)
     assert changes(cluster.handle(Tick(), after_s=58.0)) == []
@@ -100,7 +100,7 @@ def test_a_host_that_has_not_joined_in_its_time_is_said_to_be_late_once_and_join
     assert cluster.states["10.0.0.2"] == "joined"
 
 
-def test_a_host_that_ray_declares_dead_takes_nobody_until_it_is_back_under_another_node_id() -> None:
+def test_a_dead_host_takes_no_instance_until_it_rejoins() -> None:
     cluster = Cluster()
     cluster.join(B)
     assert cluster.place("decode-0") == "n2"
@@ -123,7 +123,7 @@ def test_a_lost_host_that_nobody_asked_for_is_forgotten() -> None:
     assert cluster.hosts.problems() is None
 
 
-def test_a_refused_host_is_checked_again_after_longer_and_longer_pauses_and_said_once() -> None:
+def test_a_refused_host_is_rechecked_with_backoff_and_reported_once() -> None:
     cluster = Cluster(ExpectedHosts(("10.0.0.2",)))
     cluster.see(B)
     no = HostChecked("n2", CAPACITY, "it runs pdserve 0.0.9")
@@ -141,7 +141,7 @@ def test_a_refused_host_is_checked_again_after_longer_and_longer_pauses_and_said
     assert (row.state, row.message) == (HostState.JOINED, "its clock is 3600 s ahead")
 
 
-def test_a_host_taken_out_of_the_file_is_vacated_and_used_again_when_it_is_back_in_it() -> None:
+def test_a_host_removed_from_the_file_is_vacated_until_it_returns() -> None:
     cluster = Cluster()
     cluster.join(HEAD, B, C)
     on = {name: cluster.place(name) for name in ("decode-0", "decode-1", "decode-2")}
@@ -157,7 +157,7 @@ def test_a_host_taken_out_of_the_file_is_vacated_and_used_again_when_it_is_back_
     assert cluster.states["10.0.0.3"] == "joined"
 
 
-def test_a_host_that_the_file_does_not_name_is_not_used_though_it_joins_and_the_heads_always_is() -> None:
+def test_only_hosts_named_in_the_file_and_the_heads_are_used() -> None:
     cluster = Cluster(ExpectedHosts(()))
     cluster.join(HEAD, B)
     assert cluster.states == {"10.0.0.1": "joined", "10.0.0.2": "leaving"}
@@ -166,7 +166,7 @@ def test_a_host_that_the_file_does_not_name_is_not_used_though_it_joins_and_the_
     assert row.message == "provider.worker_ips does not name it"
 
 
-def test_a_host_on_which_a_worker_fell_silent_gets_nobody_until_it_has_answered() -> None:
+def test_a_suspected_host_gets_no_instance_until_it_has_answered() -> None:
     cluster = Cluster()
     cluster.join(B)
     assert cluster.place("decode-0") == "n2"
@@ -193,7 +193,7 @@ def test_an_answer_that_comes_too_late_changes_nothing() -> None:
     assert cluster.place("decode-0") is None
 
 
-def test_hosts_of_a_cloud_are_missed_by_their_node_type() -> None:
+def test_missing_cloud_hosts_are_identified_by_node_type() -> None:
     cluster = Cluster(ExpectedHosts(node_types={"gpu": 2}))
     cluster.join(HEAD, SeenHost("n2", "10.0.0.2", "b", "gpu"))
     assert cluster.states == {"10.0.0.1": "joined", "10.0.0.2": "joined", "gpu (2 of 2)": "awaited"}
@@ -208,7 +208,7 @@ def test_a_configuration_can_be_asked_about_before_it_is_in_force() -> None:
     assert cluster.hosts.serving(both) == ("n1", "n2")
 
 
-def test_a_host_that_a_new_head_meets_has_the_memory_that_workers_there_have_taken() -> None:
+def test_a_new_head_counts_memory_that_running_workers_have_taken() -> None:
     cluster = Cluster(ExpectedHosts())
     need = Need(1, 1.0, num_bytes=3 << 30)
     cluster.hosts.places.ask(("decode-0", 1), Role.DECODE, need)
@@ -221,7 +221,7 @@ def test_a_host_that_a_new_head_meets_has_the_memory_that_workers_there_have_tak
 
 
 @pytest.mark.parametrize("source", TRANSITIONS)
-def test_no_host_goes_where_the_table_does_not_lead(source: HostState) -> None:
+def test_no_host_makes_a_transition_outside_the_table(source: HostState) -> None:
     for target in set(HostState) - TRANSITIONS[source]:
         with pytest.raises(InvalidTransition, match=r"host 10\.0\.0\.2"):
             _Host(B, 0.0, source).transition(target, 1.0)

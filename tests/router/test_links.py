@@ -48,7 +48,7 @@ def answer(source: RegisteredWorker, target: RegisteredWorker, error: str = "") 
     )
 
 
-def test_a_link_is_avoided_after_two_failures_in_a_row_for_all_workers_of_both_hosts() -> None:
+def test_two_consecutive_failures_break_a_link_for_all_workers_of_both_hosts() -> None:
     links = Links()
     links.failed(A, B, "no answer within 5.0 s", 0.0)
     assert not links.avoids(A, B)
@@ -67,7 +67,7 @@ def test_within_a_host_there_is_no_network_to_blame() -> None:
     assert not links.avoids(A, AT_A)
 
 
-def test_a_broken_link_is_probed_after_pauses_that_double_and_one_request_tries_what_answers() -> None:
+def test_a_broken_link_is_probed_with_backoff_and_retried_by_one_request() -> None:
     links, registry = Links(), serving(A, B)
     links.failed(A, B, "refused", 0.0)
     links.failed(A, B, "refused", 0.0)
@@ -103,7 +103,7 @@ def test_a_link_that_a_transfer_has_used_is_not_probed() -> None:
     assert [(a.info.node, b.info.node) for a, b in probes(links, registry, 0.0)] == [("b", "a")]
 
 
-def test_two_probes_without_an_answer_break_a_link_and_one_with_an_answer_mends_it() -> None:
+def test_two_failed_probes_break_a_link_and_one_success_mends_it() -> None:
     links, registry = Links(), serving(A, B)
     for now_s in (0.0, PROBE_AGAIN_S):
         assert not links.avoids(A, B)
@@ -125,7 +125,7 @@ def test_a_probe_settles_whether_a_failed_transfer_was_the_links_fault() -> None
     assert links.avoids(A, B)
 
 
-def test_a_probe_of_a_worker_that_is_lost_is_asked_again_of_another() -> None:
+def test_a_lost_workers_probe_is_repeated_by_another_worker() -> None:
     links, registry = Links(), serving(A, B, ALSO_B)
     (asked,) = [(a, b) for a, b in probes(links, registry, 0.0) if a == A]
     lost = registry.get(asked[1].worker_id)
@@ -139,7 +139,7 @@ def test_a_probe_of_a_worker_that_is_lost_is_asked_again_of_another() -> None:
     assert not links.avoids(A, B), "what is said of the dead is not held against the link"
 
 
-def test_the_operator_reads_both_hosts_the_port_the_cause_and_what_to_do() -> None:
+def test_the_problem_names_both_hosts_the_port_cause_and_fix() -> None:
     links, registry = Links(), Registry()
     links.failed(A, B, "prefill-0: no answer within 5.0 s", 0.0)
     links.failed(A, B, "no answer within 5.0 s", 0.0)

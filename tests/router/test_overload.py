@@ -1,4 +1,4 @@
-"""More than the workers can do: who is refused, who waits for whom, who is given up, who does not read."""
+"""Overload: refused requests, queueing among clients, requests given up, and slow readers."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def request_of(client: str, request_id: str, num_tokens: int = 20, **values: obj
 
 
 def one_at_a_time(max_queued_requests: int = 1024) -> Cluster:
-    """A worker with room for one sequence, which it has."""
+    """A cluster of one worker whose room for one sequence is taken."""
     config = RouterConfig(max_queued_requests=max_queued_requests)
     cluster = Cluster(worker_info("both-0", max_batch_size=1), config=config)
     cluster.submit(make_request("running", max_tokens=1))
@@ -37,7 +37,7 @@ def one_at_a_time(max_queued_requests: int = 1024) -> Cluster:
 
 
 def finish(cluster: Cluster, worker_id: str = "both-0") -> str:
-    """End the request of one token that runs there; returns what runs next."""
+    """Ends the one-token request that is running there; returns the next running one."""
     transfer = cluster.spec(worker_id).transfer
     cluster.token(worker_id, 0, FinishReason.LENGTH)
     cluster.leg_ended(worker_id, Leg.PREFILL, transfer=transfer)
@@ -45,7 +45,7 @@ def finish(cluster: Cluster, worker_id: str = "both-0") -> str:
 
 
 def teach(cluster: Cluster, token_s: float, count: int = 20) -> None:
-    """Prefills of 100 tokens on prefill-0, each of which took so long."""
+    """Reports prefills of 100 tokens on prefill-0, each of the given duration."""
     timing = StepTiming(
         duration_s=100 * token_s,
         num_prefill_tokens=100,
@@ -60,7 +60,7 @@ def teach(cluster: Cluster, token_s: float, count: int = 20) -> None:
 # fairness
 
 
-def test_a_single_request_waits_for_a_turn_of_another_client_and_not_for_all_of_it() -> None:
+def test_a_single_request_waits_for_one_turn_of_another_client() -> None:
     cluster = one_at_a_time()
     for number in range(100):
         cluster.submit(request_of("many", f"m{number}", 256, max_tokens=1))
@@ -69,7 +69,7 @@ def test_a_single_request_waits_for_a_turn_of_another_client_and_not_for_all_of_
     assert served == ["m0", "m1", "single", "m2"]
 
 
-def test_short_prompts_of_one_client_go_on_between_long_ones_of_another_and_the_long_ones_too() -> None:
+def test_short_and_long_prompts_of_two_clients_both_progress() -> None:
     cluster = one_at_a_time()
     for number in range(3):
         cluster.submit(request_of("long", f"long{number}", 2000, max_tokens=1, first_token=5000 * number))
@@ -94,7 +94,7 @@ def test_a_full_queue_keeps_places_for_clients_that_have_nothing_in_it() -> None
         cluster.submit(request_of("c", "c"))
 
 
-def test_what_was_dispatched_before_goes_first_and_is_not_charged_again() -> None:
+def test_retries_go_first_and_are_not_charged_again() -> None:
     cluster = Cluster("both-0")
     cluster.submit(request_of("a", "a", 500))
     cluster.lose("both-0")
@@ -112,7 +112,7 @@ def retry_after_s(cluster: Cluster) -> float:
     return error.value.retry_after_s
 
 
-def test_before_anything_was_dispatched_the_delay_is_what_the_backlog_takes_by_prediction() -> None:
+def test_before_any_dispatch_the_retry_delay_is_predicted_from_the_backlog() -> None:
     starting = Cluster(config=RouterConfig(max_queued_requests=3))
     starting.handle(WorkersExpected(1))
     for name in "abc":
@@ -150,7 +150,8 @@ def test_a_deadline_that_has_passed_ends_a_request_at_once() -> None:
 
 
 def behind_a_long_prompt(deadline_s: float, *, learnt: bool = True) -> Cluster:
-    """A request with a deadline behind a prefill of 1000 tokens, which takes a second."""
+    """A cluster in which a request with a deadline waits behind a prefill of 1000 tokens, which takes a
+    second."""
     cluster = Cluster("prefill-0", "decode-0", config=RouterConfig(prefill_on_decode_factor=None))
     teach(cluster, 1e-3, 40 if learnt else 2)
     cluster.submit(make_request("long", 1000))
@@ -158,7 +159,7 @@ def behind_a_long_prompt(deadline_s: float, *, learnt: bool = True) -> Cluster:
     return cluster
 
 
-def test_a_request_whose_first_token_would_come_too_late_never_costs_a_prefill() -> None:
+def test_a_request_predicted_to_miss_its_deadline_costs_no_prefill() -> None:
     cluster = behind_a_long_prompt(deadline_s=0.3)
     assert cluster.ends["hurried"][0].finish_reason is FinishReason.DEADLINE
     assert cluster.spec("prefill-0").transfer.request_id == "long"
@@ -166,14 +167,12 @@ def test_a_request_whose_first_token_would_come_too_late_never_costs_a_prefill()
 
 
 @pytest.mark.parametrize(("deadline_s", "learnt"), [(0.8, True), (0.3, False)])
-def test_a_request_is_not_given_up_on_a_close_prediction_nor_on_a_guess(
-    deadline_s: float, learnt: bool
-) -> None:
+def test_a_close_or_unlearnt_prediction_gives_up_no_request(deadline_s: float, learnt: bool) -> None:
     cluster = behind_a_long_prompt(deadline_s, learnt=learnt)
     assert cluster.spec("prefill-0").transfer.request_id == "hurried"
 
 
-def test_a_model_that_is_too_dark_is_put_right_by_a_request_on_an_idle_worker() -> None:
+def test_a_request_on_an_idle_worker_corrects_a_pessimistic_model() -> None:
     cluster = Cluster("prefill-0", "decode-0", config=PAIRS_ONLY)
     teach(cluster, 1.0, 40)
     cluster.submit(make_request("hurried", 100, deadline_s=0.5))
@@ -186,7 +185,7 @@ def test_a_model_that_is_too_dark_is_put_right_by_a_request_on_an_idle_worker() 
 def with_all_places_taken(
     num_requests: int, n: int = 1, max_batch_size: int = 8, num_blocks: int = 256
 ) -> Cluster:
-    """One client decodes everywhere, and has as much waiting."""
+    """A cluster in which one client decodes everywhere, and has as much waiting."""
     worker = worker_info("decode-0", max_batch_size=max_batch_size, num_blocks=num_blocks)
     cluster = Cluster("prefill-0", worker, config=RouterConfig(prefill_on_decode_factor=None))
     for number in range(2 * num_requests):
@@ -206,20 +205,20 @@ def start(cluster: Cluster, name: str, attempt: int, n: int = 1) -> None:
 
 
 def make_room(cluster: Cluster) -> TransferId:
-    """The worker ends what it was asked to abort last."""
+    """The worker ends the leg that it was last asked to abort."""
     transfer = cluster.aborts("decode-0")[-1]
     cluster.leg_ended("decode-0", Leg.DECODE, "aborted", transfer=transfer)
     return transfer
 
 
 def reserved(cluster: Cluster, name: str) -> list[SequenceSpec]:
-    """What the decode worker was given of a request."""
+    """Returns the spec of a request that the decode worker was given."""
     commands = [command for command in cluster.sent["decode-0"] if isinstance(command, Reserve)]
     return [command.spec for command in commands if command.spec.transfer.request_id == name]
 
 
 @pytest.mark.parametrize(("num_requests", "n"), [(8, 1), (2, 4)])
-def test_a_client_that_runs_nothing_gets_a_place_of_the_one_that_has_all(num_requests: int, n: int) -> None:
+def test_an_idle_client_gets_a_place_from_one_that_has_all(num_requests: int, n: int) -> None:
     cluster = with_all_places_taken(num_requests, n)
     cluster.submit(request_of("new", "new"))
     assert cluster.aborts("decode-0") == [TransferId(f"g{num_requests - 1}", num_requests - 1)]
@@ -228,8 +227,8 @@ def test_a_client_that_runs_nothing_gets_a_place_of_the_one_that_has_all(num_req
     assert cluster.router.counters.displaced == 1
 
 
-def test_room_is_made_also_where_prefill_workers_serve_both_phases() -> None:
-    """As they do while the decode workers start again."""
+def test_room_is_also_made_where_prefill_workers_serve_both_phases() -> None:
+    """The case while the decode workers restart."""
     cluster = Cluster(worker_info("prefill-0", max_batch_size=8))
     for number in range(9):
         cluster.submit(request_of("greedy", f"g{number}", max_tokens=50, first_token=1000 * number))
@@ -241,7 +240,7 @@ def test_room_is_made_also_where_prefill_workers_serve_both_phases() -> None:
     assert cluster.spec("prefill-0").transfer.request_id == "new"
 
 
-def test_the_stream_that_gave_up_its_place_goes_on_before_what_its_client_has_queued() -> None:
+def test_a_displaced_stream_resumes_before_its_clients_queued_requests() -> None:
     cluster = with_all_places_taken(8)
     cluster.submit(request_of("new", "new"))
     make_room(cluster)
@@ -254,7 +253,7 @@ def test_the_stream_that_gave_up_its_place_goes_on_before_what_its_client_has_qu
     assert cluster.tokens["g7", 0] == [0, 1, 2]
 
 
-def test_room_is_made_once_for_a_job_and_the_giver_does_not_take_it() -> None:
+def test_room_is_made_once_per_job_and_not_retaken_by_the_giver() -> None:
     cluster = with_all_places_taken(8)
     cluster.submit(request_of("new", "new"))
     for _ in range(3):
@@ -275,7 +274,7 @@ def test_room_for_several_choices_is_made_one_place_after_the_other() -> None:
     assert cluster.router.counters.displaced == 3
 
 
-def test_nobody_gives_up_the_last_place_nor_one_of_as_few_as_the_other_would_have() -> None:
+def test_no_client_gives_up_its_last_place_or_falls_below_the_taker() -> None:
     alone = with_all_places_taken(1, n=8)
     alone.submit(request_of("new", "new"))
     two = with_all_places_taken(2, max_batch_size=2)
@@ -296,7 +295,7 @@ def test_clients_with_equal_shares_take_nothing_from_each_other() -> None:
     assert cluster.router.counters.displaced == num_displaced
 
 
-def test_blocks_that_one_client_has_grown_into_are_places_too() -> None:
+def test_blocks_that_a_clients_streams_have_grown_into_count_as_places() -> None:
     cluster = with_all_places_taken(2, num_blocks=8)
     for index in range(2, 36):
         for number in range(2):
@@ -315,7 +314,7 @@ def test_a_client_alone_has_all_places_and_keeps_them() -> None:
 
 
 def decoding(*names: str) -> Cluster:
-    """Requests that are being decoded; each client has two tokens."""
+    """A cluster with requests that are being decoded; each client has two tokens."""
     cluster = Cluster("prefill-0", worker_info("decode-0", max_batch_size=len(names)), config=PAIRS_ONLY)
     for attempt, name in enumerate(names):
         cluster.submit(make_request(name, max_tokens=6))
@@ -325,7 +324,7 @@ def decoding(*names: str) -> Cluster:
     return cluster
 
 
-def test_an_unread_request_leaves_its_room_to_others_and_goes_on_where_its_client_is() -> None:
+def test_an_unread_request_frees_its_room_and_resumes_at_its_clients_position() -> None:
     cluster = decoding("slow")
     cluster.handle(StreamUnread("slow"))
     assert cluster.aborts("decode-0") == [TransferId("slow", 0)]
@@ -355,9 +354,7 @@ def test_an_unread_request_can_end(end: Cancel) -> None:
     assert cluster.spec("decode-0").transfer.request_id == "other"
 
 
-def test_a_request_unread_before_it_was_dispatched_waits_for_its_client_and_takes_no_place_in_the_queue() -> (
-    None
-):
+def test_a_request_unread_before_its_dispatch_takes_no_place_in_the_queue() -> None:
     cluster = one_at_a_time(max_queued_requests=1)
     cluster.submit(make_request("slow"))
     cluster.handle(StreamUnread("slow"))
@@ -370,7 +367,7 @@ def test_a_request_unread_before_it_was_dispatched_waits_for_its_client_and_take
 # the cluster's end
 
 
-def test_a_cluster_that_shuts_down_refuses_what_is_new_and_what_waits_and_finishes_what_runs() -> None:
+def test_shutdown_refuses_new_and_waiting_requests_and_finishes_running_ones() -> None:
     cluster = one_at_a_time()
     cluster.submit(make_request("waiting"))
     cluster.handle(Closing())
@@ -392,7 +389,7 @@ def test_a_draining_prefill_worker_is_not_idle_before_its_kv_is_sent() -> None:
     assert WorkerIdle("prefill-0", 1) in cluster.leg_ended("prefill-0", Leg.PREFILL)
 
 
-def test_streams_of_a_worker_that_is_stopped_when_patience_ends_go_on_elsewhere() -> None:
+def test_streams_of_a_worker_stopped_after_the_drain_timeout_continue_elsewhere() -> None:
     cluster = Cluster("prefill-0", "decode-0", "decode-1", config=PAIRS_ONLY)
     cluster.submit(make_request("a"))
     cluster.token("prefill-0", 0)

@@ -1,4 +1,4 @@
-"""Where work goes: queues, loads, cached prefixes, and what is predicted of a place."""
+"""Placement by queues, loads, cached prefixes, and predictions for a place."""
 
 from typing import cast
 
@@ -34,7 +34,7 @@ def test_streams_go_to_the_least_loaded_decode_worker() -> None:
     assert [len(cluster.sent["decode-0"]), len(cluster.sent["decode-1"])] == [2, 1]
 
 
-def test_a_cached_prefix_draws_its_prompts_until_the_queue_there_costs_more() -> None:
+def test_a_cached_prefix_attracts_prompts_until_the_queue_costs_more() -> None:
     cluster = Cluster("prefill-0", "prefill-1", worker_info("decode-0", num_blocks=10_000), config=PAIRS_ONLY)
     cluster.hold_prefix("prefill-1", make_request(num_tokens=400))
     for i in range(5):
@@ -45,7 +45,7 @@ def test_a_cached_prefix_draws_its_prompts_until_the_queue_there_costs_more() ->
     assert cluster.sent["prefill-0"]
 
 
-def test_a_prompt_that_is_computed_as_a_whole_is_not_drawn_by_its_cached_prefix() -> None:
+def test_a_fully_computed_prompt_ignores_its_cached_prefix() -> None:
     cluster = Cluster("prefill-0", "prefill-1", worker_info("decode-0", num_blocks=10_000), config=PAIRS_ONLY)
     request = make_request(num_tokens=400)
     cluster.hold_prefix("prefill-1", request)
@@ -93,7 +93,7 @@ def test_a_prompt_is_prefilled_on_d_when_ps_queue_is_long() -> None:
     assert isinstance(cluster.last("decode-0"), Serve)
 
 
-def test_no_prefill_on_d_that_would_hold_its_streams_up_beyond_the_slo() -> None:
+def test_no_prefill_on_d_delays_its_streams_beyond_the_slo() -> None:
     model = LatencyModel(LatencyPriors(prefill_token_s=1e-3))
     router = Router(RouterConfig(itl_slo_s=0.05), model)
     cluster = Cluster("prefill-0", "decode-0")
@@ -135,7 +135,7 @@ def test_the_model_learns_from_reports_and_status_shows_loads() -> None:
     assert (row.load.num_running, row.load.num_free_blocks, row.num_blocks) == (3, 7, 256)
 
 
-def test_a_timeline_has_the_best_few_places_with_the_chosen_one_first_and_what_was_predicted() -> None:
+def test_a_timeline_has_the_best_places_and_their_predictions_chosen_first() -> None:
     cluster = Cluster(
         "prefill-0", "prefill-1", "decode-0", "decode-1", config=RouterConfig(prefill_on_decode_factor=None)
     )

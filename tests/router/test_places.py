@@ -1,4 +1,4 @@
-"""Who gets a place, and who waits for one."""
+"""The order in which instances get places or wait."""
 
 from pdserve.core.messages import Role
 from pdserve.core.needs import Need
@@ -27,14 +27,14 @@ def placed(made: Places) -> list[str]:
     return names
 
 
-def test_one_of_each_pool_comes_first_whoever_asked_first() -> None:
+def test_one_instance_of_each_pool_is_placed_first() -> None:
     made = places({P: 1, D: 3}, a=Capacity(2))
     ask(made, D, 3)
     ask(made, P, 1)
     assert sorted(placed(made)) == ["decode-0", "prefill-0"]
 
 
-def test_pools_grow_by_their_ratio_as_hosts_join_and_nobody_is_moved() -> None:
+def test_pools_grow_by_their_ratio_without_moving_instances() -> None:
     made = places({P: 2, D: 6}, a=Capacity(4))
     ask(made, D, 6)
     ask(made, P, 2)
@@ -46,14 +46,14 @@ def test_pools_grow_by_their_ratio_as_hosts_join_and_nobody_is_moved() -> None:
     assert len(made.cores.on("b")) == 4
 
 
-def test_of_two_first_ones_the_larger_is_placed_first() -> None:
+def test_of_two_pools_first_instances_the_larger_is_placed_first() -> None:
     made = places({P: 1, D: 1}, a=Capacity(3), b=Capacity(1))
     ask(made, D, 1)
     ask(made, P, 1, Need(3, 1.0))
     assert placed(made) == ["prefill-0", "decode-0"]
 
 
-def test_one_that_fits_nowhere_does_not_hold_back_the_others_and_says_what_it_needs() -> None:
+def test_an_instance_that_fits_nowhere_delays_no_others_and_reports_its_need() -> None:
     made = places({P: 1, D: 1}, a=Capacity(1))
     ask(made, P, 1, Need(2, 1.0))
     ask(made, D, 1)
@@ -74,7 +74,7 @@ def test_a_host_takes_no_more_instances_than_its_memory_holds() -> None:
     )
 
 
-def test_a_host_that_is_closed_and_opened_again_knows_who_runs_there() -> None:
+def test_a_reopened_host_still_counts_its_running_instances() -> None:
     made = places({D: 2}, a=Capacity(2))
     made.adopt(("decode-0", 7), D, Placement("a", (0,)), ONE)
     made.adopt(("decode-9", 7), D, Placement("gone", (5,)), ONE)

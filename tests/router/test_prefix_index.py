@@ -1,5 +1,5 @@
-"""The prefix index finds the longest cached prefix and who holds it, and hashes no more of a prompt than it
-has to."""
+"""The prefix index finds the longest cached prefix and its holders, and hashes no more of a prompt than
+necessary."""
 
 from hypothesis import given, strategies as st
 

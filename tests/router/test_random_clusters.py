@@ -1,5 +1,5 @@
-"""Random clients, workers and accidents: whatever happens, streams are contiguous, endings unique, accounts
-balanced, and once the accidents stop, everything ends and nothing is left."""
+"""Random clients, workers and accidents: streams are always contiguous, endings unique and accounts balanced,
+and once the accidents stop, everything ends and nothing is left."""
 
 import random
 

@@ -1,5 +1,4 @@
-"""A request is one automaton: a table that leaves nothing open, and errors that tell what became of it
-before."""
+"""A request is one automaton: a complete table, and errors that include the request's history."""
 
 import random
 import typing
@@ -59,7 +58,7 @@ def live_request(cluster: Cluster, name: str = "r") -> LiveRequest:
     return cluster.router._requests._requests[name]
 
 
-def test_every_event_is_handled_ignored_with_a_reason_or_illegal_in_every_state() -> None:
+def test_every_state_defines_a_reaction_to_every_event() -> None:
     assert set(TABLE) == set(typing.get_args(RequestEvent))
     for event, reactions in TABLE.items():
         assert list(reactions) == list(RequestState), event
@@ -101,7 +100,7 @@ def test_the_drawn_states_are_those_of_the_code(page: str) -> None:
     assert entries < drawn
 
 
-def test_an_event_that_cannot_come_tells_the_requests_story() -> None:
+def test_an_illegal_event_reports_the_requests_story() -> None:
     cluster = Cluster("prefill-0", "decode-0", "decode-1", config=RouterConfig(prefill_on_decode_factor=None))
     cluster.now_s = 1.5
     cluster.submit(make_request())
@@ -121,7 +120,7 @@ def test_an_event_that_cannot_come_tells_the_requests_story() -> None:
     assert live.state is RequestState.RUNNING
 
 
-def test_an_illegal_event_leaves_the_request_to_go_on() -> None:
+def test_a_request_continues_after_an_illegal_event() -> None:
     cluster = Cluster("both-0")
     cluster.submit(make_request())
     with pytest.raises(UnexpectedEvent):
@@ -170,14 +169,14 @@ NAMES = st.sampled_from("abc")
 WORKERS = ("both-0", "prefill-1", "decode-2")
 NUM_TOKENS = 4
 WEIGHTS = [25, 4, 12, 10, 3, 2, 20, 25, 2]
-NUM_RECENT = 6  # pieces of work that workers speak of
+NUM_RECENT = 6  # pieces of work that workers report on
 WAYS_TO_END = [("broken", False), ("broken", False), ("broken", False), (None, False), ("refused", True)]
-ENDINGS = ["", "", "", None, "broken"]  # of a held leg: none yet, well, or not
+ENDINGS = ["", "", "", None, "broken"]  # of a held leg: none yet, normal, or failed
 
 
 class AnyEvents(RuleBasedStateMachine):
-    """Whatever comes, in whatever order: workers that break every rule, clients that come and go, routers
-    that die."""
+    """Arbitrary events in any order: workers that break every rule, clients that come and go, routers that
+    die."""
 
     router: Router
 
@@ -185,7 +184,7 @@ class AnyEvents(RuleBasedStateMachine):
     def start(self) -> None:
         self.now_s = 0.0
         self.incarnations: dict[str, int] = {}
-        self.specs: list[tuple[str, Leg, SequenceSpec]] = []  # what workers were given, the latest last
+        self.specs: list[tuple[str, Leg, SequenceSpec]] = []  # workers' commands, the latest last
         self.num_routers = 0
         self.restart([])
         self.come_or_go("both-0")
@@ -260,7 +259,7 @@ class AnyEvents(RuleBasedStateMachine):
 
     @rule(held=st.lists(st.tuples(st.integers(0, NUM_TOKENS), st.sampled_from(ENDINGS)), max_size=NUM_RECENT))
     def restart(self, held: list[tuple[int, str | None]]) -> None:
-        """Another router, and workers that hold what they were given lately, with tokens and endings."""
+        """Starts another router over workers that hold their recent work, with tokens and endings."""
         legs: dict[str, dict[tuple[object, Leg], HeldLeg]] = {name: {} for name in WORKERS}
         for (worker, leg, spec), (num_tokens, error) in zip(reversed(self.specs), held, strict=False):
             outputs = tuple(
@@ -360,7 +359,7 @@ def test_random_lives_reach_every_reaction_of_the_table(monkeypatch: pytest.Monk
         for state, reaction in reactions.items()
         if not isinstance(reaction, Illegal)
     }
-    assert possible - reached <= {(Displaced, RequestState.UNCLAIMED)}  # rare: test_adoption.py has it
+    assert possible - reached <= {(Displaced, RequestState.UNCLAIMED)}  # rare: covered by test_adoption.py
     assert reached <= possible
 
 

@@ -1,4 +1,4 @@
-"""The router's shell: commands are carried out in the order of their decision, also when one brings the next
+"""The router's shell: commands are carried out in the order of decision, even when one leads to another
 event."""
 
 import asyncio
@@ -46,8 +46,8 @@ END = EmitEnd(
 
 
 class ScriptedRouter:
-    """A worker becomes idle before a token is out; the stream's end follows from what the observer says about
-    that."""
+    """A worker becomes idle before a token is emitted; the stream's end follows from the observer's
+    reaction."""
 
     config = RouterConfig()
 
@@ -64,7 +64,7 @@ class ScriptedRouter:
         return None
 
 
-async def test_what_an_observer_causes_is_carried_out_after_what_was_decided_before() -> None:
+async def test_commands_caused_by_an_observer_follow_those_decided_before() -> None:
     service: RouterService
     observer = SimpleNamespace(
         expects=lambda key: True, handle=lambda event: service.handle(WorkersExpected(0))
@@ -77,8 +77,7 @@ async def test_what_an_observer_causes_is_carried_out_after_what_was_decided_bef
 
 
 class TokenMachine:
-    """Stands for the connection to a worker that serves both phases: a token for each of its streams at each
-    step."""
+    """A fake connection to a worker that serves both phases: a token for each of its streams at each step."""
 
     def __init__(self, service: RouterService) -> None:
         self._service = service
@@ -101,7 +100,7 @@ class TokenMachine:
                 asyncio.get_running_loop().call_soon(self._service.handle, ended)
 
     def goes_on(self, transfer: TransferId, index: int) -> None:
-        """It has this stream from before."""
+        """Adds a stream that the worker already holds."""
         self._next[transfer] = index
 
     def step(self) -> None:
@@ -117,7 +116,7 @@ class TokenMachine:
 
 @pytest.fixture
 def served() -> tuple[RouterService, TokenMachine]:
-    """A service with one worker that has room for two streams, of which 20 tokens may be unread."""
+    """A service with one worker that has room for two streams, each of which may have 20 unread tokens."""
     service = RouterService(Router(RouterConfig(max_unread_tokens=20)), OBSERVER, "token")
     machine = TokenMachine(service)
     machine.connect()
@@ -125,12 +124,12 @@ def served() -> tuple[RouterService, TokenMachine]:
 
 
 async def settle() -> None:
-    """Let everybody do what they can do now."""
+    """Lets all tasks run until they block."""
     for _ in range(20):
         await asyncio.sleep(0)
 
 
-async def test_a_client_that_does_not_read_is_set_aside_and_takes_nothing_from_others(
+async def test_a_slow_reader_is_set_aside_without_harm_to_others(
     served: tuple[RouterService, TokenMachine],
 ) -> None:
     service, machine = served
@@ -150,7 +149,7 @@ async def test_a_client_that_does_not_read_is_set_aside_and_takes_nothing_from_o
         machine.step()
         await settle()
         assert read["fast"] == list(range(step + 1))  # a token of each step, at once
-        if step == 100:  # the place of the one that does not read is free
+        if step == 100:  # the slow reader's place is free
             readers.append(asyncio.ensure_future(reader("third")))
             await settle()
     await first
@@ -189,7 +188,8 @@ async def test_a_client_that_reads_again_gets_every_token_once(
 
 @pytest.fixture
 def took_over() -> tuple[RouterService, TokenMachine]:
-    """A service whose worker has brought 50 tokens of request `r`, and goes on, while there was no router."""
+    """A service whose worker has produced 50 tokens of request `r` while there was no router, and
+    continues."""
     router = Router(RouterConfig(max_unread_tokens=20), first_attempt=1000, adopts=True)
     service = RouterService(router, OBSERVER, "token")
     machine = TokenMachine(service)
@@ -212,7 +212,7 @@ def adopt(service: RouterService, machine: TokenMachine) -> None:
     service.handle(Adopted())
 
 
-async def test_what_a_client_is_handed_when_it_comes_back_does_not_count_as_unread(
+async def test_events_handed_to_a_returning_client_do_not_count_as_unread(
     took_over: tuple[RouterService, TokenMachine],
 ) -> None:
     service, machine = took_over
@@ -225,7 +225,7 @@ async def test_what_a_client_is_handed_when_it_comes_back_does_not_count_as_unre
         await settle()
     assert service.router.counters.unread == 0
     machine.step()
-    assert service.router.counters.unread == 1  # by what came since
+    assert service.router.counters.unread == 1  # counts later tokens only
     indices = [token.index for token in first.tokens]
     while len(indices) < 71:
         event = await anext(stream)
@@ -235,7 +235,7 @@ async def test_what_a_client_is_handed_when_it_comes_back_does_not_count_as_unre
     await stream.aclose()
 
 
-async def test_a_request_that_is_refused_for_its_name_leaves_the_one_of_that_name_alone(
+async def test_a_refused_duplicate_leaves_the_live_request_alone(
     took_over: tuple[RouterService, TokenMachine],
 ) -> None:
     service, machine = took_over

@@ -1,5 +1,4 @@
-"""A worker that has sequences to compute and ends no step shows in its status, however alive it says it
-is."""
+"""The status shows a worker that has sequences to compute and ends no step, even if it sends heartbeats."""
 
 import pytest
 

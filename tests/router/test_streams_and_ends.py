@@ -1,5 +1,5 @@
-"""What clients see: contiguous tokens, one ending for each choice, one for the request, and what workers are
-told."""
+"""Clients see contiguous tokens, one ending per choice and one per request; workers get the matching
+commands."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def pair() -> Cluster:
     return Cluster("prefill-0", "decode-0")
 
 
-def test_a_request_is_reserved_on_d_and_prefilled_on_p_at_once_under_one_transfer() -> None:
+def test_a_request_starts_on_d_and_p_at_once_under_one_transfer() -> None:
     cluster = pair()
     cluster.submit(make_request())
     reserve, prefill = cluster.last("decode-0"), cluster.last("prefill-0")
@@ -50,7 +50,7 @@ def test_the_first_token_comes_from_p_and_the_others_from_d() -> None:
     assert not cluster.aborts("prefill-0")
 
 
-def test_tokens_that_come_early_are_held_and_repeated_ones_dropped() -> None:
+def test_early_tokens_are_held_and_repeated_ones_dropped() -> None:
     cluster = pair()
     cluster.submit(make_request(max_tokens=4))
     assert not any(isinstance(c, EmitTokens) for c in cluster.token("decode-0", 1))
@@ -73,7 +73,7 @@ def test_a_single_token_costs_no_reservation_and_no_transfer() -> None:
     assert len(cluster.closed["r"]) == 1
 
 
-def test_a_request_that_ends_at_its_first_token_aborts_the_transfer_on_both_sides() -> None:
+def test_ending_at_the_first_token_aborts_the_transfer_on_both_sides() -> None:
     cluster = pair()
     cluster.submit(make_request())
     cluster.token("prefill-0", 0, STOP)
@@ -96,7 +96,7 @@ def test_several_choices_are_one_dispatch_and_end_one_by_one() -> None:
     assert not cluster.aborts("decode-0")
 
 
-def test_cancel_ends_at_once_aborts_both_legs_and_accounts_for_them_until_they_end() -> None:
+def test_cancel_ends_at_once_and_accounts_for_legs_until_they_end() -> None:
     cluster = pair()
     cluster.submit(make_request())
     cluster.handle(Cancel("r"))
@@ -111,7 +111,7 @@ def test_cancel_ends_at_once_aborts_both_legs_and_accounts_for_them_until_they_e
     assert cluster.router.status(0.0).counters.retried == 0
 
 
-def test_cancelling_a_choice_leaves_the_others_and_the_last_one_aborts_the_workers() -> None:
+def test_only_cancelling_the_last_choice_aborts_the_workers() -> None:
     cluster = pair()
     cluster.submit(make_request(n=2, max_tokens=9))
     for choice in (0, 1):
@@ -128,7 +128,7 @@ def test_cancelling_a_choice_leaves_the_others_and_the_last_one_aborts_the_worke
     assert [end.finish_reason for end in cluster.ends["r"]] == [None]
 
 
-def test_d_is_aborted_when_the_last_choice_ends_by_itself_and_another_was_cancelled() -> None:
+def test_d_is_aborted_when_the_last_uncancelled_choice_ends() -> None:
     cluster = pair()
     cluster.submit(make_request(n=2, max_tokens=2))
     for choice in (0, 1):
@@ -139,7 +139,7 @@ def test_d_is_aborted_when_the_last_choice_ends_by_itself_and_another_was_cancel
 
 
 @pytest.mark.parametrize("event", [Cancel("unknown"), Cancel("r", choice=7), Cancel("r", choice=-1)])
-def test_cancelling_what_is_not_there_changes_nothing(event: Cancel) -> None:
+def test_cancelling_an_unknown_request_or_choice_changes_nothing(event: Cancel) -> None:
     cluster = pair()
     cluster.submit(make_request())
     assert cluster.handle(event) == []
@@ -169,13 +169,13 @@ def test_late_and_duplicate_messages_of_an_ended_request_are_harmless() -> None:
     assert len(cluster.ends["r"]) == len(cluster.closed["r"]) == 1
 
 
-def test_tokens_of_a_worker_that_has_no_part_in_the_dispatch_are_dropped() -> None:
+def test_tokens_of_a_worker_outside_the_dispatch_are_dropped() -> None:
     cluster = Cluster("prefill-0", "decode-0", "decode-1")
     cluster.submit(make_request())
     assert cluster.report("decode-1", TokenOutput(TransferId("r", 0), 0, 0, 7)) == []
 
 
-def test_an_id_may_be_used_again_after_its_end_and_old_legs_do_not_touch_the_new_request() -> None:
+def test_old_legs_do_not_touch_a_new_request_with_the_same_id() -> None:
     cluster = pair()
     cluster.submit(make_request())
     cluster.handle(Cancel("r"))
@@ -189,7 +189,7 @@ def test_an_id_may_be_used_again_after_its_end_and_old_legs_do_not_touch_the_new
     assert cluster.num_legs() == {"prefill-0": 1, "decode-0": 1}
 
 
-def test_the_timeline_tells_workers_instants_and_the_workers_own_account() -> None:
+def test_the_timeline_has_workers_instants_and_the_workers_own_account() -> None:
     cluster = pair()
     cluster.submit(make_request(max_tokens=2))
     cluster.now_s = 1.0

@@ -1,4 +1,4 @@
-"""The supervisor's decisions: places, patience, and who is suspected, without a clock or a process."""
+"""The supervisor's decisions: places, timeouts, and suspected hosts, without a clock or a process."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ def make_spec(action: StartWorker) -> Spec:
 
 
 class World:
-    """A supervisor over one host; time stands still unless a test says so."""
+    """A supervisor over one host; time stands still unless a test advances it."""
 
     def __init__(self, num_cores: int = 2) -> None:
         self.now_s = 0.0
@@ -71,7 +71,7 @@ def news_left_out(commands: list[SupervisorCommand[Spec]]) -> list[SupervisorCom
     return [command for command in commands if not isinstance(command, WorkersExpected | Adopted)]
 
 
-def test_the_router_hears_what_to_expect_before_and_after_what_is_done() -> None:
+def test_the_router_learns_expected_workers_before_and_after_each_command() -> None:
     commands = World().handle(Apply({P: 1, D: 1}))
     assert commands[0] == commands[-1] == WorkersExpected(2)
     assert [c.spec.key for c in commands if isinstance(c, LaunchProcess)] == [
@@ -80,7 +80,7 @@ def test_the_router_hears_what_to_expect_before_and_after_what_is_done() -> None
     ]
 
 
-def test_a_process_waits_for_a_place_and_starts_when_another_is_gone() -> None:
+def test_a_process_waits_for_a_place_until_another_is_gone() -> None:
     world = World(num_cores=1)
     world.handle(Apply({P: 1, D: 1}))
     assert world.state("prefill-0", 2) is ProcessState.WAITING
@@ -127,7 +127,7 @@ def test_a_host_is_suspected_before_another_process_gets_a_place() -> None:
     assert commands.index(SuspectHost("node")) < commands.index(launch)
 
 
-def test_nobody_is_suspected_when_the_end_is_explained_or_was_wanted() -> None:
+def test_an_explained_or_requested_end_raises_no_suspicion() -> None:
     world = World()
     world.up()
     world.handle(Drain("prefill-0"))
@@ -138,7 +138,7 @@ def test_nobody_is_suspected_when_the_end_is_explained_or_was_wanted() -> None:
     assert SuspectHost("node") not in world.handle(ProcessEnded("prefill-0", 2, "killed"))
 
 
-def test_cores_are_given_away_only_when_the_process_is_gone() -> None:
+def test_cores_are_reassigned_only_when_the_process_is_gone() -> None:
     world = World()
     world.up()
     world.handle(ConnectionLost("decode-0", 1, "silent", is_silent=True))
@@ -158,7 +158,7 @@ def test_a_process_that_is_to_end_is_not_expected_to_connect() -> None:
     assert world.state("decode-0", 1) is ProcessState.ENDING
 
 
-def test_of_processes_taken_over_only_the_newest_of_a_name_is_kept() -> None:
+def test_take_over_keeps_only_the_newest_process_of_a_name() -> None:
     world = World(num_cores=3)
     living = [Spec(key, D, Need(1, 1.0)) for key in (("decode-0", 1), ("decode-0", 4))]
     placed = tuple((spec, Placement("node", (position,))) for position, spec in enumerate(living))

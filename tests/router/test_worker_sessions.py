@@ -1,5 +1,4 @@
-"""Connections to the workers' port, without a socket: who is admitted, when a worker is ready, when it is
-lost."""
+"""Connections to the workers' port, without a socket: admission, readiness and loss of workers."""
 
 import pytest
 
@@ -40,7 +39,7 @@ SILENT = f"silent for {MAX_SILENT_BEATS * 0.5:.1f} s"
 
 @pytest.fixture
 def sessions() -> WorkerSessions[str]:
-    """One connection, named `a`, whose peer has said nothing; one worker is expected."""
+    """Sessions with one silent connection, named `a`; one worker is expected."""
     sessions: WorkerSessions[str] = WorkerSessions(lambda key: key == KEY)
     assert sessions.opened("a") == []
     return sessions
@@ -60,7 +59,7 @@ def test_an_expected_worker_is_admitted_once_and_found_by_its_key(sessions: Work
 
 
 @pytest.mark.parametrize("message", [Hello(worker_id="decode-0", incarnation=2), REPORT, READY])
-def test_whoever_is_not_expected_or_does_not_introduce_itself_is_refused(
+def test_an_unexpected_or_unauthenticated_peer_is_refused(
     sessions: WorkerSessions[str], message: Hello | StepReport | Ready
 ) -> None:
     refused, hang_up = sessions.received("a", message)
@@ -70,7 +69,7 @@ def test_whoever_is_not_expected_or_does_not_introduce_itself_is_refused(
     assert sessions.num_refused == 1 and sessions.num_unproven == 0
 
 
-def test_a_host_that_only_tries_to_reach_us_is_a_probe(sessions: WorkerSessions[str]) -> None:
+def test_a_host_that_only_tests_the_connection_is_a_probe(sessions: WorkerSessions[str]) -> None:
     (refused,) = sessions.closed("a", None)
     assert isinstance(refused, Refused) and refused.is_probe
     sessions.opened("b")
@@ -79,7 +78,7 @@ def test_a_host_that_only_tries_to_reach_us_is_a_probe(sessions: WorkerSessions[
     assert isinstance(refused, Refused) and not refused.is_probe
 
 
-def test_what_a_worker_holds_is_reported_as_a_whole(sessions: WorkerSessions[str]) -> None:
+def test_a_workers_held_legs_are_reported_as_a_whole(sessions: WorkerSessions[str]) -> None:
     sessions.received("a", HELLO)
     assert sessions.received("a", Holds(held=(held("x"), held("y")))) == []
     ready = WorkerReady(READY.info, (held("x"), held("y"), held("z")))
@@ -96,7 +95,7 @@ def test_progress_is_for_the_supervisor_and_reports_are_for_the_router(sessions:
     assert sessions.received("a", REPORT) == [ToRouter(REPORT)]
 
 
-def test_a_worker_that_is_to_end_by_now_does_not_become_ready() -> None:
+def test_a_worker_that_is_to_end_does_not_become_ready() -> None:
     expected = {KEY}
     sessions: WorkerSessions[str] = WorkerSessions(expected.__contains__)
     sessions.opened("a")
@@ -105,7 +104,7 @@ def test_a_worker_that_is_to_end_by_now_does_not_become_ready() -> None:
     assert sessions.received("a", READY) == []
 
 
-def test_a_ready_worker_that_falls_silent_is_hung_up_on_and_lost(sessions: WorkerSessions[str]) -> None:
+def test_a_ready_worker_that_falls_silent_is_disconnected_and_lost(sessions: WorkerSessions[str]) -> None:
     sessions.received("a", HELLO)
     sessions.received("a", READY)
     for _ in range(MAX_SILENT_BEATS):
@@ -117,7 +116,7 @@ def test_a_ready_worker_that_falls_silent_is_hung_up_on_and_lost(sessions: Worke
     assert sessions.connection(KEY) is None
 
 
-def test_whatever_comes_breaks_the_silence_of_a_worker_and_not_of_an_unproven_peer(
+def test_any_input_breaks_a_workers_silence_but_not_an_unproven_peers(
     sessions: WorkerSessions[str],
 ) -> None:
     sessions.opened("worker")
@@ -137,7 +136,7 @@ def test_a_worker_that_loads_may_be_silent(sessions: WorkerSessions[str]) -> Non
         assert sessions.beat("a") == [Say("a", Heartbeat())]
 
 
-def test_the_oldest_of_too_many_unproven_peers_goes_and_no_worker_does(
+def test_excess_unproven_peers_are_dropped_oldest_first_and_workers_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(worker_sessions, "MAX_UNPROVEN", 2)

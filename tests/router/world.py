@@ -1,4 +1,4 @@
-"""A world for the router: clients that check their streams, workers that obey in their own time, and
+"""An environment for the router: clients that check their streams, workers that obey in their own time, and
 accidents."""
 
 from collections import deque
@@ -47,7 +47,7 @@ MAX_QUEUED = 4
 
 
 def token_id(choice: int, index: int) -> int:
-    """What every worker samples: a function of choice and index alone."""
+    """Returns the token that every worker samples: a function of choice and index alone."""
     return 1000 * choice + index
 
 
@@ -61,7 +61,7 @@ def finish(spec: SequenceSpec, choice: int, index: int) -> FinishReason | None:
 class WorkerLeg:
     leg: Leg
     spec: SequenceSpec
-    next_index: dict[int, int]  # of the choices that go on here; empty while KV is awaited
+    next_index: dict[int, int]  # of the choices that continue here; empty while KV is awaited
     target: TransferAddress | None = None
     is_reservation: bool = False
     is_sending: bool = False
@@ -69,7 +69,7 @@ class WorkerLeg:
 
 @dataclass
 class SimWorker:
-    """A worker that obeys in its own time: commands and messages wait in line until a rule moves them."""
+    """A worker that obeys in its own time: commands and messages are queued until a rule moves them."""
 
     info: WorkerInfo
     inbox: deque[WorkerCommand] = field(default_factory=deque)
@@ -93,7 +93,7 @@ class SimWorker:
         return dict.fromkeys(spec.choices, len(spec.output_token_ids))
 
     def sample(self, leg: WorkerLeg) -> None:
-        """One step: a token of each choice."""
+        """Runs one step: a token of each choice."""
         outputs = []
         for choice, index in list(leg.next_index.items()):
             reason = finish(leg.spec, choice, index)
@@ -133,8 +133,8 @@ class Client:
 
 
 class World:
-    """Checks with every command that streams are contiguous and endings unique, with every event that
-    accounts balance."""
+    """An environment that checks with every command that streams are contiguous and endings unique, with
+    every event that accounts balance."""
 
     def __init__(self, prefill_on_decode_factor: float | None) -> None:
         self.router = Router(
@@ -257,7 +257,7 @@ class World:
             worker.end(transfer, "broken")
 
     def move(self, worker: SimWorker, what: str) -> bool:
-        """Let the worker do one thing; False when there was nothing to do."""
+        """Lets the worker do one thing; returns False when there was nothing to do."""
         if what == "obey" and worker.inbox:
             worker.obey()
         elif what == "report" and worker.outbox:
@@ -282,7 +282,7 @@ class World:
         return True
 
     def send(self, worker: SimWorker, transfer: TransferId, leg: WorkerLeg) -> bool:
-        """Move the KV: commit on the peer if it holds the reservation, fail if it never will."""
+        """Moves the KV: commits on the peer if it holds the reservation, fails if it never will."""
         assert leg.target is not None
         peer = self.workers.get(leg.target.worker_id)
         if peer is None or peer.info.incarnation != leg.target.incarnation:
@@ -299,7 +299,7 @@ class World:
         return True
 
     def settle(self) -> None:
-        """With clients that read, working workers and time, everything ends and nothing is left."""
+        """Checks that with reading clients, working workers and time, everything ends and nothing is left."""
         for name in self.clients:
             self.read_on(name)
         for name in ("prefill-9", "decode-9"):

@@ -1,4 +1,4 @@
-"""`pdserve simulate` tells what it ran, and its status tells whether a promise was broken."""
+"""`pdserve simulate` prints what it ran, and its exit status shows whether a promise was broken."""
 
 import re
 from unittest.mock import patch
@@ -14,7 +14,7 @@ def run(*args: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_a_range_of_seeds_ends_with_its_sum() -> None:
+def test_a_range_of_seeds_ends_with_a_summary() -> None:
     status, output = run("--seeds", "5", "--first-seed", "7", "--processes", "1")
     assert status == 0
     assert re.search(r"^seeds that broke a promise +0$", output, re.MULTILINE)

@@ -72,7 +72,7 @@ def free_on_abort_before_the_transfer_has_drained() -> Planted:
 
 @contextmanager
 def forget_the_epoch_check() -> Iterator[None]:
-    """Both of them: where a chunk's arrival is waited for, and in the machine."""
+    """Removes both checks: where a chunk's arrival is awaited, and in the state machine."""
     original = TransferReceiver.handle
 
     def on_waited(
@@ -186,11 +186,11 @@ def share_kv_between_salts() -> Planted:
     )
 
 
-def leave_workers_at_work_for_a_request_that_has_ended() -> Planted:
+def leave_workers_working_for_an_ended_request() -> Planted:
     return patch.object(RequestLife, "_abort", lambda self, dispatch, legs: [])
 
 
-def decode_what_was_aborted() -> Planted:
+def decode_an_aborted_sequence() -> Planted:
     original = DecodeWorker.received
 
     def received(self: DecodeWorker, transfer: TransferId, payload: bytes) -> None:
@@ -225,7 +225,7 @@ def commit_a_chunk_that_never_left() -> Planted:
     return patch.object(OutboundPair, "_send_commit", send_commit)
 
 
-def forget_what_was_computed_before_the_router_died() -> Planted:
+def forget_tokens_computed_before_the_router_died() -> Planted:
     return patch.object(HeldLegs, "tell", lambda self: ())
 
 
@@ -252,7 +252,7 @@ def count_attempts_from_0_in_a_new_router() -> Planted:
     return patch.object(Router, "__init__", init)
 
 
-def compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for() -> Planted:
+def compute_only_part_of_a_prompt_with_requested_logprobs() -> Planted:
     original = KVManager.admit
     return patch.object(KVManager, "admit", lambda self, seq, use_cache=True: original(self, seq))
 
@@ -269,16 +269,16 @@ def release_an_ended_sequence_while_a_step_has_a_row_of_it() -> Planted:
     return patch.object(DecodeScheduler, "complete", complete)
 
 
-def tell_the_token_of_a_row_in_vain() -> Planted:
+def report_the_token_of_a_wasted_row() -> Planted:
     original = DecodeScheduler.complete
 
     def complete(self: DecodeScheduler, batch: Batch, sampled, *rest):  # type: ignore[no-untyped-def]
-        in_vain = [
+        wasted = [
             Emission(chunk.sequence, chunk.sequence.choice, chunk.sequence.num_output_tokens, tokens[0], None)
             for chunk, tokens in zip(batch.chunks, sampled, strict=True)
             if chunk.sequence in self._ended_ahead
         ]
-        return in_vain + original(self, batch, sampled, *rest)
+        return wasted + original(self, batch, sampled, *rest)
 
     return patch.object(DecodeScheduler, "complete", complete)
 
@@ -301,7 +301,7 @@ def forget_that_a_lost_host_is_asked_for() -> Planted:
     return patch.object(Hosts, "_look", look)
 
 
-def forget_what_runs_on_a_host_when_it_is_opened() -> Planted:
+def forget_running_instances_when_a_host_is_opened() -> Planted:
     def open_host(self: CoreAllocator, node_id: str, capacity: Capacity) -> None:
         taken, self._taken = self._taken, {}
         original(self, node_id, capacity)
@@ -315,7 +315,7 @@ def place_workers_in_the_order_in_which_they_ask() -> Planted:
     return patch.object(Places, "_rank", lambda self, instance, num_placed: 0.0)
 
 
-def call_back_a_worker_that_must_leave_its_host() -> Planted:
+def recall_a_worker_that_must_leave_its_host() -> Planted:
     original = Fleet._replace
 
     def replace(self: Fleet, workers, now_s: float) -> None:  # type: ignore[no-untyped-def]
@@ -330,7 +330,7 @@ def keep_serving_on_a_host_that_is_taken_out_of_the_file() -> Planted:
     return patch.object(hosts, "_is_listed", lambda seen, expected: True)
 
 
-def lose_patience_with_a_worker_that_waits_for_a_host() -> Planted:
+def time_out_a_worker_that_waits_for_a_host() -> Planted:
     original = Fleet._start
 
     def start(self: Fleet, member: Member, now_s: float) -> None:
@@ -359,7 +359,7 @@ def leave_links_untried_until_a_request_needs_them() -> Planted:
     return patch.object(Links, "workers_changed", lambda self: None)
 
 
-def give_the_cores_of_a_process_away_before_it_is_gone() -> Planted:
+def reassign_the_cores_of_a_process_before_it_is_gone() -> Planted:
     original = Supervisor._stop
 
     def stop(self: Supervisor[Any], key: tuple[str, int], reason: str, now_s: float, *, may_ask: bool = True):  # type: ignore[no-untyped-def]
@@ -371,7 +371,7 @@ def give_the_cores_of_a_process_away_before_it_is_gone() -> Planted:
 
 
 def forget_a_process_that_ends_by_itself() -> Planted:
-    """Its cores are free again, and nobody hears of its end."""
+    """Frees its cores without reporting its end."""
     original = Supervisor._ended
 
     def ended(self: Supervisor[Any], event: ProcessEnded, now_s: float) -> None:
@@ -383,7 +383,7 @@ def forget_a_process_that_ends_by_itself() -> Planted:
     return patch.object(Supervisor, "_ended", ended)
 
 
-def keep_from_the_supervisor_that_a_connection_broke() -> Planted:
+def hide_a_broken_connection_from_the_supervisor() -> Planted:
     original = WorkerSessions.closed
 
     def closed(self: WorkerSessions[Any], connection: Any, error: str | None) -> list[Any]:
@@ -394,7 +394,7 @@ def keep_from_the_supervisor_that_a_connection_broke() -> Planted:
     return patch.object(WorkerSessions, "closed", closed)
 
 
-def take_only_the_last_frame_of_what_a_worker_holds() -> Planted:
+def keep_only_the_last_frame_of_held_legs() -> Planted:
     original = WorkerSessions._report
 
     def report(self: WorkerSessions[Any], connection: Any, session: Session, message: Any) -> list[Any]:
@@ -415,7 +415,7 @@ def greet_only_the_first_router() -> Planted:
     return patch.object(RouterSession, "greeting", greeting)
 
 
-def end_with_the_router() -> Planted:
+def end_workers_with_the_router() -> Planted:
     def lost(self: RouterSession, now_s: float) -> None:
         self._served_s = float("-inf")
 
@@ -431,11 +431,11 @@ FIRST_FOUND: dict[Mutation, int] = {
     leave_links_untried_until_a_request_needs_them: 2,
     place_workers_on_a_host_that_has_died: 7,
     forget_that_a_lost_host_is_asked_for: 52,
-    forget_what_runs_on_a_host_when_it_is_opened: 16,
+    forget_running_instances_when_a_host_is_opened: 16,
     place_workers_in_the_order_in_which_they_ask: 5,
-    call_back_a_worker_that_must_leave_its_host: 7,
+    recall_a_worker_that_must_leave_its_host: 7,
     keep_serving_on_a_host_that_is_taken_out_of_the_file: 19,
-    lose_patience_with_a_worker_that_waits_for_a_host: 1,
+    time_out_a_worker_that_waits_for_a_host: 1,
     never_check_a_refused_host_again: 122,
     free_on_abort_before_the_transfer_has_drained: 167,
     forget_the_epoch_check: 254,
@@ -449,25 +449,25 @@ FIRST_FOUND: dict[Mutation, int] = {
     accept_tokens_out_of_order: 0,
     announce_layers_before_they_are_computed: 0,
     share_kv_between_salts: 1,
-    leave_workers_at_work_for_a_request_that_has_ended: 0,
-    decode_what_was_aborted: 0,
+    leave_workers_working_for_an_ended_request: 0,
+    decode_an_aborted_sequence: 0,
     miss_a_deadline: 0,
     stop_a_worker_without_draining_it: 5,
     commit_a_chunk_that_never_left: 42,
-    forget_what_was_computed_before_the_router_died: 150,
+    forget_tokens_computed_before_the_router_died: 150,
     forget_to_abort_the_broken_dispatches_that_a_new_router_finds: 212,
     count_attempts_from_0_in_a_new_router: 233,
-    compute_only_a_part_of_a_prompt_whose_logprobs_are_asked_for: 1,
+    compute_only_part_of_a_prompt_with_requested_logprobs: 1,
     release_an_ended_sequence_while_a_step_has_a_row_of_it: 0,
-    tell_the_token_of_a_row_in_vain: 0,
+    report_the_token_of_a_wasted_row: 0,
     run_ahead_of_a_token_that_decides: 0,
     leave_all_places_to_the_client_that_has_them: 12,
-    give_the_cores_of_a_process_away_before_it_is_gone: 17,
+    reassign_the_cores_of_a_process_before_it_is_gone: 17,
     forget_a_process_that_ends_by_itself: 21,
-    keep_from_the_supervisor_that_a_connection_broke: 8,
-    take_only_the_last_frame_of_what_a_worker_holds: 580,
+    hide_a_broken_connection_from_the_supervisor: 8,
+    keep_only_the_last_frame_of_held_legs: 580,
     greet_only_the_first_router: 150,
-    end_with_the_router: 150,
+    end_workers_with_the_router: 150,
 }
 
 

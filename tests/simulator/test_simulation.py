@@ -1,4 +1,4 @@
-"""Every promise holds in every seed, and a seed is the whole truth about its run."""
+"""Every promise holds in every seed, and a seed fully determines its run."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def test_no_seed_breaks_a_promise() -> None:
 
 
 @pytest.mark.parametrize("seed", [3, 42])
-def test_a_seed_replays_exactly_also_in_another_process(seed: int) -> None:
+def test_a_seed_replays_exactly_even_in_another_process(seed: int) -> None:
     script = (
         f"from pdserve.simulator.run import simulate; print(*simulate({seed}, keep_timeline=True).timeline,"
         " sep='\\n')"

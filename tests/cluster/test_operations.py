@@ -1,7 +1,7 @@
 """Operators' actions under traffic, and clients' actions: nothing fails, and no resource is left behind."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -100,8 +100,8 @@ def test_a_deadline_ends_the_stream_and_frees_everything(cluster: Cluster) -> No
     ],
 )
 def test_invalid_input_is_named_and_disturbs_no_other_request(
-    cluster: Cluster, field: str, request_of
-) -> None:  # type: ignore[no-untyped-def]
+    cluster: Cluster, field: str, request_of: Callable[[Cluster], pb.GenerateRequest]
+) -> None:
     good = cluster.generation.GenerateStream(cluster.request(PROMPT, max_tokens=40))
     next(iter(good))
     with pytest.raises(grpc.RpcError) as caught:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import permutations
 
-from ..core.messages import Abort, Leg, LegEnded, Prefill, Probe, WorkerCommand
+from ..core.messages import Abort, HeldLeg, Leg, LegEnded, Prefill, Probe, WorkerCommand
 from ..core.request import TransferId
 from ..router.links import NUM_FAILURES, PAUSE_S
 
@@ -26,6 +26,7 @@ class BrokenLinks:
         self._num_failures: Counter[Link] = Counter()  # consecutive
         self._failed_s: dict[Link, float] = {}  # last
         self._tried: set[Link] = set()
+        self._held: dict[tuple[TransferId, Leg], str] = {}  # legs of an earlier router, by host
         self._serving_s: dict[str, float] = {}  # start of service, by host
 
     def sent(self, host: str, command: WorkerCommand, now_s: float) -> bool:
@@ -39,6 +40,15 @@ class BrokenLinks:
         link = self._under_way[command.spec.transfer] = host, command.target.host_id
         self._tried.add(link)
         return self._num_failures[link] >= NUM_FAILURES and now_s < self._failed_s[link] + PAUSE_S
+
+    def took_over(self, host: str, held: Iterable[HeldLeg]) -> None:
+        """Records legs that a worker on a host received from an earlier router. One transfer's legs on two
+        hosts have tried the link between them."""
+        for leg in held:
+            self._held[leg.spec.transfer, leg.leg] = host
+            ends = tuple(self._held.get((leg.spec.transfer, side)) for side in (Leg.PREFILL, Leg.DECODE))
+            if ends[0] is not None and ends[1] is not None:
+                self._tried.add((ends[0], ends[1]))
 
     def heard(self, ended: LegEnded, now_s: float) -> None:
         link = self._under_way.pop(ended.transfer, None) if ended.leg is Leg.PREFILL else None

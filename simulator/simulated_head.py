@@ -329,6 +329,7 @@ class SimulatedHead:
         match event:
             case WorkerReady(info, held):
                 self._wanted.told((info.worker_id, info.incarnation), held)
+                self._links.took_over(info.address.host_id, held)
             case WorkerLost(worker_id, incarnation, reason):
                 self._note_down(f"router lost {worker_id}/{incarnation}: {reason}")
             case StepReport():

@@ -50,7 +50,8 @@ class FakeGpuDevice(HostDevice):
 
 
 class _FakeGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sits above torch's own fake mode: determines the host part of an operation, and executes it for real."""
+    """Sits above torch's own fake mode: determines the host part of an operation, and executes it for
+    real."""
 
     def __init__(self, device: FakeGpuDevice) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

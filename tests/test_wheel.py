@@ -65,6 +65,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(unpacked: Path) -> None:
         "engine",
         "gateway",
         "grammar",
+        "head",
         "kernels",
         "kv_transfer",
         "loadgen",
@@ -72,6 +73,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(unpacked: Path) -> None:
         "prefill_worker",
         "proto",
         "router",
+        "simulator",
         "telemetry",
         "worker",
     }

@@ -29,7 +29,8 @@ class Watch:
 
     def close(self) -> None:
         self._closed.set()
-        self._call.cancel()  # type: ignore[no-untyped-call]  # or the next call, that the thread has just made
+        # or the next call, that the thread has just made
+        self._call.cancel()  # type: ignore[no-untyped-call]
         self._thread.join()
 
     def _connect(self) -> "grpc.CallIterator[pb.ClusterStatus]":

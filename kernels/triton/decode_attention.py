@@ -120,7 +120,9 @@ def decode_launch(
     }
     # Keys wait for their block's id: of five stages, two tiles of keys and values are in flight while one is
     # computed.
-    return Launch(_attend_pieces, (num_kv_heads, num_programs), arguments, num_warps, num_stages=5)
+    # With 8 warps a block has the multiprocessor to itself; by itself the assembler would spill for a second.
+    max_registers = 65_536 // (32 * num_warps) - 1 if num_warps == 8 else None
+    return Launch(_attend_pieces, (num_kv_heads, num_programs), arguments, num_warps, 5, max_registers)
 
 
 @triton.jit(do_not_specialize=["num_pieces"])

@@ -73,7 +73,8 @@ def test_an_acceptors_own_proof_sent_back_to_it_is_worth_nothing() -> None:
 
 
 def test_a_peer_that_makes_us_dial_ourselves_learns_no_proof() -> None:
-    """It relays a dialler's opening to an acceptor that dials it: the reply does not fit an acceptor's part."""
+    """It relays a dialler's opening to an acceptor that dials it: the reply does not fit an acceptor's
+    part."""
     dialler, other = HandshakeDialler(TOKEN, Purpose.TRANSFER), HandshakeDialler(TOKEN, Purpose.TRANSFER)
     with pytest.raises(HandshakeError):
         dialler.take((other.opening + bytes(64))[-64:])

@@ -465,7 +465,7 @@ FIRST_FOUND: dict[Mutation, int] = {
     reassign_the_cores_of_a_process_before_it_is_gone: 17,
     forget_a_process_that_ends_by_itself: 21,
     hide_a_broken_connection_from_the_supervisor: 8,
-    keep_only_the_last_frame_of_held_legs: 580,
+    keep_only_the_last_frame_of_held_legs: 589,
     greet_only_the_first_router: 150,
     end_workers_with_the_router: 150,
 }

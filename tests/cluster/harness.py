@@ -72,7 +72,7 @@ class Cluster:
 
     def wait_for(self, **ready: int) -> pb.ClusterStatus:
         """Waits until the pools have exactly these numbers of ready workers and no others."""
-        for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=120):
+        for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=240):
             counts = {role: sum(w.role == role for w in status.workers) for role in ready}
             if counts == ready and all(worker.state == READY for worker in status.workers):
                 return status
@@ -102,7 +102,7 @@ class Cluster:
 
     def check_all_blocks_free(self) -> None:
         """Waits until every worker has reported, within a few heartbeats, that it holds nothing any more."""
-        for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=30):
+        for status in self.admin.WatchStatus(pb.WatchStatusRequest(), timeout=240):
             if all(
                 w.num_free_blocks == w.num_blocks and not w.num_running + w.num_waiting
                 for w in status.workers

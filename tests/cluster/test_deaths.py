@@ -49,7 +49,7 @@ def worker(cluster: Cluster, worker_id: str) -> pb.WorkerStatus:
 def wait_until_lost(cluster: Cluster, workers: Sequence[pb.WorkerStatus]) -> None:
     """Waits until the cluster relies on none of these processes any more."""
     pids = {worker.pid for worker in workers}
-    for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60):
+    for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=240):
         if not any(worker.pid in pids and worker.state == READY for worker in status.workers):
             return
     raise AssertionError("the status stream ended")

@@ -31,7 +31,7 @@ def kill_head() -> None:
 
 
 def pids(cluster: Cluster) -> dict[str, int]:
-    status = cluster.admin.GetStatus(pb.GetStatusRequest(), wait_for_ready=True, timeout=60)
+    status = cluster.admin.GetStatus(pb.GetStatusRequest(), wait_for_ready=True, timeout=240)
     return {worker.worker_id: worker.pid for worker in status.workers}
 
 
@@ -46,7 +46,7 @@ def come_back(cluster: Cluster, request: pb.GenerateRequest) -> list[pb.Generate
     while True:
         events: list[pb.GenerateEvent] = []
         try:
-            events.extend(cluster.generation.GenerateStream(request, wait_for_ready=True, timeout=60))
+            events.extend(cluster.generation.GenerateStream(request, wait_for_ready=True, timeout=240))
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE or events:
                 raise

@@ -77,7 +77,7 @@ class Several:
         while True:
             try:
                 for status in self.admin.WatchStatus(
-                    pb.WatchStatusRequest(), timeout=60, wait_for_ready=True
+                    pb.WatchStatusRequest(), timeout=240, wait_for_ready=True
                 ):
                     rows = {
                         row.address: pb.HostState.Name(row.state).removeprefix("HOST_STATE_")

@@ -120,7 +120,7 @@ def test_a_worker_that_cannot_load_reports_why_until_the_checkpoint_is_repaired(
         weights.write_bytes(whole[:-1000])
         decode = next(w for w in cluster.admin.GetStatus(pb.GetStatusRequest()).workers if w.role == "decode")
         os.kill(decode.pid, signal.SIGKILL)
-        for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=120):
+        for status in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=240):
             if "truncated" in status.workers[0].message:
                 break
         assert status.workers[0].state == pb.WORKER_STATE_FAILED

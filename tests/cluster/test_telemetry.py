@@ -63,7 +63,7 @@ def cluster(collector: Collector) -> Iterator[Cluster]:
 
 def until(cluster: Cluster, is_so: Callable[[dict[str, float]], bool]) -> dict[str, float]:
     """Returns the metrics once the condition holds; checks them with every state that the cluster sends."""
-    for _ in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=60):
+    for _ in cluster.admin.WatchStatus(pb.WatchStatusRequest(), timeout=240):
         values = nonzero(cluster._launched.metrics())
         if is_so(values):
             return values

@@ -14,6 +14,7 @@ from .support import pair
 
 TRANSPORTS = ("shm", "gloo")
 T = TransferId("request", 0)
+ENDING_S = 10.0
 
 
 def open_things() -> tuple[int, int, int]:
@@ -39,6 +40,9 @@ def _gloo_is_warm() -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(_gloo_is_warm: None) -> Iterator[None]:
-    before = open_things()
+    before, threads = open_things(), set(threading.enumerate())
     yield
+    for thread in set(threading.enumerate()) - threads:
+        if thread.name.startswith("pdserve"):
+            thread.join(ENDING_S)  # one that has been let go ends by itself
     assert open_things() == before, "descriptors, threads or rings were left behind"

@@ -50,7 +50,7 @@ class GenerationStub:
     Detokenize: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.DetokenizeRequest, _pdserve_pb2.DetokenizeResponse]
     """The text of token ids."""
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_pdserve_pb2.GetModelInfoRequest, _pdserve_pb2.ModelInfo]
-    """What is served, and within which limits."""
+    """The model that is served, and its limits."""
 
 @_typing.type_check_only
 class GenerationAsyncStub(GenerationStub):
@@ -70,7 +70,7 @@ class GenerationAsyncStub(GenerationStub):
     Detokenize: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.DetokenizeRequest, _pdserve_pb2.DetokenizeResponse]  # type: ignore[assignment]
     """The text of token ids."""
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_pdserve_pb2.GetModelInfoRequest, _pdserve_pb2.ModelInfo]  # type: ignore[assignment]
-    """What is served, and within which limits."""
+    """The model that is served, and its limits."""
 
 class GenerationServicer(metaclass=_abc_1.ABCMeta):
     """Text generation with the model that the cluster serves."""
@@ -117,7 +117,7 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         request: _pdserve_pb2.GetModelInfoRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pdserve_pb2.ModelInfo, _abc.Awaitable[_pdserve_pb2.ModelInfo]]:
-        """What is served, and within which limits."""
+        """The model that is served, and its limits."""
 
 def add_GenerationServicer_to_server(servicer: GenerationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

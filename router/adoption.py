@@ -41,12 +41,12 @@ class HeldDispatch:
 
 @dataclass(slots=True)
 class HeldRequest:
-    """The remains of one request. `strangers` are dispatches that it cannot use, mostly those of an earlier
-    request with the same id."""
+    """The remains of one request. `unusable` are dispatches that it cannot continue, mostly those of an
+    earlier request with the same id."""
 
     request: Request
     dispatches: list[HeldDispatch]  # newest first
-    strangers: list[HeldDispatch]
+    unusable: list[HeldDispatch]
 
 
 class Adoption:
@@ -84,8 +84,8 @@ class Adoption:
             newest_first = sorted(of_one_id.values(), key=lambda dispatch: -dispatch.spec.transfer.attempt)
             request = request_of(newest_first[0].spec)
             same = [d for d in newest_first if request_of(d.spec) == request and _tells_all(d.spec)]
-            strangers = [d for d in newest_first if d not in same]
-            yield HeldRequest(request, same, strangers)
+            unusable = [d for d in newest_first if d not in same]
+            yield HeldRequest(request, same, unusable)
 
 
 def _tells_all(spec: SequenceSpec) -> bool:

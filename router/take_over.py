@@ -30,10 +30,10 @@ class TakeOver:
             live = self._requests.adopt(held.request, now_s)
             for dispatch in held.dispatches:
                 commands += self._resume(live, dispatch, now_s)
-            for stranger in held.strangers:
-                for (worker_id, incarnation), _ in stranger.legs.values():
+            for dispatch in held.unusable:
+                for (worker_id, incarnation), _ in dispatch.legs.values():
                     commands.append(
-                        SendCommand(worker_id, incarnation, Abort(transfer=stranger.spec.transfer))
+                        SendCommand(worker_id, incarnation, Abort(transfer=dispatch.spec.transfer))
                     )
         self._reports.gaps.before.clear()  # replayed tokens have no gaps of their own
         self._requests.claims_end_s = now_s + self._requests.config.claim_timeout_s

@@ -28,7 +28,7 @@ from .constraint import Constraints
 from .frontend import Frontend
 from .grpc.admin import ClusterService
 from .grpc.generation import GenerationService
-from .grpc.guard import CallBounds, Guard
+from .grpc.auth_interceptor import CallBounds, Guard
 from .http.app import http_app
 from .http.hosts import AllowedHosts
 from .http.server import HttpServer

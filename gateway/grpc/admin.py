@@ -19,7 +19,7 @@ from ..frontend import ClusterStatus, Frontend, WorkerState, WorkerStatus
 from ..serving import Shared
 from ..translate import NeedsRestart, UnknownRequest, translated, write
 from ..vetting import refuse_unknown_fields
-from .guard import CALLER
+from .auth_interceptor import CALLER
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from ...proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from ..answer import Collector
 from ..serving import Serving
 from ..translate import translated, write
-from .guard import CALLER
+from .auth_interceptor import CALLER
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -21,7 +21,7 @@ from .body import peer_of, read
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .completions import Completions
 from .errors import HttpRefusal, error_response
-from .gate import Gate
+from .auth_middleware import Gate
 from .hosts import AllowedHosts
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from ...core.errors import PdserveError
 from ..translate import ClientStalled
 from .errors import describe, error_json
-from .gate import Receive, Scope, Send
+from .auth_middleware import Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Work that would stall the head's loop, in one process with limited resources: reading large bodies and
 messages, and tokenising long prompts.
 
-    gateway/http/body.py, gateway/grpc/guard.py, gateway/intake.py
+    gateway/http/body.py, gateway/grpc/auth_interceptor.py, gateway/intake.py
         -> Offload -> JobQueue -> the intake process -> Worker
     gateway/intake.py, http/completions.py
         -> FairThreads -> JobQueue -> two threads of the head

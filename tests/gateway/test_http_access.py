@@ -12,7 +12,7 @@ import pytest
 from pdserve.core.config_listen import TlsSection
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.auth.keys import make_key, new_key
-from pdserve.gateway.http.gate import PROBES
+from pdserve.gateway.http.auth_middleware import PROBES
 from pdserve.gateway.http.hosts import AllowedHosts
 from tests.certificates import Authority
 from tests.gateway.conftest import CONFIG

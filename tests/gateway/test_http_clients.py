@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.core.errors import ConfigError
 from pdserve.gateway.app import GatewayServer, serve
-from pdserve.gateway.http import connection, gate, server as http_server
+from pdserve.gateway.http import auth_middleware, connection, server as http_server
 from pdserve.gateway.http.connection import MAX_HEADER_BYTES
 from tests.gateway.conftest import CONFIG
 from tests.gateway.support import ScriptedCluster, byte_level, model_info
@@ -170,8 +170,8 @@ async def test_a_client_that_does_not_finish_its_head_is_ended(
 async def test_a_client_that_does_not_finish_its_body_is_ended(
     raw: RawClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "MESSAGE_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(gate, "DISCARD_S", 0.05)
+    monkeypatch.setattr(auth_middleware, "MESSAGE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(auth_middleware, "DISCARD_S", 0.05)
     raw.writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n{")
     assert (await raw.until_closed()).startswith(b"HTTP/1.1 408 ")
 

@@ -17,7 +17,7 @@ from pdserve.gateway import connections
 from pdserve.gateway.app import LOOKAHEAD_BYTES
 from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.connections import GrpcConnections
-from pdserve.gateway.grpc.guard import Guard
+from pdserve.gateway.grpc.auth_interceptor import Guard
 from pdserve.gateway.grpc.sockets import GrpcSockets
 from pdserve.gateway.grpc.unpaid_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
 from pdserve.gateway.places import connection_name

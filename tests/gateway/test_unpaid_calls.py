@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.grpc import unpaid_calls
-from pdserve.gateway.grpc.guard import MAX_HEADERS
+from pdserve.gateway.grpc.auth_interceptor import MAX_HEADERS
 from pdserve.gateway.grpc.unpaid_calls import MAX_IN_WINDOW, WINDOW_S, UnpaidCalls
 from pdserve.proto import pdserve_pb2_grpc
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until_closed

@@ -27,8 +27,8 @@ from .connections import GrpcConnections, connections_of_each, raise_descriptor_
 from .constraint import Constraints
 from .frontend import Frontend
 from .grpc.admin import ClusterService
-from .grpc.generation import GenerationService
 from .grpc.auth_interceptor import CallBounds, Guard
+from .grpc.generation import GenerationService
 from .http.app import http_app
 from .http.hosts import AllowedHosts
 from .http.server import HttpServer

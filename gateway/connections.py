@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from ..core.peer_log import peer_log
 from .grpc.sockets import STATUS, GrpcSocket, GrpcSockets
-from .grpc.unpaid_bytes import UnpaidBytes
-from .grpc.unpaid_calls import UnpaidCalls
+from .grpc.unauthenticated_bytes import UnpaidBytes
+from .grpc.unauthenticated_calls import UnpaidCalls
 from .places import FairPlaces, Holder, NoPlace, address_group
 
 Found = TypeVar("Found")
@@ -90,12 +90,12 @@ class GrpcConnections:
     @contextmanager
     def in_use(self, name: str) -> Iterator[None]:
         """Wraps a call with a key, or any call if no keys are needed: its connection is kept."""
-        self._unpaid_bytes.add_paid(name)
+        self._unauthenticated_bytes.add_paid(name)
         try:
             with self.places.in_use(name):
                 yield
         finally:
-            self._unpaid_bytes.add_paid(name)
+            self._unauthenticated_bytes.add_paid(name)
 
     def close(self, name: str) -> None:
         """Shuts the connection down soon."""
@@ -136,7 +136,7 @@ class GrpcConnections:
         received = {
             name: connection.received for name, connection in found.items() if connection.received is not None
         }
-        verdict = self._unpaid_bytes.judge(received, self.places.is_in_use, loop.time())
+        verdict = self._unauthenticated_bytes.judge(received, self.places.is_in_use, loop.time())
         misused = verdict.too_much | (closing & found.keys())
         losers = self.settle(found)
         ending = losers | {name: found[name] for name in misused | verdict.left}

@@ -17,11 +17,11 @@ from ...core.errors import PdserveError
 from ...proto import pdserve_pb2 as pb
 from ..serving import Serving
 from . import answers
+from .auth_middleware import Gate
 from .body import peer_of, read
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .completions import Completions
 from .errors import HttpRefusal, error_response
-from .auth_middleware import Gate
 from .hosts import AllowedHosts
 from .probes import Probes
 from .schema import CompletionRequest, ErrorResponse

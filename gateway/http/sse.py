@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from ...core.errors import PdserveError
 from ..translate import ClientStalled
-from .errors import describe, error_json
 from .auth_middleware import Receive, Scope, Send
+from .errors import describe, error_json
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,13 @@ from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.flooding import PREFACE, as_key, connect, hang_up, request, serving, until
 from tests.gateway.support import ScriptedCluster
-from tests.gateway.test_unpaid_calls import END_HEADERS, HEADERS_FRAME, SETTINGS_FRAME, frame, literal
+from tests.gateway.test_unauthenticated_calls import (
+    END_HEADERS,
+    HEADERS_FRAME,
+    SETTINGS_FRAME,
+    frame,
+    literal,
+)
 
 MALLORY, ALICE = new_key(), new_key()
 DATA_FRAME, END_STREAM, ACK = 0, 1, 1

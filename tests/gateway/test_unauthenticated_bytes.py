@@ -19,12 +19,18 @@ from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.connections import GrpcConnections
 from pdserve.gateway.grpc.auth_interceptor import Guard
 from pdserve.gateway.grpc.sockets import GrpcSockets
-from pdserve.gateway.grpc.unpaid_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
+from pdserve.gateway.grpc.unauthenticated_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
 from pdserve.gateway.places import connection_name
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until, until_closed
 from tests.gateway.support import ScriptedCluster
-from tests.gateway.test_unpaid_calls import END_HEADERS, HEADERS_FRAME, SETTINGS_FRAME, frame, literal
+from tests.gateway.test_unauthenticated_calls import (
+    END_HEADERS,
+    HEADERS_FRAME,
+    SETTINGS_FRAME,
+    frame,
+    literal,
+)
 
 KEY = new_key()
 END_STREAM = 1
@@ -185,7 +191,7 @@ async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pdserve.gateway.grpc.unpaid_calls.MAX_IN_WINDOW", 1 << 30
+        "pdserve.gateway.grpc.unauthenticated_calls.MAX_IN_WINDOW", 1 << 30
     )  # the calls that are seen do not end it
     async with serving(cluster, keys) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)

@@ -10,9 +10,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pdserve.gateway.auth.keys import make_key, new_key
-from pdserve.gateway.grpc import unpaid_calls
+from pdserve.gateway.grpc import unauthenticated_calls
 from pdserve.gateway.grpc.auth_interceptor import MAX_HEADERS
-from pdserve.gateway.grpc.unpaid_calls import MAX_IN_WINDOW, WINDOW_S, UnpaidCalls
+from pdserve.gateway.grpc.unauthenticated_calls import MAX_IN_WINDOW, WINDOW_S, UnpaidCalls
 from pdserve.proto import pdserve_pb2_grpc
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until_closed
 from tests.gateway.support import ScriptedCluster
@@ -76,7 +76,7 @@ async def test_a_usual_number_of_headers_is_accepted(cluster: ScriptedCluster) -
 async def test_very_many_calls_without_a_key_end_their_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpaid_calls, "MAX_IN_WINDOW", 50)
+    monkeypatch.setattr(unauthenticated_calls, "MAX_IN_WINDOW", 50)
     async with serving(cluster, keys) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
         closed = asyncio.Event()
         asyncio.get_running_loop().create_task(_watch_end(channel, closed))
@@ -98,7 +98,7 @@ async def test_a_connection_with_a_paid_call_stays(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be a proxy's, and the calls without a key another client's."""
-    monkeypatch.setattr(unpaid_calls, "MAX_IN_WINDOW", 50)
+    monkeypatch.setattr(unauthenticated_calls, "MAX_IN_WINDOW", 50)
     cluster.hold_after = 1
     async with serving(cluster, keys) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
         stub = pdserve_pb2_grpc.GenerationStub(channel)

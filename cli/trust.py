@@ -99,17 +99,17 @@ class _ShowKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientIntercept
         return details._replace(metadata=[*(details.metadata or ()), self._header])
 
 
-_told: ContextVar[Trust | None] = ContextVar("trust", default=None)
+_given: ContextVar[Trust | None] = ContextVar("trust", default=None)
 
 
 def use(trust: Trust) -> None:
     """Overrides the environment's settings from now on."""
-    _told.set(trust)
+    _given.set(trust)
 
 
 def current_trust() -> Trust:
     """The settings of the running command, or those of the environment where no command runs."""
-    return _told.get() or Trust(os.environ.get(TLS_CA), os.environ.get(TLS_CERT), os.environ.get(TLS_KEY))
+    return _given.get() or Trust(os.environ.get(TLS_CA), os.environ.get(TLS_CERT), os.environ.get(TLS_KEY))
 
 
 def _expanded(path: str | None) -> Path:

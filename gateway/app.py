@@ -27,7 +27,7 @@ from .connections import GrpcConnections, connections_of_each, raise_descriptor_
 from .constraint import Constraints
 from .frontend import Frontend
 from .grpc.admin import ClusterService
-from .grpc.auth_interceptor import CallBounds, Guard
+from .grpc.auth_interceptor import AuthInterceptor, CallBounds
 from .grpc.generation import GenerationService
 from .http.app import http_app
 from .http.hosts import AllowedHosts
@@ -144,7 +144,10 @@ async def serve(
     offers_admin = access is not None or config.listen.admin_without_key
     servers = [
         _server(
-            config, generation, admin, Guard(access, bounds, shared.revocation, serving.message, offers_admin)
+            config,
+            generation,
+            admin,
+            AuthInterceptor(access, bounds, shared.revocation, serving.message, offers_admin),
         )
     ]
     if (
@@ -158,7 +161,7 @@ async def serve(
                 config,
                 generation,
                 admin,
-                Guard(None, own, shared.revocation, serving.message, offers_admin=True),
+                AuthInterceptor(None, own, shared.revocation, serving.message, offers_admin=True),
             )
         )
     try:
@@ -184,10 +187,10 @@ async def serve(
 
 
 def _server(
-    config: ClusterConfig, generation: GenerationService, admin: ClusterService, guard: Guard
+    config: ClusterConfig, generation: GenerationService, admin: ClusterService, interceptor: AuthInterceptor
 ) -> grpc.aio.Server:
     server = grpc.aio.server(
-        interceptors=(guard,),
+        interceptors=(interceptor,),
         options=(
             ("grpc.max_receive_message_length", config.limits.max_message_bytes),
             ("grpc.max_send_message_length", -1),  # responses have limits of their own
@@ -203,13 +206,13 @@ def _server(
             # calls waiting for the loop, with their headers; the library refuses more
             ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
-            ("grpc.max_allowed_incoming_connections", guard.bounds.connections.max_accepted),
+            ("grpc.max_allowed_incoming_connections", interceptor.bounds.connections.max_accepted),
             # a stream that is not being read may receive at most this; by default gRPC would raise it with
             # the bandwidth
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", LOOKAHEAD_BYTES),
         ),
-        # the guard's bounds are lower, and are kept per client
+        # the interceptor's bounds are lower, and are kept per client
         maximum_concurrent_rpcs=2 * config.limits.max_open_calls + MAX_REFUSALS,
     )
     pdserve_pb2_grpc.add_GenerationServicer_to_server(generation, server)

@@ -15,8 +15,7 @@ from typing import TypeVar
 
 from ..core.peer_log import peer_log
 from .grpc.sockets import STATUS, GrpcSocket, GrpcSockets
-from .grpc.unauthenticated_bytes import UnpaidBytes
-from .grpc.unauthenticated_calls import UnpaidCalls
+from .grpc.unauthenticated_traffic import UnauthenticatedTraffic
 from .places import FairPlaces, Holder, NoPlace, address_group
 
 Found = TypeVar("Found")
@@ -68,8 +67,7 @@ class GrpcConnections:
     def __init__(self, max_connections: int) -> None:
         self.places: FairPlaces[str] = places_for(max_connections)  # by name
         self._ended: set[str] = set()  # connections that were shut down, until they are gone
-        self._unpaid = UnpaidCalls()
-        self._unpaid_bytes = UnpaidBytes()
+        self._unauthenticated = UnauthenticatedTraffic()
         self._closing: set[str] = set()  # connections to shut down at the next scan
         self._wake = asyncio.Event()  # there are some
         self._thread = ThreadPoolExecutor(1, "grpc-connections")  # of its own: clients can fill the loop's
@@ -81,21 +79,21 @@ class GrpcConnections:
         seen."""
         return self.places.max_places + self.places.max_places // 2
 
-    def add_unpaid(self, name: str, now_s: float) -> None:
+    def add_unauthenticated(self, name: str, now_s: float) -> None:
         """Counts a call without a key. Closes a connection that makes too many, unless it is a proxy's with
         other clients on it too."""
-        if self._unpaid.add(name, now_s) and not self.places.is_in_use(name):
+        if self._unauthenticated.add_call(name, now_s) and not self.places.is_in_use(name):
             self.close(name)
 
     @contextmanager
     def in_use(self, name: str) -> Iterator[None]:
         """Wraps a call with a key, or any call if no keys are needed: its connection is kept."""
-        self._unauthenticated_bytes.add_paid(name)
+        self._unauthenticated.note_authenticated(name)
         try:
             with self.places.in_use(name):
                 yield
         finally:
-            self._unauthenticated_bytes.add_paid(name)
+            self._unauthenticated.note_authenticated(name)
 
     def close(self, name: str) -> None:
         """Shuts the connection down soon."""
@@ -136,7 +134,7 @@ class GrpcConnections:
         received = {
             name: connection.received for name, connection in found.items() if connection.received is not None
         }
-        verdict = self._unauthenticated_bytes.judge(received, self.places.is_in_use, loop.time())
+        verdict = self._unauthenticated.judge(received, self.places.is_in_use, loop.time())
         misused = verdict.too_much | (closing & found.keys())
         losers = self.settle(found)
         ending = losers | {name: found[name] for name in misused | verdict.left}

@@ -9,7 +9,7 @@ from ..telemetry import legs
 from .auth.access import Access, Caller
 
 _HTTP_PREFIXES = ("chatcmpl-", "cmpl-")  # prefixes of response ids: the request's id follows
-MAX_TOLD = 5
+MAX_NAMES = 5
 
 
 def find_timeline(
@@ -32,9 +32,9 @@ def find_timeline(
     exact = [timeline for timeline in found if timeline.request_id == request_id]
     if len(exact or found) > 1:
         names = [timeline.request_id for timeline in found]
-        more = f" and {len(names) - MAX_TOLD} more" if len(names) > MAX_TOLD else ""
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         raise InvalidRequest(
-            "request_id", request_id, f"the id of one request, as {', '.join(names[:MAX_TOLD])}{more} has it"
+            "request_id", request_id, f"the id of one request, as {', '.join(names[:MAX_NAMES])}{more} has it"
         )
     return next(iter(exact or found), None)
 

@@ -91,9 +91,9 @@ class CallBounds:
                 yield
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
-    """Guards all services of a server. Without `access`, clients need no keys, and may administer the cluster
-    only if `offers_admin`."""
+class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic for the stubs alone
+    """Admits calls to all services of a server. Without `access`, clients need no keys, and may administer
+    the cluster only if `offers_admin`."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
             elif not self._offers_admin and service_of(details.method) in ADMIN_SERVICES:
                 raise NotPermitted(f"{service_of(details.method)}: {_ADMIN_IS_LOCAL}")
         except PdserveError as error:
-            return self._refusal(error, self._add_unpaid)
+            return self._refusal(error, self._add_unauthenticated)
         if details.method not in self._handlers:
             found: Handler = await continuation(details)
             if found is None:  # unknown methods are not cached: clients can name any number of them
@@ -149,7 +149,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
             client, connection = client_of(caller, host_of(peer)), connection_of(peer)
             is_keyless = need is RequiredAccess.NOTHING and caller is None and not peer.startswith("unix:")
             if is_keyless:
-                self._add_unpaid(connection)
+                self._add_unauthenticated(connection)
             async with (
                 translated(context),
                 self._revocation.watch(caller, need),
@@ -167,8 +167,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
         return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
 
-    def _add_unpaid(self, connection: str) -> None:
-        self.bounds.connections.add_unpaid(connection, asyncio.get_running_loop().time())
+    def _add_unauthenticated(self, connection: str) -> None:
+        self.bounds.connections.add_unauthenticated(connection, asyncio.get_running_loop().time())
 
     def _refusal(
         self, error: PdserveError, count: Callable[[str], None]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..places import connection_name
-from .unauthenticated_bytes import Received
+from .unauthenticated_traffic import Received
 
 STATUS = Path("/proc/self/status")
 _NUM_DESCRIPTORS = re.compile(r"^FDSize:\s*(\d+)", re.MULTILINE)

@@ -17,7 +17,7 @@ from ...core.errors import PdserveError
 from ...proto import pdserve_pb2 as pb
 from ..serving import Serving
 from . import answers
-from .auth_middleware import Gate
+from .auth_middleware import AuthMiddleware
 from .body import peer_of, read
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from .completions import Completions
@@ -32,7 +32,7 @@ PATH = "#/components/schemas/{model}"
 REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 
-def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
+def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> AuthMiddleware:
     """Returns the whole server as an ASGI application, which refuses requests for names not in `hosts`."""
     app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(PdserveError, _on_error)
@@ -74,7 +74,7 @@ def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> Gate:
     ):
         app.add_api_route(f"/{path}", probe, methods=["HEAD"], include_in_schema=False)
     app.openapi = _described(app.openapi)  # type: ignore[method-assign]
-    return Gate(app, posts, serving.shared, hosts)
+    return AuthMiddleware(app, posts, serving.shared, hosts)
 
 
 class _Tokens:

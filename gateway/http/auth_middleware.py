@@ -53,7 +53,7 @@ def need_of(method: str, path: str) -> RequiredAccess:
     return RequiredAccess.METRICS if path == METRICS else RequiredAccess.KEY
 
 
-class Gate:
+class AuthMiddleware:
     """An ASGI application around the one with the handlers."""
 
     def __init__(

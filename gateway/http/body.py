@@ -1,4 +1,5 @@
-"""Reads the body of a request. `gate` has limited its size; the parser limits its depth to 200 levels."""
+"""Reads the body of a request. `auth_middleware` has limited its size; the parser limits its
+depth to 200 levels."""
 
 from collections.abc import Sequence
 

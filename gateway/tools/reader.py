@@ -28,11 +28,11 @@ class CallReader:
 
     def push(self, text: str, delta: pb.TokenDelta) -> str:
         """Returns the part of the choice's next text that is not in calls. Calls are added to `delta`."""
-        return _told(self._parser.push(text), delta)
+        return _report(self._parser.push(text), delta)
 
     def flush(self, delta: pb.TokenDelta) -> str:
         """Returns the remaining text at the end."""
-        return _told(self._parser.flush(), delta)
+        return _report(self._parser.flush(), delta)
 
 
 class _ShowingMarkers:
@@ -61,7 +61,7 @@ def call_id(request: Request, form: ToolFormat, choice: int, index: int) -> str:
     return digest[:9] if form is ToolFormat.MISTRAL else f"call_{digest}"
 
 
-def _told(events: Sequence[ToolEvent], delta: pb.TokenDelta) -> str:
+def _report(events: Sequence[ToolEvent], delta: pb.TokenDelta) -> str:
     said = ""
     for event in events:
         match event:

@@ -35,7 +35,7 @@ async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[Gate
     path.write_text("".join(f"{key.line}\n" for key in keys))
     path.chmod(0o600)
     config = CONFIG.model_copy(update={"listen": CONFIG.listen.model_copy(update={"api_keys": str(path)})})
-    local = f"unix:{tmp_path}/door"
+    local = f"unix:{tmp_path}/socket"
     gateway = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer), local=local)
     yield gateway
     await gateway.stop(0)
@@ -45,7 +45,7 @@ async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[Gate
 async def local(
     server: GatewayServer, tmp_path: Path
 ) -> AsyncIterator["pdserve_pb2_grpc.GenerationAsyncStub"]:
-    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/door") as channel:
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/socket") as channel:
         yield pdserve_pb2_grpc.GenerationStub(channel)
 
 

@@ -23,7 +23,7 @@ async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[Gate
     path.write_text("".join(f"{key.line}\n" for key in keys))
     path.chmod(0o600)
     config = CONFIG.model_copy(update={"listen": CONFIG.listen.model_copy(update={"api_keys": str(path)})})
-    local = f"unix:{tmp_path}/door"
+    local = f"unix:{tmp_path}/socket"
     gateway = await serve(cluster, config, cluster.tokenizer, model_info(cluster.tokenizer), local=local)
     yield gateway
     await gateway.stop(0)
@@ -31,7 +31,7 @@ async def server(cluster: ScriptedCluster, tmp_path: Path) -> AsyncIterator[Gate
 
 @pytest.fixture
 async def local(server: GatewayServer, tmp_path: Path) -> AsyncIterator["pdserve_pb2_grpc.ClusterAsyncStub"]:
-    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/door") as channel:
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/socket") as channel:
         yield pdserve_pb2_grpc.ClusterStub(channel)
 
 
@@ -86,12 +86,12 @@ async def test_a_client_finds_no_other_clients_requests(admin: "pdserve_pb2_grpc
 async def test_an_operator_finds_any_request_and_must_resolve_ambiguous_ids(
     admin: "pdserve_pb2_grpc.ClusterAsyncStub", local: "pdserve_pb2_grpc.ClusterAsyncStub"
 ) -> None:
-    for door, key in ((admin, ROOT), (local, None)):
-        assert await explained(door, "first", key) == "alice/first"
-        assert await explained(door, "bob/both", key) == "bob/both"
-        assert await code(door, "never", key) is grpc.StatusCode.NOT_FOUND
+    for channel, key in ((admin, ROOT), (local, None)):
+        assert await explained(channel, "first", key) == "alice/first"
+        assert await explained(channel, "bob/both", key) == "bob/both"
+        assert await code(channel, "never", key) is grpc.StatusCode.NOT_FOUND
         with pytest.raises(grpc.aio.AioRpcError, match="as alice/both, bob/both has it") as caught:
-            await explained(door, "both", key)
+            await explained(channel, "both", key)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -116,9 +116,9 @@ def test_a_key_is_recognised_where_none_is_needed(file: Path) -> None:
 
 
 def test_hashes_with_the_same_prefix_are_distinguished() -> None:
-    twin = ApiKey("twin", digest_of(ALICE)[:4] + bytes(28))
-    assert KeyRing([twin]).find(ALICE) is None
-    assert KeyRing([twin, make_key("alice", ALICE), twin]).find(ALICE) == make_key("alice", ALICE)
+    colliding = ApiKey("colliding", digest_of(ALICE)[:4] + bytes(28))
+    assert KeyRing([colliding]).find(ALICE) is None
+    assert KeyRing([colliding, make_key("alice", ALICE), colliding]).find(ALICE) == make_key("alice", ALICE)
 
 
 def test_only_marked_keys_read_metrics(file: Path) -> None:

@@ -32,8 +32,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("stranger"), "stranger")
+def foreign_authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("foreign"), "foreign")
 
 
 @pytest.fixture
@@ -124,52 +124,52 @@ NO_RETRY = (("grpc.use_local_subchannel_pool", 1),)
 
 
 async def test_only_clients_that_trust_the_authority_are_served(
-    cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority
+    cluster: ScriptedCluster, files: Pair, authority: Authority, foreign_authority: Authority
 ) -> None:
     async with served(cluster, section(files)) as server:
         assert await answers(secure(server, authority))
-        assert not await answers(secure(server, stranger))
+        assert not await answers(secure(server, foreign_authority))
         assert not await answers(grpc.aio.insecure_channel(f"localhost:{server.port}"))
 
 
 async def test_with_client_authorities_only_their_clients_are_served(
-    cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority
+    cluster: ScriptedCluster, files: Pair, authority: Authority, foreign_authority: Authority
 ) -> None:
     async with served(cluster, section(files, authority.certificate)) as server:
         assert await answers(secure(server, authority, authority.sign("client")))
         assert not await answers(secure(server, authority))
-        assert not await answers(secure(server, authority, stranger.sign("client")))
+        assert not await answers(secure(server, authority, foreign_authority.sign("client")))
 
 
 async def test_the_launching_process_needs_no_certificate(
     cluster: ScriptedCluster, files: Pair, authority: Authority, tmp_path: Path
 ) -> None:
-    local = f"unix:{tmp_path}/door"
+    local = f"unix:{tmp_path}/socket"
     async with served(cluster, section(files, authority.certificate), local):
         assert await answers(grpc.aio.insecure_channel(local))
 
 
 async def test_a_changed_certificate_is_presented_to_the_next_client(
-    cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority
+    cluster: ScriptedCluster, files: Pair, authority: Authority, foreign_authority: Authority
 ) -> None:
     async with served(cluster, section(files)) as server:
         assert await answers(secure(server, authority))
-        renewed = stranger.sign("renewed")
+        renewed = foreign_authority.sign("renewed")
         files.certificate.write_bytes(renewed.certificate.read_bytes())
         files.key.write_bytes(renewed.key.read_bytes())
-        assert await answers(secure(server, stranger))
+        assert await answers(secure(server, foreign_authority))
         assert not await answers(secure(server, authority))
 
 
 async def test_a_removed_client_authority_is_no_longer_trusted(
-    cluster: ScriptedCluster, files: Pair, authority: Authority, stranger: Authority, tmp_path: Path
+    cluster: ScriptedCluster, files: Pair, authority: Authority, foreign_authority: Authority, tmp_path: Path
 ) -> None:
     client_ca = tmp_path / "clients.pem"
     client_ca.write_bytes(authority.certificate.read_bytes())
     mine = authority.sign("client")
     async with served(cluster, section(files, client_ca)) as server:
         assert await answers(secure(server, authority, mine))
-        client_ca.write_bytes(stranger.certificate.read_bytes())
+        client_ca.write_bytes(foreign_authority.certificate.read_bytes())
         assert not await answers(secure(server, authority, mine))
 
 
@@ -228,7 +228,7 @@ def test_an_invalid_authority_is_refused(files: Pair) -> None:
 
 
 async def test_an_asyncio_server_presents_the_newest_certificate(
-    files: Pair, authority: Authority, stranger: Authority
+    files: Pair, authority: Authority, foreign_authority: Authority
 ) -> None:
     tls = ServerTls(section(files))
     server = await asyncio.start_server(
@@ -247,10 +247,10 @@ async def test_an_asyncio_server_presents_the_newest_certificate(
         return True
 
     assert await accepts(authority)
-    renewed = stranger.sign("renewed")
+    renewed = foreign_authority.sign("renewed")
     files.certificate.write_bytes(renewed.certificate.read_bytes())
     files.key.write_bytes(renewed.key.read_bytes())
-    assert await accepts(stranger)
+    assert await accepts(foreign_authority)
     assert not await accepts(authority)
     server.close()
     await server.wait_closed()

@@ -17,9 +17,15 @@ from pdserve.gateway import connections
 from pdserve.gateway.app import LOOKAHEAD_BYTES
 from pdserve.gateway.auth.keys import make_key, new_key
 from pdserve.gateway.connections import GrpcConnections
-from pdserve.gateway.grpc.auth_interceptor import Guard
+from pdserve.gateway.grpc.auth_interceptor import AuthInterceptor
 from pdserve.gateway.grpc.sockets import GrpcSockets
-from pdserve.gateway.grpc.unauthenticated_bytes import MAX_IN_WINDOW, WINDOW_S, Received, UnpaidBytes, Verdict
+from pdserve.gateway.grpc.unauthenticated_traffic import (
+    MAX_BYTES,
+    WINDOW_S,
+    Received,
+    UnauthenticatedTraffic,
+    Verdict,
+)
 from pdserve.gateway.places import connection_name
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until, until_closed
@@ -34,7 +40,7 @@ from tests.gateway.test_unauthenticated_calls import (
 
 KEY = new_key()
 END_STREAM = 1
-MUCH = MAX_IN_WINDOW + 1
+MUCH = MAX_BYTES + 1
 
 
 @pytest.fixture
@@ -52,21 +58,21 @@ class Looks:
     """Scans connections that have received this many bytes."""
 
     def __init__(self, *in_use: str) -> None:
-        self.bytes = UnpaidBytes()
+        self.traffic = UnauthenticatedTraffic()
         self._in_use = in_use
 
     def __call__(
         self, now_s: float, num_bytes: Mapping[str, int], left: tuple[str, ...] = (), num_unread: int = 0
     ) -> Verdict:
         received = {name: Received(count, num_unread, name in left) for name, count in num_bytes.items()}
-        return self.bytes.judge(received, self._in_use.__contains__, now_s)
+        return self.traffic.judge(received, self._in_use.__contains__, now_s)
 
 
 def test_much_data_without_a_call_closes_at_the_second_scan() -> None:
     look = Looks()
-    assert look(0.0, {"a": MUCH, "b": MAX_IN_WINDOW}) == Verdict(set(), set(), is_suspicious=True)
-    assert look(0.1, {"a": MUCH + 1, "b": MAX_IN_WINDOW}) == Verdict({"a"}, set(), is_suspicious=True)
-    assert look(0.2, {"b": MAX_IN_WINDOW}) == Verdict(set(), set(), is_suspicious=False)
+    assert look(0.0, {"a": MUCH, "b": MAX_BYTES}) == Verdict(set(), set(), is_suspicious=True)
+    assert look(0.1, {"a": MUCH + 1, "b": MAX_BYTES}) == Verdict({"a"}, set(), is_suspicious=True)
+    assert look(0.2, {"b": MAX_BYTES}) == Verdict(set(), set(), is_suspicious=False)
 
 
 def test_a_connection_with_all_bytes_parsed_may_wait_for_its_calls() -> None:
@@ -84,31 +90,29 @@ def test_a_disconnected_client_is_not_waited_for() -> None:
     assert verdict == Verdict({"c"}, {"b", "c"}, is_suspicious=True)
 
 
-def test_calls_with_a_key_pay_for_their_connection() -> None:
+def test_calls_with_a_key_exempt_their_connection() -> None:
     look = Looks("busy")
-    look.bytes.add_paid("short")
+    look.traffic.note_authenticated("short")
     for now_s in (0.0, 0.1, 0.2):
         verdict = look(now_s, {"busy": 1 << 30, "short": 1 << 30}, left=("busy", "short"))
         assert verdict == Verdict(set(), set(), is_suspicious=False)
 
 
-def test_a_call_pays_for_its_window_and_the_next() -> None:
+def test_a_call_exempts_its_window_and_the_next() -> None:
     look = Looks()
     look(0.0, {"a": 0})
-    look.bytes.add_paid("a")
+    look.traffic.note_authenticated("a")
     assert not look(WINDOW_S, {"a": MUCH}).is_suspicious
-    assert not look(2 * WINDOW_S, {"a": MUCH}).is_suspicious, "brought when it was paid for"
+    assert not look(2 * WINDOW_S, {"a": MUCH}).is_suspicious, "sent while authenticated"
     assert look(2 * WINDOW_S + 1, {"a": 2 * MUCH}).is_suspicious
 
 
 def test_bytes_count_by_window_and_connection() -> None:
     look = Looks()
     for window in range(5):
-        assert not look(window * WINDOW_S, {"a": window * MAX_IN_WINDOW}).is_suspicious
+        assert not look(window * WINDOW_S, {"a": window * MAX_BYTES}).is_suspicious
     look(5 * WINDOW_S, {})
-    assert not look(5 * WINDOW_S + 1, {"a": MAX_IN_WINDOW}).is_suspicious, (
-        "another connection of the same name"
-    )
+    assert not look(5 * WINDOW_S + 1, {"a": MAX_BYTES}).is_suspicious, "another connection of the same name"
     assert look(5 * WINDOW_S + 2, {"a": MUCH}).is_suspicious
 
 
@@ -191,7 +195,7 @@ async def test_a_flood_of_calls_that_the_library_refuses_ends_its_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pdserve.gateway.grpc.unauthenticated_calls.MAX_IN_WINDOW", 1 << 30
+        "pdserve.gateway.grpc.unauthenticated_traffic.MAX_CALLS", 1 << 30
     )  # the calls that are seen do not end it
     async with serving(cluster, keys) as server:
         ((reader, writer),) = await connect(server.grpc_address, 1)
@@ -228,13 +232,13 @@ async def test_large_messages_whose_calls_wait_to_be_seen_keep_their_connection(
 ) -> None:
     """The head is blocked while a new client sends as much as it may."""
     seen = asyncio.Event()
-    intercept = Guard.intercept_service
+    intercept = AuthInterceptor.intercept_service
 
-    async def wait_to_intercept(self: Guard, *arguments: Any) -> Any:
+    async def wait_to_intercept(self: AuthInterceptor, *arguments: Any) -> Any:
         await seen.wait()
         return await intercept(self, *arguments)
 
-    monkeypatch.setattr(Guard, "intercept_service", wait_to_intercept)
+    monkeypatch.setattr(AuthInterceptor, "intercept_service", wait_to_intercept)
     monkeypatch.setattr(GrpcConnections, "start", lambda self, port: None)
     message = pb.TokenizeRequest(prompt=pb.Prompt(text="hello " * 16_000))
     async with serving(cluster, keys) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:

@@ -10,9 +10,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from pdserve.gateway.auth.keys import make_key, new_key
-from pdserve.gateway.grpc import unauthenticated_calls
+from pdserve.gateway.grpc import unauthenticated_traffic
 from pdserve.gateway.grpc.auth_interceptor import MAX_HEADERS
-from pdserve.gateway.grpc.unauthenticated_calls import MAX_IN_WINDOW, WINDOW_S, UnpaidCalls
+from pdserve.gateway.grpc.unauthenticated_traffic import MAX_CALLS, WINDOW_S, UnauthenticatedTraffic
 from pdserve.proto import pdserve_pb2_grpc
 from tests.gateway.flooding import PREFACE, as_key, connect, request, serving, until_closed
 from tests.gateway.support import ScriptedCluster
@@ -76,7 +76,7 @@ async def test_a_usual_number_of_headers_is_accepted(cluster: ScriptedCluster) -
 async def test_very_many_calls_without_a_key_end_their_connection(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unauthenticated_calls, "MAX_IN_WINDOW", 50)
+    monkeypatch.setattr(unauthenticated_traffic, "MAX_CALLS", 50)
     async with serving(cluster, keys) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
         closed = asyncio.Event()
         asyncio.get_running_loop().create_task(_watch_end(channel, closed))
@@ -94,15 +94,15 @@ async def _watch_end(channel: grpc.aio.Channel, closed: asyncio.Event) -> None:
         closed.set()
 
 
-async def test_a_connection_with_a_paid_call_stays(
+async def test_a_connection_with_an_authenticated_call_stays(
     cluster: ScriptedCluster, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be a proxy's, and the calls without a key another client's."""
-    monkeypatch.setattr(unauthenticated_calls, "MAX_IN_WINDOW", 50)
+    monkeypatch.setattr(unauthenticated_traffic, "MAX_CALLS", 50)
     cluster.hold_after = 1
     async with serving(cluster, keys) as server, grpc.aio.insecure_channel(server.grpc_address) as channel:
         stub = pdserve_pb2_grpc.GenerationStub(channel)
-        answer = asyncio.create_task(_paid(stub))
+        answer = asyncio.create_task(_with_key(stub))
         await cluster.held.wait()
         for _ in range(200):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -112,13 +112,13 @@ async def test_a_connection_with_a_paid_call_stays(
         await answer
 
 
-async def _paid(stub: Any) -> None:
+async def _with_key(stub: Any) -> None:
     assert len((await stub.Generate(request(), metadata=as_key(KEY))).choices) == 1
 
 
 def test_calls_count_by_connection_and_window() -> None:
-    calls = UnpaidCalls()
-    assert not any(calls.add("a", 0.0) for _ in range(MAX_IN_WINDOW))
-    assert not calls.add("b", 0.0)
-    assert calls.add("a", WINDOW_S - 0.1)
-    assert not calls.add("a", WINDOW_S)
+    calls = UnauthenticatedTraffic()
+    assert not any(calls.add_call("a", 0.0) for _ in range(MAX_CALLS))
+    assert not calls.add_call("b", 0.0)
+    assert calls.add_call("a", WINDOW_S - 0.1)
+    assert not calls.add_call("a", WINDOW_S)

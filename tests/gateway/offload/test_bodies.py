@@ -273,8 +273,8 @@ def nested(num_messages: int, num_calls: int) -> bytes:
 
 
 def test_a_message_of_too_many_parts_is_refused_despite_short_lists(reader: Reader) -> None:
-    kind, told, *_ = reader.message(pb.GenerateRequest, nested(20, 9_000), small_bytes=-1)
-    assert kind is InvalidRequest and "parts" in str(told)
+    kind, message, *_ = reader.message(pb.GenerateRequest, nested(20, 9_000), small_bytes=-1)
+    assert kind is InvalidRequest and "parts" in str(message)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +288,8 @@ def test_a_message_of_too_many_parts_is_refused_despite_short_lists(reader: Read
     ],
 )
 def test_a_body_of_too_many_values_is_refused_by_their_number(reader: Reader, data: bytes) -> None:
-    kind, told, *_ = reader.there("completions", data)
-    assert kind is InvalidRequest and f"at most {bodies.MAX_VALUES} texts, lists and objects" in str(told)
+    kind, message, *_ = reader.there("completions", data)
+    assert kind is InvalidRequest and f"at most {bodies.MAX_VALUES} texts, lists and objects" in str(message)
 
 
 @pytest.mark.parametrize("text", [',"[]{}' * 100_000, '\\"' * 100_000, "a" * 700_000])

@@ -261,8 +261,8 @@ async def test_it_ends_with_its_owner() -> None:
         "asyncio.run(main())\n"
     )
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", owner, stdout=asyncio.subprocess.PIPE)
-    told, _ = await child.communicate()
-    await asyncio.to_thread(await_end, int(told))
+    printed, _ = await child.communicate()
+    await asyncio.to_thread(await_end, int(printed))
 
 
 @pytest.mark.parametrize(("resource", "exit_code"), [("time", -signal.SIGPROF), ("memory", -signal.SIGABRT)])
@@ -291,8 +291,8 @@ def test_the_worker_needs_no_transformers() -> None:
         "import sys, pdserve.gateway.offload.main; print('transformers' in sys.modules, 'torch' in"
         " sys.modules)"
     )
-    told = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True, text=True)
-    assert told.stdout.split() == ["False", "False"]
+    printed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True, text=True)
+    assert printed.stdout.split() == ["False", "False"]
     assert main.JOB_S < shell.SILENT_S
 
 

@@ -147,8 +147,8 @@ def written(form: ToolFormat, calls: Sequence[tuple[str, str]], text: str = "") 
     objects = [f'{{"name": "{name}", "{form.arguments_key}": {arguments}}}' for name, arguments in calls]
     match form:
         case ToolFormat.HERMES:
-            told = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in objects)
-            return f"{text}\n{told}" if text and told else text + told
+            calls_text = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in objects)
+            return f"{text}\n{calls_text}" if text and calls_text else text + calls_text
         case ToolFormat.MISTRAL:
             return text + (f"[TOOL_CALLS][{', '.join(objects)}]" if objects else "")
         case ToolFormat.LLAMA3:

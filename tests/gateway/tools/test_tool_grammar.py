@@ -200,9 +200,9 @@ def refused(tool: OfferedTool) -> str:
 @pytest.mark.parametrize("name", BAD_SCHEMAS)
 def test_a_schema_that_cannot_be_followed_is_named(name: str) -> None:
     schema, why = BAD_SCHEMAS[name]
-    told = refused(OfferedTool(name="bad", description="", parameters=schema, is_strict=False))
-    assert told.startswith("tools[2].parameters: ")
-    assert why in told
+    refusal = refused(OfferedTool(name="bad", description="", parameters=schema, is_strict=False))
+    assert refusal.startswith("tools[2].parameters: ")
+    assert why in refusal
 
 
 @pytest.mark.parametrize(

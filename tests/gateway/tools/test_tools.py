@@ -23,8 +23,8 @@ def talk(**message: Any) -> tuple[pb.GenerateRequest, dict[str, Any]]:
         )
         for call in message.get("tool_calls", ())
     ]
-    told = pb.ChatMessage(role="assistant", content=message.get("content", ""), tool_calls=calls)
-    prompt = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(**USER), told]))
+    answer = pb.ChatMessage(role="assistant", content=message.get("content", ""), tool_calls=calls)
+    prompt = pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(**USER), answer]))
     return pb.GenerateRequest(prompt=prompt), {"messages": [USER, {"role": "assistant"} | message]}
 
 
@@ -138,11 +138,14 @@ async def test_prompt_and_grammar_contain_the_tools_that_the_client_chose(
 
 async def test_tokenizing_a_conversation_counts_its_tools(generation: Stub, http: httpx.AsyncClient) -> None:
     request, body = TAKEN["tools"]
-    told = (await http.post("/tokenize", json=body)).json()
-    assert told["tokens"] == list(
+    tokenized = (await http.post("/tokenize", json=body)).json()
+    assert tokenized["tokens"] == list(
         (await generation.Tokenize(pb.TokenizeRequest(prompt=request.prompt))).token_ids
     )
-    assert "get_weather" in (await http.post("/detokenize", json={"tokens": told["tokens"]})).json()["prompt"]
+    assert (
+        "get_weather"
+        in (await http.post("/detokenize", json={"tokens": tokenized["tokens"]})).json()["prompt"]
+    )
     refused = await http.post("/tokenize", json={"prompt": "a", "tools": body["tools"]})
     assert refused.json()["error"]["message"].startswith(
         "tools: '2 tool(s)' is not valid, expected none without messages"
@@ -190,10 +193,10 @@ ONLY_GRPC = {
 async def test_grpc_refuses_requests_that_http_cannot_express(
     generation: Stub, cluster: ScriptedCluster, name: str
 ) -> None:
-    message, told = ONLY_GRPC[name]
+    message, expected = ONLY_GRPC[name]
     chat = pb.Chat(messages=[pb.ChatMessage(**USER)], tools=[message])
     refusal = await over_grpc(generation, pb.GenerateRequest(prompt=pb.Prompt(chat=chat)))
-    assert (refusal.details() or "").startswith(told)
+    assert (refusal.details() or "").startswith(expected)
     assert cluster.requests == []
 
 

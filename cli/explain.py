@@ -12,19 +12,24 @@ def explain(client: Client, request_id: str) -> None:
         print(line)
 
 
-def explanation_lines(told: pb.Explanation) -> Iterator[str]:
-    first = f", first token after {_ms(told.first_token_s)}" if told.HasField("first_token_s") else ""
-    tokens = f"{told.prompt_tokens} + {told.completion_tokens} tokens"
-    yield f"{told.request_id!r}: {told.outcome} after {_ms(told.duration_s)}, {tokens}{first}"
-    if told.error:
-        yield told.error
-    if told.trace_id:
-        yield f"trace {told.trace_id}"
-    if told.adopted:
+def explanation_lines(explanation: pb.Explanation) -> Iterator[str]:
+    first = (
+        f", first token after {_ms(explanation.first_token_s)}"
+        if explanation.HasField("first_token_s")
+        else ""
+    )
+    tokens = f"{explanation.prompt_tokens} + {explanation.completion_tokens} tokens"
+    duration = _ms(explanation.duration_s)
+    yield f"{explanation.request_id!r}: {explanation.outcome} after {duration}, {tokens}{first}"
+    if explanation.error:
+        yield explanation.error
+    if explanation.trace_id:
+        yield f"trace {explanation.trace_id}"
+    if explanation.adopted:
         yield "taken over from a router that died: times count from then"
-    if told.num_pauses:
-        yield f"paused {told.num_pauses} times because its client did not read"
-    for attempt in told.attempts:
+    if explanation.num_pauses:
+        yield f"paused {explanation.num_pauses} times because its client did not read"
+    for attempt in explanation.attempts:
         yield ""
         yield from _attempt_lines(attempt)
 

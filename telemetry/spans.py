@@ -80,16 +80,19 @@ def _legs(dispatch: DispatchTimes, ended_s: float) -> Iterator[SpanTimes]:
 
 
 def _prefill(dispatch: DispatchTimes, end_s: float, shared: dict[str, Attribute]) -> SpanTimes:
-    told = legs.account(dispatch)
+    report = legs.account(dispatch)
     work: dict[str, Attribute] = {
         "pdserve.worker": dispatch.prefill_worker,
         "pdserve.num_tokens": dispatch.num_tokens,
         "pdserve.expected_ttft": dispatch.expected_ttft_s,
     }
     start_s = dispatch.dispatched_s
-    if told is not None:
-        work |= {"pdserve.num_cached_tokens": told.num_cached_tokens, "pdserve.worker_queue": told.queue_s}
-        start_s = min(start_s + told.queue_s, end_s)
+    if report is not None:
+        work |= {
+            "pdserve.num_cached_tokens": report.num_cached_tokens,
+            "pdserve.worker_queue": report.queue_s,
+        }
+        start_s = min(start_s + report.queue_s, end_s)
     has_failed = dispatch.failure is not None and dispatch.first_token_s is None
     return SpanTimes(
         "prefill", start_s, max(end_s, start_s), shared | work, dispatch.failure if has_failed else None

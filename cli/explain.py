@@ -18,9 +18,9 @@ def explanation_lines(explanation: pb.Explanation) -> Iterator[str]:
         if explanation.HasField("first_token_s")
         else ""
     )
-    outcome = f"{explanation.outcome} after {_ms(explanation.duration_s)}"
     tokens = f"{explanation.prompt_tokens} + {explanation.completion_tokens} tokens"
-    yield f"{explanation.request_id!r}: {outcome}, {tokens}{first}"
+    duration = _ms(explanation.duration_s)
+    yield f"{explanation.request_id!r}: {explanation.outcome} after {duration}, {tokens}{first}"
     if explanation.error:
         yield explanation.error
     if explanation.trace_id:

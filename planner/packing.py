@@ -176,15 +176,15 @@ class Packing:
     def gpu_memory_findings(self, kv_bytes: Mapping[Role, int], memory_fraction: float) -> Iterator[Finding]:
         """`kv_bytes`: the KV cache of an instance of each pool. Reports the first of each pool that does not
         fit."""
-        told: set[Role] = set()
+        reported: set[Role] = set()
         for node, device, demand in self._on_gpus():
             needed, share = (
                 demand.fixed_bytes + kv_bytes[demand.role],
                 share_bytes(device, demand, memory_fraction),
             )
-            if needed <= share or demand.role in told:
+            if needed <= share or demand.role in reported:
                 continue
-            told.add(demand.role)
+            reported.add(demand.role)
             yield Finding(
                 CapacityError,
                 f"GPU memory: a {demand.role.value} instance needs {format_size(needed)}"

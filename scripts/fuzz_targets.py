@@ -227,7 +227,9 @@ class Frames:
             if data[:1] == b"\x00":
                 stream = HandshakeStream(HandshakeAcceptor("t", Purpose.CONTROL))
                 for start in range(1, len(data), 7):
-                    assert stream.feed(data[start : start + 7])[1] == b"", "a stranger came through"
+                    assert stream.feed(data[start : start + 7])[1] == b"", (
+                        "an unauthenticated peer came through"
+                    )
             else:
                 list(FrameDecoder(WorkerMessage).feed(data[1:]))
         except (FrameError, HandshakeError):

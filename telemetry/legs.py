@@ -15,10 +15,10 @@ def prefill_s(dispatch: DispatchTimes) -> float | None:
     their sum."""
     if dispatch.prefill is not None:
         return dispatch.prefill.compute_s
-    reported = account(dispatch)
-    if reported is None or dispatch.first_token_s is None:
+    report = account(dispatch)
+    if report is None or dispatch.first_token_s is None:
         return None
-    return max(0.0, dispatch.first_token_s - dispatch.dispatched_s - reported.queue_s)
+    return max(0.0, dispatch.first_token_s - dispatch.dispatched_s - report.queue_s)
 
 
 def kv_wait_s(dispatch: DispatchTimes) -> float | None:

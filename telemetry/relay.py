@@ -87,10 +87,10 @@ class RelayHandler(logging.Handler):
             self.handleError(record)
             return
         if self.num_dropped:
-            reported = logging.LogRecord(
+            notice = logging.LogRecord(
                 __name__, logging.WARNING, __file__, 0, "%d lines were dropped", (self.num_dropped,), None
             )
-            if self._send(self.format(reported)):
+            if self._send(self.format(notice)):
                 self.num_dropped = 0
         if not self._send(line):
             self.num_dropped += 1

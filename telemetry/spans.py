@@ -80,19 +80,19 @@ def _legs(dispatch: DispatchTimes, ended_s: float) -> Iterator[SpanTimes]:
 
 
 def _prefill(dispatch: DispatchTimes, end_s: float, shared: dict[str, Attribute]) -> SpanTimes:
-    reported = legs.account(dispatch)
+    report = legs.account(dispatch)
     work: dict[str, Attribute] = {
         "pdserve.worker": dispatch.prefill_worker,
         "pdserve.num_tokens": dispatch.num_tokens,
         "pdserve.expected_ttft": dispatch.expected_ttft_s,
     }
     start_s = dispatch.dispatched_s
-    if reported is not None:
+    if report is not None:
         work |= {
-            "pdserve.num_cached_tokens": reported.num_cached_tokens,
-            "pdserve.worker_queue": reported.queue_s,
+            "pdserve.num_cached_tokens": report.num_cached_tokens,
+            "pdserve.worker_queue": report.queue_s,
         }
-        start_s = min(start_s + reported.queue_s, end_s)
+        start_s = min(start_s + report.queue_s, end_s)
     has_failed = dispatch.failure is not None and dispatch.first_token_s is None
     return SpanTimes(
         "prefill", start_s, max(end_s, start_s), shared | work, dispatch.failure if has_failed else None

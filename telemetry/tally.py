@@ -54,12 +54,12 @@ class Tally:
         self._add("time_to_first_token_seconds", first_token_s - timeline.submitted_s)
         bringer = next(dispatch for dispatch in timeline.dispatches if dispatch.first_token_s is not None)
         self._add("request_queue_time_seconds", bringer.dispatched_s - timeline.submitted_s)
-        reported, prefill_s = legs.account(bringer), legs.prefill_s(bringer)
-        if reported is not None and prefill_s is not None:
-            pool = self._steps.pool_of(reported.worker_id)
-            self._add("request_worker_queue_time_seconds", reported.queue_s, pool)
+        report, prefill_s = legs.account(bringer), legs.prefill_s(bringer)
+        if report is not None and prefill_s is not None:
+            pool = self._steps.pool_of(report.worker_id)
+            self._add("request_worker_queue_time_seconds", report.queue_s, pool)
             self._add("request_prefill_time_seconds", prefill_s, pool)
-            rest_s = first_token_s - bringer.dispatched_s - reported.queue_s - prefill_s
+            rest_s = first_token_s - bringer.dispatched_s - report.queue_s - prefill_s
             self._add("request_overhead_time_seconds", max(0.0, rest_s))
 
     def _answer(self, timeline: Timeline) -> None:
@@ -79,11 +79,11 @@ class Tally:
         self.counts["slo_requests_total", verdicts] += 1
 
     def _dispatch(self, dispatch: DispatchTimes) -> None:
-        reported = legs.account(dispatch)
-        if reported is not None and dispatch.first_token_s is not None:
-            pool = self._steps.pool_of(reported.worker_id)
+        report = legs.account(dispatch)
+        if report is not None and dispatch.first_token_s is not None:
+            pool = self._steps.pool_of(report.worker_id)
             self.counts["prefix_cache_queries_total", (pool,)] += dispatch.num_tokens
-            self.counts["prefix_cache_hits_total", (pool,)] += reported.num_cached_tokens
+            self.counts["prefix_cache_hits_total", (pool,)] += report.num_cached_tokens
         if dispatch.prefill is not None and dispatch.prefill.stats is not None:
             self._transfer(dispatch, dispatch.prefill.stats)
         if dispatch.first_token_s is not None and dispatch.expected_ttft_s > 0:

@@ -10,8 +10,8 @@
 First it compares every Triton kernel with its torch reference and an engine with `transformers`, side by
 side; then it measures this GPU's limits, and how near attention, KV transfer, decode steps, prefill and
 serving come to them, beside peers in the same run. Exits with status 1 if anything was not correct; a missed
-target is only told. Needs torch, triton, transformers, numpy, safetensors, msgspec and nvidia-ml-py; not Ray,
-not gRPC."""
+target is only reported. Needs torch, triton, transformers, numpy, safetensors, msgspec and nvidia-ml-py; not
+Ray, not gRPC."""
 
 import argparse
 import json

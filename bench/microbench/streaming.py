@@ -82,10 +82,14 @@ async def head(profile: str | None) -> None:
     config = ClusterConfig.model_validate({"listen": {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0"}})
     service = RouterService(Router(), Observer(), "token")
     port = await service.start("127.0.0.1")
-    door = await serve(Frontend(service), config, Tokenizer.load(MODEL_DIR), model_info(config))  # type: ignore[arg-type]
+    servers = await serve(Frontend(service), config, Tokenizer.load(MODEL_DIR), model_info(config))  # type: ignore[arg-type]
     print(
         json.dumps(
-            {"worker": port, "grpc": door.port, "http": int((door.http_address or "").rpartition(":")[2])}
+            {
+                "worker": port,
+                "grpc": servers.port,
+                "http": int((servers.http_address or "").rpartition(":")[2]),
+            }
         ),
         flush=True,
     )
@@ -202,9 +206,9 @@ def _info() -> WorkerInfo:
 
 
 def clients(
-    door: str, num_streams: int, num_tokens: int, ports: dict[str, int], count: Count
+    server: str, num_streams: int, num_tokens: int, ports: dict[str, int], count: Count
 ) -> list[asyncio.Task[None]]:
-    if door == "grpc":
+    if server == "grpc":
         sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
         prompt = pb.Prompt(token_ids=pb.TokenIds(ids=PROMPT_TOKENS))
         requests = [pb.GenerateRequest(prompt=prompt, sampling=sampling) for _ in range(num_streams)]
@@ -222,7 +226,7 @@ def _start(*arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-async def measure(door: str, args: argparse.Namespace) -> None:
+async def measure(server: str, args: argparse.Namespace) -> None:
     process = _start(
         "--head", "--at-once", str(args.at_once), *(["--profile", args.profile] if args.profile else [])
     )
@@ -241,14 +245,15 @@ async def measure(door: str, args: argparse.Namespace) -> None:
     for pid in (0, worker.pid):
         os.sched_setaffinity(pid, {cores[OTHER_CORE]})
     await _until_ready(ports["http"])
-    await _round(door, args.streams, 20, ports)  # warm
+    await _round(server, args.streams, 20, ports)  # warm
     before_s, started_s = cpu_s(), time.perf_counter()
-    count = await _round(door, args.streams, args.tokens, ports)
+    count = await _round(server, args.streams, args.tokens, ports)
     wall_s, used_s = time.perf_counter() - started_s, cpu_s() - before_s
     num_tokens = args.streams * args.tokens
     print(
-        f"{door}: {num_tokens / wall_s:8,.0f} tokens/s, head {used_s / num_tokens * 1e6:5.1f} us CPU a token "
-        f"({used_s / wall_s:4.0%} of a core), {num_tokens / max(1, count.num_events):.2f} tokens an event"
+        f"{server}: {num_tokens / wall_s:8,.0f} tokens/s, head {used_s / num_tokens * 1e6:5.1f} us CPU a "
+        f"token ({used_s / wall_s:4.0%} of a core), "
+        f"{num_tokens / max(1, count.num_events):.2f} tokens an event"
     )
     os.sched_setaffinity(0, set(cores))
     process.stdin.close()
@@ -263,15 +268,15 @@ async def _until_ready(port: int) -> None:
         await over_http(1, port, count)
 
 
-async def _round(door: str, num_streams: int, num_tokens: int, ports: dict[str, int]) -> Count:
+async def _round(server: str, num_streams: int, num_tokens: int, ports: dict[str, int]) -> Count:
     count = Count()
-    await asyncio.gather(*clients(door, num_streams, num_tokens, ports, count))
+    await asyncio.gather(*clients(server, num_streams, num_tokens, ports, count))
     return count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("doors", nargs="*", default=["grpc", "http"])
+    parser.add_argument("servers", nargs="*", default=["grpc", "http"])
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--rate", type=float)
@@ -289,8 +294,8 @@ def main() -> None:
     if args.worker:
         Worker(args.worker, args.rate).run()
         return
-    for door in args.doors:
-        asyncio.run(measure(door, args))
+    for server in args.servers:
+        asyncio.run(measure(server, args))
 
 
 if __name__ == "__main__":

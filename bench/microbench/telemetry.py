@@ -52,8 +52,8 @@ def recorder(traces: Traces | None = None) -> TelemetryRecorder:
 class Side:
     """One router process's way of a step: decode the frame, route, fill the streams."""
 
-    def __init__(self, told: TelemetryRecorder | None, num_sequences: int) -> None:
-        self.service = RouterService(Router(DECODE_APART), SimpleNamespace(expects=None), "", told)
+    def __init__(self, observer: TelemetryRecorder | None, num_sequences: int) -> None:
+        self.service = RouterService(Router(DECODE_APART), SimpleNamespace(expects=None), "", observer)
         self.streams = [
             self.service._streams.setdefault(f"r{i}", ClientStream()) for i in range(num_sequences)
         ]
@@ -83,8 +83,8 @@ async def step_us(num_sequences: int) -> tuple[float, float]:
         frame = encoder.encode(step(num_sequences, "decode-0", index))
         for side in sides if index % 2 else reversed(sides):
             await side.take(frame)
-    without, told = sides
-    return without.median_us, told.median_us
+    without, observed = sides
+    return without.median_us, observed.median_us
 
 
 def gaps_us(num_sequences: int) -> float:
@@ -102,12 +102,12 @@ def gaps_us(num_sequences: int) -> float:
     return median_us(step_through, NUM_STEPS)
 
 
-def closed(told: TelemetryRecorder) -> Timeline:
+def closed(telemetry: TelemetryRecorder) -> Timeline:
     """The timeline of a request of 500 prompt tokens from two workers of six."""
     router = Router(DECODE_APART)
 
     def handle(event: RouterEvent, now_s: float) -> list[RequestClosed]:
-        told.observe(event)
+        telemetry.observe(event)
         return [command for command in router.handle(event, now_s) if isinstance(command, RequestClosed)]
 
     for role in (Role.PREFILL, Role.DECODE):
@@ -146,15 +146,15 @@ def _output(index: int) -> TokenOutput:
 
 
 def closed_us(traces: Traces | None) -> float:
-    told = recorder(traces)
-    timeline = closed(told)
-    return median_us(lambda i: told.closed(timeline), 2000)
+    telemetry = recorder(traces)
+    timeline = closed(telemetry)
+    return median_us(lambda i: telemetry.closed(timeline), 2000)
 
 
 def scrape_us(num_workers: int) -> tuple[float, int]:
     """(one exposition, its bytes)."""
-    told, router = recorder(), Router()
-    told.closed(closed(told))
+    telemetry, router = recorder(), Router()
+    telemetry.closed(closed(telemetry))
     for role in (Role.PREFILL, Role.DECODE):
         for i in range(num_workers // 2):
             router.handle(WorkerReady(worker(f"{role.value}-{i}", role)), 0.0)
@@ -173,7 +173,7 @@ def scrape_us(num_workers: int) -> tuple[float, int]:
             model="",
         )
 
-    exposition = Exposition(told.tally, told.steps, COSTS, router.model, snapshot)
+    exposition = Exposition(telemetry.tally, telemetry.steps, COSTS, router.model, snapshot)
     return median_us(lambda i: exposition.render(), 60), len(exposition.render())
 
 
@@ -184,7 +184,7 @@ async def main() -> None:
             f"step of {num_sequences:3d} tokens: {without_us:6.1f} us without a recorder, {with_us:6.1f} us"
             f" with: {with_us - without_us:+.1f} us; gaps within: {gaps_us(num_sequences):.1f} us"
         )
-    print(f"request told at its end: {closed_us(None):.0f} us")
+    print(f"request recorded at its end: {closed_us(None):.0f} us")
     exporter = TraceExporter("", "", InMemorySpanExporter())
     print(f"  and exported as a trace: {closed_us(exporter):.0f} us")
     exporter.close()

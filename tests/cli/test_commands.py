@@ -315,8 +315,8 @@ def test_explain_names_the_first_thing_in_which_a_place_was_better(
         pb.ConsideredPlace(**({"prefill_worker": name} | even | scores))
         for name, scores in (("prefill-0", chosen), ("prefill-1", following))
     ]
-    told = pb.Explanation(attempts=[pb.ExplainedAttempt(considered=places)])
-    assert f"  placed there {why}" in list(explanation_lines(told))
+    explanation = pb.Explanation(attempts=[pb.ExplainedAttempt(considered=places)])
+    assert f"  placed there {why}" in list(explanation_lines(explanation))
 
 
 def test_apply_prints_each_change(run: Run, cluster: ScriptedCluster, tmp_path: Path) -> None:

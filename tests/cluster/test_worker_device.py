@@ -110,11 +110,11 @@ def test_a_heartbeat_carries_new_gpu_samples(monkeypatch: pytest.MonkeyPatch) ->
         GpuSample(index=1, uuid="GPU-11-1", name="H999", memory_total_bytes=5, throttled_by=("power",)),
     ]
     process._monitor = SimpleNamespace(take=news.pop)  # type: ignore[assignment]
-    told = process._beat()
+    beat = process._beat()
     decoder: FrameDecoder[WorkerMessage] = FrameDecoder(WorkerMessage)
-    assert list(decoder.feed(FrameEncoder().encode(told))) == [told]
-    assert isinstance(told, StepReport)
-    assert told.load == report.load
-    assert told.gpu is not None
-    assert told.gpu.throttled_by == ("power",)
+    assert list(decoder.feed(FrameEncoder().encode(beat))) == [beat]
+    assert isinstance(beat, StepReport)
+    assert beat.load == report.load
+    assert beat.gpu is not None
+    assert beat.gpu.throttled_by == ("power",)
     assert process._beat() == report

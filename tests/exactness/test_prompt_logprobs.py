@@ -132,9 +132,9 @@ def test_both_workers_report_them_so_that_none_is_lost(checkpoint: Callable[[str
     joined = JoinedEngines(checkpoint("llama-gqa"))
     try:
         joined.generate(prompts, SAMPLING)
-        (told,) = (output for output in joined.p_box.outputs if output.index == 0)
+        (own,) = (output for output in joined.p_box.outputs if output.index == 0)
         (repeated,) = (output for output in joined.d_box.outputs if output.index == 0)
-        assert told == repeated and told.prompt_logprobs
+        assert own == repeated and own.prompt_logprobs
     finally:
         joined.close()
 

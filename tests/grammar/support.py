@@ -33,8 +33,8 @@ def allowed(bits: bytes) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")).tolist())
 
 
-class Told:
-    """A listener that keeps what it receives."""
+class RecordingListener:
+    """Keeps the answers that it receives."""
 
     def __init__(self) -> None:
         self.answers: asyncio.Queue[tuple[str, int, Any]] = asyncio.Queue()

@@ -34,9 +34,9 @@ def accepts(matchers: Matchers, grammar: str, text: str) -> bool:
         if token_id not in allowed(answer.bits):
             matchers.handle(Close(1))
             return False
-        told = matchers.handle(Advance(1, number, token_id))
-        assert isinstance(told, Mask) and told.num_tokens == number
-        answer = told
+        reply = matchers.handle(Advance(1, number, token_id))
+        assert isinstance(reply, Mask) and reply.num_tokens == number
+        answer = reply
     matchers.handle(Close(1))
     return set(setup().eos_token_ids) <= allowed(answer.bits)
 

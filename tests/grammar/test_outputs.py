@@ -47,7 +47,7 @@ def test_every_output_gets_each_mask_once_across_crashes(actions: list[Action]) 
     outputs, processes = (Outputs(), Outputs()), [Model(), Model()]
     keys = itertools.count()
     side_of: dict[int, int] = {}
-    told: dict[int, int] = {}  # for live outputs: the tokens that the last mask covered
+    covered: dict[int, int] = {}  # for live outputs: the tokens that the last mask covered
     wanted: dict[int, int] = {}
 
     def ask() -> None:
@@ -59,22 +59,22 @@ def test_every_output_gets_each_mask_once_across_crashes(actions: list[Action]) 
     def answer(side: int) -> None:
         reply = processes[side].due.popleft()
         if outputs[side].answered(reply):
-            assert isinstance(reply, Mask) and wanted[reply.key] == reply.num_tokens == told[reply.key] + 1
-            told[reply.key] = reply.num_tokens
+            assert isinstance(reply, Mask) and wanted[reply.key] == reply.num_tokens == covered[reply.key] + 1
+            covered[reply.key] = reply.num_tokens
 
     for action, number in actions:
-        live = sorted(told)
+        live = sorted(covered)
         key = live[number % len(live)] if live else None
         side = number % 2
         if action == "open":
             key = next(keys)
-            told[key], wanted[key], side_of[key] = number - 1, number, side
+            covered[key], wanted[key], side_of[key] = number - 1, number, side
             outputs[side].open(key, "g", tuple(range(number)), client=CLIENTS[key % 2])
-        elif action == "advance" and key is not None and told[key] == wanted[key]:
+        elif action == "advance" and key is not None and covered[key] == wanted[key]:
             wanted[key] += 1
             outputs[side_of[key]].advance(key, wanted[key])
         elif action == "close" and key is not None:
-            del told[key]
+            del covered[key]
             processes[side_of[key]].take(outputs[side_of[key]].close(key))
         elif action == "answer" and processes[side].due:
             answer(side)
@@ -82,7 +82,7 @@ def test_every_output_gets_each_mask_once_across_crashes(actions: list[Action]) 
             given_up = outputs[side].died(Death.OTHER)
             if given_up is not None:
                 assert given_up == (given_up[0], False)
-                del told[given_up[0]]
+                del covered[given_up[0]]
             processes[side] = Model()
         elif action == "hand over":
             moved, messages = outputs[side].hand_over(CLIENTS[number // 2 % 2], outputs[1 - side])
@@ -96,7 +96,7 @@ def test_every_output_gets_each_mask_once_across_crashes(actions: list[Action]) 
                 answer(side)
         ask()
     assert not any(side.is_asked for side in outputs)
-    assert all(told[key] == wanted[key] for key in told)
+    assert all(covered[key] == wanted[key] for key in covered)
 
 
 def test_only_the_output_that_killed_a_process_is_abandoned() -> None:

@@ -16,7 +16,7 @@ from pdserve.grammar.sources import regex_grammar
 from pdserve.grammar.thread import GrammarThread
 
 from ..processes import await_end
-from .support import Told, setup, tokens
+from .support import RecordingListener, setup, tokens
 
 SLOW_MASK = regex_grammar("(a{1000}){1000}")  # compiles in a millisecond
 LATE_BOMB = regex_grammar("b(a{1000}){1000}")
@@ -24,13 +24,13 @@ DEEP = "start: r0\n" + "\n".join(f'r{i}: "a" r{i + 1} "b"' for i in range(100_00
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told()
+def listener() -> RecordingListener:
+    return RecordingListener()
 
 
 @pytest.fixture
-async def process(told: Told) -> AsyncIterator[GrammarProcess]:
-    process = GrammarProcess(setup, told)
+async def process(listener: RecordingListener) -> AsyncIterator[GrammarProcess]:
+    process = GrammarProcess(setup, listener)
     yield process
     await process.stop()
 
@@ -42,71 +42,79 @@ async def checker() -> AsyncIterator[GrammarChecker]:
     await checker.stop()
 
 
-async def test_it_starts_on_demand_and_returns_masks(process: GrammarProcess, told: Told) -> None:
+async def test_it_starts_on_demand_and_returns_masks(
+    process: GrammarProcess, listener: RecordingListener
+) -> None:
     assert process.pid is None
     process.open(1, regex_grammar("ab"))
-    kind, key, (num_tokens, allowed) = await told.answers.get()
+    kind, key, (num_tokens, allowed) = await listener.answers.get()
     assert (kind, key, num_tokens) == ("mask", 1, 0) and tokens("ab")[0] in allowed
     process.advance(1, tokens("ab")[0])
-    assert await told.answers.get() == ("mask", 1, (1, set(setup().eos_token_ids)))
+    assert await listener.answers.get() == ("mask", 1, (1, set(setup().eos_token_ids)))
 
 
 @pytest.mark.parametrize("bomb", [SLOW_MASK, DEEP], ids=["slow mask", "deep rules"])
 async def test_only_the_request_with_a_grammar_bomb_is_refused(
-    process: GrammarProcess, told: Told, bomb: str
+    process: GrammarProcess, listener: RecordingListener, bomb: str
 ) -> None:
     process.open(1, regex_grammar("ab+"))
-    before = await told.answers.get()
+    before = await listener.answers.get()
     process.open(2, bomb)
     process.advance(1, tokens("a")[0])
     process.open(3, regex_grammar("cd"))
-    answers = {key: (kind, what) for kind, key, what in [await told.answers.get() for _ in range(3)]}
+    answers = {key: (kind, what) for kind, key, what in [await listener.answers.get() for _ in range(3)]}
     assert before[0] == "mask"
     assert answers[2][0] == "refused"
     assert answers[1][0] == answers[3][0] == "mask"
     assert answers[1][1][0] == 1
 
 
-async def test_a_process_that_somebody_kills_is_replaced(process: GrammarProcess, told: Told) -> None:
+async def test_a_process_that_somebody_kills_is_replaced(
+    process: GrammarProcess, listener: RecordingListener
+) -> None:
     process.open(1, regex_grammar("ab+"))
-    await told.answers.get()
+    await listener.answers.get()
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.advance(1, tokens("ab")[0])
-    kind, key, (num_tokens, allowed) = await told.answers.get()
+    kind, key, (num_tokens, allowed) = await listener.answers.get()
     assert (kind, key, num_tokens) == ("mask", 1, 1) and set(setup().eos_token_ids) < allowed
 
 
-async def test_a_process_that_cannot_start_fails_its_requests_without_blaming_them(told: Told) -> None:
-    process = GrammarProcess(lambda: GrammarSetup("no tokenizer", 10, (0,)), told)
+async def test_a_process_that_cannot_start_fails_its_requests_without_blaming_them(
+    listener: RecordingListener,
+) -> None:
+    process = GrammarProcess(lambda: GrammarSetup("no tokenizer", 10, (0,)), listener)
     process.open(1, regex_grammar("ab"))
-    assert await told.answers.get() == ("failed", 1, "the grammar process does not start")
+    assert await listener.answers.get() == ("failed", 1, "the grammar process does not start")
     await process.stop()
 
 
-async def test_a_failed_start_is_reported_to_waiting_callers(told: Told) -> None:
+async def test_a_failed_start_is_reported_to_waiting_callers(listener: RecordingListener) -> None:
     def missing() -> GrammarSetup:
         raise FileNotFoundError("tokenizer.json")
 
-    process = GrammarProcess(missing, told)
+    process = GrammarProcess(missing, listener)
     process.open(1, regex_grammar("ab"))
-    assert await told.answers.get() == ("failed", 1, "the grammar process does not start")
+    assert await listener.answers.get() == ("failed", 1, "the grammar process does not start")
     await process.stop()
 
 
-async def test_an_output_resumed_after_much_work_is_not_refused(process: GrammarProcess, told: Told) -> None:
+async def test_an_output_resumed_after_much_work_is_not_refused(
+    process: GrammarProcess, listener: RecordingListener
+) -> None:
     """The cost of its earlier tokens is granted again when another process resumes it."""
     grammar = regex_grammar("(ab?c?){3000}d*")
     text = tuple(tokens("abc")) * 900
     process.open(1, grammar, text)
-    kind, _, what = await told.answers.get()
+    kind, _, what = await listener.answers.get()
     assert kind == "mask", what
 
 
-async def test_it_is_gone_when_it_was_stopped(told: Told) -> None:
-    process = GrammarProcess(setup, told)
+async def test_it_is_gone_when_it_was_stopped(listener: RecordingListener) -> None:
+    process = GrammarProcess(setup, listener)
     process.open(1, regex_grammar("ab"))
-    await told.answers.get()
+    await listener.answers.get()
     pid = process.pid
     assert pid is not None
     await process.stop()
@@ -119,49 +127,45 @@ async def test_it_ends_with_its_owner() -> None:
     owner = (
         "import asyncio, os\n"
         "from pdserve.grammar.process import GrammarProcess\n"
-        "from tests.grammar.support import Told, setup\n"
+        "from tests.grammar.support import RecordingListener, setup\n"
         "async def main():\n"
-        "    told = Told()\n"
-        "    process = GrammarProcess(setup, told)\n"
+        "    listener = RecordingListener()\n"
+        "    process = GrammarProcess(setup, listener)\n"
         "    process.open(1, 'start: \"a\"')\n"
-        "    await told.answers.get()\n"
+        "    await listener.answers.get()\n"
         "    print(process.pid, flush=True)\n"
         "    os._exit(1)\n"
         "asyncio.run(main())\n"
     )
     child = await asyncio.create_subprocess_exec("python", "-c", owner, stdout=asyncio.subprocess.PIPE)
-    (
-        told,
-        _,
-    ) = (
-        await child.communicate()
-    )  # its end of the pipe is the grammar process's standard error too, if anything
-    await asyncio.to_thread(await_end, int(told))
+    # The standard output's other end is the grammar process's standard error too, if anything.
+    pid, _ = await child.communicate()
+    await asyncio.to_thread(await_end, int(pid))
 
 
-async def test_a_costly_clients_outputs_do_not_delay_others(told: Told) -> None:
+async def test_a_costly_clients_outputs_do_not_delay_others(listener: RecordingListener) -> None:
     """Each of the attacker's takes some hundred times as long as all of the victim's."""
-    lanes = GrammarLanes(setup, told)
+    lanes = GrammarLanes(setup, listener)
     lanes.open(0, SLOW_MASK, (), "attacker")
-    assert (await told.answers.get())[:2] == ("refused", 0)
+    assert (await listener.answers.get())[:2] == ("refused", 0)
     for key in range(1, 11):
         lanes.open(key, regex_grammar(f"(a{{1000}}){{{1000 + key}}}"), (), "attacker")
     lanes.open(11, regex_grammar("a+"), (), "victim")
     for num_tokens in range(50):
-        kind, key, what = await told.answers.get()
+        kind, key, what = await listener.answers.get()
         assert (kind, key, what[0]) == ("mask", 11, num_tokens)
         lanes.advance(11, tokens("a")[0])
     await lanes.stop()
 
 
-async def test_a_client_that_turns_costly_goes_on_where_it_was(told: Told) -> None:
-    lanes = GrammarLanes(setup, told)
+async def test_a_client_that_turns_costly_goes_on_where_it_was(listener: RecordingListener) -> None:
+    lanes = GrammarLanes(setup, listener)
     lanes.open(0, regex_grammar("ab+"), (), "attacker")
-    await told.answers.get()
+    await listener.answers.get()
     lanes.open(1, SLOW_MASK, (), "attacker")
-    assert (await told.answers.get())[:2] == ("refused", 1)
+    assert (await listener.answers.get())[:2] == ("refused", 1)
     lanes.advance(0, tokens("ab")[0])
-    kind, key, what = await told.answers.get()
+    kind, key, what = await listener.answers.get()
     assert (kind, key, what[0]) == ("mask", 0, 1)
     assert lanes._costly.pid is not None
     await lanes.stop()
@@ -243,7 +247,7 @@ def test_a_thread_asks_and_another_receives_the_answer() -> None:
 
     answers: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
 
-    class Listener(Told):
+    class Listener(RecordingListener):
         def on_mask(self, key: int, num_tokens: int, bits: bytes) -> None:
             answers.put((key, num_tokens))
 

@@ -74,7 +74,7 @@ class ManualTarget:
         try:
             await (asyncio.sleep(0) if self.at_once else self._answer.wait())
             if self.fails_with is not None:
-                raise LoadRequestFailed(self.fails_with, "as told")
+                raise LoadRequestFailed(self.fails_with, "on purpose")
             for _ in range(request.max_tokens):
                 on_tokens(1)
             return CompletedRequest(len(request.token_ids), request.max_tokens)

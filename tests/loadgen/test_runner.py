@@ -96,7 +96,7 @@ async def test_a_failed_request_is_recorded_by_kind_without_stopping_the_load(
     target.at_once, target.fails_with = True, "http 429"
     records = await LoadRunner(target, clock).run(OfferedLoad(due(0.0, 1.0), make_request))
     assert [(record.error, record.message, record.answer) for record in records] == [
-        ("http 429", "as told", None)
+        ("http 429", "on purpose", None)
     ] * 2
 
 
@@ -159,7 +159,7 @@ async def test_a_target_that_fails_warm_up_or_is_too_short_is_refused(
 ) -> None:
     target = ManualTarget(clock, at_once=True)
     target.fails_with = "unavailable"
-    with pytest.raises(LoadError, match="a: a warm-up request failed: unavailable: as told"):
+    with pytest.raises(LoadError, match="a: a warm-up request failed: unavailable: on purpose"):
         await run_campaign(
             CampaignPlan(PLAN.workload, max_requests=4, num_warm_up=1), [Contender("a", target)]
         )

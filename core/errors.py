@@ -2,6 +2,7 @@
 them once."""
 
 from collections.abc import Iterator
+from typing import Self
 
 MAX_EXPECTED_CHARS = 400  # longer than any of ours
 MAX_SHOWN_CHARS = 80  # shown part of a refused value
@@ -22,7 +23,7 @@ class InvalidRequest(PdserveError):
         self.expected = expected
 
     @classmethod
-    def restored(cls, message: str, field: str, expected: str) -> "InvalidRequest":
+    def restored(cls, message: str, field: str, expected: str) -> Self:
         """Rebuilds the same refusal in another process."""
         error = cls.__new__(cls)
         Exception.__init__(error, message)

@@ -1,5 +1,5 @@
 """The limits of a process that does risky work for another one, and may die of it: processor time by job,
-memory, no core dump.
+memory, no core dump. Jobs in Python can be ended without the process.
 
 It is called inside that process: the grammar process, the intake process, and the one that loads tokenizers.
 """
@@ -33,6 +33,37 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+class OutOfTime(BaseException):
+    """A job has used the processor time of its `soft_limits`. Not an Exception, so that the job's own
+    handlers do not catch it."""
+
+
+@contextmanager
+def soft_limits(seconds: float, num_bytes: int) -> Iterator[None]:
+    """Around a job in Python on the main thread: raises OutOfTime in it when it has used so much processor
+    time, and MemoryError beyond `num_bytes` of new address space. The process goes on. A call into C is not
+    interrupted: `cpu_limit` ends it, with the process."""
+
+    def expire(*_: object) -> None:
+        raise OutOfTime
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = num_bytes + address_space()
+    handler = signal.signal(signal.SIGVTALRM, expire)
+    resource.setrlimit(
+        resource.RLIMIT_AS, (wanted if soft == resource.RLIM_INFINITY else min(wanted, soft), hard)
+    )
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 def limit_memory(num_bytes: int) -> None:

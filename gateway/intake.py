@@ -21,7 +21,7 @@ from .call_bounds import client_of, host_of
 from .constraint import GrammarCheck, check_constraint
 from .offload.offload import Offload
 from .text.chat_template import TooCostly
-from .text.encoding import bounded_ids, chat_text
+from .text.encoding import bounded_ids
 from .text.tokenizer import Tokenizer
 from .tools.grammar import refusal, tool_grammar
 from .tools.offer import OfferedTools
@@ -33,8 +33,6 @@ _TRACEPARENT = re.compile(
 )
 INLINE_CHARS = 4096  # longer prompts are encoded on a thread (`FairThreads`), so that other streams continue
 THREAD_CHARS = 1 << 16  # and prompts longer than these in the intake process
-# template output made on a thread, which holds the GIL for each single operation
-THREAD_RENDER_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +83,7 @@ class Intake:
         _check_resumption(message, sampling)
         offer = await self.offer(message.prompt, limits, worked_for)
         with charge.tokenizing():
-            token_ids = await self.token_ids(message.prompt, limits, worked_for, offer)
+            token_ids = await self.token_ids(message.prompt, limits, worked_for)
         # its tokens are charged, even if the request is refused below
         charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
         if fills and not message.sampling.HasField("max_tokens"):
@@ -137,7 +135,7 @@ class Intake:
         return msgspec.structs.replace(sampling, grammar=grammar)
 
     async def _tool_grammar(self, offer: OfferedTools, client: str) -> str:
-        form = self._tokenizer.tool_format
+        form = self._tokenizer.templates.tool_format
         assert form is not None, "an offer without a format"
         arguments = offer, form, self._tokenizer.added_tokens, self._model.eos_token_ids
         grammar = await self.offload.threads.run(client, tool_grammar, *arguments)
@@ -160,10 +158,10 @@ class Intake:
                 offer = OfferedTools.read(prompt.chat, limits)
             else:
                 offer = await self.offload.threads.run(client, OfferedTools.read, prompt.chat, limits)
-        if offer is not None and not self._tokenizer.takes_tools:
+        if offer is not None and not self._tokenizer.templates.takes_tools:
             expected = "none, as the model's chat template has no place for them"
             raise InvalidRequest("tools", f"{len(offer.tools)} tool(s)", expected)
-        if offer is not None and self._tokenizer.tool_format is None:
+        if offer is not None and self._tokenizer.templates.tool_format is None:
             expected = "none, as it is not known how the model writes calls"
             raise InvalidRequest("tools", f"{len(offer.tools)} tool(s)", expected)
         return offer
@@ -173,10 +171,9 @@ class Intake:
         prompt: pb.Prompt,
         limits: LimitsSection,
         client: str,
-        offer: OfferedTools | None = None,
         is_counted: bool = False,
     ) -> tuple[int, ...]:
-        """Returns the tokens of a vetted prompt of any kind; `offer` holds the tools of a conversation.
+        """Returns the tokens of a vetted prompt of any kind.
 
         `is_counted`: for Tokenize, which accepts longer ones. Raises InvalidRequest; for long prompts and
         conversations, QueueFull or NoWorkerAvailable."""
@@ -185,7 +182,7 @@ class Intake:
                 add = prompt.add_special_tokens if prompt.HasField("add_special_tokens") else True
                 return await self._encode(prompt.text, add, limits, client, is_counted)
             case "chat":
-                return await self._encode_chat(prompt.chat, offer, limits, client, is_counted)
+                return await self._encode_chat(prompt.chat, limits, client, is_counted)
             case "token_ids":
                 return tuple(prompt.token_ids.ids)
         raise InvalidRequest("prompt", "", "one of text, chat or token_ids")
@@ -201,20 +198,16 @@ class Intake:
         return await self.offload.threads.run(client, bounded_ids, *arguments)
 
     async def _encode_chat(
-        self, chat: pb.Chat, offer: OfferedTools | None, limits: LimitsSection, client: str, is_counted: bool
+        self, chat: pb.Chat, limits: LimitsSection, client: str, is_counted: bool
     ) -> tuple[int, ...]:
-        if chat.ByteSize() <= THREAD_CHARS and not self._tokenizer.may_stall:
-            run = self.offload.threads.run
-            try:
-                text = await run(client, chat_text, self._tokenizer, chat, offer, THREAD_RENDER_BYTES)
-            except TooCostly:
-                pass  # runs on a thread
-            else:
-                if len(text) > THREAD_CHARS:
-                    return await self.offload.encode(text, False, limits, client, is_counted)
-                bounds = self.offload.bounds(limits)
-                return await run(client, bounded_ids, self._tokenizer, text, False, bounds, is_counted)
-        return await self.offload.encode_chat(chat, limits, client, is_counted)
+        """Short conversations have a process of their own, where they do not wait for large ones."""
+        if chat.ByteSize() > THREAD_CHARS:
+            return await self.offload.encode_chat(chat, limits, client, is_counted)
+        try:
+            text = await self.offload.render(chat, limits, client)
+        except TooCostly:  # for a turn there
+            return await self.offload.encode_chat(chat, limits, client, is_counted)
+        return await self._encode(text, False, limits, client, is_counted)
 
 
 def checked_traceparent(header: str | None) -> str:

@@ -178,12 +178,10 @@ class Serving:
     ) -> pb.TokenizeResponse:
         limits, client = self.shared.config.limits, client_of(caller, host_of(peer))
         await self.intake.vet(request, limits)
-        offer = await self.intake.offer(request.prompt, limits, client)
+        await self.intake.offer(request.prompt, limits, client)  # refuses what a request could not have
         with self._charged([prompt_price(request.prompt)], caller) as (charge,):
             with charge.tokenizing():
-                token_ids = await self.intake.token_ids(
-                    request.prompt, limits, client, offer, is_counted=True
-                )
+                token_ids = await self.intake.token_ids(request.prompt, limits, client, is_counted=True)
             charge.settle_prompt(len(token_ids), asyncio.get_running_loop().time())
             if token_ids:
                 check_token_ids("prompt.token_ids", token_ids, self.model.vocab_size)
@@ -226,7 +224,7 @@ class Serving:
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
             eos_token_ids=model.eos_token_ids,
-            has_chat_template=self.tokenizer.has_chat_template,
+            has_chat_template=self.tokenizer.templates.can_render,
             limits=pb.Limits(
                 max_prompt_tokens=limits.max_prompt_tokens or model.max_model_len - 1,
                 max_tokens=limits.max_tokens,

@@ -12,14 +12,28 @@ from ...core import limited_process
 from ...core.codec import FrameDecoder, FrameEncoder
 from ...core.errors import InvalidRequest
 from ...core.limited_process import cpu_limit, limit_memory, write_all
+from ..text.chat_template import TooCostly
 from ..translate import UnknownModel
-from .messages import DataPart, Done, FromProcess, IntakeJob, IntakeSetup, JobRefused, ToProcess, parts
-from .work import IntakeWorker
+from .messages import (
+    DataPart,
+    Done,
+    FromProcess,
+    IntakeJob,
+    IntakeSetup,
+    JobRefused,
+    TemplateSetup,
+    ToProcess,
+    parts,
+)
+from .work import IntakeWorker, TemplateWorker
 
 JOB_S = 10.0  # processor time; a request within bounds takes a few seconds at most
+RENDER_JOB_S = 1.0  # for a short conversation: most are ended before, in Python
 MEMORY_BYTES = 3 << 30  # address space beyond the process's use when it is ready
 NICENESS = 5  # the head has priority
 READ_BYTES = 1 << 18
+
+Worker = IntakeWorker | TemplateWorker
 
 
 def main() -> None:
@@ -39,14 +53,16 @@ def _serve() -> None:
     setup = next(messages, None)
     if setup is None:
         return
-    assert isinstance(setup, IntakeSetup), "Setup comes first"
-    worker = IntakeWorker(setup, _payload(messages, setup.size))
+    assert isinstance(setup, IntakeSetup | TemplateSetup), "Setup comes first"
+    data = _payload(messages, setup.size)
+    worker: Worker = TemplateWorker(data) if isinstance(setup, TemplateSetup) else IntakeWorker(setup, data)
+    job_s = RENDER_JOB_S if isinstance(setup, TemplateSetup) else JOB_S
     limit_memory(MEMORY_BYTES)
     _write(encoder.encode(Done(())))  # ready
     for job in messages:
         assert isinstance(job, IntakeJob), "a part of nothing"
         data = _payload(messages, job.size)
-        with cpu_limit(JOB_S):
+        with cpu_limit(job_s):
             answer, results = _answer(worker, job, data)
         _write(encoder.encode(answer))
         for result in results:
@@ -54,11 +70,11 @@ def _serve() -> None:
                 _write(encoder.encode(part))
 
 
-def _answer(worker: IntakeWorker, job: IntakeJob, data: bytes) -> tuple[FromProcess, list[bytes]]:
+def _answer(worker: Worker, job: IntakeJob, data: bytes) -> tuple[FromProcess, list[bytes]]:
     try:
         results, rest = worker.do(job, data)
     except InvalidRequest as error:
-        return JobRefused(str(error), error.field, error.expected), []
+        return JobRefused(str(error), error.field, error.expected, isinstance(error, TooCostly)), []
     except UnknownModel as error:
         return JobRefused(str(error), unknown_model=(error.asked, error.served)), []
     return Done(tuple(map(len, results)), rest), list(results)

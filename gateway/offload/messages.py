@@ -1,6 +1,6 @@
 """The protocol of the intake process, in frames (`core.codec`). It has one job at a time.
 
-Setup(size), Part...    ---->   once, before all others: the tokenizer
+Setup(size), Part...    ---->   once, before all others: the tokenizer, or the chat templates alone
                         <---- Done()
 Job(work, size), Part... ---->
                         <---- Done(sizes), Part..., or Refused(why)
@@ -23,6 +23,12 @@ class IntakeSetup(msgspec.Struct, frozen=True, array_like=True, tag=True):
     max_model_len: int
 
 
+class TemplateSetup(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """For a process that only renders short conversations. Its parts: `TemplateData`."""
+
+    size: int
+
+
 class Encode(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Encodes a text to token ids, packed as little-endian integers of 32 bits."""
 
@@ -34,6 +40,10 @@ class EncodeChat(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Renders and encodes a `pb.Chat` to token ids."""
 
     is_counted: bool
+
+
+class RenderChat(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Renders a short `pb.Chat` to text."""
 
 
 class Decode(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -56,7 +66,7 @@ class ReadMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     name: str
 
 
-Work = Encode | EncodeChat | Decode | ReadBody | ReadMessage
+Work = Encode | EncodeChat | RenderChat | Decode | ReadBody | ReadMessage
 
 
 class IntakeJob(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -81,15 +91,16 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class JobRefused(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The error that the work raised: `InvalidRequest` of a field, or `UnknownModel`."""
+    """The error that the work raised: `InvalidRequest` of a field, `TooCostly` as one, or `UnknownModel`."""
 
     message: str
     field: str = ""
     expected: str = ""
+    is_too_costly: bool = False
     unknown_model: tuple[str, str] | None = None  # requested and served
 
 
-ToProcess = IntakeSetup | IntakeJob | DataPart
+ToProcess = IntakeSetup | TemplateSetup | IntakeJob | DataPart
 FromProcess = Done | JobRefused | DataPart
 
 

@@ -1,5 +1,5 @@
-"""The head's side of the intake process, with a method for each kind of work. Also owns the threads for
-smaller work."""
+"""The head's side of the intake process and of the one that renders short conversations, with a method for
+each kind of work. Also owns the threads for smaller work."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,19 @@ from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, Asked, is_small,
 from ..in_turns import in_turns
 from ..text.tokenizer import Tokenizer
 from ..vetting import Bounds, has_unknown_fields, vet
-from .fair_threads import FairThreads
-from .messages import Decode, Encode, EncodeChat, IntakeJob, IntakeSetup, ReadBody, ReadMessage, Work
+from .fair_threads import MAX_JOBS, MAX_JOBS_EACH, FairThreads
+from .messages import (
+    Decode,
+    Encode,
+    EncodeChat,
+    IntakeJob,
+    IntakeSetup,
+    ReadBody,
+    ReadMessage,
+    RenderChat,
+    TemplateSetup,
+    Work,
+)
 from .process import IntakeProcess
 from .work import packed, parsed, unpacked
 
@@ -22,19 +33,20 @@ FEW_BYTES = 1 << 12  # of a message with unknown fields that it still reads, as 
 
 
 class Offload:
-    """Used on one asyncio loop. The process starts with the first job, or by `start`."""
+    """Used on one asyncio loop. Each process starts with its first job, or by `start`."""
 
     def __init__(self, tokenizer: Tokenizer, model: str, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._model = model
         self._max_model_len = max_model_len
-        self._process: IntakeProcess | None = None
+        self._intake = IntakeProcess(self._setup)
+        self.renderer = IntakeProcess(self._template_setup, MAX_JOBS, MAX_JOBS_EACH)
         self.threads = FairThreads()
 
     @property
     def pid(self) -> int | None:
-        """The process id, if the process is running."""
-        return None if self._process is None else self._process.pid
+        """The process id of the intake process, if it is running."""
+        return self._intake.pid
 
     def bounds(self, limits: LimitsSection) -> Bounds:
         """Returns the bounds of a request to the model, within the limits in force."""
@@ -46,13 +58,15 @@ class Offload:
         )
 
     def start(self) -> None:
-        """Starts the process ahead of the first job, so that this one does not wait for it."""
-        self._running().start()
+        """Starts the processes ahead of the first jobs, so that these do not wait for them."""
+        self._intake.start()
+        if self._tokenizer.templates.can_render:
+            self.renderer.start()
 
     async def stop(self) -> None:
-        """Ends the process and the threads; idempotent."""
-        if self._process is not None:
-            await self._process.stop()
+        """Ends the processes and the threads; idempotent."""
+        await self._intake.stop()
+        await self.renderer.stop()
         await self.threads.stop()
 
     async def body(
@@ -88,6 +102,11 @@ class Offload:
         (ids,), _ = await self._do(work, text.encode(), limits, client)
         return unpacked(ids)
 
+    async def render(self, chat: pb.Chat, limits: LimitsSection, client: str) -> str:
+        """Renders a short conversation with the template. Raises TooCostly if it takes long."""
+        (text,), _ = await self.renderer.do(*_job(RenderChat(), chat.SerializeToString(), limits), client)
+        return text.decode()
+
     async def encode_chat(
         self, chat: pb.Chat, limits: LimitsSection, client: str, is_counted: bool
     ) -> tuple[int, ...]:
@@ -105,16 +124,18 @@ class Offload:
     async def _do(
         self, work: Work, data: bytes, limits: LimitsSection, client: str
     ) -> tuple[list[bytes], bytes]:
-        job = IntakeJob(work, limits.model_dump_json().encode(), len(data))
-        return await self._running().do(job, data, client)
-
-    def _running(self) -> IntakeProcess:
-        if self._process is None:
-            self._process = IntakeProcess(self._setup)
-        return self._process
+        return await self._intake.do(*_job(work, data, limits), client)
 
     def _setup(self) -> tuple[IntakeSetup, bytes]:
         tokenizer = msgspec.msgpack.encode(self._tokenizer.data)
         return IntakeSetup(
             size=len(tokenizer), model=self._model, max_model_len=self._max_model_len
         ), tokenizer
+
+    def _template_setup(self) -> tuple[TemplateSetup, bytes]:
+        templates = msgspec.msgpack.encode(self._tokenizer.data.templates)
+        return TemplateSetup(len(templates)), templates
+
+
+def _job(work: Work, data: bytes, limits: LimitsSection) -> tuple[IntakeJob, bytes]:
+    return IntakeJob(work, limits.model_dump_json().encode(), len(data)), data

@@ -14,9 +14,23 @@ from dataclasses import dataclass
 
 from ...core.codec import FrameDecoder, FrameEncoder
 from ...core.errors import InvalidRequest, NoWorkerAvailable
+from ..text.chat_template import TooCostly
 from ..translate import UnknownModel
-from .job_queue import IntakeQueue
-from .messages import DataPart, Done, FromProcess, IntakeJob, IntakeSetup, JobRefused, parts
+from .job_queue import MAX_JOBS, MAX_JOBS_EACH, IntakeQueue
+from .messages import (
+    DataPart,
+    Done,
+    EncodeChat,
+    FromProcess,
+    IntakeJob,
+    IntakeSetup,
+    JobRefused,
+    RenderChat,
+    TemplateSetup,
+    parts,
+)
+
+Setup = IntakeSetup | TemplateSetup
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +54,34 @@ class _PendingJob:
     data: bytes
     result: "asyncio.Future[tuple[list[bytes], bytes]]"
 
+    def excess(self) -> InvalidRequest:
+        """The refusal of a job that was ended by the process's limits."""
+        if isinstance(self.job.work, EncodeChat | RenderChat):
+            expected = "a conversation that the chat template renders with the time and memory that one has"
+            return InvalidRequest("prompt.chat", f"{len(self.data)} bytes", expected)
+        expected = "what can be read with the time and memory that one request has"
+        return InvalidRequest("message", f"{len(self.data)} bytes", expected)
+
 
 class IntakeProcess:
     """Used on one asyncio loop."""
 
-    def __init__(self, set_up: Callable[[], tuple[IntakeSetup, bytes]]) -> None:
+    def __init__(
+        self,
+        set_up: Callable[[], tuple[Setup, bytes]],
+        max_jobs: int = MAX_JOBS,
+        max_jobs_each: int = MAX_JOBS_EACH,
+    ) -> None:
         """`set_up` runs later, on a thread; it may take a moment."""
         self._set_up = set_up
-        self._setup: tuple[IntakeSetup, bytes] | None = None  # the same for every process
-        self._queue: IntakeQueue[_PendingJob] = IntakeQueue()
+        self._setup: tuple[Setup, bytes] | None = None  # the same for every process
+        self._queue: IntakeQueue[_PendingJob] = IntakeQueue(max_jobs, max_jobs_each)
         self._current: _PendingJob | None = None  # the process has it
         self._is_needed = asyncio.Event()
         self._process: Process | None = None
         self._is_ready = False  # the current process
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task: asyncio.Task[None] | None = None
+        self._is_stopped = False
 
     @property
     def pid(self) -> int | None:
@@ -73,17 +101,19 @@ class IntakeProcess:
     def start(self) -> None:
         """Starts the process ahead of the first job, so that this one does not wait for it."""
         self._is_needed.set()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def do(self, job: IntakeJob, data: bytes, client: str) -> tuple[list[bytes], bytes]:
         """Returns the results and their metadata.
 
         Raises the work's exceptions; InvalidRequest if it takes too much, QueueFull if many jobs wait,
         NoWorkerAvailable if there is no process."""
-        if self._task.done():
+        if self._is_stopped:
             raise NoWorkerAvailable("the server ends")
         asked = _PendingJob(job, data, asyncio.get_running_loop().create_future())
         self._queue.push(client, asked)
-        self._is_needed.set()
+        self.start()
         try:
             return await asked.result
         finally:
@@ -91,9 +121,11 @@ class IntakeProcess:
 
     async def stop(self) -> None:
         """Ends the process; idempotent. Waiting jobs are refused."""
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        self._is_stopped = True
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
         self._give_up("the server ends")
 
     async def _run(self) -> None:
@@ -104,10 +136,7 @@ class IntakeProcess:
             victim, self._current = self._current, None
             if victim is not None and not victim.result.done():
                 if code in BLAMED:
-                    expected = "what can be read with the time and memory that one request has"
-                    victim.result.set_exception(
-                        InvalidRequest("message", f"{len(victim.data)} bytes", expected)
-                    )
+                    victim.result.set_exception(victim.excess())
                 else:
                     victim.result.set_exception(NoWorkerAvailable("the intake process died over it"))
             if not self._is_ready:
@@ -168,14 +197,14 @@ class IntakeProcess:
         return code
 
     async def _converse(
-        self, process: Process, ended: "asyncio.Future[int]", setup: IntakeSetup, tokenizer: bytes
+        self, process: Process, ended: "asyncio.Future[int]", setup: Setup, data: bytes
     ) -> None:
         """Serves jobs until the process dies, which `ended` waits for. Then raises EOFError or
         ConnectionError; FrameError for an invalid answer, TimeoutError if none arrives."""
         encoder = FrameEncoder()
         async with aclosing(_answers(process)) as answers:
             async with asyncio.timeout(SILENT_S):
-                await _send(process, encoder, setup, tokenizer)
+                await _send(process, encoder, setup, data)
                 await anext(answers)
             self._is_ready = True
             while True:
@@ -219,18 +248,15 @@ class IntakeProcess:
             case Done(rest=rest):
                 asked.result.set_result((results, rest))
             case JobRefused(unknown_model=None):
-                asked.result.set_exception(
-                    InvalidRequest.restored(answer.message, answer.field, answer.expected)
-                )
+                kind = TooCostly if answer.is_too_costly else InvalidRequest
+                asked.result.set_exception(kind.restored(answer.message, answer.field, answer.expected))
             case JobRefused(unknown_model=(name, served)):
                 asked.result.set_exception(UnknownModel(name, served))
             case _:
                 raise ValueError("a part of nothing")
 
 
-async def _send(
-    process: Process, encoder: FrameEncoder, message: IntakeSetup | IntakeJob, data: bytes
-) -> None:
+async def _send(process: Process, encoder: FrameEncoder, message: Setup | IntakeJob, data: bytes) -> None:
     assert process.stdin is not None
     for frame in itertools.chain([message], parts(data)):
         process.stdin.write(encoder.encode(frame))

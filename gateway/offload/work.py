@@ -11,13 +11,15 @@ from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
 from ..http.bodies import read_body
+from ..text.chat_template import ChatTemplates
 from ..text.encoding import bounded_ids, chat_text
 from ..text.tokenizer import Tokenizer
-from ..text.tokenizer_loading.messages import TokenizerData
+from ..text.tokenizer_loading.messages import TemplateData, TokenizerData
 from ..tools.offer import OfferedTools
 from ..vetting import Bounds, check_message, refuse_unknown_fields
-from .messages import Decode, Encode, EncodeChat, IntakeJob, IntakeSetup, ReadBody, ReadMessage
+from .messages import Decode, Encode, EncodeChat, IntakeJob, IntakeSetup, ReadBody, ReadMessage, RenderChat
 
+TURN_S = 0.1  # of processor time for a short conversation; others wait for it
 WIRE_FORMAT = "the call's message in protobuf's wire format, with texts in UTF-8"
 
 
@@ -26,6 +28,7 @@ class IntakeWorker:
 
     def __init__(self, setup: IntakeSetup, tokenizer: bytes) -> None:
         self._tokenizer = Tokenizer(msgspec.msgpack.decode(tokenizer, type=TokenizerData))
+        self._tokenizer.templates.compile()
         self._setup = setup
 
     def do(self, job: IntakeJob, data: bytes) -> tuple[Sequence[bytes], bytes]:
@@ -41,7 +44,7 @@ class IntakeWorker:
                 return [packed(bounded_ids(self._tokenizer, data.decode(), add, bounds, is_counted))], b""
             case EncodeChat(is_counted=is_counted):
                 chat = pb.Chat.FromString(data)
-                text = chat_text(self._tokenizer, chat, OfferedTools.read(chat, bounds.limits))
+                text = chat_text(self._tokenizer.templates, chat, OfferedTools.read(chat, bounds.limits))
                 return [packed(bounded_ids(self._tokenizer, text, False, bounds, is_counted))], b""
             case Decode(skip_special_tokens=skip):
                 return [self._tokenizer.decode(unpacked(data), skip_special_tokens=skip).encode()], b""
@@ -51,6 +54,22 @@ class IntakeWorker:
             case ReadMessage(name=name):
                 kind: type[Message] = getattr(pb, name)
                 return [read_message(kind, data, bounds).SerializeToString()], b""
+        raise ValueError(f"{job.work} is not for this process")
+
+
+class TemplateWorker:
+    """Renders short conversations for one model."""
+
+    def __init__(self, data: bytes) -> None:
+        self._templates = ChatTemplates(msgspec.msgpack.decode(data, type=TemplateData))
+        self._templates.compile()
+
+    def do(self, job: IntakeJob, data: bytes) -> tuple[Sequence[bytes], bytes]:
+        """As `IntakeWorker.do`."""
+        assert isinstance(job.work, RenderChat), job.work
+        chat = pb.Chat.FromString(data)
+        offer = OfferedTools.read(chat, LimitsSection.model_validate_json(job.limits))
+        return [chat_text(self._templates, chat, offer, TURN_S).encode()], b""
 
 
 def read_message(kind: type[Message], data: bytes, bounds: Bounds) -> Message:

@@ -1,17 +1,18 @@
-"""Encodes prompts to token ids within bounds, on threads of the head or in the intake process."""
-
-from collections.abc import Sequence
+"""Renders conversations and encodes prompts to token ids, within bounds."""
 
 from ...core.errors import InvalidRequest
+from ...core.limited_process import OutOfTime, soft_limits
 from ...core.validation import check_prompt_length
 from ...proto import pdserve_pb2 as pb
 from ..tools.conversation import template_messages
 from ..tools.offer import OfferedTools
 from ..vetting import Bounds, check_chars, check_counted
-from .template.account import MAX_BYTES
+from .chat_template import ChatTemplates, TooCostly
 from .tokenizer import Tokenizer
 
 SLICE_CHARS = 1 << 16
+RENDER_S = 1.0  # of processor time
+RENDER_BYTES = 256 << 20  # of memory that a template takes
 USUAL_CHARS = 8  # of a token, at most, in natural text
 
 
@@ -51,13 +52,18 @@ def _check_slices(tokenizer: Tokenizer, text: str, max_tokens: int) -> None:
 
 
 def chat_text(
-    tokenizer: Tokenizer, chat: pb.Chat, offer: OfferedTools | None, max_bytes: int = MAX_BYTES
+    templates: ChatTemplates, chat: pb.Chat, offer: OfferedTools | None, cpu_s: float = RENDER_S
 ) -> str:
-    """Renders a conversation with the checkpoint's template and its tools. Raises InvalidRequest, or
-    TooCostly."""
-    messages = template_messages(chat, takes_calls=tokenizer.takes_calls or not tokenizer.has_chat_template)
+    """Renders a conversation with the checkpoint's template and its tools, within limits: only for a process
+    that has limits itself, on its main thread. Raises InvalidRequest, or TooCostly."""
+    messages = template_messages(chat, takes_calls=templates.takes_calls or not templates.can_render)
     add = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
-    tools: Sequence[dict[str, object]] | None = (
-        None if offer is None else [tool.for_template() for tool in offer.tools]
-    )
-    return tokenizer.render_chat(messages, add, tools, max_bytes)
+    tools = None if offer is None else [tool.for_template() for tool in offer.tools]
+    try:
+        with soft_limits(cpu_s, RENDER_BYTES):
+            return templates.render(messages, add, tools)
+    except (OutOfTime, MemoryError):
+        expected = (
+            f"a conversation that the chat template renders in {cpu_s:g} s and {RENDER_BYTES >> 20} MiB"
+        )
+        raise TooCostly("prompt.chat", f"{len(messages)} message(s)", expected) from None

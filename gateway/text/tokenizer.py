@@ -12,9 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from ...core.errors import CheckpointError, InvalidRequest
-from ..tools.formats import ToolFormat, tool_format
-from .chat_template import ChatTemplate
-from .template.account import MAX_BYTES
+from .chat_template import ChatTemplates
 from .tokenizer_loading.messages import TokenizerData
 from .tokenizer_loading.process import load
 from .tokenizer_loading.usual import may_stall
@@ -44,9 +42,7 @@ class Tokenizer:
         self._backend = Backend.from_str(data.backend_json)
         self._backend.encode_special_tokens = data.encode_special_tokens
         added = self._backend.get_added_tokens_decoder()
-        self._template = _chat_template(data, "default")
-        self._tool_template = _chat_template(data, "tool_use") or self._template
-        self._tool_format = None if self._tool_template is None else tool_format(self._tool_template.source)
+        self.templates = ChatTemplates(data.templates)
         self.may_stall = may_stall(
             data.backend_json
         )  # even on short texts, which then go to the intake process
@@ -64,25 +60,6 @@ class Tokenizer:
             return Tokenizer(data)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
-    @property
-    def takes_tools(self) -> bool:
-        """Whether the chat template has a place for tools."""
-        return self._tool_template is not None and self._tool_template.takes_tools
-
-    @property
-    def takes_calls(self) -> bool:
-        """Whether the chat template has a place for tool calls of earlier messages."""
-        return self._tool_template is not None and self._tool_template.takes_calls
-
-    @property
-    def tool_format(self) -> ToolFormat | None:
-        """The model's format of tool calls; None if it is unknown."""
-        return self._tool_format
 
     def to_json(self) -> str:
         """As in tokenizer.json."""
@@ -109,21 +86,6 @@ class Tokenizer:
             expected = "a text that the model's tokenizer can take"
             raise InvalidRequest("prompt", f"{len(text)} characters", expected) from None
         return encoding
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        max_bytes: int = MAX_BYTES,
-    ) -> str:
-        """Renders a conversation as text, with the checkpoint's template. Raises InvalidRequest, or TooCostly
-        if the template would create more than `max_bytes`. May take a second: must not run on a loop."""
-        template = self._template if tools is None else self._tool_template
-        if template is None:
-            expected = "text or token_ids, as the model has no chat template"
-            raise InvalidRequest("prompt.chat", f"{len(messages)} message(s)", expected)
-        return template.render(messages, add_generation_prompt, tools, max_bytes=max_bytes)
 
     def has_text(self, token_id: int) -> bool:
         """Whether a token stands for text: it is in the vocabulary and not special."""
@@ -174,9 +136,3 @@ def _is_panic(error: BaseException) -> bool:
     """Returns whether Rust code has panicked, which pyo3 does not raise as an Exception, so that it would
     bypass handlers that expect one."""
     return type(error).__name__ == "PanicException"
-
-
-def _chat_template(data: TokenizerData, name: str) -> ChatTemplate | None:
-    """Returns the template that the checkpoint calls so."""
-    source = data.chat_templates.get(name)
-    return None if source is None else ChatTemplate(source, data.special_tokens)

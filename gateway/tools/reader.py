@@ -16,7 +16,7 @@ class CallReader:
     """Extracts the calls from a choice's text."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, choice: int) -> None:
-        form = tokenizer.tool_format
+        form = tokenizer.templates.tool_format
         assert form is not None, f"{request.request_id}: tools without a format"
         self._parser = ToolParser(form, lambda index: call_id(request, form, choice, index))
         self.decoder: TokenDecoder = _ShowingMarkers(tokenizer, form)

@@ -58,13 +58,13 @@ def joined(checkpoint: Path, model: str) -> Iterator[JoinedEngines]:
 @torch.inference_mode()
 def test_a_call_that_has_to_come_fits_its_schema(joined: JoinedEngines, model: str) -> None:
     tokenizer = MODELS[model]()
-    assert tokenizer.tool_format is not None
+    assert tokenizer.templates.tool_format is not None
     offers = [
         offer(TOOLS, must_call=True, is_parallel=False),
         *(offer(TOOLS, is_parallel=False, chosen=[tool]) for tool in TOOLS),
     ]
     grammars = [
-        tool_grammar(offered, tokenizer.tool_format, tokenizer.added_tokens, [eos_of(tokenizer)])
+        tool_grammar(offered, tokenizer.templates.tool_format, tokenizer.added_tokens, [eos_of(tokenizer)])
         for offered in offers
     ]
     params = [

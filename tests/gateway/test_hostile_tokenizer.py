@@ -441,8 +441,8 @@ async def test_an_unusual_tokenizer_encodes_the_shortest_text_in_the_intake_proc
         async def encode(self, text: str, *_: object) -> tuple[int, ...]:
             return (1,)
 
-        async def encode_chat(self, *_: object) -> tuple[int, ...]:
-            return (2,)
+        async def render(self, *_: object) -> str:
+            return "a"
 
     tokenizer = changed(**UNUSUAL[name])
     info = model_info(byte_level())
@@ -450,4 +450,4 @@ async def test_an_unusual_tokenizer_encodes_the_shortest_text_in_the_intake_proc
     limits = LimitsSection()
     assert await intake.token_ids(pb.Prompt(text="a"), limits, "client") == (1,)
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="a")])
-    assert await intake.token_ids(pb.Prompt(chat=chat), limits, "client") == (2,)
+    assert await intake.token_ids(pb.Prompt(chat=chat), limits, "client") == (1,)

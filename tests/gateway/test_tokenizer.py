@@ -71,13 +71,13 @@ def test_texts_are_tokenised_as_in_transformers(directory: Path, ours: Tokenizer
 
 def test_conversations_are_tokenised_as_in_transformers(directory: Path, ours: Tokenizer) -> None:
     reference = AutoTokenizer.from_pretrained(directory)
-    if not ours.has_chat_template:
+    if not ours.templates.can_render:
         with pytest.raises(InvalidRequest, match="no chat template"):
-            ours.render_chat(CHAT)
+            ours.templates.render(CHAT)
         return
     for add in (True, False):
         expected = reference.apply_chat_template(CHAT, add_generation_prompt=add)["input_ids"]
-        assert list(ours.encode(ours.render_chat(CHAT, add), add_special_tokens=False)) == expected
+        assert list(ours.encode(ours.templates.render(CHAT, add), add_special_tokens=False)) == expected
 
 
 def test_truncation_and_padding_of_training_do_not_reach_prompts(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ....core.errors import CheckpointError, InvalidRequest
 from ....core.limited_process import limit_memory
 from ..tokenizer import Tokenizer
 from .growth import Parts, check_growth, check_vocabulary
-from .messages import Limits, LoadFailure, Outcome, TokenizerData
+from .messages import Limits, LoadFailure, Outcome, TemplateData, TokenizerData
 
 MAX_OUTCOME_BYTES = 128 << 20
 MAX_REASON_CHARS = 400
@@ -87,12 +87,14 @@ def exported(pretrained: Any) -> TokenizerData:
     return TokenizerData(
         backend_json=backend.to_str(),
         encode_special_tokens=bool(backend.encode_special_tokens),
-        chat_templates={"default": templates} if isinstance(templates, str) else dict(templates),
-        special_tokens={
-            name: str(token)
-            for name, token in pretrained.special_tokens_map.items()
-            if isinstance(token, str)
-        },
+        templates=TemplateData(
+            sources={"default": templates} if isinstance(templates, str) else dict(templates),
+            special_tokens={
+                name: str(token)
+                for name, token in pretrained.special_tokens_map.items()
+                if isinstance(token, str)
+            },
+        ),
     )
 
 
@@ -100,13 +102,13 @@ def check(data: TokenizerData, limits: Limits) -> None:
     """Raises CheckpointError, or dies, if the server could not bear the behaviour of `data`."""
     parts = msgspec.json.decode(data.backend_json, type=Parts)
     check_growth(parts)
-    if len(data.chat_templates) > MAX_TEMPLATES:
-        raise CheckpointError(
-            f"it has {len(data.chat_templates)} chat templates, expected at most {MAX_TEMPLATES}"
-        )
-    if any(len(token) > MAX_NAME_CHARS for token in data.special_tokens.values()):
+    num_templates = len(data.templates.sources)
+    if num_templates > MAX_TEMPLATES:
+        raise CheckpointError(f"it has {num_templates} chat templates, expected at most {MAX_TEMPLATES}")
+    if any(len(token) > MAX_NAME_CHARS for token in data.templates.special_tokens.values()):
         raise CheckpointError(f"it has a special token of more than {MAX_NAME_CHARS} characters")
     tokenizer = Tokenizer(data)
+    tokenizer.templates.compile()
     vocabulary = tokenizer.vocabulary()
     check_vocabulary(vocabulary, len(tokenizer.added_tokens))
     for text in _probes(parts.patterns(), vocabulary):

@@ -15,13 +15,19 @@ class Limits(msgspec.Struct, frozen=True):
 DEFAULT_LIMITS = Limits()
 
 
+class TemplateData(msgspec.Struct, frozen=True):
+    """A checkpoint's chat templates, and the variables that they find."""
+
+    sources: dict[str, str]  # by name; the only one of a checkpoint is "default"
+    special_tokens: dict[str, str]  # by role: bos_token, eos_token and others
+
+
 class TokenizerData(msgspec.Struct, frozen=True, tag="loaded"):
     """A tokenizer as values: everything that serving needs."""
 
     backend_json: str  # of the tokenizers library, as in tokenizer.json
     encode_special_tokens: bool  # names of special tokens in a text are plain text
-    chat_templates: dict[str, str]  # by name; the only one of a checkpoint is "default"
-    special_tokens: dict[str, str]  # by role: bos_token, eos_token and others
+    templates: TemplateData
 
 
 class LoadFailure(msgspec.Struct, frozen=True, tag="failed"):

@@ -139,12 +139,13 @@ async def test_waiting_and_later_callers_are_refused_when_the_server_ends(held: 
 
 LONG_TOOL = pb.Tool(name="f", description="d" * 5000, parameters="{}")
 HELLO = [pb.ChatMessage(role="user", content="hello")]
+LONG = [pb.ChatMessage(role="user", content="hello " * 1000)]
 PROMPTS: dict[str, tuple[pb.Prompt, list[str]]] = {
     "text": (pb.Prompt(text="the dog " * 1000), ["bounded_ids"]),
-    "conversation": (pb.Prompt(chat=pb.Chat(messages=HELLO)), ["chat_text", "bounded_ids"]),
+    "conversation": (pb.Prompt(chat=pb.Chat(messages=LONG)), ["bounded_ids"]),
     "tools": (
         pb.Prompt(chat=pb.Chat(messages=HELLO, tools=[LONG_TOOL])),
-        ["OfferedTools.read", "chat_text", "bounded_ids", "tool_grammar"],
+        ["OfferedTools.read", "bounded_ids", "tool_grammar"],
     ),
 }
 
@@ -163,7 +164,11 @@ async def test_all_thread_work_for_a_prompt_counts_for_its_client(
         done.append((client, function.__qualname__))
         return await run(client, function, *arguments)
 
+    async def rendered(*_: object) -> str:
+        return LONG[0].content
+
     monkeypatch.setattr(threads, "run", noted)
+    monkeypatch.setattr(intake.offload, "render", rendered)  # in its own process
     monkeypatch.setattr(asyncio, "to_thread", None)
     message = pb.GenerateRequest(model=info.name, prompt=prompt)
     await intake.request(message, LimitsSection(), None, "ipv4:10.0.0.1:4567")

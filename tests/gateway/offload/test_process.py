@@ -49,7 +49,7 @@ async def test_a_text_has_the_same_tokens_wherever_it_is_encoded(offload: Offloa
 
 async def test_a_conversation_has_the_same_tokens_wherever_it_is_rendered(offload: Offload) -> None:
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hello " * 20_000)])
-    text = byte_level().render_chat([{"role": "user", "content": "hello " * 20_000}])
+    text = byte_level().templates.render([{"role": "user", "content": "hello " * 20_000}])
     ids = await offload.encode_chat(chat, LIMITS, "a", is_counted=False)
     assert ids == byte_level().encode(text, add_special_tokens=False)
 

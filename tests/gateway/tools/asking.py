@@ -14,8 +14,8 @@ CALLS = [("get_weather", ARGUMENTS), ("stop", "{}")]
 
 def saying(model: str, calls: list[tuple[str, str]], text: str = "") -> ScriptedCluster:
     tokenizer = MODELS[model]()
-    assert tokenizer.tool_format is not None
-    cluster = ScriptedCluster(tokenizer, written(tokenizer.tool_format, calls, text))
+    assert tokenizer.templates.tool_format is not None
+    cluster = ScriptedCluster(tokenizer, written(tokenizer.templates.tool_format, calls, text))
     cluster.eos_after = len(cluster.token_ids)
     return cluster
 

@@ -33,8 +33,8 @@ WRONG = {
 
 def grammar_of(model: str, offered: OfferedTools) -> str:
     tokenizer = MODELS[model]()
-    assert tokenizer.tool_format is not None
-    return tool_grammar(offered, tokenizer.tool_format, tokenizer.added_tokens, [eos_of(tokenizer)])
+    assert tokenizer.templates.tool_format is not None
+    return tool_grammar(offered, tokenizer.templates.tool_format, tokenizer.added_tokens, [eos_of(tokenizer)])
 
 
 def matcher(model: str, offered: OfferedTools) -> LLMatcher:
@@ -50,7 +50,7 @@ def accepts(model: str, offered: OfferedTools, text: str) -> bool:
 
 
 def form_of(model: str) -> ToolFormat:
-    form = MODELS[model]().tool_format
+    form = MODELS[model]().templates.tool_format
     assert form is not None
     return form
 

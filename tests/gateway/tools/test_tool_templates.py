@@ -56,9 +56,9 @@ def test_a_checkpoint_may_have_a_template_of_its_own_for_tools() -> None:
     tokenizer = Built(
         PreTrainedTokenizerFast(tokenizer_object=byte_level()._backend, chat_template=templates)
     )
-    assert tokenizer.render_chat(CHAT) == CHAT[0]["content"]
-    assert tokenizer.render_chat(CHAT, tools=openai_tools()) == '2<tool_call>"arguments"'
-    assert (tokenizer.takes_tools, tokenizer.tool_format) == (True, ToolFormat.HERMES)
+    assert tokenizer.templates.render(CHAT) == CHAT[0]["content"]
+    assert tokenizer.templates.render(CHAT, tools=openai_tools()) == '2<tool_call>"arguments"'
+    assert (tokenizer.templates.takes_tools, tokenizer.templates.tool_format) == (True, ToolFormat.HERMES)
 
 
 def test_a_template_takes_tools_where_it_names_them() -> None:

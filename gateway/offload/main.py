@@ -3,6 +3,7 @@
 A job that takes too much processor time or memory ends the process; its parent refuses that job and starts a
 new process."""
 
+import gc
 import os
 import sys
 import traceback
@@ -57,6 +58,7 @@ def _serve() -> None:
     data = _payload(messages, setup.size)
     worker: Worker = TemplateWorker(data) if isinstance(setup, TemplateSetup) else IntakeWorker(setup, data)
     job_s = RENDER_JOB_S if isinstance(setup, TemplateSetup) else JOB_S
+    gc.freeze()  # so that collections are fast
     limit_memory(MEMORY_BYTES)
     _write(encoder.encode(Done(())))  # ready
     for job in messages:
@@ -65,6 +67,8 @@ def _serve() -> None:
         with cpu_limit(job_s):
             answer, results = _answer(worker, job, data)
         _write(encoder.encode(answer))
+        if isinstance(answer, JobRefused):
+            gc.collect()  # a failed template's values are in reference cycles with its traceback
         for result in results:
             for part in parts(result):
                 _write(encoder.encode(part))

@@ -13,9 +13,9 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Macro
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, pass_context
 
 from ...core.checkpoint_files import shown_text
 from ...core.errors import CheckpointError, InvalidRequest
@@ -109,7 +109,12 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """As `ChatTemplates.render`. Also raises MemoryError."""
-        variables = {**self._special_tokens, "messages": messages, "tools": tools, "documents": None}
+        variables: dict[str, object] = {
+            **self._special_tokens,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+        }
         variables["add_generation_prompt"] = add_generation_prompt
         parts, num_chars = [], 0
         try:
@@ -134,9 +139,13 @@ def _broken(error: Exception) -> CheckpointError:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """As in transformers."""
+    """Renders as that of transformers."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, loopcontrols],
+        optimized=False,  # so that compiling computes nothing
+        finalize=_unfolded,
     )
     environment.filters["tojson"] = _to_json  # jinja2's own escapes for HTML
     environment.globals |= {
@@ -148,12 +157,17 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+@pass_context  # jinja2 computes output that needs no context when it compiles
+def _unfolded(_: Context, value: Any) -> Any:
+    return value
+
+
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's output for training; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
-    def parse(self, parser: Parser) -> nodes.CallBlock:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)

@@ -200,13 +200,13 @@ class GrammarProcess:
                 if not (data := reading.result()):
                     return
                 for answer in decoder.feed(data):
-                    self._tell(answer)
+                    self._deliver(answer)
                 self._ask()
                 reading = asyncio.ensure_future(process.stdout.read(READ_BYTES))
         finally:
             reading.cancel()
 
-    def _tell(self, answer: FromProcess) -> None:
+    def _deliver(self, answer: FromProcess) -> None:
         self._has_answered, self._answered_s = True, time.monotonic()
         client = self._outputs.oldest_client
         if self._outputs.answered(answer):

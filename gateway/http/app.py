@@ -92,17 +92,17 @@ class _Tokens:
         return _json(self._model())
 
     async def tokenize(self, http: Request) -> Response:
-        (message,), asked = await read(http, "tokenize", self._serving)
+        (message,), options = await read(http, "tokenize", self._serving)
         assert isinstance(message, pb.TokenizeRequest)
         tokens = await self._serving.tokenize(
-            message, peer_of(http), http.state.caller, with_pieces=asked.token_texts
+            message, peer_of(http), http.state.caller, with_pieces=options.token_texts
         )
         payload = {
             "count": len(tokens.token_ids),
             "max_model_len": tokens.max_model_len,
             "tokens": list(tokens.token_ids),
         }
-        return _json(payload | {"token_strs": list(tokens.pieces) if asked.token_texts else None})
+        return _json(payload | {"token_strs": list(tokens.pieces) if options.token_texts else None})
 
     async def detokenize(self, http: Request) -> Response:
         (message,), _ = await read(http, "detokenize", self._serving)

@@ -27,7 +27,7 @@ MAX_VALUES = 250_000  # of a body, numbers apart
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: linear even if none is closed
 
 
-class Asked(msgspec.Struct, frozen=True):
+class AnswerOptions(msgspec.Struct, frozen=True):
     """The shape of the answer that a body asks for."""
 
     stream: bool = False
@@ -44,16 +44,18 @@ def is_small(data: bytes) -> bool:
     return len(data) <= SMALL_BYTES and data.count(b"{") + data.count(b"[") <= SMALL_VALUES
 
 
-def read_body(kind: str, data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:
+def read_body(
+    kind: str, data: bytes, request_id: str, bounds: Bounds
+) -> tuple[Sequence[Message], AnswerOptions]:
     """Returns the messages in a body for the route `kind`, at least one. Raises InvalidRequest or
     UnknownModel."""
     if len(data) > SMALL_BYTES:
         _check_values(data)
-    messages, asked = _READERS[kind](data, request_id, bounds)
+    messages, options = _READERS[kind](data, request_id, bounds)
     for message in messages:
         refuse_unknown_fields(message)
         check_message(message, bounds)
-    return messages, asked
+    return messages, options
 
 
 def _check_values(data: bytes) -> None:
@@ -73,30 +75,30 @@ def _validated(model: type[Model], data: bytes) -> Model:
         raise malformed(error) from error
 
 
-def _completions(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:
+def _completions(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], AnswerOptions]:
     body = _validated(CompletionRequest, data)
-    return completion_messages(body, request_id, bounds.limits), _asked(
+    return completion_messages(body, request_id, bounds.limits), _options(
         body, body.logprobs is not None, body.echo
     )
 
 
-def _chat(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:
+def _chat(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], AnswerOptions]:
     body = _validated(ChatCompletionRequest, data)
-    return [chat_message(body, request_id, bounds.limits)], _asked(body, body.logprobs)
+    return [chat_message(body, request_id, bounds.limits)], _options(body, body.logprobs)
 
 
-def _tokenize(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:
+def _tokenize(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], AnswerOptions]:
     body = _validated(TokenizeRequest, data)
-    return [tokenize_message(body)], Asked(token_texts=body.return_token_strs)
+    return [tokenize_message(body)], AnswerOptions(token_texts=body.return_token_strs)
 
 
-def _detokenize(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], Asked]:
-    return [detokenize_message(_validated(DetokenizeRequest, data))], Asked()
+def _detokenize(data: bytes, request_id: str, bounds: Bounds) -> tuple[Sequence[Message], AnswerOptions]:
+    return [detokenize_message(_validated(DetokenizeRequest, data))], AnswerOptions()
 
 
-def _asked(body: GenerationBody, logprobs: bool, echo: bool = False) -> Asked:
+def _options(body: GenerationBody, logprobs: bool, echo: bool = False) -> AnswerOptions:
     options = body.stream_options
-    return Asked(
+    return AnswerOptions(
         stream=body.stream,
         echo=echo,
         logprobs=logprobs,
@@ -106,7 +108,7 @@ def _asked(body: GenerationBody, logprobs: bool, echo: bool = False) -> Asked:
     )
 
 
-Reader = Callable[[bytes, str, Bounds], tuple[Sequence[Message], Asked]]
+Reader = Callable[[bytes, str, Bounds], tuple[Sequence[Message], AnswerOptions]]
 _READERS: dict[str, Reader] = {
     "completions": _completions,
     "chat": _chat,

@@ -8,11 +8,11 @@ from starlette.requests import Request
 
 from ..call_bounds import client_of, host_of
 from ..serving import Serving
-from .bodies import Asked
+from .bodies import AnswerOptions
 from .errors import HttpRefusal
 
 
-async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Message], Asked]:
+async def read(http: Request, route: str, serving: Serving) -> tuple[Sequence[Message], AnswerOptions]:
     """Returns the messages that the body has for `route`, at least one, and the shape of the answer.
 
     Raises InvalidRequest, UnknownModel or Refused; for large ones, QueueFull or NoWorkerAvailable.

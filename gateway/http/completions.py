@@ -14,7 +14,7 @@ from ..auth.cost import Charge
 from ..in_turns import in_turns
 from ..offload.fair_threads import FairThreads
 from ..serving import Serving
-from .bodies import Asked
+from .bodies import AnswerOptions
 from .body import http_client, peer_of, read
 from .format import ChatFormat, CompletionFormat, Format, Wanted
 from .sse import EventStream, merged
@@ -30,30 +30,30 @@ class Completions:
         self._serving = serving
 
     async def complete(self, http: HttpRequest) -> Response:
-        messages, asked = await read(http, "completions", self._serving)
+        messages, options = await read(http, "completions", self._serving)
         generates = [message for message in messages if isinstance(message, pb.GenerateRequest)]
         with ExitStack() as paying:
             charges = paying.enter_context(self._serving.charged(generates, http.state.caller))
             requests, echoes = [], []
             async for message, charge in in_turns(zip(generates, charges, strict=True), every=1):
                 requests.append(await self._request(http, message, charge))
-                if asked.echo:
+                if options.echo:
                     echoes.append(await self._text(http, message, requests[-1]))
             form = self._format(
-                CompletionFormat, f"cmpl-{http.state.request_id}", requests, _wanted(asked, tuple(echoes))
+                CompletionFormat, f"cmpl-{http.state.request_id}", requests, _wanted(options, tuple(echoes))
             )
-            return await self._answer(http, asked, form, requests, charges, paying)
+            return await self._answer(http, options, form, requests, charges, paying)
 
     async def chat(self, http: HttpRequest) -> Response:
-        (message,), asked = await read(http, "chat", self._serving)
+        (message,), options = await read(http, "chat", self._serving)
         assert isinstance(message, pb.GenerateRequest)
         with ExitStack() as paying:
             # as at OpenAI, a chat answer has no default limit; a completion has 16 tokens unless it asks for
             # more
             charges = paying.enter_context(self._serving.charged([message], http.state.caller, fills=True))
             requests = [await self._request(http, message, charges[0], fills=True)]
-            form = self._format(ChatFormat, f"chatcmpl-{http.state.request_id}", requests, _wanted(asked))
-            return await self._answer(http, asked, form, requests, charges, paying)
+            form = self._format(ChatFormat, f"chatcmpl-{http.state.request_id}", requests, _wanted(options))
+            return await self._answer(http, options, form, requests, charges, paying)
 
     async def _request(
         self, http: HttpRequest, message: pb.GenerateRequest, charge: Charge, fills: bool = False
@@ -72,7 +72,7 @@ class Completions:
     async def _answer(
         self,
         http: HttpRequest,
-        asked: Asked,
+        options: AnswerOptions,
         form: Format,
         requests: Sequence[Request],
         charges: Sequence[Charge],
@@ -80,7 +80,7 @@ class Completions:
     ) -> Response:
         threads, client = self._serving.intake.offload.threads, http_client(http)
         events = merged([self._serving.events(*each) for each in zip(requests, charges, strict=True)])
-        if not asked.stream:
+        if not options.stream:
             return Response(
                 await _whole(form, events, len(requests), threads, client), media_type="application/json"
             )
@@ -140,11 +140,11 @@ async def _chunks(
     yield form.last()
 
 
-def _wanted(asked: Asked, echoes: tuple[str, ...] = ()) -> Wanted:
+def _wanted(options: AnswerOptions, echoes: tuple[str, ...] = ()) -> Wanted:
     return Wanted(
-        token_ids=asked.token_ids,
-        logprobs=asked.logprobs,
-        usage=asked.usage,
-        running_usage=asked.running_usage,
+        token_ids=options.token_ids,
+        logprobs=options.logprobs,
+        usage=options.usage,
+        running_usage=options.running_usage,
         echoes=echoes,
     )

@@ -12,28 +12,28 @@ from .schema import GenerationBody, ResponseFormat, StructuredOutputs
 
 def constraint_message(body: GenerationBody) -> pb.Constraint | None:
     """Returns None if the output is unconstrained. Raises InvalidRequest."""
-    asked = None if body.response_format is None else _of_format(body.response_format)
+    given = None if body.response_format is None else _of_format(body.response_format)
     if body.structured_outputs is None:
-        return asked
-    if asked is not None:
+        return given
+    if given is not None:
         raise InvalidRequest("structured_outputs", "", "nothing beside a response_format of JSON")
     return _of_outputs(body.structured_outputs)
 
 
-def _of_format(asked: ResponseFormat) -> pb.Constraint | None:
-    if asked.type == "json_schema":
-        if asked.json_schema is None:
+def _of_format(given: ResponseFormat) -> pb.Constraint | None:
+    if given.type == "json_schema":
+        if given.json_schema is None:
             raise InvalidRequest("response_format.json_schema", "", "a schema, with type json_schema")
-        return pb.Constraint(json_schema=_text(asked.json_schema.json_schema))
-    if asked.json_schema is not None:
+        return pb.Constraint(json_schema=_text(given.json_schema.json_schema))
+    if given.json_schema is not None:
         raise InvalidRequest(
-            "response_format.json_schema", asked.json_schema.name, f"none, with type {asked.type}"
+            "response_format.json_schema", given.json_schema.name, f"none, with type {given.type}"
         )
-    return pb.Constraint(json_object=True) if asked.type == "json_object" else None
+    return pb.Constraint(json_object=True) if given.type == "json_object" else None
 
 
-def _of_outputs(asked: StructuredOutputs) -> pb.Constraint:
-    kinds = {name: getattr(asked, name) for name in asked.model_fields_set}
+def _of_outputs(given: StructuredOutputs) -> pb.Constraint:
+    kinds = {name: getattr(given, name) for name in given.model_fields_set}
     if len(kinds) > 1:
         raise InvalidRequest("structured_outputs", sorted(kinds), KINDS)
     if "json_schema" in kinds:

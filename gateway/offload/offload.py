@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
 from ...proto import pdserve_pb2 as pb
-from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, Asked, is_small, read_body
+from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, AnswerOptions, is_small, read_body
 from ..in_turns import in_turns
 from ..text.tokenizer import Tokenizer
 from ..vetting import Bounds, has_unknown_fields, vet
@@ -71,14 +71,14 @@ class Offload:
 
     async def body(
         self, route: str, data: bytes, request_id: str, limits: LimitsSection, client: str
-    ) -> tuple[Sequence[Message], Asked]:
+    ) -> tuple[Sequence[Message], AnswerOptions]:
         """Like `bodies.read_body`. All methods also raise QueueFull or NoWorkerAvailable, and InvalidRequest
         for input that takes too many resources."""
         if is_small(data):
             return read_body(route, data, request_id, self.bounds(limits))
         results, rest = await self._do(ReadBody(route, request_id), data, limits, client)
         messages = [MESSAGES[route].FromString(result) async for result in in_turns(results, every=1)]
-        return messages, msgspec.msgpack.decode(rest, type=Asked)
+        return messages, msgspec.msgpack.decode(rest, type=AnswerOptions)
 
     async def message(self, kind: type[Message], data: bytes, limits: LimitsSection, client: str) -> Message:
         """Returns a client's message, parsed and, if its type is ours, vetted. Raises InvalidRequest or

@@ -111,13 +111,13 @@ class IntakeProcess:
         NoWorkerAvailable if there is no process."""
         if self._is_stopped:
             raise NoWorkerAvailable("the server ends")
-        asked = _PendingJob(job, data, asyncio.get_running_loop().create_future())
-        self._queue.push(client, asked)
+        pending = _PendingJob(job, data, asyncio.get_running_loop().create_future())
+        self._queue.push(client, pending)
         self.start()
         try:
-            return await asked.result
+            return await pending.result
         finally:
-            self._queue.remove(client, asked)
+            self._queue.remove(client, pending)
 
     async def stop(self) -> None:
         """Ends the process; idempotent. Waiting jobs are refused."""
@@ -150,9 +150,9 @@ class IntakeProcess:
         waiting = [self._queue.pop() for _ in range(len(self._queue))]
         if self._current is not None:
             waiting.append(self._current)
-        for asked in waiting:
-            if not asked.result.done():
-                asked.result.set_exception(NoWorkerAvailable(why))
+        for pending in waiting:
+            if not pending.result.done():
+                pending.result.set_exception(NoWorkerAvailable(why))
 
     async def _live(self) -> int | None:
         """Runs one process from start to end. Returns its exit code; None if it could not be started, or had
@@ -225,9 +225,9 @@ class IntakeProcess:
         while True:
             self._is_needed.clear()
             while len(self._queue):
-                asked = self._queue.pop()
-                if not asked.result.done():  # its caller still waits
-                    return asked
+                pending = self._queue.pop()
+                if not pending.result.done():  # its caller still waits
+                    return pending
             await self._need_or_end(ended)
 
     async def _need_or_end(self, ended: "asyncio.Future[int]") -> None:
@@ -241,17 +241,17 @@ class IntakeProcess:
             needed.cancel()
             await asyncio.wait((needed,))
 
-    def _settle(self, asked: _PendingJob, answer: FromProcess, results: list[bytes]) -> None:
-        if asked.result.done():  # its client has disconnected
+    def _settle(self, pending: _PendingJob, answer: FromProcess, results: list[bytes]) -> None:
+        if pending.result.done():  # its client has disconnected
             return
         match answer:
             case Done(rest=rest):
-                asked.result.set_result((results, rest))
+                pending.result.set_result((results, rest))
             case JobRefused(unknown_model=None):
                 kind = TooCostly if answer.is_too_costly else InvalidRequest
-                asked.result.set_exception(kind.restored(answer.message, answer.field, answer.expected))
+                pending.result.set_exception(kind.restored(answer.message, answer.field, answer.expected))
             case JobRefused(unknown_model=(name, served)):
-                asked.result.set_exception(UnknownModel(name, served))
+                pending.result.set_exception(UnknownModel(name, served))
             case _:
                 raise ValueError("a part of nothing")
 

@@ -15,7 +15,7 @@ from pdserve.core.config import ClusterConfig, LimitsSection
 from pdserve.core.errors import InvalidRequest
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.http import bodies
-from pdserve.gateway.http.bodies import MESSAGES, Asked, read_body
+from pdserve.gateway.http.bodies import MESSAGES, AnswerOptions, read_body
 from pdserve.gateway.http.chat_schema import ChatCompletionRequest
 from pdserve.gateway.http.schema import CompletionRequest
 from pdserve.gateway.offload import offload as head
@@ -139,7 +139,7 @@ PATHS = {
     "detokenize": "/detokenize",
 }
 
-Outcome = tuple[list[bytes], Asked] | tuple[type[Exception], str, object, object]
+Outcome = tuple[list[bytes], AnswerOptions] | tuple[type[Exception], str, object, object]
 
 
 def refusal(error: Exception) -> Outcome:
@@ -175,7 +175,9 @@ class Reader:
 
     def message_here(self, kind: type[Message], data: bytes) -> Outcome:
         try:
-            return [read_message(kind, data, self.offload.bounds(LIMITS)).SerializeToString()], Asked()
+            return [
+                read_message(kind, data, self.offload.bounds(LIMITS)).SerializeToString()
+            ], AnswerOptions()
         except (InvalidRequest, UnknownModel) as error:
             return refusal(error)
 
@@ -186,7 +188,7 @@ class Reader:
                 message = self.loop.run_until_complete(self.offload.message(kind, data, LIMITS, "a"))
             except (InvalidRequest, UnknownModel) as error:
                 return refusal(error)
-        return [message.SerializeToString()], Asked()
+        return [message.SerializeToString()], AnswerOptions()
 
 
 @pytest.fixture(scope="module")

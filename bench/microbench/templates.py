@@ -2,7 +2,7 @@
 the head, which would need no process but has no bounds.
 
     python -m bench.microbench.templates              # the embedded model's template, 4 messages
-    python -m bench.microbench.templates --messages 50 --beside 2   # beside two threads that compute
+    python -m bench.microbench.templates --messages 50
 
 Both take turns, so that other work on the machine meets both. The process includes the conversation's way
 there and back; the head's own processor time is the time that its loop does not have for streams."""
@@ -10,7 +10,6 @@ there and back; the head's own processor time is the time that its loop does not
 import argparse
 import asyncio
 import statistics
-import threading
 import time
 from collections.abc import Awaitable, Callable
 
@@ -58,27 +57,14 @@ async def measure(num_messages: int, num_renders: int) -> None:
         print(f"{name:16}{statistics.median(latencies_ms):7.2f} ms{p99_ms:7.2f} ms{cpu_ms:9.2f} ms")
 
 
-def compute(is_over: threading.Event) -> None:
-    while not is_over.is_set():
-        sum(range(1000))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--messages", type=int, default=4)
     parser.add_argument("--renders", type=int, default=500)
-    parser.add_argument("--beside", type=int, default=0, help="threads of the head that compute all the time")
     arguments = parser.parse_args()
-    is_over = threading.Event()
-    threads = [threading.Thread(target=compute, args=(is_over,)) for _ in range(arguments.beside)]
-    for thread in threads:
-        thread.start()
-    try:
-        asyncio.run(measure(arguments.messages, arguments.renders))
-    finally:
-        is_over.set()
+    asyncio.run(measure(arguments.messages, arguments.renders))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ _SECONDS_OF_A_CHECK = 5.0  # with compiling, generously
 def run_checks(context: Context, cases: Iterable[Case]) -> None:
     """Runs the requested checks from `context.first_check` on. Raises GpuLostError after one that leaves its
     process no GPU."""
+    interpreter.patch_language_once()
     wanted = (case for case in cases if context.only_check in case.name)
     for number, case in enumerate(wanted):
         if number < context.first_check:

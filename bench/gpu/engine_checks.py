@@ -115,7 +115,7 @@ def _options(block_size: int, max_batch_size: int, is_toy: bool) -> EngineOption
         device="cuda",
         block_size=block_size,
         num_blocks=2048 // block_size,
-        max_model_len=128 if is_toy else 512,
+        max_model_len=64 if is_toy else 512,
         max_batch_size=max_batch_size,
         max_batch_tokens=_MAX_BATCH_TOKENS,
     )

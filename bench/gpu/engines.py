@@ -16,6 +16,7 @@ from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.tensor_reader import TensorReader
 from pdserve.kernels.triton.kernels import TritonKernels
 
+from .interpreter import patch_language_once
 from .shapes import Shape
 
 BLOCK_SIZE = 64  # what `auto` is on a GPU
@@ -88,6 +89,7 @@ def options_for(
 @contextmanager
 def triton_on_host() -> Iterator[None]:
     """Engines for "cuda" compute in Triton's interpreter meanwhile, on the processor."""
+    patch_language_once()
     with patch.object(
         engine_module,
         "load_kernels",

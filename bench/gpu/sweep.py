@@ -94,6 +94,7 @@ _TOY_CHUNK_MIB = (1 / 16, 1 / 8)
 
 
 def measure(context: Context) -> None:
+    interpreter.patch_language_once()
     for batch in _TOY_DECODE if context.interpret else DECODE_BATCHES:
         _sweep_decode(context, batch)
     for page in PREFILL_PAGES:

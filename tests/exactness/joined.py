@@ -95,7 +95,10 @@ class JoinedEngines:
         p, d = self.engines
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         listener = Listener(self._inbox, self)
-        config = TransferConfig(chunk_bytes=1 << 16)  # small, so that small models send many chunks
+        config = TransferConfig(
+            chunk_bytes=1 << 16,  # small, so that small models send many chunks
+            dead_after_s=30.0,  # for a busy machine: nobody dies here
+        )
         self._ends = [
             TransferEndpoint(
                 engine.cache,

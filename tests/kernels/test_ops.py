@@ -79,9 +79,9 @@ def test_rope_and_cache(
     with_norm: bool,
 ) -> None:
     subject = make_subject(name, dtype)
-    batch, num_blocks = paged_batch([1, 40], [9, 45], block_size)
-    qkv = torch.randn(41, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
-    positions = torch.cat((torch.tensor([8]), torch.arange(5, 45)))
+    batch, num_blocks = paged_batch([1, 12], [9, 40], block_size)  # across a page's end
+    qkv = torch.randn(13, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+    positions = torch.cat((torch.tensor([8]), torch.arange(28, 40)))
     cos_sin = torch.rand(50, head_dim)
     norms = [torch.rand(head_dim).to(dtype) for _ in range(2)] if with_norm else [None, None]
     cache = torch.zeros(
@@ -124,14 +124,19 @@ ATTENTION_BATCHES = [  # query lengths, context lengths, sliding window
 ]
 
 
-ATTENTION_SUBJECTS = [  # name, threads, shape
-    *(("native", num_threads, shape) for shape in ATTENTION_SHAPES for num_threads in (1, 3)),
-    *(("triton", 1, shape) for shape in [(4, 2, 80, 8), (3, 3, 16, 24)]),  # the interpreter is slow
+ATTENTION_SUBJECTS = [  # name, type, threads, shape
+    *(
+        ("native", dtype, num_threads, shape)
+        for dtype in DTYPES
+        for shape in ATTENTION_SHAPES
+        for num_threads in (1, 3)
+    ),
+    ("triton", torch.float32, 1, (4, 2, 80, 8)),  # the interpreter is slow
+    ("triton", torch.bfloat16, 1, (3, 3, 16, 24)),
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "num_threads", "shape"), ATTENTION_SUBJECTS)
+@pytest.mark.parametrize(("name", "dtype", "num_threads", "shape"), ATTENTION_SUBJECTS)
 @pytest.mark.parametrize(("query_lens", "context_lens", "window"), ATTENTION_BATCHES)
 def test_paged_attention(
     name: str,

@@ -1,4 +1,4 @@
-"""The simulator can fail: each of these planted bugs breaks a promise within 2,000 seeds, which all keep it
+"""The simulator can fail: each of these planted bugs breaks a promise within 1,000 seeds, which all keep it
 without the bug.
 
 The first seed that finds a bug is noted beside it and tried first. Where a change lets it miss the bug, all
@@ -54,7 +54,7 @@ from pdserve.simulator.run import simulate
 from pdserve.worker.held_legs import HeldLegs
 from pdserve.worker.router_session import RouterSession
 
-MAX_SEEDS = 2000
+MAX_SEEDS = 1000
 Planted = AbstractContextManager[Any]
 Mutation = Callable[[], Planted]
 

@@ -33,13 +33,12 @@ class CommandPump(Generic[C]):
             return False
         self._is_running = True
         try:
-            while self._refill():
+            while self._waiting or self._refill():
                 self._carry_out(self._waiting.popleft())
         finally:
             self._is_running = False
         return True
 
     def _refill(self) -> bool:
-        if not self._waiting:
-            self._waiting += self._more()
+        self._waiting += self._more()
         return bool(self._waiting)

@@ -9,9 +9,11 @@ reserve -> waiting --schedule--> receiving --received--> running
 from collections import Counter, deque
 from dataclasses import dataclass
 
+import msgspec
+
 from ..core.request import FinishReason, TransferId
 from ..engine.batch import Batch, SampledToken, ScheduledChunk
-from ..engine.kv_manager import KVManager
+from ..engine.kv_manager import MAX_BLOCKS_A_TOKEN, KVManager
 from ..engine.sequence import Sequence
 
 
@@ -23,8 +25,7 @@ class StepPlan:
     granted: tuple[Sequence, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Emission:
+class Emission(msgspec.Struct, frozen=True):
     """A token that a sequence gained in a step; `reason` is set when the sequence ended with it."""
 
     sequence: Sequence
@@ -106,18 +107,19 @@ class DecodeScheduler:
         kv, running = self._kv, self._running
         if len(running) > self._max_batch_size or any(seq.needs_known_tokens for seq in running):
             return False
-        return (
-            sum(kv.num_blocks_to_grow(seq, seq.num_launched_tokens + 1) for seq in running)
-            <= kv.pool.num_free_blocks
-        )
+        num_free = kv.pool.num_free_blocks
+        if num_free >= MAX_BLOCKS_A_TOKEN * len(running):
+            return True
+        return sum(kv.num_blocks_to_grow(seq, seq.num_launched_tokens + 1) for seq in running) <= num_free
 
     def launched(self, batch: Batch) -> None:
         """The batch is under way: until it is completed, `schedule` builds on the tokens that it will
         produce."""
         for chunk in batch.chunks:
-            if chunk.sequence not in self._ended_ahead:
-                chunk.sequence.num_in_flight_tokens = chunk.num_tokens
-                chunk.sequence.num_pending_tokens = int(bool(chunk.choices))
+            seq = chunk.sequence
+            if seq not in self._ended_ahead:
+                seq.num_in_flight_tokens = chunk.num_tokens
+                seq.num_pending_tokens = 1 if chunk.choices else 0
 
     def schedule(self) -> StepPlan:
         """Finds blocks for all running sequences, then for those that wait."""
@@ -152,17 +154,20 @@ class DecodeScheduler:
         going_on = {chunk.sequence for chunk in ahead.chunks} if ahead else set()
         emissions: list[Emission] = []
         for chunk, tokens in zip(batch.chunks, sampled, strict=True):
-            if chunk.sequence in self._ended_ahead:
-                self._ended_ahead.remove(chunk.sequence)
-                self._kv.release(chunk.sequence)
+            seq, choices = chunk.sequence, chunk.choices
+            if seq in self._ended_ahead:
+                self._ended_ahead.remove(seq)
+                self._kv.release(seq)
                 continue
-            chunk.sequence.num_in_flight_tokens = chunk.sequence.num_pending_tokens = 0
-            is_late = bool(chunk.choices) and not tokens  # its last token has to be computed again
-            self._kv.computed(chunk.sequence, chunk.num_tokens - is_late)
+            seq.num_in_flight_tokens = seq.num_pending_tokens = 0
+            is_late = bool(choices) and not tokens  # its last token has to be computed again
+            self._kv.computed(seq, chunk.num_tokens - is_late)
             if is_late:
-                chunk.sequence.is_mask_late = True
-            elif chunk.choices:
-                emissions += self._emit(chunk, tokens, going_on)
+                seq.is_mask_late = True
+            elif len(choices) == 1:
+                emissions.append(self._emit(seq, choices[0], tokens[0], going_on))
+            elif choices:
+                emissions += self._emit_forks(chunk, tokens, going_on)
         ended = {id(emission.sequence) for emission in emissions if emission.reason is not None}
         if ended:
             self._running = [seq for seq in self._running if id(seq) not in ended]
@@ -177,9 +182,10 @@ class DecodeScheduler:
         self._waiting = deque(seq for seq in self._waiting if seq.transfer != transfer)
         self._running = [seq for seq in self._running if seq.transfer != transfer]
 
-    def has_ended(self, seq: Sequence) -> bool:
-        """Whether all that the sequence has is a wasted row in the step under way."""
-        return seq in self._ended_ahead
+    def ended_in(self, batch: Batch) -> list[Sequence]:
+        """Returns the sequences that have ended, but for a wasted row in this batch, which is under way."""
+        ended = self._ended_ahead
+        return [chunk.sequence for chunk in batch.chunks if chunk.sequence in ended] if ended else []
 
     def is_receiving(self, transfer: TransferId) -> bool:
         return transfer in self._receiving
@@ -203,7 +209,9 @@ class DecodeScheduler:
         order = self._by_claim()
         while order:
             seq = order[0]
-            num_tokens = min(1 + spare, seq.num_computable_tokens)
+            num_tokens = seq.num_computable_tokens
+            if num_tokens > 1:
+                num_tokens = min(1 + spare, num_tokens)
             if num_tokens == 0:
                 order.popleft()
             elif self._grow(seq, seq.num_launched_tokens + num_tokens, order):
@@ -249,27 +257,29 @@ class DecodeScheduler:
         return False
 
     def _chunk(self, seq: Sequence, num_tokens: int) -> ScheduledChunk:
-        if seq.num_launched_tokens + num_tokens < seq.num_tokens:
+        if seq.num_launched_tokens + num_tokens < len(seq.token_ids):
             return ScheduledChunk(seq, num_tokens, ())
         return ScheduledChunk(seq, num_tokens, seq.spec.choices if seq.is_fresh else (seq.choice,))
 
-    def _emit(
+    def _emit_forks(
         self, chunk: ScheduledChunk, tokens: list[SampledToken], going_on: set[Sequence]
     ) -> list[Emission]:
         parent = chunk.sequence
         siblings = [parent, *(parent.fork(choice) for choice in chunk.choices[1:])]
         for sibling in siblings[1:]:
             self._kv.fork(parent, sibling)
-        if len(siblings) > 1:
-            self._running.extend(siblings[1:])
-        emissions = []
-        for sibling, choice, token in zip(siblings, chunk.choices, tokens, strict=True):
-            sibling.choice = choice
-            index = sibling.num_output_tokens
-            reason = sibling.append(token.token_id)
-            if reason is not None and sibling in going_on:
-                self._ended_ahead.add(sibling)
-            elif reason is not None:
-                self._kv.release(sibling)
-            emissions.append(Emission(sibling, choice, index, token, reason))
-        return emissions
+        self._running.extend(siblings[1:])
+        return [
+            self._emit(sibling, choice, token, going_on)
+            for sibling, choice, token in zip(siblings, chunk.choices, tokens, strict=True)
+        ]
+
+    def _emit(self, seq: Sequence, choice: int, token: SampledToken, going_on: set[Sequence]) -> Emission:
+        seq.choice = choice
+        index = seq.num_output_tokens
+        reason = seq.append(token.token_id)
+        if reason is not None and seq in going_on:
+            self._ended_ahead.add(seq)
+        elif reason is not None:
+            self._kv.release(seq)
+        return Emission(seq, choice, index, token, reason)

@@ -87,6 +87,7 @@ class DecodeWorker:
         self._await_masks = await_masks
         self.scheduler = DecodeScheduler(kv, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
         self._legs: dict[TransferId, _DecodeLeg] = {}
+        self._unstarted: set[TransferId] = set()  # of these: none of their tokens has been computed here
         self._flight: _Flight | None = None
         self._collected_s = 0.0
 
@@ -118,11 +119,8 @@ class DecodeWorker:
         if not plan.batch.copies:
             self._grant(plan.granted)  # at once, so that KV is sent while the step is computed
         started_s = self._clock()
-        for chunk in plan.batch.chunks:
-            leg = self._legs[chunk.sequence.transfer]
-            if leg.clock.started_s is None:
-                leg.clock.start(started_s)
-                leg.num_cached_tokens = max(leg.num_cached_tokens, chunk.sequence.num_cached_tokens)
+        if self._unstarted:
+            self._start_legs(plan.batch, started_s)
         step = self._runner.launch(plan.batch, before_sampling=self._wait_for_masks(plan.batch))
         if plan.batch.copies:
             self._grant(plan.granted)  # their blocks may have been copied from
@@ -146,9 +144,7 @@ class DecodeWorker:
         now_s = self._clock()
         self._outbox.timings.append(flight.batch.timing(now_s - max(flight.launched_s, self._collected_s)))
         self._collected_s = now_s
-        in_vain = [
-            chunk.sequence for chunk in flight.batch.chunks if self.scheduler.has_ended(chunk.sequence)
-        ]
+        in_vain = self.scheduler.ended_in(flight.batch)
         emissions = self.scheduler.complete(flight.batch, sampled, ahead)
         self._emit(emissions)
         ended = in_vain + [emission.sequence for emission in emissions if emission.reason is not None]
@@ -176,6 +172,7 @@ class DecodeWorker:
         except msgspec.MsgspecError as error:
             self.receive_failed(transfer, f"malformed hand-off: {error}", FailureKind.DISAGREEMENT)
             return
+        self._unstarted.discard(transfer)
         leg.clock.start(self._clock())
         self._outbox.outputs += hand_off.first_tokens
         for seq in self.scheduler.received(transfer, hand_off.going_on):
@@ -216,7 +213,17 @@ class DecodeWorker:
         if spec.transfer in self._legs:
             return None
         self._legs[spec.transfer] = _DecodeLeg(LegClock(self._clock()), source)
+        self._unstarted.add(spec.transfer)
         return Sequence(spec, spec.choices[0], self._kv.max_model_len)
+
+    def _start_legs(self, batch: Batch, now_s: float) -> None:
+        for chunk in batch.chunks:
+            transfer = chunk.sequence.transfer
+            if transfer in self._unstarted:
+                self._unstarted.remove(transfer)
+                leg = self._legs[transfer]
+                leg.clock.start(now_s)
+                leg.num_cached_tokens = max(leg.num_cached_tokens, chunk.sequence.num_cached_tokens)
 
     def _grant(self, granted: Seq[Sequence]) -> None:
         for seq in granted:
@@ -242,6 +249,7 @@ class DecodeWorker:
         self, transfer: TransferId, *, error: str | None = None, kind: FailureKind | None = None
     ) -> None:
         leg = self._legs.pop(transfer)
+        self._unstarted.discard(transfer)
         self._masks.forget_all(transfer)
         self._outbox.leg_ended(
             transfer,

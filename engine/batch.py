@@ -1,15 +1,16 @@
 """The input and output of one step: the values that pass between a scheduler and the model runner."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from ..core.messages import StepTiming, TokenLogprobs
 from .sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
+class ScheduledChunk(msgspec.Struct, frozen=True):
     """The next `num_tokens` uncomputed tokens of a sequence. Its blocks cover them already.
 
     `choices` lists the choices for which a token is sampled from the chunk's last position; empty when the
@@ -19,10 +20,10 @@ class ScheduledChunk:
     sequence: Sequence
     num_tokens: int
     choices: tuple[int, ...]
-    start: int = field(init=False)
+    start: int = 0  # always taken from the sequence, whose own number goes on
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", self.sequence.num_launched_tokens)
+        msgspec.structs.force_setattr(self, "start", self.sequence.num_launched_tokens)
 
     @property
     def end(self) -> int:
@@ -42,19 +43,22 @@ class Batch:
 
     def timing(self, duration_s: float) -> StepTiming:
         """Returns the batch's shape, which the latency model pairs with the step's duration."""
-        decodes = [chunk for chunk in self.chunks if chunk.num_tokens == 1]
-        prefills = [chunk for chunk in self.chunks if chunk.num_tokens > 1]
+        decodes = [chunk.start for chunk in self.chunks if chunk.num_tokens == 1]
+        prefills = (
+            [chunk for chunk in self.chunks if chunk.num_tokens > 1]
+            if len(decodes) < len(self.chunks)
+            else []
+        )
         return StepTiming(
             num_prefill_tokens=sum(chunk.num_tokens for chunk in prefills),
             sum_prefill_squares=sum(chunk.num_tokens * chunk.end for chunk in prefills),
             num_decode_sequences=len(decodes),
-            num_context_tokens=sum(chunk.end for chunk in decodes),
+            num_context_tokens=sum(decodes) + len(decodes),
             duration_s=duration_s,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(msgspec.Struct, frozen=True):
     """One drawn token. Logprobs are of the model's own distribution, before temperature, penalties and
     filters."""
 

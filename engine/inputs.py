@@ -4,6 +4,7 @@ lists, one tensor per list, and block tables that are kept from step to step."""
 from array import array
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..kernels import AttentionBatch
@@ -42,6 +43,12 @@ class BlockTables:
     def rows(self, num_rows: int) -> torch.Tensor:
         """Returns int32 [num_rows, max_blocks]; valid until the next `update`."""
         return torch.from_numpy(self._tables[:num_rows])
+
+    def slots(self, positions: npt.NDArray[np.int64], block_size: int) -> npt.NDArray[np.int64]:
+        """Returns the slot of one position of each row, [num_rows]."""
+        blocks = self._tables[np.arange(len(positions)), positions // block_size].astype(np.int64)
+        slots: npt.NDArray[np.int64] = blocks * block_size + positions % block_size
+        return slots
 
     def _reserve(self, num_rows: int) -> None:
         missing = num_rows - len(self._mirrored)

@@ -7,6 +7,9 @@ a component that mirrors it (the model runner's block table) detects changes by 
 from .block_pool import BlockPool
 from .sequence import Sequence
 
+# for the next token of a sequence: one behind its blocks, and a copy of a shared one
+MAX_BLOCKS_A_TOKEN = 2
+
 
 class KVManager:
     """The only writer of sequences' `block_ids`, `num_computed_tokens` and `num_cached_tokens`."""
@@ -64,9 +67,11 @@ class KVManager:
     def _missing(self, seq: Sequence, num_tokens: int) -> tuple[int, int | None]:
         """Returns how many blocks a sequence lacks for `num_tokens` tokens, and which of its own must be
         replaced because it is shared."""
-        first = seq.num_computed_tokens // self.pool.block_size
-        is_shared = first < len(seq.block_ids) and self.pool.ref_count(seq.block_ids[first]) > 1
-        return max(self.num_blocks_for(num_tokens) - len(seq.block_ids), 0), first if is_shared else None
+        size, num_blocks = self.pool.block_size, len(seq.block_ids)
+        num_missing = -(-num_tokens // size) - num_blocks if num_tokens > num_blocks * size else 0
+        first = seq.num_computed_tokens // size
+        is_shared = first < num_blocks and self.pool.ref_count(seq.block_ids[first]) > 1
+        return num_missing, first if is_shared else None
 
     def _copy_on_write(self, seq: Sequence, index: int, copy: int) -> None:
         shared = seq.block_ids[index]
@@ -88,15 +93,13 @@ class KVManager:
     def received(self, seq: Sequence, num_tokens: int) -> None:
         """Tokens `[0, num_tokens)` now have KV, from whatever source; blocks that became full enter the
         prefix cache."""
-        size = self.pool.block_size
-        assert seq.num_computed_tokens <= num_tokens <= min(seq.num_tokens, len(seq.block_ids) * size), (
-            f"{seq}: {num_tokens}"
-        )
-        first, end = seq.num_computed_tokens // size, num_tokens // size
+        size, num_before = self.pool.block_size, seq.num_computed_tokens
+        assert num_before <= num_tokens <= len(seq.token_ids), f"{seq}: {num_tokens}"
+        assert num_tokens <= len(seq.block_ids) * size, f"{seq}: {num_tokens}"
         seq.num_computed_tokens = num_tokens
-        if first < end:
+        if num_before // size < num_tokens // size:
             hashes = seq.block_hashes(size)
-            for index in range(first, end):
+            for index in range(num_before // size, num_tokens // size):
                 self.pool.cache(seq.block_ids[index], hashes[index])
 
     def fork(self, parent: Sequence, child: Sequence) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from ..core.request import SamplingParams
 from .distribution import Floats, Indices
-from .sequence import Sequence
+from .sequence import Sequence, has_penalties
 from .token_masks import allowed_bits, unpacked
 
 Bits = npt.NDArray[np.uint8]
@@ -102,16 +102,7 @@ class Penalties:
 
 def is_adjusted(seq: Sequence) -> bool:
     """Returns whether anything here edits the logits of the sequence's next token."""
-    sampling = seq.spec.sampling
-    return bool(sampling.logit_bias or sampling.grammar) or has_penalties(sampling) or must_go_on(seq)
-
-
-def has_penalties(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-    )
+    return seq.depends_on_tokens or bool(seq.spec.sampling.logit_bias) or must_go_on(seq)
 
 
 def strengths_of(sampling: SamplingParams) -> Floats:

@@ -1,9 +1,9 @@
 """Log probabilities of prompt tokens, gathered chunk by chunk while the prompt is computed."""
 
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
+from msgspec.structs import replace
 
 from ..core.messages import TokenLogprobs
 from .batch import SampledToken, ScheduledChunk
@@ -31,10 +31,14 @@ class PromptLogprobs:
                 self._add(chunk, hidden[row : row + num_rows])
             row += chunk.num_tokens
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._gathered
+
     def complete(self, chunk: ScheduledChunk, tokens: list[SampledToken]) -> list[SampledToken]:
         """Returns the log probabilities that go with the first token of choice 0: one for each token of the
         prompt but the first, which follows nothing."""
-        if not tokens or not self._gathered or chunk.sequence not in self._gathered:
+        if not tokens or chunk.sequence not in self._gathered:
             return tokens
         logprobs = tuple(self._gathered.pop(chunk.sequence))
         first = chunk.choices.index(0)

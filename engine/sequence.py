@@ -4,7 +4,7 @@ of that KV."""
 import msgspec
 
 from ..core.hashing import block_hashes
-from ..core.request import FinishReason, SequenceSpec, TransferId
+from ..core.request import FinishReason, SamplingParams, SequenceSpec
 
 
 class Sequence:
@@ -16,7 +16,9 @@ class Sequence:
 
     def __init__(self, spec: SequenceSpec, choice: int, max_model_len: int) -> None:
         self.spec = spec
+        self.transfer = spec.transfer
         self.choice = choice
+        self.num_prompt_tokens = len(spec.prompt_token_ids)
         self.token_ids: list[int] = list(spec.token_ids)
         self.num_computed_tokens = 0
         self.num_in_flight_tokens = 0  # behind those: of a step that was launched and not collected
@@ -27,29 +29,17 @@ class Sequence:
         self.token_mask: bytes | None = None
         self.is_mask_late = True  # it was missing when it was needed, or nothing was computed for it yet
         self._block_hashes: list[bytes] = []
-        self._max_num_tokens = min(max_model_len, len(spec.prompt_token_ids) + spec.sampling.max_tokens)
-        sampling = spec.sampling
-        self._needs_known_tokens = bool(
-            sampling.grammar
-            or sampling.presence_penalty
-            or sampling.frequency_penalty
-            or sampling.repetition_penalty != 1.0
-        )
+        self._num_given_tokens = spec.num_tokens  # by the dispatch
+        self._max_num_tokens = min(max_model_len, self.num_prompt_tokens + spec.sampling.max_tokens)
+        # its tokens so far bear on the next one not through the model alone
+        self.depends_on_tokens = bool(spec.sampling.grammar) or has_penalties(spec.sampling)
         self._stop_token_ids = frozenset(spec.sampling.stop_token_ids)
         if not spec.sampling.ignore_eos:
             self._stop_token_ids |= frozenset(spec.eos_token_ids)
 
     @property
-    def transfer(self) -> TransferId:
-        return self.spec.transfer
-
-    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.spec.prompt_token_ids)
 
     @property
     def num_launched_tokens(self) -> int:
@@ -60,11 +50,11 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Returns the number of tokens generated so far, by this and by earlier attempts, including a pending
         one: the index of the next one."""
-        return len(self.token_ids) + self.num_pending_tokens - len(self.spec.prompt_token_ids)
+        return len(self.token_ids) + self.num_pending_tokens - self.num_prompt_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.token_ids[len(self.spec.prompt_token_ids) :]
+        return self.token_ids[self.num_prompt_tokens :]
 
     @property
     def num_uncomputed_tokens(self) -> int:
@@ -81,20 +71,20 @@ class Sequence:
         sequence is certain to end with it. Excludes the last one while a mask is late, as it produces the
         next token."""
         if self.num_pending_tokens:
-            return 0 if self.num_tokens + 1 >= self._max_num_tokens else 1
+            return 0 if len(self.token_ids) + 1 >= self._max_num_tokens else 1
         late = self.is_mask_late and not self.may_sample
-        return self.num_uncomputed_tokens - self.num_in_flight_tokens - late
+        return len(self.token_ids) - self.num_computed_tokens - self.num_in_flight_tokens - late
 
     @property
     def needs_known_tokens(self) -> bool:
         """Returns whether its next step can only be prepared when all its tokens are known, and not while the
         last is pending."""
-        return self._needs_known_tokens or (len(self.spec.choices) > 1 and self.is_fresh)
+        return self.depends_on_tokens or (len(self.spec.choices) > 1 and self.is_fresh)
 
     @property
     def is_fresh(self) -> bool:
         """Returns whether this dispatch has produced no token yet."""
-        return self.num_output_tokens - self.num_pending_tokens == len(self.spec.output_token_ids)
+        return len(self.token_ids) == self._num_given_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -116,7 +106,7 @@ class Sequence:
             sampling.grammar and token_id in self.spec.eos_token_ids
         ):  # before min_tokens only where nothing else may come
             return FinishReason.STOP
-        if self.num_tokens + 1 >= self._max_num_tokens:
+        if len(self.token_ids) + 1 >= self._max_num_tokens:
             return FinishReason.LENGTH
         return None
 
@@ -150,3 +140,11 @@ class Sequence:
 
     def __repr__(self) -> str:
         return f"Sequence({self.transfer}/{self.choice}, {self.num_computed_tokens}/{self.num_tokens} tokens)"
+
+
+def has_penalties(sampling: SamplingParams) -> bool:
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+    )

@@ -34,18 +34,12 @@ class SamplingBatch:
     index: torch.Tensor  # int32 [N], not negative: of the token among its choice's
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            given, dtype = getattr(self, field.name), _DTYPES[field.name]
-            if (
-                given.dtype != dtype
-                or given.shape != self.rows.shape
-                or given.dim() != 1
-                or not given.is_contiguous()
-            ):
+        shape = self.rows.shape
+        for name, dtype in _DTYPES.items():
+            given = getattr(self, name)
+            if given.dtype != dtype or given.shape != shape or given.dim() != 1 or not given.is_contiguous():
                 expected = f"contiguous {dtype} [{self.rows.numel()}]"
-                raise ValueError(
-                    f"{field.name}: {given.dtype} {tuple(given.shape)} given, expected {expected}"
-                )
+                raise ValueError(f"{name}: {given.dtype} {tuple(given.shape)} given, expected {expected}")
 
     def to(self, device: str) -> "SamplingBatch":
         return SamplingBatch(*(getattr(self, field.name).to(device) for field in fields(self)))

@@ -10,7 +10,7 @@ e4m3 is off by 1/16 of each value, and a GPU need not know 8-bit floats."""
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -31,8 +31,7 @@ class WireFormat(enum.Enum):
 MovePart = Callable[[torch.Tensor, Sequence[int], "KVPart", torch.Tensor, WireFormat], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class KVPart:
+class KVPart(NamedTuple):
     """Layers, kv heads and tokens of one sequence; heads are counted as in the cache at hand."""
 
     layers: range
@@ -60,7 +59,7 @@ def check_part(
     _, _, _, num_kv_heads, _, head_dim = cache.shape
     if head_dim % 8 or not cache.is_contiguous():
         raise ValueError(f"cache: head_dim {head_dim} given, expected a multiple of 8, contiguous")
-    for name, given in (("layers", part.layers), ("heads", part.heads), ("tokens", part.tokens)):
+    for name, given in zip(part._fields, part, strict=True):
         if given.step != 1:
             raise ValueError(f"{name}: {given} given, expected neighbours")
     check_cells(cache, part.layers.start, part.layers.stop, block_ids, part.tokens.start, part.tokens.stop)

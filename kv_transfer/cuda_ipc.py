@@ -4,6 +4,8 @@ from typing import Any, ClassVar
 
 from .interfaces import Gpu, Slot
 
+_MAX_VIEWS = 64
+
 
 class CudaIpcLink:
     """Both sides' view of the ring. P announces a chunk when its gather is done, so D may read at once."""
@@ -19,9 +21,15 @@ class CudaIpcLink:
         self.slot_bytes = slot_bytes
         self._ring = ring
         self._rings = rings
+        self._views: dict[tuple[int, int], Slot] = {}  # by slot and size: a transfer's chunks have few sizes
 
     def slot(self, slot: int, num_bytes: int) -> Slot:
-        return self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
+        view = self._views.get((slot, num_bytes))
+        if view is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            view = self._views[slot, num_bytes] = self._ring.narrow(0, slot * self.slot_bytes, num_bytes)
+        return view
 
     def send(self, slot: int, num_bytes: int, seq: int) -> None:
         """Does nothing: the bytes have been in the ring since they were gathered."""
@@ -39,6 +47,7 @@ class CudaIpcLink:
             if self._rings is not None:
                 self._rings.put_back(self._ring)
             self._ring = None
+            self._views.clear()
 
     def join(self) -> None:
         """Returns at once: nothing outlives `kill`."""

@@ -203,9 +203,9 @@ class TransferReceiver:
         expected_bytes = chunk.span.num_cells * self._bytes_per_cell
         if chunk.seq <= self._last_seq:
             return f"chunk {chunk.seq} came after chunk {self._last_seq}"
-        if not 0 <= chunk.slot < self._num_slots or any(
-            chunk.slot == c.chunk.slot for c in self._under_way.values()
-        ):
+        if not 0 <= chunk.slot < self._num_slots or chunk.slot in [
+            under_way.chunk.slot for under_way in self._under_way.values()
+        ]:
             return f"chunk {chunk.seq}: slot {chunk.slot} of {self._num_slots} is not free"
         if chunk.num_bytes != expected_bytes or not 0 < chunk.num_bytes <= self._slot_bytes:
             return (

@@ -83,25 +83,25 @@ class Coverage:
         if not inside:
             raise ValueError(f"{span} is empty or outside of {whole}")
         layers = self._edges[span.layer_start - whole.layer_start : span.layer_end - whole.layer_start]
-        if any(_overlaps(edges, span.token_start, span.token_end) for edges in layers):
-            raise ValueError(f"part of {span} has arrived before")
+        start, end = span.token_start, span.token_end
         for edges in layers:
-            _insert(edges, span.token_start, span.token_end)
+            if edges and edges[-1] > start and _overlaps(edges, start, end):
+                raise ValueError(f"part of {span} has arrived before")
+        for edges in layers:
+            if edges and edges[-1] == start:  # the common case: tokens come in order
+                edges[-1] = end
+            else:
+                _insert(edges, start, end)
         self.num_missing -= span.num_cells
 
 
 def _overlaps(edges: list[int], start: int, end: int) -> bool:
-    if not edges or edges[-1] <= start:  # the common case: tokens come in order
-        return False
     index = bisect_left(edges, start + 1)
     return index % 2 == 1 or (index < len(edges) and edges[index] < end)
 
 
 def _insert(edges: list[int], start: int, end: int) -> None:
     """Adds the interval, which overlaps none, joining it with its neighbours."""
-    if edges and edges[-1] == start:
-        edges[-1] = end
-        return
     index = bisect_left(edges, start + 1)
     low, high = index, index
     joined = [start, end]

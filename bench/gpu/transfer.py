@@ -57,8 +57,8 @@ class Endings:
 
     on_receive_failed = on_send_failed
 
-    def wait(self) -> TransferStats | None:
-        ended = self._ended.get(timeout=_TIMEOUT_S)
+    def wait(self, timeout_s: float = _TIMEOUT_S) -> TransferStats | None:
+        ended = self._ended.get(timeout=timeout_s)
         if isinstance(ended, RuntimeError):
             raise ended
         return ended

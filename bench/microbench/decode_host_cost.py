@@ -19,6 +19,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels witho
 import torch
 
 from bench.comparison.peers.pdserve_peer import ColocatedWorker
+from bench.gpu import engines
 from bench.gpu.engines import open_random_engine, options_for
 from bench.gpu.shapes import QWEN3_06B, Shape
 from pdserve.engine import engine as engine_module
@@ -67,6 +68,7 @@ def _nothing_computes() -> Iterator[None]:
                 lambda _drawn, _places, otherwise: otherwise,
             ),  # a kernel's result: not rubbish, as it indexes
             (DeviceRunner, "_run_eagerly", _no_prefill),
+            (engines, "device_of", lambda _options: _NoDevice()),
             (paged_attention, "num_multiprocessors", lambda _device: _NUM_MULTIPROCESSORS),
             (decode_graphs, "num_multiprocessors", lambda _device: _NUM_MULTIPROCESSORS),
             (
@@ -76,7 +78,6 @@ def _nothing_computes() -> Iterator[None]:
             ),
         ):
             stack.enter_context(patch.object(owner, name, substitute))
-        stack.enter_context(patch("gpu.engines.device_of", lambda _options: _NoDevice()))
         yield
 
 

@@ -113,31 +113,31 @@ class DecodeGraphs:
         """
         num_rows = len(batch.chunks)
         rung = next(rung for rung in self._rungs if rung.size >= num_rows)
+        self._send_tables([chunk.sequence.block_ids for chunk in batch.chunks])
         arrays = self._staging.fill()
         self._write_rows(arrays, batch)
         self._write_plans(arrays, rung, arrays["context_lens"][:num_rows].tolist())
         self._staging.send()
-        self._send_tables([chunk.sequence.block_ids for chunk in batch.chunks])
         rung.graph.replay()
         return self._logits[:num_rows]
 
     def _write_rows(self, arrays: dict[str, Array], batch: Batch) -> None:
-        size = self._block_size
-        sources, token_ids, positions, slots = [], [], [], []
-        for chunk in batch.chunks:
-            seq = chunk.sequence
-            position = chunk.start
-            source = self._drawn.place_of(seq) if seq.num_pending_tokens else KNOWN
-            sources.append(source)
-            token_ids.append(seq.token_ids[position] if source == KNOWN else 0)
-            positions.append(position)
-            slots.append(seq.block_ids[position // size] * size + position % size)
-        num_rows = len(positions)
-        arrays["token_ids"][:num_rows] = token_ids
-        arrays["positions"][:num_rows] = positions
-        arrays["context_lens"][:num_rows] = arrays["positions"][:num_rows] + 1
+        """The host's block tables are this batch's."""
+        sequences = [chunk.sequence for chunk in batch.chunks]
+        starts = [chunk.start for chunk in batch.chunks]
+        num_rows = len(sequences)
+        sources = self._drawn.places_of(sequences)
+        if KNOWN in sources:
+            arrays["token_ids"][:num_rows] = [
+                seq.token_ids[start] if source == KNOWN else 0
+                for seq, start, source in zip(sequences, starts, sources, strict=True)
+            ]
+        arrays["positions"][:num_rows] = starts
+        positions = arrays["positions"][:num_rows]
+        arrays["context_lens"][:num_rows] = positions + 1
         arrays["sources"][:num_rows], arrays["sources"][num_rows:] = sources, KNOWN
-        arrays["slots"][:num_rows], arrays["slots"][num_rows:] = slots, _NO_SLOT
+        arrays["slots"][:num_rows] = self._host_tables.slots(positions, self._block_size)
+        arrays["slots"][num_rows:] = _NO_SLOT
 
     def _write_plans(self, arrays: dict[str, Array], rung: _Rung, context_lens: list[int]) -> None:
         query_lens = [1] * len(context_lens)

@@ -135,5 +135,8 @@ class _Step:
 
     def collect(self) -> list[list[SampledToken]]:
         """See `batch.Launched`."""
-        drawn = dict(zip(map(id, self._sampled), self._tokens.report(), strict=True))
+        reported = self._tokens.report()
+        if len(self._sampled) == len(self._batch.chunks) and self._prompts.is_empty:
+            return reported  # of all chunks, in their order
+        drawn = dict(zip(map(id, self._sampled), reported, strict=True))
         return [self._prompts.complete(chunk, drawn.get(id(chunk), [])) for chunk in self._batch.chunks]

@@ -8,14 +8,14 @@ device, for the next step, and are copied to the host."""
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 
-from ...kernels.sampling import GREEDY_BELOW, SamplingBatch
+from ...kernels.sampling import SamplingBatch
 from ...kernels.triton.sampling import sample
 from ..batch import SampledToken, ScheduledChunk
 from ..device import Device
-from ..penalties import Penalties, has_penalties
+from ..penalties import Penalties
+from .draws import Draws
 from .logit_edits import apply_edits, list_edits
 from .logprobs import Logprobs, logprobs_of
 from .packet import Array, send
@@ -43,23 +43,30 @@ class DeviceSampler:
         self._device = device
         self._vocab_size = vocab_size
         self._penalties = Penalties()
+        self._draws = Draws(device, [], [], [])
 
     def prepare(self, chunks: Seq[ScheduledChunk], rows: Seq[int] | None = None) -> PreparedSampling:
         """Prepares to draw chunk i from row `rows[i]` of the logits, row i by default. A row belongs to one
         chunk."""
-        for chunk in chunks:
-            _check_known(chunk)
-        in_order = rows is None or list(rows) == list(range(len(chunks)))
-        rows = range(len(chunks)) if rows is None else rows
+        in_order = list(range(len(chunks)))
+        rows = in_order if rows is None else list(rows)
         sequences = [chunk.sequence for chunk in chunks]
-        arrays = list_edits(self._penalties, zip(rows, sequences, strict=True), self._vocab_size)
-        if not (in_order and all(_takes_largest(chunk) for chunk in chunks)):
-            arrays |= _draws(chunks, rows)
-        wanted = [chunk.sequence.spec.sampling.logprobs for chunk in chunks]
-        if any(num_top is not None for num_top in wanted):
-            arrays |= _raw_rows(chunks, rows)
-        num_top = max((num_top for num_top in wanted if num_top is not None), default=0)
-        return PreparedSampling(tuple(chunks), send(self._device, arrays), num_top)
+        choices = [chunk.choices for chunk in chunks]
+        draws = self._draws
+        if (sequences, choices, rows) != (draws.sequences, draws.choices, draws.rows):
+            draws = self._draws = Draws(self._device, sequences, choices, rows)
+        arrays: dict[str, Array] = {}
+        if draws.may_be_edited:
+            for seq in sequences:
+                assert not (seq.depends_on_tokens and seq.num_pending_tokens), (
+                    f"{seq}: what may come next depends on a token that is not known"
+                )
+            arrays = list_edits(self._penalties, zip(rows, sequences, strict=True), self._vocab_size)
+        if draws.takes_largest and rows == in_order:
+            return PreparedSampling(tuple(chunks), send(self._device, arrays) | draws.raw, draws.num_top)
+        arrays["index"] = draws.indices()
+        there = send(self._device, arrays) | draws.columns | draws.raw
+        return PreparedSampling(tuple(chunks), there, draws.num_top)
 
     def sample(self, logits: torch.Tensor, prepared: PreparedSampling) -> "DeviceTokens":
         """Samples from contiguous float32 logits [R, V], which it overwrites."""
@@ -91,7 +98,10 @@ class DeviceTokens:
     def report(self) -> list[list[SampledToken]]:
         """Returns the tokens of each chunk, one for each of its choices. Waits for them."""
         self._copied.synchronize()
-        token_ids = iter(self._token_ids.tolist())
+        drawn_ids = self._token_ids.tolist()
+        if self._logprobs is None and len(drawn_ids) == len(self._chunks):
+            return [[SampledToken(token_id)] for token_id in drawn_ids]
+        token_ids = iter(drawn_ids)
         if self._logprobs is None:
             return [[SampledToken(next(token_ids)) for _ in chunk.choices] for chunk in self._chunks]
         logprobs = iter(self._logprobs.chosen.tolist())
@@ -106,46 +116,3 @@ class DeviceTokens:
                 top = tuple(zip(*(best_of[:num_top] for best_of in next(best)), strict=True))
                 reported.append([SampledToken(token_id, logprob, top) for token_id, logprob in drawn])
         return reported
-
-
-def _check_known(chunk: ScheduledChunk) -> None:
-    seq = chunk.sequence
-    depends = has_penalties(seq.spec.sampling) or seq.spec.sampling.grammar
-    assert not (depends and seq.num_pending_tokens), (
-        f"{seq}: what may come next depends on a token that is not known"
-    )
-
-
-def _takes_largest(chunk: ScheduledChunk) -> bool:
-    """Returns whether the row's largest logit is the token, and the only candidate."""
-    return chunk.sequence.spec.sampling.temperature < GREEDY_BELOW and len(chunk.choices) == 1
-
-
-def _draws(chunks: Seq[ScheduledChunk], rows: Seq[int]) -> dict[str, Array]:
-    """Returns the columns of a SamplingBatch."""
-    draws = [
-        (row, chunk.sequence.spec.sampling, choice, chunk.sequence.num_output_tokens)
-        for row, chunk in zip(rows, chunks, strict=True)
-        for choice in chunk.choices
-    ]
-    return {
-        "rows": np.array([row for row, _, _, _ in draws], dtype=np.int32),
-        "temperature": np.array([sampling.temperature for _, sampling, _, _ in draws], dtype=np.float64),
-        "top_k": np.array([sampling.top_k for _, sampling, _, _ in draws], dtype=np.int32),
-        "top_p": np.array([sampling.top_p for _, sampling, _, _ in draws], dtype=np.float64),
-        "min_p": np.array([sampling.min_p for _, sampling, _, _ in draws], dtype=np.float64),
-        "seed": np.array([sampling.seed for _, sampling, _, _ in draws], dtype=np.uint64).view(np.int64),
-        "choice": np.array([choice for _, _, choice, _ in draws], dtype=np.int32),
-        "index": np.array([index for _, _, _, index in draws], dtype=np.int32),
-    }
-
-
-def _raw_rows(chunks: Seq[ScheduledChunk], rows: Seq[int]) -> dict[str, Array]:
-    raw_rows: list[int] = []
-    raw_of: list[int] = []
-    for row, chunk in zip(rows, chunks, strict=True):
-        wants = chunk.sequence.spec.sampling.logprobs is not None
-        raw_of += [len(raw_rows) if wants else 0] * len(chunk.choices)
-        if wants:
-            raw_rows.append(row)
-    return {"raw_rows": np.array(raw_rows, dtype=np.int64), "raw_of": np.array(raw_of, dtype=np.int64)}

@@ -88,6 +88,10 @@ def decode_launch(
     rows = num_heads // num_kv_heads * shape.max_query_len
     block_m, block_d = max(16, power_of_two(rows)), power_of_two(head_dim)
     num_warps = 4 if block_m <= 32 and q.element_size() == 2 else 8
+    if q.element_size() == 4:  # products without a matrix unit take registers
+        block_n = 16 if block_m * block_d > 2048 else 32
+    else:
+        block_n = 64 if head_dim <= 128 else 32
     arguments = {
         "q": q,
         "k_cache": k_cache,
@@ -111,7 +115,7 @@ def decode_launch(
         "BLOCK_SIZE": block_size,
         "WINDOW": shape.window or 0,
         "BLOCK_M": block_m,
-        "BLOCK_N": 64 if head_dim <= 128 and q.element_size() == 2 else 32,
+        "BLOCK_N": block_n,
         "BLOCK_D": block_d,
         "BLOCK_R": power_of_two(rows),
         "BLOCK_P": partials_at_a_time(rows, block_d, num_warps),

@@ -2,10 +2,10 @@
 meta-parameters included."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import msgspec
 import torch
 from triton import knobs
 
@@ -13,8 +13,7 @@ INTERPRETED: bool = knobs.runtime.interpret  # fixed when triton is imported, as
 HOPPER = 90
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(msgspec.Struct, frozen=True):
     """One kernel over a grid; `arguments` are by name, tensors, numbers and constants alike."""
 
     kernel: Any

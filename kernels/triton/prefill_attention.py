@@ -116,7 +116,7 @@ def prefill_launches(
     """The second launch, which needs only a workspace, merges."""
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    tiling = _tiling(k_cache, sliding_window, target)
+    tiling = _tiling(k_cache, sliding_window, target, is_split=workspace is not None)
     block_d = power_of_two(head_dim)
     common = {
         "out": out,
@@ -174,8 +174,9 @@ def _pages(cache: torch.Tensor, tiling: _Tiling, block_d: int) -> Any:
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [tiling.block_n, block_d])
 
 
-def _tiling(k_cache: torch.Tensor, window: int | None, target: int) -> _Tiling:
-    """Returns the largest tiles that leave no register spilled (the compile gate enforces it)."""
+def _tiling(k_cache: torch.Tensor, window: int | None, target: int, is_split: bool = False) -> _Tiling:
+    """Returns the largest tiles that leave no register spilled (the compile gate enforces it). Their sizes do
+    not depend on `is_split`."""
     _, _, block_size, head_dim = k_cache.shape
     if (
         k_cache.element_size() == 4
@@ -186,7 +187,8 @@ def _tiling(k_cache: torch.Tensor, window: int | None, target: int) -> _Tiling:
     if target >= HOPPER and block_size % 64 == 0:
         whole_page = block_size % 128 == 0 and not wide and target < _BLACKWELL
         return _Tiling(block_m, 128 if whole_page else 64, num_warps=8, num_stages=3, use_descriptors=True)
-    return _Tiling(block_m, 32 if wide or window else 64, num_warps=8, num_stages=5, use_descriptors=False)
+    block_n, num_stages = 32 if wide or window else 64, 4 if is_split and target < HOPPER else 5
+    return _Tiling(block_m, block_n, num_warps=8, num_stages=num_stages, use_descriptors=False)
 
 
 @triton.jit

@@ -80,6 +80,28 @@ def test_half_precision_stays_close_to_the_reference(
         assert logprob == pytest.approx(float(expected[token_id]), abs=tolerance)
 
 
+def test_prefixes_cached_in_pages_of_128_are_reused_and_change_no_token(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    engine = Engine.open(checkpoint("qwen3"), EngineOptions(num_blocks=16, block_size=128))
+    first = random_prompt(384, 300, seed=9)
+    prompts = [first, first[:256], first[:257], first[:128] + random_prompt(384, 100, seed=10), first]
+
+    def outputs(use_cache: bool) -> tuple[list[list[int]], list[int]]:
+        sequences = [make_sequence(engine, prompt, max_tokens=4) for prompt in prompts]
+        drawn = [run_to_end(engine, [seq], use_cache=use_cache)[0] for seq in sequences]
+        return [[token.token_id for token in tokens] for tokens in drawn], [
+            seq.num_cached_tokens for seq in sequences
+        ]
+
+    computed, num_cached = outputs(use_cache=False)
+    assert num_cached == [0] * len(prompts)
+    engine = Engine.open(checkpoint("qwen3"), EngineOptions(num_blocks=16, block_size=128))
+    reused, num_cached = outputs(use_cache=True)
+    assert num_cached == [0, 128, 256, 128, 256]  # at least the last token is computed again
+    assert reused == computed
+
+
 @pytest.mark.parametrize("sampled", [True, False])
 def test_kv_of_a_layer_is_final_when_its_hook_runs(sampled: bool, checkpoint: Callable[[str], Path]) -> None:
     engine = Engine.open(checkpoint("qwen3-sliding-mixed"), EngineOptions(num_blocks=16))

@@ -13,6 +13,7 @@ from ..core.hosts import ExpectedHosts, HostState
 from ..engine.gpu import Node
 from ..router.cores import Key
 from ..router.hosts import (
+    WATCH_INTERVAL_S,
     CheckHost,
     ExpectHosts,
     HostChanged,
@@ -25,8 +26,6 @@ from ..router.hosts import (
 from .ports import Nodes
 
 log = logging.getLogger(__name__)
-
-INTERVAL_S = 1.0  # between two polls of Ray
 
 
 class HostWatch:
@@ -120,7 +119,7 @@ class HostWatch:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(INTERVAL_S)
+            await asyncio.sleep(WATCH_INTERVAL_S)
             try:
                 seen = await self._nodes.seen()
             except (

@@ -34,6 +34,7 @@ from ..router.events import (
 from ..router.fleet import Fleet, FleetConfig
 from ..router.fleet_events import Apply, ReplaceWorkers, StartWorker
 from ..router.hosts import (
+    WATCH_INTERVAL_S,
     CheckHost,
     ExpectHosts,
     HostChanged,
@@ -67,8 +68,7 @@ from .simulated_worker import SimulatedWorker
 from .virtual_time import Timer, VirtualProcess, VirtualTime
 from .wanted import WantedLegs
 
-LINKS_INTERVAL_S = 1.0
-HOSTS_INTERVAL_S = 0.5  # between two polls of Ray's hosts
+LINKS_INTERVAL_S = 1.0  # between two checks that every link has been tried
 NEED = Need(1, 1.0)  # per instance
 END_S = 0.001  # until a process that is asked to end has ended
 HEARD_S = 0.005  # until the end of a process is noticed
@@ -164,7 +164,7 @@ class SimulatedHead:
         """Starts following the hosts, once the placement of running workers is known."""
         self.expect_hosts()
         self._look()
-        self.process.every(HOSTS_INTERVAL_S, self._look)
+        self.process.every(WATCH_INTERVAL_S, self._look)
         self.process.every(LINKS_INTERVAL_S, self._check_links)
 
     def _look(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from ..core.messages import Role, TransferAddress
+from ..core.reach import CONNECT_TIMEOUT_S
 from ..engine.sequence import Sequence
 from ..kv_transfer.config import TransferConfig
 from ..router.config import RouterConfig
@@ -27,7 +28,6 @@ from .virtual_time import VirtualProcess, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
 MAX_EVENTS = 5_000_000
-REACH_TIMEOUT_S = 3.0
 
 
 @dataclass
@@ -255,8 +255,8 @@ class Simulation:
         if other is None or not other.process.is_alive:
             return self.faults.latency_s(), "Connection refused"
         after_s = self.network.arrival_s(source.process, other.process) - self.time.now_s
-        if other.process.is_frozen or after_s > REACH_TIMEOUT_S:
-            return REACH_TIMEOUT_S, "no answer"
+        if other.process.is_frozen or after_s > CONNECT_TIMEOUT_S:
+            return CONNECT_TIMEOUT_S, "no answer"
         return after_s + self.faults.latency_s(), ""
 
     def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:

@@ -188,17 +188,17 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
 
     def greeting(self, kind: str, epoch: int) -> Connect:
         """Returns the first frame of a connection."""
-        local, target = self.local, self.target
+        mine, target = self.local.identity, self.target
         return Connect(
             version=PROTOCOL_VERSION,
-            source_worker_id=local.worker_id,
-            source_incarnation=local.incarnation,
+            source_worker_id=mine.worker_id,
+            source_incarnation=mine.incarnation,
             target_worker_id=target.worker_id,
             target_incarnation=target.incarnation,
             epoch=epoch,
             link=kind,
-            layout=local.layout,
-            gpu=local.gpu_uuid,
+            layout=self.local.layout,
+            gpu=mine.place.gpu,
         )
 
     def connected(

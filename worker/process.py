@@ -38,6 +38,7 @@ from ..engine.sequence import Sequence as SequenceState
 from ..grammar.messages import GrammarSetup
 from ..grammar.thread import GrammarThread
 from ..grammar.vocabulary import tokenizer_json
+from ..kv_transfer.config import Membership
 from ..kv_transfer.cuda_memory import CudaGpu
 from ..kv_transfer.endpoint import TransferEndpoint
 from .device import bind_to_cores, engine_options, names_of, own_gpu
@@ -101,14 +102,12 @@ class WorkerProcess:
             endpoint = TransferEndpoint(
                 engine.cache,
                 self,
-                worker_id=spec.worker_id,
-                incarnation=spec.incarnation,
-                token=spec.token,
-                host=spec.host or "127.0.0.1",
+                Membership(
+                    spec.worker_id, spec.incarnation, spec.token, spec.host or "127.0.0.1", spec.socket_root
+                ),
                 transport=spec.config.kv.transport,
                 gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
                 on_stuck=give_up,
-                socket_root=spec.socket_root,
             )
             grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
             if gpu is not None:

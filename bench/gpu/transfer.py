@@ -25,7 +25,7 @@ from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.outbox import Outbox
 from pdserve.engine.token_masks import NoGrammars, TokenMasks
 from pdserve.kernels import KernelRequirements, load_kernels
-from pdserve.kv_transfer import TransferConfig, TransferEndpoint
+from pdserve.kv_transfer import Membership, TransferConfig, TransferEndpoint
 from pdserve.prefill_worker.worker import PrefillWorker
 
 from .engines import BLOCK_SIZE, device_of, layout_of, open_random_engine
@@ -246,10 +246,7 @@ def endpoint_of(
     return TransferEndpoint(
         cache,
         endings,
-        worker_id=name,
-        incarnation=1,
-        token="bench",
-        host="127.0.0.1",
+        Membership(name, 1, "bench", "127.0.0.1"),
         transport=transport,
         **options,
     )

@@ -14,7 +14,7 @@ from pdserve.engine.outbox import Outbox
 from pdserve.engine.token_masks import NoGrammars, TokenMasks
 from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.thread import GrammarThread
-from pdserve.kv_transfer.config import TransferConfig
+from pdserve.kv_transfer.config import Membership, TransferConfig
 from pdserve.kv_transfer.endpoint import TransferEndpoint
 from pdserve.kv_transfer.interfaces import Gpu
 from pdserve.prefill_worker.worker import PrefillWorker
@@ -100,10 +100,7 @@ class JoinedEngines:
             TransferEndpoint(
                 engine.cache,
                 listener,
-                worker_id=name,
-                incarnation=1,
-                token=TOKEN,
-                host="127.0.0.1",
+                Membership(name, 1, TOKEN, "127.0.0.1"),
                 transport=transport,
                 config=config,
                 gpu=gpu,

@@ -12,8 +12,8 @@ from hypothesis import given, strategies as st
 
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import nccl
-from pdserve.kv_transfer.group_link import RECEIVER_RANK, SENDER_RANK
 from pdserve.kv_transfer.link import LinkError, PeerLost
+from pdserve.kv_transfer.meeting import RECEIVER_RANK, SENDER_RANK
 from pdserve.kv_transfer.nccl import NcclLink
 from pdserve.kv_transfer.send_turn import SendTurn
 

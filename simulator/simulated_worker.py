@@ -28,6 +28,7 @@ from ..core.messages import (
 )
 from ..core.needs import Need
 from ..core.request import TransferId
+from ..engine.batch import RoleEngine
 from ..engine.block_pool import BlockPool
 from ..engine.kv_manager import KVManager
 from ..engine.sequence import Sequence
@@ -178,17 +179,20 @@ class SimulatedWorker:
             wait=lambda link, ticket, timeout_s, done: ticket.when_done(process, timeout_s, done),
         )
         self.hub = TransferHub(self.local, partial(world.dial, self))
-        self.worker = Worker(
-            *spec.key,
+        engine = RoleEngine(
             KVManager(self.pool, shape.max_model_len),
             ChainRunner(self.store, self.pool, self.clock, self._on_sample, shape.runs_ahead),
+            self.store.layout.num_layers,
+            shape.max_batch_tokens,
+            shape.max_batch_size,
+        )
+        self.worker = Worker(
+            *spec.key,
+            engine,
             Port(process, self.clock, self.hub, self.store, world.rng),
             SimulatedMasks(process, Random(f"{process.name} {time.now_s}"), self.clock, self._on_mask),
             lambda sequences: None,  # so every mask is late
-            num_layers=self.store.layout.num_layers,
-            max_batch_tokens=shape.max_batch_tokens,
-            max_batch_size=shape.max_batch_size,
-            clock=self.clock,
+            self.clock,
         )
         self._time = time
         self._world = world

@@ -32,6 +32,7 @@ from ..core.messages import (
 )
 from ..core.reach import reach
 from ..core.request import TransferId
+from ..engine.batch import RoleEngine
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine
 from ..engine.sequence import Sequence as SequenceState
@@ -174,14 +175,16 @@ class WorkerProcess:
         self._worker = Worker(
             spec.worker_id,
             spec.incarnation,
-            engine.kv,
-            engine.runner,
+            RoleEngine(
+                engine.kv,
+                engine.runner,
+                engine.layout.num_layers,
+                pool.max_batch_tokens,
+                pool.max_batch_size,
+            ),
             endpoint,
             grammars,
             self._await_masks,
-            num_layers=engine.layout.num_layers,
-            max_batch_tokens=pool.max_batch_tokens,
-            max_batch_size=pool.max_batch_size,
         )
         self._info = WorkerInfo(
             worker_id=spec.worker_id,

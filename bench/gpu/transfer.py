@@ -19,6 +19,7 @@ import torch
 from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Prefill, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
+from pdserve.engine.batch import RoleEngine
 from pdserve.engine.device import Device
 from pdserve.engine.engine import EngineOptions
 from pdserve.engine.kv_cache import KVCache
@@ -124,13 +125,10 @@ class _Pair:
         endpoint = endpoint_of("p", engine.cache, endings, self._transport, device_of(self._options), config)
         endpoint.start()
         worker = PrefillWorker(
-            engine.kv,
-            engine.runner,
+            RoleEngine(engine.kv, engine.runner, engine.config.num_layers, _MAX_BATCH_TOKENS, 1),
             endpoint,
             outbox,
             TokenMasks(NoGrammars()),
-            num_layers=engine.config.num_layers,
-            max_batch_tokens=_MAX_BATCH_TOKENS,
         )
         self._pipe.send(config)
         address: TransferAddress = self._pipe.recv()

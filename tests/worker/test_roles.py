@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from pdserve.core.messages import Leg, Prefill, Reserve, Serve
 from pdserve.core.request import FinishReason, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
+from pdserve.engine.batch import RoleEngine
 from pdserve.engine.outbox import LegClock, Outbox
 from pdserve.engine.sequence import Sequence
 from pdserve.engine.token_masks import TokenMasks
@@ -38,17 +39,14 @@ class Pair:
         self.p_port, self.d_port = LateMasks(), LateMasks()
         self.p_masks, self.d_masks = TokenMasks(self.p_port), TokenMasks(self.d_port)
         self.prefill = PrefillWorker(
-            self.p.kv, self.p, self.wire, self.p_box, self.p_masks, num_layers=1, max_batch_tokens=budget
+            RoleEngine(self.p.kv, self.p, 1, budget, 8), self.wire, self.p_box, self.p_masks
         )
         self.decode = DecodeWorker(
-            self.d.kv,
-            self.d,
+            RoleEngine(self.d.kv, self.d, 1, budget, 8),
             self.wire,
             self.d_box,
             self.d_masks,
             self.await_masks,
-            max_batch_size=8,
-            max_batch_tokens=budget,
         )
 
     def await_masks(self, sequences: Seq[Sequence]) -> None:

@@ -92,7 +92,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                     self._spoilt.add(command.transfer)
                 self._on_end(command.transfer)
                 self._work.after(
-                    command.transfer, partial(self._tell_failure, command)
+                    command.transfer, partial(self._report_failure, command)
                 )  # a device may still read its blocks
             case OpenLink():
                 self._dialling = self._dial(self, next(local.epochs))
@@ -174,7 +174,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         if self._channel is not None and commit.epoch == self._epoch and commit.transfer not in self._spoilt:
             self._channel.send(commit)
 
-    def _tell_failure(self, failed: SendFailed) -> None:
+    def _report_failure(self, failed: SendFailed) -> None:
         self._spoilt.discard(failed.transfer)
         self.local.notify(self.local.listener.on_send_failed, failed.transfer, failed.error, failed.kind)
 

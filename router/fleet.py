@@ -30,7 +30,7 @@ REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING,
 class FleetConfig:
     drain_timeout_s: float = 120.0
     start_timeout_s: float = 600.0
-    # A worker of an earlier controller must report within this many beats: a pause of our own counts as
+    # A worker of an earlier controller must report within this many beats: a delay of our own counts as
     # one.
     adoption_beat_s: float = 0.5
     num_adoption_beats: int = 6
@@ -190,8 +190,8 @@ class Fleet:
     def _back_off(
         self, member: Member, reason: str, num_failures: int, now_s: float, served_s: float = float("inf")
     ) -> None:
-        """A pause avoids wasted loading of weights: a worker that has served pauses no longer than it
-        served."""
+        """Delays the next start, so that weights are not loaded over and over; a worker that has served waits
+        no longer than it served."""
         member.last_error, member.num_failures = reason, num_failures
         least_s, most_s = (
             self.config.backoff_s,

@@ -2,7 +2,7 @@
 hosts to check and to vacate.
 
 AWAITED -> CHECKING -> JOINED -> LOST -> CHECKING ...   LOST: Ray declared it dead; back under another node id
-              |  ^        |                                  REFUSED: checked again after a pause
+              |  ^        |                                  REFUSED: backs off, then checked again
               v  |        v                                  JOINED -> CHECKING: a worker there was lost
            REFUSED     LEAVING                          LEAVING: the configuration does not name it
 """

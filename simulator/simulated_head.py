@@ -315,7 +315,7 @@ class SimulatedHead:
         """Checks a worker's report before the router handles it."""
         match event:
             case WorkerReady(info, held):
-                self._wanted.told((info.worker_id, info.incarnation), held)
+                self._wanted.took_over((info.worker_id, info.incarnation), held)
                 self._links.took_over(info.address.host_id, held)
             case WorkerLost(worker_id, incarnation, reason):
                 self._world.note(f"router lost {worker_id}/{incarnation}: {reason}")

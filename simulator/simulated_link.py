@@ -129,8 +129,8 @@ class CopyingRing(SharedRing):
 
 
 class SimulatedDial:
-    """One attempt to connect, in virtual time: what `TransferDialler` and `TransferAcceptor` do around
-    `Connecting` and the two pairs."""
+    """One attempt to connect, in virtual time: the shells around `Connecting` and the two pairs, as
+    `TransferDialler` and `TransferAcceptor` are in production."""
 
     def __init__(
         self,

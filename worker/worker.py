@@ -122,7 +122,7 @@ class Worker:
         """Returns the output of the last events and steps: tokens first, then the legs that ended. Always
         contains at least one report."""
         outputs, ended, timings = self._outbox.take()
-        self._held.told(outputs, ended)
+        self._held.record(outputs, ended)
         added, evicted = self._pool.take_events()
         self.load = self._measure_load()
         reports = [self.report(timing) for timing in timings] or [self.report()]
@@ -133,7 +133,7 @@ class Worker:
 
     def held_legs(self) -> tuple[HeldLeg, ...]:
         """Returns the legs that a newly connected router has to know, up to the last `take_messages`."""
-        return self._held.tell()
+        return self._held.all()
 
     def report(self, timing: StepTiming | None = None) -> StepReport:
         """Returns the load after the last step; may be called from any thread."""

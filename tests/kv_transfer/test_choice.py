@@ -11,7 +11,7 @@ from pdserve.kv_transfer.link import LinkError
 from pdserve.kv_transfer.pair import Identity, Local
 from pdserve.kv_transfer.protocol import PROTOCOL_VERSION, Connect
 
-from .device_twins import DeviceWorker, SharedMemory, device_layout
+from .device_doubles import DeviceWorker, SharedMemory, device_layout
 from .support import ArrayStore, Recorder
 
 CPU, CPU_ELSEWHERE = Place("a", ""), Place("b", "")

@@ -11,7 +11,7 @@ import torch
 from pdserve.core.request import TransferId
 from pdserve.kernels.reference import TorchKernels
 
-from .device_twins import SharedMemory, WatchedCache, device_layout
+from .device_doubles import SharedMemory, WatchedCache, device_layout
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
 from .stream_device import StreamDevice
 from .support import CALM, Worker

@@ -44,17 +44,17 @@ def test_a_lost_worker_is_replaced_at_once_as_a_new_incarnation() -> None:
 def test_repeated_start_failures_back_off_exponentially_and_keep_their_message() -> None:
     fleet = FleetAt(config=FleetConfig(backoff_s=1.0, max_backoff_s=4.0))
     fleet.apply({D: 1})
-    pauses = []
+    delays = []
     for _ in range(4):
         assert fleet.handle(WorkerLost("decode-0", fleet.incarnation("decode-0"), "no checkpoint")) == []
         (status,) = fleet.fleet.status()
         assert (status.state, status.last_error) == (MemberState.BACKOFF, "no checkpoint")
         due_s = fleet.fleet.next_tick_s()
         assert due_s is not None
-        pauses.append(due_s - fleet.now_s)
+        delays.append(due_s - fleet.now_s)
         (action,) = fleet.handle(Tick(), after_s=due_s - fleet.now_s)
         assert isinstance(action, StartWorker)
-    assert pauses == [1.0, 2.0, 4.0, 4.0]
+    assert delays == [1.0, 2.0, 4.0, 4.0]
 
 
 def test_only_a_worker_that_dies_soon_after_each_start_backs_off() -> None:
@@ -65,17 +65,17 @@ def test_only_a_worker_that_dies_soon_after_each_start_backs_off() -> None:
     assert fleet.lost("decode-0", after_s=31.0) == [StartWorker(D, "decode-0", 3)]
 
 
-def test_a_repeatedly_killed_worker_pauses_no_longer_than_it_served() -> None:
+def test_a_repeatedly_killed_worker_backs_off_no_longer_than_it_served() -> None:
     fleet = FleetAt("decode-0", config=FleetConfig(stable_s=30.0))
-    pauses = []
+    delays = []
     for _ in range(5):
         assert fleet.lost("decode-0", after_s=3.0) == []
         due_s = fleet.fleet.next_tick_s()
         assert due_s is not None
-        pauses.append(due_s - fleet.now_s)
+        delays.append(due_s - fleet.now_s)
         fleet.handle(Tick(), after_s=due_s - fleet.now_s)
         fleet.ready("decode-0")
-    assert pauses == [1.0, 2.0, 3.0, 3.0, 3.0]
+    assert delays == [1.0, 2.0, 3.0, 3.0, 3.0]
 
 
 def test_a_start_that_never_completes_is_given_up_and_repeated() -> None:

@@ -130,8 +130,8 @@ def test_a_refused_host_is_rechecked_with_backoff_and_reported_once() -> None:
     assert changes(cluster.handle(no)) == [("10.0.0.2", HostState.REFUSED)]
     assert cluster.hosts.problems() == "host 10.0.0.2: it runs pdserve 0.0.9"
     assert cluster.place("decode-0") is None
-    for pause_s in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0):
-        assert cluster.handle(Tick(), after_s=pause_s - 0.1) == []
+    for backoff_s in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0):
+        assert cluster.handle(Tick(), after_s=backoff_s - 0.1) == []
         assert cluster.handle(Tick(), after_s=0.1) == [CheckHost("n2")]
         assert changes(cluster.handle(no)) == []
     cluster.handle(Tick(), after_s=60.0)

@@ -226,7 +226,7 @@ def commit_a_chunk_that_never_left() -> Planted:
 
 
 def forget_tokens_computed_before_the_router_died() -> Planted:
-    return patch.object(HeldLegs, "tell", lambda self: ())
+    return patch.object(HeldLegs, "all", lambda self: ())
 
 
 def forget_to_abort_the_broken_dispatches_that_a_new_router_finds() -> Planted:

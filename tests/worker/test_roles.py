@@ -52,7 +52,7 @@ class Pair:
     def await_masks(self, sequences: Seq[Sequence]) -> None:
         """Delivers some masks in time, others late."""
         for _ in range(self.rng.randrange(3)):
-            self.d_port.tell(self.rng, self.d_masks)
+            self.d_port.deliver(self.rng, self.d_masks)
 
     def submit(self, spec: SequenceSpec) -> None:
         self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
@@ -63,8 +63,8 @@ class Pair:
             self.prefill.step,
             self.decode.step,
             lambda: self.wire.deliver(self.prefill, self.decode),
-            lambda: self.p_port.tell(self.rng, self.p_masks),
-            lambda: self.d_port.tell(self.rng, self.d_masks),
+            lambda: self.p_port.deliver(self.rng, self.p_masks),
+            lambda: self.d_port.deliver(self.rng, self.d_masks),
         ]
         self.rng.shuffle(actions)
         outcomes = [action() for action in actions]  # all of them, whatever the first returns

@@ -122,9 +122,7 @@ class HostWatch:
             await asyncio.sleep(WATCH_INTERVAL_S)
             try:
                 seen = await self._nodes.seen()
-            except (
-                Exception
-            ) as error:  # any error of Ray when its own head is slow or gone: hosts stay as they are
+            except Exception as error:  # Ray's own head is slow or gone: hosts stay as they are
                 log.warning("Ray does not list its hosts: %s: %s", type(error).__name__, error)
                 continue
             self.handle(HostsSeen(seen))

@@ -94,16 +94,14 @@ class TransferAcceptor:
             sock, _ = listener.accept()
         except OSError as error:  # the peer is gone, or descriptors ran out: others may connect
             peer_log.warning("accepting a connection failed: %s", error)
-            if (
-                error.errno in _EXHAUSTED
-            ):  # the connection waits in the backlog, so the listener stays readable
+            # the connection waits in the backlog, so the listener stays readable
+            if error.errno in _EXHAUSTED:
                 loop.remove_reader(listener)
                 loop.call_later(ACCEPT_PAUSE_S, self._listen, listener)
             return
         sock.setblocking(False)
-        if (
-            len(self._unproven) >= MAX_UNPROVEN
-        ):  # a genuine peer proves itself at once: the oldest is the least likely one
+        # a genuine peer proves itself at once: the oldest is the least likely one
+        if len(self._unproven) >= MAX_UNPROVEN:
             oldest = next(iter(self._unproven))
             self._unproven.pop(oldest)
             oldest.cancel()

@@ -49,9 +49,7 @@ class TransferDialler:
                 raise LinkError(connecting.expired) from None
         except (OSError, LinkError, handshake.HandshakeError) as problem:
             pair.not_connected(str(problem))
-        except (
-            Exception
-        ) as problem:  # a bug; the component that waits for this link must be informed all the same
+        except Exception as problem:  # a bug; what waits for this link must be informed all the same
             logger.exception("connecting to %s failed", pair.target)
             pair.not_connected(repr(problem))
         else:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from .interfaces import Slot
 from .link import PeerLost, TransferTimeout
 from .meeting import RECEIVER_RANK, SENDER_RANK, Meeting
 
@@ -48,14 +47,6 @@ class GroupLink(ABC):
     def recv(self, slot: int, num_bytes: int, seq: int) -> Any:
         with self._errors():
             return self._group.recv([self._tensor(slot, num_bytes)], SENDER_RANK, seq & 0x7FFFFFFF)
-
-    @abstractmethod
-    def slot(self, slot: int, num_bytes: int) -> Slot:
-        """See `Link`."""
-
-    @abstractmethod
-    def wait(self, ticket: Any, timeout_s: float) -> None:
-        """See `Link`."""
 
     @abstractmethod
     def _build(self, meeting: Meeting) -> Any:

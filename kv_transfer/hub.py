@@ -72,7 +72,9 @@ class TransferHub:
             self._local.notify(self._local.listener.on_send_failed, event.transfer, error, FailureKind.LOST)
             return
         if key not in self._outbound:
-            self._outbound[key] = OutboundPair(self._local, target, self._dial, self._forget_transfer)
+            self._outbound[key] = OutboundPair(
+                self._local, target, self._dial, lambda transfer: self._pair_of.pop(transfer, None)
+            )
         self._pair_of[event.transfer] = self._outbound[key]
         self._outbound[key].feed(event)
 
@@ -129,9 +131,6 @@ class TransferHub:
         if key not in self._inbound:
             self._inbound[key] = InboundPair(self._local, key[0])
         return self._inbound[key]
-
-    def _forget_transfer(self, transfer: TransferId) -> None:
-        self._pair_of.pop(transfer, None)
 
 
 def refusal(connect: Connect, local: Local) -> str | None:

@@ -56,7 +56,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
     """All transfers to one worker."""
 
     def __init__(
-        self, local: Local, target: TransferAddress, dial: "Dial", on_end: Callable[[TransferId], None]
+        self, local: Local, target: TransferAddress, dial: "Dial", on_end: Callable[[TransferId], object]
     ) -> None:
         super().__init__(local)
         self.target = target
@@ -91,9 +91,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                 if self._work.is_under_way(command.transfer):
                     self._spoilt.add(command.transfer)
                 self._on_end(command.transfer)
-                self._work.after(
-                    command.transfer, partial(self._report_failure, command)
-                )  # a device may still read its blocks
+                # a device may still read its blocks
+                self._work.after(command.transfer, partial(self._report_failure, command))
             case OpenLink():
                 self._dialling = self._dial(self, next(local.epochs))
             case CloseLink():
@@ -141,9 +140,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             chunk = KVChunk(epoch, transfer, seq, command.slot, command.span, command.num_bytes, result)
             link = self._link
             assert link is not None, "it goes with its epoch"
-            if (
-                link.takes_turns
-            ):  # D posts a receive for each announced chunk: announce it only when it is sent
+            # D posts a receive for each announced chunk: announce it only when it is sent
+            if link.takes_turns:
                 self.local.turn.take(
                     link, partial(self._announce, chunk, lambda: self.local.turn.give_back(link))
                 )

@@ -56,9 +56,8 @@ class TakeOver:
         is_running = dispatch.state is DispatchState.RUNNING
         if is_running and not held.is_broken and unfinished and not unfinished & served:
             return commands
-        if (
-            is_running or held.is_broken
-        ):  # also one that has produced all its tokens, and waits for a receiver of its KV
+        # also one that has produced all its tokens, and waits for a receiver of its KV
+        if is_running or held.is_broken:
             commands += self._requests.handle(live, GivenUp(dispatch), now_s)
         return commands
 

@@ -12,7 +12,7 @@ from ..core.pump import CommandPump
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
-from ..router.cores import Placement
+from ..router.cores import Key, Placement
 from ..router.events import (
     Adopted,
     Cancel,
@@ -69,8 +69,6 @@ from .wanted import WantedLegs
 LINKS_INTERVAL_S = 1.0  # between two checks that every link has been tried
 END_S = 0.001  # until a process that is asked to end has ended
 HEARD_S = 0.005  # until the end of a process is noticed
-
-Key = tuple[str, int]
 
 
 def _spec(action: StartWorker) -> InstanceSpec:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from ..core.messages import Abort, HeldLeg, LegEnded, Prefill, Reserve, Serve, StepReport, WorkerCommand
 from ..core.request import TransferId
-
-Key = tuple[str, int]  # (worker_id, incarnation)
+from ..router.cores import Key
 
 
 @dataclass(slots=True)

@@ -18,9 +18,8 @@ from .support import CALM, Worker
 
 THEIRS, OURS = [5, 1, 9, 2], [3, 11, 4, 7]
 NUM_TOKENS = 29
-ONE_SLOT = replace(
-    CALM, chunk_bytes=2048, ring_slots=1
-)  # of a page: every chunk takes what the one before it gave back
+# of a page: every chunk takes what the one before it gave back
+ONE_SLOT = replace(CALM, chunk_bytes=2048, ring_slots=1)
 
 
 class StreamWorker(Worker):

@@ -25,9 +25,8 @@ def test_a_router_that_stops_reading_is_lost_even_while_a_sender_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(router_session, "DEAD_AFTER_S", 0.2)
-    monkeypatch.setattr(
-        worker_link, "HEARTBEAT_S", WAIT_S
-    )  # the heartbeat's thread waits behind the sender: it cannot report the loss
+    # the heartbeat's thread waits behind the sender: it cannot report the loss
+    monkeypatch.setattr(worker_link, "HEARTBEAT_S", WAIT_S)
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
         hello = Hello(worker_id="decode-0", incarnation=1)

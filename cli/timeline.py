@@ -1,9 +1,9 @@
 """Draws a request's time: one line per leg, to scale.
 
 queue                 █                                         0.4 ms
-prefill   prefill-0    ███████                                   41 ms  18 tokens
+prefill   worker-1     ███████                                   41 ms  18 tokens
 transfer                   ░░░▓                                  12 ms  1.2 MiB in 3 chunks, 75 % hidden
-decode    decode-0             █████████████████████████████    760 ms  64 tokens, 11.9 ms each
+decode    worker-0             █████████████████████████████    760 ms  64 tokens, 11.9 ms each
 """
 
 from collections.abc import Iterator

@@ -16,8 +16,7 @@ from ..core.failures import FailureKind
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Reserve, Serve
 from ..core.request import SequenceSpec, TransferId
-from ..engine.batch import Batch, Launched, StepRunner
-from ..engine.kv_manager import KVManager
+from ..engine.batch import Batch, Launched, RoleEngine
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
 from ..engine.token_masks import AwaitMasks, TokenMasks
@@ -67,25 +66,23 @@ class DecodeWorker:
 
     def __init__(
         self,
-        kv: KVManager,
-        runner: StepRunner,
+        engine: RoleEngine,
         port: ReceivePort,
         outbox: Outbox,
         masks: TokenMasks,
         await_masks: AwaitMasks,
-        *,
-        max_batch_size: int,
-        max_batch_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._kv = kv
-        self._runner = runner
+        self._kv = engine.kv
+        self._runner = engine.runner
         self._port = port
         self._outbox = outbox
         self._masks = masks
         self._await_masks = await_masks
-        self.scheduler = DecodeScheduler(kv, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
+        self.scheduler = DecodeScheduler(
+            engine.kv, max_batch_size=engine.max_batch_size, max_batch_tokens=engine.max_batch_tokens
+        )
         self._legs: dict[TransferId, _DecodeLeg] = {}
         self._unstarted: set[TransferId] = set()  # of these: none of their tokens has been computed here
         self._flight: _Flight | None = None

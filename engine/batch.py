@@ -7,6 +7,7 @@ from typing import Protocol
 import msgspec
 
 from ..core.messages import StepTiming, TokenLogprobs
+from .kv_manager import KVManager
 from .sequence import Sequence
 
 
@@ -103,3 +104,14 @@ class StepRunner(Protocol):
         on_layer: Callable[[int], None] | None = None,
         before_sampling: Callable[[], None] | None = None,
     ) -> Launched: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RoleEngine:
+    """An engine as a worker's role drives it: its blocks, its steps, and how large these may be."""
+
+    kv: KVManager
+    runner: StepRunner
+    num_layers: int
+    max_batch_tokens: int
+    max_batch_size: int

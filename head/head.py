@@ -116,9 +116,8 @@ class Head:
         self._service = RouterService(router, self._controller, spec.token, self._telemetry.recorder)
         self._controller.attach(self._service)
         self._watch.on_vacate = lambda workers: self._controller.handle(ReplaceWorkers(workers))
-        self._watch.on_change = lambda: self._controller.handle(
-            Tick()
-        )  # waiting instances may have a place now
+        # waiting instances may have a place now
+        self._watch.on_change = lambda: self._controller.handle(Tick())
         await self._service.start(self._host, listener=listener)
         self._is_listening = True
         if spec.generation:

@@ -13,6 +13,7 @@ from ..core.hosts import ExpectedHosts, HostState
 from ..engine.gpu import Node
 from ..router.cores import Key
 from ..router.hosts import (
+    WATCH_INTERVAL_S,
     CheckHost,
     ExpectHosts,
     HostChanged,
@@ -25,8 +26,6 @@ from ..router.hosts import (
 from .ports import Nodes
 
 log = logging.getLogger(__name__)
-
-INTERVAL_S = 1.0  # between two polls of Ray
 
 
 class HostWatch:
@@ -120,12 +119,10 @@ class HostWatch:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(INTERVAL_S)
+            await asyncio.sleep(WATCH_INTERVAL_S)
             try:
                 seen = await self._nodes.seen()
-            except (
-                Exception
-            ) as error:  # any error of Ray when its own head is slow or gone: hosts stay as they are
+            except Exception as error:  # Ray's own head is slow or gone: hosts stay as they are
                 log.warning("Ray does not list its hosts: %s: %s", type(error).__name__, error)
                 continue
             self.handle(HostsSeen(seen))

@@ -20,10 +20,10 @@ Version = tuple[
 
 @dataclass(frozen=True)
 class Outcome:
-    """The way a worker's process ended. `is_told`: the worker itself reported why."""
+    """The way a worker's process ended. `is_reported`: the worker itself reported why."""
 
     reason: str
-    is_told: bool = False
+    is_reported: bool = False
 
 
 class Keeper(Protocol):

@@ -5,9 +5,16 @@
 `sender` and `receiver` decide, `endpoint` and the pairs around them carry out, `shm`, `cuda_ipc` and `gloo`
 move the bytes."""
 
-from .config import TransferConfig
+from .config import Membership, TransferConfig
 from .counters import TransferCounters
 from .endpoint import TransferEndpoint
 from .interfaces import KVStore, TransferListener
 
-__all__ = ["KVStore", "TransferConfig", "TransferCounters", "TransferEndpoint", "TransferListener"]
+__all__ = [
+    "KVStore",
+    "Membership",
+    "TransferConfig",
+    "TransferCounters",
+    "TransferEndpoint",
+    "TransferListener",
+]

@@ -13,21 +13,19 @@ from pathlib import Path
 from ..core import handshake
 from ..core.peer_log import peer_log
 from .channel import Channel
-from .cuda_ipc import CudaIpcLink
-from .gloo import listening_socket
-from .greeting import shake_hands
-from .group_link import RECEIVER_RANK
-from .group_links import group_link
+from .config import Membership
 from .inbound import InboundPair
 from .link import Link, LinkError
-from .meeting import meeting_over
-from .pair import Local, retire
-from .protocol import Connect, Connected, LinkRefused, Meet, Prepare, SenderMessage
+from .link_maker import LinkMaker
+from .meeting import RECEIVER_RANK, meeting_over
+from .pair import Local
+from .protocol import Connect, LinkRefused, Meet, Prepare, SenderMessage
 from .shm import ShmLink
+from .sockets import listening_socket, shake_hands
 
 _PAGE_BYTES = 4096
 MAX_UNPROVEN = 256  # connections whose peers have not yet proved that they belong to the cluster
-# pause before the next attempt, when the process has no descriptor or memory left for a connection
+# before the next attempt, when the process has no descriptor or memory left for a connection
 ACCEPT_PAUSE_S = 0.5
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -36,17 +34,25 @@ class TransferAcceptor:
     """Listens on TCP and on a Unix socket in a private folder, which no other user can enter. Closes a
     connection that does not greet in time."""
 
-    def __init__(self, local: Local, admit: Callable[[Connect], InboundPair | str]) -> None:
+    def __init__(
+        self,
+        local: Local,
+        member: Membership,
+        links: LinkMaker,
+        admit: Callable[[Connect], InboundPair | str],
+    ) -> None:
         self._local = local
+        self._token = member.token
+        self._links = links
         self._admit = admit  # returns the pair to which a greeting belongs, or why it is refused
         # A killed process leaves the folder behind: it is removed with the owner of `socket_root`.
-        self._folder = Path(tempfile.mkdtemp(prefix="kv-", dir=local.socket_root))
+        self._folder = Path(tempfile.mkdtemp(prefix="kv-", dir=member.socket_root))
         self.unix_path = str(self._folder / "s")
         self._unix = socket.socket(socket.AF_UNIX)
         try:
             self._unix.bind(self.unix_path)
             self._unix.listen(128)
-            self._tcp = listening_socket(local.host)
+            self._tcp = listening_socket(member.host)
         except BaseException:
             self._unix.close()
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -88,16 +94,14 @@ class TransferAcceptor:
             sock, _ = listener.accept()
         except OSError as error:  # the peer is gone, or descriptors ran out: others may connect
             peer_log.warning("accepting a connection failed: %s", error)
-            if (
-                error.errno in _EXHAUSTED
-            ):  # the connection waits in the backlog, so the listener stays readable
+            # the connection waits in the backlog, so the listener stays readable
+            if error.errno in _EXHAUSTED:
                 loop.remove_reader(listener)
                 loop.call_later(ACCEPT_PAUSE_S, self._listen, listener)
             return
         sock.setblocking(False)
-        if (
-            len(self._unproven) >= MAX_UNPROVEN
-        ):  # a genuine peer proves itself at once: the oldest is the least likely one
+        # a genuine peer proves itself at once: the oldest is the least likely one
+        if len(self._unproven) >= MAX_UNPROVEN:
             oldest = next(iter(self._unproven))
             self._unproven.pop(oldest)
             oldest.cancel()
@@ -113,9 +117,7 @@ class TransferAcceptor:
         due_s = loop.time() + self._local.config.connect_timeout_s
         try:
             async with asyncio.timeout_at(due_s):
-                await shake_hands(
-                    sock, handshake.HandshakeAcceptor(self._local.token, handshake.Purpose.TRANSFER)
-                )
+                await shake_hands(sock, handshake.HandshakeAcceptor(self._token, handshake.Purpose.TRANSFER))
         except (OSError, handshake.HandshakeError) as error:  # TimeoutError is an OSError
             self._count_refusal(str(error) or "no proof came in time")
             sock.close()
@@ -173,13 +175,10 @@ class TransferAcceptor:
             return
         finally:
             pair.num_preparing -= 1
-        if connect.epoch != pair.last_epoch or channel not in self._ungreeted:
-            self._dismiss(channel)
-            retire(self._local, link)
-            return
         self._ungreeted.discard(channel)
-        channel.send(Connected(connect.epoch))
-        pair.attach(channel, link, connect.epoch)
+        if not pair.attach(channel, link, connect.epoch):
+            channel.close()
+            self._local.retire(link)
 
     def _ring(self, link: str) -> tuple[int, int]:
         layout, config = self._local.layout, self._local.config
@@ -196,16 +195,14 @@ class TransferAcceptor:
         return link
 
     def _prepare_cuda_ipc(self, channel: Channel[SenderMessage], epoch: int) -> Link:
-        rings = self._local.rings
-        assert rings is not None, "a greeting from another GPU is refused"
         num_slots, slot_bytes = self._ring("cuda_ipc")
-        ring, handle = rings.take(num_slots * slot_bytes)
+        link, handle = self._links.own_ring(num_slots, slot_bytes)
         channel.send(Prepare(epoch, num_slots, slot_bytes, handle=handle))
-        return CudaIpcLink(ring, num_slots, slot_bytes, rings)
+        return link
 
     async def _prepare_group(self, channel: Channel[SenderMessage], kind: str, epoch: int) -> Link:
         num_slots, slot_bytes = self._ring(kind)
-        link = group_link(self._local, kind, RECEIVER_RANK, num_slots, slot_bytes)
+        link = self._links.group(kind, RECEIVER_RANK, num_slots, slot_bytes)
         meeting = meeting_over(channel, epoch)
         channel.send(Prepare(epoch, num_slots, slot_bytes))
         loop = asyncio.get_running_loop()
@@ -235,7 +232,7 @@ class TransferAcceptor:
                 raise LinkError(f"the source has gone: {lost.result()}")
             await building
         except BaseException:
-            retire(self._local, link)
+            self._local.retire(link)
             raise
         finally:
             meeting.close()

@@ -6,6 +6,7 @@ from ..core.devices import GPU_LINKS
 from .link import LinkError
 
 LINKS = ("shm", "gloo", *GPU_LINKS)
+GROUP_LINKS = ("gloo", "nccl")  # both sides build a process group
 TRANSPORTS = ("auto", *LINKS)
 
 

@@ -1,11 +1,23 @@
-"""The transfer's limits, fixed when an endpoint is made."""
+"""A worker's membership and its transfers' limits, fixed when an endpoint is made."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from .chunk_size import CHUNK_BYTES
 
 MAX_PAYLOAD_BYTES = 4 << 20
 MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + (64 << 10)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A worker's part in its cluster."""
+
+    worker_id: str
+    incarnation: int
+    token: str  # the cluster's secret
+    host: str  # the IP address to bind and to advertise
+    socket_root: Path = Path("/tmp")  # the private folder for the Unix socket is created here
 
 
 @dataclass(frozen=True)

@@ -4,67 +4,64 @@ import asyncio
 import logging
 import os
 import socket
-from typing import Any, TypeVar
+from typing import Any
 
 from ..core import handshake
 from ..core.messages import TransferAddress
 from .channel import Channel
 from .choice import Place, choose_link
-from .cuda_ipc import CudaIpcLink
-from .gloo import address_family
-from .greeting import shake_hands
-from .group_link import SENDER_RANK, GroupLink
-from .group_links import group_link
+from .connecting import Answer, Connecting
 from .link import Link, LinkError
-from .meeting import Meeting, meeting_over
+from .link_maker import LinkMaker
+from .meeting import SENDER_RANK, Meeting, MeetingLink, meeting_over
 from .outbound import OutboundPair
-from .pair import Local, retire
-from .protocol import Connected, LinkRefused, Meet, Prepare, ReceiverMessage
+from .pair import Local
+from .protocol import Prepare, ReceiverMessage
 from .shm import ShmLink
+from .sockets import address_family, shake_hands
 
 logger = logging.getLogger(__name__)
-M = TypeVar("M", Prepare, Connected)
-Answers = asyncio.Queue[ReceiverMessage | LinkError]
+Answers = asyncio.Queue[Answer]
 Connection = tuple[Channel[ReceiverMessage], Link, Answers]
 
 
 class TransferDialler:
     """Implements `outbound.Dial` on the endpoint's loop."""
 
-    def __init__(self, local: Local) -> None:
+    def __init__(self, local: Local, links: LinkMaker, token: str, transport: str) -> None:
         self._local = local
+        self._links = links
+        self._token = token
+        self._transport = transport
 
     def __call__(self, pair: OutboundPair, epoch: int, /) -> "asyncio.Task[None]":
         return asyncio.get_running_loop().create_task(self._dial(pair, epoch))
 
     async def _dial(self, pair: OutboundPair, epoch: int) -> None:
-        timeout_s = self._local.config.connect_timeout_s
+        target = pair.target
         try:
-            async with asyncio.timeout(timeout_s) as limit:
-                channel, link, answers = await self._connect(pair, epoch, limit)
-        except TimeoutError:
-            pair.not_connected(f"no answer within {timeout_s} s, or no link in its time")
+            kind = choose_link(self._local.identity.place, Place(target.host_id, target.gpu), self._transport)
+            connecting = Connecting(kind, self._local.config)
+            try:
+                async with asyncio.timeout(connecting.timeout_s) as limit:
+                    channel, link, answers = await self._connect(pair, epoch, kind, connecting, limit)
+            except TimeoutError:
+                raise LinkError(connecting.expired) from None
         except (OSError, LinkError, handshake.HandshakeError) as problem:
             pair.not_connected(str(problem))
-        except (
-            Exception
-        ) as problem:  # a bug; the component that waits for this link must be informed all the same
+        except Exception as problem:  # a bug; what waits for this link must be informed all the same
             logger.exception("connecting to %s failed", pair.target)
             pair.not_connected(repr(problem))
         else:
             pair.connected(channel, link, epoch, [answers.get_nowait() for _ in range(answers.qsize())])
 
-    async def _connect(self, pair: OutboundPair, epoch: int, limit: asyncio.Timeout) -> Connection:
-        local, target = self._local, pair.target
-        kind = choose_link(
-            Place(local.host_id, local.gpu_uuid), Place(target.host_id, target.gpu), local.transport
-        )
+    async def _connect(
+        self, pair: OutboundPair, epoch: int, kind: str, connecting: Connecting, limit: asyncio.Timeout
+    ) -> Connection:
         answers: Answers = asyncio.Queue()
-        sock = await _open_socket(
-            target, is_near=kind != "gloo" and target.host_id == local.host_id, token=local.token
-        )
+        is_near = kind != "gloo" and pair.target.host_id == self._local.identity.place.host_id
         channel: Channel[ReceiverMessage] = Channel(
-            sock,
+            await _open_socket(pair.target, is_near=is_near, token=self._token),
             ReceiverMessage,
             answers.put_nowait,
             lambda error: answers.put_nowait(LinkError(error)),
@@ -73,36 +70,28 @@ class TransferDialler:
         link: Link | None = None
         try:
             channel.send(pair.greeting(kind, epoch))
-            prepare = _expected(await answers.get(), Prepare)
-            if kind == "shm":
-                link = _attach(channel, prepare)
-                _expected(await answers.get(), Connected)
-            elif kind == "cuda_ipc":
-                link = self._open_ring(prepare)
-                _expected(await answers.get(), Connected)
+            prepare = connecting.prepared(await answers.get())
+            if connecting.build_timeout_s is not None:
+                limit.reschedule(asyncio.get_running_loop().time() + connecting.build_timeout_s)
+                group = link = self._links.group(kind, SENDER_RANK, prepare.num_slots, prepare.slot_bytes)
+                await _build(group, meeting_over(channel, epoch), answers, connecting)
             else:
-                limit.reschedule(asyncio.get_running_loop().time() + local.config.build_timeout_s(kind))
-                group = link = group_link(local, kind, SENDER_RANK, prepare.num_slots, prepare.slot_bytes)
-                await _build(group, meeting_over(channel, epoch), answers)
+                link = _attach(channel, prepare) if kind == "shm" else self._links.ring_of_peer(prepare)
+                connecting.built(await answers.get())
         except BaseException:
             channel.close()
             if link is not None:
-                retire(self._local, link)
+                self._local.retire(link)
             raise
         return channel, link, answers
 
-    def _open_ring(self, prepare: Prepare) -> CudaIpcLink:
-        assert self._local.gpu is not None, "the link was chosen by it"
-        ring = self._local.gpu.open(prepare.handle, prepare.num_slots * prepare.slot_bytes)
-        return CudaIpcLink(ring, prepare.num_slots, prepare.slot_bytes)
 
-
-async def _build(link: GroupLink, meeting: Meeting, answers: Answers) -> None:
+async def _build(link: MeetingLink, meeting: Meeting, answers: Answers, connecting: Connecting) -> None:
     """Returns when both sides are up. Raises as soon as D is gone: the link may not notice by itself."""
     loop = asyncio.get_running_loop()
     building = loop.run_in_executor(link.executor, link.build, meeting)
     building.add_done_callback(lambda done: done.cancelled() or done.exception())
-    answer = loop.create_task(_meet(answers, meeting))
+    answer = loop.create_task(_meet(answers, meeting, connecting))
     try:
         await asyncio.wait((building, answer), return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
@@ -114,11 +103,10 @@ async def _build(link: GroupLink, meeting: Meeting, answers: Answers) -> None:
         meeting.close()
 
 
-async def _meet(answers: Answers, meeting: Meeting) -> None:
+async def _meet(answers: Answers, meeting: Meeting, connecting: Connecting) -> None:
     """Waits until D's side of the link is up. Raises LinkError."""
-    while isinstance(answer := await answers.get(), Meet):
-        meeting.put(answer.key, answer.value)
-    _expected(answer, Connected)
+    while (entry := connecting.built(await answers.get())) is not None:
+        meeting.put(entry.key, entry.value)
 
 
 async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) -> socket.socket:
@@ -137,16 +125,6 @@ async def _open_socket(target: TransferAddress, *, is_near: bool, token: str) ->
         sock.close()
         raise
     return sock
-
-
-def _expected(answer: ReceiverMessage | LinkError, kind: type[M]) -> M:
-    if isinstance(answer, LinkError):
-        raise answer
-    if isinstance(answer, LinkRefused):
-        raise LinkError(f"refused: {answer.error}")
-    if not isinstance(answer, kind):
-        raise LinkError(f"the peer answered {type(answer).__name__}, expected {kind.__name__}")
-    return answer
 
 
 def _attach(channel: Channel[ReceiverMessage], prepare: Prepare) -> ShmLink:

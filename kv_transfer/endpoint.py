@@ -2,28 +2,31 @@
 own threads; the endpoint reports the end of each transfer to its listener."""
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 from ..core.devices import GPU_LINKS
 from ..core.messages import TransferAddress
 from ..core.request import TransferId
 from .acceptor import TransferAcceptor
-from .choice import TRANSPORTS
-from .config import MAX_PAYLOAD_BYTES, TransferConfig
+from .choice import TRANSPORTS, Place
+from .config import MAX_PAYLOAD_BYTES, Membership, TransferConfig
 from .counters import TransferCounters
 from .dialler import TransferDialler
 from .events import CancelTransfer, CommitReady, Expect, Extend, OpenTransfer, PartComputed, PrefillDone
 from .hub import TransferHub, guarded
 from .interfaces import Gpu, KVStore, TransferListener
-from .pair import Local, log_stuck
+from .link_maker import LinkMaker
+from .pair import Identity, Local
 from .polling_loop import polling_loop
 from .shm import host_id
 from .span import Span
+
+logger = logging.getLogger(__name__)
 
 
 class TransferEndpoint:
@@ -35,41 +38,27 @@ class TransferEndpoint:
         self,
         store: KVStore,
         listener: TransferListener,
+        member: Membership,
         *,
-        worker_id: str,
-        incarnation: int,
-        token: str,
-        host: str,
         transport: str = "auto",
         config: TransferConfig | None = None,
         gpu: Gpu | None = None,
         on_stuck: Callable[[str], None] | None = None,
-        socket_root: Path = Path("/tmp"),
     ) -> None:
-        """`host` is the IP address to bind and to advertise; `token` is the cluster's secret; `gpu` holds the
-        store's blocks, if they are not in host memory. `on_stuck` is called with the reason why the process
-        has to end when a link on the GPU does not terminate; without it, the reason is logged. The folder of
-        mode 0700 for the Unix socket is created in `socket_root`."""
+        """`gpu` holds the store's blocks, if they are not in host memory. `on_stuck` is called with the
+        reason why the process has to end when a link on the GPU does not terminate; by default it is
+        logged."""
         valid = [name for name in TRANSPORTS if gpu is not None or name not in GPU_LINKS]
         if transport not in valid:
             where = "" if gpu is not None else " on a processor"
             raise ValueError(f"kv.transport: got {transport!r}, expected one of {', '.join(valid)}{where}")
-        self._local = Local(
-            worker_id=worker_id,
-            incarnation=incarnation,
-            token=token,
-            host=host,
-            host_id=host_id(),
-            transport=transport,
-            store=store,
-            layout=store.layout,
-            listener=listener,
-            config=config or TransferConfig(),
-            gpu=gpu,
-            on_stuck=on_stuck or log_stuck,
-            socket_root=socket_root,
-        )
-        self._hub = TransferHub(self._local, TransferDialler(self._local))
+        self._member = member
+        place = Place(host_id(), "" if gpu is None else gpu.uuid)
+        identity = Identity(member.worker_id, member.incarnation, place)
+        self._local = Local(identity, store, listener, config or TransferConfig())
+        self._links = LinkMaker(member.host, self._local.config, gpu, on_stuck or _log_stuck)
+        dialler = TransferDialler(self._local, self._links, member.token, transport)
+        self._hub = TransferHub(self._local, dialler)
         self._inbox: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()  # guards the three below
         self._is_woken = False
@@ -83,7 +72,8 @@ class TransferEndpoint:
     def start(self) -> TransferAddress:
         """Starts to listen and returns the address. Raises OSError when `host` cannot be bound."""
         assert self._thread is None, "an endpoint starts once"
-        local, acceptor = self._local, TransferAcceptor(self._local, self._hub.admit)
+        member, place = self._member, self._local.identity.place
+        acceptor = TransferAcceptor(self._local, member, self._links, self._hub.admit)
         started = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(acceptor, started), name="pdserve-kv-transfer", daemon=True
@@ -91,13 +81,13 @@ class TransferEndpoint:
         self._thread.start()
         started.wait()
         return TransferAddress(
-            worker_id=local.worker_id,
-            incarnation=local.incarnation,
-            host_id=local.host_id,
+            worker_id=member.worker_id,
+            incarnation=member.incarnation,
+            host_id=place.host_id,
             unix_path=acceptor.unix_path,
-            tcp_host=local.host,
+            tcp_host=member.host,
             tcp_port=acceptor.tcp_port,
-            gpu=local.gpu_uuid,
+            gpu=place.gpu,
         )
 
     def close(self) -> None:
@@ -242,3 +232,8 @@ class TransferEndpoint:
         await self._local.store_waits.finish(self._local.config.chunk_timeout_s)
         for link in self._local.retired:
             await asyncio.to_thread(link.join)
+
+
+def _log_stuck(why: str) -> None:
+    """Default for a process that no supervisor would restart."""
+    logger.critical("%s", why)

@@ -4,27 +4,15 @@ Gloo aborts a receiver that is sent more than it posted, so D posts receives for
 and P sends exactly those. A wait that times out makes the group permanently unusable: the side that observes
 it kills the link."""
 
-import ipaddress
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroupGloo, Store  # type: ignore[attr-defined]
 
 from .group_link import GroupLink
 from .meeting import Meeting
-
-if TYPE_CHECKING:
-    import torch
-
-
-def address_family(host: str) -> socket.AddressFamily:
-    """Returns the address family of an IP address in text form. Raises ValueError."""
-    return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-
-
-def listening_socket(host: str) -> socket.socket:
-    """Opens a listening TCP socket on a free port of `host`. Raises OSError."""
-    return socket.create_server((host, 0), family=address_family(host))
 
 
 class GlooLink(GroupLink):
@@ -39,9 +27,6 @@ class GlooLink(GroupLink):
         self._whole: torch.Tensor | None = None
 
     def _build(self, meeting: Meeting) -> Any:
-        import torch
-        from torch.distributed import ProcessGroupGloo
-
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = self.timeout
@@ -53,7 +38,7 @@ class GlooLink(GroupLink):
         start = slot * self.slot_bytes
         return self._view[start : start + num_bytes]
 
-    def _tensor(self, slot: int, num_bytes: int) -> "torch.Tensor":
+    def _tensor(self, slot: int, num_bytes: int) -> torch.Tensor:
         assert self._whole is not None
         return self._whole.narrow(0, slot * self.slot_bytes, num_bytes)
 
@@ -68,7 +53,6 @@ class GlooLink(GroupLink):
 
 def _store(meeting: Meeting, timeout_s: float) -> Any:
     """Adapts the meeting to the interface that torch's gloo expects."""
-    from torch.distributed import Store  # type: ignore[attr-defined]
 
     class MeetingStore(Store):
         def set(self, key: str, value: bytes) -> None:  # type: ignore[override]  # the stubs say text

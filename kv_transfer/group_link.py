@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from .interfaces import Slot
+import torch
+
 from .link import PeerLost, TransferTimeout
-from .meeting import Meeting
-
-if TYPE_CHECKING:
-    import torch
-
-RECEIVER_RANK, SENDER_RANK = 0, 1
+from .meeting import RECEIVER_RANK, SENDER_RANK, Meeting
 
 
 class GroupLink(ABC):
@@ -40,8 +36,7 @@ class GroupLink(ABC):
         return timedelta(seconds=self._timeout_s)
 
     def build(self, meeting: Meeting) -> None:
-        """Builds this rank, on the helper thread; returns when the other rank has joined. Raises
-        LinkError."""
+        """See `MeetingLink`."""
         with self._errors():
             self._group = self._build(meeting)
 
@@ -54,19 +49,11 @@ class GroupLink(ABC):
             return self._group.recv([self._tensor(slot, num_bytes)], SENDER_RANK, seq & 0x7FFFFFFF)
 
     @abstractmethod
-    def slot(self, slot: int, num_bytes: int) -> Slot:
-        """See `Link`."""
-
-    @abstractmethod
-    def wait(self, ticket: Any, timeout_s: float) -> None:
-        """See `Link`."""
-
-    @abstractmethod
     def _build(self, meeting: Meeting) -> Any:
         """Builds this rank of the group; returns when the other one has joined."""
 
     @abstractmethod
-    def _tensor(self, slot: int, num_bytes: int) -> "torch.Tensor":
+    def _tensor(self, slot: int, num_bytes: int) -> torch.Tensor:
         """Returns a slot's memory in the form that the group accepts."""
 
     @abstractmethod

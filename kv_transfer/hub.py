@@ -72,7 +72,9 @@ class TransferHub:
             self._local.notify(self._local.listener.on_send_failed, event.transfer, error, FailureKind.LOST)
             return
         if key not in self._outbound:
-            self._outbound[key] = OutboundPair(self._local, target, self._dial, self._forget_transfer)
+            self._outbound[key] = OutboundPair(
+                self._local, target, self._dial, lambda transfer: self._pair_of.pop(transfer, None)
+            )
         self._pair_of[event.transfer] = self._outbound[key]
         self._outbound[key].feed(event)
 
@@ -130,26 +132,22 @@ class TransferHub:
             self._inbound[key] = InboundPair(self._local, key[0])
         return self._inbound[key]
 
-    def _forget_transfer(self, transfer: TransferId) -> None:
-        self._pair_of.pop(transfer, None)
-
 
 def refusal(connect: Connect, local: Local) -> str | None:
     """Returns why `connect` must be refused, in words."""
+    mine = local.identity
+    gpu = mine.place.gpu
     if connect.version != PROTOCOL_VERSION:
         return f"protocol version {connect.version}, expected {PROTOCOL_VERSION}"
-    if (connect.target_worker_id, connect.target_incarnation) != (local.worker_id, local.incarnation):
+    if (connect.target_worker_id, connect.target_incarnation) != (mine.worker_id, mine.incarnation):
         wanted = f"{connect.target_worker_id} (incarnation {connect.target_incarnation})"
-        return f"this is {local.name}, not {wanted}"
+        return f"this is {mine}, not {wanted}"
     if connect.link not in LINKS:
         return f"link {connect.link!r}, expected one of {', '.join(LINKS)}"
-    if connect.link == "cuda_ipc" and (not connect.gpu or connect.gpu != local.gpu_uuid):
-        return f"link 'cuda_ipc' from GPU {connect.gpu!r}, expected this worker's {local.gpu_uuid!r}"
-    if connect.link == "nccl" and (not local.gpu_uuid or connect.gpu in ("", local.gpu_uuid)):
-        return (
-            f"link 'nccl' from GPU {connect.gpu!r}, expected another one than this worker's"
-            f" {local.gpu_uuid!r}"
-        )
+    if connect.link == "cuda_ipc" and (not connect.gpu or connect.gpu != gpu):
+        return f"link 'cuda_ipc' from GPU {connect.gpu!r}, expected this worker's {gpu!r}"
+    if connect.link == "nccl" and (not gpu or connect.gpu in ("", gpu)):
+        return f"link 'nccl' from GPU {connect.gpu!r}, expected another one than this worker's {gpu!r}"
     mismatch = local.layout.mismatch(connect.layout)
     if mismatch is not None:
         return f"the KV layouts differ in {mismatch}"

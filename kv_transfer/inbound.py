@@ -22,7 +22,7 @@ from .events import (
 from .interfaces import Pending, Slot, Stream
 from .link import Link, LinkError, release
 from .pair import Local, Pair
-from .protocol import Connect, KVChunk, Meet, SenderMessage
+from .protocol import Connect, Connected, KVChunk, Meet, SenderMessage
 from .receiver import TransferReceiver
 from .span import place_of
 
@@ -42,11 +42,16 @@ class InboundPair(Pair[ReceiverEvent, ReceiverCommand]):
     def is_idle(self) -> bool:
         return self._receiver.is_idle and not self.num_preparing and self._work.is_idle
 
-    def attach(self, channel: Stream, link: Link, epoch: int) -> None:
-        """Attaches a new link; one that is still up is of an older epoch and is killed."""
+    def attach(self, channel: Stream, link: Link, epoch: int) -> bool:
+        """Our end of the link is up. Returns False when the source has connected anew since, or this
+        connection is lost. A link that is still up is of an older epoch and is killed."""
+        if epoch != self.last_epoch or not channel.is_open:
+            return False
+        channel.send(Connected(epoch))
         if self._epoch is not None:
             self._link_failed(self._epoch, f"the source connected anew (epoch {epoch})")
         self._adopt(channel, link, epoch)
+        return True
 
     def _on_message(self, message: SenderMessage) -> None:
         if not isinstance(message, Connect | Meet):

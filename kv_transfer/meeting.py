@@ -7,12 +7,13 @@ takes longer than a link may."""
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from .channel import Channel
-from .link import LinkError, PeerLost, TransferTimeout
+from .link import Link, LinkError, PeerLost, TransferTimeout
 from .protocol import Meet
 
+RECEIVER_RANK, SENDER_RANK = 0, 1
 MAX_ENTRIES = 64  # from the peer: a link needs a few
 
 
@@ -60,6 +61,15 @@ class Meeting:
         with self._changed:
             self._entries[key] = value
             self._changed.notify_all()
+
+
+class MeetingLink(Link, Protocol):
+    """A link whose two sides meet to build it."""
+
+    def build(self, meeting: Meeting) -> None:
+        """Builds this side, on the link's executor; returns when the other side has joined. Raises
+        LinkError."""
+        ...
 
 
 def meeting_over(channel: Channel[Any], epoch: int) -> Meeting:

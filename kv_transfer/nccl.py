@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from .gloo import listening_socket
-from .group_link import SENDER_RANK, GroupLink
+from .group_link import GroupLink
 from .interfaces import Slot
 from .link import LinkError, PeerLost, TransferTimeout
-from .meeting import Meeting
+from .meeting import SENDER_RANK, Meeting
+from .sockets import listening_socket
 
 ABORT_S = 5.0  # an abort that takes longer is stuck in the driver
 _POLL_S = 20e-6

@@ -56,7 +56,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
     """All transfers to one worker."""
 
     def __init__(
-        self, local: Local, target: TransferAddress, dial: "Dial", on_end: Callable[[TransferId], None]
+        self, local: Local, target: TransferAddress, dial: "Dial", on_end: Callable[[TransferId], object]
     ) -> None:
         super().__init__(local)
         self.target = target
@@ -91,9 +91,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
                 if self._work.is_under_way(command.transfer):
                     self._spoilt.add(command.transfer)
                 self._on_end(command.transfer)
-                self._work.after(
-                    command.transfer, partial(self._tell_failure, command)
-                )  # a device may still read its blocks
+                # a device may still read its blocks
+                self._work.after(command.transfer, partial(self._report_failure, command))
             case OpenLink():
                 self._dialling = self._dial(self, next(local.epochs))
             case CloseLink():
@@ -141,9 +140,8 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
             chunk = KVChunk(epoch, transfer, seq, command.slot, command.span, command.num_bytes, result)
             link = self._link
             assert link is not None, "it goes with its epoch"
-            if (
-                link.takes_turns
-            ):  # D posts a receive for each announced chunk: announce it only when it is sent
+            # D posts a receive for each announced chunk: announce it only when it is sent
+            if link.takes_turns:
                 self.local.turn.take(
                     link, partial(self._announce, chunk, lambda: self.local.turn.give_back(link))
                 )
@@ -174,7 +172,7 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
         if self._channel is not None and commit.epoch == self._epoch and commit.transfer not in self._spoilt:
             self._channel.send(commit)
 
-    def _tell_failure(self, failed: SendFailed) -> None:
+    def _report_failure(self, failed: SendFailed) -> None:
         self._spoilt.discard(failed.transfer)
         self.local.notify(self.local.listener.on_send_failed, failed.transfer, failed.error, failed.kind)
 
@@ -188,17 +186,17 @@ class OutboundPair(Pair[SenderEvent, SenderCommand]):
 
     def greeting(self, kind: str, epoch: int) -> Connect:
         """Returns the first frame of a connection."""
-        local, target = self.local, self.target
+        mine, target = self.local.identity, self.target
         return Connect(
             version=PROTOCOL_VERSION,
-            source_worker_id=local.worker_id,
-            source_incarnation=local.incarnation,
+            source_worker_id=mine.worker_id,
+            source_incarnation=mine.incarnation,
             target_worker_id=target.worker_id,
             target_incarnation=target.incarnation,
             epoch=epoch,
             link=kind,
-            layout=local.layout,
-            gpu=local.gpu_uuid,
+            layout=self.local.layout,
+            gpu=mine.place.gpu,
         )
 
     def connected(

@@ -9,17 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from pathlib import Path
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from ..core.messages import KVLayout
 from ..core.pump import CommandPump
+from .choice import Place
 from .config import TransferConfig
 from .counters import TransferCounters
-from .cuda_ipc import RingShelf
 from .events import LinkDown, LinkUp
-from .interfaces import Gpu, KVStore, Stream, TransferListener
+from .interfaces import KVStore, Stream, TransferListener
 from .link import Link, LinkError
 from .send_turn import SendTurn
 from .store_work import StoreWaits, StoreWork
@@ -34,42 +33,37 @@ TURN_SHARE = 0.4
 Wait = Callable[[Link, Any, float, Callable[[BaseException | None], None]], None]
 
 
-@dataclass
-class Local:
-    """This side of every pair: its identity, its blocks and its listener."""
+@dataclass(frozen=True)
+class Identity:
+    """A worker, and where it keeps its KV."""
 
     worker_id: str
     incarnation: int
-    token: str
-    host: str
-    host_id: str
-    transport: str
+    place: Place
+
+    def __str__(self) -> str:
+        return f"{self.worker_id} (incarnation {self.incarnation})"
+
+
+@dataclass
+class Local:
+    """This side of every pair: its blocks, its listener, and the state that its pairs share."""
+
+    identity: Identity
     store: KVStore
-    layout: KVLayout
     listener: TransferListener
     config: TransferConfig
     clock: Callable[[], float] = monotonic
     wait: Wait = field(default_factory=lambda: wait_on_executor)
-    epochs: Iterator[int] = field(default_factory=lambda: count(1))  # one for each link that we open
-    counters: TransferCounters = field(default_factory=TransferCounters)
-    retired: list[Link] = field(default_factory=list)  # killed, and not yet released
-    gpu: Gpu | None = None  # holds the store's blocks
-    on_stuck: Callable[[str], None] = field(default_factory=lambda: log_stuck)
-    socket_root: Path = Path("/tmp")
-    rings: RingShelf | None = field(init=False)  # on the GPU
-    turn: SendTurn = field(default_factory=SendTurn)  # of links that must not send at the same time
-    store_waits: StoreWaits = field(default_factory=StoreWaits)
-
-    def __post_init__(self) -> None:
-        self.rings = None if self.gpu is None else RingShelf(self.gpu)
+    epochs: Iterator[int] = field(init=False, default_factory=lambda: count(1))  # of links that we open
+    counters: TransferCounters = field(init=False, default_factory=TransferCounters)
+    retired: list[Link] = field(init=False, default_factory=list)  # killed, and not yet released
+    turn: SendTurn = field(init=False, default_factory=SendTurn)
+    store_waits: StoreWaits = field(init=False, default_factory=StoreWaits)
 
     @property
-    def gpu_uuid(self) -> str:
-        return "" if self.gpu is None else self.gpu.uuid
-
-    @property
-    def name(self) -> str:
-        return f"{self.worker_id} (incarnation {self.incarnation})"
+    def layout(self) -> KVLayout:
+        return self.store.layout
 
     def notify(self, method: Callable[..., None], *args: object) -> None:
         """Logs the worker's mistakes; they must not affect other transfers."""
@@ -78,10 +72,10 @@ class Local:
         except Exception:
             logger.exception("%s failed", method.__qualname__)
 
-
-def log_stuck(why: str) -> None:
-    """Default for a process that no supervisor would restart."""
-    logger.critical("%s", why)
+    def retire(self, link: Link) -> None:
+        """Kills the link, and tracks it until it has released everything."""
+        link.kill()
+        self.retired = [other for other in (*self.retired, link) if not other.is_gone]
 
 
 E = TypeVar("E")
@@ -97,7 +91,7 @@ class Pair(ABC, Generic[E, C]):
         self._channel: Stream | None = None
         self._link: Link | None = None
         self._epoch: int | None = None
-        self._work = StoreWork(local)
+        self._work = StoreWork(local.store_waits)
 
     @abstractmethod
     def _handle(self, event: E | LinkUp | LinkDown, now_s: float) -> list[C]:
@@ -135,7 +129,7 @@ class Pair(ABC, Generic[E, C]):
             self._channel.close()
             self._channel = None
         if self._link is not None:
-            retire(self.local, self._link)
+            self.local.retire(self._link)
             self._link = None
 
     def _when_done(self, ticket: Any, then: Callable[[], None]) -> None:
@@ -174,9 +168,3 @@ def wait_on_executor(
 
     assert link.executor is not None, "it gave a ticket"
     link.executor.submit(wait)
-
-
-def retire(local: Local, link: Link) -> None:
-    """Kills the link, and tracks it until it has released everything."""
-    link.kill()
-    local.retired = [other for other in (*local.retired, link) if not other.is_gone]

@@ -6,14 +6,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ..core.request import TransferId
 from .interfaces import Pending, Slot
 from .link import LinkError, release
-
-if TYPE_CHECKING:
-    from .pair import Local
 
 Done = Callable[[int | BaseException], None]  # receives the checksum, or the error
 
@@ -74,8 +70,8 @@ class StoreWaits:
 class StoreWork:
     """One pair's works. All on the endpoint's thread."""
 
-    def __init__(self, local: "Local") -> None:
-        self._local = local
+    def __init__(self, waits: StoreWaits) -> None:
+        self._waits = waits
         self._num: defaultdict[TransferId, int] = defaultdict(int)  # under way
         self._behind: dict[TransferId, list[Callable[[], None]]] = {}
 
@@ -89,7 +85,7 @@ class StoreWork:
     def add(self, transfer: TransferId, pending: Pending, slot: Slot, done: Done) -> None:
         """Calls `done` even when the link has gone by then; `slot` is kept until then."""
         self._num[transfer] += 1
-        self._local.store_waits.add(pending, partial(self._on_done, transfer, slot, done))
+        self._waits.add(pending, partial(self._on_done, transfer, slot, done))
 
     def after(self, transfer: TransferId, call: Callable[[], None]) -> None:
         """Calls now, or when nothing is under way for the transfer."""

@@ -13,8 +13,7 @@ from ..core.failures import FailureKind
 from ..core.handoff import HandOff
 from ..core.messages import Leg, Prefill, TransferAddress, TransferStats
 from ..core.request import TransferId
-from ..engine.batch import Batch, SampledToken, StepRunner
-from ..engine.kv_manager import KVManager
+from ..engine.batch import Batch, RoleEngine, SampledToken
 from ..engine.outbox import LegClock, Outbox
 from ..engine.sequence import Sequence
 from ..engine.token_masks import TokenMasks
@@ -54,24 +53,20 @@ class PrefillWorker:
 
     def __init__(
         self,
-        kv: KVManager,
-        runner: StepRunner,
+        engine: RoleEngine,
         port: SendPort,
         outbox: Outbox,
         masks: TokenMasks,
-        *,
-        num_layers: int,
-        max_batch_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._kv = kv
-        self._runner = runner
+        self._kv = engine.kv
+        self._runner = engine.runner
         self._port = port
         self._outbox = outbox
         self._masks = masks
-        self._num_layers = num_layers
+        self._num_layers = engine.num_layers
         self._clock = clock
-        self.scheduler = PrefillScheduler(kv, max_batch_tokens)
+        self.scheduler = PrefillScheduler(engine.kv, engine.max_batch_tokens)
         self._legs: dict[TransferId, _PrefillLeg] = {}
 
     @property

@@ -143,9 +143,8 @@ class DispatchTimes(msgspec.Struct, frozen=True, kw_only=True):
     number: int  # of all dispatches: the attempt as workers know it
     choices: tuple[int, ...]
     prefill_worker: str
-    decode_worker: (
-        str | None
-    )  # None: nothing to decode; equal to `prefill_worker`: one worker served both phases
+    # None: nothing to decode; equal to `prefill_worker`: one worker served both phases
+    decode_worker: str | None
     num_tokens: int  # prompt, and output of earlier attempts
     expected_cached_tokens: int  # on the prefill worker, by the prefix index
     expected_ttft_s: float  # from dispatch to first token

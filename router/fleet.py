@@ -3,6 +3,7 @@ stop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from ..core.messages import Role
 from .events import WorkerIdle, WorkerLost, WorkerReady
@@ -30,7 +31,7 @@ REMOVAL_ORDER = [MemberState.DRAINED, MemberState.BACKOFF, MemberState.STARTING,
 class FleetConfig:
     drain_timeout_s: float = 120.0
     start_timeout_s: float = 600.0
-    # A worker of an earlier controller must report within this many beats: a pause of our own counts as
+    # A worker of an earlier controller must report within this many beats: a delay of our own counts as
     # one.
     adoption_beat_s: float = 0.5
     num_adoption_beats: int = 6
@@ -134,10 +135,8 @@ class Fleet:
     def _adopt(self, event: AdoptWorkers, now_s: float) -> None:
         for worker in event.workers:
             member = Member(worker.worker_id, worker.role, worker.incarnation, now_s, is_awaited=True)
-            member.due_s, member.num_beats_left = (
-                now_s + self.config.adoption_beat_s,
-                self.config.num_adoption_beats,
-            )
+            member.due_s = now_s + self.config.adoption_beat_s
+            member.num_beats_left = self.config.num_adoption_beats
             self._members[worker.worker_id] = member
 
     def _apply(self, event: Apply, now_s: float) -> None:
@@ -152,11 +151,8 @@ class Fleet:
 
     def _drain_by_hand(self, event: Drain, now_s: float) -> None:
         member = self._members.get(event.worker_id)
-        if member is not None and member.state in (
-            MemberState.STARTING,
-            MemberState.READY,
-            MemberState.BACKOFF,
-        ):
+        drainable = (MemberState.STARTING, MemberState.READY, MemberState.BACKOFF)
+        if member is not None and member.state in drainable:
             member.by_hand = True
             self._retire(member, now_s)
 
@@ -190,13 +186,11 @@ class Fleet:
     def _back_off(
         self, member: Member, reason: str, num_failures: int, now_s: float, served_s: float = float("inf")
     ) -> None:
-        """A pause avoids wasted loading of weights: a worker that has served pauses no longer than it
-        served."""
+        """Delays the next start, so that weights are not loaded over and over; a worker that has served waits
+        no longer than it served."""
         member.last_error, member.num_failures = reason, num_failures
-        least_s, most_s = (
-            self.config.backoff_s,
-            min(self.config.max_backoff_s, max(self.config.backoff_s, served_s)),
-        )
+        least_s = self.config.backoff_s
+        most_s = min(self.config.max_backoff_s, max(least_s, served_s))
         delay_s = min(least_s * 2.0 ** min(num_failures - 1, 32), most_s) if num_failures else 0.0
         member.enter(MemberState.BACKOFF, now_s, now_s + delay_s)
 
@@ -294,8 +288,8 @@ class Fleet:
         self._out.append(AssignRole(member.worker_id, role))
 
     def _start_new(self, role: Role, now_s: float) -> None:
-        index = next(i for i in range(len(self._members) + 1) if f"{role.value}-{i}" not in self._members)
-        member = Member(f"{role.value}-{index}", role, 0, now_s)
+        names = (f"worker-{index}" for index in count())
+        member = Member(next(name for name in names if name not in self._members), role, 0, now_s)
         self._members[member.worker_id] = member
         self._start(member, now_s)
 

@@ -13,9 +13,8 @@ class Apply:
     """Sets the pools' sizes. Reverts earlier drains by hand."""
 
     pools: Mapping[Role, int]
-    num_legs: Mapping[str, int] = field(
-        default_factory=dict
-    )  # open at each worker: the least loaded are removed first
+    # open at each worker: the least loaded are removed first
+    num_legs: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

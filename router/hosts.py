@@ -2,7 +2,7 @@
 hosts to check and to vacate.
 
 AWAITED -> CHECKING -> JOINED -> LOST -> CHECKING ...   LOST: Ray declared it dead; back under another node id
-              |  ^        |                                  REFUSED: checked again after a pause
+              |  ^        |                                  REFUSED: backs off, then checked again
               v  |        v                                  JOINED -> CHECKING: a worker there was lost
            REFUSED     LEAVING                          LEAVING: the configuration does not name it
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import isinf
 
-from ..core.errors import InvalidTransition
+from ..core.automaton import Automaton
 from ..core.hosts import ExpectedHosts, HostState, HostStatus
 from .cores import Capacity, Key
 from .events import Tick
@@ -20,6 +20,7 @@ from .places import Places
 
 CHECK_AGAIN_S = 5.0  # after the first consecutive refusal; doubles with each
 MAX_CHECK_AGAIN_S = 60.0
+WATCH_INTERVAL_S = 1.0  # between two looks at the hosts that Ray lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +104,25 @@ TRANSITIONS = {
 
 
 @dataclass(slots=True)
-class _Host:
+class _Host(Automaton[HostState]):
     """A host that is present."""
 
     seen: SeenHost
-    since_s: float
-    state: HostState = HostState.CHECKING
+    since_s: float  # when it entered its state
     capacity: Capacity | None = None  # None until it has answered for the first time
     message: str = ""
     check_again_s: float | None = None
     num_refusals: int = 0  # consecutive
 
-    def transition(self, target: HostState, now_s: float, message: str = "") -> None:
-        if target not in TRANSITIONS[self.state]:
-            raise InvalidTransition(f"host {self.seen.address}", self.state, target, self.message)
-        self.state, self.since_s, self.message, self.check_again_s = target, now_s, message, None
+    def __post_init__(self) -> None:
+        Automaton.__init__(self, TRANSITIONS, HostState.CHECKING, at_s=self.since_s)
+
+    def __str__(self) -> str:
+        return f"host {self.seen.address}"
+
+    def enter(self, target: HostState, now_s: float, message: str = "") -> None:
+        self.transition(target, now_s, message)
+        self.since_s, self.message, self.check_again_s = now_s, message, None
 
 
 @dataclass(slots=True)
@@ -246,7 +251,7 @@ class Hosts:
     def _check(self, host: _Host, now_s: float) -> None:
         self.places.cores.close(host.seen.node_id)
         message = host.message if host.state is HostState.REFUSED else ""
-        host.transition(HostState.CHECKING, now_s, message)
+        host.enter(HostState.CHECKING, now_s, message)
         self._out.append(CheckHost(host.seen.node_id))
 
     def _checked(self, event: HostChecked, now_s: float) -> None:
@@ -255,7 +260,7 @@ class Hosts:
             return
         was, first = host.message, host.capacity is None
         if event.refusal:
-            host.transition(HostState.REFUSED, now_s, event.refusal)
+            host.enter(HostState.REFUSED, now_s, event.refusal)
             host.check_again_s = now_s + min(
                 CHECK_AGAIN_S * 2.0 ** min(host.num_refusals, 16), MAX_CHECK_AGAIN_S
             )
@@ -263,7 +268,7 @@ class Hosts:
             if event.refusal != was:
                 self._out.append(HostChanged(host.seen.address, HostState.REFUSED, event.refusal))
             return
-        host.transition(HostState.JOINED, now_s, event.warning)
+        host.enter(HostState.JOINED, now_s, event.warning)
         host.num_refusals = 0
         if first:  # later on, the instances that are counted there occupy its memory
             num_bytes = event.capacity.num_bytes + self.places.cores.num_bytes_taken(event.node_id)
@@ -277,7 +282,7 @@ class Hosts:
         if is_listed and host.state is HostState.LEAVING:
             self._check(host, now_s)
         elif not is_listed and host.state is not HostState.LEAVING:
-            host.transition(HostState.LEAVING, now_s, "provider.worker_ips does not name it")
+            host.enter(HostState.LEAVING, now_s, "provider.worker_ips does not name it")
             self.places.cores.close(host.seen.node_id)
             self._out.append(HostChanged(host.seen.address, HostState.LEAVING, host.message))
             workers = tuple(self.places.cores.on(host.seen.node_id))

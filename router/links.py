@@ -2,8 +2,8 @@
 alone: their workers are paired last, so that requests do not pay for discovering this one by one.
 
 A link is broken after two consecutive failures of transfers or probes. One that no transfer has used is
-probed as soon as workers serve at both ends; one that has failed is probed after a pause, which doubles with
-each failure; a successful probe lets one request try. Failures of single requests are handled elsewhere
+probed as soon as workers serve at both ends; one that has failed is probed after a back-off, which doubles
+with each failure; a successful probe lets one request try. Failures of single requests are handled elsewhere
 (`Job.failed_pairs`)."""
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from .registry import RegisteredWorker, Registry, RoutingState
 
 NUM_FAILURES = 2  # consecutive; a single one may be a worker that died
 PROBE_AGAIN_S = 4.0  # after the first failure: by then it is known whether a worker died
-PAUSE_S = 10.0
-MAX_PAUSE_S = 120.0
+BACKOFF_S = 10.0  # after that; doubles with each failure
+MAX_BACKOFF_S = 120.0
 
 Link = tuple[str, str]  # from host to host, by the ids that workers report
 
@@ -91,7 +91,7 @@ class Links:
         link = _link(prefill, decode)
         breaker = self._breakers.get(link)
         if breaker is not None and breaker.num_failures >= NUM_FAILURES:
-            self._pause(link, breaker, now_s)
+            self._back_off(link, breaker, now_s)
 
     def worked(self, prefill: RegisteredWorker, decode: RegisteredWorker) -> None:
         link = _link(prefill, decode)
@@ -139,15 +139,15 @@ class Links:
             f" ({address.tcp_host}:{address.tcp_port}; {error}): their workers are not paired; let all TCP"
             " between the hosts of the cluster through their firewalls"
         )
-        self._pause(link, breaker, now_s)
+        self._back_off(link, breaker, now_s)
 
-    def _pause(self, link: Link, breaker: _Breaker, now_s: float) -> None:
+    def _back_off(self, link: Link, breaker: _Breaker, now_s: float) -> None:
         self._passed.discard(link)
-        pause_s = PROBE_AGAIN_S
+        backoff_s = PROBE_AGAIN_S
         if breaker.num_failures >= NUM_FAILURES:
             self._avoided.add(link)
-            pause_s = min(PAUSE_S * 2.0 ** min(breaker.num_failures - NUM_FAILURES, 16), MAX_PAUSE_S)
-        breaker.try_again_s = now_s + pause_s
+            backoff_s = min(BACKOFF_S * 2.0 ** min(breaker.num_failures - NUM_FAILURES, 16), MAX_BACKOFF_S)
+        breaker.try_again_s = now_s + backoff_s
         self._next_probe_s = min(self._next_probe_s, breaker.try_again_s)
 
 

@@ -34,9 +34,8 @@ class Placer:
         prefills, decodes, depths = self._workers(job)
         options = [self._prefill_option(job, worker, depths) for worker in prefills]
         options = [option for option in options if self._has_prefill_room(option.worker)] or options
-        if (
-            len(options) > self.config.num_candidates and not job.failed_pairs
-        ):  # a retry may have to go elsewhere
+        # a retry may have to go elsewhere
+        if len(options) > self.config.num_candidates and not job.failed_pairs:
             options = sorted(options, key=_by_ttft)[: self.config.num_candidates]
         if not job.needs_decode:
             candidates = self._prefill_only(job, options)

@@ -62,11 +62,8 @@ class PrefixIndex:
     def longest(self, chain: PrefixChain) -> tuple[int, Iterable[str]]:
         """Returns the largest number of leading blocks of `chain` that any worker holds, and those
         workers."""
-        low, high, step = (
-            0,
-            chain.num_blocks,
-            1,
-        )  # some worker holds `low` blocks; none holds more than `high`
+        # some worker holds `low` blocks; none holds more than `high`
+        low, high, step = 0, chain.num_blocks, 1
         while low < high:  # an unknown prompt costs one hash, a known one few more than its cached blocks
             middle = min(low + step, high)
             if chain[middle - 1] in self._holders:

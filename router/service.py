@@ -109,9 +109,8 @@ class RouterService:
                 yield event
         finally:
             del self._streams[request.request_id]
-            if (
-                stream.is_handed_over and not ended
-            ):  # a refused request may share the id of another live request
+            # a refused request may share the id of another live request
+            if stream.is_handed_over and not ended:
                 self.handle(Cancel(request.request_id))
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:

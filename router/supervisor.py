@@ -244,9 +244,8 @@ class Supervisor(Generic[S]):
     def _manage(self, event: FleetEvent, now_s: float) -> None:
         actions = self.fleet.handle(event, now_s)
         self._is_unsettled = True
-        self._out.append(
-            WorkersExpected(self.fleet.num_expected)
-        )  # before workers drain that others are to replace
+        # before workers drain that others are to replace
+        self._out.append(WorkersExpected(self.fleet.num_expected))
         self._act(actions, now_s)
 
     def _act(self, actions: list[FleetAction], now_s: float) -> None:

@@ -45,20 +45,19 @@ class TakeOver:
         dispatch = self._open(live, held, now_s)
         self._recall(dispatch)
         commands: list[RouterCommand] = []
-        for leg, (_, told) in held.legs.items():
+        for leg, (_, reported) in held.legs.items():
             worker = dispatch.worker_of(leg)
             assert worker is not None
-            commands += self._reports.on_tokens(worker, told.outputs, now_s)
-        for _, told in held.legs.values():
-            if told.ended is not None:
-                commands += self._reports.on_leg_ended(told.ended, now_s)
+            commands += self._reports.on_tokens(worker, reported.outputs, now_s)
+        for _, reported in held.legs.values():
+            if reported.ended is not None:
+                commands += self._reports.on_leg_ended(reported.ended, now_s)
         unfinished = {choice for choice, stream in dispatch.streams.items() if stream.finish_reason is None}
         is_running = dispatch.state is DispatchState.RUNNING
         if is_running and not held.is_broken and unfinished and not unfinished & served:
             return commands
-        if (
-            is_running or held.is_broken
-        ):  # also one that has produced all its tokens, and waits for a receiver of its KV
+        # also one that has produced all its tokens, and waits for a receiver of its KV
+        if is_running or held.is_broken:
             commands += self._requests.handle(live, GivenUp(dispatch), now_s)
         return commands
 

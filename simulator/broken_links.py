@@ -9,7 +9,7 @@ from itertools import permutations
 
 from ..core.messages import Abort, HeldLeg, Leg, LegEnded, Prefill, Probe, WorkerCommand
 from ..core.request import TransferId
-from ..router.links import NUM_FAILURES, PAUSE_S
+from ..router.links import BACKOFF_S, NUM_FAILURES
 
 Link = tuple[str, str]  # from host to host
 
@@ -39,7 +39,7 @@ class BrokenLinks:
             return False
         link = self._under_way[command.spec.transfer] = host, command.target.host_id
         self._tried.add(link)
-        return self._num_failures[link] >= NUM_FAILURES and now_s < self._failed_s[link] + PAUSE_S
+        return self._num_failures[link] >= NUM_FAILURES and now_s < self._failed_s[link] + BACKOFF_S
 
     def took_over(self, host: str, held: Iterable[HeldLeg]) -> None:
         """Records legs that a worker on a host received from an earlier router. One transfer's legs on two

@@ -13,13 +13,13 @@ def leftovers(head: SimulatedHead, alive: Sequence[SimulatedWorker], now_s: floa
     workers = head.router.status(now_s).workers
     left += [f"router: {worker.num_legs} legs at {worker.worker_id}" for worker in workers if worker.num_legs]
     for worker in alive:
-        left += [f"{worker.worker_id}/{worker.incarnation}: {held}" for held in _held(worker)]
+        left += [f"{worker.spec}: {held}" for held in _held(worker)]
     members = {
         (m.worker_id, m.incarnation): m.role for m in head.fleet.status() if m.state is MemberState.READY
     }
     if (known := {(worker.worker_id, worker.incarnation): worker.role for worker in workers}) != members:
         left.append(f"the fleet has {members}, the router knows {known}")
-    if (there := {(worker.worker_id, worker.incarnation) for worker in alive}) != members.keys():
+    if (there := {worker.spec.key for worker in alive}) != members.keys():
         left.append(f"the fleet has {sorted(members)}, there are {sorted(there)}")
     left += [
         f"{m.worker_id} is {m.state.value}" for m in head.fleet.status() if m.state is not MemberState.READY

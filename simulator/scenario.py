@@ -217,9 +217,8 @@ def _draw_request(
     rng: Random, number: int, stems: list[list[int]], burst_s: float, max_n: int
 ) -> PlannedRequest:
     stem = rng.choice(stems)[: rng.choice((0, 7, 16, 40, 60))]
-    num_own = (
-        rng.choice((0, 1, 2, 9, 20)) if stem else rng.choice((1, 2, 9, 20))
-    )  # 0: identical to others' prompt
+    # 0: identical to others' prompt
+    num_own = rng.choice((0, 1, 2, 9, 20)) if stem else rng.choice((1, 2, 9, 20))
     prompt = stem + [rng.randrange(VOCABULARY) for _ in range(num_own)]
     max_tokens = rng.choice((1, 2, 5, 20, 40))
     salt = rng.choice(("", "", "salt"))

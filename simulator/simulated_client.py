@@ -11,7 +11,7 @@ from .simulated_head import SimulatedHead
 from .virtual_time import VirtualTime
 
 FEW_ATTEMPTS = 10  # with so few, all of them may fail
-RECONNECT_S = 0.05
+RETURN_S = 0.05  # until a client returns to a router that is absent, frozen or serving another of its id
 IMPATIENT_S = 10.0  # a refused client waits no longer, whatever retry delay it gets
 BY_ITSELF = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -82,13 +82,13 @@ class SimulatedClient:
 
         def arrive() -> None:
             if self._head.process.is_alive and self._head.process.is_frozen:
-                self._time.call_later(RECONNECT_S, arrive)
+                self._time.call_later(RETURN_S, arrive)
             else:
                 call()
 
         self._time.call_later(delay_s, arrive)
 
-    def _tell(self, delay_s: float, call: Callable[[SimulatedHead], None]) -> None:
+    def _send(self, delay_s: float, call: Callable[[SimulatedHead], None]) -> None:
         """Sends a message about the present stream; dropped when that has ended or broken."""
         head = self._head
         self._later(delay_s, lambda: call(head) if self._is_connected and self._head is head else None)
@@ -102,7 +102,7 @@ class SimulatedClient:
             return
         head = self._head
         if not head.process.is_alive or self._ids.setdefault(self.request_id, self) is not self:
-            self._later(RECONNECT_S, self._submit)  # no router, or the id is in use by another client
+            self._later(RETURN_S, self._submit)  # no router, or the id is in use by another client
             return
         error = head.submit(self._plan.request, self, comes_back=self._comes_back)
         if error is not None and not self._comes_back:
@@ -153,7 +153,7 @@ class SimulatedClient:
         self._positions = [0] * len(self._positions)
         self._reasons = [None] * len(self._reasons)
         self._stopped = self._is_unread = False
-        self._later(RECONNECT_S, self._submit)
+        self._later(RETURN_S, self._submit)
 
     def on_event(self, event: EmitTokens | EmitChoiceEnd | EmitEnd) -> None:
         if self.is_ended:
@@ -204,17 +204,17 @@ class SimulatedClient:
             and position >= plan.unread_after_tokens
         ):
             self._was_unread = True
-            self._tell(0.0, self._stop_reading)
+            self._send(0.0, self._stop_reading)
         if not self._stopped and plan.stop_after_tokens is not None and position >= plan.stop_after_tokens:
             self._stopped = True
             self._count("stop string found")
-            self._tell(plan.stop_delay_s, lambda head: head.cancel(self.request_id, 0))
+            self._send(plan.stop_delay_s, lambda head: head.cancel(self.request_id, 0))
 
     def _stop_reading(self, head: SimulatedHead) -> None:
         self._note(f"{self.request_id}: its client does not read for {self._plan.unread_s} s")
         self._is_unread = True
         head.handle(StreamUnread(self.request_id))
-        self._tell(self._plan.unread_s, self._read_on)
+        self._send(self._plan.unread_s, self._read_on)
 
     def _read_on(self, head: SimulatedHead) -> None:
         self._is_unread = False

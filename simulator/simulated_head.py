@@ -2,19 +2,17 @@
 processes that `RouterService` and `Controller` handle."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..core.errors import PdserveError
 from ..core.failures import FailureKind
 from ..core.latency import LatencyModel
 from ..core.messages import Abort, Heartbeat, LegEnded, Prefill, Probe, Role, StepReport, WorkerCommand
-from ..core.needs import Need
 from ..core.pump import CommandPump
 from ..core.request import FinishReason, Request
 from ..router.config import RouterConfig
 from ..router.core import Router
-from ..router.cores import Placement
+from ..router.cores import Key, Placement
 from ..router.events import (
     Adopted,
     Cancel,
@@ -34,6 +32,7 @@ from ..router.events import (
 from ..router.fleet import Fleet, FleetConfig
 from ..router.fleet_events import Apply, ReplaceWorkers, StartWorker
 from ..router.hosts import (
+    WATCH_INTERVAL_S,
     CheckHost,
     ExpectHosts,
     HostChanged,
@@ -63,31 +62,13 @@ from ..router.worker_sessions import HangUp, Say, SessionCommand, ToRouter, ToSu
 from .broken_links import BrokenLinks
 from .network import End
 from .simulated_hosts import SimulatedHosts
-from .simulated_worker import SimulatedWorker
+from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import Timer, VirtualProcess, VirtualTime
 from .wanted import WantedLegs
 
-LINKS_INTERVAL_S = 1.0
-HOSTS_INTERVAL_S = 0.5  # between two polls of Ray's hosts
-NEED = Need(1, 1.0)  # per instance
+LINKS_INTERVAL_S = 1.0  # between two checks that every link has been tried
 END_S = 0.001  # until a process that is asked to end has ended
 HEARD_S = 0.005  # until the end of a process is noticed
-
-Key = tuple[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceSpec:
-    """One incarnation of a worker."""
-
-    role: Role
-    worker_id: str
-    incarnation: int
-    need: Need = NEED
-
-    @property
-    def key(self) -> Key:
-        return self.worker_id, self.incarnation
 
 
 def _spec(action: StartWorker) -> InstanceSpec:
@@ -101,24 +82,33 @@ class SimulatedStream(Protocol):
     def on_lost(self) -> None: ...
 
 
+class HeadWorld(Protocol):
+    """The surroundings of a simulated head."""
+
+    time: VirtualTime
+    hosts: SimulatedHosts
+    keeps_timeline: bool
+
+    def start_worker(self, spec: InstanceSpec, placement: Placement) -> SimulatedWorker: ...
+    def violation(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """Adds a line to the timeline."""
+        ...
+
+
 class SimulatedHead:
     """Streams on one side, workers on the other, decisions in the middle."""
 
     def __init__(
         self,
-        time: VirtualTime,
+        world: HeadWorld,
         process: VirtualProcess,
         router: RouterConfig,
         fleet: FleetConfig,
-        world: SimulatedHosts,
         join_timeout_s: float,
-        start_worker: Callable[[InstanceSpec, Placement], SimulatedWorker],
-        violation: Callable[[str], None],
-        note: Callable[[str], None] | None,
         generation: int = 0,
     ) -> None:
-        """`note` records the timeline; None: no timeline. `generation` counts the heads before this one,
-        whose workers it takes over."""
+        """`generation` counts the heads before this one, whose workers it takes over."""
         self.process = process
         self.router = Router(
             router, LatencyModel(), first_attempt=generation * GENERATION_STRIDE, adopts=generation > 0
@@ -132,10 +122,7 @@ class SimulatedHead:
         self._is_first = generation == 0
         self.clients: dict[str, SimulatedStream] = {}
         self.on_dispatch: Callable[[], object] = lambda: None
-        self._time = time
-        self._start_worker = start_worker
-        self._violation = violation
-        self._note = note
+        self._time = world.time
         self._sessions: WorkerSessions[End] = WorkerSessions(self._supervisor.expects)
         self._wanted = WantedLegs()
         self._links = BrokenLinks()
@@ -150,12 +137,10 @@ class SimulatedHead:
         first."""
         if self._is_first:
             self._meet_hosts()
-        living = [
-            (InstanceSpec(worker.role, worker.worker_id, worker.incarnation), worker) for worker in survivors
-        ]
-        for spec, worker in living:
-            self._watch(spec.key, worker)
-        self.manage(TakeOver(tuple((spec, worker.placement) for spec, worker in living)))
+        living = list(survivors)
+        for worker in living:
+            self._watch(worker.spec.key, worker)
+        self.manage(TakeOver(tuple((worker.spec, worker.placement) for worker in living)))
         self.manage(Apply(pools))
 
     # hosts
@@ -164,15 +149,15 @@ class SimulatedHead:
         """Starts following the hosts, once the placement of running workers is known."""
         self.expect_hosts()
         self._look()
-        self.process.every(HOSTS_INTERVAL_S, self._look)
+        self.process.every(WATCH_INTERVAL_S, self._look)
         self.process.every(LINKS_INTERVAL_S, self._check_links)
 
     def _look(self) -> None:
-        self.host_event(HostsSeen(self._world.seen()))
+        self.host_event(HostsSeen(self._world.hosts.seen()))
 
     def expect_hosts(self) -> None:
         """Expects the hosts of the configuration in force."""
-        self.host_event(ExpectHosts(self._world.expected(), self._join_timeout_s))
+        self.host_event(ExpectHosts(self._world.hosts.expected(), self._join_timeout_s))
 
     def host_event(self, event: HostEvent) -> None:
         self._on_host_event(event)
@@ -182,13 +167,13 @@ class SimulatedHead:
         for action in self.hosts.handle(event, self._time.now_s):
             match action:
                 case CheckHost(node_id):
-                    after_s, answer = self._world.check(node_id)
+                    after_s, answer = self._world.hosts.check(node_id)
                     self.process.call_later(after_s, lambda answer=answer: self.host_event(answer))  # type: ignore[misc]
                 case VacateHost(workers):
                     self.manage(ReplaceWorkers(workers))
                 case HostChanged(name, _, message):
-                    if self._note is not None:
-                        self._note(f"host {name}: {message or 'joined'}")
+                    if self._world.keeps_timeline:
+                        self._world.note(f"host {name}: {message or 'joined'}")
 
     # clients
 
@@ -208,7 +193,7 @@ class SimulatedHead:
         # those dispatched before return beside it
         is_beside = comes_back or self.router.counters.displaced > num_displaced
         if num_queued > self.router.config.max_queued_requests and not is_beside:
-            self._violation(
+            self._world.violation(
                 f"{num_queued} requests are queued, {self.router.config.max_queued_requests} are allowed"
             )
         return None
@@ -226,7 +211,7 @@ class SimulatedHead:
         except PdserveError:
             raise
         except Exception as error:  # an error that would end the head's process
-            self._violation(f"the router failed at {type(event).__name__}: {error!r}")
+            self._world.violation(f"the router failed at {type(event).__name__}: {error!r}")
             raise
         if not self._commands.run(commands):
             return
@@ -249,16 +234,16 @@ class SimulatedHead:
                     self._check_want_of_another_place(message)
                 if not isinstance(message, Abort | Probe):
                     self.on_dispatch()
-                if self._note is not None:
-                    self._note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
+                if self._world.keeps_timeline:
+                    self._world.note(f"router -> {worker_id}/{incarnation}: {describe(message)}")
             case EmitTokens() | EmitChoiceEnd() | EmitEnd():
                 client = self.clients.get(command.request_id)
                 if isinstance(command, EmitEnd):
                     self.clients.pop(command.request_id, None)
                     for text in self._wanted.ended(command.request_id, self._connected()):
-                        self._violation(text)
+                        self._world.violation(text)
                 if client is None:
-                    self._violation(f"{command.request_id}: {type(command).__name__} after its end")
+                    self._world.violation(f"{command.request_id}: {type(command).__name__} after its end")
                 else:
                     client.on_event(command)
             case WorkerIdle(worker_id, incarnation):
@@ -272,7 +257,7 @@ class SimulatedHead:
         timeline = self.router.timeline(transfer.request_id, self._time.now_s)
         for dispatch in timeline.dispatches if timeline is not None else ():
             if dispatch.number == transfer.attempt and not dispatch.considered[0].has_failed:
-                self._violation(
+                self._world.violation(
                     f"{transfer} takes a link between hosts that has just failed {NUM_FAILURES} times"
                 )
 
@@ -286,7 +271,7 @@ class SimulatedHead:
 
     def _check_links(self) -> None:
         for link in self._links.untried(self._hosts_that_serve(), self._time.now_s):
-            self._violation(f"no worker has tried the link from {link[0]} to {link[1]}")
+            self._world.violation(f"no worker has tried the link from {link[0]} to {link[1]}")
 
     # workers' connections
 
@@ -328,28 +313,24 @@ class SimulatedHead:
         """Checks a worker's report before the router handles it."""
         match event:
             case WorkerReady(info, held):
-                self._wanted.told((info.worker_id, info.incarnation), held)
+                self._wanted.took_over((info.worker_id, info.incarnation), held)
                 self._links.took_over(info.address.host_id, held)
             case WorkerLost(worker_id, incarnation, reason):
-                self._note_down(f"router lost {worker_id}/{incarnation}: {reason}")
+                self._world.note(f"router lost {worker_id}/{incarnation}: {reason}")
             case StepReport():
                 self._wanted.heard(event)
             case LegEnded():
                 self._wanted.heard(event)
                 self._links.heard(event, self._time.now_s)
                 if event.kind is FailureKind.DISAGREEMENT:
-                    self._violation(
+                    self._world.violation(
                         f"{event.worker_id}: {event.leg.value} of {event.transfer}: {event.error}"
                     )
                 how = event.error or "complete"
-                self._note_down(
+                self._world.note(
                     f"{event.worker_id}/{event.incarnation}: {event.leg.value} of {event.transfer} ended,"
                     f" {how}"
                 )
-
-    def _note_down(self, text: str) -> None:
-        if self._note is not None:
-            self._note(text)
 
     # workers' processes
 
@@ -364,7 +345,7 @@ class SimulatedHead:
     def _act(self, command: SupervisorCommand[InstanceSpec]) -> None:
         match command:
             case LaunchProcess(spec, placement):
-                self._watch(spec.key, self._start_worker(spec, placement))
+                self._watch(spec.key, self._world.start_worker(spec, placement))
             case EndProcess(key):  # a frozen or unreachable process keeps running
                 process = self._started[key].process
                 process.call_later(END_S, process.kill)
@@ -386,7 +367,7 @@ class SimulatedHead:
         """Checks that a worker that is to serve is on a host that may be used."""
         for key, worker in self._started.items():
             if key[0] == command.worker_id and self._supervisor.expects(key):
-                self._world.serves(
+                self._world.hosts.serves(
                     worker.placement.node_id, f"{command.worker_id} becomes {command.role.value}"
                 )
 

@@ -53,7 +53,7 @@ class SimulatedHosts:
         self._violation = violation
         self.hosts = [SimulatedHost(f"h{number}", plan) for number, plan in enumerate(plans)]
         self._workers: list[tuple[SimulatedWorker, Placement]] = []
-        self._told: set[str] = set()  # the node ids last reported to a head
+        self._reported: set[str] = set()  # the node ids last reported to a head
         for host in self.hosts:
             time.call_at(host.plan.joins_s, lambda host=host: self._join(host))  # type: ignore[misc]
 
@@ -65,7 +65,7 @@ class SimulatedHosts:
     def seen(self) -> tuple[SeenHost, ...]:
         """Returns the hosts as Ray reports them."""
         seen = [host for host in self.hosts if host.is_seen]
-        self._told = {host.node_id for host in seen}
+        self._reported = {host.node_id for host in seen}
         return tuple(
             SeenHost(host.node_id, host.name, host.name, is_head=host is self.hosts[0]) for host in seen
         )
@@ -106,7 +106,7 @@ class SimulatedHosts:
         """Records that a head has started a worker there. `is_waiting`: an instance of a pool waits for a
         place."""
         self.serves(placement.node_id, f"{worker.process.name} is started")
-        if placement.node_id not in self._told:
+        if placement.node_id not in self._reported:
             self._violation(
                 f"{worker.process.name} is started on {placement.node_id}, which Ray has declared dead"
             )
@@ -119,10 +119,10 @@ class SimulatedHosts:
                 self._violation(
                     f"{worker.process.name} gets cores of {other.process.name} on {placement.node_id}"
                 )
-        roles = [other.role for other, _ in self._workers if other.process.is_alive]
-        if worker.role in roles and not all(host.num_joined for host in self.hosts):
+        roles = [other.spec.role for other, _ in self._workers if other.process.is_alive]
+        if worker.spec.role in roles and not all(host.num_joined for host in self.hosts):
             for role in (Role.PREFILL, Role.DECODE):
-                if role not in roles and role is not worker.role and is_waiting(role):
+                if role not in roles and role is not worker.spec.role and is_waiting(role):
                     self._violation(
                         f"{worker.process.name} takes the room of the first {role.value} instance"
                     )

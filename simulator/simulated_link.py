@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from ..kv_transfer.connecting import Connecting, ConnectState
 from ..kv_transfer.inbound import InboundPair
 from ..kv_transfer.link import LinkError, PeerLost, TransferTimeout
 from ..kv_transfer.outbound import OutboundPair
-from ..kv_transfer.protocol import Connect, Connected, LinkRefused
+from ..kv_transfer.protocol import Connect, LinkRefused, Prepare
 from .faults import Faults
 from .network import End, Network
 from .simulated_worker import SimulatedWorker
@@ -128,8 +129,8 @@ class CopyingRing(SharedRing):
 
 
 class SimulatedDial:
-    """One attempt to connect; the endpoints of both sides, production's `Dialler` and `Acceptor`, in virtual
-    time."""
+    """One attempt to connect, in virtual time: the shells around `Connecting` and the two pairs, as
+    `TransferDialler` and `TransferAcceptor` are in production."""
 
     def __init__(
         self,
@@ -139,13 +140,9 @@ class SimulatedDial:
         pair: OutboundPair,
         epoch: int,
     ) -> None:
-        self._network, self._source, self._target, self._pair, self._epoch = (
-            network,
-            source,
-            target,
-            pair,
-            epoch,
-        )
+        self._network, self._source, self._target = network, source, target
+        self._pair, self._epoch = pair, epoch
+        self._connecting = Connecting(source.transport, source.local.config)
         self._ring: SharedRing | None = None
         self._is_over = False
         self._timer: Timer | None = None
@@ -153,14 +150,12 @@ class SimulatedDial:
         if target is None or not target.process.is_alive:
             source.process.call_later(network.faults.latency_s(), lambda: self._fail("connection refused"))
             return
-        self._end, door = network.connect(source.process, target.process)
-        self._end.on_message, self._end.on_lost = self._on_answer, self._fail
-        door.on_message = lambda message: self._on_greeting(door, message)
-        timeout_s = source.local.config.connect_timeout_s
-        self._timer = source.process.call_later(
-            timeout_s, lambda: self._fail(f"no answer within {timeout_s} s")
-        )
-        self._end.send(pair.greeting(source.local.transport, epoch))
+        self._end, theirs = network.connect(source.process, target.process)
+        self._end.on_message = self._on_answer
+        self._end.on_lost = lambda error: self._on_answer(LinkError(error))
+        theirs.on_message = lambda message: self._on_greeting(theirs, message)
+        self._limit(self._connecting.timeout_s)
+        self._end.send(pair.greeting(source.transport, epoch))
 
     def cancel(self) -> None:
         self._finish()
@@ -169,24 +164,21 @@ class SimulatedDial:
 
     # on the target
 
-    def _on_greeting(self, door: End, message: Any) -> None:
+    def _on_greeting(self, end: End, message: Any) -> None:
         assert self._target is not None
         if not isinstance(message, Connect):
             return
         pair = self._target.hub.admit(message)
         if isinstance(pair, str):
-            door.send(LinkRefused(pair))
-            door.close()
+            end.send(LinkRefused(pair))
+            end.close()
             return
         pair.num_preparing += 1
-        self._target.process.call_later(PREPARE_S, lambda: self._attach(door, pair, message))
+        self._target.process.call_later(PREPARE_S, lambda: self._prepare(end, pair, message))
 
-    def _attach(self, door: End, pair: InboundPair, connect: Connect) -> None:
+    def _prepare(self, end: End, pair: InboundPair, connect: Connect) -> None:
         assert self._target is not None
         pair.num_preparing -= 1
-        if connect.epoch != pair.last_epoch or not door.is_open:
-            door.close()
-            return
         config = self._target.local.config
         num_slots, slot_bytes = config.ring_slots, config.chunk_bytes_of("shm")
         ring: SharedRing
@@ -197,28 +189,40 @@ class SimulatedDial:
             self._ring = ours = CopyingRing(num_slots, slot_bytes, self._network, self._source.process)
             ours.peer, theirs.peer = theirs, ours
             ours.takes_turns = connect.epoch % 2 == 0  # as NCCL's do; gloo's do not
-        door.send(Connected(connect.epoch))
-        pair.attach(door, ring, connect.epoch)
+        end.send(Prepare(connect.epoch, num_slots, slot_bytes))
+        if not pair.attach(end, ring, connect.epoch):
+            end.close()
 
     # on the source
 
     def _on_answer(self, answer: Any) -> None:
         if self._is_over:
             return
-        if isinstance(answer, LinkRefused):
-            self._fail(f"refused: {answer.error}")
-        elif isinstance(answer, Connected):
-            assert self._ring is not None and self._end is not None
-            self._finish()
-            self._pair.connected(self._end, self._ring, self._epoch, ())
-        else:
-            self._fail(f"the peer answered {type(answer).__name__}, expected Connected")
+        try:
+            if self._connecting.state is ConnectState.GREETED:
+                self._connecting.prepared(answer)
+                if self._connecting.build_timeout_s is not None:
+                    self._limit(self._connecting.build_timeout_s)
+                return
+            self._connecting.built(answer)
+        except LinkError as error:
+            self._fail(str(error))
+            return
+        assert self._ring is not None and self._end is not None
+        self._finish()
+        self._pair.connected(self._end, self._ring, self._epoch, ())
 
     def _fail(self, error: str) -> None:
         if self._is_over:
             return
         self.cancel()
         self._pair.not_connected(error)
+
+    def _limit(self, timeout_s: float) -> None:
+        """Ends the attempt if it takes longer than this from now on."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._source.process.call_later(timeout_s, lambda: self._fail(self._connecting.expired))
 
     def _finish(self) -> None:
         self._is_over = True

@@ -40,8 +40,8 @@ class SimulatedMasks:
     def _ask(self, key: int) -> None:
         takes_s = RESTART_S if self._rng.random() < 0.01 else MASK_S * self._rng.random()
         self._last_s = max(self._last_s, self._now_s()) + takes_s
-        self._process.call_at(self._last_s, lambda: self._tell(key))
+        self._process.call_at(self._last_s, lambda: self._reply(key))
 
-    def _tell(self, key: int) -> None:
+    def _reply(self, key: int) -> None:
         if key in self._num_tokens:
             self._answer(key, self._num_tokens[key])

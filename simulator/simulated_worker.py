@@ -8,7 +8,9 @@ transfer hub --endings--> inbox; engine --calls--> hub, a moment later, in their
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
+from typing import Protocol
 
 from ..core.failures import FailureKind
 from ..core.messages import (
@@ -24,24 +26,29 @@ from ..core.messages import (
     WorkerCommand,
     WorkerInfo,
 )
+from ..core.needs import Need
 from ..core.request import TransferId
+from ..engine.batch import RoleEngine
 from ..engine.block_pool import BlockPool
 from ..engine.kv_manager import KVManager
 from ..engine.sequence import Sequence
+from ..kv_transfer.choice import Place
 from ..kv_transfer.config import TransferConfig
 from ..kv_transfer.hub import TransferHub
-from ..kv_transfer.outbound import Dial
-from ..kv_transfer.pair import Local
+from ..kv_transfer.outbound import Dialling, OutboundPair
+from ..kv_transfer.pair import Identity, Local
 from ..router.cores import Placement
 from ..worker.router_session import RECONNECT_S, RouterSession, RouterSilence
 from ..worker.worker import Worker
-from .chain_runner import ChainRunner, OnSample
+from .chain_runner import ChainRunner
+from .faults import Faults
 from .kv_model import ChainStore
 from .network import End
 from .simulated_masks import NO_TOKEN_IS_RULED_OUT, SimulatedMasks
 from .simulated_port import HOP_S, Port
 from .virtual_time import VirtualProcess, VirtualTime
 
+NEED = Need(1, 1.0)  # per instance
 FRAME_TOKENS = 64  # so few that a worker's held legs often take more than one frame
 
 
@@ -100,84 +107,103 @@ class Listener:
         self.worker.post(lambda: self.worker.worker.send_failed(transfer, error, kind))
 
 
+class WorkerWorld(Protocol):
+    """The surroundings of a simulated worker."""
+
+    time: VirtualTime
+    rng: Random
+    faults: Faults
+
+    def dial(self, source: "SimulatedWorker", pair: OutboundPair, epoch: int) -> Dialling:
+        """Connects a worker to another one."""
+        ...
+
+    def connect(self, worker: "SimulatedWorker") -> End | None:
+        """Connects a worker to the router; None while there is no router."""
+        ...
+
+    def reach(self, source: "SimulatedWorker", target: TransferAddress) -> tuple[float, str]:
+        """Returns how long it takes to determine whether another worker is reachable, and why it is not."""
+        ...
+
+    def violation(self, text: str) -> None: ...
+    def on_sample(self, seq: Sequence, choice: int, index: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """One incarnation of a worker."""
+
+    role: Role
+    worker_id: str
+    incarnation: int
+    need: Need = NEED
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.worker_id, self.incarnation
+
+    def __str__(self) -> str:
+        return f"{self.worker_id}/{self.incarnation}"
+
+
 class SimulatedWorker:
     """A worker, alive as long as its process."""
 
     def __init__(
         self,
-        time: VirtualTime,
-        rng: Random,
-        process: VirtualProcess,
-        worker_id: str,
-        incarnation: int,
-        role: Role,
+        world: WorkerWorld,
+        spec: InstanceSpec,
         placement: Placement,
         shape: WorkerShape,
         transport: str,
         config: TransferConfig,
-        dial: Callable[["SimulatedWorker"], Dial],
-        connect: Callable[["SimulatedWorker"], End | None],
-        reach: Callable[["SimulatedWorker", TransferAddress], tuple[float, str]],
-        violation: Callable[[str], None],
-        store_fails: Callable[[], bool],
-        on_sample: OnSample,
     ) -> None:
-        """`connect` makes a connection to the router; None while there is no router. `reach` returns how long
-        it takes to determine whether another worker is reachable, and why it is not."""
-        self.process, self.worker_id, self.incarnation, self.role, self.shape = (
-            process,
-            worker_id,
-            incarnation,
-            role,
-            shape,
-        )
+        time = world.time
+        self.process = process = VirtualProcess(time, str(spec))
+        self.spec = spec
         self.placement = placement
+        self.shape = shape
+        self.transport = transport
         self.clock = StepClock(time, shape)
         self.pool = BlockPool(shape.num_blocks, shape.block_size)
         self.store = ChainStore(
-            self.pool, self.clock, lambda text: violation(f"{worker_id}/{incarnation}: {text}"), store_fails
+            self.pool, self.clock, lambda text: world.violation(f"{spec}: {text}"), world.faults.fails_store
         )
         self.local = Local(
-            worker_id=worker_id,
-            incarnation=incarnation,
-            token="",
-            host="",
-            host_id=placement.node_id,
-            transport=transport,
-            store=self.store,
-            layout=self.store.layout,
-            listener=Listener(self),
-            config=config,
+            Identity(*spec.key, Place(placement.node_id, "")),
+            self.store,
+            Listener(self),
+            config,
             clock=lambda: time.now_s,
             wait=lambda link, ticket, timeout_s, done: ticket.when_done(process, timeout_s, done),
         )
-        self.hub = TransferHub(self.local, dial(self))
-        self.worker = Worker(
-            worker_id,
-            incarnation,
+        self.hub = TransferHub(self.local, partial(world.dial, self))
+        engine = RoleEngine(
             KVManager(self.pool, shape.max_model_len),
             ChainRunner(self.store, self.pool, self.clock, self._on_sample, shape.runs_ahead),
-            Port(process, self.clock, self.hub, self.store, rng),
+            self.store.layout.num_layers,
+            shape.max_batch_tokens,
+            shape.max_batch_size,
+        )
+        self.worker = Worker(
+            *spec.key,
+            engine,
+            Port(process, self.clock, self.hub, self.store, world.rng),
             SimulatedMasks(process, Random(f"{process.name} {time.now_s}"), self.clock, self._on_mask),
             lambda sequences: None,  # so every mask is late
-            num_layers=self.store.layout.num_layers,
-            max_batch_tokens=shape.max_batch_tokens,
-            max_batch_size=shape.max_batch_size,
-            clock=self.clock,
+            self.clock,
         )
         self._time = time
-        self._connect = connect
-        self._reach = reach
-        self._session = RouterSession(worker_id, incarnation, time.now_s, FRAME_TOKENS)
+        self._world = world
+        self._session = RouterSession(*spec.key, time.now_s, FRAME_TOKENS)
         self._silence = RouterSilence(time.now_s)
         self._connection: End | None = None  # to the router
         self._router: End | None = None  # the same connection, once greeted
         self._inbox: deque[Callable[[], None]] = deque()
         self._is_awake = False
-        self._violation = violation
         self._aborted: set[TransferId] = set()
         self._over: set[tuple[TransferId, int]] = set()  # choices whose last token was reported
-        self._tell_sample = on_sample
 
     def start(self, load_s: float) -> None:
         """Starts the process, whose weights are loaded after `load_s`."""
@@ -200,7 +226,7 @@ class SimulatedWorker:
         if not self._session.may_dial(now_s):
             self.process.kill()
             return
-        connection = self._connect(self)
+        connection = self._world.connect(self)
         if connection is None:
             self.process.call_later(RECONNECT_S, self._dial)
             return
@@ -242,7 +268,7 @@ class SimulatedWorker:
     def _on_command(self, command: WorkerCommand) -> None:
         self._silence.heard(self._time.now_s)
         if isinstance(command, Probe):
-            after_s, error = self._reach(self, command.target)
+            after_s, error = self._world.reach(self, command.target)
             self.process.call_later(after_s, lambda: self._answer(command, error))
         elif not isinstance(command, Heartbeat):
             self.post(lambda: self._handle(command))
@@ -252,8 +278,8 @@ class SimulatedWorker:
         if self._router is not None:
             self._router.send(
                 Probed(
-                    worker_id=self.worker_id,
-                    incarnation=self.incarnation,
+                    worker_id=self.spec.worker_id,
+                    incarnation=self.spec.incarnation,
                     target_worker_id=target.worker_id,
                     target_incarnation=target.incarnation,
                     error=error,
@@ -270,21 +296,21 @@ class SimulatedWorker:
 
     def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
         if seq.transfer in self._aborted:
-            self._violation(f"{self.process.name}: computes {seq.transfer} after its abort")
-        self._tell_sample(seq, choice, index)
+            self._world.violation(f"{self.process.name}: computes {seq.transfer} after its abort")
+        self._world.on_sample(seq, choice, index)
 
     def info(self) -> WorkerInfo:
         shape = self.shape
         return WorkerInfo(
-            worker_id=self.worker_id,
-            incarnation=self.incarnation,
-            role=self.role,
+            worker_id=self.spec.worker_id,
+            incarnation=self.spec.incarnation,
+            role=self.spec.role,
             layout=self.store.layout,
             num_blocks=shape.num_blocks,
             max_model_len=shape.max_model_len,
             max_batch_tokens=shape.max_batch_tokens,
             max_batch_size=shape.max_batch_size,
-            address=TransferAddress(self.worker_id, self.incarnation, self.placement.node_id, "", "", 0),
+            address=TransferAddress(*self.spec.key, self.placement.node_id, "", "", 0),
             devices=(),
             node="here",
             pid=0,
@@ -313,7 +339,7 @@ class SimulatedWorker:
     def _end_turn(self, worked: bool) -> None:
         for message in self.worker.take_messages():
             if isinstance(message, StepReport):
-                self._check_told(message)
+                self._check_report(message)
             if self._router is not None:
                 self._router.send(message)
         if worked or self._inbox:
@@ -321,11 +347,11 @@ class SimulatedWorker:
         else:
             self._is_awake = False
 
-    def _check_told(self, report: StepReport) -> None:
+    def _check_report(self, report: StepReport) -> None:
         for output in report.outputs:
             choice = output.transfer, output.choice
             if choice in self._over:
-                self._violation(
+                self._world.violation(
                     f"{self.process.name}: reports token {output.index} of {choice}, which has ended"
                 )
             if output.finish_reason is not None:

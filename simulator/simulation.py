@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from random import Random
 
 from ..core.messages import Role, TransferAddress
+from ..core.reach import CONNECT_TIMEOUT_S
 from ..engine.sequence import Sequence
 from ..kv_transfer.config import TransferConfig
+from ..kv_transfer.outbound import OutboundPair
 from ..router.config import RouterConfig
 from ..router.cores import Placement
 from ..router.fleet import FleetConfig
@@ -19,15 +21,14 @@ from .leftovers import leftovers
 from .network import End, Network
 from .scenario import CALM_S, PlannedAccident, Scenario
 from .simulated_client import SimulatedClient
-from .simulated_head import InstanceSpec, SimulatedHead
+from .simulated_head import SimulatedHead
 from .simulated_hosts import SimulatedHost, SimulatedHosts
 from .simulated_link import SimulatedDial
-from .simulated_worker import SimulatedWorker
+from .simulated_worker import InstanceSpec, SimulatedWorker
 from .virtual_time import VirtualProcess, VirtualTime
 
 PATIENCE_S = 60.0  # from the last fault to the last ending, and until everything is free
 MAX_EVENTS = 5_000_000
-REACH_TIMEOUT_S = 3.0
 
 
 @dataclass
@@ -56,10 +57,10 @@ class Simulation:
     def __init__(self, scenario: Scenario, *, keep_timeline: bool = False) -> None:
         self.outcome = SimulationOutcome(scenario.seed)
         self._scenario = scenario
-        self._keep_timeline = keep_timeline
-        self._rng = Random(scenario.seed + 1)
-        self.time = VirtualTime(self._rng)
-        self.faults = Faults(self._rng, scenario.rates)
+        self.keeps_timeline = keep_timeline
+        self.rng = Random(scenario.seed + 1)
+        self.time = VirtualTime(self.rng)
+        self.faults = Faults(self.rng, scenario.rates)
         self._client_counts: Counter[str] = Counter()
         self.network = Network(self.time, self.faults)
         self.hosts = SimulatedHosts(self.time, Random(scenario.seed + 2), scenario.hosts, self.violation)
@@ -87,7 +88,7 @@ class Simulation:
         except Exception as error:
             if not self.outcome.violations:
                 self.violation(f"{type(error).__name__}: {error}")
-            if self._keep_timeline:
+            if self.keeps_timeline:
                 raise
         outcome = self.outcome
         outcome.faults = self.faults.counts + self._client_counts
@@ -108,7 +109,7 @@ class Simulation:
         self._client_counts[kind] += 1
 
     def note(self, text: str) -> None:
-        if self._keep_timeline:
+        if self.keeps_timeline:
             self.outcome.timeline.append(f"{self.time.now_s:10.6f}  {text}")
 
     def _run(self) -> None:
@@ -143,7 +144,7 @@ class Simulation:
     def _make_head(self) -> SimulatedHead:
         scenario = self._scenario
         return SimulatedHead(
-            self.time,
+            self,
             VirtualProcess(self.time, "router"),
             RouterConfig(
                 max_queued_requests=scenario.max_queued_requests,
@@ -152,11 +153,7 @@ class Simulation:
                 claim_timeout_s=10.0,  # longer than the router freezes
             ),
             FleetConfig(drain_timeout_s=10.0, start_timeout_s=5.0, backoff_s=0.2, max_backoff_s=2.0),
-            self.hosts,
             scenario.join_timeout_s,
-            self._start_worker,
-            self.violation,
-            self.note if self._keep_timeline else None,
             self._generation,
         )
 
@@ -202,47 +199,26 @@ class Simulation:
 
     # workers
 
-    def _start_worker(self, spec: InstanceSpec, placement: Placement) -> SimulatedWorker:
-        worker_id, incarnation = spec.key
-        process = VirtualProcess(self.time, f"{worker_id}/{incarnation}")
-        worker = SimulatedWorker(
-            self.time,
-            self._rng,
-            process,
-            worker_id,
-            incarnation,
-            spec.role,
-            placement,
-            self._scenario.shapes[spec.role],
-            self._scenario.transport,
-            TransferConfig(
-                chunk_bytes=self._scenario.chunk_bytes,
-                ring_slots=self._scenario.ring_slots,
-                lease_s=self._scenario.lease_s,
-            ),
-            lambda source: (
-                lambda pair, epoch: SimulatedDial(
-                    self.network,
-                    source,
-                    self.workers.get((pair.target.worker_id, pair.target.incarnation)),
-                    pair,
-                    epoch,
-                )
-            ),
-            self._connect,
-            self._reach,
-            self.violation,
-            self.faults.fails_store,
-            self._on_sample,
+    def start_worker(self, spec: InstanceSpec, placement: Placement) -> SimulatedWorker:
+        scenario = self._scenario
+        config = TransferConfig(
+            chunk_bytes=scenario.chunk_bytes, ring_slots=scenario.ring_slots, lease_s=scenario.lease_s
         )
-        self.workers[worker_id, incarnation] = worker
-        self._num_started[worker_id] += 1
+        worker = SimulatedWorker(
+            self, spec, placement, scenario.shapes[spec.role], scenario.transport, config
+        )
+        self.workers[spec.key] = worker
+        self._num_started[spec.worker_id] += 1
         self.hosts.started(worker, placement, self.head.waits_for_a_place)
-        process.when_it_dies(lambda: self.note(f"{process.name} died"))
-        worker.start(self._scenario.start_s)
+        worker.process.when_it_dies(lambda: self.note(f"{spec} died"))
+        worker.start(scenario.start_s)
         return worker
 
-    def _connect(self, worker: SimulatedWorker) -> End | None:
+    def dial(self, source: SimulatedWorker, pair: OutboundPair, epoch: int) -> SimulatedDial:
+        target = self.workers.get((pair.target.worker_id, pair.target.incarnation))
+        return SimulatedDial(self.network, source, target, pair, epoch)
+
+    def connect(self, worker: SimulatedWorker) -> End | None:
         if not self.head.process.is_alive:
             return None
         ours, theirs = self.network.connect(worker.process, self.head.process)
@@ -250,16 +226,16 @@ class Simulation:
         self.note(f"{worker.process.name} connects to the router")
         return ours
 
-    def _reach(self, source: SimulatedWorker, target: TransferAddress) -> tuple[float, str]:
+    def reach(self, source: SimulatedWorker, target: TransferAddress) -> tuple[float, str]:
         other = self.workers.get((target.worker_id, target.incarnation))
         if other is None or not other.process.is_alive:
             return self.faults.latency_s(), "Connection refused"
         after_s = self.network.arrival_s(source.process, other.process) - self.time.now_s
-        if other.process.is_frozen or after_s > REACH_TIMEOUT_S:
-            return REACH_TIMEOUT_S, "no answer"
+        if other.process.is_frozen or after_s > CONNECT_TIMEOUT_S:
+            return CONNECT_TIMEOUT_S, "no answer"
         return after_s + self.faults.latency_s(), ""
 
-    def _on_sample(self, seq: Sequence, choice: int, index: int) -> None:
+    def on_sample(self, seq: Sequence, choice: int, index: int) -> None:
         token = seq.transfer.request_id, seq.spec.sampling.seed, choice, index
         if token in self._computed and self._scenario.is_computed_once and not self._num_displaced:
             self.violation(f"{token[0]}/{choice}: token {index} is computed a second time")
@@ -301,7 +277,7 @@ class Simulation:
                 num_ready = sum(member.state is MemberState.READY for member in members)
                 # else no worker might be left
                 if num_ready > 2 and self.head.process.is_alive and self.head.fleet.is_settled:
-                    self.head.manage(Drain(worker.worker_id))
+                    self.head.manage(Drain(worker.spec.worker_id))
             case Accident.HOST_DOWN | Accident.HOST_CUT | Accident.HOSTS_PARTED | Accident.HOST_REMOVED:
                 self._strike_host(accident)
             case Accident.SCALE:

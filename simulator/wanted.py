@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from ..core.messages import Abort, HeldLeg, LegEnded, Prefill, Reserve, Serve, StepReport, WorkerCommand
 from ..core.request import TransferId
-
-Key = tuple[str, int]  # (worker_id, incarnation)
+from ..router.cores import Key
 
 
 @dataclass(slots=True)
@@ -34,7 +33,7 @@ class WantedLegs:
                 of_request = self._wanted.setdefault(spec.transfer.request_id, {})
                 of_request.setdefault(spec.transfer, _Wanted(set(spec.choices))).workers.add(worker)
 
-    def told(self, worker: Key, legs: Iterable[HeldLeg]) -> None:
+    def took_over(self, worker: Key, legs: Iterable[HeldLeg]) -> None:
         """Records the legs that a worker holds from an earlier head."""
         for held in legs:
             of_request = self._wanted.setdefault(held.spec.transfer.request_id, {})

@@ -19,9 +19,8 @@ class GpuMonitor:
         self._device = device
         self._newest: GpuSample | None = None  # None: already taken, or none yet
         self._stopping = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name="gpu-monitor", daemon=True
-        )  # the process may end without it
+        # the process may end without it
+        self._thread = threading.Thread(target=self._run, name="gpu-monitor", daemon=True)
 
     def start(self) -> None:
         self._thread.start()

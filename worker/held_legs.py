@@ -1,5 +1,5 @@
 """Remembers what a worker reports to a router that knows nothing of it: its open legs, those that ended
-lately, and their tokens.
+recently, and their tokens.
 
 A router that dies loses its knowledge of its requests. Its successor learns from this report which tokens
 have been computed, so that nothing is computed twice: including legs whose end the dead router may have
@@ -45,7 +45,7 @@ class HeldLegs:
         """The worker has accepted a leg; called again for a duplicate command."""
         self._open.setdefault(spec.transfer, _RememberedLeg(spec, leg, has_partner))
 
-    def told(self, outputs: Iterable[TokenOutput], ended: Iterable[LegEnded]) -> None:
+    def record(self, outputs: Iterable[TokenOutput], ended: Iterable[LegEnded]) -> None:
         """Records the worker's reports to the current router."""
         for output in outputs:
             if (leg := self._open.get(output.transfer)) is not None:
@@ -59,7 +59,7 @@ class HeldLegs:
         if self._ended:
             self._forget()
 
-    def tell(self) -> tuple[HeldLeg, ...]:
+    def all(self) -> tuple[HeldLeg, ...]:
         """Returns all legs, for a newly connected router."""
         self._forget()
         return tuple(

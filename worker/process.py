@@ -32,12 +32,14 @@ from ..core.messages import (
 )
 from ..core.reach import reach
 from ..core.request import TransferId
+from ..engine.batch import RoleEngine
 from ..engine.checkpoint import resolve_model_path
 from ..engine.engine import Engine
 from ..engine.sequence import Sequence as SequenceState
 from ..grammar.messages import GrammarSetup
 from ..grammar.thread import GrammarThread
 from ..grammar.vocabulary import tokenizer_json
+from ..kv_transfer.config import Membership
 from ..kv_transfer.cuda_memory import CudaGpu
 from ..kv_transfer.endpoint import TransferEndpoint
 from .device import bind_to_cores, engine_options, names_of, own_gpu
@@ -101,14 +103,12 @@ class WorkerProcess:
             endpoint = TransferEndpoint(
                 engine.cache,
                 self,
-                worker_id=spec.worker_id,
-                incarnation=spec.incarnation,
-                token=spec.token,
-                host=spec.host or "127.0.0.1",
+                Membership(
+                    spec.worker_id, spec.incarnation, spec.token, spec.host or "127.0.0.1", spec.socket_root
+                ),
                 transport=spec.config.kv.transport,
                 gpu=CudaGpu(engine.cache.torch_device) if engine.cache.torch_device.type == "cuda" else None,
                 on_stuck=give_up,
-                socket_root=spec.socket_root,
             )
             grammars = GrammarThread(lambda: self._grammar_setup(engine), self)
             if gpu is not None:
@@ -175,14 +175,16 @@ class WorkerProcess:
         self._worker = Worker(
             spec.worker_id,
             spec.incarnation,
-            engine.kv,
-            engine.runner,
+            RoleEngine(
+                engine.kv,
+                engine.runner,
+                engine.layout.num_layers,
+                pool.max_batch_tokens,
+                pool.max_batch_size,
+            ),
             endpoint,
             grammars,
             self._await_masks,
-            num_layers=engine.layout.num_layers,
-            max_batch_tokens=pool.max_batch_tokens,
-            max_batch_size=pool.max_batch_size,
         )
         self._info = WorkerInfo(
             worker_id=spec.worker_id,

@@ -37,7 +37,9 @@ class RouterLink:
         self._silence = RouterSilence(time.monotonic())
         # A router that stands still stops reading too: a sender that it blocks must find out as the heartbeat
         # would.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(self._silence.dead_after_s))
+        seconds, fraction = divmod(self._silence.dead_after_s, 1.0)
+        timeval = struct.pack("ll", int(seconds), int(fraction * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._on_command = on_command
         self._on_lost = on_lost
@@ -123,7 +125,3 @@ def shake_hands(sock: socket.socket, dialler: HandshakeDialler, peer: str) -> No
             message = dialler.take(data)
         except HandshakeError as error:
             raise ConnectionError(str(error)) from error
-
-
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))

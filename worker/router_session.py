@@ -45,13 +45,11 @@ class RouterSession:
     def __init__(
         self, worker_id: str, incarnation: int, now_s: float, max_frame_tokens: int = MAX_FRAME_TOKENS
     ) -> None:
-        self.hello = Hello(
-            worker_id=worker_id, incarnation=incarnation
-        )  # the first frame of every connection
+        # the first frame of every connection
+        self.hello = Hello(worker_id=worker_id, incarnation=incarnation)
         self._max_frame_tokens = max_frame_tokens
-        self._connected_s = self._served_s = (
-            now_s  # when a router was reached, and when one was last connected
-        )
+        # when a router was reached, and when one was last connected
+        self._connected_s = self._served_s = now_s
         self._loading: LoadProgress | None = None  # the last report
         self.is_loaded = False
         self._greeted: object = None  # the connection

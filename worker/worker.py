@@ -31,8 +31,7 @@ from ..core.messages import (
 )
 from ..core.request import TransferId
 from ..decode_worker.worker import DecodeWorker, ReceivePort
-from ..engine.batch import StepRunner
-from ..engine.kv_manager import KVManager
+from ..engine.batch import RoleEngine
 from ..engine.outbox import Outbox
 from ..engine.token_masks import AwaitMasks, MaskPort, TokenMasks
 from ..prefill_worker.worker import PrefillWorker, SendPort
@@ -50,42 +49,18 @@ class Worker:
         self,
         worker_id: str,
         incarnation: int,
-        kv: KVManager,
-        runner: StepRunner,
+        engine: RoleEngine,
         port: TransferPort,
         mask_port: MaskPort,
         await_masks: AwaitMasks,
-        *,
-        num_layers: int,
-        max_batch_tokens: int,
-        max_batch_size: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._worker_id, self._incarnation = worker_id, incarnation
-        self._pool = kv.pool
+        self._pool = engine.kv.pool
         self._outbox = Outbox(worker_id, incarnation)
         self._masks = TokenMasks(mask_port)
-        self._prefill = PrefillWorker(
-            kv,
-            runner,
-            port,
-            self._outbox,
-            self._masks,
-            num_layers=num_layers,
-            max_batch_tokens=max_batch_tokens,
-            clock=clock,
-        )
-        self._decode = DecodeWorker(
-            kv,
-            runner,
-            port,
-            self._outbox,
-            self._masks,
-            await_masks,
-            max_batch_size=max_batch_size,
-            max_batch_tokens=max_batch_tokens,
-            clock=clock,
-        )
+        self._prefill = PrefillWorker(engine, port, self._outbox, self._masks, clock)
+        self._decode = DecodeWorker(engine, port, self._outbox, self._masks, await_masks, clock)
         self._held = HeldLegs(clock)
         self.load = self._measure_load()
 
@@ -147,7 +122,7 @@ class Worker:
         """Returns the output of the last events and steps: tokens first, then the legs that ended. Always
         contains at least one report."""
         outputs, ended, timings = self._outbox.take()
-        self._held.told(outputs, ended)
+        self._held.record(outputs, ended)
         added, evicted = self._pool.take_events()
         self.load = self._measure_load()
         reports = [self.report(timing) for timing in timings] or [self.report()]
@@ -158,7 +133,7 @@ class Worker:
 
     def held_legs(self) -> tuple[HeldLeg, ...]:
         """Returns the legs that a newly connected router has to know, up to the last `take_messages`."""
-        return self._held.tell()
+        return self._held.all()
 
     def report(self, timing: StepTiming | None = None) -> StepReport:
         """Returns the load after the last step; may be called from any thread."""

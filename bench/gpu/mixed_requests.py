@@ -13,6 +13,7 @@ from bench.comparison.peers.pdserve_peer import NoTransfers
 from pdserve.core.messages import Serve, TokenOutput
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
+from pdserve.engine.batch import RoleEngine
 from pdserve.engine.engine import Engine
 from pdserve.engine.outbox import Outbox
 from pdserve.engine.token_masks import TokenMasks
@@ -56,14 +57,11 @@ def answered(
     at the start."""
     outbox, rule = Outbox("bench-0", 1), _Rule(engine.config.vocab_size)
     worker = DecodeWorker(
-        engine.kv,
-        engine.runner,
+        RoleEngine(engine.kv, engine.runner, engine.config.num_layers, max_batch_tokens, max_batch_size),
         NoTransfers(),
         outbox,
         rule.masks,
         lambda sequences: None,
-        max_batch_size=max_batch_size,
-        max_batch_tokens=max_batch_tokens,
     )
     for spec in specs:
         worker.serve(Serve(spec=spec))

@@ -19,13 +19,14 @@ import torch
 from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Prefill, TransferAddress, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
+from pdserve.engine.batch import RoleEngine
 from pdserve.engine.device import Device
 from pdserve.engine.engine import EngineOptions
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.outbox import Outbox
 from pdserve.engine.token_masks import NoGrammars, TokenMasks
 from pdserve.kernels import KernelRequirements, load_kernels
-from pdserve.kv_transfer import TransferConfig, TransferEndpoint
+from pdserve.kv_transfer import Membership, TransferConfig, TransferEndpoint
 from pdserve.prefill_worker.worker import PrefillWorker
 
 from .engines import BLOCK_SIZE, device_of, layout_of, open_random_engine
@@ -124,13 +125,10 @@ class _Pair:
         endpoint = endpoint_of("p", engine.cache, endings, self._transport, device_of(self._options), config)
         endpoint.start()
         worker = PrefillWorker(
-            engine.kv,
-            engine.runner,
+            RoleEngine(engine.kv, engine.runner, engine.config.num_layers, _MAX_BATCH_TOKENS, 1),
             endpoint,
             outbox,
             TokenMasks(NoGrammars()),
-            num_layers=engine.config.num_layers,
-            max_batch_tokens=_MAX_BATCH_TOKENS,
         )
         self._pipe.send(config)
         address: TransferAddress = self._pipe.recv()
@@ -246,10 +244,7 @@ def endpoint_of(
     return TransferEndpoint(
         cache,
         endings,
-        worker_id=name,
-        incarnation=1,
-        token="bench",
-        host="127.0.0.1",
+        Membership(name, 1, "bench", "127.0.0.1"),
         transport=transport,
         **options,
     )

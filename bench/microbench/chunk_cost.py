@@ -35,7 +35,7 @@ from pdserve.engine.kv_cache import KVCache
 from pdserve.kernels import KernelRequirements
 from pdserve.kernels.triton.kernels import TritonKernels
 from pdserve.kernels.triton.launch import Launch
-from pdserve.kv_transfer import TransferConfig, TransferEndpoint
+from pdserve.kv_transfer import Membership, TransferConfig, TransferEndpoint
 
 LAYOUT = KVLayout(
     num_layers=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=64, model_fingerprint="bench"
@@ -107,10 +107,7 @@ class Side:
         self.endpoint = TransferEndpoint(
             KVCache(LAYOUT, NUM_BLOCKS, kernels, AheadDevice(arguments.device_us / 1e6)),
             self,
-            worker_id=name,
-            incarnation=1,
-            token="bench",
-            host="127.0.0.1",
+            Membership(name, 1, "bench", "127.0.0.1"),
             transport="cuda_ipc",
             gpu=Untouched(),
             config=TransferConfig(chunk_bytes=chunk_bytes, ring_slots=arguments.slots),

@@ -21,6 +21,7 @@ from bench.models import LLAMA_110M, ensure_checkpoint
 from pdserve.core.messages import Serve
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.embedded import MODEL_DIR
+from pdserve.engine.batch import RoleEngine
 from pdserve.engine.checkpoint import open_checkpoint
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.sequence import Sequence as SequenceState
@@ -55,9 +56,13 @@ class Bench:
             lambda: GrammarSetup(tokenizer_json(MODEL_DIR), vocab_size, ends), self
         )
         self._worker = Worker(
-            "w", 1, engine.kv, engine.runner, None, self._grammars, self._await_masks,  # type: ignore[arg-type]
-            num_layers=engine.layout.num_layers, max_batch_tokens=2048, max_batch_size=64,
-        )  # fmt: skip
+            "w",
+            1,
+            RoleEngine(engine.kv, engine.runner, engine.layout.num_layers, 2048, 64),
+            None,  # type: ignore[arg-type]
+            self._grammars,
+            self._await_masks,
+        )
         self._num_runs = 0
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from bench.microbench.kv_transfer import (
 )
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
-from pdserve.kv_transfer import TransferConfig, TransferEndpoint
+from pdserve.kv_transfer import Membership, TransferConfig, TransferEndpoint
 from tests.hosts.network import Hosts
 from tests.hosts.wireguard import encrypt, has_module, whats_missing
 
@@ -41,10 +41,7 @@ def open_endpoint(
     endpoint = TransferEndpoint(
         store,
         endings,
-        worker_id=name,
-        incarnation=1,
-        token="bench",
-        host=address,
+        Membership(name, 1, "bench", address),
         transport="gloo",
         config=TransferConfig(),
     )

@@ -28,7 +28,7 @@ from pdserve.core.request import TransferId
 from pdserve.engine.kv_cache import KVCache
 from pdserve.kernels.interface import KernelRequirements
 from pdserve.kernels.load import load_kernels
-from pdserve.kv_transfer import TransferConfig, TransferEndpoint
+from pdserve.kv_transfer import Membership, TransferConfig, TransferEndpoint
 
 LAYOUT = KVLayout(
     num_layers=16, num_kv_heads=8, head_dim=128, dtype="bfloat16", block_size=32, model_fingerprint="bench"
@@ -92,10 +92,7 @@ def open_endpoint(
     endpoint = TransferEndpoint(
         store,
         endings,
-        worker_id=name,
-        incarnation=1,
-        token="bench",
-        host="127.0.0.1",
+        Membership(name, 1, "bench", "127.0.0.1"),
         transport=transport,
         config=config,
     )

@@ -90,7 +90,7 @@ def assert_replaced(cluster: Cluster, before: pb.WorkerStatus) -> None:
 def test_streams_survive_the_death_of_their_decode_worker_token_for_token(cluster: Cluster) -> None:
     requests = decoding_requests(cluster)
     undisturbed = cluster.generate_all(requests)
-    victim = worker(cluster, "decode-0")
+    victim = worker(cluster, "worker-0")
     calls, begun = begin(cluster, requests)
     os.kill(victim.pid, signal.SIGKILL)
     streams = finish(calls, begun)
@@ -101,12 +101,12 @@ def test_streams_survive_the_death_of_their_decode_worker_token_for_token(cluste
 
 def test_prompts_survive_the_death_of_their_prefill_worker(cluster: Cluster) -> None:
     undisturbed = cluster.generate_all(cluster.request(prompt, salt="undisturbed") for prompt in LONG_PROMPTS)
-    victim = worker(cluster, "prefill-0")
+    victim = worker(cluster, "worker-2")
     with ThreadPoolExecutor(max_workers=len(LONG_PROMPTS)) as pool:
         running = [
             pool.submit(cluster.stream, cluster.request(prompt, salt="disturbed")) for prompt in LONG_PROMPTS
         ]
-        while not worker(cluster, "prefill-0").num_running:
+        while not worker(cluster, "worker-2").num_running:
             assert not all(future.done() for future in running)
         os.kill(victim.pid, signal.SIGKILL)
         streams = [future.result() for future in running]
@@ -123,7 +123,7 @@ def test_frozen_workers_are_given_up_and_their_late_reports_ignored(
     undisturbed = cluster.generate_all(
         [*decoding, *(cluster.request(prompt, salt="awake") for prompt in LONG_PROMPTS)]
     )
-    frozen = [worker(cluster, worker_id) for worker_id in ("prefill-1", "decode-1")]
+    frozen = [worker(cluster, worker_id) for worker_id in ("worker-3", "worker-1")]
     processes = [os.pidfd_open(victim.pid) for victim in frozen]
     calls, begun = begin(cluster, decoding)
     for process in processes:
@@ -146,7 +146,7 @@ def test_frozen_workers_are_given_up_and_their_late_reports_ignored(
 def test_prefill_workers_stand_in_while_no_decode_worker_is_left(cluster: Cluster) -> None:
     requests = decoding_requests(cluster)
     undisturbed = cluster.generate_all(requests)
-    victims = [worker(cluster, worker_id) for worker_id in ("decode-0", "decode-1")]
+    victims = [worker(cluster, worker_id) for worker_id in ("worker-0", "worker-1")]
     calls, begun = begin(cluster, requests)
     for victim in victims:
         os.kill(victim.pid, signal.SIGKILL)
@@ -157,6 +157,6 @@ def test_prefill_workers_stand_in_while_no_decode_worker_is_left(cluster: Cluste
     stand_ins = {
         attempt.decode.worker for events in streams for attempt in events[-1].end.timeline.attempts[1:]
     }
-    assert stand_ins & {"prefill-0", "prefill-1"}
+    assert stand_ins & {"worker-2", "worker-3"}
     for victim in victims:
         assert_replaced(cluster, victim)

@@ -40,7 +40,7 @@ def run(*command: str) -> str:
 def test_the_grpc_client_streams_and_names_its_workers(cluster: Cluster) -> None:
     printed = run(sys.executable, str(EXAMPLES / "grpc_client.py"), cluster.address, "The with statement")
     assert "[FINISH_REASON_LENGTH]" in printed
-    assert "prefill on prefill-0, decode on decode-0" in printed
+    assert "prefill on worker-1, decode on worker-0" in printed
 
 
 def test_the_openai_client_gets_the_same_text_whole_and_streamed(cluster: Cluster) -> None:

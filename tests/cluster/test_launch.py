@@ -75,7 +75,7 @@ def test_the_command_line_finds_a_running_cluster_by_its_address() -> None:
         port = int(cluster.address.rpartition(":")[2])
         for host in ("127.0.0.1", "localhost"):
             result = CliRunner().invoke(app, ["status", "--address", f"{host}:{port}"])
-            assert result.exit_code == 0 and "decode-0" in result.stdout, result.output
+            assert result.exit_code == 0 and "worker-0" in result.stdout, result.output
         with (
             grpc.insecure_channel(cluster.address) as channel,
             pytest.raises(grpc.RpcError, match=r"admin_without_key"),

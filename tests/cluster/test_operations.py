@@ -43,7 +43,7 @@ def test_text_streams_from_two_workers_with_a_timeline(cluster: Cluster) -> None
     events = cluster.stream(cluster.request(PROMPT, max_tokens=30))
     assert len(tokens_of(events)) == 30
     assert "".join(event.tokens.text for event in events if event.HasField("tokens"))
-    assert workers_of(events) == ("prefill-0", "decode-0")
+    assert workers_of(events) == ("worker-1", "worker-0")
     transfer = events[-1].end.timeline.attempts[0].transfer
     assert transfer.num_bytes > 0
     assert transfer.num_chunks > 0

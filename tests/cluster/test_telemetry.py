@@ -159,8 +159,8 @@ def test_a_request_is_one_trace_below_its_client(cluster: Cluster, collector: Co
     for span in legs.values():
         assert span.parent_span_id == root.span_id
         assert span.start_time_unix_nano <= span.end_time_unix_nano
-    explanation = cluster.admin.Explain(pb.ExplainRequest(request_id="traced"))
-    assert explanation.trace_id == TRACE
+    explained = cluster.admin.Explain(pb.ExplainRequest(request_id="traced"))
+    assert explained.trace_id == TRACE
 
 
 def test_explain_shows_every_leg_of_a_finished_request(cluster: Cluster) -> None:
@@ -172,14 +172,14 @@ def test_explain_shows_every_leg_of_a_finished_request(cluster: Cluster) -> None
         cluster,
         lambda values: cluster.admin.Explain(pb.ExplainRequest(request_id="explained")).outcome == "length",
     )
-    explanation = cluster.admin.Explain(pb.ExplainRequest(request_id="explained"))
-    (attempt,) = explanation.attempts
+    explained = cluster.admin.Explain(pb.ExplainRequest(request_id="explained"))
+    (attempt,) = explained.attempts
     legs = {leg.leg: leg for leg in attempt.legs}
     assert list(legs) == ["queue", "worker queue", "prefill", "first token", "transfer", "token gap"]
     assert all(leg.HasField("actual_s") for leg in legs.values())
     assert [name for name, leg in legs.items() if not leg.HasField("predicted_s")] == ["queue"]
-    assert explanation.completion_tokens == 20
-    assert attempt.considered[0].prefill_worker == attempt.prefill_worker == "prefill-0"
+    assert explained.completion_tokens == 20
+    assert attempt.considered[0].prefill_worker == attempt.prefill_worker == "worker-1"
 
 
 def test_explain_shows_a_running_request(cluster: Cluster) -> None:

@@ -12,7 +12,7 @@ from pdserve.kernels.reference import TorchKernels
 from pdserve.kernels.triton.kernels import TritonKernels
 
 from ..fake_gpu import fake_gpu
-from ..kv_transfer.device_twins import LateDevice
+from ..kv_transfer.device_doubles import LateDevice
 
 
 def make_cache(wire: str = "raw", head_dim: int = 8) -> tuple[KVCache, LateDevice]:

@@ -9,12 +9,13 @@ from pdserve.core.failures import FailureKind
 from pdserve.core.messages import Prefill, Reserve, TokenOutput, TransferStats
 from pdserve.core.request import SamplingParams, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
+from pdserve.engine.batch import RoleEngine
 from pdserve.engine.engine import Engine, EngineOptions
 from pdserve.engine.outbox import Outbox
 from pdserve.engine.token_masks import NoGrammars, TokenMasks
 from pdserve.grammar.messages import GrammarSetup
 from pdserve.grammar.thread import GrammarThread
-from pdserve.kv_transfer.config import TransferConfig
+from pdserve.kv_transfer.config import Membership, TransferConfig
 from pdserve.kv_transfer.endpoint import TransferEndpoint
 from pdserve.kv_transfer.interfaces import Gpu
 from pdserve.prefill_worker.worker import PrefillWorker
@@ -103,10 +104,7 @@ class JoinedEngines:
             TransferEndpoint(
                 engine.cache,
                 listener,
-                worker_id=name,
-                incarnation=1,
-                token=TOKEN,
-                host="127.0.0.1",
+                Membership(name, 1, TOKEN, "127.0.0.1"),
                 transport=transport,
                 config=config,
                 gpu=gpu,
@@ -118,23 +116,17 @@ class JoinedEngines:
         self._grammars = [] if set_up is None else [self._grammar_thread(set_up, index) for index in range(2)]
         self.masks = [TokenMasks(port) for port in self._grammars or (NoGrammars(), NoGrammars())]
         self.prefill = PrefillWorker(
-            p.kv,
-            p.runner,
+            RoleEngine(p.kv, p.runner, p.layout.num_layers, budget, max_batch_size),
             self._ends[0],
             self.p_box,
             self.masks[0],
-            num_layers=p.layout.num_layers,
-            max_batch_tokens=budget,
         )
         self.decode = DecodeWorker(
-            d.kv,
-            d.runner,
+            RoleEngine(d.kv, d.runner, d.layout.num_layers, max(budget, 64), max_batch_size),
             self._ends[1],
             self.d_box,
             self.masks[1],
             lambda sequences: None,
-            max_batch_size=max_batch_size,
-            max_batch_tokens=max(budget, 64),
         )
         self._num_requests = 0
 

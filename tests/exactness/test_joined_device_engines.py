@@ -10,7 +10,7 @@ from pdserve.engine.engine import Engine, EngineOptions
 
 from ..checkpoints import small_checkpoint
 from ..engine.device_engine import filled_with_nan, open_device_engine
-from ..kv_transfer.device_twins import LateDevice, SharedMemory, one_kernel_at_a_time
+from ..kv_transfer.device_doubles import LateDevice, SharedMemory, one_kernel_at_a_time
 from .joined import JoinedEngines
 from .test_joined_engines import check, random_prompts, reference
 

@@ -167,8 +167,8 @@ class World:
 
     def up(self) -> None:
         self.controller.handle(Apply({P: 1, D: 1}))
-        self.connect("prefill-0")
-        self.connect("decode-0")
+        self.connect("worker-1")
+        self.connect("worker-0")
 
     def state(self, worker_id: str) -> MemberState | None:
         return next((member.state for member in self.fleet.status() if member.worker_id == worker_id), None)

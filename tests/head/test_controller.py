@@ -25,18 +25,18 @@ async def test_a_replacement_waits_for_the_cores_of_the_frozen_worker_before_it(
 ) -> None:
     world = World(monkeypatch, stable_s=0.0)
     world.up()
-    frozen = world.actor("decode-0")
+    frozen = world.actor("worker-0")
     frozen.is_frozen = True
-    world.disconnect("decode-0", "reset")
-    assert world.state("decode-0") is MemberState.STARTING
-    assert world.actor("decode-0") is frozen
-    assert "waiting" in world.controller.processes["decode-0", 3].phase
+    world.disconnect("worker-0", "reset")
+    assert world.state("worker-0") is MemberState.STARTING
+    assert world.actor("worker-0") is frozen
+    assert "waiting" in world.controller.processes["worker-0", 3].phase
     await frozen_is_killed(frozen)
     await world.settle()
-    assert world.actor("decode-0").spec.incarnation == 3
-    assert [event.incarnation for event in world.losses("decode-0")] == [1, 1]
-    world.connect("decode-0")
-    assert world.state("decode-0") is MemberState.READY
+    assert world.actor("worker-0").spec.incarnation == 3
+    assert [event.incarnation for event in world.losses("worker-0")] == [1, 1]
+    world.connect("worker-0")
+    assert world.state("worker-0") is MemberState.READY
 
 
 async def test_a_worker_that_fell_silent_is_killed_without_being_asked_to_end(
@@ -45,13 +45,13 @@ async def test_a_worker_that_fell_silent_is_killed_without_being_asked_to_end(
     world = World(monkeypatch, stable_s=0.0)
     world.up()
     monkeypatch.setattr(supervisor, "STOP_TIMEOUT_S", 3600.0)
-    actor = world.actor("decode-0")
+    actor = world.actor("worker-0")
     actor.is_frozen = True
-    world.disconnect("decode-0", num_silent_beats=MAX_SILENT_BEATS + 1)
+    world.disconnect("worker-0", num_silent_beats=MAX_SILENT_BEATS + 1)
     await world.settle()
     assert actor.num_stops == 0
-    assert world.actor("decode-0").spec.incarnation == 3
-    assert world.error("decode-0") == "silent for 3.0 s"
+    assert world.actor("worker-0").spec.incarnation == 3
+    assert world.error("worker-0") == "silent for 3.0 s"
 
 
 async def frozen_is_killed(actor: FakeActor) -> None:
@@ -64,16 +64,16 @@ async def test_a_stopped_worker_counts_until_its_process_is_gone(
 ) -> None:
     world = World(monkeypatch)
     world.up()
-    actor = world.actor("decode-0")
+    actor = world.actor("worker-0")
     actor.is_frozen = True
-    world.controller.handle(Drain("decode-0"))  # idle, so that it is stopped at once
-    world.disconnect("decode-0")
-    assert world.state("decode-0") is MemberState.STOPPING
-    assert world.losses("decode-0") == []
+    world.controller.handle(Drain("worker-0"))  # idle, so that it is stopped at once
+    world.disconnect("worker-0")
+    assert world.state("worker-0") is MemberState.STOPPING
+    assert world.losses("worker-0") == []
     await frozen_is_killed(actor)
     await world.settle()
-    assert world.state("decode-0") is MemberState.DRAINED
-    assert len(world.losses("decode-0")) == 1
+    assert world.state("worker-0") is MemberState.DRAINED
+    assert len(world.losses("worker-0")) == 1
     assert actor.num_stops == 1
 
 
@@ -82,14 +82,14 @@ async def test_a_failed_worker_reports_why_even_after_its_connection_broke(
 ) -> None:
     world = World(monkeypatch)
     world.up()
-    actor = world.actor("decode-0")
+    actor = world.actor("worker-0")
     actor.is_frozen = True
-    world.disconnect("decode-0")
-    assert world.error("decode-0") == "connection closed"
+    world.disconnect("worker-0")
+    assert world.error("worker-0") == "connection closed"
     actor.end(RayTaskError("run", "a traceback", CheckpointError("layer 3 is gone")))
     await world.settle()
-    assert world.state("decode-0") is MemberState.BACKOFF
-    assert world.error("decode-0") == "layer 3 is gone"
+    assert world.state("worker-0") is MemberState.BACKOFF
+    assert world.error("worker-0") == "layer 3 is gone"
 
 
 @pytest.mark.parametrize("connection_first", [True, False])
@@ -98,20 +98,20 @@ async def test_a_killed_worker_is_lost_to_the_router_once_and_replaced_once(
 ) -> None:
     world = World(monkeypatch, stable_s=0.0)
     world.up()
-    actor = world.actor("prefill-0")
+    actor = world.actor("worker-1")
     if connection_first:
-        world.disconnect("prefill-0")
+        world.disconnect("worker-1")
         actor.end(ActorDiedError())
         await world.settle()
     else:
         actor.end(ActorDiedError())
         await world.settle()
         world.break_off(actor.spec)
-    assert [actor.spec.incarnation for actor in world.actors if actor.spec.worker_id == "prefill-0"] == [2, 3]
-    world.connect("prefill-0")
+    assert [actor.spec.incarnation for actor in world.actors if actor.spec.worker_id == "worker-1"] == [2, 3]
+    world.connect("worker-1")
     assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {
-        "prefill-0",
-        "decode-0",
+        "worker-1",
+        "worker-0",
     }
 
 
@@ -131,11 +131,11 @@ async def test_a_worker_that_becomes_ready_while_stopping_gets_no_work(
 ) -> None:
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
-    spec = world.actor("decode-0").spec
+    spec = world.actor("worker-0").spec
     assert world.introduce(spec)
-    world.actor("decode-0").is_frozen = True
+    world.actor("worker-0").is_frozen = True
     world.controller.handle(Shutdown())
-    world.say(spec, Ready(info=worker_info("decode-0", D, incarnation=spec.incarnation)))
+    world.say(spec, Ready(info=worker_info("worker-0", D, incarnation=spec.incarnation)))
     assert world.service.router.status(0.0).workers == ()
 
 
@@ -144,23 +144,23 @@ async def test_a_new_controller_adopts_running_workers_and_ends_replaced_ones(
 ) -> None:
     world = World(monkeypatch, num_cores=3, stable_s=0.0)
     world.up()
-    frozen = world.actor("decode-0")
+    frozen = world.actor("worker-0")
     frozen.is_frozen = True
-    world.disconnect("decode-0")
+    world.disconnect("worker-0")
     await world.settle()
-    newest = world.actor("decode-0")
+    newest = world.actor("worker-0")
     assert newest is not frozen
     frozen.ended = asyncio.get_running_loop().create_future()  # the head died before it had killed it
     world.start_controller(monkeypatch, Router(adopts=True), num_cores=3)
     world.controller.adopt(await world.keeper.living())
     world.controller.handle(Apply({P: 1, D: 1}))
-    world.connect("prefill-0")
+    world.connect("worker-1")
     assert not world.controller.adopted.is_set()
-    world.connect("decode-0")
+    world.connect("worker-0")
     assert world.controller.adopted.is_set()
     assert {worker.worker_id for worker in world.service.router.status(0.0).workers} == {
-        "prefill-0",
-        "decode-0",
+        "worker-1",
+        "worker-0",
     }
     await world.settle()
     assert frozen.num_stops == 2
@@ -172,16 +172,16 @@ async def test_a_loading_worker_is_adopted_without_waiting_for_it(
 ) -> None:
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
-    world.connect("prefill-0")
-    spec = world.actor("decode-0").spec
+    world.connect("worker-1")
+    spec = world.actor("worker-0").spec
     world.start_controller(monkeypatch, Router(adopts=True))
     world.controller.adopt(await world.keeper.living())
     world.controller.handle(Apply({P: 1, D: 1}))
-    world.connect("prefill-0")
+    world.connect("worker-1")
     assert not world.controller.adopted.is_set()
     assert world.introduce(spec)
     world.say(
-        spec, LoadProgress(worker_id="decode-0", incarnation=spec.incarnation, phase="loading", fraction=0.5)
+        spec, LoadProgress(worker_id="worker-0", incarnation=spec.incarnation, phase="loading", fraction=0.5)
     )
     assert world.controller.adopted.is_set()
     assert len(world.actors) == 2
@@ -191,7 +191,7 @@ async def test_nothing_is_started_once_the_controller_is_closed(monkeypatch: pyt
     world = World(monkeypatch, stable_s=0.0)
     world.up()
     await world.controller.close()
-    world.disconnect("decode-0")
+    world.disconnect("worker-0")
     await world.settle()
     assert len(world.actors) == 2
     assert all(actor.ended.done() for actor in world.actors)
@@ -202,7 +202,7 @@ async def test_nothing_is_started_once_the_controller_is_closed(monkeypatch: pyt
 async def test_a_worker_connects_once(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.controller.handle(Apply({P: 1, D: 1}))
-    spec = world.actor("decode-0").spec
+    spec = world.actor("worker-0").spec
     assert world.introduce(spec)
     assert not world.introduce(spec)
 
@@ -212,14 +212,14 @@ async def test_an_unexplained_loss_of_a_worker_makes_its_host_suspect(
 ) -> None:
     world = World(monkeypatch, stable_s=0.0)
     world.up()
-    world.actor("decode-0").end(RayTaskError("run", "traceback", CheckpointError("layer 3 is gone")))
+    world.actor("worker-0").end(RayTaskError("run", "traceback", CheckpointError("layer 3 is gone")))
     await world.settle()
     assert world.suspected == [], "it said why"
-    world.disconnect("prefill-0")
+    world.disconnect("worker-1")
     assert world.suspected == ["node"]
     await world.settle()
     assert world.suspected == ["node"], "it ended because we ended it"
-    world.actor("prefill-0").end(ActorDiedError())
+    world.actor("worker-1").end(ActorDiedError())
     await world.settle()
     assert world.suspected == ["node", "node"]
 

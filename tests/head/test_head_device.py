@@ -35,8 +35,8 @@ def worker(config: ClusterConfig, *nodes: Node) -> WorkerSpec:
 def test_workers_on_gpus_size_their_blocks_unless_configured() -> None:
     spec = worker(ClusterConfig(), node())
     assert (spec.device, spec.num_blocks) == ("cuda", None)
-    told = ClusterConfig.model_validate({"pools": {"decode": {"kv_cache_bytes": "1GiB"}}})
-    num_blocks = worker(told, node()).num_blocks
+    configured = ClusterConfig.model_validate({"pools": {"decode": {"kv_cache_bytes": "1GiB"}}})
+    num_blocks = worker(configured, node()).num_blocks
     assert num_blocks is not None
     assert num_blocks > 0
 

@@ -72,7 +72,7 @@ def states(watch: HostWatch) -> dict[str, str]:
 async def test_hosts_that_join_while_it_runs_serve_once_they_have_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_watch_module, "INTERVAL_S", 0.0)
+    monkeypatch.setattr(host_watch_module, "WATCH_INTERVAL_S", 0.0)
     nodes = FakeNodes(HEAD)
     watch = watch_of(nodes)
     changes: list[dict[str, str]] = []

@@ -45,7 +45,7 @@ class StreamDevice(HostDevice):
 
     def __init__(self) -> None:
         super().__init__()
-        self._stream = ThreadPoolExecutor(1, thread_name_prefix="twin-stream")
+        self._stream = ThreadPoolExecutor(1, thread_name_prefix="double-stream")
         self._may_work = threading.Event()
         self._may_work.set()
         self._pinned: set[int] = set()  # start addresses of such memory

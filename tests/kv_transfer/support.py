@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pdserve.core.failures import FailureKind
 from pdserve.core.messages import KVLayout, TransferAddress, TransferStats
 from pdserve.core.request import TransferId
-from pdserve.kv_transfer import TransferConfig, TransferEndpoint
+from pdserve.kv_transfer import Membership, TransferConfig, TransferEndpoint
 from pdserve.kv_transfer.interfaces import Gpu
 
 WAIT_S = 60.0  # far more than anything here takes
@@ -203,14 +203,10 @@ class Worker:
         self.endpoint = TransferEndpoint(
             self.store,
             self.ends,
-            worker_id=name,
-            incarnation=incarnation,
-            token=token,
-            host="127.0.0.1",
+            Membership(name, incarnation, token, "127.0.0.1", socket_root),
             transport=transport,
             config=config,
             gpu=gpu,
-            socket_root=socket_root,
         )
         self.address: TransferAddress = self.endpoint.start()
 

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 import pytest
 
+from pdserve.kv_transfer import TransferConfig
 from pdserve.kv_transfer.choice import Place, choose_link
 from pdserve.kv_transfer.hub import refusal
 from pdserve.kv_transfer.link import LinkError
-from pdserve.kv_transfer.pair import Local
+from pdserve.kv_transfer.pair import Identity, Local
 from pdserve.kv_transfer.protocol import PROTOCOL_VERSION, Connect
 
-from .device_twins import DeviceWorker, SharedMemory, device_layout
+from .device_doubles import DeviceWorker, SharedMemory, device_layout
 from .support import ArrayStore, Recorder
 
 CPU, CPU_ELSEWHERE = Place("a", ""), Place("b", "")
@@ -87,8 +88,8 @@ def test_an_impossible_link_is_refused_by_name(
 def here() -> Callable[[SharedMemory | None], Local]:
     def make(gpu: SharedMemory | None) -> Local:
         store = ArrayStore(device_layout(), 4)
-        local = Local("d", 1, "", "", "here", "auto", store, store.layout, Recorder(store), None, gpu=gpu)  # type: ignore[arg-type]
-        return local
+        identity = Identity("d", 1, Place("here", "" if gpu is None else gpu.uuid))
+        return Local(identity, store, Recorder(store), TransferConfig())
 
     return make
 
@@ -129,7 +130,7 @@ def test_the_acceptor_allows_cuda_ipc_only_within_its_own_gpu(
 
 def test_the_acceptor_refuses_another_wire_format(here: Callable[[SharedMemory | None], Local]) -> None:
     local = here(None)
-    local.layout = device_layout("int8")
+    local.store = ArrayStore(device_layout("int8"), 4)
     assert refusal(greeting("shm", ""), local) == "the KV layouts differ in wire: 'int8' here, 'raw' there"
 
 

@@ -13,7 +13,7 @@ from pdserve.kernels import KernelRequirements, Kernels
 from pdserve.kernels.triton.kernels import TritonKernels
 from pdserve.kv_transfer import TransferConfig
 
-from .device_twins import DeviceWorker, device_layout, one_kernel_at_a_time
+from .device_doubles import DeviceWorker, device_layout, one_kernel_at_a_time
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
 from .support import CALM
 

@@ -64,9 +64,8 @@ def test_an_offer_may_precede_its_reservation() -> None:
 
 
 def test_chunks_leave_while_later_layers_and_tokens_are_computed() -> None:
-    config = TransferConfig(
-        chunk_bytes=4096, ring_slots=1
-    )  # the second chunk leaves when the first is acknowledged
+    # the second chunk leaves when the first is acknowledged
+    config = TransferConfig(chunk_bytes=4096, ring_slots=1)
     with pair(config=config) as (sender, receiver):
         arrived = threading.Semaphore(0)
         receiver.store.on_scatter = arrived.release

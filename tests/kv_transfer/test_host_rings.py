@@ -11,16 +11,15 @@ import torch
 from pdserve.core.request import TransferId
 from pdserve.kernels.reference import TorchKernels
 
-from .device_twins import SharedMemory, WatchedCache, device_layout
+from .device_doubles import SharedMemory, WatchedCache, device_layout
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
 from .stream_device import StreamDevice
 from .support import CALM, Worker
 
 THEIRS, OURS = [5, 1, 9, 2], [3, 11, 4, 7]
 NUM_TOKENS = 29
-ONE_SLOT = replace(
-    CALM, chunk_bytes=2048, ring_slots=1
-)  # of a page: every chunk takes what the one before it gave back
+# of a page: every chunk takes what the one before it gave back
+ONE_SLOT = replace(CALM, chunk_bytes=2048, ring_slots=1)
 
 
 class StreamWorker(Worker):

@@ -12,15 +12,15 @@ from hypothesis import given, strategies as st
 
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer import nccl
-from pdserve.kv_transfer.group_link import RECEIVER_RANK, SENDER_RANK
 from pdserve.kv_transfer.link import LinkError, PeerLost
+from pdserve.kv_transfer.meeting import RECEIVER_RANK, SENDER_RANK
 from pdserve.kv_transfer.nccl import NcclLink
 from pdserve.kv_transfer.send_turn import SendTurn
 
-from .device_twins import DeviceWorker, SharedMemory, device_layout
+from .device_doubles import DeviceWorker, SharedMemory, device_layout
 from .leftovers import T, _gloo_is_warm, _nothing_is_left  # noqa: F401  (fixtures)
 from .meetings import joined_meetings
-from .nccl_twin import TwinGroup
+from .nccl_double import GroupDouble
 from .support import WAIT_S
 
 BLOCKS = [3, 11, 4, 7]
@@ -28,10 +28,10 @@ NUM_TOKENS = 29
 
 
 @pytest.fixture(autouse=True)
-def _twin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(nccl, "make_group", TwinGroup)
+def _double(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(nccl, "make_group", GroupDouble)
     yield
-    assert not TwinGroup.living
+    assert not GroupDouble.living
 
 
 def worker(stack: ExitStack, name: str, gpu: str, seed: int | None = None) -> DeviceWorker:
@@ -59,7 +59,7 @@ def test_kv_goes_from_one_gpu_to_two_others_at_once() -> None:
             blocks = [4 * (number // 2) + i for i in range(4)]
             sent = sender.store.tokens(BLOCKS, 0, NUM_TOKENS)
             assert torch.equal(receiver.store.tokens(blocks, 0, NUM_TOKENS), sent)
-        assert sum(group.num_sends for group in TwinGroup.living) > len(transfers)
+        assert sum(group.num_sends for group in GroupDouble.living) > len(transfers)
 
 
 def test_a_lost_peer_fails_only_its_own_transfers() -> None:
@@ -122,7 +122,7 @@ def test_a_failed_operation_loses_the_link() -> None:
 def test_without_group_errors_an_operation_counts_as_torch_reports_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delattr(TwinGroup, "get_error")
+    monkeypatch.delattr(GroupDouble, "get_error")
     ours, theirs = links([])
     sent, received = theirs.send(0, 64, 1), ours.recv(0, 64, 1)
     ours.wait(received, WAIT_S)
@@ -165,7 +165,7 @@ def test_a_peer_lost_while_a_link_is_built_fails_the_transfer_cleanly(
     """Both sides are in the driver, which would wait for ever."""
     entered, let_go = threading.Barrier(3), threading.Event()
 
-    def build(store: object, rank: int, timeout: object) -> TwinGroup:
+    def build(store: object, rank: int, timeout: object) -> GroupDouble:
         entered.wait(WAIT_S)
         assert let_go.wait(WAIT_S)
         raise RuntimeError("the peer has gone")

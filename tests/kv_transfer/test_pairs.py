@@ -11,12 +11,14 @@ import pytest
 from pdserve.core.messages import TransferAddress
 from pdserve.core.request import TransferId
 from pdserve.kv_transfer.acceptor import TransferAcceptor
-from pdserve.kv_transfer.config import TransferConfig
+from pdserve.kv_transfer.choice import Place
+from pdserve.kv_transfer.config import Membership, TransferConfig
 from pdserve.kv_transfer.events import CommitReady, Expect, OpenTransfer, PartComputed
 from pdserve.kv_transfer.inbound import InboundPair
 from pdserve.kv_transfer.link import Link, PeerLost
+from pdserve.kv_transfer.link_maker import LinkMaker
 from pdserve.kv_transfer.outbound import OutboundPair
-from pdserve.kv_transfer.pair import Local
+from pdserve.kv_transfer.pair import Identity, Local
 from pdserve.kv_transfer.protocol import (
     PROTOCOL_VERSION,
     Accept,
@@ -81,16 +83,10 @@ def local() -> tuple[Local, Recorder]:
     store = ArrayStore(layout(), 4, seed=1)
     ends = Recorder(store)
     made = Local(
-        worker_id="d",
-        incarnation=1,
-        token="secret",
-        host="127.0.0.1",
-        host_id="here",
-        transport="gloo",
-        store=store,
-        layout=store.layout,
-        listener=ends,
-        config=TransferConfig(chunk_bytes=NUM_BYTES),
+        Identity("d", 1, Place("here", "")),
+        store,
+        ends,
+        TransferConfig(chunk_bytes=NUM_BYTES),
         clock=lambda: 0.0,
     )
     return made, ends
@@ -100,7 +96,8 @@ def test_a_link_that_breaks_during_a_receive_fails_its_transfer_at_once() -> Non
     here, ends = local()
     pair, wire, link = InboundPair(here, "p"), WireStub(), BrokenLink()
     pair.feed(Expect(T, (0,), 8, 0))
-    pair.attach(wire, link, 1)
+    pair.last_epoch = 1
+    assert pair.attach(wire, link, 1)
     wire.on_message(OfferTransfer(1, T, 8))
     wire.on_message(KVChunk(1, T, 0, 0, WHOLE, NUM_BYTES, 0))
     assert ends.receive_error(T) == "the connection broke"
@@ -137,7 +134,8 @@ async def test_a_pair_waits_for_each_connection_that_is_being_prepared(
         await fails[epoch - 1].wait()
         raise OSError("no ring")
 
-    acceptor = TransferAcceptor(here, lambda connect: pair)
+    links = LinkMaker("127.0.0.1", here.config, None, lambda why: None)
+    acceptor = TransferAcceptor(here, Membership("d", 1, "secret", "127.0.0.1"), links, lambda connect: pair)
     monkeypatch.setattr(acceptor, "_prepare_group", prepare)
     try:
         for epoch in (1, 2):

@@ -20,13 +20,13 @@ P, D = Role.PREFILL, Role.DECODE
 class FleetAt:
     """A fleet with a clock; workers become ready on the test's request."""
 
-    def __init__(self, *ready: str, config: FleetConfig | None = None) -> None:
+    def __init__(self, *ready: Role, config: FleetConfig | None = None) -> None:
         self.fleet = Fleet(config)
         self.now_s = 0.0
         if ready:
-            self.apply({role: sum(name.startswith(role.value) for name in ready) for role in (P, D)})
-            for name in ready:
-                self.ready(name)
+            self.apply({role: ready.count(role) for role in (P, D)})
+            for number in range(len(ready)):
+                self.ready(f"worker-{number}")
 
     def handle(self, event: FleetEvent, after_s: float = 0.0) -> list[FleetAction]:
         self.now_s += after_s

@@ -224,14 +224,14 @@ def test_the_last_failed_legs_close_the_request_once() -> None:
 def test_the_first_retry_is_immediate_and_later_ones_back_off() -> None:
     cluster = Cluster("both-0", config=RouterConfig(retry_delay_s=0.02))
     cluster.submit(make_request())
-    pauses = []
+    delays = []
     for attempt in range(4):
         cluster.leg_ended("both-0", Leg.DECODE, "out of luck", transfer=TransferId("r", attempt))
         due_s = cluster.router.next_tick_s() or cluster.now_s
-        pauses.append(round(due_s - cluster.now_s, 3))
+        delays.append(round(due_s - cluster.now_s, 3))
         cluster.now_s = due_s
         cluster.handle(Tick())
-    assert pauses == [0.0, 0.02, 0.08, 0.32]
+    assert delays == [0.0, 0.02, 0.08, 0.32]
 
 
 def test_retries_precede_the_queue_in_order_and_ignore_its_bound() -> None:

@@ -130,8 +130,8 @@ def test_a_refused_host_is_rechecked_with_backoff_and_reported_once() -> None:
     assert changes(cluster.handle(no)) == [("10.0.0.2", HostState.REFUSED)]
     assert cluster.hosts.problems() == "host 10.0.0.2: it runs pdserve 0.0.9"
     assert cluster.place("decode-0") is None
-    for pause_s in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0):
-        assert cluster.handle(Tick(), after_s=pause_s - 0.1) == []
+    for backoff_s in (5.0, 10.0, 20.0, 40.0, 60.0, 60.0):
+        assert cluster.handle(Tick(), after_s=backoff_s - 0.1) == []
         assert cluster.handle(Tick(), after_s=0.1) == [CheckHost("n2")]
         assert changes(cluster.handle(no)) == []
     cluster.handle(Tick(), after_s=60.0)
@@ -222,6 +222,9 @@ def test_a_new_head_counts_memory_that_running_workers_have_taken() -> None:
 
 @pytest.mark.parametrize("source", TRANSITIONS)
 def test_no_host_makes_a_transition_outside_the_table(source: HostState) -> None:
+    host = _Host(B, 0.0)
+    if source is not host.state:
+        host.enter(source, 0.0)
     for target in set(HostState) - TRANSITIONS[source]:
         with pytest.raises(InvalidTransition, match=r"host 10\.0\.0\.2"):
-            _Host(B, 0.0, source).transition(target, 1.0)
+            host.transition(target, 1.0)

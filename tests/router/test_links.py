@@ -3,7 +3,7 @@
 import msgspec
 
 from pdserve.core.messages import Probed, Role
-from pdserve.router.links import MAX_PAUSE_S, PROBE_AGAIN_S, Links
+from pdserve.router.links import MAX_BACKOFF_S, PROBE_AGAIN_S, Links
 from pdserve.router.registry import RegisteredWorker, Registry
 
 from .cluster import worker_info
@@ -72,9 +72,9 @@ def test_a_broken_link_is_probed_with_backoff_and_retried_by_one_request() -> No
     links.failed(A, B, "refused", 0.0)
     links.failed(A, B, "refused", 0.0)
     now_s = 0.0
-    for pause_s in (10.0, 20.0, 40.0, 80.0, MAX_PAUSE_S, MAX_PAUSE_S):
-        assert (A, B) not in probes(links, registry, now_s + pause_s - 0.1)
-        now_s += pause_s
+    for backoff_s in (10.0, 20.0, 40.0, 80.0, MAX_BACKOFF_S, MAX_BACKOFF_S):
+        assert (A, B) not in probes(links, registry, now_s + backoff_s - 0.1)
+        now_s += backoff_s
         assert (A, B) in probes(links, registry, now_s)
         assert links.avoids(A, B), "it has not answered yet"
         links.probed(answer(A, B), now_s)

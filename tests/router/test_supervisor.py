@@ -58,9 +58,9 @@ class World:
         return commands
 
     def up(self) -> None:
-        """prefill-0 is incarnation 2, decode-0 is incarnation 1."""
+        """worker-1 is incarnation 2, worker-0 is incarnation 1."""
         self.handle(Apply({P: 1, D: 1}))
-        for name, role, incarnation in (("decode-0", D, 1), ("prefill-0", P, 2)):
+        for name, role, incarnation in (("worker-0", D, 1), ("worker-1", P, 2)):
             self.handle(WorkerReady(worker_info(name, role, incarnation=incarnation)))
 
     def state(self, *key: object) -> ProcessState:
@@ -75,54 +75,54 @@ def test_the_router_learns_expected_workers_before_and_after_each_command() -> N
     commands = World().handle(Apply({P: 1, D: 1}))
     assert commands[0] == commands[-1] == WorkersExpected(2)
     assert [c.spec.key for c in commands if isinstance(c, LaunchProcess)] == [
-        ("decode-0", 1),
-        ("prefill-0", 2),
+        ("worker-0", 1),
+        ("worker-1", 2),
     ]
 
 
 def test_a_process_waits_for_a_place_until_another_is_gone() -> None:
     world = World(num_cores=1)
     world.handle(Apply({P: 1, D: 1}))
-    assert world.state("prefill-0", 2) is ProcessState.WAITING
-    assert world.supervisor.processes["prefill-0", 2].phase.startswith("waiting: prefill-0 needs 1 core(s)")
-    world.handle(ProcessEnded("decode-0", 1, "it failed", is_explained=True))
-    assert world.state("prefill-0", 2) is ProcessState.STARTING
+    assert world.state("worker-1", 2) is ProcessState.WAITING
+    assert world.supervisor.processes["worker-1", 2].phase.startswith("waiting: worker-1 needs 1 core(s)")
+    world.handle(ProcessEnded("worker-0", 1, "it failed", is_explained=True))
+    assert world.state("worker-1", 2) is ProcessState.STARTING
 
 
 def test_a_process_that_was_only_waiting_is_gone_at_once() -> None:
     world = World(num_cores=1)
     world.handle(Apply({P: 1, D: 1}))
     commands = news_left_out(world.handle(Shutdown()))
-    assert commands == [EndProcess(("decode-0", 1)), WorkerLost("prefill-0", 2, "stopped")]
-    assert list(world.supervisor.processes) == [("decode-0", 1)]
+    assert commands == [EndProcess(("worker-0", 1)), WorkerLost("worker-1", 2, "stopped")]
+    assert list(world.supervisor.processes) == [("worker-0", 1)]
 
 
 def test_a_process_that_does_not_end_in_time_is_killed_once() -> None:
     world = World()
     world.up()
-    assert EndProcess(("decode-0", 1)) in world.handle(
-        ConnectionLost("decode-0", 1, "reset", is_silent=False)
+    assert EndProcess(("worker-0", 1)) in world.handle(
+        ConnectionLost("worker-0", 1, "reset", is_silent=False)
     )
     world.now_s = STOP_TIMEOUT_S - 0.01
-    assert world.supervisor.processes["decode-0", 1].kill_s == STOP_TIMEOUT_S
-    assert KillProcess(("decode-0", 1)) not in world.handle(Tick())
+    assert world.supervisor.processes["worker-0", 1].kill_s == STOP_TIMEOUT_S
+    assert KillProcess(("worker-0", 1)) not in world.handle(Tick())
     world.now_s = STOP_TIMEOUT_S
-    assert KillProcess(("decode-0", 1)) in world.handle(Tick())
-    assert world.state("decode-0", 1) is ProcessState.KILLED
-    assert KillProcess(("decode-0", 1)) not in world.handle(Tick())
+    assert KillProcess(("worker-0", 1)) in world.handle(Tick())
+    assert world.state("worker-0", 1) is ProcessState.KILLED
+    assert KillProcess(("worker-0", 1)) not in world.handle(Tick())
 
 
 def test_a_silent_worker_is_killed_without_being_asked() -> None:
     world = World()
     world.up()
-    commands = world.handle(ConnectionLost("decode-0", 1, "silent", is_silent=True))
-    assert KillProcess(("decode-0", 1)) in commands and EndProcess(("decode-0", 1)) not in commands
+    commands = world.handle(ConnectionLost("worker-0", 1, "silent", is_silent=True))
+    assert KillProcess(("worker-0", 1)) in commands and EndProcess(("worker-0", 1)) not in commands
 
 
 def test_a_host_is_suspected_before_another_process_gets_a_place() -> None:
     world = World(num_cores=3)
     world.up()
-    commands = world.handle(ConnectionLost("decode-0", 1, "reset", is_silent=False))
+    commands = world.handle(ConnectionLost("worker-0", 1, "reset", is_silent=False))
     (launch,) = (command for command in commands if isinstance(command, LaunchProcess))
     assert commands.index(SuspectHost("node")) < commands.index(launch)
 
@@ -130,43 +130,43 @@ def test_a_host_is_suspected_before_another_process_gets_a_place() -> None:
 def test_an_explained_or_requested_end_raises_no_suspicion() -> None:
     world = World()
     world.up()
-    world.handle(Drain("prefill-0"))
+    world.handle(Drain("worker-1"))
     assert SuspectHost("node") not in world.handle(
-        ProcessEnded("decode-0", 1, "layer 3 is gone", is_explained=True)
+        ProcessEnded("worker-0", 1, "layer 3 is gone", is_explained=True)
     )
-    world.handle(ConnectionLost("prefill-0", 2, "reset", is_silent=True))
-    assert SuspectHost("node") not in world.handle(ProcessEnded("prefill-0", 2, "killed"))
+    world.handle(ConnectionLost("worker-1", 2, "reset", is_silent=True))
+    assert SuspectHost("node") not in world.handle(ProcessEnded("worker-1", 2, "killed"))
 
 
 def test_cores_are_reassigned_only_when_the_process_is_gone() -> None:
     world = World()
     world.up()
-    world.handle(ConnectionLost("decode-0", 1, "silent", is_silent=True))
-    assert world.state("decode-0", 3) is ProcessState.WAITING
-    commands = world.handle(ProcessEnded("decode-0", 1, "killed"))
-    assert commands[0] == WorkerLost("decode-0", 1, "silent")
-    assert world.state("decode-0", 3) is ProcessState.STARTING
+    world.handle(ConnectionLost("worker-0", 1, "silent", is_silent=True))
+    assert world.state("worker-0", 3) is ProcessState.WAITING
+    commands = world.handle(ProcessEnded("worker-0", 1, "killed"))
+    assert commands[0] == WorkerLost("worker-0", 1, "silent")
+    assert world.state("worker-0", 3) is ProcessState.STARTING
 
 
 def test_a_process_that_is_to_end_is_not_expected_to_connect() -> None:
     world = World()
     world.handle(Apply({P: 1, D: 1}))
-    assert world.supervisor.expects(("decode-0", 1))
+    assert world.supervisor.expects(("worker-0", 1))
     world.handle(Shutdown())
-    assert not world.supervisor.expects(("decode-0", 1))
-    world.handle(WorkerReady(worker_info("decode-0", D, incarnation=1)))
-    assert world.state("decode-0", 1) is ProcessState.ENDING
+    assert not world.supervisor.expects(("worker-0", 1))
+    world.handle(WorkerReady(worker_info("worker-0", D, incarnation=1)))
+    assert world.state("worker-0", 1) is ProcessState.ENDING
 
 
 def test_take_over_keeps_only_the_newest_process_of_a_name() -> None:
     world = World(num_cores=3)
-    living = [Spec(key, D, Need(1, 1.0)) for key in (("decode-0", 1), ("decode-0", 4))]
+    living = [Spec(key, D, Need(1, 1.0)) for key in (("worker-0", 1), ("worker-0", 4))]
     placed = tuple((spec, Placement("node", (position,))) for position, spec in enumerate(living))
     commands = world.handle(TakeOver(placed))
-    assert EndProcess(("decode-0", 1)) in commands and EndProcess(("decode-0", 4)) not in commands
+    assert EndProcess(("worker-0", 1)) in commands and EndProcess(("worker-0", 4)) not in commands
     assert Adopted() not in commands
     world.handle(Apply({D: 1}))
-    assert world.supervisor.processes["decode-0", 4].phase == "reconnecting"
-    assert Adopted() in world.handle(WorkerProgress("decode-0", 4, "loading weights", 0.5))
+    assert world.supervisor.processes["worker-0", 4].phase == "reconnecting"
+    assert Adopted() in world.handle(WorkerProgress("worker-0", 4, "loading weights", 0.5))
     (member,) = world.supervisor.fleet.status()
     assert (member.incarnation, member.state) == (4, MemberState.STARTING)

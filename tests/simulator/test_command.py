@@ -23,7 +23,7 @@ def test_a_range_of_seeds_ends_with_a_summary() -> None:
 def test_one_seed_prints_its_timeline() -> None:
     status, output = run("--seed", "3")
     assert status == 0
-    assert "decode-0/1 connects to the router" in output
+    assert "worker-0/1 connects to the router" in output
     assert "seed 3: " in output
 
 

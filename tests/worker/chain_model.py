@@ -215,7 +215,7 @@ class Wire:
 
 
 class LateMasks:
-    """Implements MaskPort: the grammar permits every token, but answers only when `tell` is called."""
+    """Implements MaskPort: the grammar permits every token, but answers only when `deliver` is called."""
 
     def __init__(self) -> None:
         self.num_tokens: dict[int, int] = {}
@@ -234,7 +234,7 @@ class LateMasks:
     def close(self, key: int) -> None:
         del self.num_tokens[key]
 
-    def tell(self, rng: random.Random, masks: TokenMasks) -> bool:
+    def deliver(self, rng: random.Random, masks: TokenMasks) -> bool:
         """Delivers one mask; returns False when none is due."""
         if not self.due:
             return False

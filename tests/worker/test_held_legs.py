@@ -27,13 +27,13 @@ def test_a_leg_is_reported_with_all_tokens_for_a_while_after_its_end() -> None:
     clock = Clock()
     legs = HeldLegs(clock)
     legs.accepted(spec("a", range(4)), Leg.DECODE, has_partner=True)
-    legs.told([token("a", 0)], [])
-    legs.told([token("a", 1)], [ended("a")])
-    (leg,) = legs.tell()
+    legs.record([token("a", 0)], [])
+    legs.record([token("a", 1)], [ended("a")])
+    (leg,) = legs.all()
     assert [output.index for output in leg.outputs] == [0, 1]
     assert leg.ended == ended("a")
     clock.now_s = KEPT_S + 1.0
-    assert legs.tell() == ()
+    assert legs.all() == ()
 
 
 def test_log_probabilities_of_prompts_count_towards_the_limit() -> None:
@@ -41,8 +41,8 @@ def test_log_probabilities_of_prompts_count_towards_the_limit() -> None:
     prompt = (TokenLogprobs(-1.0, ((1, -1.0), (2, -2.0))),) * (MAX_KEPT_TOKENS // 6)
     for name in ("a", "b", "c"):
         legs.accepted(spec(name, range(4)), Leg.DECODE, has_partner=False)
-        legs.told([TokenOutput(TransferId(name, 0), 0, 0, 7, prompt_logprobs=prompt)], [ended(name)])
-    (leg,) = legs.tell()
+        legs.record([TokenOutput(TransferId(name, 0), 0, 0, 7, prompt_logprobs=prompt)], [ended(name)])
+    (leg,) = legs.all()
     assert leg.spec.transfer.request_id == "c"
     assert leg.outputs[0].prompt_logprobs == prompt
 
@@ -51,8 +51,8 @@ def test_remembered_ended_legs_are_bounded() -> None:
     legs = HeldLegs(Clock())
     for number in range(5):
         legs.accepted(spec(f"{number}", range(MAX_KEPT_TOKENS // 4)), Leg.DECODE, has_partner=False)
-        legs.told([token(f"{number}", 0)], [ended(f"{number}")])
-    assert [leg.spec.transfer.request_id for leg in legs.tell()] == ["2", "3", "4"]
+        legs.record([token(f"{number}", 0)], [ended(f"{number}")])
+    assert [leg.spec.transfer.request_id for leg in legs.all()] == ["2", "3", "4"]
 
 
 def test_all_held_legs_are_reported_in_order_across_frames() -> None:
@@ -60,7 +60,7 @@ def test_all_held_legs_are_reported_in_order_across_frames() -> None:
     for number in range(7):
         legs.accepted(spec(f"{number}", range(MAX_FRAME_TOKENS // 3)), Leg.DECODE, has_partner=False)
     legs.accepted(spec("long", range(2 * MAX_FRAME_TOKENS)), Leg.DECODE, has_partner=False)
-    frames = list(in_frames(legs.tell()))
+    frames = list(in_frames(legs.all()))
     assert [len(frame) for frame in frames] == [3, 3, 1, 1]
-    assert [leg for frame in frames for leg in frame] == list(legs.tell())
+    assert [leg for frame in frames for leg in frame] == list(legs.all())
     assert list(in_frames(())) == [()]

@@ -95,9 +95,8 @@ def test_no_prompt_takes_blocks_before_the_oldest_waiting_one() -> None:
     prefills.step()
     prefills.add("large", 8 * block_size)
     prefills.add("small", block_size)
-    prefills.scheduler.remove(
-        running
-    )  # as when the prompt is computed and its transfer still holds the blocks
+    # as when the prompt is computed and its transfer still holds the blocks
+    prefills.scheduler.remove(running)
     assert prefills.step() == {}
     prefills.engine.kv.release(running)
     assert "large" in prefills.step()

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from pdserve.core.messages import Leg, Prefill, Reserve, Serve
 from pdserve.core.request import FinishReason, SequenceSpec, TransferId
 from pdserve.decode_worker.worker import DecodeWorker
+from pdserve.engine.batch import RoleEngine
 from pdserve.engine.outbox import LegClock, Outbox
 from pdserve.engine.sequence import Sequence
 from pdserve.engine.token_masks import TokenMasks
@@ -38,23 +39,20 @@ class Pair:
         self.p_port, self.d_port = LateMasks(), LateMasks()
         self.p_masks, self.d_masks = TokenMasks(self.p_port), TokenMasks(self.d_port)
         self.prefill = PrefillWorker(
-            self.p.kv, self.p, self.wire, self.p_box, self.p_masks, num_layers=1, max_batch_tokens=budget
+            RoleEngine(self.p.kv, self.p, 1, budget, 8), self.wire, self.p_box, self.p_masks
         )
         self.decode = DecodeWorker(
-            self.d.kv,
-            self.d,
+            RoleEngine(self.d.kv, self.d, 1, budget, 8),
             self.wire,
             self.d_box,
             self.d_masks,
             self.await_masks,
-            max_batch_size=8,
-            max_batch_tokens=budget,
         )
 
     def await_masks(self, sequences: Seq[Sequence]) -> None:
         """Delivers some masks in time, others late."""
         for _ in range(self.rng.randrange(3)):
-            self.d_port.tell(self.rng, self.d_masks)
+            self.d_port.deliver(self.rng, self.d_masks)
 
     def submit(self, spec: SequenceSpec) -> None:
         self.decode.reserve(Reserve(spec=spec, source_worker_id="prefill-0", source_incarnation=1))
@@ -65,8 +63,8 @@ class Pair:
             self.prefill.step,
             self.decode.step,
             lambda: self.wire.deliver(self.prefill, self.decode),
-            lambda: self.p_port.tell(self.rng, self.p_masks),
-            lambda: self.d_port.tell(self.rng, self.d_masks),
+            lambda: self.p_port.deliver(self.rng, self.p_masks),
+            lambda: self.d_port.deliver(self.rng, self.d_masks),
         ]
         self.rng.shuffle(actions)
         outcomes = [action() for action in actions]  # all of them, whatever the first returns

@@ -25,9 +25,8 @@ def test_a_router_that_stops_reading_is_lost_even_while_a_sender_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(router_session, "DEAD_AFTER_S", 0.2)
-    monkeypatch.setattr(
-        worker_link, "HEARTBEAT_S", WAIT_S
-    )  # the heartbeat's thread waits behind the sender: it cannot report the loss
+    # the heartbeat's thread waits behind the sender: it cannot report the loss
+    monkeypatch.setattr(worker_link, "HEARTBEAT_S", WAIT_S)
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
         hello = Hello(worker_id="decode-0", incarnation=1)
@@ -48,7 +47,7 @@ def test_a_router_that_stops_reading_is_lost_even_while_a_sender_blocks(
 class Unloadable(WorkerProcess):
     """A worker whose checkpoint is broken."""
 
-    def __init__(self, router_address: tuple[str, int], tells_late: bool = False) -> None:
+    def __init__(self, router_address: tuple[str, int], reports_late: bool = False) -> None:
         super().__init__(
             WorkerSpec(
                 worker_id="decode-0",
@@ -63,13 +62,13 @@ class Unloadable(WorkerProcess):
             )
         )
         self._reconnected = threading.Event()
-        self._tells_late = tells_late
+        self._reports_late = reports_late
 
     def _load_engine(self) -> Engine:
         raise CheckpointError("layer 3 is gone")
 
     def _progress(self, phase: str, fraction: float) -> None:
-        assert not self._tells_late or self._reconnected.wait(WAIT_S)
+        assert not self._reports_late or self._reconnected.wait(WAIT_S)
         super()._progress(phase, fraction)
 
     def _on_lost(self, link: RouterLink) -> None:
@@ -101,7 +100,7 @@ def test_a_worker_that_lost_its_router_early_reports_loading_to_the_next(
     monkeypatch.setattr(worker_process, "bind_to_cores", lambda positions: ())
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(WAIT_S)
-        worker = Unloadable(server.getsockname(), tells_late=True)
+        worker = Unloadable(server.getsockname(), reports_late=True)
         thread = threading.Thread(target=run_until_it_fails, args=(worker,), daemon=True)
         with greeted(server, "secret") as accepted:
             thread.start()

@@ -35,7 +35,7 @@ def test_a_prompt_is_computed_up_to_its_last_token_while_awaiting_the_mask() -> 
     assert pair.prefill.step()
     assert pair.p_box.timings[-1].num_prefill_tokens == 9
     assert not pair.prefill.step()
-    pair.p_port.tell(pair.rng, pair.p_masks)
+    pair.p_port.deliver(pair.rng, pair.p_masks)
     assert pair.prefill.step()
     assert [output.token_id for output in pair.p_box.outputs] == expected_tokens(range(10), 0, 1)
 
@@ -64,12 +64,12 @@ def test_a_prompt_of_one_token_waits_too() -> None:
 def test_a_mask_may_arrive_during_the_step_and_a_late_one_costs_a_step() -> None:
     pair, request = Pair(), constrained("a", 3, 3)
     pair.decode.serve(Serve(spec=request))
-    pair.d_port.tell(pair.rng, pair.d_masks)
+    pair.d_port.deliver(pair.rng, pair.d_masks)
     pair.decode.step()
     pair.rng.randrange = lambda *_: 0  # none arrives
     assert pair.decode.step() and len(pair.d_box.outputs) == 1
     assert not pair.decode.step()
-    pair.d_port.tell(pair.rng, pair.d_masks)
+    pair.d_port.deliver(pair.rng, pair.d_masks)
     assert pair.decode.step() and len(pair.d_box.outputs) == 2
     pair.run()
     assert pair.tokens(request) == expected_tokens(range(3), 0, 3)

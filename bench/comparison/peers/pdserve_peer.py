@@ -24,20 +24,18 @@ class ColocatedWorker:
 
     def __init__(self, engine: "Engine", *, max_batch_size: int = 64, max_batch_tokens: int = 4096) -> None:
         from pdserve.decode_worker.worker import DecodeWorker
+        from pdserve.engine.batch import RoleEngine
         from pdserve.engine.outbox import Outbox
         from pdserve.engine.token_masks import NoGrammars, TokenMasks
 
         self.variant = engine.kernels.name
         self._outbox = Outbox("bench-0", 1)
         self._worker = DecodeWorker(
-            engine.kv,
-            engine.runner,
+            RoleEngine(engine.kv, engine.runner, engine.config.num_layers, max_batch_tokens, max_batch_size),
             NoTransfers(),
             self._outbox,
             TokenMasks(NoGrammars()),
             lambda sequences: None,
-            max_batch_size=max_batch_size,
-            max_batch_tokens=max_batch_tokens,
         )
         self._num_requests = 0
         self._arrivals_s: dict[str, list[float]] = {}

@@ -1,9 +1,20 @@
-"""The handshake on a socket, before it becomes a pair's channel."""
+"""Sockets before they become pairs' channels: their addresses, and the handshake on them."""
 
 import asyncio
+import ipaddress
 import socket
 
 from ..core.handshake import HandshakeAcceptor, HandshakeDialler, HandshakeError
+
+
+def address_family(host: str) -> socket.AddressFamily:
+    """Returns the address family of an IP address in text form. Raises ValueError."""
+    return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+
+
+def listening_socket(host: str) -> socket.socket:
+    """Opens a listening TCP socket on a free port of `host`. Raises OSError."""
+    return socket.create_server((host, 0), family=address_family(host))
 
 
 async def shake_hands(sock: socket.socket, side: HandshakeDialler | HandshakeAcceptor) -> None:

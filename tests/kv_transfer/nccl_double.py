@@ -16,10 +16,10 @@ class Aborted(RuntimeError):
     """The group was aborted."""
 
 
-class TwinGroup:
+class GroupDouble:
     """One rank. Operations match the peer's by their order alone, whatever their tags say."""
 
-    living: "list[TwinGroup]" = []  # noqa: RUF012  (all of this process)
+    living: "list[GroupDouble]" = []  # noqa: RUF012  (all of this process)
 
     def __init__(self, store: Any, rank: int, timeout: timedelta) -> None:
         from torch.distributed import ProcessGroupGloo
@@ -29,7 +29,7 @@ class TwinGroup:
         options._timeout = WAIT
         options._threads = 1
         self._gloo: Any = ProcessGroupGloo(store, rank, 2, options)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pdserve-twin")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pdserve-double")
         self._error = ErrorType.SUCCESS
         self._is_aborted = False
         self.num_sends = self._num_receives = 0

@@ -1,9 +1,13 @@
-"""Hosts that cannot serve beside the head: each is named in the status, with cause and fix, and the others
-serve."""
+"""Hosts that cannot serve beside the head, or no longer: each is named in the status, with cause and fix, and
+the others serve."""
 
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +44,9 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 }
 """
 ASK = "pdserve generate --temperature 0 --max-tokens 8 'The with statement'"
+STREAM = ASK.replace("8", "600")
+CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
+HOG_BYTES = 256 << 20
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +94,11 @@ def restart_ray(cluster: Hosts, num_cores: int = 1, environment: str = "LANG=C")
     worker2 = cluster.address("worker2")
     cluster.run("worker2", "pkill -9 raylet")
     await_status(cluster, lambda status: states(status).get(worker2) != "JOINED")
+    start_ray(cluster, num_cores, environment)
+
+
+def start_ray(cluster: Hosts, num_cores: int = 1, environment: str = "LANG=C") -> None:
+    worker2 = cluster.address("worker2")
     cluster.run("worker2", "ray stop")
     start = RAY.format(role=f"--address={cluster.address('head')}:6379", address=worker2)
     start = start.replace("--num-cpus=1", f"--num-cpus={num_cores}")
@@ -104,16 +116,92 @@ def test_a_host_is_refused_until_it_has_the_heads_checkpoint(cluster: Hosts) -> 
     await_status(cluster, is_whole)
 
 
-def test_a_full_host_gets_no_instance_until_it_has_room(cluster: Hosts) -> None:
+@contextmanager
+def streams(cluster: Hosts) -> Iterator[None]:
+    """Streams on both decode instances run while the block does, and end as undisturbed ones do."""
+    expected = cluster.run("head", STREAM)
+    command = cluster.command("head", STREAM)
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    await_status(cluster, lambda status: all(worker["numRunning"] for worker in decoding(status)))
+    yield
+    for stream in running:
+        assert stream.communicate()[0] == expected
+        assert stream.returncode == 0
+
+
+def decoding(status: Status) -> list[dict[str, int]]:
+    return [{"numRunning": 0} | worker for worker in status["workers"] if worker["role"] == "ROLE_DECODE"]
+
+
+@pytest.mark.parametrize("folder", ["/dev/shm", "/tmp", "/root/.pdserve"])
+def test_a_host_that_fills_up_under_instances_gets_no_more_until_it_has_room(
+    cluster: Hosts, folder: str
+) -> None:
+    """Ray's folder is in ~/.pdserve, which is on a file system of its own for this."""
     worker2 = cluster.address("worker2")
-    cluster.fill("worker2", "/dev/shm")
-    cluster.run("worker2", LOSE_INSTANCES)
-    status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
-    assert "no space is left in /dev/shm (2 GiB)" in message(status, worker2) and "make room" in message(
-        status, worker2
-    )
-    assert cluster.run("head", ASK)
-    cluster.run("worker2", "rm /dev/shm/full")
+    with streams(cluster):
+        cluster.run("worker2", f"cat /dev/zero > {folder}/full 2> /dev/null || true")
+        status = await_status(cluster, lambda status: states(status)[worker2] == "REFUSED")
+        cluster.run("worker2", LOSE_INSTANCES)
+    assert f"no space is left in {folder}" in message(status, worker2)
+    assert "make room: the host is then used again" in message(status, worker2)
+    status = await_status(cluster, lambda status: not is_whole(status))
+    assert f"host {worker2}: no space is left in {folder}" in status["degraded"]
+    cluster.run("worker2", f"rm {folder}/full")
+    await_status(cluster, is_whole)
+
+
+def test_a_host_whose_memory_fills_up_gets_no_instance_until_it_has_room(cluster: Hosts) -> None:
+    """All of the host's processes get into a cgroup, and one of them takes most of what its limit grants."""
+    if not (CGROUPS / "memory.limit_in_bytes").exists():
+        pytest.skip("no cgroups of version 1, whose limits apply to the processes of one host alone")
+    worker2, group = cluster.address("worker2"), CGROUPS / cluster.name
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(HOG_BYTES))
+        for pid in cluster.pids("worker2"):
+            (group / "cgroup.procs").write_text(str(pid))
+        hog = cluster.command("worker2", f"exec python -c 'hog = bytearray({int(HOG_BYTES * 0.96)}); input()'")
+        with streams(cluster):
+            with subprocess.Popen(hog, stdin=subprocess.PIPE, preexec_fn=lambda: join(group)) as taking:
+                status = await_status(cluster, lambda status: states(status)[worker2] == "REFUSED")
+                assert "no space is left in its memory (256 MiB)" in message(status, worker2)
+                taking.kill()
+            await_status(cluster, is_whole)
+    finally:
+        for pid in cluster.pids("worker2"):
+            (CGROUPS / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
+def join(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def test_a_frozen_host_serves_again_when_ray_runs_there(cluster: Hosts) -> None:
+    worker2 = cluster.address("worker2")
+    with streams(cluster):
+        cluster.freeze("worker2")
+        status = await_status(cluster, lambda status: states(status)[worker2] != "JOINED")
+        assert "an instance there was lost" in message(status, worker2)
+        status = await_status(cluster, lambda status: states(status)[worker2] == "LOST")
+        assert "Ray does not reach it" in message(status, worker2)
+        cluster.thaw("worker2")
+    start_ray(cluster)
+    await_status(cluster, is_whole)
+
+
+def test_a_host_may_leave_while_its_instances_load(cluster: Hosts) -> None:
+    worker2 = cluster.address("worker2")
+    with streams(cluster):
+        cluster.reboot("worker2", hard=True)
+        await_status(cluster, lambda status: states(status)[worker2] == "LOST")
+    start_ray(cluster)
+    await_status(cluster, lambda status: any(is_loading(worker) for worker in status["workers"]))
+    with streams_elsewhere(cluster):
+        cluster.reboot("worker2", hard=True)
+        await_status(cluster, lambda status: states(status)[worker2] == "LOST")
+    start_ray(cluster)
     await_status(cluster, is_whole)
 
 

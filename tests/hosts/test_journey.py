@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.microbench import kv_between_hosts
+
 from .network import Hosts
 from .status import await_status, is_whole, states
 
@@ -23,6 +25,7 @@ pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytes
 FILE = Path(__file__).parents[2] / "cluster.yaml"
 NUM_DECODE = (os.cpu_count() or 1) + 1  # each host has all of the machine's cores
 UP = "ray up -y cluster.yaml"
+LINK = "1gbit"
 NOTICE_S = 45.0  # by itself, an agent of a Ray whose head has gone would try for a minute to report it
 ASK = """
 import json, select, sys, time, urllib.request
@@ -128,7 +131,21 @@ def await_end(pids: dict[int, str]) -> None:
             assert ended, f"{name} lives on"
 
 
+def print_kv_rate(hosts: Hosts) -> None:
+    """Shows how much of a link between two hosts KV gets, beside plain TCP in turns."""
+    ends = ("worker1", "worker2")
+    for host in ends:
+        hosts.shape(host, rate=LINK)
+    clear = {host: hosts.address(host) for host in ends}
+    rates = kv_between_hosts.measure(hosts, *ends, {"clear": clear}, rounds=3)
+    print(f"a link of {LINK}: {kv_between_hosts.as_text(rates['clear'])}")
+    for host in ends:
+        hosts.shape(host)
+
+
 def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
+    print()
+    print_kv_rate(hosts)
     configure(hosts)
     with timed("first `ray up` to first token"):
         with timed("`ray up`"):

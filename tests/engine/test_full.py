@@ -57,7 +57,8 @@ def test_a_folder_that_does_not_exist_is_not_full(tmp_path: Path) -> None:
 
 def test_a_monitor_reports_while_the_host_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [(), (("/tmp", GIB),), (("/tmp", GIB),), ()]
-    asked_all, reports = threading.Event(), []
+    asked_all = threading.Event()
+    reports: list[tuple[tuple[str, int], ...]] = []
 
     def answer(ray_folder: str) -> tuple[tuple[str, int], ...]:
         assert ray_folder == os.sep

@@ -46,6 +46,7 @@ ASK = "pdserve generate --temperature 0 --max-tokens 8 'The with statement'"
 STREAM = ASK.replace("8", "600")
 CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
 GIB = 1 << 30
+START_S = 240.0  # for Ray on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def cluster(hosts: Hosts) -> Hosts:
         "head",
         f"RAY_AUTH_MODE=token RAY_ADDRESS={addresses['head']}:6379 setsid nohup pdserve up cluster.yaml >"
         " up.log 2>&1 & until pdserve status > /dev/null 2>&1; do :; done",
-        timeout_s=120.0,
+        timeout_s=START_S,
     )
     return hosts
 
@@ -105,7 +106,7 @@ def start_ray(cluster: Hosts, num_cores: int = 1, environment: str = "LANG=C") -
     cluster.run("worker2", "ray stop")
     start = RAY.format(role=f"--address={cluster.address('head')}:6379", address=worker2)
     start = start.replace("--num-cpus=1", f"--num-cpus={num_cores}")
-    cluster.run("worker2", f"rm -rf ~/.pdserve/ray; export {environment}; {start}{QUIET}")
+    cluster.run("worker2", f"rm -rf ~/.pdserve/ray; export {environment}; {start}{QUIET}", timeout_s=START_S)
 
 
 def test_a_host_is_refused_until_it_has_the_heads_checkpoint(cluster: Hosts) -> None:
@@ -181,8 +182,8 @@ def test_a_host_whose_memory_fills_up_gets_no_instance_until_it_has_room(cluster
             await_status(cluster, is_whole)
     finally:
         while pids := (group / "cgroup.procs").read_text().split():
-            for pid in pids:
-                move(int(pid), ours)
+            for inside in pids:
+                move(int(inside), ours)
         group.rmdir()
 
 

@@ -67,6 +67,7 @@ def cluster(hosts: Hosts) -> Hosts:
         hosts.run(
             name,
             f"mkdir -m 700 ~/.pdserve; {own_disk}" + RAY.format(role=role, address=addresses[name]) + QUIET,
+            timeout_s=START_S,
         )
     hosts.run(
         "head",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import pdserve
 from pdserve.embedded import MODEL_DIR
 
 from .network import Hosts
@@ -108,6 +109,19 @@ def start_ray(cluster: Hosts, num_cores: int = 1, environment: str = "LANG=C") -
     start = RAY.format(role=f"--address={cluster.address('head')}:6379", address=worker2)
     start = start.replace("--num-cpus=1", f"--num-cpus={num_cores}")
     cluster.run("worker2", f"rm -rf ~/.pdserve/ray; export {environment}; {start}{QUIET}", timeout_s=START_S)
+
+
+def test_a_host_with_another_version_is_refused(cluster: Hosts) -> None:
+    worker2, package = cluster.address("worker2"), cluster.home("worker2") / "older" / "pdserve"
+    package.mkdir(parents=True)
+    for room in Path(pdserve.__file__).parent.iterdir():
+        if room.is_symlink():
+            (package / room.name).symlink_to(room.resolve())
+    (package / "__init__.py").write_text('__version__ = "0.0.9"\n')
+    restart_ray(cluster, environment="PYTHONPATH=/root/older")
+    status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
+    assert f"it runs pdserve 0.0.9, the head {pdserve.__version__}; install" in message(status, worker2)
+    assert cluster.run("head", ASK)
 
 
 def test_a_host_is_refused_until_it_has_the_heads_checkpoint(cluster: Hosts) -> None:

@@ -16,7 +16,7 @@ from pdserve.embedded import MODEL_DIR
 from .network import Hosts
 from .status import Status, await_status, is_whole, states
 
-pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 CONFIG = """
 provider: {{type: local, head_ip: {head}, worker_ips: [{worker1}, {worker2}]}}

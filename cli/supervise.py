@@ -116,6 +116,7 @@ def _begin(supervisor: "_Supervisor", file: Path, ray_start: list[str], at_reboo
         _follow_hosts(file, ray_start)
         if is_first:
             print(ADOPTED, flush=True)
+            _allow_open_files()
             supervisor.start_at_reboot()
         return is_first
     _allow_open_files()

@@ -27,7 +27,7 @@ metadata:
       prefill: {{instances: 1, kv_cache_bytes: 256MiB}}
       decode: {{instances: 2, kv_cache_bytes: 256MiB}}
 """
-SETTINGS = "RAY_AUTH_MODE=token RAY_worker_niceness=0"
+SETTINGS = "RAY_AUTH_MODE=token RAY_worker_niceness=0 RAY_raylet_start_wait_time_s=240"
 RAY = SETTINGS + " ray start {role} --node-ip-address={address} --num-cpus=1 --temp-dir=/root/.pdserve/ray"
 QUIET = " --object-store-memory=80000000 --include-log-monitor=false"
 LOSE_INSTANCES = "pkill -9 ray::WorkerActo"

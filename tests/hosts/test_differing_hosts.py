@@ -197,7 +197,7 @@ def test_a_host_whose_memory_fills_up_gets_no_instance_until_it_has_room(cluster
             with subprocess.Popen(hog, stdin=subprocess.PIPE, preexec_fn=lambda: move(0, group)) as taking:
                 status = await_status(cluster, lambda status: states(status)[worker2] == "REFUSED")
                 assert "no space is left in its memory (1 GiB)" in message(status, worker2)
-                taking.kill()
+                taking.communicate(b"\n")
             await_status(cluster, is_whole)
     finally:
         while pids := (group / "cgroup.procs").read_text().split():

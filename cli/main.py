@@ -95,9 +95,11 @@ def up(file: File = None) -> None:
     """Start a cluster on this machine, or in the Ray cluster it belongs to, and serve until Ctrl-C or
     `pdserve down`."""
     from .plan import read_config
+    from .supervise import report_end
     from .up import up
 
     up(read_config(file))
+    report_end()
 
 
 @app.command()

@@ -31,6 +31,7 @@ from .client import Client, CommandFailed, connect_to_administer
 from .plan import read_config
 
 FOLDER = Path("~/.pdserve")
+SERVING = "PDSERVE_SERVING"  # in the environment of `pdserve up`: the descriptor of its lock
 LOG = Path("~/pdserve.log")
 TEMP_DIR, AUTOSCALING_CONFIG = "--temp-dir=", "--autoscaling-config="  # options of `ray start`
 MAX_PAUSE_S = 60.0
@@ -40,11 +41,16 @@ RAY_PROCESSES = {"gcs_server", "raylet"}
 OWN_NAME = b"ray::supervise"  # at most 15 bytes
 HIDDEN_NAME = b"pdserve"  # while it runs `ray stop` itself
 PR_SET_NAME = 15
-ORPHANED = (
-    "`pdserve supervise` was killed, and what it started serves on: nobody starts that again after a crash."
-    " Run `ray up` again then, or `pdserve down` and `ray up` when streams may end"
-)
+ADOPTED = "`pdserve supervise` was killed, and what it started serves on: it is supervised again"
+ADOPT_S = 1.0  # between two looks at a `pdserve up` that an earlier supervisor has started
 REQUESTS_TO_END = {signal.SIGTERM, signal.SIGINT}
+
+
+def report_end() -> None:
+    """Called by a `pdserve up` that ends as it was asked to: its supervisor may be another one than its
+    parent, which learns no exit status."""
+    if descriptor := os.environ.get(SERVING):
+        os.write(int(descriptor), b"ended\n")
 
 
 class Pauses:
@@ -84,11 +90,12 @@ def supervise(file: Path, ray_start: list[str], at_reboot: bool) -> None:
     if not is_new:
         return
     log = LOG.expanduser()
+    is_adopted = supervisor.serving is None
     if os.fork():
         print(f"pdserve starts in the background: see `pdserve status`, and {log}", flush=True)
         os._exit(0)
     os.setsid()
-    _log_to(log)
+    _log_to(log, is_new=not is_adopted)
     supervisor.run()
     os._exit(0)
 
@@ -105,11 +112,13 @@ def _begin(supervisor: "_Supervisor", file: Path, ray_start: list[str], at_reboo
     is_first = _lock("supervisor") is not None  # until the supervisor ends
     supervisor.serving = _lock("serving") if is_first else None
     if supervisor.serving is None:
-        if is_first:
-            print(ORPHANED, file=sys.stderr)
         _apply(config, file)
         _follow_hosts(file, ray_start)
-        return False
+        if is_first:
+            print(ADOPTED, flush=True)
+            _allow_open_files()
+            supervisor.start_at_reboot()
+        return is_first
     _allow_open_files()
     if not at_reboot:
         supervisor.take_file()
@@ -166,7 +175,7 @@ def _option(ray_start: list[str], name: str) -> str | None:
 
 class _Supervisor:
     def __init__(self, file: Path, ray_start: list[str], folder: Path) -> None:
-        self.serving: int | None = None  # a lock that `pdserve up` inherits; None until it is taken
+        self.serving: int | None = None  # a lock that `pdserve up` inherits; None while an older one has it
         self._file = file
         self._ray_start = ray_start
         self._folder = folder
@@ -227,13 +236,16 @@ class _Supervisor:
 
     def _serve(self) -> bool:
         """Returns at the end of `pdserve up`: whether it was asked to end."""
+        if self.serving is None:
+            return self._has_adopted_ended()
+        os.ftruncate(self.serving, 0)
         if not _names_of_processes() >= RAY_PROCESSES and not self._has_restarted_ray():
             return False
         address = (self._ray_folder / "ray_current_cluster").read_text().strip()
         command = [sys.argv[0], "up", str(self._copy)]
-        kept = () if self.serving is None else (self.serving,)
+        environment = {"RAY_ADDRESS": address, SERVING: str(self.serving)}
         child = subprocess.Popen(
-            command, env=os.environ | {"RAY_ADDRESS": address}, preexec_fn=_unblock, pass_fds=kept
+            command, env=os.environ | environment, preexec_fn=_unblock, pass_fds=(self.serving,)
         )
         try:
             while child.poll() is None:
@@ -247,6 +259,13 @@ class _Supervisor:
                 child.wait()
             raise
         return child.returncode == 0
+
+    def _has_adopted_ended(self) -> bool:
+        """Returns when the `pdserve up` of an earlier supervisor has ended: whether it was asked to."""
+        while (serving := _lock("serving")) is None:
+            _pause(ADOPT_S)
+        self.serving = serving
+        return os.fstat(serving).st_size > 0
 
     def _has_restarted_ray(self) -> bool:
         _call_itself(HIDDEN_NAME)
@@ -307,11 +326,12 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _log_to(log: Path) -> None:
-    """This process's output goes to a new log, and the last one stays beside it; its input comes from
-    nowhere."""
+def _log_to(log: Path, is_new: bool) -> None:
+    """This process's output goes to the log, a new one while the last one stays beside it, or that of a
+    `pdserve up` that goes on; its input comes from nowhere."""
     with suppress(FileNotFoundError):
-        log.replace(log.with_suffix(".log.1"))
+        if is_new:
+            log.replace(log.with_suffix(".log.1"))
     for descriptor, path in ((0, Path(os.devnull)), (1, log), (2, log)):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, descriptor)

@@ -15,15 +15,21 @@ from .. import __version__
 from ..core.config import ClusterConfig
 from ..core.devices import DeviceKind
 from ..engine.gpu import Node
-from ..head.host_facts import HostFacts, look, refusal, warning
+from ..head.host_facts import HostFacts, look, no_space, refusal, warning
 from ..router.cores import Capacity
 from ..router.hosts import HostChecked, SeenHost
 from .actors import reason_of
+from .ray_folder import session_folder
 
 CHECK_TIMEOUT_S = 20.0  # for a process to start on the host and answer
 NODE_TYPE = "ray.io/node-group"  # Ray's label for a cloud's node type
 
-_look_there: Any = ray.remote(num_cpus=0, max_retries=0)(look)
+
+def _look(model_path: str, router_address: tuple[str, int] | None) -> dict[str, Any]:
+    return look(model_path, router_address, str(session_folder()))
+
+
+_look_there: Any = ray.remote(num_cpus=0, max_retries=0)(_look)
 
 
 class RayNodes:
@@ -75,7 +81,7 @@ class RayNodes:
     async def _ask(self, node_id: str) -> str:
         """Collects the host's facts. Returns why they are unavailable, and the fix; empty on success."""
         if node_id == self._head:
-            answer = await asyncio.to_thread(look, self._model_path, None)
+            answer = await asyncio.to_thread(_look, self._model_path, None)
             self._facts[node_id] = HostFacts.parse(answer, node_id)
             return ""
         there: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -109,7 +115,7 @@ class RayNodes:
         num_bytes = node.available_memory_bytes if device == "cpu" else inf
         capacity = Capacity(len(node.cores), len(node.usable_devices), num_bytes)
         if is_head:
-            return HostChecked(node_id, capacity)
+            return HostChecked(node_id, capacity, no_space(there.full))
         now_s = time.time()
         here = replace(self._facts[self._head], clock_s=(asked_s + now_s) / 2)
         return HostChecked(

@@ -306,6 +306,14 @@ class Probed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     error: str
 
 
+class HostFull(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The worker's host has no space left. Repeated every second while that holds."""
+
+    worker_id: str
+    incarnation: int
+    full: tuple[tuple[str, int], ...]  # its memory, or a folder; and the size of either in bytes
+
+
 HEARTBEAT_S = 0.5  # the longest interval between messages of router and worker
 
 
@@ -315,4 +323,4 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 WorkerCommand = Prefill | Reserve | Serve | Abort | Probe | Heartbeat
-WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded | Probed
+WorkerMessage = Hello | LoadProgress | Holds | Ready | StepReport | LegEnded | Probed | HostFull

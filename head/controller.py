@@ -23,6 +23,7 @@ from ..router.supervisor import (
     KillProcess,
     LaunchProcess,
     ProcessEnded,
+    RefuseHost,
     SupervisedProcess,
     Supervisor,
     SupervisorCommand,
@@ -47,15 +48,17 @@ class Controller:
         make_spec: Callable[[StartWorker], WorkerSpec],
         on_change: Callable[[], None],
         suspect_host: Callable[[str], None] = lambda node_id: None,
+        refuse_host: Callable[[str, tuple[tuple[str, int], ...]], None] = lambda node_id, full: None,
     ) -> None:
-        """`suspect_host` is called with the node id of a host on which a worker was lost for no known
-        reason."""
+        """`suspect_host` is called with the node id of a host on which a worker was lost for no known reason,
+        `refuse_host` with that of a host which is full, and its full parts."""
         self.fleet = fleet
         self.adopted = asyncio.Event()  # each process of an earlier controller has reported, or is given up
         self._supervisor = Supervisor(fleet, places, make_spec)
         self._keeper = keeper
         self._on_change = on_change
         self._suspect_host = suspect_host
+        self._refuse_host = refuse_host
         self._service: RouterService | None = None
         self._pump: CommandPump[SupervisorCommand[WorkerSpec]] = CommandPump(self._carry_out, self._settle)
         self._is_closed = False
@@ -121,6 +124,8 @@ class Controller:
                 self._keeper.kill(key)
             case SuspectHost(node_id):
                 self._suspect_host(node_id)
+            case RefuseHost(node_id, full):
+                self._refuse_host(node_id, full)
             case _:
                 assert self._service is not None, "attach() must be called first"
                 self._service.handle(command)

@@ -102,7 +102,13 @@ class Head:
             first_incarnation=1 + spec.generation * GENERATION_STRIDE,
         )
         self._controller = Controller(
-            fleet, self._places, self._keeper, self._worker_spec, self._on_change, self._watch.suspect
+            fleet,
+            self._places,
+            self._keeper,
+            self._worker_spec,
+            self._on_change,
+            self._watch.suspect,
+            self._watch.refuse,
         )
         model = LatencyModel(priors(config, self._plan))
         router = Router(

@@ -1,10 +1,7 @@
 """Facts about a host, collected on it by `look`, and the head's verdict on whether it can serve."""
 
-import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +12,9 @@ from ..core.devices import DeviceKind
 from ..core.errors import CheckpointError
 from ..core.reach import reach
 from ..engine.checkpoint import fingerprint, resolve_model_path
+from ..engine.full import full_parts
 from ..engine.gpu import DeviceInfo, Node, probe_node
 
-MIN_FREE_BYTES = 4 << 20  # of a folder that is not full
 CLOCK_TOLERANCE_S = 60.0  # only people compare clocks of two hosts, in logs and traces
 
 
@@ -30,9 +27,7 @@ class HostFacts:
     node: Node
     fingerprint: str | None  # of the checkpoint; None: it cannot be read
     checkpoint_error: str = ""
-    full: tuple[
-        tuple[str, int], ...
-    ] = ()  # folders in which no process can write any more, and their sizes in bytes
+    full: tuple[tuple[str, int], ...] = ()  # parts of the host, and their sizes in bytes
     router_error: str = ""  # why the head's port for workers cannot be reached from there
 
     @staticmethod
@@ -51,7 +46,7 @@ class HostFacts:
         return HostFacts(node=node, full=full, **{key: answer[key] for key in same})
 
 
-def look(model_path: str, router_address: tuple[str, int] | None) -> dict[str, Any]:
+def look(model_path: str, router_address: tuple[str, int] | None, ray_folder: str) -> dict[str, Any]:
     """Collects the facts. Runs on the host in question, which may have another version: plain values in,
     plain values out."""
     node = probe_node()
@@ -70,18 +65,9 @@ def look(model_path: str, router_address: tuple[str, int] | None) -> dict[str, A
         "torch_cuda": node.torch_cuda,
         "fingerprint": found,
         "checkpoint_error": checkpoint_error,
-        "full": list(_full_folders()),
+        "full": list(full_parts(ray_folder)),
         "router_error": "" if router_address is None else reach(router_address),
     }
-
-
-def _full_folders() -> Iterator[tuple[str, int]]:
-    """Yields the full folders among those that Ray and workers write to, with their sizes in bytes."""
-    for folder in sorted({"/dev/shm", tempfile.gettempdir(), os.path.expanduser("~")}):
-        with suppress(OSError):
-            found = os.statvfs(folder)
-            if found.f_bavail * found.f_frsize < MIN_FREE_BYTES:
-                yield folder, found.f_blocks * found.f_frsize
 
 
 def refusal(
@@ -100,8 +86,7 @@ def refusal(
             f" ({there.router_error}); let all TCP between the hosts of the cluster through its firewalls"
         )
     if there.full:
-        folders = ", ".join(f"{folder} ({format_size(num_bytes)})" for folder, num_bytes in there.full)
-        return f"no space is left in {folders} there; make room: the host is then used again"
+        return no_space(there.full)
     if there.checkpoint_error:
         return (
             f"model.path: {there.checkpoint_error} (on this host); copy the head's checkpoint to the same"
@@ -122,6 +107,13 @@ def refusal(
             " more of its cores, or take it out of the file"
         )
     return ""
+
+
+def no_space(full: tuple[tuple[str, int], ...]) -> str:
+    """Explains why nothing may start on a host with these full parts, and the fix; empty when there are
+    none."""
+    parts = ", ".join(f"{part} ({format_size(num_bytes)})" for part, num_bytes in full)
+    return parts and f"no space is left in {parts} there; make room: the host is then used again"
 
 
 def warning(here: HostFacts, there: HostFacts, device: DeviceKind, round_trip_s: float) -> str:

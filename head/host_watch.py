@@ -18,11 +18,13 @@ from ..router.hosts import (
     ExpectHosts,
     HostChanged,
     HostEvent,
+    HostRefused,
     Hosts,
     HostsSeen,
     HostSuspected,
     VacateHost,
 )
+from .host_facts import no_space
 from .ports import Nodes
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,10 @@ class HostWatch:
         """Suspects a host on which a worker was lost for no known reason. `on_change` is not called: no
         instance gains a place by this, and the fleet has yet to learn of the loss."""
         self._carry_out(HostSuspected(node_id))
+
+    def refuse(self, node_id: str, full: tuple[tuple[str, int], ...]) -> None:
+        """Refuses a host whose workers report that it is full."""
+        self._carry_out(HostRefused(node_id, no_space(full)))
 
     def handle(self, event: HostEvent) -> None:
         self._carry_out(event)

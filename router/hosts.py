@@ -4,7 +4,8 @@ hosts to check and to vacate.
 AWAITED -> CHECKING -> JOINED -> LOST -> CHECKING ...   LOST: Ray declared it dead; back under another node id
               |  ^        |                                  REFUSED: backs off, then checked again
               v  |        v                                  JOINED -> CHECKING: a worker there was lost
-           REFUSED     LEAVING                          LEAVING: the configuration does not name it
+           REFUSED     LEAVING                          JOINED -> REFUSED: it is full
+                                                        LEAVING: the configuration does not name it
 """
 
 from collections import Counter
@@ -21,6 +22,7 @@ from .places import Places
 CHECK_AGAIN_S = 5.0  # after the first consecutive refusal; doubles with each
 MAX_CHECK_AGAIN_S = 60.0
 WATCH_INTERVAL_S = 1.0  # between two looks at the hosts that Ray lists
+LOST_INSTANCE = "an instance there was lost for no known reason; the host is being checked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,16 @@ class HostSuspected:
     node_id: str
 
 
-HostEvent = ExpectHosts | HostsSeen | HostChecked | HostSuspected | Tick
+@dataclass(frozen=True, slots=True)
+class HostRefused:
+    """A worker there reports that the host is full. Repeated while that holds: the host is checked when no
+    report has come for a while."""
+
+    node_id: str
+    refusal: str
+
+
+HostEvent = ExpectHosts | HostsSeen | HostChecked | HostSuspected | HostRefused | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +108,7 @@ HostAction = CheckHost | VacateHost | HostChanged
 
 TRANSITIONS = {
     HostState.CHECKING: {HostState.JOINED, HostState.REFUSED, HostState.LEAVING},
-    HostState.JOINED: {HostState.CHECKING, HostState.LEAVING},
+    HostState.JOINED: {HostState.CHECKING, HostState.REFUSED, HostState.LEAVING},
     HostState.REFUSED: {HostState.CHECKING, HostState.LEAVING},
     HostState.LEAVING: {HostState.CHECKING},
 }
@@ -157,7 +168,11 @@ class Hosts:
             case HostSuspected(node_id):
                 host = self._hosts.get(node_id)
                 if host is not None and host.state is HostState.JOINED and not host.seen.is_head:
-                    self._check(host, now_s)
+                    self._check(host, now_s, LOST_INSTANCE)
+            case HostRefused(node_id, refusal):
+                host = self._hosts.get(node_id)
+                if host is not None and host.state is not HostState.LEAVING:
+                    self._refuse(host, refusal, now_s, CHECK_AGAIN_S)
         for host in self._hosts.values():
             self._keep_to_the_file(host, now_s)
             if host.check_again_s is not None and host.check_again_s <= now_s:
@@ -248,9 +263,9 @@ class Hosts:
                 self._out.append(CheckHost(node_id))
                 self._out.append(HostChanged(host.seen.address, HostState.CHECKING, "has joined"))
 
-    def _check(self, host: _Host, now_s: float) -> None:
+    def _check(self, host: _Host, now_s: float, why: str = "") -> None:
         self.places.cores.close(host.seen.node_id)
-        message = host.message if host.state is HostState.REFUSED else ""
+        message = host.message if host.state is HostState.REFUSED else why
         host.enter(HostState.CHECKING, now_s, message)
         self._out.append(CheckHost(host.seen.node_id))
 
@@ -258,16 +273,12 @@ class Hosts:
         host = self._hosts.get(event.node_id)
         if host is None or host.state is not HostState.CHECKING:
             return
-        was, first = host.message, host.capacity is None
         if event.refusal:
-            host.enter(HostState.REFUSED, now_s, event.refusal)
-            host.check_again_s = now_s + min(
-                CHECK_AGAIN_S * 2.0 ** min(host.num_refusals, 16), MAX_CHECK_AGAIN_S
-            )
+            pause_s = min(CHECK_AGAIN_S * 2.0 ** min(host.num_refusals, 16), MAX_CHECK_AGAIN_S)
+            self._refuse(host, event.refusal, now_s, pause_s)
             host.num_refusals += 1
-            if event.refusal != was:
-                self._out.append(HostChanged(host.seen.address, HostState.REFUSED, event.refusal))
             return
+        first = host.capacity is None
         host.enter(HostState.JOINED, now_s, event.warning)
         host.num_refusals = 0
         if first:  # later on, the instances that are counted there occupy its memory
@@ -276,6 +287,16 @@ class Hosts:
         assert host.capacity is not None
         self.places.cores.open(event.node_id, host.capacity)
         self._out.append(HostChanged(host.seen.address, HostState.JOINED, event.warning))
+
+    def _refuse(self, host: _Host, refusal: str, now_s: float, pause_s: float) -> None:
+        """Logs a refusal once, however often it is repeated."""
+        was = host.message
+        self.places.cores.close(host.seen.node_id)
+        if host.state is not HostState.REFUSED:
+            host.enter(HostState.REFUSED, now_s, refusal)
+        host.message, host.check_again_s = refusal, now_s + pause_s
+        if refusal != was:
+            self._out.append(HostChanged(host.seen.address, HostState.REFUSED, refusal))
 
     def _keep_to_the_file(self, host: _Host, now_s: float) -> None:
         is_listed = _is_listed(host.seen, self._expected)

@@ -13,7 +13,7 @@ from typing import Protocol
 from ..core.codec import FrameDecoder, FrameEncoder, FrameError
 from ..core.errors import DuplicateRequest
 from ..core.handshake import HandshakeAcceptor, HandshakeError, HandshakeStream, Purpose
-from ..core.messages import WorkerMessage
+from ..core.messages import HostFull, WorkerMessage
 from ..core.peer_log import peer_log
 from ..core.pump import CommandPump
 from ..core.request import FinishReason, Request
@@ -50,7 +50,9 @@ class WorkerObserver(Protocol):
         """Whether the worker was started, is presumed to be running, and is not to end."""
         ...
 
-    def handle(self, event: WorkerProgress | WorkerReady | WorkerIdle | ConnectionLost) -> None: ...
+    def handle(
+        self, event: WorkerProgress | WorkerReady | WorkerIdle | ConnectionLost | HostFull
+    ) -> None: ...
 
 
 class RouterService:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from ..core.messages import Role, WorkerInfo
+from ..core.messages import HostFull, Role, WorkerInfo
 from ..core.needs import Need
 from .cores import Key, Placement
 from .events import Adopted, WorkerDraining, WorkerLost, WorkerReady, WorkerRole, WorkersExpected
@@ -126,7 +126,7 @@ class ProcessEnded:
     is_explained: bool = False
 
 
-SupervisorEvent = FleetEvent | TakeOver[S] | WorkerProgress | ConnectionLost | ProcessEnded
+SupervisorEvent = FleetEvent | TakeOver[S] | WorkerProgress | ConnectionLost | ProcessEnded | HostFull
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +158,16 @@ class SuspectHost:
     node_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class RefuseHost:
+    """A worker there reports which parts of the host are full, and their sizes in bytes."""
+
+    node_id: str
+    full: tuple[tuple[str, int], ...]
+
+
 RouterNews = Adopted | WorkersExpected | WorkerDraining | WorkerRole | WorkerLost  # events for the router
-SupervisorCommand = RouterNews | LaunchProcess[S] | EndProcess | KillProcess | SuspectHost
+SupervisorCommand = RouterNews | LaunchProcess[S] | EndProcess | KillProcess | SuspectHost | RefuseHost
 
 
 class Supervisor(Generic[S]):
@@ -212,6 +220,10 @@ class Supervisor(Generic[S]):
                 self._connection_lost(event, now_s)
             case ProcessEnded():
                 self._ended(event, now_s)
+            case HostFull(worker_id=worker_id, incarnation=incarnation, full=full):
+                node_id = self.places.cores.node_of((worker_id, incarnation))
+                if node_id is not None:
+                    self._out.append(RefuseHost(node_id, full))
             case _:
                 if isinstance(event, Apply):
                     self.places.wanted = event.pools

@@ -19,6 +19,7 @@ from ..core.messages import (
     HeldLeg,
     Hello,
     Holds,
+    HostFull,
     LegEnded,
     LoadProgress,
     Probed,
@@ -82,7 +83,7 @@ class ToRouter:
 
 @dataclass(frozen=True, slots=True)
 class ToSupervisor:
-    event: WorkerProgress | WorkerReady | ConnectionLost
+    event: WorkerProgress | WorkerReady | ConnectionLost | HostFull
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,8 @@ class WorkerSessions(Generic[C]):
                     message.worker_id, message.incarnation, message.phase, message.fraction
                 )
                 return [ToSupervisor(progress)]
+            case HostFull():
+                return [ToSupervisor(message)]
             case Holds(held=held):
                 session.held += held
                 return []

@@ -37,6 +37,7 @@ from ..router.hosts import (
     ExpectHosts,
     HostChanged,
     HostEvent,
+    HostRefused,
     Hosts,
     HostsSeen,
     HostSuspected,
@@ -52,6 +53,7 @@ from ..router.supervisor import (
     LaunchProcess,
     ProcessEnded,
     ProcessState,
+    RefuseHost,
     Supervisor,
     SupervisorCommand,
     SupervisorEvent,
@@ -353,6 +355,8 @@ class SimulatedHead:
                 self._started[key].process.kill()
             case SuspectHost(node_id):
                 self._on_host_event(HostSuspected(node_id))
+            case RefuseHost(node_id):
+                self._on_host_event(HostRefused(node_id, "it is full"))
             case _:
                 if isinstance(command, WorkerRole):
                     self._check_role(command)

@@ -22,6 +22,7 @@ import msgspec
 from ..core.failures import FailureKind
 from ..core.handshake import HandshakeDialler, Purpose
 from ..core.messages import (
+    HostFull,
     Probe,
     Probed,
     StepReport,
@@ -44,6 +45,7 @@ from ..kv_transfer.cuda_memory import CudaGpu
 from ..kv_transfer.endpoint import TransferEndpoint
 from .device import bind_to_cores, engine_options, names_of, own_gpu
 from .gpu_monitor import GpuMonitor
+from .host_monitor import HostMonitor
 from .router_link import RouterLink, shake_hands
 from .router_session import RECONNECT_S, RouterSession
 from .spec import WorkerSpec
@@ -95,6 +97,8 @@ class WorkerProcess:
             return
         self._link = link
         link.start()
+        host_monitor = HostMonitor(spec.socket_root, self._report_full)
+        host_monitor.start()
         endpoint: TransferEndpoint | None = None
         grammars: GrammarThread | None = None
         try:
@@ -120,6 +124,7 @@ class WorkerProcess:
             if endpoint is not None:
                 endpoint.close()
             self._link.close()
+            host_monitor.stop()
             if self._monitor is not None:
                 self._monitor.stop()
             if grammars is not None:
@@ -256,6 +261,11 @@ class WorkerProcess:
 
     def _progress(self, phase: str, fraction: float) -> None:
         self._link.send(self._session.progress(phase, fraction))
+
+    def _report_full(self, full: tuple[tuple[str, int], ...]) -> None:
+        self._link.send(
+            HostFull(worker_id=self._spec.worker_id, incarnation=self._spec.incarnation, full=full)
+        )
 
     # the router
 

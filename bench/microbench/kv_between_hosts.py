@@ -124,6 +124,28 @@ def send(
     results.send(seconds)
 
 
+def measure(
+    hosts: Hosts, one: str, two: str, networks: dict[str, dict[str, str]], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Returns the median bytes per second from one host to another, by network and kind. `networks`: by name,
+    both hosts' addresses there."""
+    ours, theirs = multiprocessing.Pipe()
+    results, their_results = multiprocessing.Pipe()
+    sending = {name: addresses[one] for name, addresses in networks.items()}
+    receiving = {name: addresses[two] for name, addresses in networks.items()}
+    sender = multiprocessing.Process(target=send, args=(ours, hosts, one, sending, rounds, their_results))
+    receiver = multiprocessing.Process(target=receive, args=(theirs, hosts, two, receiving))
+    for process in (receiver, sender):
+        process.start()
+    seconds = results.recv()
+    for process in (receiver, sender):
+        process.join()
+    return {
+        name: {kind: NUM_BYTES / statistics.median(seconds[name, kind]) for kind in ("plain", "gloo")}
+        for name in networks
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,30 +163,20 @@ def main() -> None:
             print(f"without WireGuard: {reason}")
         else:
             networks[f"WireGuard ({'kernel' if has_module() else 'wireguard-go'})"] = encrypt(hosts)
-        ours, theirs = multiprocessing.Pipe()
-        results, their_results = multiprocessing.Pipe()
-        sending = {name: addresses["one"] for name, addresses in networks.items()}
-        receiving = {name: addresses["two"] for name, addresses in networks.items()}
-        sender = multiprocessing.Process(
-            target=send, args=(ours, hosts, "one", sending, args.rounds, their_results)
-        )
-        receiver = multiprocessing.Process(target=receive, args=(theirs, hosts, "two", receiving))
-        for process in (receiver, sender):
-            process.start()
-        seconds = results.recv()
-        for process in (receiver, sender):
-            process.join()
+        rates = measure(hosts, "one", "two", networks, args.rounds)
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, link"
         f" {args.rate or 'not limited'}, 64 MiB of KV"
     )
-    for name in networks:
-        plain, gloo = (statistics.median(seconds[name, kind]) for kind in ("plain", "gloo"))
-        figures = (
-            f"plain TCP {NUM_BYTES / plain / 1e6:6.0f} MB/s",
-            f"KV over gloo {NUM_BYTES / gloo / 1e6:6.0f} MB/s",
-        )
-        print(f"{name}: {', '.join(figures)} ({plain / gloo:.0%} of it)")
+    for name, rate in rates.items():
+        print(f"{name}: {as_text(rate)}")
+
+
+def as_text(rate: dict[str, float]) -> str:
+    plain, gloo = rate["plain"], rate["gloo"]
+    return (
+        f"plain TCP {plain / 1e6:6.0f} MB/s, KV over gloo {gloo / 1e6:6.0f} MB/s ({gloo / plain:.0%} of it)"
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.cli.at_reboot import AtReboot, script_of
-from pdserve.cli.supervise import Pauses, sweep
+from pdserve.cli.supervise import Pauses, report_end, sweep
 
 SUPERVISOR = """
 import sys
@@ -24,7 +24,9 @@ supervise.sweep = lambda: None
 supervise._pause = lambda pause_s: None
 sys.argv = [sys.argv[1]]
 ray_start = ["ray", "start", "--temp-dir=ray", "--autoscaling-config=copy"]
+supervise.FOLDER = Path('.')
 supervisor = supervise._Supervisor(Path("cluster.yaml"), ray_start, Path("."))
+supervisor.serving = supervise._lock("serving")
 supervisor.take_file()
 supervisor.start_at_reboot()
 supervisor.run()
@@ -64,12 +66,12 @@ def executable(path: Path, lines: str) -> None:
     path.chmod(0o755)
 
 
-def supervisor(up: str, lines: str = SUPERVISOR) -> "subprocess.Popen[bytes]":
+def supervisor(up: str) -> "subprocess.Popen[bytes]":
     """Running in the current folder; `up`: what `pdserve up` does, in shell."""
     executable(Path("bin/pdserve"), up)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
-        [sys.executable, "-c", lines, str(Path("bin/pdserve").absolute())], env=environment
+        [sys.executable, "-c", SUPERVISOR, str(Path("bin/pdserve").absolute())], env=environment
     )
 
 
@@ -108,11 +110,7 @@ def test_a_dead_ray_is_restarted_and_both_logs_are_kept(folder: Path) -> None:
 def test_its_child_keeps_serving_when_the_supervisor_is_killed(folder: Path) -> None:
     os.mkfifo("started")
     os.mkfifo("end")
-    lines = SUPERVISOR.replace(
-        "supervisor.run()", "supervisor.serving = supervise._lock('serving')\nsupervisor.run()"
-    )
-    lines = lines.replace("supervise.sweep", "supervise.FOLDER = Path('.')\nsupervise.sweep")
-    with supervisor("echo > started; cat end", lines) as process:
+    with supervisor("echo > started; cat end") as process:
         Path("started").read_text()
         process.kill()
     with Path("serving").open() as lock:
@@ -161,32 +159,56 @@ def test_a_host_restarts_the_supervisor_at_boot(serving: "subprocess.Popen[bytes
     )
 
 
-@pytest.mark.parametrize(
-    "held", ["supervisor", "serving"]
-)  # the latter: by a `pdserve up` whose supervisor was killed
-def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path, held: str) -> None:
-    (folder / ".pdserve").mkdir()
+def supervise(folder: Path) -> str:
+    """The output of a second `pdserve supervise`."""
     (folder / "cluster.yaml").write_text("metadata: {pdserve: {}}")
     environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {"PDSERVE_RUNTIME_DIR": str(folder / "run")}
+    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.main import main; main()"
     command = [
         sys.executable,
         "-c",
-        "from pdserve.cli.main import main; main()",
+        code,
         "supervise",
         "cluster.yaml",
         "--",
         "ray",
         "start",
+        "--temp-dir=ray",
     ]
-    executable(folder / "bin" / "pdserve", "exit 0")  # the file is valid
-    command[2:3] = [f"import sys; sys.argv[0] = 'bin/pdserve'; {command[2]}"]
-    with (folder / ".pdserve" / held).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 0 and "it takes the file when it tries again" in done.stdout
-    assert ("`pdserve supervise` was killed" in done.stderr) == (held == "serving")
+    return done.stdout
+
+
+def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path) -> None:
+    executable(folder / "bin" / "pdserve", "exit 0")  # the file is valid
+    (folder / ".pdserve").mkdir()
+    with (folder / ".pdserve" / "supervisor").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "supervised again" not in supervise(folder)
     assert not Path("calls").exists()
+
+
+@pytest.mark.parametrize("end", ["crash", "as asked"])
+def test_what_a_killed_supervisor_has_started_is_adopted(
+    folder: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executable(folder / "bin" / "pdserve", '[ "$1" = validate ] || echo $1 >> calls')
+    for name in (".pdserve", "ray"):
+        (folder / name).mkdir()
+    (folder / "ray" / "ray_current_cluster").write_text("10.0.0.2:6379")
+    with (folder / ".pdserve" / "serving").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "it is supervised again" in supervise(folder)
+        assert "@reboot" in Path("crontab").read_text() and not Path("calls").exists()
+        if end == "as asked":
+            monkeypatch.setenv("PDSERVE_SERVING", str(lock.fileno()))
+            report_end()
+    with (folder / ".pdserve" / "supervisor").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it has ended
+    assert (Path("calls").exists() and "up" in calls()) == (end == "crash")
+    assert Path("crontab").read_text() == "5 4 * * * backup\n"
 
 
 def test_a_refused_file_is_replaced_by_the_last_good_one(folder: Path) -> None:

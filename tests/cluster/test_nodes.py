@@ -14,6 +14,7 @@ from pdserve.cluster.nodes import RayNodes
 from pdserve.core.config import ClusterConfig
 from pdserve.embedded import MODEL_DIR
 from pdserve.engine.gpu import DeviceInfo, Node
+from pdserve.head import host_facts
 from pdserve.head.host_facts import HostFacts, look, refusal, warning
 from pdserve.router.cores import Capacity
 from pdserve.router.hosts import HostChecked, SeenHost
@@ -40,7 +41,7 @@ def alive(name: str, address: str, is_alive: bool = True, **resources: float) ->
 def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Returns each host's answer, by node id: an exception is raised, None never arrives."""
     devices = [tuple(vars(gpu).values()) for gpu in GPUS]
-    answers: dict[str, Any] = {B: look("embedded", None) | {"cores": [0, 1, 2], "devices": devices}}
+    answers: dict[str, Any] = {B: look("embedded", None, "/tmp") | {"cores": [0, 1, 2], "devices": devices}}
     found = [
         alive(B, "10.0.0.2", CPU=2.0, GPU=1.0),
         alive(HEAD, "10.0.0.1", CPU=1.0),
@@ -64,6 +65,7 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     )
     monkeypatch.setattr(nodes_module, "_look_there", task)
     monkeypatch.setattr(nodes_module, "CHECK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(nodes_module, "session_folder", lambda: Path("/tmp"))
     monkeypatch.setattr(
         nodes_module,
         "ray",
@@ -107,6 +109,17 @@ async def test_an_unreachable_host_is_refused_with_a_fix(
     nodes = RayNodes("embedded", ROUTER)
     await nodes.ask_here()
     assert said in (await nodes.check(B, ClusterConfig(), "cpu")).refusal
+
+
+async def test_the_heads_own_host_is_refused_when_it_is_full(
+    machines: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = RayNodes("embedded", ROUTER)
+    await nodes.seen()
+    assert (await nodes.check(HEAD, ClusterConfig(), "cpu")).refusal == ""
+    monkeypatch.setattr(host_facts, "full_parts", lambda ray_folder: ((ray_folder, 1 << 30),))
+    refused = (await nodes.check(HEAD, ClusterConfig(), "cpu")).refusal
+    assert "no space is left in /tmp (1 GiB) there; make room" in refused
 
 
 def judged(there: HostFacts, **pool: Any) -> str:
@@ -165,12 +178,12 @@ def test_a_host_without_gpus_in_a_gpu_cluster_is_reported_unusable() -> None:
 
 
 def test_looking_finds_the_checkpoint_and_the_link_to_the_head(tmp_path: Path) -> None:
-    here = HostFacts.parse(look("embedded", None), "here")
+    here = HostFacts.parse(look("embedded", None, "/tmp"), "here")
     assert here.fingerprint and not here.router_error
     copy = shutil.copytree(MODEL_DIR, tmp_path / "copy")
-    assert look(str(copy), None)["fingerprint"] == here.fingerprint
+    assert look(str(copy), None, "/tmp")["fingerprint"] == here.fingerprint
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
-    assert look(str(copy), None)["fingerprint"] != here.fingerprint
-    nowhere = look(str(tmp_path / "none"), ("127.0.0.1", 1))
+    assert look(str(copy), None, "/tmp")["fingerprint"] != here.fingerprint
+    nowhere = look(str(tmp_path / "none"), ("127.0.0.1", 1), "/tmp")
     assert nowhere["fingerprint"] is None and "no such file" in nowhere["checkpoint_error"]
     assert nowhere["router_error"] == "Connection refused"

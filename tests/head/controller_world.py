@@ -111,8 +111,15 @@ class World:
         self.fleet = Fleet(FleetConfig(**fleet))
         self.places = Places(CoreAllocator({"node": Capacity(num_cores)}))
         self.suspected: list[str] = []
+        self.full: list[tuple[str, object]] = []
         self.controller = Controller(
-            self.fleet, self.places, self.keeper, _spec, lambda: None, self.suspected.append
+            self.fleet,
+            self.places,
+            self.keeper,
+            _spec,
+            lambda: None,
+            self.suspected.append,
+            lambda node_id, full: self.full.append((node_id, full)),
         )
         self.service = RouterService(router, self.controller, "secret")
         self.controller.attach(self.service)

@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from pdserve.core.errors import CheckpointError
-from pdserve.core.messages import LoadProgress, Ready
+from pdserve.core.messages import HostFull, LoadProgress, Ready
 from pdserve.router import supervisor
 from pdserve.router.core import Router
 from pdserve.router.cores import Capacity
@@ -222,6 +222,16 @@ async def test_an_unexplained_loss_of_a_worker_makes_its_host_suspect(
     world.actor("worker-1").end(ActorDiedError())
     await world.settle()
     assert world.suspected == ["node", "node"]
+
+
+async def test_a_workers_report_of_a_full_host_reaches_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.up()
+    full = (("/tmp", 1 << 30),)
+    report = HostFull(worker_id="decode-0", incarnation=1, full=full)
+    world.say(world.actor("decode-0").spec, report)
+    assert world.full == [("node", full)]
+    assert world.state("decode-0") is MemberState.READY
 
 
 async def test_a_worker_waits_indefinitely_for_a_host_to_join(

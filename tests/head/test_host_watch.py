@@ -112,6 +112,19 @@ async def test_a_suspected_host_is_checked_without_reporting_a_change() -> None:
     await watch.close()
 
 
+async def test_a_full_host_is_named_in_the_log_and_the_status(caplog: pytest.LogCaptureFixture) -> None:
+    nodes = FakeNodes(HEAD, B)
+    watch = watch_of(nodes)
+    await watch.start(WITH_B)
+    await nodes.answer("n1")
+    await nodes.answer("n2")
+    watch.refuse("n2", (("/dev/shm", 64 << 20), ("its memory", 16 << 30)))
+    said = "no space is left in /dev/shm (64 MiB), its memory (16 GiB) there; make room"
+    assert f"host 10.0.0.2: {said}" in (watch.hosts.problems() or "")
+    assert f"host 10.0.0.2: {said}" in caplog.text
+    await watch.close()
+
+
 async def test_workers_of_a_removed_host_are_named() -> None:
     nodes = FakeNodes(B)
     watch = watch_of(nodes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .network import Hosts
 
-SETTLE_S = 180.0  # this machine may be busy
+SETTLE_S = 400.0  # this machine may be busy
 Status = dict[str, Any]
 
 

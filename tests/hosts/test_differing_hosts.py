@@ -1,18 +1,22 @@
-"""Hosts that cannot serve beside the head: each is named in the status, with cause and fix, and the others
-serve."""
+"""Hosts that cannot serve beside the head, or no longer: each is named in the status, with cause and fix, and
+the others serve."""
 
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
+import pdserve
 from pdserve.embedded import MODEL_DIR
 
 from .network import Hosts
 from .status import Status, await_status, is_whole, states
 
-pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 CONFIG = """
 provider: {{type: local, head_ip: {head}, worker_ips: [{worker1}, {worker2}]}}
@@ -20,10 +24,10 @@ metadata:
   pdserve:
     model: {{path: /root/model}}
     pools:
-      prefill: {{instances: 1}}
-      decode: {{instances: 2}}
+      prefill: {{instances: 1, kv_cache_bytes: 256MiB}}
+      decode: {{instances: 2, kv_cache_bytes: 256MiB}}
 """
-SETTINGS = "RAY_AUTH_MODE=token RAY_worker_niceness=0"
+SETTINGS = "RAY_AUTH_MODE=token RAY_worker_niceness=0 RAY_raylet_start_wait_time_s=240"
 RAY = SETTINGS + " ray start {role} --node-ip-address={address} --num-cpus=1 --temp-dir=/root/.pdserve/ray"
 QUIET = " --object-store-memory=80000000 --include-log-monitor=false"
 LOSE_INSTANCES = "pkill -9 ray::WorkerActo"
@@ -40,6 +44,13 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
 }
 """
 ASK = "pdserve generate --temperature 0 --max-tokens 8 'The with statement'"
+STREAM = ASK.replace("8", "600")
+CGROUPS = Path("/sys/fs/cgroup/memory")  # of version 1
+SHOW_CGROUPS = (
+    f"mount -t tmpfs tmpfs {CGROUPS.parent} && mkdir {CGROUPS} && mount -t cgroup -o memory cgroup {CGROUPS}"
+)
+GIB = 1 << 30
+START_S = 240.0  # for Ray on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +67,17 @@ def cluster(hosts: Hosts) -> Hosts:
         token.touch(0o600)
         token.write_text("a" * 64)
         role = "--head --port=6379" if name == "head" else f"--address={addresses['head']}:6379"
-        hosts.run(name, "mkdir -m 700 ~/.pdserve; " + RAY.format(role=role, address=addresses[name]) + QUIET)
+        own_disk = "mount -t tmpfs -o size=256m,mode=700 tmpfs ~/.pdserve; " if name == "worker2" else ""
+        hosts.run(
+            name,
+            f"mkdir -m 700 ~/.pdserve; {own_disk}" + RAY.format(role=role, address=addresses[name]) + QUIET,
+            timeout_s=START_S,
+        )
     hosts.run(
         "head",
         f"RAY_AUTH_MODE=token RAY_ADDRESS={addresses['head']}:6379 setsid nohup pdserve up cluster.yaml >"
         " up.log 2>&1 & until pdserve status > /dev/null 2>&1; do :; done",
-        timeout_s=120.0,
+        timeout_s=START_S,
     )
     return hosts
 
@@ -87,10 +103,28 @@ def restart_ray(cluster: Hosts, num_cores: int = 1, environment: str = "LANG=C")
     worker2 = cluster.address("worker2")
     cluster.run("worker2", "pkill -9 raylet")
     await_status(cluster, lambda status: states(status).get(worker2) != "JOINED")
+    start_ray(cluster, num_cores, environment)
+
+
+def start_ray(cluster: Hosts, num_cores: int = 1, environment: str = "LANG=C") -> None:
+    worker2 = cluster.address("worker2")
     cluster.run("worker2", "ray stop")
     start = RAY.format(role=f"--address={cluster.address('head')}:6379", address=worker2)
     start = start.replace("--num-cpus=1", f"--num-cpus={num_cores}")
-    cluster.run("worker2", f"rm -rf ~/.pdserve/ray; export {environment}; {start}{QUIET}")
+    cluster.run("worker2", f"rm -rf ~/.pdserve/ray; export {environment}; {start}{QUIET}", timeout_s=START_S)
+
+
+def test_a_host_with_another_version_is_refused(cluster: Hosts) -> None:
+    worker2, package = cluster.address("worker2"), cluster.home("worker2") / "older" / "pdserve"
+    package.mkdir(parents=True)
+    for room in Path(pdserve.__file__).parent.iterdir():
+        if room.is_symlink():
+            (package / room.name).symlink_to(room.resolve())
+    (package / "__init__.py").write_text('__version__ = "0.0.9"\n')
+    restart_ray(cluster, environment="PYTHONPATH=/root/older")
+    status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
+    assert f"it runs pdserve 0.0.9, the head {pdserve.__version__}; install" in message(status, worker2)
+    assert cluster.run("head", ASK)
 
 
 def test_a_host_is_refused_until_it_has_the_heads_checkpoint(cluster: Hosts) -> None:
@@ -104,16 +138,109 @@ def test_a_host_is_refused_until_it_has_the_heads_checkpoint(cluster: Hosts) -> 
     await_status(cluster, is_whole)
 
 
-def test_a_full_host_gets_no_instance_until_it_has_room(cluster: Hosts) -> None:
-    worker2 = cluster.address("worker2")
-    cluster.fill("worker2", "/dev/shm")
-    cluster.run("worker2", LOSE_INSTANCES)
-    status = await_status(cluster, lambda status: states(status).get(worker2) == "REFUSED")
-    assert "no space is left in /dev/shm (2 GiB)" in message(status, worker2) and "make room" in message(
-        status, worker2
+@contextmanager
+def streams(cluster: Hosts) -> Iterator[None]:
+    """Streams on both decode instances run while the block does, and end as undisturbed ones do."""
+    expected = cluster.run("head", STREAM)
+    command = cluster.command("head", STREAM)
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    try:
+        await_status(cluster, lambda status: all(worker["num_running"] for worker in decoding(status)))
+        yield
+    finally:
+        texts = [stream.communicate()[0] for stream in running]
+    assert texts == [expected] * len(running)
+
+
+def decoding(status: Status) -> list[Status]:
+    return [worker for worker in status["workers"] if worker["role"] == "decode"]
+
+
+def loads_on(status: Status, host: str) -> bool:
+    return any(
+        worker["node"] == host and worker["phase"] == "loading weights" for worker in status["workers"]
     )
+
+
+@pytest.mark.parametrize("folder", ["/dev/shm", "/tmp", "/root/.pdserve"])
+def test_a_host_that_fills_up_under_instances_gets_no_more_until_it_has_room(
+    cluster: Hosts, folder: str
+) -> None:
+    """Ray's folder is in ~/.pdserve, which is on a file system of its own for this."""
+    worker2 = cluster.address("worker2")
+    with streams(cluster):
+        cluster.run("worker2", f"cat /dev/zero > {folder}/full 2> /dev/null || true")
+        status = await_status(cluster, lambda status: states(status)[worker2] == "REFUSED")
+        cluster.run("worker2", LOSE_INSTANCES)
+    assert f"no space is left in {folder}" in message(status, worker2)
+    assert "make room: the host is then used again" in message(status, worker2)
+    status = await_status(cluster, lambda status: not is_whole(status))
+    assert f"host {worker2}: no space is left in {folder}" in status["degraded"]
+    cluster.run("worker2", f"rm {folder}/full")
+    await_status(cluster, is_whole)
+
+
+def test_a_host_whose_memory_fills_up_gets_no_instance_until_it_has_room(cluster: Hosts) -> None:
+    """All of the host's processes get into a cgroup, and one of them takes most of what its limit grants."""
+    if not (CGROUPS / "memory.limit_in_bytes").exists():
+        pytest.skip("no cgroups of version 1, whose limits apply to the processes of one host alone")
+    worker2, ours = cluster.address("worker2"), CGROUPS / own_cgroup()
+    group = ours / cluster.name
+    cluster.run("worker2", SHOW_CGROUPS)
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(GIB))
+        for pid in cluster.pids("worker2"):
+            move(pid, group)
+        hog = cluster.command("worker2", f"exec python -c 'hog = b\"x\" * {int(GIB * 0.95)}; input()'")
+        with streams(cluster):
+            with subprocess.Popen(hog, stdin=subprocess.PIPE, preexec_fn=lambda: move(0, group)) as taking:
+                status = await_status(cluster, lambda status: states(status)[worker2] == "REFUSED")
+                assert "no space is left in its memory (1 GiB)" in message(status, worker2)
+                taking.communicate(b"\n")
+            await_status(cluster, is_whole)
+    finally:
+        while pids := (group / "cgroup.procs").read_text().split():
+            for inside in pids:
+                move(int(inside), ours)
+        group.rmdir()
+
+
+def own_cgroup() -> str:
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    return next(line.split(":", 2)[2].lstrip("/") for line in lines if ":memory:" in line)
+
+
+def move(pid: int, group: Path) -> None:
+    """0: this process."""
+    with suppress(ProcessLookupError):
+        (group / "cgroup.procs").write_text(str(pid))
+
+
+def test_a_frozen_host_serves_again_when_ray_runs_there(cluster: Hosts) -> None:
+    worker2 = cluster.address("worker2")
+    with streams(cluster):
+        cluster.freeze("worker2")
+        status = await_status(cluster, lambda status: states(status)[worker2] != "JOINED")
+        assert "an instance there was lost" in message(status, worker2)
+        status = await_status(cluster, lambda status: states(status)[worker2] == "LOST")
+        assert "Ray does not reach it" in message(status, worker2)
+        cluster.thaw("worker2")
+    start_ray(cluster)
+    await_status(cluster, is_whole)
+
+
+def test_a_host_may_leave_while_its_instances_load(cluster: Hosts) -> None:
+    worker2 = cluster.address("worker2")
+    with streams(cluster):
+        cluster.reboot("worker2", hard=True)
+        await_status(cluster, lambda status: states(status)[worker2] == "LOST")
+    start_ray(cluster)
+    await_status(cluster, lambda status: loads_on(status, "worker2"))
+    cluster.reboot("worker2", hard=True)
+    await_status(cluster, lambda status: states(status)[worker2] == "LOST")
     assert cluster.run("head", ASK)
-    cluster.run("worker2", "rm /dev/shm/full")
+    start_ray(cluster)
     await_status(cluster, is_whole)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.microbench import kv_between_hosts
+
 from .network import Hosts
 from .status import await_status, is_whole, states
 
@@ -23,6 +25,8 @@ pytestmark = [pytest.mark.journey, pytest.mark.hosts, pytest.mark.cluster, pytes
 FILE = Path(__file__).parents[2] / "cluster.yaml"
 NUM_DECODE = (os.cpu_count() or 1) + 1  # each host has all of the machine's cores
 UP = "ray up -y cluster.yaml"
+LINK = "1gbit"
+STEP_S = 400.0  # on a busy machine
 NOTICE_S = 45.0  # by itself, an agent of a Ray whose head has gone would try for a minute to report it
 ASK = """
 import json, select, sys, time, urllib.request
@@ -86,8 +90,12 @@ def edit(hosts: Hosts, ours: str, theirs: str) -> None:
     file.write_text(text.replace(ours, theirs))
 
 
+def ray_up(hosts: Hosts) -> str:
+    return hosts.run("operator", UP, timeout_s=STEP_S)
+
+
 def first_answer(hosts: Hosts) -> str:
-    text: str = json.loads(hosts.run("head", "python ask.py ask_until_answered", timeout_s=180.0))
+    text: str = json.loads(hosts.run("head", "python ask.py ask_until_answered", timeout_s=STEP_S))
     return text
 
 
@@ -128,21 +136,35 @@ def await_end(pids: dict[int, str]) -> None:
             assert ended, f"{name} lives on"
 
 
+def print_kv_rate(hosts: Hosts) -> None:
+    """Shows how much of a link between two hosts KV gets, beside plain TCP in turns."""
+    ends = ("worker1", "worker2")
+    for host in ends:
+        hosts.shape(host, rate=LINK)
+    clear = {host: hosts.address(host) for host in ends}
+    rates = kv_between_hosts.measure(hosts, *ends, {"clear": clear}, rounds=3)
+    print(f"a link of {LINK}: {kv_between_hosts.as_text(rates['clear'])}")
+    for host in ends:
+        hosts.shape(host)
+
+
 def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
+    print()
+    print_kv_rate(hosts)
     configure(hosts)
     with timed("first `ray up` to first token"):
         with timed("`ray up`"):
-            hosts.run("operator", UP, timeout_s=120.0)
+            ray_up(hosts)
         reference = first_answer(hosts)
 
     with timed("all hosts and instances are there"):
         await_status(hosts, is_whole)
     with clients(hosts) as answers:
         with timed("`ray up` again"):
-            assert "nothing to change" in hosts.run("operator", UP)
+            assert "nothing to change" in ray_up(hosts)
         with timed("another ratio"):
             edit(hosts, f"instances: {NUM_DECODE}", f"instances: {NUM_DECODE + 1}")
-            hosts.run("operator", UP)
+            ray_up(hosts)
             await_status(hosts, is_whole)
         with timed("a host cut off until its streams went on elsewhere"):
             hosts.isolate("worker2")
@@ -154,13 +176,17 @@ def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
         with timed("a host less"):
             edit(hosts, f", {removed}]", "]")
             edit(hosts, f"instances: {NUM_DECODE + 1}", f"instances: {NUM_DECODE}")
-            hosts.run("operator", UP, timeout_s=180.0)
+            ray_up(hosts)
             await_status(hosts, lambda status: removed not in states(status))
         with timed("a host more"):
             edit(hosts, f"[{kept}]", f"[{kept}, {removed}]")
-            hosts.run("operator", UP)
+            ray_up(hosts)
             await_status(hosts, is_whole)
     assert set(answers) == {reference}
+
+    hosts.run("head", "pkill -9 ray::HeadActor")
+    with timed("the head's process killed, to first token"):
+        assert first_answer(hosts) == reference
 
     hosts.run("head", "kill -9 $(pgrep -f 'pdserve u[p]')")
     with timed("`pdserve up` killed, to first token"):
@@ -171,7 +197,7 @@ def test_from_ray_up_to_ray_down(hosts: Hosts) -> None:
         assert first_answer(hosts) == reference
 
     with timed("`ray down`"):
-        hosts.run("operator", "ray down -y cluster.yaml")
+        hosts.run("operator", "ray down -y cluster.yaml", timeout_s=STEP_S)
     assert processes(hosts, "head") == {}
     assert hosts.run("head", "ls /tmp | grep pdserve; ls /dev/shm; crontab -l 2> /dev/null || true") == ""
     with timed("and the other hosts' Ray has ended"):

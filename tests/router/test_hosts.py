@@ -11,6 +11,7 @@ from pdserve.core.needs import Need
 from pdserve.router.cores import Capacity
 from pdserve.router.events import Tick
 from pdserve.router.hosts import (
+    CHECK_AGAIN_S,
     TRANSITIONS,
     CheckHost,
     ExpectHosts,
@@ -18,6 +19,7 @@ from pdserve.router.hosts import (
     HostChanged,
     HostChecked,
     HostEvent,
+    HostRefused,
     Hosts,
     HostsSeen,
     HostSuspected,
@@ -171,12 +173,41 @@ def test_a_suspected_host_gets_no_instance_until_it_has_answered() -> None:
     cluster.join(B)
     assert cluster.place("decode-0") == "n2"
     assert cluster.handle(HostSuspected("n2")) == [CheckHost("n2")]
+    assert "an instance there was lost" in (cluster.hosts.problems() or "")
     assert cluster.place("decode-1") is None
     assert cluster.handle(HostSuspected("n2")) == []
     cluster.handle(HostChecked("n2", Capacity(7)))
     assert cluster.hosts.places.next() is not None
     (row, _) = cluster.hosts.status(cluster.now_s)
     assert (row.num_cores, row.num_cores_taken, row.worker_ids) == (2, 2.0, ("decode-0", "decode-1"))
+
+
+def test_a_host_that_fills_up_gets_no_instance_until_its_workers_report_it_no_more() -> None:
+    cluster = Cluster(ExpectedHosts(("10.0.0.2",)))
+    cluster.join(HEAD, B)
+    on = {cluster.place(f"decode-{number}"): f"decode-{number}" for number in range(3)}
+    full = HostRefused("n2", "no space is left in /tmp")
+    assert changes(cluster.handle(full)) == [("10.0.0.2", HostState.REFUSED)]
+    assert cluster.hosts.problems() == "host 10.0.0.2: no space is left in /tmp"
+    row = cluster.hosts.status(cluster.now_s)[1]
+    assert on["n2"] in row.worker_ids, "what runs there goes on"
+    cluster.place("decode-3")
+    assert cluster.place("decode-4") is None
+    for _ in range(10):
+        assert cluster.handle(full, after_s=1.0) == []
+    assert cluster.handle(Tick(), after_s=CHECK_AGAIN_S) == [CheckHost("n2")]
+    assert changes(cluster.handle(full)) == [], "it is as full as before"
+    cluster.handle(Tick(), after_s=CHECK_AGAIN_S)
+    cluster.handle(HostChecked("n2", CAPACITY))
+    assert cluster.states["10.0.0.2"] == "joined"
+    assert cluster.place("decode-5") == "n2"
+
+
+def test_a_host_that_leaves_is_not_refused() -> None:
+    cluster = Cluster(ExpectedHosts(()))
+    cluster.join(HEAD, B)
+    assert cluster.handle(HostRefused("n2", "no space is left in /tmp")) == []
+    assert cluster.states["10.0.0.2"] == "leaving"
 
 
 def test_the_heads_own_host_is_never_suspected() -> None:

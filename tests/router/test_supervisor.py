@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pdserve.core.messages import Role
+from pdserve.core.messages import HostFull, Role
 from pdserve.core.needs import Need
 from pdserve.router.cores import Capacity, CoreAllocator, Placement
 from pdserve.router.events import Adopted, Tick, WorkerLost, WorkerReady, WorkersExpected
@@ -18,6 +18,7 @@ from pdserve.router.supervisor import (
     LaunchProcess,
     ProcessEnded,
     ProcessState,
+    RefuseHost,
     Supervisor,
     SupervisorCommand,
     SupervisorEvent,
@@ -125,6 +126,16 @@ def test_a_host_is_suspected_before_another_process_gets_a_place() -> None:
     commands = world.handle(ConnectionLost("worker-0", 1, "reset", is_silent=False))
     (launch,) = (command for command in commands if isinstance(command, LaunchProcess))
     assert commands.index(SuspectHost("node")) < commands.index(launch)
+
+
+def test_a_full_host_is_named_by_the_place_of_the_worker_that_reports_it() -> None:
+    world = World()
+    world.up()
+    full = (("/dev/shm", 64 << 20),)
+    report = HostFull(worker_id="decode-0", incarnation=1, full=full)
+    assert world.handle(report) == [RefuseHost("node", full)]
+    world.handle(ProcessEnded("decode-0", 1, "killed"))
+    assert world.handle(report) == []
 
 
 def test_an_explained_or_requested_end_raises_no_suspicion() -> None:

@@ -7,6 +7,7 @@ from pdserve.core.messages import (
     HeldLeg,
     Hello,
     Holds,
+    HostFull,
     Leg,
     LoadProgress,
     Ready,
@@ -93,6 +94,8 @@ def test_progress_is_for_the_supervisor_and_reports_are_for_the_router(sessions:
     progress = LoadProgress(worker_id="decode-0", incarnation=1, phase="loading", fraction=0.5)
     assert sessions.received("a", progress) == [ToSupervisor(WorkerProgress("decode-0", 1, "loading", 0.5))]
     assert sessions.received("a", REPORT) == [ToRouter(REPORT)]
+    full = HostFull(worker_id="decode-0", incarnation=1, full=(("/tmp", 1 << 30),))
+    assert sessions.received("a", full) == [ToSupervisor(full)]
 
 
 def test_a_worker_that_is_to_end_does_not_become_ready() -> None:

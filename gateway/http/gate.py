@@ -2,13 +2,13 @@
 client disconnects."""
 
 import asyncio
-import logging
 import uuid
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextlib import suppress
 from typing import Any
 
 from ...core.errors import PdserveError
+from ...core.peer_log import failure_log
 from ...core.validation import check_name
 from ..auth.access import RequiredAccess, Revoked
 from ..call_bounds import MESSAGE_TIMEOUT_S, HeldBytes, OpenCalls, TooManyBytes, TooSlow, client_of
@@ -17,8 +17,6 @@ from ..serving import Shared
 from ..translate import ClientStalled
 from .errors import HttpRefusal, describe, error_json, error_response
 from .hosts import AllowedHosts
-
-log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,6 +29,7 @@ BREAK_OFF_S = 1.0  # for the last event of a stream that we end
 BODILESS = ("GET", "HEAD")
 PROBES = ("/health", "/livez", "/readyz", "/startupz")  # load balancers have no keys
 METRICS = "/metrics"
+MAX_PATH_CHARS = 4096
 REQUEST_ID = b"x-request-id"
 EVENTS = b"text/event-stream; charset=utf-8"
 
@@ -74,6 +73,8 @@ class Gate:
         out = _Answer(send, request_id)
         try:
             check_name("request_id", given)
+            # a route's pattern would also match a path with a line end behind it, which needs another key
+            check_name("path", scope["path"], MAX_PATH_CHARS)
             _check_framing(scope)
             self._check_host(scope)
             need = need_of(scope["method"], scope["path"])
@@ -97,7 +98,7 @@ class Gate:
                 await _discard(scope, receive)
             await error_response(error)(scope, receive, out.send)
         except Exception:
-            log.exception("a request failed")
+            failure_log.exception("a request failed")
             if not out.has_begun:
                 await error_response(RuntimeError("see above"))(scope, receive, out.send)
 

@@ -1,5 +1,6 @@
 """`pdserve generate` and `pdserve chat`: prompts in, text on stdout as it arrives."""
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,12 +12,17 @@ from .coming_back import resuming_stream
 from .timeline import timeline_lines
 
 Write = Callable[[str], None]
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line ends
 
 
 def write_out(text: str) -> None:
-    """Writes to stdout and flushes."""
-    sys.stdout.write(text)
+    """Writes to stdout and flushes. No control character of a model's acts on a terminal."""
+    sys.stdout.write(_CONTROLS.sub(_escaped, text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def _escaped(control: re.Match[str]) -> str:
+    return ascii(control[0])[1:-1]
 
 
 def text_prompt(text: str) -> pb.Prompt:
@@ -83,7 +89,7 @@ def generate(
 
 def _print_choices(response: pb.GenerateResponse) -> pb.RequestEnd:
     for index, choice in enumerate(response.choices):
-        print(f"--- {index}\n{choice.text}")
+        write_out(f"--- {index}\n{choice.text}\n")
     return pb.RequestEnd(request_id=response.request_id, usage=response.usage, timeline=response.timeline)
 
 

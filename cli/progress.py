@@ -44,7 +44,7 @@ class StartBars:
             TextColumn("{task.description:<12}"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[phase]}"),
+            TextColumn("{task.fields[phase]}", markup=False),  # it may name what is in a checkpoint
         )
         console = Console(file=sys.stderr)
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,5 +1,5 @@
-"""The logger for lines that a peer can cause before it has authenticated: one rate limit for all of them in a
-process.
+"""The loggers for lines that peers can cause: one rate limit for all those before a peer has authenticated,
+one for those on calls that fail by a bug.
 
 Any peer that can connect could otherwise fill a disk. Suppressed lines are counted, and the next line that
 passes states their number."""
@@ -65,6 +65,8 @@ class RateLimit(logging.Filter):
 _LIMIT = RateLimit(LineBudget())
 peer_log = logging.getLogger("pdserve.peers")
 peer_log.addFilter(_LIMIT)
+failure_log = logging.getLogger("pdserve.failures")
+failure_log.addFilter(RateLimit(LineBudget()))
 
 
 def limit_third_party_lines() -> None:

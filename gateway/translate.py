@@ -4,7 +4,6 @@ No other module decides this; docs/protocol.md has the table.
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,12 +23,11 @@ from ..core.errors import (
     PdserveError,
     QueueFull,
 )
+from ..core.peer_log import failure_log
 from ..core.request import FinishReason
 from .auth.access import NotPermitted, RateLimited, Unauthenticated
 from .call_bounds import TooManyBytes, TooSlow
 from .places import NoPlace
-
-log = logging.getLogger(__name__)
 
 DOMAIN = "pdserve"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -156,8 +154,11 @@ async def translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterat
         raise asyncio.CancelledError from None
     except grpc.aio.AbortError:
         raise
+    except NotImplementedError:  # a method that the service's library declares and does not have
+        code, details = grpc.StatusCode.UNIMPLEMENTED, list[Message]()
+        message = "this server does not have the method"
     except Exception:  # a bug of ours: its details are for the log, not for the client
-        log.exception("a call failed")
+        failure_log.exception("a call failed")
         code, details, message = (
             grpc.StatusCode.INTERNAL,
             [_info("INTERNAL")],
@@ -192,7 +193,9 @@ async def write(
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 3] + "..."
+    """In headers, characters other than ASCII take up to 12 bytes instead of 3."""
+    max_chars = MAX_MESSAGE_CHARS if text.isascii() else MAX_MESSAGE_CHARS // 4
+    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
 
 
 def _bad_request(problems: list[tuple[str, str]]) -> Message:

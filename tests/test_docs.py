@@ -23,3 +23,15 @@ def test_links_between_documents_lead_to_files(document: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text())
     missing = [link for link in links if "://" not in link and not (document.parent / link).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_that_documents_name_exist(document: Path) -> None:
+    """A name without a folder is that of a file beside the one named before."""
+    folder, missing = ROOT / "tests", []
+    for name in re.findall(r"`(tests/[\w/.]+|test_\w+\.py)[`: ]", document.read_text()):
+        path = ROOT / name if "/" in name else folder / name
+        folder = path.parent
+        if not path.exists():
+            missing.append(name)
+    assert missing == []

@@ -34,7 +34,8 @@ REFUSALS = (400, 401, 404, 408, 409, 413, 415, 429, 500, 503, 504)
 
 def http_app(serving: Serving, hosts: AllowedHosts | None = None) -> AuthMiddleware:
     """Returns the whole server as an ASGI application, which refuses requests for names not in `hosts`."""
-    app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None)
+    # no redirects: behind a proxy with TLS they would lead to a URL without it, and take the key there
+    app = FastAPI(title="pdserve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(PdserveError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_error)

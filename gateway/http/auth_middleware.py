@@ -2,13 +2,13 @@
 client disconnects."""
 
 import asyncio
-import logging
 import uuid
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextlib import suppress
 from typing import Any
 
 from ...core.errors import PdserveError
+from ...core.peer_log import failure_log
 from ...core.validation import check_name
 from ..auth.access import RequiredAccess, Revoked
 from ..call_bounds import MESSAGE_TIMEOUT_S, HeldBytes, OpenCalls, TooManyBytes, TooSlow, client_of
@@ -17,8 +17,6 @@ from ..serving import Shared
 from ..translate import ClientStalled
 from .errors import HttpRefusal, describe, error_json, error_response
 from .hosts import AllowedHosts
-
-log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -33,6 +31,13 @@ PROBES = ("/health", "/livez", "/readyz", "/startupz")  # load balancers have no
 METRICS = "/metrics"
 REQUEST_ID = b"x-request-id"
 EVENTS = b"text/event-stream; charset=utf-8"
+
+
+def _check_path(path: str) -> None:
+    """A route's pattern also matches its path with a line end behind it, for which `need_of` knows another
+    key."""
+    if not path.isprintable():
+        raise HttpRefusal(404, "not_found", f"there is no {path!r}")
 
 
 def _check_framing(scope: Scope) -> None:
@@ -74,6 +79,7 @@ class AuthMiddleware:
         out = _Answer(send, request_id)
         try:
             check_name("request_id", given)
+            _check_path(scope["path"])
             _check_framing(scope)
             self._check_host(scope)
             need = need_of(scope["method"], scope["path"])
@@ -97,7 +103,7 @@ class AuthMiddleware:
                 await _discard(scope, receive)
             await error_response(error)(scope, receive, out.send)
         except Exception:
-            log.exception("a request failed")
+            failure_log.exception("a request failed")
             if not out.has_begun:
                 await error_response(RuntimeError("see above"))(scope, receive, out.send)
 

@@ -1,6 +1,5 @@
 """Errors in OpenAI's format. `translate` maps errors to statuses, for both servers."""
 
-import logging
 import math
 from typing import Any
 
@@ -11,9 +10,8 @@ from pydantic import ValidationError
 from starlette.responses import Response
 
 from ...core.errors import InvalidRequest, PdserveError
+from ...core.peer_log import failure_log
 from ..translate import to_status
-
-log = logging.getLogger(__name__)
 
 STATUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -82,7 +80,7 @@ def describe(error: Exception) -> tuple[int, ErrorBody, float | None]:
     if isinstance(error, HttpRefusal):
         return error.status, ErrorBody(str(error), _type(error.status), None, error.code), error.retry_after_s
     if not isinstance(error, PdserveError):  # a bug of ours: its details are for the log, not for the client
-        log.error("a request failed", exc_info=error)
+        failure_log.error("a request failed", exc_info=error)
         return 500, ErrorBody("internal error, see the server's log", _type(500), None, "internal"), None
     grpc_code, details = to_status(error)
     status = STATUSES.get(grpc_code, 500)

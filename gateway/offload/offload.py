@@ -12,7 +12,7 @@ from ...proto import pdserve_pb2 as pb
 from ..http.bodies import MESSAGES, SMALL_BYTES as SMALL_BYTES, AnswerOptions, is_small, read_body
 from ..in_turns import in_turns
 from ..text.tokenizer import Tokenizer
-from ..vetting import Bounds, has_unknown_fields, vet
+from ..vetting import Bounds, vet
 from .fair_threads import MAX_JOBS, MAX_JOBS_EACH, FairThreads
 from .messages import (
     Decode,
@@ -28,8 +28,6 @@ from .messages import (
 )
 from .process import IntakeProcess
 from .work import packed, parsed, unpacked
-
-FEW_BYTES = 1 << 12  # of a message with unknown fields that it still reads, as they are listed one by one
 
 
 class Offload:
@@ -87,10 +85,10 @@ class Offload:
             if len(data) > SMALL_BYTES:
                 raise InvalidRequest("message", f"{len(data)} bytes", f"at most {SMALL_BYTES} bytes")
             return parsed(kind, data)
-        message = None if len(data) > SMALL_BYTES else parsed(kind, data)
-        if message is None or (len(data) > FEW_BYTES and has_unknown_fields(message)):
+        if len(data) > SMALL_BYTES:
             (data,), _ = await self._do(ReadMessage(kind.DESCRIPTOR.name), data, limits, client)
             return kind.FromString(data)
+        message = parsed(kind, data)
         await vet(message, self.bounds(limits))
         return message
 

@@ -16,7 +16,7 @@ from ..text.encoding import bounded_ids, chat_text
 from ..text.tokenizer import Tokenizer
 from ..text.tokenizer_loading.messages import TemplateData, TokenizerData
 from ..tools.offer import OfferedTools
-from ..vetting import Bounds, check_message, refuse_unknown_fields
+from ..vetting import MAX_UNKNOWN_BYTES, Bounds, check_message, check_unknown_bytes, refuse_unknown_fields
 from .messages import Decode, Encode, EncodeChat, IntakeJob, IntakeSetup, ReadBody, ReadMessage, RenderChat
 
 TURN_S = 0.1  # of processor time for a short conversation; others wait for it
@@ -84,9 +84,12 @@ def read_message(kind: type[Message], data: bytes, bounds: Bounds) -> Message:
 def parsed(kind: type[Message], data: bytes) -> Message:
     """Raises InvalidRequest."""
     try:
-        return kind.FromString(data)
+        message = kind.FromString(data)
     except DecodeError:
         raise InvalidRequest("message", f"{len(data)} bytes", WIRE_FORMAT) from None
+    if len(data) > MAX_UNKNOWN_BYTES:
+        check_unknown_bytes(message)
+    return message
 
 
 def packed(token_ids: Sequence[int]) -> bytes:

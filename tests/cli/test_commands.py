@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from pdserve import __version__
 from pdserve.cli.explain import explanation_lines
+from pdserve.cli.generate import write_out
 from pdserve.cli.main import app
 from pdserve.core.errors import QueueFull
 from pdserve.core.hosts import HostState, HostStatus
@@ -27,6 +29,17 @@ def test_generate_streams_the_text_to_stdout(run: Run, cluster: ScriptedCluster)
     result = run("generate", "hello", "--max-tokens", str(len(cluster.token_ids)))
     assert (result.exit_code, result.stdout) == (0, "the quick brown fox jumps over the lazy dog\n")
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "shown"), [(True, r"a\x1b]0;b\x07\r\x9b2J"), (False, "a\x1b]0;b\x07\r\x9b2J")]
+)
+def test_a_model_controls_no_terminal(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, shown: str) -> None:
+    stdout = StringIO(newline="")
+    monkeypatch.setattr(stdout, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    write_out("a\x1b]0;b\x07\r\x9b2J\t\n")
+    assert stdout.getvalue() == shown + "\t\n"
 
 
 def test_every_sampling_option_arrives(run: Run, cluster: ScriptedCluster) -> None:

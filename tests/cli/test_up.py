@@ -7,14 +7,17 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from pdserve.cli import progress
 from pdserve.cli.client import CommandFailed, connect_to_administer
-from pdserve.cli.progress import StatusLines, is_ready, ready_line
+from pdserve.cli.progress import StartBars, StatusLines, is_ready, ready_line
 from pdserve.cli.up import follow, sigterm_as_interrupt, up
 from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
@@ -32,6 +35,17 @@ def starting(phase: str, fraction: float) -> pb.WorkerStatus:
     return pb.WorkerStatus(
         worker_id="decode-0", state=pb.WORKER_STATE_STARTING, phase=phase, fraction=fraction
     )
+
+
+def test_a_message_with_brackets_is_shown_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may name a tensor, and so what the author of a checkpoint likes."""
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=True, color_system=None, width=200)
+    monkeypatch.setattr(progress, "Console", lambda file: console)
+    failed = pb.WorkerStatus(worker_id="decode-0", state=pb.WORKER_STATE_FAILED, message="a[/b] [red]c")
+    with StartBars() as bars:
+        bars.update(status(failed))
+    assert "a[/b] [red]c" in shown.getvalue()
 
 
 def test_only_changes_make_a_line() -> None:

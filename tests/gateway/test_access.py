@@ -97,6 +97,14 @@ async def test_every_call_except_a_health_check_needs_a_key(
     assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status
 
 
+async def test_a_health_method_that_the_library_lacks_logs_no_line(
+    server: GatewayServer, channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
+    assert (await refusal(listed)).code() is grpc.StatusCode.UNIMPLEMENTED
+    assert caplog.records == []
+
+
 async def test_every_own_method_requires_a_key(server: GatewayServer, channel: grpc.aio.Channel) -> None:
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:

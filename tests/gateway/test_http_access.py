@@ -1,5 +1,6 @@
 """Keys and TLS protect the HTTP server as they protect gRPC's."""
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -74,6 +75,17 @@ async def test_metrics_require_a_marked_key(server: GatewayServer, cluster: Scri
         assert "bob: this key may not read metrics" in refused.json()["error"]["message"]
         for key in (PROMETHEUS, ROOT):
             assert (await http.get("/metrics", headers=bearer(key))).content == cluster.metrics()
+
+
+@pytest.mark.parametrize("path", ["/metrics%0a", "/metrics%0A?x", "/metrics/", "//metrics", "/v1/../metrics"])
+async def test_no_other_path_leads_an_ordinary_key_to_metrics(server: GatewayServer, path: str) -> None:
+    host, _, port = (server.http_address or "").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"GET {path} HTTP/1.1\r\nhost: a.proxy\r\nauthorization: Bearer {BOB}\r\nconnection: close\r\n\r\n"
+    writer.write(head.encode())
+    answer = await asyncio.wait_for(reader.read(), 30)
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 404 ")
 
 
 async def test_workers_are_named_only_to_clients_with_a_key(

@@ -8,6 +8,8 @@ import pytest
 from google.rpc import error_details_pb2
 
 from pdserve.core.errors import CapacityError, DuplicateRequest, NoWorkerAvailable, PdserveError, QueueFull
+from pdserve.core.peer_log import BURST_LINES, LineBudget, RateLimit, failure_log
+from pdserve.gateway import vetting
 from pdserve.gateway.app import GatewayServer, serve
 from pdserve.gateway.translate import MAX_MESSAGE_CHARS
 from pdserve.proto import pdserve_pb2 as pb, pdserve_pb2_grpc
@@ -149,6 +151,18 @@ async def test_unknown_fields_anywhere_in_a_request_are_refused(generation: Stub
     assert "GenerateRequest: 'field 99'" in ((await refusal(generation, request)).details() or "")
 
 
+@pytest.mark.parametrize("num_fields", [2000, 30_000], ids=["in the head", "in the intake process"])
+async def test_many_unknown_fields_are_refused_without_listing_them(
+    generation: Stub, monkeypatch: pytest.MonkeyPatch, num_fields: int
+) -> None:
+    monkeypatch.setattr(vetting, "UnknownFieldSet", None)
+    request = pb.GenerateRequest(prompt=TEXT)
+    request.MergeFromString(b"\x98\x06\x01" * num_fields)
+    error = await refusal(generation, request)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"{3 * num_fields} bytes of unknown fields" in (error.details() or "")
+
+
 async def test_another_model_is_not_found(generation: Stub, details: Details) -> None:
     error = await refusal(generation, pb.GenerateRequest(prompt=TEXT, model="gpt"))
     assert error.code() is grpc.StatusCode.NOT_FOUND
@@ -194,6 +208,19 @@ async def test_an_internal_error_reveals_no_details_to_clients(
     assert error.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in (error.details() or "")
     assert "a secret" in caplog.text
+
+
+async def test_calls_that_fail_fill_no_log(
+    generation: Stub,
+    cluster: ScriptedCluster,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(failure_log, "filters", [RateLimit(LineBudget())])
+    cluster.refusal = RuntimeError("a bug")  # type: ignore[assignment]
+    for _ in range(10 * BURST_LINES):
+        await refusal(generation, ask())
+    assert BURST_LINES <= len(caplog.records) < 5 * BURST_LINES
 
 
 async def test_messages_over_the_limit_are_refused(generation: Stub, cluster: ScriptedCluster) -> None:
@@ -243,3 +270,5 @@ async def test_long_messages_are_cut_to_what_headers_can_carry(
     error = await refusal(generation, ask())
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert len(error.details() or "") == MAX_MESSAGE_CHARS
+    error = await refusal(generation, pb.GenerateRequest(prompt=TEXT, model="😀" * 10_000))
+    assert error.code() is grpc.StatusCode.NOT_FOUND  # its characters are longer there

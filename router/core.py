@@ -37,6 +37,7 @@ from .events import (
     WorkerRole,
     WorkersExpected,
 )
+from .health import Health
 from .ledger import Ledger
 from .links import Links
 from .live_requests import LiveRequests, is_same
@@ -75,12 +76,13 @@ class Router:
         self._index = PrefixIndex()
         self._ledger = Ledger(self._registry)
         self._links = Links()
+        self._health = Health(self._registry)
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
         self._room = RoomMaker(self._registry, self._ledger)
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
-            self._registry, self._ledger, self._requests, self._index, self.model, self._links
+            self._registry, self._ledger, self._requests, self._index, self.model, self._links, self._health
         )
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
@@ -111,6 +113,7 @@ class Router:
             self._adoption.take(event)
             return []
         commands += self._requests.pass_time(now_s)
+        self._health.review(now_s)
         commands += self._dispatch(now_s)
         return commands + self._probe_links(now_s)
 
@@ -147,7 +150,12 @@ class Router:
 
     def next_tick_s(self) -> float | None:
         """Returns when the next deadline or retry is due; None when only events can change anything."""
-        due = self._requests.deadlines.next_s(), self._queue.next_wake_s(), self._requests.claims_end_s
+        due = (
+            self._requests.deadlines.next_s(),
+            self._queue.next_wake_s(),
+            self._requests.claims_end_s,
+            self._health.next_s(),
+        )
         return min((at_s for at_s in due if at_s is not None), default=None)
 
     def status(self, now_s: float) -> RouterStatus:
@@ -158,7 +166,7 @@ class Router:
             num_requests=self._requests.num_live,
             num_queued=len(self._queue),
             num_expected=self._num_expected,
-            problems=self._links.problems(self._registry),
+            problems=(*self._links.problems(self._registry), *self._health.problems()),
             now_s=now_s,
         )
 
@@ -282,13 +290,14 @@ class Router:
         worker = self._registry.current(event.worker_id, event.incarnation)
         if worker is None:
             return []
-        if worker.state is RoutingState.READY:
+        if worker.state in (RoutingState.READY, RoutingState.EJECTED):
             self._num_expected += 1  # until the shell reports otherwise
         return self._lose(worker, event.reason, now_s)
 
     def _lose(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
+        self._health.lost(worker)
         self._index.remove_worker(worker.worker_id)
         return self._requests.lose_worker(worker, reason, now_s)
 

@@ -76,6 +76,11 @@ class Placer:
         count = self.config.num_candidates
         num_decode_tokens = job.num_total_tokens
         decodes = self._registry.best_decode(num_decode_tokens, count)
+        num_choices = len(job.choices)
+        if decodes and not any(worker.has_decode_room(job.num_tokens, num_choices) for worker in decodes):
+            # the load weighs sequences and blocks: others may have room for this job
+            others = self._registry.with_decode_room(job.num_tokens, num_decode_tokens, num_choices, count)
+            decodes = others or decodes
         num_prefill_tokens = job.num_tokens + 1 if decodes else num_decode_tokens
         prefills = self._registry.best_prefill(num_prefill_tokens, count)
         depths: dict[int, int] = {}

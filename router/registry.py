@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Hashable, Iterator
+from heapq import nsmallest
 
 from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
@@ -42,6 +43,8 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_cached_tokens",
         "num_context_tokens",
         "num_grown_tokens",
+        "num_held_blocks",
+        "num_held_sequences",
         "num_pending_blocks",
         "num_prompt_tokens",
         "num_queued_tokens",
@@ -76,6 +79,8 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.num_grown_tokens = 0  # that they have produced since
         # reserved by legs that have not begun to decode: reports may not include them yet
         self.num_pending_blocks = 0
+        self.num_held_blocks = 0  # for a job that waits; not part of the account
+        self.num_held_sequences = 0
         self.num_prompt_tokens = 0  # of all ended prefills, for the hit rate
         self.num_cached_tokens = 0
         # dispatches that may be open here at once, after an ejection; None: as many as there is room for
@@ -119,9 +124,12 @@ class RegisteredWorker(Automaton[RoutingState]):
         """Whether the worker has room now. An idle worker has room for anything that it can hold at all."""
         if not self.open_legs:
             return True
-        if self.num_sequences + num_choices > self.info.max_batch_size or not self._is_within_trial:
+        if (
+            self.num_sequences + num_choices > self.info.max_batch_size - self.num_held_sequences
+            or not self._is_within_trial
+        ):
             return False
-        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks
+        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks - self.num_held_blocks
 
     @property
     def _is_within_trial(self) -> bool:
@@ -226,6 +234,25 @@ class Registry:
     def limit(self, worker: RegisteredWorker, num_dispatches: int | None) -> None:
         """Bounds the dispatches that may be open at the worker at once; None lifts the bound."""
         worker.trial_limit = num_dispatches
+
+    def hold(self, worker: RegisteredWorker, num_blocks: int, num_sequences: int) -> None:
+        """Keeps room at the worker from other jobs."""
+        worker.num_held_blocks, worker.num_held_sequences = num_blocks, num_sequences
+
+    def with_decode_room(
+        self, job_tokens: int, total_tokens: int, num_choices: int, count: int
+    ) -> list[RegisteredWorker]:
+        """Returns `count` of the least loaded ready decode workers that have room for `job_tokens`
+        now and can hold `total_tokens`. Looks at all workers."""
+        workers = [
+            worker
+            for worker in self
+            if worker.state is RoutingState.READY
+            and worker.role.decodes
+            and worker.capacity_tokens >= total_tokens
+            and worker.has_decode_room(job_tokens, num_choices)
+        ]
+        return nsmallest(count, workers, key=lambda worker: (decode_load(worker), worker.worker_id))
 
     def assign(self, worker: RegisteredWorker, role: Role) -> None:
         """Makes the worker ready, as `role`."""

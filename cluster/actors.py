@@ -3,8 +3,11 @@ own process."""
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import ray
@@ -14,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..core.config import ClusterConfig
 from ..core.errors import PdserveError
 from ..core.log_settings import LogSettings
-from ..head.ports import Outcome, Version
+from ..head.ports import Key, Outcome, Version
 from ..head.spec import Endpoints, HeadSpec
 from ..router.cores import Placement
 from ..telemetry.logs import configure
@@ -99,7 +102,11 @@ class _Kept:
     spec: WorkerSpec
     placement: Placement
     actor: Any
-    outcome: "asyncio.Task[Outcome]"
+    end: "asyncio.Task[None]"
+
+
+POLL_S = 10.0  # after which a head that waits for endings asks again, so that calls of dead heads end
+MAX_ENDINGS = 10_000  # kept for heads that were away
 
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
@@ -113,41 +120,54 @@ class KeeperActor:
             configure(log_settings, "keeper")
         self._config = config
         self._version = 0, 0
-        self._kept: dict[tuple[str, int], _Kept] = {}
+        self._kept: dict[Key, _Kept] = {}
+        self._endings: deque[tuple[Key, Outcome]] = deque(maxlen=MAX_ENDINGS)
+        self._num_endings = 0
+        self._has_ended = asyncio.Condition()
 
     async def live(self) -> None:
         """Never returns; fails when the keeper dies."""
         await asyncio.Event().wait()
 
-    async def start(self, spec: WorkerSpec, placement: Placement) -> Outcome:
-        """Starts a worker's process. Returns when nothing is left of it."""
+    async def start(self, spec: WorkerSpec, placement: Placement) -> None:
+        """Starts a worker's process; `endings` reports its end."""
         actor = WorkerActor.options(  # type: ignore[attr-defined]  # made by ray.remote
             **options_of(spec, placement)
         ).remote(replace(spec, cores=placement.cores))
-        outcome = asyncio.get_running_loop().create_task(outcome_of(actor.run.remote()))
-        self._kept[spec.key] = _Kept(spec, placement, actor, outcome)
-        return await self.ended(spec.key)
+        end = asyncio.get_running_loop().create_task(self._await_end(spec.key, actor))
+        self._kept[spec.key] = _Kept(spec, placement, actor, end)
 
-    async def ended(self, key: tuple[str, int]) -> Outcome:
-        """Returns when nothing is left of the process."""
-        kept = self._kept[key]
-        outcome = await asyncio.shield(kept.outcome)
-        ray.kill(kept.actor)  # an actor whose `run` has returned is still running
+    async def _await_end(self, key: Key, actor: Any) -> None:
+        outcome = await outcome_of(actor.run.remote())
+        ray.kill(actor)  # an actor whose `run` has returned is still running
         self._kept.pop(key, None)
-        return outcome
+        self._endings.append((key, outcome))
+        self._num_endings += 1
+        async with self._has_ended:
+            self._has_ended.notify_all()
 
-    async def stop(self, key: tuple[str, int]) -> None:
+    async def endings(self, num_known: int) -> tuple[int, list[tuple[Key, Outcome]]]:
+        """Returns the number of processes of which nothing is left, and all of those after the first
+        `num_known` in the order of their ends. Waits for one, but at most `POLL_S`."""
+        async with self._has_ended:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._has_ended.wait_for(lambda: self._num_endings > num_known)
+        num_new = min(self._num_endings - num_known, len(self._endings))
+        return self._num_endings, list(islice(self._endings, len(self._endings) - num_new, None))
+
+    async def stop(self, key: Key) -> None:
         """Asks the process to end."""
         if key in self._kept:
             self._kept[key].actor.stop.remote()
 
-    async def kill(self, key: tuple[str, int]) -> None:
+    async def kill(self, key: Key) -> None:
         if key in self._kept:
             ray.kill(self._kept[key].actor)
 
     async def living(self) -> list[tuple[WorkerSpec, Placement]]:
         """Returns the running processes, oldest first."""
-        return [(kept.spec, kept.placement) for kept in self._kept.values() if not kept.outcome.done()]
+        return [(kept.spec, kept.placement) for kept in self._kept.values()]
 
     async def remember(self, config: ClusterConfig, version: Version) -> None:
         """Stores the configuration; the newest is kept, regardless of the order of arrival."""

@@ -1,5 +1,6 @@
 """The head's `Keeper` over Ray."""
 
+import asyncio
 from typing import Any
 
 from ray.exceptions import RayError
@@ -12,23 +13,47 @@ from .actors import reason_of
 
 
 class RayKeeper:
-    """Calls `KeeperActor` through its handle. Calls of an async actor may overtake each other: so a single
-    call starts a worker and reports its end."""
+    """Calls `KeeperActor` through its handle. A single call waits for the ends of all workers: a keeper holds
+    as many for a large fleet, and after many heads, as for a small one."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
-        self._started: dict[Key, Any] = {}  # calls of `start`, until `ended` waits for them
+        self._starts: dict[Key, Any] = {}  # calls of `start`, until `ended` has seen them through
+        self._outcomes: dict[Key, asyncio.Future[Outcome]] = {}
+        self._polling: asyncio.Task[None] | None = None
 
     def start(self, spec: WorkerSpec, placement: Placement) -> None:
-        self._started[spec.key] = self._actor.start.remote(spec, placement)
+        self._starts[spec.key] = self._actor.start.remote(spec, placement)
 
     async def ended(self, key: Key) -> Outcome:
-        started = self._started.pop(key, None)
-        try:
-            outcome: Outcome = await (self._actor.ended.remote(key) if started is None else started)
-        except RayError as error:  # the keeper is gone, and all workers with it
-            return Outcome(reason_of(error))
+        started = self._starts.pop(key, None)
+        if started is not None:
+            try:
+                await started
+            except RayError as error:
+                return Outcome(reason_of(error))
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.create_task(self._poll())
+        outcome = await self._outcome(key)
+        del self._outcomes[key]
         return outcome
+
+    def _outcome(self, key: Key) -> "asyncio.Future[Outcome]":
+        return self._outcomes.setdefault(key, asyncio.get_running_loop().create_future())
+
+    async def _poll(self) -> None:
+        num_known = 0
+        while True:
+            try:
+                num_known, endings = await self._actor.endings.remote(num_known)
+            except RayError as error:  # the keeper is gone, and all workers with it
+                for future in self._outcomes.values():
+                    if not future.done():
+                        future.set_result(Outcome(reason_of(error)))
+                return
+            for key, outcome in endings:
+                if not self._outcome(key).done():
+                    self._outcome(key).set_result(outcome)
 
     def stop(self, key: Key) -> None:
         self._actor.stop.remote(key)

@@ -13,15 +13,17 @@ from .fair_queue import FairQueue
 MIN_RETRY_AFTER_S = 0.1
 MAX_RETRY_AFTER_S = 60.0
 SMOOTHING = 0.1  # weight of the newest interval between dispatches
+MAX_PASSED = 64  # large jobs that wait while others pass them
 NEWCOMERS = 8  # one in this many places is kept for clients that have nothing queued
 
 
 class JobQueue:
     """Jobs in order of dispatch: those dispatched before come first, then clients in turns. Retries that back
     off are held separately, as are stranded jobs, which no present worker could ever serve and which wait for
-    another to join."""
+    another to join, and large jobs without room, which others pass."""
 
     def __init__(self) -> None:
+        self._passed: deque[Job] = deque()
         self._front: deque[Job] = deque()
         self._fair: FairQueue[Job] = FairQueue()
         self._returning: list[Job] = []  # in front at the next `wake`, in this order
@@ -32,12 +34,13 @@ class JobQueue:
         self._interval_s: float | None = None  # mean time between dispatches while jobs wait
 
     def __len__(self) -> int:
-        in_front = len(self._stranded) + len(self._returning) + len(self._front)
+        in_front = len(self._stranded) + len(self._returning) + len(self._passed) + len(self._front)
         return in_front + len(self._fair) + len(self._backing_off)
 
     def __iter__(self) -> Iterator[Job]:
         yield from self._stranded
         yield from self._returning
+        yield from self._passed
         yield from self._front
         yield from self._fair
         yield from (job for _, _, job in self._backing_off)
@@ -96,24 +99,55 @@ class JobQueue:
 
     def pop(self, now_s: float, cost: int) -> Job:
         """Takes the head out for dispatch. Its client is charged `cost` tokens, except for a retry."""
+        job = self._pop_head(cost)
+        self._note_dispatch(job, now_s)
+        return job
+
+    def pass_head(self) -> bool:
+        """Lets other jobs pass the head, which is large, until there is room for it; its client is charged.
+        Returns False when too many have been passed already."""
+        if len(self._passed) == MAX_PASSED:
+            return False
+        job = self.head()
+        assert job is not None
+        self._passed.append(self._pop_head(job.num_tokens))
+        return True
+
+    def first_passed(self) -> Job | None:
+        return self._passed[0] if self._passed else None
+
+    def pop_passed(self, now_s: float) -> Job:
+        """Takes the first job that others have passed out for dispatch."""
+        job = self._passed.popleft()
+        self._note_dispatch(job, now_s)
+        return job
+
+    def return_passed(self) -> None:
+        """Makes the jobs that others have passed the first ones again."""
+        self._front.extendleft(reversed(self._passed))
+        self._passed.clear()
+
+    def _pop_head(self, cost: int) -> Job:
         job = self.head()
         assert job is not None
         if self._front:
             self._front.popleft()
         else:
             self._fair.pop(job.client, job, cost)
+        return job
+
+    def _note_dispatch(self, job: Job, now_s: float) -> None:
         if self._last_dispatch_s is not None and job.queued_s < self._last_dispatch_s:
             interval_s = now_s - self._last_dispatch_s
             old_s = interval_s if self._interval_s is None else self._interval_s
             self._interval_s = old_s + SMOOTHING * (interval_s - old_s)
         self._last_dispatch_s = now_s
-        return job
 
     def remove(self, job: Job) -> None:
         """Takes a job out, wherever it waits."""
         if self._fair.remove(job.client, job):
             return
-        for place in (self._front, self._stranded, self._returning):
+        for place in (self._front, self._passed, self._stranded, self._returning):
             if job in place:
                 place.remove(job)
                 return

@@ -27,7 +27,8 @@ class PrefillOption:
         return self.queue_s + self.compute_s
 
 
-Score = tuple[bool, float, float, float, str, str]  # failed before, ITL above the SLO, cost, load, names
+# failed before, its workers that did, ITL above the SLO, cost, load, names
+Score = tuple[bool, int, float, float, float, str, str]
 Candidate = tuple[
     Score, PrefillOption, RegisteredWorker | None, float, float
 ]  # with predicted ITL, and exposed transfer
@@ -57,7 +58,7 @@ class RoutingDecision(msgspec.Struct, frozen=True):
 
 
 def _considered(candidate: Candidate) -> ConsideredPlace:
-    (has_failed, itl_excess_s, cost_s, load, _, _), option, decode, _, _ = candidate
+    (has_failed, _, itl_excess_s, cost_s, load, _, _), option, decode, _, _ = candidate
     return ConsideredPlace(
         prefill_worker=option.worker.worker_id,
         decode_worker=decode.worker_id if decode else None,

@@ -37,6 +37,7 @@ from .events import (
     WorkerRole,
     WorkersExpected,
 )
+from .health import Health
 from .ledger import Ledger
 from .links import Links
 from .live_requests import LiveRequests, is_same
@@ -45,6 +46,7 @@ from .prefix_index import PrefixIndex
 from .registry import RegisteredWorker, Registry, RoutingState
 from .reports import WorkerReports
 from .request_events import Displaced, End, Placed
+from .reservation import Reservation
 from .room import RoomMaker
 from .status import Counters, RouterStatus, snapshot
 from .take_over import TakeOver
@@ -75,12 +77,14 @@ class Router:
         self._index = PrefixIndex()
         self._ledger = Ledger(self._registry)
         self._links = Links()
+        self._health = Health(self._registry)
         self._placer = Placer(self._registry, self._index, self.model, self._links, config)
         self._room = RoomMaker(self._registry, self._ledger)
+        self._reservation = Reservation(self._registry)
         self._queue = JobQueue()
         self._requests = LiveRequests(self._queue, self._ledger, config)
         self._reports = WorkerReports(
-            self._registry, self._ledger, self._requests, self._index, self.model, self._links
+            self._registry, self._ledger, self._requests, self._index, self.model, self._links, self._health
         )
         self._next_attempt = first_attempt
         self._adoption = Adoption() if adopts else None
@@ -111,6 +115,7 @@ class Router:
             self._adoption.take(event)
             return []
         commands += self._requests.pass_time(now_s)
+        self._health.review(now_s)
         commands += self._dispatch(now_s)
         return commands + self._probe_links(now_s)
 
@@ -147,7 +152,12 @@ class Router:
 
     def next_tick_s(self) -> float | None:
         """Returns when the next deadline or retry is due; None when only events can change anything."""
-        due = self._requests.deadlines.next_s(), self._queue.next_wake_s(), self._requests.claims_end_s
+        due = (
+            self._requests.deadlines.next_s(),
+            self._queue.next_wake_s(),
+            self._requests.claims_end_s,
+            self._health.next_s(),
+        )
         return min((at_s for at_s in due if at_s is not None), default=None)
 
     def status(self, now_s: float) -> RouterStatus:
@@ -158,7 +168,7 @@ class Router:
             num_requests=self._requests.num_live,
             num_queued=len(self._queue),
             num_expected=self._num_expected,
-            problems=self._links.problems(self._registry),
+            problems=(*self._links.problems(self._registry), *self._health.problems()),
             now_s=now_s,
         )
 
@@ -208,14 +218,12 @@ class Router:
         )
 
     def _dispatch(self, now_s: float) -> list[RouterCommand]:
-        """Places jobs in order until the first that has to wait."""
-        commands: list[RouterCommand] = []
+        """Places jobs in order until the first that has to wait, and that others may not pass."""
+        commands = self._dispatch_passed(now_s)
         while (job := self._queue.head()) is not None:
             placement = self._placer.place(job)
             if placement is not None and self._comes_too_late(job, placement, now_s):
-                self.counters.hopeless += 1
-                end = End(FinishReason.DEADLINE, "the first token would come after the deadline")
-                commands += self._requests.handle(job.live, end, now_s)
+                commands += self._give_up(job, now_s)
             elif placement is not None:
                 commands += self._start(self._queue.pop(now_s, placement.num_new_tokens), placement, now_s)
             elif self._registry.can_hold(job.num_total_tokens):
@@ -225,15 +233,42 @@ class Router:
                     commands += self._make_room(job, now_s)
                     break
                 newcomer = self._room.newcomer(job, self._queue.candidates())
-                if newcomer is None:
+                if newcomer is not None:
+                    self._queue.favour(newcomer)
+                elif not self._pass(job, now_s):
                     break
-                self._queue.favour(newcomer)
             elif self._num_expected:
                 self._queue.strand_head()
             else:
                 error = CLOSING if self._is_closing else "no worker is left that can serve the request"
                 commands += self._requests.handle(job.live, End(FinishReason.ERROR, error), now_s)
         return commands
+
+    def _dispatch_passed(self, now_s: float) -> list[RouterCommand]:
+        """Places large jobs that others have passed; holds room for the first that has to wait still."""
+        commands: list[RouterCommand] = []
+        while (job := self._queue.first_passed()) is not None:
+            self._reservation.lift()
+            placement = self._placer.place(job)
+            if placement is None:
+                if not self._reservation.hold(job, now_s):
+                    self._queue.return_passed()
+                    break
+                return commands
+            if self._comes_too_late(job, placement, now_s):
+                commands += self._give_up(job, now_s)
+            else:
+                commands += self._start(self._queue.pop_passed(now_s), placement, now_s)
+        self._reservation.release()
+        return commands
+
+    def _pass(self, job: Job, now_s: float) -> bool:
+        """Lets others pass the head of the queue if it is large; returns False when they may not."""
+        if not self._reservation.may_be_passed(job) or not self._queue.pass_head():
+            return False
+        if self._queue.first_passed() is job:
+            self._reservation.hold(job, now_s)
+        return True
 
     def _make_room(self, head: Job, now_s: float) -> list[RouterCommand]:
         """Takes back a dispatch of a client that runs much, to make room for the head of the queue."""
@@ -252,6 +287,11 @@ class Router:
         ):
             return False
         return self.model.knows_prefill and now_s + placement.ttft_s / CAUTION > live.request.deadline_s
+
+    def _give_up(self, job: Job, now_s: float) -> list[RouterCommand]:
+        self.counters.hopeless += 1
+        end = End(FinishReason.DEADLINE, "the first token would come after the deadline")
+        return self._requests.handle(job.live, end, now_s)
 
     def _start(self, job: Job, placement: RoutingDecision, now_s: float) -> list[RouterCommand]:
         attempt = self._next_attempt
@@ -282,13 +322,14 @@ class Router:
         worker = self._registry.current(event.worker_id, event.incarnation)
         if worker is None:
             return []
-        if worker.state is RoutingState.READY:
+        if worker.state in (RoutingState.READY, RoutingState.EJECTED):
             self._num_expected += 1  # until the shell reports otherwise
         return self._lose(worker, event.reason, now_s)
 
     def _lose(self, worker: RegisteredWorker, reason: str, now_s: float) -> list[RouterCommand]:
         self._registry.lose(worker)
         self._links.lost(worker)
+        self._health.lost(worker)
         self._index.remove_worker(worker.worker_id)
         return self._requests.lose_worker(worker, reason, now_s)
 

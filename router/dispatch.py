@@ -179,6 +179,7 @@ class Job:
         "_chains",
         "choices",
         "failed_pairs",
+        "failed_workers",
         "live",
         "num_failures",
         "output_token_ids",
@@ -197,6 +198,8 @@ class Job:
         self.num_failures = 0
         # these incarnations
         self.failed_pairs: frozenset[tuple[RegisteredWorker, RegisteredWorker | None]] = frozenset()
+        # incarnations that reported those failures
+        self.failed_workers: frozenset[RegisteredWorker] = frozenset()
         self._chains: dict[int, PrefixChain] = {}
 
     @property
@@ -350,6 +353,13 @@ class Dispatch(Automaton[DispatchState]):
     def _has_all_first_tokens(self) -> bool:
         """Whether every choice has the token that its prefill samples."""
         return all(
+            len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values()
+        )
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether clients have a token from it."""
+        return any(
             len(stream.token_ids) > len(self.spec.output_token_ids) for stream in self.streams.values()
         )
 

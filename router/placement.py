@@ -75,6 +75,11 @@ class Placer:
         count = self.config.num_candidates
         num_decode_tokens = job.num_total_tokens
         decodes = self._registry.best_decode(num_decode_tokens, count)
+        num_choices = len(job.choices)
+        if decodes and not any(worker.has_decode_room(job.num_tokens, num_choices) for worker in decodes):
+            # the load weighs sequences and blocks: others may have room for this job
+            others = self._registry.with_decode_room(job.num_tokens, num_decode_tokens, num_choices, count)
+            decodes = others or decodes
         num_prefill_tokens = job.num_tokens + 1 if decodes else num_decode_tokens
         prefills = self._registry.best_prefill(num_prefill_tokens, count)
         depths: dict[int, int] = {}
@@ -133,10 +138,11 @@ class Placer:
     ) -> Score:
         prefill_id, decode_id = option.worker.worker_id, decode.worker_id if decode else None
         excess_s = max(0.0, itl_s - self.config.itl_slo_s, option.stall_s - self.config.itl_slo_s)
+        num_failed = (option.worker in job.failed_workers) + (decode in job.failed_workers)
         failed = (option.worker, decode) in job.failed_pairs
         if not failed and decode is not None:
             failed = self._links.avoids(option.worker, decode)
-        return failed, excess_s, cost_s, load, prefill_id, decode_id or ""
+        return failed, num_failed, excess_s, cost_s, load, prefill_id, decode_id or ""
 
     def _prefill_only(self, job: Job, options: list[PrefillOption]) -> list[Candidate]:
         return [
@@ -180,7 +186,7 @@ class Placer:
             option = self._prefill_option(job, worker, depths)
             cost_s, itl_s = option.queue_s + factor * option.compute_s, self._decode_itl_s(job, worker)
             score = self._score(job, option, worker, itl_s, cost_s, decode_load(worker))
-            if not is_dear or score[1] == 0.0:
+            if not is_dear or score[2] == 0.0:
                 candidates.append((score, option, worker, itl_s, 0.0))
         return candidates
 

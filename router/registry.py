@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Hashable, Iterator
+from heapq import nsmallest
 
 from ..core.automaton import Automaton
 from ..core.messages import Role, WorkerInfo, WorkerLoad
@@ -13,12 +14,14 @@ class RoutingState(enum.Enum):
     """A worker as the router sees it."""
 
     READY = "ready"
+    EJECTED = "ejected"  # it failed too often: no new dispatch for a while
     DRAINING = "draining"  # no new dispatch; streams finish
     LOST = "lost"
 
 
 TRANSITIONS = {
-    RoutingState.READY: {RoutingState.DRAINING, RoutingState.LOST},
+    RoutingState.READY: {RoutingState.EJECTED, RoutingState.DRAINING, RoutingState.LOST},
+    RoutingState.EJECTED: {RoutingState.READY, RoutingState.DRAINING, RoutingState.LOST},
     RoutingState.DRAINING: {RoutingState.READY, RoutingState.LOST},
     RoutingState.LOST: set[RoutingState](),
 }
@@ -40,6 +43,8 @@ class RegisteredWorker(Automaton[RoutingState]):
         "num_cached_tokens",
         "num_context_tokens",
         "num_grown_tokens",
+        "num_held_blocks",
+        "num_held_sequences",
         "num_pending_blocks",
         "num_prompt_tokens",
         "num_queued_tokens",
@@ -50,6 +55,7 @@ class RegisteredWorker(Automaton[RoutingState]):
         "queued_prefill_s",
         "role",
         "tokens_per_s",
+        "trial_limit",
         "worker_id",
     )
 
@@ -73,8 +79,12 @@ class RegisteredWorker(Automaton[RoutingState]):
         self.num_grown_tokens = 0  # that they have produced since
         # reserved by legs that have not begun to decode: reports may not include them yet
         self.num_pending_blocks = 0
+        self.num_held_blocks = 0  # for a job that waits; not part of the account
+        self.num_held_sequences = 0
         self.num_prompt_tokens = 0  # of all ended prefills, for the hit rate
         self.num_cached_tokens = 0
+        # dispatches that may be open here at once, after an ejection; None: as many as there is room for
+        self.trial_limit: int | None = None
         self.tokens_per_s = 0.0
         self._window_start_s = 0.0
         self._window_tokens = 0
@@ -103,6 +113,8 @@ class RegisteredWorker(Automaton[RoutingState]):
         return -(-num_tokens // self.info.layout.block_size) + num_choices
 
     def has_prefill_room(self, limit_tokens: int | None) -> bool:
+        if not self._is_within_trial:
+            return False
         limit = 2 * self.info.max_batch_tokens if limit_tokens is None else limit_tokens
         return not self.prefilling or (
             self.num_queued_tokens < limit and self.prefilling < max(1, self.info.max_batch_size)
@@ -112,9 +124,16 @@ class RegisteredWorker(Automaton[RoutingState]):
         """Whether the worker has room now. An idle worker has room for anything that it can hold at all."""
         if not self.open_legs:
             return True
-        if self.num_sequences + num_choices > self.info.max_batch_size:
+        if (
+            self.num_sequences + num_choices > self.info.max_batch_size - self.num_held_sequences
+            or not self._is_within_trial
+        ):
             return False
-        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks
+        return self.blocks_for(num_tokens, num_choices) <= self.num_free_blocks - self.num_held_blocks
+
+    @property
+    def _is_within_trial(self) -> bool:
+        return self.trial_limit is None or len(self.open_legs) < self.trial_limit
 
     def start_prefill(self, num_tokens: int, seconds: float) -> None:
         self.prefilling += 1
@@ -203,6 +222,37 @@ class Registry:
     def drain(self, worker: RegisteredWorker) -> None:
         worker.transition(RoutingState.DRAINING)
         self._unrank(worker)
+
+    def eject(self, worker: RegisteredWorker) -> None:
+        worker.transition(RoutingState.EJECTED)
+        self._unrank(worker)
+
+    def readmit(self, worker: RegisteredWorker) -> None:
+        worker.transition(RoutingState.READY)
+        self.rank(worker)
+
+    def limit(self, worker: RegisteredWorker, num_dispatches: int | None) -> None:
+        """Bounds the dispatches that may be open at the worker at once; None lifts the bound."""
+        worker.trial_limit = num_dispatches
+
+    def hold(self, worker: RegisteredWorker, num_blocks: int, num_sequences: int) -> None:
+        """Keeps room at the worker from other jobs."""
+        worker.num_held_blocks, worker.num_held_sequences = num_blocks, num_sequences
+
+    def with_decode_room(
+        self, job_tokens: int, total_tokens: int, num_choices: int, count: int
+    ) -> list[RegisteredWorker]:
+        """Returns `count` of the least loaded ready decode workers that have room for `job_tokens`
+        now and can hold `total_tokens`. Looks at all workers."""
+        workers = [
+            worker
+            for worker in self
+            if worker.state is RoutingState.READY
+            and worker.role.decodes
+            and worker.capacity_tokens >= total_tokens
+            and worker.has_decode_room(job_tokens, num_choices)
+        ]
+        return nsmallest(count, workers, key=lambda worker: (decode_load(worker), worker.worker_id))
 
     def assign(self, worker: RegisteredWorker, role: Role) -> None:
         """Makes the worker ready, as `role`."""

@@ -3,11 +3,13 @@ endings close legs."""
 
 from collections.abc import Sequence
 
+from ..core.failures import FailureKind
 from ..core.histogram import TokenGaps
 from ..core.latency import LatencyModel
 from ..core.messages import Leg, LegEnded, StepReport, TokenOutput
 from .dispatch import Dispatch, DispatchState
 from .events import EmitTokens, RouterCommand
+from .health import Health
 from .ledger import Ledger
 from .links import Links
 from .live_requests import LiveRequests
@@ -28,6 +30,7 @@ class WorkerReports:
         index: PrefixIndex,
         model: LatencyModel,
         links: Links,
+        health: Health,
     ) -> None:
         self._registry = registry
         self._ledger = ledger
@@ -35,6 +38,7 @@ class WorkerReports:
         self._index = index
         self._model = model
         self._links = links
+        self._health = health
         self.gaps = TokenGaps()
         self._tokens_before = self.gaps.before  # saves one look-up per token
 
@@ -66,6 +70,8 @@ class WorkerReports:
             stream = dispatch.streams.get(output.choice)
             if stream is None or output.transfer not in open_legs:
                 continue
+            if worker is dispatch.decode and not dispatch.decode_started:
+                self._health.worked(worker)
             count_token(dispatch, worker)
             tokens = stream.accept(output)
             if not tokens:
@@ -103,6 +109,7 @@ class WorkerReports:
             return []
         if event.stats is not None:
             self._model.observe_transfer(event.stats)
+        self._note_health(dispatch, worker, event, now_s)
         if event.leg is Leg.PREFILL and dispatch.decode is not None and not dispatch.is_served_by_one:
             if event.stats is not None:
                 self._links.worked(dispatch.prefill, dispatch.decode)
@@ -114,3 +121,15 @@ class WorkerReports:
             return []  # the prefill of a worker that serves both phases: its leg continues
         error = None if event.error is None else f"{worker.worker_id}: {event.error}"
         return self._requests.end_leg(dispatch, leg, error, event.is_invalid, now_s)
+
+    def _note_health(
+        self, dispatch: Dispatch, worker: RegisteredWorker, event: LegEnded, now_s: float
+    ) -> None:
+        """A failed transfer may be either end's fault; both are innocent as soon as they work with others."""
+        if event.error is None:
+            self._health.worked(worker)
+        elif dispatch.needs(event.leg) and event.kind not in (FailureKind.INVALID, FailureKind.CANCELLED):
+            is_transfer = event.kind in (FailureKind.LOST, FailureKind.CORRUPT)
+            for end in dict.fromkeys(dispatch.pair if is_transfer else (worker,)):
+                if end is not None:
+                    self._health.failed(end, event.error, now_s)

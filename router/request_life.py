@@ -322,7 +322,7 @@ class RequestLife:
         jobs, commands = self._take_back(dispatch, dispatch.open_legs - {leg}, error, now_s)
         if not live.state.has_client:
             return commands  # the remaining work is queued when its client arrives
-        num_failures = dispatch.job.num_failures + 1
+        num_failures = self._num_failures(dispatch) + 1
         if num_failures >= self.config.max_attempts:
             text = f"gave up after {num_failures} attempts, the last failed: {error}"
             return commands + self._react(live, End(FinishReason.ERROR, text), now_s)
@@ -330,6 +330,8 @@ class RequestLife:
             job.ready_s = due_s
             job.num_failures = num_failures
             job.failed_pairs = dispatch.job.failed_pairs | {dispatch.pair}
+            if (worker := dispatch.worker_of(leg)) is not None:
+                job.failed_workers = dispatch.job.failed_workers | {worker}
             self.counters.resumed += bool(job.output_token_ids)
         live.jobs += jobs
         self._queue.push_front(jobs, now_s)
@@ -345,6 +347,7 @@ class RequestLife:
         for job in jobs:
             job.num_failures = dispatch.job.num_failures
             job.failed_pairs = dispatch.job.failed_pairs
+            job.failed_workers = dispatch.job.failed_workers
         return jobs, commands
 
     def _abort(self, dispatch: Dispatch, legs: set[Leg]) -> Commands:
@@ -355,10 +358,14 @@ class RequestLife:
                 commands += _send(worker, Abort(transfer=dispatch.transfer))
         return commands
 
+    def _num_failures(self, dispatch: Dispatch) -> int:
+        """Returns the failures in a row before this dispatch: one that brought tokens ends the row."""
+        return 0 if dispatch.has_progressed else dispatch.job.num_failures
+
     def _due_s(self, dispatch: Dispatch, now_s: float) -> float:
         """Returns when to retry: at once the first time, later with backoff, as a peer often reports a
         worker's death first."""
-        num_failures = dispatch.job.num_failures
+        num_failures = self._num_failures(dispatch)
         if not num_failures:
             return now_s
         return now_s + min(

@@ -191,7 +191,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         """Returns the one message of a call. Raises InvalidRequest, NoPlace or TooSlow."""
         async with self.bounds.reads.read(client):
             data: Any = await context.read()
-        if data is grpc.aio.EOF:
+        if data is grpc.aio.EOF:  # type: ignore[attr-defined]  # its stubs leave it out
             raise InvalidRequest("message", "nothing", "one message")
         return bytes(data)
 

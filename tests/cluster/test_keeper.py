@@ -1,61 +1,167 @@
 """The keeper's calls, which may overtake each other on their way."""
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
+from ray.exceptions import RayError
 
+from pdserve.cluster import actors
 from pdserve.cluster.actors import KeeperActor
 from pdserve.cluster.keeper import RayKeeper
 from pdserve.core.config import ClusterConfig
 from pdserve.head import head as head_module
 from pdserve.head.head import Head
-from pdserve.head.ports import Outcome
+from pdserve.head.ports import Key, Outcome
 from pdserve.head.spec import HeadSpec
 from pdserve.router.cores import Placement
+from pdserve.worker.spec import WorkerSpec
 
-SPEC: Any = SimpleNamespace(key=("decode-0", 1))
+PLACEMENT = Placement("node", (0,))
 NO_NODES: Any = SimpleNamespace()  # not used
 
 
-class OvertakingActor:
-    """A handle whose calls arrive in reverse order, once the caller waits."""
+class FakeWorkers:
+    """Stands in for `WorkerActor`: processes end when a test says so."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[str, asyncio.Future[Outcome]]] = []
-        self.arrived: list[str] = []
+        self.ends: dict[str, asyncio.Future[None]] = {}
+
+    def options(self, **_: Any) -> "FakeWorkers":
+        return self
+
+    def remote(self, spec: WorkerSpec) -> SimpleNamespace:
+        future = self.ends[spec.worker_id] = asyncio.get_running_loop().create_future()
+        return SimpleNamespace(run=SimpleNamespace(remote=lambda: future))
+
+
+class Handle:
+    """A handle of a real keeper, without Ray between. The newest call arrives first."""
+
+    def __init__(self, keeper: Any) -> None:
+        self._keeper = keeper
+        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self.num_open = 0
 
     def __getattr__(self, method: str) -> SimpleNamespace:
-        return SimpleNamespace(remote=lambda *_: self._call(method))
+        return SimpleNamespace(remote=lambda *arguments: self._call(getattr(self._keeper, method), arguments))
 
-    def _call(self, method: str) -> "asyncio.Future[Outcome]":
+    def _call(self, method: Any, arguments: tuple[Any, ...]) -> "asyncio.Future[Any]":
         loop = asyncio.get_running_loop()
-        self._calls.append((method, loop.create_future()))
-        loop.call_soon(self._arrive)
-        return self._calls[-1][1]
+        self._waiting.append((lambda: method(*arguments), loop.create_future()))
+        loop.call_soon(lambda: loop.create_task(self._arrive()))
+        return self._waiting[-1][1]
 
-    def _arrive(self) -> None:
-        method, result = self._calls.pop()
-        self.arrived.append(method)
-        if method == "start" or "start" in self.arrived:
-            result.set_result(Outcome("the process ended"))
-        else:
-            result.set_exception(KeyError("not started"))
-
-
-async def test_a_workers_end_is_not_awaited_before_its_start() -> None:
-    actor = OvertakingActor()
-    keeper = RayKeeper(actor)
-    keeper.start(SPEC, Placement("node", (0,)))
-    assert (await keeper.ended(SPEC.key)).reason == "the process ended"
+    async def _arrive(self) -> None:
+        method, result = self._waiting.pop()
+        self.num_open += 1
+        try:
+            result.set_result(await method())
+        except RayError as error:
+            result.set_exception(error)
+        finally:
+            self.num_open -= 1
 
 
-async def test_the_end_of_another_heads_worker_is_awaited() -> None:
-    actor = OvertakingActor()
-    actor.arrived.append("start")
-    assert (await RayKeeper(actor).ended(SPEC.key)).reason == "the process ended"
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> FakeWorkers:
+    workers = FakeWorkers()
+    monkeypatch.setattr(actors, "WorkerActor", workers)
+    monkeypatch.setattr(actors, "options_of", lambda spec, placement: {})
+    monkeypatch.setattr(actors.ray, "kill", lambda actor: None)
+    monkeypatch.setattr(actors, "POLL_S", 0.001)
+    return workers
+
+
+def keeper_actor() -> Any:
+    # made by ray.remote
+    return KeeperActor.__ray_metadata__.modified_class(config_of(1))  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The part of a `WorkerSpec` that the keeper looks at."""
+
+    worker_id: str
+    cores: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return self.worker_id, 1
+
+
+def spec_of(number: int) -> Any:
+    return Spec(f"decode-{number}")
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1_000_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came to that")
+
+
+async def test_a_workers_end_reaches_the_head_that_started_it(workers: FakeWorkers) -> None:
+    keeper = RayKeeper(Handle(keeper_actor()))
+    ends = []
+    for number in range(3):
+        keeper.start(spec_of(number), PLACEMENT)
+        ends.append(asyncio.create_task(keeper.ended(spec_of(number).key)))
+    await until(lambda: len(workers.ends) == 3)
+    workers.ends["decode-1"].set_result(None)
+    assert await ends[1] == Outcome("the process ended")
+    workers.ends["decode-0"].set_exception(RayError("lost"))
+    assert await ends[0] == Outcome("lost")
+    assert not ends[2].done()
+
+
+async def test_an_end_is_not_lost_on_a_head_that_asks_late(workers: FakeWorkers) -> None:
+    actor = keeper_actor()
+    first = RayKeeper(Handle(actor))
+    for number in range(2):
+        first.start(spec_of(number), PLACEMENT)
+    await until(lambda: len(workers.ends) == 2)
+    second = RayKeeper(Handle(actor))
+    assert {spec.key for spec, _ in await second.living()} == {("decode-0", 1), ("decode-1", 1)}
+    for end in workers.ends.values():
+        end.set_result(None)
+    assert await second.ended(("decode-0", 1)) == Outcome("the process ended")
+    assert await second.ended(("decode-1", 1)) == Outcome("the process ended")
+    assert await second.living() == []
+
+
+async def test_the_keepers_open_calls_do_not_grow_with_workers_or_with_dead_heads(
+    workers: FakeWorkers,
+) -> None:
+    handle = Handle(keeper_actor())
+    for number in range(50):
+        await handle.start.remote(spec_of(number), PLACEMENT)
+    for _ in range(5):
+        head = RayKeeper(handle)
+        ends = [asyncio.create_task(head.ended(spec_of(number).key)) for number in range(50)]
+        await until(lambda: handle.num_open == 1)
+        assert head._polling is not None
+        for task in (head._polling, *ends):  # the head dies
+            task.cancel()
+        await until(lambda: handle.num_open == 0)
+
+
+async def test_every_worker_ends_with_the_keeper() -> None:
+    class LostKeeper:
+        async def start(self, spec: WorkerSpec, placement: Placement) -> None: ...
+
+        async def endings(self, num_known: int) -> None:
+            raise RayError("the keeper is gone")
+
+    keeper = RayKeeper(Handle(LostKeeper()))
+    keeper.start(spec_of(0), PLACEMENT)
+    assert await keeper.ended(("decode-0", 1)) == Outcome("the keeper is gone")
+    assert await keeper.ended(("decode-1", 1)) == Outcome("the keeper is gone")
 
 
 def config_of(num_decode: int) -> ClusterConfig:
@@ -97,8 +203,7 @@ async def test_the_last_applied_configuration_is_kept_despite_overtaking_calls(
     await head.apply(config_of(2), dry_run=False)
     await head.apply(config_of(3), dry_run=False)
     await head_of(1, calls, monkeypatch).apply(config_of(4), dry_run=False)
-    # made by ray.remote
-    keeper = KeeperActor.__ray_metadata__.modified_class(config_of(1))  # type: ignore[attr-defined]
+    keeper = keeper_actor()
     for number in order:
         await keeper.remember(*calls[number])
     assert (await keeper.config()).pools.decode.instances == 4

@@ -33,6 +33,7 @@ from pdserve.router.events import (
     RouterEvent,
     SendCommand,
     Submit,
+    Tick,
     WorkerLost,
     WorkerReady,
 )
@@ -155,6 +156,10 @@ class Cluster:
     def submit(self, request: Request) -> list[RouterCommand]:
         return self.handle(Submit(request))
 
+    def tick(self, after_s: float = 0.0) -> list[RouterCommand]:
+        self.now_s += after_s
+        return self.handle(Tick())
+
     def lose(self, worker_id: str) -> list[RouterCommand]:
         return self.handle(WorkerLost(worker_id, self.incarnations[worker_id], "killed"))
 
@@ -204,6 +209,17 @@ class Cluster:
             transfer = TransferId(
                 request_id or transfer.request_id, transfer.attempt if attempt is None else attempt
             )
+        return self.output(worker_id, transfer, index, finish, choice=choice)
+
+    def output(
+        self,
+        worker_id: str,
+        transfer: TransferId,
+        index: int,
+        finish: FinishReason | None = None,
+        *,
+        choice: int = 0,
+    ) -> list[RouterCommand]:
         return self.report(worker_id, TokenOutput(transfer, choice, index, 100 + index, finish))
 
     def leg_ended(

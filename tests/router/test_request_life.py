@@ -348,7 +348,7 @@ def test_random_lives_reach_every_reaction_of_the_table(monkeypatch: pytest.Monk
         return react(life, live, event, now_s)
 
     monkeypatch.setattr(RequestLife, "_react", note)
-    for seed in range(12):
+    for seed in range(16):
         rng, cluster = random.Random(seed), AnyEvents()
         cluster.start()
         for _ in range(1000):

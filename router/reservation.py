@@ -1,0 +1,66 @@
+"""Lets other jobs pass a large one that has no room yet, and holds room for it meanwhile.
+
+The blocks that are held on one worker grow with the time that the job has waited, so that what is free is
+used at first, and the job is placed at last however many smaller ones arrive. Pure; changes no account."""
+
+from .dispatch import Job
+from .registry import RegisteredWorker, Registry, RoutingState
+
+AGING_S = 5.0  # after which all that the job needs is held
+LARGE = 8  # a job is large when it takes more than this fraction of the blocks of each worker
+
+
+class Reservation:
+    """Room for at most one job, on at most one worker."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._job: Job | None = None
+        self._since_s = 0.0
+        self._worker: RegisteredWorker | None = None
+
+    def may_be_passed(self, job: Job) -> bool:
+        """Whether the job is large and some worker has room, though not for this job."""
+        workers = self._able(job)
+        return (
+            bool(workers)
+            and all(_num_blocks(job, worker) * LARGE > worker.info.num_blocks for worker in workers)
+            and any(worker.has_decode_room(1, 1) for worker in workers)
+        )
+
+    def hold(self, job: Job, now_s: float) -> bool:
+        """Holds room for the job, by its age; returns False when no worker could ever have it."""
+        if job is not self._job:
+            self._job, self._since_s = job, now_s
+        if self._worker is None or self._worker.state is not RoutingState.READY:
+            workers = self._able(job)
+            if not workers:
+                return False
+            self._worker = max(workers, key=lambda worker: (worker.num_free_blocks, worker.worker_id))
+        share = min(1.0, (now_s - self._since_s) / AGING_S)
+        num_sequences = len(job.choices) if share == 1.0 else 0
+        self._registry.hold(self._worker, int(share * _num_blocks(job, self._worker)), num_sequences)
+        return True
+
+    def lift(self) -> None:
+        """Lets the job itself see the room that is held for it."""
+        if self._worker is not None:
+            self._registry.hold(self._worker, 0, 0)
+
+    def release(self) -> None:
+        """Ends the reservation."""
+        self.lift()
+        self._job = self._worker = None
+
+    def _able(self, job: Job) -> list[RegisteredWorker]:
+        """Returns the workers that could decode the job, as in `Placer.place`."""
+        able = [
+            worker
+            for worker in self._registry
+            if worker.state is RoutingState.READY and worker.capacity_tokens >= job.num_total_tokens
+        ]
+        return [worker for worker in able if worker.role.decodes] or able
+
+
+def _num_blocks(job: Job, worker: RegisteredWorker) -> int:
+    return worker.blocks_for(job.num_tokens, len(job.choices))

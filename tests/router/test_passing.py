@@ -1,0 +1,128 @@
+"""Small jobs pass a large one that has no room yet, and do not starve it."""
+
+from pdserve.core.messages import Leg, Reserve, Serve
+from pdserve.core.request import FinishReason, TransferId
+from pdserve.router.config import RouterConfig
+from pdserve.router.events import Cancel
+from pdserve.router.reservation import AGING_S
+
+from .cluster import BLOCK_SIZE, Cluster, make_request, worker_info
+
+NUM_BLOCKS = 100
+
+
+def half_full(num_decode: int = 1) -> Cluster:
+    """Client "many" runs four streams of 12 blocks on each decode worker; a request of 80 blocks waits."""
+    cluster = Cluster(
+        worker_info("prefill-0", num_blocks=10_000, max_batch_tokens=1 << 20, max_batch_size=1000),
+        *(worker_info(f"decode-{index}", num_blocks=NUM_BLOCKS) for index in range(num_decode)),
+        config=RouterConfig(prefill_on_decode_factor=None),
+    )
+    for index in range(4 * num_decode):
+        submit(cluster, f"stream{index}", 11, "many")
+        prefilled(cluster, f"stream{index}")
+    submit(cluster, "large", 79, "many")
+    return cluster
+
+
+def submit(cluster: Cluster, name: str, num_blocks: int, client: str) -> None:
+    first_token = 10_000 * sum(len(commands) for commands in cluster.sent.values())
+    cluster.submit(make_request(name, num_blocks * BLOCK_SIZE, client=client, first_token=first_token))
+
+
+def attempt_at_decode(cluster: Cluster, name: str) -> tuple[str, TransferId] | None:
+    for worker, commands in cluster.sent.items():
+        for command in commands:
+            if isinstance(command, Reserve | Serve) and command.spec.transfer.request_id == name:
+                return worker, command.spec.transfer
+    return None
+
+
+def prefilled(cluster: Cluster, name: str) -> None:
+    found = attempt_at_decode(cluster, name)
+    assert found is not None
+    cluster.output("prefill-0", found[1], 0)
+    cluster.leg_ended("prefill-0", Leg.PREFILL, transfer=found[1])
+
+
+def finish(cluster: Cluster, name: str) -> None:
+    found = attempt_at_decode(cluster, name)
+    assert found is not None
+    cluster.output(found[0], found[1], 1, FinishReason.STOP)
+    cluster.leg_ended(found[0], Leg.DECODE, transfer=found[1])
+
+
+def is_dispatched(cluster: Cluster, name: str) -> bool:
+    return attempt_at_decode(cluster, name) is not None
+
+
+def test_small_requests_pass_a_large_one_that_has_no_room() -> None:
+    cluster = half_full()
+    assert not is_dispatched(cluster, "large")
+    for index in range(5):
+        submit(cluster, f"small{index}", 1, "many")
+        assert is_dispatched(cluster, f"small{index}")
+
+
+def test_the_large_request_gets_room_in_time_however_many_small_ones_arrive() -> None:
+    cluster = half_full()
+    names = [f"stream{index}" for index in range(4)]
+    for index in range(200):
+        cluster.now_s += AGING_S / 50
+        submit(cluster, f"small{index}", 3, "many")
+        if is_dispatched(cluster, f"small{index}"):
+            prefilled(cluster, f"small{index}")
+            names.append(f"small{index}")
+        if index % 2:
+            finish(cluster, names.pop(0))
+        if is_dispatched(cluster, "large"):
+            break
+    assert is_dispatched(cluster, "large")
+
+
+def test_its_room_is_held_on_one_worker_only() -> None:
+    cluster = half_full(num_decode=2)
+    cluster.tick(AGING_S)
+    for index in range(6):
+        submit(cluster, f"small{index}", 3, f"client{index}")
+    found = [attempt_at_decode(cluster, f"small{index}") for index in range(6)]
+    assert len({place[0] for place in found if place is not None}) == 1 and None not in found
+
+
+def test_room_that_is_held_is_free_again_when_the_request_ends() -> None:
+    cluster = half_full()
+    cluster.tick(AGING_S)
+    submit(cluster, "small", 3, "other")
+    assert not is_dispatched(cluster, "small")
+    cluster.handle(Cancel("large"))
+    assert is_dispatched(cluster, "small")
+
+
+def test_a_request_that_is_not_large_keeps_its_place() -> None:
+    cluster = half_full()
+    submit(cluster, "four", 40, "other")
+    submit(cluster, "medium", 11, "many")
+    assert not is_dispatched(cluster, "medium")
+    submit(cluster, "small", 1, "many")
+    assert not is_dispatched(cluster, "small")
+
+
+def test_any_worker_that_has_room_is_found() -> None:
+    """The least loaded ones may have few sequences and no blocks."""
+    cluster = Cluster(
+        worker_info("prefill-0", num_blocks=10_000, max_batch_tokens=1 << 20, max_batch_size=1000),
+        *(worker_info(f"decode-{index}", num_blocks=NUM_BLOCKS) for index in range(4)),
+        worker_info("decode-4", num_blocks=NUM_BLOCKS, max_batch_size=4),
+        config=RouterConfig(prefill_on_decode_factor=None),
+    )
+    for index in range(4):
+        submit(cluster, f"wide{index}", 89, "many")
+        prefilled(cluster, f"wide{index}")
+    for index in range(3):
+        submit(cluster, f"thin{index}", 8, "many")
+        prefilled(cluster, f"thin{index}")
+    load = {worker.worker_id: worker.num_legs for worker in cluster.router.status(0.0).workers}
+    assert load["decode-4"] == 3, load
+    submit(cluster, "job", 20, "many")
+    found = attempt_at_decode(cluster, "job")
+    assert found is not None and found[0] == "decode-4"

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
+import ray
 from ray.exceptions import RayError
 
 from pdserve.cluster import actors
@@ -72,7 +73,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> FakeWorkers:
     workers = FakeWorkers()
     monkeypatch.setattr(actors, "WorkerActor", workers)
     monkeypatch.setattr(actors, "options_of", lambda spec, placement: {})
-    monkeypatch.setattr(actors.ray, "kill", lambda actor: None)
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
     monkeypatch.setattr(actors, "POLL_S", 0.001)
     return workers
 

@@ -1,8 +1,9 @@
 """Workers that fail one dispatch after another get no more of them for a while, if others can serve."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 
@@ -197,7 +198,7 @@ class TimedCluster(Cluster):
         )
         self.gray = gray
         self.num_dispatches: Counter[str] = Counter()
-        self._free_s: Counter[str] = Counter()
+        self._free_s: defaultdict[str, float] = defaultdict(float)
         self._agenda: list[tuple[float, int, Callable[[], object]]] = []
         self._number = count()
 
@@ -246,7 +247,7 @@ def test_a_prefill_worker_that_fails_fast_does_not_attract_the_traffic() -> None
     for index in range(1000):
         now_s += rng.expovariate(56.0)  # 80 % of what seven workers can do
         request = make_request(f"r{index}", max_tokens=2, first_token=100 * index, client=f"c{index % 50}")
-        cluster.at(now_s, lambda request=request: cluster.submit(request))
+        cluster.at(now_s, partial(cluster.submit, request))
     cluster.run()
     assert [end.finish_reason for ends in cluster.ends.values() for end in ends] == [None] * 1000
     assert cluster.num_dispatches["prefill-0"] <= 10

@@ -150,7 +150,7 @@ def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: i
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
     ) as process:
         assert process.stderr is not None
-        assert any(line.startswith("decode-") for line in process.stderr), "it follows the cluster"
+        assert any(line.startswith("worker-") for line in process.stderr), "it follows the cluster"
         process.send_signal(number)
         assert process.stderr.read().splitlines()[-2:] == [
             "draining; interrupt again to stop at once",

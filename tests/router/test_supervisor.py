@@ -132,9 +132,9 @@ def test_a_full_host_is_named_by_the_place_of_the_worker_that_reports_it() -> No
     world = World()
     world.up()
     full = (("/dev/shm", 64 << 20),)
-    report = HostFull(worker_id="decode-0", incarnation=1, full=full)
+    report = HostFull(worker_id="worker-0", incarnation=1, full=full)
     assert world.handle(report) == [RefuseHost("node", full)]
-    world.handle(ProcessEnded("decode-0", 1, "killed"))
+    world.handle(ProcessEnded("worker-0", 1, "killed"))
     assert world.handle(report) == []
 
 

@@ -8,7 +8,7 @@ from math import inf
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .. import __version__
@@ -95,6 +95,8 @@ class RayNodes:
                 " the head; check that processes start there, and that all TCP between the hosts passes"
                 " the firewalls"
             )
+        except (TaskUnschedulableError, NodeDiedError):
+            return "it has left; it is used again once Ray runs there again (`ray up` starts it)"
         except (RayError, KeyError, TypeError, AttributeError, ImportError) as error:
             reason = reason_of(error) if isinstance(error, RayError) else f"{type(error).__name__}: {error}"
             return (

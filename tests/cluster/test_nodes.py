@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import TaskUnschedulableError
 
 from pdserve.cluster import nodes as nodes_module
 from pdserve.cluster.nodes import RayNodes
@@ -100,6 +101,10 @@ async def test_a_host_has_the_resources_that_it_reports_and_ray_was_given(machin
         (None, "has not answered within 0.05 s"),
         ({"version": "0.0.1"}, "see whether pdserve 0.1.0 is installed there"),
         (ModuleNotFoundError("No module named 'pdserve'"), "No module named 'pdserve'"),
+        (
+            TaskUnschedulableError("the node does not exist any more"),
+            "it has left; it is used again once Ray",
+        ),
     ],
 )
 async def test_an_unreachable_host_is_refused_with_a_fix(

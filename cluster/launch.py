@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -221,6 +222,7 @@ class LaunchedCluster:
                     break
                 except RayActorError as error:
                     log.warning("the head died: %s", reason_of(error))
+                _check_node()
                 if time.monotonic() - started_s < RESTART_PAUSE_S:
                     time.sleep(RESTART_PAUSE_S)
                 self._spec = replace(
@@ -232,6 +234,7 @@ class LaunchedCluster:
                 reason = reason_of(error) if isinstance(error, RayError) else str(error)
                 self._error = f"the cluster's processes died and cannot be replaced: {reason}"
                 ray.kill(self._head)
+                _reap()
         finally:
             self._over.set()
 
@@ -314,6 +317,19 @@ def _otlp_endpoint() -> str | None:
 
 def _this_node() -> str:
     return str(ray.get_runtime_context().get_node_id())
+
+
+def _check_node() -> None:
+    """On a host whose raylet is gone, a new head would wait for ever. Raises LaunchError."""
+    if any(node["NodeID"] == _this_node() and not node["Alive"] for node in ray.nodes()):
+        raise LaunchError("Ray has declared this host dead")
+
+
+def _reap() -> None:
+    """Reaps a raylet that we started and that died: as a zombie it counts as alive for the processes that it
+    started, and they stay."""
+    if ray_worker._global_node is not None:
+        ray_worker._global_node.dead_processes()
 
 
 def _check_port_is_free(server: str, host: str, port: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import ray
+from ray.exceptions import GetTimeoutError, RayActorError
 from typer.testing import CliRunner
 
 from pdserve.cli.main import app
@@ -88,6 +89,27 @@ def test_the_command_line_finds_a_running_cluster_by_its_address() -> None:
     finally:
         cluster.close()
     assert not admin_socket.socket_link(cluster.address).is_symlink()
+
+
+def test_a_cluster_ends_with_an_error_when_the_raylet_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any user of the host can make a raylet crash. A successor of the head would wait for it for ever."""
+    cluster = LaunchedCluster.__new__(LaunchedCluster)
+    cluster._stopped, cluster._over, cluster._error = False, threading.Event(), None
+    cluster._keeper = SimpleNamespace(live=SimpleNamespace(remote=lambda: "keeper"))
+    cluster._head = SimpleNamespace(wait=SimpleNamespace(remote=lambda: "head"))
+
+    def get(reference: str, timeout: float | None = None) -> None:
+        raise GetTimeoutError if reference == "keeper" else RayActorError
+
+    killed: list[object] = []
+    monkeypatch.setattr(ray, "wait", lambda references: None)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "this", "Alive": False}])
+    monkeypatch.setattr("pdserve.cluster.launch._this_node", lambda: "this")
+    cluster._supervise()
+    assert "Ray has declared this host dead" in (cluster.poll() or "") and cluster.ended
+    assert killed == [cluster._head]
 
 
 def test_a_head_declared_dead_is_killed_before_its_successor_starts(

@@ -228,10 +228,10 @@ async def test_a_workers_report_of_a_full_host_reaches_the_watch(monkeypatch: py
     world = World(monkeypatch)
     world.up()
     full = (("/tmp", 1 << 30),)
-    report = HostFull(worker_id="decode-0", incarnation=1, full=full)
-    world.say(world.actor("decode-0").spec, report)
+    report = HostFull(worker_id="worker-0", incarnation=1, full=full)
+    world.say(world.actor("worker-0").spec, report)
     assert world.full == [("node", full)]
-    assert world.state("decode-0") is MemberState.READY
+    assert world.state("worker-0") is MemberState.READY
 
 
 async def test_a_worker_waits_indefinitely_for_a_host_to_join(

@@ -8,11 +8,12 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import lru_cache
 from urllib.parse import unquote
 
 from ..core.errors import PdserveError
 from .auth.access import Caller
-from .places import FairPlaces, NoPlace, address_group
+from .places import NAMES_KEPT, FairPlaces, NoPlace, address_group
 
 CALLS_OF_ONE_CLIENT = 0.5  # in total
 BYTES_OF_ONE_CLIENT = 0.25
@@ -44,6 +45,7 @@ def client_of(caller: Caller | None, host: str) -> str:
     return f"address:{address_group(host)}" if caller is None else caller.client
 
 
+@lru_cache(NAMES_KEPT)
 def host_of(peer: str) -> str:
     """Returns the host in gRPC's name for a peer, such as `ipv4:10.1.2.3:4567` or `ipv6:%5B::1%5D:4567`, or
     in ours, `http:HOST`."""
@@ -180,11 +182,11 @@ class PendingReads:
     async def read(self, client: str) -> AsyncIterator[None]:
         """Wraps the receipt of a message. Raises TooSlow, or NoPlace when a new message takes its place."""
         loop = asyncio.get_running_loop()
-        limit = asyncio.timeout(MESSAGE_TIMEOUT_S)
+        limit = asyncio.timeout(None)  # most messages are there before it is set
         due_s = loop.time() + MESSAGE_TIMEOUT_S
         try:
             async with limit:
-                slow = loop.call_later(QUICK_S, self._take_place, client, limit)
+                slow = loop.call_later(QUICK_S, self._take_place, client, limit, due_s)
                 try:
                     yield
                 finally:
@@ -197,7 +199,8 @@ class PendingReads:
                 raise NoPlace(self._places.what, self._places.max_places) from None
             raise TooSlow("message", MESSAGE_TIMEOUT_S) from None
 
-    def _take_place(self, client: str, limit: asyncio.Timeout) -> None:
+    def _take_place(self, client: str, limit: asyncio.Timeout, due_s: float) -> None:
+        limit.reschedule(due_s)
         evicted = self._places.take(client, limit)
         if evicted is not None:
             expire(evicted)

@@ -8,7 +8,6 @@ import uuid
 from dataclasses import dataclass
 
 import msgspec
-from google.protobuf.message import Message
 
 from ..core.config import LimitsSection
 from ..core.errors import InvalidRequest
@@ -25,7 +24,6 @@ from .text.encoding import bounded_ids, chat_text
 from .text.tokenizer import Tokenizer
 from .tools.grammar import refusal, tool_grammar
 from .tools.offer import OfferedTools
-from .vetting import vet
 
 MAX_STOP_CHARS = 1024
 _TRACEPARENT = re.compile(
@@ -71,14 +69,13 @@ class Intake:
         fills: bool = False,
         charge: Charge | None = None,
     ) -> Request:
-        """Returns the request that `message` asks for. `peer` is the connection it arrived on, `traceparent`
-        the header of that name, `caller` the client that its key admitted, `charge` the account of that key.
-        `fills`: without `max_tokens` it may use all the remaining room.
+        """Returns the request that a vetted `message` asks for. `peer` is the connection it arrived on,
+        `traceparent` the header of that name, `caller` the client that its key admitted, `charge` the account
+        of that key. `fills`: without `max_tokens` it may use all the remaining room.
 
         Raises InvalidRequest or UnknownModel; QueueFull or NoWorkerAvailable if it cannot be processed now. A
         malformed `traceparent` is ignored, as its standard requires."""
         charge = charge or Charge.free()
-        await self.vet(message, limits)
         worked_for = client_of(caller, host_of(peer))
         request_id = message.request_id or uuid.uuid4().hex
         sampling = sampling_params(message.sampling, default_seed=_seed_of(request_id))
@@ -145,10 +142,6 @@ class Intake:
         if why is not None:
             raise refusal(offer, grammar, why)
         return grammar
-
-    async def vet(self, message: Message, limits: LimitsSection) -> None:
-        """Makes all checks that need no tokenisation. Raises InvalidRequest or UnknownModel."""
-        await vet(message, self.offload.bounds(limits))
 
     async def offer(self, prompt: pb.Prompt, limits: LimitsSection, client: str) -> OfferedTools | None:
         """Returns the tools of a conversation that the model may call; None if there are none. Raises

@@ -10,11 +10,13 @@ import ipaddress
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 from ..core.errors import PdserveError
 
 Holder = TypeVar("Holder", bound=Hashable)
+NAMES_KEPT = 1024  # of hosts and connections: each call of a client asks for its own again
 
 
 class NoPlace(PdserveError):
@@ -155,6 +157,7 @@ class FairPlaces(Generic[Holder]):
             self._largest = max(self._largest, after)
 
 
+@lru_cache(NAMES_KEPT)
 def address_group(host: str) -> str:
     """Returns the group of addresses that one client is likely to have: all of loopback, an IPv6 /64 network,
     else the address itself."""

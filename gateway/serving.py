@@ -177,7 +177,6 @@ class Serving:
         self, request: pb.TokenizeRequest, peer: str, caller: Caller | None = None, with_pieces: bool = True
     ) -> pb.TokenizeResponse:
         limits, client = self.shared.config.limits, client_of(caller, host_of(peer))
-        await self.intake.vet(request, limits)
         offer = await self.intake.offer(request.prompt, limits, client)
         with self._charged([prompt_price(request.prompt)], caller) as (charge,):
             with charge.tokenizing():
@@ -197,7 +196,6 @@ class Serving:
     async def detokenize(
         self, request: pb.DetokenizeRequest, peer: str, caller: Caller | None = None
     ) -> pb.DetokenizeResponse:
-        await self.intake.vet(request, self.shared.config.limits)
         ids = request.token_ids
         if ids:
             check_token_ids("token_ids", ids, self.model.vocab_size)

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import grpc
@@ -30,7 +31,7 @@ from ..call_bounds import (
 )
 from ..connections import GrpcConnections
 from ..offload.offload import SMALL_BYTES
-from ..places import connection_name
+from ..places import NAMES_KEPT, connection_name
 from ..translate import translated, write
 
 MAX_HEADERS = 128  # metadata entries per call: HPACK references expand to more, to exhaust memory
@@ -160,7 +161,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
                     async for response in handler.stream_stream(requests, context):
                         await write(context, response, self.bounds.max_unread_s)
                     return
-                async with self._message(messages, client, kind) as request:
+                data = await self._receive(context, client)
+                with self.bounds.held_bytes.hold(client, len(data)):  # until the call ends
+                    request = await self._read(kind, data, client)
+                    del data
                     response = await behaviour(request, context)
                     if not handler.response_streaming:
                         await write(context, response, self.bounds.max_unread_s)
@@ -183,20 +187,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic fo
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    @asynccontextmanager
-    async def _message(self, messages: Any, client: str, kind: type[Message]) -> AsyncIterator[Message]:
-        """Returns the one message of a call; its bytes count until the call ends.
-
-        Raises InvalidRequest, TooSlow or TooManyBytes, and what `MessageReader` raises.
-        """
+    async def _receive(self, context: Context, client: str) -> bytes:
+        """Returns the one message of a call. Raises InvalidRequest, NoPlace or TooSlow."""
         async with self.bounds.reads.read(client):
-            data: bytes | None = await anext(messages, None)
-        if data is None:
+            data: Any = await context.read()
+        if not isinstance(data, bytes):  # grpc.aio.EOF, which its stubs omit
             raise InvalidRequest("message", "nothing", "one message")
-        with self.bounds.held_bytes.hold(client, len(data)):
-            request = await self._read(kind, data, client)
-            del data
-            yield request
+        return data
 
 
 async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> AsyncIterator[Any]:
@@ -215,6 +212,7 @@ async def _parsed(messages: AsyncIterator[bytes], parse: Callable[[bytes], Any])
         yield parse(data)
 
 
+@lru_cache(NAMES_KEPT)
 def connection_of(peer: str) -> str:
     """Returns the connection name in gRPC's name for a peer."""
     host = host_of(peer)

@@ -6,6 +6,7 @@ leading space. So tokens are decoded in a window that starts where the previous 
 window's text has gained is new."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
@@ -84,7 +85,8 @@ def _complete(text: str) -> int:
 
 def _context(tokenizer: TokenDecoder, prompt_token_ids: Sequence[int]) -> tuple[list[int], str]:
     """Returns the last tokens of a prompt, from a character boundary, and their text."""
-    tail = [token_id for token_id in prompt_token_ids[-4 * _NUM_CONTEXT :] if tokenizer.has_text(token_id)]
+    with_text = filter(tokenizer.has_text, reversed(prompt_token_ids[-4 * _NUM_CONTEXT :]))
+    tail = list(islice(with_text, _NUM_CONTEXT + _MAX_TAIL))[::-1]
     for count in range(_NUM_CONTEXT, _NUM_CONTEXT + _MAX_TAIL + 1):
         window = tail[-count:]
         text = tokenizer.decode(window) if window else ""

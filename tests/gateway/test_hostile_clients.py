@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import grpc
 import pytest
-from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from pdserve.core.config import LimitsSection
@@ -173,10 +172,11 @@ class Loose:
 @given(st.binary(max_size=200))
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_whatever_bytes_parse_as_a_request_become_one_or_are_refused(data: bytes) -> None:
-    message = pb.GenerateRequest()
-    try:
-        message.ParseFromString(data)
-    except DecodeError:
-        return
+    async def receive() -> None:
+        intake, limits = Loose.intake, LimitsSection()
+        message = await intake.offload.message(pb.GenerateRequest, data, limits, "client")
+        assert isinstance(message, pb.GenerateRequest)
+        await intake.request(message, limits, None, "peer")
+
     with suppress(InvalidRequest, UnknownModel):
-        asyncio.run(Loose.intake.request(message, LimitsSection(), None, "peer"))
+        asyncio.run(receive())

@@ -32,8 +32,8 @@ class JobQueue:
         self._interval_s: float | None = None  # mean time between dispatches while jobs wait
 
     def __len__(self) -> int:
-        places = (self._stranded, self._returning, self._front, self._fair, self._backing_off)
-        return sum(len(place) for place in places)
+        in_front = len(self._stranded) + len(self._returning) + len(self._front)
+        return in_front + len(self._fair) + len(self._backing_off)
 
     def __iter__(self) -> Iterator[Job]:
         yield from self._stranded

@@ -85,7 +85,7 @@ class LiveRequest(Automaton[RequestState]):
 
     def settle(self, now_s: float) -> None:
         """Enters the state that follows from where the request's work is."""
-        if any(dispatch.state is DispatchState.RUNNING for dispatch in self.dispatches):
+        if self.running():
             target = RequestState.RUNNING
         elif any(job.ready_s <= now_s for job in self.jobs):
             target = RequestState.QUEUED

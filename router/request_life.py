@@ -92,12 +92,9 @@ class RequestLife:
     def handle(self, live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
         """Raises UnexpectedEvent, with the request's story, for an event that cannot happen in its state."""
         commands = self._react(live, event, now_s)
-        state = live.state
-        if state is RequestState.UNCLAIMED or state is RequestState.UNDELIVERED:
-            return live.keep(commands)
-        if state.is_served:
+        if live.state.is_served:
             live.settle(now_s)
-        return commands
+        return commands if live.state.has_client else live.keep(commands)
 
     def _react(self, live: LiveRequest, event: RequestEvent, now_s: float) -> Commands:
         return self.REACTIONS[type(event)][live.state](self, live, event, now_s)

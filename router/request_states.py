@@ -19,20 +19,15 @@ class RequestState(enum.Enum):
     ENDED = "ended"  # its client has its ending; workers may still hold something for it
     CLOSED = "closed"  # nobody
 
-    @property
-    def is_over(self) -> bool:
-        """Whether no more tokens will come."""
-        return self is RequestState.ENDED or self is RequestState.CLOSED or self is RequestState.UNDELIVERED
+    __hash__ = object.__hash__  # as each is one object; Enum's own runs in Python
 
-    @property
-    def has_client(self) -> bool:
-        """Whether the stream goes to a client, and is not kept for one."""
-        return self is not RequestState.UNCLAIMED and self is not RequestState.UNDELIVERED
-
-    @property
-    def is_served(self) -> bool:
-        """Whether the work is in the queue or at workers: the state follows from its location."""
-        return self is RequestState.QUEUED or self is RequestState.RUNNING or self is RequestState.BACKING_OFF
+    def __init__(self, value: str) -> None:  # attributes, as every event asks for them
+        # no more tokens will come
+        self.is_over = value in ("undelivered", "ended", "closed")
+        # the stream goes to a client, and is not kept for one
+        self.has_client = value not in ("unclaimed", "undelivered")
+        # the work is in the queue or at workers: the state follows from its location
+        self.is_served = value in ("queued", "running", "backing off")
 
 
 _LEAVES = {RequestState.UNREAD, RequestState.ENDED}

@@ -56,7 +56,7 @@ class TransferEndpoint:
         place = Place(host_id(), "" if gpu is None else gpu.uuid)
         identity = Identity(member.worker_id, member.incarnation, place)
         self._local = Local(identity, store, listener, config or TransferConfig())
-        self._links = LinkMaker(member.host, self._local.config, gpu, on_stuck or _log_stuck)
+        self._links = LinkMaker(member.host, self._local.config, gpu, on_stuck or logger.critical)
         dialler = TransferDialler(self._local, self._links, member.token, transport)
         self._hub = TransferHub(self._local, dialler)
         self._inbox: deque[Callable[[], None]] = deque()
@@ -232,8 +232,3 @@ class TransferEndpoint:
         await self._local.store_waits.finish(self._local.config.chunk_timeout_s)
         for link in self._local.retired:
             await asyncio.to_thread(link.join)
-
-
-def _log_stuck(why: str) -> None:
-    """Default for a process that no supervisor would restart."""
-    logger.critical("%s", why)

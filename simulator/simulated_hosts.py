@@ -92,7 +92,7 @@ class SimulatedHosts:
             if placement.node_id == host.node_id:
                 worker.process.kill()
         notice_s = self._rng.choice(NOTICE_S)
-        self._time.call_later(notice_s, lambda: self._noticed(host))
+        self._time.call_later(notice_s, lambda: setattr(host, "is_seen", False))
         self._time.call_later(max(seconds, notice_s) + 0.1, lambda: self._join(host))
 
     def on(self, host: SimulatedHost) -> list[SimulatedWorker]:
@@ -139,9 +139,6 @@ class SimulatedHosts:
 
     def _of(self, node_id: str) -> SimulatedHost | None:
         return next((host for host in self.hosts if host.node_id == node_id), None)
-
-    def _noticed(self, host: SimulatedHost) -> None:
-        host.is_seen = False
 
     def _join(self, host: SimulatedHost) -> None:
         if not host.is_up:

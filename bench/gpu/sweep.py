@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import torch
 
 from pdserve.kernels import KernelRequirements
@@ -50,7 +51,7 @@ class Variant:
     waves: float = 1.0  # factor on decode's programs, and so on the number of pieces
 
     def of(self, launch: Launch) -> Launch:
-        return replace(
+        return msgspec.structs.replace(
             launch,
             num_stages=self.num_stages or launch.num_stages,
             num_warps=self.num_warps or launch.num_warps,

@@ -89,7 +89,7 @@ def decode_launch(
     block_m, block_d = max(16, power_of_two(rows)), power_of_two(head_dim)
     num_warps = 4 if block_m <= 32 and q.element_size() == 2 else 8
     if q.element_size() == 4:  # products without a matrix unit take registers
-        block_n = 16 if block_m * block_d > 2048 else 32
+        block_n = 16 if block_m * block_d >= 2048 else 32
     else:
         block_n = 64 if head_dim <= 128 else 32
     arguments = {

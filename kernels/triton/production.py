@@ -72,6 +72,7 @@ def _decode(target: int) -> Iterator[tuple[str, Launch]]:
         (HEAD_DIM_80, 64, 16, 1, 4096, torch.bfloat16),
         (HEAD_DIM_256, 1, 64, 1, None, torch.bfloat16),
         (HEAD_DIM_256, 64, 64, 1, None, torch.bfloat16),
+        (LLAMA_8B, 1, 64, 1, None, torch.float32),
         (LLAMA_8B, 64, 64, 1, None, torch.float32),
         (LLAMA_8B, 64, 64, 8, None, torch.float32),
         (LLAMA_1B, 64, 16, 8, None, torch.float32),

@@ -172,7 +172,7 @@ def test_where_one_runs_already_another_leaves_ray_as_it_is(folder: Path, held: 
     command = [
         sys.executable,
         "-c",
-        "from pdserve.cli.main import main; main()",
+        "from pdserve.cli.entry import main; main()",
         "supervise",
         "cluster.yaml",
         "--",
@@ -193,7 +193,7 @@ def test_a_refused_file_is_replaced_by_the_last_good_one(folder: Path) -> None:
     executable(folder / "bin" / "pdserve", "echo $1 is wrong; exit 1")
     (folder / "cluster.yaml").write_text("bad")
     (folder / "copy").write_text("good")
-    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.main import main; main()"
+    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.entry import main; main()"
     words = ["supervise", "cluster.yaml", "--", "ray", "start", "--autoscaling-config=copy"]
     environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(

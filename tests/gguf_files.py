@@ -29,10 +29,14 @@ NAMES = {
 
 
 def write_gguf(
-    file: Path, model: Any, kind: GGMLQuantizationType = GGMLQuantizationType.F32, **metadata: Any
+    file: Path,
+    model: Any,
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    tokenizer: Path | None = None,
+    **metadata: Any,
 ) -> Path:
-    """Writes the weights of `model` in `kind`, vectors in F32. `metadata` adds keys of the architecture, in
-    which __ stands for a dot."""
+    """Writes the weights of `model` in `kind`, vectors in F32, and the tokenizer and chat template of a
+    checkpoint's directory. `metadata` adds keys of the architecture, in which __ stands for a dot."""
     config = model.config
     writer = GGUFWriter(str(file), ARCHITECTURES[config.model_type])
     writer.add_context_length(config.max_position_embeddings)
@@ -51,6 +55,12 @@ def write_gguf(
         add: dict[type, Callable[[str, Any], None]]
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
         add[type(value)](key, value)
+    if tokenizer is not None:
+        eos = config.eos_token_id
+        ids = {"eos": eos[0], "eot": eos[-1]} if isinstance(eos, list) else {"eos": eos}
+        add_tokenizer(writer, (tokenizer / "tokenizer.json").read_text(), "default", **ids)
+        template = json.loads((tokenizer / "tokenizer_config.json").read_text())["chat_template"]
+        writer.add_chat_template(template)
     _add_rope(writer, config, head_dim)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -5,10 +5,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick journey check install clean
+.PHONY: demo chat test quick journey check install clean
 
 demo: $(READY)
 	@$(BIN)/pdserve demo
+
+chat: $(READY)  # with SmolLM2, of 135 million parameters, which is downloaded first
+	@$(BIN)/pdserve chat --model smollm2
 
 test: $(READY)
 	@PATH="$(abspath $(BIN)):$$PATH" scripts/check

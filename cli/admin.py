@@ -1,16 +1,18 @@
 """`pdserve status`, `apply`, `drain` and `down`: the operator's commands for a running cluster."""
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+from rich.console import Console
+from rich.live import Live
 
 from ..proto import pdserve_pb2 as pb
 from .client import Client, CommandFailed, is_gone
 from .interruptible import interruptible
-from .status import as_json, as_table
+from .progress import MAX_RESTARTS, StatusLines, check_starts, is_ready
+from .status import as_json, as_table, as_text
 
 GONE_TIMEOUT_S = 20.0
 
@@ -21,29 +23,56 @@ def show_status(client: Client, watch: bool, output: str) -> None:
         status = client.cluster.GetStatus(pb.GetStatusRequest())
         print(as_json(status) if output == "json" else as_table(status, output == "wide"))
         return
-    on_terminal = sys.stdout.isatty() and output != "json"
+    console = Console()
     with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
+        if console.is_terminal and output != "json":
+            with Live(console=console, auto_refresh=False, vertical_overflow="crop") as screen:
+                for status in states:
+                    screen.update(as_text(status, output == "wide", console.width), refresh=True)
+            return
         for status in states:
-            text = (
-                as_json(status, indent=None)
-                if output == "json"
-                else as_table(status, output == "wide") + "\n"
-            )
-            print("\x1b[H\x1b[2J" + text if on_terminal else text, flush=True)
+            text = as_json(status, None) if output == "json" else as_table(status, output == "wide") + "\n"
+            print(text, flush=True)
 
 
-def apply(client: Client, file: Path, dry_run: bool) -> None:
-    """Print what changed, a line a key."""
+def apply(client: Client, file: Path, dry_run: bool, wait: bool) -> None:
+    """Print what changed, a line a key, and which drained workers start again; with `wait`, return when all
+    instances are ready and none drains."""
     try:
         text = file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise CommandFailed(f"{file}: cannot be read: {reason}") from error
+    drained = _drained(client.cluster.GetStatus(pb.GetStatusRequest()))
     response = client.cluster.Apply(pb.ApplyRequest(config_yaml=text, filename=str(file), dry_run=dry_run))
     for change in response.changes:
         print(f"{change.key}: {change.before} -> {change.after}")
-    if not response.changes:
+    # an instance that was drained by hand is out of service until the next apply
+    left = set() if dry_run else _drained(client.cluster.GetStatus(pb.GetStatusRequest()))
+    for worker_id in sorted(drained - left):
+        print(f"{worker_id}: drained -> {'would be replaced' if dry_run else 'replaced'}")
+    if not response.changes and drained == left:
         print("nothing to change")
+    if wait and not dry_run:
+        _wait_until_settled(client)
+
+
+def _drained(status: pb.ClusterStatus) -> set[str]:
+    return {worker.worker_id for worker in status.workers if worker.state == pb.WORKER_STATE_DRAINED}
+
+
+def _wait_until_settled(client: Client) -> None:
+    """Says what changes, until every instance is ready and no other is left. Raises CommandFailed for a
+    worker that does not start."""
+    lines = StatusLines()
+    with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
+        for status in states:
+            for line in lines.changes(status):
+                print(line)
+            if is_ready(status) and len(status.workers) == sum(pool.instances for pool in status.pools):
+                return
+            check_starts(status, MAX_RESTARTS)
+    raise CommandFailed("the cluster has ended")
 
 
 def drain(client: Client, worker_ids: list[str]) -> None:
@@ -53,7 +82,9 @@ def drain(client: Client, worker_ids: list[str]) -> None:
 
 
 def shut_down(client: Client) -> None:
-    """Drain all workers and end the cluster; returns when nothing answers any more."""
+    """Drain all workers and end the cluster; returns when nothing answers any more. Raises grpc.RpcError
+    where no cluster runs."""
+    client.cluster.GetStatus(pb.GetStatusRequest())
     try:
         follow_drain(client, pb.DrainRequest(shutdown=True), print)
     except grpc.RpcError as error:

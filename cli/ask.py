@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DEFAULT_ADDRESS, Address
+from .address import NO_ADDRESS, Address
 
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most probable token each time.")]
 TopP = Annotated[float | None, typer.Option(help="Draw among the tokens that make up this probability.")]
@@ -66,11 +66,14 @@ def generate(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds after which to give up.")] = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Show on stderr where the time went.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON.")] = False,
-    address: Address = DEFAULT_ADDRESS,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the request's id on stderr, for explain.")
+    ] = False,
+    address: Address = NO_ADDRESS,
 ) -> None:
     """Continue a prompt; the text comes as it is made."""
     from ..proto import pdserve_pb2 as pb
-    from . import generate as command
+    from . import generate as command, last_request
     from .client import connect
 
     if chat and token_ids:
@@ -99,7 +102,10 @@ def generate(
     )
     make_prompt = command.token_ids_prompt if token_ids else command.text_prompt
     message = command.chat_prompt(text, system) if chat else make_prompt(text)
-    request = pb.GenerateRequest(model=model, prompt=message, sampling=sampling, request_id=request_id)
+    request = pb.GenerateRequest(model=model, prompt=message, sampling=sampling)
+    request.request_id = request_id or last_request.new()
+    if verbose:
+        print(f"request {request.request_id}", file=sys.stderr, flush=True)
     with connect(address) as client:
         command.generate(client, request, timeline=timeline, as_json=as_json, timeout=timeout)
 
@@ -111,7 +117,11 @@ def chat(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = None,
-    address: Address = DEFAULT_ADDRESS,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Serve this model for the talk: a path, or smollm2, which is downloaded."),
+    ] = None,
+    address: Address = NO_ADDRESS,
 ) -> None:
     """Talk with the model; an empty line or Ctrl-D ends."""
     from ..proto import pdserve_pb2 as pb
@@ -121,5 +131,13 @@ def chat(
     sampling = pb.SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    with connect(address) as client:
+    if model is None:
+        with connect(address) as client:
+            command.check_chat(client)
+            command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)
+        return
+    from .serve import serving
+
+    with serving(model) as client:
+        command.check_chat(client)
         command.chat(client, command.typed_lines("> "), system, sampling, command.write_out)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-_ADDRESS = "127.0.0.1:50051"
+from .address import NO_ADDRESS, Address
 
 
 class ArrivalKind(StrEnum):
@@ -75,12 +75,11 @@ def bench(
     extra: Annotated[str, typer.Option(help="A JSON object, added to the body of each HTTP request.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw PNGs into this folder.")] = None,
-    address: Annotated[
-        str, typer.Option(envvar="PDSERVE_ADDRESS", help="The target, if none is named.")
-    ] = _ADDRESS,
+    address: Address = NO_ADDRESS,
 ) -> None:
-    """Put a server under load and measure it; with two targets, compare them. TLS and keys are as for other
-    commands."""
+    """Put a server under load and measure it, or compare two.
+
+    TLS and keys are as for other commands."""
     from .run_bench import LoadOptions, ReportFiles, TargetOptions, run
 
     load = LoadOptions(

@@ -10,6 +10,7 @@ from ..core import admin_socket
 from ..core.config_types import is_loopback, parse_host_port
 from ..core.errors import PdserveError
 from ..proto import pdserve_pb2_grpc
+from .address import DEFAULT_ADDRESS, answers_http, named_by
 from .trust import API_KEY, current_trust
 
 if TYPE_CHECKING:
@@ -111,9 +112,15 @@ def describe(error: grpc.RpcError, address: str) -> str:
     if is_unreachable(error):
         if current_trust().is_tls:
             return f"no pdserve server answers at {address} with TLS and these certificates: {call.details()}"
+        named = f" ({named_by(address)})" if named_by(address) else ""
+        if answers_http(address):
+            return (
+                f"an HTTP server answers at {address}{named}, expected the gRPC server's address, which is"
+                f" listen.grpc in the cluster's file, by default {DEFAULT_ADDRESS}"
+            )
         return (
-            f"no pdserve server answers at {address}; start one with `pdserve up`, or name another with"
-            " --address"
+            f"no pdserve server answers at {address}{named}; start one with `pdserve up`, or name another"
+            " with --address"
         )
     if call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not _is_from_pdserve(call):
         return f"the request is too large: {call.details()}"

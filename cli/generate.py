@@ -61,13 +61,15 @@ def logit_bias(texts: Iterable[str]) -> dict[int, float]:
 def stream_text(events: Iterable[pb.GenerateEvent], write: Write) -> tuple[str, pb.RequestEnd]:
     """Write the text of a stream of one choice as it comes; returns it with the end of the stream."""
     pieces, end = [], pb.RequestEnd()
-    for event in events:
-        if event.HasField("tokens"):
-            pieces.append(event.tokens.text)
-            write(event.tokens.text)
-        elif event.HasField("end"):
-            end = event.end
-    write("\n")
+    try:
+        for event in events:
+            if event.HasField("tokens"):
+                pieces.append(event.tokens.text)
+                write(event.tokens.text)
+            elif event.HasField("end"):
+                end = event.end
+    finally:
+        write("\n")
     return "".join(pieces), end
 
 
@@ -108,6 +110,14 @@ def chat(
         request = pb.GenerateRequest(prompt=pb.Prompt(chat=pb.Chat(messages=messages)), sampling=sampling)
         text, _ = stream_text(resuming_stream(client, request), write)
         messages.append(pb.ChatMessage(role="assistant", content=text))
+
+
+def check_chat(client: Client) -> None:
+    """Raises CommandFailed where the model cannot talk, or grpc.RpcError where no server answers: before the
+    first line is asked for."""
+    info = client.generation.GetModelInfo(pb.GetModelInfoRequest())
+    if not info.has_chat_template:
+        raise CommandFailed(f"{info.name} has no chat template; use `pdserve generate`")
 
 
 def typed_lines(prompt: str) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """The `pdserve` command: options and their help. Each command is implemented in a module of its own, imported
 when it runs."""
 
+import difflib
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,30 +14,65 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..core.errors import PdserveError
+from .address import NO_ADDRESS, Address
 from .ask import chat, generate
 from .bench import bench
+from .ending import end_at_once
+from .entry import EXIT_SIGPIPE
 from .key import key_app
-from .options import DEFAULT_ADDRESS, Address
+
+_MEANT = {  # what other tools call our commands
+    "ps": "status",
+    "ls": "status",
+    "top": "status -w",
+    "start": "up",
+    "run": "serve MODEL, or pdserve generate PROMPT",
+    "stop": "down",
+    "kill": "down",
+    "scale": "apply FILE",
+    "version": "--version",
+    "help": "--help",
+}
 
 
 class _Commands(TyperGroup):
     """Environment errors end a command with one message on stderr and status 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        if signal.getsignal(signal.SIGINT) is end_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except PdserveError as error:
             print(f"pdserve: {error}", file=sys.stderr)
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
+        except BrokenPipeError:  # as `| head` ends others
+            os._exit(EXIT_SIGPIPE)
         raise typer.Exit(1)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Says of an unknown command which one may be meant."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            similar = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            meant = _MEANT.get(name) or (similar[0] if similar else None)
+            hint = f"did you mean: pdserve {meant}?" if meant else "see pdserve --help"
+            ctx.fail(f"no such command: {name}; {hint}")
+        return super().resolve_command(ctx, args)
+
+
+SERVING, ASKING, OPERATING, MEASURING = (
+    "Serve a model",
+    "Ask it",
+    "Operate a cluster",
+    "Measure and understand",
+)
 
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Serve large language models with prefill and decode on separate devices.",
 )
@@ -58,6 +95,14 @@ class PlanOutput(StrEnum):
 
 File = Annotated[
     Path | None, typer.Argument(help="The file; by default ./cluster.yaml, or else the defaults.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a key of the configuration, such as pools.decode.instances=2; may be repeated.",
+    ),
 ]
 
 
@@ -90,40 +135,63 @@ def pdserve(
     use(Trust(tls_ca, cert, key))
 
 
-@app.command()
-def up(file: File = None) -> None:
-    """Start a cluster on this machine, or in the Ray cluster it belongs to, and serve until Ctrl-C or
-    `pdserve down`."""
-    from .plan import read_config
+@app.command(rich_help_panel=SERVING)
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint directory, a GGUF file, embedded, or smollm2.")
+    ] = "embedded",
+    prefill: Annotated[int, typer.Option(min=0, help="Number of prefill instances.")] = 1,
+    decode: Annotated[int, typer.Option(min=0, help="Number of decode instances.")] = 1,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="HTTP port on loopback, by default 8000."),
+    ] = None,
+    sets: Sets = None,
+) -> None:
+    """Serve MODEL without a file, until Ctrl-C or `pdserve down`."""
+    from .serve import serve
+
+    serve(model, prefill, decode, port, sets or [])
+
+
+@app.command(rich_help_panel=SERVING)
+def up(file: File = None, sets: Sets = None) -> None:
+    """Start the cluster that a file describes, and serve until Ctrl-C or `pdserve down`.
+
+    It runs on this machine, or in the Ray cluster that it belongs to."""
+    from .plan import located, read_config, read_source
     from .supervise import report_end
     from .up import up
 
-    up(read_config(file))
+    config = read_config(file, sets or [])
+    with located(read_source(file, sets or [])):
+        up(config)
     report_end()
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATING)
 def supervise(
     file: Annotated[Path, typer.Argument(help="The file, as Ray puts it on the head.")],
     ray_start: Annotated[list[str], typer.Argument(help="The command that starts Ray, behind `--`.")],
     at_reboot: Annotated[bool, typer.Option("--at-reboot", hidden=True)] = False,
 ) -> None:
-    """For `ray up`: start Ray and `pdserve up` on a head, again after a crash or a reboot; where they run,
-    apply FILE."""
+    """For `ray up`: keep Ray and `pdserve up` running on the head.
+
+    Both are started again after a crash or a reboot; where they run already, FILE is applied."""
     from .supervise import supervise
 
     supervise(file, ray_start, at_reboot)
 
 
-app.command()(generate)
-app.command()(chat)
+app.command(rich_help_panel=ASKING)(generate)
+app.command(rich_help_panel=ASKING)(chat)
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATING)
 def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the state until interrupted.")] = False,
     output: Annotated[Output, typer.Option("--output", "-o", help="How to print.")] = Output.TABLE,
-    address: Address = DEFAULT_ADDRESS,
+    address: Address = NO_ADDRESS,
 ) -> None:
     """Show the cluster and its workers."""
     from .admin import show_status
@@ -133,43 +201,49 @@ def status(
         show_status(client, watch, output.value)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURING)
 def explain(
     request_id: Annotated[
-        str, typer.Argument(help="The id of a request that is being served, or that ended recently.")
-    ],
-    address: Address = DEFAULT_ADDRESS,
+        str | None, typer.Argument(help="The id of a request that is being served, or that ended recently.")
+    ] = None,
+    last: Annotated[bool, typer.Option("--last", help="The last request of `pdserve generate`.")] = False,
+    address: Address = NO_ADDRESS,
 ) -> None:
-    """Show where a request's time went, against what was predicted, and why it was placed where it was."""
+    """Show where a request's time went, and why it was placed there."""
     from .client import connect_to_administer
     from .explain import explain
+    from .last_request import read
 
+    if (request_id is None) == (not last):
+        raise typer.BadParameter("name a request, or give --last")
     with connect_to_administer(address) as client:
-        explain(client, request_id)
+        explain(client, request_id or read())
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATING)
 def apply(
     file: Annotated[Path, typer.Argument(help="The file that the cluster is to match.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would change.")] = False,
-    address: Address = DEFAULT_ADDRESS,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when all instances are ready.")] = False,
+    address: Address = NO_ADDRESS,
 ) -> None:
-    """Make the running cluster match a file: instances are added, or drained and removed; no request
-    fails."""
+    """Make the running cluster match a file; no request fails.
+
+    Instances are added, or drained and removed."""
     from .admin import apply
     from .client import connect_to_administer
 
     with connect_to_administer(address) as client:
-        apply(client, file, dry_run)
+        apply(client, file, dry_run, wait)
 
 
-@app.command()
+@app.command(rich_help_panel=OPERATING)
 def drain(
     workers: Annotated[
         list[str] | None, typer.Argument(help="Names of workers, as `status` shows them.")
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="All workers.")] = False,
-    address: Address = DEFAULT_ADDRESS,
+    address: Address = NO_ADDRESS,
 ) -> None:
     """Give no more work to workers and wait until they are idle."""
     from .admin import drain
@@ -181,8 +255,8 @@ def drain(
         drain(client, workers or [])
 
 
-@app.command()
-def down(address: Address = DEFAULT_ADDRESS) -> None:
+@app.command(rich_help_panel=OPERATING)
+def down(address: Address = NO_ADDRESS) -> None:
     """Drain all workers and end the cluster."""
     from .admin import shut_down
     from .client import connect_to_administer
@@ -192,26 +266,27 @@ def down(address: Address = DEFAULT_ADDRESS) -> None:
     print("stopped")
 
 
-@app.command()
-def validate(file: File = None) -> None:
+@app.command(rich_help_panel=SERVING)
+def validate(file: File = None, sets: Sets = None) -> None:
     """Check a cluster.yaml and the model it names."""
     from .plan import validate
 
-    validate(file)
+    validate(file, sets or [])
 
 
-@app.command()
+@app.command(rich_help_panel=SERVING)
 def plan(
     file: File = None,
     output: Annotated[PlanOutput, typer.Option("--output", "-o", help="How to print.")] = PlanOutput.TEXT,
+    sets: Sets = None,
 ) -> None:
     """Show what a cluster.yaml needs on this machine, what fits, and what does not and why."""
     from .plan import show_plan
 
-    show_plan(file, output.value)
+    show_plan(file, output.value, sets or [])
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURING)
 def simulate(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Run this seed alone and print its timeline.")
@@ -222,8 +297,9 @@ def simulate(
         int | None, typer.Option(min=1, help="Number of processes; by default one per core.")
     ] = None,
 ) -> None:
-    """Run the cluster's own decisions in virtual time, with faults everywhere; exits with 1 if a promise was
-    broken."""
+    """Run the cluster's own decisions in virtual time, with faults everywhere.
+
+    Exits with 1 if a promise was broken."""
     from .simulate import show_range, show_seed
 
     num_broken = show_range(first_seed, seeds, processes) if seed is None else show_seed(seed)
@@ -231,7 +307,7 @@ def simulate(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=SERVING)
 def demo() -> None:
     """Serve the embedded model through one prefill and one decode worker and ask it something."""
     from .demo import demo
@@ -239,11 +315,5 @@ def demo() -> None:
     demo()
 
 
-app.add_typer(key_app, name="key")
-app.command()(bench)
-
-
-def main() -> None:
-    """The entry point of the `pdserve` command."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # connections that end are no news
-    app()
+app.add_typer(key_app, name="key", rich_help_panel=OPERATING)
+app.command(rich_help_panel=MEASURING)(bench)

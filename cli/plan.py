@@ -1,39 +1,87 @@
 """`pdserve validate` and `pdserve plan`: the requirements of a cluster.yaml, before anything starts."""
 
 import json
+import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from ..core.config import ClusterConfig
-from ..core.config_file import load_cluster_config
+from ..core.config_file import ConfigSource, Override
 from ..core.config_listen import ListenSection
 from ..core.config_types import format_size
-from ..core.errors import CapacityError
-from ..engine.checkpoint import resolve_model_path
+from ..core.errors import CapacityError, CheckpointError, ConfigError
+from ..engine.checkpoint import open_checkpoint, resolve_model_path
 from ..planner.plan import TYPICAL_TOKENS, GpuPlan, Plan, PoolPlan, plan
+from .address import DEFAULT_FILE
 
-DEFAULT_FILE = Path("cluster.yaml")
+_KEY = re.compile(r"([a-z_]+(?:\.[a-z_]+)*): ")
 
 
-def read_config(file: Path | None) -> ClusterConfig:
-    """The configuration in `file`; without one that of ./cluster.yaml, or else the defaults."""
+def read_source(file: Path | None, sets: Sequence[str] = ()) -> ConfigSource:
+    """Returns what `file` and `--set` say; without a file ./cluster.yaml does, where there is one. Raises
+    ConfigError."""
+    overrides = tuple(Override.parse(text) for text in sets)
     if file is None and not DEFAULT_FILE.exists():
-        return ClusterConfig()
-    return load_cluster_config(file or DEFAULT_FILE)
+        return ConfigSource(None, overrides)
+    return ConfigSource.read(file or DEFAULT_FILE, overrides)
 
 
-def validate(file: Path | None) -> None:
+def read_config(file: Path | None, sets: Sequence[str] = ()) -> ClusterConfig:
+    """Returns the configuration in `file`; without one that of ./cluster.yaml, or else the defaults. Raises
+    ConfigError with every mistake, those about the model included."""
+    source = read_source(file, sets)
+    try:
+        return source.config()
+    except ConfigError as error:
+        raise ConfigError("\n".join([str(error), *_model_problems(source)])) from None
+
+
+def _model_problems(source: ConfigSource) -> Iterator[str]:
+    """Yields what is wrong with the model of a configuration that has other mistakes."""
+    values = source.values()
+    model = values.get("model") if isinstance(values, Mapping) else None
+    path = model.get("path") if isinstance(model, Mapping) else None
+    if isinstance(path, str) and path:
+        try:
+            open_checkpoint(resolve_model_path(path))
+        except CheckpointError as error:
+            yield f"{source.located('model.path')}: {error}"
+
+
+@contextmanager
+def located(source: ConfigSource) -> Iterator[None]:
+    """Says of errors in the block where their keys are set: of those about the model, and of findings."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(f"{source.located('model.path')}: {error}") from error
+    except (ConfigError, CapacityError) as error:
+        lines = [_located(source, line) for line in str(error).splitlines()]
+        raise type(error)("\n".join(lines)) from error
+
+
+def _located(source: ConfigSource, finding: str) -> str:
+    match = _KEY.match(finding)
+    if match is None or match[1].split(".")[0] not in ClusterConfig.model_fields:
+        return finding
+    return source.located(match[1]) + finding[match.end() - 2 :]
+
+
+def validate(file: Path | None, sets: Sequence[str] = ()) -> None:
     """Raises for errors that hold on any machine; reports those that hold only for this one because it is too
     small."""
     from ..gateway.text.tokenizer import Tokenizer
 
-    config = read_config(file)
-    findings = check(config).findings
-    Tokenizer.load(resolve_model_path(config.model.path))
+    config, source = read_config(file, sets), read_source(file, sets)
+    with located(source):
+        findings = check(config).findings
+        Tokenizer.load(resolve_model_path(config.model.path))
     for finding in findings:
-        print(f"on this machine: {finding.message}", file=sys.stderr)
+        print(f"on this machine: {_located(source, finding.message)}", file=sys.stderr)
     print(f"{file or (DEFAULT_FILE if DEFAULT_FILE.exists() else 'defaults')}: valid")
 
 
@@ -58,11 +106,13 @@ def _check_files(listen: ListenSection) -> None:
         Access(listen.api_keys)
 
 
-def show_plan(file: Path | None, output: str) -> None:
+def show_plan(file: Path | None, output: str, sets: Sequence[str] = ()) -> None:
     """Print the plan; raises when something does not fit."""
-    planned = plan(read_config(file))
-    print(plan_json(planned) if output == "json" else plan_text(planned))
-    planned.check()
+    config = read_config(file, sets)
+    with located(read_source(file, sets)):
+        planned = plan(config)
+        print(plan_json(planned) if output == "json" else plan_text(planned))
+        planned.check()
 
 
 def plan_json(planned: Plan) -> str:

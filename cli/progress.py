@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from ..proto import pdserve_pb2 as pb
+from .client import CommandFailed
 from .status import STATES
 
+MAX_RESTARTS = 2  # restarts of a worker before the wait for its start gives up
 STEP = 0.25  # share of a start; smaller progress makes no line
 
 
@@ -67,6 +69,13 @@ class StartBars:
                 )
             done = 1.0 if worker.state == pb.WORKER_STATE_READY else worker.fraction
             self._progress.update(task, completed=done, phase=worker.message or worker.phase)
+
+
+def check_starts(status: pb.ClusterStatus, max_restarts: int) -> None:
+    """Raises CommandFailed for a worker that has been restarted more often and still fails."""
+    for worker in status.workers:
+        if worker.num_restarts > max_restarts and worker.message:
+            raise CommandFailed(f"{worker.worker_id} does not start: {worker.message}")
 
 
 def is_ready(status: pb.ClusterStatus) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from google.protobuf.json_format import MessageToJson
+from rich.text import Text
 
 from ..core.config_types import format_size
 from ..proto import pdserve_pb2 as pb
@@ -25,6 +26,12 @@ HOST_STATES = {
 }
 HOST_COLUMNS = ("HOST", "NAME", "STATE", "SINCE", "CORES", "GPUS", "MEMORY", "INSTANCES")
 COLUMNS = ("NAME", "ROLE", "STATE", "RUNNING", "WAITING", "BLOCKS", "TOKENS/S", "AGE", "RESTARTS")
+GAP = 3
+STYLES = {
+    "green": ("Ready", "Joined"),
+    "yellow": ("Starting", "Draining", "Drained", "Stopping", "Awaited", "Checking", "Leaving"),
+    "bold red": ("Failed", "Refused", "Lost"),
+}
 WIDE_COLUMNS = (*COLUMNS, "NODE", "PID", "DEVICES")
 
 
@@ -34,11 +41,17 @@ def as_json(status: pb.ClusterStatus, indent: int | None = 2) -> str:
     )
 
 
-def as_table(status: pb.ClusterStatus, wide: bool = False) -> str:
+def as_table(status: pb.ClusterStatus, wide: bool = False, gap: int = GAP) -> str:
     """A line on the cluster, a row for each worker, one for each host where there are several, and what is
-    wrong or waits."""
-    rows = [WIDE_COLUMNS if wide else COLUMNS, *(_row(worker, wide) for worker in status.workers)]
-    lines = [summary(status), "", *_aligned(rows)]
+    wrong or waits. A smaller `gap` between columns leaves out the restarts, or the ages where a worker was
+    restarted."""
+    rows: list[Sequence[str]] = [WIDE_COLUMNS if wide else COLUMNS]
+    rows += [_row(worker, wide) for worker in status.workers]
+    if gap < GAP and not wide:
+        has_restarts = any(worker.num_restarts for worker in status.workers)
+        left_out = COLUMNS.index("AGE" if has_restarts else "RESTARTS")
+        rows = [(*row[:left_out], *row[left_out + 1 :]) for row in rows]
+    lines = [summary(status), "", *_aligned(rows, gap)]
     if len(status.hosts) > 1 or wide:
         lines += ["", *_aligned([HOST_COLUMNS, *map(_host_row, status.hosts)])]
     if status.degraded:
@@ -50,6 +63,17 @@ def as_table(status: pb.ClusterStatus, wide: bool = False) -> str:
         f"host {host.address}: {host.message}" for host in status.hosts if host.message not in status.degraded
     ]
     return "\n".join([*lines, *([""] if messages else []), *messages])
+
+
+def as_text(status: pb.ClusterStatus, wide: bool, width: int) -> Text:
+    """Returns the table for a terminal of so many columns: with colours, and narrower where it has to be."""
+    table = as_table(status, wide)
+    if max(map(len, table.splitlines())) > width:
+        table = as_table(status, wide, gap=1 if any(one.num_restarts for one in status.workers) else 2)
+    text = Text(table, no_wrap=True, overflow="ellipsis")
+    for style, words in STYLES.items():
+        text.highlight_regex(rf"\b({'|'.join(words)})\b(\(\d+%\))?", style)
+    return text
 
 
 def summary(status: pb.ClusterStatus) -> str:
@@ -102,10 +126,10 @@ def _host_row(host: pb.HostStatus) -> Sequence[str]:
     )
 
 
-def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+def _aligned(rows: Iterable[Sequence[str]], gap: int = GAP) -> list[str]:
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        (" " * gap).join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]

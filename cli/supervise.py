@@ -146,7 +146,7 @@ def _apply(config: ClusterConfig, file: Path) -> None:
         return
     print("the head serves already; what changes:")
     with connect_to_administer(address) as client:
-        apply(client, file, dry_run=False)
+        apply(client, file, dry_run=False, wait=False)
         _await_drained_hosts(client)
 
 

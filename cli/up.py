@@ -6,9 +6,10 @@ The first signal drains, the second stops at once.
 import logging
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -21,63 +22,95 @@ from ..telemetry import logs
 from ..telemetry.relay import LogRelay
 from .admin import follow_drain
 from .client import Client, CommandFailed, connect_locally, is_gone
+from .ending import ending_at_once
 from .interruptible import interruptible
-from .progress import StartBars, StatusLines, is_ready, ready_line
+from .neighbours import neighbours
+from .progress import MAX_RESTARTS, StartBars, StatusLines, check_starts, is_ready, ready_line
 
 if TYPE_CHECKING:
     from ..cluster.launch import LaunchedCluster
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 2  # restarts of a worker before the wait for its start gives up
 RESTART_TIMEOUT_S = 60.0  # for another head to take the place of one that died
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 END_TIMEOUT_S = 10.0  # from the last status to the end of the head
 
 
 def up(config: ClusterConfig) -> None:
-    """Serves until it is asked to end."""
-    from .plan import check
+    """Serves until it is asked to end. An interrupt before it serves ends it at once, with status 130."""
+    with ExitStack() as stack:
+        with ending_at_once() as clean_ups:
+            from .plan import check
 
-    check(config)
-    from ..cluster.launch import launch  # takes a second: it imports Ray
-
-    with (
-        logging_here(config) as settings,
-        launch(config, settings) as cluster,
-        sigterm_as_interrupt(),
-        connect_locally(cluster) as client,
-    ):
+            planned = check(config)
+            settings = stack.enter_context(logging_here(config, clean_ups))
+            for line in neighbours(planned):
+                say(line)
+            cluster = stack.enter_context(_launched(config, settings, clean_ups))
+        stack.enter_context(sigterm_as_interrupt())
+        client = stack.enter_context(connect_locally(cluster))
+        serving = threading.Event()
         try:
-            follow(client, http_address=cluster.http_address)
+            follow(client, http_address=cluster.http_address, on_ready=serving.set)
             while _is_back(cluster, client):
                 say("the head process died; another one has taken over its workers")
-                follow(client, http_address=cluster.http_address)
+                follow(client, http_address=cluster.http_address, on_ready=serving.set)
         except KeyboardInterrupt:
+            if not serving.is_set():
+                say("interrupted")
+                _stop_at_once(cluster)
+                sys.exit(EXIT_INTERRUPTED)
             _drain_and_stop(client)
             return
         _check_end(cluster)
 
 
+def _launched(
+    config: ClusterConfig, settings: LogSettings | None, clean_ups: list[Callable[[], None]]
+) -> "LaunchedCluster":
+    from ..cluster import launch  # takes a second: it imports Ray
+
+    clean_ups.append(launch.abandon)
+    return launch.launch(config, settings)
+
+
+def _stop_at_once(cluster: "LaunchedCluster") -> None:
+    """Stops without draining; an interrupt meanwhile leaves the rest to the operating system."""
+    from ..cluster.launch import abandon
+
+    with ending_at_once() as clean_ups:
+        clean_ups.append(abandon)
+        cluster.stop()
+
+
 @contextmanager
-def logging_here(config: ClusterConfig) -> Iterator[LogSettings]:
-    """Routes the logs of all the cluster's processes to this one's stderr within the block."""
+def logging_here(config: ClusterConfig, clean_ups: list[Callable[[], None]]) -> Iterator[LogSettings]:
+    """Routes the logs of all the cluster's processes to this one's stderr within the block; `clean_ups` ends
+    that in a process that ends at once."""
     asked = config.observability.log_format
     kind: LogFormat = asked if asked != "auto" else "console" if sys.stderr.isatty() else "json"
     with closing(LogRelay(sys.stderr)) as relay:
+        clean_ups.append(relay.close)
         settings = LogSettings(kind, config.observability.log_level, relay.path)
         with logs.configured(settings, "up"):
             say(f"starting {config.model.name}")
             yield settings
 
 
-def follow(client: Client, until_ready: bool = False, http_address: str | None = None) -> None:
+def follow(
+    client: Client,
+    until_ready: bool = False,
+    http_address: str | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
     """Say what changes, until the cluster ends or, with `until_ready`, until it serves: there, and over
-    HTTP."""
+    HTTP. `on_ready` is called when it does."""
     lines = StatusLines()
     try:
         with interruptible(client.cluster.WatchStatus(pb.WatchStatusRequest())) as states:
             has_started = _until_ready(
-                client, states, lines, MAX_RESTARTS if until_ready else None, http_address
+                client, states, lines, MAX_RESTARTS if until_ready else None, http_address, on_ready
             )
             if has_started and not until_ready:
                 for status in states:
@@ -93,9 +126,10 @@ def _until_ready(
     lines: StatusLines,
     max_restarts: int | None,
     http_address: str | None,
+    on_ready: Callable[[], None],
 ) -> bool:
-    """Show how the start goes; whether it came to its end. Raises CommandFailed after `max_restarts` of a
-    worker."""
+    """Show how the start goes; whether it came to its end, where `on_ready` is called. Raises CommandFailed
+    after `max_restarts` of a worker."""
     with StartBars() as bars:
         for status in states:
             if bars.are_shown:
@@ -104,11 +138,11 @@ def _until_ready(
                 _say_changes(lines, status)
             if is_ready(status):
                 break
-            for worker in status.workers:
-                if max_restarts is not None and worker.num_restarts > max_restarts and worker.message:
-                    raise CommandFailed(f"{worker.worker_id} does not start: {worker.message}")
+            if max_restarts is not None:
+                check_starts(status, max_restarts)
         else:
             return False
+    on_ready()
     say(ready_line(status, client.address, http_address))
     return True
 
@@ -154,19 +188,10 @@ def _drain_and_stop(client: Client) -> None:
 
 @contextmanager
 def launched(config: ClusterConfig) -> Iterator["LaunchedCluster"]:
-    """A cluster for the time of the block. A Ctrl-C while Ray starts, which cannot be interrupted cleanly,
-    counts after it."""
-    from ..cluster.launch import launch
-
-    interrupted: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.append(number))
-    try:
-        cluster = launch(config)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    """A cluster for the time of the block. An interrupt while it starts ends this process."""
+    with ending_at_once() as clean_ups:
+        cluster = _launched(config, None, clean_ups)
     with cluster, sigterm_as_interrupt():
-        if interrupted:
-            raise KeyboardInterrupt
         yield cluster
 
 

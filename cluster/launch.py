@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -31,6 +32,7 @@ from ..engine.gpu import VISIBLE, probe_node
 from ..head.spec import Endpoints, HeadSpec
 from . import ray_address, ray_folder
 from .actors import KEEPER_NAME, NAMESPACE, HeadActor, KeeperActor, reason_of
+from .descendants import descendants
 from .errors import LaunchError
 from .ray_address import RayAddress
 from .ray_token import RayToken
@@ -136,16 +138,17 @@ class LaunchedCluster:
         self._folder = Path(
             tempfile.mkdtemp(prefix="pdserve-", dir="/tmp")
         )  # for this user alone; sockets need short paths
+        self._endpoints: Endpoints | None = None
+        _running.append(self)
         try:
             self._ray = _Ray.connect(self._folder)
         except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._remove_folder()
             raise
         self._lock = threading.Lock()  # guards `_stopped` and `_head`
         self._stopped = False
         self._head: Any = None
         self._keeper: Any = None
-        self._endpoints: Endpoints | None = None
         self._error: str | None = None
         self._over = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="head-supervisor", daemon=True)
@@ -280,7 +283,17 @@ class LaunchedCluster:
         if self._supervisor.is_alive():
             self._supervisor.join(timeout=10.0)
         self._ray.disconnect()
+        self._remove_folder()
+
+    def abandon(self) -> None:
+        """Removes its traces, when its processes have been killed."""
+        if self._endpoints is not None:
+            admin_socket.withdraw(self.grpc_address, self._socket)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+        _running.remove(self)
 
     def __enter__(self) -> "LaunchedCluster":
         return self
@@ -303,6 +316,19 @@ def launch(config: ClusterConfig, log_settings: LogSettings | None = None) -> La
     if config.listen.http_host_port is not None:
         _check_port_is_free("http", *config.listen.http_host_port)
     return LaunchedCluster(config, log_settings)
+
+
+def abandon() -> None:
+    """Kills all processes below this one and removes the folders of its clusters, started or starting. For a
+    process that ends at once, as Ray can be shut down in good order only when its start is complete."""
+    for child in descendants(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    for cluster in _running:
+        cluster.abandon()
+
+
+_running: list[LaunchedCluster] = []  # of this process
 
 
 def _otlp_endpoint() -> str | None:

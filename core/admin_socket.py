@@ -85,6 +85,13 @@ def find(address: str) -> Path | None:
     return next((path for path in found if path is not None), None)
 
 
+def find_all() -> list[Path]:
+    """Returns the sockets of all clusters of this user on this machine that accept connections. Raises
+    UnsafeFolder."""
+    found = {_accepting(link) for link in runtime_folder().glob("*.sock")}
+    return sorted(path for path in found if path is not None)
+
+
 def _accepting(link: Path) -> Path | None:
     try:
         _verify(link.parent)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from .config_listen import ListenSection
-from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, ConfigSection, expected
+from .config_types import AutoBlockSize, AutoPositiveInt, AutoSize, ConfigSection, Dtype, expected
 from .devices import DeviceKind
 from .hosts import ExpectedHosts
 from .messages import Role
@@ -32,17 +32,19 @@ class ModelSection(ConfigSection):
     """The model that is served."""
 
     path: str = Field(default="embedded", min_length=1)
-    """A Hugging Face checkpoint directory, or `embedded` for the small model that comes with pdserve."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The type that weights and KV are held in; auto: that of the checkpoint."""
+    """A Hugging Face checkpoint directory, a GGUF file, or `embedded` for the small model that comes with
+    pdserve."""
+    dtype: Dtype = "auto"
+    """The type that weights and KV are held in (bf16, fp16 and fp32 for short); auto: that of the checkpoint,
+    and float32 for a GGUF file of quantised weights, which holds their exact values."""
     max_model_len: AutoPositiveInt = "auto"
     """Tokens of prompt and output together, at most; auto: as many positions as the model was made for."""
     served_name: str | None = Field(default=None, min_length=1)
-    """The name by which clients ask for the model; by default the last part of `path`."""
+    """The name by which clients ask for the model; by default the last part of `path`, without `.gguf`."""
 
     @property
     def name(self) -> str:
-        return self.served_name or self.path.rstrip("/").rpartition("/")[2] or self.path
+        return self.served_name or self.path.rstrip("/").rpartition("/")[2].removesuffix(".gguf") or self.path
 
 
 class PoolSection(ConfigSection):
@@ -65,8 +67,8 @@ class PoolSection(ConfigSection):
     max_batch_tokens: Positive = Field(default=2048, validate_default=True)
     """Tokens in one step, at most; longer prompts are prefilled in chunks of this size."""
     kv_cache_bytes: AutoSize = "auto"
-    """Memory for the KV cache of one instance, as bytes or a size such as 512MiB; auto: by free memory, on
-    GPUs what the instance's share of the GPU leaves."""
+    """Memory for the KV cache of one instance, as bytes or a size such as 512MiB or 4GB; auto: by free
+    memory, on GPUs what the instance's share of the GPU leaves."""
 
     @field_validator("max_batch_tokens")
     @classmethod

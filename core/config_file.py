@@ -5,7 +5,9 @@ One file serves `ray up` and pdserve: Ray checks its own keys, ours lie under `m
 """
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +20,105 @@ from .hosts import ExpectedHosts
 from .yaml_lines import Document, KeyPath, parse_yaml
 
 ROOT: KeyPath = ("metadata", "pdserve")
+_KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 
 
 def load_cluster_config(path: str | Path) -> ClusterConfig:
     """The configuration in the file `path`. Raises ConfigError."""
-    return parse_cluster_config(_read_text(Path(path)), str(path))
+    return ConfigSource.read(Path(path)).config()
 
 
 def parse_cluster_config(text: str, filename: str = "cluster.yaml") -> ClusterConfig:
     """The configuration in `text`; `filename` is for messages. Raises ConfigError: a line a mistake, in line
     order."""
-    document = parse_yaml(text, filename)
-    values = _our_part(document)
-    try:
-        return ClusterConfig.model_validate(values).expecting(_expected_hosts(document))
-    except ValidationError as error:
-        problems = [(_where(document, item), _problem(item)) for item in error.errors(include_url=False)]
-        raise ConfigError(
-            "\n".join(f"{filename}:{line}: {what}" for (line, _), what in sorted(problems))
-        ) from None
+    return ConfigSource(parse_yaml(text, filename)).config()
+
+
+@dataclass(frozen=True)
+class Override:
+    """A value that takes the place of the file's, as `--set KEY=VALUE` gives it."""
+
+    path: KeyPath  # below ROOT
+    value: Any
+    text: str
+
+    @staticmethod
+    def parse(text: str) -> "Override":
+        """Parses KEY=VALUE, where VALUE is YAML. Raises ConfigError."""
+        key, equals, value = text.partition("=")
+        key = key.strip().removeprefix(f"{'.'.join(ROOT)}.")
+        if not equals or _KEY.fullmatch(key) is None:
+            raise ConfigError(f"--set {text}: expected KEY=VALUE, such as pools.decode.instances=2")
+        return Override(tuple(key.split(".")), parse_yaml(value, f"--set {key}").values, text)
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """Where a configuration comes from: a file, or none, and what is set beside it."""
+
+    document: Document | None
+    overrides: tuple[Override, ...] = ()
+
+    @staticmethod
+    def read(path: Path, overrides: Sequence[Override] = ()) -> "ConfigSource":
+        """Reads a file. Raises ConfigError."""
+        return ConfigSource(parse_yaml(_read_text(path), str(path)), tuple(overrides))
+
+    def config(self) -> ClusterConfig:
+        """Raises ConfigError: a line a mistake, in line order."""
+        values = self.values()
+        hosts = ExpectedHosts() if self.document is None else _expected_hosts(self.document)
+        try:
+            return ClusterConfig.model_validate(values).expecting(hosts)
+        except ValidationError as error:
+            raise ConfigError("\n".join(self._problems(error))) from None
+
+    def values(self) -> Any:
+        """Returns our part of the file, with what is set beside it. Raises ConfigError."""
+        values: Any = {} if self.document is None else _our_part(self.document)
+        for override in self.overrides:
+            values = _with(values, override.path, override)
+        return values
+
+    def located(self, key: str) -> str:
+        """Returns the place where a key below ROOT is set, and its full name, for a message."""
+        path = tuple(key.split("."))
+        override = self._override(path)
+        if override is not None:
+            return f"--set {override.text}: {key}"
+        if self.document is None:
+            return key
+        path = ROOT + path
+        return f"{self.document.filename}:{self.document.line(path)}: {'.'.join(path)}"
+
+    def _problems(self, error: ValidationError) -> list[str]:
+        found = []
+        for item in error.errors(include_url=False):
+            path = tuple(str(part) for part in item["loc"])
+            override = self._override(path)
+            line = 0 if self.document is None else self.document.line(ROOT + path)
+            where = "" if self.document is None else f"{self.document.filename}:{line}: "
+            if override is not None:
+                line, where = 0, f"--set {override.text}: "
+            found.append((line, path, where + _problem(item)))
+        return [text for _, _, text in sorted(found)]
+
+    def _override(self, path: KeyPath) -> Override | None:
+        """Returns the last one that sets the value at `path`, or one around or within it."""
+        for override in reversed(self.overrides):
+            common = min(len(path), len(override.path))
+            if path[:common] == override.path[:common]:
+                return override
+        return None
+
+
+def _with(values: Any, path: KeyPath, override: Override) -> Any:
+    """Returns a copy of `values` with the override's value at `path`."""
+    if not path:
+        return override.value
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"--set {override.text}: {_shown(values)} has no key {path[0]}")
+    return {**values, path[0]: _with(values.get(path[0], {}), path[1:], override)}
 
 
 def _read_text(path: Path) -> str:
@@ -93,11 +175,6 @@ def _expected_hosts(document: Document) -> ExpectedHosts:
         raise ConfigError(f"{where}: provider.worker_ips: got {_shown(found)}, expected a list of addresses")
     head = provider.get("head_ip")
     return ExpectedHosts(addresses=tuple(dict.fromkeys(host for host in found if host != head)))
-
-
-def _where(document: Document, error: ErrorDetails) -> tuple[int, KeyPath]:
-    path = ROOT + tuple(str(part) for part in error["loc"])
-    return document.line(path), path
 
 
 def _problem(error: ErrorDetails) -> str:

@@ -59,8 +59,8 @@ class ListenSection(ConfigSection):
     """Listen to other hosts without TLS, or without authenticating clients: for a network that itself keeps
     unauthorized peers out."""
     grpc: HostPort = "127.0.0.1:50051"
-    """HOST:PORT of the gRPC server; port 0 takes a free one. Addresses other than loopback need `tls`, and
-    `api_keys` or `tls.client_ca`; or `allow_insecure`."""
+    """HOST:PORT of the gRPC server, or a port on loopback; port 0 takes a free one. Addresses other than
+    loopback need `tls`, and `api_keys` or `tls.client_ca`; or `allow_insecure`."""
     http: HostPort | None = "127.0.0.1:8000"
     """HOST:PORT of the OpenAI-compatible HTTP server, protected in the same way; null: there is none."""
 

@@ -6,12 +6,16 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 Auto = Literal["auto"]
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)")
 _UNIT_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DECIMAL_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join((*_UNIT_BYTES, *_DECIMAL_BYTES))})")
+DTYPES = ("float32", "bfloat16", "float16")
+_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+LOOPBACK = "127.0.0.1"
 _HOST_PORT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(?P<port>\d{1,5})")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -30,13 +34,13 @@ def expected(what: str, got: str | None = None) -> PydanticCustomError:
 
 
 def parse_size(value: object) -> int | None:
-    """Returns the bytes of a positive integer or a string such as 512MiB; None for anything else."""
+    """Returns the bytes of a positive integer or a string such as 512MiB or 4GB; None for anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value if value > 0 else None
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         return None
-    return int(float(match[1]) * _UNIT_BYTES[match[2]]) or None
+    return int(float(match[1]) * (_UNIT_BYTES | _DECIMAL_BYTES)[match[2]]) or None
 
 
 def format_size(num_bytes: int) -> str:
@@ -48,7 +52,12 @@ def format_size(num_bytes: int) -> str:
 
 
 def parse_host_port(value: object) -> tuple[str, int] | None:
-    """Returns host and port of `127.0.0.1:50051` or `[::1]:50051`; None for anything else."""
+    """Returns host and port of `127.0.0.1:50051`, `[::1]:50051`, or of a port alone, which means loopback;
+    None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str) and value.isascii() and value.removeprefix(":").isdigit():
+        value = f"{LOOPBACK}:{value.removeprefix(':')}"
     match = _HOST_PORT.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match["port"]) > 65535:
         return None
@@ -83,9 +92,19 @@ def _auto_int(accept: Callable[[int], bool], what: str) -> Callable[[object], in
 
 
 def _host_port(value: object) -> str:
-    if parse_host_port(value) is None:
-        raise expected("HOST:PORT such as 127.0.0.1:50051, with a port of 0 to 65535")
-    return str(value)
+    parsed = parse_host_port(value)
+    if parsed is None:
+        raise expected("HOST:PORT such as 127.0.0.1:50051, or a port of 0 to 65535")
+    return format_host_port(*parsed)
+
+
+def format_host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _dtype(value: object) -> object:
+    """Spells out the short name of a dtype."""
+    return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
 
 
 def _host_name(value: object) -> str:
@@ -116,8 +135,22 @@ AutoPositiveInt = Annotated[int | Auto, PlainValidator(_positive), _schema({"typ
 AutoBlockSize = Annotated[
     int | Auto, PlainValidator(_block_size), _schema({"type": "integer", "minimum": 8, "multipleOf": 8})
 ]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(_dtype),
+    WithJsonSchema({"enum": ["auto", *DTYPES, *_DTYPE_NAMES]}),
+]
 HostPort = Annotated[
-    str, PlainValidator(_host_port), WithJsonSchema({"type": "string", "pattern": r"^.+:\d{1,5}$"})
+    str,
+    PlainValidator(_host_port),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^(.+:|:)?\d{1,5}$"},
+                {"type": "integer", "minimum": 0, "maximum": 65535},
+            ]
+        }
+    ),
 ]
 HostName = Annotated[
     str, PlainValidator(_host_name), WithJsonSchema({"type": "string", "pattern": f"^{_HOST_NAME.pattern}$"})

@@ -1,10 +1,11 @@
-"""A checkpoint directory in Hugging Face format, checked against its own config.json before any weight is
-loaded.
+"""A checkpoint, checked against its own description before any weight is loaded: a directory in Hugging Face
+format, or a GGUF file.
 
-Opening reads only JSON and the headers of the safetensors files (no torch); `engine.tensor_reader` loads the
+Opening reads only JSON and the headers of the weights files (no torch); `engine.tensor_reader` loads the
 tensors."""
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from ..core.checkpoint_files import (
     size_of,
 )
 from ..core.errors import CheckpointError
+from ..core.gguf_file import is_gguf, read_gguf_header
+from .gguf_tensors import gguf_model, gguf_tensors
 from .model_config import ModelConfig, parse_model_config
 from .safetensors_header import DTYPE_NAMES, MAX_TENSORS, HeaderReader, TensorInfo
 from .tensor_names import HEAD, expected_tensors
@@ -38,6 +41,8 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 16 << 20  # 65,536 names of 255 characters; parsed, it takes up to 320 MiB
 MAX_SHARDS = 1024
 _KNOWN_BUFFERS = ("rotary_emb.inv_freq",)  # old checkpoints carry buffers that the model computes by itself
+_EXPECTED = "expected a checkpoint directory, a GGUF file, or 'embedded'"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
@@ -64,8 +69,8 @@ class Checkpoint:
 
 
 def resolve_model_path(path: str) -> Path:
-    """Returns the directory that the configuration's `model.path` names; `embedded` is the model bundled with
-    pdserve."""
+    """Returns the directory or GGUF file that the configuration's `model.path` names; `embedded` is the model
+    bundled with pdserve."""
     if path == "embedded":
         from ..embedded import MODEL_DIR
 
@@ -76,10 +81,12 @@ def resolve_model_path(path: str) -> Path:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Raises CheckpointError for tensors or fields that are missing, corrupt, unsupported or do not fit
     config.json."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; expected a checkpoint directory, or 'embedded'")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory; {_EXPECTED}{_download(path)}")
+    if not path.is_dir() and not is_gguf(path):
+        raise CheckpointError(f"{path}: not a checkpoint; {_EXPECTED}")
     try:
-        return _opened(path)
+        return _opened_gguf(path) if is_gguf(path) else _opened(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -91,17 +98,38 @@ def _opened(path: Path) -> Checkpoint:
     found = _tensors(path)
     if HEAD in found:  # its config ties the head, yet it has one: transformers uses it
         config = dataclasses.replace(config, tie_word_embeddings=False)
-    return Checkpoint(path, config, _checked(path, found, expected_tensors(config)))
+    return Checkpoint(path, config, _checked(path, found, expected_tensors(config), "config.json"))
+
+
+def _opened_gguf(path: Path) -> Checkpoint:
+    header = read_gguf_header(path)
+    config = gguf_model(header)
+    found = gguf_tensors(header, config)
+    return Checkpoint(path, config, _checked(path, found, expected_tensors(config), "its metadata"))
+
+
+def _download(path: Path) -> str:
+    """Returns the command that downloads a checkpoint, if what should be its path is a name of the hub."""
+    name = str(path)
+    if _HUB_NAME.fullmatch(name) is None:
+        return ""
+    return f". The hub's {name} is downloaded by: hf download {name} --local-dir {path.name}"
 
 
 def fingerprint(path: Path) -> str:
     """Distinguishes the weights in `path` from others, even of the same shape, at the cost of a few small
     reads.
 
-    Equal directories give equal fingerprints on every host. The hash covers config.json and, for each weights
+    Equal checkpoints give equal fingerprints on every host. The hash covers config.json and, for each weights
     file, its name, its size and samples spread over it, the first of which covers the header."""
-    digest = blake2b(read_bytes(path / CONFIG_FILE, MAX_CONFIG_BYTES), digest_size=16)
-    for file in sorted({info.file for info in _tensors(path).values()}):
+    if is_gguf(path):
+        digest, files = blake2b(digest_size=16), [path]
+        with open_regular(path) as stream:
+            digest.update(stream.read(read_gguf_header(path).num_bytes))
+    else:
+        digest = blake2b(read_bytes(path / CONFIG_FILE, MAX_CONFIG_BYTES), digest_size=16)
+        files = sorted({info.file for info in _tensors(path).values()})
+    for file in files:
         with open_regular(file) as stream:
             size = size_of(stream)
             digest.update(f"{file.name} {size}".encode())
@@ -125,6 +153,11 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(
             f"{path}: has only pickled weights (.bin, .pt), which can run code when loaded; convert it with "
             "transformers: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW_PATH)"
+        )
+    gguf_files = sorted(file.name for file in path.iterdir() if is_gguf(file))
+    if gguf_files:
+        raise CheckpointError(
+            f"{path}: has GGUF files; expected the path of one of them, such as {path / gguf_files[0]}"
         )
     raise CheckpointError(f"{path}: has no weights, expected {WEIGHTS_FILE} or {INDEX_FILE}")
 
@@ -156,7 +189,7 @@ def _sharded_tensors(path: Path) -> dict[str, TensorInfo]:
 
 
 def _checked(
-    path: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+    path: Path, found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], description: str
 ) -> dict[str, TensorInfo]:
     """Returns the tensors of `expected`. Refuses missing tensors, other shapes, and additional tensors that
     would change results."""
@@ -166,9 +199,9 @@ def _checked(
             raise CheckpointError(f"{path}: tensor {name} of shape {shape} is missing")
         if info.shape != shape:
             raise CheckpointError(
-                f"{info.file}: tensor {name} has shape {info.shape}, config.json implies {shape}"
+                f"{info.file}: tensor {name} has shape {info.shape}, {description} implies {shape}"
             )
-        if info.dtype not in DTYPE_NAMES:
+        if not is_gguf(info.file) and info.dtype not in DTYPE_NAMES:
             supported = ", ".join(DTYPE_NAMES)
             raise CheckpointError(
                 f"{info.file}: tensor {name} is of dtype {shown_text(info.dtype)}, supported are {supported}"
@@ -176,6 +209,6 @@ def _checked(
     for name in found.keys() - expected.keys():
         if not name.endswith(_KNOWN_BUFFERS):
             raise CheckpointError(
-                f"{found[name].file}: tensor {name} is unexpected for this model's config.json"
+                f"{found[name].file}: tensor {name} is unexpected for this model's {description}"
             )
     return {name: found[name] for name in expected}

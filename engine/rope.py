@@ -19,6 +19,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     """Returns float32 [head_dim / 2], highest frequency first."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     wavelengths = rope.theta**exponents
+    if rope.divisors:
+        return 1.0 / wavelengths / torch.tensor(rope.divisors)
     if rope.kind == "linear":
         return 1.0 / wavelengths / rope.factor
     if rope.kind == "llama3":

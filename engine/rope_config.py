@@ -32,6 +32,7 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
     attention_factor: float = 1.0  # yarn
+    divisors: tuple[float, ...] = ()  # of each frequency, where the checkpoint stores the scaling itself
 
 
 def parse_rope(config: Mapping[str, Any], max_position_embeddings: int, source: str) -> RopeConfig:

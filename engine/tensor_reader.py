@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from ..core.checkpoint_files import open_regular, stamp_of
 from ..core.errors import CheckpointError
 from .checkpoint import Checkpoint
+from .gguf_tensors import GgufInfo
 from .safetensors_header import TensorInfo
 
 
@@ -32,6 +33,8 @@ class TensorReader:
         info = self._checkpoint.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self._checkpoint.path}: tensor {name} is missing")
+        if isinstance(info, GgufInfo):
+            return _dequantised(name, info, shape, self._dtype).to(self._device)
         try:
             tensor: torch.Tensor = self._opened(info).get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -54,6 +57,27 @@ class TensorReader:
         stream, tensors = self._files[info.file]
         _check(stream, info)  # it is mapped: to read where it was cut off would end this process
         return tensors
+
+
+def _dequantised(name: str, info: GgufInfo, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Returns a tensor of a GGUF file on the host, its rows in the order of a Hugging Face checkpoint. Raises
+    CheckpointError."""
+    if info.shape != shape:
+        raise CheckpointError(f"{info.file}: tensor {name} has shape {info.shape}, expected {shape}")
+    tensor = torch.empty(info.num_elements // shape[-1], shape[-1], dtype=dtype)  # [rows, columns]
+    try:
+        with open_regular(info.file) as stream:
+            for first, rows in info.slices(stream):
+                tensor[first : first + len(rows)] = torch.from_numpy(rows)
+            _check(stream, info)
+    except (OSError, ValueError) as error:  # ValueError: cut off meanwhile
+        raise CheckpointError(f"{info.file}: tensor {name} cannot be read: {error}") from error
+    tensor = tensor.view(shape)
+    if not info.num_interleaved_heads:
+        return tensor
+    # ggml rotates neighbouring elements of a head, transformers one of each half
+    pairs = tensor.view(info.num_interleaved_heads, -1, 2, *shape[1:])  # [heads, head_dim / 2, 2, ...]
+    return pairs.transpose(1, 2).reshape(shape)
 
 
 def _check(stream: BinaryIO, info: TensorInfo) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 import msgspec
 
 from ..core.checkpoint_files import MAX_TOKENIZER_BYTES, MAX_TOKENIZER_CONFIG_BYTES, parse_json, read_bytes
+from ..core.gguf_file import is_gguf, read_gguf_header
+from ..core.gguf_tokenizer import gguf_tokenizer_json
 
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]  # as the tokenizers library holds it
 
@@ -44,10 +46,12 @@ class _Tokenizer(msgspec.Struct, omit_defaults=True):
 
 def tokenizer_json(path: Path) -> str:
     """tokenizer.json of the checkpoint in `path`, with those added tokens that only tokenizer_config.json
-    lists.
+    lists; that of a GGUF file is made from its metadata.
 
     Raises CheckpointError. Neither truncation nor padding, which are for training, comes along.
     """
+    if is_gguf(path):
+        return gguf_tokenizer_json(read_gguf_header(path).metadata, str(path))
     file, config_file = path / "tokenizer.json", path / "tokenizer_config.json"
     tokenizer = parse_json(read_bytes(file, MAX_TOKENIZER_BYTES), _Tokenizer, file)
     config = _Config()

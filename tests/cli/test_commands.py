@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pdserve.cli.generate import write_out
 from pdserve.cli.main import app
 from pdserve.core.errors import QueueFull
 from pdserve.core.hosts import HostState, HostStatus
+from pdserve.core.status import WorkerState
 from pdserve.embedded import MODEL_DIR
 from pdserve.proto import pdserve_pb2 as pb
 from tests.cli.conftest import Run, ServerThread
@@ -143,8 +145,11 @@ def test_chat_keeps_the_conversation(run: Run, cluster: ScriptedCluster) -> None
         (["validate", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
         (["plan", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
         (["up", "no-such-file.yaml"], "no-such-file.yaml: no such file"),
-        (["up", "{no_model}"], "/no/such/model: no such directory"),
-        (["plan", "{no_model}"], "/no/such/model: no such directory"),
+        (["up", "{no_model}"], "{no_model}:1: metadata.pdserve.model.path: /no/such/model: no such file or"),
+        (
+            ["plan", "{no_model}"],
+            "{no_model}:1: metadata.pdserve.model.path: /no/such/model: no such file or",
+        ),
     ],
 )
 def test_errors_are_one_clear_line_and_status_1(
@@ -154,7 +159,7 @@ def test_errors_are_one_clear_line_and_status_1(
     no_model.write_text("metadata: {pdserve: {model: {path: /no/such/model}}}")
     result = run(*(argument.format(no_model=no_model) for argument in arguments))
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"pdserve: {message}")
+    assert result.stderr.startswith(f"pdserve: {message.replace('{no_model}', str(no_model))}")
     assert result.stderr.count("\n") == 1
 
 
@@ -171,7 +176,7 @@ def test_without_a_server_it_says_how_to_start_one() -> None:
     result = CliRunner().invoke(app, ["status", "--address", "127.0.0.1:1"])
     assert result.exit_code == 1
     assert result.stderr.startswith(
-        "pdserve: no pdserve server answers at 127.0.0.1:1; start one with `pdserve up`"
+        "pdserve: no pdserve server answers at 127.0.0.1:1 (--address); start one with `pdserve up`"
     )
 
 
@@ -332,6 +337,32 @@ def test_explain_names_the_first_thing_in_which_a_place_was_better(
     assert f"  placed there {why}" in list(explanation_lines(explanation))
 
 
+def test_apply_names_the_drained_workers_that_it_replaces(
+    run: Run, server: ServerThread, cluster: ScriptedCluster, tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(config_yaml())
+    before = cluster.state.workers
+    drained = (before[0], replace(before[1], state=WorkerState.DRAINED))
+    server.call(lambda: cluster.change(workers=drained))
+    assert run("apply", str(file), "--dry-run").stdout == "decode-0: drained -> would be replaced\n"
+    cluster.on_apply = lambda: cluster.change(workers=before)
+    assert run("apply", str(file)).stdout == "decode-0: drained -> replaced\n"
+
+
+def test_apply_waits_until_every_instance_is_ready(
+    run: Run, server: ServerThread, cluster: ScriptedCluster, tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(config_yaml())
+    ready = tuple(replace(worker, state=WorkerState.READY) for worker in cluster.state.workers)
+    cluster.on_watch = lambda: cluster.change(workers=ready)
+    result = run("apply", str(file), "--wait")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == "nothing to change"
+    assert result.stdout.splitlines()[-1] == "decode-0: ready"
+
+
 def test_apply_prints_each_change(run: Run, cluster: ScriptedCluster, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(config_yaml(pools="{decode: {instances: 2}}"))
@@ -372,7 +403,7 @@ def test_a_client_command_loads_neither_torch_nor_ray_nor_transformers() -> None
     code = (
         "import sys, runpy\n"
         "sys.argv = ['pdserve', 'status', '--address', '127.0.0.1:1']\n"
-        "try:\n    from pdserve.cli.main import main; main()\n"
+        "try:\n    from pdserve.cli.entry import main; main()\n"
         "except SystemExit: pass\n"
         "print([name for name in ('torch', 'ray', 'transformers', 'numpy') if name in sys.modules])"
     )

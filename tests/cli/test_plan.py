@@ -46,7 +46,9 @@ def test_a_missing_gpu_is_not_a_configuration_error(
     file.write_text("metadata: {pdserve: {device: cuda}}\n")
     result = run("validate", str(file))
     assert (result.exit_code, result.stdout) == (0, f"{file}: valid\n")
-    assert result.stderr.startswith("on this machine: device: got cuda, but no GPU was found; expected ")
+    assert result.stderr.startswith(
+        f"on this machine: {file}:1: metadata.pdserve.device: got cuda, but no GPU was found; expected "
+    )
     assert run("plan", str(file)).exit_code == 1
 
 

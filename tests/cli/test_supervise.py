@@ -164,7 +164,7 @@ def supervise(folder: Path) -> str:
     (folder / "cluster.yaml").write_text("metadata: {pdserve: {}}")
     environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {"PDSERVE_RUNTIME_DIR": str(folder / "run")}
-    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.main import main; main()"
+    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.entry import main; main()"
     command = [
         sys.executable,
         "-c",
@@ -215,7 +215,7 @@ def test_a_refused_file_is_replaced_by_the_last_good_one(folder: Path) -> None:
     executable(folder / "bin" / "pdserve", "echo $1 is wrong; exit 1")
     (folder / "cluster.yaml").write_text("bad")
     (folder / "copy").write_text("good")
-    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.main import main; main()"
+    code = "import sys; sys.argv[0] = 'bin/pdserve'; from pdserve.cli.entry import main; main()"
     words = ["supervise", "cluster.yaml", "--", "ray", "start", "--autoscaling-config=copy"]
     environment = os.environ | {"HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(

@@ -134,7 +134,7 @@ from pdserve.cluster import launch
 from pdserve.core.config import ClusterConfig
 
 address, local_address = sys.argv[1:]
-launched = SimpleNamespace(grpc_address=address, local_address=local_address, http_address=None, ended=True, poll=lambda: None)
+launched = SimpleNamespace(grpc_address=address, local_address=local_address, http_address=None, ended=True, poll=lambda: None, stop=lambda: None)
 launch.launch = lambda config, settings: nullcontext(launched)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
@@ -144,13 +144,15 @@ up(ClusterConfig.model_validate({"observability": {"log_format": "console"}}))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: int) -> None:
     """Runs in a process of its own, whose main thread the signal interrupts."""
+    workers = tuple(replace(worker, state=WorkerState.READY) for worker in server.cluster.state.workers)
+    server.call(lambda: server.cluster.change(workers=workers))
     server.call(server.cluster.go_on.set)
     command = [sys.executable, "-c", UP, server.address, server.local_address]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
     ) as process:
         assert process.stderr is not None
-        assert any(line.startswith("worker-") for line in process.stderr), "it follows the cluster"
+        assert any(line.startswith("ready:") for line in process.stderr), "it follows the cluster"
         process.send_signal(number)
         assert process.stderr.read().splitlines()[-2:] == [
             "draining; interrupt again to stop at once",
@@ -158,6 +160,19 @@ def test_a_signal_drains_the_cluster_and_ends_it(server: ServerThread, number: i
         ]
     assert process.returncode == 0
     assert server.cluster.drained == [((), True)]
+
+
+def test_an_interrupt_before_the_cluster_is_ready_stops_at_once(server: ServerThread) -> None:
+    command = [sys.executable, "-c", UP, server.address, server.local_address]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    ) as process:
+        assert process.stderr is not None
+        assert any(line.startswith("decode-") for line in process.stderr), "it follows the cluster"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().splitlines() == ["interrupted"]
+    assert process.returncode == 130
+    assert server.cluster.drained == []
 
 
 def test_sigterm_is_an_interrupt_for_a_while_only() -> None:

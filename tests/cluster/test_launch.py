@@ -32,7 +32,7 @@ pytestmark = pytest.mark.cluster
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model": {"path": "/nowhere"}}, r"^/nowhere: no such directory"),
+        ({"model": {"path": "/nowhere"}}, r"^/nowhere: no such file or directory"),
         ({"pools": {"prefill": {"instances": 400}}}, r"core"),
     ],
 )

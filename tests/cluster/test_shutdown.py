@@ -45,7 +45,7 @@ def test_sigterm_lets_streams_finish_refuses_new_requests_and_ends_the_process(t
     command = [
         sys.executable,
         "-c",
-        "from pdserve.cli.main import main; main()",
+        "from pdserve.cli.entry import main; main()",
         "up",
         str(tmp_path / "cluster.yaml"),
     ]

@@ -61,13 +61,24 @@ def test_instances_may_share_a_core() -> None:
         ("7B", 7),
         (4096, 4096),
         ("2TiB", 2 << 40),
+        ("4GB", 4 * 10**9),
+        ("1.5 MB", 1_500_000),
     ],
 )
-def test_sizes_are_numbers_or_carry_a_binary_unit(text: str | int, num_bytes: int) -> None:
+def test_sizes_are_numbers_or_carry_a_unit(text: str | int, num_bytes: int) -> None:
     assert PoolSection.model_validate({"kv_cache_bytes": text}).kv_cache_bytes == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "12", "5MB", "-5MiB", "0B", 0, -1, 1.5, True, None, "MiB", "5 mib"])
+@pytest.mark.parametrize(("short", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_dtypes_have_short_names(short: str, dtype: str) -> None:
+    assert ClusterConfig.model_validate({"model": {"dtype": short}}).model.dtype == dtype
+
+
+def test_a_port_alone_listens_on_loopback() -> None:
+    assert ClusterConfig.model_validate({"listen": {"grpc": 1234}}).listen.grpc == "127.0.0.1:1234"
+
+
+@pytest.mark.parametrize("text", ["", "12", "5M", "-5MiB", "0B", 0, -1, 1.5, True, None, "MiB", "5 mib"])
 def test_other_sizes_are_refused(text: object) -> None:
     assert parse_size(text) is None
     with pytest.raises(ValidationError, match="512MiB"):
@@ -82,14 +93,19 @@ def test_other_sizes_are_refused(text: object) -> None:
         ("gpu-host.example:65535", ("gpu-host.example", 65535)),
         ("localhost", None),
         ("localhost:", None),
-        (":80", None),
+        (":80", ("127.0.0.1", 80)),
+        ("80", ("127.0.0.1", 80)),
+        (80, ("127.0.0.1", 80)),
+        (65536, None),
+        (True, None),
         ("a:65536", None),
         ("a:b:80", None),
         ("::1:80", None),
-        (80, None),
     ],
 )
-def test_addresses_are_host_and_port(text: object, host_port: tuple[str, int] | None) -> None:
+def test_addresses_are_host_and_port_or_a_port_of_loopback(
+    text: object, host_port: tuple[str, int] | None
+) -> None:
     assert parse_host_port(text) == host_port
 
 

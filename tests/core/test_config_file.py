@@ -9,10 +9,11 @@ import yaml
 from hypothesis import example, given, strategies as st
 
 from pdserve.core.config import ClusterConfig
-from pdserve.core.config_file import load_cluster_config, parse_cluster_config
+from pdserve.core.config_file import ConfigSource, Override, load_cluster_config, parse_cluster_config
 from pdserve.core.config_schema import cluster_schema, cluster_schema_text
 from pdserve.core.errors import ConfigError
 from pdserve.core.hosts import ExpectedHosts
+from pdserve.core.yaml_lines import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "cluster.yaml"
@@ -54,7 +55,7 @@ slo:
     at = "metadata.pdserve"
     assert refusal(text).splitlines() == [
         (
-            f"c.yaml:4: {at}.listen.grpc: got 'localhost', expected HOST:PORT such as 127.0.0.1:50051, with a"
+            f"c.yaml:4: {at}.listen.grpc: got 'localhost', expected HOST:PORT such as 127.0.0.1:50051, or a"
             " port of 0 to 65535"
         ),
         f"c.yaml:4: {at}.listen.https: unknown key, did you mean 'http'?",
@@ -113,8 +114,8 @@ slo:
         ("model: {path: 7}", "model.path: got 7, expected a text that is not empty"),
         ("model: {max_model_len: 0}", "model.max_model_len: got 0, expected auto or a positive integer"),
         (
-            "pools: {prefill: {kv_cache_bytes: 5MB}}",
-            "pools.prefill.kv_cache_bytes: got '5MB', expected auto, a number",
+            "pools: {prefill: {kv_cache_bytes: 5M}}",
+            "pools.prefill.kv_cache_bytes: got '5M', expected auto, a number",
         ),
         (
             "listen: {grpc: '0.0.0.0:50051'}",
@@ -273,7 +274,7 @@ def test_the_schema_agrees_with_the_parser() -> None:
         ({"pools": {"prefill": {"instances": -1}}}, True),
         ({"kv": {"block_size": 12}}, True),
         ({"kv": {"block_size": 24}}, False),
-        ({"pools": {"prefill": {"kv_cache_bytes": "5MB"}}}, True),
+        ({"pools": {"prefill": {"kv_cache_bytes": "5M"}}}, True),
         ({"pools": {"prefill": {"kv_cache_bytes": "5MiB"}}}, False),
         ({"http": 1}, True),
     ]:
@@ -332,3 +333,56 @@ def test_workers_that_are_no_list_of_addresses_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_cluster_config(text, "c.yaml")
     assert str(caught.value) == "c.yaml:4: provider.worker_ips: got '10.0.0.2', expected a list of addresses"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("pools.decode.instances=3", ("pools", "decode", "instances"), 3),
+        ("metadata.pdserve.model.dtype=bf16", ("model", "dtype"), "bf16"),
+        ("listen.http=null", ("listen", "http"), None),
+        ("pools.prefill={instances: 0}", ("pools", "prefill"), {"instances": 0}),
+        ("model.path=a=b", ("model", "path"), "a=b"),
+    ],
+)
+def test_a_value_that_is_set_is_yaml(text: str, key: tuple[str, ...], value: Any) -> None:
+    override = Override.parse(text)
+    assert (override.path, override.value) == (key, value)
+
+
+@pytest.mark.parametrize("text", ["", "pools", "=3", "pools..x=3", "Pools=3"])
+def test_what_sets_no_key_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected KEY=VALUE, such as "):
+        Override.parse(text)
+
+
+def source(text: str, *overrides: str) -> ConfigSource:
+    return ConfigSource(parse_yaml(text, "c.yaml"), tuple(map(Override.parse, overrides)))
+
+
+FILE = "metadata:\n  pdserve:\n    pools:\n      decode: {instances: 2}\n    model: {dtype: nothing}\n"
+
+
+def test_values_that_are_set_take_the_place_of_the_files() -> None:
+    config = source(
+        FILE, "pools.decode.instances=3", "model.dtype=fp16", "pools.prefill.instances=2"
+    ).config()
+    assert (config.pools.decode.instances, config.pools.prefill.instances) == (3, 2)
+    assert config.model.dtype == "float16"
+
+
+def test_mistakes_name_what_set_them() -> None:
+    with pytest.raises(ConfigError) as error:
+        source(FILE, "pools.decode.instances=x", "pols.decode=1").config()
+    assert str(error.value).splitlines() == [
+        "--set pols.decode=1: metadata.pdserve.pols: unknown key, did you mean 'pools'?",
+        "--set pools.decode.instances=x: metadata.pdserve.pools.decode.instances: got 'x', expected an integer",
+        "c.yaml:5: metadata.pdserve.model.dtype: got 'nothing', expected one of 'auto', 'float32', 'bfloat16'"
+        " or 'float16'",
+    ]
+
+
+def test_a_key_is_located_where_it_is_set() -> None:
+    assert source(FILE).located("model.dtype") == "c.yaml:5: metadata.pdserve.model.dtype"
+    assert source(FILE, "model.dtype=fp16").located("model.dtype") == "--set model.dtype=fp16: model.dtype"
+    assert ConfigSource(None).located("model.path") == "model.path"

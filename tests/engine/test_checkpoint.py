@@ -133,8 +133,9 @@ def refusal(path: Path) -> str:
 
 
 def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
-    assert "no such directory; expected a checkpoint directory, or 'embedded'" in refusal(
-        tmp_path / "nothing"
+    assert (
+        "no such file or directory; expected a checkpoint directory, a GGUF file, or 'embedded'"
+        in refusal(tmp_path / "nothing")
     )
 
 

@@ -270,6 +270,7 @@ class ScriptedCluster:
         )
         self.on_shutdown: Callable[[], None] = lambda: None
         self.on_watch: Callable[[], None] = lambda: None
+        self.on_apply: Callable[[], None] = lambda: None
         self._changed = asyncio.Event()
 
     async def generate(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
@@ -366,6 +367,7 @@ class ScriptedCluster:
             raise self.refusal
         if not dry_run:
             self.applied.append(config)
+            self.on_apply()
 
     async def drain(self, worker_ids: Sequence[str], shutdown: bool) -> None:
         known = {worker.worker_id for worker in self.state.workers}

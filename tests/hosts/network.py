@@ -297,7 +297,7 @@ class Hosts:
         (folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
         (home / "bin").mkdir()
         (home / "bin" / "pdserve").write_text(
-            f"#!{sys.prefix}/bin/python\nfrom pdserve.cli.main import main\n\nmain()\n"
+            f"#!{sys.prefix}/bin/python\nfrom pdserve.cli.entry import main\n\nmain()\n"
         )
         (home / "bin" / "pdserve").chmod(0o755)
         settings = f"export PATH=/root/bin:{sys.prefix}/bin:$PATH PYTHONPATH={REPOSITORY} OMP_NUM_THREADS=1\n"

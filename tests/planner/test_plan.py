@@ -243,7 +243,7 @@ def test_the_default_configuration_is_planned_for_this_machine() -> None:
 
 
 def test_a_missing_checkpoint_is_an_error_of_its_own(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such directory"):
+    with pytest.raises(CheckpointError, match="no such file or directory"):
         plan(ClusterConfig.model_validate({"model": {"path": str(tmp_path / "nothing")}}))
 
 

@@ -17,6 +17,8 @@ import msgspec
 from ....core import limited_process
 from ....core.checkpoint_files import MAX_NAME_CHARS, shown, shown_text
 from ....core.errors import CheckpointError, InvalidRequest
+from ....core.gguf_file import is_gguf, read_gguf_header
+from ....core.gguf_tokenizer import chat_templates, gguf_tokenizer_json, special_tokens
 from ....core.limited_process import limit_memory
 from ..tokenizer import Tokenizer
 from .growth import Parts, check_growth, check_vocabulary
@@ -63,6 +65,27 @@ def _outcome(path: Path, limits: Limits) -> Outcome:
 
 
 def _load(path: Path, limits: Limits) -> TokenizerData:
+    if is_gguf(path):
+        limit_memory(limits.memory_bytes)
+        signal.setitimer(signal.ITIMER_PROF, limits.load_s)
+        data = _from_gguf(path)
+    else:
+        data = _from_directory(path, limits)
+    check(data, limits)
+    return data
+
+
+def _from_gguf(path: Path) -> TokenizerData:
+    metadata = read_gguf_header(path).metadata
+    return TokenizerData(
+        backend_json=gguf_tokenizer_json(metadata, str(path)),
+        encode_special_tokens=False,
+        chat_templates=chat_templates(metadata),
+        special_tokens=special_tokens(metadata, str(path)),
+    )
+
+
+def _from_directory(path: Path, limits: Limits) -> TokenizerData:
     # tokenizers need none, and its import takes seconds
     sys.modules["torch"] = None  # type: ignore[assignment]
     from transformers import AutoTokenizer
@@ -73,9 +96,7 @@ def _load(path: Path, limits: Limits) -> TokenizerData:
     if not getattr(pretrained, "is_fast", False):
         kind = type(pretrained).__name__
         raise CheckpointError(f"{kind} is not supported, expected a tokenizer.json of the tokenizers library")
-    data = exported(pretrained)
-    check(data, limits)
-    return data
+    return exported(pretrained)
 
 
 def exported(pretrained: Any) -> TokenizerData:

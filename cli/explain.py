@@ -23,6 +23,8 @@ def explanation_lines(explanation: pb.Explanation) -> Iterator[str]:
     yield f"{explanation.request_id!r}: {explanation.outcome} after {duration}, {tokens}{first}"
     if explanation.error:
         yield explanation.error
+    if explanation.user:
+        yield f"user {explanation.user!r}"
     if explanation.trace_id:
         yield f"trace {explanation.trace_id}"
     if explanation.adopted:

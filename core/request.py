@@ -1,4 +1,5 @@
-"""A client's request. Made once by a gateway, immutable from then on, sent to the workers unchanged."""
+"""A client's request, made once by a gateway and immutable from then on, and the part of it that a dispatch
+sends to workers."""
 
 import enum
 
@@ -51,6 +52,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests share cached prefixes only within one salt
     deadline_s: float | None = None  # on the router's monotonic clock
     client: str = ""  # whom it counts for when clients take turns
+    user: str = ""  # as its client named it, for operators; changes nothing of what is done
     traceparent: str = ""  # the client's span, as in W3C Trace Context; changes nothing of what is done
     has_tools: bool = False  # its output may have tool calls in it, which the gateway separates from the text
 

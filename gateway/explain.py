@@ -52,6 +52,7 @@ def explanation(timeline: Timeline) -> pb.Explanation:
         duration_s=timeline.ended_s - timeline.submitted_s,
         num_pauses=timeline.num_times_unread,
         adopted=timeline.is_adopted,
+        user=timeline.user,
         trace_id=timeline.traceparent.split("-")[1] if timeline.traceparent else "",
         attempts=[_attempt(dispatch) for dispatch in timeline.dispatches],
     )

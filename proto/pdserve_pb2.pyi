@@ -652,8 +652,8 @@ class GenerateRequest(_message.Message):
     cache_salt: _builtins.str
     """Requests share cached prefixes only with requests of the same salt. At most 128 characters."""
     client_id: _builtins.str
-    """Whom this request counts for when clients take turns under load, at most 128 characters. Empty: the connection it came
-    by.
+    """The user that this request is for, at most 128 characters. Without keys it counts for this user when clients take turns
+    under load, or if this is empty for the connection it came by; with keys it counts for its key. Explain shows it.
     """
     @_builtins.property
     def prompt(self) -> Global___Prompt:
@@ -1913,9 +1913,10 @@ class Explanation(_message.Message):
     ADOPTED_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     outcome: _builtins.str
-    """"stop", "length", "cancelled", "deadline" or "error"; "running" while it is being served."""
+    """"stop", "length", "cancelled", "deadline", "invalid" or "error"; "running" while it is being served."""
     error: _builtins.str
     """What ended it, when it was an error."""
     prompt_tokens: _builtins.int
@@ -1931,6 +1932,8 @@ class Explanation(_message.Message):
     """It was taken over from a router that died: times before that are not known."""
     trace_id: _builtins.str
     """The id of its trace, when its client sent one."""
+    user: _builtins.str
+    """Its `client_id`, over HTTP its `user`: also where a key decides whom it counts for."""
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedAttempt]: ...
     def __init__(
@@ -1947,10 +1950,11 @@ class Explanation(_message.Message):
         adopted: _builtins.bool = ...,
         trace_id: _builtins.str = ...,
         attempts: _abc.Iterable[Global___ExplainedAttempt] | None = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s", "first_token_s", b"first_token_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s", "adopted", b"adopted", "attempts", b"attempts", "completion_tokens", b"completion_tokens", "duration_s", b"duration_s", "error", b"error", "first_token_s", b"first_token_s", "num_pauses", b"num_pauses", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s", "adopted", b"adopted", "attempts", b"attempts", "completion_tokens", b"completion_tokens", "duration_s", b"duration_s", "error", b"error", "first_token_s", b"first_token_s", "num_pauses", b"num_pauses", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "trace_id", b"trace_id", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_token_s: _TypeAlias = _typing.Literal["first_token_s"]  # noqa: Y015
     _WhichOneofArgType__first_token_s: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s"]  # noqa: Y015

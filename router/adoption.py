@@ -96,7 +96,7 @@ def _tells_all(spec: SequenceSpec) -> bool:
 
 
 def request_of(spec: SequenceSpec) -> Request:
-    """Rebuilds the client's request, except for its deadline and its turn."""
+    """Rebuilds the client's request, except for deadline, client, user and trace (`is_same`)."""
     return Request(
         request_id=spec.transfer.request_id,
         prompt_token_ids=spec.prompt_token_ids,

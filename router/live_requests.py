@@ -162,5 +162,6 @@ class LiveRequests:
 
 
 def is_same(adopted: Request, request: Request) -> bool:
-    """Whether two requests are equal but for deadline and client's turn, which workers do not remember."""
-    return msgspec.structs.replace(request, deadline_s=None, client="", traceparent="") == adopted
+    """Whether two requests are equal but for deadline, client, user and trace, which a take-over does not
+    restore."""
+    return msgspec.structs.replace(request, deadline_s=None, client="", user="", traceparent="") == adopted

@@ -214,7 +214,8 @@ class GenerationBody(Body):
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
     user: str = ""
-    """The client that this request counts for when clients take turns under load; by default its host."""
+    """The user that this request is for, at most 128 characters. Without keys it counts for this user when
+    clients take turns under load, by default for its host; with keys, for its key."""
     logit_bias: dict[str, float] | None = None
     """Added to the logits of these tokens: token id -> -100 to 100."""
     response_format: ResponseFormat | None = None

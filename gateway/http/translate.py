@@ -5,7 +5,7 @@ from typing import Any
 
 from ...core.config import LimitsSection
 from ...core.errors import InvalidRequest
-from ...core.validation import check_counts
+from ...core.validation import check_counts, check_name
 from ...proto import pdserve_pb2 as pb
 from .chat import chat_prompt, set_choice
 from .chat_schema import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -82,6 +82,7 @@ def token_ids(field: str, ids: Sequence[int]) -> Sequence[int]:
 def _message(
     body: GenerationBody, prompt: pb.Prompt, sampling: pb.SamplingParams, request_id: str
 ) -> pb.GenerateRequest:
+    check_name("user", body.user)  # here, where the field has the name that its client used
     return pb.GenerateRequest(
         model=body.model,
         prompt=prompt,

@@ -298,6 +298,14 @@ def test_explain_shows_each_leg_and_why_it_ran_there(run: Run) -> None:
     assert "for the least predicted cost: 34 ms, against 50 ms at prefill-1 -> decode-0" in result.stdout
 
 
+def test_explain_shows_the_user_if_a_request_has_one() -> None:
+    def lines(user: str) -> list[str]:
+        return list(explanation_lines(pb.Explanation(request_id="mine", user=user)))[1:]
+
+    assert lines("alice") == ["user 'alice'"]
+    assert lines("") == []
+
+
 def test_explain_says_when_a_request_is_not_known(run: Run) -> None:
     result = run("explain", "never\nheard")
     assert (result.exit_code, result.stdout) == (1, "")

@@ -202,6 +202,7 @@ def timeline(request: Request) -> Timeline:
         finish_reasons=(FinishReason.LENGTH,),
         num_prompt_tokens=len(request.prompt_token_ids),
         num_output_tokens=(7,),
+        user=request.user,
         traceparent=request.traceparent,
     )
 

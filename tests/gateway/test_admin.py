@@ -265,6 +265,14 @@ async def test_explain_reports_predicted_and_actual_times_of_each_leg(
     assert attempt.dispatch == 7
 
 
+async def test_explain_names_the_user_of_a_request(
+    admin: Admin, generation: "pdserve_pb2_grpc.GenerationAsyncStub"
+) -> None:
+    request = pb.GenerateRequest(prompt=pb.Prompt(text="hello"), request_id="mine", client_id="alice")
+    await generation.Generate(request)
+    assert (await admin.Explain(pb.ExplainRequest(request_id="mine"))).user == "alice"
+
+
 async def test_explaining_an_unknown_request_is_not_found(admin: Admin, details: Details) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await admin.Explain(pb.ExplainRequest(request_id="never heard of"))

@@ -68,7 +68,6 @@ REFUSED = {
     "template refuses": chat("user", "system"),
     "another model": (ask(model="gpt"), {"prompt": "hello", "model": "gpt"}),
     "long salt": (ask(cache_salt="x" * 129), {"prompt": "hello", "cache_salt": "x" * 129}),
-    "long client id": (ask(client_id="x" * 129), {"prompt": "hello", "user": "x" * 129}),
     "temperature": sample(temperature=-0.5),
     "temperature too high": sample(temperature=100.5),
     "temperature that is no number": sample(temperature=NAN),
@@ -223,6 +222,27 @@ async def test_both_accept_it_and_make_the_same_request_of_it(
 async def test_both_refuse_a_long_name(generation: Stub, http: httpx.AsyncClient) -> None:
     refusal = await over_grpc(generation, ask(request_id="x" * 129))
     check_same(refusal, await over_http(http, {"prompt": "hello"}, **{"x-request-id": "x" * 129}))
+
+
+@pytest.mark.parametrize(
+    ("user", "expected"), [("x" * 129, "at most 128 characters"), ("a\nb", "printable characters")]
+)
+@pytest.mark.parametrize("body", [{"prompt": "hello"}, {"messages": [{"role": "user", "content": "hello"}]}])
+async def test_each_refuses_a_user_by_the_name_of_its_own_field(
+    generation: Stub,
+    http: httpx.AsyncClient,
+    cluster: ScriptedCluster,
+    body: dict[str, Any],
+    user: str,
+    expected: str,
+) -> None:
+    refusal = await over_grpc(generation, ask(client_id=user))
+    response = await over_http(http, body | {"user": user})
+    error, details = response.json()["error"], refusal.details() or ""
+    assert (response.status_code, error["param"]) == (400, "user")
+    assert details.startswith("client_id: ") and details.endswith(expected)
+    assert error["message"] == details.replace("client_id", "user", 1)
+    assert cluster.requests == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Admission of requests, and the reasons why they wait."""
 
+import msgspec
 import pytest
 
 from pdserve.core.errors import DuplicateRequest, NoWorkerAvailable, QueueFull
@@ -188,10 +189,11 @@ def test_a_refused_request_leaves_nothing_behind() -> None:
 
 def test_only_a_running_request_has_a_timeline() -> None:
     cluster = Cluster("both-0")
-    cluster.submit(make_request("r"))
+    cluster.submit(msgspec.structs.replace(make_request("r"), user="alice"))
     timeline = cluster.router.timeline("r", 1.0)
     assert timeline is not None
     assert (timeline.outcome, timeline.ended_s, timeline.num_prompt_tokens) == (None, 1.0, 20)
+    assert timeline.user == "alice"
     cluster.handle(Cancel("r"))
     cluster.leg_ended("both-0", Leg.DECODE, "aborted")
     assert cluster.router.timeline("r", 2.0) is None

@@ -106,6 +106,16 @@ def test_replayed_tokens_make_no_gaps_and_the_timeline_marks_the_take_over() -> 
     assert timeline.dispatches[0].considered == ()
 
 
+def test_a_client_that_comes_back_brings_its_user_along() -> None:
+    request = make_request(max_tokens=5)
+    cluster = Successor(held(Leg.DECODE, spec_of(request), 3, partner=False))
+    cluster.submit(msgspec.structs.replace(request, user="alice", client="id:alice"))
+    assert cluster.tokens["r", 0] == [0, 1, 2]
+    timeline = cluster.router.timeline("r", 0.0)
+    assert timeline is not None and timeline.user == "alice"
+    assert not cluster.sent  # nothing is computed again
+
+
 def test_a_request_that_ended_without_a_router_waits_for_its_client() -> None:
     request = make_request(max_tokens=3)
     spec = spec_of(request)

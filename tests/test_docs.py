@@ -26,6 +26,21 @@ def test_links_between_documents_lead_to_files(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_that_documents_name_exist(document: Path, modules: str) -> None:
+    """A name may leave out folders from the left."""
+    names = set(re.findall(r"\b[\w/]+\.py\b", document.read_text()))
+    assert sorted(name for name in names if f"/{name}\n" not in modules) == []
+
+
+@pytest.fixture(scope="module")
+def modules() -> str:
+    """Returns the paths of all modules, one a line."""
+    rooms = [path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    paths = [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]
+    return "".join(f"/{path.relative_to(ROOT)}\n" for path in paths)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tests_that_documents_name_exist(document: Path) -> None:
     """A name without a folder is that of a file beside the one named before."""
     folder, missing = ROOT / "tests", []

@@ -1,7 +1,7 @@
 """A state, the transitions that its table allows, and the history that led to it.
 
-Transfers and KV links hold one (`kv_transfer/states.py`); dispatches, workers, fleet members and hosts
-derive from it (`router/`)."""
+Transfers and KV links hold one (`kv_transfer/states.py`); requests, dispatches, workers, fleet members
+and hosts derive from it (`router/`)."""
 
 import enum
 from collections.abc import Mapping, Set

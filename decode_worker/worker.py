@@ -141,10 +141,10 @@ class DecodeWorker:
         now_s = self._clock()
         self._outbox.timings.append(flight.batch.timing(now_s - max(flight.launched_s, self._collected_s)))
         self._collected_s = now_s
-        in_vain = self.scheduler.ended_in(flight.batch)
+        wasted = self.scheduler.ended_in(flight.batch)
         emissions = self.scheduler.complete(flight.batch, sampled, ahead)
         self._emit(emissions)
-        ended = in_vain + [emission.sequence for emission in emissions if emission.reason is not None]
+        ended = wasted + [emission.sequence for emission in emissions if emission.reason is not None]
         for transfer in dict.fromkeys(seq.transfer for seq in ended):
             if not self.scheduler.has_sequences(transfer):
                 self._end(transfer)

@@ -219,9 +219,9 @@ class EmitChoiceEnd(msgspec.Struct, frozen=True):
 class EmitEnd(msgspec.Struct, frozen=True):
     """A request's only ending, after those of all its choices.
 
-    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE or ERROR (with
-    `error`, UNAVAILABLE to clients). The timeline holds what is known now; workers' accounts of the last legs
-    may arrive later."""
+    `finish_reason` is None when every choice ended by itself, else CANCELLED, DEADLINE, INVALID or ERROR (the
+    last two with `error`: INVALID_ARGUMENT and UNAVAILABLE to clients). The timeline holds what is known now;
+    workers' accounts of the last legs may arrive later."""
 
     request_id: str
     finish_reason: FinishReason | None

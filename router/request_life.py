@@ -162,7 +162,7 @@ class RequestLife:
         self._queue.push_back(jobs)
         return commands
 
-    def take_back(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
+    def withdraw(self, live: LiveRequest, event: Displaced, now_s: float) -> Commands:
         """Same as `displace`, but the remaining work is queued when its client arrives."""
         self.counters.displaced += 1
         return self._take_back(
@@ -378,7 +378,7 @@ class RequestLife:
         (Placed,       place,      place,      never,      never,      never,      never,      never),
         (LastToken,    never,      complete,   never,      never,      complete,   never,      never),
         (LegOver,      close_leg,  end_leg,    close_leg,  close_leg,  end_leg,    end_leg,    close_leg),
-        (Displaced,    never,      displace,   never,      never,      take_back,  never,      never),
+        (Displaced,    never,      displace,   never,      never,      withdraw,   never,      never),
         (GivenUp,      never,      never,      never,      never,      give_up,    give_up,    never),
         (Due,          come_due,   come_due,   come_due,   never,      never,      never,      never),
         (CancelChoice, cancel_one, cancel_one, cancel_one, cancel_one, cancel_one, OVER,       OVER),
